@@ -1,0 +1,33 @@
+"""What goes wrong, by cause. Every error names the place, the two facts that disagree, the remedy."""
+
+
+class LensLoraError(Exception):
+    """Base of all errors of this package."""
+
+
+class AdapterError(LensLoraError, ValueError):
+    """The adapter's files or factors are not what they claim to be."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """The adapter is sound, but of a kind that would be read wrongly as plain s·B·A."""
+
+
+class SiteError(LensLoraError, LookupError):
+    """A module or site name that the model or the adapter does not have."""
+
+
+class ModelStateError(LensLoraError, RuntimeError):
+    """The model is in a state in which the adapter cannot be applied exactly."""
+
+
+class PromptError(LensLoraError, ValueError):
+    """A prompt that the model cannot read."""
+
+
+class TokenError(LensLoraError, ValueError):
+    """A token string that is not exactly one token of the vocabulary."""
+
+
+class NumericsError(LensLoraError, ArithmeticError):
+    """Non-finite logits or derivatives."""

@@ -1,0 +1,1 @@
+"""Where the adapter meets the hooked model: names, bases, gates and hooks."""

@@ -1,0 +1,189 @@
+"""ΔW from the Hugging Face basis into the (perhaps processed) model's basis.
+
+An adapter speaks of x, the input of the Hugging Face linear; a hook gives z. They differ by
+
+    x = γ ⊙ z + β        q, k, v, gate, up, fc_in where the norm's affine is folded or comes later
+    x = z + Rep(b̂_V)     o, where the value biases were folded into b_O
+
+and what a module writes to the residual stream is P = I − 11ᵀ/d times it where writing weights
+are centred. So a site adds
+
+    δ(z) = s·B'(A'z + a₀),   A' = A diag(γ),   a₀ = Aβ,   B' = PB or B.
+
+What was really applied to the weights is inferred from the weights, not from what was requested.
+With folded value biases c_v = sB_vA_vβ is added at v: as attention weights sum to one, every later
+activation then equals that of the adapted model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lens_lora.errors import ModelStateError
+
+__all__ = ["BaseWeights", "Processing", "SiteMap", "infer_processing", "site_map"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteMap:
+    """δ(z) = B(Az + a₀), with s in B; A, B and a₀ in the model's basis.
+
+    `offset` is what is added to z (or stands for β) in A's input space, kept so that a₀ can be
+    split by head.
+    """
+
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
+    a0: Float[Tensor, "rank"] | None
+    a0_by_head: Float[Tensor, "head rank"] | None = None
+
+    def on(self, device: torch.device) -> SiteMap:
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device)
+
+        return SiteMap(
+            self.A.to(device), self.B.to(device), move(self.a0), move(self.a0_by_head)
+        )
+
+    def coordinates(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
+        """u = Az + a₀, the update's coordinates in its own rank space."""
+        u = z.to(self.A.dtype) @ self.A.T
+        return u if self.a0 is None else u + self.a0
+
+    def __call__(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """δ = Bu = s·B·A·x."""
+        return self.coordinates(z) @ self.B.T
+
+
+@dataclasses.dataclass(frozen=True)
+class Processing:
+    """What was done to one weight: the norm's γ (and β) folded in, its output centred."""
+
+    folded: bool
+    centred: bool
+
+
+class BaseWeights:
+    """The unprocessed Hugging Face base: weights, norms and value biases, by module path.
+
+    Raises:
+        ModelStateError: the model given is one that TransformerLens wraps (and rewrites in
+            place), or has merged adapters.
+    """
+
+    def __init__(self, hf_model: nn.Module, norm: str) -> None:
+        for module in hf_model.modules():
+            if type(module).__module__.startswith("transformer_lens"):
+                raise ModelStateError(
+                    "hf_model is wrapped by a TransformerBridge, which rewrites its weights in "
+                    "place; pass a freshly loaded copy of the base model."
+                )
+            if getattr(module, "merged", False) is True:
+                raise ModelStateError(
+                    "hf_model has a merged PEFT adapter; call unmerge_adapter() or pass the bare "
+                    "base model."
+                )
+        self._model = hf_model
+        self._norm = norm
+
+    def _module(self, path: str) -> nn.Module:
+        try:
+            module = self._model.get_submodule(path)
+        except AttributeError as error:
+            raise ModelStateError(
+                f"hf_model ({type(self._model).__name__}) has no module {path}; is it the base "
+                "model of this hooked model, with its language-model head?"
+            ) from error
+        return getattr(module, "base_layer", module)
+
+    def weight(self, path: str, rows: Tensor | None = None) -> Float[Tensor, "out in"]:
+        module = self._module(path)
+        weight = module.weight.detach()
+        weight = weight.T if type(module).__name__ == "Conv1D" else weight
+        return weight if rows is None else weight[rows.to(weight.device)]
+
+    def bias(self, path: str, rows: Tensor | None = None) -> Float[Tensor, "out"] | None:
+        bias = getattr(self._module(path), "bias", None)
+        if bias is None:
+            return None
+        return bias.detach() if rows is None else bias.detach()[rows.to(bias.device)]
+
+    def affine(self, path: str) -> tuple[Tensor, Tensor | None]:
+        """(γ, β) of a norm; β is None for an RMS norm."""
+        norm = self._module(path)
+        bias = getattr(norm, "bias", None) if self._norm == "LN" else None
+        return norm.weight.detach(), None if bias is None else bias.detach()
+
+
+def infer_processing(
+    name: str,
+    weight: Float[Tensor, "out in"],
+    base: Float[Tensor, "out in"],
+    gamma: Float[Tensor, "in"] | None,
+    *,
+    layer_norm: bool,
+    is_writer: bool,
+) -> Processing:
+    """Which processing turns the base's weight into the model's, found by comparing them.
+
+    Raises:
+        ModelStateError: none does; the model is not a processed form of this base.
+    """
+    eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, base.dtype, torch.float32))
+    weight, base = weight.double(), base.double().to(weight.device)
+    found: list[tuple[float, Processing]] = []
+    for folded in (False, True) if gamma is not None else (False,):
+        candidate = base * gamma.double().to(base.device) if folded and gamma is not None else base
+        for centre_read in (False, True) if folded and layer_norm else (False,):
+            for centred in (False, True) if is_writer and layer_norm else (False,):
+                expected = candidate
+                if centre_read:
+                    expected = expected - expected.mean(1, keepdim=True)
+                if centred:
+                    expected = expected - expected.mean(0, keepdim=True)
+                error = float((weight - expected).abs().max())
+                found.append((error, Processing(folded, centred)))
+    error, processing = min(found, key=lambda pair: pair[0])
+    size = float(torch.maximum(base.abs().max(), weight.abs().max()))
+    if error > 16 * eps * size:
+        raise ModelStateError(
+            f"{name}: the model's weight is no processed form of hf_model's (they differ by "
+            f"{error:.3g}, the largest entry is {size:.3g}). Pass the base model that this hooked "
+            "model was made from; refactor_factored_attn_matrices is not supported."
+        )
+    return processing
+
+
+def site_map(
+    A: Float[Tensor, "rank in"],
+    B: Float[Tensor, "out rank"],
+    scale: float,
+    *,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    centre_read: bool,
+    centre_write: bool,
+    n_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> SiteMap:
+    """A site's δ in the model's basis; n_heads > 0 where the input is split by head (o)."""
+    A64, B64 = A.double().to(device), B.double().to(device) * scale
+    a0 = heads = None
+    if beta is not None and bool((beta != 0).any()):
+        offset = beta.double().to(device)
+        a0 = A64 @ offset
+        if n_heads:
+            heads = (A64 * offset).view(A64.shape[0], n_heads, -1).sum(-1).T.contiguous()
+    if gamma is not None:
+        A64 = A64 * gamma.double().to(device)
+    if centre_read:
+        A64 = A64 - A64.mean(1, keepdim=True)
+    if centre_write:
+        B64 = B64 - B64.mean(0, keepdim=True)
+    out = [None if t is None else t.to(dtype) for t in (A64, B64, a0, heads)]
+    return SiteMap(*out)  # type: ignore[arg-type]

@@ -1,0 +1,84 @@
+"""TransformerBridge (transformer-lens 3.x, 4.x): hook names and weights.
+
+Each linear component has its own `hook_in` and `hook_out`; fused projections are split by the
+bridge into q, k, v components of their own. Unprocessed, `hook_in` is the Hugging Face linear's
+input x; once the norm is folded it is n.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lens_lora.errors import ModelStateError
+from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
+from lens_lora.hooked.view import Ports, find_family
+
+_FLAGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
+_PROCESSED_GATED = ("gate", "up")
+_COMPONENTS = {"gate": "gate", "up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
+
+
+class BridgeView:
+    """See `HookedView`."""
+
+    class_name = "TransformerBridge"
+
+    def __init__(self, model: Any) -> None:
+        cfg = model.cfg
+        for flag in _FLAGS:
+            if getattr(cfg, flag, False):
+                raise ModelStateError(
+                    f"cfg.{flag} is on: the bridge then bypasses the projections' own hooks. Set "
+                    f"it off (bridge.set_{flag}(False)) before the lens is made."
+                )
+        self.model = model
+        self.family = find_family(type(model.original_model).__name__)
+        n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+        self.heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
+        self.n_layers = cfg.n_layers
+
+    def _component(self, layer: int, kind: str) -> tuple[str, Any]:
+        part = "attn" if kind in ATTENTION_KINDS else "mlp"
+        name = _COMPONENTS.get(kind, kind)
+        component = getattr(getattr(self.model.blocks[layer], part), name)
+        return f"blocks.{layer}.{part}.{name}", component
+
+    def ports(self, layer: int, kind: str) -> Ports:
+        name, _ = self._component(layer, kind)
+        if kind in _PROCESSED_GATED and self._computes_gated_mlp(layer):
+            return Ports(f"blocks.{layer}.mlp.hook_in", f"{name}.hook_out")
+        return Ports(f"{name}.hook_in", f"{name}.hook_out")
+
+    def _computes_gated_mlp(self, layer: int) -> bool:
+        """Processed gated MLPs are computed by the bridge itself, past gate's and up's hook_in."""
+        mlp = self.model.blocks[layer].mlp
+        return bool(getattr(mlp, "_use_processed_weights", False)) and hasattr(mlp, "gate")
+
+    def block_input(self, layer: int) -> str:
+        return f"blocks.{layer}.hook_in"
+
+    def embedding_output(self) -> str:
+        return "embed.hook_out"
+
+    def weight(self, layer: int, kind: str) -> Tensor:
+        held = getattr(self.model.blocks[layer].mlp, f"_processed_W_{_COMPONENTS.get(kind)}", None)
+        if held is not None and self._computes_gated_mlp(layer):
+            return held.detach()
+        _, component = self._component(layer, kind)
+        linear = component.original_component
+        weight = linear.weight.detach()
+        return weight.T if type(linear).__name__ == "Conv1D" else weight
+
+    def bias(self, layer: int, kind: str) -> Tensor | None:
+        _, component = self._component(layer, kind)
+        bias = getattr(component.original_component, "bias", None)
+        return None if bias is None else bias.detach().flatten()
+
+    def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        del layer, kind
+        return None
+
+    def is_processed(self) -> bool:
+        return bool(getattr(self.model, "_weights_processed", False))

@@ -1,0 +1,141 @@
+"""f(ε): the hooks that let each site write W z + ε ΔW z, with z live.
+
+Each site has a reader at its input hook and a writer at its output hook. What the writer does is
+an `Inject`: given the site's index, the running output and z, it returns the new output, so a
+scaled run, a reverse-mode tap and a forward-mode tangent are three injections through the same
+hooks.
+
+Order matters: a reader must see what users' own hooks made of its input (so it runs last), and a
+writer must add before users' hooks see the output (so it runs first). A hook at each block's input
+puts them there, on every forward pass, wherever they were registered.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.errors import ModelStateError
+from lens_lora.hooked.basis import SiteMap
+from lens_lora.hooked.plan import Plan
+
+__all__ = ["Inject", "ScaleInject", "attached", "site_hooks"]
+
+HookFn = Callable[..., Tensor | None]
+
+
+class Inject(Protocol):
+    """What a site's writer does: (site index, running output, z [batch pos in]) → output."""
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None: ...
+
+
+class ScaleInject:
+    """out + ε_l ΔW_l z_l, with gates ε of shape [site] or [batch, site].
+
+    A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit.
+    """
+
+    def __init__(self, maps: Sequence[SiteMap], gates: Float[Tensor, "*batch site"]) -> None:
+        self._maps, self._gates = maps, gates
+        active = (gates.detach() != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
+        self._active = [a or gates.requires_grad for a in active]
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        if not self._active[index]:
+            return None
+        return add(out, self._maps[index](z), self._gates[..., index])
+
+
+def add(out: Tensor, delta: Float[Tensor, "batch pos out"], gate: Tensor) -> Tensor:
+    """out + gate · δ, δ computed at its own precision and cast to the model's."""
+    gate = gate.to(delta.device, delta.dtype)
+    scaled = delta * (gate.view(-1, 1, 1) if gate.ndim else gate)
+    return out + scaled.to(out.dtype).view(out.shape)
+
+
+class _Reader:
+    """Keeps the last firings of a read point until its sites have written."""
+
+    def __init__(self, firings: int) -> None:
+        self.kept: collections.deque[Tensor] = collections.deque(maxlen=firings)
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        del hook
+        self.kept.append(tensor.flatten(2) if tensor.ndim == 4 else tensor)
+
+
+class _Writer:
+    def __init__(self, index: int, name: str, reader: _Reader, firing: int, inject: Inject) -> None:
+        self._index, self._name, self._inject = index, name, inject
+        self._reader, self._firing = reader, firing
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
+        del hook
+        if len(self._reader.kept) <= self._firing:
+            raise ModelStateError(
+                f"{self._name}: its output hook fired but its input hook did not, so z is "
+                "unknown; a flag of the model bypasses that hook point."
+            )
+        return self._inject(self._index, tensor, self._reader.kept[self._firing])
+
+
+class _Arranger:
+    """At a block's input: readers last, writers first, among all hooks of their points."""
+
+    def __init__(self, points: Mapping[str, Any], ours: Sequence[tuple[str, HookFn]]) -> None:
+        self._ours = [(points[name], fn, isinstance(fn, _Reader)) for name, fn in ours]
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        del tensor, hook
+        for point, fn, last in self._ours:
+            registered = point._forward_hooks
+            for key, wrapped in list(registered.items()):
+                if any(cell.cell_contents is fn for cell in wrapped.__closure__ or ()):
+                    registered.move_to_end(key, last=last)
+
+
+def site_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
+    """[(hook name, function)] for one or more forward passes with this injection."""
+    by_layer: dict[int, list[tuple[str, HookFn]]] = {}
+    readers: dict[str, _Reader] = {}
+    for index, (site, port) in enumerate(zip(plan.sites, plan.ports, strict=True)):
+        hooks = by_layer.setdefault(site.layer, [])
+        if port.read not in readers:
+            readers[port.read] = _Reader(port.firings)
+            hooks.append((port.read, readers[port.read]))
+        writer = _Writer(index, site.name, readers[port.read], port.firing, inject)
+        hooks.append((port.write, writer))
+    arranged: list[tuple[str, HookFn]] = []
+    points = plan.view.model.hook_dict
+    for layer, hooks in sorted(by_layer.items()):
+        arranged.append((plan.view.block_input(layer), _Arranger(points, hooks)))
+        arranged.extend(hooks)
+    return arranged
+
+
+@contextlib.contextmanager
+def attached(model: Any, hooks: Sequence[tuple[str, HookFn]]) -> Iterator[None]:
+    """The hooks on the model for the block's duration, also through `model.reset_hooks()`.
+
+    On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
+    """
+    points = model.hook_dict
+    added: list[tuple[Any, Any]] = []
+    try:
+        for name, fn in hooks:
+            point = points[name]
+            point.add_hook(fn, is_permanent=True)
+            added.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+

@@ -1,0 +1,104 @@
+"""HookedTransformer (transformer-lens 2.x, 3.x): hook names, weights and norms.
+
+`ln1.hook_normalized` fires three times a block, for q, k and v in that order. RMS norms and, from
+3.x on, LayerNorm fire before the affine; LayerNorm of 2.x fires after it: this is measured, once.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_lora.errors import ModelStateError
+from lens_lora.hooked.sites import Heads
+from lens_lora.hooked.view import Ports, find_family
+
+_FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention")
+
+
+class HookedTransformerView:
+    """See `HookedView`."""
+
+    class_name = "HookedTransformer"
+
+    def __init__(self, model: Any) -> None:
+        cfg = model.cfg
+        for flag in _FLAGS:
+            if getattr(cfg, flag, False):
+                raise ModelStateError(
+                    f"cfg.{flag} is on: inputs are then split by head and z is not one vector. "
+                    f"Set it off (model.set_{flag}(False)) before the lens is made."
+                )
+        self.model = model
+        self.family = find_family(getattr(cfg, "original_architecture", None))
+        self.heads = Heads(cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+        self.n_layers = cfg.n_layers
+
+    def ports(self, layer: int, kind: str) -> Ports:
+        block = f"blocks.{layer}"
+        if kind in ("q", "k", "v"):
+            read = f"{block}.ln1.hook_normalized"
+            return Ports(read, f"{block}.attn.hook_{kind}", "qkv".index(kind), 3)
+        if kind == "o":
+            return Ports(f"{block}.attn.hook_z", f"{block}.hook_attn_out")
+        if kind in ("down", "fc_out"):
+            return Ports(f"{block}.mlp.hook_post", f"{block}.hook_mlp_out")
+        write = "hook_pre_linear" if kind == "up" else "hook_pre"
+        return Ports(f"{block}.ln2.hook_normalized", f"{block}.mlp.{write}")
+
+    def block_input(self, layer: int) -> str:
+        return f"blocks.{layer}.hook_resid_pre"
+
+    def embedding_output(self) -> str:
+        return "hook_embed"
+
+    def weight(self, layer: int, kind: str) -> Tensor:
+        block = self.model.blocks[layer]
+        if kind == "o":
+            return block.attn.W_O.detach().flatten(0, 1).T
+        if kind in ("q", "k", "v"):
+            return _stored(block.attn, f"W_{kind.upper()}").transpose(1, 2).flatten(0, 1)
+        name = {"gate": "W_gate", "up": "W_in", "fc_in": "W_in"}.get(kind, "W_out")
+        return getattr(block.mlp, name).detach().T
+
+    def bias(self, layer: int, kind: str) -> Tensor | None:
+        attn = self.model.blocks[layer].attn
+        return attn.b_O.detach() if kind == "o" else _stored(attn, f"b_{kind.upper()}").flatten()
+
+    def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        norm = getattr(self.model.blocks[layer], "ln1" if kind in ("q", "k", "v") else "ln2", None)
+        if kind in ("o", "down", "fc_out") or not hasattr(norm, "w"):
+            return None
+        if fires_after_affine(type(norm), self.model.cfg.device):
+            return None
+        bias = getattr(norm, "b", None)
+        return norm.w.detach(), None if bias is None else bias.detach()
+
+    def is_processed(self) -> bool:
+        return str(self.model.cfg.normalization_type).endswith("Pre")
+
+
+def _stored(attn: nn.Module, name: str) -> Tensor:
+    """A grouped-query model keeps its own heads under '_W_K'; 'W_K' repeats them."""
+    return getattr(attn, f"_{name}", getattr(attn, name)).detach()
+
+
+@functools.cache
+def fires_after_affine(norm_type: type[nn.Module], device: Any) -> bool:
+    """Whether this norm class's `hook_normalized` sees its output, affine included: measured."""
+    from transformer_lens import HookedTransformerConfig
+
+    del device
+    cfg = HookedTransformerConfig(
+        n_layers=1, d_model=4, n_ctx=4, d_head=4, n_heads=1, d_vocab=4, act_fn="relu", device="cpu"
+    )
+    norm = norm_type(cfg)
+    seen: list[Tensor] = []
+    norm.hook_normalized.add_hook(lambda tensor, hook: seen.append(tensor))
+    with torch.no_grad():
+        norm.w.fill_(2.0)
+        out = norm(torch.tensor([[[1.0, -2.0, 3.0, 0.5]]]))
+    return bool(torch.allclose(out.double(), seen[0].double()))

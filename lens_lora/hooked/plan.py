@@ -1,0 +1,174 @@
+"""The plan: an adapter laid over one hooked model. Sites, their ports, their δ.
+
+1. Resolve each adapted module to sites, check shapes against the model's own weights.
+2. Infer from the weights what processing was applied (folded norms, centring, value biases).
+3. Build each site's δ in the model's basis, or refuse and name what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_lora.adapter import Adapter
+from lens_lora.errors import ModelStateError
+from lens_lora.hooked.basis import BaseWeights, SiteMap, infer_processing, site_map
+from lens_lora.hooked.sites import WRITER_KINDS, Site, SiteFactors, check_shapes, resolve_sites
+from lens_lora.hooked.view import HookedView, Ports, model_dtype, view_of
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that the hooks need."""
+
+    view: HookedView
+    sites: tuple[Site, ...]
+    ports: tuple[Ports, ...]
+    maps: tuple[SiteMap, ...]
+
+
+def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
+    """Lay the adapter over the model. No forward pass; reads weights only.
+
+    Raises:
+        SiteError, AdapterError: the adapter does not fit the model.
+        ModelStateError: the model's state needs `hf_model`, or rules exactness out.
+    """
+    view = view_of(model)
+    base = None if hf_model is None else BaseWeights(hf_model, view.family.norm)
+    factors = resolve_sites(adapter, view.family, view.heads, view.n_layers)
+    sites, ports, maps = [], [], []
+    for site in factors:
+        weight = view.weight(site.layer, site.kind)
+        check_shapes(site, weight, adapter.base_model)
+        port = view.ports(site.layer, site.kind)
+        sites.append(
+            Site(
+                site.name,
+                site.module,
+                site.layer,
+                site.kind,
+                port.read,
+                port.write,
+                site.A.shape[0],
+            )
+        )
+        ports.append(port)
+        maps.append(_map(view, base, site, weight))
+    return Plan(view, tuple(sites), tuple(ports), tuple(maps))
+
+
+def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: Tensor) -> SiteMap:
+    layer_norm = view.family.norm == "LN"
+    is_writer = site.kind in WRITER_KINDS
+    norm_path = view.family.norm_path(site.layer, site.kind)
+    if base is None:
+        if view.is_processed():
+            _require_base(view, site, norm_path)
+        folded = False
+        centred = layer_norm and is_writer and _is_centred(weight)
+    else:
+        gamma = None if norm_path is None else base.affine(norm_path)[0]
+        done = infer_processing(
+            site.name,
+            weight,
+            base.weight(site.module, site.rows),
+            gamma,
+            layer_norm=layer_norm,
+            is_writer=is_writer,
+        )
+        folded = view.is_processed() and norm_path is not None
+        centred = done.centred
+        _check_folding(site, folded, done.folded, gamma)
+    if folded and base is not None and norm_path is not None:
+        gamma, beta = base.affine(norm_path)
+    else:
+        gamma, beta = view.own_affine(site.layer, site.kind) or (None, None)
+    if site.kind == "o":
+        beta = _folded_value_bias(view, base, site)
+    return site_map(
+        site.A,
+        site.B,
+        site.scale,
+        gamma=gamma,
+        beta=beta,
+        centre_read=folded and layer_norm,
+        centre_write=centred,
+        n_heads=view.heads.n_heads if site.kind == "o" else 0,
+        dtype=_working_dtype(view.model),
+        device=weight.device,
+    )
+
+
+def _check_folding(site: SiteFactors, expected: bool, found: bool, gamma: Tensor | None) -> None:
+    if gamma is None or expected == found or bool((gamma == 1).all()):
+        return
+    raise ModelStateError(
+        f"{site.name}: the model says its norms {'were' if expected else 'were not'} folded, its "
+        f"weights say they {'were' if found else 'were not'}. Load the model again from the base."
+    )
+
+
+def _require_base(view: HookedView, site: SiteFactors, norm_path: str | None) -> None:
+    needs = norm_path or "the value biases"
+    raise ModelStateError(
+        f"{site.name}: this {view.class_name} was processed (its norms are folded into its "
+        f"weights), so the base model's own {needs} is needed and not at hand. Pass it: "
+        "LoraLens(model, adapter, hf_model=AutoModelForCausalLM.from_pretrained(base)), or load "
+        "the hooked model unprocessed (from_pretrained_no_processing)."
+    )
+
+
+def _is_centred(weight: Tensor) -> bool:
+    """Whether every column of a writing weight, [out, in], sums to nothing over the residual."""
+    eps = torch.finfo(weight.dtype).eps
+    weight = weight.double()
+    return bool((weight.mean(0).abs().max() <= 8 * eps * weight.abs().max()).item())
+
+
+def _folded_value_bias(
+    view: HookedView, base: BaseWeights | None, site: SiteFactors
+) -> Tensor | None:
+    """Rep(b̂_V) where b̂_V was folded into b_O: [n_heads · d_head], or None where it was not."""
+    own = view.bias(site.layer, "v")
+    if own is not None and bool((own != 0).any()):
+        return None
+    if base is None:
+        b_O = view.bias(site.layer, "o")
+        if b_O is None or bool((b_O == 0).all()) or not _may_have_processed(view):
+            return None
+        _require_base(view, site, None)
+    assert base is not None
+    rows = _value_rows(view, site)
+    path = view.family.path(site.layer, "v")
+    bias = base.bias(path, rows)
+    norm_path = view.family.norm_path(site.layer, "v")
+    beta = base.affine(norm_path)[1] if norm_path and view.is_processed() else None
+    total = torch.zeros(view.heads.n_kv * view.heads.d_head, dtype=torch.float64)
+    if bias is not None:
+        total += bias.double().cpu()
+    if beta is not None:
+        total += (base.weight(path, rows).double() @ beta.double()).cpu()
+    heads = total.view(view.heads.n_kv, view.heads.d_head)
+    return heads.repeat_interleave(view.heads.n_heads // view.heads.n_kv, dim=0).flatten()
+
+
+def _may_have_processed(view: HookedView) -> bool:
+    return view.class_name == "HookedTransformer" or view.is_processed()
+
+
+def _value_rows(view: HookedView, site: SiteFactors) -> Tensor | None:
+    from lens_lora.hooked.sites import fused_rows
+
+    place = view.family.place(view.family.path(site.layer, "v"))
+    return None if place is None else fused_rows(place, "v", view.heads)
+
+
+def _working_dtype(model: nn.Module) -> torch.dtype:
+    """δ is computed in the model's dtype or better: never below float32."""
+    return torch.promote_types(model_dtype(model), torch.float32)

@@ -1,0 +1,174 @@
+"""Sites: the adapted linear maps, by the model's own hook names.
+
+A Hugging Face module becomes one site, or three where it fuses q, k and v: row i of the fused
+output belongs to the kind that the family's layout names, and the site takes those rows of B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens_lora.adapter import Adapter
+from lens_lora.errors import AdapterError, SiteError
+from lens_lora.hooked.families import Family, Place
+
+__all__ = ["ATTENTION_KINDS", "Heads", "Site", "SiteFactors", "resolve_sites"]
+
+ATTENTION_KINDS = ("q", "k", "v", "o")
+WRITER_KINDS = ("o", "down", "fc_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted linear map of the model, as data.
+
+    Attributes:
+        name: 'blocks.3.attn.q'.
+        module: Hugging Face path that the adapter names.
+        layer, kind: 3, 'q'.
+        read: hook point at which z is read.
+        write: hook point at which s·B·A·z is added.
+        rank: of ΔW.
+    """
+
+    name: str
+    module: str
+    layer: int
+    kind: str
+    read: str
+    write: str
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """The model's attention heads: queries, keys and values, and their width."""
+
+    n_heads: int
+    n_kv: int
+    d_head: int
+
+    def of(self, kind: str) -> int:
+        """How many heads a site of this kind has; 0 outside attention."""
+        return {"q": self.n_heads, "o": self.n_heads, "k": self.n_kv, "v": self.n_kv}.get(kind, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteFactors:
+    """A site before it meets the model's basis: its rows of B, in the Hugging Face basis."""
+
+    name: str
+    module: str
+    layer: int
+    kind: str
+    A: Tensor
+    B: Tensor
+    scale: float
+    rows: Tensor | None
+
+
+def site_name(layer: int, kind: str) -> str:
+    part = "attn" if kind in ATTENTION_KINDS else "mlp"
+    return f"blocks.{layer}.{part}.{kind}"
+
+
+def resolve_sites(
+    adapter: Adapter, family: Family, heads: Heads, n_layers: int
+) -> tuple[SiteFactors, ...]:
+    """Every adapted module as sites, in the order in which a forward pass meets them.
+
+    Raises:
+        SiteError: a module that the model lacks.
+    """
+    found: list[SiteFactors] = []
+    for module, factors in adapter.modules.items():
+        place = family.place(module)
+        if place is None or place.layer >= n_layers:
+            raise _unknown_module(module, adapter, family, n_layers)
+        for kind in place.kinds:
+            rows = fused_rows(place, kind, heads)
+            if rows is not None and len(rows) * len(place.kinds) != factors.B.shape[0]:
+                rows_total = len(rows) * len(place.kinds)
+                raise AdapterError(
+                    f"{module}: the adapter writes {factors.B.shape[0]} features, the model's "
+                    f"fused projection has {rows_total}. Was it trained on another base model? "
+                    f"The adapter names {adapter.base_model!r}."
+                )
+            B = factors.B if rows is None else factors.B[rows]
+            found.append(
+                SiteFactors(
+                    site_name(place.layer, kind),
+                    module,
+                    place.layer,
+                    kind,
+                    factors.A,
+                    B,
+                    factors.scale,
+                    rows,
+                )
+            )
+    order = ("q", "k", "v", "o", "gate", "up", "fc_in", "down", "fc_out")
+    return tuple(sorted(found, key=lambda s: (s.layer, order.index(s.kind))))
+
+
+def fused_rows(place: Place, kind: str, heads: Heads) -> Tensor | None:
+    """The output rows of a fused projection that belong to `kind`; None where it is not fused."""
+    if place.layout == "whole":
+        return None
+    part, width = place.kinds.index(kind), heads.n_heads * heads.d_head
+    every = torch.arange(len(place.kinds) * width)
+    if place.layout == "blocks":
+        return every.view(len(place.kinds), width)[part]
+    return every.view(heads.n_heads, len(place.kinds), heads.d_head)[:, part].flatten()
+
+
+def check_shapes(site: SiteFactors, weight: Tensor, base_model: str | None) -> None:
+    """Refuse factors that do not fit the model's own weight, [out, in]."""
+    theirs, ours = (site.B.shape[0], site.A.shape[1]), tuple(weight.shape)
+    if theirs != ours:
+        raise AdapterError(
+            f"{site.name} ({site.module}): the adapter maps {theirs[1]}→{theirs[0]}, the model "
+            f"{ours[1]}→{ours[0]}. Was it trained on another base model? The adapter names "
+            f"{base_model!r}."
+        )
+
+
+def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, Any]:
+    """Site index → value, for a mapping from site names or globs; later keys win.
+
+    Raises:
+        SiteError: a key that matches no site.
+    """
+    import fnmatch
+
+    names = list(names)
+    index = {name: i for i, name in enumerate(names)}
+    chosen: dict[int, Any] = {}
+    for pattern, value in values.items():
+        hits = fnmatch.filter(names, pattern)
+        if not hits:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise SiteError(f"{pattern!r} matches no site; the nearest are {near or names[:3]}.")
+        chosen.update({index[name]: value for name in hits})
+    return chosen
+
+
+def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int) -> SiteError:
+    known = [
+        f"{family.layer.format(l=layer)}.{name}"
+        for layer in range(n_layers)
+        for name in family.linears
+    ]
+    near = difflib.get_close_matches(module, known, n=3, cutoff=0.3) or known[:3]
+    return SiteError(
+        f"{module}: the model ({family.architectures[0]} naming, {n_layers} layers) has no such "
+        f"linear module that can be adapted here; the nearest are {', '.join(near)}. The adapter "
+        f"names the base {adapter.base_model!r}; use adapter.without(…) to leave a module out on "
+        "purpose."
+    )

@@ -1,0 +1,124 @@
+"""What the rest of the package needs to know of a hooked model, whatever its class."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lens_lora.errors import ModelStateError
+from lens_lora.hooked.families import FAMILIES, Family
+from lens_lora.hooked.sites import Heads
+
+__all__ = ["HookedView", "Ports", "find_family", "refuse_unusable", "view_of"]
+
+
+class Ports:
+    """A site's hook points, and which of a read point's firings in one block is the site's."""
+
+    __slots__ = ("firing", "firings", "read", "write")
+
+    def __init__(self, read: str, write: str, firing: int = 0, firings: int = 1) -> None:
+        self.read, self.write, self.firing, self.firings = read, write, firing, firings
+
+
+class HookedView(Protocol):
+    """A hooked model, as this package sees it."""
+
+    model: Any
+    family: Family
+    heads: Heads
+    n_layers: int
+    class_name: str
+
+    def ports(self, layer: int, kind: str) -> Ports:
+        """Where z is read and δ is added."""
+        ...
+
+    def block_input(self, layer: int) -> str:
+        """The first hook point of a block."""
+        ...
+
+    def embedding_output(self) -> str:
+        """The hook point after the token embedding."""
+        ...
+
+    def weight(self, layer: int, kind: str) -> Tensor:
+        """The model's own weight of this kind, [out, in], heads flattened."""
+        ...
+
+    def bias(self, layer: int, kind: str) -> Tensor | None:
+        """The model's own bias of 'v' or 'o', flat."""
+        ...
+
+    def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        """(γ, β) between the recorded z and the linear, where the model still holds it."""
+        ...
+
+    def is_processed(self) -> bool:
+        """Whether the norm's affine was folded away, so that the base model must supply it."""
+        ...
+
+
+def view_of(model: Any) -> HookedView:
+    """The view that fits the model's class.
+
+    Raises:
+        ModelStateError: neither a HookedTransformer nor a TransformerBridge, or one in a state
+            in which an adapter cannot be applied exactly.
+    """
+    names = [cls.__name__ for cls in type(model).__mro__]
+    if "HookedTransformer" in names:
+        from lens_lora.hooked.hooked_transformer import HookedTransformerView
+
+        refuse_unusable(model)
+        return HookedTransformerView(model)
+    if "TransformerBridge" in names:
+        from lens_lora.hooked.bridge import BridgeView
+
+        refuse_unusable(model)
+        return BridgeView(model)
+    raise ModelStateError(
+        f"a {type(model).__name__} has no hook points; pass a HookedTransformer or a "
+        "TransformerBridge."
+    )
+
+
+def refuse_unusable(model: nn.Module) -> None:
+    """Refuse injected adapters, active dropout, and weights that are not floating point."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise ModelStateError(
+                f"{name} already carries a PEFT adapter, which would be applied twice; build the "
+                "hooked model from the bare base (peft_model.unload())."
+            )
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            raise ModelStateError(
+                f"{name}: dropout {module.p} is active, so no two runs agree; call model.eval()."
+            )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ModelStateError(
+                f"{name} is {parameter.dtype}: quantised weights have no exact ΔW; load the model "
+                "in a floating-point dtype."
+            )
+
+
+def find_family(architecture: str | None) -> Family:
+    """The family of a Hugging Face architecture name.
+
+    Raises:
+        ModelStateError: it is not supported.
+    """
+    for family in FAMILIES:
+        if architecture in family.architectures:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    raise ModelStateError(
+        f"the model's architecture is {architecture!r}; adapters are exact on {known}."
+    )
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

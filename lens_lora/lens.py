@@ -1,0 +1,215 @@
+"""LoraLens: an adapter laid over a hooked model, and f(ε), the function that all else differentiates.
+
+    f(0) is the base model, f(1) the adapted one; ε has one gate per site.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lens_lora._version import versions
+from lens_lora.adapter import Adapter
+from lens_lora.errors import NumericsError, SiteError
+from lens_lora.hooked.basis import SiteMap
+from lens_lora.hooked.gates import HookFn, Inject, ScaleInject, attached, site_hooks
+from lens_lora.hooked.plan import make_plan
+from lens_lora.hooked.sites import Heads, Site, match_sites
+from lens_lora.prompts import Prompts, PromptsLike, prepare
+
+__all__ = ["LoraLens", "Scale"]
+
+Scale = float | Float[Tensor, "site"] | Float[Tensor, "batch site"] | Mapping[str, float]
+
+
+class LoraLens:
+    """A LoRA adapter over a hooked model, exact up to the model's own rounding.
+
+    The model is not touched: hooks are put on for the length of a call and taken off after it.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge of the adapter's base model.
+        adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
+        hf_model: the unprocessed Hugging Face base, needed where the hooked model had its norms
+            or value biases folded; also verifies the hooked model's weights against it.
+
+    Raises:
+        SiteError: the adapter names a module that the model lacks.
+        AdapterError: shapes that do not fit.
+        ModelStateError: a state in which the adapter cannot be applied exactly; names the remedy.
+    """
+
+    def __init__(self, model: Any, adapter: Adapter, hf_model: nn.Module | None = None) -> None:
+        self.model = model
+        self.adapter = adapter
+        self._plan = make_plan(model, adapter, hf_model)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The adapted linear maps, in the order in which a forward pass meets them."""
+        return self._plan.sites
+
+    @property
+    def maps(self) -> tuple[SiteMap, ...]:
+        """Each site's δ(z) = sB(Az + a₀), in the model's basis."""
+        return self._plan.maps
+
+    @property
+    def heads(self) -> Heads:
+        """Numbers and width of the attention heads."""
+        return self._plan.view.heads
+
+    @property
+    def class_name(self) -> str:
+        """'HookedTransformer' or 'TransformerBridge'."""
+        return self._plan.view.class_name
+
+    @property
+    def embedding_output(self) -> str:
+        """The hook point after the token embedding."""
+        return self._plan.view.embedding_output()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def gate_dtype(self) -> torch.dtype:
+        """The dtype of gates and updates: the model's, never below float32."""
+        return self.maps[0].A.dtype
+
+    def site_index(self, name: str) -> int:
+        """The index of a site by name.
+
+        Raises:
+            SiteError: no such site.
+        """
+        return next(iter(match_sites([s.name for s in self.sites], {name: 0})))
+
+    def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
+        """ε as a tensor, from a number, a tensor, or {site name or glob: number} (others 0).
+
+        Raises:
+            SiteError: a name that matches no site, or as many gates as there are not sites.
+        """
+        count = len(self.sites)
+        if isinstance(scale, Mapping):
+            gates = torch.zeros(count, dtype=self.gate_dtype)
+            for index, value in match_sites([s.name for s in self.sites], scale).items():
+                gates[index] = value
+        elif isinstance(scale, Tensor) and scale.ndim:
+            gates = scale.to(self.gate_dtype)
+        else:
+            gates = torch.full((count,), float(scale), dtype=self.gate_dtype)
+        if gates.shape[-1] != count:
+            raise SiteError(f"{gates.shape[-1]} gates for {count} sites.")
+        return gates.to(self.device)
+
+    def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
+        """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.
+
+        Users' own hooks in the same list see and change the adapted model: whatever the order,
+        δ is computed from the input they leave and added before they see the output.
+        """
+        return site_hooks(self._plan, ScaleInject(self.maps, self.gates(scale)))
+
+    @contextlib.contextmanager
+    def applied(self, scale: Scale = 1.0) -> Iterator[Any]:
+        """Within the block, every tool of TransformerLens sees the adapted model.
+
+        On leaving, also by an exception, the model has exactly the hooks and weights it had.
+        """
+        with self.injected(ScaleInject(self.maps, self.gates(scale))):
+            yield self.model
+
+    @contextlib.contextmanager
+    def injected(self, inject: Inject) -> Iterator[None]:
+        """The sites' hooks with any injection, for the length of the block."""
+        with attached(self.model, site_hooks(self._plan, inject)):
+            yield
+
+    def prompts(self, prompts: PromptsLike) -> Prompts:
+        """Strings or ids as `Prompts`: see `lens_lora.prompts.prepare`."""
+        return prepare(self.model, prompts)
+
+    def logits(
+        self, prompts: PromptsLike, scale: Scale = 1.0
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the model at gates `scale`: 0 the base, 1 the adapted model. One forward pass.
+
+        Raises:
+            NumericsError: non-finite logits.
+        """
+        ready = self.prompts(prompts)
+        with torch.no_grad(), self.applied(scale):
+            logits = self.run(ready)
+        if not torch.isfinite(ready.at_read(logits)).all():
+            raise NumericsError(_first_non_finite(self, ready, scale))
+        return logits
+
+    def run(self, prompts: Prompts) -> Float[Tensor, "batch pos d_vocab"]:
+        """The model's own forward pass, under whatever hooks are on it."""
+        left = getattr(getattr(self.model, "tokenizer", None), "padding_side", None) == "left"
+        mask = {"attention_mask": torch.ones_like(prompts.tokens)} if left else {}
+        return self.model(prompts.tokens, return_type="logits", **mask)
+
+    def str_tokens(self, prompts: Prompts) -> list[list[str]]:
+        """Each prompt's tokens as strings, padding left out; ids where there is no tokenizer."""
+        rows = [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)]
+        return [self.decode(row) for row in rows]
+
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """Token ids as strings, one by one."""
+        tokenizer = getattr(self.model, "tokenizer", None)
+        return [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids]
+
+    def describe(self) -> dict[str, str]:
+        """What was laid over what, with which versions: kept with every saved result."""
+
+
+        return {
+            "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
+            "model_class": self.class_name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "adapter": self.adapter.name,
+            "base_of_adapter": self.adapter.base_model or "",
+            **versions(),
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"LoraLens({self.adapter!r} over {self.class_name}: {len(self.sites)} sites in "
+            f"{len({s.layer for s in self.sites})} layers)"
+        )
+
+
+def _first_non_finite(lens: LoraLens, prompts: Prompts, scale: Scale) -> str:
+    """Name the first hook point at which a non-finite activation appears."""
+    seen: list[str] = []
+
+    def watch(name: str) -> HookFn:
+        def check(tensor: Any, hook: Any) -> None:
+            del hook
+            is_float = isinstance(tensor, Tensor) and tensor.is_floating_point()
+            if not seen and is_float and not torch.isfinite(tensor).all():
+                seen.append(name)
+
+        return check
+
+    names = [n for n in lens.model.hook_dict if "attn_scores" not in n]
+    with torch.no_grad(), lens.applied(scale), attached(
+        lens.model, [(name, watch(name)) for name in names]
+    ):
+        lens.run(prompts)
+    where = seen[0] if seen else "the unembedding"
+    return f"non-finite activations first appear at {where}; check the model's dtype and weights."

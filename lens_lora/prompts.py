@@ -1,0 +1,152 @@
+"""Prompts: strings or tokens → ids [batch, pos], padded on the right, and where each is read.
+
+Right padding needs no mask in a causal model: no real token attends to a later one, and positions
+count from the left, so every real activation equals that of the prompt alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.errors import PromptError
+
+__all__ = ["Prompts", "PromptsLike", "prepare"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts. Each is read at its last token, `lengths − 1`.
+
+    Args:
+        tokens: [batch, pos] ids, padded on the right.
+        lengths: [batch], real tokens of each prompt.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    lengths: Int[Tensor, "batch"]
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
+            raise PromptError(
+                f"tokens are {tuple(self.tokens.shape)} and lengths {tuple(self.lengths.shape)}; "
+                "expected [batch, pos] and [batch]."
+            )
+        if not self.tokens.numel() or int(self.lengths.min()) < 1:
+            raise PromptError("an empty prompt has no position to read; give at least one token.")
+        if int(self.lengths.max()) > self.tokens.shape[1]:
+            raise PromptError(
+                f"a length of {int(self.lengths.max())} exceeds the {self.tokens.shape[1]} "
+                "positions of the tokens."
+            )
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def real(self) -> Tensor:
+        """[batch, pos] bool: which positions hold the prompt rather than padding."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
+
+    def at_read(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch vocab"]:
+        """The logits at each prompt's last token."""
+        rows = torch.arange(self.batch, device=logits.device)
+        return logits[rows, (self.lengths - 1).to(logits.device)]
+
+    def repeat(self, times: int) -> Prompts:
+        """Every prompt `times` times: p0 p0 … p1 p1 …"""
+        return Prompts(
+            self.tokens.repeat_interleave(times, 0), self.lengths.repeat_interleave(times, 0)
+        )
+
+    def row(self, index: int) -> Prompts:
+        """One prompt, without its padding."""
+        length = self.lengths[index : index + 1]
+        return Prompts(self.tokens[index : index + 1, : int(length)], length)
+
+
+PromptsLike = str | Sequence[str] | Int[Tensor, "batch pos"] | Prompts
+
+
+def prepare(model: Any, prompts: PromptsLike) -> Prompts:
+    """Tokenise with the model's own conventions (BOS as `model.to_tokens` prepends it).
+
+    Args:
+        prompts: a string, strings of any lengths, ids [batch, pos] read at the last position, or
+            `Prompts` with lengths of their own.
+
+    Raises:
+        PromptError: empty, too long for the context, ids outside the vocabulary, or a tensor
+            padded without lengths.
+    """
+    ready = _tokenise(model, prompts)
+    _check(model, ready)
+    return ready
+
+
+def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
+    device = next(model.parameters()).device
+    if isinstance(prompts, Prompts):
+        return Prompts(prompts.tokens.to(device), prompts.lengths.to(device))
+    if isinstance(prompts, Tensor):
+        return _from_tensor(model, prompts.to(device))
+    strings = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not strings or not all(isinstance(s, str) for s in strings):
+        raise PromptError("prompts must be a string, a list of strings, or token ids [batch, pos].")
+    if getattr(model, "tokenizer", None) is None:
+        raise PromptError("the model has no tokenizer, so strings cannot be read; pass token ids.")
+    for index, string in enumerate(strings):
+        if not string:
+            raise PromptError(f"prompt {index} is empty.")
+    rows = [model.to_tokens(s, truncate=False)[0].to(device) for s in strings]
+    lengths = torch.tensor([len(r) for r in rows], device=device)
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_filler(model))
+    return Prompts(tokens, lengths)
+
+
+def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise PromptError(f"token ids must be integers, not {tokens.dtype}.")
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2:
+        raise PromptError(f"token ids must be [batch, pos], not {tuple(tokens.shape)}.")
+    pad = _distinct_pad(model)
+    if pad is not None and tokens.numel() and bool((tokens[:, [0, -1]] == pad).any()):
+        raise PromptError(
+            f"a row of the token tensor begins or ends with the pad token {pad}, and the tensor "
+            "does not say which positions are real; pass strings, or Prompts(tokens, lengths) "
+            "padded on the right."
+        )
+    lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+    return Prompts(tokens, lengths)
+
+
+def _distinct_pad(model: Any) -> int | None:
+    """The pad id, where it means nothing else."""
+    tokenizer = getattr(model, "tokenizer", None)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    others = {getattr(tokenizer, f"{n}_token_id", None) for n in ("bos", "eos", "unk")}
+    return None if pad in others else pad
+
+
+def _filler(model: Any) -> int:
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    return pad if pad is not None and 0 <= pad < model.cfg.d_vocab else 0
+
+
+def _check(model: Any, prompts: Prompts) -> None:
+    cfg = model.cfg
+    longest, context = prompts.tokens.shape[1], getattr(cfg, "n_ctx", None)
+    if context and longest > context:
+        raise PromptError(f"the prompt has {longest} tokens, the model's context holds {context}.")
+    low, high = int(prompts.tokens.min()), int(prompts.tokens.max())
+    if low < 0 or high >= cfg.d_vocab:
+        raise PromptError(
+            f"token ids run from {low} to {high}; the model's vocabulary has {cfg.d_vocab}."
+        )

@@ -1,0 +1,168 @@
+"""Readouts u_y: what number is read from the logits at the read position.
+
+Logits and margins are in logits, log-probabilities in nats. A margin and a log-probability do not
+depend on a constant added to all logits; a single `Logit` does, so on a model with centred
+unembedding it differs from Hugging Face's by that constant (its *shift* under the adapter too).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.errors import TokenError
+
+__all__ = ["LogProb", "Logit", "Margin", "Readout", "token_ids"]
+
+TokenLike = str | int | Sequence[str | int] | Int[Tensor, "batch"]
+
+
+class Readout(abc.ABC):
+    """A number read from the logits at each prompt's last token."""
+
+    units = "logits"
+
+    @abc.abstractmethod
+    def bind(
+        self, model: Any, batch: int
+    ) -> Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, "batch"]]:
+        """The readout as a function of the logits, its tokens looked up for this batch.
+
+        Raises:
+            TokenError: a token string that is not one token.
+        """
+
+    @property
+    @abc.abstractmethod
+    def label(self) -> str:
+        """How tables and plots call it."""
+
+    @staticmethod
+    def of(
+        fn: Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, "batch"]],
+        label: str | None = None,
+    ) -> Readout:
+        """Any differentiable callable of the logits at the read position.
+
+        Args:
+            fn: [batch, d_vocab] → [batch], each row's number from that row alone.
+        """
+        return _Callable(fn, label or getattr(fn, "__name__", "readout"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Logit(Readout):
+    """The logit of a token: a string of one token, an id, or one of either per prompt."""
+
+    token: TokenLike
+
+    def bind(self, model: Any, batch: int) -> Callable[[Tensor], Tensor]:
+        ids = token_ids(model, self.token, batch)
+        return lambda logits: _pick(logits, ids)
+
+    @property
+    def label(self) -> str:
+        return f"logit({_name(self.token)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin(Readout):
+    """m = f_doc − f_pre, in logits: the document's fact against the pretrained one (note, §5)."""
+
+    doc: TokenLike
+    pre: TokenLike
+
+    def bind(self, model: Any, batch: int) -> Callable[[Tensor], Tensor]:
+        doc, pre = token_ids(model, self.doc, batch), token_ids(model, self.pre, batch)
+        if bool((doc == pre).any()):
+            raise TokenError(
+                f"doc and pre are the same token ({_name(self.doc)} and {_name(self.pre)}), so "
+                "their margin is zero whatever the model does."
+            )
+        return lambda logits: _pick(logits, doc) - _pick(logits, pre)
+
+    @property
+    def label(self) -> str:
+        return f"margin({_name(self.doc)} − {_name(self.pre)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProb(Readout):
+    """log p(token | prompt), in nats."""
+
+    token: TokenLike
+    units = "nats"
+
+    def bind(self, model: Any, batch: int) -> Callable[[Tensor], Tensor]:
+        ids = token_ids(model, self.token, batch)
+        return lambda logits: _pick(logits, ids) - logits.logsumexp(-1)
+
+    @property
+    def label(self) -> str:
+        return f"log p({_name(self.token)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Callable(Readout):
+    fn: Callable[[Tensor], Tensor]
+    name: str
+    units = "units of the readout"
+
+    def bind(self, model: Any, batch: int) -> Callable[[Tensor], Tensor]:
+        del model, batch
+        return self.fn
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+
+def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
+    """One id per prompt.
+
+    Raises:
+        TokenError: a string of several tokens, an id outside the vocabulary, or as many tokens
+            as there are not prompts.
+    """
+    if isinstance(token, Tensor):
+        token = token.tolist()
+    items = [token] * batch if isinstance(token, str | int) else list(token)
+    if len(items) != batch:
+        raise TokenError(f"{len(items)} tokens for {batch} prompts; give one, or one per prompt.")
+    return torch.tensor([_token_id(model, item) for item in items])
+
+
+def _token_id(model: Any, token: str | int) -> int:
+    if isinstance(token, int):
+        if not 0 <= token < model.cfg.d_vocab:
+            raise TokenError(f"token id {token} is outside the {model.cfg.d_vocab} of the model.")
+        return token
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise TokenError(f"the model has no tokenizer to look up {token!r}; pass the token's id.")
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) == 1:
+        return ids[0]
+    pieces = [tokenizer.decode([i]) for i in ids]
+    spaced = tokenizer(" " + token.lstrip(), add_special_tokens=False)["input_ids"]
+    hint = f" {' ' + token.lstrip()!r} is one token." if len(spaced) == 1 else ""
+    raise TokenError(
+        f"{token!r} is {len(ids)} tokens {pieces}, and this readout reads one.{hint} For answers "
+        "of several tokens pass the token at which they differ, or wait for AnswerMargin."
+    )
+
+
+def _pick(logits: Float[Tensor, "batch vocab"], ids: Int[Tensor, "batch"]) -> Tensor:
+    return logits.gather(-1, ids.to(logits.device)[:, None])[:, 0]
+
+
+def _name(token: TokenLike) -> str:
+    if isinstance(token, str | int):
+        return repr(token)
+    return "per prompt"
