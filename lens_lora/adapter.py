@@ -95,9 +95,7 @@ class Adapter:
         object.__setattr__(self, "modules", dict(sorted(self.modules.items(), key=_natural)))
 
     @classmethod
-    def from_factors(
-        cls, modules: Mapping[str, LoRAFactors], *, name: str = "adapter"
-    ) -> Adapter:
+    def from_factors(cls, modules: Mapping[str, LoRAFactors], *, name: str = "adapter") -> Adapter:
         """An adapter from factors at hand, keyed by Hugging Face module path."""
         return cls(dict(modules), name=name)
 

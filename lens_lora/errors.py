@@ -1,4 +1,4 @@
-"""What goes wrong, by cause. Every error names the place, the two facts that disagree, the remedy."""
+"""What goes wrong, by cause. Each names the place, the facts that disagree, the remedy."""
 
 
 class LensLoraError(Exception):

@@ -1,6 +1,6 @@
-"""LoraLens: an adapter laid over a hooked model, and f(ε), the function that all else differentiates.
+"""LoraLens: an adapter laid over a hooked model, and f(ε), of which all else is a derivative.
 
-    f(0) is the base model, f(1) the adapted one; ε has one gate per site.
+f(0) is the base model, f(1) the adapted one; ε has one gate per site.
 """
 
 from __future__ import annotations
@@ -176,7 +176,6 @@ class LoraLens:
     def describe(self) -> dict[str, str]:
         """What was laid over what, with which versions: kept with every saved result."""
 
-
         return {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,
@@ -207,8 +206,10 @@ def _first_non_finite(lens: LoraLens, prompts: Prompts, scale: Scale) -> str:
         return check
 
     names = [n for n in lens.model.hook_dict if "attn_scores" not in n]
-    with torch.no_grad(), lens.applied(scale), attached(
-        lens.model, [(name, watch(name)) for name in names]
+    with (
+        torch.no_grad(),
+        lens.applied(scale),
+        attached(lens.model, [(name, watch(name)) for name in names]),
     ):
         lens.run(prompts)
     where = seen[0] if seen else "the unembedding"

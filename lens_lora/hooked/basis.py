@@ -45,9 +45,7 @@ class SiteMap:
         def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device)
 
-        return SiteMap(
-            self.A.to(device), self.B.to(device), move(self.a0), move(self.a0_by_head)
-        )
+        return SiteMap(self.A.to(device), self.B.to(device), move(self.a0), move(self.a0_by_head))
 
     def coordinates(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
         """u = Az + a₀, the update's coordinates in its own rank space."""

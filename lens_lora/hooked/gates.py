@@ -17,7 +17,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -138,4 +137,3 @@ def attached(model: Any, hooks: Sequence[tuple[str, HookFn]]) -> Iterator[None]:
         for point, handle in added:
             handle.hook.remove()
             point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
-

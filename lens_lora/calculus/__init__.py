@@ -1,0 +1,1 @@
+"""Derivatives, corners and integrals of g(ε) = readout(f(ε)); no plotting, no files."""

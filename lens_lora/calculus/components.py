@@ -1,0 +1,108 @@
+"""The three components of a first-order shift (note, §3, after Prop. 1):
+
+    a_l = ‖δz_l‖ · ‖Jᵀu_y‖ · cos(δz_l, Jᵀu_y),   and the gain ‖J δz_l‖ / ‖δz_l‖.
+
+Norms run over a prompt's real positions and the site's features. J δz is the whole-vocabulary
+tangent at the read position, less its mean, so that the gain does not depend on the constant that
+a centred unembedding removes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.calculus.logit_shift import site_tangents
+from lens_lora.calculus.reverse import site_gradients
+from lens_lora.hooked.sites import Site
+from lens_lora.lens import LoraLens
+from lens_lora.prompts import PromptsLike
+from lens_lora.readout import Readout
+
+__all__ = ["Components", "components"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Components:
+    """Per prompt and site, at the base model: what makes a first-order shift large or small.
+
+    Attributes:
+        z_norm, delta_norm: ‖z‖ and ‖δz‖.
+        sensitivity: ‖Jᵀu_y‖, how much the readout listens to the site's output.
+        cosine: of δz and Jᵀu_y; NaN where either is zero.
+        gain: ‖J δz‖ / ‖δz‖ over the whole vocabulary; NaN where δz is zero.
+    """
+
+    sites: tuple[Site, ...]
+    z_norm: Float[Tensor, "batch site"]
+    delta_norm: Float[Tensor, "batch site"]
+    sensitivity: Float[Tensor, "batch site"]
+    cosine: Float[Tensor, "batch site"]
+    gain: Float[Tensor, "batch site"]
+
+    @property
+    def first_order(self) -> Float[Tensor, "batch site"]:
+        """a_l, as the product of its three components."""
+        product = self.delta_norm * self.sensitivity * self.cosine
+        return torch.where(self.cosine.isnan(), torch.zeros_like(product), product)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site."""
+        batch, count = self.z_norm.shape
+        columns = {
+            "prompt": [p for p in range(batch) for _ in range(count)],
+            "site": [s.name for s in self.sites] * batch,
+            "layer": [s.layer for s in self.sites] * batch,
+            "kind": [s.kind for s in self.sites] * batch,
+        }
+        fields = ("z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order")
+        values = {f: getattr(self, f).double().cpu().flatten().tolist() for f in fields}
+        return pd.DataFrame(columns | values)
+
+    def __repr__(self) -> str:
+        return f"Components({len(self.z_norm)} prompts × {len(self.sites)} sites)"
+
+
+def components(
+    lens: LoraLens, prompts: PromptsLike, readout: Readout, *, progress: bool = True
+) -> Components:
+    """‖z‖, ‖δz‖, ‖Jᵀu_y‖, cosine and gain of every site, at the base model.
+
+    Cost: one forward and one backward, and for the gain one dual forward pass per site.
+    """
+    ready = lens.prompts(prompts)
+    bound = readout.bind(lens.model, ready.batch)
+    real = ready.real[..., None]
+    columns: dict[str, list[Tensor]] = {
+        name: [torch.zeros(ready.batch, dtype=lens.gate_dtype)] * len(lens.sites)
+        for name in ("z", "delta", "gradient", "inner")
+    }
+
+    def visit(index: int, gradient: Tensor, z: Tensor) -> None:
+        delta = lens.maps[index](z) * real
+        gradient = gradient.to(delta.dtype) * real
+        columns["z"][index] = (z.to(delta.dtype) * real).flatten(1).norm(dim=1)
+        columns["delta"][index] = delta.flatten(1).norm(dim=1)
+        columns["gradient"][index] = gradient.flatten(1).norm(dim=1)
+        columns["inner"][index] = (gradient * delta).flatten(1).sum(1)
+
+    site_gradients(lens, ready, bound, lens.gates(0.0), visit)
+    z, delta, gradient, inner = (torch.stack(columns[n], 1) for n in columns)
+    moved = site_tangents(lens, ready, _centred_norm, progress=progress)
+    nan = torch.full_like(delta, float("nan"))
+    return Components(
+        sites=lens.sites,
+        z_norm=z,
+        delta_norm=delta,
+        sensitivity=gradient,
+        cosine=torch.where(delta * gradient > 0, inner / (delta * gradient), nan),
+        gain=torch.where(delta > 0, moved / delta, nan),
+    )
+
+
+def _centred_norm(tangent: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
+    return (tangent - tangent.mean(-1, keepdim=True)).norm(dim=-1)

@@ -1,0 +1,98 @@
+"""u_yᵀ J δz split into its parts, without ever building δz:
+
+    a = Σ_pos Σ_rank (GB)_rank · u_rank,    G = Jᵀu_y at the site's output,  u = A z + a₀.
+
+Heads: of the output for q, k, v (rows of B), of the input for o (columns of A).
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.attribution import AXES
+from lens_lora.hooked.basis import SiteMap
+
+__all__ = ["by_axes", "parts", "part_delta"]
+
+
+def by_axes(by: tuple[str, ...] | str) -> tuple[str, ...]:
+    """`by` in canonical order.
+
+    Raises:
+        ValueError: an axis that is none of position, head, rank.
+    """
+    wanted = (by,) if isinstance(by, str) else tuple(by)
+    unknown = [axis for axis in wanted if axis not in AXES]
+    if unknown:
+        raise ValueError(f"by={unknown}: expected any of {AXES}.")
+    return tuple(axis for axis in AXES if axis in wanted)
+
+
+def parts(
+    site: SiteMap,
+    kind: str,
+    heads: int,
+    gradient: Float[Tensor, "batch pos out"],
+    z: Float[Tensor, "batch pos in"],
+    by: tuple[str, ...],
+) -> Float[Tensor, "batch *by"]:
+    """⟨G, δz⟩ of one site, kept apart along `by` ('head' last slot: outside attention)."""
+    gradient = gradient.to(site.B.dtype)
+    split = _by_head(site, kind, heads, gradient, z) if "head" in by and heads else None
+    if split is None:
+        whole = (gradient @ site.B) * site.coordinates(z)
+        split = whole[:, :, None]
+    summed = [axis for axis, name in ((1, "position"), (2, "head"), (3, "rank")) if name not in by]
+    return split.sum(summed) if summed else split
+
+
+def _by_head(
+    site: SiteMap, kind: str, heads: int, gradient: Tensor, z: Tensor
+) -> Float[Tensor, "batch pos head rank"]:
+    if kind == "o":
+        u = einsum(
+            z.to(site.A.dtype).unflatten(-1, (heads, -1)),
+            site.A.unflatten(-1, (heads, -1)),
+            "b p h d, r h d -> b p h r",
+        )
+        if site.a0_by_head is not None:
+            u = u + site.a0_by_head
+        return (gradient @ site.B)[:, :, None] * u
+    back = einsum(
+        gradient.unflatten(-1, (heads, -1)),
+        site.B.unflatten(0, (heads, -1)),
+        "b p h d, h d r -> b p h r",
+    )
+    return back * site.coordinates(z)[:, :, None]
+
+
+def part_delta(
+    site: SiteMap,
+    kind: str,
+    heads: int,
+    z: Float[Tensor, "pos in"],
+    *,
+    position: int | None = None,
+    head: int | None = None,
+    rank: int | None = None,
+) -> Float[Tensor, "pos out"]:
+    """δz of one site on one prompt, with everything but the named part set to zero."""
+    u = site.coordinates(z)
+    if head is not None and kind == "o":
+        width = z.shape[-1] // heads
+        some = slice(head * width, (head + 1) * width)
+        u = z[:, some].to(site.A.dtype) @ site.A[:, some].T
+        if site.a0_by_head is not None:
+            u = u + site.a0_by_head[head]
+    if rank is not None:
+        u = u * torch.nn.functional.one_hot(torch.tensor(rank), u.shape[-1]).to(u)
+    if position is not None:
+        u = u * torch.nn.functional.one_hot(torch.tensor(position), len(u)).to(u)[:, None]
+    delta = u @ site.B.T
+    if head is not None and kind != "o":
+        rows = torch.arange(delta.shape[-1], device=delta.device) // (delta.shape[-1] // heads)
+        delta = delta * (rows == head).to(delta)
+    return delta

@@ -1,0 +1,130 @@
+"""Forward mode: the tangent J δz of the whole vocabulary, by dual numbers through the hooks.
+
+A site's tangent is injected at its write hook: output ← output + ε·δ(z), with ε a dual number of
+value `at` and derivative 1. Different sites (or parts) ride in different rows of the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.autograd.forward_ad as fwad
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lens_lora.calculus.contract import part_delta
+from lens_lora.calculus.function import chunk_rows, read_logits
+from lens_lora.hooked.gates import ScaleInject, add
+from lens_lora.lens import LoraLens
+from lens_lora.prompts import Prompts
+
+__all__ = ["Part", "joint_tangent", "part_tangents"]
+
+Through = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows *out"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A direction in gate space: one site, perhaps only one of its positions, heads or ranks."""
+
+    site: int
+    position: int | None = None
+    head: int | None = None
+    rank: int | None = None
+
+
+class JointInject:
+    """Every site's gate is the dual number at_l + direction_l · d."""
+
+    def __init__(
+        self, lens: LoraLens, at: Float[Tensor, "site"], direction: Float[Tensor, "*batch site"]
+    ) -> None:
+        self._maps, self._at, self._direction = lens.maps, at, direction
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
+        direction = self._direction[..., index]
+        gate = fwad.make_dual(self._at[index].expand_as(direction).clone(), direction.clone())
+        return add(out, self._maps[index](z), gate)
+
+
+class _PartsInject:
+    """Row i of the batch moves along parts[i]; every row runs at the gates `at`."""
+
+    def __init__(
+        self, lens: LoraLens, at: Float[Tensor, "site"], parts: Sequence[Part], copies: int
+    ) -> None:
+        self._scaled = ScaleInject(lens.maps, at)
+        self._lens = lens
+        self._rows: dict[int, list[tuple[int, Part]]] = {}
+        for row in range(len(parts) * copies):
+            part = parts[row % len(parts)]
+            self._rows.setdefault(part.site, []).append((row, part))
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        moved = self._scaled(index, out, z)
+        rows = self._rows.get(index)
+        if rows is None:
+            return moved
+        site, primal = self._lens.sites[index], fwad.unpack_dual(z).primal
+        heads = self._lens.heads.of(site.kind)
+        delta = torch.zeros(*z.shape[:2], out.flatten(2).shape[-1], dtype=out.dtype)
+        delta = delta.to(out.device)
+        for row, part in rows:
+            delta[row] = part_delta(
+                self._lens.maps[index],
+                site.kind,
+                heads,
+                primal[row],
+                position=part.position,
+                head=part.head,
+                rank=part.rank,
+            ).to(out.dtype)
+        moved = out if moved is None else moved
+        return moved + fwad.make_dual(torch.zeros_like(out), delta.view(out.shape))
+
+
+def joint_tangent(
+    lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], direction: Float[Tensor, "site"]
+) -> Float[Tensor, "batch vocab"]:
+    """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass."""
+    with torch.no_grad(), fwad.dual_level(), lens.injected(JointInject(lens, at, direction)):
+        return _tangent(read_logits(lens, prompts))
+
+
+def part_tangents(
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "site"],
+    parts: Sequence[Part],
+    through: Through,
+    *,
+    keep: Callable[[Tensor], Tensor] = lambda tangent: tangent,
+    progress: bool = True,
+) -> Float[Tensor, "batch part *out"]:
+    """The tangent of each part, pushed through `through` (vocabulary columns, or a readout).
+
+    `keep` then says what of each tangent is kept ([batch, …] → [batch, …]).
+
+    As many dual forward passes as parts, batched in rows.
+    """
+    step, found = chunk_rows(prompts), []
+    bar = tqdm(total=len(parts), desc="tangents", leave=False, disable=not progress)
+    with torch.no_grad(), bar:
+        for start in range(0, len(parts), step):
+            some = parts[start : start + step]
+            with fwad.dual_level(), lens.injected(_PartsInject(lens, at, some, prompts.batch)):
+                rows = read_logits(lens, prompts.repeat(len(some)))
+                rows = rows.view(prompts.batch, len(some), -1)
+                found.append(
+                    torch.stack([keep(_tangent(through(rows[:, j]))) for j in range(len(some))], 1)
+                )
+            bar.update(len(some))
+    return torch.cat(found, 1)
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    primal, tangent = fwad.unpack_dual(dual)
+    return torch.zeros_like(primal) if tangent is None else tangent.clone()

@@ -1,0 +1,48 @@
+"""The noise floor: how far a readout moves from rounding alone.
+
+A difference of two float32 readouts is noise once it is small. The floor is measured: the token
+embedding is perturbed by relative noise of the size of the model's rounding, and the readout's
+root-mean-square movement over a few draws is taken. Never less than one rounding of the readout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.calculus.function import Bound, read_logits
+from lens_lora.hooked.gates import ScaleInject, attached
+from lens_lora.lens import LoraLens
+from lens_lora.prompts import Prompts
+
+__all__ = ["noise_floor"]
+
+_DRAWS = 8
+
+
+def noise_floor(lens: LoraLens, prompts: Prompts, readout: Bound) -> Float[Tensor, "batch"]:
+    """σ of g(1) − g(0) from rounding, in the readout's units. Eight forward passes, batched.
+
+    The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁹ for bfloat16.
+    """
+    unit = torch.finfo(lens.dtype).eps / 2
+    generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def perturb(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        noise[: prompts.batch] = 0
+        return (tensor.double() * (1 + unit * noise.to(tensor.device))).to(tensor.dtype)
+
+    many = Prompts(prompts.tokens.repeat(1 + _DRAWS, 1), prompts.lengths.repeat(1 + _DRAWS))
+    adapted = ScaleInject(lens.maps, lens.gates(1.0))
+    noisy = attached(lens.model, [(lens.embedding_output, perturb)])
+    with torch.no_grad(), noisy, lens.injected(adapted):
+        rows = read_logits(lens, many).unflatten(0, (1 + _DRAWS, prompts.batch))
+    values = torch.stack([readout(row) for row in rows])
+    moved = (values[1:] - values[0]).square().mean(0).sqrt()
+    rounding = unit * rows[0].abs().amax(-1).to(moved.dtype)
+    return 2**0.5 * torch.maximum(moved, rounding)
