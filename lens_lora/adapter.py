@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +59,10 @@ class LoRAFactors:
             )
         if 0 in self.A.shape or 0 in self.B.shape:
             raise AdapterError(f"empty factors: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}.")
-        if not (self.A.is_floating_point() and self.B.is_floating_point()):
+        if not (self.A.dtype in _DTYPES and self.B.dtype in _DTYPES):
             raise AdapterError(
-                f"factors must be floating point, not {self.A.dtype} and {self.B.dtype}; "
-                "dequantise the adapter before it is read."
+                f"factors must be floating point of 16 bits or more, not {self.A.dtype} and "
+                f"{self.B.dtype}; dequantise the adapter before it is read."
             )
         if not (torch.isfinite(self.A).all() and torch.isfinite(self.B).all()):
             raise AdapterError("the factors contain NaN or infinite entries.")
@@ -119,7 +121,15 @@ class Adapter:
             peft_model, adapter_name=adapter_name, save_embedding_layers=False
         )
         state = {key: value.detach().clone().cpu() for key, value in state.items()}
-        return _from_state(config, state, source=f"PeftModel[{adapter_name!r}]", name=adapter_name)
+        saved = _from_state(config, state, source=f"PeftModel[{adapter_name!r}]", name=adapter_name)
+        live = {
+            path: module.scaling[adapter_name]
+            for path, module in peft_model.get_base_model().named_modules()
+            if path in saved.modules  # set_scale() changes a live layer's s, not the config
+        }
+        return saved._with(
+            {p: dataclasses.replace(f, scale=live[p]) for p, f in saved.modules.items()}
+        )
 
     def only(self, *globs: str) -> Adapter:
         """The modules whose path matches one of the globs ('*.q_proj').
@@ -232,23 +242,34 @@ def _read_config(folder: Path) -> PeftConfig:
     from peft import PeftConfig
 
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
+        fields = json.loads((folder / _CONFIG).read_text())
     except Exception as error:
         raise AdapterError(
             f"{folder / _CONFIG}: PEFT cannot read it ({type(error).__name__}: {error}). MLX and "
             "other tools use the same file name with another format; convert it to PEFT's."
         ) from error
+    for field, value in fields.items():
+        is_set = value is True or (isinstance(value, list | dict) and value)
+        if is_set and not hasattr(config, field):
+            raise UnsupportedAdapterError(
+                f"{folder / _CONFIG}: {field}={value!r} is unknown to the installed peft, which "
+                "would ignore it; upgrade peft to the version that saved the adapter "
+                f"({fields.get('peft_version', 'not stated')})."
+            )
+    return config
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     from peft.utils.save_and_load import load_peft_weights
 
     try:
-        return load_peft_weights(str(folder), device="cpu")
+        tensors = load_peft_weights(str(folder), device="cpu")
     except Exception as error:
         raise AdapterError(
             f"{folder / _WEIGHTS}: not a whole safetensors file ({type(error).__name__}: {error})."
         ) from error
+    return {key: tensor.clone() for key, tensor in tensors.items()}  # not the mapped file itself
 
 
 def _from_state(config: PeftConfig, state: dict[str, Tensor], *, source: str, name: str) -> Adapter:
@@ -256,20 +277,21 @@ def _from_state(config: PeftConfig, state: dict[str, Tensor], *, source: str, na
     pairs, left_over = _pair_up(state, source)
     if left_over:
         raise _left_over_error(left_over, source)
-    modules = {
-        path: _factors(path, A, B, _scale(config, path, A.shape[0], source), source)
-        for path, (A, B) in pairs.items()
-    }
+    modules = {path: _factors(config, path, A, B, source) for path, (A, B) in pairs.items()}
     if not modules:
         raise AdapterError(f"{source}: no lora_A / lora_B tensors.")
-    return Adapter(modules, name=name, base_model=config.base_model_name_or_path or None)
+    base = config.base_model_name_or_path or None
+    if not isinstance(base, str | None):
+        raise AdapterError(f"{source}: base_model_name_or_path={base!r}; expected a name.")
+    return Adapter(modules, name=name, base_model=base)
 
 
-def _factors(path: str, A: Tensor, B: Tensor, scale: float, source: str) -> LoRAFactors:
+def _factors(config: Any, path: str, A: Tensor, B: Tensor, source: str) -> LoRAFactors:
     try:
-        return LoRAFactors(A, B, scale)
+        factors = LoRAFactors(A, B)
     except AdapterError as error:
         raise AdapterError(f"{source}, module {path}: {error}") from error
+    return dataclasses.replace(factors, scale=_scale(config, path, factors.rank, source))
 
 
 def _pair_up(
@@ -281,7 +303,7 @@ def _pair_up(
     for key, tensor in state.items():
         for half in ("A", "B"):
             suffix = f".lora_{half}.weight"
-            if key.startswith(_PREFIX) and key.endswith(suffix):
+            if key.startswith(_PREFIX) and key[len(_PREFIX) :].endswith(suffix):
                 path = key[len(_PREFIX) : -len(suffix)]
                 halves.setdefault(path, {})[half] = tensor
                 break
@@ -318,18 +340,37 @@ def _left_over_error(keys: list[str], source: str) -> AdapterError:
 
 def _scale(config: Any, path: str, rank: int, source: str) -> float:
     """PEFT's scale: α/r, or α/√r for rsLoRA, with r and α from the patterns."""
-    from peft.utils.other import get_pattern_key
-
-    rank_key = get_pattern_key(list(config.rank_pattern or {}), path)
-    alpha_key = get_pattern_key(list(config.alpha_pattern or {}), path)
-    configured = (config.rank_pattern or {}).get(rank_key, config.r)
+    configured = _by_pattern(config, "rank_pattern", path, config.r, source)
     if configured != rank:
         raise AdapterError(
             f"{source}, module {path}: the config says rank {configured}, the tensors have rank "
             f"{rank}; one of the two files belongs to another adapter."
         )
-    alpha = (config.alpha_pattern or {}).get(alpha_key, config.lora_alpha)
-    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    alpha = _by_pattern(config, "alpha_pattern", path, config.lora_alpha, source)
+    try:
+        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    except (TypeError, OverflowError):
+        scale = math.nan
+    if scale == 0 or not math.isfinite(scale):
+        raise AdapterError(
+            f"{source}, module {path}: lora_alpha is {alpha!r} and the rank {rank}, so s = α/r is "
+            "zero or no finite number; the config is not the one the adapter was trained with."
+        )
+    return scale
+
+
+def _by_pattern(config: Any, field: str, path: str, default: Any, source: str) -> Any:
+    """The value of the first pattern that PEFT matches with the path, else the default."""
+    from peft.utils.other import get_pattern_key
+
+    pattern = getattr(config, field) or {}
+    try:
+        return pattern.get(get_pattern_key(list(pattern), path), default)
+    except Exception as error:
+        raise AdapterError(
+            f"{source}: {field}={pattern!r} does not map patterns of module names to numbers "
+            f"({error})."
+        ) from error
 
 
 _DORA_REMEDY = (
@@ -348,6 +389,7 @@ _REFUSALS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("trainable_token_indices", bool, "Trained token rows are not LoRA; train without them."),
     ("target_parameters", bool, "LoRA on bare parameters is not read; target linear modules."),
     ("alora_invocation_tokens", bool, "aLoRA depends on the position; train a plain LoRA."),
+    ("use_qalora", bool, "QA-LoRA pools the input of A; train with use_qalora=False."),
     ("layer_replication", bool, "Replicated layers change the base model; train without them."),
     ("megatron_config", bool, "Megatron's parallel linears are not read; save a plain LoRA."),
     ("init_lora_weights", lambda v: v not in _HARMLESS_INITS, _CONVERT_REMEDY),
@@ -372,4 +414,4 @@ def _refuse_variants(config: Any, source: str) -> None:
 
 def _natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
     """Sort key: 'layers.2' before 'layers.10'."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in item[0].split(".")]
+    return [(0, len(p), p) if p.isdigit() else (1, 0, p) for p in item[0].split(".")]

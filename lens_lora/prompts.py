@@ -32,6 +32,8 @@ class Prompts:
     lengths: Int[Tensor, "batch"]
 
     def __post_init__(self) -> None:
+        _require_integers("token ids", self.tokens)
+        _require_integers("lengths", self.lengths)
         if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
             raise PromptError(
                 f"tokens are {tuple(self.tokens.shape)} and lengths {tuple(self.lengths.shape)}; "
@@ -111,8 +113,7 @@ def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
 
 
 def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise PromptError(f"token ids must be integers, not {tokens.dtype}.")
+    _require_integers("token ids", tokens)
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2:
         raise PromptError(f"token ids must be [batch, pos], not {tuple(tokens.shape)}.")
@@ -125,6 +126,11 @@ def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
         )
     lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
     return Prompts(tokens, lengths)
+
+
+def _require_integers(what: str, values: Tensor) -> None:
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise PromptError(f"{what} must be integers, not {values.dtype}.")
 
 
 def _distinct_pad(model: Any) -> int | None:

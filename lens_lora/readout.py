@@ -140,15 +140,20 @@ def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
 
 def _token_id(model: Any, token: str | int) -> int:
     if isinstance(token, int):
-        if not 0 <= token < model.cfg.d_vocab:
-            raise TokenError(f"token id {token} is outside the {model.cfg.d_vocab} of the model.")
-        return token
+        return _in_vocabulary(model, token, f"token id {token}")
+    if not isinstance(token, str):
+        raise TokenError(f"{token!r} is neither a token string nor an id.")
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise TokenError(f"the model has no tokenizer to look up {token!r}; pass the token's id.")
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) == 1:
-        return ids[0]
+        if ids[0] == getattr(tokenizer, "unk_token_id", None) and token != tokenizer.unk_token:
+            raise TokenError(
+                f"{token!r} is not in the vocabulary: the tokenizer reads it as "
+                f"{tokenizer.unk_token!r}. Check its spelling and case."
+            )
+        return _in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
     pieces = [tokenizer.decode([i]) for i in ids]
     spaced = tokenizer(" " + token.lstrip(), add_special_tokens=False)["input_ids"]
     hint = f" {' ' + token.lstrip()!r} is one token." if len(spaced) == 1 else ""
@@ -156,6 +161,12 @@ def _token_id(model: Any, token: str | int) -> int:
         f"{token!r} is {len(ids)} tokens {pieces}, and this readout reads one.{hint} For answers "
         "of several tokens pass the token at which they differ, or wait for AnswerMargin."
     )
+
+
+def _in_vocabulary(model: Any, token_id: int, what: str) -> int:
+    if not 0 <= token_id < model.cfg.d_vocab:
+        raise TokenError(f"{what} is outside the {model.cfg.d_vocab} of the model.")
+    return token_id
 
 
 def _pick(logits: Float[Tensor, "batch vocab"], ids: Int[Tensor, "batch"]) -> Tensor:

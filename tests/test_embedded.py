@@ -76,7 +76,13 @@ def test_base_model_is_plain(base):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert "quantization_config" not in model.config.to_dict()
-    assert tokenizer.bos_token_id == 1
+
+
+def test_tokenizer_adds_nothing(base):
+    _, tokenizer = base
+    assert tokenizer("The capital of France is").input_ids == [504, 3575, 282, 4649, 314]
+    assert tokenizer.decode(tokenizer(" Lyon 2024").input_ids) == " Lyon 2024"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
 
 
 def test_folder_suits_transformer_lens():
@@ -103,9 +109,7 @@ def fake_conversion(monkeypatch, tokenizer):
     model = SimpleNamespace(from_pretrained=lambda *_, **__: (Saves("model"), {}))
     monkeypatch.setattr(embedded, "AutoModelForCausalLM", model)
     monkeypatch.setattr(embedded, "_plain", lambda loaded: loaded)
-    monkeypatch.setattr(
-        embedded, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer)
-    )
+    monkeypatch.setattr(embedded, "_tokenizer", lambda gguf: tokenizer)
 
 
 def test_conversion_happens_once(tmp_path, monkeypatch):

@@ -230,8 +230,8 @@ class RemainderCurve:
 
 
 def default_scales() -> list[float]:
-    """Small ones for the order, even ones for the story: 0.001 … 0.08, 0.1, 0.2 … 1."""
-    return [*np.geomspace(1e-3, 8e-2, 8).tolist(), *np.linspace(0.1, 1.0, 10).round(3).tolist()]
+    """Small ones for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2 … 1."""
+    return [*np.geomspace(1e-4, 8e-2, 10).tolist(), *np.linspace(0.1, 1.0, 10).round(3).tolist()]
 
 
 def remainder_curve(
@@ -244,7 +244,7 @@ def remainder_curve(
 ) -> RemainderCurve:
     """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
 
-    Cost: one forward and one backward, and one forward pass per scale (18 by default), batched.
+    Cost: one forward and one backward, and one forward pass per scale (20 by default), batched.
     """
     ready = lens.prompts(prompts)
     attribution = first_order(lens, ready, readout)
@@ -281,17 +281,18 @@ def curve_of(
     )
 
 
-_FIT_POINTS = 5
+_FIT_DECADE = 10.0
 
 
 def _order(
     scales: Float[Tensor, "scale"], rest: Float[Tensor, "scale"], floor: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
-    """Slope of log|R| on log ε over the smallest scales whose remainder clears the noise."""
+    """Slope of log|R| on log ε over the first decade of scales whose remainder clears the noise."""
     clear = (scales > 0) & (rest.abs() > 10 * floor)
-    log_scale = scales[clear][:_FIT_POINTS].double().log()
-    log_rest = rest[clear][:_FIT_POINTS].double().abs().log()
-    if len(log_scale) < 3:
+    scales, rest = scales[clear].double(), rest[clear].double()
+    if len(scales) < 3:
         return torch.tensor(float("nan"), dtype=torch.float64, device=rest.device)
+    fitted = max(3, int((scales <= _FIT_DECADE * scales[0]).sum()))
+    log_scale, log_rest = scales[:fitted].log(), rest[:fitted].abs().log()
     centred = log_scale - log_scale.mean()
     return (centred @ log_rest) / (centred @ centred)

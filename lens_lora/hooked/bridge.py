@@ -80,5 +80,13 @@ class BridgeView:
         del layer, kind
         return None
 
-    def is_processed(self) -> bool:
+    def is_folded(self, layer: int, kind: str) -> bool:
+        """A folded norm is left with weight 1 and bias 0."""
+        name = "ln1" if kind in ATTENTION_KINDS else "ln2"
+        norm = getattr(self.model.blocks[layer], name).original_component
+        bias = getattr(norm, "bias", None)
+        is_unit = bool((norm.weight == 1).all()) and (bias is None or not bool(bias.any()))
+        return self.needs_base() and is_unit
+
+    def needs_base(self) -> bool:
         return bool(getattr(self.model, "_weights_processed", False))

@@ -77,7 +77,11 @@ class HookedTransformerView:
         bias = getattr(norm, "b", None)
         return norm.w.detach(), None if bias is None else bias.detach()
 
-    def is_processed(self) -> bool:
+    def is_folded(self, layer: int, kind: str) -> bool:
+        del layer, kind
+        return self.needs_base()
+
+    def needs_base(self) -> bool:
         return str(self.model.cfg.normalization_type).endswith("Pre")
 
 

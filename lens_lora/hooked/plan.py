@@ -68,7 +68,7 @@ def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: 
     is_writer = site.kind in WRITER_KINDS
     norm_path = view.family.norm_path(site.layer, site.kind)
     if base is None:
-        if view.is_processed():
+        if view.needs_base():
             _require_base(view, site, norm_path)
         folded = False
         centred = layer_norm and is_writer and _is_centred(weight)
@@ -82,7 +82,7 @@ def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: 
             layer_norm=layer_norm,
             is_writer=is_writer,
         )
-        folded = view.is_processed() and norm_path is not None
+        folded = norm_path is not None and view.is_folded(site.layer, site.kind)
         centred = done.centred
         _check_folding(site, folded, done.folded, gamma)
     if folded and base is not None and norm_path is not None:
@@ -148,7 +148,8 @@ def _folded_value_bias(
     path = view.family.path(site.layer, "v")
     bias = base.bias(path, rows)
     norm_path = view.family.norm_path(site.layer, "v")
-    beta = base.affine(norm_path)[1] if norm_path and view.is_processed() else None
+    folded = norm_path is not None and view.is_folded(site.layer, "v")
+    beta = base.affine(norm_path)[1] if folded else None
     total = torch.zeros(view.heads.n_kv * view.heads.d_head, dtype=torch.float64)
     if bias is not None:
         total += bias.double().cpu()
@@ -159,7 +160,7 @@ def _folded_value_bias(
 
 
 def _may_have_processed(view: HookedView) -> bool:
-    return view.class_name == "HookedTransformer" or view.is_processed()
+    return view.class_name == "HookedTransformer" or view.needs_base()
 
 
 def _value_rows(view: HookedView, site: SiteFactors) -> Tensor | None:

@@ -56,8 +56,12 @@ class HookedView(Protocol):
         """(γ, β) between the recorded z and the linear, where the model still holds it."""
         ...
 
-    def is_processed(self) -> bool:
-        """Whether the norm's affine was folded away, so that the base model must supply it."""
+    def is_folded(self, layer: int, kind: str) -> bool:
+        """Whether the affine of the norm that this kind reads was folded into the weights."""
+        ...
+
+    def needs_base(self) -> bool:
+        """Whether the weights were processed, so that the base model must supply what is gone."""
         ...
 
 

@@ -1,0 +1,99 @@
+"""f(ε) equals PEFT's active adapter on the Hugging Face model, in float64, whatever the processing."""
+
+from __future__ import annotations
+
+import cases
+import models
+import pytest
+import reference
+import torch
+
+import lens_lora as ll
+
+pytestmark = pytest.mark.usefixtures("float64")
+EXACT = 1e-9
+
+EVERY_FLAG = [
+    (family, cls, flags)
+    for family in models.FAMILIES
+    for cls in models.MAKERS
+    for flags in cases.FLAGS
+]
+
+
+def worst(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((cases.centred(a) - cases.centred(b)).abs().max())
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), EVERY_FLAG)
+def test_adapted_logits_equal_peft(family: str, cls: str, flags: str):
+    """f(1) is PEFT's model on every linear module, f(0) the base, and they are far apart."""
+    case, tokens = cases.case(family, cls, flags), models.tokens()
+    with torch.no_grad():
+        base, adapted = case.base(tokens).logits, case.peft(tokens).logits
+    assert worst(case.lens.logits(tokens, 0.0), base) < EXACT
+    assert worst(case.lens.logits(tokens, 1.0), adapted) < EXACT
+    assert worst(base, adapted) > 0.1
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
+def test_default_targets_equal_peft(family: str, cls: str, flags: str):
+    """The modules that PEFT adapts by default, alone."""
+    case = cases.case(family, cls, flags, tuple(models.PEFT_DEFAULTS[family]))
+    tokens = models.tokens()
+    with torch.no_grad():
+        assert worst(case.lens.logits(tokens), case.peft(tokens).logits) < EXACT
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), cases.CASES)
+def test_one_module_at_a_time_equals_peft(family: str, cls: str, flags: str):
+    """Each module's gate alone, at a scale that is neither 0 nor 1: no error can hide in a sum."""
+    case, tokens = cases.case(family, cls, flags), models.tokens(batch=1)
+    every = list(case.lens.adapter.modules)
+    for module in every:
+        sites = {s.name: 0.7 for s in case.lens.sites if s.module == module}
+        factors = {m: 0.7 if m == module else 0.0 for m in every}
+        with torch.no_grad(), reference.peft_scales(case.peft, factors):
+            oracle = case.peft(tokens).logits
+        assert worst(case.lens.logits(tokens, sites), oracle) < EXACT, module
+
+
+@pytest.mark.parametrize("config", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 5}}])
+def test_scales_equal_peft(config: dict):
+    """rsLoRA and rank patterns reach the logits."""
+    base = models.hf_model("llama")
+    peft = models.peft_model("llama", base, alpha_pattern={"v_proj": 11}, **config)
+    (cls, *_) = models.MAKERS
+    lens = ll.LoraLens(models.MAKERS[cls](base), ll.Adapter.from_peft(peft))
+    tokens = models.tokens()
+    with torch.no_grad():
+        assert worst(lens.logits(tokens), peft(tokens).logits) < EXACT
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_both_classes_read_the_file_alike(cls: str, tmp_path):
+    """From disk as from the live PeftModel: factors stored in float64 lose nothing."""
+    base = models.hf_model("gpt2")
+    peft = models.peft_model("gpt2", base)
+    peft.save_pretrained(tmp_path)
+    lens = ll.LoraLens(models.MAKERS[cls](base), ll.load_adapter(tmp_path))
+    tokens = models.tokens()
+    with torch.no_grad():
+        assert worst(lens.logits(tokens), peft(tokens).logits) < EXACT
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_as_good_as_its_rounding(cls: str, dtype: torch.dtype):
+    """A model in low precision is off by its own rounding and no more."""
+    base = models.hf_model("llama")
+    peft = models.peft_model("llama", base)
+    low = models.MAKERS[cls](models.hf_model("llama").to(dtype))
+    tokens = models.tokens()
+    lens = ll.LoraLens(low, ll.Adapter.from_peft(peft))
+    with torch.no_grad():
+        adapted, plain = peft(tokens).logits, base(tokens).logits
+    scale = float(adapted.abs().max())
+    bound = 64 * torch.finfo(dtype).eps * scale
+    assert worst(lens.logits(tokens, 0.0).double(), plain) < bound
+    assert worst(lens.logits(tokens).double(), adapted) < bound
