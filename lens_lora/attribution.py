@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pandas as pd
 import torch
@@ -92,9 +92,8 @@ class Attribution:
         if group not in labels:
             raise ValueError(f"group {group!r}: expected 'site', 'layer' or 'kind'.")
         frame = pd.DataFrame(self.per_site.T.double().cpu().numpy(), index=labels[group])
-        frame = frame.groupby(level=0, sort=False).sum()
-        frame.index.name, frame.columns.name = group, "prompt"
-        return frame
+        summed = cast(pd.DataFrame, frame.groupby(level=0, sort=False).sum())
+        return summed.rename_axis(index=group, columns="prompt")
 
     def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
         """The k sites of largest |value|, with their share of the shift.

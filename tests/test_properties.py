@@ -1,0 +1,105 @@
+"""Properties over random ranks, scales, targets, paddings and processings (hypothesis)."""
+
+from __future__ import annotations
+
+import cases
+import models
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lens_lora as ll
+
+pytestmark = pytest.mark.usefixtures("float64")
+PROPERTY = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+SITES = [(f, c, p) for f in models.FAMILIES for c in models.MAKERS for p in cases.FLAGS]
+
+
+@st.composite
+def factors(draw, family: str) -> dict[str, ll.LoRAFactors]:
+    """A few modules of the family, each with its own rank and scale."""
+    (cls, *_) = models.MAKERS
+    every = cases.case(family, cls, "raw").lens.adapter.modules
+    chosen = draw(st.lists(st.sampled_from(list(every)), min_size=1, max_size=4, unique=True))
+    found = {}
+    for i, module in enumerate(chosen):
+        rank, seed = draw(st.integers(1, 20)), draw(st.integers(0, 99))
+        generator = models.seeded(seed * 10 + i)
+        shape = every[module].B.shape[0], every[module].A.shape[1]
+        A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64) * 0.2
+        B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64) * 0.2
+        scale = draw(st.sampled_from([-2.0, 0.5, 1.0, 3.0]))
+        found[module] = ll.LoRAFactors(A, B, scale)
+    return found
+
+
+def merged_logits(family: str, adapter: ll.Adapter, tokens: torch.Tensor) -> torch.Tensor:
+    """The oracle: ΔW added to the Hugging Face weights."""
+    base = models.hf_model(family)
+    with torch.no_grad():
+        for path, f in adapter.modules.items():
+            module = base.get_submodule(path)
+            delta = f.materialise()
+            module.weight += delta.T if type(module).__name__ == "Conv1D" else delta
+        return base(tokens).logits
+
+
+@PROPERTY
+@given(data=st.data())
+def test_any_factors_on_any_model_are_exact(data):
+    """f(1) equals the merged weights; the sum of heads, ranks and positions equals the site."""
+    family, cls, flags = data.draw(st.sampled_from(SITES))
+    adapter = ll.Adapter.from_factors(data.draw(factors(family)))
+    case = cases.case(family, cls, flags)
+    lens = ll.LoraLens(case.model, adapter, hf_model=case.base)
+    pos = data.draw(st.integers(1, models.CONTEXT))
+    tokens = models.tokens(batch=data.draw(st.integers(1, 3)), pos=pos)
+    found, expected = lens.logits(tokens), merged_logits(family, adapter, tokens)
+    size = max(1.0, float(expected.abs().max()))
+    assert (cases.centred(found) - cases.centred(expected)).abs().max() < 1e-9 * size
+    by = data.draw(st.sets(st.sampled_from(["position", "head", "rank"])))
+    margin = ll.Margin(5, 9)
+    split, whole = (ll.first_order(lens, tokens, margin, by=b) for b in (tuple(by), ()))
+    largest = max(float(whole.values.abs().max()), 1e-12)
+    assert (split.per_site - whole.values).abs().max() < 1e-10 * largest
+
+
+@PROPERTY
+@given(data=st.data())
+def test_any_padding_is_harmless(data):
+    """A batch of any lengths equals its prompts one by one."""
+    family, cls, flags = data.draw(st.sampled_from(SITES))
+    lens = cases.case(family, cls, flags).lens
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=2, max_size=4))
+    filler = data.draw(st.integers(0, models.VOCAB - 1))
+    tokens = torch.full((len(lengths), max(lengths)), filler)
+    real = models.tokens(batch=len(lengths), pos=12)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = real[row, :length]
+    prompts = ll.Prompts(tokens, torch.tensor(lengths))
+    together = ll.first_order(lens, prompts, ll.LogProb(7))
+    for row in range(len(lengths)):
+        alone = ll.first_order(lens, prompts.row(row), ll.LogProb(7))
+        size = max(float(alone.values.abs().max()), 1e-12)
+        assert (together.values[row] - alone.values[0]).abs().max() < 1e-10 * size
+        assert (together.adapted[row] - alone.adapted[0]).abs() < 1e-10
+
+
+@PROPERTY
+@given(factor=st.floats(-4, 4, allow_nan=False), data=st.data())
+def test_first_order_is_linear_in_the_adapter(factor: float, data):
+    """Scaling every ΔW scales every a_l at ε = 0, and f(s) of the adapter is f(1) of its multiple."""
+    family, cls, flags = data.draw(st.sampled_from(SITES))
+    case, tokens = cases.case(family, cls, flags), models.tokens()
+    scaled = ll.LoraLens(case.model, case.lens.adapter.scaled(factor), hf_model=case.base)
+    one, many = (ll.first_order(lens, tokens, ll.Margin(5, 9)) for lens in (case.lens, scaled))
+    size = float(one.values.abs().max()) * max(1.0, abs(factor))
+    assert (many.values - factor * one.values).abs().max() < 1e-10 * size
+    difference = scaled.logits(tokens) - case.lens.logits(tokens, factor)
+    assert difference.abs().max() < 1e-9
