@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -116,7 +116,7 @@ class Adapter:
                 f"the PeftModel has no adapter {adapter_name!r}; it has "
                 f"{sorted(peft_model.peft_config)}."
             )
-        config = peft_model.peft_config[adapter_name]
+        config = cast(Any, peft_model.peft_config)[adapter_name]
         state = get_peft_model_state_dict(
             peft_model, adapter_name=adapter_name, save_embedding_layers=False
         )

@@ -6,7 +6,7 @@ f(0) is the base model, f(1) the adapted one; ε has one gate per site.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class LoraLens:
         return site_hooks(self._plan, ScaleInject(self.maps, self.gates(scale)))
 
     @contextlib.contextmanager
-    def applied(self, scale: Scale = 1.0) -> Iterator[Any]:
+    def applied(self, scale: Scale = 1.0) -> Generator[Any]:
         """Within the block, every tool of TransformerLens sees the adapted model.
 
         On leaving, also by an exception, the model has exactly the hooks and weights it had.
@@ -133,7 +133,7 @@ class LoraLens:
             yield self.model
 
     @contextlib.contextmanager
-    def injected(self, inject: Inject) -> Iterator[None]:
+    def injected(self, inject: Inject) -> Generator[None]:
         """The sites' hooks with any injection, for the length of the block."""
         with attached(self.model, site_hooks(self._plan, inject)):
             yield

@@ -6,8 +6,9 @@ value `at` and derivative 1. Different sites (or parts) ride in different rows o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -17,11 +18,12 @@ from tqdm.auto import tqdm
 
 from lens_lora.calculus.contract import part_delta
 from lens_lora.calculus.function import chunk_rows, read_logits
+from lens_lora.errors import ModelStateError
 from lens_lora.hooked.gates import ScaleInject, add
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
 
-__all__ = ["Part", "joint_tangent", "part_tangents"]
+__all__ = ["Part", "dual_forward", "joint_tangent", "part_tangents"]
 
 Through = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows *out"]]
 
@@ -86,11 +88,29 @@ class _PartsInject:
         return moved + fwad.make_dual(torch.zeros_like(out), delta.view(out.shape))
 
 
+@contextlib.contextmanager
+def dual_forward() -> Generator[None]:
+    """Forward-mode derivatives within the block, and a clear word where an operation has none.
+
+    Raises:
+        ModelStateError: the model uses an operation without a forward-mode derivative.
+    """
+    try:
+        with torch.no_grad(), fwad.dual_level():
+            yield
+    except NotImplementedError as error:
+        raise ModelStateError(
+            f"this model has an operation without a forward-mode derivative ({error}). Fused "
+            "attention is one: load the model with attn_implementation='eager'. Reverse mode "
+            "(first_order, mode='reverse') does without."
+        ) from error
+
+
 def joint_tangent(
     lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], direction: Float[Tensor, "site"]
 ) -> Float[Tensor, "batch vocab"]:
     """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass."""
-    with torch.no_grad(), fwad.dual_level(), lens.injected(JointInject(lens, at, direction)):
+    with dual_forward(), lens.injected(JointInject(lens, at, direction)):
         return _tangent(read_logits(lens, prompts))
 
 
@@ -112,10 +132,10 @@ def part_tangents(
     """
     step, found = chunk_rows(prompts), []
     bar = tqdm(total=len(parts), desc="tangents", leave=False, disable=not progress)
-    with torch.no_grad(), bar:
+    with bar:
         for start in range(0, len(parts), step):
             some = parts[start : start + step]
-            with fwad.dual_level(), lens.injected(_PartsInject(lens, at, some, prompts.batch)):
+            with dual_forward(), lens.injected(_PartsInject(lens, at, some, prompts.batch)):
                 rows = read_logits(lens, prompts.repeat(len(some)))
                 rows = rows.view(prompts.batch, len(some), -1)
                 found.append(

@@ -7,7 +7,7 @@ bounded number of tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 from jaxtyping import Float
@@ -36,7 +36,7 @@ def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "batch vocab"
 
 
 @contextlib.contextmanager
-def _read_rows_only(lens: LoraLens, prompts: Prompts) -> Iterator[None]:
+def _read_rows_only(lens: LoraLens, prompts: Prompts) -> Generator[None]:
     """Hand the unembedding the read position alone."""
 
     def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

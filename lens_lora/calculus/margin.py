@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 import torch
@@ -162,5 +162,5 @@ def first_root(
         at_low, at_high = value(low), value(high)
         if at_low * at_high > 0:
             return low if abs(at_low) < abs(at_high) else high
-        return float(brentq(value, low, high, xtol=1e-6))
+        return cast(float, brentq(value, low, high, xtol=1e-6))
     return float("nan")

@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
-from lens_lora.calculus.forward import JointInject
+from lens_lora.calculus.forward import JointInject, dual_forward
 from lens_lora.hooked.gates import attached
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.prompts import PromptsLike
@@ -55,7 +55,7 @@ def tangents(
 
     hooks = [(name, keep(name)) for name in lens.model.hook_dict if wanted(name)]
     inject = JointInject(lens, lens.gates(at), lens.gates(scale))
-    with torch.no_grad(), fwad.dual_level(), lens.injected(inject), attached(lens.model, hooks):
+    with dual_forward(), lens.injected(inject), attached(lens.model, hooks):
         lens.run(ready)
     from transformer_lens.ActivationCache import ActivationCache
 

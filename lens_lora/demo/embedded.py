@@ -17,7 +17,7 @@ import importlib.metadata
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -181,7 +181,7 @@ def _publish(unfinished: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _status(message: str, quiet: bool) -> Iterator[None]:
+def _status(message: str, quiet: bool) -> Generator[None]:
     """A spinner on a terminal's stderr, else one line."""
     console = Console(stderr=True, quiet=quiet)
     if not console.is_terminal:
@@ -191,7 +191,7 @@ def _status(message: str, quiet: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def _without_bars() -> Generator[None]:
     """Silence transformers' progress bars; its warnings stay.
 
     Its switch does not reach the bar of its GGUF reader, which is replaced by name.

@@ -18,12 +18,14 @@ activation then equals that of the adapted model.
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
+from lens_lora.hooked.families import Family
 
 __all__ = ["BaseWeights", "Processing", "SiteMap", "infer_processing", "site_map"]
 
@@ -32,20 +34,13 @@ __all__ = ["BaseWeights", "Processing", "SiteMap", "infer_processing", "site_map
 class SiteMap:
     """δ(z) = B(Az + a₀), with s in B; A, B and a₀ in the model's basis.
 
-    `offset` is what is added to z (or stands for β) in A's input space, kept so that a₀ can be
-    split by head.
+    `a0_by_head` is a₀ split over the heads of an input that has them (o).
     """
 
     A: Float[Tensor, "rank in"]
     B: Float[Tensor, "out rank"]
     a0: Float[Tensor, "rank"] | None
     a0_by_head: Float[Tensor, "head rank"] | None = None
-
-    def on(self, device: torch.device) -> SiteMap:
-        def move(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(device)
-
-        return SiteMap(self.A.to(device), self.B.to(device), move(self.a0), move(self.a0_by_head))
 
     def coordinates(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
         """u = Az + a₀, the update's coordinates in its own rank space."""
@@ -73,7 +68,7 @@ class BaseWeights:
             place), or has merged adapters.
     """
 
-    def __init__(self, hf_model: nn.Module, norm: str) -> None:
+    def __init__(self, hf_model: nn.Module, family: Family) -> None:
         for module in hf_model.modules():
             if type(module).__module__.startswith("transformer_lens"):
                 raise ModelStateError(
@@ -86,7 +81,7 @@ class BaseWeights:
                     "base model."
                 )
         self._model = hf_model
-        self._norm = norm
+        self._family = family
 
     def _module(self, path: str) -> nn.Module:
         try:
@@ -100,7 +95,7 @@ class BaseWeights:
 
     def weight(self, path: str, rows: Tensor | None = None) -> Float[Tensor, "out in"]:
         module = self._module(path)
-        weight = module.weight.detach()
+        weight = cast(Tensor, module.weight).detach()
         weight = weight.T if type(module).__name__ == "Conv1D" else weight
         return weight if rows is None else weight[rows.to(weight.device)]
 
@@ -113,8 +108,9 @@ class BaseWeights:
     def affine(self, path: str) -> tuple[Tensor, Tensor | None]:
         """(γ, β) of a norm; β is None for an RMS norm."""
         norm = self._module(path)
-        bias = getattr(norm, "bias", None) if self._norm == "LN" else None
-        return norm.weight.detach(), None if bias is None else bias.detach()
+        bias = getattr(norm, "bias", None) if self._family.norm == "LN" else None
+        gamma = cast(Tensor, norm.weight).detach() + self._family.gamma_offset
+        return gamma, None if bias is None else bias.detach()
 
 
 def infer_processing(
@@ -170,18 +166,22 @@ def site_map(
     device: torch.device,
 ) -> SiteMap:
     """A site's δ in the model's basis; n_heads > 0 where the input is split by head (o)."""
-    A64, B64 = A.double().to(device), B.double().to(device) * scale
+    reads, writes = A.double().to(device), B.double().to(device) * scale
     a0 = heads = None
     if beta is not None and bool((beta != 0).any()):
         offset = beta.double().to(device)
-        a0 = A64 @ offset
+        a0 = reads @ offset
         if n_heads:
-            heads = (A64 * offset).view(A64.shape[0], n_heads, -1).sum(-1).T.contiguous()
+            heads = (reads * offset).view(reads.shape[0], n_heads, -1).sum(-1).T.contiguous()
     if gamma is not None:
-        A64 = A64 * gamma.double().to(device)
+        reads = reads * gamma.double().to(device)
     if centre_read:
-        A64 = A64 - A64.mean(1, keepdim=True)
+        reads = reads - reads.mean(1, keepdim=True)
     if centre_write:
-        B64 = B64 - B64.mean(0, keepdim=True)
-    out = [None if t is None else t.to(dtype) for t in (A64, B64, a0, heads)]
-    return SiteMap(*out)  # type: ignore[arg-type]
+        writes = writes - writes.mean(0, keepdim=True)
+    return SiteMap(
+        reads.to(dtype),
+        writes.to(dtype),
+        None if a0 is None else a0.to(dtype),
+        None if heads is None else heads.to(dtype),
+    )

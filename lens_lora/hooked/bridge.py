@@ -82,10 +82,12 @@ class BridgeView:
 
     def is_folded(self, layer: int, kind: str) -> bool:
         """A folded norm is left with weight 1 and bias 0."""
-        name = "ln1" if kind in ATTENTION_KINDS else "ln2"
-        norm = getattr(self.model.blocks[layer], name).original_component
+        block = self.model.blocks[layer]
+        own = "ln1" if kind in ATTENTION_KINDS else "ln2"
+        norm = getattr(block, own, block.ln1).original_component
         bias = getattr(norm, "bias", None)
-        is_unit = bool((norm.weight == 1).all()) and (bias is None or not bool(bias.any()))
+        gamma = norm.weight + self.family.gamma_offset
+        is_unit = bool((gamma == 1).all()) and (bias is None or not bool(bias.any()))
         return self.needs_base() and is_unit
 
     def needs_base(self) -> bool:

@@ -27,7 +27,16 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One naming scheme of Hugging Face causal language models."""
+    """One naming scheme of Hugging Face causal language models.
+
+    Attributes:
+        linears: module name within a layer → the kinds its output rows hold.
+        ln1, ln2: the norms that attention and MLP read (the same one in parallel blocks that
+            share it).
+        gamma_offset: what is added to a norm's stored weight to give γ (1 for Gemma).
+        value_bias: whether value projections may have a bias of their own.
+        post_norm: attention's and MLP's outputs pass a further norm before the residual stream.
+    """
 
     architectures: tuple[str, ...]
     layer: str
@@ -36,6 +45,9 @@ class Family:
     ln2: str
     norm: Literal["LN", "RMS"]
     fused: Layout = "blocks"
+    gamma_offset: float = 0.0
+    value_bias: bool = True
+    post_norm: bool = False
 
     def place(self, module: str) -> Place | None:
         """The place of a module path, or None where this family has no such linear."""
@@ -53,11 +65,21 @@ class Family:
 
     def norm_path(self, layer: int, kind: str) -> str | None:
         """The norm whose output the linear reads; None for o, down and fc_out."""
-        name = {"q": self.ln1, "k": self.ln1, "v": self.ln1}.get(kind)
+        if kind in ("q", "k", "v"):
+            return f"{self.layer.format(l=layer)}.{self.ln1}"
         if kind in ("gate", "up", "fc_in"):
-            name = self.ln2
-        return None if name is None else f"{self.layer.format(l=layer)}.{name}"
+            return f"{self.layer.format(l=layer)}.{self.ln2}"
+        return None
 
+
+def _split_attention(prefix: str, out: str) -> dict[str, tuple[str, ...]]:
+    return {f"{prefix}.{kind}_proj": (kind,) for kind in ("q", "k", "v")} | {
+        f"{prefix}.{out}": ("o",)
+    }
+
+
+_GATED = {"mlp.gate_proj": ("gate",), "mlp.up_proj": ("up",), "mlp.down_proj": ("down",)}
+_LLAMA = {**_split_attention("self_attn", "o_proj"), **_GATED}
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -74,6 +96,32 @@ FAMILIES: tuple[Family, ...] = (
         norm="LN",
     ),
     Family(
+        architectures=("GPTNeoForCausalLM",),
+        layer="transformer.h.{l}",
+        linears={
+            **_split_attention("attn.attention", "out_proj"),
+            "mlp.c_fc": ("fc_in",),
+            "mlp.c_proj": ("fc_out",),
+        },
+        ln1="ln_1",
+        ln2="ln_2",
+        norm="LN",
+        value_bias=False,
+    ),
+    Family(
+        architectures=("GPTJForCausalLM",),
+        layer="transformer.h.{l}",
+        linears={
+            **_split_attention("attn", "out_proj"),
+            "mlp.fc_in": ("fc_in",),
+            "mlp.fc_out": ("fc_out",),
+        },
+        ln1="ln_1",
+        ln2="ln_1",
+        norm="LN",
+        value_bias=False,
+    ),
+    Family(
         architectures=("GPTNeoXForCausalLM",),
         layer="gpt_neox.layers.{l}",
         linears={
@@ -88,19 +136,94 @@ FAMILIES: tuple[Family, ...] = (
         fused="interleaved",
     ),
     Family(
-        architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"),
+        architectures=("BloomForCausalLM",),
+        layer="transformer.h.{l}",
+        linears={
+            "self_attention.query_key_value": ("q", "k", "v"),
+            "self_attention.dense": ("o",),
+            "mlp.dense_h_to_4h": ("fc_in",),
+            "mlp.dense_4h_to_h": ("fc_out",),
+        },
+        ln1="input_layernorm",
+        ln2="post_attention_layernorm",
+        norm="LN",
+        fused="interleaved",
+    ),
+    Family(
+        architectures=("OPTForCausalLM",),
+        layer="model.decoder.layers.{l}",
+        linears={
+            **_split_attention("self_attn", "out_proj"),
+            "fc1": ("fc_in",),
+            "fc2": ("fc_out",),
+        },
+        ln1="self_attn_layer_norm",
+        ln2="final_layer_norm",
+        norm="LN",
+    ),
+    Family(
+        architectures=("PhiForCausalLM",),
         layer="model.layers.{l}",
         linears={
-            "self_attn.q_proj": ("q",),
-            "self_attn.k_proj": ("k",),
-            "self_attn.v_proj": ("v",),
+            **_split_attention("self_attn", "dense"),
+            "mlp.fc1": ("fc_in",),
+            "mlp.fc2": ("fc_out",),
+        },
+        ln1="input_layernorm",
+        ln2="input_layernorm",
+        norm="LN",
+    ),
+    Family(
+        architectures=(
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "Qwen2ForCausalLM",
+            "Qwen3ForCausalLM",
+        ),
+        layer="model.layers.{l}",
+        linears=_LLAMA,
+        ln1="input_layernorm",
+        ln2="post_attention_layernorm",
+        norm="RMS",
+    ),
+    Family(
+        architectures=("MixtralForCausalLM",),
+        layer="model.layers.{l}",
+        linears=_split_attention("self_attn", "o_proj"),
+        ln1="input_layernorm",
+        ln2="post_attention_layernorm",
+        norm="RMS",
+    ),
+    Family(
+        architectures=("Phi3ForCausalLM",),
+        layer="model.layers.{l}",
+        linears={
+            "self_attn.qkv_proj": ("q", "k", "v"),
             "self_attn.o_proj": ("o",),
-            "mlp.gate_proj": ("gate",),
-            "mlp.up_proj": ("up",),
+            "mlp.gate_up_proj": ("gate", "up"),
             "mlp.down_proj": ("down",),
         },
         ln1="input_layernorm",
         ln2="post_attention_layernorm",
         norm="RMS",
+    ),
+    Family(
+        architectures=("GemmaForCausalLM",),
+        layer="model.layers.{l}",
+        linears=_LLAMA,
+        ln1="input_layernorm",
+        ln2="post_attention_layernorm",
+        norm="RMS",
+        gamma_offset=1.0,
+    ),
+    Family(
+        architectures=("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        layer="model.layers.{l}",
+        linears=_LLAMA,
+        ln1="input_layernorm",
+        ln2="pre_feedforward_layernorm",
+        norm="RMS",
+        gamma_offset=1.0,
+        post_norm=True,
     ),
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxtyping import Float
@@ -120,7 +120,7 @@ def site_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
 
 
 @contextlib.contextmanager
-def attached(model: Any, hooks: Sequence[tuple[str, HookFn]]) -> Iterator[None]:
+def attached(model: Any, hooks: Sequence[tuple[str, HookFn]]) -> Generator[None]:
     """The hooks on the model for the block's duration, also through `model.reset_hooks()`.
 
     On leaving, whatever happened, each hook point holds what others put there and nothing of ours.

@@ -69,10 +69,12 @@ class HookedTransformerView:
         return attn.b_O.detach() if kind == "o" else _stored(attn, f"b_{kind.upper()}").flatten()
 
     def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
-        norm = getattr(self.model.blocks[layer], "ln1" if kind in ("q", "k", "v") else "ln2", None)
+        norm: Any = getattr(
+            self.model.blocks[layer], "ln1" if kind in ("q", "k", "v") else "ln2", None
+        )
         if kind in ("o", "down", "fc_out") or not hasattr(norm, "w"):
             return None
-        if fires_after_affine(type(norm), self.model.cfg.device):
+        if fires_after_affine(type(norm)):
             return None
         bias = getattr(norm, "b", None)
         return norm.w.detach(), None if bias is None else bias.detach()
@@ -91,15 +93,14 @@ def _stored(attn: nn.Module, name: str) -> Tensor:
 
 
 @functools.cache
-def fires_after_affine(norm_type: type[nn.Module], device: Any) -> bool:
+def fires_after_affine(norm_type: type[nn.Module]) -> bool:
     """Whether this norm class's `hook_normalized` sees its output, affine included: measured."""
     from transformer_lens import HookedTransformerConfig
 
-    del device
     cfg = HookedTransformerConfig(
         n_layers=1, d_model=4, n_ctx=4, d_head=4, n_heads=1, d_vocab=4, act_fn="relu", device="cpu"
     )
-    norm = norm_type(cfg)
+    norm: Any = norm_type(cfg)
     seen: list[Tensor] = []
     norm.hook_normalized.add_hook(lambda tensor, hook: seen.append(tensor))
     with torch.no_grad():

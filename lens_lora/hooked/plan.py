@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from lens_lora.adapter import Adapter
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.basis import BaseWeights, SiteMap, infer_processing, site_map
-from lens_lora.hooked.sites import WRITER_KINDS, Site, SiteFactors, check_shapes, resolve_sites
+from lens_lora.hooked.sites import (
+    WRITER_KINDS,
+    Site,
+    SiteFactors,
+    check_shapes,
+    fused_rows,
+    resolve_sites,
+)
 from lens_lora.hooked.view import HookedView, Ports, model_dtype, view_of
 
 __all__ = ["Plan", "make_plan"]
@@ -40,7 +47,7 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
         ModelStateError: the model's state needs `hf_model`, or rules exactness out.
     """
     view = view_of(model)
-    base = None if hf_model is None else BaseWeights(hf_model, view.family.norm)
+    base = None if hf_model is None else BaseWeights(hf_model, view.family)
     factors = resolve_sites(adapter, view.family, view.heads, view.n_layers)
     sites, ports, maps = [], [], []
     for site in factors:
@@ -114,7 +121,7 @@ def _check_folding(site: SiteFactors, expected: bool, found: bool, gamma: Tensor
     )
 
 
-def _require_base(view: HookedView, site: SiteFactors, norm_path: str | None) -> None:
+def _require_base(view: HookedView, site: SiteFactors, norm_path: str | None) -> NoReturn:
     needs = norm_path or "the value biases"
     raise ModelStateError(
         f"{site.name}: this {view.class_name} was processed (its norms are folded into its "
@@ -142,14 +149,15 @@ def _folded_value_bias(
         b_O = view.bias(site.layer, "o")
         if b_O is None or bool((b_O == 0).all()) or not _may_have_processed(view):
             return None
+        if not view.family.value_bias and not view.is_folded(site.layer, "v"):
+            return None
         _require_base(view, site, None)
-    assert base is not None
-    rows = _value_rows(view, site)
     path = view.family.path(site.layer, "v")
+    rows = _value_rows(view, base, path)
     bias = base.bias(path, rows)
     norm_path = view.family.norm_path(site.layer, "v")
-    folded = norm_path is not None and view.is_folded(site.layer, "v")
-    beta = base.affine(norm_path)[1] if folded else None
+    folded = view.is_folded(site.layer, "v")
+    beta = base.affine(norm_path)[1] if norm_path and folded else None
     total = torch.zeros(view.heads.n_kv * view.heads.d_head, dtype=torch.float64)
     if bias is not None:
         total += bias.double().cpu()
@@ -163,11 +171,10 @@ def _may_have_processed(view: HookedView) -> bool:
     return view.class_name == "HookedTransformer" or view.needs_base()
 
 
-def _value_rows(view: HookedView, site: SiteFactors) -> Tensor | None:
-    from lens_lora.hooked.sites import fused_rows
-
-    place = view.family.place(view.family.path(site.layer, "v"))
-    return None if place is None else fused_rows(place, "v", view.heads)
+def _value_rows(view: HookedView, base: BaseWeights, path: str) -> Tensor | None:
+    place = view.family.place(path)
+    out = base.weight(path).shape[0]
+    return None if place is None else fused_rows(place, "v", view.heads, out)
 
 
 def _working_dtype(model: nn.Module) -> torch.dtype:

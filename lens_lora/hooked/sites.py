@@ -91,15 +91,9 @@ def resolve_sites(
         place = family.place(module)
         if place is None or place.layer >= n_layers:
             raise _unknown_module(module, adapter, family, n_layers)
+        _check_fused(module, place, heads, factors.B.shape[0], adapter.base_model)
         for kind in place.kinds:
-            rows = fused_rows(place, kind, heads)
-            if rows is not None and len(rows) * len(place.kinds) != factors.B.shape[0]:
-                rows_total = len(rows) * len(place.kinds)
-                raise AdapterError(
-                    f"{module}: the adapter writes {factors.B.shape[0]} features, the model's "
-                    f"fused projection has {rows_total}. Was it trained on another base model? "
-                    f"The adapter names {adapter.base_model!r}."
-                )
+            rows = fused_rows(place, kind, heads, factors.B.shape[0])
             B = factors.B if rows is None else factors.B[rows]
             found.append(
                 SiteFactors(
@@ -117,15 +111,28 @@ def resolve_sites(
     return tuple(sorted(found, key=lambda s: (s.layer, order.index(s.kind))))
 
 
-def fused_rows(place: Place, kind: str, heads: Heads) -> Tensor | None:
-    """The output rows of a fused projection that belong to `kind`; None where it is not fused."""
+def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None:
+    """Which of the `out` rows of a fused projection belong to `kind`; None where it is not fused.
+
+    Blocks are q|k|v of the model's own widths, or gate|up halves; interleaved is (head, 3, d_head).
+    """
     if place.layout == "whole":
         return None
-    part, width = place.kinds.index(kind), heads.n_heads * heads.d_head
-    every = torch.arange(len(place.kinds) * width)
-    if place.layout == "blocks":
-        return every.view(len(place.kinds), width)[part]
-    return every.view(heads.n_heads, len(place.kinds), heads.d_head)[:, part].flatten()
+    if place.layout == "interleaved":
+        every = torch.arange(out).view(heads.n_heads, len(place.kinds), heads.d_head)
+        return every[:, place.kinds.index(kind)].flatten()
+    widths = [heads.of(k) * heads.d_head or out // len(place.kinds) for k in place.kinds]
+    return torch.arange(out).split(widths)[place.kinds.index(kind)]
+
+
+def _check_fused(module: str, place: Place, heads: Heads, out: int, base_model: str | None) -> None:
+    """Refuse a fused projection whose rows are not the model's heads."""
+    expected = sum(heads.of(kind) for kind in place.kinds) * heads.d_head
+    if place.layout != "whole" and expected and out != expected:
+        raise AdapterError(
+            f"{module}: the adapter writes {out} features, the model's fused projection has "
+            f"{expected}. Was it trained on another base model? The adapter names {base_model!r}."
+        )
 
 
 def check_shapes(site: SiteFactors, weight: Tensor, base_model: str | None) -> None:
