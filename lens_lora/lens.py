@@ -15,9 +15,16 @@ from torch import Tensor, nn
 
 from lens_lora._version import versions
 from lens_lora.adapter import Adapter
-from lens_lora.errors import NumericsError, SiteError
+from lens_lora.errors import ModelStateError, NumericsError, SiteError
 from lens_lora.hooked.basis import SiteMap
-from lens_lora.hooked.gates import HookFn, Inject, ScaleInject, attached, site_hooks
+from lens_lora.hooked.gates import (
+    HookFn,
+    Inject,
+    ScaleInject,
+    attached,
+    site_hooks,
+    writes_at_modules,
+)
 from lens_lora.hooked.plan import make_plan
 from lens_lora.hooked.sites import Heads, Site, match_sites
 from lens_lora.prompts import Prompts, PromptsLike, prepare
@@ -120,7 +127,17 @@ class LoraLens:
 
         Users' own hooks in the same list see and change the adapted model: whatever the order,
         δ is computed from the input they leave and added before they see the output.
+
+        Raises:
+            ModelStateError: a site without a hook point at its output (Gemma 2 and 3 on
+                HookedTransformer); `applied` serves it.
         """
+        without_point = writes_at_modules(self._plan)
+        if without_point:
+            raise ModelStateError(
+                f"{without_point[0]}: no hook point of this model lies between it and the norm "
+                "after it, so a list of hooks cannot hold its δ; use `with lens.applied():`."
+            )
         return site_hooks(self._plan, ScaleInject(self.maps, self.gates(scale)))
 
     @contextlib.contextmanager

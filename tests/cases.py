@@ -20,7 +20,7 @@ FLAGS = {
 }
 CASES = [
     (family, cls, flags)
-    for family in models.FAMILIES
+    for family in models.CORE
     for cls in models.MAKERS
     for flags in ("raw", "processed")
 ]

@@ -15,23 +15,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB, LAYERS, CONTEXT = 61, 2, 32
 
@@ -47,35 +35,99 @@ _ROTARY = {
     "attn_implementation": "eager",
 }
 
-FAMILIES = {
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=LAYERS,
-            n_embd=16,
-            n_head=4,
-            vocab_size=VOCAB,
-            n_positions=CONTEXT,
-            attn_implementation="eager",
-        )
-    ),
-    "neox": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            **{k: v for k, v in _ROTARY.items() if k != "num_key_value_heads"},
-            rotary_pct=0.5,
-        )
-    ),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_ROTARY)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**_ROTARY, sliding_window=None)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_ROTARY)),
-}
+_ALL_HEADS = {k: v for k, v in _ROTARY.items() if k != "num_key_value_heads"}
+_GEMMA = {**_ROTARY, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 8}
 
+
+def _gpt2() -> PreTrainedModel:
+    config = hf.GPT2Config(
+        n_layer=LAYERS, n_embd=16, n_head=4, vocab_size=VOCAB, n_positions=CONTEXT
+    )
+    return hf.GPT2LMHeadModel(config)
+
+
+def _gpt_neo() -> PreTrainedModel:
+    config = hf.GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_layers=LAYERS,
+        num_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=CONTEXT,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+    )
+    return hf.GPTNeoForCausalLM(config)
+
+
+def _gptj() -> PreTrainedModel:
+    config = hf.GPTJConfig(
+        vocab_size=VOCAB,
+        n_embd=16,
+        n_layer=LAYERS,
+        n_head=2,
+        rotary_dim=4,
+        n_positions=CONTEXT,
+        n_inner=64,
+    )
+    return hf.GPTJForCausalLM(config)
+
+
+def _opt() -> PreTrainedModel:
+    config = hf.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=LAYERS,
+        ffn_dim=24,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        word_embed_proj_dim=16,
+    )
+    return hf.OPTForCausalLM(config)
+
+
+def _mixtral() -> PreTrainedModel:
+    config = hf.MixtralConfig(**_ROTARY, num_local_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    return hf.MixtralForCausalLM(config)
+
+
+FAMILIES = {
+    "gpt2": _gpt2,
+    "neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_ALL_HEADS, rotary_pct=0.5)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_ROTARY)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_ROTARY, sliding_window=None)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_ROTARY)),
+    "gpt_neo": _gpt_neo,
+    "gptj": _gptj,
+    "bloom": lambda: hf.BloomForCausalLM(
+        hf.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=LAYERS, n_head=4)
+    ),
+    "opt": _opt,
+    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**_ALL_HEADS, partial_rotary_factor=0.5)),
+    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_ROTARY, pad_token_id=0)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_ROTARY, head_dim=4)),
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**_ROTARY, head_dim=4)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_GEMMA)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_GEMMA)),
+    "mixtral": _mixtral,
+}
+CORE = ("gpt2", "neox", "llama", "mistral", "qwen2")
+
+_SPLIT = ["q_proj", "k_proj", "v_proj"]
+_LLAMA = [*_SPLIT, "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS = {
     "gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
-    "neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2"),
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        ("neox", "bloom"), ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
     ),
+    "gpt_neo": [*_SPLIT, "out_proj", "c_fc", "c_proj"],
+    "gptj": [*_SPLIT, "out_proj", "fc_in", "fc_out"],
+    "opt": [*_SPLIT, "out_proj", "fc1", "fc2"],
+    "phi": [*_SPLIT, "dense", "fc1", "fc2"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "mixtral": [*_SPLIT, "o_proj"],
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"), _LLAMA),
 }
 PEFT_DEFAULTS = {
     "gpt2": ["c_attn"],
@@ -92,6 +144,7 @@ def hf_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     """A tiny Hugging Face model with every parameter random and none at its initial value."""
     torch.manual_seed(seed)
     model = FAMILIES[family]().eval().to(dtype)
+    model.set_attn_implementation("eager")
     generator = seeded(seed + 1)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -204,26 +257,79 @@ def hooked_transformer(base: PreTrainedModel, **flags: bool):
     from transformer_lens import HookedTransformer, loading_from_pretrained
 
     flags = {**RAW, **flags}
-    config = base.config.to_dict()
     with tempfile.TemporaryDirectory(prefix="tiny_") as folder, _quiet():
-        base.config.save_pretrained(folder)
-        if "n_positions" in config:
-            _add_to_config(Path(folder), n_ctx=config["n_positions"])
-        cfg = loading_from_pretrained.get_pretrained_model_config(
-            folder,
-            hf_cfg=config,
-            fold_ln=flags["fold_ln"],
-            device="cpu",
-            dtype=base.dtype,
-        )
+        cfg, name = _hooked_config(base, folder, fold_ln=flags["fold_ln"])
         state = loading_from_pretrained.get_pretrained_state_dict(
-            folder, cfg, copy.deepcopy(base), dtype=base.dtype
+            name, cfg, copy.deepcopy(base), dtype=base.dtype
         )
     cfg.tokenizer_name = None
+    if getattr(cfg, "output_logits_soft_cap", 0) and cfg.output_logits_soft_cap > 0:
+        flags["center_unembed"] = False  # as from_pretrained does: a soft-cap sees the constant
     model = HookedTransformer(cfg, None, move_to_device=False)
+    if any(p.dtype != base.dtype for p in model.parameters()):
+        model.to(base.dtype)  # Mixtral's router is made in float32
     model.load_and_process_state_dict(state, **flags)
     model.set_tokenizer(tokenizer())
     return model.eval()
+
+
+_GEMMA_NAMES = {
+    "GemmaForCausalLM": "google/gemma-2b",
+    "Gemma2ForCausalLM": "google/gemma-2-2b",
+    "Gemma3ForCausalLM": "google/gemma-3-1b-pt",
+}
+
+
+def _hooked_config(base: PreTrainedModel, folder: str, fold_ln: bool):
+    """transformer-lens' own config of this model, and the name it goes by."""
+    from transformer_lens import loading_from_pretrained
+
+    config = base.config.to_dict()
+    base.config.save_pretrained(folder)
+    (architecture,) = base.config.architectures
+    if architecture in _GEMMA_NAMES:
+        return _gemma_config(base, _GEMMA_NAMES[architecture], fold_ln), _GEMMA_NAMES[architecture]
+    if "n_positions" in config:
+        _add_to_config(Path(folder), n_ctx=config["n_positions"])
+    cfg = loading_from_pretrained.get_pretrained_model_config(
+        folder, hf_cfg=config, fold_ln=fold_ln, device="cpu", dtype=base.dtype
+    )
+    return cfg, folder
+
+
+def _gemma_config(base: PreTrainedModel, name: str, fold_ln: bool):
+    """Gemma's sizes are written into transformer-lens by name; here with the tiny model's own."""
+    from transformer_lens import HookedTransformerConfig, loading_from_pretrained
+
+    config = base.config
+    known = loading_from_pretrained.convert_hf_model_config(name)
+    rope = getattr(config, "rope_parameters", None) or {}
+    local = rope.get("sliding_attention", rope).get("rope_theta")
+    known |= {
+        "d_model": config.hidden_size,
+        "d_head": config.head_dim,
+        "n_heads": config.num_attention_heads,
+        "n_key_value_heads": config.num_key_value_heads,
+        "d_mlp": config.intermediate_size,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": CONTEXT,
+        "d_vocab": config.vocab_size,
+        "rotary_dim": config.head_dim,
+        "eps": config.rms_norm_eps,
+        "act_fn": "gelu_pytorch_tanh",
+        "dtype": base.dtype,
+        "device": "cpu",
+        "original_architecture": config.architectures[0],
+        "normalization_type": "RMSPre" if fold_ln else "RMS",
+        "attn_scale": float(getattr(config, "query_pre_attn_scalar", config.head_dim)) ** 0.5,
+    }
+    if getattr(config, "layer_types", None):
+        short = {"sliding_attention": "local", "full_attention": "global"}
+        known["attn_types"] = [short[kind] for kind in config.layer_types]
+        known["window_size"] = config.sliding_window
+    if "rotary_base_local" in known and local:
+        known["rotary_base_local"] = local
+    return HookedTransformerConfig.from_dict(known)
 
 
 def bridge(base: PreTrainedModel, **flags: bool):

@@ -15,7 +15,7 @@ EXACT = 1e-9
 
 EVERY_FLAG = [
     (family, cls, flags)
-    for family in models.FAMILIES
+    for family in models.CORE
     for cls in models.MAKERS
     for flags in cases.FLAGS
 ]

@@ -106,7 +106,7 @@ def test_log_prob_and_callables_are_differentiated_too():
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_padded_batch_equals_its_prompts_one_by_one(cls: str):
     """Values, ends and margins of a padded batch are those of each prompt alone."""
-    for family in models.FAMILIES:
+    for family in models.CORE:
         lens = cases.case(family, cls, "processed").lens
         texts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14 w15", "w20"]
         together = ll.first_order(lens, texts, MARGIN, by="position")

@@ -29,7 +29,12 @@ ANALYSES = {
 
 
 def state(model: Any) -> tuple:
-    """Every hook (torch's own and TransformerLens'), every weight, every gradient and flag."""
+    """Every hook (torch's own and TransformerLens'), every weight, every gradient and flag.
+
+    After a plain forward pass: a Bridge registers hooks of its own on its first one.
+    """
+    with torch.no_grad():
+        model(models.tokens())
     hooks = tuple(
         (name, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
         for name, m in model.named_modules()
@@ -68,7 +73,9 @@ def test_analyses_leave_the_model_as_it_was(analysis: str, cls: str):
         lens.model.reset_hooks()
 
 
-@pytest.mark.parametrize("analysis", sorted(set(ANALYSES) - {"logits", "joint", "tangents", "logit_shift"}))
+@pytest.mark.parametrize(
+    "analysis", sorted(set(ANALYSES) - {"logits", "joint", "tangents", "logit_shift"})
+)
 def test_a_failing_readout_leaves_the_model_as_it_was(analysis: str, cls: str, monkeypatch):
     """After an exception in the readout nothing of ours stays on the model."""
     lens = cases.case("gpt2", cls, "raw").lens

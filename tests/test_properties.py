@@ -18,7 +18,7 @@ PROPERTY = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-SITES = [(f, c, p) for f in models.FAMILIES for c in models.MAKERS for p in cases.FLAGS]
+SITES = [(f, c, p) for f in models.CORE for c in models.MAKERS for p in cases.FLAGS]
 
 
 @st.composite

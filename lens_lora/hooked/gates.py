@@ -18,13 +18,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.plan import Plan
 
-__all__ = ["Inject", "ScaleInject", "attached", "site_hooks"]
+__all__ = ["Inject", "ScaleInject", "attached", "site_hooks", "writes_at_modules"]
 
 HookFn = Callable[..., Tensor | None]
 
@@ -89,7 +89,9 @@ class _Arranger:
     """At a block's input: readers last, writers first, among all hooks of their points."""
 
     def __init__(self, points: Mapping[str, Any], ours: Sequence[tuple[str, HookFn]]) -> None:
-        self._ours = [(points[name], fn, isinstance(fn, _Reader)) for name, fn in ours]
+        self._ours = [
+            (points[name], fn, isinstance(fn, _Reader)) for name, fn in ours if name in points
+        ]
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         del tensor, hook
@@ -119,6 +121,12 @@ def site_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
     return arranged
 
 
+def writes_at_modules(plan: Plan) -> list[str]:
+    """Sites whose δ goes to a module's output, for want of a hook point there."""
+    points = plan.view.model.hook_dict
+    return [site.name for site in plan.sites if site.write not in points]
+
+
 @contextlib.contextmanager
 def attached(model: Any, hooks: Sequence[tuple[str, HookFn]]) -> Generator[None]:
     """The hooks on the model for the block's duration, also through `model.reset_hooks()`.
@@ -126,14 +134,29 @@ def attached(model: Any, hooks: Sequence[tuple[str, HookFn]]) -> Generator[None]
     On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
     """
     points = model.hook_dict
-    added: list[tuple[Any, Any]] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for name, fn in hooks:
-            point = points[name]
-            point.add_hook(fn, is_permanent=True)
-            added.append((point, point.fwd_hooks[-1]))
+            if name in points:
+                _attach_to_point(points[name], fn, stack)
+            else:
+                _attach_to_module(model.get_submodule(name), fn, stack)
         yield
-    finally:
-        for point, handle in added:
-            handle.hook.remove()
-            point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+
+
+def _attach_to_point(point: Any, fn: HookFn, stack: contextlib.ExitStack) -> None:
+    point.add_hook(fn, is_permanent=True)
+    handle = point.fwd_hooks[-1]
+
+    def detach() -> None:
+        handle.hook.remove()
+        point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+
+    stack.callback(detach)
+
+
+def _attach_to_module(module: nn.Module, fn: HookFn, stack: contextlib.ExitStack) -> None:
+    def hook_fn(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        del args
+        return fn(output, hook=module)
+
+    stack.callback(module.register_forward_hook(hook_fn).remove)

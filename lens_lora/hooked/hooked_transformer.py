@@ -2,6 +2,8 @@
 
 `ln1.hook_normalized` fires three times a block, for q, k and v in that order. RMS norms and, from
 3.x on, LayerNorm fire before the affine; LayerNorm of 2.x fires after it: this is measured, once.
+With a norm after attention and MLP (Gemma 2, 3) no hook point lies before that norm; δ then goes
+to the output of the module itself.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ class HookedTransformerView:
             read = f"{block}.ln1.hook_normalized"
             return Ports(read, f"{block}.attn.hook_{kind}", "qkv".index(kind), 3)
         if kind == "o":
-            return Ports(f"{block}.attn.hook_z", f"{block}.hook_attn_out")
+            write = "attn" if self.family.post_norm else "hook_attn_out"
+            return Ports(f"{block}.attn.hook_z", f"{block}.{write}")
         if kind in ("down", "fc_out"):
-            return Ports(f"{block}.mlp.hook_post", f"{block}.hook_mlp_out")
+            write = "mlp" if self.family.post_norm else "hook_mlp_out"
+            return Ports(f"{block}.mlp.hook_post", f"{block}.{write}")
         write = "hook_pre_linear" if kind == "up" else "hook_pre"
         return Ports(f"{block}.ln2.hook_normalized", f"{block}.mlp.{write}")
 
