@@ -155,7 +155,7 @@ class Attribution:
                 outside = (heads[:, None] == 0) & (slots == size - 1)
                 mask, shape[1] = (slots < heads[:, None]) | outside, len(heads)
             exists &= mask.view(shape)
-        return exists
+        return exists | (self.values.cpu() != 0)
 
     def plot(self, prompt: int | None = None) -> Figure:
         """Heatmap layer × kind of module, hover naming each site; mean over prompts by default."""

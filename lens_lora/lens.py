@@ -132,6 +132,7 @@ class LoraLens:
             ModelStateError: a site without a hook point at its output (Gemma 2 and 3 on
                 HookedTransformer); `applied` serves it.
         """
+        self._plan.check_state()
         without_point = writes_at_modules(self._plan)
         if without_point:
             raise ModelStateError(
@@ -152,6 +153,7 @@ class LoraLens:
     @contextlib.contextmanager
     def injected(self, inject: Inject) -> Generator[None]:
         """The sites' hooks with any injection, for the length of the block."""
+        self._plan.check_state()
         with attached(self.model, site_hooks(self._plan, inject)):
             yield
 

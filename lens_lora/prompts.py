@@ -113,7 +113,6 @@ def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
 
 
 def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
-    _require_integers("token ids", tokens)
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2:
         raise PromptError(f"token ids must be [batch, pos], not {tuple(tokens.shape)}.")

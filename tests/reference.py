@@ -47,7 +47,7 @@ def peft_first_order(
     for module in modules:
 
         def g(eps: float, module: str = module) -> Tensor:
-            factors = {m: at for m in modules} | {module: at + eps}
+            factors = dict.fromkeys(modules, at) | {module: at + eps}
             return peft_readout(peft, tokens, read, factors)
 
         near, far = g(step) - g(-step), g(2 * step) - g(-2 * step)
@@ -55,7 +55,9 @@ def peft_first_order(
     return found
 
 
-def autograd_first_order(lens: ll.LoraLens, tokens: Tensor, readout: ll.Readout, at: float) -> Tensor:
+def autograd_first_order(
+    lens: ll.LoraLens, tokens: Tensor, readout: ll.Readout, at: float
+) -> Tensor:
     """∂g/∂ε with ε in the graph, one prompt at a time: [batch, site]."""
     rows = []
     for row in range(len(tokens)):

@@ -72,12 +72,14 @@ def test_a_forgotten_correction_shows(family: str, dropped: dict, cls: str, monk
 @pytest.mark.parametrize("family", ["gpt2", "neox", "qwen2"])
 def test_forgotten_value_bias_shows(family: str, cls: str, monkeypatch):
     """b̂_V, where value biases were folded into b_O."""
+    assert error(family, cls, "processed") < 1e-9
     monkeypatch.setattr(plan, "_folded_value_bias", lambda *args: None)
     assert error(family, cls, "processed") > 1e-3
 
 
 def test_contiguous_split_of_neox_shows(cls: str, monkeypatch):
     """NeoX interleaves (head, 3, d_head); read as blocks, the lens refuses or is far off."""
+    assert error("neox", cls, "raw") < 1e-9
     blocks = tuple(dataclasses.replace(f, fused="blocks") for f in families.FAMILIES)
     monkeypatch.setattr(view, "FAMILIES", blocks)
     with pytest.raises(ll.ModelStateError, match="no processed form"):
@@ -92,9 +94,10 @@ def test_contiguous_split_of_neox_shows(cls: str, monkeypatch):
 def test_gate_and_up_swapped_shows(cls: str, monkeypatch):
     """gate is what the activation function sees."""
     kind_view = type(cases.case("llama", cls, "raw").lens._plan.view)
+    assert error("llama", cls, "raw") < 1e-9
     true = kind_view.ports
     swap = {"gate": "up", "up": "gate"}
-    monkeypatch.setattr(kind_view, "ports", lambda self, l, k: true(self, l, swap.get(k, k)))
+    monkeypatch.setattr(kind_view, "ports", lambda self, i, k: true(self, i, swap.get(k, k)))
     assert error("llama", cls, "raw") > 1e-2
 
 
@@ -102,6 +105,7 @@ def test_query_added_after_rotary_shows(monkeypatch):
     """δ belongs at hook_q, before the rotation."""
     if "HookedTransformer" not in models.MAKERS:
         return
+    assert error("llama", "HookedTransformer", "raw") < 1e-9
     true = hooked_transformer.HookedTransformerView.ports
 
     def late(self, layer: int, kind: str) -> Ports:
@@ -143,7 +147,7 @@ def test_frozen_z_has_the_same_first_order_and_another_second(cls: str, monkeypa
 
     def remember(self, index, out, z):
         frozen.setdefault((index, z.shape), z.detach().clone())
-        return None
+        return
 
     def use(self, index, out, z):
         return true(self, index, out, frozen[(index, z.shape)])

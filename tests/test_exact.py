@@ -1,4 +1,4 @@
-"""f(ε) equals PEFT's active adapter on the Hugging Face model, in float64, whatever the processing."""
+"""f(ε) equals PEFT's active adapter on the Hugging Face model, in float64, processed or not."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 EXACT = 1e-9
 
 EVERY_FLAG = [
-    (family, cls, flags)
-    for family in models.CORE
-    for cls in models.MAKERS
-    for flags in cases.FLAGS
+    (family, cls, flags) for family in models.CORE for cls in models.MAKERS for flags in cases.FLAGS
 ]
 
 

@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lens_lora"
 LAYERS = [
     {"errors", "_version"},
+    {"factors", "peft_format"},
     {"adapter"},
     {"hooked"},
     {"prompts", "readout"},

@@ -94,7 +94,7 @@ def test_any_padding_is_harmless(data):
 @PROPERTY
 @given(factor=st.floats(-4, 4, allow_nan=False), data=st.data())
 def test_first_order_is_linear_in_the_adapter(factor: float, data):
-    """Scaling every ΔW scales every a_l at ε = 0, and f(s) of the adapter is f(1) of its multiple."""
+    """Scaling every ΔW scales every a_l at ε = 0; f(s) of an adapter is f(1) of its multiple."""
     family, cls, flags = data.draw(st.sampled_from(SITES))
     case, tokens = cases.case(family, cls, flags), models.tokens()
     scaled = ll.LoraLens(case.model, case.lens.adapter.scaled(factor), hf_model=case.base)

@@ -83,9 +83,7 @@ def test_reverse_holds_the_whole_vocabulary_shift(kind: str):
     """One site's forward-mode column difference is its reverse-mode margin."""
     first = ll.first_order(lens(kind), PROMPT, ll.Margin(DOC, PRE))
     top = first.top(1)["site"].item()
-    one = ll.LoraLens(
-        lens(kind).model, lens(kind).adapter.only(*first.top(1)["module"].tolist())
-    )
+    one = ll.LoraLens(lens(kind).model, lens(kind).adapter.only(*first.top(1)["module"].tolist()))
     shift = ll.logit_shift(one, PROMPT, tokens=[DOC, PRE], progress=False)
     expected = first.values[0, [s.name for s in first.sites].index(top)]
     assert torch.allclose(shift.values[0, 0, 0] - shift.values[0, 0, 1], expected, rtol=1e-3)

@@ -60,6 +60,7 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
         class_name="TwoScalars",
         block_input=lambda layer: "block",
         embedding_output=lambda: "embed",
+        state=lambda: (),
     )
     sites, maps = [], []
     for i, d in ((1, D1), (2, D2)):
@@ -70,5 +71,5 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     one = torch.ones(1, 1)
     lens.adapter = ll.Adapter.from_factors({"w1": ll.LoRAFactors(one, one)})
     ports = (Ports("in1", "out1"), Ports("in2", "out2"))
-    lens._plan = Plan(view, tuple(sites), ports, tuple(maps))
+    lens._plan = Plan(view, tuple(sites), ports, tuple(maps), ())
     return lens

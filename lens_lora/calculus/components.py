@@ -83,9 +83,13 @@ def components(
     }
 
     def visit(index: int, gradient: Tensor, z: Tensor) -> None:
-        delta = lens.maps[index](z) * real
-        gradient = gradient.to(delta.dtype) * real
-        columns["z"][index] = (z.to(delta.dtype) * real).flatten(1).norm(dim=1)
+        delta = lens.maps[index](z)
+        # The unembedding is run at the read position alone.
+        kept = real if delta.shape[1] == real.shape[1] else torch.ones_like(delta[..., :1])
+        delta, gradient = delta * kept, gradient.to(delta.dtype) * kept
+        # An embedding's input is one-hot.
+        inputs = z.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
+        columns["z"][index] = (inputs * kept).flatten(1).norm(dim=1)
         columns["delta"][index] = delta.flatten(1).norm(dim=1)
         columns["gradient"][index] = gradient.flatten(1).norm(dim=1)
         columns["inner"][index] = (gradient * delta).flatten(1).sum(1)

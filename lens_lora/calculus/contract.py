@@ -59,7 +59,8 @@ def _by_head(
             "b p h d, r h d -> b p h r",
         )
         if site.a0_by_head is not None:
-            u = u + site.a0_by_head
+            spare = len(site.a0_by_head) - heads
+            u = torch.nn.functional.pad(u, (0, 0, 0, spare)) + site.a0_by_head
         return (gradient @ site.B)[:, :, None] * u
     back = einsum(
         gradient.unflatten(-1, (heads, -1)),
@@ -83,14 +84,14 @@ def part_delta(
     u = site.coordinates(z)
     if head is not None and kind == "o":
         width = z.shape[-1] // heads
-        some = slice(head * width, (head + 1) * width)
+        some = slice(head * width, (head + 1) * width)  # empty for the slot after the heads
         u = z[:, some].to(site.A.dtype) @ site.A[:, some].T
         if site.a0_by_head is not None:
             u = u + site.a0_by_head[head]
     if rank is not None:
-        u = u * torch.nn.functional.one_hot(torch.tensor(rank), u.shape[-1]).to(u)
+        u = u * (torch.arange(u.shape[-1], device=u.device) == rank)
     if position is not None:
-        u = u * torch.nn.functional.one_hot(torch.tensor(position), len(u)).to(u)[:, None]
+        u = u * (torch.arange(len(u), device=u.device) == position)[:, None]
     delta = u @ site.B.T
     if head is not None and kind != "o":
         rows = torch.arange(delta.shape[-1], device=delta.device) // (delta.shape[-1] // heads)

@@ -105,6 +105,8 @@ def _reverse(
         kind = lens.sites[index].kind
         heads = lens.heads.of(kind)
         found = parts(lens.maps[index], kind, heads, gradient, z, axes)
+        if kind == "unembed" and "position" in axes:
+            found = _at_read_position(prompts, found)
         slots: list[int | slice] = [slice(None), index]
         for axis in axes:
             size = found.shape[1 + axes.index(axis)]
@@ -114,6 +116,15 @@ def _reverse(
 
     site_gradients(lens, prompts, readout, gates, visit)
     return values
+
+
+def _at_read_position(
+    prompts: Prompts, found: Float[Tensor, "batch one *by"]
+) -> Float[Tensor, "batch pos *by"]:
+    """The unembedding is run, and has a gradient, at the read position alone."""
+    spread = found.new_zeros(len(found), prompts.tokens.shape[1], *found.shape[2:])
+    spread[torch.arange(len(found)), prompts.lengths - 1] = found[:, 0]
+    return spread
 
 
 def _forward(
@@ -141,7 +152,7 @@ def _all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[
         heads = lens.heads.of(site.kind)
         ranges = {
             "position": range(prompts.tokens.shape[1]),
-            "head": range(heads) if heads else [None],
+            "head": range(_head_slots(lens, index)) if heads else [None],
             "rank": range(site.rank),
         }
         options = [
@@ -149,6 +160,13 @@ def _all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[
         ]
         found += [Part(index, p, h, r) for p in options[0] for h in options[1] for r in options[2]]
     return found
+
+
+def _head_slots(lens: LoraLens, index: int) -> int:
+    """The site's heads, and one slot more where a bias belongs to none of them."""
+    by_head = lens.maps[index].a0_by_head
+    heads = lens.heads.of(lens.sites[index].kind)
+    return heads if by_head is None else len(by_head)
 
 
 def _require_finite_sites(lens: LoraLens, values: Float[Tensor, "batch site *by"]) -> None:

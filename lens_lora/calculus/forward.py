@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -56,12 +58,12 @@ class _PartsInject:
     """Row i of the batch moves along parts[i]; every row runs at the gates `at`."""
 
     def __init__(
-        self, lens: LoraLens, at: Float[Tensor, "site"], parts: Sequence[Part], copies: int
+        self, lens: LoraLens, at: Float[Tensor, "site"], parts: Sequence[Part], prompts: Prompts
     ) -> None:
         self._scaled = ScaleInject(lens.maps, at)
-        self._lens = lens
+        self._lens, self._lengths = lens, prompts.lengths.repeat_interleave(len(parts))
         self._rows: dict[int, list[tuple[int, Part]]] = {}
-        for row in range(len(parts) * copies):
+        for row in range(len(parts) * prompts.batch):
             part = parts[row % len(parts)]
             self._rows.setdefault(part.site, []).append((row, part))
 
@@ -75,12 +77,15 @@ class _PartsInject:
         delta = torch.zeros(*z.shape[:2], out.flatten(2).shape[-1], dtype=out.dtype)
         delta = delta.to(out.device)
         for row, part in rows:
+            position = part.position
+            if position is not None and site.kind == "unembed":
+                position -= int(self._lengths[row]) - 1
             delta[row] = part_delta(
                 self._lens.maps[index],
                 site.kind,
                 heads,
                 primal[row],
-                position=part.position,
+                position=position,
                 head=part.head,
                 rank=part.rank,
             ).to(out.dtype)
@@ -96,7 +101,7 @@ def dual_forward() -> Generator[None]:
         ModelStateError: the model uses an operation without a forward-mode derivative.
     """
     try:
-        with torch.no_grad(), fwad.dual_level():
+        with torch.no_grad(), fwad.dual_level(), _plain_bloom_gelu():
             yield
     except NotImplementedError as error:
         raise ModelStateError(
@@ -104,6 +109,21 @@ def dual_forward() -> Generator[None]:
             "attention is one: load the model with attn_implementation='eager'. Reverse mode "
             "(first_order, mode='reverse') does without."
         ) from error
+
+
+@contextlib.contextmanager
+def _plain_bloom_gelu() -> Generator[None]:
+    """Bloom wraps its GELU in a Function without a forward-mode derivative; the formula has one."""
+    bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
+    if bloom is None:
+        yield
+        return
+    wrapped = bloom.BloomGelu.forward
+    bloom.BloomGelu.forward = lambda self, x: bloom.bloom_gelu_forward(x)
+    try:
+        yield
+    finally:
+        bloom.BloomGelu.forward = wrapped
 
 
 def joint_tangent(
@@ -135,7 +155,7 @@ def part_tangents(
     with bar:
         for start in range(0, len(parts), step):
             some = parts[start : start + step]
-            with dual_forward(), lens.injected(_PartsInject(lens, at, some, prompts.batch)):
+            with dual_forward(), lens.injected(_PartsInject(lens, at, some, prompts)):
                 rows = read_logits(lens, prompts.repeat(len(some)))
                 rows = rows.view(prompts.batch, len(some), -1)
                 found.append(

@@ -39,11 +39,14 @@ class FactMargin:
         curve: the margin along ε from 0 to 1, exact, beside its first-order line.
         flip_scale: [batch], the first ε in (0, 1] at which the margin changes sign; NaN where it
             does not.
+        doc, pre: the two tokens, per prompt.
     """
 
     attribution: Attribution
     curve: RemainderCurve
     flip_scale: Float[Tensor, "batch"]
+    doc: tuple[str, ...]
+    pre: tuple[str, ...]
 
     @property
     def m0(self) -> Float[Tensor, "batch"]:
@@ -127,17 +130,22 @@ def fact_margin(
     margin = Margin(doc, pre)
     attribution = first_order(lens, ready, margin, by=by)
     curve = curve_of(lens, ready, margin, attribution, progress=progress)
-    return FactMargin(attribution, curve, _flip_scales(lens, ready, margin, curve))
+    ids = [token_ids(lens.model, token, ready.batch).tolist() for token in (doc, pre)]
+    return FactMargin(
+        attribution=attribution,
+        curve=curve,
+        flip_scale=_flip_scales(lens, ready, ids, curve),
+        doc=tuple(lens.decode(ids[0])),
+        pre=tuple(lens.decode(ids[1])),
+    )
 
 
 def _flip_scales(
-    lens: LoraLens, prompts: Prompts, margin: Margin, curve: RemainderCurve
+    lens: LoraLens, prompts: Prompts, ids: list[list[int]], curve: RemainderCurve
 ) -> Float[Tensor, "batch"]:
-    doc = token_ids(lens.model, margin.doc, prompts.batch)
-    pre = token_ids(lens.model, margin.pre, prompts.batch)
     scales, found = [0.0, *curve.scales.tolist()], []
-    for i in range(prompts.batch):
-        bound = Margin(int(doc[i]), int(pre[i])).bind(lens.model, 1)
+    for i, (doc, pre) in enumerate(zip(*ids, strict=True)):
+        bound = Margin(doc, pre).bind(lens.model, 1)
         values = [float(curve.base[i]), *curve.values[i].tolist()]
         found.append(first_root(_along(lens, prompts.row(i), bound), scales, values))
     return torch.tensor(found, dtype=torch.float64)

@@ -230,8 +230,9 @@ class RemainderCurve:
 
 
 def default_scales() -> list[float]:
-    """Small ones for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2 … 1."""
-    return [*np.geomspace(1e-4, 8e-2, 10).tolist(), *np.linspace(0.1, 1.0, 10).round(3).tolist()]
+    """Small ones for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25 … 1."""
+    even = [*np.linspace(0.1, 1.0, 10).round(3).tolist(), *_CHECKPOINTS]
+    return sorted({*np.geomspace(1e-4, 8e-2, 10).tolist(), *even})
 
 
 def remainder_curve(
@@ -244,7 +245,7 @@ def remainder_curve(
 ) -> RemainderCurve:
     """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
 
-    Cost: one forward and one backward, and one forward pass per scale (20 by default), batched.
+    Cost: one forward and one backward, and one forward pass per scale (22 by default), batched.
     """
     ready = lens.prompts(prompts)
     attribution = first_order(lens, ready, readout)

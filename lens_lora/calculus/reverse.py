@@ -1,6 +1,7 @@
 """Reverse mode: one readout, every site, position, head and rank, in one forward and one backward.
 
-1. The embedding's output becomes the leaf of the graph; every site lies between it and g.
+1. The embedding's output becomes the leaf of the graph; every site lies between it and g (a
+   position embedding's own output is a leaf beside it).
 2. Each site's output gets a gradient hook that contracts G = ∂g/∂(output) with u = Az + a₀ as the
    backward pass goes by, and keeps nothing else.
 3. The gradient that reaches the embedding is discarded; parameters never receive one.
@@ -30,18 +31,23 @@ class _TapInject:
     """Adds ε_l ΔW_l z_l and shows the visitor each site's (index, G, z) on the way back."""
 
     def __init__(
-        self, lens: LoraLens, gates: Float[Tensor, "site"], visit: Visit, seen: set[int]
+        self, lens: LoraLens, gates: Float[Tensor, "site"], visit: Visit, leaves: list[Tensor]
     ) -> None:
         self._scaled = ScaleInject(lens.maps, gates)
-        self._visit, self._seen = visit, seen
+        self._kinds = [site.kind for site in lens.sites]
+        self._visit, self._leaves = visit, leaves
+        self.seen: set[int] = set()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
         moved = self._scaled(index, out, z)
         moved = out.view_as(out) if moved is None else moved
+        if self._kinds[index] == "pos_embed":
+            moved = moved.detach().requires_grad_()
+            self._leaves.append(moved)
         kept = z.detach()
 
         def on_gradient(gradient: Tensor) -> None:
-            self._seen.add(index)
+            self.seen.add(index)
             self._visit(index, gradient.flatten(2), kept)
 
         moved.register_hook(on_gradient)
@@ -60,19 +66,19 @@ def site_gradients(
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
-    leaf: list[Tensor] = []
+    leaves: list[Tensor] = []
 
     def start(tensor: Tensor, hook: Any) -> Tensor:
         del hook
-        leaf[:] = [tensor.detach().requires_grad_()]
-        return leaf[0]
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
 
-    seen: set[int] = set()
+    tap = _TapInject(lens, gates, visit, leaves)
     with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
-        with lens.injected(_TapInject(lens, gates, visit, seen)):
+        with lens.injected(tap):
             values = readout(read_logits(lens, prompts))
-        torch.autograd.grad(values.sum(), leaf)
-    missed = [site.name for i, site in enumerate(lens.sites) if i not in seen]
+        torch.autograd.grad(values.sum(), leaves)
+    missed = [site.name for i, site in enumerate(lens.sites) if i not in tap.seen]
     if missed:
         raise ModelStateError(
             f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does not "

@@ -43,8 +43,11 @@ class SiteMap:
     a0_by_head: Float[Tensor, "head rank"] | None = None
 
     def coordinates(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
-        """u = Az + a₀, the update's coordinates in its own rank space."""
-        u = z.to(self.A.dtype) @ self.A.T
+        """u = Az + a₀, the update's coordinates in its own rank space.
+
+        An embedding's z is the ids [...] themselves: Az is then the column that each id picks.
+        """
+        u = z.to(self.A.dtype) @ self.A.T if z.is_floating_point() else self.A.T[z]
         return u if self.a0 is None else u + self.a0
 
     def __call__(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
@@ -94,9 +97,11 @@ class BaseWeights:
         return getattr(module, "base_layer", module)
 
     def weight(self, path: str, rows: Tensor | None = None) -> Float[Tensor, "out in"]:
+        """A linear's weight, or an embedding's with the vocabulary as its input."""
         module = self._module(path)
         weight = cast(Tensor, module.weight).detach()
-        weight = weight.T if type(module).__name__ == "Conv1D" else weight
+        is_transposed = type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
+        weight = weight.T if is_transposed else weight
         return weight if rows is None else weight[rows.to(weight.device)]
 
     def bias(self, path: str, rows: Tensor | None = None) -> Float[Tensor, "out"] | None:
@@ -119,8 +124,8 @@ def infer_processing(
     base: Float[Tensor, "out in"],
     gamma: Float[Tensor, "in"] | None,
     *,
-    layer_norm: bool,
-    is_writer: bool,
+    centres_reads: bool,
+    centres_writes: bool,
 ) -> Processing:
     """Which processing turns the base's weight into the model's, found by comparing them.
 
@@ -132,8 +137,8 @@ def infer_processing(
     found: list[tuple[float, Processing]] = []
     for folded in (False, True) if gamma is not None else (False,):
         candidate = base * gamma.double().to(base.device) if folded and gamma is not None else base
-        for centre_read in (False, True) if folded and layer_norm else (False,):
-            for centred in (False, True) if is_writer and layer_norm else (False,):
+        for centre_read in (False, True) if folded and centres_reads else (False,):
+            for centred in (False, True) if centres_writes else (False,):
                 expected = candidate
                 if centre_read:
                     expected = expected - expected.mean(1, keepdim=True)
@@ -157,6 +162,7 @@ def site_map(
     B: Float[Tensor, "out rank"],
     scale: float,
     *,
+    bias: Float[Tensor, "out"] | None = None,
     gamma: Tensor | None,
     beta: Tensor | None,
     centre_read: bool,
@@ -165,7 +171,11 @@ def site_map(
     dtype: torch.dtype,
     device: torch.device,
 ) -> SiteMap:
-    """A site's δ in the model's basis; n_heads > 0 where the input is split by head (o)."""
+    """A site's δ in the model's basis; n_heads > 0 where the input is split by head (o).
+
+    A change of bias is one more direction of rank space, the last, whose coordinate is always 1;
+    split by head it belongs to no head, in a slot of its own after them.
+    """
     reads, writes = A.double().to(device), B.double().to(device) * scale
     a0 = heads = None
     if beta is not None and bool((beta != 0).any()):
@@ -177,6 +187,8 @@ def site_map(
         reads = reads * gamma.double().to(device)
     if centre_read:
         reads = reads - reads.mean(1, keepdim=True)
+    if bias is not None:
+        reads, writes, a0, heads = _with_bias(reads, writes, a0, heads, bias.to(device), n_heads)
     if centre_write:
         writes = writes - writes.mean(0, keepdim=True)
     return SiteMap(
@@ -185,3 +197,24 @@ def site_map(
         None if a0 is None else a0.to(dtype),
         None if heads is None else heads.to(dtype),
     )
+
+
+def _with_bias(
+    reads: Tensor,
+    writes: Tensor,
+    a0: Tensor | None,
+    heads: Tensor | None,
+    bias: Tensor,
+    n_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    one = reads.new_ones(1)
+    a0 = torch.cat([reads.new_zeros(len(reads)) if a0 is None else a0, one])
+    reads = torch.cat([reads, reads.new_zeros(1, reads.shape[1])])
+    writes = torch.cat([writes, bias.double()[:, None]], 1)
+    if not n_heads:
+        return reads, writes, a0, None
+    spread = reads.new_zeros(n_heads + 1, len(reads))
+    if heads is not None:
+        spread[:n_heads, :-1] = heads
+    spread[n_heads, -1] = 1.0
+    return reads, writes, a0, spread

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
@@ -40,6 +40,8 @@ class BridgeView:
         self.n_layers = cfg.n_layers
 
     def _component(self, layer: int, kind: str) -> tuple[str, Any]:
+        if kind in ("embed", "pos_embed", "unembed"):
+            return kind, getattr(self.model, kind)
         part = "attn" if kind in ATTENTION_KINDS else "mlp"
         name = _COMPONENTS.get(kind, kind)
         component = getattr(getattr(self.model.blocks[layer], part), name)
@@ -57,19 +59,35 @@ class BridgeView:
         return bool(getattr(mlp, "_use_processed_weights", False)) and hasattr(mlp, "gate")
 
     def block_input(self, layer: int) -> str:
-        return f"blocks.{layer}.hook_in"
+        return f"blocks.{layer}.hook_in" if layer < self.n_layers else "ln_final.hook_in"
 
     def embedding_output(self) -> str:
         return "embed.hook_out"
 
+    def embedding_scale(self, kind: str) -> float:
+        """Gemma's embedding multiplies what it looks up by √d, and so does PEFT its update."""
+        if kind != "embed":
+            return 1.0
+        return float(getattr(self.model.embed.original_component, "embed_scale", 1.0))
+
     def weight(self, layer: int, kind: str) -> Tensor:
-        held = getattr(self.model.blocks[layer].mlp, f"_processed_W_{_COMPONENTS.get(kind)}", None)
-        if held is not None and self._computes_gated_mlp(layer):
-            return held.detach()
+        if kind in _PROCESSED_GATED or kind == "down":
+            held = self._held(layer, kind)
+            if held is not None:
+                return held
         _, component = self._component(layer, kind)
         linear = component.original_component
         weight = linear.weight.detach()
-        return weight.T if type(linear).__name__ == "Conv1D" else weight
+        is_transposed = type(linear).__name__ == "Conv1D" or isinstance(linear, nn.Embedding)
+        weight = weight.T if is_transposed else weight
+        return weight * self.embedding_scale(kind) if kind == "embed" else weight
+
+    def _held(self, layer: int, kind: str) -> Tensor | None:
+        """The weight that a processed gated MLP holds itself (transformer-lens 3)."""
+        held = getattr(self.model.blocks[layer].mlp, f"_processed_W_{_COMPONENTS.get(kind)}", None)
+        if held is not None and self._computes_gated_mlp(layer):
+            return held.detach()
+        return None
 
     def bias(self, layer: int, kind: str) -> Tensor | None:
         _, component = self._component(layer, kind)
@@ -82,13 +100,20 @@ class BridgeView:
 
     def is_folded(self, layer: int, kind: str) -> bool:
         """A folded norm is left with weight 1 and bias 0."""
-        block = self.model.blocks[layer]
-        own = "ln1" if kind in ATTENTION_KINDS else "ln2"
-        norm = getattr(block, own, block.ln1).original_component
+        if kind == "unembed":
+            norm = self.model.ln_final.original_component
+        else:
+            block = self.model.blocks[layer]
+            own = "ln1" if kind in ATTENTION_KINDS else "ln2"
+            norm = getattr(block, own, block.ln1).original_component
         bias = getattr(norm, "bias", None)
         gamma = norm.weight + self.family.gamma_offset
         is_unit = bool((gamma == 1).all()) and (bias is None or not bool(bias.any()))
         return self.needs_base() and is_unit
+
+    def state(self) -> tuple[tuple[str, Any], ...]:
+        flags = tuple((f"cfg.{flag}", getattr(self.model.cfg, flag, False)) for flag in _FLAGS)
+        return (*flags, ("processed weights", self.needs_base()))
 
     def needs_base(self) -> bool:
         return bool(getattr(self.model, "_weights_processed", False))

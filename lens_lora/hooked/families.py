@@ -14,13 +14,14 @@ from typing import Literal
 __all__ = ["FAMILIES", "Family", "Place"]
 
 Layout = Literal["whole", "blocks", "interleaved"]
+_UNEMBED = "lm_head"
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a Hugging Face linear module sits: its layer, and the kinds its output rows hold."""
+    """Where a Hugging Face module sits: its layer (None outside the blocks), and its kinds."""
 
-    layer: int
+    layer: int | None
     kinds: tuple[str, ...]
     layout: Layout
 
@@ -33,6 +34,7 @@ class Family:
         linears: module name within a layer → the kinds its output rows hold.
         ln1, ln2: the norms that attention and MLP read (the same one in parallel blocks that
             share it).
+        ln_final, embed, pos_embed: paths of the final norm and of the embeddings.
         gamma_offset: what is added to a norm's stored weight to give γ (1 for Gemma).
         value_bias: whether value projections may have a bias of their own.
         post_norm: attention's and MLP's outputs pass a further norm before the residual stream.
@@ -43,14 +45,20 @@ class Family:
     linears: Mapping[str, tuple[str, ...]]
     ln1: str
     ln2: str
+    ln_final: str
+    embed: str
     norm: Literal["LN", "RMS"]
+    pos_embed: str | None = None
     fused: Layout = "blocks"
     gamma_offset: float = 0.0
     value_bias: bool = True
     post_norm: bool = False
 
     def place(self, module: str) -> Place | None:
-        """The place of a module path, or None where this family has no such linear."""
+        """The place of a module path, or None where this family has no such module."""
+        outside = {self.embed: "embed", self.pos_embed: "pos_embed", _UNEMBED: "unembed"}
+        if module in outside:
+            return Place(None, (outside[module],), "whole")
         pattern = re.escape(self.layer).replace(re.escape("{l}"), r"(\d+)")
         match = re.fullmatch(rf"{pattern}\.(.+)", module)
         if match is None or match[2] not in self.linears:
@@ -59,17 +67,17 @@ class Family:
         return Place(int(match[1]), kinds, self.fused if len(kinds) > 1 else "whole")
 
     def path(self, layer: int, kind: str) -> str:
-        """The module path that holds the rows of `kind` in `layer`."""
+        """The module path that holds the rows of `kind` in `layer` of attention or MLP."""
         name = next(name for name, kinds in self.linears.items() if kind in kinds)
         return f"{self.layer.format(l=layer)}.{name}"
 
     def norm_path(self, layer: int, kind: str) -> str | None:
-        """The norm whose output the linear reads; None for o, down and fc_out."""
+        """The norm whose output the linear reads; None for writers and embeddings."""
         if kind in ("q", "k", "v"):
             return f"{self.layer.format(l=layer)}.{self.ln1}"
         if kind in ("gate", "up", "fc_in"):
             return f"{self.layer.format(l=layer)}.{self.ln2}"
-        return None
+        return self.ln_final if kind == "unembed" else None
 
 
 def _split_attention(prefix: str, out: str) -> dict[str, tuple[str, ...]]:
@@ -93,6 +101,9 @@ FAMILIES: tuple[Family, ...] = (
         },
         ln1="ln_1",
         ln2="ln_2",
+        ln_final="transformer.ln_f",
+        embed="transformer.wte",
+        pos_embed="transformer.wpe",
         norm="LN",
     ),
     Family(
@@ -105,6 +116,9 @@ FAMILIES: tuple[Family, ...] = (
         },
         ln1="ln_1",
         ln2="ln_2",
+        ln_final="transformer.ln_f",
+        embed="transformer.wte",
+        pos_embed="transformer.wpe",
         norm="LN",
         value_bias=False,
     ),
@@ -118,6 +132,8 @@ FAMILIES: tuple[Family, ...] = (
         },
         ln1="ln_1",
         ln2="ln_1",
+        ln_final="transformer.ln_f",
+        embed="transformer.wte",
         norm="LN",
         value_bias=False,
     ),
@@ -132,6 +148,8 @@ FAMILIES: tuple[Family, ...] = (
         },
         ln1="input_layernorm",
         ln2="post_attention_layernorm",
+        ln_final="gpt_neox.final_layer_norm",
+        embed="gpt_neox.embed_in",
         norm="LN",
         fused="interleaved",
     ),
@@ -146,6 +164,8 @@ FAMILIES: tuple[Family, ...] = (
         },
         ln1="input_layernorm",
         ln2="post_attention_layernorm",
+        ln_final="transformer.ln_f",
+        embed="transformer.word_embeddings",
         norm="LN",
         fused="interleaved",
     ),
@@ -159,6 +179,8 @@ FAMILIES: tuple[Family, ...] = (
         },
         ln1="self_attn_layer_norm",
         ln2="final_layer_norm",
+        ln_final="model.decoder.final_layer_norm",
+        embed="model.decoder.embed_tokens",
         norm="LN",
     ),
     Family(
@@ -171,6 +193,8 @@ FAMILIES: tuple[Family, ...] = (
         },
         ln1="input_layernorm",
         ln2="input_layernorm",
+        ln_final="model.final_layernorm",
+        embed="model.embed_tokens",
         norm="LN",
     ),
     Family(
@@ -184,6 +208,8 @@ FAMILIES: tuple[Family, ...] = (
         linears=_LLAMA,
         ln1="input_layernorm",
         ln2="post_attention_layernorm",
+        ln_final="model.norm",
+        embed="model.embed_tokens",
         norm="RMS",
     ),
     Family(
@@ -192,6 +218,8 @@ FAMILIES: tuple[Family, ...] = (
         linears=_split_attention("self_attn", "o_proj"),
         ln1="input_layernorm",
         ln2="post_attention_layernorm",
+        ln_final="model.norm",
+        embed="model.embed_tokens",
         norm="RMS",
     ),
     Family(
@@ -205,6 +233,8 @@ FAMILIES: tuple[Family, ...] = (
         },
         ln1="input_layernorm",
         ln2="post_attention_layernorm",
+        ln_final="model.norm",
+        embed="model.embed_tokens",
         norm="RMS",
     ),
     Family(
@@ -213,6 +243,8 @@ FAMILIES: tuple[Family, ...] = (
         linears=_LLAMA,
         ln1="input_layernorm",
         ln2="post_attention_layernorm",
+        ln_final="model.norm",
+        embed="model.embed_tokens",
         norm="RMS",
         gamma_offset=1.0,
     ),
@@ -222,6 +254,8 @@ FAMILIES: tuple[Family, ...] = (
         linears=_LLAMA,
         ln1="input_layernorm",
         ln2="pre_feedforward_layernorm",
+        ln_final="model.norm",
+        embed="model.embed_tokens",
         norm="RMS",
         gamma_offset=1.0,
         post_norm=True,

@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -82,7 +83,26 @@ class _Writer:
                 f"{self._name}: its output hook fired but its input hook did not, so z is "
                 "unknown; a flag of the model bypasses that hook point."
             )
-        return self._inject(self._index, tensor, self._reader.kept[self._firing])
+        z = self._reader.kept[self._firing]
+        return self._inject(self._index, tensor, z.expand(len(tensor), *z.shape[1:]))
+
+
+class _ModuleWriter:
+    """A writer at a module that has no hook points: z is the module's own input."""
+
+    def __init__(self, index: int, kind: str, inject: Inject) -> None:
+        self._index, self._kind, self._inject = index, kind, inject
+
+    def at_module(self, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        z = args[0]
+        if self._kind == "pos_embed":
+            offset = args[1] if len(args) > 1 else 0
+            z = torch.arange(output.shape[1], device=output.device).expand(output.shape[:2])
+            z = z + offset
+        return self._inject(self._index, output, z)
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
+        raise ModelStateError(f"{self._kind} has no hook point; use `with lens.applied():`.")
 
 
 class _Arranger:
@@ -108,6 +128,9 @@ def site_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
     readers: dict[str, _Reader] = {}
     for index, (site, port) in enumerate(zip(plan.sites, plan.ports, strict=True)):
         hooks = by_layer.setdefault(site.layer, [])
+        if port.read == port.write:
+            hooks.append((port.write, _ModuleWriter(index, site.kind, inject)))
+            continue
         if port.read not in readers:
             readers[port.read] = _Reader(port.firings)
             hooks.append((port.read, readers[port.read]))
@@ -116,7 +139,8 @@ def site_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
     arranged: list[tuple[str, HookFn]] = []
     points = plan.view.model.hook_dict
     for layer, hooks in sorted(by_layer.items()):
-        arranged.append((plan.view.block_input(layer), _Arranger(points, hooks)))
+        if layer >= 0:
+            arranged.append((plan.view.block_input(layer), _Arranger(points, hooks)))
         arranged.extend(hooks)
     return arranged
 
@@ -156,7 +180,8 @@ def _attach_to_point(point: Any, fn: HookFn, stack: contextlib.ExitStack) -> Non
 
 def _attach_to_module(module: nn.Module, fn: HookFn, stack: contextlib.ExitStack) -> None:
     def hook_fn(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        del args
+        if isinstance(fn, _ModuleWriter):
+            return fn.at_module(args, output)
         return fn(output, hook=module)
 
     stack.callback(module.register_forward_hook(hook_fn).remove)

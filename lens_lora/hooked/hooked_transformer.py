@@ -38,8 +38,29 @@ class HookedTransformerView:
         self.family = find_family(getattr(cfg, "original_architecture", None))
         self.heads = Heads(cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
         self.n_layers = cfg.n_layers
+        self._refuse_refactored()
+
+    def _refuse_refactored(self) -> None:
+        """A refactored attention's W_O is a rotation: every head's rows are orthonormal."""
+        for layer, block in enumerate(self.model.blocks):
+            heads = block.attn.W_O.detach().double()
+            gram = heads @ heads.transpose(1, 2)
+            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            if gram.shape[-1] > 1 and bool(((gram - identity).abs().amax() < 1e-4).item()):
+                raise ModelStateError(
+                    f"blocks.{layer}.attn: refactor_factored_attn_matrices was applied, which "
+                    "mixes W_Q with W_K and W_V with W_O, so no ΔW of theirs can be added. Load "
+                    "the model without it."
+                )
 
     def ports(self, layer: int, kind: str) -> Ports:
+        if kind == "embed" and getattr(self.model.cfg, "post_embedding_ln", False):
+            raise ModelStateError(
+                "embed: this HookedTransformer normalises inside its embedding, with no place "
+                "between the two for δ; use a TransformerBridge, or adapter.without(…)."
+            )
+        if kind in ("embed", "pos_embed", "unembed"):
+            return Ports(kind, kind)
         block = f"blocks.{layer}"
         if kind in ("q", "k", "v"):
             read = f"{block}.ln1.hook_normalized"
@@ -54,12 +75,20 @@ class HookedTransformerView:
         return Ports(f"{block}.ln2.hook_normalized", f"{block}.mlp.{write}")
 
     def block_input(self, layer: int) -> str:
-        return f"blocks.{layer}.hook_resid_pre"
+        return f"blocks.{layer}.hook_resid_pre" if layer < self.n_layers else "ln_final.hook_scale"
 
     def embedding_output(self) -> str:
-        return "hook_embed"
+        return "embed"
+
+    def embedding_scale(self, kind: str) -> float:
+        is_scaled = kind == "embed" and self.family.gamma_offset
+        return self.model.cfg.d_model**0.5 if is_scaled else 1.0
 
     def weight(self, layer: int, kind: str) -> Tensor:
+        outside = {"embed": ("embed", "W_E"), "pos_embed": ("pos_embed", "W_pos")}
+        name, parameter = outside.get(kind, ("unembed", "W_U"))
+        if kind in ("embed", "pos_embed", "unembed"):
+            return getattr(getattr(self.model, name), parameter).detach().T
         block = self.model.blocks[layer]
         if kind == "o":
             return block.attn.W_O.detach().flatten(0, 1).T
@@ -69,14 +98,17 @@ class HookedTransformerView:
         return getattr(block.mlp, name).detach().T
 
     def bias(self, layer: int, kind: str) -> Tensor | None:
+        """Of 'v' and 'o'."""
         attn = self.model.blocks[layer].attn
         return attn.b_O.detach() if kind == "o" else _stored(attn, f"b_{kind.upper()}").flatten()
 
     def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        if kind not in ("q", "k", "v", "gate", "up", "fc_in"):
+            return None
         norm: Any = getattr(
             self.model.blocks[layer], "ln1" if kind in ("q", "k", "v") else "ln2", None
         )
-        if kind in ("o", "down", "fc_out") or not hasattr(norm, "w"):
+        if not hasattr(norm, "w"):
             return None
         if fires_after_affine(type(norm)):
             return None
@@ -86,6 +118,9 @@ class HookedTransformerView:
     def is_folded(self, layer: int, kind: str) -> bool:
         del layer, kind
         return self.needs_base()
+
+    def state(self) -> tuple[tuple[str, Any], ...]:
+        return tuple((f"cfg.{flag}", getattr(self.model.cfg, flag, False)) for flag in _FLAGS)
 
     def needs_base(self) -> bool:
         return str(self.model.cfg.normalization_type).endswith("Pre")

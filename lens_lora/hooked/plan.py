@@ -11,10 +11,12 @@ import dataclasses
 from typing import Any, NoReturn
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.adapter import Adapter
-from lens_lora.errors import ModelStateError
+from lens_lora.errors import AdapterError, ModelStateError
+from lens_lora.factors import LoRAFactors, dense_factors
 from lens_lora.hooked.basis import BaseWeights, SiteMap, infer_processing, site_map
 from lens_lora.hooked.sites import (
     WRITER_KINDS,
@@ -24,7 +26,7 @@ from lens_lora.hooked.sites import (
     fused_rows,
     resolve_sites,
 )
-from lens_lora.hooked.view import HookedView, Ports, model_dtype, view_of
+from lens_lora.hooked.view import HookedView, Ports, model_dtype, refuse_dropout, view_of
 
 __all__ = ["Plan", "make_plan"]
 
@@ -37,6 +39,21 @@ class Plan:
     sites: tuple[Site, ...]
     ports: tuple[Ports, ...]
     maps: tuple[SiteMap, ...]
+    state: tuple[tuple[str, Any], ...]
+
+    def check_state(self) -> None:
+        """Refuse a model whose flags, weights or mode changed since the plan was made.
+
+        Raises:
+            ModelStateError: naming what changed.
+        """
+        for (name, then), (_, now) in zip(self.state, self.view.state(), strict=True):
+            if then != now:
+                raise ModelStateError(
+                    f"{name} was {then} when the lens was made and is {now}; make a new LoraLens, "
+                    "or set it back."
+                )
+        refuse_dropout(self.view.model)
 
 
 def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
@@ -53,7 +70,9 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
     for site in factors:
         weight = view.weight(site.layer, site.kind)
         check_shapes(site, weight, adapter.base_model)
-        port = view.ports(site.layer, site.kind)
+        port, delta = view.ports(site.layer, site.kind), _map(view, base, site, weight)
+        ports.append(port)
+        maps.append(delta)
         sites.append(
             Site(
                 site.name,
@@ -62,32 +81,30 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
                 site.kind,
                 port.read,
                 port.write,
-                site.A.shape[0],
+                delta.A.shape[0],
             )
         )
-        ports.append(port)
-        maps.append(_map(view, base, site, weight))
-    return Plan(view, tuple(sites), tuple(ports), tuple(maps))
+    return Plan(view, tuple(sites), tuple(ports), tuple(maps), view.state())
 
 
 def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: Tensor) -> SiteMap:
     layer_norm = view.family.norm == "LN"
-    is_writer = site.kind in WRITER_KINDS
+    centres_writes = site.kind == "unembed" or (layer_norm and site.kind in WRITER_KINDS)
     norm_path = view.family.norm_path(site.layer, site.kind)
     if base is None:
         if view.needs_base():
             _require_base(view, site, norm_path)
         folded = False
-        centred = layer_norm and is_writer and _is_centred(weight)
+        centred = centres_writes and _is_centred(weight)
     else:
         gamma = None if norm_path is None else base.affine(norm_path)[0]
         done = infer_processing(
             site.name,
             weight,
-            base.weight(site.module, site.rows),
+            base.weight(site.module, site.rows) * view.embedding_scale(site.kind),
             gamma,
-            layer_norm=layer_norm,
-            is_writer=is_writer,
+            centres_reads=layer_norm,
+            centres_writes=centres_writes,
         )
         folded = norm_path is not None and view.is_folded(site.layer, site.kind)
         centred = done.centred
@@ -98,10 +115,13 @@ def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: 
         gamma, beta = view.own_affine(site.layer, site.kind) or (None, None)
     if site.kind == "o":
         beta = _folded_value_bias(view, base, site)
+    scale = view.embedding_scale(site.kind)
+    update = base_update(site, _base_weight(view, base, site, weight / scale, centred))
     return site_map(
-        site.A,
-        site.B,
-        site.scale,
+        update.A,
+        update.B,
+        update.scale * scale,
+        bias=_bias_change(view, base, site),
         gamma=gamma,
         beta=beta,
         centre_read=folded and layer_norm,
@@ -110,6 +130,71 @@ def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: 
         dtype=_working_dtype(view.model),
         device=weight.device,
     )
+
+
+def base_update(site: SiteFactors, weight: Tensor | None) -> LoRAFactors:
+    """The site's ΔW as plain factors; DoRA's dense one with an identity on its smaller side.
+
+    Raises:
+        ModelStateError: ΔW depends on the base model's weight, which is not at hand.
+        AdapterError: the adapter holds a base weight that is not the model's.
+    """
+    factors = site.factors
+    if factors.base_weight is not None and weight is not None:
+        _check_base_weight(site, factors.base_weight, weight)
+    if not factors.needs_base_weight:
+        return dataclasses.replace(factors, base_weight=None)
+    if weight is None:
+        raise ModelStateError(
+            f"{site.name}: DoRA's ΔW depends on the base model's own weight, and this model's were "
+            f"centred; pass it: LoraLens(model, adapter, hf_model=…)."
+        )
+    dense = factors.materialise(weight.double())
+    return dense_factors(dense)
+
+
+def _check_base_weight(site: SiteFactors, held: Tensor, weight: Tensor) -> None:
+    held = held if held.shape == weight.shape else held.T
+    if held.shape != weight.shape or not torch.allclose(
+        held.to(weight), weight, rtol=0, atol=1e-2 * float(weight.abs().max())
+    ):
+        raise AdapterError(
+            f"{site.name} ({site.module}): the adapter's file holds a base weight that is not the "
+            "model's: the embedding was resized or trained. Resize the base model in the same way "
+            "and build the hooked model from it."
+        )
+
+
+def _base_weight(
+    view: HookedView, base: BaseWeights | None, site: SiteFactors, own: Tensor, centred: bool
+) -> Tensor | None:
+    """W of the Hugging Face base, [out, in]; the model's own where nothing was done to it."""
+    if base is not None:
+        return base.weight(site.module, site.rows)
+    return None if centred else own
+
+
+def _bias_change(
+    view: HookedView, base: BaseWeights | None, site: SiteFactors
+) -> Float[Tensor, "out"] | None:
+    """Δb = strength · (s·lora_bias + trained_bias − the base's)."""
+    factors, change = site.factors, None
+    if factors.lora_bias is not None:
+        change = factors.scale * factors.lora_bias.double()
+    if factors.trained_bias is not None:
+        if base is not None:
+            own = base.bias(site.module, site.rows)
+        elif view.class_name == "TransformerBridge":
+            own = view.bias(site.layer, site.kind)
+        else:
+            raise ModelStateError(
+                f"{site.name}: the adapter holds a trained bias, so the base model's own is "
+                "needed; pass it: LoraLens(model, adapter, hf_model=…)."
+            )
+        trained = factors.trained_bias.double()
+        trained = trained if own is None else trained - own.double().to(trained.device)
+        change = trained if change is None else change + trained
+    return None if change is None else change * factors.strength
 
 
 def _check_folding(site: SiteFactors, expected: bool, found: bool, gamma: Tensor | None) -> None:

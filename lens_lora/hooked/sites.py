@@ -16,12 +16,15 @@ from torch import Tensor
 
 from lens_lora.adapter import Adapter
 from lens_lora.errors import AdapterError, SiteError
+from lens_lora.factors import LoRAFactors
 from lens_lora.hooked.families import Family, Place
 
 __all__ = ["ATTENTION_KINDS", "Heads", "Site", "SiteFactors", "resolve_sites"]
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
-WRITER_KINDS = ("o", "down", "fc_out")
+EMBEDDING_KINDS = ("embed", "pos_embed")
+WRITER_KINDS = ("o", "down", "fc_out", *EMBEDDING_KINDS)
+_ORDER = (*EMBEDDING_KINDS, "q", "k", "v", "o", "gate", "up", "fc_in", "down", "fc_out", "unembed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Site:
     Attributes:
         name: 'blocks.3.attn.q'.
         module: Hugging Face path that the adapter names.
-        layer, kind: 3, 'q'.
+        layer, kind: 3, 'q'; embeddings are in layer −1, the unembedding after the last.
         read: hook point at which z is read.
         write: hook point at which s·B·A·z is added.
         rank: of ΔW.
@@ -61,19 +64,19 @@ class Heads:
 
 @dataclasses.dataclass(frozen=True)
 class SiteFactors:
-    """A site before it meets the model's basis: its rows of B, in the Hugging Face basis."""
+    """A site before it meets the model's basis: its own output rows, in the Hugging Face basis."""
 
     name: str
     module: str
     layer: int
     kind: str
-    A: Tensor
-    B: Tensor
-    scale: float
+    factors: LoRAFactors
     rows: Tensor | None
 
 
 def site_name(layer: int, kind: str) -> str:
+    if kind in (*EMBEDDING_KINDS, "unembed"):
+        return kind
     part = "attn" if kind in ATTENTION_KINDS else "mlp"
     return f"blocks.{layer}.{part}.{kind}"
 
@@ -89,26 +92,22 @@ def resolve_sites(
     found: list[SiteFactors] = []
     for module, factors in adapter.modules.items():
         place = family.place(module)
-        if place is None or place.layer >= n_layers:
+        if place is None or (place.layer or 0) >= n_layers:
             raise _unknown_module(module, adapter, family, n_layers)
         _check_fused(module, place, heads, factors.B.shape[0], adapter.base_model)
         for kind in place.kinds:
+            layer = _layer(place, kind, n_layers)
             rows = fused_rows(place, kind, heads, factors.B.shape[0])
-            B = factors.B if rows is None else factors.B[rows]
-            found.append(
-                SiteFactors(
-                    site_name(place.layer, kind),
-                    module,
-                    place.layer,
-                    kind,
-                    factors.A,
-                    B,
-                    factors.scale,
-                    rows,
-                )
-            )
-    order = ("q", "k", "v", "o", "gate", "up", "fc_in", "down", "fc_out")
-    return tuple(sorted(found, key=lambda s: (s.layer, order.index(s.kind))))
+            own = factors if rows is None else factors.rows(rows)
+            found.append(SiteFactors(site_name(layer, kind), module, layer, kind, own, rows))
+    return tuple(sorted(found, key=lambda s: (s.layer, _ORDER.index(s.kind))))
+
+
+def _layer(place: Place, kind: str, n_layers: int) -> int:
+    """Embeddings come before layer 0, the unembedding after the last."""
+    if place.layer is not None:
+        return place.layer
+    return n_layers if kind == "unembed" else -1
 
 
 def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None:
@@ -137,7 +136,8 @@ def _check_fused(module: str, place: Place, heads: Heads, out: int, base_model: 
 
 def check_shapes(site: SiteFactors, weight: Tensor, base_model: str | None) -> None:
     """Refuse factors that do not fit the model's own weight, [out, in]."""
-    theirs, ours = (site.B.shape[0], site.A.shape[1]), tuple(weight.shape)
+    B, A = site.factors.B, site.factors.A
+    theirs, ours = (B.shape[0], A.shape[1]), tuple(weight.shape)
     if theirs != ours:
         raise AdapterError(
             f"{site.name} ({site.module}): the adapter maps {theirs[1]}→{theirs[0]}, the model "

@@ -11,7 +11,7 @@ from lens_lora.errors import ModelStateError
 from lens_lora.hooked.families import FAMILIES, Family
 from lens_lora.hooked.sites import Heads
 
-__all__ = ["HookedView", "Ports", "find_family", "refuse_unusable", "view_of"]
+__all__ = ["HookedView", "Ports", "find_family", "refuse_dropout", "refuse_unusable", "view_of"]
 
 
 class Ports:
@@ -37,11 +37,15 @@ class HookedView(Protocol):
         ...
 
     def block_input(self, layer: int) -> str:
-        """The first hook point of a block."""
+        """The first hook point of a block, or of what comes after the last."""
         ...
 
     def embedding_output(self) -> str:
-        """The hook point after the token embedding."""
+        """The hook point, or module, of the token embedding's output."""
+        ...
+
+    def embedding_scale(self, kind: str) -> float:
+        """κ: what the model's own embedding holds more than Hugging Face's (1 elsewhere)."""
         ...
 
     def weight(self, layer: int, kind: str) -> Tensor:
@@ -49,7 +53,7 @@ class HookedView(Protocol):
         ...
 
     def bias(self, layer: int, kind: str) -> Tensor | None:
-        """The model's own bias of 'v' or 'o', flat."""
+        """The model's own bias, flat; a HookedTransformer's of 'v' and 'o' only."""
         ...
 
     def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
@@ -58,6 +62,10 @@ class HookedView(Protocol):
 
     def is_folded(self, layer: int, kind: str) -> bool:
         """Whether the affine of the norm that this kind reads was folded into the weights."""
+        ...
+
+    def state(self) -> tuple[tuple[str, Any], ...]:
+        """What must not change after the lens is made: (name, value) pairs."""
         ...
 
     def needs_base(self) -> bool:
@@ -91,21 +99,35 @@ def view_of(model: Any) -> HookedView:
 
 def refuse_unusable(model: nn.Module) -> None:
     """Refuse injected adapters, active dropout, and weights that are not floating point."""
+    refuse_dropout(model)
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
             raise ModelStateError(
                 f"{name} already carries a PEFT adapter, which would be applied twice; build the "
                 "hooked model from the bare base (peft_model.unload())."
             )
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-            raise ModelStateError(
-                f"{name}: dropout {module.p} is active, so no two runs agree; call model.eval()."
-            )
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ModelStateError(
                 f"{name} is {parameter.dtype}: quantised weights have no exact ΔW; load the model "
                 "in a floating-point dtype."
+            )
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Refuse active dropout: modules, and what a Hugging Face config turns on in train mode."""
+    if not model.training:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            raise ModelStateError(
+                f"{name}: dropout {module.p} is active, so no two runs agree; call model.eval()."
+            )
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    for name, value in (config.to_dict() if config is not None else {}).items():
+        if ("drop" in name) and isinstance(value, float) and value > 0:
+            raise ModelStateError(
+                f"{name}={value} is active in train mode, so no two runs agree; call model.eval()."
             )
 
 

@@ -1,0 +1,135 @@
+"""One module's update: ΔW = s B A, and what PEFT can put beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.errors import AdapterError
+
+__all__ = ["LoRAFactors", "dense_factors"]
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAFactors:
+    """One module's update ΔW = scale · B A, and perhaps Δb.
+
+    Args:
+        A: [rank, in], reads the module's input (for an embedding: [rank, vocabulary]).
+        B: [out, rank], writes its output.
+        scale: s of the note: α/r, or α/√r for rsLoRA.
+        lora_bias: [out], a bias of B's own: Δb = scale · lora_bias.
+        trained_bias: [out], the module's bias after training: Δb = trained_bias − the base's.
+        magnitude: [out], DoRA's m: ΔW = m/‖W + sBA‖_row ⊙ (W + sBA) − W, with W the base's.
+        base_weight: the base's weight as the adapter saw it, where the file holds it; it must be
+            the model's.
+        strength: multiplies the whole update.
+
+    Raises:
+        AdapterError: A and B disagree on the rank, are not matrices, or are not finite.
+    """
+
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
+    scale: float = 1.0
+    lora_bias: Float[Tensor, "out"] | None = None
+    trained_bias: Float[Tensor, "out"] | None = None
+    magnitude: Float[Tensor, "out"] | None = None
+    base_weight: Tensor | None = None
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise AdapterError(
+                f"A is {tuple(self.A.shape)} and B is {tuple(self.B.shape)}; "
+                "expected A [rank, in] and B [out, rank] with the same rank."
+            )
+        if 0 in self.A.shape or 0 in self.B.shape:
+            raise AdapterError(f"empty factors: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}.")
+        for name in ("lora_bias", "trained_bias", "magnitude"):
+            vector = getattr(self, name)
+            if vector is not None and vector.shape != self.B.shape[:1]:
+                raise AdapterError(
+                    f"{name} is {tuple(vector.shape)} and B writes {self.B.shape[0]} features."
+                )
+        for name in ("A", "B", "lora_bias", "trained_bias", "magnitude", "base_weight"):
+            self._require_numbers(name, getattr(self, name))
+        if not (math.isfinite(self.scale) and math.isfinite(self.strength)):
+            raise AdapterError(f"scale is {self.scale}, strength {self.strength}.")
+
+    @staticmethod
+    def _require_numbers(name: str, tensor: Tensor | None) -> None:
+        if tensor is None:
+            return
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(
+                f"factors must be floating point of 16 bits or more, and {name} is "
+                f"{tensor.dtype}; dequantise the adapter before it is read."
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"the factors contain NaN or infinite entries (in {name}).")
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def needs_base_weight(self) -> bool:
+        """Whether ΔW depends on the base model's W (DoRA)."""
+        return self.magnitude is not None
+
+    def scaled(self, factor: float) -> LoRAFactors:
+        """The whole update times `factor`."""
+        if self.trained_bias is None and self.magnitude is None:
+            return dataclasses.replace(self, scale=self.scale * factor)
+        return dataclasses.replace(self, strength=self.strength * factor)
+
+    def rows(self, rows: Tensor) -> LoRAFactors:
+        """The update of some output features only (one part of a fused projection)."""
+        cut = {
+            name: getattr(self, name)[rows]
+            for name in ("B", "lora_bias", "trained_bias", "magnitude")
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(self, **cut, base_weight=None)
+
+    def materialise(self, weight: Float[Tensor, "out in"] | None = None) -> Float[Tensor, "out in"]:
+        """ΔW, dense; DoRA needs the base's `weight`.
+
+        Raises:
+            AdapterError: DoRA without the weight.
+        """
+        plain = self.scale * (self.B @ self.A)
+        if self.magnitude is None:
+            return self.strength * plain
+        if weight is None:
+            raise AdapterError("DoRA's ΔW depends on the base model's weight; pass it.")
+        turned = weight.to(plain) + plain
+        size = turned.norm(dim=1, keepdim=True)
+        return self.strength * (self.magnitude[:, None] / size * turned - weight.to(plain))
+
+    def norm(self) -> float:
+        """Frobenius norm of ΔW, without building it: ‖BA‖² = tr((BᵀB)(AAᵀ)).
+
+        Raises:
+            AdapterError: DoRA, whose ΔW depends on the base model.
+        """
+        if self.magnitude is not None:
+            raise AdapterError("DoRA's ΔW depends on the base model's weight; materialise it.")
+        A, B = self.A.double(), self.B.double()
+        squared = max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
+        return abs(self.scale * self.strength) * math.sqrt(squared)
+
+
+def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
+    """Any ΔW as factors, without loss: an identity stands on its smaller side."""
+    out, inputs = delta.shape
+    if out <= inputs:
+        return LoRAFactors(delta, torch.eye(out, dtype=delta.dtype, device=delta.device))
+    return LoRAFactors(torch.eye(inputs, dtype=delta.dtype, device=delta.device), delta)

@@ -1,0 +1,96 @@
+"""How numbers, tokens and prompts are written, the same in every picture, table and page."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lens_lora.attribution import Attribution
+
+__all__ = [
+    "chosen_prompt",
+    "magnitude",
+    "method_text",
+    "percent",
+    "prompt_text",
+    "share_text",
+    "signed",
+    "top_rows",
+    "visible",
+]
+
+_WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
+
+
+def magnitude(value: float) -> str:
+    """A size without its sign: two decimals, or two digits where those would vanish."""
+    if not math.isfinite(value):
+        return "—"
+    size = abs(value)
+    if size == 0 or size >= 0.0995:
+        return f"{size:.2f}"
+    return f"{size:.2g}"
+
+
+def signed(value: float) -> str:
+    """A number with its sign, + or −."""
+    if not math.isfinite(value) or value == 0:
+        return magnitude(value)
+    return ("−" if value < 0 else "+") + magnitude(value)
+
+
+def percent(share: float) -> str:
+    """A share as a percentage, '—' where there is none to speak of (a shift of zero)."""
+    if not math.isfinite(share):
+        return "—"
+    size = 100 * abs(share)
+    digits = f"{size:.0f}" if size >= 10 else f"{size:.1f}" if size >= 0.1 else f"{size:.1g}"
+    return f"{'−' if share < 0 else ''}{digits}%"
+
+
+def share_text(share: float) -> str:
+    """A share of the shift in words: '43% of the shift', '12 times the shift'."""
+    if abs(share) < 2:
+        return f"{percent(share)} of the shift"
+    return f"{share:.3g} times the shift"
+
+
+def visible(token: str) -> str:
+    """A token with its white space and control characters made visible."""
+    shown = "".join(_WHITESPACE.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in token)
+    return shown or "∅"
+
+
+def prompt_text(tokens: Sequence[str]) -> str:
+    """A prompt as one line, without the special token that a tokenizer puts in front."""
+    shown = tokens[1:] if len(tokens) > 1 and _SPECIAL_TOKEN.fullmatch(tokens[0]) else tokens
+    return "".join(c if c.isprintable() else visible(c) for c in "".join(shown))
+
+
+def method_text(method: str, at: float) -> str:
+    """'first order at ε = 0'."""
+    return f"{method.replace('_', ' ')} at ε = {at:g}"
+
+
+def top_rows(
+    attribution: Attribution, k: int, prompt: int | None = None
+) -> list[tuple[str, str, str, str]]:
+    """(site, module, value, share of the shift) of the k sites of largest |value|."""
+    top = attribution.top(k, prompt)
+    values, shares = map(signed, top["value"]), map(percent, top["share"])
+    return list(zip(top["site"], top["module"], values, shares, strict=True))
+
+
+def chosen_prompt(prompt: int, batch: int) -> int:
+    """The index of a prompt.
+
+    Raises:
+        ValueError: the result has no such prompt.
+    """
+    if not 0 <= prompt < batch:
+        raise ValueError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
+    return prompt
