@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from torch import nn
+
 from lens_lora.errors import AdapterError, SiteError
 from lens_lora.factors import LoRAFactors
 from lens_lora.peft_format import factors_of, read_folder
+from lens_lora.weight_change import change_between
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,11 +27,18 @@ __all__ = ["Adapter", "LoRAFactors", "load_adapter"]
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """LoRA factors by Hugging Face module path, for example 'model.layers.0.self_attn.q_proj'."""
+    """Factors by Hugging Face module path, for example 'model.layers.0.self_attn.q_proj'.
+
+    A sum of adapters holds 'path@name' for each part, so that their sites stay separate.
+
+    Attributes:
+        truncation_error: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F per module, where `between` cut to a rank.
+    """
 
     modules: Mapping[str, LoRAFactors]
     name: str = "adapter"
     base_model: str | None = None
+    truncation_error: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -69,6 +79,71 @@ class Adapter:
         modules = {p: dataclasses.replace(f, scale=live[p]) for p, f in saved.items()}
         return cls(modules, name=adapter_name, base_model=base)
 
+    @classmethod
+    def between(
+        cls,
+        base: nn.Module,
+        tuned: nn.Module,
+        *,
+        rank: int | None = None,
+        ignore: tuple[str, ...] = (),
+        name: str = "fine-tune",
+        progress: bool = True,
+    ) -> Adapter:
+        """Any weight change as an adapter: ΔW of every linear module and embedding that differs.
+
+        For full fine-tunes, and for PiSSA, LoftQ and the like against the true base.
+
+        Args:
+            base, tuned: Hugging Face models of one architecture.
+            rank: None for the exact difference; else the best approximation of this rank, its
+                relative error in `truncation_error`.
+            ignore: globs of parameters (norms, say) whose change is left out on purpose.
+
+        Raises:
+            AdapterError: different architectures, no difference, or changed parameters that
+                belong to no linear module or embedding.
+        """
+        factors, errors = change_between(base, tuned, rank, ignore, progress)
+        if not factors:
+            raise AdapterError("the two models have the same weights; there is nothing to explain.")
+        return cls(factors, name=name, truncation_error=errors)
+
+    def named(self, name: str) -> Adapter:
+        """The adapter under another name, to tell the parts of a sum apart."""
+        return dataclasses.replace(self, name=name)
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """Both adapters at once; weight them with `scaled`. Their sites stay separate.
+
+        Raises:
+            AdapterError: the same name twice, different bases, or DoRA on a module of both (whose
+                ΔW is not additive).
+        """
+        mine, theirs = self._tagged(), other._tagged()
+        twice = set(mine) & set(theirs)
+        if twice or self.name == other.name:
+            raise AdapterError(
+                f"both adapters are called {self.name!r}; give one another name: "
+                "adapter.named('…')."
+            )
+        if self.base_model and other.base_model and self.base_model != other.base_model:
+            raise AdapterError(
+                f"{self.name} names the base {self.base_model!r}, {other.name} "
+                f"{other.base_model!r}; a sum needs one base model."
+            )
+        both = {**mine, **theirs}
+        _refuse_dora_twice(both)
+        return Adapter(
+            both,
+            name=f"{self.name} + {other.name}",
+            base_model=self.base_model or other.base_model,
+            truncation_error={**self.truncation_error, **other.truncation_error},
+        )
+
+    def _tagged(self) -> dict[str, LoRAFactors]:
+        return {key if "@" in key else f"{key}@{self.name}": f for key, f in self.modules.items()}
+
     def only(self, *globs: str) -> Adapter:
         """The modules whose path matches one of the globs ('*.q_proj').
 
@@ -98,7 +173,11 @@ class Adapter:
     def _matching(self, globs: Iterable[str]) -> set[str]:
         matched: set[str] = set()
         for glob in globs:
-            hits = fnmatch.filter(self.modules, glob)
+            hits = [
+                key
+                for key in self.modules
+                if fnmatch.fnmatch(key, glob) or fnmatch.fnmatch(key.partition("@")[0], glob)
+            ]
             if not hits:
                 raise SiteError(
                     f"{glob!r} matches no module of {self.name}; its modules are like "
@@ -132,6 +211,17 @@ def load_adapter(
     """
     modules, base, name = read_folder(path, revision, subfolder)
     return Adapter(modules, name=name, base_model=base)
+
+
+def _refuse_dora_twice(modules: Mapping[str, LoRAFactors]) -> None:
+    paths = [key.partition("@")[0] for key in modules]
+    for key, factors in modules.items():
+        path = key.partition("@")[0]
+        if factors.magnitude is not None and paths.count(path) > 1:
+            raise AdapterError(
+                f"{path} is adapted twice, once by DoRA, which rescales whatever W it finds: the "
+                "two updates do not add up. Merge one of them into the base model first."
+            )
 
 
 def _natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:

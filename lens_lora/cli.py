@@ -20,6 +20,7 @@ from rich.text import Text
 from lens_lora import LoraLens, Margin, __version__, fact_margin, first_order, load_adapter
 from lens_lora.calculus.logit_shift import logit_shift
 from lens_lora.errors import LensLoraError
+from lens_lora.inspect_command import inspect
 from lens_lora.show import tables
 from lens_lora.show.report import margin_report
 
@@ -216,6 +217,8 @@ def _print(analysis: _Analysis) -> None:
 def _say(line: str) -> None:
     Console(soft_wrap=True).print(Text(line))
 
+
+app.command("inspect")(_one_line_errors()(inspect))
 
 if __name__ == "__main__":
     app()

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lens_lora"
 LAYERS = [
     {"errors", "_version"},
-    {"factors", "peft_format"},
+    {"factors", "peft_format", "weight_change"},
     {"adapter"},
     {"hooked"},
     {"prompts", "readout"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"calculus"},
     {"demo"},
     {"__init__"},
-    {"cli"},
+    {"cli", "inspect_command"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -14,7 +14,7 @@ from typing import Literal
 __all__ = ["FAMILIES", "Family", "Place"]
 
 Layout = Literal["whole", "blocks", "interleaved"]
-_UNEMBED = "lm_head"
+_UNEMBED = ("lm_head", "embed_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Family:
 
     def place(self, module: str) -> Place | None:
         """The place of a module path, or None where this family has no such module."""
-        outside = {self.embed: "embed", self.pos_embed: "pos_embed", _UNEMBED: "unembed"}
+        outside = {self.embed: "embed", self.pos_embed: "pos_embed"}
+        outside |= dict.fromkeys(_UNEMBED, "unembed")
         if module in outside:
             return Place(None, (outside[module],), "whole")
         pattern = re.escape(self.layer).replace(re.escape("{l}"), r"(\d+)")

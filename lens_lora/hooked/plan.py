@@ -82,6 +82,7 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
                 port.read,
                 port.write,
                 delta.A.shape[0],
+                site.adapter,
             )
         )
     return Plan(view, tuple(sites), tuple(ports), tuple(maps), view.state())

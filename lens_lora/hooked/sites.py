@@ -38,6 +38,7 @@ class Site:
         read: hook point at which z is read.
         write: hook point at which s·B·A·z is added.
         rank: of ΔW.
+        adapter: which part of a sum of adapters; the name then ends in '@' and this.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Site:
     read: str
     write: str
     rank: int
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ class SiteFactors:
     kind: str
     factors: LoRAFactors
     rows: Tensor | None
+    adapter: str
 
 
 def site_name(layer: int, kind: str) -> str:
@@ -90,7 +93,8 @@ def resolve_sites(
         SiteError: a module that the model lacks.
     """
     found: list[SiteFactors] = []
-    for module, factors in adapter.modules.items():
+    for key, factors in adapter.modules.items():
+        module, _, tag = key.partition("@")
         place = family.place(module)
         if place is None or (place.layer or 0) >= n_layers:
             raise _unknown_module(module, adapter, family, n_layers)
@@ -99,7 +103,8 @@ def resolve_sites(
             layer = _layer(place, kind, n_layers)
             rows = fused_rows(place, kind, heads, factors.B.shape[0])
             own = factors if rows is None else factors.rows(rows)
-            found.append(SiteFactors(site_name(layer, kind), module, layer, kind, own, rows))
+            name = site_name(layer, kind) + (f"@{tag}" if tag else "")
+            found.append(SiteFactors(name, module, layer, kind, own, rows, tag))
     return tuple(sorted(found, key=lambda s: (s.layer, _ORDER.index(s.kind))))
 
 

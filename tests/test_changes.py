@@ -1,0 +1,178 @@
+"""Several adapters at once, and any weight change as an adapter: against PEFT and merges."""
+
+from __future__ import annotations
+
+import copy
+
+import cases
+import models
+import pytest
+import torch
+from peft import LoraConfig
+
+import lens_lora as ll
+
+pytestmark = pytest.mark.usefixtures("float64")
+EXACT = 1e-9
+MARGIN = ll.Margin(5, 9)
+
+
+@pytest.fixture(params=models.MAKERS)
+def cls(request) -> str:
+    return request.param
+
+
+def two_adapters(family: str, base):
+    """One PeftModel with two random adapters, both active at once through weighted scales."""
+    peft = models.peft_model(family, base)
+    with torch.no_grad():
+        peft.add_adapter("second", LoraConfig(target_modules=models.LINEARS[family][:2], r=2))
+        generator = models.seeded(11)
+        for name, p in peft.named_parameters():
+            if "second" in name:
+                p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3
+    return peft
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("flags", ["raw", "processed"])
+def test_a_sum_of_adapters_is_both_at_once(family: str, flags: str, cls: str):
+    """f(1) of a weighted sum equals PEFT with both adapters active at those weights."""
+    base, tokens = models.hf_model(family), models.tokens()
+    peft = two_adapters(family, base)
+    first = ll.Adapter.from_peft(peft, "default").named("first").scaled(0.7)
+    second = ll.Adapter.from_peft(peft, "second").scaled(-0.4)
+    peft.base_model.set_adapter(["default", "second"])
+    for module in peft.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            for name, weight in (("default", 0.7), ("second", -0.4)):
+                if name in module.scaling:
+                    module.scaling[name] *= weight
+    model = models.MAKERS[cls](base, **cases.FLAGS[flags])
+    lens = ll.LoraLens(model, first + second, hf_model=base)
+    with torch.no_grad():
+        expected = cases.centred(peft(tokens).logits)
+    assert (cases.centred(lens.logits(tokens)) - expected).abs().max() < EXACT
+
+
+def test_parts_of_a_sum_stay_separate(cls: str):
+    """Each part's first order in the sum is its own alone; the joint shift is not their sum."""
+    base, tokens = models.hf_model("llama"), models.tokens()
+    peft = two_adapters("llama", base)
+    first, second = (ll.Adapter.from_peft(peft, n).named(n) for n in ("default", "second"))
+    model = models.MAKERS[cls](base)
+    both = ll.first_order(ll.LoraLens(model, first + second), tokens, MARGIN)
+    names = [s.name for s in both.sites]
+    assert {s.adapter for s in both.sites} == {"default", "second"}
+    for part in (first, second):
+        alone = ll.first_order(ll.LoraLens(model, part), tokens, MARGIN)
+        where = [names.index(f"{s.name}@{part.name}") for s in alone.sites]
+        assert (both.values[:, where] - alone.values).abs().max() < 1e-10
+    lens = ll.LoraLens(model, first + second)
+    only_second = lens.logits(tokens, {"*@second": 1.0})
+    assert (only_second - ll.LoraLens(model, second).logits(tokens)).abs().max() < EXACT
+
+
+def test_globs_on_a_sum_and_what_cannot_be_added():
+    """Globs see the path and the name; the same name, another base, and DoRA twice are refused."""
+    base = models.hf_model("llama")
+    a = ll.Adapter.from_peft(models.peft_model("llama", base))
+    b = a.named("b")
+    both = a.named("a") + b
+    assert len(both) == 2 * len(a) and len(both.only("*@b")) == len(a)
+    assert len(both.only("*.q_proj")) == 4 and len(both.without("*@a")) == len(a)
+    with pytest.raises(ll.AdapterError, match="both adapters are called 'default'.*named"):
+        _ = a + a
+    with pytest.raises(ll.AdapterError, match="names the base 'x'.*'y'"):
+        _ = ll.Adapter(a.modules, "a", "x") + ll.Adapter(a.modules, "b", "y")
+    dora = ll.Adapter.from_peft(models.peft_model("llama", base, use_dora=True)).named("dora")
+    with pytest.raises(ll.AdapterError, match="_proj is adapted twice, once by DoRA"):
+        _ = a + dora
+
+
+def fine_tuned(base):
+    """Every linear weight and bias moved at full rank, as a fine-tune does; norms left alone."""
+    tuned, generator = copy.deepcopy(base), models.seeded(5)
+    with torch.no_grad():
+        for module in tuned.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.nn.Parameter) and weight.ndim == 2:
+                for p in (weight, getattr(module, "bias", None)):
+                    if p is not None:
+                        p += 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return tuned
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "qwen2"])
+@pytest.mark.parametrize("flags", ["raw", "processed"])
+def test_a_full_fine_tune_is_an_adapter(family: str, flags: str, cls: str):
+    """f(1) of Adapter.between is the tuned model, and everything else works on it."""
+    base, tokens = models.hf_model(family), models.tokens()
+    tuned = fine_tuned(base)
+    adapter = ll.Adapter.between(base, tuned, progress=False)
+    model = models.MAKERS[cls](base, **cases.FLAGS[flags])
+    lens = ll.LoraLens(model, adapter, hf_model=base)
+    with torch.no_grad():
+        expected, plain = (cases.centred(m(tokens).logits) for m in (tuned, base))
+    assert (cases.centred(lens.logits(tokens)) - expected).abs().max() < EXACT
+    assert (expected - plain).abs().max() > 0.1
+    reverse = ll.first_order(lens, tokens, MARGIN)
+    forward = ll.first_order(lens, tokens, MARGIN, mode="forward", progress=False)
+    assert (reverse.values - forward.values).abs().max() < 1e-10 * reverse.values.abs().max()
+
+
+def test_tied_embeddings_change_at_both_ends(cls: str):
+    """GPT-2's tied matrix is the embedding and the head: both are sites, and f(1) is exact."""
+    base = models.hf_model("gpt2")
+    tuned = fine_tuned(base)
+    assert tuned.lm_head.weight is tuned.transformer.wte.weight
+    adapter = ll.Adapter.between(base, tuned, progress=False).only("*wte", "lm_head")
+    assert set(adapter.modules) == {"transformer.wte", "lm_head"}
+
+
+def test_truncation_states_its_error():
+    """‖ΔW − ΔW_r‖ / ‖ΔW‖ as stated; nothing is lost at full rank, nor for a merged LoRA at its."""
+    base = models.hf_model("llama")
+    tuned = fine_tuned(base)
+    exact = ll.Adapter.between(base, tuned, progress=False)
+    cut = ll.Adapter.between(base, tuned, rank=3, progress=False)
+    for path, factors in cut.modules.items():
+        whole = exact.modules[path].materialise()
+        error = (factors.materialise() - whole).norm() / whole.norm()
+        assert float(error) == pytest.approx(cut.truncation_error[path], rel=1e-9)
+        assert factors.rank == 3 and error > 0.1
+    merged = copy.deepcopy(models.peft_model("llama", base)).merge_and_unload()
+    again = ll.Adapter.between(base, merged, rank=3, progress=False)
+    assert max(again.truncation_error.values()) < 1e-12
+    assert len(again) == 14
+
+
+def test_pissa_against_the_true_base(cls: str):
+    """An initialisation that changes the base is read right from the two models."""
+    base, tokens = models.hf_model("llama"), models.tokens()
+    peft = models.peft_model("llama", base, init_lora_weights="pissa")
+    with pytest.raises(ll.UnsupportedAdapterError, match="pissa"):
+        ll.Adapter.from_peft(peft)
+    with torch.no_grad():
+        expected = peft(tokens).logits
+    merged = copy.deepcopy(peft).merge_and_unload()
+    lens = ll.LoraLens(models.MAKERS[cls](base), ll.Adapter.between(base, merged, progress=False))
+    assert (lens.logits(tokens) - expected).abs().max() < EXACT
+
+
+def test_what_between_refuses():
+    """No change, other architectures, and changes that no site would carry."""
+    base = models.hf_model("llama")
+    with pytest.raises(ll.AdapterError, match="same weights"):
+        ll.Adapter.between(base, copy.deepcopy(base), progress=False)
+    with pytest.raises(ll.AdapterError, match="same architecture|has not"):
+        ll.Adapter.between(base, models.hf_model("gpt2"), progress=False)
+    tuned = fine_tuned(base)
+    with torch.no_grad():
+        tuned.model.norm.weight.add_(0.1)
+    with pytest.raises(ll.AdapterError, match="model.norm.weight.*ignore"):
+        ll.Adapter.between(base, tuned, progress=False)
+    left_out = ll.Adapter.between(base, tuned, ignore=("*norm*",), progress=False)
+    assert "model.norm" not in left_out.modules
+    with pytest.raises(ll.AdapterError, match="rank=0"):
+        ll.Adapter.between(base, tuned, rank=0, progress=False)
