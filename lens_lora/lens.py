@@ -6,6 +6,7 @@ f(0) is the base model, f(1) the adapted one; ε has one gate per site.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ class LoraLens:
         model: a HookedTransformer or a TransformerBridge of the adapter's base model.
         adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
         hf_model: the unprocessed Hugging Face base, needed where the hooked model had its norms
-            or value biases folded; also verifies the hooked model's weights against it.
+            or value biases folded. Where it is given, the hooked model's weights are verified
+            against it, and (in float32 or better) its logits on eight tokens.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
@@ -55,6 +57,8 @@ class LoraLens:
         self.model = model
         self.adapter = adapter
         self._plan = make_plan(model, adapter, hf_model)
+        if hf_model is not None and torch.finfo(self.dtype).bits >= 32:
+            _require_same_base(self, hf_model)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -68,8 +72,9 @@ class LoraLens:
 
     @property
     def heads(self) -> Heads:
-        """Numbers and width of the attention heads."""
-        return self._plan.view.heads
+        """Numbers and width of the attention heads, at their hook points."""
+        heads, copies = self._plan.view.heads, self._plan.view.kv_copies
+        return dataclasses.replace(heads, n_kv=heads.n_kv * copies)
 
     @property
     def class_name(self) -> str:
@@ -209,6 +214,44 @@ class LoraLens:
             f"LoraLens({self.adapter!r} over {self.class_name}: {len(self.sites)} sites in "
             f"{len({s.layer for s in self.sites})} layers)"
         )
+
+
+_CHECKED_TOKENS, _AGREEMENT = 8, 1e-3
+
+
+def _require_same_base(lens: LoraLens, hf_model: nn.Module) -> None:
+    """Refuse a hooked model that is not its base: the host library can be wrong about one.
+
+    Raises:
+        ModelStateError: their logits differ by more than a thousandth of their range.
+    """
+    tokens = torch.arange(1, 1 + _CHECKED_TOKENS, device=lens.device)[None]
+    with torch.no_grad(), _adapters_off(hf_model):
+        expected = hf_model(tokens.to(next(hf_model.parameters()).device)).logits
+    found = lens.logits(tokens, 0.0).to(expected)
+    found, expected = (logits - logits.mean(-1, keepdim=True) for logits in (found, expected))
+    off, span = float((found - expected).abs().max()), float(expected.max() - expected.min())
+    if not off <= _AGREEMENT * span:
+        raise ModelStateError(
+            f"without the adapter this {lens.class_name} computes other logits than hf_model: "
+            f"{off:.2g} off, of a range of {span:.2g}. Either hf_model is not its base, or "
+            "transformer-lens builds this family wrongly (2.18 ignores Llama's rope_theta, and "
+            "misfolds Mixtral); try another version, or its TransformerBridge."
+        )
+
+
+@contextlib.contextmanager
+def _adapters_off(hf_model: nn.Module) -> Generator[None]:
+    """PEFT layers inside the model, if any, switched off and back on as they were."""
+    layers: list[Any] = [m for m in hf_model.modules() if hasattr(m, "enable_adapters")]
+    active = [layer for layer in layers if not layer.disable_adapters]
+    try:
+        for layer in active:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in active:
+            layer.enable_adapters(True)
 
 
 def _first_non_finite(lens: LoraLens, prompts: Prompts, scale: Scale) -> str:

@@ -346,25 +346,6 @@ def test_quantised_weights(cls):
     assert f"{name} is torch.int8" in message and "floating-point" in message
 
 
-FLAGS = [
-    *[("TransformerBridge", f) for f in ("use_split_qkv_input", "use_attn_in", "use_attn_result")],
-    ("HookedTransformer", "use_split_qkv_input"),
-    ("HookedTransformer", "use_attn_in"),
-    ("HookedTransformer", "ungroup_grouped_query_attention"),
-]
-
-
-@pytest.mark.parametrize("cls, flag", [(c, f) for c, f in FLAGS if c in CLASSES])
-def test_flags_that_move_the_inputs(cls, flag):
-    """Refused by the flag's name and the call that sets it off; after that call it is accepted."""
-    model = fresh(cls, "gpt2")
-    getattr(model, f"set_{flag}")(True)
-    message = refusal(model, adapter("gpt2"), ModelStateError)
-    assert f"cfg.{flag} is on" in message and f"set_{flag}(False)" in message
-    getattr(model, f"set_{flag}")(False)
-    assert len(ll.LoraLens(model, adapter("gpt2")).sites) == 12
-
-
 @pytest.mark.parametrize("cls", CLASSES)
 def test_harmless_flags(cls):
     """hook_mlp_in, and on a HookedTransformer attn_result, leave f(1) as it was."""
@@ -493,3 +474,13 @@ def test_a_model_that_changed_after_the_lens_was_made(change, message):
     ):
         with pytest.raises(ModelStateError, match=message):
             run()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_hooked_model_that_computes_something_else(cls):
+    """Given hf_model, a hooked model whose logits are not its base's is refused with its remedy."""
+    model = fresh(cls, "llama")
+    hf = models.hf_model("llama")
+    hf.model.norm.weight.data.mul_(1.5)
+    message = refusal(model, adapter("llama"), ModelStateError, hf_model=hf)
+    assert "computes other logits than hf_model" in message and "TransformerBridge" in message

@@ -59,6 +59,8 @@ def hooked(family: str, cls: str, flags: str):
 
 def peft_with(family: str, base, target: str):
     config = TARGETS[target]
+    if target == "lm_head" and hasattr(base, "embed_out"):
+        config = {"targets": ["embed_out"]}  # as transformers 4 calls GPT-NeoX's
     if config is None:
         config = {"targets": [EMBEDDINGS.get(family, "embed_tokens")]}
     peft = models.peft_model(family, base, **config)
@@ -81,7 +83,7 @@ def refused_by_name(family: str, cls: str, flags: str, target: str, model) -> st
         return "normalises inside its embedding"
     transformer_lens_2 = cls == "HookedTransformer" and not models.has_bridge()
     if family == "mixtral" and flags == "processed" and transformer_lens_2:
-        return "its weights say they were not"
+        return "its weights say they were not|computes other logits than hf_model"
     return None
 
 

@@ -57,6 +57,7 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     view = SimpleNamespace(
         model=model,
         heads=Heads(1, 1, 1),
+        kv_copies=1,
         class_name="TwoScalars",
         block_input=lambda layer: "block",
         embedding_output=lambda: "embed",

@@ -89,7 +89,8 @@ def components(
         delta, gradient = delta * kept, gradient.to(delta.dtype) * kept
         # An embedding's input is one-hot.
         inputs = z.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
-        columns["z"][index] = (inputs * kept).flatten(1).norm(dim=1)
+        copies = z.shape[2] if z.ndim == 4 else 1
+        columns["z"][index] = (inputs.flatten(2) * kept).flatten(1).norm(dim=1) / copies**0.5
         columns["delta"][index] = delta.flatten(1).norm(dim=1)
         columns["gradient"][index] = gradient.flatten(1).norm(dim=1)
         columns["inner"][index] = (gradient * delta).flatten(1).sum(1)

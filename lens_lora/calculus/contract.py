@@ -36,15 +36,15 @@ def parts(
     kind: str,
     heads: int,
     gradient: Float[Tensor, "batch pos out"],
-    z: Float[Tensor, "batch pos in"],
+    z: Float[Tensor, "batch pos *head in"],
     by: tuple[str, ...],
 ) -> Float[Tensor, "batch *by"]:
     """⟨G, δz⟩ of one site, kept apart along `by` ('head' last slot: outside attention)."""
     gradient = gradient.to(site.B.dtype)
-    split = _by_head(site, kind, heads, gradient, z) if "head" in by and heads else None
-    if split is None:
-        whole = (gradient @ site.B) * site.coordinates(z)
-        split = whole[:, :, None]
+    if z.ndim == 4 or ("head" in by and heads):
+        split = _by_head(site, kind, heads, gradient, z)
+    else:
+        split = ((gradient @ site.B) * site.coordinates(z))[:, :, None]
     summed = [axis for axis, name in ((1, "position"), (2, "head"), (3, "rank")) if name not in by]
     return split.sum(summed) if summed else split
 
@@ -67,14 +67,15 @@ def _by_head(
         site.B.unflatten(0, (heads, -1)),
         "b p h d, h d r -> b p h r",
     )
-    return back * site.coordinates(z)[:, :, None]
+    u = site.coordinates(z)
+    return back * (u if z.ndim == 4 else u[:, :, None])
 
 
 def part_delta(
     site: SiteMap,
     kind: str,
     heads: int,
-    z: Float[Tensor, "pos in"],
+    z: Float[Tensor, "pos *head in"],
     *,
     position: int | None = None,
     head: int | None = None,
@@ -90,9 +91,9 @@ def part_delta(
             u = u + site.a0_by_head[head]
     if rank is not None:
         u = u * (torch.arange(u.shape[-1], device=u.device) == rank)
+    delta = site.write(u[None])[0]
     if position is not None:
-        u = u * (torch.arange(len(u), device=u.device) == position)[:, None]
-    delta = u @ site.B.T
+        delta = delta * (torch.arange(len(delta), device=delta.device) == position)[:, None]
     if head is not None and kind != "o":
         rows = torch.arange(delta.shape[-1], device=delta.device) // (delta.shape[-1] // heads)
         delta = delta * (rows == head).to(delta)

@@ -21,6 +21,7 @@ import dataclasses
 from typing import cast
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -51,8 +52,15 @@ class SiteMap:
         return u if self.a0 is None else u + self.a0
 
     def __call__(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """δ = Bu = s·B·A·x."""
-        return self.coordinates(z) @ self.B.T
+        """δ = Bu = s·B·A·x; with an input per head, [..., head, in], head by head."""
+        return self.write(self.coordinates(z))
+
+    def write(self, u: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch out"]:
+        """Bu; [batch, pos, head, rank] gives each head its own rows of B."""
+        if u.ndim < 4:
+            return u @ self.B.T
+        B = self.B.unflatten(0, (u.shape[-2], -1))
+        return einsum(u, B, "b p h r, h d r -> b p h d").flatten(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +176,13 @@ def site_map(
     centre_read: bool,
     centre_write: bool,
     n_heads: int,
+    kv_copies: int = 1,
+    d_head: int = 1,
     dtype: torch.dtype,
     device: torch.device,
 ) -> SiteMap:
-    """A site's δ in the model's basis; n_heads > 0 where the input is split by head (o).
+    """A site's δ in the model's basis; n_heads > 0 where the input is split by head (o), and
+    kv_copies > 1 where the model repeats each head of k and v.
 
     A change of bias is one more direction of rank space, the last, whose coordinate is always 1;
     split by head it belongs to no head, in a slot of its own after them.
@@ -191,6 +202,8 @@ def site_map(
         reads, writes, a0, heads = _with_bias(reads, writes, a0, heads, bias.to(device), n_heads)
     if centre_write:
         writes = writes - writes.mean(0, keepdim=True)
+    if kv_copies > 1:
+        writes = writes.unflatten(0, (-1, d_head)).repeat_interleave(kv_copies, 0).flatten(0, 1)
     return SiteMap(
         reads.to(dtype),
         writes.to(dtype),

@@ -15,7 +15,8 @@ from lens_lora.errors import ModelStateError
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
 from lens_lora.hooked.view import Ports, find_family
 
-_FLAGS = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
+_REFUSED = ("use_split_qkv_input", "use_attn_in")
+_FLAGS = (*_REFUSED, "use_attn_result")
 _PROCESSED_GATED = ("gate", "up")
 _COMPONENTS = {"gate": "gate", "up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
 
@@ -27,16 +28,18 @@ class BridgeView:
 
     def __init__(self, model: Any) -> None:
         cfg = model.cfg
-        for flag in _FLAGS:
+        for flag in _REFUSED:
             if getattr(cfg, flag, False):
                 raise ModelStateError(
-                    f"cfg.{flag} is on: the bridge then bypasses the projections' own hooks. Set "
-                    f"it off (bridge.set_{flag}(False)) before the lens is made."
+                    f"cfg.{flag} is on: the bridge then normalises each head's input behind its "
+                    f"last hook point, where z cannot be read. Set it off "
+                    f"(bridge.set_{flag}(False)) before the lens is made."
                 )
         self.model = model
         self.family = find_family(type(model.original_model).__name__)
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         self.heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
+        self.kv_copies = 1
         self.n_layers = cfg.n_layers
 
     def _component(self, layer: int, kind: str) -> tuple[str, Any]:
@@ -51,6 +54,8 @@ class BridgeView:
         name, _ = self._component(layer, kind)
         if kind in _PROCESSED_GATED and self._computes_gated_mlp(layer):
             return Ports(f"blocks.{layer}.mlp.hook_in", f"{name}.hook_out")
+        if kind == "o" and getattr(self.model.cfg, "use_attn_result", False):
+            return Ports(f"{name}.hook_in", f"blocks.{layer}.attn.hook_out")
         return Ports(f"{name}.hook_in", f"{name}.hook_out")
 
     def _computes_gated_mlp(self, layer: int) -> bool:

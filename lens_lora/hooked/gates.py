@@ -31,7 +31,11 @@ HookFn = Callable[..., Tensor | None]
 
 
 class Inject(Protocol):
-    """What a site's writer does: (site index, running output, z [batch pos in]) → output."""
+    """What a site's writer does: (site index, running output, z) → output.
+
+    z is [batch, pos, in], or [batch, pos, head, in] where each head of q, k or v has an input of
+    its own.
+    """
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None: ...
 
@@ -68,7 +72,7 @@ class _Reader:
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         del hook
-        self.kept.append(tensor.flatten(2) if tensor.ndim == 4 else tensor)
+        self.kept.append(tensor)
 
 
 class _Writer:
@@ -84,6 +88,8 @@ class _Writer:
                 "unknown; a flag of the model bypasses that hook point."
             )
         z = self._reader.kept[self._firing]
+        if z.ndim == 4 and tensor.ndim == 3:
+            z = z.flatten(2)
         return self._inject(self._index, tensor, z.expand(len(tensor), *z.shape[1:]))
 
 

@@ -28,15 +28,12 @@ class HookedTransformerView:
 
     def __init__(self, model: Any) -> None:
         cfg = model.cfg
-        for flag in _FLAGS:
-            if getattr(cfg, flag, False):
-                raise ModelStateError(
-                    f"cfg.{flag} is on: inputs are then split by head and z is not one vector. "
-                    f"Set it off (model.set_{flag}(False)) before the lens is made."
-                )
         self.model = model
         self.family = find_family(getattr(cfg, "original_architecture", None))
         self.heads = Heads(cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+        self.kv_copies = 1
+        if getattr(cfg, "ungroup_grouped_query_attention", False):
+            self.kv_copies = self.heads.n_heads // self.heads.n_kv
         self.n_layers = cfg.n_layers
         self._refuse_refactored()
 

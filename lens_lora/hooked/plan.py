@@ -128,6 +128,8 @@ def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: 
         centre_read=folded and layer_norm,
         centre_write=centred,
         n_heads=view.heads.n_heads if site.kind == "o" else 0,
+        kv_copies=view.kv_copies if site.kind in ("k", "v") else 1,
+        d_head=view.heads.d_head,
         dtype=_working_dtype(view.model),
         device=weight.device,
     )

@@ -24,11 +24,16 @@ class Ports:
 
 
 class HookedView(Protocol):
-    """A hooked model, as this package sees it."""
+    """A hooked model, as this package sees it.
+
+    `heads` are those of the weights; `kv_copies` how often a flag of the model repeats each head of
+    k and v before its hook point.
+    """
 
     model: Any
     family: Family
     heads: Heads
+    kv_copies: int
     n_layers: int
     class_name: str
 

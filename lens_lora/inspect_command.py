@@ -1,0 +1,71 @@
+"""`lens-lora inspect`: what an adapter is, and how large each of its updates.
+
+What the adapter or the model is refused for is raised; the command line prints it as one line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lens_lora.adapter import Adapter, load_adapter
+from lens_lora.calculus.spectra import lacking, summarise
+from lens_lora.lens import LoraLens
+from lens_lora.show.inspect_tables import adapter_table, spectra_table
+
+__all__ = ["inspect"]
+
+_EMBEDDED = "embedded"
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="LoRA, a folder or hub id.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model, a folder or hub id, or 'embedded' for SmolLM2-135M-Instruct: adds "
+            "the sites and ‖ΔW‖/‖W‖."
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many of the largest to list.")] = 10,
+    every: Annotated[bool, typer.Option("--all", help="List every one.")] = False,
+) -> None:
+    """What an adapter is: its targets, ranks and scales, and the spectrum of each update."""
+    loaded = load_adapter(adapter)
+    config = _config(adapter)
+    summary = summarise(loaded, None if model is None else _lens(loaded, model))
+    console = Console()
+    console.print(adapter_table(summary, config))
+    console.print()
+    console.print(spectra_table(summary, None if every else top))
+
+
+def _config(adapter: str) -> dict[str, Any]:
+    """The fields of the adapter's `adapter_config.json`, as PEFT reads them."""
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(adapter).to_dict()
+
+
+def _lens(adapter: Adapter, model: str) -> LoraLens:
+    """The lens of what the model has of the adapter; of all of it, to be refused, if it has none.
+
+    Raises:
+        LensLoraError: the model cannot be loaded or hooked, or the adapter does not fit it.
+    """
+    hooked = _hooked(model)
+    left_out = lacking(adapter, hooked)
+    is_partial = 0 < len(left_out) < len(adapter)
+    return LoraLens(hooked, adapter.without(*left_out) if is_partial else adapter)
+
+
+def _hooked(model: str) -> Any:
+    from lens_lora.demo.embedded import load_embedded
+    from lens_lora.demo.hooked import hooked_model, load_base, quiet_libraries
+
+    Console(stderr=True).print(f"Loading {model}", highlight=False, markup=False)
+    with quiet_libraries():
+        loaded = load_embedded(quiet=True) if model == _EMBEDDED else load_base(model)
+        return hooked_model(*loaded)[0]
