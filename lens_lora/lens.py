@@ -6,7 +6,6 @@ f(0) is the base model, f(1) the adapted one; ε has one gate per site.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ from lens_lora.hooked.gates import (
     site_hooks,
     writes_at_modules,
 )
-from lens_lora.hooked.plan import make_plan
+from lens_lora.hooked.plan import Plan, heads_at_hooks, make_plan
 from lens_lora.hooked.sites import Heads, Site, match_sites
 from lens_lora.prompts import Prompts, PromptsLike, prepare
 
@@ -71,10 +70,14 @@ class LoraLens:
         return self._plan.maps
 
     @property
+    def plan(self) -> Plan:
+        """What the hooks add, where: for injections of one's own (`injected`)."""
+        return self._plan
+
+    @property
     def heads(self) -> Heads:
         """Numbers and width of the attention heads, at their hook points."""
-        heads, copies = self._plan.view.heads, self._plan.view.kv_copies
-        return dataclasses.replace(heads, n_kv=heads.n_kv * copies)
+        return heads_at_hooks(self._plan.view)
 
     @property
     def class_name(self) -> str:
@@ -144,7 +147,7 @@ class LoraLens:
                 f"{without_point[0]}: no hook point of this model lies between it and the norm "
                 "after it, so a list of hooks cannot hold its δ; use `with lens.applied():`."
             )
-        return site_hooks(self._plan, ScaleInject(self.maps, self.gates(scale)))
+        return site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale)))
 
     @contextlib.contextmanager
     def applied(self, scale: Scale = 1.0) -> Generator[Any]:
@@ -152,7 +155,7 @@ class LoraLens:
 
         On leaving, also by an exception, the model has exactly the hooks and weights it had.
         """
-        with self.injected(ScaleInject(self.maps, self.gates(scale))):
+        with self.injected(ScaleInject(self._plan, self.gates(scale))):
             yield self.model
 
     @contextlib.contextmanager

@@ -121,6 +121,7 @@ def _read_config(folder: Path) -> PeftConfig:
             f"{folder / _CONFIG}: PEFT cannot read it ({type(error).__name__}: {error}). MLX and "
             "other tools use the same file name with another format; convert it to PEFT's."
         ) from error
+    _refuse_other_kinds(config, str(folder))
     for field, value in fields.items():
         is_set = value is True or (isinstance(value, list | dict) and value)
         if is_set and not hasattr(config, field):
@@ -240,7 +241,12 @@ _REFUSALS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("modules_to_save", bool, "Fully trained modules are not LoRA; train without them."),
     ("trainable_token_indices", bool, "Trained token rows are not LoRA; train without them."),
-    ("target_parameters", bool, "LoRA on bare parameters is not read; target linear modules."),
+    (
+        "target_parameters",
+        bool,
+        "No hook point of transformer-lens shows an expert's own input (the tokens routed to it), "
+        "so LoRA on bare expert parameters cannot be laid over it; target linear modules.",
+    ),
     ("alora_invocation_tokens", bool, "aLoRA depends on the position; train a plain LoRA."),
     ("use_qalora", bool, "QA-LoRA pools the input of A; train with use_qalora=False."),
     ("layer_replication", bool, "Replicated layers change the base model; train without them."),
@@ -249,10 +255,14 @@ _REFUSALS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def _refuse_variants(config: Any, source: str) -> None:
+def _refuse_other_kinds(config: Any, source: str) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
         raise UnsupportedAdapterError(f"{source}: a {kind} adapter; only LoRA is read.")
+
+
+def _refuse_variants(config: Any, source: str) -> None:
+    _refuse_other_kinds(config, source)
     for field, is_unsupported, remedy in _REFUSALS:
         value = getattr(config, field, None)
         if is_unsupported(value):

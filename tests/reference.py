@@ -62,7 +62,7 @@ def autograd_first_order(
     rows = []
     for row in range(len(tokens)):
         gates = lens.gates(at).requires_grad_()
-        with torch.enable_grad(), lens.injected(ScaleInject(lens.maps, gates)):
+        with torch.enable_grad(), lens.injected(ScaleInject(lens.plan, gates)):
             logits = lens.model(tokens[row : row + 1], return_type="logits")[:, -1]
             (value,) = readout.bind(lens.model, 1)(logits)
             rows.append(torch.autograd.grad(value, gates)[0])

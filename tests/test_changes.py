@@ -176,3 +176,19 @@ def test_what_between_refuses():
     assert "model.norm" not in left_out.modules
     with pytest.raises(ll.AdapterError, match="rank=0"):
         ll.Adapter.between(base, tuned, rank=0, progress=False)
+
+
+@pytest.mark.parametrize("config", [{"bias": "lora_only"}, {"use_dora": True}, {"lora_bias": True}])
+def test_a_scaled_adapter_is_a_gate(config: dict, cls: str):
+    """adapter.scaled(c) is the gate c, also where biases or magnitudes were trained."""
+    base, tokens = models.hf_model("gpt2"), models.tokens()
+    peft = models.peft_model("gpt2", base, **config)
+    with torch.no_grad():
+        for name, p in peft.named_parameters():
+            if "base_layer.bias" in name or "magnitude" in name:
+                p.mul_(1.3)
+    adapter, model = ll.Adapter.from_peft(peft), models.MAKERS[cls](base)
+    whole = ll.LoraLens(model, adapter, hf_model=base)
+    half = ll.LoraLens(model, adapter.scaled(0.5), hf_model=base)
+    assert (half.logits(tokens) - whole.logits(tokens, 0.5)).abs().max() < EXACT
+    assert (half.logits(tokens) - whole.logits(tokens)).abs().max() > 0.1

@@ -118,6 +118,16 @@ def test_query_added_after_rotary_shows(monkeypatch):
     assert error("llama", "HookedTransformer", "raw") > 1e-2
 
 
+def test_writing_after_the_post_norm_shows(monkeypatch):
+    """Gemma 2 normalises what attention and MLP write: δ belongs before that norm."""
+    if "HookedTransformer" not in models.MAKERS:
+        return
+    assert error("gemma2", "HookedTransformer", "raw") < 1e-9
+    plain = tuple(dataclasses.replace(f, post_norm=False) for f in families.FAMILIES)
+    monkeypatch.setattr(view, "FAMILIES", plain)
+    assert error("gemma2", "HookedTransformer", "raw") > 1e-1
+
+
 def test_unarranged_hooks_show(cls: str, monkeypatch):
     """Registered before a user's hook on z, the reader misses what the user's hook does."""
     case, tokens = cases.case("llama", cls, "raw"), models.tokens()

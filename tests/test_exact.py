@@ -94,3 +94,18 @@ def test_low_precision_is_as_good_as_its_rounding(cls: str, dtype: torch.dtype):
     bound = 64 * torch.finfo(dtype).eps * scale
     assert worst(lens.logits(tokens, 0.0).double(), plain) < bound
     assert worst(lens.logits(tokens).double(), adapted) < bound
+
+
+@pytest.mark.parametrize("family", models.CORE)
+def test_a_bridge_in_compatibility_mode_without_processing(family: str):
+    """no_processing gives HookedTransformer's names and leaves the weights: no base is needed."""
+    if "TransformerBridge" not in models.MAKERS:
+        return
+    base, tokens = models.hf_model(family), models.tokens()
+    peft, model = models.peft_model(family, base), models.bridge(base)
+    model.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+    with torch.no_grad():
+        assert worst(lens.logits(tokens), peft(tokens).logits) < EXACT
+        out = model.run_with_hooks(tokens, fwd_hooks=lens.fwd_hooks())
+    assert worst(out, lens.logits(tokens)) < EXACT

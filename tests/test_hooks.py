@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import cases
@@ -179,17 +180,27 @@ INTERVENTIONS = {
 }
 
 
+@functools.cache
+def merged_model(family: str, cls: str, flags: str):
+    """The hooked model of the merged Hugging Face weights, processed alike."""
+    case = cases.case(family, cls, flags)
+    merged = copy.deepcopy(case.peft).merge_and_unload()
+    merged.config.architectures = case.base.config.architectures
+    return models.MAKERS[cls](merged, **cases.FLAGS[flags])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama", "qwen2"])
+@pytest.mark.parametrize("flags", ["raw", "fold_value_biases", "processed"])
 @pytest.mark.parametrize("order", ["ours first", "theirs first", "inside applied"])
-def test_interventions_equal_those_on_the_merged_model(family: str, order: str, cls: str):
+def test_interventions_equal_those_on_the_merged_model(
+    family: str, flags: str, order: str, cls: str
+):
     """A user's hook on the adapted model does what it does on a model of the merged weights.
 
     Doubling half the features at each hook point, whichever was registered first.
     """
-    case, tokens = cases.case(family, cls, "raw"), models.tokens()
-    merged_hf = copy.deepcopy(case.peft).merge_and_unload()
-    merged_hf.config.architectures = case.base.config.architectures
-    merged = models.MAKERS[cls](merged_hf)
+    case, tokens = cases.case(family, cls, flags), models.tokens()
+    merged = merged_model(family, cls, flags)
 
     def double_some(tensor, hook):
         tensor = tensor.clone()
@@ -207,24 +218,29 @@ def test_interventions_equal_those_on_the_merged_model(family: str, order: str, 
                 hooks = ours + theirs if order == "ours first" else theirs + ours
                 found = case.model.run_with_hooks(tokens, fwd_hooks=hooks)
             plain = merged(tokens)
-        assert (found - expected).abs().max() < 1e-9, name
+        difference = cases.centred(found) - cases.centred(expected)
+        assert difference.abs().max() < 1e-9, name
         assert (plain - expected).abs().max() > 1e-3, name
 
 
-def test_cached_activations_equal_those_of_the_merged_model(cls: str):
-    """Every activation, by name, on the unprocessed model."""
-    for family in ("gpt2", "llama"):
-        case, tokens = cases.case(family, cls, "raw"), models.tokens()
-        merged_hf = copy.deepcopy(case.peft).merge_and_unload()
-        merged_hf.config.architectures = case.base.config.architectures
-        merged = models.MAKERS[cls](merged_hf)
-        with torch.no_grad(), case.lens.applied() as model:
-            found, expected = model.run_with_cache(tokens)[1], merged.run_with_cache(tokens)[1]
-        assert set(found.keys()) == set(expected.keys())
-        for name in expected:
-            a, b = found[name], expected[name]
-            if a.is_floating_point() and "attn_scores" not in name:
-                assert (a - b).abs().max() < 1e-9, name
+GAUGE = [
+    *[(family, flags) for family in ("gpt2", "neox", "llama", "qwen2") for flags in cases.FLAGS],
+    *[(f, p) for f in ("opt", "phi3", "qwen3", "gemma2", "bloom") for p in ("raw", "processed")],
+]
+
+
+@pytest.mark.parametrize(("family", "flags"), GAUGE)
+def test_cached_activations_equal_those_of_the_merged_model(family: str, flags: str, cls: str):
+    """The gauge: every activation by name, whatever the processing; z and v without a bias."""
+    case, tokens = cases.case(family, cls, flags), models.tokens()
+    merged = merged_model(family, cls, flags)
+    with torch.no_grad(), case.lens.applied() as model:
+        found, expected = model.run_with_cache(tokens)[1], merged.run_with_cache(tokens)[1]
+    assert set(found.keys()) == set(expected.keys())
+    for name in expected:
+        a, b = found[name], expected[name]
+        if a.is_floating_point() and "attn_scores" not in name:
+            assert (a - b).abs().max() < 1e-9, name
 
 
 def test_a_dead_input_hook_is_refused_at_the_first_run(cls: str):

@@ -79,22 +79,22 @@ def test_last_linear_map_alone_leaves_nothing_without_a_norm_after_it(cls: str):
     assert ((g(1.0) - base) - 1e3 * (g(1e-3) - base)).abs().max() < 1e-9
 
 
-def test_noise_floor_tells_the_truth():
-    """The measured floor against the real float32 error of the shift, within a factor of ten."""
-    for cls, maker in models.MAKERS.items():
-        for family in ("gpt2", "llama"):
-            base = models.hf_model(family)
-            peft = models.peft_model(family, base)
-            tokens = models.tokens(batch=8)
-            low = ll.LoraLens(maker(base.float()), ll.Adapter.from_peft(peft))
-            curve = ll.remainder_curve(low, tokens, MARGIN, [1.0])
-            with torch.no_grad():
-                exact = [m.double()(tokens).logits[:, -1] for m in (peft, base)]
-            read = MARGIN.bind(low.model, len(tokens))
-            error = (curve.shift[:, 0].double() - (read(exact[0]) - read(exact[1]))).abs()
-            ratio = float(error.square().mean().sqrt() / curve.noise_floor.double().mean())
-            assert 0.1 < ratio < 10, (cls, family, ratio)
-            base.double()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_noise_floor_tells_the_truth(cls: str, family: str, dtype: torch.dtype):
+    """The measured floor against the real error of the shift, within a factor of ten."""
+    base = models.hf_model(family)
+    peft = models.peft_model(family, base)
+    adapter, tokens = ll.Adapter.from_peft(peft), models.tokens(batch=8)
+    with torch.no_grad():
+        exact = [m(tokens).logits[:, -1] for m in (peft, base)]
+    low = ll.LoraLens(models.MAKERS[cls](models.hf_model(family).to(dtype)), adapter)
+    curve = ll.remainder_curve(low, tokens, MARGIN, [1.0])
+    read = MARGIN.bind(low.model, len(tokens))
+    error = (curve.shift[:, 0].double() - (read(exact[0]) - read(exact[1]))).abs()
+    ratio = float(error.square().mean().sqrt() / curve.noise_floor.double().mean())
+    assert 0.1 < ratio < 10, ratio
 
 
 def test_verdict_below_the_noise():

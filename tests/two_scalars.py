@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 
 import lens_lora as ll
 from lens_lora.hooked.basis import SiteMap
-from lens_lora.hooked.plan import Plan
+from lens_lora.hooked.plan import Injection, Plan
 from lens_lora.hooked.sites import Heads
 from lens_lora.hooked.view import Ports
 
@@ -72,5 +72,6 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     one = torch.ones(1, 1)
     lens.adapter = ll.Adapter.from_factors({"w1": ll.LoRAFactors(one, one)})
     ports = (Ports("in1", "out1"), Ports("in2", "out2"))
-    lens._plan = Plan(view, tuple(sites), ports, tuple(maps), ())
+    injections = tuple(Injection(i, ports[i], maps[i]) for i in range(2))
+    lens._plan = Plan(view, tuple(sites), tuple(maps), injections, ())
     return lens

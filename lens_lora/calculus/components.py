@@ -2,7 +2,8 @@
 
     a_l = ‖δz_l‖ · ‖Jᵀu_y‖ · cos(δz_l, Jᵀu_y),   and the gain ‖J δz_l‖ / ‖δz_l‖.
 
-Norms run over a prompt's real positions and the site's features. J δz is the whole-vocabulary
+Norms run over a prompt's real positions and the site's features (for v on a model with folded value
+biases, over both places where its update is added). J δz is the whole-vocabulary
 tangent at the read position, less its mean, so that the gain does not depend on the constant that
 a centred unembedding removes.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lens_lora.calculus.logit_shift import site_tangents
 from lens_lora.calculus.reverse import site_gradients
+from lens_lora.hooked.plan import Injection
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import PromptsLike
@@ -77,26 +79,30 @@ def components(
     ready = lens.prompts(prompts)
     bound = readout.bind(lens.model, ready.batch)
     real = ready.real[..., None]
-    columns: dict[str, list[Tensor]] = {
-        name: [torch.zeros(ready.batch, dtype=lens.gate_dtype)] * len(lens.sites)
+    shape = (ready.batch, len(lens.sites))
+    squares = {
+        name: torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
         for name in ("z", "delta", "gradient", "inner")
     }
 
-    def visit(index: int, gradient: Tensor, z: Tensor) -> None:
-        delta = lens.maps[index](z)
+    def visit(injection: Injection, weight: Tensor, gradient: Tensor, z: Tensor) -> None:
+        delta = weight * injection.map(z)
         # The unembedding is run at the read position alone.
         kept = real if delta.shape[1] == real.shape[1] else torch.ones_like(delta[..., :1])
         delta, gradient = delta * kept, gradient.to(delta.dtype) * kept
         # An embedding's input is one-hot.
         inputs = z.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
         copies = z.shape[2] if z.ndim == 4 else 1
-        columns["z"][index] = (inputs.flatten(2) * kept).flatten(1).norm(dim=1) / copies**0.5
-        columns["delta"][index] = delta.flatten(1).norm(dim=1)
-        columns["gradient"][index] = gradient.flatten(1).norm(dim=1)
-        columns["inner"][index] = (gradient * delta).flatten(1).sum(1)
+        site = injection.site
+        squares["z"][:, site] += (inputs.flatten(2) * kept).flatten(1).square().sum(1) / copies
+        if weight:
+            squares["delta"][:, site] += delta.flatten(1).square().sum(1)
+            squares["gradient"][:, site] += gradient.flatten(1).square().sum(1)
+            squares["inner"][:, site] += (gradient * delta).flatten(1).sum(1)
 
     site_gradients(lens, ready, bound, lens.gates(0.0), visit)
-    z, delta, gradient, inner = (torch.stack(columns[n], 1) for n in columns)
+    inner = squares["inner"]
+    z, delta, gradient = (squares[name].sqrt() for name in ("z", "delta", "gradient"))
     moved = site_tangents(lens, ready, _centred_norm, progress=progress)
     nan = torch.full_like(delta, float("nan"))
     return Components(

@@ -7,6 +7,8 @@ Heads: of the output for q, k, v (rows of B), of the input for o (columns of A).
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from einops import einsum
 from jaxtyping import Float
@@ -62,11 +64,14 @@ def _by_head(
             spare = len(site.a0_by_head) - heads
             u = torch.nn.functional.pad(u, (0, 0, 0, spare)) + site.a0_by_head
         return (gradient @ site.B)[:, :, None] * u
-    back = einsum(
-        gradient.unflatten(-1, (heads, -1)),
-        site.B.unflatten(0, (heads, -1)),
-        "b p h d, h d r -> b p h r",
-    )
+    if site.B_by_head is not None:
+        back = einsum(gradient, site.B_by_head, "b p d, h d r -> b p h r")
+    else:
+        back = einsum(
+            gradient.unflatten(-1, (heads, -1)),
+            site.B.unflatten(0, (heads, -1)),
+            "b p h d, h d r -> b p h r",
+        )
     u = site.coordinates(z)
     return back * (u if z.ndim == 4 else u[:, :, None])
 
@@ -91,6 +96,8 @@ def part_delta(
             u = u + site.a0_by_head[head]
     if rank is not None:
         u = u * (torch.arange(u.shape[-1], device=u.device) == rank)
+    if head is not None and site.B_by_head is not None:
+        site, head = dataclasses.replace(site, B=site.B_by_head[head]), None
     delta = site.write(u[None])[0]
     if position is not None:
         delta = delta * (torch.arange(len(delta), device=delta.device) == position)[:, None]

@@ -19,6 +19,7 @@ from lens_lora.calculus.forward import Part, part_tangents
 from lens_lora.calculus.function import Bound, gated_readout, require_finite
 from lens_lora.calculus.reverse import site_gradients
 from lens_lora.errors import NumericsError
+from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts, PromptsLike
 from lens_lora.readout import Readout
@@ -101,18 +102,18 @@ def _reverse(
     shape = (prompts.batch, len(lens.sites), *_slots(lens, prompts, axes))
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
 
-    def visit(index: int, gradient: Tensor, z: Tensor) -> None:
-        kind = lens.sites[index].kind
+    def visit(injection: Injection, weight: Tensor, gradient: Tensor, z: Tensor) -> None:
+        kind = lens.sites[injection.site].kind
         heads = lens.heads.of(kind)
-        found = parts(lens.maps[index], kind, heads, gradient, z, axes)
+        found = weight * parts(injection.map, kind, heads, gradient, z, axes)
         if kind == "unembed" and "position" in axes:
             found = _at_read_position(prompts, found)
-        slots: list[int | slice] = [slice(None), index]
+        slots: list[int | slice] = [slice(None), injection.site]
         for axis in axes:
             size = found.shape[1 + axes.index(axis)]
             whole = axis == "head" and not heads
             slots.append(slice(-1, None) if whole else slice(0, size))
-        values[tuple(slots)] = found
+        values[tuple(slots)] += found
 
     site_gradients(lens, prompts, readout, gates, visit)
     return values

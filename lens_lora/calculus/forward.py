@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from lens_lora.calculus.contract import part_delta
 from lens_lora.calculus.function import chunk_rows, read_logits
 from lens_lora.errors import ModelStateError
-from lens_lora.hooked.gates import ScaleInject, add
+from lens_lora.hooked.gates import ScaleInject, add, weight_of
+from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
 
@@ -46,12 +47,13 @@ class JointInject:
     def __init__(
         self, lens: LoraLens, at: Float[Tensor, "site"], direction: Float[Tensor, "*batch site"]
     ) -> None:
-        self._maps, self._at, self._direction = lens.maps, at, direction
+        self._injections, self._at, self._direction = lens.plan.injections, at, direction
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
-        direction = self._direction[..., index]
-        gate = fwad.make_dual(self._at[index].expand_as(direction).clone(), direction.clone())
-        return add(out, self._maps[index](z), gate)
+        at = self._at.expand_as(self._direction).clone()
+        gates = fwad.make_dual(at, self._direction.clone())
+        injection = self._injections[index]
+        return add(out, injection.map(z), weight_of(injection, gates))
 
 
 class _PartsInject:
@@ -60,7 +62,7 @@ class _PartsInject:
     def __init__(
         self, lens: LoraLens, at: Float[Tensor, "site"], parts: Sequence[Part], prompts: Prompts
     ) -> None:
-        self._scaled = ScaleInject(lens.maps, at)
+        self._scaled, self._at = ScaleInject(lens.plan, at), at.tolist()
         self._lens, self._lengths = lens, prompts.lengths.repeat_interleave(len(parts))
         self._rows: dict[int, list[tuple[int, Part]]] = {}
         for row in range(len(parts) * prompts.batch):
@@ -69,28 +71,33 @@ class _PartsInject:
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         moved = self._scaled(index, out, z)
-        rows = self._rows.get(index)
-        if rows is None:
+        injection = self._lens.plan.injections[index]
+        weight = 1.0 if injection.partner is None else self._at[injection.partner]
+        rows = self._rows.get(injection.site)
+        if rows is None or not weight:
             return moved
-        site, primal = self._lens.sites[index], fwad.unpack_dual(z).primal
-        heads = self._lens.heads.of(site.kind)
-        delta = torch.zeros(*z.shape[:2], out.flatten(2).shape[-1], dtype=out.dtype)
-        delta = delta.to(out.device)
+        primal = fwad.unpack_dual(z).primal
+        delta = out.new_zeros(*z.shape[:2], out.flatten(2).shape[-1])
         for row, part in rows:
-            position = part.position
-            if position is not None and site.kind == "unembed":
-                position -= int(self._lengths[row]) - 1
-            delta[row] = part_delta(
-                self._lens.maps[index],
-                site.kind,
-                heads,
-                primal[row],
-                position=position,
-                head=part.head,
-                rank=part.rank,
-            ).to(out.dtype)
+            delta[row] = weight * self._part(injection, part, primal[row], row).to(out.dtype)
         moved = out if moved is None else moved
         return moved + fwad.make_dual(torch.zeros_like(out), delta.view(out.shape))
+
+    def _part(
+        self, injection: Injection, part: Part, z: Tensor, row: int
+    ) -> Float[Tensor, "pos out"]:
+        site, position = self._lens.sites[injection.site], part.position
+        if position is not None and site.kind == "unembed":
+            position -= int(self._lengths[row]) - 1
+        return part_delta(
+            injection.map,
+            site.kind,
+            self._lens.heads.of(site.kind),
+            z,
+            position=position,
+            head=part.head,
+            rank=part.rank,
+        )
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def gated_logits(
     lens: LoraLens, prompts: Prompts, gates: Float[Tensor, "*batch site"]
 ) -> Float[Tensor, "batch vocab"]:
     """f(ε) at the read position; gates [site], or [batch, site]. One forward pass."""
-    with lens.injected(ScaleInject(lens.maps, gates)):
+    with lens.injected(ScaleInject(lens.plan, gates)):
         return read_logits(lens, prompts)
 
 

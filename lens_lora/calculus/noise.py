@@ -38,7 +38,7 @@ def noise_floor(lens: LoraLens, prompts: Prompts, readout: Bound) -> Float[Tenso
         return (tensor.double() * (1 + unit * noise.to(tensor.device))).to(tensor.dtype)
 
     many = Prompts(prompts.tokens.repeat(1 + _DRAWS, 1), prompts.lengths.repeat(1 + _DRAWS))
-    adapted = ScaleInject(lens.maps, lens.gates(1.0))
+    adapted = ScaleInject(lens.plan, lens.gates(1.0))
     noisy = attached(lens.model, [(lens.embedding_output, perturb)])
     with torch.no_grad(), noisy, lens.injected(adapted):
         rows = read_logits(lens, many).unflatten(0, (1 + _DRAWS, prompts.batch))

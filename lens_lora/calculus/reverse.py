@@ -13,45 +13,57 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.calculus.function import Bound, read_logits
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.gates import ScaleInject, attached
+from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
 
 __all__ = ["site_gradients"]
 
-Visit = Callable[[int, Float[Tensor, "batch pos out"], Float[Tensor, "batch pos in"]], None]
+Visit = Callable[[Injection, Tensor, Tensor, Tensor], None]
 
 
 class _TapInject:
-    """Adds ε_l ΔW_l z_l and shows the visitor each site's (index, G, z) on the way back."""
+    """Adds ε_l ΔW_l z_l and shows the visitor each injection on the way back."""
 
     def __init__(
         self, lens: LoraLens, gates: Float[Tensor, "site"], visit: Visit, leaves: list[Tensor]
     ) -> None:
-        self._scaled = ScaleInject(lens.maps, gates)
+        self._scaled = ScaleInject(lens.plan, gates, untouched_at_zero=not is_dual(gates))
+        self._injections = lens.plan.injections
         self._kinds = [site.kind for site in lens.sites]
+        self._gates, self._one = gates, torch.ones_like(gates[0])
+        self._is_dual = is_dual(gates)
         self._visit, self._leaves = visit, leaves
         self.seen: set[int] = set()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
+        injection = self._injections[index]
+        partner = self._one if injection.partner is None else self._gates[injection.partner]
         moved = self._scaled(index, out, z)
         moved = out.view_as(out) if moved is None else moved
-        if self._kinds[index] == "pos_embed":
+        if self._kinds[injection.site] == "pos_embed":
             moved = moved.detach().requires_grad_()
             self._leaves.append(moved)
-        kept = z.detach()
+        kept = z if self._is_dual else z.detach()
 
         def on_gradient(gradient: Tensor) -> None:
-            self.seen.add(index)
-            self._visit(index, gradient.flatten(2), kept)
+            self.seen.add(injection.site)
+            self._visit(injection, partner, gradient.flatten(2), kept)
 
         moved.register_hook(on_gradient)
         return moved
+
+
+def is_dual(gates: Tensor) -> bool:
+    """Whether the gates carry a tangent, which a gate of zero must not swallow."""
+    return fwad._current_level >= 0 and fwad.unpack_dual(gates).tangent is not None
 
 
 def site_gradients(
@@ -61,7 +73,10 @@ def site_gradients(
     gates: Float[Tensor, "site"],
     visit: Visit,
 ) -> Float[Tensor, "batch"]:
-    """Visit every site's G = Jᵀu_y and z at these gates; returns g there. One forward + backward.
+    """Visit every injection at these gates; returns g there. One forward and one backward.
+
+    The visitor gets (injection, its partner's gate or 1, G = Jᵀu_y [batch, pos, out], z): the
+    site's derivative is the sum of weight · ⟨G, δ(z)⟩ over its injections.
 
     Raises:
         ModelStateError: a gradient did not reach some site.
@@ -77,7 +92,8 @@ def site_gradients(
     with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
         with lens.injected(tap):
             values = readout(read_logits(lens, prompts))
-        torch.autograd.grad(values.sum(), leaves)
+        # The backward of some operations has a forward-mode derivative only as part of a graph.
+        torch.autograd.grad(values.sum(), leaves, create_graph=is_dual(gates))
     missed = [site.name for i, site in enumerate(lens.sites) if i not in tap.seen]
     if missed:
         raise ModelStateError(

@@ -30,7 +30,7 @@ from lens_lora.adapter import Adapter
 from lens_lora.errors import ModelStateError
 from lens_lora.factors import LoRAFactors
 from lens_lora.hooked.families import FAMILIES
-from lens_lora.hooked.plan import _is_centred
+from lens_lora.hooked.plan import is_centred
 from lens_lora.hooked.sites import SiteFactors, resolve_sites
 from lens_lora.hooked.view import HookedView, view_of
 from lens_lora.lens import LoraLens
@@ -234,7 +234,7 @@ def _site_rows(lens: LoraLens) -> tuple[Spectrum, ...]:
 def _base_weight(view: HookedView, site: SiteFactors) -> Float[Tensor, "out in"]:
     """W of the Hugging Face base, in float64."""
     weight = view.weight(site.layer, site.kind)
-    if view.needs_base() or _is_centred(weight):
+    if view.needs_base() or is_centred(weight):
         raise ModelStateError(
             f"{site.name}: this {view.class_name} was processed, so its weights are not those that "
             "the adapter was added to. Load it unprocessed (from_pretrained_no_processing, or a "

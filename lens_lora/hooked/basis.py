@@ -11,8 +11,7 @@ are centred. So a site adds
     δ(z) = s·B'(A'z + a₀),   A' = A diag(γ),   a₀ = Aβ,   B' = PB or B.
 
 What was really applied to the weights is inferred from the weights, not from what was requested.
-With folded value biases c_v = sB_vA_vβ is added at v: as attention weights sum to one, every later
-activation then equals that of the adapted model.
+Where value biases were folded, the constant part of an update of v moves on to o: value_bias.py.
 """
 
 from __future__ import annotations
@@ -35,13 +34,15 @@ __all__ = ["BaseWeights", "Processing", "SiteMap", "infer_processing", "site_map
 class SiteMap:
     """δ(z) = B(Az + a₀), with s in B; A, B and a₀ in the model's basis.
 
-    `a0_by_head` is a₀ split over the heads of an input that has them (o).
+    `a0_by_head` is a₀ split over the heads of an input that has them (o), `B_by_head` B split over
+    heads that write to one output (the constant part of v, seen at o).
     """
 
     A: Float[Tensor, "rank in"]
     B: Float[Tensor, "out rank"]
     a0: Float[Tensor, "rank"] | None
     a0_by_head: Float[Tensor, "head rank"] | None = None
+    B_by_head: Float[Tensor, "head out rank"] | None = None
 
     def coordinates(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
         """u = Az + a₀, the update's coordinates in its own rank space.

@@ -22,39 +22,49 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
-from lens_lora.hooked.basis import SiteMap
-from lens_lora.hooked.plan import Plan
+from lens_lora.hooked.plan import Injection, Plan
 
-__all__ = ["Inject", "ScaleInject", "attached", "site_hooks", "writes_at_modules"]
+__all__ = ["Inject", "ScaleInject", "attached", "site_hooks", "weight_of", "writes_at_modules"]
 
 HookFn = Callable[..., Tensor | None]
 
 
 class Inject(Protocol):
-    """What a site's writer does: (site index, running output, z) → output.
+    """What a writer does: (index of the injection, running output, z) → output.
 
     z is [batch, pos, in], or [batch, pos, head, in] where each head of q, k or v has an input of
-    its own.
+    its own; for a constant it is zero.
     """
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None: ...
 
 
+def weight_of(injection: Injection, gates: Tensor) -> Tensor:
+    """The gate of an injection, out of gates [..., site]: ε_site, or half of ε_site ε_partner."""
+    own = gates[..., injection.site]
+    return own if injection.partner is None else own * gates[..., injection.partner] / 2
+
+
 class ScaleInject:
     """out + ε_l ΔW_l z_l, with gates ε of shape [site] or [batch, site].
 
-    A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit.
+    A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit
+    (untouched_at_zero=False: gates that are dual numbers).
     """
 
-    def __init__(self, maps: Sequence[SiteMap], gates: Float[Tensor, "*batch site"]) -> None:
-        self._maps, self._gates = maps, gates
+    def __init__(
+        self, plan: Plan, gates: Float[Tensor, "*batch site"], *, untouched_at_zero: bool = True
+    ) -> None:
+        self._injections, self._gates = plan.injections, gates
         active = (gates.detach() != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
-        self._active = [a or gates.requires_grad for a in active]
+        self._active = [a or gates.requires_grad or not untouched_at_zero for a in active]
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        if not self._active[index]:
+        injection = self._injections[index]
+        partner = injection.site if injection.partner is None else injection.partner
+        if not (self._active[injection.site] and self._active[partner]):
             return None
-        return add(out, self._maps[index](z), self._gates[..., index])
+        return add(out, injection.map(z), weight_of(injection, self._gates))
 
 
 def add(out: Tensor, delta: Float[Tensor, "batch pos out"], gate: Tensor) -> Tensor:
@@ -76,21 +86,28 @@ class _Reader:
 
 
 class _Writer:
-    def __init__(self, index: int, name: str, reader: _Reader, firing: int, inject: Inject) -> None:
-        self._index, self._name, self._inject = index, name, inject
-        self._reader, self._firing = reader, firing
+    def __init__(self, index: int, plan: Plan, reader: _Reader | None, inject: Inject) -> None:
+        injection = plan.injections[index]
+        self._index, self._reader, self._inject = index, reader, inject
+        self._name = plan.sites[injection.site].name
+        self._firing, self._width = injection.ports.firing, injection.map.A.shape[1]
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
         del hook
+        return self._inject(self._index, tensor, self._z(tensor))
+
+    def _z(self, out: Tensor) -> Tensor:
+        if self._reader is None:
+            return out.new_zeros(*out.shape[:2], self._width)
         if len(self._reader.kept) <= self._firing:
             raise ModelStateError(
                 f"{self._name}: its output hook fired but its input hook did not, so z is "
                 "unknown; a flag of the model bypasses that hook point."
             )
         z = self._reader.kept[self._firing]
-        if z.ndim == 4 and tensor.ndim == 3:
+        if z.ndim == 4 and out.ndim == 3:
             z = z.flatten(2)
-        return self._inject(self._index, tensor, z.expand(len(tensor), *z.shape[1:]))
+        return z.expand(len(out), *z.shape[1:])
 
 
 class _ModuleWriter:
@@ -132,16 +149,17 @@ def site_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
     """[(hook name, function)] for one or more forward passes with this injection."""
     by_layer: dict[int, list[tuple[str, HookFn]]] = {}
     readers: dict[str, _Reader] = {}
-    for index, (site, port) in enumerate(zip(plan.sites, plan.ports, strict=True)):
+    for index, injection in enumerate(plan.injections):
+        site, port = plan.sites[injection.site], injection.ports
         hooks = by_layer.setdefault(site.layer, [])
         if port.read == port.write:
             hooks.append((port.write, _ModuleWriter(index, site.kind, inject)))
             continue
-        if port.read not in readers:
+        if port.read is not None and port.read not in readers:
             readers[port.read] = _Reader(port.firings)
             hooks.append((port.read, readers[port.read]))
-        writer = _Writer(index, site.name, readers[port.read], port.firing, inject)
-        hooks.append((port.write, writer))
+        reader = None if port.read is None else readers[port.read]
+        hooks.append((port.write, _Writer(index, plan, reader, inject)))
     arranged: list[tuple[str, HookFn]] = []
     points = plan.view.model.hook_dict
     for layer, hooks in sorted(by_layer.items()):

@@ -26,19 +26,40 @@ from lens_lora.hooked.sites import (
     fused_rows,
     resolve_sites,
 )
+from lens_lora.hooked.value_bias import (
+    Constant,
+    constant_of_v,
+    through_o,
+    through_update_of_o,
+    without_constant,
+)
 from lens_lora.hooked.view import HookedView, Ports, model_dtype, refuse_dropout, view_of
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Injection", "Plan", "make_plan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Injection:
+    """What one site adds at one place: gate_site · gate_partner · δ.
+
+    With a partner, both sites hold the same δ, each in its own rank space and each adding half of
+    it, so that each can split what is its own.
+    """
+
+    site: int
+    ports: Ports
+    map: SiteMap
+    partner: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything that the hooks need."""
+    """Everything that the hooks need. Each site has an injection of its own; v may have more."""
 
     view: HookedView
     sites: tuple[Site, ...]
-    ports: tuple[Ports, ...]
     maps: tuple[SiteMap, ...]
+    injections: tuple[Injection, ...]
     state: tuple[tuple[str, Any], ...]
 
     def check_state(self) -> None:
@@ -79,13 +100,51 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
                 site.module,
                 site.layer,
                 site.kind,
-                port.read,
+                port.read or port.write,
                 port.write,
                 delta.A.shape[0],
                 site.adapter,
             )
         )
-    return Plan(view, tuple(sites), tuple(ports), tuple(maps), view.state())
+    maps, injections = _inject(view, base, factors, ports, maps)
+    return Plan(view, tuple(sites), maps, injections, view.state())
+
+
+def _inject(
+    view: HookedView,
+    base: BaseWeights | None,
+    factors: tuple[SiteFactors, ...],
+    ports: list[Ports],
+    maps: list[SiteMap],
+) -> tuple[tuple[SiteMap, ...], tuple[Injection, ...]]:
+    """Each site at its own ports, and v's constant part at o where value biases are folded."""
+    extra: list[Injection] = []
+    heads = heads_at_hooks(view)
+    for v, site in enumerate(factors):
+        constant = _constant(view, site, maps[v]) if site.kind == "v" else None
+        if constant is None or _folded_value_bias(view, base, site) is None:
+            continue
+        maps[v] = without_constant(maps[v], constant)
+        at_o = Ports(None, view.ports(site.layer, "o").write)
+        W_O = view.weight(site.layer, "o")
+        extra.append(Injection(v, at_o, through_o(constant, W_O, heads)))
+        for o, other in enumerate(factors):
+            if other.kind == "o" and other.layer == site.layer:
+                of_v, of_o = through_update_of_o(constant, maps[o], heads)
+                extra += [Injection(v, at_o, of_v, o), Injection(o, at_o, of_o, v)]
+    own = [Injection(i, port, maps[i]) for i, port in enumerate(ports)]
+    return tuple(maps), (*own, *extra)
+
+
+def heads_at_hooks(view: HookedView) -> Heads:
+    """The heads as the hook points show them: a flag may repeat those of k and v."""
+    return dataclasses.replace(view.heads, n_kv=view.heads.n_kv * view.kv_copies)
+
+
+def _constant(view: HookedView, site: SiteFactors, delta: SiteMap) -> Constant | None:
+    has_bias = site.factors.lora_bias is not None or site.factors.trained_bias is not None
+    folded = view.is_folded(site.layer, "v")
+    return constant_of_v(delta, heads_at_hooks(view), norm_folded=folded, has_bias=has_bias)
 
 
 def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: Tensor) -> SiteMap:
@@ -96,7 +155,7 @@ def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: 
         if view.needs_base():
             _require_base(view, site, norm_path)
         folded = False
-        centred = centres_writes and _is_centred(weight)
+        centred = centres_writes and is_centred(weight)
     else:
         gamma = None if norm_path is None else base.affine(norm_path)[0]
         done = infer_processing(
@@ -121,7 +180,7 @@ def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: 
     return site_map(
         update.A,
         update.B,
-        update.scale * scale,
+        update.scale * update.strength * scale,
         bias=_bias_change(view, base, site),
         gamma=gamma,
         beta=beta,
@@ -219,7 +278,7 @@ def _require_base(view: HookedView, site: SiteFactors, norm_path: str | None) ->
     )
 
 
-def _is_centred(weight: Tensor) -> bool:
+def is_centred(weight: Tensor) -> bool:
     """Whether every column of a writing weight, [out, in], sums to nothing over the residual."""
     eps = torch.finfo(weight.dtype).eps
     weight = weight.double()

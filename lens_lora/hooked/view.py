@@ -15,11 +15,14 @@ __all__ = ["HookedView", "Ports", "find_family", "refuse_dropout", "refuse_unusa
 
 
 class Ports:
-    """A site's hook points, and which of a read point's firings in one block is the site's."""
+    """A site's hook points, and which of a read point's firings in one block is the site's.
+
+    `read` is None for what is added without being read: a constant.
+    """
 
     __slots__ = ("firing", "firings", "read", "write")
 
-    def __init__(self, read: str, write: str, firing: int = 0, firings: int = 1) -> None:
+    def __init__(self, read: str | None, write: str, firing: int = 0, firings: int = 1) -> None:
         self.read, self.write, self.firing, self.firings = read, write, firing, firings
 
 

@@ -1,0 +1,277 @@
+"""The exactness table, docs/exactness.md: how far a lens is from PEFT, in float64.
+
+    python docs/make_exactness.py
+
+1. Measure every cell that the installed transformer-lens has: family × class × processing × target
+   of `tests/models.py`, `tests/cases.py` and `tests/test_targets.py`; write them to
+   docs/exactness/<transformer-lens>.json, errors rounded to one digit.
+2. Render docs/exactness.md from all files there.
+
+Run in one environment per transformer-lens line; a few minutes each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+import cases  # noqa: E402
+import models  # noqa: E402
+import test_targets as targets  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import lens_lora as ll  # noqa: E402
+from lens_lora._version import versions  # noqa: E402
+
+RESULTS, PAGE = HERE / "exactness", HERE / "exactness.md"
+BOUND, HOST_EXACT = 1e-9, 1e-11
+ERRORS = ("host", "adapted", "modes")
+Key = tuple[str, str, str, str]
+Cell = dict[str, Any]
+
+NAMES = {
+    "gpt2": "GPT-2",
+    "neox": "GPT-NeoX",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "gpt_neo": "GPT-Neo",
+    "gptj": "GPT-J",
+    "bloom": "Bloom",
+    "opt": "OPT",
+    "phi": "Phi",
+    "phi3": "Phi-3",
+    "qwen3": "Qwen3",
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3",
+    "mixtral": "Mixtral",
+}
+INTRODUCTION = f"""# Exactness
+
+How far a `LoraLens` is from PEFT's active adapter on the Hugging Face model: tiny models of every
+family with random weights, norms, biases and factors, in float64, with the float32 casts of the
+host libraries lifted. In every cell three errors are measured:
+
+- **host**: logits of the bare hooked model against the bare Hugging Face model;
+- **adapted**: `lens.logits(scale=1)` against the Hugging Face model with PEFT's adapter active;
+- **modes**: `first_order(at=1)` by forward mode against reverse mode, relative to the largest site.
+
+The first two are the largest difference of any logit at any position, up to the constant that a
+centred unembedding removes (the largest logits are 4 to 8). The tables show **adapted**. Where the
+host itself is off by more than {HOST_EXACT:.0e} its own error stands beside; no other cell is above
+{BOUND:.0e}. A number in brackets leads to a message at the end: an error's name is a refusal by
+`lens_lora`, *host* a fault of the host library, which cannot build the model.
+
+Processing is that of transformer-lens: none (raw), each flag alone, or all four; a
+TransformerBridge is processed by `enable_compatibility_mode`. Tables by processing are of a LoRA on
+every linear module of the blocks.
+
+To reproduce: `python docs/make_exactness.py` in an environment of each transformer-lens line. It
+measures what is installed, writes `docs/exactness/<transformer-lens>.json`, and renders this page
+from all files there; `tests/test_docs.py` keeps the two together.
+"""
+
+
+# --- measuring
+
+
+def every_key() -> list[Key]:
+    """(family, class, processing, target): all processings of the linears, two of the others."""
+    others = [t for t in targets.TARGETS if t != "linears"]
+    return [
+        (family, cls, flags, target)
+        for family, cls in itertools.product(models.FAMILIES, models.MAKERS)
+        for flags, target in [
+            *((flags, "linears") for flags in cases.FLAGS),
+            *itertools.product(("raw", "processed"), others),
+        ]
+        if target != "positions" or (family, cls, flags, target) in targets.EVERY
+    ]
+
+
+def measure(family: str, cls: str, flags: str, target: str) -> Cell:
+    """One cell: its three errors, or the fault of the host, or the refusal. Within `lifted`."""
+    base, model = targets.hooked(family, cls, flags)
+    if isinstance(model, Exception):
+        return {"fault": _message(model)}
+    peft, tokens = targets.peft_with(family, base, target), models.tokens()
+    needs_base = flags != "raw" or target == "lora_only"
+    with torch.no_grad():
+        plain, adapted = base(tokens).logits, peft(tokens).logits
+        host = _distance(model(tokens, return_type="logits"), plain)
+    try:
+        adapter = ll.Adapter.from_peft(peft)
+        lens = ll.LoraLens(model, adapter, hf_model=base if needs_base else None)
+    except ll.LensLoraError as error:
+        return {"host": host, "refusal": _message(error)}
+    return {
+        "host": host,
+        "adapted": _distance(lens.logits(tokens), adapted),
+        "modes": _modes(lens, tokens),
+    }
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((cases.centred(found) - cases.centred(expected)).abs().max())
+
+
+def _modes(lens: ll.LoraLens, tokens: torch.Tensor) -> float:
+    """Forward mode against reverse mode, relative to the largest site."""
+    reverse = ll.first_order(lens, tokens, targets.MARGIN, at=1.0).values
+    forward = ll.first_order(
+        lens, tokens, targets.MARGIN, at=1.0, mode="forward", progress=False
+    ).values
+    return float((forward - reverse).abs().max() / reverse.abs().max())
+
+
+def _message(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def rounded(cell: Cell) -> Cell:
+    """Errors with one digit, so that reruns agree."""
+    return {k: v if isinstance(v, str) else float(f"{v:.0e}") for k, v in cell.items()}
+
+
+def line() -> str:
+    """The installed transformer-lens, as '3.9'."""
+    return ".".join(versions()["transformer-lens"].split(".")[:2])
+
+
+def measure_all() -> dict[str, Any]:
+    """{versions, cells by class, family, target and processing} of this environment."""
+    found: dict[str, Any] = {}
+    with models.lifted():
+        for family, cls, flags, target in tqdm(every_key(), unit="cell"):
+            row = found.setdefault(cls, {}).setdefault(family, {}).setdefault(target, {})
+            row[flags] = rounded(measure(family, cls, flags, target))
+    return {"versions": {**versions(), "python": platform.python_version()}, "cells": found}
+
+
+# --- rendering
+
+
+def read_results() -> dict[str, Any]:
+    """Every file of results, by transformer-lens line."""
+    found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    return dict(sorted(found.items(), key=lambda item: [int(n) for n in item[0].split(".")]))
+
+
+def cells(result: dict[str, Any]) -> Iterator[tuple[Key, Cell]]:
+    """Every ((family, class, processing, target), cell) of one environment."""
+    for cls, families in result["cells"].items():
+        for family, by_target in families.items():
+            for target, by_flags in by_target.items():
+                for flags, cell in by_flags.items():
+                    yield (family, cls, flags, target), cell
+
+
+def render(results: dict[str, Any]) -> str:
+    """The page."""
+    notes: dict[str, list[str]] = {}
+    parts = [INTRODUCTION, _versions_table(results)]
+    for version, result in results.items():
+        for cls, families in sorted(result["cells"].items()):
+            parts.append(_section(f"{cls}, transformer-lens {version}", families, notes))
+    return "\n".join([*parts, _notes_list(notes)])
+
+
+def _versions_table(results: dict[str, Any]) -> str:
+    names = ("transformer-lens", "transformers", "torch", "peft", "python")
+    rows = [[str(r["versions"][name]) for name in names] for r in results.values()]
+    return _table(names, rows)
+
+
+def _section(title: str, families: dict[str, Any], notes: dict[str, list[str]]) -> str:
+    order = [family for family in NAMES if family in families]
+    flags, others = list(cases.FLAGS), [t for t in targets.TARGETS if t != "linears"]
+
+    def shown(family: str, target: str, flag: str) -> str:
+        place = f"{title}: {NAMES[family]}, {target}, {_heading(flag)}"
+        return _cell(families[family][target][flag], place, notes)
+
+    linears = [[NAMES[f], *(shown(f, "linears", flag) for flag in flags)] for f in order]
+    by_target = [
+        [NAMES[f], *(_pair(f, target, families[f], shown) for target in others)] for f in order
+    ]
+    return "\n".join(
+        [
+            f"## {title}\n",
+            _table(["linear modules", *map(_heading, flags)], linears),
+            _worst(families),
+            "By target, raw / all four:\n",
+            _table(["", *others], by_target),
+        ]
+    )
+
+
+def _pair(family: str, target: str, by_target: dict[str, Any], shown: Any) -> str:
+    """'raw / processed' of a target, '—' where the family has none such."""
+    if target not in by_target:
+        return "—"
+    both = [shown(family, target, flag) for flag in ("raw", "processed")]
+    return both[0] if both[0] == both[1] and both[0].endswith("]") else " / ".join(both)
+
+
+def _heading(flags: str) -> str:
+    return "all four" if flags == "processed" else flags
+
+
+def _cell(cell: Cell, place: str, notes: dict[str, list[str]]) -> str:
+    message = cell.get("refusal") or cell.get("fault")
+    if message is not None:
+        places = notes.setdefault(message, [])
+        places.append(place)
+        name = message.partition(":")[0] if "refusal" in cell else "*host*"
+        return f"{name} [{list(notes).index(message) + 1}]"
+    beside = f" (host {cell['host']:.0e})" if cell["host"] > HOST_EXACT else ""
+    return f"{cell['adapted']:.0e}{beside}"
+
+
+def _worst(families: dict[str, Any]) -> str:
+    every = [c for _, c in cells({"cells": {"": families}}) if "adapted" in c]
+    host, _, modes = (max(c[name] for c in every) for name in ERRORS)
+    exact = max(c["adapted"] for c in every if c["host"] <= HOST_EXACT)
+    return (
+        f"Largest over both tables: host {host:.0e}; adapted {exact:.0e} where the host is exact; "
+        f"modes {modes:.0e}.\n"
+    )
+
+
+def _notes_list(notes: dict[str, list[str]]) -> str:
+    lines = ["## Refusals and faults of the host\n"]
+    for number, (message, places) in enumerate(notes.items(), start=1):
+        first = f"{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}"
+        lines.append(f"{number}. `{message}` ({first})")
+    return "\n".join([*lines, ""])
+
+
+def _table(heads: Any, rows: list[list[str]]) -> str:
+    def one(row: Any) -> str:
+        return f"| {' | '.join(row)} |"
+
+    return "\n".join([one(heads), one(["---"] * len(heads)), *map(one, rows), ""])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    RESULTS.mkdir(exist_ok=True)
+    result = json.dumps(measure_all(), indent=1, sort_keys=True)
+    (RESULTS / f"{line()}.json").write_text(result + "\n")
+    PAGE.write_text(render(read_results()))
+
+
+if __name__ == "__main__":
+    main()

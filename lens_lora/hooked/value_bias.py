@@ -1,0 +1,82 @@
+"""What an update of v does at o, where TransformerLens folded the value biases away.
+
+A folded model's v and z carry no bias: b̂_V went into b_O. An update of v has a constant part too,
+c_v = B_v u with u = s A_v β (+ Δb), and merged weights, folded in the same way, would put it where
+b̂_V went. So v's own output gets B_v A_v' n alone, and attention's output gets, at every position,
+
+    ε_v W_O Rep(c_v)  +  ε_o ε_v s_o B_o A_o Rep(c_v)
+
+(o's own update reads z + Rep(c_v)). Then every activation by name, z and v included, is that of a
+model made from the merged weights. Rep repeats each KV head for its group of query heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.hooked.basis import SiteMap
+from lens_lora.hooked.sites import Heads
+
+__all__ = ["Constant", "constant_of_v", "through_o", "through_update_of_o", "without_constant"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """c_v in v's rank space: c_v = B u, and Rep B per KV head: [kv, n_heads · d_head, rank]."""
+
+    u: Float[Tensor, "rank"]
+    spread: Float[Tensor, "kv out rank"]
+
+
+def constant_of_v(
+    site: SiteMap, heads: Heads, *, norm_folded: bool, has_bias: bool
+) -> Constant | None:
+    """The part of an update of v that folds as a bias; None where there is none.
+
+    With the norm folded that is all of a₀ = A_v β (and Δb). With the norm left alone β reaches v
+    through the norm, and only a change of bias (a₀'s last entry) is one.
+    """
+    if site.a0 is None:
+        return None
+    u = site.a0.clone()
+    if not norm_folded:
+        u[: len(u) - 1 if has_bias else len(u)] = 0
+    if not bool(u.any()):
+        return None
+    copies = heads.n_heads // heads.n_kv
+    spread = site.B.new_zeros(heads.n_kv, heads.n_heads, heads.d_head, site.B.shape[1])
+    for kv, rows in enumerate(site.B.unflatten(0, (heads.n_kv, -1))):
+        spread[kv, kv * copies : (kv + 1) * copies] = rows[: heads.d_head]
+    return Constant(u, spread.flatten(1, 2))
+
+
+def without_constant(site: SiteMap, constant: Constant) -> SiteMap:
+    """What v's own output still gets."""
+    return dataclasses.replace(site, a0=None if site.a0 is None else site.a0 - constant.u)
+
+
+def through_o(constant: Constant, W_O: Float[Tensor, "d_model out"], heads: Heads) -> SiteMap:
+    """W_O Rep(c_v), in v's rank space."""
+    return _constant_map(W_O.to(constant.spread) @ constant.spread, constant.u, heads)
+
+
+def through_update_of_o(constant: Constant, o: SiteMap, heads: Heads) -> tuple[SiteMap, SiteMap]:
+    """s_o B_o A_o Rep(c_v) twice: in v's rank space, and in o's."""
+    of_v = _constant_map(o.B @ (o.A @ constant.spread), constant.u, heads)
+    shift = constant.spread.sum(0) @ constant.u
+    by_head = (o.A * shift).unflatten(-1, (heads.n_heads, -1)).sum(-1).T
+    if o.a0_by_head is not None:
+        by_head = torch.nn.functional.pad(by_head, (0, 0, 0, len(o.a0_by_head) - len(by_head)))
+    nothing = o.A.new_zeros(o.A.shape[0], heads.n_heads)
+    return of_v, SiteMap(nothing, o.B, o.A @ shift, by_head.contiguous())
+
+
+def _constant_map(
+    by_head: Float[Tensor, "kv d_model rank"], u: Float[Tensor, "rank"], heads: Heads
+) -> SiteMap:
+    nothing = u.new_zeros(len(u), heads.n_heads)
+    return SiteMap(nothing, by_head.sum(0), u, B_by_head=by_head)

@@ -1,0 +1,83 @@
+"""Forward-over-reverse is right on every family: against differences, and symmetric."""
+
+from __future__ import annotations
+
+import cases
+import models
+import pytest
+import torch
+from test_targets import hooked
+from two_scalars import scalar_lens
+
+import lens_lora as ll
+from lens_lora.calculus.second_order import hessian_product
+
+MARGIN = ll.Margin(5, 9)
+EVERY = [(f, c, p) for f in models.FAMILIES for c in models.MAKERS for p in ("raw", "processed")]
+
+
+def lens_of(family: str, cls: str, flags: str) -> ll.LoraLens | None:
+    """None where the host library cannot build the model, or builds it wrongly (refused)."""
+    base, model = hooked(family, cls, flags)
+    if isinstance(model, Exception):
+        assert (family, cls) == ("phi", "HookedTransformer")
+        return None
+    adapter = ll.Adapter.from_peft(models.peft_model(family, base))
+    try:
+        return ll.LoraLens(model, adapter, hf_model=base if cases.FLAGS[flags] else None)
+    except ll.ModelStateError:
+        assert (family, flags) == ("mixtral", "processed") and not models.has_bridge()
+        return None
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
+@pytest.mark.usefixtures("float64")
+def test_derivatives_of_every_family_against_differences(family: str, cls: str, flags: str):
+    """∂g/∂ε against differences of g, H v against differences of ∂g/∂ε; uᵀHv = vᵀHu."""
+    lens = lens_of(family, cls, flags)
+    if lens is None:
+        return
+    prompts = lens.prompts(models.tokens())
+    read = MARGIN.bind(lens.model, prompts.batch)
+    generator = models.seeded(3)
+    u, v = torch.randn(2, len(lens.sites), generator=generator, dtype=torch.float64)
+    step = 1e-5
+
+    def slopes(gates: torch.Tensor) -> torch.Tensor:
+        """∂g/∂ε by reverse mode at any gates, [batch, site]."""
+        from lens_lora.calculus.contract import parts
+        from lens_lora.calculus.reverse import site_gradients
+
+        values = torch.zeros(prompts.batch, len(lens.sites), dtype=torch.float64)
+
+        def visit(injection, weight, gradient, z):
+            kind = lens.sites[injection.site].kind
+            found = parts(injection.map, kind, lens.heads.of(kind), gradient, z, ())
+            values[:, injection.site] += weight * found
+
+        site_gradients(lens, prompts, read, gates, visit)
+        return values
+
+    at = torch.full((len(lens.sites),), 0.3, dtype=torch.float64)
+    first = slopes(at) @ v
+    up, down = (read(lens.logits(prompts, at + e * v)[:, -1]) for e in (step, -step))
+    assert (first - (up - down) / (2 * step)).abs().max() < 1e-6 * first.abs().max()
+    for where in (torch.zeros_like(at), at):
+        product = hessian_product(lens, prompts, read, where, v)
+        difference = (slopes(where + step * v) - slopes(where - step * v)) / (2 * step)
+        size = difference.abs().max()
+        assert (product - difference).abs().max() < 1e-6 * size
+        other = hessian_product(lens, prompts, read, where, u)
+        assert (product @ u - other @ v).abs().max() < 1e-9 * size
+
+
+def test_second_order_by_hand():
+    """y = (2 + 5ε₂)(1 + ε₁/2)²·9: H₁₁ = 9, H₁₂ = 45, H₂₂ = 0 at ε = 0."""
+    lens = scalar_lens(torch.square)
+    prompts = lens.prompts(torch.tensor([[3]]))
+    read = ll.Logit(0).bind(lens.model, 1)
+    columns = [
+        hessian_product(lens, prompts, read, torch.zeros(2).double(), e)[0].tolist()
+        for e in torch.eye(2).double()
+    ]
+    assert columns == [[9.0, 45.0], [45.0, 0.0]]
