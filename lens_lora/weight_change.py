@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lens_lora.errors import AdapterError
 from lens_lora.factors import LoRAFactors, dense_factors

@@ -16,7 +16,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lens_lora.calculus.contract import part_delta
 from lens_lora.calculus.function import chunk_rows, read_logits

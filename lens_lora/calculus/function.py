@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lens_lora.errors import NumericsError
 from lens_lora.hooked.gates import ScaleInject

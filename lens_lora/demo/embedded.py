@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 import transformers
 from rich.console import Console
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

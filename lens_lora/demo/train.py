@@ -43,7 +43,7 @@ import torch
 from jaxtyping import Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lens_lora.demo.embedded import EMBEDDED_HUB_ID, load_embedded

@@ -310,6 +310,8 @@ def _folded_value_bias(
         total += bias.double().cpu()
     if beta is not None:
         total += (base.weight(path, rows).double() @ beta.double()).cpu()
+    if not bool(total.any()):
+        return None
     heads = total.view(view.heads.n_kv, view.heads.d_head)
     return heads.repeat_interleave(view.heads.n_heads // view.heads.n_kv, dim=0).flatten()
 
