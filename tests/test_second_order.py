@@ -6,7 +6,7 @@ import cases
 import models
 import pytest
 import torch
-from test_targets import hooked
+from test_targets import hooked, peft_with
 from two_scalars import scalar_lens
 
 import lens_lora as ll
@@ -69,6 +69,24 @@ def test_derivatives_of_every_family_against_differences(family: str, cls: str, 
         assert (product - difference).abs().max() < 1e-6 * size
         other = hessian_product(lens, prompts, read, where, u)
         assert (product @ u - other @ v).abs().max() < 1e-9 * size
+
+
+@pytest.mark.parametrize("target", ["linears", "lm_head", "embedding", "positions", "lora_bias"])
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.usefixtures("float64")
+def test_second_order_of_every_target(target: str, cls: str):
+    """H v against differences of first order, for every kind of site; of a curved readout."""
+    base, model = hooked("gpt2", cls, "processed")
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
+    prompts, step = lens.prompts(models.tokens()), 1e-5
+    readout = ll.LogProb(7)
+    read = readout.bind(model, prompts.batch)
+    one = torch.ones(len(lens.sites), dtype=torch.float64)
+    for at in (0.0, 1.0):
+        product = hessian_product(lens, prompts, read, at * one, one)
+        up, down = (ll.first_order(lens, prompts, readout, at=at + e) for e in (step, -step))
+        difference = (up.values - down.values) / (2 * step)
+        assert (product - difference).abs().max() < 1e-6 * difference.abs().max()
 
 
 def test_second_order_by_hand():

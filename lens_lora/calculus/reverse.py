@@ -1,7 +1,7 @@
 """Reverse mode: one readout, every site, position, head and rank, in one forward and one backward.
 
 1. The embedding's output becomes the leaf of the graph; every site lies between it and g (a
-   position embedding's own output is a leaf beside it).
+   position embedding gets a leaf of its own, for it lies beside).
 2. Each site's output gets a gradient hook that contracts G = ∂g/∂(output) with u = Az + a₀ as the
    backward pass goes by, and keeps nothing else.
 3. The gradient that reaches the embedding is discarded; parameters never receive one.
@@ -49,8 +49,8 @@ class _TapInject:
         moved = self._scaled(index, out, z)
         moved = out.view_as(out) if moved is None else moved
         if self._kinds[injection.site] == "pos_embed":
-            moved = moved.detach().requires_grad_()
-            self._leaves.append(moved)
+            self._leaves.append(moved.new_zeros(moved.shape).requires_grad_())
+            moved = moved + self._leaves[-1]
         kept = z if self._is_dual else z.detach()
 
         def on_gradient(gradient: Tensor) -> None:
