@@ -147,13 +147,14 @@ def test_parts_of_every_target_agree_in_both_modes(target: str, cls: str):
     assert (parts.first_order - reverse.per_site).abs().max() < ROUND_OFF * size
 
 
-def test_a_trained_embedding_is_refused(tmp_path):
+@pytest.mark.parametrize("change", [1.0, 1e-4])
+def test_a_trained_embedding_is_refused(change: float, tmp_path):
     """The file holds a base embedding that is not the model's: never read as LoRA alone."""
     (maker, *_) = models.MAKERS.values()
     base = models.hf_model("llama")
     peft = models.peft_model("llama", base, targets=["embed_tokens"])
     with torch.no_grad():
-        peft.base_model.model.model.embed_tokens.base_layer.weight.add_(1.0)
+        peft.base_model.model.model.embed_tokens.base_layer.weight.add_(change)
     peft.save_pretrained(tmp_path, save_embedding_layers=True)
     with pytest.raises(ll.AdapterError, match="embed.*resized or trained"):
         ll.LoraLens(maker(base), ll.load_adapter(tmp_path))

@@ -217,8 +217,9 @@ def base_update(site: SiteFactors, weight: Tensor | None) -> LoRAFactors:
 
 def _check_base_weight(site: SiteFactors, held: Tensor, weight: Tensor) -> None:
     held = held if held.shape == weight.shape else held.T
+    rounding = 2 * max(torch.finfo(held.dtype).eps, torch.finfo(weight.dtype).eps)
     if held.shape != weight.shape or not torch.allclose(
-        held.to(weight), weight, rtol=0, atol=1e-2 * float(weight.abs().max())
+        held.to(weight), weight, rtol=0, atol=rounding * float(weight.abs().max())
     ):
         raise AdapterError(
             f"{site.name} ({site.module}): the adapter's file holds a base weight that is not the "
