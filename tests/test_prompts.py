@@ -82,12 +82,22 @@ def test_ids_need_no_tokenizer(without_tokenizer):
     assert torch.equal(prepare(without_tokenizer, tokens).tokens, tokens)
 
 
-def test_pad_that_means_something_else_is_a_token(model, monkeypatch):
-    """Where the pad token is the end-of-text token, a row may begin and end with it."""
-    tokenizer = models.tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    monkeypatch.setattr(model, "tokenizer", tokenizer)
-    assert prepare(model, torch.tensor([[1, 5, 1]])).lengths.tolist() == [3]
+@pytest.fixture
+def pads_with_eos(model):
+    kept, model.tokenizer.pad_token = model.tokenizer.pad_token, model.tokenizer.eos_token
+    yield model
+    model.tokenizer.pad_token = kept
+
+
+def test_pad_that_is_also_the_end_of_text(pads_with_eos):
+    """A row may begin with it (as BOS); one that ends in it could be padding and is refused."""
+    assert prepare(pads_with_eos, torch.tensor([[1, 5, 6]])).lengths.tolist() == [3]
+    assert prepare(pads_with_eos, torch.tensor([[1]])).lengths.tolist() == [1]
+    padded = torch.tensor([[5, 6, 7], [5, 1, 1]])
+    with pytest.raises(ll.PromptError, match="ends with the pad token 1.*lengths"):
+        prepare(pads_with_eos, padded)
+    told = ll.Prompts(padded, torch.tensor([3, 1]))
+    assert prepare(pads_with_eos, told).lengths.tolist() == [3, 1]
 
 
 def test_the_context_can_be_filled(model):
