@@ -41,8 +41,8 @@ def bare_backward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
 
 def one_gradient(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
     """The reverse pass of first_order, without the exact ends beside it."""
-    read = MARGIN.bind(lens.model, prompts.batch)
-    site_gradients(lens, prompts, read, lens.gates(0.0), lambda *visit: None)
+    reading = MARGIN.over(lens.model, prompts)
+    site_gradients(lens, reading, lens.gates(0.0), lambda *visit: None)
 
 
 def forward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:

@@ -11,6 +11,7 @@ The theory is "Formalising the Logit Shift Induced by LoRA" (arXiv 2604.20313).
 
 from lens_lora._version import __version__
 from lens_lora.adapter import Adapter, LoRAFactors, load_adapter
+from lens_lora.answers import AnswerLogProb, AnswerMargin
 from lens_lora.attribution import Attribution
 from lens_lora.calculus.components import Components, components
 from lens_lora.calculus.first_order import first_order
@@ -48,6 +49,8 @@ __all__ = [
     "Prompts",
     "Site",
     # readouts
+    "AnswerLogProb",
+    "AnswerMargin",
     "LogProb",
     "Logit",
     "Margin",

@@ -25,10 +25,29 @@ from lens_lora.hooked.sites import Site
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["AXES", "Attribution"]
+__all__ = ["AXES", "Attribution", "Quadrature"]
 
 AXES = ("position", "head", "rank")
 _FORMAT = "lens_lora attribution 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadrature:
+    """How a path integral was taken, and whether it met what was asked.
+
+    Attributes:
+        nodes: Gauss–Legendre nodes of the last rule.
+        tol: the completeness asked for, as a share of the shift.
+        error: the largest completeness error reached over prompts, as a share of its shift.
+        met: whether error ≤ tol.
+        note: why not, where it was not met.
+    """
+
+    nodes: int
+    tol: float
+    error: float
+    met: bool
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +66,7 @@ class Attribution:
         readout, units: what was read.
         method, at: 'first_order', and the gate value at which it was taken.
         meta: model, adapter, dtype and versions.
+        quadrature: of a path integral, how it was taken.
     """
 
     values: Float[Tensor, "batch site *by"]
@@ -61,6 +81,7 @@ class Attribution:
     method: str
     at: float
     meta: Mapping[str, str]
+    quadrature: Quadrature | None = None
 
     @property
     def shift(self) -> Float[Tensor, "batch"]:
@@ -81,6 +102,16 @@ class Attribution:
     def remainder(self) -> Float[Tensor, "batch"]:
         """R_y = g(1) − g(0) − Σ_l a_l (note, §4)."""
         return self.shift - self.total
+
+    @property
+    def nodes(self) -> int:
+        """Quadrature nodes of a path integral; 1 for a derivative at one point."""
+        return 1 if self.quadrature is None else self.quadrature.nodes
+
+    @property
+    def completeness_error(self) -> Float[Tensor, "batch"]:
+        """|g(1) − g(0) − Σ_l c_l|: zero for an exact path integral."""
+        return self.remainder.abs()
 
     def sum(self, group: Literal["site", "layer", "kind"]) -> pd.DataFrame:
         """Values summed by site, layer or kind of module: one row a group, one column a prompt."""
@@ -182,6 +213,7 @@ class Attribution:
             "method": self.method,
             "at": self.at,
             "meta": dict(self.meta),
+            "quadrature": self.quadrature and dataclasses.asdict(self.quadrature),
         }
         path = Path(path)
         save_file(
@@ -210,6 +242,7 @@ class Attribution:
                 "written by Attribution.save?"
             )
         labels = json.loads(metadata["labels"])
+        quadrature = labels.get("quadrature")
         return cls(
             **tensors,
             by=tuple(labels["by"]),
@@ -221,6 +254,7 @@ class Attribution:
             method=labels["method"],
             at=labels["at"],
             meta=labels["meta"],
+            quadrature=quadrature and Quadrature(**quadrature),
         )
 
     def __repr__(self) -> str:

@@ -57,9 +57,9 @@ class Prompts:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
     def at_read(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch vocab"]:
-        """The logits at each prompt's last token."""
-        rows = torch.arange(self.batch, device=logits.device)
-        return logits[rows, (self.lengths - 1).to(logits.device)]
+        """The logits at each prompt's last token; of one prompt, also in rows of its own."""
+        rows = torch.arange(len(logits), device=logits.device)
+        return logits[rows, (self.lengths - 1).to(logits.device).expand(len(logits))]
 
     def repeat(self, times: int) -> Prompts:
         """Every prompt `times` times: p0 p0 … p1 p1 …"""

@@ -17,22 +17,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.errors import TokenError
+from lens_lora.prompts import Prompts
+from lens_lora.reading import Bound, Reading, one_row_each
 
-__all__ = ["LogProb", "Logit", "Margin", "Readout", "token_ids"]
+__all__ = ["LogProb", "Logit", "Margin", "Readout", "TokenLike", "token_ids"]
 
 TokenLike = str | int | Sequence[str | int] | Int[Tensor, "batch"]
 
 
 class Readout(abc.ABC):
-    """A number read from the logits at each prompt's last token."""
+    """A number read from the logits of each prompt."""
 
     units = "logits"
 
     @abc.abstractmethod
-    def bind(
-        self, model: Any, batch: int
-    ) -> Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, "batch"]]:
-        """The readout as a function of the logits, its tokens looked up for this batch.
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        """The rows to run for these prompts, and how g is read from them.
 
         Raises:
             TokenError: a token string that is not one token.
@@ -47,7 +47,7 @@ class Readout(abc.ABC):
     def of(
         fn: Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, "batch"]],
         label: str | None = None,
-    ) -> Readout:
+    ) -> LastToken:
         """Any differentiable callable of the logits at the read position.
 
         Args:
@@ -56,13 +56,28 @@ class Readout(abc.ABC):
         return _Callable(fn, label or getattr(fn, "__name__", "readout"))
 
 
+class LastToken(Readout):
+    """A number read from the logits at each prompt's last token."""
+
+    @abc.abstractmethod
+    def bind(self, model: Any, batch: int) -> Bound:
+        """The readout as a function of the logits, its tokens looked up for this batch.
+
+        Raises:
+            TokenError: a token string that is not one token.
+        """
+
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        return one_row_each(prompts, self.bind(model, prompts.batch))
+
+
 @dataclasses.dataclass(frozen=True)
-class Logit(Readout):
+class Logit(LastToken):
     """The logit of a token: a string of one token, an id, or one of either per prompt."""
 
     token: TokenLike
 
-    def bind(self, model: Any, batch: int) -> Callable[[Tensor], Tensor]:
+    def bind(self, model: Any, batch: int) -> Bound:
         ids = token_ids(model, self.token, batch)
         return lambda logits: _pick(logits, ids)
 
@@ -72,13 +87,13 @@ class Logit(Readout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Margin(Readout):
+class Margin(LastToken):
     """m = f_doc − f_pre, in logits: the document's fact against the pretrained one (note, §5)."""
 
     doc: TokenLike
     pre: TokenLike
 
-    def bind(self, model: Any, batch: int) -> Callable[[Tensor], Tensor]:
+    def bind(self, model: Any, batch: int) -> Bound:
         doc, pre = token_ids(model, self.doc, batch), token_ids(model, self.pre, batch)
         if bool((doc == pre).any()):
             raise TokenError(
@@ -93,13 +108,13 @@ class Margin(Readout):
 
 
 @dataclasses.dataclass(frozen=True)
-class LogProb(Readout):
+class LogProb(LastToken):
     """log p(token | prompt), in nats."""
 
     token: TokenLike
     units = "nats"
 
-    def bind(self, model: Any, batch: int) -> Callable[[Tensor], Tensor]:
+    def bind(self, model: Any, batch: int) -> Bound:
         ids = token_ids(model, self.token, batch)
         return lambda logits: _pick(logits, ids) - logits.logsumexp(-1)
 
@@ -109,12 +124,12 @@ class LogProb(Readout):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Callable(Readout):
+class _Callable(LastToken):
     fn: Callable[[Tensor], Tensor]
     name: str
     units = "units of the readout"
 
-    def bind(self, model: Any, batch: int) -> Callable[[Tensor], Tensor]:
+    def bind(self, model: Any, batch: int) -> Bound:
         del model, batch
         return self.fn
 
@@ -159,7 +174,7 @@ def _token_id(model: Any, token: str | int) -> int:
     hint = f" {' ' + token.lstrip()!r} is one token." if len(spaced) == 1 else ""
     raise TokenError(
         f"{token!r} is {len(ids)} tokens {pieces}, and this readout reads one.{hint} For answers "
-        "of several tokens pass the token at which they differ, or wait for AnswerMargin."
+        "of several tokens use AnswerLogProb or AnswerMargin."
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.calculus import contract, first_order
+from lens_lora.calculus import contract, slopes
 from lens_lora.hooked import families, gates, hooked_transformer, plan, view
 from lens_lora.hooked.view import Ports
 
@@ -184,7 +184,7 @@ def test_a_wrong_contraction_breaks_the_adjoint_identity(cls: str, monkeypatch):
     def without_offset(site, *args):
         return true(dataclasses.replace(site, a0=None, a0_by_head=None), *args)
 
-    monkeypatch.setattr(first_order, "parts", without_offset)
+    monkeypatch.setattr(slopes, "parts", without_offset)
     reverse = ll.first_order(lens, tokens, MARGIN).values
     forward = ll.first_order(lens, tokens, MARGIN, mode="forward", progress=False).values
     assert (reverse - forward).abs().max() > 1e-2 * forward.abs().max()

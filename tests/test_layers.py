@@ -15,7 +15,7 @@ LAYERS = [
     {"factors", "peft_format", "weight_change"},
     {"adapter"},
     {"hooked"},
-    {"prompts", "readout"},
+    {"prompts", "reading", "readout", "answers"},
     {"lens"},
     {"show"},
     {"attribution"},

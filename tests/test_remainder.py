@@ -121,6 +121,7 @@ def hand_made(first_order: float, ratios: list[float]) -> ll.Remainder:
         site_shift=None,
         readout="y",
         units="logits",
+        meta={},
     )
 
 

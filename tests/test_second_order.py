@@ -11,6 +11,7 @@ from two_scalars import scalar_lens
 
 import lens_lora as ll
 from lens_lora.calculus.second_order import hessian_product
+from lens_lora.calculus.slopes import site_slopes
 
 MARGIN = ll.Margin(5, 9)
 EVERY = [(f, c, p) for f in models.FAMILIES for c in models.MAKERS for p in ("raw", "processed")]
@@ -38,36 +39,25 @@ def test_derivatives_of_every_family_against_differences(family: str, cls: str, 
     if lens is None:
         return
     prompts = lens.prompts(models.tokens())
-    read = MARGIN.bind(lens.model, prompts.batch)
+    reading = MARGIN.over(lens.model, prompts)
     generator = models.seeded(3)
     u, v = torch.randn(2, len(lens.sites), generator=generator, dtype=torch.float64)
     step = 1e-5
 
     def slopes(gates: torch.Tensor) -> torch.Tensor:
         """∂g/∂ε by reverse mode at any gates, [batch, site]."""
-        from lens_lora.calculus.contract import parts
-        from lens_lora.calculus.reverse import site_gradients
-
-        values = torch.zeros(prompts.batch, len(lens.sites), dtype=torch.float64)
-
-        def visit(injection, weight, gradient, z):
-            kind = lens.sites[injection.site].kind
-            found = parts(injection.map, kind, lens.heads.of(kind), gradient, z, ())
-            values[:, injection.site] += weight * found
-
-        site_gradients(lens, prompts, read, gates, visit)
-        return values
+        return site_slopes(lens, reading, gates)
 
     at = torch.full((len(lens.sites),), 0.3, dtype=torch.float64)
     first = slopes(at) @ v
-    up, down = (read(lens.logits(prompts, at + e * v)[:, -1]) for e in (step, -step))
+    up, down = (reading.read(lens.logits(prompts, at + e * v)[:, -1]) for e in (step, -step))
     assert (first - (up - down) / (2 * step)).abs().max() < 1e-6 * first.abs().max()
     for where in (torch.zeros_like(at), at):
-        product = hessian_product(lens, prompts, read, where, v)
+        product = hessian_product(lens, reading, where, v)
         difference = (slopes(where + step * v) - slopes(where - step * v)) / (2 * step)
         size = difference.abs().max()
         assert (product - difference).abs().max() < 1e-6 * size
-        other = hessian_product(lens, prompts, read, where, u)
+        other = hessian_product(lens, reading, where, u)
         assert (product @ u - other @ v).abs().max() < 1e-9 * size
 
 
@@ -80,10 +70,10 @@ def test_second_order_of_every_target(target: str, cls: str):
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, target)), hf_model=base)
     prompts, step = lens.prompts(models.tokens()), 1e-5
     readout = ll.LogProb(7)
-    read = readout.bind(model, prompts.batch)
+    reading = readout.over(model, prompts)
     one = torch.ones(len(lens.sites), dtype=torch.float64)
     for at in (0.0, 1.0):
-        product = hessian_product(lens, prompts, read, at * one, one)
+        product = hessian_product(lens, reading, at * one, one)
         up, down = (ll.first_order(lens, prompts, readout, at=at + e) for e in (step, -step))
         difference = (up.values - down.values) / (2 * step)
         assert (product - difference).abs().max() < 1e-6 * difference.abs().max()
@@ -93,9 +83,9 @@ def test_second_order_by_hand():
     """y = (2 + 5ε₂)(1 + ε₁/2)²·9: H₁₁ = 9, H₁₂ = 45, H₂₂ = 0 at ε = 0."""
     lens = scalar_lens(torch.square)
     prompts = lens.prompts(torch.tensor([[3]]))
-    read = ll.Logit(0).bind(lens.model, 1)
+    reading = ll.Logit(0).over(lens.model, prompts)
     columns = [
-        hessian_product(lens, prompts, read, torch.zeros(2).double(), e)[0].tolist()
+        hessian_product(lens, reading, torch.zeros(2).double(), e)[0].tolist()
         for e in torch.eye(2).double()
     ]
     assert columns == [[9.0, 45.0], [45.0, 0.0]]

@@ -72,6 +72,7 @@ def fact(m0, values, margins, *, flip=math.nan, noise=1e-6, facts=(" Lyon", " Pa
         order=torch.tensor([2.0]),
         readout=READOUT,
         units="logits",
+        meta={},
     )
     doc, pre = facts
     flips = torch.tensor([flip], dtype=torch.float64)
@@ -411,7 +412,7 @@ def test_notebook_table_is_escaped():
 
 
 def test_terminal_tables_show_the_numbers_and_no_markup_of_a_token():
-    shift = LogitShift(torch.tensor([[2.0, -1.0, -1.0]]), (), (0, 1, 2), ("[red]", " b", "c"))
+    shift = LogitShift(torch.tensor([[2.0, -1.0, -1.0]]), (), (0, 1, 2), ("[red]", " b", "c"), {})
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(tables.margin_table(flip_case()))
     console.print(tables.modules_table(flip_case().attribution, k=2))
@@ -466,6 +467,7 @@ def page():
         sites=SITES,
         tokens=(0, 1, 2),
         strings=(EVIL, " b", "c"),
+        meta={},
     )
     where = attribution(
         torch.ones(1, 4, 2).tolist(), [-4.0], [4.0], by=("position",), tokens=(("a", EVIL),)
@@ -522,7 +524,7 @@ def test_report_without_extras_leaves_their_sections_out():
 
 
 def test_report_with_a_joint_shift_shows_no_sites():
-    shift = LogitShift(torch.tensor([[2.0, -1.0, -1.0]]), (), (0, 1, 2), ("a", "b", "c"))
+    shift = LogitShift(torch.tensor([[2.0, -1.0, -1.0]]), (), (0, 1, 2), ("a", "b", "c"), {})
     own = without_plotly(margin_report(flip_case(), logit_shift=shift))
     table = own.split("Tokens promoted", 1)[1].split("</table>")[0]
     assert "all modules together" in table and "blocks." not in table

@@ -58,6 +58,8 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
         model=model,
         heads=Heads(1, 1, 1),
         kv_copies=1,
+        n_layers=1,
+        grows=True,
         class_name="TwoScalars",
         block_input=lambda layer: "block",
         embedding_output=lambda: "embed",

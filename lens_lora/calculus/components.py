@@ -2,7 +2,8 @@
 
     a_l = ‖δz_l‖ · ‖Jᵀu_y‖ · cos(δz_l, Jᵀu_y),   and the gain ‖J δz_l‖ / ‖δz_l‖.
 
-Norms run over a prompt's real positions and the site's features (for v on a model with folded value
+Norms run over a prompt's real positions (of every row that the readout reads) and the site's
+features (for v on a model with folded value
 biases, over both places where its update is added). J δz is the whole-vocabulary
 tangent at the read position, less its mean, so that the gain does not depend on the constant that
 a centred unembedding removes.
@@ -11,6 +12,7 @@ a centred unembedding removes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import pandas as pd
 import torch
@@ -37,6 +39,7 @@ class Components:
         sensitivity: ‖Jᵀu_y‖, how much the readout listens to the site's output.
         cosine: of δz and Jᵀu_y; NaN where either is zero.
         gain: ‖J δz‖ / ‖δz‖ over the whole vocabulary; NaN where δz is zero.
+        meta: model, adapter, dtype and versions.
     """
 
     sites: tuple[Site, ...]
@@ -45,6 +48,7 @@ class Components:
     sensitivity: Float[Tensor, "batch site"]
     cosine: Float[Tensor, "batch site"]
     gain: Float[Tensor, "batch site"]
+    meta: Mapping[str, str]
 
     @property
     def first_order(self) -> Float[Tensor, "batch site"]:
@@ -76,10 +80,9 @@ def components(
 
     Cost: one forward and one backward, and for the gain one dual forward pass per site.
     """
-    ready = lens.prompts(prompts)
-    bound = readout.bind(lens.model, ready.batch)
-    real = ready.real[..., None]
-    shape = (ready.batch, len(lens.sites))
+    reading = readout.over(lens.model, lens.prompts(prompts))
+    real = reading.prompts.real[..., None]
+    shape = (len(reading.owner), len(lens.sites))
     squares = {
         name: torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
         for name in ("z", "delta", "gradient", "inner")
@@ -100,10 +103,13 @@ def components(
             squares["gradient"][:, site] += gradient.flatten(1).square().sum(1)
             squares["inner"][:, site] += (gradient * delta).flatten(1).sum(1)
 
-    site_gradients(lens, ready, bound, lens.gates(0.0), visit)
-    inner = squares["inner"]
-    z, delta, gradient = (squares[name].sqrt() for name in ("z", "delta", "gradient"))
-    moved = site_tangents(lens, ready, _centred_norm, progress=progress)
+    site_gradients(lens, reading, lens.gates(0.0), visit)
+    inner = reading.by_prompt(squares["inner"])
+    z, delta, gradient = (
+        reading.by_prompt(squares[name]).sqrt() for name in ("z", "delta", "gradient")
+    )
+    moved = site_tangents(lens, reading.prompts, _centred_square, progress=progress)
+    moved = reading.by_prompt(moved).sqrt()
     nan = torch.full_like(delta, float("nan"))
     return Components(
         sites=lens.sites,
@@ -112,8 +118,9 @@ def components(
         sensitivity=gradient,
         cosine=torch.where(delta * gradient > 0, inner / (delta * gradient), nan),
         gain=torch.where(delta > 0, moved / delta, nan),
+        meta=lens.describe(),
     )
 
 
-def _centred_norm(tangent: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
-    return (tangent - tangent.mean(-1, keepdim=True)).norm(dim=-1)
+def _centred_square(tangent: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
+    return (tangent - tangent.mean(-1, keepdim=True)).square().sum(-1)

@@ -13,18 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.attribution import Attribution
-from lens_lora.calculus.contract import by_axes, parts
+from lens_lora.attribution import Attribution, Quadrature
+from lens_lora.calculus.contract import by_axes
 from lens_lora.calculus.forward import Part, part_tangents
-from lens_lora.calculus.function import Bound, gated_readout, require_finite
-from lens_lora.calculus.reverse import site_gradients
-from lens_lora.errors import NumericsError
-from lens_lora.hooked.plan import Injection
+from lens_lora.calculus.function import gated_readout
+from lens_lora.calculus.slopes import part_slots, require_finite_sites, site_slopes
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts, PromptsLike
+from lens_lora.reading import Reading
 from lens_lora.readout import Readout
 
-__all__ = ["first_order"]
+__all__ = ["first_order", "labelled"]
 
 Mode = Literal["auto", "reverse", "forward"]
 
@@ -57,14 +56,30 @@ def first_order(
     """
     if mode not in ("auto", "reverse", "forward"):
         raise ValueError(f"mode {mode!r}: expected 'auto', 'reverse' or 'forward'.")
-    axes, ready = by_axes(by), lens.prompts(prompts)
-    bound = readout.bind(lens.model, ready.batch)
+    axes, reading = by_axes(by), readout.over(lens.model, lens.prompts(prompts))
     gates = lens.gates(float(at))
-    compute = _forward if mode == "forward" else _reverse
-    values = compute(lens, ready, bound, gates, axes, progress)
-    _require_finite_sites(lens, values)
+    if mode == "forward":
+        values = _forward(lens, reading, gates, axes, progress)
+    else:
+        values = site_slopes(lens, reading, gates, axes)
+    require_finite_sites(lens, values)
+    return labelled(lens, reading, readout, values, axes, method="first_order", at=float(at))
+
+
+def labelled(
+    lens: LoraLens,
+    reading: Reading,
+    readout: Readout,
+    values: Float[Tensor, "batch site *by"],
+    axes: tuple[str, ...],
+    *,
+    method: str,
+    at: float,
+    quadrature: Quadrature | None = None,
+) -> Attribution:
+    """The values with their labels, and the exact shift beside them. Two forward passes."""
     ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
-    base, adapted = gated_readout(lens, ready, bound, ends).T
+    base, adapted = gated_readout(lens, reading, ends).T
     return Attribution(
         values=values,
         by=axes,
@@ -72,74 +87,28 @@ def first_order(
         heads=tuple(lens.heads.of(s.kind) for s in lens.sites),
         base=base.contiguous(),
         adapted=adapted.contiguous(),
-        str_tokens=tuple(tuple(row) for row in lens.str_tokens(ready)),
+        str_tokens=reading.tokens_of(lens.str_tokens(reading.prompts)),
         readout=readout.label,
         units=readout.units,
-        method="first_order",
-        at=float(at),
+        method=method,
+        at=at,
         meta=lens.describe(),
+        quadrature=quadrature,
     )
-
-
-def _slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple[int, ...]:
-    sizes = {
-        "position": prompts.tokens.shape[1],
-        "head": lens.heads.n_heads + 1,
-        "rank": max(s.rank for s in lens.sites),
-    }
-    return tuple(sizes[axis] for axis in axes)
-
-
-def _reverse(
-    lens: LoraLens,
-    prompts: Prompts,
-    readout: Bound,
-    gates: Float[Tensor, "site"],
-    axes: tuple[str, ...],
-    progress: bool,
-) -> Float[Tensor, "batch site *by"]:
-    del progress
-    shape = (prompts.batch, len(lens.sites), *_slots(lens, prompts, axes))
-    values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-
-    def visit(injection: Injection, weight: Tensor, gradient: Tensor, z: Tensor) -> None:
-        kind = lens.sites[injection.site].kind
-        heads = lens.heads.of(kind)
-        found = weight * parts(injection.map, kind, heads, gradient, z, axes)
-        if kind == "unembed" and "position" in axes:
-            found = _at_read_position(prompts, found)
-        slots: list[int | slice] = [slice(None), injection.site]
-        for axis in axes:
-            size = found.shape[1 + axes.index(axis)]
-            whole = axis == "head" and not heads
-            slots.append(slice(-1, None) if whole else slice(0, size))
-        values[tuple(slots)] += found
-
-    site_gradients(lens, prompts, readout, gates, visit)
-    return values
-
-
-def _at_read_position(
-    prompts: Prompts, found: Float[Tensor, "batch one *by"]
-) -> Float[Tensor, "batch pos *by"]:
-    """The unembedding is run, and has a gradient, at the read position alone."""
-    spread = found.new_zeros(len(found), prompts.tokens.shape[1], *found.shape[2:])
-    spread[torch.arange(len(found)), prompts.lengths - 1] = found[:, 0]
-    return spread
 
 
 def _forward(
     lens: LoraLens,
-    prompts: Prompts,
-    readout: Bound,
+    reading: Reading,
     gates: Float[Tensor, "site"],
     axes: tuple[str, ...],
     progress: bool,
 ) -> Float[Tensor, "batch site *by"]:
-    shape = (prompts.batch, len(lens.sites), *_slots(lens, prompts, axes))
+    prompts = reading.prompts
+    shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
     wanted = _all_parts(lens, prompts, axes)
-    tangents = part_tangents(lens, prompts, gates, wanted, readout, progress=progress)
+    tangents = part_tangents(lens, prompts, gates, wanted, reading.read, progress=progress)
     for j, part in enumerate(wanted):
         where = {"position": part.position, "head": part.head, "rank": part.rank}
         slot = [-1 if where[axis] is None else where[axis] for axis in axes]
@@ -168,15 +137,3 @@ def _head_slots(lens: LoraLens, index: int) -> int:
     by_head = lens.maps[index].a0_by_head
     heads = lens.heads.of(lens.sites[index].kind)
     return heads if by_head is None else len(by_head)
-
-
-def _require_finite_sites(lens: LoraLens, values: Float[Tensor, "batch site *by"]) -> None:
-    finite = torch.isfinite(values.flatten(2) if values.ndim > 2 else values[..., None])
-    broken = (~finite.all(-1).all(0)).nonzero()
-    if len(broken):
-        site = lens.sites[int(broken[0])]
-        raise NumericsError(
-            f"the derivative at {site.name} ({site.write}) is not finite; lens.logits(prompts) "
-            "names the first hook point with non-finite activations, if the model has one."
-        )
-    require_finite(values, "the first-order shift")

@@ -1,35 +1,37 @@
 """g(ε) = readout(f(ε)), the function of which all else is a derivative, a corner or an integral.
 
 Several gate vectors are evaluated at once by repeating each prompt along the batch, in chunks of a
-bounded number of tokens.
+bounded number of tokens; where they share their first layers, as a tree (`calculus/tree.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.calculus import tree
 from lens_lora.errors import NumericsError
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
+from lens_lora.reading import Reading
 
-__all__ = ["Bound", "chunk_rows", "gated_logits", "gated_readout", "read_logits"]
+__all__ = ["chunk_rows", "gated_logits", "gated_readout", "read_logits", "require_finite"]
 
-Bound = Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, "batch"]]
 TOKENS_AT_ONCE = 2048
+TREE_TOKENS_AT_ONCE, TREE_LOGITS_AT_ONCE = 16384, 2**27
 _SLOW = 64
 
 
-def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "batch vocab"]:
-    """One forward pass under the hooks now on the model: logits at each prompt's last token.
+def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row vocab"]:
+    """One forward pass under the hooks now on the model: logits at each row's last token.
 
-    Only that row is unembedded. Returned at float32 or better, as readouts need.
+    Only that position is unembedded. Returned at float32 or better, as readouts need.
     """
     with _read_rows_only(lens, prompts):
         return lens.run(prompts)[:, 0].to(lens.gate_dtype)
@@ -51,41 +53,79 @@ def _read_rows_only(lens: LoraLens, prompts: Prompts) -> Generator[None]:
 
 
 def gated_logits(
-    lens: LoraLens, prompts: Prompts, gates: Float[Tensor, "*batch site"]
-) -> Float[Tensor, "batch vocab"]:
-    """f(ε) at the read position; gates [site], or [batch, site]. One forward pass."""
+    lens: LoraLens, prompts: Prompts, gates: Float[Tensor, "*row site"]
+) -> Float[Tensor, "row vocab"]:
+    """f(ε) at the read position; gates [site], or [row, site]. One forward pass."""
     with lens.injected(ScaleInject(lens.plan, gates)):
         return read_logits(lens, prompts)
 
 
 def gated_readout(
     lens: LoraLens,
-    prompts: Prompts,
-    readout: Bound,
-    gates: Float[Tensor, "points site"],
+    reading: Reading,
+    gates: Float[Tensor, "point site"],
     *,
     progress: bool = True,
     what: str = "forward passes",
-) -> Float[Tensor, "batch points"]:
-    """g at several gate vectors. As many forward passes as points, batched.
+) -> Float[Tensor, "batch point"]:
+    """g at several gate vectors. At most as many forward passes as points, batched.
+
+    Points that share their gates in the first layers share the work there, where the model's
+    blocks allow it: adding, or leaving out, every site in turn costs half.
 
     Raises:
         NumericsError: a non-finite readout.
     """
-    points, columns = len(gates), []
-    step = chunk_rows(prompts)
-    bar = tqdm(total=points, desc=what, leave=False, disable=not progress or points < _SLOW)
-    with torch.no_grad(), bar:
-        for start in range(0, points, step):
-            some = gates[start : start + step]
-            rows = gated_logits(
-                lens, prompts.repeat(len(some)), some.repeat(prompts.batch, 1).to(lens.device)
-            ).view(prompts.batch, len(some), -1)
-            columns += [readout(rows[:, j]) for j in range(len(some))]
-            bar.update(len(some))
-    values = torch.stack(columns, 1)
+    gates = gates.to(lens.device, lens.gate_dtype)
+    with torch.no_grad():
+        run = _as_tree if tree.pays(lens, gates) else _in_batches
+        values = run(lens, reading, gates, progress, what)
     require_finite(values, "the readout")
     return values
+
+
+def _in_batches(
+    lens: LoraLens, reading: Reading, gates: Tensor, progress: bool, what: str
+) -> Float[Tensor, "batch point"]:
+    columns, step = [], chunk_rows(reading.prompts)
+    with _bar(len(gates), progress, what) as bar:
+        for some in gates.split(step):
+            many = reading.repeat(len(some))
+            by_row = some.repeat(len(reading.owner), 1)
+            values = many.read(gated_logits(lens, many.prompts, by_row))
+            columns.append(values.view(reading.batch, -1))
+            bar.update(len(some))
+    return torch.cat(columns, 1)
+
+
+def _as_tree(
+    lens: LoraLens, reading: Reading, gates: Tensor, progress: bool, what: str
+) -> Float[Tensor, "batch point"]:
+    """One row of the reading at a time, as its own tree: aligned, without padding."""
+    order = tree.neighbours_first(lens, gates)
+    columns, step = [], _tree_points(lens, reading)
+    with _bar(len(gates), progress, what) as bar:
+        for some in gates[order].split(step):
+            branches = tree.Tree.of(lens, some)
+            rows = [
+                branches.run(lens, lambda one=one: read_logits(lens, one))
+                for one in map(reading.prompts.row, range(len(reading.owner)))
+            ]
+            values = reading.repeat(len(some)).read(torch.stack(rows).flatten(0, 1))
+            columns.append(values.view(reading.batch, -1))
+            bar.update(len(some))
+    return torch.cat(columns, 1)[:, order.argsort()]
+
+
+def _tree_points(lens: LoraLens, reading: Reading) -> int:
+    """How many points at once: bounded in tokens of a row, and in logits of all rows."""
+    rows, longest = reading.prompts.tokens.shape
+    logits = rows * int(lens.model.cfg.d_vocab_out)
+    return max(1, min(TREE_TOKENS_AT_ONCE // longest, TREE_LOGITS_AT_ONCE // logits))
+
+
+def _bar(points: int, progress: bool, what: str) -> tqdm:
+    return tqdm(total=points, desc=what, leave=False, disable=not progress or points < _SLOW)
 
 
 def chunk_rows(prompts: Prompts) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -30,12 +30,14 @@ class LogitShift:
         sites: of the site axis; empty for all sites together.
         tokens: the ids of the vocab axis.
         strings: those tokens as strings.
+        meta: model, adapter, dtype and versions.
     """
 
     values: Float[Tensor, "batch *site vocab"]
     sites: tuple[Site, ...]
     tokens: tuple[int, ...]
     strings: tuple[str, ...]
+    meta: Mapping[str, str]
 
     @property
     def joint(self) -> Float[Tensor, "batch vocab"]:
@@ -114,6 +116,7 @@ def logit_shift(
         sites=lens.sites if by_site else (),
         tokens=tuple(ids),
         strings=tuple(lens.decode(ids)),
+        meta=lens.describe(),
     )
 
 

@@ -16,13 +16,14 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
+from lens_lora.answers import AnswerLike, AnswerMargin, answer_ids, margin_between
 from lens_lora.attribution import Attribution
 from lens_lora.calculus.first_order import first_order
-from lens_lora.calculus.function import Bound, gated_logits
+from lens_lora.calculus.function import gated_logits
 from lens_lora.calculus.remainder import RemainderCurve, curve_of
 from lens_lora.lens import LoraLens
-from lens_lora.prompts import Prompts, PromptsLike
-from lens_lora.readout import Margin, TokenLike, token_ids
+from lens_lora.prompts import PromptsLike
+from lens_lora.reading import Reading
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -39,7 +40,7 @@ class FactMargin:
         curve: the margin along ε from 0 to 1, exact, beside its first-order line.
         flip_scale: [batch], the first ε in (0, 1] at which the margin changes sign; NaN where it
             does not.
-        doc, pre: the two tokens, per prompt.
+        doc, pre: the two answers, per prompt.
     """
 
     attribution: Attribution
@@ -108,8 +109,8 @@ class FactMargin:
 def fact_margin(
     lens: LoraLens,
     prompts: PromptsLike,
-    doc: TokenLike,
-    pre: TokenLike,
+    doc: AnswerLike,
+    pre: AnswerLike,
     *,
     by: tuple[str, ...] | str = (),
     progress: bool = True,
@@ -117,46 +118,47 @@ def fact_margin(
     """m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
     Args:
-        doc, pre: one token each (string with its leading space, or id), or one of each per prompt.
+        doc, pre: a string each (with its leading space), token id or ids, or one of each per
+            prompt. Answers of several tokens are teacher-forced and their margin is in nats.
         by: also split the attribution by 'position', 'head', 'rank'.
 
     Cost: one forward and one backward, some 30 forward passes along the path, batched, and about
     ten more for each prompt that flips.
 
     Raises:
-        TokenError: a string that is not one token, or doc equal to pre.
+        TokenError: an answer that is no token of the model, a word that lost its leading space,
+            or doc equal to pre.
     """
     ready = lens.prompts(prompts)
-    margin = Margin(doc, pre)
+    margin = margin_between(lens.model, doc, pre, ready.batch)
     attribution = first_order(lens, ready, margin, by=by)
     curve = curve_of(lens, ready, margin, attribution, progress=progress)
-    ids = [token_ids(lens.model, token, ready.batch).tolist() for token in (doc, pre)]
+    docs, pres = (answer_ids(lens.model, answer, ready.batch) for answer in (doc, pre))
+    flips = [
+        _flip_scale(lens, AnswerMargin([d], [p]).over(lens.model, ready.row(i)), curve, i)
+        for i, (d, p) in enumerate(zip(_tensors(docs), _tensors(pres), strict=True))
+    ]
     return FactMargin(
         attribution=attribution,
         curve=curve,
-        flip_scale=_flip_scales(lens, ready, ids, curve),
-        doc=tuple(lens.decode(ids[0])),
-        pre=tuple(lens.decode(ids[1])),
+        flip_scale=torch.tensor(flips, dtype=torch.float64),
+        doc=tuple("".join(lens.decode(ids)) for ids in docs),
+        pre=tuple("".join(lens.decode(ids)) for ids in pres),
     )
 
 
-def _flip_scales(
-    lens: LoraLens, prompts: Prompts, ids: list[list[int]], curve: RemainderCurve
-) -> Float[Tensor, "batch"]:
-    scales, found = [0.0, *curve.scales.tolist()], []
-    for i, (doc, pre) in enumerate(zip(*ids, strict=True)):
-        bound = Margin(doc, pre).bind(lens.model, 1)
-        values = [float(curve.base[i]), *curve.values[i].tolist()]
-        found.append(first_root(_along(lens, prompts.row(i), bound), scales, values))
-    return torch.tensor(found, dtype=torch.float64)
+def _tensors(answers: list[tuple[int, ...]]) -> list[Tensor]:
+    return [torch.tensor(ids) for ids in answers]
 
 
-def _along(lens: LoraLens, prompt: Prompts, readout: Bound) -> Callable[[float], float]:
+def _flip_scale(lens: LoraLens, reading: Reading, curve: RemainderCurve, prompt: int) -> float:
     def value(scale: float) -> float:
         with torch.no_grad():
-            return float(readout(gated_logits(lens, prompt, lens.gates(scale))))
+            logits = gated_logits(lens, reading.prompts, lens.gates(scale))
+            return float(reading.read(logits))
 
-    return value
+    scales = [0.0, *curve.scales.tolist()]
+    return first_root(value, scales, [float(curve.base[prompt]), *curve.values[prompt].tolist()])
 
 
 def first_root(

@@ -13,22 +13,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.calculus.function import Bound, read_logits
+from lens_lora.calculus.function import read_logits
 from lens_lora.hooked.gates import ScaleInject, attached
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
+from lens_lora.reading import Reading
 
 __all__ = ["noise_floor"]
 
 _DRAWS = 8
 
 
-def noise_floor(lens: LoraLens, prompts: Prompts, readout: Bound) -> Float[Tensor, "batch"]:
+def noise_floor(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     """σ of g(1) − g(0) from rounding, in the readout's units. Eight forward passes, batched.
 
     The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁹ for bfloat16.
     """
     unit = torch.finfo(lens.dtype).eps / 2
+    prompts = reading.prompts
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def perturb(tensor: Tensor, hook: Any) -> Tensor:
@@ -42,7 +44,8 @@ def noise_floor(lens: LoraLens, prompts: Prompts, readout: Bound) -> Float[Tenso
     noisy = attached(lens.model, [(lens.embedding_output, perturb)])
     with torch.no_grad(), noisy, lens.injected(adapted):
         rows = read_logits(lens, many).unflatten(0, (1 + _DRAWS, prompts.batch))
-    values = torch.stack([readout(row) for row in rows])
+    values = torch.stack([reading.read(row) for row in rows])
     moved = (values[1:] - values[0]).square().mean(0).sqrt()
-    rounding = unit * rows[0].abs().amax(-1).to(moved.dtype)
+    by_row = unit * rows[0].abs().amax(-1).to(moved.dtype)
+    rounding = reading.by_prompt(by_row.square()).sqrt()
     return 2**0.5 * torch.maximum(moved, rounding)

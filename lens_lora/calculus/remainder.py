@@ -10,7 +10,7 @@ At ε = 1 the two may agree by coincidence, so the verdict looks along the path.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +47,7 @@ class Remainder:
         path_scales, path_ratio: |R_y(ε)| / |g(ε) − g(0)| at some ε on the way: [batch, scale].
         site_shift, site_first_order: [batch, site], g(e_l) − g(0) and a_l; only with by_site.
         sites: of the site axis.
+        meta: model, adapter, dtype and versions.
     """
 
     shift: Float[Tensor, "batch"]
@@ -59,6 +60,7 @@ class Remainder:
     site_shift: Float[Tensor, "batch site"] | None
     readout: str
     units: str
+    meta: Mapping[str, str]
 
     @property
     def remainder(self) -> Float[Tensor, "batch"]:
@@ -140,20 +142,20 @@ def remainder(
     """
     ready = lens.prompts(prompts)
     attribution = first_order(lens, ready, readout)
-    bound = readout.bind(lens.model, ready.batch)
+    reading = readout.over(lens.model, ready)
     steps = torch.stack([lens.gates(scale) for scale in _CHECKPOINTS])
-    way = gated_readout(lens, ready, bound, steps, progress=progress)
+    way = gated_readout(lens, reading, steps, progress=progress)
     site_shift = None
     if by_site:
         alone = torch.eye(len(lens.sites), dtype=lens.gate_dtype)
-        corners = gated_readout(lens, ready, bound, alone, progress=progress, what="single sites")
+        corners = gated_readout(lens, reading, alone, progress=progress, what="single sites")
         site_shift = corners - attribution.base[:, None]
     scales = torch.tensor(_CHECKPOINTS, dtype=way.dtype, device=way.device)
     moved = way - attribution.base[:, None]
     return Remainder(
         shift=attribution.shift,
         first_order=attribution.total,
-        noise_floor=noise_floor(lens, ready, bound),
+        noise_floor=noise_floor(lens, reading),
         path_scales=_CHECKPOINTS,
         path_ratio=(moved - scales * attribution.total[:, None]).abs() / moved.abs(),
         sites=lens.sites,
@@ -161,6 +163,7 @@ def remainder(
         site_shift=site_shift,
         readout=readout.label,
         units=readout.units,
+        meta=attribution.meta,
     )
 
 
@@ -175,6 +178,7 @@ class RemainderCurve:
         noise_floor: [batch], σ of a difference of two readouts from rounding alone.
         order: [batch], fitted slope of log|R| on log ε at small ε above the noise: 2 for a smooth
             model, NaN where fewer than three points stand out of the noise.
+        meta: model, adapter, dtype and versions.
     """
 
     scales: Float[Tensor, "scale"]
@@ -185,6 +189,7 @@ class RemainderCurve:
     order: Float[Tensor, "batch"]
     readout: str
     units: str
+    meta: Mapping[str, str]
 
     @property
     def shift(self) -> Float[Tensor, "batch scale"]:
@@ -262,12 +267,11 @@ def curve_of(
     progress: bool = True,
 ) -> RemainderCurve:
     """`remainder_curve` beside a first-order attribution at hand."""
-    ready = lens.prompts(prompts)
-    bound = readout.bind(lens.model, ready.batch)
+    reading = readout.over(lens.model, lens.prompts(prompts))
     chosen = torch.tensor(sorted(scales or default_scales()), dtype=lens.gate_dtype)
     gates = chosen[:, None].expand(-1, len(lens.sites))
-    values = gated_readout(lens, ready, bound, gates, progress=progress, what="along the path")
-    floor = noise_floor(lens, ready, bound)
+    values = gated_readout(lens, reading, gates, progress=progress, what="along the path")
+    floor = noise_floor(lens, reading)
     chosen = chosen.to(values.device)
     rest = values - attribution.base[:, None] - chosen * attribution.total[:, None]
     return RemainderCurve(
@@ -279,6 +283,7 @@ def curve_of(
         order=torch.stack([_order(chosen, r, f) for r, f in zip(rest, floor, strict=True)]),
         readout=readout.label,
         units=readout.units,
+        meta=attribution.meta,
     )
 
 

@@ -17,12 +17,12 @@ import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.calculus.function import Bound, read_logits
+from lens_lora.calculus.function import read_logits
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.gates import ScaleInject, attached
 from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
-from lens_lora.prompts import Prompts
+from lens_lora.reading import Reading
 
 __all__ = ["site_gradients"]
 
@@ -33,19 +33,19 @@ class _TapInject:
     """Adds ε_l ΔW_l z_l and shows the visitor each injection on the way back."""
 
     def __init__(
-        self, lens: LoraLens, gates: Float[Tensor, "site"], visit: Visit, leaves: list[Tensor]
+        self, lens: LoraLens, gates: Float[Tensor, "*row site"], visit: Visit, leaves: list[Tensor]
     ) -> None:
         self._scaled = ScaleInject(lens.plan, gates, untouched_at_zero=not is_dual(gates))
         self._injections = lens.plan.injections
         self._kinds = [site.kind for site in lens.sites]
-        self._gates, self._one = gates, torch.ones_like(gates[0])
+        self._gates, self._one = gates, torch.ones_like(gates[..., 0])
         self._is_dual = is_dual(gates)
         self._visit, self._leaves = visit, leaves
         self.seen: set[int] = set()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
         injection = self._injections[index]
-        partner = self._one if injection.partner is None else self._gates[injection.partner]
+        partner = self._one if injection.partner is None else self._gates[..., injection.partner]
         moved = self._scaled(index, out, z)
         moved = out.view_as(out) if moved is None else moved
         if self._kinds[injection.site] == "pos_embed":
@@ -68,15 +68,15 @@ def is_dual(gates: Tensor) -> bool:
 
 def site_gradients(
     lens: LoraLens,
-    prompts: Prompts,
-    readout: Bound,
-    gates: Float[Tensor, "site"],
+    reading: Reading,
+    gates: Float[Tensor, "*row site"],
     visit: Visit,
 ) -> Float[Tensor, "batch"]:
     """Visit every injection at these gates; returns g there. One forward and one backward.
 
-    The visitor gets (injection, its partner's gate or 1, G = Jᵀu_y [batch, pos, out], z): the
-    site's derivative is the sum of weight · ⟨G, δ(z)⟩ over its injections.
+    The visitor gets (injection, its partner's gate or 1, G = Jᵀu_y [row, pos, out], z): the
+    site's derivative is the sum of weight · ⟨G, δ(z)⟩ over its injections. The weight is a scalar,
+    or one per row as the gates are.
 
     Raises:
         ModelStateError: a gradient did not reach some site.
@@ -91,7 +91,7 @@ def site_gradients(
     tap = _TapInject(lens, gates, visit, leaves)
     with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
         with lens.injected(tap):
-            values = readout(read_logits(lens, prompts))
+            values = reading.read(read_logits(lens, reading.prompts))
         # The backward of some operations has a forward-mode derivative only as part of a graph.
         torch.autograd.grad(values.sum(), leaves, create_graph=is_dual(gates))
     missed = [site.name for i, site in enumerate(lens.sites) if i not in tap.seen]

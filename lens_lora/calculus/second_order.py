@@ -16,39 +16,32 @@ import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.calculus.contract import parts
 from lens_lora.calculus.forward import dual_forward
-from lens_lora.calculus.function import Bound
-from lens_lora.calculus.reverse import site_gradients
-from lens_lora.hooked.plan import Injection
+from lens_lora.calculus.slopes import site_slopes
 from lens_lora.lens import LoraLens
-from lens_lora.prompts import Prompts
+from lens_lora.reading import Reading
 
 __all__ = ["hessian_product"]
 
 
 def hessian_product(
     lens: LoraLens,
-    prompts: Prompts,
-    readout: Bound,
-    at: Float[Tensor, "site"],
-    direction: Float[Tensor, "site"],
+    reading: Reading,
+    at: Float[Tensor, "*row site"],
+    direction: Float[Tensor, "*row site"],
 ) -> Float[Tensor, "batch site"]:
-    """H v per prompt and site, in the readout's units. One dual forward and one dual backward.
+    """H v per prompt and site, in the readout's units; one direction, or one per row.
+
+    Cost: one dual forward and one dual backward.
 
     Raises:
         ModelStateError: the model has an operation without a forward-mode derivative.
     """
-    product = torch.zeros(prompts.batch, len(lens.sites), dtype=lens.gate_dtype, device=lens.device)
-
-    def visit(injection: Injection, weight: Tensor, gradient: Tensor, z: Tensor) -> None:
-        kind = lens.sites[injection.site].kind
-        found = weight * parts(injection.map, kind, lens.heads.of(kind), gradient, z, ())
-        tangent = fwad.unpack_dual(found).tangent
-        if tangent is not None:
-            product[:, injection.site] += tangent.detach()
-
     with dual_forward():
         gates = fwad.make_dual(at.clone(), direction.clone())
-        site_gradients(lens, prompts, readout, gates, visit)
-    return product
+        return site_slopes(lens, reading, gates, keep=_tangent)
+
+
+def _tangent(dual: Tensor) -> Tensor:
+    primal, tangent = fwad.unpack_dual(dual)
+    return torch.zeros_like(primal) if tangent is None else tangent.detach()

@@ -3,10 +3,15 @@
 Each linear component has its own `hook_in` and `hook_out`; fused projections are split by the
 bridge into q, k, v components of their own. Unprocessed, `hook_in` is the Hugging Face linear's
 input x; once the norm is folded it is n.
+
+Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual, [batch, pos, head,
+d_model], which the bridge normalises behind their last hook point and multiplies by each head's
+weight. The copy is read there, and normalised as the bridge does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +20,10 @@ from lens_lora.errors import ModelStateError
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
 from lens_lora.hooked.view import Ports, find_family
 
-_REFUSED = ("use_split_qkv_input", "use_attn_in")
-_FLAGS = (*_REFUSED, "use_attn_result")
+_COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
+_FLAGS = (*_COPIED_INPUTS, "use_attn_result")
+# Bloom's position biases are made for each row; OPT flattens positions and counts them back.
+_FIXED_BATCH = ("BloomForCausalLM", "OPTForCausalLM")
 _PROCESSED_GATED = ("gate", "up")
 _COMPONENTS = {"gate": "gate", "up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
 
@@ -27,20 +34,15 @@ class BridgeView:
     class_name = "TransformerBridge"
 
     def __init__(self, model: Any) -> None:
+        _refuse_unknown_copies(model)
         cfg = model.cfg
-        for flag in _REFUSED:
-            if getattr(cfg, flag, False):
-                raise ModelStateError(
-                    f"cfg.{flag} is on: the bridge then normalises each head's input behind its "
-                    f"last hook point, where z cannot be read. Set it off "
-                    f"(bridge.set_{flag}(False)) before the lens is made."
-                )
         self.model = model
         self.family = find_family(type(model.original_model).__name__)
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         self.heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
         self.kv_copies = 1
         self.n_layers = cfg.n_layers
+        self.grows = type(model.original_model).__name__ not in _FIXED_BATCH
 
     def _component(self, layer: int, kind: str) -> tuple[str, Any]:
         if kind in ("embed", "pos_embed", "unembed"):
@@ -52,11 +54,33 @@ class BridgeView:
 
     def ports(self, layer: int, kind: str) -> Ports:
         name, _ = self._component(layer, kind)
+        copies = self._copies(layer, kind) if kind in ("q", "k", "v") else None
+        if copies is not None:
+            return Ports(copies, f"{name}.hook_out", through=self._norm_per_head(layer, kind))
         if kind in _PROCESSED_GATED and self._computes_gated_mlp(layer):
             return Ports(f"blocks.{layer}.mlp.hook_in", f"{name}.hook_out")
         if kind == "o" and getattr(self.model.cfg, "use_attn_result", False):
             return Ports(f"{name}.hook_in", f"blocks.{layer}.attn.hook_out")
         return Ports(f"{name}.hook_in", f"{name}.hook_out")
+
+    def _copies(self, layer: int, kind: str) -> str | None:
+        """The hook point of the copies of the residual that the heads of q, k or v read."""
+        if getattr(self.model.cfg, "use_split_qkv_input", False):
+            return f"blocks.{layer}.attn.hook_{kind}_input"
+        if getattr(self.model.cfg, "use_attn_in", False):
+            return f"blocks.{layer}.attn.hook_attn_in"
+        return None
+
+    def _norm_per_head(self, layer: int, kind: str) -> Callable[[Tensor], Tensor]:
+        """What the bridge does to the copies before the weight; k and v take the first heads'."""
+        attn, heads = self.model.blocks[layer].attn, self.heads.of(kind)
+
+        def normalised(copies: Tensor) -> Tensor:
+            own = copies[:, :, :heads]
+            is_before_norm = attn._captured_pre_ln_residual is not None
+            return attn._apply_ln1_per_head(own) if is_before_norm else own
+
+        return normalised
 
     def _computes_gated_mlp(self, layer: int) -> bool:
         """Processed gated MLPs are computed by the bridge itself, past gate's and up's hook_in."""
@@ -122,3 +146,16 @@ class BridgeView:
 
     def needs_base(self) -> bool:
         return bool(getattr(self.model, "_weights_processed", False))
+
+
+def _refuse_unknown_copies(model: Any) -> None:
+    """Refuse a flag under which a transformer-lens does something else to the copies."""
+    for flag in _COPIED_INPUTS:
+        if getattr(model.cfg, flag, False) and not all(
+            hasattr(block.attn, "_apply_ln1_per_head") for block in model.blocks
+        ):
+            raise ModelStateError(
+                f"cfg.{flag} is on, and how this transformer-lens normalises each head's input is "
+                f"not known, so z cannot be had. Set it off (bridge.set_{flag}(False)) before the "
+                "lens is made, or use transformer-lens 3.9 or later."
+            )

@@ -91,6 +91,7 @@ class _Writer:
         self._index, self._reader, self._inject = index, reader, inject
         self._name = plan.sites[injection.site].name
         self._firing, self._width = injection.ports.firing, injection.map.A.shape[1]
+        self._through = injection.ports.through
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
         del hook
@@ -104,7 +105,7 @@ class _Writer:
                 f"{self._name}: its output hook fired but its input hook did not, so z is "
                 "unknown; a flag of the model bypasses that hook point."
             )
-        z = self._reader.kept[self._firing]
+        z = self._through(self._reader.kept[self._firing])
         if z.ndim == 4 and out.ndim == 3:
             z = z.flatten(2)
         return z.expand(len(out), *z.shape[1:])

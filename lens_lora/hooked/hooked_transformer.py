@@ -25,6 +25,7 @@ class HookedTransformerView:
     """See `HookedView`."""
 
     class_name = "HookedTransformer"
+    grows = True
 
     def __init__(self, model: Any) -> None:
         cfg = model.cfg

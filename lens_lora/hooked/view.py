@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -14,23 +15,37 @@ from lens_lora.hooked.sites import Heads
 __all__ = ["HookedView", "Ports", "find_family", "refuse_dropout", "refuse_unusable", "view_of"]
 
 
+def _as_read(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class Ports:
     """A site's hook points, and which of a read point's firings in one block is the site's.
 
-    `read` is None for what is added without being read: a constant.
+    `read` is None for what is added without being read: a constant. `through` makes z of what was
+    read, where no hook point shows z itself; it is called while the block runs.
     """
 
-    __slots__ = ("firing", "firings", "read", "write")
+    __slots__ = ("firing", "firings", "read", "through", "write")
 
-    def __init__(self, read: str | None, write: str, firing: int = 0, firings: int = 1) -> None:
+    def __init__(
+        self,
+        read: str | None,
+        write: str,
+        firing: int = 0,
+        firings: int = 1,
+        through: Callable[[Tensor], Tensor] = _as_read,
+    ) -> None:
         self.read, self.write, self.firing, self.firings = read, write, firing, firings
+        self.through = through
 
 
 class HookedView(Protocol):
     """A hooked model, as this package sees it.
 
     `heads` are those of the weights; `kv_copies` how often a flag of the model repeats each head of
-    k and v before its hook point.
+    k and v before its hook point. `grows`: whether the batch of a single prompt may grow at a
+    block's input, all that the model passes beside the residual stream being the same for each row.
     """
 
     model: Any
@@ -39,6 +54,7 @@ class HookedView(Protocol):
     kv_copies: int
     n_layers: int
     class_name: str
+    grows: bool
 
     def ports(self, layer: int, kind: str) -> Ports:
         """Where z is read and δ is added."""

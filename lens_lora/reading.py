@@ -1,0 +1,73 @@
+"""A readout over some prompts: the rows that are run, and g of each prompt from their logits.
+
+A row is a sequence read at its last token. Most readouts read one row a prompt, the prompt itself;
+an answer of several tokens reads one row for each of its tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.prompts import Prompts
+
+__all__ = ["Bound", "Reading", "one_row_each"]
+
+Bound = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, "batch"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is run, and what is read from it.
+
+    Attributes:
+        prompts: the rows.
+        read: their logits at the last token, [row, vocab], → g of each prompt, [batch].
+        owner: [row], the prompt that a row belongs to; rows of one prompt lie together.
+    """
+
+    prompts: Prompts
+    read: Bound
+    owner: Int[Tensor, "row"]
+
+    @property
+    def batch(self) -> int:
+        """The number of prompts."""
+        return int(self.owner[-1]) + 1
+
+    def by_prompt(self, rows: Float[Tensor, "row *rest"]) -> Float[Tensor, "batch *rest"]:
+        """Summed over the rows of each prompt."""
+        if len(rows) == self.batch:
+            return rows
+        summed = rows.new_zeros(self.batch, *rows.shape[1:])
+        return summed.index_add(0, self.owner.to(rows.device), rows)
+
+    def repeat(self, times: int) -> Reading:
+        """Every prompt `times` times, p0 p0 … p1 p1 …, each copy read on its own."""
+
+        def read(rows: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]:
+            copies = rows.unflatten(0, (-1, times))
+            return torch.stack([self.read(copies[:, j]) for j in range(times)], 1).flatten()
+
+        copy = torch.arange(times, device=self.owner.device)
+        owner = (self.owner[:, None] * times + copy).flatten()
+        return Reading(self.prompts.repeat(times), read, owner)
+
+    def tokens_of(self, rows: list[list[str]]) -> tuple[tuple[str, ...], ...]:
+        """Each prompt's tokens out of its rows'; 'a|b' where its rows continue differently."""
+        merged: list[list[dict[str, None]]] = [[] for _ in range(self.batch)]
+        for owner, row in zip(self.owner.tolist(), rows, strict=True):
+            mine = merged[owner]
+            mine += [{} for _ in range(len(row) - len(mine))]
+            for place, token in zip(mine, row, strict=False):
+                place[token] = None
+        return tuple(tuple("|".join(place) for place in mine) for mine in merged)
+
+
+def one_row_each(prompts: Prompts, read: Bound) -> Reading:
+    """The reading of a readout of the last token: each prompt is its own row."""
+    return Reading(prompts, read, torch.arange(prompts.batch))
