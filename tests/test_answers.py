@@ -1,4 +1,4 @@
-"""Answers of several tokens: teacher-forced sums, in every analysis, against token-by-token runs."""
+"""Answers of several tokens: teacher-forced, in every analysis, against token-by-token runs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"prompts", "reading", "readout", "answers"},
     {"lens"},
     {"show"},
-    {"attribution"},
+    {"attribution", "groups", "effects"},
     {"calculus"},
     {"demo"},
     {"__init__"},

@@ -71,9 +71,16 @@ def prompt_text(tokens: Sequence[str]) -> str:
     return "".join(c if c.isprintable() else visible(c) for c in "".join(shown))
 
 
+_METHODS = {
+    "path": "path integral",
+    "add_one": "adding one at a time",
+    "leave_one_out": "leaving one out at a time",
+}
+
+
 def method_text(method: str, at: float) -> str:
-    """'first order at ε = 0'."""
-    return f"{method.replace('_', ' ')} at ε = {at:g}"
+    """'first order at ε = 0', 'path integral', 'adding one at a time'."""
+    return _METHODS.get(method) or f"{method.replace('_', ' ')} at ε = {at:g}"
 
 
 def top_rows(
