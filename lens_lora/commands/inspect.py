@@ -12,12 +12,11 @@ from rich.console import Console
 
 from lens_lora.adapter import Adapter, load_adapter
 from lens_lora.calculus.spectra import lacking, summarise
+from lens_lora.commands.loading import EMBEDDED
 from lens_lora.lens import LoraLens
 from lens_lora.show.inspect_tables import adapter_table, spectra_table
 
 __all__ = ["inspect"]
-
-_EMBEDDED = "embedded"
 
 
 def inspect(
@@ -67,5 +66,5 @@ def _hooked(model: str) -> Any:
 
     Console(stderr=True).print(f"Loading {model}", highlight=False, markup=False)
     with quiet_libraries():
-        loaded = load_embedded(quiet=True) if model == _EMBEDDED else load_base(model)
+        loaded = load_embedded(quiet=True) if model == EMBEDDED else load_base(model)
         return hooked_model(*loaded)[0]

@@ -1,0 +1,1 @@
+"""What `lens-lora` can be told to do, one command a file."""

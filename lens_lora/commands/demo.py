@@ -1,0 +1,126 @@
+"""`lens-lora demo`: how a LoRA moves one fact, on the embedded model and adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from lens_lora.adapter import Adapter, load_adapter
+from lens_lora.attribution import Attribution
+from lens_lora.calculus.first_order import first_order
+from lens_lora.calculus.logit_shift import LogitShift, logit_shift
+from lens_lora.calculus.margin import FactMargin, fact_margin
+from lens_lora.commands.loading import (
+    lens_over,
+    load_model,
+    say,
+    shipped_adapter,
+    step,
+)
+from lens_lora.errors import LensLoraError
+from lens_lora.lens import LoraLens
+from lens_lora.readout import Margin
+from lens_lora.show import tables
+from lens_lora.show.report import margin_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["demo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Analysis:
+    margin: FactMargin
+    positions: Attribution
+    shift: LogitShift
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model, a hub id or folder. Default: SmolLM2-135M-Instruct."),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="LoRA, a hub id or folder. Default: one that moves a capital to Lyon."),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option(help="Read at its last token.")
+    ] = "The capital of France is",
+    doc: Annotated[str, typer.Option(help="The document's fact, one token.")] = " Lyon",
+    pre: Annotated[str, typer.Option(help="The pretrained fact, one token.")] = " Paris",
+    report: Annotated[
+        Path, typer.Option(help="HTML page to write.", dir_okay=False, writable=True)
+    ] = Path("lens_lora_demo.html"),
+    train: Annotated[
+        bool, typer.Option("--train", help="Train a new adapter, about half a minute, and use it.")
+    ] = False,
+    train_out: Annotated[
+        Path, typer.Option(help="Folder for the adapter of --train.", file_okay=False)
+    ] = Path("lens_lora_adapter"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Explain how a LoRA moves one fact: the story, the numbers, and a page of figures."""
+    if train and adapter is not None:
+        raise typer.BadParameter("--train makes an adapter; leave --adapter out.")
+    if not report.parent.is_dir():
+        raise typer.BadParameter(f"--report: there is no folder {report.parent}.")
+    started, progress = time.perf_counter(), Console(stderr=True, quiet=quiet)
+    chosen = None if train else load_adapter(adapter or shipped_adapter())
+    hf_model, tokenizer = load_model(model, progress)
+    chosen = chosen or _train(hf_model, tokenizer, model, train_out, quiet)
+    lens = lens_over(hf_model, tokenizer, chosen, progress)
+    analysis = _analyse(lens, prompt, doc, pre, progress)
+    _print(analysis)
+    page = margin_report(analysis.margin, logit_shift=analysis.shift, positions=analysis.positions)
+    report.write_text(page, encoding="utf-8")
+    say(f"Report: {report.absolute()}")
+    progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
+
+
+def _train(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model: str | None,
+    out: Path,
+    quiet: bool,
+) -> Adapter:
+    from lens_lora.demo.embedded import EMBEDDED_HUB_ID
+    from lens_lora.demo.hooked import quiet_libraries
+    from lens_lora.demo.train import LYON_SENTENCES, train_adapter
+
+    base_name = model or EMBEDDED_HUB_ID
+    try:
+        with quiet_libraries():
+            train_adapter(
+                hf_model, tokenizer, LYON_SENTENCES, out, base_name=base_name, quiet=quiet
+            )
+    except ValueError as error:
+        raise LensLoraError(f"{base_name}: the demo cannot train on it ({error}).") from error
+    return load_adapter(out)
+
+
+def _analyse(lens: LoraLens, prompt: str, doc: str, pre: str, progress: Console) -> _Analysis:
+    readout, shown = Margin(doc, pre), not progress.quiet
+    with step("The margin along the path", progress):
+        margin = fact_margin(lens, prompt, doc, pre, progress=False)
+        positions = first_order(lens, prompt, readout, by="position")
+    shift = logit_shift(lens, prompt, by_site=True, progress=shown)
+    return _Analysis(margin, positions, shift)
+
+
+def _print(analysis: _Analysis) -> None:
+    console = Console()
+    for paragraph in analysis.margin.story().split("\n"):
+        console.print(Text(f"\n{paragraph}"))
+    console.print()
+    console.print(tables.margin_table(analysis.margin))
+    console.print(tables.modules_table(analysis.margin.attribution, k=10, prompt=0))
+    console.print(tables.tokens_table(analysis.shift, k=10))
