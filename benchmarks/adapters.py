@@ -1,10 +1,10 @@
-"""Eight adapters trained by PEFT on SmolLM2-135M-Instruct, from gentle to violent, and their prompts.
+"""Eight adapters trained by PEFT on SmolLM2-135M-Instruct, gentle to violent, and their prompts.
 
 Each moves one fact. They differ in fact, rank, target modules, rate and steps; one answer has
 several tokens, one adapter is too gentle to flip its fact. Each has three prompts: the trained
 wording, another wording, and a neighbouring fact that training never named.
 
-    python -m benchmarks.adapters OUT      # trains all that OUT lacks; about a minute each
+    python benchmarks/adapters.py OUT      # trains all that OUT lacks; about a minute each
 """
 
 from __future__ import annotations

@@ -12,11 +12,21 @@ The theory is "Formalising the Logit Shift Induced by LoRA" (arXiv 2604.20313).
 from lens_lora._version import __version__
 from lens_lora.adapter import Adapter, LoRAFactors, load_adapter
 from lens_lora.answers import AnswerLogProb, AnswerMargin
-from lens_lora.attribution import Attribution
+from lens_lora.attribution import Attribution, Quadrature
+from lens_lora.calculus.activation_effects import ActivationEffects
+from lens_lora.calculus.activation_patching import patch_activations
+from lens_lora.calculus.compare import Comparison, compare
 from lens_lora.calculus.components import Components, components
+from lens_lora.calculus.coupling import Coupling, coupling
+from lens_lora.calculus.curvature import SecondOrder, second_order
+from lens_lora.calculus.faithfulness import Faithfulness, faithfulness
 from lens_lora.calculus.first_order import first_order
 from lens_lora.calculus.logit_shift import LogitShift, logit_shift
 from lens_lora.calculus.margin import FactMargin, fact_margin
+from lens_lora.calculus.null import NullTest, null_test
+from lens_lora.calculus.patching import patch_sites
+from lens_lora.calculus.path import path_attribution
+from lens_lora.calculus.reliability import Reliability, reliability
 from lens_lora.calculus.remainder import (
     Remainder,
     RemainderCurve,
@@ -24,6 +34,7 @@ from lens_lora.calculus.remainder import (
     remainder_curve,
 )
 from lens_lora.calculus.trajectory import tangents
+from lens_lora.effects import Effects
 from lens_lora.errors import (
     AdapterError,
     LensLoraError,
@@ -34,10 +45,15 @@ from lens_lora.errors import (
     TokenError,
     UnsupportedAdapterError,
 )
+from lens_lora.hooked.frozen import FrozenRules
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
+from lens_lora.null_adapter import null_adapter
 from lens_lora.prompts import Prompts
 from lens_lora.readout import Logit, LogProb, Margin, Readout
+from lens_lora.sweeps.records import SweepError
+from lens_lora.sweeps.result import SweepResult
+from lens_lora.sweeps.sweep import sweep
 
 __all__ = [
     # adapters
@@ -58,7 +74,9 @@ __all__ = [
     # first order
     "Attribution",
     "Components",
+    "FrozenRules",
     "LogitShift",
+    "Quadrature",
     "components",
     "first_order",
     "logit_shift",
@@ -70,6 +88,30 @@ __all__ = [
     "fact_margin",
     "remainder",
     "remainder_curve",
+    # beyond first order
+    "Coupling",
+    "Reliability",
+    "SecondOrder",
+    "coupling",
+    "path_attribution",
+    "reliability",
+    "second_order",
+    # real interventions, and what agrees with them
+    "ActivationEffects",
+    "Comparison",
+    "Effects",
+    "Faithfulness",
+    "NullTest",
+    "compare",
+    "faithfulness",
+    "null_adapter",
+    "null_test",
+    "patch_activations",
+    "patch_sites",
+    # many prompts
+    "SweepError",
+    "SweepResult",
+    "sweep",
     # errors
     "AdapterError",
     "LensLoraError",

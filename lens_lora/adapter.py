@@ -20,6 +20,7 @@ from lens_lora.peft_format import factors_of, read_folder
 from lens_lora.weight_change import change_between
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from peft import PeftModel
 
 __all__ = ["Adapter", "LoRAFactors", "load_adapter"]
@@ -144,13 +145,24 @@ class Adapter:
     def _tagged(self) -> dict[str, LoRAFactors]:
         return {key if "@" in key else f"{key}@{self.name}": f for key, f in self.modules.items()}
 
-    def only(self, *globs: str) -> Adapter:
-        """The modules whose path matches one of the globs ('*.q_proj').
+    def only(self, *which: str | DataFrame) -> Adapter:
+        """The modules whose path matches a glob ('*.q_proj'), or that a table of sites names.
+
+        `adapter.only(attribution.top(20))` prunes the adapter. A module is kept whole if one of its
+        sites is named: of a fused q, k, v projection all three stay, even where the table names
+        one. Of a sum of adapters the parts are kept that the sites' '@name' tells.
+
+        Args:
+            which: globs, or tables with a column 'module' (and 'site'), as `Attribution.top` and
+                `Faithfulness.kept` give them.
 
         Raises:
-            SiteError: a glob matches nothing.
+            SiteError: a glob matches nothing, or a table names a module that is not here.
+            ValueError: a table without a column 'module'.
         """
-        keep = self._matching(globs)
+        keep: set[str] = set()
+        for item in which:
+            keep |= self._matching([item]) if isinstance(item, str) else self._named_in(item)
         return self._with({path: f for path, f in self.modules.items() if path in keep})
 
     def without(self, *globs: str) -> Adapter:
@@ -166,6 +178,25 @@ class Adapter:
     def scaled(self, factor: float) -> Adapter:
         """Every ΔW multiplied by `factor`."""
         return self._with({p: f.scaled(factor) for p, f in self.modules.items()})
+
+    def save(self, path: str | Path) -> Path:
+        """Write the adapter to a folder in PEFT's format; `PeftModel.from_pretrained` loads it.
+
+        Files of the same names are replaced. Ranks and scales are each module's own; rsLoRA's s
+        is written as the α/r that equals it, and dense differences as LoRA of full rank. The parts
+        of a sum become one adapter where they share no module.
+
+        Returns:
+            The folder.
+
+        Raises:
+            AdapterError: a module whose scale is zero.
+            UnsupportedAdapterError: what PEFT's format cannot hold: two updates of one module,
+                DoRA on some modules only, a part of a trained bias or of DoRA's update.
+        """
+        from lens_lora.peft_writing import save_adapter
+
+        return save_adapter(self, path)
 
     def _with(self, modules: Mapping[str, LoRAFactors]) -> Adapter:
         return dataclasses.replace(self, modules=modules)
@@ -185,6 +216,30 @@ class Adapter:
                 )
             matched.update(hits)
         return matched
+
+    def _named_in(self, table: DataFrame) -> set[str]:
+        """The keys of a table's modules, with the part of a sum that its sites name."""
+        if "module" not in table.columns:
+            raise ValueError(
+                f"a table with the columns {list(table.columns)}; expected a column 'module', as "
+                "attribution.top(k) has it (of effects: effects.attribution().top(k))."
+            )
+        sites = table["site"] if "site" in table.columns else [""] * len(table)
+        keys: set[str] = set()
+        for module, site in zip(table["module"], sites, strict=True):
+            part = str(site).partition("@")[2]
+            hits = [
+                key
+                for key in self.modules
+                if key == f"{module}@{part}" or (not part and key.partition("@")[0] == module)
+            ]
+            if not hits:
+                raise SiteError(
+                    f"the table names {module!r} (site {site!r}), which {self.name} does not "
+                    "adapt; was it computed with another adapter?"
+                )
+            keys.update(hits)
+        return keys
 
     def __len__(self) -> int:
         return len(self.modules)

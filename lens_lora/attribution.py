@@ -39,13 +39,16 @@ class Quadrature:
         nodes: Gauss–Legendre nodes of the last rule.
         tol: the completeness asked for, as a share of the shift.
         error: the largest completeness error reached over prompts, as a share of its shift.
+        site_change: the largest change of any site's value from the rule of half the nodes to the
+            last, as a share of its prompt's shift: completeness does not bound a site's error.
         met: whether error ≤ tol.
-        note: why not, where it was not met.
+        note: what stands in the way of tol, where something does.
     """
 
     nodes: int
     tol: float
     error: float
+    site_change: float
     met: bool
     note: str = ""
 

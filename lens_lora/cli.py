@@ -1,4 +1,4 @@
-"""The command line: `lens-lora demo`, `lens-lora inspect`.
+"""The command line: `lens-lora demo`, `explain`, `inspect` and `sweep`.
 
 Results go to stdout, progress and errors to stderr. An error of this package is one red line and
 exit code 2.
@@ -12,8 +12,10 @@ import typer
 
 from lens_lora import __version__
 from lens_lora.commands.demo import demo
+from lens_lora.commands.explain import explain
 from lens_lora.commands.inspect import inspect
 from lens_lora.commands.loading import one_line_errors
+from lens_lora.commands.sweep import sweep
 
 __all__ = ["app"]
 
@@ -40,7 +42,7 @@ def main(
     """What did this LoRA do to this model, on this prompt, where, and how far to trust it?"""
 
 
-for command in (demo, inspect):
+for command in (demo, explain, inspect, sweep):
     app.command(command.__name__)(one_line_errors()(command))
 
 if __name__ == "__main__":

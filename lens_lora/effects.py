@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lens_lora.attribution import Attribution
+from lens_lora.errors import LensLoraError
 from lens_lora.groups import Groups, indicator
 from lens_lora.hooked.sites import Site
 
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 __all__ = ["Effects"]
+
+_FORMAT = "lens_lora effects 1"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +58,26 @@ class Effects:
         return self.adapted - self.base
 
     @property
+    def share(self) -> Float[Tensor, "batch group"]:
+        """The effects as shares of the shift."""
+        return self.values / self.shift[:, None]
+
+    @property
+    def interaction(self) -> Float[Tensor, "batch"]:
+        """g(1) − g(0) − Σ effects: of the shift, what no group does on its own.
+
+        Raises:
+            ValueError: the groups overlap or leave sites out, so that their sum means nothing.
+        """
+        members = sorted(index for of in self.groups.values() for index in of)
+        if members != list(range(len(self.sites))):
+            raise ValueError(
+                "the groups do not hold every site exactly once, so their sum is not to be "
+                "compared with the shift; use group='site', 'layer' or 'kind' over all sites."
+            )
+        return self.shift - self.values.sum(1)
+
+    @property
     def is_by_site(self) -> bool:
         """Whether the groups are the single sites, all of them."""
         return list(self.groups.values()) == [(i,) for i in range(len(self.sites))]
@@ -71,18 +98,19 @@ class Effects:
         return attribution.per_site @ rows.T
 
     def attribution(self) -> Attribution:
-        """The effects of single sites as an attribution: for its heatmap, table and file.
+        """The effects of single sites, all or some, as an attribution: heatmap, table and file.
 
         Raises:
-            ValueError: the effects are of groups.
+            ValueError: the effects are of groups of several sites.
         """
-        if not self.is_by_site:
+        if any(len(of) > 1 for of in self.groups.values()):
             raise ValueError("effects of groups are no attribution to sites; use group='site'.")
+        sites = tuple(self.sites[index] for (index,) in self.groups.values())
         return Attribution(
             values=self.values,
             by=(),
-            sites=self.sites,
-            heads=(0,) * len(self.sites),
+            sites=sites,
+            heads=(0,) * len(sites),
             base=self.base,
             adapted=self.adapted,
             str_tokens=self.str_tokens,
@@ -94,16 +122,15 @@ class Effects:
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt and group: effect, share of the shift."""
+        """One row per prompt and group: number of sites, effect, share of the shift."""
         batch, count = self.values.shape
-        values = self.values.double().cpu()
-        share = values / self.shift.double().cpu()[:, None]
         return pd.DataFrame(
             {
                 "prompt": np.repeat(np.arange(batch), count),
                 "group": list(self.groups) * batch,
-                "effect": values.flatten().numpy(),
-                "share": share.flatten().numpy(),
+                "sites": [len(of) for of in self.groups.values()] * batch,
+                "effect": self.values.double().cpu().flatten().numpy(),
+                "share": self.share.double().cpu().flatten().numpy(),
             }
         )
 
@@ -121,8 +148,62 @@ class Effects:
         )
 
     def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap layer × kind of module; of single sites."""
-        return self.attribution().plot(prompt)
+        """Heatmap layer × kind of single sites, bars of groups; mean over prompts by default."""
+        if all(len(of) == 1 for of in self.groups.values()):
+            return self.attribution().plot(prompt)
+        from lens_lora.show.patching_figure import group_bars
+
+        return group_bars(self, prompt)
+
+    def save(self, path: str | Path) -> Path:
+        """One safetensors file; labels, readout, prompt and versions as JSON in its header."""
+        tensors = {"values": self.values, "base": self.base, "adapted": self.adapted}
+        labels = {
+            "groups": self.groups,
+            "sites": [dataclasses.asdict(s) for s in self.sites],
+            "str_tokens": self.str_tokens,
+            "readout": self.readout,
+            "units": self.units,
+            "how": self.how,
+            "meta": dict(self.meta),
+        }
+        path = Path(path)
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+            str(path),
+            metadata={"format": _FORMAT, "labels": json.dumps(labels)},
+        )
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Effects:
+        """What `save` wrote.
+
+        Raises:
+            LensLoraError: another kind of file.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise LensLoraError(f"{path}: not a safetensors file ({error}).") from error
+        if metadata.get("format") != _FORMAT:
+            raise LensLoraError(
+                f"{path}: its format is {metadata.get('format')!r}, expected {_FORMAT!r}; was it "
+                "written by Effects.save?"
+            )
+        labels = json.loads(metadata["labels"])
+        return cls(
+            **tensors,
+            groups={name: tuple(of) for name, of in labels["groups"].items()},
+            sites=tuple(Site(**s) for s in labels["sites"]),
+            str_tokens=tuple(tuple(row) for row in labels["str_tokens"]),
+            readout=labels["readout"],
+            units=labels["units"],
+            how=labels["how"],
+            meta=labels["meta"],
+        )
 
     def __repr__(self) -> str:
         return f"Effects of {self.how} on {self.readout}:\n{self.top(5).to_string()}"

@@ -6,8 +6,9 @@ f(0) is the base model, f(1) the adapted one; ε has one gate per site.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,9 @@ from lens_lora.hooked.gates import (
 from lens_lora.hooked.plan import Plan, heads_at_hooks, make_plan
 from lens_lora.hooked.sites import Heads, Site, match_sites
 from lens_lora.prompts import Prompts, PromptsLike, prepare
+
+if TYPE_CHECKING:
+    from transformer_lens import FactoredMatrix
 
 __all__ = ["LoraLens", "Scale"]
 
@@ -55,9 +59,25 @@ class LoraLens:
     def __init__(self, model: Any, adapter: Adapter, hf_model: nn.Module | None = None) -> None:
         self.model = model
         self.adapter = adapter
+        self._hf_model = hf_model
         self._plan = make_plan(model, adapter, hf_model)
         if hf_model is not None and torch.finfo(self.dtype).bits >= 32:
             _require_same_base(self, hf_model)
+
+    def with_adapter(self, adapter: Adapter) -> LoraLens:
+        """Another adapter over the same model and hf_model, whose logits are not compared again.
+
+        No forward pass; its weights are verified for each module of the new adapter.
+
+        Raises:
+            SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
+                changed since this one was made.
+        """
+        self._plan.check_state()
+        other = copy.copy(self)
+        other.adapter = adapter
+        other._plan = make_plan(self.model, adapter, self._hf_model)
+        return other
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -110,6 +130,25 @@ class LoraLens:
             SiteError: no such site.
         """
         return next(iter(match_sites([s.name for s in self.sites], {name: 0})))
+
+    def delta_w(self, site: str | Site) -> FactoredMatrix:
+        """s·B·A of one site as TransformerLens orients weights, [d_in, d_out]. No forward pass.
+
+        In the model's own basis: what merged weights, processed as the model's were, differ by.
+        The heads of q, k and v lie one after another in d_out, those of o in d_in
+        (`delta.AB.unflatten(-1, (n_heads, d_head))` shows them); an embedding's d_in is the
+        vocabulary. What an update adds whatever its input, as a change of bias, is not in it.
+
+        Raises:
+            SiteError: no such site, or a glob that matches several.
+        """
+        name = site if isinstance(site, str) else site.name
+        hits = list(match_sites([s.name for s in self.sites], {name: 0}))
+        if len(hits) > 1:
+            raise SiteError(f"{name!r} matches {len(hits)} sites, of which delta_w takes one.")
+        from transformer_lens.FactoredMatrix import FactoredMatrix
+
+        return FactoredMatrix(self.maps[hits[0]].A.T, self.maps[hits[0]].B.T)
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
         """ε as a tensor, from a number, a tensor, or {site name or glob: number} (others 0).

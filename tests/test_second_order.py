@@ -10,6 +10,7 @@ from test_targets import hooked, peft_with
 from two_scalars import scalar_lens
 
 import lens_lora as ll
+from lens_lora.calculus import second_order
 from lens_lora.calculus.second_order import hessian_product
 from lens_lora.calculus.slopes import site_slopes
 
@@ -89,3 +90,21 @@ def test_second_order_by_hand():
         for e in torch.eye(2).double()
     ]
     assert columns == [[9.0, 45.0], [45.0, 0.0]]
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.usefixtures("float64")
+def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
+    """Chunks of two of five directions, each as alone; of readouts with several rows a prompt."""
+    lens = cases.case("gpt2", cls, "raw").lens
+    prompts = ll.Prompts(models.tokens(), torch.tensor([7, 4]))
+    readout = ll.AnswerMargin(torch.tensor([5, 9, 12]), torch.tensor([5, 7]))
+    reading, at = readout.over(lens.model, prompts), lens.gates(0.3)
+    directions = torch.randn(5, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)
+    limit = 2 * reading.prompts.tokens.numel()
+    monkeypatch.setattr(second_order, "DUAL_TOKENS_AT_ONCE", limit)
+    chunks = list(second_order.hessian_products(lens, reading, at, directions, progress=False))
+    assert [chunk.shape[1] for chunk in chunks] == [2, 2, 1]
+    for found, direction in zip(torch.cat(chunks, 1).unbind(1), directions, strict=True):
+        alone = hessian_product(lens, reading, at, direction)
+        assert (found - alone).abs().max() < 1e-11 * alone.abs().max()

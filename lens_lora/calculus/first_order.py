@@ -2,11 +2,14 @@
 
 Reverse mode gives every site and part for one readout; forward mode gives the same numbers by the
 other route, and is its check. At ε = 0 it predicts what adding one module to the base model does;
-at ε = 1 what taking one away from the adapted model does.
+at ε = 1 what taking one away from the adapted model does. With `rules`, attention patterns or norm
+denominators are constants at their values there (hooked/frozen.py), in both modes.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from typing import Literal
 
 import torch
@@ -18,6 +21,7 @@ from lens_lora.calculus.contract import by_axes
 from lens_lora.calculus.forward import Part, part_tangents
 from lens_lora.calculus.function import gated_readout
 from lens_lora.calculus.slopes import part_slots, require_finite_sites, site_slopes
+from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts, PromptsLike
 from lens_lora.reading import Reading
@@ -26,6 +30,7 @@ from lens_lora.readout import Readout
 __all__ = ["first_order", "labelled"]
 
 Mode = Literal["auto", "reverse", "forward"]
+_TRIED_TOKENS = 8
 
 
 def first_order(
@@ -36,21 +41,27 @@ def first_order(
     at: float = 0.0,
     mode: Mode = "auto",
     by: tuple[str, ...] | str = (),
+    rules: FrozenRules | None = None,
     progress: bool = True,
 ) -> Attribution:
     """a_l = u_yᵀ J δz_l of every site, split by position, head and rank as asked.
 
     Cost: one forward and one backward in reverse mode (what 'auto' takes), and two forward passes
-    for the exact shift beside it; forward mode takes one dual forward pass per site or part.
+    for the exact shift beside it; forward mode takes one dual forward pass per site or part. Rules
+    add two forward passes and one backward on eight tokens, that try the model's hook points.
 
     Args:
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         by: any of 'position', 'head', 'rank'.
+        rules: attention patterns or norm denominators held fixed at their values at `at`: J is
+            then that of the model with constants in their place. The shift beside it is g's own.
 
     Returns:
-        Attribution with values [batch, site, *by] in the readout's units.
+        Attribution with values [batch, site, *by] in the readout's units; its `method` names the
+        rules, as in 'first_order (patterns fixed)'.
 
     Raises:
+        ModelStateError: rules that this model's hooks cannot keep, naming the hook point.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
@@ -58,12 +69,26 @@ def first_order(
         raise ValueError(f"mode {mode!r}: expected 'auto', 'reverse' or 'forward'.")
     axes, reading = by_axes(by), readout.over(lens.model, lens.prompts(prompts))
     gates = lens.gates(float(at))
-    if mode == "forward":
-        values = _forward(lens, reading, gates, axes, progress)
-    else:
-        values = site_slopes(lens, reading, gates, axes)
+    with _under(rules, lens, reading.prompts):
+        if mode == "forward":
+            values = _forward(lens, reading, gates, axes, progress)
+        else:
+            values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
-    return labelled(lens, reading, readout, values, axes, method="first_order", at=float(at))
+    method = "first_order" if rules is None else f"first_order ({rules.label})"
+    return labelled(lens, reading, readout, values, axes, method=method, at=float(at))
+
+
+@contextlib.contextmanager
+def _under(rules: FrozenRules | None, lens: LoraLens, prompts: Prompts) -> Generator[None]:
+    if rules is None:
+        yield
+        return
+    first = prompts.row(0)
+    few = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
+    require_held(lens.plan.view, rules, lambda: lens.run(few))
+    with held_fixed(lens.model, rules):
+        yield
 
 
 def labelled(

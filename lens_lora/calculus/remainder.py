@@ -280,7 +280,7 @@ def curve_of(
         base=attribution.base,
         slope=attribution.total,
         noise_floor=floor,
-        order=torch.stack([_order(chosen, r, f) for r, f in zip(rest, floor, strict=True)]),
+        order=torch.stack([fitted_order(chosen, r, f) for r, f in zip(rest, floor, strict=True)]),
         readout=readout.label,
         units=readout.units,
         meta=attribution.meta,
@@ -290,7 +290,7 @@ def curve_of(
 _FIT_DECADE = 10.0
 
 
-def _order(
+def fitted_order(
     scales: Float[Tensor, "scale"], rest: Float[Tensor, "scale"], floor: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
     """Slope of log|R| on log ε over the first decade of scales whose remainder clears the noise."""

@@ -16,6 +16,21 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens_lora.show.account import SIGMAS
+from lens_lora.show.style import (
+    BLANK,
+    DIVERGING,
+    EMBEDDINGS,
+    EXACT,
+    FLIP,
+    INK,
+    KINDS,
+    LINEAR,
+    NOISE,
+    Cells,
+    Labels,
+    style,
+    title,
+)
 from lens_lora.show.text import chosen_prompt, method_text, percent, signed, visible
 
 if TYPE_CHECKING:
@@ -25,22 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["margin_figure", "position_heatmap", "remainder_figure", "site_heatmap"]
 
-EMBEDDINGS = ("embed", "pos_embed")
-KINDS = (*EMBEDDINGS, "q", "k", "v", "o", "gate", "up", "fc_in", "down", "fc_out", "unembed")
-INK, GRID, BLANK, NOISE = "#777777", "rgba(128,128,128,0.25)", "rgba(128,128,128,0.18)", "#999999"
-EXACT, LINEAR, FLIP = "#2f83c5", "#e0802b", "#b04fc4"
-DIVERGING = (
-    (0.0, "#a50f22"),
-    (0.25, "#e6806a"),
-    (0.5, "#f7f7f7"),
-    (0.75, "#6aaed1"),
-    (1.0, "#0b559f"),
-)
 _MOST_TICKS, _MOST_LAYER_TICKS = 60, 20
 _HIGHEST_SHARE = 300.0
-
-Cells = list[list[float | None]]
-Labels = list[list[str]]
 
 
 def site_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Figure:
@@ -62,7 +63,7 @@ def site_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Figu
             f"<br>{_value_text(value, shift, attribution.units)}"
         )
     figure = _heatmap(z, hover, kinds, attribution)
-    figure.update_layout(title=_title(_heading(attribution, whose), "by layer and kind of module"))
+    figure.update_layout(title=title(_heading(attribution, whose), "by layer and kind of module"))
     figure.update_xaxes(title_text="kind of module", type="category")
     return figure
 
@@ -96,7 +97,7 @@ def position_heatmap(attribution: Attribution, prompt: int = 0) -> go.Figure:
     ]
     figure = _heatmap(z, hover, list(range(len(tokens))), attribution)
     figure.update_layout(
-        title=_title(_heading(attribution, _whose(attribution, index)), "by layer and position")
+        title=title(_heading(attribution, _whose(attribution, index)), "by layer and position")
     )
     ticks = range(0, len(tokens), math.ceil(len(tokens) / _MOST_TICKS))
     labels = [f"{i} {html.escape(visible(tokens[i]))}" for i in ticks]
@@ -121,9 +122,9 @@ def remainder_figure(curve: RemainderCurve, prompt: int = 0) -> go.Figure:
     figure.add_trace(_share_trace(scales, shares, rest, is_noise, curve.units), row=2, col=1)
     for low, high in _runs(scales, is_noise):
         figure.add_vrect(x0=low, x1=high, fillcolor=NOISE, opacity=0.25, line_width=0)
-    _style(figure, height=520)
+    style(figure, height=520)
     figure.update_layout(
-        title=_title(curve.readout, "along ε: exact, first order, and what it leaves")
+        title=title(curve.readout, "along ε: exact, first order, and what it leaves")
     )
     figure.update_yaxes(title_text=html.escape(curve.units), row=1, col=1)
     clear = [s for s, noise in zip(shares, is_noise, strict=True) if s is not None and not noise]
@@ -154,8 +155,8 @@ def margin_figure(fact_margin: FactMargin, prompt: int = 0) -> go.Figure:
             annotation={"text": f"flips at ε = {flip:.3g}", "font": {"color": FLIP}},
             annotation_position="bottom right" if flip < 0.5 else "bottom left",
         )
-    _style(figure, height=380)
-    figure.update_layout(title=_title(curve.readout, "along ε, from the base model to the adapted"))
+    style(figure, height=380)
+    figure.update_layout(title=title(curve.readout, "along ε, from the base model to the adapted"))
     figure.update_xaxes(title_text="ε, strength of the adapter")
     figure.update_yaxes(title_text=f"margin, {html.escape(curve.units)}")
     return figure
@@ -232,7 +233,7 @@ def _heatmap(
         },
     )
     figure = go.Figure(trace)
-    _style(figure, height=max(300, 150 + 18 * len(z)))
+    style(figure, height=max(300, 150 + 18 * len(z)))
     figure.update_layout(plot_bgcolor=BLANK)
     figure.update_xaxes(showgrid=False, constrain="domain")
     ticks = _layer_ticks(attribution, layers)
@@ -308,23 +309,3 @@ def _runs(scales: Sequence[float], marked: Sequence[bool]) -> list[tuple[float, 
 def _heading(attribution: Attribution, whose: str) -> str:
     parts = (attribution.readout, method_text(attribution.method, attribution.at), whose)
     return ", ".join(part for part in parts if part)
-
-
-def _title(heading: str, below: str) -> dict[str, object]:
-    text = f"{html.escape(heading)}<br><span style='font-size:12px'>{html.escape(below)}</span>"
-    return {"text": text, "x": 0, "xref": "container", "pad": {"l": 12}, "font": {"size": 15}}
-
-
-def _style(figure: go.Figure, height: int) -> None:
-    figure.update_layout(
-        height=height,
-        template="none",
-        font={"color": INK, "size": 13},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK},
-        margin={"l": 60, "r": 20, "t": 70, "b": 60},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
-    )
-    figure.update_xaxes(gridcolor=GRID, zeroline=False, automargin=True)
-    figure.update_yaxes(gridcolor=GRID, zeroline=False, automargin=True)

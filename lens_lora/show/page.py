@@ -42,7 +42,21 @@ h2 { font-size: 1.15rem; margin: 40px 0 8px; }
 .under { color: var(--soft); margin: 0 0 20px; overflow-wrap: anywhere; }
 .story { background: var(--card); border-left: 4px solid #2f83c5; padding: 6px 18px;
   overflow-wrap: anywhere; }
+.story p { margin: 10px 0; }
+.lead { color: var(--soft); margin: 0 0 8px; }
+.contents { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 16px 0; font-size: 0.92rem; }
+a { color: #2f83c5; }
+.choose select { max-width: 100%; font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: 4px; padding: 4px; }
+.side { display: flex; flex-wrap: wrap; gap: 8px 48px; align-items: flex-start; }
+.side > * { max-width: 100%; }
+h3 { font-size: 0.92rem; color: var(--soft); margin: 4px 0; }
+figure { margin: 12px 0 20px; }
+figcaption { font-size: 0.95rem; overflow-wrap: anywhere; }
+.plot { min-width: 320px; }
+.plot.wide { min-width: 600px; }
 .scroll { overflow-x: auto; }
+td { white-space: pre-wrap; }
 table { border-collapse: collapse; font-size: 0.92rem; }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top;
   font-variant-numeric: tabular-nums; }
@@ -57,9 +71,7 @@ b.token { font-weight: 400; font-family: ui-monospace, monospace; background: va
 </head>
 <body>
 <h1>$title</h1>
-<p class="under">$subtitle</p>
-<div class="story">$story</div>
-$sections
+$content
 <script>
 (() => {
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -69,7 +81,24 @@ $sections
       Plotly.relayout(plot, {"font.color": ink});
     }
   };
-  paint();
+  const choose = document.getElementById("choose");
+  const shown = document.getElementById("shown");
+  const show = () => {
+    shown.querySelectorAll(".plotly-graph-div").forEach(Plotly.purge);
+    shown.replaceChildren(document.getElementById(choose.value).content.cloneNode(true));
+    paint();
+  };
+  if (choose) {
+    const wanted = location.hash.slice(1);
+    if ([...choose.options].some((option) => option.value === wanted)) choose.value = wanted;
+    choose.addEventListener("change", () => {
+      history.replaceState(null, "", "#" + choose.value);
+      show();
+    });
+    show();
+  } else {
+    paint();
+  }
   dark.addEventListener("change", paint);
 })();
 </script>

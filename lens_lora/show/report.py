@@ -1,34 +1,44 @@
-"""One self-contained HTML page about a fact margin: story, numbers, figures, tokens, provenance.
+"""Self-contained HTML pages: of a fact margin, and of whole explanations, one prompt or several.
 
-Plotly's script is inlined once, so that the page works offline; tokens and names are escaped.
+Plotly's script is inlined once, so that a page works offline; tokens and names are escaped. Of
+several prompts one is shown at a time; the others wait in <template>s, not drawn until chosen.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from plotly.offline import get_plotlyjs
 
 from lens_lora.show.account import Account, account_of
+from lens_lora.show.explain_html import (
+    Plots,
+    Section,
+    contents,
+    provenance,
+    scrolling,
+    section_html,
+    tokens_html,
+)
+from lens_lora.show.explain_sections import explanation_sections
+from lens_lora.show.explain_words import explained_account, explanation_story
 from lens_lora.show.figures import position_heatmap, remainder_figure, site_heatmap
 from lens_lora.show.page import HOW_TO_READ, PAGE
-from lens_lora.show.tables import html_table, margin_rows, token_rows
+from lens_lora.show.tables import html_table, margin_rows
 from lens_lora.show.text import top_rows
 from lens_lora.show.words import margin_story
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from plotly.graph_objects import Figure
-
     from lens_lora.attribution import Attribution
     from lens_lora.calculus.logit_shift import LogitShift
     from lens_lora.calculus.margin import FactMargin
+    from lens_lora.explanation import Explanation
 
-__all__ = ["margin_report"]
+__all__ = ["explanation_report", "margin_report"]
 
-_MODULES, _TOKENS, _SITES, _SITE_TOKENS = 20, 10, 5, 6
+_MODULES, _SITES = 20, 5
 
 
 def margin_report(
@@ -39,7 +49,7 @@ def margin_report(
     prompt: int = 0,
     title: str | None = None,
 ) -> str:
-    """The page, as a string.
+    """The page of a fact margin, as a string.
 
     Args:
         logit_shift: adds the tokens promoted and suppressed; by site too with by_site=True.
@@ -51,32 +61,92 @@ def margin_report(
         ValueError: no such prompt, or `positions` not split by position.
     """
     account, attribution = account_of(fact_margin, prompt), fact_margin.attribution
-    parts = [
-        _section("The numbers", _numbers(fact_margin, prompt)),
-        _section("Where first order finds the shift", _plot(site_heatmap(attribution, prompt))),
-        _section("Largest modules", _modules(attribution, prompt)),
-        _section(
+    plots = Plots()
+    sections = [
+        Section("The numbers", _numbers(account)),
+        Section("Where first order finds the shift", plots(site_heatmap(attribution, prompt))),
+        Section("Largest modules", _modules(attribution, prompt)),
+        Section(
             "What first order leaves, along the path",
-            _plot(remainder_figure(fact_margin.curve, prompt)),
+            plots(remainder_figure(fact_margin.curve, prompt)),
         ),
     ]
     if positions is not None:
-        figure = position_heatmap(positions, prompt)
-        parts.append(_section("Where in the prompt", _plot(figure)))
+        sections.append(Section("Where in the prompt", plots(position_heatmap(positions, prompt))))
     if logit_shift is not None:
-        tokens = _tokens(logit_shift, attribution, prompt)
-        parts.append(_section("Tokens promoted and suppressed, to first order", tokens))
-    parts.append(_section("How to read this", HOW_TO_READ))
-    parts.append(_section("Made with", _provenance(attribution.meta)))
-    return PAGE.substitute(
-        title=html.escape(title or f"{account.doc} against {account.pre}"),
-        subtitle=html.escape(_subtitle(account, attribution)),
-        story="".join(
-            f"<p>{html.escape(text)}</p>" for text in margin_story(fact_margin, prompt).split("\n")
-        ),
-        sections="\n".join(parts),
-        plotly_js=get_plotlyjs(),
+        names = attribution.top(_SITES, prompt)["site"].tolist() if logit_shift.sites else []
+        tokens = tokens_html(logit_shift, logit_shift, names, prompt)
+        sections.append(Section("Tokens promoted and suppressed, to first order", tokens))
+    sections.append(Section("How to read this", HOW_TO_READ))
+    sections.append(Section("Made with", provenance(attribution.meta)))
+    return _page(
+        title or _facts(account),
+        _told(_subtitle(account, attribution), margin_story(fact_margin, prompt), sections),
     )
+
+
+def explanation_report(explanations: Sequence[Explanation], *, title: str | None = None) -> str:
+    """The page of one or several explanations, as a string.
+
+    Args:
+        title: by default the two answers, where they are the same throughout.
+
+    Raises:
+        ValueError: no explanation.
+    """
+    if not explanations:
+        raise ValueError("no explanation to report; give at least one.")
+    accounts = [explained_account(e) for e in explanations]
+    parts = [
+        _explained(e, account, f"p{n}")
+        for n, (e, account) in enumerate(zip(explanations, accounts, strict=True), start=1)
+    ]
+    facts = list(dict.fromkeys(map(_facts, accounts)))
+    name = title or (facts[0] if len(facts) == 1 else f"{len(parts)} prompts explained")
+    return _page(name, parts[0] if len(parts) == 1 else _choice(accounts, parts))
+
+
+def _explained(e: Explanation, account: Account, prefix: str) -> str:
+    sections = explanation_sections(e, Plots(f"{prefix}-plot"))
+    return _told(
+        _subtitle(account, e.first_order), explanation_story(e), sections, contents(sections)
+    )
+
+
+def _choice(accounts: Sequence[Account], parts: Sequence[str]) -> str:
+    """A list to choose a prompt from, and each prompt's part."""
+    options = "".join(
+        f'<option value="prompt-{n}">{n}. {html.escape(_option(a))}</option>'
+        for n, a in enumerate(accounts, start=1)
+    )
+    templates = "\n".join(
+        f'<template id="prompt-{n}">{part}</template>' for n, part in enumerate(parts, start=1)
+    )
+    return (
+        f'<p class="choose"><label>Prompt <select id="choose">{options}</select></label></p>\n'
+        f'<main id="shown"></main>\n{templates}'
+    )
+
+
+def _option(account: Account) -> str:
+    return f"{account.prompt} — {_facts(account)}"
+
+
+def _facts(account: Account) -> str:
+    return f"{account.doc} against {account.pre}"
+
+
+def _told(subtitle: str, story: str, sections: Sequence[Section], links: str = "") -> str:
+    paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in story.split("\n"))
+    body = "\n".join(map(section_html, sections))
+    return (
+        f'<p class="under">{html.escape(subtitle)}</p>\n<div class="story">{paragraphs}</div>\n'
+        f"{links}\n{body}"
+    )
+
+
+def _page(title: str, content: str) -> str:
+    return PAGE.substitute(title=html.escape(title), content=content, plotly_js=get_plotlyjs())
 
 
 def _subtitle(account: Account, attribution: Attribution) -> str:
@@ -84,57 +154,11 @@ def _subtitle(account: Account, attribution: Attribution) -> str:
     return " · ".join(filter(None, (attribution.readout, f"“{account.prompt}”", made)))
 
 
-def _section(heading: str, body: str) -> str:
-    return f'<h2>{html.escape(heading)}</h2>\n<div class="scroll">{body}</div>'
-
-
-def _plot(figure: Figure) -> str:
-    return figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        config={"responsive": True, "displaylogo": False},
-        default_width="100%",
-    )
-
-
-def _numbers(fact_margin: FactMargin, prompt: int) -> str:
-    account = account_of(fact_margin, prompt)
+def _numbers(account: Account) -> str:
     heads = ("", f"value, {account.units}", "share of the shift")
-    return html_table(heads, margin_rows(account), text_columns=(0,))
+    return scrolling(html_table(heads, margin_rows(account), text_columns=(0,)))
 
 
 def _modules(attribution: Attribution, prompt: int) -> str:
     heads = ("site", "module", f"first order, {attribution.units}", "share of the shift")
-    return html_table(heads, top_rows(attribution, _MODULES, prompt))
-
-
-def _tokens(shift: LogitShift, attribution: Attribution, prompt: int) -> str:
-    """All sites together, then the sites of largest first-order value one by one."""
-    rows = [("all modules together", *_token_cells(shift, None, prompt, _TOKENS))]
-    if shift.sites:
-        names = attribution.top(_SITES, prompt)["site"]
-        rows += [(name, *_token_cells(shift, name, prompt, _SITE_TOKENS)) for name in names]
-    body = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{up}</td><td>{down}</td></tr>"
-        for name, up, down in rows
-    )
-    heads = "".join(f"<th align=left>{head}</th>" for head in ("site", "promoted", "suppressed"))
-    return f'<table class="tokens"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _token_cells(shift: LogitShift, site: str | None, prompt: int, k: int) -> tuple[str, str]:
-    up, down = shift.promoted(site, k, prompt), shift.suppressed(site, k, prompt)
-    return _token_cell(up), _token_cell(down)
-
-
-def _token_cell(tokens: pd.DataFrame) -> str:
-    return " ".join(
-        f'<span class="pair"><b class="token">{html.escape(token)}</b> '
-        f'<span class="share">{value}</span></span>'
-        for token, value in token_rows(tokens)
-    )
-
-
-def _provenance(meta: Mapping[str, str]) -> str:
-    rows = [(key.replace("_", " "), str(value)) for key, value in meta.items() if value]
-    return html_table(("what", "value"), rows)
+    return scrolling(html_table(heads, top_rows(attribution, _MODULES, prompt)))

@@ -16,6 +16,7 @@ from lens_lora.show.text import (
     method_text,
     percent,
     prompt_text,
+    quadrature_text,
     signed,
     top_rows,
     visible,
@@ -42,7 +43,7 @@ _PROMPTS, _SITES, _PROMPT_WIDTH = 5, 5, 48
 
 def attribution_text(attribution: Attribution) -> str:
     """What was attributed how, each prompt's account (five at most), and the five largest sites."""
-    lines = [_what(attribution)]
+    lines = [_what(attribution), *_how_well(attribution)]
     for row in _prompt_rows(attribution):
         lines.append("  {}  {}: {} → {}, shift {}, Σ {}, remainder {} ({})".format(*row))
     if hidden := len(attribution.base) - _PROMPTS:
@@ -59,8 +60,9 @@ def attribution_html(attribution: Attribution) -> str:
     """The same for a notebook, escaped."""
     heads = ("", "prompt", "base", "adapted", "shift", "Σ", "remainder", "share")
     sites = top_rows(attribution, _SITES)
+    quality = "".join(f"<p>{html.escape(line)}</p>" for line in _how_well(attribution))
     return (
-        f"<div><p><b>{html.escape(_what(attribution))}</b></p>"
+        f"<div><p><b>{html.escape(_what(attribution))}</b></p>{quality}"
         f"{html_table(heads, _prompt_rows(attribution))}"
         f"{html_table(('site' + _averaged(attribution), 'module', 'value', 'share'), sites)}</div>"
     )
@@ -161,6 +163,11 @@ def _what(attribution: Attribution) -> str:
         f"{attribution.readout}, {method_text(attribution.method, attribution.at)}, in "
         f"{attribution.units}: {batch} prompt{'s' * (batch > 1)} × {sites} sites{by}"
     )
+
+
+def _how_well(attribution: Attribution) -> list[str]:
+    """One line on a path integral's quadrature."""
+    return [quadrature_text(attribution.quadrature)] if attribution.quadrature else []
 
 
 def _averaged(attribution: Attribution) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lens_lora.attribution import Attribution
+    from lens_lora.attribution import Attribution, Quadrature
 
 __all__ = [
     "chosen_prompt",
@@ -16,6 +16,7 @@ __all__ = [
     "method_text",
     "percent",
     "prompt_text",
+    "quadrature_text",
     "share_text",
     "signed",
     "top_rows",
@@ -81,6 +82,16 @@ _METHODS = {
 def method_text(method: str, at: float) -> str:
     """'first order at ε = 0', 'path integral', 'adding one at a time'."""
     return _METHODS.get(method) or f"{method.replace('_', ' ')} at ε = {at:g}"
+
+
+def quadrature_text(quadrature: Quadrature) -> str:
+    """Nodes, the error reached, and why it is not what was asked, where it is not."""
+    reached = (
+        f"{quadrature.nodes} nodes: complete to {percent(quadrature.error)} of the shift "
+        f"({'within' if quadrature.met else 'not within'} {percent(quadrature.tol)}), sites moved "
+        f"by {percent(quadrature.site_change)} of it at the last doubling"
+    )
+    return f"{reached}; {quadrature.note}" if quadrature.note else reached
 
 
 def top_rows(

@@ -14,7 +14,7 @@ from lens_lora.show.text import magnitude, percent, share_text, signed, top_rows
 if TYPE_CHECKING:
     from lens_lora.calculus.margin import FactMargin
 
-__all__ = ["margin_story"]
+__all__ = ["margin_story", "paragraphs_of"]
 
 SMALL, LARGE = 0.1, 0.2
 _TOP = 5
@@ -22,14 +22,19 @@ _TOP = 5
 
 def margin_story(fact_margin: FactMargin, prompt: int = 0) -> str:
     """One prompt's story, in three paragraphs: what happened, what first order says, where."""
-    account = account_of(fact_margin, prompt)
-    happened = [_base(account), _adapted(account), _flip(account)]
-    paragraphs = (
+    return "\n".join(paragraphs_of(fact_margin, account_of(fact_margin, prompt), prompt))
+
+
+def paragraphs_of(
+    fact_margin: FactMargin, account: Account, prompt: int = 0
+) -> tuple[str, str, str]:
+    """The three paragraphs, from an account at hand."""
+    happened = [_base(account), _units(account), _adapted(account), _flip(account)]
+    return (
         " ".join(sentence for sentence in happened if sentence),
         f"{_first_order(account)} {_remainder(account)}",
         _modules(fact_margin, account, prompt),
     )
-    return "\n".join(paragraphs)
 
 
 def _noise_text(account: Account) -> str:
@@ -50,6 +55,13 @@ def _base(a: Account) -> str:
         )
     winner, loser = _preferred(a, a.m0)
     return f"{where} the base model prefers {winner} to {loser} by {magnitude(a.m0)} {a.units}."
+
+
+def _units(a: Account) -> str:
+    """What a margin in nats is of."""
+    if a.units != "nats":
+        return ""
+    return "(A margin in nats is a difference of the whole answers' log-probabilities.)"
 
 
 def _adapted(a: Account) -> str:

@@ -1,0 +1,213 @@
+"""First order with attention patterns or norm denominators held fixed, as LRP-style methods do.
+
+    attention   z_q = Σ_k A_qk v_k,       A constant: nothing flows through softmax into q and k
+    norm        n = (x − mean x) / s(x),  s constant: n is linear in x (RMS norms have no mean)
+
+A and s are constants at the values they have at the gates of the derivative. All else stays live:
+centring, activations, products of gate and up, soft-caps of the logits, a router's softmax.
+
+1. A hook at every pattern (`hook_pattern`) and denominator (`hook_scale`: of ln1, ln2, norms of q
+   and k, norms after attention and MLP, the final one, an embedding's) returns the value that it
+   got, bit for bit, without its derivative: the tangent is dropped, or the gradient set to zero.
+2. Whether a model computes with what such a hook returns differs by class, family and version; so
+   it is measured at every hook point, on a few tokens: zeros with a gradient are added there, the
+   gradient must come back, the logits must stay, and no norm may run past its hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwad
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.errors import ModelStateError
+from lens_lora.hooked.gates import HookFn, attached
+from lens_lora.hooked.view import HookedView
+
+__all__ = ["FrozenRules", "frozen_points", "held_fixed", "require_held"]
+
+_PATTERN, _SCALE = "hook_pattern", "hook_scale"
+_Run = Callable[[], Float[Tensor, "row pos vocab"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenRules:
+    """What `first_order` holds fixed at its value at the gates of the derivative.
+
+    A frozen derivative is that of another function than g, the model with these parts replaced by
+    constants; whether it tells more about interventions on the real model is to be measured.
+
+    Args:
+        attention_patterns: the softmax's output in every layer; sites q and k then get zero.
+        norm_scales: what every norm divides by, the final norm's included.
+
+    Raises:
+        ValueError: neither.
+    """
+
+    attention_patterns: bool = False
+    norm_scales: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.attention_patterns or self.norm_scales):
+            raise ValueError(
+                "FrozenRules() holds nothing fixed; set attention_patterns=True or "
+                "norm_scales=True, or pass rules=None for the derivative of g itself."
+            )
+
+    @property
+    def label(self) -> str:
+        """'patterns fixed', 'norm scales fixed' or 'patterns and norm scales fixed'."""
+        names = ("patterns", self.attention_patterns), ("norm scales", self.norm_scales)
+        return " and ".join(name for name, on in names if on) + " fixed"
+
+
+def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
+    """The hook points that these rules hold, each under one name."""
+    held = {_PATTERN: rules.attention_patterns, _SCALE: rules.norm_scales}
+    names = [name for name in model.hook_dict if held.get(name.rpartition(".")[2], False)]
+    return list({id(model.hook_dict[name]): name for name in names}.values())
+
+
+@contextlib.contextmanager
+def held_fixed(model: Any, rules: FrozenRules) -> Generator[None]:
+    """No derivative, of either mode, passes the frozen points within the block."""
+    hooks = [(name, _without_derivative) for name in frozen_points(model, rules)]
+    with _no_word_of_edits(), attached(model, hooks):
+        yield
+
+
+def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
+    """The same value. Zero gradients go on to q and k, so that none of them seems unreached."""
+    del hook
+    held = fwad.unpack_dual(tensor).primal if fwad._current_level >= 0 else tensor
+    held = held.view_as(held)
+    if held.requires_grad:
+        held.register_hook(torch.zeros_like)
+    return held
+
+
+@contextlib.contextmanager
+def _no_word_of_edits() -> Generator[None]:
+    """TransformerBridge warns that an edited norm is recomputed; `require_held` checks that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+        yield
+
+
+def require_held(view: HookedView, rules: FrozenRules, run: _Run) -> None:
+    """Refuse a model that does not compute with what a hook returns at some frozen point.
+
+    Args:
+        run: one forward pass on a few tokens. It is called twice, and differentiated once.
+
+    Raises:
+        ModelStateError: naming the hook point, or the norm that has none, and the remedy.
+    """
+    names = frozen_points(view.model, rules)
+    _require_points(view, rules, names)
+    with torch.no_grad():
+        bare = run()
+    tried = _try_hooks(view, names, run)
+    _require_used(view, tried.came)
+    if rules.norm_scales and tried.past:
+        raise ModelStateError(
+            f"{tried.past[0]}: this {view.class_name} runs a norm past its hook points, so its "
+            "denominator cannot be held fixed (use_split_qkv_input and use_attn_in do so on a "
+            "TransformerBridge: set them off). Or leave out norm_scales."
+        )
+    off, span = float((tried.logits - bare).abs().max()), float(bare.max() - bare.min())
+    if not off <= torch.finfo(bare.dtype).eps ** 0.5 * span:
+        raise ModelStateError(
+            f"this {view.class_name} computes other logits ({off:.2g} off, of a range of "
+            f"{span:.2g}) once hooks return patterns and scales unchanged, so none can be held "
+            "fixed; use a HookedTransformer, or another version of transformer-lens."
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Trial:
+    """Of a run with zeros added at the hook points: the logits, whether a gradient came back from
+    each firing, and the norms that ran past their hooks.
+    """
+
+    logits: Tensor
+    came: dict[str, list[bool]]
+    past: list[str]
+
+
+def _try_hooks(view: HookedView, names: list[str], run: _Run) -> _Trial:
+    added: dict[str, list[Tensor]] = {name: [] for name in names}
+    past: list[str] = []
+    hooks = [(name, _adding_zeros(found)) for name, found in added.items()]
+    with (
+        torch.enable_grad(),
+        _no_word_of_edits(),
+        attached(view.model, hooks),
+        _norms_without_hooks(view.model, past),
+    ):
+        logits = run()
+    zeros = [each for found in added.values() for each in found]
+    gradients: Iterator[Tensor | None] = iter([None] * len(zeros))
+    if zeros and logits.requires_grad:
+        gradients = iter(torch.autograd.grad(logits.sum(), zeros, allow_unused=True))
+    came = {name: [next(gradients) is not None for _ in found] for name, found in added.items()}
+    return _Trial(logits.detach(), came, past)
+
+
+def _require_points(view: HookedView, rules: FrozenRules, names: list[str]) -> None:
+    patterns = sum(name.endswith(_PATTERN) for name in names)
+    if rules.attention_patterns and patterns < view.n_layers:
+        raise ModelStateError(
+            f"this {view.class_name} has {patterns} hook points of attention patterns in "
+            f"{view.n_layers} layers, so they cannot be held fixed; use a HookedTransformer, or "
+            "leave out attention_patterns."
+        )
+    if rules.norm_scales and patterns == len(names):
+        raise ModelStateError(
+            f"this {view.class_name} has no hook point of a norm's scale; leave out norm_scales."
+        )
+
+
+def _require_used(view: HookedView, came: dict[str, list[bool]]) -> None:
+    """Each hook point fired, and the logits depend on what each firing returned."""
+    unused = [name for name, found in came.items() if not found or not all(found)]
+    if not unused:
+        return
+    name = unused[0]
+    what = "computes past what a hook returns there" if came[name] else "never reaches it"
+    rule = "attention_patterns" if name.endswith(_PATTERN) else "norm_scales"
+    raise ModelStateError(
+        f"{name} ({len(unused)} such hook points in all): this {view.class_name} of a "
+        f"{view.family.architectures[0]} {what}, so it cannot be held fixed. Use a "
+        "HookedTransformer (transformer-lens before 4), load the Hugging Face model with "
+        "attn_implementation='eager', set use_split_qkv_input and use_attn_in off, or leave out "
+        f"{rule}."
+    )
+
+
+def _adding_zeros(found: list[Tensor]) -> HookFn:
+    def add(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        found.append(torch.zeros_like(tensor).detach().requires_grad_())
+        return tensor + found[-1]
+
+    return add
+
+
+@contextlib.contextmanager
+def _norms_without_hooks(model: Any, ran: list[str]) -> Generator[None]:
+    """Collect the names of norm modules that run and have no `hook_scale` of their own."""
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if "Norm" in type(module).__name__ and not hasattr(module, _SCALE):
+                note = lambda *_, name=name: ran.append(name)  # noqa: E731
+                stack.callback(module.register_forward_pre_hook(note).remove)
+        yield

@@ -1,0 +1,56 @@
+"""The processes of `accelerate launch`, `torchrun` or `mpirun`, or this one alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+
+from lens_lora.errors import LensLoraError
+
+__all__ = ["Processes", "launched"]
+
+# One process may be done with its share long before another.
+_PATIENCE = timedelta(days=7)
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this is, its device, and a wait for all of them."""
+
+    index: int = 0
+    count: int = 1
+    device: str = "cpu"
+    wait: Callable[[], None] = lambda: None
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+
+def launched() -> Processes:
+    """Those that were launched together, where there are several.
+
+    Raises:
+        LensLoraError: several were launched, and accelerate was set up in each as if alone.
+    """
+    size = max(int(os.environ.get(name) or 1) for name in _SIZES)
+    if size < 2:
+        return Processes()
+    from accelerate import PartialState
+
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    is_on_cpu = wants_cpu or not torch.cuda.is_available()
+    state = PartialState(cpu=is_on_cpu, timeout=_PATIENCE)
+    if state.num_processes != size:
+        raise LensLoraError(
+            f"{size} processes were launched and accelerate knows of {state.num_processes}, so "
+            "each would do all the work; on CPUs call accelerate.PartialState(cpu=True) first."
+        )
+    return Processes(
+        state.process_index, state.num_processes, str(state.device), state.wait_for_everyone
+    )

@@ -1,0 +1,172 @@
+"""The records of a sweep: out of a JSONL or CSV file, a data frame, a Dataset, or any iterable.
+
+1. Each row becomes a `Record`, in order, with its own id or the row's number (from 0).
+2. What is wrong with a row is kept in the record itself, with its line, and stops nothing.
+3. What is wrong with all of them (no such column, no row) is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lens_lora.errors import LensLoraError
+
+__all__ = ["Record", "RecordsLike", "SweepError", "read_records"]
+
+ANSWERS = ("doc", "pre")
+
+
+class SweepError(LensLoraError, ValueError):
+    """Records or an output file that a sweep cannot work with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One prompt and its two answers.
+
+    Attributes:
+        id: its own, or the row's number from 0.
+        where: 'line 3' of a file, 'row 2' of anything else.
+        doc, pre: None where a readout is given for all records.
+        error: what is wrong with it; the other fields may then be None.
+    """
+
+    id: int | str
+    where: str
+    prompt: str | None = None
+    doc: str | None = None
+    pre: str | None = None
+    error: str | None = None
+
+    def bad(self, error: object) -> Record:
+        """The same record with what is wrong with it."""
+        line = " ".join(str(error).split())
+        return dataclasses.replace(self, error=f"{self.where}: {line}")
+
+
+RecordsLike = str | Path | Iterable[Mapping[str, Any]] | Iterable[Record] | pd.DataFrame
+_Row = tuple[str, Any]
+
+
+def read_records(records: RecordsLike, *, with_answers: bool = True) -> list[Record]:
+    """Every record in order, the bad ones among them.
+
+    Args:
+        records: a path that ends in .jsonl or .csv, a DataFrame, a Dataset, or mappings, with
+            columns prompt, doc, pre and perhaps id.
+        with_answers: whether doc and pre are needed; otherwise they are not read.
+
+    Raises:
+        SweepError: no record at all, an unknown kind of file, or a CSV file that lacks a column.
+        OSError: a file that cannot be read.
+    """
+    needed = ("prompt", *ANSWERS) if with_answers else ("prompt",)
+    found: list[Record] = []
+    taken: dict[str, str] = {}
+    for number, (where, row) in enumerate(_rows(records, needed)):
+        record = row if isinstance(row, Record) else _record(number, where, row, needed)
+        first = taken.setdefault(str(record.id), record.where)
+        if first != record.where and record.error is None:
+            record = record.bad(f"its id {record.id!r} is that of {first}; give each its own.")
+        found.append(record)
+    if not found:
+        raise SweepError(f"{_name(records)} hold no record; each needs {', '.join(needed)}.")
+    return found
+
+
+def _rows(records: RecordsLike, needed: tuple[str, ...]) -> Iterator[_Row]:
+    if isinstance(records, str | Path):
+        path = Path(records)
+        readers = {".jsonl": _jsonl, ".csv": _csv}
+        if path.suffix.lower() not in readers:
+            raise SweepError(f"{path}: expected a file that ends in .jsonl or .csv.")
+        yield from readers[path.suffix.lower()](path, needed)
+        return
+    if isinstance(records, Mapping):
+        raise SweepError(
+            f"records are one mapping with the keys {', '.join(map(str, records))}; give a list of "
+            "mappings, one per prompt (of a DatasetDict, one of its splits)."
+        )
+    rows = records.to_dict("records") if isinstance(records, pd.DataFrame) else records
+    for number, row in enumerate(rows):
+        yield f"row {number}", row
+
+
+def _jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
+    """Line by line; a line that is no JSON is given as its error. Blank lines are passed over."""
+    del needed
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = json.loads(text) if text else None
+            except ValueError as error:
+                row, text = error, "bad"
+            if text:
+                yield f"line {number}", row
+
+
+def _csv(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
+    """Row by row, each with the line on which it ends."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            reader = csv.DictReader(file)
+            columns = list(reader.fieldnames or ())
+        except UnicodeDecodeError as error:
+            raise SweepError(f"{path}: not UTF-8 ({error}); save it as UTF-8.") from error
+        lacking = [name for name in needed if name not in columns]
+        if lacking:
+            raise SweepError(
+                f"{path} has the columns {', '.join(columns) or 'none'} and lacks "
+                f"{', '.join(lacking)}; its first line must name them."
+            )
+        while True:
+            try:
+                row: Any = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                row = error
+            except UnicodeDecodeError as error:
+                raise SweepError(f"{path}: not UTF-8 ({error}); save it as UTF-8.") from error
+            yield f"line {reader.line_num}", row
+
+
+def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Record:
+    plain = Record(number, where)
+    if isinstance(row, csv.Error | ValueError):
+        return plain.bad(f"unreadable ({row}).")
+    if not isinstance(row, Mapping):
+        return plain.bad(f"{row!r} is no record with the columns {', '.join(needed)}.")
+    identity = row.get("id")
+    if not _is_missing(identity):
+        if isinstance(identity, bool) or not isinstance(identity, int | str):
+            return plain.bad(f"its id is {identity!r}, neither a string nor an integer.")
+        plain = dataclasses.replace(plain, id=identity)
+    if None in row:
+        return plain.bad("more fields than columns; quote a field that holds commas.")
+    fields = {name: row.get(name) for name in needed}
+    texts = {name: text for name, text in fields.items() if isinstance(text, str)}
+    record = dataclasses.replace(plain, **texts)
+    for name, text in fields.items():
+        if _is_missing(text):
+            return record.bad(f"no {name}.")
+        if name not in texts:
+            return record.bad(f"its {name} is {text!r}, not a string.")
+    return record
+
+
+def _is_missing(value: Any) -> bool:
+    is_nan = isinstance(value, float) and value != value
+    return value is None or is_nan or (isinstance(value, str) and value == "")
+
+
+def _name(records: RecordsLike) -> str:
+    return str(records) if isinstance(records, str | Path) else "the records"

@@ -1,0 +1,208 @@
+"""Where a sweep keeps what it has done, so that a kill at any moment loses no more than a batch.
+
+1. Each batch is written to a file of its own in `results.parts/`: under another name, then renamed,
+   so that a file with a part's name is whole.
+2. At the end the parts are merged, in the order of the records, into `results.parquet` (one row per
+   prompt and site) and `results.prompts.parquet` (one row per prompt), and removed.
+3. What was computed with what is written beside them (`Fingerprint`), and compared on a resume.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lens_lora.hooked.sites import Site
+from lens_lora.sweeps.batches import Row
+from lens_lora.sweeps.records import Record, SweepError
+from lens_lora.sweeps.tables import (
+    part_table,
+    prompts_table,
+    rows_of_part,
+    rows_of_results,
+    sites_table,
+)
+
+__all__ = ["METADATA", "Store"]
+
+Fingerprint = Mapping[str, Any]
+METADATA = b"lens_lora.sweep"
+_PROMPTS_AT_ONCE = 256
+# A model or adapter that was renamed is still the same one.
+_NAMES = {"model": "model_weights", "adapter": "adapter_weights"}
+
+
+class Store:
+    """The files of one sweep.
+
+    Args:
+        out: the results' path, ending in .parquet.
+        fingerprint: what the numbers depend on beside the records; plain JSON.
+
+    Raises:
+        SweepError: another ending.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        fingerprint: Fingerprint,
+        sites: Sequence[Site],
+        analyses: Sequence[str],
+    ) -> None:
+        self.sites_path = Path(out)
+        if self.sites_path.suffix != ".parquet":
+            raise SweepError(f"out={str(out)!r}: expected a name that ends in .parquet.")
+        self.prompts_path = self.sites_path.with_suffix(".prompts.parquet")
+        self.parts = self.sites_path.with_suffix(".parts")
+        self._fingerprint, self._sites, self._analyses = fingerprint, sites, analyses
+
+    def done(self) -> dict[str, Row]:
+        """{id: row} of what earlier runs finished without an error. Changes nothing.
+
+        Raises:
+            SweepError: files that are no sweep's, or a sweep of something else.
+        """
+        rows: dict[str, Row] = {}
+        if self.prompts_path.exists() or self.sites_path.exists():
+            rows |= {row.id: row for row in self._finished()}
+        if self._about.exists():
+            self._require_same(json.loads(self._about.read_text("utf-8")), self.parts)
+            rows |= {row.id: row for row in self._from_parts() if row.error is None}
+        return rows
+
+    def begin(self, *, anew: bool) -> None:
+        """Make room for parts; `anew` forgets what earlier runs have done."""
+        if anew:
+            self.sites_path.unlink(missing_ok=True)
+            self.prompts_path.unlink(missing_ok=True)
+        if anew or not self._about.exists():
+            shutil.rmtree(self.parts, ignore_errors=True)
+            self.parts.mkdir(parents=True)
+            text = json.dumps(self._fingerprint, ensure_ascii=False, indent=1)
+            self._write(self._about, lambda path: path.write_text(text, "utf-8"))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """A part: all of these rows, or none."""
+        table = part_table(rows, self._analyses)
+        path = self.parts / f"{uuid.uuid4().hex}.parquet"
+        self._write(path, lambda path: pq.write_table(table, path))
+
+    def merge(self, records: Sequence[Record], before: Mapping[str, Row]) -> list[Row]:
+        """Both result files, in the order of the records; the parts are removed. Returns the rows.
+
+        Args:
+            before: what `done` gave.
+
+        Raises:
+            SweepError: a record whose part is not there.
+        """
+        failed: dict[str, Row] = {}
+        done = dict(before)
+        for row in self._from_parts():
+            (failed if row.error is not None else done)[row.id] = row
+        known = failed | done
+        lost = [r for r in records if r.error is None and str(r.id) not in known]
+        if lost:
+            raise SweepError(
+                f"{self.parts} lacks {len(lost)} of {len(records)} records, {lost[0].where} among "
+                "them: several machines must write to one shared folder. Run it again to resume."
+            )
+        rows = [Row.failed(r) if r.error is not None else known[str(r.id)] for r in records]
+        ids = [record.id for record in records]
+        self._write(self.sites_path, lambda path: self._write_sites(path, rows, ids))
+        about = {METADATA: json.dumps(self._fingerprint, ensure_ascii=False).encode()}
+        table = prompts_table(rows, ids, self._analyses).replace_schema_metadata(about)
+        self._write(self.prompts_path, lambda path: pq.write_table(table, path))
+        shutil.rmtree(self.parts)
+        return rows
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """The rows of the merged table of prompts."""
+        return _read(self.prompts_path).to_pylist()
+
+    @property
+    def _about(self) -> Path:
+        return self.parts / "about.json"
+
+    def _from_parts(self) -> Iterable[Row]:
+        for path in sorted(self.parts.glob("*.parquet")):
+            yield from rows_of_part(_read(path), self._analyses)
+
+    def _finished(self) -> list[Row]:
+        """Rows of the result files; none where one of the two was deleted."""
+        for path in (self.prompts_path, self.sites_path):
+            if path.exists():
+                self._require_same(_about_of(path), path)
+        if not (self.prompts_path.exists() and self.sites_path.exists()):
+            return []
+        prompts, sites = _read(self.prompts_path), _read(self.sites_path)
+        return rows_of_results(prompts, sites, len(self._sites), self._analyses)
+
+    def _require_same(self, there: Fingerprint, path: Path) -> None:
+        keys = dict.fromkeys([*self._fingerprint, *there])
+        differ = {key for key in keys if there.get(key) != self._fingerprint.get(key)}
+        differ -= {name for name, weights in _NAMES.items() if weights not in differ}
+        if differ:
+            facts = "; ".join(
+                f"{key} {there.get(key)!r} there, {self._fingerprint.get(key)!r} here"
+                for key in keys
+                if key in differ
+            )
+            raise SweepError(
+                f"{path} holds another sweep: {facts}. Give another out, or start over with "
+                "resume=False."
+            )
+
+    def _write_sites(self, path: Path, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
+        step, is_whole = _PROMPTS_AT_ONCE, all(isinstance(identity, int) for identity in ids)
+        ids = ids if is_whole else [str(identity) for identity in ids]
+        about = {METADATA: json.dumps(self._fingerprint, ensure_ascii=False).encode()}
+        tables = (
+            sites_table(rows[i : i + step], ids[i : i + step], self._sites, self._analyses)
+            for i in range(0, len(rows), step)
+        )
+        first = next(tables)
+        with pq.ParquetWriter(path, first.schema.with_metadata(about)) as writer:
+            for table in itertools.chain([first], tables):
+                writer.write_table(table)
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Under another name, and renamed once it is whole and on the disk."""
+        unfinished = self.parts / f".{uuid.uuid4().hex}"
+        write(unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+
+def _read(path: Path) -> pa.Table:
+    """The file alone, whatever its folders are called."""
+    return pq.ParquetFile(path).read()
+
+
+def _about_of(path: Path) -> Fingerprint:
+    """The fingerprint in a result file.
+
+    Raises:
+        SweepError: no Parquet file, or no sweep's.
+    """
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except pa.ArrowInvalid as error:
+        raise SweepError(f"{path}: not a Parquet file ({error}); give another out.") from error
+    if METADATA not in metadata:
+        raise SweepError(
+            f"{path} exists and is no result of a sweep; give another out, or overwrite it with "
+            "resume=False."
+        )
+    return json.loads(metadata[METADATA])

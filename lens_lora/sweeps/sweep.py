@@ -1,0 +1,236 @@
+"""Many prompts through chosen analyses, into Parquet.
+
+1. The records are read and tokenised; what is wrong with one is kept with its line.
+2. What earlier runs finished is passed over; the rest goes in batches of like length, every n-th to
+   one of n processes, and each batch is on the disk before the next begins.
+3. The main process merges them in the order of the records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.lens import LoraLens
+from lens_lora.prompts import Prompts
+from lens_lora.readout import Readout
+from lens_lora.sweeps.analyses import chosen
+from lens_lora.sweeps.batches import Job, Row, make_batches, measure, prepare
+from lens_lora.sweeps.processes import Processes, launched
+from lens_lora.sweeps.records import Record, RecordsLike, SweepError, read_records
+from lens_lora.sweeps.result import SweepResult
+from lens_lora.sweeps.store import Store
+
+__all__ = ["sweep"]
+
+_SAMPLED, _WARNED = 64, 10
+
+
+def sweep(
+    lens: LoraLens,
+    records: RecordsLike,
+    analyses: str | Iterable[str] = ("first_order",),
+    *,
+    out: str | Path = "results.parquet",
+    readout: Readout | None = None,
+    batch_size: int = 8,
+    resume: bool = True,
+    progress: bool = True,
+) -> SweepResult:
+    """Run analyses on hundreds of prompts; interrupted, the same call goes on where it was.
+
+    Under `accelerate launch` (or torchrun, mpirun) every process calls this with a lens of its own
+    and takes its share; machines need one shared folder.
+
+    Cost: two forward passes per prompt, and what each analysis costs (`lens_lora.sweeps.analyses`);
+    one record's numbers do not depend on its batch beyond rounding.
+
+    Args:
+        records: a .jsonl or .csv file, a DataFrame, a Dataset, or mappings, with `prompt`, the
+            answers `doc` and `pre` (strings with their leading space, of one token or several),
+            and perhaps `id`, by default the row's number from 0.
+        analyses: of 'first_order', 'first_order_at_1', 'path', 'add_one', 'leave_one_out',
+            'second_order'.
+        out: 'results.parquet', one row per prompt and site; beside it 'results.prompts.parquet',
+            one row per prompt, and until it is done 'results.parts/'.
+        readout: read on every prompt, in place of the margin doc − pre.
+        batch_size: prompts that are run, and written, together.
+        resume: False starts over, and removes what is there.
+
+    Returns:
+        SweepResult, on every process. A bad record stops nothing: it is warned of, and its row
+        among the prompts says what is wrong.
+
+    Raises:
+        SweepError: no records, unknown analyses, a file of another kind, or results already at
+            `out` that are of another lens, readout, choice of analyses or prompts.
+        TokenError: a readout that does not fit the model.
+        ModelStateError: a lens or model on which the analysis cannot be computed.
+    """
+    if batch_size < 1:
+        raise SweepError(f"batch_size={batch_size}: expected at least 1.")
+    names = chosen(analyses)
+    rows = read_records(records, with_answers=readout is None)
+    if readout is not None:
+        _require_for_all(lens, readout)
+    processes = launched()
+    store = Store(out, _fingerprint(lens, names, readout), lens.sites, names)
+    before = store.done() if resume else {}
+    _require_same_records(rows, before, store.prompts_path)
+    shown = progress and processes.is_main
+    prepared = _prepare(lens, rows, readout, before, shown)
+    processes.wait()
+    if processes.is_main:
+        store.begin(anew=not resume)
+    processes.wait()
+    jobs = [job for job in prepared if isinstance(job, Job)]
+    mine = make_batches(jobs, batch_size)[processes.index :: processes.count]
+    with _bar(mine, len(before), processes, shown) as bar:
+        for batch in mine:
+            store.add(measure(lens, batch, names))
+            bar.update(len(batch))
+    processes.wait()
+    checked = [job if isinstance(job, Record) else job.record for job in prepared]
+    if processes.is_main:
+        store.merge(checked, before)
+    processes.wait()
+    result = _result(lens, store, checked, names, len(before))
+    if result.errors and processes.is_main:
+        _warn(result)
+    return result
+
+
+def _prepare(
+    lens: LoraLens,
+    records: Sequence[Record],
+    readout: Readout | None,
+    done: Mapping[str, Row],
+    shown: bool,
+) -> list[Job | Record]:
+    """Each record as a job; as itself where it is done or bad."""
+    bar = tqdm(records, "reading records", leave=False, disable=not shown, unit="record")
+    return [record if str(record.id) in done else prepare(lens, record, readout) for record in bar]
+
+
+def _bar(mine: Sequence[list[Job]], resumed: int, processes: Processes, shown: bool) -> tqdm:
+    """Time left over prompts; of several processes, over those of the first."""
+    share = f" (process 1 of {processes.count})" if processes.count > 1 else ""
+    begun = 0 if share else resumed
+    total = begun + sum(map(len, mine))
+    return tqdm(total=total, initial=begun, desc=f"sweep{share}", unit="prompt", disable=not shown)
+
+
+def _require_for_all(lens: LoraLens, readout: Readout) -> None:
+    """Refuse a readout with tokens of each prompt's own: prompts do not stay together.
+
+    Raises:
+        TokenError: it names as many tokens as there are not prompts, or none of the model's.
+    """
+    for count in (1, 2):
+        ones = torch.ones(count, 1, dtype=torch.long, device=lens.device)
+        readout.over(lens.model, Prompts(ones, ones[:, 0]))
+
+
+def _require_same_records(records: Sequence[Record], done: Mapping[str, Row], path: Path) -> None:
+    """Refuse to mix results of other prompts with those of these records.
+
+    Raises:
+        SweepError: a finished id is gone, or has another prompt or answers now.
+    """
+    now: dict[str, Record] = {}
+    for record in records:
+        now.setdefault(str(record.id), record)
+    remedy = "Give another out, or start over with resume=False."
+    for name, row in done.items():
+        record = now.get(name)
+        if record is None:
+            raise SweepError(
+                f"{path} or its parts hold the id {name!r} (prompt {row.prompt!r}), and the "
+                f"records do not. {remedy}"
+            )
+        for field in ("prompt", "doc", "pre"):
+            there, here = getattr(row, field), getattr(record, field)
+            if there != here:
+                raise SweepError(
+                    f"the {field} of id {name!r} is {there!r} in {path} or its parts, and {here!r} "
+                    f"in the records ({record.where}). {remedy}"
+                )
+
+
+def _fingerprint(
+    lens: LoraLens, analyses: Sequence[str], readout: Readout | None
+) -> dict[str, Any]:
+    """What the numbers depend on beside the records, as plain JSON."""
+    parameters = dict(lens.model.named_parameters())
+    factors = {
+        f"{module}.{field.name}": getattr(factor, field.name)
+        for module, factor in lens.adapter.modules.items()
+        for field in dataclasses.fields(factor)
+    }
+    return {
+        **lens.describe(),
+        "sites": len(lens.sites),
+        "model_weights": _digest(parameters),
+        "adapter_weights": _digest(factors),
+        "analyses": list(analyses),
+        "readout": f"{readout.label}, {readout.units}" if readout else "margin of doc and pre",
+    }
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """A short name of tensors (of numbers spread over each) and plain values."""
+    digest = hashlib.sha256()
+    for name, value in values.items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            flat = value.detach().flatten()
+            some = flat[:: max(1, len(flat) // _SAMPLED)].to("cpu", torch.float64)
+            digest.update(str(tuple(value.shape)).encode() + some.numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:12]
+
+
+def _result(
+    lens: LoraLens,
+    store: Store,
+    records: Sequence[Record],
+    analyses: tuple[str, ...],
+    resumed: int,
+) -> SweepResult:
+    rows = store.prompts()
+    good = [row for row in rows if row["error"] is None]
+    readouts, units = ({row[name] for row in good} for name in ("readout", "units"))
+    return SweepResult(
+        path=store.sites_path,
+        prompts_path=store.prompts_path,
+        records=len(records),
+        resumed=resumed,
+        flips=sum(row["flips"] is True for row in good),
+        errors=tuple((row["id"], row["error"]) for row in rows if row["error"] is not None),
+        sites=lens.sites,
+        analyses=analyses,
+        readout=readouts.pop() if len(readouts) == 1 else "margin(doc − pre)",
+        units=" and ".join(sorted(units)),
+        meta=lens.describe(),
+    )
+
+
+def _warn(result: SweepResult) -> None:
+    shown = [f"  {identity!r}: {error}" for identity, error in result.errors[:_WARNED]]
+    if len(result.errors) > _WARNED:
+        shown.append(f"  … and {len(result.errors) - _WARNED} more")
+    lines = "\n".join(shown)
+    warnings.warn(
+        f"{len(result.errors)} of {result.records} records have no numbers (column 'error' of "
+        f"{result.prompts_path}):\n{lines}",
+        stacklevel=3,
+    )
