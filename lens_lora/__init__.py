@@ -20,6 +20,8 @@ from lens_lora.calculus.components import Components, components
 from lens_lora.calculus.coupling import Coupling, coupling
 from lens_lora.calculus.curvature import SecondOrder, second_order
 from lens_lora.calculus.faithfulness import Faithfulness, faithfulness
+from lens_lora.calculus.feature_effects import FeatureShift, FeatureWrites
+from lens_lora.calculus.features import feature_shift, feature_writes
 from lens_lora.calculus.first_order import first_order
 from lens_lora.calculus.logit_shift import LogitShift, logit_shift
 from lens_lora.calculus.margin import FactMargin, fact_margin
@@ -45,12 +47,14 @@ from lens_lora.errors import (
     TokenError,
     UnsupportedAdapterError,
 )
+from lens_lora.explanation import Explanation, explain
 from lens_lora.hooked.frozen import FrozenRules
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.null_adapter import null_adapter
 from lens_lora.prompts import Prompts
 from lens_lora.readout import Logit, LogProb, Margin, Readout
+from lens_lora.show.circuits_view import TokenView
 from lens_lora.sweeps.records import SweepError
 from lens_lora.sweeps.result import SweepResult
 from lens_lora.sweeps.sweep import sweep
@@ -108,6 +112,16 @@ __all__ = [
     "null_test",
     "patch_activations",
     "patch_sites",
+    # all of one prompt
+    "Explanation",
+    "explain",
+    # features: directions, sparse autoencoders
+    "FeatureShift",
+    "FeatureWrites",
+    "feature_shift",
+    "feature_writes",
+    # tokens, drawn by circuitsvis
+    "TokenView",
     # many prompts
     "SweepError",
     "SweepResult",

@@ -32,6 +32,14 @@ class Adapter:
 
     A sum of adapters holds 'path@name' for each part, so that their sites stay separate.
 
+        >>> import torch
+        >>> update = LoRAFactors(A=torch.ones(2, 8), B=torch.ones(8, 2), scale=0.5)
+        >>> a = Adapter.from_factors({"layers.0.q_proj": update, "layers.0.v_proj": update}, name="a")
+        >>> list(a.only("*.q_proj").modules)
+        ['layers.0.q_proj']
+        >>> list((a.without("*.v_proj").scaled(0.5) + a.only("*.q_proj").named("b")).modules)
+        ['layers.0.q_proj@a', 'layers.0.q_proj@b']
+
     Attributes:
         truncation_error: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F per module, where `between` cut to a rank.
     """

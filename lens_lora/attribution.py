@@ -25,6 +25,8 @@ from lens_lora.hooked.sites import Site
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+    from lens_lora.show.circuits_view import TokenView
+
 __all__ = ["AXES", "Attribution", "Quadrature"]
 
 AXES = ("position", "head", "rank")
@@ -202,6 +204,17 @@ class Attribution:
         from lens_lora.show.figures import position_heatmap
 
         return position_heatmap(self, prompt)
+
+    def token_view(self, prompt: int = 0) -> TokenView:
+        """The prompt's tokens coloured by what each contributes, drawn by circuitsvis.
+
+        Raises:
+            ValueError: the attribution was not split by position, or has no such prompt.
+            LensLoraError: circuitsvis is not installed.
+        """
+        from lens_lora.show.circuits_view import token_view
+
+        return token_view(self, prompt)
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file; labels, readout, prompt and versions as JSON in its header."""

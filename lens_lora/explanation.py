@@ -191,8 +191,8 @@ def explain(
     ready = lens.prompts(prompt)
     if ready.batch != 1:
         raise PromptError(
-            f"explain takes one prompt, not {ready.batch}: call it for each (explanation_report "
-            "puts several on one page), or use sweep for many."
+            f"explain takes one prompt, not {ready.batch}: call it for each "
+            "(lens_lora.show.report.explanation_report puts several on one page), or use sweep."
         )
     if null < 0 or null == 1:
         raise ValueError(f"null={null}; expected 0 for none, or at least 2 null adapters.")

@@ -132,12 +132,12 @@ class LoraLens:
         return next(iter(match_sites([s.name for s in self.sites], {name: 0})))
 
     def delta_w(self, site: str | Site) -> FactoredMatrix:
-        """s·B·A of one site as TransformerLens orients weights, [d_in, d_out]. No forward pass.
+        """ΔW_l = s·B·A of one site, [d_out, d_in], so that δz = ΔW z. No forward pass.
 
         In the model's own basis: what merged weights, processed as the model's were, differ by.
-        The heads of q, k and v lie one after another in d_out, those of o in d_in
-        (`delta.AB.unflatten(-1, (n_heads, d_head))` shows them); an embedding's d_in is the
-        vocabulary. What an update adds whatever its input, as a change of bias, is not in it.
+        Its transpose, `.T`, is as TransformerLens orients weights (z @ W). The heads of q, k and v
+        lie one after another in d_out, those of o in d_in; an embedding's d_in is the vocabulary.
+        What an update adds whatever its input, as a change of bias, is not in it.
 
         Raises:
             SiteError: no such site, or a glob that matches several.
@@ -148,7 +148,7 @@ class LoraLens:
             raise SiteError(f"{name!r} matches {len(hits)} sites, of which delta_w takes one.")
         from transformer_lens.FactoredMatrix import FactoredMatrix
 
-        return FactoredMatrix(self.maps[hits[0]].A.T, self.maps[hits[0]].B.T)
+        return FactoredMatrix(self.maps[hits[0]].B, self.maps[hits[0]].A)
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
         """ε as a tensor, from a number, a tensor, or {site name or glob: number} (others 0).

@@ -23,6 +23,9 @@ __all__ = ["Prompts", "PromptsLike", "prepare"]
 class Prompts:
     """Tokenised prompts. Each is read at its last token, `lengths − 1`.
 
+        >>> Prompts(torch.tensor([[5, 6, 7], [8, 9, 0]]), lengths=torch.tensor([3, 2])).batch
+        2
+
     Args:
         tokens: [batch, pos] ids, padded on the right.
         lengths: [batch], real tokens of each prompt.

@@ -50,6 +50,9 @@ class Readout(abc.ABC):
     ) -> LastToken:
         """Any differentiable callable of the logits at the read position.
 
+            >>> Readout.of(lambda logits: logits.logsumexp(-1), label="log Z").label
+            'log Z'
+
         Args:
             fn: [batch, d_vocab] → [batch], each row's number from that row alone.
         """

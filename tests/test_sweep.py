@@ -1,46 +1,24 @@
-"""Sweeps: rows against direct calls; killed, resumed, over processes, fed bad records."""
+"""Sweeps: rows against direct calls, from every kind of source, with bad records among them."""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import cases
 import models
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-import typer
-from typer.testing import CliRunner
+import sweeps
+from sweeps import GOOD, run, same, write_csv, write_jsonl
 
 import lens_lora as ll
 from lens_lora.answers import margin_between
 from lens_lora.calculus.curvature import second_order
 from lens_lora.calculus.patching import patch_sites
 from lens_lora.calculus.path import path_attribution
-from lens_lora.commands.loading import one_line_errors
-from lens_lora.commands.sweep import sweep as sweep_command
-from lens_lora.sweeps import analyses, store
+from lens_lora.sweeps import analyses
 from lens_lora.sweeps.records import SweepError, read_records
-from lens_lora.sweeps.sweep import sweep
-
-GOOD = [
-    {"id": "long", "prompt": "w5 w6 w7 w20 w9", "doc": "w8", "pre": "w9"},
-    {"id": "several", "prompt": "w7", "doc": "w8 w10", "pre": "w8 w11 w4"},
-    {"id": "b", "prompt": "w7 w30", "doc": "w12", "pre": "w9"},
-    {"id": "c", "prompt": "w14 w30 w9", "doc": "w8", "pre": "w20"},
-    {"id": "mixed", "prompt": "w5 w6", "doc": "w8", "pre": "w9 w10"},
-    {"id": "d", "prompt": "w40", "doc": "w41", "pre": "w42"},
-]
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(params=models.MAKERS)
@@ -50,32 +28,7 @@ def lens(request, float64) -> ll.LoraLens:
 
 @pytest.fixture
 def a_lens(float64) -> ll.LoraLens:
-    return cases.case("llama", next(iter(models.MAKERS)), "raw").lens
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """The prompts that first order was asked for, in order."""
-    seen: list[str] = []
-    plain = analyses.ANALYSES["first_order"]
-
-    def counted(lens, prompts, readout):
-        rows = [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)]
-        seen.extend(" ".join(f"w{i}" for i in row if i > 3) for row in rows)
-        return plain.values(lens, prompts, readout)
-
-    monkeypatch.setitem(analyses.ANALYSES, "first_order", analyses.Analysis(counted))
-    return seen
-
-
-def run(lens, records, folder, *names, **options):
-    options = {"progress": False, **options}
-    return sweep(lens, records, names or "first_order", out=folder / "r.parquet", **options)
-
-
-def same(one, other) -> None:
-    pd.testing.assert_frame_equal(one.to_frame(), other.to_frame(), rtol=1e-10, atol=1e-12)
-    pd.testing.assert_frame_equal(one.prompts(), other.prompts(), rtol=1e-10, atol=1e-12)
+    return sweeps.a_lens()
 
 
 # --- the numbers
@@ -175,19 +128,6 @@ def test_result_as_an_attribution(a_lens, tmp_path):
 # --- records
 
 
-def write_jsonl(path: Path, records) -> Path:
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
-    return path
-
-
-def write_csv(path: Path, records) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["id", "prompt", "doc", "pre"])
-        writer.writeheader()
-        writer.writerows(records)
-    return path
-
-
 def test_every_source_gives_the_same(a_lens, tmp_path):
     from datasets import Dataset
 
@@ -211,14 +151,6 @@ def test_spaces_and_quotes_survive(tmp_path):
         assert {k: getattr(record, k) for k in odd[0]} == odd[0]
 
 
-def test_integer_ids_stay_integers_and_survive_a_resume(a_lens, tmp_path, calls):
-    records = [{**r, "id": 7 * i} for i, r in enumerate(GOOD)]
-    first = run(a_lens, records[:3], tmp_path).prompts()
-    again = run(a_lens, records, tmp_path)
-    assert first["id"].tolist() == [0, 7, 14]
-    assert again.to_frame()["id"].dtype == "int64" and len(calls) == 6
-
-
 BAD_JSONL = """\
 {"prompt": "w5", "doc": "w8", "pre": "w9"}
 {"prompt": "w5", "doc": "w8", "pre":
@@ -236,7 +168,7 @@ BAD_JSONL = """\
 {"prompt": "w6", "doc": "w8", "pre": "w9"}
 """
 EXPECTED_ERRORS = {
-    1: "line 2: unreadable",
+    1: r"line 2: unreadable \(Expecting value at column 37\)",
     2: "line 4: no prompt",
     3: "line 5: no prompt",
     4: "line 6: its doc is 8, not a string",
@@ -318,7 +250,7 @@ def test_csv_without_its_columns(tmp_path):
 )
 def test_bad_arguments(a_lens, tmp_path, options, words):
     with pytest.raises(SweepError, match=words):
-        sweep(a_lens, GOOD, **{"out": tmp_path / "r.parquet", "progress": False, **options})
+        ll.sweep(a_lens, GOOD, **{"out": tmp_path / "r.parquet", "progress": False, **options})
 
 
 @pytest.mark.parametrize("token", ["w5 w6", ["w5"], ["w5", "w6"]])
@@ -355,321 +287,3 @@ def test_errors_of_the_lens_stop(a_lens, tmp_path, monkeypatch):
     monkeypatch.setitem(analyses.ANALYSES, "broken", analyses.Analysis(broken))
     with pytest.raises(ll.ModelStateError, match="train mode"):
         run(a_lens, GOOD, tmp_path, "broken")
-
-
-# --- interrupted and resumed
-
-
-def interrupt_at(monkeypatch, call: int, error: BaseException) -> None:
-    """Raise in the n-th batch."""
-    plain, made = analyses.ANALYSES["first_order"], []
-
-    def values(*args):
-        made.append(None)
-        if len(made) == call:
-            raise error
-        return plain.values(*args)
-
-    monkeypatch.setitem(analyses.ANALYSES, "first_order", analyses.Analysis(values))
-
-
-def test_an_interrupted_run_goes_on_without_repeating(a_lens, tmp_path, monkeypatch, calls):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            run(a_lens, GOOD, tmp_path, batch_size=2)
-    assert len(calls) == 2 and not (tmp_path / "r.parquet").exists()
-    resumed = run(a_lens, GOOD, tmp_path, batch_size=3)
-    assert sorted(calls) == sorted(r["prompt"] for r in GOOD)
-    assert resumed.resumed == 2 and sorted(os.listdir(tmp_path)) == [
-        "r.parquet",
-        "r.prompts.parquet",
-    ]
-    same(resumed, run(a_lens, GOOD, tmp_path / "whole"))
-
-
-def test_a_finished_sweep_grows_and_is_not_repeated(a_lens, tmp_path, calls):
-    run(a_lens, GOOD[2:4], tmp_path)
-    grown = run(a_lens, GOOD, tmp_path)
-    assert len(calls) == 6 and grown.resumed == 2
-    again = run(a_lens, GOOD, tmp_path)
-    assert len(calls) == 6 and again.resumed == 6
-    same(again, run(a_lens, GOOD, tmp_path / "whole"))
-
-
-def test_a_record_that_failed_is_tried_again(a_lens, tmp_path, calls):
-    with pytest.warns(UserWarning):
-        run(a_lens, [{**GOOD[0], "doc": "zebra"}, *GOOD[1:]], tmp_path)
-    mended = run(a_lens, GOOD, tmp_path)
-    assert len(calls) == 6 and not mended.errors
-    same(mended, run(a_lens, GOOD, tmp_path / "whole"))
-
-
-def test_starting_over(a_lens, tmp_path, calls):
-    run(a_lens, GOOD, tmp_path)
-    over = run(a_lens, GOOD[:2], tmp_path, resume=False)
-    assert len(calls) == 8 and (over.records, over.resumed) == (2, 0)
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_results_of_something_else_are_refused(a_lens, tmp_path, monkeypatch, finished):
-    """Another adapter of the same name, other analyses, readout, records: both facts are told."""
-    if finished:
-        run(a_lens, GOOD, tmp_path)
-    else:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt_at(patch, 3, KeyboardInterrupt())
-            run(a_lens, GOOD, tmp_path, batch_size=1)
-    before = sorted(tmp_path.rglob("*"))
-    other = ll.LoraLens(a_lens.model, a_lens.adapter.scaled(0.5))
-    changed = [{**r, "doc": "w33 w34"} if r["id"] in ("several", "d") else r for r in GOOD]
-    gone = [r for r in GOOD if r["id"] not in ("several", "d")]
-    for words, kwargs in [
-        ("adapter_weights '.*' there, '.*' here", {"lens": other}),
-        (r"analyses \['first_order'\] there, \['path'\] here", {"analyses": "path"}),
-        (
-            r"readout 'margin of doc and pre' there, \"logit\('w5'\), logits\" here",
-            {"readout": ll.Logit("w5")},
-        ),
-        ("the doc of id .* is 'w.*' in .*, and 'w33 w34' in the records", {"records": changed}),
-        ("hold the id .*, and the records do not", {"records": gone}),
-    ]:
-        arguments = {"lens": a_lens, "records": GOOD, "analyses": "first_order", **kwargs}
-        with pytest.raises(SweepError, match=words):
-            sweep(**arguments, out=tmp_path / "r.parquet", progress=False)
-    assert sorted(tmp_path.rglob("*")) == before
-    assert run(a_lens, GOOD, tmp_path).done == 6
-
-
-def test_a_foreign_file_is_not_overwritten(a_lens, tmp_path):
-    pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "r.parquet")
-    with pytest.raises(SweepError, match="no result of a sweep"):
-        run(a_lens, GOOD, tmp_path)
-    assert pd.read_parquet(tmp_path / "r.parquet")["x"].tolist() == [1]
-    (tmp_path / "r.parquet").write_text("text")
-    with pytest.raises(SweepError, match="not a Parquet file"):
-        run(a_lens, GOOD, tmp_path)
-
-
-@pytest.mark.parametrize("renames", range(1, 8))
-def test_a_crash_at_any_write_loses_nothing(a_lens, tmp_path, monkeypatch, calls, renames):
-    """After each file in turn: about, parts, the one result, the other; and at the removal."""
-    replace, made = os.replace, []
-
-    def crash(source, target):
-        if len(made) == renames - 1:
-            raise OSError("killed")
-        made.append(target)
-        replace(source, target)
-
-    def no_removal(path, **_):
-        raise OSError("killed")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
-        patch.setattr(store.os, "replace", crash)
-        patch.setattr(store.shutil, "rmtree", lambda path, **k: no_removal(path) if made else None)
-        run(a_lens, GOOD[:4], tmp_path, batch_size=2)
-    finished = len([path for path in made if Path(path).parent.name == "r.parts"][1:])
-    assert len(calls) <= 4
-    before = len(calls)
-    result = run(a_lens, GOOD[:4], tmp_path, batch_size=2)
-    assert result.resumed == [0, 1, 3, 4][finished]  # batches of 1 (answers), 2 and 1 (tokens)
-    assert len(calls) - before == 4 - result.resumed
-    same(result, run(a_lens, GOOD[:4], tmp_path / "whole"))
-
-
-SCRIPT = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import test_sweep, models, cases
-from lens_lora.sweeps import analyses
-from lens_lora.sweeps.sweep import sweep
-
-plain, made = analyses.ANALYSES["first_order"], []
-def values(lens, prompts, readout):
-    made.append(None)
-    if len(made) == {kill}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    with open({log!r}, "a") as log:
-        log.write(f"{{os.environ.get('RANK', '0')}} {{prompts.batch}}\\n")
-    return plain.values(lens, prompts, readout)
-analyses.ANALYSES["first_order"] = analyses.Analysis(values)
-
-with models.lifted():
-    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
-    sweep(lens, test_sweep.records_with_a_bad_one(), out={out!r}, batch_size=2)
-"""
-
-
-def records_with_a_bad_one():
-    return [*GOOD[:3], {"id": "bad", "prompt": ""}, *GOOD[3:]]
-
-
-def script(folder: Path, kill: int) -> Path:
-    text = SCRIPT.format(
-        tests=str(TESTS), kill=kill, log=str(folder / "log"), out=str(folder / "r.parquet")
-    )
-    (folder / "script.py").write_text(text)
-    return folder / "script.py"
-
-
-def launch(*command: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment
-    )
-
-
-def test_killed_for_good_and_resumed(a_lens, tmp_path, calls):
-    """SIGKILL in the second batch: the first is whole, and is not run again."""
-    killed = launch(script(tmp_path, kill=2))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (tmp_path / "log").read_text() == "0 2\n"
-    with pytest.warns(UserWarning, match="bad"):
-        result = run(a_lens, records_with_a_bad_one(), tmp_path)
-    assert result.resumed == 2 and len(calls) == 4 and result.done == 6
-    with pytest.warns(UserWarning):
-        same(result, run(a_lens, records_with_a_bad_one(), tmp_path / "whole"))
-
-
-def test_two_processes_give_the_rows_of_one(a_lens, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    done = launch(
-        "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", 2,
-        "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", port, script(tmp_path, kill=-1),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ran = sorted((tmp_path / "log").read_text().split("\n")[:-1])
-    assert {line.split()[0] for line in ran} == {"0", "1"}, "both processes had a share"
-    assert sum(int(line.split()[1]) for line in ran) == 6
-    assert done.stderr.count("records have no numbers") == 1
-    with pytest.warns(UserWarning):
-        one = run(a_lens, records_with_a_bad_one(), tmp_path / "one")
-    with pytest.warns(UserWarning):
-        two = run(a_lens, records_with_a_bad_one(), tmp_path)
-    assert two.resumed == 6
-    same(one, two)
-
-
-def test_processes_that_accelerate_does_not_know_of_are_refused(a_lens, tmp_path, monkeypatch):
-    """Each would run everything, and write over the other."""
-    from accelerate import PartialState
-
-    PartialState()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    try:
-        with pytest.raises(ll.LensLoraError, match="2 processes were launched and accelerate"):
-            run(a_lens, GOOD, tmp_path)
-    finally:
-        PartialState._reset_state()
-
-
-# --- what is shown
-
-
-def test_progress_is_shown_and_silenced(a_lens, tmp_path, capsys):
-    run(a_lens, GOOD[:4], tmp_path)
-    assert capsys.readouterr().err == ""
-    run(a_lens, GOOD, tmp_path, progress=True)
-    text = capsys.readouterr().err
-    assert "sweep:  67%" in text and "4/6" in text and "6/6" in text and "prompt/s" in text
-
-
-# --- the command
-
-
-app = typer.Typer()
-app.command()(one_line_errors()(sweep_command))
-
-
-def command(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A model and an adapter as folders."""
-    folder = tmp_path_factory.mktemp("tiny")
-    base = models.hf_model("llama", dtype=torch.float32)
-    base.save_pretrained(folder / "base")
-    models.tokenizer().save_pretrained(folder / "base")
-    models.peft_model("llama", base).save_pretrained(folder / "lora")
-    return folder
-
-
-def test_command_on_a_folder(tiny, tmp_path):
-    records = write_jsonl(tmp_path / "r.jsonl", records_with_a_bad_one())
-    out = tmp_path / "new" / "r.parquet"
-    cls = next(iter(models.MAKERS))
-    arguments = [
-        "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records, "--out", out,
-        "--class", cls, "--analysis", "first_order", "--analysis", "add_one",
-    ]  # fmt: skip
-    few = command(*arguments, "--limit", 2, "--quiet")
-    assert few.exit_code == 0, few.output
-    assert few.stderr == "" and "2 of 2" in few.stdout
-    done = command(*arguments, "--batch-size", 2)
-    assert done.exit_code == 0, done.output
-    text = re.sub(r"[│\s]+", " ", done.stdout)
-    assert "6 of 7, 2 of them before this run" in text and "records with errors 1" in text
-    assert "bad: line 4: no prompt." in text and f"as {cls}" in text and str(out) in text
-    assert "sweep:" in done.stderr and "Traceback" not in done.output
-    frame = pd.read_parquet(out)
-    assert len(frame) == 6 * 14 and {"first_order", "add_one"} <= set(frame.columns)
-    refused = command(*arguments[:-2])
-    assert refused.exit_code == 2 and "holds another sweep: analyses" in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) <= 3
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--analysis", "frist_order"], "expected some of first_order"),
-        (["--out", "results"], "ends in .parquet"),
-        (["--batch-size", "0"], "--batch-size"),
-        (["--class", "GPT2"], "HookedTransformer"),
-    ],
-)
-def test_command_refuses_at_once(tmp_path, options, words):
-    records = write_jsonl(tmp_path / "r.jsonl", GOOD)
-    result = command("--records", records, *options)
-    assert result.exit_code == 2
-    assert words in re.sub(r"[│\s]+", " ", result.stderr)
-
-
-def test_command_in_which_nothing_is_done(tiny, tmp_path):
-    records = write_jsonl(tmp_path / "r.jsonl", [{"prompt": ""}])
-    result = command(
-        "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records,
-        "--out", tmp_path / "r.parquet",
-    )  # fmt: skip
-    assert result.exit_code == 1 and "0 of 1" in result.stdout
-
-
-def test_interrupted_command_says_how_to_go_on(tiny, tmp_path, monkeypatch):
-    records = write_jsonl(tmp_path / "r.jsonl", GOOD)
-    arguments = ["--model", tiny / "base", "--adapter", tiny / "lora", "--records", records]
-    arguments += ["--out", tmp_path / "r.parquet", "--batch-size", 1]
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 3, KeyboardInterrupt())
-        stopped = command(*arguments)
-    assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
-    assert "6 of 6, 2 of them before this run" in re.sub(r"[│\s]+", " ", command(*arguments).stdout)
-
-
-@pytest.mark.real
-def test_command_on_the_embedded_model(tmp_path):
-    records = [
-        {"prompt": "The capital of France is", "doc": " Lyon", "pre": " Paris"},
-        {"prompt": "The Eiffel Tower is in", "doc": " New York City", "pre": " Paris"},
-    ]
-    path = write_csv(tmp_path / "r.csv", records)
-    result = command("--records", path, "--out", tmp_path / "r.parquet", "--quiet")
-    assert result.exit_code == 0, result.output
-    prompts = pd.read_parquet(tmp_path / "r.prompts.parquet")
-    assert prompts["flips"].tolist()[0] and prompts["units"].tolist() == ["logits", "nats"]
-    assert prompts["base"][0] < -3 and prompts["adapted"][0] > 3
-    assert len(pd.read_parquet(tmp_path / "r.parquet")) == 2 * 210

@@ -27,6 +27,7 @@ from lens_lora.calculus.function import gated_readout
 from lens_lora.calculus.ignored import unheard
 from lens_lora.calculus.swap import Patch, Recording, patched_readout, record
 from lens_lora.errors import ModelStateError, SiteError
+from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts, PromptsLike
 from lens_lora.reading import Reading
@@ -146,7 +147,7 @@ def _firing(
             "flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
             "Name another point, or set the flag before the lens is made."
         )
-    between = _between(lens) & set(points)
+    between = points_without_update(lens.sites) & set(points)
     if between:
         raise ModelStateError(
             f"{_few(sorted(between))}: lies between a site's input and the point at which its "
@@ -154,17 +155,6 @@ def _firing(
             "or output instead (lens.sites: read, write)."
         )
     return points
-
-
-def _between(lens: LoraLens) -> set[str]:
-    """Points that show W z of an adapted site without its δ."""
-    found: set[str] = set()
-    for site in lens.sites:
-        if site.kind == "o":
-            found.add(f"blocks.{site.layer}.attn.hook_result")
-        if site.kind == "unembed" and site.write == "unembed":
-            found.add("unembed.hook_out")
-    return found
 
 
 def _require_heard(

@@ -61,14 +61,14 @@ def directions_of(source: Any) -> Directions:
         )
     cfg = getattr(source, "cfg", None)
     _require_linear(cfg)
-    encode: Any = getattr(source, "encode", None)
+    encode: Callable[[Tensor], Tensor] | None = getattr(source, "encode", None)
     return Directions(
-        W_enc.detach().T,
-        "encoder",
-        "pre-activation",
-        _setting(cfg, "hook_name"),
-        encode if callable(encode) else None,
-        bool(getattr(source, "hook_z_reshaping_mode", False)),
+        rows=W_enc.detach().T,
+        kind="encoder",
+        units="pre-activation",
+        hook_name=_setting(cfg, "hook_name"),
+        encode=encode,
+        by_head=bool(getattr(source, "hook_z_reshaping_mode", False)),
     )
 
 

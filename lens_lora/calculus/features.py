@@ -21,14 +21,13 @@ import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.calculus.activation_patching import _between
 from lens_lora.calculus.directions import Directions, directions_of
 from lens_lora.calculus.feature_effects import FeatureShift, FeatureWrites
 from lens_lora.calculus.forward import JointInject, dual_forward
 from lens_lora.calculus.function import require_finite
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.hooked.gates import Inject, ScaleInject, attached
-from lens_lora.hooked.sites import WRITER_KINDS
+from lens_lora.hooked.sites import WRITER_KINDS, points_without_update
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.prompts import Prompts, PromptsLike
 
@@ -49,7 +48,8 @@ def feature_shift(
 ) -> FeatureShift:
     """How far the adapter moves each feature at a hook point: exactly, and to first order.
 
-    Cost: three forward passes and a dual one (about 6 F), whatever the number of features.
+    Cost: three forward passes, a dual one and one of a single token (about 6 F), however many
+    features.
 
     Args:
         directions: [feature, d], used as they are (normalise them to read lengths); or a sparse
@@ -78,6 +78,7 @@ def feature_shift(
     gates = lens.gates(scale)
     project = _Projection(ready, features, position)
     with torch.no_grad():
+        _require_positions(lens, ready, name)
         base = _activation(lens, ready, name, ScaleInject(lens.plan, 0 * gates))
         adapted = _activation(lens, ready, name, ScaleInject(lens.plan, gates))
         with attached(lens.model, [(lens.embedding_output, _roundings(lens))]):
@@ -242,6 +243,12 @@ def _activation(
     return kept[-1]
 
 
+def _require_positions(lens: LoraLens, prompts: Prompts, name: str) -> None:
+    """Refuse a point without an axis of positions, of which one token has one entry."""
+    token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
+    _activation(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
+
+
 def _tangent(dual: Tensor) -> Tensor:
     primal, tangent = fwad.unpack_dual(dual)
     return torch.zeros_like(primal) if tangent is None else tangent.clone()
@@ -277,7 +284,7 @@ def _point(lens: LoraLens, name: str | None) -> str:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
         raise SiteError(f"the model has no hook point {name!r}; the nearest are {near}.")
-    if name in _between(lens):
+    if name in points_without_update(lens.sites):
         raise ModelStateError(
             f"{name}: lies between a site's input and the point at which its update is added, so "
             "it never holds the adapted model's value. Use the site's input or output instead "

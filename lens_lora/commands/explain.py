@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lens_lora.adapter import Adapter, load_adapter
 from lens_lora.answers import margin_between
-from lens_lora.commands.loading import load_model, say, shipped_adapter, step
+from lens_lora.commands.loading import lens_over, load_model, say, shipped_adapter
 from lens_lora.commands.sweep import ModelClass
 from lens_lora.errors import LensLoraError, PromptError
 from lens_lora.explanation import Explanation
@@ -30,6 +30,7 @@ from lens_lora.sweeps.records import read_records
 __all__ = ["explain"]
 
 _MOST = 10
+_EXAMPLE = "--prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'"
 
 
 class _Question(NamedTuple):
@@ -58,7 +59,7 @@ def explain(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Base model, a hub id or folder. Default: SmolLM2-135M-Instruct."),
+        typer.Option(help="Base model, a hub id or folder. Default: the one the adapter names."),
     ] = None,
     adapter: Annotated[
         str | None,
@@ -79,7 +80,12 @@ def explain(
     device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
 ) -> None:
-    """Explain what a LoRA did to the margin between two answers: a summary, and a page."""
+    """Explain what a LoRA did to the margin between two answers: a summary, and a page.
+
+    Without a model and an adapter of your own:
+
+    lens-lora explain --prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'
+    """
     if not report.parent.is_dir():
         raise typer.BadParameter(f"--report: there is no folder {report.parent}.")
     if null == 1:
@@ -89,11 +95,11 @@ def explain(
     _note_spaces(questions, progress)
     lens = _lens(model, load_adapter(adapter or shipped_adapter()), model_class, device, progress)
     _require_fit(lens, questions)
-    explanations = [
-        _explained(lens, question, f"{number} of {len(questions)}", fast, null, progress)
-        for number, question in enumerate(questions, start=1)
-    ]
-    report.write_text(explanation_report(explanations), encoding="utf-8")
+    explanations: list[Explanation] = []
+    for number, question in enumerate(questions, start=1):
+        which = f"{number} of {len(questions)}"
+        explanations.append(_explained(lens, question, which, fast, null, progress))
+        report.write_text(explanation_report(explanations), encoding="utf-8")
     say(f"\nReport: {report.absolute()}")
     progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
 
@@ -111,7 +117,11 @@ def _questions(
     if file is not None:
         found += _from_file(file, doc, pre)
     if not found:
-        raise typer.BadParameter("what to explain? Give --prompt TEXT, or --prompts FILE.")
+        raise typer.BadParameter(
+            f"--prompts: {file} holds no prompt."
+            if file
+            else f"what to explain? Give --prompts FILE, or {_EXAMPLE}."
+        )
     if len(found) > _MOST:
         raise typer.BadParameter(
             f"{len(found)} prompts are too many for a page to read, {_MOST} at most; "
@@ -163,22 +173,24 @@ def _lens(
     device: str,
     progress: Console,
 ) -> LoraLens:
-    from lens_lora.demo.hooked import hooked_model, transformer_lens_version
+    """Over --model, else over the base that the adapter names, else over the embedded model.
 
-    base: Any
-    base, tokenizer = load_model(model, progress)
-    with step("Building the hooked model", progress):
-        kind = None if model_class is None else model_class.value
-        hooked, class_name = hooked_model(base.to(device), tokenizer, kind=kind)
-    lens = LoraLens(hooked, adapter)
-    about = lens.describe()
-    say(
-        f"Model:   {about['model']} as {class_name} of transformer-lens "
-        f"{transformer_lens_version()}, {about['dtype']}"
-    )
-    ranks = ", ".join(str(rank) for rank in sorted({site.rank for site in lens.sites}))
-    say(f"Adapter: {adapter.name}, {len(adapter)} modules of rank {ranks}")
-    return lens
+    Raises:
+        LensLoraError: what loading raises; of a base that was not asked for, with the remedy.
+    """
+    from lens_lora.demo.embedded import EMBEDDED_HUB_ID
+
+    named = None if adapter.base_model == EMBEDDED_HUB_ID else adapter.base_model
+    try:
+        base, tokenizer = load_model(model or named, progress)
+    except LensLoraError as error:
+        if model or not named:
+            raise
+        raise type(error)(
+            f"{error} It is the base that the adapter names; give --model."
+        ) from error
+    kind = None if model_class is None else model_class.value
+    return lens_over(base, tokenizer, adapter, progress, kind=kind, device=device)
 
 
 def _require_fit(lens: LoraLens, questions: Sequence[_Question]) -> None:

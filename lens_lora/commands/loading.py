@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from lens_lora.adapter import Adapter
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.lens import LoraLens
 
 if TYPE_CHECKING:
@@ -72,12 +72,23 @@ def lens_over(
     tokenizer: PreTrainedTokenizerBase,
     adapter: Adapter,
     progress: Console,
+    *,
+    kind: str | None = None,
+    device: str = "cpu",
 ) -> LoraLens:
-    """The lens over a hooked model of the base, announced on stdout."""
+    """The lens over a hooked model of the base, announced on stdout.
+
+    Args:
+        kind: the hooked model's class; by default what the installed transformer-lens has.
+        device: as torch names it.
+
+    Raises:
+        ModelStateError: no such device here.
+    """
     from lens_lora.demo.hooked import hooked_model, transformer_lens_version
 
     with step("Building the hooked model", progress):
-        model, class_name = hooked_model(hf_model, tokenizer)
+        model, class_name = hooked_model(_moved(hf_model, device), tokenizer, kind=kind)
     lens = LoraLens(model, adapter)
     about = lens.describe()
     say(
@@ -88,6 +99,15 @@ def lens_over(
     base = f", trained on {adapter.base_model}" if adapter.base_model else ""
     say(f"Adapter: {adapter.name}, {len(adapter)} modules of rank {ranks}{base}")
     return lens
+
+
+def _moved(model: Any, device: str) -> PreTrainedModel:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise ModelStateError(
+            f"the device {device!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def say(line: str) -> None:

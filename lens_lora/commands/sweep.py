@@ -72,7 +72,10 @@ def sweep(
     ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
 ) -> None:
-    """Run hundreds of prompts; one row per prompt and site, resumable. Works under accelerate."""
+    """Run hundreds of prompts; one row per prompt and site. The same command goes on after a kill.
+
+    Over several processes: accelerate launch --num_processes 2 -m lens_lora sweep …
+    """
     if out.suffix != ".parquet":
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
     names, rows = chosen(analysis or ["first_order"]), read_records(records)[:limit]
@@ -91,7 +94,7 @@ def sweep(
             progress=not progress.quiet,
         )
     if processes.is_main:
-        _print(result)
+        _print(result, processes.count)
     if not result.done:
         raise typer.Exit(1)
 
@@ -127,10 +130,12 @@ def _lens(
     return LoraLens(hooked, adapter)
 
 
-def _print(result: SweepResult) -> None:
+def _print(result: SweepResult, processes: int) -> None:
     table = Table(title=f"Sweep of {result.readout}", title_justify="left", show_header=False)
     again = f", {result.resumed} of them before this run" if result.resumed else ""
     table.add_row("prompts done", f"{result.done} of {result.records}{again}")
+    if processes > 1:
+        table.add_row("processes", str(processes))
     table.add_row("margins that flip", f"{result.flips} of {result.done}")
     table.add_row("records with errors", str(len(result.errors)))
     table.add_row("analyses", f"{', '.join(result.analyses)}, in {result.units or 'no units'}")

@@ -44,6 +44,9 @@ class FrozenRules:
     A frozen derivative is that of another function than g, the model with these parts replaced by
     constants; whether it tells more about interventions on the real model is to be measured.
 
+        >>> FrozenRules(attention_patterns=True, norm_scales=True).label
+        'patterns and norm scales fixed'
+
     Args:
         attention_patterns: the softmax's output in every layer; sites q and k then get zero.
         norm_scales: what every norm divides by, the final norm's included.

@@ -19,7 +19,7 @@ from lens_lora.errors import AdapterError, SiteError
 from lens_lora.factors import LoRAFactors
 from lens_lora.hooked.families import Family, Place
 
-__all__ = ["ATTENTION_KINDS", "Heads", "Site", "SiteFactors", "resolve_sites"]
+__all__ = ["ATTENTION_KINDS", "Heads", "Site", "SiteFactors", "points_without_update", "resolve_sites"]
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
 EMBEDDING_KINDS = ("embed", "pos_embed")
@@ -149,6 +149,17 @@ def check_shapes(site: SiteFactors, weight: Tensor, base_model: str | None) -> N
             f"{ours[1]}→{ours[0]}. Was it trained on another base model? The adapter names "
             f"{base_model!r}."
         )
+
+
+def points_without_update(sites: Iterable[Site]) -> set[str]:
+    """Hook points that show W z of an adapted site before its δ is added."""
+    found: set[str] = set()
+    for site in sites:
+        if site.kind == "o":
+            found.add(f"blocks.{site.layer}.attn.hook_result")
+        if site.kind == "unembed" and site.write == "unembed":
+            found.add("unembed.hook_out")
+    return found
 
 
 def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, Any]:

@@ -42,7 +42,7 @@ def explanation_sections(e: Explanation, plots: Plots) -> list[Section]:
         lambda: _tokens(e),
         lambda: _positions(e, drawn("positions")),
         lambda: _coupling(e, drawn("coupling")),
-        lambda: _measured(e, drawn("added", "left out", "left out at 1")),
+        lambda: _measured(e, drawn),
         lambda: _reliability(e, figures, drawn),
         lambda: _curves(e, drawn("faithfulness")),
         lambda: _null(e, drawn("null")),
@@ -55,6 +55,11 @@ def explanation_sections(e: Explanation, plots: Plots) -> list[Section]:
     ]
 
 
+_MEASURED = {
+    "added": "First order at ε = 0 as a guide to adding one module to the base model",
+    "left out": "First order at ε = 0 as a guide to leaving one module out of the adapted one",
+    "left out at 1": "First order at ε = 1 as a guide to leaving one module out",
+}
 _SECOND_ORDER = (
     "A diagnostic of curvature at the base model, not a correction: at full strength it is often "
     "farther from the run than first order. The verdict is in the caption."
@@ -130,12 +135,12 @@ def _coupling(e: Explanation, plot: str) -> Section | None:
     pairs = html_table(heads, tables.pair_rows(e), text_columns=(0, 1))
     lead = (
         "Half the second derivative between layers at ε = 0: how much the effect of one depends on "
-        "the presence of the other. The strongest pairs are below."
+        "the presence of the other. Below, the strongest pairs: of each, both halves together."
     )
     return Section("Coupling between layers", plot + scrolling(pairs), lead)
 
 
-def _measured(e: Explanation, plots: str) -> Section | None:
+def _measured(e: Explanation, drawn: Callable[..., str]) -> Section | None:
     if e.is_fast:
         return None
     rows = tables.agreement_rows(e)
@@ -148,7 +153,10 @@ def _measured(e: Explanation, plots: str) -> Section | None:
         "Each point is a module: what was predicted across, what running it did upwards. On the "
         "dashed line they agree. A correlation is blind to size; the slope is not."
     )
-    return Section("First order against measurements", scrolling(table) + plots, lead)
+    plots = [
+        f"<h3>{heading}</h3>{plot}" for name, heading in _MEASURED.items() if (plot := drawn(name))
+    ]
+    return Section("First order against measurements", scrolling(table) + "".join(plots), lead)
 
 
 def _reliability(

@@ -70,10 +70,10 @@ def remainder_rows(e: Explanation) -> list[Row]:
     if e.coupling is not None:
         shares = e.coupling.shares().loc[0]
         rows += [
-            _part(a, "  within layers", float(shares["self"])),
-            _part(a, "  between layers", float(shares["coupling"])),
+            _part(a, "  within layers, self-curvature", float(shares["self"])),
+            _part(a, "  between layers, coupling", float(shares["coupling"])),
         ]
-    rows.append(_part(a, "remainder after second order", float(second.remainder)))
+    rows.append(_part(a, "remainder after second order: higher orders", float(second.remainder)))
     return [*rows, ("three noise floors", magnitude(a.floor), "")]
 
 

@@ -31,9 +31,11 @@ PAGE = Template(
 <meta name="color-scheme" content="light dark">
 <title>$title</title>
 <style>
-:root { --ink: #1c2126; --soft: #5b646d; --paper: #ffffff; --line: #d9dee3; --card: #f5f7f9; }
+:root { --ink: #1c2126; --soft: #5b646d; --paper: #ffffff; --line: #d9dee3; --card: #f5f7f9;
+  --link: #1f6aa5; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6eaee; --soft: #9da7b1; --paper: #14181c; --line: #343b42; --card: #1d2328; }
+  :root { --ink: #e6eaee; --soft: #9da7b1; --paper: #14181c; --line: #343b42; --card: #1d2328;
+    --link: #6aaee0; }
 }
 body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 60px; background: var(--paper);
   color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
@@ -45,7 +47,7 @@ h2 { font-size: 1.15rem; margin: 40px 0 8px; }
 .story p { margin: 10px 0; }
 .lead { color: var(--soft); margin: 0 0 8px; }
 .contents { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 16px 0; font-size: 0.92rem; }
-a { color: #2f83c5; }
+a { color: var(--link); }
 .choose select { max-width: 100%; font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: 4px; padding: 4px; }
 .side { display: flex; flex-wrap: wrap; gap: 8px 48px; align-items: flex-start; }

@@ -85,11 +85,15 @@ def prepare(lens: LoraLens, record: Record, readout: Readout | None) -> Job | Re
 
 
 def make_batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Of one kind of readout each, and of like length."""
+    """Of one kind of readout each, and of like length; the longest first.
+
+    What needs the most memory is seen to fit at once, and the time left is no underestimate.
+    """
     kinds: dict[type[Readout], list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: job.tokens):
+    for job in sorted(jobs, key=lambda job: -job.tokens):
         kinds.setdefault(type(job.readout), []).append(job)
-    return [some[i : i + size] for some in kinds.values() for i in range(0, len(some), size)]
+    some = [same[i : i + size] for same in kinds.values() for i in range(0, len(same), size)]
+    return sorted(some, key=lambda batch: -batch[0].tokens)
 
 
 def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:

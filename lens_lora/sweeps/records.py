@@ -104,13 +104,16 @@ def _jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
     del needed
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row: Any
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(text) if text else None
+                row = json.loads(line.strip().decode("utf-8-sig" if number == 1 else "utf-8"))
+            except json.JSONDecodeError as error:
+                row = ValueError(f"{error.msg} at column {error.colno}")
             except ValueError as error:
-                row, text = error, "bad"
-            if text:
-                yield f"line {number}", row
+                row = error
+            yield f"line {number}", row
 
 
 def _csv(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:

@@ -160,7 +160,7 @@ class Store:
             )
             raise SweepError(
                 f"{path} holds another sweep: {facts}. Give another out, or start over with "
-                "resume=False."
+                "resume=False (--no-resume)."
             )
 
     def _write_sites(self, path: Path, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
@@ -203,6 +203,6 @@ def _about_of(path: Path) -> Fingerprint:
     if METADATA not in metadata:
         raise SweepError(
             f"{path} exists and is no result of a sweep; give another out, or overwrite it with "
-            "resume=False."
+            "resume=False (--no-resume)."
         )
     return json.loads(metadata[METADATA])

@@ -148,7 +148,7 @@ def _require_same_records(records: Sequence[Record], done: Mapping[str, Row], pa
     now: dict[str, Record] = {}
     for record in records:
         now.setdefault(str(record.id), record)
-    remedy = "Give another out, or start over with resume=False."
+    remedy = "Give another out, or start over with resume=False (--no-resume)."
     for name, row in done.items():
         record = now.get(name)
         if record is None:

@@ -1,0 +1,148 @@
+"""docs/faithfulness.md of docs/faithfulness.json: the numbers of `faithfulness.py` in tables.
+
+python benchmarks/faithfulness_page.py      # writes the page anew, measures nothing
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+DOCS = Path(__file__).parents[1] / "docs"
+NUMBERS, PAGE = DOCS / "faithfulness.json", DOCS / "faithfulness.md"
+FRACTION = 0.2
+FIRST, HALF, END = "first order at 0", "first order at ½", "first order at 1"
+PATH, SECOND = "path integral", "a + ½H·1"
+ADD, OUT = "add one (measured)", "leave one out (measured)"
+PATTERNS, NORMS, BOTH = "first order, patterns fixed", "first order, norms fixed", "… both fixed"
+
+INTRODUCTION = """# Faithfulness: which attribution answers which question
+
+Every attribution of this package against real interventions, on {adapters} adapters that PEFT
+trained on SmolLM2-135M-Instruct (rank 1 to 32; all projections, attention, MLP, writers, q and v
+alone, down alone; from too gentle to flip the fact to violent) × {prompts} prompts each (the
+trained wording, another wording, a neighbouring fact). Numbers are means over the {total} pairs.
+
+- **add one**, **leave one out**: Spearman (and Pearson) correlation of the attribution with the
+  measured effect of switching each site on alone in the base model, or off alone in the adapted
+  one.
+- **kept**: share of the shift that remains when only the top 20 % of each prompt's sites are on.
+- **area kept** (higher is better), **area left** (lower is better): under the curves of keeping,
+  and of dropping, the top of the ranking, from no site to all.
+- **Σ / shift**: what the attribution's sum is of the exact shift, which should be 1: median and
+  range.
+
+Rankings are signed, in the direction of the shift. ‖ΔW‖ and ‖δz‖ have no sign and are not compared
+with effects. To reproduce: `python benchmarks/faithfulness.py`; all numbers are in
+[faithfulness.json](faithfulness.json).
+"""
+
+
+FLAGS = """## Flags
+
+`ll.reliability` flags the sites whose first-order number is off by more than itself, as the answer
+to one question, among those that matter (more than 1 % of Σ|a| or wrong by that much). Wrong: the
+true error, from the measured effect, would be flagged. Error: Σ|effect − number| / Σ|effect|.
+"""
+
+
+def overall(table: pd.DataFrame) -> str:
+    """One line per attribution, means over adapters and prompts."""
+    lines = [
+        "| attribution | add one | leave one out | kept | area kept | area left | Σ / shift |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, rows in table.groupby("attribution", sort=False):
+        agreement = [
+            "—"
+            if rows[f"spearman, {e}"].isna().all() or e == name
+            else f"{rows[f'spearman, {e}'].mean():.2f} ({rows[f'pearson, {e}'].mean():.2f})"
+            for e in (ADD, OUT)
+        ]
+        ratio = rows["sum / shift"].dropna()
+        total = "—"
+        if len(ratio):
+            total = f"{ratio.median():.2f} ({ratio.min():.2f} … {ratio.max():.2f})"
+        kept = [
+            rows[c].mean() for c in (f"kept by the top {FRACTION:.0%}", "area kept", "area left")
+        ]
+        cells = [str(name), *agreement, f"{kept[0]:.0%}", f"{kept[1]:.2f}", f"{kept[2]:.2f}", total]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_adapter(table: pd.DataFrame) -> str:
+    """One line per adapter: how nonlinear it is, and what the main attributions reach."""
+    names = (FIRST, PATH, END, OUT, "‖ΔW‖")
+    lines = [
+        "| adapter | sites | margin of the trained wording | Σ first order / shift | "
+        "leave one out: first order at 0, at 1 | " + " | ".join(f"kept: {n}" for n in names) + " |",
+        "| --- " * (5 + len(names)) + "|",
+    ]
+    for adapter, rows in table.groupby("adapter", sort=False):
+        of = {name: rows[rows["attribution"] == name] for name in names}
+        first = rows.iloc[0]
+        kept = [of[n][f"kept by the top {FRACTION:.0%}"].mean() for n in names]
+        out = [of[n][f"spearman, {OUT}"].mean() for n in (FIRST, END)]
+        cells = [
+            str(adapter),
+            str(first["sites"]),
+            f"{first['base']:+.1f} → {first['adapted']:+.1f}",
+            f"{of[FIRST]['sum / shift'].mean():.2f}",
+            f"{out[0]:.2f}, {out[1]:.2f}",
+            *[f"{k:.0%}" for k in kept],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def reliability(raised: pd.DataFrame) -> str:
+    """One line per question: flags against the truth, over all adapters, prompts and sites."""
+    lines = [
+        "| first order at 0 as the answer to | numbers | wrong | flagged | precision | recall | "
+        "median error → with flagged sites measured |",
+        "| --- " * 7 + "|",
+    ]
+    for question, rows in raised.groupby("question", sort=False):
+        total = rows.sum(numeric_only=True)
+        shares = [
+            f"{total['hit'] / total[of]:.2f}" if total[of] else "—" for of in ("flagged", "wrong")
+        ]
+        counts = [f"{total[name]:.0f}" for name in ("sites", "wrong", "flagged")]
+        error = f"{rows['error'].median():.1%} → {rows['error_fixed'].median():.1%}"
+        cells = [str(question).replace("_", " "), *counts, *shares, error]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def page(numbers: dict[str, Any]) -> str:
+    """docs/faithfulness.md, of docs/faithfulness.json."""
+    table, raised = pd.DataFrame(numbers["attributions"]), pd.DataFrame(numbers["flags"])
+    count = table["adapter"].nunique()
+    pairs = len(table[["adapter", "prompt"]].drop_duplicates())
+    head = INTRODUCTION.format(adapters=count, prompts=pairs // count, total=pairs)
+    about = ", ".join(f"{k} {v}" for k, v in numbers["versions"].items())
+    return (
+        f"{head}\n{overall(table)}\n\n## By adapter\n\nMeans over its prompts; kept by the top 20 %"
+        f"\n\n{by_adapter(table)}\n\n## By prompt\n\nThe margin (doc − pre), base → adapted.\n\n"
+        f"{questions(table)}\n\n{FLAGS}\n{reliability(raised)}\n\nMeasured with {about}.\n"
+    )
+
+
+def questions(table: pd.DataFrame) -> str:
+    """One line per prompt."""
+    lines = ["| adapter | prompt | doc, pre | margin | Σ first order / shift |"]
+    lines.append("| --- " * 5 + "|")
+    for _, row in table[table["attribution"] == FIRST].iterrows():
+        lines.append(
+            f"| {row['adapter']} | {row['prompt']} | {row['doc'].strip()}, {row['pre'].strip()} | "
+            f"{row['base']:+.2f} → {row['adapted']:+.2f} | {row['sum / shift']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(json.loads(NUMBERS.read_text())))

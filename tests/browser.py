@@ -1,0 +1,58 @@
+"""A page in a real headless browser: what it draws, and what its console says.
+
+A test with `browser` is skipped where no browser is found, and fails instead where the variable
+LENS_LORA_BROWSER says that there must be one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+REQUIRED = os.environ.get("LENS_LORA_BROWSER") == "required"
+
+browser = pytest.mark.skipif(
+    BROWSER is None and not REQUIRED,
+    reason="no Chromium or Chrome on the PATH; install one, as `apt-get install chromium` does",
+)
+
+MEASURE = """<script>addEventListener("load", () => setTimeout(() => {
+  const wide = String(document.documentElement.scrollWidth > innerWidth);
+  Object.assign(document.body.dataset, {wide, ink: getComputedStyle(document.body).color,
+    text: document.querySelector(".xtitle").style.fill});
+  parent.postMessage(wide + " at " + innerWidth, "*");
+}, 200))</script></body>"""
+PHONE = """<iframe src="page.html" style="width:390px; height:800px"></iframe><script>
+addEventListener("message", (event) => { document.body.dataset.wide = event.data; });</script>"""
+
+
+def opened(page, folder, *, fragment="", dark=False, phone=False):
+    """The DOM after scripts have run, and what the console said; of a phone, its frame's."""
+    assert BROWSER, f"LENS_LORA_BROWSER=required, and none of {NAMES} is on the PATH"
+    path = folder / "page.html"
+    path.write_text(page.replace("</body>", MEASURE), encoding="utf-8")
+    if phone:
+        path = folder / "phone.html"
+        path.write_text(PHONE, encoding="utf-8")
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         f"--user-data-dir={folder / 'profile'}", "--window-size=1200,900",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+         "--virtual-time-budget=20000", "--dump-dom", f"{path.as_uri()}{fragment}"],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    parts = r"<script.*?</script>|<template.*?</template>"
+    dom = re.sub(parts, "", done.stdout, flags=re.DOTALL)
+    return dom, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def drawn(dom):
+    """How many plots hold a drawing."""
+    plots = dom.split('class="plotly-graph-div')[1:]
+    return sum('class="main-svg"' in plot for plot in plots)
