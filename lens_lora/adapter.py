@@ -34,7 +34,8 @@ class Adapter:
 
         >>> import torch
         >>> update = LoRAFactors(A=torch.ones(2, 8), B=torch.ones(8, 2), scale=0.5)
-        >>> a = Adapter.from_factors({"layers.0.q_proj": update, "layers.0.v_proj": update}, name="a")
+        >>> modules = {"layers.0.q_proj": update, "layers.0.v_proj": update}
+        >>> a = Adapter.from_factors(modules, name="a")
         >>> list(a.only("*.q_proj").modules)
         ['layers.0.q_proj']
         >>> list((a.without("*.v_proj").scaled(0.5) + a.only("*.q_proj").named("b")).modules)

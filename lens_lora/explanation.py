@@ -26,11 +26,11 @@ from lens_lora.calculus.coupling import Coupling, coupling
 from lens_lora.calculus.curvature import SecondOrder
 from lens_lora.calculus.faithfulness import Faithfulness, faithfulness
 from lens_lora.calculus.first_order import first_order
-from lens_lora.calculus.forward import Part, part_tangents
 from lens_lora.calculus.function import require_finite
 from lens_lora.calculus.logit_shift import LogitShift, logit_shift
 from lens_lora.calculus.margin import FactMargin, fact_margin
 from lens_lora.calculus.null import NullTest, null_test
+from lens_lora.calculus.part_tangents import Part, part_tangents
 from lens_lora.calculus.patching import patch_sites
 from lens_lora.calculus.path import path_attribution
 from lens_lora.calculus.reliability import Reliability, reliability

@@ -148,7 +148,7 @@ class LoraLens:
             raise SiteError(f"{name!r} matches {len(hits)} sites, of which delta_w takes one.")
         from transformer_lens.FactoredMatrix import FactoredMatrix
 
-        return FactoredMatrix(self.maps[hits[0]].B, self.maps[hits[0]].A)
+        return FactoredMatrix(*self.maps[hits[0]].of_weight())
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
         """ε as a tensor, from a number, a tensor, or {site name or glob: number} (others 0).

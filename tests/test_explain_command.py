@@ -114,7 +114,7 @@ def test_command_explains_two_prompts_on_either_class(tiny_command, monkeypatch,
 def test_quiet_command_says_nothing_on_stderr(tiny_command, monkeypatch):
     result, _ = tiny_command(monkeypatch, "--prompt", "w13 w14", *ANSWERS, "--fast", "--quiet")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "1 of 1" not in result.stdout
+    assert "1 of 1:" not in result.stdout
 
 
 def test_wrong_answer_is_one_line_before_anything_long_runs(tiny_command, monkeypatch):

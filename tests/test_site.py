@@ -244,7 +244,9 @@ def test_pages_fetch_nothing(path: Path):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("path", [DOCS / "index.md", DOCS / "recipes.md", DOCS / "sweep.md"], **ids)
+@pytest.mark.parametrize(
+    "path", [DOCS / "index.md", DOCS / "recipes.md", DOCS / "explain.md", DOCS / "sweep.md"], **ids
+)
 def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Top to bottom as one program, but for those that say why they are not run."""
     monkeypatch.chdir(tmp_path)

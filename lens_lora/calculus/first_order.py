@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lens_lora.attribution import Attribution, Quadrature
 from lens_lora.calculus.contract import by_axes
-from lens_lora.calculus.forward import Part, part_tangents
 from lens_lora.calculus.function import gated_readout
+from lens_lora.calculus.part_tangents import Part, part_tangents
 from lens_lora.calculus.slopes import part_slots, require_finite_sites, site_slopes
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
 from lens_lora.lens import LoraLens

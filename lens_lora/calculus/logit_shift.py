@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.calculus.forward import Part, joint_tangent, part_tangents
+from lens_lora.calculus.forward import joint_tangent
 from lens_lora.calculus.function import require_finite
+from lens_lora.calculus.part_tangents import Part, part_tangents
 from lens_lora.errors import SiteError
 from lens_lora.hooked.sites import Site, match_sites
 from lens_lora.lens import LoraLens

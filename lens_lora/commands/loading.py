@@ -18,6 +18,8 @@ from lens_lora.lens import LoraLens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lens_lora.demo.hooked import Kind
+
 __all__ = ["lens_over", "load_model", "one_line_errors", "say", "shipped_adapter", "step"]
 
 EMBEDDED = "embedded"
@@ -73,7 +75,7 @@ def lens_over(
     adapter: Adapter,
     progress: Console,
     *,
-    kind: str | None = None,
+    kind: Kind | None = None,
     device: str = "cpu",
 ) -> LoraLens:
     """The lens over a hooked model of the base, announced on stdout.

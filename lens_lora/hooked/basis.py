@@ -35,7 +35,8 @@ class SiteMap:
     """δ(z) = B(Az + a₀), with s in B; A, B and a₀ in the model's basis.
 
     `a0_by_head` is a₀ split over the heads of an input that has them (o), `B_by_head` B split over
-    heads that write to one output (the constant part of v, seen at o).
+    heads that write to one output (the constant part of v, seen at o). `A_behind_gamma` is A
+    without γ, where the model itself applies γ after the hook point that shows z.
     """
 
     A: Float[Tensor, "rank in"]
@@ -43,6 +44,12 @@ class SiteMap:
     a0: Float[Tensor, "rank"] | None
     a0_by_head: Float[Tensor, "head rank"] | None = None
     B_by_head: Float[Tensor, "head out rank"] | None = None
+    A_behind_gamma: Float[Tensor, "rank in"] | None = None
+
+    def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+        """(B, A) of what the model's own weight would gain; a change of bias is not in it."""
+        A = self.A if self.A_behind_gamma is None else self.A_behind_gamma
+        return self.B[:, : len(A)], A
 
     def coordinates(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
         """u = Az + a₀, the update's coordinates in its own rank space.
@@ -173,6 +180,7 @@ def site_map(
     *,
     bias: Float[Tensor, "out"] | None = None,
     gamma: Tensor | None,
+    gamma_is_own: bool,
     beta: Tensor | None,
     centre_read: bool,
     centre_write: bool,
@@ -183,7 +191,8 @@ def site_map(
     device: torch.device,
 ) -> SiteMap:
     """A site's δ in the model's basis; n_heads > 0 where the input is split by head (o), and
-    kv_copies > 1 where the model repeats each head of k and v.
+    kv_copies > 1 where the model repeats each head of k and v; gamma_is_own where the model still
+    applies γ itself.
 
     A change of bias is one more direction of rank space, the last, whose coordinate is always 1;
     split by head it belongs to no head, in a slot of its own after them.
@@ -195,6 +204,7 @@ def site_map(
         a0 = reads @ offset
         if n_heads:
             heads = (reads * offset).view(reads.shape[0], n_heads, -1).sum(-1).T.contiguous()
+    behind = reads.to(dtype) if gamma_is_own and gamma is not None else None
     if gamma is not None:
         reads = reads * gamma.double().to(device)
     if centre_read:
@@ -210,6 +220,7 @@ def site_map(
         writes.to(dtype),
         None if a0 is None else a0.to(dtype),
         None if heads is None else heads.to(dtype),
+        A_behind_gamma=behind,
     )
 
 

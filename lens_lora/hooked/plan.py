@@ -183,6 +183,7 @@ def _map(view: HookedView, base: BaseWeights | None, site: SiteFactors, weight: 
         update.scale * update.strength * scale,
         bias=_bias_change(view, base, site),
         gamma=gamma,
+        gamma_is_own=not folded,
         beta=beta,
         centre_read=folded and layer_norm,
         centre_write=centred,

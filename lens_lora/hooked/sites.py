@@ -19,7 +19,14 @@ from lens_lora.errors import AdapterError, SiteError
 from lens_lora.factors import LoRAFactors
 from lens_lora.hooked.families import Family, Place
 
-__all__ = ["ATTENTION_KINDS", "Heads", "Site", "SiteFactors", "points_without_update", "resolve_sites"]
+__all__ = [
+    "ATTENTION_KINDS",
+    "Heads",
+    "Site",
+    "SiteFactors",
+    "points_without_update",
+    "resolve_sites",
+]
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
 EMBEDDING_KINDS = ("embed", "pos_embed")

@@ -28,7 +28,7 @@ def feature_figure(shift: FeatureShift, k: int = 20, prompt: int | None = None) 
     """
     figure = _by_position(shift, k, prompt) if shift.by_position else _bars(shift, k, prompt)
     heading = f"features at {shift.hook_name}{_whose(len(shift.base), prompt)}"
-    where = "by position" if shift.by_position else f"position {shift.position}"
+    where = "by position" if shift.position is None else _at(shift.position)
     figure.update_layout(title=title(heading, f"pushed by the adapter, {where}"))
     return figure
 
@@ -49,7 +49,7 @@ def writes_figure(writes: FeatureWrites, k: int = 20, prompt: int | None = None)
     names = [html.escape(site.name) for site in writes.sites]
     figure = _heatmap(z, hover, [str(f) for f in chosen], names, writes.units)
     heading = f"δz of each site onto features{_whose(len(writes.values), prompt)}"
-    below = f"what it writes by itself, position {writes.position}"
+    below = f"what it writes by itself, {_at(writes.position)}"
     figure.update_layout(title=title(heading, below))
     figure.update_xaxes(title_text="feature", type="category")
     return figure
@@ -132,6 +132,10 @@ def _heatmap(
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False, type="category")
     return figure
+
+
+def _at(position: int) -> str:
+    return f"position {position}".replace("-", "−")
 
 
 def _whose(batch: int, prompt: int | None) -> str:
