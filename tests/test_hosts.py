@@ -18,6 +18,7 @@ import pytest
 import torch
 from peft import PeftModel
 from test_hooks import merged_model
+from test_targets import hooked, peft_with
 from torch import Tensor
 from transformer_lens import patching
 from transformer_lens.ActivationCache import ActivationCache
@@ -103,6 +104,18 @@ def test_delta_w_is_what_merged_weights_differ_by(family: str, flags: str, cls: 
         assert torch.equal(case.lens.delta_w(site.name).AB, delta.AB)
 
 
+@pytest.mark.parametrize("target", ["lora_bias", "dora", "embedding"])
+def test_delta_w_of_other_targets_is_peft_s(target: str, cls: str):
+    """A change of bias is left out, DoRA's is dense, an embedding's d_in is the vocabulary."""
+    base, model = hooked("gpt2", cls, "raw")
+    peft = peft_with("gpt2", base, target)
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+    merged = copy.deepcopy(peft).merge_and_unload()
+    for site in (s for s in lens.sites if s.kind in ("embed", "fc_in")):
+        ends = [m.get_submodule(site.module).weight.detach() for m in (base, merged)]
+        assert (lens.delta_w(site).AB - (ends[1] - ends[0]).T).abs().max() < EXACT, site.name
+
+
 def test_delta_w_meets_other_factored_matrices(cls: str):
     """Its transpose is as TransformerLens multiplies: what o writes, seen by the unembedding."""
     lens = cases.case("llama", cls, "raw").lens
@@ -166,16 +179,23 @@ def analyses() -> dict[str, tuple[Callable[[Any], Tensor], bool]]:
         result = analysis.attribution_patch(model, clean, corrupted, metric)
         return torch.tensor(list(result.node_scores.values()), dtype=torch.float64)
 
-    return {
+    def logit_lens(model: Any) -> Tensor:
+        with torch.no_grad():
+            return analysis.logit_lens(model, clean, vocab=[5, 9]).values
+
+    tools = {
         "component": (direct("component"), False),
         "layer": (direct("layer"), False),
         "head": (direct("head"), True),
         "attribution_patch": (attribution_patch, True),
     }
+    if hasattr(analysis, "logit_lens"):  # from 4 on
+        tools["logit_lens"] = (logit_lens, False)
+    return tools
 
 
 @pytest.mark.skipif(not models.has_bridge(), reason="transformer-lens 2 has no tools.analysis")
-@pytest.mark.parametrize("tool", ["component", "layer", "head", "attribution_patch"])
+@pytest.mark.parametrize("tool", analyses() if models.has_bridge() else ["none"])
 def test_transformer_lens_s_analysis(tool: str, cls: str):
     """Exact on the adapted model where the tool reads activations; where it reads W_O, not with o.
 
