@@ -20,7 +20,7 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class LoRAFactors:
     """One module's update ΔW = scale · B A, and perhaps Δb.
 
-        >>> LoRAFactors(A=torch.ones(2, 8), B=torch.ones(4, 3))
+        >>> LoRAFactors(A=torch.ones(2, 8), B=torch.ones(4, 3))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         lens_lora.errors.AdapterError: A is (2, 8) and B is (4, 3); expected A [rank, in] and ...

@@ -37,6 +37,7 @@ def faults(notebook, figures: int) -> list[str]:
     text = "\n".join(
         output.get("text", "") + "".join(map(str, output.get("data", {}).values()))
         for output in outputs
+        if output.get("name") != "stderr"  # a warning names the file that it comes from
     )
     shown = sum(FIGURE in output.get("data", {}) for output in outputs)
     found = {

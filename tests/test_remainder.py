@@ -10,6 +10,7 @@ import torch
 from two_scalars import scalar_lens
 
 import lens_lora as ll
+from lens_lora.calculus.remainder import fitted_order
 
 MARGIN = ll.Margin(5, 9)
 
@@ -27,13 +28,11 @@ def test_remainder_is_of_second_order(family: str, cls: str, flags: str):
 @pytest.mark.usefixtures("float64")
 def test_a_wrong_first_order_has_order_one(cls: str):
     """Negative control: with 1 % of first order missing the fitted order falls to 1."""
-    from lens_lora.calculus.remainder import _order
-
     lens = cases.case("llama", cls, "raw").lens
     curve = ll.remainder_curve(lens, models.tokens(), MARGIN, progress=False)
     wrong = curve.remainder + 0.01 * curve.first_order
     for row, floor in zip(wrong, curve.noise_floor, strict=True):
-        assert _order(curve.scales, row, floor) < 1.5
+        assert fitted_order(curve.scales, row, floor) < 1.5
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
