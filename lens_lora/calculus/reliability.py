@@ -18,9 +18,7 @@ which costs less than its Taylor term and holds where that does not:
    and above three noise floors.
 3. Fix. The flagged sites are measured by intervention, the others keep a_l.
 
-Measured on three adapters of SmolLM2-135M, 12 prompts, 2,520 numbers, at threshold ½: to leave one
-out 9.7 % were wrong, and flags had precision 0.95 and recall 0.98 (by (H 1)_l: 0.15 and 0.84, of
-flags on every other site). To add one, none was wrong; at threshold 0.8 four, all flagged.
+Precision and recall of these flags on eight trained adapters: docs/faithfulness.md.
 """
 
 from __future__ import annotations
