@@ -9,7 +9,7 @@ import reference
 import torch
 
 import lens_lora as ll
-from lens_lora.calculus.contract import part_delta
+from lens_lora.calculus.contract import Slots, part_deltas
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROUND_OFF = 1e-10
@@ -162,7 +162,7 @@ def test_component_norms_are_those_of_the_trajectory(cls: str):
         for i, site in enumerate(lens.sites):
             if site.kind in ("o", "down"):
                 z = cache[site.read].flatten(2)
-                delta = part_delta(lens.maps[i], site.kind, lens.heads.of(site.kind), z[0])
+                delta = part_deltas(lens.maps[i], site.kind, lens.heads.of(site.kind), z, Slots())
                 assert torch.allclose(parts.z_norm[row, i], z.norm(), rtol=1e-12)
                 assert torch.allclose(parts.delta_norm[row, i], delta.norm(), rtol=1e-12)
 

@@ -6,8 +6,10 @@ import cases
 import models
 import pytest
 import torch
+from test_second_order import EVERY, lens_of
 
 import lens_lora as ll
+from lens_lora.calculus import forward
 from lens_lora.calculus import part_tangents as module
 from lens_lora.calculus.part_tangents import Part, part_tangents
 
@@ -27,17 +29,42 @@ def mixed_parts(lens: ll.LoraLens) -> list[Part]:
     return [p for i in order for p in (Part(i), Part(i, position=1), Part(i, rank=0))]
 
 
-@CLASSES
-@pytest.mark.parametrize("family", ["llama", "gpt2", "neox", "gemma2"])
-def test_rows_that_branch_equal_rows_from_the_start(family, cls, monkeypatch):
-    lens = cases.case(family, cls, "raw").lens
-    assert lens.plan.view.grows
+class Plain:
+    """In the place of `OneProduct`: torch's own products, whatever the rows."""
+
+    rows = 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), EVERY)
+def test_rows_that_branch_equal_rows_from_the_start(family, cls, flags, monkeypatch):
+    """With one product for all rows of one primal, against torch's own products."""
+    lens = lens_of(family, cls, flags)
+    if lens is None:
+        return
     parts = mixed_parts(lens)
     found = tangents(lens, parts)
     monkeypatch.setattr(module, "_branching", module._in_rows)
+    monkeypatch.setattr(forward, "OneProduct", Plain)
     expected = tangents(lens, parts)
     assert (found - expected).abs().max() < 1e-12 * expected.abs().max().clamp(min=1)
     assert (expected.abs().amax((0, 2)) > 0).any()
+
+
+@CLASSES
+def test_experts_have_rows_of_their_own(cls, monkeypatch):
+    """The control: experts whose tokens are taken for rows of one primal give other tangents."""
+    lens = cases.case("mixtral", cls, "raw").lens
+    assert lens.plan.view.grows and not lens.plan.view.keeps_rows
+    parts = mixed_parts(lens)
+    expected = tangents(lens, parts)
+    monkeypatch.setattr(lens.plan.view, "keeps_rows", True)
+    assert (tangents(lens, parts) - expected).abs().max() > 1e-6
 
 
 @CLASSES
@@ -59,6 +86,6 @@ def test_a_row_that_begins_too_late_is_seen(cls, monkeypatch):
     whole = tangents(lens, parts)
     grown = module._grown
     monkeypatch.setattr(
-        module, "_grown", lambda count: lambda t, hook: grown(count)(t, hook).flip(0)
+        module, "_grown", lambda count, products: lambda t, hook: grown(count)(t, hook).flip(0)
     )
     assert (tangents(lens, parts) - whole).abs().max() > 1e-6

@@ -60,6 +60,7 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
         kv_copies=1,
         n_layers=1,
         grows=True,
+        keeps_rows=True,
         class_name="TwoScalars",
         block_input=lambda layer: "block",
         embedding_output=lambda: "embed",

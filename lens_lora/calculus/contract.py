@@ -11,13 +11,13 @@ import dataclasses
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.attribution import AXES
 from lens_lora.hooked.basis import SiteMap
 
-__all__ = ["by_axes", "parts", "part_delta"]
+__all__ = ["Slots", "by_axes", "part_deltas", "parts"]
 
 
 def by_axes(by: tuple[str, ...] | str) -> tuple[str, ...]:
@@ -55,15 +55,7 @@ def _by_head(
     site: SiteMap, kind: str, heads: int, gradient: Tensor, z: Tensor
 ) -> Float[Tensor, "batch pos head rank"]:
     if kind == "o":
-        u = einsum(
-            z.to(site.A.dtype).unflatten(-1, (heads, -1)),
-            site.A.unflatten(-1, (heads, -1)),
-            "b p h d, r h d -> b p h r",
-        )
-        if site.a0_by_head is not None:
-            spare = len(site.a0_by_head) - heads
-            u = torch.nn.functional.pad(u, (0, 0, 0, spare)) + site.a0_by_head
-        return (gradient @ site.B)[:, :, None] * u
+        return (gradient @ site.B)[:, :, None] * input_by_head(site, heads, z)
     if site.B_by_head is not None:
         back = einsum(gradient, site.B_by_head, "b p d, h d r -> b p h r")
     else:
@@ -76,32 +68,63 @@ def _by_head(
     return back * (u if z.ndim == 4 else u[:, :, None])
 
 
-def part_delta(
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Which slot of each axis a row keeps; −1 keeps all of them, None all of every row."""
+
+    position: Int[Tensor, "row"] | None = None
+    head: Int[Tensor, "row"] | None = None
+    rank: Int[Tensor, "row"] | None = None
+
+
+def part_deltas(
     site: SiteMap,
     kind: str,
     heads: int,
-    z: Float[Tensor, "pos *head in"],
-    *,
-    position: int | None = None,
-    head: int | None = None,
-    rank: int | None = None,
-) -> Float[Tensor, "pos out"]:
-    """δz of one site on one prompt, with everything but the named part set to zero."""
+    z: Float[Tensor, "row pos *head in"],
+    slots: Slots,
+) -> Float[Tensor, "row pos out"]:
+    """δz of one site in each row, with everything but the row's own part set to zero.
+
+    z may have one row, which is then every row's.
+    """
     u = site.coordinates(z)
-    if head is not None and kind == "o":
-        width = z.shape[-1] // heads
-        some = slice(head * width, (head + 1) * width)  # empty for the slot after the heads
-        u = z[:, some].to(site.A.dtype) @ site.A[:, some].T
-        if site.a0_by_head is not None:
-            u = u + site.a0_by_head[head]
-    if rank is not None:
-        u = u * (torch.arange(u.shape[-1], device=u.device) == rank)
-    if head is not None and site.B_by_head is not None:
-        site, head = dataclasses.replace(site, B=site.B_by_head[head]), None
-    delta = site.write(u[None])[0]
-    if position is not None:
-        delta = delta * (torch.arange(len(delta), device=delta.device) == position)[:, None]
-    if head is not None and kind != "o":
-        rows = torch.arange(delta.shape[-1], device=delta.device) // (delta.shape[-1] // heads)
-        delta = delta * (rows == head).to(delta)
+    if slots.head is not None and kind == "o":
+        by_head = input_by_head(site, heads, z)
+        u = einsum(by_head, kept(slots.head, by_head.shape[2], u), "b p h r, b h -> b p r")
+    if slots.rank is not None:
+        mask = kept(slots.rank, u.shape[-1], u)
+        u = u * mask.view(len(mask), *[1] * (u.ndim - 2), -1)
+    if slots.head is not None and site.B_by_head is not None:
+        B = einsum(kept(slots.head, len(site.B_by_head), u), site.B_by_head, "b h, h d r -> b d r")
+        delta = u @ B.transpose(1, 2)
+    else:
+        delta = site.write(u)
+        if slots.head is not None and kind != "o":
+            mask = kept(slots.head, heads, delta)
+            delta = delta * mask.repeat_interleave(delta.shape[-1] // heads, 1)[:, None]
+    if slots.position is not None:
+        delta = delta * kept(slots.position, delta.shape[1], delta)[:, :, None]
     return delta
+
+
+def kept(slot: Int[Tensor, "row"], size: int, like: Tensor) -> Float[Tensor, "row size"]:
+    """1 where the row keeps the slot, else 0."""
+    slot = slot.to(like.device)[:, None]
+    places = torch.arange(size, device=like.device)
+    return ((slot == places) | (slot == -1)).to(like.dtype)
+
+
+def input_by_head(
+    site: SiteMap, heads: int, z: Float[Tensor, "row pos in"]
+) -> Float[Tensor, "row pos head rank"]:
+    """u of a site whose input has heads (o), kept apart by head, and what belongs to none last."""
+    u = einsum(
+        z.to(site.A.dtype).unflatten(-1, (heads, -1)),
+        site.A.unflatten(-1, (heads, -1)),
+        "b p h d, r h d -> b p h r",
+    )
+    if site.a0_by_head is None:
+        return u
+    spare = len(site.a0_by_head) - heads
+    return torch.nn.functional.pad(u, (0, 0, 0, spare)) + site.a0_by_head

@@ -134,11 +134,13 @@ def _forward(
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
     wanted = _all_parts(lens, prompts, axes)
     tangents = part_tangents(lens, prompts, gates, wanted, reading.read, progress=progress)
-    for j, part in enumerate(wanted):
-        where = {"position": part.position, "head": part.head, "rank": part.rank}
-        slot = [-1 if where[axis] is None else where[axis] for axis in axes]
-        values[(slice(None), part.site, *slot)] = tangents[:, j]
+    slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
+    values[(slice(None), [part.site for part in wanted], *slots)] = tangents
     return values
+
+
+def _last_if_none(slot: int | None) -> int:
+    return -1 if slot is None else slot
 
 
 def _all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[Part]:

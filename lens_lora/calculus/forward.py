@@ -16,6 +16,7 @@ import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.calculus.dual_linear import OneProduct
 from lens_lora.calculus.function import read_logits
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.gates import add, weight_of
@@ -41,15 +42,17 @@ class JointInject:
 
 
 @contextlib.contextmanager
-def dual_forward() -> Generator[None]:
+def dual_forward() -> Generator[OneProduct]:
     """Forward-mode derivatives within the block, and a clear word where an operation has none.
+
+    Yields what multiplies by the weights there, to be told of rows that share their primal.
 
     Raises:
         ModelStateError: the model uses an operation without a forward-mode derivative.
     """
     try:
-        with torch.no_grad(), fwad.dual_level(), _plain_bloom_gelu():
-            yield
+        with torch.no_grad(), fwad.dual_level(), _plain_bloom_gelu(), OneProduct() as products:
+            yield products
     except NotImplementedError as error:
         raise ModelStateError(
             f"this model has an operation without a forward-mode derivative ({error}). Fused "

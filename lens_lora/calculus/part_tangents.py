@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -23,11 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.calculus.contract import part_delta
+from lens_lora.calculus.contract import Slots, part_deltas
+from lens_lora.calculus.dual_linear import OneProduct
 from lens_lora.calculus.forward import dual_forward, tangent_of
 from lens_lora.calculus.function import chunk_rows, read_logits
 from lens_lora.hooked.gates import HookFn, ScaleInject, attached
-from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
 
@@ -75,8 +76,8 @@ def part_tangents(
         for some, run, step in ways:
             for start in range(0, len(some), step):
                 chunk = some[start : start + step]
-                with dual_forward():
-                    rows = run(lens, prompts, at, [parts[j] for j in chunk])
+                with dual_forward() as products:
+                    rows = run(lens, prompts, at, [parts[j] for j in chunk], products)
                     for column, j in enumerate(chunk):
                         found[j] = keep(tangent_of(through(rows[:, column])))
                 bar.update(len(chunk))
@@ -91,9 +92,14 @@ def _rows(lens: LoraLens, prompts: Prompts) -> int:
 
 
 def _in_rows(
-    lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], parts: Sequence[Part]
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "site"],
+    parts: Sequence[Part],
+    products: OneProduct,
 ) -> _Logits:
     """Every part of every prompt in a row of one batch, from the embeddings on."""
+    del products
     rows = [(b * len(parts) + j, p) for b in range(prompts.batch) for j, p in enumerate(parts)]
     many = prompts.repeat(len(parts))
     with lens.injected(_PartsInject(lens, at, rows, many.lengths)):
@@ -101,35 +107,46 @@ def _in_rows(
 
 
 def _branching(
-    lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], parts: Sequence[Part]
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "site"],
+    parts: Sequence[Part],
+    products: OneProduct,
 ) -> _Logits:
     """One prompt at a time, without its padding; each part's row begins at its block."""
     found = []
     rows = list(enumerate(parts, start=1))
     for one in map(prompts.row, range(prompts.batch)):
         lengths = one.lengths.expand(len(parts) + 1)
-        with _growing(lens, parts), lens.injected(_PartsInject(lens, at, rows, lengths)):
+        inject = _PartsInject(lens, at, rows, lengths)
+        with _growing(lens, parts, products), lens.injected(inject):
             found.append(read_logits(lens, one)[1:])
     return torch.stack(found)
 
 
 @contextlib.contextmanager
-def _growing(lens: LoraLens, parts: Sequence[Part]) -> Generator[None]:
+def _growing(lens: LoraLens, parts: Sequence[Part], products: OneProduct) -> Generator[None]:
     """Rows for each block's parts, which must come in the order of blocks, behind those so far."""
     view = lens.plan.view
     last = view.n_layers - 1
     blocks = [min(lens.sites[part.site].layer, last) for part in parts]
-    hooks = [
-        (view.block_input(layer), _grown(blocks.count(layer))) for layer in sorted(set(blocks))
-    ]
-    with attached(lens.model, hooks):
-        yield
+    grown = functools.partial(_grown, products=products) if view.keeps_rows else _grown
+    hooks = [(view.block_input(layer), grown(blocks.count(layer))) for layer in sorted(set(blocks))]
+    try:
+        with attached(lens.model, hooks):
+            yield
+    finally:
+        products.rows = 1
 
 
-def _grown(count: int) -> HookFn:
+def _grown(count: int, products: OneProduct | None = None) -> HookFn:
+    """Rows that start as the first one, all of whose primals are one and the same."""
+
     def grow(tensor: Tensor, hook: Any) -> Tensor:
         del hook
         first = fwad.unpack_dual(tensor[:1]).primal.expand(count, *tensor.shape[1:])
+        if products is not None:
+            products.rows = len(tensor) + count
         return torch.cat([tensor, first])
 
     return grow
@@ -145,38 +162,42 @@ class _PartsInject:
         rows: Sequence[tuple[int, Part]],
         lengths: Int[Tensor, "row"],
     ) -> None:
-        self._scaled, self._at = ScaleInject(lens.plan, at), at.tolist()
-        self._lens, self._lengths = lens, lengths
-        self._rows: dict[int, list[tuple[int, Part]]] = {}
+        self._scaled, self._at, self._lens = ScaleInject(lens.plan, at), at.tolist(), lens
+        by_site: dict[int, list[tuple[int, Part]]] = {}
         for row, part in rows:
-            self._rows.setdefault(part.site, []).append((row, part))
+            by_site.setdefault(part.site, []).append((row, part))
+        self._rows = {site: self._gather(site, own, lengths) for site, own in by_site.items()}
+
+    def _gather(
+        self, site: int, own: Sequence[tuple[int, Part]], lengths: Int[Tensor, "row"]
+    ) -> tuple[Int[Tensor, "part"], Slots]:
+        device = self._lens.maps[site].A.device
+        rows = torch.tensor([row for row, _ in own], device=device)
+        position = _slot([part.position for _, part in own], device)
+        if position is not None and self._lens.sites[site].kind == "unembed":
+            read = lengths.to(device)[rows] - 1
+            position = torch.where(position == read, 0, torch.where(position == -1, -1, -2))
+        head, rank = ([getattr(part, axis) for _, part in own] for axis in ("head", "rank"))
+        return rows, Slots(position, _slot(head, device), _slot(rank, device))
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         moved = self._scaled(index, out, z)
         injection = self._lens.plan.injections[index]
         weight = 1.0 if injection.partner is None else self._at[injection.partner]
-        rows = self._rows.get(injection.site)
-        if rows is None or not weight:
+        if injection.site not in self._rows or not weight:
             return moved
-        primal = fwad.unpack_dual(z).primal
-        delta = out.new_zeros(*z.shape[:2], out.flatten(2).shape[-1])
-        for row, part in rows:
-            delta[row] = weight * self._part(injection, part, primal[row], row).to(out.dtype)
+        rows, slots = self._rows[injection.site]
+        site = self._lens.sites[injection.site]
+        primal = fwad.unpack_dual(z).primal[rows]
+        delta = part_deltas(injection.map, site.kind, self._lens.heads.of(site.kind), primal, slots)
+        tangent = out.new_zeros(*out.shape[:2], delta.shape[-1])
+        tangent[rows] = (weight * delta).to(out.dtype)
         moved = out if moved is None else moved
-        return moved + fwad.make_dual(torch.zeros_like(out), delta.view(out.shape))
+        return moved + fwad.make_dual(torch.zeros_like(out), tangent.view(out.shape))
 
-    def _part(
-        self, injection: Injection, part: Part, z: Tensor, row: int
-    ) -> Float[Tensor, "pos out"]:
-        site, position = self._lens.sites[injection.site], part.position
-        if position is not None and site.kind == "unembed":
-            position -= int(self._lengths[row]) - 1
-        return part_delta(
-            injection.map,
-            site.kind,
-            self._lens.heads.of(site.kind),
-            z,
-            position=position,
-            head=part.head,
-            rank=part.rank,
-        )
+
+def _slot(kept: Sequence[int | None], device: torch.device) -> Int[Tensor, "part"] | None:
+    """The slot that each part keeps, −1 for all; None where every part keeps all."""
+    if all(slot is None for slot in kept):
+        return None
+    return torch.tensor([-1 if slot is None else slot for slot in kept], device=device)

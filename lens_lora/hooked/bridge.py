@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
+from lens_lora.hooked.families import Family
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
 from lens_lora.hooked.view import Ports, find_family
 
@@ -36,13 +37,14 @@ class BridgeView:
     def __init__(self, model: Any) -> None:
         _refuse_unknown_copies(model)
         cfg = model.cfg
-        self.model = model
-        self.family = find_family(type(model.original_model).__name__)
+        self.model: Any = model
+        self.family: Family = find_family(type(model.original_model).__name__)
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
-        self.heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
-        self.kv_copies = 1
-        self.n_layers = cfg.n_layers
-        self.grows = type(model.original_model).__name__ not in _FIXED_BATCH
+        self.heads: Heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
+        self.keeps_rows: bool = not self.family.routed
+        self.kv_copies: int = 1
+        self.n_layers: int = cfg.n_layers
+        self.grows: bool = type(model.original_model).__name__ not in _FIXED_BATCH
 
     def _component(self, layer: int, kind: str) -> tuple[str, Any]:
         if kind in ("embed", "pos_embed", "unembed"):

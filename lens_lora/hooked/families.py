@@ -38,6 +38,7 @@ class Family:
         gamma_offset: what is added to a norm's stored weight to give γ (1 for Gemma).
         value_bias: whether value projections may have a bias of their own.
         post_norm: attention's and MLP's outputs pass a further norm before the residual stream.
+        routed: experts take tokens out of their rows.
     """
 
     architectures: tuple[str, ...]
@@ -53,6 +54,7 @@ class Family:
     gamma_offset: float = 0.0
     value_bias: bool = True
     post_norm: bool = False
+    routed: bool = False
 
     def place(self, module: str) -> Place | None:
         """The place of a module path, or None where this family has no such module."""
@@ -222,6 +224,7 @@ FAMILIES: tuple[Family, ...] = (
         ln_final="model.norm",
         embed="model.embed_tokens",
         norm="RMS",
+        routed=True,
     ),
     Family(
         architectures=("Phi3ForCausalLM",),

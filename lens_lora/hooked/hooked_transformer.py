@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
+from lens_lora.hooked.families import Family
 from lens_lora.hooked.sites import Heads
 from lens_lora.hooked.view import Ports, find_family
 
@@ -29,13 +30,14 @@ class HookedTransformerView:
 
     def __init__(self, model: Any) -> None:
         cfg = model.cfg
-        self.model = model
-        self.family = find_family(getattr(cfg, "original_architecture", None))
-        self.heads = Heads(cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
-        self.kv_copies = 1
+        self.model: Any = model
+        self.family: Family = find_family(getattr(cfg, "original_architecture", None))
+        self.heads: Heads = Heads(cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+        self.keeps_rows: bool = not self.family.routed
+        self.kv_copies: int = 1
         if getattr(cfg, "ungroup_grouped_query_attention", False):
             self.kv_copies = self.heads.n_heads // self.heads.n_kv
-        self.n_layers = cfg.n_layers
+        self.n_layers: int = cfg.n_layers
         self._refuse_refactored()
 
     def _refuse_refactored(self) -> None:

@@ -36,8 +36,11 @@ class Ports:
         firings: int = 1,
         through: Callable[[Tensor], Tensor] = _as_read,
     ) -> None:
-        self.read, self.write, self.firing, self.firings = read, write, firing, firings
-        self.through = through
+        self.read: str | None = read
+        self.write: str = write
+        self.firing: int = firing
+        self.firings: int = firings
+        self.through: Callable[[Tensor], Tensor] = through
 
 
 class HookedView(Protocol):
@@ -46,6 +49,7 @@ class HookedView(Protocol):
     `heads` are those of the weights; `kv_copies` how often a flag of the model repeats each head of
     k and v before its hook point. `grows`: whether the batch of a single prompt may grow at a
     block's input, all that the model passes beside the residual stream being the same for each row.
+    `keeps_rows`: whether a batch stays in its order throughout, no expert taking tokens out of it.
     """
 
     model: Any
@@ -55,6 +59,7 @@ class HookedView(Protocol):
     n_layers: int
     class_name: str
     grows: bool
+    keeps_rows: bool
 
     def ports(self, layer: int, kind: str) -> Ports:
         """Where z is read and δ is added."""

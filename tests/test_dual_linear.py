@@ -1,0 +1,82 @@
+"""Linear maps of duals by one product equal torch's own forward mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwad
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from lens_lora.calculus.dual_linear import OneProduct
+
+MAPS = {
+    "linear": lambda x, w, b: functional.linear(x, w.T.contiguous(), b),
+    "linear, named bias": lambda x, w, b: functional.linear(x, w.T, bias=b),
+    "matmul": lambda x, w, b: x @ w + b,
+    "torch.matmul": lambda x, w, b: torch.matmul(x, w) + b,
+    "addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, -2), w).view(*x.shape[:-1], -1),
+    "scaled addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, -2), w, beta=2, alpha=0.5),
+    "both dual": lambda x, w, b: x @ (w + 0 * x.flatten(0, -2)[: len(w)].sum()),
+}
+
+
+def both(fn, primal, tangent, rows: int = 1):
+    """(value, derivative) with one product, and as torch does it."""
+    found = []
+    for ours in (True, False):
+        with fwad.dual_level():
+            dual = fwad.make_dual(primal, tangent)
+            if ours:
+                with OneProduct() as products:
+                    products.rows = rows
+                    out = fn(dual)
+            else:
+                out = fn(dual)
+            found.append([part.clone() for part in fwad.unpack_dual(out)])
+    return found
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(list(MAPS)),
+    sizes=st.tuples(*[st.integers(1, 6)] * 4),
+    one_primal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_equals_torch(name: str, sizes: tuple[int, ...], one_primal: bool, seed: int):
+    rows, pos, wide, out = sizes
+    weight, bias = draw(wide, out, seed=seed), draw(out, seed=seed + 1)
+    tangent = draw(rows, pos, wide, seed=seed + 2)
+    primal = draw(1 if one_primal else rows, pos, wide, seed=seed + 3)
+    primal = primal.expand(rows, pos, wide).contiguous()
+    found, expected = both(
+        lambda x: MAPS[name](x, weight, bias), primal, tangent, rows if one_primal else 1
+    )
+    for mine, torchs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, torchs, rtol=1e-12, atol=1e-12)
+
+
+def test_what_has_no_tangent_is_left_alone():
+    weight = draw(3, 2, seed=0)
+    with fwad.dual_level(), OneProduct():
+        plain = draw(4, 3, seed=1) @ weight
+        assert fwad.unpack_dual(plain).tangent is None
+        moving = draw(4, 3, seed=1) @ fwad.make_dual(weight, draw(3, 2, seed=2))
+        assert torch.equal(
+            fwad.unpack_dual(moving).tangent, draw(4, 3, seed=1) @ draw(3, 2, seed=2)
+        )
+
+
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_rows_of_different_primals_are_seen(rows: int):
+    """The control: told that rows share a primal which they do not, it is wrong."""
+    weight, primal, tangent = draw(4, 2, seed=0), draw(6, 4, seed=1), draw(6, 4, seed=2)
+    found, expected = both(lambda x: x @ weight, primal, tangent, rows)
+    assert not torch.allclose(found[0], expected[0])
+    assert torch.allclose(found[1], expected[1])
