@@ -13,6 +13,8 @@ import lens_lora as ll
 from lens_lora.calculus import curvature, second_order
 from lens_lora.calculus.coupling import Coupling, coupling
 from lens_lora.calculus.curvature import SecondOrder
+from lens_lora.calculus.gate_graph import GateGraph
+from lens_lora.calculus.slopes import site_slopes
 from lens_lora.groups import group_sites, indicator
 from lens_lora.hooked import gates
 
@@ -36,7 +38,7 @@ def by_differences(lens, prompts, readout, at: float = 0.0, step: float = 1e-5) 
     reading = readout.over(lens.model, lens.prompts(prompts))
     rows = []
     for direction in torch.eye(len(lens.sites), dtype=torch.float64):
-        ends = [second_order.site_slopes(lens, reading, at + s * step * direction) for s in (1, -1)]
+        ends = [site_slopes(lens, reading, at + s * step * direction) for s in (1, -1)]
         rows.append((ends[0] - ends[1]) / (2 * step))
     return torch.stack(rows, 1)
 
@@ -178,16 +180,16 @@ def test_groups_that_do_not_partition_have_no_row_sums(lens: ll.LoraLens, group:
 def test_chunks_do_not_matter(lens: ll.LoraLens, tokens: int, monkeypatch):
     """One direction at a time, or five (the last chunk is smaller): the same numbers."""
     whole = matrix_of(lens)
-    monkeypatch.setattr(second_order, "DUAL_TOKENS_AT_ONCE", tokens)
-    rows, product = [], second_order.hessian_product
+    monkeypatch.setattr(second_order, "TOKENS_AT_ONCE", tokens)
+    chunks, pulled_back = [], GateGraph.pulled_back
 
-    def counted(lens, reading, at, direction):
-        rows.append(len(direction))
-        return product(lens, reading, at, direction)
+    def counted(graph, values, covectors):
+        chunks.append(len(covectors))
+        return pulled_back(graph, values, covectors)
 
-    monkeypatch.setattr(second_order, "hessian_product", counted)
+    monkeypatch.setattr(GateGraph, "pulled_back", counted)
     assert error(matrix_of(lens).matrix, whole.matrix) < 1e-12
-    assert max(rows) == 2 * max(1, tokens // 14) and sum(rows) == 2 * len(lens.sites)
+    assert max(chunks) == max(1, tokens // 14) and sum(chunks) == len(lens.sites)
     if tokens > 1:
         found = second_of(lens, self_curvature=True).self_curvature
         assert error(found, whole.self_curvature) < 1e-12

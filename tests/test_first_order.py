@@ -87,7 +87,7 @@ def test_logit_shift_holds_every_readout(cls: str):
     assert relative(shift.values[..., 5] - shift.values[..., 9], margin.values) < ROUND_OFF
     some = ll.logit_shift(lens, tokens, tokens=["w7", 9], progress=False)
     assert some.tokens == (7, 9) and some.strings == ("w7", "w9")
-    assert torch.equal(some.values, shift.values[..., [7, 9]])
+    assert relative(some.values, shift.values[..., [7, 9]]) < ROUND_OFF
 
 
 def test_log_prob_and_callables_are_differentiated_too():

@@ -74,7 +74,7 @@ def test_any_chunking_gives_the_same(cls, monkeypatch):
     whole = tangents(lens, parts)
     longest = lens.prompts(PROMPTS).tokens.shape[1]
     for rows in (1, 3):
-        monkeypatch.setattr(module, "_TOKENS_AT_ONCE", rows * longest)
+        monkeypatch.setattr(module, "TANGENT_TOKENS", rows * longest)
         assert (tangents(lens, parts) - whole).abs().max() < 1e-12
 
 

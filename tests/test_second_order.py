@@ -1,4 +1,4 @@
-"""Forward-over-reverse is right on every family: against differences, and symmetric."""
+"""The second derivative is right on every family: against differences, and symmetric."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
     reading, at = readout.over(lens.model, prompts), lens.gates(0.3)
     directions = torch.randn(5, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)
     limit = 2 * reading.prompts.tokens.numel()
-    monkeypatch.setattr(second_order, "DUAL_TOKENS_AT_ONCE", limit)
+    monkeypatch.setattr(second_order, "TOKENS_AT_ONCE", limit)
     chunks = list(second_order.hessian_products(lens, reading, at, directions, progress=False))
     assert [chunk.shape[1] for chunk in chunks] == [2, 2, 1]
     for found, direction in zip(torch.cat(chunks, 1).unbind(1), directions, strict=True):

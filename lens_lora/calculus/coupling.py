@@ -25,11 +25,12 @@ from torch import Tensor
 
 from lens_lora.calculus.function import gated_readout
 from lens_lora.calculus.second_order import hessian_products
+from lens_lora.errors import ArgumentError
 from lens_lora.groups import Group, Groups, group_sites, indicator
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import PromptsLike
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -87,7 +88,7 @@ class Coupling:
         """Σ_M H_GM = Σ_{l∈G} (H·1)_l.
 
         Raises:
-            ValueError: the groups overlap or leave sites out.
+            ArgumentError: the groups overlap or leave sites out.
         """
         self._require_partition()
         return self.matrix.sum(2)
@@ -97,7 +98,7 @@ class Coupling:
         """½ 1ᵀH1, the second-order part of the shift.
 
         Raises:
-            ValueError: the groups overlap or leave sites out.
+            ArgumentError: the groups overlap or leave sites out.
         """
         return self.row_sums.sum(1) / 2
 
@@ -177,7 +178,7 @@ class Coupling:
     def _require_partition(self) -> None:
         if not self.is_partition:
             count = sum(map(len, self.groups.values()))
-            raise ValueError(
+            raise ArgumentError(
                 f"these {len(self.groups)} groups hold {count} sites of {len(self.sites)}, some "
                 "twice or not at all, so their rows do not add up to H·1; use group='site', "
                 "'layer' or 'kind', or name every site once. `matrix` is right as it is."
@@ -198,8 +199,8 @@ def coupling(
     At ε = 0 this is what first order leaves, to second order. At the full strength of a trained
     adapter higher orders are as large: read it as where the curvature is, not as a correction.
 
-    Cost: a dual forward and a dual backward (about five of first order's) for each group, batched,
-    and two forward passes. Memory: of one batch, and the matrix [batch, group, group].
+    Cost: a forward and a backward pass, two backward passes for each group, batched, and two
+    forward passes. Memory: of the graph and one batch, and the matrix [batch, group, group].
 
     Args:
         group: 'site', 'layer', 'kind', or {name: site names or globs}; named groups may overlap.
@@ -208,11 +209,10 @@ def coupling(
     Raises:
         TokenError, PromptError: a readout or prompt that does not fit the model.
         SiteError: a glob that matches no site.
-        ModelStateError: the model has an operation without a forward-mode derivative.
         NumericsError: a derivative that is not finite, naming the site.
     """
     groups = group_sites(lens.sites, group)
-    reading = readout.over(lens.model, lens.prompts(prompts))
+    reading = bound(readout, lens.model, lens.prompts(prompts))
     gates = lens.gates(float(at))
     rows = indicator(groups, len(lens.sites)).to(gates)
     products = hessian_products(lens, reading, gates, rows, progress=progress, what="coupling")

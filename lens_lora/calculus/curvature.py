@@ -228,15 +228,14 @@ def second_order(
 ) -> SecondOrder:
     """½(H1)_l of every site at the base model, and what remains of the shift after it.
 
-    Cost: one dual forward and backward (about five of first order's), one forward and backward,
-    and 32 forward passes; with self_curvature a dual forward and backward more per site, batched.
+    Cost: a forward and two backward passes, a forward and a backward, and 32 forward passes; with
+    self_curvature two backward passes more per site, batched.
 
     Args:
         self_curvature: also ½H_ll, the curvature of each site alone.
 
     Raises:
         TokenError, PromptError: a readout or prompt that does not fit the model.
-        ModelStateError: the model has an operation without a forward-mode derivative.
         NumericsError: a derivative that is not finite, naming the site.
     """
     ready = lens.prompts(prompts)

@@ -15,6 +15,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lens_lora.calculus.dual_linear import OneProduct
 from lens_lora.calculus.function import read_logits
@@ -51,7 +52,13 @@ def dual_forward() -> Generator[OneProduct]:
         ModelStateError: the model uses an operation without a forward-mode derivative.
     """
     try:
-        with torch.no_grad(), fwad.dual_level(), _plain_bloom_gelu(), OneProduct() as products:
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            _plain_bloom_gelu(),
+            fwad.dual_level(),
+            OneProduct() as products,
+        ):
             yield products
     except NotImplementedError as error:
         raise ModelStateError(

@@ -1,17 +1,25 @@
-"""The first-order shift of the whole vocabulary, J δz_l (note, Prop. 1), by forward mode."""
+"""The first-order shift of every token's logit, J δz_l (note, Prop. 1), for every site.
+
+Forward mode: a tangent for each site gives the whole vocabulary. Reverse mode: a covector for each
+token gives every site. `calculus/cost.py` says which is cheaper.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
+from lens_lora.calculus.cost import COVECTOR_TOKENS, cheaper_mode, rows_at_once
 from lens_lora.calculus.forward import joint_tangent
 from lens_lora.calculus.function import require_finite
+from lens_lora.calculus.gate_graph import gate_graph
 from lens_lora.calculus.part_tangents import Part, part_tangents
 from lens_lora.errors import SiteError
 from lens_lora.hooked.sites import Site, match_sites
@@ -19,7 +27,9 @@ from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts, PromptsLike
 from lens_lora.readout import token_ids
 
-__all__ = ["LogitShift", "logit_shift", "site_tangents"]
+__all__ = ["LogitShift", "logit_shift", "site_tangents", "token_slopes"]
+
+Mode = Literal["auto", "forward", "reverse"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,25 +102,46 @@ def logit_shift(
     by_site: bool = True,
     tokens: Sequence[str | int] | None = None,
     at: float = 0.0,
+    mode: Mode = "auto",
+    max_memory: float | None = None,
     progress: bool = True,
 ) -> LogitShift:
     """J δz_l of every site, for the whole vocabulary (or some tokens), at the read position.
 
-    Cost: one dual forward pass per site, or one in all with by_site=False. [batch, site, vocab]
-    numbers are kept: 40 MB a prompt for 210 sites and 49,152 tokens in float32.
+    Cost: in forward mode a tangent per site, from its block on, many of them in one pass; in
+    reverse mode one forward pass and a backward pass per token, many as one; with by_site=False
+    one dual forward pass. [batch, site, token] numbers are kept: 40 MB a prompt for 210 sites and
+    49,152 tokens in float32.
+
+    Args:
+        tokens: strings of one token, or ids; without them the whole vocabulary.
+        mode: 'forward' or 'reverse'; 'auto' takes the cheaper one (`calculus/cost.py`).
+        max_memory: bytes that a pass may take beside the model and the result. It sets how many
+            sites or tokens go at once, and does not change what is found.
 
     Raises:
         TokenError: a token string that is not one token.
+        ValueError: another mode, or less memory than one site or token takes.
         NumericsError: non-finite tangents.
     """
+    if mode not in ("auto", "forward", "reverse"):
+        raise ValueError(f"mode {mode!r}: expected 'auto', 'forward' or 'reverse'.")
     ready = lens.prompts(prompts)
     ids = _ids(lens, tokens)
-    columns = torch.tensor(ids, device=lens.device)
-    if by_site:
-        values = site_tangents(lens, ready, lambda row: row[:, columns], at=at, progress=progress)
+    columns, gates = torch.tensor(ids, device=lens.device), lens.gates(at)
+    if not by_site:
+        values = joint_tangent(lens, ready, gates, torch.ones_like(gates))[:, columns]
+    elif (cheaper_mode(lens, len(ids)) if mode == "auto" else mode) == "reverse":
+        values = token_slopes(lens, ready, gates, columns, max_memory, progress=progress)
     else:
-        one = torch.ones(len(lens.sites), dtype=lens.gate_dtype, device=lens.device)
-        values = joint_tangent(lens, ready, lens.gates(at), one)[:, columns]
+        values = site_tangents(
+            lens,
+            ready,
+            lambda row: row[:, columns],
+            at=at,
+            max_memory=max_memory,
+            progress=progress,
+        )
     require_finite(values, "the logit shift")
     return LogitShift(
         values=values,
@@ -127,13 +158,43 @@ def site_tangents(
     keep: Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, "batch *out"]],
     *,
     at: float = 0.0,
+    max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch site *out"]:
     """What `keep` keeps of every site's whole-vocabulary tangent at the read position."""
     parts = [Part(index) for index in range(len(lens.sites))]
     return part_tangents(
-        lens, prompts, lens.gates(at), parts, lambda rows: rows, keep=keep, progress=progress
+        lens,
+        prompts,
+        lens.gates(at),
+        parts,
+        lambda rows: rows,
+        keep=keep,
+        max_memory=max_memory,
+        progress=progress,
     )
+
+
+def token_slopes(
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "site"],
+    columns: Int[Tensor, "token"],
+    max_memory: float | None = None,
+    *,
+    progress: bool = True,
+) -> Float[Tensor, "batch site token"]:
+    """Every site's derivative of some tokens' logits. One forward, and a backward per token."""
+    graph = gate_graph(lens, prompts, at)
+    step = rows_at_once(lens, prompts, COVECTOR_TOKENS, max_memory)
+    found: list[Tensor] = []
+    with tqdm(total=len(columns), desc="tokens", leave=False, disable=not progress) as bar:
+        for some in columns.split(step):
+            covectors = torch.zeros(len(some), *graph.logits.shape, dtype=graph.logits.dtype)
+            covectors[torch.arange(len(some)), :, some.cpu()] = 1
+            found.append(graph.pulled_back(graph.logits, covectors.to(graph.logits)))
+            bar.update(len(some))
+    return torch.cat(found).permute(1, 2, 0)
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None) -> list[int]:

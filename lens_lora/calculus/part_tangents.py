@@ -25,9 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.calculus.contract import Slots, part_deltas
+from lens_lora.calculus.cost import TANGENT_TOKENS, rows_at_once
 from lens_lora.calculus.dual_linear import OneProduct
 from lens_lora.calculus.forward import dual_forward, tangent_of
-from lens_lora.calculus.function import chunk_rows, read_logits
+from lens_lora.calculus.function import read_logits
 from lens_lora.hooked.gates import HookFn, ScaleInject, attached
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
@@ -36,7 +37,6 @@ __all__ = ["Part", "part_tangents"]
 
 Through = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows *out"]]
 _Logits = Float[Tensor, "batch part vocab"]
-_TOKENS_AT_ONCE, _LOGITS_AT_ONCE = 8192, 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ def part_tangents(
     through: Through,
     *,
     keep: Callable[[Tensor], Tensor] = lambda tangent: tangent,
+    max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch part *out"]:
     """The tangent of each part, pushed through `through` (vocabulary columns, or a readout).
@@ -71,9 +72,13 @@ def part_tangents(
         starts_in_block = lens.plan.view.grows and lens.sites[parts[j].site].layer >= 0
         (branching if starts_in_block else whole).append(j)
     found: dict[int, Tensor] = {}
-    ways = ((whole, _in_rows, chunk_rows(prompts)), (branching, _branching, _rows(lens, prompts)))
+    longest = prompts.row(int(prompts.lengths.argmax()))
+    ways = ((whole, _in_rows, prompts), (branching, _branching, longest))
     with tqdm(total=len(parts), desc="tangents", leave=False, disable=not progress) as bar:
-        for some, run, step in ways:
+        for some, run, at_once in ways:
+            if not some:
+                continue
+            step = rows_at_once(lens, at_once, TANGENT_TOKENS, max_memory, read=prompts.batch)
             for start in range(0, len(some), step):
                 chunk = some[start : start + step]
                 with dual_forward() as products:
@@ -82,13 +87,6 @@ def part_tangents(
                         found[j] = keep(tangent_of(through(rows[:, column])))
                 bar.update(len(chunk))
     return torch.stack([found[j] for j in range(len(parts))], 1)
-
-
-def _rows(lens: LoraLens, prompts: Prompts) -> int:
-    """How many parts at once: bounded in tokens of one prompt, and in logits of all prompts."""
-    batch, longest = prompts.tokens.shape
-    logits = batch * int(lens.model.cfg.d_vocab_out)
-    return max(1, min(_TOKENS_AT_ONCE // longest, _LOGITS_AT_ONCE // logits))
 
 
 def _in_rows(

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,11 +34,10 @@ class _TapInject:
     def __init__(
         self, lens: LoraLens, gates: Float[Tensor, "*row site"], visit: Visit, leaves: list[Tensor]
     ) -> None:
-        self._scaled = ScaleInject(lens.plan, gates, untouched_at_zero=not is_dual(gates))
+        self._scaled = ScaleInject(lens.plan, gates)
         self._injections = lens.plan.injections
         self._kinds = [site.kind for site in lens.sites]
         self._gates, self._one = gates, torch.ones_like(gates[..., 0])
-        self._is_dual = is_dual(gates)
         self._visit, self._leaves = visit, leaves
         self.seen: set[int] = set()
 
@@ -51,7 +49,7 @@ class _TapInject:
         if self._kinds[injection.site] == "pos_embed":
             self._leaves.append(moved.new_zeros(moved.shape).requires_grad_())
             moved = moved + self._leaves[-1]
-        kept = z if self._is_dual else z.detach()
+        kept = z.detach()
 
         def on_gradient(gradient: Tensor) -> None:
             self.seen.add(injection.site)
@@ -59,11 +57,6 @@ class _TapInject:
 
         moved.register_hook(on_gradient)
         return moved
-
-
-def is_dual(gates: Tensor) -> bool:
-    """Whether the gates carry a tangent, which a gate of zero must not swallow."""
-    return fwad._current_level >= 0 and fwad.unpack_dual(gates).tangent is not None
 
 
 def site_gradients(
@@ -92,8 +85,7 @@ def site_gradients(
     with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
         with lens.injected(tap):
             values = reading.read(read_logits(lens, reading.prompts))
-        # The backward of some operations has a forward-mode derivative only as part of a graph.
-        torch.autograd.grad(values.sum(), leaves, create_graph=is_dual(gates))
+        torch.autograd.grad(values.sum(), leaves)
     missed = [site.name for i, site in enumerate(lens.sites) if i not in tap.seen]
     if missed:
         raise ModelStateError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,13 +23,8 @@ def site_slopes(
     reading: Reading,
     gates: Float[Tensor, "*row site"],
     axes: tuple[str, ...] = (),
-    keep: Callable[[Tensor], Tensor] = lambda found: found,
 ) -> Float[Tensor, "batch site *by"]:
-    """∂g/∂ε_l at these gates, the same for all rows or each row's own. One forward, one backward.
-
-    Args:
-        keep: what of each contraction is kept (its tangent, where the gates are dual numbers).
-    """
+    """∂g/∂ε_l at these gates, one for all rows or each row's own. One forward, one backward."""
     prompts = reading.prompts
     shape = (prompts.batch, len(lens.sites), *part_slots(lens, prompts, axes))
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
@@ -41,7 +34,7 @@ def site_slopes(
         heads = lens.heads.of(kind)
         found = parts(injection.map, kind, heads, gradient, z, axes)
         weight = weight.view(-1, *[1] * (found.ndim - 1)) if weight.ndim else weight
-        found = keep(weight * found)
+        found = weight * found
         if kind == "unembed" and "position" in axes:
             found = _at_read_position(prompts, found)
         slots: list[int | slice] = [slice(None), injection.site]

@@ -48,16 +48,13 @@ def weight_of(injection: Injection, gates: Tensor) -> Tensor:
 class ScaleInject:
     """out + ε_l ΔW_l z_l, with gates ε of shape [site] or [batch, site].
 
-    A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit
-    (untouched_at_zero=False: gates that are dual numbers).
+    A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit.
     """
 
-    def __init__(
-        self, plan: Plan, gates: Float[Tensor, "*batch site"], *, untouched_at_zero: bool = True
-    ) -> None:
+    def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"]) -> None:
         self._injections, self._gates = plan.injections, gates
         active = (gates.detach() != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
-        self._active = [a or gates.requires_grad or not untouched_at_zero for a in active]
+        self._active = [a or gates.requires_grad for a in active]
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         injection = self._injections[index]
