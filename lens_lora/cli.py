@@ -1,7 +1,7 @@
 """The command line: `lens-lora demo`, `explain`, `inspect` and `sweep`.
 
-Results go to stdout, progress and errors to stderr. An error of this package is one red line and
-exit code 2.
+Results go to stdout, progress and errors to stderr. An error of this package or of the system is
+one red line and exit code 2; Ctrl-C is one line and exit code 130.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lens_lora.commands.sweep import sweep
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="lens-lora", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
 )
 
@@ -42,8 +42,8 @@ def main(
     """What did this LoRA do to this model, on this prompt, where, and how far to trust it?"""
 
 
-for command in (demo, explain, inspect, sweep):
-    app.command(command.__name__)(one_line_errors()(command))
+for _command in (demo, explain, inspect, sweep):
+    app.command(_command.__name__)(one_line_errors()(_command))
 
 if __name__ == "__main__":
     app()

@@ -20,6 +20,7 @@ from lens_lora.factors import LoRAFactors, dense_factors
 from lens_lora.hooked.basis import BaseWeights, SiteMap, infer_processing, site_map
 from lens_lora.hooked.sites import (
     WRITER_KINDS,
+    Heads,
     Site,
     SiteFactors,
     check_shapes,

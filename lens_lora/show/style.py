@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -17,7 +18,13 @@ DIVERGING = (
     (0.75, "#6aaed1"),
     (1.0, "#0b559f"),
 )
-LEGEND_BELOW = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.26, "yanchor": "top"}
+LEGEND_BELOW: dict[str, Any] = {
+    "orientation": "h",
+    "x": 0,
+    "xanchor": "left",
+    "y": -0.26,
+    "yanchor": "top",
+}
 
 Cells = list[list[float | None]]
 Labels = list[list[str]]
