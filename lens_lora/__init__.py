@@ -39,6 +39,7 @@ from lens_lora.calculus.trajectory import tangents
 from lens_lora.effects import Effects
 from lens_lora.errors import (
     AdapterError,
+    ArgumentError,
     LensLoraError,
     ModelStateError,
     NumericsError,
@@ -128,6 +129,7 @@ __all__ = [
     "sweep",
     # errors
     "AdapterError",
+    "ArgumentError",
     "LensLoraError",
     "ModelStateError",
     "NumericsError",

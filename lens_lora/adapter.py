@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from lens_lora.errors import AdapterError, SiteError
+from lens_lora.errors import AdapterError, ArgumentError, SiteError
 from lens_lora.factors import LoRAFactors
 from lens_lora.peft_format import factors_of, read_folder
 from lens_lora.weight_change import change_between
@@ -167,7 +167,7 @@ class Adapter:
 
         Raises:
             SiteError: a glob matches nothing, or a table names a module that is not here.
-            ValueError: a table without a column 'module'.
+            ArgumentError: a table without a column 'module'.
         """
         keep: set[str] = set()
         for item in which:
@@ -229,7 +229,7 @@ class Adapter:
     def _named_in(self, table: DataFrame) -> set[str]:
         """The keys of a table's modules, with the part of a sum that its sites name."""
         if "module" not in table.columns:
-            raise ValueError(
+            raise ArgumentError(
                 f"a table with the columns {list(table.columns)}; expected a column 'module', as "
                 "attribution.top(k) has it (of effects: effects.attribution().top(k))."
             )

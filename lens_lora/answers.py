@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.errors import PromptError, TokenError
-from lens_lora.prompts import Prompts
+from lens_lora.errors import TokenError
+from lens_lora.prompts import Prompts, require_context, which_prompt
 from lens_lora.reading import Reading
 from lens_lora.readout import Margin, Readout, TokenLike, token_ids
 
@@ -120,7 +120,14 @@ def answer_ids(model: Any, answer: AnswerLike, batch: int) -> list[Ids]:
 
 
 def _items(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
-    return [answer] * batch if isinstance(answer, str | int | Tensor) else list(answer)
+    if isinstance(answer, str | int | Tensor):
+        return [answer] * batch
+    if not isinstance(answer, Sequence):
+        raise TokenError(
+            f"the answer is {answer!r}; expected a string with its leading space, a token id, or "
+            "a list with one of them per prompt."
+        )
+    return list(answer)
 
 
 def _ids(model: Any, answer: str | int | Tensor) -> Ids:
@@ -134,7 +141,7 @@ def _ids(model: Any, answer: str | int | Tensor) -> Ids:
     else:
         raise TokenError(f"{answer!r} is neither a string nor token ids.")
     if not ids:
-        raise TokenError(f"the answer {answer!r} has no token.")
+        raise TokenError(f"the answer {answer!r} has no token; give it at least one.")
     outside = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
     if outside:
         raise TokenError(
@@ -158,7 +165,9 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
                 owner.append(prompt)
             picks.append((row_of[prefix], token, weight))
     lengths = torch.tensor([len(r) for r in rows], device=prompts.tokens.device)
-    _require_context(model, int(lengths.max()))
+    longest = int(lengths.argmax())
+    which = which_prompt(owner[longest], prompts.batch)
+    require_context(model, int(lengths[longest]), f"{which} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     owners = torch.tensor(owner)
     return Reading(Prompts(tokens, lengths), _Picked(picks, owners, prompts.batch), owners)
@@ -189,14 +198,6 @@ class _Picked:
         logp = logits[rows, self._tokens.to(to)] - logits.logsumexp(-1)[rows]
         summed = logits.new_zeros(self._batch)
         return summed.index_add(0, self._owner.to(to), logp * self._weights.to(logp))
-
-
-def _require_context(model: Any, longest: int) -> None:
-    context = getattr(model.cfg, "n_ctx", None)
-    if context and longest > context:
-        raise PromptError(
-            f"the prompt and its answer have {longest} tokens, the model's context holds {context}."
-        )
 
 
 def _name(answer: AnswerLike) -> str:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import ArgumentError, LensLoraError
 from lens_lora.hooked.sites import Site
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Attribution:
             "kind": [s.kind for s in self.sites],
         }
         if group not in labels:
-            raise ValueError(f"group {group!r}: expected 'site', 'layer' or 'kind'.")
+            raise ArgumentError(f"group {group!r}: expected 'site', 'layer' or 'kind'.")
         frame = pd.DataFrame(self.per_site.T.double().cpu().numpy(), index=labels[group])
         summed = cast(pd.DataFrame, frame.groupby(level=0, sort=False).sum())
         return summed.rename_axis(index=group, columns="prompt")
@@ -209,7 +209,7 @@ class Attribution:
         """The prompt's tokens coloured by what each contributes, drawn by circuitsvis.
 
         Raises:
-            ValueError: the attribution was not split by position, or has no such prompt.
+            ArgumentError: the attribution was not split by position, or has no such prompt.
             LensLoraError: circuitsvis is not installed.
         """
         from lens_lora.show.circuits_view import token_view

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lens_lora.attribution import Attribution
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import ArgumentError, LensLoraError
 from lens_lora.groups import Groups, indicator
 from lens_lora.hooked.sites import Site
 
@@ -67,11 +67,11 @@ class Effects:
         """g(1) − g(0) − Σ effects: of the shift, what no group does on its own.
 
         Raises:
-            ValueError: the groups overlap or leave sites out, so that their sum means nothing.
+            ArgumentError: the groups overlap or leave sites out, so that their sum means nothing.
         """
         members = sorted(index for of in self.groups.values() for index in of)
         if members != list(range(len(self.sites))):
-            raise ValueError(
+            raise ArgumentError(
                 "the groups do not hold every site exactly once, so their sum is not to be "
                 "compared with the shift; use group='site', 'layer' or 'kind' over all sites."
             )
@@ -86,11 +86,11 @@ class Effects:
         """An attribution of the same sites, summed over each group.
 
         Raises:
-            ValueError: it is of other sites.
+            ArgumentError: it is of other sites.
         """
         names = [site.name for site in self.sites]
         if [site.name for site in attribution.sites] != names:
-            raise ValueError(
+            raise ArgumentError(
                 f"the attribution is of {len(attribution.sites)} sites, the effects of {len(names)}"
                 "; compute both with the same lens."
             )
@@ -101,10 +101,10 @@ class Effects:
         """The effects of single sites, all or some, as an attribution: heatmap, table and file.
 
         Raises:
-            ValueError: the effects are of groups of several sites.
+            ArgumentError: the effects are of groups of several sites.
         """
         if any(len(of) > 1 for of in self.groups.values()):
-            raise ValueError("effects of groups are no attribution to sites; use group='site'.")
+            raise ArgumentError("effects of groups are no attribution to sites; use group='site'.")
         sites = tuple(self.sites[index] for (index,) in self.groups.values())
         return Attribution(
             values=self.values,

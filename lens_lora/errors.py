@@ -5,6 +5,10 @@ class LensLoraError(Exception):
     """Base of all errors of this package."""
 
 
+class ArgumentError(LensLoraError, ValueError):
+    """An argument that is none of those that a function takes."""
+
+
 class AdapterError(LensLoraError, ValueError):
     """The adapter's files or factors are not what they claim to be."""
 

@@ -37,7 +37,7 @@ from lens_lora.calculus.reliability import Reliability, reliability
 from lens_lora.calculus.second_order import hessian_product
 from lens_lora.calculus.slopes import require_finite_sites
 from lens_lora.effects import Effects
-from lens_lora.errors import PromptError
+from lens_lora.errors import ArgumentError, PromptError
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts, PromptsLike
 from lens_lora.readout import Readout
@@ -185,7 +185,7 @@ def explain(
         TokenError: an answer that is no token of the model, a word that lost its leading space,
             or doc equal to pre.
         ModelStateError: the model has an operation without a forward-mode derivative.
-        ValueError: null of 1, or below 0.
+        ArgumentError: null of 1, or below 0.
         NumericsError: a derivative that is not finite, naming the site.
     """
     ready = lens.prompts(prompt)
@@ -195,7 +195,7 @@ def explain(
             "(lens_lora.show.report.explanation_report puts several on one page), or use sweep."
         )
     if null < 0 or null == 1:
-        raise ValueError(f"null={null}; expected 0 for none, or at least 2 null adapters.")
+        raise ArgumentError(f"null={null}; expected 0 for none, or at least 2 null adapters.")
     run = _Run(lens, ready, margin_between(lens.model, doc, pre, 1), progress)
     steps = _QUICK_STEPS + (null > 0) + (0 if fast else _SLOW_STEPS)
     with tqdm(total=steps, desc="explain", leave=False, disable=not progress) as bar:

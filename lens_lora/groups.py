@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.errors import SiteError
+from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hooked.sites import Site, match_sites
 
 __all__ = ["Group", "Groups", "group_sites", "indicator"]
@@ -27,7 +27,7 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
 
     Raises:
         SiteError: a glob that matches no site.
-        ValueError: another word.
+        ArgumentError: another word.
     """
     if isinstance(group, Mapping):
         names = [site.name for site in sites]
@@ -37,7 +37,7 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
         }
     labels = {"site": _site_label, "layer": _layer_label, "kind": _kind_label}
     if group not in labels:
-        raise ValueError(
+        raise ArgumentError(
             f"group {group!r}: expected 'site', 'layer', 'kind', or {{name: globs of sites}}."
         )
     found: dict[str, list[int]] = {}

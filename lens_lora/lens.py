@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lens_lora._version import versions
 from lens_lora.adapter import Adapter
-from lens_lora.errors import ModelStateError, NumericsError, SiteError
+from lens_lora.errors import AdapterError, ModelStateError, NumericsError, SiteError
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.gates import (
     HookFn,
@@ -57,6 +58,7 @@ class LoraLens:
     """
 
     def __init__(self, model: Any, adapter: Adapter, hf_model: nn.Module | None = None) -> None:
+        _require_kinds(adapter, hf_model)
         self.model = model
         self.adapter = adapter
         self._hf_model = hf_model
@@ -255,6 +257,25 @@ class LoraLens:
         return (
             f"LoraLens({self.adapter!r} over {self.class_name}: {len(self.sites)} sites in "
             f"{len({s.layer for s in self.sites})} layers)"
+        )
+
+
+def _require_kinds(adapter: object, hf_model: object) -> None:
+    """Refuse what is near to an adapter or a base model.
+
+    Raises:
+        AdapterError, ModelStateError: with the call that makes one of it.
+    """
+    if not isinstance(adapter, Adapter):
+        is_path = isinstance(adapter, str | os.PathLike)
+        remedy = f"ll.load_adapter({str(adapter)!r})" if is_path else "ll.Adapter.from_peft(…)"
+        raise AdapterError(
+            f"the adapter is a {type(adapter).__name__}; LoraLens takes an ll.Adapter: {remedy}."
+        )
+    if hf_model is not None and not isinstance(hf_model, nn.Module):
+        raise ModelStateError(
+            f"hf_model is a {type(hf_model).__name__}; pass the loaded base model: "
+            "AutoModelForCausalLM.from_pretrained(base)."
         )
 
 

@@ -7,7 +7,7 @@ count from the left, so every real activation equals that of the prompt alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lens_lora.errors import PromptError
 
-__all__ = ["Prompts", "PromptsLike", "prepare"]
+__all__ = ["Prompts", "PromptsLike", "prepare", "require_context", "which_prompt"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +101,36 @@ def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
         return Prompts(prompts.tokens.to(device), prompts.lengths.to(device))
     if isinstance(prompts, Tensor):
         return _from_tensor(model, prompts.to(device))
-    strings = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not strings or not all(isinstance(s, str) for s in strings):
-        raise PromptError("prompts must be a string, a list of strings, or token ids [batch, pos].")
+    strings = _strings(prompts)
     if getattr(model, "tokenizer", None) is None:
         raise PromptError("the model has no tokenizer, so strings cannot be read; pass token ids.")
-    for index, string in enumerate(strings):
-        if not string:
-            raise PromptError(f"prompt {index} is empty.")
     rows = [model.to_tokens(s, truncate=False)[0].to(device) for s in strings]
     lengths = torch.tensor([len(r) for r in rows], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_filler(model))
     return Prompts(tokens, lengths)
+
+
+def _strings(prompts: Any) -> list[str]:
+    strings = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(strings, Iterable) or not all(isinstance(s, str) for s in strings):
+        raise PromptError(
+            f"prompts are {prompts!r}; expected a string, a list of strings, or a tensor of token "
+            "ids [batch, pos]."
+        )
+    strings = list(strings)
+    if not strings:
+        raise PromptError("no prompts: the list is empty; give at least one.")
+    if "" in strings:
+        which = which_prompt(strings.index(""), len(strings))
+        raise PromptError(
+            f"{which} is empty, so there is no token to read at; give it at least one word."
+        )
+    return strings
+
+
+def which_prompt(index: int, count: int) -> str:
+    """'the prompt', or 'prompt 1 of 3 (from 0)'."""
+    return "the prompt" if count == 1 else f"prompt {index} of {count} (from 0)"
 
 
 def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
@@ -156,11 +174,25 @@ def _filler(model: Any) -> int:
     return pad if pad is not None and 0 <= pad < model.cfg.d_vocab else 0
 
 
+def require_context(model: Any, tokens: int, what: str) -> None:
+    """Refuse more tokens than the model's context holds.
+
+    Raises:
+        PromptError: with both numbers.
+    """
+    context = getattr(model.cfg, "n_ctx", None)
+    if context and tokens > context:
+        raise PromptError(
+            f"{what} has {tokens} tokens, and the context of this {type(model).__name__} holds "
+            f"{context} (cfg.n_ctx); shorten it."
+        )
+
+
 def _check(model: Any, prompts: Prompts) -> None:
     cfg = model.cfg
-    longest, context = prompts.tokens.shape[1], getattr(cfg, "n_ctx", None)
-    if context and longest > context:
-        raise PromptError(f"the prompt has {longest} tokens, the model's context holds {context}.")
+    require_context(
+        model, prompts.tokens.shape[1], which_prompt(int(prompts.lengths.argmax()), prompts.batch)
+    )
     low, high = int(prompts.tokens.min()), int(prompts.tokens.max())
     if low < 0 or high >= cfg.d_vocab:
         raise PromptError(

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.errors import TokenError
+from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.prompts import Prompts
 from lens_lora.reading import Bound, Reading, one_row_each
 
-__all__ = ["LogProb", "Logit", "Margin", "Readout", "TokenLike", "token_ids"]
+__all__ = ["LogProb", "Logit", "Margin", "Readout", "TokenLike", "bound", "token_ids"]
 
 TokenLike = str | int | Sequence[str | int] | Int[Tensor, "batch"]
 
@@ -57,6 +57,25 @@ class Readout(abc.ABC):
             fn: [batch, d_vocab] → [batch], each row's number from that row alone.
         """
         return _Callable(fn, label or getattr(fn, "__name__", "readout"))
+
+
+def bound(readout: Readout, model: Any, prompts: Prompts) -> Reading:
+    """`readout.over`, which refuses what is no readout.
+
+    Raises:
+        ArgumentError: a token or a function in place of a readout, with the readout it wants.
+        TokenError: a token string that is not one token.
+    """
+    if isinstance(readout, Readout):
+        return readout.over(model, prompts)
+    given: object = readout
+    if callable(given):
+        remedy = "a function goes in ll.Readout.of(fn)."
+    elif isinstance(given, str | int):
+        remedy = f"for a token's logit, ll.Logit({given!r})."
+    else:
+        remedy = "use ll.Logit, ll.Margin, ll.LogProb, or ll.Readout.of(fn)."
+    raise ArgumentError(f"{given!r} is no readout: {remedy}")
 
 
 class LastToken(Readout):
@@ -134,7 +153,22 @@ class _Callable(LastToken):
 
     def bind(self, model: Any, batch: int) -> Bound:
         del model, batch
-        return self.fn
+        return self._checked
+
+    def _checked(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
+        found = self.fn(logits)
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != tuple(logits.shape[:1]):
+            raise ArgumentError(
+                f"the readout {self.name!r} gave {shape} for logits {tuple(logits.shape)}; "
+                "expected one number a row, [batch]."
+            )
+        if logits.requires_grad and not found.requires_grad:
+            raise ArgumentError(
+                f"the readout {self.name!r} cuts its derivative (detach, item, numpy, argmax …); "
+                "compute it with differentiable torch operations of the logits."
+            )
+        return found
 
     @property
     def label(self) -> str:
@@ -150,6 +184,11 @@ def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
     """
     if isinstance(token, Tensor):
         token = token.tolist()
+    if not isinstance(token, str | int | Sequence):
+        raise TokenError(
+            f"the token is {token!r}; expected a string of one token, its id, or a list with one "
+            "of them per prompt."
+        )
     items = [token] * batch if isinstance(token, str | int) else list(token)
     if len(items) != batch:
         raise TokenError(f"{len(items)} tokens for {batch} prompts; give one, or one per prompt.")
@@ -172,6 +211,8 @@ def _token_id(model: Any, token: str | int) -> int:
                 f"{tokenizer.unk_token!r}. Check its spelling and case."
             )
         return _in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
+    if not ids:
+        raise TokenError(f"{token!r} holds no token, and this readout reads one.")
     pieces = [tokenizer.decode([i]) for i in ids]
     spaced = tokenizer(" " + token.lstrip(), add_special_tokens=False)["input_ids"]
     hint = f" {' ' + token.lstrip()!r} is one token." if len(spaced) == 1 else ""

@@ -36,14 +36,15 @@ def change_between(
     covered: set[str] = set()
     factors: dict[str, LoRAFactors] = {}
     errors: dict[str, float] = {}
-    for path in tqdm(before, desc="weight changes", leave=False, disable=not progress):
-        if not _is_covered(before[path]):
-            continue
-        covered |= {f"{path}.weight", f"{path}.bias"}
-        change = _change(path, before[path], after.get(path))
-        if change is None or any(fnmatch.fnmatch(path, glob) for glob in ignore):
-            continue
-        factors[path], errors[path] = change if rank is None else _truncate(change[0], rank)
+    with tqdm(before, desc="weight changes", leave=False, disable=not progress) as bar:
+        for path in bar:
+            if not _is_covered(before[path]):
+                continue
+            covered |= {f"{path}.weight", f"{path}.bias"}
+            change = _change(path, before[path], after.get(path))
+            if change is None or any(fnmatch.fnmatch(path, glob) for glob in ignore):
+                continue
+            factors[path], errors[path] = change if rank is None else _truncate(change[0], rank)
     _refuse_other_changes(base, tuned, covered, ignore)
     return factors, errors
 

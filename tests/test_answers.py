@@ -121,5 +121,5 @@ def test_equal_answers_and_too_long_ones(lens: ll.LoraLens):
     with pytest.raises(ll.TokenError, match="same tokens"):
         ll.first_order(lens, models.tokens(), ll.AnswerMargin(DOC, DOC))
     long = torch.full((lens.model.cfg.n_ctx,), 5)
-    with pytest.raises(ll.PromptError, match="the prompt and its answer have"):
+    with pytest.raises(ll.PromptError, match="prompt 0 of 2 .*with its answer has 38 tokens"):
         ll.first_order(lens, models.tokens(), ll.AnswerLogProb(long))

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.commands import explain as command
+from lens_lora.commands import loading
 from lens_lora.commands.loading import shipped_adapter
 from lens_lora.errors import ModelStateError, NumericsError
 
@@ -89,7 +90,7 @@ def tiny_command(tmp_path_factory):
 
     def call(monkeypatch, *options):
         monkeypatch.setattr(
-            command, "load_model", lambda name, progress: (copy.deepcopy(base), models.tokenizer())
+            loading, "load_model", lambda name, progress: (copy.deepcopy(base), models.tokenizer())
         )
         paths = ["--adapter", str(folder / "adapter"), "--report", str(folder / "page.html")]
         return run(cli.app, ["explain", *paths, *options]), folder / "page.html"
@@ -163,10 +164,10 @@ def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
     def load(name, progress):
         raise ModelStateError(f"no {name}.")
 
-    monkeypatch.setattr(command, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     adapter = dataclasses.replace(ll.load_adapter(shipped_adapter()), base_model=named)
     with pytest.raises(ModelStateError, match=f"no {loaded}") as caught:
-        command._lens(asked, adapter, None, "cpu", Console(quiet=True))
+        loading.load_model_of(adapter, asked, Console(quiet=True))
     assert ("give --model" in str(caught.value)) == (loaded == named == "its/base")
 
 

@@ -154,6 +154,19 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
     assert list(top["token"]) == [by_position.str_tokens[1][i] for i in top["position"]]
 
 
+def test_position_0_sets_neither_the_colours_nor_the_features(cls: str):
+    """Its shifts made a thousand times larger: they are drawn at the end of the scale."""
+    lens, rows = cases.case("llama", cls, "raw").lens, directions(16)
+    found = ll.feature_shift(lens, models.tokens(1), rows, out(cls), position=None)
+    larger = torch.ones_like(found.shift)
+    larger[..., 0] = 1000.0
+    figures = [f.plot(k=3) for f in (found, dataclasses.replace(found, shift=found.shift * larger))]
+    reach = float(found.shift[0, :, 1:].abs().max())
+    assert [f.data[0].zmax for f in figures] == pytest.approx([reach, reach])
+    assert figures[0].data[0].y == figures[1].data[0].y
+    assert "chosen without position 0" in figures[0].layout.title.text
+
+
 @dataclasses.dataclass
 class Autoencoder:
     """SAELens's attributes: a ReLU encoder of h − b_dec, after a norm of its input if told to."""

@@ -262,7 +262,7 @@ def test_dora_asks_for_the_base_model(tmp_path):
 @pytest.fixture
 def tiny_base(monkeypatch):
     """`--model llama` is the tiny model of that family."""
-    monkeypatch.setattr(inspect_command, "_hooked", lambda family: hooked(family)[1])
+    monkeypatch.setattr(inspect_command, "_hooked", lambda family, quiet: hooked(family)[1])
 
 
 @pytest.mark.usefixtures("tiny_base")
@@ -280,7 +280,7 @@ def test_modules_that_the_model_lacks_are_listed(tmp_path):
     partial = dataclasses.replace(adapter, modules=renamed)
     missing = lacking(partial, hooked("llama")[1])
     assert missing == tuple(f"model.layers.7.mlp.{n}_proj" for n in ("down", "gate", "up"))
-    summary = summarise(partial, inspect_command._lens(partial, "llama"))
+    summary = summarise(partial, inspect_command._lens(partial, "llama", True))
     assert summary.missing == missing
     assert {row.module for row in summary.rows if row.site is None} == set(missing)
 

@@ -256,7 +256,10 @@ def test_margin_figure_marks_zero_and_the_flip():
     zero, flip = figure.layout.shapes
     assert (zero.y0, zero.y1) == (0, 0)
     assert (flip.x0, flip.x1) == (0.49, 0.49)
-    assert figure.layout.annotations[0].text == "flips at ε = 0.49"
+    (label,) = figure.layout.annotations
+    assert label.text == "flips at ε = 0.49"
+    # Off its line, and above the zero line before the flip, where the margin is below it.
+    assert (label.x, label.xanchor, label.xshift) == (0.49, "right", -6) and label.yanchor == "top"
     assert list(figure.data[0].y)[0] == -4.0
     without = margin_figure(fact(-4.0, [0.1] * 4, [-3.9] * 6))
     assert len(without.layout.shapes) == 1

@@ -175,7 +175,7 @@ EXPECTED_ERRORS = {
     5: "line 7: 'zebra' is not in the vocabulary",
     6: "line 8: doc and pre are the same token",
     7: "line 9: .* is no record",
-    8: "line 10: the prompt has 41 tokens, the model's context holds 32",
+    8: "line 10: the prompt has 41 tokens, and the context of this .* holds 32",
     9: "line 11: no pre",
     10: r"line 12: its id is \[1\]",
     0: "line 13: its id 0 is that of line 1",

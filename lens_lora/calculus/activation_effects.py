@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.errors import ArgumentError
+
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
@@ -96,7 +98,7 @@ class ActivationEffects:
             prompt: an index; without it, the mean over prompts (by position: of a single prompt).
 
         Raises:
-            ValueError: by position, several prompts and no index.
+            ArgumentError: by position, several prompts and no index.
         """
         values, shift = self.of_prompt(prompt)
         flat = values.flatten()
@@ -116,13 +118,13 @@ class ActivationEffects:
         """One prompt's effects and shift in float64, or the mean over prompts.
 
         Raises:
-            ValueError: no such prompt; by position, several prompts and no index.
+            ArgumentError: no such prompt; by position, several prompts and no index.
         """
         batch = len(self.base)
         if prompt is not None and not 0 <= prompt < batch:
-            raise ValueError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
+            raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
         if prompt is None and self.by_position and batch > 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"positions of {batch} prompts are not the same tokens, so they have no mean; "
                 "choose one with prompt=…."
             )
@@ -134,7 +136,7 @@ class ActivationEffects:
         """Hook point × position, or layer × hook point; mean over prompts, or one prompt.
 
         Raises:
-            ValueError: as `top`.
+            ArgumentError: as `top`.
         """
         from lens_lora.show.patching_figure import activation_figure
 

@@ -26,12 +26,12 @@ from lens_lora.calculus.activation_effects import ActivationEffects
 from lens_lora.calculus.function import gated_readout
 from lens_lora.calculus.ignored import unheard
 from lens_lora.calculus.swap import Patch, Recording, patched_readout, record
-from lens_lora.errors import ModelStateError, SiteError
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts, PromptsLike
 from lens_lora.reading import Reading
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 
 __all__ = ["patch_activations"]
 
@@ -75,14 +75,14 @@ def patch_activations(
         ModelStateError: a point that never fires, whose value the model ignores, that does not
             hold activations by prompt (and by position, with positions), or that lies between a
             site's input and output, where the adapted model's value does not exist.
-        ValueError: a position outside a prompt, another direction.
+        ArgumentError: a position outside a prompt, another direction.
         NumericsError: a non-finite readout.
     """
     if direction not in _DONOR_AND_RECIPIENT:
-        raise ValueError(f"direction={direction!r}: expected one of {[*_DONOR_AND_RECIPIENT]}.")
+        raise ArgumentError(f"direction={direction!r}: expected one of {[*_DONOR_AND_RECIPIENT]}.")
     donor_scale, scale = _DONOR_AND_RECIPIENT[direction]
     ready = lens.prompts(prompts)
-    reading = readout.over(lens.model, ready)
+    reading = bound(readout, lens.model, ready)
     where = _where(positions, ready, reading)
     in_full, wanted = _resolve(lens, names)
     donor = record(lens, reading.prompts, donor_scale, wanted)
@@ -201,14 +201,14 @@ def _where(
     """The masks to patch under, one a number.
 
     Raises:
-        ValueError: a position outside a prompt, or none.
+        ArgumentError: a position outside a prompt, or none.
     """
     if positions is None:
         return [None]
     real = reading.prompts.real.cpu()
     if isinstance(positions, str):
         if positions != "each":
-            raise ValueError(f"positions={positions!r}: expected None, 'each', or indices.")
+            raise ArgumentError(f"positions={positions!r}: expected None, 'each', or indices.")
         slots = torch.arange(real.shape[1])
         return [real & (slots == slot) for slot in slots]
     mask = torch.zeros_like(real)
@@ -226,7 +226,7 @@ def _indices(positions: int | slice | Sequence[int], length: int, prompt: int) -
     outside = [index for index in chosen if not -length <= index < length]
     if outside or not chosen:
         what = f"no position {outside[0]}" if outside else "no position in this choice"
-        raise ValueError(
+        raise ArgumentError(
             f"positions={_label(positions)}: prompt {prompt} has {length} tokens and {what}."
         )
     return [index % length for index in chosen]

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lens_lora.attribution import Attribution
 from lens_lora.effects import Effects
+from lens_lora.errors import ArgumentError
 from lens_lora.show.text import method_text
 
 if TYPE_CHECKING:
@@ -99,10 +100,12 @@ class Comparison:
         """A statistic's mean over the prompts in which it exists.
 
         Raises:
-            ValueError: no such statistic.
+            ArgumentError: no such statistic.
         """
         if statistic not in _STATISTICS:
-            raise ValueError(f"statistic {statistic!r}: expected one of {', '.join(_STATISTICS)}.")
+            raise ArgumentError(
+                f"statistic {statistic!r}: expected one of {', '.join(_STATISTICS)}."
+            )
         return float(getattr(self, statistic).nanmean())
 
     def to_frame(self) -> pd.DataFrame:
@@ -163,10 +166,10 @@ def compare(
         bootstrap, seed: resamplings of the prompts; 0 for no intervals.
 
     Raises:
-        ValueError: other sites, prompts, readouts or groups, naming both; k below 1.
+        ArgumentError: other sites, prompts, readouts or groups, naming both; k below 1.
     """
     if k < 1 or bootstrap < 0:
-        raise ValueError(f"k={k}, bootstrap={bootstrap}; expected k ≥ 1 and bootstrap ≥ 0.")
+        raise ArgumentError(f"k={k}, bootstrap={bootstrap}; expected k ≥ 1 and bootstrap ≥ 0.")
     _require_same(attribution, effects)
     a, e, groups = _over_groups(attribution, effects)
     k = min(k, len(groups))
@@ -199,7 +202,7 @@ def _require_same(one: Attribution | Effects, other: Attribution | Effects) -> N
     }
     for what, (mine, theirs) in facts.items():
         if mine != theirs:
-            raise ValueError(
+            raise ArgumentError(
                 f"the two results are of different {what}: {_name(one)} has {_shown(mine, theirs)}"
                 f", {_name(other)} has {_shown(theirs, mine)}; compute both with the same lens, "
                 "prompts and readout."
@@ -230,7 +233,7 @@ def _over_groups(
         return one.values, one.summed(other), one.groups
     mine, theirs = list(one.groups.items()), list(other.groups.items())
     if mine != theirs:
-        raise ValueError(
+        raise ArgumentError(
             f"the two results are of different groups: {_name(one)} has {_shown(mine, theirs)}, "
             f"{_name(other)} has {_shown(theirs, mine)}; measure both with the same groups."
         )

@@ -25,7 +25,7 @@ from lens_lora.hooked.plan import Injection
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import PromptsLike
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 
 __all__ = ["Components", "components"]
 
@@ -80,7 +80,7 @@ def components(
 
     Cost: one forward and one backward, and for the gain one dual forward pass per site.
     """
-    reading = readout.over(lens.model, lens.prompts(prompts))
+    reading = bound(readout, lens.model, lens.prompts(prompts))
     real = reading.prompts.real[..., None]
     shape = (len(reading.owner), len(lens.sites))
     squares = {

@@ -14,6 +14,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.errors import ArgumentError
+
 __all__ = ["Directions", "directions_of"]
 
 _LINEAR_INPUTS = (None, "none")
@@ -44,18 +46,18 @@ def directions_of(source: Any) -> Directions:
     """A tensor [feature, d] as it is, or an autoencoder's encoder.
 
     Raises:
-        ValueError: neither, or an autoencoder whose pre-activations are not linear in h.
+        ArgumentError: neither, or an autoencoder whose pre-activations are not linear in h.
     """
     if isinstance(source, Tensor):
         if source.ndim != 2 or not source.is_floating_point() or not source.numel():
-            raise ValueError(
+            raise ArgumentError(
                 f"directions are {source.dtype} {tuple(source.shape)}; expected floating-point "
                 "[feature, d] (one direction d: d[None])."
             )
         return Directions(source.detach(), "directions", "units of h · d")
     W_enc = getattr(source, "W_enc", None)
     if not isinstance(W_enc, Tensor) or W_enc.ndim != 2:
-        raise ValueError(
+        raise ArgumentError(
             f"directions are a {type(source).__name__}; expected a tensor [feature, d] or a sparse "
             "autoencoder with W_enc [d, feature]."
         )
@@ -76,14 +78,14 @@ def _require_linear(cfg: Any) -> None:
     """Refuse an encoder that normalises its input, or reads one head of it."""
     normalised = _setting(cfg, "normalize_activations")
     if normalised not in _LINEAR_INPUTS:
-        raise ValueError(
+        raise ArgumentError(
             f"this autoencoder normalises its input (normalize_activations={normalised!r}), so its "
             "pre-activations are not linear in h. If the factor is a constant, fold it first "
             "(sae.fold_activation_norm_scaling_factor); else pass directions: sae.W_enc.T."
         )
     head = _setting(cfg, "hook_head_index")
     if head is not None:
-        raise ValueError(
+        raise ArgumentError(
             f"this autoencoder reads head {head} alone; pass its directions as a tensor with zeros "
             "at the other heads."
         )

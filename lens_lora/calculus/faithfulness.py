@@ -27,11 +27,12 @@ from lens_lora.calculus import rankings
 from lens_lora.calculus.function import gated_readout
 from lens_lora.calculus.noise import noise_floor
 from lens_lora.calculus.rankings import GREEDY, RANDOM, UPDATES, WEIGHTS, Scores
+from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import PromptsLike
 from lens_lora.reading import Reading
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 from lens_lora.show.account import SIGMAS
 
 if TYPE_CHECKING:
@@ -105,13 +106,17 @@ class Faithfulness:
         """The top sites of one prompt, in order, as `adapter.only` takes them: site and module.
 
         Raises:
-            ValueError: no such ranking, or random, which is many; no such prompt.
+            ArgumentError: no such ranking, or random, which is many; no such prompt.
         """
         self._index(name)
         if name not in self.orders:
-            raise ValueError(f"{name!r} is the mean of {self.draws} orders; it has no top sites.")
+            raise ArgumentError(
+                f"{name!r} is the mean of {self.draws} orders; it has no top sites."
+            )
         if not 0 <= prompt < len(self.base):
-            raise ValueError(f"prompt {prompt}: the result has prompts 0 to {len(self.base) - 1}.")
+            raise ArgumentError(
+                f"prompt {prompt}: the result has prompts 0 to {len(self.base) - 1}."
+            )
         count = self.counts[self._nearest(fraction)]
         top = [self.sites[i] for i in self.orders[name][prompt, :count].tolist()]
         return pd.DataFrame({"site": [s.name for s in top], "module": [s.module for s in top]})
@@ -154,12 +159,12 @@ class Faithfulness:
 
     def _index(self, name: str) -> int:
         if name not in self.names:
-            raise ValueError(f"ranking {name!r}: expected one of {', '.join(self.names)}.")
+            raise ArgumentError(f"ranking {name!r}: expected one of {', '.join(self.names)}.")
         return self.names.index(name)
 
     def _nearest(self, fraction: float) -> int:
         if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction {fraction}: expected a number from 0 to 1.")
+            raise ArgumentError(f"fraction {fraction}: expected a number from 0 to 1.")
         return int((self.fractions - fraction).abs().argmin())
 
     def __repr__(self) -> str:
@@ -199,15 +204,15 @@ def faithfulness(
         greedy: also add at each step the site that moves the readout furthest towards g(1).
 
     Raises:
-        ValueError: scores of other sites, prompts or readouts; a fraction outside 0 to 1; draws
+        ArgumentError: scores of other sites, prompts or readouts; a fraction outside 0 to 1; draws
             below 1; greedy on more than 40 sites.
         NumericsError: a non-finite readout.
     """
-    reading = readout.over(lens.model, lens.prompts(prompts))
+    reading = bound(readout, lens.model, lens.prompts(prompts))
     str_tokens = reading.tokens_of(lens.str_tokens(reading.prompts))
     counts = _counts(_FRACTIONS if fractions is None else fractions, len(lens.sites))
     if draws < 1:
-        raise ValueError(f"draws={draws}; expected at least 1.")
+        raise ArgumentError(f"draws={draws}; expected at least 1.")
     scores = {
         name: rankings.values_of(name, score, lens, str_tokens, readout)
         for name, score in rankings.named(attribution).items()
@@ -257,7 +262,7 @@ def _counts(fractions: Sequence[float], sites: int) -> tuple[int, ...]:
     """How many sites each fraction is, without repeats: 0, 1 and all of them among them."""
     for fraction in fractions:
         if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction {fraction}: expected numbers from 0 to 1.")
+            raise ArgumentError(f"fraction {fraction}: expected numbers from 0 to 1.")
     return tuple(sorted({0, 1, sites, *(max(1, round(f * sites)) for f in fractions if f)}))
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Site, match_sites
 
 if TYPE_CHECKING:
@@ -84,12 +85,12 @@ class FeatureShift:
         """One prompt's values, or the mean over prompts.
 
         Raises:
-            ValueError: no such prompt; by position, several prompts and no index.
+            ArgumentError: no such prompt; by position, several prompts and no index.
         """
         batch = len(self.base)
         _require_prompt(prompt, batch)
         if prompt is None and self.by_position and batch > 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"positions of {batch} prompts are not the same tokens, so they have no mean; "
                 "choose one with prompt=…."
             )
@@ -103,7 +104,7 @@ class FeatureShift:
             prompt: an index; without it, the mean over prompts (by position: of a single prompt).
 
         Raises:
-            ValueError: by position, several prompts and no index.
+            ArgumentError: by position, several prompts and no index.
         """
         values = self.of_prompt(prompt)
         order = _largest(values["shift"], k)
@@ -131,7 +132,7 @@ class FeatureShift:
         """The k features of largest |shift|: bars with their first order, or feature × position.
 
         Raises:
-            ValueError: as `top`.
+            ArgumentError: as `top`.
         """
         from lens_lora.show.features_figure import feature_figure
 
@@ -174,7 +175,7 @@ class FeatureWrites:
 
         Raises:
             SiteError: no site that writes has this name.
-            ValueError: no such prompt.
+            ArgumentError: no such prompt.
         """
         chosen = list(range(len(self.sites)))
         if site is not None:
@@ -215,7 +216,7 @@ class FeatureWrites:
         """One prompt's values in float64, or the mean over prompts.
 
         Raises:
-            ValueError: no such prompt.
+            ArgumentError: no such prompt.
         """
         _require_prompt(prompt, len(self.values))
         rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
@@ -230,7 +231,7 @@ class FeatureWrites:
 
 def _require_prompt(prompt: int | None, batch: int) -> None:
     if prompt is not None and not 0 <= prompt < batch:
-        raise ValueError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
+        raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
 
 
 def _largest(values: Tensor, k: int) -> list[int]:

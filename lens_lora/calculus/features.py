@@ -25,7 +25,7 @@ from lens_lora.calculus.directions import Directions, directions_of
 from lens_lora.calculus.feature_effects import FeatureShift, FeatureWrites
 from lens_lora.calculus.forward import JointInject, dual_forward
 from lens_lora.calculus.function import require_finite
-from lens_lora.errors import ModelStateError, SiteError
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.hooked.gates import Inject, ScaleInject, attached
 from lens_lora.hooked.sites import WRITER_KINDS, points_without_update
 from lens_lora.lens import LoraLens, Scale
@@ -69,7 +69,7 @@ def feature_shift(
         SiteError: a hook point that the model lacks, with the nearest names.
         ModelStateError: a point that never fires, holds no activations by position, or lies
             between a site's input and output; an operation without a forward-mode derivative.
-        ValueError: directions of another width, an autoencoder that is not linear up to its
+        ArgumentError: directions of another width, an autoencoder that is not linear up to its
             pre-activations, a position outside a prompt.
         NumericsError: non-finite activations.
     """
@@ -126,7 +126,7 @@ def feature_writes(
     Raises:
         SiteError: the adapter has no site that writes to the residual stream.
         ModelStateError: the model normalises what they write (Gemma 2 and 3).
-        ValueError: as `feature_shift`.
+        ArgumentError: as `feature_shift`.
     """
     ready, features = lens.prompts(prompts), directions_of(directions)
     writers = [i for i, site in enumerate(lens.sites) if site.kind in WRITER_KINDS]
@@ -169,7 +169,7 @@ class _Projection:
         rows = self.features.rows
         flat = h.flatten(2)
         if flat.shape[-1] != rows.shape[-1]:
-            raise ValueError(
+            raise ArgumentError(
                 f"directions of {rows.shape[-1]} numbers, and activations of {flat.shape[-1]}; an "
                 "autoencoder of another model, or of another hook point?"
             )
@@ -280,7 +280,7 @@ def _point(lens: LoraLens, name: str | None) -> str:
     """A hook point of the model at which the adapted model's activation exists."""
     known = list(lens.model.hook_dict)
     if name is None:
-        raise ValueError("directions of no hook point; name one with hook_name=….")
+        raise ArgumentError("directions of no hook point; name one with hook_name=….")
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
         raise SiteError(f"the model has no hook point {name!r}; the nearest are {near}.")
@@ -298,7 +298,7 @@ def _indices(prompts: Prompts, position: int) -> Tensor:
     lengths = prompts.lengths
     outside = ((position >= lengths) | (position < -lengths)).nonzero().flatten().tolist()
     if outside:
-        raise ValueError(
+        raise ArgumentError(
             f"position={position}: prompt {outside[0]} has {int(lengths[outside[0]])} tokens."
         )
     return position % lengths

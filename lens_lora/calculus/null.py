@@ -32,11 +32,12 @@ from lens_lora.calculus.first_order import first_order
 from lens_lora.calculus.function import gated_readout
 from lens_lora.calculus.noise import noise_floor
 from lens_lora.calculus.slopes import require_finite_sites, site_slopes
+from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import fused_rows
 from lens_lora.lens import LoraLens
 from lens_lora.null_adapter import null_adapter
 from lens_lora.prompts import PromptsLike
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -189,24 +190,25 @@ def null_test(
     model; and once what first_order and the noise floor take (eleven forward passes, a backward).
 
     Raises:
-        ValueError: fewer than two draws.
+        ArgumentError: fewer than two draws.
         UnsupportedAdapterError: DoRA or trained biases; names the remedy.
         NumericsError: non-finite derivatives, naming the site.
     """
     if draws < 2:
-        raise ValueError(f"draws={draws}; expected at least 2, for a spread to compare with.")
+        raise ArgumentError(f"draws={draws}; expected at least 2, for a spread to compare with.")
     ready = lens.prompts(prompts)
-    reading = readout.over(lens.model, ready)
+    reading = bound(readout, lens.model, ready)
     seeds = tuple(int(s) for s in np.random.SeedSequence(seed).generate_state(draws))
     parts = _parts_of_fused(lens)
     observed = first_order(lens, ready, readout)
     null, shifts = [], []
-    for draw in tqdm(seeds, desc="null adapters", leave=False, disable=not progress):
-        other = lens.with_adapter(null_adapter(lens.adapter, draw, parts=parts))
-        null.append(site_slopes(other, reading, other.gates(0.0)))
-        require_finite_sites(other, null[-1])
-        adapted = gated_readout(other, reading, other.gates(1.0)[None], progress=False)[:, 0]
-        shifts.append(adapted - observed.base)
+    with tqdm(seeds, desc="null adapters", leave=False, disable=not progress) as bar:
+        for draw in bar:
+            other = lens.with_adapter(null_adapter(lens.adapter, draw, parts=parts))
+            null.append(site_slopes(other, reading, other.gates(0.0)))
+            require_finite_sites(other, null[-1])
+            adapted = gated_readout(other, reading, other.gates(1.0)[None], progress=False)[:, 0]
+            shifts.append(adapted - observed.base)
     return NullTest(
         observed=observed,
         null=torch.stack(null),

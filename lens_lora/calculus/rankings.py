@@ -25,6 +25,7 @@ from lens_lora.calculus.function import (
     require_finite,
 )
 from lens_lora.effects import Effects
+from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.reading import Reading
 from lens_lora.readout import Readout
@@ -59,7 +60,7 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
     """{name: score}; a single one goes by what it is.
 
     Raises:
-        ValueError: a baseline's name, or nothing to rank by.
+        ArgumentError: a baseline's name, or nothing to rank by.
     """
     if isinstance(attribution, Attribution):
         return {method_text(attribution.method, attribution.at): attribution}
@@ -67,9 +68,14 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
         return {method_text(attribution.how, 0.0): attribution}
     if isinstance(attribution, Tensor):
         return {"given": attribution}
+    if not isinstance(attribution, Mapping):
+        raise ArgumentError(
+            f"{attribution!r} ranks nothing; pass an Attribution, Effects, a tensor [site], or "
+            "{name: one of these}."
+        )
     taken = {WEIGHTS, UPDATES, RANDOM, GREEDY} & set(attribution)
     if taken or not attribution:
-        raise ValueError(
+        raise ArgumentError(
             f"{sorted(taken)} are names of baselines; give the scores others."
             if taken
             else "no attribution to rank by; pass one, or {name: attribution}."
@@ -87,7 +93,7 @@ def values_of(
     """The score as one number per prompt and site.
 
     Raises:
-        ValueError: it is of other sites, prompts or of another readout, or not finite.
+        ArgumentError: it is of other sites, prompts or of another readout, or not finite.
     """
     if isinstance(score, Effects):
         score = score.attribution()
@@ -96,12 +102,12 @@ def values_of(
         score = score.per_site
     batch, sites = len(str_tokens), len(lens.sites)
     if score.shape not in ((sites,), (batch, sites)):
-        raise ValueError(
+        raise ArgumentError(
             f"{name}: scores {tuple(score.shape)}; expected [{sites}], or [{batch}, {sites}], one "
             "per site in the order of lens.sites."
         )
     if not torch.isfinite(score).all():
-        raise ValueError(f"{name}: scores are not all finite, so they rank nothing.")
+        raise ArgumentError(f"{name}: scores are not all finite, so they rank nothing.")
     return score.detach().to(lens.device, torch.float64).expand(batch, sites)
 
 
@@ -122,7 +128,7 @@ def _require_of(
             theirs, ours = (
                 x if isinstance(x, str) else f"{len(x)} {x[:2]}" for x in (theirs, ours)
             )
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} has other {what} than what is run: {theirs} and {ours}. To rank by it on "
                 "purpose pass its numbers, attribution.per_site."
             )
@@ -216,9 +222,9 @@ class _NormRecorder:
 
 
 def refuse_greedy(sites: int) -> None:
-    """Raises ValueError where the greedy oracle would cost too much, naming its cost."""
+    """Raises ArgumentError where the greedy oracle would cost too much, naming its cost."""
     if sites > MOST_GREEDY:
-        raise ValueError(
+        raise ArgumentError(
             f"greedy on {sites} sites takes {sites * (sites + 1) // 2} forward passes a prompt; it "
             f"is for at most {MOST_GREEDY}. Make a lens of fewer modules: "
             "LoraLens(model, adapter.only(attribution.top(20)))."
@@ -241,11 +247,12 @@ def greedy_order(
     rows = torch.arange(batch, device=lens.device)
     on = torch.zeros(batch, sites, dtype=lens.gate_dtype, device=lens.device)
     order: list[Tensor] = []
-    for left in tqdm(range(sites, 0, -1), desc="greedy", leave=False, disable=not progress):
-        free = (on == 0).nonzero()[:, 1].view(batch, left)
-        tried = on[:, None].expand(batch, left, sites).scatter(2, free[..., None], 1.0)
-        values = readout_at(lens, reading, tried, progress=False, what="greedy")
-        best = free[rows, (values * towards[:, None]).argmax(1)]
-        on[rows, best] = 1.0
-        order.append(best)
+    with tqdm(range(sites, 0, -1), desc="greedy", leave=False, disable=not progress) as bar:
+        for left in bar:
+            free = (on == 0).nonzero()[:, 1].view(batch, left)
+            tried = on[:, None].expand(batch, left, sites).scatter(2, free[..., None], 1.0)
+            values = readout_at(lens, reading, tried, progress=False, what="greedy")
+            best = free[rows, (values * towards[:, None]).argmax(1)]
+            on[rows, best] = 1.0
+            order.append(best)
     return torch.stack(order, 1)

@@ -38,10 +38,11 @@ from lens_lora.calculus.function import gated_readout
 from lens_lora.calculus.noise import noise_floor
 from lens_lora.calculus.slopes import require_finite_sites, site_slopes
 from lens_lora.effects import Effects
+from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import PromptsLike
 from lens_lora.reading import Reading
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -120,7 +121,7 @@ class Reliability:
             effects: measured effects of single sites, of the same question.
 
         Raises:
-            ValueError: effects of another question, of groups, or of other prompts or sites.
+            ArgumentError: effects of another question, of groups, or of other prompts or sites.
         """
         truth = self._effects(effects)
         a = self.attribution.per_site.to(truth)
@@ -147,13 +148,13 @@ class Reliability:
         expected = tuple(self.correction.shape)
         if isinstance(effects, Effects):
             if effects.how != self.of or not effects.is_by_site:
-                raise ValueError(
+                raise ArgumentError(
                     f"effects of {effects.how} on {len(effects.groups)} groups; the flags are of "
                     f"{self.of} on {expected[1]} single sites."
                 )
             effects = effects.values
         if tuple(effects.shape) != expected:
-            raise ValueError(
+            raise ArgumentError(
                 f"effects of shape {tuple(effects.shape)}, flags of {expected} [batch, site]; "
                 "measure both with the same lens and prompts."
             )
@@ -212,12 +213,12 @@ def reliability(
         floor: share of Σ|a| under which a site is not material. With add_one, 0 measures them all.
 
     Raises:
-        ValueError: an argument that is none of these.
+        ArgumentError: an argument that is none of these.
         NumericsError: non-finite derivatives, naming the site.
     """
     _check(of, threshold, floor)
     ready = lens.prompts(prompts)
-    reading = readout.over(lens.model, ready)
+    reading = bound(readout, lens.model, ready)
     attribution = first_order(lens, ready, readout)
     size = floor * attribution.per_site.abs().sum(1)
     material = torch.maximum(size, _SIGMAS * noise_floor(lens, reading).to(size))
@@ -239,11 +240,11 @@ def reliability(
 
 def _check(of: str, threshold: float, floor: float) -> None:
     if of not in ("add_one", "leave_one_out"):
-        raise ValueError(f"of={of!r}: expected 'add_one' or 'leave_one_out'.")
+        raise ArgumentError(f"of={of!r}: expected 'add_one' or 'leave_one_out'.")
     if not 0 < threshold < 1:
-        raise ValueError(f"threshold={threshold}; a score lies between 0 and 1.")
+        raise ArgumentError(f"threshold={threshold}; a score lies between 0 and 1.")
     if not 0 <= floor < 1:
-        raise ValueError(f"floor={floor}; expected a share of Σ|a|, from 0 to below 1.")
+        raise ArgumentError(f"floor={floor}; expected a share of Σ|a|, from 0 to below 1.")
 
 
 def _screen(

@@ -23,10 +23,11 @@ from lens_lora.attribution import Attribution
 from lens_lora.calculus.first_order import first_order
 from lens_lora.calculus.function import gated_readout
 from lens_lora.calculus.noise import noise_floor
+from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import PromptsLike
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -72,10 +73,10 @@ class Remainder:
         """u_yᵀ r_l of each site alone.
 
         Raises:
-            ValueError: it was not computed.
+            ArgumentError: it was not computed.
         """
         if self.site_shift is None:
-            raise ValueError("single sites were not run; call remainder(..., by_site=True).")
+            raise ArgumentError("single sites were not run; call remainder(..., by_site=True).")
         return self.site_shift - self.site_first_order
 
     @property
@@ -141,8 +142,8 @@ def remainder(
     Cost: one forward and one backward, thirteen forward passes, and one per site with by_site.
     """
     ready = lens.prompts(prompts)
+    reading = bound(readout, lens.model, ready)
     attribution = first_order(lens, ready, readout)
-    reading = readout.over(lens.model, ready)
     steps = torch.stack([lens.gates(scale) for scale in _CHECKPOINTS])
     way = gated_readout(lens, reading, steps, progress=progress)
     site_shift = None
@@ -267,8 +268,11 @@ def curve_of(
     progress: bool = True,
 ) -> RemainderCurve:
     """`remainder_curve` beside a first-order attribution at hand."""
-    reading = readout.over(lens.model, lens.prompts(prompts))
-    chosen = torch.tensor(sorted(scales or default_scales()), dtype=lens.gate_dtype)
+    reading = bound(readout, lens.model, lens.prompts(prompts))
+    given = default_scales() if scales is None else [float(scale) for scale in scales]
+    if not given:
+        raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
+    chosen = torch.tensor(sorted(given), dtype=lens.gate_dtype)
     gates = chosen[:, None].expand(-1, len(lens.sites))
     values = gated_readout(lens, reading, gates, progress=progress, what="along the path")
     floor = noise_floor(lens, reading)

@@ -10,6 +10,7 @@ import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
 from lens_lora.calculus.forward import JointInject, dual_forward
+from lens_lora.errors import SiteError
 from lens_lora.hooked.gates import attached
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.prompts import PromptsLike
@@ -39,6 +40,9 @@ def tangents(
 
     Returns:
         ActivationCache of tangents, shaped as the activations; at padding they mean nothing.
+
+    Raises:
+        SiteError: names_filter leaves no hook point.
     """
     ready = lens.prompts(prompts)
     wanted = _predicate(names_filter)
@@ -54,6 +58,12 @@ def tangents(
         return hook_fn
 
     hooks = [(name, keep(name)) for name in lens.model.hook_dict if wanted(name)]
+    if not hooks:
+        known = ", ".join(list(lens.model.hook_dict)[:3])
+        raise SiteError(
+            f"names_filter={names_filter!r} names no hook point of the model; its hook points are "
+            f"like {known}."
+        )
     inject = JointInject(lens, lens.gates(at), lens.gates(scale))
     with dual_forward(), lens.injected(inject), attached(lens.model, hooks):
         lens.run(ready)

@@ -17,12 +17,16 @@ from lens_lora.calculus.first_order import first_order
 from lens_lora.calculus.logit_shift import LogitShift, logit_shift
 from lens_lora.calculus.margin import FactMargin, fact_margin
 from lens_lora.commands.loading import (
+    announce,
     lens_over,
     load_model,
+    load_model_of,
+    require_writable,
     say,
     shipped_adapter,
     step,
 )
+from lens_lora.commands.options import AdapterOption, ModelOption, Quiet, Report
 from lens_lora.errors import LensLoraError
 from lens_lora.lens import LoraLens
 from lens_lora.readout import Margin
@@ -43,40 +47,39 @@ class _Analysis:
 
 
 def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Base model, a hub id or folder. Default: SmolLM2-135M-Instruct."),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="LoRA, a hub id or folder. Default: one that moves a capital to Lyon."),
-    ] = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
     prompt: Annotated[
         str, typer.Option(help="Read at its last token.")
     ] = "The capital of France is",
     doc: Annotated[str, typer.Option(help="The document's fact, one token.")] = " Lyon",
     pre: Annotated[str, typer.Option(help="The pretrained fact, one token.")] = " Paris",
-    report: Annotated[
-        Path, typer.Option(help="HTML page to write.", dir_okay=False, writable=True)
-    ] = Path("lens_lora_demo.html"),
+    report: Report = Path("lens_lora_demo.html"),
     train: Annotated[
         bool, typer.Option("--train", help="Train a new adapter, about half a minute, and use it.")
     ] = False,
     train_out: Annotated[
         Path, typer.Option(help="Folder for the adapter of --train.", file_okay=False)
     ] = Path("lens_lora_adapter"),
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Explain how a LoRA moves one fact: the story, the numbers, and a page of figures."""
     if train and adapter is not None:
         raise typer.BadParameter("--train makes an adapter; leave --adapter out.")
-    if not report.parent.is_dir():
-        raise typer.BadParameter(f"--report: there is no folder {report.parent}.")
+    if not prompt:
+        raise typer.BadParameter(
+            "it is empty: there is no token to read at.", param_hint="--prompt"
+        )
+    require_writable(report, "--report")
     started, progress = time.perf_counter(), Console(stderr=True, quiet=quiet)
-    chosen = None if train else load_adapter(adapter or shipped_adapter())
-    hf_model, tokenizer = load_model(model, progress)
-    chosen = chosen or _train(hf_model, tokenizer, model, train_out, quiet)
-    lens = lens_over(hf_model, tokenizer, chosen, progress)
+    if train:
+        base, tokenizer = load_model(model, progress)
+        chosen = _train(base, tokenizer, model, train_out, quiet)
+    else:
+        chosen = load_adapter(adapter or shipped_adapter())
+        base, tokenizer = load_model_of(chosen, model, progress)
+    lens = lens_over(base, tokenizer, chosen, progress)
+    announce(lens)
     analysis = _analyse(lens, prompt, doc, pre, progress)
     _print(analysis)
     page = margin_report(analysis.margin, logit_shift=analysis.shift, positions=analysis.positions)

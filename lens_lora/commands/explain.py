@@ -15,10 +15,18 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lens_lora.adapter import Adapter, load_adapter
+from lens_lora.adapter import load_adapter
 from lens_lora.answers import margin_between
-from lens_lora.commands.loading import lens_over, load_model, say, shipped_adapter
-from lens_lora.commands.sweep import ModelClass
+from lens_lora.commands.loading import (
+    announce,
+    lens_over,
+    load_model_of,
+    require_writable,
+    say,
+    shipped_adapter,
+    told_if_interrupted,
+)
+from lens_lora.commands.options import AdapterOption, ClassOption, ModelOption, Quiet, Report
 from lens_lora.errors import LensLoraError, PromptError
 from lens_lora.explanation import Explanation
 from lens_lora.explanation import explain as explain_prompt
@@ -57,28 +65,18 @@ def explain(
     pre: Annotated[
         str | None, typer.Option(help="The pretrained answer, with its leading space.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Base model, a hub id or folder. Default: the one the adapter names."),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="LoRA, a hub id or folder. Default: one that moves a capital to Lyon."),
-    ] = None,
-    report: Annotated[
-        Path, typer.Option(help="HTML page to write.", dir_okay=False, writable=True)
-    ] = Path("lens_lora_report.html"),
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    report: Report = Path("lens_lora_report.html"),
     fast: Annotated[
         bool, typer.Option("--fast", help="Without running single modules, coupling and curves.")
     ] = False,
     null: Annotated[
         int, typer.Option(min=0, help="Compare with so many random adapters of the same sizes.")
     ] = 0,
-    model_class: Annotated[
-        ModelClass | None, typer.Option("--class", help="Hooked class. Default: what there is.")
-    ] = None,
+    model_class: ClassOption = None,
     device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Explain what a LoRA did to the margin between two answers: a summary, and a page.
 
@@ -86,22 +84,32 @@ def explain(
 
     lens-lora explain --prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'
     """
-    if not report.parent.is_dir():
-        raise typer.BadParameter(f"--report: there is no folder {report.parent}.")
+    require_writable(report, "--report")
     if null == 1:
         raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
     started, progress = time.perf_counter(), Console(stderr=True, quiet=quiet)
     questions = _questions(prompt or [], prompts, doc, pre)
     _note_spaces(questions, progress)
-    lens = _lens(model, load_adapter(adapter or shipped_adapter()), model_class, device, progress)
+    loaded = load_adapter(adapter or shipped_adapter())
+    base, tokenizer = load_model_of(loaded, model, progress)
+    kind = None if model_class is None else model_class.value
+    lens = lens_over(base, tokenizer, loaded, progress, kind=kind, device=device)
+    announce(lens)
     _require_fit(lens, questions)
     explanations: list[Explanation] = []
-    for number, question in enumerate(questions, start=1):
-        which = f"{number} of {len(questions)}"
-        explanations.append(_explained(lens, question, which, fast, null, progress))
-        report.write_text(explanation_report(explanations), encoding="utf-8")
+    with told_if_interrupted(lambda: _kept(report, len(explanations), len(questions))):
+        for number, question in enumerate(questions, start=1):
+            which = f"{number} of {len(questions)}"
+            explanations.append(_explained(lens, question, which, fast, null, progress))
+            report.write_text(explanation_report(explanations), encoding="utf-8")
     say(f"\nReport: {report.absolute()}")
     progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
+
+
+def _kept(report: Path, done: int, count: int) -> str:
+    if not done:
+        return f"No prompt was finished, and {report} is not written."
+    return f"{report} holds the first {done} of {count} prompts."
 
 
 def _questions(
@@ -129,6 +137,8 @@ def _questions(
         )
     questions: list[_Question] = []
     for text, its_doc, its_pre in found:
+        if not text:
+            raise typer.BadParameter("a prompt is empty: there is no token to read at.")
         if not its_doc or not its_pre:
             raise typer.BadParameter(
                 f"the prompt {text!r} needs both answers: --doc ' Lyon' --pre ' Paris', each with "
@@ -147,6 +157,8 @@ def _from_file(
         except UnicodeDecodeError as error:
             raise LensLoraError(f"{file}: not UTF-8 ({error}); save it as UTF-8.") from error
         return [(line, doc, pre) for line in lines if line.strip()]
+    if file.suffix.lower() not in (".jsonl", ".csv"):
+        raise LensLoraError(f"{file}: expected a file that ends in .txt, .jsonl or .csv.")
     records = read_records(file, with_answers=doc is None or pre is None)
     bad = next((record.error for record in records if record.error), None)
     if bad:
@@ -164,33 +176,6 @@ def _note_spaces(questions: Sequence[_Question], progress: Console) -> None:
         else:
             continue
         progress.print(Text(f"Note: {note}; is that meant?", style="yellow"), soft_wrap=True)
-
-
-def _lens(
-    model: str | None,
-    adapter: Adapter,
-    model_class: ModelClass | None,
-    device: str,
-    progress: Console,
-) -> LoraLens:
-    """Over --model, else over the base that the adapter names, else over the embedded model.
-
-    Raises:
-        LensLoraError: what loading raises; of a base that was not asked for, with the remedy.
-    """
-    from lens_lora.demo.embedded import EMBEDDED_HUB_ID
-
-    named = None if adapter.base_model == EMBEDDED_HUB_ID else adapter.base_model
-    try:
-        base, tokenizer = load_model(model or named, progress)
-    except LensLoraError as error:
-        if model or not named:
-            raise
-        raise type(error)(
-            f"{error} It is the base that the adapter names; give --model."
-        ) from error
-    kind = None if model_class is None else model_class.value
-    return lens_over(base, tokenizer, adapter, progress, kind=kind, device=device)
 
 
 def _require_fit(lens: LoraLens, questions: Sequence[_Question]) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from lens_lora.adapter import Adapter, load_adapter
 from lens_lora.calculus.spectra import lacking, summarise
 from lens_lora.commands.loading import EMBEDDED
+from lens_lora.commands.options import Quiet
 from lens_lora.lens import LoraLens
 from lens_lora.show.inspect_tables import adapter_table, spectra_table
 
@@ -29,12 +30,13 @@ def inspect(
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many of the largest to list.")] = 10,
+    quiet: Quiet = False,
     every: Annotated[bool, typer.Option("--all", help="List every one.")] = False,
 ) -> None:
     """What an adapter is: its targets, ranks and scales, and the spectrum of each update."""
     loaded = load_adapter(adapter)
     config = _config(adapter)
-    summary = summarise(loaded, None if model is None else _lens(loaded, model))
+    summary = summarise(loaded, None if model is None else _lens(loaded, model, quiet))
     console = Console()
     console.print(adapter_table(summary, config))
     console.print()
@@ -48,23 +50,23 @@ def _config(adapter: str) -> dict[str, Any]:
     return PeftConfig.from_pretrained(adapter).to_dict()
 
 
-def _lens(adapter: Adapter, model: str) -> LoraLens:
+def _lens(adapter: Adapter, model: str, quiet: bool) -> LoraLens:
     """The lens of what the model has of the adapter; of all of it, to be refused, if it has none.
 
     Raises:
         LensLoraError: the model cannot be loaded or hooked, or the adapter does not fit it.
     """
-    hooked = _hooked(model)
+    hooked = _hooked(model, quiet)
     left_out = lacking(adapter, hooked)
     is_partial = 0 < len(left_out) < len(adapter)
     return LoraLens(hooked, adapter.without(*left_out) if is_partial else adapter)
 
 
-def _hooked(model: str) -> Any:
+def _hooked(model: str, quiet: bool) -> Any:
     from lens_lora.demo.embedded import load_embedded
     from lens_lora.demo.hooked import hooked_model, load_base, quiet_libraries
 
-    Console(stderr=True).print(f"Loading {model}", highlight=False, markup=False)
+    Console(stderr=True, quiet=quiet).print(f"Loading {model}", highlight=False, markup=False)
     with quiet_libraries():
         loaded = load_embedded(quiet=True) if model == EMBEDDED else load_base(model)
         return hooked_model(*loaded)[0]

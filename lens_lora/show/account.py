@@ -84,7 +84,7 @@ def account_of(fact_margin: FactMargin, prompt: int = 0) -> Account:
     """One prompt's account.
 
     Raises:
-        ValueError: no such prompt.
+        ArgumentError: no such prompt.
     """
     attribution, curve = fact_margin.attribution, fact_margin.curve
     i = chosen_prompt(prompt, len(attribution.base))

@@ -14,7 +14,7 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import ArgumentError, LensLoraError
 from lens_lora.show.text import chosen_prompt, method_text, signed
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ def token_view(attribution: Attribution, prompt: int = 0) -> TokenView:
         attribution: with by='position' (and any other axis).
 
     Raises:
-        ValueError: the attribution was not split by position, or has no such prompt.
+        ArgumentError: the attribution was not split by position, or has no such prompt.
         LensLoraError: circuitsvis is not installed.
     """
     if "position" not in attribution.by:
-        raise ValueError(
+        raise ArgumentError(
             f"the attribution is split by {attribution.by or 'nothing'}, not by position; compute "
             'it with first_order(..., by="position").'
         )

@@ -22,6 +22,9 @@ _MOST_TICKS = 60
 def feature_figure(shift: FeatureShift, k: int = 20, prompt: int | None = None) -> go.Figure:
     """Bars of the exact shift with its first order; by position, feature × position.
 
+    Position 0 sees no other token, and its activations are often hundreds of times those after it:
+    where there are others, features and colours are chosen by them, and the title says so.
+
     Args:
         k: how many features, by their largest |shift|.
         prompt: an index; without it, the mean over prompts.
@@ -29,6 +32,8 @@ def feature_figure(shift: FeatureShift, k: int = 20, prompt: int | None = None) 
     figure = _by_position(shift, k, prompt) if shift.by_position else _bars(shift, k, prompt)
     heading = f"features at {shift.hook_name}{_whose(len(shift.base), prompt)}"
     where = "by position" if shift.position is None else _at(shift.position)
+    if shift.by_position and len(shift.str_tokens[prompt or 0]) > 1:
+        where += "; features and colours chosen without position 0"
     figure.update_layout(title=title(heading, f"pushed by the adapter, {where}"))
     return figure
 
@@ -47,7 +52,8 @@ def writes_figure(writes: FeatureWrites, k: int = 20, prompt: int | None = None)
         for site, row in zip(writes.sites, z, strict=True)
     ]
     names = [html.escape(site.name) for site in writes.sites]
-    figure = _heatmap(z, hover, [str(f) for f in chosen], names, writes.units)
+    reach = max((abs(v) for row in z for v in row if v is not None), default=0.0)
+    figure = _heatmap(z, hover, [str(f) for f in chosen], names, writes.units, reach)
     heading = f"δz of each site onto features{_whose(len(writes.values), prompt)}"
     below = f"what it writes by itself, {_at(writes.position)}"
     figure.update_layout(title=title(heading, below))
@@ -84,8 +90,10 @@ def _bars(shift: FeatureShift, k: int, prompt: int | None) -> go.Figure:
 
 def _by_position(shift: FeatureShift, k: int, prompt: int | None) -> go.Figure:
     values, tokens = shift.of_prompt(prompt)["shift"], shift.str_tokens[prompt or 0]
-    largest = values.abs().nan_to_num(0.0).amax(1)
-    chosen = largest.topk(min(k, len(largest))).indices.tolist()[::-1]
+    first = 1 if len(tokens) > 1 else 0
+    largest = values[:, first : len(tokens)].abs().nan_to_num(0.0).amax(1)
+    top = largest.topk(min(k, len(largest)))
+    chosen = top.indices.tolist()[::-1]
     z: Cells = values[chosen, : len(tokens)].tolist()
     hover = [
         [
@@ -96,7 +104,8 @@ def _by_position(shift: FeatureShift, k: int, prompt: int | None) -> go.Figure:
         for feature, row in zip(chosen, z, strict=True)
     ]
     names = [f"feature {feature}" for feature in chosen]
-    figure = _heatmap(z, hover, list(range(len(tokens))), names, shift.units)
+    reach = float(top.values[0])
+    figure = _heatmap(z, hover, list(range(len(tokens))), names, shift.units, reach)
     ticks = range(0, len(tokens), math.ceil(len(tokens) / _MOST_TICKS))
     labels = [f"{i} {html.escape(visible(tokens[i]))}" for i in ticks]
     figure.update_xaxes(tickvals=list(ticks), ticktext=labels)
@@ -104,9 +113,10 @@ def _by_position(shift: FeatureShift, k: int, prompt: int | None) -> go.Figure:
 
 
 def _heatmap(
-    z: Cells, hover: Labels, x: list[int] | list[str], y: list[str], units: str
+    z: Cells, hover: Labels, x: list[int] | list[str], y: list[str], units: str, reach: float
 ) -> go.Figure:
-    reach = max((abs(v) for row in z for v in row if v is not None), default=0.0) or 1.0
+    """Coloured up to ±reach; what lies beyond has the colour of the end."""
+    reach = reach or 1.0
     figure = go.Figure(
         go.Heatmap(
             z=z,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lens_lora.errors import ArgumentError
 from lens_lora.show.account import SIGMAS
 from lens_lora.show.style import (
     BLANK,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["margin_figure", "position_heatmap", "remainder_figure", "site_heatmap"]
 
 _MOST_TICKS, _MOST_LAYER_TICKS = 60, 20
-_HIGHEST_SHARE = 300.0
+_HIGHEST_SHARE, _ROOM_FOR_THE_LABEL = 300.0, 0.25
 
 
 def site_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Figure:
@@ -72,10 +73,10 @@ def position_heatmap(attribution: Attribution, prompt: int = 0) -> go.Figure:
     """Layer × token position of one prompt, summed over the layer's sites.
 
     Raises:
-        ValueError: the attribution was not split by position.
+        ArgumentError: the attribution was not split by position.
     """
     if "position" not in attribution.by:
-        raise ValueError(
+        raise ArgumentError(
             f"the attribution is split by {attribution.by or 'nothing'}, not by position; compute "
             'it with first_order(..., by="position").'
         )
@@ -149,11 +150,18 @@ def margin_figure(fact_margin: FactMargin, prompt: int = 0) -> go.Figure:
     figure.add_hline(y=0, line={"color": INK, "width": 1.5})
     flip = float(fact_margin.flip_scale[index])
     if math.isfinite(flip):
+        # Where the margin is not: before the flip it has its base's sign, after it the other.
+        side = "left" if flip > _ROOM_FOR_THE_LABEL else "right"
+        height = "top" if (float(curve.base[index]) < 0) == (side == "left") else "bottom"
         figure.add_vline(
             x=flip,
             line={"color": FLIP, "width": 1.5, "dash": "dot"},
-            annotation={"text": f"flips at ε = {flip:.3g}", "font": {"color": FLIP}},
-            annotation_position="bottom right" if flip < 0.5 else "bottom left",
+            annotation={
+                "text": f"flips at ε = {flip:.3g}",
+                "font": {"color": FLIP},
+                "xshift": 6 if side == "right" else -6,
+            },
+            annotation_position=f"{height} {side}",
         )
     style(figure, height=380)
     figure.update_layout(title=title(curve.readout, "along ε, from the base model to the adapted"))

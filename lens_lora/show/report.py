@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from plotly.offline import get_plotlyjs
 
+from lens_lora.errors import ArgumentError
 from lens_lora.show.account import Account, account_of
 from lens_lora.show.explain_html import (
     Plots,
@@ -58,7 +59,7 @@ def margin_report(
         title: by default the two facts.
 
     Raises:
-        ValueError: no such prompt, or `positions` not split by position.
+        ArgumentError: no such prompt, or `positions` not split by position.
     """
     account, attribution = account_of(fact_margin, prompt), fact_margin.attribution
     plots = Plots()
@@ -92,10 +93,10 @@ def explanation_report(explanations: Sequence[Explanation], *, title: str | None
         title: by default the two answers, where they are the same throughout.
 
     Raises:
-        ValueError: no explanation.
+        ArgumentError: no explanation.
     """
     if not explanations:
-        raise ValueError("no explanation to report; give at least one.")
+        raise ArgumentError("no explanation to report; give at least one.")
     accounts = [explained_account(e) for e in explanations]
     parts = [
         _explained(e, account, f"p{n}")

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lens_lora.errors import ArgumentError
+
 if TYPE_CHECKING:
     from lens_lora.attribution import Attribution, Quadrature
 
@@ -107,8 +109,8 @@ def chosen_prompt(prompt: int, batch: int) -> int:
     """The index of a prompt.
 
     Raises:
-        ValueError: the result has no such prompt.
+        ArgumentError: the result has no such prompt.
     """
     if not 0 <= prompt < batch:
-        raise ValueError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
+        raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
     return prompt

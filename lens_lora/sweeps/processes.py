@@ -11,11 +11,12 @@ import torch
 
 from lens_lora.errors import LensLoraError
 
-__all__ = ["Processes", "launched"]
+__all__ = ["Processes", "launched", "rank"]
 
 # One process may be done with its share long before another.
 _PATIENCE = timedelta(days=7)
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Processes:
     @property
     def is_main(self) -> bool:
         return self.index == 0
+
+
+def rank() -> int:
+    """Which of the processes this is, as its launcher says; 0 alone. Sets nothing up."""
+    return max(int(os.environ.get(name) or 0) for name in _RANKS)
 
 
 def launched() -> Processes:

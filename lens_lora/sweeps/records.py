@@ -87,6 +87,8 @@ def _rows(records: RecordsLike, needed: tuple[str, ...]) -> Iterator[_Row]:
         readers = {".jsonl": _jsonl, ".csv": _csv}
         if path.suffix.lower() not in readers:
             raise SweepError(f"{path}: expected a file that ends in .jsonl or .csv.")
+        if not path.is_file():
+            raise SweepError(f"{path}: there is no such file of records.")
         yield from readers[path.suffix.lower()](path, needed)
         return
     if isinstance(records, Mapping):

@@ -32,10 +32,11 @@ from lens_lora.sweeps.tables import (
     sites_table,
 )
 
-__all__ = ["METADATA", "Store"]
+__all__ = ["METADATA", "Store", "require_same_sweep"]
 
 Fingerprint = Mapping[str, Any]
 METADATA = b"lens_lora.sweep"
+_ABOUT = "about.json"
 _PROMPTS_AT_ONCE = 256
 # A model or adapter that was renamed is still the same one.
 _NAMES = {"model": "model_weights", "adapter": "adapter_weights"}
@@ -52,6 +53,10 @@ class Store:
         SweepError: another ending.
     """
 
+    sites_path: Path
+    prompts_path: Path
+    parts: Path
+
     def __init__(
         self,
         out: str | Path,
@@ -59,11 +64,7 @@ class Store:
         sites: Sequence[Site],
         analyses: Sequence[str],
     ) -> None:
-        self.sites_path = Path(out)
-        if self.sites_path.suffix != ".parquet":
-            raise SweepError(f"out={str(out)!r}: expected a name that ends in .parquet.")
-        self.prompts_path = self.sites_path.with_suffix(".prompts.parquet")
-        self.parts = self.sites_path.with_suffix(".parts")
+        self.sites_path, self.prompts_path, self.parts = _paths(out)
         self._fingerprint, self._sites, self._analyses = fingerprint, sites, analyses
 
     def done(self) -> dict[str, Row]:
@@ -76,7 +77,7 @@ class Store:
         if self.prompts_path.exists() or self.sites_path.exists():
             rows |= {row.id: row for row in self._finished()}
         if self._about.exists():
-            self._require_same(json.loads(self._about.read_text("utf-8")), self.parts)
+            _require_same(_about_of_parts(self.parts), self._fingerprint, self.parts)
             rows |= {row.id: row for row in self._from_parts() if row.error is None}
         return rows
 
@@ -87,7 +88,12 @@ class Store:
             self.prompts_path.unlink(missing_ok=True)
         if anew or not self._about.exists():
             shutil.rmtree(self.parts, ignore_errors=True)
-            self.parts.mkdir(parents=True)
+            try:
+                self.parts.mkdir(parents=True)
+            except OSError as error:
+                raise SweepError(
+                    f"{self.parts}: the folder cannot be made ({error.strerror}); give another out."
+                ) from error
             text = json.dumps(self._fingerprint, ensure_ascii=False, indent=1)
             self._write(self._about, lambda path: path.write_text(text, "utf-8"))
 
@@ -132,7 +138,7 @@ class Store:
 
     @property
     def _about(self) -> Path:
-        return self.parts / "about.json"
+        return self.parts / _ABOUT
 
     def _from_parts(self) -> Iterable[Row]:
         for path in sorted(self.parts.glob("*.parquet")):
@@ -142,26 +148,11 @@ class Store:
         """Rows of the result files; none where one of the two was deleted."""
         for path in (self.prompts_path, self.sites_path):
             if path.exists():
-                self._require_same(_about_of(path), path)
+                _require_same(_about_of(path), self._fingerprint, path)
         if not (self.prompts_path.exists() and self.sites_path.exists()):
             return []
         prompts, sites = _read(self.prompts_path), _read(self.sites_path)
         return rows_of_results(prompts, sites, len(self._sites), self._analyses)
-
-    def _require_same(self, there: Fingerprint, path: Path) -> None:
-        keys = dict.fromkeys([*self._fingerprint, *there])
-        differ = {key for key in keys if there.get(key) != self._fingerprint.get(key)}
-        differ -= {name for name, weights in _NAMES.items() if weights not in differ}
-        if differ:
-            facts = "; ".join(
-                f"{key} {there.get(key)!r} there, {self._fingerprint.get(key)!r} here"
-                for key in keys
-                if key in differ
-            )
-            raise SweepError(
-                f"{path} holds another sweep: {facts}. Give another out, or start over with "
-                "resume=False (--no-resume)."
-            )
 
     def _write_sites(self, path: Path, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
         step, is_whole = _PROMPTS_AT_ONCE, all(isinstance(identity, int) for identity in ids)
@@ -183,6 +174,50 @@ class Store:
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+
+
+def require_same_sweep(out: str | Path, known: Fingerprint) -> None:
+    """Refuse results at `out` that differ in what is known of a sweep so far. Changes nothing.
+
+    Raises:
+        SweepError: another ending, files that are no sweep's, or a sweep of something else.
+    """
+    sites, prompts, parts = _paths(out)
+    there = {path: _about_of(path) for path in (prompts, sites) if path.exists()}
+    if (parts / _ABOUT).exists():
+        there[parts] = _about_of_parts(parts)
+    for path, about in there.items():
+        _require_same({key: about.get(key) for key in known}, known, path)
+
+
+def _paths(out: str | Path) -> tuple[Path, Path, Path]:
+    """The rows per site, the rows per prompt, and the folder of parts."""
+    sites = Path(out)
+    if sites.suffix != ".parquet":
+        raise SweepError(f"out={str(out)!r}: expected a name that ends in .parquet.")
+    if sites.is_dir():
+        raise SweepError(f"out={str(out)!r} is a folder; name a file in it.")
+    return sites, sites.with_suffix(".prompts.parquet"), sites.with_suffix(".parts")
+
+
+def _require_same(there: Fingerprint, here: Fingerprint, path: Path) -> None:
+    keys = dict.fromkeys([*here, *there])
+    differ = {key for key in keys if there.get(key) != here.get(key)}
+    differ -= {name for name, weights in _NAMES.items() if weights not in differ}
+    if differ:
+        facts = "; ".join(
+            f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
+            for key in keys
+            if key in differ
+        )
+        raise SweepError(
+            f"{path} holds another sweep: {facts}. Give another out, or start over with "
+            "resume=False (--no-resume)."
+        )
+
+
+def _about_of_parts(parts: Path) -> Fingerprint:
+    return json.loads((parts / _ABOUT).read_text("utf-8"))
 
 
 def _read(path: Path) -> pa.Table:

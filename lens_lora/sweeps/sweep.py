@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.adapter import Adapter
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 from lens_lora.sweeps.analyses import chosen
 from lens_lora.sweeps.batches import Job, Row, make_batches, measure, prepare
 from lens_lora.sweeps.processes import Processes, launched
 from lens_lora.sweeps.records import Record, RecordsLike, SweepError, read_records
 from lens_lora.sweeps.result import SweepResult
-from lens_lora.sweeps.store import Store
+from lens_lora.sweeps.store import Store, require_same_sweep
 
-__all__ = ["sweep"]
+__all__ = ["require_resumable", "sweep"]
 
 _SAMPLED, _WARNED = 64, 10
 
@@ -116,8 +117,8 @@ def _prepare(
     shown: bool,
 ) -> list[Job | Record]:
     """Each record as a job; as itself where it is done or bad."""
-    bar = tqdm(records, "reading records", leave=False, disable=not shown, unit="record")
-    return [record if str(record.id) in done else prepare(lens, record, readout) for record in bar]
+    with tqdm(records, "reading records", leave=False, disable=not shown, unit="record") as bar:
+        return [r if str(r.id) in done else prepare(lens, r, readout) for r in bar]
 
 
 def _bar(mine: Sequence[list[Job]], resumed: int, processes: Processes, shown: bool) -> tqdm:
@@ -136,7 +137,7 @@ def _require_for_all(lens: LoraLens, readout: Readout) -> None:
     """
     for count in (1, 2):
         ones = torch.ones(count, 1, dtype=torch.long, device=lens.device)
-        readout.over(lens.model, Prompts(ones, ones[:, 0]))
+        bound(readout, lens.model, Prompts(ones, ones[:, 0]))
 
 
 def _require_same_records(records: Sequence[Record], done: Mapping[str, Row], path: Path) -> None:
@@ -165,23 +166,41 @@ def _require_same_records(records: Sequence[Record], done: Mapping[str, Row], pa
                 )
 
 
+def require_resumable(
+    out: str | Path, adapter: Adapter, analyses: str | Iterable[str], readout: Readout | None = None
+) -> None:
+    """Refuse, before a model is loaded, to go on with a sweep of something else.
+
+    Raises:
+        SweepError: results at `out` of another adapter, choice of analyses or readout.
+    """
+    require_same_sweep(out, _without_model(adapter, chosen(analyses), readout))
+
+
+def _without_model(
+    adapter: Adapter, analyses: Sequence[str], readout: Readout | None
+) -> dict[str, Any]:
+    factors = {
+        f"{module}.{field.name}": getattr(factor, field.name)
+        for module, factor in adapter.modules.items()
+        for field in dataclasses.fields(factor)
+    }
+    return {
+        "adapter_weights": _digest(factors),
+        "analyses": list(analyses),
+        "readout": f"{readout.label}, {readout.units}" if readout else "margin of doc and pre",
+    }
+
+
 def _fingerprint(
     lens: LoraLens, analyses: Sequence[str], readout: Readout | None
 ) -> dict[str, Any]:
     """What the numbers depend on beside the records, as plain JSON."""
-    parameters = dict(lens.model.named_parameters())
-    factors = {
-        f"{module}.{field.name}": getattr(factor, field.name)
-        for module, factor in lens.adapter.modules.items()
-        for field in dataclasses.fields(factor)
-    }
     return {
         **lens.describe(),
         "sites": len(lens.sites),
-        "model_weights": _digest(parameters),
-        "adapter_weights": _digest(factors),
-        "analyses": list(analyses),
-        "readout": f"{readout.label}, {readout.units}" if readout else "margin of doc and pre",
+        "model_weights": _digest(dict(lens.model.named_parameters())),
+        **_without_model(lens.adapter, analyses, readout),
     }
 
 
