@@ -1,73 +1,42 @@
 """What each analysis costs, in plain forward passes of the same hooked model on the same tokens.
 
-    python benchmarks/cost.py [--repeats 5]
+    python benchmarks/cost.py [--class HookedTransformer] [--tokens 8 64 256] [--batch 1 8]
 
 Interleaved in one run on the embedded model and its adapter (210 sites, rank 8); medians. F is one
-forward pass, FB one forward and one backward down to the embeddings.
+forward pass, FB one forward and one backward down to the embeddings. With transformer-lens 4.3 its
+own attribution patching is timed beside. `--growth` times models, adapters and ranks of several
+sizes instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from cost_growth import growth_tables
+from cost_works import (
+    MARGIN,
+    QUICK,
+    SLOW,
+    Work,
+    loop_of_jvps,
+    plain_backward,
+    plain_forward,
+)
 
 import lens_lora as ll
-from lens_lora.calculus.reverse import site_gradients
+from lens_lora.calculus.slopes import site_slopes
 from lens_lora.demo.embedded import load_embedded
 from lens_lora.demo.hooked import hooked_model, transformer_lens_version
-from lens_lora.hooked.gates import attached
 
-MARGIN = ll.Margin(" Lyon", " Paris")
-
-
-def bare_backward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
-    """FB: no hook but the one that makes the embedding's output a leaf."""
-    leaves: list[torch.Tensor] = []
-
-    def start(tensor, hook):
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
-        logits = lens.run(prompts)[:, -1]
-        torch.autograd.grad(MARGIN.bind(lens.model, prompts.batch)(logits).sum(), leaves)
-
-
-def one_gradient(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
-    """The reverse pass of first_order, without the exact ends beside it."""
-    reading = MARGIN.over(lens.model, prompts)
-    site_gradients(lens, reading, lens.gates(0.0), lambda *visit: None)
-
-
-def forward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
-    with torch.no_grad():
-        lens.run(prompts)
-
-
-WORK: dict[str, Callable[[ll.LoraLens, ll.Prompts], object]] = {
-    "F: plain forward": forward,
-    "FB: plain forward and backward": bare_backward,
-    "adapted forward, lens.logits": lambda lens, p: lens.logits(p),
-    "first_order, the reverse pass alone": one_gradient,
-    "first_order, with the exact ends": lambda lens, p: ll.first_order(lens, p, MARGIN),
-    "first_order by position, head, rank": lambda lens, p: ll.first_order(
-        lens, p, MARGIN, by=("position", "head", "rank")
-    ),
-    "logit_shift, all sites together": lambda lens, p: ll.logit_shift(lens, p, by_site=False),
-    "fact_margin": lambda lens, p: ll.fact_margin(lens, p, " Lyon", " Paris", progress=False),
-}
-SLOW = {
-    "logit_shift, every site": lambda lens, p: ll.logit_shift(lens, p, progress=False),
-    "remainder, every single site": lambda lens, p: ll.remainder(
-        lens, p, MARGIN, by_site=True, progress=False
-    ),
-}
+TURNS, SLOW_TOKENS = 5, 600
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -76,42 +45,184 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(lens: ll.LoraLens, tokens: int, repeats: int) -> dict[str, float]:
-    """Median seconds of each piece of work, interleaved."""
-    ids = torch.randint(1000, 40000, (1, tokens), generator=torch.Generator().manual_seed(0))
-    prompts = lens.prompts(ids)
-    times: dict[str, list[float]] = {name: [] for name in (*WORK, *SLOW)}
-    for turn in range(repeats + 1):
-        for name, work in WORK.items():
-            taken = seconds(lambda work=work: work(lens, prompts))
-            if turn:
-                times[name].append(taken)
-    for name, work in SLOW.items():
-        times[name].append(seconds(lambda work=work: work(lens, prompts)))
+def random_prompts(lens: ll.LoraLens, batch: int, tokens: int) -> ll.Prompts:
+    ids = torch.randint(1000, 40000, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    return lens.prompts(ids)
+
+
+def interleaved(
+    lens: ll.LoraLens, prompts: ll.Prompts, works: Iterable[Work], turns: int
+) -> dict[str, float]:
+    """Median seconds of each, after one turn that is not counted where there are several."""
+    every = [Work("F", plain_forward), Work("FB", plain_backward), *works]
+    times: dict[str, list[float]] = {work.name: [] for work in every}
+    for turn in range(turns + (turns > 1)):
+        for work in every:
+            taken = seconds(lambda work=work: work.run(lens, prompts))
+            if turn or turns == 1:
+                times[work.name].append(taken)
     return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def column(lens: ll.LoraLens, batch: int, tokens: int) -> dict[str, str]:
+    """The cells of one size of prompts: ratios, and F in milliseconds."""
+    prompts = random_prompts(lens, batch, tokens)
+    is_long = batch * tokens > SLOW_TOKENS
+    quick = interleaved(lens, prompts, QUICK, 1 if is_long else TURNS)
+    cells = {"F": f"{1e3 * quick['F']:.0f} ms", "FB": f"{quick['FB'] / quick['F']:.2f} F"}
+    cells |= {w.name: _ratio(quick[w.name] * w.share / quick[w.unit], w.unit) for w in QUICK}
+    if is_long:
+        return cells | dict.fromkeys((w.name for w in SLOW), "not run")
+    loop = statistics.median(seconds(lambda: loop_of_jvps(lens, prompts)) for _ in range(TURNS)) * (
+        len(lens.sites) / 2
+    )
+    for work in SLOW:
+        if work.unit == "FB" and batch * tokens > 64:
+            cells[work.name] = "not run"
+            continue
+        slow = interleaved(lens, prompts, [work], 1)
+        base = statistics.median([quick[work.unit], slow[work.unit]])
+        cells[work.name] = _ratio(slow[work.name] / base, work.unit)
+        if work is SLOW[0]:
+            cells["… times faster than a loop of jvps"] = f"{loop / slow[work.name]:.0f}"
+            cells["… share of the matmul peak"] = f"{_share_of_peak(lens, prompts, slow, work):.0%}"
+    return cells
+
+
+def _ratio(value: float, unit: str) -> str:
+    return f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
+
+
+def _share_of_peak(lens: ll.LoraLens, prompts: ll.Prompts, times: dict, work: Work) -> float:
+    """Products of the tangents with the weights, per second, over the best of one big product."""
+    blocks = sum(p.numel() for n, p in lens.model.blocks.named_parameters() if p.ndim > 1)
+    layers = lens.plan.view.n_layers
+    passes = sum(layers - max(site.layer, 0) for site in lens.sites) / layers
+    unembedded = len(lens.sites) * prompts.batch * lens.model.cfg.d_model * lens.model.cfg.d_vocab
+    done = 2 * (passes * blocks * prompts.tokens.numel() + unembedded)
+    return done / times[work.name] / matmul_peak()
+
+
+def matmul_peak() -> float:
+    """Floating-point operations a second of the best of ten products of this model's shapes."""
+    x, w = torch.randn(2048, 576), torch.randn(576, 1536)
+    return 2 * x.shape[0] * w.numel() / min(seconds(lambda: x @ w) for _ in range(10))
+
+
+def peak_memory(run: Callable[[], object]) -> float:
+    """MiB of resident memory that a run adds at its peak (Linux)."""
+    run()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def memory_lines(lens: ll.LoraLens) -> None:
+    """The reverse pass's memory beside that of a bare backward, on 256 tokens."""
+    prompts = random_prompts(lens, 1, 256)
+    reading = MARGIN.over(lens.model, prompts)
+    bare = peak_memory(lambda: plain_backward(lens, prompts))
+    ours = peak_memory(lambda: site_slopes(lens, reading, lens.gates(0.0)))
+    print(
+        f"\nPeak memory of one readout, all sites, on 256 tokens: {ours:.0f} MiB beside "
+        f"{bare:.0f} MiB of the bare FB ({ours / bare:.2f}; target ≤ 1.05)."
+    )
+
+
+def attach_line(lens: ll.LoraLens, folder: Path) -> None:
+    """A lens over a booted model, and reading the adapter's file."""
+    forward = statistics.median(
+        seconds(lambda: plain_forward(lens, random_prompts(lens, 1, 8))) for _ in range(TURNS)
+    )
+    attach = statistics.median(
+        seconds(lambda: ll.LoraLens(lens.model, lens.adapter)) for _ in range(TURNS)
+    )
+    read = statistics.median(seconds(lambda: ll.load_adapter(folder)) for _ in range(TURNS))
+    held = sum(m.A.nbytes + m.B.nbytes for m in lens.maps) / 2**20
+    print(
+        f"\nAttaching a lens: {attach / forward:.2f} F of 8 tokens (target ≤ 0.5), and "
+        f"{1e3 * read:.0f} ms to read the file; it holds {held:.1f} MiB, the factors."
+    )
+
+
+def peer_table(lens: ll.LoraLens, sizes: Sequence[tuple[int, int]]) -> None:
+    """transformer-lens 4's node sweep on the same model and prompts, where there is one."""
+    try:
+        from transformer_lens.tools.analysis import attribution_patching
+    except ImportError:
+        return
+    print("\n| beside `attribution_patch` | its time | first_order's share of it |")
+    print("| --- | --- | --- |")
+    for batch, tokens in sizes:
+        prompts = random_prompts(lens, batch, tokens)
+        other = prompts.tokens.roll(1, 1)
+        read = MARGIN.bind(lens.model, 1)
+
+        def peer(prompts=prompts, other=other, read=read):
+            attribution_patching.attribution_patch(
+                lens.model, prompts.tokens, other, lambda logits: read(logits[:, -1]).sum()
+            )
+
+        reading = MARGIN.over(lens.model, prompts)
+
+        def ours(reading=reading):
+            site_slopes(lens, reading, lens.gates(0.0))
+
+        times = [(seconds(peer), seconds(ours)) for _ in range(TURNS + 1)][1:]
+        theirs, mine = (statistics.median(t) for t in zip(*times, strict=True))
+        print(f"| {batch} × {tokens} tokens | {1e3 * theirs:.0f} ms | {mine / theirs:.2f} |")
+
+
+def table(lens: ll.LoraLens, sizes: Sequence[tuple[int, int]]) -> None:
+    columns = {size: column(lens, *size) for size in sizes}
+    targets = {work.name: work.target for work in (*QUICK, *SLOW)}
+    targets["… times faster than a loop of jvps"] = "≥ 9"
+    head = " | ".join(f"{batch} × {tokens}" for batch, tokens in sizes)
+    print(f"| work | target | {head} |\n| --- | --- |{' --- |' * len(sizes)}")
+    names = list(dict.fromkeys(name for cells in columns.values() for name in cells))
+    for name in names:
+        cells = " | ".join(columns[size].get(name, "not run") for size in sizes)
+        print(f"| {name} | {targets.get(name, '')} | {cells} |", flush=True)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--repeats", type=int, default=5)
-    repeats = options.parse_args().repeats
-    adapter = ll.load_adapter(Path(ll.__file__).parent / "demo" / "lyon_adapter")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}\n")
-    for kind in ("HookedTransformer", "TransformerBridge"):
+    options.add_argument("--class", dest="kinds", nargs="+", default=None)
+    options.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 256])
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    options.add_argument("--growth", action="store_true")
+    asked = options.parse_args()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
+        f"{platform.machine()}, matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s in float32\n"
+    )
+    if asked.growth:
+        growth_tables()
+        return
+    folder = Path(ll.__file__).parent / "demo" / "lyon_adapter"
+    adapter = ll.load_adapter(folder)
+    sizes = [(batch, tokens) for batch in asked.batch for tokens in asked.tokens]
+    for kind in asked.kinds or ("HookedTransformer", "TransformerBridge"):
         try:
             model, _ = hooked_model(*load_embedded(quiet=True), kind=kind)
         except ll.ModelStateError as error:
             print(f"{kind}: {error}\n")
             continue
         lens = ll.LoraLens(model, adapter)
-        rows = {tokens: measure(lens, tokens, repeats) for tokens in (8, 64)}
-        print(f"{kind}, transformer-lens {transformer_lens_version()}\n")
-        print("| work | 8 tokens | 64 tokens |\n| --- | --- | --- |")
-        base = {tokens: times["F: plain forward"] for tokens, times in rows.items()}
-        for name in rows[8]:
-            cells = " | ".join(f"{rows[t][name] / base[t]:.1f} F" for t in rows)
-            print(f"| {name} | {cells} |")
-        print(f"\nF = {1e3 * base[8]:.0f} ms at 8 tokens, {1e3 * base[64]:.0f} ms at 64\n")
+        print(f"{kind}, transformer-lens {transformer_lens_version()}, prompts × tokens\n")
+        table(lens, sizes)
+        memory_lines(lens)
+        attach_line(lens, folder)
+        if kind == "TransformerBridge":
+            peer_table(lens, sizes)
+        print()
 
 
 if __name__ == "__main__":

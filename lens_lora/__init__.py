@@ -24,6 +24,7 @@ from lens_lora.calculus.feature_effects import FeatureShift, FeatureWrites
 from lens_lora.calculus.features import feature_shift, feature_writes
 from lens_lora.calculus.first_order import first_order
 from lens_lora.calculus.logit_shift import LogitShift, logit_shift
+from lens_lora.calculus.many_readouts import first_orders
 from lens_lora.calculus.margin import FactMargin, fact_margin
 from lens_lora.calculus.null import NullTest, null_test
 from lens_lora.calculus.patching import patch_sites
@@ -84,6 +85,7 @@ __all__ = [
     "Quadrature",
     "components",
     "first_order",
+    "first_orders",
     "logit_shift",
     "tangents",
     # the remainder and the margin

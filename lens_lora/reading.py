@@ -15,9 +15,31 @@ from torch import Tensor
 
 from lens_lora.prompts import Prompts
 
-__all__ = ["Bound", "Reading", "one_row_each"]
+__all__ = ["Bound", "Columns", "Reading", "one_row_each"]
 
 Bound = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, "batch"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A readout of a few logits: Σ_k sign_k · logit of the row's k-th token.
+
+    It can be had without the rest of the vocabulary: u_y is a few rows of W_U.
+    """
+
+    ids: Int[Tensor, "row token"]
+    signs: tuple[float, ...]
+
+    def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
+        return self.of(logits.gather(-1, self.ids.to(logits.device)))
+
+    def of(self, few: Float[Tensor, "row token"]) -> Float[Tensor, "row"]:
+        """g from the logits of `ids` alone."""
+        return sum((few[:, k] * sign for k, sign in enumerate(self.signs)), few.new_zeros(()))
+
+    def repeat(self, times: int) -> Columns:
+        """Every row `times` times, r0 r0 … r1 r1 …."""
+        return Columns(self.ids.repeat_interleave(times, 0), self.signs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +70,19 @@ class Reading:
 
     def repeat(self, times: int) -> Reading:
         """Every prompt `times` times, p0 p0 … p1 p1 …, each copy read on its own."""
+        prompts, owner = self.prompts.repeat(times), self._copied_owner(times)
+        if isinstance(self.read, Columns):
+            return Reading(prompts, self.read.repeat(times), owner)
 
         def read(rows: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]:
             copies = rows.unflatten(0, (-1, times))
             return torch.stack([self.read(copies[:, j]) for j in range(times)], 1).flatten()
 
+        return Reading(prompts, read, owner)
+
+    def _copied_owner(self, times: int) -> Int[Tensor, "row"]:
         copy = torch.arange(times, device=self.owner.device)
-        owner = (self.owner[:, None] * times + copy).flatten()
-        return Reading(self.prompts.repeat(times), read, owner)
+        return (self.owner[:, None] * times + copy).flatten()
 
     def tokens_of(self, rows: list[list[str]]) -> tuple[tuple[str, ...], ...]:
         """Each prompt's tokens out of its rows'; 'a|b' where its rows continue differently."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.prompts import Prompts
-from lens_lora.reading import Bound, Reading, one_row_each
+from lens_lora.reading import Bound, Columns, Reading, one_row_each
 
 __all__ = ["LogProb", "Logit", "Margin", "Readout", "TokenLike", "bound", "token_ids"]
 
@@ -100,8 +100,7 @@ class Logit(LastToken):
     token: TokenLike
 
     def bind(self, model: Any, batch: int) -> Bound:
-        ids = token_ids(model, self.token, batch)
-        return lambda logits: _pick(logits, ids)
+        return Columns(token_ids(model, self.token, batch)[:, None], (1.0,))
 
     @property
     def label(self) -> str:
@@ -122,7 +121,7 @@ class Margin(LastToken):
                 f"doc and pre are the same token ({_name(self.doc)} and {_name(self.pre)}), so "
                 "their margin is zero whatever the model does."
             )
-        return lambda logits: _pick(logits, doc) - _pick(logits, pre)
+        return Columns(torch.stack([doc, pre], 1), (1.0, -1.0))
 
     @property
     def label(self) -> str:

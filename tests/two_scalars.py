@@ -61,6 +61,7 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
         n_layers=1,
         grows=True,
         keeps_rows=True,
+        unembedding=lambda: None,
         class_name="TwoScalars",
         block_input=lambda layer: "block",
         embedding_output=lambda: "embed",

@@ -88,8 +88,8 @@ def components(
         for name in ("z", "delta", "gradient", "inner")
     }
 
-    def visit(injection: Injection, weight: Tensor, gradient: Tensor, z: Tensor) -> None:
-        delta = weight * injection.map(z)
+    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+        delta = injection.map(z)
         # The unembedding is run at the read position alone.
         kept = real if delta.shape[1] == real.shape[1] else torch.ones_like(delta[..., :1])
         delta, gradient = delta * kept, gradient.to(delta.dtype) * kept
@@ -98,7 +98,8 @@ def components(
         copies = z.shape[2] if z.ndim == 4 else 1
         site = injection.site
         squares["z"][:, site] += (inputs.flatten(2) * kept).flatten(1).square().sum(1) / copies
-        if weight:
+        # What waits for a partner's gate is nothing at the base model.
+        if weight is None:
             squares["delta"][:, site] += delta.flatten(1).square().sum(1)
             squares["gradient"][:, site] += gradient.flatten(1).square().sum(1)
             squares["inner"][:, site] += (gradient * delta).flatten(1).sum(1)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.attribution import AXES
+from lens_lora.errors import ArgumentError
 from lens_lora.hooked.basis import SiteMap
 
 __all__ = ["Slots", "by_axes", "part_deltas", "parts"]
@@ -24,12 +25,12 @@ def by_axes(by: tuple[str, ...] | str) -> tuple[str, ...]:
     """`by` in canonical order.
 
     Raises:
-        ValueError: an axis that is none of position, head, rank.
+        ArgumentError: an axis that is none of position, head, rank.
     """
     wanted = (by,) if isinstance(by, str) else tuple(by)
     unknown = [axis for axis in wanted if axis not in AXES]
     if unknown:
-        raise ValueError(f"by={unknown}: expected any of {AXES}.")
+        raise ArgumentError(f"by={unknown}: expected any of {AXES}.")
     return tuple(axis for axis in AXES if axis in wanted)
 
 
@@ -45,6 +46,8 @@ def parts(
     gradient = gradient.to(site.B.dtype)
     if z.ndim == 4 or ("head" in by and heads):
         split = _by_head(site, kind, heads, gradient, z)
+    elif not by:
+        return ((gradient @ site.B) * site.coordinates(z)).sum((1, 2))
     else:
         split = ((gradient @ site.B) * site.coordinates(z))[:, :, None]
     summed = [axis for axis, name in ((1, "position"), (2, "head"), (3, "rank")) if name not in by]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
 
@@ -54,7 +55,7 @@ def rows_at_once(
         read: the prompts whose logits are held together; those of the pass, if not given.
 
     Raises:
-        ValueError: max_memory is less than one copy takes.
+        ArgumentError: max_memory is less than one copy takes.
     """
     read = run.batch if read is None else read
     logits = read * int(lens.model.cfg.d_vocab_out)
@@ -65,7 +66,7 @@ def rows_at_once(
     # The first row of a pass carries no tangent.
     fitting = int(max_memory // needed) - 1
     if fitting < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"max_memory={max_memory:.3g} bytes, and two rows of these prompts "
             f"({tuple(run.tokens.shape)} tokens) take about {2 * needed:.3g}; allow more, or "
             "pass fewer or shorter prompts at a time."

@@ -31,10 +31,11 @@ from lens_lora.calculus.remainder import (
 )
 from lens_lora.calculus.second_order import hessian_product, hessian_products
 from lens_lora.calculus.slopes import require_finite_sites
+from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import PromptsLike
 from lens_lora.reading import Reading
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -100,10 +101,12 @@ class SecondOrder:
         """½ Σ_{m≠l} H_lm: half of each site's coupling to all others.
 
         Raises:
-            ValueError: self-curvature was not computed.
+            ArgumentError: self-curvature was not computed.
         """
         if self.self_curvature is None:
-            raise ValueError("single sites were not run; call second_order(self_curvature=True).")
+            raise ArgumentError(
+                "single sites were not run; call second_order(self_curvature=True)."
+            )
         return self.half_row_sums - self.self_curvature
 
     def predicted_at(self, scale: float | Float[Tensor, "scale"]) -> Float[Tensor, "batch *scale"]:
@@ -239,7 +242,7 @@ def second_order(
         NumericsError: a derivative that is not finite, naming the site.
     """
     ready = lens.prompts(prompts)
-    reading, base = readout.over(lens.model, ready), lens.gates(0.0)
+    reading, base = bound(readout, lens.model, ready), lens.gates(0.0)
     first = first_order(lens, ready, readout)
     rows = hessian_product(lens, reading, base, torch.ones_like(base))
     require_finite_sites(lens, rows)

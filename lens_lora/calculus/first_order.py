@@ -21,11 +21,12 @@ from lens_lora.calculus.contract import by_axes
 from lens_lora.calculus.function import gated_readout
 from lens_lora.calculus.part_tangents import Part, part_tangents
 from lens_lora.calculus.slopes import part_slots, require_finite_sites, site_slopes
+from lens_lora.errors import ArgumentError
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts, PromptsLike
 from lens_lora.reading import Reading
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 
 __all__ = ["first_order", "labelled"]
 
@@ -66,8 +67,8 @@ def first_order(
         NumericsError: non-finite derivatives, naming the site.
     """
     if mode not in ("auto", "reverse", "forward"):
-        raise ValueError(f"mode {mode!r}: expected 'auto', 'reverse' or 'forward'.")
-    axes, reading = by_axes(by), readout.over(lens.model, lens.prompts(prompts))
+        raise ArgumentError(f"mode {mode!r}: expected 'auto', 'reverse' or 'forward'.")
+    axes, reading = by_axes(by), bound(readout, lens.model, lens.prompts(prompts))
     gates = lens.gates(float(at))
     with _under(rules, lens, reading.prompts):
         if mode == "forward":
@@ -101,10 +102,17 @@ def labelled(
     method: str,
     at: float,
     quadrature: Quadrature | None = None,
+    ends: Float[Tensor, "end batch"] | None = None,
 ) -> Attribution:
-    """The values with their labels, and the exact shift beside them. Two forward passes."""
-    ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
-    base, adapted = gated_readout(lens, reading, ends).T
+    """The values with their labels, and the exact shift beside them.
+
+    Args:
+        ends: g(0) and g(1), if known. Two forward passes, if not.
+    """
+    if ends is None:
+        both = torch.stack([lens.gates(0.0), lens.gates(1.0)])
+        ends = gated_readout(lens, reading, both).T
+    base, adapted = ends
     return Attribution(
         values=values,
         by=axes,

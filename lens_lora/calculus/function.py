@@ -19,13 +19,20 @@ from lens_lora.errors import NumericsError
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
-from lens_lora.reading import Reading
+from lens_lora.reading import Columns, Reading
 
-__all__ = ["chunk_rows", "gated_logits", "gated_readout", "read_logits", "require_finite"]
+__all__ = [
+    "chunk_rows",
+    "gated_logits",
+    "gated_readout",
+    "read_logits",
+    "read_value",
+    "require_finite",
+]
 
 TOKENS_AT_ONCE = 2048
 TREE_TOKENS_AT_ONCE, TREE_LOGITS_AT_ONCE = 16384, 2**27
-_SLOW = 64
+_SLOW = 8
 
 
 def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row vocab"]:
@@ -35,6 +42,37 @@ def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row vocab"]:
     """
     with _read_rows_only(lens, prompts):
         return lens.run(prompts)[:, 0].to(lens.gate_dtype)
+
+
+def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
+    """One forward pass under the hooks now on the model: g, read at each row's last token.
+
+    Of a readout of a few logits only their rows of W_U are multiplied, unless something hooks the
+    unembedding or bends its logits.
+    """
+    unembedding = lens.plan.view.unembedding()
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in lens.model.unembed.modules())
+    if unembedding is None or hooked or not isinstance(reading.read, Columns):
+        return reading.read(read_logits(lens, reading.prompts))
+    weight, bias = unembedding
+    with _no_unembedding(lens):
+        final = reading.prompts.at_read(lens.run(reading.prompts))
+    ids = reading.read.ids.to(final.device)
+    few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final.device))
+    few = few if bias is None else few + bias[ids]
+    return reading.read.of(few.to(lens.gate_dtype))
+
+
+@contextlib.contextmanager
+def _no_unembedding(lens: LoraLens) -> Generator[None]:
+    """The model returns what it would unembed."""
+    # A Bridge's component passes attributes on to the module that it wraps; its own dict it keeps.
+    own = vars(lens.model.unembed)
+    own["forward"] = lambda residual, *args, **kwargs: residual
+    try:
+        yield
+    finally:
+        del own["forward"]
 
 
 @contextlib.contextmanager
@@ -92,7 +130,8 @@ def _in_batches(
         for some in gates.split(step):
             many = reading.repeat(len(some))
             by_row = some.repeat(len(reading.owner), 1)
-            values = many.read(gated_logits(lens, many.prompts, by_row))
+            with lens.injected(ScaleInject(lens.plan, by_row)):
+                values = read_value(lens, many)
             columns.append(values.view(reading.batch, -1))
             bar.update(len(some))
     return torch.cat(columns, 1)

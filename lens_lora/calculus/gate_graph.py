@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from lens_lora.calculus.function import read_logits
 from lens_lora.hooked.gates import ScaleInject
@@ -69,6 +70,19 @@ class GateGraph:
             )
         found = cast("Tensor | None", grads[0])
         return nothing if found is None else found
+
+    def slopes_of_each(
+        self, values: Float[Tensor, "value row"], at_once: int, *, progress: bool = True
+    ) -> Float[Tensor, "value row site"]:
+        """The derivative of each value, a number of every row; so many backward passes as one."""
+        found: list[Tensor] = []
+        with tqdm(total=len(values), desc="slopes", leave=False, disable=not progress) as bar:
+            for some in torch.arange(len(values), device=values.device).split(at_once):
+                covectors = torch.zeros(len(some), *values.shape, device=values.device)
+                covectors[torch.arange(len(some), device=values.device), some] = 1
+                found.append(self.pulled_back(values, covectors))
+                bar.update(len(some))
+        return torch.cat(found)
 
 
 def gate_graph(lens: LoraLens, prompts: Prompts, at: Float[Tensor, "*row site"]) -> GateGraph:

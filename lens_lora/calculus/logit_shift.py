@@ -14,14 +14,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from lens_lora.calculus.cost import COVECTOR_TOKENS, cheaper_mode, rows_at_once
 from lens_lora.calculus.forward import joint_tangent
 from lens_lora.calculus.function import require_finite
 from lens_lora.calculus.gate_graph import gate_graph
 from lens_lora.calculus.part_tangents import Part, part_tangents
-from lens_lora.errors import SiteError
+from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hooked.sites import Site, match_sites
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts, PromptsLike
@@ -121,11 +120,11 @@ def logit_shift(
 
     Raises:
         TokenError: a token string that is not one token.
-        ValueError: another mode, or less memory than one site or token takes.
+        ArgumentError: another mode, or less memory than one site or token takes.
         NumericsError: non-finite tangents.
     """
     if mode not in ("auto", "forward", "reverse"):
-        raise ValueError(f"mode {mode!r}: expected 'auto', 'forward' or 'reverse'.")
+        raise ArgumentError(f"mode {mode!r}: expected 'auto', 'forward' or 'reverse'.")
     ready = lens.prompts(prompts)
     ids = _ids(lens, tokens)
     columns, gates = torch.tensor(ids, device=lens.device), lens.gates(at)
@@ -186,15 +185,10 @@ def token_slopes(
 ) -> Float[Tensor, "batch site token"]:
     """Every site's derivative of some tokens' logits. One forward, and a backward per token."""
     graph = gate_graph(lens, prompts, at)
+    with torch.enable_grad():
+        values = graph.logits[:, columns].T
     step = rows_at_once(lens, prompts, COVECTOR_TOKENS, max_memory)
-    found: list[Tensor] = []
-    with tqdm(total=len(columns), desc="tokens", leave=False, disable=not progress) as bar:
-        for some in columns.split(step):
-            covectors = torch.zeros(len(some), *graph.logits.shape, dtype=graph.logits.dtype)
-            covectors[torch.arange(len(some)), :, some.cpu()] = 1
-            found.append(graph.pulled_back(graph.logits, covectors.to(graph.logits)))
-            bar.update(len(some))
-    return torch.cat(found).permute(1, 2, 0)
+    return graph.slopes_of_each(values, step, progress=progress).permute(1, 2, 0)
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None) -> list[int]:

@@ -18,12 +18,12 @@ import torch
 
 from lens_lora.calculus.function import gated_readout
 from lens_lora.effects import Effects
-from lens_lora.errors import SiteError
+from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.groups import Group, Groups, group_sites, indicator
 from lens_lora.hooked.sites import match_sites
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import PromptsLike
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 
 __all__ = ["patch_sites"]
 
@@ -57,11 +57,11 @@ def patch_sites(
         SiteError: a name or glob that matches no site, or a named group without a chosen site.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a non-finite readout.
-        ValueError: another `how` or `group`.
+        ArgumentError: another `how` or `group`.
     """
     if how not in ("add_one", "leave_one_out"):
-        raise ValueError(f"how={how!r}: expected 'add_one' or 'leave_one_out'.")
-    reading = readout.over(lens.model, lens.prompts(prompts))
+        raise ArgumentError(f"how={how!r}: expected 'add_one' or 'leave_one_out'.")
+    reading = bound(readout, lens.model, lens.prompts(prompts))
     groups = _chosen(lens, sites, group)
     switched = indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
     none, every = lens.gates(0.0)[None], lens.gates(1.0)[None]

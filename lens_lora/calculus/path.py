@@ -29,10 +29,11 @@ from lens_lora.calculus.contract import by_axes
 from lens_lora.calculus.first_order import labelled
 from lens_lora.calculus.noise import noise_floor
 from lens_lora.calculus.slopes import require_finite_sites, site_slopes
+from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import PromptsLike
 from lens_lora.reading import Reading
-from lens_lora.readout import Readout
+from lens_lora.readout import Readout, bound
 
 __all__ = ["path_attribution"]
 
@@ -69,15 +70,15 @@ def path_attribution(
         (a path has no single gate value), and its `quadrature`.
 
     Raises:
-        ValueError: tol or max_nodes out of range, or an unknown axis.
+        ArgumentError: tol or max_nodes out of range, or an unknown axis.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
     if not 0 < tol < math.inf:
-        raise ValueError(f"tol={tol}: expected a positive share of the shift, such as 1e-3.")
+        raise ArgumentError(f"tol={tol}: expected a positive share of the shift, such as 1e-3.")
     if max_nodes < 4:
-        raise ValueError(f"max_nodes={max_nodes}: expected at least 4, to compare two rules.")
-    axes, reading = by_axes(by), readout.over(lens.model, lens.prompts(prompts))
+        raise ArgumentError(f"max_nodes={max_nodes}: expected at least 4, to compare two rules.")
+    axes, reading = by_axes(by), bound(readout, lens.model, lens.prompts(prompts))
     floor = _SIGMAS * noise_floor(lens, reading)
     with tqdm(desc="path integral", unit="node", leave=False, disable=not progress) as bar:
         nodes, values = 2, _integral(lens, reading, axes, 2, bar)

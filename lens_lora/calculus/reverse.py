@@ -1,10 +1,11 @@
 """Reverse mode: one readout, every site, position, head and rank, in one forward and one backward.
 
-1. The embedding's output becomes the leaf of the graph; every site lies between it and g (a
-   position embedding gets a leaf of its own, for it lies beside).
+1. What the first adapted block reads, or the embedding's output where that is adapted, becomes the
+   leaf of the graph; every site lies between it and g (a position embedding gets a leaf of its own,
+   for it lies beside).
 2. Each site's output gets a gradient hook that contracts G = ∂g/∂(output) with u = Az + a₀ as the
    backward pass goes by, and keeps nothing else.
-3. The gradient that reaches the embedding is discarded; parameters never receive one.
+3. The gradient that reaches the leaf is discarded; parameters never receive one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.calculus.function import read_logits
+from lens_lora.calculus.function import read_value
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.gates import ScaleInject, attached
 from lens_lora.hooked.plan import Injection
@@ -25,7 +26,7 @@ from lens_lora.reading import Reading
 
 __all__ = ["site_gradients"]
 
-Visit = Callable[[Injection, Tensor, Tensor, Tensor], None]
+Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
 
 
 class _TapInject:
@@ -37,13 +38,13 @@ class _TapInject:
         self._scaled = ScaleInject(lens.plan, gates)
         self._injections = lens.plan.injections
         self._kinds = [site.kind for site in lens.sites]
-        self._gates, self._one = gates, torch.ones_like(gates[..., 0])
+        self._gates = gates
         self._visit, self._leaves = visit, leaves
         self.seen: set[int] = set()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
         injection = self._injections[index]
-        partner = self._one if injection.partner is None else self._gates[..., injection.partner]
+        partner = None if injection.partner is None else self._gates[..., injection.partner]
         moved = self._scaled(index, out, z)
         moved = out.view_as(out) if moved is None else moved
         if self._kinds[injection.site] == "pos_embed":
@@ -59,6 +60,12 @@ class _TapInject:
         return moved
 
 
+def _leaf(lens: LoraLens) -> str:
+    """The last hook point before every site."""
+    first = min(site.layer for site in lens.sites)
+    return lens.embedding_output if first < 0 else lens.plan.view.block_input(first)
+
+
 def site_gradients(
     lens: LoraLens,
     reading: Reading,
@@ -67,7 +74,7 @@ def site_gradients(
 ) -> Float[Tensor, "batch"]:
     """Visit every injection at these gates; returns g there. One forward and one backward.
 
-    The visitor gets (injection, its partner's gate or 1, G = Jᵀu_y [row, pos, out], z): the
+    The visitor gets (injection, its partner's gate or None, G = Jᵀu_y [row, pos, out], z): the
     site's derivative is the sum of weight · ⟨G, δ(z)⟩ over its injections. The weight is a scalar,
     or one per row as the gates are.
 
@@ -82,9 +89,9 @@ def site_gradients(
         return leaves[-1]
 
     tap = _TapInject(lens, gates, visit, leaves)
-    with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
+    with torch.enable_grad(), attached(lens.model, [(_leaf(lens), start)]):
         with lens.injected(tap):
-            values = reading.read(read_logits(lens, reading.prompts))
+            values = read_value(lens, reading)
         torch.autograd.grad(values.sum(), leaves)
     missed = [site.name for i, site in enumerate(lens.sites) if i not in tap.seen]
     if missed:

@@ -29,12 +29,17 @@ def site_slopes(
     shape = (prompts.batch, len(lens.sites), *part_slots(lens, prompts, axes))
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
 
-    def visit(injection: Injection, weight: Tensor, gradient: Tensor, z: Tensor) -> None:
+    heads_of = lens.heads
+
+    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         kind = lens.sites[injection.site].kind
-        heads = lens.heads.of(kind)
+        heads = heads_of.of(kind)
         found = parts(injection.map, kind, heads, gradient, z, axes)
-        weight = weight.view(-1, *[1] * (found.ndim - 1)) if weight.ndim else weight
-        found = weight * found
+        if weight is not None:
+            found = weight.view(-1, *[1] * (found.ndim - 1)) * found
+        if not axes:
+            values[:, injection.site].add_(found)
+            return
         if kind == "unembed" and "position" in axes:
             found = _at_read_position(prompts, found)
         slots: list[int | slice] = [slice(None), injection.site]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.families import Family
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
-from lens_lora.hooked.view import Ports, find_family
+from lens_lora.hooked.view import Ports, find_family, is_capped
 
 _COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
 _FLAGS = (*_COPIED_INPUTS, "use_attn_result")
@@ -124,6 +124,12 @@ class BridgeView:
         _, component = self._component(layer, kind)
         bias = getattr(component.original_component, "bias", None)
         return None if bias is None else bias.detach().flatten()
+
+    def unembedding(self) -> tuple[Tensor, Tensor | None] | None:
+        if is_capped(self.model):
+            return None
+        last = self.n_layers
+        return self.weight(last, "unembed"), self.bias(last, "unembed")
 
     def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
         del layer, kind

@@ -27,7 +27,7 @@ import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.errors import ModelStateError
+from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.gates import HookFn, attached
 from lens_lora.hooked.view import HookedView
 
@@ -52,7 +52,7 @@ class FrozenRules:
         norm_scales: what every norm divides by, the final norm's included.
 
     Raises:
-        ValueError: neither.
+        ArgumentError: neither.
     """
 
     attention_patterns: bool = False
@@ -60,7 +60,7 @@ class FrozenRules:
 
     def __post_init__(self) -> None:
         if not (self.attention_patterns or self.norm_scales):
-            raise ValueError(
+            raise ArgumentError(
                 "FrozenRules() holds nothing fixed; set attention_patterns=True or "
                 "norm_scales=True, or pass rules=None for the derivative of g itself."
             )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.families import Family
 from lens_lora.hooked.sites import Heads
-from lens_lora.hooked.view import Ports, find_family
+from lens_lora.hooked.view import Ports, find_family, is_capped
 
 _FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention")
 
@@ -101,6 +101,11 @@ class HookedTransformerView:
         """Of 'v' and 'o'."""
         attn = self.model.blocks[layer].attn
         return attn.b_O.detach() if kind == "o" else _stored(attn, f"b_{kind.upper()}").flatten()
+
+    def unembedding(self) -> tuple[Tensor, Tensor | None] | None:
+        if is_capped(self.model):
+            return None
+        return self.weight(self.n_layers, "unembed"), self.model.unembed.b_U.detach()
 
     def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
         if kind not in ("q", "k", "v", "gate", "up", "fc_in"):

@@ -12,7 +12,15 @@ from lens_lora.errors import ModelStateError
 from lens_lora.hooked.families import FAMILIES, Family
 from lens_lora.hooked.sites import Heads
 
-__all__ = ["HookedView", "Ports", "find_family", "refuse_dropout", "refuse_unusable", "view_of"]
+__all__ = [
+    "HookedView",
+    "Ports",
+    "find_family",
+    "is_capped",
+    "refuse_dropout",
+    "refuse_unusable",
+    "view_of",
+]
 
 
 def _as_read(tensor: Tensor) -> Tensor:
@@ -85,6 +93,10 @@ class HookedView(Protocol):
         """The model's own bias, flat; a HookedTransformer's of 'v' and 'o' only."""
         ...
 
+    def unembedding(self) -> tuple[Tensor, Tensor | None] | None:
+        """(W_U as [vocab, d_model], bias), or None where logits are more than these make."""
+        ...
+
     def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
         """(γ, β) between the recorded z and the linear, where the model still holds it."""
         ...
@@ -121,7 +133,7 @@ def view_of(model: Any) -> HookedView:
         refuse_unusable(model)
         return BridgeView(model)
     raise ModelStateError(
-        f"a {type(model).__name__} has no hook points; pass a HookedTransformer or a "
+        f"{type(model).__name__} has no hook points; pass a HookedTransformer or a "
         "TransformerBridge."
     )
 
@@ -173,6 +185,12 @@ def find_family(architecture: str | None) -> Family:
     raise ModelStateError(
         f"the model's architecture is {architecture!r}; adapters are exact on {known}."
     )
+
+
+def is_capped(model: Any) -> bool:
+    """Whether logits pass a soft cap after the unembedding."""
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    return cap is not None and cap > 0
 
 
 def model_dtype(model: nn.Module) -> torch.dtype:

@@ -1,0 +1,140 @@
+"""The pieces of work that `benchmarks/cost.py` times, and the targets they were built for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+import lens_lora as ll
+from lens_lora.calculus.forward import joint_tangent
+from lens_lora.calculus.function import gated_logits
+from lens_lora.calculus.reverse import site_gradients
+from lens_lora.calculus.second_order import hessian_product, hessian_products
+from lens_lora.calculus.slopes import site_slopes
+from lens_lora.hooked.gates import attached
+
+__all__ = ["QUICK", "SLOW", "Work", "loop_of_jvps", "plain_forward", "plain_backward"]
+
+MARGIN = ll.Margin(" Lyon", " Paris")
+Run = Callable[[ll.LoraLens, ll.Prompts], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Something to time, in units of F (plain forward) or FB (plain forward and backward)."""
+
+    name: str
+    run: Run
+    unit: str = "F"
+    target: str = ""
+    share: float = 1.0
+
+
+def plain_forward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    """F: no hook of ours, all positions unembedded, as the model does it."""
+    with torch.no_grad():
+        lens.run(prompts)
+
+
+def plain_backward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    """FB: no hook but the one that makes the embedding's output a leaf."""
+    leaves: list[torch.Tensor] = []
+
+    def start(tensor, hook):
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
+        logits = prompts.at_read(lens.run(prompts))
+        torch.autograd.grad(MARGIN.bind(lens.model, prompts.batch)(logits).sum(), leaves)
+
+
+def one_gradient(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    reading = MARGIN.over(lens.model, prompts)
+    site_gradients(lens, reading, lens.gates(0.0), lambda *visit: None)
+
+
+def slopes(*axes: str) -> Run:
+    return lambda lens, prompts: site_slopes(
+        lens, MARGIN.over(lens.model, prompts), lens.gates(0.0), axes
+    )
+
+
+def tokens(count: int) -> Run:
+    """The logits of so many tokens, every site, by reverse."""
+    return lambda lens, prompts: ll.logit_shift(
+        lens, prompts, tokens=list(range(1000, 1000 + count)), mode="reverse", progress=False
+    )
+
+
+def four_nodes(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    """The slopes at four nodes of a path integral, in one batch as it takes them."""
+    reading, points = (
+        MARGIN.over(lens.model, prompts),
+        np.polynomial.legendre.leggauss(4)[0] / 2 + 0.5,
+    )
+    rows = lens.gates(1.0).new_tensor(points).repeat(prompts.batch)
+    site_slopes(lens, reading.repeat(4), rows[:, None] * lens.gates(1.0))
+
+
+def curvature(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    gates = lens.gates(0.0)
+    hessian_product(lens, MARGIN.over(lens.model, prompts), gates, torch.ones_like(gates))
+
+
+def hessian(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    every = torch.eye(len(lens.sites))
+    reading = MARGIN.over(lens.model, prompts)
+    for _ in hessian_products(lens, reading, lens.gates(0.0), every, progress=False):
+        pass
+
+
+def loop_of_jvps(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    """Two of the sites' tangents one by one, by torch.func.jvp over the same hooks."""
+    for site in (0, len(lens.sites) - 1):
+        direction = torch.zeros_like(lens.gates(0.0))
+        direction[site] = 1
+
+        def logits(gates):
+            return gated_logits(lens, prompts, gates + 0)
+
+        with torch.no_grad():
+            torch.func.jvp(logits, (lens.gates(1e-30),), (direction,))
+
+
+QUICK = [
+    Work("one readout: the backward pass with its hooks alone", one_gradient, "FB"),
+    Work("one readout, all sites", slopes(), "FB", "≤ 1.0 FB"),
+    Work("… by position, head and rank", slopes("position", "head", "rank"), "FB", "≤ 1.0 FB"),
+    Work("first_order, with the exact ends", lambda lens, p: ll.first_order(lens, p, MARGIN)),
+    Work("2 tokens, all sites", tokens(2), target="≤ 3.1 F"),
+    Work("8 tokens, all sites", tokens(8), target="≤ 8.5 F"),
+    Work("16 tokens, all sites", tokens(16), target="≤ 15.7 F"),
+    Work(
+        "joint whole-vocabulary shift",
+        lambda lens, p: joint_tangent(lens, p, lens.gates(0.0), lens.gates(1.0)),
+        target="≤ 2.6 F",
+    ),
+    Work("path integral, a node", four_nodes, target="≤ 2.7 F", share=0.25),
+    Work("H·1", curvature, "FB", "≤ 2.2 FB"),
+]
+SLOW = [
+    Work(
+        "every site's whole-vocabulary shift",
+        lambda lens, p: ll.logit_shift(lens, p, progress=False),
+        target="≤ 38 F at 8, ≤ 100 F at 64",
+    ),
+    Work(
+        "exact add-one effects of all sites",
+        lambda lens, p: ll.patch_sites(lens, p, MARGIN, "add_one", progress=False),
+        target="≤ 35 F at 8, ≤ 70 F at 64",
+    ),
+    Work(
+        "fact_margin",
+        lambda lens, p: ll.fact_margin(lens, p, " Lyon", " Paris", progress=False),
+    ),
+    Work("the whole H", hessian, "FB", "≤ 60 FB at 8, ≤ 185 FB at 64"),
+]
