@@ -7,10 +7,13 @@ import models
 import pytest
 import torch
 from test_second_order import EVERY, lens_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
 from lens_lora.calculus import logit_shift as module
 from lens_lora.calculus.cost import cheaper_mode, row_bytes, rows_at_once, tangent_passes
+from lens_lora.calculus.second_order import hessian_product
+from lens_lora.calculus.slopes import site_slopes
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
@@ -105,3 +108,44 @@ def test_an_unknown_mode_is_refused():
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     with pytest.raises(ValueError, match="expected 'auto', 'forward' or 'reverse'"):
         ll.logit_shift(lens, PROMPTS, mode="backward")  # type: ignore[arg-type]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that the host waits for: .item(), bool(tensor) and the like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@CLASSES
+def test_the_host_does_not_wait_site_by_site(cls: str):
+    """Fourteen sites, or two: the same few reads, in every engine."""
+    whole = cases.case("llama", cls, "raw").lens
+    two = whole.with_adapter(whole.adapter.only("*q_proj"))
+    one = torch.ones(1)
+    engines = {
+        "reverse": lambda lens: site_slopes(lens, margin(lens), lens.gates(0.3), ("rank",)),
+        "tokens": lambda lens: ll.logit_shift(lens, PROMPTS, tokens=[3, 4], mode="reverse"),
+        "tangents": lambda lens: ll.logit_shift(lens, PROMPTS, mode="forward"),
+        "H·1": lambda lens: hessian_product(lens, margin(lens), lens.gates(0.0), lens.gates(1.0)),
+    }
+    for name, run in engines.items():
+        counts = []
+        for lens in (whole, two):
+            run(lens)
+            with HostReads() as reads:
+                run(lens)
+            counts.append(reads.count)
+        assert counts[0] == counts[1], name
+    with HostReads() as reads:
+        one.item()
+    assert reads.count == 1
+
+
+def margin(lens: ll.LoraLens):
+    return ll.Margin(5, 9).over(lens.model, lens.prompts(PROMPTS))

@@ -12,6 +12,13 @@ from torch.nn import functional
 from lens_lora.calculus.dual_linear import OneProduct
 
 MAPS = {
+    "scaled": lambda x, w, b: 3 * (x * b[0]) * 0.5,
+    "weighted": lambda x, w, b: x * w[:, 0] + (w[:, 0] * x) / w[:, 0],
+    "shifted": lambda x, w, b: (1 - x) + (x - w[:, 0]) + (w[:, 0] + x) - (w[:, 0] - x),
+    "divided": lambda x, w, b: x / 3 + torch.div(x, b[0]) + 2 / (x.square() + 1),
+    "spread": lambda x, w, b: x[..., :1] + w[:, 0] + x[..., :1] * w[:, 0],
+    "named": lambda x, w, b: torch.add(x, b[0], alpha=2) + torch.sub(x, 1) + torch.mul(b[0], x),
+    "of one another": lambda x, w, b: x * x + x - x / (1 + x * x),
     "linear": lambda x, w, b: functional.linear(x, w.T.contiguous(), b),
     "linear, named bias": lambda x, w, b: functional.linear(x, w.T, bias=b),
     "matmul": lambda x, w, b: x @ w + b,

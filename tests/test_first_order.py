@@ -210,3 +210,17 @@ def test_bad_arguments_are_refused():
         ll.first_order(lens, models.tokens(), MARGIN, by="layer")
     with pytest.raises(ValueError, match="sideways"):
         ll.first_order(lens, models.tokens(), MARGIN, mode="sideways")
+
+
+@pytest.mark.skipif(not models.has_bridge(), reason="a HookedTransformer computes attention itself")
+@pytest.mark.parametrize("family", ["opt", "gptj", "llama"])
+def test_fused_attention_is_differentiated_by_its_formula(family: str):
+    """Fused kernels have no forward-mode and no second derivative; attention's formula has."""
+    base = models.hf_model(family)
+    base.set_attn_implementation("sdpa")
+    lens = ll.LoraLens(models.bridge(base), ll.Adapter.from_peft(models.peft_model(family, base)))
+    assert lens.model.original_model.config._attn_implementation == "sdpa"
+    reverse = ll.first_order(lens, models.tokens(), MARGIN)
+    forward = ll.first_order(lens, models.tokens(), MARGIN, mode="forward", progress=False)
+    assert relative(forward.values, reverse.values) < ROUND_OFF
+    assert ll.coupling(lens, models.tokens(), MARGIN, progress=False).asymmetry.max() < 1e-9

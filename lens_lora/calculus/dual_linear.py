@@ -1,10 +1,11 @@
-"""One matrix product for a linear map of dual numbers, instead of three.
+"""Affine maps of dual numbers by constants, without the tangents of zeros that torch gives those.
 
-    (x + ẋd) W + b = (xW + b) + (ẋW) d
+    (x + ẋd) W + b = (xW + b) + (ẋW) d        c(x + ẋd) + b = (cx + b) + (cẋ) d
 
-Torch gives a constant weight a tangent of zeros, and multiplies by that too. Within `OneProduct`
-primal and tangent go through the weight together; and where every row of a batch has the same
-primal (tangents of many parts of one prompt), the primal goes through once, for all rows.
+Torch multiplies a weight by primal, tangent and, for the weight's own tangent of zeros, once more.
+Within `OneProduct` primal and tangent go through the weight together; and where every row of a
+batch has the same primal (tangents of many parts of one prompt), the primal goes through once, for
+all rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ __all__ = ["OneProduct"]
 
 _Args = tuple[Any, ...]
 _Linear = tuple[Tensor, Tensor, Tensor | None]
+_Moved = tuple[Tensor, Any]
+_Rule = Callable[..., "_Moved | None"]
 _APART = 4
 
 
@@ -46,9 +49,14 @@ class OneProduct(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         del types
-        read, kwargs = _READ.get(func), kwargs or {}
-        linear = None if read is None else read(*args, **kwargs)
-        found = None if linear is None else self._product(*linear)
+        kwargs = kwargs or {}
+        if func in _READ:
+            linear = _READ[func](*args, **kwargs)
+            found = None if linear is None else self._product(*linear)
+        elif func in _POINTWISE and not kwargs:
+            found = _pointwise(_POINTWISE[func], *args)
+        else:
+            found = None
         return func(*args, **kwargs) if found is None else found
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -64,11 +72,47 @@ class OneProduct(TorchFunctionMode):
             both = torch.cat([primal[:own], tangent]) @ weight
             value, moved = both[:own], both[own:]
         value = value if bias is None else value + bias
-        return fwad.make_dual(value.repeat(share, *[1] * (value.ndim - 1)), moved)
+        if share > 1:
+            value = value.repeat(share, *[1] * (value.ndim - 1))
+        return fwad.make_dual(value, moved)
 
 
 def _is_dual(tensor: Tensor) -> bool:
     return fwad.unpack_dual(tensor).tangent is not None
+
+
+def _pointwise(rule: _Rule, left: Any, right: Any) -> Tensor | None:
+    """The rule, of a dual number and a constant; None where neither or both are dual."""
+    (a, da), (b, db) = _parts(left), _parts(right)
+    if (da is None) == (db is None):
+        return None
+    found = rule(a, da, b, db)
+    if found is None or found[0].shape != found[1].shape:
+        return None
+    return fwad.make_dual(*found)
+
+
+def _parts(value: Any) -> tuple[Any, Tensor | None]:
+    if not isinstance(value, Tensor):
+        return value, None
+    primal, tangent = fwad.unpack_dual(value)
+    return primal, tangent
+
+
+def _add(a: Any, da: Any, b: Any, db: Any) -> _Moved:
+    return a + b, da if da is not None else db
+
+
+def _subtract(a: Any, da: Any, b: Any, db: Any) -> _Moved:
+    return a - b, da if da is not None else -db
+
+
+def _multiply(a: Any, da: Any, b: Any, db: Any) -> _Moved:
+    return a * b, da * b if da is not None else a * db
+
+
+def _divide(a: Any, da: Any, b: Any, db: Any) -> _Moved | None:
+    return None if da is None else (a / b, da / b)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Linear | None:
@@ -89,4 +133,10 @@ _READ: dict[Callable[..., Any], Callable[..., _Linear | None]] = {
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
     torch.addmm: _addmm,
+}
+_POINTWISE: dict[Callable[..., Any], _Rule] = {
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _subtract),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _divide),
 }

@@ -62,8 +62,8 @@ def dual_forward() -> Generator[OneProduct]:
             yield products
     except NotImplementedError as error:
         raise ModelStateError(
-            f"this model has an operation without a forward-mode derivative ({error}). Fused "
-            "attention is one: load the model with attn_implementation='eager'. Reverse mode "
+            f"this model has an operation without a forward-mode derivative ({error}). A fused "
+            "kernel is one: load the model without it (attn_implementation='eager'). Reverse mode "
             "(first_order, mode='reverse') does without."
         ) from error
 

@@ -57,9 +57,9 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     weight, bias = unembedding
     with _no_unembedding(lens):
         final = reading.prompts.at_read(lens.run(reading.prompts))
-    ids = reading.read.ids.to(final.device)
+    ids = reading.read.ids.to(weight.device)
     few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final.device))
-    few = few if bias is None else few + bias[ids]
+    few = few if bias is None else few + bias[ids.to(bias.device)].to(final.device)
     return reading.read.of(few.to(lens.gate_dtype))
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from lens_lora.calculus.function import read_logits
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
@@ -31,23 +30,21 @@ __all__ = ["GateGraph", "gate_graph"]
 
 @dataclasses.dataclass(frozen=True)
 class GateGraph:
-    """Gates and logits at the read position, with the graph between them.
+    """Gates and what was read of a forward pass, with the graph between them.
 
     Attributes:
         gates: [row, site], the leaf.
-        logits: [row, vocab].
+        out: g of each prompt, or many such numbers.
     """
 
     gates: Float[Tensor, "row site"]
-    logits: Float[Tensor, "row vocab"]
+    out: Float[Tensor, "*out"]
 
-    def slopes(
-        self, read: Callable[[Float[Tensor, "row vocab"]], Float[Tensor, "*n"]]
-    ) -> Float[Tensor, "row site"]:
-        """The derivative of Σ read(logits), itself in the graph."""
+    def slopes(self) -> Float[Tensor, "row site"]:
+        """The derivative of Σ out, itself in the graph."""
         with torch.enable_grad():
             (found,) = torch.autograd.grad(
-                read(self.logits).sum(), self.gates, create_graph=True, materialize_grads=True
+                self.out.sum(), self.gates, create_graph=True, materialize_grads=True
             )
         return found
 
@@ -72,9 +69,10 @@ class GateGraph:
         return nothing if found is None else found
 
     def slopes_of_each(
-        self, values: Float[Tensor, "value row"], at_once: int, *, progress: bool = True
+        self, at_once: int, *, progress: bool = True
     ) -> Float[Tensor, "value row site"]:
-        """The derivative of each value, a number of every row; so many backward passes as one."""
+        """The derivative of each value of out, [value, row]; so many backward passes as one."""
+        values = self.out
         found: list[Tensor] = []
         with tqdm(total=len(values), desc="slopes", leave=False, disable=not progress) as bar:
             for some in torch.arange(len(values), device=values.device).split(at_once):
@@ -85,12 +83,17 @@ class GateGraph:
         return torch.cat(found)
 
 
-def gate_graph(lens: LoraLens, prompts: Prompts, at: Float[Tensor, "*row site"]) -> GateGraph:
-    """The graph at these gates. One forward pass.
+def gate_graph(
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "*row site"],
+    read: Callable[[], Float[Tensor, "*out"]],
+) -> GateGraph:
+    """The graph at these gates, of what `read` reads of one forward pass.
 
     Attention is computed from its formula, as fused kernels have no second derivative.
     """
     gates = at.detach().expand(len(prompts.tokens), -1).clone().requires_grad_()
     inject = ScaleInject(lens.plan, gates)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), lens.injected(inject):
-        return GateGraph(gates, read_logits(lens, prompts))
+        return GateGraph(gates, read())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lens_lora.calculus.cost import COVECTOR_TOKENS, cheaper_mode, rows_at_once
 from lens_lora.calculus.forward import joint_tangent
-from lens_lora.calculus.function import require_finite
+from lens_lora.calculus.function import read_logits, require_finite
 from lens_lora.calculus.gate_graph import gate_graph
 from lens_lora.calculus.part_tangents import Part, part_tangents
 from lens_lora.errors import ArgumentError, SiteError
@@ -184,11 +184,9 @@ def token_slopes(
     progress: bool = True,
 ) -> Float[Tensor, "batch site token"]:
     """Every site's derivative of some tokens' logits. One forward, and a backward per token."""
-    graph = gate_graph(lens, prompts, at)
-    with torch.enable_grad():
-        values = graph.logits[:, columns].T
+    graph = gate_graph(lens, prompts, at, lambda: read_logits(lens, prompts)[:, columns].T)
     step = rows_at_once(lens, prompts, COVECTOR_TOKENS, max_memory)
-    return graph.slopes_of_each(values, step, progress=progress).permute(1, 2, 0)
+    return graph.slopes_of_each(step, progress=progress).permute(1, 2, 0)
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None) -> list[int]:

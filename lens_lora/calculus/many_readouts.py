@@ -14,7 +14,7 @@ from torch import Tensor
 from lens_lora.attribution import Attribution
 from lens_lora.calculus.cost import COVECTOR_TOKENS, rows_at_once
 from lens_lora.calculus.first_order import first_order, labelled
-from lens_lora.calculus.function import gated_logits, require_finite
+from lens_lora.calculus.function import gated_logits, read_logits, require_finite
 from lens_lora.calculus.gate_graph import gate_graph
 from lens_lora.calculus.slopes import require_finite_sites
 from lens_lora.errors import ArgumentError
@@ -85,11 +85,13 @@ def _slopes(
     max_memory: float | None,
     progress: bool,
 ) -> Float[Tensor, "readout batch site"]:
-    graph = gate_graph(lens, prompts, lens.gates(float(at)))
-    with torch.enable_grad():
-        values = torch.stack([reading.read(graph.logits) for reading in readings])
+    def read() -> Float[Tensor, "readout batch"]:
+        logits = read_logits(lens, prompts)
+        return torch.stack([reading.read(logits) for reading in readings])
+
+    graph = gate_graph(lens, prompts, lens.gates(float(at)), read)
     step = rows_at_once(lens, prompts, COVECTOR_TOKENS, max_memory)
-    slopes = graph.slopes_of_each(values, step, progress=progress)
+    slopes = graph.slopes_of_each(step, progress=progress)
     for of_one in slopes:
         require_finite_sites(lens, of_one)
     return slopes

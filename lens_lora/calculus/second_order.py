@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.calculus.function import read_value
 from lens_lora.calculus.gate_graph import gate_graph
 from lens_lora.calculus.slopes import require_finite_sites
 from lens_lora.lens import LoraLens
@@ -59,8 +60,8 @@ def hessian_products(
     directions = directions.to(at)
     step = max(1, TOKENS_AT_ONCE // reading.prompts.tokens.numel())
     silent = not progress or len(directions) <= step
-    graph = gate_graph(lens, reading.prompts, at)
-    slopes = graph.slopes(reading.read)
+    graph = gate_graph(lens, reading.prompts, at, lambda: read_value(lens, reading))
+    slopes = graph.slopes()
     with tqdm(total=len(directions), desc=what, leave=False, disable=silent) as bar:
         for some in directions.split(step):
             covectors = some[:, None].expand(-1, *graph.gates.shape)

@@ -36,7 +36,8 @@ def site_slopes(
         heads = heads_of.of(kind)
         found = parts(injection.map, kind, heads, gradient, z, axes)
         if weight is not None:
-            found = weight.view(-1, *[1] * (found.ndim - 1)) * found
+            found = weight.to(found.device).view(-1, *[1] * (found.ndim - 1)) * found
+        found = found.to(values.device)
         if not axes:
             values[:, injection.site].add_(found)
             return
