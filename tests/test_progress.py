@@ -60,6 +60,7 @@ CALLS = {
     "fact_margin": lambda t, folder, **o: ll.fact_margin(t.deep, PROMPT, "w8", "w9", **o),
     "faithfulness": _faithful,
     "first_order": lambda t, folder, **o: ll.first_order(t.lens, PROMPT, R, mode="forward", **o),
+    "first_orders": lambda t, folder, **o: ll.first_orders(t.lens, PROMPT, [R, R], **o),
     "logit_shift": lambda t, folder, **o: ll.logit_shift(t.lens, PROMPT, **o),
     "null_test": lambda t, folder, **o: ll.null_test(t.lens, PROMPT, R, draws=2, **o),
     "patch_activations": _points,
