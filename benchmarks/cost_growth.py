@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lens_lora as ll
 from lens_lora.calculus.slopes import site_slopes
 from lens_lora.demo.hooked import hooked_model
 
 READOUT = ll.Margin(5, 9)
-LAYERS, TOKENS, SITES, RANKS = (5, 10, 20), (16, 64, 256), (1, 3, 7), (1, 8, 64)
+FOLDER = tempfile.TemporaryDirectory()  # TransformerLens reads the tokenizer from it once more
+LAYERS, TOKENS, SITES, RANKS = (5, 10, 20), (16, 32, 64), (1, 3, 7), (1, 8, 64)
 LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -42,6 +46,14 @@ def llama(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word for each id, from a folder, as TransformerLens loads it; nothing is tokenised."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(1024)}, unk_token="w0"))
+    special = {"unk_token": "w0", "pad_token": "w1", "bos_token": "w2", "eos_token": "w3"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(FOLDER.name)
+    return PreTrainedTokenizerFast.from_pretrained(FOLDER.name)
+
+
 def lens_over(layers: int, sites: int = 7, rank: int = 8) -> ll.LoraLens:
     """Random updates of the first `sites` linear maps of every block."""
     hf = llama(layers)
@@ -53,7 +65,7 @@ def lens_over(layers: int, sites: int = 7, rank: int = 8) -> ll.LoraLens:
             A, B = torch.randn(rank, wide) / wide**0.5, torch.randn(out, rank) * 1e-2
             factors[path] = ll.LoRAFactors(A, B, 1.0)
     adapter = ll.Adapter.from_factors(factors)
-    model, _ = hooked_model(hf, None)
+    model, _ = hooked_model(hf, tokenizer())
     return ll.LoraLens(model, adapter)
 
 
