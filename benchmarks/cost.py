@@ -36,7 +36,7 @@ from lens_lora.calculus.slopes import site_slopes
 from lens_lora.demo.embedded import load_embedded
 from lens_lora.demo.hooked import hooked_model, transformer_lens_version
 
-TURNS, SLOW_TOKENS = 5, 600
+TURNS, SLOW_TOKENS = 5, 256
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -11,6 +11,7 @@ import torch
 import lens_lora as ll
 from lens_lora.calculus.forward import joint_tangent
 from lens_lora.calculus.function import gated_logits
+from lens_lora.calculus.path import TOKENS_AT_ONCE
 from lens_lora.calculus.reverse import site_gradients
 from lens_lora.calculus.second_order import hessian_product, hessian_products
 from lens_lora.calculus.slopes import site_slopes
@@ -71,13 +72,12 @@ def tokens(count: int) -> Run:
 
 
 def four_nodes(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
-    """The slopes at four nodes of a path integral, in one batch as it takes them."""
-    reading, points = (
-        MARGIN.over(lens.model, prompts),
-        np.polynomial.legendre.leggauss(4)[0] / 2 + 0.5,
-    )
-    rows = lens.gates(1.0).new_tensor(points).repeat(prompts.batch)
-    site_slopes(lens, reading.repeat(4), rows[:, None] * lens.gates(1.0))
+    """The slopes at four nodes of a path integral, so many at once as it takes them."""
+    reading, adapted = MARGIN.over(lens.model, prompts), lens.gates(1.0)
+    points = adapted.new_tensor(np.polynomial.legendre.leggauss(4)[0] / 2 + 0.5)
+    for some in points.split(max(1, TOKENS_AT_ONCE // prompts.tokens.numel())):
+        rows = some.repeat(prompts.batch)
+        site_slopes(lens, reading.repeat(len(some)), rows[:, None] * adapted)
 
 
 def curvature(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
