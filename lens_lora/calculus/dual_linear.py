@@ -100,11 +100,12 @@ def _parts(value: Any) -> tuple[Any, Tensor | None]:
 
 
 def _add(a: Any, da: Any, b: Any, db: Any) -> _Moved:
-    return a + b, da if da is not None else db
+    # A tangent of its own: what is later done in place to the sum is not done to the summand.
+    return a + b, (db if da is None else da).clone()
 
 
 def _subtract(a: Any, da: Any, b: Any, db: Any) -> _Moved:
-    return a - b, da if da is not None else -db
+    return a - b, -db if da is None else da.clone()
 
 
 def _multiply(a: Any, da: Any, b: Any, db: Any) -> _Moved:
