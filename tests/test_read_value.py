@@ -54,6 +54,14 @@ def test_hooks_on_the_unembedding_are_seen(cls: str):
     """A user's hook behind or before W_U changes g, as it changes the model's logits."""
     lens = cases.case("llama", cls, "raw").lens
     plain = both(lens, READOUTS[0])[0]
+    unembed = lens.model.unembed
+    handle = unembed.register_forward_hook(lambda module, args, out: 4.0 * out)
+    try:
+        found, expected = both(lens, READOUTS[0])
+    finally:
+        handle.remove()
+    assert torch.allclose(found, expected, rtol=1e-12)
+    assert torch.allclose(found, 4.0 * plain, rtol=1e-9)
     for name, factor in (("unembed.hook_out", 2.0), ("unembed.hook_in", 3.0)):
         if name not in lens.model.hook_dict:
             continue
@@ -64,6 +72,24 @@ def test_hooks_on_the_unembedding_are_seen(cls: str):
             continue
         assert torch.allclose(found, expected, rtol=1e-12)
         assert torch.allclose(found, factor * plain, rtol=1e-9)
+
+
+@CLASSES
+def test_a_forward_of_its_own_is_seen_and_stays(cls: str, monkeypatch):
+    """As accelerate wraps a module's forward to move its input."""
+    lens = cases.case("llama", cls, "raw").lens
+    plain = both(lens, READOUTS[0])[0]
+    unembed = lens.model.unembed
+    own = type(unembed).forward.__get__(unembed)
+
+    def doubled(*args, **kwargs):
+        return 2.0 * own(*args, **kwargs)
+
+    monkeypatch.setitem(vars(unembed), "forward", doubled)
+    reading = READOUTS[0].over(lens.model, lens.prompts(PROMPTS))
+    with torch.no_grad(), lens.injected(ScaleInject(lens.plan, lens.gates(0.7))):
+        assert torch.allclose(read_value(lens, reading), 2.0 * plain, rtol=1e-9)
+    assert vars(unembed)["forward"] is doubled
 
 
 @CLASSES

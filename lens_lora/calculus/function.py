@@ -51,8 +51,11 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     unembedding or bends its logits.
     """
     unembedding = lens.plan.view.unembedding()
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in lens.model.unembed.modules())
-    if unembedding is None or hooked or not isinstance(reading.read, Columns):
+    if (
+        unembedding is None
+        or not isinstance(reading.read, Columns)
+        or any(map(_is_changed, lens.model.unembed.modules()))
+    ):
         return reading.read(read_logits(lens, reading.prompts))
     weight, bias = unembedding
     with _no_unembedding(lens):
@@ -61,6 +64,12 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final.device))
     few = few if bias is None else few + bias[ids.to(bias.device)].to(final.device)
     return reading.read.of(few.to(lens.gate_dtype))
+
+
+def _is_changed(module: torch.nn.Module) -> bool:
+    """Whether hooks are on it, or a forward of its own (as accelerate puts there)."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 @contextlib.contextmanager
