@@ -134,6 +134,20 @@ def memory_lines(lens: ll.LoraLens) -> None:
         f"\nPeak memory of one readout, all sites, on 256 tokens: {ours:.0f} MiB beside "
         f"{bare:.0f} MiB of the bare FB ({ours / bare:.2f}; target ≤ 1.05)."
     )
+    prompts = random_prompts(lens, 1, 64)
+    last = lens.with_adapter(lens.adapter.only("*.layers.2[0-9].*"))
+    took = {
+        bound: peak_memory(
+            lambda bound=bound: ll.logit_shift(
+                last, prompts, max_memory=bound * 2**20, progress=False
+            )
+        )
+        for bound in (200, 400, 800)
+    }
+    print(
+        "\nPeak memory of the shift of 70 sites on 64 tokens, with its result of 13 MiB, within "
+        f"max_memory: {', '.join(f'{t:.0f} of {b} MiB' for b, t in took.items())}."
+    )
 
 
 def attach_line(lens: ll.LoraLens, folder: Path) -> None:

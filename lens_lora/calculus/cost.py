@@ -62,23 +62,32 @@ def rows_at_once(
     rows = max(1, min(tokens // run.tokens.numel(), _LOGITS_AT_ONCE // logits))
     if max_memory is None:
         return rows
-    needed = row_bytes(lens, run, read)
+    needed, always = row_bytes(lens, run, read), pass_bytes(lens)
     # The first row of a pass carries no tangent.
-    fitting = int(max_memory // needed) - 1
+    fitting = int((max_memory - always) // needed) - 1
     if fitting < 1:
         raise ArgumentError(
-            f"max_memory={max_memory:.3g} bytes, and two rows of these prompts "
-            f"({tuple(run.tokens.shape)} tokens) take about {2 * needed:.3g}; allow more, or "
-            "pass fewer or shorter prompts at a time."
+            f"max_memory={max_memory:.3g} bytes, and a pass of two rows of these prompts "
+            f"({tuple(run.tokens.shape)} tokens) takes about {always + 2 * needed:.3g}; allow "
+            "more, or pass fewer or shorter prompts at a time."
         )
     return min(rows, fitting)
 
 
+def pass_bytes(lens: LoraLens) -> int:
+    """What a pass takes whatever its rows: a HookedTransformer copies the weights that it uses."""
+    cfg = lens.model.cfg
+    return int(cfg.d_model) * int(cfg.d_vocab_out) * lens.dtype.itemsize
+
+
 def row_bytes(lens: LoraLens, run: Prompts, read: int) -> int:
-    """About the most that one copy of what is run holds at a time, as a dual number."""
+    """About the most that one copy of what is run holds at a time, as a dual number.
+
+    The factors are measured: `benchmarks/cost.py` prints what a bound of memory comes to.
+    """
     cfg = lens.model.cfg
     batch, longest = run.tokens.shape
     wide = int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
-    of_token = 12 * int(cfg.d_model) + 12 * wide + 12 * int(cfg.n_heads) * longest
-    logits = 4 * int(cfg.d_vocab_out)
+    of_token = 44 * (int(cfg.d_model) + wide + int(cfg.n_heads) * longest)
+    logits = 8 * int(cfg.d_vocab_out)
     return (batch * longest * of_token + read * logits) * lens.gate_dtype.itemsize

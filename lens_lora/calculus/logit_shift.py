@@ -115,7 +115,8 @@ def logit_shift(
     Args:
         tokens: strings of one token, or ids; without them the whole vocabulary.
         mode: 'forward' or 'reverse'; 'auto' takes the cheaper one (`calculus/cost.py`).
-        max_memory: bytes that a pass may take beside the model and the result. It sets how many
+        max_memory: bytes that a pass may take beside the model and the result (and, in reverse
+            mode, beside the graph of the forward pass, which cannot be split). It sets how many
             sites or tokens go at once, and does not change what is found.
 
     Raises:

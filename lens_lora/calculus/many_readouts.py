@@ -37,13 +37,12 @@ def first_orders(
 ) -> tuple[Attribution, ...]:
     """`first_order` of each of several readouts, by site.
 
-    Cost: one forward pass and a backward pass per readout, as one batch (eight readouts: about six
-    forward passes on 64 tokens, two on 8), and two forward passes for all their exact shifts. An
-    answer of several tokens, which has rows of its own, is run by itself.
+    Cost: one forward pass and a backward pass per readout, as one batch, and two forward passes for
+    all their exact shifts. An answer of several tokens has rows of its own, and is run by itself.
 
     Args:
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
-        max_memory: bytes that a pass may take; sets how many readouts go at once.
+        max_memory: bytes for the readouts that go at once, beside the graph of the forward pass.
 
     Raises:
         ArgumentError: no readouts, or something that is none.
