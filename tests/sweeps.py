@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import cases
@@ -62,3 +66,21 @@ def interrupt_at(monkeypatch, call: int, error: BaseException) -> None:
         return plain.values(*args)
 
     monkeypatch.setitem(analyses.ANALYSES, "first_order", analyses.Analysis(values))
+
+
+def two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`lens-lora sweep` as the documentation launches it on two CPU processes."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    launch = [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu",
+        "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", port, "-m", "lens_lora", "sweep",
+    ]  # fmt: skip
+    return subprocess.run(
+        [str(part) for part in [*launch, *arguments]],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import models
 import pandas as pd
 import pytest
 import torch
 import typer
-from sweeps import GOOD, WITH_A_BAD_ONE, interrupt_at, write_csv, write_jsonl
+from sweeps import GOOD, WITH_A_BAD_ONE, interrupt_at, two_processes, write_csv, write_jsonl
 from typer.testing import CliRunner
 
 from lens_lora.commands.loading import one_line_errors
@@ -67,20 +63,7 @@ def test_two_processes_give_the_rows_of_one(tiny, tmp_path):
     records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
     arguments = ["--model", tiny / "base", "--adapter", tiny / "lora", "--records", records]
     arguments += ["--batch-size", 2, "--out"]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launch = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu",
-        "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", port, "-m", "lens_lora", "sweep",
-    ]  # fmt: skip
-    two = subprocess.run(
-        [str(part) for part in [*launch, *arguments, tmp_path / "two.parquet"]],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
+    two = two_processes(*arguments, tmp_path / "two.parquet")
     assert two.returncode == 0, two.stderr
     assert "(process 1 of 2): 100%" in two.stderr and "4/4" in two.stderr
     text = re.sub(r"[│\s]+", " ", two.stdout)

@@ -7,18 +7,14 @@ one line, without a traceback.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import models
 import pytest
 import torch
 from peft import PeftModel
-from sweeps import GOOD, write_jsonl
+from sweeps import GOOD, two_processes, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -282,20 +278,6 @@ def test_interrupted_command_is_one_line_and_130(files, tmp_path, monkeypatch, c
 
 
 def test_two_processes_tell_of_an_error_once(files, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launch = [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu",
-        "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", port, "-m", "lens_lora", "sweep",
-        "--records", files / "r.jsonl", "--adapter", files / "empty",
-    ]  # fmt: skip
-    done = subprocess.run(
-        [str(part) for part in launch],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = two_processes("--records", files / "r.jsonl", "--adapter", files / "empty")
     assert done.returncode != 0
     assert done.stderr.count("no adapter_config.json") == 1, done.stderr
