@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from lens_lora.errors import TokenError
 from lens_lora.prompts import Prompts, require_context, which_prompt
-from lens_lora.reading import Reading
+from lens_lora.reading import LogProbs, Reading
 from lens_lora.readout import Margin, Readout, TokenLike, token_ids
 
 __all__ = ["AnswerLike", "AnswerLogProb", "AnswerMargin", "answer_ids", "margin_between"]
@@ -170,7 +170,9 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
     require_context(model, int(lengths[longest]), f"{which} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     owners = torch.tensor(owner)
-    return Reading(Prompts(tokens, lengths), _Picked(picks, owners, prompts.batch), owners)
+    at, ids, weights = map(torch.tensor, zip(*picks, strict=True))
+    read = LogProbs(at, ids, weights, owners[at], prompts.batch)
+    return Reading(Prompts(tokens, lengths), read, owners)
 
 
 def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
@@ -180,24 +182,6 @@ def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
         for j, token in enumerate(ids):
             steps[ids[:j], token] = steps.get((ids[:j], token), 0.0) + weight
     return {step: weight for step, weight in steps.items() if weight}
-
-
-class _Picked:
-    """Σ weight · log p(token) over a prompt's rows."""
-
-    def __init__(
-        self, picks: list[tuple[int, int, float]], owner: Int[Tensor, "row"], batch: int
-    ) -> None:
-        rows, tokens, weights = zip(*picks, strict=True)
-        self._rows, self._tokens = torch.tensor(rows), torch.tensor(tokens)
-        self._weights, self._owner, self._batch = torch.tensor(weights), owner[self._rows], batch
-
-    def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]:
-        to = logits.device
-        rows = self._rows.to(to)
-        logp = logits[rows, self._tokens.to(to)] - logits.logsumexp(-1)[rows]
-        summed = logits.new_zeros(self._batch)
-        return summed.index_add(0, self._owner.to(to), logp * self._weights.to(logp))
 
 
 def _name(answer: AnswerLike) -> str:

@@ -295,7 +295,7 @@ def _second_order(run: _Run, margin: FactMargin) -> SecondOrder:
 def _shift_of(run: _Run, shift: LogitShift, chosen: list[int]) -> LogitShift:
     """J δz_l over the whole vocabulary of the chosen sites alone; a dual forward pass each."""
     parts, base = [Part(index) for index in chosen], run.lens.gates(0.0)
-    values = part_tangents(run.lens, run.prompts, base, parts, lambda row: row, progress=False)
+    values = part_tangents(run.lens, run.prompts, base, parts, progress=False)
     require_finite(values, "the logit shift")
     sites = tuple(run.lens.sites[index] for index in chosen)
     return dataclasses.replace(shift, values=values, sites=sites)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,8 @@ class LoraLens:
                 f"{without_point[0]}: no hook point of this model lies between it and the norm "
                 "after it, so a list of hooks cannot hold its δ; use `with lens.applied():`."
             )
-        return site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale)))
+        inject = ScaleInject(self._plan, self.gates(scale))
+        return site_hooks(self._plan, inject, self.model.hook_dict)
 
     @contextlib.contextmanager
     def applied(self, scale: Scale = 1.0) -> Generator[Any]:
@@ -200,10 +202,18 @@ class LoraLens:
             yield self.model
 
     @contextlib.contextmanager
-    def injected(self, inject: Inject) -> Generator[None]:
-        """The sites' hooks with any injection, for the length of the block."""
+    def injected(
+        self, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
+    ) -> Generator[None]:
+        """The sites' hooks with any injection, for the length of the block.
+
+        Hooks that come `before` the sites' are put on first.
+        """
         self._plan.check_state()
-        with attached(self.model, site_hooks(self._plan, inject)):
+        # A TransformerBridge puts its hook points together anew whenever they are asked for.
+        points = self.model.hook_dict
+        hooks = [*before, *site_hooks(self._plan, inject, points)]
+        with attached(self.model, hooks, points):
             yield
 
     def prompts(self, prompts: PromptsLike) -> Prompts:
@@ -240,6 +250,11 @@ class LoraLens:
         """Token ids as strings, one by one."""
         tokenizer = getattr(self.model, "tokenizer", None)
         return [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids]
+
+    @functools.cached_property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every token of the model's output as a string."""
+        return tuple(self.decode(range(int(self.model.cfg.d_vocab_out))))
 
     def describe(self) -> dict[str, str]:
         """What was laid over what, with which versions: kept with every saved result."""

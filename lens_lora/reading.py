@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +16,20 @@ from torch import Tensor
 
 from lens_lora.prompts import Prompts
 
-__all__ = ["Bound", "Columns", "Reading", "one_row_each"]
+__all__ = ["Bound", "Columns", "LogProbs", "Reading", "one_row_each"]
 
 Bound = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, "batch"]]
+
+
+@runtime_checkable
+class _Repeats(Protocol):
+    """Knows how to read several copies of its rows at once."""
+
+    def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]: ...
+
+    def repeat(self, times: int) -> Bound:
+        """The same of every row `times` times, r0 r0 … r1 r1 …."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +50,40 @@ class Columns:
         return sum((few[:, k] * sign for k, sign in enumerate(self.signs)), few.new_zeros(()))
 
     def repeat(self, times: int) -> Columns:
-        """Every row `times` times, r0 r0 … r1 r1 …."""
         return Columns(self.ids.repeat_interleave(times, 0), self.signs)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProbs:
+    """Σ weight · log p(token), over a prompt's picks: tokens at its rows.
+
+    Attributes:
+        rows, tokens, weights: of the picks.
+        owner: each pick's prompt, out of so many as `batch`.
+    """
+
+    rows: Int[Tensor, "pick"]
+    tokens: Int[Tensor, "pick"]
+    weights: Float[Tensor, "pick"]
+    owner: Int[Tensor, "pick"]
+    batch: int
+
+    def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]:
+        to = logits.device
+        rows = self.rows.to(to)
+        logp = logits[rows, self.tokens.to(to)] - logits.logsumexp(-1)[rows]
+        summed = logits.new_zeros(self.batch)
+        return summed.index_add(0, self.owner.to(to), logp * self.weights.to(logp))
+
+    def repeat(self, times: int) -> LogProbs:
+        copy = torch.arange(times, device=self.rows.device)
+        return LogProbs(
+            rows=(self.rows[:, None] * times + copy).flatten(),
+            tokens=self.tokens.repeat_interleave(times),
+            weights=self.weights.repeat_interleave(times),
+            owner=(self.owner[:, None] * times + copy).flatten(),
+            batch=self.batch * times,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +113,13 @@ class Reading:
         return summed.index_add(0, self.owner.to(rows.device), rows)
 
     def repeat(self, times: int) -> Reading:
-        """Every prompt `times` times, p0 p0 … p1 p1 …, each copy read on its own."""
+        """Every prompt `times` times, p0 p0 … p1 p1 …, each copy read on its own.
+
+        A function of a user's may mean each prompt's row by its place, so it gets one copy of the
+        prompts at a time.
+        """
         prompts, owner = self.prompts.repeat(times), self._copied_owner(times)
-        if isinstance(self.read, Columns):
+        if isinstance(self.read, _Repeats):
             return Reading(prompts, self.read.repeat(times), owner)
 
         def read(rows: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.prompts import Prompts
-from lens_lora.reading import Bound, Columns, Reading, one_row_each
+from lens_lora.reading import Bound, Columns, LogProbs, Reading, one_row_each
 
 __all__ = ["LogProb", "Logit", "Margin", "Readout", "TokenLike", "bound", "token_ids"]
 
@@ -136,8 +136,8 @@ class LogProb(LastToken):
     units = "nats"
 
     def bind(self, model: Any, batch: int) -> Bound:
-        ids = token_ids(model, self.token, batch)
-        return lambda logits: _pick(logits, ids) - logits.logsumexp(-1)
+        ids, rows = token_ids(model, self.token, batch), torch.arange(batch)
+        return LogProbs(rows, ids, torch.ones(batch), rows, batch)
 
     @property
     def label(self) -> str:
@@ -225,10 +225,6 @@ def _in_vocabulary(model: Any, token_id: int, what: str) -> int:
     if not 0 <= token_id < model.cfg.d_vocab:
         raise TokenError(f"{what} is outside the {model.cfg.d_vocab} of the model.")
     return token_id
-
-
-def _pick(logits: Float[Tensor, "batch vocab"], ids: Int[Tensor, "batch"]) -> Tensor:
-    return logits.gather(-1, ids.to(logits.device)[:, None])[:, 0]
 
 
 def _name(token: TokenLike) -> str:

@@ -23,6 +23,15 @@ def in_place(op):
     return run
 
 
+def attention(x, y, softmax):
+    """Causal, with scores and a pattern that are then written to in place."""
+    scores = x @ y.mT / 2
+    scores += 1.0
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    pattern = softmax(torch.where(mask, scores, -torch.inf), -1)
+    return torch.where(torch.isnan(pattern), torch.zeros_like(pattern), pattern) @ y
+
+
 MAPS = {
     "in place, shifted": in_place(lambda x, w, b: x + b[0]),
     "in place, less": in_place(lambda x, w, b: x - 1.0),
@@ -43,6 +52,23 @@ MAPS = {
     "torch.matmul": lambda x, w, b: torch.matmul(x, w) + b,
     "addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, -2), w).view(*x.shape[:-1], -1),
     "scaled addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, -2), w, beta=2, alpha=0.5),
+    "product of two": lambda x, w, b: (x * w[:, 0])[:, None] @ x[:, None].mT,
+    "product with one": lambda x, w, b: x.mT @ (0 * x.detach() + b[0]) + x.mT @ x,
+    "product of heads": lambda x, w, b: torch.matmul(
+        torch.stack([x, 2 * x], 1), torch.stack([x.mT, 1 + x.mT], 1)
+    ),
+    "one for all": lambda x, w, b: x[:1] @ x.mT,
+    "softmax": lambda x, w, b: (x * w[:, 0]).softmax(-1) + functional.softmax(x, dim=1),
+    "softmax of rows": lambda x, w, b: torch.softmax(x, 0),
+    "softmax, precise by place": lambda x, w, b: torch.softmax(x.float(), -1, x.dtype),
+    "softmax, precise": lambda x, w, b: functional.softmax(x.float(), -1, dtype=x.dtype),
+    "masked": lambda x, w, b: torch.where(x.detach() > 0, x, b[0]) + torch.where(b[0] > 0, 2.0, x),
+    "masked, of two": lambda x, w, b: torch.where(x.detach() > 0, x, x * x),
+    "masked, spread": lambda x, w, b: torch.where(w[:, 0] > 0, x[..., :1], b[0]),
+    "attention": lambda x, w, b: attention(x, x @ (w @ w.T), torch.softmax),
+    "in place, softmax": in_place(lambda x, w, b: x.softmax(-1)),
+    "in place, masked": in_place(lambda x, w, b: torch.where(w[:, 0] > 0, x, b[0])),
+    "in place, product of two": in_place(lambda x, w, b: x @ x.mT @ x),
     "both dual": lambda x, w, b: x @ (w + 0 * x.flatten(0, -2)[: len(w)].sum()),
 }
 

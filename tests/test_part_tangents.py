@@ -20,7 +20,7 @@ CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 
 def tangents(lens: ll.LoraLens, parts: list[Part], at: float = 0.3) -> torch.Tensor:
     ready = lens.prompts(PROMPTS)
-    return part_tangents(lens, ready, lens.gates(at), parts, lambda rows: rows, progress=False)
+    return part_tangents(lens, ready, lens.gates(at), parts, progress=False)
 
 
 def mixed_parts(lens: ll.LoraLens) -> list[Part]:

@@ -123,5 +123,5 @@ def components(
     )
 
 
-def _centred_square(tangent: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
+def _centred_square(tangent: Float[Tensor, "row site vocab"]) -> Float[Tensor, "row site"]:
     return (tangent - tangent.mean(-1, keepdim=True)).square().sum(-1)

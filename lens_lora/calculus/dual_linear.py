@@ -5,7 +5,7 @@
 Torch multiplies a weight by primal, tangent and, for the weight's own tangent of zeros, once more.
 Within `OneProduct` primal and tangent go through the weight together; and where every row of a
 batch has the same primal (tangents of many parts of one prompt), the primal goes through once, for
-all rows.
+all rows. Attention has rules of its own: `calculus/dual_attention.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from lens_lora.calculus.dual_attention import batched_product, softmax
+from lens_lora.calculus.dual_parts import common, parts_of, spread
 
 __all__ = ["OneProduct"]
 
@@ -50,31 +53,37 @@ class OneProduct(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
+        found = self._found(func, args, kwargs)
+        return func(*args, **kwargs) if found is None else found
+
+    def _found(self, func: Callable[..., Any], args: _Args, kwargs: dict[str, Any]) -> Any:
+        """By a rule of ours; None where torch has to do it."""
         if func in _READ:
             linear = _READ[func](*args, **kwargs)
-            found = None if linear is None else self._product(*linear)
-        elif func in _POINTWISE and not kwargs:
-            found = _pointwise(_POINTWISE[func], *args)
-        else:
-            found = None
-        return func(*args, **kwargs) if found is None else found
+            if linear is not None:
+                return self._product(*linear)
+            return batched_product(self.rows, *args) if func in _MATMUL and not kwargs else None
+        if func in _SOFTMAX:
+            return softmax(self.rows, *args, **kwargs)
+        if func is torch.where and len(args) == 3 and not kwargs:
+            return _where(*args)
+        if func in _POINTWISE and not kwargs:
+            return _pointwise(_POINTWISE[func], *args)
+        return None
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """None where this is no dual number times a constant."""
         primal, tangent = fwad.unpack_dual(x)
         if tangent is None or _is_dual(weight) or (bias is not None and _is_dual(bias)):
             return None
-        share = self.rows if len(primal) % self.rows == 0 else 1
-        own = len(primal) // share
-        if share > _APART:
-            value, moved = primal[:own] @ weight, tangent @ weight
+        first = common(primal, self.rows)
+        if len(primal) > _APART * len(first):
+            value, moved = first @ weight, tangent @ weight
         else:
-            both = torch.cat([primal[:own], tangent]) @ weight
-            value, moved = both[:own], both[own:]
+            both = torch.cat([first, tangent]) @ weight
+            value, moved = both[: len(first)], both[len(first) :]
         value = value if bias is None else value + bias
-        if share > 1:
-            value = value.repeat(share, *[1] * (value.ndim - 1))
-        return fwad.make_dual(value, moved)
+        return fwad.make_dual(spread(value, primal), moved)
 
 
 def _is_dual(tensor: Tensor) -> bool:
@@ -83,7 +92,7 @@ def _is_dual(tensor: Tensor) -> bool:
 
 def _pointwise(rule: _Rule, left: Any, right: Any) -> Tensor | None:
     """The rule, of a dual number and a constant; None where neither or both are dual."""
-    (a, da), (b, db) = _parts(left), _parts(right)
+    (a, da), (b, db) = parts_of(left), parts_of(right)
     if (da is None) == (db is None):
         return None
     found = rule(a, da, b, db)
@@ -92,11 +101,15 @@ def _pointwise(rule: _Rule, left: Any, right: Any) -> Tensor | None:
     return fwad.make_dual(*found)
 
 
-def _parts(value: Any) -> tuple[Any, Tensor | None]:
-    if not isinstance(value, Tensor):
-        return value, None
-    primal, tangent = fwad.unpack_dual(value)
-    return primal, tangent
+def _where(mask: Tensor, left: Any, right: Any) -> Tensor | None:
+    """What a mask chooses of a dual number and a constant; None where neither or both are dual."""
+    (a, da), (b, db) = parts_of(left), parts_of(right)
+    if (da is None) == (db is None):
+        return None
+    moved: Tensor = torch.where(mask, 0.0 if da is None else da, 0.0 if db is None else db)
+    value = torch.where(mask, a, b)
+    same = value.shape == moved.shape and value.dtype == moved.dtype
+    return fwad.make_dual(value, moved) if same else None
 
 
 def _add(a: Any, da: Any, b: Any, db: Any) -> _Moved:
@@ -128,11 +141,11 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **factors: float) -> _Line
     return None if factors or input.ndim != 1 else (mat1, mat2, input)
 
 
+_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_SOFTMAX = (torch.softmax, Tensor.softmax, functional.softmax)
 _READ: dict[Callable[..., Any], Callable[..., _Linear | None]] = {
     functional.linear: _linear,
-    torch.matmul: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
+    **dict.fromkeys(_MATMUL, _matmul),
     torch.addmm: _addmm,
 }
 _POINTWISE: dict[Callable[..., Any], _Rule] = {

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lens_lora.attribution import Attribution, Quadrature
 from lens_lora.calculus.contract import by_axes
+from lens_lora.calculus.forward import tangent_of
 from lens_lora.calculus.function import gated_readout
 from lens_lora.calculus.part_tangents import Part, part_tangents
 from lens_lora.calculus.slopes import part_slots, require_finite_sites, site_slopes
@@ -141,7 +142,12 @@ def _forward(
     shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
     wanted = _all_parts(lens, prompts, axes)
-    tangents = part_tangents(lens, prompts, gates, wanted, reading.read, progress=progress)
+
+    def read(rows: Float[Tensor, "row part vocab"]) -> Float[Tensor, "batch part"]:
+        many = reading.repeat(rows.shape[1])
+        return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
+
+    tangents = part_tangents(lens, prompts, gates, wanted, read, progress=progress)
     slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
     values[(slice(None), [part.site for part in wanted], *slots)] = tangents
     return values

@@ -39,7 +39,7 @@ class JointInject:
         at = self._at.expand_as(self._direction).clone()
         gates = fwad.make_dual(at, self._direction.clone())
         injection = self._injections[index]
-        return add(out, injection.map(z), weight_of(injection, gates))
+        return add(out, injection.map, z, weight_of(injection, gates))
 
 
 @contextlib.contextmanager

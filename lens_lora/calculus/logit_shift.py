@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.calculus.cost import COVECTOR_TOKENS, cheaper_mode, rows_at_once
-from lens_lora.calculus.forward import joint_tangent
+from lens_lora.calculus.forward import joint_tangent, tangent_of
 from lens_lora.calculus.function import read_logits, require_finite
 from lens_lora.calculus.gate_graph import gate_graph
 from lens_lora.calculus.part_tangents import Part, part_tangents
@@ -137,7 +137,7 @@ def logit_shift(
         values = site_tangents(
             lens,
             ready,
-            lambda row: row[:, columns],
+            lambda rows: rows[..., columns],
             at=at,
             max_memory=max_memory,
             progress=progress,
@@ -147,7 +147,7 @@ def logit_shift(
         values=values,
         sites=lens.sites if by_site else (),
         tokens=tuple(ids),
-        strings=tuple(lens.decode(ids)),
+        strings=lens.vocabulary if tokens is None else tuple(lens.decode(ids)),
         meta=lens.describe(),
     )
 
@@ -155,7 +155,7 @@ def logit_shift(
 def site_tangents(
     lens: LoraLens,
     prompts: Prompts,
-    keep: Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, "batch *out"]],
+    keep: Callable[[Float[Tensor, "batch site vocab"]], Float[Tensor, "batch site *out"]],
     *,
     at: float = 0.0,
     max_memory: float | None = None,
@@ -168,8 +168,7 @@ def site_tangents(
         prompts,
         lens.gates(at),
         parts,
-        lambda rows: rows,
-        keep=keep,
+        lambda rows: keep(tangent_of(rows)),
         max_memory=max_memory,
         progress=progress,
     )

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.calculus.function import read_logits
-from lens_lora.hooked.gates import ScaleInject, attached
+from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
 from lens_lora.reading import Reading
@@ -41,8 +41,7 @@ def noise_floor(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
 
     many = Prompts(prompts.tokens.repeat(1 + _DRAWS, 1), prompts.lengths.repeat(1 + _DRAWS))
     adapted = ScaleInject(lens.plan, lens.gates(1.0))
-    noisy = attached(lens.model, [(lens.embedding_output, perturb)])
-    with torch.no_grad(), noisy, lens.injected(adapted):
+    with torch.no_grad(), lens.injected(adapted, before=[(lens.embedding_output, perturb)]):
         rows = read_logits(lens, many).unflatten(0, (1 + _DRAWS, prompts.batch))
     values = torch.stack([reading.read(row) for row in rows])
     moved = (values[1:] - values[0]).square().mean(0).sqrt()

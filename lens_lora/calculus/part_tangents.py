@@ -12,10 +12,9 @@ Where a model's batch cannot grow, and for parts of the embeddings, every row st
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,14 +28,15 @@ from lens_lora.calculus.cost import TANGENT_TOKENS, rows_at_once
 from lens_lora.calculus.dual_linear import OneProduct
 from lens_lora.calculus.forward import dual_forward, tangent_of
 from lens_lora.calculus.function import read_logits
-from lens_lora.hooked.gates import HookFn, ScaleInject, attached
+from lens_lora.errors import ArgumentError
+from lens_lora.hooked.gates import HookFn, ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import Prompts
 
 __all__ = ["Part", "part_tangents"]
 
-Through = Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "rows *out"]]
 _Logits = Float[Tensor, "batch part vocab"]
+Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +54,12 @@ def part_tangents(
     prompts: Prompts,
     at: Float[Tensor, "site"],
     parts: Sequence[Part],
-    through: Through,
+    read: Read = tangent_of,
     *,
-    keep: Callable[[Tensor], Tensor] = lambda tangent: tangent,
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch part *out"]:
-    """The tangent of each part, pushed through `through` (vocabulary columns, or a readout).
-
-    `keep` then says what of each tangent is kept ([batch, …] → [batch, …]).
+    """The tangent of each part: of the logits, or what `read` makes of those (dual) logits.
 
     As many dual forward passes as parts, batched in rows; about half where the batch can grow.
     """
@@ -71,7 +68,7 @@ def part_tangents(
     for j in order:
         starts_in_block = lens.plan.view.grows and lens.sites[parts[j].site].layer >= 0
         (branching if starts_in_block else whole).append(j)
-    found: dict[int, Tensor] = {}
+    found: Tensor | None = None
     longest = prompts.row(int(prompts.lengths.argmax()))
     ways = ((whole, _in_rows, prompts), (branching, _branching, longest))
     with tqdm(total=len(parts), desc="tangents", leave=False, disable=not progress) as bar:
@@ -83,10 +80,14 @@ def part_tangents(
                 chunk = some[start : start + step]
                 with dual_forward() as products:
                     rows = run(lens, prompts, at, [parts[j] for j in chunk], products)
-                    for column, j in enumerate(chunk):
-                        found[j] = keep(tangent_of(through(rows[:, column])))
+                    tangents = read(rows)
+                if found is None:
+                    found = tangents.new_empty(len(tangents), len(parts), *tangents.shape[2:])
+                found[:, chunk] = tangents
                 bar.update(len(chunk))
-    return torch.stack([found[j] for j in range(len(parts))], 1)
+    if found is None:
+        raise ArgumentError("parts=[] asks for nothing; give at least one.")
+    return found
 
 
 def _in_rows(
@@ -113,28 +114,27 @@ def _branching(
 ) -> _Logits:
     """One prompt at a time, without its padding; each part's row begins at its block."""
     found = []
-    rows = list(enumerate(parts, start=1))
+    rows, grow = list(enumerate(parts, start=1)), _growing(lens, parts, products)
     for one in map(prompts.row, range(prompts.batch)):
         lengths = one.lengths.expand(len(parts) + 1)
         inject = _PartsInject(lens, at, rows, lengths)
-        with _growing(lens, parts, products), lens.injected(inject):
-            found.append(read_logits(lens, one)[1:])
+        try:
+            with lens.injected(inject, before=grow):
+                found.append(read_logits(lens, one)[1:])
+        finally:
+            products.rows = 1
     return torch.stack(found)
 
 
-@contextlib.contextmanager
-def _growing(lens: LoraLens, parts: Sequence[Part], products: OneProduct) -> Generator[None]:
+def _growing(
+    lens: LoraLens, parts: Sequence[Part], products: OneProduct
+) -> list[tuple[str, HookFn]]:
     """Rows for each block's parts, which must come in the order of blocks, behind those so far."""
     view = lens.plan.view
     last = view.n_layers - 1
     blocks = [min(lens.sites[part.site].layer, last) for part in parts]
     grown = functools.partial(_grown, products=products) if view.keeps_rows else _grown
-    hooks = [(view.block_input(layer), grown(blocks.count(layer))) for layer in sorted(set(blocks))]
-    try:
-        with attached(lens.model, hooks):
-            yield
-    finally:
-        products.rows = 1
+    return [(view.block_input(layer), grown(blocks.count(layer))) for layer in sorted(set(blocks))]
 
 
 def _grown(count: int, products: OneProduct | None = None) -> HookFn:

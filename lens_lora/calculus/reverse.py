@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lens_lora.calculus.function import read_value
 from lens_lora.errors import ModelStateError
-from lens_lora.hooked.gates import ScaleInject, attached
+from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
 from lens_lora.reading import Reading
@@ -89,8 +89,8 @@ def site_gradients(
         return leaves[-1]
 
     tap = _TapInject(lens, gates, visit, leaves)
-    with torch.enable_grad(), attached(lens.model, [(_leaf(lens), start)]):
-        with lens.injected(tap):
+    with torch.enable_grad():
+        with lens.injected(tap, before=[(_leaf(lens), start)]):
             values = read_value(lens, reading)
         torch.autograd.grad(values.sum(), leaves)
     missed = [site.name for i, site in enumerate(lens.sites) if i not in tap.seen]

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.hooked.gates import HookFn, ScaleInject, attached
+from lens_lora.hooked.gates import HookFn, ScaleInject
 from lens_lora.lens import LoraLens
 
 __all__ = ["Tree", "neighbours_first", "pays"]
@@ -75,7 +75,7 @@ class Tree:
             for layer, parent in enumerate(self.parents)
             if len(parent) > 1
         ]
-        with attached(lens.model, grow), lens.injected(_TreeInject(lens, self.gates)):
+        with lens.injected(_TreeInject(lens, self.gates), before=grow):
             return forward()[self.leaf]
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
+from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.plan import Injection, Plan
 
 __all__ = ["Inject", "ScaleInject", "attached", "site_hooks", "weight_of", "writes_at_modules"]
@@ -61,13 +62,17 @@ class ScaleInject:
         partner = injection.site if injection.partner is None else injection.partner
         if not (self._active[injection.site] and self._active[partner]):
             return None
-        return add(out, injection.map(z), weight_of(injection, self._gates))
+        return add(out, injection.map, z, weight_of(injection, self._gates))
 
 
-def add(out: Tensor, delta: Float[Tensor, "batch pos out"], gate: Tensor) -> Tensor:
-    """out + gate · δ, δ computed at its own precision and cast to the model's."""
-    gate = gate.to(delta.device, delta.dtype)
-    scaled = delta * (gate.view(-1, 1, 1) if gate.ndim else gate)
+def add(out: Tensor, site_map: SiteMap, z: Tensor, gate: Tensor) -> Tensor:
+    """out + B(gate · u), computed at its own precision and cast to the model's.
+
+    The gate scales u, which is so much smaller than δ = Bu, and the derivative by it is u's.
+    """
+    u = site_map.coordinates(z)
+    gate = gate.to(u.device, u.dtype)
+    scaled = site_map.write(u * (gate.view(-1, *[1] * (u.ndim - 1)) if gate.ndim else gate))
     return out + scaled.to(out.dtype).view(out.shape)
 
 
@@ -143,8 +148,11 @@ class _Arranger:
                     registered.move_to_end(key, last=last)
 
 
-def site_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
-    """[(hook name, function)] for one or more forward passes with this injection."""
+def site_hooks(plan: Plan, inject: Inject, points: Mapping[str, Any]) -> list[tuple[str, HookFn]]:
+    """[(hook name, function)] for one or more forward passes with this injection.
+
+    `points` is the model's `hook_dict`.
+    """
     by_layer: dict[int, list[tuple[str, HookFn]]] = {}
     readers: dict[str, _Reader] = {}
     for index, injection in enumerate(plan.injections):
@@ -159,7 +167,6 @@ def site_hooks(plan: Plan, inject: Inject) -> list[tuple[str, HookFn]]:
         reader = None if port.read is None else readers[port.read]
         hooks.append((port.write, _Writer(index, plan, reader, inject)))
     arranged: list[tuple[str, HookFn]] = []
-    points = plan.view.model.hook_dict
     for layer, hooks in sorted(by_layer.items()):
         if layer >= 0:
             arranged.append((plan.view.block_input(layer), _Arranger(points, hooks)))
@@ -174,16 +181,18 @@ def writes_at_modules(plan: Plan) -> list[str]:
 
 
 @contextlib.contextmanager
-def attached(model: Any, hooks: Sequence[tuple[str, HookFn]]) -> Generator[None]:
+def attached(
+    model: Any, hooks: Sequence[tuple[str, HookFn]], points: Mapping[str, Any] | None = None
+) -> Generator[None]:
     """The hooks on the model for the block's duration, also through `model.reset_hooks()`.
 
     On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
     """
-    points = model.hook_dict
+    known = model.hook_dict if points is None else points
     with contextlib.ExitStack() as stack:
         for name, fn in hooks:
-            if name in points:
-                _attach_to_point(points[name], fn, stack)
+            if name in known:
+                _attach_to_point(known[name], fn, stack)
             else:
                 _attach_to_module(model.get_submodule(name), fn, stack)
         yield

@@ -1,0 +1,56 @@
+"""Copies of a reading are read together as each would be alone."""
+
+from __future__ import annotations
+
+import cases
+import models
+import pytest
+import torch
+
+import lens_lora as ll
+
+pytestmark = pytest.mark.usefixtures("float64")
+PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
+COPIES = 4
+
+
+def by_place(logits: torch.Tensor) -> torch.Tensor:
+    """Means the first row by its first token and the second by another."""
+    return logits[torch.arange(2), torch.tensor([5, 9])] ** 2
+
+
+READOUTS = [
+    ll.Margin([5, 7], [9, 11]),
+    ll.Logit("w5"),
+    ll.LogProb(["w7", "w4"]),
+    ll.AnswerMargin(["w5 w7", "w6"], "w8 w9 w10"),
+    ll.AnswerLogProb("w5 w7"),
+    ll.Readout.of(by_place, label="by place"),
+]
+
+
+@pytest.mark.parametrize("readout", READOUTS, ids=lambda readout: type(readout).__name__)
+def test_copies_are_read_as_each_alone(readout: ll.Readout):
+    lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+    reading = readout.over(lens.model, lens.prompts(PROMPTS))
+    rows = torch.randn(len(reading.owner), COPIES, int(lens.model.cfg.d_vocab))
+    many = reading.repeat(COPIES)
+    alone = torch.stack([reading.read(rows[:, copy]) for copy in range(COPIES)], 1)
+    assert torch.allclose(many.read(rows.flatten(0, 1)).view(-1, COPIES), alone, rtol=1e-12)
+    assert many.batch == reading.batch * COPIES
+    assert len(alone.unique()) == alone.numel()
+    by_prompt = many.by_prompt(rows.flatten(0, 1)).view(-1, *rows.shape[1:])
+    assert torch.allclose(by_prompt, reading.by_prompt(rows), rtol=1e-12)
+
+
+@pytest.mark.parametrize("readout", READOUTS[:-1], ids=lambda readout: type(readout).__name__)
+def test_copies_are_read_in_one_call(readout: ll.Readout, monkeypatch: pytest.MonkeyPatch):
+    lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+    reading = readout.over(lens.model, lens.prompts(PROMPTS))
+    calls = []
+    kind = type(reading.read)
+    read = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda *given: calls.append(1) or read(*given))
+    many = reading.repeat(COPIES)
+    many.read(torch.randn(len(many.owner), int(lens.model.cfg.d_vocab)))
+    assert calls == [1]
