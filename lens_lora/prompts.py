@@ -72,8 +72,12 @@ class Prompts:
 
     def row(self, index: int) -> Prompts:
         """One prompt, without its padding."""
-        length = self.lengths[index : index + 1]
-        return Prompts(self.tokens[index : index + 1, : int(length)], length)
+        return self.rows(index, index + 1)
+
+    def rows(self, first: int, end: int) -> Prompts:
+        """Prompts that follow one another, without padding that all of them have."""
+        lengths = self.lengths[first:end]
+        return Prompts(self.tokens[first:end, : int(lengths.max())], lengths)
 
 
 PromptsLike = str | Sequence[str] | Int[Tensor, "batch pos"] | Prompts

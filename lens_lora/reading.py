@@ -7,6 +7,7 @@ an answer of several tokens reads one row for each of its tokens.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -22,13 +23,17 @@ Bound = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, "batch"]]
 
 
 @runtime_checkable
-class _Repeats(Protocol):
-    """Knows how to read several copies of its rows at once."""
+class _ByRow(Protocol):
+    """Knows which row each of its numbers is of, so that rows may be copied or left out."""
 
     def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]: ...
 
     def repeat(self, times: int) -> Bound:
         """The same of every row `times` times, r0 r0 … r1 r1 …."""
+        ...
+
+    def only(self, first: int, end: int) -> Bound:
+        """The same of these rows alone, which are all the rows of some prompts."""
         ...
 
 
@@ -51,6 +56,9 @@ class Columns:
 
     def repeat(self, times: int) -> Columns:
         return Columns(self.ids.repeat_interleave(times, 0), self.signs)
+
+    def only(self, first: int, end: int) -> Columns:
+        return Columns(self.ids[first:end], self.signs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +91,17 @@ class LogProbs:
             weights=self.weights.repeat_interleave(times),
             owner=(self.owner[:, None] * times + copy).flatten(),
             batch=self.batch * times,
+        )
+
+    def only(self, first: int, end: int) -> LogProbs:
+        mine = (self.rows >= first) & (self.rows < end)
+        owner = self.owner[mine] - self.owner[mine].min()
+        return LogProbs(
+            rows=self.rows[mine] - first,
+            tokens=self.tokens[mine],
+            weights=self.weights[mine],
+            owner=owner,
+            batch=int(owner.max()) + 1,
         )
 
 
@@ -119,7 +138,7 @@ class Reading:
         prompts at a time.
         """
         prompts, owner = self.prompts.repeat(times), self._copied_owner(times)
-        if isinstance(self.read, _Repeats):
+        if isinstance(self.read, _ByRow):
             return Reading(prompts, self.read.repeat(times), owner)
 
         def read(rows: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]:
@@ -127,6 +146,25 @@ class Reading:
             return torch.stack([self.read(copies[:, j]) for j in range(times)], 1).flatten()
 
         return Reading(prompts, read, owner)
+
+    def groups(self, tokens: int) -> list[Reading]:
+        """Its prompts in groups that run at most so many tokens, or one prompt each.
+
+        A user's function keeps all of them together, as it may mean each prompt's row by its place.
+        """
+        if not isinstance(self.read, _ByRow):
+            return [self]
+        ends = torch.bincount(self.owner).cumsum(0).tolist()
+        most = max(end - start for start, end in zip([0, *ends], ends, strict=False))
+        step = max(1, tokens // (most * self.prompts.tokens.shape[1]))
+        edges = [0, *ends[step - 1 :: step]]
+        edges += [] if edges[-1] == ends[-1] else [ends[-1]]
+        return [self._only(*pair) for pair in itertools.pairwise(edges)]
+
+    def _only(self, first: int, end: int) -> Reading:
+        read = self.read.only(first, end) if isinstance(self.read, _ByRow) else self.read
+        owner = self.owner[first:end]
+        return Reading(self.prompts.rows(first, end), read, owner - owner[0])
 
     def _copied_owner(self, times: int) -> Int[Tensor, "row"]:
         copy = torch.arange(times, device=self.owner.device)

@@ -54,3 +54,32 @@ def test_copies_are_read_in_one_call(readout: ll.Readout, monkeypatch: pytest.Mo
     many = reading.repeat(COPIES)
     many.read(torch.randn(len(many.owner), int(lens.model.cfg.d_vocab)))
     assert calls == [1]
+
+
+MANY = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14", "w5", "w9 w10", "w11 w12 w13"]
+
+
+FOR_ALL = [ll.Margin(5, 9), ll.LogProb("w7"), ll.AnswerMargin("w5 w7", "w8 w9"), READOUTS[4]]
+
+
+@pytest.mark.parametrize("readout", FOR_ALL, ids=lambda readout: type(readout).__name__)
+@pytest.mark.parametrize("tokens", [1, 16, 30, 1000])
+def test_groups_of_prompts_read_what_all_read(readout: ll.Readout, tokens: int):
+    lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+    reading = readout.over(lens.model, lens.prompts(MANY))
+    groups = reading.groups(tokens)
+    logits = torch.randn(len(reading.owner), int(lens.model.cfg.d_vocab))
+    rows = logits.split([len(group.owner) for group in groups])
+    found = torch.cat([group.read(some) for group, some in zip(groups, rows, strict=True)])
+    assert torch.allclose(found, reading.read(logits), rtol=1e-12)
+    assert len(found.unique()) == len(MANY) == sum(group.batch for group in groups)
+    for group in groups:
+        fits = group.prompts.tokens.numel() <= tokens or group.batch == 1
+        assert fits and int(group.prompts.lengths.max()) == group.prompts.tokens.shape[1]
+    assert (len(groups) == 1) == (tokens == 1000) and (tokens > 1 or len(groups) == len(MANY))
+
+
+def test_a_function_of_ones_own_keeps_its_prompts_together():
+    lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+    reading = READOUTS[-1].over(lens.model, lens.prompts(PROMPTS))
+    assert reading.groups(1) == [reading]

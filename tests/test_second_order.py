@@ -108,3 +108,26 @@ def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
     for found, direction in zip(torch.cat(chunks, 1).unbind(1), directions, strict=True):
         alone = hessian_product(lens, reading, at, direction)
         assert (found - alone).abs().max() < 1e-11 * alone.abs().max()
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.usefixtures("float64")
+def test_groups_of_prompts_give_what_all_give(cls: str, monkeypatch):
+    """H v, coupling and self-curvature, of one prompt at a time and of all at once."""
+    lens = cases.case("llama", cls, "raw").lens
+    prompts = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14", "w5"]
+    readout = ll.AnswerMargin("w5 w7", "w8 w9")
+    reading, v = readout.over(lens.model, lens.prompts(prompts)), lens.gates(0.7)
+    found = []
+    for tokens in (1000, 1):
+        monkeypatch.setattr(second_order, "TOKENS_AT_ONCE", tokens)
+        second = ll.second_order(lens, prompts, readout, self_curvature=True, progress=False)
+        found.append([
+            hessian_product(lens, reading, lens.gates(0.3), v),
+            ll.coupling(lens, prompts, readout, group="layer", progress=False).matrix,
+            second.self_curvature,
+            second.half_row_sums,
+        ])  # fmt: skip
+    for whole, apart in zip(*found, strict=True):
+        assert len(whole) == 3
+        assert (whole - apart).abs().max() < 1e-11 * whole.abs().max()

@@ -218,6 +218,26 @@ def test_page_that_cannot_be_written_is_found_before_the_model_is_loaded(
         assert re.search("--report.* cannot be written", plain(result.stderr))
 
 
+def test_result_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loading, "load_model", None)
+    (tmp_path / "folder.parquet").mkdir()
+    for out, words in [
+        (files / "r.jsonl" / "r.parquet", "the folder .* cannot be made in .*r.jsonl"),
+        (tmp_path / "folder.parquet", "is a directory"),
+    ]:
+        result = call("sweep", files, tmp_path, "--out", out)
+        assert result.exit_code == 2
+        assert re.search(f"--out.*{words}", plain(result.stderr))
+
+
+def test_result_in_folders_to_be_made(files, tmp_path):
+    out = tmp_path / "new" / "folder" / "r.parquet"
+    assert call("sweep", files, tmp_path, "--out", out, "--limit", 1).exit_code == 0
+    assert out.is_file()
+
+
 def _not_permitted(path, *args, **kwargs):
     raise PermissionError(13, "Permission denied", str(path))
 

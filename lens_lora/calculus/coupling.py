@@ -24,12 +24,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.calculus.function import gated_readout
-from lens_lora.calculus.second_order import hessian_products
+from lens_lora.calculus.second_order import hessian_products, in_groups
 from lens_lora.errors import ArgumentError
 from lens_lora.groups import Group, Groups, group_sites, indicator
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.prompts import PromptsLike
+from lens_lora.reading import Reading
 from lens_lora.readout import Readout, bound
 
 if TYPE_CHECKING:
@@ -200,7 +201,8 @@ def coupling(
     adapter higher orders are as large: read it as where the curvature is, not as a correction.
 
     Cost: a forward and a backward pass, two backward passes for each group, batched, and two
-    forward passes. Memory: of the graph and one batch, and the matrix [batch, group, group].
+    forward passes. Memory: of the graph of a few prompts at a time and one batch, and the matrix
+    [batch, group, group].
 
     Args:
         group: 'site', 'layer', 'kind', or {name: site names or globs}; named groups may overlap.
@@ -215,8 +217,12 @@ def coupling(
     reading = bound(readout, lens.model, lens.prompts(prompts))
     gates = lens.gates(float(at))
     rows = indicator(groups, len(lens.sites)).to(gates)
-    products = hessian_products(lens, reading, gates, rows, progress=progress, what="coupling")
-    matrix = torch.cat([product @ rows.T for product in products], 1)
+
+    def of_some(some: Reading) -> Float[Tensor, "batch group group"]:
+        products = hessian_products(lens, some, gates, rows, progress=progress, what="coupling")
+        return torch.cat([product @ rows.T for product in products], 1)
+
+    matrix = in_groups(reading, of_some)
     ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
     base, adapted = gated_readout(lens, reading, ends).T
     return Coupling(

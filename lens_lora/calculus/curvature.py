@@ -29,7 +29,7 @@ from lens_lora.calculus.remainder import (
     curve_of,
     fitted_order,
 )
-from lens_lora.calculus.second_order import hessian_product, hessian_products
+from lens_lora.calculus.second_order import hessian_product, hessian_products, in_groups
 from lens_lora.calculus.slopes import require_finite_sites
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
@@ -259,10 +259,14 @@ def _self_curvature(
 ) -> Float[Tensor, "batch site"]:
     """½H_ll, out of H e_l of every site."""
     alone = torch.eye(len(lens.sites))
-    found, done = [], 0
-    for product in hessian_products(
-        lens, reading, lens.gates(0.0), alone, progress=progress, what="self-curvature"
-    ):
-        found.append(product.diagonal(offset=done, dim1=1, dim2=2))
-        done += product.shape[1]
-    return torch.cat(found, 1) / 2
+
+    def of_some(some: Reading) -> Float[Tensor, "batch site"]:
+        found, done = [], 0
+        for product in hessian_products(
+            lens, some, lens.gates(0.0), alone, progress=progress, what="self-curvature"
+        ):
+            found.append(product.diagonal(offset=done, dim1=1, dim2=2))
+            done += product.shape[1]
+        return torch.cat(found, 1)
+
+    return in_groups(reading, of_some) / 2

@@ -25,6 +25,7 @@ from lens_lora.calculus.directions import Directions, directions_of
 from lens_lora.calculus.feature_effects import FeatureShift, FeatureWrites
 from lens_lora.calculus.forward import JointInject, dual_forward
 from lens_lora.calculus.function import require_finite
+from lens_lora.calculus.noise import roundings
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.hooked.gates import Inject, ScaleInject, attached
 from lens_lora.hooked.sites import WRITER_KINDS, points_without_update
@@ -32,8 +33,6 @@ from lens_lora.lens import LoraLens, Scale
 from lens_lora.prompts import Prompts, PromptsLike
 
 __all__ = ["feature_shift", "feature_writes"]
-
-_NOISE_SEED = 0
 
 
 def feature_shift(
@@ -81,7 +80,7 @@ def feature_shift(
         _require_positions(lens, ready, name)
         base = _activation(lens, ready, name, ScaleInject(lens.plan, 0 * gates))
         adapted = _activation(lens, ready, name, ScaleInject(lens.plan, gates))
-        with attached(lens.model, [(lens.embedding_output, _roundings(lens))]):
+        with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
             noisy = _activation(lens, ready, name, ScaleInject(lens.plan, gates))
     with dual_forward():
         moved = _activation(lens, ready, name, JointInject(lens, at * gates, gates), _tangent)
@@ -252,19 +251,6 @@ def _require_positions(lens: LoraLens, prompts: Prompts, name: str) -> None:
 def _tangent(dual: Tensor) -> Tensor:
     primal, tangent = fwad.unpack_dual(dual)
     return torch.zeros_like(primal) if tangent is None else tangent.clone()
-
-
-def _roundings(lens: LoraLens) -> Callable[..., Tensor]:
-    """A hook that moves the embedding by about one rounding of the model's dtype."""
-    unit = torch.finfo(lens.dtype).eps / 2
-    generator = torch.Generator(device="cpu").manual_seed(_NOISE_SEED)
-
-    def perturb(tensor: Tensor, hook: Any) -> Tensor:
-        del hook
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        return (tensor.double() * (1 + unit * noise.to(tensor.device))).to(tensor.dtype)
-
-    return perturb
 
 
 def _activations(

@@ -6,12 +6,14 @@
 2. A backward pass through both gives the derivative of Σ_l v_l ∂g/∂ε_l by every ε: H v, for H is
    symmetric.
 3. Many directions go back through one graph, as a batch of a bounded number of tokens.
+4. Prompts have nothing to do with one another, so no graph is of more tokens than that either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +24,7 @@ from lens_lora.calculus.slopes import require_finite_sites
 from lens_lora.lens import LoraLens
 from lens_lora.reading import Reading
 
-__all__ = ["hessian_product", "hessian_products"]
+__all__ = ["hessian_product", "hessian_products", "in_groups"]
 
 TOKENS_AT_ONCE = 512
 
@@ -35,10 +37,22 @@ def hessian_product(
 ) -> Float[Tensor, "batch site"]:
     """H v per prompt and site, in the readout's units.
 
-    Cost: one forward and two backward passes, about 2 FB. Memory: of the graph.
+    Cost: one forward and two backward passes, about 2 FB. Memory: of the graph, of a group of
+    prompts at a time.
     """
-    one = hessian_products(lens, reading, at, direction[None], progress=False)
-    return next(iter(one))[:, 0]
+
+    def of_some(some: Reading) -> Float[Tensor, "batch site"]:
+        one = hessian_products(lens, some, at, direction[None], progress=False)
+        return next(iter(one))[:, 0]
+
+    return in_groups(reading, of_some)
+
+
+def in_groups(
+    reading: Reading, work: Callable[[Reading], Float[Tensor, "some *out"]]
+) -> Float[Tensor, "batch *out"]:
+    """What is found of each prompt, a group of prompts at a time."""
+    return torch.cat([work(some) for some in reading.groups(TOKENS_AT_ONCE)])
 
 
 def hessian_products(

@@ -6,6 +6,7 @@ Of several processes the first alone tells of an error, unless it is not its own
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "load_model",
     "load_model_of",
     "one_line_errors",
+    "require_place",
     "require_writable",
     "say",
     "shipped_adapter",
@@ -101,6 +103,18 @@ def require_writable(path: Path, option: str) -> None:
         raise typer.BadParameter(fact, param_hint=option) from error
     if is_new:
         path.unlink()
+
+
+def require_place(path: Path, option: str) -> None:
+    """`require_writable`, of a file whose folder may be yet to be made."""
+    folder = path.absolute().parent
+    if folder.is_dir():
+        require_writable(path, option)
+        return
+    above = next(place for place in (folder, *folder.parents) if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        fact = f"the folder {folder} cannot be made in {above}; give another."
+        raise typer.BadParameter(fact, param_hint=option)
 
 
 @contextlib.contextmanager

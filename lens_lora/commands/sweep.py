@@ -15,6 +15,7 @@ from lens_lora.adapter import load_adapter
 from lens_lora.commands.loading import (
     lens_over,
     load_model_of,
+    require_place,
     say,
     shipped_adapter,
     told_if_interrupted,
@@ -72,6 +73,8 @@ def sweep(
     if resume:
         require_resumable(out, loaded, names)
     processes = launched()
+    if processes.is_main:
+        require_place(out, "--out")
     progress = Console(stderr=True, quiet=quiet or not processes.is_main)
     base, tokenizer = load_model_of(loaded, model, progress)
     kind = None if model_class is None else model_class.value
