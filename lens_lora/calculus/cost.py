@@ -75,9 +75,13 @@ def rows_at_once(
 
 
 def pass_bytes(lens: LoraLens) -> int:
-    """What a pass takes whatever its rows: a HookedTransformer copies the weights that it uses."""
+    """About what a pass takes whatever its rows, in sizes of W_U, measured as `row_bytes` is.
+
+    A HookedTransformer copies the weights that it uses, and W_U is the largest of them.
+    """
     cfg = lens.model.cfg
-    return int(cfg.d_model) * int(cfg.d_vocab_out) * lens.dtype.itemsize
+    share = 1.4 if lens.class_name == "HookedTransformer" else 0.4
+    return int(share * int(cfg.d_model) * int(cfg.d_vocab_out) * lens.dtype.itemsize)
 
 
 def row_bytes(lens: LoraLens, run: Prompts, read: int) -> int:
