@@ -35,9 +35,9 @@ def _moved(a: Tensor, da: Tensor | None, b: Tensor, db: Tensor | None) -> Tensor
         return a @ cast("Tensor", db)
     if db is None:
         return da @ b
-    moved = da @ b
-    moved.flatten(0, -3).baddbmm_(a.flatten(0, -3), db.flatten(0, -3))
-    return moved
+    moved = (da @ b).flatten(0, -3)
+    moved.baddbmm_(a.flatten(0, -3), db.flatten(0, -3))
+    return moved.view(*da.shape[:-1], db.shape[-1])
 
 
 def softmax(
