@@ -29,6 +29,7 @@ from lens_lora.hooked.gates import (
     writes_at_modules,
 )
 from lens_lora.hooked.plan import Plan, heads_at_hooks, make_plan
+from lens_lora.hooked.same_base import require_same_base
 from lens_lora.hooked.sites import Heads, Site, match_sites
 from lens_lora.prompts import Prompts, PromptsLike, prepare
 
@@ -65,7 +66,9 @@ class LoraLens:
         self._hf_model = hf_model
         self._plan = make_plan(model, adapter, hf_model)
         if hf_model is not None and torch.finfo(self.dtype).bits >= 32:
-            _require_same_base(self, hf_model)
+            require_same_base(
+                lambda tokens: self.logits(tokens.to(self.device), 0.0), hf_model, self.class_name
+            )
 
     def with_adapter(self, adapter: Adapter) -> LoraLens:
         """Another adapter over the same model and hf_model, whose logits are not compared again.
@@ -292,44 +295,6 @@ def _require_kinds(adapter: object, hf_model: object) -> None:
             f"hf_model is a {type(hf_model).__name__}; pass the loaded base model: "
             "AutoModelForCausalLM.from_pretrained(base)."
         )
-
-
-_CHECKED_TOKENS, _AGREEMENT = 8, 1e-3
-
-
-def _require_same_base(lens: LoraLens, hf_model: nn.Module) -> None:
-    """Refuse a hooked model that is not its base: the host library can be wrong about one.
-
-    Raises:
-        ModelStateError: their logits differ by more than a thousandth of their range.
-    """
-    tokens = torch.arange(1, 1 + _CHECKED_TOKENS, device=lens.device)[None]
-    with torch.no_grad(), _adapters_off(hf_model):
-        expected = hf_model(tokens.to(next(hf_model.parameters()).device)).logits
-    found = lens.logits(tokens, 0.0).to(expected)
-    found, expected = (logits - logits.mean(-1, keepdim=True) for logits in (found, expected))
-    off, span = float((found - expected).abs().max()), float(expected.max() - expected.min())
-    if not off <= _AGREEMENT * span:
-        raise ModelStateError(
-            f"without the adapter this {lens.class_name} computes other logits than hf_model: "
-            f"{off:.2g} off, of a range of {span:.2g}. Either hf_model is not its base, or "
-            "transformer-lens builds this family wrongly (2.18 ignores Llama's rope_theta, and "
-            "misfolds Mixtral); try another version, or its TransformerBridge."
-        )
-
-
-@contextlib.contextmanager
-def _adapters_off(hf_model: nn.Module) -> Generator[None]:
-    """PEFT layers inside the model, if any, switched off and back on as they were."""
-    layers: list[Any] = [m for m in hf_model.modules() if hasattr(m, "enable_adapters")]
-    active = [layer for layer in layers if not layer.disable_adapters]
-    try:
-        for layer in active:
-            layer.enable_adapters(False)
-        yield
-    finally:
-        for layer in active:
-            layer.enable_adapters(True)
 
 
 def _first_non_finite(lens: LoraLens, prompts: Prompts, scale: Scale) -> str:
