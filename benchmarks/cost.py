@@ -1,7 +1,6 @@
 """What each analysis costs, in plain forward passes of the same hooked model on the same tokens.
 
     python benchmarks/cost.py [--class HookedTransformer] [--tokens 8 64 256] [--batch 1 8]
-        [--without H·1]
 
 Interleaved in one run on the embedded model and its adapter (210 sites, rank 8); medians. F is one
 forward pass, FB one forward and one backward down to the embeddings. With transformer-lens 4.3 its
@@ -66,19 +65,16 @@ def interleaved(
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def column(
-    lens: ll.LoraLens, batch: int, tokens: int, without: Sequence[str] = ()
-) -> dict[str, str]:
+def column(lens: ll.LoraLens, batch: int, tokens: int) -> dict[str, str]:
     """The cells of one size of prompts: ratios, and F in milliseconds.
 
     More than `ONCE` tokens are timed once, and the whole sweeps of more than `LONG` not at all.
     """
     prompts = random_prompts(lens, batch, tokens)
     turns = 1 if batch * tokens > ONCE else TURNS
-    works = [work for work in QUICK if work.name not in without]
-    quick = interleaved(lens, prompts, works, turns)
+    quick = interleaved(lens, prompts, QUICK, turns)
     cells = {"F": f"{1e3 * quick['F']:.0f} ms", "FB": f"{quick['FB'] / quick['F']:.2f} F"}
-    cells |= {w.name: _ratio(quick[w.name] * w.share / quick[w.unit], w.unit) for w in works}
+    cells |= {w.name: _ratio(quick[w.name] * w.share / quick[w.unit], w.unit) for w in QUICK}
     if batch * tokens > LONG:
         return cells | dict.fromkeys((w.name for w in SLOW), "not run")
     loop = statistics.median(seconds(lambda: loop_of_jvps(lens, prompts)) for _ in range(turns)) * (
@@ -202,8 +198,8 @@ def peer_table(lens: ll.LoraLens, sizes: Sequence[tuple[int, int]]) -> None:
         print(f"| {batch} × {tokens} tokens | {1e3 * theirs:.0f} ms | {mine / theirs:.2f} |")
 
 
-def table(lens: ll.LoraLens, sizes: Sequence[tuple[int, int]], without: Sequence[str] = ()) -> None:
-    columns = {size: column(lens, *size, without) for size in sizes}
+def table(lens: ll.LoraLens, sizes: Sequence[tuple[int, int]]) -> None:
+    columns = {size: column(lens, *size) for size in sizes}
     targets = {work.name: work.target for work in (*QUICK, *SLOW)}
     targets["… times faster than a loop of jvps"] = "≥ 9"
     head = " | ".join(f"{batch} × {tokens}" for batch, tokens in sizes)
@@ -219,7 +215,6 @@ def main() -> None:
     options.add_argument("--class", dest="kinds", nargs="+", default=None)
     options.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 256])
     options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    options.add_argument("--without", nargs="+", default=[])
     options.add_argument("--growth", action="store_true")
     asked = options.parse_args()
     print(
@@ -240,7 +235,7 @@ def main() -> None:
             continue
         lens = ll.LoraLens(model, adapter)
         print(f"{kind}, transformer-lens {transformer_lens_version()}, prompts × tokens\n")
-        table(lens, sizes, asked.without)
+        table(lens, sizes)
         memory_lines(lens)
         attach_line(lens, folder)
         if kind == "TransformerBridge":
