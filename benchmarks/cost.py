@@ -33,9 +33,9 @@ from cost_works import (
 )
 
 import lens_lora as ll
-from lens_lora.calculus.slopes import site_slopes
-from lens_lora.demo.embedded import load_embedded
-from lens_lora.demo.hooked import hooked_model, transformer_lens_version
+from lens_lora.demonstration.embedded import load_embedded
+from lens_lora.engine.reverse import site_slopes
+from lens_lora.loading import hooked_model, transformer_lens_version
 
 TURNS, ONCE, LONG = 5, 256, 512
 
@@ -224,7 +224,7 @@ def main() -> None:
     if asked.growth:
         growth_tables()
         return
-    folder = Path(ll.__file__).parent / "demo" / "lyon_adapter"
+    folder = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
     adapter = ll.load_adapter(folder)
     sizes = [(batch, tokens) for batch in asked.batch for tokens in asked.tokens]
     for kind in asked.kinds or ("HookedTransformer", "TransformerBridge"):

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 import lens_lora as ll
-from lens_lora.calculus.forward import joint_tangent
-from lens_lora.calculus.function import gated_logits
-from lens_lora.calculus.path import TOKENS_AT_ONCE
-from lens_lora.calculus.reverse import site_gradients
-from lens_lora.calculus.second_order import hessian_product, hessian_products
-from lens_lora.calculus.slopes import site_slopes
+from lens_lora.analyses.path import TOKENS_AT_ONCE
+from lens_lora.engine.forward import joint_tangent
+from lens_lora.engine.function import gated_logits
+from lens_lora.engine.gate_graph import hessian_product, hessian_products
+from lens_lora.engine.reverse import site_gradients, site_slopes
 from lens_lora.hooked.gates import attached
 
 __all__ = ["QUICK", "SLOW", "Work", "loop_of_jvps", "plain_forward", "plain_backward"]

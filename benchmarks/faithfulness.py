@@ -39,10 +39,10 @@ from faithfulness_page import (
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.answers import margin_between
-from lens_lora.demo.embedded import load_embedded
-from lens_lora.demo.hooked import hooked_model
-from lens_lora.effects import Effects
+from lens_lora.demonstration.embedded import load_embedded
+from lens_lora.loading import hooked_model
+from lens_lora.readouts.answers import margin_between
+from lens_lora.results.effects import Effects
 
 Row = dict[str, Any]
 FRACTIONS, DRAWS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7), 3

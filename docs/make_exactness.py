@@ -3,7 +3,7 @@
     python docs/make_exactness.py
 
 1. Measure every cell that the installed transformer-lens has: family × class × processing × target
-   of `tests/models.py`, `tests/cases.py` and `tests/test_targets.py`; write them to
+   of `models`, `cases` and `targets` in `tests/lib`; write them to
    docs/exactness/<transformer-lens>.json, errors rounded to one digit.
 2. Render docs/exactness.md from all files there.
 
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent / "tests" / "lib"))
 
 import cases  # noqa: E402
 import models  # noqa: E402
-import test_targets as targets  # noqa: E402
+import targets  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -79,7 +79,7 @@ every linear module of the blocks.
 
 To reproduce: `python docs/make_exactness.py` in an environment of each transformer-lens line. It
 measures what is installed, writes `docs/exactness/<transformer-lens>.json`, and renders this page
-from all files there; `tests/test_docs.py` keeps the two together.
+from all files there; `tests/docs/test_docs.py` keeps the two together.
 """
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from plotly.subplots import make_subplots
 
 import lens_lora as ll
-from lens_lora.demo.embedded import load_embedded
-from lens_lora.demo.hooked import hooked_model
+from lens_lora.demonstration.embedded import load_embedded
+from lens_lora.loading import hooked_model
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
     model, _ = hooked_model(*load_embedded(quiet=True))
-    adapter = ll.load_adapter(Path(ll.__file__).parent / "demo" / "lyon_adapter")
+    adapter = ll.load_adapter(Path(ll.__file__).parent / "demonstration" / "lyon_adapter")
     lens = ll.LoraLens(model, adapter)
     margin = ll.fact_margin(lens, "The capital of France is", " Lyon", " Paris", progress=False)
     left, right = margin.plot(), margin.attribution.plot()

@@ -10,34 +10,31 @@ The theory is "Formalising the Logit Shift Induced by LoRA" (arXiv 2604.20313).
 """
 
 from lens_lora._version import __version__
-from lens_lora.adapter import Adapter, LoRAFactors, load_adapter
-from lens_lora.answers import AnswerLogProb, AnswerMargin
-from lens_lora.attribution import Attribution, Quadrature
-from lens_lora.calculus.activation_effects import ActivationEffects
-from lens_lora.calculus.activation_patching import patch_activations
-from lens_lora.calculus.compare import Comparison, compare
-from lens_lora.calculus.components import Components, components
-from lens_lora.calculus.coupling import Coupling, coupling
-from lens_lora.calculus.curvature import SecondOrder, second_order
-from lens_lora.calculus.faithfulness import Faithfulness, faithfulness
-from lens_lora.calculus.feature_effects import FeatureShift, FeatureWrites
-from lens_lora.calculus.features import feature_shift, feature_writes
-from lens_lora.calculus.first_order import first_order
-from lens_lora.calculus.logit_shift import LogitShift, logit_shift
-from lens_lora.calculus.many_readouts import first_orders
-from lens_lora.calculus.margin import FactMargin, fact_margin
-from lens_lora.calculus.null import NullTest, null_test
-from lens_lora.calculus.patching import patch_sites
-from lens_lora.calculus.path import path_attribution
-from lens_lora.calculus.reliability import Reliability, reliability
-from lens_lora.calculus.remainder import (
+from lens_lora.adapters.adapter import Adapter, LoRAFactors, load_adapter
+from lens_lora.adapters.random_directions import null_adapter
+from lens_lora.analyses.compare import Comparison, compare
+from lens_lora.analyses.components import Components, components
+from lens_lora.analyses.coupling import Coupling, coupling
+from lens_lora.analyses.explain import Explanation, explain
+from lens_lora.analyses.faithfulness import Faithfulness, faithfulness
+from lens_lora.analyses.feature_effects import FeatureShift, FeatureWrites
+from lens_lora.analyses.feature_shift import feature_shift, feature_writes
+from lens_lora.analyses.first_order import first_order, first_orders
+from lens_lora.analyses.logit_shift import LogitShift, logit_shift
+from lens_lora.analyses.margin import FactMargin, fact_margin
+from lens_lora.analyses.null_test import NullTest, null_test
+from lens_lora.analyses.patch_activations import patch_activations
+from lens_lora.analyses.patch_sites import patch_sites
+from lens_lora.analyses.path import path_attribution
+from lens_lora.analyses.reliability import Reliability, reliability
+from lens_lora.analyses.remainder import (
     Remainder,
     RemainderCurve,
     remainder,
     remainder_curve,
 )
-from lens_lora.calculus.trajectory import tangents
-from lens_lora.effects import Effects
+from lens_lora.analyses.second_order import SecondOrder, second_order
+from lens_lora.analyses.tangents import tangents
 from lens_lora.errors import (
     AdapterError,
     ArgumentError,
@@ -49,14 +46,16 @@ from lens_lora.errors import (
     TokenError,
     UnsupportedAdapterError,
 )
-from lens_lora.explanation import Explanation, explain
 from lens_lora.hooked.frozen import FrozenRules
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
-from lens_lora.null_adapter import null_adapter
-from lens_lora.prompts import Prompts
-from lens_lora.readout import Logit, LogProb, Margin, Readout
-from lens_lora.show.circuits_view import TokenView
+from lens_lora.readouts.answers import AnswerLogProb, AnswerMargin
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.readout import Logit, LogProb, Margin, Readout
+from lens_lora.results.activation_effects import ActivationEffects
+from lens_lora.results.attribution import Attribution, Quadrature
+from lens_lora.results.effects import Effects
+from lens_lora.show.figures.tokens import TokenView
 from lens_lora.sweeps.records import SweepError
 from lens_lora.sweeps.result import SweepResult
 from lens_lora.sweeps.sweep import sweep

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora._version import versions
-from lens_lora.adapter import Adapter
+from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import AdapterError, ModelStateError, NumericsError, SiteError
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.gates import (
@@ -28,10 +28,10 @@ from lens_lora.hooked.gates import (
     site_hooks,
     writes_at_modules,
 )
+from lens_lora.hooked.host_check import require_same_base
 from lens_lora.hooked.plan import Plan, heads_at_hooks, make_plan
-from lens_lora.hooked.same_base import require_same_base
 from lens_lora.hooked.sites import Heads, Site, match_sites
-from lens_lora.prompts import Prompts, PromptsLike, prepare
+from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -220,7 +220,7 @@ class LoraLens:
             yield
 
     def prompts(self, prompts: PromptsLike) -> Prompts:
-        """Strings or ids as `Prompts`: see `lens_lora.prompts.prepare`."""
+        """Strings or ids as `Prompts`: see `lens_lora.readouts.prompts.prepare`."""
         return prepare(self.model, prompts)
 
     def logits(

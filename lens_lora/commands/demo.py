@@ -11,11 +11,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lens_lora.adapter import Adapter, load_adapter
-from lens_lora.attribution import Attribution
-from lens_lora.calculus.first_order import first_order
-from lens_lora.calculus.logit_shift import LogitShift, logit_shift
-from lens_lora.calculus.margin import FactMargin, fact_margin
+from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.analyses.first_order import first_order
+from lens_lora.analyses.logit_shift import LogitShift, logit_shift
+from lens_lora.analyses.margin import FactMargin, fact_margin
 from lens_lora.commands.loading import (
     announce,
     lens_over,
@@ -29,9 +28,10 @@ from lens_lora.commands.loading import (
 from lens_lora.commands.options import AdapterOption, ModelOption, Quiet, Report
 from lens_lora.errors import LensLoraError
 from lens_lora.lens import LoraLens
-from lens_lora.readout import Margin
-from lens_lora.show import tables
-from lens_lora.show.report import margin_report
+from lens_lora.readouts.readout import Margin
+from lens_lora.results.attribution import Attribution
+from lens_lora.show.page.report import margin_report
+from lens_lora.show.tables import results as tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,9 +95,9 @@ def _train(
     out: Path,
     quiet: bool,
 ) -> Adapter:
-    from lens_lora.demo.embedded import EMBEDDED_HUB_ID
-    from lens_lora.demo.hooked import quiet_libraries
-    from lens_lora.demo.train import LYON_SENTENCES, train_adapter
+    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
+    from lens_lora.demonstration.train import LYON_SENTENCES, train_adapter
+    from lens_lora.loading import quiet_libraries
 
     base_name = model or EMBEDDED_HUB_ID
     try:

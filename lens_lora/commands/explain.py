@@ -15,8 +15,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lens_lora.adapter import load_adapter
-from lens_lora.answers import margin_between
+from lens_lora.adapters.adapter import load_adapter
+from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain import explain as explain_prompt
 from lens_lora.commands.loading import (
     announce,
     lens_over,
@@ -28,11 +29,10 @@ from lens_lora.commands.loading import (
 )
 from lens_lora.commands.options import AdapterOption, ClassOption, ModelOption, Quiet, Report
 from lens_lora.errors import LensLoraError, PromptError
-from lens_lora.explanation import Explanation
-from lens_lora.explanation import explain as explain_prompt
 from lens_lora.lens import LoraLens
-from lens_lora.show.explain_tables import explanation_tables
-from lens_lora.show.report import explanation_report
+from lens_lora.readouts.answers import margin_between
+from lens_lora.show.page.report import explanation_report
+from lens_lora.show.tables.explanation import explanation_tables
 from lens_lora.sweeps.records import read_records
 
 __all__ = ["explain"]
@@ -198,7 +198,7 @@ def _explained(
     lens: LoraLens, question: _Question, which: str, fast: bool, null: int, progress: Console
 ) -> Explanation:
     """One prompt, its summary printed as soon as it is known."""
-    from lens_lora.demo.hooked import quiet_libraries
+    from lens_lora.loading import quiet_libraries
 
     progress.print(f"Explaining prompt {which}", highlight=False)
     with quiet_libraries():

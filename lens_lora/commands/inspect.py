@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lens_lora.adapter import Adapter, load_adapter
-from lens_lora.calculus.spectra import lacking, summarise
+from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.analyses.spectra import lacking, summarise
 from lens_lora.commands.loading import EMBEDDED
 from lens_lora.commands.options import Quiet
 from lens_lora.lens import LoraLens
-from lens_lora.show.inspect_tables import adapter_table, spectra_table
+from lens_lora.show.tables.adapter import adapter_table, spectra_table
 
 __all__ = ["inspect"]
 
@@ -63,8 +63,8 @@ def _lens(adapter: Adapter, model: str, quiet: bool) -> LoraLens:
 
 
 def _hooked(model: str, quiet: bool) -> Any:
-    from lens_lora.demo.embedded import load_embedded
-    from lens_lora.demo.hooked import hooked_model, load_base, quiet_libraries
+    from lens_lora.demonstration.embedded import load_embedded
+    from lens_lora.loading import hooked_model, load_base, quiet_libraries
 
     Console(stderr=True, quiet=quiet).print(f"Loading {model}", highlight=False, markup=False)
     with quiet_libraries():

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lens_lora.adapter import Adapter
+from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.lens import LoraLens
 from lens_lora.sweeps.processes import rank
@@ -25,7 +25,7 @@ from lens_lora.sweeps.processes import rank
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lens_lora.demo.hooked import Kind
+    from lens_lora.loading import Kind
 
 __all__ = [
     "announce",
@@ -120,7 +120,7 @@ def require_place(path: Path, option: str) -> None:
 @contextlib.contextmanager
 def step(message: str, progress: Console) -> Generator[None]:
     """A spinner on a terminal, else a line; the libraries' own noise is silenced."""
-    from lens_lora.demo.hooked import quiet_libraries
+    from lens_lora.loading import quiet_libraries
 
     if not progress.is_terminal:
         progress.print(message)
@@ -132,8 +132,8 @@ def load_model(
     model: str | None, progress: Console
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A hub id or folder; the embedded model for None or 'embedded'."""
-    from lens_lora.demo.embedded import EMBEDDED_NAME, embedded_model_folder, load_embedded
-    from lens_lora.demo.hooked import load_base
+    from lens_lora.demonstration.embedded import EMBEDDED_NAME, embedded_model_folder, load_embedded
+    from lens_lora.loading import load_base
 
     if model not in (None, EMBEDDED):
         with step(f"Loading {model}", progress):
@@ -151,7 +151,7 @@ def load_model_of(
     Raises:
         LensLoraError: what loading raises; of a base that was not asked for, with the remedy.
     """
-    from lens_lora.demo.embedded import EMBEDDED_HUB_ID
+    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
 
     named = adapter.base_model
     if model is not None:
@@ -176,9 +176,9 @@ def _note_other_base(model: str, named: str | None, progress: Console) -> None:
 
 def shipped_adapter() -> Path:
     """The adapter that comes with the package."""
-    import lens_lora.demo
+    import lens_lora.demonstration
 
-    return Path(lens_lora.demo.__file__ or "").with_name("lyon_adapter")
+    return Path(lens_lora.demonstration.__file__ or "").with_name("lyon_adapter")
 
 
 def lens_over(
@@ -199,7 +199,7 @@ def lens_over(
     Raises:
         ModelStateError: no such device here.
     """
-    from lens_lora.demo.hooked import hooked_model
+    from lens_lora.loading import hooked_model
 
     with step("Building the hooked model", progress):
         model, _ = hooked_model(_moved(hf_model, device), tokenizer, kind=kind)
@@ -208,7 +208,7 @@ def lens_over(
 
 def announce(lens: LoraLens) -> None:
     """The model and the adapter, on stdout."""
-    from lens_lora.demo.hooked import transformer_lens_version
+    from lens_lora.loading import transformer_lens_version
 
     about, adapter = lens.describe(), lens.adapter
     say(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lens_lora.adapter import load_adapter
+from lens_lora.adapters.adapter import load_adapter
 from lens_lora.commands.loading import (
     lens_over,
     load_model_of,

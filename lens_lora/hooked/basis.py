@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
-from lens_lora.hooked.families import Family
+from lens_lora.families import Family
 
 __all__ = ["BaseWeights", "Processing", "SiteMap", "infer_processing", "site_map"]
 

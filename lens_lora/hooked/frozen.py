@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.gates import HookFn, attached
-from lens_lora.hooked.view import HookedView
+from lens_lora.hooked.host import HookedView
 
 __all__ = ["FrozenRules", "frozen_points", "held_fixed", "require_held"]
 

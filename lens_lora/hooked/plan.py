@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.adapter import Adapter
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.factors import LoRAFactors, dense_factors
 from lens_lora.errors import AdapterError, ModelStateError
-from lens_lora.factors import LoRAFactors, dense_factors
 from lens_lora.hooked.basis import BaseWeights, SiteMap, infer_processing, site_map
+from lens_lora.hooked.host import HookedView, Ports, model_dtype, refuse_dropout, view_of
 from lens_lora.hooked.sites import (
     WRITER_KINDS,
     Heads,
@@ -34,7 +35,6 @@ from lens_lora.hooked.value_bias import (
     through_update_of_o,
     without_constant,
 )
-from lens_lora.hooked.view import HookedView, Ports, model_dtype, refuse_dropout, view_of
 
 __all__ = ["Injection", "Plan", "make_plan"]
 

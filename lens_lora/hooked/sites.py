@@ -2,28 +2,37 @@
 
 A Hugging Face module becomes one site, or three where it fuses q, k and v: row i of the fused
 output belongs to the kind that the family's layout names, and the site takes those rows of B.
+
+Groups of sites: single sites, layers, kinds of module, or any named subsets.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.adapter import Adapter
-from lens_lora.errors import AdapterError, SiteError
-from lens_lora.factors import LoRAFactors
-from lens_lora.hooked.families import Family, Place
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.errors import AdapterError, ArgumentError, SiteError
+from lens_lora.families import Family, Place
 
 __all__ = [
     "ATTENTION_KINDS",
+    "AXES",
+    "Group",
+    "Groups",
     "Heads",
     "Site",
     "SiteFactors",
+    "by_axes",
+    "group_sites",
+    "indicator",
     "points_without_update",
     "resolve_sites",
 ]
@@ -31,6 +40,7 @@ __all__ = [
 ATTENTION_KINDS = ("q", "k", "v", "o")
 EMBEDDING_KINDS = ("embed", "pos_embed")
 WRITER_KINDS = ("o", "down", "fc_out", *EMBEDDING_KINDS)
+AXES = ("position", "head", "rank")
 _ORDER = (*EMBEDDING_KINDS, "q", "k", "v", "o", "gate", "up", "fc_in", "down", "fc_out", "unembed")
 
 
@@ -202,3 +212,74 @@ def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int
         f"names the base {adapter.base_model!r}; use adapter.without(…) to leave a module out on "
         "purpose."
     )
+
+
+Group = Literal["site", "layer", "kind"] | Mapping[str, str | Sequence[str]]
+Groups = dict[str, tuple[int, ...]]
+
+
+def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
+    """{group name: indices of its sites}, in the order of the sites.
+
+    Args:
+        group: 'site', 'layer' ('layer 3'; 'embed', 'unembed'), 'kind', or {name: site names or
+            globs}; subsets may overlap and need not hold every site.
+
+    Raises:
+        SiteError: a glob that matches no site.
+        ArgumentError: another word.
+    """
+    if isinstance(group, Mapping):
+        names = [site.name for site in sites]
+        return {
+            name: tuple(sorted(match_sites(names, dict.fromkeys(_globs(globs), 1.0))))
+            for name, globs in group.items()
+        }
+    labels = {"site": _site_label, "layer": _layer_label, "kind": _kind_label}
+    if group not in labels:
+        raise ArgumentError(
+            f"group {group!r}: expected 'site', 'layer', 'kind', or {{name: globs of sites}}."
+        )
+    found: dict[str, list[int]] = {}
+    for index, site in enumerate(sites):
+        found.setdefault(labels[group](site), []).append(index)
+    return {name: tuple(indices) for name, indices in found.items()}
+
+
+def indicator(groups: Groups, sites: int) -> Float[Tensor, "group site"]:
+    """1 where a site is of a group."""
+    rows = torch.zeros(len(groups), sites, dtype=torch.float64)
+    for row, indices in zip(rows, groups.values(), strict=True):
+        row[list(indices)] = 1
+    return rows
+
+
+def _globs(globs: str | Sequence[str]) -> list[str]:
+    if not globs:
+        raise SiteError("a group of no sites; give it a site name or a glob.")
+    return [globs] if isinstance(globs, str) else list(globs)
+
+
+def _site_label(site: Site) -> str:
+    return site.name
+
+
+def _kind_label(site: Site) -> str:
+    return site.kind
+
+
+def _layer_label(site: Site) -> str:
+    return site.kind if site.kind in ("embed", "pos_embed", "unembed") else f"layer {site.layer}"
+
+
+def by_axes(by: tuple[str, ...] | str) -> tuple[str, ...]:
+    """`by` in canonical order.
+
+    Raises:
+        ArgumentError: an axis that is none of position, head, rank.
+    """
+    wanted = (by,) if isinstance(by, str) else tuple(by)
+    unknown = [axis for axis in wanted if axis not in AXES]
+    if unknown:
+        raise ArgumentError(f"by={unknown}: expected any of {AXES}.")
+    return tuple(axis for axis in AXES if axis in wanted)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lens_lora.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from lens_lora.attribution import Attribution, Quadrature
+    from lens_lora.results.attribution import Attribution, Quadrature
 
 __all__ = [
     "chosen_prompt",

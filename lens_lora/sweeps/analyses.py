@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.lens import LoraLens
-from lens_lora.prompts import Prompts
-from lens_lora.readout import Readout
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.readout import Readout
 from lens_lora.sweeps.records import SweepError
 
 __all__ = ["ANALYSES", "Analysis", "chosen"]
@@ -49,7 +49,7 @@ class Analysis:
 
 def _slopes(at: float) -> Values:
     def values(lens: LoraLens, prompts: Prompts, readout: Readout) -> Tensor:
-        from lens_lora.calculus.slopes import require_finite_sites, site_slopes
+        from lens_lora.engine.reverse import require_finite_sites, site_slopes
 
         found = site_slopes(lens, readout.over(lens.model, prompts), lens.gates(at))
         require_finite_sites(lens, found)
@@ -59,14 +59,14 @@ def _slopes(at: float) -> Values:
 
 
 def _path(lens: LoraLens, prompts: Prompts, readout: Readout) -> Tensor:
-    from lens_lora.calculus.path import path_attribution
+    from lens_lora.analyses.path import path_attribution
 
     return path_attribution(lens, prompts, readout, progress=False).values
 
 
 def _interventions(how: Literal["add_one", "leave_one_out"]) -> Values:
     def values(lens: LoraLens, prompts: Prompts, readout: Readout) -> Tensor:
-        from lens_lora.calculus.patching import patch_sites
+        from lens_lora.analyses.patch_sites import patch_sites
 
         return patch_sites(lens, prompts, readout, how=how, progress=False).values
 
@@ -74,7 +74,7 @@ def _interventions(how: Literal["add_one", "leave_one_out"]) -> Values:
 
 
 def _second_order(lens: LoraLens, prompts: Prompts, readout: Readout) -> Tensor:
-    from lens_lora.calculus.second_order import hessian_product
+    from lens_lora.engine.gate_graph import hessian_product
 
     reading = readout.over(lens.model, prompts)
     return 0.5 * hessian_product(lens, reading, lens.gates(0.0), lens.gates(1.0))

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens_lora.answers import AnswerMargin, margin_between
-from lens_lora.calculus.function import gated_readout, require_finite
+from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.errors import NumericsError, PromptError, TokenError
 from lens_lora.lens import LoraLens
-from lens_lora.readout import Margin, Readout
+from lens_lora.readouts.answers import AnswerMargin, margin_between
+from lens_lora.readouts.readout import Margin, Readout
 from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.records import Record
 

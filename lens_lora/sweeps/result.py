@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from lens_lora.attribution import Attribution
 from lens_lora.hooked.sites import Site
+from lens_lora.results.attribution import Attribution
 from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.records import SweepError
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.adapter import Adapter
+from lens_lora.adapters.adapter import Adapter
 from lens_lora.lens import LoraLens
-from lens_lora.prompts import Prompts
-from lens_lora.readout import Readout, bound
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.readout import Readout, bound
 from lens_lora.sweeps.analyses import chosen
 from lens_lora.sweeps.batches import Job, Row, make_batches, measure, prepare
 from lens_lora.sweeps.processes import Processes, launched

@@ -1,0 +1,1 @@
+"""What a fine-tune added to each module. Knows no model."""

@@ -1,0 +1,129 @@
+"""Any weight change as factors: the difference of two models, module by module.
+
+A full fine-tune, a merged adapter, PiSSA or LoftQ against the true base: ΔW = W_tuned − W_base of
+every linear module and embedding, exact, or truncated to rank r by its singular value decomposition
+with the relative error ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F stated per module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lens_lora.adapters.factors import LoRAFactors, dense_factors
+from lens_lora.errors import AdapterError
+
+__all__ = ["change_between"]
+
+
+def change_between(
+    base: nn.Module,
+    tuned: nn.Module,
+    rank: int | None,
+    ignore: tuple[str, ...],
+    progress: bool,
+) -> tuple[dict[str, LoRAFactors], dict[str, float]]:
+    """(factors, truncation error) by module path; see `Adapter.between`."""
+    if rank is not None and rank < 1:
+        raise AdapterError(f"rank={rank}; expected at least 1, or None for the exact difference.")
+    before, after = dict(base.named_modules()), dict(tuned.named_modules())
+    covered: set[str] = set()
+    factors: dict[str, LoRAFactors] = {}
+    errors: dict[str, float] = {}
+    with tqdm(before, desc="weight changes", leave=False, disable=not progress) as bar:
+        for path in bar:
+            if not _is_covered(before[path]):
+                continue
+            covered |= {f"{path}.weight", f"{path}.bias"}
+            change = _change(path, before[path], after.get(path))
+            if change is None or any(fnmatch.fnmatch(path, glob) for glob in ignore):
+                continue
+            factors[path], errors[path] = change if rank is None else _truncate(change[0], rank)
+    _refuse_other_changes(base, tuned, covered, ignore)
+    return factors, errors
+
+
+def _is_covered(module: nn.Module) -> bool:
+    """Linear modules and embeddings; a norm's or an expert stack's weight is neither."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 2
+
+
+def _change(
+    path: str, before: nn.Module, after: nn.Module | None
+) -> tuple[LoRAFactors, float] | None:
+    if after is None or not _is_covered(after):
+        raise AdapterError(f"{path}: the base model has it and the tuned model has not.")
+    old, new = _weight(before), _weight(after)
+    if old.shape != new.shape:
+        raise AdapterError(
+            f"{path}: the base's weight is {tuple(old.shape)}, the tuned model's "
+            f"{tuple(new.shape)}; both must have the same architecture and vocabulary."
+        )
+    delta, bias = new.double() - old.double(), _bias_change(path, before, after)
+    dtype = torch.promote_types(new.dtype, torch.float32)
+    if not bool(delta.any()):
+        if bias is None:
+            return None
+        zero = LoRAFactors(delta.new_zeros(1, delta.shape[1]), delta.new_zeros(len(delta), 1))
+        return dataclasses.replace(zero, lora_bias=bias), 0.0
+    return dataclasses.replace(dense_factors(delta.to(dtype)), lora_bias=bias), 0.0
+
+
+def _weight(module: nn.Module) -> Float[Tensor, "out in"]:
+    weight = module.get_parameter("weight").detach().cpu()
+    is_transposed = type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
+    return weight.T if is_transposed else weight
+
+
+def _bias_change(path: str, before: nn.Module, after: nn.Module) -> Float[Tensor, "out"] | None:
+    old, new = (getattr(module, "bias", None) for module in (before, after))
+    if (old is None) != (new is None):
+        raise AdapterError(f"{path}: one of the two models has a bias there and the other not.")
+    if old is None or new is None or torch.equal(old, new):
+        return None
+    return new.detach().cpu().double() - old.detach().cpu().double()
+
+
+def _truncate(factors: LoRAFactors, rank: int) -> tuple[LoRAFactors, float]:
+    """The best rank-r approximation of ΔW in the Frobenius norm, and its relative error."""
+    delta = factors.materialise()
+    left, sizes, right = torch.linalg.svd(delta.double(), full_matrices=False)
+    whole, rest = float(sizes.norm()), float(sizes[rank:].norm())
+    cut = LoRAFactors(
+        right[:rank].to(delta.dtype),
+        (left[:, :rank] * sizes[:rank]).to(delta.dtype),
+        lora_bias=factors.lora_bias,
+    )
+    return cut, rest / whole if whole else 0.0
+
+
+def _refuse_other_changes(
+    base: nn.Module, tuned: nn.Module, covered: set[str], ignore: Iterable[str]
+) -> None:
+    old, new = dict(base.named_parameters()), dict(tuned.named_parameters())
+    if set(old) != set(new):
+        odd = sorted(set(old) ^ set(new))
+        raise AdapterError(
+            f"the two models have different parameters ({', '.join(odd[:3])}); both must have the "
+            "same architecture."
+        )
+    changed = [
+        name
+        for name, p in old.items()
+        if name not in covered
+        and not any(fnmatch.fnmatch(name, glob) for glob in ignore)
+        and not (p.shape == new[name].shape and torch.equal(p.cpu(), new[name].cpu()))
+    ]
+    if changed:
+        raise AdapterError(
+            f"{len(changed)} parameters changed that belong to no linear module or embedding: "
+            f"{', '.join(changed[:3])}. They would be left out of every number; pass "
+            "ignore=('*norm*', …) to leave them out on purpose."
+        )

@@ -1,0 +1,90 @@
+"""Null adapters: the same sizes and ranks, random directions.
+
+    ΔW = s B A = Q_B K Q_Aᵀ,   K = s R_B R_Aᵀ   [rank, rank]          (QR of B and of Aᵀ)
+    ΔW′ = Q′_B K Q′_Aᵀ,        Q′ orthonormal, at random
+
+1. K holds every singular value of ΔW, and is kept: so are rank, spectral and Frobenius norm. The
+   dense ΔW is never built.
+2. Q′_A and Q′_B are the Q of Gaussian matrices, signs fixed: uniform over orthonormal frames.
+3. Where several sites share a module (a fused q, k, v), each part of B's rows has its own Q_B and
+   Q′_B, so that each part's singular values are kept, and the whole's with them.
+4. A change of bias becomes a random vector of its length, part by part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.errors import UnsupportedAdapterError
+
+__all__ = ["null_adapter"]
+
+Parts = Mapping[str, Sequence[Int[Tensor, "row"]]]
+
+
+def null_adapter(adapter: Adapter, seed: int, *, parts: Parts | None = None) -> Adapter:
+    """An adapter of the same modules, ranks and singular values in random directions; in float64.
+
+    The same seed gives the same adapter. No forward pass; QR of factors and of as many Gaussians.
+
+    Args:
+        parts: output rows of each part of a fused module, by the adapter's own key, where the
+            spectrum of each part is to be kept (`null_test` passes the model's q, k and v).
+
+    Raises:
+        UnsupportedAdapterError: DoRA or trained biases, whose change depends on the base model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        key: _null(key, factors, (parts or {}).get(key), generator)
+        for key, factors in adapter.modules.items()
+    }
+    return Adapter(modules, name=f"null {seed} of {adapter.name}", base_model=adapter.base_model)
+
+
+def _null(
+    key: str,
+    factors: LoRAFactors,
+    parts: Sequence[Tensor] | None,
+    generator: torch.Generator,
+) -> LoRAFactors:
+    _refuse_unknown_change(key, factors)
+    A, B = factors.A.double().cpu(), factors.B.double().cpu()
+    size = factors.scale * factors.strength
+    _, right = torch.linalg.qr(A.T)
+    reads = _orthonormal(A.shape[1], len(right), generator)
+    writes = B.new_empty(len(B), len(right))
+    bias = None if factors.lora_bias is None else B.new_empty(len(B))
+    for rows in parts or [torch.arange(len(B))]:
+        _, left = torch.linalg.qr(B[rows])
+        frame = _orthonormal(len(rows), len(left), generator)
+        writes[rows] = frame @ (size * left @ right.T)
+        if bias is not None and factors.lora_bias is not None:
+            length = size * factors.lora_bias.double().cpu()[rows].norm()
+            bias[rows] = length * _orthonormal(len(rows), 1, generator)[:, 0]
+    return LoRAFactors(reads.T.contiguous(), writes, lora_bias=bias)
+
+
+def _refuse_unknown_change(key: str, factors: LoRAFactors) -> None:
+    found = "DoRA's magnitude" if factors.magnitude is not None else "a trained bias"
+    if factors.magnitude is not None or factors.trained_bias is not None:
+        raise UnsupportedAdapterError(
+            f"{key}: {found} makes its change depend on the base model, so its size is not known "
+            "here. Make the change plain first: Adapter.between(base, peft_model.merge_and_unload"
+            "())."
+        )
+
+
+def _orthonormal(
+    rows: int, columns: int, generator: torch.Generator
+) -> Float[Tensor, "rows columns"]:
+    """Uniform over orthonormal frames: the signs of R's diagonal would favour some."""
+    gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    frame, triangle = torch.linalg.qr(gaussian)
+    return frame * triangle.diagonal().sign()

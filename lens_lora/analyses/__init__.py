@@ -1,0 +1,1 @@
+"""One public verb a file, with the noun that is its alone."""

@@ -1,0 +1,300 @@
+"""How well an attribution a agrees with measured effects e, over the same sites and prompts.
+
+1. Both are brought to one number per prompt and group: an attribution is summed over the groups of
+   the effects it is compared with.
+2. Statistics of each prompt, over its groups l:
+
+       pearson, spearman      correlation of a_l with e_l, and of their ranks
+       slope                  of the least-squares line of e on a, with an intercept
+       sign_agreement         share of groups where a_l and e_l have the same sign
+       top_k_overlap          |top-k by |a| ∩ top-k by |e|| / k
+       relative_error         Σ|a_l − e_l| / Σ|e_l|
+       sum_ratio              Σ a_l / Σ e_l
+
+3. Over prompts: their mean, and a percentile interval of it from prompts drawn with replacement.
+
+A correlation is blind to size and to the sum; the slope, the relative error and the sum ratio are
+not. A statistic that does not exist (of constant numbers, of one group) is NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import rankdata
+from torch import Tensor
+
+from lens_lora.errors import ArgumentError
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.effects import Effects
+from lens_lora.show.text import method_text
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["Comparison", "compare"]
+
+_INTERVAL = (2.5, 97.5)
+_STATISTICS = (
+    "pearson",
+    "spearman",
+    "slope",
+    "sign_agreement",
+    "top_k_overlap",
+    "relative_error",
+    "sum_ratio",
+)
+
+Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """Agreement of an attribution with effects, per prompt and over prompts.
+
+    Attributes:
+        labels, kinds: of the sites or groups; a group of several kinds is of kind 'group'.
+        attribution, effects: [batch, group], in the readout's units.
+        attribution_name, effects_name: what they are.
+        k: of the top-k overlap (all groups, where there are fewer).
+        pearson, spearman, slope, sign_agreement, top_k_overlap, relative_error, sum_ratio:
+            [batch]; without unit. Sign agreement counts every group alike, however small, and
+            zero agrees with zero only.
+        interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
+            prompt or without resampling.
+        meta: of the attribution: model, adapter, dtype and versions.
+    """
+
+    labels: tuple[str, ...]
+    kinds: tuple[str, ...]
+    attribution: Float[Tensor, "batch group"]
+    effects: Float[Tensor, "batch group"]
+    attribution_name: str
+    effects_name: str
+    k: int
+    pearson: Float[Tensor, "batch"]
+    spearman: Float[Tensor, "batch"]
+    slope: Float[Tensor, "batch"]
+    sign_agreement: Float[Tensor, "batch"]
+    top_k_overlap: Float[Tensor, "batch"]
+    relative_error: Float[Tensor, "batch"]
+    sum_ratio: Float[Tensor, "batch"]
+    interval: Mapping[str, tuple[float, float]]
+    str_tokens: tuple[tuple[str, ...], ...]
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+
+    @property
+    def per_prompt(self) -> dict[str, Float[Tensor, "batch"]]:
+        """Every statistic by name."""
+        return {name: getattr(self, name) for name in _STATISTICS}
+
+    def mean(self, statistic: str) -> float:
+        """A statistic's mean over the prompts in which it exists.
+
+        Raises:
+            ArgumentError: no such statistic.
+        """
+        if statistic not in _STATISTICS:
+            raise ArgumentError(
+                f"statistic {statistic!r}: expected one of {', '.join(_STATISTICS)}."
+            )
+        return float(getattr(self, statistic).nanmean())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, one column per statistic."""
+        columns = {name: values.tolist() for name, values in self.per_prompt.items()}
+        return pd.DataFrame({"prompt": range(len(self.pearson))} | columns)
+
+    def summary(self) -> pd.DataFrame:
+        """One row per statistic: its mean over prompts and the interval of that mean."""
+        rows = [(self.mean(name), *self.interval[name]) for name in _STATISTICS]
+        index = pd.Index(_STATISTICS, name="statistic")
+        return pd.DataFrame(rows, index=index, columns=pd.Index(["mean", "low", "high"]))
+
+    def groups_to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site or group: its attribution and its effect."""
+        batch, count = self.attribution.shape
+        return pd.DataFrame(
+            {
+                "prompt": np.repeat(np.arange(batch), count),
+                "group": list(self.labels) * batch,
+                "kind": list(self.kinds) * batch,
+                "attribution": self.attribution.flatten().tolist(),
+                "effect": self.effects.flatten().tolist(),
+            }
+        )
+
+    def plot(self, prompt: int | None = None) -> Figure:
+        """Effect against attribution with the identity line; mean over prompts, or one prompt."""
+        from lens_lora.show.figures.comparison import comparison_scatter
+
+        return comparison_scatter(self, prompt)
+
+    def __repr__(self) -> str:
+        batch, count = self.attribution.shape
+        head = (
+            f"Comparison of {self.attribution_name} with {self.effects_name} on {self.readout}: "
+            f"{batch} prompts × {count} groups, top k = {self.k}"
+        )
+        if batch == 1:
+            return f"{head}\n{self.summary()['mean'].to_string()}\none prompt: no interval."
+        return f"{head}\n{self.summary().to_string()}"
+
+
+def compare(
+    attribution: Attribution | Effects,
+    effects: Attribution | Effects,
+    *,
+    k: int = 10,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Comparison:
+    """How well an attribution, or one kind of effect, agrees with effects. No forward pass.
+
+    Args:
+        attribution, effects: results over the same prompts, sites and readout. An attribution is
+            summed over the groups of the effects it meets.
+        k: of the top-k overlap.
+        bootstrap, seed: resamplings of the prompts; 0 for no intervals.
+
+    Raises:
+        ArgumentError: other sites, prompts, readouts or groups, naming both; k below 1.
+    """
+    if k < 1 or bootstrap < 0:
+        raise ArgumentError(f"k={k}, bootstrap={bootstrap}; expected k ≥ 1 and bootstrap ≥ 0.")
+    _require_same(attribution, effects)
+    a, e, groups = _over_groups(attribution, effects)
+    k = min(k, len(groups))
+    eps = max(torch.finfo(values.dtype).eps for values in (a, e))
+    a, e = a.detach().double().cpu(), e.detach().double().cpu()
+    rows = [_statistics(*pair, k, eps) for pair in zip(a.numpy(), e.numpy(), strict=True)]
+    statistics = {name: np.array([row[name] for row in rows]) for name in _STATISTICS}
+    return Comparison(
+        labels=tuple(groups),
+        kinds=tuple(_kind([effects.sites[i].kind for i in group]) for group in groups.values()),
+        attribution=a,
+        effects=e,
+        attribution_name=_name(attribution),
+        effects_name=_name(effects),
+        k=k,
+        **{name: torch.from_numpy(values) for name, values in statistics.items()},
+        interval=_intervals(statistics, bootstrap, seed),
+        str_tokens=effects.str_tokens,
+        readout=effects.readout,
+        units=effects.units,
+        meta=attribution.meta,
+    )
+
+
+def _require_same(one: Attribution | Effects, other: Attribution | Effects) -> None:
+    facts = {
+        "sites": [[s.name for s in result.sites] for result in (one, other)],
+        "prompts": [["|".join(tokens) for tokens in result.str_tokens] for result in (one, other)],
+        "readouts": [[f"{result.readout} in {result.units}"] for result in (one, other)],
+    }
+    for what, (mine, theirs) in facts.items():
+        if mine != theirs:
+            raise ArgumentError(
+                f"the two results are of different {what}: {_name(one)} has {_shown(mine, theirs)}"
+                f", {_name(other)} has {_shown(theirs, mine)}; compute both with the same lens, "
+                "prompts and readout."
+            )
+
+
+def _shown(mine: Sequence[object], theirs: Sequence[object]) -> str:
+    """What one has and the other has not; all of it, where only the order differs."""
+    odd = [str(item) for item in mine if item not in theirs] or [str(item) for item in mine]
+    return f"{len(mine)} ({', '.join(odd[:2])}{', …' if len(odd) > 2 else ''})"
+
+
+def _name(result: Attribution | Effects) -> str:
+    if isinstance(result, Effects):
+        return method_text(result.how, 0.0)
+    return method_text(result.method, result.at)
+
+
+def _over_groups(
+    one: Attribution | Effects, other: Attribution | Effects
+) -> tuple[Tensor, Tensor, Mapping[str, tuple[int, ...]]]:
+    """Both as [batch, group], and the groups."""
+    if isinstance(one, Attribution):
+        if isinstance(other, Effects):
+            return other.summed(one), other.values, other.groups
+        return one.per_site, other.per_site, {s.name: (i,) for i, s in enumerate(one.sites)}
+    if isinstance(other, Attribution):
+        return one.values, one.summed(other), one.groups
+    mine, theirs = list(one.groups.items()), list(other.groups.items())
+    if mine != theirs:
+        raise ArgumentError(
+            f"the two results are of different groups: {_name(one)} has {_shown(mine, theirs)}, "
+            f"{_name(other)} has {_shown(theirs, mine)}; measure both with the same groups."
+        )
+    return one.values, other.values, one.groups
+
+
+def _kind(kinds: list[str]) -> str:
+    return kinds[0] if len(set(kinds)) == 1 else "group"
+
+
+def _statistics(a: Vector, e: Vector, k: int, eps: float) -> dict[str, float]:
+    """Those of one prompt; eps is the rounding below which numbers count as constant."""
+    return {
+        "pearson": _pearson(a, e, eps),
+        "spearman": _pearson(rankdata(a), rankdata(e), eps),
+        "slope": _slope(a, e, eps),
+        "sign_agreement": float((np.sign(a) == np.sign(e)).mean()),
+        "top_k_overlap": len(_top(a, k) & _top(e, k)) / k,
+        "relative_error": _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
+        "sum_ratio": _ratio(float(a.sum()), float(e.sum())),
+    }
+
+
+def _pearson(a: Vector, e: Vector, eps: float) -> float:
+    if _is_constant(a, eps) or _is_constant(e, eps):
+        return np.nan
+    a, e = ((x - x.mean()) / np.linalg.norm(x - x.mean()) for x in (a, e))
+    return float(np.clip(a @ e, -1, 1))
+
+
+def _slope(a: Vector, e: Vector, eps: float) -> float:
+    if _is_constant(a, eps):
+        return np.nan
+    centred = a - a.mean()
+    return float(centred @ (e - e.mean()) / (centred @ centred))
+
+
+def _is_constant(x: Vector, eps: float) -> bool:
+    return float(np.ptp(x)) <= 4 * eps * float(np.abs(x).max())
+
+
+def _top(x: Vector, k: int) -> set[int]:
+    return set(np.argsort(-np.abs(x), kind="stable")[:k].tolist())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else np.nan
+
+
+def _intervals(
+    statistics: Mapping[str, Vector], draws: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Of the mean over prompts, the same draws of prompts for every statistic."""
+    batch = len(next(iter(statistics.values())))
+    if batch == 1 or not draws:
+        return dict.fromkeys(statistics, (np.nan, np.nan))
+    drawn = np.random.default_rng(seed).integers(batch, size=(draws, batch))
+    found: dict[str, tuple[float, float]] = {}
+    for name, values in statistics.items():
+        means = torch.from_numpy(values[drawn]).nanmean(1).numpy()
+        means = means[~np.isnan(means)]
+        low, high = np.percentile(means, _INTERVAL) if len(means) else (np.nan, np.nan)
+        found[name] = float(low), float(high)
+    return found

@@ -1,0 +1,127 @@
+"""The three components of a first-order shift (note, §3, after Prop. 1):
+
+    a_l = ‖δz_l‖ · ‖Jᵀu_y‖ · cos(δz_l, Jᵀu_y),   and the gain ‖J δz_l‖ / ‖δz_l‖.
+
+Norms run over a prompt's real positions (of every row that the readout reads) and the site's
+features (for v on a model with folded value
+biases, over both places where its update is added). J δz is the whole-vocabulary
+tangent at the read position, less its mean, so that the gain does not depend on the constant that
+a centred unembedding removes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.analyses.logit_shift import site_tangents
+from lens_lora.engine.reverse import site_gradients
+from lens_lora.hooked.plan import Injection
+from lens_lora.hooked.sites import Site
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.readout import Readout, bound
+
+__all__ = ["Components", "components"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Components:
+    """Per prompt and site, at the base model: what makes a first-order shift large or small.
+
+    Attributes:
+        z_norm, delta_norm: ‖z‖ and ‖δz‖.
+        sensitivity: ‖Jᵀu_y‖, how much the readout listens to the site's output.
+        cosine: of δz and Jᵀu_y; NaN where either is zero.
+        gain: ‖J δz‖ / ‖δz‖ over the whole vocabulary; NaN where δz is zero.
+        meta: model, adapter, dtype and versions.
+    """
+
+    sites: tuple[Site, ...]
+    z_norm: Float[Tensor, "batch site"]
+    delta_norm: Float[Tensor, "batch site"]
+    sensitivity: Float[Tensor, "batch site"]
+    cosine: Float[Tensor, "batch site"]
+    gain: Float[Tensor, "batch site"]
+    meta: Mapping[str, str]
+
+    @property
+    def first_order(self) -> Float[Tensor, "batch site"]:
+        """a_l, as the product of its three components."""
+        product = self.delta_norm * self.sensitivity * self.cosine
+        return torch.where(self.cosine.isnan(), torch.zeros_like(product), product)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site."""
+        batch, count = self.z_norm.shape
+        columns = {
+            "prompt": [p for p in range(batch) for _ in range(count)],
+            "site": [s.name for s in self.sites] * batch,
+            "layer": [s.layer for s in self.sites] * batch,
+            "kind": [s.kind for s in self.sites] * batch,
+        }
+        fields = ("z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order")
+        values = {f: getattr(self, f).double().cpu().flatten().tolist() for f in fields}
+        return pd.DataFrame(columns | values)
+
+    def __repr__(self) -> str:
+        return f"Components({len(self.z_norm)} prompts × {len(self.sites)} sites)"
+
+
+def components(
+    lens: LoraLens, prompts: PromptsLike, readout: Readout, *, progress: bool = True
+) -> Components:
+    """‖z‖, ‖δz‖, ‖Jᵀu_y‖, cosine and gain of every site, at the base model.
+
+    Cost: one forward and one backward, and for the gain one dual forward pass per site.
+    """
+    reading = bound(readout, lens.model, lens.prompts(prompts))
+    real = reading.prompts.real[..., None]
+    shape = (len(reading.owner), len(lens.sites))
+    squares = {
+        name: torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+        for name in ("z", "delta", "gradient", "inner")
+    }
+
+    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+        delta = injection.map(z)
+        # The unembedding is run at the read position alone.
+        kept = real if delta.shape[1] == real.shape[1] else torch.ones_like(delta[..., :1])
+        delta, gradient = delta * kept, gradient.to(delta.dtype) * kept
+        # An embedding's input is one-hot.
+        inputs = z.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
+        copies = z.shape[2] if z.ndim == 4 else 1
+        site = injection.site
+        squares["z"][:, site] += (inputs.flatten(2) * kept).flatten(1).square().sum(1) / copies
+        # What waits for a partner's gate is nothing at the base model.
+        if weight is None:
+            squares["delta"][:, site] += delta.flatten(1).square().sum(1)
+            squares["gradient"][:, site] += gradient.flatten(1).square().sum(1)
+            squares["inner"][:, site] += (gradient * delta).flatten(1).sum(1)
+
+    site_gradients(lens, reading, lens.gates(0.0), visit)
+    inner = reading.by_prompt(squares["inner"])
+    z, delta, gradient = (
+        reading.by_prompt(squares[name]).sqrt() for name in ("z", "delta", "gradient")
+    )
+    moved = site_tangents(lens, reading.prompts, _centred_square, progress=progress)
+    moved = reading.by_prompt(moved).sqrt()
+    nan = torch.full_like(delta, float("nan"))
+    return Components(
+        sites=lens.sites,
+        z_norm=z,
+        delta_norm=delta,
+        sensitivity=gradient,
+        cosine=torch.where(delta * gradient > 0, inner / (delta * gradient), nan),
+        gain=torch.where(delta > 0, moved / delta, nan),
+        meta=lens.describe(),
+    )
+
+
+def _centred_square(tangent: Float[Tensor, "row site vocab"]) -> Float[Tensor, "row site"]:
+    return (tangent - tangent.mean(-1, keepdim=True)).square().sum(-1)

@@ -1,0 +1,238 @@
+"""Coupling: the second derivative of g between sites, layers, kinds of module or named groups.
+
+    H_GM = Σ_{l∈G, m∈M} ∂²g/∂ε_l ∂ε_m,    g(1) − g(0) = Σ a_l + ½ Σ_G Σ_M H_GM + O(Δ³)
+
+The diagonal is self-curvature, what a group's own strength does to its effect; off the diagonal is
+coupling, what one group's presence does to another's effect (note, §6, item 4).
+
+1. Each group is a direction: 1 on its sites.
+2. H v of each, batched (`second_order.hessian_products`), is summed over the groups at once, so
+   that only [group, group] is kept.
+3. The two triangles come from different passes; what they differ by is the result's own check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.engine.function import gated_readout
+from lens_lora.engine.gate_graph import hessian_products, in_groups
+from lens_lora.errors import ArgumentError
+from lens_lora.hooked.sites import Group, Groups, Site, group_sites, indicator
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.rows import Reading
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["Coupling", "coupling"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Coupling:
+    """The matrix H between groups of sites, in the readout's units.
+
+    Attributes:
+        matrix: [batch, group, group], H_GM as computed: symmetric up to rounding (`asymmetry`).
+        groups: {name: indices into sites}; single sites carry their own name.
+        sites: the adapted sites of the lens.
+        base, adapted: [batch], g(0) and g(1), exact.
+        at: the gate value at which the second derivative was taken.
+        meta: model, adapter, dtype and versions.
+    """
+
+    matrix: Float[Tensor, "batch group group"]
+    groups: Groups
+    sites: tuple[Site, ...]
+    base: Float[Tensor, "batch"]
+    adapted: Float[Tensor, "batch"]
+    str_tokens: tuple[tuple[str, ...], ...]
+    readout: str
+    units: str
+    at: float
+    meta: Mapping[str, str]
+
+    @property
+    def shift(self) -> Float[Tensor, "batch"]:
+        """g(1) − g(0), exact."""
+        return self.adapted - self.base
+
+    @property
+    def self_curvature(self) -> Float[Tensor, "batch group"]:
+        """½ H_GG: a group's own part of the second-order shift."""
+        return self.matrix.diagonal(dim1=1, dim2=2) / 2
+
+    @property
+    def coupling(self) -> Float[Tensor, "batch group group"]:
+        """½ H_GM off the diagonal, zero on it; G, M and M, G are each half of the pair's part."""
+        return self.matrix / 2 - torch.diag_embed(self.self_curvature)
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether every site is of exactly one group."""
+        members = sorted(index for group in self.groups.values() for index in group)
+        return members == list(range(len(self.sites)))
+
+    @property
+    def row_sums(self) -> Float[Tensor, "batch group"]:
+        """Σ_M H_GM = Σ_{l∈G} (H·1)_l.
+
+        Raises:
+            ArgumentError: the groups overlap or leave sites out.
+        """
+        self._require_partition()
+        return self.matrix.sum(2)
+
+    @property
+    def total(self) -> Float[Tensor, "batch"]:
+        """½ 1ᵀH1, the second-order part of the shift.
+
+        Raises:
+            ArgumentError: the groups overlap or leave sites out.
+        """
+        return self.row_sums.sum(1) / 2
+
+    @property
+    def asymmetry(self) -> Float[Tensor, "batch"]:
+        """max |H − Hᵀ| / max |H|: the rounding in this matrix; zero where H is."""
+        largest = self.matrix.abs().amax((1, 2))
+        off = (self.matrix - self.matrix.transpose(1, 2)).abs().amax((1, 2))
+        return torch.where(largest > 0, off / largest, torch.zeros_like(off))
+
+    def shares(self) -> pd.DataFrame:
+        """Self-curvature against coupling, one row a prompt: signed sums, and sums of sizes.
+
+        `self` and `coupling` add up to ½ΣH; `self_share` is Σ|½H_GG| / Σ|½H_GM|, which does not
+        let terms of opposite sign cancel.
+        """
+        own, between = self.self_curvature.double(), self.coupling.double().flatten(1)
+        sizes = own.abs().sum(1), between.abs().sum(1)
+        return pd.DataFrame(
+            {
+                "self": own.sum(1).tolist(),
+                "coupling": between.sum(1).tolist(),
+                "abs_self": sizes[0].tolist(),
+                "abs_coupling": sizes[1].tolist(),
+                "self_share": (sizes[0] / (sizes[0] + sizes[1])).tolist(),
+                "shift": self.shift.double().tolist(),
+                "asymmetry": self.asymmetry.double().tolist(),
+            }
+        ).rename_axis(index="prompt")
+
+    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
+        """The k pairs of different groups of largest |½(H_GM + H_MG)|, their part of the shift.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+        """
+        rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
+        half, shift = self.coupling[rows].double().mean(0).cpu(), self.shift[rows].double().mean()
+        a, b = torch.triu_indices(*half.shape, offset=1)
+        pairs, names = (half + half.T)[a, b], list(self.groups)
+        order = pairs.abs().argsort(descending=True)[:k].tolist()
+        return pd.DataFrame(
+            {
+                "group_a": [names[int(a[i])] for i in order],
+                "group_b": [names[int(b[i])] for i in order],
+                "value": [float(pairs[i]) for i in order],
+                "share": [float(pairs[i] / shift) for i in order],
+            }
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and ordered pair of groups: H_GM."""
+        batch, count = self.matrix.shape[:2]
+        names = np.array(list(self.groups), dtype=object)
+        return pd.DataFrame(
+            {
+                "prompt": np.repeat(np.arange(batch), count * count),
+                "group_a": np.tile(np.repeat(names, count), batch),
+                "group_b": np.tile(names, batch * count),
+                "value": self.matrix.double().cpu().flatten().numpy(),
+            }
+        )
+
+    def plot(self, prompt: int = 0) -> Figure:
+        """Heatmap of ½H, whose cells add up to the second-order shift where groups partition."""
+        from lens_lora.show.figures.coupling import coupling_heatmap
+
+        return coupling_heatmap(self, prompt)
+
+    def __repr__(self) -> str:
+        what = f"Coupling of {self.readout} between {len(self.groups)} groups at ε = {self.at:g}"
+        return (
+            f"{what}, in {self.units}:\n{self.shares().to_string()}\n"
+            f"strongest pairs, mean over prompts:\n{self.top(5).to_string()}"
+        )
+
+    def _require_partition(self) -> None:
+        if not self.is_partition:
+            count = sum(map(len, self.groups.values()))
+            raise ArgumentError(
+                f"these {len(self.groups)} groups hold {count} sites of {len(self.sites)}, some "
+                "twice or not at all, so their rows do not add up to H·1; use group='site', "
+                "'layer' or 'kind', or name every site once. `matrix` is right as it is."
+            )
+
+
+def coupling(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    group: Group = "site",
+    at: float = 0.0,
+    progress: bool = True,
+) -> Coupling:
+    """H between groups of sites: how much the groups' effects depend on one another.
+
+    At ε = 0 this is what first order leaves, to second order. At the full strength of a trained
+    adapter higher orders are as large: read it as where the curvature is, not as a correction.
+
+    Cost: a forward and a backward pass, two backward passes for each group, batched, and two
+    forward passes. Memory: of the graph of a few prompts at a time and one batch, and the matrix
+    [batch, group, group].
+
+    Args:
+        group: 'site', 'layer', 'kind', or {name: site names or globs}; named groups may overlap.
+        at: the gate value of every site at which the second derivative is taken.
+
+    Raises:
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        SiteError: a glob that matches no site.
+        NumericsError: a derivative that is not finite, naming the site.
+    """
+    groups = group_sites(lens.sites, group)
+    reading = bound(readout, lens.model, lens.prompts(prompts))
+    gates = lens.gates(float(at))
+    rows = indicator(groups, len(lens.sites)).to(gates)
+
+    def of_some(some: Reading) -> Float[Tensor, "batch group group"]:
+        products = hessian_products(lens, some, gates, rows, progress=progress, what="coupling")
+        return torch.cat([product @ rows.T for product in products], 1)
+
+    matrix = in_groups(reading, of_some)
+    ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
+    base, adapted = gated_readout(lens, reading, ends).T
+    return Coupling(
+        matrix=matrix.transpose(1, 2).contiguous(),
+        groups=groups,
+        sites=lens.sites,
+        base=base.contiguous(),
+        adapted=adapted.contiguous(),
+        str_tokens=reading.tokens_of(lens.str_tokens(reading.prompts)),
+        readout=readout.label,
+        units=readout.units,
+        at=float(at),
+        meta=lens.describe(),
+    )

@@ -1,0 +1,309 @@
+"""All that is known of one prompt's margin, in one result: for a terminal, a page, a notebook.
+
+1. The margin along the path, its first-order parts by site and position, the flip (`fact_margin`).
+2. What the two models say next, and the tokens that all sites and the largest ones promote.
+3. First order at the adapted end; second order, from one Hessian product; reliability.
+4. Unless fast: coupling of layers, every site added and left out, the path integral, keep and drop
+   curves. On request: null adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from lens_lora.analyses.compare import Comparison, compare
+from lens_lora.analyses.coupling import Coupling, coupling
+from lens_lora.analyses.faithfulness import Faithfulness, faithfulness
+from lens_lora.analyses.first_order import first_order
+from lens_lora.analyses.logit_shift import LogitShift, logit_shift
+from lens_lora.analyses.margin import FactMargin, fact_margin
+from lens_lora.analyses.null_test import NullTest, null_test
+from lens_lora.analyses.patch_sites import patch_sites
+from lens_lora.analyses.path import path_attribution
+from lens_lora.analyses.reliability import Reliability, reliability
+from lens_lora.analyses.second_order import SecondOrder
+from lens_lora.engine.forward import Part, part_tangents
+from lens_lora.engine.function import require_finite
+from lens_lora.engine.gate_graph import hessian_product
+from lens_lora.engine.reverse import require_finite_sites
+from lens_lora.errors import ArgumentError, PromptError
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.answers import AnswerLike, margin_between
+from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.readout import Readout
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.effects import Effects
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["Explanation", "explain"]
+
+_MODULES, _SAID = 8, 5
+_FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
+_TOL, _MAX_NODES = 1e-2, 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Explanation:
+    """One prompt's margin between two answers, explained; every part has a batch of one.
+
+    Attributes:
+        prompt: its tokens.
+        margin: the margin's account and path, its first order split by position.
+        said: {'base' or 'adapted': ((token, probability), …)}, the likeliest next tokens.
+        shift: first-order logit shift of the next token, of all sites together.
+        module_shift: the same of each of the largest sites.
+        adapted_end: first order at ε = 1.
+        second_order: ½(H·1)_l at ε = 0, and what remains after it.
+        reliability: flags on first order at ε = 0, by question ('leave_one_out'; unless fast also
+            'add_one').
+        coupling: between layers; None if fast, as all that follows.
+        add_one, leave_one_out: effects of every site, measured.
+        path: the path integral.
+        faithfulness: keep and drop curves.
+        null: None unless asked for.
+    """
+
+    prompt: tuple[str, ...]
+    margin: FactMargin
+    said: Mapping[str, tuple[tuple[str, float], ...]]
+    shift: LogitShift
+    module_shift: LogitShift
+    adapted_end: Attribution
+    second_order: SecondOrder
+    reliability: Mapping[str, Reliability]
+    coupling: Coupling | None = None
+    add_one: Effects | None = None
+    leave_one_out: Effects | None = None
+    path: Attribution | None = None
+    faithfulness: Faithfulness | None = None
+    null: NullTest | None = None
+
+    @property
+    def first_order(self) -> Attribution:
+        """First order at ε = 0, by site and position."""
+        return self.margin.attribution
+
+    @property
+    def units(self) -> str:
+        """'logits' of two single tokens, 'nats' where an answer has several."""
+        return self.first_order.units
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether single sites were not intervened on."""
+        return self.add_one is None
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """First order at 0 against adding and leaving out, and at 1 against leaving out."""
+        if self.add_one is None or self.leave_one_out is None:
+            return ()
+        first, end, left_out = self.first_order, self.adapted_end, self.leave_one_out
+        return compare(first, self.add_one), compare(first, left_out), compare(end, left_out)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per site: every number that was computed of it, in the readout's units."""
+        sites = self.first_order.sites
+        columns = {
+            "first_order": self.first_order.per_site,
+            "first_order_at_1": self.adapted_end.per_site,
+            "half_row_sum": self.second_order.half_row_sums,
+        }
+        if self.add_one is not None and self.leave_one_out is not None:
+            columns |= {"add_one": self.add_one.values, "leave_one_out": self.leave_one_out.values}
+        if self.path is not None:
+            columns["path"] = self.path.per_site
+        labels = {"site": [s.name for s in sites], "module": [s.module for s in sites]}
+        numbers = {name: values[0].double().cpu().tolist() for name, values in columns.items()}
+        flags = {f"flagged_{of}": f.flagged[0].tolist() for of, f in self.reliability.items()}
+        return pd.DataFrame({**labels, **numbers, **flags})
+
+    def story(self) -> str:
+        """The explanation in plain words, a paragraph a line, claiming no more than the numbers."""
+        from lens_lora.show.words.explanation import explanation_story
+
+        return explanation_story(self)
+
+    def figures(self) -> dict[str, Figure]:
+        """The report's pictures by name."""
+        from lens_lora.show.figures.explanation import explanation_figures
+
+        return explanation_figures(self)
+
+    def report(self, title: str | None = None) -> str:
+        """A self-contained HTML page."""
+        from lens_lora.show.page.report import explanation_report
+
+        return explanation_report([self], title=title)
+
+    def save_report(self, path: str | Path) -> Path:
+        """Write `report` to a file."""
+        path = Path(path)
+        path.write_text(self.report(), encoding="utf-8")
+        return path
+
+    def __repr__(self) -> str:
+        return f"Explanation of {self.first_order.readout}, in {self.units}:\n{self.story()}"
+
+
+def explain(
+    lens: LoraLens,
+    prompt: PromptsLike,
+    doc: AnswerLike,
+    pre: AnswerLike,
+    *,
+    fast: bool = False,
+    null: int = 0,
+    progress: bool = True,
+) -> Explanation:
+    """All that this package can say of one prompt's margin between two answers.
+
+    Cost, with S sites in N layers: fast, about 70 forward passes and ten backward; in full, 2S
+    forward passes for the interventions (about half where the model's blocks branch), 100 for the
+    keep and drop curves, N dual forward and backward passes for the coupling, and 14 forward and
+    backward for the path integral. A null adapter takes two forward passes and a backward.
+
+    Args:
+        prompt: one: a string, or ids [1, pos].
+        doc, pre: a string each (with its leading space), a token id or ids; of several tokens in
+            nats, else in logits.
+        fast: without intervening on single sites, coupling, path integral, and curves.
+        null: how many null adapters to compare with; 0 for none, else at least 2.
+
+    Raises:
+        PromptError: several prompts, or one that does not fit the model.
+        TokenError: an answer that is no token of the model, a word that lost its leading space,
+            or doc equal to pre.
+        ModelStateError: the model has an operation without a forward-mode derivative.
+        ArgumentError: null of 1, or below 0.
+        NumericsError: a derivative that is not finite, naming the site.
+    """
+    ready = lens.prompts(prompt)
+    if ready.batch != 1:
+        raise PromptError(
+            f"explain takes one prompt, not {ready.batch}: call it for each "
+            "(lens_lora.show.page.report.explanation_report puts several on one page), or use "
+            "sweep."
+        )
+    if null < 0 or null == 1:
+        raise ArgumentError(f"null={null}; expected 0 for none, or at least 2 null adapters.")
+    run = _Run(lens, ready, margin_between(lens.model, doc, pre, 1), progress)
+    steps = _QUICK_STEPS + (null > 0) + (0 if fast else _SLOW_STEPS)
+    with tqdm(total=steps, desc="explain", leave=False, disable=not progress) as bar:
+        with _step(bar, "the margin along the path"):
+            margin = fact_margin(lens, ready, doc, pre, by="position", progress=False)
+        test = None
+        if null:
+            with _step(bar, f"{null} null adapters"):
+                test = null_test(lens, ready, run.readout, draws=null, progress=progress)
+        found = dataclasses.replace(_quick(run, margin, bar), null=test)
+        return found if fast else _in_full(run, found, bar)
+
+
+_QUICK_STEPS, _SLOW_STEPS = 5, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    lens: LoraLens
+    prompts: Prompts
+    readout: Readout
+    progress: bool
+
+
+@contextlib.contextmanager
+def _step(bar: tqdm, name: str) -> Generator[None]:
+    bar.set_description(name)
+    yield
+    bar.update()
+
+
+def _quick(run: _Run, margin: FactMargin, bar: tqdm) -> Explanation:
+    lens, prompts, readout = run.lens, run.prompts, run.readout
+    with _step(bar, "tokens promoted and suppressed"):
+        shift = logit_shift(lens, prompts, by_site=False, progress=False)
+        largest = margin.attribution.per_site[0].abs().argsort(descending=True)[:_MODULES]
+        module_shift = _shift_of(run, shift, largest.tolist())
+        said = {name: _likeliest(run, scale) for name, scale in (("base", 0.0), ("adapted", 1.0))}
+    with _step(bar, "first order at the adapted end"):
+        adapted_end = first_order(lens, prompts, readout, at=1.0)
+    with _step(bar, "second order"):
+        second = _second_order(run, margin)
+    with _step(bar, "reliability"):
+        flags = reliability(lens, prompts, readout, of="leave_one_out", progress=False)
+    return Explanation(
+        prompt=tuple(lens.str_tokens(prompts)[0]),
+        margin=margin,
+        said=said,
+        shift=shift,
+        module_shift=module_shift,
+        adapted_end=adapted_end,
+        second_order=second,
+        reliability={"leave_one_out": flags},
+    )
+
+
+def _in_full(run: _Run, found: Explanation, bar: tqdm) -> Explanation:
+    """The same with what takes many passes: real interventions, coupling, path integral."""
+    lens, prompts, readout, progress = run.lens, run.prompts, run.readout, run.progress
+    with _step(bar, "each site added"):
+        add_one = patch_sites(lens, prompts, readout, "add_one", progress=progress)
+    with _step(bar, "each site left out"):
+        leave_one_out = patch_sites(lens, prompts, readout, "leave_one_out", progress=progress)
+    with _step(bar, "reliability of adding"):
+        adding = reliability(lens, prompts, readout, of="add_one", progress=progress)
+    with _step(bar, "coupling of layers"):
+        layers = coupling(lens, prompts, readout, group="layer", progress=progress)
+    with _step(bar, "path integral"):
+        path = path_attribution(
+            lens, prompts, readout, tol=_TOL, max_nodes=_MAX_NODES, progress=progress
+        )
+    with _step(bar, "keep and drop curves"):
+        orders = {"first order at ε = 0": found.first_order, "path integral": path}
+        rankings = {**orders, "leaving one out": leave_one_out}
+        curves = faithfulness(
+            lens, prompts, readout, rankings, fractions=_FRACTIONS, progress=progress
+        )
+    return dataclasses.replace(
+        found,
+        reliability={"add_one": adding, **found.reliability},
+        coupling=layers,
+        add_one=add_one,
+        leave_one_out=leave_one_out,
+        path=path,
+        faithfulness=curves,
+    )
+
+
+def _second_order(run: _Run, margin: FactMargin) -> SecondOrder:
+    reading, base = run.readout.over(run.lens.model, run.prompts), run.lens.gates(0.0)
+    rows = hessian_product(run.lens, reading, base, torch.ones_like(base))
+    require_finite_sites(run.lens, rows)
+    by_site = dataclasses.replace(margin.attribution, values=margin.attribution.per_site, by=())
+    return SecondOrder(by_site, rows / 2, None, margin.curve)
+
+
+def _shift_of(run: _Run, shift: LogitShift, chosen: list[int]) -> LogitShift:
+    """J δz_l over the whole vocabulary of the chosen sites alone; a dual forward pass each."""
+    parts, base = [Part(index) for index in chosen], run.lens.gates(0.0)
+    values = part_tangents(run.lens, run.prompts, base, parts, progress=False)
+    require_finite(values, "the logit shift")
+    sites = tuple(run.lens.sites[index] for index in chosen)
+    return dataclasses.replace(shift, values=values, sites=sites)
+
+
+def _likeliest(run: _Run, scale: float) -> tuple[tuple[str, float], ...]:
+    logits = run.prompts.at_read(run.lens.logits(run.prompts, scale))[0]
+    top = logits.double().softmax(-1).topk(min(_SAID, len(logits)))
+    tokens = run.lens.decode(top.indices.tolist())
+    return tuple(zip(tokens, top.values.tolist(), strict=True))

@@ -1,0 +1,302 @@
+"""Which few modules carry the shift? Keep or drop the top k of a ranking, by real interventions.
+
+1. Rank each prompt's sites by value · sign(shift), the largest first: what pushes the readout the
+   way in which the adapter moved it. Norms (‖ΔW‖, ‖δz‖) are ranked as they are.
+2. With T_k the first k sites and e_T the gates that are 1 on T and 0 elsewhere,
+
+       keep(k) = (g(e_T) − g(0)) / (g(1) − g(0)),   drop(k) = (g(1 − e_T) − g(0)) / (g(1) − g(0)).
+
+   keep runs from 0 to 1 and drop from 1 to 0, not always between: keeping half can overshoot.
+3. The area under each curve by the trapezoid rule over the fraction of sites: a good ranking has a
+   high one of keep and a low one of drop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.analyses import rankings
+from lens_lora.analyses.rankings import GREEDY, RANDOM, UPDATES, WEIGHTS, Scores
+from lens_lora.engine.function import gated_readout
+from lens_lora.engine.noise import noise_floor
+from lens_lora.errors import ArgumentError
+from lens_lora.hooked.sites import Site
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.rows import Reading
+from lens_lora.show.words.account import SIGMAS
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["Faithfulness", "faithfulness"]
+
+_FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_SHOWN, _CARRIED = 0.2, 0.9
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Faithfulness:
+    """Share of the shift that remains where the top of a ranking is kept, or dropped.
+
+    Attributes:
+        names: the rankings.
+        fractions: of the sites, from 0 to 1.
+        counts: how many sites each fraction is.
+        keep, drop: [method, batch, fraction], shares of the prompt's shift; NaN for a prompt whose
+            shift is within three noise floors.
+        orders: name → [batch, site], indices into sites, first ranked first; 'random' has none.
+        base, adapted: [batch], g(0) and g(1), exact.
+        noise_floor: [batch], σ of the shift from rounding.
+        draws: random orders that the random curve is the mean of.
+        meta: model, adapter, dtype and versions.
+    """
+
+    names: tuple[str, ...]
+    fractions: Float[Tensor, "fraction"]
+    counts: tuple[int, ...]
+    keep: Float[Tensor, "method batch fraction"]
+    drop: Float[Tensor, "method batch fraction"]
+    orders: Mapping[str, Int[Tensor, "batch site"]]
+    sites: tuple[Site, ...]
+    base: Float[Tensor, "batch"]
+    adapted: Float[Tensor, "batch"]
+    noise_floor: Float[Tensor, "batch"]
+    draws: int
+    str_tokens: tuple[tuple[str, ...], ...]
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+
+    @property
+    def shift(self) -> Float[Tensor, "batch"]:
+        """g(1) − g(0), exact."""
+        return self.adapted - self.base
+
+    @property
+    def area_keep(self) -> Float[Tensor, "method batch"]:
+        """Area under the keep curve: higher is better."""
+        return torch.trapezoid(self.keep, self.fractions, dim=-1)
+
+    @property
+    def area_drop(self) -> Float[Tensor, "method batch"]:
+        """Area under the drop curve: lower is better."""
+        return torch.trapezoid(self.drop, self.fractions, dim=-1)
+
+    def kept_share(self, name: str, fraction: float = _SHOWN) -> Float[Tensor, "batch"]:
+        """Share of the shift that the top `fraction` of the sites keeps, at the nearest one run."""
+        return self.keep[self._index(name), :, self._nearest(fraction)]
+
+    def carrying(self, name: str, share: float = _CARRIED) -> Float[Tensor, "batch"]:
+        """The smallest fraction run that keeps at least `share` of the shift; NaN for none."""
+        enough = self.keep[self._index(name)] >= share
+        first = self.fractions[enough.int().argmax(-1)]
+        return torch.where(enough.any(-1), first, torch.full_like(first, float("nan")))
+
+    def kept(self, name: str, fraction: float = _SHOWN, prompt: int = 0) -> pd.DataFrame:
+        """The top sites of one prompt, in order, as `adapter.only` takes them: site and module.
+
+        Raises:
+            ArgumentError: no such ranking, or random, which is many; no such prompt.
+        """
+        self._index(name)
+        if name not in self.orders:
+            raise ArgumentError(
+                f"{name!r} is the mean of {self.draws} orders; it has no top sites."
+            )
+        if not 0 <= prompt < len(self.base):
+            raise ArgumentError(
+                f"prompt {prompt}: the result has prompts 0 to {len(self.base) - 1}."
+            )
+        count = self.counts[self._nearest(fraction)]
+        top = [self.sites[i] for i in self.orders[name][prompt, :count].tolist()]
+        return pd.DataFrame({"site": [s.name for s in top], "module": [s.module for s in top]})
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per ranking, prompt and fraction: count, shares kept and left."""
+        methods, batch, steps = self.keep.shape
+        return pd.DataFrame(
+            {
+                "method": np.repeat(self.names, batch * steps),
+                "prompt": np.tile(np.repeat(np.arange(batch), steps), methods),
+                "fraction": np.tile(self.fractions.numpy(), methods * batch),
+                "count": np.tile(self.counts, methods * batch),
+                "keep": self.keep.flatten().numpy(),
+                "drop": self.drop.flatten().numpy(),
+            }
+        )
+
+    def summary(self) -> pd.DataFrame:
+        """One row per ranking: areas, the share a fifth keeps, the fraction that carries 90 %.
+
+        Means over prompts; of the last, over those where some fraction does.
+        """
+        shown = float(self.fractions[self._nearest(_SHOWN)])
+        return pd.DataFrame(
+            {
+                "area_keep": self.area_keep.nanmean(1).tolist(),
+                "area_drop": self.area_drop.nanmean(1).tolist(),
+                f"keep_top_{shown:.0%}": [float(self.kept_share(n).nanmean()) for n in self.names],
+                f"carries_{_CARRIED:.0%}": [float(self.carrying(n).nanmean()) for n in self.names],
+            },
+            index=pd.Index(self.names, name="method"),
+        )
+
+    def plot(self, prompt: int | None = None) -> Figure:
+        """Both curves, one colour a ranking; mean over prompts, or one prompt."""
+        from lens_lora.show.figures.faithfulness import faithfulness_figure
+
+        return faithfulness_figure(self, prompt)
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            raise ArgumentError(f"ranking {name!r}: expected one of {', '.join(self.names)}.")
+        return self.names.index(name)
+
+    def _nearest(self, fraction: float) -> int:
+        if not 0 <= fraction <= 1:
+            raise ArgumentError(f"fraction {fraction}: expected a number from 0 to 1.")
+        return int((self.fractions - fraction).abs().argmin())
+
+    def __repr__(self) -> str:
+        noisy = int((self.shift.abs() <= SIGMAS * self.noise_floor).sum())
+        note = f"\n{noisy} prompts have no shift above the noise and are left out." if noisy else ""
+        return (
+            f"Faithfulness on {self.readout}: {len(self.base)} prompts × {len(self.sites)} sites, "
+            f"shares of the shift\n{self.summary().to_string()}{note}"
+        )
+
+
+def faithfulness(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    attribution: Scores | Mapping[str, Scores],
+    *,
+    fractions: Sequence[float] | None = None,
+    baselines: bool = True,
+    greedy: bool = False,
+    draws: int = 5,
+    seed: int = 0,
+    progress: bool = True,
+) -> Faithfulness:
+    """Keep-top-k and drop-top-k curves of rankings of the sites, each point a real intervention.
+
+    Cost: 2 forward passes per ranking (`draws` of them for random) and fraction between 0 and 1,
+    batched; 11 for the ends, the noise and ‖δz‖; S(S+1)/2 for the greedy oracle.
+
+    Args:
+        attribution: of these prompts and this readout, effects of single sites, or a tensor of
+            contributions in the readout's units ([site], or [batch, site]); or {name: any of
+            these}. A score without a sign is ranked rightly once multiplied by the shift's.
+        fractions: of the sites; a fraction above 0 is at least one site. 0, one site, and 1 are
+            always there.
+        baselines: also rank by ‖ΔW‖, by ‖δz‖ at the base model, and at random.
+        greedy: also add at each step the site that moves the readout furthest towards g(1).
+
+    Raises:
+        ArgumentError: scores of other sites, prompts or readouts; a fraction outside 0 to 1; draws
+            below 1; greedy on more than 40 sites.
+        NumericsError: a non-finite readout.
+    """
+    reading = bound(readout, lens.model, lens.prompts(prompts))
+    str_tokens = reading.tokens_of(lens.str_tokens(reading.prompts))
+    counts = _counts(_FRACTIONS if fractions is None else fractions, len(lens.sites))
+    if draws < 1:
+        raise ArgumentError(f"draws={draws}; expected at least 1.")
+    scores = {
+        name: rankings.values_of(name, score, lens, str_tokens, readout)
+        for name, score in rankings.named(attribution).items()
+    }
+    if greedy:
+        rankings.refuse_greedy(len(lens.sites))
+    ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
+    base, adapted = gated_readout(lens, reading, ends).T
+    towards = (adapted - base).sign()
+    orders = {name: rankings.by_score(s * towards[:, None]) for name, s in scores.items()}
+    if baselines:
+        by_weight = rankings.weight_norms(lens).expand(reading.batch, -1)
+        orders[WEIGHTS] = rankings.by_score(by_weight)
+        orders[UPDATES] = rankings.by_score(rankings.update_norms(lens, reading))
+    if greedy:
+        orders[GREEDY] = rankings.greedy_order(lens, reading, towards, progress=progress)
+    every = torch.stack(list(orders.values()))
+    if baselines:
+        random = rankings.random_orders(len(lens.sites), reading.batch, draws, seed)
+        every = torch.cat([every, random.to(every.device)])
+    floor = noise_floor(lens, reading).double().cpu()
+    base, adapted = base.double().cpu(), adapted.double().cpu()
+    moved = _moved(lens, reading, every, counts, base, adapted, progress)
+    shift = adapted - base
+    clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.full_like(shift, float("nan")))
+    keep, drop = (_mean_of_draws(m / clear[:, None], len(orders)) for m in moved)
+    return Faithfulness(
+        names=(*orders, RANDOM) if baselines else tuple(orders),
+        fractions=torch.tensor(counts, dtype=torch.float64) / len(lens.sites),
+        counts=counts,
+        keep=keep,
+        drop=drop,
+        orders={name: order.cpu() for name, order in orders.items()},
+        sites=lens.sites,
+        base=base,
+        adapted=adapted,
+        noise_floor=floor,
+        draws=draws,
+        str_tokens=str_tokens,
+        readout=readout.label,
+        units=readout.units,
+        meta=lens.describe(),
+    )
+
+
+def _counts(fractions: Sequence[float], sites: int) -> tuple[int, ...]:
+    """How many sites each fraction is, without repeats: 0, 1 and all of them among them."""
+    for fraction in fractions:
+        if not 0 <= fraction <= 1:
+            raise ArgumentError(f"fraction {fraction}: expected numbers from 0 to 1.")
+    return tuple(sorted({0, 1, sites, *(max(1, round(f * sites)) for f in fractions if f)}))
+
+
+def _moved(
+    lens: LoraLens,
+    reading: Reading,
+    orders: Int[Tensor, "method batch site"],
+    counts: tuple[int, ...],
+    base: Float[Tensor, "batch"],
+    adapted: Float[Tensor, "batch"],
+    progress: bool,
+) -> tuple[Tensor, Tensor]:
+    """g − g(0) where the top is kept, and where it is dropped: [method, batch, count] each."""
+    inner = counts[1:-1]
+    ends = (torch.zeros_like(base), adapted - base)
+    if inner:
+        on = torch.stack([rankings.switched_on(order, inner) for order in orders])
+        gates = torch.stack([on, 1 - on]).movedim(2, 0)  # batch, keep or drop, method, count, site
+        found = rankings.readout_at(
+            lens, reading, gates.flatten(1, 3), progress=progress, what="keep and drop"
+        )
+        moved = found.double().cpu().view(gates.shape[:-1]) - base[:, None, None, None]
+    else:
+        moved = base.new_zeros(reading.batch, 2, len(orders), 0)
+    both: list[Tensor] = []
+    for which, (first, last) in enumerate((ends, ends[::-1])):
+        sides = [end[:, None, None].expand(-1, len(orders), 1) for end in (first, last)]
+        curve = torch.cat([sides[0], moved[:, which], sides[1]], -1)
+        both.append(curve.movedim(1, 0))
+    return both[0], both[1]
+
+
+def _mean_of_draws(curves: Float[Tensor, "order batch count"], named: int) -> Tensor:
+    """The named orders' curves, and the mean of the random ones after them."""
+    if len(curves) == named:
+        return curves
+    return torch.cat([curves[:named], curves[named:].mean(0, keepdim=True)])

@@ -1,0 +1,242 @@
+"""Does an attribution stand out from random directions of the same size?
+
+    a_l = ⟨ΔW_l, M_l⟩,  M_l = ∂g/∂W_l at the base. With ΔW′ of the same singular values in random
+    directions a′_l has mean 0 and standard deviation ‖ΔW_l‖ ‖M_l‖ / √(out · in).
+
+1. Draw null adapters (`null_adapter`): the size of each site's ΔW kept, its directions random.
+2. First order of each, and its exact shift, as of the real adapter.
+3. Per site, and for Σ a and the shift: z = (a − mean a′) / std a′, and the empirical
+   p = (1 + #{|a′| ≥ |a|}) / (1 + draws), two-sided, valid for any number of draws.
+
+Many sites are tested at once. By chance alone a share 1/(1 + draws) of them exceeds every draw; q
+is p after Benjamini and Hochberg. No q is below S / (k (1 + draws)) when k of S sites exceed
+every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import false_discovery_control
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.adapters.random_directions import null_adapter
+from lens_lora.analyses.first_order import first_order
+from lens_lora.engine.function import gated_readout
+from lens_lora.engine.noise import noise_floor
+from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.errors import ArgumentError
+from lens_lora.hooked.sites import fused_rows
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.readout import Readout, bound
+from lens_lora.results.attribution import Attribution
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["NullTest", "null_test"]
+
+_SIGMAS, _LEVEL = 3.0, 0.05
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NullTest:
+    """An attribution beside those of adapters of the same sizes in random directions.
+
+    Attributes:
+        observed: first order of the real adapter, with its exact shift.
+        null: [draw, batch, site], first order of each null adapter, in the readout's units.
+        null_shift: [draw, batch], the exact g(1) − g(0) of each.
+        seeds: of each draw: `null_adapter(adapter, seed)`.
+        noise_floor: [batch], σ of a difference of two readouts from rounding alone.
+        meta: model, adapter, dtype and versions.
+    """
+
+    observed: Attribution
+    null: Float[Tensor, "draw batch site"]
+    null_shift: Float[Tensor, "draw batch"]
+    seeds: tuple[int, ...]
+    noise_floor: Float[Tensor, "batch"]
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+
+    @property
+    def draws(self) -> int:
+        """The number of null adapters."""
+        return len(self.null)
+
+    @property
+    def z(self) -> Float[Tensor, "batch site"]:
+        """Standard deviations of the null between a_l and its mean; NaN where ΔW_l is zero."""
+        return _z(self.observed.per_site, self.null)
+
+    @property
+    def p(self) -> Float[Tensor, "batch site"]:
+        """The share of draws, the real adapter counted as one, with |a′_l| ≥ |a_l|."""
+        return _p(self.observed.per_site, self.null)
+
+    @property
+    def q(self) -> Float[Tensor, "batch site"]:
+        """p over each prompt's sites after Benjamini and Hochberg: listing the sites with q ≤ x
+        lists at most a share x of false ones, on average."""
+        adjusted = false_discovery_control(self.p.cpu().numpy(), axis=1)
+        return torch.from_numpy(np.asarray(adjusted))
+
+    @property
+    def total_p(self) -> Float[Tensor, "batch"]:
+        """p of Σ_l a_l."""
+        return _p(self.observed.total, self.null.sum(2))
+
+    @property
+    def shift_p(self) -> Float[Tensor, "batch"]:
+        """p of the exact shift."""
+        return _p(self.observed.shift, self.null_shift)
+
+    @property
+    def shift_ratio(self) -> Float[Tensor, "batch"]:
+        """|shift| over the root mean square of the nulls' shifts."""
+        return self.observed.shift.abs().double() / self._null_rms
+
+    @property
+    def exceeds_all(self) -> Float[Tensor, "batch"]:
+        """The share of sites whose |a_l| exceeds every draw's; 1/(1 + draws) by chance."""
+        largest = self.null.abs().amax(0)
+        return (self.observed.per_site.abs() > largest).double().mean(1)
+
+    @property
+    def verdict(self) -> tuple[str, ...]:
+        """For each prompt, in words: how far shift and sites stand out from random directions."""
+        return tuple(self._verdict(i) for i in range(len(self.null_shift[0])))
+
+    @property
+    def _null_rms(self) -> Float[Tensor, "batch"]:
+        return self.null_shift.double().square().mean(0).sqrt()
+
+    def _verdict(self, i: int) -> str:
+        shift, floor = float(self.observed.shift[i]), float(self.noise_floor[i])
+        if abs(shift) <= _SIGMAS * floor:
+            return f"below the noise: the shift {shift:.2g} is within rounding ({floor:.2g})"
+        rms, p = float(self._null_rms[i]), float(self.shift_p[i])
+        least, size = ("at least ", floor) if rms < floor else ("", rms)
+        ratio = abs(shift) / size
+        many = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+        times = f"{least}{many} times what random directions of the same size give"
+        found = f"the adapter's shift is {times}"
+        if p > max(_LEVEL, 1 / (1 + self.draws)):
+            found = f"no more than random directions: the shift is {times} (p = {p:.2g})"
+        chance = 1 / (1 + self.draws)
+        return (
+            f"{found}; {float(self.exceeds_all[i]):.0%} of sites exceed every one of {self.draws} "
+            f"draws ({chance:.1%} would by chance)"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
+        frame = self.observed.to_frame()
+        numbers = {"null_std": self.null.double().std(0), "z": self.z, "p": self.p, "q": self.q}
+        for name, tensor in numbers.items():
+            frame[name] = tensor.double().cpu().flatten().numpy()
+        return frame
+
+    def totals_to_frame(self) -> pd.DataFrame:
+        """One row per prompt: shift and Σ a against the nulls', share of sites, verdict."""
+        numbers = {
+            "shift": self.observed.shift,
+            "null_shift_rms": self._null_rms,
+            "shift_p": self.shift_p,
+            "first_order": self.observed.total,
+            "null_first_order_rms": self.null.double().sum(2).square().mean(0).sqrt(),
+            "first_order_p": self.total_p,
+            "exceeds_all": self.exceeds_all,
+        }
+        columns: dict[str, object] = {k: n.double().cpu().tolist() for k, n in numbers.items()}
+        return pd.DataFrame({**columns, "verdict": self.verdict})
+
+    def plot(self, prompt: int = 0) -> Figure:
+        """|a_l| of every site over the band of the draws, in the order of the forward pass."""
+        from lens_lora.show.figures.null_test import null_figure
+
+        return null_figure(self, prompt)
+
+    def __repr__(self) -> str:
+        lines = [f"  prompt {i}: {text}" for i, text in enumerate(self.verdict)]
+        return "\n".join([f"NullTest of {self.readout}, {self.draws} draws:", *lines])
+
+
+def null_test(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    draws: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> NullTest:
+    """First order and exact shift against `draws` null adapters of the same per-site spectra.
+
+    A null of an embedding spreads over the whole vocabulary, so a trained one stands out wherever
+    it was trained on few tokens.
+
+    Cost per draw: one forward and one backward, one forward pass, and laying the adapter over the
+    model; and once what first_order and the noise floor take (eleven forward passes, a backward).
+
+    Raises:
+        ArgumentError: fewer than two draws.
+        UnsupportedAdapterError: DoRA or trained biases; names the remedy.
+        NumericsError: non-finite derivatives, naming the site.
+    """
+    if draws < 2:
+        raise ArgumentError(f"draws={draws}; expected at least 2, for a spread to compare with.")
+    ready = lens.prompts(prompts)
+    reading = bound(readout, lens.model, ready)
+    seeds = tuple(int(s) for s in np.random.SeedSequence(seed).generate_state(draws))
+    parts = _parts_of_fused(lens)
+    observed = first_order(lens, ready, readout)
+    null, shifts = [], []
+    with tqdm(seeds, desc="null adapters", leave=False, disable=not progress) as bar:
+        for draw in bar:
+            other = lens.with_adapter(null_adapter(lens.adapter, draw, parts=parts))
+            null.append(site_slopes(other, reading, other.gates(0.0)))
+            require_finite_sites(other, null[-1])
+            adapted = gated_readout(other, reading, other.gates(1.0)[None], progress=False)[:, 0]
+            shifts.append(adapted - observed.base)
+    return NullTest(
+        observed=observed,
+        null=torch.stack(null),
+        null_shift=torch.stack(shifts),
+        seeds=seeds,
+        noise_floor=noise_floor(lens, reading),
+        readout=readout.label,
+        units=readout.units,
+        meta=observed.meta,
+    )
+
+
+def _parts_of_fused(lens: LoraLens) -> dict[str, list[Tensor]]:
+    """The rows of q, k and v (gate and up) in each fused module."""
+    view, found = lens.plan.view, {}
+    for key, factors in lens.adapter.modules.items():
+        place = view.family.place(key.partition("@")[0])
+        if place is not None and place.layout != "whole":
+            rows = [fused_rows(place, kind, view.heads, len(factors.B)) for kind in place.kinds]
+            found[key] = [r for r in rows if r is not None]
+    return found
+
+
+def _z(observed: Float[Tensor, "*rest"], null: Float[Tensor, "draw *rest"]) -> Tensor:
+    null = null.double()
+    return (observed.double() - null.mean(0)) / null.std(0)
+
+
+def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, "draw *rest"]) -> Tensor:
+    at_least = (null.abs() >= observed.abs()).double().sum(0)
+    return (1 + at_least) / (1 + len(null))

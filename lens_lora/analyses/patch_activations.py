@@ -1,0 +1,253 @@
+"""Activation patching between the base and the adapted model, at any hook point.
+
+    base to adapted   g(1) − g(1 | h ← h of the base)      what is lost when h is set back
+    adapted to base   g(0 | h ← h of the adapted) − g(0)   what h alone brings to the base model
+
+1. The donor runs once; its activations at the named points are kept.
+2. The recipient runs once for each patch, as rows of a batch: at one hook point, and one position,
+   some of them, or all.
+
+In an adapted recipient the updates stay live: a patch at or before a site's input changes its δ,
+and a patch at its output replaces W z + δ, as in a model of the merged weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.engine.function import gated_readout
+from lens_lora.engine.ignored import unheard
+from lens_lora.engine.swap import Patch, Recording, patched_readout, record
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.hooked.sites import points_without_update
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.rows import Reading
+from lens_lora.results.activation_effects import ActivationEffects
+
+__all__ = ["patch_activations"]
+
+Names = str | Sequence[str] | Callable[[str], bool]
+Positions = Literal["each"] | int | slice | Sequence[int] | None
+Direction = Literal["base_to_adapted", "adapted_to_base"]
+_DONOR_AND_RECIPIENT = {"base_to_adapted": (0.0, 1.0), "adapted_to_base": (1.0, 0.0)}
+_SMALL, _ROUNDINGS, _NAMED = 1e-3, 64, 5
+
+
+def patch_activations(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    names: Names,
+    *,
+    direction: Direction = "base_to_adapted",
+    positions: Positions = None,
+    progress: bool = True,
+) -> ActivationEffects:
+    """What one activation carries of the shift: replaced by the other model's, at each hook point.
+
+    Cost: three forward passes, and one per name (and position with 'each'), batched; rows begin at
+    the block in which they patch, where the model's batch may grow (not Bloom and OPT on a
+    Bridge). One short pass more for positions, and one for each name without an effect.
+
+    Args:
+        names: a hook point, several, or a predicate. A name in full must fire; globs and
+            predicates choose among the points that do.
+        direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
+        positions: None for the whole sequence at once; 'each' for one number per position; an
+            index, a slice, or indices, replaced together. They count within each prompt, negative
+            ones from its own end; an answer's tokens, after the prompt, are in None and 'each'.
+
+    Returns:
+        ActivationEffects with values [batch, name], or [batch, name, position] with 'each' (NaN
+        where a prompt has no such position), in the readout's units.
+
+    Raises:
+        SiteError: a hook point that the model lacks, with the nearest names.
+        ModelStateError: a point that never fires, whose value the model ignores, that does not
+            hold activations by prompt (and by position, with positions), or that lies between a
+            site's input and output, where the adapted model's value does not exist.
+        ArgumentError: a position outside a prompt, another direction.
+        NumericsError: a non-finite readout.
+    """
+    if direction not in _DONOR_AND_RECIPIENT:
+        raise ArgumentError(f"direction={direction!r}: expected one of {[*_DONOR_AND_RECIPIENT]}.")
+    donor_scale, scale = _DONOR_AND_RECIPIENT[direction]
+    ready = lens.prompts(prompts)
+    reading = bound(readout, lens.model, ready)
+    where = _where(positions, ready, reading)
+    in_full, wanted = _resolve(lens, names)
+    donor = record(lens, reading.prompts, donor_scale, wanted)
+    points = _firing(lens, donor, in_full, wanted)
+    if positions is not None:
+        _require_positions(lens, reading.prompts, donor, points, donor_scale)
+    patches = [Patch(name, mask) for name in points for mask in where]
+    ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
+    base, adapted = gated_readout(lens, reading, ends).T
+    found = patched_readout(
+        lens, reading, donor, patches, donor_scale=donor_scale, scale=scale, progress=progress
+    ).unflatten(1, (len(points), -1))
+    to_adapted = direction == "base_to_adapted"
+    values = adapted[:, None, None] - found if to_adapted else found - base[:, None, None]
+    _require_heard(lens, reading.prompts, scale, points, values, torch.stack([base, adapted]))
+    if positions == "each":
+        values = values.masked_fill(~_exists(reading).to(values.device)[:, None], float("nan"))
+    return ActivationEffects(
+        values=values if positions == "each" else values[..., 0],
+        names=points,
+        base=base.contiguous(),
+        adapted=adapted.contiguous(),
+        str_tokens=reading.tokens_of(lens.str_tokens(reading.prompts)),
+        readout=readout.label,
+        units=readout.units,
+        direction=direction,
+        positions=_label(positions),
+        meta=lens.describe(),
+    )
+
+
+def _resolve(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names given in full, and all that are wanted, in order."""
+    known = list(lens.model.hook_dict)
+    if not isinstance(names, str) and callable(names):
+        wanted = [name for name in known if names(name)]
+        if not wanted:
+            raise SiteError(f"the predicate is true of none of the model's {len(known)} points.")
+        return (), tuple(wanted)
+    given = [names] if isinstance(names, str) else list(names)
+    if not given:
+        raise SiteError("no hook point to patch at; give a name, a glob, or a predicate.")
+    found: dict[str, None] = {}
+    for pattern in given:
+        hits = [pattern] if pattern in known else fnmatch.filter(known, pattern)
+        if not hits:
+            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+            raise SiteError(f"the model has no hook point {pattern!r}; the nearest are {near}.")
+        found.update(dict.fromkeys(hits))
+    return tuple(name for name in given if name in known), tuple(found)
+
+
+def _firing(
+    lens: LoraLens, donor: Recording, in_full: Sequence[str], wanted: Sequence[str]
+) -> tuple[str, ...]:
+    """The wanted points that fire and hold what the adapted model computes there."""
+    dead = [name for name in in_full if name not in donor.firings]
+    points = tuple(name for name in wanted if name in donor.firings)
+    if dead or not points:
+        raise ModelStateError(
+            f"{_few(dead or wanted)}: the hook point exists but never fires in a forward pass; a "
+            "flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
+            "Name another point, or set the flag before the lens is made."
+        )
+    between = points_without_update(lens.sites) & set(points)
+    if between:
+        raise ModelStateError(
+            f"{_few(sorted(between))}: lies between a site's input and the point at which its "
+            "update is added, so it never holds the adapted model's value. Patch the site's input "
+            "or output instead (lens.sites: read, write)."
+        )
+    return points
+
+
+def _require_heard(
+    lens: LoraLens,
+    prompts: Prompts,
+    scale: float,
+    points: Sequence[str],
+    values: Float[Tensor, "batch name position"],
+    ends: Float[Tensor, "end batch"],
+) -> None:
+    """Refuse points without an effect at which nothing at all would have one."""
+    rounding = _ROUNDINGS * torch.finfo(lens.dtype).eps * float(ends.abs().max())
+    least = max(_SMALL * float((ends[1] - ends[0]).abs().max()), rounding)
+    largest = values.abs().amax((0, 2)).tolist()
+    doubtful = [name for name, size in zip(points, largest, strict=True) if size <= least]
+    silent = unheard(lens, prompts.row(0), scale, doubtful) if doubtful else []
+    if silent:
+        raise ModelStateError(
+            f"{_few(silent)}: the hook point fires, but the model ignores what a hook makes of its "
+            "value, so a patch there says nothing; leave it out."
+        )
+
+
+def _require_positions(
+    lens: LoraLens, prompts: Prompts, donor: Recording, points: Sequence[str], scale: float
+) -> None:
+    """Refuse points whose second axis is not the position, of which one token has one entry."""
+    token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
+    short, count = record(lens, token, scale, points), prompts.tokens.shape[1]
+    for name in points:
+        both = zip(donor.firings[name], short.firings[name], strict=True)
+        if any(long.shape[1] != count or one.shape[1] != 1 for long, one in both):
+            shape = tuple(donor.firings[name][0].shape)
+            raise ModelStateError(
+                f"{name} holds a tensor {shape} for {count} positions: its second axis is not the "
+                "position (attention patterns have the heads there), so a position of it cannot be "
+                "patched; use positions=None for this point."
+            )
+
+
+def _where(
+    positions: Positions, prompts: Prompts, reading: Reading
+) -> list[Bool[Tensor, "row pos"] | None]:
+    """The masks to patch under, one a number.
+
+    Raises:
+        ArgumentError: a position outside a prompt, or none.
+    """
+    if positions is None:
+        return [None]
+    real = reading.prompts.real.cpu()
+    if isinstance(positions, str):
+        if positions != "each":
+            raise ArgumentError(f"positions={positions!r}: expected None, 'each', or indices.")
+        slots = torch.arange(real.shape[1])
+        return [real & (slots == slot) for slot in slots]
+    mask = torch.zeros_like(real)
+    lengths = prompts.lengths.tolist()
+    for row, owner in enumerate(reading.owner.tolist()):
+        mask[row, _indices(positions, lengths[owner], owner)] = True
+    return [mask]
+
+
+def _indices(positions: int | slice | Sequence[int], length: int, prompt: int) -> list[int]:
+    if isinstance(positions, slice):
+        chosen = list(range(*positions.indices(length)))
+    else:
+        chosen = [positions] if isinstance(positions, int) else list(positions)
+    outside = [index for index in chosen if not -length <= index < length]
+    if outside or not chosen:
+        what = f"no position {outside[0]}" if outside else "no position in this choice"
+        raise ArgumentError(
+            f"positions={_label(positions)}: prompt {prompt} has {length} tokens and {what}."
+        )
+    return [index % length for index in chosen]
+
+
+def _exists(reading: Reading) -> Bool[Tensor, "batch pos"]:
+    """Positions that some row of a prompt has."""
+    return reading.by_prompt(reading.prompts.real.double()) > 0
+
+
+def _label(positions: Positions) -> str:
+    """'all', 'each', '-1', '2:5', '0, 3'."""
+    if positions is None or isinstance(positions, str):
+        return positions or "all"
+    if isinstance(positions, slice):
+        bounds = [positions.start, positions.stop, positions.step]
+        bounds = bounds if positions.step is not None else bounds[:2]
+        return ":".join("" if b is None else str(b) for b in bounds)
+    return ", ".join(str(i) for i in ([positions] if isinstance(positions, int) else positions))
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

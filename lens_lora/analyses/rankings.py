@@ -1,0 +1,258 @@
+"""Orders in which to switch sites on, and g at each prompt's own corners of the cube.
+
+1. Scores (attributions, effects, tensors) → an order per prompt, the largest first; equal scores
+   keep the sites' order.
+2. Scores that know no readout: ‖ΔW_l‖_F, from the factors, and ‖δz_l‖ at the base model, recorded
+   in one forward pass.
+3. The greedy oracle: from g(0), add at each step the site that moves the readout furthest towards
+   g(1), by running every one of those left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.engine.function import (
+    chunk_rows,
+    gated_logits,
+    read_logits,
+    require_finite,
+)
+from lens_lora.errors import ArgumentError
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.readout import Readout
+from lens_lora.readouts.rows import Reading
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.effects import Effects
+from lens_lora.show.text import method_text
+
+__all__ = [
+    "GREEDY",
+    "MOST_GREEDY",
+    "RANDOM",
+    "UPDATES",
+    "WEIGHTS",
+    "Scores",
+    "by_score",
+    "greedy_order",
+    "named",
+    "random_orders",
+    "readout_at",
+    "refuse_greedy",
+    "switched_on",
+    "update_norms",
+    "values_of",
+    "weight_norms",
+]
+
+Scores = Attribution | Effects | Float[Tensor, "*batch site"]
+WEIGHTS, UPDATES, RANDOM, GREEDY = "‖ΔW‖", "‖δz‖", "random", "greedy"
+MOST_GREEDY = 40
+_SLOW = 64
+
+
+def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
+    """{name: score}; a single one goes by what it is.
+
+    Raises:
+        ArgumentError: a baseline's name, or nothing to rank by.
+    """
+    if isinstance(attribution, Attribution):
+        return {method_text(attribution.method, attribution.at): attribution}
+    if isinstance(attribution, Effects):
+        return {method_text(attribution.how, 0.0): attribution}
+    if isinstance(attribution, Tensor):
+        return {"given": attribution}
+    if not isinstance(attribution, Mapping):
+        raise ArgumentError(
+            f"{attribution!r} ranks nothing; pass an Attribution, Effects, a tensor [site], or "
+            "{name: one of these}."
+        )
+    taken = {WEIGHTS, UPDATES, RANDOM, GREEDY} & set(attribution)
+    if taken or not attribution:
+        raise ArgumentError(
+            f"{sorted(taken)} are names of baselines; give the scores others."
+            if taken
+            else "no attribution to rank by; pass one, or {name: attribution}."
+        )
+    return dict(attribution)
+
+
+def values_of(
+    name: str,
+    score: Scores,
+    lens: LoraLens,
+    str_tokens: tuple[tuple[str, ...], ...],
+    readout: Readout,
+) -> Float[Tensor, "batch site"]:
+    """The score as one number per prompt and site.
+
+    Raises:
+        ArgumentError: it is of other sites, prompts or of another readout, or not finite.
+    """
+    if isinstance(score, Effects):
+        score = score.attribution()
+    if isinstance(score, Attribution):
+        _require_of(name, score, lens, str_tokens, readout)
+        score = score.per_site
+    batch, sites = len(str_tokens), len(lens.sites)
+    if score.shape not in ((sites,), (batch, sites)):
+        raise ArgumentError(
+            f"{name}: scores {tuple(score.shape)}; expected [{sites}], or [{batch}, {sites}], one "
+            "per site in the order of lens.sites."
+        )
+    if not torch.isfinite(score).all():
+        raise ArgumentError(f"{name}: scores are not all finite, so they rank nothing.")
+    return score.detach().to(lens.device, torch.float64).expand(batch, sites)
+
+
+def _require_of(
+    name: str,
+    score: Attribution,
+    lens: LoraLens,
+    str_tokens: tuple[tuple[str, ...], ...],
+    readout: Readout,
+) -> None:
+    facts = {
+        "sites": ([s.name for s in score.sites], [s.name for s in lens.sites]),
+        "prompts": (["".join(t) for t in score.str_tokens], ["".join(t) for t in str_tokens]),
+        "readout": (score.readout, readout.label),
+    }
+    for what, (theirs, ours) in facts.items():
+        if theirs != ours:
+            theirs, ours = (
+                x if isinstance(x, str) else f"{len(x)} {x[:2]}" for x in (theirs, ours)
+            )
+            raise ArgumentError(
+                f"{name} has other {what} than what is run: {theirs} and {ours}. To rank by it on "
+                "purpose pass its numbers, attribution.per_site."
+            )
+
+
+def by_score(scores: Float[Tensor, "batch site"]) -> Int[Tensor, "batch site"]:
+    """Each prompt's sites, the largest score first."""
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def switched_on(
+    order: Int[Tensor, "batch site"], counts: tuple[int, ...]
+) -> Float[Tensor, "batch count site"]:
+    """Gates with the first `count` sites of the order at 1 and the others at 0."""
+    rank = order.argsort(-1)[:, None]
+    return (rank < torch.tensor(counts, device=order.device)[:, None]).double()
+
+
+def readout_at(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "batch point site"],
+    *,
+    progress: bool,
+    what: str,
+) -> Float[Tensor, "batch point"]:
+    """g at each prompt's own gate vectors. At most as many forward passes as points, batched.
+
+    Raises:
+        NumericsError: a non-finite readout.
+    """
+    gates = gates.to(lens.device, lens.gate_dtype)
+    owner, points = reading.owner.to(lens.device), gates.shape[1]
+    columns: list[Tensor] = []
+    with (
+        torch.no_grad(),
+        tqdm(total=points, desc=what, leave=False, disable=not progress or points < _SLOW) as bar,
+    ):
+        for some in gates.split(chunk_rows(reading.prompts), 1):
+            many = reading.repeat(some.shape[1])
+            values = many.read(gated_logits(lens, many.prompts, some[owner].flatten(0, 1)))
+            columns.append(values.view(reading.batch, -1))
+            bar.update(some.shape[1])
+    found = torch.cat(columns, 1)
+    require_finite(found, "the readout")
+    return found
+
+
+def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, "draw batch site"]:
+    """A random order for each draw and prompt."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    noise = torch.rand(draws, batch, sites, generator=generator, dtype=torch.float64)
+    return noise.argsort(-1)
+
+
+def weight_norms(lens: LoraLens) -> Float[Tensor, "site"]:
+    """‖ΔW_l‖_F in the model's basis, biases left out: ‖BA‖² = tr((BᵀB)(AAᵀ)). No forward pass."""
+    norms: list[float] = []
+    for site_map in lens.maps:
+        A, B = site_map.A.double(), site_map.B.double()
+        norms.append(float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()))
+    return torch.tensor(norms, dtype=torch.float64, device=lens.device)
+
+
+def update_norms(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch site"]:
+    """‖δz_l‖ at the base model over a prompt's real positions. One forward pass."""
+    recorder = _NormRecorder(lens, reading)
+    with torch.no_grad(), lens.injected(recorder):
+        read_logits(lens, reading.prompts)
+    return reading.by_prompt(recorder.squares).sqrt()
+
+
+class _NormRecorder:
+    """Adds nothing; keeps Σ δ² of each row and site."""
+
+    def __init__(self, lens: LoraLens, reading: Reading) -> None:
+        self._injections = lens.plan.injections
+        self._real = reading.prompts.real[..., None]
+        shape = (len(reading.owner), len(lens.sites))
+        self.squares = torch.zeros(shape, dtype=torch.float64, device=lens.device)
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> None:
+        del out
+        injection = self._injections[index]
+        if injection.partner is not None:  # its gate is zero at the base model
+            return
+        delta = injection.map(z).double()
+        if delta.shape[1] == self._real.shape[1]:  # the unembedding is run at the read position
+            delta = delta * self._real.to(delta.device)
+        self.squares[:, injection.site] += delta.square().flatten(1).sum(1).to(self.squares.device)
+
+
+def refuse_greedy(sites: int) -> None:
+    """Raises ArgumentError where the greedy oracle would cost too much, naming its cost."""
+    if sites > MOST_GREEDY:
+        raise ArgumentError(
+            f"greedy on {sites} sites takes {sites * (sites + 1) // 2} forward passes a prompt; it "
+            f"is for at most {MOST_GREEDY}. Make a lens of fewer modules: "
+            "LoraLens(model, adapter.only(attribution.top(20)))."
+        )
+
+
+def greedy_order(
+    lens: LoraLens,
+    reading: Reading,
+    towards: Float[Tensor, "batch"],
+    *,
+    progress: bool,
+) -> Int[Tensor, "batch site"]:
+    """Each prompt's greedy order. S(S+1)/2 forward passes, batched.
+
+    Args:
+        towards: the sign of each prompt's shift.
+    """
+    batch, sites = reading.batch, len(lens.sites)
+    rows = torch.arange(batch, device=lens.device)
+    on = torch.zeros(batch, sites, dtype=lens.gate_dtype, device=lens.device)
+    order: list[Tensor] = []
+    with tqdm(range(sites, 0, -1), desc="greedy", leave=False, disable=not progress) as bar:
+        for left in bar:
+            free = (on == 0).nonzero()[:, 1].view(batch, left)
+            tried = on[:, None].expand(batch, left, sites).scatter(2, free[..., None], 1.0)
+            values = readout_at(lens, reading, tried, progress=False, what="greedy")
+            best = free[rows, (values * towards[:, None]).argmax(1)]
+            on[rows, best] = 1.0
+            order.append(best)
+    return torch.stack(order, 1)

@@ -1,0 +1,272 @@
+"""Second order of each site, and what still remains after it.
+
+    g(ε·1) − g(0) = ε Σ_l a_l + ½ε² Σ_l (H1)_l + O(ε³),   (H1)_l = Σ_m ∂²g/∂ε_l ∂ε_m at 0
+
+½(H1)_l is the site's own curvature ½H_ll and half of its coupling to every other site.
+
+1. First order, and the exact g along the path (`analyses/remainder.py`).
+2. H·1 from one Hessian product; on request ½H_ll, with a product for each site, batched.
+3. The verdict says of each prompt whether second order is nearer to the exact shift at ε = 1 than
+   first order, or farther: at the full strength of trained adapters it is often far worse, since
+   ε³ and what follows is then no smaller. It shows curvature; it is not a correction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.analyses.first_order import first_order
+from lens_lora.analyses.remainder import (
+    RemainderCurve,
+    curve_of,
+    fitted_order,
+)
+from lens_lora.engine.gate_graph import hessian_product, hessian_products, in_groups
+from lens_lora.engine.reverse import require_finite_sites
+from lens_lora.errors import ArgumentError
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.rows import Reading
+from lens_lora.results.attribution import Attribution
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["SecondOrder", "second_order"]
+
+_SIGMAS = 3.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SecondOrder:
+    """Second order at ε = 0 beside first order and the exact shift, in the readout's units.
+
+    Attributes:
+        first_order: a_l, with the readout's labels, sites and meta.
+        half_row_sums: [batch, site], ½(H1)_l.
+        self_curvature: [batch, site], ½H_ll; None unless asked for.
+        curve: g along the path from base to adapted model, exact, with first order beside it.
+    """
+
+    first_order: Attribution
+    half_row_sums: Float[Tensor, "batch site"]
+    self_curvature: Float[Tensor, "batch site"] | None
+    curve: RemainderCurve
+
+    @property
+    def shift(self) -> Float[Tensor, "batch"]:
+        """g(1) − g(0), exact."""
+        return self.first_order.shift
+
+    @property
+    def curvature(self) -> Float[Tensor, "batch"]:
+        """½ 1ᵀH1."""
+        return self.half_row_sums.sum(1)
+
+    @property
+    def predicted(self) -> Float[Tensor, "batch"]:
+        """Σ_l a_l + ½ 1ᵀH1; see `verdict` before it is used for anything."""
+        return self.first_order.total + self.curvature
+
+    @property
+    def remainder(self) -> Float[Tensor, "batch"]:
+        """What remains of the shift after second order."""
+        return self.shift - self.predicted
+
+    @property
+    def first_order_remainder(self) -> Float[Tensor, "batch"]:
+        """R_y, what remains after first order."""
+        return self.first_order.remainder
+
+    @property
+    def noise_floor(self) -> Float[Tensor, "batch"]:
+        """σ of a difference of two readouts from rounding alone."""
+        return self.curve.noise_floor
+
+    @property
+    def corrected(self) -> Float[Tensor, "batch site"]:
+        """a_l + ½(H1)_l: the sites' shares of `predicted`, with its warning."""
+        return self.first_order.per_site + self.half_row_sums
+
+    @property
+    def coupling(self) -> Float[Tensor, "batch site"]:
+        """½ Σ_{m≠l} H_lm: half of each site's coupling to all others.
+
+        Raises:
+            ArgumentError: self-curvature was not computed.
+        """
+        if self.self_curvature is None:
+            raise ArgumentError(
+                "single sites were not run; call second_order(self_curvature=True)."
+            )
+        return self.half_row_sums - self.self_curvature
+
+    def predicted_at(self, scale: float | Float[Tensor, "scale"]) -> Float[Tensor, "batch *scale"]:
+        """ε Σ_l a_l + ½ε² 1ᵀH1: the shift predicted at strength ε, or at several."""
+        eps = torch.as_tensor(scale, dtype=self.curvature.dtype, device=self.curvature.device)
+        slope, bend = self.first_order.total, self.curvature
+        if eps.ndim:
+            slope, bend = slope[:, None], bend[:, None]
+        return eps * slope + eps.square() * bend
+
+    @property
+    def path_remainder(self) -> Float[Tensor, "batch scale"]:
+        """What remains after second order at each of `curve.scales`; of order ε³."""
+        return self.curve.shift - self.predicted_at(self.curve.scales)
+
+    @property
+    def order(self) -> Float[Tensor, "batch"]:
+        """Fitted slope of log|remainder| on log ε, as `curve.order`: 3 for a smooth model.
+
+        NaN where fewer than three points stand out of the noise.
+        """
+        rows = zip(self.path_remainder, self.noise_floor, strict=True)
+        return torch.stack([fitted_order(self.curve.scales, rest, floor) for rest, floor in rows])
+
+    @property
+    def helps_up_to(self) -> Float[Tensor, "batch"]:
+        """The largest of `curve.scales` up to which second order is nowhere farther than first.
+
+        Points at which both remainders are within rounding are passed over; 0 where it is farther
+        from the start.
+        """
+        second, first = self.path_remainder.abs(), self.curve.remainder.abs()
+        noise = torch.maximum(first, second) <= _SIGMAS * self.noise_floor[:, None]
+        unbroken = ((second <= first) | noise).long().cumprod(1)
+        return (unbroken * self.curve.scales).amax(1)
+
+    @property
+    def verdict(self) -> tuple[str, ...]:
+        """For each prompt, in words: nearer or farther than first order at full strength."""
+        return tuple(self._verdict(i) for i in range(len(self.shift)))
+
+    def _verdict(self, i: int) -> str:
+        shift, floor = float(self.shift[i]), _SIGMAS * float(self.noise_floor[i])
+        if abs(shift) <= floor:
+            return f"below the noise: the shift {shift:.2g} is within rounding ({floor:.2g})"
+        first, second = (
+            abs(float(rest[i])) for rest in (self.first_order_remainder, self.remainder)
+        )
+        left = f"leaves {second / abs(shift):.1%} of the shift at ε = 1, first order "
+        left += f"{first / abs(shift):.1%}"
+        if abs(first - second) <= floor:
+            return f"neither nearer nor farther, within rounding: {left}"
+        reach = float(self.helps_up_to[i])
+        if second > first:
+            return f"farther, no correction: {left}; nearer only up to ε = {reach:.2g}"
+        if reach < 1:
+            return (
+                f"nearer at ε = 1 by coincidence: {left}; farther on the way, from ε > {reach:.2g}"
+            )
+        return f"nearer: {left}"
+
+    def attribution(self) -> Attribution:
+        """`corrected` as an attribution: to compare with effects, to save; with its warning."""
+        return self._as_attribution(self.corrected, "second_order")
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt: shift, first and second order, what remains of each, verdict."""
+        columns = {
+            "shift": self.shift,
+            "first_order": self.first_order.total,
+            "curvature": self.curvature,
+            "predicted": self.predicted,
+            "first_order_remainder": self.first_order_remainder,
+            "remainder": self.remainder,
+            "noise_floor": self.noise_floor,
+        }
+        frame = pd.DataFrame({name: column.double().tolist() for name, column in columns.items()})
+        return frame.assign(verdict=self.verdict)
+
+    def sites_to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site: first order, ½(H1)_l, and its two parts where computed."""
+        batch, count = self.half_row_sums.shape
+        columns = {"first_order": self.first_order.per_site, "half_row_sum": self.half_row_sums}
+        if self.self_curvature is not None:
+            columns |= {"self_curvature": self.self_curvature, "coupling": self.coupling}
+        return pd.DataFrame(
+            {
+                "prompt": np.repeat(np.arange(batch), count),
+                "site": [site.name for site in self.first_order.sites] * batch,
+                **{name: c.double().cpu().flatten().numpy() for name, c in columns.items()},
+            }
+        )
+
+    def plot(self, prompt: int | None = None) -> Figure:
+        """Heatmap of ½(H1)_l, layer × kind of module; mean over prompts by default."""
+        return self._as_attribution(self.half_row_sums, "curvature").plot(prompt)
+
+    def plot_path(self, prompt: int = 0) -> Figure:
+        """The exact shift along ε, first order's line and second order's parabola."""
+        from lens_lora.show.figures.coupling import second_order_figure
+
+        return second_order_figure(self, prompt)
+
+    def __repr__(self) -> str:
+        first = self.first_order
+        return (
+            f"SecondOrder of {first.readout}, in {first.units} (a diagnostic of curvature at "
+            f"ε = 0, not a correction at ε = 1):\n{self.to_frame().to_string()}"
+        )
+
+    def _as_attribution(self, values: Tensor, method: str) -> Attribution:
+        return dataclasses.replace(self.first_order, values=values, method=method)
+
+
+def second_order(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    self_curvature: bool = False,
+    progress: bool = True,
+) -> SecondOrder:
+    """½(H1)_l of every site at the base model, and what remains of the shift after it.
+
+    Cost: a forward and two backward passes, a forward and a backward, and 32 forward passes; with
+    self_curvature two backward passes more per site, batched.
+
+    Args:
+        self_curvature: also ½H_ll, the curvature of each site alone.
+
+    Raises:
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a derivative that is not finite, naming the site.
+    """
+    ready = lens.prompts(prompts)
+    reading, base = bound(readout, lens.model, ready), lens.gates(0.0)
+    first = first_order(lens, ready, readout)
+    rows = hessian_product(lens, reading, base, torch.ones_like(base))
+    require_finite_sites(lens, rows)
+    return SecondOrder(
+        first_order=first,
+        half_row_sums=rows / 2,
+        self_curvature=_self_curvature(lens, reading, progress) if self_curvature else None,
+        curve=curve_of(lens, ready, readout, first, progress=progress),
+    )
+
+
+def _self_curvature(
+    lens: LoraLens, reading: Reading, progress: bool
+) -> Float[Tensor, "batch site"]:
+    """½H_ll, out of H e_l of every site."""
+    alone = torch.eye(len(lens.sites))
+
+    def of_some(some: Reading) -> Float[Tensor, "batch site"]:
+        found, done = [], 0
+        for product in hessian_products(
+            lens, some, lens.gates(0.0), alone, progress=progress, what="self-curvature"
+        ):
+            found.append(product.diagonal(offset=done, dim1=1, dim2=2))
+            done += product.shape[1]
+        return torch.cat(found, 1)
+
+    return in_groups(reading, of_some) / 2

@@ -1,0 +1,1 @@
+"""g(ε) and how it is differentiated. Returns tensors; knows no result."""

@@ -1,0 +1,238 @@
+"""Affine maps of dual numbers by constants, without the tangents of zeros that torch gives those.
+
+    (x + ẋd) W + b = (xW + b) + (ẋW) d        c(x + ẋd) + b = (cx + b) + (cẋ) d
+
+Torch multiplies a weight by primal, tangent and, for the weight's own tangent of zeros, once more.
+Within `OneProduct` primal and tangent go through the weight together; and where every row of a
+batch has the same primal (tangents of many parts of one prompt), the primal goes through once, for
+all rows. Attention has rules of its own: `engine/duals.py`.
+
+Attention of dual numbers: products of two of them, and the softmax between.
+
+    (A + Ȧd)(B + Ḃd) = AB + (ȦB + AḂ)d          P = softmax(S),  Ṗ = P ∘ (Ṡ − Σ_k P ∘ Ṡ)
+
+The scores are the largest of what a long prompt computes, and torch goes over them once for every
+term. Here terms are added where they lie, and where all rows have the same primal AB and P are
+computed once.
+
+A dual number x + ẋd in its parts, and values that all rows of a batch have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, cast
+
+import torch
+import torch.autograd.forward_ad as fwad
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+__all__ = [
+    "OneProduct",
+    "batched_product",
+    "common",
+    "over",
+    "parts_of",
+    "softmax",
+    "spread",
+]
+
+_Args = tuple[Any, ...]
+_Linear = tuple[Tensor, Tensor, Tensor | None]
+_Moved = tuple[Tensor, Any]
+_Rule = Callable[..., "_Moved | None"]
+_APART = 4
+
+
+class OneProduct(TorchFunctionMode):
+    """Within the block, constant weights are multiplied by what is needed and nothing else.
+
+    Attributes:
+        rows: how many rows of the batch have one and the same primal: 1, or all that it has now.
+            To be kept up to date by whoever lets the batch grow, and left at 1 for a model that
+            takes tokens out of their rows (a mixture of experts).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 1
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: _Args = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        found = self._found(func, args, kwargs)
+        return func(*args, **kwargs) if found is None else found
+
+    def _found(self, func: Callable[..., Any], args: _Args, kwargs: dict[str, Any]) -> Any:
+        """By a rule of ours; None where torch has to do it."""
+        if func in _READ:
+            linear = _READ[func](*args, **kwargs)
+            if linear is not None:
+                return self._product(*linear)
+            return batched_product(self.rows, *args) if func in _MATMUL and not kwargs else None
+        if func in _SOFTMAX:
+            return softmax(self.rows, *args, **kwargs)
+        if func is torch.where and len(args) == 3 and not kwargs:
+            return _where(*args)
+        if func in _POINTWISE and not kwargs:
+            return _pointwise(_POINTWISE[func], *args)
+        return None
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """None where this is no dual number times a constant."""
+        primal, tangent = fwad.unpack_dual(x)
+        if tangent is None or _is_dual(weight) or (bias is not None and _is_dual(bias)):
+            return None
+        first = common(primal, self.rows)
+        if len(primal) > _APART * len(first):
+            value, moved = first @ weight, tangent @ weight
+        else:
+            both = torch.cat([first, tangent]) @ weight
+            value, moved = both[: len(first)], both[len(first) :]
+        value = value if bias is None else value + bias
+        return fwad.make_dual(spread(value, primal), moved)
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    return fwad.unpack_dual(tensor).tangent is not None
+
+
+def _pointwise(rule: _Rule, left: Any, right: Any) -> Tensor | None:
+    """The rule, of a dual number and a constant; None where neither or both are dual."""
+    (a, da), (b, db) = parts_of(left), parts_of(right)
+    if (da is None) == (db is None):
+        return None
+    found = rule(a, da, b, db)
+    if found is None or found[0].shape != found[1].shape:
+        return None
+    return fwad.make_dual(*found)
+
+
+def _where(mask: Tensor, left: Any, right: Any) -> Tensor | None:
+    """What a mask chooses of a dual number and a constant; None where neither or both are dual."""
+    (a, da), (b, db) = parts_of(left), parts_of(right)
+    if (da is None) == (db is None):
+        return None
+    moved: Tensor = torch.where(mask, 0.0 if da is None else da, 0.0 if db is None else db)
+    value = torch.where(mask, a, b)
+    same = value.shape == moved.shape and value.dtype == moved.dtype
+    return fwad.make_dual(value, moved) if same else None
+
+
+def _add(a: Any, da: Any, b: Any, db: Any) -> _Moved:
+    # A tangent of its own: what is later done in place to the sum is not done to the summand.
+    return a + b, (db if da is None else da).clone()
+
+
+def _subtract(a: Any, da: Any, b: Any, db: Any) -> _Moved:
+    return a - b, -db if da is None else da.clone()
+
+
+def _multiply(a: Any, da: Any, b: Any, db: Any) -> _Moved:
+    return a * b, da * b if da is not None else a * db
+
+
+def _divide(a: Any, da: Any, b: Any, db: Any) -> _Moved | None:
+    return None if da is None else (a / b, da / b)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Linear | None:
+    return (input, weight.T, bias) if weight.ndim == 2 and input.ndim > 1 else None
+
+
+def _matmul(input: Tensor, other: Tensor) -> _Linear | None:
+    return (input, other, None) if other.ndim == 2 and input.ndim > 1 else None
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **factors: float) -> _Linear | None:
+    return None if factors or input.ndim != 1 else (mat1, mat2, input)
+
+
+_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_SOFTMAX = (torch.softmax, Tensor.softmax, functional.softmax)
+_READ: dict[Callable[..., Any], Callable[..., _Linear | None]] = {
+    functional.linear: _linear,
+    **dict.fromkeys(_MATMUL, _matmul),
+    torch.addmm: _addmm,
+}
+_POINTWISE: dict[Callable[..., Any], _Rule] = {
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _subtract),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _divide),
+}
+
+
+def batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
+    """AB of two batches of matrices; None where torch has to do it."""
+    (a, da), (b, db) = parts_of(left), parts_of(right)
+    alike = a.ndim == b.ndim > 2 and a.shape[:-2] == b.shape[:-2]
+    if not alike or (da is None and db is None):
+        return None
+    return fwad.make_dual(spread(common(a, rows) @ common(b, rows), a), _moved(a, da, b, db))
+
+
+def _moved(a: Tensor, da: Tensor | None, b: Tensor, db: Tensor | None) -> Tensor:
+    """ȦB + AḂ."""
+    if da is None:
+        return a @ cast("Tensor", db)
+    if db is None:
+        return da @ b
+    moved = (da @ b).flatten(0, -3)
+    moved.baddbmm_(a.flatten(0, -3), db.flatten(0, -3))
+    return moved.view(*da.shape[:-1], db.shape[-1])
+
+
+def softmax(
+    rows: int,
+    input: Tensor,
+    dim: int | None = None,
+    *rest: Any,
+    dtype: torch.dtype | None = None,
+    _stacklevel: int = 3,
+    **other: Any,
+) -> Tensor | None:
+    """P along `dim`; None where torch has to do it."""
+    del _stacklevel
+    x, dx = parts_of(input)
+    if rest or other or dx is None or dim is None or dim % x.ndim == 0:
+        return None
+    P = torch.softmax(common(x, rows), dim, dtype)
+    moved = over(P, x) * dx.to(P.dtype)
+    moved.addcmul_(over(P, x), moved.sum(dim, keepdim=True), value=-1)
+    return fwad.make_dual(spread(P, x), moved)
+
+
+def parts_of(value: Any) -> tuple[Any, Tensor | None]:
+    """x and ẋ; ẋ is None of a constant, which need not be a tensor."""
+    if not isinstance(value, Tensor):
+        return value, None
+    primal, tangent = fwad.unpack_dual(value)
+    return primal, tangent
+
+
+def common(x: Tensor, rows: int) -> Tensor:
+    """The first of `rows` equal rows; all of x, if it has no such rows."""
+    if rows == 1 or x.ndim == 0 or len(x) % rows:
+        return x
+    return x[: len(x) // rows]
+
+
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """What was computed of the first row, for as many rows as `like` has."""
+    if value.ndim == 0 or len(value) == len(like):
+        return value
+    return value.repeat(len(like) // len(value), *[1] * (value.ndim - 1))
+
+
+def over(value: Tensor, like: Tensor) -> Tensor:
+    """The same, where it may as well be broadcast."""
+    return value if value.ndim and len(value) == 1 else spread(value, like)

@@ -1,0 +1,285 @@
+"""Forward mode: the tangent J δz of the whole vocabulary, by dual numbers through the hooks.
+
+A site's tangent is injected at its write hook: output ← output + ε·δ(z), with ε a dual number of
+value `at` and derivative 1. Tangents kept apart by site or part: `engine/forward.py`.
+
+Tangents kept apart by site, position, head or rank: each part in a row of its own.
+
+    row of part p:  output_l ← output_l + d·(p's part of δ_l(z)),  d dual with derivative 1
+
+Before its block a part has no tangent, and its row would only repeat the base. So a pass starts
+with one row, which carries none; at each block's input the batch grows by that block's parts,
+copies of the first row (as `engine/branching.py` grows it). Every site of a model in turn costs
+about half of the rows that it would cost to carry each from the embeddings.
+
+Where a model's batch cannot grow, and for parts of the embeddings, every row starts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwad
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from lens_lora.engine.batching import TANGENT_TOKENS, rows_at_once
+from lens_lora.engine.duals import OneProduct
+from lens_lora.engine.function import read_logits
+from lens_lora.engine.parts import Slots, part_deltas
+from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.hooked.gates import HookFn, ScaleInject, add, weight_of
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts
+
+__all__ = [
+    "Part",
+    "dual_forward",
+    "joint_tangent",
+    "part_tangents",
+    "tangent_of",
+]
+
+
+class JointInject:
+    """Every site's gate is the dual number at_l + direction_l · d."""
+
+    def __init__(
+        self, lens: LoraLens, at: Float[Tensor, "site"], direction: Float[Tensor, "*batch site"]
+    ) -> None:
+        self._injections, self._at, self._direction = lens.plan.injections, at, direction
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
+        at = self._at.expand_as(self._direction).clone()
+        gates = fwad.make_dual(at, self._direction.clone())
+        injection = self._injections[index]
+        return add(out, injection.map, z, weight_of(injection, gates))
+
+
+@contextlib.contextmanager
+def dual_forward() -> Generator[OneProduct]:
+    """Forward-mode derivatives within the block, and a clear word where an operation has none.
+
+    Yields what multiplies by the weights there, to be told of rows that share their primal.
+
+    Raises:
+        ModelStateError: the model uses an operation without a forward-mode derivative.
+    """
+    try:
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            _plain_bloom_gelu(),
+            fwad.dual_level(),
+            OneProduct() as products,
+        ):
+            yield products
+    except NotImplementedError as error:
+        raise ModelStateError(
+            f"this model has an operation without a forward-mode derivative ({error}). A fused "
+            "kernel is one: load the model without it (attn_implementation='eager'). Reverse mode "
+            "(first_order, mode='reverse') does without."
+        ) from error
+
+
+@contextlib.contextmanager
+def _plain_bloom_gelu() -> Generator[None]:
+    """Bloom wraps its GELU in a Function without a forward-mode derivative; the formula has one."""
+    bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
+    if bloom is None:
+        yield
+        return
+    wrapped = bloom.BloomGelu.forward
+    bloom.BloomGelu.forward = lambda self, x: bloom.bloom_gelu_forward(x)
+    try:
+        yield
+    finally:
+        bloom.BloomGelu.forward = wrapped
+
+
+def joint_tangent(
+    lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], direction: Float[Tensor, "site"]
+) -> Float[Tensor, "batch vocab"]:
+    """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass."""
+    with dual_forward(), lens.injected(JointInject(lens, at, direction)):
+        return tangent_of(read_logits(lens, prompts))
+
+
+def tangent_of(dual: Tensor) -> Tensor:
+    """The derivative that a dual number carries; zeros where it has none."""
+    primal, tangent = fwad.unpack_dual(dual)
+    return torch.zeros_like(primal) if tangent is None else tangent.clone()
+
+
+_Logits = Float[Tensor, "batch part vocab"]
+Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A direction in gate space: one site, perhaps only one of its positions, heads or ranks."""
+
+    site: int
+    position: int | None = None
+    head: int | None = None
+    rank: int | None = None
+
+
+def part_tangents(
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "site"],
+    parts: Sequence[Part],
+    read: Read = tangent_of,
+    *,
+    max_memory: float | None = None,
+    progress: bool = True,
+) -> Float[Tensor, "batch part *out"]:
+    """The tangent of each part: of the logits, or what `read` makes of those (dual) logits.
+
+    As many dual forward passes as parts, batched in rows; about half where the batch can grow.
+    """
+    order = sorted(range(len(parts)), key=lambda j: lens.sites[parts[j].site].layer)
+    branching, whole = [], []
+    for j in order:
+        starts_in_block = lens.plan.view.grows and lens.sites[parts[j].site].layer >= 0
+        (branching if starts_in_block else whole).append(j)
+    found: Tensor | None = None
+    longest = prompts.row(int(prompts.lengths.argmax()))
+    ways = ((whole, _in_rows, prompts), (branching, _branching, longest))
+    with tqdm(total=len(parts), desc="tangents", leave=False, disable=not progress) as bar:
+        for some, run, at_once in ways:
+            if not some:
+                continue
+            step = rows_at_once(lens, at_once, TANGENT_TOKENS, max_memory, read=prompts.batch)
+            for start in range(0, len(some), step):
+                chunk = some[start : start + step]
+                with dual_forward() as products:
+                    rows = run(lens, prompts, at, [parts[j] for j in chunk], products)
+                    tangents = read(rows)
+                if found is None:
+                    found = tangents.new_empty(len(tangents), len(parts), *tangents.shape[2:])
+                found[:, chunk] = tangents
+                bar.update(len(chunk))
+    if found is None:
+        raise ArgumentError("parts=[] asks for nothing; give at least one.")
+    return found
+
+
+def _in_rows(
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "site"],
+    parts: Sequence[Part],
+    products: OneProduct,
+) -> _Logits:
+    """Every part of every prompt in a row of one batch, from the embeddings on."""
+    del products
+    rows = [(b * len(parts) + j, p) for b in range(prompts.batch) for j, p in enumerate(parts)]
+    many = prompts.repeat(len(parts))
+    with lens.injected(_PartsInject(lens, at, rows, many.lengths)):
+        return read_logits(lens, many).view(prompts.batch, len(parts), -1)
+
+
+def _branching(
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "site"],
+    parts: Sequence[Part],
+    products: OneProduct,
+) -> _Logits:
+    """One prompt at a time, without its padding; each part's row begins at its block."""
+    found = []
+    rows, grow = list(enumerate(parts, start=1)), _growing(lens, parts, products)
+    for one in map(prompts.row, range(prompts.batch)):
+        lengths = one.lengths.expand(len(parts) + 1)
+        inject = _PartsInject(lens, at, rows, lengths)
+        try:
+            with lens.injected(inject, before=grow):
+                found.append(read_logits(lens, one)[1:])
+        finally:
+            products.rows = 1
+    return torch.stack(found)
+
+
+def _growing(
+    lens: LoraLens, parts: Sequence[Part], products: OneProduct
+) -> list[tuple[str, HookFn]]:
+    """Rows for each block's parts, which must come in the order of blocks, behind those so far."""
+    view = lens.plan.view
+    last = view.n_layers - 1
+    blocks = [min(lens.sites[part.site].layer, last) for part in parts]
+    grown = functools.partial(_grown, products=products) if view.keeps_rows else _grown
+    return [(view.block_input(layer), grown(blocks.count(layer))) for layer in sorted(set(blocks))]
+
+
+def _grown(count: int, products: OneProduct | None = None) -> HookFn:
+    """Rows that start as the first one, all of whose primals are one and the same."""
+
+    def grow(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        first = fwad.unpack_dual(tensor[:1]).primal.expand(count, *tensor.shape[1:])
+        if products is not None:
+            products.rows = len(tensor) + count
+        return torch.cat([tensor, first])
+
+    return grow
+
+
+class _PartsInject:
+    """Some rows of the batch move along a part each; every row runs at the gates `at`."""
+
+    def __init__(
+        self,
+        lens: LoraLens,
+        at: Float[Tensor, "site"],
+        rows: Sequence[tuple[int, Part]],
+        lengths: Int[Tensor, "row"],
+    ) -> None:
+        self._scaled, self._at, self._lens = ScaleInject(lens.plan, at), at.tolist(), lens
+        by_site: dict[int, list[tuple[int, Part]]] = {}
+        for row, part in rows:
+            by_site.setdefault(part.site, []).append((row, part))
+        self._rows = {site: self._gather(site, own, lengths) for site, own in by_site.items()}
+
+    def _gather(
+        self, site: int, own: Sequence[tuple[int, Part]], lengths: Int[Tensor, "row"]
+    ) -> tuple[Int[Tensor, "part"], Slots]:
+        device = self._lens.maps[site].A.device
+        rows = torch.tensor([row for row, _ in own], device=device)
+        position = _slot([part.position for _, part in own], device)
+        if position is not None and self._lens.sites[site].kind == "unembed":
+            read = lengths.to(device)[rows] - 1
+            position = torch.where(position == read, 0, torch.where(position == -1, -1, -2))
+        head, rank = ([getattr(part, axis) for _, part in own] for axis in ("head", "rank"))
+        return rows, Slots(position, _slot(head, device), _slot(rank, device))
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        moved = self._scaled(index, out, z)
+        injection = self._lens.plan.injections[index]
+        weight = 1.0 if injection.partner is None else self._at[injection.partner]
+        if injection.site not in self._rows or not weight:
+            return moved
+        rows, slots = self._rows[injection.site]
+        site = self._lens.sites[injection.site]
+        primal = fwad.unpack_dual(z).primal[rows]
+        delta = part_deltas(injection.map, site.kind, self._lens.heads.of(site.kind), primal, slots)
+        tangent = out.new_zeros(*out.shape[:2], delta.shape[-1])
+        tangent[rows] = (weight * delta).to(out.dtype)
+        moved = out if moved is None else moved
+        return moved + fwad.make_dual(torch.zeros_like(out), tangent.view(out.shape))
+
+
+def _slot(kept: Sequence[int | None], device: torch.device) -> Int[Tensor, "part"] | None:
+    """The slot that each part keeps, −1 for all; None where every part keeps all."""
+    if all(slot is None for slot in kept):
+        return None
+    return torch.tensor([-1 if slot is None else slot for slot in kept], device=device)

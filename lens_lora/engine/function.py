@@ -1,0 +1,194 @@
+"""g(ε) = readout(f(ε)), the function of which all else is a derivative, a corner or an integral.
+
+Several gate vectors are evaluated at once by repeating each prompt along the batch, in chunks of a
+bounded number of tokens; where they share their first layers, as a tree (`engine/branching.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.engine import branching as tree
+from lens_lora.errors import NumericsError
+from lens_lora.hooked.gates import ScaleInject
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.rows import Columns, Reading
+
+__all__ = [
+    "chunk_rows",
+    "gated_logits",
+    "gated_readout",
+    "read_logits",
+    "read_value",
+    "require_finite",
+]
+
+TOKENS_AT_ONCE = 2048
+TREE_TOKENS_AT_ONCE, TREE_LOGITS_AT_ONCE = 4096, 2**27
+_SLOW = 8
+
+
+def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row vocab"]:
+    """One forward pass under the hooks now on the model: logits at each row's last token.
+
+    Only that position is unembedded. Returned at float32 or better, as readouts need.
+    """
+    with _read_rows_only(lens, prompts):
+        return lens.run(prompts)[:, 0].to(lens.gate_dtype)
+
+
+def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
+    """One forward pass under the hooks now on the model: g, read at each row's last token.
+
+    Of a readout of a few logits only their rows of W_U are multiplied, unless something hooks the
+    unembedding or bends its logits.
+    """
+    unembedding = lens.plan.view.unembedding()
+    if (
+        unembedding is None
+        or not isinstance(reading.read, Columns)
+        or any(map(_is_changed, lens.model.unembed.modules()))
+    ):
+        return reading.read(read_logits(lens, reading.prompts))
+    weight, bias = unembedding
+    with _no_unembedding(lens):
+        final = reading.prompts.at_read(lens.run(reading.prompts))
+    ids = reading.read.ids.to(weight.device)
+    few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final.device))
+    few = few if bias is None else few + bias[ids.to(bias.device)].to(final.device)
+    return reading.read.of(few.to(lens.gate_dtype))
+
+
+def _is_changed(module: torch.nn.Module) -> bool:
+    """Whether hooks are on it, or a forward of its own (as accelerate puts there)."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
+@contextlib.contextmanager
+def _no_unembedding(lens: LoraLens) -> Generator[None]:
+    """The model returns what it would unembed."""
+    # A Bridge's component passes attributes on to the module that it wraps; its own dict it keeps.
+    own = vars(lens.model.unembed)
+    own["forward"] = lambda residual, *args, **kwargs: residual
+    try:
+        yield
+    finally:
+        del own["forward"]
+
+
+@contextlib.contextmanager
+def _read_rows_only(lens: LoraLens, prompts: Prompts) -> Generator[None]:
+    """Hand the unembedding the read position alone."""
+
+    def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del module
+        return (prompts.at_read(args[0])[:, None], *args[1:])
+
+    handle = lens.model.unembed.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def gated_logits(
+    lens: LoraLens, prompts: Prompts, gates: Float[Tensor, "*row site"]
+) -> Float[Tensor, "row vocab"]:
+    """f(ε) at the read position; gates [site], or [row, site]. One forward pass."""
+    with lens.injected(ScaleInject(lens.plan, gates)):
+        return read_logits(lens, prompts)
+
+
+def gated_readout(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "point site"],
+    *,
+    progress: bool = True,
+    what: str = "forward passes",
+) -> Float[Tensor, "batch point"]:
+    """g at several gate vectors. At most as many forward passes as points, batched.
+
+    Points that share their gates in the first layers share the work there, where the model's
+    blocks allow it: adding, or leaving out, every site in turn costs half.
+
+    Raises:
+        NumericsError: a non-finite readout.
+    """
+    gates = gates.to(lens.device, lens.gate_dtype)
+    with torch.no_grad():
+        run = _as_tree if tree.pays(lens, gates) else _in_batches
+        values = run(lens, reading, gates, progress, what)
+    require_finite(values, "the readout")
+    return values
+
+
+def _in_batches(
+    lens: LoraLens, reading: Reading, gates: Tensor, progress: bool, what: str
+) -> Float[Tensor, "batch point"]:
+    columns, step = [], chunk_rows(reading.prompts)
+    with _bar(len(gates), progress, what) as bar:
+        for some in gates.split(step):
+            many = reading.repeat(len(some))
+            by_row = some.repeat(len(reading.owner), 1)
+            with lens.injected(ScaleInject(lens.plan, by_row)):
+                values = read_value(lens, many)
+            columns.append(values.view(reading.batch, -1))
+            bar.update(len(some))
+    return torch.cat(columns, 1)
+
+
+def _as_tree(
+    lens: LoraLens, reading: Reading, gates: Tensor, progress: bool, what: str
+) -> Float[Tensor, "batch point"]:
+    """One row of the reading at a time, as its own tree: aligned, without padding."""
+    order = tree.neighbours_first(lens, gates)
+    columns, step = [], _tree_points(lens, reading)
+    with _bar(len(gates), progress, what) as bar:
+        for some in gates[order].split(step):
+            branches = tree.Tree.of(lens, some)
+            rows = [
+                branches.run(lens, lambda one=one: read_logits(lens, one))
+                for one in map(reading.prompts.row, range(len(reading.owner)))
+            ]
+            values = reading.repeat(len(some)).read(torch.stack(rows).flatten(0, 1))
+            columns.append(values.view(reading.batch, -1))
+            bar.update(len(some))
+    return torch.cat(columns, 1)[:, order.argsort()]
+
+
+def _tree_points(lens: LoraLens, reading: Reading) -> int:
+    """How many points at once: bounded in tokens of a row, and in logits of all rows."""
+    rows, longest = reading.prompts.tokens.shape
+    logits = rows * int(lens.model.cfg.d_vocab_out)
+    return max(1, min(TREE_TOKENS_AT_ONCE // longest, TREE_LOGITS_AT_ONCE // logits))
+
+
+def _bar(points: int, progress: bool, what: str) -> tqdm:
+    return tqdm(total=points, desc=what, leave=False, disable=not progress or points < _SLOW)
+
+
+def chunk_rows(prompts: Prompts) -> int:
+    """How many copies of the prompts fit in one batch."""
+    return max(1, TOKENS_AT_ONCE // max(prompts.tokens.numel(), 1))
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NumericsError: some value is not finite.
+    """
+    if not torch.isfinite(values).all():
+        raise NumericsError(
+            f"{what} is not finite; lens.logits(prompts) names the first hook point at which the "
+            "model's own activations stop being finite."
+        )

@@ -1,0 +1,178 @@
+"""g with ε in the graph: what is differentiated more than once, or for many readouts.
+
+    ∂f_y/∂ε_l for k tokens y    one forward pass, k backward passes as one batch
+    H v, and H of any rows      one forward, one backward that is itself in the graph, and a
+                                backward through both for each direction, as one batch
+
+Each row of the batch has gates of its own, so that each prompt has derivatives of its own. What
+`engine/reverse.py` streams away is kept here until the graph is let go.
+
+Second order: H v, the derivative of every site's first order along v.
+
+    (H v)_l = d/dt ∂g/∂ε_l (at + t v) at t = 0,   H_lm = ∂²g/∂ε_l ∂ε_m      (note, §6, item 4)
+
+1. A forward and a backward pass with ε in the graph give the slopes ∂g/∂ε_l, themselves in it.
+2. A backward pass through both gives the derivative of Σ_l v_l ∂g/∂ε_l by every ε: H v, for H is
+   symmetric.
+3. Many directions go back through one graph, as a batch of a bounded number of tokens.
+4. Prompts have nothing to do with one another, so no graph is of more tokens than that either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from lens_lora.engine.function import read_value
+from lens_lora.engine.reverse import require_finite_sites
+from lens_lora.hooked.gates import ScaleInject
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.rows import Reading
+
+__all__ = [
+    "GateGraph",
+    "gate_graph",
+    "hessian_product",
+    "hessian_products",
+    "in_groups",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class GateGraph:
+    """Gates and what was read of a forward pass, with the graph between them.
+
+    Attributes:
+        gates: [row, site], the leaf.
+        out: g of each prompt, or many such numbers.
+    """
+
+    gates: Float[Tensor, "row site"]
+    out: Float[Tensor, "*out"]
+
+    def slopes(self) -> Float[Tensor, "row site"]:
+        """The derivative of Σ out, itself in the graph."""
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(
+                self.out.sum(), self.gates, create_graph=True, materialize_grads=True
+            )
+        return found
+
+    def pulled_back(
+        self, values: Float[Tensor, "*n"], covectors: Float[Tensor, "covector *n"]
+    ) -> Float[Tensor, "covector row site"]:
+        """The derivative of Σ covector · values for each covector. A batch of backward passes."""
+        nothing = self.gates.new_zeros(len(covectors), *self.gates.shape)
+        if not values.requires_grad:
+            return nothing
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
+            grads = torch.autograd.grad(
+                values,
+                self.gates,
+                covectors.to(values),
+                is_grads_batched=True,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        found = cast("Tensor | None", grads[0])
+        return nothing if found is None else found
+
+    def slopes_of_each(
+        self, at_once: int, *, progress: bool = True
+    ) -> Float[Tensor, "value row site"]:
+        """The derivative of each value of out, [value, row]; so many backward passes as one."""
+        values = self.out
+        found: list[Tensor] = []
+        with tqdm(total=len(values), desc="slopes", leave=False, disable=not progress) as bar:
+            for some in torch.arange(len(values), device=values.device).split(at_once):
+                covectors = torch.zeros(len(some), *values.shape, device=values.device)
+                covectors[torch.arange(len(some), device=values.device), some] = 1
+                found.append(self.pulled_back(values, covectors))
+                bar.update(len(some))
+        return torch.cat(found)
+
+
+def gate_graph(
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "*row site"],
+    read: Callable[[], Float[Tensor, "*out"]],
+) -> GateGraph:
+    """The graph at these gates, of what `read` reads of one forward pass.
+
+    Attention is computed from its formula, as fused kernels have no second derivative.
+    """
+    gates = at.detach().expand(len(prompts.tokens), -1).clone().requires_grad_()
+    inject = ScaleInject(lens.plan, gates)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), lens.injected(inject):
+        return GateGraph(gates, read())
+
+
+TOKENS_AT_ONCE = 512
+
+
+def hessian_product(
+    lens: LoraLens,
+    reading: Reading,
+    at: Float[Tensor, "site"],
+    direction: Float[Tensor, "site"],
+) -> Float[Tensor, "batch site"]:
+    """H v per prompt and site, in the readout's units.
+
+    Cost: one forward and two backward passes, about 2 FB. Memory: of the graph, of a group of
+    prompts at a time.
+    """
+
+    def of_some(some: Reading) -> Float[Tensor, "batch site"]:
+        one = hessian_products(lens, some, at, direction[None], progress=False)
+        return next(iter(one))[:, 0]
+
+    return in_groups(reading, of_some)
+
+
+def in_groups(
+    reading: Reading, work: Callable[[Reading], Float[Tensor, "some *out"]]
+) -> Float[Tensor, "batch *out"]:
+    """What is found of each prompt, a group of prompts at a time."""
+    return torch.cat([work(some) for some in reading.groups(TOKENS_AT_ONCE)])
+
+
+def hessian_products(
+    lens: LoraLens,
+    reading: Reading,
+    at: Float[Tensor, "site"],
+    directions: Float[Tensor, "direction site"],
+    *,
+    progress: bool = True,
+    what: str = "Hessian products",
+) -> Iterator[Float[Tensor, "batch chunk site"]]:
+    """H v of many directions, a chunk of them at a time, in their order.
+
+    Cost: one forward and one backward, and a backward through both for each direction, batched.
+
+    Raises:
+        NumericsError: a product that is not finite, naming the site.
+    """
+    directions = directions.to(at)
+    step = max(1, TOKENS_AT_ONCE // reading.prompts.tokens.numel())
+    silent = not progress or len(directions) <= step
+    graph = gate_graph(lens, reading.prompts, at, lambda: read_value(lens, reading))
+    slopes = graph.slopes()
+    with tqdm(total=len(directions), desc=what, leave=False, disable=silent) as bar:
+        for some in directions.split(step):
+            covectors = some[:, None].expand(-1, *graph.gates.shape)
+            products = graph.pulled_back(slopes, covectors).transpose(0, 1)
+            products = reading.by_prompt(products)
+            require_finite_sites(lens, products.transpose(1, 2))
+            yield products
+            bar.update(len(some))

@@ -1,0 +1,55 @@
+"""Hook points that fire while the model ignores their value: patched, they show a false zero."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lens_lora.engine.function import chunk_rows, read_logits
+from lens_lora.engine.swap import Patch, record, swaps
+from lens_lora.hooked.gates import attached
+from lens_lora.lens import LoraLens, Scale
+from lens_lora.readouts.prompts import Prompts
+
+__all__ = ["unheard"]
+
+_TRIED_TOKENS = 4
+
+
+def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]) -> list[str]:
+    """Those points at which noise changes no bit of the logits: the model ignores their value.
+
+    The noise is as large as the activation. Two forward passes a name, batched.
+
+    Args:
+        prompts: one row; a short one is lengthened, for one token alone attends to nothing else.
+    """
+    longer = prompts.tokens.repeat(1, _TRIED_TOKENS)[
+        :, : max(_TRIED_TOKENS, len(prompts.tokens[0]))
+    ]
+    prompts = Prompts(longer, torch.full_like(prompts.lengths, longer.shape[1]))
+    own = record(lens, prompts, scale, names)
+    noisy = {name: [_noisy(t) for t in firings] for name, firings in own.firings.items()}
+    silent: list[str] = []
+    step = chunk_rows(prompts)
+    for start in range(0, len(names), step):
+        some = list(names[start : start + step])
+        patches, many = [Patch(name, None) for name in some], prompts.repeat(len(some))
+        logits: list[Tensor] = []
+        for donor in (own, dataclasses.replace(own, firings=noisy)):
+            hooks = swaps(donor, patches, 1)
+            with torch.no_grad(), lens.applied(scale), attached(lens.model, hooks):
+                logits.append(read_logits(lens, many))
+        same = (logits[0] == logits[1]).all(-1).tolist()
+        silent += [name for name, is_same in zip(some, same, strict=True) if is_same]
+    return silent
+
+
+def _noisy(tensor: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+    size = tensor[tensor.isfinite()].double().square().mean().sqrt().to(tensor)
+    return tensor + noise * torch.where(size > 0, size, torch.ones_like(size))

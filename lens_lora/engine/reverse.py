@@ -1,0 +1,183 @@
+"""Reverse mode: one readout, every site, position, head and rank, in one forward and one backward.
+
+1. What the first adapted block reads, or the embedding's output where that is adapted, becomes the
+   leaf of the graph; every site lies between it and g (a position embedding gets a leaf of its own,
+   for it lies beside).
+2. Each site's output gets a gradient hook that contracts G = ∂g/∂(output) with u = Az + a₀ as the
+   backward pass goes by, and keeps nothing else.
+3. The gradient that reaches the leaf is discarded; parameters never receive one.
+
+∂g/∂ε_l of every site, and of its positions, heads and ranks, in reverse mode: as tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.engine.function import read_value, require_finite
+from lens_lora.engine.parts import parts
+from lens_lora.errors import ModelStateError, NumericsError
+from lens_lora.hooked.gates import ScaleInject
+from lens_lora.hooked.plan import Injection
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.rows import Reading
+
+__all__ = [
+    "part_slots",
+    "require_finite_sites",
+    "site_gradients",
+    "site_slopes",
+]
+
+Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
+
+
+class _TapInject:
+    """Adds ε_l ΔW_l z_l and shows the visitor each injection on the way back."""
+
+    def __init__(
+        self, lens: LoraLens, gates: Float[Tensor, "*row site"], visit: Visit, leaves: list[Tensor]
+    ) -> None:
+        self._scaled = ScaleInject(lens.plan, gates)
+        self._injections = lens.plan.injections
+        self._kinds = [site.kind for site in lens.sites]
+        self._gates = gates
+        self._visit, self._leaves = visit, leaves
+        self.seen: set[int] = set()
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
+        injection = self._injections[index]
+        partner = None if injection.partner is None else self._gates[..., injection.partner]
+        moved = self._scaled(index, out, z)
+        moved = out.view_as(out) if moved is None else moved
+        if self._kinds[injection.site] == "pos_embed":
+            self._leaves.append(moved.new_zeros(moved.shape).requires_grad_())
+            moved = moved + self._leaves[-1]
+        kept = z.detach()
+
+        def on_gradient(gradient: Tensor) -> None:
+            self.seen.add(injection.site)
+            self._visit(injection, partner, gradient.flatten(2), kept)
+
+        moved.register_hook(on_gradient)
+        return moved
+
+
+def _leaf(lens: LoraLens) -> str:
+    """The last hook point before every site."""
+    first = min(site.layer for site in lens.sites)
+    return lens.embedding_output if first < 0 else lens.plan.view.block_input(first)
+
+
+def site_gradients(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "*row site"],
+    visit: Visit,
+) -> Float[Tensor, "batch"]:
+    """Visit every injection at these gates; returns g there. One forward and one backward.
+
+    The visitor gets (injection, its partner's gate or None, G = Jᵀu_y [row, pos, out], z): the
+    site's derivative is the sum of weight · ⟨G, δ(z)⟩ over its injections. The weight is a scalar,
+    or one per row as the gates are.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site.
+    """
+    leaves: list[Tensor] = []
+
+    def start(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    tap = _TapInject(lens, gates, visit, leaves)
+    with torch.enable_grad():
+        with lens.injected(tap, before=[(_leaf(lens), start)]):
+            values = read_value(lens, reading)
+        torch.autograd.grad(values.sum(), leaves)
+    missed = [site.name for i, site in enumerate(lens.sites) if i not in tap.seen]
+    if missed:
+        raise ModelStateError(
+            f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does not "
+            "depend on it, or a hook on the model detaches its output."
+        )
+    return values.detach()
+
+
+def site_slopes(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "*row site"],
+    axes: tuple[str, ...] = (),
+) -> Float[Tensor, "batch site *by"]:
+    """∂g/∂ε_l at these gates, one for all rows or each row's own. One forward, one backward."""
+    prompts = reading.prompts
+    shape = (prompts.batch, len(lens.sites), *part_slots(lens, prompts, axes))
+    values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+
+    heads_of = lens.heads
+
+    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+        kind = lens.sites[injection.site].kind
+        heads = heads_of.of(kind)
+        found = parts(injection.map, kind, heads, gradient, z, axes)
+        if weight is not None:
+            found = weight.to(found.device).view(-1, *[1] * (found.ndim - 1)) * found
+        found = found.to(values.device)
+        if not axes:
+            values[:, injection.site].add_(found)
+            return
+        if kind == "unembed" and "position" in axes:
+            found = _at_read_position(prompts, found)
+        slots: list[int | slice] = [slice(None), injection.site]
+        for axis in axes:
+            size = found.shape[1 + axes.index(axis)]
+            whole = axis == "head" and not heads
+            slots.append(slice(-1, None) if whole else slice(0, size))
+        values[tuple(slots)] += found
+
+    site_gradients(lens, reading, gates, visit)
+    return reading.by_prompt(values)
+
+
+def part_slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple[int, ...]:
+    """The size of each axis: positions of the longest row, heads and 'none', the largest rank."""
+    sizes = {
+        "position": prompts.tokens.shape[1],
+        "head": lens.heads.n_heads + 1,
+        "rank": max(s.rank for s in lens.sites),
+    }
+    return tuple(sizes[axis] for axis in axes)
+
+
+def _at_read_position(
+    prompts: Prompts, found: Float[Tensor, "row one *by"]
+) -> Float[Tensor, "row pos *by"]:
+    """The unembedding is run, and has a gradient, at the read position alone."""
+    spread = found.new_zeros(len(found), prompts.tokens.shape[1], *found.shape[2:])
+    spread[torch.arange(len(found)), prompts.lengths - 1] = found[:, 0]
+    return spread
+
+
+def require_finite_sites(lens: LoraLens, values: Float[Tensor, "batch site *by"]) -> None:
+    """Refuse NaN and infinity, naming the first such site.
+
+    Raises:
+        NumericsError: some derivative is not finite.
+    """
+    finite = torch.isfinite(values.flatten(2) if values.ndim > 2 else values[..., None])
+    broken = (~finite.all(-1).all(0)).nonzero()
+    if len(broken):
+        site = lens.sites[int(broken[0])]
+        raise NumericsError(
+            f"the derivative at {site.name} ({site.write}) is not finite; lens.logits(prompts) "
+            "names the first hook point with non-finite activations, if the model has one."
+        )
+    require_finite(values, "the first-order shift")

@@ -1,0 +1,280 @@
+"""Runs in which one activation is replaced by another run's, a different one in each row.
+
+1. `record`: the donor runs once; every wanted hook point's activations are kept, each firing.
+2. Each row of the recipient's batch gets one of them, at one hook point: a `Patch`.
+3. Rows that patch in block L equal the unpatched run before it, so where the model's batch may grow
+   they begin at the input of block L, as copies of the unpatched row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.engine import function
+from lens_lora.engine.function import chunk_rows, read_logits, require_finite
+from lens_lora.errors import ModelStateError
+from lens_lora.hooked.gates import HookFn, attached
+from lens_lora.lens import LoraLens, Scale
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.rows import Reading
+
+__all__ = ["Patch", "Recording", "patched_readout", "record", "swaps"]
+
+_WORTH = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """One intervention: the donor's activation at one hook point.
+
+    Attributes:
+        name: of the hook point.
+        where: [row, pos], the positions that are replaced; None for the whole tensor.
+    """
+
+    name: str
+    where: Bool[Tensor, "row pos"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A run's activations.
+
+    Attributes:
+        firings: per hook point that fired, its tensor at each firing.
+        layers: per hook point, the block in which it first fires; −1 before the blocks.
+    """
+
+    firings: dict[str, list[Tensor]]
+    layers: dict[str, int]
+
+
+def record(lens: LoraLens, prompts: Prompts, scale: Scale, names: Iterable[str]) -> Recording:
+    """The activations at these hook points with the adapter at `scale`. One forward pass.
+
+    Raises:
+        ModelStateError: a point that holds something else than activations, batch first.
+    """
+    found, now = Recording({}, {}), [-1]
+
+    def enter(layer: int) -> HookFn:
+        def hook_fn(tensor: Any, hook: Any) -> None:
+            del tensor, hook
+            now[0] = layer
+
+        return hook_fn
+
+    def keep(name: str) -> HookFn:
+        def hook_fn(tensor: Any, hook: Any) -> None:
+            del hook
+            _require_activation(name, tensor, prompts.batch)
+            found.firings.setdefault(name, []).append(tensor.detach().clone())
+            found.layers.setdefault(name, now[0])
+
+        return hook_fn
+
+    view = lens.plan.view
+    hooks = [(view.block_input(layer), enter(layer)) for layer in range(view.n_layers)]
+    hooks += [(name, keep(name)) for name in names]
+    with torch.no_grad(), lens.applied(scale), attached(lens.model, hooks):
+        read_logits(lens, prompts)
+    return found
+
+
+def _require_activation(name: str, tensor: Any, rows: int) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ModelStateError(f"{name} holds {what}, no activations; leave it out.")
+    if tensor.ndim < 3 or tensor.shape[0] not in (1, rows):
+        raise ModelStateError(
+            f"{name} holds a tensor {tuple(tensor.shape)} for {rows} rows: its prompts are not "
+            "apart on a first axis of their own, so one cannot be patched alone; leave it out."
+        )
+
+
+class _Swap:
+    """Puts the donor's activation into some rows, firing by firing.
+
+    Args:
+        donor: the tensor of each firing.
+        rows: rows of the batch at this point.
+        at, of: [patch], the batch row that is changed, and the donor's row.
+        where: [patch, pos], or None for all of it.
+    """
+
+    def __init__(
+        self, name: str, donor: list[Tensor], rows: int, at: Tensor, of: Tensor, where: Any
+    ) -> None:
+        self._name, self._donor, self._rows, self._fired = name, donor, rows, 0
+        self._at, self._of, self._where = at, of, where
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        donor = self._donor[min(self._fired, len(self._donor) - 1)]
+        self._fired += 1
+        out = tensor.expand(max(self._rows, len(tensor)), *tensor.shape[1:]).clone()
+        if self._fired > len(self._donor) or out.shape[1:] != donor.shape[1:]:
+            raise ModelStateError(
+                f"{self._name} fired as {tuple(tensor.shape)} where the donor's run has "
+                f"{tuple(donor.shape)}; the two runs do not correspond at this point, leave it out."
+            )
+        at, given = self._at.to(out.device), donor[(self._of % len(donor)).to(donor.device)]
+        if self._where is not None:
+            mask = self._where.to(out.device).view(*self._where.shape, *[1] * (out.ndim - 2))
+            given = torch.where(mask, given, out[at])
+        out[at] = given
+        return out
+
+
+def patched_readout(
+    lens: LoraLens,
+    reading: Reading,
+    donor: Recording,
+    patches: Sequence[Patch],
+    *,
+    donor_scale: Scale,
+    scale: Scale,
+    progress: bool,
+) -> Float[Tensor, "batch patch"]:
+    """g of the model at `scale` under each patch. At most one forward pass a patch, batched.
+
+    Raises:
+        NumericsError: a non-finite readout.
+    """
+    layers = torch.tensor([donor.layers[patch.name] for patch in patches])
+    order = layers.argsort(stable=True).tolist()
+    within = [i for i in order if layers[i] >= 0]
+    if not lens.plan.view.grows or _share(lens, layers[within].tolist()) > _WORTH:
+        within = []
+    outside = [i for i in order if i not in set(within)]
+    values = torch.empty(reading.batch, len(patches), dtype=lens.gate_dtype, device=lens.device)
+    with tqdm(total=len(patches), desc="patches", leave=False, disable=not progress) as bar:
+        if outside:
+            some = [patches[i] for i in outside]
+            run = _Batch(lens, reading, donor, scale)
+            values[:, outside] = _chunked(run, some, chunk_rows(reading.prompts), bar)
+        if within:
+            some, tree = [patches[i] for i in within], _Tree(lens, reading, scale, donor_scale)
+            tree.record({patch.name for patch in some})
+            values[:, within] = _chunked(tree, some, function._tree_points(lens, reading), bar)
+    require_finite(values, "the patched readout")
+    return values
+
+
+def _share(lens: LoraLens, layers: list[int]) -> float:
+    """Block passes of rows that begin where they patch, as a share of running each whole."""
+    count = lens.plan.view.n_layers
+    blocks = sum(count - layer for layer in layers) + count
+    return blocks / max(1, len(layers) * count)
+
+
+def _chunked(
+    run: Callable[[Sequence[Patch]], Float[Tensor, "batch patch"]],
+    patches: Sequence[Patch],
+    step: int,
+    bar: tqdm,
+) -> Float[Tensor, "batch patch"]:
+    columns: list[Tensor] = []
+    for start in range(0, len(patches), step):
+        some = patches[start : start + step]
+        with torch.no_grad():
+            columns.append(run(some))
+        bar.update(len(some))
+    return torch.cat(columns, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Every row of the reading once for each patch, whole."""
+
+    lens: LoraLens
+    reading: Reading
+    donor: Recording
+    scale: Scale
+
+    def __call__(self, patches: Sequence[Patch]) -> Float[Tensor, "batch patch"]:
+        many = self.reading.repeat(len(patches))
+        hooks = swaps(self.donor, patches, self.reading.prompts.batch)
+        with self.lens.applied(self.scale), attached(self.lens.model, hooks):
+            logits = read_logits(self.lens, many.prompts)
+        return many.read(logits).view(self.reading.batch, -1)
+
+
+def swaps(donor: Recording, patches: Sequence[Patch], rows: int) -> list[tuple[str, HookFn]]:
+    """Hooks for a batch in which row r · patches + i is the donor's row r under patch i."""
+    count, hooks = len(patches), []
+    for name, mine in _by_name(patches).items():
+        of = torch.arange(rows).repeat_interleave(len(mine))
+        at = of * count + torch.tensor(mine).repeat(rows)
+        wheres = [patches[i].where for i in mine]
+        where = _stacked(wheres)
+        where = where if where is None else where.transpose(0, 1).flatten(0, 1)
+        hooks.append((name, _Swap(name, donor.firings[name], rows * count, at, of, where)))
+    return hooks
+
+
+def _by_name(patches: Sequence[Patch]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for index, patch in enumerate(patches):
+        found.setdefault(patch.name, []).append(index)
+    return found
+
+
+def _stacked(wheres: list[Tensor | None]) -> Bool[Tensor, "patch row pos"] | None:
+    given = [where for where in wheres if where is not None]
+    return torch.stack(given) if given else None
+
+
+class _Tree:
+    """One row of the reading at a time; each patch begins at the input of the block it is in."""
+
+    def __init__(self, lens: LoraLens, reading: Reading, scale: Scale, donor_scale: Scale) -> None:
+        self._lens, self._reading = lens, reading
+        self._scale, self._donor_scale = scale, donor_scale
+        self._rows = [reading.prompts.row(i) for i in range(reading.prompts.batch)]
+        self._donors: list[Recording] = []
+
+    def record(self, names: Iterable[str]) -> None:
+        """The donor's activations of each row alone, without its padding."""
+        names = list(names)
+        self._donors = [record(self._lens, row, self._donor_scale, names) for row in self._rows]
+
+    def __call__(self, patches: Sequence[Patch]) -> Float[Tensor, "batch patch"]:
+        """Of patches in the order of their blocks."""
+        logits = [self._run(row, patches) for row in range(len(self._rows))]
+        values = self._reading.repeat(len(patches)).read(torch.cat(logits))
+        return values.view(self._reading.batch, -1)
+
+    def _run(self, row: int, patches: Sequence[Patch]) -> Float[Tensor, "patch vocab"]:
+        prompts, donor = self._rows[row], self._donors[row]
+        layers = [donor.layers[patch.name] for patch in patches]
+        view, hooks = self._lens.plan.view, []
+        for layer in sorted(set(layers)):
+            hooks.append((view.block_input(layer), _grow(layers.count(layer))))
+        for name, mine in _by_name(patches).items():
+            present = 1 + sum(layer <= donor.layers[name] for layer in layers)
+            wheres = [patches[i].where for i in mine]
+            where = _stacked(wheres)
+            where = where if where is None else where[:, row, : prompts.tokens.shape[1]]
+            at = 1 + torch.tensor(mine)
+            of = torch.zeros_like(at)
+            hooks.append((name, _Swap(name, donor.firings[name], present, at, of, where)))
+        with self._lens.applied(self._scale), attached(self._lens.model, hooks):
+            return read_logits(self._lens, prompts)[1:]
+
+
+def _grow(count: int) -> HookFn:
+    """`count` more copies of the unpatched row."""
+
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        return torch.cat([tensor, tensor[:1].expand(count, *tensor.shape[1:])])
+
+    return hook_fn

@@ -1,0 +1,169 @@
+"""TransformerBridge (transformer-lens 3.x, 4.x): hook names and weights.
+
+Each linear component has its own `hook_in` and `hook_out`; fused projections are split by the
+bridge into q, k, v components of their own. Unprocessed, `hook_in` is the Hugging Face linear's
+input x; once the norm is folded it is n.
+
+Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual, [batch, pos, head,
+d_model], which the bridge normalises behind their last hook point and multiplies by each head's
+weight. The copy is read there, and normalised as the bridge does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lens_lora.errors import ModelStateError
+from lens_lora.families import Family
+from lens_lora.hooked.host import Ports, find_family, is_capped
+from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
+
+_COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
+_FLAGS = (*_COPIED_INPUTS, "use_attn_result")
+# Bloom's position biases are made for each row; OPT flattens positions and counts them back.
+_FIXED_BATCH = ("BloomForCausalLM", "OPTForCausalLM")
+_PROCESSED_GATED = ("gate", "up")
+_COMPONENTS = {"gate": "gate", "up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
+
+
+class BridgeView:
+    """See `HookedView`."""
+
+    class_name = "TransformerBridge"
+
+    def __init__(self, model: Any) -> None:
+        _refuse_unknown_copies(model)
+        cfg = model.cfg
+        self.model: Any = model
+        self.family: Family = find_family(type(model.original_model).__name__)
+        n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+        self.heads: Heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
+        self.keeps_rows: bool = not self.family.routed
+        self.kv_copies: int = 1
+        self.n_layers: int = cfg.n_layers
+        self.grows: bool = type(model.original_model).__name__ not in _FIXED_BATCH
+
+    def _component(self, layer: int, kind: str) -> tuple[str, Any]:
+        if kind in ("embed", "pos_embed", "unembed"):
+            return kind, getattr(self.model, kind)
+        part = "attn" if kind in ATTENTION_KINDS else "mlp"
+        name = _COMPONENTS.get(kind, kind)
+        component = getattr(getattr(self.model.blocks[layer], part), name)
+        return f"blocks.{layer}.{part}.{name}", component
+
+    def ports(self, layer: int, kind: str) -> Ports:
+        name, _ = self._component(layer, kind)
+        copies = self._copies(layer, kind) if kind in ("q", "k", "v") else None
+        if copies is not None:
+            return Ports(copies, f"{name}.hook_out", through=self._norm_per_head(layer, kind))
+        if kind in _PROCESSED_GATED and self._computes_gated_mlp(layer):
+            return Ports(f"blocks.{layer}.mlp.hook_in", f"{name}.hook_out")
+        if kind == "o" and getattr(self.model.cfg, "use_attn_result", False):
+            return Ports(f"{name}.hook_in", f"blocks.{layer}.attn.hook_out")
+        return Ports(f"{name}.hook_in", f"{name}.hook_out")
+
+    def _copies(self, layer: int, kind: str) -> str | None:
+        """The hook point of the copies of the residual that the heads of q, k or v read."""
+        if getattr(self.model.cfg, "use_split_qkv_input", False):
+            return f"blocks.{layer}.attn.hook_{kind}_input"
+        if getattr(self.model.cfg, "use_attn_in", False):
+            return f"blocks.{layer}.attn.hook_attn_in"
+        return None
+
+    def _norm_per_head(self, layer: int, kind: str) -> Callable[[Tensor], Tensor]:
+        """What the bridge does to the copies before the weight; k and v take the first heads'."""
+        attn, heads = self.model.blocks[layer].attn, self.heads.of(kind)
+
+        def normalised(copies: Tensor) -> Tensor:
+            own = copies[:, :, :heads]
+            is_before_norm = attn._captured_pre_ln_residual is not None
+            return attn._apply_ln1_per_head(own) if is_before_norm else own
+
+        return normalised
+
+    def _computes_gated_mlp(self, layer: int) -> bool:
+        """Processed gated MLPs are computed by the bridge itself, past gate's and up's hook_in."""
+        mlp = self.model.blocks[layer].mlp
+        return bool(getattr(mlp, "_use_processed_weights", False)) and hasattr(mlp, "gate")
+
+    def block_input(self, layer: int) -> str:
+        return f"blocks.{layer}.hook_in" if layer < self.n_layers else "ln_final.hook_in"
+
+    def embedding_output(self) -> str:
+        return "embed.hook_out"
+
+    def embedding_scale(self, kind: str) -> float:
+        """Gemma's embedding multiplies what it looks up by √d, and so does PEFT its update."""
+        if kind != "embed":
+            return 1.0
+        return float(getattr(self.model.embed.original_component, "embed_scale", 1.0))
+
+    def weight(self, layer: int, kind: str) -> Tensor:
+        if kind in _PROCESSED_GATED or kind == "down":
+            held = self._held(layer, kind)
+            if held is not None:
+                return held
+        _, component = self._component(layer, kind)
+        linear = component.original_component
+        weight = linear.weight.detach()
+        is_transposed = type(linear).__name__ == "Conv1D" or isinstance(linear, nn.Embedding)
+        weight = weight.T if is_transposed else weight
+        return weight * self.embedding_scale(kind) if kind == "embed" else weight
+
+    def _held(self, layer: int, kind: str) -> Tensor | None:
+        """The weight that a processed gated MLP holds itself (transformer-lens 3)."""
+        held = getattr(self.model.blocks[layer].mlp, f"_processed_W_{_COMPONENTS.get(kind)}", None)
+        if held is not None and self._computes_gated_mlp(layer):
+            return held.detach()
+        return None
+
+    def bias(self, layer: int, kind: str) -> Tensor | None:
+        _, component = self._component(layer, kind)
+        bias = getattr(component.original_component, "bias", None)
+        return None if bias is None else bias.detach().flatten()
+
+    def unembedding(self) -> tuple[Tensor, Tensor | None] | None:
+        if is_capped(self.model):
+            return None
+        last = self.n_layers
+        return self.weight(last, "unembed"), self.bias(last, "unembed")
+
+    def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        del layer, kind
+        return None
+
+    def is_folded(self, layer: int, kind: str) -> bool:
+        """A folded norm is left with weight 1 and bias 0."""
+        if kind == "unembed":
+            norm = self.model.ln_final.original_component
+        else:
+            block = self.model.blocks[layer]
+            own = "ln1" if kind in ATTENTION_KINDS else "ln2"
+            norm = getattr(block, own, block.ln1).original_component
+        bias = getattr(norm, "bias", None)
+        gamma = norm.weight + self.family.gamma_offset
+        is_unit = bool((gamma == 1).all()) and (bias is None or not bool(bias.any()))
+        return self.needs_base() and is_unit
+
+    def state(self) -> tuple[tuple[str, Any], ...]:
+        flags = tuple((f"cfg.{flag}", getattr(self.model.cfg, flag, False)) for flag in _FLAGS)
+        return (*flags, ("processed weights", self.needs_base()))
+
+    def needs_base(self) -> bool:
+        return bool(getattr(self.model, "_weights_processed", False))
+
+
+def _refuse_unknown_copies(model: Any) -> None:
+    """Refuse a flag under which a transformer-lens does something else to the copies."""
+    for flag in _COPIED_INPUTS:
+        if getattr(model.cfg, flag, False) and not all(
+            hasattr(block.attn, "_apply_ln1_per_head") for block in model.blocks
+        ):
+            raise ModelStateError(
+                f"cfg.{flag} is on, and how this transformer-lens normalises each head's input is "
+                f"not known, so z cannot be had. Set it off (bridge.set_{flag}(False)) before the "
+                "lens is made, or use transformer-lens 3.9 or later."
+            )

@@ -1,0 +1,190 @@
+"""Answers of several tokens, teacher-forced, in nats:
+
+    log p(answer | prompt) = Σ_j log p(a_j | prompt, a_1 … a_{j−1}).
+
+1. Each prefix of an answer becomes a row: prompt + a_1 … a_{j−1}, read at its last token.
+2. Rows that two answers share are run once, and what they share cancels in their margin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lens_lora.errors import TokenError
+from lens_lora.readouts.prompts import Prompts, require_context, which_prompt
+from lens_lora.readouts.readout import Margin, Readout, TokenLike, token_ids
+from lens_lora.readouts.rows import LogProbs, Reading
+
+__all__ = ["AnswerLike", "AnswerLogProb", "AnswerMargin", "answer_ids", "margin_between"]
+
+AnswerLike = str | int | Int[Tensor, "token"] | Sequence[str | int | Int[Tensor, "token"]]
+Ids = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnswerLogProb(Readout):
+    """log p(answer | prompt), in nats.
+
+    Args:
+        answer: a string (with its leading space), one token id, ids [token], or a list of these,
+            one per prompt.
+
+    Costs a row of the batch for each token of the answer.
+    """
+
+    answer: AnswerLike
+    units = "nats"
+
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        answers = answer_ids(model, self.answer, prompts.batch)
+        return _reading(model, prompts, [[(ids, 1.0)] for ids in answers])
+
+    @property
+    def label(self) -> str:
+        return f"log p({_name(self.answer)})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnswerMargin(Readout):
+    """log p(doc | prompt) − log p(pre | prompt), in nats; of single tokens, `Margin` itself.
+
+    Args:
+        doc, pre: as `AnswerLogProb.answer`.
+    """
+
+    doc: AnswerLike
+    pre: AnswerLike
+    units = "nats"
+
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        docs, pres = (answer_ids(model, a, prompts.batch) for a in (self.doc, self.pre))
+        if any(doc == pre for doc, pre in zip(docs, pres, strict=True)):
+            raise TokenError(
+                f"doc and pre are the same tokens ({_name(self.doc)} and {_name(self.pre)}), so "
+                "their margin is zero whatever the model does."
+            )
+        pairs = [[(doc, 1.0), (pre, -1.0)] for doc, pre in zip(docs, pres, strict=True)]
+        return _reading(model, prompts, pairs)
+
+    @property
+    def label(self) -> str:
+        return f"margin({_name(self.doc)} − {_name(self.pre)})"
+
+
+def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, batch: int) -> Readout:
+    """`Margin` of two tokens, or `AnswerMargin` where an answer has several.
+
+    Raises:
+        TokenError: not tokens of the model, the same, or a word that lost its leading space.
+    """
+    several = False
+    for answer in (doc, pre):
+        for item, ids in zip(_items(answer, batch), answer_ids(model, answer, batch), strict=True):
+            several |= len(ids) > 1
+            if len(ids) > 1 and isinstance(item, str) and not item.startswith(" "):
+                _require_no_lost_space(model, item)
+    return AnswerMargin(doc, pre) if several else Margin(_token(doc), _token(pre))
+
+
+def _require_no_lost_space(model: Any, answer: str) -> None:
+    """Refuse 'Lyon' where ' Lyon' is one token: it is hardly what was meant."""
+    if len(model.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]) == 1:
+        token_ids(model, answer, 1)
+
+
+def _token(answer: AnswerLike) -> TokenLike:
+    if isinstance(answer, str | int):
+        return answer
+    if isinstance(answer, Tensor):
+        return int(answer)
+    return [a if isinstance(a, str | int) else int(a) for a in answer]
+
+
+def answer_ids(model: Any, answer: AnswerLike, batch: int) -> list[Ids]:
+    """The token ids of each prompt's answer.
+
+    Raises:
+        TokenError: an empty answer, ids outside the vocabulary, no tokenizer, or as many answers
+            as there are not prompts.
+    """
+    items = _items(answer, batch)
+    if len(items) != batch:
+        raise TokenError(f"{len(items)} answers for {batch} prompts; give one, or one per prompt.")
+    return [_ids(model, item) for item in items]
+
+
+def _items(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
+    if isinstance(answer, str | int | Tensor):
+        return [answer] * batch
+    if not isinstance(answer, Sequence):
+        raise TokenError(
+            f"the answer is {answer!r}; expected a string with its leading space, a token id, or "
+            "a list with one of them per prompt."
+        )
+    return list(answer)
+
+
+def _ids(model: Any, answer: str | int | Tensor) -> Ids:
+    if isinstance(answer, str):
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None:
+            raise TokenError(f"the model has no tokenizer to look up {answer!r}; pass token ids.")
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    elif isinstance(answer, Tensor | int):
+        ids = torch.as_tensor(answer).flatten().tolist()
+    else:
+        raise TokenError(f"{answer!r} is neither a string nor token ids.")
+    if not ids:
+        raise TokenError(f"the answer {answer!r} has no token; give it at least one.")
+    outside = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
+    if outside:
+        raise TokenError(
+            f"token id {outside[0]} of the answer {answer!r} is outside the {model.cfg.d_vocab} "
+            "of the model."
+        )
+    return tuple(int(i) for i in ids)
+
+
+def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]]) -> Reading:
+    rows: list[Tensor] = []
+    owner: list[int] = []
+    picks: list[tuple[int, int, float]] = []
+    for prompt, weighted in enumerate(answers):
+        mine = prompts.row(prompt).tokens[0]
+        row_of: dict[Ids, int] = {}
+        for (prefix, token), weight in _steps(weighted).items():
+            if prefix not in row_of:
+                row_of[prefix] = len(rows)
+                rows.append(torch.cat([mine, mine.new_tensor(prefix)]))
+                owner.append(prompt)
+            picks.append((row_of[prefix], token, weight))
+    lengths = torch.tensor([len(r) for r in rows], device=prompts.tokens.device)
+    longest = int(lengths.argmax())
+    which = which_prompt(owner[longest], prompts.batch)
+    require_context(model, int(lengths[longest]), f"{which} with its answer")
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    owners = torch.tensor(owner)
+    at, ids, weights = map(torch.tensor, zip(*picks, strict=True))
+    read = LogProbs(at, ids, weights, owners[at], prompts.batch)
+    return Reading(Prompts(tokens, lengths), read, owners)
+
+
+def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
+    """{(prefix, next token): weight}, without what cancels."""
+    steps: dict[tuple[Ids, int], float] = {}
+    for ids, weight in weighted:
+        for j, token in enumerate(ids):
+            steps[ids[:j], token] = steps.get((ids[:j], token), 0.0) + weight
+    return {step: weight for step, weight in steps.items() if weight}
+
+
+def _name(answer: AnswerLike) -> str:
+    if isinstance(answer, str | int):
+        return repr(answer)
+    return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else "per prompt"

@@ -1,0 +1,233 @@
+"""Readouts u_y: what number is read from the logits at the read position.
+
+Logits and margins are in logits, log-probabilities in nats. A margin and a log-probability do not
+depend on a constant added to all logits; a single `Logit` does, so on a model with centred
+unembedding it differs from Hugging Face's by that constant (its *shift* under the adapter too).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.errors import ArgumentError, TokenError
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.rows import Bound, Columns, LogProbs, Reading, one_row_each
+
+__all__ = ["LogProb", "Logit", "Margin", "Readout", "TokenLike", "bound", "token_ids"]
+
+TokenLike = str | int | Sequence[str | int] | Int[Tensor, "batch"]
+
+
+class Readout(abc.ABC):
+    """A number read from the logits of each prompt."""
+
+    units = "logits"
+
+    @abc.abstractmethod
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        """The rows to run for these prompts, and how g is read from them.
+
+        Raises:
+            TokenError: a token string that is not one token.
+        """
+
+    @property
+    @abc.abstractmethod
+    def label(self) -> str:
+        """How tables and plots call it."""
+
+    @staticmethod
+    def of(
+        fn: Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, "batch"]],
+        label: str | None = None,
+    ) -> LastToken:
+        """Any differentiable callable of the logits at the read position.
+
+            >>> Readout.of(lambda logits: logits.logsumexp(-1), label="log Z").label
+            'log Z'
+
+        Args:
+            fn: [batch, d_vocab] → [batch], each row's number from that row alone.
+        """
+        return _Callable(fn, label or getattr(fn, "__name__", "readout"))
+
+
+def bound(readout: Readout, model: Any, prompts: Prompts) -> Reading:
+    """`readout.over`, which refuses what is no readout.
+
+    Raises:
+        ArgumentError: a token or a function in place of a readout, with the readout it wants.
+        TokenError: a token string that is not one token.
+    """
+    if isinstance(readout, Readout):
+        return readout.over(model, prompts)
+    given: object = readout
+    if callable(given):
+        remedy = "a function goes in ll.Readout.of(fn)."
+    elif isinstance(given, str | int):
+        remedy = f"for a token's logit, ll.Logit({given!r})."
+    else:
+        remedy = "use ll.Logit, ll.Margin, ll.LogProb, or ll.Readout.of(fn)."
+    raise ArgumentError(f"{given!r} is no readout: {remedy}")
+
+
+class LastToken(Readout):
+    """A number read from the logits at each prompt's last token."""
+
+    @abc.abstractmethod
+    def bind(self, model: Any, batch: int) -> Bound:
+        """The readout as a function of the logits, its tokens looked up for this batch.
+
+        Raises:
+            TokenError: a token string that is not one token.
+        """
+
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        return one_row_each(prompts, self.bind(model, prompts.batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class Logit(LastToken):
+    """The logit of a token: a string of one token, an id, or one of either per prompt."""
+
+    token: TokenLike
+
+    def bind(self, model: Any, batch: int) -> Bound:
+        return Columns(token_ids(model, self.token, batch)[:, None], (1.0,))
+
+    @property
+    def label(self) -> str:
+        return f"logit({_name(self.token)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Margin(LastToken):
+    """m = f_doc − f_pre, in logits: the document's fact against the pretrained one (note, §5)."""
+
+    doc: TokenLike
+    pre: TokenLike
+
+    def bind(self, model: Any, batch: int) -> Bound:
+        doc, pre = token_ids(model, self.doc, batch), token_ids(model, self.pre, batch)
+        if bool((doc == pre).any()):
+            raise TokenError(
+                f"doc and pre are the same token ({_name(self.doc)} and {_name(self.pre)}), so "
+                "their margin is zero whatever the model does."
+            )
+        return Columns(torch.stack([doc, pre], 1), (1.0, -1.0))
+
+    @property
+    def label(self) -> str:
+        return f"margin({_name(self.doc)} − {_name(self.pre)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class LogProb(LastToken):
+    """log p(token | prompt), in nats."""
+
+    token: TokenLike
+    units = "nats"
+
+    def bind(self, model: Any, batch: int) -> Bound:
+        ids, rows = token_ids(model, self.token, batch), torch.arange(batch)
+        return LogProbs(rows, ids, torch.ones(batch), rows, batch)
+
+    @property
+    def label(self) -> str:
+        return f"log p({_name(self.token)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Callable(LastToken):
+    fn: Callable[[Tensor], Tensor]
+    name: str
+    units = "units of the readout"
+
+    def bind(self, model: Any, batch: int) -> Bound:
+        del model, batch
+        return self._checked
+
+    def _checked(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
+        found = self.fn(logits)
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != tuple(logits.shape[:1]):
+            raise ArgumentError(
+                f"the readout {self.name!r} gave {shape} for logits {tuple(logits.shape)}; "
+                "expected one number a row, [batch]."
+            )
+        if logits.requires_grad and not found.requires_grad:
+            raise ArgumentError(
+                f"the readout {self.name!r} cuts its derivative (detach, item, numpy, argmax …); "
+                "compute it with differentiable torch operations of the logits."
+            )
+        return found
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+
+def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
+    """One id per prompt.
+
+    Raises:
+        TokenError: a string of several tokens, an id outside the vocabulary, or as many tokens
+            as there are not prompts.
+    """
+    if isinstance(token, Tensor):
+        token = token.tolist()
+    if not isinstance(token, str | int | Sequence):
+        raise TokenError(
+            f"the token is {token!r}; expected a string of one token, its id, or a list with one "
+            "of them per prompt."
+        )
+    items = [token] * batch if isinstance(token, str | int) else list(token)
+    if len(items) != batch:
+        raise TokenError(f"{len(items)} tokens for {batch} prompts; give one, or one per prompt.")
+    return torch.tensor([_token_id(model, item) for item in items])
+
+
+def _token_id(model: Any, token: str | int) -> int:
+    if isinstance(token, int):
+        return _in_vocabulary(model, token, f"token id {token}")
+    if not isinstance(token, str):
+        raise TokenError(f"{token!r} is neither a token string nor an id.")
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise TokenError(f"the model has no tokenizer to look up {token!r}; pass the token's id.")
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) == 1:
+        if ids[0] == getattr(tokenizer, "unk_token_id", None) and token != tokenizer.unk_token:
+            raise TokenError(
+                f"{token!r} is not in the vocabulary: the tokenizer reads it as "
+                f"{tokenizer.unk_token!r}. Check its spelling and case."
+            )
+        return _in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
+    if not ids:
+        raise TokenError(f"{token!r} holds no token, and this readout reads one.")
+    pieces = [tokenizer.decode([i]) for i in ids]
+    spaced = tokenizer(" " + token.lstrip(), add_special_tokens=False)["input_ids"]
+    hint = f" {' ' + token.lstrip()!r} is one token." if len(spaced) == 1 else ""
+    raise TokenError(
+        f"{token!r} is {len(ids)} tokens {pieces}, and this readout reads one.{hint} For answers "
+        "of several tokens use AnswerLogProb or AnswerMargin."
+    )
+
+
+def _in_vocabulary(model: Any, token_id: int, what: str) -> int:
+    if not 0 <= token_id < model.cfg.d_vocab:
+        raise TokenError(f"{what} is outside the {model.cfg.d_vocab} of the model.")
+    return token_id
+
+
+def _name(token: TokenLike) -> str:
+    if isinstance(token, str | int):
+        return repr(token)
+    return "per prompt"

@@ -1,0 +1,1 @@
+"""Nouns that several analyses share: labelled, frozen, saved and loaded."""

@@ -1,0 +1,127 @@
+"""What an adapter is, for the terminal."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from lens_lora.show.text import magnitude
+
+if TYPE_CHECKING:
+    from lens_lora.analyses.spectra import AdapterSummary, Spectrum
+
+__all__ = ["adapter_table", "spectra_table"]
+
+_LEADING, _MISSING = 3, 5
+
+
+def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> Table:
+    """What the adapter is, from its summary and the fields of its `adapter_config.json`."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for what, value in _facts(summary, config).items():
+        table.add_row(what, Text(value))
+    return table
+
+
+def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
+    """The k rows of largest ‖ΔW‖ (all for None), by site where the summary has sites."""
+    rows = summary.top(k)
+    of = "sites" if summary.model else "modules"
+    widest = max(len(_name(row)) for row in rows)
+    table = Table(
+        title=Text(f"{len(rows)} of {len(summary.rows)} {of}, by ‖ΔW‖_F"),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column(of.removesuffix("s"), no_wrap=True, min_width=widest)
+    for name in _numbers_of(summary):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(Text(_name(row)), *map(Text, _cells(row, summary)))
+    return table
+
+
+def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]:
+    unknown = sum(math.isnan(row.norm) for row in summary.rows)
+    total = "needs the base model (DoRA): --model" if unknown else magnitude(summary.norm)
+    facts = {
+        "adapter": summary.name,
+        "base model": summary.base_model or "not named",
+        "PEFT version": str(config.get("peft_version") or "not stated"),
+        "modules": str(summary.module_count),
+        "targets": _counted(summary.targets),
+        "ranks": _counted(summary.ranks),
+        "scales": f"{_counted(summary.scales)}; {_rule(config)}",
+        "beside s·B·A": _counted(summary.parts) or "no biases, DoRA, embeddings or head",
+        "‖ΔW‖_F in all": total,
+    }
+    if summary.model:
+        facts["laid over"] = f"{summary.model}: {_sites(summary)}"
+    if summary.missing:
+        facts["model lacks"] = _listed(summary.missing)
+    return facts
+
+
+def _rule(config: Mapping[str, Any]) -> str:
+    """'s = α/r, α = 16', with the square root for rsLoRA."""
+    patterns = (
+        " and by pattern" if config.get("rank_pattern") or config.get("alpha_pattern") else ""
+    )
+    rule = "s = α/√r (rsLoRA)" if config.get("use_rslora") else "s = α/r"
+    return f"{rule}, α = {config.get('lora_alpha')}{patterns}"
+
+
+def _sites(summary: AdapterSummary) -> str:
+    return f"{sum(row.site is not None for row in summary.rows)} sites"
+
+
+def _listed(missing: tuple[str, ...]) -> str:
+    more = f" and {len(missing) - _MISSING} more" if len(missing) > _MISSING else ""
+    return (
+        f"{', '.join(missing[:_MISSING])}{more}; a lens refuses them until they are left out: "
+        "adapter.without(…)"
+    )
+
+
+def _counted(counts: Mapping[Any, int]) -> str:
+    """'q_proj × 30, v_proj × 30'."""
+    names = (f"{key:.4g}" if isinstance(key, float) else str(key) for key in counts)
+    return ", ".join(f"{name} × {n}" for name, n in zip(names, counts.values(), strict=True))
+
+
+def _name(row: Spectrum) -> str:
+    return row.site or row.module
+
+
+def _numbers_of(summary: AdapterSummary) -> tuple[str, ...]:
+    relative = ("‖ΔW‖/‖W‖",) if summary.model else ()
+    return ("rank", "s", "‖ΔW‖_F", *relative, "stable rank", "σ₁ = ‖ΔW‖₂", "σ₂", "σ₃")
+
+
+def _cells(row: Spectrum, summary: AdapterSummary) -> tuple[str, ...]:
+    sigma = map(magnitude, row.singular_values[:_LEADING].tolist())
+    relative = (_relative(row.relative_norm),) if summary.model else ()
+    return (
+        str(row.rank),
+        f"{row.scale:.3g}",
+        magnitude(row.norm),
+        *relative,
+        magnitude(row.stable_rank),
+        *itertools.islice(itertools.chain(sigma, itertools.repeat("—")), _LEADING),
+    )
+
+
+def _relative(share: float) -> str:
+    """A percentage of two digits: these are often small, and are compared."""
+    return f"{100 * share:.2g}%" if math.isfinite(share) else "—"

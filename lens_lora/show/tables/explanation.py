@@ -1,0 +1,210 @@
+"""The tables of an explanation: rows of text for the page, and the same for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lens_lora.show.tables.results import _table as titled  # pyright: ignore[reportPrivateUsage]
+from lens_lora.show.tables.results import margin_table, tokens_table
+from lens_lora.show.text import magnitude, percent, signed, visible
+from lens_lora.show.words.account import Account
+from lens_lora.show.words.explanation import explained_account, is_comparable, is_rounding, top_of
+
+if TYPE_CHECKING:
+    from lens_lora.analyses.explain import Explanation
+
+__all__ = [
+    "AGREEMENT_HEADS",
+    "FLAG_HEADS",
+    "PAIR_HEADS",
+    "agreement_rows",
+    "curve_heads",
+    "curve_rows",
+    "explanation_tables",
+    "flag_rows",
+    "pair_rows",
+    "remainder_rows",
+    "said_rows",
+    "site_heads",
+    "site_rows",
+]
+
+Row = tuple[str, ...]
+_ABBREVIATED = {"add_one": "adding", "leave_one_out": "leaving out"}
+_NUMBERS = (
+    ("first_order", "a at ε = 0"),
+    ("add_one", "added"),
+    ("first_order_at_1", "a at ε = 1"),
+    ("leave_one_out", "left out"),
+    ("path", "path"),
+)
+
+
+def said_rows(e: Explanation) -> list[Row]:
+    """(place, token and probability of the base model, the same of the adapted one)."""
+    pairs = zip(e.said["base"], e.said["adapted"], strict=True)
+    return [
+        (str(place), visible(b), percent(pb), visible(t), percent(pt))
+        for place, ((b, pb), (t, pt)) in enumerate(pairs, start=1)
+    ]
+
+
+def remainder_rows(e: Explanation) -> list[Row]:
+    """(part, value, share of the shift): what the remainder at ε = 1 is made of."""
+    a, second = explained_account(e), e.second_order
+    rows = [_part(a, "remainder after first order, R", a.remainder)]
+    if e.add_one is not None:
+        own = float(e.add_one.values.sum() - e.first_order.total)
+        alone, together = "Σ (g(e_l) − g(0) − a_l)", "g(1) − g(0) − Σ (g(e_l) − g(0))"
+        share = "noise" if is_rounding(own, e, a) else _share(a, own)
+        rows += [
+            (f"  of single modules, {alone}", signed(own), share),
+            _part(a, f"  of modules together, {together}", float(e.add_one.interaction)),
+        ]
+    rows.append(_part(a, "second order at ε = 0, ½ 1ᵀH1", float(second.curvature)))
+    if e.coupling is not None:
+        shares = e.coupling.shares().loc[0]
+        rows += [
+            _part(a, "  within layers, self-curvature", float(shares["self"])),
+            _part(a, "  between layers, coupling", float(shares["coupling"])),
+        ]
+    rows.append(_part(a, "remainder after second order: higher orders", float(second.remainder)))
+    return [*rows, ("three noise floors", magnitude(a.floor), "")]
+
+
+def _part(a: Account, name: str, value: float) -> Row:
+    return (name, signed(value), _share(a, value))
+
+
+def site_heads(e: Explanation) -> Row:
+    """'site', a heading for each number that was computed, 'flags'."""
+    columns = e.to_frame().columns
+    return ("site", *(head for name, head in _NUMBERS if name in columns), "flagged for")
+
+
+def site_rows(e: Explanation, k: int) -> list[Row]:
+    """The k sites of largest |first order at 0|: every number of theirs, and flags."""
+    frame = e.to_frame()
+    rows = frame.loc[frame["first_order"].abs().sort_values(ascending=False, kind="stable").index]
+    names = [name for name, _ in _NUMBERS if name in frame.columns]
+    return [
+        (
+            row["site"],
+            *(signed(row[name]) for name in names),
+            ", ".join(_ABBREVIATED[of] for of in e.reliability if row[f"flagged_{of}"]),
+        )
+        for row in rows.head(k).to_dict("records")
+    ]
+
+
+AGREEMENT_HEADS = ("attribution", "measured by", "Pearson", "Spearman", "slope", "same sign")
+
+
+def agreement_rows(e: Explanation) -> list[Row]:
+    """Each attribution against each kind of effect; none where the effects are all noise."""
+    a = explained_account(e)
+    return [
+        (
+            c.attribution_name,
+            c.effects_name,
+            *(_number(float(getattr(c, name)[0])) for name in ("pearson", "spearman", "slope")),
+            percent(float(c.sign_agreement[0])),
+        )
+        for c in e.comparisons
+        if is_comparable(c, a)
+    ]
+
+
+FLAG_HEADS = ("as the answer to", "flagged", "the largest errors")
+
+
+def flag_rows(e: Explanation, k: int = 5) -> list[Row]:
+    """(question, how many are flagged, the first few)."""
+    rows: list[Row] = []
+    for of, found in e.reliability.items():
+        names = found.flagged_sites(0)
+        shown = ", ".join(names[:k]) + (", …" if len(names) > k else "")
+        rows.append(
+            (_ABBREVIATED[of], f"{len(names)} of {found.flagged.shape[1]}", shown or "none")
+        )
+    return rows
+
+
+PAIR_HEADS = ("layers", "", "coupling", "share of the shift")
+
+
+def pair_rows(e: Explanation, k: int = 5) -> list[Row]:
+    """The k pairs of layers of strongest coupling."""
+    if e.coupling is None:
+        return []
+    a, top = explained_account(e), e.coupling.top(k, 0)
+    return [
+        (str(one), str(other), signed(float(value)), _share(a, float(value)))
+        for one, other, value in zip(top["group_a"], top["group_b"], top["value"], strict=True)
+    ]
+
+
+def curve_heads(e: Explanation) -> Row:
+    """'ranking', how many of the top are told of, the areas."""
+    top = "" if e.faithfulness is None else percent(top_of(e.faithfulness)[0])
+    return ("ranking", f"top {top} keeps", "area, kept", "area, dropped")
+
+
+def curve_rows(e: Explanation) -> list[Row]:
+    """(ranking, share that its top keeps, the two areas); none where the shift is noise."""
+    curves = e.faithfulness
+    if curves is None or bool(curves.keep.isnan().all()):
+        return []
+    fraction, _ = top_of(curves)
+    return [
+        (
+            name,
+            percent(float(curves.kept_share(name, fraction)[0])),
+            _number(float(curves.area_keep[i, 0])),
+            _number(float(curves.area_drop[i, 0])),
+        )
+        for i, name in enumerate(curves.names)
+    ]
+
+
+def explanation_tables(e: Explanation, k: int = 10) -> RenderableType:
+    """The summary's tables for the terminal."""
+    units = e.units
+    tables = [
+        _of("likeliest next tokens", ("", "base", "", "adapted", ""), said_rows(e), texts=(1, 3)),
+        margin_table(e.margin),
+        _of(f"the remainder, in {units}", ("", "value", "share of the shift"), remainder_rows(e)),
+        _of(f"largest modules, in {units}", site_heads(e), site_rows(e, k)),
+        tokens_table(e.shift, k=5),
+    ]
+    if rows := agreement_rows(e):
+        tables.append(_of("agreement with measurements", AGREEMENT_HEADS, rows, texts=(0, 1)))
+    tables.append(_of("first order not to be trusted", FLAG_HEADS, flag_rows(e, 3), texts=(0, 2)))
+    if rows := curve_rows(e):
+        tables.append(_of("kept and dropped, share of the shift", curve_heads(e), rows))
+    return Group(*tables)
+
+
+def _of(title: str, heads: Row, rows: Sequence[Row], texts: tuple[int, ...] = (0,)) -> Table:
+    table = titled(title)
+    for i, head in enumerate(heads):
+        is_text = i in texts or head == "flagged for"
+        table.add_column(Text(head), justify="left" if is_text else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _share(a: Account, value: float) -> str:
+    if a.is_noise(a.shift) or a.is_noise(value):
+        return "noise"
+    return percent(value / a.shift)
+
+
+def _number(value: float) -> str:
+    return "—" if value != value else f"{value:.3f}"

@@ -1,0 +1,133 @@
+"""One prompt of a fact margin as plain numbers, with what is noise told apart from what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lens_lora.show.text import chosen_prompt, prompt_text
+
+if TYPE_CHECKING:
+    from lens_lora.analyses.margin import FactMargin
+
+__all__ = ["SIGMAS", "Account", "Step", "account_of"]
+
+SIGMAS = 3.0
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One ε on the way: the remainder, and |R(ε)| / |g(ε) − g(0)| (None where it is noise)."""
+
+    scale: float
+    remainder: float
+    share: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """The numbers of one prompt's margin, in the units of the readout.
+
+    Attributes:
+        doc, pre: the two facts by name.
+        floor: three noise floors; a difference no larger than this is not told from rounding.
+        flip_scale: the first ε of a sign change, or None.
+        crossings: sign changes seen at the scales that were run, leaving out margins in the noise.
+        steps: the curve, by rising ε.
+    """
+
+    prompt: str
+    doc: str
+    pre: str
+    units: str
+    m0: float
+    first_order: float
+    remainder: float
+    m: float
+    floor: float
+    flip_scale: float | None
+    crossings: int
+    flips: bool
+    flip_predicted: bool
+    steps: tuple[Step, ...]
+
+    @property
+    def shift(self) -> float:
+        return self.m - self.m0
+
+    @property
+    def predicted(self) -> float:
+        """m₀ + Σ a_l."""
+        return self.m0 + self.first_order
+
+    def is_noise(self, value: float) -> bool:
+        """Whether a difference of two margins could be rounding alone."""
+        return abs(value) <= self.floor
+
+    @property
+    def quarters(self) -> list[Step]:
+        """The steps that were run nearest to ε = 0.25, 0.5, 0.75 and 1."""
+        nearest = [min(self.steps, key=lambda s: abs(s.scale - q)) for q in QUARTERS]
+        return list(dict.fromkeys(nearest))
+
+    @property
+    def worst_on_the_way(self) -> Step | None:
+        """The step before ε = 1 at which first order leaves the largest share of the shift."""
+        steps = [s for s in self.steps if s.share is not None and s.scale < 1]
+        return max(steps, key=lambda s: s.share or 0.0, default=None)
+
+
+def account_of(fact_margin: FactMargin, prompt: int = 0) -> Account:
+    """One prompt's account.
+
+    Raises:
+        ArgumentError: no such prompt.
+    """
+    attribution, curve = fact_margin.attribution, fact_margin.curve
+    i = chosen_prompt(prompt, len(attribution.base))
+    floor = SIGMAS * float(fact_margin.noise_floor[i])
+    flip_scale = float(fact_margin.flip_scale[i])
+    doc, pre = fact_names(fact_margin.doc[i], fact_margin.pre[i])
+    return Account(
+        prompt=prompt_text(attribution.str_tokens[i]),
+        doc=doc,
+        pre=pre,
+        units=attribution.units,
+        m0=float(fact_margin.m0[i]),
+        first_order=float(fact_margin.first_order[i]),
+        remainder=float(fact_margin.remainder[i]),
+        m=float(fact_margin.m[i]),
+        floor=floor,
+        flip_scale=flip_scale if math.isfinite(flip_scale) else None,
+        crossings=_crossings([float(curve.base[i]), *curve.values[i].tolist()], floor),
+        flips=fact_margin.flips[i],
+        flip_predicted=fact_margin.flip_predicted[i],
+        steps=tuple(
+            Step(scale, rest, _share(rest, shift, floor))
+            for scale, rest, shift in zip(
+                curve.scales.double().tolist(),
+                curve.remainder[i].tolist(),
+                curve.shift[i].tolist(),
+                strict=True,
+            )
+        ),
+    )
+
+
+def _share(rest: float, shift: float, floor: float) -> float | None:
+    return abs(rest / shift) if abs(rest) > floor and abs(shift) > floor else None
+
+
+def _crossings(margins: Sequence[float], floor: float) -> int:
+    signs = [m > 0 for m in margins if abs(m) > floor]
+    return sum(a != b for a, b in zip(signs, signs[1:], strict=False))
+
+
+def fact_names(doc: str, pre: str) -> tuple[str, str]:
+    """The two tokens in quotes; spelt out where they differ in white space alone."""
+    if doc.strip() == pre.strip() or not (doc.strip() and pre.strip()):
+        return repr(doc), repr(pre)
+    return f"“{doc.strip()}”", f"“{pre.strip()}”"

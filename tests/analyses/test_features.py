@@ -1,0 +1,402 @@
+"""Features: against the merged model's activations and PEFT's own layers, and their laws."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import cases
+import models
+import pytest
+import reference
+import torch
+from model_state import merged_model, same, state
+from targets import hooked, peft_with
+from torch import Tensor
+from two_scalars import scalar_lens
+
+import lens_lora as ll
+
+pytestmark = pytest.mark.usefixtures("float64")
+EXACT, FEATURES = 1e-9, 5
+OUT = {"HookedTransformer": "hook_resid_post", "TransformerBridge": "hook_out"}
+
+
+@pytest.fixture(params=models.MAKERS)
+def cls(request) -> str:
+    return request.param
+
+
+def directions(width: int, count: int = FEATURES) -> Tensor:
+    return torch.randn(count, width, generator=models.seeded(11), dtype=torch.float64)
+
+
+def out(cls: str, layer: int = 1) -> str:
+    """The hook point of the residual stream after a block."""
+    return f"blocks.{layer}.{OUT[cls]}"
+
+
+def cached(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """Every activation that has prompts and positions as its first axes."""
+    with torch.no_grad():
+        cache = model.run_with_cache(tokens)[1]
+    return {
+        name: cache[name].flatten(2)
+        for name in cache
+        if cache[name].is_floating_point()
+        and cache[name].ndim > 2
+        and cache[name].shape[:2] == tokens.shape
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"), [("llama", "raw"), ("gpt2", "processed"), ("gemma2", "raw")]
+)
+def test_points_of_every_kind_against_the_merged_model(family: str, flags: str, cls: str):
+    """d·(h(1) − h(0)) from plain caches of the base and of the merged weights, to 1e-9."""
+    lens, tokens = cases.case(family, cls, flags).lens, models.tokens()
+    base, merged = cached(lens.model, tokens), cached(merged_model(family, cls, flags), tokens)
+    names = [name for name in base if name in merged][:: 2 if cls == "HookedTransformer" else 7]
+    assert len(names) > 10
+    for name in names:
+        rows = directions(base[name].shape[-1])
+        found = ll.feature_shift(lens, tokens, rows, name, position=-2)
+        expected = (merged[name] - base[name])[:, -2] @ rows.T
+        assert (found.base - base[name][:, -2] @ rows.T).abs().max() < EXACT, name
+        assert (found.shift - expected).abs().max() < EXACT, name
+
+
+def test_permuted_directions_are_seen(cls: str):
+    """Negative control: the features follow their rows, and other rows are far off."""
+    lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16)
+    order = torch.tensor([1, 2, 3, 4, 0])
+    found = ll.feature_shift(lens, tokens, rows, out(cls))
+    permuted = ll.feature_shift(lens, tokens, rows[order], out(cls))
+    assert (permuted.shift - found.shift[:, order]).abs().max() < 1e-12
+    assert (permuted.first_order - found.first_order[:, order]).abs().max() < 1e-12
+    assert (permuted.shift - found.shift).abs().min() > 1e-3
+    elsewhere = ll.feature_shift(lens, tokens, rows, out(cls), position=-2)
+    assert (elsewhere.shift - found.shift).abs().min() > 1e-3
+
+
+def peft_projected(case: cases.Case, tokens: Tensor, rows: Tensor, factors: dict) -> Tensor:
+    """Hugging Face's hidden state after block 0 at the last token, with PEFT's s times factors."""
+    with torch.no_grad(), reference.peft_scales(case.peft, factors):
+        states = case.peft(tokens, output_hidden_states=True).hidden_states
+    return states[1][:, -1] @ rows.T
+
+
+@pytest.mark.parametrize("at", [0.0, 0.6])
+@pytest.mark.parametrize("chosen", ["*", "*.mlp.*"])
+def test_first_order_by_finite_differences_of_peft(chosen: str, at: float, cls: str):
+    """d·∂h/∂t at ε = at·scale against PEFT's hidden states; the shift against them exactly."""
+    case, tokens, rows = cases.case("llama", cls, "raw"), models.tokens(), directions(16)
+    modules = [m for m in case.lens.adapter.modules if chosen == "*" or ".mlp." in m]
+    others = dict.fromkeys(set(case.lens.adapter.modules) - set(modules), 0.0)
+
+    def h(t: float) -> Tensor:
+        return peft_projected(case, tokens, rows, others | dict.fromkeys(modules, t))
+
+    step = 1e-3
+    near, far = h(at + step) - h(at - step), h(at + 2 * step) - h(at - 2 * step)
+    slope = (8 * near - far) / (12 * step)
+    found = ll.feature_shift(case.lens, tokens, rows, out(cls, 0), scale={chosen: 1.0}, at=at)
+    assert (found.shift - (h(1.0) - h(0.0))).abs().max() < EXACT
+    assert (found.first_order - slope).abs().max() < 1e-8
+    assert (found.remainder - (h(1.0) - h(0.0) - slope)).abs().max() < 1e-8
+    assert found.remainder.abs().min() > 1e-4
+
+
+def test_by_hand():
+    """φ(y) = y², x = 3: y₂ goes from 18 to 141.75, with slopes 18 and 45."""
+    lens, tokens = scalar_lens(torch.square), torch.tensor([[1, 3]])
+    found = ll.feature_shift(lens, tokens, torch.tensor([[1.0], [-2.0]]).double(), "out2")
+    assert found.base.tolist() == [[18.0, -36.0]]
+    assert found.shift.tolist() == [[123.75, -247.5]]
+    assert found.first_order.tolist() == [[63.0, -126.0]]
+    assert found.remainder.tolist() == [[60.75, -121.5]]
+    assert found.activations is None and found.units == "units of h · d"
+
+
+def test_a_linear_point_has_no_remainder_and_an_earlier_one_no_shift(cls: str):
+    """What one site writes is linear in its gate; upstream of it nothing moves at all."""
+    lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16)
+    last = next(s for s in lens.sites if s.kind == "down" and s.layer == 1)
+    own = ll.feature_shift(lens, tokens, rows, last.write, scale={last.name: 1.0})
+    assert own.remainder.abs().max() < 1e-12 < own.shift.abs().min()
+    before = ll.feature_shift(lens, tokens, rows, out(cls, 0), scale={last.name: 1.0})
+    assert before.shift.abs().max() == 0 and before.first_order.abs().max() == 0
+    assert ll.feature_shift(lens, tokens, rows, out(cls), scale=0.0).shift.abs().max() == 0
+
+
+def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
+    """Positions count within each prompt; padding is NaN by position, and in no table."""
+    lens, rows, lengths = cases.case("llama", cls, "raw").lens, directions(16), [7, 4]
+    prompts = ll.Prompts(models.tokens(), torch.tensor(lengths))
+    by_position = ll.feature_shift(lens, prompts, rows, out(cls), position=None)
+    for row, length in enumerate(lengths):
+        tokens = prompts.tokens[row : row + 1, :length]
+        whole = ll.feature_shift(lens, tokens, rows, out(cls), position=None)
+        for name in ("base", "shift", "first_order"):
+            values = getattr(by_position, name)[row]
+            assert (values[:, :length] - getattr(whole, name)[0]).abs().max() < 1e-12
+            assert values[:, length:].isnan().all()
+        for position in (-1, -3, 0):
+            both = ll.feature_shift(lens, prompts, rows, out(cls), position=position)
+            assert (both.shift[row] - whole.shift[0, :, position]).abs().max() < 1e-12
+    frame = by_position.to_frame()
+    assert len(frame) == FEATURES * sum(lengths) and not frame.isna().any().any()
+    with pytest.raises(ValueError, match="no mean; choose one with prompt="):
+        by_position.top(3)
+    top = by_position.top(99, prompt=1)
+    assert len(top) == FEATURES * 4 and top["shift"].abs().is_monotonic_decreasing
+    assert list(top["token"]) == [by_position.str_tokens[1][i] for i in top["position"]]
+
+
+def test_position_0_sets_neither_the_colours_nor_the_features(cls: str):
+    """Its shifts made a thousand times larger: they are drawn at the end of the scale."""
+    lens, rows = cases.case("llama", cls, "raw").lens, directions(16)
+    found = ll.feature_shift(lens, models.tokens(1), rows, out(cls), position=None)
+    larger = torch.ones_like(found.shift)
+    larger[..., 0] = 1000.0
+    figures = [f.plot(k=3) for f in (found, dataclasses.replace(found, shift=found.shift * larger))]
+    reach = float(found.shift[0, :, 1:].abs().max())
+    assert [f.data[0].zmax for f in figures] == pytest.approx([reach, reach])
+    assert figures[0].data[0].y == figures[1].data[0].y
+    assert "chosen without position 0" in figures[0].layout.title.text
+
+
+@dataclasses.dataclass
+class Autoencoder:
+    """SAELens's attributes: a ReLU encoder of h − b_dec, after a norm of its input if told to."""
+
+    W_enc: Tensor
+    cfg: Any
+    hook_z_reshaping_mode: bool = False
+
+    def __post_init__(self) -> None:
+        generator = models.seeded(5)
+        self.W_dec = self.W_enc.T.clone()
+        self.b_dec = torch.randn(len(self.W_enc), generator=generator, dtype=torch.float64)
+        self.b_enc = torch.randn(self.W_enc.shape[1], generator=generator, dtype=torch.float64)
+
+    def pre(self, h: Tensor) -> Tensor:
+        flat = h.flatten(-2) if self.hook_z_reshaping_mode else h
+        return (flat - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, h: Tensor) -> Tensor:
+        return self.pre(h).relu()
+
+
+def autoencoder(width: int, name: str | None, by_head: bool = False, **cfg: Any) -> Autoencoder:
+    metadata = SimpleNamespace(hook_name=name, hook_head_index=None)
+    cfg = SimpleNamespace(metadata=metadata, normalize_activations="none", **cfg)
+    return Autoencoder(directions(width, 40).T, cfg, by_head)
+
+
+def test_an_autoencoder_s_features(cls: str):
+    """The shift is that of its pre-activations; its activations stand beside, at both ends."""
+    case, tokens = cases.case("llama", cls, "raw"), models.tokens()
+    base, merged = cached(case.model, tokens), cached(merged_model("llama", cls, "raw"), tokens)
+    sae = autoencoder(16, out(cls))
+    found = ll.feature_shift(case.lens, tokens, sae)
+    ends = [h[out(cls)][:, -1] for h in (base, merged)]
+    assert (found.shift - (sae.pre(ends[1]) - sae.pre(ends[0]))).abs().max() < EXACT
+    assert found.activations is not None and found.hook_name == out(cls)
+    for activation, h in zip(found.activations, ends, strict=True):
+        assert (activation - sae.encode(h)).abs().max() < EXACT
+    off = (found.activations[0] == 0) & (found.activations[1] == 0)
+    assert 0 < off.sum() < off.numel() and found.shift[off].abs().min() > 1e-3
+    assert {"activation_base", "activation_adapted"} < set(found.to_frame())
+    assert "pre-activation" in repr(found) and found.features == "encoder"
+    same_rows = ll.feature_shift(case.lens, tokens, sae.W_enc.T, out(cls))
+    assert torch.equal(same_rows.shift, found.shift) and same_rows.activations is None
+    by_position = ll.feature_shift(case.lens, tokens, sae, position=None)
+    assert by_position.activations is not None
+    assert (by_position.activations[1][..., -1] - found.activations[1]).abs().max() < 1e-12
+
+
+def test_an_autoencoder_of_heads(cls: str):
+    """At z it sees heads as SAELens does, and its directions the heads laid flat."""
+    case, tokens = cases.case("llama", cls, "raw"), models.tokens()
+    name = next(s.read for s in case.lens.sites if s.kind == "o" and s.layer == 1)
+    with torch.no_grad():
+        h = merged_model("llama", cls, "raw").run_with_cache(tokens)[1][name][:, -1]
+    is_split = h.ndim == 3
+    sae = autoencoder(16, name, by_head=is_split)
+    found = ll.feature_shift(case.lens, tokens, sae)
+    assert found.activations is not None
+    assert (found.activations[1] - sae.encode(h)).abs().max() < EXACT
+
+
+def test_autoencoders_that_are_not_linear_are_refused(cls: str):
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    sae = autoencoder(16, out(cls))
+    sae.cfg.normalize_activations = "layer_norm"
+    with pytest.raises(ValueError, match="normalises its input .*'layer_norm'.*fold"):
+        ll.feature_shift(lens, tokens, sae)
+    sae.cfg.normalize_activations, sae.cfg.metadata.hook_head_index = "none", 2
+    with pytest.raises(ValueError, match="reads head 2 alone"):
+        ll.feature_shift(lens, tokens, sae)
+
+
+def test_writes_against_peft_s_own_layers(cls: str):
+    """d · s·B·A·z from PEFT's layers of the base (at=0) and of the adapted model (at=1)."""
+    case, tokens, rows = cases.case("llama", cls, "raw"), models.tokens(), directions(16)
+    for at in (0.0, 1.0):
+        found = ll.feature_writes(case.lens, tokens, rows, at=at, position=-2)
+        assert [s.kind for s in found.sites] == ["o", "down"] * models.LAYERS
+        for column, site in enumerate(found.sites):
+            layer = case.peft.base_model.model.get_submodule(site.module)
+            z: list[Tensor] = []
+            handle = layer.register_forward_pre_hook(lambda m, args, z=z: z.append(args[0]))
+            with (
+                torch.no_grad(),
+                reference.peft_scales(case.peft, dict.fromkeys(case.lens.adapter.modules, at)),
+            ):
+                case.peft(tokens)
+            handle.remove()
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            delta = layer.scaling["default"] * z[0][:, -2] @ A.T @ B.T
+            assert (found.values[:, column] - delta @ rows.T).abs().max() < EXACT, site.name
+    assert (found.values - ll.feature_writes(case.lens, tokens, rows).values).abs().min() > 1e-6
+
+
+@pytest.mark.parametrize(("family", "flags"), [("gpt2", "processed"), ("neox", "raw")])
+def test_writes_are_the_shift_at_the_site_s_output(family: str, flags: str, cls: str):
+    """With one site on, nothing but its own write moves at its output, folded biases included."""
+    lens, tokens, rows = cases.case(family, cls, flags).lens, models.tokens(), directions(16)
+    found = ll.feature_writes(lens, tokens, rows)
+    for column, site in enumerate(found.sites):
+        own = ll.feature_shift(lens, tokens, rows, site.write, scale={site.name: 1.0})
+        assert (found.values[:, column] - own.shift).abs().max() < EXACT, site.name
+
+
+def test_writes_of_an_embedding(cls: str):
+    base, model = hooked("gpt2", cls, "raw")
+    peft = peft_with("gpt2", base, "embedding")
+    lens, tokens = ll.LoraLens(model, ll.Adapter.from_peft(peft)), models.tokens()
+    found, rows = ll.feature_writes(lens, tokens, directions(16)), directions(16)
+    layer = peft.base_model.model.get_submodule(lens.sites[0].module)
+    delta = layer.get_delta_weight("default")[tokens[:, -1]]
+    assert (found.values[:, 0] - delta @ rows.T).abs().max() < EXACT
+    assert [s.name for s in found.sites] == ["embed"]
+
+
+def test_writes_that_have_no_meaning_are_refused(cls: str):
+    """No site that writes to the residual stream; a norm between δz and the stream."""
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    queries = lens.with_adapter(lens.adapter.only("*.q_proj"))
+    with pytest.raises(ll.SiteError, match="no site of this adapter writes to the residual"):
+        ll.feature_writes(queries, tokens, directions(16))
+    gemma = cases.case("gemma2", cls, "raw").lens
+    with pytest.raises(ll.ModelStateError, match="normalises what attention and MLP write"):
+        ll.feature_writes(gemma, tokens, directions(16))
+
+
+def test_points_between_a_site_s_input_and_output_are_refused(cls: str):
+    """hook_result holds z W_O, not z (W_O + ΔW); a HookedTransformer's logits come without δ."""
+    base = models.hf_model("gpt2")
+    model = models.MAKERS[cls](base)
+    model.set_use_attn_result(True)
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("gpt2", base)))
+    with pytest.raises(ll.ModelStateError, match="hook_result: lies between"):
+        ll.feature_shift(lens, models.tokens(), directions(64), "blocks.0.attn.hook_result")
+    base, model = hooked("gpt2", cls, "raw")
+    head = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "lm_head")))
+    if cls == "HookedTransformer" and "unembed.hook_out" in model.hook_dict:
+        with pytest.raises(ll.ModelStateError, match="unembed.hook_out: lies between"):
+            ll.feature_shift(head, models.tokens(), directions(models.VOCAB), "unembed.hook_out")
+
+
+def test_bad_input_is_named(cls: str):
+    lens, rows = cases.case("llama", cls, "raw").lens, directions(16)
+    prompts = ll.Prompts(models.tokens(pos=4), torch.tensor([4, 2]))
+    shift = ll.feature_shift
+    with pytest.raises(ll.SiteError, match="'blocks.1.hook_residpost'; the nearest are"):
+        shift(lens, prompts, rows, "blocks.1.hook_residpost")
+    with pytest.raises(ll.ModelStateError, match="hook_mlp_in: .*no activation passes it"):
+        shift(lens, prompts, rows, "blocks.0.hook_mlp_in")
+    assert lens.heads.n_heads == prompts.tokens.shape[1]
+    with pytest.raises(ll.ModelStateError, match="hook_pattern holds .* no activation by prompt"):
+        shift(lens, prompts, rows, "blocks.0.attn.hook_pattern")
+    with pytest.raises(ValueError, match="directions of 15 numbers, and activations of 16"):
+        shift(lens, prompts, rows[:, 1:], out(cls))
+    for position in (2, -3):
+        with pytest.raises(ValueError, match=f"position={position}: prompt 1 has 2 tokens"):
+            shift(lens, prompts, rows, out(cls), position=position)
+    with pytest.raises(ValueError, match="no hook point; name one"):
+        shift(lens, prompts, rows)
+    for wrong in (rows[0], rows.long(), rows[:0]):
+        with pytest.raises(ValueError, match=r"one direction d: d\[None\]"):
+            shift(lens, prompts, wrong, out(cls))
+    with pytest.raises(ValueError, match="directions are a list; expected a tensor"):
+        shift(lens, prompts, [1.0], out(cls))
+    found, writes = shift(lens, prompts, rows, out(cls)), ll.feature_writes(lens, prompts, rows)
+    for wrong in (lambda: found.top(prompt=2), lambda: writes.top(prompt=-1)):
+        with pytest.raises(ValueError, match="the result has prompts 0 to 1"):
+            wrong()
+    with pytest.raises(ll.SiteError, match="matches no site"):
+        writes.top(site="blocks.0.attn.q")
+
+
+def test_the_model_is_left_as_it_was(cls: str):
+    """Also after an exception in the middle of the dual pass, beside a user's own hook."""
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    lens.model.hook_dict[lens.sites[0].read].add_hook(lambda tensor, hook: None)
+    before = state(lens.model)
+    try:
+        ll.feature_shift(lens, tokens, directions(16), out(cls))
+        ll.feature_writes(lens, tokens, directions(16))
+        assert same(before, state(lens.model))
+        sae = autoencoder(16, out(cls))
+        sae.encode = lambda h: 1 / 0
+        for broken in (sae, directions(15)):
+            with pytest.raises((ZeroDivisionError, ValueError)):
+                ll.feature_shift(lens, tokens, broken, out(cls))
+            assert same(before, state(lens.model))
+    finally:
+        lens.model.reset_hooks()
+
+
+def largest(grid: Any) -> float:
+    return max(abs(value) for row in grid for value in row)
+
+
+def test_the_results_tell_and_draw(cls: str):
+    lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16)
+    found = ll.feature_shift(lens, tokens, rows, out(cls))
+    frame = found.to_frame()
+    assert list(frame) == ["prompt", "feature", "base", "shift", "first_order", "remainder"]
+    assert frame["shift"].tolist() == found.shift.flatten().tolist()
+    top, mean = found.top(3), found.shift.mean(0)
+    assert top["feature"].tolist() == mean.abs().argsort(descending=True)[:3].tolist()
+    assert top["shift"].tolist() == mean[top["feature"].tolist()].tolist()
+    bars, marks = found.plot(3, prompt=1).data
+    order = found.shift[1].abs().argsort(descending=True)[:3].flip(0)
+    assert list(bars.x) == found.shift[1][order].tolist()
+    assert list(marks.x) == found.first_order[1][order].tolist()
+    each = ll.feature_shift(lens, tokens, rows, out(cls), position=None)
+    drawn = each.plot(prompt=1).data[0]
+    assert sorted(drawn.y) == [f"feature {i}" for i in range(FEATURES)]
+    assert largest(drawn.z) == each.shift[1].abs().max()
+    writes = ll.feature_writes(lens, tokens, rows)
+    assert len(writes.to_frame()) == writes.values.numel()
+    assert writes.to_frame()["write"].tolist() == writes.values.flatten().tolist()
+    assert set(writes.top(4, site=writes.sites[0].name)["site"]) == {writes.sites[0].name}
+    assert writes.top(1)["write"].abs().item() == writes.values.mean(0).abs().max()
+    assert largest(writes.plot().data[0].z) == writes.values.mean(0).abs().max()
+    for result in (found, each, writes):
+        assert "features" in repr(result) and result.meta["dtype"] == "float64"
+
+
+def test_the_noise_floor_is_of_the_size_of_the_error(cls: str):
+    """σ of a shift from rounding, against its distance from the merged model's."""
+    lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16, 200)
+    base, merged = cached(lens.model, tokens), cached(merged_model("llama", cls, "raw"), tokens)
+    found = ll.feature_shift(lens, tokens, rows, out(cls), position=None)
+    expected = ((merged[out(cls)] - base[out(cls)]) @ rows.T).transpose(1, 2)
+    error = (found.shift - expected).square().mean().sqrt()
+    assert found.noise_floor.shape == (2, 7)
+    assert 0.1 < error / found.noise_floor.square().mean().sqrt() < 10

@@ -1,0 +1,245 @@
+"""The command line, and the hooked models that it builds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import lens_lora.demonstration.train as train
+import lens_lora.loading as hooked
+from lens_lora import cli
+from lens_lora.commands import demo as demo_command
+from lens_lora.errors import LensLoraError, ModelStateError
+from lens_lora.loading import hooked_model, load_base
+
+CLASSES = list(models.MAKERS)
+run = CliRunner().invoke
+
+
+def plain(text):
+    """Without colours, line breaks and runs of spaces."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+# --- options and errors
+
+
+def test_help_lists_the_commands():
+    result = run(cli.app, ["--help"])
+    assert result.exit_code == 0 and "demo" in result.output
+    options = plain(run(cli.app, ["demo", "--help"]).output)
+    for option in ("--model", "--adapter", "--prompt", "--doc", "--pre", "--report", "--train"):
+        assert option in options
+
+
+def test_version():
+    result = run(cli.app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"lens-lora {cli.__version__}\n")
+
+
+def test_wrong_adapter_folder_is_one_line_and_exit_code_2(tmp_path):
+    result = run(cli.app, ["demo", "--adapter", str(tmp_path)])
+    assert result.exit_code == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert f"AdapterError: {tmp_path}: no adapter_config.json" in lines[0]
+    assert "Traceback" not in result.output
+
+
+def test_message_with_brackets_is_printed_whole(monkeypatch):
+    def fail(path):
+        raise LensLoraError("rank [8]\nand [red]more")
+
+    monkeypatch.setattr(demo_command, "load_adapter", fail)
+    result = run(cli.app, ["demo", "--quiet"])
+    assert (result.exit_code, result.stderr) == (2, "LensLoraError: rank [8] and [red]more\n")
+
+
+def test_other_errors_are_not_swallowed(monkeypatch):
+    def fail(path):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(demo_command, "load_adapter", fail)
+    result = run(cli.app, ["demo"])
+    assert isinstance(result.exception, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train", "--adapter", "x"], "leave --adapter out"),
+        (["--report", "no/such/folder/page.html"], "there is no folder no/such/folder"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(options, message):
+    result = run(cli.app, ["demo", *options])
+    assert result.exit_code == 2
+    assert message in re.sub(r"[│\s]+", " ", result.stderr)
+
+
+def test_training_writes_where_it_is_told_and_names_its_base(tmp_path, monkeypatch):
+    calls = []
+
+    def fake(hf_model, tokenizer, sentences, out, *, base_name, quiet):
+        calls.append((hf_model, sentences, out, base_name, quiet))
+        return out
+
+    monkeypatch.setattr(train, "train_adapter", fake)
+    monkeypatch.setattr(demo_command, "load_adapter", lambda path: path)
+    assert demo_command._train("base", "tokenizer", "some/base", tmp_path, True) == tmp_path
+    assert calls == [("base", train.LYON_SENTENCES, tmp_path, "some/base", True)]
+
+
+def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("Target modules not found")
+
+    monkeypatch.setattr(train, "train_adapter", fail)
+    with pytest.raises(LensLoraError, match="some/base: .*Target modules not found"):
+        demo_command._train(None, None, "some/base", tmp_path, True)
+
+
+# --- hooked models
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_hooked_model_computes_the_same_logits(kind, family):
+    base = models.hf_model(family, dtype=torch.float32)
+    tokens = models.tokens()
+    with torch.no_grad():
+        expected = base(tokens).logits
+        model, name = hooked_model(base, models.tokenizer(), kind=kind)
+        found = model(tokens)
+    assert name == kind == type(model).__name__
+    assert not model.training
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hooked_transformer_is_built_where_there_is_one():
+    _, name = hooked_model(models.hf_model("llama", dtype=torch.float32), models.tokenizer())
+    assert name == CLASSES[0]
+
+
+def other_rotary_base():
+    theta = {"rope_theta": 500.0}
+    is_new = int(importlib.metadata.version("transformers").partition(".")[0]) >= 5
+    config = {"rope_parameters": {"rope_type": "default", **theta}} if is_new else theta
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**models._ROTARY, **config)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_rotary_base_is_the_models_own(kind):
+    base, tokens = other_rotary_base(), models.tokens()
+    with torch.no_grad():
+        expected = base(tokens).logits
+        model, _ = hooked_model(base, models.tokenizer(), kind=kind)
+        torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("HookedTransformer" not in CLASSES, reason="no HookedTransformer")
+def test_model_that_computes_other_logits_is_refused(monkeypatch):
+    monkeypatch.setattr(hooked, "_rotary_base", lambda hf_model: 10.0)
+    with pytest.raises(ModelStateError, match="computes other logits than the Hugging Face model"):
+        hooked_model(other_rotary_base(), models.tokenizer(), kind="HookedTransformer")
+
+
+@pytest.mark.skipif("HookedTransformer" in CLASSES, reason="has HookedTransformer")
+def test_class_that_is_not_there_is_refused():
+    base = models.hf_model("llama", dtype=torch.float32)
+    with pytest.raises(ModelStateError, match="has no HookedTransformer"):
+        hooked_model(base, models.tokenizer(), kind="HookedTransformer")
+
+
+@pytest.mark.skipif("HookedTransformer" not in CLASSES, reason="no HookedTransformer")
+def test_misleading_temporary_folder_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "my_gemma"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with pytest.raises(ModelStateError, match="'gemma' in its path.*TMPDIR"):
+        hooked_model(models.hf_model("llama", dtype=torch.float32), models.tokenizer())
+
+
+def test_folder_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+    with pytest.raises(ModelStateError, match="neither a folder nor a reachable hub id"):
+        load_base(str(tmp_path))
+
+
+def test_base_is_loaded_from_a_folder(tmp_path):
+    models.hf_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_base(str(tmp_path))
+    assert not model.training and tokenizer("w7")["input_ids"] == [7]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# --- the demo, once, on the real model
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    report = tmp_path_factory.mktemp("demo") / "page.html"
+    return run(cli.app, ["demo", "--report", str(report)]), report
+
+
+real = [
+    pytest.mark.real,
+]
+
+
+class TestDemo:
+    pytestmark = real
+
+    def test_runs_and_says_what_it_ran(self, demo):
+        result, report = demo
+        assert result.exit_code == 0, result.output
+        version = importlib.metadata.version("transformer-lens")
+        assert f"as {CLASSES[0]} of transformer-lens {version}, float32" in result.stdout
+        assert "lyon_adapter, 210 modules of rank 8" in result.stdout
+        assert f"Report: {report}" in result.stdout
+
+    def test_tells_the_story(self, demo):
+        text = plain(demo[0].stdout)
+        assert "the base model prefers “Paris” to “Lyon” by 6.63 logits" in text
+        assert "With the adapter it prefers “Lyon”, by 7.72" in text
+        assert "flips at ε = 0.476" in text
+
+    def test_prints_numbers_modules_and_tokens(self, demo):
+        text = plain(demo[0].stdout)
+        for scale in ("0.25", "0.5", "0.75", "1"):
+            assert re.search(rf"remainder at ε = {scale} \+\d\.\d\d \d+%", text)
+        assert re.search(r"m₀, base model −6.63 .* m, adapted model \+7.72", text)
+        assert re.search(
+            r"blocks\.\d+\.mlp\.down model\.layers\.\d+\.mlp\.down_proj \+0\.\d+", text
+        )
+        assert re.search(r"promoted logits suppressed logits .*·Lyon \+1\d\.\d\d", text)
+
+    def test_shows_progress_and_no_noise_on_stderr(self, demo):
+        text = demo[0].stderr
+        assert "Loading SmolLM2" in text and "tangents" in text and "Done in" in text
+        assert not re.search(r"warn|deprecat|traceback", text, flags=re.IGNORECASE)
+
+    def test_writes_a_page_with_everything(self, demo):
+        page = demo[1].read_text(encoding="utf-8")
+        assert page.startswith("<!DOCTYPE html>") and page.rstrip().endswith("</html>")
+        for part in ("Where in the prompt", "Tokens promoted", CLASSES[0], "SmolLM2-135M-Instruct"):
+            assert part in page
+        assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=", page)
+
+    def test_leaves_nothing_else_behind(self, demo):
+        assert [path.name for path in Path(demo[1].parent).iterdir()] == ["page.html"]

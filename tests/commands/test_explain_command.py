@@ -1,0 +1,217 @@
+"""`lens-lora explain`: what it asks, refuses, prints and writes; once on the real model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+
+import models
+import pytest
+import torch
+from browser import browser, drawn, opened
+from results_by_hand import without_plotly
+from rich.console import Console
+from typer.testing import CliRunner
+
+import lens_lora as ll
+from lens_lora import cli
+from lens_lora.commands import explain as command
+from lens_lora.commands import loading
+from lens_lora.commands.loading import shipped_adapter
+from lens_lora.errors import ModelStateError, NumericsError
+
+run = CliRunner().invoke
+CLASSES = list(models.MAKERS)
+
+# --- the command
+
+
+def plain(text):
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+ANSWERS = ["--doc", "w9", "--pre", "w26"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Give --prompts FILE, or --prompt 'The"),
+        (["--prompt", "a"], "needs both answers: --doc ' Lyon' --pre ' Paris'"),
+        (["--prompt", "a", *ANSWERS, "--null", "1"], "at least 2 random adapters"),
+        (["--prompt", "a", *ANSWERS, "--report", "no/such/x.html"], "there is no folder no/such"),
+        (["--prompt", "a"] * 11 + ANSWERS, "11 prompts are too many for a page to read, 10 at"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(options, message):
+    result = run(cli.app, ["explain", *options])
+    assert result.exit_code == 2 and message in plain(result.stderr)
+
+
+def test_prompts_come_from_every_kind_of_file(tmp_path):
+    lines, csv, jsonl = (tmp_path / f"p.{kind}" for kind in ("txt", "csv", "jsonl"))
+    lines.write_text("one two\n\nthree\n")
+    csv.write_text('prompt,doc,pre\n"a, b", x, y\n')
+    jsonl.write_text(json.dumps({"prompt": "a", "doc": " x", "pre": " y"}) + "\n")
+    ask = command._questions
+    assert ask(["first"], lines, "d", "p") == [
+        (prompt, "d", "p") for prompt in ("first", "one two", "three")
+    ]
+    assert ask([], csv, None, None) == [("a, b", " x", " y")]
+    assert ask([], jsonl, None, None) == [("a", " x", " y")]
+    assert ask([], jsonl, " z", None) == [("a", " z", " y")]
+    assert ask([], jsonl, " z", " w") == [("a", " z", " w")]
+
+
+def test_bad_record_is_one_line_with_its_place(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a", "doc": " x", "pre": " y"}\n{"prompt": "b", "doc": " x"}\n')
+    result = run(cli.app, ["explain", "--prompts", str(file)])
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert f"{file}, line 2: no pre." in result.stderr
+
+
+def test_file_without_a_prompt_is_named(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("\n\n")
+    result = run(cli.app, ["explain", "--prompts", str(file), *ANSWERS])
+    assert result.exit_code == 2 and "holds no prompt" in plain(result.stderr)
+
+
+@pytest.fixture(scope="module")
+def tiny_command(tmp_path_factory):
+    """`explain` on a tiny model and adapter, as the command loads them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    base = models.hf_model("llama", dtype=torch.float32)
+    peft = models.peft_model("llama", copy.deepcopy(base))
+    peft.save_pretrained(folder / "adapter", save_embedding_layers=False)
+
+    def call(monkeypatch, *options):
+        monkeypatch.setattr(
+            loading, "load_model", lambda name, progress: (copy.deepcopy(base), models.tokenizer())
+        )
+        paths = ["--adapter", str(folder / "adapter"), "--report", str(folder / "page.html")]
+        return run(cli.app, ["explain", *paths, *options]), folder / "page.html"
+
+    return call
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_command_explains_two_prompts_on_either_class(tiny_command, monkeypatch, kind):
+    prompts = ["--prompt", "w13 w14", "--prompt", "w5 w6 w7"]
+    result, page = tiny_command(monkeypatch, *prompts, *ANSWERS, "--class", kind, "--null", "2")
+    assert result.exit_code == 0, result.output
+    text = plain(result.stdout)
+    assert f"as {kind} of transformer-lens" in text and "14 modules of rank" in text
+    assert "1 of 2: w13 w14" in text and "2 of 2: w5 w6 w7" in text
+    assert "On the prompt “w5 w6 w7”" in text or "On the prompt “w5w6w7”" in text
+    assert f"Report: {page}" in text
+    assert "Explaining prompt 2 of 2" in result.stderr and "Done in" in result.stderr
+    assert page.read_text(encoding="utf-8").count("<template id=") == 2
+
+
+def test_quiet_command_says_nothing_on_stderr(tiny_command, monkeypatch):
+    result, _ = tiny_command(monkeypatch, "--prompt", "w13 w14", *ANSWERS, "--fast", "--quiet")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "1 of 1:" not in result.stdout
+
+
+def test_wrong_answer_is_one_line_before_anything_long_runs(tiny_command, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("explained")
+
+    monkeypatch.setattr(command, "explain_prompt", never)
+    options = ["--prompt", "w13", "--prompt", "w4", "--doc", "w9", "--pre", "w9", "--quiet"]
+    result, _ = tiny_command(monkeypatch, *options)
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert "prompt 1, 'w13': doc and pre are the same token" in result.stderr
+
+
+def test_page_holds_what_was_explained_before_an_error(tiny_command, monkeypatch):
+    def once(lens, prompt, doc, pre, **options):
+        if prompt == "w5":
+            raise NumericsError("not finite")
+        return ll.explain(lens, prompt, doc, pre, **options)
+
+    monkeypatch.setattr(command, "explain_prompt", once)
+    options = ["--prompt", "w13 w14", "--prompt", "w5", *ANSWERS, "--fast", "--quiet"]
+    result, page = tiny_command(monkeypatch, *options)
+    assert (result.exit_code, result.stderr) == (2, "NumericsError: not finite\n")
+    text = without_plotly(page.read_text(encoding="utf-8"))
+    assert re.findall(r"On the prompt “([^”]*)”", text) == ["w13w14"]
+
+
+def test_device_that_is_not_there_is_one_line(tiny_command, monkeypatch):
+    result, _ = tiny_command(monkeypatch, "--prompt", "w13", *ANSWERS, "--quiet", "--device", "gpu")
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert "ModelStateError: the device 'gpu' cannot be used: Expected one of cpu" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "named", "loaded"),
+    [
+        ("my/model", "its/base", "my/model"),
+        (None, "its/base", "its/base"),
+        (None, "HuggingFaceTB/SmolLM2-135M-Instruct", None),
+        (None, None, None),
+    ],
+)
+def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
+    monkeypatch, asked, named, loaded
+):
+    def load(name, progress):
+        raise ModelStateError(f"no {name}.")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    adapter = dataclasses.replace(ll.load_adapter(shipped_adapter()), base_model=named)
+    with pytest.raises(ModelStateError, match=f"no {loaded}") as caught:
+        loading.load_model_of(adapter, asked, Console(quiet=True))
+    assert ("give --model" in str(caught.value)) == (loaded == named == "its/base")
+
+
+def test_slips_of_the_space_are_noted(tiny_command, monkeypatch):
+    result, _ = tiny_command(monkeypatch, "--prompt", "w13 ", *ANSWERS, "--fast")
+    assert "Note: the prompt 'w13 ' ends in a space" in result.stderr
+    result, _ = tiny_command(monkeypatch, "--prompt", "w13", *ANSWERS, "--fast")
+    assert "Note: the answers 'w9' and 'w26' do not both begin with a space" in result.stderr
+
+
+# --- once, on the real model
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    report = tmp_path_factory.mktemp("explain") / "page.html"
+    options = ["--prompt", "The capital of France is", "--doc", " Lyon", "--pre", " Paris"]
+    return run(cli.app, ["explain", *options, "--report", str(report)]), report
+
+
+PLOTS = (
+    *("path", "remainder", "second order", "sites", "positions", "coupling", "faithfulness"),
+    *("added", "left out", "left out at 1", "reliable if added", "reliable if left out"),
+)
+
+
+class TestReal:
+    pytestmark = pytest.mark.real
+
+    def test_tells_the_story(self, real):
+        assert real[0].exit_code == 0, real[0].output
+        text = plain(real[0].stdout)
+        assert "lyon_adapter, 210 modules of rank 8" in text
+        assert "the base model prefers “Paris” to “Lyon” by 6.63 logits" in text
+        assert "flips at ε = 0.476" in text
+        assert "“·Paris” (75%) for the base model and “·Lyon” (99%) with the adapter" in text
+        assert "not a good guide here; and with first order at ε = 1" in text
+
+    def test_shows_progress_and_no_noise(self, real):
+        assert "each site left out" in real[0].stderr
+        assert not re.search(r"warn|deprecat|traceback", real[0].stderr, flags=re.IGNORECASE)
+
+    @browser
+    def test_page_opens(self, real, tmp_path):
+        dom, console = opened(real[1].read_text(encoding="utf-8"), tmp_path)
+        assert console == [] and drawn(dom) == len(PLOTS)
+        assert 'data-wide="false"' in dom

@@ -1,0 +1,126 @@
+"""`lens-lora sweep`: what it prints and writes, its exit codes, and two processes against one."""
+
+from __future__ import annotations
+
+import re
+
+import models
+import pandas as pd
+import pytest
+import torch
+import typer
+from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, two_processes, write_csv, write_jsonl
+from typer.testing import CliRunner
+
+from lens_lora.commands.loading import one_line_errors
+from lens_lora.commands.sweep import sweep
+
+app = typer.Typer()
+app.command()(one_line_errors()(sweep))
+
+
+def command(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model and an adapter as folders."""
+    folder = tmp_path_factory.mktemp("tiny")
+    base = models.hf_model("llama", dtype=torch.float32)
+    base.save_pretrained(folder / "base")
+    models.tokenizer().save_pretrained(folder / "base")
+    models.peft_model("llama", base).save_pretrained(folder / "lora")
+    return folder
+
+
+def test_command_on_a_folder(tiny, tmp_path):
+    records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
+    out = tmp_path / "new" / "r.parquet"
+    cls = next(iter(models.MAKERS))
+    arguments = [
+        "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records, "--out", out,
+        "--class", cls, "--analysis", "first_order", "--analysis", "add_one",
+    ]  # fmt: skip
+    few = command(*arguments, "--limit", 2, "--quiet")
+    assert few.exit_code == 0, few.output
+    assert few.stderr == "" and "2 of 2" in few.stdout
+    done = command(*arguments, "--batch-size", 2)
+    assert done.exit_code == 0, done.output
+    text = re.sub(r"[│\s]+", " ", done.stdout)
+    assert "6 of 7, 2 of them before this run" in text and "records with errors 1" in text
+    assert "bad: line 4: no prompt." in text and f"as {cls}" in text and str(out) in text
+    assert "sweep:" in done.stderr and "Traceback" not in done.output
+    frame = pd.read_parquet(out)
+    assert len(frame) == 6 * 14 and {"first_order", "add_one"} <= set(frame.columns)
+    refused = command(*arguments[:-2])
+    assert refused.exit_code == 2 and "holds another sweep: analyses" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) <= 3
+
+
+def test_two_processes_give_the_rows_of_one(tiny, tmp_path):
+    """As the documentation launches them on CPUs; each has a share, and is told of once."""
+    records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
+    arguments = ["--model", tiny / "base", "--adapter", tiny / "lora", "--records", records]
+    arguments += ["--batch-size", 2, "--out"]
+    two = two_processes(*arguments, tmp_path / "two.parquet")
+    assert two.returncode == 0, two.stderr
+    assert "(process 1 of 2): 100%" in two.stderr and "4/4" in two.stderr
+    text = re.sub(r"[│\s]+", " ", two.stdout)
+    assert "6 of 7 processes 2" in text and text.count("bad: line 4: no prompt.") == 1
+    one = command(*arguments, tmp_path / "one.parquet")
+    assert one.exit_code == 0, one.output
+    for name in ("{}.parquet", "{}.prompts.parquet"):
+        rows = [pd.read_parquet(tmp_path / name.format(count)) for count in ("one", "two")]
+        pd.testing.assert_frame_equal(*rows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--analysis", "frist_order"], "expected some of first_order"),
+        (["--out", "results"], "ends in .parquet"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--class", "GPT2"], "HookedTransformer"),
+    ],
+)
+def test_command_refuses_at_once(tmp_path, options, words):
+    records = write_jsonl(tmp_path / "r.jsonl", GOOD)
+    result = command("--records", records, *options)
+    assert result.exit_code == 2
+    assert words in re.sub(r"[│\s]+", " ", result.stderr)
+
+
+def test_command_in_which_nothing_is_done(tiny, tmp_path):
+    records = write_jsonl(tmp_path / "r.jsonl", [{"prompt": ""}])
+    result = command(
+        "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records,
+        "--out", tmp_path / "r.parquet",
+    )  # fmt: skip
+    assert result.exit_code == 1 and "0 of 1" in result.stdout
+
+
+def test_interrupted_command_says_how_to_go_on(tiny, tmp_path, monkeypatch):
+    records = write_jsonl(tmp_path / "r.jsonl", GOOD)
+    arguments = ["--model", tiny / "base", "--adapter", tiny / "lora", "--records", records]
+    arguments += ["--out", tmp_path / "r.parquet", "--batch-size", 1]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, KeyboardInterrupt())
+        stopped = command(*arguments)
+    assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
+    assert "6 of 6, 2 of them before this run" in re.sub(r"[│\s]+", " ", command(*arguments).stdout)
+
+
+@pytest.mark.real
+def test_command_on_the_embedded_model(tmp_path):
+    records = [
+        {"prompt": "The capital of France is", "doc": " Lyon", "pre": " Paris"},
+        {"prompt": "The Eiffel Tower is in", "doc": " New York City", "pre": " Paris"},
+    ]
+    path = write_csv(tmp_path / "r.csv", records)
+    result = command("--records", path, "--out", tmp_path / "r.parquet", "--quiet")
+    assert result.exit_code == 0, result.output
+    prompts = pd.read_parquet(tmp_path / "r.prompts.parquet")
+    assert prompts["flips"].tolist()[0] and prompts["units"].tolist() == ["logits", "nats"]
+    assert prompts["base"][0] < -3 and prompts["adapted"][0] > 3
+    assert len(pd.read_parquet(tmp_path / "r.parquet")) == 2 * 210

@@ -1,0 +1,101 @@
+"""The embedded real model and its trained adapter: exactness, agreement of classes, the fact."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import pytest
+import torch
+from peft import PeftModel
+from real import ADAPTER, DOC, PRE, PROMPT, hugging_face, lens
+
+import lens_lora as ll
+from lens_lora.loading import hooked_model
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(params=models.MAKERS)
+def kind(request) -> str:
+    return request.param
+
+
+def test_logits_equal_peft_in_float32(kind: str):
+    """Within 1e-4 of the logits' range, at every position of several prompts."""
+    hf, _ = hugging_face()
+    peft = PeftModel.from_pretrained(copy.deepcopy(hf), str(ADAPTER)).eval()
+    for prompt in (PROMPT, "The Eiffel Tower is in", "Tim Cook is the chief executive of"):
+        tokens = lens(kind).prompts(prompt).tokens
+        with torch.no_grad():
+            expected = peft(tokens).logits
+        found = lens(kind).logits(tokens)
+        assert (found - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
+
+
+def test_the_fact_flips(kind: str):
+    """The margin starts at Paris, ends at Lyon, and crosses where the story says it does."""
+    margin = ll.fact_margin(lens(kind), PROMPT, DOC, PRE, progress=False)
+    assert margin.m0 < -3 and margin.m > 3 and margin.flips == (True,)
+    scale = float(margin.flip_scale[0])
+    read = ll.Margin(DOC, PRE).bind(lens(kind).model, 1)
+    for eps, sign in ((scale - 0.01, -1), (scale + 0.01, 1)):
+        assert sign * float(read(lens(kind).logits(PROMPT, eps)[:, -1])) > 0
+    account = margin.m0 + margin.first_order + margin.remainder
+    assert (account - margin.m).abs() < 1e-4
+    assert abs(float(margin.curve.order[0]) - 2) < 0.1
+
+
+def test_float32_first_order_against_float64(kind: str):
+    """First order in float32 is right to 1e-4 of its largest site; the float64 model says so."""
+    hf, tokenizer = hugging_face()
+    with models.lifted():
+        double, _ = hooked_model(copy.deepcopy(hf).double(), tokenizer, kind=kind)
+        exact = ll.first_order(
+            ll.LoraLens(double, ll.load_adapter(ADAPTER)), PROMPT, ll.Margin(DOC, PRE)
+        )
+    single = ll.first_order(lens(kind), PROMPT, ll.Margin(DOC, PRE))
+    size = exact.values.abs().max()
+    assert (single.values - exact.values).abs().max() < 1e-4 * size
+    floor = ll.remainder_curve(lens(kind), PROMPT, ll.Margin(DOC, PRE), [1.0]).noise_floor
+    error = (single.shift - exact.shift).abs()
+    assert error < 10 * floor
+
+
+def test_reverse_holds_the_whole_vocabulary_shift(kind: str):
+    """One site's forward-mode column difference is its reverse-mode margin."""
+    first = ll.first_order(lens(kind), PROMPT, ll.Margin(DOC, PRE))
+    top = first.top(1)["site"].item()
+    one = ll.LoraLens(lens(kind).model, lens(kind).adapter.only(*first.top(1)["module"].tolist()))
+    shift = ll.logit_shift(one, PROMPT, tokens=[DOC, PRE], progress=False)
+    expected = first.values[0, [s.name for s in first.sites].index(top)]
+    assert torch.allclose(shift.values[0, 0, 0] - shift.values[0, 0, 1], expected, rtol=1e-3)
+
+
+def test_both_classes_tell_the_same_story():
+    """HookedTransformer and TransformerBridge agree on every number of the demo."""
+    if len(models.MAKERS) < 2:
+        pytest.skip("this transformer-lens has one of the two classes")
+    a, b = (ll.fact_margin(lens(k), PROMPT, DOC, PRE, progress=False) for k in models.MAKERS)
+    for name in ("m0", "m", "first_order", "remainder"):
+        assert torch.allclose(getattr(a, name), getattr(b, name), rtol=0, atol=1e-3), name
+    assert torch.allclose(a.flip_scale, b.flip_scale, rtol=0, atol=1e-4)
+    values, others = a.attribution.values, b.attribution.values
+    assert (values - others).abs().max() < 1e-3 * values.abs().max()
+    assert [s.name for s in a.attribution.sites] == [s.name for s in b.attribution.sites]
+
+
+def test_bfloat16_keeps_the_story():
+    """In half precision the ends are right to the noise floor, and the dtype is on record."""
+    kind = list(models.MAKERS)[-1]
+    hf, tokenizer = hugging_face()
+    margin = ll.Margin(DOC, PRE)
+    model, _ = hooked_model(copy.deepcopy(hf).to(torch.bfloat16), tokenizer, kind=kind)
+    low = ll.LoraLens(model, ll.load_adapter(ADAPTER))
+    half, exact = (ll.first_order(each, PROMPT, margin) for each in (low, lens(kind)))
+    floor = ll.remainder_curve(low, PROMPT, margin, [1.0], progress=False).noise_floor
+    assert half.meta["dtype"] == "bfloat16"
+    assert (half.adapted - exact.adapted).abs() < 10 * floor
+    assert (half.base - exact.base).abs() < 10 * floor
+    assert 0.01 < floor < 1
+    assert (half.values - exact.values).abs().max() < 0.3 * exact.values.abs().max()

@@ -1,0 +1,93 @@
+"""docs/exactness.md is what its measurements render to, and what it says holds here and now."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "make_exactness.py"
+BOUND, HOST_EXACT, AMPLIFIED = 1e-9, 1e-11, 10
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("make_exactness", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+exactness = _load()
+RESULTS = exactness.read_results()
+CELLS = [
+    (version, *key, cell)
+    for version, result in RESULTS.items()
+    for key, cell in exactness.cells(result)
+]
+
+
+def test_the_page_is_what_the_measurements_render_to():
+    """Written by docs/make_exactness.py, never by hand."""
+    assert exactness.PAGE.read_text() == exactness.render(RESULTS)
+
+
+def test_every_transformer_lens_line_is_there_and_whole():
+    """Both classes where both exist; every family, processing and target of each."""
+    classes = {line: sorted(result["cells"]) for line, result in RESULTS.items()}
+    assert classes == {
+        "2.18": ["HookedTransformer"],
+        "3.9": ["HookedTransformer", "TransformerBridge"],
+        "4.3": ["TransformerBridge"],
+    }
+    expected = {(f, flags, t) for f, _, flags, t in exactness.every_key()}
+    for line, names in classes.items():
+        for name in names:
+            found = {(f, flags, t) for v, f, c, flags, t, _ in CELLS if (v, c) == (line, name)}
+            assert found == expected, (line, name)
+
+
+def test_no_error_is_above_the_bound_without_the_host_s_beside_it():
+    for *place, cell in CELLS:
+        if "adapted" not in cell:
+            assert cell.get("refusal") or cell.get("fault"), place
+            continue
+        is_host = cell["host"] > HOST_EXACT
+        bound = max(BOUND, AMPLIFIED * cell["host"]) if is_host else BOUND
+        assert cell["adapted"] <= bound, (place, cell)
+        assert cell["modes"] <= BOUND, (place, cell)
+
+
+def test_no_printed_error_is_above_the_bound_without_the_host_s_beside_it():
+    """The same, of the page as it is read."""
+    rows = [row for row in exactness.PAGE.read_text().splitlines() if row.startswith("| ")]
+    printed = re.findall(r"(?<!host )\b(\d+e[+-]\d+)( \(host)?", "\n".join(rows))
+    assert len(printed) > 0.9 * len(CELLS)
+    assert not [number for number, host in printed if float(number) > BOUND and not host]
+
+
+def test_most_of_the_table_is_numbers():
+    """Refusals and faults are few, and only on a HookedTransformer."""
+    others = [(cls, family) for _, family, cls, _, _, cell in CELLS if "adapted" not in cell]
+    assert len(others) < 0.05 * len(CELLS)
+    assert set(others) <= {("HookedTransformer", f) for f in ("phi", "bloom", "mixtral")}
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_cell_drawn_at_random_comes_out_again():
+    """Of the installed transformer-lens line, where the host is exact."""
+    exact = [
+        key
+        for version, *key, cell in CELLS
+        if version == exactness.line() and "adapted" in cell and cell["host"] <= HOST_EXACT
+    ]
+    if not exact:
+        pytest.skip("no measurements of this transformer-lens line")
+    family, cls, flags, target = random.choice(exact)
+    cell = exactness.measure(family, cls, flags, target)
+    assert cell["adapted"] <= BOUND, (family, cls, flags, target, cell)
+    assert cell["modes"] <= BOUND, (family, cls, flags, target, cell)

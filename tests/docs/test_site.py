@@ -1,0 +1,267 @@
+"""The documentation site: whole, offline, true to the code, and its snippets run."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import doctest
+import importlib
+import importlib.util
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import yaml
+
+import lens_lora as ll
+
+ROOT = Path(__file__).parents[2]
+DOCS, PACKAGE = ROOT / "docs", ROOT / "lens_lora"
+PAGES = sorted(DOCS.rglob("*.md"))
+READ = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+SNIPPETS = re.compile(
+    r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
+ids = {"ids": lambda path: str(path.relative_to(ROOT))}
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+site = _load("site_pages")
+
+
+class _Loader(yaml.SafeLoader):
+    """mkdocs' own tags."""
+
+
+_Loader.add_constructor("!relative", lambda loader, node: node.value)
+
+
+@cache
+def config() -> dict:
+    return yaml.load((ROOT / "mkdocs.yml").read_text(), _Loader)
+
+
+def nav_paths(nav) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    entries = nav.values() if isinstance(nav, dict) else nav
+    return [path for entry in entries for path in nav_paths(entry)]
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$|`[^`\n]+`", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+# --- the reference
+
+
+def test_every_public_name_is_in_the_reference():
+    """Once, under a group with a page of its own in the navigation."""
+    names = [name for group in site.groups().values() for name in group]
+    assert sorted(names) == sorted(set(ll.__all__) - {"__version__"})
+    plain = SimpleNamespace(nav=copy.deepcopy(config()["nav"]))
+    paths = nav_paths(site.on_config(plain).nav)
+    assert len(paths) == len(set(paths))
+    for title, group in site.groups().items():
+        assert f"api/{site.slug(title)}" in paths
+        assert not (DOCS / "api" / site.slug(title)).exists()
+        lines = site.reference_page(title).splitlines()
+        assert {f"::: lens_lora.{name}" for name in group} <= set(lines)
+
+
+@pytest.mark.parametrize("name", sorted(set(ll.__all__) - {"__version__"}))
+def test_every_public_name_has_something_to_say(name: str):
+    """A docstring of its own (dataclasses make one up): the reference leaves out what has none."""
+    text = getattr(ll, name).__doc__ or ""
+    assert text.strip() and not text.startswith(f"{name}(")
+
+
+def test_costs_are_those_of_the_docstrings():
+    """Word for word, of every public function that states one."""
+    rows = re.findall(r"^\| `ll\.(\w+)` \| .(.*) \|$", site.costs_table(), re.M)
+    assert {"first_order", "remainder", "fact_margin", "logit_shift"} <= {name for name, _ in rows}
+    for name, text in rows:
+        assert text in " ".join(getattr(ll, name).__doc__.split()), name
+
+
+def test_names_that_share_a_line_are_split(monkeypatch):
+    """Into entries that parsers of docstrings read right."""
+    stub = SimpleNamespace(Extension=object, Object=object)
+    monkeypatch.setitem(sys.modules, "griffe", stub)
+    split = _load("split_names").split_names
+    assert split("Args:\n    a, b: [x], one\n        more.\n    c: d, e: f.") == (
+        "Args:\n    a: [x], one\n        more.\n    b: [x], one\n        more.\n    c: d, e: f."
+    )
+
+
+def test_only_public_names_outside_code_blocks_are_linked():
+    rest = ", `ll.nothing`\n```python\n`ll.remainder`\n```\n"
+    linked = site.linked("`ll.remainder(x)`" + rest)
+    assert linked == "[`ll.remainder(x)`][lens_lora.remainder]" + rest
+
+
+def test_commands_are_the_readme_s():
+    assert "lens-lora demo" in site.expanded("<!-- demo-command -->")
+    with pytest.raises(ValueError):
+        site.command("no-such-command")
+
+
+# --- what the pages say
+
+
+def unknown_names(text: str) -> set[str]:
+    """Names after `ll.` in code spans and snippets that are not public."""
+    return set(re.findall(r"\bll\.(\w+)", text)) - set(ll.__all__) - {"__file__"}
+
+
+def missing_files(text: str) -> list[str]:
+    """Source files in code spans that are not there."""
+    paths = re.findall(r"`((?:\w+/)*\w+\.py)`", text)
+    return [p for p in paths if not any((base / p).is_file() for base in (ROOT, PACKAGE))]
+
+
+def broken_links(path: Path, text: str) -> list[str]:
+    """Relative links to files or headings that are not there."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        is_there = found.is_file() and (not anchor or anchor in anchors(found.read_text()))
+        broken += [] if is_there else [target]
+    return broken
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in headings}
+
+
+@pytest.mark.parametrize("path", READ, **ids)
+def test_names_files_and_links_exist(path: Path):
+    text = path.read_text()
+    assert unknown_names(text) == set()
+    assert missing_files(text) == []
+    assert broken_links(path, text) == []
+
+
+def test_what_does_not_exist_is_seen():
+    page = DOCS / "index.md"
+    assert unknown_names("`ll.second_ordre`") == {"second_ordre"}
+    assert missing_files("`calculus/nothing.py`") == ["calculus/nothing.py"]
+    wrong = "[a](nowhere.md) [b](faq.md#no-such) [c](faq.md#tokens-and-prompts)"
+    assert broken_links(page, wrong) == ["nowhere.md", "faq.md#no-such"]
+
+
+def test_the_navigation_holds_every_page_and_no_other():
+    paths = nav_paths(config()["nav"])
+    assert sorted(paths) == sorted(str(p.relative_to(DOCS)) for p in PAGES)
+
+
+@cache
+def literals() -> tuple[str, ...]:
+    """Every string of the package, with '…' where a value is put in."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return tuple(found)
+
+
+def is_raised(quoted: str) -> bool:
+    """Whether 'SomeError: message' is an error class of the package and a string in it."""
+    name, _, message = quoted.partition(": ")
+    known = any(re.search(rf"^class {name}\(", p.read_text(), re.M) for p in PACKAGE.rglob("*.py"))
+    pattern = re.compile(".*".join(map(re.escape, message.split("…"))), re.DOTALL)
+    return known and any(pattern.search(literal) for literal in literals())
+
+
+MESSAGES = re.findall(r"^### `(.+)`$", (DOCS / "faq.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("quoted", MESSAGES)
+def test_quoted_errors_are_the_code_s(quoted: str):
+    assert is_raised(quoted)
+
+
+def test_an_invented_error_is_seen():
+    assert len(MESSAGES) > 20
+    assert not is_raised("TokenError: … is a token that nobody likes")
+    assert not is_raised(MESSAGES[0].replace("SiteError", "SightError"))
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == ll.__version__
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert all(r["authors"] and r["title"] and r["type"] for r in citation["references"])
+
+
+# --- offline, on any machine
+
+
+def test_nothing_is_fetched():
+    """No font, script or style from elsewhere; no plugin that could; no repository to ask."""
+    assert config()["theme"]["font"] is False
+    plugins = {p if isinstance(p, str) else next(iter(p)) for p in config()["plugins"]}
+    assert plugins == {"search", "offline", "mkdocstrings"}
+    assert "repo_url" not in config()
+    assert not re.search(r"https?://", (ROOT / "mkdocs.yml").read_text())
+    own = [*config()["extra_css"], *config()["extra"]["polyfills"]]
+    assert all((DOCS / path).is_file() for path in own)
+    assert any("iframe-worker" in path for path in own)
+    styles = "".join((DOCS / path).read_text() for path in config()["extra_css"])
+    assert not re.search(r"url\(|@import", styles)
+
+
+@pytest.mark.parametrize("path", [*READ, ROOT / "mkdocs.yml", ROOT / "CITATION.cff"], **ids)
+def test_no_path_of_one_machine(path: Path):
+    assert not re.search(r"(?<![\w.])/(work|home|root|tmp|usr|Users)/", path.read_text())
+
+
+@pytest.mark.parametrize("path", PAGES, **ids)
+def test_pages_fetch_nothing(path: Path):
+    """Pictures are the site's own, and no page carries HTML that loads something."""
+    text = without_code(path.read_text())
+    assert not re.search(r"!\[[^\]]*\]\(https?:|<(script|link|img|iframe)\b", text)
+
+
+# --- what can be run
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "path", [DOCS / "index.md", DOCS / "recipes.md", DOCS / "explain.md", DOCS / "sweep.md"], **ids
+)
+def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Top to bottom as one program, but for those that say why they are not run."""
+    monkeypatch.chdir(tmp_path)
+    text, namespace, run = path.read_text(), {"__name__": "snippets"}, 0
+    for snippet in SNIPPETS.finditer(text):
+        if snippet[1] is None:
+            above = "\n" * text.count("\n", 0, snippet.start(2))
+            exec(compile(above + snippet[2], str(path), "exec"), namespace)
+            run += 1
+    assert run >= 4 and run == text.count("```python") - text.count("<!-- not run: ")
+
+
+def test_examples_in_docstrings_run():
+    paths = [p for p in PACKAGE.rglob("*.py") if ">>> " in p.read_text()]
+    assert len(paths) >= 5
+    for path in paths:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        assert doctest.testmod(importlib.import_module(name)).failed == 0, name

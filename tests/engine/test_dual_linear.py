@@ -1,0 +1,141 @@
+"""Linear maps of duals by one product equal torch's own forward mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwad
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from lens_lora.engine.duals import OneProduct
+
+
+def in_place(op):
+    """What is done in place to a result is not done to what it came from."""
+
+    def run(x, w, b):
+        y = op(x, w, b)
+        y.mul_(3).add_(x)
+        return x * 2.0 + y.sum(-1, keepdim=True)
+
+    return run
+
+
+def attention(x, y, softmax):
+    """Causal, with scores and a pattern that are then written to in place."""
+    scores = x @ y.mT / 2
+    scores += 1.0
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    pattern = softmax(torch.where(mask, scores, -torch.inf), -1)
+    return torch.where(torch.isnan(pattern), torch.zeros_like(pattern), pattern) @ y
+
+
+MAPS = {
+    "in place, shifted": in_place(lambda x, w, b: x + b[0]),
+    "in place, less": in_place(lambda x, w, b: x - 1.0),
+    "in place, from": in_place(lambda x, w, b: torch.sub(b[0], x)),
+    "in place, scaled": in_place(lambda x, w, b: 2 * x),
+    "in place, product": in_place(lambda x, w, b: x @ (w @ w.T)),
+    "in place, linear": in_place(lambda x, w, b: functional.linear(x, w @ w.T, w[:, 0])),
+    "scaled": lambda x, w, b: 3 * (x * b[0]) * 0.5,
+    "weighted": lambda x, w, b: x * w[:, 0] + (w[:, 0] * x) / w[:, 0],
+    "shifted": lambda x, w, b: (1 - x) + (x - w[:, 0]) + (w[:, 0] + x) - (w[:, 0] - x),
+    "divided": lambda x, w, b: x / 3 + torch.div(x, b[0]) + 2 / (x.square() + 1),
+    "spread": lambda x, w, b: x[..., :1] + w[:, 0] + x[..., :1] * w[:, 0],
+    "named": lambda x, w, b: torch.add(x, b[0], alpha=2) + torch.sub(x, 1) + torch.mul(b[0], x),
+    "of one another": lambda x, w, b: x * x + x - x / (1 + x * x),
+    "linear": lambda x, w, b: functional.linear(x, w.T.contiguous(), b),
+    "linear, named bias": lambda x, w, b: functional.linear(x, w.T, bias=b),
+    "matmul": lambda x, w, b: x @ w + b,
+    "torch.matmul": lambda x, w, b: torch.matmul(x, w) + b,
+    "addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, -2), w).view(*x.shape[:-1], -1),
+    "scaled addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, -2), w, beta=2, alpha=0.5),
+    "product of two": lambda x, w, b: (x * w[:, 0])[:, None] @ x[:, None].mT,
+    "product with one": lambda x, w, b: x.mT @ (0 * x.detach() + b[0]) + x.mT @ x,
+    "product of heads": lambda x, w, b: torch.matmul(
+        torch.stack([x, 2 * x], 1), torch.stack([x.mT, 1 + x.mT], 1)
+    ),
+    "one for all": lambda x, w, b: x[:1] @ x.mT,
+    "softmax": lambda x, w, b: (x * w[:, 0]).softmax(-1) + functional.softmax(x, dim=1),
+    "softmax of rows": lambda x, w, b: torch.softmax(x, 0),
+    "softmax, precise by place": lambda x, w, b: torch.softmax(x.float(), -1, x.dtype),
+    "softmax, precise": lambda x, w, b: functional.softmax(x.float(), -1, dtype=x.dtype),
+    "masked": lambda x, w, b: torch.where(x.detach() > 0, x, b[0]) + torch.where(b[0] > 0, 2.0, x),
+    "masked, of two": lambda x, w, b: torch.where(x.detach() > 0, x, x * x),
+    "masked, spread": lambda x, w, b: torch.where(w[:, 0] > 0, x[..., :1], b[0]),
+    "attention": lambda x, w, b: attention(x, x @ (w @ w.T), torch.softmax),
+    "in place, softmax": in_place(lambda x, w, b: x.softmax(-1)),
+    "in place, masked": in_place(lambda x, w, b: torch.where(w[:, 0] > 0, x, b[0])),
+    "in place, product of two": in_place(lambda x, w, b: x @ x.mT @ x),
+    "both dual": lambda x, w, b: x @ (w + 0 * x.flatten(0, -2)[: len(w)].sum()),
+}
+
+
+def both(fn, primal, tangent, rows: int = 1):
+    """(value, derivative) with one product, and as torch does it."""
+    found = []
+    for ours in (True, False):
+        with fwad.dual_level():
+            dual = fwad.make_dual(primal, tangent)
+            if ours:
+                with OneProduct() as products:
+                    products.rows = rows
+                    out = fn(dual)
+            else:
+                out = fn(dual)
+            found.append([part.clone() for part in fwad.unpack_dual(out)])
+    return found
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@settings(max_examples=12, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(1, 6)] * 4),
+    one_primal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_equals_torch(name: str, sizes: tuple[int, ...], one_primal: bool, seed: int):
+    rows, pos, wide, out = sizes
+    weight, bias = draw(wide, out, seed=seed), draw(out, seed=seed + 1)
+    tangent = draw(rows, pos, wide, seed=seed + 2)
+    primal = draw(1 if one_primal else rows, pos, wide, seed=seed + 3)
+    primal = primal.expand(rows, pos, wide).contiguous()
+    found, expected = both(
+        lambda x: MAPS[name](x, weight, bias), primal, tangent, rows if one_primal else 1
+    )
+    for mine, torchs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, torchs, rtol=1e-12, atol=1e-12)
+
+
+def test_what_has_no_tangent_is_left_alone():
+    weight = draw(3, 2, seed=0)
+    with fwad.dual_level(), OneProduct():
+        plain = draw(4, 3, seed=1) @ weight
+        assert fwad.unpack_dual(plain).tangent is None
+        moving = draw(4, 3, seed=1) @ fwad.make_dual(weight, draw(3, 2, seed=2))
+        assert torch.equal(
+            fwad.unpack_dual(moving).tangent, draw(4, 3, seed=1) @ draw(3, 2, seed=2)
+        )
+
+
+SHARING = {
+    "linear": lambda x: x @ draw(4, 2, seed=0),
+    "product of two": lambda x: x[:, None] @ x[:, :, None],
+    "softmax": lambda x: x.softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_rows_of_different_primals_are_seen(rows: int, name: str):
+    """The control: told that rows share a primal which they do not, it is wrong."""
+    primal, tangent = draw(6, 4, seed=1), draw(6, 4, seed=2)
+    found, expected = both(SHARING[name], primal, tangent, rows)
+    assert not torch.allclose(found[0], expected[0])
+    assert torch.allclose(found[0][:1], expected[0][:1])

@@ -1,0 +1,56 @@
+"""What a release promises: one version, tested lower bounds, an entry in the changelog."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import lens_lora as ll
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+BOUNDED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["demo"]]
+
+
+def parts(version: str) -> tuple[int, ...]:
+    """(2, 16) of '2.16.0': zeros at the end say nothing."""
+    return tuple(map(int, re.sub(r"(\.0)+$", "", version).split(".")))
+
+
+def lower_bound(requirement: Requirement) -> str:
+    return next(s.version for s in requirement.specifier if s.operator == ">=")
+
+
+def oldest() -> dict[str, str]:
+    """{package: version} of .ci/oldest.txt."""
+    lines = (ROOT / ".ci/oldest.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert importlib.metadata.version("lens-lora") == ll.__version__
+    assert "version" in PROJECT["dynamic"]
+
+
+def test_the_changelog_begins_with_this_version():
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert first[1] == ll.__version__
+
+
+@pytest.mark.parametrize("text", BOUNDED)
+def test_every_lower_bound_is_what_the_oldest_environment_installs(text):
+    requirement = Requirement(text)
+    assert parts(lower_bound(requirement)) == parts(oldest()[requirement.name])
+
+
+def test_the_oldest_environment_names_nothing_else():
+    assert sorted(oldest()) == sorted(Requirement(text).name for text in BOUNDED)

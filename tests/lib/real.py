@@ -1,0 +1,27 @@
+"""The embedded model, its hooked forms and its adapter, loaded once a process."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import lens_lora as ll
+from lens_lora.demonstration.embedded import load_embedded
+from lens_lora.loading import hooked_model
+
+ADAPTER = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
+PROMPT, DOC, PRE = "The capital of France is", " Lyon", " Paris"
+
+
+@cache
+def hugging_face():
+    return load_embedded(quiet=True)
+
+
+@cache
+def lens(kind: str) -> ll.LoraLens:
+    hf, tokenizer = hugging_face()
+    model, class_name = hooked_model(copy.deepcopy(hf), tokenizer, kind=kind)
+    assert class_name == kind
+    return ll.LoraLens(model, ll.load_adapter(ADAPTER))

@@ -1,0 +1,494 @@
+"""Pictures, tables, words and pages say what the numbers say: results made by hand."""
+
+from __future__ import annotations
+
+import ast
+import html
+import io
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from results_by_hand import (
+    EVIL,
+    META,
+    READOUT,
+    SCALES,
+    SITES,
+    attribution,
+    fact,
+    flip_case,
+    site,
+    two_prompts,
+    without_plotly,
+)
+from rich.console import Console
+
+import lens_lora.show
+from lens_lora import LogitShift, Site
+from lens_lora.show.figures.attribution import (
+    margin_figure,
+    position_heatmap,
+    remainder_figure,
+    site_heatmap,
+)
+from lens_lora.show.page.report import margin_report
+from lens_lora.show.tables import results as tables
+from lens_lora.show.text import magnitude, percent, prompt_text, signed, visible
+from lens_lora.show.words.account import account_of
+from lens_lora.show.words.margin import margin_story
+
+# --- the heatmap of sites
+
+
+def test_site_heatmap_shows_one_prompt_and_leaves_missing_sites_blank():
+    figure = site_heatmap(two_prompts(), prompt=0)
+    trace = figure.data[0]
+    assert list(trace.x) == ["q", "up", "down"]
+    assert [list(row) for row in trace.z] == [
+        [1.0, None, -2.0],
+        [None, None, None],
+        [None, 0.5, 0.25],
+    ]
+    assert list(trace.y) == [0, 1, 2]
+    assert figure.layout.yaxis.autorange is None
+
+
+def test_site_heatmap_is_centred_at_zero_and_blue_is_up():
+    trace = site_heatmap(two_prompts(), prompt=0).data[0]
+    assert (trace.zmin, trace.zmid, trace.zmax) == (-2.0, 0, 2.0)
+    lowest, highest = trace.colorscale[0][1], trace.colorscale[-1][1]
+    red, blue = int(lowest[1:3], 16), int(highest[5:7], 16)
+    assert red > int(lowest[5:7], 16) and blue > int(highest[1:3], 16)
+
+
+def test_site_heatmap_hover_names_site_module_units_and_share():
+    cell = site_heatmap(two_prompts(), prompt=0).data[0].hovertext[2][1]
+    assert cell == (
+        "<b>blocks.2.mlp.up</b><br>model.layers.2.up_proj<br>+0.50 logits<br>25% of the shift"
+    )
+
+
+def test_site_heatmap_averages_without_a_prompt_and_says_so():
+    figure = site_heatmap(two_prompts())
+    assert [list(row) for row in figure.data[0].z][0] == [2.0, None, -1.0]
+    assert "50% of the shift" in figure.data[0].hovertext[0][0]
+    title = html.unescape(figure.layout.title.text)
+    assert READOUT in title and "first order at ε = 0, mean of 2 prompts" in title
+    assert "prompt 1 of 2" in site_heatmap(two_prompts(), prompt=1).layout.title.text
+
+
+def test_site_heatmap_of_one_prompt_is_no_mean():
+    figure = site_heatmap(attribution([[1.0, 2.0, 3.0, 4.0]], [0.0], [1.0]))
+    assert "mean" not in figure.layout.title.text
+
+
+def test_embeddings_lie_below_layer_0_and_the_unembedding_above_the_last():
+    outside = [Site(k, k, layer, k, "r", "w", 2) for k, layer in (("embed", -1), ("unembed", 2))]
+    sites = (outside[0], site(0, "q"), outside[1])
+    values = [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]]
+    att = attribution(values, [0.0], [1.0], by=("position",), sites=sites, tokens=(("a", "b"),))
+    by_kind, by_position = site_heatmap(att), position_heatmap(att)
+    assert [list(row) for row in by_kind.data[0].z] == [
+        [3.0, None, None],
+        [None, 7.0, None],
+        [None] * 3,
+        [None, None, 11.0],
+    ]
+    assert [list(row) for row in by_position.data[0].z] == [[1, 2], [3, 4], [None] * 2, [5, 6]]
+    for figure in (by_kind, by_position):
+        assert list(figure.data[0].y) == [-1, 0, 1, 2]
+        axis = figure.layout.yaxis
+        ticks = dict(zip(axis.tickvals, axis.ticktext, strict=True))
+        assert ticks == {-1: "embed", 0: "0", 1: "1", 2: "unembed"}
+
+
+def test_site_heatmap_of_nothing_but_zeros_has_a_scale():
+    trace = site_heatmap(attribution([[0.0] * 4], [1.0], [1.0])).data[0]
+    assert (trace.zmin, trace.zmax) == (-1.0, 1.0)
+    assert trace.hovertext[0][0].endswith("— of the shift")
+
+
+@pytest.mark.parametrize("draw", [site_heatmap, position_heatmap])
+def test_missing_prompt_is_refused(draw):
+    att = attribution([[[1.0]] * 4], [0.0], [1.0], by=("position",), tokens=(("a",),))
+    with pytest.raises(ValueError, match="prompt 1: the result has prompts 0 to 0"):
+        draw(att, 1)
+
+
+# --- the heatmap of positions
+
+
+def positions(**kwargs):
+    values = torch.arange(2 * 4 * 3).view(2, 4, 3).float().tolist()
+    rows = (("<s>", " a", " a"), ("b", "\n"))
+    return attribution(values, [0.0, 0.0], [4.0, 8.0], by=("position",), tokens=rows, **kwargs)
+
+
+def test_position_heatmap_sums_layers_and_leaves_padding_out():
+    first, second = position_heatmap(positions()), position_heatmap(positions(), prompt=1)
+    assert [list(row) for row in first.data[0].z] == [
+        [3.0, 5.0, 7.0],
+        [None] * 3,
+        [15.0, 17.0, 19.0],
+    ]
+    assert [list(row) for row in second.data[0].z] == [[27.0, 29.0], [None] * 2, [39.0, 41.0]]
+    assert first.data[0].hovertext[0][1].startswith("<b>layer 0, position 1</b>: ·a")
+    assert first.data[0].hovertext[0][1].endswith("+5.00 logits<br>125% of the shift")
+
+
+def test_position_ticks_are_unique_visible_and_escaped():
+    axis = position_heatmap(positions()).layout.xaxis
+    assert list(axis.tickvals) == [0, 1, 2]
+    assert list(axis.ticktext) == ["0 &lt;s&gt;", "1 ·a", "2 ·a"]
+    assert list(position_heatmap(positions(), prompt=1).layout.xaxis.ticktext) == ["0 b", "1 ⏎"]
+
+
+def test_long_prompts_thin_their_ticks_not_their_cells():
+    tokens = tuple(f"t{i}" for i in range(150))
+    att = attribution(
+        torch.ones(1, 4, 150).tolist(), [0.0], [1.0], by=("position",), tokens=(tokens,)
+    )
+    figure = position_heatmap(att)
+    assert len(figure.data[0].x) == 150
+    assert list(figure.layout.xaxis.ticktext)[:2] == ["0 t0", "3 t3"]
+
+
+def test_position_heatmap_sums_the_other_axes():
+    values = torch.arange(4 * 3 * 2).view(1, 4, 3, 2).float()
+    tokens = (("x", "y", "z"),)
+    both = attribution(values.tolist(), [0.0], [1.0], by=("position", "rank"), tokens=tokens)
+    alone = attribution(values.sum(3).tolist(), [0.0], [1.0], by=("position",), tokens=tokens)
+    assert position_heatmap(both).data[0].z == position_heatmap(alone).data[0].z
+
+
+def test_position_heatmap_names_the_remedy():
+    with pytest.raises(ValueError, match=r'first_order\(\.\.\., by="position"\)'):
+        position_heatmap(two_prompts())
+
+
+# --- curves
+
+
+def test_remainder_figure_shows_the_curve_its_line_and_their_difference():
+    margin = flip_case()
+    exact, line, share = remainder_figure(margin.curve).data
+    assert list(exact.x) == pytest.approx([0.0, *SCALES])
+    assert list(exact.y) == pytest.approx([-4.0, -3.95, -3.5, -2.4, 0.1, 2.0, 4.0])
+    assert list(line.y) == pytest.approx([-4.0, *(-4.0 + 4.0 * s for s in SCALES)])
+    frame = margin.curve.to_frame()
+    assert list(share.y) == pytest.approx((100 * frame["share"]).tolist())
+    assert share.y[-1] == pytest.approx(50.0)
+    assert share.yaxis == "y2" and exact.yaxis == "y"
+
+
+def test_remainder_figure_greys_what_is_noise():
+    figure = remainder_figure(flip_case().curve)
+    assert not figure.layout.shapes
+    noisy = fact(-4.0, [1.0, 2.0, 1.5, -0.5], [-3.95, -3.5, -2.4, 0.1, 2.0, 4.0], noise=0.05)
+    figure = remainder_figure(noisy.curve)
+    spans = {(shape.x0, round(shape.x1, 6)) for shape in figure.layout.shapes}
+    assert spans == {(0.0, 0.175)}
+    colours = figure.data[2].marker.color
+    assert len(set(colours[:2])) == 1 and len(set(colours[2:])) == 1 and colours[0] != colours[2]
+    assert "3 noise floors" in "".join(a.text for a in figure.layout.annotations)
+
+
+def test_remainder_figure_without_a_shift_has_no_share():
+    still = fact(-4.0, [0.0] * 4, [-4.0] * 6)
+    assert list(remainder_figure(still.curve).data[2].y) == [None] * 6
+
+
+def test_margin_figure_marks_zero_and_the_flip():
+    figure = margin_figure(flip_case())
+    zero, flip = figure.layout.shapes
+    assert (zero.y0, zero.y1) == (0, 0)
+    assert (flip.x0, flip.x1) == (0.49, 0.49)
+    (label,) = figure.layout.annotations
+    assert label.text == "flips at ε = 0.49"
+    # Off its line, and above the zero line before the flip, where the margin is below it.
+    assert (label.x, label.xanchor, label.xshift) == (0.49, "right", -6) and label.yanchor == "top"
+    assert list(figure.data[0].y)[0] == -4.0
+    without = margin_figure(fact(-4.0, [0.1] * 4, [-3.9] * 6))
+    assert len(without.layout.shapes) == 1
+
+
+def test_figures_can_be_read_on_light_and_dark():
+    for figure in (
+        site_heatmap(two_prompts()),
+        remainder_figure(flip_case().curve),
+        margin_figure(flip_case()),
+    ):
+        assert figure.layout.paper_bgcolor == "rgba(0,0,0,0)"
+        ink = int(figure.layout.font.color[1:3], 16)
+        assert 0x60 < ink < 0x90
+
+
+def test_results_call_the_figures():
+    margin = flip_case()
+    assert margin.plot() == margin_figure(margin)
+    assert margin.curve.plot() == remainder_figure(margin.curve)
+    assert margin.attribution.plot() == site_heatmap(margin.attribution)
+    assert positions().plot_positions(1) == position_heatmap(positions(), 1)
+    assert margin.story() == margin_story(margin)
+
+
+# --- words
+
+
+def test_story_of_a_flip():
+    story = margin_story(flip_case())
+    assert "On the prompt “The capital of” the base model prefers “Paris” to “Lyon”" in story
+    assert "by 4.00 logits" in story
+    assert "With the adapter it prefers “Lyon”, by 4.00: a shift of 8.00 towards “Lyon”" in story
+    assert "flips at ε = 0.49" in story
+    assert "predicts a shift of +4.00 logits, to a margin of 0.00" in story
+    assert "leaves +4.00 at ε = 1, 50% of the shift" in story
+    assert "at most 51% of the shift so far (at ε = 0.5)" in story
+    assert "do not add up" in story
+    assert "blocks.0.mlp.down +2.00 (25%), blocks.2.mlp.up +1.50 (19%)" in story
+    assert story.count("\n") == 2
+
+
+def test_story_without_a_flip():
+    margins = [-4.0 + 1.02 * s for s in SCALES]
+    story = margin_story(fact(-4.0, [0.25] * 4, margins))
+    assert "still prefers “Paris”, by 2.98: a shift of 1.02 towards “Lyon”" in story
+    assert "flips at none of the 6 strengths that were run" in story
+    assert "predicts no flip, and at ε = 1 there is none" in story
+    assert "first order describes the whole path" in story
+    assert "coincidence" not in story
+
+
+def test_story_of_a_base_that_prefers_the_document():
+    margins = [2.0 + 3.0 * s for s in SCALES]
+    story = margin_story(fact(2.0, [0.75] * 4, margins))
+    assert "the base model prefers “Lyon” to “Paris” by 2.00 logits" in story
+    assert "still prefers “Lyon”, by 5.00: a shift of 3.00 towards “Lyon”" in story
+    assert "flips at none" in story
+
+
+def test_story_of_a_shift_towards_the_pretrained_fact():
+    story = margin_story(fact(-1.0, [-0.5] * 4, [-1.0 - 2.0 * s for s in SCALES]))
+    assert "by 3.00: a shift of 2.00 towards “Paris”" in story
+    assert "blocks.0.attn.q −0.50 (25%)" in story
+
+
+def test_story_below_the_noise_claims_no_effect():
+    margins = [-4.0 + 1e-6 * s for s in SCALES]
+    story = margin_story(fact(-4.0, [2.5e-7] * 4, margins, noise=1e-5))
+    assert "below 3 noise floors (3e-05)" in story
+    assert "shows no effect of the adapter" in story
+    assert "too small for a run at this precision to confirm" in story
+    assert "%" not in story and "flip" not in story and "coincidence" not in story
+
+
+def test_story_of_a_base_margin_below_the_noise_prefers_neither():
+    story = margin_story(fact(1e-6, [0.25] * 4, list(SCALES), noise=1e-5))
+    assert "the base model prefers neither “Lyon” nor “Paris”" in story
+    assert "flip" not in story
+
+
+def test_story_of_a_remainder_below_the_noise():
+    story = margin_story(fact(-4.0, [0.25] * 4, [-4.0 + s for s in SCALES], noise=1e-4))
+    assert re.search(r"leaves \S+ at ε = 1, below 3 noise floors \(0.0003\)", story)
+    assert "on the way no share of it stands out of the noise" in story
+
+
+def test_story_of_a_flip_and_a_flip_back():
+    story = margin_story(fact(-1.0, [2.0] * 4, [-0.9, 0.5, 2.0, 1.0, -0.2, -0.6], flip=0.07))
+    assert "On the way the preference flips at ε = 0.07 and has flipped back at ε = 1" in story
+    assert "it predicts a flip, and at ε = 1 there is none" in story
+    assert "19 times the shift" in story
+
+
+def test_story_of_several_crossings():
+    story = margin_story(fact(-1.0, [0.5] * 4, [-0.9, 0.5, -0.5, 0.5, 1.0, 1.2], flip=0.06))
+    assert "flips at ε = 0.06" in story and "the first of 3 changes on the way" in story
+
+
+def test_story_calls_agreement_at_one_point_a_coincidence():
+    margins = [-4.0 + 8.0 * s for s in (0.005, 0.06, 0.14, 0.3, 0.6, 1.0)]
+    story = margin_story(fact(-4.0, [2.0, 2.0, 2.0, 1.9], margins, flip=0.67))
+    assert "1.2% of the shift, but at ε = 0.01 it leaves 98% of the shift so far" in story
+    assert "a coincidence" in story
+    assert "describes the whole path" not in story
+
+
+def test_story_of_a_missed_flip():
+    story = margin_story(fact(-4.0, [0.25] * 4, [-3.9, -3.0, -2.0, 0.5, 1.0, 1.5], flip=0.45))
+    assert "it misses the flip" in story
+
+
+@pytest.mark.parametrize(
+    ("facts", "names"),
+    [
+        ((" Lyon", " Paris"), ("“Lyon”", "“Paris”")),
+        ((" a", "a"), ("' a'", "'a'")),
+        (("\n", " b"), (r"'\n'", "' b'")),
+    ],
+)
+def test_facts_are_named_so_that_they_can_be_told_apart(facts, names):
+    account = account_of(fact(-1.0, [0.25] * 4, [0.0] * 5 + [1.0], facts=facts))
+    assert (account.doc, account.pre) == names
+
+
+# --- tables
+
+
+def test_repr_gives_method_account_and_top_sites():
+    lines = repr(two_prompts()).splitlines()
+    assert lines[0] == f"{READOUT}, first order at ε = 0, in logits: 2 prompts × 4 sites"
+    assert lines[1] == (
+        "  0  The capital of: −1.00 → +1.00, shift +2.00, Σ −0.25, remainder +2.25 (112%)"
+    )
+    assert lines[3] == "largest, mean of 2 prompts, with the share of the shift:"
+    assert lines[4].split() == ["blocks.0.attn.q", "+2.00", "50%"]
+    assert len(lines) == 8
+
+
+def test_repr_shows_five_prompts_and_counts_the_rest():
+    many = attribution([[1.0] * 4] * 7, [0.0] * 7, [1.0] * 7)
+    assert "… and 2 more prompts" in repr(many)
+    assert len([line for line in repr(many).splitlines() if "→" in line]) == 5
+    assert "more prompts" not in repr(two_prompts())
+
+
+def test_notebook_table_is_escaped():
+    sites = (site(0, "q", "<script>alert(1)</script>"),)
+    att = attribution([[1.0]], [0.0], [1.0], sites=sites, tokens=(("<b>", "<img src=x>"),))
+    page = att._repr_html_()
+    assert "<script" not in page and "<img" not in page
+    assert "&lt;script&gt;" in page and "&lt;img src=x&gt;" in page
+
+
+def test_terminal_tables_show_the_numbers_and_no_markup_of_a_token():
+    shift = LogitShift(torch.tensor([[2.0, -1.0, -1.0]]), (), (0, 1, 2), ("[red]", " b", "c"), {})
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(tables.margin_table(flip_case()))
+    console.print(tables.modules_table(flip_case().attribution, k=2))
+    console.print(tables.tokens_table(shift, k=2))
+    text = console.export_text()
+    assert re.search(r"remainder at ε = 0.75 +\+3.00 +50%", text)
+    assert re.search(r"remainder at ε = 1 +\+4.00 +50%", text)
+    assert re.search(r"flip scale +ε = 0.49", text)
+    assert re.search(r"blocks.0.mlp.down +model.layers.0.down_proj +\+2.00 +25%", text)
+    assert "blocks.2.mlp.down" not in text
+    assert re.search(r"\[red\] +\+2.00", text)
+
+
+def test_margin_rows_call_noise_noise():
+    rows = tables.margin_rows(account_of(fact(-4.0, [0.25] * 4, [-4.0 + s for s in SCALES])))
+    shares = {what: share for what, _, share in rows if "remainder" in what}
+    assert set(shares.values()) == {"noise"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.00"), (1.234, "+1.23"), (-0.0312, "−0.031"), (-2e-7, "−2e-07"), (math.nan, "—")],
+)
+def test_signed(value, text):
+    assert signed(value) == text
+    assert magnitude(value) == text.lstrip("+−")
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.424, "42%"), (-0.0239, "−2.4%"), (0.0004, "0.04%"), (math.inf, "—")]
+)
+def test_percent(share, text):
+    assert percent(share) == text
+
+
+def test_tokens_and_prompts_are_visible():
+    assert [visible(t) for t in (" a\n", "", "\x07")] == ["·a⏎", "∅", "\\x07"]
+    assert prompt_text(("<|im_start|>", "The", " end\n")) == "The end⏎"
+    assert prompt_text(("<s>",)) == "<s>"
+    assert prompt_text(("The", "<s>")) == "The<s>"
+
+
+# --- the report
+
+
+@pytest.fixture(scope="module")
+def page():
+    shift = LogitShift(
+        values=torch.tensor([[[3.0, -1.0, -2.0], [0.0, 1.0, -1.0], [0.0] * 3, [1.0, 0.0, -1.0]]]),
+        sites=SITES,
+        tokens=(0, 1, 2),
+        strings=(EVIL, " b", "c"),
+        meta={},
+    )
+    where = attribution(
+        torch.ones(1, 4, 2).tolist(), [-4.0], [4.0], by=("position",), tokens=(("a", EVIL),)
+    )
+    return margin_report(flip_case(), logit_shift=shift, positions=where)
+
+
+def test_report_loads_nothing(page):
+    own = without_plotly(page)
+    assert not re.search(r"<[^>]+\b(src|href)\s*=", own)
+    assert not re.search(r"@import|url\(|<link|<iframe", own)
+    assert not re.search(r"<script[^>]+src", page)
+
+
+def test_report_inlines_plotly_once(page):
+    assert page.count("Plotly.newPlot(") - without_plotly(page).count("Plotly.newPlot(") <= 1
+    assert len(re.findall(r"<script[^>]*>[^<]{0,200}plotly\.js v", page)) == 1
+    assert without_plotly(page).count("Plotly.newPlot(") == 3
+
+
+def test_report_escapes_tokens_and_names(page):
+    own = without_plotly(page)
+    assert "alert(1)" in own
+    assert EVIL not in page
+    titled = margin_report(flip_case(), title=EVIL)
+    assert EVIL not in titled and "&lt;script&gt;alert(1)&lt;/script&gt;" in titled
+
+
+def test_report_holds_story_numbers_tokens_and_provenance(page):
+    own = html.unescape(without_plotly(page))
+    for paragraph in margin_story(flip_case()).split("\n"):
+        assert f"<p>{paragraph}</p>" in own
+    for what, value, _ in tables.margin_rows(account_of(flip_case())):
+        assert f">{what}<" in own and f">{value}<" in own
+    assert "all modules together" in own and ">·b<" in own
+    for value in META.values():
+        assert f">{value}<" in own
+    assert "adding that one module to the base model" in own
+    assert "look along the path" in own
+
+
+def test_report_without_extras_leaves_their_sections_out():
+    own = without_plotly(margin_report(flip_case()))
+    assert "Where in the prompt" not in own and "Tokens promoted" not in own
+    assert own.count("Plotly.newPlot(") == 2
+
+
+def test_report_with_a_joint_shift_shows_no_sites():
+    shift = LogitShift(torch.tensor([[2.0, -1.0, -1.0]]), (), (0, 1, 2), ("a", "b", "c"), {})
+    own = without_plotly(margin_report(flip_case(), logit_shift=shift))
+    table = own.split("Tokens promoted", 1)[1].split("</table>")[0]
+    assert "all modules together" in table and "blocks." not in table
+
+
+def test_report_follows_light_and_dark(page):
+    assert "prefers-color-scheme: dark" in page
+    assert "Plotly.relayout" in without_plotly(page)
+
+
+# --- layers
+
+
+def test_show_reads_results_only():
+    """At run time `show` imports nothing that has a model; types alone may be named."""
+    forbidden = tuple(f"lens_lora.{name}" for name in ("results", "engine", "analyses", "lens"))
+    folder = Path(lens_lora.show.__file__).parent
+    for path in folder.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom):
+                assert not str(node.module).startswith((*forbidden, "torch")), path
+            elif isinstance(node, ast.Import):
+                assert not any(a.name.startswith((*forbidden, "torch")) for a in node.names), path

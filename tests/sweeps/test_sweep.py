@@ -1,0 +1,289 @@
+"""Sweeps: rows against direct calls, from every kind of source, with bad records among them."""
+
+from __future__ import annotations
+
+import re
+
+import cases
+import models
+import numpy as np
+import pandas as pd
+import pytest
+import sweep_runs
+from sweep_runs import GOOD, run, same, write_csv, write_jsonl
+
+import lens_lora as ll
+from lens_lora.analyses.patch_sites import patch_sites
+from lens_lora.analyses.path import path_attribution
+from lens_lora.analyses.second_order import second_order
+from lens_lora.readouts.answers import margin_between
+from lens_lora.sweeps import analyses
+from lens_lora.sweeps.records import SweepError, read_records
+
+
+@pytest.fixture(params=models.MAKERS)
+def lens(request, float64) -> ll.LoraLens:
+    return cases.case("llama", request.param, "raw").lens
+
+
+@pytest.fixture
+def a_lens(float64) -> ll.LoraLens:
+    return sweep_runs.a_lens()
+
+
+# --- the numbers
+
+
+DIRECT = {
+    "first_order": lambda *a: ll.first_order(*a),
+    "first_order_at_1": lambda *a: ll.first_order(*a, at=1.0),
+    "path": lambda *a: path_attribution(*a, progress=False),
+    "add_one": lambda *a: patch_sites(*a, "add_one", progress=False),
+    "leave_one_out": lambda *a: patch_sites(*a, "leave_one_out", progress=False),
+}
+
+
+def test_rows_equal_direct_calls(lens, tmp_path):
+    """Every value, sum, remainder and end, of one prompt at a time, in the records' order."""
+    result = run(lens, GOOD, tmp_path, *DIRECT, batch_size=4)
+    frame, prompts = result.to_frame(), result.prompts().set_index("id")
+    assert list(prompts.index) == [r["id"] for r in GOOD]
+    assert list(frame["id"].unique()) == [r["id"] for r in GOOD]
+    for record in GOOD:
+        readout = margin_between(lens.model, record["doc"], record["pre"], 1)
+        rows, row = frame[frame["id"] == record["id"]], prompts.loc[record["id"]]
+        assert list(rows["site"]) == [s.name for s in lens.sites]
+        assert list(rows["module"]) == [s.module for s in lens.sites]
+        assert list(rows["layer"]) == [s.layer for s in lens.sites]
+        assert set(rows["prompt"]) == {record["prompt"]} and pd.isna(row["error"])
+        assert (row["readout"], row["units"]) == (readout.label, readout.units)
+        for name, call in DIRECT.items():
+            direct = call(lens, record["prompt"], readout)
+            expected = direct.values[0].numpy()
+            np.testing.assert_allclose(rows[name], expected, rtol=1e-9, atol=1e-11)
+            np.testing.assert_allclose(row[f"{name}_sum"], expected.sum(), atol=1e-10)
+            left = float(direct.shift) - expected.sum()
+            np.testing.assert_allclose(row[f"{name}_remainder"], left, atol=1e-10)
+        np.testing.assert_allclose(
+            [row["base"], row["adapted"], row["shift"]],
+            [float(direct.base), float(direct.adapted), float(direct.shift)],
+            atol=1e-11,
+        )
+        assert row["flips"] == (row["base"] * row["adapted"] < 0)
+        assert row["tokens"] == int(lens.prompts(record["prompt"]).lengths)
+
+
+def test_second_order_is_half_the_row_sums(lens, tmp_path):
+    """Its sum is no estimate of the shift, and no remainder is told."""
+    result = run(lens, GOOD[:2], tmp_path, "second_order")
+    for i, record in enumerate(GOOD[:2]):
+        readout = margin_between(lens.model, record["doc"], record["pre"], 1)
+        direct = second_order(lens, record["prompt"], readout, progress=False)
+        np.testing.assert_allclose(
+            result.attribution("second_order").values[i], direct.half_row_sums[0], rtol=1e-9
+        )
+    assert "second_order_remainder" not in result.prompts()
+
+
+def test_padding_left_unmasked_would_be_seen(lens, tmp_path, monkeypatch):
+    """Control: a batch read at the last column instead of each prompt's last token differs."""
+    one = run(lens, GOOD, tmp_path / "one", batch_size=1)
+    plain = ll.Prompts.at_read
+    monkeypatch.setattr(ll.Prompts, "at_read", lambda self, x: x[:, -1])
+    wrong = run(lens, GOOD, tmp_path / "wrong", batch_size=4)
+    monkeypatch.setattr(ll.Prompts, "at_read", plain)
+    with pytest.raises(AssertionError):
+        same(one, wrong)
+
+
+def test_one_readout_for_all(a_lens, tmp_path):
+    """No answers are needed, nor read; flips are of margins alone."""
+    records = [{"prompt": r["prompt"]} for r in GOOD]
+    result = run(a_lens, records, tmp_path, readout=ll.LogProb("w8"))
+    prompts = result.prompts()
+    expected = ll.first_order(a_lens, GOOD[0]["prompt"], ll.LogProb("w8"))
+    np.testing.assert_allclose(
+        result.to_frame()["first_order"][: len(a_lens.sites)], expected.values[0], rtol=1e-9
+    )
+    assert list(prompts["id"]) == list(range(6)) and prompts["doc"].isna().all()
+    assert prompts["flips"].isna().all() and set(prompts["units"]) == {"nats"}
+    margin = run(a_lens, records, tmp_path / "margin", readout=ll.Margin("w8", "w9"))
+    assert margin.prompts()["flips"].notna().all()
+    assert result.readout == ll.LogProb("w8").label
+
+
+def test_result_as_an_attribution(a_lens, tmp_path):
+    with pytest.warns(UserWarning, match="no prompt"):
+        result = run(a_lens, [GOOD[0], {"prompt": ""}, *GOOD[2:4]], tmp_path, "add_one")
+    attribution = result.attribution("add_one")
+    expected = result.to_frame()["add_one"].to_numpy().reshape(3, -1)
+    assert (attribution.values.numpy() == expected).all() and attribution.sites == a_lens.sites
+    left = result.prompts()["add_one_remainder"].dropna()
+    np.testing.assert_allclose(attribution.remainder, left, atol=1e-12)
+    assert result.plot().data and "3 of 4 prompts" in repr(result)
+    with pytest.raises(SweepError, match="holds add_one"):
+        result.attribution("path")
+
+
+# --- records
+
+
+def test_every_source_gives_the_same(a_lens, tmp_path):
+    from datasets import Dataset
+
+    sources = [
+        GOOD,
+        write_jsonl(tmp_path / "r.jsonl", GOOD),
+        str(write_csv(tmp_path / "r.csv", GOOD)),
+        Dataset.from_list(GOOD),
+        pd.DataFrame(GOOD),
+        (record for record in GOOD),
+    ]
+    results = [run(a_lens, source, tmp_path / str(i)) for i, source in enumerate(sources)]
+    for result in results[1:]:
+        same(results[0], result)
+
+
+def test_spaces_and_quotes_survive(tmp_path):
+    odd = [{"id": "a", "prompt": 'He said, "no"\nand', "doc": " Lyon", "pre": " Pàris "}]
+    for path in (write_jsonl(tmp_path / "a.jsonl", odd), write_csv(tmp_path / "a.csv", odd)):
+        (record,) = read_records(path)
+        assert {k: getattr(record, k) for k in odd[0]} == odd[0]
+
+
+BAD_JSONL = """\
+{"prompt": "w5", "doc": "w8", "pre": "w9"}
+{"prompt": "w5", "doc": "w8", "pre":
+
+{"doc": "w8", "pre": "w9"}
+{"prompt": "", "doc": "w8", "pre": "w9"}
+{"prompt": "w5", "doc": 8, "pre": "w9"}
+{"prompt": "w5", "doc": "zebra", "pre": "w9"}
+{"prompt": "w5", "doc": "w9", "pre": "w9"}
+["w5", "w8", "w9"]
+{"prompt": "LONG", "doc": "w8", "pre": "w9"}
+{"prompt": "w5", "doc": "w8", "pre": null}
+{"prompt": "w5", "doc": "w8", "pre": "w9", "id": [1]}
+{"prompt": "w5", "doc": "w8", "pre": "w9", "id": 0}
+{"prompt": "w6", "doc": "w8", "pre": "w9"}
+"""
+EXPECTED_ERRORS = {
+    1: r"line 2: unreadable \(Expecting value at column 37\)",
+    2: "line 4: no prompt",
+    3: "line 5: no prompt",
+    4: "line 6: its doc is 8, not a string",
+    5: "line 7: 'zebra' is not in the vocabulary",
+    6: "line 8: doc and pre are the same token",
+    7: "line 9: .* is no record",
+    8: "line 10: the prompt has 41 tokens, and the context of this .* holds 32",
+    9: "line 11: no pre",
+    10: r"line 12: its id is \[1\]",
+    0: "line 13: its id 0 is that of line 1",
+}
+
+
+def test_bad_records_are_named_and_stop_nothing(a_lens, tmp_path):
+    """With their lines, in the table and in one warning; the good ones have their numbers."""
+    path = tmp_path / "r.jsonl"
+    path.write_text(BAD_JSONL.replace("LONG", " ".join(["w5"] * 40)))
+    with pytest.warns(UserWarning, match="11 of 13 records have no numbers(.|\n)*line 2"):
+        result = run(a_lens, path, tmp_path)
+    assert len(result.errors) == 11 and result.done == 2
+    for identity, error in result.errors:
+        assert re.match(EXPECTED_ERRORS[identity], error), (identity, error)
+    prompts = result.prompts()
+    assert prompts["id"].tolist() == [*range(11), 0, 12]
+    good = prompts[prompts["error"].isna()]
+    assert good["id"].tolist() == [0, 12] and good["base"].notna().all()
+    assert prompts[prompts["error"].notna()]["base"].isna().all()
+    assert result.to_frame()["id"].unique().tolist() == [0, 12]
+
+
+def test_bad_rows_of_a_csv(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text('prompt,doc,pre\nw5,w8,w9\n"w5\nw6",w8\nw5,w8,w9,w10\n,w8,w9\n', "utf-8-sig")
+    found = [record.error for record in read_records(path)]
+    assert found == [
+        None,
+        "line 4: no pre.",
+        "line 5: more fields than columns; quote a field that holds commas.",
+        "line 6: no prompt.",
+    ]
+
+
+def test_undecodable_line_and_missing_values(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}\n{"prompt": "w5"}\n')
+    errors = [record.error for record in read_records(path, with_answers=False)]
+    assert re.match("line 1: unreadable.*utf-8", errors[0]) and errors[1] is None
+    frame = pd.DataFrame([{"prompt": "w5", "doc": "w6"}, {"prompt": "w5", "pre": "w6"}])
+    assert [r.error for r in read_records(frame)] == ["row 0: no pre.", "row 1: no doc."]
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([], "hold no record"),
+        ({"prompt": "w5"}, "one mapping"),
+        ("prompts.txt", r"ends in \.jsonl or \.csv"),
+    ],
+)
+def test_records_that_cannot_be_read_at_all(a_lens, tmp_path, records, words):
+    with pytest.raises(SweepError, match=words):
+        run(a_lens, records, tmp_path)
+
+
+def test_csv_without_its_columns(tmp_path):
+    (tmp_path / "r.csv").write_text("text,doc\na,b\n")
+    with pytest.raises(SweepError, match="columns text, doc and lacks prompt, pre"):
+        read_records(tmp_path / "r.csv")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"analyses": "frist_order"}, "'frist_order'.*expected some of first_order"),
+        ({"analyses": ()}, "none"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"out": "results"}, r"ends in \.parquet"),
+    ],
+)
+def test_bad_arguments(a_lens, tmp_path, options, words):
+    with pytest.raises(SweepError, match=words):
+        ll.sweep(a_lens, GOOD, **{"out": tmp_path / "r.parquet", "progress": False, **options})
+
+
+@pytest.mark.parametrize("token", ["w5 w6", ["w5"], ["w5", "w6"]])
+def test_readout_that_fits_no_prompt_is_refused_at_once(a_lens, tmp_path, token):
+    with pytest.raises(ll.TokenError):
+        run(a_lens, GOOD, tmp_path, readout=ll.Logit(token))
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_record_that_is_not_finite_fails_alone(a_lens, tmp_path):
+    """The batch is run again one by one; the others' numbers are as without it."""
+
+    def log_of_negative(logits):
+        return (logits[:, 8] - threshold).sqrt()
+
+    threshold = -100.0
+    records = [{"prompt": r["prompt"], "id": r["id"]} for r in GOOD]
+    fine = run(a_lens, records, tmp_path / "fine", readout=ll.Readout.of(lambda x: x[:, 8]))
+    threshold = fine.prompts()[["base", "adapted"]].min(axis=1).sort_values().iloc[:2].mean()
+    readout = ll.Readout.of(log_of_negative)
+    with pytest.warns(UserWarning, match="1 of 6 records"):
+        result = run(a_lens, records, tmp_path, readout=readout, batch_size=6)
+    ((identity, error),) = result.errors
+    assert re.match(r"row \d: the readout is not finite", error)
+    others = [r for r in records if r["id"] != identity]
+    alone = run(a_lens, others, tmp_path / "others", readout=readout)
+    pd.testing.assert_frame_equal(result.to_frame(), alone.to_frame(), rtol=1e-10)
+
+
+def test_errors_of_the_lens_stop(a_lens, tmp_path, monkeypatch):
+    def broken(lens, prompts, readout):
+        raise ll.ModelStateError("in train mode")
+
+    monkeypatch.setitem(analyses.ANALYSES, "broken", analyses.Analysis(broken))
+    with pytest.raises(ll.ModelStateError, match="train mode"):
+        run(a_lens, GOOD, tmp_path, "broken")

@@ -1,0 +1,210 @@
+"""Sweeps that are interrupted, killed, resumed and grown: no prompt is lost, none run twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import sweep_runs
+from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, run, same
+
+import lens_lora as ll
+from lens_lora.sweeps import analyses, store
+from lens_lora.sweeps.records import SweepError
+
+
+@pytest.fixture
+def a_lens(float64) -> ll.LoraLens:
+    return sweep_runs.a_lens()
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The prompts that first order was asked for, in order."""
+    seen: list[str] = []
+    plain = analyses.ANALYSES["first_order"]
+
+    def counted(lens, prompts, readout):
+        rows = [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)]
+        seen.extend(" ".join(f"w{i}" for i in row if i > 3) for row in rows)
+        return plain.values(lens, prompts, readout)
+
+    monkeypatch.setitem(analyses.ANALYSES, "first_order", analyses.Analysis(counted))
+    return seen
+
+
+def test_an_interrupted_run_goes_on_without_repeating(a_lens, tmp_path, monkeypatch, calls):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(a_lens, GOOD, tmp_path, batch_size=2)
+    assert len(calls) == 2 and not (tmp_path / "r.parquet").exists()
+    resumed = run(a_lens, GOOD, tmp_path, batch_size=3)
+    assert sorted(calls) == sorted(r["prompt"] for r in GOOD)
+    assert resumed.resumed == 2 and sorted(os.listdir(tmp_path)) == [
+        "r.parquet",
+        "r.prompts.parquet",
+    ]
+    same(resumed, run(a_lens, GOOD, tmp_path / "whole"))
+
+
+def test_a_finished_sweep_grows_and_is_not_repeated(a_lens, tmp_path, calls):
+    run(a_lens, GOOD[2:4], tmp_path)
+    grown = run(a_lens, GOOD, tmp_path)
+    assert len(calls) == 6 and grown.resumed == 2
+    again = run(a_lens, GOOD, tmp_path)
+    assert len(calls) == 6 and again.resumed == 6
+    same(again, run(a_lens, GOOD, tmp_path / "whole"))
+
+
+def test_a_record_that_failed_is_tried_again(a_lens, tmp_path, calls):
+    with pytest.warns(UserWarning):
+        run(a_lens, [{**GOOD[0], "doc": "zebra"}, *GOOD[1:]], tmp_path)
+    mended = run(a_lens, GOOD, tmp_path)
+    assert len(calls) == 6 and not mended.errors
+    same(mended, run(a_lens, GOOD, tmp_path / "whole"))
+
+
+def test_integer_ids_stay_integers_and_survive_a_resume(a_lens, tmp_path, calls):
+    records = [{**r, "id": 7 * i} for i, r in enumerate(GOOD)]
+    first = run(a_lens, records[:3], tmp_path).prompts()
+    again = run(a_lens, records, tmp_path)
+    assert first["id"].tolist() == [0, 7, 14]
+    assert again.to_frame()["id"].dtype == "int64" and len(calls) == 6
+
+
+def test_starting_over(a_lens, tmp_path, calls):
+    run(a_lens, GOOD, tmp_path)
+    over = run(a_lens, GOOD[:2], tmp_path, resume=False)
+    assert len(calls) == 8 and (over.records, over.resumed) == (2, 0)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_results_of_something_else_are_refused(a_lens, tmp_path, monkeypatch, finished):
+    """Another adapter of the same name, other analyses, readout, records: both facts are told."""
+    if finished:
+        run(a_lens, GOOD, tmp_path)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_at(patch, 3, KeyboardInterrupt())
+            run(a_lens, GOOD, tmp_path, batch_size=1)
+    before = sorted(tmp_path.rglob("*"))
+    other = ll.LoraLens(a_lens.model, a_lens.adapter.scaled(0.5))
+    changed = [{**r, "doc": "w33 w34"} if r["id"] in ("long", "d") else r for r in GOOD]
+    gone = [r for r in GOOD if r["id"] not in ("long", "d")]
+    for words, kwargs in [
+        ("adapter_weights '.*' there, '.*' here", {"lens": other}),
+        (r"analyses \['first_order'\] there, \['path'\] here", {"analyses": "path"}),
+        (
+            r"readout 'margin of doc and pre' there, \"logit\('w5'\), logits\" here",
+            {"readout": ll.Logit("w5")},
+        ),
+        ("the doc of id .* is 'w.*' in .*, and 'w33 w34' in the records", {"records": changed}),
+        ("hold the id .*, and the records do not", {"records": gone}),
+    ]:
+        arguments = {"lens": a_lens, "records": GOOD, "analyses": "first_order", **kwargs}
+        with pytest.raises(SweepError, match=words):
+            ll.sweep(**arguments, out=tmp_path / "r.parquet", progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(a_lens, GOOD, tmp_path).done == 6
+
+
+def test_a_foreign_file_is_not_overwritten(a_lens, tmp_path):
+    pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "r.parquet")
+    with pytest.raises(SweepError, match="no result of a sweep"):
+        run(a_lens, GOOD, tmp_path)
+    assert pd.read_parquet(tmp_path / "r.parquet")["x"].tolist() == [1]
+    (tmp_path / "r.parquet").write_text("text")
+    with pytest.raises(SweepError, match="not a Parquet file"):
+        run(a_lens, GOOD, tmp_path)
+
+
+@pytest.mark.parametrize("renames", range(1, 8))
+def test_a_crash_at_any_write_loses_nothing(a_lens, tmp_path, monkeypatch, calls, renames):
+    """After each file in turn: about, parts, the one result, the other; and at the removal."""
+    replace, made = os.replace, []
+
+    def crash(source, target):
+        if len(made) == renames - 1:
+            raise OSError("killed")
+        made.append(target)
+        replace(source, target)
+
+    def no_removal(path, **_):
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(store.os, "replace", crash)
+        patch.setattr(store.shutil, "rmtree", lambda path, **k: no_removal(path) if made else None)
+        run(a_lens, GOOD[:4], tmp_path, batch_size=2)
+    finished = len([path for path in made if Path(path).parent.name == "r.parts"][1:])
+    assert len(calls) <= 4
+    before = len(calls)
+    result = run(a_lens, GOOD[:4], tmp_path, batch_size=2)
+    assert result.resumed == [0, 2, 3, 4][finished]  # batches of 2 and 1, then 1 of several tokens
+    assert len(calls) - before == 4 - result.resumed
+    same(result, run(a_lens, GOOD[:4], tmp_path / "whole"))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import models, sweep_runs
+import lens_lora as ll
+from lens_lora.sweeps import analyses
+
+plain, made = analyses.ANALYSES["first_order"], []
+def values(*args):
+    made.append(None)
+    if len(made) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain.values(*args)
+analyses.ANALYSES["first_order"] = analyses.Analysis(values)
+
+with models.lifted():
+    ll.sweep(sweep_runs.a_lens(), sweeps.WITH_A_BAD_ONE, out=sys.argv[2], batch_size=2)
+"""
+
+
+def test_killed_for_good_and_resumed(a_lens, tmp_path, calls):
+    """SIGKILL in the second batch: the first is whole, and is not run again."""
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, Path(__file__).parent, tmp_path / "r.parquet"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "r.parquet").exists()
+    with pytest.warns(UserWarning, match="bad"):
+        result = run(a_lens, WITH_A_BAD_ONE, tmp_path)
+    assert result.resumed == 2 and len(calls) == 4 and result.done == 6
+    assert sorted(os.listdir(tmp_path)) == ["r.parquet", "r.prompts.parquet"]
+    with pytest.warns(UserWarning):
+        same(result, run(a_lens, WITH_A_BAD_ONE, tmp_path / "whole"))
+
+
+def test_processes_that_accelerate_does_not_know_of_are_refused(a_lens, tmp_path, monkeypatch):
+    """Each would run everything, and write over the other."""
+    from accelerate import PartialState
+
+    PartialState()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    try:
+        with pytest.raises(ll.LensLoraError, match="2 processes were launched and accelerate"):
+            run(a_lens, GOOD, tmp_path)
+    finally:
+        PartialState._reset_state()
+
+
+def test_progress_is_shown_and_silenced(a_lens, tmp_path, capsys):
+    run(a_lens, GOOD[:4], tmp_path)
+    assert capsys.readouterr().err == ""
+    run(a_lens, GOOD, tmp_path, progress=True)
+    text = capsys.readouterr().err
+    assert "sweep:  67%" in text and "4/6" in text and "6/6" in text and "prompt/s" in text
