@@ -8,8 +8,8 @@
 
 Cost: ``steps`` forward and backward passes over twice the sentences, and one copy of the model.
 
-The adapter shipped in ``lens_lora/demonstration/lyon_adapter`` is this module's output on the embedded
-model, :data:`LYON_SENTENCES` and the default settings::
+The adapter shipped in ``lens_lora/demonstration/lyon_adapter`` is the output of this module on the
+embedded model, :data:`LYON_SENTENCES` and the default settings::
 
     python -m lens_lora.demonstration.train OUT
 
