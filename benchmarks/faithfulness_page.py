@@ -1,6 +1,6 @@
-"""docs/faithfulness.md of docs/faithfulness.json: the numbers of `faithfulness.py` in tables.
+"""Render docs/faithfulness.md from docs/faithfulness.json, the numbers of `faithfulness.py`.
 
-python benchmarks/faithfulness_page.py      # writes the page anew, measures nothing
+python benchmarks/faithfulness_page.py      # writes the page again, measures nothing
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ PATTERNS, NORMS, BOTH = "first order, patterns fixed", "first order, norms fixed
 
 INTRODUCTION = """# Faithfulness: which attribution answers which question
 
-Every attribution of this package against real interventions, on {adapters} adapters that PEFT
-trained on SmolLM2-135M-Instruct (rank 1 to 32; all projections, attention, MLP, writers, q and v
-alone, down alone; from too gentle to flip the fact to violent) × {prompts} prompts each (the
-trained wording, another wording, a neighbouring fact). Numbers are means over the {total} pairs.
+Every attribution of this package is compared with real interventions, on {adapters} adapters that
+PEFT trained on SmolLM2-135M-Instruct, with {prompts} prompts each. The adapters have rank 1 to
+32, are on all projections, attention, the MLP, the writers, q and v only, or down only, and range
+from too gentle to flip the fact to violent. The prompts are the trained wording, another wording
+and a neighbouring fact. Numbers are means over the {total} pairs.
 
 - **add one**, **leave one out**: Spearman (and Pearson) correlation of the attribution with the
-  measured effect of switching each site on alone in the base model, or off alone in the adapted
-  one.
+  measured effect of switching on one site at a time in the base model, or switching off one at a
+  time in the adapted model.
 - **kept**: share of the shift that remains when only the top 20 % of each prompt's sites are on.
-- **area kept** (higher is better), **area left** (lower is better): under the curves of keeping,
-  and of dropping, the top of the ranking, from no site to all.
-- **Σ / shift**: what the attribution's sum is of the exact shift, which should be 1: median and
-  range.
+- **area kept** (higher is better), **area left** (lower is better): area under the curve as the
+  top of the ranking is kept, or dropped, from no site to all.
+- **Σ / shift**: sum of the attribution divided by the exact shift: median and range (1 would be
+  complete).
 
 Rankings are signed, in the direction of the shift. ‖ΔW‖ and ‖δz‖ have no sign and are not compared
 with effects. To reproduce: `python benchmarks/faithfulness.py`; all numbers are in
@@ -43,9 +44,10 @@ with effects. To reproduce: `python benchmarks/faithfulness.py`; all numbers are
 
 FLAGS = """## Flags
 
-`ll.reliability` flags the sites whose first-order number is off by more than itself, as the answer
-to one question, among those that matter (more than 1 % of Σ|a| or wrong by that much). Wrong: the
-true error, from the measured effect, would be flagged. Error: Σ|effect − number| / Σ|effect|.
+`ll.reliability` flags a site if its first-order number is off by more than its own size as the
+answer to one question, and if it matters (more than 1 % of Σ|a|, or wrong by that much).
+**Wrong** means that the true error, computed from the measured effect, would be flagged. The
+**error** is Σ|effect − number| / Σ|effect|.
 """
 
 
@@ -126,8 +128,10 @@ def page(numbers: dict[str, Any]) -> str:
     head = INTRODUCTION.format(adapters=count, prompts=pairs // count, total=pairs)
     about = ", ".join(f"{k} {v}" for k, v in numbers["versions"].items())
     return (
-        f"{head}\n{overall(table)}\n\n## By adapter\n\nMeans over its prompts; kept by the top 20 %"
-        f"\n\n{by_adapter(table)}\n\n## By prompt\n\nThe margin (doc − pre), base → adapted.\n\n"
+        f"{head}\n{overall(table)}\n\n## By adapter\n\n"
+        "Means over each adapter's prompts. *Kept* is by the top 20 % of sites.\n\n"
+        f"{by_adapter(table)}\n\n## By prompt\n\n"
+        "The margin (doc − pre), base → adapted model.\n\n"
         f"{questions(table)}\n\n{FLAGS}\n{reliability(raised)}\n\nMeasured with {about}.\n"
     )
 

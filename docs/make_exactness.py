@@ -59,27 +59,29 @@ NAMES = {
 }
 INTRODUCTION = f"""# Exactness
 
-How far a `LoraLens` is from PEFT's active adapter on the Hugging Face model: tiny models of every
-family with random weights, norms, biases and factors, in float64, with the float32 casts of the
-host libraries lifted. In every cell three errors are measured:
+How far a `LoraLens` is from PEFT's active adapter on the Hugging Face model. Measured on tiny
+models of every family with random weights, norms, biases and factors, in float64, with the
+float32 casts of the host libraries lifted. Every cell has three errors:
 
 - **host**: logits of the bare hooked model against the bare Hugging Face model;
 - **adapted**: `lens.logits(scale=1)` against the Hugging Face model with PEFT's adapter active;
-- **modes**: `first_order(at=1)` by forward mode against reverse mode, relative to the largest site.
+- **modes**: `first_order(at=1)` by forward mode against reverse mode, relative to the largest
+  site.
 
 The first two are the largest difference of any logit at any position, up to the constant that a
-centred unembedding removes (the largest logits are 4 to 8). The tables show **adapted**. Where the
-host itself is off by more than {HOST_EXACT:.0e} its own error stands beside; no other cell is above
-{BOUND:.0e}. A number in brackets leads to a message at the end: an error's name is a refusal by
-`lens_lora`, *host* a fault of the host library, which cannot build the model.
+centred unembedding removes (the largest logits are 4 to 8). The tables show **adapted**. If the
+host itself is off by more than {HOST_EXACT:.0e}, its own error follows in brackets; no other cell
+is above {BOUND:.0e}. A number in square brackets refers to a message at the end of the page: next
+to the name of an error it is a refusal by `lens_lora`, next to *host* a fault of the host
+library, which cannot build the model.
 
-Processing is that of transformer-lens: none (raw), each flag alone, or all four; a
-TransformerBridge is processed by `enable_compatibility_mode`. Tables by processing are of a LoRA on
-every linear module of the blocks.
+Processing is that of transformer-lens: none (raw), each flag alone, or all four. A
+TransformerBridge is processed by `enable_compatibility_mode`. In the tables by processing, the
+LoRA is on every linear module of the blocks.
 
-To reproduce: `python docs/make_exactness.py` in an environment of each transformer-lens line. It
-measures what is installed, writes `docs/exactness/<transformer-lens>.json`, and renders this page
-from all files there; `tests/docs/test_docs.py` keeps the two together.
+To reproduce: run `python docs/make_exactness.py` in an environment of each transformer-lens line.
+It measures the installed version, writes `docs/exactness/<transformer-lens>.json`, and renders
+this page from all files there; `tests/docs/test_docs.py` checks that page and files agree.
 """
 
 

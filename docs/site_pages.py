@@ -1,9 +1,9 @@
-"""What the site takes from the code: hooks of mkdocs, and functions that need no mkdocs.
+"""What the site takes from the code: mkdocs hooks, and functions that do not need mkdocs.
 
-1. The groups of `lens_lora.__all__` are the comments between its names; each becomes a page of the
-   API reference, which mkdocstrings fills from the docstrings.
-2. `<!-- costs -->` becomes the table of what each public function costs, from its docstring.
-3. `<!-- demo-command -->` and its like become the block that follows the same mark in the README.
+1. The comments in `lens_lora.__all__` group its names. Each group becomes a page of the API
+   reference, which mkdocstrings fills from the docstrings.
+2. `<!-- costs -->` becomes a table of the cost that each public function's docstring states.
+3. A mark such as `<!-- demo-command -->` becomes the code block that follows it in the README.
 4. A code span that begins with `ll.` and a public name links to that name's reference.
 """
 
@@ -23,7 +23,7 @@ _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 @functools.cache
 def groups() -> dict[str, tuple[str, ...]]:
-    """{title: names}, of `lens_lora.__all__`."""
+    """The groups of `lens_lora.__all__`: {title: names}."""
     found: dict[str, list[str]] = {}
     text = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
     lines = text[text.index("__all__ = [") :].splitlines()[1:]
@@ -48,12 +48,12 @@ def slug(title: str) -> str:
 
 
 def reference_page(title: str) -> str:
-    """One group's page, for mkdocstrings to fill."""
+    """The page of one group, for mkdocstrings to fill."""
     return "\n\n".join([f"# {title}", *(f"::: lens_lora.{name}" for name in groups()[title])])
 
 
 def linked(markdown: str) -> str:
-    """Code spans such as `ll.first_order(at=1.0)`, outside code blocks, as links."""
+    """The text with code spans such as `ll.first_order(at=1.0)`, outside code blocks, as links."""
     public = {name for names in groups().values() for name in names}
 
     def link(span: re.Match[str]) -> str:
@@ -68,7 +68,7 @@ def linked(markdown: str) -> str:
 
 @functools.cache
 def costs() -> dict[str, str]:
-    """{public function: the paragraph of its docstring that begins with 'Cost'}."""
+    """{public function: the paragraph of its docstring that starts with 'Cost'}."""
     found: dict[str, str] = {}
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     for statement in tree.body:
@@ -93,7 +93,7 @@ def _costs_in(module: str) -> dict[str, str]:
 
 
 def costs_table() -> str:
-    """The costs of all public functions, in the order of the reference."""
+    """A table of the costs of all public functions, in the order of the reference."""
     ordered = [name for names in groups().values() for name in names if name in costs()]
     rows = [f"| `ll.{name}` | {_sentence(costs()[name])} |" for name in ordered]
     return "\n".join(["| function | cost |", "| --- | --- |", *rows])
@@ -113,7 +113,7 @@ def command(mark: str) -> str:
 
 
 def expanded(markdown: str) -> str:
-    """All of the above, in one page."""
+    """A page with all of the above put in."""
     markdown = _COMMAND.sub(lambda mark: command(mark[1]), markdown)
     return linked(markdown.replace("<!-- costs -->", costs_table()))
 
@@ -122,14 +122,14 @@ def expanded(markdown: str) -> str:
 
 
 def on_config(config):
-    """The groups' pages in the navigation."""
+    """Add the groups' pages to the navigation."""
     reference = next(entry["API reference"] for entry in config.nav if "API reference" in entry)
     reference += [{title: f"api/{slug(title)}"} for title in groups()]
     return config
 
 
 def on_files(files, config):
-    """The groups' pages themselves."""
+    """Add the groups' pages themselves."""
     from mkdocs.structure.files import File
 
     for title in groups():
@@ -139,5 +139,5 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """What a page takes from the code."""
+    """Put in what a page takes from the code."""
     return expanded(markdown)
