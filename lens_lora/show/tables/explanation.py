@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
-from lens_lora.show.tables.results import _table as titled  # pyright: ignore[reportPrivateUsage]
-from lens_lora.show.tables.results import margin_table, tokens_table
+from lens_lora.show.tables.logit_shift import tokens_table
+from lens_lora.show.tables.margin import margin_table
+from lens_lora.show.tables.parts import Row, filled_table
 from lens_lora.show.text import magnitude, percent, signed, visible
 from lens_lora.show.words.account import Account
 from lens_lora.show.words.explanation import explained_account, is_comparable, is_rounding, top_of
@@ -34,7 +32,6 @@ __all__ = [
     "site_rows",
 ]
 
-Row = tuple[str, ...]
 _ABBREVIATED = {"add_one": "adding", "leave_one_out": "leaving out"}
 _NUMBERS = (
     ("first_order", "a at ε = 0"),
@@ -173,31 +170,34 @@ def curve_rows(e: Explanation) -> list[Row]:
 
 
 def explanation_tables(e: Explanation, k: int = 10) -> RenderableType:
-    """The summary's tables for the terminal."""
-    units = e.units
+    """The summary's tables for the terminal.
+
+    Args:
+        e: the explanation of one prompt.
+        k: how many of the largest modules.
+    """
+    units, sites = e.units, site_heads(e)
     tables = [
-        _of("likeliest next tokens", ("", "base", "", "adapted", ""), said_rows(e), texts=(1, 3)),
+        filled_table(
+            "likeliest next tokens", ("", "base", "", "adapted", ""), said_rows(e), (1, 3)
+        ),
         margin_table(e.margin),
-        _of(f"the remainder, in {units}", ("", "value", "share of the shift"), remainder_rows(e)),
-        _of(f"largest modules, in {units}", site_heads(e), site_rows(e, k)),
+        filled_table(
+            f"the remainder, in {units}", ("", "value", "share of the shift"), remainder_rows(e)
+        ),
+        filled_table(
+            f"largest modules, in {units}", sites, site_rows(e, k), texts=(0, len(sites) - 1)
+        ),
         tokens_table(e.shift, k=5),
     ]
     if rows := agreement_rows(e):
-        tables.append(_of("agreement with measurements", AGREEMENT_HEADS, rows, texts=(0, 1)))
-    tables.append(_of("first order not to be trusted", FLAG_HEADS, flag_rows(e, 3), texts=(0, 2)))
+        tables.append(filled_table("agreement with measurements", AGREEMENT_HEADS, rows, (0, 1)))
+    tables.append(
+        filled_table("first order not to be trusted", FLAG_HEADS, flag_rows(e, 3), (0, 2))
+    )
     if rows := curve_rows(e):
-        tables.append(_of("kept and dropped, share of the shift", curve_heads(e), rows))
+        tables.append(filled_table("kept and dropped, share of the shift", curve_heads(e), rows))
     return Group(*tables)
-
-
-def _of(title: str, heads: Row, rows: Sequence[Row], texts: tuple[int, ...] = (0,)) -> Table:
-    table = titled(title)
-    for i, head in enumerate(heads):
-        is_text = i in texts or head == "flagged for"
-        table.add_column(Text(head), justify="left" if is_text else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
 
 
 def _share(a: Account, value: float) -> str:
