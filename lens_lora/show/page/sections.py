@@ -117,7 +117,7 @@ def _path(e: Explanation, drawn: Drawn) -> Section:
         texts=(1, 3),
         heading="Likeliest next tokens",
     )
-    lead = "The margin of the model with the adapter at strength ε, run and not predicted."
+    lead = "The margin of the model with the adapter at strength ε: real runs, no prediction."
     return Section("The margin's path", [*drawn("path"), Tables((numbers, said))], lead)
 
 
@@ -134,7 +134,7 @@ def _remainder(e: Explanation, drawn: Drawn) -> Section:
 def _second_order(e: Explanation, drawn: Drawn) -> Section:
     lead = (
         "A diagnostic of curvature at the base model, not a correction: at full strength it is "
-        "often farther from the run than first order. The verdict is in the caption."
+        "often farther from the measured shift than first order. The verdict is in the caption."
     )
     return Section("Second order", drawn("second order"), lead)
 
@@ -149,10 +149,10 @@ def _modules(e: Explanation, drawn: Drawn) -> Section:
     table = Table(heads, tables.site_rows(e, _MODULES), texts=(0, len(heads) - 1))
     lead = f"In {e.units}, by size of first order at ε = 0 (a)."
     if not e.is_fast:
-        lead += " Added to the base model, and left out of the adapted one, each module was run."
+        lead += " Each module was also added to the base model and left out of the adapted one."
     if e.path is not None and e.path.quadrature is not None:
         lead += f" Path integral with {quadrature_text(e.path.quadrature)}."
-    lead += " A flag says for which question a at ε = 0 is not to be trusted."
+    lead += " A flag names the question for which a at ε = 0 is not to be trusted."
     return Section("Largest modules", [table], lead)
 
 
@@ -179,7 +179,7 @@ def _coupling(e: Explanation, drawn: Drawn) -> Section | None:
     pairs = Table(tables.PAIR_HEADS, tables.pair_rows(e), texts=(0, 1))
     lead = (
         "Half the second derivative between layers at ε = 0: how much the effect of one depends on "
-        "the presence of the other. Below, the strongest pairs: of each, both halves together."
+        "the presence of the other. Below, the strongest pairs; each value is both halves together."
     )
     return Section("Coupling between layers", [*drawn("coupling"), pairs], lead)
 
@@ -193,8 +193,9 @@ def _measured(e: Explanation, drawn: Drawn) -> Section | None:
         none = f"No single module moves the margin by more than rounding ({floor})."
         return Section("First order against measurements", [Paragraph(none)])
     lead = (
-        "Each point is a module: what was predicted across, what running it did upwards. On the "
-        "dashed line they agree. A correlation is blind to size; the slope is not."
+        "Each point is a module: the prediction on the horizontal axis, the measured effect on the "
+        "vertical one. On the dashed line they agree. A correlation does not see a difference in "
+        "size; the slope does."
     )
     blocks = [
         Table(tables.AGREEMENT_HEADS, rows, texts=(0, 1)),
@@ -213,8 +214,8 @@ def _reliability(e: Explanation, drawn: Drawn) -> Section | None:
         return None
     table = Table(tables.FLAG_HEADS, tables.flag_rows(e), texts=(0, 2))
     lead = (
-        "A module is flagged where first order misses more of the answer than it finds. No flag "
-        "does not mean right: modules too small to matter are not looked at."
+        "A module is flagged where first order misses more of the answer than it finds. An "
+        "unflagged module is not necessarily right: modules too small to matter are not checked."
     )
     return Section("Reliability flags", [table, *drawn("reliability")], lead)
 
@@ -224,8 +225,8 @@ def _curves(e: Explanation, drawn: Drawn) -> Section | None:
     if not rows:
         return None
     lead = (
-        "The top of each ranking switched on alone (kept), or off alone (dropped), and the model "
-        "run. A good ranking keeps much with few modules."
+        "What the model does with only the top of each ranking switched on (kept), or only that "
+        "switched off (dropped). A good ranking keeps much with few modules."
     )
     blocks = [*drawn("faithfulness"), Table(tables.curve_heads(e), rows)]
     return Section("Which few modules carry the shift", blocks, lead)

@@ -43,7 +43,14 @@ _NUMBERS = (
 
 
 def said_rows(e: Explanation) -> list[Row]:
-    """(place, token and probability of the base model, the same of the adapted one)."""
+    """The likeliest next tokens.
+
+    Args:
+        e: the explanation of one prompt.
+
+    Returns:
+        (place, token and probability of the base model, the same of the adapted one).
+    """
     pairs = zip(e.said["base"], e.said["adapted"], strict=True)
     return [
         (str(place), visible(b), percent(pb), visible(t), percent(pt))
@@ -52,7 +59,14 @@ def said_rows(e: Explanation) -> list[Row]:
 
 
 def remainder_rows(e: Explanation) -> list[Row]:
-    """(part, value, share of the shift): what the remainder at ε = 1 is made of."""
+    """What the remainder at ε = 1 is made of.
+
+    Args:
+        e: the explanation of one prompt.
+
+    Returns:
+        (part, value, share of the shift).
+    """
     a, second = explained_account(e), e.second_order
     rows = [_part(a, "remainder after first order, R", a.remainder)]
     if e.add_one is not None:
@@ -79,13 +93,25 @@ def _part(a: Account, name: str, value: float) -> Row:
 
 
 def site_heads(e: Explanation) -> Row:
-    """'site', a heading for each number that was computed, 'flags'."""
+    """The headings of `site_rows`: the site, each number that was computed, the flags.
+
+    Args:
+        e: the explanation of one prompt.
+    """
     columns = e.to_frame().columns
     return ("site", *(head for name, head in _NUMBERS if name in columns), "flagged for")
 
 
 def site_rows(e: Explanation, k: int) -> list[Row]:
-    """The k sites of largest |first order at 0|: every number of theirs, and flags."""
+    """The sites of largest |first order at ε = 0|, with every number computed of them.
+
+    Args:
+        e: the explanation of one prompt.
+        k: how many sites.
+
+    Returns:
+        A cell for each of `site_heads`.
+    """
     frame = e.to_frame()
     rows = frame.loc[frame["first_order"].abs().sort_values(ascending=False, kind="stable").index]
     names = [name for name, _ in _NUMBERS if name in frame.columns]
@@ -103,7 +129,14 @@ AGREEMENT_HEADS = ("attribution", "measured by", "Pearson", "Spearman", "slope",
 
 
 def agreement_rows(e: Explanation) -> list[Row]:
-    """Each attribution against each kind of effect; none where the effects are all noise."""
+    """Each attribution against each kind of effect; no row where the effects are all noise.
+
+    Args:
+        e: the explanation of one prompt.
+
+    Returns:
+        A cell for each of AGREEMENT_HEADS.
+    """
     a = explained_account(e)
     return [
         (
@@ -121,7 +154,15 @@ FLAG_HEADS = ("as the answer to", "flagged", "the largest errors")
 
 
 def flag_rows(e: Explanation, k: int = 5) -> list[Row]:
-    """(question, how many are flagged, the first few)."""
+    """Which modules are flagged as answers to each question.
+
+    Args:
+        e: the explanation of one prompt.
+        k: how many modules are named, those of the largest errors.
+
+    Returns:
+        A cell for each of FLAG_HEADS.
+    """
     rows: list[Row] = []
     for of, found in e.reliability.items():
         names = found.flagged_sites(0)
@@ -136,7 +177,15 @@ PAIR_HEADS = ("layers", "", "coupling", "share of the shift")
 
 
 def pair_rows(e: Explanation, k: int = 5) -> list[Row]:
-    """The k pairs of layers of strongest coupling."""
+    """The pairs of layers of strongest coupling; no row where coupling was not computed.
+
+    Args:
+        e: the explanation of one prompt.
+        k: how many pairs.
+
+    Returns:
+        A cell for each of PAIR_HEADS.
+    """
     if e.coupling is None:
         return []
     a, top = explained_account(e), e.coupling.top(k, 0)
@@ -147,13 +196,24 @@ def pair_rows(e: Explanation, k: int = 5) -> list[Row]:
 
 
 def curve_heads(e: Explanation) -> Row:
-    """'ranking', how many of the top are told of, the areas."""
+    """The headings of `curve_rows`: the ranking, what its top keeps, the two areas.
+
+    Args:
+        e: the explanation of one prompt.
+    """
     top = "" if e.faithfulness is None else percent(top_of(e.faithfulness)[0])
     return ("ranking", f"top {top} keeps", "area, kept", "area, dropped")
 
 
 def curve_rows(e: Explanation) -> list[Row]:
-    """(ranking, share that its top keeps, the two areas); none where the shift is noise."""
+    """What each ranking of the modules keeps and drops; no row where the shift is noise.
+
+    Args:
+        e: the explanation of one prompt.
+
+    Returns:
+        A cell for each of `curve_heads`.
+    """
     curves = e.faithfulness
     if curves is None or bool(curves.keep.isnan().all()):
         return []
