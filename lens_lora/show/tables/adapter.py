@@ -37,7 +37,7 @@ def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> Table:
 
 
 def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
-    """The updates of largest ‖ΔW‖_F, by site where the adapter was laid over a model, else by module.
+    """The updates of largest ‖ΔW‖_F, by site where there is a model, else by module.
 
     Args:
         summary: from `spectra`.
