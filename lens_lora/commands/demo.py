@@ -31,7 +31,9 @@ from lens_lora.lens import LoraLens
 from lens_lora.readouts.readout import Margin
 from lens_lora.results.attribution import Attribution
 from lens_lora.show.page.report import margin_report
-from lens_lora.show.tables import results as tables
+from lens_lora.show.tables.attribution import modules_table
+from lens_lora.show.tables.logit_shift import tokens_table
+from lens_lora.show.tables.margin import margin_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,6 +126,6 @@ def _print(analysis: _Analysis) -> None:
     for paragraph in analysis.margin.story().split("\n"):
         console.print(Text(f"\n{paragraph}"))
     console.print()
-    console.print(tables.margin_table(analysis.margin))
-    console.print(tables.modules_table(analysis.margin.attribution, k=10, prompt=0))
-    console.print(tables.tokens_table(analysis.shift, k=10))
+    console.print(margin_table(analysis.margin))
+    console.print(modules_table(analysis.margin.attribution, k=10, prompt=0))
+    console.print(tokens_table(analysis.shift, k=10))

@@ -273,11 +273,11 @@ class Attribution:
         )
 
     def __repr__(self) -> str:
-        from lens_lora.show.tables.results import attribution_text
+        from lens_lora.show.tables.attribution import attribution_text
 
         return attribution_text(self)
 
     def _repr_html_(self) -> str:
-        from lens_lora.show.tables.results import attribution_html
+        from lens_lora.show.page.notebook import attribution_html
 
         return attribution_html(self)

@@ -6,6 +6,7 @@ LENS_LORA_BROWSER says that there must be one.
 
 from __future__ import annotations
 
+import html.parser
 import os
 import re
 import shutil
@@ -41,7 +42,8 @@ def opened(page, folder, *, fragment="", dark=False, phone=False):
         path = folder / "phone.html"
         path.write_text(PHONE, encoding="utf-8")
     done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+         "--disable-background-networking", "--enable-logging=stderr",
          f"--user-data-dir={folder / 'profile'}", "--window-size=1200,900",
          f"--blink-settings=preferredColorScheme={0 if dark else 1}",
          "--virtual-time-budget=20000", "--dump-dom", f"{path.as_uri()}{fragment}"],
@@ -56,3 +58,23 @@ def drawn(dom):
     """How many plots hold a drawing."""
     plots = dom.split('class="plotly-graph-div')[1:]
     return sum('class="main-svg"' in plot for plot in plots)
+
+
+class Reader(html.parser.HTMLParser):
+    """The elements of a page with the names of their attributes, and its texts but for scripts'."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.texts = [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, *(name for name, _ in attrs)))
+
+    def handle_comment(self, data):
+        self.elements.append(("comment",))
+
+    def handle_data(self, data):
+        if self.cdata_elem is None and data.strip():
+            self.texts.append(data)

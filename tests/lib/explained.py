@@ -24,18 +24,21 @@ def by_hand(
     noise=1e-6,
     tokens=("<s>", " of"),
     said=(" Paris", " Lyon"),
+    strings=(EVIL, " b", "c"),
+    sites=SITES,
+    meta=META,
     null=True,
     fast=False,
 ):
     """Four sites in layers 0 and 2; the curve `margins` from −4 on."""
     halves = [[a / 2, a / 2] for a in first]
     margin = fact(-4.0, halves, list(margins), flip=0.49, noise=noise, by=("position",),
-                  tokens=(tokens,))  # fmt: skip
+                  tokens=(tokens,), sites=sites, meta=meta)  # fmt: skip
     att = margin.attribution
     plain = dataclasses.replace(att, values=att.per_site, by=())
-    labels = {"str_tokens": att.str_tokens, "readout": att.readout, "units": "logits", "meta": META}
-    ends = {"sites": SITES, "base": att.base, "adapted": att.adapted}
-    each = {site.name: (i,) for i, site in enumerate(SITES)}
+    labels = {"str_tokens": att.str_tokens, "readout": att.readout, "units": "logits", "meta": meta}
+    ends = {"sites": sites, "base": att.base, "adapted": att.adapted}
+    each = {site.name: (i,) for i, site in enumerate(sites)}
     floor = torch.tensor([noise])
 
     def effects(values, how):
@@ -44,11 +47,11 @@ def by_hand(
     def flags(of, effect):
         correction = torch.tensor([effect]) - plain.values
         return ll.Reliability(
-            plain, correction, None, of, 0.5, torch.tensor([0.01]), {}, att.readout, "logits", META
+            plain, correction, None, of, 0.5, torch.tensor([0.01]), {}, att.readout, "logits", meta
         )
 
-    shift = ll.LogitShift(torch.tensor([[3.0, -1.0, -2.0]]), (), (0, 1, 2), (EVIL, " b", "c"), META)
-    module = dataclasses.replace(shift, values=torch.ones(1, 1, 3), sites=SITES[1:2])
+    shift = ll.LogitShift(torch.tensor([[3.0, -1.0, -2.0]]), (), (0, 1, 2), strings, meta)
+    module = dataclasses.replace(shift, values=torch.ones(1, 1, 3), sites=sites[1:2])
     curves = torch.tensor([[[0.0, 0.4, 0.9, 1.0]], [[0.0, 0.2, 0.5, 1.0]]], dtype=torch.float64)
     is_noise = abs(margins[-1] + 4) <= 3 * noise
     curves = curves * float("nan") if is_noise else curves
@@ -69,7 +72,7 @@ def by_hand(
     }  # fmt: skip
     test = ll.NullTest(
         plain, torch.full((9, 1, 4), 0.1) * torch.arange(1, 10)[:, None, None], torch.full((9, 1),
-        0.5), tuple(range(9)), floor, att.readout, "logits", META,
+        0.5), tuple(range(9)), floor, att.readout, "logits", meta,
     )  # fmt: skip
     asked = {"leave_one_out": leave} if fast else {"add_one": add, "leave_one_out": leave}
     return ll.Explanation(

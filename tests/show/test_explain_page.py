@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import html
+import itertools
 import re
 
 import pytest
-from browser import browser, drawn, opened
+from browser import Reader, browser, drawn, opened
 from explained import by_hand
-from results_by_hand import EVIL, without_plotly
+from results_by_hand import EVIL, SITES, attribution, without_plotly
 
-from lens_lora.show.page.report import explanation_report
+from lens_lora.show.page import render
+from lens_lora.show.page.report import explanation_report, margin_report
 
 # --- the page
 
@@ -90,6 +94,101 @@ def test_page_of_several_prompts_has_one_choice_each():
         explanation_report([])
 
 
+# --- hostile names
+
+HOSTILE = (
+    "<script>console.error('ran')</script>",
+    "\"onload=console.error('ran')//",
+    "'><img/src='x'/onerror=console.error('ran')>",
+    "</style></script></template></select><svg/onload=console.error('ran')>",
+    "{{7*7}}{%raw%}{#x#}",
+    "&lt;b&gt;&amp;nbsp;",
+    "<!--",
+    "\u202eesrever\u2066",
+    "\x1b[31m\x00",
+)
+HARMLESS = "harmless"
+
+
+def shown(text):
+    """How a page writes it: what cannot be seen is spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def named(*texts):
+    """An explanation in which all that has a name is called so, in turn."""
+    name = itertools.cycle(texts).__next__
+    sites = tuple(
+        dataclasses.replace(site, name=f"{name()}{i}", module=f"{name()}{i}")
+        for i, site in enumerate(SITES)
+    )
+    e = by_hand(
+        tokens=("<s>", name()),
+        said=(name(), name()),
+        strings=(name(), " b", "c"),
+        sites=sites,
+        meta={"adapter": name(), **{f"key {i}": text for i, text in enumerate(texts)}},
+    )
+    margin = dataclasses.replace(e.margin, doc=(f"{name()}1",), pre=(f"{name()}2",))
+    return dataclasses.replace(e, margin=margin)
+
+
+def page_of_two(text):
+    return explanation_report([named(text), by_hand(fast=True, null=False)], title=text)
+
+
+def page_of_a_margin(text):
+    e = named(text)
+    split = dataclasses.replace(e.margin.attribution, readout=text)
+    margin = dataclasses.replace(e.margin, attribution=split)
+    return margin_report(margin, logit_shift=e.shift, positions=split, title=text)
+
+
+CASES = [
+    *((page_of_a_margin, text) for text in HOSTILE),
+    *((page_of_two, text) for text in HOSTILE[::3]),
+]
+
+
+@functools.cache
+def harmless(page_of):
+    read = Reader(without_plotly(page_of(HARMLESS)))
+    assert sum(HARMLESS in text for text in read.texts) > 10
+    return read
+
+
+def differs(page_of, text):
+    """Whether a name changes more of a page than the places where it stands."""
+    page, plain = Reader(without_plotly(page_of(text))), harmless(page_of)
+    texts = [t.replace(HARMLESS, shown(text)) for t in plain.texts]
+    return page.elements != plain.elements or page.texts != texts
+
+
+@pytest.mark.parametrize(("page_of", "text"), CASES)
+def test_a_hostile_name_is_written_out_and_changes_nothing_else(page_of, text):
+    assert not differs(page_of, text)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_a_hostile_name_changes_nothing_else_in_a_notebook(text):
+    sites = tuple(dataclasses.replace(site, module=f"{text}{site.layer}") for site in SITES)
+    table = Reader(attribution([[1.0] * 4], [0.0], [4.0], sites=sites)._repr_html_())
+    plain = Reader(attribution([[1.0] * 4], [0.0], [4.0])._repr_html_())
+    assert table.elements == plain.elements
+    assert {f"{shown(text)}{site.layer}" for site in SITES} <= set(table.texts)
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"), [({"autoescape": False}, HOSTILE[0]), ({"finalize": None}, HOSTILE[-2])]
+)
+def test_the_check_of_hostile_names_sees_a_careless_page(setting, text, monkeypatch):
+    """The control."""
+    harmless(page_of_a_margin)
+    careless = render._templates().overlay(**setting)
+    monkeypatch.setattr(render, "_templates", lambda: careless)
+    assert differs(page_of_a_margin, text)
+
+
 # --- the page in a browser
 
 
@@ -117,6 +216,24 @@ def test_page_is_no_wider_than_a_phone(page, tmp_path):
     assert console == [] and 'data-wide="false at 390"' in dom
     wide = page.replace(".scroll { overflow-x: auto; }", "")
     assert 'data-wide="true at 390"' in opened(wide, tmp_path, phone=True)[0]
+
+
+@browser
+def test_browser_runs_no_name_and_drops_none(tmp_path):
+    titled = "".join(HOSTILE)
+    dom, console = opened(explanation_report([named(*HOSTILE)], title=titled), tmp_path)
+    assert console == [] and drawn(dom) == PLOTS
+    texts = Reader(dom).texts
+    assert {shown(titled), *map(shown, HOSTILE)} <= set(texts)
+
+
+@browser
+def test_browser_check_sees_a_name_that_runs(tmp_path, monkeypatch):
+    """The control."""
+    careless = render._templates().overlay(autoescape=False)
+    monkeypatch.setattr(render, "_templates", lambda: careless)
+    _, console = opened(page_of_a_margin(HOSTILE[0]), tmp_path)
+    assert any("ran" in line for line in console)
 
 
 @browser

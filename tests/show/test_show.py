@@ -35,7 +35,9 @@ from lens_lora.show.figures.attribution import (
     site_heatmap,
 )
 from lens_lora.show.page.report import margin_report
-from lens_lora.show.tables import results as tables
+from lens_lora.show.tables.attribution import modules_table
+from lens_lora.show.tables.logit_shift import tokens_table
+from lens_lora.show.tables.margin import margin_rows, margin_table
 from lens_lora.show.text import magnitude, percent, prompt_text, signed, visible
 from lens_lora.show.words.account import account_of
 from lens_lora.show.words.margin import margin_story
@@ -367,9 +369,9 @@ def test_notebook_table_is_escaped():
 def test_terminal_tables_show_the_numbers_and_no_markup_of_a_token():
     shift = LogitShift(torch.tensor([[2.0, -1.0, -1.0]]), (), (0, 1, 2), ("[red]", " b", "c"), {})
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(tables.margin_table(flip_case()))
-    console.print(tables.modules_table(flip_case().attribution, k=2))
-    console.print(tables.tokens_table(shift, k=2))
+    console.print(margin_table(flip_case()))
+    console.print(modules_table(flip_case().attribution, k=2))
+    console.print(tokens_table(shift, k=2))
     text = console.export_text()
     assert re.search(r"remainder at ε = 0.75 +\+3.00 +50%", text)
     assert re.search(r"remainder at ε = 1 +\+4.00 +50%", text)
@@ -380,7 +382,7 @@ def test_terminal_tables_show_the_numbers_and_no_markup_of_a_token():
 
 
 def test_margin_rows_call_noise_noise():
-    rows = tables.margin_rows(account_of(fact(-4.0, [0.25] * 4, [-4.0 + s for s in SCALES])))
+    rows = margin_rows(account_of(fact(-4.0, [0.25] * 4, [-4.0 + s for s in SCALES])))
     shares = {what: share for what, _, share in rows if "remainder" in what}
     assert set(shares.values()) == {"noise"}
 
@@ -451,7 +453,7 @@ def test_report_holds_story_numbers_tokens_and_provenance(page):
     own = html.unescape(without_plotly(page))
     for paragraph in margin_story(flip_case()).split("\n"):
         assert f"<p>{paragraph}</p>" in own
-    for what, value, _ in tables.margin_rows(account_of(flip_case())):
+    for what, value, _ in margin_rows(account_of(flip_case())):
         assert f">{what}<" in own and f">{value}<" in own
     assert "all modules together" in own and ">·b<" in own
     for value in META.values():

@@ -2,191 +2,238 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lens_lora.show.figures.explanation import explanation_figures
-from lens_lora.show.page.html import Plots, Section, provenance, scrolling, tokens_html
-from lens_lora.show.page.template import HOW_TO_READ
+from lens_lora.show.page.parts import (
+    HowToRead,
+    Paragraph,
+    Plot,
+    Section,
+    Table,
+    Tables,
+    TokenTable,
+)
+from lens_lora.show.page.render import Plots
 from lens_lora.show.tables import explanation as tables
-from lens_lora.show.tables.results import html_table, margin_rows
+from lens_lora.show.tables.logit_shift import token_rows
+from lens_lora.show.tables.margin import margin_heads, margin_rows
 from lens_lora.show.text import magnitude, quadrature_text
 from lens_lora.show.words.explanation import explained_account
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
     from lens_lora.analyses.explain import Explanation
+    from lens_lora.analyses.logit_shift import LogitShift
 
-__all__ = ["explanation_sections"]
+__all__ = ["explanation_sections", "provenance", "token_table"]
 
 _MODULES, _TOKEN_SITES = 20, 8
+_TOKENS, _TOKENS_OF_A_SITE = 10, 6
 _WIDE = {"positions", "coupling", "added", "left out", "left out at 1", "faithfulness", "null"}
+
+Drawn = Callable[..., list[Plot]]
 
 
 def explanation_sections(e: Explanation, plots: Plots) -> list[Section]:
-    """What there is, in the order in which one reads it."""
+    """What there is, in the order in which one reads it.
+
+    Args:
+        e: the explanation of one prompt.
+        plots: draws the figures.
+    """
     figures = explanation_figures(e)
 
-    def drawn(*names: str) -> str:
-        return "\n".join(
-            plots(figures[name], wide=name in _WIDE) for name in names if name in figures
-        )
+    def drawn(start: str, heading: str = "") -> list[Plot]:
+        """The figures whose names begin so."""
+        return [
+            plots(figure, heading=heading, wide=name in _WIDE)
+            for name, figure in figures.items()
+            if name == start or name.startswith(f"{start}, ")
+        ]
 
-    makers: tuple[Callable[[], Section | None], ...] = (
-        lambda: _path(e, drawn("path")),
-        lambda: _remainder(e, drawn("remainder")),
-        lambda: Section("Second order", drawn("second order"), _SECOND_ORDER),
-        lambda: _heatmap(drawn("sites")),
-        lambda: _modules(e),
-        lambda: _tokens(e),
-        lambda: _positions(e, drawn("positions")),
-        lambda: _coupling(e, drawn("coupling")),
-        lambda: _measured(e, drawn),
-        lambda: _reliability(e, figures, drawn),
-        lambda: _curves(e, drawn("faithfulness")),
-        lambda: _null(e, drawn("null")),
+    makers: tuple[Callable[[Explanation, Drawn], Section | None], ...] = (
+        _path,
+        _remainder,
+        _second_order,
+        _heatmap,
+        _modules,
+        _tokens,
+        _positions,
+        _coupling,
+        _measured,
+        _reliability,
+        _curves,
+        _null,
     )
-    found = [section for make in makers if (section := make()) is not None]
+    found = [section for make in makers if (section := make(e, drawn)) is not None]
     return [
         *found,
-        Section("How to read this", HOW_TO_READ),
-        Section("Made with", provenance(e.first_order.meta)),
+        Section("How to read this", [HowToRead()]),
+        Section("Made with", [provenance(e.first_order.meta)]),
     ]
 
 
-_MEASURED = {
-    "added": "First order at ε = 0 as a guide to adding one module to the base model",
-    "left out": "First order at ε = 0 as a guide to leaving one module out of the adapted one",
-    "left out at 1": "First order at ε = 1 as a guide to leaving one module out",
-}
-_SECOND_ORDER = (
-    "A diagnostic of curvature at the base model, not a correction: at full strength it is often "
-    "farther from the run than first order. The verdict is in the caption."
-)
+def token_table(
+    joint: LogitShift, by_site: LogitShift, names: Sequence[str], prompt: int
+) -> TokenTable:
+    """The tokens that all sites together promote and suppress, then those of single sites.
+
+    Args:
+        joint: shifts of the logits by all sites together.
+        by_site: the same by site.
+        names: the sites shown one by one.
+        prompt: which prompt.
+    """
+
+    def row(name: str, shift: LogitShift, site: str | None, k: int):
+        up, down = shift.promoted(site, k, prompt), shift.suppressed(site, k, prompt)
+        return name, token_rows(up), token_rows(down)
+
+    return TokenTable(
+        [
+            row("all modules together", joint, None, _TOKENS),
+            *(row(name, by_site, name, _TOKENS_OF_A_SITE) for name in names),
+        ]
+    )
 
 
-def _path(e: Explanation, plot: str) -> Section:
+def provenance(meta: Mapping[str, str]) -> Table:
+    """What the page was made with.
+
+    Args:
+        meta: a result's; what is empty is left out.
+    """
+    rows = [(key.replace("_", " "), str(value)) for key, value in meta.items() if value]
+    return Table(("what", "value"), rows, texts=(0, 1))
+
+
+def _path(e: Explanation, drawn: Drawn) -> Section:
     a = explained_account(e)
-    heads = ("", f"value, {a.units}", "share of the shift")
-    numbers = html_table(heads, margin_rows(a), text_columns=(0,))
-    said = html_table(
+    numbers = Table(margin_heads(a), margin_rows(a))
+    said = Table(
         ("", "base model", "probability", "adapted model", "probability"),
         tables.said_rows(e),
-        text_columns=(1, 3),
+        texts=(1, 3),
+        heading="Likeliest next tokens",
     )
-    body = (
-        f'{plot}<div class="side">{scrolling(numbers)}'
-        f"<div><h3>Likeliest next tokens</h3>{scrolling(said)}</div></div>"
-    )
-    lead = "The margin of the model with the adapter at strength ε, run and not predicted."
-    return Section("The margin's path", body, lead)
+    lead = "The margin of the model with the adapter at strength ε: real runs, no prediction."
+    return Section("The margin's path", [*drawn("path"), Tables((numbers, said))], lead)
 
 
-def _remainder(e: Explanation, plot: str) -> Section:
+def _remainder(e: Explanation, drawn: Drawn) -> Section:
     heads = ("part", f"value, {e.units}", "share of the shift")
-    table = html_table(heads, tables.remainder_rows(e), text_columns=(0,))
     lead = (
         "What the sum of first-order parts leaves of the exact shift, along the path and, below, "
         "at ε = 1 by its parts."
     )
-    return Section("The remainder and its parts", plot + scrolling(table), lead)
+    blocks = [*drawn("remainder"), Table(heads, tables.remainder_rows(e))]
+    return Section("The remainder and its parts", blocks, lead)
 
 
-def _heatmap(plot: str) -> Section:
+def _second_order(e: Explanation, drawn: Drawn) -> Section:
+    lead = (
+        "A diagnostic of curvature at the base model, not a correction: at full strength it is "
+        "often farther from the measured shift than first order. The verdict is in the caption."
+    )
+    return Section("Second order", drawn("second order"), lead)
+
+
+def _heatmap(e: Explanation, drawn: Drawn) -> Section:
     lead = "First order at ε = 0: what adding one module to the base model is predicted to do."
-    return Section("Where first order finds the shift", plot, lead)
+    return Section("Where first order finds the shift", drawn("sites"), lead)
 
 
-def _modules(e: Explanation) -> Section:
-    heads, rows = tables.site_heads(e), tables.site_rows(e, _MODULES)
-    table = html_table(heads, rows, text_columns=(0, len(heads) - 1))
+def _modules(e: Explanation, drawn: Drawn) -> Section:
+    heads = tables.site_heads(e)
+    table = Table(heads, tables.site_rows(e, _MODULES), texts=(0, len(heads) - 1))
     lead = f"In {e.units}, by size of first order at ε = 0 (a)."
     if not e.is_fast:
-        lead += " Added to the base model, and left out of the adapted one, each module was run."
+        lead += " Each module was also added to the base model and left out of the adapted one."
     if e.path is not None and e.path.quadrature is not None:
         lead += f" Path integral with {quadrature_text(e.path.quadrature)}."
-    lead += " A flag says for which question a at ε = 0 is not to be trusted."
-    return Section("Largest modules", scrolling(table), lead)
+    lead += " A flag names the question for which a at ε = 0 is not to be trusted."
+    return Section("Largest modules", [table], lead)
 
 
-def _tokens(e: Explanation) -> Section:
+def _tokens(e: Explanation, drawn: Drawn) -> Section:
     names = [site.name for site in e.module_shift.sites[:_TOKEN_SITES]]
     lead = (
         "First-order shifts of the next token's logits at ε = 0, relative to their mean over the "
         "vocabulary: all modules, then the largest one by one."
     )
-    return Section(
-        "Tokens promoted and suppressed", tokens_html(e.shift, e.module_shift, names, 0), lead
-    )
+    table = token_table(e.shift, e.module_shift, names, 0)
+    return Section("Tokens promoted and suppressed", [table], lead)
 
 
-def _positions(e: Explanation, plot: str) -> Section:
+def _positions(e: Explanation, drawn: Drawn) -> Section:
     lead = "First order at ε = 0, by the token at which a module writes, summed over each layer."
     if len(e.first_order.str_tokens[0]) > len(e.prompt):
         lead += " After the prompt come the answers' tokens; a|b is where the two differ."
-    return Section("Where in the prompt", plot, lead)
+    return Section("Where in the prompt", drawn("positions"), lead)
 
 
-def _coupling(e: Explanation, plot: str) -> Section | None:
+def _coupling(e: Explanation, drawn: Drawn) -> Section | None:
     if e.coupling is None:
         return None
-    heads = tables.PAIR_HEADS
-    pairs = html_table(heads, tables.pair_rows(e), text_columns=(0, 1))
+    pairs = Table(tables.PAIR_HEADS, tables.pair_rows(e), texts=(0, 1))
     lead = (
         "Half the second derivative between layers at ε = 0: how much the effect of one depends on "
-        "the presence of the other. Below, the strongest pairs: of each, both halves together."
+        "the presence of the other. Below, the strongest pairs; each value is both halves together."
     )
-    return Section("Coupling between layers", plot + scrolling(pairs), lead)
+    return Section("Coupling between layers", [*drawn("coupling"), pairs], lead)
 
 
-def _measured(e: Explanation, drawn: Callable[..., str]) -> Section | None:
+def _measured(e: Explanation, drawn: Drawn) -> Section | None:
     if e.is_fast:
         return None
     rows = tables.agreement_rows(e)
     if not rows:
         floor = magnitude(explained_account(e).floor)
-        none = f"<p>No single module moves the margin by more than rounding ({floor}).</p>"
-        return Section("First order against measurements", none)
-    table = html_table(tables.AGREEMENT_HEADS, rows)
+        none = f"No single module moves the margin by more than rounding ({floor})."
+        return Section("First order against measurements", [Paragraph(none)])
     lead = (
-        "Each point is a module: what was predicted across, what running it did upwards. On the "
-        "dashed line they agree. A correlation is blind to size; the slope is not."
+        "Each point is a module: the prediction on the horizontal axis, the measured effect on the "
+        "vertical one. On the dashed line they agree. A correlation does not see a difference in "
+        "size; the slope does."
     )
-    plots = [
-        f"<h3>{heading}</h3>{plot}" for name, heading in _MEASURED.items() if (plot := drawn(name))
+    blocks = [
+        Table(tables.AGREEMENT_HEADS, rows, texts=(0, 1)),
+        *drawn("added", "First order at ε = 0 as a guide to adding one module to the base model"),
+        *drawn(
+            "left out",
+            "First order at ε = 0 as a guide to leaving one module out of the adapted one",
+        ),
+        *drawn("left out at 1", "First order at ε = 1 as a guide to leaving one module out"),
     ]
-    return Section("First order against measurements", scrolling(table) + "".join(plots), lead)
+    return Section("First order against measurements", blocks, lead)
 
 
-def _reliability(
-    e: Explanation, figures: dict[str, Figure], drawn: Callable[..., str]
-) -> Section | None:
+def _reliability(e: Explanation, drawn: Drawn) -> Section | None:
     if not e.reliability:
         return None
-    table = html_table(tables.FLAG_HEADS, tables.flag_rows(e), text_columns=(0, 2))
-    plots = drawn(*(name for name in figures if name.startswith("reliability")))
+    table = Table(tables.FLAG_HEADS, tables.flag_rows(e), texts=(0, 2))
     lead = (
-        "A module is flagged where first order misses more of the answer than it finds. No flag "
-        "does not mean right: modules too small to matter are not looked at."
+        "A module is flagged where first order misses more of the answer than it finds. An "
+        "unflagged module is not necessarily right: modules too small to matter are not checked."
     )
-    return Section("Reliability flags", scrolling(table) + plots, lead)
+    return Section("Reliability flags", [table, *drawn("reliability")], lead)
 
 
-def _curves(e: Explanation, plot: str) -> Section | None:
+def _curves(e: Explanation, drawn: Drawn) -> Section | None:
     rows = tables.curve_rows(e)
     if not rows:
         return None
-    table = html_table(tables.curve_heads(e), rows, text_columns=(0,))
     lead = (
-        "The top of each ranking switched on alone (kept), or off alone (dropped), and the model "
-        "run. A good ranking keeps much with few modules."
+        "What the model does with only the top of each ranking switched on (kept), or only that "
+        "switched off (dropped). A good ranking keeps much with few modules."
     )
-    return Section("Which few modules carry the shift", plot + scrolling(table), lead)
+    blocks = [*drawn("faithfulness"), Table(tables.curve_heads(e), rows)]
+    return Section("Which few modules carry the shift", blocks, lead)
 
 
-def _null(e: Explanation, plot: str) -> Section | None:
+def _null(e: Explanation, drawn: Drawn) -> Section | None:
     if e.null is None:
         return None
     lead = f"Adapters of the same sizes in random directions: {e.null.verdict[0]}."
-    return Section("Against random directions", plot, lead)
+    return Section("Against random directions", drawn("null"), lead)

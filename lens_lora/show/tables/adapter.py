@@ -22,7 +22,12 @@ _LEADING, _MISSING = 3, 5
 
 
 def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> Table:
-    """What the adapter is, from its summary and the fields of its `adapter_config.json`."""
+    """What an adapter is: its base model, targets, ranks, scales and size.
+
+    Args:
+        summary: from `spectra`.
+        config: the fields of its `adapter_config.json`.
+    """
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -32,7 +37,12 @@ def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> Table:
 
 
 def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
-    """The k rows of largest ‖ΔW‖ (all for None), by site where the summary has sites."""
+    """The updates of largest ‖ΔW‖_F, by site where there is a model, else by module.
+
+    Args:
+        summary: from `spectra`.
+        k: how many rows; None for all.
+    """
     rows = summary.top(k)
     of = "sites" if summary.model else "modules"
     widest = max(len(_name(row)) for row in rows)
@@ -89,8 +99,7 @@ def _sites(summary: AdapterSummary) -> str:
 def _listed(missing: tuple[str, ...]) -> str:
     more = f" and {len(missing) - _MISSING} more" if len(missing) > _MISSING else ""
     return (
-        f"{', '.join(missing[:_MISSING])}{more}; a lens refuses them until they are left out: "
-        "adapter.without(…)"
+        f"{', '.join(missing[:_MISSING])}{more}; to make a lens, leave them out: adapter.without(…)"
     )
 
 

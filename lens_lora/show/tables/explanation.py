@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
-from lens_lora.show.tables.results import _table as titled  # pyright: ignore[reportPrivateUsage]
-from lens_lora.show.tables.results import margin_table, tokens_table
+from lens_lora.show.tables.logit_shift import tokens_table
+from lens_lora.show.tables.margin import margin_table
+from lens_lora.show.tables.parts import Row, filled_table
 from lens_lora.show.text import magnitude, percent, signed, visible
 from lens_lora.show.words.account import Account
 from lens_lora.show.words.explanation import explained_account, is_comparable, is_rounding, top_of
@@ -34,7 +32,6 @@ __all__ = [
     "site_rows",
 ]
 
-Row = tuple[str, ...]
 _ABBREVIATED = {"add_one": "adding", "leave_one_out": "leaving out"}
 _NUMBERS = (
     ("first_order", "a at ε = 0"),
@@ -46,7 +43,14 @@ _NUMBERS = (
 
 
 def said_rows(e: Explanation) -> list[Row]:
-    """(place, token and probability of the base model, the same of the adapted one)."""
+    """The likeliest next tokens.
+
+    Args:
+        e: the explanation of one prompt.
+
+    Returns:
+        (place, token and probability of the base model, the same of the adapted one).
+    """
     pairs = zip(e.said["base"], e.said["adapted"], strict=True)
     return [
         (str(place), visible(b), percent(pb), visible(t), percent(pt))
@@ -55,7 +59,14 @@ def said_rows(e: Explanation) -> list[Row]:
 
 
 def remainder_rows(e: Explanation) -> list[Row]:
-    """(part, value, share of the shift): what the remainder at ε = 1 is made of."""
+    """What the remainder at ε = 1 is made of.
+
+    Args:
+        e: the explanation of one prompt.
+
+    Returns:
+        (part, value, share of the shift).
+    """
     a, second = explained_account(e), e.second_order
     rows = [_part(a, "remainder after first order, R", a.remainder)]
     if e.add_one is not None:
@@ -82,13 +93,25 @@ def _part(a: Account, name: str, value: float) -> Row:
 
 
 def site_heads(e: Explanation) -> Row:
-    """'site', a heading for each number that was computed, 'flags'."""
+    """The headings of `site_rows`: the site, each number that was computed, the flags.
+
+    Args:
+        e: the explanation of one prompt.
+    """
     columns = e.to_frame().columns
     return ("site", *(head for name, head in _NUMBERS if name in columns), "flagged for")
 
 
 def site_rows(e: Explanation, k: int) -> list[Row]:
-    """The k sites of largest |first order at 0|: every number of theirs, and flags."""
+    """The sites of largest |first order at ε = 0|, with every number computed of them.
+
+    Args:
+        e: the explanation of one prompt.
+        k: how many sites.
+
+    Returns:
+        A cell for each of `site_heads`.
+    """
     frame = e.to_frame()
     rows = frame.loc[frame["first_order"].abs().sort_values(ascending=False, kind="stable").index]
     names = [name for name, _ in _NUMBERS if name in frame.columns]
@@ -106,7 +129,14 @@ AGREEMENT_HEADS = ("attribution", "measured by", "Pearson", "Spearman", "slope",
 
 
 def agreement_rows(e: Explanation) -> list[Row]:
-    """Each attribution against each kind of effect; none where the effects are all noise."""
+    """Each attribution against each kind of effect; no row where the effects are all noise.
+
+    Args:
+        e: the explanation of one prompt.
+
+    Returns:
+        A cell for each of AGREEMENT_HEADS.
+    """
     a = explained_account(e)
     return [
         (
@@ -124,7 +154,15 @@ FLAG_HEADS = ("as the answer to", "flagged", "the largest errors")
 
 
 def flag_rows(e: Explanation, k: int = 5) -> list[Row]:
-    """(question, how many are flagged, the first few)."""
+    """Which modules are flagged as answers to each question.
+
+    Args:
+        e: the explanation of one prompt.
+        k: how many modules are named, those of the largest errors.
+
+    Returns:
+        A cell for each of FLAG_HEADS.
+    """
     rows: list[Row] = []
     for of, found in e.reliability.items():
         names = found.flagged_sites(0)
@@ -139,7 +177,15 @@ PAIR_HEADS = ("layers", "", "coupling", "share of the shift")
 
 
 def pair_rows(e: Explanation, k: int = 5) -> list[Row]:
-    """The k pairs of layers of strongest coupling."""
+    """The pairs of layers of strongest coupling; no row where coupling was not computed.
+
+    Args:
+        e: the explanation of one prompt.
+        k: how many pairs.
+
+    Returns:
+        A cell for each of PAIR_HEADS.
+    """
     if e.coupling is None:
         return []
     a, top = explained_account(e), e.coupling.top(k, 0)
@@ -150,13 +196,24 @@ def pair_rows(e: Explanation, k: int = 5) -> list[Row]:
 
 
 def curve_heads(e: Explanation) -> Row:
-    """'ranking', how many of the top are told of, the areas."""
+    """The headings of `curve_rows`: the ranking, what its top keeps, the two areas.
+
+    Args:
+        e: the explanation of one prompt.
+    """
     top = "" if e.faithfulness is None else percent(top_of(e.faithfulness)[0])
     return ("ranking", f"top {top} keeps", "area, kept", "area, dropped")
 
 
 def curve_rows(e: Explanation) -> list[Row]:
-    """(ranking, share that its top keeps, the two areas); none where the shift is noise."""
+    """What each ranking of the modules keeps and drops; no row where the shift is noise.
+
+    Args:
+        e: the explanation of one prompt.
+
+    Returns:
+        A cell for each of `curve_heads`.
+    """
     curves = e.faithfulness
     if curves is None or bool(curves.keep.isnan().all()):
         return []
@@ -173,31 +230,34 @@ def curve_rows(e: Explanation) -> list[Row]:
 
 
 def explanation_tables(e: Explanation, k: int = 10) -> RenderableType:
-    """The summary's tables for the terminal."""
-    units = e.units
+    """The summary's tables for the terminal.
+
+    Args:
+        e: the explanation of one prompt.
+        k: how many of the largest modules.
+    """
+    units, sites = e.units, site_heads(e)
     tables = [
-        _of("likeliest next tokens", ("", "base", "", "adapted", ""), said_rows(e), texts=(1, 3)),
+        filled_table(
+            "likeliest next tokens", ("", "base", "", "adapted", ""), said_rows(e), (1, 3)
+        ),
         margin_table(e.margin),
-        _of(f"the remainder, in {units}", ("", "value", "share of the shift"), remainder_rows(e)),
-        _of(f"largest modules, in {units}", site_heads(e), site_rows(e, k)),
+        filled_table(
+            f"the remainder, in {units}", ("", "value", "share of the shift"), remainder_rows(e)
+        ),
+        filled_table(
+            f"largest modules, in {units}", sites, site_rows(e, k), texts=(0, len(sites) - 1)
+        ),
         tokens_table(e.shift, k=5),
     ]
     if rows := agreement_rows(e):
-        tables.append(_of("agreement with measurements", AGREEMENT_HEADS, rows, texts=(0, 1)))
-    tables.append(_of("first order not to be trusted", FLAG_HEADS, flag_rows(e, 3), texts=(0, 2)))
+        tables.append(filled_table("agreement with measurements", AGREEMENT_HEADS, rows, (0, 1)))
+    tables.append(
+        filled_table("first order not to be trusted", FLAG_HEADS, flag_rows(e, 3), (0, 2))
+    )
     if rows := curve_rows(e):
-        tables.append(_of("kept and dropped, share of the shift", curve_heads(e), rows))
+        tables.append(filled_table("kept and dropped, share of the shift", curve_heads(e), rows))
     return Group(*tables)
-
-
-def _of(title: str, heads: Row, rows: Sequence[Row], texts: tuple[int, ...] = (0,)) -> Table:
-    table = titled(title)
-    for i, head in enumerate(heads):
-        is_text = i in texts or head == "flagged for"
-        table.add_column(Text(head), justify="left" if is_text else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
 
 
 def _share(a: Account, value: float) -> str:

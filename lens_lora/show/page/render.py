@@ -1,0 +1,124 @@
+"""Pages and notebook tables written from Jinja templates.
+
+The templates escape whatever they are given. The only exception is what plotly itself wrote, its
+script and its drawings: `Plots` and `page_html` mark these as HTML, and nothing else does.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from lens_lora.show.figures.style import EXACT
+from lens_lora.show.page.parts import Part, Plot, Table
+from lens_lora.show.text import visible
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["Plots", "notebook_html", "page_html"]
+
+_TITLE_HEIGHT = 14
+_BUTTONS = ["zoom2d", "pan2d", "resetScale2d", "toImage"]
+_CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [_BUTTONS]}
+
+
+def page_html(title: str, parts: Sequence[Part]) -> str:
+    """A page that needs no network: plotly's script stands in it, once.
+
+    Args:
+        title: the heading, and the name of the browser's tab.
+        parts: one part, or several of which the reader chooses one.
+    """
+    template = _templates().get_template("page.html.j2")
+    return template.render(title=title, parts=parts, plotly=_by_plotly(get_plotlyjs()))
+
+
+def notebook_html(heading: str, notes: Sequence[str], tables: Sequence[Table]) -> str:
+    """A result in a notebook.
+
+    Args:
+        heading: what the result is, in bold.
+        notes: a paragraph each.
+        tables: one below the other.
+    """
+    template = _templates().get_template("attribution.html.j2")
+    return template.render(heading=heading, notes=notes, tables=tables)
+
+
+class Plots:
+    """Figures drawn for one page, each with an id of its own.
+
+    A figure's title becomes a caption, which breaks into lines where the page is narrow; a title
+    inside the picture would be cut off. A legend above the picture moves to the left, because on a
+    touch screen plotly's buttons are always shown, at the right.
+    """
+
+    def __init__(self, prefix: str = "plot") -> None:
+        """Starts counting.
+
+        Args:
+            prefix: how every id begins.
+        """
+        self._ids = (f"{prefix}-{n}" for n in itertools.count())
+
+    def __call__(self, figure: Figure, *, heading: str = "", wide: bool = False) -> Plot:
+        """A figure as a block of the page.
+
+        Args:
+            figure: with a title and a legend; it is not changed.
+            heading: stands above the caption.
+            wide: give the picture room, so that it scrolls sideways on a narrow screen.
+        """
+        layout: Any = figure.to_dict()["layout"]
+        shown = type(figure)(figure)
+        shown.update_layout(
+            title=None,
+            margin={"t": layout["margin"]["t"] - _TITLE_HEIGHT},
+            modebar={"activecolor": EXACT},
+        )
+        if layout["legend"].get("orientation") == "h":
+            shown.update_layout(legend={"x": 0, "xanchor": "left"})
+        body = shown.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            div_id=next(self._ids),
+            config=_CONFIG,
+            default_width="100%",
+        )
+        return Plot(_by_plotly(body), _lines(layout["title"]["text"]), heading, wide)
+
+
+def _by_plotly(html: str) -> Markup:
+    """Plotly's own HTML or script, in which it has escaped the figure's data."""
+    return Markup(html)
+
+
+def _lines(title: str) -> tuple[str, ...]:
+    """The plain text of a figure's title, line by line; plotly's titles are marked up."""
+    return tuple(Markup(line).striptags() for line in title.split("<br>"))
+
+
+def _readable(value: object) -> object:
+    """Text with control characters made visible: one that turns the direction of writing, say."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(c if c.isprintable() else visible(c) for c in value)
+
+
+@functools.cache
+def _templates() -> Environment:
+    return Environment(
+        loader=PackageLoader("lens_lora.show.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_readable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
