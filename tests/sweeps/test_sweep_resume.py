@@ -105,8 +105,8 @@ def test_results_of_something_else_are_refused(a_lens, tmp_path, monkeypatch, fi
             r"readout 'margin of doc and pre' there, \"logit\('w5'\), logits\" here",
             {"readout": ll.Logit("w5")},
         ),
-        ("the doc of id .* is 'w.*' in .*, and 'w33 w34' in the records", {"records": changed}),
-        ("hold the id .*, and the records do not", {"records": gone}),
+        ("the doc of id .* is 'w.*' in .*, but 'w33 w34' in the records", {"records": changed}),
+        ("hold the id .*, but the records do not", {"records": gone}),
     ]:
         arguments = {"lens": a_lens, "records": GOOD, "analyses": "first_order", **kwargs}
         with pytest.raises(SweepError, match=words):
@@ -117,7 +117,7 @@ def test_results_of_something_else_are_refused(a_lens, tmp_path, monkeypatch, fi
 
 def test_a_foreign_file_is_not_overwritten(a_lens, tmp_path):
     pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "r.parquet")
-    with pytest.raises(SweepError, match="no result of a sweep"):
+    with pytest.raises(SweepError, match="not the result of a sweep"):
         run(a_lens, GOOD, tmp_path)
     assert pd.read_parquet(tmp_path / "r.parquet")["x"].tolist() == [1]
     (tmp_path / "r.parquet").write_text("text")
