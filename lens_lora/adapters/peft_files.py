@@ -41,6 +41,8 @@ def _local_folder(path: str | Path, revision: str | None, subfolder: str | None)
     text = str(path)
     if text.count("/") > 1 or text.startswith((".", "~", "/")):
         raise AdapterError(f"{text}: no such folder.")
+    if "/" not in text:
+        raise AdapterError(f"{text}: no such folder, nor a hub id, which reads 'owner/name'.")
     from huggingface_hub import snapshot_download
 
     prefix = f"{subfolder}/" if subfolder else ""

@@ -71,7 +71,7 @@ REFUSED = {
     "name of the result": ([*SWEEP, "--out", "r.csv"], "ends in .parquet"),
     "analysis": ([*SWEEP, "--analysis", "frist_order"], "'frist_order': expected some of"),
     "place of the result": ([*SWEEP, "--out", "{files}/bad.csv/r.parquet"], "cannot be made in"),
-    "adapter": (["inspect", "nowhere"], "nowhere: neither a local folder nor a hub"),
+    "adapter": (["inspect", "nowhere"], "nowhere: no such folder, nor a hub id"),
     "adapter's folder": (["inspect", "./nowhere"], "./nowhere: no such folder"),
     "folder without adapter": ([*SWEEP, "--adapter", "{files}/empty"], "no adapter_config.json"),
     "pickled adapter": (["demo", "--adapter", "{files}/pickled"], "pickled weights are not read"),
