@@ -71,10 +71,10 @@ def costs() -> dict[str, str]:
     """{public function: the paragraph of its docstring that starts with 'Cost'}."""
     found: dict[str, str] = {}
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    for statement in tree.body:
-        if isinstance(statement, ast.ImportFrom) and statement.module:
-            names = {alias.name for alias in statement.names}
-            found |= {n: c for n, c in _costs_in(statement.module).items() if n in names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lens_lora."):
+            names = {alias.name for alias in node.names}
+            found |= {n: c for n, c in _costs_in(str(node.module)).items() if n in names}
     return found
 
 

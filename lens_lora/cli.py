@@ -2,6 +2,9 @@
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
+
+Each command is two modules: `commands/NAME` has its options and checks them, without torch;
+`commands/run_NAME` does the work, and is imported once the options are good.
 """
 
 from __future__ import annotations
@@ -10,12 +13,12 @@ from typing import Annotated
 
 import typer
 
-from lens_lora import __version__
+from lens_lora._version import __version__
 from lens_lora.commands.demo import demo
 from lens_lora.commands.explain import explain
 from lens_lora.commands.inspect import inspect
-from lens_lora.commands.loading import one_line_errors
 from lens_lora.commands.sweep import sweep
+from lens_lora.commands.terminal import one_line_errors
 
 __all__ = ["app"]
 

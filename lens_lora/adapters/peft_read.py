@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["factors_of", "read_folder"]
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _SUFFIXES = {
@@ -49,8 +48,7 @@ def read_folder(
     Raises:
         AdapterError, UnsupportedAdapterError: see `lens_lora.load_adapter`.
     """
-    folder = _local_folder(path, revision, subfolder)
-    _require_files(folder)
+    folder = adapter_folder(path, revision, subfolder)
     config = _read_config(folder)
     factors, base = factors_of(config, _read_tensors(folder), str(folder))
     return factors, base, folder.name or str(path)
@@ -73,52 +71,15 @@ def factors_of(
     return modules, base
 
 
-def _local_folder(path: str | Path, revision: str | None, subfolder: str | None) -> Path:
-    local = Path(path)
-    if local.exists():
-        return local / subfolder if subfolder else local
-    text = str(path)
-    if text.count("/") > 1 or text.startswith((".", "~", "/")):
-        raise AdapterError(f"{text}: no such folder.")
-    from huggingface_hub import snapshot_download
-
-    prefix = f"{subfolder}/" if subfolder else ""
-    try:
-        root = snapshot_download(
-            text, revision=revision, allow_patterns=[prefix + _CONFIG, prefix + _WEIGHTS]
-        )
-    except Exception as error:
-        raise AdapterError(
-            f"{text}: neither a local folder nor a hub repository that can be reached ({error})."
-        ) from error
-    return Path(root) / subfolder if subfolder else Path(root)
-
-
-def _require_files(folder: Path) -> None:
-    if not (folder / _CONFIG).is_file():
-        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no folder"
-        raise AdapterError(f"{folder}: no {_CONFIG}, so not a PEFT adapter (found: {found}).")
-    if (folder / _WEIGHTS).is_file():
-        return
-    pickled = folder / "adapter_model.bin"
-    if pickled.is_file():
-        raise AdapterError(
-            f"{pickled}: pickled weights are not read, for they can run code. Load it where you "
-            "trust it and save it again with peft_model.save_pretrained(folder), which writes "
-            "safetensors."
-        )
-    raise AdapterError(f"{folder}: no {_WEIGHTS} beside {_CONFIG}.")
-
-
 def _read_config(folder: Path) -> PeftConfig:
     from peft import PeftConfig
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        fields = json.loads((folder / _CONFIG).read_text())
+        fields = json.loads((folder / CONFIG).read_text())
     except Exception as error:
         raise AdapterError(
-            f"{folder / _CONFIG}: PEFT cannot read it ({type(error).__name__}: {error}). MLX and "
+            f"{folder / CONFIG}: PEFT cannot read it ({type(error).__name__}: {error}). MLX and "
             "other tools use the same file name with another format; convert it to PEFT's."
         ) from error
     _refuse_other_kinds(config, str(folder))
@@ -126,7 +87,7 @@ def _read_config(folder: Path) -> PeftConfig:
         is_set = value is True or (isinstance(value, list | dict) and value)
         if is_set and not hasattr(config, field):
             raise UnsupportedAdapterError(
-                f"{folder / _CONFIG}: {field}={value!r} is unknown to the installed peft, which "
+                f"{folder / CONFIG}: {field}={value!r} is unknown to the installed peft, which "
                 "would ignore it; upgrade peft to the version that saved the adapter "
                 f"({fields.get('peft_version', 'not stated')})."
             )
@@ -140,7 +101,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = load_peft_weights(str(folder), device="cpu")
     except Exception as error:
         raise AdapterError(
-            f"{folder / _WEIGHTS}: not a whole safetensors file ({type(error).__name__}: {error})."
+            f"{folder / WEIGHTS}: not a whole safetensors file ({type(error).__name__}: {error})."
         ) from error
     return {key: tensor.clone() for key, tensor in tensors.items()}  # not the mapped file itself
 

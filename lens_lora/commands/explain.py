@@ -1,12 +1,11 @@
 """`lens-lora explain`: what an adapter did on a prompt, in the terminal and as a page.
 
-What the model, the adapter, the prompts or the answers are refused for is raised before anything
-long is run; the command line prints it as one line.
+A prompt, an answer, an adapter or a file that cannot be used is an error before anything long runs;
+the command line prints it as one line.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -15,33 +14,29 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lens_lora.adapters.adapter import load_adapter
-from lens_lora.analyses.explain import Explanation
-from lens_lora.analyses.explain import explain as explain_prompt
-from lens_lora.commands.loading import (
-    announce,
-    lens_over,
-    load_model_of,
-    require_writable,
-    say,
-    shipped_adapter,
-    told_if_interrupted,
+from lens_lora.adapters.peft_files import adapter_folder
+from lens_lora.commands.options import (
+    AdapterOption,
+    ClassOption,
+    DeviceOption,
+    ModelOption,
+    Quiet,
+    Report,
+    Subject,
 )
-from lens_lora.commands.options import AdapterOption, ClassOption, ModelOption, Quiet, Report
-from lens_lora.errors import LensLoraError, PromptError
-from lens_lora.lens import LoraLens
-from lens_lora.readouts.answers import margin_between
-from lens_lora.show.page.report import explanation_report
-from lens_lora.show.tables.explanation import explanation_tables
+from lens_lora.commands.terminal import require_different, require_writable
+from lens_lora.errors import LensLoraError
 from lens_lora.sweeps.records import read_records
 
-__all__ = ["explain"]
+__all__ = ["Question", "explain"]
 
 _MOST = 10
 _EXAMPLE = "--prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'"
 
 
-class _Question(NamedTuple):
+class Question(NamedTuple):
+    """A prompt, and the two answers whose margin is explained."""
+
     prompt: str
     doc: str
     pre: str
@@ -75,7 +70,7 @@ def explain(
         int, typer.Option(min=0, help="Compare with so many random adapters of the same sizes.")
     ] = 0,
     model_class: ClassOption = None,
-    device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
+    device: DeviceOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Explain what a LoRA did to the margin between two answers: a summary, and a page.
@@ -87,39 +82,24 @@ def explain(
     require_writable(report, "--report")
     if null == 1:
         raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
-    started, progress = time.perf_counter(), Console(stderr=True, quiet=quiet)
+    progress = Console(stderr=True, quiet=quiet)
     questions = _questions(prompt or [], prompts, doc, pre)
     _note_spaces(questions, progress)
-    loaded = load_adapter(adapter or shipped_adapter())
-    base, tokenizer = load_model_of(loaded, model, progress)
-    kind = None if model_class is None else model_class.value
-    lens = lens_over(base, tokenizer, loaded, progress, kind=kind, device=device)
-    announce(lens)
-    _require_fit(lens, questions)
-    explanations: list[Explanation] = []
-    with told_if_interrupted(lambda: _kept(report, len(explanations), len(questions))):
-        for number, question in enumerate(questions, start=1):
-            which = f"{number} of {len(questions)}"
-            explanations.append(_explained(lens, question, which, fast, null, progress))
-            report.write_text(explanation_report(explanations), encoding="utf-8")
-    say(f"\nReport: {report.absolute()}")
-    progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
+    folder = adapter_folder(adapter) if adapter else None
+    from lens_lora.commands.run_explain import run
 
-
-def _kept(report: Path, done: int, count: int) -> str:
-    if not done:
-        return f"No prompt was finished, and {report} is not written."
-    return f"{report} holds the first {done} of {count} prompts."
+    subject = Subject(folder, model, model_class, device)
+    run(subject, questions, report, progress, fast=fast, null=null)
 
 
 def _questions(
     given: Sequence[str], file: Path | None, doc: str | None, pre: str | None
-) -> list[_Question]:
+) -> list[Question]:
     """Every prompt with its answers; --doc and --pre, where given, hold for all.
 
     Raises:
-        LensLoraError: a bad record of the file, with its line.
-        typer.BadParameter: no prompt, an answer that is lacking, or too many prompts.
+        LensLoraError: a bad record of the file, with its line, or two equal answers.
+        typer.BadParameter: no prompt, a missing answer, or too many prompts.
     """
     found = [(prompt, doc, pre) for prompt in given]
     if file is not None:
@@ -135,7 +115,7 @@ def _questions(
             f"{len(found)} prompts are too many for a page to read, {_MOST} at most; "
             "`lens-lora sweep` runs hundreds, into a table."
         )
-    questions: list[_Question] = []
+    questions: list[Question] = []
     for text, its_doc, its_pre in found:
         if not text:
             raise typer.BadParameter("a prompt is empty: there is no token to read at.")
@@ -144,7 +124,10 @@ def _questions(
                 f"the prompt {text!r} needs both answers: --doc ' Lyon' --pre ' Paris', each with "
                 "its leading space."
             )
-        questions.append(_Question(text, its_doc, its_pre))
+        questions.append(Question(text, its_doc, its_pre))
+    for number, question in enumerate(questions, start=1):
+        which = f"prompt {number}, {question.prompt!r}: " if len(questions) > 1 else ""
+        require_different(question.doc, question.pre, which)
     return questions
 
 
@@ -166,8 +149,8 @@ def _from_file(
     return [(str(r.prompt), doc or r.doc, pre or r.pre) for r in records]
 
 
-def _note_spaces(questions: Sequence[_Question], progress: Console) -> None:
-    """The two slips by which a tokenizer makes other tokens than were meant."""
+def _note_spaces(questions: Sequence[Question], progress: Console) -> None:
+    """Note the two slips with spaces by which a tokenizer makes tokens that were not meant."""
     for prompt, *answers in questions:
         if prompt != prompt.rstrip(" "):
             note = f"the prompt {prompt!r} ends in a space, which is a token of its own"
@@ -176,38 +159,3 @@ def _note_spaces(questions: Sequence[_Question], progress: Console) -> None:
         else:
             continue
         progress.print(Text(f"Note: {note}; is that meant?", style="yellow"), soft_wrap=True)
-
-
-def _require_fit(lens: LoraLens, questions: Sequence[_Question]) -> None:
-    """Refuse a prompt or an answer that does not fit before the first is explained.
-
-    Raises:
-        PromptError, TokenError: naming the prompt where there are several.
-    """
-    for number, question in enumerate(questions, start=1):
-        try:
-            ready = lens.prompts(question.prompt)
-            margin_between(lens.model, question.doc, question.pre, 1).over(lens.model, ready)
-        except LensLoraError as error:
-            if len(questions) == 1:
-                raise
-            raise PromptError(f"prompt {number}, {question.prompt!r}: {error}") from error
-
-
-def _explained(
-    lens: LoraLens, question: _Question, which: str, fast: bool, null: int, progress: Console
-) -> Explanation:
-    """One prompt, its summary printed as soon as it is known."""
-    from lens_lora.loading import quiet_libraries
-
-    progress.print(f"Explaining prompt {which}", highlight=False)
-    with quiet_libraries():
-        found = explain_prompt(lens, *question, fast=fast, null=null, progress=not progress.quiet)
-    console = Console()
-    if not which.endswith(" of 1"):
-        console.rule(Text(f"{which}: {question.prompt}"), align="left")
-    for paragraph in found.story().split("\n"):
-        console.print(Text(f"\n{paragraph}"))
-    console.print()
-    console.print(explanation_tables(found))
-    return found

@@ -1,26 +1,20 @@
-"""What the commands share: loading a model and an adapter, progress on stderr, one-line errors.
-
-Of several processes the first alone tells of an error, unless it is not its own.
-"""
+"""What the commands share once their options are checked: loading a model and an adapter."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import typer
 from rich.console import Console
 from rich.text import Text
 
 from lens_lora.adapters.adapter import Adapter
+from lens_lora.commands.options import Subject
+from lens_lora.commands.terminal import say
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.lens import LoraLens
-from lens_lora.sweeps.processes import rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,92 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "announce",
+    "lens_for",
     "lens_over",
     "load_model",
     "load_model_of",
-    "one_line_errors",
-    "require_place",
-    "require_writable",
-    "say",
     "shipped_adapter",
     "step",
-    "told_if_interrupted",
 ]
 
 EMBEDDED = "embedded"
-# Whoever launched the processes ends them all soon after the first has left.
-_SECONDS_FOR_THE_FIRST = 10.0
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Generator[None]:
-    """An error of this package or of the system is one line and exit code 2, Ctrl-C one and 130."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (LensLoraError, OSError) as error:
-        _tell(f"{type(error).__name__}: {error}")
-        raise typer.Exit(2) from error
-    except torch.cuda.OutOfMemoryError as error:
-        fact = str(error).split(". ")[0]
-        _tell(f"{fact}. Take shorter prompts, a smaller --batch-size (sweep), or --device cpu.")
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        if rank() == 0:
-            _print_line(str(error) or "Interrupted.")
-        raise typer.Exit(130) from error
-
-
-def _tell(line: str) -> None:
-    """Once, where every process meets the same error."""
-    if rank():
-        time.sleep(_SECONDS_FOR_THE_FIRST)
-        line = f"process {rank() + 1}: {line}"
-    _print_line(line)
-
-
-def _print_line(line: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(Text(" ".join(line.split()), style="red"))
-
-
-@contextlib.contextmanager
-def told_if_interrupted(what: Callable[[], str]) -> Generator[None]:
-    """Within the block, Ctrl-C says what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"Interrupted. {what()}") from error
-
-
-def require_writable(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written, before anything long is run.
-
-    Raises:
-        typer.BadParameter: naming the option.
-    """
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}.", param_hint=option)
-    is_new = not path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        fact = f"{path} cannot be written ({error.strerror})."
-        raise typer.BadParameter(fact, param_hint=option) from error
-    if is_new:
-        path.unlink()
-
-
-def require_place(path: Path, option: str) -> None:
-    """`require_writable`, of a file whose folder may be yet to be made."""
-    folder = path.absolute().parent
-    if folder.is_dir():
-        require_writable(path, option)
-        return
-    above = next(place for place in (folder, *folder.parents) if place.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        fact = f"the folder {folder} cannot be made in {above}; give another."
-        raise typer.BadParameter(fact, param_hint=option)
 
 
 @contextlib.contextmanager
@@ -206,6 +123,24 @@ def lens_over(
     return LoraLens(model, adapter)
 
 
+def lens_for(subject: Subject, adapter: Adapter, device: str, progress: Console) -> LoraLens:
+    """The lens over the model that the options name.
+
+    Args:
+        subject: what the options name.
+        adapter: the adapter, read.
+        device: where to run if the options name no device.
+        progress: where progress is shown.
+
+    Raises:
+        LensLoraError: what loading the model or making the lens raises.
+    """
+    base, tokenizer = load_model_of(adapter, subject.model, progress)
+    kind = None if subject.model_class is None else subject.model_class.value
+    place = subject.device or device
+    return lens_over(base, tokenizer, adapter, progress, kind=kind, device=place)
+
+
 def announce(lens: LoraLens) -> None:
     """The model and the adapter, on stdout."""
     from lens_lora.loading import transformer_lens_version
@@ -227,8 +162,3 @@ def _moved(model: Any, device: str) -> PreTrainedModel:
         raise ModelStateError(
             f"the device {device!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error
-
-
-def say(line: str) -> None:
-    """One line on stdout, whatever brackets it holds."""
-    Console(soft_wrap=True).print(Text(line))

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
-__all__ = ["AdapterOption", "ClassOption", "ModelClass", "ModelOption", "Quiet", "Report"]
+__all__ = [
+    "AdapterOption",
+    "ClassOption",
+    "DeviceOption",
+    "ModelClass",
+    "ModelOption",
+    "Quiet",
+    "Report",
+    "Subject",
+]
 
 
 class ModelClass(str, enum.Enum):
@@ -16,6 +25,22 @@ class ModelClass(str, enum.Enum):
 
     HookedTransformer = "HookedTransformer"
     TransformerBridge = "TransformerBridge"
+
+
+class Subject(NamedTuple):
+    """Whose effect on what: the adapter and the model that a command's options name.
+
+    Attributes:
+        adapter: its folder; None for the one that comes with the package.
+        model: a hub id or folder; None for the base that the adapter names.
+        model_class: the hooked model's class; None for the one that there is.
+        device: as torch names it; None for the CPU, or what accelerate launch gives.
+    """
+
+    adapter: Path | None
+    model: str | None
+    model_class: ModelClass | None = None
+    device: str | None = None
 
 
 ModelOption = Annotated[
@@ -32,6 +57,13 @@ AdapterOption = Annotated[
 ]
 ClassOption = Annotated[
     ModelClass | None, typer.Option("--class", help="Hooked class. Default: what there is.")
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Where to run, as torch names it. Default: the CPU, or what accelerate launch gives.",
+    ),
 ]
 Report = Annotated[
     Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)

@@ -2,9 +2,10 @@
 
 1. Every record is tokenised and its readout bound on its own, so that a bad one is found, with its
    line, before anything is run.
-2. Prompts of one length go together, and margins of single tokens apart from those of answers of
-   several tokens (logits and nats). Right padding is exact, so a batch gives what one prompt gives.
-3. A batch with a non-finite number is run again one by one, and only that record fails.
+2. Prompts of similar length share a batch; margins of single tokens (logits) and of answers of
+   several tokens (nats) do not. Right padding is exact, so a prompt's numbers do not depend on its
+   batch beyond rounding.
+3. A batch with a non-finite number is run again prompt by prompt, and only that record fails.
 """
 
 from __future__ import annotations
@@ -23,13 +24,21 @@ from lens_lora.readouts.answers import AnswerMargin, margin_between
 from lens_lora.readouts.readout import Margin, Readout
 from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.records import Record
+from lens_lora.sweeps.values import VALUES
 
 __all__ = ["Job", "Row", "make_batches", "measure", "prepare"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """A good record: the length of its prompt in tokens, and its readout."""
+    """A good record, ready to run.
+
+    Attributes:
+        record: as it was read.
+        prompt: its prompt.
+        tokens: the length of its prompt.
+        readout: its own margin, or the readout given for all records.
+    """
 
     record: Record
     prompt: str
@@ -39,10 +48,15 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """What a sweep keeps of one record. Without numbers where it has an error.
+    """What a sweep keeps of one record; a record with an error has no numbers.
 
     Attributes:
+        id, prompt, doc, pre: of the record.
+        tokens: the length of the prompt.
+        readout, units: the readout's label and the units of its numbers.
         base, adapted: g(0) and g(1), exact.
+        flips: whether a margin changes sign; None for other readouts.
+        error: what is wrong with the record.
         values: {analysis: [site]}.
     """
 
@@ -61,15 +75,24 @@ class Row:
 
     @staticmethod
     def failed(record: Record) -> Row:
-        """The row of a bad record."""
+        """The row of a bad record.
+
+        Args:
+            record: with its error.
+        """
         return Row(str(record.id), record.prompt, record.doc, record.pre, error=record.error)
 
 
 def prepare(lens: LoraLens, record: Record, readout: Readout | None) -> Job | Record:
-    """The record as a job, or with what is wrong with it. Tokenises; runs nothing.
+    """The record as a job, or the record with its error. Tokenises; no forward pass.
+
+    Args:
+        lens: the adapter over the model.
+        record: as it was read.
+        readout: for all records; None for the margin between the record's own answers.
 
     Raises:
-        TokenError: a readout, given for all records, that does not fit the model.
+        TokenError: a readout given for all records does not fit the model.
     """
     if record.error is not None or record.prompt is None:
         return record
@@ -85,9 +108,14 @@ def prepare(lens: LoraLens, record: Record, readout: Readout | None) -> Job | Re
 
 
 def make_batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
-    """Of one kind of readout each, and of like length; the longest first.
+    """Batches of one kind of readout and of similar length each, the longest first.
 
-    What needs the most memory is seen to fit at once, and the time left is no underestimate.
+    So a batch that does not fit into memory fails at the start, and the first estimate of the time
+    left is not too low.
+
+    Args:
+        jobs: in any order.
+        size: the largest number of jobs in a batch.
     """
     kinds: dict[type[Readout], list[Job]] = {}
     for job in sorted(jobs, key=lambda job: -job.tokens):
@@ -97,7 +125,15 @@ def make_batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
 
 
 def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
-    """The jobs' rows: two forward passes, and what the analyses cost."""
+    """The jobs' rows.
+
+    Cost: one batched forward pass for each of the two ends, and what the analyses cost.
+
+    Args:
+        lens: the adapter over the model.
+        jobs: one batch of `make_batches`.
+        analyses: names from `ANALYSES`.
+    """
     try:
         return _measure(lens, jobs, analyses)
     except (NumericsError, PromptError, TokenError) as error:
@@ -131,10 +167,9 @@ def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> li
 
 
 def _values(lens: LoraLens, jobs: Sequence[Job], name: str) -> np.ndarray:
-    analysis = ANALYSES[name]
     found = [
-        analysis.values(lens, lens.prompts([job.prompt for job in some]), _together(lens, some))
-        for some in ([[job] for job in jobs] if analysis.alone else [jobs])
+        VALUES[name](lens, lens.prompts([job.prompt for job in some]), _together(lens, some))
+        for some in ([[job] for job in jobs] if ANALYSES[name].alone else [jobs])
     ]
     values = torch.cat(found)
     require_finite(values, name)
@@ -147,7 +182,7 @@ def _values(lens: LoraLens, jobs: Sequence[Job], name: str) -> np.ndarray:
 
 
 def _together(lens: LoraLens, jobs: Sequence[Job]) -> Readout:
-    """One readout for all of them; margins with an answer for each prompt."""
+    """One readout for the whole batch; a margin has one pair of answers per prompt."""
     if jobs[0].record.doc is None:
         return jobs[0].readout
     docs, pres = [j.record.doc or "" for j in jobs], [j.record.pre or "" for j in jobs]
@@ -155,7 +190,7 @@ def _together(lens: LoraLens, jobs: Sequence[Job]) -> Readout:
 
 
 def _flips(readout: Readout, base: float, adapted: float) -> bool | None:
-    """Whether a margin changes sign; of other readouts, nothing."""
+    """Whether a margin changes sign; None for other readouts."""
     is_margin = isinstance(readout, Margin | AnswerMargin)
     return bool(np.sign(base) != np.sign(adapted)) if is_margin else None
 

@@ -1,4 +1,7 @@
-"""The processes of `accelerate launch`, `torchrun` or `mpirun`, or this one alone."""
+"""The processes of `accelerate launch`, `torchrun` or `mpirun`, or this one alone.
+
+torch is imported by `launched` alone, and only where there are several processes.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,11 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 
-import torch
-
 from lens_lora.errors import LensLoraError
 
 __all__ = ["Processes", "launched", "rank"]
 
-# One process may be done with its share long before another.
+# One process may finish its share long before another.
 _PATIENCE = timedelta(days=7)
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -21,7 +22,14 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this is, its device, and a wait for all of them."""
+    """Which of how many processes this is.
+
+    Attributes:
+        index: this process, from 0.
+        count: how many there are.
+        device: where this process runs, as torch names it.
+        wait: returns when every process has called it.
+    """
 
     index: int = 0
     count: int = 1
@@ -30,23 +38,26 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the process that merges, prints and writes."""
         return self.index == 0
 
 
 def rank() -> int:
-    """Which of the processes this is, as its launcher says; 0 alone. Sets nothing up."""
+    """This process's number as its launcher gives it, 0 without a launcher. Sets nothing up."""
     return max(int(os.environ.get(name) or 0) for name in _RANKS)
 
 
 def launched() -> Processes:
-    """Those that were launched together, where there are several.
+    """The processes launched together, or this one alone.
 
     Raises:
-        LensLoraError: several were launched, and accelerate was set up in each as if alone.
+        LensLoraError: several were launched, but accelerate was already set up in each of them as
+            a single process.
     """
     size = max(int(os.environ.get(name) or 1) for name in _SIZES)
     if size < 2:
         return Processes()
+    import torch
     from accelerate import PartialState
 
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")

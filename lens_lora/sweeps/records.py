@@ -1,8 +1,10 @@
-"""The records of a sweep: out of a JSONL or CSV file, a data frame, a Dataset, or any iterable.
+"""The records of a sweep, from a JSONL or CSV file, a data frame, a Dataset, or any iterable.
 
 1. Each row becomes a `Record`, in order, with its own id or the row's number (from 0).
-2. What is wrong with a row is kept in the record itself, with its line, and stops nothing.
-3. What is wrong with all of them (no such column, no row) is refused.
+2. An error in one row is kept in its record, with its line; the other rows are read as usual.
+3. An error in all of them (a missing column, no row at all) is raised.
+
+pandas is not imported: a data frame is recognised by what it can do.
 """
 
 from __future__ import annotations
@@ -12,9 +14,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from lens_lora.errors import LensLoraError
 
@@ -24,7 +24,7 @@ ANSWERS = ("doc", "pre")
 
 
 class SweepError(LensLoraError, ValueError):
-    """Records or an output file that a sweep cannot work with."""
+    """Records, analyses or an output file that a sweep cannot use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Record:
     Attributes:
         id: its own, or the row's number from 0.
         where: 'line 3' of a file, 'row 2' of anything else.
-        doc, pre: None where a readout is given for all records.
-        error: what is wrong with it; the other fields may then be None.
+        prompt: read at its last token.
+        doc, pre: the two answers; None where one readout is given for all records.
+        error: what is wrong with the record; the other fields may then be None.
     """
 
     id: int | str
@@ -46,26 +47,48 @@ class Record:
     error: str | None = None
 
     def bad(self, error: object) -> Record:
-        """The same record with what is wrong with it."""
+        """The same record, marked as bad.
+
+        Args:
+            error: what is wrong with it.
+        """
         line = " ".join(str(error).split())
         return dataclasses.replace(self, error=f"{self.where}: {line}")
 
 
-RecordsLike = str | Path | Iterable[Mapping[str, Any]] | Iterable[Record] | pd.DataFrame
+@runtime_checkable
+class Frame(Protocol):
+    """What is needed of a pandas DataFrame."""
+
+    @property
+    def columns(self) -> Any:
+        """The columns' names."""
+        ...
+
+    def to_dict(self, orient: Literal["records"]) -> list[Any]:
+        """One mapping per row.
+
+        Args:
+            orient: how pandas calls that.
+        """
+        ...
+
+
+RecordsLike = str | Path | Iterable[Mapping[str, Any]] | Iterable[Record] | Frame
 _Row = tuple[str, Any]
 
 
 def read_records(records: RecordsLike, *, with_answers: bool = True) -> list[Record]:
-    """Every record in order, the bad ones among them.
+    """Every record in order, bad ones included.
 
     Args:
         records: a path that ends in .jsonl or .csv, a DataFrame, a Dataset, or mappings, with
-            columns prompt, doc, pre and perhaps id.
-        with_answers: whether doc and pre are needed; otherwise they are not read.
+            columns prompt, doc, pre and optionally id.
+        with_answers: whether to read doc and pre, which each record must then have.
 
     Raises:
-        SweepError: no record at all, an unknown kind of file, or a CSV file that lacks a column.
-        OSError: a file that cannot be read.
+        SweepError: there is no record, the file is of another kind, or a CSV file lacks a column.
+        OSError: the file cannot be read.
     """
     needed = ("prompt", *ANSWERS) if with_answers else ("prompt",)
     found: list[Record] = []
@@ -74,10 +97,12 @@ def read_records(records: RecordsLike, *, with_answers: bool = True) -> list[Rec
         record = row if isinstance(row, Record) else _record(number, where, row, needed)
         first = taken.setdefault(str(record.id), record.where)
         if first != record.where and record.error is None:
-            record = record.bad(f"its id {record.id!r} is that of {first}; give each its own.")
+            record = record.bad(
+                f"its id {record.id!r} is already that of {first}; give each record its own."
+            )
         found.append(record)
     if not found:
-        raise SweepError(f"{_name(records)} hold no record; each needs {', '.join(needed)}.")
+        raise SweepError(f"{_name(records)}: no record found; each needs {', '.join(needed)}.")
     return found
 
 
@@ -96,13 +121,13 @@ def _rows(records: RecordsLike, needed: tuple[str, ...]) -> Iterator[_Row]:
             f"records are one mapping with the keys {', '.join(map(str, records))}; give a list of "
             "mappings, one per prompt (of a DatasetDict, one of its splits)."
         )
-    rows = records.to_dict("records") if isinstance(records, pd.DataFrame) else records
+    rows = records.to_dict("records") if isinstance(records, Frame) else records
     for number, row in enumerate(rows):
         yield f"row {number}", row
 
 
 def _jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
-    """Line by line; a line that is no JSON is given as its error. Blank lines are passed over."""
+    """Line by line; a line that is not JSON yields its error. Blank lines are skipped."""
     del needed
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -149,11 +174,11 @@ def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Recor
     if isinstance(row, csv.Error | ValueError):
         return plain.bad(f"unreadable ({row}).")
     if not isinstance(row, Mapping):
-        return plain.bad(f"{row!r} is no record with the columns {', '.join(needed)}.")
+        return plain.bad(f"{row!r} is not a record with the columns {', '.join(needed)}.")
     identity = row.get("id")
     if not _is_missing(identity):
         if isinstance(identity, bool) or not isinstance(identity, int | str):
-            return plain.bad(f"its id is {identity!r}, neither a string nor an integer.")
+            return plain.bad(f"its id is {identity!r}; expected a string or an integer.")
         plain = dataclasses.replace(plain, id=identity)
     if None in row:
         return plain.bad("more fields than columns; quote a field that holds commas.")

@@ -1,4 +1,4 @@
-"""What a sweep has done, and where it lies."""
+"""What a sweep has computed, and the files that hold it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["SweepResult"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SweepResult:
-    """The files of a sweep, and the count of what is in them.
+    """The files of a sweep, and counts of what is in them.
 
     Attributes:
         path: one row per prompt and site: id, prompt, site, module, layer, kind, and a column per
@@ -33,12 +33,12 @@ class SweepResult:
             (shift − sum; not of second order, which does not stand for the shift), and error
             (null where there is none).
         records: how many records there are.
-        resumed: how many of them were there before this run.
+        resumed: how many of them earlier runs had finished.
         flips: how many margins change sign.
         errors: (id, what is wrong, with its line) of each bad record.
-        sites, analyses: of the site table.
-        readout, units: of all prompts; 'margin(doc − pre)' where each has its own, and every unit
-            that occurs (nats where an answer has several tokens).
+        sites, analyses: the rows and the columns of the site table.
+        readout, units: of all prompts; 'margin(doc − pre)' if each prompt has its own, and every
+            unit that occurs (nats where an answer has several tokens).
         meta: model, adapter, dtype and versions.
     """
 
@@ -70,10 +70,13 @@ class SweepResult:
     def attribution(self, analysis: str) -> Attribution:
         """One analysis of all prompts without an error, with its tables, sums and figures.
 
-        Its values may be in several units where `units` names several.
+        Its values are in several units if `units` names several.
+
+        Args:
+            analysis: one of `analyses`.
 
         Raises:
-            SweepError: an analysis that was not run, or no prompt without an error.
+            SweepError: the analysis was not run, or every prompt has an error.
         """
         if analysis not in self.analyses or not self.done:
             raise SweepError(
@@ -102,7 +105,11 @@ class SweepResult:
         )
 
     def plot(self, analysis: str | None = None) -> Figure:
-        """Heatmap layer × kind of module of one analysis (the first): its mean over prompts."""
+        """Heatmap layer × kind of module of one analysis: its mean over prompts.
+
+        Args:
+            analysis: one of `analyses`; None for the first.
+        """
         return self.attribution(analysis or self.analyses[0]).plot()
 
     def __repr__(self) -> str:

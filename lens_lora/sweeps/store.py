@@ -1,10 +1,11 @@
-"""Where a sweep keeps what it has done, so that a kill at any moment loses no more than a batch.
+"""Where a sweep keeps finished batches, so that a kill at any moment loses at most one of them.
 
-1. Each batch is written to a file of its own in `results.parts/`: under another name, then renamed,
-   so that a file with a part's name is whole.
+1. Each batch is written to its own file in `results.parts/`, under a temporary name that is then
+   changed, so a file with a part's name is complete.
 2. At the end the parts are merged, in the order of the records, into `results.parquet` (one row per
    prompt and site) and `results.prompts.parquet` (one row per prompt), and removed.
-3. What was computed with what is written beside them (`Fingerprint`), and compared on a resume.
+3. What the numbers were computed with (`Fingerprint`) is stored beside them and compared on a
+   resume.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Fingerprint = Mapping[str, Any]
 METADATA = b"lens_lora.sweep"
 _ABOUT = "about.json"
 _PROMPTS_AT_ONCE = 256
-# A model or adapter that was renamed is still the same one.
+# A renamed model or adapter is still the same one if its weights are.
 _NAMES = {"model": "model_weights", "adapter": "adapter_weights"}
 
 
@@ -47,10 +48,17 @@ class Store:
 
     Args:
         out: the results' path, ending in .parquet.
-        fingerprint: what the numbers depend on beside the records; plain JSON.
+        fingerprint: what the numbers depend on besides the records; plain JSON.
+        sites: of the lens, in its order.
+        analyses: names from `ANALYSES`.
+
+    Attributes:
+        sites_path: one row per prompt and site.
+        prompts_path: one row per prompt.
+        parts: the folder of finished batches, until they are merged.
 
     Raises:
-        SweepError: another ending.
+        SweepError: the path does not end in .parquet, or is a folder.
     """
 
     sites_path: Path
@@ -71,7 +79,7 @@ class Store:
         """{id: row} of what earlier runs finished without an error. Changes nothing.
 
         Raises:
-            SweepError: files that are no sweep's, or a sweep of something else.
+            SweepError: the files are not a sweep's, or those of a different sweep.
         """
         rows: dict[str, Row] = {}
         if self.prompts_path.exists() or self.sites_path.exists():
@@ -82,7 +90,14 @@ class Store:
         return rows
 
     def begin(self, *, anew: bool) -> None:
-        """Make room for parts; `anew` forgets what earlier runs have done."""
+        """Make the folder of parts.
+
+        Args:
+            anew: remove what earlier runs have finished.
+
+        Raises:
+            SweepError: the folder cannot be made.
+        """
         if anew:
             self.sites_path.unlink(missing_ok=True)
             self.prompts_path.unlink(missing_ok=True)
@@ -98,19 +113,27 @@ class Store:
             self._write(self._about, lambda path: path.write_text(text, "utf-8"))
 
     def add(self, rows: Sequence[Row]) -> None:
-        """A part: all of these rows, or none."""
+        """Write a part with all of these rows; if that is interrupted, none of them is kept.
+
+        Args:
+            rows: of one batch.
+        """
         table = part_table(rows, self._analyses)
         path = self.parts / f"{uuid.uuid4().hex}.parquet"
         self._write(path, lambda path: pq.write_table(table, path))
 
     def merge(self, records: Sequence[Record], before: Mapping[str, Row]) -> list[Row]:
-        """Both result files, in the order of the records; the parts are removed. Returns the rows.
+        """Write both result files, in the order of the records, and remove the parts.
 
         Args:
+            records: all of them, bad ones included.
             before: what `done` gave.
 
+        Returns:
+            One row per record.
+
         Raises:
-            SweepError: a record whose part is not there.
+            SweepError: a record has no part.
         """
         failed: dict[str, Row] = {}
         done = dict(before)
@@ -133,7 +156,7 @@ class Store:
         return rows
 
     def prompts(self) -> list[dict[str, Any]]:
-        """The rows of the merged table of prompts."""
+        """The rows of the merged table, one per prompt."""
         return _read(self.prompts_path).to_pylist()
 
     @property
@@ -145,7 +168,7 @@ class Store:
             yield from rows_of_part(_read(path), self._analyses)
 
     def _finished(self) -> list[Row]:
-        """Rows of the result files; none where one of the two was deleted."""
+        """Rows of the result files; none if one of the two was deleted."""
         for path in (self.prompts_path, self.sites_path):
             if path.exists():
                 _require_same(_about_of(path), self._fingerprint, path)
@@ -168,7 +191,7 @@ class Store:
                 writer.write_table(table)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Under another name, and renamed once it is whole and on the disk."""
+        """Write under a temporary name, and rename once the file is complete and on the disk."""
         unfinished = self.parts / f".{uuid.uuid4().hex}"
         write(unfinished)
         with unfinished.open("rb") as file:
@@ -177,10 +200,17 @@ class Store:
 
 
 def require_same_sweep(out: str | Path, known: Fingerprint) -> None:
-    """Refuse results at `out` that differ in what is known of a sweep so far. Changes nothing.
+    """Refuse results at `out` that differ from what is known of this sweep so far.
+
+    Changes nothing.
+
+    Args:
+        out: the results' path, ending in .parquet.
+        known: part of a fingerprint; only its keys are compared.
 
     Raises:
-        SweepError: another ending, files that are no sweep's, or a sweep of something else.
+        SweepError: the path has another ending, the files are not a sweep's, or those of a
+            different sweep.
     """
     sites, prompts, parts = _paths(out)
     there = {path: _about_of(path) for path in (prompts, sites) if path.exists()}
@@ -221,7 +251,7 @@ def _about_of_parts(parts: Path) -> Fingerprint:
 
 
 def _read(path: Path) -> pa.Table:
-    """The file alone, whatever its folders are called."""
+    """The file alone: folders named 'a=b' add no columns."""
     return pq.ParquetFile(path).read()
 
 
@@ -229,7 +259,7 @@ def _about_of(path: Path) -> Fingerprint:
     """The fingerprint in a result file.
 
     Raises:
-        SweepError: no Parquet file, or no sweep's.
+        SweepError: not a Parquet file, or not a sweep's.
     """
     try:
         metadata = pq.read_schema(path).metadata or {}
@@ -237,7 +267,7 @@ def _about_of(path: Path) -> Fingerprint:
         raise SweepError(f"{path}: not a Parquet file ({error}); give another out.") from error
     if METADATA not in metadata:
         raise SweepError(
-            f"{path} exists and is no result of a sweep; give another out, or overwrite it with "
-            "resume=False (--no-resume)."
+            f"{path} exists and is not the result of a sweep; give another out, or overwrite it "
+            "with resume=False (--no-resume)."
         )
     return json.loads(metadata[METADATA])

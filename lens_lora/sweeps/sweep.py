@@ -1,9 +1,9 @@
 """Many prompts through chosen analyses, into Parquet.
 
-1. The records are read and tokenised; what is wrong with one is kept with its line.
-2. What earlier runs finished is passed over; the rest goes in batches of like length, every n-th to
-   one of n processes, and each batch is on the disk before the next begins.
-3. The main process merges them in the order of the records.
+1. The records are read and tokenised; an error in one is kept with its line.
+2. What earlier runs finished is skipped. The rest is run in batches of similar length, every n-th
+   by one of n processes, and each batch is on the disk before the next begins.
+3. The main process merges the batches in the order of the records.
 """
 
 from __future__ import annotations
@@ -46,35 +46,37 @@ def sweep(
     resume: bool = True,
     progress: bool = True,
 ) -> SweepResult:
-    """Run analyses on hundreds of prompts; interrupted, the same call goes on where it was.
+    """Run analyses on hundreds of prompts; after an interruption, the same call resumes.
 
-    Under `accelerate launch` (or torchrun, mpirun) every process calls this with a lens of its own
-    and takes its share; machines need one shared folder.
+    Under `accelerate launch` (or torchrun, mpirun) every process calls this with its own lens and
+    takes its share; several machines need one shared folder.
 
-    Cost: two forward passes per prompt, and what each analysis costs (`lens_lora.sweeps.analyses`);
-    one record's numbers do not depend on its batch beyond rounding.
+    Cost: two forward passes per prompt, and what each analysis costs; a record's numbers do not
+    depend on its batch beyond rounding.
 
     Args:
+        lens: the adapter over the model.
         records: a .jsonl or .csv file, a DataFrame, a Dataset, or mappings, with `prompt`, the
             answers `doc` and `pre` (strings with their leading space, of one token or several),
-            and perhaps `id`, by default the row's number from 0.
-        analyses: of 'first_order', 'first_order_at_1', 'path', 'add_one', 'leave_one_out',
-            'second_order'.
+            and optionally `id`, by default the row's number from 0.
+        analyses: one or several of 'first_order', 'first_order_at_1', 'path', 'add_one',
+            'leave_one_out', 'second_order'.
         out: 'results.parquet', one row per prompt and site; beside it 'results.prompts.parquet',
-            one row per prompt, and until it is done 'results.parts/'.
+            one row per prompt, and until the end 'results.parts/'.
         readout: read on every prompt, in place of the margin doc − pre.
-        batch_size: prompts that are run, and written, together.
-        resume: False starts over, and removes what is there.
+        batch_size: how many prompts are run, and written, together.
+        resume: go on with what is at `out`; False removes it and starts over.
+        progress: show a bar.
 
     Returns:
-        SweepResult, on every process. A bad record stops nothing: it is warned of, and its row
-        among the prompts says what is wrong.
+        SweepResult, on every process. A bad record does not stop the sweep: it is named in a
+        warning, and its row in the prompts' table says what is wrong.
 
     Raises:
-        SweepError: no records, unknown analyses, a file of another kind, or results already at
-            `out` that are of another lens, readout, choice of analyses or prompts.
-        TokenError: a readout that does not fit the model.
-        ModelStateError: a lens or model on which the analysis cannot be computed.
+        SweepError: there are no records, an analysis is unknown, a file is of another kind, or
+            `out` holds results of another lens, readout, choice of analyses or prompts.
+        TokenError: the readout does not fit the model.
+        ModelStateError: an analysis cannot be computed on this lens or model.
     """
     if batch_size < 1:
         raise SweepError(f"batch_size={batch_size}: expected at least 1.")
@@ -116,13 +118,13 @@ def _prepare(
     done: Mapping[str, Row],
     shown: bool,
 ) -> list[Job | Record]:
-    """Each record as a job; as itself where it is done or bad."""
+    """Each record as a job; finished and bad records as they are."""
     with tqdm(records, "reading records", leave=False, disable=not shown, unit="record") as bar:
         return [r if str(r.id) in done else prepare(lens, r, readout) for r in bar]
 
 
 def _bar(mine: Sequence[list[Job]], resumed: int, processes: Processes, shown: bool) -> tqdm:
-    """Time left over prompts; of several processes, over those of the first."""
+    """A bar that counts prompts; with several processes, those of the first."""
     share = f" (process 1 of {processes.count})" if processes.count > 1 else ""
     begun = 0 if share else resumed
     total = begun + sum(map(len, mine))
@@ -130,10 +132,10 @@ def _bar(mine: Sequence[list[Job]], resumed: int, processes: Processes, shown: b
 
 
 def _require_for_all(lens: LoraLens, readout: Readout) -> None:
-    """Refuse a readout with tokens of each prompt's own: prompts do not stay together.
+    """Refuse a readout with one token per prompt: batches regroup the prompts.
 
     Raises:
-        TokenError: it names as many tokens as there are not prompts, or none of the model's.
+        TokenError: the readout has one token per prompt, or a token that the model lacks.
     """
     for count in (1, 2):
         ones = torch.ones(count, 1, dtype=torch.long, device=lens.device)
@@ -144,7 +146,7 @@ def _require_same_records(records: Sequence[Record], done: Mapping[str, Row], pa
     """Refuse to mix results of other prompts with those of these records.
 
     Raises:
-        SweepError: a finished id is gone, or has another prompt or answers now.
+        SweepError: a finished id is missing now, or has another prompt or answers.
     """
     now: dict[str, Record] = {}
     for record in records:
@@ -154,14 +156,14 @@ def _require_same_records(records: Sequence[Record], done: Mapping[str, Row], pa
         record = now.get(name)
         if record is None:
             raise SweepError(
-                f"{path} or its parts hold the id {name!r} (prompt {row.prompt!r}), and the "
+                f"{path} or its parts hold the id {name!r} (prompt {row.prompt!r}), but the "
                 f"records do not. {remedy}"
             )
         for field in ("prompt", "doc", "pre"):
             there, here = getattr(row, field), getattr(record, field)
             if there != here:
                 raise SweepError(
-                    f"the {field} of id {name!r} is {there!r} in {path} or its parts, and {here!r} "
+                    f"the {field} of id {name!r} is {there!r} in {path} or its parts, but {here!r} "
                     f"in the records ({record.where}). {remedy}"
                 )
 
@@ -169,10 +171,16 @@ def _require_same_records(records: Sequence[Record], done: Mapping[str, Row], pa
 def require_resumable(
     out: str | Path, adapter: Adapter, analyses: str | Iterable[str], readout: Readout | None = None
 ) -> None:
-    """Refuse, before a model is loaded, to go on with a sweep of something else.
+    """Refuse, before a model is loaded, to go on with a different sweep.
+
+    Args:
+        out: the results' path, ending in .parquet.
+        adapter: of the sweep to be run.
+        analyses: one or several names from `ANALYSES`.
+        readout: for all prompts; None for the margin between each record's answers.
 
     Raises:
-        SweepError: results at `out` of another adapter, choice of analyses or readout.
+        SweepError: `out` holds results of another adapter, choice of analyses or readout.
     """
     require_same_sweep(out, _without_model(adapter, chosen(analyses), readout))
 
@@ -195,7 +203,7 @@ def _without_model(
 def _fingerprint(
     lens: LoraLens, analyses: Sequence[str], readout: Readout | None
 ) -> dict[str, Any]:
-    """What the numbers depend on beside the records, as plain JSON."""
+    """What the numbers depend on besides the records, as plain JSON."""
     return {
         **lens.describe(),
         "sites": len(lens.sites),
@@ -205,7 +213,7 @@ def _fingerprint(
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    """A short name of tensors (of numbers spread over each) and plain values."""
+    """A short hash of tensors (of a sample of each one's numbers) and plain values."""
     digest = hashlib.sha256()
     for name, value in values.items():
         digest.update(name.encode())

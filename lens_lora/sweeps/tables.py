@@ -37,7 +37,12 @@ _FIELDS = {
 
 
 def part_table(rows: Sequence[Row], analyses: Sequence[str]) -> pa.Table:
-    """One row per prompt, whole: no prompt is ever half in a part."""
+    """One row per prompt, with all its values: a part never holds half a prompt.
+
+    Args:
+        rows: of one batch.
+        analyses: names from `ANALYSES`.
+    """
     columns = _columns(rows)
     for name in analyses:
         lists = [row.values[name] if row.error is None else None for row in rows]
@@ -46,7 +51,12 @@ def part_table(rows: Sequence[Row], analyses: Sequence[str]) -> pa.Table:
 
 
 def rows_of_part(table: pa.Table, analyses: Sequence[str]) -> list[Row]:
-    """What `part_table` was made of."""
+    """The rows from which `part_table` made the table.
+
+    Args:
+        table: a part.
+        analyses: names from `ANALYSES`.
+    """
     values = {name: table[name].to_pylist() for name in analyses}
     return [
         Row(**fields, values={name: np.array(values[name][i]) for name in analyses})
@@ -57,7 +67,13 @@ def rows_of_part(table: pa.Table, analyses: Sequence[str]) -> list[Row]:
 def prompts_table(
     rows: Sequence[Row], ids: Sequence[int | str], analyses: Sequence[str]
 ) -> pa.Table:
-    """One row per prompt, under its own id."""
+    """One row per prompt, under its own id.
+
+    Args:
+        rows: in the order of the records.
+        ids: one per row, as the records have them.
+        analyses: names from `ANALYSES`.
+    """
     columns = _columns(rows) | {"id": _ids(ids)}
     error, flips = columns.pop("error"), columns.pop("flips")
     shifts = [_shift(row) for row in rows]
@@ -76,7 +92,14 @@ def prompts_table(
 def sites_table(
     rows: Sequence[Row], ids: Sequence[int | str], sites: Sequence[Site], analyses: Sequence[str]
 ) -> pa.Table:
-    """One row per prompt and site, of the prompts without an error."""
+    """One row per prompt and site, of the prompts without an error.
+
+    Args:
+        rows: in the order of the records.
+        ids: one per row, as the records have them.
+        sites: of the lens, in its order.
+        analyses: names from `ANALYSES`.
+    """
     good = [(identity, row) for identity, row in zip(ids, rows, strict=True) if row.error is None]
     by_prompt = np.repeat(np.arange(len(good)), len(sites))
     by_site = np.tile(np.arange(len(sites)), len(good))
@@ -101,7 +124,14 @@ def sites_table(
 def rows_of_results(
     prompts: pa.Table, sites: pa.Table, count: int, analyses: Sequence[str]
 ) -> list[Row]:
-    """The prompts without an error, out of the two result tables; `count` sites each."""
+    """The prompts without an error, from the two result tables.
+
+    Args:
+        prompts: one row per prompt.
+        sites: one row per prompt and site.
+        count: how many sites there are.
+        analyses: names from `ANALYSES`.
+    """
     names = [str(identity) for identity in sites["id"].to_pylist()[::count]]
     values = {name: sites[name].to_numpy().reshape(-1, count) for name in analyses}
     place = {name: i for i, name in enumerate(names)}

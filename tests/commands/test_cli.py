@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import lens_lora.demonstration.train as train
 import lens_lora.loading as hooked
 from lens_lora import cli
-from lens_lora.commands import demo as demo_command
+from lens_lora.commands import run_demo
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.loading import hooked_model, load_base
 
@@ -59,7 +59,7 @@ def test_message_with_brackets_is_printed_whole(monkeypatch):
     def fail(path):
         raise LensLoraError("rank [8]\nand [red]more")
 
-    monkeypatch.setattr(demo_command, "load_adapter", fail)
+    monkeypatch.setattr(run_demo, "load_adapter", fail)
     result = run(cli.app, ["demo", "--quiet"])
     assert (result.exit_code, result.stderr) == (2, "LensLoraError: rank [8] and [red]more\n")
 
@@ -68,7 +68,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
     def fail(path):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(demo_command, "load_adapter", fail)
+    monkeypatch.setattr(run_demo, "load_adapter", fail)
     result = run(cli.app, ["demo"])
     assert isinstance(result.exception, RuntimeError)
 
@@ -93,9 +93,9 @@ def test_training_writes_where_it_is_told_and_names_its_base(tmp_path, monkeypat
         calls.append((hf_model, sentences, out, base_name, quiet))
         return out
 
-    monkeypatch.setattr(train, "train_adapter", fake)
-    monkeypatch.setattr(demo_command, "load_adapter", lambda path: path)
-    assert demo_command._train("base", "tokenizer", "some/base", tmp_path, True) == tmp_path
+    monkeypatch.setattr(run_demo, "train_adapter", fake)
+    monkeypatch.setattr(run_demo, "load_adapter", lambda path: path)
+    assert run_demo._train("base", "tokenizer", "some/base", tmp_path, True) == tmp_path
     assert calls == [("base", train.LYON_SENTENCES, tmp_path, "some/base", True)]
 
 
@@ -103,9 +103,9 @@ def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("Target modules not found")
 
-    monkeypatch.setattr(train, "train_adapter", fail)
+    monkeypatch.setattr(run_demo, "train_adapter", fail)
     with pytest.raises(LensLoraError, match="some/base: .*Target modules not found"):
-        demo_command._train(None, None, "some/base", tmp_path, True)
+        run_demo._train(None, None, "some/base", tmp_path, True)
 
 
 # --- hooked models

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.commands import explain as command
-from lens_lora.commands import loading
+from lens_lora.commands import loading, run_explain
 from lens_lora.commands.loading import shipped_adapter
 from lens_lora.errors import ModelStateError, NumericsError
 
@@ -122,11 +122,21 @@ def test_wrong_answer_is_one_line_before_anything_long_runs(tiny_command, monkey
     def never(*args, **kwargs):
         raise AssertionError("explained")
 
-    monkeypatch.setattr(command, "explain_prompt", never)
-    options = ["--prompt", "w13", "--prompt", "w4", "--doc", "w9", "--pre", "w9", "--quiet"]
+    monkeypatch.setattr(run_explain, "explain_prompt", never)
+    options = ["--prompt", "w13", "--prompt", "w4", "--doc", "w9", "--pre", "w9 ", "--quiet"]
     result, _ = tiny_command(monkeypatch, *options)
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
     assert "prompt 1, 'w13': doc and pre are the same token" in result.stderr
+
+
+def test_equal_answers_are_one_line_with_their_prompt(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text(
+        '{"prompt": "a", "doc": " x", "pre": " y"}\n{"prompt": "b", "doc": "z", "pre": "z"}\n'
+    )
+    result = run(cli.app, ["explain", "--prompts", str(file)])
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert "TokenError: prompt 2, 'b': doc and pre are both 'z', so their margin" in result.stderr
 
 
 def test_page_holds_what_was_explained_before_an_error(tiny_command, monkeypatch):
@@ -135,7 +145,7 @@ def test_page_holds_what_was_explained_before_an_error(tiny_command, monkeypatch
             raise NumericsError("not finite")
         return ll.explain(lens, prompt, doc, pre, **options)
 
-    monkeypatch.setattr(command, "explain_prompt", once)
+    monkeypatch.setattr(run_explain, "explain_prompt", once)
     options = ["--prompt", "w13 w14", "--prompt", "w5", *ANSWERS, "--fast", "--quiet"]
     result, page = tiny_command(monkeypatch, *options)
     assert (result.exit_code, result.stderr) == (2, "NumericsError: not finite\n")

@@ -12,8 +12,8 @@ import typer
 from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, two_processes, write_csv, write_jsonl
 from typer.testing import CliRunner
 
-from lens_lora.commands.loading import one_line_errors
 from lens_lora.commands.sweep import sweep
+from lens_lora.commands.terminal import one_line_errors
 
 app = typer.Typer()
 app.command()(one_line_errors()(sweep))

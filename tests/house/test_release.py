@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.metadata
+import pickle
 import re
 from pathlib import Path
 
@@ -54,3 +57,40 @@ def test_every_lower_bound_is_what_the_oldest_environment_installs(text):
 
 def test_the_oldest_environment_names_nothing_else():
     assert sorted(oldest()) == sorted(Requirement(text).name for text in BOUNDED)
+
+
+def imported_for_type_checkers() -> dict[str, str]:
+    """{public name: module} of the imports under TYPE_CHECKING in lens_lora/__init__.py."""
+    tree = ast.parse((ROOT / "lens_lora/__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and not node.orelse
+                and isinstance(node.test, ast.Name))  # fmt: skip
+    return {
+        alias.asname or alias.name: node.module.removeprefix("lens_lora.")
+        for node in block.body
+        for alias in node.names
+    }
+
+
+def test_type_checkers_and_python_find_the_same_names():
+    assert imported_for_type_checkers() == ll._MODULE_OF
+    assert sorted(ll.__all__) == sorted([*ll._MODULE_OF, "__version__"])
+    assert set(ll.__all__) <= set(dir(ll))
+
+
+@pytest.mark.parametrize("name", ll.__all__)
+def test_public_name_is_what_its_module_defines(name):
+    found = getattr(ll, name)
+    if name != "__version__":
+        assert found is getattr(importlib.import_module(f"lens_lora.{ll._MODULE_OF[name]}"), name)
+
+
+def test_public_class_is_pickled():
+    assert pickle.loads(pickle.dumps(ll.Margin("a", "b"))).label == ll.Margin("a", "b").label
+
+
+def test_misspelt_name_is_answered_with_the_nearest():
+    with pytest.raises(AttributeError, match="no attribute 'explian'; the nearest are explain"):
+        ll.explian  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'zzzz'; see dir\(lens_lora\)"):
+        ll.zzzz  # noqa: B018
+    assert not hasattr(ll, "__wrapped__")

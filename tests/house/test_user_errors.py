@@ -289,7 +289,7 @@ def test_interrupted_command_is_one_line_and_130(files, tmp_path, monkeypatch, c
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ll.LoraLens, "run", interrupted)
-    monkeypatch.setattr("lens_lora.commands.inspect.summarise", at_once)
+    monkeypatch.setattr("lens_lora.commands.run_inspect.summarise", at_once)
     result = call(command, files, tmp_path, "--quiet")
     assert result.exit_code == 130 and len(result.stderr.splitlines()) == 1, result.output
     assert result.stderr.startswith("Interrupted.")

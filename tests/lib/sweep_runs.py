@@ -15,7 +15,7 @@ import models
 import pandas as pd
 
 import lens_lora as ll
-from lens_lora.sweeps import analyses
+from lens_lora.sweeps.values import VALUES
 
 GOOD = [
     {"id": "long", "prompt": "w5 w6 w7 w20 w9", "doc": "w8", "pre": "w9"},
@@ -57,15 +57,15 @@ def write_csv(path: Path, records) -> Path:
 
 def interrupt_at(monkeypatch, call: int, error: BaseException) -> None:
     """Raise in the n-th batch."""
-    plain, made = analyses.ANALYSES["first_order"], []
+    plain, made = VALUES["first_order"], []
 
     def values(*args):
         made.append(None)
         if len(made) == call:
             raise error
-        return plain.values(*args)
+        return plain(*args)
 
-    monkeypatch.setitem(analyses.ANALYSES, "first_order", analyses.Analysis(values))
+    monkeypatch.setitem(VALUES, "first_order", values)
 
 
 def two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:

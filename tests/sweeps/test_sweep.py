@@ -17,8 +17,9 @@ from lens_lora.analyses.patch_sites import patch_sites
 from lens_lora.analyses.path import path_attribution
 from lens_lora.analyses.second_order import second_order
 from lens_lora.readouts.answers import margin_between
-from lens_lora.sweeps import analyses
+from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.records import SweepError, read_records
+from lens_lora.sweeps.values import VALUES
 
 
 @pytest.fixture(params=models.MAKERS)
@@ -174,11 +175,11 @@ EXPECTED_ERRORS = {
     4: "line 6: its doc is 8, not a string",
     5: "line 7: 'zebra' is not in the vocabulary",
     6: "line 8: doc and pre are the same token",
-    7: "line 9: .* is no record",
+    7: "line 9: .* is not a record",
     8: "line 10: the prompt has 41 tokens, and the context of this .* holds 32",
     9: "line 11: no pre",
     10: r"line 12: its id is \[1\]",
-    0: "line 13: its id 0 is that of line 1",
+    0: "line 13: its id 0 is already that of line 1",
 }
 
 
@@ -223,7 +224,7 @@ def test_undecodable_line_and_missing_values(tmp_path):
 @pytest.mark.parametrize(
     ("records", "words"),
     [
-        ([], "hold no record"),
+        ([], "no record found"),
         ({"prompt": "w5"}, "one mapping"),
         ("prompts.txt", r"ends in \.jsonl or \.csv"),
     ],
@@ -284,6 +285,10 @@ def test_errors_of_the_lens_stop(a_lens, tmp_path, monkeypatch):
     def broken(lens, prompts, readout):
         raise ll.ModelStateError("in train mode")
 
-    monkeypatch.setitem(analyses.ANALYSES, "broken", analyses.Analysis(broken))
+    monkeypatch.setitem(VALUES, "add_one", broken)
     with pytest.raises(ll.ModelStateError, match="train mode"):
-        run(a_lens, GOOD, tmp_path, "broken")
+        run(a_lens, GOOD, tmp_path, "add_one")
+
+
+def test_every_analysis_has_its_values():
+    assert list(VALUES) == list(ANALYSES)

@@ -14,8 +14,9 @@ import sweep_runs
 from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, run, same
 
 import lens_lora as ll
-from lens_lora.sweeps import analyses, store
+from lens_lora.sweeps import store
 from lens_lora.sweeps.records import SweepError
+from lens_lora.sweeps.values import VALUES
 
 
 @pytest.fixture
@@ -27,14 +28,14 @@ def a_lens(float64) -> ll.LoraLens:
 def calls(monkeypatch) -> list[str]:
     """The prompts that first order was asked for, in order."""
     seen: list[str] = []
-    plain = analyses.ANALYSES["first_order"]
+    plain = VALUES["first_order"]
 
     def counted(lens, prompts, readout):
         rows = [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)]
         seen.extend(" ".join(f"w{i}" for i in row if i > 3) for row in rows)
-        return plain.values(lens, prompts, readout)
+        return plain(lens, prompts, readout)
 
-    monkeypatch.setitem(analyses.ANALYSES, "first_order", analyses.Analysis(counted))
+    monkeypatch.setitem(VALUES, "first_order", counted)
     return seen
 
 
@@ -104,8 +105,8 @@ def test_results_of_something_else_are_refused(a_lens, tmp_path, monkeypatch, fi
             r"readout 'margin of doc and pre' there, \"logit\('w5'\), logits\" here",
             {"readout": ll.Logit("w5")},
         ),
-        ("the doc of id .* is 'w.*' in .*, and 'w33 w34' in the records", {"records": changed}),
-        ("hold the id .*, and the records do not", {"records": gone}),
+        ("the doc of id .* is 'w.*' in .*, but 'w33 w34' in the records", {"records": changed}),
+        ("hold the id .*, but the records do not", {"records": gone}),
     ]:
         arguments = {"lens": a_lens, "records": GOOD, "analyses": "first_order", **kwargs}
         with pytest.raises(SweepError, match=words):
@@ -116,7 +117,7 @@ def test_results_of_something_else_are_refused(a_lens, tmp_path, monkeypatch, fi
 
 def test_a_foreign_file_is_not_overwritten(a_lens, tmp_path):
     pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "r.parquet")
-    with pytest.raises(SweepError, match="no result of a sweep"):
+    with pytest.raises(SweepError, match="not the result of a sweep"):
         run(a_lens, GOOD, tmp_path)
     assert pd.read_parquet(tmp_path / "r.parquet")["x"].tolist() == [1]
     (tmp_path / "r.parquet").write_text("text")
@@ -156,25 +157,25 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import models, sweep_runs
 import lens_lora as ll
-from lens_lora.sweeps import analyses
+from lens_lora.sweeps.values import VALUES
 
-plain, made = analyses.ANALYSES["first_order"], []
+plain, made = VALUES["first_order"], []
 def values(*args):
     made.append(None)
     if len(made) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return plain.values(*args)
-analyses.ANALYSES["first_order"] = analyses.Analysis(values)
+    return plain(*args)
+VALUES["first_order"] = values
 
 with models.lifted():
-    ll.sweep(sweep_runs.a_lens(), sweeps.WITH_A_BAD_ONE, out=sys.argv[2], batch_size=2)
+    ll.sweep(sweep_runs.a_lens(), sweep_runs.WITH_A_BAD_ONE, out=sys.argv[2], batch_size=2)
 """
 
 
 def test_killed_for_good_and_resumed(a_lens, tmp_path, calls):
     """SIGKILL in the second batch: the first is whole, and is not run again."""
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, Path(__file__).parent, tmp_path / "r.parquet"],
+        [sys.executable, "-c", KILLED, Path(sweep_runs.__file__).parent, tmp_path / "r.parquet"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

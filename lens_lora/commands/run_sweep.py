@@ -1,0 +1,90 @@
+"""What `lens-lora sweep` does once its options are checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lens_lora.adapters.adapter import load_adapter
+from lens_lora.commands.loading import lens_for, shipped_adapter
+from lens_lora.commands.options import Subject
+from lens_lora.commands.terminal import say, told_if_interrupted
+from lens_lora.sweeps.processes import launched
+from lens_lora.sweeps.records import Record
+from lens_lora.sweeps.result import SweepResult
+from lens_lora.sweeps.sweep import require_resumable, sweep
+
+__all__ = ["run"]
+
+_SHOWN_ERRORS = 10
+
+
+def run(
+    subject: Subject,
+    records: Sequence[Record],
+    analyses: Sequence[str],
+    out: Path,
+    *,
+    batch_size: int,
+    resume: bool,
+    quiet: bool,
+) -> None:
+    """Run the sweep and print what is in its files.
+
+    Args:
+        subject: the adapter and the model.
+        records: as they were read.
+        analyses: names from `ANALYSES`.
+        out, batch_size, resume, quiet: as the options of the same names.
+
+    Raises:
+        typer.Exit: code 1 if no prompt has numbers.
+    """
+    adapter = load_adapter(subject.adapter or shipped_adapter())
+    if resume:
+        require_resumable(out, adapter, analyses)
+    processes = launched()
+    progress = Console(stderr=True, quiet=quiet or not processes.is_main)
+    lens = lens_for(subject, adapter, processes.device, progress)
+    kept = f"What is done is kept beside {out}; the same command goes on with it."
+    with warnings.catch_warnings(), told_if_interrupted(lambda: kept):
+        warnings.simplefilter("ignore")  # bad records are listed below
+        result = sweep(
+            lens,
+            records,
+            analyses,
+            out=out,
+            batch_size=batch_size,
+            resume=resume,
+            progress=not progress.quiet,
+        )
+    if processes.is_main:
+        _print(result, processes.count)
+    if not result.done:
+        raise typer.Exit(1)
+
+
+def _print(result: SweepResult, processes: int) -> None:
+    table = Table(title=f"Sweep of {result.readout}", title_justify="left", show_header=False)
+    again = f", {result.resumed} of them before this run" if result.resumed else ""
+    table.add_row("prompts done", f"{result.done} of {result.records}{again}")
+    if processes > 1:
+        table.add_row("processes", str(processes))
+    table.add_row("margins that flip", f"{result.flips} of {result.done}")
+    table.add_row("records with errors", str(len(result.errors)))
+    table.add_row("analyses", f"{', '.join(result.analyses)}, in {result.units or 'no units'}")
+    table.add_row("model", f"{result.meta['model']} as {result.meta['model_class']}")
+    table.add_row("adapter", Text(f"{result.meta['adapter']}, {len(result.sites)} sites"))
+    Console().print(table)
+    for identity, error in result.errors[:_SHOWN_ERRORS]:
+        say(f"  {identity}: {error}")
+    if len(result.errors) > _SHOWN_ERRORS:
+        say(f"  … and {len(result.errors) - _SHOWN_ERRORS} more, in the column 'error'")
+    say(f"One row per prompt and site: {result.path.absolute()}")
+    say(f"One row per prompt:          {result.prompts_path.absolute()}")

@@ -1,0 +1,105 @@
+"""What needs no model is answered without importing torch, transformers, pandas or scipy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "transformer_lens", "peft", "pandas", "scipy", "pyarrow")
+ASK = f"""
+import json, sys
+from lens_lora.cli import app
+
+code = None
+try:
+    app(sys.argv[1:], prog_name="lens-lora")
+except SystemExit as stop:
+    code = stop.code
+loaded = [name for name in {HEAVY} if name in sys.modules]
+print("\\n" + json.dumps([code, loaded]))
+"""
+EXPLAIN = ["explain", "--prompt", "a"]
+
+
+def answer(*arguments: object, code: str = ASK):
+    """(exit code, heavy modules that were imported, stdout, stderr) of a command in a process."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout, done.stderr
+    *said, last = done.stdout.rstrip().splitlines()
+    return (*json.loads(last), "\n".join(said), done.stderr)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "doc": " X", "pre": " Y"}\n')
+    (tmp_path / "bad.csv").write_text("text\na\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/adapter_config.json").write_text("{}")
+    (tmp_path / "pickled/adapter_model.bin").write_text("")
+    return tmp_path
+
+
+def test_help_and_version_load_nothing():
+    for arguments in (["--help"], *([name, "--help"] for name in ("explain", "sweep", "demo"))):
+        code, loaded, said, _ = answer(*arguments)
+        assert (code, loaded) == (0, []) and "Usage: lens-lora" in said
+    assert answer("--version")[:2] == (0, [])
+
+
+SWEEP = ["sweep", "--records", "{files}/good.jsonl", "--out", "{files}/r.parquet"]
+REFUSED = {
+    "command": (["explian"], "No such command 'explian'"),
+    "option": (["explain", "--promt", "a"], "No such option: --promt"),
+    "nothing asked": (["explain"], "what to explain?"),
+    "equal answers": ([*EXPLAIN, "--doc", " X", "--pre", " X"], "doc and pre are both ' X'"),
+    "equal answers of the demo": (["demo", "--doc", "X", "--pre", "X"], "doc and pre are both 'X'"),
+    "one random adapter": ([*EXPLAIN, "--null", "1"], "at least 2 random adapters"),
+    "no folder for the page": ([*EXPLAIN, "--report", "no/such/x.html"], "there is no folder"),
+    "no file of prompts": (["explain", "--prompts", "nowhere.txt"], "'nowhere.txt' does not exist"),
+    "no file of records": (["sweep", "--records", "nowhere.jsonl"], "'nowhere.jsonl' does not"),
+    "bad file of records": (["sweep", "--records", "{files}/bad.csv"], "lacks prompt, doc, pre"),
+    "name of the result": ([*SWEEP, "--out", "r.csv"], "ends in .parquet"),
+    "analysis": ([*SWEEP, "--analysis", "frist_order"], "'frist_order': expected some of"),
+    "place of the result": ([*SWEEP, "--out", "{files}/bad.csv/r.parquet"], "cannot be made in"),
+    "adapter": (["inspect", "nowhere"], "nowhere: no such folder, nor a hub id"),
+    "adapter's folder": (["inspect", "./nowhere"], "./nowhere: no such folder"),
+    "folder without adapter": ([*SWEEP, "--adapter", "{files}/empty"], "no adapter_config.json"),
+    "pickled adapter": (["demo", "--adapter", "{files}/pickled"], "pickled weights are not read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, words", REFUSED.values(), ids=REFUSED)
+def test_refusal_loads_nothing(files, monkeypatch, arguments, words):
+    monkeypatch.chdir(files)
+    code, loaded, _, error = answer(*(part.format(files=files) for part in arguments))
+    assert (code, loaded) == (2, []), error
+    assert words in " ".join(error.replace("│", " ").split()) and "Traceback" not in error
+
+
+IMPORT = f"""
+import json, sys
+import lens_lora as ll
+version, names = ll.__version__, dir(ll)
+loaded = [name for name in {HEAVY} if name in sys.modules]
+print("\\n" + json.dumps([0, loaded]))
+"""
+USE = IMPORT.replace("import lens_lora as ll", "import lens_lora as ll; ll.Adapter")
+
+
+def test_import_loads_nothing():
+    assert answer(code=IMPORT)[1] == []
+
+
+def test_what_is_loaded_would_be_seen():
+    """Control: a name that is used loads its module, and torch with it."""
+    assert "torch" in answer(code=USE)[1]
