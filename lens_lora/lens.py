@@ -28,8 +28,8 @@ from lens_lora.hooked.gates import (
     site_hooks,
     writes_at_modules,
 )
-from lens_lora.hooked.host_check import require_same_base
-from lens_lora.hooked.plan import Plan, heads_at_hooks, make_plan
+from lens_lora.hooked.host_check import base_logits, require_same_logits
+from lens_lora.hooked.plan import Plan, make_plan
 from lens_lora.hooked.sites import Heads, Site, match_sites
 from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
 
@@ -65,10 +65,21 @@ class LoraLens:
         self.adapter = adapter
         self._hf_model = hf_model
         self._plan = make_plan(model, adapter, hf_model)
-        if hf_model is not None and torch.finfo(self.dtype).bits >= 32:
-            require_same_base(
-                lambda tokens: self.logits(tokens.to(self.device), 0.0), hf_model, self.class_name
-            )
+        if hf_model is not None:
+            self._require_same_logits(hf_model)
+
+    def _require_same_logits(self, hf_model: nn.Module) -> None:
+        require_same_logits(
+            base_logits(hf_model, self.dtype),
+            lambda tokens: self.logits(tokens.to(self.device), 0.0),
+            (
+                f"without the adapter this {self.class_name}",
+                "hf_model",
+                "Either hf_model is not its base, or transformer-lens builds this family wrongly "
+                "(2.18 ignores Llama's rope_theta, and misfolds Mixtral); try another version, or "
+                "its TransformerBridge.",
+            ),
+        )
 
     def with_adapter(self, adapter: Adapter) -> LoraLens:
         """Another adapter over the same model and hf_model, whose logits are not compared again.
@@ -103,17 +114,17 @@ class LoraLens:
     @property
     def heads(self) -> Heads:
         """Numbers and width of the attention heads, at their hook points."""
-        return heads_at_hooks(self._plan.view)
+        return self._plan.host.heads_at_hooks
 
     @property
     def class_name(self) -> str:
         """'HookedTransformer' or 'TransformerBridge'."""
-        return self._plan.view.class_name
+        return self._plan.host.class_name
 
     @property
     def embedding_output(self) -> str:
         """The hook point after the token embedding."""
-        return self._plan.view.embedding_output()
+        return self._plan.host.embedding_output()
 
     @property
     def device(self) -> torch.device:

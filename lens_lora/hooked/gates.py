@@ -169,14 +169,14 @@ def site_hooks(plan: Plan, inject: Inject, points: Mapping[str, Any]) -> list[tu
     arranged: list[tuple[str, HookFn]] = []
     for layer, hooks in sorted(by_layer.items()):
         if layer >= 0:
-            arranged.append((plan.view.block_input(layer), _Arranger(points, hooks)))
+            arranged.append((plan.host.block_input(layer), _Arranger(points, hooks)))
         arranged.extend(hooks)
     return arranged
 
 
 def writes_at_modules(plan: Plan) -> list[str]:
     """Sites whose δ goes to a module's output, for want of a hook point there."""
-    points = plan.view.model.hook_dict
+    points = plan.host.model.hook_dict
     return [site.name for site in plan.sites if site.write not in points]
 
 
