@@ -49,6 +49,7 @@ from lens_lora.errors import (
 from lens_lora.hooked.frozen import FrozenRules
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
+from lens_lora.loading import demo, load
 from lens_lora.readouts.answers import AnswerLogProb, AnswerMargin
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Logit, LogProb, Margin, Readout
@@ -69,6 +70,8 @@ __all__ = [
     "LoraLens",
     "Prompts",
     "Site",
+    "demo",
+    "load",
     # readouts
     "AnswerLogProb",
     "AnswerMargin",

@@ -37,8 +37,8 @@ def refuse_unusable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
             raise ModelStateError(
-                f"{name} already carries a PEFT adapter, which would be applied twice; build the "
-                "hooked model from the bare base (peft_model.unload())."
+                f"{name or type(module).__name__} already carries a PEFT adapter, which would be "
+                "applied twice; build the hooked model from the bare base (peft_model.unload())."
             )
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
