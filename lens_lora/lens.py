@@ -171,7 +171,7 @@ class LoraLens:
         """ε as a tensor, from a number, a tensor, or {site name or glob: number} (others 0).
 
         Raises:
-            SiteError: a name that matches no site, or as many gates as there are not sites.
+            SiteError: a name that matches no site, or a tensor without one gate per site.
         """
         count = len(self.sites)
         if isinstance(scale, Mapping):
@@ -183,7 +183,7 @@ class LoraLens:
         else:
             gates = torch.full((count,), float(scale), dtype=self.gate_dtype)
         if gates.shape[-1] != count:
-            raise SiteError(f"{gates.shape[-1]} gates for {count} sites.")
+            raise SiteError(f"{gates.shape[-1]} gates for {count} sites: pass one per site.")
         return gates.to(self.device)
 
     def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:

@@ -73,7 +73,12 @@ class FrozenRules:
 
 
 def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
-    """The hook points that these rules hold, each under one name."""
+    """The hook points that these rules hold, each under one name.
+
+    Args:
+        model: the hooked model.
+        rules: what is held fixed.
+    """
     held = {_PATTERN: rules.attention_patterns, _SCALE: rules.norm_scales}
     names = [name for name in model.hook_dict if held.get(name.rpartition(".")[2], False)]
     return list({id(model.hook_dict[name]): name for name in names}.values())
@@ -81,7 +86,12 @@ def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
 
 @contextlib.contextmanager
 def held_fixed(model: Any, rules: FrozenRules) -> Generator[None]:
-    """No derivative, of either mode, passes the frozen points within the block."""
+    """No derivative, of either mode, passes the frozen points within the block.
+
+    Args:
+        model: the hooked model.
+        rules: what is held fixed.
+    """
     hooks = [(name, _without_derivative) for name in frozen_points(model, rules)]
     with _no_word_of_edits(), attached(model, hooks):
         yield
@@ -109,6 +119,8 @@ def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
     """Refuse a model that does not compute with what a hook returns at some frozen point.
 
     Args:
+        host: the hooked model.
+        rules: what is held fixed.
         run: one forward pass on a few tokens. It is called twice, and differentiated once.
 
     Raises:

@@ -11,17 +11,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.errors import ModelStateError
+from lens_lora.errors import AdapterError, ModelStateError
 from lens_lora.hooked.base_weights import BaseWeights
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.host_check import refuse_dropout
 from lens_lora.hooked.hosts import host_of
 from lens_lora.hooked.ports import Ports
-from lens_lora.hooked.sites import Site, SiteFactors, check_shapes, resolve_sites
+from lens_lora.hooked.sites import Site, SiteFactors, resolve_sites
 from lens_lora.hooked.value_bias import through_o, through_update_of_o, without_constant
 
 __all__ = ["Injection", "Plan", "make_plan"]
@@ -97,13 +97,25 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
     ports, maps = [], []
     for site in factors:
         weight = host.weight(site.layer, site.kind)
-        check_shapes(site, weight, adapter.base_model)
+        _check_shapes(site, weight, adapter.base_model)
         ports.append(host.ports(site.layer, site.kind))
         maps.append(host.map_of(site, weight, base))
     sites = tuple(map(_named, factors, ports, maps))
     maps, extra = _with_constants_at_o(host, base, factors, maps)
     own = [Injection(i, *pair) for i, pair in enumerate(zip(ports, maps, strict=True))]
     return Plan(host, sites, maps, (*own, *extra), host.state())
+
+
+def _check_shapes(site: SiteFactors, weight: Tensor, base_model: str | None) -> None:
+    """Refuse factors that do not fit the model's own weight, [out, in]."""
+    B, A = site.factors.B, site.factors.A
+    theirs, ours = (B.shape[0], A.shape[1]), tuple(weight.shape)
+    if theirs != ours:
+        raise AdapterError(
+            f"{site.name} ({site.module}): the adapter maps {theirs[1]}→{theirs[0]}, the model "
+            f"{ours[1]}→{ours[0]}. Was it trained on another base model? The adapter names "
+            f"{base_model!r}."
+        )
 
 
 def _named(site: SiteFactors, port: Ports, delta: SiteMap) -> Site:
