@@ -28,7 +28,7 @@ from lens_lora.hooked.gates import (
     site_hooks,
     writes_at_modules,
 )
-from lens_lora.hooked.host_check import base_logits, require_same_logits
+from lens_lora.hooked.host_check import OF_A_GIVEN_BASE, base_logits, require_same_logits
 from lens_lora.hooked.plan import Plan, make_plan
 from lens_lora.hooked.sites import Heads, Site, match_sites
 from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
@@ -49,9 +49,8 @@ class LoraLens:
     Args:
         model: a HookedTransformer or a TransformerBridge of the adapter's base model.
         adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
-        hf_model: the unprocessed Hugging Face base, needed where the hooked model had its norms
-            or value biases folded. Where it is given, the hooked model's weights are verified
-            against it, and (in float32 or better) its logits on eight tokens.
+        hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
+            folded. The weights are verified against it, and (in float32) logits on eight tokens.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
@@ -66,20 +65,11 @@ class LoraLens:
         self._hf_model = hf_model
         self._plan = make_plan(model, adapter, hf_model)
         if hf_model is not None:
-            self._require_same_logits(hf_model)
-
-    def _require_same_logits(self, hf_model: nn.Module) -> None:
-        require_same_logits(
-            base_logits(hf_model, self.dtype),
-            lambda tokens: self.logits(tokens.to(self.device), 0.0),
-            (
-                f"without the adapter this {self.class_name}",
-                "hf_model",
-                "Either hf_model is not its base, or transformer-lens builds this family wrongly "
-                "(2.18 ignores Llama's rope_theta, and misfolds Mixtral); try another version, or "
-                "its TransformerBridge.",
-            ),
-        )
+            require_same_logits(
+                base_logits(hf_model, self.dtype),
+                lambda tokens: self.logits(tokens.to(self.device), 0.0),
+                (f"without the adapter this {self.class_name}", "hf_model", OF_A_GIVEN_BASE),
+            )
 
     def with_adapter(self, adapter: Adapter) -> LoraLens:
         """Another adapter over the same model and hf_model, whose logits are not compared again.
@@ -226,8 +216,7 @@ class LoraLens:
         self._plan.check_state()
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
-        hooks = [*before, *site_hooks(self._plan, inject, points)]
-        with attached(self.model, hooks, points):
+        with attached(self.model, [*before, *site_hooks(self._plan, inject, points)], points):
             yield
 
     def prompts(self, prompts: PromptsLike) -> Prompts:
@@ -272,7 +261,6 @@ class LoraLens:
 
     def describe(self) -> dict[str, str]:
         """What was laid over what, with which versions: kept with every saved result."""
-
         return {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,

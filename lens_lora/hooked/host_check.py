@@ -18,9 +18,19 @@ from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 
-__all__ = ["base_logits", "refuse_dropout", "refuse_unusable", "require_same_logits"]
+__all__ = [
+    "OF_A_GIVEN_BASE",
+    "base_logits",
+    "refuse_dropout",
+    "refuse_unusable",
+    "require_same_logits",
+]
 
 _CHECKED_TOKENS, _AGREEMENT = 8, 1e-3
+OF_A_GIVEN_BASE = (
+    "Either hf_model is not its base, or transformer-lens builds this family wrongly (2.18 ignores "
+    "Llama's rope_theta, and misfolds Mixtral); try another version, or its TransformerBridge."
+)
 _Logits = Float[Tensor, "batch pos d_vocab"]
 
 
