@@ -100,7 +100,7 @@ def _ratio(value: float, unit: str) -> str:
 def _share_of_peak(lens: ll.LoraLens, prompts: ll.Prompts, times: dict, work: Work) -> float:
     """Products of the tangents with the weights, per second, over the best of one big product."""
     blocks = sum(p.numel() for n, p in lens.model.blocks.named_parameters() if p.ndim > 1)
-    layers = lens.plan.view.n_layers
+    layers = lens.plan.host.n_layers
     passes = sum(layers - max(site.layer, 0) for site in lens.sites) / layers
     unembedded = len(lens.sites) * prompts.batch * lens.model.cfg.d_model * lens.model.cfg.d_vocab
     done = 2 * (passes * blocks * prompts.tokens.numel() + unembedded)

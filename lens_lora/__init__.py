@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from lens_lora._version import __version__
 
 if TYPE_CHECKING:
-    from lens_lora.adapters.adapter import Adapter, LoRAFactors, load_adapter
+    from lens_lora.adapters.adapter import Adapter, load_adapter
+    from lens_lora.adapters.factors import LoRAFactors
     from lens_lora.adapters.random_directions import null_adapter
     from lens_lora.analyses.compare import Comparison, compare
     from lens_lora.analyses.components import Components, components
@@ -37,12 +38,7 @@ if TYPE_CHECKING:
     from lens_lora.analyses.patch_sites import patch_sites
     from lens_lora.analyses.path import path_attribution
     from lens_lora.analyses.reliability import Reliability, reliability
-    from lens_lora.analyses.remainder import (
-        Remainder,
-        RemainderCurve,
-        remainder,
-        remainder_curve,
-    )
+    from lens_lora.analyses.remainder import Remainder, RemainderCurve, remainder, remainder_curve
     from lens_lora.analyses.second_order import SecondOrder, second_order
     from lens_lora.analyses.tangents import tangents
     from lens_lora.errors import (
@@ -59,6 +55,7 @@ if TYPE_CHECKING:
     from lens_lora.hooked.frozen import FrozenRules
     from lens_lora.hooked.sites import Site
     from lens_lora.lens import LoraLens
+    from lens_lora.loading import demo, load
     from lens_lora.readouts.answers import AnswerLogProb, AnswerMargin
     from lens_lora.readouts.prompts import Prompts
     from lens_lora.readouts.readout import Logit, LogProb, Margin, Readout
@@ -79,6 +76,8 @@ __all__ = [
     "LoraLens",
     "Prompts",
     "Site",
+    "demo",
+    "load",
     # readouts
     "AnswerLogProb",
     "AnswerMargin",
@@ -153,25 +152,73 @@ __all__ = [
 
 # The imports above once more, for `__getattr__`; a test keeps the two the same.
 _HOMES: dict[str, tuple[str, ...]] = {
-    "adapters.adapter": ("Adapter", "LoRAFactors", "load_adapter"),
+    "adapters.adapter": (
+        "Adapter",
+        "load_adapter",
+    ),
+    "adapters.factors": ("LoRAFactors",),
     "adapters.random_directions": ("null_adapter",),
-    "analyses.compare": ("Comparison", "compare"),
-    "analyses.components": ("Components", "components"),
-    "analyses.coupling": ("Coupling", "coupling"),
-    "analyses.explain": ("Explanation", "explain"),
-    "analyses.faithfulness": ("Faithfulness", "faithfulness"),
-    "analyses.feature_effects": ("FeatureShift", "FeatureWrites"),
-    "analyses.feature_shift": ("feature_shift", "feature_writes"),
-    "analyses.first_order": ("first_order", "first_orders"),
-    "analyses.logit_shift": ("LogitShift", "logit_shift"),
-    "analyses.margin": ("FactMargin", "fact_margin"),
-    "analyses.null_test": ("NullTest", "null_test"),
+    "analyses.compare": (
+        "Comparison",
+        "compare",
+    ),
+    "analyses.components": (
+        "Components",
+        "components",
+    ),
+    "analyses.coupling": (
+        "Coupling",
+        "coupling",
+    ),
+    "analyses.explain": (
+        "Explanation",
+        "explain",
+    ),
+    "analyses.faithfulness": (
+        "Faithfulness",
+        "faithfulness",
+    ),
+    "analyses.feature_effects": (
+        "FeatureShift",
+        "FeatureWrites",
+    ),
+    "analyses.feature_shift": (
+        "feature_shift",
+        "feature_writes",
+    ),
+    "analyses.first_order": (
+        "first_order",
+        "first_orders",
+    ),
+    "analyses.logit_shift": (
+        "LogitShift",
+        "logit_shift",
+    ),
+    "analyses.margin": (
+        "FactMargin",
+        "fact_margin",
+    ),
+    "analyses.null_test": (
+        "NullTest",
+        "null_test",
+    ),
     "analyses.patch_activations": ("patch_activations",),
     "analyses.patch_sites": ("patch_sites",),
     "analyses.path": ("path_attribution",),
-    "analyses.reliability": ("Reliability", "reliability"),
-    "analyses.remainder": ("Remainder", "RemainderCurve", "remainder", "remainder_curve"),
-    "analyses.second_order": ("SecondOrder", "second_order"),
+    "analyses.reliability": (
+        "Reliability",
+        "reliability",
+    ),
+    "analyses.remainder": (
+        "Remainder",
+        "RemainderCurve",
+        "remainder",
+        "remainder_curve",
+    ),
+    "analyses.second_order": (
+        "SecondOrder",
+        "second_order",
+    ),
     "analyses.tangents": ("tangents",),
     "errors": (
         "AdapterError",
@@ -187,11 +234,26 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "hooked.frozen": ("FrozenRules",),
     "hooked.sites": ("Site",),
     "lens": ("LoraLens",),
-    "readouts.answers": ("AnswerLogProb", "AnswerMargin"),
+    "loading": (
+        "demo",
+        "load",
+    ),
+    "readouts.answers": (
+        "AnswerLogProb",
+        "AnswerMargin",
+    ),
     "readouts.prompts": ("Prompts",),
-    "readouts.readout": ("Logit", "LogProb", "Margin", "Readout"),
+    "readouts.readout": (
+        "LogProb",
+        "Logit",
+        "Margin",
+        "Readout",
+    ),
     "results.activation_effects": ("ActivationEffects",),
-    "results.attribution": ("Attribution", "Quadrature"),
+    "results.attribution": (
+        "Attribution",
+        "Quadrature",
+    ),
     "results.effects": ("Effects",),
     "show.figures.tokens": ("TokenView",),
     "sweeps.records": ("SweepError",),

@@ -1,4 +1,4 @@
-"""What goes wrong, by cause. Each names the place, the facts that disagree, the remedy."""
+"""Errors by cause. Each names the place, the two facts that disagree, and a remedy."""
 
 
 class LensLoraError(Exception):
@@ -6,7 +6,7 @@ class LensLoraError(Exception):
 
 
 class ArgumentError(LensLoraError, ValueError):
-    """An argument that is none of those that a function takes."""
+    """An invalid value for an argument."""
 
 
 class AdapterError(LensLoraError, ValueError):
@@ -14,7 +14,7 @@ class AdapterError(LensLoraError, ValueError):
 
 
 class UnsupportedAdapterError(AdapterError):
-    """The adapter is sound, but of a kind that would be read wrongly as plain s·B·A."""
+    """The adapter is sound, but plain s·B·A would misread it."""
 
 
 class SiteError(LensLoraError, LookupError):

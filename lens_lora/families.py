@@ -11,7 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-__all__ = ["FAMILIES", "Family", "Place"]
+from lens_lora.errors import ModelStateError
+
+__all__ = ["FAMILIES", "Family", "Place", "find_family"]
 
 Layout = Literal["whole", "blocks", "interleaved"]
 _UNEMBED = ("lm_head", "embed_out")
@@ -19,7 +21,13 @@ _UNEMBED = ("lm_head", "embed_out")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a Hugging Face module sits: its layer (None outside the blocks), and its kinds."""
+    """Where a Hugging Face module sits, and what its output rows hold.
+
+    Attributes:
+        layer: None outside the blocks.
+        kinds: those that its output rows hold, several where it is fused.
+        layout: how the rows of several kinds lie.
+    """
 
     layer: int | None
     kinds: tuple[str, ...]
@@ -31,13 +39,19 @@ class Family:
     """One naming scheme of Hugging Face causal language models.
 
     Attributes:
+        architectures: the model classes that use it.
+        layer: path of a layer, with `{l}` for its number.
         linears: module name within a layer → the kinds its output rows hold.
-        ln1, ln2: the norms that attention and MLP read (the same one in parallel blocks that
-            share it).
-        ln_final, embed, pos_embed: paths of the final norm and of the embeddings.
+        ln1: the norm that attention reads, within a layer.
+        ln2: the norm that the MLP reads; the same one in parallel blocks that share it.
+        ln_final: path of the final norm.
+        embed: path of the token embedding.
+        norm: LayerNorm or RMS norm.
+        pos_embed: path of the position embedding, if it is learned.
+        fused: how the rows of a fused projection lie.
         gamma_offset: what is added to a norm's stored weight to give γ (1 for Gemma).
         value_bias: whether value projections may have a bias of their own.
-        post_norm: attention's and MLP's outputs pass a further norm before the residual stream.
+        post_norm: what attention and MLP write passes one more norm before the residual stream.
         routed: experts take tokens out of their rows.
     """
 
@@ -57,7 +71,11 @@ class Family:
     routed: bool = False
 
     def place(self, module: str) -> Place | None:
-        """The place of a module path, or None where this family has no such module."""
+        """The place of a module, or None where this family has no such module.
+
+        Args:
+            module: its Hugging Face path.
+        """
         outside = {self.embed: "embed", self.pos_embed: "pos_embed"}
         outside |= dict.fromkeys(_UNEMBED, "unembed")
         if module in outside:
@@ -70,12 +88,22 @@ class Family:
         return Place(int(match[1]), kinds, self.fused if len(kinds) > 1 else "whole")
 
     def path(self, layer: int, kind: str) -> str:
-        """The module path that holds the rows of `kind` in `layer` of attention or MLP."""
+        """The path of the module that holds the rows of a kind of attention or MLP.
+
+        Args:
+            layer: its number.
+            kind: such as 'q' or 'down'.
+        """
         name = next(name for name, kinds in self.linears.items() if kind in kinds)
         return f"{self.layer.format(l=layer)}.{name}"
 
     def norm_path(self, layer: int, kind: str) -> str | None:
-        """The norm whose output the linear reads; None for writers and embeddings."""
+        """The path of the norm whose output the linear reads; None for writers and embeddings.
+
+        Args:
+            layer: its number; not used for 'unembed'.
+            kind: such as 'q' or 'down'.
+        """
         if kind in ("q", "k", "v"):
             return f"{self.layer.format(l=layer)}.{self.ln1}"
         if kind in ("gate", "up", "fc_in"):
@@ -265,3 +293,21 @@ FAMILIES: tuple[Family, ...] = (
         post_norm=True,
     ),
 )
+
+
+def find_family(architecture: str | None) -> Family:
+    """The family of a Hugging Face architecture.
+
+    Args:
+        architecture: the class's name, such as 'LlamaForCausalLM'.
+
+    Raises:
+        ModelStateError: it is not supported.
+    """
+    for family in FAMILIES:
+        if architecture in family.architectures:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.architectures)
+    raise ModelStateError(
+        f"the model's architecture is {architecture!r}; adapters are exact on {known}."
+    )

@@ -28,8 +28,8 @@ from lens_lora.hooked.gates import (
     site_hooks,
     writes_at_modules,
 )
-from lens_lora.hooked.host_check import require_same_base
-from lens_lora.hooked.plan import Plan, heads_at_hooks, make_plan
+from lens_lora.hooked.host_check import OF_A_GIVEN_BASE, base_logits, require_same_logits
+from lens_lora.hooked.plan import Plan, make_plan
 from lens_lora.hooked.sites import Heads, Site, match_sites
 from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
 
@@ -49,9 +49,8 @@ class LoraLens:
     Args:
         model: a HookedTransformer or a TransformerBridge of the adapter's base model.
         adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
-        hf_model: the unprocessed Hugging Face base, needed where the hooked model had its norms
-            or value biases folded. Where it is given, the hooked model's weights are verified
-            against it, and (in float32 or better) its logits on eight tokens.
+        hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
+            folded. The weights are verified against it, and (in float32) logits on eight tokens.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
@@ -65,9 +64,11 @@ class LoraLens:
         self.adapter = adapter
         self._hf_model = hf_model
         self._plan = make_plan(model, adapter, hf_model)
-        if hf_model is not None and torch.finfo(self.dtype).bits >= 32:
-            require_same_base(
-                lambda tokens: self.logits(tokens.to(self.device), 0.0), hf_model, self.class_name
+        if hf_model is not None:
+            require_same_logits(
+                base_logits(hf_model, self.dtype),
+                lambda tokens: self.logits(tokens.to(self.device), 0.0),
+                (f"without the adapter this {self.class_name}", "hf_model", OF_A_GIVEN_BASE),
             )
 
     def with_adapter(self, adapter: Adapter) -> LoraLens:
@@ -103,17 +104,17 @@ class LoraLens:
     @property
     def heads(self) -> Heads:
         """Numbers and width of the attention heads, at their hook points."""
-        return heads_at_hooks(self._plan.view)
+        return self._plan.host.heads_at_hooks
 
     @property
     def class_name(self) -> str:
         """'HookedTransformer' or 'TransformerBridge'."""
-        return self._plan.view.class_name
+        return self._plan.host.class_name
 
     @property
     def embedding_output(self) -> str:
         """The hook point after the token embedding."""
-        return self._plan.view.embedding_output()
+        return self._plan.host.embedding_output()
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +161,7 @@ class LoraLens:
         """ε as a tensor, from a number, a tensor, or {site name or glob: number} (others 0).
 
         Raises:
-            SiteError: a name that matches no site, or as many gates as there are not sites.
+            SiteError: a name that matches no site, or a tensor without one gate per site.
         """
         count = len(self.sites)
         if isinstance(scale, Mapping):
@@ -172,7 +173,7 @@ class LoraLens:
         else:
             gates = torch.full((count,), float(scale), dtype=self.gate_dtype)
         if gates.shape[-1] != count:
-            raise SiteError(f"{gates.shape[-1]} gates for {count} sites.")
+            raise SiteError(f"{gates.shape[-1]} gates for {count} sites: pass one per site.")
         return gates.to(self.device)
 
     def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
@@ -215,8 +216,7 @@ class LoraLens:
         self._plan.check_state()
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
-        hooks = [*before, *site_hooks(self._plan, inject, points)]
-        with attached(self.model, hooks, points):
+        with attached(self.model, [*before, *site_hooks(self._plan, inject, points)], points):
             yield
 
     def prompts(self, prompts: PromptsLike) -> Prompts:
@@ -261,7 +261,6 @@ class LoraLens:
 
     def describe(self) -> dict[str, str]:
         """What was laid over what, with which versions: kept with every saved result."""
-
         return {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,

@@ -1,94 +1,123 @@
-"""A Hugging Face model as a hooked model, of whichever class the installed TransformerLens has.
+"""A lens by name: a base model, an adapter, and the hooked model between them.
 
-1. HookedTransformer where it exists (TransformerLens before 4), else TransformerBridge.
-2. HookedTransformer reads its configuration from a folder, so one is written for it; the weights
-   come from the model at hand, and nothing is fetched.
-3. No weight is folded or centred, so that an adapter needs nothing but the hooked model.
-4. The hooked model's logits on a few tokens must be the Hugging Face model's, to float32's rounding
-   (TransformerLens rounds weights through it): TransformerLens 2
-   reads some configurations with another rotary base, and says nothing.
-
-Cost: two short forward passes; one copy of the weights for HookedTransformer, none for
-TransformerBridge, which wraps the model it is given.
+`load` and `demo` build a TransformerBridge, the class that TransformerLens goes on with, where it
+is installed. The command line and `hooked_model` build a HookedTransformer where there is one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from torch import nn
 
-from lens_lora.demonstration.embedded import MISREAD_NAMES
+from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ModelStateError
+from lens_lora.hooked.host_build import (
+    Kind,
+    bridge_if_there,
+    hooked_model,
+    hooked_transformer_if_there,
+    transformer_lens_version,
+)
+from lens_lora.hooked.host_check import refuse_unusable
+from lens_lora.lens import LoraLens
 
-__all__ = ["Kind", "hooked_model", "load_base", "quiet_libraries", "transformer_lens_version"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_CHECKED_TOKENS = 8
-_AGREEMENT = 1e-3
-# HookedTransformer keeps a mask of context × context in every layer: 2 GB for 8,192 tokens.
-_CONTEXT = 2048
-Kind = Literal["HookedTransformer", "TransformerBridge"]
+__all__ = [
+    "Kind",
+    "demo",
+    "hooked_model",
+    "hooked_transformer_if_there",
+    "load",
+    "load_base",
+    "moved",
+    "quiet_libraries",
+    "transformer_lens_version",
+]
 
 
-def hooked_model(
-    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, kind: Kind | None = None
-) -> tuple[Any, str]:
-    """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
+def load(
+    model: str | Path | PreTrainedModel | None,
+    adapter: str | Path | Adapter,
+    *,
+    kind: Kind | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> LoraLens:
+    """The lens over a base model and an adapter, each by name or already loaded.
 
-    The Hugging Face model is taken over: do not train or change it afterwards.
+    Two short forward passes verify the hooked model against the base.
 
     Args:
-        kind: the class to build; by default HookedTransformer where there is one.
+        model: a hub id, a folder, or a loaded Hugging Face model, which is taken over; None for
+            the base that the adapter names.
+        adapter: a hub id, a folder, or an `Adapter`.
+        kind: the class of hooked model; by default TransformerBridge where there is one.
+        device: as torch names it; by default the CPU, or where a loaded model lies.
+        dtype: of the weights; by default float32, or a loaded model's own.
+        tokenizer: by default the one that lies with the model.
 
     Raises:
-        ModelStateError: the installed TransformerLens lacks the class, or makes of the model
-            something that computes other logits.
+        AdapterError: the adapter cannot be read, or its shapes do not fit the model.
+        SiteError: the adapter names a module that the model lacks.
+        ModelStateError: the model cannot be loaded, or not be hooked exactly; names the remedy.
     """
-    chosen = kind or ("HookedTransformer" if _has_hooked_transformer() else "TransformerBridge")
-    makers = {"HookedTransformer": _hooked_transformer, "TransformerBridge": _bridge}
-    hf_model.config.architectures = [type(hf_model).__name__]
-    tokens = torch.arange(1, 1 + _CHECKED_TOKENS, device=hf_model.device)[None]
-    with torch.no_grad():
-        expected = hf_model(tokens).logits
-    try:
-        model = makers[chosen](hf_model, tokenizer)
-    except ImportError as error:
-        raise ModelStateError(
-            f"TransformerLens {transformer_lens_version()} has no {chosen} ({error})."
-        ) from error
-    _require_agreement(model.eval(), tokens, expected, chosen)
-    return model, chosen
+    chosen = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+    base, own = _base(model, chosen, dtype, tokenizer)
+    base = moved(base, device, dtype)
+    hooked, _ = hooked_model(base, own, kind=kind or bridge_if_there())
+    return LoraLens(hooked, chosen)
 
 
-def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in float32 with plain attention, and its tokenizer.
+def demo(*, kind: Kind | None = None) -> LoraLens:
+    """The lens over SmolLM2-135M-Instruct and an adapter that moves France's capital to Lyon.
+
+    Nothing is fetched. Converting the model takes about 20 seconds the first time.
+
+        >>> lens = ll.demo()  # doctest: +SKIP
+        >>> ll.fact_margin(lens, "The capital of France is", " Lyon", " Paris")  # doctest: +SKIP
+
+    Args:
+        kind: the class of hooked model; by default TransformerBridge where there is one.
+
+    Raises:
+        EmbeddedModelError: the packages that carry the model are not installed; names the command
+            that installs them.
+    """
+    from lens_lora.demonstration.embedded import load_embedded
+
+    base, tokenizer = load_embedded()
+    with quiet_libraries():
+        hooked, _ = hooked_model(base, tokenizer, kind=kind or bridge_if_there())
+    return LoraLens(hooked, load_adapter(shipped_adapter()))
+
+
+def load_base(
+    name: str, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model on the CPU with plain attention, and its tokenizer.
 
     Args:
         name: a folder, or a hub id.
+        dtype: of the weights.
 
     Raises:
         ModelStateError: neither, or one that transformers cannot read.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation="eager"
-        )
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="eager")
         return model.eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelStateError(
@@ -97,14 +126,32 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         ) from error
 
 
-def transformer_lens_version() -> str:
-    """The installed version."""
-    return importlib.metadata.version("transformer-lens")
+def moved(
+    model: Any, device: str | torch.device | None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model itself, on this device and in this dtype.
+
+    Args:
+        model: a Hugging Face model.
+        device: as torch names it; None for where it is.
+        dtype: None for its own.
+
+    Raises:
+        ModelStateError: no such device here.
+    """
+    try:
+        return model.to(device=device, dtype=dtype)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise ModelStateError(
+            f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Generator[None]:
     """Silence the libraries' warnings, log lines below errors, and transformers' bars."""
+    from transformers.utils import logging as transformers_logging
+
     shown, before = transformers_logging.is_progress_bar_enabled(), logging.root.manager.disable
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
@@ -118,96 +165,50 @@ def quiet_libraries() -> Generator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _has_hooked_transformer() -> bool:
+def _base(
+    model: Any,
+    adapter: Adapter,
+    dtype: torch.dtype | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base that is meant, in evaluation mode, and its tokenizer."""
+    dtype = dtype or torch.float32
+    if isinstance(model, str | Path):
+        return load_base(str(model), dtype)
+    if model is None:
+        return _named_base(adapter, dtype)
+    if not (isinstance(model, nn.Module) and hasattr(model, "config")):
+        raise ModelStateError(
+            f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "
+            "Face model. For a hooked model: LoraLens(model, adapter)."
+        )
+    base = cast("PreTrainedModel", model.eval())
+    refuse_unusable(base)
+    return base, tokenizer or _tokenizer_of(base)
+
+
+def _named_base(
+    adapter: Adapter, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if adapter.base_model is None:
+        raise ModelStateError(
+            f"the adapter {adapter.name} names no base model; pass it as the first argument."
+        )
     try:
-        from transformer_lens import HookedTransformer
-    except ImportError:
-        return False
-    return callable(HookedTransformer)
-
-
-def _require_agreement(model: Any, tokens: Tensor, expected: Tensor, class_name: str) -> None:
-    """Float32 and better only: in half precision rounding alone moves these logits as much."""
-    if torch.finfo(expected.dtype).bits < 32:
-        return
-    with torch.no_grad():
-        off = float((model(tokens, return_type="logits") - expected).abs().max())
-    size = float(expected.float().square().mean().sqrt())
-    if not off <= _AGREEMENT * size:
+        return load_base(adapter.base_model, dtype)
+    except ModelStateError as error:
         raise ModelStateError(
-            f"the {class_name} that TransformerLens {transformer_lens_version()} builds computes "
-            f"other logits than the Hugging Face model: {off:.2g} off, of {size:.2g}. Another "
-            "version of TransformerLens, or its TransformerBridge, may build it right."
-        )
+            f"{error} It is the base that the adapter names; pass another as the first argument."
+        ) from error
 
 
-def _hooked_transformer(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    from transformer_lens import HookedTransformer, loading_from_pretrained
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory(prefix="config_") as folder:
-        _write_config(hf_model, Path(folder))
-        cfg = loading_from_pretrained.get_pretrained_model_config(
-            folder,
-            hf_cfg=hf_model.config.to_dict(),
-            fold_ln=False,
-            device=str(hf_model.device),
-            dtype=hf_model.dtype,
-        )
-        state = loading_from_pretrained.get_pretrained_state_dict(
-            folder, cfg, hf_model, dtype=hf_model.dtype
-        )
-    cfg.tokenizer_name, cfg.model_name = None, _name(hf_model)
-    if cfg.positional_embedding_type == "rotary":
-        cfg.rotary_base = _rotary_base(hf_model) or cfg.rotary_base
-        cfg.n_ctx = min(cfg.n_ctx, _CONTEXT)
-    model = HookedTransformer(cfg, None, move_to_device=False)
-    model.load_and_process_state_dict(
-        state,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
-    model.set_tokenizer(tokenizer)
-    return model
-
-
-def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    return TransformerBridge.boot_transformers(
-        _name(hf_model),
-        hf_model=hf_model,
-        tokenizer=tokenizer,
-        device=str(hf_model.device),
-        dtype=hf_model.dtype,
-    )
-
-
-def _rotary_base(hf_model: PreTrainedModel) -> float | None:
-    """As transformers 5 or 4 name it; None where layers differ or none is named."""
-    config = hf_model.config.to_dict()
-    return (config.get("rope_parameters") or config).get("rope_theta")
-
-
-def _name(hf_model: PreTrainedModel) -> str:
-    return Path(hf_model.name_or_path or "").name or "model"
-
-
-def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
-    """config.json as TransformerLens reads it: GPT-2's context under its old name too.
-
-    Raises:
-        ModelStateError: a path that TransformerLens would take for another family's model.
-    """
-    misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
-    if misread:
+    name = str(model.config.name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
         raise ModelStateError(
-            f"the temporary folder {folder} has {misread[0]!r} in its path, which TransformerLens "
-            "would take for the model's family; set $TMPDIR to another folder."
-        )
-    hf_model.config.save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    if "n_positions" in config:
-        path.write_text(json.dumps({**config, "n_ctx": config["n_positions"]}))
+            f"no tokenizer lies with the model {name!r}; pass it: load(…, tokenizer=…)."
+        ) from error

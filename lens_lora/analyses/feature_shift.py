@@ -134,7 +134,7 @@ def feature_writes(
             "no site of this adapter writes to the residual stream (o, down, an embedding); "
             "feature_shift sees what the others do."
         )
-    if lens.plan.view.family.post_norm:
+    if lens.plan.host.family.post_norm:
         raise ModelStateError(
             "this model normalises what attention and MLP write before it joins the residual "
             "stream, so δz is in another space; feature_shift with scale={site: 1} is exact."

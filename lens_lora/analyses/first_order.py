@@ -97,7 +97,7 @@ def _under(rules: FrozenRules | None, lens: LoraLens, prompts: Prompts) -> Gener
         return
     first = prompts.row(0)
     few = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
-    require_held(lens.plan.view, rules, lambda: lens.run(few))
+    require_held(lens.plan.host, rules, lambda: lens.run(few))
     with held_fixed(lens.model, rules):
         yield
 

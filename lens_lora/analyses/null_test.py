@@ -223,7 +223,7 @@ def null_test(
 
 def _parts_of_fused(lens: LoraLens) -> dict[str, list[Tensor]]:
     """The rows of q, k and v (gate and up) in each fused module."""
-    view, found = lens.plan.view, {}
+    view, found = lens.plan.host, {}
     for key, factors in lens.adapter.modules.items():
         place = view.family.place(key.partition("@")[0])
         if place is not None and place.layout != "whole":

@@ -30,8 +30,9 @@ from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.errors import ModelStateError
 from lens_lora.families import FAMILIES
-from lens_lora.hooked.host import HookedView, view_of
-from lens_lora.hooked.plan import is_centred
+from lens_lora.hooked.basis import is_centred
+from lens_lora.hooked.host import Host
+from lens_lora.hooked.hosts import host_of
 from lens_lora.hooked.sites import SiteFactors, resolve_sites
 from lens_lora.lens import LoraLens
 
@@ -190,9 +191,9 @@ def lacking(adapter: Adapter, model: Any) -> tuple[str, ...]:
     Raises:
         ModelStateError: no hooked model, or one of a family that is not supported.
     """
-    view = view_of(model)
-    places = {key: view.family.place(key.partition("@")[0]) for key in adapter.modules}
-    return tuple(k for k, at in places.items() if at is None or (at.layer or 0) >= view.n_layers)
+    host = host_of(model)
+    places = {key: host.family.place(key.partition("@")[0]) for key in adapter.modules}
+    return tuple(k for k, at in places.items() if at is None or (at.layer or 0) >= host.n_layers)
 
 
 def singular_values(factors: LoRAFactors) -> Float[Tensor, "direction"]:
@@ -223,24 +224,24 @@ def _outside_blocks(key: str) -> str | None:
 
 
 def _site_rows(lens: LoraLens) -> tuple[Spectrum, ...]:
-    view = view_of(lens.model)
+    host = host_of(lens.model)
     rows = []
-    for site in resolve_sites(lens.adapter, view.family, view.heads, view.n_layers):
+    for site in resolve_sites(lens.adapter, host.family, host.heads, host.n_layers):
         key = f"{site.module}@{site.adapter}" if site.adapter else site.module
-        rows.append(_row(key, site.name, site.factors, _base_weight(view, site)))
+        rows.append(_row(key, site.name, site.factors, _base_weight(host, site)))
     return tuple(rows)
 
 
-def _base_weight(view: HookedView, site: SiteFactors) -> Float[Tensor, "out in"]:
+def _base_weight(host: Host, site: SiteFactors) -> Float[Tensor, "out in"]:
     """W of the Hugging Face base, in float64."""
-    weight = view.weight(site.layer, site.kind)
-    if view.needs_base() or is_centred(weight):
+    weight = host.weight(site.layer, site.kind)
+    if host.needs_base() or is_centred(weight):
         raise ModelStateError(
-            f"{site.name}: this {view.class_name} was processed, so its weights are not those that "
+            f"{site.name}: this {host.class_name} was processed, so its weights are not those that "
             "the adapter was added to. Load it unprocessed (from_pretrained_no_processing, or a "
             "TransformerBridge before enable_compatibility_mode)."
         )
-    return weight.double() / view.embedding_scale(site.kind)
+    return weight.double() / host.embedding_scale(site.kind)
 
 
 def _row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
@@ -13,7 +13,8 @@ from rich.text import Text
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.commands.options import Subject
 from lens_lora.commands.terminal import say
-from lens_lora.errors import LensLoraError, ModelStateError
+from lens_lora.demonstration import shipped_adapter
+from lens_lora.errors import LensLoraError
 from lens_lora.lens import LoraLens
 
 if TYPE_CHECKING:
@@ -91,13 +92,6 @@ def _note_other_base(model: str, named: str | None, progress: Console) -> None:
         progress.print(Text(note, style="yellow"), soft_wrap=True)
 
 
-def shipped_adapter() -> Path:
-    """The adapter that comes with the package."""
-    import lens_lora.demonstration
-
-    return Path(lens_lora.demonstration.__file__ or "").with_name("lyon_adapter")
-
-
 def lens_over(
     hf_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -110,16 +104,18 @@ def lens_over(
     """The lens over a hooked model of the base.
 
     Args:
-        kind: the hooked model's class; by default what the installed transformer-lens has.
+        kind: the hooked model's class; by default HookedTransformer where there is one, which the
+            printed numbers of the documentation are of.
         device: as torch names it.
 
     Raises:
         ModelStateError: no such device here.
     """
-    from lens_lora.loading import hooked_model
+    from lens_lora.loading import hooked_model, hooked_transformer_if_there, moved
 
     with step("Building the hooked model", progress):
-        model, _ = hooked_model(_moved(hf_model, device), tokenizer, kind=kind)
+        chosen = kind or hooked_transformer_if_there()
+        model, _ = hooked_model(moved(hf_model, device), tokenizer, kind=chosen)
     return LoraLens(model, adapter)
 
 
@@ -153,12 +149,3 @@ def announce(lens: LoraLens) -> None:
     ranks = ", ".join(str(r) for r in sorted({site.rank for site in lens.sites}))
     base = f", trained on {adapter.base_model}" if adapter.base_model else ""
     say(f"Adapter: {adapter.name}, {len(adapter)} modules of rank {ranks}{base}")
-
-
-def _moved(model: Any, device: str) -> PreTrainedModel:
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either
-        raise ModelStateError(
-            f"the device {device!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error

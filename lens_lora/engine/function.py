@@ -50,7 +50,7 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     Of a readout of a few logits only their rows of W_U are multiplied, unless something hooks the
     unembedding or bends its logits.
     """
-    unembedding = lens.plan.view.unembedding()
+    unembedding = lens.plan.host.unembedding()
     if (
         unembedding is None
         or not isinstance(reading.read, Columns)

@@ -72,7 +72,7 @@ class _TapInject:
 def _leaf(lens: LoraLens) -> str:
     """The last hook point before every site."""
     first = min(site.layer for site in lens.sites)
-    return lens.embedding_output if first < 0 else lens.plan.view.block_input(first)
+    return lens.embedding_output if first < 0 else lens.plan.host.block_input(first)
 
 
 def site_gradients(

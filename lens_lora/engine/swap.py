@@ -80,7 +80,7 @@ def record(lens: LoraLens, prompts: Prompts, scale: Scale, names: Iterable[str])
 
         return hook_fn
 
-    view = lens.plan.view
+    view = lens.plan.host
     hooks = [(view.block_input(layer), enter(layer)) for layer in range(view.n_layers)]
     hooks += [(name, keep(name)) for name in names]
     with torch.no_grad(), lens.applied(scale), attached(lens.model, hooks):
@@ -151,7 +151,7 @@ def patched_readout(
     layers = torch.tensor([donor.layers[patch.name] for patch in patches])
     order = layers.argsort(stable=True).tolist()
     within = [i for i in order if layers[i] >= 0]
-    if not lens.plan.view.grows or _share(lens, layers[within].tolist()) > _WORTH:
+    if not lens.plan.host.grows or _share(lens, layers[within].tolist()) > _WORTH:
         within = []
     outside = [i for i in order if i not in set(within)]
     values = torch.empty(reading.batch, len(patches), dtype=lens.gate_dtype, device=lens.device)
@@ -170,7 +170,7 @@ def patched_readout(
 
 def _share(lens: LoraLens, layers: list[int]) -> float:
     """Block passes of rows that begin where they patch, as a share of running each whole."""
-    count = lens.plan.view.n_layers
+    count = lens.plan.host.n_layers
     blocks = sum(count - layer for layer in layers) + count
     return blocks / max(1, len(layers) * count)
 
@@ -255,7 +255,7 @@ class _Tree:
     def _run(self, row: int, patches: Sequence[Patch]) -> Float[Tensor, "patch vocab"]:
         prompts, donor = self._rows[row], self._donors[row]
         layers = [donor.layers[patch.name] for patch in patches]
-        view, hooks = self._lens.plan.view, []
+        view, hooks = self._lens.plan.host, []
         for layer in sorted(set(layers)):
             hooks.append((view.block_input(layer), _grow(layers.count(layer))))
         for name, mine in _by_name(patches).items():

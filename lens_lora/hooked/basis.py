@@ -1,4 +1,4 @@
-"""ΔW from the Hugging Face basis into the (perhaps processed) model's basis.
+"""ΔW from the Hugging Face basis into the basis of the hooked model, processed or not.
 
 An adapter speaks of x, the input of the Hugging Face linear; a hook gives z. They differ by
 
@@ -10,33 +10,43 @@ are centred. So a site adds
 
     δ(z) = s·B'(A'z + a₀),   A' = A diag(γ),   a₀ = Aβ,   B' = PB or B.
 
-What was really applied to the weights is inferred from the weights, not from what was requested.
-Where value biases were folded, the constant part of an update of v moves on to o: value_bias.py.
+What was applied to the weights is inferred from the weights, not from what was requested. Where
+value biases were folded, the constant part of an update of v moves on to o: value_bias.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
 
 import torch
 from einops import einsum
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lens_lora.errors import ModelStateError
-from lens_lora.families import Family
 
-__all__ = ["BaseWeights", "Processing", "SiteMap", "infer_processing", "site_map"]
+__all__ = [
+    "Basis",
+    "Processing",
+    "SiteMap",
+    "Update",
+    "infer_processing",
+    "is_centred",
+    "site_map",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteMap:
     """δ(z) = B(Az + a₀), with s in B; A, B and a₀ in the model's basis.
 
-    `a0_by_head` is a₀ split over the heads of an input that has them (o), `B_by_head` B split over
-    heads that write to one output (the constant part of v, seen at o). `A_behind_gamma` is A
-    without γ, where the model itself applies γ after the hook point that shows z.
+    Attributes:
+        A: reads z; γ is in it.
+        B: writes δ; s is in it.
+        a0: the coordinates that β, folded value biases and a change of bias give for z = 0.
+        a0_by_head: a₀ split over the heads of an input that has them (o).
+        B_by_head: B split over heads that write to one output (the constant part of v, seen at o).
+        A_behind_gamma: A without γ, where the model itself applies γ after the hook point of z.
     """
 
     A: Float[Tensor, "rank in"]
@@ -47,24 +57,37 @@ class SiteMap:
     A_behind_gamma: Float[Tensor, "rank in"] | None = None
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """(B, A) of what the model's own weight would gain; a change of bias is not in it."""
+        """(B, A) of what merging would add to the model's own weight; a change of bias is left out.
+
+        A is without γ where the model applies γ itself.
+        """
         A = self.A if self.A_behind_gamma is None else self.A_behind_gamma
         return self.B[:, : len(A)], A
 
     def coordinates(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
         """u = Az + a₀, the update's coordinates in its own rank space.
 
-        An embedding's z is the ids [...] themselves: Az is then the column that each id picks.
+        Args:
+            z: the site's input; of an embedding the token ids, [...], each of which picks a column.
         """
         u = z.to(self.A.dtype) @ self.A.T if z.is_floating_point() else self.A.T[z]
         return u if self.a0 is None else u + self.a0
 
     def __call__(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """δ = Bu = s·B·A·x; with an input per head, [..., head, in], head by head."""
+        """δ = Bu = s·B·A·x.
+
+        Args:
+            z: the site's input; with an input per head, [batch, pos, head, in], head by head.
+        """
         return self.write(self.coordinates(z))
 
     def write(self, u: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch out"]:
-        """Bu; [batch, pos, head, rank] gives each head its own rows of B."""
+        """δ = Bu.
+
+        Args:
+            u: coordinates in rank space; [batch, pos, head, rank] gives each head its own rows
+                of B.
+        """
         if u.ndim < 4:
             return u @ self.B.T
         B = self.B.unflatten(0, (u.shape[-2], -1))
@@ -73,65 +96,15 @@ class SiteMap:
 
 @dataclasses.dataclass(frozen=True)
 class Processing:
-    """What was done to one weight: the norm's γ (and β) folded in, its output centred."""
+    """What was done to one weight.
+
+    Attributes:
+        folded: γ and β of the norm before it were multiplied in.
+        centred: what it writes sums to zero over the residual stream.
+    """
 
     folded: bool
     centred: bool
-
-
-class BaseWeights:
-    """The unprocessed Hugging Face base: weights, norms and value biases, by module path.
-
-    Raises:
-        ModelStateError: the model given is one that TransformerLens wraps (and rewrites in
-            place), or has merged adapters.
-    """
-
-    def __init__(self, hf_model: nn.Module, family: Family) -> None:
-        for module in hf_model.modules():
-            if type(module).__module__.startswith("transformer_lens"):
-                raise ModelStateError(
-                    "hf_model is wrapped by a TransformerBridge, which rewrites its weights in "
-                    "place; pass a freshly loaded copy of the base model."
-                )
-            if getattr(module, "merged", False) is True:
-                raise ModelStateError(
-                    "hf_model has a merged PEFT adapter; call unmerge_adapter() or pass the bare "
-                    "base model."
-                )
-        self._model = hf_model
-        self._family = family
-
-    def _module(self, path: str) -> nn.Module:
-        try:
-            module = self._model.get_submodule(path)
-        except AttributeError as error:
-            raise ModelStateError(
-                f"hf_model ({type(self._model).__name__}) has no module {path}; is it the base "
-                "model of this hooked model, with its language-model head?"
-            ) from error
-        return getattr(module, "base_layer", module)
-
-    def weight(self, path: str, rows: Tensor | None = None) -> Float[Tensor, "out in"]:
-        """A linear's weight, or an embedding's with the vocabulary as its input."""
-        module = self._module(path)
-        weight = cast(Tensor, module.weight).detach()
-        is_transposed = type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
-        weight = weight.T if is_transposed else weight
-        return weight if rows is None else weight[rows.to(weight.device)]
-
-    def bias(self, path: str, rows: Tensor | None = None) -> Float[Tensor, "out"] | None:
-        bias = getattr(self._module(path), "bias", None)
-        if bias is None:
-            return None
-        return bias.detach() if rows is None else bias.detach()[rows.to(bias.device)]
-
-    def affine(self, path: str) -> tuple[Tensor, Tensor | None]:
-        """(γ, β) of a norm; β is None for an RMS norm."""
-        norm = self._module(path)
-        bias = getattr(norm, "bias", None) if self._family.norm == "LN" else None
-        gamma = cast(Tensor, norm.weight).detach() + self._family.gamma_offset
-        return gamma, None if bias is None else bias.detach()
 
 
 def infer_processing(
@@ -145,8 +118,16 @@ def infer_processing(
 ) -> Processing:
     """Which processing turns the base's weight into the model's, found by comparing them.
 
+    Args:
+        name: of the site, for the error.
+        weight: the hooked model's.
+        base: the Hugging Face base's.
+        gamma: γ of the norm that the linear reads; None where it reads none.
+        centres_reads: whether folding this norm also centres what the weight reads (LayerNorm).
+        centres_writes: whether this weight may have been centred.
+
     Raises:
-        ModelStateError: none does; the model is not a processed form of this base.
+        ModelStateError: none does, so the model was not made from this base.
     """
     eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, base.dtype, torch.float32))
     weight, base = weight.double(), base.double().to(weight.device)
@@ -167,61 +148,113 @@ def infer_processing(
     if error > 16 * eps * size:
         raise ModelStateError(
             f"{name}: the model's weight is no processed form of hf_model's (they differ by "
-            f"{error:.3g}, the largest entry is {size:.3g}). Pass the base model that this hooked "
+            f"{error:.3g}, and the largest entry is {size:.3g}). Pass the base that this hooked "
             "model was made from; refactor_factored_attn_matrices is not supported."
         )
     return processing
 
 
-def site_map(
-    A: Float[Tensor, "rank in"],
-    B: Float[Tensor, "out rank"],
-    scale: float,
-    *,
-    bias: Float[Tensor, "out"] | None = None,
-    gamma: Tensor | None,
-    gamma_is_own: bool,
-    beta: Tensor | None,
-    centre_read: bool,
-    centre_write: bool,
-    n_heads: int,
-    kv_copies: int = 1,
-    d_head: int = 1,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> SiteMap:
-    """A site's δ in the model's basis; n_heads > 0 where the input is split by head (o), and
-    kv_copies > 1 where the model repeats each head of k and v; gamma_is_own where the model still
-    applies γ itself.
+def is_centred(weight: Float[Tensor, "out in"]) -> bool:
+    """Whether every column of a writing weight sums to zero over the residual stream.
+
+    Args:
+        weight: of a module that writes to the residual stream.
+    """
+    eps = torch.finfo(weight.dtype).eps
+    weight = weight.double()
+    return bool((weight.mean(0).abs().max() <= 8 * eps * weight.abs().max()).item())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update:
+    """What the adapter adds to one linear map, s·BAx + Δb, in the Hugging Face basis.
+
+    Attributes:
+        A: reads x, the input of the Hugging Face linear.
+        B: writes.
+        scale: s, with the adapter's strength and the model's own factor of an embedding.
+        bias: Δb, if the adapter changes the bias.
+    """
+
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
+    scale: float
+    bias: Float[Tensor, "out"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Basis:
+    """How a site's z and output in the hooked model differ from the Hugging Face linear's.
+
+    Attributes:
+        dtype: of the site's δ.
+        device: where the model's weight lies.
+        gamma: γ with x = γ ⊙ z + β; None for 1.
+        gamma_is_own: the model still applies γ itself, after the hook point that shows z.
+        beta: β, or Rep(b̂_V) at o; None for 0.
+        centre_read: z is centred, so what A reads along 1 is dropped.
+        centre_write: writing weights are centred, so B is too.
+        n_heads: into which the input is split (o); 0 where it is not.
+        kv_copies: how often the model repeats each head of k and v.
+        d_head: the width of a head.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    gamma: Float[Tensor, "in"] | None = None
+    gamma_is_own: bool = False
+    beta: Float[Tensor, "in"] | None = None
+    centre_read: bool = False
+    centre_write: bool = False
+    n_heads: int = 0
+    kv_copies: int = 1
+    d_head: int = 1
+
+
+def site_map(update: Update, basis: Basis) -> SiteMap:
+    """A site's δ in the model's basis: A' = A diag(γ), a₀ = Aβ, B' = s·PB.
 
     A change of bias is one more direction of rank space, the last, whose coordinate is always 1;
-    split by head it belongs to no head, in a slot of its own after them.
+    split by head it belongs to no head and gets a slot of its own after them.
+
+    Args:
+        update: ΔW and Δb as the adapter holds them.
+        basis: where they go.
     """
-    reads, writes = A.double().to(device), B.double().to(device) * scale
-    a0 = heads = None
-    if beta is not None and bool((beta != 0).any()):
-        offset = beta.double().to(device)
-        a0 = reads @ offset
-        if n_heads:
-            heads = (reads * offset).view(reads.shape[0], n_heads, -1).sum(-1).T.contiguous()
-    behind = reads.to(dtype) if gamma_is_own and gamma is not None else None
-    if gamma is not None:
-        reads = reads * gamma.double().to(device)
-    if centre_read:
+    reads = update.A.double().to(basis.device)
+    writes = update.B.double().to(basis.device) * update.scale
+    a0, heads = _offset(reads, basis)
+    behind = reads.to(basis.dtype) if basis.gamma_is_own and basis.gamma is not None else None
+    if basis.gamma is not None:
+        reads = reads * basis.gamma.double().to(basis.device)
+    if basis.centre_read:
         reads = reads - reads.mean(1, keepdim=True)
-    if bias is not None:
-        reads, writes, a0, heads = _with_bias(reads, writes, a0, heads, bias.to(device), n_heads)
-    if centre_write:
+    if update.bias is not None:
+        bias = update.bias.to(basis.device)
+        reads, writes, a0, heads = _with_bias(reads, writes, a0, heads, bias, basis.n_heads)
+    if basis.centre_write:
         writes = writes - writes.mean(0, keepdim=True)
-    if kv_copies > 1:
-        writes = writes.unflatten(0, (-1, d_head)).repeat_interleave(kv_copies, 0).flatten(0, 1)
+    if basis.kv_copies > 1:
+        by_head = writes.unflatten(0, (-1, basis.d_head))
+        writes = by_head.repeat_interleave(basis.kv_copies, 0).flatten(0, 1)
     return SiteMap(
-        reads.to(dtype),
-        writes.to(dtype),
-        None if a0 is None else a0.to(dtype),
-        None if heads is None else heads.to(dtype),
+        reads.to(basis.dtype),
+        writes.to(basis.dtype),
+        None if a0 is None else a0.to(basis.dtype),
+        None if heads is None else heads.to(basis.dtype),
         A_behind_gamma=behind,
     )
+
+
+def _offset(reads: Tensor, basis: Basis) -> tuple[Tensor | None, Tensor | None]:
+    """a₀ = Aβ, and its split over the heads of the input where it has them."""
+    if basis.beta is None or not bool((basis.beta != 0).any()):
+        return None, None
+    beta = basis.beta.double().to(basis.device)
+    a0 = reads @ beta
+    if not basis.n_heads:
+        return a0, None
+    return a0, (reads * beta).view(len(reads), basis.n_heads, -1).sum(-1).T.contiguous()
 
 
 def _with_bias(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.gates import HookFn, attached
-from lens_lora.hooked.host import HookedView
+from lens_lora.hooked.host import Host
 
 __all__ = ["FrozenRules", "frozen_points", "held_fixed", "require_held"]
 
@@ -73,7 +73,12 @@ class FrozenRules:
 
 
 def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
-    """The hook points that these rules hold, each under one name."""
+    """The hook points that these rules hold, each under one name.
+
+    Args:
+        model: the hooked model.
+        rules: what is held fixed.
+    """
     held = {_PATTERN: rules.attention_patterns, _SCALE: rules.norm_scales}
     names = [name for name in model.hook_dict if held.get(name.rpartition(".")[2], False)]
     return list({id(model.hook_dict[name]): name for name in names}.values())
@@ -81,7 +86,12 @@ def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
 
 @contextlib.contextmanager
 def held_fixed(model: Any, rules: FrozenRules) -> Generator[None]:
-    """No derivative, of either mode, passes the frozen points within the block."""
+    """No derivative, of either mode, passes the frozen points within the block.
+
+    Args:
+        model: the hooked model.
+        rules: what is held fixed.
+    """
     hooks = [(name, _without_derivative) for name in frozen_points(model, rules)]
     with _no_word_of_edits(), attached(model, hooks):
         yield
@@ -105,31 +115,33 @@ def _no_word_of_edits() -> Generator[None]:
         yield
 
 
-def require_held(view: HookedView, rules: FrozenRules, run: _Run) -> None:
+def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
     """Refuse a model that does not compute with what a hook returns at some frozen point.
 
     Args:
+        host: the hooked model.
+        rules: what is held fixed.
         run: one forward pass on a few tokens. It is called twice, and differentiated once.
 
     Raises:
         ModelStateError: naming the hook point, or the norm that has none, and the remedy.
     """
-    names = frozen_points(view.model, rules)
-    _require_points(view, rules, names)
+    names = frozen_points(host.model, rules)
+    _require_points(host, rules, names)
     with torch.no_grad():
         bare = run()
-    tried = _try_hooks(view, names, run)
-    _require_used(view, tried.came)
+    tried = _try_hooks(host, names, run)
+    _require_used(host, tried.came)
     if rules.norm_scales and tried.past:
         raise ModelStateError(
-            f"{tried.past[0]}: this {view.class_name} runs a norm past its hook points, so its "
+            f"{tried.past[0]}: this {host.class_name} runs a norm past its hook points, so its "
             "denominator cannot be held fixed (use_split_qkv_input and use_attn_in do so on a "
             "TransformerBridge: set them off). Or leave out norm_scales."
         )
     off, span = float((tried.logits - bare).abs().max()), float(bare.max() - bare.min())
     if not off <= torch.finfo(bare.dtype).eps ** 0.5 * span:
         raise ModelStateError(
-            f"this {view.class_name} computes other logits ({off:.2g} off, of a range of "
+            f"this {host.class_name} computes other logits ({off:.2g} off, of a range of "
             f"{span:.2g}) once hooks return patterns and scales unchanged, so none can be held "
             "fixed; use a HookedTransformer, or another version of transformer-lens."
         )
@@ -146,15 +158,15 @@ class _Trial:
     past: list[str]
 
 
-def _try_hooks(view: HookedView, names: list[str], run: _Run) -> _Trial:
+def _try_hooks(host: Host, names: list[str], run: _Run) -> _Trial:
     added: dict[str, list[Tensor]] = {name: [] for name in names}
     past: list[str] = []
     hooks = [(name, _adding_zeros(found)) for name, found in added.items()]
     with (
         torch.enable_grad(),
         _no_word_of_edits(),
-        attached(view.model, hooks),
-        _norms_without_hooks(view.model, past),
+        attached(host.model, hooks),
+        _norms_without_hooks(host.model, past),
     ):
         logits = run()
     zeros = [each for found in added.values() for each in found]
@@ -165,21 +177,21 @@ def _try_hooks(view: HookedView, names: list[str], run: _Run) -> _Trial:
     return _Trial(logits.detach(), came, past)
 
 
-def _require_points(view: HookedView, rules: FrozenRules, names: list[str]) -> None:
+def _require_points(host: Host, rules: FrozenRules, names: list[str]) -> None:
     patterns = sum(name.endswith(_PATTERN) for name in names)
-    if rules.attention_patterns and patterns < view.n_layers:
+    if rules.attention_patterns and patterns < host.n_layers:
         raise ModelStateError(
-            f"this {view.class_name} has {patterns} hook points of attention patterns in "
-            f"{view.n_layers} layers, so they cannot be held fixed; use a HookedTransformer, or "
+            f"this {host.class_name} has {patterns} hook points of attention patterns in "
+            f"{host.n_layers} layers, so they cannot be held fixed; use a HookedTransformer, or "
             "leave out attention_patterns."
         )
     if rules.norm_scales and patterns == len(names):
         raise ModelStateError(
-            f"this {view.class_name} has no hook point of a norm's scale; leave out norm_scales."
+            f"this {host.class_name} has no hook point of a norm's scale; leave out norm_scales."
         )
 
 
-def _require_used(view: HookedView, came: dict[str, list[bool]]) -> None:
+def _require_used(host: Host, came: dict[str, list[bool]]) -> None:
     """Each hook point fired, and the logits depend on what each firing returned."""
     unused = [name for name, found in came.items() if not found or not all(found)]
     if not unused:
@@ -188,8 +200,8 @@ def _require_used(view: HookedView, came: dict[str, list[bool]]) -> None:
     what = "computes past what a hook returns there" if came[name] else "never reaches it"
     rule = "attention_patterns" if name.endswith(_PATTERN) else "norm_scales"
     raise ModelStateError(
-        f"{name} ({len(unused)} such hook points in all): this {view.class_name} of a "
-        f"{view.family.architectures[0]} {what}, so it cannot be held fixed. Use a "
+        f"{name} ({len(unused)} such hook points in all): this {host.class_name} of a "
+        f"{host.family.architectures[0]} {what}, so it cannot be held fixed. Use a "
         "HookedTransformer (transformer-lens before 4), load the Hugging Face model with "
         "attn_implementation='eager', set use_split_qkv_input and use_attn_in off, or leave out "
         f"{rule}."

@@ -15,7 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ __all__ = ["Inject", "ScaleInject", "attached", "site_hooks", "weight_of", "writ
 HookFn = Callable[..., Tensor | None]
 
 
+@runtime_checkable
 class Inject(Protocol):
     """What a writer does: (index of the injection, running output, z) → output.
 
@@ -41,7 +42,12 @@ class Inject(Protocol):
 
 
 def weight_of(injection: Injection, gates: Tensor) -> Tensor:
-    """The gate of an injection, out of gates [..., site]: ε_site, or half of ε_site ε_partner."""
+    """The gate of an injection: ε_site, or half of ε_site ε_partner.
+
+    Args:
+        injection: what is added at one place.
+        gates: ε, [..., site].
+    """
     own = gates[..., injection.site]
     return own if injection.partner is None else own * gates[..., injection.partner] / 2
 
@@ -50,6 +56,10 @@ class ScaleInject:
     """out + ε_l ΔW_l z_l, with gates ε of shape [site] or [batch, site].
 
     A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit.
+
+    Args:
+        plan: what the sites add.
+        gates: ε.
     """
 
     def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"]) -> None:
@@ -69,6 +79,12 @@ def add(out: Tensor, site_map: SiteMap, z: Tensor, gate: Tensor) -> Tensor:
     """out + B(gate · u), computed at its own precision and cast to the model's.
 
     The gate scales u, which is so much smaller than δ = Bu, and the derivative by it is u's.
+
+    Args:
+        out: the running output.
+        site_map: δ of the site.
+        z: its input.
+        gate: ε, a number or [batch].
     """
     u = site_map.coordinates(z)
     gate = gate.to(u.device, u.dtype)
@@ -151,7 +167,10 @@ class _Arranger:
 def site_hooks(plan: Plan, inject: Inject, points: Mapping[str, Any]) -> list[tuple[str, HookFn]]:
     """[(hook name, function)] for one or more forward passes with this injection.
 
-    `points` is the model's `hook_dict`.
+    Args:
+        plan: the sites, and where they read and write.
+        inject: what a writer does.
+        points: the model's `hook_dict`.
     """
     by_layer: dict[int, list[tuple[str, HookFn]]] = {}
     readers: dict[str, _Reader] = {}
@@ -169,14 +188,18 @@ def site_hooks(plan: Plan, inject: Inject, points: Mapping[str, Any]) -> list[tu
     arranged: list[tuple[str, HookFn]] = []
     for layer, hooks in sorted(by_layer.items()):
         if layer >= 0:
-            arranged.append((plan.view.block_input(layer), _Arranger(points, hooks)))
+            arranged.append((plan.host.block_input(layer), _Arranger(points, hooks)))
         arranged.extend(hooks)
     return arranged
 
 
 def writes_at_modules(plan: Plan) -> list[str]:
-    """Sites whose δ goes to a module's output, for want of a hook point there."""
-    points = plan.view.model.hook_dict
+    """Names of sites whose δ goes to a module's output, for want of a hook point there.
+
+    Args:
+        plan: the adapter over the model.
+    """
+    points = plan.host.model.hook_dict
     return [site.name for site in plan.sites if site.write not in points]
 
 
@@ -187,6 +210,11 @@ def attached(
     """The hooks on the model for the block's duration, also through `model.reset_hooks()`.
 
     On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
+
+    Args:
+        model: the hooked model.
+        hooks: (name of a hook point or module, function).
+        points: the model's `hook_dict`, if it is at hand.
     """
     known = model.hook_dict if points is None else points
     with contextlib.ExitStack() as stack:

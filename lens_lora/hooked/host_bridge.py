@@ -12,14 +12,18 @@ weight. The copy is read there, and normalised as the bridge does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
-from lens_lora.families import Family
-from lens_lora.hooked.host import Ports, find_family, is_capped
-from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
+from lens_lora.families import find_family
+from lens_lora.hooked.host import Host
+from lens_lora.hooked.ports import Ports
+from lens_lora.hooked.sites import ATTENTION_KINDS, Heads, SiteFactors
+
+__all__ = ["BridgeHost"]
 
 _COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
 _FLAGS = (*_COPIED_INPUTS, "use_attn_result")
@@ -29,22 +33,31 @@ _PROCESSED_GATED = ("gate", "up")
 _COMPONENTS = {"gate": "gate", "up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
 
 
-class BridgeView:
-    """See `HookedView`."""
+@final
+class BridgeHost(Host):
+    """A TransformerBridge.
+
+    Args:
+        model: the bridge.
+
+    Raises:
+        ModelStateError: a family that is not supported, or a flag whose effect is not known.
+    """
 
     class_name = "TransformerBridge"
+    pass_overhead = 0.4
 
     def __init__(self, model: Any) -> None:
         _refuse_unknown_copies(model)
         cfg = model.cfg
-        self.model: Any = model
-        self.family: Family = find_family(type(model.original_model).__name__)
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
-        self.heads: Heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
-        self.keeps_rows: bool = not self.family.routed
-        self.kv_copies: int = 1
-        self.n_layers: int = cfg.n_layers
-        self.grows: bool = type(model.original_model).__name__ not in _FIXED_BATCH
+        family = find_family(type(model.original_model).__name__)
+        super().__init__(model, family, Heads(cfg.n_heads, n_kv, cfg.d_head))
+
+    @property
+    def grows(self) -> bool:
+        """Not where position data are made for each row."""
+        return type(self.model.original_model).__name__ not in _FIXED_BATCH
 
     def _component(self, layer: int, kind: str) -> tuple[str, Any]:
         if kind in ("embed", "pos_embed", "unembed"):
@@ -55,6 +68,7 @@ class BridgeView:
         return f"blocks.{layer}.{part}.{name}", component
 
     def ports(self, layer: int, kind: str) -> Ports:
+        """The component's own hook points, or those that a flag puts in their place."""
         name, _ = self._component(layer, kind)
         copies = self._copies(layer, kind) if kind in ("q", "k", "v") else None
         if copies is not None:
@@ -90,9 +104,11 @@ class BridgeView:
         return bool(getattr(mlp, "_use_processed_weights", False)) and hasattr(mlp, "gate")
 
     def block_input(self, layer: int) -> str:
+        """`hook_in` of the block, or of the final norm."""
         return f"blocks.{layer}.hook_in" if layer < self.n_layers else "ln_final.hook_in"
 
     def embedding_output(self) -> str:
+        """The hook point after the token embedding."""
         return "embed.hook_out"
 
     def embedding_scale(self, kind: str) -> float:
@@ -101,7 +117,8 @@ class BridgeView:
             return 1.0
         return float(getattr(self.model.embed.original_component, "embed_scale", 1.0))
 
-    def weight(self, layer: int, kind: str) -> Tensor:
+    def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
+        """The wrapped module's weight, or what a processed gated MLP holds in its place."""
         if kind in _PROCESSED_GATED or kind == "down":
             held = self._held(layer, kind)
             if held is not None:
@@ -113,25 +130,32 @@ class BridgeView:
         weight = weight.T if is_transposed else weight
         return weight * self.embedding_scale(kind) if kind == "embed" else weight
 
-    def _held(self, layer: int, kind: str) -> Tensor | None:
+    def _held(self, layer: int, kind: str) -> Float[Tensor, "out in"] | None:
         """The weight that a processed gated MLP holds itself (transformer-lens 3)."""
         held = getattr(self.model.blocks[layer].mlp, f"_processed_W_{_COMPONENTS.get(kind)}", None)
         if held is not None and self._computes_gated_mlp(layer):
             return held.detach()
         return None
 
-    def bias(self, layer: int, kind: str) -> Tensor | None:
+    def bias(self, layer: int, kind: str) -> Float[Tensor, "out"] | None:
+        """The wrapped module's bias, of any kind."""
         _, component = self._component(layer, kind)
         bias = getattr(component.original_component, "bias", None)
         return None if bias is None else bias.detach().flatten()
 
-    def unembedding(self) -> tuple[Tensor, Tensor | None] | None:
-        if is_capped(self.model):
+    def base_bias(self, site: SiteFactors) -> Float[Tensor, "out"] | None:
+        """An unprocessed bridge wraps the base itself, so its bias is the base's."""
+        return self.bias(site.layer, site.kind)
+
+    def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
+        """(W_U, bias); None where a soft-cap follows."""
+        if self.is_capped:
             return None
         last = self.n_layers
         return self.weight(last, "unembed"), self.bias(last, "unembed")
 
     def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        """None: `hook_in` shows what the linear itself reads."""
         del layer, kind
         return None
 
@@ -149,11 +173,17 @@ class BridgeView:
         return self.needs_base() and is_unit
 
     def state(self) -> tuple[tuple[str, Any], ...]:
+        """The flags that move hook points, and whether weights were processed."""
         flags = tuple((f"cfg.{flag}", getattr(self.model.cfg, flag, False)) for flag in _FLAGS)
         return (*flags, ("processed weights", self.needs_base()))
 
     def needs_base(self) -> bool:
+        """Whether the bridge's compatibility mode processed the weights."""
         return bool(getattr(self.model, "_weights_processed", False))
+
+    def may_have_folded_value_bias(self) -> bool:
+        """Only where it says that weights were processed."""
+        return self.needs_base()
 
 
 def _refuse_unknown_copies(model: Any) -> None:

@@ -1,4 +1,10 @@
-"""Whether a hooked model computes what its Hugging Face base does."""
+"""Whether a hooked model can be trusted: its state, and its logits beside its base's.
+
+1. `refuse_unusable`: nothing in it is random, quantised or adapted already.
+2. `base_logits`, then `require_same_logits`: without the adapter it computes what its Hugging Face
+   base does. The host libraries build some families wrongly and say nothing. The base's logits
+   come first, because a TransformerBridge takes the base over.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +18,120 @@ from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 
-__all__ = ["require_same_base"]
+__all__ = [
+    "OF_A_GIVEN_BASE",
+    "base_logits",
+    "refuse_dropout",
+    "refuse_unusable",
+    "require_same_logits",
+]
 
 _CHECKED_TOKENS, _AGREEMENT = 8, 1e-3
+OF_A_GIVEN_BASE = (
+    "Either hf_model is not its base, or transformer-lens builds this family wrongly (2.18 ignores "
+    "Llama's rope_theta, and misfolds Mixtral); try another version, or its TransformerBridge."
+)
 _Logits = Float[Tensor, "batch pos d_vocab"]
 
 
-def require_same_base(
-    logits_of: Callable[[Int[Tensor, "batch pos"]], _Logits], hf_model: nn.Module, class_name: str
-) -> None:
-    """Refuse a hooked model that is not its base: the host library can be wrong about one.
+def refuse_unusable(model: nn.Module) -> None:
+    """Refuse injected adapters, active dropout, and weights that are not floating point.
 
-    `logits_of` gives the hooked model's, without the adapter. One forward pass of each.
+    Args:
+        model: a hooked model, or the base that one is made from.
 
     Raises:
-        ModelStateError: their logits differ by more than a thousandth of their range.
+        ModelStateError: naming the module or parameter.
     """
-    tokens = torch.arange(1, 1 + _CHECKED_TOKENS)[None]
+    refuse_dropout(model)
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise ModelStateError(
+                f"{name or type(module).__name__} already carries a PEFT adapter, which would be "
+                "applied twice; build the hooked model from the bare base (peft_model.unload())."
+            )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ModelStateError(
+                f"{name} is {parameter.dtype}: quantised weights have no exact ΔW; load the model "
+                "in a floating-point dtype."
+            )
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Refuse active dropout: modules, and what a Hugging Face config turns on in train mode.
+
+    Args:
+        model: a hooked model, or the base that one is made from.
+
+    Raises:
+        ModelStateError: naming the module or the field of the config.
+    """
+    if not model.training:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            raise ModelStateError(
+                f"{name}: dropout {module.p} is active, so no two runs agree; call model.eval()."
+            )
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    for name, value in (config.to_dict() if config is not None else {}).items():
+        if ("drop" in name) and isinstance(value, float) and value > 0:
+            raise ModelStateError(
+                f"{name}={value} is active in train mode, so no two runs agree; call model.eval()."
+            )
+
+
+def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
+    """Logits of the base on eight tokens, its adapters off. One forward pass.
+
+    None in half precision, where rounding alone moves logits by as much as the errors that are
+    looked for: there is nothing to compare.
+
+    Args:
+        hf_model: the Hugging Face base.
+        dtype: of the hooked model.
+    """
+    own = next(p.dtype for p in hf_model.parameters() if p.is_floating_point())
+    if min(torch.finfo(own).bits, torch.finfo(dtype).bits) < 32:
+        return None
     with torch.no_grad(), _adapters_off(hf_model):
-        expected = hf_model(tokens.to(next(hf_model.parameters()).device)).logits
-    found = logits_of(tokens).to(expected)
+        return hf_model(_checked_tokens().to(next(hf_model.parameters()).device)).logits
+
+
+def require_same_logits(
+    expected: _Logits | None,
+    logits_of: Callable[[Int[Tensor, "batch pos"]], _Logits],
+    words: tuple[str, str, str],
+) -> None:
+    """Refuse a hooked model whose logits are not its base's. One forward pass.
+
+    They are compared up to a constant a position, which a centred unembedding removes.
+
+    Args:
+        expected: from `base_logits`; with None nothing is run or refused.
+        logits_of: gives the hooked model's logits without the adapter.
+        words: for the error: what computes, what it is compared with, and the remedy.
+
+    Raises:
+        ModelStateError: they differ by more than a thousandth of their range.
+    """
+    if expected is None:
+        return
+    with torch.no_grad():
+        found = logits_of(_checked_tokens().to(expected.device)).to(expected)
     found, expected = (logits - logits.mean(-1, keepdim=True) for logits in (found, expected))
     off, span = float((found - expected).abs().max()), float(expected.max() - expected.min())
     if not off <= _AGREEMENT * span:
+        what, base, remedy = words
         raise ModelStateError(
-            f"without the adapter this {class_name} computes other logits than hf_model: "
-            f"{off:.2g} off, of a range of {span:.2g}. Either hf_model is not its base, or "
-            "transformer-lens builds this family wrongly (2.18 ignores Llama's rope_theta, and "
-            "misfolds Mixtral); try another version, or its TransformerBridge."
+            f"{what} computes other logits than {base}: {off:.2g} off, of a range of {span:.2g}. "
+            f"{remedy}"
         )
+
+
+def _checked_tokens() -> Int[Tensor, "batch pos"]:
+    return torch.arange(1, 1 + _CHECKED_TOKENS)[None]
 
 
 @contextlib.contextmanager

@@ -9,36 +9,49 @@ to the output of the module itself.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
-from lens_lora.families import Family
-from lens_lora.hooked.host import Ports, find_family, is_capped
-from lens_lora.hooked.sites import Heads
+from lens_lora.families import find_family
+from lens_lora.hooked.host import Host
+from lens_lora.hooked.ports import Ports
+from lens_lora.hooked.sites import Heads, SiteFactors
+
+__all__ = ["HookedTransformerHost", "fires_after_affine"]
 
 _FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention")
 
 
-class HookedTransformerView:
-    """See `HookedView`."""
+@final
+class HookedTransformerHost(Host):
+    """A HookedTransformer.
+
+    Args:
+        model: the HookedTransformer.
+
+    Raises:
+        ModelStateError: a family that is not supported, or refactored attention.
+    """
 
     class_name = "HookedTransformer"
-    grows = True
+    pass_overhead = 1.4  # it copies the weights that it uses, and W_U is the largest of them
 
     def __init__(self, model: Any) -> None:
         cfg = model.cfg
-        self.model: Any = model
-        self.family: Family = find_family(getattr(cfg, "original_architecture", None))
-        self.heads: Heads = Heads(cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
-        self.keeps_rows: bool = not self.family.routed
-        self.kv_copies: int = 1
-        if getattr(cfg, "ungroup_grouped_query_attention", False):
-            self.kv_copies = self.heads.n_heads // self.heads.n_kv
-        self.n_layers: int = cfg.n_layers
+        family = find_family(getattr(cfg, "original_architecture", None))
+        heads = Heads(cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+        ungrouped = getattr(cfg, "ungroup_grouped_query_attention", False)
+        super().__init__(model, family, heads, heads.n_heads // heads.n_kv if ungrouped else 1)
         self._refuse_refactored()
+
+    @property
+    def grows(self) -> bool:
+        """Always: it passes nothing beside the residual stream."""
+        return True
 
     def _refuse_refactored(self) -> None:
         """A refactored attention's W_O is a rotation: every head's rows are orthonormal."""
@@ -54,6 +67,11 @@ class HookedTransformerView:
                 )
 
     def ports(self, layer: int, kind: str) -> Ports:
+        """Hook points of TransformerLens, or the module itself where none lies at its output.
+
+        Raises:
+            ModelStateError: an embedding that normalises within itself.
+        """
         if kind == "embed" and getattr(self.model.cfg, "post_embedding_ln", False):
             raise ModelStateError(
                 "embed: this HookedTransformer normalises inside its embedding, with no place "
@@ -75,16 +93,20 @@ class HookedTransformerView:
         return Ports(f"{block}.ln2.hook_normalized", f"{block}.mlp.{write}")
 
     def block_input(self, layer: int) -> str:
+        """`hook_resid_pre` of the block, or the scale of the final norm."""
         return f"blocks.{layer}.hook_resid_pre" if layer < self.n_layers else "ln_final.hook_scale"
 
     def embedding_output(self) -> str:
+        """The module of the token embedding."""
         return "embed"
 
     def embedding_scale(self, kind: str) -> float:
+        """√d for Gemma's token embedding, which its W_E holds."""
         is_scaled = kind == "embed" and self.family.gamma_offset
         return self.model.cfg.d_model**0.5 if is_scaled else 1.0
 
-    def weight(self, layer: int, kind: str) -> Tensor:
+    def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
+        """The parameter of this kind, turned to [out, in]; a grouped model's own heads only."""
         outside = {"embed": ("embed", "W_E"), "pos_embed": ("pos_embed", "W_pos")}
         name, parameter = outside.get(kind, ("unembed", "W_U"))
         if kind in ("embed", "pos_embed", "unembed"):
@@ -97,17 +119,30 @@ class HookedTransformerView:
         name = {"gate": "W_gate", "up": "W_in", "fc_in": "W_in"}.get(kind, "W_out")
         return getattr(block.mlp, name).detach().T
 
-    def bias(self, layer: int, kind: str) -> Tensor | None:
-        """Of 'v' and 'o'."""
+    def bias(self, layer: int, kind: str) -> Float[Tensor, "out"] | None:
+        """b_V or b_O."""
         attn = self.model.blocks[layer].attn
         return attn.b_O.detach() if kind == "o" else _stored(attn, f"b_{kind.upper()}").flatten()
 
-    def unembedding(self) -> tuple[Tensor, Tensor | None] | None:
-        if is_capped(self.model):
+    def base_bias(self, site: SiteFactors) -> Float[Tensor, "out"] | None:
+        """Not kept: a HookedTransformer does not tell whether its biases were processed.
+
+        Raises:
+            ModelStateError: always, naming `hf_model`.
+        """
+        raise ModelStateError(
+            f"{site.name}: the adapter holds a trained bias, so the base model's own is needed; "
+            "pass it: LoraLens(model, adapter, hf_model=…)."
+        )
+
+    def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
+        """(W_U, b_U); None where a soft-cap follows."""
+        if self.is_capped:
             return None
         return self.weight(self.n_layers, "unembed"), self.model.unembed.b_U.detach()
 
     def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        """(w, b) of an unfolded norm, unless its hook point fires after them."""
         if kind not in ("q", "k", "v", "gate", "up", "fc_in"):
             return None
         norm: Any = getattr(
@@ -121,14 +156,21 @@ class HookedTransformerView:
         return norm.w.detach(), None if bias is None else bias.detach()
 
     def is_folded(self, layer: int, kind: str) -> bool:
+        """All norms are folded, or none."""
         del layer, kind
         return self.needs_base()
 
     def state(self) -> tuple[tuple[str, Any], ...]:
+        """The flags that change what the hook points show."""
         return tuple((f"cfg.{flag}", getattr(self.model.cfg, flag, False)) for flag in _FLAGS)
 
     def needs_base(self) -> bool:
+        """Whether norms were folded, which leaves those that only normalise."""
         return str(self.model.cfg.normalization_type).endswith("Pre")
+
+    def may_have_folded_value_bias(self) -> bool:
+        """Always: it does not tell."""
+        return True
 
 
 def _stored(attn: nn.Module, name: str) -> Tensor:
@@ -138,7 +180,11 @@ def _stored(attn: nn.Module, name: str) -> Tensor:
 
 @functools.cache
 def fires_after_affine(norm_type: type[nn.Module]) -> bool:
-    """Whether this norm class's `hook_normalized` sees its output, affine included: measured."""
+    """Whether this norm class's `hook_normalized` sees its output, affine included: measured.
+
+    Args:
+        norm_type: LayerNorm of TransformerLens, or a class like it.
+    """
     from transformer_lens import HookedTransformerConfig
 
     cfg = HookedTransformerConfig(

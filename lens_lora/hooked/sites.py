@@ -1,16 +1,19 @@
-"""Sites: the adapted linear maps, by the model's own hook names.
+"""Sites: the adapted linear maps, by the model's own hook names, and how to take them together.
 
-A Hugging Face module becomes one site, or three where it fuses q, k and v: row i of the fused
-output belongs to the kind that the family's layout names, and the site takes those rows of B.
-
-Groups of sites: single sites, layers, kinds of module, or any named subsets.
+1. A Hugging Face module becomes one site, or three where it fuses q, k and v: row i of the fused
+   output belongs to the kind that the family's layout names, and the site takes those rows of B.
+2. Sites are chosen by name or glob (`match_sites`), and taken together as layers, kinds of module
+   or named subsets (`group_sites`).
+3. A number of a site may be split along `AXES` (`by_axes`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -39,6 +42,7 @@ __all__ = [
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
 EMBEDDING_KINDS = ("embed", "pos_embed")
+_OUTSIDE = (*EMBEDDING_KINDS, "unembed")
 WRITER_KINDS = ("o", "down", "fc_out", *EMBEDDING_KINDS)
 AXES = ("position", "head", "rank")
 _ORDER = (*EMBEDDING_KINDS, "q", "k", "v", "o", "gate", "up", "fc_in", "down", "fc_out", "unembed")
@@ -51,7 +55,8 @@ class Site:
     Attributes:
         name: 'blocks.3.attn.q'.
         module: Hugging Face path that the adapter names.
-        layer, kind: 3, 'q'; embeddings are in layer −1, the unembedding after the last.
+        layer: 3; embeddings are in layer −1, the unembedding after the last.
+        kind: 'q'.
         read: hook point at which z is read.
         write: hook point at which s·B·A·z is added.
         rank: of ΔW.
@@ -70,14 +75,24 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """The model's attention heads: queries, keys and values, and their width."""
+    """The model's attention heads.
+
+    Attributes:
+        n_heads: of queries.
+        n_kv: of keys and values.
+        d_head: their width.
+    """
 
     n_heads: int
     n_kv: int
     d_head: int
 
     def of(self, kind: str) -> int:
-        """How many heads a site of this kind has; 0 outside attention."""
+        """How many heads a site of this kind has; 0 outside attention.
+
+        Args:
+            kind: such as 'q' or 'down'.
+        """
         return {"q": self.n_heads, "o": self.n_heads, "k": self.n_kv, "v": self.n_kv}.get(kind, 0)
 
 
@@ -95,7 +110,13 @@ class SiteFactors:
 
 
 def site_name(layer: int, kind: str) -> str:
-    if kind in (*EMBEDDING_KINDS, "unembed"):
+    """'blocks.3.attn.q', or the kind alone outside the blocks.
+
+    Args:
+        layer: its number.
+        kind: such as 'q' or 'embed'.
+    """
+    if kind in _OUTSIDE:
         return kind
     part = "attn" if kind in ATTENTION_KINDS else "mlp"
     return f"blocks.{layer}.{part}.{kind}"
@@ -106,8 +127,15 @@ def resolve_sites(
 ) -> tuple[SiteFactors, ...]:
     """Every adapted module as sites, in the order in which a forward pass meets them.
 
+    Args:
+        adapter: what was fine-tuned.
+        family: how the model's modules are named.
+        heads: of the model.
+        n_layers: of the model.
+
     Raises:
         SiteError: a module that the model lacks.
+        AdapterError: a fused projection of another size than the model's.
     """
     found: list[SiteFactors] = []
     for key, factors in adapter.modules.items():
@@ -126,16 +154,21 @@ def resolve_sites(
 
 
 def _layer(place: Place, kind: str, n_layers: int) -> int:
-    """Embeddings come before layer 0, the unembedding after the last."""
     if place.layer is not None:
         return place.layer
     return n_layers if kind == "unembed" else -1
 
 
 def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None:
-    """Which of the `out` rows of a fused projection belong to `kind`; None where it is not fused.
+    """Which output rows of a fused projection belong to a kind; None where it is not fused.
 
     Blocks are q|k|v of the model's own widths, or gate|up halves; interleaved is (head, 3, d_head).
+
+    Args:
+        place: of the module in its family.
+        kind: one of those that it fuses.
+        heads: the model's.
+        out: how many rows it has.
     """
     if place.layout == "whole":
         return None
@@ -147,7 +180,6 @@ def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None
 
 
 def _check_fused(module: str, place: Place, heads: Heads, out: int, base_model: str | None) -> None:
-    """Refuse a fused projection whose rows are not the model's heads."""
     expected = sum(heads.of(kind) for kind in place.kinds) * heads.d_head
     if place.layout != "whole" and expected and out != expected:
         raise AdapterError(
@@ -156,20 +188,12 @@ def _check_fused(module: str, place: Place, heads: Heads, out: int, base_model: 
         )
 
 
-def check_shapes(site: SiteFactors, weight: Tensor, base_model: str | None) -> None:
-    """Refuse factors that do not fit the model's own weight, [out, in]."""
-    B, A = site.factors.B, site.factors.A
-    theirs, ours = (B.shape[0], A.shape[1]), tuple(weight.shape)
-    if theirs != ours:
-        raise AdapterError(
-            f"{site.name} ({site.module}): the adapter maps {theirs[1]}→{theirs[0]}, the model "
-            f"{ours[1]}→{ours[0]}. Was it trained on another base model? The adapter names "
-            f"{base_model!r}."
-        )
-
-
 def points_without_update(sites: Iterable[Site]) -> set[str]:
-    """Hook points that show W z of an adapted site before its δ is added."""
+    """Hook points that show W z of an adapted site before its δ is added.
+
+    Args:
+        sites: the adapted ones.
+    """
     found: set[str] = set()
     for site in sites:
         if site.kind == "o":
@@ -182,11 +206,13 @@ def points_without_update(sites: Iterable[Site]) -> set[str]:
 def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, Any]:
     """Site index → value, for a mapping from site names or globs; later keys win.
 
+    Args:
+        names: of all sites.
+        values: by name or glob.
+
     Raises:
         SiteError: a key that matches no site.
     """
-    import fnmatch
-
     names = list(names)
     index = {name: i for i, name in enumerate(names)}
     chosen: dict[int, Any] = {}
@@ -222,12 +248,13 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
     """{group name: indices of its sites}, in the order of the sites.
 
     Args:
+        sites: to be grouped.
         group: 'site', 'layer' ('layer 3'; 'embed', 'unembed'), 'kind', or {name: site names or
             globs}; subsets may overlap and need not hold every site.
 
     Raises:
         SiteError: a glob that matches no site.
-        ArgumentError: another word.
+        ArgumentError: any other word.
     """
     if isinstance(group, Mapping):
         names = [site.name for site in sites]
@@ -235,7 +262,11 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
             name: tuple(sorted(match_sites(names, dict.fromkeys(_globs(globs), 1.0))))
             for name, globs in group.items()
         }
-    labels = {"site": _site_label, "layer": _layer_label, "kind": _kind_label}
+    labels = {
+        "site": attrgetter("name"),
+        "layer": _layer_label,
+        "kind": attrgetter("kind"),
+    }
     if group not in labels:
         raise ArgumentError(
             f"group {group!r}: expected 'site', 'layer', 'kind', or {{name: globs of sites}}."
@@ -247,7 +278,12 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
 
 
 def indicator(groups: Groups, sites: int) -> Float[Tensor, "group site"]:
-    """1 where a site is of a group."""
+    """1 where a site is in a group.
+
+    Args:
+        groups: of so many sites.
+        sites: their number.
+    """
     rows = torch.zeros(len(groups), sites, dtype=torch.float64)
     for row, indices in zip(rows, groups.values(), strict=True):
         row[list(indices)] = 1
@@ -256,27 +292,22 @@ def indicator(groups: Groups, sites: int) -> Float[Tensor, "group site"]:
 
 def _globs(globs: str | Sequence[str]) -> list[str]:
     if not globs:
-        raise SiteError("a group of no sites; give it a site name or a glob.")
+        raise SiteError("a group without sites: give it a site name or a glob.")
     return [globs] if isinstance(globs, str) else list(globs)
 
 
-def _site_label(site: Site) -> str:
-    return site.name
-
-
-def _kind_label(site: Site) -> str:
-    return site.kind
-
-
 def _layer_label(site: Site) -> str:
-    return site.kind if site.kind in ("embed", "pos_embed", "unembed") else f"layer {site.layer}"
+    return site.kind if site.kind in _OUTSIDE else f"layer {site.layer}"
 
 
 def by_axes(by: tuple[str, ...] | str) -> tuple[str, ...]:
     """`by` in canonical order.
 
+    Args:
+        by: one axis or several of 'position', 'head', 'rank'.
+
     Raises:
-        ArgumentError: an axis that is none of position, head, rank.
+        ArgumentError: any other axis.
     """
     wanted = (by,) if isinstance(by, str) else tuple(by)
     unknown = [axis for axis in wanted if axis not in AXES]

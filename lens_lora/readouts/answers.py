@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lens_lora.errors import TokenError
 from lens_lora.readouts.prompts import Prompts, require_context, which_prompt
-from lens_lora.readouts.readout import Margin, Readout, TokenLike, token_ids
+from lens_lora.readouts.readout import Margin, Readout, TokenLike, name_of, token_ids
 from lens_lora.readouts.rows import LogProbs, Reading
 
 __all__ = ["AnswerLike", "AnswerLogProb", "AnswerMargin", "answer_ids", "margin_between"]
@@ -55,7 +55,8 @@ class AnswerMargin(Readout):
     """log p(doc | prompt) − log p(pre | prompt), in nats; of single tokens, `Margin` itself.
 
     Args:
-        doc, pre: as `AnswerLogProb.answer`.
+        doc: the document's answer, as `AnswerLogProb.answer`.
+        pre: the pretrained one.
     """
 
     doc: AnswerLike
@@ -79,6 +80,12 @@ class AnswerMargin(Readout):
 
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, batch: int) -> Readout:
     """`Margin` of two tokens, or `AnswerMargin` where an answer has several.
+
+    Args:
+        model: the hooked model.
+        doc: the document's answer.
+        pre: the pretrained one.
+        batch: the number of prompts.
 
     Raises:
         TokenError: not tokens of the model, the same, or a word that lost its leading space.
@@ -109,9 +116,14 @@ def _token(answer: AnswerLike) -> TokenLike:
 def answer_ids(model: Any, answer: AnswerLike, batch: int) -> list[Ids]:
     """The token ids of each prompt's answer.
 
+    Args:
+        model: the hooked model.
+        answer: one, or one per prompt.
+        batch: the number of prompts.
+
     Raises:
-        TokenError: an empty answer, ids outside the vocabulary, no tokenizer, or as many answers
-            as there are not prompts.
+        TokenError: an empty answer, ids outside the vocabulary, no tokenizer, or neither one
+            answer nor one per prompt.
     """
     items = _items(answer, batch)
     if len(items) != batch:
@@ -185,6 +197,5 @@ def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
 
 
 def _name(answer: AnswerLike) -> str:
-    if isinstance(answer, str | int):
-        return repr(answer)
-    return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else "per prompt"
+    """As a token's, but a tensor holds the ids of one answer."""
+    return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else name_of(answer)

@@ -20,7 +20,7 @@ from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Bound, Columns, LogProbs, Reading, one_row_each
 
-__all__ = ["LogProb", "Logit", "Margin", "Readout", "TokenLike", "bound", "token_ids"]
+__all__ = ["LogProb", "Logit", "Margin", "Readout", "TokenLike", "bound", "name_of", "token_ids"]
 
 TokenLike = str | int | Sequence[str | int] | Int[Tensor, "batch"]
 
@@ -104,7 +104,7 @@ class Logit(LastToken):
 
     @property
     def label(self) -> str:
-        return f"logit({_name(self.token)})"
+        return f"logit({name_of(self.token)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +118,14 @@ class Margin(LastToken):
         doc, pre = token_ids(model, self.doc, batch), token_ids(model, self.pre, batch)
         if bool((doc == pre).any()):
             raise TokenError(
-                f"doc and pre are the same token ({_name(self.doc)} and {_name(self.pre)}), so "
+                f"doc and pre are the same token ({name_of(self.doc)} and {name_of(self.pre)}), so "
                 "their margin is zero whatever the model does."
             )
         return Columns(torch.stack([doc, pre], 1), (1.0, -1.0))
 
     @property
     def label(self) -> str:
-        return f"margin({_name(self.doc)} − {_name(self.pre)})"
+        return f"margin({name_of(self.doc)} − {name_of(self.pre)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class LogProb(LastToken):
 
     @property
     def label(self) -> str:
-        return f"log p({_name(self.token)})"
+        return f"log p({name_of(self.token)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +178,8 @@ def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
     """One id per prompt.
 
     Raises:
-        TokenError: a string of several tokens, an id outside the vocabulary, or as many tokens
-            as there are not prompts.
+        TokenError: a string of several tokens, an id outside the vocabulary, or neither one token
+            nor one per prompt.
     """
     if isinstance(token, Tensor):
         token = token.tolist()
@@ -227,7 +227,10 @@ def _in_vocabulary(model: Any, token_id: int, what: str) -> int:
     return token_id
 
 
-def _name(token: TokenLike) -> str:
-    if isinstance(token, str | int):
-        return repr(token)
-    return "per prompt"
+def name_of(token: TokenLike | Sequence[Any]) -> str:
+    """How a label calls a token: by itself, or 'per prompt' where there are several.
+
+    Args:
+        token: a string, an id, or one of these per prompt.
+    """
+    return repr(token) if isinstance(token, str | int) else "per prompt"

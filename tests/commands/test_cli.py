@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import lens_lora.demonstration.train as train
-import lens_lora.loading as hooked
 from lens_lora import cli
 from lens_lora.commands import run_demo
 from lens_lora.errors import LensLoraError, ModelStateError
+from lens_lora.hooked import host_build
 from lens_lora.loading import hooked_model, load_base
 
 CLASSES = list(models.MAKERS)
@@ -153,7 +153,7 @@ def test_rotary_base_is_the_models_own(kind):
 
 @pytest.mark.skipif("HookedTransformer" not in CLASSES, reason="no HookedTransformer")
 def test_model_that_computes_other_logits_is_refused(monkeypatch):
-    monkeypatch.setattr(hooked, "_rotary_base", lambda hf_model: 10.0)
+    monkeypatch.setattr(host_build, "_rotary_base", lambda hf_model: 10.0)
     with pytest.raises(ModelStateError, match="computes other logits than the Hugging Face model"):
         hooked_model(other_rotary_base(), models.tokenizer(), kind="HookedTransformer")
 

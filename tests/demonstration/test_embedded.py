@@ -21,6 +21,7 @@ from lens_lora.demonstration.embedded import (
 )
 from lens_lora.demonstration.train import LYON_SENTENCES, PROJECTIONS, train_adapter
 from lens_lora.errors import LensLoraError, NumericsError
+from lens_lora.hooked.host_build import MISREAD_NAMES
 
 LYON_ADAPTER = Path(embedded.__file__).with_name("lyon_adapter")
 
@@ -91,7 +92,7 @@ def test_folder_suits_transformer_lens():
     folder = embedded_model_folder(quiet=True)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert not any(name in str(folder).lower() for name in embedded.MISREAD_NAMES)
+    assert not any(name in str(folder).lower() for name in MISREAD_NAMES)
 
 
 class Saves:

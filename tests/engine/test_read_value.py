@@ -31,7 +31,7 @@ def test_on_every_family(family: str, cls: str, flags: str):
     lens = lens_of(family, cls, flags)
     if lens is None:
         return
-    assert (lens.plan.view.unembedding() is None) == (family == "gemma2")
+    assert (lens.plan.host.unembedding() is None) == (family == "gemma2")
     for readout in READOUTS:
         found, expected = both(lens, readout)
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
@@ -102,7 +102,7 @@ def test_the_unembedding_comes_back_after_an_exception(cls: str):
 
     with (
         pytest.raises(RuntimeError, match="stop"),
-        attached(lens.model, [(lens.plan.view.block_input(1), stop)]),
+        attached(lens.model, [(lens.plan.host.block_input(1), stop)]),
     ):
         read_value(lens, reading)
     assert "forward" not in vars(lens.model.unembed)
@@ -113,8 +113,8 @@ def test_the_unembedding_comes_back_after_an_exception(cls: str):
 def test_a_lost_bias_would_show(cls: str, monkeypatch):
     """The control: GPT-2's processed unembedding has a bias, and g without it is another."""
     lens = cases.case("gpt2", cls, "processed").lens
-    weight, bias = lens.plan.view.unembedding()
+    weight, bias = lens.plan.host.unembedding()
     assert bias is not None and bias.abs().max() > 1e-3
-    monkeypatch.setattr(type(lens.plan.view), "unembedding", lambda view: (weight, None))
+    monkeypatch.setattr(type(lens.plan.host), "unembedding", lambda view: (weight, None))
     found, expected = both(lens, READOUTS[0])
     assert (found - expected).abs().max() > 1e-4

@@ -26,7 +26,7 @@ def test_branching_equals_one_at_a_time(family: str, cls: str, flags: str, monke
     prompts = lens.prompts(models.tokens())
     reading = MARGIN.over(lens.model, prompts)
     alone = function._in_batches(lens, reading, points, False, "")
-    if not lens.plan.view.grows:
+    if not lens.plan.host.grows:
         assert cls == "TransformerBridge" and family in ("bloom", "opt")
         return
     found = function._as_tree(lens, reading, points, False, "")
@@ -37,7 +37,7 @@ def test_branching_equals_one_at_a_time(family: str, cls: str, flags: str, monke
 def test_the_tree_is_as_small_as_it_can_be():
     """Adding one site in turn: block L has a row for each site so far, and the base."""
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
-    assert lens.plan.view.n_layers == 2
+    assert lens.plan.host.n_layers == 2
     in_first = sum(site.layer == 0 for site in lens.sites)
     grown = tree.Tree.of(lens, torch.eye(len(lens.sites)).double())
     assert [len(p) for p in grown.parents] == [in_first + 1, len(lens.sites)]

@@ -17,10 +17,9 @@ import lens_lora as ll
 from lens_lora import families
 from lens_lora.engine import parts as contract
 from lens_lora.engine import reverse as slopes
-from lens_lora.hooked import gates, plan
-from lens_lora.hooked import host as view
-from lens_lora.hooked import host_hooked_transformer as hooked_transformer
-from lens_lora.hooked.host import Ports
+from lens_lora.hooked import gates, host
+from lens_lora.hooked.host_hooked_transformer import HookedTransformerHost
+from lens_lora.hooked.ports import Ports
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -41,9 +40,9 @@ def error(family: str, cls: str, flags: str) -> float:
 
 
 def site_map_without(**dropped):
-    """The builder of δ with some of its arguments forced."""
-    true = plan.site_map
-    return lambda *args, **kwargs: true(*args, **{**kwargs, **dropped})
+    """The builder of δ with some of its basis forced."""
+    true = host.site_map
+    return lambda update, basis: true(update, dataclasses.replace(basis, **dropped))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +58,7 @@ def site_map_without(**dropped):
 def test_a_forgotten_correction_shows(family: str, dropped: dict, cls: str, monkeypatch):
     """γ, β, and the centring of writers, on a model with all processing."""
     assert error(family, cls, "processed") < 1e-9
-    monkeypatch.setattr(plan, "site_map", site_map_without(**dropped))
+    monkeypatch.setattr(host, "site_map", site_map_without(**dropped))
     # An uncentred writer moves the residual along 1, which LayerNorm removes: the logits
     # cannot show it, the residual stream does.
     if "centre_write" in dropped:
@@ -77,7 +76,7 @@ def test_a_forgotten_correction_shows(family: str, dropped: dict, cls: str, monk
 def test_forgotten_value_bias_shows(family: str, cls: str, monkeypatch):
     """b̂_V, where value biases were folded into b_O."""
     assert error(family, cls, "processed") < 1e-9
-    monkeypatch.setattr(plan, "_folded_value_bias", lambda *args: None)
+    monkeypatch.setattr(host.Host, "folded_value_bias", lambda *args: None)
     assert error(family, cls, "processed") > 1e-3
 
 
@@ -85,7 +84,7 @@ def test_contiguous_split_of_neox_shows(cls: str, monkeypatch):
     """NeoX interleaves (head, 3, d_head); read as blocks, the lens refuses or is far off."""
     assert error("neox", cls, "raw") < 1e-9
     blocks = tuple(dataclasses.replace(f, fused="blocks") for f in families.FAMILIES)
-    monkeypatch.setattr(view, "FAMILIES", blocks)
+    monkeypatch.setattr(families, "FAMILIES", blocks)
     with pytest.raises(ll.ModelStateError, match="no processed form"):
         error("neox", cls, "raw")
     case, tokens = cases.case("neox", cls, "raw"), models.tokens()
@@ -97,11 +96,11 @@ def test_contiguous_split_of_neox_shows(cls: str, monkeypatch):
 
 def test_gate_and_up_swapped_shows(cls: str, monkeypatch):
     """gate is what the activation function sees."""
-    kind_view = type(cases.case("llama", cls, "raw").lens._plan.view)
+    host_class = type(cases.case("llama", cls, "raw").lens.plan.host)
     assert error("llama", cls, "raw") < 1e-9
-    true = kind_view.ports
+    true = host_class.ports
     swap = {"gate": "up", "up": "gate"}
-    monkeypatch.setattr(kind_view, "ports", lambda self, i, k: true(self, i, swap.get(k, k)))
+    monkeypatch.setattr(host_class, "ports", lambda self, i, k: true(self, i, swap.get(k, k)))
     assert error("llama", cls, "raw") > 1e-2
 
 
@@ -110,7 +109,7 @@ def test_query_added_after_rotary_shows(monkeypatch):
     if "HookedTransformer" not in models.MAKERS:
         return
     assert error("llama", "HookedTransformer", "raw") < 1e-9
-    true = hooked_transformer.HookedTransformerView.ports
+    true = HookedTransformerHost.ports
 
     def late(self, layer: int, kind: str) -> Ports:
         port = true(self, layer, kind)
@@ -118,7 +117,7 @@ def test_query_added_after_rotary_shows(monkeypatch):
             port.write = port.write.replace("hook_q", "hook_rot_q")
         return port
 
-    monkeypatch.setattr(hooked_transformer.HookedTransformerView, "ports", late)
+    monkeypatch.setattr(HookedTransformerHost, "ports", late)
     assert error("llama", "HookedTransformer", "raw") > 1e-2
 
 
@@ -128,7 +127,7 @@ def test_writing_after_the_post_norm_shows(monkeypatch):
         return
     assert error("gemma2", "HookedTransformer", "raw") < 1e-9
     plain = tuple(dataclasses.replace(f, post_norm=False) for f in families.FAMILIES)
-    monkeypatch.setattr(view, "FAMILIES", plain)
+    monkeypatch.setattr(families, "FAMILIES", plain)
     assert error("gemma2", "HookedTransformer", "raw") > 1e-1
 
 

@@ -8,7 +8,7 @@ import torch
 from cases import centred
 
 import lens_lora as ll
-from lens_lora.hooked.host_bridge import BridgeView
+from lens_lora.hooked.host_bridge import BridgeHost
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -98,7 +98,7 @@ def test_copied_inputs_on_a_bridge(family: str, processing: dict, flag: str):
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_control_copies_before_their_norm(family: str, flag: str, monkeypatch: pytest.MonkeyPatch):
     """Left out, the norm of the copies makes another model."""
-    monkeypatch.setattr(BridgeView, "_norm_per_head", lambda *_: lambda z: z)
+    monkeypatch.setattr(BridgeHost, "_norm_per_head", lambda *_: lambda z: z)
     base, model = with_flags(BRIDGE, family, (flag,), {})
     peft, tokens = models.peft_model(family, base), models.tokens()
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))

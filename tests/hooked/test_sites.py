@@ -14,7 +14,7 @@ from torch import nn
 
 import lens_lora as ll
 from lens_lora import AdapterError, ModelStateError, SiteError
-from lens_lora.hooked.host import find_family
+from lens_lora.families import find_family
 
 CLASSES = list(models.MAKERS)
 needs_bridge = pytest.mark.skipif("TransformerBridge" not in CLASSES, reason="no bridge in 2.x")

