@@ -3,16 +3,16 @@
     a_l = ‖δz_l‖ · ‖Jᵀu_y‖ · cos(δz_l, Jᵀu_y),   and the gain ‖J δz_l‖ / ‖δz_l‖.
 
 Norms run over a prompt's real positions (of every row that the readout reads) and the site's
-features (for v on a model with folded value
-biases, over both places where its update is added). J δz is the whole-vocabulary
-tangent at the read position, less its mean, so that the gain does not depend on the constant that
-a centred unembedding removes.
+features (for v on a model with folded value biases, over both places where its update is added).
+J δz is the whole-vocabulary tangent at the read position, less its mean, so that the gain does not
+depend on the constant that a centred unembedding removes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import final
 
 import pandas as pd
 import torch
@@ -26,15 +26,18 @@ from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout, bound
+from lens_lora.results.measured import Result, site_labels
 
 __all__ = ["Components", "components"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Components:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Components(Result):
     """Per prompt and site, at the base model: what makes a first-order shift large or small.
 
     Attributes:
+        sites: of the site axis.
         z_norm, delta_norm: ‖z‖ and ‖δz‖.
         sensitivity: ‖Jᵀu_y‖, how much the readout listens to the site's output.
         cosine: of δz and Jᵀu_y; NaN where either is zero.
@@ -59,18 +62,12 @@ class Components:
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site."""
         batch, count = self.z_norm.shape
-        columns = {
-            "prompt": [p for p in range(batch) for _ in range(count)],
-            "site": [s.name for s in self.sites] * batch,
-            "layer": [s.layer for s in self.sites] * batch,
-            "kind": [s.kind for s in self.sites] * batch,
-        }
+        labels = site_labels(self.sites, batch)
+        columns = {"prompt": [p for p in range(batch) for _ in range(count)]}
+        columns |= {name: labels[name] for name in ("site", "layer", "kind")}
         fields = ("z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order")
         values = {f: getattr(self, f).double().cpu().flatten().tolist() for f in fields}
         return pd.DataFrame(columns | values)
-
-    def __repr__(self) -> str:
-        return f"Components({len(self.z_norm)} prompts × {len(self.sites)} sites)"
 
 
 def components(

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import pandas as pd
 import torch
@@ -39,8 +39,10 @@ from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, margin_between
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
+from lens_lora.results.measured import Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -52,8 +54,9 @@ _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 _TOL, _MAX_NODES = 1e-2, 16
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Explanation:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Explanation(Result):
     """One prompt's margin between two answers, explained; every part has a batch of one.
 
     Attributes:
@@ -130,30 +133,29 @@ class Explanation:
 
     def story(self) -> str:
         """The explanation in plain words, a paragraph a line, claiming no more than the numbers."""
-        from lens_lora.show.words.explanation import explanation_story
-
-        return explanation_story(self)
+        return drawing.story(self)
 
     def figures(self) -> dict[str, Figure]:
         """The report's pictures by name."""
-        from lens_lora.show.figures.explanation import explanation_figures
-
-        return explanation_figures(self)
+        return drawing.figures(self)
 
     def report(self, title: str | None = None) -> str:
-        """A self-contained HTML page."""
-        from lens_lora.show.page.report import explanation_report
+        """A self-contained HTML page.
 
-        return explanation_report([self], title=title)
+        Args:
+            title: by default the two answers.
+        """
+        return drawing.report(self, title=title)
 
     def save_report(self, path: str | Path) -> Path:
-        """Write `report` to a file."""
+        """Write `report` to a file; returns the path.
+
+        Args:
+            path: of the page.
+        """
         path = Path(path)
         path.write_text(self.report(), encoding="utf-8")
         return path
-
-    def __repr__(self) -> str:
-        return f"Explanation of {self.first_order.readout}, in {self.units}:\n{self.story()}"
 
 
 def explain(
@@ -269,8 +271,7 @@ def _in_full(run: _Run, found: Explanation, bar: tqdm) -> Explanation:
             lens, prompts, readout, tol=_TOL, max_nodes=_MAX_NODES, progress=progress
         )
     with _step(bar, "keep and drop curves"):
-        orders = {"first order at ε = 0": found.first_order, "path integral": path}
-        rankings = {**orders, "leaving one out": leave_one_out}
+        rankings = {score.key: score for score in (found.first_order, path, leave_one_out)}
         curves = faithfulness(
             lens, prompts, readout, rankings, fractions=_FRACTIONS, progress=progress
         )

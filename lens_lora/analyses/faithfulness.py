@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
@@ -24,16 +24,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.analyses import rankings
-from lens_lora.analyses.rankings import GREEDY, RANDOM, UPDATES, WEIGHTS, Scores
+from lens_lora.analyses.rankings import Scores
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.noise import noise_floor
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.readouts.rows import Reading
-from lens_lora.show.words.account import SIGMAS
+from lens_lora.results import drawing
+from lens_lora.results.choosing import only_prompt
+from lens_lora.results.keys import GREEDY, RANDOM, UPDATE_NORM, WEIGHT_NORM
+from lens_lora.results.measured import SIGMAS, Measured
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -44,21 +46,22 @@ _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SHOWN, _CARRIED = 0.2, 0.9
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Faithfulness:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Faithfulness(Measured):
     """Share of the shift that remains where the top of a ranking is kept, or dropped.
 
     Attributes:
-        names: the rankings.
+        names: the rankings' keys: 'first_order@0', 'path', 'weight_norm', 'random', …, or names
+            that the caller gave.
         fractions: of the sites, from 0 to 1.
         counts: how many sites each fraction is.
         keep, drop: [method, batch, fraction], shares of the prompt's shift; NaN for a prompt whose
             shift is within three noise floors.
         orders: name → [batch, site], indices into sites, first ranked first; 'random' has none.
-        base, adapted: [batch], g(0) and g(1), exact.
         noise_floor: [batch], σ of the shift from rounding.
         draws: random orders that the random curve is the mean of.
-        meta: model, adapter, dtype and versions.
+        sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
     names: tuple[str, ...]
@@ -67,20 +70,8 @@ class Faithfulness:
     keep: Float[Tensor, "method batch fraction"]
     drop: Float[Tensor, "method batch fraction"]
     orders: Mapping[str, Int[Tensor, "batch site"]]
-    sites: tuple[Site, ...]
-    base: Float[Tensor, "batch"]
-    adapted: Float[Tensor, "batch"]
     noise_floor: Float[Tensor, "batch"]
     draws: int
-    str_tokens: tuple[tuple[str, ...], ...]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
-
-    @property
-    def shift(self) -> Float[Tensor, "batch"]:
-        """g(1) − g(0), exact."""
-        return self.adapted - self.base
 
     @property
     def area_keep(self) -> Float[Tensor, "method batch"]:
@@ -93,32 +84,51 @@ class Faithfulness:
         return torch.trapezoid(self.drop, self.fractions, dim=-1)
 
     def kept_share(self, name: str, fraction: float = _SHOWN) -> Float[Tensor, "batch"]:
-        """Share of the shift that the top `fraction` of the sites keeps, at the nearest one run."""
+        """Share of the shift that the top `fraction` of the sites keeps, at the nearest one run.
+
+        Args:
+            name: of the ranking.
+            fraction: of the sites.
+
+        Raises:
+            ArgumentError: no such ranking, or a fraction outside 0 to 1.
+        """
         return self.keep[self._index(name), :, self._nearest(fraction)]
 
     def carrying(self, name: str, share: float = _CARRIED) -> Float[Tensor, "batch"]:
-        """The smallest fraction run that keeps at least `share` of the shift; NaN for none."""
+        """The smallest fraction run that keeps at least `share` of the shift; NaN for none.
+
+        Args:
+            name: of the ranking.
+            share: of the shift.
+
+        Raises:
+            ArgumentError: no such ranking.
+        """
         enough = self.keep[self._index(name)] >= share
         first = self.fractions[enough.int().argmax(-1)]
         return torch.where(enough.any(-1), first, torch.full_like(first, float("nan")))
 
-    def kept(self, name: str, fraction: float = _SHOWN, prompt: int = 0) -> pd.DataFrame:
+    def kept(self, name: str, fraction: float = _SHOWN, prompt: int | None = None) -> pd.DataFrame:
         """The top sites of one prompt, in order, as `adapter.only` takes them: site and module.
 
+        Args:
+            name: of the ranking.
+            fraction: of the sites, at the nearest one run.
+            prompt: an index; without it, the only prompt.
+
         Raises:
-            ArgumentError: no such ranking, or random, which is many; no such prompt.
+            ArgumentError: no such ranking, or random, which is the mean of many; no such prompt,
+                or several and none named.
         """
         self._index(name)
         if name not in self.orders:
             raise ArgumentError(
                 f"{name!r} is the mean of {self.draws} orders; it has no top sites."
             )
-        if not 0 <= prompt < len(self.base):
-            raise ArgumentError(
-                f"prompt {prompt}: the result has prompts 0 to {len(self.base) - 1}."
-            )
+        index = only_prompt(prompt, len(self.base), "rankings")
         count = self.counts[self._nearest(fraction)]
-        top = [self.sites[i] for i in self.orders[name][prompt, :count].tolist()]
+        top = [self.sites[i] for i in self.orders[name][index, :count].tolist()]
         return pd.DataFrame({"site": [s.name for s in top], "module": [s.module for s in top]})
 
     def to_frame(self) -> pd.DataFrame:
@@ -152,10 +162,15 @@ class Faithfulness:
         )
 
     def plot(self, prompt: int | None = None) -> Figure:
-        """Both curves, one colour a ranking; mean over prompts, or one prompt."""
-        from lens_lora.show.figures.faithfulness import faithfulness_figure
+        """Both curves, one colour a ranking.
 
-        return faithfulness_figure(self, prompt)
+        Args:
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self, prompt)
 
     def _index(self, name: str) -> int:
         if name not in self.names:
@@ -166,14 +181,6 @@ class Faithfulness:
         if not 0 <= fraction <= 1:
             raise ArgumentError(f"fraction {fraction}: expected a number from 0 to 1.")
         return int((self.fractions - fraction).abs().argmin())
-
-    def __repr__(self) -> str:
-        noisy = int((self.shift.abs() <= SIGMAS * self.noise_floor).sum())
-        note = f"\n{noisy} prompts have no shift above the noise and are left out." if noisy else ""
-        return (
-            f"Faithfulness on {self.readout}: {len(self.base)} prompts × {len(self.sites)} sites, "
-            f"shares of the shift\n{self.summary().to_string()}{note}"
-        )
 
 
 def faithfulness(
@@ -225,8 +232,8 @@ def faithfulness(
     orders = {name: rankings.by_score(s * towards[:, None]) for name, s in scores.items()}
     if baselines:
         by_weight = rankings.weight_norms(lens).expand(reading.batch, -1)
-        orders[WEIGHTS] = rankings.by_score(by_weight)
-        orders[UPDATES] = rankings.by_score(rankings.update_norms(lens, reading))
+        orders[WEIGHT_NORM] = rankings.by_score(by_weight)
+        orders[UPDATE_NORM] = rankings.by_score(rankings.update_norms(lens, reading))
     if greedy:
         orders[GREEDY] = rankings.greedy_order(lens, reading, towards, progress=progress)
     every = torch.stack(list(orders.values()))

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Site, match_sites
+from lens_lora.results import drawing
+from lens_lora.results.choosing import largest, only_prompt, prompt_rows
+from lens_lora.results.measured import Result, site_labels
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["FeatureShift", "FeatureWrites"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class FeatureShift:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FeatureShift(Result):
     """How far the adapter moves each feature at one hook point, exactly and to first order.
 
     Attributes:
@@ -37,8 +40,8 @@ class FeatureShift:
             [batch, position].
         activations: an autoencoder's activations at ε = 0 and at ε = scale; None for directions,
             or where the autoencoder has no `encode`.
-        hook_name: where h is.
-        position: the index within each prompt; None for every position.
+        name: of the hook point where h is.
+        positions: the index within each prompt, or 'each' for one number per position.
         str_tokens: each prompt's tokens.
         features: what the directions are: 'directions', 'encoder'.
         units: of the values.
@@ -51,8 +54,8 @@ class FeatureShift:
     first_order: Float[Tensor, "batch feature *position"]
     noise_floor: Float[Tensor, "batch *position"]
     activations: tuple[Tensor, Tensor] | None
-    hook_name: str
-    position: int | None
+    name: str
+    positions: int | Literal["each"]
     str_tokens: tuple[tuple[str, ...], ...]
     features: str
     units: str
@@ -67,7 +70,7 @@ class FeatureShift:
     @property
     def by_position(self) -> bool:
         """Whether every position has its own values."""
-        return self.position is None
+        return self.positions == "each"
 
     def columns(self) -> dict[str, Tensor]:
         """The values by the names that tables give them, in float64 on the CPU."""
@@ -84,34 +87,34 @@ class FeatureShift:
     def of_prompt(self, prompt: int | None) -> dict[str, Float[Tensor, "feature *position"]]:
         """One prompt's values, or the mean over prompts.
 
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
         Raises:
-            ArgumentError: no such prompt; by position, several prompts and no index.
+            ArgumentError: no such prompt; by position, several prompts and none named.
         """
         batch = len(self.base)
-        _require_prompt(prompt, batch)
-        if prompt is None and self.by_position and batch > 1:
-            raise ArgumentError(
-                f"positions of {batch} prompts are not the same tokens, so they have no mean; "
-                "choose one with prompt=…."
-            )
-        rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
+        if self.by_position:
+            prompt = only_prompt(prompt, batch, "positions")
+        rows = prompt_rows(prompt, batch)
         return {name: values[rows].mean(0) for name, values in self.columns().items()}
 
     def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
         """The k features (and positions) of largest |shift|.
 
         Args:
-            prompt: an index; without it, the mean over prompts (by position: of a single prompt).
+            k: how many.
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
 
         Raises:
-            ArgumentError: by position, several prompts and no index.
+            ArgumentError: no such prompt; by position, several prompts and none named.
         """
         values = self.of_prompt(prompt)
-        order = _largest(values["shift"], k)
+        order = largest(values["shift"], k)
         width = values["shift"].shape[1] if self.by_position else 1
         columns: dict[str, Any] = {"feature": [i // width for i in order]}
         if self.by_position:
-            tokens = self.str_tokens[prompt or 0]
+            tokens = self.str_tokens[only_prompt(prompt, len(self.base))]
             columns["position"] = [i % width for i in order]
             columns["token"] = [tokens[i % width] for i in order]
         columns |= {name: v.flatten()[order].tolist() for name, v in values.items()}
@@ -131,46 +134,43 @@ class FeatureShift:
     def plot(self, k: int = 20, prompt: int | None = None) -> Figure:
         """The k features of largest |shift|: bars with their first order, or feature × position.
 
+        Args:
+            k: how many.
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
         Raises:
-            ArgumentError: as `top`.
+            ArgumentError: no such prompt; by position, several prompts and none named.
         """
-        from lens_lora.show.figures.features import feature_figure
-
-        return feature_figure(self, k, prompt)
-
-    def __repr__(self) -> str:
-        first = 0 if self.by_position and len(self.base) > 1 else None
-        of = "" if first is None else f", prompt 0 of {len(self.base)}"
-        where = "every position" if self.by_position else f"position {self.position}"
-        return (
-            f"FeatureShift of {self.base.shape[1]} features ({self.features}) at {self.hook_name}, "
-            f"{where}, {self.units}{of}:\n{self.top(5, first).to_string()}"
-        )
+        return drawing.figure(self, k, prompt)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class FeatureWrites:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FeatureWrites(Result):
     """What each site writes to each feature: d·δz_l, before any later module has seen it.
 
     Attributes:
         values: [batch, site, feature], at one position.
         sites: those that write to the residual stream.
-        position, str_tokens, features, units, at, meta: as in `FeatureShift`.
+        positions: the index within each prompt.
+        str_tokens, features, units, at, meta: as in `FeatureShift`.
     """
 
     values: Float[Tensor, "batch site feature"]
     sites: tuple[Site, ...]
-    position: int
+    positions: int
     str_tokens: tuple[tuple[str, ...], ...]
     features: str
     units: str
     at: float
     meta: Mapping[str, str]
 
-    def top(self, k: int = 10, site: str | None = None, prompt: int | None = None) -> pd.DataFrame:
+    def top(self, site: str | None = None, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
         """The k pairs of site and feature of largest |d·δz|, of one site or of all.
 
         Args:
+            site: its name; without it, all sites.
+            k: how many.
             prompt: an index; without it, the mean over prompts.
 
         Raises:
@@ -181,7 +181,7 @@ class FeatureWrites:
         if site is not None:
             chosen = list(match_sites([s.name for s in self.sites], {site: 0}))
         values = self.of_prompt(prompt)[chosen]
-        order, width = _largest(values, k), values.shape[1]
+        order, width = largest(values, k), values.shape[1]
         return pd.DataFrame(
             {
                 "site": [self.sites[chosen[i // width]].name for i in order],
@@ -194,48 +194,35 @@ class FeatureWrites:
         """One row per prompt, site and feature."""
         batch, sites, features = self.values.shape
         index = torch.cartesian_prod(*map(torch.arange, (batch, sites, features)))
-        owners = [self.sites[i] for i in index[:, 1].tolist()]
+        labels = site_labels([self.sites[i] for i in index[:, 1].tolist()])
         return pd.DataFrame(
             {
                 "prompt": index[:, 0].tolist(),
-                "site": [s.name for s in owners],
-                "layer": [s.layer for s in owners],
-                "kind": [s.kind for s in owners],
+                **{name: labels[name] for name in ("site", "layer", "kind")},
                 "feature": index[:, 2].tolist(),
                 "write": self.values.double().cpu().flatten().tolist(),
             }
         )
 
     def plot(self, k: int = 20, prompt: int | None = None) -> Figure:
-        """Site × feature, of the k features that are written most."""
-        from lens_lora.show.figures.features import writes_figure
+        """Site × feature, of the k features that are written most.
 
-        return writes_figure(self, k, prompt)
-
-    def of_prompt(self, prompt: int | None) -> Float[Tensor, "site feature"]:
-        """One prompt's values in float64, or the mean over prompts.
+        Args:
+            k: how many features.
+            prompt: an index; without it, the mean over prompts.
 
         Raises:
             ArgumentError: no such prompt.
         """
-        _require_prompt(prompt, len(self.values))
-        rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
-        return self.values[rows].double().cpu().mean(0)
+        return drawing.figure(self, k, prompt)
 
-    def __repr__(self) -> str:
-        return (
-            f"FeatureWrites of {len(self.sites)} sites to {self.values.shape[2]} features "
-            f"({self.features}), position {self.position}, {self.units}:\n{self.top(5).to_string()}"
-        )
+    def of_prompt(self, prompt: int | None) -> Float[Tensor, "site feature"]:
+        """One prompt's values in float64, or the mean over prompts.
 
+        Args:
+            prompt: an index; without it, the mean over prompts.
 
-def _require_prompt(prompt: int | None, batch: int) -> None:
-    if prompt is not None and not 0 <= prompt < batch:
-        raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
-
-
-def _largest(values: Tensor, k: int) -> list[int]:
-    """Flat indices of the k largest magnitudes, NaN left out."""
-    sizes = values.flatten().abs().nan_to_num(-1.0)
-    found = sizes.topk(min(k, len(sizes))).indices
-    return found[sizes[found] >= 0].tolist()
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return self.values[prompt_rows(prompt, len(self.values))].double().cpu().mean(0)

@@ -69,7 +69,7 @@ def first_order(
 
     Returns:
         Attribution with values [batch, site, *by] in the readout's units; its `method` names the
-        rules, as in 'first_order (patterns fixed)'.
+        rules, as in 'first_order/patterns'.
 
     Raises:
         ModelStateError: rules that this model's hooks cannot keep, naming the hook point.
@@ -86,7 +86,7 @@ def first_order(
         else:
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
-    method = "first_order" if rules is None else f"first_order ({rules.label})"
+    method = "first_order" if rules is None else f"first_order/{rules.key}"
     return labelled(lens, reading, readout, values, axes, method=method, at=float(at))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, final
 
 import pandas as pd
 import torch
@@ -24,14 +24,17 @@ from lens_lora.hooked.sites import Site, match_sites
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import token_ids
+from lens_lora.results.choosing import only_prompt
+from lens_lora.results.measured import Result
 
 __all__ = ["LogitShift", "logit_shift", "site_tangents", "token_slopes"]
 
 Mode = Literal["auto", "forward", "reverse"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LogitShift:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LogitShift(Result):
     """First-order logit shifts at the read position, in logits.
 
     Attributes:
@@ -53,23 +56,57 @@ class LogitShift:
         """All sites together: Σ_l J δz_l."""
         return self.values.sum(1) if self.sites else self.values
 
-    def promoted(self, site: str | None = None, k: int = 10, prompt: int = 0) -> pd.DataFrame:
+    def promoted(
+        self, site: str | None = None, k: int = 10, prompt: int | None = None
+    ) -> pd.DataFrame:
         """The k tokens whose logits the site (or, without one, all sites) raises most.
 
         Shifts are relative to the mean over the tokens, so a constant added to all logits, which
         changes no probability, promotes nothing.
 
+        Args:
+            site: its name; without it, all sites together.
+            k: how many.
+            prompt: an index; without it, the only prompt.
+
         Raises:
             SiteError: no such site.
+            ArgumentError: no such prompt, or several and none named.
         """
         return self._ranked(site, k, prompt, largest=True)
 
-    def suppressed(self, site: str | None = None, k: int = 10, prompt: int = 0) -> pd.DataFrame:
-        """The k tokens whose logits the site (or, without one, all sites) lowers most."""
+    def suppressed(
+        self, site: str | None = None, k: int = 10, prompt: int | None = None
+    ) -> pd.DataFrame:
+        """The k tokens whose logits the site (or, without one, all sites) lowers most.
+
+        Args:
+            site: its name; without it, all sites together.
+            k: how many.
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            SiteError: no such site.
+            ArgumentError: no such prompt, or several and none named.
+        """
         return self._ranked(site, k, prompt, largest=False)
 
-    def _ranked(self, site: str | None, k: int, prompt: int, *, largest: bool) -> pd.DataFrame:
-        row = self._row(site, prompt)
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and token, and per site if split by site: the shift in logits."""
+        names: list[str | None] = [site.name for site in self.sites] or [None]
+        index = pd.MultiIndex.from_product(
+            [range(len(self.values)), names, self.strings], names=["prompt", "site", "token"]
+        )
+        shifts = self.values.detach().double().cpu().flatten().numpy()
+        frame = pd.DataFrame({"shift": shifts}, index=index).reset_index()
+        frame["id"] = list(self.tokens) * (len(frame) // len(self.tokens))
+        frame = frame if self.sites else frame.drop(columns="site")
+        return frame[[*frame.columns[:-2], "id", "shift"]]
+
+    def _ranked(
+        self, site: str | None, k: int, prompt: int | None, *, largest: bool
+    ) -> pd.DataFrame:
+        row = self._row(site, only_prompt(prompt, len(self.values), "rankings of tokens"))
         row = row - row.mean()
         values, order = row.topk(min(k, len(row)), largest=largest)
         return pd.DataFrame(
@@ -87,10 +124,6 @@ class LogitShift:
             raise SiteError("this shift was computed for all sites together; use by_site=True.")
         index = next(iter(match_sites([s.name for s in self.sites], {site: 0})))
         return self.values[prompt, index]
-
-    def __repr__(self) -> str:
-        where = f"{len(self.sites)} sites" if self.sites else "all sites together"
-        return f"LogitShift({len(self.values)} prompts, {where}, {len(self.tokens)} tokens)"
 
 
 def logit_shift(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, final
 
 import pandas as pd
 import torch
@@ -17,13 +17,15 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order
-from lens_lora.analyses.remainder import RemainderCurve, curve_of
+from lens_lora.analyses.remainder import RemainderCurve, Verdict, curve_of, verdict_of
 from lens_lora.engine.function import gated_logits
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, AnswerMargin, answer_ids, margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.rows import Reading
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.measured import Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["FactMargin", "fact_margin"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class FactMargin:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FactMargin(Result):
     """Does the document's fact overtake the pretrained one, where on the way, because of what?
 
     Attributes:
@@ -84,26 +87,46 @@ class FactMargin:
         """Whether first order alone, m₀ + Σ a_l, says so."""
         return tuple((self.m0.sign() != (self.m0 + self.first_order).sign()).tolist())
 
+    @property
+    def verdict(self) -> tuple[Verdict, ...]:
+        """For each prompt, how good first order is at ε = 1 and on the way."""
+        return tuple(
+            verdict_of(
+                shift=float(self.attribution.shift[i]),
+                remainder=float(self.remainder[i]),
+                noise_floor=float(self.noise_floor[i]),
+                path=self.curve.path_of(i),
+            )
+            for i in range(len(self.m))
+        )
+
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt: the margin's whole account."""
         names = ("m0", "first_order", "remainder", "m", "noise_floor", "flip_scale")
         columns = {name: getattr(self, name).double().cpu().tolist() for name in names}
         return pd.DataFrame(columns | {"flips": self.flips, "flip_predicted": self.flip_predicted})
 
-    def story(self, prompt: int = 0) -> str:
-        """The margin's account in plain words, claiming no more than the numbers."""
-        from lens_lora.show.words.margin import margin_story
+    def story(self, prompt: int | None = None) -> str:
+        """The margin's account in plain words, claiming no more than the numbers.
 
-        return margin_story(self, prompt)
+        Args:
+            prompt: an index; without it, the only prompt.
 
-    def plot(self, prompt: int = 0) -> Figure:
-        """The margin along ε, its first-order line, and the flip."""
-        from lens_lora.show.figures.attribution import margin_figure
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.story(self, prompt)
 
-        return margin_figure(self, prompt)
+    def plot(self, prompt: int | None = None) -> Figure:
+        """The margin along ε, its first-order line, and the flip.
 
-    def __repr__(self) -> str:
-        return f"{self.attribution.readout}\n{self.to_frame().to_string()}"
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)
 
 
 def fact_margin(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
@@ -37,18 +37,21 @@ from lens_lora.hooked.sites import fused_rows
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout, bound
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.measured import SIGMAS, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 __all__ = ["NullTest", "null_test"]
 
-_SIGMAS, _LEVEL = 3.0, 0.05
+_LEVEL = 0.05
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class NullTest:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class NullTest(Result):
     """An attribution beside those of adapters of the same sizes in random directions.
 
     Attributes:
@@ -123,7 +126,7 @@ class NullTest:
 
     def _verdict(self, i: int) -> str:
         shift, floor = float(self.observed.shift[i]), float(self.noise_floor[i])
-        if abs(shift) <= _SIGMAS * floor:
+        if abs(shift) <= SIGMAS * floor:
             return f"below the noise: the shift {shift:.2g} is within rounding ({floor:.2g})"
         rms, p = float(self._null_rms[i]), float(self.shift_p[i])
         least, size = ("at least ", floor) if rms < floor else ("", rms)
@@ -161,15 +164,16 @@ class NullTest:
         columns: dict[str, object] = {k: n.double().cpu().tolist() for k, n in numbers.items()}
         return pd.DataFrame({**columns, "verdict": self.verdict})
 
-    def plot(self, prompt: int = 0) -> Figure:
-        """|a_l| of every site over the band of the draws, in the order of the forward pass."""
-        from lens_lora.show.figures.null_test import null_figure
+    def plot(self, prompt: int | None = None) -> Figure:
+        """|a_l| of every site over the band of the draws, in the order of the forward pass.
 
-        return null_figure(self, prompt)
+        Args:
+            prompt: an index; without it, the only prompt.
 
-    def __repr__(self) -> str:
-        lines = [f"  prompt {i}: {text}" for i, text in enumerate(self.verdict)]
-        return "\n".join([f"NullTest of {self.readout}, {self.draws} draws:", *lines])
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)
 
 
 def null_test(

@@ -103,6 +103,7 @@ def patch_activations(
     return ActivationEffects(
         values=values if positions == "each" else values[..., 0],
         names=points,
+        sites=lens.sites,
         base=base.contiguous(),
         adapted=adapted.contiguous(),
         str_tokens=reading.tokens_of(lens.str_tokens(reading.prompts)),

@@ -34,11 +34,11 @@ from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.readouts.rows import Reading
 from lens_lora.results.attribution import Attribution, Quadrature
+from lens_lora.results.measured import SIGMAS
 
 __all__ = ["path_attribution"]
 
 TOKENS_AT_ONCE = 512
-_SIGMAS = 3.0
 _SMOOTH = 4.0  # A doubling that divides the error by less is slower than a smooth g allows.
 
 
@@ -79,7 +79,7 @@ def path_attribution(
     if max_nodes < 4:
         raise ArgumentError(f"max_nodes={max_nodes}: expected at least 4, to compare two rules.")
     axes, reading = by_axes(by), bound(readout, lens.model, lens.prompts(prompts))
-    floor = _SIGMAS * noise_floor(lens, reading)
+    floor = SIGMAS * noise_floor(lens, reading)
     with tqdm(desc="path integral", unit="node", leave=False, disable=not progress) as bar:
         nodes, values = 2, _integral(lens, reading, axes, 2, bar)
         path = labelled(lens, reading, readout, values, axes, method="path", at=math.nan)

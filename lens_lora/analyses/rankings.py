@@ -29,14 +29,10 @@ from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
-from lens_lora.show.text import method_text
+from lens_lora.results.keys import GREEDY, RANDOM, UPDATE_NORM, WEIGHT_NORM
 
 __all__ = [
-    "GREEDY",
     "MOST_GREEDY",
-    "RANDOM",
-    "UPDATES",
-    "WEIGHTS",
     "Scores",
     "by_score",
     "greedy_order",
@@ -51,21 +47,18 @@ __all__ = [
 ]
 
 Scores = Attribution | Effects | Float[Tensor, "*batch site"]
-WEIGHTS, UPDATES, RANDOM, GREEDY = "‖ΔW‖", "‖δz‖", "random", "greedy"
 MOST_GREEDY = 40
 _SLOW = 64
 
 
 def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
-    """{name: score}; a single one goes by what it is.
+    """{name: score}; a single one goes by its key.
 
     Raises:
         ArgumentError: a baseline's name, or nothing to rank by.
     """
-    if isinstance(attribution, Attribution):
-        return {method_text(attribution.method, attribution.at): attribution}
-    if isinstance(attribution, Effects):
-        return {method_text(attribution.how, 0.0): attribution}
+    if isinstance(attribution, Attribution | Effects):
+        return {attribution.key: attribution}
     if isinstance(attribution, Tensor):
         return {"given": attribution}
     if not isinstance(attribution, Mapping):
@@ -73,7 +66,7 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
             f"{attribution!r} ranks nothing; pass an Attribution, Effects, a tensor [site], or "
             "{name: one of these}."
         )
-    taken = {WEIGHTS, UPDATES, RANDOM, GREEDY} & set(attribution)
+    taken = {WEIGHT_NORM, UPDATE_NORM, RANDOM, GREEDY} & set(attribution)
     if taken or not attribution:
         raise ArgumentError(
             f"{sorted(taken)} are names of baselines; give the scores others."

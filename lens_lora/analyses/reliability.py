@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, final
 
 import pandas as pd
 import torch
@@ -41,8 +41,11 @@ from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.readouts.rows import Reading
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.choosing import only_prompt
 from lens_lora.results.effects import Effects
+from lens_lora.results.measured import SIGMAS, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -50,11 +53,11 @@ if TYPE_CHECKING:
 __all__ = ["Question", "Reliability", "reliability"]
 
 Question = Literal["add_one", "leave_one_out"]
-_SIGMAS = 3.0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reliability:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Reliability(Result):
     """Each site's first-order number with what it misses, in the readout's units.
 
     Attributes:
@@ -62,7 +65,7 @@ class Reliability:
         correction: [batch, site], what a_l misses of the effect; NaN where it was not measured
             (add_one, a site under the floor at every prompt).
         fixed: [batch, site], with fix=True: the measured effect where flagged, a_l elsewhere.
-        of: the effect that a_l is asked to predict, 'add_one' or 'leave_one_out'.
+        how: the effect that a_l is asked to predict, 'add_one' or 'leave_one_out'.
         threshold: a score under it is flagged.
         material: [batch], in the readout's units: what a site's |a| or |correction| must exceed.
         passes: forward and backward passes over the prompts, by step.
@@ -72,7 +75,7 @@ class Reliability:
     attribution: Attribution
     correction: Float[Tensor, "batch site"]
     fixed: Float[Tensor, "batch site"] | None
-    of: Question
+    how: Question
     threshold: float
     material: Float[Tensor, "batch"]
     passes: Mapping[str, int]
@@ -105,10 +108,18 @@ class Reliability:
         largest = torch.maximum(a.abs(), missed.abs())
         return (score_of(a, missed) < self.threshold) & (largest > self.material[:, None])
 
-    def flagged_sites(self, prompt: int = 0) -> tuple[str, ...]:
-        """A prompt's flagged sites, the largest correction first."""
-        order = self.correction[prompt].abs().nan_to_num().argsort(descending=True).tolist()
-        return tuple(self.attribution.sites[i].name for i in order if self.flagged[prompt, i])
+    def flagged_sites(self, prompt: int | None = None) -> tuple[str, ...]:
+        """A prompt's flagged sites, the largest correction first.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        row = only_prompt(prompt, len(self.correction), "flags")
+        order = self.correction[row].abs().nan_to_num().argsort(descending=True).tolist()
+        return tuple(self.attribution.sites[i].name for i in order if self.flagged[row, i])
 
     def against(self, effects: Effects | Float[Tensor, "batch site"]) -> pd.DataFrame:
         """Flags against the sites that are truly wrong: one row per prompt, and 'all'.
@@ -147,10 +158,10 @@ class Reliability:
     def _effects(self, effects: Effects | Tensor) -> Float[Tensor, "batch site"]:
         expected = tuple(self.correction.shape)
         if isinstance(effects, Effects):
-            if effects.how != self.of or not effects.is_by_site:
+            if effects.how != self.how or not effects.is_by_site:
                 raise ArgumentError(
                     f"effects of {effects.how} on {len(effects.groups)} groups; the flags are of "
-                    f"{self.of} on {expected[1]} single sites."
+                    f"{self.how} on {expected[1]} single sites."
                 )
             effects = effects.values
         if tuple(effects.shape) != expected:
@@ -169,18 +180,16 @@ class Reliability:
         frame["flagged"] = self.flagged.cpu().flatten().numpy()
         return frame
 
-    def plot(self, prompt: int = 0) -> Figure:
-        """a_l against a_l + correction of a prompt's sites, the flagged ones apart."""
-        from lens_lora.show.figures.reliability import reliability_figure
+    def plot(self, prompt: int | None = None) -> Figure:
+        """a_l against a_l + correction of a prompt's sites, the flagged ones apart.
 
-        return reliability_figure(self, prompt)
+        Args:
+            prompt: an index; without it, the only prompt.
 
-    def __repr__(self) -> str:
-        counts = ", ".join(map(str, self.flagged.sum(1).tolist()))
-        return (
-            f"Reliability of {self.readout}, first order as the answer to {self.of}: {counts} of "
-            f"{self.flagged.shape[1]} sites flagged (score under {self.threshold:g})"
-        )
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)
 
 
 def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"]:
@@ -221,13 +230,13 @@ def reliability(
     reading = bound(readout, lens.model, ready)
     attribution = first_order(lens, ready, readout)
     size = floor * attribution.per_site.abs().sum(1)
-    material = torch.maximum(size, _SIGMAS * noise_floor(lens, reading).to(size))
+    material = torch.maximum(size, SIGMAS * noise_floor(lens, reading).to(size))
     correction, passes = _screen(lens, reading, attribution, of, material, progress)
     found = Reliability(
         attribution=attribution,
         correction=correction,
         fixed=None,
-        of=of,
+        how=of,
         threshold=threshold,
         material=material,
         passes={"first order": 2, "screen": passes},
@@ -271,11 +280,11 @@ def _fixed(lens: LoraLens, reading: Reading, found: Reliability, progress: bool)
     """The same, with the flagged sites' effects measured."""
     flagged, values = found.flagged, found.attribution.per_site.clone()
     some, passes = flagged.any(0), 0
-    if found.of == "add_one":
+    if found.how == "add_one":
         values = torch.where(flagged, found.corrected, values)
     else:
         effects = torch.zeros_like(values)
-        effects[:, some] = _measured(lens, reading, found.attribution, found.of, some, progress)
+        effects[:, some] = _measured(lens, reading, found.attribution, found.how, some, progress)
         values, passes = torch.where(flagged, effects, values), int(some.sum())
     return dataclasses.replace(found, fixed=values, passes={**found.passes, "fix": passes})
 

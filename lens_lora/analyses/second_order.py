@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
@@ -35,18 +35,19 @@ from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.readouts.rows import Reading
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.measured import SIGMAS, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 __all__ = ["SecondOrder", "second_order"]
 
-_SIGMAS = 3.0
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SecondOrder:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SecondOrder(Result):
     """Second order at ε = 0 beside first order and the exact shift, in the readout's units.
 
     Attributes:
@@ -110,7 +111,11 @@ class SecondOrder:
         return self.half_row_sums - self.self_curvature
 
     def predicted_at(self, scale: float | Float[Tensor, "scale"]) -> Float[Tensor, "batch *scale"]:
-        """ε Σ_l a_l + ½ε² 1ᵀH1: the shift predicted at strength ε, or at several."""
+        """ε Σ_l a_l + ½ε² 1ᵀH1: the shift predicted at strength ε, or at several.
+
+        Args:
+            scale: one ε, or several.
+        """
         eps = torch.as_tensor(scale, dtype=self.curvature.dtype, device=self.curvature.device)
         slope, bend = self.first_order.total, self.curvature
         if eps.ndim:
@@ -139,7 +144,7 @@ class SecondOrder:
         from the start.
         """
         second, first = self.path_remainder.abs(), self.curve.remainder.abs()
-        noise = torch.maximum(first, second) <= _SIGMAS * self.noise_floor[:, None]
+        noise = torch.maximum(first, second) <= SIGMAS * self.noise_floor[:, None]
         unbroken = ((second <= first) | noise).long().cumprod(1)
         return (unbroken * self.curve.scales).amax(1)
 
@@ -149,7 +154,7 @@ class SecondOrder:
         return tuple(self._verdict(i) for i in range(len(self.shift)))
 
     def _verdict(self, i: int) -> str:
-        shift, floor = float(self.shift[i]), _SIGMAS * float(self.noise_floor[i])
+        shift, floor = float(self.shift[i]), SIGMAS * float(self.noise_floor[i])
         if abs(shift) <= floor:
             return f"below the noise: the shift {shift:.2g} is within rounding ({floor:.2g})"
         first, second = (
@@ -201,21 +206,26 @@ class SecondOrder:
         )
 
     def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap of ½(H1)_l, layer × kind of module; mean over prompts by default."""
-        return self._as_attribution(self.half_row_sums, "curvature").plot(prompt)
+        """Heatmap of ½(H1)_l, layer × kind of module.
 
-    def plot_path(self, prompt: int = 0) -> Figure:
-        """The exact shift along ε, first order's line and second order's parabola."""
-        from lens_lora.show.figures.coupling import second_order_figure
+        Args:
+            prompt: an index; without it, the mean over prompts.
 
-        return second_order_figure(self, prompt)
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self._as_attribution(self.half_row_sums, "curvature"), prompt)
 
-    def __repr__(self) -> str:
-        first = self.first_order
-        return (
-            f"SecondOrder of {first.readout}, in {first.units} (a diagnostic of curvature at "
-            f"ε = 0, not a correction at ε = 1):\n{self.to_frame().to_string()}"
-        )
+    def plot_path(self, prompt: int | None = None) -> Figure:
+        """The exact shift along ε, first order's line and second order's parabola.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.path(self, prompt)
 
     def _as_attribution(self, values: Tensor, method: str) -> Attribution:
         return dataclasses.replace(self.first_order, values=values, method=method)

@@ -314,7 +314,11 @@ def test_many_groups_are_labelled_by_layer():
     groups = group_sites(sites, "site")
     matrix[0, :30] = torch.randn(30, 210, generator=models.seeded(3))
     matrix[0, 5, 6] = 1000
-    large = Coupling(matrix, groups, sites, zero, zero, (("a",),), "r", "logits", 0.0, {})
+    large = Coupling(
+        matrix, groups, 0.0, sites=sites, base=zero, adapted=zero, str_tokens=(("a",),),
+        readout="r", units="logits", meta={},
+    )  # fmt: skip
+
     figure = large.plot()
     assert figure.data[0].zmax < 5 and "cut at" in figure.data[0].colorbar.title.text
     axis = figure.layout.xaxis

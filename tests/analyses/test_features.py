@@ -203,7 +203,7 @@ def test_an_autoencoder_s_features(cls: str):
     found = ll.feature_shift(case.lens, tokens, sae)
     ends = [h[out(cls)][:, -1] for h in (base, merged)]
     assert (found.shift - (sae.pre(ends[1]) - sae.pre(ends[0]))).abs().max() < EXACT
-    assert found.activations is not None and found.hook_name == out(cls)
+    assert found.activations is not None and found.name == out(cls)
     for activation, h in zip(found.activations, ends, strict=True):
         assert (activation - sae.encode(h)).abs().max() < EXACT
     off = (found.activations[0] == 0) & (found.activations[1] == 0)
@@ -384,8 +384,8 @@ def test_the_results_tell_and_draw(cls: str):
     writes = ll.feature_writes(lens, tokens, rows)
     assert len(writes.to_frame()) == writes.values.numel()
     assert writes.to_frame()["write"].tolist() == writes.values.flatten().tolist()
-    assert set(writes.top(4, site=writes.sites[0].name)["site"]) == {writes.sites[0].name}
-    assert writes.top(1)["write"].abs().item() == writes.values.mean(0).abs().max()
+    assert set(writes.top(writes.sites[0].name, 4)["site"]) == {writes.sites[0].name}
+    assert writes.top(k=1)["write"].abs().item() == writes.values.mean(0).abs().max()
     assert largest(writes.plot().data[0].z) == writes.values.mean(0).abs().max()
     for result in (found, each, writes):
         assert "features" in repr(result) and result.meta["dtype"] == "float64"

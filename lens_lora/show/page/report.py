@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from plotly.offline import get_plotlyjs
 
 from lens_lora.errors import ArgumentError
-from lens_lora.show.figures.attribution import position_heatmap, remainder_figure, site_heatmap
+from lens_lora.show.figures.attribution import position_heatmap, site_heatmap
+from lens_lora.show.figures.remainder import remainder_figure
 from lens_lora.show.page.html import (
     Plots,
     Section,

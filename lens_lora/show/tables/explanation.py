@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lens_lora.show.tables.results import _table as titled  # pyright: ignore[reportPrivateUsage]
 from lens_lora.show.tables.results import margin_table, tokens_table
-from lens_lora.show.text import magnitude, percent, signed, visible
+from lens_lora.show.text import key_text, magnitude, percent, signed, visible
 from lens_lora.show.words.account import Account
 from lens_lora.show.words.explanation import explained_account, is_comparable, is_rounding, top_of
 
@@ -110,8 +110,8 @@ def agreement_rows(e: Explanation) -> list[Row]:
     a = explained_account(e)
     return [
         (
-            c.attribution_name,
-            c.effects_name,
+            key_text(c.attribution_name),
+            key_text(c.effects_name),
             *(_number(float(getattr(c, name)[0])) for name in ("pearson", "spearman", "slope")),
             percent(float(c.sign_agreement[0])),
         )
@@ -163,7 +163,7 @@ def curve_rows(e: Explanation) -> list[Row]:
     fraction, _ = top_of(curves)
     return [
         (
-            name,
+            key_text(name),
             percent(float(curves.kept_share(name, fraction)[0])),
             _number(float(curves.area_keep[i, 0])),
             _number(float(curves.area_drop[i, 0])),
