@@ -55,7 +55,7 @@ from lens_lora.readouts.readout import Logit, LogProb, Margin, Readout
 from lens_lora.results.activation_effects import ActivationEffects
 from lens_lora.results.attribution import Attribution, Quadrature
 from lens_lora.results.effects import Effects
-from lens_lora.show.figures.tokens import TokenView
+from lens_lora.results.token_view import TokenView
 from lens_lora.sweeps.records import SweepError
 from lens_lora.sweeps.result import SweepResult
 from lens_lora.sweeps.sweep import sweep

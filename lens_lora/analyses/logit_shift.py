@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, final
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -93,15 +94,14 @@ class LogitShift(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and token, and per site if split by site: the shift in logits."""
-        names: list[str | None] = [site.name for site in self.sites] or [None]
-        index = pd.MultiIndex.from_product(
-            [range(len(self.values)), names, self.strings], names=["prompt", "site", "token"]
-        )
-        shifts = self.values.detach().double().cpu().flatten().numpy()
-        frame = pd.DataFrame({"shift": shifts}, index=index).reset_index()
-        frame["id"] = list(self.tokens) * (len(frame) // len(self.tokens))
-        frame = frame if self.sites else frame.drop(columns="site")
-        return frame[[*frame.columns[:-2], "id", "shift"]]
+        batch, vocab = len(self.values), len(self.tokens)
+        rows = batch * max(1, len(self.sites))
+        columns: dict[str, object] = {"prompt": np.repeat(np.arange(batch), rows // batch * vocab)}
+        if self.sites:
+            columns["site"] = np.tile(np.repeat([site.name for site in self.sites], vocab), batch)
+        columns["token"], columns["id"] = (list(x) * rows for x in (self.strings, self.tokens))
+        columns["shift"] = self.values.detach().double().cpu().flatten().numpy()
+        return pd.DataFrame(columns)
 
     def _ranked(
         self, site: str | None, k: int, prompt: int | None, *, largest: bool

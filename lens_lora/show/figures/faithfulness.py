@@ -37,7 +37,7 @@ def faithfulness_figure(result: Faithfulness, prompt: int | None = None) -> go.F
     Raises:
         ArgumentError: no such prompt.
     """
-    rows = prompt_rows(prompt, len(result.base))
+    rows, sites = prompt_rows(prompt, len(result.base)), len(result.sites)
     figure = make_subplots(
         rows=1,
         cols=2,
@@ -68,9 +68,8 @@ def faithfulness_figure(result: Faithfulness, prompt: int | None = None) -> go.F
                     },
                     marker={"size": 6, "symbol": _BASELINES.get(name, _SOLID)[1]},
                     hovertext=[
-                        f"<b>{html.escape(key_text(name))}</b>, {area}<br>{count} of "
-                        f"{len(result.sites)} sites: {'—' if y is None else percent(y / 100)} of the "
-                        "shift"
+                        f"<b>{html.escape(key_text(name))}</b>, {area}<br>{count} of {sites} "
+                        f"sites: {percent(y / 100) if y is not None else '—'} of the shift"
                         for count, y in zip(result.counts, shares, strict=True)
                     ],
                     hoverinfo="text",
