@@ -27,12 +27,8 @@ from lens_lora.analyses.patch_activations import patch_activations
 from lens_lora.analyses.patch_sites import patch_sites
 from lens_lora.analyses.path import path_attribution
 from lens_lora.analyses.reliability import Reliability, reliability
-from lens_lora.analyses.remainder import (
-    Remainder,
-    RemainderCurve,
-    remainder,
-    remainder_curve,
-)
+from lens_lora.analyses.remainder import Remainder, remainder
+from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve
 from lens_lora.analyses.second_order import SecondOrder, second_order
 from lens_lora.analyses.tangents import tangents
 from lens_lora.errors import (

@@ -17,7 +17,8 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order
-from lens_lora.analyses.remainder import RemainderCurve, Verdict, curve_of, verdict_of
+from lens_lora.analyses.remainder import Verdict, verdict_of
+from lens_lora.analyses.remainder_curve import RemainderCurve, curve_of
 from lens_lora.engine.function import gated_logits
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, AnswerMargin, answer_ids, margin_between

@@ -4,7 +4,7 @@
 
 ½(H1)_l is the site's own curvature ½H_ll and half of its coupling to every other site.
 
-1. First order, and the exact g along the path (`analyses/remainder.py`).
+1. First order, and the exact g along the path (`analyses/remainder_curve.py`).
 2. H·1 from one Hessian product; on request ½H_ll, with a product for each site, batched.
 3. The verdict says of each prompt whether second order is nearer to the exact shift at ε = 1 than
    first order, or farther: at the full strength of trained adapters it is often far worse, since
@@ -23,11 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order
-from lens_lora.analyses.remainder import (
-    RemainderCurve,
-    curve_of,
-    fitted_order,
-)
+from lens_lora.analyses.remainder_curve import RemainderCurve, curve_of, fitted_order
 from lens_lora.engine.gate_graph import hessian_product, hessian_products, in_groups
 from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.errors import ArgumentError

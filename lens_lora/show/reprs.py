@@ -17,7 +17,8 @@ from lens_lora.analyses.logit_shift import LogitShift
 from lens_lora.analyses.margin import FactMargin
 from lens_lora.analyses.null_test import NullTest
 from lens_lora.analyses.reliability import Reliability
-from lens_lora.analyses.remainder import Remainder, RemainderCurve
+from lens_lora.analyses.remainder import Remainder
+from lens_lora.analyses.remainder_curve import RemainderCurve
 from lens_lora.analyses.second_order import SecondOrder
 from lens_lora.analyses.spectra import AdapterSummary
 from lens_lora.results import drawing

@@ -67,7 +67,8 @@ def without_a_mean():
     curve = margin.curve
     curves = dataclasses.replace(
         curve, values=curve.values.expand(2, -1), base=curve.base.expand(2),
-        order=curve.order.expand(2), slope=curve.slope.expand(2), noise_floor=curve.noise_floor.expand(2),
+        order=curve.order.expand(2), slope=curve.slope.expand(2),
+        noise_floor=curve.noise_floor.expand(2),
     )  # fmt: skip
     two = dataclasses.replace(
         margin, attribution=by_position, curve=curves, doc=margin.doc * 2, pre=margin.pre * 2,

@@ -13,7 +13,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from lens_lora.analyses.remainder import RemainderCurve
+from lens_lora.analyses.remainder_curve import RemainderCurve
 from lens_lora.show.figures.style import BLANK, DIVERGING, EXACT, LINEAR, Cells, Labels, style
 from lens_lora.show.text import percent, signed, visible
 

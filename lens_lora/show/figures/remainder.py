@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lens_lora.analyses.remainder import RemainderCurve
+from lens_lora.analyses.remainder_curve import RemainderCurve
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.results.measured import SIGMAS
