@@ -9,7 +9,7 @@ import pytest
 import torch
 from every_result import HEADER, activations, features
 from explained import by_hand
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_by_hand import attribution, two_prompts
 
@@ -108,6 +108,7 @@ def test_the_only_prompt_needs_no_name():
     assert by_hand().margin.story() == by_hand().margin.story(0)
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.floats(allow_infinity=False, width=32), max_size=20), k=st.integers(0, 25)
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_by_hand import META, SCALES, SITES, fact
 
@@ -23,6 +23,7 @@ SIZES = st.floats(-10, 10, width=32)
 MARGINS = st.lists(SIZES, min_size=6, max_size=6)
 
 
+@settings(deadline=None)
 @given(
     margins=MARGINS,
     first=st.lists(SIZES, min_size=4, max_size=4),
