@@ -17,8 +17,8 @@ from lens_lora.analyses.components import Components, components
 from lens_lora.analyses.coupling import Coupling, coupling
 from lens_lora.analyses.explain import Explanation, explain
 from lens_lora.analyses.faithfulness import Faithfulness, faithfulness
-from lens_lora.analyses.feature_effects import FeatureShift, FeatureWrites
-from lens_lora.analyses.feature_shift import feature_shift, feature_writes
+from lens_lora.analyses.feature_shift import FeatureShift, feature_shift
+from lens_lora.analyses.feature_writes import FeatureWrites, feature_writes
 from lens_lora.analyses.first_order import first_order, first_orders
 from lens_lora.analyses.logit_shift import LogitShift, logit_shift
 from lens_lora.analyses.margin import FactMargin, fact_margin
@@ -27,12 +27,8 @@ from lens_lora.analyses.patch_activations import patch_activations
 from lens_lora.analyses.patch_sites import patch_sites
 from lens_lora.analyses.path import path_attribution
 from lens_lora.analyses.reliability import Reliability, reliability
-from lens_lora.analyses.remainder import (
-    Remainder,
-    RemainderCurve,
-    remainder,
-    remainder_curve,
-)
+from lens_lora.analyses.remainder import Remainder, remainder
+from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve
 from lens_lora.analyses.second_order import SecondOrder, second_order
 from lens_lora.analyses.tangents import tangents
 from lens_lora.errors import (

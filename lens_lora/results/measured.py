@@ -10,7 +10,11 @@ __all__ = ["header"]
 
 
 def header(asked: Asked) -> dict[str, Any]:
-    """The fields that every measured result has: of what, over which sites, with which ends."""
+    """The fields that every measured result has: of what, over which sites, with which ends.
+
+    Args:
+        asked: with a readout; its ends are computed where they are not known yet.
+    """
     base, adapted = asked.ends
     return {
         "sites": asked.lens.sites,

@@ -36,7 +36,7 @@ from lens_lora.show.words.account import SIGMAS
 
 if TYPE_CHECKING:
     from lens_lora.analyses.margin import FactMargin
-    from lens_lora.analyses.remainder import RemainderCurve
+    from lens_lora.analyses.remainder_curve import RemainderCurve
     from lens_lora.results.attribution import Attribution
 
 __all__ = ["margin_figure", "position_heatmap", "remainder_figure", "site_heatmap"]

@@ -21,7 +21,8 @@ from lens_lora.show.figures.style import (
 from lens_lora.show.text import signed, visible
 
 if TYPE_CHECKING:
-    from lens_lora.analyses.feature_effects import FeatureShift, FeatureWrites
+    from lens_lora.analyses.feature_shift import FeatureShift
+    from lens_lora.analyses.feature_writes import FeatureWrites
 
 __all__ = ["feature_figure", "writes_figure"]
 
@@ -39,8 +40,8 @@ def feature_figure(shift: FeatureShift, k: int = 20, prompt: int | None = None) 
         prompt: an index; without it, the mean over prompts.
     """
     figure = _by_position(shift, k, prompt) if shift.by_position else _bars(shift, k, prompt)
-    heading = f"features at {shift.hook_name}{_whose(len(shift.base), prompt)}"
-    where = "by position" if shift.position is None else _at(shift.position)
+    heading = f"features at {shift.name}{_whose(len(shift.base), prompt)}"
+    where = "by position" if shift.positions == "each" else _at(shift.positions)
     if shift.by_position and len(shift.str_tokens[prompt or 0]) > 1:
         where += "; features and colours chosen without position 0"
     figure.update_layout(title=title(heading, f"pushed by the adapter, {where}"))
@@ -64,7 +65,7 @@ def writes_figure(writes: FeatureWrites, k: int = 20, prompt: int | None = None)
     reach = max((abs(v) for row in z for v in row if v is not None), default=0.0)
     figure = _heatmap(z, hover, [str(f) for f in chosen], names, writes.units, reach)
     heading = f"δz of each site onto features{_whose(len(writes.values), prompt)}"
-    below = f"what it writes by itself, {_at(writes.position)}"
+    below = f"what it writes by itself, {_at(writes.positions)}"
     figure.update_layout(title=title(heading, below))
     figure.update_xaxes(title_text="feature", type="category")
     return figure

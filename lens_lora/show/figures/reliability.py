@@ -48,7 +48,7 @@ def reliability_figure(found: Reliability, prompt: int = 0) -> go.Figure:
         )
     style(figure, height=460)
     figure.update_layout(
-        title=title(found.readout, f"first order against {_QUESTIONS[found.of]}: which to trust"),
+        title=title(found.readout, f"first order against {_QUESTIONS[found.how]}: which to trust"),
         legend=LEGEND_BELOW,
     )
     units = html.escape(found.units)
