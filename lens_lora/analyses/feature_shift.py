@@ -183,8 +183,8 @@ def feature_shift(
         prompts: strings, ids, conversations, or `Prompts`.
         directions: [feature, d], used as they are (normalise them to read lengths); or a sparse
             autoencoder with W_enc (SAELens's, or any with such attributes).
-        name: the hook point where d·h is read; with heads their last two axes are laid flat. An autoencoder
-            brings its own.
+        name: the hook point where d·h is read; with heads their last two axes are laid flat. An
+            autoencoder brings its own.
         scale: which sites, how strongly: the shift is h(scale) − h(0).
         at: where on the way the derivative is taken: ε = at·scale, 0 the base, 1 the adapted end.
         positions: an index within each prompt, negative ones from its own end; 'each' for every

@@ -5,8 +5,8 @@
 2. With `rules`, attention patterns or norm denominators are constants at their values there
    (`hooked/frozen.py`), in both modes.
 3. The exact shift g(1) − g(0) stands beside the values, two forward passes.
-4. Several readouts of the same prompts (`first_orders`) go back through one forward pass: k backward
-   passes, as one batch.
+4. Several readouts of the same prompts (`first_orders`) go back through one forward pass, with k
+   backward passes as one batch.
 
 At ε = 0 it predicts what adding one module to the base model does; at ε = 1 what taking one away
 from the adapted model does.

@@ -16,14 +16,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.optimize import brentq
-from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_logits
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.answers import AnswerLike, AnswerMargin, answer_ids, margin_between
+from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.rows import Reading
 from lens_lora.results.attribution import Attribution
@@ -149,14 +148,12 @@ def fact_margin_of(
     progress: bool = True,
 ) -> FactMargin:
     """`fact_margin` of a question at hand, whose readout is the margin between doc and pre."""
-    lens, prompts = asked.lens, asked.prompts
+    lens = asked.lens
     attribution = first_order_of(asked, by=by)
     curve = remainder_curve_of(asked, attribution, progress=progress)
-    docs, pres = (answer_ids(lens.model, answer, prompts.batch) for answer in (doc, pre))
-    flips = [
-        _flip_scale(lens, AnswerMargin([d], [p]).over(lens.model, prompts.row(i)), curve, i)
-        for i, (d, p) in enumerate(zip(_tensors(docs), _tensors(pres), strict=True))
-    ]
+    docs, pres = (answer_ids(lens.model, answer, asked.prompts.batch) for answer in (doc, pre))
+    alone = asked.reading.groups(1)
+    flips = [_flip_scale(lens, one, curve, i) for i, one in enumerate(alone)]
     return FactMargin(
         attribution=attribution,
         curve=curve,
@@ -164,10 +161,6 @@ def fact_margin_of(
         doc=tuple("".join(lens.decode(ids)) for ids in docs),
         pre=tuple("".join(lens.decode(ids)) for ids in pres),
     )
-
-
-def _tensors(answers: list[tuple[int, ...]]) -> list[Tensor]:
-    return [torch.tensor(ids) for ids in answers]
 
 
 def _flip_scale(lens: LoraLens, reading: Reading, curve: RemainderCurve, prompt: int) -> float:

@@ -10,7 +10,7 @@ import torch
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.analyses.remainder import fitted_order
+from lens_lora.analyses.remainder_curve import fitted_order
 
 MARGIN = ll.Margin(5, 9)
 
