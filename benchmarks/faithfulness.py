@@ -52,7 +52,7 @@ def attributions(lens: ll.LoraLens, prompts: list[str], readout: ll.Readout) -> 
 def flags(lens: ll.LoraLens, prompts: list[str], readout: ll.Readout, effects: Effects) -> Row:
     """Flags of first order at 0 against the sites that are truly wrong, over all prompts."""
     question = effects.how
-    found = ll.reliability(lens, prompts, readout, of=question, fix=True, progress=False)
+    found = ll.reliability(lens, prompts, readout, how=question, fix=True, progress=False)
     counted = found.against(effects).loc["all"]
     columns = ("sites", "wrong", "flagged", "hit", "error", "error_fixed")
     return {"question": question, **{name: float(counted[name]) for name in columns}}

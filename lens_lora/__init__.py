@@ -17,8 +17,8 @@ from lens_lora.analyses.components import Components, components
 from lens_lora.analyses.coupling import Coupling, coupling
 from lens_lora.analyses.explain import Explanation, explain
 from lens_lora.analyses.faithfulness import Faithfulness, faithfulness
-from lens_lora.analyses.feature_effects import FeatureShift, FeatureWrites
-from lens_lora.analyses.feature_shift import feature_shift, feature_writes
+from lens_lora.analyses.feature_shift import FeatureShift, feature_shift
+from lens_lora.analyses.feature_writes import FeatureWrites, feature_writes
 from lens_lora.analyses.first_order import first_order, first_orders
 from lens_lora.analyses.logit_shift import LogitShift, logit_shift
 from lens_lora.analyses.margin import FactMargin, fact_margin

@@ -6,7 +6,7 @@ The diagonal is self-curvature, what a group's own strength does to its effect; 
 coupling, what one group's presence does to another's effect (note, §6, item 4).
 
 1. Each group is a direction: 1 on its sites.
-2. H v of each, batched (`second_order.hessian_products`), is summed over the groups at once, so
+2. H v of each, batched (`engine/gate_graph.py`), is summed over the groups at once, so
    that only [group, group] is kept.
 3. The two triangles come from different passes; what they differ by is the result's own check.
 """
@@ -22,22 +22,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.function import gated_readout
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Group, Groups, group_sites, indicator
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
 from lens_lora.results import drawing
 from lens_lora.results.choosing import prompt_rows
-from lens_lora.results.measured import Entries, Ranked
+from lens_lora.results.measured import Entries, Ranked, header
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["Coupling", "coupling"]
+__all__ = ["Coupling", "coupling", "coupling_of"]
 
 
 @final
@@ -190,35 +190,32 @@ def coupling(
     [batch, group, group].
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
         group: 'site', 'layer', 'kind', or {name: site names or globs}; named groups may overlap.
         at: the gate value of every site at which the second derivative is taken.
+        progress: show a bar.
 
     Raises:
         TokenError, PromptError: a readout or prompt that does not fit the model.
         SiteError: a glob that matches no site.
         NumericsError: a derivative that is not finite, naming the site.
     """
+    return coupling_of(ask(lens, prompts, readout), group=group, at=at, progress=progress)
+
+
+def coupling_of(
+    asked: Asked, *, group: Group = "site", at: float = 0.0, progress: bool = True
+) -> Coupling:
+    """`coupling` of a question at hand."""
+    lens, gates = asked.lens, asked.lens.gates(float(at))
     groups = group_sites(lens.sites, group)
-    reading = bound(readout, lens.model, lens.prompts(prompts))
-    gates = lens.gates(float(at))
     rows = indicator(groups, len(lens.sites)).to(gates)
 
     def of_some(some: Reading) -> Float[Tensor, "batch group group"]:
         products = hessian_products(lens, some, gates, rows, progress=progress, what="coupling")
         return torch.cat([product @ rows.T for product in products], 1)
 
-    matrix = in_groups(reading, of_some)
-    ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
-    base, adapted = gated_readout(lens, reading, ends).T
-    return Coupling(
-        matrix=matrix.transpose(1, 2).contiguous(),
-        groups=groups,
-        sites=lens.sites,
-        base=base.contiguous(),
-        adapted=adapted.contiguous(),
-        str_tokens=reading.tokens_of(lens.str_tokens(reading.prompts)),
-        readout=readout.label,
-        units=readout.units,
-        at=float(at),
-        meta=lens.describe(),
-    )
+    matrix = in_groups(asked.reading, of_some).transpose(1, 2).contiguous()
+    return Coupling(matrix=matrix, groups=groups, at=float(at), **header(asked))

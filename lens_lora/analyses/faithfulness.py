@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import pandas as pd
@@ -25,22 +25,21 @@ from torch import Tensor
 
 from lens_lora.analyses import rankings
 from lens_lora.analyses.rankings import Scores
-from lens_lora.engine.function import gated_readout
-from lens_lora.engine.noise import noise_floor
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.function import readout_at
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
-from lens_lora.results.keys import GREEDY, RANDOM, UPDATE_NORM, WEIGHT_NORM
-from lens_lora.results.measured import SIGMAS, Measured
+from lens_lora.results.keys import RANDOM
+from lens_lora.results.measured import SIGMAS, Measured, header
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["Faithfulness", "faithfulness"]
+__all__ = ["Faithfulness", "faithfulness", "faithfulness_of"]
 
 _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SHOWN, _CARRIED = 0.2, 0.9
@@ -202,6 +201,9 @@ def faithfulness(
     batched; 11 for the ends, the noise and ‖δz‖; S(S+1)/2 for the greedy oracle.
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
         attribution: of these prompts and this readout, effects of single sites, or a tensor of
             contributions in the readout's units ([site], or [batch, site]); or {name: any of
             these}. A score without a sign is ranked rightly once multiplied by the shift's.
@@ -209,41 +211,53 @@ def faithfulness(
             always there.
         baselines: also rank by ‖ΔW‖, by ‖δz‖ at the base model, and at random.
         greedy: also add at each step the site that moves the readout furthest towards g(1).
+        draws: random orders whose mean is the random curve.
+        seed: of the random orders.
+        progress: show a bar.
 
     Raises:
         ArgumentError: scores of other sites, prompts or readouts; a fraction outside 0 to 1; draws
             below 1; greedy on more than 40 sites.
         NumericsError: a non-finite readout.
     """
-    reading = bound(readout, lens.model, lens.prompts(prompts))
-    str_tokens = reading.tokens_of(lens.str_tokens(reading.prompts))
+    return faithfulness_of(
+        ask(lens, prompts, readout),
+        attribution,
+        fractions=fractions,
+        baselines=baselines,
+        greedy=greedy,
+        draws=draws,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def faithfulness_of(
+    asked: Asked,
+    attribution: Scores | Mapping[str, Scores],
+    *,
+    fractions: Sequence[float] | None = None,
+    baselines: bool = True,
+    greedy: bool = False,
+    draws: int = 5,
+    seed: int = 0,
+    progress: bool = True,
+) -> Faithfulness:
+    """`faithfulness` of a question at hand."""
+    lens = asked.lens
     counts = _counts(_FRACTIONS if fractions is None else fractions, len(lens.sites))
     if draws < 1:
         raise ArgumentError(f"draws={draws}; expected at least 1.")
-    scores = {
-        name: rankings.values_of(name, score, lens, str_tokens, readout)
-        for name, score in rankings.named(attribution).items()
-    }
-    if greedy:
-        rankings.refuse_greedy(len(lens.sites))
-    ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
-    base, adapted = gated_readout(lens, reading, ends).T
-    towards = (adapted - base).sign()
-    orders = {name: rankings.by_score(s * towards[:, None]) for name, s in scores.items()}
-    if baselines:
-        by_weight = rankings.weight_norms(lens).expand(reading.batch, -1)
-        orders[WEIGHT_NORM] = rankings.by_score(by_weight)
-        orders[UPDATE_NORM] = rankings.by_score(rankings.update_norms(lens, reading))
-    if greedy:
-        orders[GREEDY] = rankings.greedy_order(lens, reading, towards, progress=progress)
+    given = rankings.named(attribution)
+    orders = rankings.orders_of(asked, given, baselines=baselines, greedy=greedy, progress=progress)
     every = torch.stack(list(orders.values()))
     if baselines:
-        random = rankings.random_orders(len(lens.sites), reading.batch, draws, seed)
+        random = rankings.random_orders(len(lens.sites), asked.reading.batch, draws, seed)
         every = torch.cat([every, random.to(every.device)])
-    floor = noise_floor(lens, reading).double().cpu()
-    base, adapted = base.double().cpu(), adapted.double().cpu()
-    moved = _moved(lens, reading, every, counts, base, adapted, progress)
-    shift = adapted - base
+    base, adapted = asked.ends.double().cpu()
+    labels: dict[str, Any] = {**header(asked), "base": base, "adapted": adapted}
+    floor, shift = asked.noise_floor.double().cpu(), adapted - base
+    moved = _moved(asked, every, counts, progress)
     clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.full_like(shift, float("nan")))
     keep, drop = (_mean_of_draws(m / clear[:, None], len(orders)) for m in moved)
     return Faithfulness(
@@ -253,15 +267,9 @@ def faithfulness(
         keep=keep,
         drop=drop,
         orders={name: order.cpu() for name, order in orders.items()},
-        sites=lens.sites,
-        base=base,
-        adapted=adapted,
         noise_floor=floor,
         draws=draws,
-        str_tokens=str_tokens,
-        readout=readout.label,
-        units=readout.units,
-        meta=lens.describe(),
+        **labels,
     )
 
 
@@ -274,26 +282,23 @@ def _counts(fractions: Sequence[float], sites: int) -> tuple[int, ...]:
 
 
 def _moved(
-    lens: LoraLens,
-    reading: Reading,
+    asked: Asked,
     orders: Int[Tensor, "method batch site"],
     counts: tuple[int, ...],
-    base: Float[Tensor, "batch"],
-    adapted: Float[Tensor, "batch"],
     progress: bool,
 ) -> tuple[Tensor, Tensor]:
     """g − g(0) where the top is kept, and where it is dropped: [method, batch, count] each."""
+    base, adapted = asked.ends.double().cpu()
     inner = counts[1:-1]
     ends = (torch.zeros_like(base), adapted - base)
     if inner:
         on = torch.stack([rankings.switched_on(order, inner) for order in orders])
         gates = torch.stack([on, 1 - on]).movedim(2, 0)  # batch, keep or drop, method, count, site
-        found = rankings.readout_at(
-            lens, reading, gates.flatten(1, 3), progress=progress, what="keep and drop"
-        )
+        flat, what = gates.flatten(1, 3), "keep and drop"
+        found = readout_at(asked.lens, asked.reading, flat, progress=progress, what=what)
         moved = found.double().cpu().view(gates.shape[:-1]) - base[:, None, None, None]
     else:
-        moved = base.new_zeros(reading.batch, 2, len(orders), 0)
+        moved = base.new_zeros(len(base), 2, len(orders), 0)
     both: list[Tensor] = []
     for which, (first, last) in enumerate((ends, ends[::-1])):
         sides = [end[:, None, None].expand(-1, len(orders), 1) for end in (first, last)]

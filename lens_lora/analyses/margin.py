@@ -1,7 +1,9 @@
 """The fact margin (note, §5): m = m₀ + Σ_l (u_doc − u_pre)ᵀ J δz_l + R_m.
 
-The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m. The
-scale at which it does, along ε·Δ, is found by a root finder on exact forward passes.
+The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m.
+
+1. First order of the margin, and the margin itself along ε·Δ (`analyses/remainder_curve.py`).
+2. Where the curve changes sign, a root finder on exact forward passes finds the scale.
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.optimize import brentq
-from torch import Tensor
 
-from lens_lora.analyses.first_order import first_order
+from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder import Verdict, verdict_of
-from lens_lora.analyses.remainder_curve import RemainderCurve, curve_of
+from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_logits
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.answers import AnswerLike, AnswerMargin, answer_ids, margin_between
+from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.rows import Reading
 from lens_lora.results import drawing
@@ -31,7 +33,7 @@ from lens_lora.results.measured import Result
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["FactMargin", "fact_margin"]
+__all__ = ["FactMargin", "fact_margin", "fact_margin_of"]
 
 
 @final
@@ -141,27 +143,41 @@ def fact_margin(
 ) -> FactMargin:
     """m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
+    Cost: one forward and one backward, some 30 forward passes along the path, batched, and about
+    ten more for each prompt that flips.
+
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
         doc, pre: a string each (with its leading space), token id or ids, or one of each per
             prompt. Answers of several tokens are teacher-forced and their margin is in nats.
         by: also split the attribution by 'position', 'head', 'rank'.
-
-    Cost: one forward and one backward, some 30 forward passes along the path, batched, and about
-    ten more for each prompt that flips.
+        progress: show a bar.
 
     Raises:
         TokenError: an answer that is no token of the model, a word that lost its leading space,
             or doc equal to pre.
     """
-    ready = lens.prompts(prompts)
-    margin = margin_between(lens.model, doc, pre, ready.batch)
-    attribution = first_order(lens, ready, margin, by=by)
-    curve = curve_of(lens, ready, margin, attribution, progress=progress)
-    docs, pres = (answer_ids(lens.model, answer, ready.batch) for answer in (doc, pre))
-    flips = [
-        _flip_scale(lens, AnswerMargin([d], [p]).over(lens.model, ready.row(i)), curve, i)
-        for i, (d, p) in enumerate(zip(_tensors(docs), _tensors(pres), strict=True))
-    ]
+    asked = ask(lens, prompts)
+    margin = margin_between(lens.model, doc, pre, asked.prompts.batch)
+    return fact_margin_of(asked.about(margin), doc, pre, by=by, progress=progress)
+
+
+def fact_margin_of(
+    asked: Asked,
+    doc: AnswerLike,
+    pre: AnswerLike,
+    *,
+    by: tuple[str, ...] | str = (),
+    progress: bool = True,
+) -> FactMargin:
+    """`fact_margin` of a question at hand, whose readout is the margin between doc and pre."""
+    lens = asked.lens
+    attribution = first_order_of(asked, by=by)
+    curve = remainder_curve_of(asked, attribution, progress=progress)
+    docs, pres = (answer_ids(lens.model, answer, asked.prompts.batch) for answer in (doc, pre))
+    alone = asked.reading.groups(1)
+    flips = [_flip_scale(lens, one, curve, i) for i, one in enumerate(alone)]
     return FactMargin(
         attribution=attribution,
         curve=curve,
@@ -169,10 +185,6 @@ def fact_margin(
         doc=tuple("".join(lens.decode(ids)) for ids in docs),
         pre=tuple("".join(lens.decode(ids)) for ids in pres),
     )
-
-
-def _tensors(answers: list[tuple[int, ...]]) -> list[Tensor]:
-    return [torch.tensor(ids) for ids in answers]
 
 
 def _flip_scale(lens: LoraLens, reading: Reading, curve: RemainderCurve, prompt: int) -> float:

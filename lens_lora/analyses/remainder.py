@@ -1,18 +1,20 @@
-"""The remainder that first order leaves, of one site and of all sites, and the verdict on it.
+"""The remainder that first order leaves: of one site, and of all sites.
 
     single site   u_yᵀ r_l = g(e_l) − g(0) − a_l             (note, §3)
     all sites     R_y = g(1) − g(0) − Σ_l a_l                (note, §4)
 
-At ε = 1 the two may agree by coincidence, so the verdict also looks at ε = 0.25, 0.5 and 0.75 (the
-whole path: `analyses/remainder_curve.py`): at the same strengths for every result, so that no two
-can disagree on one remainder.
+1. First order and the exact ends; on request each site added alone.
+2. The noise floor says what of the remainder is rounding.
+3. At ε = 1 the two may agree by coincidence, so the verdict also looks at ε = 0.25, 0.5 and 0.75:
+   at the same strengths for every result, so that no two can disagree on one remainder (the whole
+   path: `analyses/remainder_curve.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, final
+from typing import Literal, final
 
 import numpy as np
 import pandas as pd
@@ -20,19 +22,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.analyses.first_order import first_order
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.engine.asked import ask
 from lens_lora.engine.function import gated_readout
-from lens_lora.engine.noise import noise_floor
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.measured import SIGMAS, Result
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["CHECKPOINTS", "Remainder", "Verdict", "remainder", "verdict_of"]
 
@@ -216,21 +215,31 @@ def remainder(
     """R_y of all sites together and, with by_site, u_yᵀ r_l of each site alone.
 
     Cost: one forward and one backward, thirteen forward passes, and one per site with by_site.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        by_site: also run each site alone.
+        progress: show a bar.
+
+    Raises:
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a readout or derivative that is not finite.
     """
-    ready = lens.prompts(prompts)
-    reading = bound(readout, lens.model, ready)
-    attribution = first_order(lens, ready, readout)
+    asked = ask(lens, prompts, readout)
+    attribution = first_order_of(asked)
     steps = torch.stack([lens.gates(scale) for scale in CHECKPOINTS])
-    way = gated_readout(lens, reading, steps, progress=progress)
+    way = gated_readout(lens, asked.reading, steps, progress=progress)
     site_shift = None
     if by_site:
         alone = torch.eye(len(lens.sites), dtype=lens.gate_dtype)
-        corners = gated_readout(lens, reading, alone, progress=progress, what="single sites")
+        corners = asked.at_gates(alone, progress=progress, what="single sites")
         site_shift = corners - attribution.base[:, None]
     return Remainder(
         shift=attribution.shift,
         first_order=attribution.total,
-        noise_floor=noise_floor(lens, reading),
+        noise_floor=asked.noise_floor,
         path_scales=CHECKPOINTS,
         path_shift=way - attribution.base[:, None],
         sites=lens.sites,

@@ -19,14 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.analyses.first_order import first_order
+from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder import CHECKPOINTS
-from lens_lora.engine.function import gated_readout
-from lens_lora.engine.noise import noise_floor
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.measured import Result
@@ -34,7 +33,7 @@ from lens_lora.results.measured import Result
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["RemainderCurve", "curve_of", "fitted_order", "remainder_curve"]
+__all__ = ["RemainderCurve", "fitted_order", "remainder_curve", "remainder_curve_of"]
 
 _FIT_DECADE = 10.0
 
@@ -122,12 +121,6 @@ class RemainderCurve(Result):
         return drawing.figure(self, prompt)
 
 
-def default_scales() -> list[float]:
-    """Small ones for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25 … 1."""
-    even = [*np.linspace(0.1, 1.0, 10).round(3).tolist(), *CHECKPOINTS]
-    return sorted({*np.geomspace(1e-4, 8e-2, 10).tolist(), *even})
-
-
 def remainder_curve(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -138,31 +131,40 @@ def remainder_curve(
 ) -> RemainderCurve:
     """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
 
-    Cost: one forward and one backward, and one forward pass per scale (22 by default), batched.
+    Cost: one forward and one backward, and ten forward passes beside one per scale (22 by
+    default), batched.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        scales: the strengths ε at which g is run; None for the usual ones.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: scales=[].
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a readout or derivative that is not finite.
     """
-    ready = lens.prompts(prompts)
-    attribution = first_order(lens, ready, readout)
-    return curve_of(lens, prompts, readout, attribution, scales, progress=progress)
+    asked = ask(lens, prompts, readout)
+    return remainder_curve_of(asked, first_order_of(asked), scales, progress=progress)
 
 
-def curve_of(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
+def remainder_curve_of(
+    asked: Asked,
     attribution: Attribution,
     scales: Sequence[float] | None = None,
     *,
     progress: bool = True,
 ) -> RemainderCurve:
-    """`remainder_curve` beside a first-order attribution at hand."""
-    reading = bound(readout, lens.model, lens.prompts(prompts))
-    given = default_scales() if scales is None else [float(scale) for scale in scales]
+    """`remainder_curve` of a question at hand, beside its first order at ε = 0."""
+    given = _usual_scales() if scales is None else [float(scale) for scale in scales]
     if not given:
         raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
+    lens, floor = asked.lens, asked.noise_floor
     chosen = torch.tensor(sorted(given), dtype=lens.gate_dtype)
     gates = chosen[:, None].expand(-1, len(lens.sites))
-    values = gated_readout(lens, reading, gates, progress=progress, what="along the path")
-    floor = noise_floor(lens, reading)
+    values = asked.at_gates(gates, progress=progress, what="along the path")
     chosen = chosen.to(values.device)
     rest = values - attribution.base[:, None] - chosen * attribution.total[:, None]
     return RemainderCurve(
@@ -172,10 +174,16 @@ def curve_of(
         slope=attribution.total,
         noise_floor=floor,
         order=torch.stack([fitted_order(chosen, r, f) for r, f in zip(rest, floor, strict=True)]),
-        readout=readout.label,
-        units=readout.units,
+        readout=asked.readout.label,
+        units=asked.readout.units,
         meta=attribution.meta,
     )
+
+
+def _usual_scales() -> list[float]:
+    """Small ones for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25 … 1."""
+    even = [*np.linspace(0.1, 1.0, 10).round(3).tolist(), *CHECKPOINTS]
+    return sorted({*np.geomspace(1e-4, 8e-2, 10).tolist(), *even})
 
 
 def fitted_order(

@@ -22,14 +22,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.analyses.first_order import first_order
-from lens_lora.analyses.remainder_curve import RemainderCurve, curve_of, fitted_order
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.remainder_curve import RemainderCurve, fitted_order, remainder_curve_of
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_product, hessian_products, in_groups
-from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
@@ -38,7 +38,7 @@ from lens_lora.results.measured import SIGMAS, Result
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["SecondOrder", "second_order"]
+__all__ = ["SecondOrder", "second_order", "second_order_of"]
 
 
 @final
@@ -241,29 +241,44 @@ def second_order(
     self_curvature two backward passes more per site, batched.
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
         self_curvature: also ½H_ll, the curvature of each site alone.
+        progress: show a bar.
 
     Raises:
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    ready = lens.prompts(prompts)
-    reading, base = bound(readout, lens.model, ready), lens.gates(0.0)
-    first = first_order(lens, ready, readout)
-    rows = hessian_product(lens, reading, base, torch.ones_like(base))
-    require_finite_sites(lens, rows)
+    asked = ask(lens, prompts, readout)
+    first = first_order_of(asked)
+    curve = remainder_curve_of(asked, first, progress=progress)
+    return second_order_of(asked, first, curve, self_curvature=self_curvature, progress=progress)
+
+
+def second_order_of(
+    asked: Asked,
+    first: Attribution,
+    curve: RemainderCurve,
+    *,
+    self_curvature: bool = False,
+    progress: bool = True,
+) -> SecondOrder:
+    """`second_order` of a question at hand, beside its first order by site and its curve."""
+    base = asked.lens.gates(0.0)
+    rows = hessian_product(asked.lens, asked.reading, base, torch.ones_like(base))
     return SecondOrder(
         first_order=first,
         half_row_sums=rows / 2,
-        self_curvature=_self_curvature(lens, reading, progress) if self_curvature else None,
-        curve=curve_of(lens, ready, readout, first, progress=progress),
+        self_curvature=_self_curvature(asked, progress) if self_curvature else None,
+        curve=curve,
     )
 
 
-def _self_curvature(
-    lens: LoraLens, reading: Reading, progress: bool
-) -> Float[Tensor, "batch site"]:
+def _self_curvature(asked: Asked, progress: bool) -> Float[Tensor, "batch site"]:
     """½H_ll, out of H e_l of every site."""
+    lens = asked.lens
     alone = torch.eye(len(lens.sites))
 
     def of_some(some: Reading) -> Float[Tensor, "batch site"]:
@@ -275,4 +290,4 @@ def _self_curvature(
             done += product.shape[1]
         return torch.cat(found, 1)
 
-    return in_groups(reading, of_some) / 2
+    return in_groups(asked.reading, of_some) / 2

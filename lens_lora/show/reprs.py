@@ -12,7 +12,8 @@ from lens_lora.analyses.components import Components
 from lens_lora.analyses.coupling import Coupling
 from lens_lora.analyses.explain import Explanation
 from lens_lora.analyses.faithfulness import Faithfulness
-from lens_lora.analyses.feature_effects import FeatureShift, FeatureWrites
+from lens_lora.analyses.feature_shift import FeatureShift
+from lens_lora.analyses.feature_writes import FeatureWrites
 from lens_lora.analyses.logit_shift import LogitShift
 from lens_lora.analyses.margin import FactMargin
 from lens_lora.analyses.null_test import NullTest

@@ -107,7 +107,7 @@ def test_same_seed_same_numbers(one_lens: ll.LoraLens, monkeypatch):
     assert torch.equal(one.keep, two.keep)
     assert torch.equal(one.keep[:-1], other.keep[:-1])
     assert (one.keep[-1] - other.keep[-1]).abs().max() > 1e-3
-    monkeypatch.setattr("lens_lora.engine.function.TOKENS_AT_ONCE", 40)
+    monkeypatch.setattr("lens_lora.engine.batching.ROW_TOKENS", 40)
     assert (run(one_lens).keep - one.keep).abs().max() < EXACT
 
 

@@ -6,7 +6,8 @@ import html
 
 import plotly.graph_objects as go
 
-from lens_lora.analyses.feature_effects import FeatureShift, FeatureWrites
+from lens_lora.analyses.feature_shift import FeatureShift
+from lens_lora.analyses.feature_writes import FeatureWrites
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.parts import heatmap, token_ticks, whose
