@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import lens_lora as ll
-from lens_lora.analyses.path import TOKENS_AT_ONCE
+from lens_lora.engine.batching import slopes_at_once
 from lens_lora.engine.forward import joint_tangent
 from lens_lora.engine.function import gated_logits
 from lens_lora.engine.gate_graph import hessian_product, hessian_products
@@ -74,7 +74,7 @@ def four_nodes(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
     """The slopes at four nodes of a path integral, so many at once as it takes them."""
     reading, adapted = MARGIN.over(lens.model, prompts), lens.gates(1.0)
     points = adapted.new_tensor(np.polynomial.legendre.leggauss(4)[0] / 2 + 0.5)
-    for some in points.split(max(1, TOKENS_AT_ONCE // prompts.tokens.numel())):
+    for some in points.split(slopes_at_once(prompts)):
         rows = some.repeat(prompts.batch)
         site_slopes(lens, reading.repeat(len(some)), rows[:, None] * adapted)
 

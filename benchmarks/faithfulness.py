@@ -20,22 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import ADAPTERS, Trained
-from faithfulness_page import (
-    ADD,
-    BOTH,
-    END,
-    FIRST,
-    FRACTION,
-    HALF,
-    NORMS,
-    NUMBERS,
-    OUT,
-    PAGE,
-    PATH,
-    PATTERNS,
-    SECOND,
-    page,
-)
+from faithfulness_page import FRACTION, NUMBERS, PAGE, page
 
 import lens_lora as ll
 from lens_lora._version import versions
@@ -49,27 +34,25 @@ FRACTIONS, DRAWS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7), 3
 
 
 def attributions(lens: ll.LoraLens, prompts: list[str], readout: ll.Readout) -> dict[str, Any]:
-    """Every attribution of the same prompts."""
-    first = {at: ll.first_order(lens, prompts, readout, at=at) for at in (0.0, 0.5, 1.0)}
-    fixed = {
-        PATTERNS: ll.FrozenRules(attention_patterns=True),
-        NORMS: ll.FrozenRules(norm_scales=True),
-        BOTH: ll.FrozenRules(attention_patterns=True, norm_scales=True),
-    }
-    return {
-        FIRST: first[0.0],
-        HALF: first[0.5],
-        END: first[1.0],
-        PATH: ll.path_attribution(lens, prompts, readout, progress=False),
-        SECOND: ll.second_order(lens, prompts, readout, progress=False).attribution(),
-        **{name: ll.first_order(lens, prompts, readout, rules=r) for name, r in fixed.items()},
-    }
+    """Every attribution of the same prompts, by its key."""
+    rules = (
+        ll.FrozenRules(attention_patterns=True),
+        ll.FrozenRules(norm_scales=True),
+        ll.FrozenRules(attention_patterns=True, norm_scales=True),
+    )
+    found = [
+        *(ll.first_order(lens, prompts, readout, at=at) for at in (0.0, 0.5, 1.0)),
+        ll.path_attribution(lens, prompts, readout, progress=False),
+        ll.second_order(lens, prompts, readout, progress=False).attribution(),
+        *(ll.first_order(lens, prompts, readout, rules=held) for held in rules),
+    ]
+    return {attribution.key: attribution for attribution in found}
 
 
 def flags(lens: ll.LoraLens, prompts: list[str], readout: ll.Readout, effects: Effects) -> Row:
     """Flags of first order at 0 against the sites that are truly wrong, over all prompts."""
     question = effects.how
-    found = ll.reliability(lens, prompts, readout, of=question, fix=True, progress=False)
+    found = ll.reliability(lens, prompts, readout, how=question, fix=True, progress=False)
     counted = found.against(effects).loc["all"]
     columns = ("sites", "wrong", "flagged", "hit", "error", "error_fixed")
     return {"question": question, **{name: float(counted[name]) for name in columns}}
@@ -81,8 +64,8 @@ def measure(spec: Trained, lens: ll.LoraLens) -> tuple[list[Row], list[Row]]:
     readout = margin_between(lens.model, docs, pres, len(prompts))
     found = attributions(lens, prompts, readout)
     effects = {
-        name: ll.patch_sites(lens, prompts, readout, how, progress=False)
-        for name, how in ((ADD, "add_one"), (OUT, "leave_one_out"))
+        how: ll.patch_sites(lens, prompts, readout, how, progress=False)
+        for how in ("add_one", "leave_one_out")
     }
     curves = ll.faithfulness(
         lens,

@@ -14,10 +14,22 @@ import pandas as pd
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "faithfulness.json", DOCS / "faithfulness.md"
 FRACTION = 0.2
-FIRST, HALF, END = "first order at 0", "first order at ½", "first order at 1"
-PATH, SECOND = "path integral", "a + ½H·1"
-ADD, OUT = "add one (measured)", "leave one out (measured)"
-PATTERNS, NORMS, BOTH = "first order, patterns fixed", "first order, norms fixed", "… both fixed"
+FIRST, END, PATH, ADD, OUT = "first_order@0", "first_order@1", "path", "add_one", "leave_one_out"
+NAMES = {
+    FIRST: "first order at 0",
+    "first_order@0.5": "first order at ½",
+    END: "first order at 1",
+    PATH: "path integral",
+    "second_order@0": "a + ½H·1",
+    "first_order/patterns@0": "first order, patterns fixed",
+    "first_order/norm_scales@0": "first order, norms fixed",
+    "first_order/patterns+norm_scales@0": "… both fixed",
+    ADD: "add one (measured)",
+    OUT: "leave one out (measured)",
+    "weight_norm": "‖ΔW‖",
+    "update_norm": "‖δz‖",
+    "random": "random",
+}
 
 INTRODUCTION = """# Faithfulness: which attribution answers which question
 
@@ -71,17 +83,26 @@ def overall(table: pd.DataFrame) -> str:
         kept = [
             rows[c].mean() for c in (f"kept by the top {FRACTION:.0%}", "area kept", "area left")
         ]
-        cells = [str(name), *agreement, f"{kept[0]:.0%}", f"{kept[1]:.2f}", f"{kept[2]:.2f}", total]
+        cells = [
+            NAMES[str(name)],
+            *agreement,
+            f"{kept[0]:.0%}",
+            f"{kept[1]:.2f}",
+            f"{kept[2]:.2f}",
+            total,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def by_adapter(table: pd.DataFrame) -> str:
     """One line per adapter: how nonlinear it is, and what the main attributions reach."""
-    names = (FIRST, PATH, END, OUT, "‖ΔW‖")
+    names = (FIRST, PATH, END, OUT, "weight_norm")
     lines = [
         "| adapter | sites | margin of the trained wording | Σ first order / shift | "
-        "leave one out: first order at 0, at 1 | " + " | ".join(f"kept: {n}" for n in names) + " |",
+        "leave one out: first order at 0, at 1 | "
+        + " | ".join(f"kept: {NAMES[n]}" for n in names)
+        + " |",
         "| --- " * (5 + len(names)) + "|",
     ]
     for adapter, rows in table.groupby("adapter", sort=False):

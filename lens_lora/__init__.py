@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lens_lora.analyses.coupling import Coupling, coupling
     from lens_lora.analyses.explain import Explanation, explain
     from lens_lora.analyses.faithfulness import Faithfulness, faithfulness
-    from lens_lora.analyses.feature_effects import FeatureShift, FeatureWrites
-    from lens_lora.analyses.feature_shift import feature_shift, feature_writes
+    from lens_lora.analyses.feature_shift import FeatureShift, feature_shift
+    from lens_lora.analyses.feature_writes import FeatureWrites, feature_writes
     from lens_lora.analyses.first_order import first_order, first_orders
     from lens_lora.analyses.logit_shift import LogitShift, logit_shift
     from lens_lora.analyses.margin import FactMargin, fact_margin
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from lens_lora.analyses.patch_sites import patch_sites
     from lens_lora.analyses.path import path_attribution
     from lens_lora.analyses.reliability import Reliability, reliability
-    from lens_lora.analyses.remainder import Remainder, RemainderCurve, remainder, remainder_curve
+    from lens_lora.analyses.remainder import Remainder, remainder
+    from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve
     from lens_lora.analyses.second_order import SecondOrder, second_order
     from lens_lora.analyses.tangents import tangents
     from lens_lora.errors import (
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from lens_lora.results.activation_effects import ActivationEffects
     from lens_lora.results.attribution import Attribution, Quadrature
     from lens_lora.results.effects import Effects
-    from lens_lora.show.figures.tokens import TokenView
+    from lens_lora.results.token_view import TokenView
     from lens_lora.sweeps.records import SweepError
     from lens_lora.sweeps.result import SweepResult
     from lens_lora.sweeps.sweep import sweep
@@ -178,12 +179,12 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "Faithfulness",
         "faithfulness",
     ),
-    "analyses.feature_effects": (
-        "FeatureShift",
-        "FeatureWrites",
-    ),
     "analyses.feature_shift": (
+        "FeatureShift",
         "feature_shift",
+    ),
+    "analyses.feature_writes": (
+        "FeatureWrites",
         "feature_writes",
     ),
     "analyses.first_order": (
@@ -211,8 +212,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "analyses.remainder": (
         "Remainder",
-        "RemainderCurve",
         "remainder",
+    ),
+    "analyses.remainder_curve": (
+        "RemainderCurve",
         "remainder_curve",
     ),
     "analyses.second_order": (
@@ -255,7 +258,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "Quadrature",
     ),
     "results.effects": ("Effects",),
-    "show.figures.tokens": ("TokenView",),
+    "results.token_view": ("TokenView",),
     "sweeps.records": ("SweepError",),
     "sweeps.result": ("SweepResult",),
     "sweeps.sweep": ("sweep",),

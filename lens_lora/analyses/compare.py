@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
@@ -31,9 +31,10 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from lens_lora.errors import ArgumentError
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
-from lens_lora.show.text import method_text
+from lens_lora.results.measured import Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -54,14 +55,15 @@ _STATISTICS = (
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Comparison:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Result):
     """Agreement of an attribution with effects, per prompt and over prompts.
 
     Attributes:
         labels, kinds: of the sites or groups; a group of several kinds is of kind 'group'.
         attribution, effects: [batch, group], in the readout's units.
-        attribution_name, effects_name: what they are.
+        attribution_name, effects_name: their keys, as in `results.keys`.
         k: of the top-k overlap (all groups, where there are fewer).
         pearson, spearman, slope, sign_agreement, top_k_overlap, relative_error, sum_ratio:
             [batch]; without unit. Sign agreement counts every group alike, however small, and
@@ -99,6 +101,9 @@ class Comparison:
     def mean(self, statistic: str) -> float:
         """A statistic's mean over the prompts in which it exists.
 
+        Args:
+            statistic: its name, such as 'pearson'.
+
         Raises:
             ArgumentError: no such statistic.
         """
@@ -133,20 +138,15 @@ class Comparison:
         )
 
     def plot(self, prompt: int | None = None) -> Figure:
-        """Effect against attribution with the identity line; mean over prompts, or one prompt."""
-        from lens_lora.show.figures.comparison import comparison_scatter
+        """Effect against attribution with the identity line.
 
-        return comparison_scatter(self, prompt)
+        Args:
+            prompt: an index; without it, the mean over prompts.
 
-    def __repr__(self) -> str:
-        batch, count = self.attribution.shape
-        head = (
-            f"Comparison of {self.attribution_name} with {self.effects_name} on {self.readout}: "
-            f"{batch} prompts × {count} groups, top k = {self.k}"
-        )
-        if batch == 1:
-            return f"{head}\n{self.summary()['mean'].to_string()}\none prompt: no interval."
-        return f"{head}\n{self.summary().to_string()}"
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self, prompt)
 
 
 def compare(
@@ -182,8 +182,8 @@ def compare(
         kinds=tuple(_kind([effects.sites[i].kind for i in group]) for group in groups.values()),
         attribution=a,
         effects=e,
-        attribution_name=_name(attribution),
-        effects_name=_name(effects),
+        attribution_name=attribution.key,
+        effects_name=effects.key,
         k=k,
         **{name: torch.from_numpy(values) for name, values in statistics.items()},
         interval=_intervals(statistics, bootstrap, seed),
@@ -203,8 +203,8 @@ def _require_same(one: Attribution | Effects, other: Attribution | Effects) -> N
     for what, (mine, theirs) in facts.items():
         if mine != theirs:
             raise ArgumentError(
-                f"the two results are of different {what}: {_name(one)} has {_shown(mine, theirs)}"
-                f", {_name(other)} has {_shown(theirs, mine)}; compute both with the same lens, "
+                f"the two results are of different {what}: {one.key} has {_shown(mine, theirs)}"
+                f", {other.key} has {_shown(theirs, mine)}; compute both with the same lens, "
                 "prompts and readout."
             )
 
@@ -213,12 +213,6 @@ def _shown(mine: Sequence[object], theirs: Sequence[object]) -> str:
     """What one has and the other has not; all of it, where only the order differs."""
     odd = [str(item) for item in mine if item not in theirs] or [str(item) for item in mine]
     return f"{len(mine)} ({', '.join(odd[:2])}{', …' if len(odd) > 2 else ''})"
-
-
-def _name(result: Attribution | Effects) -> str:
-    if isinstance(result, Effects):
-        return method_text(result.how, 0.0)
-    return method_text(result.method, result.at)
 
 
 def _over_groups(
@@ -234,8 +228,8 @@ def _over_groups(
     mine, theirs = list(one.groups.items()), list(other.groups.items())
     if mine != theirs:
         raise ArgumentError(
-            f"the two results are of different groups: {_name(one)} has {_shown(mine, theirs)}, "
-            f"{_name(other)} has {_shown(theirs, mine)}; measure both with the same groups."
+            f"the two results are of different groups: {one.key} has {_shown(mine, theirs)}, "
+            f"{other.key} has {_shown(theirs, mine)}; measure both with the same groups."
         )
     return one.values, other.values, one.groups
 

@@ -2,17 +2,18 @@
 
     a_l = ‖δz_l‖ · ‖Jᵀu_y‖ · cos(δz_l, Jᵀu_y),   and the gain ‖J δz_l‖ / ‖δz_l‖.
 
-Norms run over a prompt's real positions (of every row that the readout reads) and the site's
-features (for v on a model with folded value
-biases, over both places where its update is added). J δz is the whole-vocabulary
-tangent at the read position, less its mean, so that the gain does not depend on the constant that
-a centred unembedding removes.
+1. One backward pass shows z, δz and Jᵀu_y of every site; their squares and products are summed over
+   a prompt's real positions (of every row that the readout reads) and the site's features (for v on
+   a model with folded value biases, over both places where its update is added).
+2. The gain takes each site's whole-vocabulary tangent at the read position, less its mean, so that
+   it does not depend on the constant that a centred unembedding removes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import final
 
 import pandas as pd
 import torch
@@ -20,21 +21,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.logit_shift import site_tangents
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.reverse import site_gradients
 from lens_lora.hooked.plan import Injection
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
+from lens_lora.results.measured import Result, site_labels
 
 __all__ = ["Components", "components"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Components:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Components(Result):
     """Per prompt and site, at the base model: what makes a first-order shift large or small.
 
     Attributes:
+        sites: of the site axis.
         z_norm, delta_norm: ‖z‖ and ‖δz‖.
         sensitivity: ‖Jᵀu_y‖, how much the readout listens to the site's output.
         cosine: of δz and Jᵀu_y; NaN where either is zero.
@@ -59,28 +64,64 @@ class Components:
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site."""
         batch, count = self.z_norm.shape
-        columns = {
-            "prompt": [p for p in range(batch) for _ in range(count)],
-            "site": [s.name for s in self.sites] * batch,
-            "layer": [s.layer for s in self.sites] * batch,
-            "kind": [s.kind for s in self.sites] * batch,
-        }
+        labels = site_labels(self.sites, batch)
+        columns = {"prompt": [p for p in range(batch) for _ in range(count)]}
+        columns |= {name: labels[name] for name in ("site", "layer", "kind")}
         fields = ("z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order")
         values = {f: getattr(self, f).double().cpu().flatten().tolist() for f in fields}
         return pd.DataFrame(columns | values)
 
-    def __repr__(self) -> str:
-        return f"Components({len(self.z_norm)} prompts × {len(self.sites)} sites)"
-
 
 def components(
-    lens: LoraLens, prompts: PromptsLike, readout: Readout, *, progress: bool = True
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    max_memory: float | None = None,
+    progress: bool = True,
 ) -> Components:
     """‖z‖, ‖δz‖, ‖Jᵀu_y‖, cosine and gain of every site, at the base model.
 
     Cost: one forward and one backward, and for the gain one dual forward pass per site.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        max_memory: bytes that a pass of tangents may take beside the model. It sets how many sites
+            go at once, and does not change what is found.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: less memory than one site takes.
+        ModelStateError: the model has an operation without a forward-mode derivative.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
     """
-    reading = bound(readout, lens.model, lens.prompts(prompts))
+    asked = ask(lens, prompts, readout)
+    reading, squares = asked.reading, _squares(asked)
+    inner = reading.by_prompt(squares["inner"])
+    z, delta, gradient = (
+        reading.by_prompt(squares[name]).sqrt() for name in ("z", "delta", "gradient")
+    )
+    moved = site_tangents(
+        lens, reading.prompts, _centred_square, max_memory=max_memory, progress=progress
+    )
+    moved = reading.by_prompt(moved).sqrt()
+    nan = torch.full_like(delta, float("nan"))
+    return Components(
+        sites=lens.sites,
+        z_norm=z,
+        delta_norm=delta,
+        sensitivity=gradient,
+        cosine=torch.where(delta * gradient > 0, inner / (delta * gradient), nan),
+        gain=torch.where(delta > 0, moved / delta, nan),
+        meta=lens.describe(),
+    )
+
+
+def _squares(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
+    """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row. One forward and one backward."""
+    lens, reading = asked.lens, asked.reading
     real = reading.prompts.real[..., None]
     shape = (len(reading.owner), len(lens.sites))
     squares = {
@@ -105,22 +146,7 @@ def components(
             squares["inner"][:, site] += (gradient * delta).flatten(1).sum(1)
 
     site_gradients(lens, reading, lens.gates(0.0), visit)
-    inner = reading.by_prompt(squares["inner"])
-    z, delta, gradient = (
-        reading.by_prompt(squares[name]).sqrt() for name in ("z", "delta", "gradient")
-    )
-    moved = site_tangents(lens, reading.prompts, _centred_square, progress=progress)
-    moved = reading.by_prompt(moved).sqrt()
-    nan = torch.full_like(delta, float("nan"))
-    return Components(
-        sites=lens.sites,
-        z_norm=z,
-        delta_norm=delta,
-        sensitivity=gradient,
-        cosine=torch.where(delta * gradient > 0, inner / (delta * gradient), nan),
-        gain=torch.where(delta > 0, moved / delta, nan),
-        meta=lens.describe(),
-    )
+    return squares
 
 
 def _centred_square(tangent: Float[Tensor, "row site vocab"]) -> Float[Tensor, "row site"]:

@@ -6,7 +6,7 @@ The diagonal is self-curvature, what a group's own strength does to its effect; 
 coupling, what one group's presence does to another's effect (note, §6, item 4).
 
 1. Each group is a direction: 1 on its sites.
-2. H v of each, batched (`second_order.hessian_products`), is summed over the groups at once, so
+2. H v of each, batched (`engine/gate_graph.py`), is summed over the groups at once, so
    that only [group, group] is kept.
 3. The two triangles come from different passes; what they differ by is the result's own check.
 """
@@ -14,8 +14,7 @@ coupling, what one group's presence does to another's effect (note, §6, item 4)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
@@ -23,49 +22,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.function import gated_readout
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.sites import Group, Groups, Site, group_sites, indicator
+from lens_lora.hooked.sites import Group, Groups, group_sites, indicator
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
+from lens_lora.results import drawing
+from lens_lora.results.choosing import prompt_rows
+from lens_lora.results.measured import Entries, Ranked, header
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["Coupling", "coupling"]
+__all__ = ["Coupling", "coupling", "coupling_of"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Coupling:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Coupling(Ranked):
     """The matrix H between groups of sites, in the readout's units.
 
     Attributes:
         matrix: [batch, group, group], H_GM as computed: symmetric up to rounding (`asymmetry`).
         groups: {name: indices into sites}; single sites carry their own name.
-        sites: the adapted sites of the lens.
-        base, adapted: [batch], g(0) and g(1), exact.
         at: the gate value at which the second derivative was taken.
-        meta: model, adapter, dtype and versions.
+        sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
     matrix: Float[Tensor, "batch group group"]
     groups: Groups
-    sites: tuple[Site, ...]
-    base: Float[Tensor, "batch"]
-    adapted: Float[Tensor, "batch"]
-    str_tokens: tuple[tuple[str, ...], ...]
-    readout: str
-    units: str
     at: float
-    meta: Mapping[str, str]
-
-    @property
-    def shift(self) -> Float[Tensor, "batch"]:
-        """g(1) − g(0), exact."""
-        return self.adapted - self.base
 
     @property
     def self_curvature(self) -> Float[Tensor, "batch group"]:
@@ -129,25 +118,24 @@ class Coupling:
             }
         ).rename_axis(index="prompt")
 
-    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
-        """The k pairs of different groups of largest |½(H_GM + H_MG)|, their part of the shift.
+    def entries(self, prompt: int | None = None) -> Entries:
+        """½(H_GM + H_MG) of each pair of different groups: the pair's part of the shift.
 
         Args:
             prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
         """
-        rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
-        half, shift = self.coupling[rows].double().mean(0).cpu(), self.shift[rows].double().mean()
+        rows = prompt_rows(prompt, len(self.base))
+        half, shift = (x[rows].double().cpu().mean(0) for x in (self.coupling, self.shift))
         a, b = torch.triu_indices(*half.shape, offset=1)
-        pairs, names = (half + half.T)[a, b], list(self.groups)
-        order = pairs.abs().argsort(descending=True)[:k].tolist()
-        return pd.DataFrame(
-            {
-                "group_a": [names[int(a[i])] for i in order],
-                "group_b": [names[int(b[i])] for i in order],
-                "value": [float(pairs[i]) for i in order],
-                "share": [float(pairs[i] / shift) for i in order],
-            }
-        )
+        names = list(self.groups)
+        labels = {
+            "group_a": [names[i] for i in a.tolist()],
+            "group_b": [names[i] for i in b.tolist()],
+        }
+        return Entries(labels, (half + half.T)[a, b], shift, "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and ordered pair of groups: H_GM."""
@@ -162,18 +150,16 @@ class Coupling:
             }
         )
 
-    def plot(self, prompt: int = 0) -> Figure:
-        """Heatmap of ½H, whose cells add up to the second-order shift where groups partition."""
-        from lens_lora.show.figures.coupling import coupling_heatmap
+    def plot(self, prompt: int | None = None) -> Figure:
+        """Heatmap of ½H, whose cells add up to the second-order shift where groups partition.
 
-        return coupling_heatmap(self, prompt)
+        Args:
+            prompt: an index; without it, the mean over prompts.
 
-    def __repr__(self) -> str:
-        what = f"Coupling of {self.readout} between {len(self.groups)} groups at ε = {self.at:g}"
-        return (
-            f"{what}, in {self.units}:\n{self.shares().to_string()}\n"
-            f"strongest pairs, mean over prompts:\n{self.top(5).to_string()}"
-        )
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self, prompt)
 
     def _require_partition(self) -> None:
         if not self.is_partition:
@@ -204,35 +190,32 @@ def coupling(
     [batch, group, group].
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
         group: 'site', 'layer', 'kind', or {name: site names or globs}; named groups may overlap.
         at: the gate value of every site at which the second derivative is taken.
+        progress: show a bar.
 
     Raises:
         TokenError, PromptError: a readout or prompt that does not fit the model.
         SiteError: a glob that matches no site.
         NumericsError: a derivative that is not finite, naming the site.
     """
+    return coupling_of(ask(lens, prompts, readout), group=group, at=at, progress=progress)
+
+
+def coupling_of(
+    asked: Asked, *, group: Group = "site", at: float = 0.0, progress: bool = True
+) -> Coupling:
+    """`coupling` of a question at hand."""
+    lens, gates = asked.lens, asked.lens.gates(float(at))
     groups = group_sites(lens.sites, group)
-    reading = bound(readout, lens.model, lens.prompts(prompts))
-    gates = lens.gates(float(at))
     rows = indicator(groups, len(lens.sites)).to(gates)
 
     def of_some(some: Reading) -> Float[Tensor, "batch group group"]:
         products = hessian_products(lens, some, gates, rows, progress=progress, what="coupling")
         return torch.cat([product @ rows.T for product in products], 1)
 
-    matrix = in_groups(reading, of_some)
-    ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
-    base, adapted = gated_readout(lens, reading, ends).T
-    return Coupling(
-        matrix=matrix.transpose(1, 2).contiguous(),
-        groups=groups,
-        sites=lens.sites,
-        base=base.contiguous(),
-        adapted=adapted.contiguous(),
-        str_tokens=reading.tokens_of(lens.str_tokens(reading.prompts)),
-        readout=readout.label,
-        units=readout.units,
-        at=float(at),
-        meta=lens.describe(),
-    )
+    matrix = in_groups(asked.reading, of_some).transpose(1, 2).contiguous()
+    return Coupling(matrix=matrix, groups=groups, at=float(at), **header(asked))

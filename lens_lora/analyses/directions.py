@@ -1,4 +1,7 @@
-"""Feature directions: rows of a tensor, or the encoder of a sparse autoencoder.
+"""Feature directions, and activations projected onto them.
+
+A feature is a direction d in the space of an activation h; its value is d·h. Directions are rows of
+a tensor, or the encoder of a sparse autoencoder.
 
 An autoencoder is known by its attributes (SAELens's: W_enc [d, feature], W_dec [feature, d], and a
 cfg that names its hook point); nothing of SAELens is imported. A feature's direction is its column
@@ -9,14 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.errors import ArgumentError
+from lens_lora.readouts.prompts import Prompts
 
-__all__ = ["Directions", "directions_of"]
+__all__ = ["Directions", "Projection", "directions_of"]
 
 _LINEAR_INPUTS = (None, "none")
 
@@ -98,3 +103,66 @@ def _setting(cfg: Any, name: str) -> Any:
         if value is not None:
             return value
     return None
+
+
+class Projection:
+    """d·h at the positions that are wanted: [batch, feature], or [batch, feature, position].
+
+    Args:
+        prompts: of h.
+        features: the directions.
+        positions: an index within each prompt, or 'each'.
+
+    Raises:
+        ArgumentError: a position outside a prompt, or something that is none.
+    """
+
+    def __init__(
+        self, prompts: Prompts, features: Directions, positions: int | Literal["each"]
+    ) -> None:
+        self.prompts, self.features = prompts, features
+        self._index = None if positions == "each" else _indices(prompts, positions)
+
+    def __call__(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
+        rows = self.features.rows
+        flat = h.flatten(2)
+        if flat.shape[-1] != rows.shape[-1]:
+            raise ArgumentError(
+                f"directions of {rows.shape[-1]} numbers, and activations of {flat.shape[-1]}; an "
+                "autoencoder of another model, or of another hook point?"
+            )
+        dtype = torch.promote_types(torch.promote_types(flat.dtype, rows.dtype), torch.float32)
+        return self._laid_out(self._at(flat).to(dtype) @ rows.to(flat.device, dtype).T)
+
+    def encoded(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
+        """The autoencoder's activations, in its own dtype and on its own device."""
+        rows, encode = self.features.rows, self.features.encode
+        assert encode is not None
+        at = self._at(h if self.features.by_head else h.flatten(2))
+        return self._laid_out(encode(at.to(rows)).to(h.device))
+
+    def _at(self, h: Tensor) -> Tensor:
+        if self._index is None:
+            return h
+        return h[torch.arange(len(h), device=h.device), self._index.to(h.device)]
+
+    def _laid_out(self, values: Tensor) -> Tensor:
+        if self._index is not None:
+            return values
+        real = self.prompts.real.to(values.device)[:, None]
+        return values.transpose(1, 2).masked_fill(~real, float("nan"))
+
+
+def _indices(prompts: Prompts, index: object) -> Int[Tensor, "batch"]:
+    """The position in each prompt."""
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise ArgumentError(
+            f"positions={index!r}: expected an index, such as -1, or in feature_shift 'each'."
+        )
+    lengths = prompts.lengths
+    outside = ((index >= lengths) | (index < -lengths)).nonzero().flatten().tolist()
+    if outside:
+        raise ArgumentError(
+            f"positions={index}: prompt {outside[0]} has {int(lengths[outside[0]])} tokens."
+        )
+    return index % lengths

@@ -3,8 +3,10 @@
 1. The margin along the path, its first-order parts by site and position, the flip (`fact_margin`).
 2. What the two models say next, and the tokens that all sites and the largest ones promote.
 3. First order at the adapted end; second order, from one Hessian product; reliability.
-4. Unless fast: coupling of layers, every site added and left out, the path integral, keep and drop
+4. Unless fast: every site added and left out, coupling of layers, the path integral, keep and drop
    curves. On request: null adapters.
+
+One `Asked` goes through all of them, and each takes what those before it have found.
 """
 
 from __future__ import annotations
@@ -13,34 +15,33 @@ import contextlib
 import dataclasses
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from lens_lora.analyses.compare import Comparison, compare
-from lens_lora.analyses.coupling import Coupling, coupling
-from lens_lora.analyses.faithfulness import Faithfulness, faithfulness
-from lens_lora.analyses.first_order import first_order
-from lens_lora.analyses.logit_shift import LogitShift, logit_shift
-from lens_lora.analyses.margin import FactMargin, fact_margin
-from lens_lora.analyses.null_test import NullTest, null_test
-from lens_lora.analyses.patch_sites import patch_sites
-from lens_lora.analyses.path import path_attribution
-from lens_lora.analyses.reliability import Reliability, reliability
-from lens_lora.analyses.second_order import SecondOrder
+from lens_lora.analyses.coupling import Coupling, coupling_of
+from lens_lora.analyses.faithfulness import Faithfulness, faithfulness_of
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.logit_shift import LogitShift, logit_shift_of
+from lens_lora.analyses.margin import FactMargin, fact_margin_of
+from lens_lora.analyses.null_test import NullTest, null_test_of
+from lens_lora.analyses.patch_sites import patch_sites_of
+from lens_lora.analyses.path import path_attribution_of
+from lens_lora.analyses.reliability import Reliability, reliability_of
+from lens_lora.analyses.second_order import SecondOrder, second_order_of
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.gate_graph import hessian_product
-from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.errors import ArgumentError, PromptError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, margin_between
-from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.readouts.readout import Readout
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
+from lens_lora.results.measured import Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -52,8 +53,9 @@ _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 _TOL, _MAX_NODES = 1e-2, 16
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Explanation:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Explanation(Result):
     """One prompt's margin between two answers, explained; every part has a batch of one.
 
     Attributes:
@@ -130,30 +132,29 @@ class Explanation:
 
     def story(self) -> str:
         """The explanation in plain words, a paragraph a line, claiming no more than the numbers."""
-        from lens_lora.show.words.explanation import explanation_story
-
-        return explanation_story(self)
+        return drawing.story(self)
 
     def figures(self) -> dict[str, Figure]:
         """The report's pictures by name."""
-        from lens_lora.show.figures.explanation import explanation_figures
-
-        return explanation_figures(self)
+        return drawing.figures(self)
 
     def report(self, title: str | None = None) -> str:
-        """A self-contained HTML page."""
-        from lens_lora.show.page.report import explanation_report
+        """A self-contained HTML page.
 
-        return explanation_report([self], title=title)
+        Args:
+            title: by default the two answers.
+        """
+        return drawing.report(self, title=title)
 
     def save_report(self, path: str | Path) -> Path:
-        """Write `report` to a file."""
+        """Write `report` to a file; returns the path.
+
+        Args:
+            path: of the page.
+        """
         path = Path(path)
         path.write_text(self.report(), encoding="utf-8")
         return path
-
-    def __repr__(self) -> str:
-        return f"Explanation of {self.first_order.readout}, in {self.units}:\n{self.story()}"
 
 
 def explain(
@@ -174,11 +175,13 @@ def explain(
     backward for the path integral. A null adapter takes two forward passes and a backward.
 
     Args:
-        prompt: one: a string, or ids [1, pos].
+        lens: the adapter over the model.
+        prompt: one: a string, ids [1, pos], or a conversation.
         doc, pre: a string each (with its leading space), a token id or ids; of several tokens in
             nats, else in logits.
         fast: without intervening on single sites, coupling, path integral, and curves.
         null: how many null adapters to compare with; 0 for none, else at least 2.
+        progress: show a bar.
 
     Raises:
         PromptError: several prompts, or one that does not fit the model.
@@ -188,37 +191,30 @@ def explain(
         ArgumentError: null of 1, or below 0.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    ready = lens.prompts(prompt)
-    if ready.batch != 1:
+    prompts = ask(lens, prompt)
+    if prompts.prompts.batch != 1:
         raise PromptError(
-            f"explain takes one prompt, not {ready.batch}: call it for each "
+            f"explain takes one prompt, not {prompts.prompts.batch}: call it for each "
             "(lens_lora.show.page.report.explanation_report puts several on one page), or use "
             "sweep."
         )
     if null < 0 or null == 1:
         raise ArgumentError(f"null={null}; expected 0 for none, or at least 2 null adapters.")
-    run = _Run(lens, ready, margin_between(lens.model, doc, pre, 1), progress)
+    asked = prompts.about(margin_between(lens.model, doc, pre, 1))
     steps = _QUICK_STEPS + (null > 0) + (0 if fast else _SLOW_STEPS)
     with tqdm(total=steps, desc="explain", leave=False, disable=not progress) as bar:
         with _step(bar, "the margin along the path"):
-            margin = fact_margin(lens, ready, doc, pre, by="position", progress=False)
-        test = None
+            margin = fact_margin_of(asked, doc, pre, by="position", progress=False)
+        found = _quick(asked, margin, bar)
         if null:
             with _step(bar, f"{null} null adapters"):
-                test = null_test(lens, ready, run.readout, draws=null, progress=progress)
-        found = dataclasses.replace(_quick(run, margin, bar), null=test)
-        return found if fast else _in_full(run, found, bar)
+                first = found.second_order.first_order
+                test = null_test_of(asked, first, draws=null, progress=progress)
+            found = dataclasses.replace(found, null=test)
+        return found if fast else _in_full(asked, found, bar, progress)
 
 
 _QUICK_STEPS, _SLOW_STEPS = 5, 6
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    lens: LoraLens
-    prompts: Prompts
-    readout: Readout
-    progress: bool
 
 
 @contextlib.contextmanager
@@ -228,21 +224,21 @@ def _step(bar: tqdm, name: str) -> Generator[None]:
     bar.update()
 
 
-def _quick(run: _Run, margin: FactMargin, bar: tqdm) -> Explanation:
-    lens, prompts, readout = run.lens, run.prompts, run.readout
+def _quick(asked: Asked, margin: FactMargin, bar: tqdm) -> Explanation:
+    first = dataclasses.replace(margin.attribution, values=margin.attribution.per_site, by=())
     with _step(bar, "tokens promoted and suppressed"):
-        shift = logit_shift(lens, prompts, by_site=False, progress=False)
-        largest = margin.attribution.per_site[0].abs().argsort(descending=True)[:_MODULES]
-        module_shift = _shift_of(run, shift, largest.tolist())
-        said = {name: _likeliest(run, scale) for name, scale in (("base", 0.0), ("adapted", 1.0))}
+        shift = logit_shift_of(asked, by_site=False, progress=False)
+        largest = first.values[0].abs().argsort(descending=True)[:_MODULES]
+        module_shift = _shift_of(asked, shift, largest.tolist())
+        said = {name: _likeliest(asked, scale) for name, scale in (("base", 0.0), ("adapted", 1.0))}
     with _step(bar, "first order at the adapted end"):
-        adapted_end = first_order(lens, prompts, readout, at=1.0)
+        adapted_end = first_order_of(asked, at=1.0)
     with _step(bar, "second order"):
-        second = _second_order(run, margin)
+        second = second_order_of(asked, first, margin.curve)
     with _step(bar, "reliability"):
-        flags = reliability(lens, prompts, readout, of="leave_one_out", progress=False)
+        flags = reliability_of(asked, first, "leave_one_out", adapted_end=adapted_end)
     return Explanation(
-        prompt=tuple(lens.str_tokens(prompts)[0]),
+        prompt=tuple(asked.lens.str_tokens(asked.prompts)[0]),
         margin=margin,
         said=said,
         shift=shift,
@@ -253,27 +249,21 @@ def _quick(run: _Run, margin: FactMargin, bar: tqdm) -> Explanation:
     )
 
 
-def _in_full(run: _Run, found: Explanation, bar: tqdm) -> Explanation:
+def _in_full(asked: Asked, found: Explanation, bar: tqdm, progress: bool) -> Explanation:
     """The same with what takes many passes: real interventions, coupling, path integral."""
-    lens, prompts, readout, progress = run.lens, run.prompts, run.readout, run.progress
     with _step(bar, "each site added"):
-        add_one = patch_sites(lens, prompts, readout, "add_one", progress=progress)
+        add_one = patch_sites_of(asked, "add_one", progress=progress)
     with _step(bar, "each site left out"):
-        leave_one_out = patch_sites(lens, prompts, readout, "leave_one_out", progress=progress)
+        leave_one_out = patch_sites_of(asked, "leave_one_out", progress=progress)
     with _step(bar, "reliability of adding"):
-        adding = reliability(lens, prompts, readout, of="add_one", progress=progress)
+        adding = reliability_of(asked, found.second_order.first_order, "add_one", effects=add_one)
     with _step(bar, "coupling of layers"):
-        layers = coupling(lens, prompts, readout, group="layer", progress=progress)
+        layers = coupling_of(asked, group="layer", progress=progress)
     with _step(bar, "path integral"):
-        path = path_attribution(
-            lens, prompts, readout, tol=_TOL, max_nodes=_MAX_NODES, progress=progress
-        )
+        path = path_attribution_of(asked, tol=_TOL, max_nodes=_MAX_NODES, progress=progress)
     with _step(bar, "keep and drop curves"):
-        orders = {"first order at ε = 0": found.first_order, "path integral": path}
-        rankings = {**orders, "leaving one out": leave_one_out}
-        curves = faithfulness(
-            lens, prompts, readout, rankings, fractions=_FRACTIONS, progress=progress
-        )
+        rankings = {score.key: score for score in (found.first_order, path, leave_one_out)}
+        curves = faithfulness_of(asked, rankings, fractions=_FRACTIONS, progress=progress)
     return dataclasses.replace(
         found,
         reliability={"add_one": adding, **found.reliability},
@@ -285,25 +275,17 @@ def _in_full(run: _Run, found: Explanation, bar: tqdm) -> Explanation:
     )
 
 
-def _second_order(run: _Run, margin: FactMargin) -> SecondOrder:
-    reading, base = run.readout.over(run.lens.model, run.prompts), run.lens.gates(0.0)
-    rows = hessian_product(run.lens, reading, base, torch.ones_like(base))
-    require_finite_sites(run.lens, rows)
-    by_site = dataclasses.replace(margin.attribution, values=margin.attribution.per_site, by=())
-    return SecondOrder(by_site, rows / 2, None, margin.curve)
-
-
-def _shift_of(run: _Run, shift: LogitShift, chosen: list[int]) -> LogitShift:
+def _shift_of(asked: Asked, shift: LogitShift, chosen: list[int]) -> LogitShift:
     """J δz_l over the whole vocabulary of the chosen sites alone; a dual forward pass each."""
-    parts, base = [Part(index) for index in chosen], run.lens.gates(0.0)
-    values = part_tangents(run.lens, run.prompts, base, parts, progress=False)
+    lens, parts = asked.lens, [Part(index) for index in chosen]
+    values = part_tangents(lens, asked.prompts, lens.gates(0.0), parts, progress=False)
     require_finite(values, "the logit shift")
-    sites = tuple(run.lens.sites[index] for index in chosen)
-    return dataclasses.replace(shift, values=values, sites=sites)
+    return dataclasses.replace(shift, values=values, sites=tuple(lens.sites[i] for i in chosen))
 
 
-def _likeliest(run: _Run, scale: float) -> tuple[tuple[str, float], ...]:
-    logits = run.prompts.at_read(run.lens.logits(run.prompts, scale))[0]
+def _likeliest(asked: Asked, scale: float) -> tuple[tuple[str, float], ...]:
+    lens, prompts = asked.lens, asked.prompts
+    logits = prompts.at_read(lens.logits(prompts, scale))[0]
     top = logits.double().softmax(-1).topk(min(_SAID, len(logits)))
-    tokens = run.lens.decode(top.indices.tolist())
+    tokens = lens.decode(top.indices.tolist())
     return tuple(zip(tokens, top.values.tolist(), strict=True))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import pandas as pd
@@ -24,41 +24,43 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.analyses import rankings
-from lens_lora.analyses.rankings import GREEDY, RANDOM, UPDATES, WEIGHTS, Scores
-from lens_lora.engine.function import gated_readout
-from lens_lora.engine.noise import noise_floor
+from lens_lora.analyses.rankings import Scores
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.function import readout_at
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
-from lens_lora.readouts.rows import Reading
-from lens_lora.show.words.account import SIGMAS
+from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
+from lens_lora.results.choosing import only_prompt
+from lens_lora.results.keys import RANDOM
+from lens_lora.results.measured import SIGMAS, Measured, header
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["Faithfulness", "faithfulness"]
+__all__ = ["Faithfulness", "faithfulness", "faithfulness_of"]
 
 _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SHOWN, _CARRIED = 0.2, 0.9
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Faithfulness:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Faithfulness(Measured):
     """Share of the shift that remains where the top of a ranking is kept, or dropped.
 
     Attributes:
-        names: the rankings.
+        names: the rankings' keys: 'first_order@0', 'path', 'weight_norm', 'random', …, or names
+            that the caller gave.
         fractions: of the sites, from 0 to 1.
         counts: how many sites each fraction is.
         keep, drop: [method, batch, fraction], shares of the prompt's shift; NaN for a prompt whose
             shift is within three noise floors.
         orders: name → [batch, site], indices into sites, first ranked first; 'random' has none.
-        base, adapted: [batch], g(0) and g(1), exact.
         noise_floor: [batch], σ of the shift from rounding.
         draws: random orders that the random curve is the mean of.
-        meta: model, adapter, dtype and versions.
+        sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
     names: tuple[str, ...]
@@ -67,20 +69,8 @@ class Faithfulness:
     keep: Float[Tensor, "method batch fraction"]
     drop: Float[Tensor, "method batch fraction"]
     orders: Mapping[str, Int[Tensor, "batch site"]]
-    sites: tuple[Site, ...]
-    base: Float[Tensor, "batch"]
-    adapted: Float[Tensor, "batch"]
     noise_floor: Float[Tensor, "batch"]
     draws: int
-    str_tokens: tuple[tuple[str, ...], ...]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
-
-    @property
-    def shift(self) -> Float[Tensor, "batch"]:
-        """g(1) − g(0), exact."""
-        return self.adapted - self.base
 
     @property
     def area_keep(self) -> Float[Tensor, "method batch"]:
@@ -93,32 +83,51 @@ class Faithfulness:
         return torch.trapezoid(self.drop, self.fractions, dim=-1)
 
     def kept_share(self, name: str, fraction: float = _SHOWN) -> Float[Tensor, "batch"]:
-        """Share of the shift that the top `fraction` of the sites keeps, at the nearest one run."""
+        """Share of the shift that the top `fraction` of the sites keeps, at the nearest one run.
+
+        Args:
+            name: of the ranking.
+            fraction: of the sites.
+
+        Raises:
+            ArgumentError: no such ranking, or a fraction outside 0 to 1.
+        """
         return self.keep[self._index(name), :, self._nearest(fraction)]
 
     def carrying(self, name: str, share: float = _CARRIED) -> Float[Tensor, "batch"]:
-        """The smallest fraction run that keeps at least `share` of the shift; NaN for none."""
+        """The smallest fraction run that keeps at least `share` of the shift; NaN for none.
+
+        Args:
+            name: of the ranking.
+            share: of the shift.
+
+        Raises:
+            ArgumentError: no such ranking.
+        """
         enough = self.keep[self._index(name)] >= share
         first = self.fractions[enough.int().argmax(-1)]
         return torch.where(enough.any(-1), first, torch.full_like(first, float("nan")))
 
-    def kept(self, name: str, fraction: float = _SHOWN, prompt: int = 0) -> pd.DataFrame:
+    def kept(self, name: str, fraction: float = _SHOWN, prompt: int | None = None) -> pd.DataFrame:
         """The top sites of one prompt, in order, as `adapter.only` takes them: site and module.
 
+        Args:
+            name: of the ranking.
+            fraction: of the sites, at the nearest one run.
+            prompt: an index; without it, the only prompt.
+
         Raises:
-            ArgumentError: no such ranking, or random, which is many; no such prompt.
+            ArgumentError: no such ranking, or random, which is the mean of many; no such prompt,
+                or several and none named.
         """
         self._index(name)
         if name not in self.orders:
             raise ArgumentError(
                 f"{name!r} is the mean of {self.draws} orders; it has no top sites."
             )
-        if not 0 <= prompt < len(self.base):
-            raise ArgumentError(
-                f"prompt {prompt}: the result has prompts 0 to {len(self.base) - 1}."
-            )
+        index = only_prompt(prompt, len(self.base), "rankings")
         count = self.counts[self._nearest(fraction)]
-        top = [self.sites[i] for i in self.orders[name][prompt, :count].tolist()]
+        top = [self.sites[i] for i in self.orders[name][index, :count].tolist()]
         return pd.DataFrame({"site": [s.name for s in top], "module": [s.module for s in top]})
 
     def to_frame(self) -> pd.DataFrame:
@@ -152,10 +161,15 @@ class Faithfulness:
         )
 
     def plot(self, prompt: int | None = None) -> Figure:
-        """Both curves, one colour a ranking; mean over prompts, or one prompt."""
-        from lens_lora.show.figures.faithfulness import faithfulness_figure
+        """Both curves, one colour a ranking.
 
-        return faithfulness_figure(self, prompt)
+        Args:
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self, prompt)
 
     def _index(self, name: str) -> int:
         if name not in self.names:
@@ -166,14 +180,6 @@ class Faithfulness:
         if not 0 <= fraction <= 1:
             raise ArgumentError(f"fraction {fraction}: expected a number from 0 to 1.")
         return int((self.fractions - fraction).abs().argmin())
-
-    def __repr__(self) -> str:
-        noisy = int((self.shift.abs() <= SIGMAS * self.noise_floor).sum())
-        note = f"\n{noisy} prompts have no shift above the noise and are left out." if noisy else ""
-        return (
-            f"Faithfulness on {self.readout}: {len(self.base)} prompts × {len(self.sites)} sites, "
-            f"shares of the shift\n{self.summary().to_string()}{note}"
-        )
 
 
 def faithfulness(
@@ -195,6 +201,9 @@ def faithfulness(
     batched; 11 for the ends, the noise and ‖δz‖; S(S+1)/2 for the greedy oracle.
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
         attribution: of these prompts and this readout, effects of single sites, or a tensor of
             contributions in the readout's units ([site], or [batch, site]); or {name: any of
             these}. A score without a sign is ranked rightly once multiplied by the shift's.
@@ -202,41 +211,53 @@ def faithfulness(
             always there.
         baselines: also rank by ‖ΔW‖, by ‖δz‖ at the base model, and at random.
         greedy: also add at each step the site that moves the readout furthest towards g(1).
+        draws: random orders whose mean is the random curve.
+        seed: of the random orders.
+        progress: show a bar.
 
     Raises:
         ArgumentError: scores of other sites, prompts or readouts; a fraction outside 0 to 1; draws
             below 1; greedy on more than 40 sites.
         NumericsError: a non-finite readout.
     """
-    reading = bound(readout, lens.model, lens.prompts(prompts))
-    str_tokens = reading.tokens_of(lens.str_tokens(reading.prompts))
+    return faithfulness_of(
+        ask(lens, prompts, readout),
+        attribution,
+        fractions=fractions,
+        baselines=baselines,
+        greedy=greedy,
+        draws=draws,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def faithfulness_of(
+    asked: Asked,
+    attribution: Scores | Mapping[str, Scores],
+    *,
+    fractions: Sequence[float] | None = None,
+    baselines: bool = True,
+    greedy: bool = False,
+    draws: int = 5,
+    seed: int = 0,
+    progress: bool = True,
+) -> Faithfulness:
+    """`faithfulness` of a question at hand."""
+    lens = asked.lens
     counts = _counts(_FRACTIONS if fractions is None else fractions, len(lens.sites))
     if draws < 1:
         raise ArgumentError(f"draws={draws}; expected at least 1.")
-    scores = {
-        name: rankings.values_of(name, score, lens, str_tokens, readout)
-        for name, score in rankings.named(attribution).items()
-    }
-    if greedy:
-        rankings.refuse_greedy(len(lens.sites))
-    ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
-    base, adapted = gated_readout(lens, reading, ends).T
-    towards = (adapted - base).sign()
-    orders = {name: rankings.by_score(s * towards[:, None]) for name, s in scores.items()}
-    if baselines:
-        by_weight = rankings.weight_norms(lens).expand(reading.batch, -1)
-        orders[WEIGHTS] = rankings.by_score(by_weight)
-        orders[UPDATES] = rankings.by_score(rankings.update_norms(lens, reading))
-    if greedy:
-        orders[GREEDY] = rankings.greedy_order(lens, reading, towards, progress=progress)
+    given = rankings.named(attribution)
+    orders = rankings.orders_of(asked, given, baselines=baselines, greedy=greedy, progress=progress)
     every = torch.stack(list(orders.values()))
     if baselines:
-        random = rankings.random_orders(len(lens.sites), reading.batch, draws, seed)
+        random = rankings.random_orders(len(lens.sites), asked.reading.batch, draws, seed)
         every = torch.cat([every, random.to(every.device)])
-    floor = noise_floor(lens, reading).double().cpu()
-    base, adapted = base.double().cpu(), adapted.double().cpu()
-    moved = _moved(lens, reading, every, counts, base, adapted, progress)
-    shift = adapted - base
+    base, adapted = asked.ends.double().cpu()
+    labels: dict[str, Any] = {**header(asked), "base": base, "adapted": adapted}
+    floor, shift = asked.noise_floor.double().cpu(), adapted - base
+    moved = _moved(asked, every, counts, progress)
     clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.full_like(shift, float("nan")))
     keep, drop = (_mean_of_draws(m / clear[:, None], len(orders)) for m in moved)
     return Faithfulness(
@@ -246,15 +267,9 @@ def faithfulness(
         keep=keep,
         drop=drop,
         orders={name: order.cpu() for name, order in orders.items()},
-        sites=lens.sites,
-        base=base,
-        adapted=adapted,
         noise_floor=floor,
         draws=draws,
-        str_tokens=str_tokens,
-        readout=readout.label,
-        units=readout.units,
-        meta=lens.describe(),
+        **labels,
     )
 
 
@@ -267,26 +282,23 @@ def _counts(fractions: Sequence[float], sites: int) -> tuple[int, ...]:
 
 
 def _moved(
-    lens: LoraLens,
-    reading: Reading,
+    asked: Asked,
     orders: Int[Tensor, "method batch site"],
     counts: tuple[int, ...],
-    base: Float[Tensor, "batch"],
-    adapted: Float[Tensor, "batch"],
     progress: bool,
 ) -> tuple[Tensor, Tensor]:
     """g − g(0) where the top is kept, and where it is dropped: [method, batch, count] each."""
+    base, adapted = asked.ends.double().cpu()
     inner = counts[1:-1]
     ends = (torch.zeros_like(base), adapted - base)
     if inner:
         on = torch.stack([rankings.switched_on(order, inner) for order in orders])
         gates = torch.stack([on, 1 - on]).movedim(2, 0)  # batch, keep or drop, method, count, site
-        found = rankings.readout_at(
-            lens, reading, gates.flatten(1, 3), progress=progress, what="keep and drop"
-        )
+        flat, what = gates.flatten(1, 3), "keep and drop"
+        found = readout_at(asked.lens, asked.reading, flat, progress=progress, what=what)
         moved = found.double().cpu().view(gates.shape[:-1]) - base[:, None, None, None]
     else:
-        moved = base.new_zeros(reading.batch, 2, len(orders), 0)
+        moved = base.new_zeros(len(base), 2, len(orders), 0)
     both: list[Tensor] = []
     for which, (first, last) in enumerate((ends, ends[::-1])):
         sides = [end[:, None, None].expand(-1, len(orders), 1) for end in (first, last)]

@@ -1,49 +1,174 @@
-"""Which features does this adapter push? Activations projected onto directions.
+"""Which features does this adapter push? Activations projected onto directions, exactly and to
+first order.
 
-    feature_shift    d·(h(1) − h(0)), and d·∂h/∂t along the adapter: at one hook point
-    feature_writes   d·δz_l: what each site that writes to the residual stream adds by itself
+    shift           d·(h(1) − h(0))
+    first order     d·∂h/∂t along the adapter
 
 1. h of the base and of the adapted model: a forward pass each, kept at the hook point.
 2. ∂h by forward mode: one dual pass, every gate moving along `scale`.
 3. Differences are projected, not projections subtracted: in float32 that keeps their digits.
-
-The exact shift less its first order is the remainder; a noise floor says what of it is rounding.
+4. The exact shift less its first order is the remainder; a noise floor says what of it is rounding.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, final
 
+import pandas as pd
 import torch
-import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.analyses.directions import Directions, directions_of
-from lens_lora.analyses.feature_effects import FeatureShift, FeatureWrites
-from lens_lora.engine.forward import JointInject, dual_forward
+from lens_lora.analyses.directions import Projection, directions_of
+from lens_lora.analyses.hook_points import known_point
+from lens_lora.engine.asked import ask
+from lens_lora.engine.forward import JointInject, dual_forward, tangent_of
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.noise import roundings
-from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.gates import Inject, ScaleInject, attached
-from lens_lora.hooked.sites import WRITER_KINDS, points_without_update
+from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.results import drawing
+from lens_lora.results.choosing import largest, only_prompt, prompt_rows
+from lens_lora.results.measured import Result
 
-__all__ = ["feature_shift", "feature_writes"]
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["FeatureShift", "feature_shift"]
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FeatureShift(Result):
+    """How far the adapter moves each feature at one hook point, exactly and to first order.
+
+    Attributes:
+        base: [batch, feature], d·h at ε = 0; [batch, feature, position] for every position (NaN
+            where a prompt has no such position), and so all values below.
+        shift: d·(h(scale) − h(0)), exact. For an autoencoder, its pre-activations' change.
+        first_order: d·∂h along the adapter, at ε = at·scale.
+        noise_floor: σ of a shift from rounding alone, the mean square over features: [batch], or
+            [batch, position].
+        activations: an autoencoder's activations at ε = 0 and at ε = scale; None for directions,
+            or where the autoencoder has no `encode`.
+        name: of the hook point where h is.
+        positions: the index within each prompt, or 'each' for one number per position.
+        str_tokens: each prompt's tokens.
+        features: what the directions are: 'directions', 'encoder'.
+        units: of the values.
+        at: where along the way to `scale` the derivative is taken.
+        meta: model, adapter, dtype and versions.
+    """
+
+    base: Float[Tensor, "batch feature *position"]
+    shift: Float[Tensor, "batch feature *position"]
+    first_order: Float[Tensor, "batch feature *position"]
+    noise_floor: Float[Tensor, "batch *position"]
+    activations: tuple[Tensor, Tensor] | None
+    name: str
+    positions: int | Literal["each"]
+    str_tokens: tuple[tuple[str, ...], ...]
+    features: str
+    units: str
+    at: float
+    meta: Mapping[str, str]
+
+    @property
+    def remainder(self) -> Float[Tensor, "batch feature *position"]:
+        """shift − first order: what the model's nonlinearity adds."""
+        return self.shift - self.first_order
+
+    @property
+    def by_position(self) -> bool:
+        """Whether every position has its own values."""
+        return self.positions == "each"
+
+    def columns(self) -> dict[str, Tensor]:
+        """The values by the names that tables give them, in float64 on the CPU."""
+        found = {
+            "base": self.base,
+            "shift": self.shift,
+            "first_order": self.first_order,
+            "remainder": self.remainder,
+        }
+        if self.activations is not None:
+            found["activation_base"], found["activation_adapted"] = self.activations
+        return {name: values.double().cpu() for name, values in found.items()}
+
+    def of_prompt(self, prompt: int | None) -> dict[str, Float[Tensor, "feature *position"]]:
+        """One prompt's values, or the mean over prompts.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        batch = len(self.base)
+        if self.by_position:
+            prompt = only_prompt(prompt, batch, "positions")
+        rows = prompt_rows(prompt, batch)
+        return {name: values[rows].mean(0) for name, values in self.columns().items()}
+
+    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
+        """The k features (and positions) of largest |shift|.
+
+        Args:
+            k: how many.
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        values = self.of_prompt(prompt)
+        order = largest(values["shift"], k)
+        width = values["shift"].shape[1] if self.by_position else 1
+        columns: dict[str, Any] = {"feature": [i // width for i in order]}
+        if self.by_position:
+            tokens = self.str_tokens[only_prompt(prompt, len(self.base))]
+            columns["position"] = [i % width for i in order]
+            columns["token"] = [tokens[i % width] for i in order]
+        columns |= {name: v.flatten()[order].tolist() for name, v in values.items()}
+        return pd.DataFrame(columns)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, feature and existing position."""
+        index = (~self.shift.isnan()).cpu().nonzero()
+        columns: dict[str, Any] = {"prompt": index[:, 0].tolist(), "feature": index[:, 1].tolist()}
+        if self.by_position:
+            columns["position"] = at = index[:, 2].tolist()
+            pairs = zip(columns["prompt"], at, strict=True)
+            columns["token"] = [self.str_tokens[p][i] for p, i in pairs]
+        where = tuple(index.T)
+        return pd.DataFrame(columns | {n: v[where].tolist() for n, v in self.columns().items()})
+
+    def plot(self, k: int = 20, prompt: int | None = None) -> Figure:
+        """The k features of largest |shift|: bars with their first order, or feature × position.
+
+        Args:
+            k: how many.
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        return drawing.figure(self, k, prompt)
 
 
 def feature_shift(
     lens: LoraLens,
     prompts: PromptsLike,
     directions: Any,
-    hook_name: str | None = None,
+    name: str | None = None,
     *,
     scale: Scale = 1.0,
     at: float = 0.0,
-    position: int | None = -1,
+    positions: int | Literal["each"] = -1,
 ) -> FeatureShift:
     """How far the adapter moves each feature at a hook point: exactly, and to first order.
 
@@ -51,13 +176,15 @@ def feature_shift(
     features.
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
         directions: [feature, d], used as they are (normalise them to read lengths); or a sparse
             autoencoder with W_enc (SAELens's, or any with such attributes).
-        hook_name: where d·h is read; with heads their last two axes are laid flat. An autoencoder
-            brings its own.
+        name: the hook point where d·h is read; with heads their last two axes are laid flat. An
+            autoencoder brings its own.
         scale: which sites, how strongly: the shift is h(scale) − h(0).
         at: where on the way the derivative is taken: ε = at·scale, 0 the base, 1 the adapted end.
-        position: an index within each prompt, negative ones from its own end; None for every
+        positions: an index within each prompt, negative ones from its own end; 'each' for every
             position: values are [batch, feature, position].
 
     Returns:
@@ -72,10 +199,10 @@ def feature_shift(
             pre-activations, a position outside a prompt.
         NumericsError: non-finite activations.
     """
-    ready, features = lens.prompts(prompts), directions_of(directions)
-    name = _point(lens, hook_name or features.hook_name)
-    gates = lens.gates(scale)
-    project = _Projection(ready, features, position)
+    asked, features = ask(lens, prompts), directions_of(directions)
+    ready, gates = asked.prompts, lens.gates(scale)
+    name = _point(lens, name or features.hook_name)
+    project = Projection(ready, features, positions)
     with torch.no_grad():
         _require_positions(lens, ready, name)
         base = _activation(lens, ready, name, ScaleInject(lens.plan, 0 * gates))
@@ -83,7 +210,7 @@ def feature_shift(
         with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
             noisy = _activation(lens, ready, name, ScaleInject(lens.plan, gates))
     with dual_forward():
-        moved = _activation(lens, ready, name, JointInject(lens, at * gates, gates), _tangent)
+        moved = _activation(lens, ready, name, JointInject(lens, at * gates, gates), tangent_of)
     noise = project(noisy.to(lens.gate_dtype) - adapted.to(lens.gate_dtype))
     values = {
         "base": project(base),
@@ -94,121 +221,14 @@ def feature_shift(
         **values,
         noise_floor=2**0.5 * noise.square().mean(1).sqrt(),
         activations=_activations(project, base, adapted),
-        hook_name=name,
-        position=position,
-        str_tokens=tuple(map(tuple, lens.str_tokens(ready))),
+        name=name,
+        positions=positions,
+        str_tokens=asked.str_tokens,
         features=features.kind,
         units=features.units,
         at=at,
         meta=lens.describe(),
     )
-
-
-def feature_writes(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    directions: Any,
-    *,
-    at: float = 0.0,
-    position: int = -1,
-) -> FeatureWrites:
-    """d·δz_l: what each site that writes to the residual stream writes to each feature.
-
-    It is the direct part alone: what later modules make of it is in `feature_shift`. q, k, v, gate
-    and up write to no residual stream, and are left out. One forward pass.
-
-    Args:
-        directions: as in `feature_shift`, of the residual stream's width.
-        at: the gates at which z is read: 0 in the base model, 1 in the adapted one.
-        position: an index within each prompt, negative ones from its own end.
-
-    Raises:
-        SiteError: the adapter has no site that writes to the residual stream.
-        ModelStateError: the model normalises what they write (Gemma 2 and 3).
-        ArgumentError: as `feature_shift`.
-    """
-    ready, features = lens.prompts(prompts), directions_of(directions)
-    writers = [i for i, site in enumerate(lens.sites) if site.kind in WRITER_KINDS]
-    if not writers:
-        raise SiteError(
-            "no site of this adapter writes to the residual stream (o, down, an embedding); "
-            "feature_shift sees what the others do."
-        )
-    if lens.plan.host.family.post_norm:
-        raise ModelStateError(
-            "this model normalises what attention and MLP write before it joins the residual "
-            "stream, so δz is in another space; feature_shift with scale={site: 1} is exact."
-        )
-    project = _Projection(ready, features, position)
-    deltas = _Deltas(lens, lens.gates(at), project)
-    with torch.no_grad(), lens.injected(deltas):
-        lens.run(ready)
-    values = torch.stack([deltas.found[i] for i in writers], 1)
-    require_finite(values, "a site's δz")
-    return FeatureWrites(
-        values=values,
-        sites=tuple(lens.sites[i] for i in writers),
-        position=position,
-        str_tokens=tuple(map(tuple, lens.str_tokens(ready))),
-        features=features.kind,
-        units=features.units,
-        at=at,
-        meta=lens.describe(),
-    )
-
-
-class _Projection:
-    """d·h at the positions that are wanted: [batch, feature], or [batch, feature, position]."""
-
-    def __init__(self, prompts: Prompts, features: Directions, position: int | None) -> None:
-        self.prompts, self.features = prompts, features
-        self._index = None if position is None else _indices(prompts, position)
-
-    def __call__(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
-        rows = self.features.rows
-        flat = h.flatten(2)
-        if flat.shape[-1] != rows.shape[-1]:
-            raise ArgumentError(
-                f"directions of {rows.shape[-1]} numbers, and activations of {flat.shape[-1]}; an "
-                "autoencoder of another model, or of another hook point?"
-            )
-        dtype = torch.promote_types(torch.promote_types(flat.dtype, rows.dtype), torch.float32)
-        return self._laid_out(self._at(flat).to(dtype) @ rows.to(flat.device, dtype).T)
-
-    def encoded(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
-        """The autoencoder's activations, in its own dtype and on its own device."""
-        rows, encode = self.features.rows, self.features.encode
-        assert encode is not None
-        at = self._at(h if self.features.by_head else h.flatten(2))
-        return self._laid_out(encode(at.to(rows)).to(h.device))
-
-    def _at(self, h: Tensor) -> Tensor:
-        if self._index is None:
-            return h
-        return h[torch.arange(len(h), device=h.device), self._index.to(h.device)]
-
-    def _laid_out(self, values: Tensor) -> Tensor:
-        if self._index is not None:
-            return values
-        real = self.prompts.real.to(values.device)[:, None]
-        return values.transpose(1, 2).masked_fill(~real, float("nan"))
-
-
-class _Deltas:
-    """Runs at the gates, and keeps each writer's projected ∂(its output)/∂ε."""
-
-    def __init__(self, lens: LoraLens, gates: Float[Tensor, "site"], project: _Projection) -> None:
-        self._injections, self._sites, self._gates = lens.plan.injections, lens.sites, gates
-        self._scaled, self._project = ScaleInject(lens.plan, gates), project
-        self.found: dict[int, Tensor] = {}
-
-    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        injection = self._injections[index]
-        if self._sites[injection.site].kind in WRITER_KINDS:
-            weight = 1.0 if injection.partner is None else float(self._gates[injection.partner])
-            written = weight * self._project(injection.map(z))
-            self.found[injection.site] = self.found.get(injection.site, 0.0) + written
-        return self._scaled(index, out, z)
 
 
 def _activation(
@@ -248,13 +268,8 @@ def _require_positions(lens: LoraLens, prompts: Prompts, name: str) -> None:
     _activation(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
 
 
-def _tangent(dual: Tensor) -> Tensor:
-    primal, tangent = fwad.unpack_dual(dual)
-    return torch.zeros_like(primal) if tangent is None else tangent.clone()
-
-
 def _activations(
-    project: _Projection, base: Tensor, adapted: Tensor
+    project: Projection, base: Tensor, adapted: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     if project.features.encode is None:
         return None
@@ -264,12 +279,9 @@ def _activations(
 
 def _point(lens: LoraLens, name: str | None) -> str:
     """A hook point of the model at which the adapted model's activation exists."""
-    known = list(lens.model.hook_dict)
     if name is None:
-        raise ArgumentError("directions of no hook point; name one with hook_name=….")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
-        raise SiteError(f"the model has no hook point {name!r}; the nearest are {near}.")
+        raise ArgumentError("directions of no hook point; name one with name=….")
+    known_point(lens, name)
     if name in points_without_update(lens.sites):
         raise ModelStateError(
             f"{name}: lies between a site's input and the point at which its update is added, so "
@@ -277,14 +289,3 @@ def _point(lens: LoraLens, name: str | None) -> str:
             "(lens.sites: read, write)."
         )
     return name
-
-
-def _indices(prompts: Prompts, position: int) -> Tensor:
-    """[batch], the position in each prompt."""
-    lengths = prompts.lengths
-    outside = ((position >= lengths) | (position < -lengths)).nonzero().flatten().tolist()
-    if outside:
-        raise ArgumentError(
-            f"position={position}: prompt {outside[0]} has {int(lengths[outside[0]])} tokens."
-        )
-    return position % lengths

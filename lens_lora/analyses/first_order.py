@@ -1,28 +1,30 @@
 """First-order shift of each site: a_l = u_yᵀ J_{l→L} δz_l = ∂g/∂ε_l (note, Prop. 1).
 
-Reverse mode gives every site and part for one readout; forward mode gives the same numbers by the
-other route, and is its check. At ε = 0 it predicts what adding one module to the base model does;
-at ε = 1 what taking one away from the adapted model does. With `rules`, attention patterns or norm
-denominators are constants at their values there (hooked/frozen.py), in both modes.
+1. Reverse mode gives every site and part for one readout, in one forward and one backward pass.
+   Forward mode gives the same numbers by the other route, a tangent for each, and is its check.
+2. With `rules`, attention patterns or norm denominators are constants at their values there
+   (`hooked/frozen.py`), in both modes.
+3. The exact shift g(1) − g(0) stands beside the values, two forward passes.
+4. Several readouts of the same prompts (`first_orders`) go back through one forward pass, with k
+   backward passes as one batch.
 
-First order of several readouts of the same prompts (note, Prop. 1), out of one forward pass.
-
-a_l(y) = ∂g_y/∂ε_l    for k readouts g_y: one forward pass, k backward passes as one batch
+At ε = 0 it predicts what adding one module to the base model does; at ε = 1 what taking one away
+from the adapted model does.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.batching import COVECTOR_TOKENS, rows_at_once
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
 from lens_lora.engine.forward import Part, part_tangents, tangent_of
-from lens_lora.engine.function import gated_logits, gated_readout, read_logits, require_finite
+from lens_lora.engine.function import gated_logits, read_logits, require_finite
 from lens_lora.engine.gate_graph import gate_graph
 from lens_lora.engine.reverse import part_slots, require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
@@ -30,17 +32,17 @@ from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
 from lens_lora.hooked.sites import by_axes
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.readouts.readout import Readout, bound
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution, Quadrature
+from lens_lora.results.measured import header
 
 __all__ = [
     "first_order",
+    "first_order_of",
     "first_orders",
     "labelled",
 ]
 
-Mode = Literal["auto", "reverse", "forward"]
 _TRIED_TOKENS = 8
 
 
@@ -53,6 +55,7 @@ def first_order(
     mode: Mode = "auto",
     by: tuple[str, ...] | str = (),
     rules: FrozenRules | None = None,
+    max_memory: float | None = None,
     progress: bool = True,
 ) -> Attribution:
     """a_l = u_yᵀ J δz_l of every site, split by position, head and rank as asked.
@@ -62,32 +65,62 @@ def first_order(
     add two forward passes and one backward on eight tokens, that try the model's hook points.
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
+        mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse.
         by: any of 'position', 'head', 'rank'.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
             then that of the model with constants in their place. The shift beside it is g's own.
+        max_memory: bytes that a pass of forward mode may take beside the model. It sets how many
+            parts go at once, and does not change what is found. Reverse mode is one pass of the
+            prompts, which is not split: pass fewer prompts at a time.
+        progress: show a bar in forward mode.
 
     Returns:
         Attribution with values [batch, site, *by] in the readout's units; its `method` names the
-        rules, as in 'first_order (patterns fixed)'.
+        rules, as in 'first_order/patterns'.
 
     Raises:
-        ModelStateError: rules that this model's hooks cannot keep, naming the hook point.
+        ArgumentError: another mode or axis, or less memory than one part takes.
+        ModelStateError: rules that this model's hooks cannot keep, naming the hook point; in
+            forward mode, an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    if mode not in ("auto", "reverse", "forward"):
-        raise ArgumentError(f"mode {mode!r}: expected 'auto', 'reverse' or 'forward'.")
-    axes, reading = by_axes(by), bound(readout, lens.model, lens.prompts(prompts))
-    gates = lens.gates(float(at))
+    return first_order_of(
+        ask(lens, prompts, readout),
+        at=at,
+        mode=mode,
+        by=by,
+        rules=rules,
+        max_memory=max_memory,
+        progress=progress,
+    )
+
+
+def first_order_of(
+    asked: Asked,
+    *,
+    at: float = 0.0,
+    mode: Mode = "auto",
+    by: tuple[str, ...] | str = (),
+    rules: FrozenRules | None = None,
+    max_memory: float | None = None,
+    progress: bool = True,
+) -> Attribution:
+    """`first_order` of a question at hand."""
+    lens, reading, axes = asked.lens, asked.reading, by_axes(by)
+    way, gates = chosen_mode(mode, lens, 1), lens.gates(float(at))
     with _under(rules, lens, reading.prompts):
-        if mode == "forward":
-            values = _forward(lens, reading, gates, axes, progress)
+        if way == "forward":
+            values = _forward(asked, gates, axes, max_memory, progress)
         else:
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
-    method = "first_order" if rules is None else f"first_order ({rules.label})"
-    return labelled(lens, reading, readout, values, axes, method=method, at=float(at))
+    method = "first_order" if rules is None else f"first_order/{rules.key}"
+    return labelled(asked, values, axes, method=method, at=float(at))
 
 
 @contextlib.contextmanager
@@ -103,50 +136,43 @@ def _under(rules: FrozenRules | None, lens: LoraLens, prompts: Prompts) -> Gener
 
 
 def labelled(
-    lens: LoraLens,
-    reading: Reading,
-    readout: Readout,
+    asked: Asked,
     values: Float[Tensor, "batch site *by"],
-    axes: tuple[str, ...],
+    axes: tuple[str, ...] = (),
     *,
     method: str,
     at: float,
     quadrature: Quadrature | None = None,
-    ends: Float[Tensor, "end batch"] | None = None,
 ) -> Attribution:
     """The values with their labels, and the exact shift beside them.
 
     Args:
-        ends: g(0) and g(1), if known. Two forward passes, if not.
+        asked: of what; two forward passes, if its ends are not known yet.
+        values: in the readout's units.
+        axes: of the values after the site.
+        method: how they were computed, a stable identifier.
+        at: the gate value at which; NaN along a path.
+        quadrature: of a path integral.
     """
-    if ends is None:
-        both = torch.stack([lens.gates(0.0), lens.gates(1.0)])
-        ends = gated_readout(lens, reading, both).T
-    base, adapted = ends
     return Attribution(
         values=values,
         by=axes,
-        sites=lens.sites,
-        heads=tuple(lens.heads.of(s.kind) for s in lens.sites),
-        base=base.contiguous(),
-        adapted=adapted.contiguous(),
-        str_tokens=reading.tokens_of(lens.str_tokens(reading.prompts)),
-        readout=readout.label,
-        units=readout.units,
+        heads=tuple(asked.lens.heads.of(s.kind) for s in asked.lens.sites),
         method=method,
         at=at,
-        meta=lens.describe(),
         quadrature=quadrature,
+        **header(asked),
     )
 
 
 def _forward(
-    lens: LoraLens,
-    reading: Reading,
+    asked: Asked,
     gates: Float[Tensor, "site"],
     axes: tuple[str, ...],
+    max_memory: float | None,
     progress: bool,
 ) -> Float[Tensor, "batch site *by"]:
+    lens, reading = asked.lens, asked.reading
     prompts = reading.prompts
     shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
@@ -156,7 +182,9 @@ def _forward(
         many = reading.repeat(rows.shape[1])
         return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
 
-    tangents = part_tangents(lens, prompts, gates, wanted, read, progress=progress)
+    tangents = part_tangents(
+        lens, prompts, gates, wanted, read, max_memory=max_memory, progress=progress
+    )
     slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
     values[(slice(None), [part.site for part in wanted], *slots)] = tangents
     return values
@@ -204,8 +232,15 @@ def first_orders(
     all their exact shifts. An answer of several tokens has rows of its own, and is run by itself.
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readouts: at least one.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         max_memory: bytes for the readouts that go at once, beside the graph of the forward pass.
+        progress: show a bar.
+
+    Returns:
+        An Attribution for each readout, in their order.
 
     Raises:
         ArgumentError: no readouts, or something that is none.
@@ -214,58 +249,46 @@ def first_orders(
     """
     if not readouts:
         raise ArgumentError("readouts=[] asks for nothing; give at least one.")
-    ready = lens.prompts(prompts)
-    readings = [bound(readout, lens.model, ready) for readout in readouts]
-    together = [i for i, reading in enumerate(readings) if reading.prompts is ready]
+    prompt_rows = ask(lens, prompts)
+    every = [prompt_rows.about(readout) for readout in readouts]
     found: dict[int, Attribution] = {}
+    together = [i for i, asked in enumerate(every) if asked.reading.prompts is asked.prompts]
     if together:
-        some = [readings[i] for i in together]
-        ends = _ends(lens, ready, some)
-        slopes = _slopes(lens, ready, some, at, max_memory, progress)
-        for j, i in enumerate(together):
-            found[i] = labelled(
-                lens,
-                readings[i],
-                readouts[i],
-                slopes[j],
-                (),
-                method="first_order",
-                at=float(at),
-                ends=ends[j],
-            )
-    for i, readout in enumerate(readouts):
+        some = [every[i] for i in together]
+        _share_ends(some)
+        slopes = _slopes(some, at, max_memory, progress)
+        for i, asked, values in zip(together, some, slopes, strict=True):
+            found[i] = labelled(asked, values, method="first_order", at=float(at))
+    for i, asked in enumerate(every):
         if i not in found:
-            found[i] = first_order(lens, ready, readout, at=at, progress=progress)
+            found[i] = first_order_of(asked, at=at, progress=progress)
     return tuple(found[i] for i in range(len(readouts)))
 
 
 def _slopes(
-    lens: LoraLens,
-    prompts: Prompts,
-    readings: Sequence[Reading],
-    at: float,
-    max_memory: float | None,
-    progress: bool,
+    some: Sequence[Asked], at: float, max_memory: float | None, progress: bool
 ) -> Float[Tensor, "readout batch site"]:
+    """Of readouts of the same rows."""
+    lens, prompts = some[0].lens, some[0].prompts
+
     def read() -> Float[Tensor, "readout batch"]:
         logits = read_logits(lens, prompts)
-        return torch.stack([reading.read(logits) for reading in readings])
+        return torch.stack([asked.reading.read(logits) for asked in some])
 
     graph = gate_graph(lens, prompts, lens.gates(float(at)), read)
-    step = rows_at_once(lens, prompts, COVECTOR_TOKENS, max_memory)
+    step = covectors_at_once(lens, prompts, max_memory)
     slopes = graph.slopes_of_each(step, progress=progress)
     for of_one in slopes:
         require_finite_sites(lens, of_one)
     return slopes
 
 
-def _ends(
-    lens: LoraLens, prompts: Prompts, readings: Sequence[Reading]
-) -> Float[Tensor, "readout end batch"]:
+def _share_ends(some: Sequence[Asked]) -> None:
+    """The ends of all of them, out of the same two forward passes."""
+    lens, prompts = some[0].lens, some[0].prompts
     with torch.no_grad():
         logits = [gated_logits(lens, prompts, lens.gates(end)) for end in (0.0, 1.0)]
-        ends = torch.stack(
-            [torch.stack([reading.read(end) for end in logits]) for reading in readings]
-        )
-    require_finite(ends, "a readout")
-    return ends
+        for asked in some:
+            ends = torch.stack([asked.reading.read(end) for end in logits])
+            require_finite(ends, "a readout")
+            asked.know_ends(ends)

@@ -1,37 +1,42 @@
 """The first-order shift of every token's logit, J δz_l (note, Prop. 1), for every site.
 
-Forward mode: a tangent for each site gives the whole vocabulary. Reverse mode: a covector for each
-token gives every site. `engine/batching.py` says which is cheaper.
+1. Forward mode: a tangent for each site gives the whole vocabulary.
+2. Reverse mode: a covector for each token gives every site.
+3. `engine/batching.py` says which is cheaper, and how many go at once.
+4. All sites together (`by_site=False`) are one tangent.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import final
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.engine.batching import COVECTOR_TOKENS, cheaper_mode, rows_at_once
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
 from lens_lora.engine.forward import Part, joint_tangent, part_tangents, tangent_of
 from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.gate_graph import gate_graph
-from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.errors import SiteError
 from lens_lora.hooked.sites import Site, match_sites
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import token_ids
+from lens_lora.results.choosing import only_prompt
+from lens_lora.results.measured import Result
 
-__all__ = ["LogitShift", "logit_shift", "site_tangents", "token_slopes"]
-
-Mode = Literal["auto", "forward", "reverse"]
+__all__ = ["LogitShift", "logit_shift", "logit_shift_of", "site_tangents", "token_slopes"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LogitShift:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LogitShift(Result):
     """First-order logit shifts at the read position, in logits.
 
     Attributes:
@@ -53,23 +58,56 @@ class LogitShift:
         """All sites together: Σ_l J δz_l."""
         return self.values.sum(1) if self.sites else self.values
 
-    def promoted(self, site: str | None = None, k: int = 10, prompt: int = 0) -> pd.DataFrame:
+    def promoted(
+        self, site: str | None = None, k: int = 10, prompt: int | None = None
+    ) -> pd.DataFrame:
         """The k tokens whose logits the site (or, without one, all sites) raises most.
 
         Shifts are relative to the mean over the tokens, so a constant added to all logits, which
         changes no probability, promotes nothing.
 
+        Args:
+            site: its name; without it, all sites together.
+            k: how many.
+            prompt: an index; without it, the only prompt.
+
         Raises:
             SiteError: no such site.
+            ArgumentError: no such prompt, or several and none named.
         """
         return self._ranked(site, k, prompt, largest=True)
 
-    def suppressed(self, site: str | None = None, k: int = 10, prompt: int = 0) -> pd.DataFrame:
-        """The k tokens whose logits the site (or, without one, all sites) lowers most."""
+    def suppressed(
+        self, site: str | None = None, k: int = 10, prompt: int | None = None
+    ) -> pd.DataFrame:
+        """The k tokens whose logits the site (or, without one, all sites) lowers most.
+
+        Args:
+            site: its name; without it, all sites together.
+            k: how many.
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            SiteError: no such site.
+            ArgumentError: no such prompt, or several and none named.
+        """
         return self._ranked(site, k, prompt, largest=False)
 
-    def _ranked(self, site: str | None, k: int, prompt: int, *, largest: bool) -> pd.DataFrame:
-        row = self._row(site, prompt)
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and token, and per site if split by site: the shift in logits."""
+        batch, vocab = len(self.values), len(self.tokens)
+        rows = batch * max(1, len(self.sites))
+        columns: dict[str, object] = {"prompt": np.repeat(np.arange(batch), rows // batch * vocab)}
+        if self.sites:
+            columns["site"] = np.tile(np.repeat([site.name for site in self.sites], vocab), batch)
+        columns["token"], columns["id"] = (list(x) * rows for x in (self.strings, self.tokens))
+        columns["shift"] = self.values.detach().double().cpu().flatten().numpy()
+        return pd.DataFrame(columns)
+
+    def _ranked(
+        self, site: str | None, k: int, prompt: int | None, *, largest: bool
+    ) -> pd.DataFrame:
+        row = self._row(site, only_prompt(prompt, len(self.values), "rankings of tokens"))
         row = row - row.mean()
         values, order = row.topk(min(k, len(row)), largest=largest)
         return pd.DataFrame(
@@ -87,10 +125,6 @@ class LogitShift:
             raise SiteError("this shift was computed for all sites together; use by_site=True.")
         index = next(iter(match_sites([s.name for s in self.sites], {site: 0})))
         return self.values[prompt, index]
-
-    def __repr__(self) -> str:
-        where = f"{len(self.sites)} sites" if self.sites else "all sites together"
-        return f"LogitShift({len(self.values)} prompts, {where}, {len(self.tokens)} tokens)"
 
 
 def logit_shift(
@@ -112,30 +146,56 @@ def logit_shift(
     49,152 tokens in float32.
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        by_site: each site's shift; if False, that of all sites together.
         tokens: strings of one token, or ids; without them the whole vocabulary.
+        at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'forward' or 'reverse'; 'auto' takes the cheaper one (`engine/batching.py`).
         max_memory: bytes that a pass may take beside the model and the result (and, in reverse
             mode, beside the graph of the forward pass, which cannot be split). It sets how many
             sites or tokens go at once, and does not change what is found.
+        progress: show a bar.
 
     Raises:
         TokenError: a token string that is not one token.
         ArgumentError: another mode, or less memory than one site or token takes.
         NumericsError: non-finite tangents.
     """
-    if mode not in ("auto", "forward", "reverse"):
-        raise ArgumentError(f"mode {mode!r}: expected 'auto', 'forward' or 'reverse'.")
-    ready = lens.prompts(prompts)
+    return logit_shift_of(
+        ask(lens, prompts),
+        by_site=by_site,
+        tokens=tokens,
+        at=at,
+        mode=mode,
+        max_memory=max_memory,
+        progress=progress,
+    )
+
+
+def logit_shift_of(
+    asked: Asked,
+    *,
+    by_site: bool = True,
+    tokens: Sequence[str | int] | None = None,
+    at: float = 0.0,
+    mode: Mode = "auto",
+    max_memory: float | None = None,
+    progress: bool = True,
+) -> LogitShift:
+    """`logit_shift` of prompts at hand; no readout is needed."""
+    lens, prompts = asked.lens, asked.prompts
     ids = _ids(lens, tokens)
     columns, gates = torch.tensor(ids, device=lens.device), lens.gates(at)
+    way = chosen_mode(mode, lens, len(ids))
     if not by_site:
-        values = joint_tangent(lens, ready, gates, torch.ones_like(gates))[:, columns]
-    elif (cheaper_mode(lens, len(ids)) if mode == "auto" else mode) == "reverse":
-        values = token_slopes(lens, ready, gates, columns, max_memory, progress=progress)
+        values = joint_tangent(lens, prompts, gates, torch.ones_like(gates))[:, columns]
+    elif way == "reverse":
+        values = token_slopes(lens, prompts, gates, columns, max_memory, progress=progress)
     else:
         values = site_tangents(
             lens,
-            ready,
+            prompts,
             lambda rows: rows[..., columns],
             at=at,
             max_memory=max_memory,
@@ -160,7 +220,18 @@ def site_tangents(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch site *out"]:
-    """What `keep` keeps of every site's whole-vocabulary tangent at the read position."""
+    """What `keep` keeps of every site's whole-vocabulary tangent at the read position.
+
+    A dual forward pass per site, many as one.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what is run.
+        keep: what is kept of the tangents.
+        at: the gate value at which they are taken.
+        max_memory: bytes that a pass may take beside the model and the result.
+        progress: show a bar.
+    """
     parts = [Part(index) for index in range(len(lens.sites))]
     return part_tangents(
         lens,
@@ -182,9 +253,18 @@ def token_slopes(
     *,
     progress: bool = True,
 ) -> Float[Tensor, "batch site token"]:
-    """Every site's derivative of some tokens' logits. One forward, and a backward per token."""
+    """Every site's derivative of some tokens' logits. One forward, and a backward per token.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what is run.
+        at: the gates at which the derivative is taken.
+        columns: the tokens' ids.
+        max_memory: bytes for the tokens that go at once, beside the graph of the forward pass.
+        progress: show a bar.
+    """
     graph = gate_graph(lens, prompts, at, lambda: read_logits(lens, prompts)[:, columns].T)
-    step = rows_at_once(lens, prompts, COVECTOR_TOKENS, max_memory)
+    step = covectors_at_once(lens, prompts, max_memory)
     return graph.slopes_of_each(step, progress=progress).permute(1, 2, 0)
 
 

@@ -1,38 +1,44 @@
 """The fact margin (note, §5): m = m₀ + Σ_l (u_doc − u_pre)ᵀ J δz_l + R_m.
 
-The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m. The
-scale at which it does, along ε·Δ, is found by a root finder on exact forward passes.
+The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m.
+
+1. First order of the margin, and the margin itself along ε·Δ (`analyses/remainder_curve.py`).
+2. Where the curve changes sign, a root finder on exact forward passes finds the scale.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, final
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.optimize import brentq
-from torch import Tensor
 
-from lens_lora.analyses.first_order import first_order
-from lens_lora.analyses.remainder import RemainderCurve, curve_of
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.remainder import Verdict, verdict_of
+from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_logits
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.answers import AnswerLike, AnswerMargin, answer_ids, margin_between
+from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.rows import Reading
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.measured import Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["FactMargin", "fact_margin"]
+__all__ = ["FactMargin", "fact_margin", "fact_margin_of"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class FactMargin:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FactMargin(Result):
     """Does the document's fact overtake the pretrained one, where on the way, because of what?
 
     Attributes:
@@ -84,26 +90,46 @@ class FactMargin:
         """Whether first order alone, m₀ + Σ a_l, says so."""
         return tuple((self.m0.sign() != (self.m0 + self.first_order).sign()).tolist())
 
+    @property
+    def verdict(self) -> tuple[Verdict, ...]:
+        """For each prompt, how good first order is at ε = 1 and on the way."""
+        return tuple(
+            verdict_of(
+                shift=float(self.attribution.shift[i]),
+                remainder=float(self.remainder[i]),
+                noise_floor=float(self.noise_floor[i]),
+                path=self.curve.path_of(i),
+            )
+            for i in range(len(self.m))
+        )
+
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt: the margin's whole account."""
         names = ("m0", "first_order", "remainder", "m", "noise_floor", "flip_scale")
         columns = {name: getattr(self, name).double().cpu().tolist() for name in names}
         return pd.DataFrame(columns | {"flips": self.flips, "flip_predicted": self.flip_predicted})
 
-    def story(self, prompt: int = 0) -> str:
-        """The margin's account in plain words, claiming no more than the numbers."""
-        from lens_lora.show.words.margin import margin_story
+    def story(self, prompt: int | None = None) -> str:
+        """The margin's account in plain words, claiming no more than the numbers.
 
-        return margin_story(self, prompt)
+        Args:
+            prompt: an index; without it, the only prompt.
 
-    def plot(self, prompt: int = 0) -> Figure:
-        """The margin along ε, its first-order line, and the flip."""
-        from lens_lora.show.figures.attribution import margin_figure
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.story(self, prompt)
 
-        return margin_figure(self, prompt)
+    def plot(self, prompt: int | None = None) -> Figure:
+        """The margin along ε, its first-order line, and the flip.
 
-    def __repr__(self) -> str:
-        return f"{self.attribution.readout}\n{self.to_frame().to_string()}"
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)
 
 
 def fact_margin(
@@ -117,27 +143,41 @@ def fact_margin(
 ) -> FactMargin:
     """m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
+    Cost: one forward and one backward, some 30 forward passes along the path, batched, and about
+    ten more for each prompt that flips.
+
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
         doc, pre: a string each (with its leading space), token id or ids, or one of each per
             prompt. Answers of several tokens are teacher-forced and their margin is in nats.
         by: also split the attribution by 'position', 'head', 'rank'.
-
-    Cost: one forward and one backward, some 30 forward passes along the path, batched, and about
-    ten more for each prompt that flips.
+        progress: show a bar.
 
     Raises:
         TokenError: an answer that is no token of the model, a word that lost its leading space,
             or doc equal to pre.
     """
-    ready = lens.prompts(prompts)
-    margin = margin_between(lens.model, doc, pre, ready.batch)
-    attribution = first_order(lens, ready, margin, by=by)
-    curve = curve_of(lens, ready, margin, attribution, progress=progress)
-    docs, pres = (answer_ids(lens.model, answer, ready.batch) for answer in (doc, pre))
-    flips = [
-        _flip_scale(lens, AnswerMargin([d], [p]).over(lens.model, ready.row(i)), curve, i)
-        for i, (d, p) in enumerate(zip(_tensors(docs), _tensors(pres), strict=True))
-    ]
+    asked = ask(lens, prompts)
+    margin = margin_between(lens.model, doc, pre, asked.prompts.batch)
+    return fact_margin_of(asked.about(margin), doc, pre, by=by, progress=progress)
+
+
+def fact_margin_of(
+    asked: Asked,
+    doc: AnswerLike,
+    pre: AnswerLike,
+    *,
+    by: tuple[str, ...] | str = (),
+    progress: bool = True,
+) -> FactMargin:
+    """`fact_margin` of a question at hand, whose readout is the margin between doc and pre."""
+    lens = asked.lens
+    attribution = first_order_of(asked, by=by)
+    curve = remainder_curve_of(asked, attribution, progress=progress)
+    docs, pres = (answer_ids(lens.model, answer, asked.prompts.batch) for answer in (doc, pre))
+    alone = asked.reading.groups(1)
+    flips = [_flip_scale(lens, one, curve, i) for i, one in enumerate(alone)]
     return FactMargin(
         attribution=attribution,
         curve=curve,
@@ -145,10 +185,6 @@ def fact_margin(
         doc=tuple("".join(lens.decode(ids)) for ids in docs),
         pre=tuple("".join(lens.decode(ids)) for ids in pres),
     )
-
-
-def _tensors(answers: list[tuple[int, ...]]) -> list[Tensor]:
-    return [torch.tensor(ids) for ids in answers]
 
 
 def _flip_scale(lens: LoraLens, reading: Reading, curve: RemainderCurve, prompt: int) -> float:

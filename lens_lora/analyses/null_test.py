@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
@@ -28,27 +28,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.adapters.random_directions import null_adapter
-from lens_lora.analyses.first_order import first_order
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
-from lens_lora.engine.noise import noise_floor
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import fused_rows
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.measured import SIGMAS, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["NullTest", "null_test"]
+__all__ = ["NullTest", "null_test", "null_test_of"]
 
-_SIGMAS, _LEVEL = 3.0, 0.05
+_LEVEL = 0.05
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class NullTest:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class NullTest(Result):
     """An attribution beside those of adapters of the same sizes in random directions.
 
     Attributes:
@@ -123,7 +126,7 @@ class NullTest:
 
     def _verdict(self, i: int) -> str:
         shift, floor = float(self.observed.shift[i]), float(self.noise_floor[i])
-        if abs(shift) <= _SIGMAS * floor:
+        if abs(shift) <= SIGMAS * floor:
             return f"below the noise: the shift {shift:.2g} is within rounding ({floor:.2g})"
         rms, p = float(self._null_rms[i]), float(self.shift_p[i])
         least, size = ("at least ", floor) if rms < floor else ("", rms)
@@ -161,15 +164,16 @@ class NullTest:
         columns: dict[str, object] = {k: n.double().cpu().tolist() for k, n in numbers.items()}
         return pd.DataFrame({**columns, "verdict": self.verdict})
 
-    def plot(self, prompt: int = 0) -> Figure:
-        """|a_l| of every site over the band of the draws, in the order of the forward pass."""
-        from lens_lora.show.figures.null_test import null_figure
+    def plot(self, prompt: int | None = None) -> Figure:
+        """|a_l| of every site over the band of the draws, in the order of the forward pass.
 
-        return null_figure(self, prompt)
+        Args:
+            prompt: an index; without it, the only prompt.
 
-    def __repr__(self) -> str:
-        lines = [f"  prompt {i}: {text}" for i, text in enumerate(self.verdict)]
-        return "\n".join([f"NullTest of {self.readout}, {self.draws} draws:", *lines])
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)
 
 
 def null_test(
@@ -189,18 +193,38 @@ def null_test(
     Cost per draw: one forward and one backward, one forward pass, and laying the adapter over the
     model; and once what first_order and the noise floor take (eleven forward passes, a backward).
 
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        draws: how many null adapters; at least 2.
+        seed: of the draws' own seeds.
+        progress: show a bar.
+
     Raises:
         ArgumentError: fewer than two draws.
         UnsupportedAdapterError: DoRA or trained biases; names the remedy.
         NumericsError: non-finite derivatives, naming the site.
     """
-    if draws < 2:
-        raise ArgumentError(f"draws={draws}; expected at least 2, for a spread to compare with.")
-    ready = lens.prompts(prompts)
-    reading = bound(readout, lens.model, ready)
+    _require_several(draws)
+    asked = ask(lens, prompts, readout)
+    first = first_order_of(asked)
+    return null_test_of(asked, first, draws=draws, seed=seed, progress=progress)
+
+
+def null_test_of(
+    asked: Asked,
+    first: Attribution,
+    *,
+    draws: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> NullTest:
+    """`null_test` of a question at hand, beside its first order at ε = 0, by site."""
+    _require_several(draws)
+    lens, reading = asked.lens, asked.reading
     seeds = tuple(int(s) for s in np.random.SeedSequence(seed).generate_state(draws))
     parts = _parts_of_fused(lens)
-    observed = first_order(lens, ready, readout)
     null, shifts = [], []
     with tqdm(seeds, desc="null adapters", leave=False, disable=not progress) as bar:
         for draw in bar:
@@ -208,17 +232,22 @@ def null_test(
             null.append(site_slopes(other, reading, other.gates(0.0)))
             require_finite_sites(other, null[-1])
             adapted = gated_readout(other, reading, other.gates(1.0)[None], progress=False)[:, 0]
-            shifts.append(adapted - observed.base)
+            shifts.append(adapted - first.base)
     return NullTest(
-        observed=observed,
+        observed=first,
         null=torch.stack(null),
         null_shift=torch.stack(shifts),
         seeds=seeds,
-        noise_floor=noise_floor(lens, reading),
-        readout=readout.label,
-        units=readout.units,
-        meta=observed.meta,
+        noise_floor=asked.noise_floor,
+        readout=asked.readout.label,
+        units=asked.readout.units,
+        meta=first.meta,
     )
+
+
+def _require_several(draws: int) -> None:
+    if draws < 2:
+        raise ArgumentError(f"draws={draws}; expected at least 2, for a spread to compare with.")
 
 
 def _parts_of_fused(lens: LoraLens) -> dict[str, list[Tensor]]:

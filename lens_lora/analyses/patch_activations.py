@@ -5,7 +5,9 @@
 
 1. The donor runs once; its activations at the named points are kept.
 2. The recipient runs once for each patch, as rows of a batch: at one hook point, and one position,
-   some of them, or all.
+   some of them, or all (`engine/swap.py`).
+3. Points without an effect are tried with noise: where that has none either, the model ignores the
+   value that a hook leaves there (`engine/ignored.py`), and the call raises an error.
 
 In an adapted recipient the updates stay live: a patch at or before a site's input changes its δ,
 and a patch at its output replaces W z + δ, as in a model of the merged weights.
@@ -13,29 +15,28 @@ and a patch at its output replaces W z + δ, as in a model of the merged weights
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.engine.function import gated_readout
+from lens_lora.analyses.hook_points import Names, resolved
+from lens_lora.engine.asked import ask
 from lens_lora.engine.ignored import unheard
 from lens_lora.engine.swap import Patch, Recording, patched_readout, record
-from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
 from lens_lora.results.activation_effects import ActivationEffects
+from lens_lora.results.measured import header
 
 __all__ = ["patch_activations"]
 
-Names = str | Sequence[str] | Callable[[str], bool]
 Positions = Literal["each"] | int | slice | Sequence[int] | None
 Direction = Literal["base_to_adapted", "adapted_to_base"]
 _DONOR_AND_RECIPIENT = {"base_to_adapted": (0.0, 1.0), "adapted_to_base": (1.0, 0.0)}
@@ -59,12 +60,16 @@ def patch_activations(
     Bridge). One short pass more for positions, and one for each name without an effect.
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
         names: a hook point, several, or a predicate. A name in full must fire; globs and
             predicates choose among the points that do.
         direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
         positions: None for the whole sequence at once; 'each' for one number per position; an
             index, a slice, or indices, replaced together. They count within each prompt, negative
             ones from its own end; an answer's tokens, after the prompt, are in None and 'each'.
+        progress: show a bar.
 
     Returns:
         ActivationEffects with values [batch, name], or [batch, name, position] with 'each' (NaN
@@ -81,58 +86,31 @@ def patch_activations(
     if direction not in _DONOR_AND_RECIPIENT:
         raise ArgumentError(f"direction={direction!r}: expected one of {[*_DONOR_AND_RECIPIENT]}.")
     donor_scale, scale = _DONOR_AND_RECIPIENT[direction]
-    ready = lens.prompts(prompts)
-    reading = bound(readout, lens.model, ready)
-    where = _where(positions, ready, reading)
-    in_full, wanted = _resolve(lens, names)
+    asked = ask(lens, prompts, readout)
+    reading = asked.reading
+    where = _where(positions, asked.prompts, reading)
+    in_full, wanted = resolved(lens, names)
     donor = record(lens, reading.prompts, donor_scale, wanted)
     points = _firing(lens, donor, in_full, wanted)
     if positions is not None:
         _require_positions(lens, reading.prompts, donor, points, donor_scale)
     patches = [Patch(name, mask) for name in points for mask in where]
-    ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
-    base, adapted = gated_readout(lens, reading, ends).T
+    base, adapted = asked.ends
     found = patched_readout(
         lens, reading, donor, patches, donor_scale=donor_scale, scale=scale, progress=progress
     ).unflatten(1, (len(points), -1))
     to_adapted = direction == "base_to_adapted"
     values = adapted[:, None, None] - found if to_adapted else found - base[:, None, None]
-    _require_heard(lens, reading.prompts, scale, points, values, torch.stack([base, adapted]))
+    _require_heard(lens, reading.prompts, scale, points, values, asked.ends)
     if positions == "each":
         values = values.masked_fill(~_exists(reading).to(values.device)[:, None], float("nan"))
     return ActivationEffects(
         values=values if positions == "each" else values[..., 0],
         names=points,
-        base=base.contiguous(),
-        adapted=adapted.contiguous(),
-        str_tokens=reading.tokens_of(lens.str_tokens(reading.prompts)),
-        readout=readout.label,
-        units=readout.units,
         direction=direction,
         positions=_label(positions),
-        meta=lens.describe(),
+        **header(asked),
     )
-
-
-def _resolve(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names given in full, and all that are wanted, in order."""
-    known = list(lens.model.hook_dict)
-    if not isinstance(names, str) and callable(names):
-        wanted = [name for name in known if names(name)]
-        if not wanted:
-            raise SiteError(f"the predicate is true of none of the model's {len(known)} points.")
-        return (), tuple(wanted)
-    given = [names] if isinstance(names, str) else list(names)
-    if not given:
-        raise SiteError("no hook point to patch at; give a name, a glob, or a predicate.")
-    found: dict[str, None] = {}
-    for pattern in given:
-        hits = [pattern] if pattern in known else fnmatch.filter(known, pattern)
-        if not hits:
-            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
-            raise SiteError(f"the model has no hook point {pattern!r}; the nearest are {near}.")
-        found.update(dict.fromkeys(hits))
-    return tuple(name for name in given if name in known), tuple(found)
 
 
 def _firing(

@@ -12,19 +12,18 @@ The effects of all groups do not sum to the shift in general: what sites do toge
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
-
-from lens_lora.engine.function import gated_readout
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hooked.sites import Group, Groups, group_sites, indicator, match_sites
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
 from lens_lora.results.effects import Effects
+from lens_lora.results.measured import header
 
-__all__ = ["patch_sites"]
+__all__ = ["How", "patch_sites", "patch_sites_of", "require_how"]
 
 How = Literal["add_one", "leave_one_out"]
 
@@ -45,9 +44,13 @@ def patch_sites(
     may grow from block to block (all but Bloom and OPT on a Bridge).
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
         how: 'add_one', g(e_G) − g(0), or 'leave_one_out', g(1) − g(1 − e_G).
         sites: names or globs; only these are switched. Without it, all.
         group: 'site', 'layer', 'kind', or {name: site names or globs}.
+        progress: show a bar.
 
     Returns:
         Effects with values [batch, group], in the readout's units.
@@ -58,34 +61,38 @@ def patch_sites(
         NumericsError: a non-finite readout.
         ArgumentError: another `how` or `group`.
     """
-    if how not in ("add_one", "leave_one_out"):
+    return patch_sites_of(
+        ask(lens, prompts, readout), how, sites=sites, group=group, progress=progress
+    )
+
+
+def patch_sites_of(
+    asked: Asked,
+    how: How = "add_one",
+    *,
+    sites: str | Sequence[str] | None = None,
+    group: Group = "site",
+    progress: bool = True,
+) -> Effects:
+    """`patch_sites` of a question at hand."""
+    require_how(how)
+    groups = _chosen(asked.lens, sites, group)
+    switched = indicator(groups, len(asked.lens.sites))
+    corners, what = (switched if how == "add_one" else 1 - switched), how.replace("_", " ")
+    found = asked.at_gates(corners, progress=progress, what=what)
+    base, adapted = asked.ends[..., None]
+    values = found - base if how == "add_one" else adapted - found
+    return Effects(values=values, groups=groups, how=how, **header(asked))
+
+
+def require_how(how: str) -> None:
+    """Refuse what is neither adding nor leaving out.
+
+    Raises:
+        ArgumentError: another word.
+    """
+    if how not in get_args(How):
         raise ArgumentError(f"how={how!r}: expected 'add_one' or 'leave_one_out'.")
-    reading = bound(readout, lens.model, lens.prompts(prompts))
-    groups = _chosen(lens, sites, group)
-    switched = indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
-    none, every = lens.gates(0.0)[None], lens.gates(1.0)[None]
-    corners = switched if how == "add_one" else 1 - switched
-    values = gated_readout(
-        lens,
-        reading,
-        torch.cat([none, every, corners]),
-        progress=progress,
-        what=how.replace("_", " "),
-    )
-    base, adapted, found = values[:, 0], values[:, 1], values[:, 2:]
-    effects = found - base[:, None] if how == "add_one" else adapted[:, None] - found
-    return Effects(
-        values=effects,
-        groups=groups,
-        sites=lens.sites,
-        base=base.contiguous(),
-        adapted=adapted.contiguous(),
-        str_tokens=reading.tokens_of(lens.str_tokens(reading.prompts)),
-        readout=readout.label,
-        units=readout.units,
-        how=how,
-        meta=lens.describe(),
-    )
 
 
 def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> Groups:

@@ -25,20 +25,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.analyses.first_order import labelled
-from lens_lora.engine.noise import noise_floor
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.batching import slopes_at_once
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import by_axes
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
 from lens_lora.results.attribution import Attribution, Quadrature
+from lens_lora.results.measured import SIGMAS
 
-__all__ = ["path_attribution"]
+__all__ = ["path_attribution", "path_attribution_of"]
 
-TOKENS_AT_ONCE = 512
-_SIGMAS = 3.0
 _SMOOTH = 4.0  # A doubling that divides the error by less is slower than a smooth g allows.
 
 
@@ -61,9 +61,13 @@ def path_attribution(
     forward passes for the exact shift and its noise floor. Memory does not grow with K.
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
         tol: the completeness error allowed to every prompt, as a share of its shift.
         by: any of 'position', 'head', 'rank'.
         max_nodes: most nodes of a rule; the last rule has 4, 8, 16, … of them.
+        progress: show a bar.
 
     Returns:
         Attribution with values [batch, site, *by] in the readout's units, method 'path', `at` NaN
@@ -74,15 +78,29 @@ def path_attribution(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
+    return path_attribution_of(
+        ask(lens, prompts, readout), tol=tol, by=by, max_nodes=max_nodes, progress=progress
+    )
+
+
+def path_attribution_of(
+    asked: Asked,
+    *,
+    tol: float = 1e-3,
+    by: tuple[str, ...] | str = (),
+    max_nodes: int = 64,
+    progress: bool = True,
+) -> Attribution:
+    """`path_attribution` of a question at hand."""
     if not 0 < tol < math.inf:
         raise ArgumentError(f"tol={tol}: expected a positive share of the shift, such as 1e-3.")
     if max_nodes < 4:
         raise ArgumentError(f"max_nodes={max_nodes}: expected at least 4, to compare two rules.")
-    axes, reading = by_axes(by), bound(readout, lens.model, lens.prompts(prompts))
-    floor = _SIGMAS * noise_floor(lens, reading)
+    lens, reading, axes = asked.lens, asked.reading, by_axes(by)
+    floor = SIGMAS * asked.noise_floor
     with tqdm(desc="path integral", unit="node", leave=False, disable=not progress) as bar:
         nodes, values = 2, _integral(lens, reading, axes, 2, bar)
-        path = labelled(lens, reading, readout, values, axes, method="path", at=math.nan)
+        path = labelled(asked, values, axes, method="path", at=math.nan)
         trail = _Trail(tol, floor, path)
         while not trail.is_final and 2 * nodes <= max_nodes:
             nodes *= 2
@@ -108,7 +126,7 @@ def _weighted_slopes(
     """The sum over as many nodes as are run at once."""
     adapted = lens.gates(1.0)
     points, weights = map(adapted.new_tensor, _gauss_legendre(nodes))
-    step = max(1, TOKENS_AT_ONCE // reading.prompts.tokens.numel())
+    step = slopes_at_once(reading.prompts)
     for at, weight in zip(points.split(step), weights.split(step), strict=True):
         many, rows = reading.repeat(len(at)), at.repeat(len(reading.owner))
         slopes = site_slopes(lens, many, rows[:, None] * adapted, axes)

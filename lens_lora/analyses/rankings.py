@@ -1,4 +1,4 @@
-"""Orders in which to switch sites on, and g at each prompt's own corners of the cube.
+"""Orders in which to switch sites on.
 
 1. Scores (attributions, effects, tensors) → an order per prompt, the largest first; equal scores
    keep the sites' order.
@@ -17,32 +17,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.engine.function import (
-    chunk_rows,
-    gated_logits,
-    read_logits,
-    require_finite,
-)
+from lens_lora.engine.asked import Asked
+from lens_lora.engine.function import read_logits, readout_at
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
-from lens_lora.show.text import method_text
+from lens_lora.results.keys import GREEDY, RANDOM, UPDATE_NORM, WEIGHT_NORM
 
 __all__ = [
-    "GREEDY",
     "MOST_GREEDY",
-    "RANDOM",
-    "UPDATES",
-    "WEIGHTS",
     "Scores",
     "by_score",
     "greedy_order",
     "named",
+    "orders_of",
     "random_orders",
-    "readout_at",
     "refuse_greedy",
     "switched_on",
     "update_norms",
@@ -51,21 +42,17 @@ __all__ = [
 ]
 
 Scores = Attribution | Effects | Float[Tensor, "*batch site"]
-WEIGHTS, UPDATES, RANDOM, GREEDY = "‖ΔW‖", "‖δz‖", "random", "greedy"
 MOST_GREEDY = 40
-_SLOW = 64
 
 
 def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
-    """{name: score}; a single one goes by what it is.
+    """{name: score}; a single one goes by its key.
 
     Raises:
         ArgumentError: a baseline's name, or nothing to rank by.
     """
-    if isinstance(attribution, Attribution):
-        return {method_text(attribution.method, attribution.at): attribution}
-    if isinstance(attribution, Effects):
-        return {method_text(attribution.how, 0.0): attribution}
+    if isinstance(attribution, Attribution | Effects):
+        return {attribution.key: attribution}
     if isinstance(attribution, Tensor):
         return {"given": attribution}
     if not isinstance(attribution, Mapping):
@@ -73,7 +60,7 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
             f"{attribution!r} ranks nothing; pass an Attribution, Effects, a tensor [site], or "
             "{name: one of these}."
         )
-    taken = {WEIGHTS, UPDATES, RANDOM, GREEDY} & set(attribution)
+    taken = {WEIGHT_NORM, UPDATE_NORM, RANDOM, GREEDY} & set(attribution)
     if taken or not attribution:
         raise ArgumentError(
             f"{sorted(taken)} are names of baselines; give the scores others."
@@ -83,14 +70,50 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
     return dict(attribution)
 
 
-def values_of(
-    name: str,
-    score: Scores,
-    lens: LoraLens,
-    str_tokens: tuple[tuple[str, ...], ...],
-    readout: Readout,
-) -> Float[Tensor, "batch site"]:
+def orders_of(
+    asked: Asked,
+    given: Mapping[str, Scores],
+    *,
+    baselines: bool,
+    greedy: bool,
+    progress: bool,
+) -> dict[str, Int[Tensor, "batch site"]]:
+    """Each ranking's order of every prompt's sites; random ones are apart (`random_orders`).
+
+    Scores rank by value · sign(shift), norms as they are.
+
+    Args:
+        asked: of what.
+        given: the scores by name.
+        baselines: also ‖ΔW‖ and ‖δz‖; the latter takes a forward pass.
+        greedy: also the greedy oracle.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: scores of something else; greedy on too many sites.
+    """
+    scores = {name: values_of(name, score, asked) for name, score in given.items()}
+    if greedy:
+        refuse_greedy(len(asked.lens.sites))
+    base, adapted = asked.ends
+    towards = (adapted - base).sign()
+    orders = {name: by_score(s * towards[:, None]) for name, s in scores.items()}
+    if baselines:
+        by_weight = weight_norms(asked.lens).expand(asked.reading.batch, -1)
+        orders[WEIGHT_NORM] = by_score(by_weight)
+        orders[UPDATE_NORM] = by_score(update_norms(asked))
+    if greedy:
+        orders[GREEDY] = greedy_order(asked, progress=progress)
+    return orders
+
+
+def values_of(name: str, score: Scores, asked: Asked) -> Float[Tensor, "batch site"]:
     """The score as one number per prompt and site.
+
+    Args:
+        name: of the score, for errors.
+        score: to rank by.
+        asked: what it must be of.
 
     Raises:
         ArgumentError: it is of other sites, prompts or of another readout, or not finite.
@@ -98,9 +121,9 @@ def values_of(
     if isinstance(score, Effects):
         score = score.attribution()
     if isinstance(score, Attribution):
-        _require_of(name, score, lens, str_tokens, readout)
+        _require_of(name, score, asked)
         score = score.per_site
-    batch, sites = len(str_tokens), len(lens.sites)
+    batch, sites = asked.reading.batch, len(asked.lens.sites)
     if score.shape not in ((sites,), (batch, sites)):
         raise ArgumentError(
             f"{name}: scores {tuple(score.shape)}; expected [{sites}], or [{batch}, {sites}], one "
@@ -108,20 +131,16 @@ def values_of(
         )
     if not torch.isfinite(score).all():
         raise ArgumentError(f"{name}: scores are not all finite, so they rank nothing.")
-    return score.detach().to(lens.device, torch.float64).expand(batch, sites)
+    return score.detach().to(asked.lens.device, torch.float64).expand(batch, sites)
 
 
-def _require_of(
-    name: str,
-    score: Attribution,
-    lens: LoraLens,
-    str_tokens: tuple[tuple[str, ...], ...],
-    readout: Readout,
-) -> None:
+def _require_of(name: str, score: Attribution, asked: Asked) -> None:
+    rows = (score.str_tokens, asked.str_tokens)
+    theirs, ours = (["".join(tokens) for tokens in some] for some in rows)
     facts = {
-        "sites": ([s.name for s in score.sites], [s.name for s in lens.sites]),
-        "prompts": (["".join(t) for t in score.str_tokens], ["".join(t) for t in str_tokens]),
-        "readout": (score.readout, readout.label),
+        "sites": ([s.name for s in score.sites], [s.name for s in asked.lens.sites]),
+        "prompts": (theirs, ours),
+        "readout": (score.readout, asked.readout.label),
     }
     for what, (theirs, ours) in facts.items():
         if theirs != ours:
@@ -147,36 +166,6 @@ def switched_on(
     return (rank < torch.tensor(counts, device=order.device)[:, None]).double()
 
 
-def readout_at(
-    lens: LoraLens,
-    reading: Reading,
-    gates: Float[Tensor, "batch point site"],
-    *,
-    progress: bool,
-    what: str,
-) -> Float[Tensor, "batch point"]:
-    """g at each prompt's own gate vectors. At most as many forward passes as points, batched.
-
-    Raises:
-        NumericsError: a non-finite readout.
-    """
-    gates = gates.to(lens.device, lens.gate_dtype)
-    owner, points = reading.owner.to(lens.device), gates.shape[1]
-    columns: list[Tensor] = []
-    with (
-        torch.no_grad(),
-        tqdm(total=points, desc=what, leave=False, disable=not progress or points < _SLOW) as bar,
-    ):
-        for some in gates.split(chunk_rows(reading.prompts), 1):
-            many = reading.repeat(some.shape[1])
-            values = many.read(gated_logits(lens, many.prompts, some[owner].flatten(0, 1)))
-            columns.append(values.view(reading.batch, -1))
-            bar.update(some.shape[1])
-    found = torch.cat(columns, 1)
-    require_finite(found, "the readout")
-    return found
-
-
 def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, "draw batch site"]:
     """A random order for each draw and prompt."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -193,12 +182,12 @@ def weight_norms(lens: LoraLens) -> Float[Tensor, "site"]:
     return torch.tensor(norms, dtype=torch.float64, device=lens.device)
 
 
-def update_norms(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch site"]:
+def update_norms(asked: Asked) -> Float[Tensor, "batch site"]:
     """‖δz_l‖ at the base model over a prompt's real positions. One forward pass."""
-    recorder = _NormRecorder(lens, reading)
-    with torch.no_grad(), lens.injected(recorder):
-        read_logits(lens, reading.prompts)
-    return reading.by_prompt(recorder.squares).sqrt()
+    recorder = _NormRecorder(asked.lens, asked.reading)
+    with torch.no_grad(), asked.lens.injected(recorder):
+        read_logits(asked.lens, asked.reading.prompts)
+    return asked.reading.by_prompt(recorder.squares).sqrt()
 
 
 class _NormRecorder:
@@ -231,18 +220,16 @@ def refuse_greedy(sites: int) -> None:
         )
 
 
-def greedy_order(
-    lens: LoraLens,
-    reading: Reading,
-    towards: Float[Tensor, "batch"],
-    *,
-    progress: bool,
-) -> Int[Tensor, "batch site"]:
+def greedy_order(asked: Asked, *, progress: bool) -> Int[Tensor, "batch site"]:
     """Each prompt's greedy order. S(S+1)/2 forward passes, batched.
 
     Args:
-        towards: the sign of each prompt's shift.
+        asked: of what.
+        progress: show a bar.
     """
+    lens, reading = asked.lens, asked.reading
+    base, adapted = asked.ends
+    towards = (adapted - base).sign()
     batch, sites = reading.batch, len(lens.sites)
     rows = torch.arange(batch, device=lens.device)
     on = torch.zeros(batch, sites, dtype=lens.gate_dtype, device=lens.device)

@@ -25,36 +25,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, final
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.analyses.first_order import first_order
-from lens_lora.engine.function import gated_readout
-from lens_lora.engine.noise import noise_floor
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.patch_sites import How, require_how
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.choosing import only_prompt
 from lens_lora.results.effects import Effects
+from lens_lora.results.measured import SIGMAS, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["Question", "Reliability", "reliability"]
-
-Question = Literal["add_one", "leave_one_out"]
-_SIGMAS = 3.0
+__all__ = ["Reliability", "reliability", "reliability_of", "score_of"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reliability:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Reliability(Result):
     """Each site's first-order number with what it misses, in the readout's units.
 
     Attributes:
@@ -62,7 +62,7 @@ class Reliability:
         correction: [batch, site], what a_l misses of the effect; NaN where it was not measured
             (add_one, a site under the floor at every prompt).
         fixed: [batch, site], with fix=True: the measured effect where flagged, a_l elsewhere.
-        of: the effect that a_l is asked to predict, 'add_one' or 'leave_one_out'.
+        how: the effect that a_l is asked to predict, 'add_one' or 'leave_one_out'.
         threshold: a score under it is flagged.
         material: [batch], in the readout's units: what a site's |a| or |correction| must exceed.
         passes: forward and backward passes over the prompts, by step.
@@ -72,7 +72,7 @@ class Reliability:
     attribution: Attribution
     correction: Float[Tensor, "batch site"]
     fixed: Float[Tensor, "batch site"] | None
-    of: Question
+    how: How
     threshold: float
     material: Float[Tensor, "batch"]
     passes: Mapping[str, int]
@@ -105,10 +105,18 @@ class Reliability:
         largest = torch.maximum(a.abs(), missed.abs())
         return (score_of(a, missed) < self.threshold) & (largest > self.material[:, None])
 
-    def flagged_sites(self, prompt: int = 0) -> tuple[str, ...]:
-        """A prompt's flagged sites, the largest correction first."""
-        order = self.correction[prompt].abs().nan_to_num().argsort(descending=True).tolist()
-        return tuple(self.attribution.sites[i].name for i in order if self.flagged[prompt, i])
+    def flagged_sites(self, prompt: int | None = None) -> tuple[str, ...]:
+        """A prompt's flagged sites, the largest correction first.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        row = only_prompt(prompt, len(self.correction), "flags")
+        order = self.correction[row].abs().nan_to_num().argsort(descending=True).tolist()
+        return tuple(self.attribution.sites[i].name for i in order if self.flagged[row, i])
 
     def against(self, effects: Effects | Float[Tensor, "batch site"]) -> pd.DataFrame:
         """Flags against the sites that are truly wrong: one row per prompt, and 'all'.
@@ -147,10 +155,10 @@ class Reliability:
     def _effects(self, effects: Effects | Tensor) -> Float[Tensor, "batch site"]:
         expected = tuple(self.correction.shape)
         if isinstance(effects, Effects):
-            if effects.how != self.of or not effects.is_by_site:
+            if effects.how != self.how or not effects.is_by_site:
                 raise ArgumentError(
                     f"effects of {effects.how} on {len(effects.groups)} groups; the flags are of "
-                    f"{self.of} on {expected[1]} single sites."
+                    f"{self.how} on {expected[1]} single sites."
                 )
             effects = effects.values
         if tuple(effects.shape) != expected:
@@ -169,18 +177,16 @@ class Reliability:
         frame["flagged"] = self.flagged.cpu().flatten().numpy()
         return frame
 
-    def plot(self, prompt: int = 0) -> Figure:
-        """a_l against a_l + correction of a prompt's sites, the flagged ones apart."""
-        from lens_lora.show.figures.reliability import reliability_figure
+    def plot(self, prompt: int | None = None) -> Figure:
+        """a_l against a_l + correction of a prompt's sites, the flagged ones apart.
 
-        return reliability_figure(self, prompt)
+        Args:
+            prompt: an index; without it, the only prompt.
 
-    def __repr__(self) -> str:
-        counts = ", ".join(map(str, self.flagged.sum(1).tolist()))
-        return (
-            f"Reliability of {self.readout}, first order as the answer to {self.of}: {counts} of "
-            f"{self.flagged.shape[1]} sites flagged (score under {self.threshold:g})"
-        )
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)
 
 
 def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"]:
@@ -194,7 +200,7 @@ def reliability(
     prompts: PromptsLike,
     readout: Readout,
     *,
-    of: Question = "add_one",
+    how: How = "add_one",
     threshold: float = 0.5,
     floor: float = 0.01,
     fix: bool = False,
@@ -208,91 +214,127 @@ def reliability(
     add_one: each site above the floor at some prompt; nothing more for fix.
 
     Args:
-        of: 'add_one', g(e_l) − g(0), or 'leave_one_out', g(1) − g(1 − e_l).
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        how: 'add_one', g(e_l) − g(0), or 'leave_one_out', g(1) − g(1 − e_l).
         threshold: of the score; 0.5 flags what is off by more than itself, 0.8 by a quarter.
         floor: share of Σ|a| under which a site is not material. With add_one, 0 measures them all.
+        fix: also measure the flagged sites by intervention.
+        progress: show a bar.
 
     Raises:
-        ArgumentError: an argument that is none of these.
+        ArgumentError: another `how`, or a threshold or floor outside its range.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    _check(of, threshold, floor)
-    ready = lens.prompts(prompts)
-    reading = bound(readout, lens.model, ready)
-    attribution = first_order(lens, ready, readout)
-    size = floor * attribution.per_site.abs().sum(1)
-    material = torch.maximum(size, _SIGMAS * noise_floor(lens, reading).to(size))
-    correction, passes = _screen(lens, reading, attribution, of, material, progress)
+    asked = ask(lens, prompts, readout)
+    first = first_order_of(asked)
+    return reliability_of(
+        asked, first, how, threshold=threshold, floor=floor, fix=fix, progress=progress
+    )
+
+
+def reliability_of(
+    asked: Asked,
+    first: Attribution,
+    how: How = "add_one",
+    *,
+    threshold: float = 0.5,
+    floor: float = 0.01,
+    fix: bool = False,
+    adapted_end: Attribution | None = None,
+    effects: Effects | None = None,
+    progress: bool = True,
+) -> Reliability:
+    """`reliability` of a question at hand, beside its first order at ε = 0, by site.
+
+    Args:
+        asked: of what.
+        first: first order at ε = 0.
+        how: as of `reliability`, and so `threshold`, `floor`, `fix` and `progress`.
+        adapted_end: first order at ε = 1, where it is known.
+        effects: of every single site, where they were measured.
+    """
+    _check(how, threshold, floor)
+    screen = _Screen(asked, first, how, adapted_end, effects, progress)
+    size = floor * first.per_site.abs().sum(1)
+    material = torch.maximum(size, SIGMAS * asked.noise_floor.to(size))
+    correction, passes = screen.missed(material)
     found = Reliability(
-        attribution=attribution,
+        attribution=first,
         correction=correction,
         fixed=None,
-        of=of,
+        how=how,
         threshold=threshold,
         material=material,
         passes={"first order": 2, "screen": passes},
-        readout=readout.label,
-        units=readout.units,
-        meta=attribution.meta,
+        readout=asked.readout.label,
+        units=asked.readout.units,
+        meta=first.meta,
     )
-    return _fixed(lens, reading, found, progress) if fix else found
+    return _fixed(screen, found) if fix else found
 
 
-def _check(of: str, threshold: float, floor: float) -> None:
-    if of not in ("add_one", "leave_one_out"):
-        raise ArgumentError(f"of={of!r}: expected 'add_one' or 'leave_one_out'.")
+def _check(how: str, threshold: float, floor: float) -> None:
+    require_how(how)
     if not 0 < threshold < 1:
         raise ArgumentError(f"threshold={threshold}; a score lies between 0 and 1.")
     if not 0 <= floor < 1:
         raise ArgumentError(f"floor={floor}; expected a share of Σ|a|, from 0 to below 1.")
 
 
-def _screen(
-    lens: LoraLens,
-    reading: Reading,
-    attribution: Attribution,
-    of: Question,
-    material: Float[Tensor, "batch"],
-    progress: bool,
-) -> tuple[Float[Tensor, "batch site"], int]:
-    """What a_l misses, and in how many passes: at the other end, or by adding what is material."""
-    a = attribution.per_site
-    if of == "leave_one_out":
-        adapted_end = site_slopes(lens, reading, lens.gates(1.0))
-        require_finite_sites(lens, adapted_end)
-        return adapted_end - a, 2
-    some = (a.abs() > material[:, None]).any(0)
-    missed = torch.full_like(a, float("nan"))
-    missed[:, some] = _measured(lens, reading, attribution, of, some, progress) - a[:, some]
-    return missed, int(some.sum())
+@dataclasses.dataclass(frozen=True)
+class _Screen:
+    """Where what a_l misses is found: at the other end, by interventions, or in what is known."""
+
+    asked: Asked
+    first: Attribution
+    how: How
+    adapted_end: Attribution | None
+    effects: Effects | None
+    progress: bool
+
+    def missed(self, material: Float[Tensor, "batch"]) -> tuple[Float[Tensor, "batch site"], int]:
+        """What a_l misses, and in how many passes: at the other end, or of what is material."""
+        a = self.first.per_site
+        if self.how == "leave_one_out":
+            return self._slopes_at_1() - a, 2
+        some = (a.abs() > material[:, None]).any(0)
+        missed = torch.full_like(a, float("nan"))
+        missed[:, some] = self.measured(some) - a[:, some]
+        return missed, int(some.sum())
+
+    def _slopes_at_1(self) -> Float[Tensor, "batch site"]:
+        if self.adapted_end is not None:
+            return self.adapted_end.per_site
+        lens = self.asked.lens
+        slopes = site_slopes(lens, self.asked.reading, lens.gates(1.0))
+        require_finite_sites(lens, slopes)
+        return slopes
+
+    def measured(self, some: Bool[Tensor, "site"]) -> Float[Tensor, "batch some"]:
+        """The effects of these sites, one at a time; a forward pass each."""
+        if self.effects is not None:
+            return self.effects.values[:, some]
+        alone = torch.eye(len(some), dtype=self.asked.lens.gate_dtype)[some.cpu()]
+        if not len(alone):
+            return self.first.per_site[:, some]
+        base, adapted = self.asked.ends[..., None]
+        adds = self.how == "add_one"
+        points, what = (alone, "sites added") if adds else (1 - alone, "sites left out")
+        values = self.asked.at_gates(points, progress=self.progress, what=what)
+        return values - base if adds else adapted - values
 
 
-def _fixed(lens: LoraLens, reading: Reading, found: Reliability, progress: bool) -> Reliability:
+def _fixed(screen: _Screen, found: Reliability) -> Reliability:
     """The same, with the flagged sites' effects measured."""
     flagged, values = found.flagged, found.attribution.per_site.clone()
     some, passes = flagged.any(0), 0
-    if found.of == "add_one":
+    if found.how == "add_one":
         values = torch.where(flagged, found.corrected, values)
     else:
         effects = torch.zeros_like(values)
-        effects[:, some] = _measured(lens, reading, found.attribution, found.of, some, progress)
+        effects[:, some] = screen.measured(some)
         values, passes = torch.where(flagged, effects, values), int(some.sum())
     return dataclasses.replace(found, fixed=values, passes={**found.passes, "fix": passes})
-
-
-def _measured(
-    lens: LoraLens,
-    reading: Reading,
-    attribution: Attribution,
-    of: Question,
-    some: Bool[Tensor, "site"],
-    progress: bool,
-) -> Float[Tensor, "batch some"]:
-    """The effects of these sites, one at a time; a forward pass each."""
-    alone = torch.eye(len(some), dtype=lens.gate_dtype)[some.cpu()]
-    if not len(alone):
-        return attribution.per_site[:, some]
-    adds = of == "add_one"
-    points, what = (alone, "sites added") if adds else (1 - alone, "sites left out")
-    values = gated_readout(lens, reading, points, progress=progress, what=what)
-    return values - attribution.base[:, None] if adds else attribution.adapted[:, None] - values

@@ -1,17 +1,20 @@
-"""The remainder that first order leaves: of one site, of all sites, and along the path.
+"""The remainder that first order leaves: of one site, and of all sites.
 
     single site   u_yᵀ r_l = g(e_l) − g(0) − a_l             (note, §3)
     all sites     R_y = g(1) − g(0) − Σ_l a_l                (note, §4)
-    along ε·Δ     R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l = O(ε²)   (note, Assumption 2)
 
-At ε = 1 the two may agree by coincidence, so the verdict looks along the path.
+1. First order and the exact ends; on request each site added alone.
+2. The noise floor says what of the remainder is rounding.
+3. At ε = 1 the two may agree by coincidence, so the verdict also looks at ε = 0.25, 0.5 and 0.75:
+   at the same strengths for every result, so that no two can disagree on one remainder (the whole
+   path: `analyses/remainder_curve.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Literal, final
 
 import numpy as np
 import pandas as pd
@@ -19,35 +22,105 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.analyses.first_order import first_order
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.engine.asked import ask
 from lens_lora.engine.function import gated_readout
-from lens_lora.engine.noise import noise_floor
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
-from lens_lora.results.attribution import Attribution
+from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
+from lens_lora.results.measured import SIGMAS, Result
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+__all__ = ["CHECKPOINTS", "Remainder", "Verdict", "remainder", "verdict_of"]
 
-__all__ = ["Remainder", "RemainderCurve", "remainder", "remainder_curve"]
-
-_CHECKPOINTS = (0.25, 0.5, 0.75)
-_SMALL, _SIGMAS = 0.1, 3.0
+CHECKPOINTS = (0.25, 0.5, 0.75)
+_SMALL, _LARGE = 0.1, 0.2
+Kind = Literal["no_shift", "coincidence", "noise", "small", "large", "uneven"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Remainder:
+@final
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How good first order is on one prompt, at ε = 1 and on the way.
+
+    Attributes:
+        kind: 'no_shift', the shift itself is within rounding; 'coincidence', at most a tenth of
+            the shift is missed at ε = 1, but more than a fifth on the way; 'noise', the remainder
+            at ε = 1 is within rounding; 'small', at most a tenth is missed throughout; 'large',
+            more than a tenth at ε = 1; 'uneven', at most a tenth at ε = 1, and up to a fifth on the
+            way.
+        shift, remainder: g(1) − g(0), and what first order leaves of it.
+        floor: three noise floors; a difference of at most that can be rounding.
+        worst: the largest |R(ε)| / |g(ε) − g(0)| at a quarter, half and three quarters of the
+            strength; None where none of them stands out of the noise.
+        worst_scale: the ε of it.
+    """
+
+    kind: Kind
+    shift: float
+    remainder: float
+    floor: float
+    worst: float | None
+    worst_scale: float | None
+
+    @property
+    def share(self) -> float:
+        """|R| / |shift| at ε = 1; NaN without a shift."""
+        return abs(self.remainder / self.shift) if self.shift else float("nan")
+
+    def __str__(self) -> str:
+        return drawing.text(self)
+
+
+def verdict_of(
+    shift: float,
+    remainder: float,
+    noise_floor: float,
+    path: Sequence[tuple[float, float, float]],
+) -> Verdict:
+    """The verdict on one prompt's remainder; nothing else in the package decides it.
+
+    Args:
+        shift: g(1) − g(0).
+        remainder: what first order leaves of it.
+        noise_floor: σ of a difference of two readouts from rounding alone.
+        path: (ε, R(ε), g(ε) − g(0)) at the strengths on the way.
+    """
+    floor = SIGMAS * noise_floor
+    clear = [(abs(r / moved), e) for e, r, moved in path if abs(r) > floor and abs(moved) > floor]
+    worst, scale = max(clear, default=(None, None), key=lambda point: point[0])
+    kind = _kind(abs(shift), abs(remainder), floor, worst or 0.0)
+    return Verdict(kind, shift, remainder, floor, worst, scale)
+
+
+def _kind(shift: float, remainder: float, floor: float, worst: float) -> Kind:
+    if shift <= floor:
+        return "no_shift"
+    here = remainder / shift
+    if here <= _SMALL and worst > _LARGE:
+        return "coincidence"
+    if remainder <= floor:
+        return "noise"
+    if here > _SMALL:
+        return "large"
+    return "small" if worst <= _SMALL else "uneven"
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Remainder(Result):
     """What first order leaves, against the exact shift, in the readout's units.
 
     Attributes:
         shift, first_order: [batch], g(1) − g(0) and Σ_l a_l.
         noise_floor: [batch], σ of a difference of two readouts from rounding alone.
-        path_scales, path_ratio: |R_y(ε)| / |g(ε) − g(0)| at some ε on the way: [batch, scale].
+        path_scales: some ε on the way.
+        path_shift: [batch, scale], g(ε) − g(0) at each of them.
         site_shift, site_first_order: [batch, site], g(e_l) − g(0) and a_l; only with by_site.
         sites: of the site axis.
+        readout, units: what was read.
         meta: model, adapter, dtype and versions.
     """
 
@@ -55,7 +128,7 @@ class Remainder:
     first_order: Float[Tensor, "batch"]
     noise_floor: Float[Tensor, "batch"]
     path_scales: tuple[float, ...]
-    path_ratio: Float[Tensor, "batch scale"]
+    path_shift: Float[Tensor, "batch scale"]
     sites: tuple[Site, ...]
     site_first_order: Float[Tensor, "batch site"]
     site_shift: Float[Tensor, "batch site"] | None
@@ -69,6 +142,18 @@ class Remainder:
         return self.shift - self.first_order
 
     @property
+    def path_ratio(self) -> Float[Tensor, "batch scale"]:
+        """|R_y(ε)| / |g(ε) − g(0)| at each of `path_scales`."""
+        return self._path_remainder.abs() / self.path_shift.abs()
+
+    @property
+    def _path_remainder(self) -> Float[Tensor, "batch scale"]:
+        return (
+            self.path_shift
+            - self.path_shift.new_tensor(self.path_scales) * (self.first_order[:, None])
+        )
+
+    @property
     def site_remainder(self) -> Float[Tensor, "batch site"]:
         """u_yᵀ r_l of each site alone.
 
@@ -80,35 +165,28 @@ class Remainder:
         return self.site_shift - self.site_first_order
 
     @property
-    def verdict(self) -> tuple[str, ...]:
-        """For each prompt, in words: noise, good along the path, a coincidence at ε = 1, or bad."""
-        return tuple(self._verdict(i) for i in range(len(self.shift)))
-
-    def _verdict(self, i: int) -> str:
-        shift, rest = float(self.shift[i]), float(self.remainder[i])
-        floor = _SIGMAS * float(self.noise_floor[i])
-        if abs(shift) <= floor:
-            return f"below the noise: the shift {shift:.2g} is within rounding ({floor:.2g})"
-        worst, where = float(self.path_ratio[i].max()), int(self.path_ratio[i].argmax())
-        here = abs(rest / shift)
-        on_the_way = f"{worst:.0%} of the shift at ε = {self.path_scales[where]:g}"
-        if here <= _SMALL and worst > 2 * _SMALL:
-            return f"a coincidence at ε = 1: {here:.1%} of the shift there, but {on_the_way}"
-        if abs(rest) <= floor:
-            return f"below the noise: the remainder {rest:.2g} is within rounding ({floor:.2g})"
-        if max(here, worst) <= _SMALL:
-            return f"small: {here:.1%} of the shift at ε = 1, at most {on_the_way}"
-        return f"large: {here:.0%} of the shift at ε = 1, {on_the_way}"
+    def verdict(self) -> tuple[Verdict, ...]:
+        """For each prompt, how good first order is at ε = 1 and on the way; str() words it."""
+        rows = zip(self._path_remainder.tolist(), self.path_shift.tolist(), strict=True)
+        return tuple(
+            verdict_of(
+                shift=float(self.shift[i]),
+                remainder=float(self.remainder[i]),
+                noise_floor=float(self.noise_floor[i]),
+                path=list(zip(self.path_scales, rest, moved, strict=True)),
+            )
+            for i, (rest, moved) in enumerate(rows)
+        )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt: shift, first order, remainder, noise floor, verdict."""
+        """One row per prompt: shift, first order, remainder, noise floor, the verdict's kind."""
         return pd.DataFrame(
             {
                 "shift": self.shift.double().tolist(),
                 "first_order": self.first_order.double().tolist(),
                 "remainder": self.remainder.double().tolist(),
                 "noise_floor": self.noise_floor.double().tolist(),
-                "verdict": self.verdict,
+                "verdict": [verdict.kind for verdict in self.verdict],
             }
         )
 
@@ -125,9 +203,6 @@ class Remainder:
             }
         )
 
-    def __repr__(self) -> str:
-        return f"Remainder of {self.readout}:\n{self.to_frame().to_string()}"
-
 
 def remainder(
     lens: LoraLens,
@@ -140,25 +215,33 @@ def remainder(
     """R_y of all sites together and, with by_site, u_yᵀ r_l of each site alone.
 
     Cost: one forward and one backward, thirteen forward passes, and one per site with by_site.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        by_site: also run each site alone.
+        progress: show a bar.
+
+    Raises:
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a readout or derivative that is not finite.
     """
-    ready = lens.prompts(prompts)
-    reading = bound(readout, lens.model, ready)
-    attribution = first_order(lens, ready, readout)
-    steps = torch.stack([lens.gates(scale) for scale in _CHECKPOINTS])
-    way = gated_readout(lens, reading, steps, progress=progress)
+    asked = ask(lens, prompts, readout)
+    attribution = first_order_of(asked)
+    steps = torch.stack([lens.gates(scale) for scale in CHECKPOINTS])
+    way = gated_readout(lens, asked.reading, steps, progress=progress)
     site_shift = None
     if by_site:
         alone = torch.eye(len(lens.sites), dtype=lens.gate_dtype)
-        corners = gated_readout(lens, reading, alone, progress=progress, what="single sites")
+        corners = asked.at_gates(alone, progress=progress, what="single sites")
         site_shift = corners - attribution.base[:, None]
-    scales = torch.tensor(_CHECKPOINTS, dtype=way.dtype, device=way.device)
-    moved = way - attribution.base[:, None]
     return Remainder(
         shift=attribution.shift,
         first_order=attribution.total,
-        noise_floor=noise_floor(lens, reading),
-        path_scales=_CHECKPOINTS,
-        path_ratio=(moved - scales * attribution.total[:, None]).abs() / moved.abs(),
+        noise_floor=asked.noise_floor,
+        path_scales=CHECKPOINTS,
+        path_shift=way - attribution.base[:, None],
         sites=lens.sites,
         site_first_order=attribution.per_site,
         site_shift=site_shift,
@@ -166,143 +249,3 @@ def remainder(
         units=readout.units,
         meta=attribution.meta,
     )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RemainderCurve:
-    """g, first order and remainder along ε from 0 to 1, in the readout's units.
-
-    Attributes:
-        scales: [scale], the ε at which g was run.
-        values: [batch, scale], g(ε·1), exact.
-        slope: [batch], Σ_l a_l, the first-order shift per unit of ε.
-        noise_floor: [batch], σ of a difference of two readouts from rounding alone.
-        order: [batch], fitted slope of log|R| on log ε at small ε above the noise: 2 for a smooth
-            model, NaN where fewer than three points stand out of the noise.
-        meta: model, adapter, dtype and versions.
-    """
-
-    scales: Float[Tensor, "scale"]
-    values: Float[Tensor, "batch scale"]
-    base: Float[Tensor, "batch"]
-    slope: Float[Tensor, "batch"]
-    noise_floor: Float[Tensor, "batch"]
-    order: Float[Tensor, "batch"]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
-
-    @property
-    def shift(self) -> Float[Tensor, "batch scale"]:
-        """g(ε) − g(0)."""
-        return self.values - self.base[:, None]
-
-    @property
-    def first_order(self) -> Float[Tensor, "batch scale"]:
-        """ε Σ_l a_l."""
-        return self.slope[:, None] * self.scales
-
-    @property
-    def remainder(self) -> Float[Tensor, "batch scale"]:
-        """R_y(ε)."""
-        return self.shift - self.first_order
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per prompt and ε: value, shift, first order, remainder and its share."""
-        batch, count = self.values.shape
-        flat = {
-            name: getattr(self, name).double().cpu().flatten().numpy()
-            for name in ("values", "shift", "first_order", "remainder")
-        }
-        frame = pd.DataFrame(
-            {
-                "prompt": np.repeat(np.arange(batch), count),
-                "scale": np.tile(self.scales.double().cpu().numpy(), batch),
-                **flat,
-            }
-        )
-        frame["share"] = frame["remainder"].abs() / frame["shift"].abs()
-        return frame.rename(columns={"values": "value"})
-
-    def plot(self, prompt: int = 0) -> Figure:
-        """The readout and its first-order line along ε, and the remainder's share of the shift."""
-        from lens_lora.show.figures.attribution import remainder_figure
-
-        return remainder_figure(self, prompt)
-
-    def __repr__(self) -> str:
-        orders = ", ".join(f"{o:.2f}" for o in self.order.tolist())
-        return f"RemainderCurve of {self.readout} at {len(self.scales)} scales, order {orders}"
-
-
-def default_scales() -> list[float]:
-    """Small ones for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25 … 1."""
-    even = [*np.linspace(0.1, 1.0, 10).round(3).tolist(), *_CHECKPOINTS]
-    return sorted({*np.geomspace(1e-4, 8e-2, 10).tolist(), *even})
-
-
-def remainder_curve(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
-    scales: Sequence[float] | None = None,
-    *,
-    progress: bool = True,
-) -> RemainderCurve:
-    """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
-
-    Cost: one forward and one backward, and one forward pass per scale (22 by default), batched.
-    """
-    ready = lens.prompts(prompts)
-    attribution = first_order(lens, ready, readout)
-    return curve_of(lens, prompts, readout, attribution, scales, progress=progress)
-
-
-def curve_of(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
-    attribution: Attribution,
-    scales: Sequence[float] | None = None,
-    *,
-    progress: bool = True,
-) -> RemainderCurve:
-    """`remainder_curve` beside a first-order attribution at hand."""
-    reading = bound(readout, lens.model, lens.prompts(prompts))
-    given = default_scales() if scales is None else [float(scale) for scale in scales]
-    if not given:
-        raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
-    chosen = torch.tensor(sorted(given), dtype=lens.gate_dtype)
-    gates = chosen[:, None].expand(-1, len(lens.sites))
-    values = gated_readout(lens, reading, gates, progress=progress, what="along the path")
-    floor = noise_floor(lens, reading)
-    chosen = chosen.to(values.device)
-    rest = values - attribution.base[:, None] - chosen * attribution.total[:, None]
-    return RemainderCurve(
-        scales=chosen,
-        values=values,
-        base=attribution.base,
-        slope=attribution.total,
-        noise_floor=floor,
-        order=torch.stack([fitted_order(chosen, r, f) for r, f in zip(rest, floor, strict=True)]),
-        readout=readout.label,
-        units=readout.units,
-        meta=attribution.meta,
-    )
-
-
-_FIT_DECADE = 10.0
-
-
-def fitted_order(
-    scales: Float[Tensor, "scale"], rest: Float[Tensor, "scale"], floor: Float[Tensor, ""]
-) -> Float[Tensor, ""]:
-    """Slope of log|R| on log ε over the first decade of scales whose remainder clears the noise."""
-    clear = (scales > 0) & (rest.abs() > 10 * floor)
-    scales, rest = scales[clear].double(), rest[clear].double()
-    if len(scales) < 3:
-        return torch.tensor(float("nan"), dtype=torch.float64, device=rest.device)
-    fitted = max(3, int((scales <= _FIT_DECADE * scales[0]).sum()))
-    log_scale, log_rest = scales[:fitted].log(), rest[:fitted].abs().log()
-    centred = log_scale - log_scale.mean()
-    return (centred @ log_rest) / (centred @ centred)

@@ -4,7 +4,7 @@
 
 ½(H1)_l is the site's own curvature ½H_ll and half of its coupling to every other site.
 
-1. First order, and the exact g along the path (`analyses/remainder.py`).
+1. First order, and the exact g along the path (`analyses/remainder_curve.py`).
 2. H·1 from one Hessian product; on request ½H_ll, with a product for each site, batched.
 3. The verdict says of each prompt whether second order is nearer to the exact shift at ε = 1 than
    first order, or farther: at the full strength of trained adapters it is often far worse, since
@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
@@ -22,31 +22,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.analyses.first_order import first_order
-from lens_lora.analyses.remainder import (
-    RemainderCurve,
-    curve_of,
-    fitted_order,
-)
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.remainder_curve import RemainderCurve, fitted_order, remainder_curve_of
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_product, hessian_products, in_groups
-from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.readout import Readout, bound
+from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.measured import SIGMAS, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["SecondOrder", "second_order"]
-
-_SIGMAS = 3.0
+__all__ = ["SecondOrder", "second_order", "second_order_of"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SecondOrder:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SecondOrder(Result):
     """Second order at ε = 0 beside first order and the exact shift, in the readout's units.
 
     Attributes:
@@ -110,7 +107,11 @@ class SecondOrder:
         return self.half_row_sums - self.self_curvature
 
     def predicted_at(self, scale: float | Float[Tensor, "scale"]) -> Float[Tensor, "batch *scale"]:
-        """ε Σ_l a_l + ½ε² 1ᵀH1: the shift predicted at strength ε, or at several."""
+        """ε Σ_l a_l + ½ε² 1ᵀH1: the shift predicted at strength ε, or at several.
+
+        Args:
+            scale: one ε, or several.
+        """
         eps = torch.as_tensor(scale, dtype=self.curvature.dtype, device=self.curvature.device)
         slope, bend = self.first_order.total, self.curvature
         if eps.ndim:
@@ -139,7 +140,7 @@ class SecondOrder:
         from the start.
         """
         second, first = self.path_remainder.abs(), self.curve.remainder.abs()
-        noise = torch.maximum(first, second) <= _SIGMAS * self.noise_floor[:, None]
+        noise = torch.maximum(first, second) <= SIGMAS * self.noise_floor[:, None]
         unbroken = ((second <= first) | noise).long().cumprod(1)
         return (unbroken * self.curve.scales).amax(1)
 
@@ -149,7 +150,7 @@ class SecondOrder:
         return tuple(self._verdict(i) for i in range(len(self.shift)))
 
     def _verdict(self, i: int) -> str:
-        shift, floor = float(self.shift[i]), _SIGMAS * float(self.noise_floor[i])
+        shift, floor = float(self.shift[i]), SIGMAS * float(self.noise_floor[i])
         if abs(shift) <= floor:
             return f"below the noise: the shift {shift:.2g} is within rounding ({floor:.2g})"
         first, second = (
@@ -201,21 +202,26 @@ class SecondOrder:
         )
 
     def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap of ½(H1)_l, layer × kind of module; mean over prompts by default."""
-        return self._as_attribution(self.half_row_sums, "curvature").plot(prompt)
+        """Heatmap of ½(H1)_l, layer × kind of module.
 
-    def plot_path(self, prompt: int = 0) -> Figure:
-        """The exact shift along ε, first order's line and second order's parabola."""
-        from lens_lora.show.figures.coupling import second_order_figure
+        Args:
+            prompt: an index; without it, the mean over prompts.
 
-        return second_order_figure(self, prompt)
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self._as_attribution(self.half_row_sums, "curvature"), prompt)
 
-    def __repr__(self) -> str:
-        first = self.first_order
-        return (
-            f"SecondOrder of {first.readout}, in {first.units} (a diagnostic of curvature at "
-            f"ε = 0, not a correction at ε = 1):\n{self.to_frame().to_string()}"
-        )
+    def plot_path(self, prompt: int | None = None) -> Figure:
+        """The exact shift along ε, first order's line and second order's parabola.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.path(self, prompt)
 
     def _as_attribution(self, values: Tensor, method: str) -> Attribution:
         return dataclasses.replace(self.first_order, values=values, method=method)
@@ -235,29 +241,44 @@ def second_order(
     self_curvature two backward passes more per site, batched.
 
     Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
         self_curvature: also ½H_ll, the curvature of each site alone.
+        progress: show a bar.
 
     Raises:
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    ready = lens.prompts(prompts)
-    reading, base = bound(readout, lens.model, ready), lens.gates(0.0)
-    first = first_order(lens, ready, readout)
-    rows = hessian_product(lens, reading, base, torch.ones_like(base))
-    require_finite_sites(lens, rows)
+    asked = ask(lens, prompts, readout)
+    first = first_order_of(asked)
+    curve = remainder_curve_of(asked, first, progress=progress)
+    return second_order_of(asked, first, curve, self_curvature=self_curvature, progress=progress)
+
+
+def second_order_of(
+    asked: Asked,
+    first: Attribution,
+    curve: RemainderCurve,
+    *,
+    self_curvature: bool = False,
+    progress: bool = True,
+) -> SecondOrder:
+    """`second_order` of a question at hand, beside its first order by site and its curve."""
+    base = asked.lens.gates(0.0)
+    rows = hessian_product(asked.lens, asked.reading, base, torch.ones_like(base))
     return SecondOrder(
         first_order=first,
         half_row_sums=rows / 2,
-        self_curvature=_self_curvature(lens, reading, progress) if self_curvature else None,
-        curve=curve_of(lens, ready, readout, first, progress=progress),
+        self_curvature=_self_curvature(asked, progress) if self_curvature else None,
+        curve=curve,
     )
 
 
-def _self_curvature(
-    lens: LoraLens, reading: Reading, progress: bool
-) -> Float[Tensor, "batch site"]:
+def _self_curvature(asked: Asked, progress: bool) -> Float[Tensor, "batch site"]:
     """½H_ll, out of H e_l of every site."""
+    lens = asked.lens
     alone = torch.eye(len(lens.sites))
 
     def of_some(some: Reading) -> Float[Tensor, "batch site"]:
@@ -269,4 +290,4 @@ def _self_curvature(
             done += product.shape[1]
         return torch.cat(found, 1)
 
-    return in_groups(reading, of_some) / 2
+    return in_groups(asked.reading, of_some) / 2

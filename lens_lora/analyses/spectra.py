@@ -19,7 +19,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, final
 
 import pandas as pd
 import torch
@@ -35,12 +35,16 @@ from lens_lora.hooked.host import Host
 from lens_lora.hooked.hosts import host_of
 from lens_lora.hooked.sites import SiteFactors, resolve_sites
 from lens_lora.lens import LoraLens
+from lens_lora.results.measured import Result
+from lens_lora.results.storage import stored
 
 __all__ = ["AdapterSummary", "Spectrum", "lacking", "singular_values", "stable_rank", "summarise"]
 
 _OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
 
 
+@final
+@stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spectrum:
     """One ΔW: of a module, or with a lens of a site.
@@ -85,8 +89,9 @@ class Spectrum:
         return self.norm / self.weight_norm if self.weight_norm else math.nan
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AdapterSummary:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class AdapterSummary(Result):
     """What an adapter is: one row per module, or with a lens per site.
 
     Attributes:
@@ -133,7 +138,11 @@ class AdapterSummary:
         return math.sqrt(sum(row.norm**2 for row in self.rows))
 
     def top(self, k: int | None = None) -> tuple[Spectrum, ...]:
-        """The k rows of largest ‖ΔW‖_F (all for None), unknown ones last."""
+        """The k rows of largest ‖ΔW‖_F, unknown ones last.
+
+        Args:
+            k: how many; None for all.
+        """
         known = sorted(self.rows, key=lambda r: math.inf if math.isnan(r.norm) else -r.norm)
         return tuple(known[:k])
 
@@ -147,10 +156,6 @@ class AdapterSummary:
             for row in self.rows
         ]
         return pd.DataFrame(rows)
-
-    def __repr__(self) -> str:
-        over = f" over {self.model}" if self.model else ""
-        return f"AdapterSummary({self.name!r}{over}: {self.module_count} modules)"
 
     def _modules(self) -> list[tuple[str, str, tuple[str, ...], int, float]]:
         """(path, target, parts, rank, scale) of each module once, however many sites it has."""

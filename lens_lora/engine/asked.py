@@ -1,6 +1,14 @@
 """What a public call was asked: a lens, prompts, a readout; bound and tokenised once, handed on.
 
+1. `ask` tokenises the prompts and looks up the readout's tokens. A readout is optional: the logits
+   of all tokens, and activations, need none.
+2. What several analyses need beside their own numbers is computed on first use, once: the exact
+   ends g(0) and g(1), the noise floor, the prompts' tokens as strings.
+3. A public verb is `return verb_of(ask(lens, prompts, readout), …)`; analyses that build on one
+   another call `verb_of` with the `Asked` they have.
+
 An `Asked` lives within one public call, for users' hooks may change between calls.
+Cost: nothing by itself; two forward passes for the ends, eight for the noise floor.
 """
 
 from __future__ import annotations
@@ -13,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.function import gated_readout
+from lens_lora.engine.noise import noise_floor
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.readouts.rows import Reading
 
@@ -26,31 +35,111 @@ class Asked:
     """One question, bound to a lens.
 
     Attributes:
-        reading: the rows that are run, and g of each prompt from their logits.
-        readout: what is read.
+        lens: the adapter over the model.
+        prompts: as asked, tokenised; a readout of several tokens runs more rows (`reading`).
     """
 
     lens: LoraLens
-    reading: Reading
-    readout: Readout
+    prompts: Prompts
+    _bound: tuple[Readout, Reading] | None = None
+
+    def about(self, readout: Readout) -> Asked:
+        """The same prompts, with a readout.
+
+        Args:
+            readout: what is read.
+
+        Raises:
+            ArgumentError: something that is no readout.
+            TokenError: a readout that does not fit the model.
+        """
+        return Asked(
+            self.lens, self.prompts, (readout, bound(readout, self.lens.model, self.prompts))
+        )
+
+    @property
+    def readout(self) -> Readout:
+        """What is read."""
+        return self._with_readout[0]
+
+    @property
+    def reading(self) -> Reading:
+        """The rows that are run, and g of each prompt from their logits."""
+        return self._with_readout[1]
+
+    @property
+    def _with_readout(self) -> tuple[Readout, Reading]:
+        if self._bound is None:
+            raise RuntimeError("asked without a readout, and g is needed")
+        return self._bound
 
     @functools.cached_property
     def ends(self) -> Float[Tensor, "end batch"]:
-        """g(0) and g(1), exact. Two forward passes, at the first use."""
-        both = torch.stack([self.lens.gates(0.0), self.lens.gates(1.0)])
-        return gated_readout(self.lens, self.reading, both).T.contiguous()
+        """g(0) and g(1), exact. Two forward passes, at the first use.
+
+        Raises:
+            NumericsError: a non-finite readout.
+        """
+        return gated_readout(self.lens, self.reading, self._corners).T.contiguous()
+
+    def at_gates(
+        self, gates: Float[Tensor, "point site"], *, progress: bool = True, what: str
+    ) -> Float[Tensor, "batch point"]:
+        """g at several gate vectors, in the same passes as the ends where those are not known yet.
+
+        At most as many forward passes as points, and two for the ends.
+
+        Args:
+            gates: the same for every prompt.
+            progress: show a bar.
+            what: the bar's name.
+
+        Raises:
+            NumericsError: a non-finite readout.
+        """
+        if "ends" in vars(self):
+            return gated_readout(self.lens, self.reading, gates, progress=progress, what=what)
+        both = torch.cat([self._corners, gates.to(self._corners)])
+        values = gated_readout(self.lens, self.reading, both, progress=progress, what=what)
+        self.know_ends(values[:, :2].T.contiguous())
+        return values[:, 2:]
+
+    def know_ends(self, ends: Float[Tensor, "end batch"]) -> None:
+        """Take g(0) and g(1) from passes that were run anyway.
+
+        Args:
+            ends: exact, in the readout's units.
+        """
+        vars(self)["ends"] = ends
+
+    @property
+    def _corners(self) -> Float[Tensor, "end site"]:
+        return torch.stack([self.lens.gates(0.0), self.lens.gates(1.0)])
+
+    @functools.cached_property
+    def noise_floor(self) -> Float[Tensor, "batch"]:
+        """σ of g(1) − g(0) from rounding alone. Eight forward passes, at the first use."""
+        return noise_floor(self.lens, self.reading)
 
     @functools.cached_property
     def str_tokens(self) -> tuple[tuple[str, ...], ...]:
-        """Each prompt's tokens."""
+        """Each prompt's tokens; 'a|b' where the rows of an answer continue differently."""
+        if self._bound is None:
+            return tuple(map(tuple, self.lens.str_tokens(self.prompts)))
         return self.reading.tokens_of(self.lens.str_tokens(self.reading.prompts))
 
 
-def ask(lens: LoraLens, prompts: PromptsLike, readout: Readout) -> Asked:
+def ask(lens: LoraLens, prompts: PromptsLike, readout: Readout | None = None) -> Asked:
     """Tokenise the prompts and look up the readout's tokens, once.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: what is read; None where no number is read from the logits.
 
     Raises:
         ArgumentError: something that is no readout.
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
-    return Asked(lens, bound(readout, lens.model, lens.prompts(prompts)), readout)
+    asked = Asked(lens, lens.prompts(prompts))
+    return asked if readout is None else asked.about(readout)

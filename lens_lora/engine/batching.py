@@ -1,28 +1,54 @@
-"""What the ways to the same derivatives cost, and how many of them go at once.
+"""How the ways to the same derivatives compare in cost, and how many of them go through at once.
 
-Through the blocks a tangent costs one product with each weight from its site's block on, a covector
-one with each weight on the way back to the first. So, in passes through all blocks,
+1. Which mode. A tangent costs one product with each weight from its site's block on; a covector one
+   with each weight on the way back to the first block. In passes through all blocks,
 
-    forward mode    Σ_l share of the blocks at and after l      tangents, whatever the readouts
-    reverse mode    k                                           covectors, whatever the sites
+       forward mode    Σ_l share of the blocks at and after l      tangents, whatever the readouts
+       reverse mode    k                                           covectors, whatever the sites
 
-beside a forward pass each. Measured, a tangent and a covector cost the same to a third, on short
-prompts as on long ones (benchmarks/RESULTS.md); so the smaller number is the cheaper way.
+   beside a forward pass each. Measured, a tangent and a covector cost the same to a third, on short
+   prompts as on long ones (benchmarks/RESULTS.md); so the smaller number is the cheaper way.
+2. How many at once. Each kind of pass has a bound in tokens, and some in logits: more at once falls
+   out of the caches and gains nothing. Bounds are looked up at every call.
+3. On request a bound in bytes, from measured sizes of a row and of a pass.
+
+No forward pass.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 
-__all__ = ["COVECTOR_TOKENS", "TANGENT_TOKENS", "cheaper_mode", "rows_at_once", "tangent_passes"]
+__all__ = [
+    "BRANCHING_PAYS",
+    "GRAPH_TOKENS",
+    "Mode",
+    "branches_at_once",
+    "cheaper_mode",
+    "chosen_mode",
+    "covectors_at_once",
+    "directions_at_once",
+    "rows_at_once",
+    "slopes_at_once",
+    "tangent_passes",
+    "tangents_at_once",
+]
 
-# More tokens than these at once fall out of the caches and gain nothing.
+Mode = Literal["auto", "forward", "reverse"]
+
+ROW_TOKENS = 2048  # forward passes, in rows of one batch
+BRANCH_TOKENS, BRANCH_LOGITS = 4096, 2**27  # forward passes that branch, of one prompt at a time
+SLOPE_TOKENS = 512  # forward passes that a backward pass follows
+GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back through it
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
-_LOGITS_AT_ONCE = 2**26
+_DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
+
+# Branching is worth its hooks below this share of the block passes.
+BRANCHING_PAYS = 0.75
 
 
 def tangent_passes(lens: LoraLens) -> float:
@@ -38,28 +64,76 @@ def cheaper_mode(lens: LoraLens, readouts: int) -> Literal["forward", "reverse"]
     return "reverse" if readouts <= max(1.0, tangent_passes(lens)) else "forward"
 
 
-def rows_at_once(
-    lens: LoraLens,
-    run: Prompts,
-    tokens: int,
-    max_memory: float | None = None,
-    *,
-    read: int | None = None,
-) -> int:
-    """How many copies of what is run go through the model at once.
-
-    Bounded in tokens and logits, which keeps it fast, and in bytes where asked.
+def chosen_mode(mode: Mode, lens: LoraLens, readouts: int) -> Literal["forward", "reverse"]:
+    """The mode as asked; of 'auto' the cheaper one.
 
     Args:
-        run: the prompts of one pass.
-        read: the prompts whose logits are held together; those of the pass, if not given.
+        mode: 'auto', 'forward' or 'reverse'.
+        lens: the adapter over the model.
+        readouts: how many numbers of each prompt are differentiated.
 
     Raises:
-        ArgumentError: max_memory is less than one copy takes.
+        ArgumentError: another mode.
     """
-    read = run.batch if read is None else read
+    if mode not in get_args(Mode):
+        raise ArgumentError(f"mode {mode!r}: expected 'auto', 'forward' or 'reverse'.")
+    return cheaper_mode(lens, readouts) if mode == "auto" else mode
+
+
+def rows_at_once(prompts: Prompts) -> int:
+    """How many copies of the prompts make one batch of a forward pass."""
+    return _within(ROW_TOKENS, prompts.tokens.numel())
+
+
+def branches_at_once(lens: LoraLens, prompts: Prompts) -> int:
+    """How many points of one branching pass: in tokens of a row, and in logits of all rows."""
+    rows, longest = prompts.tokens.shape
+    logits = rows * int(lens.model.cfg.d_vocab_out)
+    return min(_within(BRANCH_TOKENS, longest), _within(BRANCH_LOGITS, logits))
+
+
+def slopes_at_once(prompts: Prompts) -> int:
+    """How many copies of the prompts make one batch of a forward and a backward pass."""
+    return _within(SLOPE_TOKENS, prompts.tokens.numel())
+
+
+def directions_at_once(prompts: Prompts) -> int:
+    """How many directions go back at once through a graph of the prompts."""
+    return _within(GRAPH_TOKENS, prompts.tokens.numel())
+
+
+def tangents_at_once(
+    lens: LoraLens, run: Prompts, max_memory: float | None = None, *, read: int
+) -> int:
+    """How many tangents of what is run make one pass.
+
+    Args:
+        lens: the adapter over the model.
+        run: the prompts of one pass.
+        max_memory: bytes that a pass may take beside the model.
+        read: the number of prompts whose logits are held together.
+
+    Raises:
+        ArgumentError: max_memory is less than one tangent takes.
+    """
+    return _derivatives_at_once(TANGENT_TOKENS, lens, run, read, max_memory)
+
+
+def covectors_at_once(lens: LoraLens, run: Prompts, max_memory: float | None = None) -> int:
+    """How many covectors of what is run go back at once; as `tangents_at_once`."""
+    return _derivatives_at_once(COVECTOR_TOKENS, lens, run, run.batch, max_memory)
+
+
+def _within(bound: int, size: int) -> int:
+    """How many things of this size are within the bound; at least one."""
+    return max(1, bound // size)
+
+
+def _derivatives_at_once(
+    tokens: int, lens: LoraLens, run: Prompts, read: int, max_memory: float | None
+) -> int:
     logits = read * int(lens.model.cfg.d_vocab_out)
-    rows = max(1, min(tokens // run.tokens.numel(), _LOGITS_AT_ONCE // logits))
+    rows = min(_within(tokens, run.tokens.numel()), _within(_DERIVATIVE_LOGITS, logits))
     if max_memory is None:
         return rows
     needed, always = row_bytes(lens, run, read), pass_bytes(lens)

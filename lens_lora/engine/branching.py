@@ -2,13 +2,14 @@
 
 Gate vectors that agree on every site up to block L have the same residual stream there.
 
-1. The pass starts with one row. At each block's input the batch grows: a row for each distinct
+1. Whether it pays: the points' smallest tree is known before anything runs, and so is its cost.
+2. The pass starts with one row. At each block's input the batch grows: a row for each distinct
    history of gates up to and with that block, copied from the row of its history so far.
-2. Within the block each row has its own gates; at the end each point finds its row.
+3. Within the block each row has its own gates; at the end each point finds its row.
 
-Adding one site in turn to n blocks of sites costs about half of running each alone. The rows are
-grown by a hook, so nothing of the model's own pass is written again here; what a model passes
-beside the residual stream (positions, masks) has one row, which broadcasts.
+Cost: at most one forward pass a point; adding one site in turn, of sites in all blocks, about half
+of that. The rows are grown by a hook, so nothing of the model's own pass is written again here;
+what a model passes beside the residual stream (positions, masks) has one row, which broadcasts.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora.engine import batching
 from lens_lora.hooked.gates import HookFn, ScaleInject
 from lens_lora.lens import LoraLens
 
-__all__ = ["Tree", "neighbours_first", "pays"]
-
-_WORTH = 0.75
+__all__ = ["Tree", "more_copies", "neighbours_first", "pays"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +68,15 @@ class Tree:
     def run(
         self, lens: LoraLens, forward: Callable[[], Float[Tensor, "row *out"]]
     ) -> Float[Tensor, "point *out"]:
-        """The forward pass of one row, for every point."""
+        """The forward pass of one row, for every point.
+
+        Args:
+            lens: the adapter over the model.
+            forward: runs the row under the hooks that are then on the model.
+        """
         view = lens.plan.host
         grow = [
-            (view.block_input(layer), _grown(parent))
+            (view.block_input(layer), _continued(parent))
             for layer, parent in enumerate(self.parents)
             if len(parent) > 1
         ]
@@ -86,7 +91,7 @@ def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
     embeddings = [i for i, site in enumerate(lens.sites) if site.layer < 0]
     if not bool((gates[:, embeddings] == gates[:1, embeddings]).all()):
         return False
-    return Tree.of(lens, gates).cost < _WORTH
+    return Tree.of(lens, gates).cost < batching.BRANCHING_PAYS
 
 
 def neighbours_first(lens: LoraLens, gates: Float[Tensor, "point site"]) -> Int[Tensor, "point"]:
@@ -105,7 +110,22 @@ def _columns(lens: LoraLens) -> list[list[int]]:
     return blocks
 
 
-def _grown(parent: Int[Tensor, "row"]) -> HookFn:
+def more_copies(count: int) -> HookFn:
+    """A hook that lets the batch grow by `count` copies of its first row, behind those there are.
+
+    Where the batch is dual the first row must carry no tangent.
+    """
+
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        return torch.cat([tensor, tensor[:1].expand(count, *tensor.shape[1:])])
+
+    return hook_fn
+
+
+def _continued(parent: Int[Tensor, "row"]) -> HookFn:
+    """A hook after which each row continues its parent."""
+
     def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
         del hook
         return tensor[parent.to(tensor.device)]

@@ -1,21 +1,17 @@
-"""Affine maps of dual numbers by constants, without the tangents of zeros that torch gives those.
+"""Products and attention of dual numbers x + ẋd, without what torch computes of them for nothing.
 
-    (x + ẋd) W + b = (xW + b) + (ẋW) d        c(x + ẋd) + b = (cx + b) + (cẋ) d
+    (x + ẋd) W + b = (xW + b) + (ẋW) d              c(x + ẋd) + b = (cx + b) + (cẋ) d
+    (A + Ȧd)(B + Ḃd) = AB + (ȦB + AḂ) d             P = softmax(S),  Ṗ = P ∘ (Ṡ − Σ_k P ∘ Ṡ)
 
-Torch multiplies a weight by primal, tangent and, for the weight's own tangent of zeros, once more.
-Within `OneProduct` primal and tangent go through the weight together; and where every row of a
-batch has the same primal (tangents of many parts of one prompt), the primal goes through once, for
-all rows. Attention has rules of its own: `engine/duals.py`.
+1. Constant weights and factors. Torch multiplies a weight by primal, tangent and, for the weight's
+   own tangent of zeros, once more. Within `OneProduct` primal and tangent go through it together.
+2. Attention. The scores are the largest of what a long prompt computes, and torch goes over them
+   once for every term; here terms are added where they lie.
+3. Where every row of a batch has the same primal (tangents of many parts of one prompt), whatever
+   depends on the primal alone is computed once, for all rows.
+4. What has no rule here is left to torch.
 
-Attention of dual numbers: products of two of them, and the softmax between.
-
-    (A + Ȧd)(B + Ḃd) = AB + (ȦB + AḂ)d          P = softmax(S),  Ṗ = P ∘ (Ṡ − Σ_k P ∘ Ṡ)
-
-The scores are the largest of what a long prompt computes, and torch goes over them once for every
-term. Here terms are added where they lie, and where all rows have the same primal AB and P are
-computed once.
-
-A dual number x + ẋd in its parts, and values that all rows of a batch have in common.
+Cost: of a dual forward pass about 2.5 forward passes.
 """
 
 from __future__ import annotations
@@ -29,15 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = [
-    "OneProduct",
-    "batched_product",
-    "common",
-    "over",
-    "parts_of",
-    "softmax",
-    "spread",
-]
+__all__ = ["OneProduct"]
 
 _Args = tuple[Any, ...]
 _Linear = tuple[Tensor, Tensor, Tensor | None]
@@ -77,9 +65,9 @@ class OneProduct(TorchFunctionMode):
             linear = _READ[func](*args, **kwargs)
             if linear is not None:
                 return self._product(*linear)
-            return batched_product(self.rows, *args) if func in _MATMUL and not kwargs else None
+            return _batched_product(self.rows, *args) if func in _MATMUL and not kwargs else None
         if func in _SOFTMAX:
-            return softmax(self.rows, *args, **kwargs)
+            return _softmax(self.rows, *args, **kwargs)
         if func is torch.where and len(args) == 3 and not kwargs:
             return _where(*args)
         if func in _POINTWISE and not kwargs:
@@ -91,14 +79,14 @@ class OneProduct(TorchFunctionMode):
         primal, tangent = fwad.unpack_dual(x)
         if tangent is None or _is_dual(weight) or (bias is not None and _is_dual(bias)):
             return None
-        first = common(primal, self.rows)
+        first = _common(primal, self.rows)
         if len(primal) > _APART * len(first):
             value, moved = first @ weight, tangent @ weight
         else:
             both = torch.cat([first, tangent]) @ weight
             value, moved = both[: len(first)], both[len(first) :]
         value = value if bias is None else value + bias
-        return fwad.make_dual(spread(value, primal), moved)
+        return fwad.make_dual(_spread(value, primal), moved)
 
 
 def _is_dual(tensor: Tensor) -> bool:
@@ -107,7 +95,7 @@ def _is_dual(tensor: Tensor) -> bool:
 
 def _pointwise(rule: _Rule, left: Any, right: Any) -> Tensor | None:
     """The rule, of a dual number and a constant; None where neither or both are dual."""
-    (a, da), (b, db) = parts_of(left), parts_of(right)
+    (a, da), (b, db) = _parts_of(left), _parts_of(right)
     if (da is None) == (db is None):
         return None
     found = rule(a, da, b, db)
@@ -118,7 +106,7 @@ def _pointwise(rule: _Rule, left: Any, right: Any) -> Tensor | None:
 
 def _where(mask: Tensor, left: Any, right: Any) -> Tensor | None:
     """What a mask chooses of a dual number and a constant; None where neither or both are dual."""
-    (a, da), (b, db) = parts_of(left), parts_of(right)
+    (a, da), (b, db) = _parts_of(left), _parts_of(right)
     if (da is None) == (db is None):
         return None
     moved: Tensor = torch.where(mask, 0.0 if da is None else da, 0.0 if db is None else db)
@@ -171,13 +159,13 @@ _POINTWISE: dict[Callable[..., Any], _Rule] = {
 }
 
 
-def batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
+def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
     """AB of two batches of matrices; None where torch has to do it."""
-    (a, da), (b, db) = parts_of(left), parts_of(right)
+    (a, da), (b, db) = _parts_of(left), _parts_of(right)
     alike = a.ndim == b.ndim > 2 and a.shape[:-2] == b.shape[:-2]
     if not alike or (da is None and db is None):
         return None
-    return fwad.make_dual(spread(common(a, rows) @ common(b, rows), a), _moved(a, da, b, db))
+    return fwad.make_dual(_spread(_common(a, rows) @ _common(b, rows), a), _moved(a, da, b, db))
 
 
 def _moved(a: Tensor, da: Tensor | None, b: Tensor, db: Tensor | None) -> Tensor:
@@ -191,7 +179,7 @@ def _moved(a: Tensor, da: Tensor | None, b: Tensor, db: Tensor | None) -> Tensor
     return moved.view(*da.shape[:-1], db.shape[-1])
 
 
-def softmax(
+def _softmax(
     rows: int,
     input: Tensor,
     dim: int | None = None,
@@ -202,16 +190,16 @@ def softmax(
 ) -> Tensor | None:
     """P along `dim`; None where torch has to do it."""
     del _stacklevel
-    x, dx = parts_of(input)
+    x, dx = _parts_of(input)
     if rest or other or dx is None or dim is None or dim % x.ndim == 0:
         return None
-    P = torch.softmax(common(x, rows), dim, dtype)
-    moved = over(P, x) * dx.to(P.dtype)
-    moved.addcmul_(over(P, x), moved.sum(dim, keepdim=True), value=-1)
-    return fwad.make_dual(spread(P, x), moved)
+    P = torch.softmax(_common(x, rows), dim, dtype)
+    moved = _over(P, x) * dx.to(P.dtype)
+    moved.addcmul_(_over(P, x), moved.sum(dim, keepdim=True), value=-1)
+    return fwad.make_dual(_spread(P, x), moved)
 
 
-def parts_of(value: Any) -> tuple[Any, Tensor | None]:
+def _parts_of(value: Any) -> tuple[Any, Tensor | None]:
     """x and ẋ; ẋ is None of a constant, which need not be a tensor."""
     if not isinstance(value, Tensor):
         return value, None
@@ -219,20 +207,20 @@ def parts_of(value: Any) -> tuple[Any, Tensor | None]:
     return primal, tangent
 
 
-def common(x: Tensor, rows: int) -> Tensor:
+def _common(x: Tensor, rows: int) -> Tensor:
     """The first of `rows` equal rows; all of x, if it has no such rows."""
     if rows == 1 or x.ndim == 0 or len(x) % rows:
         return x
     return x[: len(x) // rows]
 
 
-def spread(value: Tensor, like: Tensor) -> Tensor:
+def _spread(value: Tensor, like: Tensor) -> Tensor:
     """What was computed of the first row, for as many rows as `like` has."""
     if value.ndim == 0 or len(value) == len(like):
         return value
     return value.repeat(len(like) // len(value), *[1] * (value.ndim - 1))
 
 
-def over(value: Tensor, like: Tensor) -> Tensor:
+def _over(value: Tensor, like: Tensor) -> Tensor:
     """The same, where it may as well be broadcast."""
-    return value if value.ndim and len(value) == 1 else spread(value, like)
+    return value if value.ndim and len(value) == 1 else _spread(value, like)

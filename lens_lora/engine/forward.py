@@ -1,25 +1,25 @@
-"""Forward mode: the tangent J δz of the whole vocabulary, by dual numbers through the hooks.
+"""Forward mode: tangents J δz by dual numbers through the hooks, for whatever is read downstream.
 
-A site's tangent is injected at its write hook: output ← output + ε·δ(z), with ε a dual number of
-value `at` and derivative 1. Tangents kept apart by site or part: `engine/forward.py`.
+    site or part p:   output_l ← output_l + d·(p's part of δ_l(z)),   d dual with derivative 1
+    all together:     every gate is the dual number at_l + direction_l·d
 
-Tangents kept apart by site, position, head or rank: each part in a row of its own.
+1. `dual_forward` opens a pass with forward-mode derivatives, and says clearly where the model has
+   an operation without one. Constant weights are multiplied as `engine/duals.py` does it.
+2. `joint_tangent`: all sites along one direction of gates, in one row a prompt.
+3. `part_tangents`: tangents kept apart by site, position, head or rank have a row of their own
+   each. Before its block a part has no tangent, and its row would only repeat the base. So a pass
+   starts with one row, which carries none; at each block's input the batch grows by that block's
+   parts, copies of the first row (`engine/branching.py`).
+4. Where a model's batch cannot grow, and for parts of the embeddings, every row starts at once.
 
-    row of part p:  output_l ← output_l + d·(p's part of δ_l(z)),  d dual with derivative 1
-
-Before its block a part has no tangent, and its row would only repeat the base. So a pass starts
-with one row, which carries none; at each block's input the batch grows by that block's parts,
-copies of the first row (as `engine/branching.py` grows it). Every site of a model in turn costs
-about half of the rows that it would cost to carry each from the embeddings.
-
-Where a model's batch cannot grow, and for parts of the embeddings, every row starts at once.
+Cost: one dual forward pass (about 2.5 F) for all together, and at most one a part; each site of a
+model in turn about half of that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from lens_lora.engine.batching import TANGENT_TOKENS, rows_at_once
+from lens_lora.engine.batching import tangents_at_once
+from lens_lora.engine.branching import more_copies
 from lens_lora.engine.duals import OneProduct
 from lens_lora.engine.function import read_logits
 from lens_lora.engine.parts import Slots, part_deltas
@@ -41,6 +42,7 @@ from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 
 __all__ = [
+    "JointInject",
     "Part",
     "dual_forward",
     "joint_tangent",
@@ -50,7 +52,13 @@ __all__ = [
 
 
 class JointInject:
-    """Every site's gate is the dual number at_l + direction_l · d."""
+    """Every site's gate is the dual number at_l + direction_l · d.
+
+    Args:
+        lens: the adapter over the model.
+        at: the gates' values.
+        direction: their derivatives.
+    """
 
     def __init__(
         self, lens: LoraLens, at: Float[Tensor, "site"], direction: Float[Tensor, "*batch site"]
@@ -108,7 +116,11 @@ def _plain_bloom_gelu() -> Generator[None]:
 def joint_tangent(
     lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], direction: Float[Tensor, "site"]
 ) -> Float[Tensor, "batch vocab"]:
-    """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass."""
+    """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass.
+
+    Raises:
+        ModelStateError: the model uses an operation without a forward-mode derivative.
+    """
     with dual_forward(), lens.injected(JointInject(lens, at, direction)):
         return tangent_of(read_logits(lens, prompts))
 
@@ -146,6 +158,19 @@ def part_tangents(
     """The tangent of each part: of the logits, or what `read` makes of those (dual) logits.
 
     As many dual forward passes as parts, batched in rows; about half where the batch can grow.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what is run.
+        at: the gates at which the tangents are taken.
+        parts: at least one.
+        read: what is kept of the dual logits, [batch, part, vocab].
+        max_memory: bytes that a pass may take beside the model and the result.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: no parts, or less memory than one part takes.
+        ModelStateError: the model uses an operation without a forward-mode derivative.
     """
     order = sorted(range(len(parts)), key=lambda j: lens.sites[parts[j].site].layer)
     branching, whole = [], []
@@ -159,7 +184,7 @@ def part_tangents(
         for some, run, at_once in ways:
             if not some:
                 continue
-            step = rows_at_once(lens, at_once, TANGENT_TOKENS, max_memory, read=prompts.batch)
+            step = tangents_at_once(lens, at_once, max_memory, read=prompts.batch)
             for start in range(0, len(some), step):
                 chunk = some[start : start + step]
                 with dual_forward() as products:
@@ -214,24 +239,24 @@ def _growing(
     lens: LoraLens, parts: Sequence[Part], products: OneProduct
 ) -> list[tuple[str, HookFn]]:
     """Rows for each block's parts, which must come in the order of blocks, behind those so far."""
-    view = lens.plan.host
+    view, hooks = lens.plan.host, []
     last = view.n_layers - 1
     blocks = [min(lens.sites[part.site].layer, last) for part in parts]
-    grown = functools.partial(_grown, products=products) if view.keeps_rows else _grown
-    return [(view.block_input(layer), grown(blocks.count(layer))) for layer in sorted(set(blocks))]
+    for layer in sorted(set(blocks)):
+        hooks.append((view.block_input(layer), more_copies(blocks.count(layer))))
+        if view.keeps_rows:
+            hooks.append((view.block_input(layer), _told(products)))
+    return hooks
 
 
-def _grown(count: int, products: OneProduct | None = None) -> HookFn:
-    """Rows that start as the first one, all of whose primals are one and the same."""
+def _told(products: OneProduct) -> HookFn:
+    """All rows' primals are one and the same, and there are so many of them now."""
 
-    def grow(tensor: Tensor, hook: Any) -> Tensor:
+    def tell(tensor: Tensor, hook: Any) -> None:
         del hook
-        first = fwad.unpack_dual(tensor[:1]).primal.expand(count, *tensor.shape[1:])
-        if products is not None:
-            products.rows = len(tensor) + count
-        return torch.cat([tensor, first])
+        products.rows = len(tensor)
 
-    return grow
+    return tell
 
 
 class _PartsInject:

@@ -1,7 +1,12 @@
 """g(ε) = readout(f(ε)), the function of which all else is a derivative, a corner or an integral.
 
-Several gate vectors are evaluated at once by repeating each prompt along the batch, in chunks of a
-bounded number of tokens; where they share their first layers, as a tree (`engine/branching.py`).
+1. One forward pass under hooks gives f or g at each row's last token (`read_logits`, `read_value`);
+   only that position is unembedded, and of a readout of a few logits only their rows of W_U.
+2. Several gate vectors, the same for all prompts (`gated_readout`) or each prompt's own
+   (`readout_at`), ride in rows of the batch, a bounded number at a time (`engine/batching.py`).
+3. Gate vectors that share their first layers branch there instead (`engine/branching.py`).
+
+Cost: at most one forward pass a gate vector.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.engine import branching as tree
+from lens_lora.engine.batching import branches_at_once, rows_at_once
 from lens_lora.errors import NumericsError
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
@@ -22,17 +28,15 @@ from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Columns, Reading
 
 __all__ = [
-    "chunk_rows",
     "gated_logits",
     "gated_readout",
     "read_logits",
     "read_value",
+    "readout_at",
     "require_finite",
 ]
 
-TOKENS_AT_ONCE = 2048
-TREE_TOKENS_AT_ONCE, TREE_LOGITS_AT_ONCE = 4096, 2**27
-_SLOW = 8
+_SLOW, _SLOW_TOGETHER = 8, 64
 
 
 def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row vocab"]:
@@ -120,6 +124,13 @@ def gated_readout(
     Points that share their gates in the first layers share the work there, where the model's
     blocks allow it: adding, or leaving out, every site in turn costs half.
 
+    Args:
+        lens: the adapter over the model.
+        reading: what is run, and read.
+        gates: the same for every prompt.
+        progress: show a bar.
+        what: the bar's name.
+
     Raises:
         NumericsError: a non-finite readout.
     """
@@ -134,8 +145,8 @@ def gated_readout(
 def _in_batches(
     lens: LoraLens, reading: Reading, gates: Tensor, progress: bool, what: str
 ) -> Float[Tensor, "batch point"]:
-    columns, step = [], chunk_rows(reading.prompts)
-    with _bar(len(gates), progress, what) as bar:
+    columns, step = [], rows_at_once(reading.prompts)
+    with _bar(len(gates), _SLOW, progress, what) as bar:
         for some in gates.split(step):
             many = reading.repeat(len(some))
             by_row = some.repeat(len(reading.owner), 1)
@@ -151,8 +162,8 @@ def _as_tree(
 ) -> Float[Tensor, "batch point"]:
     """One row of the reading at a time, as its own tree: aligned, without padding."""
     order = tree.neighbours_first(lens, gates)
-    columns, step = [], _tree_points(lens, reading)
-    with _bar(len(gates), progress, what) as bar:
+    columns, step = [], branches_at_once(lens, reading.prompts)
+    with _bar(len(gates), _SLOW, progress, what) as bar:
         for some in gates[order].split(step):
             branches = tree.Tree.of(lens, some)
             rows = [
@@ -165,24 +176,50 @@ def _as_tree(
     return torch.cat(columns, 1)[:, order.argsort()]
 
 
-def _tree_points(lens: LoraLens, reading: Reading) -> int:
-    """How many points at once: bounded in tokens of a row, and in logits of all rows."""
-    rows, longest = reading.prompts.tokens.shape
-    logits = rows * int(lens.model.cfg.d_vocab_out)
-    return max(1, min(TREE_TOKENS_AT_ONCE // longest, TREE_LOGITS_AT_ONCE // logits))
+def readout_at(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "batch point site"],
+    *,
+    progress: bool,
+    what: str,
+) -> Float[Tensor, "batch point"]:
+    """g at each prompt's own gate vectors. At most as many forward passes as points, batched.
+
+    Args:
+        lens: the adapter over the model.
+        reading: what is run, and read.
+        gates: of each prompt.
+        progress: show a bar.
+        what: the bar's name.
+
+    Raises:
+        NumericsError: a non-finite readout.
+    """
+    gates = gates.to(lens.device, lens.gate_dtype)
+    owner, columns = reading.owner.to(lens.device), []
+    with torch.no_grad(), _bar(gates.shape[1], _SLOW_TOGETHER, progress, what) as bar:
+        for some in gates.split(rows_at_once(reading.prompts), 1):
+            many = reading.repeat(some.shape[1])
+            values = many.read(gated_logits(lens, many.prompts, some[owner].flatten(0, 1)))
+            columns.append(values.view(reading.batch, -1))
+            bar.update(some.shape[1])
+    found = torch.cat(columns, 1)
+    require_finite(found, "the readout")
+    return found
 
 
-def _bar(points: int, progress: bool, what: str) -> tqdm:
-    return tqdm(total=points, desc=what, leave=False, disable=not progress or points < _SLOW)
-
-
-def chunk_rows(prompts: Prompts) -> int:
-    """How many copies of the prompts fit in one batch."""
-    return max(1, TOKENS_AT_ONCE // max(prompts.tokens.numel(), 1))
+def _bar(points: int, slow: int, progress: bool, what: str) -> tqdm:
+    """Shown where there are at least `slow` points."""
+    return tqdm(total=points, desc=what, leave=False, disable=not progress or points < slow)
 
 
 def require_finite(values: Tensor, what: str) -> None:
     """Refuse NaN and infinity.
+
+    Args:
+        values: numbers of any shape.
+        what: what they are, for the error.
 
     Raises:
         NumericsError: some value is not finite.

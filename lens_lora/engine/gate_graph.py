@@ -1,21 +1,19 @@
 """g with ε in the graph: what is differentiated more than once, or for many readouts.
 
-    ∂f_y/∂ε_l for k tokens y    one forward pass, k backward passes as one batch
-    H v, and H of any rows      one forward, one backward that is itself in the graph, and a
-                                backward through both for each direction, as one batch
+    ∂f_y/∂ε_l    of k tokens y
+    (H v)_l    = d/dt ∂g/∂ε_l (at + t v) at t = 0,   H_lm = ∂²g/∂ε_l ∂ε_m      (note, §6, item 4)
 
-Each row of the batch has gates of its own, so that each prompt has derivatives of its own. What
-`engine/reverse.py` streams away is kept here until the graph is let go.
+1. One forward pass with ε as a leaf; each row of the batch has gates of its own, so that each
+   prompt has derivatives of its own. What `engine/reverse.py` streams away is kept here until the
+   graph is let go.
+2. Many readouts: a covector for each goes back through the graph, as one batch.
+3. Second order: one backward pass that is itself in the graph gives the slopes ∂g/∂ε_l. For each
+   direction v a backward pass through both gives the derivative of Σ_l v_l ∂g/∂ε_l by every ε: H v,
+   for H is symmetric. Many directions go back as one batch.
+4. Prompts have nothing to do with one another, so graphs are of a bounded number of tokens each.
 
-Second order: H v, the derivative of every site's first order along v.
-
-    (H v)_l = d/dt ∂g/∂ε_l (at + t v) at t = 0,   H_lm = ∂²g/∂ε_l ∂ε_m      (note, §6, item 4)
-
-1. A forward and a backward pass with ε in the graph give the slopes ∂g/∂ε_l, themselves in it.
-2. A backward pass through both gives the derivative of Σ_l v_l ∂g/∂ε_l by every ε: H v, for H is
-   symmetric.
-3. Many directions go back through one graph, as a batch of a bounded number of tokens.
-4. Prompts have nothing to do with one another, so no graph is of more tokens than that either.
+Cost: one forward and k backward passes for k readouts; one forward, one backward and two backward
+passes a direction for H v.
 """
 
 from __future__ import annotations
@@ -31,6 +29,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from lens_lora.engine import batching
+from lens_lora.engine.batching import directions_at_once
 from lens_lora.engine.function import read_value
 from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.hooked.gates import ScaleInject
@@ -90,7 +90,7 @@ class GateGraph:
     def slopes_of_each(
         self, at_once: int, *, progress: bool = True
     ) -> Float[Tensor, "value row site"]:
-        """The derivative of each value of out, [value, row]; so many backward passes as one."""
+        """The derivative of each value of out, [value, row]; `at_once` backward passes as one."""
         values = self.out
         found: list[Tensor] = []
         with tqdm(total=len(values), desc="slopes", leave=False, disable=not progress) as bar:
@@ -111,14 +111,17 @@ def gate_graph(
     """The graph at these gates, of what `read` reads of one forward pass.
 
     Attention is computed from its formula, as fused kernels have no second derivative.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what `read` runs.
+        at: the gates, one for all rows or each row's own.
+        read: runs the prompts under the hooks that are then on the model, and reads.
     """
     gates = at.detach().expand(len(prompts.tokens), -1).clone().requires_grad_()
     inject = ScaleInject(lens.plan, gates)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), lens.injected(inject):
         return GateGraph(gates, read())
-
-
-TOKENS_AT_ONCE = 512
 
 
 def hessian_product(
@@ -131,6 +134,15 @@ def hessian_product(
 
     Cost: one forward and two backward passes, about 2 FB. Memory: of the graph, of a group of
     prompts at a time.
+
+    Args:
+        lens: the adapter over the model.
+        reading: what is run, and read.
+        at: the gates at which the second derivative is taken.
+        direction: v.
+
+    Raises:
+        NumericsError: a product that is not finite, naming the site.
     """
 
     def of_some(some: Reading) -> Float[Tensor, "batch site"]:
@@ -143,8 +155,13 @@ def hessian_product(
 def in_groups(
     reading: Reading, work: Callable[[Reading], Float[Tensor, "some *out"]]
 ) -> Float[Tensor, "batch *out"]:
-    """What is found of each prompt, a group of prompts at a time."""
-    return torch.cat([work(some) for some in reading.groups(TOKENS_AT_ONCE)])
+    """What is found of each prompt, a group of prompts at a time.
+
+    Args:
+        reading: what is run, and read.
+        work: on one group; its first axis is the group's prompts.
+    """
+    return torch.cat([work(some) for some in reading.groups(batching.GRAPH_TOKENS)])
 
 
 def hessian_products(
@@ -160,11 +177,19 @@ def hessian_products(
 
     Cost: one forward and one backward, and a backward through both for each direction, batched.
 
+    Args:
+        lens: the adapter over the model.
+        reading: what is run, and read.
+        at: the gates at which the second derivative is taken.
+        directions: v, one a row.
+        progress: show a bar where there are several chunks.
+        what: the bar's name.
+
     Raises:
         NumericsError: a product that is not finite, naming the site.
     """
     directions = directions.to(at)
-    step = max(1, TOKENS_AT_ONCE // reading.prompts.tokens.numel())
+    step = directions_at_once(reading.prompts)
     silent = not progress or len(directions) <= step
     graph = gate_graph(lens, reading.prompts, at, lambda: read_value(lens, reading))
     slopes = graph.slopes()

@@ -1,4 +1,10 @@
-"""Hook points that fire while the model ignores their value: patched, they show a false zero."""
+"""Hook points that fire while the model ignores their value: patched, they show a false zero.
+
+1. Each point's own activation, and that with noise of its size, are put back into the run.
+2. Where both runs give the same logits to the last bit, the model ignores the point.
+
+Cost: two forward passes of a few tokens a point, batched.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lens_lora.engine.function import chunk_rows, read_logits
+from lens_lora.engine.batching import rows_at_once
+from lens_lora.engine.function import read_logits
 from lens_lora.engine.swap import Patch, record, swaps
 from lens_lora.hooked.gates import attached
 from lens_lora.lens import LoraLens, Scale
@@ -25,7 +32,10 @@ def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]
     The noise is as large as the activation. Two forward passes a name, batched.
 
     Args:
+        lens: the adapter over the model.
         prompts: one row; a short one is lengthened, for one token alone attends to nothing else.
+        scale: the adapter's strength in the run.
+        names: of the hook points.
     """
     longer = prompts.tokens.repeat(1, _TRIED_TOKENS)[
         :, : max(_TRIED_TOKENS, len(prompts.tokens[0]))
@@ -34,7 +44,7 @@ def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]
     own = record(lens, prompts, scale, names)
     noisy = {name: [_noisy(t) for t in firings] for name, firings in own.firings.items()}
     silent: list[str] = []
-    step = chunk_rows(prompts)
+    step = rows_at_once(prompts)
     for start in range(0, len(names), step):
         some = list(names[start : start + step])
         patches, many = [Patch(name, None) for name in some], prompts.repeat(len(some))

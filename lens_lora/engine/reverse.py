@@ -1,13 +1,14 @@
-"""Reverse mode: one readout, every site, position, head and rank, in one forward and one backward.
+"""Reverse mode: ∂g/∂ε_l of every site, position, head and rank, in one forward and one backward.
 
 1. What the first adapted block reads, or the embedding's output where that is adapted, becomes the
    leaf of the graph; every site lies between it and g (a position embedding gets a leaf of its own,
    for it lies beside).
-2. Each site's output gets a gradient hook that contracts G = ∂g/∂(output) with u = Az + a₀ as the
-   backward pass goes by, and keeps nothing else.
-3. The gradient that reaches the leaf is discarded; parameters never receive one.
+2. Each site's output gets a gradient hook that shows a visitor G = ∂g/∂(output) and z as the
+   backward pass goes by, and keeps nothing else (`site_gradients`).
+3. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`).
+4. The gradient that reaches the leaf is discarded; parameters never receive one.
 
-∂g/∂ε_l of every site, and of its positions, heads and ranks, in reverse mode: as tensors.
+Cost: one forward and one backward pass, whatever the sites and parts.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
 2. Each row of the recipient's batch gets one of them, at one hook point: a `Patch`.
 3. Rows that patch in block L equal the unpatched run before it, so where the model's batch may grow
    they begin at the input of block L, as copies of the unpatched row.
+
+Cost: the donor's forward pass, and at most one a patch; half of that where the batch may grow.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.engine import function
-from lens_lora.engine.function import chunk_rows, read_logits, require_finite
+from lens_lora.engine import batching
+from lens_lora.engine.batching import branches_at_once, rows_at_once
+from lens_lora.engine.branching import more_copies
+from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.gates import HookFn, attached
 from lens_lora.lens import LoraLens, Scale
@@ -26,8 +30,6 @@ from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
 
 __all__ = ["Patch", "Recording", "patched_readout", "record", "swaps"]
-
-_WORTH = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +147,22 @@ def patched_readout(
 ) -> Float[Tensor, "batch patch"]:
     """g of the model at `scale` under each patch. At most one forward pass a patch, batched.
 
+    Args:
+        lens: the adapter over the model.
+        reading: what is run, and read.
+        donor: the activations that are put in.
+        patches: one intervention each.
+        donor_scale: the adapter's strength in the donor's run.
+        scale: the adapter's strength in the patched run.
+        progress: show a bar.
+
     Raises:
         NumericsError: a non-finite readout.
     """
     layers = torch.tensor([donor.layers[patch.name] for patch in patches])
     order = layers.argsort(stable=True).tolist()
     within = [i for i in order if layers[i] >= 0]
-    if not lens.plan.host.grows or _share(lens, layers[within].tolist()) > _WORTH:
+    if not lens.plan.host.grows or _share(lens, layers[within].tolist()) > batching.BRANCHING_PAYS:
         within = []
     outside = [i for i in order if i not in set(within)]
     values = torch.empty(reading.batch, len(patches), dtype=lens.gate_dtype, device=lens.device)
@@ -159,11 +170,12 @@ def patched_readout(
         if outside:
             some = [patches[i] for i in outside]
             run = _Batch(lens, reading, donor, scale)
-            values[:, outside] = _chunked(run, some, chunk_rows(reading.prompts), bar)
+            values[:, outside] = _chunked(run, some, rows_at_once(reading.prompts), bar)
         if within:
             some, tree = [patches[i] for i in within], _Tree(lens, reading, scale, donor_scale)
             tree.record({patch.name for patch in some})
-            values[:, within] = _chunked(tree, some, function._tree_points(lens, reading), bar)
+            step = branches_at_once(lens, reading.prompts)
+            values[:, within] = _chunked(tree, some, step, bar)
     require_finite(values, "the patched readout")
     return values
 
@@ -257,7 +269,7 @@ class _Tree:
         layers = [donor.layers[patch.name] for patch in patches]
         view, hooks = self._lens.plan.host, []
         for layer in sorted(set(layers)):
-            hooks.append((view.block_input(layer), _grow(layers.count(layer))))
+            hooks.append((view.block_input(layer), more_copies(layers.count(layer))))
         for name, mine in _by_name(patches).items():
             present = 1 + sum(layer <= donor.layers[name] for layer in layers)
             wheres = [patches[i].where for i in mine]
@@ -268,13 +280,3 @@ class _Tree:
             hooks.append((name, _Swap(name, donor.firings[name], present, at, of, where)))
         with self._lens.applied(self._scale), attached(self._lens.model, hooks):
             return read_logits(self._lens, prompts)[1:]
-
-
-def _grow(count: int) -> HookFn:
-    """`count` more copies of the unpatched row."""
-
-    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
-        del hook
-        return torch.cat([tensor, tensor[:1].expand(count, *tensor.shape[1:])])
-
-    return hook_fn

@@ -66,6 +66,12 @@ class FrozenRules:
             )
 
     @property
+    def key(self) -> str:
+        """'patterns', 'norm_scales' or 'patterns+norm_scales', for the keys of attributions."""
+        names = ("patterns", self.attention_patterns), ("norm_scales", self.norm_scales)
+        return "+".join(name for name, on in names if on)
+
+    @property
     def label(self) -> str:
         """'patterns fixed', 'norm scales fixed' or 'patterns and norm scales fixed'."""
         names = ("patterns", self.attention_patterns), ("norm scales", self.norm_scales)

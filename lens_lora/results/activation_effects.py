@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.errors import ArgumentError
+from lens_lora.results import drawing
+from lens_lora.results.choosing import only_prompt, prompt_rows
+from lens_lora.results.measured import Entries, Ranked
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -22,8 +23,9 @@ __all__ = ["ActivationEffects"]
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ActivationEffects:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ActivationEffects(Ranked):
     """What replacing one activation by the other model's does to a readout, in its units.
 
     Attributes:
@@ -31,32 +33,20 @@ class ActivationEffects:
             NaN where a prompt has no such position. Positive where the adapted model's activation
             raises the readout.
         names: hook points.
-        base, adapted: [batch], g(0) and g(1).
         direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
         positions: what was patched: 'all', 'each', or indices, together.
-        meta: model, adapter, dtype and versions.
+        sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
     values: Float[Tensor, "batch name *position"]
     names: tuple[str, ...]
-    base: Float[Tensor, "batch"]
-    adapted: Float[Tensor, "batch"]
-    str_tokens: tuple[tuple[str, ...], ...]
-    readout: str
-    units: str
     direction: str
     positions: str
-    meta: Mapping[str, str]
-
-    @property
-    def shift(self) -> Float[Tensor, "batch"]:
-        """g(1) − g(0), exact."""
-        return self.adapted - self.base
 
     @property
     def share(self) -> Float[Tensor, "batch name *position"]:
         """The effects as shares of the shift: 1 where the activation carries all of it."""
-        return self.values / self.shift.view(-1, *[1] * (self.values.ndim - 1))
+        return self.share_of(self.values)
 
     @property
     def by_position(self) -> bool:
@@ -91,59 +81,50 @@ class ActivationEffects:
         columns["share"] = share[tuple(index.T)].tolist()
         return pd.DataFrame(columns)
 
-    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
-        """The k hook points (and positions) of largest |effect|.
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each hook point's effect, or that of each of its positions.
 
         Args:
-            prompt: an index; without it, the mean over prompts (by position: of a single prompt).
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
 
         Raises:
-            ArgumentError: by position, several prompts and no index.
+            ArgumentError: no such prompt; by position, several prompts and none named.
         """
         values, shift = self.of_prompt(prompt)
-        flat = values.flatten()
-        order = flat.abs().nan_to_num(-1.0).argsort(descending=True)
-        order = order[~flat[order].isnan()][:k].tolist()
         width = values.shape[1] if self.by_position else 1
-        columns: dict[str, object] = {"name": [self.names[i // width] for i in order]}
+        labels: dict[str, list[object]] = {"name": [n for n in self.names for _ in range(width)]}
         if self.by_position:
-            tokens = self.str_tokens[prompt or 0]
-            columns["position"] = [i % width for i in order]
-            columns["token"] = [tokens[i % width] for i in order]
-        columns["effect"] = [float(flat[i]) for i in order]
-        columns["share"] = [float(flat[i]) / shift for i in order]
-        return pd.DataFrame(columns)
+            tokens = self.str_tokens[only_prompt(prompt, len(self.base))]
+            padded = [*tokens, *[""] * (width - len(tokens))]
+            labels["position"] = [*range(width)] * len(self.names)
+            labels["token"] = [*padded] * len(self.names)
+        return Entries(labels, values.flatten(), shift, "effect")
 
-    def of_prompt(self, prompt: int | None) -> tuple[Float[Tensor, "name *position"], float]:
+    def of_prompt(
+        self, prompt: int | None
+    ) -> tuple[Float[Tensor, "name *position"], Float[Tensor, ""]]:
         """One prompt's effects and shift in float64, or the mean over prompts.
 
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
         Raises:
-            ArgumentError: no such prompt; by position, several prompts and no index.
+            ArgumentError: no such prompt; by position, several prompts and none named.
         """
         batch = len(self.base)
-        if prompt is not None and not 0 <= prompt < batch:
-            raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
-        if prompt is None and self.by_position and batch > 1:
-            raise ArgumentError(
-                f"positions of {batch} prompts are not the same tokens, so they have no mean; "
-                "choose one with prompt=…."
-            )
-        rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
-        values, shift = self.values.double().cpu(), self.shift.double().cpu()
-        return torch.mean(values[rows], 0), float(shift[rows].mean())
+        if self.by_position:
+            prompt = only_prompt(prompt, batch, "positions")
+        rows = prompt_rows(prompt, batch)
+        values, shift = (x[rows].double().cpu() for x in (self.values, self.shift))
+        return torch.mean(values, 0), shift.mean()
 
     def plot(self, prompt: int | None = None) -> Figure:
-        """Hook point × position, or layer × hook point; mean over prompts, or one prompt.
+        """Hook point × position, or layer × hook point.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
 
         Raises:
-            ArgumentError: as `top`.
+            ArgumentError: no such prompt; by position, several prompts and none named.
         """
-        from lens_lora.show.figures.effects import activation_figure
-
-        return activation_figure(self, prompt)
-
-    def __repr__(self) -> str:
-        first = 0 if self.by_position and len(self.base) > 1 else None
-        of = "" if first is None else f", prompt 0 of {len(self.base)}"
-        top = self.top(5, first).to_string()
-        return f"ActivationEffects {self.direction} on {self.readout}{of}:\n{top}"
+        return drawing.figure(self, prompt)

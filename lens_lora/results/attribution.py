@@ -7,31 +7,29 @@ leave of it is the property `remainder`.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, final
 
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_lora.errors import ArgumentError, LensLoraError
-from lens_lora.hooked.sites import Site
+from lens_lora.errors import ArgumentError
+from lens_lora.results import drawing
+from lens_lora.results.choosing import prompt_rows
+from lens_lora.results.keys import key_of
+from lens_lora.results.measured import Entries, Ranked, site_labels
+from lens_lora.results.storage import stored
+from lens_lora.results.token_view import TokenView
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from lens_lora.show.figures.tokens import TokenView
-
 __all__ = ["Attribution", "Quadrature"]
 
-_FORMAT = "lens_lora attribution 1"
 
-
+@final
+@stored
 @dataclasses.dataclass(frozen=True)
 class Quadrature:
     """How a path integral was taken, and whether it met what was asked.
@@ -54,8 +52,9 @@ class Quadrature:
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Attribution:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Attribution(Ranked):
     """What each site contributes to a readout, in the readout's units.
 
     Attributes:
@@ -63,34 +62,25 @@ class Attribution:
             hold zero, and tables leave them out. On the head axis the last slot is for sites
             outside attention.
         by: the axes after site, in the order position, head, rank.
-        sites: one per entry of the site axis.
         heads: how many heads each site has (0 outside attention).
-        base, adapted: [batch], the readout at g(0) and g(1), exact.
-        str_tokens: each prompt's tokens.
-        readout, units: what was read.
-        method, at: 'first_order', and the gate value at which it was taken.
-        meta: model, adapter, dtype and versions.
+        method: how it was computed: 'first_order', 'path', 'second_order', 'add_one', ….
+        at: the gate value at which it was taken; NaN along a path.
         quadrature: of a path integral, how it was taken.
+        sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`; one site per
+            entry of the site axis.
     """
 
     values: Float[Tensor, "batch site *by"]
     by: tuple[str, ...]
-    sites: tuple[Site, ...]
     heads: tuple[int, ...]
-    base: Float[Tensor, "batch"]
-    adapted: Float[Tensor, "batch"]
-    str_tokens: tuple[tuple[str, ...], ...]
-    readout: str
-    units: str
     method: str
     at: float
-    meta: Mapping[str, str]
     quadrature: Quadrature | None = None
 
     @property
-    def shift(self) -> Float[Tensor, "batch"]:
-        """g(1) − g(0), exact."""
-        return self.adapted - self.base
+    def key(self) -> str:
+        """'first_order@0', 'path', 'add_one': its stable name."""
+        return key_of(self.method, self.at)
 
     @property
     def per_site(self) -> Float[Tensor, "batch site"]:
@@ -118,7 +108,14 @@ class Attribution:
         return self.remainder.abs()
 
     def sum(self, group: Literal["site", "layer", "kind"]) -> pd.DataFrame:
-        """Values summed by site, layer or kind of module: one row a group, one column a prompt."""
+        """Values summed by site, layer or kind of module: one row a group, one column a prompt.
+
+        Args:
+            group: 'site', 'layer' or 'kind'.
+
+        Raises:
+            ArgumentError: another group.
+        """
         labels = {
             "site": [s.name for s in self.sites],
             "layer": [s.layer for s in self.sites],
@@ -130,33 +127,24 @@ class Attribution:
         summed = cast(pd.DataFrame, frame.groupby(level=0, sort=False).sum())
         return summed.rename_axis(index=group, columns="prompt")
 
-    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
-        """The k sites of largest |value|, with their share of the shift.
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each site's value, summed over the other axes; mean over prompts, or one prompt.
 
         Args:
             prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
         """
-        rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
-        values, shift = self.per_site[rows].double().mean(0), self.shift[rows].double().mean()
-        order = values.abs().argsort(descending=True)[:k].tolist()
-        return pd.DataFrame(
-            {
-                "site": [self.sites[i].name for i in order],
-                "module": [self.sites[i].module for i in order],
-                "layer": [self.sites[i].layer for i in order],
-                "kind": [self.sites[i].kind for i in order],
-                "value": [float(values[i]) for i in order],
-                "share": [float(values[i] / shift) for i in order],
-            }
-        )
+        rows = prompt_rows(prompt, len(self.base))
+        values, shift = (x[rows].double().cpu().mean(0) for x in (self.per_site, self.shift))
+        return Entries(site_labels(self.sites), values, shift, "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and existing part: labels, token, value, share of the shift."""
         index = self._existing().nonzero()
         columns: dict[str, Any] = {"prompt": index[:, 0].tolist()}
-        sites = [self.sites[i] for i in index[:, 1].tolist()]
-        for field in ("name", "module", "layer", "kind"):
-            columns["site" if field == "name" else field] = [getattr(s, field) for s in sites]
+        columns |= site_labels([self.sites[i] for i in index[:, 1].tolist()])
         for axis, name in enumerate(self.by, start=2):
             columns[name] = index[:, axis].tolist()
         if "position" in self.by:
@@ -193,91 +181,37 @@ class Attribution:
         return exists | (self.values.cpu() != 0)
 
     def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap layer × kind of module, hover naming each site; mean over prompts by default."""
-        from lens_lora.show.figures.attribution import site_heatmap
+        """Heatmap layer × kind of module, hover naming each site.
 
-        return site_heatmap(self, prompt)
-
-    def plot_positions(self, prompt: int = 0) -> Figure:
-        """Heatmap layer × position over the prompt's tokens; needs by=('position', …)."""
-        from lens_lora.show.figures.attribution import position_heatmap
-
-        return position_heatmap(self, prompt)
-
-    def token_view(self, prompt: int = 0) -> TokenView:
-        """The prompt's tokens coloured by what each contributes, drawn by circuitsvis.
+        Args:
+            prompt: an index; without it, the mean over prompts.
 
         Raises:
-            ArgumentError: the attribution was not split by position, or has no such prompt.
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self, prompt)
+
+    def plot_positions(self, prompt: int | None = None) -> Figure:
+        """Heatmap layer × position over one prompt's tokens; needs by=('position', …).
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: the attribution was not split by position; no such prompt, or several
+                and none named.
+        """
+        return drawing.positions(self, prompt)
+
+    def token_view(self, prompt: int | None = None) -> TokenView:
+        """One prompt's tokens coloured by what each contributes, drawn by circuitsvis.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: the attribution was not split by position; no such prompt, or several
+                and none named.
             LensLoraError: circuitsvis is not installed.
         """
-        from lens_lora.show.figures.tokens import token_view
-
-        return token_view(self, prompt)
-
-    def save(self, path: str | Path) -> Path:
-        """One safetensors file; labels, readout, prompt and versions as JSON in its header."""
-        tensors = {"values": self.values, "base": self.base, "adapted": self.adapted}
-        labels = {
-            "by": self.by,
-            "sites": [dataclasses.asdict(s) for s in self.sites],
-            "heads": self.heads,
-            "str_tokens": self.str_tokens,
-            "readout": self.readout,
-            "units": self.units,
-            "method": self.method,
-            "at": self.at,
-            "meta": dict(self.meta),
-            "quadrature": self.quadrature and dataclasses.asdict(self.quadrature),
-        }
-        path = Path(path)
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-            str(path),
-            metadata={"format": _FORMAT, "labels": json.dumps(labels)},
-        )
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> Attribution:
-        """What `save` wrote.
-
-        Raises:
-            LensLoraError: another kind of file.
-        """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise LensLoraError(f"{path}: not a safetensors file ({error}).") from error
-        if metadata.get("format") != _FORMAT:
-            raise LensLoraError(
-                f"{path}: its format is {metadata.get('format')!r}, expected {_FORMAT!r}; was it "
-                "written by Attribution.save?"
-            )
-        labels = json.loads(metadata["labels"])
-        quadrature = labels.get("quadrature")
-        return cls(
-            **tensors,
-            by=tuple(labels["by"]),
-            sites=tuple(Site(**s) for s in labels["sites"]),
-            heads=tuple(labels["heads"]),
-            str_tokens=tuple(tuple(row) for row in labels["str_tokens"]),
-            readout=labels["readout"],
-            units=labels["units"],
-            method=labels["method"],
-            at=labels["at"],
-            meta=labels["meta"],
-            quadrature=quadrature and Quadrature(**quadrature),
-        )
-
-    def __repr__(self) -> str:
-        from lens_lora.show.tables.attribution import attribution_text
-
-        return attribution_text(self)
-
-    def _repr_html_(self) -> str:
-        from lens_lora.show.page.notebook import attribution_html
-
-        return attribution_html(self)
+        return drawing.tokens(self, prompt)

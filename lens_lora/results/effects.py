@@ -3,63 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_lora.errors import ArgumentError, LensLoraError
-from lens_lora.hooked.sites import Groups, Site, indicator
+from lens_lora.errors import ArgumentError
+from lens_lora.hooked.sites import Groups, indicator
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.choosing import prompt_rows
+from lens_lora.results.measured import Entries, Ranked
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 __all__ = ["Effects"]
 
-_FORMAT = "lens_lora effects 1"
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Effects:
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Effects(Ranked):
     """What intervening on each group of sites does to a readout, exactly, in its units.
 
     Attributes:
         values: [batch, group]. Positive where the group raises the readout.
         groups: {name: indices into sites}; single sites carry their own name.
-        sites: the adapted sites of the lens.
-        base, adapted: [batch], g(0) and g(1).
         how: 'add_one', g(e_G) − g(0), or 'leave_one_out', g(1) − g(1 − e_G).
-        meta: model, adapter, dtype and versions.
+        sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
     values: Float[Tensor, "batch group"]
     groups: Groups
-    sites: tuple[Site, ...]
-    base: Float[Tensor, "batch"]
-    adapted: Float[Tensor, "batch"]
-    str_tokens: tuple[tuple[str, ...], ...]
-    readout: str
-    units: str
     how: str
-    meta: Mapping[str, str]
 
     @property
-    def shift(self) -> Float[Tensor, "batch"]:
-        """g(1) − g(0), exact."""
-        return self.adapted - self.base
+    def key(self) -> str:
+        """'add_one' or 'leave_one_out': its stable name."""
+        return self.how
 
     @property
     def share(self) -> Float[Tensor, "batch group"]:
         """The effects as shares of the shift."""
-        return self.values / self.shift[:, None]
+        return self.share_of(self.values)
 
     @property
     def interaction(self) -> Float[Tensor, "batch"]:
@@ -71,8 +59,8 @@ class Effects:
         members = sorted(index for of in self.groups.values() for index in of)
         if members != list(range(len(self.sites))):
             raise ArgumentError(
-                "the groups do not hold every site exactly once, so their sum is not to be "
-                "compared with the shift; use group='site', 'layer' or 'kind' over all sites."
+                "the groups do not hold every site exactly once, so their sum cannot be compared "
+                "with the shift; use group='site', 'layer' or 'kind' over all sites."
             )
         return self.shift - self.values.sum(1)
 
@@ -83,6 +71,9 @@ class Effects:
 
     def summed(self, attribution: Attribution) -> Float[Tensor, "batch group"]:
         """An attribution of the same sites, summed over each group.
+
+        Args:
+            attribution: of the same lens.
 
         Raises:
             ArgumentError: it is of other sites.
@@ -133,76 +124,26 @@ class Effects:
             }
         )
 
-    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
-        """The k groups of largest |effect|; mean over prompts, or one prompt."""
-        rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
-        values, shift = self.values[rows].double().mean(0), self.shift[rows].double().mean()
-        order, names = values.abs().argsort(descending=True)[:k].tolist(), list(self.groups)
-        return pd.DataFrame(
-            {
-                "group": [names[i] for i in order],
-                "effect": [float(values[i]) for i in order],
-                "share": [float(values[i] / shift) for i in order],
-            }
-        )
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each group's effect; mean over prompts, or one prompt.
 
-    def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap layer × kind of single sites, bars of groups; mean over prompts by default."""
-        if all(len(of) == 1 for of in self.groups.values()):
-            return self.attribution().plot(prompt)
-        from lens_lora.show.figures.effects import group_bars
-
-        return group_bars(self, prompt)
-
-    def save(self, path: str | Path) -> Path:
-        """One safetensors file; labels, readout, prompt and versions as JSON in its header."""
-        tensors = {"values": self.values, "base": self.base, "adapted": self.adapted}
-        labels = {
-            "groups": self.groups,
-            "sites": [dataclasses.asdict(s) for s in self.sites],
-            "str_tokens": self.str_tokens,
-            "readout": self.readout,
-            "units": self.units,
-            "how": self.how,
-            "meta": dict(self.meta),
-        }
-        path = Path(path)
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-            str(path),
-            metadata={"format": _FORMAT, "labels": json.dumps(labels)},
-        )
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> Effects:
-        """What `save` wrote.
+        Args:
+            prompt: an index; without it, the mean over prompts.
 
         Raises:
-            LensLoraError: another kind of file.
+            ArgumentError: no such prompt.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise LensLoraError(f"{path}: not a safetensors file ({error}).") from error
-        if metadata.get("format") != _FORMAT:
-            raise LensLoraError(
-                f"{path}: its format is {metadata.get('format')!r}, expected {_FORMAT!r}; was it "
-                "written by Effects.save?"
-            )
-        labels = json.loads(metadata["labels"])
-        return cls(
-            **tensors,
-            groups={name: tuple(of) for name, of in labels["groups"].items()},
-            sites=tuple(Site(**s) for s in labels["sites"]),
-            str_tokens=tuple(tuple(row) for row in labels["str_tokens"]),
-            readout=labels["readout"],
-            units=labels["units"],
-            how=labels["how"],
-            meta=labels["meta"],
-        )
+        rows = prompt_rows(prompt, len(self.base))
+        values, shift = (x[rows].double().cpu().mean(0) for x in (self.values, self.shift))
+        return Entries({"group": list(self.groups)}, values, shift, "effect")
 
-    def __repr__(self) -> str:
-        return f"Effects of {self.how} on {self.readout}:\n{self.top(5).to_string()}"
+    def plot(self, prompt: int | None = None) -> Figure:
+        """Heatmap layer × kind of single sites; bars of groups.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self, prompt)

@@ -1,16 +1,182 @@
-"""What all results share."""
+"""What results share: abstract bases, each with more of it than the one above.
+
+    Result      a table, a file, its text: also what has no readout (logit shifts, features)
+    Measured    and the header: of which sites, prompts and readout, between which exact ends
+    Ranked      and `top`: one number per prompt and entry (site, group, hook point, pair)
+
+A class is abstract or final: every result that a user meets is a final dataclass below one of
+these. The header is keyword-only, so that a subclass keeps its own fields first.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
 
 from lens_lora.engine.asked import Asked
+from lens_lora.hooked.sites import Site
+from lens_lora.results import drawing
+from lens_lora.results.choosing import largest
+from lens_lora.results.storage import load_result, save_result, stored
 
-__all__ = ["header"]
+__all__ = ["SIGMAS", "Entries", "Measured", "Ranked", "Result", "header", "site_labels"]
+
+SIGMAS = 3.0
+"""A difference of at most so many noise floors cannot be told from rounding."""
+
+_Self = TypeVar("_Self", bound="Result")
+
+
+class Result(abc.ABC):
+    """Frozen numbers with labels: a table, a file, and what they say of themselves."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        stored(cls)
+
+    @abc.abstractmethod
+    def to_frame(self) -> pd.DataFrame:
+        """The numbers as a table."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, labels and versions in its header; returns the path.
+
+        Args:
+            path: of the file.
+        """
+        return save_result(self, path)
+
+    @classmethod
+    def load(cls: type[_Self], path: str | Path) -> _Self:
+        """What `save` wrote.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            LensLoraError: no such file, another kind of file or result, a damaged file, or one of
+                another version.
+        """
+        return load_result(cls, path)
+
+    def __repr__(self) -> str:
+        return drawing.text(self)
+
+    def _repr_html_(self) -> str:
+        return drawing.html(self)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Measured(Result):
+    """A result of one readout, with the exact ends beside it.
+
+    Attributes:
+        sites: the adapted sites.
+        base, adapted: [batch], the readout at g(0) and g(1), exact.
+        str_tokens: each prompt's tokens.
+        readout, units: what was read.
+        meta: model, adapter, dtype and versions.
+    """
+
+    sites: tuple[Site, ...]
+    base: Float[Tensor, "batch"]
+    adapted: Float[Tensor, "batch"]
+    str_tokens: tuple[tuple[str, ...], ...]
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+
+    @property
+    def shift(self) -> Float[Tensor, "batch"]:
+        """g(1) − g(0), exact."""
+        return self.adapted - self.base
+
+    def share_of(self, values: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
+        """Values as shares of each prompt's shift.
+
+        Args:
+            values: in the readout's units.
+        """
+        return values / self.shift.view(-1, *[1] * (values.ndim - 1))
+
+
+class Entries(NamedTuple):
+    """One prompt's numbers, or their mean over prompts, with the labels of each.
+
+    Attributes:
+        labels: column → a label for each entry.
+        values: the numbers, in float64.
+        shift: the shift they are a share of.
+        name: the numbers' column.
+    """
+
+    labels: Mapping[str, Sequence[object]]
+    values: Float[Tensor, "entry"]
+    shift: Float[Tensor, ""]
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Ranked(Measured):
+    """A measured result of one number per prompt and entry, so that entries can be ranked."""
+
+    @abc.abstractmethod
+    def entries(self, prompt: int | None = None) -> Entries:
+        """The labelled numbers of one prompt, or their mean over prompts.
+
+        Args:
+            prompt: an index, or None.
+
+        Raises:
+            ArgumentError: no such prompt, or several where they have no mean and none was named.
+        """
+
+    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
+        """The k entries of largest magnitude, with their share of the shift.
+
+        Args:
+            k: how many.
+            prompt: an index; without it the mean over prompts, or where values are by position
+                the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several where they have no mean and none was named.
+        """
+        labels, values, shift, name = self.entries(prompt)
+        order = largest(values, k)
+        columns = {label: [column[i] for i in order] for label, column in labels.items()}
+        numbers = {name: values[order].tolist(), "share": (values / shift)[order].tolist()}
+        return pd.DataFrame(columns | numbers)
+
+
+def site_labels(sites: Sequence[Site], repeat: int = 1) -> dict[str, list[Any]]:
+    """Columns of a table: site, module, layer, kind.
+
+    Args:
+        sites: one for each row.
+        repeat: how many times over, for as many prompts.
+    """
+    return {
+        "site": [site.name for site in sites] * repeat,
+        "module": [site.module for site in sites] * repeat,
+        "layer": [site.layer for site in sites] * repeat,
+        "kind": [site.kind for site in sites] * repeat,
+    }
 
 
 def header(asked: Asked) -> dict[str, Any]:
-    """The fields that every measured result has: of what, over which sites, with which ends."""
+    """The fields of `Measured`.
+
+    Args:
+        asked: what the public call was asked; its two exact ends are run at their first use.
+    """
     base, adapted = asked.ends
     return {
         "sites": asked.lens.sites,

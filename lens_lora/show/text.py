@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from lens_lora.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from lens_lora.results.attribution import Attribution, Quadrature
+from lens_lora.results.attribution import Attribution, Quadrature
+from lens_lora.results.keys import GREEDY, RANDOM, UPDATE_NORM, WEIGHT_NORM, key_of
 
 __all__ = [
-    "chosen_prompt",
+    "key_text",
     "magnitude",
     "method_text",
     "percent",
@@ -30,7 +27,11 @@ _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 
 
 def magnitude(value: float) -> str:
-    """A size without its sign: two decimals, or two digits where those would vanish."""
+    """A size without its sign: two decimals, or two digits where those would vanish.
+
+    Args:
+        value: of either sign.
+    """
     if not math.isfinite(value):
         return "—"
     size = abs(value)
@@ -40,14 +41,22 @@ def magnitude(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A number with its sign, + or −."""
+    """A number with its sign, + or −.
+
+    Args:
+        value: of either sign.
+    """
     if not math.isfinite(value) or value == 0:
         return magnitude(value)
     return ("−" if value < 0 else "+") + magnitude(value)
 
 
 def percent(share: float) -> str:
-    """A share as a percentage, '—' where there is none to speak of (a shift of zero)."""
+    """A share as a percentage, '—' where there is none to speak of (a shift of zero).
+
+    Args:
+        share: 1 is 100 %.
+    """
     if not math.isfinite(share):
         return "—"
     size = 100 * abs(share)
@@ -56,38 +65,78 @@ def percent(share: float) -> str:
 
 
 def share_text(share: float) -> str:
-    """A share of the shift in words: '43% of the shift', '12 times the shift'."""
+    """A share of the shift in words: '43% of the shift', '12 times the shift'.
+
+    Args:
+        share: 1 is 100 %.
+    """
     if abs(share) < 2:
         return f"{percent(share)} of the shift"
     return f"{share:.3g} times the shift"
 
 
 def visible(token: str) -> str:
-    """A token with its white space and control characters made visible."""
+    """A token with its white space and control characters made visible.
+
+    Args:
+        token: as decoded.
+    """
     shown = "".join(_WHITESPACE.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in token)
     return shown or "∅"
 
 
 def prompt_text(tokens: Sequence[str]) -> str:
-    """A prompt as one line, without the special token that a tokenizer puts in front."""
+    """A prompt as one line, without the special token that a tokenizer puts in front.
+
+    Args:
+        tokens: of the prompt.
+    """
     shown = tokens[1:] if len(tokens) > 1 and _SPECIAL_TOKEN.fullmatch(tokens[0]) else tokens
     return "".join(c if c.isprintable() else visible(c) for c in "".join(shown))
 
 
-_METHODS = {
+_KEYS = {
     "path": "path integral",
     "add_one": "adding one at a time",
     "leave_one_out": "leaving one out at a time",
+    WEIGHT_NORM: "‖ΔW‖",
+    UPDATE_NORM: "‖δz‖",
+    RANDOM: "random",
+    GREEDY: "greedy",
 }
+_GATED = re.compile(r"(first_order|second_order|curvature)(?:/([a-z_+]+))?@(.+)")
+
+
+def key_text(key: str) -> str:
+    """'first order at ε = 0', 'path integral', '‖ΔW‖'; a name that the caller gave as it is.
+
+    Args:
+        key: of an attribution or a ranking, as in `results.keys`.
+    """
+    match = _GATED.fullmatch(key)
+    if match is None:
+        return _KEYS.get(key, key)
+    method, rules, at = match.groups()
+    held = f" ({rules.replace('+', ' and ').replace('_', ' ')} fixed)" if rules else ""
+    return f"{method.replace('_', ' ')}{held} at ε = {at}"
 
 
 def method_text(method: str, at: float) -> str:
-    """'first order at ε = 0', 'path integral', 'adding one at a time'."""
-    return _METHODS.get(method) or f"{method.replace('_', ' ')} at ε = {at:g}"
+    """'first order at ε = 0', 'path integral', 'adding one at a time'.
+
+    Args:
+        method: an attribution's.
+        at: its gate value.
+    """
+    return key_text(key_of(method, at))
 
 
 def quadrature_text(quadrature: Quadrature) -> str:
-    """Nodes, the error reached, and why it is not what was asked, where it is not."""
+    """Nodes, the error reached, and why it is not what was asked, where it is not.
+
+    Args:
+        quadrature: of a path integral.
+    """
     reached = (
         f"{quadrature.nodes} nodes: complete to {percent(quadrature.error)} of the shift "
         f"({'within' if quadrature.met else 'not within'} {percent(quadrature.tol)}), sites moved "
@@ -99,18 +148,13 @@ def quadrature_text(quadrature: Quadrature) -> str:
 def top_rows(
     attribution: Attribution, k: int, prompt: int | None = None
 ) -> list[tuple[str, str, str, str]]:
-    """(site, module, value, share of the shift) of the k sites of largest |value|."""
+    """(site, module, value, share of the shift) of the k sites of largest |value|.
+
+    Args:
+        attribution: whose sites are ranked.
+        k: how many.
+        prompt: an index; without it, the mean over prompts.
+    """
     top = attribution.top(k, prompt)
     values, shares = map(signed, top["value"]), map(percent, top["share"])
     return list(zip(top["site"], top["module"], values, shares, strict=True))
-
-
-def chosen_prompt(prompt: int, batch: int) -> int:
-    """The index of a prompt.
-
-    Raises:
-        ArgumentError: the result has no such prompt.
-    """
-    if not 0 <= prompt < batch:
-        raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
-    return prompt

@@ -15,7 +15,7 @@ from two_scalars import scalar_lens
 
 import lens_lora as ll
 from lens_lora.analyses.patch_activations import patch_activations
-from lens_lora.engine import swap
+from lens_lora.engine import batching, swap
 from lens_lora.hooked.gates import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -157,12 +157,12 @@ def test_rows_that_begin_where_they_patch_equal_whole_rows(positions, cls: str, 
     names = [n for n in points(cls) if n in lens.model.hook_dict]
     names = [n for n in names if positions is None or "pattern" not in n]
     found, grown = [], []
-    grow = swap._grow
-    monkeypatch.setattr(swap, "_grow", lambda count: (grown.append(count), grow(count))[1])
+    grow = swap.more_copies
+    monkeypatch.setattr(swap, "more_copies", lambda count: (grown.append(count), grow(count))[1])
     for worth, tokens in ((-1.0, 2048), (-1.0, 30), (2.0, 16384), (2.0, 40)):
-        monkeypatch.setattr(swap, "_WORTH", worth)
-        for limit in ("TOKENS_AT_ONCE", "TREE_TOKENS_AT_ONCE"):
-            monkeypatch.setattr(f"lens_lora.engine.function.{limit}", tokens)
+        monkeypatch.setattr(batching, "BRANCHING_PAYS", worth)
+        for limit in ("ROW_TOKENS", "BRANCH_TOKENS"):
+            monkeypatch.setattr(batching, limit, tokens)
         found.append(patch(lens, prompts, MARGIN, names, positions=positions).values)
         assert bool(grown) == (worth > 0)
     for other in found[1:]:
@@ -234,7 +234,7 @@ def test_names_and_patterns(cls: str):
         patch(lens, tokens, MARGIN, "blocks.0.attn.hook_patern")
     with pytest.raises(ll.SiteError, match="true of none"):
         patch(lens, tokens, MARGIN, lambda name: False)
-    with pytest.raises(ll.SiteError, match="no hook point to patch"):
+    with pytest.raises(ll.SiteError, match="no hook point is named"):
         patch(lens, tokens, MARGIN, [])
     for names in (dead, [LAST[cls], dead], "blocks.*.hook_mlp_in"):
         with pytest.raises(ll.ModelStateError, match="hook_mlp_in.*never fires"):
@@ -331,7 +331,7 @@ def test_the_model_is_left_as_it_was(cls: str, monkeypatch):
 
         monkeypatch.setattr(swap._Swap, "__call__", explode)
         for worth in (-1.0, 2.0):
-            monkeypatch.setattr(swap, "_WORTH", worth)
+            monkeypatch.setattr(batching, "BRANCHING_PAYS", worth)
             with pytest.raises(KeyError, match="mid-forward"):
                 patch(lens, tokens, MARGIN, LAST[cls])
             assert same(before, state(lens.model))

@@ -217,7 +217,7 @@ def test_different_results_are_refused_naming_both(pair):
 def test_effects_with_effects_and_names(pair):
     a, e = pair
     found = compare(effects(a, how="add_one"), effects(e))
-    assert found.attribution_name == "adding one at a time" and found.units == "logits"
+    assert found.attribution_name == "add_one" and found.units == "logits"
     assert "leaving one out at a time" in repr(found)
     assert found.pearson[0] == pytest.approx(stats.pearsonr(a[0], e[0]).statistic)
 

@@ -13,7 +13,7 @@ import lens_lora as ll
 from lens_lora.analyses import second_order as curvature
 from lens_lora.analyses.coupling import Coupling, coupling
 from lens_lora.analyses.second_order import SecondOrder
-from lens_lora.engine import gate_graph as second_order
+from lens_lora.engine import batching
 from lens_lora.engine.gate_graph import GateGraph
 from lens_lora.engine.reverse import site_slopes
 from lens_lora.hooked import gates
@@ -181,7 +181,7 @@ def test_groups_that_do_not_partition_have_no_row_sums(lens: ll.LoraLens, group:
 def test_chunks_do_not_matter(lens: ll.LoraLens, tokens: int, monkeypatch):
     """One direction at a time, or five (the last chunk is smaller): the same numbers."""
     whole = matrix_of(lens)
-    monkeypatch.setattr(second_order, "TOKENS_AT_ONCE", tokens)
+    monkeypatch.setattr(batching, "GRAPH_TOKENS", tokens)
     chunks, pulled_back = [], GateGraph.pulled_back
 
     def counted(graph, values, covectors):
@@ -314,7 +314,11 @@ def test_many_groups_are_labelled_by_layer():
     groups = group_sites(sites, "site")
     matrix[0, :30] = torch.randn(30, 210, generator=models.seeded(3))
     matrix[0, 5, 6] = 1000
-    large = Coupling(matrix, groups, sites, zero, zero, (("a",),), "r", "logits", 0.0, {})
+    large = Coupling(
+        matrix, groups, 0.0, sites=sites, base=zero, adapted=zero, str_tokens=(("a",),),
+        readout="r", units="logits", meta={},
+    )  # fmt: skip
+
     figure = large.plot()
     assert figure.data[0].zmax < 5 and "cut at" in figure.data[0].colorbar.title.text
     axis = figure.layout.xaxis

@@ -65,9 +65,9 @@ def test_interventions_are_the_functions_own(tiny):
         same(getattr(found, how).values, alone.values)
     names = [(c.attribution_name, c.effects_name) for c in found.comparisons]
     assert names == [
-        ("first order at ε = 0", "adding one at a time"),
-        ("first order at ε = 0", "leaving one out at a time"),
-        ("first order at ε = 1", "leaving one out at a time"),
+        ("first_order@0", "add_one"),
+        ("first_order@0", "leave_one_out"),
+        ("first_order@1", "leave_one_out"),
     ]
     assert found.null.draws == 3 and set(found.reliability) == {"add_one", "leave_one_out"}
 

@@ -18,6 +18,7 @@ from lens_lora.analyses import rankings
 from lens_lora.analyses.faithfulness import Faithfulness, faithfulness
 from lens_lora.hooked.sites import group_sites
 from lens_lora.results.effects import Effects
+from lens_lora.show.text import key_text
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -75,7 +76,7 @@ def test_curves_against_one_run_a_point(lens: ll.LoraLens):
             expected = slow_curves(lens, order[i], result.counts, tokens[i])
             assert np.abs(result.keep[at, i].numpy() - expected[0]).max() < EXACT, name
             assert np.abs(result.drop[at, i].numpy() - expected[1]).max() < EXACT, name
-    assert not torch.equal(*result.orders["first order at ε = 0"])
+    assert not torch.equal(*result.orders["first_order@0"])
     assert (result.keep[0] + result.drop[0] - 1).abs().max() > 0.01  # not linear
 
 
@@ -92,7 +93,7 @@ def test_random_curve_is_the_mean_of_its_draws(one_lens: ll.LoraLens):
 
 def test_ends_are_nothing_and_everything(lens: ll.LoraLens):
     result = run(lens, greedy=True)
-    assert result.names == ("first order at ε = 0", "‖ΔW‖", "‖δz‖", "greedy", "random")
+    assert result.names == ("first_order@0", "weight_norm", "update_norm", "greedy", "random")
     assert torch.equal(result.keep[..., 0], torch.zeros(5, 2, dtype=torch.float64))
     assert torch.equal(result.drop[..., 0], torch.ones(5, 2, dtype=torch.float64))
     assert (result.keep[..., -1] - 1).abs().max() < 1e-14
@@ -106,7 +107,7 @@ def test_same_seed_same_numbers(one_lens: ll.LoraLens, monkeypatch):
     assert torch.equal(one.keep, two.keep)
     assert torch.equal(one.keep[:-1], other.keep[:-1])
     assert (one.keep[-1] - other.keep[-1]).abs().max() > 1e-3
-    monkeypatch.setattr("lens_lora.engine.function.TOKENS_AT_ONCE", 40)
+    monkeypatch.setattr("lens_lora.engine.batching.ROW_TOKENS", 40)
     assert (run(one_lens).keep - one.keep).abs().max() < EXACT
 
 
@@ -221,7 +222,7 @@ def test_outside_the_blocks(target: str):
     assert (rankings.update_norms(lens, reading) - expected).abs().max() < 1e-12
     result = run(lens)
     for i, row in enumerate(models.tokens()):
-        slow = slow_curves(lens, result.orders["‖δz‖"][i], result.counts, row)
+        slow = slow_curves(lens, result.orders["update_norm"][i], result.counts, row)
         assert np.abs(result.keep[2, i].numpy() - slow[0]).max() < EXACT
 
 
@@ -244,7 +245,7 @@ def test_attributions_effects_and_tensors_rank_alike(one_lens: ll.LoraLens):
     result = run(one_lens, scores, baselines=False, fractions=(0.2,))
     assert result.names == tuple("abcde")
     assert all((result.keep[i] - result.keep[0]).abs().max() < EXACT for i in range(4))
-    assert run(one_lens, effects, baselines=False).names == ("leaving one out at a time",)
+    assert run(one_lens, effects, baselines=False).names == ("leave_one_out",)
 
 
 def test_kept_sites_make_the_pruned_adapter(lens: ll.LoraLens):
@@ -277,8 +278,8 @@ def test_tables(one_lens: ll.LoraLens):
     result = run(one_lens)
     frame, summary = result.to_frame(), result.summary()
     assert len(frame) == result.keep.numel()
-    row = frame[(frame["method"] == "‖δz‖") & (frame["prompt"] == 1) & (frame["count"] == 7)]
-    at = (result.names.index("‖δz‖"), 1, result.counts.index(7))
+    row = frame[(frame["method"] == "update_norm") & (frame["prompt"] == 1) & (frame["count"] == 7)]
+    at = (result.names.index("update_norm"), 1, result.counts.index(7))
     assert row["keep"].item() == result.keep[at] and row["drop"].item() == result.drop[at]
     assert row["fraction"].item() == 0.5
     area = np.trapezoid if hasattr(np, "trapezoid") else np.trapz
@@ -303,7 +304,7 @@ def test_figure_has_both_curves_of_every_ranking(one_lens: ll.LoraLens):
     result = run(one_lens)
     for prompt, rows in ((None, slice(None)), (1, slice(1, 2))):
         traces = result.plot(prompt).data
-        assert [t.name for t in traces] == list(result.names) * 2
+        assert [t.name for t in traces] == [key_text(name) for name in result.names] * 2
         for trace, curve in zip(traces, [*result.keep, *result.drop], strict=True):
             assert trace.y == pytest.approx((100 * curve[rows].mean(0)).tolist())
             assert trace.x == pytest.approx((100 * result.fractions).tolist())
@@ -315,7 +316,7 @@ def test_bad_arguments_say_what_to_do(one_lens: ll.LoraLens):
     att, sites = first(one_lens), len(one_lens.sites)
     part = ll.LoraLens(one_lens.model, one_lens.adapter.only("*q_proj"))
     bad = {
-        "first order at ε = 0 has other sites.*14 .* and 2": lambda: run(part, att),
+        "first_order@0 has other sites.*14 .* and 2": lambda: run(part, att),
         "other prompts.*per_site": lambda: run(one_lens, att, models.tokens(seed=8)),
         "other readout.*margin.*logit": lambda: run(one_lens, att, readout=ll.Logit(5)),
         rf"scores \(3,\); expected \[{sites}\]": lambda: run(one_lens, torch.ones(3)),
@@ -329,14 +330,14 @@ def test_bad_arguments_say_what_to_do(one_lens: ll.LoraLens):
         with pytest.raises(ValueError, match=words):
             call()
     result = run(one_lens, baselines=True, fractions=())
-    with pytest.raises(ValueError, match="expected one of first order at"):
+    with pytest.raises(ValueError, match="expected one of first_order@0, weight_norm"):
         result.carrying("path")
     with pytest.raises(ValueError, match="mean of 5 orders"):
         result.kept("random")
     with pytest.raises(ValueError, match="from 0 to 1"):
-        result.kept_share("‖ΔW‖", 20)
+        result.kept_share("weight_norm", 20)
     with pytest.raises(ValueError, match="prompts 0 to 1"):
-        result.kept("‖ΔW‖", 0.2, 2)
+        result.kept("weight_norm", 0.2, 2)
 
 
 def test_greedy_on_many_sites_is_refused_with_its_cost(one_lens: ll.LoraLens, monkeypatch):

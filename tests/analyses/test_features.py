@@ -61,7 +61,7 @@ def test_points_of_every_kind_against_the_merged_model(family: str, flags: str, 
     assert len(names) > 10
     for name in names:
         rows = directions(base[name].shape[-1])
-        found = ll.feature_shift(lens, tokens, rows, name, position=-2)
+        found = ll.feature_shift(lens, tokens, rows, name, positions=-2)
         expected = (merged[name] - base[name])[:, -2] @ rows.T
         assert (found.base - base[name][:, -2] @ rows.T).abs().max() < EXACT, name
         assert (found.shift - expected).abs().max() < EXACT, name
@@ -76,7 +76,7 @@ def test_permuted_directions_are_seen(cls: str):
     assert (permuted.shift - found.shift[:, order]).abs().max() < 1e-12
     assert (permuted.first_order - found.first_order[:, order]).abs().max() < 1e-12
     assert (permuted.shift - found.shift).abs().min() > 1e-3
-    elsewhere = ll.feature_shift(lens, tokens, rows, out(cls), position=-2)
+    elsewhere = ll.feature_shift(lens, tokens, rows, out(cls), positions=-2)
     assert (elsewhere.shift - found.shift).abs().min() > 1e-3
 
 
@@ -134,16 +134,16 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
     """Positions count within each prompt; padding is NaN by position, and in no table."""
     lens, rows, lengths = cases.case("llama", cls, "raw").lens, directions(16), [7, 4]
     prompts = ll.Prompts(models.tokens(), torch.tensor(lengths))
-    by_position = ll.feature_shift(lens, prompts, rows, out(cls), position=None)
+    by_position = ll.feature_shift(lens, prompts, rows, out(cls), positions="each")
     for row, length in enumerate(lengths):
         tokens = prompts.tokens[row : row + 1, :length]
-        whole = ll.feature_shift(lens, tokens, rows, out(cls), position=None)
+        whole = ll.feature_shift(lens, tokens, rows, out(cls), positions="each")
         for name in ("base", "shift", "first_order"):
             values = getattr(by_position, name)[row]
             assert (values[:, :length] - getattr(whole, name)[0]).abs().max() < 1e-12
             assert values[:, length:].isnan().all()
         for position in (-1, -3, 0):
-            both = ll.feature_shift(lens, prompts, rows, out(cls), position=position)
+            both = ll.feature_shift(lens, prompts, rows, out(cls), positions=position)
             assert (both.shift[row] - whole.shift[0, :, position]).abs().max() < 1e-12
     frame = by_position.to_frame()
     assert len(frame) == FEATURES * sum(lengths) and not frame.isna().any().any()
@@ -157,7 +157,7 @@ def test_a_padded_batch_equals_its_prompts_one_by_one(cls: str):
 def test_position_0_sets_neither_the_colours_nor_the_features(cls: str):
     """Its shifts made a thousand times larger: they are drawn at the end of the scale."""
     lens, rows = cases.case("llama", cls, "raw").lens, directions(16)
-    found = ll.feature_shift(lens, models.tokens(1), rows, out(cls), position=None)
+    found = ll.feature_shift(lens, models.tokens(1), rows, out(cls), positions="each")
     larger = torch.ones_like(found.shift)
     larger[..., 0] = 1000.0
     figures = [f.plot(k=3) for f in (found, dataclasses.replace(found, shift=found.shift * larger))]
@@ -203,7 +203,7 @@ def test_an_autoencoder_s_features(cls: str):
     found = ll.feature_shift(case.lens, tokens, sae)
     ends = [h[out(cls)][:, -1] for h in (base, merged)]
     assert (found.shift - (sae.pre(ends[1]) - sae.pre(ends[0]))).abs().max() < EXACT
-    assert found.activations is not None and found.hook_name == out(cls)
+    assert found.activations is not None and found.name == out(cls)
     for activation, h in zip(found.activations, ends, strict=True):
         assert (activation - sae.encode(h)).abs().max() < EXACT
     off = (found.activations[0] == 0) & (found.activations[1] == 0)
@@ -212,7 +212,7 @@ def test_an_autoencoder_s_features(cls: str):
     assert "pre-activation" in repr(found) and found.features == "encoder"
     same_rows = ll.feature_shift(case.lens, tokens, sae.W_enc.T, out(cls))
     assert torch.equal(same_rows.shift, found.shift) and same_rows.activations is None
-    by_position = ll.feature_shift(case.lens, tokens, sae, position=None)
+    by_position = ll.feature_shift(case.lens, tokens, sae, positions="each")
     assert by_position.activations is not None
     assert (by_position.activations[1][..., -1] - found.activations[1]).abs().max() < 1e-12
 
@@ -245,7 +245,7 @@ def test_writes_against_peft_s_own_layers(cls: str):
     """d · s·B·A·z from PEFT's layers of the base (at=0) and of the adapted model (at=1)."""
     case, tokens, rows = cases.case("llama", cls, "raw"), models.tokens(), directions(16)
     for at in (0.0, 1.0):
-        found = ll.feature_writes(case.lens, tokens, rows, at=at, position=-2)
+        found = ll.feature_writes(case.lens, tokens, rows, at=at, positions=-2)
         assert [s.kind for s in found.sites] == ["o", "down"] * models.LAYERS
         for column, site in enumerate(found.sites):
             layer = case.peft.base_model.model.get_submodule(site.module)
@@ -324,8 +324,8 @@ def test_bad_input_is_named(cls: str):
     with pytest.raises(ValueError, match="directions of 15 numbers, and activations of 16"):
         shift(lens, prompts, rows[:, 1:], out(cls))
     for position in (2, -3):
-        with pytest.raises(ValueError, match=f"position={position}: prompt 1 has 2 tokens"):
-            shift(lens, prompts, rows, out(cls), position=position)
+        with pytest.raises(ValueError, match=f"positions={position}: prompt 1 has 2 tokens"):
+            shift(lens, prompts, rows, out(cls), positions=position)
     with pytest.raises(ValueError, match="no hook point; name one"):
         shift(lens, prompts, rows)
     for wrong in (rows[0], rows.long(), rows[:0]):
@@ -377,15 +377,15 @@ def test_the_results_tell_and_draw(cls: str):
     order = found.shift[1].abs().argsort(descending=True)[:3].flip(0)
     assert list(bars.x) == found.shift[1][order].tolist()
     assert list(marks.x) == found.first_order[1][order].tolist()
-    each = ll.feature_shift(lens, tokens, rows, out(cls), position=None)
+    each = ll.feature_shift(lens, tokens, rows, out(cls), positions="each")
     drawn = each.plot(prompt=1).data[0]
     assert sorted(drawn.y) == [f"feature {i}" for i in range(FEATURES)]
     assert largest(drawn.z) == each.shift[1].abs().max()
     writes = ll.feature_writes(lens, tokens, rows)
     assert len(writes.to_frame()) == writes.values.numel()
     assert writes.to_frame()["write"].tolist() == writes.values.flatten().tolist()
-    assert set(writes.top(4, site=writes.sites[0].name)["site"]) == {writes.sites[0].name}
-    assert writes.top(1)["write"].abs().item() == writes.values.mean(0).abs().max()
+    assert set(writes.top(writes.sites[0].name, 4)["site"]) == {writes.sites[0].name}
+    assert writes.top(k=1)["write"].abs().item() == writes.values.mean(0).abs().max()
     assert largest(writes.plot().data[0].z) == writes.values.mean(0).abs().max()
     for result in (found, each, writes):
         assert "features" in repr(result) and result.meta["dtype"] == "float64"
@@ -395,7 +395,7 @@ def test_the_noise_floor_is_of_the_size_of_the_error(cls: str):
     """σ of a shift from rounding, against its distance from the merged model's."""
     lens, tokens, rows = cases.case("llama", cls, "raw").lens, models.tokens(), directions(16, 200)
     base, merged = cached(lens.model, tokens), cached(merged_model("llama", cls, "raw"), tokens)
-    found = ll.feature_shift(lens, tokens, rows, out(cls), position=None)
+    found = ll.feature_shift(lens, tokens, rows, out(cls), positions="each")
     expected = ((merged[out(cls)] - base[out(cls)]) @ rows.T).transpose(1, 2)
     error = (found.shift - expected).square().mean().sqrt()
     assert found.noise_floor.shape == (2, 7)

@@ -16,6 +16,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.analyses import path
 from lens_lora.analyses.path import path_attribution
+from lens_lora.engine import batching
 
 float64 = pytest.mark.usefixtures("float64")
 MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-10
@@ -127,7 +128,7 @@ def test_batches_chunks_and_answers_change_nothing(cls: str, monkeypatch):
         width = alone.values.shape[-1]
         assert relative(together.values[i : i + 1, :, :width], alone.values) < ROUND_OFF
         assert not together.values[i, :, width:].any()
-    monkeypatch.setattr(path, "TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(batching, "SLOPE_TOKENS", 1)
     one_by_one = integral(lens, TEXTS, ll.AnswerMargin(answers, other), **options)
     assert relative(one_by_one.values, together.values) < ROUND_OFF
 

@@ -10,7 +10,7 @@ import torch
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.analyses.remainder import fitted_order
+from lens_lora.analyses.remainder_curve import fitted_order
 
 MARGIN = ll.Margin(5, 9)
 
@@ -103,18 +103,20 @@ def test_verdict_below_the_noise():
     (maker, *_) = models.MAKERS.values()
     lens = ll.LoraLens(maker(base), ll.Adapter.from_peft(peft).scaled(1e-8))
     found = ll.remainder(lens, models.tokens(), MARGIN)
-    assert all(v.startswith("below the noise: the shift") for v in found.verdict)
+    assert all(v.kind == "no_shift" for v in found.verdict)
     curve = ll.remainder_curve(lens, models.tokens(), MARGIN, progress=False)
     assert curve.order.isnan().all()
 
 
 def hand_made(first_order: float, ratios: list[float]) -> ll.Remainder:
+    scales = (0.25, 0.5, 0.75)
+    moved = [e * first_order / (1 - r) for e, r in zip(scales, ratios, strict=True)]
     return ll.Remainder(
         shift=torch.tensor([10.0]),
         first_order=torch.tensor([first_order]),
         noise_floor=torch.tensor([1e-3]),
-        path_scales=(0.25, 0.5, 0.75),
-        path_ratio=torch.tensor([ratios]),
+        path_scales=scales,
+        path_shift=torch.tensor([moved]),
         sites=(),
         site_first_order=torch.zeros(1, 0),
         site_shift=None,
@@ -135,7 +137,9 @@ def hand_made(first_order: float, ratios: list[float]) -> ll.Remainder:
 )
 def test_verdicts(first_order: float, ratios: list[float], verdict: str):
     """Agreement at ε = 1 with a large remainder on the way is called what it is."""
-    assert hand_made(first_order, ratios).verdict[0].startswith(verdict)
+    found = hand_made(first_order, ratios)
+    assert found.path_ratio[0].tolist() == pytest.approx(ratios, abs=1e-6)
+    assert str(found.verdict[0]).startswith(verdict)
 
 
 def test_single_sites_not_run_is_refused():

@@ -35,7 +35,7 @@ def test_remainder_by_hand():
     found = ll.remainder(LENS, X, Y, by_site=True)
     assert found.site_remainder[0].tolist() == pytest.approx([4.5, 0.0])
     assert found.remainder.item() == pytest.approx(60.75)
-    assert found.verdict[0].startswith("large: 49% of the shift at ε = 1")
+    assert str(found.verdict[0]).startswith("large: 49% of the shift at ε = 1")
 
 
 def test_curve_by_hand():

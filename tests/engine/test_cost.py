@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
 from lens_lora.analyses import logit_shift as module
+from lens_lora.engine import batching
 from lens_lora.engine.batching import (
     cheaper_mode,
     pass_bytes,
     row_bytes,
-    rows_at_once,
     tangent_passes,
+    tangents_at_once,
 )
 from lens_lora.engine.gate_graph import hessian_product
 from lens_lora.engine.reverse import site_slopes
@@ -50,7 +51,7 @@ def test_tokens_by_reverse_in_any_chunks(cls: str, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens
     tokens = list(range(lens.model.cfg.d_vocab_out))
     whole = ll.logit_shift(lens, PROMPTS, mode="forward", progress=False)
-    monkeypatch.setattr(module, "COVECTOR_TOKENS", 5 * 12)
+    monkeypatch.setattr(batching, "COVECTOR_TOKENS", 5 * 12)
     found = ll.logit_shift(lens, PROMPTS, tokens=tokens, mode="reverse", progress=False)
     assert relative(found.values, whole.values) < 1e-11
 
@@ -94,7 +95,7 @@ def test_memory_bounds_the_rows_and_changes_nothing(cls: str, monkeypatch):
     prompts = lens.prompts(PROMPTS)
     longest = prompts.row(1)
     row, always = row_bytes(lens, longest, 2), pass_bytes(lens)
-    found = [rows_at_once(lens, longest, 2048, always + m * row, read=2) for m in (2, 3.5, 9)]
+    found = [tangents_at_once(lens, longest, always + m * row, read=2) for m in (2, 3.5, 9)]
     assert found == [1, 2, 8]
     whole = ll.logit_shift(lens, prompts, mode="forward", progress=False)
     for memory in (always + 2 * row, always + 4 * row, 1e12):

@@ -9,7 +9,7 @@ import torch
 from every_family import EVERY, lens_of
 
 import lens_lora as ll
-from lens_lora.engine import forward
+from lens_lora.engine import batching, forward
 from lens_lora.engine import forward as module
 from lens_lora.engine.forward import Part, part_tangents
 
@@ -74,7 +74,7 @@ def test_any_chunking_gives_the_same(cls, monkeypatch):
     whole = tangents(lens, parts)
     longest = lens.prompts(PROMPTS).tokens.shape[1]
     for rows in (1, 3):
-        monkeypatch.setattr(module, "TANGENT_TOKENS", rows * longest)
+        monkeypatch.setattr(batching, "TANGENT_TOKENS", rows * longest)
         assert (tangents(lens, parts) - whole).abs().max() < 1e-12
 
 
@@ -84,8 +84,8 @@ def test_a_row_that_begins_too_late_is_seen(cls, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens
     parts = [Part(i) for i in range(len(lens.sites))]
     whole = tangents(lens, parts)
-    grown = module._grown
+    grown = module.more_copies
     monkeypatch.setattr(
-        module, "_grown", lambda count, products: lambda t, hook: grown(count)(t, hook).flip(0)
+        module, "more_copies", lambda count: lambda t, hook: grown(count)(t, hook).flip(0)
     )
     assert (tangents(lens, parts) - whole).abs().max() > 1e-6

@@ -11,6 +11,7 @@ from targets import hooked, peft_with
 from two_scalars import scalar_lens
 
 import lens_lora as ll
+from lens_lora.engine import batching
 from lens_lora.engine import gate_graph as second_order
 from lens_lora.engine.gate_graph import hessian_product
 from lens_lora.engine.reverse import site_slopes
@@ -88,7 +89,7 @@ def test_many_directions_at_their_own_rows(cls: str, monkeypatch):
     reading, at = readout.over(lens.model, prompts), lens.gates(0.3)
     directions = torch.randn(5, len(lens.sites), generator=models.seeded(3), dtype=torch.float64)
     limit = 2 * reading.prompts.tokens.numel()
-    monkeypatch.setattr(second_order, "TOKENS_AT_ONCE", limit)
+    monkeypatch.setattr(batching, "GRAPH_TOKENS", limit)
     chunks = list(second_order.hessian_products(lens, reading, at, directions, progress=False))
     assert [chunk.shape[1] for chunk in chunks] == [2, 2, 1]
     for found, direction in zip(torch.cat(chunks, 1).unbind(1), directions, strict=True):
@@ -106,7 +107,7 @@ def test_groups_of_prompts_give_what_all_give(cls: str, monkeypatch):
     reading, v = readout.over(lens.model, lens.prompts(prompts)), lens.gates(0.7)
     found = []
     for tokens in (1000, 1):
-        monkeypatch.setattr(second_order, "TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr(batching, "GRAPH_TOKENS", tokens)
         second = ll.second_order(lens, prompts, readout, self_curvature=True, progress=False)
         found.append([
             hessian_product(lens, reading, lens.gates(0.3), v),

@@ -9,8 +9,8 @@ import torch
 from every_family import EVERY, lens_of
 
 import lens_lora as ll
+from lens_lora.engine import batching, function
 from lens_lora.engine import branching as tree
-from lens_lora.engine import function
 
 MARGIN = ll.Margin(5, 9)
 
@@ -54,7 +54,7 @@ def test_chunks_and_order_do_not_matter(monkeypatch):
     reading = MARGIN.over(lens.model, lens.prompts(prompts))
     alone = function._in_batches(lens, reading, points, False, "")
     for tokens in (7, 40, 10**6):
-        monkeypatch.setattr(function, "TREE_TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr(batching, "BRANCH_TOKENS", tokens)
         found = function._as_tree(lens, reading, points, False, "")
         assert (found - alone).abs().max() < 1e-12 * alone.abs().max()
 

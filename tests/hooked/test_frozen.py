@@ -258,13 +258,14 @@ def test_the_result_says_which_rules(tmp_path):
     """In its method, in words, and after saving and loading."""
     (cls, *_) = models.MAKERS
     lens = cases.case("llama", cls, "raw").lens
-    for rules, words in zip(
-        RULES,
-        ("patterns fixed", "norm scales fixed", "patterns and norm scales fixed"),
-        strict=True,
-    ):
+    named = {
+        "patterns": "patterns fixed",
+        "norm_scales": "norm scales fixed",
+        "patterns+norm_scales": "patterns and norm scales fixed",
+    }
+    for rules, (key, words) in zip(RULES, named.items(), strict=True):
         found = first_order(lens, TEXTS, MARGIN, at=1.0, rules=rules)
-        assert found.method == f"first_order ({words})"
+        assert found.method == f"first_order/{key}"
         assert method_text(found.method, found.at) == f"first order ({words}) at ε = 1"
         assert ll.Attribution.load(found.save(tmp_path / "a.safetensors")).method == found.method
         assert words in repr(found)

@@ -64,10 +64,10 @@ def by_hand(
         "leave_one_out": effects(list(leave), "leave_one_out"),
         "path": dataclasses.replace(plain, method="path", at=float("nan")),
         "faithfulness": ll.Faithfulness(
-            names=("first order at ε = 0", "random"),
+            names=("first_order@0", "random"),
             fractions=torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64),
             counts=(0, 1, 2, 4), keep=curves, drop=1 - curves, draws=5, noise_floor=floor,
-            orders={"first order at ε = 0": torch.tensor([[1, 2, 0, 3]])}, **ends, **labels,
+            orders={"first_order@0": torch.tensor([[1, 2, 0, 3]])}, **ends, **labels,
         ),
     }  # fmt: skip
     test = ll.NullTest(

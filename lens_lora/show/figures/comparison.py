@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import html
 import math
-from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from lens_lora.analyses.compare import Comparison
+from lens_lora.results import drawing
+from lens_lora.results.choosing import prompt_rows
+from lens_lora.show.figures.parts import PALETTE, whose
 from lens_lora.show.figures.style import INK, KINDS, style, title
-from lens_lora.show.text import chosen_prompt, signed
-
-if TYPE_CHECKING:
-    from lens_lora.analyses.compare import Comparison
+from lens_lora.show.text import key_text, signed
 
 __all__ = ["comparison_scatter"]
 
-_PALETTE = ("#2f83c5", "#e0802b", "#3a9d5d", "#c9445a", "#8a63c9", "#a8763e", "#c95fa5", "#9a9a2e")
 _SYMBOLS = ("circle", "diamond", "square")
 _MARGIN = 0.05
 
 
+@drawing.figure.register(Comparison)
 def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.Figure:
     """Effect (y) against attribution (x); hover names each site or group.
 
     Args:
+        comparison: to be drawn.
         prompt: an index; without it, the mean over prompts.
+
+    Raises:
+        ArgumentError: no such prompt.
     """
-    x, y, whose = _values(comparison, prompt)
+    x, y = _values(comparison, prompt)
     units = html.escape(comparison.units)
+    across, upwards = (
+        html.escape(key_text(key)) for key in (comparison.attribution_name, comparison.effects_name)
+    )
     low, high = min([*x, *y]), max([*x, *y])
     spare = _MARGIN * (high - low or 1.0)
     ends = [low - spare, high + spare]
@@ -52,23 +59,23 @@ def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.
                 mode="markers",
                 name=html.escape(kind),
                 marker={
-                    "color": _PALETTE[number % len(_PALETTE)],
-                    "symbol": _SYMBOLS[number // len(_PALETTE) % len(_SYMBOLS)],
+                    "color": PALETTE[number % len(PALETTE)],
+                    "symbol": _SYMBOLS[number // len(PALETTE) % len(_SYMBOLS)],
                     "size": 7,
                     "opacity": 0.75,
                 },
                 hovertext=[
                     f"<b>{html.escape(comparison.labels[i])}</b><br>{signed(x[i])} {units}, "
-                    f"{html.escape(comparison.attribution_name)}<br>{signed(y[i])} {units}, "
-                    f"{html.escape(comparison.effects_name)}"
+                    f"{across}<br>{signed(y[i])} {units}, {upwards}"
                     for i in own
                 ],
                 hoverinfo="text",
             )
         )
+    of = whose(prompt, len(comparison.pearson))
     style(figure, height=520)
     figure.update_layout(
-        title=title(comparison.readout + whose, _agreement(comparison, prompt)),
+        title=title(comparison.readout + of, _agreement(comparison, prompt)),
         legend={
             "orientation": "v",
             "x": 1.02,
@@ -77,20 +84,15 @@ def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.
             "yanchor": "top",
         },
     )
-    figure.update_xaxes(title_text=f"{html.escape(comparison.attribution_name)}, {units}")
-    figure.update_yaxes(title_text=f"{html.escape(comparison.effects_name)}, {units}")
+    figure.update_xaxes(title_text=f"{across}, {units}")
+    figure.update_yaxes(title_text=f"{upwards}, {units}")
     return figure
 
 
-def _values(comparison: Comparison, prompt: int | None) -> tuple[list[float], list[float], str]:
-    batch = len(comparison.pearson)
-    if prompt is None and batch > 1:
-        a, e = comparison.attribution.mean(0), comparison.effects.mean(0)
-        return a.tolist(), e.tolist(), f", mean of {batch} prompts"
-    index = chosen_prompt(prompt or 0, batch)
-    a, e = comparison.attribution[index], comparison.effects[index]
-    whose = f", prompt {index} of {batch}" if batch > 1 else ""
-    return a.tolist(), e.tolist(), whose
+def _values(comparison: Comparison, prompt: int | None) -> tuple[list[float], list[float]]:
+    rows = prompt_rows(prompt, len(comparison.pearson))
+    a, e = comparison.attribution[rows].mean(0), comparison.effects[rows].mean(0)
+    return a.tolist(), e.tolist()
 
 
 def _agreement(comparison: Comparison, prompt: int | None) -> str:

@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from plotly.graph_objects import Figure
 
-from lens_lora.show.figures.attribution import (
-    margin_figure,
-    position_heatmap,
-    remainder_figure,
-    site_heatmap,
-)
+from lens_lora.analyses.explain import Explanation
+from lens_lora.results import drawing
+from lens_lora.show.figures.attribution import position_heatmap, site_heatmap
+from lens_lora.show.figures.comparison import comparison_scatter
+from lens_lora.show.figures.coupling import coupling_heatmap
+from lens_lora.show.figures.faithfulness import faithfulness_figure
+from lens_lora.show.figures.margin import margin_figure
+from lens_lora.show.figures.null_test import null_figure
+from lens_lora.show.figures.reliability import reliability_figure
+from lens_lora.show.figures.remainder import remainder_figure
+from lens_lora.show.figures.second_order import second_order_figure
 from lens_lora.show.words.explanation import explained_account, is_comparable
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
-    from lens_lora.analyses.explain import Explanation
 
 __all__ = ["explanation_figures"]
 
 
+@drawing.figures.register(Explanation)
 def explanation_figures(e: Explanation) -> dict[str, Figure]:
-    """What there is to see; nothing that compares effects within rounding."""
+    """What there is to see; nothing that compares effects within rounding.
+
+    Args:
+        e: to be drawn.
+    """
     a, first = explained_account(e), e.first_order
     figures = {
         "path": margin_figure(e.margin),
         "remainder": remainder_figure(e.margin.curve),
-        "second order": e.second_order.plot_path(0),
-        "sites": site_heatmap(first, 0),
-        "positions": position_heatmap(first, 0),
+        "second order": second_order_figure(e.second_order),
+        "sites": site_heatmap(first),
+        "positions": position_heatmap(first),
     }
     if e.coupling is not None:
-        figures["coupling"] = e.coupling.plot(0)
+        figures["coupling"] = coupling_heatmap(e.coupling)
     for name, comparison in zip(
         ("added", "left out", "left out at 1"), e.comparisons, strict=False
     ):
         if is_comparable(comparison, a):
-            figures[name] = comparison.plot(0)
+            figures[name] = comparison_scatter(comparison)
     for question, found in e.reliability.items():
-        figures[f"reliability, {question}"] = found.plot(0)
+        figures[f"reliability, {question}"] = reliability_figure(found)
     if e.faithfulness is not None and not a.is_noise(a.shift):
-        figures["faithfulness"] = e.faithfulness.plot(0)
+        figures["faithfulness"] = faithfulness_figure(e.faithfulness)
     if e.null is not None:
-        figures["null"] = e.null.plot(0)
+        figures["null"] = null_figure(e.null)
     return figures

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lens_lora.analyses.faithfulness import Faithfulness
+from lens_lora.results import drawing
+from lens_lora.results.choosing import prompt_rows
+from lens_lora.results.keys import RANDOM, UPDATE_NORM, WEIGHT_NORM
+from lens_lora.show.figures.parts import PALETTE, whose
 from lens_lora.show.figures.style import GRID, INK, NOISE, style, title
-from lens_lora.show.text import chosen_prompt, percent
-
-if TYPE_CHECKING:
-    from lens_lora.analyses.faithfulness import Faithfulness
+from lens_lora.show.text import key_text, percent
 
 __all__ = ["faithfulness_figure"]
 
-_PALETTE = ("#2f83c5", "#e0802b", "#3a9d5d", "#c9445a", "#8a63c9", "#a8763e", "#c95fa5", "#9a9a2e")
-_BASELINES = {"‖ΔW‖": ("dash", "square"), "‖δz‖": ("dot", "diamond"), "random": ("dashdot", "x")}
+_BASELINES = {
+    WEIGHT_NORM: ("dash", "square"),
+    UPDATE_NORM: ("dot", "diamond"),
+    RANDOM: ("dashdot", "x"),
+}
 _SOLID = ("solid", "circle")
 _SIDES = (("keep", "kept, the others off"), ("drop", "dropped, the others on"))
 
 
+@drawing.figure.register(Faithfulness)
 def faithfulness_figure(result: Faithfulness, prompt: int | None = None) -> go.Figure:
     """Keep-top-k on the left (high is good), drop-top-k on the right (low is good).
 
     Args:
+        result: to be drawn.
         prompt: an index; without it, the mean over prompts.
+
+    Raises:
+        ArgumentError: no such prompt.
     """
-    whose, rows = _chosen(result, prompt)
+    rows, sites = prompt_rows(prompt, len(result.base)), len(result.sites)
     figure = make_subplots(
         rows=1,
         cols=2,
@@ -48,7 +57,7 @@ def faithfulness_figure(result: Faithfulness, prompt: int | None = None) -> go.F
                 go.Scatter(
                     x=fractions,
                     y=shares,
-                    name=html.escape(name),
+                    name=html.escape(key_text(name)),
                     legendgroup=name,
                     showlegend=column == 1,
                     mode="lines+markers",
@@ -59,7 +68,7 @@ def faithfulness_figure(result: Faithfulness, prompt: int | None = None) -> go.F
                     },
                     marker={"size": 6, "symbol": _BASELINES.get(name, _SOLID)[1]},
                     hovertext=[
-                        f"<b>{html.escape(name)}</b>, {area}<br>{count} of {len(result.sites)} "
+                        f"<b>{html.escape(key_text(name))}</b>, {area}<br>{count} of {sites} "
                         f"sites: {percent(y / 100) if y is not None else '—'} of the shift"
                         for count, y in zip(result.counts, shares, strict=True)
                     ],
@@ -72,7 +81,10 @@ def faithfulness_figure(result: Faithfulness, prompt: int | None = None) -> go.F
         figure.add_hline(y=level, line={"color": INK, "width": 1})
     style(figure, height=460)
     figure.update_layout(
-        title=title(result.readout + whose, "share of the shift, by real interventions"),
+        title=title(
+            result.readout + whose(prompt, len(result.base)),
+            "share of the shift, by real interventions",
+        ),
         margin={"t": 100},
         legend={"x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top", "orientation": "v"},
     )
@@ -82,14 +94,5 @@ def faithfulness_figure(result: Faithfulness, prompt: int | None = None) -> go.F
     return figure
 
 
-def _chosen(result: Faithfulness, prompt: int | None) -> tuple[str, slice]:
-    batch = len(result.base)
-    if prompt is None and batch > 1:
-        return f", mean of {batch} prompts", slice(None)
-    index = chosen_prompt(prompt or 0, batch)
-    whose = f", prompt {index} of {batch}" if batch > 1 else ""
-    return whose, slice(index, index + 1)
-
-
 def _colour(name: str, coloured: list[str]) -> str:
-    return NOISE if name in _BASELINES else _PALETTE[coloured.index(name) % len(_PALETTE)]
+    return NOISE if name in _BASELINES else PALETTE[coloured.index(name) % len(PALETTE)]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import html
 import math
-from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from lens_lora.analyses.null_test import NullTest
+from lens_lora.results import drawing
+from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.style import EXACT, LEGEND_BELOW, LINEAR, style, title
-from lens_lora.show.text import chosen_prompt, magnitude, percent, signed
-
-if TYPE_CHECKING:
-    from lens_lora.analyses.null_test import NullTest
+from lens_lora.show.text import magnitude, percent, signed
 
 __all__ = ["null_figure"]
 
@@ -20,9 +19,18 @@ _BAND = "rgba(128,128,128,0.35)"
 _MOST_TICKS = 20
 
 
-def null_figure(test: NullTest, prompt: int = 0) -> go.Figure:
-    """|a_l| of every site against the largest |a′_l| of the draws, on a logarithmic scale."""
-    index = chosen_prompt(prompt, len(test.noise_floor))
+@drawing.figure.register(NullTest)
+def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
+    """|a_l| of every site against the largest |a′_l| of the draws, on a logarithmic scale.
+
+    Args:
+        test: to be drawn.
+        prompt: an index; without it, the only prompt.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(test.noise_floor), "null tests")
     sites, units = test.observed.sites, html.escape(test.units)
     values = test.observed.per_site[index].double().tolist()
     largest = test.null[:, index].abs().amax(0).double().tolist()

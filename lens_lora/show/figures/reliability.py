@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from lens_lora.analyses.reliability import Reliability
+from lens_lora.results import drawing
+from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.style import EXACT, INK, LEGEND_BELOW, LINEAR, style, title
-from lens_lora.show.text import chosen_prompt, signed
-
-if TYPE_CHECKING:
-    from lens_lora.analyses.reliability import Reliability
+from lens_lora.show.text import signed
 
 __all__ = ["reliability_figure"]
 
@@ -19,9 +18,18 @@ _QUESTIONS = {"add_one": "adding one site", "leave_one_out": "leaving one site o
 _BAND = "rgba(128,128,128,0.15)"
 
 
-def reliability_figure(found: Reliability, prompt: int = 0) -> go.Figure:
-    """a_l (x) against a_l + correction (y); flagged are material ones off the band."""
-    index = chosen_prompt(prompt, len(found.flagged))
+@drawing.figure.register(Reliability)
+def reliability_figure(found: Reliability, prompt: int | None = None) -> go.Figure:
+    """a_l (x) against a_l + correction (y); flagged are material ones off the band.
+
+    Args:
+        found: to be drawn.
+        prompt: an index; without it, the only prompt.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(found.flagged), "flags")
     x = found.attribution.per_site[index].double().tolist()
     y = found.corrected[index].double().tolist()
     figure = go.Figure(_wedge(x, found.threshold))
@@ -48,7 +56,7 @@ def reliability_figure(found: Reliability, prompt: int = 0) -> go.Figure:
         )
     style(figure, height=460)
     figure.update_layout(
-        title=title(found.readout, f"first order against {_QUESTIONS[found.of]}: which to trust"),
+        title=title(found.readout, f"first order against {_QUESTIONS[found.how]}: which to trust"),
         legend=LEGEND_BELOW,
     )
     units = html.escape(found.units)

@@ -9,67 +9,35 @@ Tokens are escaped first: circuitsvis writes them into the page as HTML.
 
 from __future__ import annotations
 
-import dataclasses
 import html
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lens_lora.errors import ArgumentError, LensLoraError
-from lens_lora.show.text import chosen_prompt, method_text, signed
-
-if TYPE_CHECKING:
-    from lens_lora.results.attribution import Attribution
+from lens_lora.errors import LensLoraError
+from lens_lora.results import drawing
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.choosing import only_prompt
+from lens_lora.results.token_view import TokenView
+from lens_lora.show.figures.attribution import require_positions
+from lens_lora.show.text import key_text, signed
 
 __all__ = ["TokenView", "token_view"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenView:
-    """A prompt's tokens, coloured: shown by a notebook, or saved as a page.
-
-    Attributes:
-        tokens: of the prompt.
-        values: the attribution at each, summed over sites, in the readout's units.
-        html: the picture, whole: it works offline.
-    """
-
-    tokens: tuple[str, ...]
-    values: tuple[float, ...]
-    html: str
-
-    def save(self, path: str | Path) -> Path:
-        """Write it as a page of its own."""
-        path = Path(path)
-        path.write_text(
-            f"<!doctype html>\n<meta charset='utf-8'>\n<title>tokens</title>\n{self.html}\n",
-            encoding="utf-8",
-        )
-        return path
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-    def __repr__(self) -> str:
-        pairs = zip(self.tokens, self.values, strict=True)
-        return "TokenView(" + ", ".join(f"{token!r} {signed(v)}" for token, v in pairs) + ")"
-
-
-def token_view(attribution: Attribution, prompt: int = 0) -> TokenView:
+@drawing.tokens.register(Attribution)
+def token_view(attribution: Attribution, prompt: int | None = None) -> TokenView:
     """What each token of a prompt contributes, through all sites: blue up, red down.
 
     Args:
         attribution: with by='position' (and any other axis).
+        prompt: an index; without it, the only prompt.
 
     Raises:
-        ArgumentError: the attribution was not split by position, or has no such prompt.
+        ArgumentError: the attribution was not split by position; no such prompt, or several and
+            none named.
         LensLoraError: circuitsvis is not installed.
     """
-    if "position" not in attribution.by:
-        raise ArgumentError(
-            f"the attribution is split by {attribution.by or 'nothing'}, not by position; compute "
-            'it with first_order(..., by="position").'
-        )
-    index = chosen_prompt(prompt, len(attribution.base))
+    require_positions(attribution)
+    index = only_prompt(prompt, len(attribution.base), "positions")
     tokens = attribution.str_tokens[index]
     others = [a for a, name in enumerate(attribution.by, start=1) if name != "position"]
     values = attribution.values[index].double().sum([0, *others])[: len(tokens)].tolist()
@@ -85,7 +53,7 @@ def token_view(attribution: Attribution, prompt: int = 0) -> TokenView:
 
 def _caption(attribution: Attribution, values: list[float]) -> str:
     text = (
-        f"{attribution.readout}, {method_text(attribution.method, attribution.at)}: each token "
+        f"{attribution.readout}, {key_text(attribution.key)}: each token "
         f"through all sites, {signed(sum(values))} {attribution.units} in all. Blue pushes up, "
         "red down."
     )

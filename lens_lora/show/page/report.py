@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lens_lora.errors import ArgumentError
-from lens_lora.show.figures.attribution import position_heatmap, remainder_figure, site_heatmap
+from lens_lora.show.figures.attribution import position_heatmap, site_heatmap
+from lens_lora.show.figures.remainder import remainder_figure
 from lens_lora.show.page.parts import HowToRead, Part, Section, Table
 from lens_lora.show.page.render import Plots, page_html
 from lens_lora.show.page.sections import explanation_sections, provenance, token_table

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from lens_lora.show.tables.logit_shift import tokens_table
 from lens_lora.show.tables.margin import margin_table
 from lens_lora.show.tables.parts import Row, filled_table
-from lens_lora.show.text import magnitude, percent, signed, visible
+from lens_lora.show.text import key_text, magnitude, percent, signed, visible
 from lens_lora.show.words.account import Account
 from lens_lora.show.words.explanation import explained_account, is_comparable, is_rounding, top_of
 
@@ -140,8 +140,8 @@ def agreement_rows(e: Explanation) -> list[Row]:
     a = explained_account(e)
     return [
         (
-            c.attribution_name,
-            c.effects_name,
+            key_text(c.attribution_name),
+            key_text(c.effects_name),
             *(_number(float(getattr(c, name)[0])) for name in ("pearson", "spearman", "slope")),
             percent(float(c.sign_agreement[0])),
         )
@@ -220,7 +220,7 @@ def curve_rows(e: Explanation) -> list[Row]:
     fraction, _ = top_of(curves)
     return [
         (
-            name,
+            key_text(name),
             percent(float(curves.kept_share(name, fraction)[0])),
             _number(float(curves.area_keep[i, 0])),
             _number(float(curves.area_drop[i, 0])),

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from lens_lora.show.text import chosen_prompt, prompt_text
+from lens_lora.analyses.margin import FactMargin
+from lens_lora.analyses.remainder import Verdict
+from lens_lora.results.choosing import only_prompt
+from lens_lora.show.text import prompt_text
 
-if TYPE_CHECKING:
-    from lens_lora.analyses.margin import FactMargin
+__all__ = ["Account", "Step", "account_of", "fact_names"]
 
-__all__ = ["SIGMAS", "Account", "Step", "account_of"]
-
-SIGMAS = 3.0
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One ε on the way: the remainder, and |R(ε)| / |g(ε) − g(0)| (None where it is noise)."""
+    """One ε on the way.
+
+    Attributes:
+        scale: ε.
+        remainder: R(ε).
+        share: |R(ε)| / |g(ε) − g(0)|; None where it is noise.
+    """
 
     scale: float
     remainder: float
@@ -32,10 +36,14 @@ class Account:
     """The numbers of one prompt's margin, in the units of the readout.
 
     Attributes:
+        prompt: as one line.
         doc, pre: the two facts by name.
-        floor: three noise floors; a difference no larger than this is not told from rounding.
+        units: of all numbers.
+        m0, first_order, remainder, m: base margin, Σ a_l, R_m, adapted margin.
+        verdict: how good first order is, decided with the result; `floor` is its floor.
         flip_scale: the first ε of a sign change, or None.
         crossings: sign changes seen at the scales that were run, leaving out margins in the noise.
+        flips, flip_predicted: whether the preferred fact changes, and whether first order says so.
         steps: the curve, by rising ε.
     """
 
@@ -47,7 +55,7 @@ class Account:
     first_order: float
     remainder: float
     m: float
-    floor: float
+    verdict: Verdict
     flip_scale: float | None
     crossings: int
     flips: bool
@@ -55,7 +63,13 @@ class Account:
     steps: tuple[Step, ...]
 
     @property
+    def floor(self) -> float:
+        """Three noise floors; a difference of at most that cannot be told from rounding."""
+        return self.verdict.floor
+
+    @property
     def shift(self) -> float:
+        """m − m₀."""
         return self.m - self.m0
 
     @property
@@ -64,7 +78,11 @@ class Account:
         return self.m0 + self.first_order
 
     def is_noise(self, value: float) -> bool:
-        """Whether a difference of two margins could be rounding alone."""
+        """Whether a difference of two margins could be rounding alone.
+
+        Args:
+            value: the difference.
+        """
         return abs(value) <= self.floor
 
     @property
@@ -73,22 +91,21 @@ class Account:
         nearest = [min(self.steps, key=lambda s: abs(s.scale - q)) for q in QUARTERS]
         return list(dict.fromkeys(nearest))
 
-    @property
-    def worst_on_the_way(self) -> Step | None:
-        """The step before ε = 1 at which first order leaves the largest share of the shift."""
-        steps = [s for s in self.steps if s.share is not None and s.scale < 1]
-        return max(steps, key=lambda s: s.share or 0.0, default=None)
 
-
-def account_of(fact_margin: FactMargin, prompt: int = 0) -> Account:
+def account_of(fact_margin: FactMargin, prompt: int | None = None) -> Account:
     """One prompt's account.
 
+    Args:
+        fact_margin: of one prompt or several.
+        prompt: an index; without it, the only prompt.
+
     Raises:
-        ArgumentError: no such prompt.
+        ArgumentError: no such prompt, or several and none named.
     """
     attribution, curve = fact_margin.attribution, fact_margin.curve
-    i = chosen_prompt(prompt, len(attribution.base))
-    floor = SIGMAS * float(fact_margin.noise_floor[i])
+    i = only_prompt(prompt, len(attribution.base), "accounts")
+    verdict = fact_margin.verdict[i]
+    floor = verdict.floor
     flip_scale = float(fact_margin.flip_scale[i])
     doc, pre = fact_names(fact_margin.doc[i], fact_margin.pre[i])
     return Account(
@@ -100,7 +117,7 @@ def account_of(fact_margin: FactMargin, prompt: int = 0) -> Account:
         first_order=float(fact_margin.first_order[i]),
         remainder=float(fact_margin.remainder[i]),
         m=float(fact_margin.m[i]),
-        floor=floor,
+        verdict=verdict,
         flip_scale=flip_scale if math.isfinite(flip_scale) else None,
         crossings=_crossings([float(curve.base[i]), *curve.values[i].tolist()], floor),
         flips=fact_margin.flips[i],
@@ -127,7 +144,11 @@ def _crossings(margins: Sequence[float], floor: float) -> int:
 
 
 def fact_names(doc: str, pre: str) -> tuple[str, str]:
-    """The two tokens in quotes; spelt out where they differ in white space alone."""
+    """The two tokens in quotes; spelt out where they differ in white space alone.
+
+    Args:
+        doc, pre: as decoded.
+    """
     if doc.strip() == pre.strip() or not (doc.strip() and pre.strip()):
         return repr(doc), repr(pre)
     return f"“{doc.strip()}”", f"“{pre.strip()}”"

@@ -8,16 +8,15 @@ below, on this prompt.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
-from lens_lora.show.text import percent, prompt_text, signed, visible
+from lens_lora.analyses.compare import Comparison
+from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.faithfulness import Faithfulness
+from lens_lora.results import drawing
+from lens_lora.results.keys import RANDOM
+from lens_lora.show.text import key_text, percent, prompt_text, signed, visible
 from lens_lora.show.words.account import Account, account_of
 from lens_lora.show.words.margin import paragraphs_of
-
-if TYPE_CHECKING:
-    from lens_lora.analyses.compare import Comparison
-    from lens_lora.analyses.explain import Explanation
-    from lens_lora.analyses.faithfulness import Faithfulness
 
 __all__ = [
     "explained_account",
@@ -33,8 +32,13 @@ _NAMED = 3
 _DONE = {"add_one": "adding one module", "leave_one_out": "leaving one module out"}
 
 
+@drawing.story.register(Explanation)
 def explanation_story(explanation: Explanation) -> str:
-    """A paragraph a line: what happened, first order, what it leaves, where, trust, limits."""
+    """A paragraph a line: what happened, first order, what it leaves, where, trust, limits.
+
+    Args:
+        explanation: to be told.
+    """
     a = explained_account(explanation)
     happened, first, where = paragraphs_of(explanation.margin, a)
     paragraphs = [f"{happened} {_said(explanation)}", first]
@@ -50,18 +54,33 @@ def explanation_story(explanation: Explanation) -> str:
 
 
 def explained_account(explanation: Explanation) -> Account:
-    """The margin's account, with the prompt alone: without what is teacher-forced after it."""
+    """The margin's account, with the prompt alone: without what is teacher-forced after it.
+
+    Args:
+        explanation: whose margin it is.
+    """
     account = account_of(explanation.margin)
     return dataclasses.replace(account, prompt=prompt_text(explanation.prompt))
 
 
 def is_comparable(comparison: Comparison, account: Account) -> bool:
-    """Whether at least one effect stands out of the noise."""
+    """Whether at least one effect stands out of the noise.
+
+    Args:
+        comparison: of an attribution with effects.
+        account: of their margin.
+    """
     return not account.is_noise(float(comparison.effects.abs().max()))
 
 
 def is_rounding(total: float, e: Explanation, a: Account) -> bool:
-    """Whether a sum of one measured difference per site could be rounding alone."""
+    """Whether a sum of one measured difference per site could be rounding alone.
+
+    Args:
+        total: the sum.
+        e: the explanation that it is of.
+        a: its account.
+    """
     return abs(total) <= a.floor * len(e.first_order.sites)
 
 
@@ -174,7 +193,11 @@ def _flags(e: Explanation) -> str:
 
 
 def top_of(curves: Faithfulness) -> tuple[float, int]:
-    """The fraction that was run nearest to a fifth of the sites, and how many sites that is."""
+    """The fraction that was run nearest to a fifth of the sites, and how many sites that is.
+
+    Args:
+        curves: of keeping and dropping.
+    """
     index = int((curves.fractions - TOP_SHARE).abs().argmin())
     return float(curves.fractions[index]), curves.counts[index]
 
@@ -187,8 +210,8 @@ def _carried(e: Explanation) -> str:
     fraction, count = top_of(curves)
     kept = ", ".join(
         f"{percent(float(curves.kept_share(name, fraction)[0]))} at random"
-        if name == "random"
-        else f"{percent(float(curves.kept_share(name, fraction)[0]))} by {name}"
+        if name == RANDOM
+        else f"{percent(float(curves.kept_share(name, fraction)[0]))} by {key_text(name)}"
         for name in curves.names
     )
     return (

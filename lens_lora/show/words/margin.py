@@ -1,34 +1,73 @@
 """A fact margin's story in plain words. Every sentence is a number of the result, no more.
 
-A difference under three noise floors is called that, and no share of it is given. First order is
-called good only where it is good along the path, since one point can agree by coincidence.
+A difference of at most three noise floors is called noise, and no share of it is given. How good
+first order is was decided with the result (`analyses/remainder.py`); here it is put into words.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lens_lora.analyses.margin import FactMargin
+from lens_lora.analyses.remainder import Verdict
+from lens_lora.results import drawing
+from lens_lora.results.choosing import only_prompt
+from lens_lora.results.measured import SIGMAS
 from lens_lora.show.text import magnitude, percent, share_text, signed, top_rows
-from lens_lora.show.words.account import SIGMAS, Account, Step, account_of
+from lens_lora.show.words.account import Account, account_of
 
-if TYPE_CHECKING:
-    from lens_lora.analyses.margin import FactMargin
+__all__ = ["margin_story", "paragraphs_of", "verdict_text"]
 
-__all__ = ["margin_story", "paragraphs_of"]
-
-SMALL, LARGE = 0.1, 0.2
 _TOP = 5
 
 
-def margin_story(fact_margin: FactMargin, prompt: int = 0) -> str:
-    """One prompt's story, in three paragraphs: what happened, what first order says, where."""
+@drawing.story.register(FactMargin)
+def margin_story(fact_margin: FactMargin, prompt: int | None = None) -> str:
+    """One prompt's story, in three paragraphs: what happened, what first order says, where.
+
+    Args:
+        fact_margin: of one prompt or several.
+        prompt: an index; without it, the only prompt.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
     return "\n".join(paragraphs_of(fact_margin, account_of(fact_margin, prompt), prompt))
 
 
+@drawing.text.register(Verdict)
+def verdict_text(verdict: Verdict) -> str:
+    """A verdict as one phrase, with its numbers.
+
+    Args:
+        verdict: on the remainder of one prompt.
+    """
+    v = verdict
+    if v.kind in ("no_shift", "noise"):
+        what, value = ("shift", v.shift) if v.kind == "no_shift" else ("remainder", v.remainder)
+        return f"below the noise: the {what} {value:.2g} is within rounding ({v.floor:.2g})"
+    on_the_way = "on the way within rounding"
+    if v.worst is not None:
+        on_the_way = f"{v.worst:.0%} of the shift at ε = {v.worst_scale:g}"
+    if v.kind == "coincidence":
+        return f"a coincidence at ε = 1: {v.share:.1%} of the shift there, but {on_the_way}"
+    if v.kind == "large":
+        return f"large: {v.share:.0%} of the shift at ε = 1, {on_the_way}"
+    most = "" if v.worst is None else "at most "
+    return f"{v.kind}: {v.share:.1%} of the shift at ε = 1, {most}{on_the_way}"
+
+
 def paragraphs_of(
-    fact_margin: FactMargin, account: Account, prompt: int = 0
+    fact_margin: FactMargin, account: Account, prompt: int | None = None
 ) -> tuple[str, str, str]:
-    """The three paragraphs, from an account at hand."""
+    """The three paragraphs, from an account at hand.
+
+    Args:
+        fact_margin: of one prompt or several.
+        account: of the prompt.
+        prompt: an index; without it, the only prompt.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
     happened = [_base(account), _units(account), _adapted(account), _flip(account)]
     return (
         " ".join(sentence for sentence in happened if sentence),
@@ -133,36 +172,37 @@ def _remainder(a: Account) -> str:
             if a.is_noise(a.remainder)
             else f"It differs from the run by {signed(a.remainder)}, which is more than rounding."
         )
-    here, worst = abs(a.remainder / a.shift), a.worst_on_the_way
+    v = a.verdict
     left = f"It leaves {signed(a.remainder)} at ε = 1"
-    left += f", {_noise_text(a)}" if a.is_noise(a.remainder) else f", {share_text(here)}"
-    if worst is None:
-        return f"{left}; on the way no share of it stands out of the noise."
-    if here <= SMALL and (worst.share or 0.0) > LARGE:
-        return (
-            f"{left}, but {_at(worst)} it leaves {share_text(worst.share or 0.0)} so far: the "
-            "agreement at ε = 1 is a coincidence, and no sign that first order holds."
-        )
-    most = f"on the way at most {share_text(worst.share or 0.0)} so far ({_at(worst)})"
-    return f"{left}, and {most}{_verdict(here, worst)}."
+    left += f", {_noise_text(a)}" if a.is_noise(a.remainder) else f", {share_text(v.share)}"
+    if v.worst is None or v.worst_scale is None:
+        return f"{left}; {_ON_THE_WAY} no share of it stands out of the noise{_VERDICTS[v.kind]}."
+    worst = f"{share_text(v.worst)} so far"
+    if v.kind == "coincidence":
+        return f"{left}, but at ε = {v.worst_scale:.3g} it leaves {worst}{_VERDICTS[v.kind]}."
+    return (
+        f"{left}, and {_ON_THE_WAY} at most {worst} (at ε = {v.worst_scale:.3g})"
+        f"{_VERDICTS[v.kind]}."
+    )
 
 
-def _at(step: Step) -> str:
-    return f"at ε = {step.scale:.3g}"
+_ON_THE_WAY = "at a quarter, half and three quarters of the strength"
+_VERDICTS: dict[str, str] = {
+    "no_shift": "",
+    "noise": "",
+    "uneven": "",
+    "small": ": as far as these strengths show, first order describes the whole path",
+    "large": ": the modules' first-order parts do not add up to the shift",
+    "coincidence": (
+        ": the agreement at ε = 1 is a coincidence, and no sign that first order holds"
+    ),
+}
 
 
-def _verdict(here: float, worst: Step) -> str:
-    largest = max(here, worst.share or 0.0)
-    if largest <= SMALL:
-        return ": first order describes the whole path"
-    if here > SMALL:
-        return ": the modules' first-order parts do not add up to the shift"
-    return ""
-
-
-def _modules(fact_margin: FactMargin, a: Account, prompt: int) -> str:
+def _modules(fact_margin: FactMargin, a: Account, prompt: int | None) -> str:
     attribution = fact_margin.attribution
-    top, largest = top_rows(attribution, _TOP, prompt), attribution.per_site[prompt].abs().max()
+    index = only_prompt(prompt, len(attribution.base), "accounts")
+    top, largest = top_rows(attribution, _TOP, index), attribution.per_site[index].abs().max()
     heading = f"Largest first-order parts of {len(attribution.sites)} modules"
     if a.is_noise(a.shift):
         return f"{heading}: {', '.join(f'{site} {value}' for site, _, value, _ in top)}."

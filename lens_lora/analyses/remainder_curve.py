@@ -1,0 +1,200 @@
+"""The remainder along the path from base to adapted model, and its order in ε.
+
+    R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l = O(ε²)   (note, Assumption 2)
+
+1. First order at ε = 0, and the exact g at strengths from 0.0001 to 1.
+2. The order is the slope of log|R| on log ε, over the first decade of strengths at which R stands
+   out of the noise: 2 for a smooth model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.remainder import CHECKPOINTS
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.errors import ArgumentError
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.measured import Result
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["RemainderCurve", "fitted_order", "remainder_curve", "remainder_curve_of"]
+
+_FIT_DECADE = 10.0
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RemainderCurve(Result):
+    """g, first order and remainder along ε from 0 to 1, in the readout's units.
+
+    Attributes:
+        scales: [scale], the ε at which g was run.
+        values: [batch, scale], g(ε·1), exact.
+        base: [batch], g(0).
+        slope: [batch], Σ_l a_l, the first-order shift per unit of ε.
+        noise_floor: [batch], σ of a difference of two readouts from rounding alone.
+        order: [batch], fitted slope of log|R| on log ε at small ε above the noise: 2 for a smooth
+            model, NaN where fewer than three points stand out of the noise.
+        readout, units: what was read.
+        meta: model, adapter, dtype and versions.
+    """
+
+    scales: Float[Tensor, "scale"]
+    values: Float[Tensor, "batch scale"]
+    base: Float[Tensor, "batch"]
+    slope: Float[Tensor, "batch"]
+    noise_floor: Float[Tensor, "batch"]
+    order: Float[Tensor, "batch"]
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+
+    @property
+    def shift(self) -> Float[Tensor, "batch scale"]:
+        """g(ε) − g(0)."""
+        return self.values - self.base[:, None]
+
+    @property
+    def first_order(self) -> Float[Tensor, "batch scale"]:
+        """ε Σ_l a_l."""
+        return self.slope[:, None] * self.scales
+
+    @property
+    def remainder(self) -> Float[Tensor, "batch scale"]:
+        """R_y(ε)."""
+        return self.shift - self.first_order
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and ε: value, shift, first order, remainder and its share."""
+        batch, count = self.values.shape
+        flat = {
+            name: getattr(self, name).double().cpu().flatten().numpy()
+            for name in ("values", "shift", "first_order", "remainder")
+        }
+        frame = pd.DataFrame(
+            {
+                "prompt": np.repeat(np.arange(batch), count),
+                "scale": np.tile(self.scales.double().cpu().numpy(), batch),
+                **flat,
+            }
+        )
+        frame["share"] = frame["remainder"].abs() / frame["shift"].abs()
+        return frame.rename(columns={"values": "value"})
+
+    def path_of(self, prompt: int) -> list[tuple[float, float, float]]:
+        """(ε, R(ε), g(ε) − g(0)) at the ε between the ends nearest to ¼, ½ and ¾.
+
+        Args:
+            prompt: its index.
+        """
+        scales = self.scales.double().tolist()
+        inner = [i for i, scale in enumerate(scales) if 0 < scale < 1]
+        near = [min(inner, key=lambda i: abs(scales[i] - c)) for c in CHECKPOINTS if inner]
+        rest, moved = self.remainder[prompt].tolist(), self.shift[prompt].tolist()
+        return [(scales[i], rest[i], moved[i]) for i in dict.fromkeys(near)]
+
+    def plot(self, prompt: int | None = None) -> Figure:
+        """The readout and its first-order line along ε, and the remainder's share of the shift.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)
+
+
+def remainder_curve(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    scales: Sequence[float] | None = None,
+    *,
+    progress: bool = True,
+) -> RemainderCurve:
+    """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
+
+    Cost: one forward and one backward, and ten forward passes beside one per scale (22 by
+    default), batched.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, conversations, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        scales: the strengths ε at which g is run; None for the usual ones.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: scales=[].
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a readout or derivative that is not finite.
+    """
+    asked = ask(lens, prompts, readout)
+    return remainder_curve_of(asked, first_order_of(asked), scales, progress=progress)
+
+
+def remainder_curve_of(
+    asked: Asked,
+    attribution: Attribution,
+    scales: Sequence[float] | None = None,
+    *,
+    progress: bool = True,
+) -> RemainderCurve:
+    """`remainder_curve` of a question at hand, beside its first order at ε = 0."""
+    given = _usual_scales() if scales is None else [float(scale) for scale in scales]
+    if not given:
+        raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
+    lens, floor = asked.lens, asked.noise_floor
+    chosen = torch.tensor(sorted(given), dtype=lens.gate_dtype)
+    gates = chosen[:, None].expand(-1, len(lens.sites))
+    values = asked.at_gates(gates, progress=progress, what="along the path")
+    chosen = chosen.to(values.device)
+    rest = values - attribution.base[:, None] - chosen * attribution.total[:, None]
+    return RemainderCurve(
+        scales=chosen,
+        values=values,
+        base=attribution.base,
+        slope=attribution.total,
+        noise_floor=floor,
+        order=torch.stack([fitted_order(chosen, r, f) for r, f in zip(rest, floor, strict=True)]),
+        readout=asked.readout.label,
+        units=asked.readout.units,
+        meta=attribution.meta,
+    )
+
+
+def _usual_scales() -> list[float]:
+    """Small ones for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25 … 1."""
+    even = [*np.linspace(0.1, 1.0, 10).round(3).tolist(), *CHECKPOINTS]
+    return sorted({*np.geomspace(1e-4, 8e-2, 10).tolist(), *even})
+
+
+def fitted_order(
+    scales: Float[Tensor, "scale"], rest: Float[Tensor, "scale"], floor: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Slope of log|R| on log ε over the first decade of scales whose remainder clears the noise."""
+    clear = (scales > 0) & (rest.abs() > 10 * floor)
+    scales, rest = scales[clear].double(), rest[clear].double()
+    if len(scales) < 3:
+        return torch.tensor(float("nan"), dtype=torch.float64, device=rest.device)
+    fitted = max(3, int((scales <= _FIT_DECADE * scales[0]).sum()))
+    log_scale, log_rest = scales[:fitted].log(), rest[:fitted].abs().log()
+    centred = log_scale - log_scale.mean()
+    return (centred @ log_rest) / (centred @ centred)

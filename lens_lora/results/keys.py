@@ -1,0 +1,24 @@
+"""Names of rankings and attributions: stable identifiers, from which `show` makes what is read.
+
+first_order@0, first_order@1, second_order@0    a derivative, and the gate value it is taken at
+first_order/patterns@0                          the same with attention patterns held fixed
+path, add_one, leave_one_out                    along the whole path; real interventions
+weight_norm, update_norm, random, greedy        the baselines of `faithfulness`
+"""
+
+from __future__ import annotations
+
+__all__ = ["GREEDY", "RANDOM", "UPDATE_NORM", "WEIGHT_NORM", "key_of"]
+
+WEIGHT_NORM, UPDATE_NORM, RANDOM, GREEDY = "weight_norm", "update_norm", "random", "greedy"
+_WITHOUT_GATE = ("path", "add_one", "leave_one_out")
+
+
+def key_of(method: str, at: float) -> str:
+    """'first_order@0', 'path', 'add_one'.
+
+    Args:
+        method: how it was computed.
+        at: the gate value at which it was taken, where it has one.
+    """
+    return method if method in _WITHOUT_GATE else f"{method}@{at:g}"

@@ -1,0 +1,163 @@
+"""A result as one safetensors file, by the fields of its dataclass.
+
+1. Tensors are the file's tensors, named by the path to their field ('margin.curve.values').
+2. All else is JSON in the header. An array is a tuple; every object says what it is:
+   {"tensor": name}, {"map": {…}}, or {"of": "Site", "fields": {…}} for a dataclass.
+3. A digest covers both, so that a damaged file is refused and never read as other numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lens_lora.errors import LensLoraError
+from lens_lora.hooked.sites import Site
+
+__all__ = ["FORMAT", "load_result", "save_result", "stored"]
+
+FORMAT = "lens_lora result 1"
+_Kind = TypeVar("_Kind")
+_KINDS: dict[str, type] = {}
+
+
+def stored(kind: type[_Kind]) -> type[_Kind]:
+    """Let files hold this dataclass, by its name.
+
+    Args:
+        kind: a dataclass whose fields are tensors, numbers, strings, tuples, mappings or such
+            dataclasses.
+    """
+    _KINDS[kind.__name__] = kind
+    return kind
+
+
+stored(Site)
+
+
+def save_result(result: object, path: str | Path) -> Path:
+    """Write a result; returns the path.
+
+    Args:
+        result: a dataclass that `stored` knows.
+        path: of the file.
+    """
+    tensors: dict[str, Tensor] = {}
+    labels = json.dumps(_encoded(result, "", tensors))
+    digest = _digest(labels, tensors)
+    metadata = {"format": FORMAT, "labels": labels, "sha256": digest}
+    path = Path(path)
+    path.write_bytes(save(tensors, metadata=metadata))
+    return path
+
+
+def load_result(kind: type[_Kind], path: str | Path) -> _Kind:
+    """What `save_result` wrote of a result of this kind.
+
+    Args:
+        kind: the class expected.
+        path: of the file.
+
+    Raises:
+        LensLoraError: no such file, another kind of file or result, a damaged file, or one of
+            another version.
+    """
+    metadata, tensors = _read(path)
+    if metadata.get("format") != FORMAT:
+        raise LensLoraError(
+            f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; was it "
+            f"written by {kind.__name__}.save of this version of lens_lora? If it is of another "
+            "version, compute the result again."
+        )
+    labels = metadata.get("labels", "")
+    if metadata.get("sha256") != _digest(labels, tensors):
+        raise LensLoraError(
+            f"{path}: the file is damaged, its contents do not match its digest; copy it again "
+            "from where it was saved, or compute the result again."
+        )
+    try:
+        found = _decoded(json.loads(labels), tensors)
+    except Exception as error:
+        raise LensLoraError(
+            f"{path}: this version of lens_lora cannot read its contents ({error!r}); compute the "
+            "result again."
+        ) from error
+    if not isinstance(found, kind):
+        name = type(found).__name__
+        raise LensLoraError(
+            f"{path}: holds {name}, expected {kind.__name__}; load it with {name}.load."
+        )
+    return found
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not Path(path).exists():
+        raise LensLoraError(f"{path}: no such file.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise LensLoraError(
+            f"{path}: not a safetensors file, or a damaged one ({error})."
+        ) from error
+
+
+def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON; its tensors go into `tensors`."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        name = path if path not in tensors else f"{path}#{len(tensors)}"
+        # Two fields may share memory, which a safetensors file cannot.
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, tuple | list):
+        items = cast("tuple[Any, ...]", value)
+        return [_encoded(item, f"{path}.{i}", tensors) for i, item in enumerate(items)]
+    if isinstance(value, Mapping):
+        entries = cast("Mapping[str, Any]", value)
+        return {"map": {k: _encoded(v, f"{path}.{k}", tensors) for k, v in entries.items()}}
+    if type(value).__name__ not in _KINDS or not dataclasses.is_dataclass(value):
+        raise LensLoraError(f"{path}: a {type(value).__name__} cannot be saved.")
+    names = [field.name for field in dataclasses.fields(value)]
+    fields = {
+        name: _encoded(getattr(value, name), f"{path}.{name}".lstrip("."), tensors)
+        for name in names
+    }
+    return {"of": type(value).__name__, "fields": fields}
+
+
+def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decoded(item, tensors) for item in cast("list[Any]", value))
+    if not isinstance(value, dict):
+        return value
+    entry = cast("dict[str, Any]", value)
+    if "tensor" in entry:
+        return tensors[entry["tensor"]]
+    if "map" in entry:
+        return {name: _decoded(item, tensors) for name, item in entry["map"].items()}
+    kind, fields = _KINDS[entry["of"]], entry["fields"]
+    expected = {field.name for field in dataclasses.fields(kind)}
+    if set(fields) != expected:
+        odd = ", ".join(sorted(expected ^ set(fields)))
+        raise LensLoraError(f"{entry['of']} with other fields than here: {odd}")
+    return kind(**{name: _decoded(item, tensors) for name, item in fields.items()})
+
+
+def _digest(labels: str, tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256(labels.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

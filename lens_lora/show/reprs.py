@@ -1,0 +1,179 @@
+"""What a result says of itself: in a terminal, and in a notebook.
+
+Each function is what `repr` gives of results of its type; of one without its own, the table.
+"""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from lens_lora.analyses.compare import Comparison
+from lens_lora.analyses.components import Components
+from lens_lora.analyses.coupling import Coupling
+from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.faithfulness import Faithfulness
+from lens_lora.analyses.feature_shift import FeatureShift
+from lens_lora.analyses.feature_writes import FeatureWrites
+from lens_lora.analyses.logit_shift import LogitShift
+from lens_lora.analyses.margin import FactMargin
+from lens_lora.analyses.null_test import NullTest
+from lens_lora.analyses.reliability import Reliability
+from lens_lora.analyses.remainder import Remainder
+from lens_lora.analyses.remainder_curve import RemainderCurve
+from lens_lora.analyses.second_order import SecondOrder
+from lens_lora.analyses.spectra import AdapterSummary
+from lens_lora.results import drawing
+from lens_lora.results.activation_effects import ActivationEffects
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.effects import Effects
+from lens_lora.results.measured import SIGMAS, Result
+from lens_lora.show.page.notebook import attribution_html
+from lens_lora.show.tables.attribution import attribution_text
+from lens_lora.show.text import key_text
+
+drawing.text.register(Attribution)(attribution_text)
+drawing.html.register(Attribution)(attribution_html)
+
+
+@drawing.text.register(Result)
+def _result(result: Result) -> str:
+    return f"{type(result).__name__}:\n{result.to_frame().to_string()}"
+
+
+@drawing.html.register(Result)
+def _result_html(result: Result) -> str:
+    return Markup("<pre>{}</pre>").format(drawing.text(result))
+
+
+@drawing.text.register(Effects)
+def _effects(effects: Effects) -> str:
+    return f"Effects of {effects.how} on {effects.readout}:\n{effects.top(5).to_string()}"
+
+
+@drawing.text.register(ActivationEffects)
+def _activation_effects(effects: ActivationEffects) -> str:
+    prompt, of = _first(effects.by_position, len(effects.base))
+    return (
+        f"ActivationEffects {effects.direction} on {effects.readout}{of}:\n"
+        f"{effects.top(5, prompt).to_string()}"
+    )
+
+
+@drawing.text.register(Coupling)
+def _coupling(coupling: Coupling) -> str:
+    return (
+        f"Coupling of {coupling.readout} between {len(coupling.groups)} groups at "
+        f"ε = {coupling.at:g}, in {coupling.units}:\n{coupling.shares().to_string()}\n"
+        f"strongest pairs, mean over prompts:\n{coupling.top(5).to_string()}"
+    )
+
+
+@drawing.text.register(Comparison)
+def _comparison(comparison: Comparison) -> str:
+    batch, count = comparison.attribution.shape
+    head = (
+        f"Comparison of {key_text(comparison.attribution_name)} with "
+        f"{key_text(comparison.effects_name)} on {comparison.readout}: {batch} prompts × {count} "
+        f"groups, top k = {comparison.k}"
+    )
+    if batch == 1:
+        return f"{head}\n{comparison.summary()['mean'].to_string()}\none prompt: no interval."
+    return f"{head}\n{comparison.summary().to_string()}"
+
+
+@drawing.text.register(Faithfulness)
+def _faithfulness(found: Faithfulness) -> str:
+    noisy = int((found.shift.abs() <= SIGMAS * found.noise_floor).sum())
+    note = f"\n{noisy} prompts have no shift above the noise and are left out." if noisy else ""
+    return (
+        f"Faithfulness on {found.readout}: {len(found.base)} prompts × {len(found.sites)} sites, "
+        f"shares of the shift\n{found.summary().to_string()}{note}"
+    )
+
+
+@drawing.text.register(Components)
+def _components(found: Components) -> str:
+    return f"Components({len(found.z_norm)} prompts × {len(found.sites)} sites)"
+
+
+@drawing.text.register(LogitShift)
+def _logit_shift(shift: LogitShift) -> str:
+    where = f"{len(shift.sites)} sites" if shift.sites else "all sites together"
+    return f"LogitShift({len(shift.values)} prompts, {where}, {len(shift.tokens)} tokens)"
+
+
+@drawing.text.register(FeatureShift)
+def _feature_shift(shift: FeatureShift) -> str:
+    prompt, of = _first(shift.by_position, len(shift.base))
+    where = "each position" if shift.by_position else f"position {shift.positions}"
+    return (
+        f"FeatureShift of {shift.base.shape[1]} features ({shift.features}) at {shift.name}, "
+        f"{where}, {shift.units}{of}:\n{shift.top(5, prompt).to_string()}"
+    )
+
+
+@drawing.text.register(FeatureWrites)
+def _feature_writes(writes: FeatureWrites) -> str:
+    return (
+        f"FeatureWrites of {len(writes.sites)} sites to {writes.values.shape[2]} features "
+        f"({writes.features}), position {writes.positions}, {writes.units}:\n"
+        f"{writes.top(k=5).to_string()}"
+    )
+
+
+@drawing.text.register(NullTest)
+def _null_test(test: NullTest) -> str:
+    lines = [f"  prompt {i}: {text}" for i, text in enumerate(test.verdict)]
+    return "\n".join([f"NullTest of {test.readout}, {test.draws} draws:", *lines])
+
+
+@drawing.text.register(Reliability)
+def _reliability(found: Reliability) -> str:
+    counts = ", ".join(map(str, found.flagged.sum(1).tolist()))
+    return (
+        f"Reliability of {found.readout}, first order as the answer to {found.how}: {counts} of "
+        f"{found.flagged.shape[1]} sites flagged (score under {found.threshold:g})"
+    )
+
+
+@drawing.text.register(Remainder)
+def _remainder(found: Remainder) -> str:
+    frame = found.to_frame().assign(verdict=[str(verdict) for verdict in found.verdict])
+    return f"Remainder of {found.readout}:\n{frame.to_string()}"
+
+
+@drawing.text.register(RemainderCurve)
+def _remainder_curve(curve: RemainderCurve) -> str:
+    orders = ", ".join(f"{o:.2f}" for o in curve.order.tolist())
+    return f"RemainderCurve of {curve.readout} at {len(curve.scales)} scales, order {orders}"
+
+
+@drawing.text.register(SecondOrder)
+def _second_order(second: SecondOrder) -> str:
+    first = second.first_order
+    return (
+        f"SecondOrder of {first.readout}, in {first.units} (a diagnostic of curvature at ε = 0, "
+        f"not a correction at ε = 1):\n{second.to_frame().to_string()}"
+    )
+
+
+@drawing.text.register(FactMargin)
+def _fact_margin(margin: FactMargin) -> str:
+    return f"{margin.attribution.readout}\n{margin.to_frame().to_string()}"
+
+
+@drawing.text.register(Explanation)
+def _explanation(explanation: Explanation) -> str:
+    readout, units = explanation.first_order.readout, explanation.units
+    return f"Explanation of {readout}, in {units}:\n{explanation.story()}"
+
+
+@drawing.text.register(AdapterSummary)
+def _adapter_summary(summary: AdapterSummary) -> str:
+    over = f" over {summary.model}" if summary.model else ""
+    return f"AdapterSummary({summary.name!r}{over}: {summary.module_count} modules)"
+
+
+def _first(by_position: bool, batch: int) -> tuple[int | None, str]:
+    """Positions have no mean over prompts: the first prompt, and words that say so."""
+    return (0, f", prompt 0 of {batch}") if by_position and batch > 1 else (None, "")

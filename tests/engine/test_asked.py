@@ -1,0 +1,171 @@
+"""A public call tokenises its prompts and binds its readout once, and runs nothing twice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import cases
+import models
+import pytest
+import torch
+
+import lens_lora as ll
+from lens_lora.engine.asked import Asked, ask
+
+PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
+POINT = "blocks.0.hook_resid_post"
+CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
+Call = Callable[[ll.LoraLens, ll.Readout], object]
+
+
+def quiet(verb: Callable[..., object], *args: object, **options: object) -> Call:
+    return lambda lens, readout: verb(lens, PROMPTS, readout, *args, progress=False, **options)
+
+
+# At most so many forward passes of the two prompts, S sites; backward passes come beside them.
+VERBS: dict[str, tuple[Call, Callable[[int], int]]] = {
+    "components": (quiet(ll.components), lambda S: 1 + S + 1),
+    "coupling": (quiet(ll.coupling), lambda S: 3),
+    "faithfulness": (
+        quiet(ll.faithfulness, torch.ones(14), fractions=[0.5], draws=2),
+        lambda S: 2 + 9 + 1 + 2 * 2 * 5,
+    ),
+    "first_order": (quiet(ll.first_order), lambda S: 3),
+    "null_test": (quiet(ll.null_test, draws=2), lambda S: 3 + 9 + 2 * 2),
+    "patch_sites": (quiet(ll.patch_sites), lambda S: 2 + S),
+    "path_attribution": (quiet(ll.path_attribution, max_nodes=4), lambda S: 2 + 9 + 2 + 4),
+    "reliability": (quiet(ll.reliability, how="leave_one_out"), lambda S: 3 + 9 + 1),
+    "remainder": (quiet(ll.remainder), lambda S: 3 + 9 + 3),
+    "remainder_curve": (quiet(ll.remainder_curve), lambda S: 3 + 9 + 23),
+    "second_order": (quiet(ll.second_order), lambda S: 3 + 9 + 23 + 1),
+}
+
+
+class Counts:
+    """How often prompts were tokenised, a readout bound, and rows run."""
+
+    tokenised = bound = rows = 0
+
+
+@contextlib.contextmanager
+def counting(lens: ll.LoraLens, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counts]:
+    counts, prepare, over = Counts(), ll.LoraLens.prompts, ll.Margin.over
+
+    def prompts(self, given):
+        counts.tokenised += not isinstance(given, ll.Prompts)
+        return prepare(self, given)
+
+    def bind(self, model, ready):
+        counts.bound += 1
+        return over(self, model, ready)
+
+    def row(module, args):
+        counts.rows += len(args[0])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ll.LoraLens, "prompts", prompts)
+        patch.setattr(ll.Margin, "over", bind)
+        handle = lens.model.unembed.register_forward_pre_hook(row)
+        yield counts
+        handle.remove()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@CLASSES
+def test_a_verb_asks_once(verb: str, cls: str, monkeypatch):
+    lens = cases.case("llama", cls, "raw").lens
+    call, passes = VERBS[verb]
+    with counting(lens, monkeypatch) as counts:
+        call(lens, ll.Margin(5, 9))
+    assert (counts.tokenised, counts.bound) == (1, 1)
+    assert counts.rows <= len(PROMPTS) * passes(len(lens.sites))
+
+
+@CLASSES
+def test_explain_asks_once_and_runs_nothing_that_it_has(cls: str, monkeypatch):
+    """Its interventions, curves and path take what they take alone; ends and noise come once."""
+    lens = cases.case("llama", cls, "raw").lens
+    S, layers = len(lens.sites), lens.plan.host.n_layers
+    with counting(lens, monkeypatch) as counts:
+        found = ll.explain(lens, PROMPTS[0], " w5", " w9", progress=False)
+    assert (counts.tokenised, counts.bound) == (1, 1)
+    roots = 30 if found.margin.flips[0] else 0
+    margin, tokens, ends = 1 + 2 + 9 + 23 + roots, 2 * (1 + 8 + 2), 1 + 1
+    nodes = 2 + 4 + 8 + 16
+    curves = 2 * 5 * (3 + 3) * 5 + 1
+    assert counts.rows <= margin + tokens + ends + 2 * S + layers + nodes + curves
+    with counting(lens, monkeypatch) as again:
+        ll.reliability(lens, PROMPTS[0], ll.Margin(5, 9), progress=False)
+    assert again.rows > 0
+
+
+@CLASSES
+def test_what_is_handed_on_is_what_the_verbs_find(cls: str):
+    """The parts of an explanation equal the verbs' own results."""
+    with models.lifted():
+        lens = cases.case("llama", cls, "raw").lens
+        found = ll.explain(lens, PROMPTS[0], " w5", " w9", null=2, progress=False)
+        args = (lens, PROMPTS[0], ll.Margin(" w5", " w9"))
+        for how, flags in found.reliability.items():
+            alone = ll.reliability(*args, how=how, progress=False)
+            assert torch.allclose(flags.correction, alone.correction, equal_nan=True, atol=1e-12)
+            assert torch.equal(flags.flagged, alone.flagged) and flags.passes == alone.passes
+        second = ll.second_order(*args, progress=False)
+        assert torch.allclose(found.second_order.half_row_sums, second.half_row_sums, atol=1e-12)
+        null = ll.null_test(*args, draws=2, progress=False)
+        assert found.null is not None and torch.allclose(found.null.null, null.null, atol=1e-12)
+        assert torch.allclose(found.null.noise_floor, null.noise_floor)
+
+
+@CLASSES
+def test_memory_bounds_the_tangents_of_components_and_first_order(cls: str, monkeypatch):
+    """Fewer rows at once, the same numbers; less than one site takes is refused."""
+    from lens_lora.engine.batching import pass_bytes, row_bytes
+
+    with models.lifted():
+        lens = cases.case("llama", cls, "raw").lens
+        R, longest = ll.Margin(5, 9), lens.prompts(PROMPTS[1])
+        memory = pass_bytes(lens) + 3 * row_bytes(lens, longest, 2)
+        calls: dict[str, Call] = {
+            "first_order": lambda lens, bound: (
+                ll.first_order(
+                    lens, PROMPTS, R, mode="forward", max_memory=bound, progress=False
+                ).values
+            ),
+            "components": lambda lens, bound: (
+                ll.components(lens, PROMPTS, R, max_memory=bound, progress=False).gain
+            ),
+        }
+        for call in calls.values():
+            most: list[int] = []
+            handle = lens.model.unembed.register_forward_pre_hook(
+                lambda module, args: most.append(len(args[0]))
+            )
+            whole, bounded = call(lens, None), len(most)
+            few = call(lens, memory)
+            handle.remove()
+            assert max(most[bounded:]) <= 4 < max(most[:bounded])
+            assert torch.allclose(few, whole, rtol=1e-10, equal_nan=True)
+            with pytest.raises(ll.ArgumentError, match="max_memory"):
+                call(lens, 1.0)
+
+
+@CLASSES
+def test_ends_ride_in_passes_that_are_run_anyway(cls: str):
+    """g(0) and g(1) beside other gates are those run alone; later gates do not repeat them."""
+    with models.lifted():
+        lens = cases.case("llama", cls, "raw").lens
+        alone, riding = (ask(lens, PROMPTS, ll.Margin(5, 9)) for _ in range(2))
+        half = lens.gates(0.5)[None]
+        values = riding.at_gates(half, what="half")
+        assert torch.allclose(riding.ends, alone.ends, rtol=1e-12)
+        assert torch.allclose(alone.at_gates(half, what="half"), values, rtol=1e-12)
+
+
+def test_what_needs_a_readout_says_so():
+    lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+    asked = ask(lens, PROMPTS)
+    assert isinstance(asked, Asked) and asked.str_tokens[0][-1] == "w8"
+    with pytest.raises(RuntimeError, match="without a readout"):
+        _ = asked.ends

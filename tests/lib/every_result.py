@@ -1,0 +1,75 @@
+"""One of every final result class, made by hand: numbers chosen, no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from explained import by_hand
+from results_by_hand import META, SITES, two_prompts
+
+import lens_lora as ll
+from lens_lora.analyses.spectra import AdapterSummary, Spectrum
+from lens_lora.results.measured import Measured, Result
+
+HEADER = {f.name: getattr(two_prompts(), f.name) for f in dataclasses.fields(Measured)}
+TOKENS = HEADER["str_tokens"]
+
+
+def activations(*, by_position: bool) -> ll.ActivationEffects:
+    values = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
+    return ll.ActivationEffects(
+        values=values[..., None].expand(-1, -1, 4) if by_position else values,
+        names=("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"),
+        direction="base_to_adapted",
+        positions="each" if by_position else "all",
+        **HEADER,
+    )
+
+
+def features(*, by_position: bool) -> ll.FeatureShift:
+    base = torch.tensor([[0.5, 1.0, math.nan], [0.25, 2.0, 1.0]])
+    base = base[..., None].expand(-1, -1, 4).clone() if by_position else base
+    return ll.FeatureShift(
+        base=base, shift=2 * base, first_order=base, noise_floor=torch.tensor([1e-6, 1e-6]),
+        activations=(base, base + 1), name="blocks.0.hook_resid_post",
+        positions="each" if by_position else -1, str_tokens=TOKENS, features="encoder",
+        units="pre-activation", at=0.0, meta=META,
+    )  # fmt: skip
+
+
+def components() -> ll.Components:
+    size = torch.ones(2, 4)
+    return ll.Components(SITES, size, size, size, size / 2, size * math.nan, META)
+
+
+def remainder() -> ll.Remainder:
+    return ll.Remainder(
+        shift=torch.tensor([10.0]), first_order=torch.tensor([9.0]),
+        noise_floor=torch.tensor([1e-3]), path_scales=(0.25, 0.5, 0.75),
+        path_shift=torch.tensor([[2.0, 5.0, 7.0]]), sites=SITES,
+        site_first_order=torch.ones(1, 4), site_shift=None, readout="y", units="logits", meta=META,
+    )  # fmt: skip
+
+
+def summary() -> AdapterSummary:
+    spectrum = Spectrum("m.q_proj", None, "q_proj", ("DoRA",), 2, 0.5, torch.empty(0), math.nan)
+    known = dataclasses.replace(spectrum, singular_values=torch.tensor([2.0, 1.0]), parts=())
+    return AdapterSummary("lyon", None, None, 2, (spectrum, known), ("m.q_proj",))
+
+
+def every_result() -> list[Result]:
+    """One of each class."""
+    e = by_hand()
+    writes = ll.FeatureWrites(
+        torch.ones(2, 4, 3), SITES, -1, TOKENS, "directions", "h · d", 0, META
+    )
+    found = [
+        two_prompts(), activations(by_position=True), features(by_position=True), writes,
+        components(), remainder(), summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
+        e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,
+        e.comparisons[0],
+    ]  # fmt: skip
+    assert all(isinstance(result, Result) for result in found)
+    return found  # type: ignore[return-value]

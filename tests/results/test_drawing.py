@@ -1,0 +1,53 @@
+"""Results reach their pictures through one module, at the first use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from every_result import every_result
+
+import lens_lora as ll
+from lens_lora.results import drawing
+from lens_lora.results.measured import Result
+
+
+class Unknown(Result):
+    """A result that nothing draws."""
+
+    def to_frame(self):
+        """No numbers."""
+        return every_result()[0].to_frame()[:0]
+
+
+@pytest.mark.parametrize("name", ["figure", "positions", "path", "story", "report", "figures"])
+def test_a_type_without_a_drawing_is_named(name: str):
+    with pytest.raises(
+        ll.LensLoraError, match=rf"Unknown has no {name}; register one with .*{name}"
+    ):
+        getattr(drawing, name)(Unknown())
+
+
+def test_every_result_has_text_and_html():
+    """Text of its own or its table; in a notebook escaped."""
+    assert repr(Unknown()).startswith("Unknown:") and "<pre>" in Unknown()._repr_html_()
+    for result in every_result():
+        assert repr(result) and "<script" not in result._repr_html_(), type(result)
+
+
+def test_a_registered_drawing_is_called_with_its_arguments():
+    drawn = drawing.Drawing[str]("sketch")
+    drawn.register(Unknown)(lambda result, k, prompt=None: f"{type(result).__name__} {k} {prompt}")
+    assert drawn(Unknown(), 3, prompt=1) == "Unknown 3 1"
+    with pytest.raises(ll.LensLoraError, match="int has no sketch"):
+        drawn(3)
+
+
+def test_results_load_no_pictures_before_they_draw():
+    code = (
+        "import sys, lens_lora as ll, lens_lora.results.drawing; "
+        "assert 'plotly' not in sys.modules and 'lens_lora.show' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

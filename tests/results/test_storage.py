@@ -1,0 +1,162 @@
+"""Every result comes back from its file as it was; no bytes whatever are read as other numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from every_result import every_result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from results_by_hand import two_prompts
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import lens_lora as ll
+from lens_lora.results import storage
+from lens_lora.results.measured import Measured, Ranked, Result
+
+RESULTS = every_result()
+
+
+def same(a: object, b: object, path: str = "") -> None:
+    """Equal in type, shape and every number, NaN included."""
+    assert type(a) is type(b) or isinstance(a, Mapping), path
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()), path
+        assert a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()), path
+    elif dataclasses.is_dataclass(a):
+        for field in dataclasses.fields(a):
+            same(getattr(a, field.name), getattr(b, field.name), f"{path}.{field.name}")
+    elif isinstance(a, Mapping):
+        assert list(a) == list(b), path
+        for key in a:
+            same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, tuple):
+        assert len(a) == len(b), path
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            same(one, other, f"{path}.{i}")
+    else:
+        assert a == b or (a != a and b != b), path
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
+def test_every_result_comes_back(result: Result, tmp_path: Path):
+    loaded = type(result).load(result.save(tmp_path / "r.safetensors"))
+    same(result, loaded)
+    pd.testing.assert_frame_equal(result.to_frame(), loaded.to_frame())
+    assert repr(loaded) == repr(result)
+
+
+def test_every_final_class_is_among_them():
+    """A class is abstract or final: nothing that can be made has a subclass."""
+    classes = {kind for kind in descendants(Result) if kind.__module__.startswith("lens_lora.")}
+    abstract = {Measured, Ranked}
+    assert classes - abstract == {type(result) for result in RESULTS}
+    for kind in classes - abstract:
+        assert not kind.__subclasses__() and not kind.__abstractmethods__, kind
+    for kind in (Result, *abstract):
+        assert kind.__abstractmethods__, kind
+
+
+def descendants(kind: type) -> set[type]:
+    return {k for below in kind.__subclasses__() for k in ({below} | descendants(below))}
+
+
+def test_another_result_is_named(tmp_path: Path):
+    path = two_prompts().save(tmp_path / "a.safetensors")
+    with pytest.raises(ll.LensLoraError, match="holds Attribution, expected Effects.*Attribution."):
+        ll.Effects.load(path)
+    with pytest.raises(ll.LensLoraError, match="no such file"):
+        ll.Effects.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("format", ["lens_lora attribution 1", "lens_lora result 2"])
+def test_other_formats_are_named(format: str, tmp_path: Path):
+    """An older and a newer file."""
+    path = tmp_path / "a.safetensors"
+    save_file({"values": torch.zeros(1)}, str(path), metadata={"format": format, "labels": "{}"})
+    with pytest.raises(ll.LensLoraError, match=f"its format is '{format}', expected.*again"):
+        ll.Attribution.load(path)
+
+
+SMALL = two_prompts()
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_damaged_files_are_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
+    """A changed byte, or a lost end: an error of ours, or the very same numbers."""
+    path = SMALL.save(tmp_path_factory.mktemp("damaged") / "a.safetensors")
+    whole = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+        whole[at] ^= data.draw(st.integers(1, 255))
+    else:
+        del whole[at:]
+    path.write_bytes(whole)
+    try:
+        loaded = ll.Attribution.load(path)
+    except ll.LensLoraError:
+        return
+    same(SMALL, loaded)
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory):
+    path = tmp_path_factory.mktemp("bytes") / "a"
+    path.write_bytes(content)
+    with pytest.raises(ll.LensLoraError):
+        ll.Attribution.load(path)
+
+
+LABELS = [
+    "{",
+    "[]",
+    "null",
+    '{"of": "Nothing", "fields": {}}',
+    '{"of": "Attribution", "fields": {}}',
+    '{"tensor": "missing"}',
+    '{"map": 3}',
+]
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_labels_of_another_version_are_refused(labels: str, tmp_path: Path):
+    """With a digest that is right: what cannot be understood is an error of ours."""
+    metadata = {"format": storage.FORMAT, "labels": labels}
+    metadata["sha256"] = storage._digest(labels, {})  # pyright: ignore[reportPrivateUsage]
+    path = tmp_path / "a.safetensors"
+    save_file({}, str(path), metadata=metadata)
+    with pytest.raises(ll.LensLoraError):
+        ll.Attribution.load(path)
+
+
+def test_the_digest_sees_a_changed_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Control: without the digest one changed bit of a value is read as another number."""
+    path = two_prompts().save(tmp_path / "a.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ll.LensLoraError, match="damaged"):
+        ll.Attribution.load(path)
+    with safe_open(str(path), framework="pt") as file:
+        digest = file.metadata()["sha256"]
+    monkeypatch.setattr(storage, "_digest", lambda *args: digest)
+    assert not torch.equal(ll.Attribution.load(path).values, two_prompts().values)
+
+
+def test_names_that_look_like_tags_are_names(tmp_path: Path):
+    """A group may be called 'tensor', 'map' or 'of'."""
+    groups = {"tensor": (0,), "of": (1,), "map": (2, 3), "": ()}
+    base = two_prompts()
+    known = {f.name: getattr(base, f.name) for f in dataclasses.fields(Measured)}
+    effects = ll.Effects(values=base.values, groups=groups, how="add_one", **known)
+    loaded = ll.Effects.load(effects.save(tmp_path / "e"))
+    assert loaded.groups == groups and json.dumps(loaded.meta) == json.dumps(base.meta)

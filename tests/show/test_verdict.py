@@ -1,0 +1,86 @@
+"""One verdict on a remainder: every result has the same, and words and tables follow it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from results_by_hand import META, SCALES, SITES, fact
+
+import lens_lora as ll
+from lens_lora.analyses.remainder import verdict_of
+from lens_lora.show.words.account import account_of
+from lens_lora.show.words.margin import margin_story
+
+CLAIMS = {
+    "no_shift": "no effect of the adapter",
+    "coincidence": "is a coincidence",
+    "small": "describes the whole path",
+    "large": "do not add up",
+}
+SIZES = st.floats(-10, 10, width=32)
+MARGINS = st.lists(SIZES, min_size=6, max_size=6)
+
+
+@settings(deadline=None)
+@given(
+    margins=MARGINS,
+    first=st.lists(SIZES, min_size=4, max_size=4),
+    noise=st.sampled_from([1e-6, 0.3]),
+)
+def test_results_and_words_agree(margins: list[float], first: list[float], noise: float):
+    """`remainder` and `fact_margin` on the same numbers, the account, and the story's claim."""
+    margin = fact(-4.0, first, margins, noise=noise)
+    quarters = (0.25, 0.5, 0.75)
+    columns = [SCALES.index(scale) for scale in quarters]
+    rest = ll.Remainder(
+        shift=margin.attribution.shift, first_order=margin.first_order,
+        noise_floor=margin.noise_floor, path_scales=quarters,
+        path_shift=margin.curve.shift[:, columns], sites=SITES,
+        site_first_order=margin.attribution.per_site, site_shift=None,
+        readout="y", units="logits", meta=META,
+    )  # fmt: skip
+    (verdict,) = margin.verdict
+    assert verdict == rest.verdict[0] == account_of(margin).verdict
+    assert rest.to_frame()["verdict"].tolist() == [verdict.kind]
+    story = margin_story(margin)
+    assert {kind for kind, claim in CLAIMS.items() if claim in story} == {verdict.kind} & set(
+        CLAIMS
+    )
+    assert verdict.kind in str(verdict) or "noise" in str(verdict) or verdict.kind == "no_shift"
+
+
+def test_the_strengths_are_the_same_for_every_result():
+    """A remainder at another ε than ¼, ½ and ¾ changes no verdict; one at ½ does."""
+    even = [-4.0 + 8.0 * s for s in SCALES]
+    early, half = list(even), list(even)
+    early[1] += 5.0
+    half[3] += 5.0
+    kinds = [fact(-4.0, [2.0] * 4, m).verdict[0].kind for m in (even, early, half)]
+    assert kinds == ["noise", "noise", "coincidence"]
+
+
+@pytest.mark.parametrize(
+    ("shift", "remainder", "on_the_way", "kind"),
+    [
+        (10.0, 1.0, 0.1, "small"),
+        (10.0, 1.0, 0.2, "uneven"),
+        (10.0, 1.0, 0.21, "coincidence"),
+        (10.0, 1.01, 0.0, "large"),
+        (10.0, 1.01, 0.9, "large"),
+        (10.0, 0.003, 0.2, "noise"),
+        (0.003, 5.0, 0.9, "no_shift"),
+    ],
+)
+def test_where_the_kinds_begin(shift: float, remainder: float, on_the_way: float, kind: str):
+    verdict = verdict_of(shift, remainder, 1e-3, [(0.5, 5 * on_the_way, 5.0)])
+    assert verdict.kind == kind
+
+
+def test_rounding_on_the_way_is_no_remainder():
+    """A large ratio of two numbers within rounding says nothing."""
+    verdict = verdict_of(10.0, 0.5, 1e-3, [(0.25, 0.002, 0.002), (0.5, 0.4, 5.0)])
+    assert (verdict.kind, verdict.worst, verdict.worst_scale) == ("small", 0.08, 0.5)
+    assert verdict_of(10.0, 0.5, 1e-3, []).worst is None
+    assert torch.isnan(torch.tensor(verdict_of(0.0, 0.0, 1e-3, []).share))
