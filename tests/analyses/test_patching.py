@@ -226,5 +226,5 @@ def test_the_result_tells_saves_and_draws(tmp_path):
     with pytest.raises(ll.LensLoraError, match="not a safetensors file"):
         Effects.load(__file__)
     other = ll.first_order(lens, models.tokens(), MARGIN).save(tmp_path / "other.safetensors")
-    with pytest.raises(ll.LensLoraError, match="written by Effects.save"):
+    with pytest.raises(ll.LensLoraError, match="holds Attribution, expected Effects"):
         Effects.load(other)
