@@ -140,7 +140,7 @@ def test_memory_bounds_the_tangents_of_components_and_first_order(cls: str, monk
         for call in calls.values():
             most: list[int] = []
             handle = lens.model.unembed.register_forward_pre_hook(
-                lambda module, args: most.append(len(args[0]))
+                lambda module, args, most=most: most.append(len(args[0]))
             )
             whole, bounded = call(lens, None), len(most)
             few = call(lens, memory)
