@@ -17,6 +17,7 @@ from torch import nn
 from lens_lora.adapters.difference import change_between
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_read import factors_of, read_folder
+from lens_lora.adapters.peft_write import save_adapter
 from lens_lora.errors import AdapterError, ArgumentError, SiteError
 
 if TYPE_CHECKING:
@@ -203,9 +204,7 @@ class Adapter:
             UnsupportedAdapterError: what PEFT's format cannot hold: two updates of one module,
                 DoRA on some modules only, a part of a trained bias or of DoRA's update.
         """
-        from lens_lora.adapters.peft_write import save_adapter
-
-        return save_adapter(self, path)
+        return save_adapter(self.modules, self.name, self.base_model, path)
 
     def _with(self, modules: Mapping[str, LoRAFactors]) -> Adapter:
         return dataclasses.replace(self, modules=modules)
