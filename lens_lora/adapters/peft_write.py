@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.adapters.peft_folder import CONFIG, WEIGHTS
+from lens_lora.adapters.peft_paths import PREFIX
 from lens_lora.adapters.peft_read import factors_of
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["save_adapter"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _EMBEDDINGS = {path.rpartition(".")[2] for f in FAMILIES for path in (f.embed, f.pos_embed) if path}
 _HEADS = ("lm_head", "embed_out")
 
@@ -185,7 +185,7 @@ def _tensors(modules: Mapping[str, LoRAFactors]) -> dict[str, Tensor]:
         for name, suffix in names.items():
             tensor = getattr(factors, name)
             if tensor is not None:
-                found[_PREFIX + module + suffix] = tensor.detach().cpu().clone().contiguous()
+                found[PREFIX + module + suffix] = tensor.detach().cpu().clone().contiguous()
     return found
 
 
@@ -206,8 +206,8 @@ def _require_read_back(
 def _write(config: LoraConfig, tensors: Mapping[str, Tensor], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving_", dir=folder) as part:
-        save_file(dict(tensors), str(Path(part) / _WEIGHTS), metadata={"format": "pt"})
+        save_file(dict(tensors), str(Path(part) / WEIGHTS), metadata={"format": "pt"})
         config.save_pretrained(part)
-        for name in (_WEIGHTS, _CONFIG):
+        for name in (WEIGHTS, CONFIG):
             os.replace(Path(part) / name, folder / name)
     return folder
