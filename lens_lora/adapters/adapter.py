@@ -204,7 +204,8 @@ class Adapter:
             ArgumentError: a table without a column 'module', or neither glob nor table.
         """
         keep: set[str] = set()
-        for item in which:
+        items: tuple[Any, ...] = which
+        for item in items:
             keep |= self._named_in(item) if hasattr(item, "columns") else self._matching([item])
         return self._with({path: f for path, f in self.modules.items() if path in keep})
 

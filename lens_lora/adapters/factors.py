@@ -172,7 +172,7 @@ class LoRAFactors:
         return abs(self.scale * self.strength) * math.sqrt(squared)
 
     def bias_norm(self) -> float:
-        """‖Δb‖, what the update adds whatever the input; NaN where it depends on the base's bias."""
+        """‖Δb‖, added whatever the input; NaN for a trained bias, as that needs the base's."""
         if self.trained_bias is not None:
             return math.nan
         return abs(self.scale * self.strength) * _size(self.lora_bias)

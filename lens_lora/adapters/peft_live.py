@@ -6,7 +6,7 @@ each LoRA layer is read itself: its tensors, and the scale that it applies now.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,9 +15,6 @@ from lens_lora.adapters.peft_paths import PREFIX, by_module
 from lens_lora.adapters.peft_read import base_of, module_factors, renamed
 from lens_lora.adapters.peft_variants import refuse_variants
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
 
 __all__ = ["live_factors"]
 
@@ -69,7 +66,7 @@ def _configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
     return configs, model if unwrap is None else unwrap()
 
 
-def _layers(base: nn.Module, name: str) -> dict[str, LoraLayer]:
+def _layers(base: nn.Module, name: str) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {
@@ -81,7 +78,7 @@ def _layers(base: nn.Module, name: str) -> dict[str, LoraLayer]:
 
 
 def _factors(
-    path: str, layer: LoraLayer, name: str, has_trained_bias: bool, source: str
+    path: str, layer: Any, name: str, has_trained_bias: bool, source: str
 ) -> LoRAFactors:
     state: dict[str, Tensor] = {}
     for key, tensor in layer.state_dict().items():

@@ -154,7 +154,12 @@ def _require_targets(config: Any, untargeted: list[str], source: str) -> None:
     if not untargeted:
         return
     fields = ("target_modules", "layers_to_transform", "exclude_modules")
-    said = ", ".join(f"{f}={getattr(config, f)!r}" for f in fields if getattr(config, f))
+    values = ((field, getattr(config, field)) for field in fields)
+    said = ", ".join(
+        f"{field}={sorted(value, key=str) if isinstance(value, set) else value!r}"
+        for field, value in values
+        if value not in (None, [], set())
+    )
     raise AdapterError(
         f"{source}: the file has factors of {len(untargeted)} modules that the config leaves out "
         f"({', '.join(untargeted[:3])}; {said or 'no target_modules'}), and PEFT would ignore "

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.adapters.peft_folder import local_folder, stated_fields
 from lens_lora.analyses.spectra import lacking, summarise
 from lens_lora.commands.loading import EMBEDDED
 from lens_lora.commands.options import Quiet
@@ -35,19 +36,12 @@ def inspect(
 ) -> None:
     """What an adapter is: its targets, ranks and scales, and the spectrum of each update."""
     loaded = load_adapter(adapter)
-    config = _config(adapter)
+    config = stated_fields(local_folder(adapter))
     summary = summarise(loaded, None if model is None else _lens(loaded, model, quiet))
     console = Console()
     console.print(adapter_table(summary, config))
     console.print()
     console.print(spectra_table(summary, None if every else top))
-
-
-def _config(adapter: str) -> dict[str, Any]:
-    """The fields of the adapter's `adapter_config.json`, as PEFT reads them."""
-    from peft import PeftConfig
-
-    return PeftConfig.from_pretrained(adapter).to_dict()
 
 
 def _lens(adapter: Adapter, model: str, quiet: bool) -> LoraLens:
