@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
+from lens_lora.adapters import peft_patterns
 from lens_lora.adapters.peft_patterns import Patterns
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -115,11 +116,28 @@ EXPONENTIAL = r"(([a-z._0-9])+)+!"
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules", "exclude"])
 def test_patterns_that_never_end(field, folder):
-    """Stopped, and refused by the field's name."""
+    """Of a regex that takes `re`, and so PEFT, years: it matches nothing, and that is found out."""
+    original, start = ll.load_adapter(folder), time.monotonic()
     field = "exclude_modules" if field == "exclude" else field
-    value = {EXPONENTIAL: 8} if field.endswith("pattern") else EXPONENTIAL
-    set_config(folder, **{field: value})
-    refused(folder, field, "to match", "plain module names")
+    set_config(folder, **{field: {EXPONENTIAL: 9} if "pattern" in field else EXPONENTIAL})
+    if field == "target_modules":
+        refused(folder, field, "factors of 4 modules")
+    else:
+        scales = [f.scale for f in ll.load_adapter(folder).modules.values()]
+        assert scales == [f.scale for f in original.modules.values()]
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules"])
+def test_patterns_that_no_engine_ends(field, folder, monkeypatch):
+    """Stopped, and refused by the field's name."""
+    monkeypatch.setattr(peft_patterns, "_SECONDS", 0.3)
+    slow = "(.*a){25}" * 50
+    rename_keys(folder, lambda key: key.replace("q_proj", "a" * 5000))
+    value = {slow: 8} if "pattern" in field else slow
+    targets = ["v_proj", "a" * 5000]
+    set_config(folder, **{"target_modules": targets, field: value})
+    refused(folder, f"{field}=", "takes more than 0.3 s to match", "plain module names")
 
 
 @pytest.mark.parametrize("digits", ["00", "０", "०", "0\u0660"])
@@ -128,7 +146,7 @@ def test_layers_have_one_spelling(digits, is_beside, folder):
     """'layers.00' and other alphabets' digits are no layer, also where layer 0 is there."""
     odd = Q0.replace(".0.", f".{digits}.")
     tensors = load_file(folder / WEIGHTS)
-    twins = {key.replace(Q0, odd): t for key, t in tensors.items() if Q0 in key}
+    twins = {key.replace(Q0, odd): t.clone() for key, t in tensors.items() if Q0 in key}
     rest = {key: t for key, t in tensors.items() if is_beside or Q0 not in key}
     save_file({**rest, **twins}, folder / WEIGHTS)
     (maker, *_) = models.MAKERS.values()
