@@ -66,7 +66,7 @@ def change_between(
 
 
 def _globs(ignore: str | Iterable[str]) -> tuple[str, ...]:
-    globs = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    globs = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else (*ignore,)
     if not all(isinstance(glob, str) for glob in globs):
         raise ArgumentError(f"ignore={ignore!r}; expected a glob or several, like '*norm*'.")
     return globs

@@ -61,7 +61,25 @@ def local_folder(
         raise AdapterError(
             f"{text}: neither a local folder nor a hub repository that can be reached ({error})."
         ) from error
-    return Path(root) / subfolder if subfolder else Path(root)
+    folder = Path(root) / subfolder if subfolder else Path(root)
+    if not (folder / CONFIG).is_file():
+        _refuse_wrong_place(text, revision)
+    return folder
+
+
+def _refuse_wrong_place(repository: str, revision: str | None) -> None:
+    """Refuse a hub repository that has an adapter elsewhere, if it can be asked."""
+    import huggingface_hub
+
+    try:
+        files = huggingface_hub.list_repo_files(repository, revision=revision)
+    except Exception:  # what was found is then all that can be said
+        return
+    places = sorted(
+        file.removesuffix(f"/{CONFIG}") for file in files if file.endswith(f"/{CONFIG}")
+    )
+    if places:
+        raise AdapterError(f"{repository}: no {CONFIG} there, {_elsewhere(places)}")
 
 
 def read_files(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
@@ -164,10 +182,14 @@ def _instead(folder: Path) -> str:
         return "so not a PEFT adapter (found: no folder)."
     inside = sorted(str(p.parent.relative_to(folder)) for p in _configs_below(folder))
     if inside:
-        more = f" (also {', '.join(inside[1:4])})" if inside[1:] else ""
-        return f"but one lies in a subfolder: pass subfolder={inside[0]!r}{more}."
+        return _elsewhere(inside)
     found = sorted(p.name for p in folder.iterdir())[:8]
     return f"so not a PEFT adapter (found: {found})."
+
+
+def _elsewhere(places: list[str]) -> str:
+    more = f" (also {', '.join(places[1:4])})" if places[1:] else ""
+    return f"but one lies in a subfolder: pass subfolder={places[0]!r}{more}."
 
 
 def _configs_below(folder: Path) -> list[Path]:

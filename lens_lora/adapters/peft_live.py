@@ -77,9 +77,7 @@ def _layers(base: nn.Module, name: str) -> dict[str, Any]:
     }
 
 
-def _factors(
-    path: str, layer: Any, name: str, has_trained_bias: bool, source: str
-) -> LoRAFactors:
+def _factors(path: str, layer: Any, name: str, has_trained_bias: bool, source: str) -> LoRAFactors:
     state: dict[str, Tensor] = {}
     for key, tensor in layer.state_dict().items():
         kind, _, rest = key.partition(".")

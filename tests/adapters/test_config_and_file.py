@@ -97,7 +97,14 @@ def test_targets_are_those_of_peft(fields):
     assert 0 < len(expected)
 
 
-KEYS = [r"q_proj", r"0.self_attn.q_proj", r"layers\.1\..*_proj", r"(q|k)_proj", r"proj", r"^model.*"]
+KEYS = [
+    r"q_proj",
+    r"0.self_attn.q_proj",
+    r"layers\.1\..*_proj",
+    r"(q|k)_proj",
+    r"proj",
+    r"^model.*",
+]
 
 
 def test_patterns_are_those_of_peft():

@@ -22,10 +22,10 @@ WRAPPED = {
     "data parallel": lambda key: key.replace(PREFIX, PREFIX + "module."),
     "both": lambda key: key.replace(PREFIX, PREFIX + "_orig_mod." + PREFIX),
     "FSDP": lambda key: key.replace("layers.", "_fsdp_wrapped_module.layers."),
-    "a language model's part": lambda key: key.replace("model.layers", "model.language_model.layers"),
-    "a language model's part, outside": lambda key: key.replace(
-        PREFIX, PREFIX + "language_model."
+    "a language model's part": lambda key: key.replace(
+        "model.layers", "model.language_model.layers"
     ),
+    "a language model's part, outside": lambda key: key.replace(PREFIX, PREFIX + "language_model."),
 }
 
 
@@ -58,7 +58,9 @@ def test_trained_on_the_model_without_its_head(family, tmp_path):
     with pytest.warns(UserWarning, match="headless model"):
         adapter = ll.load_adapter(tmp_path)
     assert_is(adapter, {f"{body}.{path}": delta for path, delta in deltas(headless).items()})
-    assert_is(ll.Adapter.from_peft(headless), {p: f.materialise() for p, f in adapter.modules.items()})
+    assert_is(
+        ll.Adapter.from_peft(headless), {p: f.materialise() for p, f in adapter.modules.items()}
+    )
     maker = list(models.MAKERS.values())[-1]
     with torch.no_grad():
         expected = tuned(models.tokens()).logits
@@ -82,14 +84,19 @@ def test_keys_that_carry_the_adapter_s_name(config, tmp_path):
     for path, factors in original.modules.items():
         found = adapter.modules[path]
         assert torch.equal(found.A, factors.A) and torch.equal(found.B, factors.B)
-        for one, other in ((found.lora_bias, factors.lora_bias), (found.magnitude, factors.magnitude)):
+        for one, other in (
+            (found.lora_bias, factors.lora_bias),
+            (found.magnitude, factors.magnitude),
+        ):
             assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
 
 
 def test_a_name_that_not_all_keys_carry(model, tmp_path):
     """Two adapters in one file, perhaps: refused."""
     folder = saved(model, tmp_path)
-    rename_keys(folder, lambda k: k.replace("lora_A.weight", "lora_A.b.weight") if "q_proj" in k else k)
+    rename_keys(
+        folder, lambda k: k.replace("lora_A.weight", "lora_A.b.weight") if "q_proj" in k else k
+    )
     with pytest.raises(ll.AdapterError, match="2 tensors are no LoRA factors.*lora_A.b.weight"):
         ll.load_adapter(folder)
 
