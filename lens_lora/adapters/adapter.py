@@ -7,7 +7,6 @@ difference of two models (`Adapter.between`).
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +19,8 @@ from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_live import live_factors
 from lens_lora.adapters.peft_read import read_folder
 from lens_lora.adapters.peft_write import save_adapter
-from lens_lora.errors import AdapterError, ArgumentError, SiteError
+from lens_lora.adapters.selection import matching, named_in
+from lens_lora.errors import AdapterError, ArgumentError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -206,7 +206,11 @@ class Adapter:
         keep: set[str] = set()
         items: tuple[Any, ...] = which
         for item in items:
-            keep |= self._named_in(item) if hasattr(item, "columns") else self._matching([item])
+            keep |= (
+                named_in(self.modules, self.name, item)
+                if hasattr(item, "columns")
+                else matching(self.modules, self.name, [item])
+            )
         return self._with({path: f for path, f in self.modules.items() if path in keep})
 
     def without(self, *globs: str) -> Adapter:
@@ -220,7 +224,7 @@ class Adapter:
             AdapterError: nothing is left.
             ArgumentError: a glob that is no string.
         """
-        drop = self._matching(globs)
+        drop = matching(self.modules, self.name, globs)
         return self._with({path: f for path, f in self.modules.items() if path not in drop})
 
     def scaled(self, factor: float) -> Adapter:
@@ -256,50 +260,6 @@ class Adapter:
 
     def _with(self, modules: Mapping[str, LoRAFactors]) -> Adapter:
         return dataclasses.replace(self, modules=modules)
-
-    def _matching(self, globs: Iterable[Any]) -> set[str]:
-        matched: set[str] = set()
-        for glob in globs:
-            if not isinstance(glob, str):
-                raise ArgumentError(
-                    f"{glob!r} names no modules; expected a glob of module paths, like '*.q_proj'."
-                )
-            hits = [
-                key
-                for key in self.modules
-                if fnmatch.fnmatch(key, glob) or fnmatch.fnmatch(key.partition("@")[0], glob)
-            ]
-            if not hits:
-                raise SiteError(
-                    f"{glob!r} matches no module of {self.name}; its modules are like "
-                    f"{', '.join(list(self.modules)[:4])}."
-                )
-            matched.update(hits)
-        return matched
-
-    def _named_in(self, table: DataFrame) -> set[str]:
-        """The keys of a table's modules, with the part of a sum that its sites name."""
-        if "module" not in table.columns:
-            raise ArgumentError(
-                f"a table with the columns {list(table.columns)}; expected a column 'module', as "
-                "attribution.top(k) has it (of effects: effects.attribution().top(k))."
-            )
-        sites = table["site"] if "site" in table.columns else [""] * len(table)
-        keys: set[str] = set()
-        for module, site in zip(table["module"], sites, strict=True):
-            part = str(site).partition("@")[2]
-            hits = [
-                key
-                for key in self.modules
-                if key == f"{module}@{part}" or (not part and key.partition("@")[0] == module)
-            ]
-            if not hits:
-                raise SiteError(
-                    f"the table names {module!r} (site {site!r}), which {self.name} does not "
-                    "adapt; was it computed with another adapter?"
-                )
-            keys.update(hits)
-        return keys
 
     def __len__(self) -> int:
         return len(self.modules)
