@@ -80,7 +80,7 @@ class Family:
         outside |= dict.fromkeys(_UNEMBED, "unembed")
         if module in outside:
             return Place(None, (outside[module],), "whole")
-        pattern = re.escape(self.layer).replace(re.escape("{l}"), r"(\d+)")
+        pattern = re.escape(self.layer).replace(re.escape("{l}"), "(0|[1-9][0-9]*)")
         match = re.fullmatch(rf"{pattern}\.(.+)", module)
         if match is None or match[2] not in self.linears:
             return None

@@ -7,17 +7,20 @@ difference of two models (`Adapter.between`).
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lens_lora.adapters.difference import change_between
 from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.adapters.peft_read import factors_of, read_folder
-from lens_lora.errors import AdapterError, ArgumentError, SiteError
+from lens_lora.adapters.peft_live import live_factors
+from lens_lora.adapters.peft_read import read_folder
+from lens_lora.adapters.peft_write import save_adapter
+from lens_lora.adapters.selection import matching, named_in
+from lens_lora.errors import AdapterError, ArgumentError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -42,6 +45,9 @@ class Adapter:
         ['layers.0.q_proj@a', 'layers.0.q_proj@b']
 
     Attributes:
+        modules: factors by module path.
+        name: tells the parts of a sum apart; the folder's name, where it was read from one.
+        base_model: the base that its files name.
         truncation_error: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F per module, where `between` cut to a rank.
     """
 
@@ -51,42 +57,46 @@ class Adapter:
     truncation_error: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ArgumentError(f"an adapter's name is {self.name!r}; expected a string.")
         if not self.modules:
             raise AdapterError(f"{self.name}: the adapter adapts no module.")
+        for path, factors in self.modules.items():
+            if not isinstance(path, str) or not isinstance(factors, LoRAFactors):
+                raise ArgumentError(
+                    f"{self.name}: {path!r} → {type(factors).__name__}; expected module paths → "
+                    "ll.LoRAFactors(A, B, scale)."
+                )
         object.__setattr__(self, "modules", dict(sorted(self.modules.items(), key=_natural)))
 
     @classmethod
     def from_factors(cls, modules: Mapping[str, LoRAFactors], *, name: str = "adapter") -> Adapter:
-        """An adapter from factors at hand, keyed by Hugging Face module path."""
+        """An adapter from factors at hand.
+
+        Args:
+            modules: factors by Hugging Face module path.
+            name: the adapter's.
+
+        Raises:
+            AdapterError: no modules.
+            ArgumentError: something else than factors by path.
+        """
         return cls(dict(modules), name=name)
 
     @classmethod
     def from_peft(cls, peft_model: PeftModel, adapter_name: str = "default") -> Adapter:
-        """The named adapter of a live PeftModel (copied; the PeftModel stays as it is).
+        """The named adapter of a live PeftModel, as its layers apply it now; copied.
+
+        Args:
+            peft_model: a PeftModel, or a transformers model with adapters of its own.
+            adapter_name: which of its adapters.
 
         Raises:
+            ArgumentError: a model without an adapter.
             AdapterError: no such adapter, or its tensors are inconsistent.
-            UnsupportedAdapterError: not plain LoRA.
+            UnsupportedAdapterError: not plain LoRA, or a PeftMixedModel.
         """
-        from peft import get_peft_model_state_dict
-
-        if adapter_name not in peft_model.peft_config:
-            raise AdapterError(
-                f"the PeftModel has no adapter {adapter_name!r}; it has "
-                f"{sorted(peft_model.peft_config)}."
-            )
-        config = cast(dict[str, Any], peft_model.peft_config)[adapter_name]
-        state = get_peft_model_state_dict(
-            peft_model, adapter_name=adapter_name, save_embedding_layers=False
-        )
-        state = {key: value.detach().clone().cpu() for key, value in state.items()}
-        saved, base = factors_of(config, state, f"PeftModel[{adapter_name!r}]")
-        live = {
-            path: cast(dict[str, float], module.scaling)[adapter_name]
-            for path, module in peft_model.get_base_model().named_modules()
-            if path in saved  # set_scale() changes a live layer's s, not the config
-        }
-        modules = {p: dataclasses.replace(f, scale=live[p]) for p, f in saved.items()}
+        modules, base = live_factors(peft_model, adapter_name)
         return cls(modules, name=adapter_name, base_model=base)
 
     @classmethod
@@ -96,7 +106,7 @@ class Adapter:
         tuned: nn.Module,
         *,
         rank: int | None = None,
-        ignore: tuple[str, ...] = (),
+        ignore: str | Iterable[str] = (),
         name: str = "fine-tune",
         progress: bool = True,
     ) -> Adapter:
@@ -105,14 +115,22 @@ class Adapter:
         For full fine-tunes, and for PiSSA, LoftQ and the like against the true base.
 
         Args:
-            base, tuned: Hugging Face models of one architecture.
+            base: the Hugging Face model before.
+            tuned: the model after, of the same architecture and configuration.
             rank: None for the exact difference; else the best approximation of this rank, its
                 relative error in `truncation_error`.
-            ignore: globs of parameters (norms, say) whose change is left out on purpose.
+            ignore: a glob or several, of modules and parameters ('*norm*', say) whose change is
+                left out on purpose.
+            name: the adapter's.
+            progress: whether to draw a progress bar.
+
+        Cost: one forward pass of each model on 8 tokens; with `rank`, an SVD a module.
 
         Raises:
-            AdapterError: different architectures, no difference, or changed parameters that
-                belong to no linear module or embedding.
+            AdapterError: different architectures, models that are different functions whatever
+                their weights (`rope_theta`, the norm's ε, the activation function, …), no
+                difference, or changed parameters that belong to no linear module or embedding.
+            ArgumentError: no models, or an `ignore` that is no glob.
         """
         factors, errors = change_between(base, tuned, rank, ignore, progress)
         if not factors:
@@ -120,16 +138,32 @@ class Adapter:
         return cls(factors, name=name, truncation_error=errors)
 
     def named(self, name: str) -> Adapter:
-        """The adapter under another name, to tell the parts of a sum apart."""
+        """The adapter under another name, to tell the parts of a sum apart.
+
+        Args:
+            name: the new name.
+
+        Raises:
+            ArgumentError: no string.
+        """
         return dataclasses.replace(self, name=name)
 
     def __add__(self, other: Adapter) -> Adapter:
         """Both adapters at once; weight them with `scaled`. Their sites stay separate.
 
+        Args:
+            other: an adapter of the same base model and another name.
+
         Raises:
+            ArgumentError: `other` is no adapter.
             AdapterError: the same name twice, different bases, or DoRA on a module of both (whose
                 ΔW is not additive).
         """
+        if not isinstance(other, Adapter):
+            raise ArgumentError(
+                f"an adapter + {type(other).__name__}; both must be ll.Adapter (of a folder: "
+                "ll.load_adapter(path))."
+            )
         mine, theirs = self._tagged(), other._tagged()
         twice = set(mine) & set(theirs)
         if twice or self.name == other.name:
@@ -167,26 +201,42 @@ class Adapter:
 
         Raises:
             SiteError: a glob matches nothing, or a table names a module that is not here.
-            ArgumentError: a table without a column 'module'.
+            ArgumentError: a table without a column 'module', or neither glob nor table.
         """
         keep: set[str] = set()
-        for item in which:
-            keep |= self._matching([item]) if isinstance(item, str) else self._named_in(item)
+        items: tuple[Any, ...] = which
+        for item in items:
+            keep |= (
+                named_in(self.modules, self.name, item)
+                if hasattr(item, "columns")
+                else matching(self.modules, self.name, [item])
+            )
         return self._with({path: f for path, f in self.modules.items() if path in keep})
 
     def without(self, *globs: str) -> Adapter:
         """The modules whose path matches none of the globs.
 
+        Args:
+            globs: of module paths, or in a sum of adapters of 'path@name'.
+
         Raises:
             SiteError: a glob matches nothing.
             AdapterError: nothing is left.
+            ArgumentError: a glob that is no string.
         """
-        drop = self._matching(globs)
+        drop = matching(self.modules, self.name, globs)
         return self._with({path: f for path, f in self.modules.items() if path not in drop})
 
     def scaled(self, factor: float) -> Adapter:
-        """Every ΔW multiplied by `factor`."""
-        return self._with({p: f.scaled(factor) for p, f in self.modules.items()})
+        """Every ΔW and Δb multiplied by a number.
+
+        Args:
+            factor: a finite number; 0 and negative ones too.
+
+        Raises:
+            ArgumentError: no finite number.
+        """
+        return self._with({p: f.scaled(_number(factor)) for p, f in self.modules.items()})
 
     def save(self, path: str | Path) -> Path:
         """Write the adapter to a folder in PEFT's format; `PeftModel.from_pretrained` loads it.
@@ -194,6 +244,9 @@ class Adapter:
         Files of the same names are replaced. Ranks and scales are each module's own; rsLoRA's s
         is written as the α/r that equals it, and dense differences as LoRA of full rank. The parts
         of a sum become one adapter where they share no module.
+
+        Args:
+            path: the folder; created where it is missing.
 
         Returns:
             The folder.
@@ -203,52 +256,10 @@ class Adapter:
             UnsupportedAdapterError: what PEFT's format cannot hold: two updates of one module,
                 DoRA on some modules only, a part of a trained bias or of DoRA's update.
         """
-        from lens_lora.adapters.peft_write import save_adapter
-
-        return save_adapter(self, path)
+        return save_adapter(self.modules, self.name, self.base_model, path)
 
     def _with(self, modules: Mapping[str, LoRAFactors]) -> Adapter:
         return dataclasses.replace(self, modules=modules)
-
-    def _matching(self, globs: Iterable[str]) -> set[str]:
-        matched: set[str] = set()
-        for glob in globs:
-            hits = [
-                key
-                for key in self.modules
-                if fnmatch.fnmatch(key, glob) or fnmatch.fnmatch(key.partition("@")[0], glob)
-            ]
-            if not hits:
-                raise SiteError(
-                    f"{glob!r} matches no module of {self.name}; its modules are like "
-                    f"{', '.join(list(self.modules)[:4])}."
-                )
-            matched.update(hits)
-        return matched
-
-    def _named_in(self, table: DataFrame) -> set[str]:
-        """The keys of a table's modules, with the part of a sum that its sites name."""
-        if "module" not in table.columns:
-            raise ArgumentError(
-                f"a table with the columns {list(table.columns)}; expected a column 'module', as "
-                "attribution.top(k) has it (of effects: effects.attribution().top(k))."
-            )
-        sites = table["site"] if "site" in table.columns else [""] * len(table)
-        keys: set[str] = set()
-        for module, site in zip(table["module"], sites, strict=True):
-            part = str(site).partition("@")[2]
-            hits = [
-                key
-                for key in self.modules
-                if key == f"{module}@{part}" or (not part and key.partition("@")[0] == module)
-            ]
-            if not hits:
-                raise SiteError(
-                    f"the table names {module!r} (site {site!r}), which {self.name} does not "
-                    "adapt; was it computed with another adapter?"
-                )
-            keys.update(hits)
-        return keys
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -266,15 +277,30 @@ def load_adapter(
 
     Args:
         path: folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id.
-        revision, subfolder: of the hub repository.
+        revision: branch, tag or commit of the hub repository.
+        subfolder: where the adapter lies in the folder or repository.
+
+    Warns:
+        UserWarning: module paths of a wrapped or headless model are read as the language model's;
+            or PEFT seems to have left modules out of the file.
 
     Raises:
-        AdapterError: files missing, pickled, truncated, of another format; tensors left over or
-            missing; ranks that disagree; NaN.
+        AdapterError: files missing, pickled, truncated, of another format; tensors left over,
+            missing, or not in the config; ranks that disagree; NaN.
         UnsupportedAdapterError: a variant that s·B·A would misread; names the remedy.
     """
     modules, base, name = read_folder(path, revision, subfolder)
     return Adapter(modules, name=name, base_model=base)
+
+
+def _number(factor: Any) -> float:
+    try:
+        number = float("nan") if isinstance(factor, str | bool) else float(factor)
+    except (TypeError, ValueError, RuntimeError):
+        number = float("nan")
+    if not math.isfinite(number):
+        raise ArgumentError(f"scaled({factor!r}); expected a finite number.")
+    return number
 
 
 def _refuse_dora_twice(modules: Mapping[str, LoRAFactors]) -> None:

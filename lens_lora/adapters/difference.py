@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.adapters.factors import LoRAFactors, dense_factors
-from lens_lora.errors import AdapterError
+from lens_lora.adapters.same_function import require_same_function
+from lens_lora.errors import AdapterError, ArgumentError
 
 __all__ = ["change_between"]
 
@@ -26,12 +27,26 @@ def change_between(
     base: nn.Module,
     tuned: nn.Module,
     rank: int | None,
-    ignore: tuple[str, ...],
+    ignore: str | Iterable[str],
     progress: bool,
 ) -> tuple[dict[str, LoRAFactors], dict[str, float]]:
-    """(factors, truncation error) by module path; see `Adapter.between`."""
-    if rank is not None and rank < 1:
-        raise AdapterError(f"rank={rank}; expected at least 1, or None for the exact difference.")
+    """(factors, truncation error) by module path; see `Adapter.between`.
+
+    Args:
+        base: the Hugging Face model before.
+        tuned: the Hugging Face model after.
+        rank: None for the exact difference, else that of the best approximation.
+        ignore: one glob or several, of what is left out on purpose.
+        progress: whether to draw a progress bar.
+
+    Raises:
+        AdapterError: see `Adapter.between`.
+        ArgumentError: see `Adapter.between`.
+    """
+    ignore = _globs(ignore)
+    _require_models(base, tuned)
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise AdapterError(f"rank={rank!r}; expected at least 1, or None for the exact difference.")
     before, after = dict(base.named_modules()), dict(tuned.named_modules())
     covered: set[str] = set()
     factors: dict[str, LoRAFactors] = {}
@@ -46,7 +61,24 @@ def change_between(
                 continue
             factors[path], errors[path] = change if rank is None else _truncate(change[0], rank)
     _refuse_other_changes(base, tuned, covered, ignore)
+    require_same_function(base, tuned, ignore)
     return factors, errors
+
+
+def _globs(ignore: str | Iterable[str]) -> tuple[str, ...]:
+    globs = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else (*ignore,)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise ArgumentError(f"ignore={ignore!r}; expected a glob or several, like '*norm*'.")
+    return globs
+
+
+def _require_models(*models: object) -> None:
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(
+                f"between takes two Hugging Face models, and one is a {type(model).__name__}; load "
+                "it with AutoModelForCausalLM.from_pretrained(name)."
+            )
 
 
 def _is_covered(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from lens_lora.errors import AdapterError
 
 __all__ = ["LoRAFactors", "dense_factors"]
 
+_BESIDE = ("lora_bias", "trained_bias", "magnitude", "base_weight")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,7 +39,8 @@ class LoRAFactors:
         strength: multiplies the whole update.
 
     Raises:
-        AdapterError: A and B disagree on the rank, are not matrices, or are not finite.
+        AdapterError: A and B disagree on the rank, are not matrices, are not finite, or are so
+            large that their products overflow.
     """
 
     A: Float[Tensor, "rank in"]
@@ -50,6 +53,16 @@ class LoRAFactors:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("A", "B", *_BESIDE):
+            self._require_numbers(name, getattr(self, name), may_lack=name in _BESIDE)
+        if not all(isinstance(s, numbers.Real) for s in (self.scale, self.strength)):
+            raise AdapterError(f"scale is {self.scale!r}, strength {self.strength!r}; not numbers.")
+        if not (math.isfinite(self.scale) and math.isfinite(self.strength)):
+            raise AdapterError(f"scale is {self.scale}, strength {self.strength}.")
+        self._require_shapes()
+        self._require_no_overflow()
+
+    def _require_shapes(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
             raise AdapterError(
                 f"A is {tuple(self.A.shape)} and B is {tuple(self.B.shape)}; "
@@ -63,15 +76,27 @@ class LoRAFactors:
                 raise AdapterError(
                     f"{name} is {tuple(vector.shape)} and B writes {self.B.shape[0]} features."
                 )
-        for name in ("A", "B", "lora_bias", "trained_bias", "magnitude", "base_weight"):
-            self._require_numbers(name, getattr(self, name))
-        if not (math.isfinite(self.scale) and math.isfinite(self.strength)):
-            raise AdapterError(f"scale is {self.scale}, strength {self.strength}.")
+
+    def _require_no_overflow(self) -> None:
+        """Products of larger factors than √max are infinite, or NaN, wherever they are applied."""
+        sizes = {name: _size(getattr(self, name)) for name in ("A", "B", *_BESIDE)}
+        sizes["ΔW"] = abs(self.scale * self.strength) * sizes["A"] * sizes["B"]
+        dtype = torch.promote_types(torch.promote_types(self.A.dtype, self.B.dtype), torch.float32)
+        limit = math.sqrt(torch.finfo(dtype).max)
+        for name, size in sizes.items():
+            if not size <= limit:
+                raise AdapterError(
+                    f"{name} is too large to compute with: of norm {size:.2g}, and products beyond "
+                    f"{limit:.2g} overflow in {dtype}. The training diverged, or the file is "
+                    "damaged."
+                )
 
     @staticmethod
-    def _require_numbers(name: str, tensor: Tensor | None) -> None:
-        if tensor is None:
+    def _require_numbers(name: str, tensor: Tensor | None, *, may_lack: bool) -> None:
+        if tensor is None and may_lack:
             return
+        if not isinstance(tensor, Tensor):
+            raise AdapterError(f"{name} is a {type(tensor).__name__}; expected a tensor.")
         if tensor.dtype not in _DTYPES:
             raise AdapterError(
                 f"factors must be floating point of 16 bits or more, and {name} is "
@@ -82,6 +107,7 @@ class LoRAFactors:
 
     @property
     def rank(self) -> int:
+        """r: of A's rows and B's columns."""
         return self.A.shape[0]
 
     @property
@@ -90,13 +116,21 @@ class LoRAFactors:
         return self.magnitude is not None
 
     def scaled(self, factor: float) -> LoRAFactors:
-        """The whole update times `factor`."""
+        """The whole update times a number.
+
+        Args:
+            factor: what ΔW and Δb are multiplied by.
+        """
         if self.trained_bias is None and self.magnitude is None:
             return dataclasses.replace(self, scale=self.scale * factor)
         return dataclasses.replace(self, strength=self.strength * factor)
 
     def rows(self, rows: Tensor) -> LoRAFactors:
-        """The update of some output features only (one part of a fused projection)."""
+        """The update of some output features only (one part of a fused projection).
+
+        Args:
+            rows: their indices, [row].
+        """
         cut = {
             name: getattr(self, name)[rows]
             for name in ("B", "lora_bias", "trained_bias", "magnitude")
@@ -105,12 +139,16 @@ class LoRAFactors:
         return dataclasses.replace(self, **cut, base_weight=None)
 
     def materialise(self, weight: Float[Tensor, "out in"] | None = None) -> Float[Tensor, "out in"]:
-        """ΔW, dense; DoRA needs the base's `weight`.
+        """ΔW, dense; biases are no part of it.
+
+        Args:
+            weight: the base's W, which DoRA's ΔW depends on.
 
         Raises:
             AdapterError: DoRA without the weight.
         """
-        plain = self.scale * (self.B @ self.A)
+        dtype = torch.promote_types(self.A.dtype, self.B.dtype)
+        plain = self.scale * (self.B.to(dtype) @ self.A.to(dtype))
         if self.magnitude is None:
             return self.strength * plain
         if weight is None:
@@ -122,6 +160,8 @@ class LoRAFactors:
     def norm(self) -> float:
         """Frobenius norm of ΔW, without building it: ‖BA‖² = tr((BᵀB)(AAᵀ)).
 
+        What biases add, ‖Δb‖, is `bias_norm`.
+
         Raises:
             AdapterError: DoRA, whose ΔW depends on the base model.
         """
@@ -131,9 +171,25 @@ class LoRAFactors:
         squared = max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
         return abs(self.scale * self.strength) * math.sqrt(squared)
 
+    def bias_norm(self) -> float:
+        """‖Δb‖, added whatever the input; NaN for a trained bias, as that needs the base's."""
+        if self.trained_bias is not None:
+            return math.nan
+        return abs(self.scale * self.strength) * _size(self.lora_bias)
+
+
+def _size(tensor: Tensor | None) -> float:
+    if tensor is None:
+        return 0.0
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+
 
 def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
-    """Any ΔW as factors, without loss: an identity stands on its smaller side."""
+    """Any ΔW as factors, without loss: an identity stands on its smaller side.
+
+    Args:
+        delta: ΔW.
+    """
     out, inputs = delta.shape
     if out <= inputs:
         return LoRAFactors(delta, torch.eye(out, dtype=delta.dtype, device=delta.device))

@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.adapters.peft_files import CONFIG, WEIGHTS
+from lens_lora.adapters.peft_paths import PREFIX
 from lens_lora.adapters.peft_read import factors_of
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES
@@ -32,48 +34,58 @@ from lens_lora.families import FAMILIES
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from lens_lora.adapters.adapter import Adapter
-
 __all__ = ["save_adapter"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _EMBEDDINGS = {path.rpartition(".")[2] for f in FAMILIES for path in (f.embed, f.pos_embed) if path}
 _HEADS = ("lm_head", "embed_out")
 
 
-def save_adapter(adapter: Adapter, path: str | Path) -> Path:
-    """Write the adapter to the folder `path`: see `Adapter.save`."""
-    modules = _without_tags(adapter)
-    for module, factors in modules.items():
-        _refuse(module, factors)
-    _refuse_mixtures(adapter.name, modules)
-    modules = {module: _plain(factors, modules) for module, factors in modules.items()}
-    config, tensors = _config(modules, adapter.base_model), _tensors(modules)
-    _require_read_back(config, tensors, modules)
+def save_adapter(
+    modules: Mapping[str, LoRAFactors], name: str, base_model: str | None, path: str | Path
+) -> Path:
+    """Write an adapter's modules to a folder in PEFT's format: see `Adapter.save`.
+
+    Args:
+        modules: factors by module path, in a sum of adapters by 'path@part'.
+        name: the adapter's, for error messages.
+        base_model: the base that the config is to name.
+        path: the folder; created where it is missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: see `Adapter.save`.
+        UnsupportedAdapterError: see `Adapter.save`.
+    """
+    bare = _without_tags(modules, name)
+    for module, factors in bare.items():
+        _refuse(module, factors, len(bare))
+    _refuse_mixtures(name, bare)
+    bare = {module: _plain(factors, bare) for module, factors in bare.items()}
+    config, tensors = _config(bare, base_model), _tensors(bare)
+    _require_read_back(config, tensors, bare)
     return _write(config, tensors, Path(path))
 
 
-def _without_tags(adapter: Adapter) -> dict[str, LoRAFactors]:
+def _without_tags(modules: Mapping[str, LoRAFactors], name: str) -> dict[str, LoRAFactors]:
     """Factors by bare module path; a sum whose parts share no module is one adapter."""
-    modules: dict[str, LoRAFactors] = {}
-    for key, factors in adapter.modules.items():
+    bare: dict[str, LoRAFactors] = {}
+    for key, factors in modules.items():
         module = key.partition("@")[0]
-        if module in modules:
+        if module in bare:
             raise UnsupportedAdapterError(
-                f"{module} has two updates in {adapter.name}, and PEFT's format holds one. Save "
-                "each part by itself, adapter.only('*@name').save(…), and load both in PEFT."
+                f"{module} has two updates in {name}, and PEFT's format holds one. Save each part "
+                "by itself, adapter.only('*@name').save(…), and load both in PEFT."
             )
-        modules[module] = factors
-    return modules
+        bare[module] = factors
+    return bare
 
 
-def _refuse(module: str, factors: LoRAFactors) -> None:
+def _refuse(module: str, factors: LoRAFactors, module_count: int) -> None:
     if factors.scale * factors.strength == 0:
-        raise AdapterError(
-            f"{module}: its scale is zero, so it has no update to save; leave it out with "
-            f"adapter.without({module!r})."
-        )
+        remedy = f"; leave it out with adapter.without({module!r})" if module_count > 1 else ""
+        raise AdapterError(f"{module}: its scale is zero, so it has no update to save{remedy}.")
     needs_base = factors.trained_bias is not None or factors.magnitude is not None
     if needs_base and factors.strength != 1:
         what = "DoRA's update" if factors.magnitude is not None else "a trained bias"
@@ -173,7 +185,7 @@ def _tensors(modules: Mapping[str, LoRAFactors]) -> dict[str, Tensor]:
         for name, suffix in names.items():
             tensor = getattr(factors, name)
             if tensor is not None:
-                found[_PREFIX + module + suffix] = tensor.detach().cpu().clone().contiguous()
+                found[PREFIX + module + suffix] = tensor.detach().cpu().clone().contiguous()
     return found
 
 
@@ -194,8 +206,8 @@ def _require_read_back(
 def _write(config: LoraConfig, tensors: Mapping[str, Tensor], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving_", dir=folder) as part:
-        save_file(dict(tensors), str(Path(part) / _WEIGHTS), metadata={"format": "pt"})
+        save_file(dict(tensors), str(Path(part) / WEIGHTS), metadata={"format": "pt"})
         config.save_pretrained(part)
-        for name in (_WEIGHTS, _CONFIG):
+        for name in (WEIGHTS, CONFIG):
             os.replace(Path(part) / name, folder / name)
     return folder

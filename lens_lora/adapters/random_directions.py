@@ -34,6 +34,8 @@ def null_adapter(adapter: Adapter, seed: int, *, parts: Parts | None = None) -> 
     The same seed gives the same adapter. No forward pass; QR of factors and of as many Gaussians.
 
     Args:
+        adapter: whose modules, ranks and singular values are kept.
+        seed: of the random directions.
         parts: output rows of each part of a fused module, by the adapter's own key, where the
             spectrum of each part is to be kept (`null_test` passes the model's q, k and v).
 

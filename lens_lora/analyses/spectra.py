@@ -50,13 +50,17 @@ class Spectrum:
     """One ΔW: of a module, or with a lens of a site.
 
     Attributes:
-        module, site: Hugging Face path; site name, None without a lens or where the model lacks it.
+        module: Hugging Face path.
+        site: name of the site; None without a lens, or where the model lacks it.
         target: the module within its layer, 'self_attn.q_proj'.
         parts: what stands beside s·B·A: 'DoRA', 'lora_bias', 'trained bias'.
-        rank, scale: r and s, with the adapter's strength in s.
+        rank: r.
+        scale: s, with the adapter's strength in it.
         singular_values: of ΔW, descending, those that its rank allows to be nonzero; empty for
             DoRA without the base model.
         weight_norm: ‖W‖_F of the base; NaN without a lens.
+        bias_norm: ‖Δb‖, which is no part of ΔW; NaN for a trained bias, whose change depends on
+            the base's.
     """
 
     module: str
@@ -67,6 +71,7 @@ class Spectrum:
     scale: float
     singular_values: Float[Tensor, "direction"]
     weight_norm: float
+    bias_norm: float
 
     @property
     def norm(self) -> float:
@@ -95,7 +100,8 @@ class AdapterSummary(Result):
     """What an adapter is: one row per module, or with a lens per site.
 
     Attributes:
-        name, base_model: the adapter's, and the base it names.
+        name: the adapter's.
+        base_model: the base that it names.
         model: name and class of the lens' model; None without a lens.
         module_count: modules that the adapter adapts.
         rows: in the adapter's order, or with a lens in that of a forward pass.
@@ -137,6 +143,11 @@ class AdapterSummary(Result):
         """√Σ‖ΔW‖_F² over everything; NaN where a spectrum is unknown."""
         return math.sqrt(sum(row.norm**2 for row in self.rows))
 
+    @property
+    def bias_norm(self) -> float:
+        """√Σ‖Δb‖² over everything, beside `norm`; NaN where a bias was trained."""
+        return math.sqrt(sum(row.bias_norm**2 for row in self.rows))
+
     def top(self, k: int | None = None) -> tuple[Spectrum, ...]:
         """The k rows of largest ‖ΔW‖_F, unknown ones last.
 
@@ -149,7 +160,7 @@ class AdapterSummary(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per module or site."""
         fields = ("module", "site", "target", "rank", "scale")
-        numbers = ("norm", "relative_norm", "spectral_norm", "stable_rank")
+        numbers = ("norm", "relative_norm", "spectral_norm", "stable_rank", "bias_norm")
         rows = [
             {name: getattr(row, name) for name in fields + numbers}
             | {"parts": ", ".join(row.parts), "singular_values": row.singular_values.tolist()}
@@ -166,6 +177,7 @@ def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
     """Spectrum and size of every update. No forward pass.
 
     Args:
+        adapter: whose updates are measured.
         lens: of this adapter, or of the part of it that the model has, over an unprocessed model;
             adds sites, ‖ΔW‖ / ‖W‖, and DoRA's numbers.
 
@@ -193,6 +205,10 @@ def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
 def lacking(adapter: Adapter, model: Any) -> tuple[str, ...]:
     """The adapter's modules that a hooked model lacks, by name alone.
 
+    Args:
+        adapter: whose modules are looked up.
+        model: a HookedTransformer or a TransformerBridge.
+
     Raises:
         ModelStateError: no hooked model, or one of a family that is not supported.
     """
@@ -205,6 +221,9 @@ def singular_values(factors: LoRAFactors) -> Float[Tensor, "direction"]:
     """Those of s·B·A that can be nonzero, min(rank, in, out) of them, descending, in float64.
 
     Biases, and DoRA's magnitude, are no part of it.
+
+    Args:
+        factors: of one module.
     """
     reads, writes = (
         torch.linalg.qr(matrix.double(), mode="r").R for matrix in (factors.A.T, factors.B)
@@ -214,7 +233,11 @@ def singular_values(factors: LoRAFactors) -> Float[Tensor, "direction"]:
 
 
 def stable_rank(sigma: Float[Tensor, "direction"]) -> float:
-    """‖ΔW‖_F² / ‖ΔW‖₂² = Σσ² / σ₁²: between 1 and the rank, and 0 for ΔW = 0."""
+    """‖ΔW‖_F² / ‖ΔW‖₂² = Σσ² / σ₁²: between 1 and the rank, and 0 for ΔW = 0.
+
+    Args:
+        sigma: singular values, descending.
+    """
     first = float(sigma[0])
     return float((sigma / first).square().sum()) if first else 0.0
 
@@ -266,6 +289,7 @@ def _row(
         scale=factors.scale * factors.strength,
         singular_values=_spectrum(factors, weight),
         weight_norm=math.nan if weight is None else float(weight.norm()),
+        bias_norm=factors.bias_norm(),
     )
 
 

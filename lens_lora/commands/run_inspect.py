@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from rich.console import Console
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.adapters.peft_files import stated_fields
 from lens_lora.analyses.spectra import lacking, summarise
 from lens_lora.commands.loading import EMBEDDED
 from lens_lora.demonstration.embedded import load_embedded
@@ -28,17 +28,12 @@ def run(folder: Path, model: str | None, top: int | None, *, quiet: bool) -> Non
         top: how many of the largest updates to list; None for all.
     """
     loaded = load_adapter(folder)
-    config = _config(folder)
+    config = stated_fields(folder)
     summary = summarise(loaded, None if model is None else _lens(loaded, model, quiet))
     console = Console()
     console.print(adapter_table(summary, config))
     console.print()
     console.print(spectra_table(summary, top))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """The fields of the adapter's `adapter_config.json`, as PEFT reads them."""
-    return PeftConfig.from_pretrained(str(folder)).to_dict()
 
 
 def _lens(adapter: Adapter, model: str, quiet: bool) -> LoraLens:

@@ -130,10 +130,15 @@ def base_update(site: SiteFactors, weight: Tensor | None) -> LoRAFactors:
 
 
 def _check_base_weight(site: SiteFactors, held: Tensor, weight: Tensor) -> None:
+    """Entry by entry, to one rounding of the coarser dtype."""
     held = held if held.shape == weight.shape else held.T
-    rounding = 2 * max(torch.finfo(held.dtype).eps, torch.finfo(weight.dtype).eps)
+    coarser = max(held.dtype, weight.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    limits = torch.finfo(coarser)
     if held.shape != weight.shape or not torch.allclose(
-        held.to(weight), weight, rtol=0, atol=rounding * float(weight.abs().max())
+        held.to(weight.device, coarser).double(),
+        weight.to(coarser).double(),
+        rtol=limits.eps,
+        atol=limits.smallest_normal * limits.eps,
     ):
         raise AdapterError(
             f"{site.name} ({site.module}): the adapter's file holds a base weight that is not the "

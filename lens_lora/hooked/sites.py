@@ -232,11 +232,18 @@ def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int
         for name in family.linears
     ]
     near = difflib.get_close_matches(module, known, n=3, cutoff=0.3) or known[:3]
+    places = (family.place(key.partition("@")[0]) for key in adapter.modules)
+    if any(place is not None and (place.layer or 0) < n_layers for place in places):
+        remedy = "use adapter.without(…) to leave a module out on purpose."
+    else:
+        remedy = (
+            f"none of its {len(adapter)} modules exists here, so it is of another architecture (a "
+            "UNet, an encoder, another family of language models)."
+        )
     return SiteError(
         f"{module}: the model ({family.architectures[0]} naming, {n_layers} layers) has no such "
         f"linear module that can be adapted here; the nearest are {', '.join(near)}. The adapter "
-        f"names the base {adapter.base_model!r}; use adapter.without(…) to leave a module out on "
-        "purpose."
+        f"names the base {adapter.base_model!r}; {remedy}"
     )
 
 

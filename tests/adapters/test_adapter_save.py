@@ -236,7 +236,10 @@ def factors(**fields) -> ll.LoRAFactors:
 
 VECTOR = torch.ones(4, dtype=torch.float64)
 REFUSALS = {
-    "zero": ({"l.q": factors(scale=0.0)}, "l.q: its scale is zero.*adapter.without"),
+    "zero": (
+        {"l.q": factors(scale=0.0), "l.v": factors()},
+        "l.q: its scale is zero.*adapter.without",
+    ),
     "part of a bias": (
         {"l.q": factors(trained_bias=VECTOR, strength=0.5)},
         "l.q: a trained bias times 0.5",

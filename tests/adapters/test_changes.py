@@ -192,3 +192,103 @@ def test_a_scaled_adapter_is_a_gate(config: dict, cls: str):
     half = ll.LoraLens(model, adapter.scaled(0.5), hf_model=base)
     assert (half.logits(tokens) - whole.logits(tokens, 0.5)).abs().max() < EXACT
     assert (half.logits(tokens) - whole.logits(tokens)).abs().max() > 0.1
+
+
+OTHER_FUNCTIONS = {
+    "rope_theta": ("llama", {"rope_theta": 5e5}, "rope_theta is 10000.0 and 500000.0"),
+    "rms_norm_eps": ("llama", {"rms_norm_eps": 0.3}, "rms_norm_eps is 1e-06 and 0.3"),
+    "hidden_act": ("llama", {"hidden_act": "gelu"}, "hidden_act is 'silu' and 'gelu'"),
+    "LayerNorm's eps": ("gpt2", {"layer_norm_epsilon": 0.3}, "layer_norm_epsilon is 1e-05 and 0.3"),
+    "attention's scale": ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is True"),
+    "soft cap": ("gemma2", {"final_logit_softcapping": 5.0}, "final_logit_softcapping is 30.0"),
+    "query's scale": ("gemma2", {"query_pre_attn_scalar": 9}, "query_pre_attn_scalar is 4 and 9"),
+    "window": ("mistral", {"sliding_window": 4}, "sliding_window is None and 4"),
+    "parallel blocks": ("neox", {"use_parallel_residual": False}, "use_parallel_residual is True"),
+}
+
+
+def rebuilt(family: str, fields: dict) -> torch.nn.Module:
+    """The family's tiny model with other fields in its config, and a fine-tune's weights."""
+    base = models.hf_model(family)
+    fields = dict(fields)
+    theta = fields.pop("rope_theta", None)
+    config = type(base.config)(**{**base.config.to_dict(), **fields})
+    if theta is not None and getattr(config, "rope_parameters", None):
+        config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
+    elif theta is not None:
+        config.rope_theta = theta
+    config._attn_implementation = "eager"
+    tuned = type(base)(config).eval().to(torch.float64)
+    tuned.load_state_dict(fine_tuned(base).state_dict())
+    return tuned
+
+
+@pytest.mark.parametrize("family, fields, said", OTHER_FUNCTIONS.values(), ids=OTHER_FUNCTIONS)
+def test_models_that_are_other_functions(family: str, fields: dict, said: str):
+    """The base with ΔW is not the tuned model (seen in Hugging Face); the field is named."""
+    base, tuned, tokens = models.hf_model(family), rebuilt(family, fields), models.tokens()
+    with torch.no_grad():
+        expected = tuned(tokens).logits
+        moved = copy.deepcopy(base)
+        moved.load_state_dict(tuned.state_dict())
+        assert (moved(tokens).logits - expected).abs().max() > 1e-4
+    with pytest.raises(ll.AdapterError, match=f"different functions.*{said}"):
+        ll.Adapter.between(base, tuned, progress=False)
+
+
+def _other_activation(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+def _other_rotation(model):
+    model.model.rotary_emb.inv_freq *= 0.5
+
+
+def _a_hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+@pytest.mark.parametrize("change", [_other_activation, _other_rotation, _a_hook])
+def test_other_functions_of_the_same_configuration(change):
+    """What no config tells, the logits do."""
+    base = models.hf_model("llama")
+    tuned = fine_tuned(base)
+    assert len(ll.Adapter.between(base, tuned, progress=False)) == 16
+    change(tuned)
+    with pytest.raises(ll.AdapterError, match="does not compute the tuned model's logits.*off"):
+        ll.Adapter.between(base, tuned, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_decides_no_logits_may_differ(dtype):
+    """Names, versions, dropout, how far positions go; half precision; train mode."""
+    base = models.hf_model("llama", dtype=dtype)
+    tuned = fine_tuned(base).train()
+    for field, value in {
+        "_name_or_path": "lab/tuned",
+        "max_position_embeddings": 64,
+        "attention_dropout": 0.5,
+        "use_cache": False,
+        "eos_token_id": 7,
+    }.items():
+        setattr(tuned.config, field, value)
+    assert len(ll.Adapter.between(base, tuned, progress=False)) == 16
+    assert tuned.training and tuned.model.layers[0].self_attn.training and not base.training
+
+
+def test_ignore_is_one_glob_or_several():
+    """A string is one glob, not letters; the change of the norms then does not count."""
+    base = models.hf_model("llama")
+    tuned = fine_tuned(base)
+    with torch.no_grad():
+        tuned.model.norm.weight.add_(0.1)
+    one = ll.Adapter.between(base, tuned, ignore="*norm*", progress=False)
+    several = ll.Adapter.between(base, tuned, ignore=["*norm*"], progress=False)
+    assert list(one.modules) == list(several.modules) and len(one) == 16
+    for wrong in (3, [3], None):
+        with pytest.raises(ll.ArgumentError, match="ignore=.*glob"):
+            ll.Adapter.between(base, tuned, ignore=wrong, progress=False)
+    with pytest.raises(ll.ArgumentError, match="two Hugging Face models, and one is a str"):
+        ll.Adapter.between(base, "lab/tuned")
+    with pytest.raises(ll.AdapterError, match="rank='3'"):
+        ll.Adapter.between(base, tuned, rank="3")

@@ -307,3 +307,49 @@ def test_unreachable_model_is_one_line(tmp_path):
     result = run(cli.app, ["inspect", str(ADAPTER), "--model", str(tmp_path)])
     assert result.exit_code == 2
     assert "neither a folder nor a reachable hub id" in result.stderr
+
+
+def test_a_version_is_the_file_s_own(tmp_path):
+    """Where the file states none, PEFT would fill in the one that is installed."""
+    folder = saved(tmp_path)
+    path = folder / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    installed = fields.pop("peft_version")
+    path.write_text(json.dumps(fields))
+    text = plain(run(cli.app, ["inspect", str(folder)]).output)
+    assert "PEFT version not stated" in text and installed not in text
+    with_fields(folder, peft_version="0.3.1")
+    assert "PEFT version 0.3.1" in plain(run(cli.app, ["inspect", str(folder)]).output)
+
+
+def test_what_biases_add_is_said(tmp_path):
+    """An update that is a constant has ‖ΔW‖ = 0; its size stands beside it."""
+    peft = models.peft_model("qwen2", models.hf_model("qwen2"), targets=["q_proj"], lora_bias=True)
+    sizes = []
+    with torch.no_grad():
+        for name, p in peft.named_parameters():
+            if "lora_A" in name:
+                p.zero_()
+            if "lora_B" in name and name.endswith("bias"):
+                sizes.append(5 / 3 * float(p.norm()))
+    peft.save_pretrained(tmp_path)
+    adapter = ll.load_adapter(tmp_path)
+    assert [f.norm() for f in adapter.modules.values()] == [0.0, 0.0]
+    assert [f.bias_norm() for f in adapter.modules.values()] == pytest.approx(sizes)
+    summary = summarise(adapter)
+    assert summary.norm == 0 and summary.bias_norm == pytest.approx(math.hypot(*sizes))
+    assert summary.to_frame()["bias_norm"].tolist() == pytest.approx(sizes)
+    text = plain(run(cli.app, ["inspect", str(tmp_path)]).output)
+    assert "‖ΔW‖_F in all 0.00" in text and "‖Δb‖" in text
+    assert f"‖Δb‖ in all {math.hypot(*sizes):.2f}, added whatever the input" in text
+
+
+def test_a_trained_bias_is_not_known_without_the_base(tmp_path):
+    folder = saved(tmp_path, "qwen2", targets=["q_proj"], bias="lora_only")
+    text = plain(run(cli.app, ["inspect", str(folder)]).output)
+    assert "‖Δb‖ in all trained biases: their change depends on the base's" in text
+
+
+def test_no_bias_is_not_spoken_of(tmp_path):
+    text = plain(run(cli.app, ["inspect", str(saved(tmp_path))]).output)
+    assert "Δb" not in text

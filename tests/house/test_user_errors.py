@@ -52,7 +52,7 @@ LENSES = {
     "fewer layers": (lambda t: ll.LoraLens(another(num_hidden_layers=1), t.adapter),
         r"layers\.1\..*1 layers.*nearest.*some/base.*adapter.without"),
     "another family": (lambda t: ll.LoraLens(MAKE(models.hf_model("gpt2")), t.adapter),
-        "model.layers.0.*GPT2.*nearest are transformer.h.0.*some/base.*adapter.without"),
+        "model.layers.0.*nearest are transformer.h.0.*some/base.*none of its .* modules exists"),
     "Hugging Face model": (lambda t: ll.LoraLens(t.base, t.adapter),
         "LlamaForCausalLM has no hook points; pass a HookedTransformer"),
     "path": (lambda t: ll.LoraLens(t.model, "some/path"), r"a str; .*load_adapter\('some/path'\)"),

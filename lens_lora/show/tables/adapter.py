@@ -22,11 +22,11 @@ _LEADING, _MISSING = 3, 5
 
 
 def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> Table:
-    """What an adapter is: its base model, targets, ranks, scales and size.
+    """What the adapter is, and what its files say of it.
 
     Args:
-        summary: from `spectra`.
-        config: the fields of its `adapter_config.json`.
+        summary: the adapter's.
+        config: the fields that its `adapter_config.json` states.
     """
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -76,11 +76,24 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
         "beside s·B·A": _counted(summary.parts) or "no biases, DoRA, embeddings or head",
         "‖ΔW‖_F in all": total,
     }
+    if _has_biases(summary):
+        facts["‖Δb‖ in all"] = _bias_total(summary)
     if summary.model:
         facts["laid over"] = f"{summary.model}: {_sites(summary)}"
     if summary.missing:
         facts["model lacks"] = _listed(summary.missing)
     return facts
+
+
+def _has_biases(summary: AdapterSummary) -> bool:
+    return any(row.bias_norm != 0 for row in summary.rows)
+
+
+def _bias_total(summary: AdapterSummary) -> str:
+    """What biases add, whatever the input: no ‖ΔW‖ shows it."""
+    if math.isnan(summary.bias_norm):
+        return "trained biases: their change depends on the base's"
+    return f"{magnitude(summary.bias_norm)}, added whatever the input, beside ΔW"
 
 
 def _rule(config: Mapping[str, Any]) -> str:
@@ -89,7 +102,7 @@ def _rule(config: Mapping[str, Any]) -> str:
         " and by pattern" if config.get("rank_pattern") or config.get("alpha_pattern") else ""
     )
     rule = "s = α/√r (rsLoRA)" if config.get("use_rslora") else "s = α/r"
-    return f"{rule}, α = {config.get('lora_alpha')}{patterns}"
+    return f"{rule}, α = {config.get('lora_alpha', 'not stated')}{patterns}"
 
 
 def _sites(summary: AdapterSummary) -> str:
@@ -115,17 +128,20 @@ def _name(row: Spectrum) -> str:
 
 def _numbers_of(summary: AdapterSummary) -> tuple[str, ...]:
     relative = ("‖ΔW‖/‖W‖",) if summary.model else ()
-    return ("rank", "s", "‖ΔW‖_F", *relative, "stable rank", "σ₁ = ‖ΔW‖₂", "σ₂", "σ₃")
+    bias = ("‖Δb‖",) if _has_biases(summary) else ()
+    return ("rank", "s", "‖ΔW‖_F", *relative, *bias, "stable rank", "σ₁ = ‖ΔW‖₂", "σ₂", "σ₃")
 
 
 def _cells(row: Spectrum, summary: AdapterSummary) -> tuple[str, ...]:
     sigma = map(magnitude, row.singular_values[:_LEADING].tolist())
     relative = (_relative(row.relative_norm),) if summary.model else ()
+    bias = (magnitude(row.bias_norm),) if _has_biases(summary) else ()
     return (
         str(row.rank),
         f"{row.scale:.3g}",
         magnitude(row.norm),
         *relative,
+        *bias,
         magnitude(row.stable_rank),
         *itertools.islice(itertools.chain(sigma, itertools.repeat("—")), _LEADING),
     )
