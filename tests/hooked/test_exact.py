@@ -96,11 +96,10 @@ def test_low_precision_is_as_good_as_its_rounding(cls: str, dtype: torch.dtype):
     assert worst(lens.logits(tokens).double(), adapted) < bound
 
 
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("family", models.CORE)
 def test_a_bridge_in_compatibility_mode_without_processing(family: str):
     """no_processing gives HookedTransformer's names and leaves the weights: no base is needed."""
-    if "TransformerBridge" not in models.MAKERS:
-        return
     base, tokens = models.hf_model(family), models.tokens()
     peft, model = models.peft_model(family, base), models.bridge(base)
     model.enable_compatibility_mode(disable_warnings=True, no_processing=True)
