@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 import lens_lora as ll
+from lens_lora.families import FAMILIES
 from lens_lora.hooked.basis import SiteMap
-from lens_lora.hooked.host import Ports
+from lens_lora.hooked.host import HookedView, Ports
 from lens_lora.hooked.plan import Injection, Plan
 from lens_lora.hooked.sites import Heads
 
@@ -51,22 +52,34 @@ class _ToLogits(nn.Module):
         return torch.cat([y, torch.zeros_like(y)], -1)
 
 
+class _View(HookedView):
+    """The model as the package sees it: one block, without an unembedding of its own."""
+
+    def __init__(self, model: TwoScalars) -> None:
+        self.model = model
+        self.family = FAMILIES[0]
+        self.heads = Heads(1, 1, 1)
+        self.kv_copies = self.n_layers = 1
+        self.class_name = "TwoScalars"
+        self.grows = self.keeps_rows = True
+
+    def block_input(self, layer: int) -> str:
+        return "block"
+
+    def embedding_output(self) -> str:
+        return "embed"
+
+    def unembedding(self) -> None:
+        return None
+
+    def state(self) -> tuple:
+        return ()
+
+
 def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     """The lens over it, with rank-1 updates d₁ and d₂."""
     model = TwoScalars(phi)
-    view = SimpleNamespace(
-        model=model,
-        heads=Heads(1, 1, 1),
-        kv_copies=1,
-        n_layers=1,
-        grows=True,
-        keeps_rows=True,
-        unembedding=lambda: None,
-        class_name="TwoScalars",
-        block_input=lambda layer: "block",
-        embedding_output=lambda: "embed",
-        state=lambda: (),
-    )
+    view = _View(model)
     sites, maps = [], []
     for i, d in ((1, D1), (2, D2)):
         sites.append(ll.Site(f"site{i}", f"w{i}", 0, "fc_in", f"in{i}", f"out{i}", 1))
