@@ -15,7 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ __all__ = ["Inject", "ScaleInject", "attached", "site_hooks", "weight_of", "writ
 HookFn = Callable[..., Tensor | None]
 
 
+@runtime_checkable
 class Inject(Protocol):
     """What a writer does: (index of the injection, running output, z) → output.
 

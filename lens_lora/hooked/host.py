@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class Ports:
         self.through: Callable[[Tensor], Tensor] = through
 
 
+@runtime_checkable
 class HookedView(Protocol):
     """A hooked model, as this package sees it.
 
