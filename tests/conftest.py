@@ -1,10 +1,11 @@
-"""Shared fixtures: offline, quiet, and the float32 casts of the libraries lifted where asked."""
+"""Offline and quiet; float64 where asked; shapes checked; neighbouring tests on one worker."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,17 @@ import torch  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each worker takes a run of neighbouring tests, which share what they build once a process.
+
+    xdist's own default deals them out in turn, and every model would be built by every worker.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
 
 
 @pytest.fixture
