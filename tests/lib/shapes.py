@@ -13,13 +13,15 @@ from collections.abc import Iterator
 
 import jaxtyping
 
+# An int passes for a float, as PEP 484 says.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 CHECKED = os.environ.get("LENS_LORA_SHAPES") == "checked"
 
 
 def check() -> None:
     """Install the hook; to be called before `lens_lora` is first imported."""
     if CHECKED:
-        jaxtyping.install_import_hook("lens_lora", "beartype.beartype")
+        jaxtyping.install_import_hook("lens_lora", CHECKER)
 
 
 @contextlib.contextmanager
