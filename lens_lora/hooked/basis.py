@@ -21,13 +21,16 @@ from typing import cast
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family
 
 __all__ = ["BaseWeights", "Processing", "SiteMap", "infer_processing", "site_map"]
+
+# What a site reads: activations, or an embedding's token ids.
+Input = Float[Tensor, "... in"] | Int[Tensor, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class SiteMap:
         A = self.A if self.A_behind_gamma is None else self.A_behind_gamma
         return self.B[:, : len(A)], A
 
-    def coordinates(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
+    def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
         """u = Az + a₀, the update's coordinates in its own rank space.
 
         An embedding's z is the ids [...] themselves: Az is then the column that each id picks.
@@ -59,7 +62,7 @@ class SiteMap:
         u = z.to(self.A.dtype) @ self.A.T if z.is_floating_point() else self.A.T[z]
         return u if self.a0 is None else u + self.a0
 
-    def __call__(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+    def __call__(self, z: Input) -> Float[Tensor, "... out"]:
         """δ = Bu = s·B·A·x; with an input per head, [..., head, in], head by head."""
         return self.write(self.coordinates(z))
 
