@@ -680,6 +680,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("edit, kind, needles", SPOILED.values(), ids=SPOILED)
 def test_spoiled_tensors_are_refused(edit, kind, needles, folder):
     """The message names the module, both facts and what to do."""
@@ -728,6 +729,7 @@ def test_target_modules_are_not_trusted(folder):
 # --- factors at hand
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "A, B, scale, needle",
     [
