@@ -109,6 +109,7 @@ def test_memory_bounds_the_rows_and_changes_nothing(cls: str, monkeypatch):
             ll.logit_shift(lens, prompts, tokens=[5], mode=mode, max_memory=row, progress=False)
 
 
+@pytest.mark.bad_input
 def test_an_unknown_mode_is_refused():
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     with pytest.raises(ValueError, match="expected 'auto', 'forward' or 'reverse'"):
