@@ -1,15 +1,20 @@
-"""Shared fixtures: offline, quiet, and the float32 casts of the libraries lifted where asked."""
+"""Offline and quiet; float64 where asked; shapes checked; neighbouring tests on one worker."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import shapes  # noqa: E402
+
+shapes.check()
 
 import models  # noqa: E402
 import torch  # noqa: E402
@@ -18,10 +23,31 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each worker takes a run of neighbouring tests, which share what they build once a process.
+
+    xdist's own default deals them out in turn, and every model would be built by every worker.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Everything in float64, also where transformers and transformer-lens cast to float32."""
     with models.lifted():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _shapes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Bad input meets our own errors, not the check of shapes and types."""
+    if request.node.get_closest_marker("bad_input"):
+        with shapes.unchecked():
+            yield
+    else:
         yield
 
 

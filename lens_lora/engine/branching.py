@@ -40,8 +40,8 @@ class Tree:
         leaf: [point], the last block's row that is the point's.
     """
 
-    parents: tuple[Int[Tensor, "row"], ...]
-    gates: tuple[Float[Tensor, "row site"], ...]
+    parents: tuple[Int[Tensor, "_row"], ...]
+    gates: tuple[Float[Tensor, "_row site"], ...]
     leaf: Int[Tensor, "point"]
 
     @classmethod
@@ -134,7 +134,7 @@ def _continued(parent: Int[Tensor, "row"]) -> HookFn:
 
 
 class _TreeInject:
-    def __init__(self, lens: LoraLens, gates: tuple[Float[Tensor, "row site"], ...]) -> None:
+    def __init__(self, lens: LoraLens, gates: tuple[Float[Tensor, "_row site"], ...]) -> None:
         last = len(gates) - 1
         before = ScaleInject(lens.plan, gates[0][:1])
         at = [ScaleInject(lens.plan, rows) for rows in gates]

@@ -24,7 +24,7 @@ def parts(
     kind: str,
     heads: int,
     gradient: Float[Tensor, "batch pos out"],
-    z: Float[Tensor, "batch pos *head in"],
+    z: Float[Tensor, "batch pos *head in"] | Int[Tensor, "batch pos"],
     by: tuple[str, ...],
 ) -> Float[Tensor, "batch *by"]:
     """⟨G, δz⟩ of one site, kept apart along `by` ('head' last slot: outside attention)."""
@@ -69,7 +69,7 @@ def part_deltas(
     site: SiteMap,
     kind: str,
     heads: int,
-    z: Float[Tensor, "row pos *head in"],
+    z: Float[Tensor, "_row pos *head in"] | Int[Tensor, "_row pos"],
     slots: Slots,
 ) -> Float[Tensor, "row pos out"]:
     """δz of one site in each row, with everything but the row's own part set to zero.

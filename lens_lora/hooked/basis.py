@@ -20,7 +20,7 @@ import dataclasses
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.errors import ModelStateError
@@ -34,6 +34,9 @@ __all__ = [
     "is_centred",
     "site_map",
 ]
+
+# What a site reads: activations, or an embedding's token ids.
+Input = Float[Tensor, "... in"] | Int[Tensor, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ class SiteMap:
         A = self.A if self.A_behind_gamma is None else self.A_behind_gamma
         return self.B[:, : len(A)], A
 
-    def coordinates(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
+    def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
         """u = Az + a₀, the update's coordinates in its own rank space.
 
         Args:
@@ -73,7 +76,7 @@ class SiteMap:
         u = z.to(self.A.dtype) @ self.A.T if z.is_floating_point() else self.A.T[z]
         return u if self.a0 is None else u + self.a0
 
-    def __call__(self, z: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+    def __call__(self, z: Input) -> Float[Tensor, "... out"]:
         """δ = Bu = s·B·A·x.
 
         Args:

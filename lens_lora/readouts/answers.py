@@ -23,7 +23,7 @@ from lens_lora.readouts.rows import LogProbs, Reading
 
 __all__ = ["AnswerLike", "AnswerLogProb", "AnswerMargin", "answer_ids", "margin_between"]
 
-AnswerLike = str | int | Int[Tensor, "token"] | Sequence[str | int | Int[Tensor, "token"]]
+AnswerLike = str | int | Int[Tensor, "_token"] | Sequence[str | int | Int[Tensor, "_token"]]
 Ids = tuple[int, ...]
 
 

@@ -80,7 +80,7 @@ class Prompts:
         return Prompts(self.tokens[first:end, : int(lengths.max())], lengths)
 
 
-PromptsLike = str | Sequence[str] | Int[Tensor, "batch pos"] | Prompts
+PromptsLike = str | Sequence[str] | Int[Tensor, "pos"] | Int[Tensor, "batch pos"] | Prompts
 
 
 def prepare(model: Any, prompts: PromptsLike) -> Prompts:

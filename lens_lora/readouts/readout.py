@@ -22,7 +22,7 @@ from lens_lora.readouts.rows import Bound, Columns, LogProbs, Reading, one_row_e
 
 __all__ = ["LogProb", "Logit", "Margin", "Readout", "TokenLike", "bound", "name_of", "token_ids"]
 
-TokenLike = str | int | Sequence[str | int] | Int[Tensor, "batch"]
+TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, "batch"]
 
 
 class Readout(abc.ABC):

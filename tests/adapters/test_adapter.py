@@ -681,6 +681,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("edit, kind, needles", SPOILED.values(), ids=SPOILED)
 def test_spoiled_tensors_are_refused(edit, kind, needles, folder):
     """The message names the module, both facts and what to do."""
@@ -730,6 +731,7 @@ def test_target_modules_that_the_file_lacks(folder):
 # --- factors at hand
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "A, B, scale, needle",
     [

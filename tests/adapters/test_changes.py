@@ -123,11 +123,21 @@ def test_a_full_fine_tune_is_an_adapter(family: str, flags: str, cls: str):
 
 def test_tied_embeddings_change_at_both_ends(cls: str):
     """GPT-2's tied matrix is the embedding and the head: both are sites, and f(1) is exact."""
-    base = models.hf_model("gpt2")
-    tuned = fine_tuned(base)
-    assert tuned.lm_head.weight is tuned.transformer.wte.weight
-    adapter = ll.Adapter.between(base, tuned, progress=False).only("*wte", "lm_head")
+    base, tokens = models.hf_model("gpt2"), models.tokens()
+    tuned = copy.deepcopy(base)
+    weight = tuned.transformer.wte.weight
+    assert tuned.lm_head.weight is weight
+    with torch.no_grad():
+        weight += 0.05 * torch.randn(weight.shape, generator=models.seeded(5), dtype=weight.dtype)
+    adapter = ll.Adapter.between(base, tuned, progress=False)
     assert set(adapter.modules) == {"transformer.wte", "lm_head"}
+    lens = ll.LoraLens(models.MAKERS[cls](base), adapter)
+    with torch.no_grad():
+        expected = tuned(tokens).logits
+    assert (lens.logits(tokens) - expected).abs().max() < EXACT
+    for end in adapter.modules:
+        alone = lens.with_adapter(adapter.only(end)).logits(tokens)
+        assert (alone - expected).abs().max() > 0.01
 
 
 def test_truncation_states_its_error():

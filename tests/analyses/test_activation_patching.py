@@ -203,17 +203,20 @@ def test_sites_outside_the_blocks(target: str, cls: str):
         assert (effects.share - expected).abs().max() < 1e-11
 
 
-def test_a_point_that_shows_the_head_without_its_update_is_refused(cls: str):
-    base, model = hooked("gpt2", cls, "raw")
+@pytest.mark.skipif(len(models.MAKERS) < 2, reason="only transformer-lens 3 has this hook point")
+def test_a_point_that_shows_the_head_without_its_update_is_refused():
+    base, model = hooked("gpt2", "HookedTransformer", "raw")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "lm_head")))
-    if "unembed.hook_out" not in model.hook_dict:
-        return  # transformer-lens 2.18
-    if cls == "TransformerBridge":
-        effects = patch(lens, models.tokens(), MARGIN, "unembed.hook_out")
-        assert (effects.share - 1).abs().max() < 1e-11
-        return
     with pytest.raises(ll.ModelStateError, match="unembed.hook_out: lies between"):
         patch(lens, models.tokens(), MARGIN, "unembed.hook_out")
+
+
+@models.NEEDS_BRIDGE
+def test_a_bridges_head_is_shown_with_its_update():
+    base, model = hooked("gpt2", "TransformerBridge", "raw")
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "lm_head")))
+    effects = patch(lens, models.tokens(), MARGIN, "unembed.hook_out")
+    assert (effects.share - 1).abs().max() < 1e-11
 
 
 def test_results_by_head_without_the_update_are_refused(cls: str):
@@ -258,13 +261,17 @@ class _Ignoring(torch.nn.Module):
         return tensor
 
 
-def test_a_point_that_the_model_ignores_is_refused(cls: str):
+@models.NEEDS_BRIDGE
+def test_a_bridges_point_that_the_model_ignores_is_refused():
+    lens = cases.case("llama", "TransformerBridge", "raw").lens
+    with pytest.raises(ll.ModelStateError, match="rotary_emb.hook_in: .* the model ignores"):
+        patch(lens, models.tokens(), MARGIN, "rotary_emb.hook_in")
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+def test_a_point_that_the_model_ignores_is_refused():
     """It fires, and what a hook makes of it is dropped: an effect of zero would be a lie."""
-    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
-    if cls == "TransformerBridge":
-        with pytest.raises(ll.ModelStateError, match="rotary_emb.hook_in: .* the model ignores"):
-            patch(lens, tokens, MARGIN, "rotary_emb.hook_in")
-        return
+    lens, tokens = cases.case("llama", "HookedTransformer", "raw").lens, models.tokens()
     block, name = lens.model.blocks[1], "blocks.1.hook_resid_mid"
     assert patch(lens, tokens, MARGIN, name).values.abs().min() > 1e-3
     point = block.hook_resid_mid
@@ -312,7 +319,7 @@ def test_points_without_a_row_for_each_prompt_are_refused(cls: str):
     else:
         name, match = "blocks.0.mlp.experts.0.hook_post", "first axis of their own"
         if name not in lens.model.hook_dict:
-            return  # transformer-lens 2.18 names them otherwise
+            pytest.skip("transformer-lens 2 names the hook points of experts otherwise")
     with pytest.raises(ll.ModelStateError, match=match):
         patch(lens, models.tokens(), MARGIN, name)
 

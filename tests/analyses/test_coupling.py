@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import cases
 import models
 import pytest
@@ -204,10 +206,19 @@ def weaker(lens: ll.LoraLens) -> ll.LoraLens:
 
 @pytest.mark.parametrize("readout", [LOG_PROB, ANSWERS], ids=["log_prob", "answers"])
 def test_what_remains_is_of_order_three(lens: ll.LoraLens, readout: ll.Readout):
-    """Fitted slope 3 where first order's is 2; halving ε divides what remains by eight."""
-    found = second_of(weaker(lens), readout)
-    assert (found.order - 3).abs().max() < 0.05
+    """Fitted slope 3 where first order's is 2; halving ε divides what remains by eight.
+
+    From ε = 5e-4 on, where rounding is below a hundredth of what remains. Fitted over all scales,
+    the first point may stand at ten times the noise, whose tenth is worth 0.1 of slope.
+    """
+    weak = weaker(lens)
+    far = ll.remainder_curve(weak, padded(), readout, [5e-4, 1e-3, 2e-3, 4e-3])
+    found = second_of(weak, readout)
+    assert (found.order - 3).abs().max() < 0.2
     assert (found.curve.order - 2).abs().max() < 0.05
+    found = dataclasses.replace(found, curve=far)
+    assert (found.path_remainder.abs() > 100 * found.noise_floor[:, None]).all()
+    assert (found.order - 3).abs().max() < 0.05
     curve = ll.remainder_curve(weaker(lens), padded(), readout, [1e-3, 5e-4])
     rest = curve.shift - found.predicted_at(curve.scales)
     assert (rest[:, 1] / rest[:, 0] - 8).abs().max() < 0.1

@@ -108,9 +108,11 @@ def test_frame_has_every_number_of_every_site(tiny):
 
 
 def test_parts_of_the_remainder_add_up(tiny):
-    found = tiny[1]
-    own = (found.add_one.values - found.first_order.per_site).sum()
-    same(own + found.add_one.interaction, found.margin.remainder)
+    """The remainder of each site alone, from runs of its own, and the interaction are all of it."""
+    lens, found = tiny
+    alone = ll.remainder(lens, PROMPT, ll.Margin(DOC, PRE), by_site=True, progress=False)
+    same(alone.site_remainder.sum(1) + found.add_one.interaction, found.margin.remainder)
+    assert found.add_one.interaction.abs().min() > 1e-3
 
 
 def test_fast_leaves_the_slow_parts_out_and_says_so():

@@ -203,6 +203,7 @@ def test_tangents_of_one_site_and_some_names(cls: str):
     assert set(cache.keys()) == {first.write, last.write}
 
 
+@pytest.mark.bad_input
 def test_bad_arguments_are_refused():
     (cls, *_) = models.MAKERS
     lens = cases.case("llama", cls, "raw").lens

@@ -82,7 +82,10 @@ def test_last_linear_map_alone_leaves_nothing_without_a_norm_after_it(cls: str):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_noise_floor_tells_the_truth(cls: str, family: str, dtype: torch.dtype):
-    """The measured floor against the real error of the shift, within a factor of ten."""
+    """The measured floor is the σ of the shift's real error: 3σ, as in verdicts, holds the error.
+
+    Measured: the error's root mean square is 0.35 to 1.76 floors.
+    """
     base = models.hf_model(family)
     peft = models.peft_model(family, base)
     adapter, tokens = ll.Adapter.from_peft(peft), models.tokens(batch=8)
@@ -92,8 +95,10 @@ def test_noise_floor_tells_the_truth(cls: str, family: str, dtype: torch.dtype):
     curve = ll.remainder_curve(low, tokens, MARGIN, [1.0])
     read = MARGIN.bind(low.model, len(tokens))
     error = (curve.shift[:, 0].double() - (read(exact[0]) - read(exact[1]))).abs()
-    ratio = float(error.square().mean().sqrt() / curve.noise_floor.double().mean())
-    assert 0.1 < ratio < 10, ratio
+    floor = curve.noise_floor.double()
+    ratio = float(error.square().mean().sqrt() / floor.mean())
+    assert 0.25 < ratio < 2, ratio
+    assert (error > 3 * floor).sum() <= 1
 
 
 def test_verdict_below_the_noise():

@@ -74,9 +74,14 @@ def test_components_by_hand():
     assert found.gain[0].tolist() == pytest.approx([12 / math.sqrt(2), 1 / math.sqrt(2)])
 
 
-def test_frozen_input_would_give_another_second_order():
-    """z is live: g(1) counts d₁ inside φ. With z frozen it would be 18 + … + 45 = 126 at most."""
-    assert ll.first_order(LENS, X, Y).adapted.item() == 7 * 1.5**2 * 9 != 7 * 9 + 18
+def test_the_input_of_a_site_is_live():
+    """Both sites beyond each alone: d₂ (1.5² − 1) x² = 56.25; with z₂ frozen at the base, 0."""
+
+    def g(*on: str) -> float:
+        return LENS.logits(X, dict.fromkeys(on, 1.0) if on else 0.0)[0, -1, 0].item()
+
+    assert (g(), g("site1"), g("site2")) == (18.0, 40.5, 63.0)
+    assert g("site1", "site2") - g("site1") - g("site2") + g() == 56.25
 
 
 @pytest.mark.parametrize("gates", [{"site1": 1.0}, {"site2": 1.0}])

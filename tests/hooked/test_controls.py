@@ -104,10 +104,9 @@ def test_gate_and_up_swapped_shows(cls: str, monkeypatch):
     assert error("llama", cls, "raw") > 1e-2
 
 
+@models.NEEDS_HOOKED_TRANSFORMER
 def test_query_added_after_rotary_shows(monkeypatch):
     """δ belongs at hook_q, before the rotation."""
-    if "HookedTransformer" not in models.MAKERS:
-        return
     assert error("llama", "HookedTransformer", "raw") < 1e-9
     true = HookedTransformerHost.ports
 
@@ -121,10 +120,9 @@ def test_query_added_after_rotary_shows(monkeypatch):
     assert error("llama", "HookedTransformer", "raw") > 1e-2
 
 
+@models.NEEDS_HOOKED_TRANSFORMER
 def test_writing_after_the_post_norm_shows(monkeypatch):
     """Gemma 2 normalises what attention and MLP write: δ belongs before that norm."""
-    if "HookedTransformer" not in models.MAKERS:
-        return
     assert error("gemma2", "HookedTransformer", "raw") < 1e-9
     plain = tuple(dataclasses.replace(f, post_norm=False) for f in families.FAMILIES)
     monkeypatch.setattr(families, "FAMILIES", plain)

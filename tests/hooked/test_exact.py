@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import cases
 import models
 import pytest
@@ -20,6 +22,10 @@ EVERY_FLAG = [
 
 def worst(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((cases.centred(a) - cases.centred(b)).abs().max())
+
+
+def rms(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((cases.centred(a) - cases.centred(b)).square().mean().sqrt())
 
 
 @pytest.mark.parametrize(("family", "cls", "flags"), EVERY_FLAG)
@@ -82,25 +88,26 @@ def test_both_classes_read_the_file_alike(cls: str, tmp_path):
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_as_good_as_its_rounding(cls: str, dtype: torch.dtype):
-    """A model in low precision is off by its own rounding and no more."""
-    base = models.hf_model("llama")
+    """Off from float64 by as much as Hugging Face's own model in this precision, and no more.
+
+    Measured: 2.6 to 4.8 units of rounding, root mean square; Hugging Face and PEFT 2.6 to 5.1.
+    """
+    base, tokens = models.hf_model("llama"), models.tokens(batch=8)
     peft = models.peft_model("llama", base)
     low = models.MAKERS[cls](models.hf_model("llama").to(dtype))
-    tokens = models.tokens()
     lens = ll.LoraLens(low, ll.Adapter.from_peft(peft))
-    with torch.no_grad():
-        adapted, plain = peft(tokens).logits, base(tokens).logits
-    scale = float(adapted.abs().max())
-    bound = 64 * torch.finfo(dtype).eps * scale
-    assert worst(lens.logits(tokens, 0.0).double(), plain) < bound
-    assert worst(lens.logits(tokens).double(), adapted) < bound
+    for scale, oracle in ((0.0, base), (1.0, peft)):
+        with torch.no_grad():
+            exact = oracle(tokens).logits
+            theirs = copy.deepcopy(oracle).to(dtype)(tokens).logits
+        ours = lens.logits(tokens, scale)
+        assert 0 < rms(ours.double(), exact) < 1.25 * rms(theirs.double(), exact)
 
 
+@models.NEEDS_BRIDGE
 @pytest.mark.parametrize("family", models.CORE)
 def test_a_bridge_in_compatibility_mode_without_processing(family: str):
     """no_processing gives HookedTransformer's names and leaves the weights: no base is needed."""
-    if "TransformerBridge" not in models.MAKERS:
-        return
     base, tokens = models.hf_model(family), models.tokens()
     peft, model = models.peft_model(family, base), models.bridge(base)
     model.enable_compatibility_mode(disable_warnings=True, no_processing=True)

@@ -1,4 +1,4 @@
-"""Imports point one way, and nothing heavy or host-specific is imported early."""
+"""Imports point one way (DESIGN §2), files stay small, and nothing heavy is imported early."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from imports import COMPUTED, Package
 
-PACKAGE = Path(__file__).parents[2] / "lens_lora"
+TESTS = Path(__file__).parents[1]
+LENS_LORA = Package(TESTS.parent / "lens_lora")
 LAYERS = [
     {"errors", "_version", "families"},
     {"adapters", "readouts"},
@@ -27,41 +29,164 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# The one door from results up to what draws them.
+DOOR = ("results.drawing", "show")
+LONGEST = 320
 
 
-def layer_of(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in LEVEL else "__init__"
+def layer(module: str) -> str:
+    """`engine` of `lens_lora.engine.parts`; `__init__` of `lens_lora` itself."""
+    _, *parts = module.split(".")
+    return parts[0] if parts else "__init__"
 
 
-def imports(tree: ast.AST) -> set[str]:
-    """Modules of the package that a file imports anywhere but under TYPE_CHECKING or lazily."""
+def upward(package: Package, module: str) -> list[str]:
+    """What this module imports from a higher layer, and imports whose target cannot be read."""
+    own = LEVEL[layer(module)]
+    found = []
+    for name in sorted(package.imports[module]):
+        level = LEVEL["__init__"] if name == COMPUTED else LEVEL[layer(name)]
+        if level > own and not is_door(module, name):
+            found.append(name)
+    return found
+
+
+def is_door(module: str, name: str) -> bool:
+    return (module.partition(".")[2], layer(name)) == DOOR
+
+
+@pytest.mark.parametrize("module", LENS_LORA.files)
+def test_imports_point_downward(module: str):
+    """A file imports from its own layer or from one below it, wherever the import stands.
+
+    A computed name counts as the whole package: only `__init__`, commands and cli may have one.
+    """
+    assert layer(module) in LEVEL
+    assert upward(LENS_LORA, module) == []
+
+
+def test_no_circles():
+    """The door left out: show reads results, and results are drawn by show."""
+    assert LENS_LORA.circles(but=is_door) == []
+
+
+@pytest.mark.parametrize("module", LENS_LORA.files)
+def test_files_are_short(module: str):
+    lines = len(LENS_LORA.files[module].read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST
+
+
+FORMS = {
+    "import": "import lens_lora.show.text",
+    "from": "from lens_lora.show.text import text_table",
+    "module from its package": "from lens_lora.show import text",
+    "star": "from lens_lora.show.text import *",
+    "relative": "from ..show.text import text_table",
+    "relative module": "from ..show import text",
+    "literal": "import importlib\nimportlib.import_module('lens_lora.show.text')",
+    "relative literal": "from importlib import import_module\n"
+    "import_module('..show.text', __package__)",
+    "dunder": "__import__('lens_lora.show.text')",
+    "named": "import importlib\nimportlib.import_module(name='lens_lora.show.text')",
+}
+PLACES = {
+    "top": "{}",
+    "function": "def f():\n    {}",
+    "method": "class A:\n    def f(self):\n        {}",
+    "TYPE_CHECKING": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {}",
+    "try": "try:\n    {}\nexcept ImportError:\n    pass",
+}
+
+
+def planted(folder: Path, **sources: str) -> Package:
+    """A package of this name, with these sources; `engine__parts` is engine/parts.py."""
+    for name, source in {"show__text": "", **sources}.items():
+        path = folder / "lens_lora" / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.write_text(source, encoding="utf-8")
+    (folder / "lens_lora" / "__init__.py").touch()
+    return Package(folder / "lens_lora")
+
+
+def at(place: str, form: str) -> str:
+    """The source with this form of import at this place."""
+    *before, last = PLACES[place].partition("{}")[0].splitlines() or [""]
+    indent = " " * (len(last) - len(last.lstrip()))
+    return PLACES[place].format(FORMS[form].replace("\n", "\n" + indent))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_planted_import_is_seen(form: str, place: str, tmp_path: Path):
+    """Negative control: engine → show in every form and at every place."""
+    package = planted(tmp_path, engine__parts=at(place, form))
+    assert upward(package, "lens_lora.engine.parts") == ["lens_lora.show.text"]
+
+
+def test_a_computed_name_is_seen(tmp_path: Path):
+    """Negative control: what cannot be read may be anything."""
+    source = "import importlib\nimportlib.import_module(name)"
+    package = planted(tmp_path, engine__parts=source, commands__demo=source)
+    assert upward(package, "lens_lora.engine.parts") == [COMPUTED]
+    assert upward(package, "lens_lora.commands.demo") == []
+
+
+def test_a_circle_through_the_door_is_none(tmp_path: Path):
+    package = planted(
+        tmp_path,
+        results__drawing="def f():\n    from lens_lora.show import text",
+        results__effects="from lens_lora.results import drawing",
+        show__text="from lens_lora.results.effects import Effects",
+    )
+    assert package.circles(but=is_door) == []
+    assert len(package.circles()) == 1
+
+
+def test_the_door_is_one_file(tmp_path: Path):
+    """Only results/drawing.py may import show, and it may import nothing else from above."""
+    source = "def f():\n    import lens_lora.show.text\n    import lens_lora.cli"
+    package = planted(tmp_path, results__drawing=source, results__effects=source, cli="")
+    assert upward(package, "lens_lora.results.drawing") == ["lens_lora.cli"]
+    assert upward(package, "lens_lora.results.effects") == ["lens_lora.cli", "lens_lora.show.text"]
+
+
+def test_a_planted_circle_is_seen(tmp_path: Path):
+    """Negative control: a → b at the top, b → c in a function, c → a under TYPE_CHECKING."""
+    package = planted(
+        tmp_path,
+        engine__a="from lens_lora.engine import b",
+        engine__b="def f():\n    from . import c",
+        engine__c="if TYPE_CHECKING:\n    from lens_lora.engine.a import A",
+        engine__d="import lens_lora.engine.a",
+    )
+    assert package.circles(but=is_door) == [{f"lens_lora.engine.{name}" for name in "abc"}]
+
+
+def imported_names(source: str) -> set[str]:
+    """The last part of every module that a file imports, or imports from."""
     found: set[str] = set()
-    for node in tree.body:
-        for inner in ast.walk(node) if isinstance(node, ast.Import | ast.ImportFrom) else ():
-            if isinstance(inner, ast.ImportFrom) and inner.module:
-                found.add(inner.module)
-            elif isinstance(inner, ast.Import):
-                found.update(alias.name for alias in inner.names)
-    return {name for name in found if name.startswith("lens_lora")}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            found.update([*(node.module or "").split("."), *(a.name for a in node.names)])
+        elif isinstance(node, ast.Import):
+            found.update(part for alias in node.names for part in alias.name.split("."))
+    return found
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+TEST_MODULES = {path.stem for path in TESTS.rglob("test_*.py")}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_downward(path: Path):
-    """A file imports from its own layer or from one below it."""
-    relative = path.relative_to(PACKAGE.parent).with_suffix("")
-    own = LEVEL[layer_of(".".join(relative.parts))]
-    for name in imports(ast.parse(path.read_text())):
-        assert LEVEL[layer_of(name)] <= own, f"{relative} imports {name}"
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda p: p.stem)
+def test_no_test_module_is_imported(path: Path):
+    """What tests share stands in tests/lib."""
+    assert not imported_names(path.read_text(encoding="utf-8")) & TEST_MODULES
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_every_layer_is_known(path: Path):
-    relative = path.relative_to(PACKAGE)
-    assert relative.parts[0].removesuffix(".py") in LEVEL
+def test_an_imported_test_module_is_seen():
+    """Negative control, in each form."""
+    for source in ("import test_path", "from test_path import f", "from . import test_path"):
+        assert imported_names(f"def f():\n    {source}") & {"test_path"}
 
 
 def test_import_works_without_hooked_transformer():

@@ -62,6 +62,7 @@ LENSES = {
 }  # fmt: skip
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("make, words", LENSES.values(), ids=LENSES)
 def test_lens_that_cannot_be(tiny, make, words):
     with pytest.raises(ll.LensLoraError, match=words):
@@ -116,6 +117,7 @@ CALLS = {
 }  # fmt: skip
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("call, words", CALLS.values(), ids=CALLS)
 def test_argument_that_cannot_be(tiny, call, words):
     with pytest.raises(ll.LensLoraError, match=words):

@@ -1,4 +1,4 @@
-"""A lens over every family, class and processing that the host library can build."""
+"""A lens over every family, class and processing that the host library builds rightly."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from targets import hooked
 
 import lens_lora as ll
 
-EVERY = [(f, c, p) for f in models.FAMILIES for c in models.MAKERS for p in ("raw", "processed")]
+EVERY = [
+    (family, cls, flags)
+    for family in models.FAMILIES
+    for cls in models.MAKERS
+    for flags in ("raw", "processed")
+    if models.is_built_right(family, cls, flags)
+]
 
 
-def lens_of(family: str, cls: str, flags: str) -> ll.LoraLens | None:
-    """None where the host library cannot build the model, or builds it wrongly (refused)."""
+def lens_of(family: str, cls: str, flags: str) -> ll.LoraLens:
+    """Under an adapter on every linear module; of a processed model, with its base at hand."""
     base, model = hooked(family, cls, flags)
-    if isinstance(model, Exception):
-        assert (family, cls) == ("phi", "HookedTransformer")
-        return None
     adapter = ll.Adapter.from_peft(models.peft_model(family, base))
-    try:
-        return ll.LoraLens(model, adapter, hf_model=base if cases.FLAGS[flags] else None)
-    except ll.ModelStateError:
-        assert (family, flags) == ("mixtral", "processed") and not models.has_bridge()
-        return None
+    return ll.LoraLens(model, adapter, hf_model=base if cases.FLAGS[flags] else None)

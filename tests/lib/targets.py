@@ -44,12 +44,9 @@ EVERY = [
 
 @functools.cache
 def hooked(family: str, cls: str, flags: str):
-    """The base and its hooked model, or what the host library says of it."""
+    """The base and its hooked model, built once a process."""
     base = models.hf_model(family)
-    try:
-        return base, models.MAKERS[cls](base, **cases.FLAGS[flags])
-    except (AttributeError, NotImplementedError) as error:
-        return base, error
+    return base, models.MAKERS[cls](base, **cases.FLAGS[flags])
 
 
 def peft_with(family: str, base, target: str):

@@ -102,6 +102,7 @@ def test_several_tokens_choose_the_answer_margin(lens: ll.LoraLens):
     assert isinstance(margin_between(lens.model, ["w5", 6], torch.tensor([7]), 2), ll.Margin)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

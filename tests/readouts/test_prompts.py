@@ -156,6 +156,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("prompts, message", REFUSED.values(), ids=REFUSED)
 def test_refused(model, prompts, message):
     """Each with both facts, before the model runs; it is also a ValueError."""
@@ -178,6 +179,7 @@ def test_strings_need_a_tokenizer(without_tokenizer):
         prepare(without_tokenizer, "w5")
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "tokens, lengths, message",
     [

@@ -66,6 +66,7 @@ def test_sums_keep_the_total(attribution: ll.Attribution, group: str):
         assert list(summed.index) == [0, 1]
 
 
+@pytest.mark.bad_input
 def test_unknown_group_is_refused(attribution: ll.Attribution):
     with pytest.raises(ValueError, match="'head'.*'layer'"):
         attribution.sum("head")

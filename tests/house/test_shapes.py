@@ -1,0 +1,40 @@
+"""The check of shapes at run time is on, sees a planted shape, and lets bad input through."""
+
+from __future__ import annotations
+
+import pytest
+import shapes
+import torch
+from jaxtyping import TypeCheckError
+
+import lens_lora as ll
+from lens_lora.analyses.remainder import fitted_order
+
+pytestmark = pytest.mark.skipif(
+    not shapes.CHECKED, reason="shapes are checked where LENS_LORA_SHAPES=checked"
+)
+SCALES, ONE = torch.tensor([0.1, 0.2, 0.4]), torch.tensor(0.0)
+
+
+def test_a_wrong_shape_is_seen():
+    """Three scales for two remainders, and a noise floor that is no scalar."""
+    assert fitted_order(SCALES, SCALES**2, ONE).item() == pytest.approx(2)
+    with pytest.raises(TypeCheckError, match="rest"):
+        fitted_order(SCALES, SCALES[:2], ONE)
+    with pytest.raises(TypeCheckError, match="floor"):
+        fitted_order(SCALES, SCALES**2, SCALES)
+
+
+def test_a_wrong_shape_of_a_result_is_seen():
+    """In the fields of a dataclass, where nothing else would look."""
+    with pytest.raises(TypeCheckError, match="matrix"):
+        ll.Coupling(
+            matrix=torch.zeros(1, 2, 3), sites=(), groups={}, base=ONE[None], adapted=ONE[None],
+            str_tokens=(), readout="y", units="logits", at=0.0, meta={},
+        )  # fmt: skip
+
+
+@pytest.mark.bad_input
+def test_bad_input_is_not_checked():
+    with pytest.raises((RuntimeError, ValueError)):
+        fitted_order(SCALES, SCALES[:2], ONE)

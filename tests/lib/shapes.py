@@ -1,0 +1,34 @@
+"""Annotations of the package, shapes included, checked at run time in every call.
+
+jaxtyping's import hook puts beartype before every function of `lens_lora`. It is on where the
+variable LENS_LORA_SHAPES is "checked", in this process and not in those that a test starts. A test
+of bad input is marked `bad_input` and runs without it, so as to meet the package's own errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jaxtyping
+
+# An int passes for a float, as PEP 484 says.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+CHECKED = os.environ.get("LENS_LORA_SHAPES") == "checked"
+
+
+def check() -> None:
+    """Install the hook; to be called before `lens_lora` is first imported."""
+    if CHECKED:
+        jaxtyping.install_import_hook("lens_lora", CHECKER)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the check inside, for bad input."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
