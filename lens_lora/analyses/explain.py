@@ -31,7 +31,7 @@ from lens_lora.analyses.patch_sites import patch_sites_of
 from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.reliability import Reliability, reliability_of
 from lens_lora.analyses.second_order import SecondOrder, second_order_of
-from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ArgumentError, PromptError
@@ -191,7 +191,7 @@ def explain(
         ArgumentError: null of 1, or below 0.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    prompts = ask(lens, prompt)
+    prompts = ask_prompts(lens, prompt)
     if prompts.prompts.batch != 1:
         raise PromptError(
             f"explain takes one prompt, not {prompts.prompts.batch}: call it for each "

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lens_lora.analyses.directions import Projection, directions_of
 from lens_lora.analyses.hook_points import known_point
-from lens_lora.engine.asked import ask
+from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.forward import JointInject, dual_forward, tangent_of
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.noise import roundings
@@ -199,7 +199,7 @@ def feature_shift(
             pre-activations, a position outside a prompt.
         NumericsError: non-finite activations.
     """
-    asked, features = ask(lens, prompts), directions_of(directions)
+    asked, features = ask_prompts(lens, prompts), directions_of(directions)
     ready, gates = asked.prompts, lens.gates(scale)
     name = _point(lens, name or features.hook_name)
     project = Projection(ready, features, positions)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.directions import Projection, directions_of
-from lens_lora.engine.asked import ask
+from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.hooked.gates import ScaleInject
@@ -142,7 +142,7 @@ def feature_writes(
         ModelStateError: the model normalises what they write (Gemma 2 and 3).
         ArgumentError: as `feature_shift`.
     """
-    asked, features = ask(lens, prompts), directions_of(directions)
+    asked, features = ask_prompts(lens, prompts), directions_of(directions)
     writers = [i for i, site in enumerate(lens.sites) if site.kind in WRITER_KINDS]
     if not writers:
         raise SiteError(

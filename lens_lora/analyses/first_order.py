@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
 from lens_lora.engine.forward import Part, part_tangents, tangent_of
 from lens_lora.engine.function import gated_logits, read_logits, require_finite
@@ -249,7 +249,7 @@ def first_orders(
     """
     if not readouts:
         raise ArgumentError("readouts=[] asks for nothing; give at least one.")
-    prompt_rows = ask(lens, prompts)
+    prompt_rows = ask_prompts(lens, prompts)
     every = [prompt_rows.about(readout) for readout in readouts]
     found: dict[int, Attribution] = {}
     together = [i for i, asked in enumerate(every) if asked.reading.prompts is asked.prompts]

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
 from lens_lora.engine.forward import Part, joint_tangent, part_tangents, tangent_of
 from lens_lora.engine.function import read_logits, require_finite
@@ -163,7 +163,7 @@ def logit_shift(
         NumericsError: non-finite tangents.
     """
     return logit_shift_of(
-        ask(lens, prompts),
+        ask_prompts(lens, prompts),
         by_site=by_site,
         tokens=tokens,
         at=at,

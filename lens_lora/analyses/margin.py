@@ -20,7 +20,7 @@ from scipy.optimize import brentq
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder import Verdict, verdict_of
 from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
-from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.function import gated_logits
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
@@ -158,7 +158,7 @@ def fact_margin(
         TokenError: an answer that is no token of the model, a word that lost its leading space,
             or doc equal to pre.
     """
-    asked = ask(lens, prompts)
+    asked = ask_prompts(lens, prompts)
     margin = margin_between(lens.model, doc, pre, asked.prompts.batch)
     return fact_margin_of(asked.about(margin), doc, pre, by=by, progress=progress)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lens_lora.analyses.hook_points import Names, resolved
-from lens_lora.engine.asked import ask
+from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.forward import JointInject, dual_forward, tangent_of
 from lens_lora.hooked.gates import attached
 from lens_lora.lens import LoraLens, Scale
@@ -48,7 +48,7 @@ def tangents(
         SiteError: a hook point that the model lacks, with the nearest names.
         ModelStateError: the model has an operation without a forward-mode derivative.
     """
-    asked = ask(lens, prompts)
+    asked = ask_prompts(lens, prompts)
     wanted = list(lens.model.hook_dict) if names is None else resolved(lens, names)[1]
     kept: dict[str, Tensor] = {}
 

@@ -1,7 +1,7 @@
 """What a public call was asked: a lens, prompts, a readout; bound and tokenised once, handed on.
 
-1. `ask` tokenises the prompts and looks up the readout's tokens. A readout is optional: the logits
-   of all tokens, and activations, need none.
+1. `ask` tokenises the prompts and looks up the readout's tokens; `ask_prompts` is for what has no
+   readout: the logits of all tokens, and activations.
 2. What several analyses need beside their own numbers is computed on first use, once: the exact
    ends g(0) and g(1), the noise floor, the prompts' tokens as strings.
 3. A public verb is `return verb_of(ask(lens, prompts, readout), …)`; analyses that build on one
@@ -27,7 +27,7 @@ from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.readouts.rows import Reading
 
-__all__ = ["Asked", "ask"]
+__all__ = ["Asked", "ask", "ask_prompts"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,17 +129,29 @@ class Asked:
         return self.reading.tokens_of(self.lens.str_tokens(self.reading.prompts))
 
 
-def ask(lens: LoraLens, prompts: PromptsLike, readout: Readout | None = None) -> Asked:
+def ask(lens: LoraLens, prompts: PromptsLike, readout: Readout) -> Asked:
     """Tokenise the prompts and look up the readout's tokens, once.
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, conversations, or `Prompts`.
-        readout: what is read; None where no number is read from the logits.
+        prompts: strings, ids or `Prompts`.
+        readout: what is read.
 
     Raises:
         ArgumentError: something that is no readout.
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
-    asked = Asked(lens, lens.prompts(prompts))
-    return asked if readout is None else asked.about(readout)
+    return ask_prompts(lens, prompts).about(readout)
+
+
+def ask_prompts(lens: LoraLens, prompts: PromptsLike) -> Asked:
+    """Tokenise the prompts, of whose logits no number is read.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, ids or `Prompts`.
+
+    Raises:
+        PromptError: a prompt that does not fit the model.
+    """
+    return Asked(lens, lens.prompts(prompts))

@@ -16,6 +16,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.analyses import rankings
 from lens_lora.analyses.faithfulness import Faithfulness, faithfulness
+from lens_lora.engine.asked import ask
 from lens_lora.hooked.sites import group_sites
 from lens_lora.results.effects import Effects
 from lens_lora.show.text import key_text
@@ -206,9 +207,8 @@ def test_norms_against_dense_updates_and_components(family: str, flags: str):
     dense = torch.stack([(m.B @ m.A).norm() for m in lens.maps])
     assert (rankings.weight_norms(lens) - dense).abs().max() < 1e-12 * dense.max()
     texts = ["w5 w7 w8", "w9 w10 w11 w12 w13"]
-    reading = MARGIN.over(lens.model, lens.prompts(texts))
     expected = ll.components(lens, texts, MARGIN, progress=False).delta_norm
-    found = rankings.update_norms(lens, reading)
+    found = rankings.update_norms(ask(lens, texts, MARGIN))
     assert (found - expected).abs().max() < 1e-12 * expected.max()
     assert (found[0] - found[1]).abs().max() > 0.01
 
@@ -217,9 +217,9 @@ def test_norms_against_dense_updates_and_components(family: str, flags: str):
 def test_outside_the_blocks(target: str):
     """An unembedding is read at one position, an embedding reads ids: norms and curves hold."""
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw", (target, "q_proj")).lens
-    reading = MARGIN.over(lens.model, lens.prompts(models.tokens()))
     expected = ll.components(lens, models.tokens(), MARGIN, progress=False).delta_norm
-    assert (rankings.update_norms(lens, reading) - expected).abs().max() < 1e-12
+    asked = ask(lens, models.tokens(), MARGIN)
+    assert (rankings.update_norms(asked) - expected).abs().max() < 1e-12
     result = run(lens)
     for i, row in enumerate(models.tokens()):
         slow = slow_curves(lens, result.orders["update_norm"][i], result.counts, row)

