@@ -54,7 +54,9 @@ def remainder() -> ll.Remainder:
 
 
 def summary() -> AdapterSummary:
-    spectrum = Spectrum("m.q_proj", None, "q_proj", ("DoRA",), 2, 0.5, torch.empty(0), math.nan)
+    spectrum = Spectrum(
+        "m.q_proj", None, "q_proj", ("DoRA",), 2, 0.5, torch.empty(0), math.nan, 0.0
+    )
     known = dataclasses.replace(spectrum, singular_values=torch.tensor([2.0, 1.0]), parts=())
     return AdapterSummary("lyon", None, None, 2, (spectrum, known), ("m.q_proj",))
 
