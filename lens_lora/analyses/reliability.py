@@ -34,8 +34,8 @@ from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.patch_sites import How, require_how
+from lens_lora.analyses.screen import Screen
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -257,7 +257,7 @@ def reliability_of(
         effects: of every single site, where they were measured.
     """
     _check(how, threshold, floor)
-    screen = _Screen(asked, first, how, adapted_end, effects, progress)
+    screen = Screen(asked, first, how, adapted_end, effects, progress)
     size = floor * first.per_site.abs().sum(1)
     material = torch.maximum(size, SIGMAS * asked.noise_floor.to(size))
     correction, passes = screen.missed(material)
@@ -284,50 +284,7 @@ def _check(how: str, threshold: float, floor: float) -> None:
         raise ArgumentError(f"floor={floor}; expected a share of Σ|a|, from 0 to below 1.")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Screen:
-    """Where what a_l misses is found: at the other end, by interventions, or in what is known."""
-
-    asked: Asked
-    first: Attribution
-    how: How
-    adapted_end: Attribution | None
-    effects: Effects | None
-    progress: bool
-
-    def missed(self, material: Float[Tensor, "batch"]) -> tuple[Float[Tensor, "batch site"], int]:
-        """What a_l misses, and in how many passes: at the other end, or of what is material."""
-        a = self.first.per_site
-        if self.how == "leave_one_out":
-            return self._slopes_at_1() - a, 2
-        some = (a.abs() > material[:, None]).any(0)
-        missed = torch.full_like(a, float("nan"))
-        missed[:, some] = self.measured(some) - a[:, some]
-        return missed, int(some.sum())
-
-    def _slopes_at_1(self) -> Float[Tensor, "batch site"]:
-        if self.adapted_end is not None:
-            return self.adapted_end.per_site
-        lens = self.asked.lens
-        slopes = site_slopes(lens, self.asked.reading, lens.gates(1.0))
-        require_finite_sites(lens, slopes)
-        return slopes
-
-    def measured(self, some: Bool[Tensor, "site"]) -> Float[Tensor, "batch some"]:
-        """The effects of these sites, one at a time; a forward pass each."""
-        if self.effects is not None:
-            return self.effects.values[:, some]
-        alone = torch.eye(len(some), dtype=self.asked.lens.gate_dtype)[some.cpu()]
-        if not len(alone):
-            return self.first.per_site[:, some]
-        base, adapted = self.asked.ends[..., None]
-        adds = self.how == "add_one"
-        points, what = (alone, "sites added") if adds else (1 - alone, "sites left out")
-        values = self.asked.at_gates(points, progress=self.progress, what=what)
-        return values - base if adds else adapted - values
-
-
-def _fixed(screen: _Screen, found: Reliability) -> Reliability:
+def _fixed(screen: Screen, found: Reliability) -> Reliability:
     """The same, with the flagged sites' effects measured."""
     flagged, values = found.flagged, found.attribution.per_site.clone()
     some, passes = flagged.any(0), 0

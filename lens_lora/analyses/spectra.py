@@ -33,7 +33,7 @@ from lens_lora.families import FAMILIES
 from lens_lora.hooked.basis import is_centred
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.hosts import host_of
-from lens_lora.hooked.sites import SiteFactors, resolve_sites
+from lens_lora.hooked.site_factors import SiteFactors, resolve_sites
 from lens_lora.lens import LoraLens
 from lens_lora.results.measured import Result
 from lens_lora.results.storage import stored

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from lens_lora.commands.options import (
     ClassOption,
     DeviceOption,
     ModelOption,
+    Question,
     Quiet,
     Report,
     Subject,
@@ -28,18 +29,10 @@ from lens_lora.commands.terminal import require_different, require_writable
 from lens_lora.errors import LensLoraError
 from lens_lora.sweeps.records import read_records
 
-__all__ = ["Question", "explain"]
+__all__ = ["explain"]
 
 _MOST = 10
 _EXAMPLE = "--prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'"
-
-
-class Question(NamedTuple):
-    """A prompt, and the two answers whose margin is explained."""
-
-    prompt: str
-    doc: str
-    pre: str
 
 
 def explain(

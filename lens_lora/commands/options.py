@@ -14,6 +14,7 @@ __all__ = [
     "DeviceOption",
     "ModelClass",
     "ModelOption",
+    "Question",
     "Quiet",
     "Report",
     "Subject",
@@ -41,6 +42,14 @@ class Subject(NamedTuple):
     model: str | None
     model_class: ModelClass | None = None
     device: str | None = None
+
+
+class Question(NamedTuple):
+    """A prompt, and the two answers whose margin is explained."""
+
+    prompt: str
+    doc: str
+    pre: str
 
 
 ModelOption = Annotated[

@@ -12,9 +12,8 @@ from rich.text import Text
 from lens_lora.adapters.adapter import load_adapter
 from lens_lora.analyses.explain import Explanation
 from lens_lora.analyses.explain import explain as explain_prompt
-from lens_lora.commands.explain import Question
 from lens_lora.commands.loading import announce, lens_for, shipped_adapter
-from lens_lora.commands.options import Subject
+from lens_lora.commands.options import Question, Subject
 from lens_lora.commands.terminal import say, told_if_interrupted
 from lens_lora.errors import LensLoraError, PromptError
 from lens_lora.lens import LoraLens

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lens_lora.adapters.factors import LoRAFactors, dense_factors
 from lens_lora.errors import AdapterError, ModelStateError
 from lens_lora.families import Family
-from lens_lora.hooked.sites import SiteFactors
+from lens_lora.hooked.site_factors import SiteFactors
 
 __all__ = ["BaseWeights", "base_update"]
 

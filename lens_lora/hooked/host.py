@@ -31,7 +31,8 @@ from lens_lora.hooked.basis import (
     site_map,
 )
 from lens_lora.hooked.ports import Ports
-from lens_lora.hooked.sites import WRITER_KINDS, Heads, SiteFactors, fused_rows
+from lens_lora.hooked.site_factors import SiteFactors, fused_rows
+from lens_lora.hooked.sites import WRITER_KINDS, Heads
 from lens_lora.hooked.value_bias import Constant, constant_of_v
 
 __all__ = ["Host"]

@@ -21,7 +21,8 @@ from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
-from lens_lora.hooked.sites import ATTENTION_KINDS, Heads, SiteFactors
+from lens_lora.hooked.site_factors import SiteFactors
+from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
 
 __all__ = ["BridgeHost"]
 

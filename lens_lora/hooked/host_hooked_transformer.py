@@ -19,7 +19,8 @@ from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
-from lens_lora.hooked.sites import Heads, SiteFactors
+from lens_lora.hooked.site_factors import SiteFactors
+from lens_lora.hooked.sites import Heads
 
 __all__ = ["HookedTransformerHost", "fires_after_affine"]
 

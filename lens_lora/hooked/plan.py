@@ -21,7 +21,8 @@ from lens_lora.hooked.host import Host
 from lens_lora.hooked.host_check import refuse_dropout
 from lens_lora.hooked.hosts import host_of
 from lens_lora.hooked.ports import Ports
-from lens_lora.hooked.sites import Site, SiteFactors, resolve_sites
+from lens_lora.hooked.site_factors import SiteFactors, resolve_sites
+from lens_lora.hooked.sites import Site
 from lens_lora.hooked.value_bias import through_o, through_update_of_o, without_constant
 
 __all__ = ["Injection", "Plan", "make_plan"]

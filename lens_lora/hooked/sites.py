@@ -1,10 +1,8 @@
 """Sites: the adapted linear maps, by the model's own hook names, and how to take them together.
 
-1. A Hugging Face module becomes one site, or three where it fuses q, k and v: row i of the fused
-   output belongs to the kind that the family's layout names, and the site takes those rows of B.
-2. Sites are chosen by name or glob (`match_sites`), and taken together as layers, kinds of module
+1. Sites are chosen by name or glob (`match_sites`), and taken together as layers, kinds of module
    or named subsets (`group_sites`).
-3. A number of a site may be split along `AXES` (`by_axes`).
+2. A number of a site may be split along `AXES` (`by_axes`).
 """
 
 from __future__ import annotations
@@ -20,10 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.errors import AdapterError, ArgumentError, SiteError
-from lens_lora.families import Family, Place
+from lens_lora.errors import ArgumentError, SiteError
 
 __all__ = [
     "ATTENTION_KINDS",
@@ -32,20 +27,18 @@ __all__ = [
     "Groups",
     "Heads",
     "Site",
-    "SiteFactors",
     "by_axes",
     "group_sites",
     "indicator",
     "points_without_update",
-    "resolve_sites",
 ]
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
 EMBEDDING_KINDS = ("embed", "pos_embed")
-_OUTSIDE = (*EMBEDDING_KINDS, "unembed")
 WRITER_KINDS = ("o", "down", "fc_out", *EMBEDDING_KINDS)
 AXES = ("position", "head", "rank")
-_ORDER = (*EMBEDDING_KINDS, "q", "k", "v", "o", "gate", "up", "fc_in", "down", "fc_out", "unembed")
+Group = Literal["site", "layer", "kind"] | Mapping[str, str | Sequence[str]]
+Groups = dict[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,98 +89,6 @@ class Heads:
         return {"q": self.n_heads, "o": self.n_heads, "k": self.n_kv, "v": self.n_kv}.get(kind, 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class SiteFactors:
-    """A site before it meets the model's basis: its own output rows, in the Hugging Face basis."""
-
-    name: str
-    module: str
-    layer: int
-    kind: str
-    factors: LoRAFactors
-    rows: Tensor | None
-    adapter: str
-
-
-def site_name(layer: int, kind: str) -> str:
-    """'blocks.3.attn.q', or the kind alone outside the blocks.
-
-    Args:
-        layer: its number.
-        kind: such as 'q' or 'embed'.
-    """
-    if kind in _OUTSIDE:
-        return kind
-    part = "attn" if kind in ATTENTION_KINDS else "mlp"
-    return f"blocks.{layer}.{part}.{kind}"
-
-
-def resolve_sites(
-    adapter: Adapter, family: Family, heads: Heads, n_layers: int
-) -> tuple[SiteFactors, ...]:
-    """Every adapted module as sites, in the order in which a forward pass meets them.
-
-    Args:
-        adapter: what was fine-tuned.
-        family: how the model's modules are named.
-        heads: of the model.
-        n_layers: of the model.
-
-    Raises:
-        SiteError: a module that the model lacks.
-        AdapterError: a fused projection of another size than the model's.
-    """
-    found: list[SiteFactors] = []
-    for key, factors in adapter.modules.items():
-        module, _, tag = key.partition("@")
-        place = family.place(module)
-        if place is None or (place.layer or 0) >= n_layers:
-            raise _unknown_module(module, adapter, family, n_layers)
-        _check_fused(module, place, heads, factors.B.shape[0], adapter.base_model)
-        for kind in place.kinds:
-            layer = _layer(place, kind, n_layers)
-            rows = fused_rows(place, kind, heads, factors.B.shape[0])
-            own = factors if rows is None else factors.rows(rows)
-            name = site_name(layer, kind) + (f"@{tag}" if tag else "")
-            found.append(SiteFactors(name, module, layer, kind, own, rows, tag))
-    return tuple(sorted(found, key=lambda s: (s.layer, _ORDER.index(s.kind))))
-
-
-def _layer(place: Place, kind: str, n_layers: int) -> int:
-    if place.layer is not None:
-        return place.layer
-    return n_layers if kind == "unembed" else -1
-
-
-def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None:
-    """Which output rows of a fused projection belong to a kind; None where it is not fused.
-
-    Blocks are q|k|v of the model's own widths, or gate|up halves; interleaved is (head, 3, d_head).
-
-    Args:
-        place: of the module in its family.
-        kind: one of those that it fuses.
-        heads: the model's.
-        out: how many rows it has.
-    """
-    if place.layout == "whole":
-        return None
-    if place.layout == "interleaved":
-        every = torch.arange(out).view(heads.n_heads, len(place.kinds), heads.d_head)
-        return every[:, place.kinds.index(kind)].flatten()
-    widths = [heads.of(k) * heads.d_head or out // len(place.kinds) for k in place.kinds]
-    return torch.arange(out).split(widths)[place.kinds.index(kind)]
-
-
-def _check_fused(module: str, place: Place, heads: Heads, out: int, base_model: str | None) -> None:
-    expected = sum(heads.of(kind) for kind in place.kinds) * heads.d_head
-    if place.layout != "whole" and expected and out != expected:
-        raise AdapterError(
-            f"{module}: the adapter writes {out} features, the model's fused projection has "
-            f"{expected}. Was it trained on another base model? The adapter names {base_model!r}."
-        )
-
-
 def points_without_update(sites: Iterable[Site]) -> set[str]:
     """Hook points that show W z of an adapted site before its δ is added.
 
@@ -223,32 +124,6 @@ def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, An
             raise SiteError(f"{pattern!r} matches no site; the nearest are {near or names[:3]}.")
         chosen.update({index[name]: value for name in hits})
     return chosen
-
-
-def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int) -> SiteError:
-    known = [
-        f"{family.layer.format(l=layer)}.{name}"
-        for layer in range(n_layers)
-        for name in family.linears
-    ]
-    near = difflib.get_close_matches(module, known, n=3, cutoff=0.3) or known[:3]
-    places = (family.place(key.partition("@")[0]) for key in adapter.modules)
-    if any(place is not None and (place.layer or 0) < n_layers for place in places):
-        remedy = "use adapter.without(…) to leave a module out on purpose."
-    else:
-        remedy = (
-            f"none of its {len(adapter)} modules exists here, so it is of another architecture (a "
-            "UNet, an encoder, another family of language models)."
-        )
-    return SiteError(
-        f"{module}: the model ({family.architectures[0]} naming, {n_layers} layers) has no such "
-        f"linear module that can be adapted here; the nearest are {', '.join(near)}. The adapter "
-        f"names the base {adapter.base_model!r}; {remedy}"
-    )
-
-
-Group = Literal["site", "layer", "kind"] | Mapping[str, str | Sequence[str]]
-Groups = dict[str, tuple[int, ...]]
 
 
 def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
@@ -304,7 +179,7 @@ def _globs(globs: str | Sequence[str]) -> list[str]:
 
 
 def _layer_label(site: Site) -> str:
-    return site.kind if site.kind in _OUTSIDE else f"layer {site.layer}"
+    return site.kind if site.kind in (*EMBEDDING_KINDS, "unembed") else f"layer {site.layer}"
 
 
 def by_axes(by: tuple[str, ...] | str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from reference import plain_readout
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.analyses import reliability as module
+from lens_lora.analyses import screen as module
 from lens_lora.analyses.patch_sites import How
 from lens_lora.analyses.reliability import Reliability, reliability, score_of
 from lens_lora.engine.function import gated_readout
