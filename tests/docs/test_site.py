@@ -265,3 +265,21 @@ def test_examples_in_docstrings_run():
     for path in paths:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         assert doctest.testmod(importlib.import_module(name)).failed == 0, name
+
+
+def test_contributing_maps_every_file():
+    """The tree in CONTRIBUTING.md names each file of the folders that it opens, and no other."""
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("```text")[1].split("```")[0]
+    folder, mapped = "", set()
+    for indent, name in re.findall(r"^( *)([\w.]+/?)(?:,| |$)", tree, re.M):
+        depth = len(indent) // 2
+        if name.endswith("/"):
+            folder = name if depth == 1 else ""
+        elif name.endswith(".py"):
+            mapped.add(f"{folder if depth == 2 else ''}{name}")
+    opened = {path.partition("/")[0] for path in mapped if "/" in path}
+    there = {f"{d}/{p.name}" for d in opened for p in (PACKAGE / d).glob("*.py")}
+    assert {path for path in mapped if "/" in path} == {
+        path for path in there if not path.endswith("__init__.py")
+    }
+    assert all((PACKAGE / path).is_file() for path in mapped)
