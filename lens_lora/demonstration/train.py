@@ -77,15 +77,34 @@ def train_adapter(
     dtype: torch.dtype = torch.float16,
     quiet: bool = False,
 ) -> Path:
-    """Train a LoRA on ``sentences`` and return ``out``, the folder that PEFT can load.
+    """Train a LoRA on some sentences and save it in a folder that PEFT can load.
 
-    ``base_name`` is what the saved configuration calls the base model, and ``dtype`` the type the
-    factors are stored in. The same arguments give the same files on the same machine. The given
-    model, its weights and torch's random state are left as they were. ``out`` may exist: its
-    adapter files are replaced.
+    The same arguments give the same files on the same machine. The given model, its weights and
+    torch's random state are left as they were.
 
-    Raises ``ValueError`` if there is nothing to train on and ``NumericsError`` if the loss
-    overflows. Costs ``steps`` forward and backward passes and the memory of a second model.
+    Cost: `steps` forward and backward passes, and the memory of a second model.
+
+    Args:
+        hf_model: the base model.
+        tokenizer: its tokenizer.
+        sentences: what it learns; each is used with and without the beginning-of-sequence token.
+        out: the folder to write to; adapter files that are already there are replaced.
+        rank: r of the LoRA.
+        alpha: its scale s is alpha / rank.
+        steps: of AdamW, each on all sentences.
+        lr: the learning rate, constant.
+        seed: of the factors' first values.
+        target_modules: names of the linear modules to adapt.
+        base_name: what the saved configuration calls the base model.
+        dtype: in which the factors are stored.
+        quiet: show no bar.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: no sentence, an empty one, or fewer than one step.
+        NumericsError: the loss overflows.
     """
     if not sentences or not all(sentences):
         raise ValueError(f"training needs non-empty sentences, got {list(sentences)!r}")

@@ -66,6 +66,13 @@ class JointInject:
         self._injections, self._at, self._direction = lens.plan.injections, at, direction
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
+        """out + (at_l + direction_l·d) δ_l(z), as a dual number.
+
+        Args:
+            index: of the injection.
+            out: the running output.
+            z: the site's input.
+        """
         at = self._at.expand_as(self._direction).clone()
         gates = fwad.make_dual(at, self._direction.clone())
         injection = self._injections[index]

@@ -38,7 +38,9 @@ class Inject(Protocol):
     its own; for a constant it is zero.
     """
 
-    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None: ...
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        """The new output, or None to leave it as it is."""
+        ...
 
 
 def weight_of(injection: Injection, gates: Tensor) -> Tensor:
@@ -68,6 +70,13 @@ class ScaleInject:
         self._active = [a or gates.requires_grad for a in active]
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        """out + ε_l ΔW_l z_l, or None where the gate is switched off.
+
+        Args:
+            index: of the injection.
+            out: the running output.
+            z: the site's input.
+        """
         injection = self._injections[index]
         partner = injection.site if injection.partner is None else injection.partner
         if not (self._active[injection.site] and self._active[partner]):

@@ -31,32 +31,45 @@ Ids = tuple[int, ...]
 class AnswerLogProb(Readout):
     """log p(answer | prompt), in nats.
 
+    Cost: one row of the batch for each token of the answer.
+
     Args:
         answer: a string (with its leading space), one token id, ids [token], or a list of these,
             one per prompt.
-
-    Costs a row of the batch for each token of the answer.
     """
 
     answer: AnswerLike
     units = "nats"
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
+        """One row for each prefix of each prompt's answer, read at its last token.
+
+        Args:
+            model: the hooked model.
+            prompts: without the answers.
+
+        Raises:
+            TokenError: an answer that is empty or not in the vocabulary, or a wrong number of them.
+            PromptError: a prompt that is too long for the context with its answer.
+        """
         answers = answer_ids(model, self.answer, prompts.batch)
         return _reading(model, prompts, [[(ids, 1.0)] for ids in answers])
 
     @property
     def label(self) -> str:
+        """`log p(' Lyon')`, or `log p(per prompt)`."""
         return f"log p({_name(self.answer)})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswerMargin(Readout):
-    """log p(doc | prompt) − log p(pre | prompt), in nats; of single tokens, `Margin` itself.
+    """log p(doc | prompt) − log p(pre | prompt), in nats.
+
+    For two answers of one token each it equals `Margin`, as the log-normalisers cancel.
 
     Args:
-        doc: the document's answer, as `AnswerLogProb.answer`.
-        pre: the pretrained one.
+        doc: the document's answer, in any form that `AnswerLogProb` takes.
+        pre: the pretrained answer.
     """
 
     doc: AnswerLike
@@ -64,6 +77,17 @@ class AnswerMargin(Readout):
     units = "nats"
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
+        """The rows of both answers; prefixes that they share are run once.
+
+        Args:
+            model: the hooked model.
+            prompts: without the answers.
+
+        Raises:
+            TokenError: an answer that is empty or not in the vocabulary, a wrong number of them,
+                or doc equal to pre.
+            PromptError: a prompt that is too long for the context with its answer.
+        """
         docs, pres = (answer_ids(model, a, prompts.batch) for a in (self.doc, self.pre))
         if any(doc == pre for doc, pre in zip(docs, pres, strict=True)):
             raise TokenError(
@@ -75,6 +99,7 @@ class AnswerMargin(Readout):
 
     @property
     def label(self) -> str:
+        """`margin(' Lyon' − ' Paris')`, or 'per prompt' in place of several answers."""
         return f"margin({_name(self.doc)} − {_name(self.pre)})"
 
 
