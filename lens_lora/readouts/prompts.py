@@ -1,7 +1,7 @@
-"""Prompts: strings or tokens → ids [batch, pos], padded on the right, and where each is read.
+"""Prompts: strings or tokens → ids [batch, pos], padded on the right, and the position read.
 
-Right padding needs no mask in a causal model: no real token attends to a later one, and positions
-count from the left, so every real activation equals that of the prompt alone.
+Padding on the right needs no mask in a causal model: no token attends to a later one, and positions
+count from the left, so every activation of a prompt is the same as without padding.
 """
 
 from __future__ import annotations

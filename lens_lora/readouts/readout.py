@@ -1,8 +1,8 @@
-"""Readouts u_y: what number is read from the logits at the read position.
+"""Readouts u_y: the number that is read from the logits at the read position.
 
-Logits and margins are in logits, log-probabilities in nats. A margin and a log-probability do not
-depend on a constant added to all logits; a single `Logit` does, so on a model with centred
-unembedding it differs from Hugging Face's by that constant (its *shift* under the adapter too).
+Logits and margins are in logits, log-probabilities in nats. A constant added to all logits changes
+a single `Logit`, but no margin and no log-probability. So on a model with a centred unembedding a
+`Logit`, and its shift under the adapter, differ from Hugging Face's by that constant.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Logit(LastToken):
 
 @dataclasses.dataclass(frozen=True)
 class Margin(LastToken):
-    """m = f_doc − f_pre, in logits: the document's fact against the pretrained one (note, §5)."""
+    """m = f_doc − f_pre, in logits: the document's fact minus the pretrained one (note, §5)."""
 
     doc: TokenLike
     pre: TokenLike
@@ -220,7 +220,9 @@ def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
         )
     items = [token] * batch if isinstance(token, str | int) else list(token)
     if len(items) != batch:
-        raise TokenError(f"{len(items)} tokens for {batch} prompts; give one, or one per prompt.")
+        raise TokenError(
+            f"{len(items)} tokens for {batch} prompts; pass one token, or one per prompt."
+        )
     return torch.tensor([_token_id(model, item) for item in items])
 
 
@@ -253,7 +255,7 @@ def _token_id(model: Any, token: str | int) -> int:
 
 def _in_vocabulary(model: Any, token_id: int, what: str) -> int:
     if not 0 <= token_id < model.cfg.d_vocab:
-        raise TokenError(f"{what} is outside the {model.cfg.d_vocab} of the model.")
+        raise TokenError(f"{what} is outside the vocabulary of {model.cfg.d_vocab} tokens.")
     return token_id
 
 
