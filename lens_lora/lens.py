@@ -1,6 +1,6 @@
-"""LoraLens: an adapter laid over a hooked model, and f(ε), of which all else is a derivative.
+"""LoraLens: an adapter over a hooked model, as the function f(ε) that every analysis evaluates.
 
-f(0) is the base model, f(1) the adapted one; ε has one gate per site.
+ε has one gate per site; f(0) is the base model, f(1) the adapted one.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import os
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from lens_lora._version import versions
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.errors import AdapterError, ModelStateError, NumericsError, SiteError
+from lens_lora.errors import ModelStateError, NumericsError, SiteError
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.gates import (
     HookFn,
@@ -29,6 +28,7 @@ from lens_lora.hooked.gates import (
     writes_at_modules,
 )
 from lens_lora.hooked.host_check import OF_A_GIVEN_BASE, base_logits, require_same_logits
+from lens_lora.hooked.misuse import first_non_finite, require_kinds
 from lens_lora.hooked.plan import Plan, make_plan
 from lens_lora.hooked.sites import Heads, Site, match_sites
 from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
@@ -44,13 +44,13 @@ Scale = float | Float[Tensor, "site"] | Float[Tensor, "batch site"] | Mapping[st
 class LoraLens:
     """A LoRA adapter over a hooked model, exact up to the model's own rounding.
 
-    The model is not touched: hooks are put on for the length of a call and taken off after it.
+    The model is not changed: hooks are added at the start of a call and removed at its end.
 
     Args:
         model: a HookedTransformer or a TransformerBridge of the adapter's base model.
         adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
         hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
-            folded. The weights are verified against it, and (in float32) logits on eight tokens.
+            folded. The model's weights are compared with it, in float32 also logits of 8 tokens.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
@@ -59,7 +59,7 @@ class LoraLens:
     """
 
     def __init__(self, model: Any, adapter: Adapter, hf_model: nn.Module | None = None) -> None:
-        _require_kinds(adapter, hf_model)
+        require_kinds(adapter, hf_model)
         self.model = model
         self.adapter = adapter
         self._hf_model = hf_model
@@ -72,9 +72,12 @@ class LoraLens:
             )
 
     def with_adapter(self, adapter: Adapter) -> LoraLens:
-        """Another adapter over the same model and hf_model, whose logits are not compared again.
+        """A lens of another adapter over the same model and hf_model.
 
-        No forward pass; its weights are verified for each module of the new adapter.
+        No forward pass: weights of the adapted modules are compared with hf_model, logits not.
+
+        Args:
+            adapter: the other adapter.
 
         Raises:
             SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
@@ -98,12 +101,12 @@ class LoraLens:
 
     @property
     def plan(self) -> Plan:
-        """What the hooks add, where: for injections of one's own (`injected`)."""
+        """What the hooks add and where: for injections of your own (`injected`)."""
         return self._plan
 
     @property
     def heads(self) -> Heads:
-        """Numbers and width of the attention heads, at their hook points."""
+        """How many attention heads there are, and how wide, at their hook points."""
         return self._plan.host.heads_at_hooks
 
     @property
@@ -118,6 +121,7 @@ class LoraLens:
 
     @property
     def device(self) -> torch.device:
+        """The device of the model's first parameter."""
         return next(self.model.parameters()).device
 
     @property
@@ -131,7 +135,10 @@ class LoraLens:
         return self.maps[0].A.dtype
 
     def site_index(self, name: str) -> int:
-        """The index of a site by name.
+        """The index of a site in `sites`.
+
+        Args:
+            name: its name.
 
         Raises:
             SiteError: no such site.
@@ -141,10 +148,13 @@ class LoraLens:
     def delta_w(self, site: str | Site) -> FactoredMatrix:
         """ΔW_l = s·B·A of one site, [d_out, d_in], so that δz = ΔW z. No forward pass.
 
-        In the model's own basis: what merged weights, processed as the model's were, differ by.
-        Its transpose, `.T`, is as TransformerLens orients weights (z @ W). The heads of q, k and v
-        lie one after another in d_out, those of o in d_in; an embedding's d_in is the vocabulary.
-        What an update adds whatever its input, as a change of bias, is not in it.
+        In the model's own basis: merged weights, processed as the model's were, minus the model's.
+        TransformerLens orients weights the other way (z @ W): take `.T`. The heads of q, k and v
+        follow one another in d_out, those of o in d_in; an embedding's d_in is the vocabulary.
+        A change of bias, or what else is added whatever the input, is not in it.
+
+        Args:
+            site: one of `sites`, or its name.
 
         Raises:
             SiteError: no such site, or a glob that matches several.
@@ -152,13 +162,16 @@ class LoraLens:
         name = site if isinstance(site, str) else site.name
         hits = list(match_sites([s.name for s in self.sites], {name: 0}))
         if len(hits) > 1:
-            raise SiteError(f"{name!r} matches {len(hits)} sites, of which delta_w takes one.")
+            raise SiteError(f"{name!r} matches {len(hits)} sites; delta_w takes one.")
         from transformer_lens.FactoredMatrix import FactoredMatrix
 
         return FactoredMatrix(*self.maps[hits[0]].of_weight())
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
-        """ε as a tensor, from a number, a tensor, or {site name or glob: number} (others 0).
+        """ε as a tensor on the model's device.
+
+        Args:
+            scale: one number for all sites, a tensor, or {site name or glob: number}, others 0.
 
         Raises:
             SiteError: a name that matches no site, or a tensor without one gate per site.
@@ -179,12 +192,15 @@ class LoraLens:
     def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
         """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.
 
-        Users' own hooks in the same list see and change the adapted model: whatever the order,
-        δ is computed from the input they leave and added before they see the output.
+        Your own hooks in the same list see and change the adapted model, whatever the order:
+        δ is computed from the input that they return, and added before they see the output.
+
+        Args:
+            scale: as for `gates`.
 
         Raises:
             ModelStateError: a site without a hook point at its output (Gemma 2 and 3 on
-                HookedTransformer); `applied` serves it.
+                HookedTransformer); use `applied` there.
         """
         self._plan.check_state()
         without_point = writes_at_modules(self._plan)
@@ -200,7 +216,10 @@ class LoraLens:
     def applied(self, scale: Scale = 1.0) -> Generator[Any]:
         """Within the block, every tool of TransformerLens sees the adapted model.
 
-        On leaving, also by an exception, the model has exactly the hooks and weights it had.
+        After the block, also after an exception, the model has its own hooks and weights again.
+
+        Args:
+            scale: as for `gates`.
         """
         with self.injected(ScaleInject(self._plan, self.gates(scale))):
             yield self.model
@@ -211,7 +230,9 @@ class LoraLens:
     ) -> Generator[None]:
         """The sites' hooks with any injection, for the length of the block.
 
-        Hooks that come `before` the sites' are put on first.
+        Args:
+            inject: what is written at each site.
+            before: hooks that are added before those of the sites.
         """
         self._plan.check_state()
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
@@ -220,13 +241,21 @@ class LoraLens:
             yield
 
     def prompts(self, prompts: PromptsLike) -> Prompts:
-        """Strings or ids as `Prompts`: see `lens_lora.readouts.prompts.prepare`."""
+        """Strings or ids as `Prompts`, tokenised by the model's own conventions.
+
+        Args:
+            prompts: strings, ids [batch, pos], or `Prompts`; errors as for `readouts.prompts`.
+        """
         return prepare(self.model, prompts)
 
     def logits(
         self, prompts: PromptsLike, scale: Scale = 1.0
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of the model at gates `scale`: 0 the base, 1 the adapted model. One forward pass.
+        """Logits of the model at the given gates. One forward pass.
+
+        Args:
+            prompts: strings, ids or `Prompts`.
+            scale: as for `gates`; 0 for the base, 1 for the adapted model.
 
         Raises:
             NumericsError: non-finite logits.
@@ -234,23 +263,35 @@ class LoraLens:
         ready = self.prompts(prompts)
         with torch.no_grad(), self.applied(scale):
             logits = self.run(ready)
-        if not torch.isfinite(ready.at_read(logits)).all():
-            raise NumericsError(_first_non_finite(self, ready, scale))
+            if not torch.isfinite(ready.at_read(logits)).all():
+                raise NumericsError(first_non_finite(self.model, lambda: self.run(ready)))
         return logits
 
     def run(self, prompts: Prompts) -> Float[Tensor, "batch pos d_vocab"]:
-        """The model's own forward pass, under whatever hooks are on it."""
+        """The model's own forward pass, with the hooks that it has at the moment.
+
+        Args:
+            prompts: as tokens.
+        """
         left = getattr(getattr(self.model, "tokenizer", None), "padding_side", None) == "left"
         mask = {"attention_mask": torch.ones_like(prompts.tokens)} if left else {}
         return self.model(prompts.tokens, return_type="logits", **mask)
 
     def str_tokens(self, prompts: Prompts) -> list[list[str]]:
-        """Each prompt's tokens as strings, padding left out; ids where there is no tokenizer."""
+        """Each prompt's tokens as strings, without padding; ids where there is no tokenizer.
+
+        Args:
+            prompts: as tokens.
+        """
         rows = [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)]
         return [self.decode(row) for row in rows]
 
     def decode(self, ids: Sequence[int]) -> list[str]:
-        """Token ids as strings, one by one."""
+        """Token ids as strings, one by one.
+
+        Args:
+            ids: of any tokens.
+        """
         tokenizer = getattr(self.model, "tokenizer", None)
         return [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids]
 
@@ -260,7 +301,7 @@ class LoraLens:
         return tuple(self.decode(range(int(self.model.cfg.d_vocab_out))))
 
     def describe(self) -> dict[str, str]:
-        """What was laid over what, with which versions: kept with every saved result."""
+        """The names of model and adapter, and versions: saved with every result."""
         return {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,
@@ -275,46 +316,3 @@ class LoraLens:
             f"LoraLens({self.adapter!r} over {self.class_name}: {len(self.sites)} sites in "
             f"{len({s.layer for s in self.sites})} layers)"
         )
-
-
-def _require_kinds(adapter: object, hf_model: object) -> None:
-    """Refuse what is near to an adapter or a base model.
-
-    Raises:
-        AdapterError, ModelStateError: with the call that makes one of it.
-    """
-    if not isinstance(adapter, Adapter):
-        is_path = isinstance(adapter, str | os.PathLike)
-        remedy = f"ll.load_adapter({str(adapter)!r})" if is_path else "ll.Adapter.from_peft(…)"
-        raise AdapterError(
-            f"the adapter is a {type(adapter).__name__}; LoraLens takes an ll.Adapter: {remedy}."
-        )
-    if hf_model is not None and not isinstance(hf_model, nn.Module):
-        raise ModelStateError(
-            f"hf_model is a {type(hf_model).__name__}; pass the loaded base model: "
-            "AutoModelForCausalLM.from_pretrained(base)."
-        )
-
-
-def _first_non_finite(lens: LoraLens, prompts: Prompts, scale: Scale) -> str:
-    """Name the first hook point at which a non-finite activation appears."""
-    seen: list[str] = []
-
-    def watch(name: str) -> HookFn:
-        def check(tensor: Any, hook: Any) -> None:
-            del hook
-            is_float = isinstance(tensor, Tensor) and tensor.is_floating_point()
-            if not seen and is_float and not torch.isfinite(tensor).all():
-                seen.append(name)
-
-        return check
-
-    names = [n for n in lens.model.hook_dict if "attn_scores" not in n]
-    with (
-        torch.no_grad(),
-        lens.applied(scale),
-        attached(lens.model, [(name, watch(name)) for name in names]),
-    ):
-        lens.run(prompts)
-    where = seen[0] if seen else "the unembedding"
-    return f"non-finite activations first appear at {where}; check the model's dtype and weights."

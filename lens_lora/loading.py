@@ -1,7 +1,7 @@
-"""A lens by name: a base model, an adapter, and the hooked model between them.
+"""From names to a lens: load a base model and an adapter, and build the hooked model.
 
-`load` and `demo` build a TransformerBridge, the class that TransformerLens goes on with, where it
-is installed. The command line and `hooked_model` build a HookedTransformer where there is one.
+`load` and `demo` build a TransformerBridge, TransformerLens's newer class, if it is installed. The
+command line and `hooked_model` build a HookedTransformer if the installed version has it.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ def load(
     Two short forward passes verify the hooked model against the base.
 
     Args:
-        model: a hub id, a folder, or a loaded Hugging Face model, which is taken over; None for
-            the base that the adapter names.
+        model: a hub id, a folder, or a loaded Hugging Face model, which you must not change
+            afterwards; None for the base that the adapter names.
         adapter: a hub id, a folder, or an `Adapter`.
-        kind: the class of hooked model; by default TransformerBridge where there is one.
-        device: as torch names it; by default the CPU, or where a loaded model lies.
+        kind: the class of hooked model; by default TransformerBridge if it is installed.
+        device: such as 'cuda'; by default the CPU, or the device of a loaded model.
         dtype: of the weights; by default float32, or a loaded model's own.
-        tokenizer: by default the one that lies with the model.
+        tokenizer: by default the one saved with the model.
 
     Raises:
         AdapterError: the adapter cannot be read, or its shapes do not fit the model.
         SiteError: the adapter names a module that the model lacks.
-        ModelStateError: the model cannot be loaded, or not be hooked exactly; names the remedy.
+        ModelStateError: the model cannot be loaded, or no exact lens is possible; names the remedy.
     """
     chosen = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
     base, own = _base(model, chosen, dtype, tokenizer)
@@ -82,13 +82,13 @@ def load(
 def demo(*, kind: Kind | None = None) -> LoraLens:
     """The lens over SmolLM2-135M-Instruct and an adapter that moves France's capital to Lyon.
 
-    Nothing is fetched. Converting the model takes about 20 seconds the first time.
+    Nothing is downloaded. Converting the model takes about 20 seconds the first time.
 
         >>> lens = ll.demo()  # doctest: +SKIP
         >>> ll.fact_margin(lens, "The capital of France is", " Lyon", " Paris")  # doctest: +SKIP
 
     Args:
-        kind: the class of hooked model; by default TransformerBridge where there is one.
+        kind: the class of hooked model; by default TransformerBridge if it is installed.
 
     Raises:
         EmbeddedModelError: the packages that carry the model are not installed; names the command
@@ -112,7 +112,7 @@ def load_base(
         dtype: of the weights.
 
     Raises:
-        ModelStateError: neither, or one that transformers cannot read.
+        ModelStateError: no such folder or id, or a model that transformers cannot read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -133,11 +133,11 @@ def moved(
 
     Args:
         model: a Hugging Face model.
-        device: as torch names it; None for where it is.
+        device: such as 'cuda'; None for the device that it is on.
         dtype: None for its own.
 
     Raises:
-        ModelStateError: no such device here.
+        ModelStateError: this machine has no such device.
     """
     try:
         return model.to(device=device, dtype=dtype)
@@ -149,7 +149,7 @@ def moved(
 
 @contextlib.contextmanager
 def quiet_libraries() -> Generator[None]:
-    """Silence the libraries' warnings, log lines below errors, and transformers' bars."""
+    """Within the block, the libraries show no warnings, no progress bars, and only error logs."""
     from transformers.utils import logging as transformers_logging
 
     shown, before = transformers_logging.is_progress_bar_enabled(), logging.root.manager.disable
@@ -171,7 +171,7 @@ def _base(
     dtype: torch.dtype | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base that is meant, in evaluation mode, and its tokenizer."""
+    """The base model, in evaluation mode, and its tokenizer."""
     dtype = dtype or torch.float32
     if isinstance(model, str | Path):
         return load_base(str(model), dtype)
@@ -198,7 +198,7 @@ def _named_base(
         return load_base(adapter.base_model, dtype)
     except ModelStateError as error:
         raise ModelStateError(
-            f"{error} It is the base that the adapter names; pass another as the first argument."
+            f"{error} The adapter names it as its base; pass another as the first argument."
         ) from error
 
 
@@ -210,5 +210,5 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelStateError(
-            f"no tokenizer lies with the model {name!r}; pass it: load(…, tokenizer=…)."
+            f"no tokenizer was saved with the model {name!r}; pass one: load(…, tokenizer=…)."
         ) from error

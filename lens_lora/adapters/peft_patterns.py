@@ -24,15 +24,17 @@ _OUTSIDE_ALL_LINEAR = re.compile(r"(.*\.)?(lm_head|embed_out|embed_tokens|wte|wp
 
 
 class Patterns:
-    """A config's patterns, asked for one module path after another."""
+    """The patterns of one adapter's config, matched with module paths as PEFT matches them.
+
+    Matching may take four seconds in all, counted from the construction: without a limit, some
+    regular expressions would run for years.
+
+    Args:
+        config: PEFT's LoraConfig.
+        source: the adapter's file or model, for error messages.
+    """
 
     def __init__(self, config: Any, source: str) -> None:
-        """The patterns of one adapter; their time starts now.
-
-        Args:
-            config: PEFT's LoraConfig.
-            source: the adapter's file or model, for error messages.
-        """
         self._config = config
         self._source = source
         self._deadline = time.monotonic() + _SECONDS

@@ -208,7 +208,16 @@ def coupling(
 def coupling_of(
     asked: Asked, *, group: Group = "site", at: float = 0.0, progress: bool = True
 ) -> Coupling:
-    """`coupling` of a question at hand."""
+    """`coupling` of a question that is already tokenised.
+
+    Args:
+        asked: the lens, the prompts and the readout.
+        group, at, progress: as for `coupling`.
+
+    Raises:
+        SiteError: a glob that matches no site.
+        NumericsError: a derivative that is not finite, naming the site.
+    """
     lens, gates = asked.lens, asked.lens.gates(float(at))
     groups = group_sites(lens.sites, group)
     rows = indicator(groups, len(lens.sites)).to(gates)

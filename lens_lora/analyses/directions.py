@@ -50,6 +50,9 @@ class Directions:
 def directions_of(source: Any) -> Directions:
     """A tensor [feature, d] as it is, or an autoencoder's encoder.
 
+    Args:
+        source: the tensor, or a sparse autoencoder with W_enc [d, feature].
+
     Raises:
         ArgumentError: neither, or an autoencoder whose pre-activations are not linear in h.
     """
@@ -124,6 +127,14 @@ class Projection:
         self._index = None if positions == "each" else _indices(prompts, positions)
 
     def __call__(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
+        """d·h, at float32 or better; NaN at padding where every position is wanted.
+
+        Args:
+            h: the activation; axes after `pos` are flattened to d.
+
+        Raises:
+            ArgumentError: the directions are of another width than h.
+        """
         rows = self.features.rows
         flat = h.flatten(2)
         if flat.shape[-1] != rows.shape[-1]:
@@ -135,7 +146,11 @@ class Projection:
         return self._laid_out(self._at(flat).to(dtype) @ rows.to(flat.device, dtype).T)
 
     def encoded(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
-        """The autoencoder's activations, in its own dtype and on its own device."""
+        """The autoencoder's activations, in its own dtype and computed on its own device.
+
+        Args:
+            h: the activation, with its heads as an axis of their own or flattened.
+        """
         rows, encode = self.features.rows, self.features.encode
         assert encode is not None
         at = self._at(h if self.features.by_head else h.flatten(2))

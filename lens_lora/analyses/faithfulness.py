@@ -243,7 +243,13 @@ def faithfulness_of(
     seed: int = 0,
     progress: bool = True,
 ) -> Faithfulness:
-    """`faithfulness` of a question at hand."""
+    """`faithfulness` of a question that is already tokenised.
+
+    Args:
+        asked: the lens, the prompts and the readout.
+        attribution: as for `faithfulness`, and so `fractions`, `baselines` and the rest.
+        fractions, baselines, greedy, draws, seed, progress: as for `faithfulness`.
+    """
     lens = asked.lens
     counts = _counts(_FRACTIONS if fractions is None else fractions, len(lens.sites))
     if draws < 1:

@@ -110,7 +110,16 @@ def first_order_of(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Attribution:
-    """`first_order` of a question at hand."""
+    """`first_order` of a question that is already tokenised.
+
+    Args:
+        asked: the lens, the prompts and the readout.
+        at, mode, by, rules, max_memory, progress: as for `first_order`.
+
+    Raises:
+        ArgumentError: another mode or axis, or less memory than one tangent takes.
+        NumericsError: a derivative that is not finite, naming the site.
+    """
     lens, reading, axes = asked.lens, asked.reading, by_axes(by)
     way, gates = chosen_mode(mode, lens, 1), lens.gates(float(at))
     with _under(rules, lens, reading.prompts):

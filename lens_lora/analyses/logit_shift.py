@@ -183,7 +183,15 @@ def logit_shift_of(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> LogitShift:
-    """`logit_shift` of prompts at hand; no readout is needed."""
+    """`logit_shift` of prompts that are already tokenised; no readout is needed.
+
+    Args:
+        asked: the lens and the prompts.
+        by_site, tokens, at, mode, max_memory, progress: as for `logit_shift`.
+
+    Raises:
+        NumericsError: a derivative that is not finite.
+    """
     lens, prompts = asked.lens, asked.prompts
     ids = _ids(lens, tokens)
     columns, gates = torch.tensor(ids, device=lens.device), lens.gates(at)

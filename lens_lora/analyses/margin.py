@@ -171,7 +171,13 @@ def fact_margin_of(
     by: tuple[str, ...] | str = (),
     progress: bool = True,
 ) -> FactMargin:
-    """`fact_margin` of a question at hand, whose readout is the margin between doc and pre."""
+    """`fact_margin` of a question that is already tokenised.
+
+    Args:
+        asked: the lens, the prompts and, as the readout, the margin between doc and pre.
+        doc, pre: the two answers, for their names.
+        by, progress: as for `fact_margin`.
+    """
     lens = asked.lens
     attribution = first_order_of(asked, by=by)
     curve = remainder_curve_of(asked, attribution, progress=progress)
@@ -200,7 +206,13 @@ def _flip_scale(lens: LoraLens, reading: Reading, curve: RemainderCurve, prompt:
 def first_root(
     value: Callable[[float], float], scales: Sequence[float], values: Sequence[float]
 ) -> float:
-    """The first sign change of `value` on the grid, refined by Brent's method; NaN without one."""
+    """The first sign change of `value` on the grid, refined by Brent's method; NaN without one.
+
+    Args:
+        value: a function of ε, called a few times.
+        scales: the grid, increasing.
+        values: of the function on the grid, as far as they were known before.
+    """
     for i in range(1, len(scales)):
         if values[i - 1] == 0 or values[i - 1] * values[i] > 0:
             continue

@@ -220,7 +220,18 @@ def null_test_of(
     seed: int = 0,
     progress: bool = True,
 ) -> NullTest:
-    """`null_test` of a question at hand, beside its first order at ε = 0, by site."""
+    """`null_test` of a question that is already tokenised.
+
+    Args:
+        asked: the lens, the prompts and the readout.
+        first: first order at ε = 0, by site.
+        draws, seed, progress: as for `null_test`.
+
+    Raises:
+        ArgumentError: fewer than two draws.
+        UnsupportedAdapterError: DoRA or trained biases; names the remedy.
+        NumericsError: non-finite derivatives, naming the site.
+    """
     _require_several(draws)
     lens, reading = asked.lens, asked.reading
     seeds = tuple(int(s) for s in np.random.SeedSequence(seed).generate_state(draws))

@@ -74,7 +74,17 @@ def patch_sites_of(
     group: Group = "site",
     progress: bool = True,
 ) -> Effects:
-    """`patch_sites` of a question at hand."""
+    """`patch_sites` of a question that is already tokenised.
+
+    Args:
+        asked: the lens, the prompts and the readout.
+        how, sites, group, progress: as for `patch_sites`.
+
+    Raises:
+        SiteError: a glob that matches no site.
+        NumericsError: a non-finite readout.
+        ArgumentError: another `how` or `group`.
+    """
     require_how(how)
     groups = _chosen(asked.lens, sites, group)
     switched = indicator(groups, len(asked.lens.sites))
@@ -86,10 +96,13 @@ def patch_sites_of(
 
 
 def require_how(how: str) -> None:
-    """Refuse what is neither adding nor leaving out.
+    """Check the word for the intervention.
+
+    Args:
+        how: 'add_one' or 'leave_one_out'.
 
     Raises:
-        ArgumentError: another word.
+        ArgumentError: any other word.
     """
     if how not in get_args(How):
         raise ArgumentError(f"how={how!r}: expected 'add_one' or 'leave_one_out'.")

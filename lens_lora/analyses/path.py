@@ -91,7 +91,16 @@ def path_attribution_of(
     max_nodes: int = 64,
     progress: bool = True,
 ) -> Attribution:
-    """`path_attribution` of a question at hand."""
+    """`path_attribution` of a question that is already tokenised.
+
+    Args:
+        asked: the lens, the prompts and the readout.
+        tol, by, max_nodes, progress: as for `path_attribution`.
+
+    Raises:
+        ArgumentError: a tolerance that is not positive, fewer than 4 nodes, or another axis.
+        NumericsError: a derivative that is not finite, naming the site.
+    """
     if not 0 < tol < math.inf:
         raise ArgumentError(f"tol={tol}: expected a positive share of the shift, such as 1e-3.")
     if max_nodes < 4:

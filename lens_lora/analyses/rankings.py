@@ -46,10 +46,13 @@ MOST_GREEDY = 40
 
 
 def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
-    """{name: score}; a single one goes by its key.
+    """{name: score}; a single attribution or effect goes by its key, a tensor by 'given'.
+
+    Args:
+        attribution: one score, or {name: score}.
 
     Raises:
-        ArgumentError: a baseline's name, or nothing to rank by.
+        ArgumentError: a name that a baseline has, or nothing to rank by.
     """
     if isinstance(attribution, Attribution | Effects):
         return {attribution.key: attribution}
@@ -154,27 +157,45 @@ def _require_of(name: str, score: Attribution, asked: Asked) -> None:
 
 
 def by_score(scores: Float[Tensor, "batch site"]) -> Int[Tensor, "batch site"]:
-    """Each prompt's sites, the largest score first."""
+    """Indices of each prompt's sites, the largest score first; equal scores keep their order.
+
+    Args:
+        scores: one per prompt and site.
+    """
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
 def switched_on(
     order: Int[Tensor, "batch site"], counts: tuple[int, ...]
 ) -> Float[Tensor, "batch count site"]:
-    """Gates with the first `count` sites of the order at 1 and the others at 0."""
+    """Gates with the first `count` sites of the order at 1 and the others at 0.
+
+    Args:
+        order: indices of each prompt's sites, the first to be switched on first.
+        counts: how many are on, for each set of gates.
+    """
     rank = order.argsort(-1)[:, None]
     return (rank < torch.tensor(counts, device=order.device)[:, None]).double()
 
 
 def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, "draw batch site"]:
-    """A random order for each draw and prompt."""
+    """A random order for each draw and prompt, the same on every device.
+
+    Args:
+        sites, batch, draws: how many there are.
+        seed: of the random numbers.
+    """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     noise = torch.rand(draws, batch, sites, generator=generator, dtype=torch.float64)
     return noise.argsort(-1)
 
 
 def weight_norms(lens: LoraLens) -> Float[Tensor, "site"]:
-    """‖ΔW_l‖_F in the model's basis, biases left out: ‖BA‖² = tr((BᵀB)(AAᵀ)). No forward pass."""
+    """‖ΔW_l‖_F in the model's basis, biases left out: ‖BA‖² = tr((BᵀB)(AAᵀ)). No forward pass.
+
+    Args:
+        lens: the adapter over the model.
+    """
     norms: list[float] = []
     for site_map in lens.maps:
         A, B = site_map.A.double(), site_map.B.double()
@@ -183,7 +204,11 @@ def weight_norms(lens: LoraLens) -> Float[Tensor, "site"]:
 
 
 def update_norms(asked: Asked) -> Float[Tensor, "batch site"]:
-    """‖δz_l‖ at the base model over a prompt's real positions. One forward pass."""
+    """‖δz_l‖ at the base model over a prompt's real positions. One forward pass.
+
+    Args:
+        asked: the lens and the rows that are run.
+    """
     recorder = _NormRecorder(asked.lens, asked.reading)
     with torch.no_grad(), asked.lens.injected(recorder):
         read_logits(asked.lens, asked.reading.prompts)
@@ -211,7 +236,14 @@ class _NormRecorder:
 
 
 def refuse_greedy(sites: int) -> None:
-    """Raises ArgumentError where the greedy oracle would cost too much, naming its cost."""
+    """Check that the greedy oracle, S(S+1)/2 forward passes a prompt, is affordable.
+
+    Args:
+        sites: their number S.
+
+    Raises:
+        ArgumentError: more than `MOST_GREEDY` sites; names the cost.
+    """
     if sites > MOST_GREEDY:
         raise ArgumentError(
             f"greedy on {sites} sites takes {sites * (sites + 1) // 2} forward passes a prompt; it "

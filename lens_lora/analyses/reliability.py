@@ -190,7 +190,12 @@ class Reliability(Result):
 
 
 def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"]:
-    """|a| / (|a| + |missed|), 1 where both are zero."""
+    """|a| / (|a| + |missed|), 1 where both are zero.
+
+    Args:
+        a: first-order values.
+        missed: the correction that each of them needs.
+    """
     whole = a.abs() + missed.abs()
     return (a.abs() / whole).masked_fill(whole == 0, 1.0)
 
@@ -247,12 +252,12 @@ def reliability_of(
     effects: Effects | None = None,
     progress: bool = True,
 ) -> Reliability:
-    """`reliability` of a question at hand, beside its first order at ε = 0, by site.
+    """`reliability` of a question that is already tokenised.
 
     Args:
-        asked: of what.
-        first: first order at ε = 0.
-        how: as of `reliability`, and so `threshold`, `floor`, `fix` and `progress`.
+        asked: the lens, the prompts and the readout.
+        first: first order at ε = 0, by site.
+        how, threshold, floor, fix, progress: as for `reliability`.
         adapted_end: first order at ε = 1, where it is known.
         effects: of every single site, where they were measured.
     """

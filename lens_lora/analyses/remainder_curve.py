@@ -157,7 +157,17 @@ def remainder_curve_of(
     *,
     progress: bool = True,
 ) -> RemainderCurve:
-    """`remainder_curve` of a question at hand, beside its first order at ε = 0."""
+    """`remainder_curve` of a question that is already tokenised.
+
+    Args:
+        asked: the lens, the prompts and the readout.
+        attribution: first order at ε = 0.
+        scales, progress: as for `remainder_curve`.
+
+    Raises:
+        ArgumentError: scales=[].
+        NumericsError: a readout that is not finite.
+    """
     given = _usual_scales() if scales is None else [float(scale) for scale in scales]
     if not given:
         raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
@@ -189,7 +199,16 @@ def _usual_scales() -> list[float]:
 def fitted_order(
     scales: Float[Tensor, "scale"], rest: Float[Tensor, "scale"], floor: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
-    """Slope of log|R| on log ε over the first decade of scales whose remainder clears the noise."""
+    """Slope of log|R| on log ε over the first decade of scales whose remainder clears the noise.
+
+    Args:
+        scales: ε, increasing.
+        rest: R(ε) of one prompt, in the readout's units.
+        floor: σ of its noise; a remainder counts from ten times that.
+
+    Returns:
+        The order, 2 for a remainder of second order; NaN where fewer than three scales count.
+    """
     clear = (scales > 0) & (rest.abs() > 10 * floor)
     scales, rest = scales[clear].double(), rest[clear].double()
     if len(scales) < 3:

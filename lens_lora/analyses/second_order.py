@@ -265,7 +265,17 @@ def second_order_of(
     self_curvature: bool = False,
     progress: bool = True,
 ) -> SecondOrder:
-    """`second_order` of a question at hand, beside its first order by site and its curve."""
+    """`second_order` of a question that is already tokenised.
+
+    Args:
+        asked: the lens, the prompts and the readout.
+        first: first order at ε = 0, by site.
+        curve: the remainder along ε.
+        self_curvature, progress: as for `second_order`.
+
+    Raises:
+        NumericsError: a derivative that is not finite, naming the site.
+    """
     base = asked.lens.gates(0.0)
     rows = hessian_product(asked.lens, asked.reading, base, torch.ones_like(base))
     return SecondOrder(

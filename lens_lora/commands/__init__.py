@@ -1,1 +1,1 @@
-"""What `lens-lora` can be told to do, one command a file."""
+"""The commands of `lens-lora`, one per file."""

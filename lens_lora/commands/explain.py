@@ -1,6 +1,6 @@
 """`lens-lora explain`: what an adapter did on a prompt, in the terminal and as a page.
 
-A prompt, an answer, an adapter or a file that cannot be used is an error before anything long runs;
+A prompt, an answer, an adapter or a file that cannot be used raises an error before any long run;
 the command line prints it as one line.
 """
 
@@ -105,8 +105,8 @@ def _questions(
         )
     if len(found) > _MOST:
         raise typer.BadParameter(
-            f"{len(found)} prompts are too many for a page to read, {_MOST} at most; "
-            "`lens-lora sweep` runs hundreds, into a table."
+            f"{len(found)} prompts are too many for one page, {_MOST} at most; "
+            "`lens-lora sweep` runs hundreds and writes a table."
         )
     questions: list[Question] = []
     for text, its_doc, its_pre in found:
@@ -143,7 +143,7 @@ def _from_file(
 
 
 def _note_spaces(questions: Sequence[Question], progress: Console) -> None:
-    """Note the two slips with spaces by which a tokenizer makes tokens that were not meant."""
+    """Note a space at a prompt's end, or none before an answer: both give unintended tokens."""
     for prompt, *answers in questions:
         if prompt != prompt.rstrip(" "):
             note = f"the prompt {prompt!r} ends in a space, which is a token of its own"

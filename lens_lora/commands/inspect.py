@@ -1,6 +1,6 @@
-"""`lens-lora inspect`: what an adapter is, and how large each of its updates.
+"""`lens-lora inspect`: what an adapter is, and how large each of its updates is.
 
-An adapter or a model that cannot be used is an error; the command line prints it as one line.
+An adapter or a model that cannot be used raises an error; the command line prints it as one line.
 """
 
 from __future__ import annotations

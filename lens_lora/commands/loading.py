@@ -37,7 +37,7 @@ EMBEDDED = "embedded"
 
 @contextlib.contextmanager
 def step(message: str, progress: Console) -> Generator[None]:
-    """A spinner on a terminal, else a line; the libraries' own noise is silenced."""
+    """A spinner on a terminal, else one line; the libraries' own output is hidden."""
     from lens_lora.loading import quiet_libraries
 
     if not progress.is_terminal:
@@ -49,7 +49,7 @@ def step(message: str, progress: Console) -> Generator[None]:
 def load_model(
     model: str | None, progress: Console
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A hub id or folder; the embedded model for None or 'embedded'."""
+    """The model of this hub id or folder; the embedded model for None or 'embedded'."""
     from lens_lora.demonstration.embedded import EMBEDDED_NAME, embedded_model_folder, load_embedded
     from lens_lora.loading import load_base
 
@@ -67,7 +67,7 @@ def load_model_of(
     """The model asked for, else the base that the adapter names, else the embedded model.
 
     Raises:
-        LensLoraError: what loading raises; of a base that was not asked for, with the remedy.
+        LensLoraError: as loading raises it; for the base that the adapter names, with a remedy.
     """
     from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
 
@@ -81,12 +81,12 @@ def load_model_of(
         return load_model(named, progress)
     except LensLoraError as error:
         raise type(error)(
-            f"{error} It is the base that the adapter names; give --model."
+            f"{error} The adapter names it as its base; name another with --model."
         ) from error
 
 
 def _note_other_base(model: str, named: str | None, progress: Console) -> None:
-    """Where the last parts of the two names differ: weights alone cannot tell a wrong base."""
+    """A note where the last parts of the two names differ: weights do not show a wrong base."""
     if named and Path(named).name.lower() != Path(model).name.lower():
         note = f"Note: the adapter names the base {named}, and --model is {model}; is that meant?"
         progress.print(Text(note, style="yellow"), soft_wrap=True)
@@ -104,12 +104,12 @@ def lens_over(
     """The lens over a hooked model of the base.
 
     Args:
-        kind: the hooked model's class; by default HookedTransformer where there is one, which the
-            printed numbers of the documentation are of.
-        device: as torch names it.
+        kind: the hooked model's class; by default HookedTransformer if TransformerLens has it. The
+            numbers printed in the documentation were computed with it.
+        device: such as 'cuda'.
 
     Raises:
-        ModelStateError: no such device here.
+        ModelStateError: this machine has no such device.
     """
     from lens_lora.loading import hooked_model, hooked_transformer_if_there, moved
 
@@ -138,7 +138,7 @@ def lens_for(subject: Subject, adapter: Adapter, device: str, progress: Console)
 
 
 def announce(lens: LoraLens) -> None:
-    """The model and the adapter, on stdout."""
+    """Print which model and which adapter are used."""
     from lens_lora.loading import transformer_lens_version
 
     about, adapter = lens.describe(), lens.adapter

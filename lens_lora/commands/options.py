@@ -29,13 +29,13 @@ class ModelClass(str, enum.Enum):
 
 
 class Subject(NamedTuple):
-    """Whose effect on what: the adapter and the model that a command's options name.
+    """The adapter and the model that a command's options name.
 
     Attributes:
         adapter: its folder; None for the one that comes with the package.
         model: a hub id or folder; None for the base that the adapter names.
-        model_class: the hooked model's class; None for the one that there is.
-        device: as torch names it; None for the CPU, or what accelerate launch gives.
+        model_class: the hooked model's class; None for the default of the installed version.
+        device: such as 'cuda'; None for the CPU, or what accelerate launch gives.
     """
 
     adapter: Path | None

@@ -52,7 +52,7 @@ def run(
     processes = launched()
     progress = Console(stderr=True, quiet=quiet or not processes.is_main)
     lens = lens_for(subject, adapter, processes.device, progress)
-    kept = f"What is done is kept beside {out}; the same command goes on with it."
+    kept = f"Finished prompts are kept beside {out}; run the same command again to resume."
     with warnings.catch_warnings(), told_if_interrupted(lambda: kept):
         warnings.simplefilter("ignore")  # bad records are listed below
         result = sweep(

@@ -51,7 +51,7 @@ def sweep(
     ] = True,
     quiet: Quiet = False,
 ) -> None:
-    """Run hundreds of prompts; one row per prompt and site. The same command goes on after a kill.
+    """Run hundreds of prompts; one row per prompt and site. After a kill, run it again to resume.
 
     Over several processes: accelerate launch --num_processes 2 -m lens_lora sweep …
     """

@@ -1,7 +1,7 @@
-"""What the commands say and check without a model: one-line errors, and files to be written.
+"""What the commands print and check without a model: one-line errors, and files to be written.
 
-Nothing here imports torch. Of several processes only the first reports an error, unless the error
-is another's own.
+Nothing here imports torch. Of several processes only the first reports an error that all of them
+have; an error in one process is reported by that process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ _SECONDS_FOR_THE_FIRST = 10.0
 
 @contextlib.contextmanager
 def one_line_errors() -> Generator[None]:
-    """An error of this package or of the system is one line and exit code 2, Ctrl-C one and 130."""
+    """Print an error of this package or of the system as one line, and exit with code 2.
+
+    Ctrl-C also prints one line; its code is 130.
+    """
     try:
         yield
     except BrokenPipeError:
@@ -56,13 +59,13 @@ def one_line_errors() -> Generator[None]:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is torch's own error; it is not if nothing has imported torch."""
+    """Whether it is torch's own out-of-memory error; if torch was never imported, it is not."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def _tell(line: str) -> None:
-    """Once, where every process meets the same error."""
+    """Print an error once, even if every process has the same one."""
     if rank():
         time.sleep(_SECONDS_FOR_THE_FIRST)
         line = f"process {rank() + 1}: {line}"
@@ -75,10 +78,10 @@ def _print_line(line: str) -> None:
 
 @contextlib.contextmanager
 def told_if_interrupted(what: Callable[[], str]) -> Generator[None]:
-    """Within the block, Ctrl-C says what is kept.
+    """Within the block, Ctrl-C prints what has been saved.
 
     Args:
-        what: the sentence, made at that moment.
+        what: makes that sentence, at the time of Ctrl-C.
     """
     try:
         yield
@@ -87,11 +90,11 @@ def told_if_interrupted(what: Callable[[], str]) -> Generator[None]:
 
 
 def require_different(doc: str, pre: str, prompt: str = "") -> None:
-    """Refuse two equal answers. Answers that differ may still be equal tokens: a tokenizer decides.
+    """Check that the two answers differ as strings; their tokens may still be the same.
 
     Args:
         doc, pre: the two answers.
-        prompt: begins the message where there are several prompts.
+        prompt: how the message begins where there are several prompts.
 
     Raises:
         TokenError: they are the same string.
@@ -104,7 +107,7 @@ def require_different(doc: str, pre: str, prompt: str = "") -> None:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written, before anything long is run.
+    """Check that a file can be written, before any long run.
 
     Args:
         path: the file.

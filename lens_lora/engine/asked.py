@@ -1,13 +1,13 @@
-"""What a public call was asked: a lens, prompts, a readout; bound and tokenised once, handed on.
+"""The question of a public call: a lens, prompts and a readout, tokenised once and passed on.
 
 1. `ask` tokenises the prompts and looks up the readout's tokens; `ask_prompts` is for what has no
    readout: the logits of all tokens, and activations.
-2. What several analyses need beside their own numbers is computed on first use, once: the exact
-   ends g(0) and g(1), the noise floor, the prompts' tokens as strings.
-3. A public verb is `return verb_of(ask(lens, prompts, readout), …)`; analyses that build on one
-   another call `verb_of` with the `Asked` they have.
+2. What several analyses need is computed once, on first use: the exact ends g(0) and g(1), the
+   noise floor, the prompts' tokens as strings.
+3. A public function is `return verb_of(ask(lens, prompts, readout), …)`; an analysis that needs
+   another one calls its `verb_of` with the same `Asked`.
 
-An `Asked` lives within one public call, for users' hooks may change between calls.
+An `Asked` is used within one public call only, as users' hooks may change between calls.
 Cost: nothing by itself; two forward passes for the ends, eight for the noise floor.
 """
 
@@ -145,7 +145,7 @@ def ask(lens: LoraLens, prompts: PromptsLike, readout: Readout) -> Asked:
 
 
 def ask_prompts(lens: LoraLens, prompts: PromptsLike) -> Asked:
-    """Tokenise the prompts, of whose logits no number is read.
+    """Tokenise the prompts of a question without a readout.
 
     Args:
         lens: the adapter over the model.

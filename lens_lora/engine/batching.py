@@ -1,4 +1,4 @@
-"""How the ways to the same derivatives compare in cost, and how many of them go through at once.
+"""Which mode of differentiation is cheaper, and how many derivatives one pass computes.
 
 1. Which mode. A tangent costs one product with each weight from its site's block on; a covector one
    with each weight on the way back to the first block. In passes through all blocks,
@@ -6,11 +6,11 @@
        forward mode    Σ_l share of the blocks at and after l      tangents, whatever the readouts
        reverse mode    k                                           covectors, whatever the sites
 
-   beside a forward pass each. Measured, a tangent and a covector cost the same to a third, on short
-   prompts as on long ones (benchmarks/RESULTS.md); so the smaller number is the cheaper way.
-2. How many at once. Each kind of pass has a bound in tokens, and some in logits: more at once falls
-   out of the caches and gains nothing. Bounds are looked up at every call.
-3. On request a bound in bytes, from measured sizes of a row and of a pass.
+   and one forward pass each. Measured, the cost of a tangent and of a covector differs by at most a
+   third, for short and long prompts (benchmarks/RESULTS.md); so the smaller number is cheaper.
+2. How many at once. Each kind of pass has a bound in tokens, and some in logits: beyond it the data
+   no longer fit into the caches, and nothing is gained. Bounds are read at every call.
+3. On request also a bound in bytes, from measured sizes of a row and of a pass.
 
 No forward pass.
 """
@@ -65,7 +65,7 @@ def cheaper_mode(lens: LoraLens, readouts: int) -> Literal["forward", "reverse"]
 
 
 def chosen_mode(mode: Mode, lens: LoraLens, readouts: int) -> Literal["forward", "reverse"]:
-    """The mode as asked; of 'auto' the cheaper one.
+    """The given mode; for 'auto' the cheaper one.
 
     Args:
         mode: 'auto', 'forward' or 'reverse'.

@@ -1,15 +1,15 @@
-"""Many gate vectors in one forward pass that branches: what they share is computed once.
+"""Many gate vectors in one forward pass that branches: shared blocks are computed once.
 
 Gate vectors that agree on every site up to block L have the same residual stream there.
 
-1. Whether it pays: the points' smallest tree is known before anything runs, and so is its cost.
-2. The pass starts with one row. At each block's input the batch grows: a row for each distinct
-   history of gates up to and with that block, copied from the row of its history so far.
-3. Within the block each row has its own gates; at the end each point finds its row.
+1. Does it pay? The smallest tree of the points, and so its cost, is known before anything runs.
+2. The pass starts with one row. At each block's input rows are added: one for each distinct
+   history of gates up to and including that block, copied from the row with the history so far.
+3. Within the block each row has its own gates; at the end each point reads its row.
 
-Cost: at most one forward pass a point; adding one site in turn, of sites in all blocks, about half
-of that. The rows are grown by a hook, so nothing of the model's own pass is written again here;
-what a model passes beside the residual stream (positions, masks) has one row, which broadcasts.
+Cost: at most one forward pass a point; for adding each site in turn, about half of that. A hook
+adds the rows, so no part of the model's own pass is rewritten here; the other inputs of a block
+(positions, masks) have one row, which broadcasts.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Tree:
 
     @property
     def cost(self) -> float:
-        """Block passes, as a share of running each point alone."""
+        """The number of block passes, as a share of what running each point alone takes."""
         return sum(len(p) for p in self.parents) / (len(self.leaf) * len(self.parents))
 
     def run(
@@ -85,7 +85,7 @@ class Tree:
 
 
 def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
-    """Whether the points share enough of their first blocks, and the model's batch may grow."""
+    """Whether branching is cheaper: the points share blocks, and rows may be added on the way."""
     if len(gates) < 2 or not lens.plan.host.grows:
         return False
     embeddings = [i for i, site in enumerate(lens.sites) if site.layer < 0]
@@ -95,14 +95,14 @@ def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
 
 
 def neighbours_first(lens: LoraLens, gates: Float[Tensor, "point site"]) -> Int[Tensor, "point"]:
-    """An order in which points that share their first blocks lie together."""
+    """An order in which points that share their first blocks are neighbours."""
     columns = [gates[:, c] for c in sum(_columns(lens), [])]
     keys = torch.stack(columns[::-1]).cpu().numpy()
     return torch.from_numpy(np.lexsort(keys)).to(gates.device)
 
 
 def _columns(lens: LoraLens) -> list[list[int]]:
-    """The sites of each block; what comes before or after them goes with the first or last."""
+    """The sites of each block; those before the blocks go with the first, after them the last."""
     last = lens.plan.host.n_layers - 1
     blocks: list[list[int]] = [[] for _ in range(last + 1)]
     for index, site in enumerate(lens.sites):
@@ -111,9 +111,9 @@ def _columns(lens: LoraLens) -> list[list[int]]:
 
 
 def more_copies(count: int) -> HookFn:
-    """A hook that lets the batch grow by `count` copies of its first row, behind those there are.
+    """A hook that appends `count` copies of the batch's first row.
 
-    Where the batch is dual the first row must carry no tangent.
+    If the batch is dual, the first row must have no tangent.
     """
 
     def hook_fn(tensor: Tensor, hook: Any) -> Tensor:

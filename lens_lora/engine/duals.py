@@ -1,17 +1,18 @@
-"""Products and attention of dual numbers x + ẋd, without what torch computes of them for nothing.
+"""Products and attention of dual numbers x + ẋd, without the products that torch wastes on zeros.
 
     (x + ẋd) W + b = (xW + b) + (ẋW) d              c(x + ẋd) + b = (cx + b) + (cẋ) d
     (A + Ȧd)(B + Ḃd) = AB + (ȦB + AḂ) d             P = softmax(S),  Ṗ = P ∘ (Ṡ − Σ_k P ∘ Ṡ)
 
-1. Constant weights and factors. Torch multiplies a weight by primal, tangent and, for the weight's
-   own tangent of zeros, once more. Within `OneProduct` primal and tangent go through it together.
-2. Attention. The scores are the largest of what a long prompt computes, and torch goes over them
-   once for every term; here terms are added where they lie.
-3. Where every row of a batch has the same primal (tangents of many parts of one prompt), whatever
-   depends on the primal alone is computed once, for all rows.
-4. What has no rule here is left to torch.
+1. Constant weights and factors. Torch multiplies a weight by the primal, by the tangent, and once
+   more for the weight's own tangent, which is zero. Within `OneProduct` there is one product, of
+   primal and tangent together.
+2. Attention. The scores are the largest tensors of a long prompt, and torch passes over them once
+   for every term; here terms are added in place.
+3. Where every row of a batch has the same primal (tangents of many parts of one prompt), what
+   depends on the primal only is computed once for all rows.
+4. Operations without a rule here are left to torch.
 
-Cost: of a dual forward pass about 2.5 forward passes.
+Cost: a dual forward pass takes about 2.5 forward passes.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ _APART = 4
 
 
 class OneProduct(TorchFunctionMode):
-    """Within the block, constant weights are multiplied by what is needed and nothing else.
+    """Within the block, products of dual numbers follow the rules above.
 
     Attributes:
-        rows: how many rows of the batch have one and the same primal: 1, or all that it has now.
-            To be kept up to date by whoever lets the batch grow, and left at 1 for a model that
-            takes tokens out of their rows (a mixture of experts).
+        rows: how many rows of the batch have the same primal: 1, or all rows that it has now. Code
+            that adds rows must set it. It stays 1 for a mixture of experts, which takes tokens out
+            of their rows.
     """
 
     def __init__(self) -> None:

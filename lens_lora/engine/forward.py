@@ -1,19 +1,19 @@
-"""Forward mode: tangents J δz by dual numbers through the hooks, for whatever is read downstream.
+"""Forward mode: tangents J δz by dual numbers through the hooks, for any readout of the logits.
 
     site or part p:   output_l ← output_l + d·(p's part of δ_l(z)),   d dual with derivative 1
     all together:     every gate is the dual number at_l + direction_l·d
 
-1. `dual_forward` opens a pass with forward-mode derivatives, and says clearly where the model has
-   an operation without one. Constant weights are multiplied as `engine/duals.py` does it.
+1. `dual_forward` opens a pass with forward-mode derivatives, and raises a clear error if the model
+   has an operation without one. `engine/duals.py` does the products with constant weights.
 2. `joint_tangent`: all sites along one direction of gates, in one row a prompt.
-3. `part_tangents`: tangents kept apart by site, position, head or rank have a row of their own
-   each. Before its block a part has no tangent, and its row would only repeat the base. So a pass
-   starts with one row, which carries none; at each block's input the batch grows by that block's
-   parts, copies of the first row (`engine/branching.py`).
+3. `part_tangents`: each site, position, head or rank has its own tangent, in its own row. Before
+   its block a part has no tangent, and its row would only repeat the base. So a pass starts with
+   one row, without a tangent; at each block's input rows are added for that block's parts, as
+   copies of the first row (`engine/branching.py`).
 4. Where a model's batch cannot grow, and for parts of the embeddings, every row starts at once.
 
-Cost: one dual forward pass (about 2.5 F) for all together, and at most one a part; each site of a
-model in turn about half of that.
+Cost: one dual forward pass (about 2.5 F) for all together; at most one a part, and about half of
+that for every site of a model in turn.
 """
 
 from __future__ import annotations
@@ -66,6 +66,13 @@ class JointInject:
         self._injections, self._at, self._direction = lens.plan.injections, at, direction
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
+        """out + (at_l + direction_l·d) δ_l(z), as a dual number.
+
+        Args:
+            index: of the injection.
+            out: the running output.
+            z: the site's input.
+        """
         at = self._at.expand_as(self._direction).clone()
         gates = fwad.make_dual(at, self._direction.clone())
         injection = self._injections[index]
@@ -74,9 +81,9 @@ class JointInject:
 
 @contextlib.contextmanager
 def dual_forward() -> Generator[OneProduct]:
-    """Forward-mode derivatives within the block, and a clear word where an operation has none.
+    """Within the block, forward-mode derivatives are computed.
 
-    Yields what multiplies by the weights there, to be told of rows that share their primal.
+    Yields the `OneProduct` that multiplies by the weights; set its `rows` where rows are added.
 
     Raises:
         ModelStateError: the model uses an operation without a forward-mode derivative.
@@ -94,7 +101,7 @@ def dual_forward() -> Generator[OneProduct]:
         raise ModelStateError(
             f"this model has an operation without a forward-mode derivative ({error}). A fused "
             "kernel is one: load the model without it (attn_implementation='eager'). Reverse mode "
-            "(first_order, mode='reverse') does without."
+            "(first_order, mode='reverse') needs no such derivative."
         ) from error
 
 
@@ -155,9 +162,9 @@ def part_tangents(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch part *out"]:
-    """The tangent of each part: of the logits, or what `read` makes of those (dual) logits.
+    """The tangent of each part: of the logits, or of what `read` computes from the dual logits.
 
-    As many dual forward passes as parts, batched in rows; about half where the batch can grow.
+    One dual forward pass a part, batched in rows; about half of that where the batch can grow.
 
     Args:
         lens: the adapter over the model.
@@ -238,7 +245,7 @@ def _branching(
 def _growing(
     lens: LoraLens, parts: Sequence[Part], products: OneProduct
 ) -> list[tuple[str, HookFn]]:
-    """Rows for each block's parts, which must come in the order of blocks, behind those so far."""
+    """Hooks that append rows for each block's parts; parts must be in the order of blocks."""
     view, hooks = lens.plan.host, []
     last = view.n_layers - 1
     blocks = [min(lens.sites[part.site].layer, last) for part in parts]
@@ -250,7 +257,7 @@ def _growing(
 
 
 def _told(products: OneProduct) -> HookFn:
-    """All rows' primals are one and the same, and there are so many of them now."""
+    """A hook that reports the number of rows, all of which have the same primal."""
 
     def tell(tensor: Tensor, hook: Any) -> None:
         del hook
@@ -260,7 +267,7 @@ def _told(products: OneProduct) -> HookFn:
 
 
 class _PartsInject:
-    """Some rows of the batch move along a part each; every row runs at the gates `at`."""
+    """Some rows have the tangent of one part each; every row runs at the gates `at`."""
 
     def __init__(
         self,

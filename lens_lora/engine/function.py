@@ -42,7 +42,7 @@ _SLOW, _SLOW_TOGETHER = 8, 64
 def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row vocab"]:
     """One forward pass under the hooks now on the model: logits at each row's last token.
 
-    Only that position is unembedded. Returned at float32 or better, as readouts need.
+    Only that position is unembedded. The result is float32 or better, as readouts need it.
     """
     with _read_rows_only(lens, prompts):
         return lens.run(prompts)[:, 0].to(lens.gate_dtype)
@@ -51,8 +51,8 @@ def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row vocab"]:
 def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     """One forward pass under the hooks now on the model: g, read at each row's last token.
 
-    Of a readout of a few logits only their rows of W_U are multiplied, unless something hooks the
-    unembedding or bends its logits.
+    For a readout of a few logits only their rows of W_U are used, unless a hook is on the
+    unembedding or something (a soft-cap) changes the logits after it.
     """
     unembedding = lens.plan.host.unembedding()
     if (
@@ -71,14 +71,14 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
 
 
 def _is_changed(module: torch.nn.Module) -> bool:
-    """Whether hooks are on it, or a forward of its own (as accelerate puts there)."""
+    """Whether the module has hooks, or a replaced forward (accelerate does that)."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks) or "forward" in vars(module)
 
 
 @contextlib.contextmanager
 def _no_unembedding(lens: LoraLens) -> Generator[None]:
-    """The model returns what it would unembed."""
+    """Within the block, the model returns the unembedding's input instead of logits."""
     # A Bridge's component passes attributes on to the module that it wraps; its own dict it keeps.
     own = vars(lens.model.unembed)
     own["forward"] = lambda residual, *args, **kwargs: residual
@@ -90,7 +90,7 @@ def _no_unembedding(lens: LoraLens) -> Generator[None]:
 
 @contextlib.contextmanager
 def _read_rows_only(lens: LoraLens, prompts: Prompts) -> Generator[None]:
-    """Hand the unembedding the read position alone."""
+    """Within the block, only the read position reaches the unembedding."""
 
     def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module

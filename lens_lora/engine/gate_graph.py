@@ -1,16 +1,15 @@
-"""g with ε in the graph: what is differentiated more than once, or for many readouts.
+"""g with ε in the graph: for second derivatives, and for first ones of many readouts.
 
     ∂f_y/∂ε_l    of k tokens y
     (H v)_l    = d/dt ∂g/∂ε_l (at + t v) at t = 0,   H_lm = ∂²g/∂ε_l ∂ε_m      (note, §6, item 4)
 
-1. One forward pass with ε as a leaf; each row of the batch has gates of its own, so that each
-   prompt has derivatives of its own. What `engine/reverse.py` streams away is kept here until the
-   graph is let go.
+1. One forward pass with ε as a leaf; each row of the batch has its own gates, so each prompt has
+   its own derivatives. Unlike in `engine/reverse.py`, the whole graph is kept until it is released.
 2. Many readouts: a covector for each goes back through the graph, as one batch.
 3. Second order: one backward pass that is itself in the graph gives the slopes ∂g/∂ε_l. For each
    direction v a backward pass through both gives the derivative of Σ_l v_l ∂g/∂ε_l by every ε: H v,
    for H is symmetric. Many directions go back as one batch.
-4. Prompts have nothing to do with one another, so graphs are of a bounded number of tokens each.
+4. Prompts are independent, so they are run in groups, each with a bounded number of tokens.
 
 Cost: one forward and k backward passes for k readouts; one forward, one backward and two backward
 passes a direction for H v.
@@ -108,7 +107,7 @@ def gate_graph(
     at: Float[Tensor, "*row site"],
     read: Callable[[], Float[Tensor, "*out"]],
 ) -> GateGraph:
-    """The graph at these gates, of what `read` reads of one forward pass.
+    """The graph of one forward pass at these gates, up to what `read` returns.
 
     Attention is computed from its formula, as fused kernels have no second derivative.
 
@@ -132,8 +131,7 @@ def hessian_product(
 ) -> Float[Tensor, "batch site"]:
     """H v per prompt and site, in the readout's units.
 
-    Cost: one forward and two backward passes, about 2 FB. Memory: of the graph, of a group of
-    prompts at a time.
+    Cost: one forward and two backward passes, about 2 FB. Memory: the graph of a group of prompts.
 
     Args:
         lens: the adapter over the model.
@@ -155,11 +153,11 @@ def hessian_product(
 def in_groups(
     reading: Reading, work: Callable[[Reading], Float[Tensor, "some *out"]]
 ) -> Float[Tensor, "batch *out"]:
-    """What is found of each prompt, a group of prompts at a time.
+    """Run `work` on one group of prompts after another, and join the results.
 
     Args:
         reading: what is run, and read.
-        work: on one group; its first axis is the group's prompts.
+        work: takes a group and returns a tensor with its prompts on the first axis.
     """
     return torch.cat([work(some) for some in reading.groups(batching.GRAPH_TOKENS)])
 

@@ -1,6 +1,6 @@
-"""Hook points that fire while the model ignores their value: patched, they show a false zero.
+"""Hook points whose value the model ignores: patching them would show a false zero.
 
-1. Each point's own activation, and that with noise of its size, are put back into the run.
+1. In one run each point's own activation is put back; in another, with noise of the same size.
 2. Where both runs give the same logits to the last bit, the model ignores the point.
 
 Cost: two forward passes of a few tokens a point, batched.
@@ -27,13 +27,13 @@ _TRIED_TOKENS = 4
 
 
 def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]) -> list[str]:
-    """Those points at which noise changes no bit of the logits: the model ignores their value.
+    """The points at which noise changes no bit of the logits: the model ignores their value.
 
     The noise is as large as the activation. Two forward passes a name, batched.
 
     Args:
         lens: the adapter over the model.
-        prompts: one row; a short one is lengthened, for one token alone attends to nothing else.
+        prompts: one row; a short one is lengthened, as a single token attends to itself only.
         scale: the adapter's strength in the run.
         names: of the hook points.
     """

@@ -1,8 +1,8 @@
 """The noise floor: how far a readout moves from rounding alone.
 
-A difference of two float32 readouts is noise once it is small. The floor is measured: the token
-embedding is perturbed by relative noise of the size of the model's rounding, and the readout's
-root-mean-square movement over a few draws is taken. Never less than one rounding of the readout.
+A small difference of two float32 readouts may be rounding only. The floor is measured: relative
+noise of the size of the model's rounding is added to the token embedding a few times, and the floor
+is the root mean square of the readout's changes, never less than one rounding of the readout.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _by_head(
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Which slot of each axis a row keeps; −1 keeps all of them, None all of every row."""
+    """Which slot of each axis each row keeps; −1 keeps all slots, None all slots in every row."""
 
     position: Int[Tensor, "row"] | None = None
     head: Int[Tensor, "row"] | None = None

@@ -1,10 +1,10 @@
 """Reverse mode: ∂g/∂ε_l of every site, position, head and rank, in one forward and one backward.
 
 1. What the first adapted block reads, or the embedding's output where that is adapted, becomes the
-   leaf of the graph; every site lies between it and g (a position embedding gets a leaf of its own,
-   for it lies beside).
-2. Each site's output gets a gradient hook that shows a visitor G = ∂g/∂(output) and z as the
-   backward pass goes by, and keeps nothing else (`site_gradients`).
+   leaf of the graph; every site lies between it and g (a position embedding does not, so it has a
+   leaf of its own).
+2. Each site's output gets a gradient hook. During the backward pass it hands G = ∂g/∂(output) and z
+   to a visitor, and keeps nothing else (`site_gradients`).
 3. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`).
 4. The gradient that reaches the leaf is discarded; parameters never receive one.
 
@@ -161,7 +161,7 @@ def part_slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple
 def _at_read_position(
     prompts: Prompts, found: Float[Tensor, "row one *by"]
 ) -> Float[Tensor, "row pos *by"]:
-    """The unembedding is run, and has a gradient, at the read position alone."""
+    """The unembedding is run, and has a gradient, at the read position only."""
     spread = found.new_zeros(len(found), prompts.tokens.shape[1], *found.shape[2:])
     spread[torch.arange(len(found)), prompts.lengths - 1] = found[:, 0]
     return spread

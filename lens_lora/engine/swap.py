@@ -1,9 +1,9 @@
 """Runs in which one activation is replaced by another run's, a different one in each row.
 
-1. `record`: the donor runs once; every wanted hook point's activations are kept, each firing.
+1. `record`: the donor runs once; activations of the given hook points are kept, for each firing.
 2. Each row of the recipient's batch gets one of them, at one hook point: a `Patch`.
-3. Rows that patch in block L equal the unpatched run before it, so where the model's batch may grow
-   they begin at the input of block L, as copies of the unpatched row.
+3. Before block L, a row that patches in block L equals the unpatched run. So where rows may be
+   added, it begins at the input of block L, as a copy of the unpatched row.
 
 Cost: the donor's forward pass, and at most one a patch; half of that where the batch may grow.
 """
@@ -62,7 +62,7 @@ def record(lens: LoraLens, prompts: Prompts, scale: Scale, names: Iterable[str])
     """The activations at these hook points with the adapter at `scale`. One forward pass.
 
     Raises:
-        ModelStateError: a point that holds something else than activations, batch first.
+        ModelStateError: a point whose value is not activations with the batch as first axis.
     """
     found, now = Recording({}, {}), [-1]
 
@@ -181,7 +181,7 @@ def patched_readout(
 
 
 def _share(lens: LoraLens, layers: list[int]) -> float:
-    """Block passes of rows that begin where they patch, as a share of running each whole."""
+    """Block passes if rows begin at their patch, as a share of running every row whole."""
     count = lens.plan.host.n_layers
     blocks = sum(count - layer for layer in layers) + count
     return blocks / max(1, len(layers) * count)

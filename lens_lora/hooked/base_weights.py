@@ -1,7 +1,7 @@
 """The unprocessed Hugging Face base: its weights, and the updates that depend on them.
 
-Processing (folded norms, centred weights, folded value biases) takes something out of the hooked
-model that an adapter was trained against. The base still holds it.
+Processing (folded norms, centred weights, folded value biases) removes from the hooked model
+something that the adapter was trained with. The base still has it.
 """
 
 from __future__ import annotations
@@ -105,15 +105,15 @@ class BaseWeights:
 
 
 def base_update(site: SiteFactors, weight: Tensor | None) -> LoRAFactors:
-    """The site's ΔW as plain factors; DoRA's dense one with an identity on its smaller side.
+    """The site's ΔW as plain factors; of DoRA, whose ΔW is dense, one factor is the identity.
 
     Args:
         site: as the adapter holds it.
         weight: W of the base, [out, in]; None where it is not known.
 
     Raises:
-        ModelStateError: ΔW depends on the base model's weight, which is not at hand.
-        AdapterError: the adapter holds a base weight that is not the model's.
+        ModelStateError: ΔW depends on the base model's weight, which is not known.
+        AdapterError: the adapter holds a base weight that differs from the model's.
     """
     factors = site.factors
     if factors.base_weight is not None and weight is not None:

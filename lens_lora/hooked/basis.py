@@ -1,17 +1,17 @@
 """ΔW from the Hugging Face basis into the basis of the hooked model, processed or not.
 
-An adapter speaks of x, the input of the Hugging Face linear; a hook gives z. They differ by
+An adapter was trained on x, the input of the Hugging Face linear; a hook shows z. They differ by
 
     x = γ ⊙ z + β        q, k, v, gate, up, fc_in where the norm's affine is folded or comes later
     x = z + Rep(b̂_V)     o, where the value biases were folded into b_O
 
-and what a module writes to the residual stream is P = I − 11ᵀ/d times it where writing weights
-are centred. So a site adds
+and where writing weights are centred, what a module writes is multiplied by P = I − 11ᵀ/d. So a
+site adds
 
     δ(z) = s·B'(A'z + a₀),   A' = A diag(γ),   a₀ = Aβ,   B' = PB or B.
 
-What was applied to the weights is inferred from the weights, not from what was requested. Where
-value biases were folded, the constant part of an update of v moves on to o: value_bias.py.
+Which processing was applied is inferred from the weights, not from the options of loading. Where
+value biases were folded, the constant part of an update of v is added at o: value_bias.py.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class SiteMap:
     A_behind_gamma: Float[Tensor, "rank in"] | None = None
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """(B, A) of what merging would add to the model's own weight; a change of bias is left out.
+        """(B, A) with BA the change of the model's own weight by merging, without a change of bias.
 
-        A is without γ where the model applies γ itself.
+        Where the model itself applies γ, A does not contain it.
         """
         A = self.A if self.A_behind_gamma is None else self.A_behind_gamma
         return self.B[:, : len(A)], A
@@ -130,7 +130,7 @@ def infer_processing(
         centres_writes: whether this weight may have been centred.
 
     Raises:
-        ModelStateError: none does, so the model was not made from this base.
+        ModelStateError: no processing does, so the model was not made from this base.
     """
     eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, base.dtype, torch.float32))
     weight, base = weight.double(), base.double().to(weight.device)
@@ -150,7 +150,7 @@ def infer_processing(
     size = float(torch.maximum(base.abs().max(), weight.abs().max()))
     if error > 16 * eps * size:
         raise ModelStateError(
-            f"{name}: the model's weight is no processed form of hf_model's (they differ by "
+            f"{name}: no known processing turns hf_model's weight into the model's (they differ by "
             f"{error:.3g}, and the largest entry is {size:.3g}). Pass the base that this hooked "
             "model was made from; refactor_factored_attn_matrices is not supported."
         )
@@ -217,12 +217,12 @@ class Basis:
 def site_map(update: Update, basis: Basis) -> SiteMap:
     """A site's δ in the model's basis: A' = A diag(γ), a₀ = Aβ, B' = s·PB.
 
-    A change of bias is one more direction of rank space, the last, whose coordinate is always 1;
-    split by head it belongs to no head and gets a slot of its own after them.
+    A change of bias becomes the last direction of rank space, with coordinate 1. It belongs to no
+    head: split by head, it has a slot of its own after the heads.
 
     Args:
         update: ΔW and Δb as the adapter holds them.
-        basis: where they go.
+        basis: of the site in the hooked model.
     """
     reads = update.A.double().to(basis.device)
     writes = update.B.double().to(basis.device) * update.scale

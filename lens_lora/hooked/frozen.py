@@ -3,15 +3,15 @@
     attention   z_q = Σ_k A_qk v_k,       A constant: nothing flows through softmax into q and k
     norm        n = (x − mean x) / s(x),  s constant: n is linear in x (RMS norms have no mean)
 
-A and s are constants at the values they have at the gates of the derivative. All else stays live:
-centring, activations, products of gate and up, soft-caps of the logits, a router's softmax.
+A and s keep the values that they have at the gates of the derivative. Everything else is still
+differentiated: centring, activations, gate · up, soft-caps of the logits, a router's softmax.
 
 1. A hook at every pattern (`hook_pattern`) and denominator (`hook_scale`: of ln1, ln2, norms of q
    and k, norms after attention and MLP, the final one, an embedding's) returns the value that it
    got, bit for bit, without its derivative: the tangent is dropped, or the gradient set to zero.
-2. Whether a model computes with what such a hook returns differs by class, family and version; so
-   it is measured at every hook point, on a few tokens: zeros with a gradient are added there, the
-   gradient must come back, the logits must stay, and no norm may run past its hook.
+2. Not every class, family and version computes with the value that such a hook returns. So this is
+   measured at every hook point on a few tokens: zeros with a gradient are added there; the gradient
+   must come back, the logits must not change, and no norm may run without its hook.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _Run = Callable[[], Float[Tensor, "row pos vocab"]]
 class FrozenRules:
     """What `first_order` holds fixed at its value at the gates of the derivative.
 
-    A frozen derivative is that of another function than g, the model with these parts replaced by
-    constants; whether it tells more about interventions on the real model is to be measured.
+    The result is the derivative of a different function: the model with these parts as constants.
+    Whether it predicts interventions on the real model better than g's own must be measured.
 
         >>> FrozenRules(attention_patterns=True, norm_scales=True).label
         'patterns and norm scales fixed'
@@ -52,7 +52,7 @@ class FrozenRules:
         norm_scales: what every norm divides by, the final norm's included.
 
     Raises:
-        ArgumentError: neither.
+        ArgumentError: neither is True.
     """
 
     attention_patterns: bool = False
@@ -122,12 +122,12 @@ def _no_word_of_edits() -> Generator[None]:
 
 
 def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
-    """Refuse a model that does not compute with what a hook returns at some frozen point.
+    """Check that the model computes with the value that a hook returns at every frozen point.
 
     Args:
         host: the hooked model.
         rules: what is held fixed.
-        run: one forward pass on a few tokens. It is called twice, and differentiated once.
+        run: one forward pass on a few tokens; called twice, once with a backward pass.
 
     Raises:
         ModelStateError: naming the hook point, or the norm that has none, and the remedy.
@@ -140,15 +140,15 @@ def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
     _require_used(host, tried.came)
     if rules.norm_scales and tried.past:
         raise ModelStateError(
-            f"{tried.past[0]}: this {host.class_name} runs a norm past its hook points, so its "
-            "denominator cannot be held fixed (use_split_qkv_input and use_attn_in do so on a "
-            "TransformerBridge: set them off). Or leave out norm_scales."
+            f"{tried.past[0]}: this {host.class_name} runs a norm without its hook points, so its "
+            "denominator cannot be held fixed. On a TransformerBridge turn use_split_qkv_input and "
+            "use_attn_in off, which cause this; or leave out norm_scales."
         )
     off, span = float((tried.logits - bare).abs().max()), float(bare.max() - bare.min())
     if not off <= torch.finfo(bare.dtype).eps ** 0.5 * span:
         raise ModelStateError(
             f"this {host.class_name} computes other logits ({off:.2g} off, of a range of "
-            f"{span:.2g}) once hooks return patterns and scales unchanged, so none can be held "
+            f"{span:.2g}) when hooks return patterns and scales unchanged, so they cannot be held "
             "fixed; use a HookedTransformer, or another version of transformer-lens."
         )
 
@@ -203,13 +203,13 @@ def _require_used(host: Host, came: dict[str, list[bool]]) -> None:
     if not unused:
         return
     name = unused[0]
-    what = "computes past what a hook returns there" if came[name] else "never reaches it"
+    what = "ignores what a hook returns there" if came[name] else "never reaches it"
     rule = "attention_patterns" if name.endswith(_PATTERN) else "norm_scales"
     raise ModelStateError(
         f"{name} ({len(unused)} such hook points in all): this {host.class_name} of a "
         f"{host.family.architectures[0]} {what}, so it cannot be held fixed. Use a "
         "HookedTransformer (transformer-lens before 4), load the Hugging Face model with "
-        "attn_implementation='eager', set use_split_qkv_input and use_attn_in off, or leave out "
+        "attn_implementation='eager', turn use_split_qkv_input and use_attn_in off, or leave out "
         f"{rule}."
     )
 

@@ -1,13 +1,12 @@
 """f(ε): the hooks that let each site write W z + ε ΔW z, with z live.
 
 Each site has a reader at its input hook and a writer at its output hook. What the writer does is
-an `Inject`: given the site's index, the running output and z, it returns the new output, so a
-scaled run, a reverse-mode tap and a forward-mode tangent are three injections through the same
-hooks.
+an `Inject`: from the injection's index, the running output and z it makes the new output. A scaled
+run, a reverse-mode tap and a forward-mode tangent are three injections through the same hooks.
 
-Order matters: a reader must see what users' own hooks made of its input (so it runs last), and a
-writer must add before users' hooks see the output (so it runs first). A hook at each block's input
-puts them there, on every forward pass, wherever they were registered.
+Order matters: a reader must see its input as users' own hooks left it, so it runs last; a writer
+must add δ before users' hooks see the output, so it runs first. A hook at each block's input puts
+them in this order at every forward pass, whenever they were registered.
 """
 
 from __future__ import annotations
@@ -38,7 +37,9 @@ class Inject(Protocol):
     its own; for a constant it is zero.
     """
 
-    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None: ...
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        """The new output, or None to leave it as it is."""
+        ...
 
 
 def weight_of(injection: Injection, gates: Tensor) -> Tensor:
@@ -68,6 +69,13 @@ class ScaleInject:
         self._active = [a or gates.requires_grad for a in active]
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        """out + ε_l ΔW_l z_l, or None where the gate is switched off.
+
+        Args:
+            index: of the injection.
+            out: the running output.
+            z: the site's input.
+        """
         injection = self._injections[index]
         partner = injection.site if injection.partner is None else injection.partner
         if not (self._active[injection.site] and self._active[partner]):
@@ -78,7 +86,7 @@ class ScaleInject:
 def add(out: Tensor, site_map: SiteMap, z: Tensor, gate: Tensor) -> Tensor:
     """out + B(gate · u), computed at its own precision and cast to the model's.
 
-    The gate scales u, which is so much smaller than δ = Bu, and the derivative by it is u's.
+    The gate multiplies u and not δ = Bu: u has only `rank` numbers, and so has its derivative.
 
     Args:
         out: the running output.
@@ -121,7 +129,7 @@ class _Writer:
         if len(self._reader.kept) <= self._firing:
             raise ModelStateError(
                 f"{self._name}: its output hook fired but its input hook did not, so z is "
-                "unknown; a flag of the model bypasses that hook point."
+                "unknown: a flag of the model bypasses the input hook. Turn that flag off."
             )
         z = self._through(self._reader.kept[self._firing])
         if z.ndim == 4 and out.ndim == 3:
@@ -194,7 +202,7 @@ def site_hooks(plan: Plan, inject: Inject, points: Mapping[str, Any]) -> list[tu
 
 
 def writes_at_modules(plan: Plan) -> list[str]:
-    """Names of sites whose δ goes to a module's output, for want of a hook point there.
+    """Names of sites whose δ is added to a module's output, as no hook point shows that output.
 
     Args:
         plan: the adapter over the model.
@@ -214,7 +222,7 @@ def attached(
     Args:
         model: the hooked model.
         hooks: (name of a hook point or module, function).
-        points: the model's `hook_dict`, if it is at hand.
+        points: the model's `hook_dict`, if the caller has it already.
     """
     known = model.hook_dict if points is None else points
     with contextlib.ExitStack() as stack:

@@ -1,11 +1,12 @@
 """A hooked model as this package sees it: where a site reads and writes, and in which basis.
 
-A host's class answers for names, weights and flags (host_bridge.py, host_hooked_transformer.py).
-What follows from the answers is the same for every class and stands here:
+Names, weights and flags differ by class: host_bridge.py, host_hooked_transformer.py.
+What is the same for every class is here:
 
 1. Infer from the weights what processing was applied: norms folded, weights centred.
 2. Put together the basis of a site (basis.py) and its update, ΔW and Δb.
-3. Where something that is needed was processed away, take it from the base, or refuse and name it.
+3. Where processing removed something that is needed, take it from the base; without a base, raise
+   an error that names it.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Host(abc.ABC):
         kv_copies: how often a flag of the model repeats each head of k and v before its hook point.
 
     Attributes:
-        class_name: as errors and saved results call the class.
-        pass_overhead: what a forward pass holds whatever its rows, in sizes of W_U, as measured.
-        keeps_rows: a batch stays in its order throughout, no expert taking tokens out of it.
+        class_name: the class's name in errors and saved results.
+        pass_overhead: memory of a forward pass beside that of its rows, measured, in sizes of W_U.
+        keeps_rows: whether a batch keeps its rows throughout; experts take tokens out of it.
     """
 
     class_name: ClassVar[str]
@@ -67,9 +68,9 @@ class Host(abc.ABC):
     @property
     @abc.abstractmethod
     def grows(self) -> bool:
-        """Whether the batch of a single prompt may grow at a block's input.
+        """Whether rows may be added to the batch of a single prompt at a block's input.
 
-        It may where all that the model passes beside the residual stream is the same for each row.
+        They may if the other inputs of a block (masks, positions) are the same for each row.
         """
 
     @abc.abstractmethod
@@ -86,7 +87,7 @@ class Host(abc.ABC):
 
     @abc.abstractmethod
     def embedding_scale(self, kind: str) -> float:
-        """κ, the factor in the model's own embedding that Hugging Face's weight is without."""
+        """κ, the factor that the model's own embedding has and Hugging Face's weight lacks."""
 
     @abc.abstractmethod
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
@@ -122,11 +123,11 @@ class Host(abc.ABC):
 
     @abc.abstractmethod
     def needs_base(self) -> bool:
-        """Whether the weights were processed, so that the base must supply what is gone."""
+        """Whether the weights were processed, so that the base is needed for what was removed."""
 
     @abc.abstractmethod
     def may_have_folded_value_bias(self) -> bool:
-        """Whether value biases may have been folded into b_O, as far as the model tells."""
+        """Whether value biases may have been folded into b_O; True if the model does not say."""
 
     @property
     def is_capped(self) -> bool:
@@ -153,11 +154,11 @@ class Host(abc.ABC):
         Args:
             site: as the adapter holds it.
             weight: the model's own at this site, as `weight` gives it.
-            base: the unprocessed base, if it is at hand.
+            base: the unprocessed base, or None.
 
         Raises:
-            ModelStateError: the base is needed and not at hand, or is another model's.
-            AdapterError: the adapter holds a base weight that is not the model's.
+            ModelStateError: the base is needed and was not given, or is another model's.
+            AdapterError: the adapter holds a base weight that differs from the model's.
         """
         done = self._processing(site, weight, base)
         gamma, beta = self._affine(site, base, done.folded)
@@ -183,7 +184,7 @@ class Host(abc.ABC):
     def _processing(
         self, site: SiteFactors, weight: Tensor, base: BaseWeights | None
     ) -> Processing:
-        """What was done to the model's weight; where its norm is folded, the model says so too."""
+        """What was done to the model's weight; the model itself must agree on folded norms."""
         layer_norm = self.family.norm == "LN"
         may_be_centred = site.kind == "unembed" or (layer_norm and site.kind in WRITER_KINDS)
         norm_path = self.family.norm_path(site.layer, site.kind)
@@ -236,10 +237,10 @@ class Host(abc.ABC):
 
         Args:
             site: a site of v or o.
-            base: the unprocessed base, if it is at hand.
+            base: the unprocessed base, or None.
 
         Raises:
-            ModelStateError: b̂_V was folded, or may have been, and the base is not at hand.
+            ModelStateError: b̂_V was folded, or may have been, and the base was not given.
         """
         own = self.bias(site.layer, "v")
         if own is not None and bool((own != 0).any()):

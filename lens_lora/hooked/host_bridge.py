@@ -5,8 +5,8 @@ bridge into q, k, v components of their own. Unprocessed, `hook_in` is the Huggi
 input x; once the norm is folded it is n.
 
 Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual, [batch, pos, head,
-d_model], which the bridge normalises behind their last hook point and multiplies by each head's
-weight. The copy is read there, and normalised as the bridge does.
+d_model]. The bridge normalises them after their last hook point, then multiplies each by its head's
+weight. So the copies are read at that hook point and normalised in the same way.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class BridgeHost(Host):
 
     @property
     def grows(self) -> bool:
-        """Not where position data are made for each row."""
+        """False for families that make position data for each row (Bloom, OPT)."""
         return type(self.model.original_model).__name__ not in _FIXED_BATCH
 
     def _component(self, layer: int, kind: str) -> tuple[str, Any]:
@@ -69,7 +69,7 @@ class BridgeHost(Host):
         return f"blocks.{layer}.{part}.{name}", component
 
     def ports(self, layer: int, kind: str) -> Ports:
-        """The component's own hook points, or those that a flag puts in their place."""
+        """The component's own hook points, or those that replace them under a flag."""
         name, _ = self._component(layer, kind)
         copies = self._copies(layer, kind) if kind in ("q", "k", "v") else None
         if copies is not None:
@@ -113,13 +113,13 @@ class BridgeHost(Host):
         return "embed.hook_out"
 
     def embedding_scale(self, kind: str) -> float:
-        """Gemma's embedding multiplies what it looks up by √d, and so does PEFT its update."""
+        """√d for Gemma, whose embedding multiplies by it; PEFT multiplies the update by it too."""
         if kind != "embed":
             return 1.0
         return float(getattr(self.model.embed.original_component, "embed_scale", 1.0))
 
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
-        """The wrapped module's weight, or what a processed gated MLP holds in its place."""
+        """The wrapped module's weight, or the one that a processed gated MLP uses instead."""
         if kind in _PROCESSED_GATED or kind == "down":
             held = self._held(layer, kind)
             if held is not None:
@@ -161,7 +161,7 @@ class BridgeHost(Host):
         return None
 
     def is_folded(self, layer: int, kind: str) -> bool:
-        """A folded norm is left with weight 1 and bias 0."""
+        """True where weights were processed and the norm has weight 1 and bias 0."""
         if kind == "unembed":
             norm = self.model.ln_final.original_component
         else:
@@ -183,7 +183,7 @@ class BridgeHost(Host):
         return bool(getattr(self.model, "_weights_processed", False))
 
     def may_have_folded_value_bias(self) -> bool:
-        """Only where it says that weights were processed."""
+        """Only if the bridge says that weights were processed."""
         return self.needs_base()
 
 
@@ -194,7 +194,8 @@ def _refuse_unknown_copies(model: Any) -> None:
             hasattr(block.attn, "_apply_ln1_per_head") for block in model.blocks
         ):
             raise ModelStateError(
-                f"cfg.{flag} is on, and how this transformer-lens normalises each head's input is "
-                f"not known, so z cannot be had. Set it off (bridge.set_{flag}(False)) before the "
-                "lens is made, or use transformer-lens 3.9 or later."
+                f"cfg.{flag} is on, and lens_lora does not know how this transformer-lens "
+                f"normalises each head's input, so it cannot compute z. Turn the flag off "
+                f"(bridge.set_{flag}(False)) before you make the lens, or use transformer-lens 3.9 "
+                "or later."
             )

@@ -3,8 +3,8 @@
 1. HookedTransformer reads its configuration from a folder, so one is written for it; the weights
    come from the model at hand, and nothing is fetched. TransformerBridge wraps the model itself.
 2. No weight is folded or centred, so that an adapter needs nothing but the hooked model.
-3. The hooked model's logits on a few tokens must be the Hugging Face model's (host_check.py):
-   TransformerLens 2 reads some configurations with another rotary base, and says nothing.
+3. The hooked model's logits on a few tokens must equal the Hugging Face model's (host_check.py):
+   TransformerLens 2 reads some configurations with a wrong rotary base, without a warning.
 
 Cost: two short forward passes, and one copy of the weights for HookedTransformer.
 """
@@ -63,12 +63,12 @@ def hooked_model(
 ) -> tuple[Any, str]:
     """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
 
-    The Hugging Face model is taken over: do not train or change it afterwards.
+    The hooked model may use the Hugging Face model's own weights: do not change it afterwards.
 
     Args:
         hf_model: a causal language model.
         tokenizer: its tokenizer; without one, prompts are token ids.
-        kind: the class to build; by default HookedTransformer where there is one.
+        kind: the class to build; by default HookedTransformer if TransformerLens has it.
 
     Raises:
         ModelStateError: the installed TransformerLens lacks the class, or the hooked model that

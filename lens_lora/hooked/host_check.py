@@ -1,9 +1,9 @@
-"""Whether a hooked model can be trusted: its state, and its logits beside its base's.
+"""Whether a hooked model can be trusted: its state, and its logits compared with its base's.
 
-1. `refuse_unusable`: nothing in it is random, quantised or adapted already.
+1. `refuse_unusable`: no active dropout, no quantised weights, no adapter in it already.
 2. `base_logits`, then `require_same_logits`: without the adapter it computes what its Hugging Face
-   base does. The host libraries build some families wrongly and say nothing. The base's logits
-   come first, because a TransformerBridge takes the base over.
+   base does. The host libraries build some families wrongly, without a warning. The base is run
+   first, because a TransformerBridge wraps and changes it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _Logits = Float[Tensor, "batch pos d_vocab"]
 
 
 def refuse_unusable(model: nn.Module) -> None:
-    """Refuse injected adapters, active dropout, and weights that are not floating point.
+    """Check for injected adapters, active dropout, and weights that are not floating point.
 
     Args:
         model: a hooked model, or the base that one is made from.
@@ -59,7 +59,7 @@ def refuse_unusable(model: nn.Module) -> None:
 
 
 def refuse_dropout(model: nn.Module) -> None:
-    """Refuse active dropout: modules, and what a Hugging Face config turns on in train mode.
+    """Check for active dropout: in modules, and in a Hugging Face config in train mode.
 
     Args:
         model: a hooked model, or the base that one is made from.
@@ -85,8 +85,8 @@ def refuse_dropout(model: nn.Module) -> None:
 def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
     """Logits of the base on eight tokens, its adapters off. One forward pass.
 
-    None in half precision, where rounding alone moves logits by as much as the errors that are
-    looked for: there is nothing to compare.
+    None in half precision, where rounding moves logits by as much as the errors that the
+    comparison should find.
 
     Args:
         hf_model: the Hugging Face base.
@@ -104,12 +104,12 @@ def require_same_logits(
     logits_of: Callable[[Int[Tensor, "batch pos"]], _Logits],
     words: tuple[str, str, str],
 ) -> None:
-    """Refuse a hooked model whose logits are not its base's. One forward pass.
+    """Check that a hooked model's logits equal its base's. One forward pass.
 
-    They are compared up to a constant a position, which a centred unembedding removes.
+    A constant at each position does not count, as a centred unembedding removes it.
 
     Args:
-        expected: from `base_logits`; with None nothing is run or refused.
+        expected: from `base_logits`; with None nothing is run or checked.
         logits_of: gives the hooked model's logits without the adapter.
         words: for the error: what computes, what it is compared with, and the remedy.
 

@@ -1,9 +1,9 @@
 """HookedTransformer (transformer-lens 2.x, 3.x): hook names, weights and norms.
 
-`ln1.hook_normalized` fires three times a block, for q, k and v in that order. RMS norms and, from
-3.x on, LayerNorm fire before the affine; LayerNorm of 2.x fires after it: this is measured, once.
-With a norm after attention and MLP (Gemma 2, 3) no hook point lies before that norm; δ then goes
-to the output of the module itself.
+`ln1.hook_normalized` fires three times a block, for q, k and v in that order. It shows n before the
+affine for RMS norms and, from 3.x on, for LayerNorm; after it for LayerNorm of 2.x. This is
+measured once per class. Where a norm follows attention and MLP (Gemma 2, 3), no hook point lies
+before that norm; δ is then added to the output of the module itself.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class HookedTransformerHost(Host):
 
     @property
     def grows(self) -> bool:
-        """Always: it passes nothing beside the residual stream."""
+        """Always True: a block's only input is the residual stream."""
         return True
 
     def _refuse_refactored(self) -> None:
@@ -63,15 +63,15 @@ class HookedTransformerHost(Host):
             if gram.shape[-1] > 1 and bool(((gram - identity).abs().amax() < 1e-4).item()):
                 raise ModelStateError(
                     f"blocks.{layer}.attn: refactor_factored_attn_matrices was applied, which "
-                    "mixes W_Q with W_K and W_V with W_O, so no ΔW of theirs can be added. Load "
-                    "the model without it."
+                    "mixes W_Q with W_K and W_V with W_O, so their ΔW cannot be added. Load the "
+                    "model without it."
                 )
 
     def ports(self, layer: int, kind: str) -> Ports:
         """Hook points of TransformerLens, or the module itself where none lies at its output.
 
         Raises:
-            ModelStateError: an embedding that normalises within itself.
+            ModelStateError: an embedding with a norm inside it.
         """
         if kind == "embed" and getattr(self.model.cfg, "post_embedding_ln", False):
             raise ModelStateError(
@@ -102,7 +102,7 @@ class HookedTransformerHost(Host):
         return "embed"
 
     def embedding_scale(self, kind: str) -> float:
-        """√d for Gemma's token embedding, which its W_E holds."""
+        """√d for Gemma's token embedding, as W_E contains that factor."""
         is_scaled = kind == "embed" and self.family.gamma_offset
         return self.model.cfg.d_model**0.5 if is_scaled else 1.0
 
@@ -126,7 +126,7 @@ class HookedTransformerHost(Host):
         return attn.b_O.detach() if kind == "o" else _stored(attn, f"b_{kind.upper()}").flatten()
 
     def base_bias(self, site: SiteFactors) -> Float[Tensor, "out"] | None:
-        """Not kept: a HookedTransformer does not tell whether its biases were processed.
+        """Not known: a HookedTransformer does not say whether its biases were processed.
 
         Raises:
             ModelStateError: always, naming `hf_model`.
@@ -166,11 +166,11 @@ class HookedTransformerHost(Host):
         return tuple((f"cfg.{flag}", getattr(self.model.cfg, flag, False)) for flag in _FLAGS)
 
     def needs_base(self) -> bool:
-        """Whether norms were folded, which leaves those that only normalise."""
+        """Whether norms were folded: what is left of them only normalises ('LNPre', 'RMSPre')."""
         return str(self.model.cfg.normalization_type).endswith("Pre")
 
     def may_have_folded_value_bias(self) -> bool:
-        """Always: it does not tell."""
+        """Always True: a HookedTransformer does not say."""
         return True
 
 
@@ -181,7 +181,7 @@ def _stored(attn: nn.Module, name: str) -> Tensor:
 
 @functools.cache
 def fires_after_affine(norm_type: type[nn.Module]) -> bool:
-    """Whether this norm class's `hook_normalized` sees its output, affine included: measured.
+    """Whether `hook_normalized` of this class shows the norm's output, affine included; measured.
 
     Args:
         norm_type: LayerNorm of TransformerLens, or a class like it.

@@ -1,4 +1,4 @@
-"""The plan: an adapter laid over one hooked model. Sites, their ports, their δ.
+"""The plan: an adapter on one hooked model. Its sites, where they read and write, and their δ.
 
 1. Resolve each adapted module to sites, and check shapes against the model's own weights.
 2. Ask the host for each site's ports and for its δ in the model's basis.
@@ -36,8 +36,8 @@ class Injection:
         site: its index.
         ports: where z is read and δ is added.
         map: δ.
-        partner: index of a second site whose gate multiplies. Both sites then hold the same δ, each
-            in its own rank space and each adding half of it, so that each can split its own.
+        partner: index of a second site by whose gate δ is multiplied too. Both sites then have this
+            δ, each in its own rank space, and each adds half of it, so that each can be split.
     """
 
     site: int
@@ -65,7 +65,7 @@ class Plan:
     state: tuple[tuple[str, Any], ...]
 
     def check_state(self) -> None:
-        """Refuse a model whose flags, weights or mode changed since the plan was made.
+        """Check that the model's flags and mode are as they were when the plan was made.
 
         Raises:
             ModelStateError: naming what changed.
@@ -80,17 +80,17 @@ class Plan:
 
 
 def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
-    """Lay the adapter over the model. No forward pass; reads weights only.
+    """Where each site of the adapter reads and writes in this model. No forward pass.
 
     Args:
         model: a HookedTransformer or a TransformerBridge.
         adapter: what was fine-tuned.
-        hf_model: the unprocessed base, if it is at hand.
+        hf_model: the unprocessed base, or None.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
         AdapterError: its shapes do not fit the model's.
-        ModelStateError: the model's state needs `hf_model`, or rules exactness out.
+        ModelStateError: the model was processed and needs `hf_model`, or no exact lens is possible.
     """
     host = host_of(model)
     base = None if hf_model is None else BaseWeights(hf_model, host.family)

@@ -17,12 +17,12 @@ class Ports:
     """A site's hook points, and which firing of its read point in one block is the site's.
 
     Args:
-        read: hook point of z; None for a constant, which is added without being read.
+        read: hook point of z; None for a constant, which needs no z.
         write: hook point at which δ is added.
-        firing: which of the read point's firings in one block shows this site's z.
+        firing: which firing of the read point in one block shows this site's z, from 0.
         firings: how often the read point fires in one block.
-        through: makes z of what was read, where no hook point shows z itself; it is called while
-            the block runs.
+        through: computes z from the tensor that was read, where no hook point shows z itself; it
+            is called while the block runs.
     """
 
     __slots__ = ("firing", "firings", "read", "through", "write")

@@ -41,8 +41,7 @@ def site_name(layer: int, kind: str) -> str:
     """'blocks.3.attn.q', or the kind alone outside the blocks.
 
     Args:
-        layer: its number.
-        kind: such as 'q' or 'embed'.
+        layer, kind: such as 3 and 'q'.
     """
     if kind in (*EMBEDDING_KINDS, "unembed"):
         return kind
@@ -90,13 +89,12 @@ def _layer(place: Place, kind: str, n_layers: int) -> int:
 def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None:
     """Which output rows of a fused projection belong to a kind; None where it is not fused.
 
-    Blocks are q|k|v of the model's own widths, or gate|up halves; interleaved is (head, 3, d_head).
+    Layout "blocks" is q|k|v one after another, or gate|up; "interleaved" is (head, 3, d_head).
 
     Args:
-        place: of the module in its family.
+        place, out: of the module in its family, and how many rows it has.
         kind: one of those that it fuses.
         heads: the model's.
-        out: how many rows it has.
     """
     if place.layout == "whole":
         return None
@@ -136,3 +134,7 @@ def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int
         f"linear module that can be adapted here; the nearest are {', '.join(near)}. The adapter "
         f"names the base {adapter.base_model!r}; {remedy}"
     )
+
+
+Group = Literal["site", "layer", "kind"] | Mapping[str, str | Sequence[str]]
+Groups = dict[str, tuple[int, ...]]

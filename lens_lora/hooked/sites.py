@@ -1,8 +1,8 @@
-"""Sites: the adapted linear maps, by the model's own hook names, and how to take them together.
+"""Sites: the adapted linear maps, named as the model's hook points, and groups of them.
 
-1. Sites are chosen by name or glob (`match_sites`), and taken together as layers, kinds of module
-   or named subsets (`group_sites`).
-2. A number of a site may be split along `AXES` (`by_axes`).
+1. Sites are chosen by name or glob (`match_sites`), and grouped by layer, kind of module or named
+   subset (`group_sites`).
+2. A site's number may be split along `AXES` (`by_axes`).
 """
 
 from __future__ import annotations
@@ -160,11 +160,10 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
 
 
 def indicator(groups: Groups, sites: int) -> Float[Tensor, "group site"]:
-    """1 where a site is in a group.
+    """1 where a site is in a group, else 0.
 
     Args:
-        groups: of so many sites.
-        sites: their number.
+        groups, sites: the groups, and the number of all sites.
     """
     rows = torch.zeros(len(groups), sites, dtype=torch.float64)
     for row, indices in zip(rows, groups.values(), strict=True):

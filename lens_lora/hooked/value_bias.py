@@ -1,13 +1,13 @@
-"""What an update of v does at o, where TransformerLens folded the value biases away.
+"""What an update of v adds at o, where TransformerLens folded the value biases into b_O.
 
-A folded model's v and z carry no bias: b̂_V went into b_O. An update of v has a constant part too,
-c_v = B_v u with u = s A_v β (+ Δb), and merged weights, folded in the same way, would put it where
-b̂_V went. So v's own output gets B_v A_v' n alone, and attention's output gets, at every position,
+A folded model's v and z have no bias: b̂_V is in b_O. An update of v has a constant part as well,
+c_v = B_v u with u = s A_v β (+ Δb), and folding merged weights would move it to b_O too. So v's
+own output gets B_v A_v' n only, and attention's output gets, at every position,
 
     ε_v W_O Rep(c_v)  +  ε_o ε_v s_o B_o A_o Rep(c_v)
 
-(o's own update reads z + Rep(c_v)). Then every activation by name, z and v included, is that of a
-model made from the merged weights. Rep repeats each KV head for its group of query heads.
+(o's own update reads z + Rep(c_v)). Then every named activation, z and v included, equals that of
+a model made from the merged weights. Rep repeats each KV head for its group of query heads.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def constant_of_v(
 ) -> Constant | None:
     """The part of an update of v that folds as a bias; None where there is none.
 
-    With the norm folded that is all of a₀ = A_v β (and Δb). With the norm left alone β reaches v
-    through the norm, and only a change of bias (a₀'s last entry) is one.
+    If the norm was folded, it is all of a₀ = A_v β (and Δb). If not, β reaches v through the norm,
+    and only a change of bias (the last entry of a₀) folds.
     """
     if site.a0 is None:
         return None
@@ -55,7 +55,7 @@ def constant_of_v(
 
 
 def without_constant(site: SiteMap, constant: Constant) -> SiteMap:
-    """What v's own output still gets."""
+    """δ of v without its constant part."""
     return dataclasses.replace(site, a0=None if site.a0 is None else site.a0 - constant.u)
 
 

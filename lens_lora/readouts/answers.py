@@ -3,7 +3,7 @@
     log p(answer | prompt) = Σ_j log p(a_j | prompt, a_1 … a_{j−1}).
 
 1. Each prefix of an answer becomes a row: prompt + a_1 … a_{j−1}, read at its last token.
-2. Rows that two answers share are run once, and what they share cancels in their margin.
+2. Rows that two answers share are run once; log-probabilities that they share cancel in a margin.
 """
 
 from __future__ import annotations
@@ -31,32 +31,45 @@ Ids = tuple[int, ...]
 class AnswerLogProb(Readout):
     """log p(answer | prompt), in nats.
 
+    Cost: one row of the batch for each token of the answer.
+
     Args:
         answer: a string (with its leading space), one token id, ids [token], or a list of these,
             one per prompt.
-
-    Costs a row of the batch for each token of the answer.
     """
 
     answer: AnswerLike
     units = "nats"
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
+        """One row for each prefix of each prompt's answer, read at its last token.
+
+        Args:
+            model: the hooked model.
+            prompts: without the answers.
+
+        Raises:
+            TokenError: an answer that is empty or not in the vocabulary, or a wrong number of them.
+            PromptError: a prompt that is too long for the context with its answer.
+        """
         answers = answer_ids(model, self.answer, prompts.batch)
         return _reading(model, prompts, [[(ids, 1.0)] for ids in answers])
 
     @property
     def label(self) -> str:
+        """`log p(' Lyon')`, or `log p(per prompt)`."""
         return f"log p({_name(self.answer)})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswerMargin(Readout):
-    """log p(doc | prompt) − log p(pre | prompt), in nats; of single tokens, `Margin` itself.
+    """log p(doc | prompt) − log p(pre | prompt), in nats.
+
+    For two answers of one token each it equals `Margin`, as the log-normalisers cancel.
 
     Args:
-        doc: the document's answer, as `AnswerLogProb.answer`.
-        pre: the pretrained one.
+        doc: the document's answer, in any form that `AnswerLogProb` takes.
+        pre: the pretrained answer.
     """
 
     doc: AnswerLike
@@ -64,6 +77,17 @@ class AnswerMargin(Readout):
     units = "nats"
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
+        """The rows of both answers; prefixes that they share are run once.
+
+        Args:
+            model: the hooked model.
+            prompts: without the answers.
+
+        Raises:
+            TokenError: an answer that is empty or not in the vocabulary, a wrong number of them,
+                or doc equal to pre.
+            PromptError: a prompt that is too long for the context with its answer.
+        """
         docs, pres = (answer_ids(model, a, prompts.batch) for a in (self.doc, self.pre))
         if any(doc == pre for doc, pre in zip(docs, pres, strict=True)):
             raise TokenError(
@@ -75,6 +99,7 @@ class AnswerMargin(Readout):
 
     @property
     def label(self) -> str:
+        """`margin(' Lyon' − ' Paris')`, or 'per prompt' in place of several answers."""
         return f"margin({_name(self.doc)} − {_name(self.pre)})"
 
 
@@ -88,7 +113,8 @@ def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, batch: int) -> 
         batch: the number of prompts.
 
     Raises:
-        TokenError: not tokens of the model, the same, or a word that lost its leading space.
+        TokenError: an answer that is empty or not in the vocabulary, equal answers, or 'Lyon' where
+            ' Lyon' is one token.
     """
     several = False
     for answer in (doc, pre):
@@ -100,7 +126,7 @@ def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, batch: int) -> 
 
 
 def _require_no_lost_space(model: Any, answer: str) -> None:
-    """Refuse 'Lyon' where ' Lyon' is one token: it is hardly what was meant."""
+    """Raise an error for 'Lyon' if ' Lyon' is one token: the space was probably forgotten."""
     if len(model.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]) == 1:
         token_ids(model, answer, 1)
 
@@ -122,12 +148,14 @@ def answer_ids(model: Any, answer: AnswerLike, batch: int) -> list[Ids]:
         batch: the number of prompts.
 
     Raises:
-        TokenError: an empty answer, ids outside the vocabulary, no tokenizer, or neither one
-            answer nor one per prompt.
+        TokenError: an empty answer, ids outside the vocabulary, no tokenizer, or a number of
+            answers that is neither 1 nor the number of prompts.
     """
     items = _items(answer, batch)
     if len(items) != batch:
-        raise TokenError(f"{len(items)} answers for {batch} prompts; give one, or one per prompt.")
+        raise TokenError(
+            f"{len(items)} answers for {batch} prompts; pass one answer, or one per prompt."
+        )
     return [_ids(model, item) for item in items]
 
 
@@ -157,8 +185,8 @@ def _ids(model: Any, answer: str | int | Tensor) -> Ids:
     outside = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
     if outside:
         raise TokenError(
-            f"token id {outside[0]} of the answer {answer!r} is outside the {model.cfg.d_vocab} "
-            "of the model."
+            f"token id {outside[0]} of the answer {answer!r} is outside the vocabulary of "
+            f"{model.cfg.d_vocab} tokens."
         )
     return tuple(int(i) for i in ids)
 
@@ -188,7 +216,7 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
 
 
 def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
-    """{(prefix, next token): weight}, without what cancels."""
+    """{(prefix, next token): weight}; terms whose weights cancel are left out."""
     steps: dict[tuple[Ids, int], float] = {}
     for ids, weight in weighted:
         for j, token in enumerate(ids):

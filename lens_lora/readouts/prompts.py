@@ -1,7 +1,7 @@
-"""Prompts: strings or tokens → ids [batch, pos], padded on the right, and where each is read.
+"""Prompts: strings or tokens → ids [batch, pos], padded on the right, and the position read.
 
-Right padding needs no mask in a causal model: no real token attends to a later one, and positions
-count from the left, so every real activation equals that of the prompt alone.
+Padding on the right needs no mask in a causal model: no token attends to a later one, and positions
+count from the left, so every activation of a prompt is the same as without padding.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Prompts:
 
     @property
     def batch(self) -> int:
+        """The number of prompts."""
         return self.tokens.shape[0]
 
     @property
@@ -60,22 +61,39 @@ class Prompts:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
     def at_read(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch vocab"]:
-        """The logits at each prompt's last token; of one prompt, also in rows of its own."""
+        """The logits at each prompt's last token.
+
+        Args:
+            logits: of these prompts; of a single prompt, in any number of rows.
+        """
         rows = torch.arange(len(logits), device=logits.device)
         return logits[rows, (self.lengths - 1).to(logits.device).expand(len(logits))]
 
     def repeat(self, times: int) -> Prompts:
-        """Every prompt `times` times: p0 p0 … p1 p1 …"""
+        """Every prompt several times: p0 p0 … p1 p1 …
+
+        Args:
+            times: how often.
+        """
         return Prompts(
             self.tokens.repeat_interleave(times, 0), self.lengths.repeat_interleave(times, 0)
         )
 
     def row(self, index: int) -> Prompts:
-        """One prompt, without its padding."""
+        """One prompt, without its padding.
+
+        Args:
+            index: of the prompt, from 0.
+        """
         return self.rows(index, index + 1)
 
     def rows(self, first: int, end: int) -> Prompts:
-        """Prompts that follow one another, without padding that all of them have."""
+        """Prompts first … end − 1, padded only to the longest of them.
+
+        Args:
+            first: index of the first.
+            end: index after the last.
+        """
         lengths = self.lengths[first:end]
         return Prompts(self.tokens[first:end, : int(lengths.max())], lengths)
 
@@ -87,6 +105,7 @@ def prepare(model: Any, prompts: PromptsLike) -> Prompts:
     """Tokenise with the model's own conventions (BOS as `model.to_tokens` prepends it).
 
     Args:
+        model: the hooked model.
         prompts: a string, strings of any lengths, ids [batch, pos] read at the last position, or
             `Prompts` with lengths of their own.
 
@@ -133,7 +152,12 @@ def _strings(prompts: Any) -> list[str]:
 
 
 def which_prompt(index: int, count: int) -> str:
-    """'the prompt', or 'prompt 1 of 3 (from 0)'."""
+    """How messages name a prompt: 'the prompt', or 'prompt 1 of 3 (from 0)'.
+
+    Args:
+        index: of the prompt, from 0.
+        count: of all prompts.
+    """
     return "the prompt" if count == 1 else f"prompt {index} of {count} (from 0)"
 
 
@@ -179,10 +203,15 @@ def _filler(model: Any) -> int:
 
 
 def require_context(model: Any, tokens: int, what: str) -> None:
-    """Refuse more tokens than the model's context holds.
+    """Check that the model's context holds so many tokens.
+
+    Args:
+        model: the hooked model.
+        tokens: how many there are.
+        what: what has them, for the message.
 
     Raises:
-        PromptError: with both numbers.
+        PromptError: it does not; names both numbers.
     """
     context = getattr(model.cfg, "n_ctx", None)
     if context and tokens > context:

@@ -1,8 +1,8 @@
-"""Readouts u_y: what number is read from the logits at the read position.
+"""Readouts u_y: the number that is read from the logits at the read position.
 
-Logits and margins are in logits, log-probabilities in nats. A margin and a log-probability do not
-depend on a constant added to all logits; a single `Logit` does, so on a model with centred
-unembedding it differs from Hugging Face's by that constant (its *shift* under the adapter too).
+Logits and margins are in logits, log-probabilities in nats. A constant added to all logits changes
+a single `Logit`, but no margin and no log-probability. So on a model with a centred unembedding a
+`Logit`, and its shift under the adapter, differ from Hugging Face's by that constant.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class Readout(abc.ABC):
     def over(self, model: Any, prompts: Prompts) -> Reading:
         """The rows to run for these prompts, and how g is read from them.
 
+        Args:
+            model: the hooked model, whose tokenizer looks tokens up.
+            prompts: one value of g each.
+
         Raises:
             TokenError: a token string that is not one token.
         """
@@ -41,7 +45,7 @@ class Readout(abc.ABC):
     @property
     @abc.abstractmethod
     def label(self) -> str:
-        """How tables and plots call it."""
+        """Its name in tables and plots."""
 
     @staticmethod
     def of(
@@ -54,16 +58,22 @@ class Readout(abc.ABC):
             'log Z'
 
         Args:
-            fn: [batch, d_vocab] → [batch], each row's number from that row alone.
+            fn: [batch, d_vocab] → [batch]; each row's number may depend on that row only.
+            label: its name in tables and plots; by default the function's name.
         """
         return _Callable(fn, label or getattr(fn, "__name__", "readout"))
 
 
 def bound(readout: Readout, model: Any, prompts: Prompts) -> Reading:
-    """`readout.over`, which refuses what is no readout.
+    """`readout.over`, with a clear error for a value that is not a readout.
+
+    Args:
+        readout: what is read of the logits.
+        model: the hooked model.
+        prompts: one value of g each.
 
     Raises:
-        ArgumentError: a token or a function in place of a readout, with the readout it wants.
+        ArgumentError: a token, a function or another value; names the readout to use instead.
         TokenError: a token string that is not one token.
     """
     if isinstance(readout, Readout):
@@ -75,7 +85,7 @@ def bound(readout: Readout, model: Any, prompts: Prompts) -> Reading:
         remedy = f"for a token's logit, ll.Logit({given!r})."
     else:
         remedy = "use ll.Logit, ll.Margin, ll.LogProb, or ll.Readout.of(fn)."
-    raise ArgumentError(f"{given!r} is no readout: {remedy}")
+    raise ArgumentError(f"{given!r} is not a readout: {remedy}")
 
 
 class LastToken(Readout):
@@ -85,11 +95,16 @@ class LastToken(Readout):
     def bind(self, model: Any, batch: int) -> Bound:
         """The readout as a function of the logits, its tokens looked up for this batch.
 
+        Args:
+            model: the hooked model, whose tokenizer looks tokens up.
+            batch: the number of prompts.
+
         Raises:
             TokenError: a token string that is not one token.
         """
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
+        """The prompts themselves as rows, one each."""
         return one_row_each(prompts, self.bind(model, prompts.batch))
 
 
@@ -100,21 +115,28 @@ class Logit(LastToken):
     token: TokenLike
 
     def bind(self, model: Any, batch: int) -> Bound:
+        """The token's column of the logits, [row, vocab] → [row]."""
         return Columns(token_ids(model, self.token, batch)[:, None], (1.0,))
 
     @property
     def label(self) -> str:
+        """`logit(' Lyon')`, or `logit(per prompt)`."""
         return f"logit({name_of(self.token)})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Margin(LastToken):
-    """m = f_doc − f_pre, in logits: the document's fact against the pretrained one (note, §5)."""
+    """m = f_doc − f_pre, in logits: the document's fact minus the pretrained one (note, §5)."""
 
     doc: TokenLike
     pre: TokenLike
 
     def bind(self, model: Any, batch: int) -> Bound:
+        """The difference of two columns of the logits, [row, vocab] → [row].
+
+        Raises:
+            TokenError: a token string that is not one token, or doc equal to pre.
+        """
         doc, pre = token_ids(model, self.doc, batch), token_ids(model, self.pre, batch)
         if bool((doc == pre).any()):
             raise TokenError(
@@ -125,6 +147,7 @@ class Margin(LastToken):
 
     @property
     def label(self) -> str:
+        """`margin(' Lyon' − ' Paris')`, or 'per prompt' in place of several tokens."""
         return f"margin({name_of(self.doc)} − {name_of(self.pre)})"
 
 
@@ -136,11 +159,13 @@ class LogProb(LastToken):
     units = "nats"
 
     def bind(self, model: Any, batch: int) -> Bound:
+        """logit(token) − logsumexp(logits), [row, vocab] → [row]."""
         ids, rows = token_ids(model, self.token, batch), torch.arange(batch)
         return LogProbs(rows, ids, torch.ones(batch), rows, batch)
 
     @property
     def label(self) -> str:
+        """`log p(' Lyon')`, or `log p(per prompt)`."""
         return f"log p({name_of(self.token)})"
 
 
@@ -175,11 +200,16 @@ class _Callable(LastToken):
 
 
 def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
-    """One id per prompt.
+    """One token id per prompt.
+
+    Args:
+        model: the hooked model, whose tokenizer looks strings up.
+        token: a string of one token, its id, or one of these per prompt.
+        batch: the number of prompts.
 
     Raises:
-        TokenError: a string of several tokens, an id outside the vocabulary, or neither one token
-            nor one per prompt.
+        TokenError: a string of several tokens, a token that the vocabulary lacks, or a number of
+            tokens that is neither 1 nor the number of prompts.
     """
     if isinstance(token, Tensor):
         token = token.tolist()
@@ -190,7 +220,9 @@ def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
         )
     items = [token] * batch if isinstance(token, str | int) else list(token)
     if len(items) != batch:
-        raise TokenError(f"{len(items)} tokens for {batch} prompts; give one, or one per prompt.")
+        raise TokenError(
+            f"{len(items)} tokens for {batch} prompts; pass one token, or one per prompt."
+        )
     return torch.tensor([_token_id(model, item) for item in items])
 
 
@@ -223,12 +255,12 @@ def _token_id(model: Any, token: str | int) -> int:
 
 def _in_vocabulary(model: Any, token_id: int, what: str) -> int:
     if not 0 <= token_id < model.cfg.d_vocab:
-        raise TokenError(f"{what} is outside the {model.cfg.d_vocab} of the model.")
+        raise TokenError(f"{what} is outside the vocabulary of {model.cfg.d_vocab} tokens.")
     return token_id
 
 
 def name_of(token: TokenLike | Sequence[Any]) -> str:
-    """How a label calls a token: by itself, or 'per prompt' where there are several.
+    """A token as labels write it: `' Lyon'`, `5`, or 'per prompt' where there are several.
 
     Args:
         token: a string, an id, or one of these per prompt.

@@ -1,7 +1,7 @@
 """A readout over some prompts: the rows that are run, and g of each prompt from their logits.
 
-A row is a sequence read at its last token. Most readouts read one row a prompt, the prompt itself;
-an answer of several tokens reads one row for each of its tokens.
+A row is a sequence that is read at its last token. For most readouts a prompt is one row, itself;
+for an answer of several tokens it has one row per token of the answer.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Bound = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, "batch"]]
 
 @runtime_checkable
 class _ByRow(Protocol):
-    """Knows which row each of its numbers is of, so that rows may be copied or left out."""
+    """A reading that knows the row of each of its numbers, so rows can be copied or left out."""
 
     def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]: ...
 
     def repeat(self, times: int) -> Bound:
-        """The same of every row `times` times, r0 r0 … r1 r1 …."""
+        """The reading of every row `times` times: r0 r0 … r1 r1 …"""
         ...
 
     def only(self, first: int, end: int) -> Bound:
-        """The same of these rows alone, which are all the rows of some prompts."""
+        """The reading of rows first … end − 1, which must be all the rows of some prompts."""
         ...
 
 
@@ -41,33 +41,52 @@ class _ByRow(Protocol):
 class Columns:
     """A readout of a few logits: Σ_k sign_k · logit of the row's k-th token.
 
-    It can be had without the rest of the vocabulary: u_y is a few rows of W_U.
+    It needs no other logits: u_y is a signed sum of a few rows of W_U.
     """
 
     ids: Int[Tensor, "row token"]
     signs: tuple[float, ...]
 
     def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
+        """g of each row from all its logits."""
         return self.of(logits.gather(-1, self.ids.to(logits.device)))
 
     def of(self, few: Float[Tensor, "row token"]) -> Float[Tensor, "row"]:
-        """g from the logits of `ids` alone."""
+        """g of each row from the logits of its `ids` only.
+
+        Args:
+            few: in the order of `ids`.
+        """
         return sum((few[:, k] * sign for k, sign in enumerate(self.signs)), few.new_zeros(()))
 
     def repeat(self, times: int) -> Columns:
+        """The readout of every row several times: r0 r0 … r1 r1 …
+
+        Args:
+            times: how often.
+        """
         return Columns(self.ids.repeat_interleave(times, 0), self.signs)
 
     def only(self, first: int, end: int) -> Columns:
+        """The readout of rows first … end − 1.
+
+        Args:
+            first: index of the first.
+            end: index after the last.
+        """
         return Columns(self.ids[first:end], self.signs)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogProbs:
-    """Σ weight · log p(token), over a prompt's picks: tokens at its rows.
+    """Σ weight · log p(token) in nats, over a prompt's picks; a pick is one token at one row.
 
     Attributes:
-        rows, tokens, weights: of the picks.
-        owner: each pick's prompt, out of so many as `batch`.
+        rows: each pick's row.
+        tokens: each pick's token id.
+        weights: each pick's weight, +1 or −1 in a margin.
+        owner: the index of each pick's prompt.
+        batch: the number of prompts.
     """
 
     rows: Int[Tensor, "pick"]
@@ -77,6 +96,7 @@ class LogProbs:
     batch: int
 
     def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]:
+        """g of each prompt from the logits of its rows."""
         to = logits.device
         rows = self.rows.to(to)
         logp = logits[rows, self.tokens.to(to)] - logits.logsumexp(-1)[rows]
@@ -84,6 +104,11 @@ class LogProbs:
         return summed.index_add(0, self.owner.to(to), logp * self.weights.to(logp))
 
     def repeat(self, times: int) -> LogProbs:
+        """The readout of every row several times: r0 r0 … r1 r1 …
+
+        Args:
+            times: how often.
+        """
         copy = torch.arange(times, device=self.rows.device)
         return LogProbs(
             rows=(self.rows[:, None] * times + copy).flatten(),
@@ -94,6 +119,12 @@ class LogProbs:
         )
 
     def only(self, first: int, end: int) -> LogProbs:
+        """The readout of rows first … end − 1, with prompts counted from 0 again.
+
+        Args:
+            first: index of the first, the first row of its prompt.
+            end: index after the last, the last row of its prompt.
+        """
         mine = (self.rows >= first) & (self.rows < end)
         owner = self.owner[mine] - self.owner[mine].min()
         return LogProbs(
@@ -111,8 +142,8 @@ class Reading:
 
     Attributes:
         prompts: the rows.
-        read: their logits at the last token, [row, vocab], → g of each prompt, [batch].
-        owner: [row], the prompt that a row belongs to; rows of one prompt lie together.
+        read: from the logits at each row's last token, [row, vocab], to g of each prompt, [batch].
+        owner: the index of each row's prompt; rows of one prompt stand together.
     """
 
     prompts: Prompts
@@ -125,17 +156,24 @@ class Reading:
         return int(self.owner[-1]) + 1
 
     def by_prompt(self, rows: Float[Tensor, "row *rest"]) -> Float[Tensor, "batch *rest"]:
-        """Summed over the rows of each prompt."""
+        """The sum over the rows of each prompt.
+
+        Args:
+            rows: any numbers of each row.
+        """
         if len(rows) == self.batch:
             return rows
         summed = rows.new_zeros(self.batch, *rows.shape[1:])
         return summed.index_add(0, self.owner.to(rows.device), rows)
 
     def repeat(self, times: int) -> Reading:
-        """Every prompt `times` times, p0 p0 … p1 p1 …, each copy read on its own.
+        """Every prompt several times, p0 p0 … p1 p1 …, each copy read on its own.
 
-        A function of a user's may mean each prompt's row by its place, so it gets one copy of the
-        prompts at a time.
+        A user's function may rely on the order of the prompts, so it gets one copy of all prompts
+        at a time.
+
+        Args:
+            times: how often.
         """
         prompts, owner = self.prompts.repeat(times), self._copied_owner(times)
         if isinstance(self.read, _ByRow):
@@ -148,9 +186,12 @@ class Reading:
         return Reading(prompts, read, owner)
 
     def groups(self, tokens: int) -> list[Reading]:
-        """Its prompts in groups that run at most so many tokens, or one prompt each.
+        """The prompts in groups of limited size; a group has at least one prompt.
 
-        A user's function keeps all of them together, as it may mean each prompt's row by its place.
+        With a user's function there is one group: it may rely on the order of the prompts.
+
+        Args:
+            tokens: the most that a group of several prompts runs, padding included.
         """
         if not isinstance(self.read, _ByRow):
             return [self]
@@ -171,7 +212,11 @@ class Reading:
         return (self.owner[:, None] * times + copy).flatten()
 
     def tokens_of(self, rows: list[list[str]]) -> tuple[tuple[str, ...], ...]:
-        """Each prompt's tokens out of its rows'; 'a|b' where its rows continue differently."""
+        """Each prompt's tokens, merged from its rows; 'a|b' where rows have different tokens.
+
+        Args:
+            rows: the tokens of each row.
+        """
         merged: list[list[dict[str, None]]] = [[] for _ in range(self.batch)]
         for owner, row in zip(self.owner.tolist(), rows, strict=True):
             mine = merged[owner]
@@ -182,5 +227,10 @@ class Reading:
 
 
 def one_row_each(prompts: Prompts, read: Bound) -> Reading:
-    """The reading of a readout of the last token: each prompt is its own row."""
+    """The reading of a readout of the last token: each prompt is its own row.
+
+    Args:
+        prompts: the rows.
+        read: from the logits at their last tokens, [row, vocab], to g, [row].
+    """
     return Reading(prompts, read, torch.arange(prompts.batch))

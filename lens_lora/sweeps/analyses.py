@@ -1,12 +1,12 @@
-"""The analyses that a sweep can run: one number per prompt and site each. One row per analysis.
+"""The analyses that a sweep can run. Each gives one number per prompt and site.
 
     first_order        ∂g/∂ε_l at 0: what adding one site to the base model does, to first order
     first_order_at_1   ∂g/∂ε_l at 1: what removing one site from the adapted model does
     path               ∫₀¹ ∂g/∂ε_l(ε·1) dε: complete, its sum is the shift
     add_one            g(e_l) − g(0), exact
     leave_one_out      g(1) − g(1 − e_l), exact
-    second_order       ½(H·1)_l at 0: what curvature and coupling add to first order; at the full
-                       strength of trained adapters often farther from the truth than first order
+    second_order       ½(H·1)_l at 0: what curvature and coupling add to first order; for trained
+                       adapters at full strength often less accurate than first order alone
 
 Only their names and what their columns mean are here, so that a misspelt name is reported without
 loading torch; `sweeps/values` computes them.
@@ -29,7 +29,7 @@ class Analysis:
     Attributes:
         at: the gate value at which it is taken; NaN along a path.
         alone: prompts are run one at a time, because the numbers of each depend on its batch.
-        has_remainder: its sum over sites estimates the shift, so the table holds what it leaves.
+        has_remainder: its sum over sites estimates the shift, so the table has shift − sum too.
     """
 
     at: float = 0.0

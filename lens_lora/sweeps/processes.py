@@ -1,6 +1,6 @@
-"""The processes of `accelerate launch`, `torchrun` or `mpirun`, or this one alone.
+"""The processes of `accelerate launch`, `torchrun` or `mpirun`, or a single process.
 
-torch is imported by `launched` alone, and only where there are several processes.
+Only `launched` imports torch, and only if there are several processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this is.
+    """This process among those that were launched together.
 
     Attributes:
         index: this process, from 0.
@@ -65,7 +65,7 @@ def launched() -> Processes:
     state = PartialState(cpu=is_on_cpu, timeout=_PATIENCE)
     if state.num_processes != size:
         raise LensLoraError(
-            f"{size} processes were launched and accelerate knows of {state.num_processes}, so "
+            f"{size} processes were launched, but accelerate counts {state.num_processes}, so "
             "each would do all the work; on CPUs call accelerate.PartialState(cpu=True) first."
         )
     return Processes(

@@ -4,7 +4,7 @@
 2. An error in one row is kept in its record, with its line; the other rows are read as usual.
 3. An error in all of them (a missing column, no row at all) is raised.
 
-pandas is not imported: a data frame is recognised by what it can do.
+pandas is not imported: a data frame is recognised by its attributes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Record:
 
 @runtime_checkable
 class Frame(Protocol):
-    """What is needed of a pandas DataFrame."""
+    """The part of pandas.DataFrame that is used here."""
 
     @property
     def columns(self) -> Any:
@@ -69,7 +69,7 @@ class Frame(Protocol):
         """One mapping per row.
 
         Args:
-            orient: how pandas calls that.
+            orient: pandas's name for this form, 'records'.
         """
         ...
 

@@ -1,7 +1,7 @@
-"""Where a sweep keeps finished batches, so that a kill at any moment loses at most one of them.
+"""Where a sweep keeps finished batches, so that a kill loses at most one batch.
 
-1. Each batch is written to its own file in `results.parts/`, under a temporary name that is then
-   changed, so a file with a part's name is complete.
+1. Each batch is written to its own file in `results.parts/`, first under a temporary name, so every
+   file with a part's name is complete.
 2. At the end the parts are merged, in the order of the records, into `results.parquet` (one row per
    prompt and site) and `results.prompts.parquet` (one row per prompt), and removed.
 3. What the numbers were computed with (`Fingerprint`) is stored beside them and compared on a
@@ -200,7 +200,7 @@ class Store:
 
 
 def require_same_sweep(out: str | Path, known: Fingerprint) -> None:
-    """Refuse results at `out` that differ from what is known of this sweep so far.
+    """Check that results at `out`, if there are any, belong to this sweep.
 
     Changes nothing.
 

@@ -132,7 +132,7 @@ def _bar(mine: Sequence[list[Job]], resumed: int, processes: Processes, shown: b
 
 
 def _require_for_all(lens: LoraLens, readout: Readout) -> None:
-    """Refuse a readout with one token per prompt: batches regroup the prompts.
+    """Check that the readout has no list of tokens, one per prompt: batches regroup the prompts.
 
     Raises:
         TokenError: the readout has one token per prompt, or a token that the model lacks.
@@ -143,7 +143,7 @@ def _require_for_all(lens: LoraLens, readout: Readout) -> None:
 
 
 def _require_same_records(records: Sequence[Record], done: Mapping[str, Row], path: Path) -> None:
-    """Refuse to mix results of other prompts with those of these records.
+    """Check that finished results are of these records and not of other prompts.
 
     Raises:
         SweepError: a finished id is missing now, or has another prompt or answers.
@@ -171,7 +171,7 @@ def _require_same_records(records: Sequence[Record], done: Mapping[str, Row], pa
 def require_resumable(
     out: str | Path, adapter: Adapter, analyses: str | Iterable[str], readout: Readout | None = None
 ) -> None:
-    """Refuse, before a model is loaded, to go on with a different sweep.
+    """Check, before a model is loaded, that results at `out` belong to the same sweep.
 
     Args:
         out: the results' path, ending in .parquet.

@@ -1,4 +1,4 @@
-"""How the columns of a sweep are computed: `sweeps/analyses` names them and says what they mean."""
+"""How the columns of a sweep are computed; `sweeps/analyses` says what they mean."""
 
 from __future__ import annotations
 

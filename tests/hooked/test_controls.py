@@ -85,7 +85,7 @@ def test_contiguous_split_of_neox_shows(cls: str, monkeypatch):
     assert error("neox", cls, "raw") < 1e-9
     blocks = tuple(dataclasses.replace(f, fused="blocks") for f in families.FAMILIES)
     monkeypatch.setattr(families, "FAMILIES", blocks)
-    with pytest.raises(ll.ModelStateError, match="no processed form"):
+    with pytest.raises(ll.ModelStateError, match="no known processing"):
         error("neox", cls, "raw")
     case, tokens = cases.case("neox", cls, "raw"), models.tokens()
     lens = ll.LoraLens(case.model, case.lens.adapter)

@@ -400,8 +400,11 @@ def other_family(family: str) -> nn.Module:
 
 
 WRONG_BASES = {
-    "seed": (lambda f: models.hf_model(f, seed=1), ["blocks.0.", "no processed form", "differ by"]),
-    "nudged": (nudged, ["blocks.1.mlp.", "no processed form", "differ by 0.0"]),
+    "seed": (
+        lambda f: models.hf_model(f, seed=1),
+        ["blocks.0.", "no known processing", "differ by"],
+    ),
+    "nudged": (nudged, ["blocks.1.mlp.", "no known processing", "differ by 0.0"]),
     "merged": (merged, ["merged PEFT adapter", "unmerge_adapter()"]),
     "other family": (other_family, ["hf_model (GPTNeoXForCausalLM) has no module", "base model"]),
     "headless": (lambda f: base(f).base_model, ["has no module", "language-model head"]),

@@ -95,7 +95,7 @@ def half(logits):
 CALLS = {
     "a token for a readout": (lambda t: ll.remainder(t.lens, PROMPT, "w8"), r"ll\.Logit\('w8'\)"),
     "a function": (lambda t: ll.coupling(t.lens, PROMPT, half), r"ll\.Readout\.of\(fn\)"),
-    "nothing": (lambda t: ll.null_test(t.lens, PROMPT, None), "None is no readout: use ll.Logit"),
+    "nothing": (lambda t: ll.null_test(t.lens, PROMPT, None), "None is not a readout: use ll"),
     "no derivative": (lambda t: ll.first_order(t.lens, PROMPT, ll.Readout.of(half)),
         "'half' cuts its derivative.*differentiable"),
     "other shape": (lambda t: ll.first_order(t.lens, PROMPT, ll.Readout.of(lambda f: f)),
