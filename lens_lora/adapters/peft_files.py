@@ -101,7 +101,7 @@ def _refuse_wrong_place(repository: str, revision: str | None) -> None:
         file.removesuffix(f"/{CONFIG}") for file in files if file.endswith(f"/{CONFIG}")
     )
     if places:
-        raise AdapterError(f"{repository}: no {CONFIG} there, {_elsewhere(places)}")
+        raise AdapterError(_elsewhere(repository, places))
 
 
 def stated_fields(folder: Path) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def require_files(folder: Path) -> None:
         AdapterError: a file is missing, a Git LFS pointer, or pickled.
     """
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder}: no {CONFIG}, {_instead(folder)}")
+        raise AdapterError(_instead(folder))
     if (folder / WEIGHTS).is_file():
         refuse_pointer(folder / WEIGHTS)
         return
@@ -151,17 +151,19 @@ def require_files(folder: Path) -> None:
 def _instead(folder: Path) -> str:
     """What a folder without a config is, as far as its files tell."""
     if not folder.is_dir():
-        return "so not a PEFT adapter (found: no folder)."
+        return f"{folder}: no {CONFIG}, so not a PEFT adapter (found: no folder)."
     inside = sorted(str(p.parent.relative_to(folder)) for p in _configs_below(folder))
     if inside:
-        return _elsewhere(inside)
+        return _elsewhere(folder, inside)
     found = sorted(p.name for p in folder.iterdir())[:8]
-    return f"so not a PEFT adapter (found: {found})."
+    return f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {found})."
 
 
-def _elsewhere(places: list[str]) -> str:
+def _elsewhere(source: str | Path, places: list[str]) -> str:
     more = f" (also {', '.join(places[1:4])})" if places[1:] else ""
-    return f"but one lies in a subfolder: pass subfolder={places[0]!r}{more}."
+    return (
+        f"{source}: no {CONFIG}, but one lies in a subfolder: pass subfolder={places[0]!r}{more}."
+    )
 
 
 def _configs_below(folder: Path) -> list[Path]:
