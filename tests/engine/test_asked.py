@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.asked import Asked, ask, ask_prompts
 
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
 POINT = "blocks.0.hook_resid_post"
@@ -165,7 +165,7 @@ def test_ends_ride_in_passes_that_are_run_anyway(cls: str):
 
 def test_what_needs_a_readout_says_so():
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
-    asked = ask(lens, PROMPTS)
+    asked = ask_prompts(lens, PROMPTS)
     assert isinstance(asked, Asked) and asked.str_tokens[0][-1] == "w8"
     with pytest.raises(RuntimeError, match="without a readout"):
         _ = asked.ends

@@ -291,9 +291,11 @@ def test_circuitsvis_refuses_what_it_cannot_draw(monkeypatch):
     attribution = ll.first_order(lens, tokens, MARGIN, by="position")
     with pytest.raises(ValueError, match="the result has prompts 0 to 1"):
         attribution.token_view(prompt=2)
+    with pytest.raises(ll.ArgumentError, match="positions of 2 prompts.*prompt="):
+        attribution.token_view()
     monkeypatch.setitem(sys.modules, "circuitsvis", None)
     with pytest.raises(ll.LensLoraError, match="pip install circuitsvis, or use .*plot_positions"):
-        attribution.token_view()
+        attribution.token_view(prompt=0)
 
 
 def test_a_token_is_no_markup():
