@@ -79,6 +79,6 @@ def test_every_annotation_names_what_its_file_knows():
     ruff's F821 would say so; it is off, since it takes the axes of shapes for names.
     """
     files = {path: unknown(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
-    assert len(files) > 100 and {path: names for path, names in files.items() if names} == {}
+    assert len(files) > 50 and {path: names for path, names in files.items() if names} == {}
     assert unknown('def f(x: Float[Tensor, "batch"]) -> int: ...') == {"Float", "Tensor"}
     assert unknown("from torch import Tensor\nclass A:\n    x: tuple[Tensor | A, ...]") == set()
