@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.optimize import brentq
+from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder import Verdict, verdict_of

@@ -84,7 +84,7 @@ class SiteMap:
         """
         return self.write(self.coordinates(z))
 
-    def write(self, u: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch out"]:
+    def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
         """δ = Bu.
 
         Args:

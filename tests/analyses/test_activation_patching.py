@@ -291,6 +291,7 @@ def test_one_token_alone_hears_no_query(cls: str):
     assert effects.values.abs().max() < 1e-12
 
 
+@pytest.mark.bad_input
 def test_positions_that_are_not_there_are_refused(cls: str):
     """Attention patterns have the heads on their second axis, also where they are as many."""
     lens = cases.case("llama", cls, "raw").lens

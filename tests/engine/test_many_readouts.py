@@ -50,6 +50,7 @@ def test_any_number_at_once(cls: str):
         assert torch.allclose(one.values, other.values, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.bad_input
 def test_what_is_no_readout_is_refused():
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     with pytest.raises(ll.ArgumentError, match="asks for nothing"):

@@ -50,6 +50,7 @@ def test_a_group_without_a_site_is_refused(group: dict):
         group_sites(SITES, group)
 
 
+@pytest.mark.bad_input
 def test_another_word_is_refused():
     with pytest.raises(ValueError, match="'site', 'layer', 'kind'"):
         group_sites(SITES, "head")  # type: ignore[arg-type]

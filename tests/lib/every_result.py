@@ -31,8 +31,9 @@ def activations(*, by_position: bool) -> ll.ActivationEffects:
 def features(*, by_position: bool) -> ll.FeatureShift:
     base = torch.tensor([[0.5, 1.0, math.nan], [0.25, 2.0, 1.0]])
     base = base[..., None].expand(-1, -1, 4).clone() if by_position else base
+    floor = torch.full((2, 4) if by_position else (2,), 1e-6)
     return ll.FeatureShift(
-        base=base, shift=2 * base, first_order=base, noise_floor=torch.tensor([1e-6, 1e-6]),
+        base=base, shift=2 * base, first_order=base, noise_floor=floor,
         activations=(base, base + 1), name="blocks.0.hook_resid_post",
         positions="each" if by_position else -1, str_tokens=TOKENS, features="encoder",
         units="pre-activation", at=0.0, meta=META,

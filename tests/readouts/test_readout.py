@@ -189,6 +189,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("model, token, message", REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("make", [ll.Logit, ll.LogProb, lambda t: ll.Margin(5, t)])
 def test_refused(make, model, token, message):

@@ -76,7 +76,10 @@ def without_a_mean():
     )  # fmt: skip
     shift = ll.LogitShift(torch.tensor([[2.0, -2.0]] * 2), (), (0, 1), ("a", "b"), {})
     flags = by_hand().reliability["add_one"]
-    flags = dataclasses.replace(flags, correction=flags.correction.expand(2, -1))
+    flags = dataclasses.replace(
+        flags, attribution=by_position, correction=flags.correction.expand(2, -1),
+        material=flags.material.expand(2),
+    )  # fmt: skip
     return [
         by_position.plot_positions,
         curves.plot,

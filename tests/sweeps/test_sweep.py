@@ -221,6 +221,7 @@ def test_undecodable_line_and_missing_values(tmp_path):
     assert [r.error for r in read_records(frame)] == ["row 0: no pre.", "row 1: no doc."]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("records", "words"),
     [

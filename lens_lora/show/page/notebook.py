@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lens_lora.results.attribution import Attribution
 from lens_lora.show.page.parts import Table
 from lens_lora.show.page.render import notebook_html
 from lens_lora.show.tables.attribution import (
@@ -15,9 +14,6 @@ from lens_lora.show.tables.attribution import (
     quadrature_lines,
 )
 from lens_lora.show.text import top_rows
-
-if TYPE_CHECKING:
-    from lens_lora.results.attribution import Attribution
 
 __all__ = ["attribution_html"]
 

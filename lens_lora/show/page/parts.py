@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
+from markupsafe import Markup
 
-    from lens_lora.show.tables.parts import Row
+from lens_lora.show.tables.parts import Row
 
 __all__ = [
     "Block",

@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from lens_lora.show.figures.style import EXACT
 from lens_lora.show.page.parts import Part, Plot, Table
 from lens_lora.show.text import visible
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 __all__ = ["Plots", "notebook_html", "page_html"]
 

@@ -6,9 +6,12 @@ Of several prompts one is shown at a time; the others wait in <template>s, not d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.logit_shift import LogitShift
+from lens_lora.analyses.margin import FactMargin
 from lens_lora.errors import ArgumentError
+from lens_lora.results.attribution import Attribution
 from lens_lora.show.figures.attribution import position_heatmap, site_heatmap
 from lens_lora.show.figures.remainder import remainder_figure
 from lens_lora.show.page.parts import HowToRead, Part, Section, Table
@@ -19,12 +22,6 @@ from lens_lora.show.text import top_rows
 from lens_lora.show.words.account import Account, account_of
 from lens_lora.show.words.explanation import explained_account, explanation_story
 from lens_lora.show.words.margin import margin_story
-
-if TYPE_CHECKING:
-    from lens_lora.analyses.explain import Explanation
-    from lens_lora.analyses.logit_shift import LogitShift
-    from lens_lora.analyses.margin import FactMargin
-    from lens_lora.results.attribution import Attribution
 
 __all__ = ["explanation_report", "margin_report"]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.logit_shift import LogitShift
 from lens_lora.show.figures.explanation import explanation_figures
 from lens_lora.show.page.parts import (
     HowToRead,
@@ -21,10 +22,6 @@ from lens_lora.show.tables.logit_shift import token_rows
 from lens_lora.show.tables.margin import margin_heads, margin_rows
 from lens_lora.show.text import magnitude, quadrature_text
 from lens_lora.show.words.explanation import explained_account
-
-if TYPE_CHECKING:
-    from lens_lora.analyses.explain import Explanation
-    from lens_lora.analyses.logit_shift import LogitShift
 
 __all__ = ["explanation_sections", "provenance", "token_table"]
 

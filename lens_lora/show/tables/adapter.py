@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 from lens_lora.show.text import magnitude
-
-if TYPE_CHECKING:
-    from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 
 __all__ = ["adapter_table", "spectra_table"]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich.table import Table
 
+from lens_lora.results.attribution import Attribution
 from lens_lora.show.tables.parts import Row, filled_table
 from lens_lora.show.text import (
     method_text,
@@ -13,11 +14,6 @@ from lens_lora.show.text import (
     signed,
     top_rows,
 )
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from lens_lora.results.attribution import Attribution
 
 __all__ = [
     "PROMPT_HEADS",

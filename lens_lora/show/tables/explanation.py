@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich.console import Group, RenderableType
 
+from lens_lora.analyses.explain import Explanation
 from lens_lora.show.tables.logit_shift import tokens_table
 from lens_lora.show.tables.margin import margin_table
 from lens_lora.show.tables.parts import Row, filled_table
 from lens_lora.show.text import key_text, magnitude, percent, signed, visible
 from lens_lora.show.words.account import Account
 from lens_lora.show.words.explanation import explained_account, is_comparable, is_rounding, top_of
-
-if TYPE_CHECKING:
-    from lens_lora.analyses.explain import Explanation
 
 __all__ = [
     "AGREEMENT_HEADS",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pandas as pd
+from rich.table import Table
 
+from lens_lora.analyses.logit_shift import LogitShift
 from lens_lora.show.tables.parts import filled_table
 from lens_lora.show.text import signed, visible
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from rich.table import Table
-
-    from lens_lora.analyses.logit_shift import LogitShift
 
 __all__ = ["token_rows", "tokens_table"]
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich.table import Table
 
+from lens_lora.analyses.margin import FactMargin
 from lens_lora.show.tables.parts import Row, filled_table
 from lens_lora.show.text import magnitude, percent, signed
 from lens_lora.show.words.account import Account, account_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from lens_lora.analyses.margin import FactMargin
 
 __all__ = ["margin_heads", "margin_rows", "margin_table"]
 
