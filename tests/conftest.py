@@ -11,6 +11,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # also for the processes and kernels that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shapes  # noqa: E402
 
@@ -32,6 +34,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on the real model come first, the notebooks before all others.
+
+    They are the longest, and one worker has them in its run: it loads the model once, and others
+    take the short tests from its end, so that all finish together.
+    """
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("real") is None,
+            item.path.name != "test_notebooks.py",
+        )
+    )
 
 
 @pytest.fixture

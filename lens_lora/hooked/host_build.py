@@ -123,13 +123,8 @@ def _hooked_transformer(
         cfg.rotary_base = _rotary_base(hf_model) or cfg.rotary_base
         cfg.n_ctx = min(cfg.n_ctx, _CONTEXT)
     model = HookedTransformer(cfg, None, move_to_device=False)
-    model.load_and_process_state_dict(
-        state,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
+    # At once: load_and_process_state_dict walks the whole model once per weight, most of the time.
+    model.load_state_dict(model.fill_missing_keys(state), strict=False)
     if tokenizer is not None:
         model.set_tokenizer(tokenizer)
     return model
