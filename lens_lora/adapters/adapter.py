@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from torch import nn
 
@@ -227,7 +227,7 @@ class Adapter:
         drop = matching(self.modules, self.name, globs)
         return self._with({path: f for path, f in self.modules.items() if path not in drop})
 
-    def scaled(self, factor: float) -> Adapter:
+    def scaled(self, factor: SupportsFloat) -> Adapter:
         """Every ΔW and Δb multiplied by a number.
 
         Args:

@@ -26,6 +26,8 @@ import lens_lora as ll
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SCALE_FIELDS = {"lora_alpha", "alpha_pattern", "use_rslora"}
 
+pytestmark = pytest.mark.bad_input
+
 fuzz = functools.partial(settings, derandomize=True, deadline=None, database=None)
 
 

@@ -286,6 +286,7 @@ def test_what_decides_no_logits_may_differ(dtype):
     assert tuned.training and tuned.model.layers[0].self_attn.training and not base.training
 
 
+@pytest.mark.bad_input
 def test_ignore_is_one_glob_or_several():
     """A string is one glob, not letters; the change of the norms then does not count."""
     base = models.hf_model("llama")

@@ -86,6 +86,7 @@ def test_a_transformers_model_with_adapters_of_its_own():
     assert_is(ll.Adapter.from_peft(base), deltas(base))
 
 
+@pytest.mark.bad_input
 def test_models_without_a_peft_adapter_are_refused():
     """By name, with what to call instead."""
     base = models.hf_model("llama")
@@ -119,6 +120,7 @@ WRONG = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
 def test_gates_and_names_of_wrong_types(call):
     """An ArgumentError of ours, whatever was passed."""
@@ -127,6 +129,7 @@ def test_gates_and_names_of_wrong_types(call):
         call(ll.Adapter.from_factors({"layers.0.q_proj": factors}))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("fields", [{"A": "x"}, {"B": None}, {"scale": "2"}, {"scale": None}])
 def test_factors_of_wrong_types(fields):
     """An AdapterError of ours."""

@@ -249,6 +249,7 @@ def test_file_and_text_keep_the_quadrature(tmp_path):
     assert torch.equal(loaded.values, found.values) and repr(loaded) == repr(found)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -233,6 +233,7 @@ def test_score():
     assert score_of(a, missed).tolist() == [1.0, 0.25, 0.0, 1.0]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "word"),
     [({"how": "both"}, "how='both'"), ({"threshold": 1.0}, "threshold"), ({"floor": 1.0}, "floor")],

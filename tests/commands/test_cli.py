@@ -86,6 +86,7 @@ def test_options_that_cannot_work_are_refused_at_once(options, message):
     assert message in re.sub(r"[│\s]+", " ", result.stderr)
 
 
+@pytest.mark.bad_input
 def test_training_writes_where_it_is_told_and_names_its_base(tmp_path, monkeypatch):
     calls = []
 
@@ -99,6 +100,7 @@ def test_training_writes_where_it_is_told_and_names_its_base(tmp_path, monkeypat
     assert calls == [("base", train.LYON_SENTENCES, tmp_path, "some/base", True)]
 
 
+@pytest.mark.bad_input
 def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("Target modules not found")

@@ -186,6 +186,7 @@ def test_gates_per_prompt(lens):
     assert torch.equal(lens.gates(gates), gates.to(lens.gate_dtype))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "scale, message",
     [

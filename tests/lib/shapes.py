@@ -3,6 +3,10 @@
 jaxtyping's import hook puts beartype before every function of `lens_lora`. It is on where the
 variable LENS_LORA_SHAPES is "checked", in this process and not in those that a test starts. A test
 of bad input is marked `bad_input` and runs without it, so as to meet the package's own errors.
+
+An annotation that cannot be resolved where it stands is taken for Any: a class's own name inside
+it, and what a file imports for type checkers alone, other packages' classes that are slow to import
+(plotly's Figure, PEFT's configurations, transformers' models). No shape is among them.
 """
 
 from __future__ import annotations
