@@ -134,7 +134,3 @@ def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int
         f"linear module that can be adapted here; the nearest are {', '.join(near)}. The adapter "
         f"names the base {adapter.base_model!r}; {remedy}"
     )
-
-
-Group = Literal["site", "layer", "kind"] | Mapping[str, str | Sequence[str]]
-Groups = dict[str, tuple[int, ...]]
