@@ -66,10 +66,10 @@ def test_refusals_name_the_remedy(tiny, tmp_path):
     adapter = ll.load_adapter(folder / "lora")
     for model, named, words in [
         (None, None, "names no base model; pass it as the first argument"),
-        (None, str(tmp_path), "It is the base that the adapter names; pass another"),
+        (None, str(tmp_path), "The adapter names it as its base; pass another"),
         (peft, "", "already carries a PEFT adapter.*unload"),
         (7, "", "the model is a int; pass a hub id, a folder or a loaded"),
-        (copy.deepcopy(base), "", r"no tokenizer lies with the model.*tokenizer="),
+        (copy.deepcopy(base), "", r"no tokenizer was saved with the model.*tokenizer="),
     ]:
         with pytest.raises(ll.ModelStateError, match=words):
             ll.load(model, dataclasses.replace(adapter, base_model=named))
