@@ -42,7 +42,7 @@ ANSWERS = ["--doc", "w9", "--pre", "w26"]
         (["--prompt", "a"], "needs both answers: --doc ' Lyon' --pre ' Paris'"),
         (["--prompt", "a", *ANSWERS, "--null", "1"], "at least 2 random adapters"),
         (["--prompt", "a", *ANSWERS, "--report", "no/such/x.html"], "there is no folder no/such"),
-        (["--prompt", "a"] * 11 + ANSWERS, "11 prompts are too many for a page to read, 10 at"),
+        (["--prompt", "a"] * 11 + ANSWERS, "11 prompts are too many for one page, 10 at most"),
     ],
 )
 def test_options_that_cannot_work_are_refused_at_once(options, message):
@@ -178,7 +178,7 @@ def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
     adapter = dataclasses.replace(ll.load_adapter(shipped_adapter()), base_model=named)
     with pytest.raises(ModelStateError, match=f"no {loaded}") as caught:
         loading.load_model_of(adapter, asked, Console(quiet=True))
-    assert ("give --model" in str(caught.value)) == (loaded == named == "its/base")
+    assert ("name another with --model" in str(caught.value)) == (loaded == named == "its/base")
 
 
 def test_slips_of_the_space_are_noted(tiny_command, monkeypatch):

@@ -107,7 +107,7 @@ def test_interrupted_command_says_how_to_go_on(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3, KeyboardInterrupt())
         stopped = command(*arguments)
-    assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
+    assert stopped.exit_code == 130 and "run the same command again to resume" in stopped.stderr
     assert "6 of 6, 2 of them before this run" in re.sub(r"[│\s]+", " ", command(*arguments).stdout)
 
 

@@ -120,7 +120,7 @@ def test_on_a_model(name):
     logits = model(models.tokens())[:, -1]
     margin = ll.Margin("w5", ["w6", 7]).bind(model, 2)
     assert torch.equal(margin(logits), logits[:, 5] - torch.stack([logits[0, 6], logits[1, 7]]))
-    with pytest.raises(TokenError, match="token id 61 is outside the 61"):
+    with pytest.raises(TokenError, match="token id 61 is outside the vocabulary of 61"):
         ll.Logit(61).bind(model, 2)
 
 
@@ -175,10 +175,10 @@ def test_several_tokens_are_refused(make, token, needles):
 # --- other refusals
 
 REFUSED = {
-    "above": (WORDS, 61, "token id 61 is outside the 61 of the model"),
-    "below": (WORDS, -1, "token id -1 is outside the 61"),
+    "above": (WORDS, 61, "token id 61 is outside the vocabulary of 61 tokens"),
+    "below": (WORDS, -1, "token id -1 is outside the vocabulary of 61"),
     "one of several above": (WORDS, [5, 99, 7], "token id 99 is outside"),
-    "too few": (WORDS, [5, 6], "2 tokens for 3 prompts; give one, or one per prompt"),
+    "too few": (WORDS, [5, 6], "2 tokens for 3 prompts; pass one token, or one per prompt"),
     "too many": (WORDS, ["w5"] * 4, "4 tokens for 3 prompts"),
     "too few in a tensor": (WORDS, torch.tensor([5]), "1 tokens for 3 prompts"),
     "none": (WORDS, [], "0 tokens for 3 prompts"),
@@ -202,7 +202,9 @@ def test_tokenizer_larger_than_the_model():
     """A word of the tokenizer that the model's vocabulary lacks is named with its id."""
     small = SimpleNamespace(cfg=SimpleNamespace(d_vocab=50), tokenizer=WORDS.tokenizer)
     assert token_ids(small, "w49", 1).tolist() == [49]
-    with pytest.raises(TokenError, match="'w50' is token id 50, which is outside the 50"):
+    with pytest.raises(
+        TokenError, match="'w50' is token id 50, which is outside the vocabulary of 50"
+    ):
         token_ids(small, "w50", 1)
 
 

@@ -197,7 +197,7 @@ def test_processes_that_accelerate_does_not_know_of_are_refused(a_lens, tmp_path
     PartialState()
     monkeypatch.setenv("WORLD_SIZE", "2")
     try:
-        with pytest.raises(ll.LensLoraError, match="2 processes were launched and accelerate"):
+        with pytest.raises(ll.LensLoraError, match="2 processes were launched, but accelerate"):
             run(a_lens, GOOD, tmp_path)
     finally:
         PartialState._reset_state()
