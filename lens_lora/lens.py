@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from lens_lora._version import versions
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoraLens", "Scale"]
 
-Scale = float | Float[Tensor, "site"] | Float[Tensor, "batch site"] | Mapping[str, float]
+Scale = float | Real[Tensor, ""] | Real[Tensor, "*batch site"] | Mapping[str, float]
 
 
 class LoraLens:

@@ -125,7 +125,7 @@ def remainder_curve(
     lens: LoraLens,
     prompts: PromptsLike,
     readout: Readout,
-    scales: Sequence[float] | None = None,
+    scales: Sequence[float] | Float[Tensor, "scale"] | None = None,
     *,
     progress: bool = True,
 ) -> RemainderCurve:
@@ -153,7 +153,7 @@ def remainder_curve(
 def remainder_curve_of(
     asked: Asked,
     attribution: Attribution,
-    scales: Sequence[float] | None = None,
+    scales: Sequence[float] | Float[Tensor, "scale"] | None = None,
     *,
     progress: bool = True,
 ) -> RemainderCurve:

@@ -185,6 +185,7 @@ def test_only_some_sites_are_run():
         patch(lens, tokens, MARGIN, group="layer").attribution()
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
