@@ -123,7 +123,8 @@ class Projection:
     def __init__(
         self, prompts: Prompts, features: Directions, positions: int | Literal["each"]
     ) -> None:
-        self.prompts, self.features = prompts, features
+        self.prompts: Prompts = prompts
+        self.features: Directions = features
         self._index = None if positions == "each" else _indices(prompts, positions)
 
     def __call__(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:

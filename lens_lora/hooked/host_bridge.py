@@ -12,7 +12,7 @@ weight. So the copies are read at that hook point and normalised in the same way
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -45,8 +45,8 @@ class BridgeHost(Host):
         ModelStateError: a family that is not supported, or a flag whose effect is not known.
     """
 
-    class_name = "TransformerBridge"
-    pass_overhead = 0.4
+    class_name: ClassVar[str] = "TransformerBridge"
+    pass_overhead: ClassVar[float] = 0.4
 
     def __init__(self, model: Any) -> None:
         _refuse_unknown_copies(model)

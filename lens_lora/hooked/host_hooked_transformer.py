@@ -9,7 +9,7 @@ before that norm; δ is then added to the output of the module itself.
 from __future__ import annotations
 
 import functools
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -38,8 +38,9 @@ class HookedTransformerHost(Host):
         ModelStateError: a family that is not supported, or refactored attention.
     """
 
-    class_name = "HookedTransformer"
-    pass_overhead = 1.4  # it copies the weights that it uses, and W_U is the largest of them
+    class_name: ClassVar[str] = "HookedTransformer"
+    # It copies the weights that it uses, and W_U is the largest of them.
+    pass_overhead: ClassVar[float] = 1.4
 
     def __init__(self, model: Any) -> None:
         cfg = model.cfg
