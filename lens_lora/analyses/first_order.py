@@ -66,7 +66,7 @@ def first_order(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, conversations, or `Prompts`.
+        prompts: strings, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse.
@@ -242,7 +242,7 @@ def first_orders(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, conversations, or `Prompts`.
+        prompts: strings, ids, or `Prompts`.
         readouts: at least one.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         max_memory: bytes for the readouts that go at once, beside the graph of the forward pass.

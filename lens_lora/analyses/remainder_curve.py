@@ -136,7 +136,7 @@ def remainder_curve(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, conversations, or `Prompts`.
+        prompts: strings, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         scales: the strengths ε at which g is run; None for the usual ones.
         progress: show a bar.
