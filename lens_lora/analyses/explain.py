@@ -176,7 +176,7 @@ def explain(
 
     Args:
         lens: the adapter over the model.
-        prompt: one: a string, ids [1, pos], or a conversation.
+        prompt: one: a string, or ids [1, pos].
         doc, pre: a string each (with its leading space), a token id or ids; of several tokens in
             nats, else in logits.
         fast: without intervening on single sites, coupling, path integral, and curves.
