@@ -132,7 +132,7 @@ class LoraLens:
     @property
     def gate_dtype(self) -> torch.dtype:
         """The dtype of gates and updates: the model's, never below float32."""
-        return self.maps[0].A.dtype
+        return self.maps[0].dtype
 
     def site_index(self, name: str) -> int:
         """The index of a site in `sites`.
