@@ -42,6 +42,9 @@ def trained_modules(
     _require_saved(config, tensors, source)
     found: dict[str, TrainedModule] = {}
     for path, own in tensors.items():
+        if "token_rows" in own and _is_named_elsewhere(config, path):
+            _require_rows_of_another(path, own["token_rows"], tensors, source)
+            continue
         ids = _ids_of(config, path, source) if "token_rows" in own else None
         tied = _head_follows(config, path) if ids is not None else not _is_copy(config, path)
         found[path] = trained_module(path, own, ids, tied, source)
@@ -151,6 +154,24 @@ def _ids_of(config: Any, path: str, source: str) -> Int[Tensor, "row"]:
             f"of which: trainable_token_indices={config.trainable_token_indices!r}; expected ids."
         ) from error
     return ids
+
+
+def _is_named_elsewhere(config: Any, path: str) -> bool:
+    """Whether these are the embedding's rows, stored once more as those of a head tied to it."""
+    indices = config.trainable_token_indices
+    is_named = isinstance(indices, dict) and any(path.endswith(name) for name in indices)
+    return _ends_in_head(path) and indices is not None and not is_named
+
+
+def _require_rows_of_another(
+    path: str, rows: Tensor, tensors: Mapping[str, Mapping[str, Tensor]], source: str
+) -> None:
+    others = [own["token_rows"] for p, own in tensors.items() if p != path and "token_rows" in own]
+    if not any(torch.equal(rows, other) for other in others):
+        raise AdapterError(
+            f"{source}, module {path}: it has trained rows of its own, and the config's "
+            "trainable_token_indices does not name it; the two files do not belong together."
+        )
 
 
 def _head_follows(config: Any, path: str) -> bool:

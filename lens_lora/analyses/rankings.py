@@ -229,7 +229,8 @@ class _NormRecorder:
         delta = injection.map(z).double()
         if delta.shape[1] == self._real.shape[1]:  # the unembedding is run at the read position
             delta = delta * self._real.to(delta.device)
-        self.squares[:, injection.site] += delta.square().flatten(1).sum(1).to(self.squares.device)
+        squares = delta.square().flatten(1).sum(1) / injection.ports.repeats
+        self.squares[:, injection.site] += squares.to(self.squares.device)
 
 
 def refuse_greedy(sites: int) -> None:

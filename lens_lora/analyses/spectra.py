@@ -5,12 +5,12 @@
        s·B·A = Q_B (s·R_B R_Aᵀ) Q_Aᵀ,
 
    so its singular values are those of s·R_B R_Aᵀ, a matrix of at most rank × rank.
-2. DoRA's ΔW = m/‖W + sBA‖_row ⊙ (W + sBA) − W has no low rank and depends on the base model's W:
-   it is built, where a lens gives W, and has no spectrum where none does.
+2. What depends on the base model's parameters (DoRA, trained modules, trained biases) has no
+   spectrum, or no ‖Δb‖, unless a lens gives them. A norm's ΔW is diag(Δγ), its Δb is Δβ.
 3. With a lens a row is a site (a fused projection is several) and has ‖ΔW‖ / ‖W‖. Both are in the
    Hugging Face basis, so the hooked model must be unprocessed.
 
-No forward pass. Cost of a module: (in + out) · rank²; for DoRA one dense decomposition.
+No forward pass. Cost of a module: (in + out) · rank²; of a dense ΔW one decomposition.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.adapters.trained import ModuleUpdate
 from lens_lora.errors import ModelStateError
 from lens_lora.families import FAMILIES
 from lens_lora.hooked.basis import is_centred
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.hosts import host_of
-from lens_lora.hooked.site_factors import SiteFactors, resolve_sites
+from lens_lora.hooked.norm_map import NormUpdate
+from lens_lora.hooked.site_factors import SiteFactors
 from lens_lora.lens import LoraLens
 from lens_lora.results.measured import Result
 from lens_lora.results.storage import stored
@@ -53,14 +55,14 @@ class Spectrum:
         module: Hugging Face path.
         site: name of the site; None without a lens, or where the model lacks it.
         target: the module within its layer, 'self_attn.q_proj'.
-        parts: what stands beside s·B·A: 'DoRA', 'lora_bias', 'trained bias'.
-        rank: r.
-        scale: s, with the adapter's strength in it.
-        singular_values: of ΔW, descending, those that its rank allows to be nonzero; empty for
-            DoRA without the base model.
-        weight_norm: ‖W‖_F of the base; NaN without a lens.
-        bias_norm: ‖Δb‖, which is no part of ΔW; NaN for a trained bias, whose change depends on
-            the base's.
+        parts: what stands beside s·B·A, or in its place: 'DoRA', 'lora_bias', 'trained bias',
+            'trained weight', 'trained rows', 'trained norm'.
+        rank: r; of a trained module the rank that its ΔW may have.
+        scale: s, with the adapter's strength in it; of a trained module that strength.
+        singular_values: of ΔW, descending, those that its rank allows to be nonzero; empty where
+            it depends on the base model, and there is no lens.
+        weight_norm: ‖W‖_F of the base, or ‖γ‖; NaN without a lens.
+        bias_norm: ‖Δb‖, which is no part of ΔW; NaN for a trained bias without a lens.
     """
 
     module: str
@@ -187,9 +189,7 @@ def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
     covered = () if lens is None else _site_rows(lens)
     of_sites = {row.module for row in covered}
     others = tuple(
-        _row(path, None, factors, None)
-        for path, factors in adapter.modules.items()
-        if path not in of_sites
+        _row(path, update) for path, update in adapter.modules.items() if path not in of_sites
     )
     about = {} if lens is None else lens.describe()
     return AdapterSummary(
@@ -247,16 +247,30 @@ def _outside_blocks(key: str) -> str | None:
     for family in FAMILIES:
         place = family.place(key.partition("@")[0])
         if place is not None and place.layer is None:
-            return _OUTSIDE[place.kinds[0]]
+            return _OUTSIDE.get(place.kinds[0])
     return None
 
 
 def _site_rows(lens: LoraLens) -> tuple[Spectrum, ...]:
-    host = host_of(lens.model)
-    rows = []
-    for site in resolve_sites(lens.adapter, host.family, host.heads, host.n_layers):
+    host, rows = host_of(lens.model), []
+    for one in lens.plan.updates:
+        site, update = one.site, one.update
         key = f"{site.module}@{site.adapter}" if site.adapter else site.module
-        rows.append(_row(key, site.name, site.factors, _base_weight(host, site)))
+        held = lens.adapter.modules[key]
+        if isinstance(update, NormUpdate):
+            weight, sizes, bias = host.norm_affine(site)[0], update.gamma, update.beta
+            sigma = sizes.double().abs().sort(descending=True).values
+        else:
+            weight, bias = _base_weight(host, site), update.bias
+            sigma = singular_values(LoRAFactors(update.A, update.B, update.scale))
+        row = dataclasses.replace(
+            _row(key, held),
+            site=site.name,
+            singular_values=sigma,
+            weight_norm=float(weight.double().norm()),
+            bias_norm=0.0 if bias is None else float(bias.double().norm()),
+        )
+        rows.append(row)
     return tuple(rows)
 
 
@@ -272,36 +286,36 @@ def _base_weight(host: Host, site: SiteFactors) -> Float[Tensor, "out in"]:
     return weight.double() / host.embedding_scale(site.kind)
 
 
-def _row(
-    module: str, site: str | None, factors: LoRAFactors, weight: Float[Tensor, "out in"] | None
-) -> Spectrum:
-    beside = {
-        "DoRA": factors.magnitude,
-        "lora_bias": factors.lora_bias,
-        "trained bias": factors.trained_bias,
-    }
+def _row(module: str, update: ModuleUpdate) -> Spectrum:
+    """Without a base model."""
+    is_known = isinstance(update, LoRAFactors) and not update.needs_base_weight
+    has_scale = isinstance(update, LoRAFactors)
     return Spectrum(
         module=module,
-        site=site,
+        site=None,
         target=_target(module),
-        parts=tuple(name for name, tensor in beside.items() if tensor is not None),
-        rank=factors.rank,
-        scale=factors.scale * factors.strength,
-        singular_values=_spectrum(factors, weight),
-        weight_norm=math.nan if weight is None else float(weight.norm()),
-        bias_norm=factors.bias_norm(),
+        parts=_parts(update),
+        rank=update.rank,
+        scale=(update.scale if has_scale else 1.0) * update.strength,
+        singular_values=singular_values(update) if is_known else torch.empty(0).double(),
+        weight_norm=math.nan,
+        bias_norm=update.bias_norm(),
     )
 
 
-def _spectrum(
-    factors: LoRAFactors, weight: Float[Tensor, "out in"] | None
-) -> Float[Tensor, "direction"]:
-    """Of the whole ΔW; empty for DoRA without W."""
-    if not factors.needs_base_weight:
-        return singular_values(factors)
-    if weight is None:
-        return torch.empty(0, dtype=torch.float64)
-    return torch.linalg.svdvals(factors.materialise(weight).double())
+def _parts(update: ModuleUpdate) -> tuple[str, ...]:
+    if isinstance(update, LoRAFactors):
+        beside = {
+            "DoRA": update.magnitude,
+            "lora_bias": update.lora_bias,
+            "trained bias": update.trained_bias,
+        }
+        return tuple(name for name, tensor in beside.items() if tensor is not None)
+    if update.weight is None:
+        return ("trained bias",)
+    if update.tokens is not None:
+        return ("trained rows",)
+    return ("trained norm",) if update.weight.ndim == 1 else ("trained weight",)
 
 
 def _target(key: str) -> str:

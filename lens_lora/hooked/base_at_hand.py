@@ -32,6 +32,11 @@ class BaseAtHand:
         self._host, self._base = host, base
 
     @property
+    def is_given(self) -> bool:
+        """Whether `hf_model` was given."""
+        return self._base is not None
+
+    @property
     def head(self) -> str:
         """The path of the language-model head."""
         return "lm_head" if self._base is None else self._base.head

@@ -85,9 +85,12 @@ def _updates_of(site: SiteFactors, host: Host, base: BaseAtHand) -> Iterator[Sit
     if site.kind not in NORM_KINDS:
         update = linear_update(site, base)
     else:
+        is_folded = host.is_norm_folded(site.layer, site.kind)
+        if is_folded and not base.is_given:
+            raise _folded(site, host)
         update = norm_update(site, base, host.family.gamma_offset)
-        if update is not None:
-            _refuse_folded(site, host)
+        if is_folded and update is not None:
+            raise _folded(site, host)
     if update is not None:
         yield SiteUpdate(site, update)
 
@@ -102,13 +105,11 @@ def _joined(one: SiteUpdate | None, other: SiteUpdate) -> SiteUpdate:
     return SiteUpdate(site, summed(one.update, other.update))
 
 
-def _refuse_folded(site: SiteFactors, host: Host) -> None:
-    if not host.is_norm_folded(site.layer, site.kind):
-        return
-    raise ModelStateError(
+def _folded(site: SiteFactors, host: Host) -> ModelStateError:
+    return ModelStateError(
         f"{site.name} ({site.module}): the adapter changes this norm's γ or β, and this "
-        f"{host.class_name} has them folded into the weights that read the norm, where each of "
-        "those updates would depend on it. Load the hooked model unprocessed "
+        f"{host.class_name} has them folded into the weights that read the norm, whose own updates "
+        "would then depend on it. Load the hooked model unprocessed "
         "(from_pretrained_no_processing, or a TransformerBridge before enable_compatibility_mode)."
     )
 
