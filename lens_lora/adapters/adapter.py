@@ -267,7 +267,7 @@ class Adapter:
         whole = sum(isinstance(f, TrainedModule) for f in self.modules.values())
         parts = [f"{len(self)} modules"]
         parts += [f"rank {sorted(ranks)}"] if ranks else []
-        parts += [f"{whole} trained whole"] if whole else []
+        parts += [f"{whole} without factors"] if whole else []
         parts += [f"base {self.base_model!r}"] if self.base_model else []
         return f"Adapter({self.name!r}: {', '.join(parts)})"
 

@@ -17,13 +17,26 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lens_lora.adapters.peft_paths import is_known, model_paths
+from lens_lora.adapters.peft_paths import PREFIX, is_known, model_paths
 from lens_lora.adapters.peft_variants import classifier_note
 from lens_lora.adapters.trained import TrainedModule
 from lens_lora.errors import AdapterError
 from lens_lora.families import FAMILIES, HEADS
 
-__all__ = ["trained_module", "trained_modules", "unknown_keys"]
+__all__ = [
+    "trained_fields",
+    "trained_module",
+    "trained_modules",
+    "trained_tensors",
+    "unknown_keys",
+]
+
+
+_NAMES = {"weight": ".weight", "base_weight": ".original_module.weight", "bias": ".bias"}
+_NAMES_OF_ROWS = {
+    "weight": ".token_adapter.trainable_tokens_delta",
+    "base_weight": ".token_adapter.base_layer.weight",
+}
 
 
 def trained_modules(
@@ -82,6 +95,45 @@ def trained_module(
         )
     except AdapterError as error:
         raise AdapterError(f"{source}, module {path}: {error}") from error
+
+
+def trained_fields(modules: Mapping[str, TrainedModule]) -> dict[str, Any]:
+    """What a config says of trained modules, so that PEFT loads them as they are meant.
+
+    Args:
+        modules: by path.
+    """
+    fields: dict[str, Any] = {}
+    copies = [p for p, m in modules.items() if m.weight is not None and not _is_in_base(m)]
+    copies = [path for path in copies if modules[path].tokens is None]
+    if copies:
+        fields["modules_to_save"] = copies
+    rows = {path: m.tokens.tolist() for path, m in modules.items() if m.tokens is not None}
+    if rows:
+        fields["trainable_token_indices"] = rows
+    if any(m.weight is None for m in modules.values()):
+        fields["bias"] = "all"
+    return fields
+
+
+def trained_tensors(modules: Mapping[str, TrainedModule]) -> dict[str, Tensor]:
+    """Their tensors by PEFT's keys.
+
+    Args:
+        modules: by path.
+    """
+    found: dict[str, Tensor] = {}
+    for path, module in modules.items():
+        names = _NAMES if module.tokens is None else _NAMES | _NAMES_OF_ROWS
+        for name, suffix in names.items():
+            tensor = getattr(module, name)
+            if tensor is not None:
+                found[PREFIX + path + suffix] = tensor.detach().cpu().clone().contiguous()
+    return found
+
+
+def _is_in_base(module: TrainedModule) -> bool:
+    return module.tied and module.tokens is None
 
 
 def unknown_keys(paths: Iterable[str], trained: Iterable[str], source: str) -> list[str]:

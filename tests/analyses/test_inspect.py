@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.analyses.spectra import lacking, singular_values, stable_rank, summarise
+from lens_lora.analyses.spectra import lacking, summarise
+from lens_lora.analyses.spectrum import singular_values, stable_rank
 from lens_lora.commands import run_inspect as inspect_command
 
 ADAPTER = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
