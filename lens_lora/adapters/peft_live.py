@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_paths import PREFIX, by_module
 from lens_lora.adapters.peft_read import base_of, module_factors, renamed
-from lens_lora.adapters.peft_trained import trained_module
+from lens_lora.adapters.peft_trained import head_follows, trained_module
 from lens_lora.adapters.peft_variants import refuse_variants
 from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
@@ -93,10 +93,10 @@ def _trained(base: nn.Module, name: str, source: str) -> Iterator[tuple[str, Tra
     """Modules and rows of tokens that were trained, as PEFT's wrappers hold them."""
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    tied = {
-        id(module.token_adapter.tied_adapter)
-        for module in base.modules()
-        if isinstance(module, TrainableTokensWrapper)
+    rows_of = {
+        path: module.token_adapter.token_indices.get(name)
+        for path, module in base.named_modules()
+        if isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter is None
     }
     for path, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
@@ -107,7 +107,8 @@ def _trained(base: nn.Module, name: str, source: str) -> Iterator[tuple[str, Tra
                 path = path.removesuffix(".base_layer")
                 own = {"token_rows": _copy(rows.trainable_tokens_delta[name])}
                 ids = torch.tensor(rows.token_indices[name])
-                yield path, trained_module(path, own, ids, id(rows) in tied, source)
+                tied = head_follows(path, rows_of)
+                yield path, trained_module(path, own, ids, tied, source)
 
 
 def _copied(path: str, module: nn.Module, source: str) -> Iterator[tuple[str, TrainedModule]]:

@@ -69,7 +69,7 @@ def saved_keys(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tens
     kept, names = _without_names(state, source)
     if len(names) > 1:
         kept, names = dict(state), set()
-    if names:
+    if names - {None}:
         notes.append(f"keys carry the adapter's name, {names.pop()!r}, which PEFT takes out")
     if kept and not any(key.startswith(PREFIX) for key in kept):
         kept = {PREFIX + key: tensor for key, tensor in kept.items()}
@@ -77,35 +77,38 @@ def saved_keys(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tens
     return kept, notes
 
 
-def _without_names(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], set[str]]:
+def _without_names(
+    state: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], set[str | None]]:
+    """The state under the keys that PEFT saves, and the names, None for a key without one."""
     found: dict[str, Tensor] = {}
-    names: set[str] = set()
+    names: set[str | None] = set()
     for key, tensor in state.items():
         if _INERT.fullmatch(key):
             continue
-        saved, name = _saved_key(key, state)
+        saved, own = _saved_key(key, state)
         if saved in found and not torch.equal(found[saved], tensor):
             raise AdapterError(
                 f"{source}: {key} and {saved} are one tensor of one module, and the file holds two "
                 "different ones; it was put together from two."
             )
         found[saved] = tensor
-        names |= {name} if name else set()
+        names |= own
     return found, names
 
 
-def _saved_key(key: str, state: Mapping[str, Tensor]) -> tuple[str, str | None]:
+def _saved_key(key: str, state: Mapping[str, Tensor]) -> tuple[str, set[str | None]]:
     copied = _COPY.fullmatch(key)
     if copied:
         whole = key.replace(".modules_to_save.", ".", 1)
         if whole in state or copied["name"] is None:
-            return whole, None
-        return f"{copied['stem']}.{copied['end']}", copied["name"]
+            return whole, set()
+        return f"{copied['stem']}.{copied['end']}", {copied["name"]}
     match = _KEY.fullmatch(key)
     if match is None:
-        return key, None
+        return key, set()
     is_dora = match["stem"].endswith("lora_magnitude_vector") and match["end"] == ".weight"
-    return match["stem"] + ("" if is_dora else match["end"] or ""), match["name"]
+    return match["stem"] + ("" if is_dora else match["end"] or ""), {match["name"]}
 
 
 def by_module(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -180,6 +183,8 @@ def _unwrapped(path: str) -> str:
         path = path.removeprefix(PREFIX)
     parts = [part for part in path.split(".") if part not in _WRAPPERS]
     path = ".".join(parts).removeprefix(PREFIX)
+    if not is_known(path) and is_known(path.removeprefix("model.")):
+        return path.removeprefix("model.")
     inner = ".".join(part for part in parts if part not in _PARTS)
     is_inner = any(is_known(before + inner) for before in ("", *_BEFORE_LAYERS))
     return inner if is_inner and not is_known(path) else path

@@ -20,10 +20,11 @@ from torch import Tensor
 from lens_lora.adapters.peft_paths import PREFIX, is_known, model_paths
 from lens_lora.adapters.peft_variants import classifier_note
 from lens_lora.adapters.trained import TrainedModule
-from lens_lora.errors import AdapterError
+from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES, HEADS
 
 __all__ = [
+    "head_follows",
     "trained_fields",
     "trained_module",
     "trained_modules",
@@ -51,6 +52,7 @@ def trained_modules(
 
     Raises:
         AdapterError: config and tensors do not say the same, or tensors do not fit together.
+        UnsupportedAdapterError: a classifier's head.
     """
     _require_saved(config, tensors, source)
     found: dict[str, TrainedModule] = {}
@@ -59,7 +61,11 @@ def trained_modules(
             _require_rows_of_another(path, own["token_rows"], tensors, source)
             continue
         ids = _ids_of(config, path, source) if "token_rows" in own else None
-        tied = _head_follows(config, path) if ids is not None else not _is_copy(config, path)
+        tied = (
+            head_follows(path, config.trainable_token_indices)
+            if ids is not None
+            else not _is_copy(config, path)
+        )
         found[path] = trained_module(path, own, ids, tied, source)
     return found
 
@@ -95,6 +101,16 @@ def trained_module(
         )
     except AdapterError as error:
         raise AdapterError(f"{source}, module {path}: {error}") from error
+
+
+def head_follows(path: str, indices: Any) -> bool:
+    """Whether PEFT lets a head that is tied to this embedding have its rows.
+
+    Args:
+        path: of the module that has trained rows.
+        indices: ids, or ids by the name of each module.
+    """
+    return not _ends_in_head(path) and _same_ids(indices)
 
 
 def trained_fields(modules: Mapping[str, TrainedModule]) -> dict[str, Any]:
@@ -136,19 +152,22 @@ def _is_in_base(module: TrainedModule) -> bool:
     return module.tied and module.tokens is None
 
 
-def unknown_keys(paths: Iterable[str], trained: Iterable[str], source: str) -> list[str]:
-    """Those of the trained paths that no supported family has.
+def unknown_keys(
+    paths: Iterable[str], trained: Mapping[str, Iterable[str]], source: str
+) -> list[str]:
+    """The keys of trained modules that no supported family has.
 
     Args:
         paths: of all modules in the file.
-        trained: of the modules without factors.
+        trained: roles of the tensors of each module without factors.
         source: the adapter's file, for messages.
 
     Raises:
         AdapterError: two paths of the file are one module.
     """
     names = model_paths(paths, source)
-    return [path for path in trained if not is_known(names[path])]
+    unknown = [path for path in trained if not is_known(names[path])]
+    return [f"{PREFIX}{path}.{role}" for path in unknown for role in trained[path]]
 
 
 def _is_copy(config: Any, path: str) -> bool:
@@ -167,9 +186,10 @@ def _require_saved(config: Any, tensors: Mapping[str, Mapping[str, Tensor]], sou
     lacking = [name for name in names if not any(_covers(name, path) for path in whole)]
     lacking = [name for name in lacking if not _is_of_another_family(name, whole)]
     if lacking:
-        raise AdapterError(
+        note = classifier_note(config)
+        raise (UnsupportedAdapterError if note else AdapterError)(
             f"{source}: modules_to_save names {lacking}, and the file holds no such module; the "
-            f"two files do not belong together.{classifier_note(config)}"
+            f"two files do not belong together.{note}"
         )
     wanted = config.trainable_token_indices
     rows = [path for path, own in tensors.items() if "token_rows" in own]
@@ -226,18 +246,13 @@ def _require_rows_of_another(
         )
 
 
-def _head_follows(config: Any, path: str) -> bool:
-    """Whether PEFT lets a head that is tied to this embedding have its rows."""
-    return not _ends_in_head(path) and _same_ids(config.trainable_token_indices)
-
-
 def _same_ids(indices: Any) -> bool:
     """Whether the config gives a head no other ids than the embedding."""
     if not isinstance(indices, dict):
         return True
     of_heads = [ids for name, ids in indices.items() if _ends_in_head(name)]
     others = [ids for name, ids in indices.items() if not _ends_in_head(name)]
-    return all(ids in others for ids in of_heads)
+    return all(ids in others for ids in of_heads if ids is not None)
 
 
 def _ends_in_head(path: str) -> bool:

@@ -44,7 +44,8 @@ class TrainedModule:
             Conv1D), [vocab, d] of an embedding, [d] of a norm. None where only the bias changes.
         bias: [out], or β of a norm.
         tokens: [row], which rows of an embedding or a head `weight` holds; None for all.
-        base_weight: all of the base's weight as the adapter saw it, where the file holds it.
+        base_weight: all of the base's weight as the adapter saw it, where the file holds it. PEFT
+            writes it into the base; beside a copy only what is tied to the base's sees it.
         tied: whether a head that the base ties to this embedding changes with it, and the other
             way round. A copy of its own (`modules_to_save`) does not.
         strength: multiplies the whole update.
@@ -109,11 +110,8 @@ class TrainedModule:
 
     def turned(self) -> TrainedModule:
         """With `weight` and `base_weight` transposed; a norm's vector is its own."""
-        weights = {
-            name: getattr(self, name).T
-            for name in ("weight", "base_weight")
-            if getattr(self, name) is not None
-        }
+        held = {"weight": self.weight, "base_weight": self.base_weight}
+        weights = {name: t.T for name, t in held.items() if t is not None and t.ndim == 2}
         return dataclasses.replace(self, **weights)
 
     def rows(self, rows: Tensor) -> TrainedModule:

@@ -113,13 +113,7 @@ def _of_trained(site: SiteFactors, trained: TrainedModule, base: BaseAtHand) -> 
     weight, tokens = trained.weight, trained.tokens
     if weight is None:
         return None
-    stored = _unlike(site, trained.base_weight, base)
-    if stored is not None and tokens is None:
-        raise AdapterError(
-            f"{site.name} ({site.module}): the adapter's file holds the weight beside which the "
-            "module was trained, and that is not the model's: it is another base, or was resized. "
-            "Build the hooked model from the base that the adapter was trained on."
-        )
+    stored = None if tokens is None else _unlike(site, trained.base_weight, base)
     if tokens is not None and stored is None:
         return _of_rows(site, trained, tokens, base)
     if tokens is not None and stored is not None:

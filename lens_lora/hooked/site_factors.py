@@ -199,6 +199,6 @@ def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int
         )
     return SiteError(
         f"{module}: the model ({family.architectures[0]} naming, {n_layers} layers) has no such "
-        f"module that can be adapted here; the nearest are {', '.join(near)}. The adapter "
-        f"names the base {adapter.base_model!r}; {remedy}"
+        f"linear module, embedding or norm that can be adapted here; the nearest are "
+        f"{', '.join(near)}. The adapter names the base {adapter.base_model!r}; {remedy}"
     )

@@ -99,9 +99,9 @@ def _is_given(other: SiteFactors, site: SiteFactors, trained: TrainedModule) -> 
 
 def _stored(factors: ModuleUpdate) -> Tensor | None:
     """The weight that PEFT writes into the base's own parameter, [out, in]."""
-    if isinstance(factors, LoRAFactors) or factors.tokens is not None:
+    if isinstance(factors, LoRAFactors) or not factors.tied or factors.tokens is not None:
         return factors.base_weight
-    return factors.weight if factors.tied else None
+    return factors.weight
 
 
 def _same_rows(one: TrainedModule, other: TrainedModule) -> bool:

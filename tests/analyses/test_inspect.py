@@ -236,7 +236,7 @@ def with_fields(folder: Path, **fields) -> Path:
     ("fields", "reason"),
     [
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
-        ({"bias": "all"}, "use bias='lora_only' or 'none'"),
+        ({"modules_to_save": ["lm_head"]}, "the file holds no such module"),
         ({"use_qalora": True}, "train with use_qalora=False"),
         ({"alora_invocation_tokens": [3]}, "train a plain LoRA"),
     ],
@@ -263,7 +263,7 @@ def test_dora_asks_for_the_base_model(tmp_path):
 @pytest.fixture
 def tiny_base(monkeypatch):
     """`--model llama` is the tiny model of that family."""
-    monkeypatch.setattr(inspect_command, "_hooked", lambda family, quiet: hooked(family)[1])
+    monkeypatch.setattr(inspect_command, "_hooked", lambda family, quiet: hooked(family)[::-1])
 
 
 @pytest.mark.usefixtures("tiny_base")
