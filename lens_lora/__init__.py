@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lens_lora.adapters.adapter import Adapter, load_adapter
     from lens_lora.adapters.factors import LoRAFactors
     from lens_lora.adapters.random_directions import null_adapter
+    from lens_lora.adapters.trained import TrainedModule
     from lens_lora.analyses.compare import Comparison, compare
     from lens_lora.analyses.components import Components, components
     from lens_lora.analyses.coupling import Coupling, coupling
@@ -72,6 +73,7 @@ __all__ = [
     # adapters
     "Adapter",
     "LoRAFactors",
+    "TrainedModule",
     "load_adapter",
     # the lens
     "LoraLens",
@@ -159,6 +161,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "adapters.factors": ("LoRAFactors",),
     "adapters.random_directions": ("null_adapter",),
+    "adapters.trained": ("TrainedModule",),
     "analyses.compare": (
         "Comparison",
         "compare",

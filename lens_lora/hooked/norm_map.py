@@ -47,6 +47,9 @@ class NormMap(SiteMap):
     gamma: Float[Tensor, "d"]
     beta: Float[Tensor, "d"] | None
 
+    def __repr__(self) -> str:
+        return f"NormMap({self.width} features{'' if self.beta is None else ', and Δβ'})"
+
     @property
     def A(self) -> Float[Tensor, "rank in"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The identity, and a row of zeros for Δβ."""

@@ -160,7 +160,7 @@ def _bias_change(site: SiteFactors, base: BaseAtHand) -> Float[Tensor, "out"] | 
     elif isinstance(factors, TrainedModule) and factors.tokens is not None:
         # In PEFT's layer of trained rows a head has no bias.
         own = base.bias(site) if site.kind == "unembed" else None
-        change = None if own is None else -own.double()
+        change = None if own is None or not bool(own.any()) else -own.double()
     return None if change is None else change * factors.strength
 
 
