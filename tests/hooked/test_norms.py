@@ -151,10 +151,22 @@ def test_derivatives_and_their_parts(family: str, cls: str):
     assert (curved - slopes).abs().max() < 1e-6 * slopes.abs().max(), name
 
 
+@models.NEEDS_HOOKED_TRANSFORMER
+@models.NEEDS_BRIDGE
+def test_norms_of_heads_are_split_alike_by_both_classes():
+    """By position and head; the two have their axes in other orders."""
+    both = []
+    for cls in models.MAKERS:
+        _, _, lens = built("qwen3", cls, modules_to_save=["q_norm", "k_norm"])
+        by = ("position", "head")
+        both.append(ll.first_order(lens, models.tokens(), MARGIN, at=1.0, by=by).values)
+    assert off(*both) < 1e-9 * both[0].abs().max()
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+@models.NEEDS_BRIDGE
 def test_components_do_not_depend_on_how_often_a_norm_runs():
     """HookedTransformer runs ln1 three times a block, and a shared norm once more."""
-    if len(models.MAKERS) < 2:
-        pytest.skip("one class only")
     for family in ("llama", "gptj"):
         both = []
         for cls in models.MAKERS:
