@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
+from lens_lora.families import NORM_KINDS
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.plan import Injection, Plan
-from lens_lora.hooked.sites import NORM_KINDS
 
 __all__ = ["Inject", "ScaleInject", "attached", "site_hooks", "weight_of", "writes_at_modules"]
 
