@@ -319,6 +319,7 @@ def test_a_full_fine_tune_with_its_norms(family: str, cls: str, tmp_path):
     assert norms and all(cut.truncation_error[path] == 0 for path in norms)
 
 
+@pytest.mark.bad_input
 def test_ignore_is_one_glob_or_several():
     """A string is one glob, not letters; the change of the norms then does not count."""
     base = models.hf_model("llama")
