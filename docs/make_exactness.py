@@ -79,6 +79,12 @@ Processing is that of transformer-lens: none (raw), each flag alone, or all four
 TransformerBridge is processed by `enable_compatibility_mode`. In the tables by processing, the
 LoRA is on every linear module of the blocks.
 
+The targets, all beside a LoRA on linear modules: a LoRA on the head, on an embedding, or on the
+position embedding; biases of the LoRA's own (`lora_bias`), or of its modules (`lora_only`); DoRA;
+`modules_to_save` of head, embedding (not Bloom's) and the MLP's output; of every norm; rows of the
+embedding (`trainable_token_indices`), and of the head where it is tied; and every bias
+(`bias="all"`). Where norms are folded, a change of γ or β is refused.
+
 To reproduce: run `python docs/make_exactness.py` in an environment of each transformer-lens line.
 It measures the installed version, writes `docs/exactness/<transformer-lens>.json`, and renders
 this page from all files there; `tests/docs/test_docs.py` checks that page and files agree.
@@ -104,9 +110,10 @@ def every_key() -> list[Key]:
 
 def measure(family: str, cls: str, flags: str, target: str) -> Cell:
     """One cell: its three errors, or the fault of the host, or the refusal. Within `lifted`."""
-    base, model = targets.hooked(family, cls, flags)
-    if isinstance(model, Exception):
-        return {"fault": _message(model)}
+    try:
+        base, model = targets.hooked(family, cls, flags)
+    except Exception as error:  # whatever the host library raises is what the page is to say
+        return {"fault": _message(error)}
     peft, tokens = targets.peft_with(family, base, target), models.tokens()
     with torch.no_grad():
         plain, adapted = base(tokens).logits, peft(tokens).logits

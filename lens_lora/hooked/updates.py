@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor
@@ -67,11 +67,10 @@ def site_updates(
     for site in sites:
         if site.kind not in NORM_KINDS:
             _require_fit(site, at_hand.shape(site), base_model)
-        for one in _updates_of(site, host, at_hand):
-            found[one.site.name] = _joined(found.get(one.site.name), one)
-        tied = follower(site, by_kind, at_hand, host)
-        for one in () if tied is None else _updates_of(tied, host, at_hand):
-            found[one.site.name] = _joined(found.get(one.site.name), one)
+        for each in (site, follower(site, by_kind, at_hand, host)):
+            update = None if each is None else _update_of(each, host, at_hand)
+            if each is not None and update is not None:
+                found[each.name] = _joined(found.get(each.name), SiteUpdate(each, update))
     if not found:
         raise AdapterError(
             "all that the adapter holds are parameters that equal the base model's: it changes "
@@ -80,19 +79,17 @@ def site_updates(
     return tuple(sorted(found.values(), key=lambda one: in_order(one.site)))
 
 
-def _updates_of(site: SiteFactors, host: Host, base: BaseAtHand) -> Iterator[SiteUpdate]:
-    """One, or none where the adapter holds what the base has."""
+def _update_of(site: SiteFactors, host: Host, base: BaseAtHand) -> Update | NormUpdate | None:
+    """None where the adapter holds what the base has."""
     if site.kind not in NORM_KINDS:
-        update = linear_update(site, base)
-    else:
-        is_folded = host.is_norm_folded(site.layer, site.kind)
-        if is_folded and not base.is_given:
-            raise _folded(site, host)
-        update = norm_update(site, base, host.family.gamma_offset)
-        if is_folded and update is not None:
-            raise _folded(site, host)
-    if update is not None:
-        yield SiteUpdate(site, update)
+        return linear_update(site, base)
+    is_folded = host.is_norm_folded(site.layer, site.kind)
+    if is_folded and not base.is_given:
+        raise _folded(site, host)
+    update = norm_update(site, base, host.family.gamma_offset)
+    if is_folded and update is not None:
+        raise _folded(site, host)
+    return update
 
 
 def _joined(one: SiteUpdate | None, other: SiteUpdate) -> SiteUpdate:
