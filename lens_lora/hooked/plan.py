@@ -38,12 +38,24 @@ class Injection:
         map: δ.
         partner: index of a second site by whose gate δ is multiplied too. Both sites then have this
             δ, each in its own rank space, and each adds half of it, so that each can be split.
+        whole: at v's own output, δ with its constant part, where that is added at o.
+        is_constant_of_v: whether this is that constant part, at o.
     """
 
     site: int
     ports: Ports
     map: SiteMap
     partner: int | None = None
+    whole: SiteMap | None = None
+    is_constant_of_v: bool = False
+
+    @property
+    def map_by_position(self) -> SiteMap | None:
+        """δ as it is split over positions; None where that is done at another injection.
+
+        Attention passes v's constant part on from the positions of v, so it is split there.
+        """
+        return None if self.is_constant_of_v else self.whole or self.map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +75,11 @@ class Plan:
     maps: tuple[SiteMap, ...]
     injections: tuple[Injection, ...]
     state: tuple[tuple[str, Any], ...]
+
+    @property
+    def with_constants(self) -> list[int]:
+        """Indices of sites of v whose constant part is added at o."""
+        return [injection.site for injection in self.injections if injection.whole is not None]
 
     def check_state(self) -> None:
         """Check that the model's flags and mode are as they were when the plan was made.
@@ -102,9 +119,12 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
         ports.append(host.ports(site.layer, site.kind))
         maps.append(host.map_of(site, weight, base))
     sites = tuple(map(_named, factors, ports, maps))
-    maps, extra = _with_constants_at_o(host, base, factors, maps)
-    own = [Injection(i, *pair) for i, pair in enumerate(zip(ports, maps, strict=True))]
-    return Plan(host, sites, maps, (*own, *extra), host.state())
+    left, extra = _with_constants_at_o(host, base, factors, maps)
+    own = [
+        Injection(i, port, rest, whole=None if rest is whole else whole)
+        for i, (port, rest, whole) in enumerate(zip(ports, left, maps, strict=True))
+    ]
+    return Plan(host, sites, left, (*own, *extra), host.state())
 
 
 def _check_shapes(site: SiteFactors, weight: Tensor, base_model: str | None) -> None:
@@ -145,9 +165,11 @@ def _with_constants_at_o(
         own[v] = without_constant(own[v], constant)
         at_o = Ports(None, host.ports(site.layer, "o").write)
         W_O = host.weight(site.layer, "o")
-        extra.append(Injection(v, at_o, through_o(constant, W_O, heads)))
+        through = through_o(constant, W_O, heads)
+        extra.append(Injection(v, at_o, through, is_constant_of_v=True))
         for o, other in enumerate(factors):
             if other.kind == "o" and other.layer == site.layer:
                 of_v, of_o = through_update_of_o(constant, own[o], heads)
-                extra += [Injection(v, at_o, of_v, o), Injection(o, at_o, of_o, v)]
+                extra.append(Injection(v, at_o, of_v, o, is_constant_of_v=True))
+                extra.append(Injection(o, at_o, of_o, v))
     return tuple(own), extra
