@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
 from lens_lora.engine.forward import Part, part_tangents, tangent_of
@@ -125,8 +126,8 @@ def first_order_of(
         ArgumentError: another mode or axis, or less memory than one tangent takes.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    lens, reading, axes = asked.lens, asked.reading, by_axes(by)
-    way, gates = chosen_mode(mode, lens, 1), lens.gates(float(at))
+    lens, reading, axes, at = asked.lens, asked.reading, by_axes(by), number("at", at)
+    way, gates = chosen_mode(mode, lens, 1), lens.gates(at)
     with _under(rules, lens, reading.prompts):
         if way == "forward":
             values = _forward(asked, gates, axes, max_memory, progress)
@@ -134,7 +135,7 @@ def first_order_of(
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
     method = "first_order" if rules is None else f"first_order/{rules.key}"
-    return labelled(asked, values, axes, method=method, at=float(at))
+    return labelled(asked, values, axes, method=method, at=at)
 
 
 @contextlib.contextmanager
@@ -142,6 +143,8 @@ def _under(rules: FrozenRules | None, lens: LoraLens, prompts: Prompts) -> Gener
     if rules is None:
         yield
         return
+    if not isinstance(rules, FrozenRules):
+        raise ArgumentError(f"rules={rules!r}: expected FrozenRules(…), or None.")
     first = prompts.row(0)
     few = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
     require_held(lens.plan.host, rules, lambda: lens.run(few))
@@ -266,8 +269,9 @@ def first_orders(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    if not readouts:
-        raise ArgumentError("readouts=[] asks for nothing; give at least one.")
+    if not isinstance(readouts, Sequence) or not readouts:
+        raise ArgumentError(f"readouts={readouts!r}: expected a list of at least one.")
+    at = number("at", at)
     prompt_rows = ask_prompts(lens, prompts)
     every = [prompt_rows.about(readout) for readout in readouts]
     found: dict[int, Attribution] = {}
@@ -277,7 +281,7 @@ def first_orders(
         _share_ends(some)
         slopes = _slopes(some, at, max_memory, progress)
         for i, asked, values in zip(together, some, slopes, strict=True):
-            found[i] = labelled(asked, values, method="first_order", at=float(at))
+            found[i] = labelled(asked, values, method="first_order", at=at)
     for i, asked in enumerate(every):
         if i not in found:
             found[i] = first_order_of(asked, at=at, progress=progress)
@@ -294,7 +298,7 @@ def _slopes(
         logits = read_logits(lens, prompts)
         return torch.stack([asked.reading.read(logits) for asked in some])
 
-    graph = gate_graph(lens, prompts, lens.gates(float(at)), read)
+    graph = gate_graph(lens, prompts, lens.gates(at), read)
     step = covectors_at_once(lens, prompts, max_memory)
     slopes = graph.slopes_of_each(step, progress=progress)
     for of_one in slopes:

@@ -14,6 +14,7 @@ TESTS = Path(__file__).parents[1]
 LENS_LORA = Package(TESTS.parent / "lens_lora")
 LAYERS = [
     {"errors", "_version", "families"},
+    {"arguments"},
     {"adapters", "readouts"},
     {"hooked"},
     {"lens"},
