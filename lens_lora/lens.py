@@ -84,6 +84,7 @@ class LoraLens:
                 changed since this one was made.
         """
         self._plan.check_state()
+        self._plan.check_base()
         other = copy.copy(self)
         other.adapter = adapter
         other._plan = make_plan(self.model, adapter, self._hf_model)
@@ -221,6 +222,7 @@ class LoraLens:
         Args:
             scale: as for `gates`.
         """
+        self._plan.check_state()
         with self.injected(ScaleInject(self._plan, self.gates(scale))):
             yield self.model
 
@@ -234,7 +236,7 @@ class LoraLens:
             inject: what is written at each site.
             before: hooks that are added before those of the sites.
         """
-        self._plan.check_state()
+        self._plan.check_state(entries=False)
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
         with attached(self.model, [*before, *site_hooks(self._plan, inject, points)], points):

@@ -26,7 +26,12 @@ from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
 from lens_lora.engine.forward import Part, part_tangents, tangent_of
 from lens_lora.engine.function import gated_logits, read_logits, require_finite
 from lens_lora.engine.gate_graph import gate_graph
-from lens_lora.engine.reverse import part_slots, require_finite_sites, site_slopes
+from lens_lora.engine.reverse import (
+    part_slots,
+    require_finite_sites,
+    require_split,
+    site_slopes,
+)
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
 from lens_lora.hooked.sites import by_axes
@@ -191,11 +196,16 @@ def _forward(
         many = reading.repeat(rows.shape[1])
         return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
 
-    tangents = part_tangents(
-        lens, prompts, gates, wanted, read, max_memory=max_memory, progress=progress
-    )
+    def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part"]:
+        return part_tangents(
+            lens, prompts, gates, some, read, max_memory=max_memory, progress=progress
+        )
+
     slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
-    values[(slice(None), [part.site for part in wanted], *slots)] = tangents
+    values[(slice(None), [part.site for part in wanted], *slots)] = tangents(wanted)
+    whole = [Part(index) for index in lens.plan.with_constants]
+    if "position" in axes and whole:
+        require_split(lens, values, tangents(whole))
     return values
 
 

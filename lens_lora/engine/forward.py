@@ -301,9 +301,12 @@ class _PartsInject:
         if injection.site not in self._rows or not weight:
             return moved
         rows, slots = self._rows[injection.site]
-        site = self._lens.sites[injection.site]
+        split = injection.map if slots.position is None else injection.map_by_position
+        if split is None:
+            return moved
+        kind = self._lens.sites[injection.site].kind
         primal = fwad.unpack_dual(z).primal[rows]
-        delta = part_deltas(injection.map, site.kind, self._lens.heads.of(site.kind), primal, slots)
+        delta = part_deltas(split, kind, self._lens.heads.of(kind), primal, slots)
         tangent = out.new_zeros(*out.shape[:2], delta.shape[-1])
         tangent[rows] = (weight * delta).to(out.dtype)
         moved = out if moved is None else moved
