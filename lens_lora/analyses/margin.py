@@ -23,6 +23,7 @@ from lens_lora.analyses.remainder import Verdict, verdict_of
 from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.function import gated_logits
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
 from lens_lora.readouts.prompts import PromptsLike
@@ -133,6 +134,7 @@ class FactMargin(Result):
         return drawing.figure(self, prompt)
 
 
+@alone
 def fact_margin(
     lens: LoraLens,
     prompts: PromptsLike,
