@@ -23,6 +23,7 @@ from torch import Tensor
 from lens_lora.analyses.logit_shift import site_tangents
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.reverse import site_gradients
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.plan import Injection
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
@@ -72,6 +73,7 @@ class Components(Result):
         return pd.DataFrame(columns | values)
 
 
+@alone
 def components(
     lens: LoraLens,
     prompts: PromptsLike,

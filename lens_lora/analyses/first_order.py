@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
-from lens_lora.engine.forward import Part, part_tangents, tangent_of
+from lens_lora.engine.dual_pass import tangent_of
+from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.function import gated_logits, read_logits, require_finite
 from lens_lora.engine.gate_graph import gate_graph
 from lens_lora.engine.reverse import (
@@ -33,6 +34,7 @@ from lens_lora.engine.reverse import (
     site_slopes,
 )
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
 from lens_lora.hooked.sites import by_axes
 from lens_lora.lens import LoraLens
@@ -51,6 +53,7 @@ __all__ = [
 _TRIED_TOKENS = 8
 
 
+@alone
 def first_order(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -236,6 +239,7 @@ def _head_slots(lens: LoraLens, index: int) -> int:
     return heads if by_head is None else len(by_head)
 
 
+@alone
 def first_orders(
     lens: LoraLens,
     prompts: PromptsLike,

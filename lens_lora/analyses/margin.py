@@ -25,6 +25,7 @@ from lens_lora.analyses.remainder import Verdict, verdict_of
 from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.function import read_value
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
@@ -135,6 +136,7 @@ class FactMargin(Result):
         return drawing.figure(self, prompt)
 
 
+@alone
 def fact_margin(
     lens: LoraLens,
     prompts: PromptsLike,

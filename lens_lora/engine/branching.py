@@ -24,7 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.engine import batching
-from lens_lora.hooked.gates import HookFn, ScaleInject
+from lens_lora.hooked.attaching import HookFn
+from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 
 __all__ = ["Tree", "more_copies", "neighbours_first", "pays"]

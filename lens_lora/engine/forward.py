@@ -3,8 +3,7 @@
     site or part p:   output_l ← output_l + d·(p's part of δ_l(z)),   d dual with derivative 1
     all together:     every gate is the dual number at_l + direction_l·d
 
-1. `dual_forward` opens a pass with forward-mode derivatives, and raises a clear error if the model
-   has an operation without one. `engine/duals.py` does the products with constant weights.
+1. Each pass runs within `dual_forward` (engine/dual_pass.py).
 2. `joint_tangent`: all sites along one direction of gates, in one row a prompt.
 3. `part_tangents`: each site, position, head or rank has its own tangent, in its own row. Before
    its block a part has no tangent, and its row would only repeat the base. So a pass starts with
@@ -18,36 +17,33 @@ that for every site of a model in turn.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwad
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lens_lora.engine.batching import tangents_at_once
 from lens_lora.engine.branching import more_copies
+from lens_lora.engine.dual_pass import dual_forward, tangent_of
 from lens_lora.engine.duals import OneProduct
 from lens_lora.engine.function import read_logits
 from lens_lora.engine.parts import Slots, part_deltas
-from lens_lora.errors import ArgumentError, ModelStateError
-from lens_lora.hooked.gates import HookFn, ScaleInject, add, weight_of
+from lens_lora.errors import ArgumentError
+from lens_lora.hooked.attaching import HookFn
+from lens_lora.hooked.gates import ScaleInject, add, weight_of
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 
 __all__ = [
     "JointInject",
     "Part",
-    "dual_forward",
     "joint_tangent",
     "part_tangents",
-    "tangent_of",
 ]
 
 
@@ -79,47 +75,6 @@ class JointInject:
         return add(out, injection.map, z, weight_of(injection, gates))
 
 
-@contextlib.contextmanager
-def dual_forward() -> Generator[OneProduct]:
-    """Within the block, forward-mode derivatives are computed.
-
-    Yields the `OneProduct` that multiplies by the weights; set its `rows` where rows are added.
-
-    Raises:
-        ModelStateError: the model uses an operation without a forward-mode derivative.
-    """
-    try:
-        with (
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            _plain_bloom_gelu(),
-            fwad.dual_level(),
-            OneProduct() as products,
-        ):
-            yield products
-    except NotImplementedError as error:
-        raise ModelStateError(
-            f"this model has an operation without a forward-mode derivative ({error}). A fused "
-            "kernel is one: load the model without it (attn_implementation='eager'). Reverse mode "
-            "(first_order, mode='reverse') needs no such derivative."
-        ) from error
-
-
-@contextlib.contextmanager
-def _plain_bloom_gelu() -> Generator[None]:
-    """Bloom wraps its GELU in a Function without a forward-mode derivative; the formula has one."""
-    bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
-    if bloom is None:
-        yield
-        return
-    wrapped = bloom.BloomGelu.forward
-    bloom.BloomGelu.forward = lambda self, x: bloom.bloom_gelu_forward(x)
-    try:
-        yield
-    finally:
-        bloom.BloomGelu.forward = wrapped
-
-
 def joint_tangent(
     lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], direction: Float[Tensor, "site"]
 ) -> Float[Tensor, "batch vocab"]:
@@ -130,12 +85,6 @@ def joint_tangent(
     """
     with dual_forward(), lens.injected(JointInject(lens, at, direction)):
         return tangent_of(read_logits(lens, prompts))
-
-
-def tangent_of(dual: Tensor) -> Tensor:
-    """The derivative that a dual number carries; zeros where it has none."""
-    primal, tangent = fwad.unpack_dual(dual)
-    return torch.zeros_like(primal) if tangent is None else tangent.clone()
 
 
 _Logits = Float[Tensor, "batch part vocab"]

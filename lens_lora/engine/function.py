@@ -11,8 +11,8 @@ Cost: at most one forward pass a gate vector.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
+import functools
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float
@@ -22,10 +22,12 @@ from tqdm import tqdm
 from lens_lora.engine import branching as tree
 from lens_lora.engine.batching import branches_at_once, rows_at_once
 from lens_lora.errors import NumericsError
+from lens_lora.hooked.attaching import add_pre_hook
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Columns, Reading
+from lens_lora.temporary import Temporary
 
 __all__ = [
     "gated_logits",
@@ -76,31 +78,26 @@ def _is_changed(module: torch.nn.Module) -> bool:
     return bool(hooks) or "forward" in vars(module)
 
 
-@contextlib.contextmanager
-def _no_unembedding(lens: LoraLens) -> Generator[None]:
+def _no_unembedding(lens: LoraLens) -> AbstractContextManager[None]:
     """Within the block, the model returns the unembedding's input instead of logits."""
     # A Bridge's component passes attributes on to the module that it wraps; its own dict it keeps.
     own = vars(lens.model.unembed)
-    own["forward"] = lambda residual, *args, **kwargs: residual
-    try:
-        yield
-    finally:
-        del own["forward"]
+
+    def replace(block: Temporary) -> None:
+        block.way_back(lambda: own.pop("forward", None))
+        own["forward"] = lambda residual, *args, **kwargs: residual
+
+    return Temporary(replace)
 
 
-@contextlib.contextmanager
-def _read_rows_only(lens: LoraLens, prompts: Prompts) -> Generator[None]:
+def _read_rows_only(lens: LoraLens, prompts: Prompts) -> AbstractContextManager[None]:
     """Within the block, only the read position reaches the unembedding."""
 
     def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
         return (prompts.at_read(args[0])[:, None], *args[1:])
 
-    handle = lens.model.unembed.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return Temporary(functools.partial(add_pre_hook, lens.model.unembed, select))
 
 
 def gated_logits(

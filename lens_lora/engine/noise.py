@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.function import read_logits
-from lens_lora.hooked.gates import HookFn, ScaleInject
+from lens_lora.hooked.attaching import HookFn
+from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading

@@ -24,7 +24,7 @@ from lens_lora.engine.batching import branches_at_once, rows_at_once
 from lens_lora.engine.branching import more_copies
 from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.errors import ModelStateError
-from lens_lora.hooked.gates import HookFn, attached
+from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
