@@ -68,6 +68,14 @@ def launched() -> Processes:
             f"{size} processes were launched, but accelerate counts {state.num_processes}, so "
             "each would do all the work; on CPUs call accelerate.PartialState(cpu=True) first."
         )
-    return Processes(
-        state.process_index, state.num_processes, str(state.device), state.wait_for_everyone
-    )
+
+    def wait() -> None:
+        try:
+            state.wait_for_everyone()
+        except RuntimeError as error:
+            raise LensLoraError(
+                "another process of this run has ended before its end; its own message says why. "
+                f"Run it again to resume. ({error})"
+            ) from error
+
+    return Processes(state.process_index, state.num_processes, str(state.device), wait)
