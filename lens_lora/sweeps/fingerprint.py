@@ -25,10 +25,12 @@ from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.identity import NotHashable, digest, tensor_digest
 from lens_lora.sweeps.records import SweepError
 
-__all__ = ["Fingerprint", "fingerprint", "fingerprint_without_model"]
+__all__ = ["Fingerprint", "differences", "fingerprint", "fingerprint_without_model"]
 
 Fingerprint = Mapping[str, Any]
 
+# A renamed model or adapter is still the same one if its weights are.
+_NAMES = {"model": "model_weights", "adapter": "adapter_weights"}
 # Where it runs and what it is called decides no number.
 _NO_NUMBERS = frozenset(
     {
@@ -98,6 +100,31 @@ def fingerprint_without_model(
         "readout": _readout(readout, version, known or {}),
         "version": version,
     }
+
+
+def differences(there: Fingerprint, here: Fingerprint) -> list[str]:
+    """'field X there, Y here' for each field that differs; none if they are one sweep's.
+
+    Args:
+        there: of the files.
+        here: of this sweep, as it is read from a file.
+    """
+    old, new = _flat(there), _flat(here)
+    keys = dict.fromkeys([*new, *old])
+    differ = {key for key in keys if old.get(key) != new.get(key)}
+    differ -= {name for name, weights in _NAMES.items() if weights not in differ}
+    return [f"{key} {old.get(key)!r} there, {new.get(key)!r} here" for key in keys if key in differ]
+
+
+def _flat(about: Fingerprint) -> dict[str, Any]:
+    """{'configuration n_ctx': 32}: one entry for each field of a table within."""
+    flat: dict[str, Any] = {}
+    for key, value in about.items():
+        if isinstance(value, dict):
+            flat |= {f"{key} {name}": inner for name, inner in value.items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def _readout(readout: Readout | None, version: str | None, known: Mapping[int, str]) -> str:

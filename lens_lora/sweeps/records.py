@@ -191,9 +191,8 @@ def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Recor
         fault = _fault_of_id(identity)
         if fault is not None:
             return plain.bad(fault)
-        plain = dataclasses.replace(
-            plain, id=identity if isinstance(identity, str) else int(identity)
-        )
+        own = identity if isinstance(identity, str) else int(identity)
+        plain = dataclasses.replace(plain, id=own)
     if None in row:
         return plain.bad("more fields than columns; quote a field that holds commas.")
     fields = {name: row.get(name) for name in needed}
@@ -213,7 +212,7 @@ def _fault_of_id(identity: Any) -> str | None:
         return None if _is_text(identity) else f"its id is {identity!r}, {_NOT_TEXT}"
     if isinstance(identity, bool) or not isinstance(identity, numbers.Integral):
         return f"its id is {identity!r}; expected a string or an integer."
-    if not -_LARGEST <= identity < _LARGEST:
+    if not -_LARGEST <= int(identity) < _LARGEST:
         return f"its id {identity} does not fit into 64 bits; give it as a string."
     return None
 

@@ -3,29 +3,31 @@
 1. Each batch is a file of its own in `results.parts/` (parts.py), complete or not there.
 2. At the end the parts are merged, in the order of the records, into `results.parquet` (one row per
    prompt and site) and `results.prompts.parquet` (one row per prompt), and removed.
-3. Both results carry the same mark. Until the second one has it, the parts hold every row, also
-   those of earlier results.
+3. Both results carry a hash of all rows. Until the second one has it, the parts hold every row,
+   also those of earlier results; and rows that no longer have that hash are not taken.
 4. What the numbers were computed with (`Fingerprint`) stands in each file and is compared on a
    resume.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import itertools
 import json
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lens_lora.hooked.sites import Site
 from lens_lora.sweeps.batches import Row
 from lens_lora.sweeps.files import told, write_whole
-from lens_lora.sweeps.fingerprint import Fingerprint
+from lens_lora.sweeps.fingerprint import Fingerprint, differences
 from lens_lora.sweeps.parts import METADATA, Damage, Parts, as_json
 from lens_lora.sweeps.records import Record, SweepError
 from lens_lora.sweeps.resume import Content, content, finished
@@ -35,8 +37,6 @@ __all__ = ["Store", "require_same_sweep"]
 
 _MARK = b"lens_lora.mark"
 _PROMPTS_AT_ONCE = 256
-# A renamed model or adapter is still the same one if its weights are.
-_NAMES = {"model": "model_weights", "adapter": "adapter_weights"}
 
 
 class Store:
@@ -133,7 +133,8 @@ class Store:
         """
         if before and self.sites_path.exists():
             self.add(list(before.values()))
-        parts = [part for part in self.parts.read()[0] if not self._differ(part.about)]
+        here = self._fingerprint
+        parts = [part for part in self.parts.read()[0] if not differences(part.about, here)]
         found = [row for part in parts for row in part.rows(self._analyses)]
         known = {content(row): row for row in found if row.error is not None}
         known |= {content(row): row for row in found if row.error is None}
@@ -153,9 +154,6 @@ class Store:
         """The rows of the merged table, one per prompt."""
         return _read(self.prompts_path).to_pylist()
 
-    def _differ(self, there: Fingerprint) -> list[str]:
-        return _differences(there, self._fingerprint)
-
     def _finished(self) -> list[Row]:
         """Rows of the two results; none if one was deleted, or not yet written."""
         for path in (self.prompts_path, self.sites_path):
@@ -164,12 +162,22 @@ class Store:
         if not (self.prompts_path.exists() and self.sites_path.exists()):
             return []
         prompts, sites = _read(self.prompts_path), _read(self.sites_path)
-        if _mark_of(prompts) != _mark_of(sites):
+        mark = _mark_of(prompts)
+        if mark != _mark_of(sites):
             return []
-        return rows_of_results(prompts, sites, len(self._sites), self._analyses)
+        try:
+            rows = rows_of_results(prompts, sites, len(self._sites), self._analyses)
+        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise _damaged(
+                self.prompts_path, f"and {self.sites_path} do not fit: {error}"
+            ) from error
+        if mark != _hash(rows, self._analyses):
+            raise _damaged(self.prompts_path, f"or {self.sites_path}: their rows were changed")
+        return rows
 
     def _write(self, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
-        about = {METADATA: as_json(self._fingerprint), _MARK: uuid.uuid4().hex.encode()}
+        mark = _hash([row for row in rows if row.error is None], self._analyses)
+        about = {METADATA: as_json(self._fingerprint), _MARK: mark}
         step, is_whole = _PROMPTS_AT_ONCE, all(isinstance(identity, int) for identity in ids)
         ids = ids if is_whole else [str(identity) for identity in ids]
         by_site = (
@@ -198,7 +206,7 @@ def require_same_sweep(out: str | Path, known: Fingerprint) -> None:
     sites, prompts, folder = paths(out)
     known = json.loads(as_json(known))
     there = {path: _about_of(path) for path in (prompts, sites) if path.exists()}
-    there |= {folder: part.about for part in Parts(folder).read()[0][:1]}
+    there |= {part.path: part.about for part in Parts(folder).read()[0][:1]}
     for path, about in there.items():
         _require_same({key: about.get(key) for key in known}, known, path)
 
@@ -221,7 +229,7 @@ def paths(out: str | Path) -> tuple[Path, Path, Path]:
 
 
 def _require_same(there: Fingerprint, here: Fingerprint, path: Path) -> None:
-    differ = _differences(there, here)
+    differ = differences(there, here)
     if differ:
         raise SweepError(
             f"{path} holds another sweep: {'; '.join(differ)}. Give another out, or start over "
@@ -229,30 +237,10 @@ def _require_same(there: Fingerprint, here: Fingerprint, path: Path) -> None:
         )
 
 
-def _differences(there: Fingerprint, here: Fingerprint) -> list[str]:
-    """'field X there, Y here' for each field that differs."""
-    old, new = _flat(there), _flat(here)
-    keys = dict.fromkeys([*new, *old])
-    differ = {key for key in keys if old.get(key) != new.get(key)}
-    differ -= {name for name, weights in _NAMES.items() if weights not in differ}
-    return [f"{key} {old.get(key)!r} there, {new.get(key)!r} here" for key in keys if key in differ]
-
-
-def _flat(about: Fingerprint) -> dict[str, Any]:
-    """{'configuration n_ctx': 32}: one entry for each field of a table within."""
-    flat: dict[str, Any] = {}
-    for key, value in about.items():
-        if isinstance(value, dict):
-            flat |= {f"{key} {name}": inner for name, inner in value.items()}
-        else:
-            flat[key] = value
-    return flat
-
-
 def _write_tables(path: Path, tables: Iterator[pa.Table], about: Mapping[bytes, bytes]) -> None:
     first = next(tables)
     schema = first.schema.with_metadata(dict(about))
-    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+    with pq.ParquetWriter(path, schema) as writer:
         for table in itertools.chain([first], tables):
             writer.write_table(table)
 
@@ -264,12 +252,16 @@ def _read(path: Path) -> pa.Table:
         SweepError: it is damaged.
     """
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True).read()
-    except (pa.ArrowException, OSError) as error:
-        raise SweepError(
-            f"{path}: damaged, it cannot be read ({error}). Restore it from a copy, or delete it "
-            "and run the same sweep again."
-        ) from error
+        return pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(path, f"it cannot be read ({error})") from error
+
+
+def _damaged(path: Path, fact: str) -> SweepError:
+    return SweepError(
+        f"{path}: damaged, {fact}. Restore it from a copy, or delete it and run the same sweep "
+        "again."
+    )
 
 
 def _about_of(path: Path) -> Fingerprint:
@@ -296,3 +288,14 @@ def _about_of(path: Path) -> Fingerprint:
 
 def _mark_of(table: pa.Table) -> bytes | None:
     return (table.schema.metadata or {}).get(_MARK)
+
+
+def _hash(rows: Sequence[Row], analyses: Sequence[str]) -> bytes:
+    """Of everything that the rows of a sweep hold but their ids."""
+    found = hashlib.sha256()
+    for row in rows:
+        fields = dataclasses.asdict(dataclasses.replace(row, id="", values={}))
+        found.update(repr(fields).encode())
+        for name in analyses:
+            found.update(np.ascontiguousarray(row.values[name], np.float64).tobytes())
+    return found.hexdigest().encode()

@@ -140,13 +140,12 @@ def rows_of_results(
     values = {
         name: sites[name].to_numpy().reshape(len(good), count) if good else () for name in analyses
     }
-    return [
-        Row(
-            **{**fields, "id": str(fields["id"])},
-            values={name: column[i] for name, column in values.items()},
-        )
-        for i, fields in enumerate(good)
-    ]
+    rows: list[Row] = []
+    for i, fields in enumerate(good):
+        mine = {name: column[i] for name, column in values.items()}
+        fields |= {"id": str(fields["id"]), "values": mine}
+        rows.append(Row(**fields))
+    return rows
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, pa.Array]:
