@@ -186,7 +186,7 @@ def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Recor
         return plain.bad(f"unreadable ({row}).")
     if not isinstance(row, Mapping):
         return plain.bad(f"{row!r} is not a record with the columns {', '.join(needed)}.")
-    identity = row.get("id")
+    identity: Any = row.get("id")
     if not _is_missing(identity):
         fault = _fault_of_id(identity)
         if fault is not None:

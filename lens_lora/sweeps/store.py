@@ -51,12 +51,14 @@ class Store:
     Attributes:
         sites_path: one row per prompt and site.
         prompts_path: one row per prompt.
+        fingerprint: as it is read from a file.
         parts: the finished batches, until they are merged.
         damaged: the parts that `done` could not read.
     """
 
     sites_path: Path
     prompts_path: Path
+    fingerprint: Fingerprint
     parts: Parts
     damaged: tuple[Damage, ...]
 
@@ -69,7 +71,7 @@ class Store:
     ) -> None:
         self.sites_path, self.prompts_path, folder = paths(out)
         self.parts, self.damaged = Parts(folder), ()
-        self._fingerprint = json.loads(as_json(fingerprint))
+        self.fingerprint: Fingerprint = json.loads(as_json(fingerprint))
         self._sites, self._analyses = sites, analyses
 
     def done(self, records: Sequence[Record]) -> Mapping[Content, Row]:
@@ -85,7 +87,7 @@ class Store:
         parts, damaged = self.parts.read()
         self.damaged = tuple(damaged)
         for part in parts:
-            _require_same(part.about, self._fingerprint, self.parts.folder)
+            _require_same(part.about, self.fingerprint, self.parts.folder)
         rows = [row for part in parts for row in part.rows(self._analyses)]
         good = [row for row in [*self._finished(), *rows] if row.error is None]
         return finished(records, good, self.prompts_path)
@@ -116,7 +118,7 @@ class Store:
         Raises:
             SweepError: it cannot be written.
         """
-        self.parts.add(rows, self._analyses, self._fingerprint)
+        self.parts.add(rows, self._analyses, self.fingerprint)
 
     def merge(self, records: Sequence[Record], before: Mapping[Content, Row]) -> list[Row]:
         """Write both result files, in the order of the records, and remove the parts.
@@ -133,7 +135,7 @@ class Store:
         """
         if before and self.sites_path.exists():
             self.add(list(before.values()))
-        here = self._fingerprint
+        here = self.fingerprint
         parts = [part for part in self.parts.read()[0] if not differences(part.about, here)]
         found = [row for part in parts for row in part.rows(self._analyses)]
         known = {content(row): row for row in found if row.error is not None}
@@ -158,7 +160,7 @@ class Store:
         """Rows of the two results; none if one was deleted, or not yet written."""
         for path in (self.prompts_path, self.sites_path):
             if path.exists():
-                _require_same(_about_of(path), self._fingerprint, path)
+                _require_same(_about_of(path), self.fingerprint, path)
         if not (self.prompts_path.exists() and self.sites_path.exists()):
             return []
         prompts, sites = _read(self.prompts_path), _read(self.sites_path)
@@ -177,7 +179,7 @@ class Store:
 
     def _write(self, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
         mark = _hash([row for row in rows if row.error is None], self._analyses)
-        about = {METADATA: as_json(self._fingerprint), _MARK: mark}
+        about = {METADATA: as_json(self.fingerprint), _MARK: mark}
         step, is_whole = _PROMPTS_AT_ONCE, all(isinstance(identity, int) for identity in ids)
         ids = ids if is_whole else [str(identity) for identity in ids]
         by_site = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,12 @@ from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.sweeps.analyses import chosen
 from lens_lora.sweeps.batches import Job, Row, make_batches, measure, prepare
-from lens_lora.sweeps.fingerprint import fingerprint, fingerprint_without_model
+from lens_lora.sweeps.fingerprint import (
+    Fingerprint,
+    differences,
+    fingerprint,
+    fingerprint_without_model,
+)
 from lens_lora.sweeps.lock import only_writer
 from lens_lora.sweeps.processes import Processes, launched
 from lens_lora.sweeps.records import Record, RecordsLike, SweepError, read_records
@@ -83,54 +88,56 @@ def sweep(
         TokenError: the readout does not fit the model.
         ModelStateError: an analysis cannot be computed on this lens or model.
     """
-    if batch_size < 1:
-        raise SweepError(f"batch_size={batch_size}: expected at least 1.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise SweepError(f"batch_size={batch_size!r}: expected a whole number of at least 1.")
     names = chosen(analyses)
     rows = read_records(records, with_answers=readout is None)
     if readout is not None:
         _require_for_all(lens, readout)
     processes = launched()
-    store = Store(out, fingerprint(lens, names, readout, version), lens.sites, names)
-    alone = only_writer(store.sites_path) if processes.is_main else contextlib.nullcontext()
-    with alone:
-        processes.wait()
-        result = _run(lens, rows, names, readout, store, processes, batch_size, resume, progress)
+    about = fingerprint(lens, names, readout, version)
+    store, shown = Store(out, about, lens.sites, names), progress and processes.is_main
+    with only_writer(store.sites_path) if processes.is_main else contextlib.nullcontext():
+        _require_one_sweep(processes.gather(store.fingerprint), processes.index)
+        before = store.done(rows) if resume else {}
+        prepared = _prepare(lens, rows, readout, before, shown)
+        _by_main(processes, lambda: store.begin(anew=not resume))
+        jobs = [job for job in prepared if isinstance(job, Job)]
+        checked = [job if isinstance(job, Record) else job.record for job in prepared]
+        resumed = sum(r.error is None and content(r) in before for r in checked)
+        mine = make_batches(jobs, batch_size)[processes.index :: processes.count]
+        with _bar(mine, resumed, processes, shown) as bar:
+            for batch in mine:
+                store.add(measure(lens, batch, names))
+                bar.update(len(batch))
+        _by_main(processes, lambda: store.merge(checked, before))
+        result = _result(lens, store, checked, names, resumed)
+        processes.wait()  # the main process lets no other sweep write before all have read
     if processes.is_main:
         _warn(result)
     return result
 
 
-def _run(
-    lens: LoraLens,
-    records: Sequence[Record],
-    names: tuple[str, ...],
-    readout: Readout | None,
-    store: Store,
-    processes: Processes,
-    batch_size: int,
-    resume: bool,
-    progress: bool,
-) -> SweepResult:
-    before = store.done(records) if resume else {}
-    shown = progress and processes.is_main
-    prepared = _prepare(lens, records, readout, before, shown)
+def _by_main(processes: Processes, work: Callable[[], object]) -> None:
+    """The main process works while the others wait."""
     processes.wait()
     if processes.is_main:
-        store.begin(anew=not resume)
+        work()
     processes.wait()
-    jobs = [job for job in prepared if isinstance(job, Job)]
-    mine = make_batches(jobs, batch_size)[processes.index :: processes.count]
-    checked = [job if isinstance(job, Record) else job.record for job in prepared]
-    resumed = sum(r.error is None and content(r) in before for r in checked)
-    with _bar(mine, resumed, processes, shown) as bar:
-        for batch in mine:
-            store.add(measure(lens, batch, names))
-            bar.update(len(batch))
-    processes.wait()
-    if processes.is_main:
-        store.merge(checked, before)
-    processes.wait()
-    return _result(lens, store, checked, names, resumed)
+
+
+def _require_one_sweep(fingerprints: Sequence[Fingerprint], index: int) -> None:
+    """Check that this process computes what the main process does.
+
+    Raises:
+        SweepError: its model, adapter or readout is another.
+    """
+    differ = differences(fingerprints[0], fingerprints[index])
+    if differ:
+        raise SweepError(
+            f"process {index + 1} of {len(fingerprints)} runs another sweep than process 1: "
+            f"{'; '.join(differ)}. Give each of them the same model, adapter and readout."
+        )
 
 
 def _prepare(
