@@ -195,7 +195,7 @@ def _forward(
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
     wanted = _all_parts(lens, prompts, axes)
 
-    def read(rows: Float[Tensor, "row part vocab"]) -> Float[Tensor, "batch part"]:
+    def read(rows: Float[Tensor, "row part *slot vocab"]) -> Float[Tensor, "batch part"]:
         many = reading.repeat(rows.shape[1])
         return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
 

@@ -225,7 +225,7 @@ def logit_shift_of(
 def site_tangents(
     lens: LoraLens,
     prompts: Prompts,
-    keep: Callable[[Float[Tensor, "batch site vocab"]], Float[Tensor, "batch site *out"]],
+    keep: Callable[[Float[Tensor, "batch site *slot vocab"]], Float[Tensor, "batch site *out"]],
     *,
     at: float = 0.0,
     max_memory: float | None = None,

@@ -62,6 +62,11 @@ class Tree:
         return cls(tuple(parents), tuple(rows), history)
 
     @property
+    def width(self) -> int:
+        """The number of rows at the end of the pass."""
+        return len(self.gates[-1])
+
+    @property
     def cost(self) -> float:
         """The number of block passes, as a share of what running each point alone takes."""
         return sum(len(p) for p in self.parents) / (len(self.leaf) * len(self.parents))

@@ -87,7 +87,7 @@ def joint_tangent(
         return tangent_of(read_logits(lens, prompts))
 
 
-_Logits = Float[Tensor, "batch part vocab"]
+_Logits = Float[Tensor, "batch part *slot vocab"]
 Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
 
 
@@ -166,8 +166,8 @@ def _in_rows(
     del products
     rows = [(b * len(parts) + j, p) for b in range(prompts.batch) for j, p in enumerate(parts)]
     many = prompts.repeat(len(parts))
-    with lens.injected(_PartsInject(lens, at, rows, many.lengths)):
-        return read_logits(lens, many).view(prompts.batch, len(parts), -1)
+    with lens.injected(_PartsInject(lens, at, rows, many.read_positions)):
+        return read_logits(lens, many).unflatten(0, (prompts.batch, len(parts)))
 
 
 def _branching(
@@ -181,14 +181,23 @@ def _branching(
     found = []
     rows, grow = list(enumerate(parts, start=1)), _growing(lens, parts, products)
     for one in map(prompts.row, range(prompts.batch)):
-        lengths = one.lengths.expand(len(parts) + 1)
-        inject = _PartsInject(lens, at, rows, lengths)
+        read = one.read_positions.expand(len(parts) + 1, -1)
+        inject = _PartsInject(lens, at, rows, read)
         try:
             with lens.injected(inject, before=grow):
-                found.append(read_logits(lens, one)[1:])
+                logits = read_logits(lens, one)[1:]
+                found.append(logits if one.reads is None else _widened(logits, prompts.slots))
         finally:
             products.rows = 1
     return torch.stack(found)
+
+
+def _widened(
+    logits: Float[Tensor, "part own vocab"], slots: int
+) -> Float[Tensor, "part slot vocab"]:
+    """With as many slots as the longest response of the batch; the last one is repeated."""
+    own = torch.arange(slots, device=logits.device).clamp(max=logits.shape[1] - 1)
+    return logits[:, own]
 
 
 def _growing(
@@ -223,23 +232,24 @@ class _PartsInject:
         lens: LoraLens,
         at: Float[Tensor, "site"],
         rows: Sequence[tuple[int, Part]],
-        lengths: Int[Tensor, "row"],
+        read: Int[Tensor, "row slot"],
     ) -> None:
         self._scaled, self._at, self._lens = ScaleInject(lens.plan, at), at.tolist(), lens
         by_site: dict[int, list[tuple[int, Part]]] = {}
         for row, part in rows:
             by_site.setdefault(part.site, []).append((row, part))
-        self._rows = {site: self._gather(site, own, lengths) for site, own in by_site.items()}
+        self._rows = {site: self._gather(site, own, read) for site, own in by_site.items()}
 
     def _gather(
-        self, site: int, own: Sequence[tuple[int, Part]], lengths: Int[Tensor, "row"]
+        self, site: int, own: Sequence[tuple[int, Part]], read: Int[Tensor, "row slot"]
     ) -> tuple[Int[Tensor, "part"], Slots]:
         device = self._lens.maps[site].A.device
         rows = torch.tensor([row for row, _ in own], device=device)
         position = _slot([part.position for _, part in own], device)
         if position is not None and self._lens.sites[site].kind == "unembed":
-            read = lengths.to(device)[rows] - 1
-            position = torch.where(position == read, 0, torch.where(position == -1, -1, -2))
+            same = read.to(device)[rows] == position[:, None]
+            slot = torch.where(same.any(1), same.int().argmax(1), -2)
+            position = torch.where(position == -1, -1, slot)
         head, rank = ([getattr(part, axis) for _, part in own] for axis in ("head", "rank"))
         return rows, Slots(position, _slot(head, device), _slot(rank, device))
 

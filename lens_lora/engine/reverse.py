@@ -152,7 +152,7 @@ def site_slopes(
             return
         found = of(split, axes)
         if kind == "unembed" and "position" in axes:
-            found = _at_read_position(prompts, found)
+            found = _at_read_positions(prompts, found)
         slots: list[int | slice] = [slice(None), injection.site]
         for axis in axes:
             size = found.shape[1 + axes.index(axis)]
@@ -206,13 +206,15 @@ def require_split(
         )
 
 
-def _at_read_position(
-    prompts: Prompts, found: Float[Tensor, "row one *by"]
+def _at_read_positions(
+    prompts: Prompts, found: Float[Tensor, "row slot *by"]
 ) -> Float[Tensor, "row pos *by"]:
-    """The unembedding is run, and has a gradient, at the read position only."""
+    """The unembedding is run, and has a gradient, at the positions that are read only."""
     spread = found.new_zeros(len(found), prompts.tokens.shape[1], *found.shape[2:])
-    spread[torch.arange(len(found)), prompts.lengths - 1] = found[:, 0]
-    return spread
+    rows = torch.arange(len(found), device=found.device)[:, None]
+    at = prompts.read_positions.to(found.device)
+    # A prompt with fewer slots repeats its last one, from which no further gradient comes.
+    return spread.index_put((rows.expand_as(at), at), found, accumulate=True)
 
 
 def require_finite_sites(lens: LoraLens, values: Float[Tensor, "batch site *by"]) -> None:
