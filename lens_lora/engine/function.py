@@ -210,10 +210,8 @@ def _branched(
 ) -> Float[Tensor, "batch point"]:
     alone = reading.each_row()
     if alone is not None:
-        rows = [
-            branches.run(lens, lambda one=one.grown(branches.width): read_value(lens, one))
-            for one in alone
-        ]
+        grown = [one.grown(branches.width) for one in alone]
+        rows = [branches.run(lens, lambda one=one: read_value(lens, one)) for one in grown]
         return reading.by_prompt(torch.stack(rows))
     logits = [
         branches.run(lens, lambda one=one: read_logits(lens, one))
