@@ -26,6 +26,7 @@ from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Group, Groups, group_sites, indicator
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -172,6 +173,7 @@ class Coupling(Ranked):
             )
 
 
+@alone
 def coupling(
     lens: LoraLens,
     prompts: PromptsLike,

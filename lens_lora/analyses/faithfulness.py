@@ -24,11 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.analyses import rankings
-from lens_lora.analyses.rankings import Scores
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import readout_at
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -183,11 +183,12 @@ class Faithfulness(Measured):
         return int((self.fractions - fraction).abs().argmin())
 
 
+@alone
 def faithfulness(
     lens: LoraLens,
     prompts: PromptsLike,
     readout: Readout,
-    attribution: Scores | Mapping[str, Scores],
+    attribution: rankings.Scores | Mapping[str, rankings.Scores],
     *,
     fractions: Sequence[float] | None = None,
     baselines: bool = True,
@@ -216,8 +217,7 @@ def faithfulness(
         progress: show a bar.
 
     Raises:
-        ArgumentError: scores of other sites, prompts or readouts; a fraction outside 0 to 1; no
-            draws; greedy on more than 40 sites.
+        ArgumentError: scores of something else; fractions outside 0 to 1; greedy on many sites.
         NumericsError: a non-finite readout.
     """
     return faithfulness_of(
@@ -234,7 +234,7 @@ def faithfulness(
 
 def faithfulness_of(
     asked: Asked,
-    attribution: Scores | Mapping[str, Scores],
+    attribution: rankings.Scores | Mapping[str, rankings.Scores],
     *,
     fractions: Sequence[float] | None = None,
     baselines: bool = True,

@@ -21,21 +21,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.analyses.by_token import by_token, own_tokens_only, response_tokens
 from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
-from lens_lora.engine.forward import Part, part_tangents, tangent_of
 from lens_lora.engine.function import gated_logits, read_logits, require_finite
 from lens_lora.engine.gate_graph import gate_graph
-from lens_lora.engine.reverse import (
-    part_slots,
-    require_finite_sites,
-    require_split,
-    site_slopes,
-)
+from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.engine.tangent_slopes import tangent_slopes
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
-from lens_lora.hooked.sites import by_axes
+from lens_lora.hooked.sites import AXES, by_axes
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -52,6 +49,7 @@ __all__ = [
 _TRIED_TOKENS = 8
 
 
+@alone
 def first_order(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -68,7 +66,8 @@ def first_order(
 
     Cost: one forward and one backward in reverse mode (what 'auto' takes), and two forward passes
     for the exact shift beside it; forward mode takes one dual forward pass per site or part. Rules
-    add two forward passes and one backward on eight tokens, that try the model's hook points.
+    add two forward passes and one backward on eight tokens, that try the model's hook points. By
+    token it takes the cheaper of a backward pass a token and a tangent a site.
 
     Args:
         lens: the adapter over the model.
@@ -76,7 +75,8 @@ def first_order(
         readout: u_y, what is read of the logits.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse.
-        by: any of 'position', 'head', 'rank'.
+        by: any of 'position', 'head', 'rank'; with AnswerLogProb also 'token', which token of the
+            response is moved.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
             then that of the model with constants in their place. The shift beside it is g's own.
         max_memory: bytes that a pass of forward mode may take beside the model. It sets how many
@@ -126,11 +126,16 @@ def first_order_of(
         ArgumentError: another mode or axis, or less memory than one tangent takes.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    lens, reading, axes, at = asked.lens, asked.reading, by_axes(by), number("at", at)
+    lens, reading, axes = asked.lens, asked.reading, by_axes(by, (*AXES, "token"))
+    at = number("at", at)
     way, gates = chosen_mode(mode, lens, 1), lens.gates(at)
     with _under(rules, lens, reading.prompts):
-        if way == "forward":
-            values = _forward(asked, gates, axes, max_memory, progress)
+        if "token" in axes:
+            values = by_token(asked, gates, axes[:-1], mode, max_memory, progress)
+        elif way == "forward":
+            values = tangent_slopes(
+                lens, reading, gates, axes, max_memory=max_memory, progress=progress
+            )
         else:
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
@@ -171,74 +176,20 @@ def labelled(
         at: the gate value at which; NaN along a path.
         quadrature: of a path integral.
     """
+    is_by_token = "token" in axes
     return Attribution(
-        values=values,
+        values=own_tokens_only(asked, values) if is_by_token else values,
         by=axes,
         heads=tuple(asked.lens.heads.of(s.kind) for s in asked.lens.sites),
         method=method,
         at=at,
         quadrature=quadrature,
+        response=response_tokens(asked) if is_by_token else (),
         **header(asked),
     )
 
 
-def _forward(
-    asked: Asked,
-    gates: Float[Tensor, "site"],
-    axes: tuple[str, ...],
-    max_memory: float | None,
-    progress: bool,
-) -> Float[Tensor, "batch site *by"]:
-    lens, reading = asked.lens, asked.reading
-    prompts = reading.prompts
-    shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))
-    values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-    wanted = _all_parts(lens, prompts, axes)
-
-    def read(rows: Float[Tensor, "row part vocab"]) -> Float[Tensor, "batch part"]:
-        many = reading.repeat(rows.shape[1])
-        return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
-
-    def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part"]:
-        return part_tangents(
-            lens, prompts, gates, some, read, max_memory=max_memory, progress=progress
-        )
-
-    slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
-    values[(slice(None), [part.site for part in wanted], *slots)] = tangents(wanted)
-    whole = [Part(index) for index in lens.plan.with_constants]
-    if "position" in axes and whole:
-        require_split(lens, values, tangents(whole))
-    return values
-
-
-def _last_if_none(slot: int | None) -> int:
-    return -1 if slot is None else slot
-
-
-def _all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[Part]:
-    found = []
-    for index, site in enumerate(lens.sites):
-        heads = lens.heads.of(site.kind)
-        ranges = {
-            "position": range(prompts.tokens.shape[1]),
-            "head": range(_head_slots(lens, index)) if heads else [None],
-            "rank": range(site.rank),
-        }
-        options = [
-            ranges[axis] if axis in axes else [None] for axis in ("position", "head", "rank")
-        ]
-        found += [Part(index, p, h, r) for p in options[0] for h in options[1] for r in options[2]]
-    return found
-
-
-def _head_slots(lens: LoraLens, index: int) -> int:
-    """The site's heads, and one slot more where a bias belongs to none of them."""
-    by_head = lens.maps[index].a0_by_head
-    heads = lens.heads.of(lens.sites[index].kind)
-    return heads if by_head is None else len(by_head)
-
-
+@alone
 def first_orders(
     lens: LoraLens,
     prompts: PromptsLike,

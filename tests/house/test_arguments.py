@@ -212,6 +212,49 @@ def test_at_is_a_number(lens: ll.LoraLens, call: Callable[[ll.LoraLens, Any], An
             call(lens, other)
 
 
+NO_GATES = {
+    **{name: value for name, value in NO_NUMBERS.items() if name != "tensor of NaN"},
+    "list of one": [1.0],
+    "array": np.ones(14),
+    "truths per site": torch.ones(14, dtype=torch.bool),
+    "complex per site": torch.ones(14) + 0j,
+    "too few": torch.ones(3),
+    "text by name": {"*": "1"},
+    "truth by name": {"*": True},
+    "NaN by name": {"*": NAN},
+    "list by name": {"*": [1.0]},
+    "by a number": {3: 1.0},
+    "by no site": {"*.attn.x": 1.0},
+}
+ONES = {
+    "numpy": np.float32(1),
+    "integer": 1,
+    "array without axes": np.array(1.0),
+    "tensor": torch.tensor(1),
+    "per site": torch.ones(14, dtype=torch.int32),
+    "by name": {"*": np.float64(1)},
+    "by name, of tensors": {"*": torch.tensor(1.0)},
+}
+
+
+@pytest.mark.parametrize("scale", NO_GATES.values(), ids=NO_GATES)
+def test_no_gates(lens: ll.LoraLens, scale: Any):
+    with pytest.raises(ll.LensLoraError):
+        lens.logits(TOKENS, scale)
+    with pytest.raises(ll.LensLoraError), lens.applied(scale):
+        pass
+
+
+@pytest.mark.parametrize("scale", ONES.values(), ids=ONES)
+def test_gates(lens: ll.LoraLens, scale: Any):
+    assert torch.equal(lens.logits(TOKENS, scale), lens.logits(TOKENS))
+
+
+def test_gates_that_are_not_finite_are_named(lens: ll.LoraLens):
+    with pytest.raises(ll.NumericsError, match=r"non-finite activations first appear at blocks\.0"):
+        lens.logits(TOKENS, torch.full((14,), NAN))
+
+
 def faithful(lens: ll.LoraLens, **how: Any) -> object:
     scores = torch.ones(len(lens.sites))
     return ll.faithfulness(lens, TOKENS, MARGIN, scores, progress=False, **how)
