@@ -16,7 +16,6 @@ every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -40,7 +39,7 @@ from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import SIGMAS, Result
+from lens_lora.results.measured import SIGMAS, Result, flat, per_prompt
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -61,7 +60,6 @@ class NullTest(Result):
         null_shift: [draw, batch], the exact g(1) − g(0) of each.
         seeds: of each draw: `null_adapter(adapter, seed)`.
         noise_floor: [batch], σ of a difference of two readouts from rounding alone.
-        meta: model, adapter, dtype and versions.
     """
 
     observed: Attribution
@@ -69,9 +67,16 @@ class NullTest(Result):
     null_shift: Float[Tensor, "draw batch"]
     seeds: tuple[int, ...]
     noise_floor: Float[Tensor, "batch"]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
+
+    @property
+    def readout(self) -> str:
+        """What was read."""
+        return self.observed.readout
+
+    @property
+    def units(self) -> str:
+        """Of all numbers."""
+        return self.observed.units
 
     @property
     def draws(self) -> int:
@@ -147,9 +152,7 @@ class NullTest(Result):
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
         frame = self.observed.to_frame()
         numbers = {"null_std": self.null.double().std(0), "z": self.z, "p": self.p, "q": self.q}
-        for name, tensor in numbers.items():
-            frame[name] = tensor.double().cpu().flatten().numpy()
-        return frame
+        return frame.assign(**flat(numbers))
 
     def totals_to_frame(self) -> pd.DataFrame:
         """One row per prompt: shift and Σ a against the nulls', share of sites, verdict."""
@@ -162,8 +165,7 @@ class NullTest(Result):
             "first_order_p": self.total_p,
             "exceeds_all": self.exceeds_all,
         }
-        columns: dict[str, object] = {k: n.double().cpu().tolist() for k, n in numbers.items()}
-        return pd.DataFrame({**columns, "verdict": self.verdict})
+        return pd.DataFrame(per_prompt(numbers)).assign(verdict=self.verdict)
 
     def plot(self, prompt: int | None = None) -> Figure:
         """|a_l| of every site over the band of the draws, in the order of the forward pass.
@@ -252,9 +254,6 @@ def null_test_of(
         null_shift=torch.stack(shifts),
         seeds=seeds,
         noise_floor=asked.noise_floor,
-        readout=asked.readout.label,
-        units=asked.readout.units,
-        meta=first.meta,
     )
 
 
