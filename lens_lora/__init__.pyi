@@ -12,6 +12,7 @@ from .analyses.faithfulness import Faithfulness, faithfulness
 from .analyses.feature_shift import FeatureShift, feature_shift
 from .analyses.feature_writes import FeatureWrites, feature_writes
 from .analyses.first_order import first_order, first_orders
+from .analyses.kl_shares import KLShares, kl_shares
 from .analyses.logit_shift import LogitShift, logit_shift
 from .analyses.margin import FactMargin, fact_margin
 from .analyses.null_test import NullTest, null_test
@@ -40,6 +41,7 @@ from .hooked.sites import Site
 from .lens import LoraLens
 from .loading import demo, load
 from .readouts.answers import AnswerLogProb, AnswerMargin
+from .readouts.divergence import KL
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.activation_effects import ActivationEffects
@@ -64,6 +66,7 @@ __all__ = [
     # readouts
     "AnswerLogProb",
     "AnswerMargin",
+    "KL",
     "LogProb",
     "Logit",
     "Margin",
@@ -80,7 +83,9 @@ __all__ = [
     "logit_shift",
     "tangents",
     # whole responses
+    "KLShares",
     "TokenShifts",
+    "kl_shares",
     "token_shifts",
     # the remainder and the margin
     "FactMargin",

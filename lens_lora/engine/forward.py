@@ -77,7 +77,7 @@ class JointInject:
 
 def joint_tangent(
     lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], direction: Float[Tensor, "site"]
-) -> Float[Tensor, "batch vocab"]:
+) -> Float[Tensor, "batch *slot vocab"]:
     """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass.
 
     Raises:
