@@ -172,8 +172,13 @@ def ask_prompts(lens: LoraLens, prompts: PromptsLike) -> Asked:
         prompts: strings, ids or `Prompts`.
 
     Raises:
+        ArgumentError: something that is no lens.
         PromptError: a prompt that does not fit the model.
         ModelStateError: the model is not as it was when the lens was made.
     """
+    if not isinstance(lens, LoraLens):
+        raise ArgumentError(
+            f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
+        )
     lens.plan.check_state()
     return Asked(lens, lens.prompts(prompts))

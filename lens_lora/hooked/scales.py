@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor
 
+from lens_lora.arguments import number, one_entry
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hooked.sites import match_sites
 
@@ -29,7 +30,7 @@ def gates_of(
 
     Raises:
         SiteError: a name that matches no site, or a tensor without one gate per site.
-        ArgumentError: what is no number, tensor or mapping.
+        ArgumentError: what is no number, tensor or mapping; NaN, infinity, a truth value.
     """
     if isinstance(scale, Mapping):
         given = match_sites(names, scale)
@@ -38,15 +39,22 @@ def gates_of(
         return _number(scale, dtype).repeat(len(names))
     if scale.shape[-1] != len(names):
         raise SiteError(f"{scale.shape[-1]} gates for {len(names)} sites: pass one per site.")
-    return scale.to(dtype)
+    return _real(scale).to(dtype)
 
 
 def _number(value: object, dtype: torch.dtype) -> Float[Tensor, ""]:
-    if isinstance(value, Tensor) and not value.ndim and not value.is_complex():
-        return value.to(dtype)
-    if isinstance(value, RealNumber):
-        return torch.tensor(float(value), dtype=dtype, device="cpu")
+    if isinstance(value, Tensor) and not value.ndim:
+        return _real(value).to(dtype)
+    plain = one_entry(value)
+    if isinstance(plain, RealNumber):
+        return torch.tensor(number("scale", plain), dtype=dtype, device="cpu")
     raise ArgumentError(
         f"a scale of type {type(value).__name__}: expected a number, a tensor with one gate per "
         "site, or {site name or glob: number}."
     )
+
+
+def _real(gates: Tensor) -> Tensor:
+    if gates.is_complex() or gates.dtype == torch.bool:
+        raise ArgumentError(f"gates of {gates.dtype}: expected real numbers.")
+    return gates
