@@ -11,9 +11,10 @@ from .analyses.explain import Explanation, explain
 from .analyses.faithfulness import Faithfulness, faithfulness
 from .analyses.feature_shift import FeatureShift, feature_shift
 from .analyses.feature_writes import FeatureWrites, feature_writes
-from .analyses.first_order import first_order, first_orders
+from .analyses.first_order import first_order
 from .analyses.kl_shares import KLShares, kl_shares
 from .analyses.logit_shift import LogitShift, logit_shift
+from .analyses.many_readouts import first_orders
 from .analyses.margin import FactMargin, fact_margin
 from .analyses.null_test import NullTest, null_test
 from .analyses.patch_activations import patch_activations

@@ -99,7 +99,7 @@ def components(
         ModelStateError: the model has an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     reading, squares = asked.reading, _squares(asked)
     inner = reading.by_prompt(squares["inner"])
     z, delta, gradient = (

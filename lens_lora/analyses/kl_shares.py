@@ -126,6 +126,7 @@ def kl_shares(
     by: tuple[str, ...] | str = (),
     direction: Literal["base_to_adapted", "adapted_to_base"] = "base_to_adapted",
     scales: Sequence[float] = _SCALES,
+    progress: bool = True,
 ) -> KLShares:
     """q_l = ½ v_lᵀ F v of every site: a complete split of the quadratic KL.
 
@@ -138,6 +139,7 @@ def kl_shares(
         by: any of 'position', 'head', 'rank'.
         direction: of the divergence along ε.
         scales: ε at which it is measured, beside 1.
+        progress: show a bar.
 
     Raises:
         ArgumentError: another axis or direction, or a scale that is not between 0 and 1.
@@ -156,7 +158,8 @@ def kl_shares(
     values = site_slopes(lens, reading, at, axes) / 2
     require_finite_sites(lens, values)
     strengths = torch.tensor([*sorted(scales), 1.0], dtype=at.dtype, device=at.device)
-    between = asked.at_gates(strengths[:-1, None].expand(-1, len(at)), what="along the path")
+    points = strengths[:-1, None].expand(-1, len(at))
+    between = asked.at_gates(points, progress=progress, what="along the path")
     return KLShares(
         attribution=labelled(asked, values, axes, method="kl_quadratic", at=0.0),
         scales=strengths,

@@ -209,7 +209,7 @@ def null_test(
         NumericsError: non-finite derivatives, naming the site.
     """
     draws, seed = _checked(draws, seed)
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     first = first_order_of(asked)
     return null_test_of(asked, first, draws=draws, seed=seed, progress=progress)
 
