@@ -4,6 +4,7 @@ from ._version import __version__
 from .adapters.adapter import Adapter, load_adapter
 from .adapters.factors import LoRAFactors
 from .adapters.random_directions import null_adapter
+from .adapters.trained import TrainedModule
 from .analyses.compare import Comparison, compare
 from .analyses.components import Components, components
 from .analyses.coupling import Coupling, coupling
@@ -57,6 +58,7 @@ __all__ = [
     # adapters
     "Adapter",
     "LoRAFactors",
+    "TrainedModule",
     "load_adapter",
     # the lens
     "LoraLens",

@@ -45,7 +45,8 @@ class LoraLens:
         model: a HookedTransformer or a TransformerBridge of the adapter's base model.
         adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
         hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
-            folded. The model's weights are compared with it, in float32 also logits of 8 tokens.
+            folded, and by a HookedTransformer for trained biases. The model's weights are compared
+            with it, in float32 also logits of 8 tokens.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
@@ -130,7 +131,7 @@ class LoraLens:
     @property
     def gate_dtype(self) -> torch.dtype:
         """The dtype of gates and updates: the model's, never below float32."""
-        return self.maps[0].A.dtype
+        return self.maps[0].dtype
 
     def site_index(self, name: str) -> int:
         """The index of a site in `sites`.
@@ -188,15 +189,15 @@ class LoraLens:
             scale: as for `gates`.
 
         Raises:
-            ModelStateError: a site without a hook point at its output (Gemma 2 and 3 on
-                HookedTransformer); use `applied` there.
+            ModelStateError: a site without a hook point at its output (on HookedTransformer
+                embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` there.
         """
         self._plan.check_state()
         without_point = writes_at_modules(self._plan)
         if without_point:
             raise ModelStateError(
-                f"{without_point[0]}: no hook point of this model lies between it and the norm "
-                "after it, so a list of hooks cannot hold its δ; use `with lens.applied():`."
+                f"{without_point[0]}: no hook point of this model shows its output, so a list of "
+                "hooks cannot hold its δ; use `with lens.applied():`."
             )
         inject = ScaleInject(self._plan, self.gates(scale))
         return site_hooks(self._plan, inject, self.model.hook_dict, for_list=True)

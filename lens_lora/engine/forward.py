@@ -243,7 +243,7 @@ class _PartsInject:
     def _gather(
         self, site: int, own: Sequence[tuple[int, Part]], read: Int[Tensor, "row slot"]
     ) -> tuple[Int[Tensor, "part"], Slots]:
-        device = self._lens.maps[site].A.device
+        device = self._lens.maps[site].device
         rows = torch.tensor([row for row, _ in own], device=device)
         position = _slot([part.position for _, part in own], device)
         if position is not None and self._lens.sites[site].kind == "unembed":
