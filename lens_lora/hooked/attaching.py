@@ -31,6 +31,7 @@ __all__ = [
     "AtModule",
     "HookFn",
     "add_pre_hook",
+    "attach",
     "attached",
     "hold",
     "lock_of",
@@ -65,42 +66,77 @@ def attached(
         hooks: (name of a hook point or module, function).
         points: the model's `hook_dict`, if the caller has it already.
     """
-
-    def attach(block: Temporary) -> None:
-        hold(block, lock_of(model))
-        known = model.hook_dict if points is None else points
-        for name, fn in hooks:
-            if name in known:
-                _attach_to_point(known[name], fn, block)
-            else:
-                _attach_to_module(model.get_submodule(name), fn, block)
-
-    return Temporary(attach)
+    return Temporary(lambda block: attach(block, model, hooks, points))
 
 
-def _attach_to_point(point: Any, fn: HookFn, block: Temporary) -> None:
-    others = frozenset([*point._forward_hooks, *point._forward_pre_hooks])
-    block.way_back(functools.partial(_detach, point, fn, others))
-    point.add_hook(fn, is_permanent=True)
+def attach(
+    block: Temporary,
+    model: Any,
+    hooks: Sequence[tuple[str, HookFn]],
+    points: Mapping[str, Any] | None = None,
+) -> None:
+    """The same, until this block ends.
+
+    Args:
+        block: the length of time.
+        model, hooks, points: as for `attached`.
+    """
+    hold(block, lock_of(model))
+    known = model.hook_dict if points is None else points
+    places = [
+        _AtPoint(known[name], fn) if name in known else _AtModule(model.get_submodule(name), fn)
+        for name, fn in hooks
+    ]
+    block.way_back(functools.partial(_take_off, places[:]))
+    for place in places:
+        place.put_on()
 
 
-def _detach(point: Any, fn: HookFn, others: frozenset[int]) -> None:
-    both = (point._forward_hooks, point._forward_pre_hooks)
-    ours = {key for hooks in both for key in _keys_of(hooks, fn) if key not in others}
-    point.fwd_hooks = [handle for handle in point.fwd_hooks if handle.hook.id not in ours]
-    for hooks in both:
-        for key in ours:
-            hooks.pop(key, None)
+def _take_off(places: list[_AtPoint | _AtModule]) -> None:
+    """Those that were put on; a second call does what the first did not."""
+    while places:
+        places[-1].take_off()
+        places.pop()
 
 
-def _attach_to_module(module: nn.Module, fn: HookFn, block: Temporary) -> None:
-    def hook_fn(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if isinstance(fn, AtModule):
-            return fn.at_module(args, output)
-        return fn(output, hook=module)
+class _AtPoint:
+    """A hook of ours at a hook point."""
 
-    block.way_back(functools.partial(_remove, module._forward_hooks, hook_fn))
-    module.register_forward_hook(hook_fn)
+    def __init__(self, point: Any, fn: HookFn) -> None:
+        self._point, self._fn = point, fn
+        self._others = frozenset([*point._forward_hooks, *point._forward_pre_hooks])
+
+    def put_on(self) -> None:
+        self._point.add_hook(self._fn, is_permanent=True)
+
+    def take_off(self) -> None:
+        point = self._point
+        both = (point._forward_hooks, point._forward_pre_hooks)
+        ours = [
+            key for hooks in both for key in _keys_of(hooks, self._fn) if key not in self._others
+        ]
+        point.fwd_hooks = [handle for handle in point.fwd_hooks if handle.hook.id not in ours]
+        for hooks in both:
+            for key in ours:
+                hooks.pop(key, None)
+
+
+class _AtModule:
+    """A hook of ours at a module without hook points."""
+
+    def __init__(self, module: nn.Module, fn: HookFn) -> None:
+        self._module, self._fn = module, fn
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if isinstance(self._fn, AtModule):
+            return self._fn.at_module(args, output)
+        return self._fn(output, hook=module)
+
+    def put_on(self) -> None:
+        self._module.register_forward_hook(self)
+
+    def take_off(self) -> None:
+        _remove(self._module._forward_hooks, self)
 
 
 def add_pre_hook(module: nn.Module, hook: Callable[..., Any], block: Temporary) -> None:
