@@ -19,6 +19,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch._C import _is_fwd_grad_enabled, _len_torch_function_stack
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, _sdpa_kernel
 from torch.overrides import _pop_mode
 
 from lens_lora.engine.duals import OneProduct
@@ -71,11 +72,8 @@ def attention_from_formula(block: Temporary) -> None:
     A fused kernel has neither forward-mode nor second derivatives.
     """
     hold(block, ONE_IN_A_PROCESS)
-    for kernel in ("flash", "mem_efficient", "math", "cudnn"):
-        enable = getattr(torch.backends.cuda, f"enable_{kernel}_sdp")
-        was = getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()
-        block.way_back(functools.partial(enable, was))
-        enable(kernel == "math")
+    block.way_back(functools.partial(_sdpa_kernel, _cur_sdpa_kernel_backends()))
+    _sdpa_kernel([SDPBackend.MATH])
 
 
 def _leave_dual_level() -> None:
