@@ -32,6 +32,7 @@ from lens_lora.engine.batching import directions_at_once
 from lens_lora.engine.dual_pass import attention_from_formula
 from lens_lora.engine.function import read_value
 from lens_lora.engine.reverse import require_finite_sites
+from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, hold
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
@@ -124,6 +125,7 @@ def gate_graph(
 
 
 def _quiet_batching(block: Temporary) -> None:
+    hold(block, ONE_IN_A_PROCESS)
     block.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
 

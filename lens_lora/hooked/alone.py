@@ -28,11 +28,6 @@ __all__ = ["alone"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
-_MADE_THERE = (
-    "a tensor that takes part was made within torch.inference_mode(), where none keeps what a "
-    "derivative needs: a weight of the model, a factor of the adapter, or what a readout or a hook "
-    "holds. Make it outside of that mode (torch.no_grad() has no such effect), or pass its clone()."
-)
 
 
 def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -53,7 +48,7 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
             except RuntimeError as error:
                 if isinstance(error, LensLoraError) or "nference tensor" not in str(error):
                     raise
-                raise ModelStateError(f"{_MADE_THERE} Torch says: {error}") from error
+                raise ModelStateError(f"{_made_there(lens)} Torch says: {error}") from error
             finally:
                 close_but(others)
         finally:
@@ -80,3 +75,15 @@ def _prepare(lens: Any, block: Temporary) -> None:
             block.enter_context(torch.autocast(device, enabled=False))
     if torch.is_anomaly_enabled():
         block.enter_context(torch.autograd.set_detect_anomaly(False))
+
+
+def _made_there(lens: Any) -> str:
+    model = getattr(lens, "model", None)
+    named = model.named_parameters() if isinstance(model, nn.Module) else ()
+    weights = [f"the weight {name}" for name, weight in named if weight.is_inference()]
+    what = next(iter(weights), "what the adapter, a readout or a hook holds")
+    return (
+        f"{what} was made within torch.inference_mode(), where no tensor keeps what a derivative "
+        "needs. Load or make it outside of that mode (torch.no_grad() has no such effect), or pass "
+        "its clone()."
+    )
