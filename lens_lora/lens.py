@@ -198,7 +198,7 @@ class LoraLens:
                 "after it, so a list of hooks cannot hold its δ; use `with lens.applied():`."
             )
         inject = ScaleInject(self._plan, self.gates(scale))
-        return site_hooks(self._plan, inject, self.model.hook_dict, for_list=True)
+        return site_hooks(self._plan, inject, self.model.hook_dict)
 
     def applied(self, scale: Scale = 1.0) -> AbstractContextManager[Any]:
         """Within the block, every tool of TransformerLens sees the adapted model.

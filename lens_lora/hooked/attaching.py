@@ -107,7 +107,10 @@ class _AtPoint:
         self._others = frozenset([*point._forward_hooks, *point._forward_pre_hooks])
 
     def put_on(self) -> None:
-        self._point.add_hook(self._fn, is_permanent=True)
+        if isinstance(self._fn, Arranger):
+            self._point.register_forward_pre_hook(self._fn)
+        else:
+            self._point.add_hook(self._fn, is_permanent=True)
 
     def take_off(self) -> None:
         point = self._point
@@ -194,39 +197,42 @@ class Arranger:
     Args:
         points: the model's `hook_dict`.
         hooks: (name, function, whether it reads).
-        takes_off: whether hooks are taken off by `attached`, which finds pre-hooks too.
     """
 
     def __init__(
-        self,
-        points: Mapping[str, Any],
-        hooks: Sequence[tuple[str, HookFn, bool]],
-        *,
-        takes_off: bool,
+        self, points: Mapping[str, Any], hooks: Sequence[tuple[str, HookFn, bool]]
     ) -> None:
-        self._hooks = [(name, points[name], fn, reads) for name, fn, reads in hooks]
-        self._takes_off = takes_off
+        self._hooks = [(points[name], fn, reads) for name, fn, reads in hooks]
 
-    def __call__(self, tensor: Tensor, hook: Any) -> None:
-        """Arrange; the tensor is left as it is."""
-        del tensor, hook
-        for name, point, fn, reads in self._hooks:
+    def __call__(self, tensor: object, hook: object) -> None:
+        """Arrange, as a hook of TransformerLens or as torch's pre-hook: what passes stays as it is.
+
+        Raises:
+            ModelStateError: this hook and what reads are at one point, where it is too late.
+        """
+        del tensor
+        for point, fn, reads in self._hooks:
             if point._forward_pre_hooks and not reads:
-                self._move_before_pre_hooks(name, point, fn)
+                _move_before_pre_hooks(point, fn)
             for key in _keys_of(point._forward_hooks, fn):
+                if point is hook and reads and key != next(reversed(point._forward_hooks)):
+                    raise ModelStateError(
+                        f"{point.name}: a hook after those of lens.fwd_hooks() may change what is "
+                        "read there. Put it before them in the list, or use `with lens.applied():`."
+                    )
                 point._forward_hooks.move_to_end(key, last=reads)
 
-    def _move_before_pre_hooks(self, name: str, point: Any, fn: HookFn) -> None:
-        if not self._takes_off:
-            raise ModelStateError(
-                f"{name} has a forward pre-hook, which would see the output without δ, and a list "
-                "of hooks runs after it; use `with lens.applied():`, or register_forward_hook."
-            )
-        for key in _keys_of(point._forward_hooks, fn):
-            point._forward_pre_hooks[key] = _Early(point._forward_hooks[key])
-            del point._forward_hooks[key]
-        for key in _keys_of(point._forward_pre_hooks, fn):
-            point._forward_pre_hooks.move_to_end(key, last=False)
+
+def _move_before_pre_hooks(point: Any, fn: HookFn) -> None:
+    before = point._forward_pre_hooks
+    for key in _keys_of(point._forward_hooks, fn):
+        for handle in point.fwd_hooks:
+            if handle.hook.id == key:  # who removes the hook removes what stands for it
+                handle.hook.extra_dict_ref = (*handle.hook.extra_dict_ref, weakref.ref(before))
+        before[key] = _Early(point._forward_hooks[key])
+        del point._forward_hooks[key]
+    for key in _keys_of(before, fn):
+        before.move_to_end(key, last=False)
 
 
 class _Early:
@@ -246,12 +252,14 @@ def _keys_of(hooks: Mapping[int, Any], fn: HookFn) -> list[int]:
 
 
 def _calls(hook: Any, fn: HookFn) -> bool:
-    """Whether a registered hook is TransformerLens' wrapper of this function.
+    """Whether a registered hook is this function, or TransformerLens' wrapper of it.
 
     A user's own may be anything that can be called: a partial, an object, a builtin, a closure
     whose cells are empty.
     """
     hook = hook.forward_hook if isinstance(hook, _Early) else hook
+    if hook is fn:
+        return True
     if not isinstance(hook, types.FunctionType):
         return False
     return any(_contents(cell) is fn for cell in hook.__closure__ or ())
