@@ -1,9 +1,10 @@
 """A public call on a lens: alone on its model, in torch's plain settings, leaving nothing behind.
 
 1. One thread at a time works with a model; a second one waits.
-2. Inference mode, autocast and anomaly detection are off within the call, whatever they are around
-   it: within inference mode no derivative exists, autocast rounds to half precision, and anomaly
-   detection stops derivatives that are taken as one batch.
+2. Inference mode, autocast, anomaly detection and a default device are off within the call,
+   whatever they are around it: within inference mode no derivative exists, autocast rounds to half
+   precision, anomaly detection stops derivatives that are taken as one batch, and small tensors
+   are made on the CPU.
 3. Within a torch.func transform a call is refused, as its own derivatives would be taken there.
 4. At the end, whatever interrupts the call, its hooks, grad mode and all else that it changed are
    as before (`lens_lora/temporary.py`).
@@ -73,6 +74,8 @@ def _prepare(lens: Any, block: Temporary) -> None:
     for device in _DEVICES:
         if torch.is_autocast_enabled(device):
             block.enter_context(torch.autocast(device, enabled=False))
+    if torch.get_default_device().type != "cpu":
+        block.enter_context(torch.device("cpu"))
     if torch.is_anomaly_enabled():
         block.enter_context(torch.autograd.set_detect_anomaly(False))
 
