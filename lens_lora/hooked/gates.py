@@ -178,8 +178,6 @@ def site_hooks(
     inject: Inject,
     points: Mapping[str, Any],
     before: Sequence[tuple[str, HookFn]] = (),
-    *,
-    for_list: bool = False,
 ) -> list[tuple[str, HookFn]]:
     """[(hook name, function)] for one or more forward passes with this injection.
 
@@ -188,13 +186,12 @@ def site_hooks(
         inject: what a writer does.
         points: the model's `hook_dict`.
         before: other hooks, which come first; at a site's output they run before δ is added.
-        for_list: others put the hooks on and take them off, not `attached`.
     """
-    by_start: dict[str, list[tuple[str, HookFn]]] = {}
+    by_start: dict[str | None, list[tuple[str, HookFn]]] = {}
     readers: dict[str, _Reader] = {}
     for index in _norms_first(plan):
         site, port = plan.sites[plan.injections[index].site], plan.injections[index].ports
-        start = plan.host.block_input(site.layer) if site.layer >= 0 else port.read or port.write
+        start = plan.host.block_input(site.layer) if site.layer >= 0 else port.read
         hooks = by_start.setdefault(start, [])
         if port.read == port.write and port.write not in points:
             hooks.append((port.write, _ModuleWriter(index, site.kind, inject)))
@@ -209,8 +206,8 @@ def site_hooks(
         written = {name for name, fn in hooks if not isinstance(fn, _Reader)}
         first = [(name, fn) for name, fn in reversed(before) if name in written]
         ours = [(n, fn, isinstance(fn, _Reader)) for n, fn in [*hooks, *first] if n in points]
-        if start in points:
-            arranged.append((start, Arranger(points, ours, takes_off=not for_list)))
+        if start is not None and start in points:
+            arranged.append((start, Arranger(points, ours)))
         arranged.extend(hooks)
     return arranged
 
