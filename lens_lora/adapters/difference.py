@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
+from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,6 +22,8 @@ from lens_lora.adapters.same_function import require_same_function
 from lens_lora.errors import AdapterError, ArgumentError
 
 __all__ = ["change_between"]
+
+_FEW = 4
 
 
 def change_between(
@@ -126,14 +129,21 @@ def _bias_change(path: str, before: nn.Module, after: nn.Module) -> Float[Tensor
 def _truncate(factors: LoRAFactors, rank: int) -> tuple[LoRAFactors, float]:
     """The best rank-r approximation of ΔW in the Frobenius norm, and its relative error."""
     delta = factors.materialise()
-    left, sizes, right = torch.linalg.svd(delta.double(), full_matrices=False)
-    whole, rest = float(sizes.norm()), float(sizes[rank:].norm())
-    cut = LoRAFactors(
-        right[:rank].to(delta.dtype),
-        (left[:, :rank] * sizes[:rank]).to(delta.dtype),
-        lora_bias=factors.lora_bias,
-    )
+    left, right = _leading(delta.double(), rank)
+    whole, rest = float(delta.double().norm()), float((delta - left @ right).norm())
+    cut = LoRAFactors(right.to(delta.dtype), left.to(delta.dtype), lora_bias=factors.lora_bias)
     return cut, rest / whole if whole else 0.0
+
+
+def _leading(
+    delta: Float[Tensor, "out in"], rank: int
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """(U Σ, Vᵀ) of the largest singular values; by Lanczos iteration where they are few."""
+    if _FEW * rank < min(delta.shape) and bool(delta.any()):
+        U, sizes, Vt = svds(delta.numpy(), k=rank, rng=0)  # the smallest first
+        return torch.from_numpy((U * sizes)[:, ::-1].copy()), torch.from_numpy(Vt[::-1].copy())
+    left, sizes, right = torch.linalg.svd(delta, full_matrices=False)
+    return left[:, :rank] * sizes[:rank], right[:rank]
 
 
 def _refuse_other_changes(

@@ -25,6 +25,7 @@ from torch import Tensor
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Group, Groups, group_sites, indicator
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -171,6 +172,7 @@ class Coupling(Ranked):
             )
 
 
+@alone
 def coupling(
     lens: LoraLens,
     prompts: PromptsLike,

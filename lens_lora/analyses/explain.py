@@ -35,6 +35,7 @@ from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ArgumentError, PromptError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, margin_between
 from lens_lora.readouts.prompts import PromptsLike
@@ -157,6 +158,7 @@ class Explanation(Result):
         return path
 
 
+@alone
 def explain(
     lens: LoraLens,
     prompt: PromptsLike,

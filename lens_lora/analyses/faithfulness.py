@@ -24,10 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.analyses import rankings
-from lens_lora.analyses.rankings import Scores
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import readout_at
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -182,11 +182,12 @@ class Faithfulness(Measured):
         return int((self.fractions - fraction).abs().argmin())
 
 
+@alone
 def faithfulness(
     lens: LoraLens,
     prompts: PromptsLike,
     readout: Readout,
-    attribution: Scores | Mapping[str, Scores],
+    attribution: rankings.Scores | Mapping[str, rankings.Scores],
     *,
     fractions: Sequence[float] | None = None,
     baselines: bool = True,
@@ -207,8 +208,7 @@ def faithfulness(
         attribution: of these prompts and this readout, effects of single sites, or a tensor of
             contributions in the readout's units ([site], or [batch, site]); or {name: any of
             these}. A score without a sign is ranked rightly once multiplied by the shift's.
-        fractions: of the sites; a fraction above 0 is at least one site. 0, one site, and 1 are
-            always there.
+        fractions: of the sites, above 0 at least one; 0, one site, and 1 are always there.
         baselines: also rank by ‖ΔW‖, by ‖δz‖ at the base model, and at random.
         greedy: also add at each step the site that moves the readout furthest towards g(1).
         draws: random orders whose mean is the random curve.
@@ -216,8 +216,8 @@ def faithfulness(
         progress: show a bar.
 
     Raises:
-        ArgumentError: scores of other sites, prompts or readouts; a fraction outside 0 to 1; draws
-            below 1; greedy on more than 40 sites.
+        ArgumentError: scores of other sites, prompts or readouts; a fraction outside 0 to 1; no
+            draws; greedy on more than 40 sites.
         NumericsError: a non-finite readout.
     """
     return faithfulness_of(
@@ -234,7 +234,7 @@ def faithfulness(
 
 def faithfulness_of(
     asked: Asked,
-    attribution: Scores | Mapping[str, Scores],
+    attribution: rankings.Scores | Mapping[str, rankings.Scores],
     *,
     fractions: Sequence[float] | None = None,
     baselines: bool = True,

@@ -19,6 +19,7 @@ from lens_lora.analyses.directions import Projection, directions_of
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ModelStateError, SiteError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.sites import WRITER_KINDS, Site, match_sites
 from lens_lora.lens import LoraLens
@@ -117,6 +118,7 @@ class FeatureWrites(Result):
         return self.values[prompt_rows(prompt, len(self.values))].double().cpu().mean(0)
 
 
+@alone
 def feature_writes(
     lens: LoraLens,
     prompts: PromptsLike,

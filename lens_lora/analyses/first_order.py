@@ -23,11 +23,18 @@ from torch import Tensor
 
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
-from lens_lora.engine.forward import Part, part_tangents, tangent_of
+from lens_lora.engine.dual_pass import tangent_of
+from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.function import gated_logits, read_logits, require_finite
 from lens_lora.engine.gate_graph import gate_graph
-from lens_lora.engine.reverse import part_slots, require_finite_sites, site_slopes
+from lens_lora.engine.reverse import (
+    part_slots,
+    require_finite_sites,
+    require_split,
+    site_slopes,
+)
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
 from lens_lora.hooked.sites import by_axes
 from lens_lora.lens import LoraLens
@@ -46,6 +53,7 @@ __all__ = [
 _TRIED_TOKENS = 8
 
 
+@alone
 def first_order(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -187,15 +195,20 @@ def _forward(
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
     wanted = _all_parts(lens, prompts, axes)
 
-    def read(rows: Float[Tensor, "row part vocab"]) -> Float[Tensor, "batch part"]:
+    def read(rows: Float[Tensor, "row part *slot vocab"]) -> Float[Tensor, "batch part"]:
         many = reading.repeat(rows.shape[1])
         return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
 
-    tangents = part_tangents(
-        lens, prompts, gates, wanted, read, max_memory=max_memory, progress=progress
-    )
+    def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part"]:
+        return part_tangents(
+            lens, prompts, gates, some, read, max_memory=max_memory, progress=progress
+        )
+
     slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
-    values[(slice(None), [part.site for part in wanted], *slots)] = tangents
+    values[(slice(None), [part.site for part in wanted], *slots)] = tangents(wanted)
+    whole = [Part(index) for index in lens.plan.with_constants]
+    if "position" in axes and whole:
+        require_split(lens, values, tangents(whole))
     return values
 
 
@@ -226,6 +239,7 @@ def _head_slots(lens: LoraLens, index: int) -> int:
     return heads if by_head is None else len(by_head)
 
 
+@alone
 def first_orders(
     lens: LoraLens,
     prompts: PromptsLike,

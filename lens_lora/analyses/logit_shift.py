@@ -20,10 +20,12 @@ from torch import Tensor
 
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
-from lens_lora.engine.forward import Part, joint_tangent, part_tangents, tangent_of
+from lens_lora.engine.dual_pass import tangent_of
+from lens_lora.engine.forward import Part, joint_tangent, part_tangents
 from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.gate_graph import gate_graph
 from lens_lora.errors import SiteError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Site, match_sites
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
@@ -127,6 +129,7 @@ class LogitShift(Result):
         return self.values[prompt, index]
 
 
+@alone
 def logit_shift(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -222,7 +225,7 @@ def logit_shift_of(
 def site_tangents(
     lens: LoraLens,
     prompts: Prompts,
-    keep: Callable[[Float[Tensor, "batch site vocab"]], Float[Tensor, "batch site *out"]],
+    keep: Callable[[Float[Tensor, "batch site *slot vocab"]], Float[Tensor, "batch site *out"]],
     *,
     at: float = 0.0,
     max_memory: float | None = None,

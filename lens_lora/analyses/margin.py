@@ -3,30 +3,33 @@
 The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m.
 
 1. First order of the margin, and the margin itself along ε·Δ (`analyses/remainder_curve.py`).
-2. Where the curve changes sign, a root finder on exact forward passes finds the scale.
+2. Where the curve changes sign, a root finder on exact forward passes finds the scale, for all
+   prompts together.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from scipy.optimize import brentq
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from scipy.optimize import elementwise
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder import Verdict, verdict_of
 from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.function import gated_logits
+from lens_lora.engine.function import read_value
+from lens_lora.hooked.alone import alone
+from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
 from lens_lora.readouts.prompts import PromptsLike
-from lens_lora.readouts.rows import Reading
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.measured import Result
@@ -133,6 +136,7 @@ class FactMargin(Result):
         return drawing.figure(self, prompt)
 
 
+@alone
 def fact_margin(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -145,7 +149,7 @@ def fact_margin(
     """m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
     Cost: one forward and one backward, some 30 forward passes along the path, batched, and about
-    ten more for each prompt that flips.
+    ten more if any prompt flips.
 
     Args:
         lens: the adapter over the model.
@@ -183,43 +187,51 @@ def fact_margin_of(
     attribution = first_order_of(asked, by=by)
     curve = remainder_curve_of(asked, attribution, progress=progress)
     docs, pres = (answer_ids(lens.model, answer, asked.prompts.batch) for answer in (doc, pre))
-    alone = asked.reading.groups(1)
-    flips = [_flip_scale(lens, one, curve, i) for i, one in enumerate(alone)]
     return FactMargin(
         attribution=attribution,
         curve=curve,
-        flip_scale=torch.tensor(flips, dtype=torch.float64),
+        flip_scale=_flip_scales(asked, curve),
         doc=tuple("".join(lens.decode(ids)) for ids in docs),
         pre=tuple("".join(lens.decode(ids)) for ids in pres),
     )
 
 
-def _flip_scale(lens: LoraLens, reading: Reading, curve: RemainderCurve, prompt: int) -> float:
-    def value(scale: float) -> float:
-        with torch.no_grad():
-            logits = gated_logits(lens, reading.prompts, lens.gates(scale))
-            return float(reading.read(logits))
+def _flip_scales(asked: Asked, curve: RemainderCurve) -> Float[Tensor, "batch"]:
+    """Each prompt's first sign change on the curve, refined; NaN without one.
 
-    scales = [0.0, *curve.scales.tolist()]
-    return first_root(value, scales, [float(curve.base[prompt]), *curve.values[prompt].tolist()])
-
-
-def first_root(
-    value: Callable[[float], float], scales: Sequence[float], values: Sequence[float]
-) -> float:
-    """The first sign change of `value` on the grid, refined by Brent's method; NaN without one.
-
-    Args:
-        value: a function of ε, called a few times.
-        scales: the grid, increasing.
-        values: of the function on the grid, as far as they were known before.
+    All prompts are refined together: about ten forward passes of the batch.
     """
-    for i in range(1, len(scales)):
-        if values[i - 1] == 0 or values[i - 1] * values[i] > 0:
-            continue
-        low, high = scales[i - 1], scales[i]
-        at_low, at_high = value(low), value(high)
-        if at_low * at_high > 0:
-            return low if abs(at_low) < abs(at_high) else high
-        return cast(float, brentq(value, low, high, xtol=1e-6))
-    return float("nan")
+    at = torch.cat([curve.scales.new_zeros(1), curve.scales]).double().cpu()
+    values = torch.cat([curve.base[:, None], curve.values], 1).cpu()
+    crosses = (values[:, :-1] != 0) & (values[:, :-1] * values[:, 1:] <= 0)
+    flips = torch.full((len(values),), float("nan"), dtype=torch.float64)
+    which = crosses.any(1).nonzero()[:, 0]
+    if len(which):
+        step = crosses[which].int().argmax(1)
+        flips[which] = _roots(asked, which, at[step], at[step + 1])
+    return flips
+
+
+def _roots(
+    asked: Asked,
+    which: Int[Tensor, "flipping"],
+    low: Float[Tensor, "flipping"],
+    high: Float[Tensor, "flipping"],
+) -> Float[Tensor, "flipping"]:
+    """Where g(ε·1) is zero between the two scales, which it is not if rounding hid its sign."""
+    lens, reading = asked.lens, asked.reading
+    scales = torch.zeros(reading.batch, dtype=lens.gate_dtype)
+
+    def value(scale: NDArray[Any], prompt: NDArray[Any]) -> NDArray[Any]:
+        scales[torch.from_numpy(prompt)] = torch.from_numpy(scale).to(scales)
+        gates = scales[reading.owner.cpu(), None].expand(-1, len(lens.sites))
+        with torch.no_grad(), lens.injected(ScaleInject(lens.plan, lens.gates(gates))):
+            return read_value(lens, reading).double().cpu().numpy()[prompt]
+
+    found = elementwise.find_root(
+        value, (low.numpy(), high.numpy()), args=(which.numpy(),), tolerances={"xatol": 1e-6}
+    )
+    nearer = np.abs(found.f_bracket).argmin(0)
+    ends = np.stack([low.numpy(), high.numpy()])
+    hidden = ends[nearer, np.arange(len(nearer))]
+    return torch.from_numpy(np.where(found.success, found.x, hidden))

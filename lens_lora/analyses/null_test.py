@@ -33,6 +33,7 @@ from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.site_factors import fused_rows
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -176,6 +177,7 @@ class NullTest(Result):
         return drawing.figure(self, prompt)
 
 
+@alone
 def null_test(
     lens: LoraLens,
     prompts: PromptsLike,

@@ -27,6 +27,7 @@ from lens_lora.engine.asked import ask
 from lens_lora.engine.ignored import unheard
 from lens_lora.engine.swap import Patch, Recording, patched_readout, record
 from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
@@ -43,6 +44,7 @@ _DONOR_AND_RECIPIENT = {"base_to_adapted": (0.0, 1.0), "adapted_to_base": (1.0, 
 _SMALL, _ROUNDINGS, _NAMED = 1e-3, 64, 5
 
 
+@alone
 def patch_activations(
     lens: LoraLens,
     prompts: PromptsLike,

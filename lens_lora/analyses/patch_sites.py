@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Group, Groups, group_sites, indicator, match_sites
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -28,6 +29,7 @@ __all__ = ["How", "patch_sites", "patch_sites_of", "require_how"]
 How = Literal["add_one", "leave_one_out"]
 
 
+@alone
 def patch_sites(
     lens: LoraLens,
     prompts: PromptsLike,

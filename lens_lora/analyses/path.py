@@ -29,6 +29,7 @@ from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.batching import slopes_at_once
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import by_axes
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -42,6 +43,7 @@ __all__ = ["path_attribution", "path_attribution_of"]
 _SMOOTH = 4.0  # A doubling that divides the error by less is slower than a smooth g allows.
 
 
+@alone
 def path_attribution(
     lens: LoraLens,
     prompts: PromptsLike,

@@ -37,6 +37,7 @@ from lens_lora.analyses.patch_sites import How, require_how
 from lens_lora.analyses.screen import Screen
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -200,6 +201,7 @@ def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float
     return (a.abs() / whole).masked_fill(whole == 0, 1.0)
 
 
+@alone
 def reliability(
     lens: LoraLens,
     prompts: PromptsLike,

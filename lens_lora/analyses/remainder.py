@@ -26,6 +26,7 @@ from lens_lora.analyses.first_order import first_order_of
 from lens_lora.engine.asked import ask
 from lens_lora.engine.function import gated_readout
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -204,6 +205,7 @@ class Remainder(Result):
         )
 
 
+@alone
 def remainder(
     lens: LoraLens,
     prompts: PromptsLike,

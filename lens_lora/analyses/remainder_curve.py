@@ -23,6 +23,7 @@ from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder import CHECKPOINTS
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -121,6 +122,7 @@ class RemainderCurve(Result):
         return drawing.figure(self, prompt)
 
 
+@alone
 def remainder_curve(
     lens: LoraLens,
     prompts: PromptsLike,

@@ -27,6 +27,7 @@ from lens_lora.analyses.remainder_curve import RemainderCurve, fitted_order, rem
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_product, hessian_products, in_groups
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -227,6 +228,7 @@ class SecondOrder(Result):
         return dataclasses.replace(self.first_order, values=values, method=method)
 
 
+@alone
 def second_order(
     lens: LoraLens,
     prompts: PromptsLike,

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from lens_lora.analyses.hook_points import Names, resolved
 from lens_lora.engine.asked import ask_prompts
-from lens_lora.engine.forward import JointInject, dual_forward, tangent_of
-from lens_lora.hooked.gates import attached
+from lens_lora.engine.dual_pass import dual_forward, tangent_of
+from lens_lora.engine.forward import JointInject
+from lens_lora.hooked.alone import alone
+from lens_lora.hooked.attaching import attached
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.readouts.prompts import PromptsLike
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["tangents"]
 
 
+@alone
 def tangents(
     lens: LoraLens,
     prompts: PromptsLike,

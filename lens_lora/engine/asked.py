@@ -140,6 +140,7 @@ def ask(lens: LoraLens, prompts: PromptsLike, readout: Readout) -> Asked:
     Raises:
         ArgumentError: something that is no readout.
         TokenError, PromptError: a readout or prompt that does not fit the model.
+        ModelStateError: the model is not as it was when the lens was made.
     """
     return ask_prompts(lens, prompts).about(readout)
 
@@ -153,5 +154,7 @@ def ask_prompts(lens: LoraLens, prompts: PromptsLike) -> Asked:
 
     Raises:
         PromptError: a prompt that does not fit the model.
+        ModelStateError: the model is not as it was when the lens was made.
     """
+    lens.plan.check_state()
     return Asked(lens, lens.prompts(prompts))

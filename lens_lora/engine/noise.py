@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.function import read_logits
-from lens_lora.hooked.gates import HookFn, ScaleInject
+from lens_lora.hooked.attaching import HookFn
+from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
 
 __all__ = ["noise_floor", "roundings"]
@@ -31,14 +31,14 @@ def noise_floor(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     """
     prompts = reading.prompts
     perturb = roundings(lens, exact=prompts.batch)
-    many = Prompts(prompts.tokens.repeat(1 + _DRAWS, 1), prompts.lengths.repeat(1 + _DRAWS))
+    many = prompts.tiled(1 + _DRAWS)
     adapted = ScaleInject(lens.plan, lens.gates(1.0))
     with torch.no_grad(), lens.injected(adapted, before=[(lens.embedding_output, perturb)]):
         rows = read_logits(lens, many).unflatten(0, (1 + _DRAWS, prompts.batch))
     values = torch.stack([reading.read(row) for row in rows])
     moved = (values[1:] - values[0]).square().mean(0).sqrt()
-    by_row = _unit(lens) * rows[0].abs().amax(-1).to(moved.dtype)
-    rounding = reading.by_prompt(by_row.square()).sqrt()
+    largest = prompts.over_slots(rows[0].abs().amax(-1).to(moved.dtype).square())
+    rounding = _unit(lens) * reading.by_prompt(largest).sqrt()
     return 2**0.5 * torch.maximum(moved, rounding)
 
 

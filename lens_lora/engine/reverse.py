@@ -5,7 +5,8 @@
    leaf of its own).
 2. Each site's output gets a gradient hook. During the backward pass it hands G = ∂g/∂(output) and z
    to a visitor, and keeps nothing else (`site_gradients`).
-3. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`).
+3. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`). Over
+   positions v's constant part is split at v, though it is added at o (`hooked/value_bias.py`).
 4. The gradient that reaches the leaf is discarded; parameters never receive one.
 
 Cost: one forward and one backward pass, whatever the sites and parts.
@@ -23,6 +24,7 @@ from torch import Tensor
 from lens_lora.engine.function import read_value, require_finite
 from lens_lora.engine.parts import parts
 from lens_lora.errors import ModelStateError, NumericsError
+from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
@@ -32,6 +34,7 @@ from lens_lora.readouts.rows import Reading
 __all__ = [
     "part_slots",
     "require_finite_sites",
+    "require_split",
     "site_gradients",
     "site_slopes",
 ]
@@ -118,25 +121,38 @@ def site_slopes(
     gates: Float[Tensor, "*row site"],
     axes: tuple[str, ...] = (),
 ) -> Float[Tensor, "batch site *by"]:
-    """∂g/∂ε_l at these gates, one for all rows or each row's own. One forward, one backward."""
+    """∂g/∂ε_l at these gates, one for all rows or each row's own. One forward, one backward.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site, or a split does not exist.
+    """
     prompts = reading.prompts
     shape = (prompts.batch, len(lens.sites), *part_slots(lens, prompts, axes))
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-
+    totals = torch.zeros(shape[:2], dtype=lens.gate_dtype, device=lens.device)
     heads_of = lens.heads
 
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         kind = lens.sites[injection.site].kind
         heads = heads_of.of(kind)
-        found = parts(injection.map, kind, heads, gradient, z, axes)
-        if weight is not None:
-            found = weight.to(found.device).view(-1, *[1] * (found.ndim - 1)) * found
-        found = found.to(values.device)
+
+        def of(site_map: SiteMap, by: tuple[str, ...]) -> Tensor:
+            found = parts(site_map, kind, heads, gradient, z, by)
+            if weight is not None:
+                found = weight.to(found.device).view(-1, *[1] * (found.ndim - 1)) * found
+            return found.to(values.device)
+
         if not axes:
-            values[:, injection.site].add_(found)
+            values[:, injection.site].add_(of(injection.map, axes))
             return
+        split = injection.map_by_position if "position" in axes else injection.map
+        if split is not injection.map:
+            totals[:, injection.site] += of(injection.map, ())
+        if split is None:
+            return
+        found = of(split, axes)
         if kind == "unembed" and "position" in axes:
-            found = _at_read_position(prompts, found)
+            found = _at_read_positions(prompts, found)
         slots: list[int | slice] = [slice(None), injection.site]
         for axis in axes:
             size = found.shape[1 + axes.index(axis)]
@@ -145,7 +161,10 @@ def site_slopes(
         values[tuple(slots)] += found
 
     site_gradients(lens, reading, gates, visit)
-    return reading.by_prompt(values)
+    values = reading.by_prompt(values)
+    if "position" in axes:
+        require_split(lens, values, reading.by_prompt(totals)[:, lens.plan.with_constants])
+    return values
 
 
 def part_slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple[int, ...]:
@@ -158,13 +177,44 @@ def part_slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple
     return tuple(sizes[axis] for axis in axes)
 
 
-def _at_read_position(
-    prompts: Prompts, found: Float[Tensor, "row one *by"]
+def require_split(
+    lens: LoraLens, values: Float[Tensor, "batch site *by"], whole: Float[Tensor, "batch some"]
+) -> None:
+    """Check that v's parts by position, its constant included, add up to what v adds at o.
+
+    Args:
+        lens: the adapter over the model.
+        values: split by position.
+        whole: of the sites `plan.with_constants`, not split.
+
+    Raises:
+        ModelStateError: a hook changes what attention passes on, so v's constant has no positions.
+    """
+    some = lens.plan.with_constants
+    parts_of_v = values[:, some].flatten(2)
+    gap = (parts_of_v.sum(2) - whole).abs()
+    size = parts_of_v.abs().sum(2) + whole.abs()
+    eps = max(torch.finfo(dtype).eps for dtype in (lens.dtype, torch.float32))
+    apart = (gap > eps**0.5 * size).any(0).nonzero()
+    if len(apart):
+        site = lens.sites[some[int(apart[0])]]
+        raise ModelStateError(
+            f"{site.name}: this model's value biases are folded into b_O, and a hook changes what "
+            "its attention passes on (the pattern, v or z), so the part of the update that belongs "
+            "to the bias comes from no position. Take the hook off, leave 'position' out of by, or "
+            "load the model unprocessed."
+        )
+
+
+def _at_read_positions(
+    prompts: Prompts, found: Float[Tensor, "row slot *by"]
 ) -> Float[Tensor, "row pos *by"]:
-    """The unembedding is run, and has a gradient, at the read position only."""
+    """The unembedding is run, and has a gradient, at the positions that are read only."""
     spread = found.new_zeros(len(found), prompts.tokens.shape[1], *found.shape[2:])
-    spread[torch.arange(len(found)), prompts.lengths - 1] = found[:, 0]
-    return spread
+    rows = torch.arange(len(found), device=found.device)[:, None]
+    at = prompts.read_positions.to(found.device)
+    # A prompt with fewer slots repeats its last one, from which no further gradient comes.
+    return spread.index_put((rows.expand_as(at), at), found, accumulate=True)
 
 
 def require_finite_sites(lens: LoraLens, values: Float[Tensor, "batch site *by"]) -> None:

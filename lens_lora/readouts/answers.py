@@ -2,8 +2,10 @@
 
     log p(answer | prompt) = Σ_j log p(a_j | prompt, a_1 … a_{j−1}).
 
-1. Each prefix of an answer becomes a row: prompt + a_1 … a_{j−1}, read at its last token.
-2. Rows that two answers share are run once; log-probabilities that they share cancel in a margin.
+1. One row holds them all: prompt + a_1 … a_{T−1}, read from the prompt's last token on, since no
+   token attends to a later one.
+2. Log-probabilities that two answers share cancel in a margin; where one answer's row begins with
+   the other's, there is one row.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ Ids = tuple[int, ...]
 class AnswerLogProb(Readout):
     """log p(answer | prompt), in nats.
 
-    Cost: one row of the batch for each token of the answer.
+    Cost: one row of the batch, whatever its length.
 
     Args:
         answer: a string (with its leading space), one token id, ids [token], or a list of these,
@@ -42,7 +44,7 @@ class AnswerLogProb(Readout):
     units = "nats"
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
-        """One row for each prefix of each prompt's answer, read at its last token.
+        """One row for each prompt and its answer, read at every token of the answer.
 
         Args:
             model: the hooked model.
@@ -77,7 +79,7 @@ class AnswerMargin(Readout):
     units = "nats"
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
-        """The rows of both answers; prefixes that they share are run once.
+        """Two rows a prompt, one for each answer.
 
         Args:
             model: the hooked model.
@@ -193,26 +195,41 @@ def _ids(model: Any, answer: str | int | Tensor) -> Ids:
 
 def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]]) -> Reading:
     rows: list[Tensor] = []
+    reads: list[int] = []
     owner: list[int] = []
-    picks: list[tuple[int, int, float]] = []
+    picks: list[tuple[int, int, int, float]] = []
     for prompt, weighted in enumerate(answers):
-        mine = prompts.row(prompt).tokens[0]
-        row_of: dict[Ids, int] = {}
-        for (prefix, token), weight in _steps(weighted).items():
-            if prefix not in row_of:
-                row_of[prefix] = len(rows)
-                rows.append(torch.cat([mine, mine.new_tensor(prefix)]))
-                owner.append(prompt)
-            picks.append((row_of[prefix], token, weight))
-    lengths = torch.tensor([len(r) for r in rows], device=prompts.tokens.device)
-    longest = int(lengths.argmax())
-    which = which_prompt(owner[longest], prompts.batch)
-    require_context(model, int(lengths[longest]), f"{which} with its answer")
+        mine, steps = prompts.row(prompt).tokens[0], _steps(weighted)
+        longest = _longest([prefix for prefix, _ in steps])
+        for (prefix, token), weight in steps.items():
+            row = next(i for i, whole in enumerate(longest) if _begins(whole, prefix))
+            picks.append((len(rows) + row, len(prefix), token, weight))
+        rows += [torch.cat([mine, mine.new_tensor(whole)]) for whole in longest]
+        reads += [len(whole) + 1 for whole in longest]
+        owner += [prompt] * len(longest)
+    device = prompts.tokens.device
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    most = int(lengths.argmax())
+    which = which_prompt(owner[most], prompts.batch)
+    require_context(model, int(lengths[most]), f"{which} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     owners = torch.tensor(owner)
-    at, ids, weights = map(torch.tensor, zip(*picks, strict=True))
-    read = LogProbs(at, ids, weights, owners[at], prompts.batch)
-    return Reading(Prompts(tokens, lengths), read, owners)
+    at, slots, ids, weights = map(torch.tensor, zip(*picks, strict=True))
+    read = LogProbs(at, ids, weights, owners[at], prompts.batch, slots)
+    return Reading(Prompts(tokens, lengths, torch.tensor(reads, device=device)), read, owners)
+
+
+def _longest(prefixes: list[Ids]) -> list[Ids]:
+    """Those with which no other begins, each once; what is asked of a row is asked at its slots."""
+    found: list[Ids] = []
+    for prefix in sorted(set(prefixes), key=len, reverse=True):
+        if not any(_begins(whole, prefix) for whole in found):
+            found.append(prefix)
+    return found
+
+
+def _begins(whole: Ids, prefix: Ids) -> bool:
+    return whole[: len(prefix)] == prefix
 
 
 def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:

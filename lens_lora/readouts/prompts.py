@@ -1,4 +1,4 @@
-"""Prompts: strings or tokens → ids [batch, pos], padded on the right, and the position read.
+"""Prompts: strings or tokens → ids [batch, pos], padded on the right, and the positions read.
 
 Padding on the right needs no mask in a causal model: no token attends to a later one, and positions
 count from the left, so every activation of a prompt is the same as without padding.
@@ -7,11 +7,11 @@ count from the left, so every activation of a prompt is the same as without padd
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.errors import PromptError
@@ -21,7 +21,7 @@ __all__ = ["Prompts", "PromptsLike", "prepare", "require_context", "which_prompt
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Tokenised prompts. Each is read at its last token, `lengths − 1`.
+    """Tokenised prompts. Each is read at its last token, `lengths − 1`, or at its last `reads`.
 
         >>> Prompts(torch.tensor([[5, 6, 7], [8, 9, 0]]), lengths=torch.tensor([3, 2])).batch
         2
@@ -29,10 +29,13 @@ class Prompts:
     Args:
         tokens: [batch, pos] ids, padded on the right.
         lengths: [batch], real tokens of each prompt.
+        reads: [batch], how many of its last tokens each prompt is read at, which has a slot for
+            each; None for the last one only.
     """
 
     tokens: Int[Tensor, "batch pos"]
     lengths: Int[Tensor, "batch"]
+    reads: Int[Tensor, "batch"] | None = None
 
     def __post_init__(self) -> None:
         _require_integers("token ids", self.tokens)
@@ -49,6 +52,14 @@ class Prompts:
                 f"a length of {int(self.lengths.max())} exceeds the {self.tokens.shape[1]} "
                 "positions of the tokens."
             )
+        if self.reads is not None:
+            _require_integers("reads", self.reads)
+            outside = (self.reads < 1) | (self.reads > self.lengths)
+            if self.reads.shape != self.lengths.shape or bool(outside.any()):
+                raise PromptError(
+                    f"reads are {self.reads.tolist()} for lengths {self.lengths.tolist()}; each "
+                    "prompt is read at one of its tokens at least, and at all of them at most."
+                )
 
     @property
     def batch(self) -> int:
@@ -69,15 +80,64 @@ class Prompts:
         rows = torch.arange(len(logits), device=logits.device)
         return logits[rows, (self.lengths - 1).to(logits.device).expand(len(logits))]
 
+    @property
+    def slots(self) -> int:
+        """The most tokens that a prompt is read at."""
+        return 1 if self.reads is None else int(self.reads.max())
+
+    @property
+    def read_positions(self) -> Int[Tensor, "batch slot"]:
+        """The positions that are read; a prompt with fewer slots repeats its last one."""
+        last = self.lengths - 1
+        if self.reads is None:
+            return last[:, None]
+        slots = torch.arange(self.slots, device=last.device)
+        return torch.minimum(self.lengths[:, None] - self.reads[:, None] + slots, last[:, None])
+
+    @property
+    def read_mask(self) -> Bool[Tensor, "batch slot"]:
+        """Which slots hold a position of their own."""
+        reads = torch.ones_like(self.lengths) if self.reads is None else self.reads
+        return torch.arange(self.slots, device=reads.device) < reads[:, None]
+
+    def at_slots(self, values: Float[Tensor, "row pos d"]) -> Float[Tensor, "row slot d"]:
+        """What stands at the positions that are read.
+
+        Args:
+            values: of these prompts; of a single prompt, in any number of rows.
+        """
+        positions = self.read_positions.to(values.device).expand(len(values), -1)
+        return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))
+
     def repeat(self, times: int) -> Prompts:
         """Every prompt several times: p0 p0 … p1 p1 …
 
         Args:
             times: how often.
         """
-        return Prompts(
-            self.tokens.repeat_interleave(times, 0), self.lengths.repeat_interleave(times, 0)
-        )
+        return self._mapped(lambda values: values.repeat_interleave(times, 0))
+
+    def tiled(self, times: int) -> Prompts:
+        """All prompts several times: p0 p1 … p0 p1 …
+
+        Args:
+            times: how often.
+        """
+        return self._mapped(lambda values: values.repeat(times, *[1] * (values.ndim - 1)))
+
+    def over_slots(self, values: Float[Tensor, "batch *slot"]) -> Float[Tensor, "batch"]:
+        """The sum over the positions that are read.
+
+        Args:
+            values: at each prompt's last token, or at its slots.
+        """
+        if self.reads is None:
+            return values
+        return (values * self.read_mask.to(values.device)).sum(1)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Prompts:
+        reads = None if self.reads is None else change(self.reads)
+        return Prompts(change(self.tokens), change(self.lengths), reads)
 
     def row(self, index: int) -> Prompts:
         """One prompt, without its padding.
@@ -94,8 +154,9 @@ class Prompts:
             first: index of the first.
             end: index after the last.
         """
-        lengths = self.lengths[first:end]
-        return Prompts(self.tokens[first:end, : int(lengths.max())], lengths)
+        some = self._mapped(lambda values: values[first:end])
+        tokens = some.tokens[:, : int(some.lengths.max())]
+        return dataclasses.replace(some, tokens=tokens)
 
 
 PromptsLike = str | Sequence[str] | Int[Tensor, "pos"] | Int[Tensor, "batch pos"] | Prompts
@@ -121,7 +182,7 @@ def prepare(model: Any, prompts: PromptsLike) -> Prompts:
 def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
     device = next(model.parameters()).device
     if isinstance(prompts, Prompts):
-        return Prompts(prompts.tokens.to(device), prompts.lengths.to(device))
+        return prompts._mapped(lambda values: values.to(device))
     if isinstance(prompts, Tensor):
         return _from_tensor(model, prompts.to(device))
     strings = _strings(prompts)

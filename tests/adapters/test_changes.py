@@ -151,6 +151,9 @@ def test_truncation_states_its_error():
         error = (factors.materialise() - whole).norm() / whole.norm()
         assert float(error) == pytest.approx(cut.truncation_error[path], rel=1e-9)
         assert factors.rank == 3 and error > 0.1
+        sizes = torch.linalg.svdvals(whole)
+        assert float(error) == pytest.approx(float(sizes[3:].norm() / sizes.norm()), rel=1e-9)
+        assert torch.allclose(factors.B.norm(dim=0), sizes[:3], rtol=1e-9)
     merged = copy.deepcopy(models.peft_model("llama", base)).merge_and_unload()
     again = ll.Adapter.between(base, merged, rank=3, progress=False)
     assert max(again.truncation_error.values()) < 1e-12

@@ -1,0 +1,89 @@
+"""A forward pass of dual numbers: torch's forward mode, set up so that it computes what we need.
+
+1. One thread of the process at a time, as torch has one dual level and one choice of kernels.
+2. Attention from its formula, because fused kernels have no forward-mode derivative; products with
+   constant weights by `engine/duals.py`.
+3. An operation without a derivative is named.
+
+Cost: nothing by itself; a dual forward pass takes about 2.5 forward passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwad
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lens_lora.engine.duals import OneProduct
+from lens_lora.errors import ModelStateError
+from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, hold
+from lens_lora.temporary import Temporary
+
+__all__ = ["dual_forward", "tangent_of"]
+
+
+def dual_forward() -> AbstractContextManager[OneProduct]:
+    """Within the block, forward-mode derivatives are computed.
+
+    Torch has one dual level, and one choice of attention kernels, in a process: a thread waits for
+    another one that is within such a block.
+
+    `as` gives the `OneProduct` that multiplies by the weights; set its `rows` where rows are added.
+
+    Raises:
+        ModelStateError: a dual level is open outside; the model uses an operation without a
+            forward-mode derivative.
+    """
+    return Temporary(_begin_dual)
+
+
+def _begin_dual(block: Temporary) -> OneProduct:
+    hold(block, ONE_IN_A_PROCESS)
+    if fwad._current_level >= 0:
+        raise ModelStateError(
+            "a level of forward-mode derivatives (forward_ad.dual_level, torch.func.jvp) is open "
+            "around this call, and torch has no second one. Leave it first."
+        )
+    block.push(_name_the_operation)
+    block.way_back(functools.partial(_set_fwd_grad_enabled, torch._C._is_fwd_grad_enabled()))
+    _set_fwd_grad_enabled(True)
+    block.enter_context(torch.no_grad())
+    block.enter_context(sdpa_kernel(SDPBackend.MATH))
+    _use_plain_bloom_gelu(block)
+    block.enter_context(fwad.dual_level())
+    return block.enter_context(OneProduct())
+
+
+def _set_fwd_grad_enabled(enabled: bool) -> None:
+    torch._C._set_fwd_grad_enabled(enabled)
+
+
+def _name_the_operation(kind: object, error: BaseException | None, trace: object) -> None:
+    del kind, trace
+    if isinstance(error, NotImplementedError):
+        raise ModelStateError(
+            f"this model has an operation without a forward-mode derivative ({error}). A fused "
+            "kernel is one: load the model without it (attn_implementation='eager'). Reverse mode "
+            "(first_order, mode='reverse') needs no such derivative."
+        ) from error
+
+
+def _use_plain_bloom_gelu(block: Temporary) -> None:
+    """Bloom wraps its GELU in a Function without a forward-mode derivative; the formula has one."""
+    bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
+    if bloom is not None:
+        wrapped = bloom.BloomGelu.forward
+        block.way_back(functools.partial(setattr, bloom.BloomGelu, "forward", wrapped))
+        bloom.BloomGelu.forward = lambda self, x: bloom.bloom_gelu_forward(x)
+
+
+def tangent_of(dual: Tensor) -> Tensor:
+    """The derivative that a dual number carries; zeros where it has none."""
+    primal, tangent = fwad.unpack_dual(dual)
+    return torch.zeros_like(primal) if tangent is None else tangent.clone()

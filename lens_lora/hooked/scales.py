@@ -1,0 +1,52 @@
+"""The strength of an adapter, as a caller gives it, as gates ε: one per site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real as RealNumber
+
+import torch
+from jaxtyping import Float, Real
+from torch import Tensor
+
+from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.hooked.sites import match_sites
+
+__all__ = ["Scale", "gates_of"]
+
+Scale = float | Real[Tensor, ""] | Real[Tensor, "*batch site"] | Mapping[str, float]
+
+
+def gates_of(
+    scale: Scale, names: Sequence[str], dtype: torch.dtype
+) -> Float[Tensor, "*batch site"]:
+    """ε, through which derivatives pass to the tensors that were given.
+
+    Args:
+        scale: one number for all sites, a tensor, or {site name or glob: number}, others 0.
+        names: of all sites.
+        dtype: of the gates.
+
+    Raises:
+        SiteError: a name that matches no site, or a tensor without one gate per site.
+        ArgumentError: what is no number, tensor or mapping.
+    """
+    if isinstance(scale, Mapping):
+        given = match_sites(names, scale)
+        return torch.stack([_number(given.get(i, 0.0), dtype) for i in range(len(names))])
+    if not isinstance(scale, Tensor) or not scale.ndim:
+        return _number(scale, dtype).repeat(len(names))
+    if scale.shape[-1] != len(names):
+        raise SiteError(f"{scale.shape[-1]} gates for {len(names)} sites: pass one per site.")
+    return scale.to(dtype)
+
+
+def _number(value: object, dtype: torch.dtype) -> Float[Tensor, ""]:
+    if isinstance(value, Tensor) and not value.ndim and not value.is_complex():
+        return value.to(dtype)
+    if isinstance(value, RealNumber):
+        return torch.tensor(float(value), dtype=dtype, device="cpu")
+    raise ArgumentError(
+        f"a scale of type {type(value).__name__}: expected a number, a tensor with one gate per "
+        "site, or {site name or glob: number}."
+    )
