@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from numbers import Real as RealNumber
 
 import torch
 from jaxtyping import Float, Real
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hooked.sites import match_sites
@@ -29,23 +32,36 @@ def gates_of(
 
     Raises:
         SiteError: a name that matches no site, or a tensor without one gate per site.
-        ArgumentError: what is no number, tensor or mapping.
+        ArgumentError: what is no number, tensor or mapping; NaN, or an infinite gate.
     """
     if isinstance(scale, Mapping):
         given = match_sites(names, scale)
-        return torch.stack([_number(given.get(i, 0.0), dtype) for i in range(len(names))])
-    if not isinstance(scale, Tensor) or not scale.ndim:
-        return _number(scale, dtype).repeat(len(names))
-    if scale.shape[-1] != len(names):
+        gates = torch.stack([_number(given.get(i, 0.0), dtype) for i in range(len(names))])
+    elif not isinstance(scale, Tensor) or not scale.ndim:
+        gates = _number(scale, dtype).repeat(len(names))
+    elif scale.shape[-1] != len(names):
         raise SiteError(f"{scale.shape[-1]} gates for {len(names)} sites: pass one per site.")
-    return scale.to(dtype)
+    else:
+        gates = scale.to(dtype)
+    return _finite(gates)
+
+
+def _finite(gates: Float[Tensor, "*batch site"]) -> Float[Tensor, "*batch site"]:
+    """The gates, none of which is NaN or infinite: a HookedTransformer would drop the attention.
+
+    Within a `torch.func` transform their values are not known.
+    """
+    if not is_functorch_wrapped_tensor(gates) and not bool(torch.isfinite(gates.detach()).all()):
+        raise ArgumentError("a gate is NaN or infinite; expected finite numbers.")
+    return gates
 
 
 def _number(value: object, dtype: torch.dtype) -> Float[Tensor, ""]:
     if isinstance(value, Tensor) and not value.ndim and not value.is_complex():
         return value.to(dtype)
     if isinstance(value, RealNumber):
-        return torch.tensor(float(value), dtype=dtype, device="cpu")
+        is_huge = isinstance(value, int) and abs(value) > sys.float_info.max
+        return torch.tensor(math.inf if is_huge else float(value), dtype=dtype, device="cpu")
     raise ArgumentError(
         f"a scale of type {type(value).__name__}: expected a number, a tensor with one gate per "
         "site, or {site name or glob: number}."

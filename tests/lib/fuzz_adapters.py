@@ -40,7 +40,17 @@ VICTIMS: dict[str, dict[str, Any]] = {
     "trained head": {"targets": ["q_proj"], "modules_to_save": ["lm_head"]},
     "trained norm": {"targets": ["v_proj"], "modules_to_save": ["input_layernorm"]},
 }
-_REGEX = ["(a+)+$", "(.*)*$", "(.*a){20}", "((q|v)+_?p?r?o?j?)*x", ".*" * 50, "(", "*", "\\", "(?R)"]
+_REGEX = [
+    "(a+)+$",
+    "(.*)*$",
+    "(.*a){20}",
+    "((q|v)+_?p?r?o?j?)*x",
+    ".*" * 50,
+    "(",
+    "*",
+    "\\",
+    "(?R)",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,9 +361,8 @@ MUTATIONS: dict[str, Callable[[Chance, Path], None]] = {
 }
 
 
-def case(world: World, seed: int, scratch: Path) -> Case:
+def case(world: World, chance: Chance, scratch: Path) -> Case:
     """A victim with one mutation, or with two."""
-    chance = Chance(seed)
     victim, host = chance.choice(sorted(VICTIMS)), chance.choice(sorted(world.hosts))
     mutation = chance.choice(sorted(MUTATIONS))
     folder = scratch / "adapter"

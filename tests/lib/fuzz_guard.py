@@ -119,8 +119,7 @@ def run(case: Case) -> Outcome:
         try:
             found = case.act()
         except ll.LensLoraError as error:
-            outcome = Outcome(REFUSED, type(error).__name__)
-            _require_a_message(error)
+            outcome = _refusal(error)
         except UsersOwn:
             outcome = Outcome(RIGHT, "the user's own exception")
         except TimeUp:
@@ -146,10 +145,10 @@ def _judged(case: Case, found: Any) -> Outcome:
     return Outcome(RIGHT)
 
 
-def _require_a_message(error: Exception) -> None:
-    if not str(error).strip() or len(str(error)) > 20_000:
-        raise ValueError(f"a message of {len(str(error))} characters") from error
-    str(error).encode("utf-8", "backslashreplace")
+def _refusal(error: Exception) -> Outcome:
+    if not 10 <= len(str(error)) <= 20_000:
+        return Outcome("no message", f"{type(error).__name__} of {len(str(error))} characters")
+    return Outcome(REFUSED, type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -19,7 +20,7 @@ from fuzz_guard import Case, Chance, UsersOwn, Wrong, require_close
 IDS = models.tokens(2, 5)
 Change = Callable[[torch.Tensor], "torch.Tensor | None"]
 World = dict[str, tuple[cases.Case, Any]]
-_PLACES = ("hook_resid", "hook_z", "attn.hook_q", "hook_mlp_out", "hook_attn_out", "hook_embed")
+_PLACES = ("hook_resid", "hook_z", "attn.hook_k", "hook_mlp_out", "hook_attn_out", "hook_embed")
 
 
 def world() -> World:
@@ -139,7 +140,7 @@ def _count(model: Any) -> int:
     return listed + sum(len(module._forward_hooks) for module in modules)
 
 
-def case(world: World, chance: Chance) -> Case:
+def case(world: World, chance: Chance, scratch: Path) -> Case:
     """Hooks before the adapter's own, or after them, on one to three hook points."""
     name = chance.choice(sorted(world))
     lens_case, merged = world[name]
@@ -149,7 +150,9 @@ def case(world: World, chance: Chance) -> Case:
     points = [
         point
         for point in sorted(lens_case.model.hook_dict)
-        if point in merged.hook_dict and any(part in point for part in _PLACES)
+        if point in merged.hook_dict
+        and any(part in point for part in _PLACES)
+        and "_input" not in point  # transformer-lens refuses these while a flag is off
     ]
     changes = _changes(chance)
     words = [chance.choice(sorted(changes)) for _ in range(chance.randint(1, 3))]
