@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.analyses.by_token import by_token, own_tokens_only, response_tokens
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
 from lens_lora.engine.dual_pass import tangent_of
@@ -36,7 +37,7 @@ from lens_lora.engine.reverse import (
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
-from lens_lora.hooked.sites import by_axes
+from lens_lora.hooked.sites import AXES, by_axes
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -70,7 +71,8 @@ def first_order(
 
     Cost: one forward and one backward in reverse mode (what 'auto' takes), and two forward passes
     for the exact shift beside it; forward mode takes one dual forward pass per site or part. Rules
-    add two forward passes and one backward on eight tokens, that try the model's hook points.
+    add two forward passes and one backward on eight tokens, that try the model's hook points. By
+    token it takes the cheaper of a backward pass a token and a tangent a site.
 
     Args:
         lens: the adapter over the model.
@@ -78,7 +80,8 @@ def first_order(
         readout: u_y, what is read of the logits.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse.
-        by: any of 'position', 'head', 'rank'.
+        by: any of 'position', 'head', 'rank'; with AnswerLogProb also 'token', which token of the
+            response is moved.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
             then that of the model with constants in their place. The shift beside it is g's own.
         max_memory: bytes that a pass of forward mode may take beside the model. It sets how many
@@ -128,10 +131,12 @@ def first_order_of(
         ArgumentError: another mode or axis, or less memory than one tangent takes.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    lens, reading, axes = asked.lens, asked.reading, by_axes(by)
+    lens, reading, axes = asked.lens, asked.reading, by_axes(by, (*AXES, "token"))
     way, gates = chosen_mode(mode, lens, 1), lens.gates(float(at))
     with _under(rules, lens, reading.prompts):
-        if way == "forward":
+        if "token" in axes:
+            values = by_token(asked, gates, axes[:-1], mode, max_memory, progress)
+        elif way == "forward":
             values = _forward(asked, gates, axes, max_memory, progress)
         else:
             values = site_slopes(lens, reading, gates, axes)
@@ -171,13 +176,15 @@ def labelled(
         at: the gate value at which; NaN along a path.
         quadrature: of a path integral.
     """
+    is_by_token = "token" in axes
     return Attribution(
-        values=values,
+        values=own_tokens_only(asked, values) if is_by_token else values,
         by=axes,
         heads=tuple(asked.lens.heads.of(s.kind) for s in asked.lens.sites),
         method=method,
         at=at,
         quadrature=quadrature,
+        response=response_tokens(asked) if is_by_token else (),
         **header(asked),
     )
 

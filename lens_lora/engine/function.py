@@ -38,6 +38,7 @@ __all__ = [
     "gated_logits",
     "gated_readout",
     "read_logits",
+    "read_tokens",
     "read_value",
     "readout_at",
     "require_finite",
@@ -64,35 +65,39 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     response are computed a few tokens at a time, unless a hook is on the unembedding or something
     (a soft-cap) changes the logits after it.
     """
-    unembedding = lens.plan.host.unembedding()
-    if (
-        unembedding is None
-        or not isinstance(reading.read, Columns | LogProbs)
-        or any(map(_is_changed, lens.model.unembed.modules()))
-    ):
+    if isinstance(reading.read, LogProbs):
+        return reading.read.of(_log_probs(lens, reading, reading.read))
+    unembedding = _plain_unembedding(lens)
+    if unembedding is None or not isinstance(reading.read, Columns):
         return reading.read(read_logits(lens, reading.prompts))
+    weight, bias = unembedding
     with _no_unembedding(lens):
-        final = lens.run(reading.prompts)
-    read = _columns if isinstance(reading.read, Columns) else _log_probs
-    return read(lens, reading, final, *unembedding)
+        final = reading.prompts.at_read(lens.run(reading.prompts))
+    ids = reading.read.ids.to(weight.device)
+    few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final.device))
+    few = few if bias is None else few + bias[ids.to(bias.device)].to(final.device)
+    return reading.read.of(few.to(lens.gate_dtype))
 
 
-def _columns(
-    lens: LoraLens, reading: Reading, final: Tensor, weight: Tensor, bias: Tensor | None
-) -> Float[Tensor, "batch"]:
-    columns = cast(Columns, reading.read)
-    ids, last = columns.ids.to(weight.device), reading.prompts.at_read(final)
-    few = torch.einsum("rd,rkd->rk", last, weight[ids].to(last.device))
-    few = few if bias is None else few + bias[ids.to(bias.device)].to(last.device)
-    return columns.of(few.to(lens.gate_dtype))
+def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
+    """One forward pass under the hooks now on the model: log p of each token of a response.
+
+    Zero beyond a prompt's own tokens. The reading must be of one response a prompt.
+    """
+    read = cast(LogProbs, reading.read)
+    return read.by_token(_log_probs(lens, reading, read))
 
 
-def _log_probs(
-    lens: LoraLens, reading: Reading, final: Tensor, weight: Tensor, bias: Tensor | None
-) -> Float[Tensor, "batch"]:
+def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor, "pick"]:
     """A few picks at a time; on the way back the logits of those are computed once more."""
-    read, prompts = cast(LogProbs, reading.read), reading.prompts
-    at = prompts.at_slots(final) if prompts.reads is not None else prompts.at_read(final)
+    unembedding, prompts = _plain_unembedding(lens), reading.prompts
+    if unembedding is None:
+        logits = read_logits(lens, prompts)
+        return read.log_probs(logits[read.places(logits.device)])
+    weight, bias = unembedding
+    with _no_unembedding(lens):
+        final = lens.run(prompts)
+    at = prompts.at_read(final) if prompts.reads is None else prompts.at_slots(final)
     picked = at[read.places(at.device)].to(weight.device)
 
     def of_some(residual: Tensor, some: Tensor) -> Tensor:
@@ -107,7 +112,14 @@ def _log_probs(
         else of_some(picked[some], some)
         for some in chunks
     ]
-    return read.of(torch.cat(found))
+    return torch.cat(found)
+
+
+def _plain_unembedding(lens: LoraLens) -> tuple[Tensor, Tensor | None] | None:
+    """(W_U, b_U) where the logits are final @ W_U + b_U and nothing else; None otherwise."""
+    unembedding = lens.plan.host.unembedding()
+    changed = any(map(_is_changed, lens.model.unembed.modules()))
+    return None if changed else unembedding
 
 
 def _is_changed(module: torch.nn.Module) -> bool:

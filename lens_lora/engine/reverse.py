@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.function import read_value, require_finite
+from lens_lora.engine.function import read_tokens, read_value, require_finite
 from lens_lora.engine.parts import parts
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.hooked.basis import SiteMap
@@ -37,6 +37,7 @@ __all__ = [
     "require_split",
     "site_gradients",
     "site_slopes",
+    "token_slopes",
 ]
 
 Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
@@ -46,14 +47,16 @@ class _TapInject:
     """Adds ε_l ΔW_l z_l and shows the visitor each injection on the way back."""
 
     def __init__(
-        self, lens: LoraLens, gates: Float[Tensor, "*row site"], visit: Visit, leaves: list[Tensor]
+        self, lens: LoraLens, gates: Float[Tensor, "*row site"], leaves: list[Tensor]
     ) -> None:
         self._scaled = ScaleInject(lens.plan, gates)
         self._injections = lens.plan.injections
         self._kinds = [site.kind for site in lens.sites]
         self._gates = gates
-        self._visit, self._leaves = visit, leaves
-        self.seen: set[int] = set()
+        self._names = [site.name for site in lens.sites]
+        self._leaves = leaves
+        self._seen: set[int] = set()
+        self.visit: Visit = _nothing
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
         injection = self._injections[index]
@@ -66,11 +69,24 @@ class _TapInject:
         kept = z.detach()
 
         def on_gradient(gradient: Tensor) -> None:
-            self.seen.add(injection.site)
-            self._visit(injection, partner, gradient.flatten(2), kept)
+            self._seen.add(injection.site)
+            self.visit(injection, partner, gradient.flatten(2), kept)
 
         moved.register_hook(on_gradient)
         return moved
+
+    def require_all_seen(self) -> None:
+        """Raise ModelStateError where a gradient did not reach some site."""
+        missed = [name for i, name in enumerate(self._names) if i not in self._seen]
+        if missed:
+            raise ModelStateError(
+                f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does "
+                "not depend on it, or a hook on the model detaches its output."
+            )
+
+
+def _nothing(*given: object) -> None:
+    """The visitor before there is one."""
 
 
 def _leaf(lens: LoraLens) -> str:
@@ -94,6 +110,45 @@ def site_gradients(
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
+    values, leaves, tap = _tapped(lens, gates, lambda: read_value(lens, reading))
+    tap.visit = visit
+    torch.autograd.grad(values.sum(), leaves)
+    tap.require_all_seen()
+    return values.detach()
+
+
+def gradients_of_each(
+    lens: LoraLens,
+    gates: Float[Tensor, "*row site"],
+    read: Callable[[], Float[Tensor, "batch token"]],
+    visit_of: Callable[[int], Visit],
+) -> None:
+    """As `site_gradients`, for each token of a response in turn.
+
+    One forward pass, and a backward pass for each token.
+
+    Args:
+        lens: the adapter over the model.
+        gates: one for all rows, or each row's own.
+        read: runs the rows under the hooks that are then on the model, and reads each token.
+        visit_of: the visitor of a token, by its index.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site.
+    """
+    values, leaves, tap = _tapped(lens, gates, read)
+    for token in range(values.shape[1]):
+        tap.visit = visit_of(token)
+        torch.autograd.grad(
+            values[:, token].sum(), leaves, retain_graph=token + 1 < values.shape[1]
+        )
+    tap.require_all_seen()
+
+
+def _tapped(
+    lens: LoraLens, gates: Float[Tensor, "*row site"], read: Callable[[], Tensor]
+) -> tuple[Tensor, list[Tensor], _TapInject]:
+    """What was read, the leaves of its graph, and the taps in between."""
     leaves: list[Tensor] = []
 
     def start(tensor: Tensor, hook: Any) -> Tensor:
@@ -101,18 +156,9 @@ def site_gradients(
         leaves.append(tensor.detach().requires_grad_())
         return leaves[-1]
 
-    tap = _TapInject(lens, gates, visit, leaves)
-    with torch.enable_grad():
-        with lens.injected(tap, before=[(_leaf(lens), start)]):
-            values = read_value(lens, reading)
-        torch.autograd.grad(values.sum(), leaves)
-    missed = [site.name for i, site in enumerate(lens.sites) if i not in tap.seen]
-    if missed:
-        raise ModelStateError(
-            f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does not "
-            "depend on it, or a hook on the model detaches its output."
-        )
-    return values.detach()
+    tap = _TapInject(lens, gates, leaves)
+    with torch.enable_grad(), lens.injected(tap, before=[(_leaf(lens), start)]):
+        return read(), leaves, tap
 
 
 def site_slopes(
@@ -126,45 +172,85 @@ def site_slopes(
     Raises:
         ModelStateError: a gradient did not reach some site, or a split does not exist.
     """
-    prompts = reading.prompts
-    shape = (prompts.batch, len(lens.sites), *part_slots(lens, prompts, axes))
-    values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-    totals = torch.zeros(shape[:2], dtype=lens.gate_dtype, device=lens.device)
-    heads_of = lens.heads
+    slopes = _Slopes(lens, reading, axes)
+    site_gradients(lens, reading, gates, slopes.visit)
+    return slopes.by_prompt()
 
-    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
-        kind = lens.sites[injection.site].kind
-        heads = heads_of.of(kind)
+
+def token_slopes(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "site"],
+    axes: tuple[str, ...],
+) -> Float[Tensor, "batch site *by_and_token"]:
+    """∂ℓ_t/∂ε_l of each token t of a response, split. One forward and a backward pass a token.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site, or a split does not exist.
+    """
+    each: list[_Slopes] = []
+
+    def visit_of(token: int) -> Visit:
+        del token
+        each.append(_Slopes(lens, reading, axes))
+        return each[-1].visit
+
+    gradients_of_each(lens, gates, lambda: read_tokens(lens, reading), visit_of)
+    return torch.stack([slopes.by_prompt() for slopes in each], -1)
+
+
+class _Slopes:
+    """Sums up ∂g/∂ε_l and its parts while the gradients come by."""
+
+    def __init__(self, lens: LoraLens, reading: Reading, axes: tuple[str, ...]) -> None:
+        self._lens, self._reading, self._axes = lens, reading, axes
+        self._heads = lens.heads
+        shape = (len(reading.owner), len(lens.sites), *part_slots(lens, reading.prompts, axes))
+        self._values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+        self._totals = self._values.new_zeros(shape[:2])
+
+    def by_prompt(self) -> Float[Tensor, "batch site *by"]:
+        """What was summed up.
+
+        Raises:
+            ModelStateError: parts by position that do not add up to their site.
+        """
+        values, plan = self._reading.by_prompt(self._values), self._lens.plan
+        if "position" in self._axes:
+            totals = self._reading.by_prompt(self._totals)
+            require_split(self._lens, values, totals[:, plan.with_constants])
+        return values
+
+    def visit(
+        self, injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor
+    ) -> None:
+        """Add what one injection contributes."""
+        kind, axes = self._lens.sites[injection.site].kind, self._axes
+        heads = self._heads.of(kind)
 
         def of(site_map: SiteMap, by: tuple[str, ...]) -> Tensor:
             found = parts(site_map, kind, heads, gradient, z, by)
             if weight is not None:
                 found = weight.to(found.device).view(-1, *[1] * (found.ndim - 1)) * found
-            return found.to(values.device)
+            return found.to(self._values.device)
 
         if not axes:
-            values[:, injection.site].add_(of(injection.map, axes))
+            self._values[:, injection.site].add_(of(injection.map, axes))
             return
         split = injection.map_by_position if "position" in axes else injection.map
         if split is not injection.map:
-            totals[:, injection.site] += of(injection.map, ())
+            self._totals[:, injection.site] += of(injection.map, ())
         if split is None:
             return
         found = of(split, axes)
         if kind == "unembed" and "position" in axes:
-            found = _at_read_positions(prompts, found)
+            found = _at_read_positions(self._reading.prompts, found)
         slots: list[int | slice] = [slice(None), injection.site]
         for axis in axes:
             size = found.shape[1 + axes.index(axis)]
             whole = axis == "head" and not heads
             slots.append(slice(-1, None) if whole else slice(0, size))
-        values[tuple(slots)] += found
-
-    site_gradients(lens, reading, gates, visit)
-    values = reading.by_prompt(values)
-    if "position" in axes:
-        require_split(lens, values, reading.by_prompt(totals)[:, lens.plan.with_constants])
-    return values
+        self._values[tuple(slots)] += found
 
 
 def part_slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple[int, ...]:

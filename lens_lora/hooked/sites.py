@@ -181,17 +181,18 @@ def _layer_label(site: Site) -> str:
     return site.kind if site.kind in (*EMBEDDING_KINDS, "unembed") else f"layer {site.layer}"
 
 
-def by_axes(by: tuple[str, ...] | str) -> tuple[str, ...]:
+def by_axes(by: tuple[str, ...] | str, axes: tuple[str, ...] = AXES) -> tuple[str, ...]:
     """`by` in canonical order.
 
     Args:
-        by: one axis or several of 'position', 'head', 'rank'.
+        by: one axis or several.
+        axes: those that there are: 'position', 'head', 'rank'; of a response also 'token'.
 
     Raises:
         ArgumentError: any other axis.
     """
     wanted = (by,) if isinstance(by, str) else tuple(by)
-    unknown = [axis for axis in wanted if axis not in AXES]
+    unknown = [axis for axis in wanted if axis not in axes]
     if unknown:
-        raise ArgumentError(f"by={unknown}: expected any of {AXES}.")
-    return tuple(axis for axis in AXES if axis in wanted)
+        raise ArgumentError(f"by={unknown}: expected any of {axes}.")
+    return tuple(axis for axis in axes if axis in wanted)

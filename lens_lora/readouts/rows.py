@@ -131,6 +131,22 @@ class LogProbs:
         weighted = log_probs * self.weights.to(log_probs)
         return summed.index_add(0, self.owner.to(to), weighted)
 
+    @property
+    def is_one_response(self) -> bool:
+        """Whether each prompt has one response, none of whose tokens is left out."""
+        return self.slots is not None and bool((self.weights > 0).all())
+
+    def by_token(self, log_probs: Float[Tensor, "pick"]) -> Float[Tensor, "batch token"]:
+        """Each token's term of g, zero beyond a response's own tokens; of one response a prompt.
+
+        Args:
+            log_probs: of each pick's token.
+        """
+        slots = torch.zeros_like(self.rows) if self.slots is None else self.slots
+        where = self.owner.to(log_probs.device), slots.to(log_probs.device)
+        terms = log_probs.new_zeros(self.batch, int(slots.max()) + 1)
+        return terms.index_put(where, log_probs * self.weights.to(log_probs))
+
     def repeat(self, times: int) -> LogProbs:
         """The readout of every row several times: r0 r0 … r1 r1 …
 

@@ -189,3 +189,69 @@ def test_reads_must_fit():
     for reads in ([8, 1], [1, 0], [1]):
         with pytest.raises(ll.PromptError, match="reads are"):
             dataclasses.replace(good, reads=torch.tensor(reads))
+
+
+def term_by_peft(case: cases.Case, prompt: int, token: int, module: str, factor: float) -> float:
+    """log p(y_t | x, y_<t) with one module's scale multiplied."""
+    old = cases.set_peft_scale(case.peft, module, factor)
+    row = torch.cat([models.tokens()[prompt, : LENGTHS[prompt]], RESPONSES[prompt]])
+    with torch.no_grad():
+        logits = case.peft(row[None]).logits[0, LENGTHS[prompt] - 1 + token]
+    case.peft.base_model.model.get_submodule(module).scaling["default"] = old
+    return float(logits.log_softmax(-1)[RESPONSES[prompt][token]])
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_tokens_against_differences_of_peft(cls: str):
+    """A_lt at ε = 1 by central differences of one module's scale in PEFT's model."""
+    case, step = cases.case("llama", cls, "raw"), 1e-5
+    found = ll.first_order(case.lens, prompts(), READOUTS["log_prob"], at=1.0, by="token")
+    assert found.values.shape == (2, len(case.lens.sites), 6)
+    for prompt, site, token in ((0, 0, 0), (0, 5, 5), (1, 9, 1), (0, 13, 3)):
+        module = case.lens.sites[site].module
+        up, down = (term_by_peft(case, prompt, token, module, f) for f in (1 + step, 1 - step))
+        slope = (up - down) / (2 * step)
+        assert float(found.values[prompt, site, token]) == pytest.approx(slope, abs=1e-8)
+
+
+def test_tokens_sum_to_the_response(lens: ll.LoraLens):
+    """In every way; beyond a response is NaN; the table has the tokens that exist."""
+    whole = ll.first_order(lens, prompts(), READOUTS["log_prob"], at=0.3)
+    ways = [{"mode": "reverse"}, {"mode": "forward"}, {"by": ("token", "head", "rank")}]
+    for way in ways:
+        arguments = {"by": "token"} | way
+        found = ll.first_order(
+            lens, prompts(), READOUTS["log_prob"], at=0.3, progress=False, **arguments
+        )
+        assert (found.per_site - whole.values).abs().max() < 1e-11
+        assert found.by[-1] == "token" and (found.shift - whole.shift).abs().max() < 1e-12
+        beyond = found.values.isnan()
+        assert beyond[1, ..., 2:].all() and not beyond[0].any() and not beyond[1, ..., :2].any()
+        assert torch.equal(found.per_token.isnan().sum(1), torch.tensor([0, 4]))
+    by = ("position", "token")
+    split = ll.first_order(lens, prompts(), READOUTS["log_prob"], at=0.3, by=by)
+    one = ll.first_order(lens, prompts(), READOUTS["log_prob"], at=0.3, by="token")
+    assert (split.values.sum(2) - one.values)[0].abs().max() < 1e-11
+    for t in range(5):
+        assert split.values[0, :, 7 + t :, t].abs().max() == 0, "no token is moved by a later one"
+    frame = one.to_frame()
+    assert len(frame) == len(lens.sites) * 8
+    assert set(frame.loc[frame["prompt"] == 1, "t"]) == {0, 1}
+    assert (
+        frame.loc[(frame["prompt"] == 0) & (frame["t"] == 2), "y_t"].iloc[0] == lens.decode([12])[0]
+    )
+
+
+def test_tokens_are_saved(lens: ll.LoraLens, tmp_path):
+    found = ll.first_order(lens, prompts(), READOUTS["log_prob"], by="token")
+    again = ll.Attribution.load(found.save(tmp_path / "tokens.safetensors"))
+    assert torch.equal(again.values.nan_to_num(), found.values.nan_to_num())
+    assert again.response == found.response
+
+
+@pytest.mark.parametrize("readout", [READOUTS["margin"], ll.Margin(5, 9), ll.LogProb(5)])
+def test_only_a_response_has_tokens(lens: ll.LoraLens, readout: ll.Readout):
+    with pytest.raises(ll.ArgumentError, match="by='token' splits"):
+        ll.first_order(lens, prompts(), readout, by="token")
+    with pytest.raises(ll.ArgumentError, match=r"by=\['token'\]: expected any of"):
+        ll.path_attribution(lens, prompts(), readout, by="token", progress=False)
