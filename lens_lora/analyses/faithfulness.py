@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.analyses import rankings
+from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import readout_at
 from lens_lora.errors import ArgumentError
@@ -104,7 +105,7 @@ class Faithfulness(Measured):
         Raises:
             ArgumentError: no such ranking.
         """
-        enough = self.keep[self._index(name)] >= share
+        enough = self.keep[self._index(name)] >= number("share", share)
         first = self.fractions[enough.int().argmax(-1)]
         return torch.where(enough.any(-1), first, torch.full_like(first, float("nan")))
 
@@ -177,7 +178,7 @@ class Faithfulness(Measured):
         return self.names.index(name)
 
     def _nearest(self, fraction: float) -> int:
-        if not 0 <= fraction <= 1:
+        if not 0 <= number("fraction", fraction) <= 1:
             raise ArgumentError(f"fraction {fraction}: expected a number from 0 to 1.")
         return int((self.fractions - fraction).abs().argmin())
 
@@ -216,8 +217,7 @@ def faithfulness(
         progress: show a bar.
 
     Raises:
-        ArgumentError: scores of other sites, prompts or readouts; a fraction outside 0 to 1; no
-            draws; greedy on more than 40 sites.
+        ArgumentError: scores of something else; fractions outside 0 to 1; greedy on many sites.
         NumericsError: a non-finite readout.
     """
     return faithfulness_of(
@@ -251,9 +251,8 @@ def faithfulness_of(
         fractions, baselines, greedy, draws, seed, progress: as for `faithfulness`.
     """
     lens = asked.lens
-    counts = _counts(_FRACTIONS if fractions is None else fractions, len(lens.sites))
-    if draws < 1:
-        raise ArgumentError(f"draws={draws}; expected at least 1.")
+    counts = _counts(fractions, len(lens.sites))
+    draws, seed = whole("draws", draws, 1), whole("seed", seed, 0)
     given = rankings.named(attribution)
     orders = rankings.orders_of(asked, given, baselines=baselines, greedy=greedy, progress=progress)
     every = torch.stack(list(orders.values()))
@@ -279,11 +278,12 @@ def faithfulness_of(
     )
 
 
-def _counts(fractions: Sequence[float], sites: int) -> tuple[int, ...]:
+def _counts(given: Sequence[float] | None, sites: int) -> tuple[int, ...]:
     """How many sites each fraction is, without repeats: 0, 1 and all of them among them."""
+    fractions = _FRACTIONS if given is None else numbers_of("fractions", given)
     for fraction in fractions:
         if not 0 <= fraction <= 1:
-            raise ArgumentError(f"fraction {fraction}: expected numbers from 0 to 1.")
+            raise ArgumentError(f"fraction {fraction:g}: expected numbers from 0 to 1.")
     return tuple(sorted({0, 1, sites, *(max(1, round(f * sites)) for f in fractions if f)}))
 
 

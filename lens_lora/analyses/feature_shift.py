@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lens_lora.analyses.directions import Projection, directions_of
 from lens_lora.analyses.hook_points import known_point
+from lens_lora.arguments import number
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.dual_pass import dual_forward, tangent_of
 from lens_lora.engine.forward import JointInject
@@ -204,7 +205,7 @@ def feature_shift(
         NumericsError: non-finite activations.
     """
     asked, features = ask_prompts(lens, prompts), directions_of(directions)
-    ready, gates = asked.prompts, lens.gates(scale)
+    ready, gates, at = asked.prompts, lens.gates(scale), number("at", at)
     name = _point(lens, name or features.hook_name)
     project = Projection(ready, features, positions)
     with torch.no_grad():
@@ -226,7 +227,7 @@ def feature_shift(
         noise_floor=2**0.5 * noise.square().mean(1).sqrt(),
         activations=_activations(project, base, adapted),
         name=name,
-        positions=positions,
+        positions="each" if positions == "each" else int(positions),
         str_tokens=asked.str_tokens,
         features=features.kind,
         units=features.units,

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.directions import Projection, directions_of
+from lens_lora.arguments import number
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ModelStateError, SiteError
@@ -144,7 +145,7 @@ def feature_writes(
         ModelStateError: the model normalises what they write (Gemma 2 and 3).
         ArgumentError: as `feature_shift`.
     """
-    asked, features = ask_prompts(lens, prompts), directions_of(directions)
+    asked, features, at = ask_prompts(lens, prompts), directions_of(directions), number("at", at)
     writers = [i for i, site in enumerate(lens.sites) if site.kind in WRITER_KINDS]
     if not writers:
         raise SiteError(
@@ -165,7 +166,7 @@ def feature_writes(
     return FeatureWrites(
         values=values,
         sites=tuple(lens.sites[i] for i in writers),
-        positions=positions,
+        positions=int(positions),
         str_tokens=asked.str_tokens,
         features=features.kind,
         units=features.units,

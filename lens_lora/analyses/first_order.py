@@ -22,18 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.by_token import by_token, own_tokens_only, response_tokens
+from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
-from lens_lora.engine.dual_pass import tangent_of
-from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.function import gated_logits, read_logits, require_finite
 from lens_lora.engine.gate_graph import gate_graph
-from lens_lora.engine.reverse import (
-    part_slots,
-    require_finite_sites,
-    require_split,
-    site_slopes,
-)
+from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.engine.tangent_slopes import tangent_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
@@ -132,17 +127,20 @@ def first_order_of(
         NumericsError: a derivative that is not finite, naming the site.
     """
     lens, reading, axes = asked.lens, asked.reading, by_axes(by, (*AXES, "token"))
-    way, gates = chosen_mode(mode, lens, 1), lens.gates(float(at))
+    at = number("at", at)
+    way, gates = chosen_mode(mode, lens, 1), lens.gates(at)
     with _under(rules, lens, reading.prompts):
         if "token" in axes:
             values = by_token(asked, gates, axes[:-1], mode, max_memory, progress)
         elif way == "forward":
-            values = _forward(asked, gates, axes, max_memory, progress)
+            values = tangent_slopes(
+                lens, reading, gates, axes, max_memory=max_memory, progress=progress
+            )
         else:
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
     method = "first_order" if rules is None else f"first_order/{rules.key}"
-    return labelled(asked, values, axes, method=method, at=float(at))
+    return labelled(asked, values, axes, method=method, at=at)
 
 
 @contextlib.contextmanager
@@ -150,6 +148,8 @@ def _under(rules: FrozenRules | None, lens: LoraLens, prompts: Prompts) -> Gener
     if rules is None:
         yield
         return
+    if not isinstance(rules, FrozenRules):
+        raise ArgumentError(f"rules={rules!r}: expected FrozenRules(…), or None.")
     first = prompts.row(0)
     few = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
     require_held(lens.plan.host, rules, lambda: lens.run(few))
@@ -189,63 +189,6 @@ def labelled(
     )
 
 
-def _forward(
-    asked: Asked,
-    gates: Float[Tensor, "site"],
-    axes: tuple[str, ...],
-    max_memory: float | None,
-    progress: bool,
-) -> Float[Tensor, "batch site *by"]:
-    lens, reading = asked.lens, asked.reading
-    prompts = reading.prompts
-    shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))
-    values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-    wanted = _all_parts(lens, prompts, axes)
-
-    def read(rows: Float[Tensor, "row part *slot vocab"]) -> Float[Tensor, "batch part"]:
-        many = reading.repeat(rows.shape[1])
-        return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
-
-    def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part"]:
-        return part_tangents(
-            lens, prompts, gates, some, read, max_memory=max_memory, progress=progress
-        )
-
-    slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
-    values[(slice(None), [part.site for part in wanted], *slots)] = tangents(wanted)
-    whole = [Part(index) for index in lens.plan.with_constants]
-    if "position" in axes and whole:
-        require_split(lens, values, tangents(whole))
-    return values
-
-
-def _last_if_none(slot: int | None) -> int:
-    return -1 if slot is None else slot
-
-
-def _all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[Part]:
-    found = []
-    for index, site in enumerate(lens.sites):
-        heads = lens.heads.of(site.kind)
-        ranges = {
-            "position": range(prompts.tokens.shape[1]),
-            "head": range(_head_slots(lens, index)) if heads else [None],
-            "rank": range(site.rank),
-        }
-        options = [
-            ranges[axis] if axis in axes else [None] for axis in ("position", "head", "rank")
-        ]
-        found += [Part(index, p, h, r) for p in options[0] for h in options[1] for r in options[2]]
-    return found
-
-
-def _head_slots(lens: LoraLens, index: int) -> int:
-    """The site's heads, and one slot more where a bias belongs to none of them."""
-    by_head = lens.maps[index].a0_by_head
-    heads = lens.heads.of(lens.sites[index].kind)
-    return heads if by_head is None else len(by_head)
-
-
 @alone
 def first_orders(
     lens: LoraLens,
@@ -277,8 +220,9 @@ def first_orders(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    if not readouts:
-        raise ArgumentError("readouts=[] asks for nothing; give at least one.")
+    if not isinstance(readouts, Sequence) or not readouts:
+        raise ArgumentError(f"readouts={readouts!r}: expected a list of at least one.")
+    at = number("at", at)
     prompt_rows = ask_prompts(lens, prompts)
     every = [prompt_rows.about(readout) for readout in readouts]
     found: dict[int, Attribution] = {}
@@ -288,7 +232,7 @@ def first_orders(
         _share_ends(some)
         slopes = _slopes(some, at, max_memory, progress)
         for i, asked, values in zip(together, some, slopes, strict=True):
-            found[i] = labelled(asked, values, method="first_order", at=float(at))
+            found[i] = labelled(asked, values, method="first_order", at=at)
     for i, asked in enumerate(every):
         if i not in found:
             found[i] = first_order_of(asked, at=at, progress=progress)
@@ -305,7 +249,7 @@ def _slopes(
         logits = read_logits(lens, prompts)
         return torch.stack([asked.reading.read(logits) for asked in some])
 
-    graph = gate_graph(lens, prompts, lens.gates(float(at)), read)
+    graph = gate_graph(lens, prompts, lens.gates(at), read)
     step = covectors_at_once(lens, prompts, max_memory)
     slopes = graph.slopes_of_each(step, progress=progress)
     for of_one in slopes:

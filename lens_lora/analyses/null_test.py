@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from lens_lora.adapters.random_directions import null_adapter
 from lens_lora.analyses.first_order import first_order_of
+from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
-from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.site_factors import fused_rows
 from lens_lora.lens import LoraLens
@@ -208,7 +208,7 @@ def null_test(
         UnsupportedAdapterError: DoRA or trained biases; names the remedy.
         NumericsError: non-finite derivatives, naming the site.
     """
-    _require_several(draws)
+    draws, seed = _checked(draws, seed)
     asked = ask(lens, prompts, readout)
     first = first_order_of(asked)
     return null_test_of(asked, first, draws=draws, seed=seed, progress=progress)
@@ -234,7 +234,7 @@ def null_test_of(
         UnsupportedAdapterError: DoRA or trained biases; names the remedy.
         NumericsError: non-finite derivatives, naming the site.
     """
-    _require_several(draws)
+    draws, seed = _checked(draws, seed)
     lens, reading = asked.lens, asked.reading
     seeds = tuple(int(s) for s in np.random.SeedSequence(seed).generate_state(draws))
     parts = _parts_of_fused(lens)
@@ -258,9 +258,9 @@ def null_test_of(
     )
 
 
-def _require_several(draws: int) -> None:
-    if draws < 2:
-        raise ArgumentError(f"draws={draws}; expected at least 2, for a spread to compare with.")
+def _checked(draws: int, seed: int) -> tuple[int, int]:
+    """At least two draws, for a spread to compare with."""
+    return whole("draws", draws, 2), whole("seed", seed, 0)
 
 
 def _parts_of_fused(lens: LoraLens) -> dict[str, list[Tensor]]:

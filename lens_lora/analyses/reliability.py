@@ -35,6 +35,7 @@ from torch import Tensor
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.patch_sites import How, require_how
 from lens_lora.analyses.screen import Screen
+from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
@@ -285,9 +286,9 @@ def reliability_of(
 
 def _check(how: str, threshold: float, floor: float) -> None:
     require_how(how)
-    if not 0 < threshold < 1:
+    if not 0 < number("threshold", threshold) < 1:
         raise ArgumentError(f"threshold={threshold}; a score lies between 0 and 1.")
-    if not 0 <= floor < 1:
+    if not 0 <= number("floor", floor) < 1:
         raise ArgumentError(f"floor={floor}; expected a share of Σ|a|, from 0 to below 1.")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder import CHECKPOINTS
+from lens_lora.arguments import numbers_of
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
@@ -144,7 +145,7 @@ def remainder_curve(
         progress: show a bar.
 
     Raises:
-        ArgumentError: scales=[].
+        ArgumentError: no scales, or something that is no number.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
@@ -167,10 +168,10 @@ def remainder_curve_of(
         scales, progress: as for `remainder_curve`.
 
     Raises:
-        ArgumentError: scales=[].
+        ArgumentError: no scales, or something that is no number.
         NumericsError: a readout that is not finite.
     """
-    given = _usual_scales() if scales is None else [float(scale) for scale in scales]
+    given = _usual_scales() if scales is None else numbers_of("scales", scales)
     if not given:
         raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
     lens, floor = asked.lens, asked.noise_floor

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.noise import noise_floor
+from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout, bound
@@ -153,8 +154,13 @@ def ask_prompts(lens: LoraLens, prompts: PromptsLike) -> Asked:
         prompts: strings, ids or `Prompts`.
 
     Raises:
+        ArgumentError: something that is no lens.
         PromptError: a prompt that does not fit the model.
         ModelStateError: the model is not as it was when the lens was made.
     """
+    if not isinstance(lens, LoraLens):
+        raise ArgumentError(
+            f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
+        )
     lens.plan.check_state()
     return Asked(lens, lens.prompts(prompts))

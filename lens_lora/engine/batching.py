@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from lens_lora.arguments import number, word
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
@@ -77,8 +78,7 @@ def chosen_mode(mode: Mode, lens: LoraLens, readouts: int) -> Literal["forward",
     Raises:
         ArgumentError: another mode.
     """
-    if mode not in get_args(Mode):
-        raise ArgumentError(f"mode {mode!r}: expected 'auto', 'forward' or 'reverse'.")
+    word("mode", mode, get_args(Mode))
     return cheaper_mode(lens, readouts) if mode == "auto" else mode
 
 
@@ -138,6 +138,7 @@ def _derivatives_at_once(
     rows = min(_within(tokens, run.tokens.numel()), _within(_DERIVATIVE_LOGITS, logits))
     if max_memory is None:
         return rows
+    max_memory = number("max_memory", max_memory)
     needed, always = row_bytes(lens, run, read), pass_bytes(lens)
     # The first row of a pass carries no tangent.
     fitting = int((max_memory - always) // needed) - 1

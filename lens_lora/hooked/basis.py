@@ -57,7 +57,7 @@ class SiteMap:
     a0: Float[Tensor, "rank"] | None
     a0_by_head: Float[Tensor, "head rank"] | None = None
     B_by_head: Float[Tensor, "head out rank"] | None = None
-    A_behind_gamma: Float[Tensor, "rank in"] | None = None
+    A_behind_gamma: Float[Tensor, "_rank in"] | None = None
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """(B, A) with BA the change of the model's own weight by merging, without a change of bias.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Mapping, Sequence
 from numbers import Real as RealNumber
 
@@ -12,6 +10,7 @@ from jaxtyping import Float, Real
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from lens_lora.arguments import number, one_entry
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hooked.sites import match_sites
 
@@ -32,7 +31,7 @@ def gates_of(
 
     Raises:
         SiteError: a name that matches no site, or a tensor without one gate per site.
-        ArgumentError: what is no number, tensor or mapping; NaN, or an infinite gate.
+        ArgumentError: what is no number, tensor or mapping; NaN, infinity, a truth value.
     """
     if isinstance(scale, Mapping):
         given = match_sites(names, scale)
@@ -42,7 +41,7 @@ def gates_of(
     elif scale.shape[-1] != len(names):
         raise SiteError(f"{scale.shape[-1]} gates for {len(names)} sites: pass one per site.")
     else:
-        gates = scale.to(dtype)
+        gates = _real(scale).to(dtype)
     return _finite(gates)
 
 
@@ -57,12 +56,18 @@ def _finite(gates: Float[Tensor, "*batch site"]) -> Float[Tensor, "*batch site"]
 
 
 def _number(value: object, dtype: torch.dtype) -> Float[Tensor, ""]:
-    if isinstance(value, Tensor) and not value.ndim and not value.is_complex():
-        return value.to(dtype)
-    if isinstance(value, RealNumber):
-        is_huge = isinstance(value, int) and abs(value) > sys.float_info.max
-        return torch.tensor(math.inf if is_huge else float(value), dtype=dtype, device="cpu")
+    if isinstance(value, Tensor) and not value.ndim:
+        return _real(value).to(dtype)
+    plain = one_entry(value)
+    if isinstance(plain, RealNumber):
+        return torch.tensor(number("scale", plain), dtype=dtype, device="cpu")
     raise ArgumentError(
         f"a scale of type {type(value).__name__}: expected a number, a tensor with one gate per "
         "site, or {site name or glob: number}."
     )
+
+
+def _real(gates: Tensor) -> Tensor:
+    if gates.is_complex() or gates.dtype == torch.bool:
+        raise ArgumentError(f"gates of {gates.dtype}: expected real numbers.")
+    return gates

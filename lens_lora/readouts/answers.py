@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lens_lora import arguments
 from lens_lora.errors import TokenError
 from lens_lora.readouts.prompts import Prompts, require_context, which_prompt
 from lens_lora.readouts.readout import Margin, Readout, TokenLike, name_of, token_ids
@@ -136,9 +138,9 @@ def _require_no_lost_space(model: Any, answer: str) -> None:
 def _token(answer: AnswerLike) -> TokenLike:
     if isinstance(answer, str | int):
         return answer
-    if isinstance(answer, Tensor):
+    if isinstance(answer, Tensor | numbers.Integral):
         return int(answer)
-    return [a if isinstance(a, str | int) else int(a) for a in answer]
+    return [a if isinstance(a, str) else int(a) for a in answer]
 
 
 def answer_ids(model: Any, answer: AnswerLike, batch: int) -> list[Ids]:
@@ -162,9 +164,9 @@ def answer_ids(model: Any, answer: AnswerLike, batch: int) -> list[Ids]:
 
 
 def _items(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
-    if isinstance(answer, str | int | Tensor):
+    if isinstance(answer, str | Tensor) or arguments.is_whole(answer):
         return [answer] * batch
-    if not isinstance(answer, Sequence):
+    if isinstance(answer, bytes) or not isinstance(answer, Sequence):
         raise TokenError(
             f"the answer is {answer!r}; expected a string with its leading space, a token id, or "
             "a list with one of them per prompt."
@@ -174,12 +176,15 @@ def _items(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
 
 def _ids(model: Any, answer: str | int | Tensor) -> Ids:
     if isinstance(answer, str):
+        arguments.text("the answer", answer, TokenError)
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise TokenError(f"the model has no tokenizer to look up {answer!r}; pass token ids.")
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    elif isinstance(answer, Tensor | int):
-        ids = torch.as_tensor(answer).flatten().tolist()
+    elif arguments.is_whole(answer):
+        ids = [int(answer)]
+    elif isinstance(answer, Tensor):
+        ids = _of_tensor(answer)
     else:
         raise TokenError(f"{answer!r} is neither a string nor token ids.")
     if not ids:
@@ -191,6 +196,18 @@ def _ids(model: Any, answer: str | int | Tensor) -> Ids:
             f"{model.cfg.d_vocab} tokens."
         )
     return tuple(int(i) for i in ids)
+
+
+def _of_tensor(answer: Tensor) -> list[int]:
+    """The ids of one answer: of [token], or of [1, token] as a tokenizer gives them."""
+    ids = arguments.integers("the answer's token ids", answer, TokenError)
+    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+    if ids.ndim > 1:
+        raise TokenError(
+            f"the answer's token ids have the shape {tuple(ids.shape)}; expected [token], or a "
+            "list of such tensors, one per prompt."
+        )
+    return ids.flatten().tolist()
 
 
 def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]]) -> Reading:

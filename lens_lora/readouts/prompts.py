@@ -7,13 +7,14 @@ count from the left, so every activation of a prompt is the same as without padd
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lens_lora import arguments
 from lens_lora.errors import PromptError
 
 __all__ = ["Prompts", "PromptsLike", "prepare", "require_context", "which_prompt"]
@@ -27,10 +28,13 @@ class Prompts:
         2
 
     Args:
-        tokens: [batch, pos] ids, padded on the right.
+        tokens: [batch, pos] ids of any integer dtype, kept as int64; padded on the right.
         lengths: [batch], real tokens of each prompt.
         reads: [batch], how many of its last tokens each prompt is read at, which has a slot for
             each; None for the last one only.
+
+    Raises:
+        PromptError: other shapes or types, no token, or a length beyond the tokens.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -38,8 +42,9 @@ class Prompts:
     reads: Int[Tensor, "batch"] | None = None
 
     def __post_init__(self) -> None:
-        _require_integers("token ids", self.tokens)
-        _require_integers("lengths", self.lengths)
+        for name, what in (("tokens", "token ids"), ("lengths", "lengths")):
+            values = arguments.integers(what, getattr(self, name), PromptError)
+            object.__setattr__(self, name, values)
         if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
             raise PromptError(
                 f"tokens are {tuple(self.tokens.shape)} and lengths {tuple(self.lengths.shape)}; "
@@ -53,7 +58,7 @@ class Prompts:
                 "positions of the tokens."
             )
         if self.reads is not None:
-            _require_integers("reads", self.reads)
+            object.__setattr__(self, "reads", arguments.integers("reads", self.reads, PromptError))
             outside = (self.reads < 1) | (self.reads > self.lengths)
             if self.reads.shape != self.lengths.shape or bool(outside.any()):
                 raise PromptError(
@@ -195,13 +200,13 @@ def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
 
 
 def _strings(prompts: Any) -> list[str]:
-    strings = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(strings, Iterable) or not all(isinstance(s, str) for s in strings):
+    has_order = isinstance(prompts, Iterable) and not isinstance(prompts, Mapping | Set)
+    strings: list[Any] = [prompts] if isinstance(prompts, str) or not has_order else list(prompts)
+    if not all(isinstance(s, str) for s in strings):
         raise PromptError(
             f"prompts are {prompts!r}; expected a string, a list of strings, or a tensor of token "
             "ids [batch, pos]."
         )
-    strings = list(strings)
     if not strings:
         raise PromptError("no prompts: the list is empty; give at least one.")
     if "" in strings:
@@ -209,6 +214,8 @@ def _strings(prompts: Any) -> list[str]:
         raise PromptError(
             f"{which} is empty, so there is no token to read at; give it at least one word."
         )
+    for i, string in enumerate(strings):
+        arguments.text(which_prompt(i, len(strings)), string, PromptError)
     return strings
 
 
@@ -223,6 +230,7 @@ def which_prompt(index: int, count: int) -> str:
 
 
 def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
+    tokens = arguments.integers("token ids", tokens, PromptError)
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2:
         raise PromptError(f"token ids must be [batch, pos], not {tuple(tokens.shape)}.")
@@ -237,11 +245,6 @@ def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
         )
     lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
     return Prompts(tokens, lengths)
-
-
-def _require_integers(what: str, values: Tensor) -> None:
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise PromptError(f"{what} must be integers, not {values.dtype}.")
 
 
 def _ends_in_padding(model: Any, tokens: Tensor) -> bool:
