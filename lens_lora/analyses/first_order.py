@@ -93,7 +93,7 @@ def first_order(
     """
     asked = ask(lens, prompts, readout)
     return first_order_of(
-        asked.require_slope_at_base() if at == 0 else asked,
+        asked.require_slope_at_base() if number("at", at) == 0 else asked,
         at=at,
         mode=mode,
         by=by,

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import ModelStateError
