@@ -13,10 +13,11 @@ from typing import Literal
 
 from lens_lora.errors import ModelStateError
 
-__all__ = ["FAMILIES", "HEADS", "Family", "Place", "find_family"]
+__all__ = ["FAMILIES", "HEADS", "NORM_KINDS", "Family", "Place", "find_family"]
 
 Layout = Literal["whole", "blocks", "interleaved"]
 HEADS = ("lm_head", "embed_out")
+NORM_KINDS = ("embed_ln", "ln1", "q_norm", "k_norm", "ln1_post", "ln2", "ln2_post", "ln_final")
 
 
 @dataclasses.dataclass(frozen=True)

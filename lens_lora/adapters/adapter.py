@@ -111,9 +111,10 @@ class Adapter:
         name: str = "fine-tune",
         progress: bool = True,
     ) -> Adapter:
-        """Any weight change as an adapter: ΔW of every linear module and embedding that differs.
+        """Any weight change as an adapter: of every linear module, embedding and norm that differs.
 
-        For full fine-tunes, and for PiSSA, LoftQ and the like against the true base.
+        For full fine-tunes, and for PiSSA, LoftQ and the like against the true base. Norms that
+        changed need an unprocessed hooked model.
 
         Args:
             base: the Hugging Face model before.
@@ -130,7 +131,7 @@ class Adapter:
         Raises:
             AdapterError: different architectures, models that are different functions whatever
                 their weights (`rope_theta`, the norm's ε, the activation function, …), no
-                difference, or changed parameters that belong to no linear module or embedding.
+                difference, or changed parameters of no linear module, embedding or norm.
             ArgumentError: no models, or an `ignore` that is no glob.
         """
         factors, errors = change_between(base, tuned, rank, ignore, progress)

@@ -72,6 +72,11 @@ def _null(
 
 def _known(key: str, update: ModuleUpdate) -> LoRAFactors:
     """The factors, if nothing beside them depends on the base model."""
+    if isinstance(update, TrainedModule) and update.weight is not None and update.weight.ndim == 1:
+        raise UnsupportedAdapterError(
+            f"{key}: a norm's γ and β have no directions to draw at random. Leave such modules out "
+            "of the adapter that is tested."
+        )
     if isinstance(update, TrainedModule):
         found = "a module that was trained whole"
     elif update.magnitude is not None or update.trained_bias is not None:

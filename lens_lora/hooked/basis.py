@@ -57,7 +57,7 @@ class SiteMap:
     a0: Float[Tensor, "rank"] | None
     a0_by_head: Float[Tensor, "head rank"] | None = None
     B_by_head: Float[Tensor, "head out rank"] | None = None
-    A_behind_gamma: Float[Tensor, "_rank in"] | None = None
+    A_behind_gamma: Float[Tensor, "of_weight in"] | None = None
 
     @property
     def rank(self) -> int:

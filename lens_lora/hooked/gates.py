@@ -18,10 +18,10 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lens_lora.errors import ModelStateError
+from lens_lora.families import NORM_KINDS
 from lens_lora.hooked.attaching import Arranger, HookFn
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.plan import Injection, Plan
-from lens_lora.hooked.sites import NORM_KINDS
 
 __all__ = ["Inject", "ScaleInject", "site_hooks", "weight_of", "writes_at_modules"]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import ModelStateError
+from lens_lora.families import NORM_KINDS
 from lens_lora.hooked.base_weights import BaseWeights
 from lens_lora.hooked.basis import SiteMap, Update
 from lens_lora.hooked.host import Host
@@ -24,7 +25,7 @@ from lens_lora.hooked.hosts import host_of
 from lens_lora.hooked.norm_map import NormUpdate
 from lens_lora.hooked.ports import Ports
 from lens_lora.hooked.site_factors import resolve_sites
-from lens_lora.hooked.sites import NORM_KINDS, Site
+from lens_lora.hooked.sites import Site
 from lens_lora.hooked.updates import SiteUpdate, site_updates
 from lens_lora.hooked.value_bias import through_o, through_update_of_o, without_constant
 from lens_lora.hooked.watch import Watch

@@ -18,8 +18,8 @@ from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
 from lens_lora.errors import AdapterError, SiteError
-from lens_lora.families import Family, Place
-from lens_lora.hooked.sites import ATTENTION_KINDS, NORM_KINDS, OUTSIDE_KINDS, Heads
+from lens_lora.families import NORM_KINDS, Family, Place
+from lens_lora.hooked.sites import ATTENTION_KINDS, OUTSIDE_KINDS, Heads
 
 __all__ = ["SiteFactors", "fused_rows", "in_order", "no_such_norm", "resolve_sites", "site_name"]
 

@@ -38,7 +38,6 @@ __all__ = [
 ATTENTION_KINDS = ("q", "k", "v", "o")
 EMBEDDING_KINDS = ("embed", "pos_embed")
 WRITER_KINDS = ("o", "down", "fc_out", *EMBEDDING_KINDS)
-NORM_KINDS = ("embed_ln", "ln1", "q_norm", "k_norm", "ln1_post", "ln2", "ln2_post", "ln_final")
 OUTSIDE_KINDS = (*EMBEDDING_KINDS, "embed_ln", "ln_final", "unembed")
 AXES = ("position", "head", "rank")
 Group = Literal["site", "layer", "kind"] | Mapping[str, str | Sequence[str]]

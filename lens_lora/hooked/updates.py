@@ -18,6 +18,7 @@ from torch import Tensor
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.trained import TrainedModule
 from lens_lora.errors import AdapterError, ModelStateError, UnsupportedAdapterError
+from lens_lora.families import NORM_KINDS
 from lens_lora.hooked.base_at_hand import BaseAtHand
 from lens_lora.hooked.base_weights import BaseWeights
 from lens_lora.hooked.basis import Update
@@ -25,7 +26,6 @@ from lens_lora.hooked.host import Host
 from lens_lora.hooked.norm_map import NormUpdate
 from lens_lora.hooked.plain_update import linear_update, norm_update, summed, token_axis
 from lens_lora.hooked.site_factors import SiteFactors, in_order
-from lens_lora.hooked.sites import NORM_KINDS
 from lens_lora.hooked.tied import follower
 
 __all__ = ["SiteUpdate", "site_updates"]
