@@ -33,8 +33,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
         run, began = fuzz.Fuzz(Path(folder)), time.monotonic()
         done = run.run(asked.cases, asked.first, began + asked.seconds)
-    text = f"{done:,} cases, from number {asked.first}, {time.monotonic() - began:.0f} s."
-    print(fuzz.table(run.counts), text, sep="\n\n")
+    text = f"{done:,} cases, numbers {asked.first:,} to {asked.first + done - 1:,}."
+    print(fuzz.table(run.counts), f"{text} {time.monotonic() - began:.0f} s.", sep="\n\n")
     for fault in run.faults[: asked.shown]:
         print(f"\n{fault}", file=sys.stderr)
     if asked.write:

@@ -73,6 +73,19 @@ def zip_first(items, count):
     return [item for item, _ in zip(items, range(count), strict=False)]
 
 
+def test_the_page_s_table_is_of_these_targets():
+    """Written by the command, of thousands of cases, and without a fault."""
+    page = (Path(__file__).parents[2] / "docs" / "robustness.md").read_text(encoding="utf-8")
+    text = page.partition("<!-- fuzz: begin -->")[2].partition("<!-- fuzz: end -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    _, _, *lines, total = [[cell.strip() for cell in row] for row in rows]
+    numbers = [[int(cell.replace(",", "")) for cell in row[2:]] for row in lines]
+    assert list(dict.fromkeys(row[0] for row in lines)) == list(fuzz.TARGETS)
+    assert all(n == right + refused and not faults for n, right, refused, faults in numbers)
+    assert sum(row[0] for row in numbers) == int(total[-4].replace(",", "")) >= 5000
+    assert f"{total[-4]} cases" in text
+
+
 # --- negative controls: what is not right and not refused is seen
 
 
