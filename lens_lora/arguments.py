@@ -6,6 +6,7 @@ no tolerance.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from collections.abc import Iterable
@@ -46,9 +47,10 @@ def number(name: str, value: object) -> float:
     plain = one_entry(value)
     if isinstance(plain, _BOOLEAN) or not isinstance(plain, numbers.Real):
         raise ArgumentError(f"{name}={value!r}: expected a number.")
-    if not math.isfinite(plain):
-        raise ArgumentError(f"{name}={value!r}: expected a finite number.")
-    return float(plain)
+    with contextlib.suppress(OverflowError):  # a whole number beyond any float
+        if math.isfinite(plain):
+            return float(plain)
+    raise ArgumentError(f"{name}={value!r}: expected a finite number.")
 
 
 def numbers_of(name: str, values: object) -> list[float]:

@@ -26,6 +26,7 @@ from scipy.stats import false_discovery_control
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.random_directions import null_adapter
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.arguments import whole
@@ -211,7 +212,7 @@ def null_test(
         NumericsError: non-finite derivatives, naming the site.
     """
     draws, seed = _checked(draws, seed)
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     first = first_order_of(asked)
     return null_test_of(asked, first, draws=draws, seed=seed, progress=progress)
 
@@ -267,9 +268,10 @@ def _parts_of_fused(lens: LoraLens) -> dict[str, list[Tensor]]:
     view, found = lens.plan.host, {}
     for key, factors in lens.adapter.modules.items():
         place = view.family.place(key.partition("@")[0])
-        if place is not None and place.layout != "whole":
-            rows = [fused_rows(place, kind, view.heads, len(factors.B)) for kind in place.kinds]
-            found[key] = [r for r in rows if r is not None]
+        if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
+            continue
+        rows = [fused_rows(place, kind, view.heads, len(factors.B)) for kind in place.kinds]
+        found[key] = [r for r in rows if r is not None]
     return found
 
 

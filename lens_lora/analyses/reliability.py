@@ -240,7 +240,7 @@ def reliability(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     first = first_order_of(asked)
     return reliability_of(
         asked, first, how, threshold=threshold, floor=floor, fix=fix, progress=progress

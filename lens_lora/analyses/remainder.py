@@ -151,7 +151,7 @@ def remainder(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     attribution = first_order_of(asked)
     steps = torch.stack([lens.gates(scale) for scale in CHECKPOINTS])
     way = gated_readout(lens, asked.reading, steps, progress=progress)

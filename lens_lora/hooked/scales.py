@@ -8,6 +8,7 @@ from numbers import Real as RealNumber
 import torch
 from jaxtyping import Float, Real
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lens_lora.arguments import number, one_entry
 from lens_lora.errors import ArgumentError, SiteError
@@ -34,12 +35,24 @@ def gates_of(
     """
     if isinstance(scale, Mapping):
         given = match_sites(names, scale)
-        return torch.stack([_number(given.get(i, 0.0), dtype) for i in range(len(names))])
-    if not isinstance(scale, Tensor) or not scale.ndim:
-        return _number(scale, dtype).repeat(len(names))
-    if scale.shape[-1] != len(names):
+        gates = torch.stack([_number(given.get(i, 0.0), dtype) for i in range(len(names))])
+    elif not isinstance(scale, Tensor) or not scale.ndim:
+        gates = _number(scale, dtype).repeat(len(names))
+    elif scale.shape[-1] != len(names):
         raise SiteError(f"{scale.shape[-1]} gates for {len(names)} sites: pass one per site.")
-    return _real(scale).to(dtype)
+    else:
+        gates = _real(scale).to(dtype)
+    return _finite(gates)
+
+
+def _finite(gates: Float[Tensor, "*batch site"]) -> Float[Tensor, "*batch site"]:
+    """The gates, none of which is NaN or infinite: a HookedTransformer would drop the attention.
+
+    Within a `torch.func` transform their values are not known.
+    """
+    if not is_functorch_wrapped_tensor(gates) and not bool(torch.isfinite(gates.detach()).all()):
+        raise ArgumentError("a gate is NaN or infinite; expected finite numbers.")
+    return gates
 
 
 def _number(value: object, dtype: torch.dtype) -> Float[Tensor, ""]:

@@ -181,6 +181,8 @@ def prepare(model: Any, prompts: PromptsLike) -> Prompts:
     """
     ready = _tokenise(model, prompts)
     _check(model, ready)
+    if ready.tokens.is_inference():  # of which no graph can be made
+        return dataclasses.replace(ready, tokens=ready.tokens.clone())
     return ready
 
 
@@ -201,6 +203,7 @@ def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
 
 def _strings(prompts: Any) -> list[str]:
     has_order = isinstance(prompts, Iterable) and not isinstance(prompts, Mapping | Set)
+    has_order = has_order and getattr(prompts, "ndim", 1) > 0  # a numpy array may have no axis
     strings: list[Any] = [prompts] if isinstance(prompts, str) or not has_order else list(prompts)
     if not all(isinstance(s, str) for s in strings):
         raise PromptError(

@@ -10,7 +10,8 @@ from explained import by_hand
 from results_by_hand import META, SITES, two_prompts
 
 import lens_lora as ll
-from lens_lora.analyses.spectra import AdapterSummary, Spectrum
+from lens_lora.analyses.spectra import AdapterSummary
+from lens_lora.analyses.spectrum import Spectrum
 from lens_lora.results.measured import Measured, Result
 from lens_lora.results.noise import Noise
 
