@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.batching import slopes_at_once
+from lens_lora.engine.batching import directions_at_once, slopes_at_once
 from lens_lora.engine.function import read_logits
-from lens_lora.engine.gate_graph import hessian_product
+from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.engine.parts import parts
 from lens_lora.engine.reverse import site_gradients
 from lens_lora.hooked.attaching import HookFn, attached
@@ -106,11 +106,18 @@ def curvature_noise(
         reading: what is run, and read.
         half_row_sums: ½(H1)_l of every site, as computed.
     """
-    base, many = lens.gates(0.0), reading.repeat(_DRAWS)
+    base = lens.gates(0.0)
+
+    def of_some(some: Reading) -> Float[Tensor, "some draw"]:
+        found: list[Tensor] = []
+        for draws in torch.arange(_DRAWS).split(directions_at_once(some.prompts)):
+            many, one = some.repeat(len(draws)), torch.ones_like(base)[None]
+            (product,) = hessian_products(lens, many, base, one, progress=False)
+            found.append(product[:, 0].sum(1).unflatten(0, (some.batch, len(draws))))
+        return torch.cat(found, 1) / 2
+
     with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
-        rows = hessian_product(lens, many, base, torch.ones_like(base)) / 2
-    sums = rows.sum(1).unflatten(0, (reading.batch, _DRAWS))
-    return _of_sum(lens, sums, half_row_sums)
+        return _of_sum(lens, in_groups(reading, of_some), half_row_sums)
 
 
 def _of_sum(

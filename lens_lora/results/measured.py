@@ -63,6 +63,9 @@ class Result(abc.ABC):
 
         Args:
             path: of the file.
+
+        Raises:
+            LensLoraError: a place where no file can be written.
         """
         return save_result(self, path)
 

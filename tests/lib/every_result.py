@@ -56,6 +56,19 @@ def remainder() -> ll.Remainder:
     )  # fmt: skip
 
 
+def token_shifts() -> ll.TokenShifts:
+    """Two responses, of two tokens and of one."""
+    nats = torch.tensor([[-1.0, -2.0], [-3.0, math.nan]])
+    each = torch.stack([nats, nats / 2])
+    ids, changes = torch.tensor([[[0], [1]], [[1], [0]]]), torch.full((2, 2, 1), 0.25)
+    return ll.TokenShifts(
+        response=((" a", " b"), (" c",)), log_p=each, entropy=-each,
+        rank=torch.tensor([[[0, 3], [5, -1]]] * 2), kl=-each, promoted=changes,
+        suppressed=-changes, promoted_ids=ids, suppressed_ids=ids, strings={"0": "a", "1": "b"},
+        between=("base", "adapted"), str_tokens=TOKENS, meta=META,
+    )  # fmt: skip
+
+
 def summary() -> AdapterSummary:
     spectrum = Spectrum(
         "m.q_proj", None, "q_proj", ("DoRA",), 2, 0.5, torch.empty(0), math.nan, 0.0
@@ -72,9 +85,9 @@ def every_result() -> list[Result]:
     )
     found = [
         two_prompts(), activations(by_position=True), features(by_position=True), writes,
-        components(), remainder(), summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
-        e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,
-        e.comparisons[0],
+        components(), remainder(), token_shifts(), summary(), e, e.margin, e.margin.curve, e.shift,
+        e.second_order, e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness,
+        e.null, e.comparisons[0],
     ]  # fmt: skip
     assert all(isinstance(result, Result) for result in found)
     return found  # type: ignore[return-value]
