@@ -221,7 +221,7 @@ def is_alone(fn: Any) -> bool:
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("name", ["inference_mode", "autocast"])
 def test_settings_that_are_left_on_show(name: str, cls: str, monkeypatch):
-    monkeypatch.setattr(alone_module, "_prepare", lambda lens, block: None)
+    monkeypatch.setattr(alone_module, "_prepare", lambda lens, span: None)
     monkeypatch.setattr(function, "_unrounded", lambda residual: residual)
     with AROUND[name]():
         found = CALLS["first_orders"](lens_of(cls), tokens())
