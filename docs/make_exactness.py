@@ -98,7 +98,7 @@ def every_key() -> list[Key]:
             *((flags, "linears") for flags in cases.FLAGS),
             *itertools.product(("raw", "processed"), others),
         ]
-        if target != "positions" or (family, cls, flags, target) in targets.EVERY
+        if targets.has(family, target)
     ]
 
 
@@ -108,13 +108,12 @@ def measure(family: str, cls: str, flags: str, target: str) -> Cell:
     if isinstance(model, Exception):
         return {"fault": _message(model)}
     peft, tokens = targets.peft_with(family, base, target), models.tokens()
-    needs_base = flags != "raw" or target == "lora_only"
     with torch.no_grad():
         plain, adapted = base(tokens).logits, peft(tokens).logits
         host = _distance(model(tokens, return_type="logits"), plain)
     try:
         adapter = ll.Adapter.from_peft(peft)
-        lens = ll.LoraLens(model, adapter, hf_model=base if needs_base else None)
+        lens = ll.LoraLens(model, adapter, hf_model=targets.base_for(base, flags, target))
     except ll.LensLoraError as error:
         return {"host": host, "refusal": _message(error)}
     return {

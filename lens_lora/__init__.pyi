@@ -4,6 +4,7 @@ from ._version import __version__
 from .adapters.adapter import Adapter, load_adapter
 from .adapters.factors import LoRAFactors
 from .adapters.random_directions import null_adapter
+from .adapters.trained import TrainedModule
 from .analyses.compare import Comparison, compare
 from .analyses.components import Components, components
 from .analyses.coupling import Coupling, coupling
@@ -11,8 +12,10 @@ from .analyses.explain import Explanation, explain
 from .analyses.faithfulness import Faithfulness, faithfulness
 from .analyses.feature_shift import FeatureShift, feature_shift
 from .analyses.feature_writes import FeatureWrites, feature_writes
-from .analyses.first_order import first_order, first_orders
+from .analyses.first_order import first_order
+from .analyses.kl_shares import KLShares, kl_shares
 from .analyses.logit_shift import LogitShift, logit_shift
+from .analyses.many_readouts import first_orders
 from .analyses.margin import FactMargin, fact_margin
 from .analyses.null_test import NullTest, null_test
 from .analyses.patch_activations import patch_activations
@@ -40,6 +43,7 @@ from .hooked.sites import Site
 from .lens import LoraLens
 from .loading import demo, load
 from .readouts.answers import AnswerLogProb, AnswerMargin
+from .readouts.divergence import KL
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.activation_effects import ActivationEffects
@@ -54,6 +58,7 @@ __all__ = [
     # adapters
     "Adapter",
     "LoRAFactors",
+    "TrainedModule",
     "load_adapter",
     # the lens
     "LoraLens",
@@ -64,6 +69,7 @@ __all__ = [
     # readouts
     "AnswerLogProb",
     "AnswerMargin",
+    "KL",
     "LogProb",
     "Logit",
     "Margin",
@@ -80,7 +86,9 @@ __all__ = [
     "logit_shift",
     "tangents",
     # whole responses
+    "KLShares",
     "TokenShifts",
+    "kl_shares",
     "token_shifts",
     # the remainder and the margin
     "FactMargin",

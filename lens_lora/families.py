@@ -13,10 +13,11 @@ from typing import Literal
 
 from lens_lora.errors import ModelStateError
 
-__all__ = ["FAMILIES", "Family", "Place", "find_family"]
+__all__ = ["FAMILIES", "HEADS", "NORM_KINDS", "Family", "Place", "find_family"]
 
 Layout = Literal["whole", "blocks", "interleaved"]
-_UNEMBED = ("lm_head", "embed_out")
+HEADS = ("lm_head", "embed_out")
+NORM_KINDS = ("embed_ln", "ln1", "q_norm", "k_norm", "ln1_post", "ln2", "ln2_post", "ln_final")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,10 @@ class Family:
         embed: path of the token embedding.
         norm: LayerNorm or RMS norm.
         pos_embed: path of the position embedding, if it is learned.
+        embed_norm: path of a norm after the token embedding, if there is one.
+        other_norms: norms of a layer that no linear module of it reads: name → kind.
         fused: how the rows of a fused projection lie.
+        conv1d: linear modules of a layer hold their weight as [in, out].
         gamma_offset: what is added to a norm's stored weight to give γ (1 for Gemma).
         value_bias: whether value projections may have a bias of their own.
         post_norm: what attention and MLP write passes one more norm before the residual stream.
@@ -64,7 +68,10 @@ class Family:
     embed: str
     norm: Literal["LN", "RMS"]
     pos_embed: str | None = None
+    embed_norm: str | None = None
+    other_norms: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     fused: Layout = "blocks"
+    conv1d: bool = False
     gamma_offset: float = 0.0
     value_bias: bool = True
     post_norm: bool = False
@@ -76,16 +83,27 @@ class Family:
         Args:
             module: its Hugging Face path.
         """
-        outside = {self.embed: "embed", self.pos_embed: "pos_embed"}
-        outside |= dict.fromkeys(_UNEMBED, "unembed")
+        outside = {self.embed: "embed", self.pos_embed: "pos_embed", self.ln_final: "ln_final"}
+        outside |= {self.embed_norm: "embed_ln", **dict.fromkeys(HEADS, "unembed")}
         if module in outside:
             return Place(None, (outside[module],), "whole")
         pattern = re.escape(self.layer).replace(re.escape("{l}"), "(0|[1-9][0-9]*)")
         match = re.fullmatch(rf"{pattern}\.(.+)", module)
-        if match is None or match[2] not in self.linears:
+        kinds = None if match is None else self._within_layer.get(match[2])
+        if match is None or kinds is None:
             return None
-        kinds = self.linears[match[2]]
         return Place(int(match[1]), kinds, self.fused if len(kinds) > 1 else "whole")
+
+    @property
+    def _within_layer(self) -> dict[str, tuple[str, ...]]:
+        norms = {self.ln2: "ln2", self.ln1: "ln1", **self.other_norms}
+        return {**{name: (kind,) for name, kind in norms.items()}, **self.linears}
+
+    def every_path(self) -> tuple[str, ...]:
+        """Every module's path, those of a layer with '{l}' for its number."""
+        outside = (self.embed, self.pos_embed, self.embed_norm, self.ln_final, *HEADS)
+        inside = (f"{self.layer}.{name}" for name in self._within_layer)
+        return (*filter(None, outside), *inside)
 
     def path(self, layer: int, kind: str) -> str:
         """The path of the module that holds the rows of a kind of attention or MLP.
@@ -110,6 +128,14 @@ class Family:
             return f"{self.layer.format(l=layer)}.{self.ln2}"
         return self.ln_final if kind == "unembed" else None
 
+    def stores_transposed(self, kind: str) -> bool:
+        """Whether a module of this kind holds its weight as [in, out]: embeddings, and Conv1D.
+
+        Args:
+            kind: such as 'q' or 'embed'.
+        """
+        return kind in ("embed", "pos_embed") or (self.conv1d and kind != "unembed")
+
 
 def _split_attention(prefix: str, out: str) -> dict[str, tuple[str, ...]]:
     return {f"{prefix}.{kind}_proj": (kind,) for kind in ("q", "k", "v")} | {
@@ -119,53 +145,71 @@ def _split_attention(prefix: str, out: str) -> dict[str, tuple[str, ...]]:
 
 _GATED = {"mlp.gate_proj": ("gate",), "mlp.up_proj": ("up",), "mlp.down_proj": ("down",)}
 _LLAMA = {**_split_attention("self_attn", "o_proj"), **_GATED}
+_QK_NORMS = {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
+
+_GPT2_LIKE = Family(
+    architectures=("GPT2LMHeadModel",),
+    layer="transformer.h.{l}",
+    linears={
+        "attn.c_attn": ("q", "k", "v"),
+        "attn.c_proj": ("o",),
+        "mlp.c_fc": ("fc_in",),
+        "mlp.c_proj": ("fc_out",),
+    },
+    ln1="ln_1",
+    ln2="ln_2",
+    ln_final="transformer.ln_f",
+    embed="transformer.wte",
+    pos_embed="transformer.wpe",
+    norm="LN",
+    conv1d=True,
+)
+_LLAMA_LIKE = Family(
+    architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"),
+    layer="model.layers.{l}",
+    linears=_LLAMA,
+    ln1="input_layernorm",
+    ln2="post_attention_layernorm",
+    ln_final="model.norm",
+    embed="model.embed_tokens",
+    norm="RMS",
+)
+_GEMMA = dataclasses.replace(_LLAMA_LIKE, architectures=("GemmaForCausalLM",), gamma_offset=1.0)
+_GEMMA2 = dataclasses.replace(
+    _GEMMA,
+    architectures=("Gemma2ForCausalLM",),
+    ln2="pre_feedforward_layernorm",
+    other_norms={
+        "post_attention_layernorm": "ln1_post",
+        "post_feedforward_layernorm": "ln2_post",
+    },
+    post_norm=True,
+)
 
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        architectures=("GPT2LMHeadModel",),
-        layer="transformer.h.{l}",
-        linears={
-            "attn.c_attn": ("q", "k", "v"),
-            "attn.c_proj": ("o",),
-            "mlp.c_fc": ("fc_in",),
-            "mlp.c_proj": ("fc_out",),
-        },
-        ln1="ln_1",
-        ln2="ln_2",
-        ln_final="transformer.ln_f",
-        embed="transformer.wte",
-        pos_embed="transformer.wpe",
-        norm="LN",
-    ),
-    Family(
+    _GPT2_LIKE,
+    dataclasses.replace(
+        _GPT2_LIKE,
         architectures=("GPTNeoForCausalLM",),
-        layer="transformer.h.{l}",
         linears={
             **_split_attention("attn.attention", "out_proj"),
             "mlp.c_fc": ("fc_in",),
             "mlp.c_proj": ("fc_out",),
         },
-        ln1="ln_1",
-        ln2="ln_2",
-        ln_final="transformer.ln_f",
-        embed="transformer.wte",
-        pos_embed="transformer.wpe",
-        norm="LN",
+        conv1d=False,
         value_bias=False,
     ),
-    Family(
+    dataclasses.replace(
+        _GPT2_LIKE,
         architectures=("GPTJForCausalLM",),
-        layer="transformer.h.{l}",
         linears={
             **_split_attention("attn", "out_proj"),
             "mlp.fc_in": ("fc_in",),
             "mlp.fc_out": ("fc_out",),
         },
-        ln1="ln_1",
         ln2="ln_1",
-        ln_final="transformer.ln_f",
-        embed="transformer.wte",
-        norm="LN",
+        pos_embed=None,
+        conv1d=False,
         value_bias=False,
     ),
     Family(
@@ -198,6 +242,7 @@ FAMILIES: tuple[Family, ...] = (
         ln_final="transformer.ln_f",
         embed="transformer.word_embeddings",
         norm="LN",
+        embed_norm="transformer.word_embeddings_layernorm",
         fused="interleaved",
     ),
     Family(
@@ -212,6 +257,7 @@ FAMILIES: tuple[Family, ...] = (
         ln2="final_layer_norm",
         ln_final="model.decoder.final_layer_norm",
         embed="model.decoder.embed_tokens",
+        pos_embed=None,
         norm="LN",
     ),
     Family(
@@ -228,69 +274,30 @@ FAMILIES: tuple[Family, ...] = (
         embed="model.embed_tokens",
         norm="LN",
     ),
-    Family(
-        architectures=(
-            "LlamaForCausalLM",
-            "MistralForCausalLM",
-            "Qwen2ForCausalLM",
-            "Qwen3ForCausalLM",
-        ),
-        layer="model.layers.{l}",
-        linears=_LLAMA,
-        ln1="input_layernorm",
-        ln2="post_attention_layernorm",
-        ln_final="model.norm",
-        embed="model.embed_tokens",
-        norm="RMS",
-    ),
-    Family(
+    _LLAMA_LIKE,
+    dataclasses.replace(_LLAMA_LIKE, architectures=("Qwen3ForCausalLM",), other_norms=_QK_NORMS),
+    dataclasses.replace(
+        _LLAMA_LIKE,
         architectures=("MixtralForCausalLM",),
-        layer="model.layers.{l}",
         linears=_split_attention("self_attn", "o_proj"),
-        ln1="input_layernorm",
-        ln2="post_attention_layernorm",
-        ln_final="model.norm",
-        embed="model.embed_tokens",
-        norm="RMS",
         routed=True,
     ),
-    Family(
+    dataclasses.replace(
+        _LLAMA_LIKE,
         architectures=("Phi3ForCausalLM",),
-        layer="model.layers.{l}",
         linears={
             "self_attn.qkv_proj": ("q", "k", "v"),
             "self_attn.o_proj": ("o",),
             "mlp.gate_up_proj": ("gate", "up"),
             "mlp.down_proj": ("down",),
         },
-        ln1="input_layernorm",
-        ln2="post_attention_layernorm",
-        ln_final="model.norm",
-        embed="model.embed_tokens",
-        norm="RMS",
     ),
-    Family(
-        architectures=("GemmaForCausalLM",),
-        layer="model.layers.{l}",
-        linears=_LLAMA,
-        ln1="input_layernorm",
-        ln2="post_attention_layernorm",
-        ln_final="model.norm",
-        embed="model.embed_tokens",
-        norm="RMS",
-        gamma_offset=1.0,
-    ),
-    Family(
-        architectures=("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
-        layer="model.layers.{l}",
-        linears=_LLAMA,
-        ln1="input_layernorm",
-        ln2="pre_feedforward_layernorm",
-        ln_final="model.norm",
-        embed="model.embed_tokens",
-        norm="RMS",
-        gamma_offset=1.0,
-        post_norm=True,
+    _GEMMA,
+    _GEMMA2,
+    dataclasses.replace(
+        _GEMMA2,
+        architectures=("Gemma3ForCausalLM",),
+        other_norms={**_GEMMA2.other_norms, **_QK_NORMS},
     ),
 )
 

@@ -19,7 +19,7 @@ from lens_lora._version import versions
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import ModelStateError, NumericsError, SiteError
 from lens_lora.hooked.alone import alone
-from lens_lora.hooked.attaching import HookFn, attached, hold, lock_of
+from lens_lora.hooked.attaching import HookFn, attach, hold, lock_of
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.gates import Inject, ScaleInject, site_hooks, writes_at_modules
 from lens_lora.hooked.host_check import OF_A_GIVEN_BASE, base_logits, require_same_logits
@@ -45,7 +45,8 @@ class LoraLens:
         model: a HookedTransformer or a TransformerBridge of the adapter's base model.
         adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
         hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
-            folded. The model's weights are compared with it, in float32 also logits of 8 tokens.
+            folded, and by a HookedTransformer for trained biases. The model's weights are compared
+            with it, in float32 also logits of 8 tokens.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
@@ -130,7 +131,7 @@ class LoraLens:
     @property
     def gate_dtype(self) -> torch.dtype:
         """The dtype of gates and updates: the model's, never below float32."""
-        return self.maps[0].A.dtype
+        return self.maps[0].dtype
 
     def site_index(self, name: str) -> int:
         """The index of a site in `sites`.
@@ -188,18 +189,18 @@ class LoraLens:
             scale: as for `gates`.
 
         Raises:
-            ModelStateError: a site without a hook point at its output (Gemma 2 and 3 on
-                HookedTransformer); use `applied` there.
+            ModelStateError: a site without a hook point at its output (on HookedTransformer
+                embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` there.
         """
         self._plan.check_state()
         without_point = writes_at_modules(self._plan)
         if without_point:
             raise ModelStateError(
-                f"{without_point[0]}: no hook point of this model lies between it and the norm "
-                "after it, so a list of hooks cannot hold its δ; use `with lens.applied():`."
+                f"{without_point[0]}: no hook point of this model shows its output, so a list of "
+                "hooks cannot hold its δ; use `with lens.applied():`."
             )
         inject = ScaleInject(self._plan, self.gates(scale))
-        return site_hooks(self._plan, inject, self.model.hook_dict, for_list=True)
+        return site_hooks(self._plan, inject, self.model.hook_dict)
 
     def applied(self, scale: Scale = 1.0) -> AbstractContextManager[Any]:
         """Within the block, every tool of TransformerLens sees the adapted model.
@@ -214,8 +215,7 @@ class LoraLens:
 
         def apply(block: Temporary) -> Any:
             self._plan.check_state()
-            inject = ScaleInject(self._plan, self.gates(scale))
-            block.enter_context(self.injected(inject))
+            self._put_on(ScaleInject(self._plan, self.gates(scale)), (), block)
             return self.model
 
         return Temporary(apply)
@@ -229,16 +229,16 @@ class LoraLens:
             inject: what is written at each site.
             before: hooks that are added before those of the sites.
         """
+        return Temporary(functools.partial(self._put_on, inject, before))
 
-        def put_on(block: Temporary) -> None:
-            hold(block, lock_of(self.model))
-            self._plan.check_state(entries=False)
-            # A TransformerBridge puts its hook points together anew whenever they are asked for.
-            points = self.model.hook_dict
-            hooks = site_hooks(self._plan, inject, points, before)
-            block.enter_context(attached(self.model, hooks, points))
-
-        return Temporary(put_on)
+    def _put_on(
+        self, inject: Inject, before: Sequence[tuple[str, HookFn]], block: Temporary
+    ) -> None:
+        hold(block, lock_of(self.model))
+        self._plan.check_state(entries=False)
+        # A TransformerBridge puts its hook points together anew whenever they are asked for.
+        points = self.model.hook_dict
+        attach(block, self.model, site_hooks(self._plan, inject, points, before), points)
 
     def prompts(self, prompts: PromptsLike) -> Prompts:
         """Strings or ids as `Prompts`, tokenised by the model's own conventions.
@@ -246,10 +246,7 @@ class LoraLens:
         Args:
             prompts: strings, ids [batch, pos], or `Prompts`; errors as for `readouts.prompts`.
         """
-        ready = prepare(self.model, prompts)
-        if ready.tokens.is_inference():
-            return Prompts(ready.tokens.clone(), ready.lengths)
-        return ready
+        return prepare(self.model, prompts)
 
     @alone
     def logits(

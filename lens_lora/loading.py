@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.adapters.trained import TrainedModule
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.host_build import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Kind",
+    "base_beside",
     "demo",
     "hooked_model",
     "hooked_transformer_if_there",
@@ -75,8 +77,28 @@ def load(
     chosen = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
     base, own = _base(model, chosen, dtype, tokenizer)
     base = moved(base, device, dtype)
-    hooked, _ = hooked_model(base, own, kind=kind or bridge_if_there())
-    return LoraLens(hooked, chosen)
+    hooked, made = hooked_model(base, own, kind=kind or bridge_if_there())
+    return LoraLens(hooked, chosen, hf_model=base_beside(made, base, chosen))
+
+
+def base_beside(made: str, base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel | None:
+    """The base for a lens over a hooked model that was made from it; None where none is needed.
+
+    A HookedTransformer does not keep all that trained biases and modules are compared with; a
+    TransformerBridge wraps the base itself.
+
+    Args:
+        made: the hooked model's class.
+        base: the Hugging Face model.
+        adapter: of the lens.
+    """
+    is_compared = any(
+        isinstance(update, TrainedModule)
+        or update.trained_bias is not None
+        or update.base_weight is not None
+        for update in adapter.modules.values()
+    )
+    return base if made == "HookedTransformer" and is_compared else None
 
 
 def demo(*, kind: Kind | None = None) -> LoraLens:

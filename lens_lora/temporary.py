@@ -46,7 +46,8 @@ class Temporary(contextlib.ExitStack):
         self.callback(back)
 
     def __enter__(self) -> Any:
-        if self in open_blocks():
+        others = open_blocks()
+        if self in others:
             raise RuntimeError("this block is open already; make another one")
         _OPEN.blocks.append(weakref.ref(self))
         self.way_back(functools.partial(_forget, weakref.ref(self)))
@@ -54,13 +55,14 @@ class Temporary(contextlib.ExitStack):
             return self._change(self)
         except BaseException:
             try:
-                self.close()
+                close_but(others)
             finally:
-                self.close()
+                close_but(others)
             raise
 
     def __del__(self) -> None:
-        self.close()
+        if "_change" in vars(self):
+            self.close()
 
 
 class _Open(threading.local):

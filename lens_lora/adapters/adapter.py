@@ -7,31 +7,32 @@ difference of two models (`Adapter.between`).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from torch import nn
 
+from lens_lora.adapters.arithmetic import finite, natural, refuse_dora_twice, tagged
 from lens_lora.adapters.difference import change_between
 from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.adapters.peft_live import live_factors
+from lens_lora.adapters.peft_live import live_updates
 from lens_lora.adapters.peft_read import read_folder
 from lens_lora.adapters.peft_write import save_adapter
 from lens_lora.adapters.selection import matching, named_in
+from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
 from lens_lora.errors import AdapterError, ArgumentError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from peft import PeftModel
 
-__all__ = ["Adapter", "LoRAFactors", "load_adapter"]
+__all__ = ["Adapter", "LoRAFactors", "TrainedModule", "load_adapter"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Factors by Hugging Face module path, for example 'model.layers.0.self_attn.q_proj'.
+    """Updates by Hugging Face module path, for example 'model.layers.0.self_attn.q_proj'.
 
     A sum of adapters holds 'path@name' for each part, so that their sites stay separate.
 
@@ -45,13 +46,13 @@ class Adapter:
         ['layers.0.q_proj@a', 'layers.0.q_proj@b']
 
     Attributes:
-        modules: factors by module path.
+        modules: updates by module path: factors, or parameters that were trained whole.
         name: tells the parts of a sum apart; the folder's name, where it was read from one.
         base_model: the base that its files name.
         truncation_error: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F per module, where `between` cut to a rank.
     """
 
-    modules: Mapping[str, LoRAFactors]
+    modules: Mapping[str, ModuleUpdate]
     name: str = "adapter"
     base_model: str | None = None
     truncation_error: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
@@ -61,25 +62,25 @@ class Adapter:
             raise ArgumentError(f"an adapter's name is {self.name!r}; expected a string.")
         if not self.modules:
             raise AdapterError(f"{self.name}: the adapter adapts no module.")
-        for path, factors in self.modules.items():
-            if not isinstance(path, str) or not isinstance(factors, LoRAFactors):
+        for path, update in self.modules.items():
+            if not isinstance(path, str) or not isinstance(update, LoRAFactors | TrainedModule):
                 raise ArgumentError(
-                    f"{self.name}: {path!r} → {type(factors).__name__}; expected module paths → "
-                    "ll.LoRAFactors(A, B, scale)."
+                    f"{self.name}: {path!r} → {type(update).__name__}; expected module paths → "
+                    "ll.LoRAFactors(A, B, scale), or ll.TrainedModule(weight)."
                 )
-        object.__setattr__(self, "modules", dict(sorted(self.modules.items(), key=_natural)))
+        object.__setattr__(self, "modules", dict(sorted(self.modules.items(), key=natural)))
 
     @classmethod
-    def from_factors(cls, modules: Mapping[str, LoRAFactors], *, name: str = "adapter") -> Adapter:
-        """An adapter from factors at hand.
+    def from_factors(cls, modules: Mapping[str, ModuleUpdate], *, name: str = "adapter") -> Adapter:
+        """An adapter from factors, or trained modules, at hand.
 
         Args:
-            modules: factors by Hugging Face module path.
+            modules: updates by Hugging Face module path.
             name: the adapter's.
 
         Raises:
             AdapterError: no modules.
-            ArgumentError: something else than factors by path.
+            ArgumentError: something else than updates by path.
         """
         return cls(dict(modules), name=name)
 
@@ -96,7 +97,7 @@ class Adapter:
             AdapterError: no such adapter, or its tensors are inconsistent.
             UnsupportedAdapterError: not plain LoRA, or a PeftMixedModel.
         """
-        modules, base = live_factors(peft_model, adapter_name)
+        modules, base = live_updates(peft_model, adapter_name)
         return cls(modules, name=adapter_name, base_model=base)
 
     @classmethod
@@ -110,9 +111,10 @@ class Adapter:
         name: str = "fine-tune",
         progress: bool = True,
     ) -> Adapter:
-        """Any weight change as an adapter: ΔW of every linear module and embedding that differs.
+        """Any weight change as an adapter: of every linear module, embedding and norm that differs.
 
-        For full fine-tunes, and for PiSSA, LoftQ and the like against the true base.
+        For full fine-tunes, and for PiSSA, LoftQ and the like against the true base. Norms that
+        changed need an unprocessed hooked model.
 
         Args:
             base: the Hugging Face model before.
@@ -129,7 +131,7 @@ class Adapter:
         Raises:
             AdapterError: different architectures, models that are different functions whatever
                 their weights (`rope_theta`, the norm's ε, the activation function, …), no
-                difference, or changed parameters that belong to no linear module or embedding.
+                difference, or changed parameters of no linear module, embedding or norm.
             ArgumentError: no models, or an `ignore` that is no glob.
         """
         factors, errors = change_between(base, tuned, rank, ignore, progress)
@@ -164,7 +166,7 @@ class Adapter:
                 f"an adapter + {type(other).__name__}; both must be ll.Adapter (of a folder: "
                 "ll.load_adapter(path))."
             )
-        mine, theirs = self._tagged(), other._tagged()
+        mine, theirs = tagged(self.modules, self.name), tagged(other.modules, other.name)
         twice = set(mine) & set(theirs)
         if twice or self.name == other.name:
             raise AdapterError(
@@ -177,16 +179,13 @@ class Adapter:
                 f"{other.base_model!r}; a sum needs one base model."
             )
         both = {**mine, **theirs}
-        _refuse_dora_twice(both)
+        refuse_dora_twice(both)
         return Adapter(
             both,
             name=f"{self.name} + {other.name}",
             base_model=self.base_model or other.base_model,
             truncation_error={**self.truncation_error, **other.truncation_error},
         )
-
-    def _tagged(self) -> dict[str, LoRAFactors]:
-        return {key if "@" in key else f"{key}@{self.name}": f for key, f in self.modules.items()}
 
     def only(self, *which: str | DataFrame) -> Adapter:
         """The modules whose path matches a glob ('*.q_proj'), or that a table of sites names.
@@ -236,7 +235,7 @@ class Adapter:
         Raises:
             ArgumentError: no finite number.
         """
-        return self._with({p: f.scaled(_number(factor)) for p, f in self.modules.items()})
+        return self._with({p: f.scaled(finite(factor)) for p, f in self.modules.items()})
 
     def save(self, path: str | Path) -> Path:
         """Write the adapter to a folder in PEFT's format; `PeftModel.from_pretrained` loads it.
@@ -258,16 +257,20 @@ class Adapter:
         """
         return save_adapter(self.modules, self.name, self.base_model, path)
 
-    def _with(self, modules: Mapping[str, LoRAFactors]) -> Adapter:
+    def _with(self, modules: Mapping[str, ModuleUpdate]) -> Adapter:
         return dataclasses.replace(self, modules=modules)
 
     def __len__(self) -> int:
         return len(self.modules)
 
     def __repr__(self) -> str:
-        ranks = sorted({f.rank for f in self.modules.values()})
-        base = f", base {self.base_model!r}" if self.base_model else ""
-        return f"Adapter({self.name!r}: {len(self)} modules, rank {ranks}{base})"
+        ranks = {f.rank for f in self.modules.values() if isinstance(f, LoRAFactors)}
+        whole = sum(isinstance(f, TrainedModule) for f in self.modules.values())
+        parts = [f"{len(self)} modules"]
+        parts += [f"rank {sorted(ranks)}"] if ranks else []
+        parts += [f"{whole} without factors"] if whole else []
+        parts += [f"base {self.base_model!r}"] if self.base_model else []
+        return f"Adapter({self.name!r}: {', '.join(parts)})"
 
 
 def load_adapter(
@@ -291,29 +294,3 @@ def load_adapter(
     """
     modules, base, name = read_folder(path, revision, subfolder)
     return Adapter(modules, name=name, base_model=base)
-
-
-def _number(factor: Any) -> float:
-    try:
-        number = float("nan") if isinstance(factor, str | bool) else float(factor)
-    except (TypeError, ValueError, RuntimeError):
-        number = float("nan")
-    if not math.isfinite(number):
-        raise ArgumentError(f"scaled({factor!r}); expected a finite number.")
-    return number
-
-
-def _refuse_dora_twice(modules: Mapping[str, LoRAFactors]) -> None:
-    paths = [key.partition("@")[0] for key in modules]
-    for key, factors in modules.items():
-        path = key.partition("@")[0]
-        if factors.magnitude is not None and paths.count(path) > 1:
-            raise AdapterError(
-                f"{path} is adapted twice, once by DoRA, which rescales whatever W it finds: the "
-                "two updates do not add up. Merge one of them into the base model first."
-            )
-
-
-def _natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
-    """Sort key: 'layers.2' before 'layers.10'."""
-    return [(0, len(p), p) if p.isdigit() else (1, 0, p) for p in item[0].split(".")]

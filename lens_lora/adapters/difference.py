@@ -1,8 +1,8 @@
-"""Any weight change as factors: the difference of two models, module by module.
+"""Any weight change as updates: the difference of two models, module by module.
 
 A full fine-tune, a merged adapter, PiSSA or LoftQ against the true base: ΔW = W_tuned − W_base of
 every linear module and embedding, exact, or truncated to rank r by its singular value decomposition
-with the relative error ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F stated per module.
+with the relative error ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F stated per module. Norms are held as they are after.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from lens_lora.adapters.factors import LoRAFactors, dense_factors
 from lens_lora.adapters.same_function import require_same_function
+from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
 from lens_lora.errors import AdapterError, ArgumentError
+from lens_lora.families import FAMILIES, NORM_KINDS
 
 __all__ = ["change_between"]
 
@@ -33,8 +35,8 @@ def change_between(
     rank: int | None,
     ignore: str | Iterable[str],
     progress: bool,
-) -> tuple[dict[str, LoRAFactors], dict[str, float]]:
-    """(factors, truncation error) by module path; see `Adapter.between`.
+) -> tuple[dict[str, ModuleUpdate], dict[str, float]]:
+    """(updates, truncation error) by module path; see `Adapter.between`.
 
     Args:
         base: the Hugging Face model before.
@@ -53,17 +55,21 @@ def change_between(
         raise AdapterError(f"rank={rank!r}; expected at least 1, or None for the exact difference.")
     before, after = dict(base.named_modules()), dict(tuned.named_modules())
     covered: set[str] = set()
-    factors: dict[str, LoRAFactors] = {}
+    factors: dict[str, ModuleUpdate] = {}
     errors: dict[str, float] = {}
     with tqdm(before, desc="weight changes", leave=False, disable=not progress) as bar:
         for path in bar:
-            if not _is_covered(before[path]):
+            is_norm = _is_norm(path, before[path])
+            if not (is_norm or _is_covered(before[path])):
                 continue
             covered |= {f"{path}.weight", f"{path}.bias"}
-            change = _change(path, before[path], after.get(path))
+            of = _norm_change if is_norm else _change
+            change: tuple[ModuleUpdate, float] | None = of(path, before[path], after.get(path))
             if change is None or any(fnmatch.fnmatch(path, glob) for glob in ignore):
                 continue
-            factors[path], errors[path] = change if rank is None else _truncate(change[0], rank)
+            factors[path], errors[path] = change
+            if rank is not None and isinstance(change[0], LoRAFactors):
+                factors[path], errors[path] = _truncate(change[0], rank)
     _refuse_other_changes(base, tuned, covered, ignore)
     require_same_function(base, tuned, ignore)
     return factors, errors
@@ -89,6 +95,27 @@ def _is_covered(module: nn.Module) -> bool:
     """Linear modules and embeddings; a norm's or an expert stack's weight is neither."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, nn.Parameter) and weight.ndim == 2
+
+
+def _is_norm(path: str, module: nn.Module) -> bool:
+    """Of a supported family, by its path: an expert's vector is none."""
+    places = [family.place(path) for family in FAMILIES]
+    weight = getattr(module, "weight", None)
+    is_vector = isinstance(weight, nn.Parameter) and weight.ndim == 1
+    return is_vector and any(p is not None and p.kinds[0] in NORM_KINDS for p in places)
+
+
+def _norm_change(
+    path: str, before: nn.Module, after: nn.Module | None
+) -> tuple[TrainedModule, float] | None:
+    old = dict(before.named_parameters())
+    new = {} if after is None else dict(after.named_parameters())
+    if {name: p.shape for name, p in old.items()} != {name: p.shape for name, p in new.items()}:
+        raise AdapterError(f"{path}: the two models have different norms there.")
+    if all(torch.equal(p.cpu(), new[name].cpu()) for name, p in old.items()):
+        return None
+    held = {name: p.detach().cpu().clone() for name, p in new.items()}
+    return TrainedModule(weight=held.get("weight"), bias=held.get("bias")), 0.0
 
 
 def _change(
@@ -167,7 +194,7 @@ def _refuse_other_changes(
     ]
     if changed:
         raise AdapterError(
-            f"{len(changed)} parameters changed that belong to no linear module or embedding: "
-            f"{', '.join(changed[:3])}. They would be left out of every number; pass "
-            "ignore=('*norm*', …) to leave them out on purpose."
+            f"{len(changed)} parameters changed that belong to no linear module, embedding or "
+            f"known norm: {', '.join(changed[:3])}. They would be left out of every number; pass "
+            "ignore=('*expert*', …) to leave them out on purpose."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lens_lora.errors import AdapterError
 
-__all__ = ["LoRAFactors", "dense_factors"]
+__all__ = ["LoRAFactors", "dense_factors", "require_numbers", "require_products", "size_of"]
 
 _BESIDE = ("lora_bias", "trained_bias", "magnitude", "base_weight")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -34,8 +35,8 @@ class LoRAFactors:
         lora_bias: [out], a bias of B's own: Δb = scale · lora_bias.
         trained_bias: [out], the module's bias after training: Δb = trained_bias − the base's.
         magnitude: [out], DoRA's m: ΔW = m/‖W + sBA‖_row ⊙ (W + sBA) − W, with W the base's.
-        base_weight: the base's weight as the adapter saw it, where the file holds it; it must be
-            the model's.
+        base_weight: the base's weight as the adapter saw it, where the file holds it, stored as
+            Hugging Face does. What differs from the base is a part of the update.
         strength: multiplies the whole update.
 
     Raises:
@@ -54,7 +55,7 @@ class LoRAFactors:
 
     def __post_init__(self) -> None:
         for name in ("A", "B", *_BESIDE):
-            self._require_numbers(name, getattr(self, name), may_lack=name in _BESIDE)
+            require_numbers(name, getattr(self, name), may_lack=name in _BESIDE)
         if not all(isinstance(s, numbers.Real) for s in (self.scale, self.strength)):
             raise AdapterError(f"scale is {self.scale!r}, strength {self.strength!r}; not numbers.")
         if not (math.isfinite(self.scale) and math.isfinite(self.strength)):
@@ -78,32 +79,9 @@ class LoRAFactors:
                 )
 
     def _require_no_overflow(self) -> None:
-        """Products of larger factors than √max are infinite, or NaN, wherever they are applied."""
-        sizes = {name: _size(getattr(self, name)) for name in ("A", "B", *_BESIDE)}
+        sizes = {name: size_of(getattr(self, name)) for name in ("A", "B", *_BESIDE)}
         sizes["ΔW"] = abs(self.scale * self.strength) * sizes["A"] * sizes["B"]
-        dtype = torch.promote_types(torch.promote_types(self.A.dtype, self.B.dtype), torch.float32)
-        limit = math.sqrt(torch.finfo(dtype).max)
-        for name, size in sizes.items():
-            if not size <= limit:
-                raise AdapterError(
-                    f"{name} is too large to compute with: of norm {size:.2g}, and products beyond "
-                    f"{limit:.2g} overflow in {dtype}. The training diverged, or the file is "
-                    "damaged."
-                )
-
-    @staticmethod
-    def _require_numbers(name: str, tensor: Tensor | None, *, may_lack: bool) -> None:
-        if tensor is None and may_lack:
-            return
-        if not isinstance(tensor, Tensor):
-            raise AdapterError(f"{name} is a {type(tensor).__name__}; expected a tensor.")
-        if tensor.dtype not in _DTYPES:
-            raise AdapterError(
-                f"factors must be floating point of 16 bits or more, and {name} is "
-                f"{tensor.dtype}; dequantise the adapter before it is read."
-            )
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"the factors contain NaN or infinite entries (in {name}).")
+        require_products(sizes, torch.promote_types(self.A.dtype, self.B.dtype))
 
     @property
     def rank(self) -> int:
@@ -176,10 +154,61 @@ class LoRAFactors:
         """‖Δb‖, added whatever the input; NaN for a trained bias, as that needs the base's."""
         if self.trained_bias is not None:
             return math.nan
-        return abs(self.scale * self.strength) * _size(self.lora_bias)
+        return abs(self.scale * self.strength) * size_of(self.lora_bias)
 
 
-def _size(tensor: Tensor | None) -> float:
+def require_numbers(name: str, tensor: Tensor | None, *, may_lack: bool) -> None:
+    """Refuse what is no finite tensor of floating point.
+
+    Args:
+        name: of the tensor, for the error.
+        tensor: of an adapter.
+        may_lack: whether None is right.
+
+    Raises:
+        AdapterError: naming the tensor.
+    """
+    if tensor is None and may_lack:
+        return
+    if not isinstance(tensor, Tensor):
+        raise AdapterError(f"{name} is a {type(tensor).__name__}; expected a tensor.")
+    if tensor.dtype not in _DTYPES:
+        raise AdapterError(
+            f"factors must be floating point of 16 bits or more, and {name} is "
+            f"{tensor.dtype}; dequantise the adapter before it is read."
+        )
+    if not torch.isfinite(tensor).all():
+        raise AdapterError(f"the factors contain NaN or infinite entries (in {name}).")
+
+
+def require_products(sizes: Mapping[str, float], dtype: torch.dtype) -> None:
+    """Refuse sizes whose products overflow.
+
+    Products of tensors larger than √max are infinite, or NaN, wherever they are applied.
+
+    Args:
+        sizes: norm by the tensor's name.
+        dtype: in which it is computed.
+
+    Raises:
+        AdapterError: naming the tensor.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    limit = math.sqrt(torch.finfo(dtype).max)
+    for name, size in sizes.items():
+        if not size <= limit:
+            raise AdapterError(
+                f"{name} is too large to compute with: of norm {size:.2g}, and products beyond "
+                f"{limit:.2g} overflow in {dtype}. The training diverged, or the file is damaged."
+            )
+
+
+def size_of(tensor: Tensor | None) -> float:
+    """The norm of a tensor's entries in float64; 0 for None.
+
+    Args:
+        tensor: of any shape.
+    """
     if tensor is None:
         return 0.0
     return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))

@@ -1,7 +1,8 @@
-"""PEFT's adapter format: a folder, or a config and its state dictionary → factors by module path.
+"""PEFT's adapter format: a folder, or a config and its state dictionary → updates by module path.
 
-1. Every tensor key is accounted for (`peft_paths`). Tensors that the config says nothing of, which
-   PEFT would leave out, are refused, as are tensors that it promises and that are not there.
+1. Every tensor key is accounted for (`peft_paths`): factors, or parameters of a module that was
+   trained whole (`peft_trained`). Tensors that the config says nothing of, which PEFT would leave
+   out, are refused, as are tensors that it promises and that are not there.
 2. The scale of each module is PEFT's: s = α/r, or α/√r for rsLoRA, with r and α from the patterns.
 3. What would be read wrongly as s·B·A (PiSSA, aLoRA, X-LoRA, …) is refused with a remedy
    (`peft_variants`).
@@ -21,10 +22,13 @@ from torch import Tensor
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_files import local_folder
 from lens_lora.adapters.peft_folder import read_files, warn_of_cuts
-from lens_lora.adapters.peft_paths import by_module, model_paths, without_adapter_name
+from lens_lora.adapters.peft_paths import by_module, model_paths, saved_keys
 from lens_lora.adapters.peft_patterns import Patterns
+from lens_lora.adapters.peft_trained import trained_modules, unknown_keys
 from lens_lora.adapters.peft_variants import classifier_note, refuse_variants
+from lens_lora.adapters.trained import ModuleUpdate
 from lens_lora.errors import AdapterError
+from lens_lora.families import HEADS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -34,8 +38,8 @@ __all__ = ["base_of", "factors_of", "module_factors", "read_folder", "renamed"]
 
 def read_folder(
     path: str | Path, revision: str | None, subfolder: str | None
-) -> tuple[dict[str, LoRAFactors], str | None, str]:
-    """(factors by module path, the base it names, the folder's name) of an adapter on disk or hub.
+) -> tuple[dict[str, ModuleUpdate], str | None, str]:
+    """(updates by module path, the base it names, the folder's name) of an adapter on disk or hub.
 
     Args:
         path: folder or hub id.
@@ -48,15 +52,15 @@ def read_folder(
     """
     folder = local_folder(path, revision, subfolder)
     config, tensors = read_files(folder)
-    factors, base = factors_of(config, tensors, str(folder))
-    warn_of_cuts(folder, config, factors)
-    return renamed(factors, str(folder)), base, folder.name or str(path)
+    updates, base = factors_of(config, tensors, str(folder))
+    warn_of_cuts(folder, config, updates)
+    return renamed(updates, str(folder)), base, folder.name or str(path)
 
 
 def factors_of(
     config: PeftConfig, state: Mapping[str, Tensor], source: str
-) -> tuple[dict[str, LoRAFactors], str | None]:
-    """(factors by the file's module paths, the base it names) of a config and its state dictionary.
+) -> tuple[dict[str, ModuleUpdate], str | None]:
+    """(updates by the file's module paths, the base it names) of a config and its state dictionary.
 
     Args:
         config: PEFT's LoraConfig.
@@ -68,27 +72,31 @@ def factors_of(
         UnsupportedAdapterError: not plain LoRA.
     """
     refuse_variants(config, source)
-    state, name = without_adapter_name(state)
+    state, notes = saved_keys(state, source)
     tensors, left_over = by_module(state)
+    trained = {path: own for path, own in tensors.items() if "A" not in own and "B" not in own}
+    left_over += unknown_keys(tensors, trained, source)
     if left_over:
         raise _left_over_error(left_over, source, classifier_note(config))
     if not tensors:
         raise AdapterError(f"{source}: no lora_A / lora_B tensors.")
     patterns = Patterns(config, source)
-    _require_targets(config, patterns.untargeted(tensors), source)
-    modules = {
-        path: _factors(config, patterns, path, found, source) for path, found in tensors.items()
+    factors = {path: own for path, own in tensors.items() if path not in trained}
+    _require_targets(config, _untargeted(config, patterns, factors), source)
+    modules: dict[str, ModuleUpdate] = {
+        path: _factors(config, patterns, path, found, source) for path, found in factors.items()
     }
-    if name is not None:
-        _note(f"{source}: its keys carry the adapter's name, {name!r}, which PEFT takes out")
+    modules |= trained_modules(config, trained, source)
+    for note in notes:
+        _note(f"{source}: its {note}")
     return modules, base_of(config, source)
 
 
-def renamed(modules: Mapping[str, LoRAFactors], source: str) -> dict[str, LoRAFactors]:
+def renamed(modules: Mapping[str, ModuleUpdate], source: str) -> dict[str, ModuleUpdate]:
     """The modules by their paths in the causal language model; warns where these are others.
 
     Args:
-        modules: factors by the path that the file or live model has.
+        modules: updates by the path that the file or live model has.
         source: the adapter's file or model, for messages.
 
     Raises:
@@ -151,6 +159,15 @@ def _note(what: str) -> None:
     warnings.warn(f"{what}.", stacklevel=6)
 
 
+def _untargeted(
+    config: Any, patterns: Patterns, factors: Mapping[str, Mapping[str, Tensor]]
+) -> list[str]:
+    """A head that `ensure_weight_tying` ties to its embedding's LoRA is not among the targets."""
+    is_tied = bool(getattr(config, "ensure_weight_tying", False))
+    paths = patterns.untargeted(factors)
+    return [p for p in paths if not (is_tied and p.rpartition(".")[2] in HEADS)]
+
+
 def _require_targets(config: Any, untargeted: list[str], source: str) -> None:
     if not untargeted:
         return
@@ -189,9 +206,10 @@ def _factors(
 def _left_over_error(keys: list[str], source: str, note: str) -> AdapterError:
     shown = ", ".join(sorted(keys)[:5]) + (" …" if len(keys) > 5 else "")
     return AdapterError(
-        f"{source}: {len(keys)} tensors are no LoRA factors of a linear module: {shown}. Fully "
-        "trained modules (modules_to_save) and other formats are not LoRA and are not dropped "
-        f"silently; save the adapter without them.{note}"
+        f"{source}: {len(keys)} tensors are no LoRA factors, nor parameters of a module that is "
+        f"known here: {shown}. Fully trained modules (modules_to_save) are read where they are "
+        "linear modules, embeddings, heads or norms of a supported language model. Other tensors "
+        f"are not dropped silently; save the adapter without them.{note}"
     )
 
 

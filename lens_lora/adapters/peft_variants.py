@@ -18,11 +18,9 @@ _Refusal = tuple[str, Callable[[Any], bool], str]
 _REFUSALS: tuple[_Refusal, ...] = (
     (
         "bias",
-        lambda v: v not in (None, "none", "lora_only"),
-        "Biases trained outside the adapted modules are not read; use bias='lora_only' or 'none'.",
+        lambda v: v not in (None, "none", "lora_only", "all"),
+        "PEFT knows bias='none', 'lora_only' and 'all'.",
     ),
-    ("modules_to_save", bool, "Fully trained modules are not LoRA; train without them."),
-    ("trainable_token_indices", bool, "Trained token rows are not LoRA; train without them."),
     (
         "target_parameters",
         bool,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
 from lens_lora.errors import UnsupportedAdapterError
 
 __all__ = ["null_adapter"]
@@ -40,23 +41,19 @@ def null_adapter(adapter: Adapter, seed: int, *, parts: Parts | None = None) -> 
             spectrum of each part is to be kept (`null_test` passes the model's q, k and v).
 
     Raises:
-        UnsupportedAdapterError: DoRA or trained biases, whose change depends on the base model.
+        UnsupportedAdapterError: DoRA, trained biases or modules: their change depends on the base.
     """
     generator = torch.Generator().manual_seed(seed)
     modules = {
-        key: _null(key, factors, (parts or {}).get(key), generator)
-        for key, factors in adapter.modules.items()
+        key: _null(_known(key, update), (parts or {}).get(key), generator)
+        for key, update in adapter.modules.items()
     }
     return Adapter(modules, name=f"null {seed} of {adapter.name}", base_model=adapter.base_model)
 
 
 def _null(
-    key: str,
-    factors: LoRAFactors,
-    parts: Sequence[Tensor] | None,
-    generator: torch.Generator,
+    factors: LoRAFactors, parts: Sequence[Tensor] | None, generator: torch.Generator
 ) -> LoRAFactors:
-    _refuse_unknown_change(key, factors)
     A, B = factors.A.double().cpu(), factors.B.double().cpu()
     size = factors.scale * factors.strength
     _, right = torch.linalg.qr(A.T)
@@ -73,14 +70,24 @@ def _null(
     return LoRAFactors(reads.T.contiguous(), writes, lora_bias=bias)
 
 
-def _refuse_unknown_change(key: str, factors: LoRAFactors) -> None:
-    found = "DoRA's magnitude" if factors.magnitude is not None else "a trained bias"
-    if factors.magnitude is not None or factors.trained_bias is not None:
+def _known(key: str, update: ModuleUpdate) -> LoRAFactors:
+    """The factors, if nothing beside them depends on the base model."""
+    if isinstance(update, TrainedModule) and update.weight is not None and update.weight.ndim == 1:
         raise UnsupportedAdapterError(
-            f"{key}: {found} makes its change depend on the base model, so its size is not known "
-            "here. Make the change plain first: Adapter.between(base, peft_model.merge_and_unload"
-            "())."
+            f"{key}: a norm's γ and β have no directions to draw at random. Leave such modules out "
+            "of the adapter that is tested."
         )
+    if isinstance(update, TrainedModule):
+        found = "a module that was trained whole"
+    elif update.magnitude is not None or update.trained_bias is not None:
+        found = "DoRA's magnitude" if update.magnitude is not None else "a trained bias"
+    else:
+        return update
+    raise UnsupportedAdapterError(
+        f"{key}: {found} makes its change depend on the base model, so its size is not known "
+        "here. Make the change plain first: Adapter.between(base, peft_model.merge_and_unload"
+        "())."
+    )
 
 
 def _orthonormal(

@@ -99,7 +99,7 @@ def components(
         ModelStateError: the model has an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     reading, squares = asked.reading, _squares(asked)
     inner = reading.by_prompt(squares["inner"])
     z, delta, gradient = (
@@ -135,7 +135,18 @@ def _squares(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
         for name in ("z", "delta", "gradient", "inner")
     }
 
+    repeated: dict[int, tuple[Injection, Tensor | None, Tensor, Tensor]] = {}
+
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+        if injection.ports.repeats == 1:
+            add(injection, weight, gradient, z)
+            return
+        # A norm that the model runs several times adds the same δ each time.
+        before = repeated.get(injection.site)
+        summed = gradient if before is None else before[2] + gradient
+        repeated[injection.site] = (injection, weight, summed, z)
+
+    def add(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         delta = injection.map(z)
         # The unembedding is run at the positions that are read alone.
         kept = read if lens.sites[injection.site].kind == "unembed" else real
@@ -152,6 +163,8 @@ def _squares(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
             squares["inner"][:, site] += (gradient * delta).flatten(1).sum(1)
 
     site_gradients(lens, reading, lens.gates(0.0), visit)
+    for once in repeated.values():
+        add(*once)
     return squares
 
 

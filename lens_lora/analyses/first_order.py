@@ -5,8 +5,8 @@
 2. With `rules`, attention patterns or norm denominators are constants at their values there
    (`hooked/frozen.py`), in both modes.
 3. The exact shift g(1) − g(0) stands beside the values, two forward passes.
-4. Several readouts of the same prompts (`first_orders`) go back through one forward pass, with k
-   backward passes as one batch.
+4. Several readouts of the same prompts: `analyses/many_readouts.py`; by output token:
+   `analyses/by_token.py`.
 
 At ε = 0 it predicts what adding one module to the base model does; at ε = 1 what taking one away
 from the adapted model does.
@@ -15,18 +15,15 @@ from the adapted model does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.by_token import by_token, own_tokens_only, response_tokens
 from lens_lora.arguments import number
-from lens_lora.engine.asked import Asked, ask, ask_prompts
-from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
-from lens_lora.engine.function import gated_logits, read_logits, require_finite
-from lens_lora.engine.gate_graph import gate_graph
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.batching import Mode, chosen_mode
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.engine.tangent_slopes import tangent_slopes
 from lens_lora.errors import ArgumentError
@@ -42,7 +39,6 @@ from lens_lora.results.measured import header
 __all__ = [
     "first_order",
     "first_order_of",
-    "first_orders",
     "labelled",
 ]
 
@@ -95,8 +91,9 @@ def first_order(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
+    asked = ask(lens, prompts, readout)
     return first_order_of(
-        ask(lens, prompts, readout),
+        asked.require_slope_at_base() if number("at", at) == 0 else asked,
         at=at,
         mode=mode,
         by=by,
@@ -187,82 +184,3 @@ def labelled(
         response=response_tokens(asked) if is_by_token else (),
         **header(asked),
     )
-
-
-@alone
-def first_orders(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readouts: Sequence[Readout],
-    *,
-    at: float = 0.0,
-    max_memory: float | None = None,
-    progress: bool = True,
-) -> tuple[Attribution, ...]:
-    """`first_order` of each of several readouts, by site.
-
-    Cost: one forward pass and a backward pass per readout, as one batch, and two forward passes for
-    all their exact shifts. An answer of several tokens has rows of its own, and is run by itself.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
-        readouts: at least one.
-        at: the gate value at which the derivative is taken: 0 base, 1 adapted.
-        max_memory: bytes for the readouts that go at once, beside the graph of the forward pass.
-        progress: show a bar.
-
-    Returns:
-        An Attribution for each readout, in their order.
-
-    Raises:
-        ArgumentError: no readouts, or something that is none.
-        TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: non-finite derivatives, naming the site.
-    """
-    if not isinstance(readouts, Sequence) or not readouts:
-        raise ArgumentError(f"readouts={readouts!r}: expected a list of at least one.")
-    at = number("at", at)
-    prompt_rows = ask_prompts(lens, prompts)
-    every = [prompt_rows.about(readout) for readout in readouts]
-    found: dict[int, Attribution] = {}
-    together = [i for i, asked in enumerate(every) if asked.reading.prompts is asked.prompts]
-    if together:
-        some = [every[i] for i in together]
-        _share_ends(some)
-        slopes = _slopes(some, at, max_memory, progress)
-        for i, asked, values in zip(together, some, slopes, strict=True):
-            found[i] = labelled(asked, values, method="first_order", at=at)
-    for i, asked in enumerate(every):
-        if i not in found:
-            found[i] = first_order_of(asked, at=at, progress=progress)
-    return tuple(found[i] for i in range(len(readouts)))
-
-
-def _slopes(
-    some: Sequence[Asked], at: float, max_memory: float | None, progress: bool
-) -> Float[Tensor, "readout batch site"]:
-    """Of readouts of the same rows."""
-    lens, prompts = some[0].lens, some[0].prompts
-
-    def read() -> Float[Tensor, "readout batch"]:
-        logits = read_logits(lens, prompts)
-        return torch.stack([asked.reading.read(logits) for asked in some])
-
-    graph = gate_graph(lens, prompts, lens.gates(at), read)
-    step = covectors_at_once(lens, prompts, max_memory)
-    slopes = graph.slopes_of_each(step, progress=progress)
-    for of_one in slopes:
-        require_finite_sites(lens, of_one)
-    return slopes
-
-
-def _share_ends(some: Sequence[Asked]) -> None:
-    """The ends of all of them, out of the same two forward passes."""
-    lens, prompts = some[0].lens, some[0].prompts
-    with torch.no_grad():
-        logits = [gated_logits(lens, prompts, lens.gates(end)) for end in (0.0, 1.0)]
-        for asked in some:
-            ends = torch.stack([asked.reading.read(end) for end in logits])
-            require_finite(ends, "a readout")
-            asked.know_ends(ends)

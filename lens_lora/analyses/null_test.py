@@ -16,7 +16,6 @@ every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -27,6 +26,7 @@ from scipy.stats import false_discovery_control
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.random_directions import null_adapter
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.arguments import whole
@@ -40,7 +40,7 @@ from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import SIGMAS, Result
+from lens_lora.results.measured import SIGMAS, Result, flat, per_prompt
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -61,7 +61,6 @@ class NullTest(Result):
         null_shift: [draw, batch], the exact g(1) − g(0) of each.
         seeds: of each draw: `null_adapter(adapter, seed)`.
         noise_floor: [batch], σ of a difference of two readouts from rounding alone.
-        meta: model, adapter, dtype and versions.
     """
 
     observed: Attribution
@@ -69,9 +68,16 @@ class NullTest(Result):
     null_shift: Float[Tensor, "draw batch"]
     seeds: tuple[int, ...]
     noise_floor: Float[Tensor, "batch"]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
+
+    @property
+    def readout(self) -> str:
+        """What was read."""
+        return self.observed.readout
+
+    @property
+    def units(self) -> str:
+        """Of all numbers."""
+        return self.observed.units
 
     @property
     def draws(self) -> int:
@@ -147,9 +153,7 @@ class NullTest(Result):
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
         frame = self.observed.to_frame()
         numbers = {"null_std": self.null.double().std(0), "z": self.z, "p": self.p, "q": self.q}
-        for name, tensor in numbers.items():
-            frame[name] = tensor.double().cpu().flatten().numpy()
-        return frame
+        return frame.assign(**flat(numbers))
 
     def totals_to_frame(self) -> pd.DataFrame:
         """One row per prompt: shift and Σ a against the nulls', share of sites, verdict."""
@@ -162,8 +166,7 @@ class NullTest(Result):
             "first_order_p": self.total_p,
             "exceeds_all": self.exceeds_all,
         }
-        columns: dict[str, object] = {k: n.double().cpu().tolist() for k, n in numbers.items()}
-        return pd.DataFrame({**columns, "verdict": self.verdict})
+        return pd.DataFrame(per_prompt(numbers)).assign(verdict=self.verdict)
 
     def plot(self, prompt: int | None = None) -> Figure:
         """|a_l| of every site over the band of the draws, in the order of the forward pass.
@@ -209,7 +212,7 @@ def null_test(
         NumericsError: non-finite derivatives, naming the site.
     """
     draws, seed = _checked(draws, seed)
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     first = first_order_of(asked)
     return null_test_of(asked, first, draws=draws, seed=seed, progress=progress)
 
@@ -252,9 +255,6 @@ def null_test_of(
         null_shift=torch.stack(shifts),
         seeds=seeds,
         noise_floor=asked.noise_floor,
-        readout=asked.readout.label,
-        units=asked.readout.units,
-        meta=first.meta,
     )
 
 
@@ -268,9 +268,10 @@ def _parts_of_fused(lens: LoraLens) -> dict[str, list[Tensor]]:
     view, found = lens.plan.host, {}
     for key, factors in lens.adapter.modules.items():
         place = view.family.place(key.partition("@")[0])
-        if place is not None and place.layout != "whole":
-            rows = [fused_rows(place, kind, view.heads, len(factors.B)) for kind in place.kinds]
-            found[key] = [r for r in rows if r is not None]
+        if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
+            continue
+        rows = [fused_rows(place, kind, view.heads, len(factors.B)) for kind in place.kinds]
+        found[key] = [r for r in rows if r is not None]
     return found
 
 

@@ -191,15 +191,12 @@ def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, 
 
 
 def weight_norms(lens: LoraLens) -> Float[Tensor, "site"]:
-    """‖ΔW_l‖_F in the model's basis, biases left out: ‖BA‖² = tr((BᵀB)(AAᵀ)). No forward pass.
+    """‖ΔW_l‖_F in the model's basis, biases left out; of a norm ‖Δγ‖. No forward pass.
 
     Args:
         lens: the adapter over the model.
     """
-    norms: list[float] = []
-    for site_map in lens.maps:
-        A, B = site_map.A.double(), site_map.B.double()
-        norms.append(float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()))
+    norms = [site_map.norm() for site_map in lens.maps]
     return torch.tensor(norms, dtype=torch.float64, device=lens.device)
 
 
@@ -232,7 +229,8 @@ class _NormRecorder:
         delta = injection.map(z).double()
         if delta.shape[1] == self._real.shape[1]:  # the unembedding is run at the read position
             delta = delta * self._real.to(delta.device)
-        self.squares[:, injection.site] += delta.square().flatten(1).sum(1).to(self.squares.device)
+        squares = delta.square().flatten(1).sum(1) / injection.ports.repeats
+        self.squares[:, injection.site] += squares.to(self.squares.device)
 
 
 def refuse_greedy(sites: int) -> None:

@@ -46,7 +46,7 @@ from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.choosing import only_prompt
 from lens_lora.results.effects import Effects
-from lens_lora.results.measured import SIGMAS, Result
+from lens_lora.results.measured import SIGMAS, Result, flat
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -68,7 +68,6 @@ class Reliability(Result):
         threshold: a score under it is flagged.
         material: [batch], in the readout's units: what a site's |a| or |correction| must exceed.
         passes: forward and backward passes over the prompts, by step.
-        meta: model, adapter, dtype and versions.
     """
 
     attribution: Attribution
@@ -78,9 +77,16 @@ class Reliability(Result):
     threshold: float
     material: Float[Tensor, "batch"]
     passes: Mapping[str, int]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
+
+    @property
+    def readout(self) -> str:
+        """What was read."""
+        return self.attribution.readout
+
+    @property
+    def units(self) -> str:
+        """Of all numbers."""
+        return self.attribution.units
 
     @property
     def score(self) -> Float[Tensor, "batch site"]:
@@ -174,10 +180,8 @@ class Reliability(Result):
         """One row per prompt and site: first order, share, correction, score, fixed, flagged."""
         frame = self.attribution.to_frame().rename(columns={"value": "first_order"})
         fixed = {} if self.fixed is None else {"fixed": self.fixed}
-        for name, tensor in {"correction": self.correction, "score": self.score, **fixed}.items():
-            frame[name] = tensor.double().cpu().flatten().numpy()
-        frame["flagged"] = self.flagged.cpu().flatten().numpy()
-        return frame
+        numbers = {"correction": self.correction, "score": self.score, **fixed}
+        return frame.assign(**flat(numbers), flagged=self.flagged.cpu().flatten().numpy())
 
     def plot(self, prompt: int | None = None) -> Figure:
         """a_l against a_l + correction of a prompt's sites, the flagged ones apart.
@@ -236,7 +240,7 @@ def reliability(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     first = first_order_of(asked)
     return reliability_of(
         asked, first, how, threshold=threshold, floor=floor, fix=fix, progress=progress
@@ -277,9 +281,6 @@ def reliability_of(
         threshold=threshold,
         material=material,
         passes={"first order": 2, "screen": passes},
-        readout=asked.readout.label,
-        units=asked.readout.units,
-        meta=first.meta,
     )
     return _fixed(screen, found) if fix else found
 

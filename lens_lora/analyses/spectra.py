@@ -1,97 +1,31 @@
 """How large an adapter's updates are, and in how many directions: the spectrum of each ΔW.
 
-1. ΔW = s·B·A is never built. With the QR factors B = Q_B R_B and Aᵀ = Q_A R_A,
+With a lens a row is a site (a fused projection is several) and has ‖ΔW‖ / ‖W‖. Both are in the
+Hugging Face basis, so the hooked model must be unprocessed.
 
-       s·B·A = Q_B (s·R_B R_Aᵀ) Q_Aᵀ,
-
-   so its singular values are those of s·R_B R_Aᵀ, a matrix of at most rank × rank.
-2. DoRA's ΔW = m/‖W + sBA‖_row ⊙ (W + sBA) − W has no low rank and depends on the base model's W:
-   it is built, where a lens gives W, and has no spectrum where none does.
-3. With a lens a row is a site (a fused projection is several) and has ‖ΔW‖ / ‖W‖. Both are in the
-   Hugging Face basis, so the hooked model must be unprocessed.
-
-No forward pass. Cost of a module: (in + out) · rank²; for DoRA one dense decomposition.
+No forward pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from typing import Any, final
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.errors import ModelStateError
+from lens_lora.analyses.spectrum import Spectrum, module_spectrum, site_spectra
 from lens_lora.families import FAMILIES
-from lens_lora.hooked.basis import is_centred
-from lens_lora.hooked.host import Host
 from lens_lora.hooked.hosts import host_of
-from lens_lora.hooked.site_factors import SiteFactors, resolve_sites
 from lens_lora.lens import LoraLens
 from lens_lora.results.measured import Result
-from lens_lora.results.storage import stored
 
-__all__ = ["AdapterSummary", "Spectrum", "lacking", "singular_values", "stable_rank", "summarise"]
+__all__ = ["AdapterSummary", "lacking", "summarise"]
 
 _OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
-
-
-@final
-@stored
-@dataclasses.dataclass(frozen=True, eq=False)
-class Spectrum:
-    """One ΔW: of a module, or with a lens of a site.
-
-    Attributes:
-        module: Hugging Face path.
-        site: name of the site; None without a lens, or where the model lacks it.
-        target: the module within its layer, 'self_attn.q_proj'.
-        parts: what stands beside s·B·A: 'DoRA', 'lora_bias', 'trained bias'.
-        rank: r.
-        scale: s, with the adapter's strength in it.
-        singular_values: of ΔW, descending, those that its rank allows to be nonzero; empty for
-            DoRA without the base model.
-        weight_norm: ‖W‖_F of the base; NaN without a lens.
-        bias_norm: ‖Δb‖, which is no part of ΔW; NaN for a trained bias, whose change depends on
-            the base's.
-    """
-
-    module: str
-    site: str | None
-    target: str
-    parts: tuple[str, ...]
-    rank: int
-    scale: float
-    singular_values: Float[Tensor, "direction"]
-    weight_norm: float
-    bias_norm: float
-
-    @property
-    def norm(self) -> float:
-        """‖ΔW‖_F; NaN where the spectrum is unknown."""
-        return float(self.singular_values.norm()) if len(self.singular_values) else math.nan
-
-    @property
-    def spectral_norm(self) -> float:
-        """‖ΔW‖₂ = σ₁; NaN where the spectrum is unknown."""
-        return float(self.singular_values[0]) if len(self.singular_values) else math.nan
-
-    @property
-    def stable_rank(self) -> float:
-        """‖ΔW‖_F² / ‖ΔW‖₂²; NaN where the spectrum is unknown."""
-        return stable_rank(self.singular_values) if len(self.singular_values) else math.nan
-
-    @property
-    def relative_norm(self) -> float:
-        """‖ΔW‖_F / ‖W‖_F; NaN without a lens."""
-        return self.norm / self.weight_norm if self.weight_norm else math.nan
 
 
 @final
@@ -106,6 +40,7 @@ class AdapterSummary(Result):
         module_count: modules that the adapter adapts.
         rows: in the adapter's order, or with a lens in that of a forward pass.
         missing: modules that the lens does not cover (their rows have no site).
+        unchanged: modules of which the adapter holds what the lens' model has (no site either).
     """
 
     name: str
@@ -114,6 +49,7 @@ class AdapterSummary(Result):
     module_count: int
     rows: tuple[Spectrum, ...]
     missing: tuple[str, ...]
+    unchanged: tuple[str, ...] = ()
 
     @property
     def targets(self) -> dict[str, int]:
@@ -122,13 +58,13 @@ class AdapterSummary(Result):
 
     @property
     def ranks(self) -> dict[int, int]:
-        """Rank → how many modules have it."""
-        return dict(sorted(Counter(rank for *_, rank, _ in self._modules()).items()))
+        """Rank → how many modules have factors of it."""
+        return dict(sorted(Counter(rank for *_, rank, _ in self._modules(True)).items()))
 
     @property
     def scales(self) -> dict[float, int]:
-        """s → how many modules have it."""
-        return dict(sorted(Counter(scale for *_, scale in self._modules()).items()))
+        """s → how many modules have factors of it."""
+        return dict(sorted(Counter(scale for *_, scale in self._modules(True)).items()))
 
     @property
     def parts(self) -> dict[str, int]:
@@ -168,9 +104,12 @@ class AdapterSummary(Result):
         ]
         return pd.DataFrame(rows)
 
-    def _modules(self) -> list[tuple[str, str, tuple[str, ...], int, float]]:
+    def _modules(
+        self, with_factors: bool = False
+    ) -> list[tuple[str, str, tuple[str, ...], int, float]]:
         """(path, target, parts, rank, scale) of each module once, however many sites it has."""
-        return sorted({(r.module, r.target, r.parts, r.rank, r.scale) for r in self.rows})
+        rows = [row for row in self.rows if row.has_factors or not with_factors]
+        return sorted({(r.module, r.target, r.parts, r.rank, r.scale) for r in rows})
 
 
 def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
@@ -179,17 +118,18 @@ def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
     Args:
         adapter: whose updates are measured.
         lens: of this adapter, or of the part of it that the model has, over an unprocessed model;
-            adds sites, ‖ΔW‖ / ‖W‖, and DoRA's numbers.
+            adds sites, ‖ΔW‖ / ‖W‖, and the numbers of DoRA and trained modules.
 
     Raises:
         ModelStateError: the lens' model was processed.
     """
-    covered = () if lens is None else _site_rows(lens)
+    covered = () if lens is None else site_spectra(lens)
     of_sites = {row.module for row in covered}
+    rest = {key: update for key, update in adapter.modules.items() if key not in of_sites}
+    same = () if lens is None else tuple(key for key in rest if key in lens.adapter.modules)
     others = tuple(
-        _row(path, None, factors, None)
-        for path, factors in adapter.modules.items()
-        if path not in of_sites
+        _of_nothing(module_spectrum(key, update)) if key in same else module_spectrum(key, update)
+        for key, update in rest.items()
     )
     about = {} if lens is None else lens.describe()
     return AdapterSummary(
@@ -198,8 +138,14 @@ def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
         model=f"{about['model']} ({about['model_class']})" if about else None,
         module_count=len(adapter),
         rows=covered + others,
-        missing=() if lens is None else tuple(row.module for row in others),
+        missing=() if lens is None else tuple(key for key in rest if key not in same),
+        unchanged=same,
     )
+
+
+def _of_nothing(row: Spectrum) -> Spectrum:
+    nothing = torch.zeros(1, dtype=torch.float64)
+    return dataclasses.replace(row, singular_values=nothing, bias_norm=0.0)
 
 
 def lacking(adapter: Adapter, model: Any) -> tuple[str, ...]:
@@ -217,95 +163,10 @@ def lacking(adapter: Adapter, model: Any) -> tuple[str, ...]:
     return tuple(k for k, at in places.items() if at is None or (at.layer or 0) >= host.n_layers)
 
 
-def singular_values(factors: LoRAFactors) -> Float[Tensor, "direction"]:
-    """Those of s·B·A that can be nonzero, min(rank, in, out) of them, descending, in float64.
-
-    Biases, and DoRA's magnitude, are no part of it.
-
-    Args:
-        factors: of one module.
-    """
-    reads, writes = (
-        torch.linalg.qr(matrix.double(), mode="r").R for matrix in (factors.A.T, factors.B)
-    )
-    scale = abs(factors.scale * factors.strength)
-    return scale * torch.linalg.svdvals(writes @ reads.T)
-
-
-def stable_rank(sigma: Float[Tensor, "direction"]) -> float:
-    """‖ΔW‖_F² / ‖ΔW‖₂² = Σσ² / σ₁²: between 1 and the rank, and 0 for ΔW = 0.
-
-    Args:
-        sigma: singular values, descending.
-    """
-    first = float(sigma[0])
-    return float((sigma / first).square().sum()) if first else 0.0
-
-
 def _outside_blocks(key: str) -> str | None:
     """'embeddings' or 'head' for a module that some family has outside its layers."""
     for family in FAMILIES:
         place = family.place(key.partition("@")[0])
         if place is not None and place.layer is None:
-            return _OUTSIDE[place.kinds[0]]
+            return _OUTSIDE.get(place.kinds[0])
     return None
-
-
-def _site_rows(lens: LoraLens) -> tuple[Spectrum, ...]:
-    host = host_of(lens.model)
-    rows = []
-    for site in resolve_sites(lens.adapter, host.family, host.heads, host.n_layers):
-        key = f"{site.module}@{site.adapter}" if site.adapter else site.module
-        rows.append(_row(key, site.name, site.factors, _base_weight(host, site)))
-    return tuple(rows)
-
-
-def _base_weight(host: Host, site: SiteFactors) -> Float[Tensor, "out in"]:
-    """W of the Hugging Face base, in float64."""
-    weight = host.weight(site.layer, site.kind)
-    if host.needs_base() or is_centred(weight):
-        raise ModelStateError(
-            f"{site.name}: this {host.class_name} was processed, so its weights are not those that "
-            "the adapter was added to. Load it unprocessed (from_pretrained_no_processing, or a "
-            "TransformerBridge before enable_compatibility_mode)."
-        )
-    return weight.double() / host.embedding_scale(site.kind)
-
-
-def _row(
-    module: str, site: str | None, factors: LoRAFactors, weight: Float[Tensor, "out in"] | None
-) -> Spectrum:
-    beside = {
-        "DoRA": factors.magnitude,
-        "lora_bias": factors.lora_bias,
-        "trained bias": factors.trained_bias,
-    }
-    return Spectrum(
-        module=module,
-        site=site,
-        target=_target(module),
-        parts=tuple(name for name, tensor in beside.items() if tensor is not None),
-        rank=factors.rank,
-        scale=factors.scale * factors.strength,
-        singular_values=_spectrum(factors, weight),
-        weight_norm=math.nan if weight is None else float(weight.norm()),
-        bias_norm=factors.bias_norm(),
-    )
-
-
-def _spectrum(
-    factors: LoRAFactors, weight: Float[Tensor, "out in"] | None
-) -> Float[Tensor, "direction"]:
-    """Of the whole ΔW; empty for DoRA without W."""
-    if not factors.needs_base_weight:
-        return singular_values(factors)
-    if weight is None:
-        return torch.empty(0, dtype=torch.float64)
-    return torch.linalg.svdvals(factors.materialise(weight).double())
-
-
-def _target(key: str) -> str:
-    """'model.layers.3.self_attn.q_proj' → 'self_attn.q_proj'; outside the layers, the last name."""
-    path = key.partition("@")[0]
-    within = re.split(r"\.\d+\.", path)[-1]
-    return within if within != path else path.rpartition(".")[2]

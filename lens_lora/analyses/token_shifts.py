@@ -124,7 +124,8 @@ class TokenShifts(Result):
         if prompt is not None:
             chosen = only_prompt(prompt, len(self.response))
             frame = frame[frame["prompt"] == chosen]
-        return frame.nlargest(k, "kl_base_to_adapted").reset_index(drop=True)
+        order = frame["kl_base_to_adapted"].argsort()[::-1][:k]
+        return frame.iloc[order].reset_index(drop=True)
 
     def plot(self, prompt: int | None = None) -> Figure:
         """KL and the shift of log p, token by token.

@@ -111,12 +111,12 @@ def lens_over(
     Raises:
         ModelStateError: this machine has no such device.
     """
-    from lens_lora.loading import hooked_model, hooked_transformer_if_there, moved
+    from lens_lora.loading import base_beside, hooked_model, hooked_transformer_if_there, moved
 
     with step("Building the hooked model", progress):
-        chosen = kind or hooked_transformer_if_there()
-        model, _ = hooked_model(moved(hf_model, device), tokenizer, kind=chosen)
-    return LoraLens(model, adapter)
+        chosen, base = kind or hooked_transformer_if_there(), moved(hf_model, device)
+        model, made = hooked_model(base, tokenizer, kind=chosen)
+    return LoraLens(model, adapter, hf_model=base_beside(made, base, adapter))
 
 
 def lens_for(subject: Subject, adapter: Adapter, device: str, progress: Console) -> LoraLens:

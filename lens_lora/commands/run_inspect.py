@@ -13,7 +13,7 @@ from lens_lora.analyses.spectra import lacking, summarise
 from lens_lora.commands.loading import EMBEDDED
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.lens import LoraLens
-from lens_lora.loading import hooked_model, load_base, quiet_libraries
+from lens_lora.loading import base_beside, hooked_model, load_base, quiet_libraries
 from lens_lora.show.tables.adapter import adapter_table, spectra_table
 
 __all__ = ["run"]
@@ -42,14 +42,16 @@ def _lens(adapter: Adapter, model: str, quiet: bool) -> LoraLens:
     Raises:
         LensLoraError: the model cannot be loaded or hooked, or the adapter does not fit it.
     """
-    hooked = _hooked(model, quiet)
+    hooked, base = _hooked(model, quiet)
     left_out = lacking(adapter, hooked)
     is_partial = 0 < len(left_out) < len(adapter)
-    return LoraLens(hooked, adapter.without(*left_out) if is_partial else adapter)
+    chosen = adapter.without(*left_out) if is_partial else adapter
+    return LoraLens(hooked, chosen, hf_model=base_beside(type(hooked).__name__, base, chosen))
 
 
-def _hooked(model: str, quiet: bool) -> Any:
+def _hooked(model: str, quiet: bool) -> tuple[Any, Any]:
+    """The hooked model, and the base that it was made from."""
     Console(stderr=True, quiet=quiet).print(f"Loading {model}", highlight=False, markup=False)
     with quiet_libraries():
-        loaded = load_embedded(quiet=True) if model == EMBEDDED else load_base(model)
-        return hooked_model(*loaded)[0]
+        base, tokenizer = load_embedded(quiet=True) if model == EMBEDDED else load_base(model)
+        return hooked_model(base, tokenizer)[0], base

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._C import _is_fwd_grad_enabled, _len_torch_function_stack
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, _sdpa_kernel
+from torch.overrides import _pop_mode
 
 from lens_lora.engine.duals import OneProduct
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, hold
 from lens_lora.temporary import Temporary
 
-__all__ = ["dual_forward", "tangent_of"]
+__all__ = ["attention_from_formula", "dual_forward", "tangent_of"]
 
 
 def dual_forward() -> AbstractContextManager[OneProduct]:
@@ -51,17 +53,37 @@ def _begin_dual(block: Temporary) -> OneProduct:
             "around this call, and torch has no second one. Leave it first."
         )
     block.push(_name_the_operation)
-    block.way_back(functools.partial(_set_fwd_grad_enabled, torch._C._is_fwd_grad_enabled()))
-    _set_fwd_grad_enabled(True)
-    block.enter_context(torch.no_grad())
-    block.enter_context(sdpa_kernel(SDPBackend.MATH))
+    attention_from_formula(block)
     _use_plain_bloom_gelu(block)
-    block.enter_context(fwad.dual_level())
-    return block.enter_context(OneProduct())
+    block.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    torch.set_grad_enabled(False)
+    block.way_back(functools.partial(torch._C._set_fwd_grad_enabled, _is_fwd_grad_enabled()))
+    torch._C._set_fwd_grad_enabled(True)
+    block.way_back(_leave_dual_level)
+    fwad.enter_dual_level()
+    products = OneProduct()
+    block.way_back(functools.partial(_pop_modes, _len_torch_function_stack()))
+    return products.__enter__()
 
 
-def _set_fwd_grad_enabled(enabled: bool) -> None:
-    torch._C._set_fwd_grad_enabled(enabled)
+def attention_from_formula(block: Temporary) -> None:
+    """Scaled-dot-product attention from its formula until the block ends, by no fused kernel.
+
+    A fused kernel has neither forward-mode nor second derivatives.
+    """
+    hold(block, ONE_IN_A_PROCESS)
+    block.way_back(functools.partial(_sdpa_kernel, _cur_sdpa_kernel_backends()))
+    _sdpa_kernel([SDPBackend.MATH])
+
+
+def _leave_dual_level() -> None:
+    while fwad._current_level >= 0:
+        fwad.exit_dual_level()
+
+
+def _pop_modes(depth: int) -> None:
+    while _len_torch_function_stack() > depth:
+        _pop_mode()
 
 
 def _name_the_operation(kind: object, error: BaseException | None, trace: object) -> None:

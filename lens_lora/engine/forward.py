@@ -77,7 +77,7 @@ class JointInject:
 
 def joint_tangent(
     lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], direction: Float[Tensor, "site"]
-) -> Float[Tensor, "batch vocab"]:
+) -> Float[Tensor, "batch *slot vocab"]:
     """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass.
 
     Raises:
@@ -243,7 +243,7 @@ class _PartsInject:
     def _gather(
         self, site: int, own: Sequence[tuple[int, Part]], read: Int[Tensor, "row slot"]
     ) -> tuple[Int[Tensor, "part"], Slots]:
-        device = self._lens.maps[site].A.device
+        device = self._lens.maps[site].device
         rows = torch.tensor([row for row, _ in own], device=device)
         position = _slot([part.position for _, part in own], device)
         if position is not None and self._lens.sites[site].kind == "unembed":

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from lens_lora.engine import branching as tree
 from lens_lora.engine.batching import PICKS, branches_at_once, rows_at_once
-from lens_lora.errors import NumericsError
+from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.hooked.attaching import add_pre_hook
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
@@ -135,7 +135,7 @@ def _no_unembedding(lens: LoraLens) -> AbstractContextManager[None]:
 
     def replace(block: Temporary) -> None:
         block.way_back(lambda: own.pop("forward", None))
-        own["forward"] = lambda residual, *args, **kwargs: residual
+        own["forward"] = lambda residual, *args, **kwargs: _unrounded(residual)
 
     return Temporary(replace)
 
@@ -145,9 +145,20 @@ def _read_rows_only(lens: LoraLens, prompts: Prompts) -> AbstractContextManager[
 
     def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
-        return (prompts.at_slots(args[0]), *args[1:])
+        return (prompts.at_slots(_unrounded(args[0])), *args[1:])
 
     return Temporary(functools.partial(add_pre_hook, lens.model.unembed, select))
+
+
+def _unrounded(residual: Tensor) -> Tensor:
+    """The same, unless the model's own forward pass turned autocast on."""
+    if torch.is_autocast_enabled(residual.device.type):
+        raise ModelStateError(
+            "the model turns autocast on in its forward pass (a model prepared by accelerate for "
+            "mixed precision does), which rounds to half precision. Take the wrapper off: "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
+        )
+    return residual
 
 
 def gated_logits(

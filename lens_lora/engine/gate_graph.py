@@ -25,11 +25,11 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lens_lora.engine import batching
 from lens_lora.engine.batching import directions_at_once
+from lens_lora.engine.dual_pass import attention_from_formula
 from lens_lora.engine.function import read_value
 from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, hold
@@ -120,16 +120,12 @@ def gate_graph(
     """
     gates = at.detach().expand(len(prompts.tokens), -1).clone().requires_grad_()
     inject = ScaleInject(lens.plan, gates)
-    with torch.enable_grad(), lens.injected(inject), Temporary(_from_formula):
+    with torch.enable_grad(), lens.injected(inject), Temporary(attention_from_formula):
         return GateGraph(gates, read())
 
 
-def _from_formula(block: Temporary) -> None:
-    hold(block, ONE_IN_A_PROCESS)
-    block.enter_context(sdpa_kernel(SDPBackend.MATH))
-
-
 def _quiet_batching(block: Temporary) -> None:
+    hold(block, ONE_IN_A_PROCESS)
     block.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.hooked.basis import SiteMap
+from lens_lora.hooked.norm_map import NormMap
 
 __all__ = ["Slots", "part_deltas", "parts"]
 
@@ -28,13 +29,13 @@ def parts(
     by: tuple[str, ...],
 ) -> Float[Tensor, "batch *by"]:
     """⟨G, δz⟩ of one site, kept apart along `by` ('head' last slot: outside attention)."""
-    gradient = gradient.to(site.B.dtype)
+    gradient = gradient.to(site.dtype)
     if z.ndim == 4 or ("head" in by and heads):
         split = _by_head(site, kind, heads, gradient, z)
     elif not by:
-        return ((gradient @ site.B) * site.coordinates(z)).sum((1, 2))
+        return (site.back(gradient) * site.coordinates(z)).sum((1, 2))
     else:
-        split = ((gradient @ site.B) * site.coordinates(z))[:, :, None]
+        split = (site.back(gradient) * site.coordinates(z))[:, :, None]
     summed = [axis for axis, name in ((1, "position"), (2, "head"), (3, "rank")) if name not in by]
     return split.sum(summed) if summed else split
 
@@ -42,6 +43,8 @@ def parts(
 def _by_head(
     site: SiteMap, kind: str, heads: int, gradient: Tensor, z: Tensor
 ) -> Float[Tensor, "batch pos head rank"]:
+    if isinstance(site, NormMap):
+        return site.by_head(gradient, z, heads)
     if kind == "o":
         return (gradient @ site.B)[:, :, None] * input_by_head(site, heads, z)
     if site.B_by_head is not None:

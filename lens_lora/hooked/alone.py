@@ -1,9 +1,10 @@
 """A public call on a lens: alone on its model, in torch's plain settings, leaving nothing behind.
 
 1. One thread at a time works with a model; a second one waits.
-2. Inference mode, autocast and anomaly detection are off within the call, whatever they are around
-   it: within inference mode no derivative exists, autocast rounds to half precision, and anomaly
-   detection stops derivatives that are taken as one batch.
+2. Inference mode, autocast, anomaly detection and a default device are off within the call,
+   whatever they are around it: within inference mode no derivative exists, autocast rounds to half
+   precision, anomaly detection stops derivatives that are taken as one batch, and small tensors
+   are made on the CPU.
 3. Within a torch.func transform a call is refused, as its own derivatives would be taken there.
 4. At the end, whatever interrupts the call, its hooks, grad mode and all else that it changed are
    as before (`lens_lora/temporary.py`).
@@ -28,11 +29,6 @@ __all__ = ["alone"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
-_MADE_THERE = (
-    "a tensor that takes part was made within torch.inference_mode(), where none keeps what a "
-    "derivative needs: a weight of the model, a factor of the adapter, or what a readout or a hook "
-    "holds. Make it outside of that mode (torch.no_grad() has no such effect), or pass its clone()."
-)
 
 
 def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -53,7 +49,7 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
             except RuntimeError as error:
                 if isinstance(error, LensLoraError) or "nference tensor" not in str(error):
                     raise
-                raise ModelStateError(f"{_MADE_THERE} Torch says: {error}") from error
+                raise ModelStateError(f"{_made_there(lens)} Torch says: {error}") from error
             finally:
                 close_but(others)
         finally:
@@ -78,5 +74,19 @@ def _prepare(lens: Any, block: Temporary) -> None:
     for device in _DEVICES:
         if torch.is_autocast_enabled(device):
             block.enter_context(torch.autocast(device, enabled=False))
+    if torch.get_default_device().type != "cpu":
+        block.enter_context(torch.device("cpu"))
     if torch.is_anomaly_enabled():
         block.enter_context(torch.autograd.set_detect_anomaly(False))
+
+
+def _made_there(lens: Any) -> str:
+    model = getattr(lens, "model", None)
+    named = model.named_parameters() if isinstance(model, nn.Module) else ()
+    weights = [f"the weight {name}" for name, weight in named if weight.is_inference()]
+    what = next(iter(weights), "what the adapter, a readout or a hook holds")
+    return (
+        f"{what} was made within torch.inference_mode(), where no tensor keeps what a derivative "
+        "needs. Load or make it outside of that mode (torch.no_grad() has no such effect), or pass "
+        "its clone()."
+    )

@@ -31,6 +31,7 @@ __all__ = [
     "AtModule",
     "HookFn",
     "add_pre_hook",
+    "attach",
     "attached",
     "hold",
     "lock_of",
@@ -38,8 +39,8 @@ __all__ = [
 
 HookFn = Callable[..., Tensor | None]
 _PATIENCE = 60.0
-# For what torch has once in a process: the dual level, and the choice of attention kernels. A
-# thread that takes it has its model's lock already.
+# For what a process has once: torch's dual level and its choice of attention kernels, Python's
+# filters of warnings. A thread that takes it has its model's lock already.
 ONE_IN_A_PROCESS: Any = threading.RLock()
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
@@ -65,42 +66,80 @@ def attached(
         hooks: (name of a hook point or module, function).
         points: the model's `hook_dict`, if the caller has it already.
     """
-
-    def attach(block: Temporary) -> None:
-        hold(block, lock_of(model))
-        known = model.hook_dict if points is None else points
-        for name, fn in hooks:
-            if name in known:
-                _attach_to_point(known[name], fn, block)
-            else:
-                _attach_to_module(model.get_submodule(name), fn, block)
-
-    return Temporary(attach)
+    return Temporary(lambda block: attach(block, model, hooks, points))
 
 
-def _attach_to_point(point: Any, fn: HookFn, block: Temporary) -> None:
-    others = frozenset([*point._forward_hooks, *point._forward_pre_hooks])
-    block.way_back(functools.partial(_detach, point, fn, others))
-    point.add_hook(fn, is_permanent=True)
+def attach(
+    block: Temporary,
+    model: Any,
+    hooks: Sequence[tuple[str, HookFn]],
+    points: Mapping[str, Any] | None = None,
+) -> None:
+    """The same, until this block ends.
+
+    Args:
+        block: the length of time.
+        model, hooks, points: as for `attached`.
+    """
+    hold(block, lock_of(model))
+    known = model.hook_dict if points is None else points
+    places = [
+        _AtPoint(known[name], fn) if name in known else _AtModule(model.get_submodule(name), fn)
+        for name, fn in hooks
+    ]
+    block.way_back(functools.partial(_take_off, places[:]))
+    for place in places:
+        place.put_on()
 
 
-def _detach(point: Any, fn: HookFn, others: frozenset[int]) -> None:
-    both = (point._forward_hooks, point._forward_pre_hooks)
-    ours = {key for hooks in both for key in _keys_of(hooks, fn) if key not in others}
-    point.fwd_hooks = [handle for handle in point.fwd_hooks if handle.hook.id not in ours]
-    for hooks in both:
-        for key in ours:
-            hooks.pop(key, None)
+def _take_off(places: list[_AtPoint | _AtModule]) -> None:
+    """Those that were put on; a second call does what the first did not."""
+    while places:
+        places[-1].take_off()
+        places.pop()
 
 
-def _attach_to_module(module: nn.Module, fn: HookFn, block: Temporary) -> None:
-    def hook_fn(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if isinstance(fn, AtModule):
-            return fn.at_module(args, output)
-        return fn(output, hook=module)
+class _AtPoint:
+    """A hook of ours at a hook point."""
 
-    block.way_back(functools.partial(_remove, module._forward_hooks, hook_fn))
-    module.register_forward_hook(hook_fn)
+    def __init__(self, point: Any, fn: HookFn) -> None:
+        self._point, self._fn = point, fn
+        self._others = frozenset([*point._forward_hooks, *point._forward_pre_hooks])
+
+    def put_on(self) -> None:
+        if isinstance(self._fn, Arranger):
+            self._point.register_forward_pre_hook(self._fn)
+        else:
+            self._point.add_hook(self._fn, is_permanent=True)
+
+    def take_off(self) -> None:
+        point = self._point
+        both = (point._forward_hooks, point._forward_pre_hooks)
+        ours = [
+            key for hooks in both for key in _keys_of(hooks, self._fn) if key not in self._others
+        ]
+        point.fwd_hooks = [handle for handle in point.fwd_hooks if handle.hook.id not in ours]
+        for hooks in both:
+            for key in ours:
+                hooks.pop(key, None)
+
+
+class _AtModule:
+    """A hook of ours at a module without hook points."""
+
+    def __init__(self, module: nn.Module, fn: HookFn) -> None:
+        self._module, self._fn = module, fn
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if isinstance(self._fn, AtModule):
+            return self._fn.at_module(args, output)
+        return self._fn(output, hook=module)
+
+    def put_on(self) -> None:
+        self._module.register_forward_hook(self)
+
+    def take_off(self) -> None:
+        _remove(self._module._forward_hooks, self)
 
 
 def add_pre_hook(module: nn.Module, hook: Callable[..., Any], block: Temporary) -> None:
@@ -158,39 +197,42 @@ class Arranger:
     Args:
         points: the model's `hook_dict`.
         hooks: (name, function, whether it reads).
-        takes_off: whether hooks are taken off by `attached`, which finds pre-hooks too.
     """
 
     def __init__(
-        self,
-        points: Mapping[str, Any],
-        hooks: Sequence[tuple[str, HookFn, bool]],
-        *,
-        takes_off: bool,
+        self, points: Mapping[str, Any], hooks: Sequence[tuple[str, HookFn, bool]]
     ) -> None:
-        self._hooks = [(name, points[name], fn, reads) for name, fn, reads in hooks]
-        self._takes_off = takes_off
+        self._hooks = [(points[name], fn, reads) for name, fn, reads in hooks]
 
-    def __call__(self, tensor: Tensor, hook: Any) -> None:
-        """Arrange; the tensor is left as it is."""
-        del tensor, hook
-        for name, point, fn, reads in self._hooks:
+    def __call__(self, tensor: object, hook: object) -> None:
+        """Arrange, as a hook of TransformerLens or as torch's pre-hook: what passes stays as it is.
+
+        Raises:
+            ModelStateError: this hook and what reads are at one point, where it is too late.
+        """
+        del tensor
+        for point, fn, reads in self._hooks:
             if point._forward_pre_hooks and not reads:
-                self._move_before_pre_hooks(name, point, fn)
+                _move_before_pre_hooks(point, fn)
             for key in _keys_of(point._forward_hooks, fn):
+                if point is hook and reads and key != next(reversed(point._forward_hooks)):
+                    raise ModelStateError(
+                        f"{point.name}: a hook after those of lens.fwd_hooks() may change what is "
+                        "read there. Put it before them in the list, or use `with lens.applied():`."
+                    )
                 point._forward_hooks.move_to_end(key, last=reads)
 
-    def _move_before_pre_hooks(self, name: str, point: Any, fn: HookFn) -> None:
-        if not self._takes_off:
-            raise ModelStateError(
-                f"{name} has a forward pre-hook, which would see the output without δ, and a list "
-                "of hooks runs after it; use `with lens.applied():`, or register_forward_hook."
-            )
-        for key in _keys_of(point._forward_hooks, fn):
-            point._forward_pre_hooks[key] = _Early(point._forward_hooks[key])
-            del point._forward_hooks[key]
-        for key in _keys_of(point._forward_pre_hooks, fn):
-            point._forward_pre_hooks.move_to_end(key, last=False)
+
+def _move_before_pre_hooks(point: Any, fn: HookFn) -> None:
+    before = point._forward_pre_hooks
+    for key in _keys_of(point._forward_hooks, fn):
+        for handle in point.fwd_hooks:
+            if handle.hook.id == key:  # who removes the hook removes what stands for it
+                handle.hook.extra_dict_ref = (*handle.hook.extra_dict_ref, weakref.ref(before))
+        before[key] = _Early(point._forward_hooks[key])
+        del point._forward_hooks[key]
+    for key in _keys_of(before, fn):
+        before.move_to_end(key, last=False)
 
 
 class _Early:
@@ -210,12 +252,14 @@ def _keys_of(hooks: Mapping[int, Any], fn: HookFn) -> list[int]:
 
 
 def _calls(hook: Any, fn: HookFn) -> bool:
-    """Whether a registered hook is TransformerLens' wrapper of this function.
+    """Whether a registered hook is this function, or TransformerLens' wrapper of it.
 
     A user's own may be anything that can be called: a partial, an object, a builtin, a closure
     whose cells are empty.
     """
     hook = hook.forward_hook if isinstance(hook, _Early) else hook
+    if hook is fn:
+        return True
     if not isinstance(hook, types.FunctionType):
         return False
     return any(_contents(cell) is fn for cell in hook.__closure__ or ())

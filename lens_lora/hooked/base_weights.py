@@ -1,4 +1,4 @@
-"""The unprocessed Hugging Face base: its weights, and the updates that depend on them.
+"""The unprocessed Hugging Face base, by module path.
 
 Processing (folded norms, centred weights, folded value biases) removes from the hooked model
 something that the adapter was trained with. The base still has it.
@@ -6,19 +6,15 @@ something that the adapter was trained with. The base still has it.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.adapters.factors import LoRAFactors, dense_factors
-from lens_lora.errors import AdapterError, ModelStateError
-from lens_lora.families import Family
-from lens_lora.hooked.site_factors import SiteFactors
+from lens_lora.errors import ModelStateError
+from lens_lora.families import HEADS, Family
 
-__all__ = ["BaseWeights", "base_update"]
+__all__ = ["BaseWeights"]
 
 
 class BaseWeights:
@@ -89,6 +85,16 @@ class BaseWeights:
             return None
         return bias.detach() if rows is None else bias.detach()[rows.to(bias.device)]
 
+    @property
+    def head(self) -> str:
+        """The path of the language-model head."""
+        return next((path for path in HEADS if hasattr(self._model, path)), HEADS[0])
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether its config ties the head to the token embedding."""
+        return bool(getattr(self._model.config, "tie_word_embeddings", False))
+
     def affine(self, path: str) -> tuple[Tensor, Tensor | None]:
         """(γ, β) of a norm; β is None for an RMS norm.
 
@@ -102,46 +108,3 @@ class BaseWeights:
         bias = getattr(norm, "bias", None) if self._family.norm == "LN" else None
         gamma = cast(Tensor, norm.weight).detach() + self._family.gamma_offset
         return gamma, None if bias is None else bias.detach()
-
-
-def base_update(site: SiteFactors, weight: Tensor | None) -> LoRAFactors:
-    """The site's ΔW as plain factors; of DoRA, whose ΔW is dense, one factor is the identity.
-
-    Args:
-        site: as the adapter holds it.
-        weight: W of the base, [out, in]; None where it is not known.
-
-    Raises:
-        ModelStateError: ΔW depends on the base model's weight, which is not known.
-        AdapterError: the adapter holds a base weight that differs from the model's.
-    """
-    factors = site.factors
-    if factors.base_weight is not None and weight is not None:
-        _check_base_weight(site, factors.base_weight, weight)
-    if not factors.needs_base_weight:
-        return dataclasses.replace(factors, base_weight=None)
-    if weight is None:
-        raise ModelStateError(
-            f"{site.name}: DoRA's ΔW depends on the base model's own weight, and this model's was "
-            "centred. Pass the base: LoraLens(model, adapter, hf_model=…)."
-        )
-    dense = factors.materialise(weight.double())
-    return dense_factors(dense)
-
-
-def _check_base_weight(site: SiteFactors, held: Tensor, weight: Tensor) -> None:
-    """Entry by entry, to one rounding of the coarser dtype."""
-    held = held if held.shape == weight.shape else held.T
-    coarser = max(held.dtype, weight.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    limits = torch.finfo(coarser)
-    if held.shape != weight.shape or not torch.allclose(
-        held.to(weight.device, coarser).double(),
-        weight.to(coarser).double(),
-        rtol=limits.eps,
-        atol=limits.smallest_normal * limits.eps,
-    ):
-        raise AdapterError(
-            f"{site.name} ({site.module}): the adapter's file holds a base weight that is not the "
-            "model's: the embedding was resized or trained. Resize the base model in the same way "
-            "and build the hooked model from it."
-        )

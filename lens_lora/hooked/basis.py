@@ -57,7 +57,32 @@ class SiteMap:
     a0: Float[Tensor, "rank"] | None
     a0_by_head: Float[Tensor, "head rank"] | None = None
     B_by_head: Float[Tensor, "head out rank"] | None = None
-    A_behind_gamma: Float[Tensor, "_rank in"] | None = None
+    A_behind_gamma: Float[Tensor, "of_weight in"] | None = None
+
+    @property
+    def rank(self) -> int:
+        """The number of coordinates of u."""
+        return self.A.shape[0]
+
+    @property
+    def width(self) -> int:
+        """The number of features of z."""
+        return self.A.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of δ."""
+        return self.A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where δ is computed."""
+        return self.A.device
+
+    def norm(self) -> float:
+        """‖BA‖_F without building it: ‖BA‖² = tr((BᵀB)(AAᵀ)); what is constant is left out."""
+        A, B = self.A.double(), self.B.double()
+        return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """(B, A) with BA the change of the model's own weight by merging, without a change of bias.
@@ -83,6 +108,14 @@ class SiteMap:
             z: the site's input; with an input per head, [batch, pos, head, in], head by head.
         """
         return self.write(self.coordinates(z))
+
+    def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... rank"]:
+        """GᵀB, the derivative by u.
+
+        Args:
+            gradient: G, by δ.
+        """
+        return gradient @ self.B
 
     def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
         """δ = Bu.

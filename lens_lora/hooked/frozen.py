@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.errors import ArgumentError, ModelStateError
-from lens_lora.hooked.attaching import HookFn, add_pre_hook, attached
+from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, HookFn, add_pre_hook, attach, hold
 from lens_lora.hooked.host import Host
 from lens_lora.temporary import Temporary
 
@@ -101,8 +101,8 @@ def held_fixed(model: Any, rules: FrozenRules) -> AbstractContextManager[None]:
     hooks = [(name, _without_derivative) for name in frozen_points(model, rules)]
 
     def hold_them(block: Temporary) -> None:
+        attach(block, model, hooks)
         _say_no_word_of_edits(block)
-        block.enter_context(attached(model, hooks))
 
     return Temporary(hold_them)
 
@@ -119,6 +119,7 @@ def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
 
 def _say_no_word_of_edits(block: Temporary) -> None:
     """TransformerBridge warns that an edited norm is recomputed; `require_held` checks that."""
+    hold(block, ONE_IN_A_PROCESS)
     block.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
 
@@ -172,8 +173,8 @@ def _try_hooks(host: Host, names: list[str], run: _Run) -> _Trial:
     hooks = [(name, _adding_zeros(found)) for name, found in added.items()]
 
     def watch(block: Temporary) -> None:
+        attach(block, host.model, hooks)
         _say_no_word_of_edits(block)
-        block.enter_context(attached(host.model, hooks))
         _note_norms_without_hooks(host.model, past, block)
 
     with torch.enable_grad():

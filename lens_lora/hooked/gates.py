@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lens_lora.errors import ModelStateError
+from lens_lora.families import NORM_KINDS
 from lens_lora.hooked.attaching import Arranger, HookFn
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.plan import Injection, Plan
@@ -118,28 +119,39 @@ class _Reader:
 
 
 class _Writer:
-    def __init__(self, index: int, plan: Plan, reader: _Reader | None, inject: Inject) -> None:
+    def __init__(
+        self, index: int, plan: Plan, readers: Mapping[str, _Reader], inject: Inject
+    ) -> None:
         injection = plan.injections[index]
-        self._index, self._reader, self._inject = index, reader, inject
+        self._index, self._inject, self._ports = index, inject, injection.ports
+        self._reader = readers.get(injection.ports.read or "")
+        self._like = readers.get(injection.ports.like or "")
         self._name = plan.sites[injection.site].name
-        self._firing, self._width = injection.ports.firing, injection.map.A.shape[1]
-        self._through = injection.ports.through
+        self._width = injection.map.width
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
         del hook
-        return self._inject(self._index, tensor, self._z(tensor))
+        like = None if self._like is None else self._like.kept[-1]
+        out = self._ports.in_rows(tensor, like)
+        moved = self._inject(self._index, out, self._z(out, like))
+        return None if moved is None else self._ports.as_at_point(moved, tensor)
 
-    def _z(self, out: Tensor) -> Tensor:
-        if self._reader is None:
+    def _z(self, out: Tensor, like: Tensor | None) -> Tensor:
+        if self._ports.read is None:
             return out.new_zeros(*out.shape[:2], self._width)
-        if len(self._reader.kept) <= self._firing:
+        if self._reader is None:
+            return self._ports.through(out)
+        kept = self._reader.kept
+        if not kept or len(kept) <= self._ports.firing:
             raise ModelStateError(
                 f"{self._name}: its output hook fired but its input hook did not, so z is "
                 "unknown: a flag of the model bypasses the input hook. Turn that flag off."
             )
-        z = self._through(self._reader.kept[self._firing])
+        z = self._ports.in_rows(self._ports.through(kept[self._ports.firing]), like)
         if z.ndim == 4 and out.ndim == 3:
             z = z.flatten(2)
+        if z.ndim == 2 and out.ndim == 3 and z.is_floating_point():
+            z = z.view(*out.shape[:2], -1)
         return z.expand(len(out), *z.shape[1:])
 
 
@@ -166,8 +178,6 @@ def site_hooks(
     inject: Inject,
     points: Mapping[str, Any],
     before: Sequence[tuple[str, HookFn]] = (),
-    *,
-    for_list: bool = False,
 ) -> list[tuple[str, HookFn]]:
     """[(hook name, function)] for one or more forward passes with this injection.
 
@@ -176,31 +186,36 @@ def site_hooks(
         inject: what a writer does.
         points: the model's `hook_dict`.
         before: other hooks, which come first; at a site's output they run before δ is added.
-        for_list: others put the hooks on and take them off, not `attached`.
     """
-    by_start: dict[str, list[tuple[str, HookFn]]] = {}
+    by_start: dict[str | None, list[tuple[str, HookFn]]] = {}
     readers: dict[str, _Reader] = {}
-    for index, injection in enumerate(plan.injections):
-        site, port = plan.sites[injection.site], injection.ports
-        start = plan.host.block_input(site.layer) if site.layer >= 0 else port.read or port.write
+    for index in _norms_first(plan):
+        site, port = plan.sites[plan.injections[index].site], plan.injections[index].ports
+        start = plan.host.block_input(site.layer) if site.layer >= 0 else port.read
         hooks = by_start.setdefault(start, [])
-        if port.read == port.write:
+        if port.read == port.write and port.write not in points:
             hooks.append((port.write, _ModuleWriter(index, site.kind, inject)))
             continue
-        if port.read is not None and port.read not in readers:
-            readers[port.read] = _Reader(port.firings)
-            hooks.append((port.read, readers[port.read]))
-        reader = None if port.read is None else readers[port.read]
-        hooks.append((port.write, _Writer(index, plan, reader, inject)))
+        for name in (port.like, port.read):
+            if name is not None and name != port.write and name not in readers:
+                readers[name] = _Reader(port.firings)
+                hooks.append((name, readers[name]))
+        hooks.append((port.write, _Writer(index, plan, readers, inject)))
     arranged = list(before)
     for start, hooks in by_start.items():
         written = {name for name, fn in hooks if not isinstance(fn, _Reader)}
         first = [(name, fn) for name, fn in reversed(before) if name in written]
         ours = [(n, fn, isinstance(fn, _Reader)) for n, fn in [*hooks, *first] if n in points]
-        if start in points:
-            arranged.append((start, Arranger(points, ours, takes_off=not for_list)))
+        if start is not None and start in points:
+            arranged.append((start, Arranger(points, ours)))
         arranged.extend(hooks)
     return arranged
+
+
+def _norms_first(plan: Plan) -> list[int]:
+    """The injections' indices: what reads at a norm's module must see what was added there."""
+    kinds = [plan.sites[injection.site].kind for injection in plan.injections]
+    return sorted(range(len(kinds)), key=lambda index: kinds[index] not in NORM_KINDS)
 
 
 def writes_at_modules(plan: Plan) -> list[str]:

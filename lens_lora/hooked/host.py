@@ -4,24 +4,22 @@ Names, weights and flags differ by class: host_bridge.py, host_hooked_transforme
 What is the same for every class is here:
 
 1. Infer from the weights what processing was applied: norms folded, weights centred.
-2. Put together the basis of a site (basis.py) and its update, ΔW and Δb.
+2. Put together the basis of a site (basis.py) for its update (updates.py).
 3. Where processing removed something that is needed, take it from the base; without a base, raise
    an error that names it.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-from typing import Any, ClassVar, NoReturn
+from typing import NoReturn, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.errors import ModelStateError
-from lens_lora.families import Family
-from lens_lora.hooked.base_weights import BaseWeights, base_update
+from lens_lora.hooked.base_weights import BaseWeights
 from lens_lora.hooked.basis import (
     Basis,
     Processing,
@@ -31,7 +29,8 @@ from lens_lora.hooked.basis import (
     is_centred,
     site_map,
 )
-from lens_lora.hooked.ports import Ports
+from lens_lora.hooked.host_interface import HostInterface
+from lens_lora.hooked.norm_map import NormMap, NormUpdate
 from lens_lora.hooked.site_factors import SiteFactors, fused_rows
 from lens_lora.hooked.sites import WRITER_KINDS, Heads
 from lens_lora.hooked.value_bias import Constant, constant_of_v
@@ -39,95 +38,25 @@ from lens_lora.hooked.value_bias import Constant, constant_of_v
 __all__ = ["Host"]
 
 
-class Host(abc.ABC):
-    """A hooked model, as this package sees it.
+class Host(HostInterface):
+    """A hooked model, as this package sees it: `HostInterface`, and sites in the model's basis."""
 
-    Args:
-        model: the hooked model.
-        family: how its Hugging Face modules are named.
-        heads: those of the weights.
-        kv_copies: how often a flag of the model repeats each head of k and v before its hook point.
+    def may_be_centred(self, kind: str) -> bool:
+        """Whether processing may have centred what a weight of this kind writes.
 
-    Attributes:
-        class_name: the class's name in errors and saved results.
-        pass_overhead: memory of a forward pass beside that of its rows, measured, in sizes of W_U.
-        keeps_rows: whether a batch keeps its rows throughout; experts take tokens out of it.
-    """
-
-    class_name: ClassVar[str]
-    pass_overhead: ClassVar[float]
-
-    def __init__(self, model: Any, family: Family, heads: Heads, kv_copies: int = 1) -> None:
-        self.model: Any = model
-        self.family: Family = family
-        self.heads: Heads = heads
-        self.kv_copies: int = kv_copies
-        self.n_layers: int = model.cfg.n_layers
-        self.keeps_rows: bool = not family.routed
-
-    @property
-    @abc.abstractmethod
-    def grows(self) -> bool:
-        """Whether rows may be added to the batch of a single prompt at a block's input.
-
-        They may if the other inputs of a block (masks, positions) are the same for each row.
+        Args:
+            kind: such as 'o'.
         """
+        return kind == "unembed" or (self.family.norm == "LN" and kind in WRITER_KINDS)
 
-    @abc.abstractmethod
-    def ports(self, layer: int, kind: str) -> Ports:
-        """Where z is read and δ is added."""
+    def is_norm_folded(self, layer: int, kind: str) -> bool:
+        """Whether a norm's affine was folded into the weights that read it.
 
-    @abc.abstractmethod
-    def block_input(self, layer: int) -> str:
-        """The first hook point of a block, or of what comes after the last."""
-
-    @abc.abstractmethod
-    def embedding_output(self) -> str:
-        """The hook point, or module, of the token embedding's output."""
-
-    @abc.abstractmethod
-    def embedding_scale(self, kind: str) -> float:
-        """κ, the factor that the model's own embedding has and Hugging Face's weight lacks."""
-
-    @abc.abstractmethod
-    def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
-        """The model's own weight of this kind, heads flattened."""
-
-    @abc.abstractmethod
-    def bias(self, layer: int, kind: str) -> Float[Tensor, "out"] | None:
-        """The model's own bias of v or o, heads flattened."""
-
-    @abc.abstractmethod
-    def base_bias(self, site: SiteFactors) -> Float[Tensor, "out"] | None:
-        """The bias that the unprocessed base has at this site, as the model itself holds it.
-
-        Raises:
-            ModelStateError: this class does not keep it.
+        Args:
+            layer, kind: of the norm; only those that linear modules read can be folded.
         """
-
-    @abc.abstractmethod
-    def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
-        """(W_U, bias), or None where something follows them before the logits."""
-
-    @abc.abstractmethod
-    def own_affine(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
-        """(γ, β) between the recorded z and the linear, where the model still holds them."""
-
-    @abc.abstractmethod
-    def is_folded(self, layer: int, kind: str) -> bool:
-        """Whether the affine of the norm that this kind reads was folded into the weights."""
-
-    @abc.abstractmethod
-    def state(self) -> tuple[tuple[str, Any], ...]:
-        """What must not change after the lens is made: (name, value) pairs."""
-
-    @abc.abstractmethod
-    def needs_base(self) -> bool:
-        """Whether the weights were processed, so that the base is needed for what was removed."""
-
-    @abc.abstractmethod
-    def may_have_folded_value_bias(self) -> bool:
-        """Whether value biases may have been folded into b_O; True if the model does not say."""
+        reader = {"ln1": "q", "ln2": "up", "ln_final": "unembed"}.get(kind)
+        return reader is not None and self.is_folded(layer, reader)
 
     @property
     def is_capped(self) -> bool:
@@ -147,26 +76,30 @@ class Host(abc.ABC):
         return torch.promote_types(own, torch.float32)
 
     def map_of(
-        self, site: SiteFactors, weight: Float[Tensor, "out in"], base: BaseWeights | None
+        self,
+        site: SiteFactors,
+        update: Update,
+        base: BaseWeights | None,
+        *,
+        behind_norm: bool = False,
     ) -> SiteMap:
         """δ of a site in this model's basis. No forward pass.
 
         Args:
             site: as the adapter holds it.
-            weight: the model's own at this site, as `weight` gives it.
+            update: of the site, in the Hugging Face basis.
             base: the unprocessed base, or None.
+            behind_norm: z is read behind γ and β, at `ports_behind_norm`.
 
         Raises:
             ModelStateError: the base is needed and was not given, or is another model's.
-            AdapterError: the adapter holds a base weight that differs from the model's.
         """
+        weight = self.weight(site.layer, site.kind)
         done = self._processing(site, weight, base)
-        gamma, beta = self._affine(site, base, done.folded)
-        kappa = self.embedding_scale(site.kind)
-        update = base_update(site, _base_weight(site, weight, base, done.centred, kappa))
-        scale = update.scale * update.strength * kappa
+        gamma, beta = (None, None) if behind_norm else self._affine(site, base, done.folded)
+        scale = update.scale * self.embedding_scale(site.kind)
         return site_map(
-            Update(update.A, update.B, scale, self._bias_change(site, base)),
+            dataclasses.replace(update, scale=scale),
             Basis(
                 dtype=self.working_dtype,
                 device=weight.device,
@@ -181,12 +114,26 @@ class Host(abc.ABC):
             ),
         )
 
+    def norm_map(self, site: SiteFactors, update: NormUpdate) -> NormMap:
+        """δ of a norm that is not folded; that of q and k repeats for every head.
+
+        Args:
+            site: of a norm.
+            update: Δγ and Δβ.
+        """
+        gamma, _ = self.norm_affine(site)
+        copies = self.heads_at_hooks.of(site.kind) or 1
+        vectors = [
+            None if v is None else v.to(gamma.device, self.working_dtype).repeat(copies)
+            for v in (update.gamma, update.beta)
+        ]
+        return NormMap(cast(Tensor, vectors[0]), vectors[1])
+
     def _processing(
         self, site: SiteFactors, weight: Tensor, base: BaseWeights | None
     ) -> Processing:
         """What was done to the model's weight; the model itself must agree on folded norms."""
-        layer_norm = self.family.norm == "LN"
-        may_be_centred = site.kind == "unembed" or (layer_norm and site.kind in WRITER_KINDS)
+        may_be_centred = self.may_be_centred(site.kind)
         norm_path = self.family.norm_path(site.layer, site.kind)
         if base is None:
             if self.needs_base():
@@ -196,9 +143,9 @@ class Host(abc.ABC):
         found = infer_processing(
             site.name,
             weight,
-            base.weight(site.module, site.rows) * self.embedding_scale(site.kind),
+            base.weight(site.path, site.rows) * self.embedding_scale(site.kind),
             gamma,
-            centres_reads=layer_norm,
+            centres_reads=self.family.norm == "LN",
             centres_writes=may_be_centred,
         )
         folded = norm_path is not None and self.is_folded(site.layer, site.kind)
@@ -215,20 +162,6 @@ class Host(abc.ABC):
         else:
             gamma, beta = self.own_affine(site.layer, site.kind) or (None, None)
         return gamma, self.folded_value_bias(site, base) if site.kind == "o" else beta
-
-    def _bias_change(
-        self, site: SiteFactors, base: BaseWeights | None
-    ) -> Float[Tensor, "out"] | None:
-        """Δb = strength · (s·lora_bias + trained_bias − the base's)."""
-        factors, change = site.factors, None
-        if factors.lora_bias is not None:
-            change = factors.scale * factors.lora_bias.double()
-        if factors.trained_bias is not None:
-            own = self.base_bias(site) if base is None else base.bias(site.module, site.rows)
-            trained = factors.trained_bias.double()
-            trained = trained if own is None else trained - own.double().to(trained.device)
-            change = trained if change is None else change + trained
-        return None if change is None else change * factors.strength
 
     def folded_value_bias(
         self, site: SiteFactors, base: BaseWeights | None
@@ -274,18 +207,21 @@ class Host(abc.ABC):
             total += (base.weight(path, rows).double() @ beta.double()).cpu()
         return total
 
-    def constant_of_v(self, site: SiteFactors, delta: SiteMap) -> Constant | None:
+    def constant_of_v(
+        self, site: SiteFactors, delta: SiteMap, *, has_bias: bool
+    ) -> Constant | None:
         """The part of an update of v that folds as a bias (value_bias.py); None where none does.
 
         Args:
             site: a site of v.
             delta: its map, from `map_of`.
+            has_bias: whether the update changes the bias.
         """
         return constant_of_v(
             delta,
             self.heads_at_hooks,
             norm_folded=self.is_folded(site.layer, "v"),
-            has_bias=site.factors.lora_bias is not None or site.factors.trained_bias is not None,
+            has_bias=has_bias,
         )
 
     def _require_base(self, site: SiteFactors, norm_path: str | None) -> NoReturn:
@@ -296,15 +232,6 @@ class Host(abc.ABC):
             "LoraLens(model, adapter, hf_model=AutoModelForCausalLM.from_pretrained(base)), or "
             "load the hooked model unprocessed (from_pretrained_no_processing)."
         )
-
-
-def _base_weight(
-    site: SiteFactors, own: Tensor, base: BaseWeights | None, centred: bool, kappa: float
-) -> Tensor | None:
-    """W of the Hugging Face base, [out, in]; the model's own where nothing was done to it."""
-    if base is not None:
-        return base.weight(site.module, site.rows)
-    return None if centred else own / kappa
 
 
 def _check_folding(site: SiteFactors, expected: bool, found: bool, gamma: Tensor | None) -> None:

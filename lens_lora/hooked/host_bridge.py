@@ -21,7 +21,7 @@ from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
-from lens_lora.hooked.site_factors import SiteFactors
+from lens_lora.hooked.site_factors import SiteFactors, no_such_norm
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
 
 __all__ = ["BridgeHost"]
@@ -143,6 +143,52 @@ class BridgeHost(Host):
         _, component = self._component(layer, kind)
         bias = getattr(component.original_component, "bias", None)
         return None if bias is None else bias.detach().flatten()
+
+    def norm_affine(self, site: SiteFactors) -> tuple[Tensor, Tensor | None]:
+        """The wrapped norm's own.
+
+        Raises:
+            SiteError: the model has no such norm.
+        """
+        norm: Any = getattr(self._norm(site.layer, site.kind)[1], "original_component", None)
+        if not hasattr(norm, "weight"):
+            raise no_such_norm(site)
+        bias = getattr(norm, "bias", None)
+        offset = self.family.gamma_offset
+        gamma = norm.weight.detach().double() + offset if offset else norm.weight.detach()
+        return gamma, None if bias is None else bias.detach()
+
+    def _norm(self, layer: int, kind: str) -> tuple[str, Any]:
+        if kind in ("ln_final", "embed_ln"):
+            return kind, getattr(self.model, kind, None)
+        block = self.model.blocks[layer]
+        if kind in ("q_norm", "k_norm"):
+            return f"blocks.{layer}.attn.{kind}", getattr(block.attn, kind, None)
+        return f"blocks.{layer}.{kind}", getattr(block, kind, None)
+
+    def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
+        """The component's own hook points.
+
+        Raises:
+            ModelStateError: a flag under which the bridge normalises past them.
+        """
+        if kind == "ln1" and self._copies(layer, "q") is not None:
+            raise ModelStateError(
+                f"blocks.{layer}.ln1: the adapter changes this norm, and with use_split_qkv_input "
+                "or use_attn_in this TransformerBridge normalises each head's input past its hook "
+                "points. Turn the flags off."
+            )
+        name, _ = self._norm(layer, kind)
+        layout = "heads_first" if kind in ("q_norm", "k_norm") else "rows"
+        return (Ports(f"{name}.hook_normalized", f"{name}.hook_out", layout=layout),)
+
+    def ports_behind_norm(self, layer: int, kind: str) -> Ports:
+        """The usual ones: `hook_in` shows what the linear itself reads."""
+        return self.ports(layer, kind)
+
+    def is_tied(self) -> bool | None:
+        """As the wrapped model's config says."""
+        return bool(getattr(self.model.original_model.config, "tie_word_embeddings", False))
 
     def base_bias(self, site: SiteFactors) -> Float[Tensor, "out"] | None:
         """An unprocessed bridge wraps the base itself, so its bias is the base's."""

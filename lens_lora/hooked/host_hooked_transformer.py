@@ -19,7 +19,7 @@ from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
-from lens_lora.hooked.site_factors import SiteFactors
+from lens_lora.hooked.site_factors import SiteFactors, no_such_norm
 from lens_lora.hooked.sites import Heads
 
 __all__ = ["HookedTransformerHost", "fires_after_affine"]
@@ -79,6 +79,8 @@ class HookedTransformerHost(Host):
                 "embed: this HookedTransformer normalises inside its embedding, with no place "
                 "between the two for δ; use a TransformerBridge, or adapter.without(…)."
             )
+        if kind == "unembed" and hasattr(self.model.unembed, "hook_out"):  # transformer-lens 3
+            return Ports("unembed.hook_in", "unembed.hook_out")
         if kind in ("embed", "pos_embed", "unembed"):
             return Ports(kind, kind)
         block = f"blocks.{layer}"
@@ -93,6 +95,81 @@ class HookedTransformerHost(Host):
             return Ports(f"{block}.mlp.hook_post", f"{block}.{write}")
         write = "hook_pre_linear" if kind == "up" else "hook_pre"
         return Ports(f"{block}.ln2.hook_normalized", f"{block}.mlp.{write}")
+
+    def norm_affine(self, site: SiteFactors) -> tuple[Tensor, Tensor | None]:
+        """(w, b) of a norm that is not folded.
+
+        Raises:
+            SiteError: the model has no such norm.
+        """
+        norm: Any = self._norm(site.layer, site.kind)
+        if not hasattr(norm, "w"):
+            raise no_such_norm(site)
+        bias = getattr(norm, "b", None)
+        return norm.w.detach(), None if bias is None else bias.detach()
+
+    def _norm(self, layer: int, kind: str) -> nn.Module | None:
+        if kind == "ln_final":
+            return self.model.ln_final
+        if kind == "embed_ln":
+            return getattr(self.model.embed, "ln", None)
+        block = self.model.blocks[layer]
+        return getattr(block.attn if kind in ("q_norm", "k_norm") else block, kind, None)
+
+    def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
+        """n at `hook_normalized`; δ at the norm's own module, or at the hook point next to it.
+
+        ln1 runs three times a block. A Hugging Face norm that attention and MLP share is ln1 and
+        ln2 here.
+
+        Raises:
+            ModelStateError: n cannot be told from the norm's output, and nothing else is shown.
+        """
+        block = f"blocks.{layer}"
+        if kind in ("q_norm", "k_norm"):
+            name, like = f"{block}.attn.{kind}", f"{block}.attn.hook_{kind[0]}"
+            return (Ports(f"{name}.hook_normalized", name, layout="flat", like=like),)
+        if kind == "embed_ln":
+            return (self._norm_port(layer, kind, "embed.ln", "embed"),)
+        if kind in ("ln1_post", "ln2_post"):
+            write = f"{block}.hook_{'attn' if kind == 'ln1_post' else 'mlp'}_out"
+            return (Ports(f"{block}.{kind}.hook_normalized", write),)
+        if kind == "ln_final":
+            return (self._norm_port(layer, kind, kind, kind),)
+        if kind == "ln1" and self.family.ln1 == self.family.ln2:
+            ways = (("ln1", 4), ("ln2", 4))
+        else:
+            ways = ((kind, 3 if kind == "ln1" else 1),)
+        return tuple(self._norm_port(layer, k, f"{block}.{k}", f"{block}.{k}", n) for k, n in ways)
+
+    def _norm_port(self, layer: int, kind: str, name: str, write: str, repeats: int = 1) -> Ports:
+        norm: Any = self._norm(layer, kind)
+        read, firings = f"{name}.hook_normalized", 3 if kind == "ln1" else 1
+        if not fires_after_affine(type(norm)):
+            return Ports(read, write, -1, firings, repeats=repeats)
+        gamma, beta = norm.w.detach(), norm.b.detach()
+        if bool((gamma == 0).any()):
+            raise ModelStateError(
+                f"{name}: the adapter changes this norm, some of its γ are 0, and transformer-lens "
+                "2 has no hook point before γ. Use transformer-lens 3 or later."
+            )
+        write = read if name == write else write
+        return Ports(read, write, -1, firings, lambda y: (y - beta) / gamma, repeats=repeats)
+
+    def ports_behind_norm(self, layer: int, kind: str) -> Ports:
+        """At the norm's module, where `hook_normalized` does not show its output."""
+        own, name = self.ports(layer, kind), "ln1" if kind in ("q", "k", "v") else "ln2"
+        if kind == "unembed" or fires_after_affine(type(self._norm(layer, name))):
+            return own
+        return Ports(f"blocks.{layer}.{name}", own.write, own.firing, own.firings)
+
+    def is_tied(self) -> bool | None:
+        """False if W_E and W_U differ; if not, they may be tied or not."""
+        embed = self.weight(-1, "embed").T / self.embedding_scale("embed")
+        head = self.weight(self.n_layers, "unembed")
+        eps = torch.finfo(head.dtype).eps
+        is_equal = embed.shape == head.shape and torch.allclose(embed, head, 4 * eps, 0.0)
+        return None if is_equal else False
 
     def block_input(self, layer: int) -> str:
         """`hook_resid_pre` of the block, or the scale of the final norm."""
@@ -126,12 +203,16 @@ class HookedTransformerHost(Host):
         attn = self.model.blocks[layer].attn
         return attn.b_O.detach() if kind == "o" else _stored(attn, f"b_{kind.upper()}").flatten()
 
-    def base_bias(self, site: SiteFactors) -> Float[Tensor, "out"] | None:
-        """Not known: a HookedTransformer does not say whether its biases were processed.
+    def base_bias(self, site: SiteFactors) -> Tensor | None:
+        """None for a head without a bias; others are not known.
+
+        A HookedTransformer does not say whether its biases were processed.
 
         Raises:
-            ModelStateError: always, naming `hf_model`.
+            ModelStateError: naming `hf_model`.
         """
+        if site.kind == "unembed" and not bool(self.model.unembed.b_U.any()):
+            return None
         raise ModelStateError(
             f"{site.name}: the adapter holds a trained bias, so the base model's own is needed; "
             "pass it: LoraLens(model, adapter, hf_model=…)."

@@ -1,7 +1,8 @@
 """The plan: an adapter on one hooked model. Its sites, where they read and write, and their δ.
 
-1. Resolve each adapted module to sites, and check shapes against the model's own weights.
-2. Ask the host for each site's ports and for its δ in the model's basis.
+1. Resolve each adapted module to sites, and their updates in the Hugging Face basis (updates.py).
+2. Ask the host for each site's ports and for its δ in the model's basis. What reads a norm that
+   changes too is read behind it.
 3. Where value biases were folded, add the constant part of an update of v at o (value_bias.py).
 """
 
@@ -14,15 +15,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.errors import AdapterError, ModelStateError
+from lens_lora.errors import ModelStateError
+from lens_lora.families import NORM_KINDS
 from lens_lora.hooked.base_weights import BaseWeights
-from lens_lora.hooked.basis import SiteMap
+from lens_lora.hooked.basis import SiteMap, Update
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.host_check import refuse_dropout
 from lens_lora.hooked.hosts import host_of
+from lens_lora.hooked.norm_map import NormUpdate
 from lens_lora.hooked.ports import Ports
-from lens_lora.hooked.site_factors import SiteFactors, resolve_sites
+from lens_lora.hooked.site_factors import resolve_sites
 from lens_lora.hooked.sites import Site
+from lens_lora.hooked.updates import SiteUpdate, site_updates
 from lens_lora.hooked.value_bias import through_o, through_update_of_o, without_constant
 from lens_lora.hooked.watch import Watch
 
@@ -69,6 +73,7 @@ class Plan:
         maps: each site's own δ.
         injections: first one for each site, in the same order; v may have more.
         state: of the host when the plan was made.
+        updates: each site's own in the Hugging Face basis.
         watched: the weights of model and adapter when the plan was made.
         base: those of `hf_model`, from which a further adapter's plan would be made.
     """
@@ -78,6 +83,7 @@ class Plan:
     maps: tuple[SiteMap, ...]
     injections: tuple[Injection, ...]
     state: tuple[tuple[str, Any], ...]
+    updates: tuple[SiteUpdate, ...] = ()
     watched: tuple[Watch, ...] = ()
     base: Watch | None = None
 
@@ -131,21 +137,31 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
     host = host_of(model)
     base = None if hf_model is None else BaseWeights(hf_model, host.family)
     watched = (Watch.of_module(model, "the model's "), Watch(_tensors_of(adapter)))
-    factors = resolve_sites(adapter, host.family, host.heads, host.n_layers)
-    ports, maps = [], []
-    for site in factors:
-        weight = host.weight(site.layer, site.kind)
-        _check_shapes(site, weight, adapter.base_model)
-        ports.append(host.ports(site.layer, site.kind))
-        maps.append(host.map_of(site, weight, base))
-    sites = tuple(map(_named, factors, ports, maps))
-    left, extra = _with_constants_at_o(host, base, factors, maps)
+    resolved = resolve_sites(adapter, host.family, host.heads, host.n_layers)
+    updates = site_updates(host, resolved, base, adapter.base_model)
+    changed_norms = {one.site.path for one in updates if one.site.kind in NORM_KINDS}
+    ports, maps, more = [], [], []
+    for index, one in enumerate(updates):
+        site = one.site
+        if isinstance(one.update, NormUpdate):
+            port, *others = host.norm_ports(site.layer, site.kind)
+            delta: SiteMap = host.norm_map(site, one.update)
+            more += [Injection(index, other, delta) for other in others]
+        else:
+            is_behind = host.family.norm_path(site.layer, site.kind) in changed_norms
+            port = (host.ports_behind_norm if is_behind else host.ports)(site.layer, site.kind)
+            delta = host.map_of(site, one.update, base, behind_norm=is_behind)
+        ports.append(port)
+        maps.append(delta)
+    sites = tuple(map(_named, updates, ports, maps))
+    left, extra = _with_constants_at_o(host, base, updates, maps)
     own = [
         Injection(i, port, rest, whole=None if rest is whole else whole)
         for i, (port, rest, whole) in enumerate(zip(ports, left, maps, strict=True))
     ]
     of_base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
-    return Plan(host, sites, left, (*own, *extra), host.state(), watched, of_base)
+    injections = (*own, *more, *extra)
+    return Plan(host, sites, left, injections, host.state(), updates, watched, of_base)
 
 
 def _tensors_of(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
@@ -164,19 +180,8 @@ def _require_same(watch: Watch, entries: bool) -> None:
         )
 
 
-def _check_shapes(site: SiteFactors, weight: Tensor, base_model: str | None) -> None:
-    """Refuse factors that do not fit the model's own weight, [out, in]."""
-    B, A = site.factors.B, site.factors.A
-    theirs, ours = (B.shape[0], A.shape[1]), tuple(weight.shape)
-    if theirs != ours:
-        raise AdapterError(
-            f"{site.name} ({site.module}): the adapter maps {theirs[1]}→{theirs[0]}, the model "
-            f"{ours[1]}→{ours[0]}. Was it trained on another base model? The adapter names "
-            f"{base_model!r}."
-        )
-
-
-def _named(site: SiteFactors, port: Ports, delta: SiteMap) -> Site:
+def _named(one: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
+    site = one.site
     return Site(
         name=site.name,
         module=site.module,
@@ -184,19 +189,21 @@ def _named(site: SiteFactors, port: Ports, delta: SiteMap) -> Site:
         kind=site.kind,
         read=port.read or port.write,
         write=port.write,
-        rank=delta.A.shape[0],
+        rank=delta.rank,
         adapter=site.adapter,
     )
 
 
 def _with_constants_at_o(
-    host: Host, base: BaseWeights | None, factors: Sequence[SiteFactors], maps: list[SiteMap]
+    host: Host, base: BaseWeights | None, updates: Sequence[SiteUpdate], maps: list[SiteMap]
 ) -> tuple[tuple[SiteMap, ...], list[Injection]]:
     """Where value biases are folded, v loses its constant part, which is added at o instead."""
     extra: list[Injection] = []
     heads, own = host.heads_at_hooks, list(maps)
-    for v, site in enumerate(factors):
-        constant = host.constant_of_v(site, own[v]) if site.kind == "v" else None
+    for v, one in enumerate(updates):
+        site, has_bias = one.site, isinstance(one.update, Update) and one.update.bias is not None
+        is_v = site.kind == "v"
+        constant = host.constant_of_v(site, own[v], has_bias=has_bias) if is_v else None
         if constant is None or host.folded_value_bias(site, base) is None:
             continue
         own[v] = without_constant(own[v], constant)
@@ -204,7 +211,7 @@ def _with_constants_at_o(
         W_O = host.weight(site.layer, "o")
         through = through_o(constant, W_O, heads)
         extra.append(Injection(v, at_o, through, is_constant_of_v=True))
-        for o, other in enumerate(factors):
+        for o, other in enumerate(other.site for other in updates):
             if other.kind == "o" and other.layer == site.layer:
                 of_v, of_o = through_update_of_o(constant, own[o], heads)
                 extra.append(Injection(v, at_o, of_v, o, is_constant_of_v=True))

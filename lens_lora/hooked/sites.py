@@ -38,6 +38,7 @@ __all__ = [
 ATTENTION_KINDS = ("q", "k", "v", "o")
 EMBEDDING_KINDS = ("embed", "pos_embed")
 WRITER_KINDS = ("o", "down", "fc_out", *EMBEDDING_KINDS)
+OUTSIDE_KINDS = (*EMBEDDING_KINDS, "embed_ln", "ln_final", "unembed")
 AXES = ("position", "head", "rank")
 Group = Literal["site", "layer", "kind"] | Mapping[str, str | Sequence[str]]
 Groups = dict[str, tuple[int, ...]]
@@ -45,16 +46,16 @@ Groups = dict[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One adapted linear map of the model, as data.
+    """One adapted linear map of the model, as data; or a norm whose γ or β was trained.
 
     Attributes:
-        name: 'blocks.3.attn.q'.
+        name: 'blocks.3.attn.q', 'blocks.3.ln1'.
         module: Hugging Face path that the adapter names.
-        layer: 3; embeddings are in layer −1, the unembedding after the last.
-        kind: 'q'.
-        read: hook point at which z is read.
-        write: hook point at which s·B·A·z is added.
-        rank: of ΔW.
+        layer: 3; embeddings are in layer −1, the final norm and the unembedding after the last.
+        kind: 'q', 'ln1'.
+        read: hook point, or module, at which z is read (of a norm, the normalised value).
+        write: hook point, or module, at which s·B·A·z is added.
+        rank: of the update: of ΔW, one more for a change of bias; of a norm its features.
         adapter: which part of a sum of adapters; the name then ends in '@' and this.
     """
 
@@ -88,7 +89,8 @@ class Heads:
         Args:
             kind: such as 'q' or 'down'.
         """
-        return {"q": self.n_heads, "o": self.n_heads, "k": self.n_kv, "v": self.n_kv}.get(kind, 0)
+        of_queries, of_keys = ("q", "o", "q_norm"), ("k", "v", "k_norm")
+        return self.n_heads if kind in of_queries else self.n_kv if kind in of_keys else 0
 
 
 def points_without_update(sites: Iterable[Site]) -> set[str]:
@@ -153,7 +155,7 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
 
     Args:
         sites: to be grouped.
-        group: 'site', 'layer' ('layer 3'; 'embed', 'unembed'), 'kind', or {name: site names or
+        group: 'site', 'layer' ('layer 3'; 'embed', 'ln_final', …), 'kind', or {name: site names or
             globs}; subsets may overlap and need not hold every site.
 
     Raises:
@@ -202,7 +204,7 @@ def _globs(globs: str | Sequence[str]) -> list[str]:
 
 
 def _layer_label(site: Site) -> str:
-    return site.kind if site.kind in (*EMBEDDING_KINDS, "unembed") else f"layer {site.layer}"
+    return site.kind if site.kind in OUTSIDE_KINDS else f"layer {site.layer}"
 
 
 def by_axes(by: tuple[str, ...] | str, axes: tuple[str, ...] = AXES) -> tuple[str, ...]:

@@ -181,6 +181,8 @@ def prepare(model: Any, prompts: PromptsLike) -> Prompts:
     """
     ready = _tokenise(model, prompts)
     _check(model, ready)
+    if ready.tokens.is_inference():  # of which no graph can be made
+        return dataclasses.replace(ready, tokens=ready.tokens.clone())
     return ready
 
 

@@ -183,10 +183,14 @@ def test_what_between_refuses():
     tuned = fine_tuned(base)
     with torch.no_grad():
         tuned.model.norm.weight.add_(0.1)
-    with pytest.raises(ll.AdapterError, match="model.norm.weight.*ignore"):
-        ll.Adapter.between(base, tuned, progress=False)
     left_out = ll.Adapter.between(base, tuned, ignore=("*norm*",), progress=False)
     assert "model.norm" not in left_out.modules
+    experts = models.hf_model("mixtral"), models.hf_model("mixtral")
+    with torch.no_grad():
+        for name, p in experts[1].named_parameters():
+            p.add_(0.1 * ("experts" in name))
+    with pytest.raises(ll.AdapterError, match="no linear module.*experts.*ignore"):
+        ll.Adapter.between(*experts, progress=False)
     with pytest.raises(ll.AdapterError, match="rank=0"):
         ll.Adapter.between(base, tuned, rank=0, progress=False)
 
@@ -287,6 +291,32 @@ def test_what_decides_no_logits_may_differ(dtype):
         setattr(tuned.config, field, value)
     assert len(ll.Adapter.between(base, tuned, progress=False)) == 16
     assert tuned.training and tuned.model.layers[0].self_attn.training and not base.training
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "bloom"])
+def test_a_full_fine_tune_with_its_norms(family: str, cls: str, tmp_path):
+    """Every parameter moved: the tuned model itself, exact and at half strength."""
+    base, tuned = models.hf_model(family), models.hf_model(family)
+    generator = models.seeded(13)
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if (family, cls) != ("bloom", "HookedTransformer") or "embeddings.weight" not in name:
+                p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    half = copy.deepcopy(tuned)
+    with torch.no_grad():
+        for p, old in zip(half.parameters(), base.parameters(), strict=True):
+            p.copy_((p + old) / 2)
+    adapter = ll.Adapter.between(base, tuned, progress=False)
+    lens = ll.LoraLens(models.MAKERS[cls](base), adapter)
+    tokens, limit = models.tokens(), 1e-8 if family == "bloom" else EXACT
+    for gate, model in ((1.0, tuned), (0.5, half)):
+        with torch.no_grad():
+            expected = cases.centred(model(tokens).logits)
+        assert (cases.centred(lens.logits(tokens, gate)) - expected).abs().max() < limit
+    cut = ll.Adapter.between(base, tuned, rank=2, progress=False)
+    norms = [path for path, update in cut.modules.items() if isinstance(update, ll.TrainedModule)]
+    assert norms and all(cut.truncation_error[path] == 0 for path in norms)
 
 
 @pytest.mark.bad_input

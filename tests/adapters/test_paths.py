@@ -25,6 +25,9 @@ WRAPPED = {
     "a language model's part": lambda key: key.replace(
         "model.layers", "model.language_model.layers"
     ),
+    "half of PEFT's prefix": lambda key: key.removeprefix("base_model."),
+    "one model too many": lambda key: key.replace(PREFIX, PREFIX + "model."),
+    "compiled with PEFT": lambda key: f"_orig_mod.{key}",
     "a language model's part, outside": lambda key: key.replace(PREFIX, PREFIX + "language_model."),
 }
 
@@ -66,6 +69,14 @@ def test_trained_on_the_model_without_its_head(family, tmp_path):
         expected = tuned(models.tokens()).logits
     found = ll.LoraLens(maker(base), adapter, hf_model=base).logits(models.tokens())
     assert (found - expected).abs().max() < 1e-4 * (expected.max() - expected.min())
+
+
+def test_keys_without_peft_s_prefix(model, tmp_path):
+    """Other tools write the model's own paths."""
+    rename_keys(saved(model, tmp_path), lambda key: key.removeprefix(PREFIX))
+    with pytest.warns(UserWarning, match="its keys lack PEFT's prefix 'base_model.model.'"):
+        adapter = ll.load_adapter(tmp_path)
+    assert_is(adapter, deltas(model))
 
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_bias": True}])

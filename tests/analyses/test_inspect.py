@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.analyses.spectra import lacking, singular_values, stable_rank, summarise
+from lens_lora.analyses.spectra import lacking, summarise
+from lens_lora.analyses.spectrum import singular_values, stable_rank
 from lens_lora.commands import run_inspect as inspect_command
 
 ADAPTER = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
@@ -235,7 +236,7 @@ def with_fields(folder: Path, **fields) -> Path:
     ("fields", "reason"),
     [
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
-        ({"bias": "all"}, "use bias='lora_only' or 'none'"),
+        ({"modules_to_save": ["lm_head"]}, "the file holds no such module"),
         ({"use_qalora": True}, "train with use_qalora=False"),
         ({"alora_invocation_tokens": [3]}, "train a plain LoRA"),
     ],
@@ -262,7 +263,7 @@ def test_dora_asks_for_the_base_model(tmp_path):
 @pytest.fixture
 def tiny_base(monkeypatch):
     """`--model llama` is the tiny model of that family."""
-    monkeypatch.setattr(inspect_command, "_hooked", lambda family, quiet: hooked(family)[1])
+    monkeypatch.setattr(inspect_command, "_hooked", lambda family, quiet: hooked(family)[::-1])
 
 
 @pytest.mark.usefixtures("tiny_base")

@@ -10,8 +10,10 @@ from explained import by_hand
 from results_by_hand import META, SITES, two_prompts
 
 import lens_lora as ll
-from lens_lora.analyses.spectra import AdapterSummary, Spectrum
+from lens_lora.analyses.spectra import AdapterSummary
+from lens_lora.analyses.spectrum import Spectrum
 from lens_lora.results.measured import Measured, Result
+from lens_lora.results.noise import Noise
 
 HEADER = {f.name: getattr(two_prompts(), f.name) for f in dataclasses.fields(Measured)}
 TOKENS = HEADER["str_tokens"]
@@ -47,10 +49,10 @@ def components() -> ll.Components:
 
 def remainder() -> ll.Remainder:
     return ll.Remainder(
-        shift=torch.tensor([10.0]), first_order=torch.tensor([9.0]),
-        noise_floor=torch.tensor([1e-3]), path_scales=(0.25, 0.5, 0.75),
-        path_shift=torch.tensor([[2.0, 5.0, 7.0]]), sites=SITES,
-        site_first_order=torch.ones(1, 4), site_shift=None, readout="y", units="logits", meta=META,
+        first_order=torch.tensor([9.0]), noise=Noise(*torch.full((3, 1), 1e-3)),
+        path_scales=(0.25, 0.5, 0.75), path_shift=torch.tensor([[2.0, 5.0, 7.0]]), sites=SITES,
+        site_first_order=torch.ones(1, 4), site_shift=None, base=torch.tensor([0.0]),
+        adapted=torch.tensor([10.0]), str_tokens=(("a",),), readout="y", units="logits", meta=META,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """An interrupt at a chosen line of the package, and all that an interrupted call may leave behind.
 
-Lines are counted as they run, so the same number names the same moment of every run.
+Lines are counted as they run, so a number names the same moment of every run. Of lines that run
+many times, called from the same lines, the first and the last time are taken.
 """
 
 from __future__ import annotations
@@ -14,96 +15,14 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwad
+from torch._C import _len_torch_function_stack
 from torch.nn.attention import _cur_sdpa_kernel_backends
-from torch.overrides import _len_torch_function_stack
 
 import lens_lora
+from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, lock_of
 
 PACKAGE = str(Path(lens_lora.__file__).parent)
 Call = Callable[[], object]
-
-
-class _Counter:
-    """A trace function that numbers the package's lines; at one of them it interrupts."""
-
-    def __init__(self, stop: int | None = None) -> None:
-        self.stop, self.places = stop, []
-
-    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        return self._line
-
-    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
-            self.places.append((frame.f_code.co_filename[len(PACKAGE) + 1 :], frame.f_lineno))
-            if len(self.places) - 1 == self.stop:
-                raise KeyboardInterrupt
-        return self._line
-
-
-def _traced(call: Call, counter: _Counter) -> BaseException | None:
-    before = sys.gettrace()
-    sys.settrace(counter)
-    try:
-        call()
-    except KeyboardInterrupt as interrupt:
-        return interrupt
-    finally:
-        sys.settrace(before)
-    return None
-
-
-def lines_of(call: Call) -> list[tuple[str, int]]:
-    """The package's lines that a call runs, in order; called twice, as caches fill."""
-    call()
-    counter = _Counter()
-    _traced(call, counter)
-    return counter.places
-
-
-def left_by(call: Call, model: Any, line: int) -> list[str]:
-    """What an interrupt at this line leaves behind, while the traceback is still held."""
-    before = held(model)
-    counter = _Counter(line)
-    interrupt = _traced(call, counter)
-    after = held(model)
-    left = [name for name in before if before[name] != after[name]]
-    del interrupt
-    return left
-
-
-def held(model: Any) -> dict[str, Any]:
-    """Hooks by identity, methods, and the state of torch in this thread."""
-    hooks = {
-        (name, kind): list(getattr(module, kind))
-        for name, module in model.named_modules()
-        for kind in _KINDS
-        if getattr(module, kind)
-    }
-    listed = {
-        (name, kind): [id(handle) for handle in getattr(point, kind)]
-        for name, point in model.hook_dict.items()
-        for kind in ("fwd_hooks", "bwd_hooks")
-        if getattr(point, kind)
-    }
-    bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
-    return {
-        "hooks": hooks,
-        "listed hooks": listed,
-        "replaced forward": [n for n, m in model.named_modules() if "forward" in vars(m)],
-        "bloom": bloom and bloom.BloomGelu.forward,
-        "grad mode": torch.is_grad_enabled(),
-        "inference mode": torch.is_inference_mode_enabled(),
-        "function modes": _len_torch_function_stack(),
-        "dual level": fwad._current_level,
-        "sdpa": _cur_sdpa_kernel_backends(),
-        "warnings": list(warnings.filters),
-        "gradients": [n for n, p in model.named_parameters() if p.grad is not None],
-        "lock": _is_free_for_others(model),
-    }
-
-
 _KINDS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -115,5 +34,97 @@ _KINDS = (
 )
 
 
-def _is_free_for_others(model: Any) -> bool:
-    return True
+class _Lines:
+    """A trace function that numbers the package's lines; before one of them it interrupts."""
+
+    def __init__(self, stop: int = -1, keep: bool = False) -> None:
+        self._stop, self._keep, self._count = stop, keep, 0
+        self.places: list[tuple[tuple[str, int], ...]] = []
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line":
+            if self._keep:
+                self.places.append(_place(frame))
+            if self._count == self._stop:
+                raise KeyboardInterrupt
+            self._count += 1
+        return self._line
+
+
+def _place(frame: FrameType | None) -> tuple[tuple[str, int], ...]:
+    """The line, and the package's lines that called it."""
+    found = []
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            found.append((frame.f_code.co_filename[len(PACKAGE) + 1 :], frame.f_lineno))
+        frame = frame.f_back
+    return tuple(found)
+
+
+def _traced(call: Call, lines: _Lines) -> BaseException | None:
+    before = sys.gettrace()
+    sys.settrace(lines)
+    try:
+        call()
+    except KeyboardInterrupt as interrupt:
+        return interrupt
+    finally:
+        sys.settrace(before)
+    return None
+
+
+def points_of(call: Call) -> dict[int, str]:
+    """Where a call can be interrupted, as numbers of lines, and which line that is."""
+    call()
+    lines = _Lines(keep=True)
+    _traced(call, lines)
+    first: dict[Any, int] = {}
+    for number, place in enumerate(lines.places):
+        first.setdefault(place, number)
+    last = {place: number for number, place in enumerate(lines.places)}
+    chosen = sorted({*first.values(), *last.values()})
+    return {number: "{}:{}".format(*lines.places[number][0]) for number in chosen}
+
+
+def left_by(call: Call, model: Any, number: int) -> list[str]:
+    """What an interrupt there leaves behind, while its traceback is held as notebooks hold it."""
+    before = held(model)
+    interrupt = _traced(call, _Lines(number))
+    after = held(model)
+    del interrupt
+    return [name for name in before if before[name] != after[name]]
+
+
+def held(model: Any) -> dict[str, Any]:
+    """Hooks by identity, replaced methods, locks, and the state of torch and of warnings."""
+    modules = [*model.named_modules(), *model.hook_dict.items()]
+    bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
+    return {
+        "hooks": [
+            (name, kind, list(getattr(module, kind).items()))
+            for name, module in modules
+            for kind in _KINDS
+            if getattr(module, kind)
+        ],
+        "listed hooks": [
+            (name, list(map(id, point.fwd_hooks)), list(map(id, point.bwd_hooks)))
+            for name, point in model.hook_dict.items()
+            if point.fwd_hooks or point.bwd_hooks
+        ],
+        "replaced forward": [name for name, module in modules if "forward" in vars(module)],
+        "replaced GELU": bloom and bloom.BloomGelu.forward,
+        "gradients": [name for name, p in model.named_parameters() if p.grad is not None],
+        "grad mode": (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "anomaly": torch.is_anomaly_enabled(),
+        "default device": torch.get_default_device(),
+        "function modes": _len_torch_function_stack(),
+        "dual level": fwad._current_level,
+        "attention kernels": _cur_sdpa_kernel_backends(),
+        "warnings": list(warnings.filters),
+        "locks": (lock_of(model)._is_owned(), ONE_IN_A_PROCESS._is_owned()),
+    }

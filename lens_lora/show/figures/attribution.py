@@ -13,7 +13,7 @@ from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.parts import heatmap, token_ticks, value_text, whose
-from lens_lora.show.figures.style import EMBEDDINGS, KINDS, Cells, Labels, title
+from lens_lora.show.figures.style import KINDS, OUTSIDE, Cells, Labels, title
 from lens_lora.show.text import key_text, visible
 
 __all__ = ["position_heatmap", "require_positions", "site_heatmap"]
@@ -124,7 +124,7 @@ def _layer_ticks(attribution: Attribution, layers: Sequence[int]) -> dict[int, s
     """Every few layers by number, and what lies outside the layers by its own name."""
     step = math.ceil(len(layers) / _MOST_LAYER_TICKS)
     numbers = {layer: str(layer) for layer in layers if layer % step == 0}
-    outside = {s.layer: s.kind for s in attribution.sites if s.kind in (*EMBEDDINGS, "unembed")}
+    outside = {s.layer: s.kind for s in attribution.sites if s.kind in OUTSIDE}
     return numbers | outside
 
 

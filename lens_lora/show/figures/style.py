@@ -8,7 +8,11 @@ from typing import Any
 import plotly.graph_objects as go
 
 EMBEDDINGS = ("embed", "pos_embed")
-KINDS = (*EMBEDDINGS, "q", "k", "v", "o", "gate", "up", "fc_in", "down", "fc_out", "unembed")
+OUTSIDE = (*EMBEDDINGS, "embed_ln", "ln_final", "unembed")
+KINDS = (
+    *(*EMBEDDINGS, "embed_ln", "ln1", "q", "k", "v", "q_norm", "k_norm", "o", "ln1_post"),
+    *("ln2", "gate", "up", "fc_in", "down", "fc_out", "ln2_post", "ln_final", "unembed"),
+)
 INK, GRID, BLANK, NOISE = "#777777", "rgba(128,128,128,0.25)", "rgba(128,128,128,0.18)", "#999999"
 EXACT, LINEAR, FLIP = "#2f83c5", "#e0802b", "#b04fc4"
 DIVERGING = (

@@ -11,7 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lens_lora.analyses.spectra import AdapterSummary, Spectrum
+from lens_lora.analyses.spectra import AdapterSummary
+from lens_lora.analyses.spectrum import Spectrum
 from lens_lora.show.text import magnitude
 
 __all__ = ["adapter_table", "spectra_table"]
@@ -61,16 +62,21 @@ def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
 
 
 def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]:
-    unknown = sum(math.isnan(row.norm) for row in summary.rows)
-    total = "needs the base model (DoRA): --model" if unknown else magnitude(summary.norm)
+    unknown = {part for row in summary.rows if math.isnan(row.norm) for part in row.parts}
+    unknown = sorted(unknown - {"lora_bias", "trained bias"})
+    total = magnitude(summary.norm)
+    if unknown:
+        total = f"needs the base model ({', '.join(unknown)}): --model"
     facts = {
         "adapter": summary.name,
         "base model": summary.base_model or "not named",
         "PEFT version": str(config.get("peft_version") or "not stated"),
         "modules": str(summary.module_count),
         "targets": _counted(summary.targets),
-        "ranks": _counted(summary.ranks),
-        "scales": f"{_counted(summary.scales)}; {_rule(config)}",
+        "ranks": _counted(summary.ranks) or "no factors",
+        "scales": f"{_counted(summary.scales)}; {_rule(config)}"
+        if summary.scales
+        else "no factors",
         "beside s·B·A": _counted(summary.parts) or "no biases, DoRA, embeddings or head",
         "‖ΔW‖_F in all": total,
     }
@@ -78,6 +84,8 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
         facts["‖Δb‖ in all"] = _bias_total(summary)
     if summary.model:
         facts["laid over"] = f"{summary.model}: {_sites(summary)}"
+    if summary.unchanged:
+        facts["as in the model"] = ", ".join(summary.unchanged[:_MISSING])
     if summary.missing:
         facts["model lacks"] = _listed(summary.missing)
     return facts
