@@ -213,14 +213,9 @@ class LoraLens:
             scale: as for `gates`.
         """
 
-<<<<<<< HEAD
-        def apply(block: Temporary) -> Any:
-            self._plan.check_state()
-            self._put_on(ScaleInject(self._plan, self.gates(scale)), (), block)
-=======
         def apply(span: Temporary) -> Any:
+            self._plan.check_state()
             self._put_on(ScaleInject(self._plan, self.gates(scale)), (), span)
->>>>>>> h-hooks
             return self.model
 
         return Temporary(apply)
@@ -239,13 +234,8 @@ class LoraLens:
     def _put_on(
         self, inject: Inject, before: Sequence[tuple[str, HookFn]], span: Temporary
     ) -> None:
-<<<<<<< HEAD
-        hold(block, lock_of(self.model))
-        self._plan.check_state(entries=False)
-=======
         hold(span, lock_of(self.model))
-        self._plan.check_state()
->>>>>>> h-hooks
+        self._plan.check_state(entries=False)
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
         attach(span, self.model, site_hooks(self._plan, inject, points, before), points)

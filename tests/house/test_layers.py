@@ -14,10 +14,7 @@ TESTS = Path(__file__).parents[1]
 LENS_LORA = Package(TESTS.parent / "lens_lora")
 LAYERS = [
     {"errors", "_version", "families", "temporary"},
-<<<<<<< HEAD
     {"arguments"},
-=======
->>>>>>> h-hooks
     {"adapters", "readouts"},
     {"hooked"},
     {"lens"},
