@@ -14,7 +14,7 @@ from lens_lora.engine.forward import joint_tangent
 from lens_lora.engine.function import gated_logits
 from lens_lora.engine.gate_graph import hessian_product, hessian_products
 from lens_lora.engine.reverse import site_gradients, site_slopes
-from lens_lora.hooked.gates import attached
+from lens_lora.hooked.attaching import attached
 
 __all__ = ["QUICK", "SLOW", "Work", "loop_of_jvps", "plain_forward", "plain_backward"]
 

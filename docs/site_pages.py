@@ -25,7 +25,7 @@ _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 def groups() -> dict[str, tuple[str, ...]]:
     """The groups of `lens_lora.__all__`: {title: names}."""
     found: dict[str, list[str]] = {}
-    text = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    text = (PACKAGE / "__init__.pyi").read_text(encoding="utf-8")
     lines = text[text.index("__all__ = [") :].splitlines()[1:]
     for line in map(str.strip, lines):
         if line == "]":
@@ -70,11 +70,11 @@ def linked(markdown: str) -> str:
 def costs() -> dict[str, str]:
     """{public function: the paragraph of its docstring that starts with 'Cost'}."""
     found: dict[str, str] = {}
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lens_lora."):
-            names = {alias.name for alias in node.names}
-            found |= {n: c for n, c in _costs_in(str(node.module)).items() if n in names}
+        if isinstance(node, ast.ImportFrom):
+            names, module = {alias.name for alias in node.names}, f"lens_lora.{node.module}"
+            found |= {n: c for n, c in _costs_in(module).items() if n in names}
     return found
 
 

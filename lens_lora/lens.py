@@ -5,40 +5,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Real
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora._version import versions
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import ModelStateError, NumericsError, SiteError
+from lens_lora.hooked.alone import alone
+from lens_lora.hooked.attaching import HookFn, attach, hold, lock_of
 from lens_lora.hooked.basis import SiteMap
-from lens_lora.hooked.gates import (
-    HookFn,
-    Inject,
-    ScaleInject,
-    attached,
-    site_hooks,
-    writes_at_modules,
-)
+from lens_lora.hooked.gates import Inject, ScaleInject, site_hooks, writes_at_modules
 from lens_lora.hooked.host_check import OF_A_GIVEN_BASE, base_logits, require_same_logits
 from lens_lora.hooked.misuse import first_non_finite, require_kinds
 from lens_lora.hooked.plan import Plan, make_plan
+from lens_lora.hooked.scales import Scale, gates_of
 from lens_lora.hooked.sites import Heads, Site, match_sites
 from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
+from lens_lora.temporary import Temporary
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
 __all__ = ["LoraLens", "Scale"]
-
-Scale = float | Real[Tensor, ""] | Real[Tensor, "*batch site"] | Mapping[str, float]
 
 
 class LoraLens:
@@ -59,6 +54,7 @@ class LoraLens:
         ModelStateError: a state in which the adapter cannot be applied exactly; names the remedy.
     """
 
+    @alone
     def __init__(self, model: Any, adapter: Adapter, hf_model: nn.Module | None = None) -> None:
         require_kinds(adapter, hf_model)
         self.model = model
@@ -72,6 +68,7 @@ class LoraLens:
                 (f"without the adapter this {self.class_name}", "hf_model", OF_A_GIVEN_BASE),
             )
 
+    @alone
     def with_adapter(self, adapter: Adapter) -> LoraLens:
         """A lens of another adapter over the same model and hf_model.
 
@@ -85,6 +82,7 @@ class LoraLens:
                 changed since this one was made.
         """
         self._plan.check_state()
+        self._plan.check_base()
         other = copy.copy(self)
         other.adapter = adapter
         other._plan = make_plan(self.model, adapter, self._hf_model)
@@ -169,25 +167,16 @@ class LoraLens:
         return FactoredMatrix(*self.maps[hits[0]].of_weight())
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
-        """ε as a tensor on the model's device.
+        """ε as a tensor on the model's device; derivatives pass through it to a tensor `scale`.
 
         Args:
             scale: one number for all sites, a tensor, or {site name or glob: number}, others 0.
 
         Raises:
             SiteError: a name that matches no site, or a tensor without one gate per site.
+            ArgumentError: what is no number, tensor or mapping.
         """
-        count = len(self.sites)
-        if isinstance(scale, Mapping):
-            gates = torch.zeros(count, dtype=self.gate_dtype)
-            for index, value in match_sites([s.name for s in self.sites], scale).items():
-                gates[index] = value
-        elif isinstance(scale, Tensor) and scale.ndim:
-            gates = scale.to(self.gate_dtype)
-        else:
-            gates = torch.full((count,), float(scale), dtype=self.gate_dtype)
-        if gates.shape[-1] != count:
-            raise SiteError(f"{gates.shape[-1]} gates for {count} sites: pass one per site.")
+        gates = gates_of(scale, [site.name for site in self.sites], self.gate_dtype)
         return gates.to(self.device)
 
     def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
@@ -213,33 +202,43 @@ class LoraLens:
         inject = ScaleInject(self._plan, self.gates(scale))
         return site_hooks(self._plan, inject, self.model.hook_dict)
 
-    @contextlib.contextmanager
-    def applied(self, scale: Scale = 1.0) -> Generator[Any]:
+    def applied(self, scale: Scale = 1.0) -> AbstractContextManager[Any]:
         """Within the block, every tool of TransformerLens sees the adapted model.
 
-        After the block, also after an exception, the model has its own hooks and weights again.
+        After the block, also after an exception or an interrupt, the model has its own hooks and
+        weights again. Other threads that use a lens on this model wait until then. A tensor `scale`
+        may be differentiated: in reverse and in forward mode, and within torch.func transforms.
 
         Args:
             scale: as for `gates`.
         """
-        with self.injected(ScaleInject(self._plan, self.gates(scale))):
-            yield self.model
 
-    @contextlib.contextmanager
+        def apply(span: Temporary) -> Any:
+            self._plan.check_state()
+            self._put_on(ScaleInject(self._plan, self.gates(scale)), (), span)
+            return self.model
+
+        return Temporary(apply)
+
     def injected(
         self, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
-    ) -> Generator[None]:
+    ) -> AbstractContextManager[None]:
         """The sites' hooks with any injection, for the length of the block.
 
         Args:
             inject: what is written at each site.
             before: hooks that are added before those of the sites.
         """
-        self._plan.check_state()
+        return Temporary(functools.partial(self._put_on, inject, before))
+
+    def _put_on(
+        self, inject: Inject, before: Sequence[tuple[str, HookFn]], span: Temporary
+    ) -> None:
+        hold(span, lock_of(self.model))
+        self._plan.check_state(entries=False)
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
-        with attached(self.model, [*before, *site_hooks(self._plan, inject, points)], points):
-            yield
+        attach(span, self.model, site_hooks(self._plan, inject, points, before), points)
 
     def prompts(self, prompts: PromptsLike) -> Prompts:
         """Strings or ids as `Prompts`, tokenised by the model's own conventions.
@@ -249,6 +248,7 @@ class LoraLens:
         """
         return prepare(self.model, prompts)
 
+    @alone
     def logits(
         self, prompts: PromptsLike, scale: Scale = 1.0
     ) -> Float[Tensor, "batch pos d_vocab"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -167,7 +168,8 @@ def _leading(
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
     """(U Σ, Vᵀ) of the largest singular values; by Lanczos iteration where they are few."""
     if _FEW * rank < min(delta.shape) and bool(delta.any()):
-        U, sizes, Vt = svds(delta.numpy(), k=rank, rng=0)  # the smallest first
+        found: Any = svds(delta.numpy(), k=rank, rng=0)
+        U, sizes, Vt = found  # the smallest first
         return torch.from_numpy((U * sizes)[:, ::-1].copy()), torch.from_numpy(Vt[::-1].copy())
     left, sizes, right = torch.linalg.svd(delta, full_matrices=False)
     return left[:, :rank] * sizes[:rank], right[:rank]

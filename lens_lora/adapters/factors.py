@@ -126,6 +126,7 @@ class LoRAFactors:
             AdapterError: DoRA without the weight.
         """
         dtype = torch.promote_types(self.A.dtype, self.B.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
         plain = self.scale * (self.B.to(dtype) @ self.A.to(dtype))
         if self.magnitude is None:
             return self.strength * plain

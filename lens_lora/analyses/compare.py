@@ -30,6 +30,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 from torch import Tensor
 
+from lens_lora.arguments import whole
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
@@ -166,12 +167,14 @@ def compare(
         bootstrap, seed: resamplings of the prompts; 0 for no intervals.
 
     Raises:
-        ArgumentError: other sites, prompts, readouts or groups, naming both; k below 1.
+        ArgumentError: other sites, prompts, readouts or groups, naming both; numbers that are not
+            finite; k below 1.
     """
-    if k < 1 or bootstrap < 0:
-        raise ArgumentError(f"k={k}, bootstrap={bootstrap}; expected k ≥ 1 and bootstrap ≥ 0.")
+    k, bootstrap, seed = whole("k", k, 1), whole("bootstrap", bootstrap, 0), whole("seed", seed, 0)
     _require_same(attribution, effects)
     a, e, groups = _over_groups(attribution, effects)
+    for of, values in ((attribution.key, a), (effects.key, e)):
+        _require_finite(of, values, list(groups))
     k = min(k, len(groups))
     eps = max(torch.finfo(values.dtype).eps for values in (a, e))
     a, e = a.detach().double().cpu(), e.detach().double().cpu()
@@ -194,7 +197,22 @@ def compare(
     )
 
 
+def _require_finite(of: str, values: Float[Tensor, "batch group"], labels: list[str]) -> None:
+    odd = (~torch.isfinite(values)).nonzero().tolist()
+    if odd:
+        prompt, group = odd[0]
+        raise ArgumentError(
+            f"{of} is {float(values[prompt, group])} at prompt {prompt}, {labels[group]} "
+            f"({len(odd)} such numbers), and nothing agrees with that; compute it again."
+        )
+
+
 def _require_same(one: Attribution | Effects, other: Attribution | Effects) -> None:
+    for result in (one, other):
+        if not isinstance(result, Attribution | Effects):
+            raise ArgumentError(
+                f"compare takes attributions and effects, and this is a {type(result).__name__}."
+            )
     facts = {
         "sites": [[s.name for s in result.sites] for result in (one, other)],
         "prompts": [["|".join(tokens) for tokens in result.str_tokens] for result in (one, other)],

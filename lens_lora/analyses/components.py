@@ -23,10 +23,11 @@ from torch import Tensor
 from lens_lora.analyses.logit_shift import site_tangents
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.reverse import site_gradients
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.plan import Injection
 from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.measured import Result, site_labels
 
@@ -72,6 +73,7 @@ class Components(Result):
         return pd.DataFrame(columns | values)
 
 
+@alone
 def components(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -97,14 +99,18 @@ def components(
         ModelStateError: the model has an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     reading, squares = asked.reading, _squares(asked)
     inner = reading.by_prompt(squares["inner"])
     z, delta, gradient = (
         reading.by_prompt(squares[name]).sqrt() for name in ("z", "delta", "gradient")
     )
     moved = site_tangents(
-        lens, reading.prompts, _centred_square, max_memory=max_memory, progress=progress
+        lens,
+        reading.prompts,
+        lambda rows: _centred_square(reading.prompts, rows),
+        max_memory=max_memory,
+        progress=progress,
     )
     moved = reading.by_prompt(moved).sqrt()
     nan = torch.full_like(delta, float("nan"))
@@ -122,7 +128,7 @@ def components(
 def _squares(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
     """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row. One forward and one backward."""
     lens, reading = asked.lens, asked.reading
-    real = reading.prompts.real[..., None]
+    real, read = (mask[..., None] for mask in (reading.prompts.real, reading.prompts.read_mask))
     shape = (len(reading.owner), len(lens.sites))
     squares = {
         name: torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
@@ -142,8 +148,8 @@ def _squares(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
 
     def add(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         delta = injection.map(z)
-        # The unembedding is run at the read position alone.
-        kept = real if delta.shape[1] == real.shape[1] else torch.ones_like(delta[..., :1])
+        # The unembedding is run at the positions that are read alone.
+        kept = read if lens.sites[injection.site].kind == "unembed" else real
         delta, gradient = delta * kept, gradient.to(delta.dtype) * kept
         # An embedding's input is one-hot.
         inputs = z.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
@@ -162,5 +168,8 @@ def _squares(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
     return squares
 
 
-def _centred_square(tangent: Float[Tensor, "row site vocab"]) -> Float[Tensor, "row site"]:
-    return (tangent - tangent.mean(-1, keepdim=True)).square().sum(-1)
+def _centred_square(
+    prompts: Prompts, tangent: Float[Tensor, "row site *slot vocab"]
+) -> Float[Tensor, "row site"]:
+    squares = (tangent - tangent.mean(-1, keepdim=True)).square().sum(-1)
+    return torch.stack([prompts.over_slots(of_site) for of_site in squares.unbind(1)], 1)

@@ -22,9 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Group, Groups, group_sites, indicator
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -171,6 +173,7 @@ class Coupling(Ranked):
             )
 
 
+@alone
 def coupling(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -218,7 +221,8 @@ def coupling_of(
         SiteError: a glob that matches no site.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    lens, gates = asked.lens, asked.lens.gates(float(at))
+    lens, at = asked.lens, number("at", at)
+    gates = lens.gates(at)
     groups = group_sites(lens.sites, group)
     rows = indicator(groups, len(lens.sites)).to(gates)
 
@@ -227,4 +231,4 @@ def coupling_of(
         return torch.cat([product @ rows.T for product in products], 1)
 
     matrix = in_groups(asked.reading, of_some).transpose(1, 2).contiguous()
-    return Coupling(matrix=matrix, groups=groups, at=float(at), **header(asked))
+    return Coupling(matrix=matrix, groups=groups, at=at, **header(asked))

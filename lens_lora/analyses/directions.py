@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora.arguments import is_whole, one_entry
 from lens_lora.errors import ArgumentError
 from lens_lora.readouts.prompts import Prompts
 
@@ -54,7 +55,8 @@ def directions_of(source: Any) -> Directions:
         source: the tensor, or a sparse autoencoder with W_enc [d, feature].
 
     Raises:
-        ArgumentError: neither, or an autoencoder whose pre-activations are not linear in h.
+        ArgumentError: neither, numbers that are not finite, or an autoencoder whose
+            pre-activations are not linear in h.
     """
     if isinstance(source, Tensor):
         if source.ndim != 2 or not source.is_floating_point() or not source.numel():
@@ -62,7 +64,7 @@ def directions_of(source: Any) -> Directions:
                 f"directions are {source.dtype} {tuple(source.shape)}; expected floating-point "
                 "[feature, d] (one direction d: d[None])."
             )
-        return Directions(source.detach(), "directions", "units of h · d")
+        return Directions(_finite(source), "directions", "units of h · d")
     W_enc = getattr(source, "W_enc", None)
     if not isinstance(W_enc, Tensor) or W_enc.ndim != 2:
         raise ArgumentError(
@@ -73,13 +75,19 @@ def directions_of(source: Any) -> Directions:
     _require_linear(cfg)
     encode: Callable[[Tensor], Tensor] | None = getattr(source, "encode", None)
     return Directions(
-        rows=W_enc.detach().T,
+        rows=_finite(W_enc).T,
         kind="encoder",
         units="pre-activation",
         hook_name=_setting(cfg, "hook_name"),
         encode=encode,
         by_head=bool(getattr(source, "hook_z_reshaping_mode", False)),
     )
+
+
+def _finite(rows: Tensor) -> Tensor:
+    if not torch.isfinite(rows).all():
+        raise ArgumentError("the directions hold NaN or infinite numbers.")
+    return rows.detach()
 
 
 def _require_linear(cfg: Any) -> None:
@@ -171,7 +179,8 @@ class Projection:
 
 def _indices(prompts: Prompts, index: object) -> Int[Tensor, "batch"]:
     """The position in each prompt."""
-    if not isinstance(index, int) or isinstance(index, bool):
+    index = one_entry(index)
+    if not is_whole(index):
         raise ArgumentError(
             f"positions={index!r}: expected an index, such as -1, or in feature_shift 'each'."
         )

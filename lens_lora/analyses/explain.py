@@ -31,10 +31,12 @@ from lens_lora.analyses.patch_sites import patch_sites_of
 from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.reliability import Reliability, reliability_of
 from lens_lora.analyses.second_order import SecondOrder, second_order_of
+from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ArgumentError, PromptError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, margin_between
 from lens_lora.readouts.prompts import PromptsLike
@@ -157,6 +159,7 @@ class Explanation(Result):
         return path
 
 
+@alone
 def explain(
     lens: LoraLens,
     prompt: PromptsLike,
@@ -198,7 +201,7 @@ def explain(
             "(lens_lora.show.page.report.explanation_report puts several on one page), or use "
             "sweep."
         )
-    if null < 0 or null == 1:
+    if whole("null", null, 0) == 1:
         raise ArgumentError(f"null={null}; expected 0 for none, or at least 2 null adapters.")
     asked = prompts.about(margin_between(lens.model, doc, pre, 1))
     steps = _QUICK_STEPS + (null > 0) + (0 if fast else _SLOW_STEPS)

@@ -24,10 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.analyses import rankings
-from lens_lora.analyses.rankings import Scores
+from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import readout_at
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -104,7 +105,7 @@ class Faithfulness(Measured):
         Raises:
             ArgumentError: no such ranking.
         """
-        enough = self.keep[self._index(name)] >= share
+        enough = self.keep[self._index(name)] >= number("share", share)
         first = self.fractions[enough.int().argmax(-1)]
         return torch.where(enough.any(-1), first, torch.full_like(first, float("nan")))
 
@@ -177,16 +178,17 @@ class Faithfulness(Measured):
         return self.names.index(name)
 
     def _nearest(self, fraction: float) -> int:
-        if not 0 <= fraction <= 1:
+        if not 0 <= number("fraction", fraction) <= 1:
             raise ArgumentError(f"fraction {fraction}: expected a number from 0 to 1.")
         return int((self.fractions - fraction).abs().argmin())
 
 
+@alone
 def faithfulness(
     lens: LoraLens,
     prompts: PromptsLike,
     readout: Readout,
-    attribution: Scores | Mapping[str, Scores],
+    attribution: rankings.Scores | Mapping[str, rankings.Scores],
     *,
     fractions: Sequence[float] | None = None,
     baselines: bool = True,
@@ -207,8 +209,7 @@ def faithfulness(
         attribution: of these prompts and this readout, effects of single sites, or a tensor of
             contributions in the readout's units ([site], or [batch, site]); or {name: any of
             these}. A score without a sign is ranked rightly once multiplied by the shift's.
-        fractions: of the sites; a fraction above 0 is at least one site. 0, one site, and 1 are
-            always there.
+        fractions: of the sites, above 0 at least one; 0, one site, and 1 are always there.
         baselines: also rank by ‖ΔW‖, by ‖δz‖ at the base model, and at random.
         greedy: also add at each step the site that moves the readout furthest towards g(1).
         draws: random orders whose mean is the random curve.
@@ -216,8 +217,7 @@ def faithfulness(
         progress: show a bar.
 
     Raises:
-        ArgumentError: scores of other sites, prompts or readouts; a fraction outside 0 to 1; draws
-            below 1; greedy on more than 40 sites.
+        ArgumentError: scores of something else; fractions outside 0 to 1; greedy on many sites.
         NumericsError: a non-finite readout.
     """
     return faithfulness_of(
@@ -234,7 +234,7 @@ def faithfulness(
 
 def faithfulness_of(
     asked: Asked,
-    attribution: Scores | Mapping[str, Scores],
+    attribution: rankings.Scores | Mapping[str, rankings.Scores],
     *,
     fractions: Sequence[float] | None = None,
     baselines: bool = True,
@@ -251,9 +251,8 @@ def faithfulness_of(
         fractions, baselines, greedy, draws, seed, progress: as for `faithfulness`.
     """
     lens = asked.lens
-    counts = _counts(_FRACTIONS if fractions is None else fractions, len(lens.sites))
-    if draws < 1:
-        raise ArgumentError(f"draws={draws}; expected at least 1.")
+    counts = _counts(fractions, len(lens.sites))
+    draws, seed = whole("draws", draws, 1), whole("seed", seed, 0)
     given = rankings.named(attribution)
     orders = rankings.orders_of(asked, given, baselines=baselines, greedy=greedy, progress=progress)
     every = torch.stack(list(orders.values()))
@@ -279,11 +278,12 @@ def faithfulness_of(
     )
 
 
-def _counts(fractions: Sequence[float], sites: int) -> tuple[int, ...]:
+def _counts(given: Sequence[float] | None, sites: int) -> tuple[int, ...]:
     """How many sites each fraction is, without repeats: 0, 1 and all of them among them."""
+    fractions = _FRACTIONS if given is None else numbers_of("fractions", given)
     for fraction in fractions:
         if not 0 <= fraction <= 1:
-            raise ArgumentError(f"fraction {fraction}: expected numbers from 0 to 1.")
+            raise ArgumentError(f"fraction {fraction:g}: expected numbers from 0 to 1.")
     return tuple(sorted({0, 1, sites, *(max(1, round(f * sites)) for f in fractions if f)}))
 
 

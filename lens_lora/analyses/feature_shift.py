@@ -23,12 +23,16 @@ from torch import Tensor
 
 from lens_lora.analyses.directions import Projection, directions_of
 from lens_lora.analyses.hook_points import known_point
+from lens_lora.arguments import number
 from lens_lora.engine.asked import ask_prompts
-from lens_lora.engine.forward import JointInject, dual_forward, tangent_of
+from lens_lora.engine.dual_pass import dual_forward, tangent_of
+from lens_lora.engine.forward import JointInject
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.noise import roundings
 from lens_lora.errors import ArgumentError, ModelStateError
-from lens_lora.hooked.gates import Inject, ScaleInject, attached
+from lens_lora.hooked.alone import alone
+from lens_lora.hooked.attaching import attached
+from lens_lora.hooked.gates import Inject, ScaleInject
 from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.readouts.prompts import Prompts, PromptsLike
@@ -160,6 +164,7 @@ class FeatureShift(Result):
         return drawing.figure(self, k, prompt)
 
 
+@alone
 def feature_shift(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -200,7 +205,7 @@ def feature_shift(
         NumericsError: non-finite activations.
     """
     asked, features = ask_prompts(lens, prompts), directions_of(directions)
-    ready, gates = asked.prompts, lens.gates(scale)
+    ready, gates, at = asked.prompts, lens.gates(scale), number("at", at)
     name = _point(lens, name or features.hook_name)
     project = Projection(ready, features, positions)
     with torch.no_grad():
@@ -222,7 +227,7 @@ def feature_shift(
         noise_floor=2**0.5 * noise.square().mean(1).sqrt(),
         activations=_activations(project, base, adapted),
         name=name,
-        positions=positions,
+        positions="each" if positions == "each" else int(positions),
         str_tokens=asked.str_tokens,
         features=features.kind,
         units=features.units,

@@ -16,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.directions import Projection, directions_of
+from lens_lora.arguments import number
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.function import require_finite
 from lens_lora.errors import ModelStateError, SiteError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.sites import WRITER_KINDS, Site, match_sites
 from lens_lora.lens import LoraLens
@@ -117,6 +119,7 @@ class FeatureWrites(Result):
         return self.values[prompt_rows(prompt, len(self.values))].double().cpu().mean(0)
 
 
+@alone
 def feature_writes(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -142,7 +145,7 @@ def feature_writes(
         ModelStateError: the model normalises what they write (Gemma 2 and 3).
         ArgumentError: as `feature_shift`.
     """
-    asked, features = ask_prompts(lens, prompts), directions_of(directions)
+    asked, features, at = ask_prompts(lens, prompts), directions_of(directions), number("at", at)
     writers = [i for i, site in enumerate(lens.sites) if site.kind in WRITER_KINDS]
     if not writers:
         raise SiteError(
@@ -163,7 +166,7 @@ def feature_writes(
     return FeatureWrites(
         values=values,
         sites=tuple(lens.sites[i] for i in writers),
-        positions=positions,
+        positions=int(positions),
         str_tokens=asked.str_tokens,
         features=features.kind,
         units=features.units,

@@ -5,8 +5,8 @@
 2. With `rules`, attention patterns or norm denominators are constants at their values there
    (`hooked/frozen.py`), in both modes.
 3. The exact shift g(1) − g(0) stands beside the values, two forward passes.
-4. Several readouts of the same prompts (`first_orders`) go back through one forward pass, with k
-   backward passes as one batch.
+4. Several readouts of the same prompts: `analyses/many_readouts.py`; by output token:
+   `analyses/by_token.py`.
 
 At ε = 0 it predicts what adding one module to the base model does; at ε = 1 what taking one away
 from the adapted model does.
@@ -15,21 +15,21 @@ from the adapted model does.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.asked import Asked, ask, ask_prompts
-from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
-from lens_lora.engine.forward import Part, part_tangents, tangent_of
-from lens_lora.engine.function import gated_logits, read_logits, require_finite
-from lens_lora.engine.gate_graph import gate_graph
-from lens_lora.engine.reverse import part_slots, require_finite_sites, site_slopes
+from lens_lora.analyses.by_token import by_token, own_tokens_only, response_tokens
+from lens_lora.arguments import number
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.batching import Mode, chosen_mode
+from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.engine.tangent_slopes import tangent_slopes
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
-from lens_lora.hooked.sites import by_axes
+from lens_lora.hooked.sites import AXES, by_axes
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -39,13 +39,13 @@ from lens_lora.results.measured import header
 __all__ = [
     "first_order",
     "first_order_of",
-    "first_orders",
     "labelled",
 ]
 
 _TRIED_TOKENS = 8
 
 
+@alone
 def first_order(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -62,7 +62,8 @@ def first_order(
 
     Cost: one forward and one backward in reverse mode (what 'auto' takes), and two forward passes
     for the exact shift beside it; forward mode takes one dual forward pass per site or part. Rules
-    add two forward passes and one backward on eight tokens, that try the model's hook points.
+    add two forward passes and one backward on eight tokens, that try the model's hook points. By
+    token it takes the cheaper of a backward pass a token and a tangent a site.
 
     Args:
         lens: the adapter over the model.
@@ -70,7 +71,8 @@ def first_order(
         readout: u_y, what is read of the logits.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse.
-        by: any of 'position', 'head', 'rank'.
+        by: any of 'position', 'head', 'rank'; with AnswerLogProb also 'token', which token of the
+            response is moved.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
             then that of the model with constants in their place. The shift beside it is g's own.
         max_memory: bytes that a pass of forward mode may take beside the model. It sets how many
@@ -89,8 +91,9 @@ def first_order(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
+    asked = ask(lens, prompts, readout)
     return first_order_of(
-        ask(lens, prompts, readout),
+        asked.require_slope_at_base() if number("at", at) == 0 else asked,
         at=at,
         mode=mode,
         by=by,
@@ -120,16 +123,21 @@ def first_order_of(
         ArgumentError: another mode or axis, or less memory than one tangent takes.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    lens, reading, axes = asked.lens, asked.reading, by_axes(by)
-    way, gates = chosen_mode(mode, lens, 1), lens.gates(float(at))
+    lens, reading, axes = asked.lens, asked.reading, by_axes(by, (*AXES, "token"))
+    at = number("at", at)
+    way, gates = chosen_mode(mode, lens, 1), lens.gates(at)
     with _under(rules, lens, reading.prompts):
-        if way == "forward":
-            values = _forward(asked, gates, axes, max_memory, progress)
+        if "token" in axes:
+            values = by_token(asked, gates, axes[:-1], mode, max_memory, progress)
+        elif way == "forward":
+            values = tangent_slopes(
+                lens, reading, gates, axes, max_memory=max_memory, progress=progress
+            )
         else:
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
     method = "first_order" if rules is None else f"first_order/{rules.key}"
-    return labelled(asked, values, axes, method=method, at=float(at))
+    return labelled(asked, values, axes, method=method, at=at)
 
 
 @contextlib.contextmanager
@@ -137,6 +145,8 @@ def _under(rules: FrozenRules | None, lens: LoraLens, prompts: Prompts) -> Gener
     if rules is None:
         yield
         return
+    if not isinstance(rules, FrozenRules):
+        raise ArgumentError(f"rules={rules!r}: expected FrozenRules(…), or None.")
     first = prompts.row(0)
     few = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
     require_held(lens.plan.host, rules, lambda: lens.run(few))
@@ -163,141 +173,14 @@ def labelled(
         at: the gate value at which; NaN along a path.
         quadrature: of a path integral.
     """
+    is_by_token = "token" in axes
     return Attribution(
-        values=values,
+        values=own_tokens_only(asked, values) if is_by_token else values,
         by=axes,
         heads=tuple(asked.lens.heads.of(s.kind) for s in asked.lens.sites),
         method=method,
         at=at,
         quadrature=quadrature,
+        response=response_tokens(asked) if is_by_token else (),
         **header(asked),
     )
-
-
-def _forward(
-    asked: Asked,
-    gates: Float[Tensor, "site"],
-    axes: tuple[str, ...],
-    max_memory: float | None,
-    progress: bool,
-) -> Float[Tensor, "batch site *by"]:
-    lens, reading = asked.lens, asked.reading
-    prompts = reading.prompts
-    shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))
-    values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-    wanted = _all_parts(lens, prompts, axes)
-
-    def read(rows: Float[Tensor, "row part vocab"]) -> Float[Tensor, "batch part"]:
-        many = reading.repeat(rows.shape[1])
-        return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
-
-    tangents = part_tangents(
-        lens, prompts, gates, wanted, read, max_memory=max_memory, progress=progress
-    )
-    slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
-    values[(slice(None), [part.site for part in wanted], *slots)] = tangents
-    return values
-
-
-def _last_if_none(slot: int | None) -> int:
-    return -1 if slot is None else slot
-
-
-def _all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[Part]:
-    found = []
-    for index, site in enumerate(lens.sites):
-        heads = lens.heads.of(site.kind)
-        ranges = {
-            "position": range(prompts.tokens.shape[1]),
-            "head": range(_head_slots(lens, index)) if heads else [None],
-            "rank": range(site.rank),
-        }
-        options = [
-            ranges[axis] if axis in axes else [None] for axis in ("position", "head", "rank")
-        ]
-        found += [Part(index, p, h, r) for p in options[0] for h in options[1] for r in options[2]]
-    return found
-
-
-def _head_slots(lens: LoraLens, index: int) -> int:
-    """The site's heads, and one slot more where a bias belongs to none of them."""
-    by_head = lens.maps[index].a0_by_head
-    heads = lens.heads.of(lens.sites[index].kind)
-    return heads if by_head is None else len(by_head)
-
-
-def first_orders(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readouts: Sequence[Readout],
-    *,
-    at: float = 0.0,
-    max_memory: float | None = None,
-    progress: bool = True,
-) -> tuple[Attribution, ...]:
-    """`first_order` of each of several readouts, by site.
-
-    Cost: one forward pass and a backward pass per readout, as one batch, and two forward passes for
-    all their exact shifts. An answer of several tokens has rows of its own, and is run by itself.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
-        readouts: at least one.
-        at: the gate value at which the derivative is taken: 0 base, 1 adapted.
-        max_memory: bytes for the readouts that go at once, beside the graph of the forward pass.
-        progress: show a bar.
-
-    Returns:
-        An Attribution for each readout, in their order.
-
-    Raises:
-        ArgumentError: no readouts, or something that is none.
-        TokenError, PromptError: a readout or prompt that does not fit the model.
-        NumericsError: non-finite derivatives, naming the site.
-    """
-    if not readouts:
-        raise ArgumentError("readouts=[] asks for nothing; give at least one.")
-    prompt_rows = ask_prompts(lens, prompts)
-    every = [prompt_rows.about(readout) for readout in readouts]
-    found: dict[int, Attribution] = {}
-    together = [i for i, asked in enumerate(every) if asked.reading.prompts is asked.prompts]
-    if together:
-        some = [every[i] for i in together]
-        _share_ends(some)
-        slopes = _slopes(some, at, max_memory, progress)
-        for i, asked, values in zip(together, some, slopes, strict=True):
-            found[i] = labelled(asked, values, method="first_order", at=float(at))
-    for i, asked in enumerate(every):
-        if i not in found:
-            found[i] = first_order_of(asked, at=at, progress=progress)
-    return tuple(found[i] for i in range(len(readouts)))
-
-
-def _slopes(
-    some: Sequence[Asked], at: float, max_memory: float | None, progress: bool
-) -> Float[Tensor, "readout batch site"]:
-    """Of readouts of the same rows."""
-    lens, prompts = some[0].lens, some[0].prompts
-
-    def read() -> Float[Tensor, "readout batch"]:
-        logits = read_logits(lens, prompts)
-        return torch.stack([asked.reading.read(logits) for asked in some])
-
-    graph = gate_graph(lens, prompts, lens.gates(float(at)), read)
-    step = covectors_at_once(lens, prompts, max_memory)
-    slopes = graph.slopes_of_each(step, progress=progress)
-    for of_one in slopes:
-        require_finite_sites(lens, of_one)
-    return slopes
-
-
-def _share_ends(some: Sequence[Asked]) -> None:
-    """The ends of all of them, out of the same two forward passes."""
-    lens, prompts = some[0].lens, some[0].prompts
-    with torch.no_grad():
-        logits = [gated_logits(lens, prompts, lens.gates(end)) for end in (0.0, 1.0)]
-        for asked in some:
-            ends = torch.stack([asked.reading.read(end) for end in logits])
-            require_finite(ends, "a readout")
-            asked.know_ends(ends)

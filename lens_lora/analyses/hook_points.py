@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lens_lora.errors import SiteError
 from lens_lora.lens import LoraLens
@@ -25,6 +25,8 @@ def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, 
         SiteError: a name or glob that matches nothing, with the nearest names; no name at all.
     """
     known = list(lens.model.hook_dict)
+    if not isinstance(names, Iterable) and not callable(names):
+        raise SiteError(f"names={names!r}; give a hook point, several, globs, or a predicate.")
     if not isinstance(names, str) and callable(names):
         wanted = [name for name in known if names(name)]
         if not wanted:
@@ -35,7 +37,8 @@ def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, 
         raise SiteError("no hook point is named; give a name, a glob, or a predicate.")
     found: dict[str, None] = {}
     for pattern in given:
-        hits = [pattern] if pattern in known else fnmatch.filter(known, pattern)
+        is_glob = isinstance(pattern, str) and pattern not in known
+        hits = fnmatch.filter(known, pattern) if is_glob else []
         found.update(dict.fromkeys(hits or [known_point(lens, pattern)]))
     return tuple(name for name in given if name in known), tuple(found)
 
@@ -51,6 +54,8 @@ def known_point(lens: LoraLens, name: str) -> str:
         SiteError: it has none, with the nearest names.
     """
     known = list(lens.model.hook_dict)
+    if not isinstance(name, str):
+        raise SiteError(f"{name!r} names no hook point; give a string.")
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
         raise SiteError(f"the model has no hook point {name!r}; the nearest are {near}.")

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import final
 
 import numpy as np
@@ -18,13 +18,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora.arguments import number, whole
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
-from lens_lora.engine.forward import Part, joint_tangent, part_tangents, tangent_of
+from lens_lora.engine.dual_pass import tangent_of
+from lens_lora.engine.forward import Part, joint_tangent, part_tangents
 from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.gate_graph import gate_graph
-from lens_lora.errors import SiteError
-from lens_lora.hooked.sites import Site, match_sites
+from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.hooked.alone import alone
+from lens_lora.hooked.sites import Site, one_site
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import token_ids
@@ -72,7 +75,7 @@ class LogitShift(Result):
             prompt: an index; without it, the only prompt.
 
         Raises:
-            SiteError: no such site.
+            SiteError: no such site, or a glob that matches several.
             ArgumentError: no such prompt, or several and none named.
         """
         return self._ranked(site, k, prompt, largest=True)
@@ -88,7 +91,7 @@ class LogitShift(Result):
             prompt: an index; without it, the only prompt.
 
         Raises:
-            SiteError: no such site.
+            SiteError: no such site, or a glob that matches several.
             ArgumentError: no such prompt, or several and none named.
         """
         return self._ranked(site, k, prompt, largest=False)
@@ -109,7 +112,7 @@ class LogitShift(Result):
     ) -> pd.DataFrame:
         row = self._row(site, only_prompt(prompt, len(self.values), "rankings of tokens"))
         row = row - row.mean()
-        values, order = row.topk(min(k, len(row)), largest=largest)
+        values, order = row.topk(min(whole("k", k, 0), len(row)), largest=largest)
         return pd.DataFrame(
             {
                 "token": [self.strings[i] for i in order.tolist()],
@@ -123,10 +126,10 @@ class LogitShift(Result):
             return self.joint[prompt]
         if not self.sites:
             raise SiteError("this shift was computed for all sites together; use by_site=True.")
-        index = next(iter(match_sites([s.name for s in self.sites], {site: 0})))
-        return self.values[prompt, index]
+        return self.values[prompt, one_site([s.name for s in self.sites], site)]
 
 
+@alone
 def logit_shift(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -159,7 +162,7 @@ def logit_shift(
 
     Raises:
         TokenError: a token string that is not one token.
-        ArgumentError: another mode, or less memory than one site or token takes.
+        ArgumentError: another mode, no tokens, or less memory than one site or token takes.
         NumericsError: non-finite tangents.
     """
     return logit_shift_of(
@@ -193,7 +196,7 @@ def logit_shift_of(
         NumericsError: a derivative that is not finite.
     """
     lens, prompts = asked.lens, asked.prompts
-    ids = _ids(lens, tokens)
+    ids, at = _ids(lens, tokens), number("at", at)
     columns, gates = torch.tensor(ids, device=lens.device), lens.gates(at)
     way = chosen_mode(mode, lens, len(ids))
     if not by_site:
@@ -222,7 +225,7 @@ def logit_shift_of(
 def site_tangents(
     lens: LoraLens,
     prompts: Prompts,
-    keep: Callable[[Float[Tensor, "batch site vocab"]], Float[Tensor, "batch site *out"]],
+    keep: Callable[[Float[Tensor, "batch site *slot vocab"]], Float[Tensor, "batch site *out"]],
     *,
     at: float = 0.0,
     max_memory: float | None = None,
@@ -279,4 +282,9 @@ def token_slopes(
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None) -> list[int]:
     if tokens is None:
         return list(range(int(lens.model.cfg.d_vocab_out)))
-    return [int(token_ids(lens.model, token, 1)) for token in tokens]
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
+        raise ArgumentError(f"tokens={tokens!r}: expected a list of tokens, or None for all.")
+    ids = [int(token_ids(lens.model, token, 1)) for token in tokens]
+    if not ids:
+        raise ArgumentError("tokens=[] asks for nothing; give at least one, or None for all.")
+    return ids

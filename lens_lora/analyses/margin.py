@@ -21,17 +21,18 @@ from scipy.optimize import elementwise
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.remainder import Verdict, verdict_of
 from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
+from lens_lora.analyses.verdict import Verdict, points_of, verdict_of
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.function import read_value
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import Result
+from lens_lora.results.measured import Result, per_prompt
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -84,6 +85,11 @@ class FactMargin(Result):
         return self.curve.noise_floor
 
     @property
+    def remainder_floor(self) -> Float[Tensor, "batch"]:
+        """σ of R_m from rounding alone: of the margins' and of first order's."""
+        return self.curve.noise.of_remainder(1.0)
+
+    @property
     def flips(self) -> tuple[bool, ...]:
         """Whether the preferred fact changes between base and adapted model."""
         return tuple((self.m0.sign() != self.m.sign()).tolist())
@@ -96,21 +102,17 @@ class FactMargin(Result):
     @property
     def verdict(self) -> tuple[Verdict, ...]:
         """For each prompt, how good first order is at ε = 1 and on the way."""
-        return tuple(
-            verdict_of(
-                shift=float(self.attribution.shift[i]),
-                remainder=float(self.remainder[i]),
-                noise_floor=float(self.noise_floor[i]),
-                path=self.curve.path_of(i),
-            )
-            for i in range(len(self.m))
-        )
+        one, shift = self.remainder.new_ones(1), self.attribution.shift
+        ends = points_of(one, self.remainder[:, None], shift[:, None], self.curve.noise)
+        return tuple(verdict_of(end[0], self.curve.way_of(i)) for i, end in enumerate(ends))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt: the margin's whole account."""
-        names = ("m0", "first_order", "remainder", "m", "noise_floor", "flip_scale")
-        columns = {name: getattr(self, name).double().cpu().tolist() for name in names}
-        return pd.DataFrame(columns | {"flips": self.flips, "flip_predicted": self.flip_predicted})
+        floors = ("noise_floor", "remainder_floor")
+        names = ("m0", "first_order", "remainder", "m", *floors, "flip_scale")
+        columns = per_prompt({name: getattr(self, name) for name in names})
+        flips = {"flips": self.flips, "flip_predicted": self.flip_predicted}
+        return pd.DataFrame({**columns, **flips})
 
     def story(self, prompt: int | None = None) -> str:
         """The margin's account in plain words, claiming no more than the numbers.
@@ -135,6 +137,7 @@ class FactMargin(Result):
         return drawing.figure(self, prompt)
 
 
+@alone
 def fact_margin(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -146,8 +149,8 @@ def fact_margin(
 ) -> FactMargin:
     """m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
-    Cost: one forward and one backward, some 30 forward passes along the path, batched, and about
-    ten more if any prompt flips.
+    Cost: one forward and one backward, some 40 forward passes along the path and for the noise
+    floors and eight backward, batched, and about ten forward more if any prompt flips.
 
     Args:
         lens: the adapter over the model.

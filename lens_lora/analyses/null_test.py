@@ -16,7 +16,6 @@ every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -30,17 +29,18 @@ from tqdm import tqdm
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.random_directions import null_adapter
 from lens_lora.analyses.first_order import first_order_of
+from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
-from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.site_factors import fused_rows
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import SIGMAS, Result
+from lens_lora.results.measured import SIGMAS, Result, flat, per_prompt
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -61,7 +61,6 @@ class NullTest(Result):
         null_shift: [draw, batch], the exact g(1) − g(0) of each.
         seeds: of each draw: `null_adapter(adapter, seed)`.
         noise_floor: [batch], σ of a difference of two readouts from rounding alone.
-        meta: model, adapter, dtype and versions.
     """
 
     observed: Attribution
@@ -69,9 +68,16 @@ class NullTest(Result):
     null_shift: Float[Tensor, "draw batch"]
     seeds: tuple[int, ...]
     noise_floor: Float[Tensor, "batch"]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
+
+    @property
+    def readout(self) -> str:
+        """What was read."""
+        return self.observed.readout
+
+    @property
+    def units(self) -> str:
+        """Of all numbers."""
+        return self.observed.units
 
     @property
     def draws(self) -> int:
@@ -147,9 +153,7 @@ class NullTest(Result):
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
         frame = self.observed.to_frame()
         numbers = {"null_std": self.null.double().std(0), "z": self.z, "p": self.p, "q": self.q}
-        for name, tensor in numbers.items():
-            frame[name] = tensor.double().cpu().flatten().numpy()
-        return frame
+        return frame.assign(**flat(numbers))
 
     def totals_to_frame(self) -> pd.DataFrame:
         """One row per prompt: shift and Σ a against the nulls', share of sites, verdict."""
@@ -162,8 +166,7 @@ class NullTest(Result):
             "first_order_p": self.total_p,
             "exceeds_all": self.exceeds_all,
         }
-        columns: dict[str, object] = {k: n.double().cpu().tolist() for k, n in numbers.items()}
-        return pd.DataFrame({**columns, "verdict": self.verdict})
+        return pd.DataFrame(per_prompt(numbers)).assign(verdict=self.verdict)
 
     def plot(self, prompt: int | None = None) -> Figure:
         """|a_l| of every site over the band of the draws, in the order of the forward pass.
@@ -177,6 +180,7 @@ class NullTest(Result):
         return drawing.figure(self, prompt)
 
 
+@alone
 def null_test(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -207,8 +211,8 @@ def null_test(
         UnsupportedAdapterError: DoRA or trained biases; names the remedy.
         NumericsError: non-finite derivatives, naming the site.
     """
-    _require_several(draws)
-    asked = ask(lens, prompts, readout)
+    draws, seed = _checked(draws, seed)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     first = first_order_of(asked)
     return null_test_of(asked, first, draws=draws, seed=seed, progress=progress)
 
@@ -233,7 +237,7 @@ def null_test_of(
         UnsupportedAdapterError: DoRA or trained biases; names the remedy.
         NumericsError: non-finite derivatives, naming the site.
     """
-    _require_several(draws)
+    draws, seed = _checked(draws, seed)
     lens, reading = asked.lens, asked.reading
     seeds = tuple(int(s) for s in np.random.SeedSequence(seed).generate_state(draws))
     parts = _parts_of_fused(lens)
@@ -251,15 +255,12 @@ def null_test_of(
         null_shift=torch.stack(shifts),
         seeds=seeds,
         noise_floor=asked.noise_floor,
-        readout=asked.readout.label,
-        units=asked.readout.units,
-        meta=first.meta,
     )
 
 
-def _require_several(draws: int) -> None:
-    if draws < 2:
-        raise ArgumentError(f"draws={draws}; expected at least 2, for a spread to compare with.")
+def _checked(draws: int, seed: int) -> tuple[int, int]:
+    """At least two draws, for a spread to compare with."""
+    return whole("draws", draws, 2), whole("seed", seed, 0)
 
 
 def _parts_of_fused(lens: LoraLens) -> dict[str, list[Tensor]]:

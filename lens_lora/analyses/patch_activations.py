@@ -15,7 +15,7 @@ and a patch at its output replaces W z + δ, as in a model of the merged weights
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -23,10 +23,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.analyses.hook_points import Names, resolved
+from lens_lora.arguments import one_entry, whole, word
 from lens_lora.engine.asked import ask
 from lens_lora.engine.ignored import unheard
 from lens_lora.engine.swap import Patch, Recording, patched_readout, record
 from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
@@ -43,6 +45,7 @@ _DONOR_AND_RECIPIENT = {"base_to_adapted": (0.0, 1.0), "adapted_to_base": (1.0, 
 _SMALL, _ROUNDINGS, _NAMED = 1e-3, 64, 5
 
 
+@alone
 def patch_activations(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -83,10 +86,8 @@ def patch_activations(
         ArgumentError: a position outside a prompt, another direction.
         NumericsError: a non-finite readout.
     """
-    if direction not in _DONOR_AND_RECIPIENT:
-        raise ArgumentError(f"direction={direction!r}: expected one of {[*_DONOR_AND_RECIPIENT]}.")
-    donor_scale, scale = _DONOR_AND_RECIPIENT[direction]
-    asked = ask(lens, prompts, readout)
+    donor_scale, scale = _DONOR_AND_RECIPIENT[word("direction", direction, _DONOR_AND_RECIPIENT)]
+    positions, asked = _checked(positions), ask(lens, prompts, readout)
     reading = asked.reading
     where = _where(positions, asked.prompts, reading)
     in_full, wanted = resolved(lens, names)
@@ -173,6 +174,19 @@ def _require_positions(
             )
 
 
+def _checked(positions: object) -> Positions:
+    """An index as a plain int, several as a list of them."""
+    index = one_entry(positions)
+    if index is None or isinstance(index, slice):
+        return index
+    if isinstance(index, str):
+        word("positions", index, ["each"])
+        return "each"
+    if isinstance(index, Iterable):
+        return [whole("positions", each) for each in index]
+    return whole("positions", index)
+
+
 def _where(
     positions: Positions, prompts: Prompts, reading: Reading
 ) -> list[Bool[Tensor, "row pos"] | None]:
@@ -185,8 +199,6 @@ def _where(
         return [None]
     real = reading.prompts.real.cpu()
     if isinstance(positions, str):
-        if positions != "each":
-            raise ArgumentError(f"positions={positions!r}: expected None, 'each', or indices.")
         slots = torch.arange(real.shape[1])
         return [real & (slots == slot) for slot in slots]
     mask = torch.zeros_like(real)

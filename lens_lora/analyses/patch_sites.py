@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
+from lens_lora.arguments import word
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.errors import SiteError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Group, Groups, group_sites, indicator, match_sites
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -28,6 +30,7 @@ __all__ = ["How", "patch_sites", "patch_sites_of", "require_how"]
 How = Literal["add_one", "leave_one_out"]
 
 
+@alone
 def patch_sites(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -104,8 +107,7 @@ def require_how(how: str) -> None:
     Raises:
         ArgumentError: any other word.
     """
-    if how not in get_args(How):
-        raise ArgumentError(f"how={how!r}: expected 'add_one' or 'leave_one_out'.")
+    word("how", how, get_args(How))
 
 
 def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> Groups:

@@ -25,10 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.analyses.first_order import labelled
+from lens_lora.arguments import number, whole
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.batching import slopes_at_once
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import by_axes
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -42,6 +44,7 @@ __all__ = ["path_attribution", "path_attribution_of"]
 _SMOOTH = 4.0  # A doubling that divides the error by less is slower than a smooth g allows.
 
 
+@alone
 def path_attribution(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -101,10 +104,9 @@ def path_attribution_of(
         ArgumentError: a tolerance that is not positive, fewer than 4 nodes, or another axis.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    if not 0 < tol < math.inf:
+    tol, max_nodes = number("tol", tol), whole("max_nodes", max_nodes, 4)
+    if tol <= 0:
         raise ArgumentError(f"tol={tol}: expected a positive share of the shift, such as 1e-3.")
-    if max_nodes < 4:
-        raise ArgumentError(f"max_nodes={max_nodes}: expected at least 4, to compare two rules.")
     lens, reading, axes = asked.lens, asked.reading, by_axes(by)
     floor = SIGMAS * asked.noise_floor
     with tqdm(desc="path integral", unit="node", leave=False, disable=not progress) as bar:

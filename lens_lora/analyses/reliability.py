@@ -35,8 +35,10 @@ from torch import Tensor
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.patch_sites import How, require_how
 from lens_lora.analyses.screen import Screen
+from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -44,7 +46,7 @@ from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.choosing import only_prompt
 from lens_lora.results.effects import Effects
-from lens_lora.results.measured import SIGMAS, Result
+from lens_lora.results.measured import SIGMAS, Result, flat
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -66,7 +68,6 @@ class Reliability(Result):
         threshold: a score under it is flagged.
         material: [batch], in the readout's units: what a site's |a| or |correction| must exceed.
         passes: forward and backward passes over the prompts, by step.
-        meta: model, adapter, dtype and versions.
     """
 
     attribution: Attribution
@@ -76,9 +77,16 @@ class Reliability(Result):
     threshold: float
     material: Float[Tensor, "batch"]
     passes: Mapping[str, int]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
+
+    @property
+    def readout(self) -> str:
+        """What was read."""
+        return self.attribution.readout
+
+    @property
+    def units(self) -> str:
+        """Of all numbers."""
+        return self.attribution.units
 
     @property
     def score(self) -> Float[Tensor, "batch site"]:
@@ -172,10 +180,8 @@ class Reliability(Result):
         """One row per prompt and site: first order, share, correction, score, fixed, flagged."""
         frame = self.attribution.to_frame().rename(columns={"value": "first_order"})
         fixed = {} if self.fixed is None else {"fixed": self.fixed}
-        for name, tensor in {"correction": self.correction, "score": self.score, **fixed}.items():
-            frame[name] = tensor.double().cpu().flatten().numpy()
-        frame["flagged"] = self.flagged.cpu().flatten().numpy()
-        return frame
+        numbers = {"correction": self.correction, "score": self.score, **fixed}
+        return frame.assign(**flat(numbers), flagged=self.flagged.cpu().flatten().numpy())
 
     def plot(self, prompt: int | None = None) -> Figure:
         """a_l against a_l + correction of a prompt's sites, the flagged ones apart.
@@ -200,6 +206,7 @@ def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float
     return (a.abs() / whole).masked_fill(whole == 0, 1.0)
 
 
+@alone
 def reliability(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -233,7 +240,7 @@ def reliability(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout).require_slope_at_base()
     first = first_order_of(asked)
     return reliability_of(
         asked, first, how, threshold=threshold, floor=floor, fix=fix, progress=progress
@@ -274,18 +281,15 @@ def reliability_of(
         threshold=threshold,
         material=material,
         passes={"first order": 2, "screen": passes},
-        readout=asked.readout.label,
-        units=asked.readout.units,
-        meta=first.meta,
     )
     return _fixed(screen, found) if fix else found
 
 
 def _check(how: str, threshold: float, floor: float) -> None:
     require_how(how)
-    if not 0 < threshold < 1:
+    if not 0 < number("threshold", threshold) < 1:
         raise ArgumentError(f"threshold={threshold}; a score lies between 0 and 1.")
-    if not 0 <= floor < 1:
+    if not 0 <= number("floor", floor) < 1:
         raise ArgumentError(f"floor={floor}; expected a share of Σ|a|, from 0 to below 1.")
 
 

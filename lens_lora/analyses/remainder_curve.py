@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -20,27 +20,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.remainder import CHECKPOINTS
+from lens_lora.analyses.verdict import CHECKPOINTS, Point, points_of
+from lens_lora.arguments import numbers_of
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import Result
+from lens_lora.results.measured import Read, flat, read_of
+from lens_lora.results.noise import Noise, noise_of
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["RemainderCurve", "fitted_order", "remainder_curve", "remainder_curve_of"]
+__all__ = ["RemainderCurve", "fitted_order", "orders", "remainder_curve", "remainder_curve_of"]
 
 _FIT_DECADE = 10.0
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class RemainderCurve(Result):
+class RemainderCurve(Read):
     """g, first order and remainder along ε from 0 to 1, in the readout's units.
 
     Attributes:
@@ -48,22 +51,28 @@ class RemainderCurve(Result):
         values: [batch, scale], g(ε·1), exact.
         base: [batch], g(0).
         slope: [batch], Σ_l a_l, the first-order shift per unit of ε.
-        noise_floor: [batch], σ of a difference of two readouts from rounding alone.
+        noise: what rounding alone does to a shift and to the remainder.
         order: [batch], fitted slope of log|R| on log ε at small ε above the noise: 2 for a smooth
             model, NaN where fewer than three points stand out of the noise.
-        readout, units: what was read.
-        meta: model, adapter, dtype and versions.
+        readout, units, meta: as in `Read`.
     """
 
     scales: Float[Tensor, "scale"]
     values: Float[Tensor, "batch scale"]
     base: Float[Tensor, "batch"]
     slope: Float[Tensor, "batch"]
-    noise_floor: Float[Tensor, "batch"]
+    noise: Noise
     order: Float[Tensor, "batch"]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
+
+    @property
+    def noise_floor(self) -> Float[Tensor, "batch"]:
+        """σ of the shift at ε = 1 from rounding alone."""
+        return self.noise.shift
+
+    @property
+    def remainder_floor(self) -> Float[Tensor, "batch scale"]:
+        """σ of R_y(ε) from rounding alone: of the shift's and of first order's."""
+        return self.noise.of_remainder(self.scales)
 
     @property
     def shift(self) -> Float[Tensor, "batch scale"]:
@@ -83,31 +92,31 @@ class RemainderCurve(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and ε: value, shift, first order, remainder and its share."""
         batch, count = self.values.shape
-        flat = {
-            name: getattr(self, name).double().cpu().flatten().numpy()
-            for name in ("values", "shift", "first_order", "remainder")
-        }
+        names = ("values", "shift", "first_order", "remainder")
         frame = pd.DataFrame(
             {
                 "prompt": np.repeat(np.arange(batch), count),
                 "scale": np.tile(self.scales.double().cpu().numpy(), batch),
-                **flat,
+                **flat({name: getattr(self, name) for name in names}),
             }
         )
         frame["share"] = frame["remainder"].abs() / frame["shift"].abs()
         return frame.rename(columns={"values": "value"})
 
-    def path_of(self, prompt: int) -> list[tuple[float, float, float]]:
-        """(ε, R(ε), g(ε) − g(0)) at the ε between the ends nearest to ¼, ½ and ¾.
+    @property
+    def points(self) -> list[list[Point]]:
+        """Each prompt's R(ε) and shift at every ε, with their floors."""
+        return points_of(self.scales, self.remainder, self.shift, self.noise)
+
+    def way_of(self, prompt: int) -> list[Point]:
+        """The points between the ends nearest to ε = ¼, ½ and ¾.
 
         Args:
             prompt: its index.
         """
-        scales = self.scales.double().tolist()
-        inner = [i for i, scale in enumerate(scales) if 0 < scale < 1]
-        near = [min(inner, key=lambda i: abs(scales[i] - c)) for c in CHECKPOINTS if inner]
-        rest, moved = self.remainder[prompt].tolist(), self.shift[prompt].tolist()
-        return [(scales[i], rest[i], moved[i]) for i in dict.fromkeys(near)]
+        inner = [point for point in self.points[prompt] if 0 < point.scale < 1]
+        near = [min(inner, key=lambda point: abs(point.scale - c)) for c in CHECKPOINTS if inner]
+        return list(dict.fromkeys(near))
 
     def plot(self, prompt: int | None = None) -> Figure:
         """The readout and its first-order line along ε, and the remainder's share of the shift.
@@ -121,6 +130,7 @@ class RemainderCurve(Result):
         return drawing.figure(self, prompt)
 
 
+@alone
 def remainder_curve(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -131,8 +141,8 @@ def remainder_curve(
 ) -> RemainderCurve:
     """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
 
-    Cost: one forward and one backward, and ten forward passes beside one per scale (22 by
-    default), batched.
+    Cost: one forward and one backward, 18 forward passes and eight backward beside a forward pass
+    per scale (22 by default), batched.
 
     Args:
         lens: the adapter over the model.
@@ -142,7 +152,7 @@ def remainder_curve(
         progress: show a bar.
 
     Raises:
-        ArgumentError: scales=[].
+        ArgumentError: no scales, or something that is no number.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
@@ -165,13 +175,13 @@ def remainder_curve_of(
         scales, progress: as for `remainder_curve`.
 
     Raises:
-        ArgumentError: scales=[].
+        ArgumentError: no scales, or something that is no number.
         NumericsError: a readout that is not finite.
     """
-    given = _usual_scales() if scales is None else [float(scale) for scale in scales]
+    given = _usual_scales() if scales is None else numbers_of("scales", scales)
     if not given:
         raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
-    lens, floor = asked.lens, asked.noise_floor
+    lens, noise = asked.lens, noise_of(asked, attribution)
     chosen = torch.tensor(sorted(given), dtype=lens.gate_dtype)
     gates = chosen[:, None].expand(-1, len(lens.sites))
     values = asked.at_gates(gates, progress=progress, what="along the path")
@@ -182,11 +192,9 @@ def remainder_curve_of(
         values=values,
         base=attribution.base,
         slope=attribution.total,
-        noise_floor=floor,
-        order=torch.stack([fitted_order(chosen, r, f) for r, f in zip(rest, floor, strict=True)]),
-        readout=asked.readout.label,
-        units=asked.readout.units,
-        meta=attribution.meta,
+        noise=noise,
+        order=orders(chosen, rest, noise.of_remainder(chosen)),
+        **read_of(asked),
     )
 
 
@@ -196,15 +204,28 @@ def _usual_scales() -> list[float]:
     return sorted({*np.geomspace(1e-4, 8e-2, 10).tolist(), *even})
 
 
+def orders(
+    scales: Float[Tensor, "scale"],
+    rest: Float[Tensor, "batch scale"],
+    floor: Float[Tensor, "batch scale"],
+) -> Float[Tensor, "batch"]:
+    """`fitted_order` of each prompt.
+
+    Args:
+        scales, rest, floor: as for `fitted_order`.
+    """
+    return torch.stack([fitted_order(scales, *row) for row in zip(rest, floor, strict=True)])
+
+
 def fitted_order(
-    scales: Float[Tensor, "scale"], rest: Float[Tensor, "scale"], floor: Float[Tensor, ""]
+    scales: Float[Tensor, "scale"], rest: Float[Tensor, "scale"], floor: Float[Tensor, "scale"]
 ) -> Float[Tensor, ""]:
     """Slope of log|R| on log ε over the first decade of scales whose remainder clears the noise.
 
     Args:
         scales: ε, increasing.
         rest: R(ε) of one prompt, in the readout's units.
-        floor: σ of its noise; a remainder counts from ten times that.
+        floor: σ of its noise at each of them; a remainder counts from ten times that.
 
     Returns:
         The order, 2 for a remainder of second order; NaN where fewer than three scales count.

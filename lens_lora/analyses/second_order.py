@@ -23,17 +23,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.remainder_curve import RemainderCurve, fitted_order, remainder_curve_of
+from lens_lora.analyses.remainder_curve import RemainderCurve, orders, remainder_curve_of
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_product, hessian_products, in_groups
+from lens_lora.engine.noise import curvature_noise
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import SIGMAS, Result
+from lens_lora.results.measured import SIGMAS, Result, flat, per_prompt
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -51,12 +53,14 @@ class SecondOrder(Result):
         half_row_sums: [batch, site], ½(H1)_l.
         self_curvature: [batch, site], ½H_ll; None unless asked for.
         curve: g along the path from base to adapted model, exact, with first order beside it.
+        curvature_noise: [batch], σ of ½ 1ᵀH1 from rounding alone.
     """
 
     first_order: Attribution
     half_row_sums: Float[Tensor, "batch site"]
     self_curvature: Float[Tensor, "batch site"] | None
     curve: RemainderCurve
+    curvature_noise: Float[Tensor, "batch"]
 
     @property
     def shift(self) -> Float[Tensor, "batch"]:
@@ -87,6 +91,11 @@ class SecondOrder(Result):
     def noise_floor(self) -> Float[Tensor, "batch"]:
         """σ of a difference of two readouts from rounding alone."""
         return self.curve.noise_floor
+
+    @property
+    def remainder_floor(self) -> Float[Tensor, "batch"]:
+        """σ of `remainder` from rounding alone, first and second order's own included."""
+        return self.curve.noise.of_remainder(1.0, self.curvature_noise)
 
     @property
     def corrected(self) -> Float[Tensor, "batch site"]:
@@ -129,8 +138,7 @@ class SecondOrder(Result):
 
         NaN where fewer than three points stand out of the noise.
         """
-        rows = zip(self.path_remainder, self.noise_floor, strict=True)
-        return torch.stack([fitted_order(self.curve.scales, rest, floor) for rest, floor in rows])
+        return orders(self.curve.scales, self.path_remainder, self._path_floor)
 
     @property
     def helps_up_to(self) -> Float[Tensor, "batch"]:
@@ -140,9 +148,13 @@ class SecondOrder(Result):
         from the start.
         """
         second, first = self.path_remainder.abs(), self.curve.remainder.abs()
-        noise = torch.maximum(first, second) <= SIGMAS * self.noise_floor[:, None]
+        noise = torch.maximum(first, second) <= SIGMAS * self._path_floor
         unbroken = ((second <= first) | noise).long().cumprod(1)
         return (unbroken * self.curve.scales).amax(1)
+
+    @property
+    def _path_floor(self) -> Float[Tensor, "batch scale"]:
+        return self.curve.noise.of_remainder(self.curve.scales, self.curvature_noise)
 
     @property
     def verdict(self) -> tuple[str, ...]:
@@ -158,7 +170,7 @@ class SecondOrder(Result):
         )
         left = f"leaves {second / abs(shift):.1%} of the shift at ε = 1, first order "
         left += f"{first / abs(shift):.1%}"
-        if abs(first - second) <= floor:
+        if abs(first - second) <= SIGMAS * float(self.remainder_floor[i]):
             return f"neither nearer nor farther, within rounding: {left}"
         reach = float(self.helps_up_to[i])
         if second > first:
@@ -183,9 +195,9 @@ class SecondOrder(Result):
             "first_order_remainder": self.first_order_remainder,
             "remainder": self.remainder,
             "noise_floor": self.noise_floor,
+            "remainder_floor": self.remainder_floor,
         }
-        frame = pd.DataFrame({name: column.double().tolist() for name, column in columns.items()})
-        return frame.assign(verdict=self.verdict)
+        return pd.DataFrame(per_prompt(columns)).assign(verdict=self.verdict)
 
     def sites_to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: first order, ½(H1)_l, and its two parts where computed."""
@@ -197,7 +209,7 @@ class SecondOrder(Result):
             {
                 "prompt": np.repeat(np.arange(batch), count),
                 "site": [site.name for site in self.first_order.sites] * batch,
-                **{name: c.double().cpu().flatten().numpy() for name, c in columns.items()},
+                **flat(columns),
             }
         )
 
@@ -227,6 +239,7 @@ class SecondOrder(Result):
         return dataclasses.replace(self.first_order, values=values, method=method)
 
 
+@alone
 def second_order(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -237,8 +250,8 @@ def second_order(
 ) -> SecondOrder:
     """½(H1)_l of every site at the base model, and what remains of the shift after it.
 
-    Cost: a forward and two backward passes, a forward and a backward, and 32 forward passes; with
-    self_curvature two backward passes more per site, batched.
+    Cost: two forward and three backward passes, and 48 forward and 24 backward for the path and
+    the noise floors, batched; with self_curvature two backward passes more per site, batched.
 
     Args:
         lens: the adapter over the model.
@@ -277,12 +290,13 @@ def second_order_of(
         NumericsError: a derivative that is not finite, naming the site.
     """
     base = asked.lens.gates(0.0)
-    rows = hessian_product(asked.lens, asked.reading, base, torch.ones_like(base))
+    half = hessian_product(asked.lens, asked.reading, base, torch.ones_like(base)) / 2
     return SecondOrder(
         first_order=first,
-        half_row_sums=rows / 2,
+        half_row_sums=half,
         self_curvature=_self_curvature(asked, progress) if self_curvature else None,
         curve=curve,
+        curvature_noise=curvature_noise(asked.lens, asked.reading, half),
     )
 
 

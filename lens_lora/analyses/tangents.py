@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lens_lora.analyses.hook_points import Names, resolved
+from lens_lora.arguments import number
 from lens_lora.engine.asked import ask_prompts
-from lens_lora.engine.forward import JointInject, dual_forward, tangent_of
-from lens_lora.hooked.gates import attached
+from lens_lora.engine.dual_pass import dual_forward, tangent_of
+from lens_lora.engine.forward import JointInject
+from lens_lora.hooked.alone import alone
+from lens_lora.hooked.attaching import attached
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.readouts.prompts import PromptsLike
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["tangents"]
 
 
+@alone
 def tangents(
     lens: LoraLens,
     prompts: PromptsLike,
@@ -47,8 +51,9 @@ def tangents(
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
         ModelStateError: the model has an operation without a forward-mode derivative.
+        ArgumentError: a scale or `at` that is no number.
     """
-    asked = ask_prompts(lens, prompts)
+    asked, at = ask_prompts(lens, prompts), number("at", at)
     wanted = list(lens.model.hook_dict) if names is None else resolved(lens, names)[1]
     kept: dict[str, Tensor] = {}
 

@@ -86,5 +86,7 @@ def _print(result: SweepResult, processes: int) -> None:
         say(f"  {identity}: {error}")
     if len(result.errors) > _SHOWN_ERRORS:
         say(f"  … and {len(result.errors) - _SHOWN_ERRORS} more, in the column 'error'")
+    for damage in result.damaged:
+        say(f"  run again, as its file could not be read: {damage}")
     say(f"One row per prompt and site: {result.path.absolute()}")
     say(f"One row per prompt:          {result.prompts_path.absolute()}")

@@ -20,9 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.function import gated_readout
+from lens_lora.engine.function import gated_logits, gated_readout
 from lens_lora.engine.noise import noise_floor
+from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
+from lens_lora.readouts.divergence import KL, held
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.readouts.rows import Reading
@@ -44,7 +46,7 @@ class Asked:
     _bound: tuple[Readout, Reading] | None = None
 
     def about(self, readout: Readout) -> Asked:
-        """The same prompts, with a readout.
+        """The same prompts, with a readout. One forward pass of a KL, for the base distribution.
 
         Args:
             readout: what is read.
@@ -53,9 +55,26 @@ class Asked:
             ArgumentError: something that is no readout.
             TokenError: a readout that does not fit the model.
         """
-        return Asked(
-            self.lens, self.prompts, (readout, bound(readout, self.lens.model, self.prompts))
-        )
+        reading = bound(readout, self.lens.model, self.prompts)
+        if isinstance(readout, KL):
+            with torch.no_grad():
+                base = gated_logits(self.lens, reading.prompts, self.lens.gates(0.0))
+            reading = held(readout, reading, base)
+        return Asked(self.lens, self.prompts, (readout, reading))
+
+    def require_slope_at_base(self) -> Asked:
+        """The question itself, unless its readout has no derivative at ε = 0.
+
+        Raises:
+            ArgumentError: a KL, whose derivative there is zero.
+        """
+        if isinstance(self.readout, KL):
+            raise ArgumentError(
+                f"{self.readout.label} is least at ε = 0, so its derivative there is zero and says "
+                "nothing; use ll.kl_shares for its quadratic part, ll.path_attribution for all of "
+                "it, or ll.first_order(…, at=1.0) for what leaving a module out does."
+            )
+        return self
 
     @property
     def readout(self) -> Readout:
@@ -140,6 +159,7 @@ def ask(lens: LoraLens, prompts: PromptsLike, readout: Readout) -> Asked:
     Raises:
         ArgumentError: something that is no readout.
         TokenError, PromptError: a readout or prompt that does not fit the model.
+        ModelStateError: the model is not as it was when the lens was made.
     """
     return ask_prompts(lens, prompts).about(readout)
 
@@ -152,6 +172,13 @@ def ask_prompts(lens: LoraLens, prompts: PromptsLike) -> Asked:
         prompts: strings, ids or `Prompts`.
 
     Raises:
+        ArgumentError: something that is no lens.
         PromptError: a prompt that does not fit the model.
+        ModelStateError: the model is not as it was when the lens was made.
     """
+    if not isinstance(lens, LoraLens):
+        raise ArgumentError(
+            f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
+        )
+    lens.plan.check_state()
     return Asked(lens, lens.prompts(prompts))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from lens_lora.arguments import number, word
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
@@ -26,6 +27,7 @@ from lens_lora.readouts.prompts import Prompts
 __all__ = [
     "BRANCHING_PAYS",
     "GRAPH_TOKENS",
+    "PICKS",
     "Mode",
     "branches_at_once",
     "cheaper_mode",
@@ -45,6 +47,7 @@ BRANCH_TOKENS, BRANCH_LOGITS = 4096, 2**27  # forward passes that branch, of one
 SLOPE_TOKENS = 512  # forward passes that a backward pass follows
 GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back through it
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
+PICKS = 128  # tokens of a response that are unembedded
 _DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
 
 # Branching is worth its hooks below this share of the block passes.
@@ -75,8 +78,7 @@ def chosen_mode(mode: Mode, lens: LoraLens, readouts: int) -> Literal["forward",
     Raises:
         ArgumentError: another mode.
     """
-    if mode not in get_args(Mode):
-        raise ArgumentError(f"mode {mode!r}: expected 'auto', 'forward' or 'reverse'.")
+    word("mode", mode, get_args(Mode))
     return cheaper_mode(lens, readouts) if mode == "auto" else mode
 
 
@@ -88,7 +90,7 @@ def rows_at_once(prompts: Prompts) -> int:
 def branches_at_once(lens: LoraLens, prompts: Prompts) -> int:
     """How many points of one branching pass: in tokens of a row, and in logits of all rows."""
     rows, longest = prompts.tokens.shape
-    logits = rows * int(lens.model.cfg.d_vocab_out)
+    logits = rows * prompts.slots * int(lens.model.cfg.d_vocab_out)
     return min(_within(BRANCH_TOKENS, longest), _within(BRANCH_LOGITS, logits))
 
 
@@ -132,10 +134,11 @@ def _within(bound: int, size: int) -> int:
 def _derivatives_at_once(
     tokens: int, lens: LoraLens, run: Prompts, read: int, max_memory: float | None
 ) -> int:
-    logits = read * int(lens.model.cfg.d_vocab_out)
+    logits = read * run.slots * int(lens.model.cfg.d_vocab_out)
     rows = min(_within(tokens, run.tokens.numel()), _within(_DERIVATIVE_LOGITS, logits))
     if max_memory is None:
         return rows
+    max_memory = number("max_memory", max_memory)
     needed, always = row_bytes(lens, run, read), pass_bytes(lens)
     # The first row of a pass carries no tangent.
     fitting = int((max_memory - always) // needed) - 1
@@ -165,5 +168,5 @@ def row_bytes(lens: LoraLens, run: Prompts, read: int) -> int:
     batch, longest = run.tokens.shape
     wide = int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
     of_token = 44 * (int(cfg.d_model) + wide + int(cfg.n_heads) * longest)
-    logits = 8 * int(cfg.d_vocab_out)
+    logits = 8 * run.slots * int(cfg.d_vocab_out)
     return (batch * longest * of_token + read * logits) * lens.gate_dtype.itemsize

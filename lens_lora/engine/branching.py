@@ -24,7 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.engine import batching
-from lens_lora.hooked.gates import HookFn, ScaleInject
+from lens_lora.hooked.attaching import HookFn
+from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 
 __all__ = ["Tree", "more_copies", "neighbours_first", "pays"]
@@ -59,6 +60,11 @@ class Tree:
             rows.append(gates[first])
             history = now
         return cls(tuple(parents), tuple(rows), history)
+
+    @property
+    def width(self) -> int:
+        """The number of rows at the end of the pass."""
+        return len(self.gates[-1])
 
     @property
     def cost(self) -> float:

@@ -3,8 +3,7 @@
     site or part p:   output_l ← output_l + d·(p's part of δ_l(z)),   d dual with derivative 1
     all together:     every gate is the dual number at_l + direction_l·d
 
-1. `dual_forward` opens a pass with forward-mode derivatives, and raises a clear error if the model
-   has an operation without one. `engine/duals.py` does the products with constant weights.
+1. Each pass runs within `dual_forward` (engine/dual_pass.py).
 2. `joint_tangent`: all sites along one direction of gates, in one row a prompt.
 3. `part_tangents`: each site, position, head or rank has its own tangent, in its own row. Before
    its block a part has no tangent, and its row would only repeat the base. So a pass starts with
@@ -18,36 +17,33 @@ that for every site of a model in turn.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwad
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lens_lora.engine.batching import tangents_at_once
 from lens_lora.engine.branching import more_copies
+from lens_lora.engine.dual_pass import dual_forward, tangent_of
 from lens_lora.engine.duals import OneProduct
 from lens_lora.engine.function import read_logits
 from lens_lora.engine.parts import Slots, part_deltas
-from lens_lora.errors import ArgumentError, ModelStateError
-from lens_lora.hooked.gates import HookFn, ScaleInject, add, weight_of
+from lens_lora.errors import ArgumentError
+from lens_lora.hooked.attaching import HookFn
+from lens_lora.hooked.gates import ScaleInject, add, weight_of
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 
 __all__ = [
     "JointInject",
     "Part",
-    "dual_forward",
     "joint_tangent",
     "part_tangents",
-    "tangent_of",
 ]
 
 
@@ -79,50 +75,9 @@ class JointInject:
         return add(out, injection.map, z, weight_of(injection, gates))
 
 
-@contextlib.contextmanager
-def dual_forward() -> Generator[OneProduct]:
-    """Within the block, forward-mode derivatives are computed.
-
-    Yields the `OneProduct` that multiplies by the weights; set its `rows` where rows are added.
-
-    Raises:
-        ModelStateError: the model uses an operation without a forward-mode derivative.
-    """
-    try:
-        with (
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            _plain_bloom_gelu(),
-            fwad.dual_level(),
-            OneProduct() as products,
-        ):
-            yield products
-    except NotImplementedError as error:
-        raise ModelStateError(
-            f"this model has an operation without a forward-mode derivative ({error}). A fused "
-            "kernel is one: load the model without it (attn_implementation='eager'). Reverse mode "
-            "(first_order, mode='reverse') needs no such derivative."
-        ) from error
-
-
-@contextlib.contextmanager
-def _plain_bloom_gelu() -> Generator[None]:
-    """Bloom wraps its GELU in a Function without a forward-mode derivative; the formula has one."""
-    bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
-    if bloom is None:
-        yield
-        return
-    wrapped = bloom.BloomGelu.forward
-    bloom.BloomGelu.forward = lambda self, x: bloom.bloom_gelu_forward(x)
-    try:
-        yield
-    finally:
-        bloom.BloomGelu.forward = wrapped
-
-
 def joint_tangent(
     lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], direction: Float[Tensor, "site"]
-) -> Float[Tensor, "batch vocab"]:
+) -> Float[Tensor, "batch *slot vocab"]:
     """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass.
 
     Raises:
@@ -132,13 +87,7 @@ def joint_tangent(
         return tangent_of(read_logits(lens, prompts))
 
 
-def tangent_of(dual: Tensor) -> Tensor:
-    """The derivative that a dual number carries; zeros where it has none."""
-    primal, tangent = fwad.unpack_dual(dual)
-    return torch.zeros_like(primal) if tangent is None else tangent.clone()
-
-
-_Logits = Float[Tensor, "batch part vocab"]
+_Logits = Float[Tensor, "batch part *slot vocab"]
 Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
 
 
@@ -217,8 +166,8 @@ def _in_rows(
     del products
     rows = [(b * len(parts) + j, p) for b in range(prompts.batch) for j, p in enumerate(parts)]
     many = prompts.repeat(len(parts))
-    with lens.injected(_PartsInject(lens, at, rows, many.lengths)):
-        return read_logits(lens, many).view(prompts.batch, len(parts), -1)
+    with lens.injected(_PartsInject(lens, at, rows, many.read_positions)):
+        return read_logits(lens, many).unflatten(0, (prompts.batch, len(parts)))
 
 
 def _branching(
@@ -232,14 +181,23 @@ def _branching(
     found = []
     rows, grow = list(enumerate(parts, start=1)), _growing(lens, parts, products)
     for one in map(prompts.row, range(prompts.batch)):
-        lengths = one.lengths.expand(len(parts) + 1)
-        inject = _PartsInject(lens, at, rows, lengths)
+        read = one.read_positions.expand(len(parts) + 1, -1)
+        inject = _PartsInject(lens, at, rows, read)
         try:
             with lens.injected(inject, before=grow):
-                found.append(read_logits(lens, one)[1:])
+                logits = read_logits(lens, one)[1:]
+                found.append(logits if one.reads is None else _widened(logits, prompts.slots))
         finally:
             products.rows = 1
     return torch.stack(found)
+
+
+def _widened(
+    logits: Float[Tensor, "part own vocab"], slots: int
+) -> Float[Tensor, "part slot vocab"]:
+    """With as many slots as the longest response of the batch; the last one is repeated."""
+    own = torch.arange(slots, device=logits.device).clamp(max=logits.shape[1] - 1)
+    return logits[:, own]
 
 
 def _growing(
@@ -274,23 +232,24 @@ class _PartsInject:
         lens: LoraLens,
         at: Float[Tensor, "site"],
         rows: Sequence[tuple[int, Part]],
-        lengths: Int[Tensor, "row"],
+        read: Int[Tensor, "row slot"],
     ) -> None:
         self._scaled, self._at, self._lens = ScaleInject(lens.plan, at), at.tolist(), lens
         by_site: dict[int, list[tuple[int, Part]]] = {}
         for row, part in rows:
             by_site.setdefault(part.site, []).append((row, part))
-        self._rows = {site: self._gather(site, own, lengths) for site, own in by_site.items()}
+        self._rows = {site: self._gather(site, own, read) for site, own in by_site.items()}
 
     def _gather(
-        self, site: int, own: Sequence[tuple[int, Part]], lengths: Int[Tensor, "row"]
+        self, site: int, own: Sequence[tuple[int, Part]], read: Int[Tensor, "row slot"]
     ) -> tuple[Int[Tensor, "part"], Slots]:
         device = self._lens.maps[site].device
         rows = torch.tensor([row for row, _ in own], device=device)
         position = _slot([part.position for _, part in own], device)
         if position is not None and self._lens.sites[site].kind == "unembed":
-            read = lengths.to(device)[rows] - 1
-            position = torch.where(position == read, 0, torch.where(position == -1, -1, -2))
+            same = read.to(device)[rows] == position[:, None]
+            slot = torch.where(same.any(1), same.int().argmax(1), -2)
+            position = torch.where(position == -1, -1, slot)
         head, rank = ([getattr(part, axis) for _, part in own] for axis in ("head", "rank"))
         return rows, Slots(position, _slot(head, device), _slot(rank, device))
 
@@ -301,9 +260,12 @@ class _PartsInject:
         if injection.site not in self._rows or not weight:
             return moved
         rows, slots = self._rows[injection.site]
-        site = self._lens.sites[injection.site]
+        split = injection.map if slots.position is None else injection.map_by_position
+        if split is None:
+            return moved
+        kind = self._lens.sites[injection.site].kind
         primal = fwad.unpack_dual(z).primal[rows]
-        delta = part_deltas(injection.map, site.kind, self._lens.heads.of(site.kind), primal, slots)
+        delta = part_deltas(split, kind, self._lens.heads.of(kind), primal, slots)
         tangent = out.new_zeros(*out.shape[:2], delta.shape[-1])
         tangent[rows] = (weight * delta).to(out.dtype)
         moved = out if moved is None else moved

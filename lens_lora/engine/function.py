@@ -1,7 +1,8 @@
 """g(ε) = readout(f(ε)), the function of which all else is a derivative, a corner or an integral.
 
-1. One forward pass under hooks gives f or g at each row's last token (`read_logits`, `read_value`);
-   only that position is unembedded, and of a readout of a few logits only their rows of W_U.
+1. One forward pass under hooks gives f or g at each row's last token, or at all tokens of a
+   response (`read_logits`, `read_value`); only what is read is unembedded, and of a readout of a
+   few logits only their rows of W_U.
 2. Several gate vectors, the same for all prompts (`gated_readout`) or each prompt's own
    (`readout_at`), ride in rows of the batch, a bounded number at a time (`engine/batching.py`).
 3. Gate vectors that share their first layers branch there instead (`engine/branching.py`).
@@ -11,26 +12,33 @@ Cost: at most one forward pass a gate vector.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
+import dataclasses
+import functools
+from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lens_lora.engine import branching as tree
-from lens_lora.engine.batching import branches_at_once, rows_at_once
-from lens_lora.errors import NumericsError
+from lens_lora.engine.batching import PICKS, branches_at_once, rows_at_once
+from lens_lora.errors import ModelStateError, NumericsError
+from lens_lora.hooked.attaching import add_pre_hook
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Columns, Reading
+from lens_lora.readouts.rows import Columns, LogProbs, Reading
+from lens_lora.temporary import Temporary
 
 __all__ = [
     "gated_logits",
     "gated_readout",
     "read_logits",
+    "read_tokens",
     "read_value",
     "readout_at",
     "require_finite",
@@ -39,27 +47,28 @@ __all__ = [
 _SLOW, _SLOW_TOGETHER = 8, 64
 
 
-def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row vocab"]:
+def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vocab"]:
     """One forward pass under the hooks now on the model: logits at each row's last token.
 
-    Only that position is unembedded. The result is float32 or better, as readouts need it.
+    Rows that are read at several tokens have an axis of slots. Only what is read is unembedded. The
+    result is float32 or better, as readouts need it.
     """
     with _read_rows_only(lens, prompts):
-        return lens.run(prompts)[:, 0].to(lens.gate_dtype)
+        logits = lens.run(prompts)
+    return (logits[:, 0] if prompts.reads is None else logits).to(lens.gate_dtype)
 
 
 def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
-    """One forward pass under the hooks now on the model: g, read at each row's last token.
+    """One forward pass under the hooks now on the model: g, read at each row's last token or slots.
 
-    For a readout of a few logits only their rows of W_U are used, unless a hook is on the
-    unembedding or something (a soft-cap) changes the logits after it.
+    For a readout of a few logits only their rows of W_U are used, and the log-probabilities of a
+    response are computed a few tokens at a time, unless a hook is on the unembedding or something
+    (a soft-cap) changes the logits after it.
     """
-    unembedding = lens.plan.host.unembedding()
-    if (
-        unembedding is None
-        or not isinstance(reading.read, Columns)
-        or any(map(_is_changed, lens.model.unembed.modules()))
-    ):
+    if isinstance(reading.read, LogProbs):
+        return reading.read.of(_log_probs(lens, reading, reading.read))
+    unembedding = _plain_unembedding(lens)
+    if unembedding is None or not isinstance(reading.read, Columns):
         return reading.read(read_logits(lens, reading.prompts))
     weight, bias = unembedding
     with _no_unembedding(lens):
@@ -70,42 +79,91 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     return reading.read.of(few.to(lens.gate_dtype))
 
 
+def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
+    """One forward pass under the hooks now on the model: log p of each token of a response.
+
+    Zero beyond a prompt's own tokens. The reading must be of one response a prompt.
+    """
+    read = cast(LogProbs, reading.read)
+    return read.by_token(_log_probs(lens, reading, read))
+
+
+def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor, "pick"]:
+    """A few picks at a time; on the way back the logits of those are computed once more."""
+    unembedding, prompts = _plain_unembedding(lens), reading.prompts
+    if unembedding is None:
+        logits = read_logits(lens, prompts)
+        return read.log_probs(logits[read.places(logits.device)])
+    weight, bias = unembedding
+    with _no_unembedding(lens):
+        final = lens.run(prompts)
+    at = prompts.at_read(final) if prompts.reads is None else prompts.at_slots(final)
+    picked = at[read.places(at.device)].to(weight.device)
+
+    def of_some(residual: Tensor, some: Tensor) -> Tensor:
+        logits = functional.linear(residual, weight, bias).to(lens.gate_dtype)
+        return dataclasses.replace(read, tokens=read.tokens[some]).log_probs(logits)
+
+    chunks = torch.arange(len(picked)).split(PICKS)
+    again = len(chunks) > 1 and torch.is_grad_enabled()
+    found = [
+        checkpoint(of_some, picked[some], some, use_reentrant=False, preserve_rng_state=False)
+        if again
+        else of_some(picked[some], some)
+        for some in chunks
+    ]
+    return torch.cat(found)
+
+
+def _plain_unembedding(lens: LoraLens) -> tuple[Tensor, Tensor | None] | None:
+    """(W_U, b_U) where the logits are final @ W_U + b_U and nothing else; None otherwise."""
+    unembedding = lens.plan.host.unembedding()
+    changed = any(map(_is_changed, lens.model.unembed.modules()))
+    return None if changed else unembedding
+
+
 def _is_changed(module: torch.nn.Module) -> bool:
     """Whether the module has hooks, or a replaced forward (accelerate does that)."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return bool(hooks) or "forward" in vars(module)
 
 
-@contextlib.contextmanager
-def _no_unembedding(lens: LoraLens) -> Generator[None]:
+def _no_unembedding(lens: LoraLens) -> AbstractContextManager[None]:
     """Within the block, the model returns the unembedding's input instead of logits."""
     # A Bridge's component passes attributes on to the module that it wraps; its own dict it keeps.
     own = vars(lens.model.unembed)
-    own["forward"] = lambda residual, *args, **kwargs: residual
-    try:
-        yield
-    finally:
-        del own["forward"]
+
+    def replace(span: Temporary) -> None:
+        span.way_back(lambda: own.pop("forward", None))
+        own["forward"] = lambda residual, *args, **kwargs: _unrounded(residual)
+
+    return Temporary(replace)
 
 
-@contextlib.contextmanager
-def _read_rows_only(lens: LoraLens, prompts: Prompts) -> Generator[None]:
+def _read_rows_only(lens: LoraLens, prompts: Prompts) -> AbstractContextManager[None]:
     """Within the block, only the read position reaches the unembedding."""
 
     def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
-        return (prompts.at_read(args[0])[:, None], *args[1:])
+        return (prompts.at_slots(_unrounded(args[0])), *args[1:])
 
-    handle = lens.model.unembed.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return Temporary(functools.partial(add_pre_hook, lens.model.unembed, select))
+
+
+def _unrounded(residual: Tensor) -> Tensor:
+    """The same, unless the model's own forward pass turned autocast on."""
+    if torch.is_autocast_enabled(residual.device.type):
+        raise ModelStateError(
+            "the model turns autocast on in its forward pass (a model prepared by accelerate for "
+            "mixed precision does), which rounds to half precision. Take the wrapper off: "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
+        )
+    return residual
 
 
 def gated_logits(
     lens: LoraLens, prompts: Prompts, gates: Float[Tensor, "*row site"]
-) -> Float[Tensor, "row vocab"]:
+) -> Float[Tensor, "row *slot vocab"]:
     """f(ε) at the read position; gates [site], or [row, site]. One forward pass."""
     with lens.injected(ScaleInject(lens.plan, gates)):
         return read_logits(lens, prompts)
@@ -165,15 +223,24 @@ def _as_tree(
     columns, step = [], branches_at_once(lens, reading.prompts)
     with _bar(len(gates), _SLOW, progress, what) as bar:
         for some in gates[order].split(step):
-            branches = tree.Tree.of(lens, some)
-            rows = [
-                branches.run(lens, lambda one=one: read_logits(lens, one))
-                for one in map(reading.prompts.row, range(len(reading.owner)))
-            ]
-            values = reading.repeat(len(some)).read(torch.stack(rows).flatten(0, 1))
-            columns.append(values.view(reading.batch, -1))
+            columns.append(_branched(lens, reading, tree.Tree.of(lens, some)))
             bar.update(len(some))
     return torch.cat(columns, 1)[:, order.argsort()]
+
+
+def _branched(
+    lens: LoraLens, reading: Reading, branches: tree.Tree
+) -> Float[Tensor, "batch point"]:
+    alone = reading.each_row()
+    if alone is not None:
+        grown = [one.grown(branches.width) for one in alone]
+        rows = [branches.run(lens, lambda one=one: read_value(lens, one)) for one in grown]
+        return reading.by_prompt(torch.stack(rows))
+    logits = [
+        branches.run(lens, lambda one=one: read_logits(lens, one))
+        for one in map(reading.prompts.row, range(len(reading.owner)))
+    ]
+    return reading.repeat(len(branches.leaf)).read(torch.cat(logits)).view(reading.batch, -1)
 
 
 def readout_at(
@@ -201,7 +268,8 @@ def readout_at(
     with torch.no_grad(), _bar(gates.shape[1], _SLOW_TOGETHER, progress, what) as bar:
         for some in gates.split(rows_at_once(reading.prompts), 1):
             many = reading.repeat(some.shape[1])
-            values = many.read(gated_logits(lens, many.prompts, some[owner].flatten(0, 1)))
+            with lens.injected(ScaleInject(lens.plan, some[owner].flatten(0, 1))):
+                values = read_value(lens, many)
             columns.append(values.view(reading.batch, -1))
             bar.update(some.shape[1])
     found = torch.cat(columns, 1)

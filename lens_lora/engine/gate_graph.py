@@ -25,17 +25,19 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lens_lora.engine import batching
 from lens_lora.engine.batching import directions_at_once
+from lens_lora.engine.dual_pass import attention_from_formula
 from lens_lora.engine.function import read_value
 from lens_lora.engine.reverse import require_finite_sites
+from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, hold
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
+from lens_lora.temporary import Temporary
 
 __all__ = [
     "GateGraph",
@@ -73,8 +75,7 @@ class GateGraph:
         nothing = self.gates.new_zeros(len(covectors), *self.gates.shape)
         if not values.requires_grad:
             return nothing
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
+        with Temporary(_quiet_batching):
             grads = torch.autograd.grad(
                 values,
                 self.gates,
@@ -119,8 +120,14 @@ def gate_graph(
     """
     gates = at.detach().expand(len(prompts.tokens), -1).clone().requires_grad_()
     inject = ScaleInject(lens.plan, gates)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), lens.injected(inject):
+    with torch.enable_grad(), lens.injected(inject), Temporary(attention_from_formula):
         return GateGraph(gates, read())
+
+
+def _quiet_batching(span: Temporary) -> None:
+    hold(span, ONE_IN_A_PROCESS)
+    span.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
 
 
 def hessian_product(

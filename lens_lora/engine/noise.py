@@ -1,8 +1,15 @@
-"""The noise floor: how far a readout moves from rounding alone.
+"""Noise floors: how far a readout's shift, and what first order leaves of it, move by rounding.
 
-A small difference of two float32 readouts may be rounding only. The floor is measured: relative
-noise of the size of the model's rounding is added to the token embedding a few times, and the floor
-is the root mean square of the readout's changes, never less than one rounding of the readout.
+A small difference of float32 numbers may be rounding only. What rounding does is measured: relative
+noise of the size of the model's rounding is added to the token embedding a few times, and σ is how
+far the number moves, never less than one rounding of its summands.
+
+    shift                 g(ε) − g(0)                            σ
+    after first order     g(ε) − g(0) − ε Σ a                    √(σ² + ε²σ_a²)
+    after second order    g(ε) − g(0) − ε Σ a − ½ε² 1ᵀH1         √(σ² + ε²σ_a² + ε⁴σ_H²)
+
+On a small adapter σ is nearly all of it. On a violent one g saturates, and a and H do not: their
+own rounding, σ_a of Σ a and σ_H of ½ 1ᵀH1, is then thousands of times σ.
 """
 
 from __future__ import annotations
@@ -13,33 +20,125 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.engine.batching import directions_at_once, slopes_at_once
 from lens_lora.engine.function import read_logits
-from lens_lora.hooked.gates import HookFn, ScaleInject
+from lens_lora.engine.gate_graph import hessian_products, in_groups
+from lens_lora.engine.parts import parts
+from lens_lora.engine.reverse import site_gradients
+from lens_lora.hooked.attaching import HookFn, attached
+from lens_lora.hooked.gates import ScaleInject
+from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
 
-__all__ = ["noise_floor", "roundings"]
+__all__ = ["curvature_noise", "first_order_noise", "noise_floor", "roundings"]
 
 _DRAWS = 8
 
 
 def noise_floor(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
-    """σ of g(1) − g(0) from rounding, in the readout's units. Eight forward passes, batched.
+    """σ of g(1) − g(0), in the readout's units. Eight forward passes, batched.
 
     The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁹ for bfloat16.
     """
     prompts = reading.prompts
     perturb = roundings(lens, exact=prompts.batch)
-    many = Prompts(prompts.tokens.repeat(1 + _DRAWS, 1), prompts.lengths.repeat(1 + _DRAWS))
+    many = prompts.tiled(1 + _DRAWS)
     adapted = ScaleInject(lens.plan, lens.gates(1.0))
     with torch.no_grad(), lens.injected(adapted, before=[(lens.embedding_output, perturb)]):
         rows = read_logits(lens, many).unflatten(0, (1 + _DRAWS, prompts.batch))
     values = torch.stack([reading.read(row) for row in rows])
     moved = (values[1:] - values[0]).square().mean(0).sqrt()
-    by_row = _unit(lens) * rows[0].abs().amax(-1).to(moved.dtype)
-    rounding = reading.by_prompt(by_row.square()).sqrt()
+    largest = prompts.over_slots(rows[0].abs().amax(-1).to(moved.dtype).square())
+    rounding = _unit(lens) * reading.by_prompt(largest).sqrt()
     return 2**0.5 * torch.maximum(moved, rounding)
+
+
+def first_order_noise(
+    lens: LoraLens,
+    reading: Reading,
+    base: Float[Tensor, "batch"],
+    slopes: Float[Tensor, "batch site"],
+) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    """σ of g(ε) − g(0) near the base, and σ_a. Eight forward and backward passes, batched.
+
+    Args:
+        lens: the adapter over the model.
+        reading: what is run, and read.
+        base: g(0).
+        slopes: a of every site, as computed.
+    """
+    values: list[Tensor] = []
+    sums: list[Tensor] = []
+    with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
+        for draws in torch.arange(_DRAWS).split(slopes_at_once(reading.prompts)):
+            drawn = _base_and_slopes(lens, reading.repeat(len(draws)))
+            values.append(drawn[0].unflatten(0, (reading.batch, len(draws))))
+            sums.append(drawn[1].sum(1).unflatten(0, (reading.batch, len(draws))))
+    of_base = _moved(torch.cat(values, 1), base, _unit(lens) * base.abs())
+    return 2**0.5 * of_base, _of_sum(lens, torch.cat(sums, 1), slopes)
+
+
+def _base_and_slopes(
+    lens: LoraLens, reading: Reading
+) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch site"]]:
+    """g(0), and a of every site, in one forward and one backward pass."""
+    shape = (len(reading.owner), len(lens.sites))
+    slopes = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+
+    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+        if weight is None:  # what waits for a partner's gate is nothing at the base model
+            kind = lens.sites[injection.site].kind
+            found = parts(injection.map, kind, lens.heads.of(kind), gradient, z, ())
+            slopes[:, injection.site] += found.to(slopes.device)
+
+    values = site_gradients(lens, reading, lens.gates(0.0), visit)
+    return values, reading.by_prompt(slopes)
+
+
+def curvature_noise(
+    lens: LoraLens, reading: Reading, half_row_sums: Float[Tensor, "batch site"]
+) -> Float[Tensor, "batch"]:
+    """σ_H of ½ 1ᵀH1 at the base. Eight forward and sixteen backward passes.
+
+    Args:
+        lens: the adapter over the model.
+        reading: what is run, and read.
+        half_row_sums: ½(H1)_l of every site, as computed.
+    """
+    base = lens.gates(0.0)
+
+    def of_some(some: Reading) -> Float[Tensor, "some draw"]:
+        found: list[Tensor] = []
+        for draws in torch.arange(_DRAWS).split(directions_at_once(some.prompts)):
+            many, one = some.repeat(len(draws)), torch.ones_like(base)[None]
+            (product,) = hessian_products(lens, many, base, one, progress=False)
+            found.append(product[:, 0].sum(1).unflatten(0, (some.batch, len(draws))))
+        return torch.cat(found, 1) / 2
+
+    with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
+        return _of_sum(lens, in_groups(reading, of_some), half_row_sums)
+
+
+def _of_sum(
+    lens: LoraLens, drawn: Float[Tensor, "batch draw"], summands: Float[Tensor, "batch site"]
+) -> Float[Tensor, "batch"]:
+    """σ of a sum over sites; never less than one rounding of its summands."""
+    return _moved(drawn, summands.sum(1), _unit(lens) * summands.norm(dim=1))
+
+
+def _moved(
+    drawn: Float[Tensor, "batch draw"],
+    computed: Float[Tensor, "batch"],
+    rounding: Float[Tensor, "batch"],
+) -> Float[Tensor, "batch"]:
+    """How far the draws lie from what was computed, at least one rounding.
+
+    Their mean is nearer to the truth than one run is, so a run that lies far from them has a large
+    error of its own.
+    """
+    away = (drawn - computed.to(drawn)[:, None]).square().mean(1).sqrt()
+    return torch.maximum(away, rounding.to(away))
 
 
 def roundings(lens: LoraLens, exact: int = 0) -> HookFn:

@@ -5,7 +5,8 @@
    leaf of its own).
 2. Each site's output gets a gradient hook. During the backward pass it hands G = ∂g/∂(output) and z
    to a visitor, and keeps nothing else (`site_gradients`).
-3. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`).
+3. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`). Over
+   positions v's constant part is split at v, though it is added at o (`hooked/value_bias.py`).
 4. The gradient that reaches the leaf is discarded; parameters never receive one.
 
 Cost: one forward and one backward pass, whatever the sites and parts.
@@ -20,9 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.function import read_value, require_finite
+from lens_lora.engine.function import read_tokens, read_value, require_finite
 from lens_lora.engine.parts import parts
 from lens_lora.errors import ModelStateError, NumericsError
+from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
@@ -32,8 +34,10 @@ from lens_lora.readouts.rows import Reading
 __all__ = [
     "part_slots",
     "require_finite_sites",
+    "require_split",
     "site_gradients",
     "site_slopes",
+    "token_slopes",
 ]
 
 Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
@@ -43,14 +47,16 @@ class _TapInject:
     """Adds ε_l ΔW_l z_l and shows the visitor each injection on the way back."""
 
     def __init__(
-        self, lens: LoraLens, gates: Float[Tensor, "*row site"], visit: Visit, leaves: list[Tensor]
+        self, lens: LoraLens, gates: Float[Tensor, "*row site"], leaves: list[Tensor]
     ) -> None:
         self._scaled = ScaleInject(lens.plan, gates)
         self._injections = lens.plan.injections
         self._kinds = [site.kind for site in lens.sites]
         self._gates = gates
-        self._visit, self._leaves = visit, leaves
-        self.seen: set[int] = set()
+        self._names = [site.name for site in lens.sites]
+        self._leaves = leaves
+        self._seen: set[int] = set()
+        self.visit: Visit = _nothing
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
         injection = self._injections[index]
@@ -63,11 +69,24 @@ class _TapInject:
         kept = z.detach()
 
         def on_gradient(gradient: Tensor) -> None:
-            self.seen.add(injection.site)
-            self._visit(injection, partner, gradient.flatten(2), kept)
+            self._seen.add(injection.site)
+            self.visit(injection, partner, gradient.flatten(2), kept)
 
         moved.register_hook(on_gradient)
         return moved
+
+    def require_all_seen(self) -> None:
+        """Raise ModelStateError where a gradient did not reach some site."""
+        missed = [name for i, name in enumerate(self._names) if i not in self._seen]
+        if missed:
+            raise ModelStateError(
+                f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does "
+                "not depend on it, or a hook on the model detaches its output."
+            )
+
+
+def _nothing(*given: object) -> None:
+    """The visitor before there is one."""
 
 
 def _leaf(lens: LoraLens) -> str:
@@ -91,6 +110,45 @@ def site_gradients(
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
+    values, leaves, tap = _tapped(lens, gates, lambda: read_value(lens, reading))
+    tap.visit = visit
+    torch.autograd.grad(values.sum(), leaves)
+    tap.require_all_seen()
+    return values.detach()
+
+
+def gradients_of_each(
+    lens: LoraLens,
+    gates: Float[Tensor, "*row site"],
+    read: Callable[[], Float[Tensor, "batch token"]],
+    visit_of: Callable[[int], Visit],
+) -> None:
+    """As `site_gradients`, for each token of a response in turn.
+
+    One forward pass, and a backward pass for each token.
+
+    Args:
+        lens: the adapter over the model.
+        gates: one for all rows, or each row's own.
+        read: runs the rows under the hooks that are then on the model, and reads each token.
+        visit_of: the visitor of a token, by its index.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site.
+    """
+    values, leaves, tap = _tapped(lens, gates, read)
+    for token in range(values.shape[1]):
+        tap.visit = visit_of(token)
+        torch.autograd.grad(
+            values[:, token].sum(), leaves, retain_graph=token + 1 < values.shape[1]
+        )
+    tap.require_all_seen()
+
+
+def _tapped(
+    lens: LoraLens, gates: Float[Tensor, "*row site"], read: Callable[[], Tensor]
+) -> tuple[Tensor, list[Tensor], _TapInject]:
+    """What was read, the leaves of its graph, and the taps in between."""
     leaves: list[Tensor] = []
 
     def start(tensor: Tensor, hook: Any) -> Tensor:
@@ -98,18 +156,9 @@ def site_gradients(
         leaves.append(tensor.detach().requires_grad_())
         return leaves[-1]
 
-    tap = _TapInject(lens, gates, visit, leaves)
-    with torch.enable_grad():
-        with lens.injected(tap, before=[(_leaf(lens), start)]):
-            values = read_value(lens, reading)
-        torch.autograd.grad(values.sum(), leaves)
-    missed = [site.name for i, site in enumerate(lens.sites) if i not in tap.seen]
-    if missed:
-        raise ModelStateError(
-            f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does not "
-            "depend on it, or a hook on the model detaches its output."
-        )
-    return values.detach()
+    tap = _TapInject(lens, gates, leaves)
+    with torch.enable_grad(), lens.injected(tap, before=[(_leaf(lens), start)]):
+        return read(), leaves, tap
 
 
 def site_slopes(
@@ -118,34 +167,90 @@ def site_slopes(
     gates: Float[Tensor, "*row site"],
     axes: tuple[str, ...] = (),
 ) -> Float[Tensor, "batch site *by"]:
-    """∂g/∂ε_l at these gates, one for all rows or each row's own. One forward, one backward."""
-    prompts = reading.prompts
-    shape = (prompts.batch, len(lens.sites), *part_slots(lens, prompts, axes))
-    values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+    """∂g/∂ε_l at these gates, one for all rows or each row's own. One forward, one backward.
 
-    heads_of = lens.heads
+    Raises:
+        ModelStateError: a gradient did not reach some site, or a split does not exist.
+    """
+    slopes = _Slopes(lens, reading, axes)
+    site_gradients(lens, reading, gates, slopes.visit)
+    return slopes.by_prompt()
 
-    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
-        kind = lens.sites[injection.site].kind
-        heads = heads_of.of(kind)
-        found = parts(injection.map, kind, heads, gradient, z, axes)
-        if weight is not None:
-            found = weight.to(found.device).view(-1, *[1] * (found.ndim - 1)) * found
-        found = found.to(values.device)
+
+def token_slopes(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "site"],
+    axes: tuple[str, ...],
+) -> Float[Tensor, "batch site *by_and_token"]:
+    """∂ℓ_t/∂ε_l of each token t of a response, split. One forward and a backward pass a token.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site, or a split does not exist.
+    """
+    each: list[_Slopes] = []
+
+    def visit_of(token: int) -> Visit:
+        del token
+        each.append(_Slopes(lens, reading, axes))
+        return each[-1].visit
+
+    gradients_of_each(lens, gates, lambda: read_tokens(lens, reading), visit_of)
+    return torch.stack([slopes.by_prompt() for slopes in each], -1)
+
+
+class _Slopes:
+    """Sums up ∂g/∂ε_l and its parts while the gradients come by."""
+
+    def __init__(self, lens: LoraLens, reading: Reading, axes: tuple[str, ...]) -> None:
+        self._lens, self._reading, self._axes = lens, reading, axes
+        self._heads = lens.heads
+        shape = (len(reading.owner), len(lens.sites), *part_slots(lens, reading.prompts, axes))
+        self._values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+        self._totals = self._values.new_zeros(shape[:2])
+
+    def by_prompt(self) -> Float[Tensor, "batch site *by"]:
+        """What was summed up.
+
+        Raises:
+            ModelStateError: parts by position that do not add up to their site.
+        """
+        values, plan = self._reading.by_prompt(self._values), self._lens.plan
+        if "position" in self._axes:
+            totals = self._reading.by_prompt(self._totals)
+            require_split(self._lens, values, totals[:, plan.with_constants])
+        return values
+
+    def visit(
+        self, injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor
+    ) -> None:
+        """Add what one injection contributes."""
+        kind, axes = self._lens.sites[injection.site].kind, self._axes
+        heads = self._heads.of(kind)
+
+        def of(site_map: SiteMap, by: tuple[str, ...]) -> Tensor:
+            found = parts(site_map, kind, heads, gradient, z, by)
+            if weight is not None:
+                found = weight.to(found.device).view(-1, *[1] * (found.ndim - 1)) * found
+            return found.to(self._values.device)
+
         if not axes:
-            values[:, injection.site].add_(found)
+            self._values[:, injection.site].add_(of(injection.map, axes))
             return
+        split = injection.map_by_position if "position" in axes else injection.map
+        if split is not injection.map:
+            self._totals[:, injection.site] += of(injection.map, ())
+        if split is None:
+            return
+        found = of(split, axes)
         if kind == "unembed" and "position" in axes:
-            found = _at_read_position(prompts, found)
+            found = _at_read_positions(self._reading.prompts, found)
         slots: list[int | slice] = [slice(None), injection.site]
         for axis in axes:
             size = found.shape[1 + axes.index(axis)]
             whole = axis == "head" and not heads
             slots.append(slice(-1, None) if whole else slice(0, size))
-        values[tuple(slots)] += found
-
-    site_gradients(lens, reading, gates, visit)
-    return reading.by_prompt(values)
+        self._values[tuple(slots)] += found
 
 
 def part_slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple[int, ...]:
@@ -158,13 +263,44 @@ def part_slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple
     return tuple(sizes[axis] for axis in axes)
 
 
-def _at_read_position(
-    prompts: Prompts, found: Float[Tensor, "row one *by"]
+def require_split(
+    lens: LoraLens, values: Float[Tensor, "batch site *by"], whole: Float[Tensor, "batch some"]
+) -> None:
+    """Check that v's parts by position, its constant included, add up to what v adds at o.
+
+    Args:
+        lens: the adapter over the model.
+        values: split by position.
+        whole: of the sites `plan.with_constants`, not split.
+
+    Raises:
+        ModelStateError: a hook changes what attention passes on, so v's constant has no positions.
+    """
+    some = lens.plan.with_constants
+    parts_of_v = values[:, some].flatten(2)
+    gap = (parts_of_v.sum(2) - whole).abs()
+    size = parts_of_v.abs().sum(2) + whole.abs()
+    eps = max(torch.finfo(dtype).eps for dtype in (lens.dtype, torch.float32))
+    apart = (gap > eps**0.5 * size).any(0).nonzero()
+    if len(apart):
+        site = lens.sites[some[int(apart[0])]]
+        raise ModelStateError(
+            f"{site.name}: this model's value biases are folded into b_O, and a hook changes what "
+            "its attention passes on (the pattern, v or z), so the part of the update that belongs "
+            "to the bias comes from no position. Take the hook off, leave 'position' out of by, or "
+            "load the model unprocessed."
+        )
+
+
+def _at_read_positions(
+    prompts: Prompts, found: Float[Tensor, "row slot *by"]
 ) -> Float[Tensor, "row pos *by"]:
-    """The unembedding is run, and has a gradient, at the read position only."""
+    """The unembedding is run, and has a gradient, at the positions that are read only."""
     spread = found.new_zeros(len(found), prompts.tokens.shape[1], *found.shape[2:])
-    spread[torch.arange(len(found)), prompts.lengths - 1] = found[:, 0]
-    return spread
+    rows = torch.arange(len(found), device=found.device)[:, None]
+    at = prompts.read_positions.to(found.device)
+    # A prompt with fewer slots repeats its last one, from which no further gradient comes.
+    return spread.index_put((rows.expand_as(at), at), found, accumulate=True)
 
 
 def require_finite_sites(lens: LoraLens, values: Float[Tensor, "batch site *by"]) -> None:

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from lens_lora.engine import batching
 from lens_lora.engine.batching import branches_at_once, rows_at_once
 from lens_lora.engine.branching import more_copies
-from lens_lora.engine.function import read_logits, require_finite
+from lens_lora.engine.function import read_logits, read_value, require_finite
 from lens_lora.errors import ModelStateError
-from lens_lora.hooked.gates import HookFn, attached
+from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
@@ -215,8 +215,7 @@ class _Batch:
         many = self.reading.repeat(len(patches))
         hooks = swaps(self.donor, patches, self.reading.prompts.batch)
         with self.lens.applied(self.scale), attached(self.lens.model, hooks):
-            logits = read_logits(self.lens, many.prompts)
-        return many.read(logits).view(self.reading.batch, -1)
+            return read_value(self.lens, many).view(self.reading.batch, -1)
 
 
 def swaps(donor: Recording, patches: Sequence[Patch], rows: int) -> list[tuple[str, HookFn]]:
@@ -260,11 +259,24 @@ class _Tree:
 
     def __call__(self, patches: Sequence[Patch]) -> Float[Tensor, "batch patch"]:
         """Of patches in the order of their blocks."""
-        logits = [self._run(row, patches) for row in range(len(self._rows))]
-        values = self._reading.repeat(len(patches)).read(torch.cat(logits))
-        return values.view(self._reading.batch, -1)
+        alone, lens = self._reading.each_row(), self._lens
+        if alone is None:
+            rows = [
+                self._run(i, patches, lambda row=row: read_logits(lens, row))
+                for i, row in enumerate(self._rows)
+            ]
+            values = self._reading.repeat(len(patches)).read(torch.cat(rows))
+            return values.view(self._reading.batch, -1)
+        grown = [one.grown(1 + len(patches)) for one in alone]
+        rows = [
+            self._run(i, patches, lambda one=one: read_value(lens, one))
+            for i, one in enumerate(grown)
+        ]
+        return self._reading.by_prompt(torch.stack(rows))
 
-    def _run(self, row: int, patches: Sequence[Patch]) -> Float[Tensor, "patch vocab"]:
+    def _run(
+        self, row: int, patches: Sequence[Patch], read: Callable[[], Float[Tensor, "row *out"]]
+    ) -> Float[Tensor, "patch *out"]:
         prompts, donor = self._rows[row], self._donors[row]
         layers = [donor.layers[patch.name] for patch in patches]
         view, hooks = self._lens.plan.host, []
@@ -279,4 +291,4 @@ class _Tree:
             of = torch.zeros_like(at)
             hooks.append((name, _Swap(name, donor.firings[name], present, at, of, where)))
         with self._lens.applied(self._scale), attached(self._lens.model, hooks):
-            return read_logits(self._lens, prompts)[1:]
+            return read()[1:]

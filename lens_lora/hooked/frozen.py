@@ -16,10 +16,10 @@ differentiated: centring, activations, gate · up, soft-caps of the logits, a ro
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.errors import ArgumentError, ModelStateError
-from lens_lora.hooked.gates import HookFn, attached
+from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, HookFn, add_pre_hook, attach, hold
 from lens_lora.hooked.host import Host
+from lens_lora.temporary import Temporary
 
 __all__ = ["FrozenRules", "frozen_points", "held_fixed", "require_held"]
 
@@ -90,8 +91,7 @@ def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
     return list({id(model.hook_dict[name]): name for name in names}.values())
 
 
-@contextlib.contextmanager
-def held_fixed(model: Any, rules: FrozenRules) -> Generator[None]:
+def held_fixed(model: Any, rules: FrozenRules) -> AbstractContextManager[None]:
     """No derivative, of either mode, passes the frozen points within the block.
 
     Args:
@@ -99,8 +99,12 @@ def held_fixed(model: Any, rules: FrozenRules) -> Generator[None]:
         rules: what is held fixed.
     """
     hooks = [(name, _without_derivative) for name in frozen_points(model, rules)]
-    with _no_word_of_edits(), attached(model, hooks):
-        yield
+
+    def hold_them(span: Temporary) -> None:
+        attach(span, model, hooks)
+        _say_no_word_of_edits(span)
+
+    return Temporary(hold_them)
 
 
 def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
@@ -113,12 +117,11 @@ def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
     return held
 
 
-@contextlib.contextmanager
-def _no_word_of_edits() -> Generator[None]:
+def _say_no_word_of_edits(span: Temporary) -> None:
     """TransformerBridge warns that an edited norm is recomputed; `require_held` checks that."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-        yield
+    hold(span, ONE_IN_A_PROCESS)
+    span.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
 
 
 def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
@@ -168,17 +171,19 @@ def _try_hooks(host: Host, names: list[str], run: _Run) -> _Trial:
     added: dict[str, list[Tensor]] = {name: [] for name in names}
     past: list[str] = []
     hooks = [(name, _adding_zeros(found)) for name, found in added.items()]
-    with (
-        torch.enable_grad(),
-        _no_word_of_edits(),
-        attached(host.model, hooks),
-        _norms_without_hooks(host.model, past),
-    ):
-        logits = run()
-    zeros = [each for found in added.values() for each in found]
-    gradients: Iterator[Tensor | None] = iter([None] * len(zeros))
-    if zeros and logits.requires_grad:
-        gradients = iter(torch.autograd.grad(logits.sum(), zeros, allow_unused=True))
+
+    def watch(span: Temporary) -> None:
+        attach(span, host.model, hooks)
+        _say_no_word_of_edits(span)
+        _note_norms_without_hooks(host.model, past, span)
+
+    with torch.enable_grad():
+        with Temporary(watch):
+            logits = run()
+        zeros = [each for found in added.values() for each in found]
+        gradients: Iterator[Tensor | None] = iter([None] * len(zeros))
+        if zeros and logits.requires_grad:
+            gradients = iter(torch.autograd.grad(logits.sum(), zeros, allow_unused=True))
     came = {name: [next(gradients) is not None for _ in found] for name, found in added.items()}
     return _Trial(logits.detach(), came, past)
 
@@ -223,12 +228,8 @@ def _adding_zeros(found: list[Tensor]) -> HookFn:
     return add
 
 
-@contextlib.contextmanager
-def _norms_without_hooks(model: Any, ran: list[str]) -> Generator[None]:
+def _note_norms_without_hooks(model: Any, ran: list[str], span: Temporary) -> None:
     """Collect the names of norm modules that run and have no `hook_scale` of their own."""
-    with contextlib.ExitStack() as stack:
-        for name, module in model.named_modules():
-            if "Norm" in type(module).__name__ and not hasattr(module, _SCALE):
-                note = lambda *_, name=name: ran.append(name)  # noqa: E731
-                stack.callback(module.register_forward_pre_hook(note).remove)
-        yield
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and not hasattr(module, _SCALE):
+            add_pre_hook(module, lambda *_, name=name: ran.append(name), span)

@@ -3,31 +3,27 @@
 Each site has a reader at its input hook and a writer at its output hook. What the writer does is
 an `Inject`: from the injection's index, the running output and z it makes the new output. A scaled
 run, a reverse-mode tap and a forward-mode tangent are three injections through the same hooks.
-
-Order matters: a reader must see its input as users' own hooks left it, so it runs last; a writer
-must add δ before users' hooks see the output, so it runs first. A hook at each block's input puts
-them in this order at every forward pass, whenever they were registered.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS
+from lens_lora.hooked.attaching import Arranger, HookFn
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.plan import Injection, Plan
 
-__all__ = ["Inject", "ScaleInject", "attached", "site_hooks", "weight_of", "writes_at_modules"]
-
-HookFn = Callable[..., Tensor | None]
+__all__ = ["Inject", "ScaleInject", "site_hooks", "weight_of", "writes_at_modules"]
 
 
 @runtime_checkable
@@ -58,6 +54,8 @@ class ScaleInject:
     """out + ε_l ΔW_l z_l, with gates ε of shape [site] or [batch, site].
 
     A gate that is exactly zero and needs no derivative leaves the output untouched, bit for bit.
+    One that is differentiated (in reverse mode, in forward mode, or within a torch.func transform)
+    adds its zero, as the zero has a derivative.
 
     Args:
         plan: what the sites add.
@@ -66,8 +64,9 @@ class ScaleInject:
 
     def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"]) -> None:
         self._injections, self._gates = plan.injections, gates
-        active = (gates.detach() != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
-        self._active = [a or gates.requires_grad for a in active]
+        self._active = [True] * gates.shape[-1]
+        if not _is_differentiated(gates):
+            self._active = (gates != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         """out + ε_l ΔW_l z_l, or None where the gate is switched off.
@@ -82,6 +81,13 @@ class ScaleInject:
         if not (self._active[injection.site] and self._active[partner]):
             return None
         return add(out, injection.map, z, weight_of(injection, self._gates))
+
+
+def _is_differentiated(gates: Tensor) -> bool:
+    """Whether a derivative may pass the gates, or a transform hides their values."""
+    if gates.requires_grad or is_functorch_wrapped_tensor(gates):
+        return True
+    return fwad._current_level >= 0 and fwad.unpack_dual(gates).tangent is not None
 
 
 def add(out: Tensor, site_map: SiteMap, z: Tensor, gate: Tensor) -> Tensor:
@@ -167,36 +173,26 @@ class _ModuleWriter:
         raise ModelStateError(f"{self._kind} has no hook point; use `with lens.applied():`.")
 
 
-class _Arranger:
-    """At a block's input: readers last, writers first, among all hooks of their points."""
-
-    def __init__(self, points: Mapping[str, Any], ours: Sequence[tuple[str, HookFn]]) -> None:
-        self._ours = [
-            (points[name], fn, isinstance(fn, _Reader)) for name, fn in ours if name in points
-        ]
-
-    def __call__(self, tensor: Tensor, hook: Any) -> None:
-        del tensor, hook
-        for point, fn, last in self._ours:
-            registered = point._forward_hooks
-            for key, wrapped in list(registered.items()):
-                if any(cell.cell_contents is fn for cell in wrapped.__closure__ or ()):
-                    registered.move_to_end(key, last=last)
-
-
-def site_hooks(plan: Plan, inject: Inject, points: Mapping[str, Any]) -> list[tuple[str, HookFn]]:
+def site_hooks(
+    plan: Plan,
+    inject: Inject,
+    points: Mapping[str, Any],
+    before: Sequence[tuple[str, HookFn]] = (),
+) -> list[tuple[str, HookFn]]:
     """[(hook name, function)] for one or more forward passes with this injection.
 
     Args:
         plan: the sites, and where they read and write.
         inject: what a writer does.
         points: the model's `hook_dict`.
+        before: other hooks, which come first; at a site's output they run before δ is added.
     """
-    by_layer: dict[int, list[tuple[str, HookFn]]] = {}
+    by_start: dict[str | None, list[tuple[str, HookFn]]] = {}
     readers: dict[str, _Reader] = {}
     for index in _norms_first(plan):
         site, port = plan.sites[plan.injections[index].site], plan.injections[index].ports
-        hooks = by_layer.setdefault(site.layer, [])
+        start = plan.host.block_input(site.layer) if site.layer >= 0 else port.read
+        hooks = by_start.setdefault(start, [])
         if port.read == port.write and port.write not in points:
             hooks.append((port.write, _ModuleWriter(index, site.kind, inject)))
             continue
@@ -205,10 +201,13 @@ def site_hooks(plan: Plan, inject: Inject, points: Mapping[str, Any]) -> list[tu
                 readers[name] = _Reader(port.firings)
                 hooks.append((name, readers[name]))
         hooks.append((port.write, _Writer(index, plan, readers, inject)))
-    arranged: list[tuple[str, HookFn]] = []
-    for layer, hooks in sorted(by_layer.items()):
-        if layer >= 0:
-            arranged.append((plan.host.block_input(layer), _Arranger(points, hooks)))
+    arranged = list(before)
+    for start, hooks in by_start.items():
+        written = {name for name, fn in hooks if not isinstance(fn, _Reader)}
+        first = [(name, fn) for name, fn in reversed(before) if name in written]
+        ours = [(n, fn, isinstance(fn, _Reader)) for n, fn in [*hooks, *first] if n in points]
+        if start is not None and start in points:
+            arranged.append((start, Arranger(points, ours)))
         arranged.extend(hooks)
     return arranged
 
@@ -227,46 +226,3 @@ def writes_at_modules(plan: Plan) -> list[str]:
     """
     points = plan.host.model.hook_dict
     return [site.name for site in plan.sites if site.write not in points]
-
-
-@contextlib.contextmanager
-def attached(
-    model: Any, hooks: Sequence[tuple[str, HookFn]], points: Mapping[str, Any] | None = None
-) -> Generator[None]:
-    """The hooks on the model for the block's duration, also through `model.reset_hooks()`.
-
-    On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
-
-    Args:
-        model: the hooked model.
-        hooks: (name of a hook point or module, function).
-        points: the model's `hook_dict`, if the caller has it already.
-    """
-    known = model.hook_dict if points is None else points
-    with contextlib.ExitStack() as stack:
-        for name, fn in hooks:
-            if name in known:
-                _attach_to_point(known[name], fn, stack)
-            else:
-                _attach_to_module(model.get_submodule(name), fn, stack)
-        yield
-
-
-def _attach_to_point(point: Any, fn: HookFn, stack: contextlib.ExitStack) -> None:
-    point.add_hook(fn, is_permanent=True)
-    handle = point.fwd_hooks[-1]
-
-    def detach() -> None:
-        handle.hook.remove()
-        point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
-
-    stack.callback(detach)
-
-
-def _attach_to_module(module: nn.Module, fn: HookFn, stack: contextlib.ExitStack) -> None:
-    def hook_fn(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if isinstance(fn, _ModuleWriter):
-            return fn.at_module(args, output)
-        return fn(output, hook=module)
-
-    stack.callback(module.register_forward_hook(hook_fn).remove)

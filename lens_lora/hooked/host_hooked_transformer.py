@@ -79,6 +79,8 @@ class HookedTransformerHost(Host):
                 "embed: this HookedTransformer normalises inside its embedding, with no place "
                 "between the two for δ; use a TransformerBridge, or adapter.without(…)."
             )
+        if kind == "unembed" and hasattr(self.model.unembed, "hook_out"):  # transformer-lens 3
+            return Ports("unembed.hook_in", "unembed.hook_out")
         if kind in ("embed", "pos_embed", "unembed"):
             return Ports(kind, kind)
         block = f"blocks.{layer}"

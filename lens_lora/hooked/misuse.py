@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import AdapterError, ModelStateError
-from lens_lora.hooked.gates import HookFn, attached
+from lens_lora.hooked.attaching import HookFn, attached
 
 __all__ = ["first_non_finite", "require_kinds"]
 

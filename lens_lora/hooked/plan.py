@@ -9,10 +9,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import ModelStateError
@@ -28,6 +28,7 @@ from lens_lora.hooked.site_factors import resolve_sites
 from lens_lora.hooked.sites import Site
 from lens_lora.hooked.updates import SiteUpdate, site_updates
 from lens_lora.hooked.value_bias import through_o, through_update_of_o, without_constant
+from lens_lora.hooked.watch import Watch
 
 __all__ = ["Injection", "Plan", "make_plan"]
 
@@ -42,12 +43,24 @@ class Injection:
         map: δ.
         partner: index of a second site by whose gate δ is multiplied too. Both sites then have this
             δ, each in its own rank space, and each adds half of it, so that each can be split.
+        whole: at v's own output, δ with its constant part, where that is added at o.
+        is_constant_of_v: whether this is that constant part, at o.
     """
 
     site: int
     ports: Ports
     map: SiteMap
     partner: int | None = None
+    whole: SiteMap | None = None
+    is_constant_of_v: bool = False
+
+    @property
+    def map_by_position(self) -> SiteMap | None:
+        """δ as it is split over positions; None where that is done at another injection.
+
+        Attention passes v's constant part on from the positions of v, so it is split there.
+        """
+        return None if self.is_constant_of_v else self.whole or self.map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +74,8 @@ class Plan:
         injections: first one for each site, in the same order; v may have more.
         state: of the host when the plan was made.
         updates: each site's own in the Hugging Face basis.
+        watched: the weights of model and adapter when the plan was made.
+        base: those of `hf_model`, from which a further adapter's plan would be made.
     """
 
     host: Host
@@ -69,9 +84,19 @@ class Plan:
     injections: tuple[Injection, ...]
     state: tuple[tuple[str, Any], ...]
     updates: tuple[SiteUpdate, ...] = ()
+    watched: tuple[Watch, ...] = ()
+    base: Watch | None = None
 
-    def check_state(self) -> None:
-        """Check that the model's flags and mode are as they were when the plan was made.
+    @property
+    def with_constants(self) -> list[int]:
+        """Indices of sites of v whose constant part is added at o."""
+        return [injection.site for injection in self.injections if injection.whole is not None]
+
+    def check_state(self, *, entries: bool = True) -> None:
+        """Check that flags, mode and weights are as they were when the plan was made.
+
+        Args:
+            entries: also look at entries of the weights, as a call does once (`hooked/watch.py`).
 
         Raises:
             ModelStateError: naming what changed.
@@ -83,6 +108,17 @@ class Plan:
                     "or set it back."
                 )
         refuse_dropout(self.host.model)
+        for watch in self.watched:
+            _require_same(watch, entries)
+
+    def check_base(self) -> None:
+        """Check that `hf_model` is as it was when the plan was made.
+
+        Raises:
+            ModelStateError: naming the weight that changed.
+        """
+        if self.base is not None:
+            _require_same(self.base, entries=True)
 
 
 def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
@@ -100,6 +136,7 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
     """
     host = host_of(model)
     base = None if hf_model is None else BaseWeights(hf_model, host.family)
+    watched = (Watch.of_module(model, "the model's "), Watch(_tensors_of(adapter)))
     resolved = resolve_sites(adapter, host.family, host.heads, host.n_layers)
     updates = site_updates(host, resolved, base, adapter.base_model)
     changed_norms = {one.site.path for one in updates if one.site.kind in NORM_KINDS}
@@ -117,9 +154,30 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
         ports.append(port)
         maps.append(delta)
     sites = tuple(map(_named, updates, ports, maps))
-    maps, extra = _with_constants_at_o(host, base, updates, maps)
-    own = [Injection(i, *pair) for i, pair in enumerate(zip(ports, maps, strict=True))]
-    return Plan(host, sites, maps, (*own, *more, *extra), host.state(), updates)
+    left, extra = _with_constants_at_o(host, base, updates, maps)
+    own = [
+        Injection(i, port, rest, whole=None if rest is whole else whole)
+        for i, (port, rest, whole) in enumerate(zip(ports, left, maps, strict=True))
+    ]
+    of_base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
+    injections = (*own, *more, *extra)
+    return Plan(host, sites, left, injections, host.state(), updates, watched, of_base)
+
+
+def _tensors_of(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    for module, factors in adapter.modules.items():
+        for name, tensor in vars(factors).items():
+            if isinstance(tensor, Tensor):
+                yield f"the adapter's {name} of {module}", tensor
+
+
+def _require_same(watch: Watch, entries: bool) -> None:
+    changed = watch.changed(entries=entries)
+    if changed is not None:
+        raise ModelStateError(
+            f"{changed} after the lens was made, and its updates were computed from what was there "
+            "before; make a new LoraLens."
+        )
 
 
 def _named(one: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
@@ -151,9 +209,11 @@ def _with_constants_at_o(
         own[v] = without_constant(own[v], constant)
         at_o = Ports(None, host.ports(site.layer, "o").write)
         W_O = host.weight(site.layer, "o")
-        extra.append(Injection(v, at_o, through_o(constant, W_O, heads)))
+        through = through_o(constant, W_O, heads)
+        extra.append(Injection(v, at_o, through, is_constant_of_v=True))
         for o, other in enumerate(other.site for other in updates):
             if other.kind == "o" and other.layer == site.layer:
                 of_v, of_o = through_update_of_o(constant, own[o], heads)
-                extra += [Injection(v, at_o, of_v, o), Injection(o, at_o, of_o, v)]
+                extra.append(Injection(v, at_o, of_v, o, is_constant_of_v=True))
+                extra.append(Injection(o, at_o, of_o, v))
     return tuple(own), extra

@@ -30,6 +30,8 @@ __all__ = [
     "by_axes",
     "group_sites",
     "indicator",
+    "match_sites",
+    "one_site",
     "points_without_update",
 ]
 
@@ -120,12 +122,32 @@ def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, An
     index = {name: i for i, name in enumerate(names)}
     chosen: dict[int, Any] = {}
     for pattern, value in values.items():
+        if not isinstance(pattern, str):
+            raise SiteError(
+                f"{pattern!r} names no site; give a name or a glob, such as '*.attn.v'."
+            )
         hits = fnmatch.filter(names, pattern)
         if not hits:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
             raise SiteError(f"{pattern!r} matches no site; the nearest are {near or names[:3]}.")
         chosen.update({index[name]: value for name in hits})
     return chosen
+
+
+def one_site(names: Iterable[str], name: str) -> int:
+    """The index of the only site that a name or glob matches.
+
+    Args:
+        names: of all sites.
+        name: of one.
+
+    Raises:
+        SiteError: no such site, or several.
+    """
+    hits = list(match_sites(names, {name: 0}))
+    if len(hits) > 1:
+        raise SiteError(f"{name!r} matches {len(hits)} sites; name one.")
+    return hits[0]
 
 
 def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
@@ -141,6 +163,8 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
         ArgumentError: any other word.
     """
     if isinstance(group, Mapping):
+        if not group:
+            raise ArgumentError("group={} holds no group; name at least one.")
         names = [site.name for site in sites]
         return {
             name: tuple(sorted(match_sites(names, dict.fromkeys(_globs(globs), 1.0))))
@@ -151,7 +175,7 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
         "layer": _layer_label,
         "kind": attrgetter("kind"),
     }
-    if group not in labels:
+    if not isinstance(group, str) or group not in labels:
         raise ArgumentError(
             f"group {group!r}: expected 'site', 'layer', 'kind', or {{name: globs of sites}}."
         )
@@ -174,8 +198,8 @@ def indicator(groups: Groups, sites: int) -> Float[Tensor, "group site"]:
 
 
 def _globs(globs: str | Sequence[str]) -> list[str]:
-    if not globs:
-        raise SiteError("a group without sites: give it a site name or a glob.")
+    if not globs or not isinstance(globs, Sequence):
+        raise SiteError(f"a group of {globs!r}: give it a site name, a glob, or a list of them.")
     return [globs] if isinstance(globs, str) else list(globs)
 
 
@@ -183,17 +207,20 @@ def _layer_label(site: Site) -> str:
     return site.kind if site.kind in OUTSIDE_KINDS else f"layer {site.layer}"
 
 
-def by_axes(by: tuple[str, ...] | str) -> tuple[str, ...]:
+def by_axes(by: tuple[str, ...] | str, axes: tuple[str, ...] = AXES) -> tuple[str, ...]:
     """`by` in canonical order.
 
     Args:
-        by: one axis or several of 'position', 'head', 'rank'.
+        by: one axis or several.
+        axes: those that there are: 'position', 'head', 'rank'; of a response also 'token'.
 
     Raises:
         ArgumentError: any other axis.
     """
+    if not isinstance(by, str | Iterable):
+        raise ArgumentError(f"by={by!r}: expected any of {AXES}.")
     wanted = (by,) if isinstance(by, str) else tuple(by)
-    unknown = [axis for axis in wanted if axis not in AXES]
+    unknown = [axis for axis in wanted if axis not in axes]
     if unknown:
-        raise ArgumentError(f"by={unknown}: expected any of {AXES}.")
-    return tuple(axis for axis in AXES if axis in wanted)
+        raise ArgumentError(f"by={unknown}: expected any of {axes}.")
+    return tuple(axis for axis in axes if axis in wanted)

@@ -8,6 +8,13 @@ own output gets B_v A_v' n only, and attention's output gets, at every position,
 
 (o's own update reads z + Rep(c_v)). Then every named activation, z and v included, equals that of
 a model made from the merged weights. Rep repeats each KV head for its group of query heads.
+
+Over positions the constant is split at v, not at o. Attention's rows sum to one, so what it adds at
+position q comes from all positions k of v, and the part of k is, with G = Jᵀu_y at each output,
+
+    Σ_q A_qk ⟨G_q at o, W_O Rep(c_v)⟩  =  ⟨G_k at v, c_v⟩
+
+as in the unprocessed model. Under a hook that edits the pattern or z there is no such split.
 """
 
 from __future__ import annotations

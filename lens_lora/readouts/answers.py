@@ -2,13 +2,16 @@
 
     log p(answer | prompt) = Σ_j log p(a_j | prompt, a_1 … a_{j−1}).
 
-1. Each prefix of an answer becomes a row: prompt + a_1 … a_{j−1}, read at its last token.
-2. Rows that two answers share are run once; log-probabilities that they share cancel in a margin.
+1. One row holds them all: prompt + a_1 … a_{T−1}, read from the prompt's last token on, since no
+   token attends to a later one.
+2. Log-probabilities that two answers share cancel in a margin; where one answer's row begins with
+   the other's, there is one row.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lens_lora import arguments
 from lens_lora.errors import TokenError
 from lens_lora.readouts.prompts import Prompts, require_context, which_prompt
 from lens_lora.readouts.readout import Margin, Readout, TokenLike, name_of, token_ids
@@ -31,7 +35,7 @@ Ids = tuple[int, ...]
 class AnswerLogProb(Readout):
     """log p(answer | prompt), in nats.
 
-    Cost: one row of the batch for each token of the answer.
+    Cost: one row of the batch, whatever its length.
 
     Args:
         answer: a string (with its leading space), one token id, ids [token], or a list of these,
@@ -42,7 +46,7 @@ class AnswerLogProb(Readout):
     units = "nats"
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
-        """One row for each prefix of each prompt's answer, read at its last token.
+        """One row for each prompt and its answer, read at every token of the answer.
 
         Args:
             model: the hooked model.
@@ -77,7 +81,7 @@ class AnswerMargin(Readout):
     units = "nats"
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
-        """The rows of both answers; prefixes that they share are run once.
+        """Two rows a prompt, one for each answer.
 
         Args:
             model: the hooked model.
@@ -134,9 +138,9 @@ def _require_no_lost_space(model: Any, answer: str) -> None:
 def _token(answer: AnswerLike) -> TokenLike:
     if isinstance(answer, str | int):
         return answer
-    if isinstance(answer, Tensor):
+    if isinstance(answer, Tensor | numbers.Integral):
         return int(answer)
-    return [a if isinstance(a, str | int) else int(a) for a in answer]
+    return [a if isinstance(a, str) else int(a) for a in answer]
 
 
 def answer_ids(model: Any, answer: AnswerLike, batch: int) -> list[Ids]:
@@ -160,9 +164,9 @@ def answer_ids(model: Any, answer: AnswerLike, batch: int) -> list[Ids]:
 
 
 def _items(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
-    if isinstance(answer, str | int | Tensor):
+    if isinstance(answer, str | Tensor) or arguments.is_whole(answer):
         return [answer] * batch
-    if not isinstance(answer, Sequence):
+    if isinstance(answer, bytes) or not isinstance(answer, Sequence):
         raise TokenError(
             f"the answer is {answer!r}; expected a string with its leading space, a token id, or "
             "a list with one of them per prompt."
@@ -172,12 +176,15 @@ def _items(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
 
 def _ids(model: Any, answer: str | int | Tensor) -> Ids:
     if isinstance(answer, str):
+        arguments.text("the answer", answer, TokenError)
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise TokenError(f"the model has no tokenizer to look up {answer!r}; pass token ids.")
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    elif isinstance(answer, Tensor | int):
-        ids = torch.as_tensor(answer).flatten().tolist()
+    elif arguments.is_whole(answer):
+        ids = [int(answer)]
+    elif isinstance(answer, Tensor):
+        ids = _of_tensor(answer)
     else:
         raise TokenError(f"{answer!r} is neither a string nor token ids.")
     if not ids:
@@ -191,28 +198,55 @@ def _ids(model: Any, answer: str | int | Tensor) -> Ids:
     return tuple(int(i) for i in ids)
 
 
+def _of_tensor(answer: Tensor) -> list[int]:
+    """The ids of one answer: of [token], or of [1, token] as a tokenizer gives them."""
+    ids = arguments.integers("the answer's token ids", answer, TokenError)
+    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+    if ids.ndim > 1:
+        raise TokenError(
+            f"the answer's token ids have the shape {tuple(ids.shape)}; expected [token], or a "
+            "list of such tensors, one per prompt."
+        )
+    return ids.flatten().tolist()
+
+
 def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]]) -> Reading:
     rows: list[Tensor] = []
+    reads: list[int] = []
     owner: list[int] = []
-    picks: list[tuple[int, int, float]] = []
+    picks: list[tuple[int, int, int, float]] = []
     for prompt, weighted in enumerate(answers):
-        mine = prompts.row(prompt).tokens[0]
-        row_of: dict[Ids, int] = {}
-        for (prefix, token), weight in _steps(weighted).items():
-            if prefix not in row_of:
-                row_of[prefix] = len(rows)
-                rows.append(torch.cat([mine, mine.new_tensor(prefix)]))
-                owner.append(prompt)
-            picks.append((row_of[prefix], token, weight))
-    lengths = torch.tensor([len(r) for r in rows], device=prompts.tokens.device)
-    longest = int(lengths.argmax())
-    which = which_prompt(owner[longest], prompts.batch)
-    require_context(model, int(lengths[longest]), f"{which} with its answer")
+        mine, steps = prompts.row(prompt).tokens[0], _steps(weighted)
+        longest = _longest([prefix for prefix, _ in steps])
+        for (prefix, token), weight in steps.items():
+            row = next(i for i, whole in enumerate(longest) if _begins(whole, prefix))
+            picks.append((len(rows) + row, len(prefix), token, weight))
+        rows += [torch.cat([mine, mine.new_tensor(whole)]) for whole in longest]
+        reads += [len(whole) + 1 for whole in longest]
+        owner += [prompt] * len(longest)
+    device = prompts.tokens.device
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    most = int(lengths.argmax())
+    which = which_prompt(owner[most], prompts.batch)
+    require_context(model, int(lengths[most]), f"{which} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     owners = torch.tensor(owner)
-    at, ids, weights = map(torch.tensor, zip(*picks, strict=True))
-    read = LogProbs(at, ids, weights, owners[at], prompts.batch)
-    return Reading(Prompts(tokens, lengths), read, owners)
+    at, slots, ids, weights = map(torch.tensor, zip(*picks, strict=True))
+    read = LogProbs(at, ids, weights, owners[at], prompts.batch, slots)
+    return Reading(Prompts(tokens, lengths, torch.tensor(reads, device=device)), read, owners)
+
+
+def _longest(prefixes: list[Ids]) -> list[Ids]:
+    """Those with which no other begins, each once; what is asked of a row is asked at its slots."""
+    found: list[Ids] = []
+    for prefix in sorted(set(prefixes), key=len, reverse=True):
+        if not any(_begins(whole, prefix) for whole in found):
+            found.append(prefix)
+    return found
+
+
+def _begins(whole: Ids, prefix: Ids) -> bool:
+    return whole[: len(prefix)] == prefix
 
 
 def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:

@@ -1,4 +1,4 @@
-"""Prompts: strings or tokens → ids [batch, pos], padded on the right, and the position read.
+"""Prompts: strings or tokens → ids [batch, pos], padded on the right, and the positions read.
 
 Padding on the right needs no mask in a causal model: no token attends to a later one, and positions
 count from the left, so every activation of a prompt is the same as without padding.
@@ -7,13 +7,14 @@ count from the left, so every activation of a prompt is the same as without padd
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lens_lora import arguments
 from lens_lora.errors import PromptError
 
 __all__ = ["Prompts", "PromptsLike", "prepare", "require_context", "which_prompt"]
@@ -21,22 +22,29 @@ __all__ = ["Prompts", "PromptsLike", "prepare", "require_context", "which_prompt
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Tokenised prompts. Each is read at its last token, `lengths − 1`.
+    """Tokenised prompts. Each is read at its last token, `lengths − 1`, or at its last `reads`.
 
         >>> Prompts(torch.tensor([[5, 6, 7], [8, 9, 0]]), lengths=torch.tensor([3, 2])).batch
         2
 
     Args:
-        tokens: [batch, pos] ids, padded on the right.
+        tokens: [batch, pos] ids of any integer dtype, kept as int64; padded on the right.
         lengths: [batch], real tokens of each prompt.
+        reads: [batch], how many of its last tokens each prompt is read at, which has a slot for
+            each; None for the last one only.
+
+    Raises:
+        PromptError: other shapes or types, no token, or a length beyond the tokens.
     """
 
     tokens: Int[Tensor, "batch pos"]
     lengths: Int[Tensor, "batch"]
+    reads: Int[Tensor, "batch"] | None = None
 
     def __post_init__(self) -> None:
-        _require_integers("token ids", self.tokens)
-        _require_integers("lengths", self.lengths)
+        for name, what in (("tokens", "token ids"), ("lengths", "lengths")):
+            values = arguments.integers(what, getattr(self, name), PromptError)
+            object.__setattr__(self, name, values)
         if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
             raise PromptError(
                 f"tokens are {tuple(self.tokens.shape)} and lengths {tuple(self.lengths.shape)}; "
@@ -49,6 +57,14 @@ class Prompts:
                 f"a length of {int(self.lengths.max())} exceeds the {self.tokens.shape[1]} "
                 "positions of the tokens."
             )
+        if self.reads is not None:
+            object.__setattr__(self, "reads", arguments.integers("reads", self.reads, PromptError))
+            outside = (self.reads < 1) | (self.reads > self.lengths)
+            if self.reads.shape != self.lengths.shape or bool(outside.any()):
+                raise PromptError(
+                    f"reads are {self.reads.tolist()} for lengths {self.lengths.tolist()}; each "
+                    "prompt is read at one of its tokens at least, and at all of them at most."
+                )
 
     @property
     def batch(self) -> int:
@@ -69,15 +85,64 @@ class Prompts:
         rows = torch.arange(len(logits), device=logits.device)
         return logits[rows, (self.lengths - 1).to(logits.device).expand(len(logits))]
 
+    @property
+    def slots(self) -> int:
+        """The most tokens that a prompt is read at."""
+        return 1 if self.reads is None else int(self.reads.max())
+
+    @property
+    def read_positions(self) -> Int[Tensor, "batch slot"]:
+        """The positions that are read; a prompt with fewer slots repeats its last one."""
+        last = self.lengths - 1
+        if self.reads is None:
+            return last[:, None]
+        slots = torch.arange(self.slots, device=last.device)
+        return torch.minimum(self.lengths[:, None] - self.reads[:, None] + slots, last[:, None])
+
+    @property
+    def read_mask(self) -> Bool[Tensor, "batch slot"]:
+        """Which slots hold a position of their own."""
+        reads = torch.ones_like(self.lengths) if self.reads is None else self.reads
+        return torch.arange(self.slots, device=reads.device) < reads[:, None]
+
+    def at_slots(self, values: Float[Tensor, "row pos d"]) -> Float[Tensor, "row slot d"]:
+        """What stands at the positions that are read.
+
+        Args:
+            values: of these prompts; of a single prompt, in any number of rows.
+        """
+        positions = self.read_positions.to(values.device).expand(len(values), -1)
+        return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))
+
     def repeat(self, times: int) -> Prompts:
         """Every prompt several times: p0 p0 … p1 p1 …
 
         Args:
             times: how often.
         """
-        return Prompts(
-            self.tokens.repeat_interleave(times, 0), self.lengths.repeat_interleave(times, 0)
-        )
+        return self._mapped(lambda values: values.repeat_interleave(times, 0))
+
+    def tiled(self, times: int) -> Prompts:
+        """All prompts several times: p0 p1 … p0 p1 …
+
+        Args:
+            times: how often.
+        """
+        return self._mapped(lambda values: values.repeat(times, *[1] * (values.ndim - 1)))
+
+    def over_slots(self, values: Float[Tensor, "batch *slot"]) -> Float[Tensor, "batch"]:
+        """The sum over the positions that are read.
+
+        Args:
+            values: at each prompt's last token, or at its slots.
+        """
+        if self.reads is None:
+            return values
+        return (values * self.read_mask.to(values.device)).sum(1)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Prompts:
+        reads = None if self.reads is None else change(self.reads)
+        return Prompts(change(self.tokens), change(self.lengths), reads)
 
     def row(self, index: int) -> Prompts:
         """One prompt, without its padding.
@@ -94,8 +159,9 @@ class Prompts:
             first: index of the first.
             end: index after the last.
         """
-        lengths = self.lengths[first:end]
-        return Prompts(self.tokens[first:end, : int(lengths.max())], lengths)
+        some = self._mapped(lambda values: values[first:end])
+        tokens = some.tokens[:, : int(some.lengths.max())]
+        return dataclasses.replace(some, tokens=tokens)
 
 
 PromptsLike = str | Sequence[str] | Int[Tensor, "pos"] | Int[Tensor, "batch pos"] | Prompts
@@ -115,13 +181,15 @@ def prepare(model: Any, prompts: PromptsLike) -> Prompts:
     """
     ready = _tokenise(model, prompts)
     _check(model, ready)
+    if ready.tokens.is_inference():  # of which no graph can be made
+        return dataclasses.replace(ready, tokens=ready.tokens.clone())
     return ready
 
 
 def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
     device = next(model.parameters()).device
     if isinstance(prompts, Prompts):
-        return Prompts(prompts.tokens.to(device), prompts.lengths.to(device))
+        return prompts._mapped(lambda values: values.to(device))
     if isinstance(prompts, Tensor):
         return _from_tensor(model, prompts.to(device))
     strings = _strings(prompts)
@@ -134,13 +202,14 @@ def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
 
 
 def _strings(prompts: Any) -> list[str]:
-    strings = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(strings, Iterable) or not all(isinstance(s, str) for s in strings):
+    has_order = isinstance(prompts, Iterable) and not isinstance(prompts, Mapping | Set)
+    has_order = has_order and getattr(prompts, "ndim", 1) > 0  # a numpy array may have no axis
+    strings: list[Any] = [prompts] if isinstance(prompts, str) or not has_order else list(prompts)
+    if not all(isinstance(s, str) for s in strings):
         raise PromptError(
             f"prompts are {prompts!r}; expected a string, a list of strings, or a tensor of token "
             "ids [batch, pos]."
         )
-    strings = list(strings)
     if not strings:
         raise PromptError("no prompts: the list is empty; give at least one.")
     if "" in strings:
@@ -148,6 +217,8 @@ def _strings(prompts: Any) -> list[str]:
         raise PromptError(
             f"{which} is empty, so there is no token to read at; give it at least one word."
         )
+    for i, string in enumerate(strings):
+        arguments.text(which_prompt(i, len(strings)), string, PromptError)
     return strings
 
 
@@ -162,6 +233,7 @@ def which_prompt(index: int, count: int) -> str:
 
 
 def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
+    tokens = arguments.integers("token ids", tokens, PromptError)
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     if tokens.ndim != 2:
         raise PromptError(f"token ids must be [batch, pos], not {tuple(tokens.shape)}.")
@@ -176,11 +248,6 @@ def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
         )
     lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
     return Prompts(tokens, lengths)
-
-
-def _require_integers(what: str, values: Tensor) -> None:
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise PromptError(f"{what} must be integers, not {values.dtype}.")
 
 
 def _ends_in_padding(model: Any, tokens: Tensor) -> bool:

@@ -16,11 +16,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora import arguments
 from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Bound, Columns, LogProbs, Reading, one_row_each
 
-__all__ = ["LogProb", "Logit", "Margin", "Readout", "TokenLike", "bound", "name_of", "token_ids"]
+__all__ = [
+    "LogProb",
+    "Logit",
+    "Margin",
+    "Readout",
+    "TokenLike",
+    "bound",
+    "name_of",
+    "token_ids",
+]
 
 TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, "batch"]
 
@@ -60,7 +70,14 @@ class Readout(abc.ABC):
         Args:
             fn: [batch, d_vocab] → [batch]; each row's number may depend on that row only.
             label: its name in tables and plots; by default the function's name.
+
+        Raises:
+            ArgumentError: something that cannot be called, or a label that is no string.
         """
+        if not callable(fn):
+            raise ArgumentError(f"{fn!r} cannot be called; give a function of the logits.")
+        if label is not None and not isinstance(label, str):
+            raise ArgumentError(f"label={label!r}: expected a string.")
         return _Callable(fn, label or getattr(fn, "__name__", "readout"))
 
 
@@ -211,14 +228,7 @@ def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
         TokenError: a string of several tokens, a token that the vocabulary lacks, or a number of
             tokens that is neither 1 nor the number of prompts.
     """
-    if isinstance(token, Tensor):
-        token = token.tolist()
-    if not isinstance(token, str | int | Sequence):
-        raise TokenError(
-            f"the token is {token!r}; expected a string of one token, its id, or a list with one "
-            "of them per prompt."
-        )
-    items = [token] * batch if isinstance(token, str | int) else list(token)
+    items = _items(token, batch)
     if len(items) != batch:
         raise TokenError(
             f"{len(items)} tokens for {batch} prompts; pass one token, or one per prompt."
@@ -226,11 +236,27 @@ def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
     return torch.tensor([_token_id(model, item) for item in items])
 
 
-def _token_id(model: Any, token: str | int) -> int:
-    if isinstance(token, int):
-        return _in_vocabulary(model, token, f"token id {token}")
+def _items(token: Any, batch: int) -> list[Any]:
+    """One token for each prompt, or one that is every prompt's."""
+    token = arguments.one_entry(token)
+    if isinstance(token, Tensor):
+        return list(arguments.integers("token ids", token, TokenError).tolist())
+    if isinstance(token, str) or arguments.is_whole(token):
+        return [token] * batch
+    if isinstance(token, bytes) or not isinstance(token, Sequence):
+        raise TokenError(
+            f"the token is {token!r}; expected a string of one token, its id, or a list with one "
+            "of them per prompt."
+        )
+    return [arguments.one_entry(item) for item in token]
+
+
+def _token_id(model: Any, token: object) -> int:
+    if arguments.is_whole(token):
+        return _in_vocabulary(model, int(token), f"token id {int(token)}")
     if not isinstance(token, str):
         raise TokenError(f"{token!r} is neither a token string nor an id.")
+    arguments.text("the token", token, TokenError)
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise TokenError(f"the model has no tokenizer to look up {token!r}; pass the token's id.")
@@ -265,4 +291,7 @@ def name_of(token: TokenLike | Sequence[Any]) -> str:
     Args:
         token: a string, an id, or one of these per prompt.
     """
-    return repr(token) if isinstance(token, str | int) else "per prompt"
+    plain = arguments.one_entry(token)
+    if arguments.is_whole(plain):
+        return str(int(plain))
+    return repr(str(plain)) if isinstance(plain, str) else "per prompt"

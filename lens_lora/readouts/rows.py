@@ -1,7 +1,8 @@
 """A readout over some prompts: the rows that are run, and g of each prompt from their logits.
 
-A row is a sequence that is read at its last token. For most readouts a prompt is one row, itself;
-for an answer of several tokens it has one row per token of the answer.
+A row is a sequence that is read at its last token, or at several: the slots of a response. For most
+readouts a prompt is one row, itself; with a response it is one row with that response, and in a
+margin of two responses two rows.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from lens_lora.readouts.prompts import Prompts
 
 __all__ = ["Bound", "Columns", "LogProbs", "Reading", "one_row_each"]
 
-Bound = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, "batch"]]
+Bound = Callable[[Float[Tensor, "row *slot vocab"]], Float[Tensor, "batch"]]
 
 
 @runtime_checkable
 class _ByRow(Protocol):
     """A reading that knows the row of each of its numbers, so rows can be copied or left out."""
 
-    def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]: ...
+    def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "batch"]: ...
 
     def repeat(self, times: int) -> Bound:
         """The reading of every row `times` times: r0 r0 … r1 r1 …"""
@@ -79,7 +80,7 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class LogProbs:
-    """Σ weight · log p(token) in nats, over a prompt's picks; a pick is one token at one row.
+    """Σ weight · log p(token) in nats, over a prompt's picks; a pick is one token at one slot.
 
     Attributes:
         rows: each pick's row.
@@ -87,6 +88,7 @@ class LogProbs:
         weights: each pick's weight, +1 or −1 in a margin.
         owner: the index of each pick's prompt.
         batch: the number of prompts.
+        slots: each pick's slot in its row; None for rows that are read at their last token only.
     """
 
     rows: Int[Tensor, "pick"]
@@ -94,14 +96,56 @@ class LogProbs:
     weights: Float[Tensor, "pick"]
     owner: Int[Tensor, "pick"]
     batch: int
+    slots: Int[Tensor, "pick"] | None = None
 
-    def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]:
+    def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "batch"]:
         """g of each prompt from the logits of its rows."""
-        to = logits.device
-        rows = self.rows.to(to)
-        logp = logits[rows, self.tokens.to(to)] - logits.logsumexp(-1)[rows]
-        summed = logits.new_zeros(self.batch)
-        return summed.index_add(0, self.owner.to(to), logp * self.weights.to(logp))
+        return self.of(self.log_probs(logits[self.places(logits.device)]))
+
+    def places(self, device: torch.device) -> tuple[Int[Tensor, "pick"], ...]:
+        """Where each pick is read, as indices of [row, vocab] or [row, slot, vocab].
+
+        Args:
+            device: of what is indexed.
+        """
+        where = (self.rows,) if self.slots is None else (self.rows, self.slots)
+        return tuple(index.to(device) for index in where)
+
+    def log_probs(self, logits: Float[Tensor, "pick vocab"]) -> Float[Tensor, "pick"]:
+        """log p of each pick's token.
+
+        Args:
+            logits: at each pick's place.
+        """
+        tokens = self.tokens.to(logits.device)[:, None]
+        return logits.gather(1, tokens)[:, 0] - logits.logsumexp(-1)
+
+    def of(self, log_probs: Float[Tensor, "pick"]) -> Float[Tensor, "batch"]:
+        """g of each prompt.
+
+        Args:
+            log_probs: of each pick's token.
+        """
+        to = log_probs.device
+        summed = log_probs.new_zeros(self.batch)
+        weighted = log_probs * self.weights.to(log_probs)
+        return summed.index_add(0, self.owner.to(to), weighted)
+
+    @property
+    def is_one_response(self) -> bool:
+        """Whether each prompt has one response, none of whose tokens is left out."""
+        return self.slots is not None and bool((self.weights > 0).all())
+
+    def by_token(self, log_probs: Float[Tensor, "pick"]) -> Float[Tensor, "batch token"]:
+        """Each token's term of g, zero beyond a response's own tokens; of one response a prompt.
+
+        Args:
+            log_probs: of each pick's token.
+        """
+        slots = torch.zeros_like(self.rows) if self.slots is None else self.slots
+        where = self.owner.to(log_probs.device), slots.to(log_probs.device)
+        terms = log_probs.new_zeros(self.batch, int(slots.max()) + 1)
+        return terms.index_put(where, log_probs * self.weights.to(log_probs))
 
     def repeat(self, times: int) -> LogProbs:
         """The readout of every row several times: r0 r0 … r1 r1 …
@@ -116,14 +160,15 @@ class LogProbs:
             weights=self.weights.repeat_interleave(times),
             owner=(self.owner[:, None] * times + copy).flatten(),
             batch=self.batch * times,
+            slots=None if self.slots is None else self.slots.repeat_interleave(times),
         )
 
     def only(self, first: int, end: int) -> LogProbs:
         """The readout of rows first … end − 1, with prompts counted from 0 again.
 
         Args:
-            first: index of the first, the first row of its prompt.
-            end: index after the last, the last row of its prompt.
+            first: index of the first row.
+            end: index after the last; of a prompt's other rows nothing is read.
         """
         mine = (self.rows >= first) & (self.rows < end)
         owner = self.owner[mine] - self.owner[mine].min()
@@ -133,6 +178,7 @@ class LogProbs:
             weights=self.weights[mine],
             owner=owner,
             batch=int(owner.max()) + 1,
+            slots=None if self.slots is None else self.slots[mine],
         )
 
 
@@ -142,7 +188,8 @@ class Reading:
 
     Attributes:
         prompts: the rows.
-        read: from the logits at each row's last token, [row, vocab], to g of each prompt, [batch].
+        read: from the logits at each row's last token, [row, vocab], or at its slots,
+            [row, slot, vocab], to g of each prompt, [batch].
         owner: the index of each row's prompt; rows of one prompt stand together.
     """
 
@@ -179,7 +226,7 @@ class Reading:
         if isinstance(self.read, _ByRow):
             return Reading(prompts, self.read.repeat(times), owner)
 
-        def read(rows: Float[Tensor, "row vocab"]) -> Float[Tensor, "batch"]:
+        def read(rows: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "batch"]:
             copies = rows.unflatten(0, (-1, times))
             return torch.stack([self.read(copies[:, j]) for j in range(times)], 1).flatten()
 
@@ -195,12 +242,32 @@ class Reading:
         """
         if not isinstance(self.read, _ByRow):
             return [self]
+        if bool((self.owner.diff() < 0).any()):
+            raise RuntimeError("the rows of a prompt do not stand together: group before copying")
         ends = torch.bincount(self.owner).cumsum(0).tolist()
         most = max(end - start for start, end in zip([0, *ends], ends, strict=False))
         step = max(1, tokens // (most * self.prompts.tokens.shape[1]))
         edges = [0, *ends[step - 1 :: step]]
         edges += [] if edges[-1] == ends[-1] else [ends[-1]]
         return [self._only(*pair) for pair in itertools.pairwise(edges)]
+
+    def each_row(self) -> list[Reading] | None:
+        """Each row by itself; g of a prompt is the sum over its rows. None for a user's function.
+
+        A function of a user may rely on the order of the prompts, so its rows stay together.
+        """
+        if not isinstance(self.read, _ByRow):
+            return None
+        return [self._only(row, row + 1) for row in range(len(self.owner))]
+
+    def grown(self, rows: int) -> Reading:
+        """The reading of a single row in so many copies, which the forward pass itself adds.
+
+        Args:
+            rows: at the end of the pass.
+        """
+        read = self.read.repeat(rows) if isinstance(self.read, _ByRow) else self.read
+        return Reading(self.prompts, read, torch.arange(rows))
 
     def _only(self, first: int, end: int) -> Reading:
         read = self.read.only(first, end) if isinstance(self.read, _ByRow) else self.read

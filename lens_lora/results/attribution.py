@@ -59,13 +59,14 @@ class Attribution(Ranked):
 
     Attributes:
         values: [batch, site, *by]. Slots that do not exist (padding, ranks beyond a site's own)
-            hold zero, and tables leave them out. On the head axis the last slot is for sites
-            outside attention.
-        by: the axes after site, in the order position, head, rank.
+            hold zero, tokens beyond a response's own NaN, and tables leave them out. On the head
+            axis the last slot is for sites outside attention.
+        by: the axes after site, in the order position, head, rank, token.
         heads: how many heads each site has (0 outside attention).
         method: how it was computed: 'first_order', 'path', 'second_order', 'add_one', ….
         at: the gate value at which it was taken; NaN along a path.
         quadrature: of a path integral, how it was taken.
+        response: each prompt's y_1 … y_T, where values are by token.
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`; one site per
             entry of the site axis.
     """
@@ -76,6 +77,7 @@ class Attribution(Ranked):
     method: str
     at: float
     quadrature: Quadrature | None = None
+    response: tuple[tuple[str, ...], ...] = ()
 
     @property
     def key(self) -> str:
@@ -85,7 +87,18 @@ class Attribution(Ranked):
     @property
     def per_site(self) -> Float[Tensor, "batch site"]:
         """The values summed over everything but prompt and site."""
-        return self.values.flatten(2).sum(2) if self.by else self.values
+        return self.values.flatten(2).nansum(2) if self.by else self.values
+
+    @property
+    def per_token(self) -> Float[Tensor, "batch token"]:
+        """The values summed over everything but prompt and output token; NaN beyond a response.
+
+        Raises:
+            ArgumentError: the attribution was not split by token.
+        """
+        if "token" not in self.by:
+            raise ArgumentError("this attribution is not by token; ask for by='token'.")
+        return self.values.flatten(1, -2).sum(1)
 
     @property
     def total(self) -> Float[Tensor, "batch"]:
@@ -141,12 +154,18 @@ class Attribution(Ranked):
         return Entries(site_labels(self.sites), values, shift, "value")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt, site and existing part: labels, token, value, share of the shift."""
+        """One row per prompt, site and existing part: labels, token, value, share of the shift.
+
+        By token, `t` counts the tokens of the response from 0, and `y_t` is that token.
+        """
         index = self._existing().nonzero()
         columns: dict[str, Any] = {"prompt": index[:, 0].tolist()}
         columns |= site_labels([self.sites[i] for i in index[:, 1].tolist()])
         for axis, name in enumerate(self.by, start=2):
-            columns[name] = index[:, axis].tolist()
+            columns["t" if name == "token" else name] = index[:, axis].tolist()
+        if "token" in self.by:
+            where = zip(columns["prompt"], columns["t"], strict=True)
+            columns["y_t"] = [self.response[p][t] for p, t in where]
         if "position" in self.by:
             where = zip(columns["prompt"], columns["position"], strict=True)
             columns["token"] = [self.str_tokens[p][i] for p, i in where]
@@ -167,8 +186,9 @@ class Attribution(Ranked):
             shape = [1] * self.values.ndim
             shape[axis] = size
             slots = torch.arange(size)
-            if name == "position":
-                lengths = torch.tensor([len(t) for t in self.str_tokens])
+            if name in ("position", "token"):
+                tokens = self.str_tokens if name == "position" else self.response
+                lengths = torch.tensor([len(row) for row in tokens])
                 mask, shape[0] = slots < lengths[:, None], len(lengths)
             elif name == "rank":
                 ranks = torch.tensor([s.rank for s in self.sites])
@@ -178,7 +198,7 @@ class Attribution(Ranked):
                 outside = (heads[:, None] == 0) & (slots == size - 1)
                 mask, shape[1] = (slots < heads[:, None]) | outside, len(heads)
             exists &= mask.view(shape)
-        return exists | (self.values.cpu() != 0)
+        return exists | (self.values.cpu().nan_to_num() != 0)
 
     def plot(self, prompt: int | None = None) -> Figure:
         """Heatmap layer × kind of module, hover naming each site.

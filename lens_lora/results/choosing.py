@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lens_lora.arguments import whole
 from lens_lora.errors import ArgumentError
 
 __all__ = ["largest", "only_prompt", "prompt_rows"]
@@ -48,7 +49,7 @@ def only_prompt(prompt: int | None, batch: int, what: str = "values") -> int:
             f"{what} of {batch} prompts have no mean; choose one with prompt=…, from 0 to "
             f"{batch - 1}."
         )
-    if not 0 <= prompt < batch:
+    if not 0 <= (prompt := whole("prompt", prompt)) < batch:
         raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
     return prompt
 
@@ -59,7 +60,10 @@ def largest(values: Tensor, k: int) -> list[int]:
     Args:
         values: of any shape.
         k: how many.
+
+    Raises:
+        ArgumentError: a k that is no whole number, or below 0.
     """
     sizes = values.flatten().abs().nan_to_num(-1.0)
-    order = sizes.argsort(descending=True, stable=True)[: max(k, 0)]
+    order = sizes.argsort(descending=True, stable=True)[: whole("k", k, 0)]
     return order[sizes[order] >= 0].tolist()

@@ -1,7 +1,8 @@
 """What results share: abstract bases, each with more of it than the one above.
 
     Result      a table, a file, its text: also what has no readout (logit shifts, features)
-    Measured    and the header: of which sites, prompts and readout, between which exact ends
+    Read        and of which readout
+    Measured    and the header: of which sites and prompts, between which exact ends
     Ranked      and `top`: one number per prompt and entry (site, group, hook point, pair)
 
 A class is abstract or final: every result that a user meets is a final dataclass below one of
@@ -26,7 +27,19 @@ from lens_lora.results import drawing
 from lens_lora.results.choosing import largest
 from lens_lora.results.storage import load_result, save_result, stored
 
-__all__ = ["SIGMAS", "Entries", "Measured", "Ranked", "Result", "header", "site_labels"]
+__all__ = [
+    "SIGMAS",
+    "Entries",
+    "Measured",
+    "Ranked",
+    "Read",
+    "Result",
+    "flat",
+    "header",
+    "per_prompt",
+    "read_of",
+    "site_labels",
+]
 
 SIGMAS = 3.0
 """A difference of at most so many noise floors cannot be told from rounding."""
@@ -50,6 +63,9 @@ class Result(abc.ABC):
 
         Args:
             path: of the file.
+
+        Raises:
+            LensLoraError: a place where no file can be written.
         """
         return save_result(self, path)
 
@@ -74,24 +90,34 @@ class Result(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Measured(Result):
+class Read(Result):
+    """A result of one readout.
+
+    Attributes:
+        readout, units: what was read.
+        meta: model, adapter, dtype and versions.
+    """
+
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Measured(Read):
     """A result of one readout, with the exact ends beside it.
 
     Attributes:
         sites: the adapted sites.
         base, adapted: [batch], the readout at g(0) and g(1), exact.
         str_tokens: each prompt's tokens.
-        readout, units: what was read.
-        meta: model, adapter, dtype and versions.
+        readout, units, meta: as in `Read`.
     """
 
     sites: tuple[Site, ...]
     base: Float[Tensor, "batch"]
     adapted: Float[Tensor, "batch"]
     str_tokens: tuple[tuple[str, ...], ...]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
 
     @property
     def shift(self) -> Float[Tensor, "batch"]:
@@ -171,6 +197,34 @@ def site_labels(sites: Sequence[Site], repeat: int = 1) -> dict[str, list[Any]]:
     }
 
 
+def per_prompt(numbers: Mapping[str, Float[Tensor, "batch"]]) -> dict[str, list[float]]:
+    """Columns of a table with one row per prompt.
+
+    Args:
+        numbers: column → a number per prompt.
+    """
+    return {name: values.detach().double().cpu().tolist() for name, values in numbers.items()}
+
+
+def flat(numbers: Mapping[str, Float[Tensor, "*rows"]]) -> dict[str, list[float]]:
+    """Columns of a table with a row for each entry, in the order of the axes.
+
+    Args:
+        numbers: column → numbers, all of one shape.
+    """
+    return per_prompt({name: values.flatten() for name, values in numbers.items()})
+
+
+def read_of(asked: Asked) -> dict[str, Any]:
+    """The fields of `Read`.
+
+    Args:
+        asked: what the public call was asked.
+    """
+    readout = asked.readout
+    return {"readout": readout.label, "units": readout.units, "meta": asked.lens.describe()}
+
+
 def header(asked: Asked) -> dict[str, Any]:
     """The fields of `Measured`.
 
@@ -183,7 +237,5 @@ def header(asked: Asked) -> dict[str, Any]:
         "base": base,
         "adapted": adapted,
         "str_tokens": asked.str_tokens,
-        "readout": asked.readout.label,
-        "units": asked.readout.units,
-        "meta": asked.lens.describe(),
+        **read_of(asked),
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -45,18 +46,29 @@ stored(Site)
 
 
 def save_result(result: object, path: str | Path) -> Path:
-    """Write a result; returns the path.
+    """Write a result, whole or not at all; returns the path.
 
     Args:
         result: a dataclass that `stored` knows.
         path: of the file.
+
+    Raises:
+        LensLoraError: a place where no file can be written, or something that is no path.
     """
+    path = _path(path)
     tensors: dict[str, Tensor] = {}
     labels = json.dumps(_encoded(result, "", tensors))
     digest = _digest(labels, tensors)
     metadata = {"format": FORMAT, "labels": labels, "sha256": digest}
-    path = Path(path)
-    path.write_bytes(save(tensors, metadata=metadata))
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        unfinished.write_bytes(save(tensors, metadata=metadata))
+        unfinished.replace(path)
+    except OSError as error:
+        raise LensLoraError(f"{path}: cannot be written ({error.strerror}).") from error
+    finally:
+        if unfinished.is_file():
+            unfinished.unlink()
     return path
 
 
@@ -69,9 +81,9 @@ def load_result(kind: type[_Kind], path: str | Path) -> _Kind:
 
     Raises:
         LensLoraError: no such file, another kind of file or result, a damaged file, or one of
-            another version.
+            another version; something that is no path.
     """
-    metadata, tensors = _read(path)
+    metadata, tensors = _read(_path(path))
     if metadata.get("format") != FORMAT:
         raise LensLoraError(
             f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; was it "
@@ -99,8 +111,14 @@ def load_result(kind: type[_Kind], path: str | Path) -> _Kind:
     return found
 
 
-def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not Path(path).exists():
+def _path(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise LensLoraError(f"{path!r} is no path.")
+    return Path(path)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.exists():
         raise LensLoraError(f"{path}: no such file.")
     try:
         with safe_open(str(path), framework="pt") as file:

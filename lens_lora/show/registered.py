@@ -22,6 +22,7 @@ from lens_lora.show.figures import (
     reliability,
     remainder,
     second_order,
+    token_shifts,
     tokens,
 )
 from lens_lora.show.page.report import explanation_report
@@ -45,6 +46,7 @@ __all__ = [
     "remainder",
     "reprs",
     "second_order",
+    "token_shifts",
     "tokens",
 ]
 

@@ -15,7 +15,8 @@ loading torch; `sweeps/values` computes them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lens_lora.sweeps.records import SweepError
 
@@ -30,19 +31,21 @@ class Analysis:
         at: the gate value at which it is taken; NaN along a path.
         alone: prompts are run one at a time, because the numbers of each depend on its batch.
         has_remainder: its sum over sites estimates the shift, so the table has shift − sum too.
+        options: what it is called with besides lens, prompts and readout.
     """
 
     at: float = 0.0
     alone: bool = False
     has_remainder: bool = True
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
 ANALYSES: dict[str, Analysis] = {
     "first_order": Analysis(),
     "first_order_at_1": Analysis(at=1.0),
-    "path": Analysis(at=float("nan"), alone=True),
-    "add_one": Analysis(),
-    "leave_one_out": Analysis(at=1.0),
+    "path": Analysis(at=float("nan"), alone=True, options={"tol": 1e-3, "max_nodes": 64}),
+    "add_one": Analysis(options={"how": "add_one"}),
+    "leave_one_out": Analysis(at=1.0, options={"how": "leave_one_out"}),
     "second_order": Analysis(has_remainder=False),
 }
 

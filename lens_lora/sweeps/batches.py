@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.errors import NumericsError, PromptError, TokenError
+from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerMargin, margin_between
 from lens_lora.readouts.readout import Margin, Readout
@@ -124,6 +125,7 @@ def make_batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     return sorted(some, key=lambda batch: -batch[0].tokens)
 
 
+@alone
 def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
     """The jobs' rows.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -21,6 +22,12 @@ from lens_lora.errors import LensLoraError
 __all__ = ["Record", "RecordsLike", "SweepError", "read_records"]
 
 ANSWERS = ("doc", "pre")
+_LONGEST = 1000  # characters of an error, which may quote the record
+_LARGEST = 2**63
+_NOT_TEXT = (
+    "which is not Unicode text (a surrogate pair cut in two, or bytes that were not UTF-8); save "
+    "it as UTF-8 again."
+)
 
 
 class SweepError(LensLoraError, ValueError):
@@ -52,7 +59,8 @@ class Record:
         Args:
             error: what is wrong with it.
         """
-        line = " ".join(str(error).split())
+        line = _escaped(" ".join(str(error).split()))
+        line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
         return dataclasses.replace(self, error=f"{self.where}: {line}")
 
 
@@ -95,8 +103,11 @@ def read_records(records: RecordsLike, *, with_answers: bool = True) -> list[Rec
     taken: dict[str, str] = {}
     for number, (where, row) in enumerate(_rows(records, needed)):
         record = row if isinstance(row, Record) else _record(number, where, row, needed)
-        first = taken.setdefault(str(record.id), record.where)
-        if first != record.where and record.error is None:
+        record = _storable(record)
+        first = record.where
+        if record.error is None:
+            first = taken.setdefault(str(record.id), record.where)
+        if first != record.where:
             record = record.bad(
                 f"its id {record.id!r} is already that of {first}; give each record its own."
             )
@@ -138,23 +149,25 @@ def _jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
                 row = json.loads(line.strip().decode("utf-8-sig" if number == 1 else "utf-8"))
             except json.JSONDecodeError as error:
                 row = ValueError(f"{error.msg} at column {error.colno}")
+            except RecursionError:
+                row = ValueError("nested too deeply")
             except ValueError as error:
                 row = error
             yield f"line {number}", row
 
 
 def _csv(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
-    """Row by row, each with the line on which it ends."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    """Row by row, each with the line on which it ends; what is not UTF-8 becomes surrogates."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
         try:
-            reader = csv.DictReader(file)
             columns = list(reader.fieldnames or ())
-        except UnicodeDecodeError as error:
-            raise SweepError(f"{path}: not UTF-8 ({error}); save it as UTF-8.") from error
+        except csv.Error as error:
+            raise SweepError(f"{path}: its first line is not one of a CSV ({error}).") from error
         lacking = [name for name in needed if name not in columns]
         if lacking:
             raise SweepError(
-                f"{path} has the columns {', '.join(columns) or 'none'} and lacks "
+                f"{path} has the columns {_escaped(', '.join(columns)) or 'none'} and lacks "
                 f"{', '.join(lacking)}; its first line must name them."
             )
         while True:
@@ -164,8 +177,6 @@ def _csv(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
                 return
             except csv.Error as error:
                 row = error
-            except UnicodeDecodeError as error:
-                raise SweepError(f"{path}: not UTF-8 ({error}); save it as UTF-8.") from error
             yield f"line {reader.line_num}", row
 
 
@@ -175,11 +186,13 @@ def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Recor
         return plain.bad(f"unreadable ({row}).")
     if not isinstance(row, Mapping):
         return plain.bad(f"{row!r} is not a record with the columns {', '.join(needed)}.")
-    identity = row.get("id")
+    identity: Any = row.get("id")
     if not _is_missing(identity):
-        if isinstance(identity, bool) or not isinstance(identity, int | str):
-            return plain.bad(f"its id is {identity!r}; expected a string or an integer.")
-        plain = dataclasses.replace(plain, id=identity)
+        fault = _fault_of_id(identity)
+        if fault is not None:
+            return plain.bad(fault)
+        own = identity if isinstance(identity, str) else int(identity)
+        plain = dataclasses.replace(plain, id=own)
     if None in row:
         return plain.bad("more fields than columns; quote a field that holds commas.")
     fields = {name: row.get(name) for name in needed}
@@ -191,6 +204,38 @@ def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Recor
         if name not in texts:
             return record.bad(f"its {name} is {text!r}, not a string.")
     return record
+
+
+def _fault_of_id(identity: Any) -> str | None:
+    """What is wrong with an id; None if it can be one."""
+    if isinstance(identity, str):
+        return None if _is_text(identity) else f"its id is {identity!r}, {_NOT_TEXT}"
+    if isinstance(identity, bool) or not isinstance(identity, numbers.Integral):
+        return f"its id is {identity!r}; expected a string or an integer."
+    if not -_LARGEST <= int(identity) < _LARGEST:
+        return f"its id {identity} does not fit into 64 bits; give it as a string."
+    return None
+
+
+def _storable(record: Record) -> Record:
+    """The record; bad, and with its text escaped, where some of it is not text."""
+    texts = {name: getattr(record, name) for name in ("prompt", *ANSWERS)}
+    odd = {name: text for name, text in texts.items() if text is not None and not _is_text(text)}
+    if not odd:
+        return record
+    name, text = next(iter(odd.items()))
+    escaped = dataclasses.replace(record, **{name: _escaped(text) for name, text in odd.items()})
+    fault = f"its {name} is {text!r}, {_NOT_TEXT}"
+    return escaped if record.error is not None else escaped.bad(fault)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: no half of a surrogate pair is in it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_missing(value: Any) -> bool:

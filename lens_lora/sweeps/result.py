@@ -36,6 +36,8 @@ class SweepResult:
         resumed: how many of them earlier runs had finished.
         flips: how many margins change sign.
         errors: (id, what is wrong, with its line) of each bad record.
+        damaged: files of finished prompts that could not be read, and why; their prompts were run
+            again.
         sites, analyses: the rows and the columns of the site table.
         readout, units: of all prompts; 'margin(doc − pre)' if each prompt has its own, and every
             unit that occurs (nats where an answer has several tokens).
@@ -48,6 +50,7 @@ class SweepResult:
     resumed: int
     flips: int
     errors: tuple[tuple[int | str, str], ...]
+    damaged: tuple[str, ...]
     sites: tuple[Site, ...]
     analyses: tuple[str, ...]
     readout: str

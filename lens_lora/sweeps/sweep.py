@@ -8,15 +8,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import contextlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter
@@ -25,14 +22,22 @@ from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.sweeps.analyses import chosen
 from lens_lora.sweeps.batches import Job, Row, make_batches, measure, prepare
+from lens_lora.sweeps.fingerprint import (
+    Fingerprint,
+    differences,
+    fingerprint,
+    fingerprint_without_model,
+)
+from lens_lora.sweeps.lock import only_writer
 from lens_lora.sweeps.processes import Processes, launched
 from lens_lora.sweeps.records import Record, RecordsLike, SweepError, read_records
 from lens_lora.sweeps.result import SweepResult
+from lens_lora.sweeps.resume import Content, content
 from lens_lora.sweeps.store import Store, require_same_sweep
 
 __all__ = ["require_resumable", "sweep"]
 
-_SAMPLED, _WARNED = 64, 10
+_WARNED = 10
 
 
 def sweep(
@@ -44,6 +49,7 @@ def sweep(
     readout: Readout | None = None,
     batch_size: int = 8,
     resume: bool = True,
+    version: str | None = None,
     progress: bool = True,
 ) -> SweepResult:
     """Run analyses on hundreds of prompts; after an interruption, the same call resumes.
@@ -66,61 +72,84 @@ def sweep(
         readout: read on every prompt, in place of the margin doc − pre.
         batch_size: how many prompts are run, and written, together.
         resume: go on with what is at `out`; False removes it and starts over.
+        version: names what the readout and your hooks compute where their code and values cannot
+            be hashed (an error says so); change it whenever that changes.
         progress: show a bar.
 
     Returns:
         SweepResult, on every process. A bad record does not stop the sweep: it is named in a
-        warning, and its row in the prompts' table says what is wrong.
+        warning, and its row in the prompts' table says what is wrong. So is a damaged part of an
+        earlier run, whose prompts run again.
 
     Raises:
         SweepError: there are no records, an analysis is unknown, a file is of another kind, or
-            `out` holds results of another lens, readout, choice of analyses or prompts.
+            `out` holds results of another lens, readout, choice of analyses or prompts, or is
+            being written by another sweep, or cannot be written or read.
         TokenError: the readout does not fit the model.
         ModelStateError: an analysis cannot be computed on this lens or model.
     """
-    if batch_size < 1:
-        raise SweepError(f"batch_size={batch_size}: expected at least 1.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise SweepError(f"batch_size={batch_size!r}: expected a whole number of at least 1.")
     names = chosen(analyses)
     rows = read_records(records, with_answers=readout is None)
     if readout is not None:
         _require_for_all(lens, readout)
     processes = launched()
-    store = Store(out, _fingerprint(lens, names, readout), lens.sites, names)
-    before = store.done() if resume else {}
-    _require_same_records(rows, before, store.prompts_path)
-    shown = progress and processes.is_main
-    prepared = _prepare(lens, rows, readout, before, shown)
-    processes.wait()
+    about = fingerprint(lens, names, readout, version)
+    store, shown = Store(out, about, lens.sites, names), progress and processes.is_main
+    with only_writer(store.sites_path) if processes.is_main else contextlib.nullcontext():
+        _require_one_sweep(processes.gather(store.fingerprint), processes.index)
+        before = store.done(rows) if resume else {}
+        prepared = _prepare(lens, rows, readout, before, shown)
+        _by_main(processes, lambda: store.begin(anew=not resume))
+        jobs = [job for job in prepared if isinstance(job, Job)]
+        checked = [job if isinstance(job, Record) else job.record for job in prepared]
+        resumed = sum(r.error is None and content(r) in before for r in checked)
+        mine = make_batches(jobs, batch_size)[processes.index :: processes.count]
+        with _bar(mine, resumed, processes, shown) as bar:
+            for batch in mine:
+                store.add(measure(lens, batch, names))
+                bar.update(len(batch))
+        _by_main(processes, lambda: store.merge(checked, before))
+        result = _result(lens, store, checked, names, resumed)
+        processes.wait()  # the main process lets no other sweep write before all have read
     if processes.is_main:
-        store.begin(anew=not resume)
-    processes.wait()
-    jobs = [job for job in prepared if isinstance(job, Job)]
-    mine = make_batches(jobs, batch_size)[processes.index :: processes.count]
-    with _bar(mine, len(before), processes, shown) as bar:
-        for batch in mine:
-            store.add(measure(lens, batch, names))
-            bar.update(len(batch))
-    processes.wait()
-    checked = [job if isinstance(job, Record) else job.record for job in prepared]
-    if processes.is_main:
-        store.merge(checked, before)
-    processes.wait()
-    result = _result(lens, store, checked, names, len(before))
-    if result.errors and processes.is_main:
         _warn(result)
     return result
+
+
+def _by_main(processes: Processes, work: Callable[[], object]) -> None:
+    """The main process works while the others wait."""
+    processes.wait()
+    if processes.is_main:
+        work()
+    processes.wait()
+
+
+def _require_one_sweep(fingerprints: Sequence[Fingerprint], index: int) -> None:
+    """Check that this process computes what the main process does.
+
+    Raises:
+        SweepError: its model, adapter or readout is another.
+    """
+    differ = differences(fingerprints[0], fingerprints[index])
+    if differ:
+        raise SweepError(
+            f"process {index + 1} of {len(fingerprints)} runs another sweep than process 1: "
+            f"{'; '.join(differ)}. Give each of them the same model, adapter and readout."
+        )
 
 
 def _prepare(
     lens: LoraLens,
     records: Sequence[Record],
     readout: Readout | None,
-    done: Mapping[str, Row],
+    done: Mapping[Content, Row],
     shown: bool,
 ) -> list[Job | Record]:
     """Each record as a job; finished and bad records as they are."""
     with tqdm(records, "reading records", leave=False, disable=not shown, unit="record") as bar:
-        return [r if str(r.id) in done else prepare(lens, r, readout) for r in bar]
+        return [r if content(r) in done else prepare(lens, r, readout) for r in bar]
 
 
 def _bar(mine: Sequence[list[Job]], resumed: int, processes: Processes, shown: bool) -> tqdm:
@@ -142,32 +171,6 @@ def _require_for_all(lens: LoraLens, readout: Readout) -> None:
         bound(readout, lens.model, Prompts(ones, ones[:, 0]))
 
 
-def _require_same_records(records: Sequence[Record], done: Mapping[str, Row], path: Path) -> None:
-    """Check that finished results are of these records and not of other prompts.
-
-    Raises:
-        SweepError: a finished id is missing now, or has another prompt or answers.
-    """
-    now: dict[str, Record] = {}
-    for record in records:
-        now.setdefault(str(record.id), record)
-    remedy = "Give another out, or start over with resume=False (--no-resume)."
-    for name, row in done.items():
-        record = now.get(name)
-        if record is None:
-            raise SweepError(
-                f"{path} or its parts hold the id {name!r} (prompt {row.prompt!r}), but the "
-                f"records do not. {remedy}"
-            )
-        for field in ("prompt", "doc", "pre"):
-            there, here = getattr(row, field), getattr(record, field)
-            if there != here:
-                raise SweepError(
-                    f"the {field} of id {name!r} is {there!r} in {path} or its parts, but {here!r} "
-                    f"in the records ({record.where}). {remedy}"
-                )
-
-
 def require_resumable(
     out: str | Path, adapter: Adapter, analyses: str | Iterable[str], readout: Readout | None = None
 ) -> None:
@@ -182,48 +185,7 @@ def require_resumable(
     Raises:
         SweepError: `out` holds results of another adapter, choice of analyses or readout.
     """
-    require_same_sweep(out, _without_model(adapter, chosen(analyses), readout))
-
-
-def _without_model(
-    adapter: Adapter, analyses: Sequence[str], readout: Readout | None
-) -> dict[str, Any]:
-    factors = {
-        f"{module}.{field.name}": getattr(factor, field.name)
-        for module, factor in adapter.modules.items()
-        for field in dataclasses.fields(factor)
-    }
-    return {
-        "adapter_weights": _digest(factors),
-        "analyses": list(analyses),
-        "readout": f"{readout.label}, {readout.units}" if readout else "margin of doc and pre",
-    }
-
-
-def _fingerprint(
-    lens: LoraLens, analyses: Sequence[str], readout: Readout | None
-) -> dict[str, Any]:
-    """What the numbers depend on besides the records, as plain JSON."""
-    return {
-        **lens.describe(),
-        "sites": len(lens.sites),
-        "model_weights": _digest(dict(lens.model.named_parameters())),
-        **_without_model(lens.adapter, analyses, readout),
-    }
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    """A short hash of tensors (of a sample of each one's numbers) and plain values."""
-    digest = hashlib.sha256()
-    for name, value in values.items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            flat = value.detach().flatten()
-            some = flat[:: max(1, len(flat) // _SAMPLED)].to("cpu", torch.float64)
-            digest.update(str(tuple(value.shape)).encode() + some.numpy().tobytes())
-        else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()[:12]
+    require_same_sweep(out, fingerprint_without_model(adapter, chosen(analyses), readout))
 
 
 def _result(
@@ -243,6 +205,7 @@ def _result(
         resumed=resumed,
         flips=sum(row["flips"] is True for row in good),
         errors=tuple((row["id"], row["error"]) for row in rows if row["error"] is not None),
+        damaged=tuple(map(str, store.damaged)),
         sites=lens.sites,
         analyses=analyses,
         readout=readouts.pop() if len(readouts) == 1 else "margin(doc − pre)",
@@ -252,12 +215,22 @@ def _result(
 
 
 def _warn(result: SweepResult) -> None:
-    shown = [f"  {identity!r}: {error}" for identity, error in result.errors[:_WARNED]]
-    if len(result.errors) > _WARNED:
-        shown.append(f"  … and {len(result.errors) - _WARNED} more")
-    lines = "\n".join(shown)
-    warnings.warn(
-        f"{len(result.errors)} of {result.records} records have no numbers (column 'error' of "
-        f"{result.prompts_path}):\n{lines}",
-        stacklevel=3,
-    )
+    """Name the bad records and the damaged parts, if there are any."""
+    if result.errors:
+        shown = [f"  {identity!r}: {error}" for identity, error in result.errors]
+        _warn_of(
+            f"{len(result.errors)} of {result.records} records have no numbers (column 'error' of "
+            f"{result.prompts_path})",
+            shown,
+        )
+    if result.damaged:
+        _warn_of(
+            f"{len(result.damaged)} files of finished prompts could not be read, and their "
+            "prompts were run again",
+            [f"  {damage}" for damage in result.damaged],
+        )
+
+
+def _warn_of(fact: str, lines: Sequence[str]) -> None:
+    more = [f"  … and {len(lines) - _WARNED} more"] if len(lines) > _WARNED else []
+    warnings.warn("\n".join([f"{fact}:", *lines[:_WARNED], *more]), stacklevel=4)

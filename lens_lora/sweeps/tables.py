@@ -124,25 +124,27 @@ def sites_table(
 def rows_of_results(
     prompts: pa.Table, sites: pa.Table, count: int, analyses: Sequence[str]
 ) -> list[Row]:
-    """The prompts without an error, from the two result tables.
+    """The prompts without an error, from the two tables that were written together.
 
     Args:
         prompts: one row per prompt.
-        sites: one row per prompt and site.
+        sites: one row per prompt and site, in the same order.
         count: how many sites there are.
         analyses: names from `ANALYSES`.
+
+    Raises:
+        ValueError: the tables are not of the same prompts.
     """
-    names = [str(identity) for identity in sites["id"].to_pylist()[::count]]
-    values = {name: sites[name].to_numpy().reshape(-1, count) for name in analyses}
-    place = {name: i for i, name in enumerate(names)}
-    rows: list[Row] = []
     found: list[dict[str, Any]] = prompts.select(list(_FIELDS)).to_pylist()
-    for fields in found:
-        name = str(fields["id"])
-        if fields["error"] is None and name in place:
-            mine = {analysis: column[place[name]] for analysis, column in values.items()}
-            fields |= {"id": name, "values": mine}
-            rows.append(Row(**fields))
+    good = [fields for fields in found if fields["error"] is None]
+    values = {
+        name: sites[name].to_numpy().reshape(len(good), count) if good else () for name in analyses
+    }
+    rows: list[Row] = []
+    for i, fields in enumerate(good):
+        mine = {name: column[i] for name, column in values.items()}
+        fields |= {"id": str(fields["id"]), "values": mine}
+        rows.append(Row(**fields))
     return rows
 
 

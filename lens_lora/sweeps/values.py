@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +14,7 @@ from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout
+from lens_lora.sweeps.analyses import ANALYSES
 
 __all__ = ["VALUES", "Values"]
 
@@ -32,12 +32,14 @@ def _slopes(at: float) -> Values:
 
 
 def _path(lens: LoraLens, prompts: Prompts, readout: Readout) -> Float[Tensor, "batch site"]:
-    return path_attribution(lens, prompts, readout, progress=False).values
+    options = ANALYSES["path"].options
+    return path_attribution(lens, prompts, readout, **options, progress=False).values
 
 
-def _interventions(how: Literal["add_one", "leave_one_out"]) -> Values:
+def _interventions(name: str) -> Values:
     def values(lens: LoraLens, prompts: Prompts, readout: Readout) -> Float[Tensor, "batch site"]:
-        return patch_sites(lens, prompts, readout, how=how, progress=False).values
+        options = ANALYSES[name].options
+        return patch_sites(lens, prompts, readout, **options, progress=False).values
 
     return values
 
@@ -51,8 +53,8 @@ def _second_order(
 
 
 VALUES: dict[str, Values] = {
-    "first_order": _slopes(0.0),
-    "first_order_at_1": _slopes(1.0),
+    "first_order": _slopes(ANALYSES["first_order"].at),
+    "first_order_at_1": _slopes(ANALYSES["first_order_at_1"].at),
     "path": _path,
     "add_one": _interventions("add_one"),
     "leave_one_out": _interventions("leave_one_out"),

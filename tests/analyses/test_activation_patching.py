@@ -16,7 +16,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.analyses.patch_activations import patch_activations
 from lens_lora.engine import batching, swap
-from lens_lora.hooked.gates import attached
+from lens_lora.hooked.attaching import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -112,7 +112,7 @@ def test_a_frozen_update_is_seen(cls: str):
     name = next(site.read for site in lens.sites if site.kind == "o" and site.layer == 0)
     kept: list[Tensor] = []
     run(lens.model, tokens, [(name, lambda tensor, hook: kept.append(tensor.clone()))])
-    ours = [(n, f) for n, f in lens.fwd_hooks() if type(f).__name__ != "_Arranger"]
+    ours = [(n, f) for n, f in lens.fwd_hooks() if type(f).__name__ != "Arranger"]
     with torch.no_grad(), attached(lens.model, [*ours, (name, lambda t, hook: kept[0])]):
         frozen = lens.model(tokens, return_type="logits")[:, -1]
     read = MARGIN.bind(lens.model, 2)

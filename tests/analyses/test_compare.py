@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from results_by_hand import two_prompts
 from scipy import stats
 from torch import Tensor
 
@@ -208,7 +209,7 @@ def test_different_results_are_refused_naming_both(pair):
     with pytest.raises(ValueError, match="different groups: .*layer 0.*q"):
         compare(effects(a[:, :3], "layer"), effects(a[:, :6], "kind"))
     for bad in ({"k": 0}, {"bootstrap": -1}):
-        with pytest.raises(ValueError, match="expected k ≥ 1"):
+        with pytest.raises(ValueError, match="expected at least"):
             compare(of, effects(e), **bad)
     with pytest.raises(ValueError, match="expected one of pearson"):
         compare(of, effects(e)).mean("r2")
@@ -239,3 +240,16 @@ def test_scatter_draws_every_site_once(pair):
     assert found.plot(1).layout.title.text.count(f"{float(found.pearson[1]):.3f}") == 1
     with pytest.raises(ValueError, match="prompts 0 to 3"):
         found.plot(4)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_not_finite_agrees_with_nothing(odd: float, which: int):
+    """Otherwise the largest of a ranking, and of no sign."""
+    pair = [two_prompts(), two_prompts()]
+    values = pair[which].values.clone()
+    values[1, 2] = odd
+    pair[which] = dataclasses.replace(pair[which], values=values)
+    words = rf"first_order@0 is {odd} at prompt 1, blocks\.2\.mlp\.up \(1 such numbers\)"
+    with pytest.raises(ll.ArgumentError, match=words):
+        ll.compare(*pair)

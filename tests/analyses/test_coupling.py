@@ -228,7 +228,7 @@ def test_half_of_the_curvature_would_show(lens: ll.LoraLens):
     """Negative control: with 1ᵀH1, or the self-curvature alone, the order falls back to two."""
     found = second_of(weaker(lens), self_curvature=True)
     for wrong in (2 * found.half_row_sums, found.self_curvature):
-        planted = SecondOrder(found.first_order, wrong, None, found.curve)
+        planted = dataclasses.replace(found, half_row_sums=wrong)
         assert (planted.order - 2).abs().max() < 0.1
 
 

@@ -10,7 +10,8 @@ import torch
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.analyses.remainder_curve import fitted_order
+from lens_lora.analyses.remainder_curve import orders
+from lens_lora.results.noise import Noise
 
 MARGIN = ll.Margin(5, 9)
 
@@ -31,8 +32,7 @@ def test_a_wrong_first_order_has_order_one(cls: str):
     lens = cases.case("llama", cls, "raw").lens
     curve = ll.remainder_curve(lens, models.tokens(), MARGIN, progress=False)
     wrong = curve.remainder + 0.01 * curve.first_order
-    for row, floor in zip(wrong, curve.noise_floor, strict=True):
-        assert fitted_order(curve.scales, row, floor) < 1.5
+    assert (orders(curve.scales, wrong, curve.remainder_floor) < 1.5).all()
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
@@ -117,9 +117,11 @@ def hand_made(first_order: float, ratios: list[float]) -> ll.Remainder:
     scales = (0.25, 0.5, 0.75)
     moved = [e * first_order / (1 - r) for e, r in zip(scales, ratios, strict=True)]
     return ll.Remainder(
-        shift=torch.tensor([10.0]),
+        base=torch.tensor([0.0]),
+        adapted=torch.tensor([10.0]),
+        str_tokens=(("a",),),
         first_order=torch.tensor([first_order]),
-        noise_floor=torch.tensor([1e-3]),
+        noise=Noise(*torch.full((3, 1), 1e-3)),
         path_scales=scales,
         path_shift=torch.tensor([moved]),
         sites=(),

@@ -10,7 +10,8 @@ from every_family import EVERY, lens_of
 
 import lens_lora as ll
 from lens_lora.engine.function import read_logits, read_value
-from lens_lora.hooked.gates import ScaleInject, attached
+from lens_lora.hooked.attaching import attached
+from lens_lora.hooked.gates import ScaleInject
 
 pytestmark = pytest.mark.usefixtures("float64")
 READOUTS = [ll.Margin(5, 9), ll.Logit([3, 4]), ll.LogProb("w7"), ll.AnswerMargin("w5 w7", "w8")]

@@ -17,7 +17,7 @@ import lens_lora as ll
 from lens_lora import families
 from lens_lora.engine import parts as contract
 from lens_lora.engine import reverse as slopes
-from lens_lora.hooked import gates, host
+from lens_lora.hooked import attaching, gates, host
 from lens_lora.hooked.host_hooked_transformer import HookedTransformerHost
 from lens_lora.hooked.ports import Ports
 
@@ -144,7 +144,7 @@ def test_unarranged_hooks_show(cls: str, monkeypatch):
             )
 
     right = run()
-    monkeypatch.setattr(gates._Arranger, "__call__", lambda self, tensor, hook: None)
+    monkeypatch.setattr(attaching.Arranger, "__call__", lambda self, tensor, hook: None)
     assert (run() - right).abs().max() > 1e-2
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 
 import cases
 import models
 import pytest
 import reference
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
 
@@ -83,6 +87,32 @@ def test_both_classes_read_the_file_alike(cls: str, tmp_path):
     tokens = models.tokens()
     with torch.no_grad():
         assert worst(lens.logits(tokens), peft(tokens).logits) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_dora_is_computed_in_the_base_s_dtype(dtype: torch.dtype, tmp_path):
+    """The file's factors are rounded; the base's weight, of which DoRA takes norms, is not."""
+    base, tokens = models.hf_model("llama"), models.tokens()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models.peft_model("llama", base, use_dora=True).save_pretrained(tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+        peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    lens = ll.LoraLens(next(iter(models.MAKERS.values()))(base), ll.load_adapter(tmp_path))
+    with torch.no_grad():
+        assert worst(lens.logits(tokens), peft(tokens).logits) < EXACT
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 10**400, {"*.q": math.nan}, "tensor"])
+def test_a_gate_that_is_not_finite_is_refused(scale):
+    """A HookedTransformer would take NaN scores for a pattern of zeros, and go on."""
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    if scale == "tensor":
+        scale = torch.ones(len(lens.sites)).index_fill(0, torch.tensor([0]), math.nan)
+    with pytest.raises(ll.LensLoraError, match="NaN or infinite|finite number"):
+        lens.logits(models.tokens(), scale)
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)

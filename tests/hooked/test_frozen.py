@@ -14,8 +14,8 @@ from lens_lora.analyses.first_order import first_order
 from lens_lora.engine.function import gated_logits
 from lens_lora.engine.reverse import site_slopes
 from lens_lora.hooked import frozen
+from lens_lora.hooked.attaching import attached
 from lens_lora.hooked.frozen import FrozenRules
-from lens_lora.hooked.gates import attached
 from lens_lora.show.text import method_text
 
 first_order_module = sys.modules[first_order.__module__]

@@ -210,7 +210,7 @@ def test_a_dead_input_hook_is_refused_at_the_first_run(cls: str):
     """Where a hook point stops firing, an error names the site; never a silent zero."""
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
     hooks = [(n, f) for n, f in lens.fwd_hooks() if type(f).__name__ != "_Reader"]
-    hooks = [(n, f) for n, f in hooks if type(f).__name__ != "_Arranger"]
+    hooks = [(n, f) for n, f in hooks if type(f).__name__ != "Arranger"]
     with pytest.raises(ll.ModelStateError, match="blocks.0.attn.q.*input hook did not"):
         lens.model.run_with_hooks(tokens, fwd_hooks=hooks)
 

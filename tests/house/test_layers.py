@@ -13,7 +13,8 @@ from imports import COMPUTED, Package
 TESTS = Path(__file__).parents[1]
 LENS_LORA = Package(TESTS.parent / "lens_lora")
 LAYERS = [
-    {"errors", "_version", "families"},
+    {"errors", "_version", "families", "temporary"},
+    {"arguments"},
     {"adapters", "readouts"},
     {"hooked"},
     {"lens"},

@@ -73,6 +73,9 @@ CALLS = {
     "remainder_curve": lambda t, folder, **o: ll.remainder_curve(
         t.lens, PROMPT, R, torch.linspace(0.1, 1, 70), **o
     ),
+    "kl_shares": lambda t, folder, **o: ll.kl_shares(
+        t.lens, PROMPT, scales=[0.01 * s for s in range(1, 100)], **o
+    ),
     "second_order": lambda t, folder, **o: ll.second_order(
         t.lens, [LONG] * 10, R, self_curvature=True, **o
     ),
@@ -84,6 +87,7 @@ SHORT = {
     ),
     "feature_writes": lambda t: ll.feature_writes(t.lens, PROMPT, torch.eye(16)),
     "tangents": lambda t: ll.tangents(t.lens, PROMPT),
+    "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
 }
 DEEP = {"fact_margin", "patch_sites", "reliability", "remainder"}
 NO_PASS = {"compare", "demo", "load", "load_adapter", "null_adapter"}

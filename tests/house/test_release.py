@@ -59,29 +59,28 @@ def test_the_oldest_environment_names_nothing_else():
     assert sorted(oldest()) == sorted(Requirement(text).name for text in BOUNDED)
 
 
-def imported_for_type_checkers() -> dict[str, str]:
-    """{public name: module} of the imports under TYPE_CHECKING in lens_lora/__init__.py."""
-    tree = ast.parse((ROOT / "lens_lora/__init__.py").read_text(encoding="utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If) and not node.orelse
-                and isinstance(node.test, ast.Name))  # fmt: skip
-    return {
-        alias.asname or alias.name: node.module.removeprefix("lens_lora.")
-        for node in block.body
-        for alias in node.names
-    }
+def homes() -> dict[str, str]:
+    """{public name: module} of the imports in lens_lora/__init__.pyi."""
+    tree = ast.parse((ROOT / "lens_lora/__init__.pyi").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"lens_lora.{node.module}" for node in imports for alias in node.names}
+
+
+def listed() -> list[str]:
+    """`__all__` of lens_lora/__init__.pyi."""
+    tree = ast.parse((ROOT / "lens_lora/__init__.pyi").read_text(encoding="utf-8"))
+    (found,) = (node.value for node in tree.body if isinstance(node, ast.Assign))
+    return ast.literal_eval(found)
 
 
 def test_type_checkers_and_python_find_the_same_names():
-    assert imported_for_type_checkers() == ll._MODULE_OF
-    assert sorted(ll.__all__) == sorted([*ll._MODULE_OF, "__version__"])
+    assert sorted(listed()) == sorted(homes()) == sorted(ll.__all__)
     assert set(ll.__all__) <= set(dir(ll))
 
 
-@pytest.mark.parametrize("name", ll.__all__)
+@pytest.mark.parametrize("name", sorted(homes()))
 def test_public_name_is_what_its_module_defines(name):
-    found = getattr(ll, name)
-    if name != "__version__":
-        assert found is getattr(importlib.import_module(f"lens_lora.{ll._MODULE_OF[name]}"), name)
+    assert getattr(ll, name) is getattr(importlib.import_module(homes()[name]), name)
 
 
 def test_public_class_is_pickled():

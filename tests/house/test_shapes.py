@@ -24,12 +24,12 @@ SCALES, ONE = torch.tensor([0.1, 0.2, 0.4]), torch.tensor(0.0)
 
 @CHECKED
 def test_a_wrong_shape_is_seen():
-    """Three scales for two remainders, and a noise floor that is no scalar."""
-    assert fitted_order(SCALES, SCALES**2, ONE).item() == pytest.approx(2)
+    """Three scales for two remainders, and a noise floor that is one for all."""
+    assert fitted_order(SCALES, SCALES**2, 0 * SCALES).item() == pytest.approx(2)
     with pytest.raises(TypeCheckError, match="rest"):
-        fitted_order(SCALES, SCALES[:2], ONE)
+        fitted_order(SCALES, SCALES[:2], SCALES)
     with pytest.raises(TypeCheckError, match="floor"):
-        fitted_order(SCALES, SCALES**2, SCALES)
+        fitted_order(SCALES, SCALES**2, ONE)
 
 
 @CHECKED
@@ -46,7 +46,7 @@ def test_a_wrong_shape_of_a_result_is_seen():
 @pytest.mark.bad_input
 def test_bad_input_is_not_checked():
     with pytest.raises((RuntimeError, ValueError)):
-        fitted_order(SCALES, SCALES[:2], ONE)
+        fitted_order(SCALES, SCALES[:2], SCALES)
 
 
 def annotated(tree: ast.AST) -> Iterator[str]:

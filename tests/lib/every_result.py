@@ -13,6 +13,7 @@ import lens_lora as ll
 from lens_lora.analyses.spectra import AdapterSummary
 from lens_lora.analyses.spectrum import Spectrum
 from lens_lora.results.measured import Measured, Result
+from lens_lora.results.noise import Noise
 
 HEADER = {f.name: getattr(two_prompts(), f.name) for f in dataclasses.fields(Measured)}
 TOKENS = HEADER["str_tokens"]
@@ -48,10 +49,23 @@ def components() -> ll.Components:
 
 def remainder() -> ll.Remainder:
     return ll.Remainder(
-        shift=torch.tensor([10.0]), first_order=torch.tensor([9.0]),
-        noise_floor=torch.tensor([1e-3]), path_scales=(0.25, 0.5, 0.75),
-        path_shift=torch.tensor([[2.0, 5.0, 7.0]]), sites=SITES,
-        site_first_order=torch.ones(1, 4), site_shift=None, readout="y", units="logits", meta=META,
+        first_order=torch.tensor([9.0]), noise=Noise(*torch.full((3, 1), 1e-3)),
+        path_scales=(0.25, 0.5, 0.75), path_shift=torch.tensor([[2.0, 5.0, 7.0]]), sites=SITES,
+        site_first_order=torch.ones(1, 4), site_shift=None, base=torch.tensor([0.0]),
+        adapted=torch.tensor([10.0]), str_tokens=(("a",),), readout="y", units="logits", meta=META,
+    )  # fmt: skip
+
+
+def token_shifts() -> ll.TokenShifts:
+    """Two responses, of two tokens and of one."""
+    nats = torch.tensor([[-1.0, -2.0], [-3.0, math.nan]])
+    each = torch.stack([nats, nats / 2])
+    ids, changes = torch.tensor([[[0], [1]], [[1], [0]]]), torch.full((2, 2, 1), 0.25)
+    return ll.TokenShifts(
+        response=((" a", " b"), (" c",)), log_p=each, entropy=-each,
+        rank=torch.tensor([[[0, 3], [5, -1]]] * 2), kl=-each, promoted=changes,
+        suppressed=-changes, promoted_ids=ids, suppressed_ids=ids, strings={"0": "a", "1": "b"},
+        between=("base", "adapted"), str_tokens=TOKENS, meta=META,
     )  # fmt: skip
 
 
@@ -71,9 +85,9 @@ def every_result() -> list[Result]:
     )
     found = [
         two_prompts(), activations(by_position=True), features(by_position=True), writes,
-        components(), remainder(), summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
-        e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,
-        e.comparisons[0],
+        components(), remainder(), token_shifts(), summary(), e, e.margin, e.margin.curve, e.shift,
+        e.second_order, e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness,
+        e.null, e.comparisons[0],
     ]  # fmt: skip
     assert all(isinstance(result, Result) for result in found)
     return found  # type: ignore[return-value]

@@ -46,9 +46,7 @@ def by_hand(
 
     def flags(of, effect):
         correction = torch.tensor([effect]) - plain.values
-        return ll.Reliability(
-            plain, correction, None, of, 0.5, torch.tensor([0.01]), {}, att.readout, "logits", meta
-        )
+        return ll.Reliability(plain, correction, None, of, 0.5, torch.tensor([0.01]), {})
 
     shift = ll.LogitShift(torch.tensor([[3.0, -1.0, -2.0]]), (), (0, 1, 2), strings, meta)
     module = dataclasses.replace(shift, values=torch.ones(1, 1, 3), sites=sites[1:2])
@@ -72,7 +70,7 @@ def by_hand(
     }  # fmt: skip
     test = ll.NullTest(
         plain, torch.full((9, 1, 4), 0.1) * torch.arange(1, 10)[:, None, None], torch.full((9, 1),
-        0.5), tuple(range(9)), floor, att.readout, "logits", meta,
+        0.5), tuple(range(9)), floor,
     )  # fmt: skip
     asked = {"leave_one_out": leave} if fast else {"add_one": add, "leave_one_out": leave}
     return ll.Explanation(
@@ -82,7 +80,9 @@ def by_hand(
         shift=shift,
         module_shift=module,
         adapted_end=dataclasses.replace(plain, values=torch.tensor([list(end)]), at=1.0),
-        second_order=SecondOrder(plain, torch.tensor([[0.5, 0.5, 0.25, 0.25]]), None, margin.curve),
+        second_order=SecondOrder(
+            plain, torch.tensor([[0.5, 0.5, 0.25, 0.25]]), None, margin.curve, floor
+        ),
         reliability={of: flags(of, list(effect)) for of, effect in asked.items()},
         null=test if null else None,
         **full,

@@ -8,6 +8,7 @@ import re
 import torch
 
 from lens_lora import Attribution, FactMargin, RemainderCurve, Site
+from lens_lora.results.noise import Noise
 
 READOUT = "margin(' Lyon' − ' Paris')"
 SCALES = (0.01, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -50,7 +51,7 @@ def fact(m0, values, margins, *, flip=math.nan, noise=1e-6, facts=(" Lyon", " Pa
         values=torch.tensor([margins]),
         base=att.base,
         slope=att.total,
-        noise_floor=torch.tensor([noise]),
+        noise=Noise(torch.tensor([noise]), torch.tensor([noise]), torch.tensor([0.0])),
         order=torch.tensor([2.0]),
         readout=READOUT,
         units="logits",

@@ -71,12 +71,14 @@ def test_a_margin_of_single_tokens_is_the_margin(lens: ll.LoraLens):
     assert (several.shift - one.shift).abs().max() < 1e-12
 
 
-def test_shared_prefixes_are_run_once_and_cancel(lens: ll.LoraLens):
-    """' 5 9 12' and ' 5 7' share 5: rows (5), (5, 9) remain of five."""
+def test_a_row_for_each_answer_or_one_for_both(lens: ll.LoraLens):
+    """' 5 7' is read in the row of ' 5 9 12', which begins with 5; ' 8 7' has its own."""
     prompts = lens.prompts(models.tokens()[:1])
-    reading = ll.AnswerMargin(DOC, PRE).over(lens.model, prompts)
-    assert [int(n) - 7 for n in reading.prompts.lengths] == [1, 2]
-    assert reading.tokens_of([["a", "b"], ["a", "c", "d"]]) == (("a", "b|c", "d"),)
+    one = ll.AnswerMargin(DOC, PRE).over(lens.model, prompts)
+    assert [int(n) - 7 for n in one.prompts.lengths] == [2]
+    two = ll.AnswerMargin(DOC, torch.tensor([8, 7])).over(lens.model, prompts)
+    assert [int(n) - 7 for n in two.prompts.lengths] == [2, 1]
+    assert two.tokens_of([["a", "b"], ["a", "c", "d"]]) == (("a", "b|c", "d"),)
 
 
 def test_fact_margin_of_answers(lens: ll.LoraLens):

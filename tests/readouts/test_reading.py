@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lens_lora as ll
+from lens_lora.readouts.rows import Reading
 
 pytestmark = pytest.mark.usefixtures("float64")
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
@@ -29,11 +30,17 @@ READOUTS = [
 ]
 
 
+def random_logits(lens: ll.LoraLens, reading: Reading, *copies: int) -> torch.Tensor:
+    """[row, *copies, vocab], or [row, *copies, slot, vocab] of a response."""
+    slots = () if reading.prompts.reads is None else (reading.prompts.slots,)
+    return torch.randn(len(reading.owner), *copies, *slots, int(lens.model.cfg.d_vocab))
+
+
 @pytest.mark.parametrize("readout", READOUTS, ids=lambda readout: type(readout).__name__)
 def test_copies_are_read_as_each_alone(readout: ll.Readout):
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     reading = readout.over(lens.model, lens.prompts(PROMPTS))
-    rows = torch.randn(len(reading.owner), COPIES, int(lens.model.cfg.d_vocab))
+    rows = random_logits(lens, reading, COPIES)
     many = reading.repeat(COPIES)
     alone = torch.stack([reading.read(rows[:, copy]) for copy in range(COPIES)], 1)
     assert torch.allclose(many.read(rows.flatten(0, 1)).view(-1, COPIES), alone, rtol=1e-12)
@@ -52,7 +59,7 @@ def test_copies_are_read_in_one_call(readout: ll.Readout, monkeypatch: pytest.Mo
     read = kind.__call__
     monkeypatch.setattr(kind, "__call__", lambda *given: calls.append(1) or read(*given))
     many = reading.repeat(COPIES)
-    many.read(torch.randn(len(many.owner), int(lens.model.cfg.d_vocab)))
+    many.read(random_logits(lens, many))
     assert calls == [1]
 
 
@@ -68,7 +75,7 @@ def test_groups_of_prompts_read_what_all_read(readout: ll.Readout, tokens: int):
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     reading = readout.over(lens.model, lens.prompts(MANY))
     groups = reading.groups(tokens)
-    logits = torch.randn(len(reading.owner), int(lens.model.cfg.d_vocab))
+    logits = random_logits(lens, reading)
     rows = logits.split([len(group.owner) for group in groups])
     found = torch.cat([group.read(some) for group, some in zip(groups, rows, strict=True)])
     assert torch.allclose(found, reading.read(logits), rtol=1e-12)

@@ -184,7 +184,11 @@ REFUSED = {
     "none": (WORDS, [], "0 tokens for 3 prompts"),
     "not in the vocabulary": (WORDS, "Paris", "'Paris' is not in the vocabulary.*'<unk>'"),
     "no tokenizer": (BARE, "w5", "no tokenizer to look up 'w5'; pass the token's id"),
-    "float": (WORDS, torch.tensor([5.0, 6.0, 7.0]), "5.0 is neither a token string nor an id"),
+    "float": (
+        WORDS,
+        torch.tensor([5.0, 6.0, 7.0]),
+        "token ids must be integers, not torch.float32",
+    ),
     "two axes": (WORDS, torch.ones(3, 1).int(), r"\[1\] is neither a token string nor an id"),
 }
 

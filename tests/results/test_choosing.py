@@ -16,6 +16,7 @@ from results_by_hand import attribution, two_prompts
 import lens_lora as ll
 from lens_lora.results.choosing import largest, only_prompt, prompt_rows
 from lens_lora.results.measured import Ranked
+from lens_lora.results.noise import Noise
 
 GROUPS = {"layer 0": (0, 1), "layer 2": (2, 3)}
 
@@ -68,7 +69,7 @@ def without_a_mean():
     curves = dataclasses.replace(
         curve, values=curve.values.expand(2, -1), base=curve.base.expand(2),
         order=curve.order.expand(2), slope=curve.slope.expand(2),
-        noise_floor=curve.noise_floor.expand(2),
+        noise=Noise(*torch.full((3, 2), 1e-6)),
     )  # fmt: skip
     two = dataclasses.replace(
         margin, attribution=by_position, curve=curves, doc=margin.doc * 2, pre=margin.pre * 2,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_by_hand import two_prompts
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import lens_lora as ll
 from lens_lora.results import storage
-from lens_lora.results.measured import Measured, Ranked, Result
+from lens_lora.results.measured import Measured, Ranked, Read, Result
 
 RESULTS = every_result()
+SMALL = two_prompts()
 
 
 def same(a: object, b: object, path: str = "") -> None:
@@ -56,7 +59,7 @@ def test_every_result_comes_back(result: Result, tmp_path: Path):
 def test_every_final_class_is_among_them():
     """A class is abstract or final: nothing that can be made has a subclass."""
     classes = {kind for kind in descendants(Result) if kind.__module__.startswith("lens_lora.")}
-    abstract = {Measured, Ranked}
+    abstract = {Read, Measured, Ranked}
     assert classes - abstract == {type(result) for result in RESULTS}
     for kind in classes - abstract:
         assert not kind.__subclasses__() and not kind.__abstractmethods__, kind
@@ -85,7 +88,80 @@ def test_other_formats_are_named(format: str, tmp_path: Path):
         ll.Attribution.load(path)
 
 
-SMALL = two_prompts()
+def written(labels: object, tensors: dict[str, torch.Tensor], path: Path) -> Path:
+    """A file whose digest is right, of any labels."""
+    text = json.dumps(labels)
+    digest = storage._digest(text, tensors)  # pyright: ignore[reportPrivateUsage]
+    metadata = {"format": storage.FORMAT, "labels": text, "sha256": digest}
+    path.write_bytes(save(tensors, metadata=metadata))
+    return path
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
+def test_no_change_of_any_result_is_read_as_it(result: Result, tmp_path: Path):
+    """A lost, renamed or added field, tensor or class; a number or a list in place of another.
+
+    With a digest that is right, as a newer version of this package would write it.
+    """
+    path = result.save(tmp_path / "r")
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        labels = json.loads(file.metadata()["labels"])
+    same(result, type(result).load(written(labels, tensors, tmp_path / "same")))
+    for i, (changed, kept) in enumerate(changes(labels, tensors)):
+        path = written(changed, kept, tmp_path / str(i))
+        with pytest.raises(ll.LensLoraError, match="again|load it with"):
+            type(result).load(path)
+
+
+def changes(
+    labels: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> Iterator[tuple[object, dict[str, torch.Tensor]]]:
+    fields = labels["fields"]
+    for name in fields:
+        yield {**labels, "fields": {k: v for k, v in fields.items() if k != name}}, tensors
+        renamed = {(f"{k}_of_2" if k == name else k): v for k, v in fields.items()}
+        yield {**labels, "fields": renamed}, tensors
+    yield {**labels, "fields": {**fields, "curvature": 1.0}}, tensors
+    for name in tensors:
+        yield labels, {k: v for k, v in tensors.items() if k != name}
+    for of in ("Site", "Unknown", "Path", 3, None):
+        yield {**labels, "of": of}, tensors
+    for other in (fields, [labels], {"map": labels}, "text", 3, None):
+        yield other, tensors
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
+def test_no_damage_of_any_result_is_read(result: Result, tmp_path: Path):
+    """A byte changed here and there, and every tenth end."""
+    whole = result.save(tmp_path / "r").read_bytes()
+    path = tmp_path / "damaged"
+    for at in range(0, len(whole), max(1, len(whole) // 15)):
+        for content in (whole[:at], whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :]):
+            path.write_bytes(content)
+            try:
+                loaded = type(result).load(path)
+            except ll.LensLoraError:
+                continue
+            same(result, loaded)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("path", [3, None, b"a", ["a"]])
+def test_what_is_no_path(path: Any):
+    for act in (SMALL.save, ll.Attribution.load):
+        with pytest.raises(ll.LensLoraError, match="is no path"):
+            act(path)
+
+
+def test_where_nothing_can_be_written_or_read(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a", tmp_path / "no" / "folder"):
+        with pytest.raises(ll.LensLoraError, match=re.escape(str(path))):
+            SMALL.save(path)
+        with pytest.raises(ll.LensLoraError, match=re.escape(str(path))):
+            ll.Attribution.load(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @settings(max_examples=300, deadline=None)

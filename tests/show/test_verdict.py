@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from results_by_hand import META, SCALES, SITES, fact
 
 import lens_lora as ll
-from lens_lora.analyses.remainder import verdict_of
+from lens_lora.analyses.verdict import Point, Verdict, verdict_of
 from lens_lora.show.words.account import account_of
 from lens_lora.show.words.margin import margin_story
 
@@ -34,12 +34,12 @@ def test_results_and_words_agree(margins: list[float], first: list[float], noise
     margin = fact(-4.0, first, margins, noise=noise)
     quarters = (0.25, 0.5, 0.75)
     columns = [SCALES.index(scale) for scale in quarters]
+    ends = {name: getattr(margin.attribution, name) for name in ("base", "adapted", "str_tokens")}
     rest = ll.Remainder(
-        shift=margin.attribution.shift, first_order=margin.first_order,
-        noise_floor=margin.noise_floor, path_scales=quarters,
+        first_order=margin.first_order, noise=margin.curve.noise, path_scales=quarters,
         path_shift=margin.curve.shift[:, columns], sites=SITES,
         site_first_order=margin.attribution.per_site, site_shift=None,
-        readout="y", units="logits", meta=META,
+        readout="y", units="logits", meta=META, **ends,
     )  # fmt: skip
     (verdict,) = margin.verdict
     assert verdict == rest.verdict[0] == account_of(margin).verdict
@@ -74,13 +74,32 @@ def test_the_strengths_are_the_same_for_every_result():
     ],
 )
 def test_where_the_kinds_begin(shift: float, remainder: float, on_the_way: float, kind: str):
-    verdict = verdict_of(shift, remainder, 1e-3, [(0.5, 5 * on_the_way, 5.0)])
-    assert verdict.kind == kind
+    assert verdict(shift, remainder, [(0.5, 5 * on_the_way, 5.0)]).kind == kind
+
+
+def verdict(
+    shift: float, remainder: float, way: list[tuple[float, float, float]], own: float = 1e-3
+) -> Verdict:
+    """With a noise floor of 1e-3, and that of the remainder."""
+    return verdict_of(
+        Point(1.0, remainder, shift, own, 1e-3), [Point(*point, own, 1e-3) for point in way]
+    )
 
 
 def test_rounding_on_the_way_is_no_remainder():
     """A large ratio of two numbers within rounding says nothing."""
-    verdict = verdict_of(10.0, 0.5, 1e-3, [(0.25, 0.002, 0.002), (0.5, 0.4, 5.0)])
-    assert (verdict.kind, verdict.worst, verdict.worst_scale) == ("small", 0.08, 0.5)
-    assert verdict_of(10.0, 0.5, 1e-3, []).worst is None
-    assert torch.isnan(torch.tensor(verdict_of(0.0, 0.0, 1e-3, []).share))
+    found = verdict(10.0, 0.5, [(0.25, 0.002, 0.002), (0.5, 0.4, 5.0)])
+    assert (found.kind, found.worst, found.worst_scale) == ("small", 0.08, 0.5)
+    assert verdict(10.0, 0.5, []).worst is None
+    assert torch.isnan(torch.tensor(verdict(0.0, 0.0, []).share))
+
+
+def test_the_remainder_has_a_floor_of_its_own():
+    """First order's rounding is in it: what it could make is no remainder, at 1 and on the way."""
+    way = [(0.5, 1.5, 5.0)]
+    assert verdict(10.0, 0.5, way).kind == "coincidence"
+    found = verdict(10.0, 0.5, way, own=0.6)
+    assert (found.kind, found.worst) == ("noise", None)
+    assert str(found) == "below the noise: the remainder 0.5 is within rounding (1.8)"
+    assert verdict(10.0, 5.0, way, own=0.6).kind == "large"
+    assert verdict(0.002, 0.5, way, own=0.6).kind == "no_shift"

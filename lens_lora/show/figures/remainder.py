@@ -25,7 +25,7 @@ _HIGHEST_SHARE = 300.0
 def remainder_figure(curve: RemainderCurve, prompt: int | None = None) -> go.Figure:
     """The readout and its first-order line along ε, and |R(ε)| as a share of the shift.
 
-    Where |R| is under three noise floors it is greyed: its share there is a ratio of rounding.
+    Where |R| is under three noise floors of its own it is greyed: its share is one of rounding.
 
     Args:
         curve: along the path.
@@ -37,8 +37,8 @@ def remainder_figure(curve: RemainderCurve, prompt: int | None = None) -> go.Fig
     index = only_prompt(prompt, len(curve.base), "curves along ε")
     scales = curve.scales.double().tolist()
     rest, shift = curve.remainder[index].tolist(), curve.shift[index].tolist()
-    floor = SIGMAS * float(curve.noise_floor[index])
-    is_noise = [abs(r) <= floor for r in rest]
+    floors = (SIGMAS * curve.remainder_floor[index]).tolist()
+    is_noise = [abs(r) <= floor for r, floor in zip(rest, floors, strict=True)]
     shares = [100 * abs(r / s) if s else None for r, s in zip(rest, shift, strict=True)]
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     for trace in along_path(curve, index):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 
 from lens_lora.analyses.explain import Explanation
+from lens_lora.results.measured import SIGMAS
 from lens_lora.show.tables.logit_shift import tokens_table
 from lens_lora.show.tables.margin import margin_table
 from lens_lora.show.tables.parts import Row, filled_table
@@ -64,7 +65,8 @@ def remainder_rows(e: Explanation) -> list[Row]:
         (part, value, share of the shift).
     """
     a, second = explained_account(e), e.second_order
-    rows = [_part(a, "remainder after first order, R", a.remainder)]
+    after = SIGMAS * float(second.remainder_floor[0])
+    rows = [_part(a, "remainder after first order, R", a.remainder, a.remainder_floor)]
     if e.add_one is not None:
         own = float(e.add_one.values.sum() - e.first_order.total)
         alone, together = "Σ (g(e_l) − g(0) − a_l)", "g(1) − g(0) − Σ (g(e_l) − g(0))"
@@ -73,19 +75,26 @@ def remainder_rows(e: Explanation) -> list[Row]:
             (f"  of single modules, {alone}", signed(own), share),
             _part(a, f"  of modules together, {together}", float(e.add_one.interaction)),
         ]
-    rows.append(_part(a, "second order at ε = 0, ½ 1ᵀH1", float(second.curvature)))
+    bend = SIGMAS * float(second.curvature_noise[0])
+    rows.append(_part(a, "second order at ε = 0, ½ 1ᵀH1", float(second.curvature), bend))
     if e.coupling is not None:
         shares = e.coupling.shares().loc[0]
         rows += [
             _part(a, "  within layers, self-curvature", float(shares["self"])),
             _part(a, "  between layers, coupling", float(shares["coupling"])),
         ]
-    rows.append(_part(a, "remainder after second order: higher orders", float(second.remainder)))
-    return [*rows, ("three noise floors", magnitude(a.floor), "")]
+    left = float(second.remainder)
+    return [
+        *rows,
+        _part(a, "remainder after second order: higher orders", left, after),
+        ("three noise floors, of a shift", magnitude(a.floor), ""),
+        ("  after first order", magnitude(a.remainder_floor), ""),
+        ("  after second order", magnitude(after), ""),
+    ]
 
 
-def _part(a: Account, name: str, value: float) -> Row:
-    return (name, signed(value), _share(a, value))
+def _part(a: Account, name: str, value: float, floor: float | None = None) -> Row:
+    return (name, signed(value), _share(a, value, floor))
 
 
 def site_heads(e: Explanation) -> Row:
@@ -256,8 +265,9 @@ def explanation_tables(e: Explanation, k: int = 10) -> RenderableType:
     return Group(*tables)
 
 
-def _share(a: Account, value: float) -> str:
-    if a.is_noise(a.shift) or a.is_noise(value):
+def _share(a: Account, value: float, floor: float | None = None) -> str:
+    """A share of the shift, where value and shift stand out of the noise, the value of its own."""
+    if a.is_noise(a.shift) or abs(value) <= (a.floor if floor is None else floor):
         return "noise"
     return percent(value / a.shift)
 

@@ -42,7 +42,8 @@ def margin_rows(account: Account) -> list[Row]:
         *rows,
         ("m, adapted model", signed(account.m), ""),
         ("flip scale", flip, ""),
-        ("three noise floors", magnitude(account.floor), ""),
+        ("three noise floors, of a shift", magnitude(account.floor), ""),
+        ("  after first order", magnitude(account.remainder_floor), ""),
     ]
 
 

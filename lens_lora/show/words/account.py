@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from lens_lora.analyses.margin import FactMargin
-from lens_lora.analyses.remainder import Verdict
+from lens_lora.analyses.verdict import Verdict
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.text import prompt_text
 
@@ -68,6 +68,16 @@ class Account:
         return self.verdict.floor
 
     @property
+    def remainder_floor(self) -> float:
+        """Three of the remainder's, in which first order's own rounding is."""
+        return self.verdict.remainder_floor
+
+    @property
+    def remainder_is_noise(self) -> bool:
+        """Whether the remainder at ε = 1 could be rounding alone."""
+        return abs(self.remainder) <= self.remainder_floor
+
+    @property
     def shift(self) -> float:
         """m − m₀."""
         return self.m - self.m0
@@ -122,20 +132,8 @@ def account_of(fact_margin: FactMargin, prompt: int | None = None) -> Account:
         crossings=_crossings([float(curve.base[i]), *curve.values[i].tolist()], floor),
         flips=fact_margin.flips[i],
         flip_predicted=fact_margin.flip_predicted[i],
-        steps=tuple(
-            Step(scale, rest, _share(rest, shift, floor))
-            for scale, rest, shift in zip(
-                curve.scales.double().tolist(),
-                curve.remainder[i].tolist(),
-                curve.shift[i].tolist(),
-                strict=True,
-            )
-        ),
+        steps=tuple(Step(p.scale, p.remainder, p.share) for p in curve.points[i]),
     )
-
-
-def _share(rest: float, shift: float, floor: float) -> float | None:
-    return abs(rest / shift) if abs(rest) > floor and abs(shift) > floor else None
 
 
 def _crossings(margins: Sequence[float], floor: float) -> int:

@@ -110,7 +110,7 @@ def _token(said: tuple[str, float]) -> str:
 def _parts(e: Explanation, a: Account) -> str:
     """What the remainder is made of: exactly, by single modules, and to second order."""
     second, sentences = e.second_order, []
-    if e.add_one is not None and not a.is_noise(a.remainder):
+    if e.add_one is not None and not a.remainder_is_noise:
         own = float(e.add_one.values.sum() - e.first_order.total)
         note = ", which rounding alone could make" if is_rounding(own, e, a) else ""
         together = signed(float(e.add_one.interaction))

@@ -1,13 +1,13 @@
 """A fact margin's story in plain words. Every sentence is a number of the result, no more.
 
 A difference of at most three noise floors is called noise, and no share of it is given. How good
-first order is was decided with the result (`analyses/remainder.py`); here it is put into words.
+first order is was decided with the result (`analyses/verdict.py`); here it is put into words.
 """
 
 from __future__ import annotations
 
 from lens_lora.analyses.margin import FactMargin
-from lens_lora.analyses.remainder import Verdict
+from lens_lora.analyses.verdict import Verdict
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.results.measured import SIGMAS
@@ -42,8 +42,10 @@ def verdict_text(verdict: Verdict) -> str:
     """
     v = verdict
     if v.kind in ("no_shift", "noise"):
-        what, value = ("shift", v.shift) if v.kind == "no_shift" else ("remainder", v.remainder)
-        return f"below the noise: the {what} {value:.2g} is within rounding ({v.floor:.2g})"
+        of_shift = ("shift", v.shift, v.floor)
+        of_rest = ("remainder", v.remainder, v.remainder_floor)
+        what, value, floor = of_shift if v.kind == "no_shift" else of_rest
+        return f"below the noise: the {what} {value:.2g} is within rounding ({floor:.2g})"
     on_the_way = "on the way within rounding"
     if v.worst is not None:
         on_the_way = f"{v.worst:.0%} of the shift at ε = {v.worst_scale:g}"
@@ -76,8 +78,8 @@ def paragraphs_of(
     )
 
 
-def _noise_text(account: Account) -> str:
-    return f"below {SIGMAS:g} noise floors ({magnitude(account.floor)})"
+def _noise_text(floor: float) -> str:
+    return f"below {SIGMAS:g} noise floors ({magnitude(floor)})"
 
 
 def _preferred(account: Account, margin: float) -> tuple[str, str]:
@@ -90,7 +92,7 @@ def _base(a: Account) -> str:
     if a.is_noise(a.m0):
         return (
             f"{where} the base model prefers neither {a.doc} nor {a.pre}: its margin of "
-            f"{signed(a.m0)} {a.units} is {_noise_text(a)}."
+            f"{signed(a.m0)} {a.units} is {_noise_text(a.floor)}."
         )
     winner, loser = _preferred(a, a.m0)
     return f"{where} the base model prefers {winner} to {loser} by {magnitude(a.m0)} {a.units}."
@@ -106,15 +108,16 @@ def _units(a: Account) -> str:
 def _adapted(a: Account) -> str:
     if a.is_noise(a.shift):
         return (
-            f"The adapter moves this margin by {signed(a.shift)} {a.units}, {_noise_text(a)}: that "
-            "cannot be told from rounding, so this run shows no effect of the adapter."
+            f"The adapter moves this margin by {signed(a.shift)} {a.units}, "
+            f"{_noise_text(a.floor)}: that cannot be told from rounding, so this run shows no "
+            "effect of the adapter."
         )
     towards = a.doc if a.shift > 0 else a.pre
     moved = f"a shift of {magnitude(a.shift)} towards {towards}"
     if a.is_noise(a.m):
         return (
             f"With the adapter it prefers neither: its margin of {signed(a.m)} is "
-            f"{_noise_text(a)}, {moved}."
+            f"{_noise_text(a.floor)}, {moved}."
         )
     still = "still " if a.m * a.m0 > 0 and not a.is_noise(a.m0) else ""
     winner, _ = _preferred(a, a.m)
@@ -150,7 +153,7 @@ def _first_order(a: Account) -> str:
         f"First order at ε = 0 predicts a shift of {signed(a.first_order)} {a.units}, to a margin "
         f"of {signed(a.predicted)}"
     )
-    if any(a.is_noise(margin) for margin in (a.m0, a.m, a.predicted)):
+    if a.is_noise(a.m0) or a.is_noise(a.m) or abs(a.predicted) <= a.remainder_floor:
         return f"{text}."
     verdict = {
         (True, True): "it predicts the flip",
@@ -168,13 +171,14 @@ def _unconfirmed(a: Account, value: float) -> str:
 def _remainder(a: Account) -> str:
     if a.is_noise(a.shift):
         return (
-            f"What it leaves, {signed(a.remainder)}, is {_noise_text(a)} as well."
-            if a.is_noise(a.remainder)
+            f"What it leaves, {signed(a.remainder)}, is {_noise_text(a.remainder_floor)} as well."
+            if a.remainder_is_noise
             else f"It differs from the run by {signed(a.remainder)}, which is more than rounding."
         )
     v = a.verdict
     left = f"It leaves {signed(a.remainder)} at ε = 1"
-    left += f", {_noise_text(a)}" if a.is_noise(a.remainder) else f", {share_text(v.share)}"
+    noise = _noise_text(a.remainder_floor)
+    left += f", {noise}" if a.remainder_is_noise else f", {share_text(v.share)}"
     if v.worst is None or v.worst_scale is None:
         return f"{left}; {_ON_THE_WAY} no share of it stands out of the noise{_VERDICTS[v.kind]}."
     worst = f"{share_text(v.worst)} so far"

@@ -1,0 +1,59 @@
+"""What comes of mutated input: right, refused by an error of ours, or a fault.
+
+    python benchmarks/fuzz.py --cases 10000 [--first 0] [--write]
+
+Adapter folders, result files, records, the files of half-finished sweeps, prompts, tokens, gates
+and hooks of users, from a seed: the same number gives the same case. Each runs within 10 seconds
+and 1 GB, with sockets, processes and unpickling trapped; what is read is compared with PEFT and
+Hugging Face in float64. The cases themselves are in tests/lib/fuzz*.py, and a few hundred of them
+run in the test suite. `--write` puts the table into docs/robustness.md; the exit code is 1 if there
+is a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "robustness.md"
+BEGIN, END = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
+
+
+def main() -> int:
+    asked = arguments()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.path.insert(0, str(ROOT / "tests" / "lib"))
+    import fuzz
+
+    with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
+        run, began = fuzz.Fuzz(Path(folder)), time.monotonic()
+        done = run.run(asked.cases, asked.first, began + asked.seconds)
+    text = f"{done:,} cases, numbers {asked.first:,} to {asked.first + done - 1:,}."
+    print(fuzz.table(run.counts), f"{text} {time.monotonic() - began:.0f} s.", sep="\n\n")
+    for fault in run.faults[: asked.shown]:
+        print(f"\n{fault}", file=sys.stderr)
+    if asked.write:
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        _, after = rest.split(END)
+        page = f"{before}{BEGIN}\n{text}\n\n{fuzz.table(run.counts)}\n{END}{after}"
+        PAGE.write_text(page, encoding="utf-8")
+    return bool(run.faults)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--shown", type=int, default=20, help="faults that are shown in full")
+    parser.add_argument("--write", action="store_true", help="into docs/robustness.md")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

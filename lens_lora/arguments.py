@@ -1,0 +1,147 @@
+"""Numbers, words and token ids as callers give them: Python's, numpy's, tensors of one entry.
+
+Nothing is converted that could mean something else: True is no token, "0.5" no gate, 7.5 no id, NaN
+no tolerance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens_lora.errors import ArgumentError, LensLoraError
+
+__all__ = ["integers", "is_whole", "number", "numbers_of", "one_entry", "text", "whole", "word"]
+
+_BOOLEAN = bool | np.bool_
+
+
+def one_entry(value: object) -> object:
+    """A tensor or array without axes as Python's own number; all else as it is.
+
+    Args:
+        value: as a caller gives it.
+    """
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        return value.item()
+    return value
+
+
+def number(name: str, value: object) -> float:
+    """A finite real number.
+
+    Args:
+        name: of the argument.
+        value: as a caller gives it.
+
+    Raises:
+        ArgumentError: a word, a truth value, a complex number, NaN, an infinity, or several.
+    """
+    plain = one_entry(value)
+    if isinstance(plain, _BOOLEAN) or not isinstance(plain, numbers.Real):
+        raise ArgumentError(f"{name}={value!r}: expected a number.")
+    with contextlib.suppress(OverflowError):  # a whole number beyond any float
+        if math.isfinite(plain):
+            return float(plain)
+    raise ArgumentError(f"{name}={value!r}: expected a finite number.")
+
+
+def numbers_of(name: str, values: object) -> list[float]:
+    """Several finite real numbers, in a list, a tuple, an array or a tensor.
+
+    Args:
+        name: of the argument.
+        values: as a caller gives them.
+
+    Raises:
+        ArgumentError: a single value, or an entry that `number` refuses.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ArgumentError(f"{name}={values!r}: expected a list of numbers.")
+    if isinstance(values, Tensor | np.ndarray) and values.ndim != 1:
+        raise ArgumentError(f"{name} has the shape {tuple(values.shape)}; expected one axis.")
+    return [number(name, value) for value in values]
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether this is a whole number, and no truth value.
+
+    Args:
+        value: as `one_entry` gives it.
+    """
+    return isinstance(value, numbers.Integral) and not isinstance(value, _BOOLEAN)
+
+
+def whole(name: str, value: object, least: int | None = None) -> int:
+    """A whole number.
+
+    Args:
+        name: of the argument.
+        value: as a caller gives it.
+        least: the smallest allowed, if there is one.
+
+    Raises:
+        ArgumentError: no whole number, or a smaller one.
+    """
+    plain = one_entry(value)
+    if not is_whole(plain):
+        raise ArgumentError(f"{name}={value!r}: expected a whole number.")
+    if least is not None and plain < least:
+        raise ArgumentError(f"{name}={plain}: expected at least {least}.")
+    return int(plain)
+
+
+def word(name: str, value: object, known: Iterable[str]) -> str:
+    """One of some words.
+
+    Args:
+        name: of the argument.
+        value: as a caller gives it.
+        known: the words that mean something.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if isinstance(value, str) and value in known:
+        return value
+    raise ArgumentError(f"{name}={value!r}: expected {' or '.join(map(repr, known))}.")
+
+
+def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:
+    """A tensor of integers as int64, in which every id fits and no operation is missing.
+
+    Args:
+        what: its entries are, for the message.
+        values: as a caller gives them.
+        error: raised for another type.
+    """
+    if not isinstance(values, Tensor):
+        raise error(f"{what} are a {type(values).__name__}; expected a tensor of integers.")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise error(f"{what} must be integers, not {values.dtype}.")
+    return values.long()
+
+
+def text(what: str, value: str, error: type[LensLoraError]) -> str:
+    """Text that can be encoded, as a tokenizer does.
+
+    Args:
+        what: names it, for the message.
+        value: as a caller gives it.
+        error: raised for half of a surrogate pair.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError as cause:
+        raise error(
+            f"{what} holds half of a surrogate pair ({value[cause.start : cause.end]!r}), which is "
+            "no character; it was cut or decoded wrongly."
+        ) from cause
+    return value

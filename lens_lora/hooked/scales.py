@@ -1,0 +1,73 @@
+"""The strength of an adapter, as a caller gives it, as gates ε: one per site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real as RealNumber
+
+import torch
+from jaxtyping import Float, Real
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from lens_lora.arguments import number, one_entry
+from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.hooked.sites import match_sites
+
+__all__ = ["Scale", "gates_of"]
+
+Scale = float | Real[Tensor, ""] | Real[Tensor, "*batch site"] | Mapping[str, float]
+
+
+def gates_of(
+    scale: Scale, names: Sequence[str], dtype: torch.dtype
+) -> Float[Tensor, "*batch site"]:
+    """ε, through which derivatives pass to the tensors that were given.
+
+    Args:
+        scale: one number for all sites, a tensor, or {site name or glob: number}, others 0.
+        names: of all sites.
+        dtype: of the gates.
+
+    Raises:
+        SiteError: a name that matches no site, or a tensor without one gate per site.
+        ArgumentError: what is no number, tensor or mapping; NaN, infinity, a truth value.
+    """
+    if isinstance(scale, Mapping):
+        given = match_sites(names, scale)
+        gates = torch.stack([_number(given.get(i, 0.0), dtype) for i in range(len(names))])
+    elif not isinstance(scale, Tensor) or not scale.ndim:
+        gates = _number(scale, dtype).repeat(len(names))
+    elif scale.shape[-1] != len(names):
+        raise SiteError(f"{scale.shape[-1]} gates for {len(names)} sites: pass one per site.")
+    else:
+        gates = _real(scale).to(dtype)
+    return _finite(gates)
+
+
+def _finite(gates: Float[Tensor, "*batch site"]) -> Float[Tensor, "*batch site"]:
+    """The gates, none of which is NaN or infinite: a HookedTransformer would drop the attention.
+
+    Within a `torch.func` transform their values are not known.
+    """
+    if not is_functorch_wrapped_tensor(gates) and not bool(torch.isfinite(gates.detach()).all()):
+        raise ArgumentError("a gate is NaN or infinite; expected finite numbers.")
+    return gates
+
+
+def _number(value: object, dtype: torch.dtype) -> Float[Tensor, ""]:
+    if isinstance(value, Tensor) and not value.ndim:
+        return _real(value).to(dtype)
+    plain = one_entry(value)
+    if isinstance(plain, RealNumber):
+        return torch.tensor(number("scale", plain), dtype=dtype, device="cpu")
+    raise ArgumentError(
+        f"a scale of type {type(value).__name__}: expected a number, a tensor with one gate per "
+        "site, or {site name or glob: number}."
+    )
+
+
+def _real(gates: Tensor) -> Tensor:
+    if gates.is_complex() or gates.dtype == torch.bool:
+        raise ArgumentError(f"gates of {gates.dtype}: expected real numbers.")
+    return gates

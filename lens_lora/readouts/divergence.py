@@ -1,0 +1,174 @@
+"""KL between the base distribution and that at the gates, summed over a response, in nats:
+
+    D(ε) = Σ_t KL(p_0,t ‖ p_ε,t),   or the other way round   Σ_t KL(p_ε,t ‖ p_0,t).
+
+1. p₀ is held: it is run once, at gates of zero, and does not move with ε (`engine/asked.py`).
+2. D(0) = 0 and ∇D(0) = 0, as a divergence is least where the two agree; so first order at ε = 0
+   says nothing, and is refused. `kl_shares`, `path_attribution` and first order at ε = 1 do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lens_lora.errors import ArgumentError
+from lens_lora.readouts.answers import AnswerLike, AnswerLogProb
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.readout import Readout
+from lens_lora.readouts.rows import Reading, one_row_each
+
+__all__ = ["KL", "Divergence", "Linear", "Way", "held"]
+
+Way = Literal["base_to_adapted", "adapted_to_base"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KL(Readout):
+    """KL between the base model's distribution and that at the gates, in nats.
+
+    Its value at the base is zero, at the adapted model the divergence itself. Every analysis takes
+    it but those that rest on the derivative at ε = 0, which is zero.
+
+    Args:
+        response: what is said after each prompt, as `AnswerLogProb` takes it: the sum over its
+            tokens; None for the next token alone.
+        direction: 'base_to_adapted', KL(p₀‖p), or 'adapted_to_base', KL(p‖p₀).
+
+    Raises:
+        ArgumentError: another direction.
+    """
+
+    response: AnswerLike | None = None
+    direction: Way = "base_to_adapted"
+    units = "nats"
+
+    def __post_init__(self) -> None:
+        if self.direction not in get_args(Way):
+            raise ArgumentError(f"direction={self.direction!r}: expected one of {get_args(Way)}.")
+
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        """The prompts with their responses, one row each; p₀ is held later (`held`).
+
+        Args:
+            model: the hooked model.
+            prompts: without the responses.
+
+        Raises:
+            TokenError, PromptError: a response that does not fit the model.
+        """
+        if self.response is None:
+            return one_row_each(prompts, _unheld)
+        reading = AnswerLogProb(self.response).over(model, prompts)
+        return dataclasses.replace(reading, read=_unheld)
+
+    @property
+    def label(self) -> str:
+        """`KL(base ‖ adapted)`, or the other way round."""
+        there = self.direction == "base_to_adapted"
+        of = "" if self.response is None else " of the response"
+        return f"KL({'base ‖ adapted' if there else 'adapted ‖ base'}){of}"
+
+
+def _unheld(logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "row"]:
+    raise RuntimeError("a KL is read before its base distribution was run")
+
+
+def held(readout: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Reading:
+    """The reading of a KL, with the distribution that it compares with.
+
+    Args:
+        readout: which way the divergence goes.
+        reading: from `readout.over`.
+        base: the logits of its rows at gates of zero.
+    """
+    rows = torch.arange(len(base), device=base.device)
+    log_p = base.log_softmax(-1)
+    mask = reading.prompts.read_mask.to(base.device)
+    there = readout.direction == "base_to_adapted"
+    return dataclasses.replace(reading, read=Divergence(log_p, mask, rows, there))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Divergence:
+    """Σ_t KL of each row's slots, in nats.
+
+    Attributes:
+        log_p: log p₀ of every row that is held.
+        mask: which slots of it hold a token.
+        of: which held row each row is compared with.
+        there: KL(p₀‖p), else KL(p‖p₀).
+    """
+
+    log_p: Float[Tensor, "held *slot vocab"]
+    mask: Bool[Tensor, "held slot"]
+    of: Int[Tensor, "row"]
+    there: bool
+
+    def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "row"]:
+        """D of each row from its logits."""
+        log_q, of = logits.log_softmax(-1), self.of.to(logits.device)
+        log_p = self.log_p.to(logits.device)[of]
+        log_p = log_p if log_p.ndim == 2 else log_p[:, : logits.shape[1]]
+        first, second = (log_p, log_q) if self.there else (log_q, log_p)
+        by_slot = (first.exp() * (first - second)).sum(-1)
+        return by_slot if by_slot.ndim == 1 else _over_slots(by_slot, self.mask[self.of])
+
+    def repeat(self, times: int) -> Divergence:
+        """The readout of every row several times: r0 r0 … r1 r1 …
+
+        Args:
+            times: how often.
+        """
+        return dataclasses.replace(self, of=self.of.repeat_interleave(times))
+
+    def only(self, first: int, end: int) -> Divergence:
+        """The readout of rows first … end − 1.
+
+        Args:
+            first: index of the first.
+            end: index after the last.
+        """
+        return dataclasses.replace(self, of=self.of[first:end])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linear:
+    """Σ_t w_t · f_t of each row, with covectors w that do not move.
+
+    Attributes:
+        covectors: w, for each row; zero where a slot holds no token.
+    """
+
+    covectors: Float[Tensor, "row *slot vocab"]
+
+    def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "row"]:
+        """The products, summed over slots and vocabulary."""
+        return (self.covectors.to(logits) * logits).flatten(1).sum(1)
+
+    def repeat(self, times: int) -> Linear:
+        """The readout of every row several times: r0 r0 … r1 r1 …
+
+        Args:
+            times: how often.
+        """
+        return Linear(self.covectors.repeat_interleave(times, 0))
+
+    def only(self, first: int, end: int) -> Linear:
+        """The readout of rows first … end − 1.
+
+        Args:
+            first: index of the first.
+            end: index after the last.
+        """
+        return Linear(self.covectors[first:end])
+
+
+def _over_slots(
+    by_slot: Float[Tensor, "row slot"], mask: Bool[Tensor, "row all_slots"]
+) -> Float[Tensor, "row"]:
+    return (by_slot * mask[:, : by_slot.shape[1]].to(by_slot)).sum(1)

@@ -1,0 +1,417 @@
+"""Arguments of odd types: refused by name, or right. Never converted into something else.
+
+What numpy and torch give for a number or an id is one; a truth value, a string of digits, a float
+id, NaN or a list in place of a number is none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from results_by_hand import two_prompts
+
+import lens_lora as ll
+from lens_lora.readouts.answers import answer_ids
+from lens_lora.readouts.readout import token_ids
+
+pytestmark = pytest.mark.bad_input
+NAN, INF = math.nan, math.inf
+MARGIN, TOKENS = ll.Margin(5, 9), models.tokens(batch=2, pos=4)
+
+
+@pytest.fixture(scope="module")
+def lens() -> ll.LoraLens:
+    base = models.hf_model("llama", dtype=torch.float32)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    return ll.LoraLens(next(iter(models.MAKERS.values()))(base), adapter)
+
+
+# --- token ids
+
+WORDS = SimpleNamespace(
+    cfg=SimpleNamespace(d_vocab=models.VOCAB, n_ctx=32), tokenizer=models.tokenizer()
+)
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16]
+IDS = {
+    "numpy": (np.int64(7), [7, 7]),
+    "numpy of eight bits": (np.uint8(7), [7, 7]),
+    "array without axes": (np.array(7), [7, 7]),
+    "list of numpy": ([np.int32(7), np.int64(8)], [7, 8]),
+    "list of tensors": ([torch.tensor(7), "w8"], [7, 8]),
+    "range": (range(7, 9), [7, 8]),
+    "numpy string": (np.str_("w7"), [7, 7]),
+    **{str(d): (torch.tensor([7, 8], dtype=d), [7, 8]) for d in INTEGERS},
+}
+NO_IDS = {
+    "truth": True,
+    "numpy truth": np.True_,
+    "truths": [True, False],
+    "tensor of truths": torch.tensor([True, False]),
+    "float": 7.0,
+    "numpy float": np.float32(7),
+    "floats": [7.5, 8.9],
+    "tensor of floats": torch.tensor([7.0, 8.0]),
+    "complex": torch.tensor([7 + 0j, 8 + 0j]),
+    "bytes": b"w7",
+    "None": None,
+    "set": {7, 8},
+    "dict": {7: 8, 8: 9},
+    "nested": [[7], [8]],
+    "negative": -1,
+    "negative tensor": torch.tensor([-7, 8]),
+    "negative of eight bits": torch.tensor([-7, 8], dtype=torch.int8),
+    "beyond 2⁶³": 2**70,
+    "half a surrogate pair": "w\ud800",
+}
+
+
+@pytest.mark.parametrize("token, ids", IDS.values(), ids=IDS)
+def test_ids_of_any_integer(token: Any, ids: list[int]):
+    assert token_ids(WORDS, token, 2).tolist() == ids
+    if not isinstance(token, range | np.ndarray) and not torch.is_tensor(token):
+        assert answer_ids(WORDS, token, 2) == [(i,) for i in ids]
+
+
+@pytest.mark.parametrize("token", NO_IDS.values(), ids=NO_IDS)
+@pytest.mark.parametrize("make", [ll.Logit, ll.LogProb, lambda t: ll.Margin(5, t)])
+def test_no_ids(make: Callable[[Any], Any], token: Any):
+    with pytest.raises(ll.TokenError):
+        make(token).bind(WORDS, 2)
+
+
+@pytest.mark.parametrize("answer", NO_IDS.values(), ids=NO_IDS)
+@pytest.mark.parametrize("make", [ll.AnswerLogProb, lambda a: ll.AnswerMargin(5, a)])
+def test_no_answers(make: Callable[[Any], Any], answer: Any):
+    with pytest.raises(ll.TokenError):
+        make(answer).over(WORDS, ll.Prompts(TOKENS, torch.tensor([4, 4])))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_answers_of_any_integer_dtype(dtype: torch.dtype):
+    ids = torch.tensor([7, 8], dtype=dtype)
+    for given in (ids, ids[None], [ids, "w7 w8"]):
+        assert answer_ids(WORDS, given, 2) == [(7, 8), (7, 8)]
+
+
+def test_ids_of_several_answers_are_no_answer():
+    """[batch, token] read as one long answer would be another number."""
+    with pytest.raises(ll.TokenError, match=r"shape \(2, 2\); expected \[token\], or a list"):
+        answer_ids(WORDS, torch.tensor([[7, 8], [9, 10]]), 2)
+
+
+def test_labels_name_the_id():
+    for seven in (7, np.int64(7), torch.tensor(7), np.array(7)):
+        assert ll.Logit(seven).label == "logit(7)"
+    assert ll.Logit(np.str_("w7")).label == "logit('w7')"
+
+
+# --- prompts
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_prompts_of_any_integer_dtype(lens: ll.LoraLens, dtype: torch.dtype):
+    """An index of eight bits without a sign is a mask to torch."""
+    expected = lens.logits(TOKENS)
+    assert torch.equal(lens.logits(TOKENS.to(dtype)), expected)
+    padded = ll.Prompts(TOKENS.to(dtype), torch.tensor([4, 4]).to(dtype))
+    assert torch.equal(lens.logits(padded), expected)
+
+
+NO_PROMPTS = {
+    "conversation as one dict": {"role": "user", "content": "w5"},
+    "set": {"w5", "w6"},
+    "bytes": b"w5",
+    "number": 5,
+    "None": None,
+    "nothing": (),
+    "ids in a list": [5, 6, 7],
+    "array": np.array([[5, 6]]),
+    "strings and ids": ["w5", 6],
+    "tensor of floats": TOKENS.float(),
+    "tensor of truths": TOKENS > 5,
+    "complex": TOKENS + 0j,
+    "three axes": TOKENS[None],
+    "no token": TOKENS[:, :0],
+    "negative": -TOKENS,
+    "half a surrogate pair": ["w5", "w\ud800"],
+}
+
+
+@pytest.mark.parametrize("prompts", NO_PROMPTS.values(), ids=NO_PROMPTS)
+def test_no_prompts(lens: ll.LoraLens, prompts: Any):
+    with pytest.raises(ll.PromptError):
+        lens.prompts(prompts)
+
+
+def test_strings_of_a_generator_are_read_once(lens: ll.LoraLens):
+    assert lens.prompts(word for word in ("w5", "w6 w7")).batch == 2
+
+
+@pytest.mark.parametrize("tokens, lengths", [
+    ([[5, 6]], torch.tensor([2])), (TOKENS, [4, 4]), (TOKENS.double(), torch.tensor([4, 4])),
+    (TOKENS, torch.tensor([True, True])), (TOKENS, torch.tensor([4.0, 4.0])),
+])  # fmt: skip
+def test_no_lengths(tokens: Any, lengths: Any):
+    with pytest.raises(ll.PromptError):
+        ll.Prompts(tokens, lengths)
+
+
+# --- numbers
+
+HALVES = {
+    "numpy": np.float32(0.5),
+    "array without axes": np.array(0.5),
+    "tensor": torch.tensor(0.5),
+    "double": torch.tensor(0.5, dtype=torch.float64),
+}
+AT: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
+    "first_order": lambda lens, at: ll.first_order(lens, TOKENS, MARGIN, at=at),
+    "first_orders": lambda lens, at: ll.first_orders(lens, TOKENS, [MARGIN], at=at)[0],
+    "logit_shift": lambda lens, at: ll.logit_shift(lens, TOKENS, tokens=[5], at=at),
+    "coupling": lambda lens, at: ll.coupling(lens, TOKENS, MARGIN, group="kind", at=at),
+    "tangents": lambda lens, at: ll.tangents(lens, TOKENS, "blocks.0.hook_resid_post", at=at),
+    "feature_shift": lambda lens, at: ll.feature_shift(
+        lens, TOKENS, torch.eye(16)[:2], "blocks.0.hook_resid_post", at=at
+    ),
+    "feature_writes": lambda lens, at: ll.feature_writes(lens, TOKENS, torch.eye(16)[:2], at=at),
+}
+NO_NUMBERS = {
+    "text": "0.5", "truth": True, "None": None, "list": [0.5], "several": torch.tensor([0.5, 1.0]),
+    "NaN": NAN, "infinity": INF, "complex": 0.5j, "numpy truth": np.True_,
+    "tensor of NaN": torch.tensor(NAN), "tensor of truth": torch.tensor(True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", AT.values(), ids=AT)
+def test_at_is_a_number(lens: ll.LoraLens, call: Callable[[ll.LoraLens, Any], Any]):
+    def numbers(at: Any) -> torch.Tensor:
+        found = call(lens, at)
+        if isinstance(found, ll.FeatureShift):
+            return found.first_order
+        if isinstance(found, ll.Coupling):
+            return found.matrix
+        return (
+            getattr(found, "values", None)
+            if hasattr(found, "meta")
+            else found["blocks.0.hook_resid_post"]
+        )
+
+    expected = numbers(0.5)
+    for half in HALVES.values():
+        assert torch.equal(numbers(half), expected)
+    for other in NO_NUMBERS.values():
+        with pytest.raises(ll.ArgumentError, match="at="):
+            call(lens, other)
+
+
+NO_GATES = {
+    **{name: value for name, value in NO_NUMBERS.items() if name != "tensor of NaN"},
+    "list of one": [1.0],
+    "array": np.ones(14),
+    "truths per site": torch.ones(14, dtype=torch.bool),
+    "complex per site": torch.ones(14) + 0j,
+    "too few": torch.ones(3),
+    "text by name": {"*": "1"},
+    "truth by name": {"*": True},
+    "NaN by name": {"*": NAN},
+    "list by name": {"*": [1.0]},
+    "by a number": {3: 1.0},
+    "by no site": {"*.attn.x": 1.0},
+}
+ONES = {
+    "numpy": np.float32(1),
+    "integer": 1,
+    "array without axes": np.array(1.0),
+    "tensor": torch.tensor(1),
+    "per site": torch.ones(14, dtype=torch.int32),
+    "by name": {"*": np.float64(1)},
+    "by name, of tensors": {"*": torch.tensor(1.0)},
+}
+
+
+@pytest.mark.parametrize("scale", NO_GATES.values(), ids=NO_GATES)
+def test_no_gates(lens: ll.LoraLens, scale: Any):
+    with pytest.raises(ll.LensLoraError):
+        lens.logits(TOKENS, scale)
+    with pytest.raises(ll.LensLoraError), lens.applied(scale):
+        pass
+
+
+@pytest.mark.parametrize("scale", ONES.values(), ids=ONES)
+def test_gates(lens: ll.LoraLens, scale: Any):
+    assert torch.equal(lens.logits(TOKENS, scale), lens.logits(TOKENS))
+
+
+def test_gates_that_are_not_finite_are_named(lens: ll.LoraLens):
+    with pytest.raises(ll.ArgumentError, match="a gate is NaN or infinite"):
+        lens.logits(TOKENS, torch.full((14,), NAN))
+
+
+def faithful(lens: ll.LoraLens, **how: Any) -> object:
+    scores = torch.ones(len(lens.sites))
+    return ll.faithfulness(lens, TOKENS, MARGIN, scores, progress=False, **how)
+
+
+FLOATS: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
+    "tol": lambda lens, x: ll.path_attribution(lens, TOKENS, MARGIN, tol=x),
+    "threshold": lambda lens, x: ll.reliability(lens, TOKENS, MARGIN, threshold=x),
+    "floor": lambda lens, x: ll.reliability(lens, TOKENS, MARGIN, floor=x),
+    "max_memory": lambda lens, x: ll.first_order(
+        lens, TOKENS, MARGIN, mode="forward", max_memory="none" if x is None else x
+    ),
+    "scales": lambda lens, x: ll.remainder_curve(lens, TOKENS, MARGIN, scales=[0.5, x]),
+    "fractions": lambda lens, x: faithful(lens, fractions=[0.5, x]),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_numbers(lens: ll.LoraLens, name: str, value: Any):
+    with pytest.raises(ll.ArgumentError, match=f"{name}="):
+        FLOATS[name](lens, value)
+
+
+def explained(lens: ll.LoraLens, null: Any) -> object:
+    return ll.explain(lens, TOKENS[:1], 5, 9, null=null, fast=True, progress=False)
+
+
+def compared(**how: Any) -> object:
+    return ll.compare(two_prompts(), two_prompts(), **how)
+
+
+COUNTS: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
+    "max_nodes": lambda lens, n: ll.path_attribution(lens, TOKENS, MARGIN, max_nodes=n),
+    "draws": lambda lens, n: ll.null_test(lens, TOKENS, MARGIN, draws=n),
+    "seed": lambda lens, n: ll.null_test(lens, TOKENS, MARGIN, seed=n),
+    "draws of faithfulness": lambda lens, n: faithful(lens, draws=n),
+    "seed of faithfulness": lambda lens, n: faithful(lens, seed=n),
+    "null": explained,
+    "k": lambda lens, n: two_prompts().top(n),
+    "k of compare": lambda lens, n: compared(k=n),
+    "bootstrap": lambda lens, n: compared(bootstrap=n),
+    "seed of compare": lambda lens, n: compared(seed=n),
+    "prompt": lambda lens, n: two_prompts().top(prompt=n),
+}
+NO_COUNTS = {
+    "text": "5", "truth": True, "float": 5.0, "list": [5], "NaN": NAN, "negative": -1,
+    "several": torch.tensor([5, 6]), "numpy float": np.float64(5), "complex": 5j,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", NO_COUNTS.values(), ids=NO_COUNTS)
+def test_whole_numbers(lens: ll.LoraLens, name: str, value: Any):
+    with pytest.raises(ll.ArgumentError, match=f"{name.split(' of ')[0]}[= ]"):
+        COUNTS[name](lens, value)
+
+
+def test_whole_numbers_of_numpy_and_torch(lens: ll.LoraLens):
+    expected = two_prompts().top(2, prompt=1)
+    for one, two in ((np.int64(1), np.uint8(2)), (torch.tensor(1), torch.tensor(2))):
+        assert two_prompts().top(two, prompt=one).equals(expected)
+    drawn = [ll.null_test(lens, TOKENS, MARGIN, draws=n, progress=False) for n in (2, np.int64(2))]
+    assert torch.equal(drawn[0].null, drawn[1].null) and drawn[0].seeds == drawn[1].seeds
+
+
+def test_more_than_there_are(lens: ll.LoraLens):
+    """k beyond the vocabulary, the sites or the groups is all of them; 0 is none."""
+    shift = ll.logit_shift(lens, TOKENS[:1], by_site=False)
+    for k, rows in ((10**6, models.VOCAB), (0, 0)):
+        assert len(shift.promoted(k=k)) == len(shift.suppressed(k=k)) == rows
+    for k, rows in ((99, 4), (0, 0)):
+        assert len(two_prompts().top(k)) == rows
+    for k in (-1, True, 2.5, "2"):
+        with pytest.raises(ll.ArgumentError, match="k="):
+            shift.promoted(k=k)
+
+
+# --- words, names and things
+
+WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
+    "by misspelt": (lambda lens: ll.first_order(lens, TOKENS, MARGIN, by="positon"), "positon"),
+    "by None": (lambda lens: ll.first_order(lens, TOKENS, MARGIN, by=None), "by=None"),
+    "by a number": (lambda lens: ll.first_order(lens, TOKENS, MARGIN, by=3), "by=3"),
+    "by a list of others": (lambda lens: ll.first_order(lens, TOKENS, MARGIN, by=[3]), r"by=\[3\]"),
+    "mode": (lambda lens: ll.first_order(lens, TOKENS, MARGIN, mode=["reverse"]), "mode="),
+    "rules": (lambda lens: ll.first_order(lens, TOKENS, MARGIN, rules="patterns"), "rules="),
+    "how": (lambda lens: ll.patch_sites(lens, TOKENS, MARGIN, how=["add_one"]), "how="),
+    "group": (lambda lens: ll.coupling(lens, TOKENS, MARGIN, group=["layer"]), "group"),
+    "no groups": (lambda lens: ll.coupling(lens, TOKENS, MARGIN, group={}), "holds no group"),
+    "a group of a number": (
+        lambda lens: ll.coupling(lens, TOKENS, MARGIN, group={"a": 3}), "a group of 3"),
+    "a group of numbers": (
+        lambda lens: ll.coupling(lens, TOKENS, MARGIN, group={"a": [3]}), "3 names no site"),
+    "sites": (lambda lens: ll.patch_sites(lens, TOKENS, MARGIN, sites=[3]), "3 names no site"),
+    "direction": (
+        lambda lens: ll.patch_activations(lens, TOKENS, MARGIN, "*", direction=["x"]),
+        "direction="),
+    "positions": (
+        lambda lens: ll.patch_activations(lens, TOKENS, MARGIN, "*", positions="every"),
+        "positions='every'"),
+    "a truth for a position": (
+        lambda lens: ll.patch_activations(lens, TOKENS, MARGIN, "*", positions=True),
+        "positions=True"),
+    "a mask for positions": (
+        lambda lens: ll.patch_activations(
+            lens, TOKENS, MARGIN, "*", positions=torch.tensor([True, False])), "positions="),
+    "a float for a position": (
+        lambda lens: ll.patch_activations(lens, TOKENS, MARGIN, "*", positions=[1.0]),
+        "positions=1.0"),
+    "names": (lambda lens: ll.tangents(lens, TOKENS, 3), "names=3"),
+    "names of a number": (lambda lens: ll.tangents(lens, TOKENS, [3]), "3 names no hook point"),
+    "a name": (
+        lambda lens: ll.feature_shift(lens, TOKENS, torch.eye(16), 3), "3 names no hook point"),
+    "a string of tokens": (
+        lambda lens: ll.logit_shift(lens, TOKENS, tokens="w5"), "tokens='w5': expected a list"),
+    "no tokens": (lambda lens: ll.logit_shift(lens, TOKENS, tokens=[]), "tokens=.*nothing"),
+    "one of several sites": (
+        lambda lens: ll.logit_shift(lens, TOKENS[:1], tokens=[5, 6]).promoted("*.attn.q"),
+        "matches 2 sites; name one"),
+    "scales that are a number": (
+        lambda lens: ll.remainder_curve(lens, TOKENS, MARGIN, scales=0.5), "scales=0.5: expected"),
+    "scales that are text": (
+        lambda lens: ll.remainder_curve(lens, TOKENS, MARGIN, scales="01"), "scales='01': exp"),
+    "scales of two axes": (
+        lambda lens: ll.remainder_curve(lens, TOKENS, MARGIN, scales=torch.ones(2, 2)),
+        "scales has the shape"),
+    "no readouts": (lambda lens: ll.first_orders(lens, TOKENS, MARGIN), "readouts=.*a list"),
+    "directions of NaN": (
+        lambda lens: ll.feature_writes(lens, TOKENS, torch.full((1, 16), NAN)), "NaN or infinite"),
+    "a function": (lambda lens: ll.Readout.of("entropy"), "cannot be called"),
+    "a label": (lambda lens: ll.Readout.of(len, 3), "label=3"),
+    "the model": (lambda lens: ll.first_order(lens.model, TOKENS, MARGIN), "ll.LoraLens.model"),
+    "the adapter": (lambda lens: ll.explain(lens.adapter, TOKENS, 5, 9), "the lens is a Adapter"),
+    "no attribution": (lambda lens: ll.compare("path", two_prompts()), "compare takes"),
+    "a table": (lambda lens: ll.compare(two_prompts(), two_prompts().to_frame()), "compare takes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call, words", WRONG.values(), ids=WRONG)
+def test_wrong_words_and_things(lens: ll.LoraLens, call: Callable[..., Any], words: str):
+    with pytest.raises(ll.LensLoraError, match=words):
+        call(lens)
+
+
+def test_positions_of_numpy_and_torch(lens: ll.LoraLens):
+    def patched(positions: Any) -> torch.Tensor:
+        name = "blocks.0.hook_resid_post"
+        return ll.patch_activations(lens, TOKENS, MARGIN, name, positions=positions).values
+
+    for index in (np.int64(-1), torch.tensor(-1), [torch.tensor(3)], np.array([3])):
+        assert torch.equal(patched(index), patched(-1))
+
+
+def test_an_odd_index_is_saved(lens: ll.LoraLens, tmp_path):
+    shift = ll.feature_shift(
+        lens, TOKENS, torch.eye(16)[:1], "blocks.0.hook_resid_post", positions=np.int64(-1)
+    )
+    assert ll.FeatureShift.load(shift.save(tmp_path / "s")).positions == -1
+    assert dataclasses.is_dataclass(shift)

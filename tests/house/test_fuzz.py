@@ -1,0 +1,178 @@
+"""A few hundred cases of the fuzz; benchmarks/fuzz.py runs any number of the same.
+
+Each case is right by an oracle that is not the package, or refused by an error of ours, within 10
+seconds and 1 GB; nothing is connected to, started, unpickled or run (tests/lib/fuzz_guard.py).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import fuzz
+import fuzz_guard
+import pytest
+import torch
+from fuzz_guard import PLANTED, Case, UsersOwn, Wrong
+
+import lens_lora as ll
+
+pytestmark = pytest.mark.bad_input
+
+CASES = {
+    "adapter folders": 300,
+    "result files": 120,
+    "records": 40,
+    "files of sweeps": 40,
+    "prompts": 150,
+    "tokens of readouts": 150,
+    "gates": 150,
+    "hooks of users": 80,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> fuzz.Fuzz:
+    return fuzz.Fuzz(tmp_path_factory.mktemp("fuzz"))
+
+
+def test_every_target_is_run():
+    assert list(CASES) == list(fuzz.TARGETS)
+
+
+@pytest.mark.parametrize("target", CASES)
+def test_right_or_refused(run, target):
+    for number in range(CASES[target]):
+        run.run_one(target, number)
+    faults = [fault for fault in run.faults if fault.target == target]
+    assert not faults, f"{len(faults)} faults:\n" + "\n\n".join(map(str, faults[:5]))
+    kinds = {mutation for name, mutation in run.counts if name == target}
+    assert sum(run.counts[target, kind]["right"] > 0 for kind in kinds) >= 1
+    assert run.counts[target, "nothing"]["right"] > 0 or "nothing" not in kinds
+
+
+def test_a_case_is_the_same_whenever_it_is_run(run, tmp_path):
+    """Its number decides it."""
+    again = fuzz.Fuzz(tmp_path)
+    for target in ("gates", "adapter folders"):
+        for number in range(12):
+            assert again.run_one(target, number) == run.run_one(target, number)
+
+
+def test_each_target_has_its_share():
+    names = [name for name, _ in zip_first(fuzz.cases(), 200)]
+    shares = {name: target.share for name, target in fuzz.TARGETS.items()}
+    assert {name: names.count(name) // 10 for name in shares} == shares
+    numbers = [number for name, number in zip_first(fuzz.cases(), 200) if name == "gates"]
+    assert numbers == list(range(20))
+
+
+def zip_first(items, count):
+    return [item for item, _ in zip(items, range(count), strict=False)]
+
+
+def test_the_page_s_table_is_of_these_targets():
+    """Written by the command, of thousands of cases, and without a fault."""
+    page = (Path(__file__).parents[2] / "docs" / "robustness.md").read_text(encoding="utf-8")
+    text = page.partition("<!-- fuzz: begin -->")[2].partition("<!-- fuzz: end -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    _, _, *lines, total = [[cell.strip() for cell in row] for row in rows]
+    numbers = [[int(cell.replace(",", "")) for cell in row[2:]] for row in lines]
+    assert list(dict.fromkeys(row[0] for row in lines)) == list(fuzz.TARGETS)
+    assert all(n == right + refused and not faults for n, right, refused, faults in numbers)
+    assert sum(row[0] for row in numbers) == int(total[-4].replace(",", "")) >= 5000
+    assert f"{total[-4]} cases" in text
+
+
+# --- negative controls: what is not right and not refused is seen
+
+
+class Opens:
+    def __reduce__(self):
+        return (os.getcwd, ())
+
+
+def refused():
+    raise ll.AdapterError("q_proj: no such module.")
+
+
+def users_own():
+    raise UsersOwn
+
+
+def foreign():
+    raise KeyError("q_proj")
+
+
+def without_words():
+    raise ll.AdapterError("")
+
+
+def connects():
+    with socket.socket() as probe:
+        probe.settimeout(0.1)
+        probe.connect_ex(("127.0.0.1", 9))
+
+
+def unpickles():
+    return pickle.loads(pickle.dumps(Opens()))
+
+
+def starts():
+    os.system("true")
+
+
+def opens():
+    with pytest.raises(OSError):
+        Path(f"/{PLANTED}/weights").read_bytes()
+
+
+def imports():
+    with pytest.raises(ImportError):
+        __import__(PLANTED)
+
+
+def turns():
+    while True:
+        pass
+
+
+def fills():
+    return torch.ones(30_000_000, dtype=torch.float64)
+
+
+SEEN = {
+    refused: "refused", users_own: "right", foreign: "foreign KeyError",
+    without_words: "no message", connects: "trapped", unpickles: "trapped",
+    starts: "trapped", opens: "trapped", imports: "trapped", turns: "slow", fills: "memory",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("act", SEEN, ids=lambda act: act.__name__)
+def test_what_is_seen(act, monkeypatch):
+    monkeypatch.setattr(fuzz_guard, "SECONDS", 0.3)
+    monkeypatch.setattr(fuzz_guard, "BYTES", 100_000_000)
+    assert fuzz_guard.run(Case("t", "m", act, lambda found: None)).kind == SEEN[act]
+
+
+def test_a_wrong_answer_is_seen():
+    def judge(found):
+        fuzz_guard.require_close(torch.tensor([found]), torch.tensor([1.0]), "it")
+
+    assert fuzz_guard.run(Case("t", "m", lambda: 1.0, judge)).kind == "right"
+    assert fuzz_guard.run(Case("t", "m", lambda: 1.1, judge)).kind == "wrong"
+    for other in (torch.tensor([1.0, 1.0]), torch.tensor([float("nan")])):
+        with pytest.raises(Wrong):
+            fuzz_guard.require_close(other, torch.tensor([1.0]), "it")
+
+
+def test_a_lens_that_forgets_a_gate_is_seen(run, monkeypatch):
+    """The oracle is not the package: a planted error of it is a wrong answer."""
+    plain = ll.LoraLens.gates
+    monkeypatch.setattr(ll.LoraLens, "gates", lambda lens, scale=1.0: plain(lens, scale) * 0.999)
+    before = len(run.faults)
+    kinds = [run.run_one("gates", number).kind for number in range(12)]
+    assert "wrong" in kinds
+    del run.faults[before:]

@@ -1,0 +1,103 @@
+"""Every public call that runs a model under a lens, and the numbers that come back."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lens_lora as ll
+
+MARGIN, QUIET = ll.Margin(5, 9), {"progress": False}
+Call = Callable[[ll.LoraLens, Tensor], Any]
+
+
+def _applied(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
+    with torch.no_grad(), lens.applied() as model:
+        return model(tokens)
+
+
+def _listed(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return lens.model.run_with_hooks(tokens, fwd_hooks=lens.fwd_hooks())
+
+
+def _frozen(mode: str) -> Call:
+    rules = ll.FrozenRules(norm_scales=True)
+    return lambda lens, t: ll.first_order(lens, t, MARGIN, mode=mode, rules=rules, **QUIET)
+
+
+def _swept(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
+    del tokens
+    record = {"prompt": "w5 w6", "doc": " w5", "pre": " w9"}
+    with tempfile.TemporaryDirectory() as folder:
+        found = ll.sweep(lens, [record], "first_order", out=f"{folder}/r.parquet", **QUIET)
+        return found.attribution("first_order").values
+
+
+def _directions(lens: ll.LoraLens) -> Tensor:
+    return torch.eye(16, dtype=lens.dtype, device="cpu")[:2]
+
+
+def _score(lens: ll.LoraLens) -> Tensor:
+    return torch.arange(1.0, len(lens.sites) + 1, device="cpu")
+
+
+CALLS: dict[str, Call] = {
+    "logits": lambda lens, t: lens.logits(t),
+    "first_order": lambda lens, t: ll.first_order(lens, t, MARGIN, by=("position", "rank")),
+    "forward": lambda lens, t: ll.first_order(lens, t, MARGIN, mode="forward", **QUIET),
+    "first_orders": lambda lens, t: ll.first_orders(lens, t, [MARGIN, ll.Logit(3)], **QUIET)[1],
+    "frozen": _frozen("reverse"),
+    "frozen, forward": _frozen("forward"),
+    "components": lambda lens, t: ll.components(lens, t, MARGIN, **QUIET),
+    "logit_shift": lambda lens, t: ll.logit_shift(lens, t, **QUIET),
+    "joint": lambda lens, t: ll.logit_shift(lens, t, by_site=False),
+    "tangents": lambda lens, t: ll.tangents(lens, t),
+    "remainder": lambda lens, t: ll.remainder(lens, t, MARGIN, by_site=True, **QUIET),
+    "remainder_curve": lambda lens, t: ll.remainder_curve(lens, t, MARGIN, **QUIET),
+    "fact_margin": lambda lens, t: ll.fact_margin(lens, t, 5, 9, **QUIET),
+    "second_order": lambda lens, t: ll.second_order(lens, t, MARGIN, **QUIET),
+    "coupling": lambda lens, t: ll.coupling(lens, t, MARGIN, group="layer", **QUIET),
+    "path_attribution": lambda lens, t: ll.path_attribution(lens, t, MARGIN, tol=0.5, **QUIET),
+    "patch_sites": lambda lens, t: ll.patch_sites(lens, t, MARGIN, **QUIET),
+    "patch_activations": lambda lens, t: ll.patch_activations(
+        lens, t, MARGIN, [lens.sites[0].write, lens.sites[-1].write], **QUIET
+    ),
+    "faithfulness": lambda lens, t: ll.faithfulness(lens, t, MARGIN, _score(lens), **QUIET),
+    "reliability": lambda lens, t: ll.reliability(lens, t, MARGIN, **QUIET),
+    "null_test": lambda lens, t: ll.null_test(lens, t, MARGIN, draws=2, **QUIET),
+    "feature_shift": lambda lens, t: ll.feature_shift(
+        lens, t, _directions(lens), lens.plan.host.block_input(1)
+    ),
+    "feature_writes": lambda lens, t: ll.feature_writes(lens, t, _directions(lens)),
+    "explain": lambda lens, t: ll.explain(lens, t[:1], 5, 9, **QUIET).margin,
+    "sweep": _swept,
+}
+# A person's own run of the model: settings around it are theirs.
+OWN: dict[str, Call] = {"applied": _applied, "fwd_hooks": _listed}
+
+
+def numbers(result: Any) -> list[Tensor]:
+    """The tensors of numbers that a result holds, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    if hasattr(result, "cache_dict"):
+        return list(result.cache_dict.values())
+    held = (getattr(result, field.name) for field in dataclasses.fields(result))
+    return [value for value in held if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def same(found: Any, expected: Any, tolerance: float) -> bool:
+    """Whether two results have equal numbers, up to this share of the largest."""
+    pairs = zip(numbers(found), numbers(expected), strict=True)
+    return all(_same(a, b, tolerance) for a, b in pairs)
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    size = b.nan_to_num().abs().max().item() if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=0, atol=tolerance * size, equal_nan=True)

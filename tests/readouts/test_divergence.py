@@ -1,0 +1,173 @@
+"""KL as a readout, and its quadratic split, against PEFT's model and scipy."""
+
+from __future__ import annotations
+
+import cases
+import models
+import numpy as np
+import pytest
+import torch
+from scipy.special import rel_entr
+
+import lens_lora as ll
+
+pytestmark = pytest.mark.usefixtures("float64")
+RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]
+LENGTHS = [7, 4]
+WAYS = ("base_to_adapted", "adapted_to_base")
+
+each_way = pytest.mark.parametrize("way", WAYS)
+each_response = pytest.mark.parametrize("response", [None, RESPONSES], ids=["next token", "whole"])
+
+
+@pytest.fixture(params=models.MAKERS)
+def case(request) -> cases.Case:
+    return cases.case("llama", request.param, "raw")
+
+
+def prompts() -> ll.Prompts:
+    return ll.Prompts(models.tokens(), torch.tensor(LENGTHS))
+
+
+def log_probs(case: cases.Case, prompt: int, response, scales: dict[str, float]) -> np.ndarray:
+    """log p [token, vocab] of PEFT's model with each module's own s multiplied."""
+    old = {module: cases.set_peft_scale(case.peft, module, f) for module, f in scales.items()}
+    row = models.tokens()[prompt, : LENGTHS[prompt]]
+    row = row if response is None else torch.cat([row, response[prompt][:-1]])
+    with torch.no_grad():
+        logits = case.peft(row[None]).logits[0, LENGTHS[prompt] - 1 :]
+    for module, scale in old.items():
+        case.peft.base_model.model.get_submodule(module).scaling["default"] = scale
+    return logits.log_softmax(-1).numpy()
+
+
+def divergence(
+    case: cases.Case, prompt: int, response, scales: dict[str, float], way: str
+) -> float:
+    """Σ_t KL by scipy, between the base and PEFT's model at these scales."""
+    none = {site.module: 0.0 for site in case.lens.sites}
+    p = np.exp(log_probs(case, prompt, response, none))
+    q = np.exp(log_probs(case, prompt, response, scales))
+    return float((rel_entr(p, q) if way == WAYS[0] else rel_entr(q, p)).sum())
+
+
+@each_way
+@each_response
+def test_ends_and_interventions(case: cases.Case, way: str, response):
+    """Zero at the base; at the adapted model, and with a module left out or alone, as by PEFT."""
+    readout, modules = ll.KL(response, way), [site.module for site in case.lens.sites]
+    left_out = ll.patch_sites(case.lens, prompts(), readout, how="leave_one_out", progress=False)
+    alone = ll.patch_sites(case.lens, prompts(), readout, how="add_one", progress=False)
+    assert left_out.base.abs().max() < 1e-12
+    for i in range(2):
+        whole = divergence(case, i, response, {}, way)
+        assert float(left_out.adapted[i]) == pytest.approx(whole, abs=1e-10) and whole > 1e-4
+        for site in (0, 6, 13):
+            without = divergence(case, i, response, {modules[site]: 0.0}, way)
+            assert float(left_out.values[i, site]) == pytest.approx(whole - without, abs=1e-10)
+            only = {m: float(m == modules[site]) for m in modules}
+            added = divergence(case, i, response, only, way)
+            assert float(alone.values[i, site]) == pytest.approx(added, abs=1e-10)
+
+
+@each_way
+def test_path_is_complete_and_first_order_at_1(case: cases.Case, way: str):
+    readout, lens = ll.KL(RESPONSES, way), case.lens
+    gentle = lens.with_adapter(lens.adapter.scaled(0.1))
+    path = ll.path_attribution(gentle, prompts(), readout, tol=1e-6, progress=False)
+    assert path.quadrature.met and (path.completeness_error < 1e-6 * path.shift).all()
+    end, step = ll.first_order(lens, prompts(), readout, at=1.0), 1e-5
+    for site in (0, 9):
+        module = lens.sites[site].module
+        up, down = (divergence(case, 0, RESPONSES, {module: f}, way) for f in (1 + step, 1 - step))
+        assert float(end.values[0, site]) == pytest.approx((up - down) / (2 * step), abs=1e-7)
+    forward = ll.first_order(lens, prompts(), readout, at=1.0, mode="forward", progress=False)
+    assert (forward.values - end.values).abs().max() < 1e-11
+
+
+@each_response
+def test_each_share_is_a_second_difference(case: cases.Case, response):
+    """q_l = ½ (H1)_l with H of PEFT's KL at 0, one by one: the total would pass any split."""
+    found = ll.kl_shares(case.lens, prompts(), response)
+    modules = [site.module for site in case.lens.sites]
+    t, h = 1e-3, 1e-4
+
+    def at(base: float, site: int, step: float) -> float:
+        scales = dict.fromkeys(modules, base)
+        scales[modules[site]] = base + step
+        return divergence(case, 0, response, scales, WAYS[0])
+
+    values = found.attribution.values[0]
+    for site in range(0, len(modules), 4):
+        slopes = [(at(base, site, h) - at(base, site, -h)) / (2 * h) for base in (t, -t)]
+        half_row = (slopes[0] - slopes[1]) / (2 * t) / 2
+        assert float(values[site]) == pytest.approx(half_row, rel=2e-3, abs=1e-7)
+    assert values.min() < 0 < values.max(), "a case with shares of both signs"
+
+
+@each_response
+def test_shares_split_further_and_along_the_path(case: cases.Case, response):
+    whole = ll.kl_shares(case.lens, prompts(), response)
+    for by in ("position", ("head", "rank")):
+        split = ll.kl_shares(case.lens, prompts(), response, by=by)
+        assert (split.attribution.per_site - whole.attribution.values).abs().max() < 1e-12
+    near = ll.kl_shares(case.lens, prompts(), response, scales=[1e-3, 2e-3])
+    off = (near.ratio[:, :2] - 1).abs().amax(0)
+    assert off.max() < 0.02 and (off[1] / off[0] - 2).abs() < 0.1
+    assert (whole.divergence[:, -1] - whole.attribution.adapted).abs().max() < 1e-12
+    frame = whole.to_frame()
+    assert frame.groupby("prompt")["share"].sum().to_numpy() == pytest.approx([1, 1])
+    assert len(whole.along()) == 2 * len(whole.scales) and list(whole.top(3)) == [
+        "site", "module", "layer", "kind", "value",
+    ]  # fmt: skip
+
+
+def test_a_base_that_moves_would_be_seen(case: cases.Case, monkeypatch):
+    """p₀ is held: run at the gates of the reading instead, every divergence would be zero."""
+    from lens_lora.engine import asked
+
+    monkeypatch.setattr(asked, "held", lambda readout, reading, base: _moving(reading))
+    found = ll.patch_sites(case.lens, prompts(), ll.KL(), how="add_one", progress=False)
+    assert found.adapted.abs().max() < 1e-12
+
+
+def _moving(reading):
+    import dataclasses
+
+    def read(logits):
+        log = logits.log_softmax(-1)
+        return (log.exp() * (log - log)).sum(-1)
+
+    return dataclasses.replace(reading, read=read)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda lens, r: ll.first_order(lens, prompts(), r),
+        lambda lens, r: ll.first_orders(lens, prompts(), [r]),
+        lambda lens, r: ll.components(lens, prompts(), r, progress=False),
+        lambda lens, r: ll.remainder(lens, prompts(), r, progress=False),
+        lambda lens, r: ll.null_test(lens, prompts(), r, draws=2, progress=False),
+        lambda lens, r: ll.reliability(lens, prompts(), r, progress=False),
+    ],
+)
+def test_first_order_at_the_base_is_refused(case: cases.Case, call):
+    with pytest.raises(ll.ArgumentError, match=r"derivative there is zero.*kl_shares.*at=1\.0"):
+        call(case.lens, ll.KL())
+
+
+@pytest.mark.bad_input
+def test_bad_input(case: cases.Case):
+    with pytest.raises(ll.ArgumentError, match="direction='there'"):
+        ll.KL(direction="there")
+    with pytest.raises(ll.ArgumentError, match="between 0 and 1"):
+        ll.kl_shares(case.lens, prompts(), scales=[2.0])
+    with pytest.raises(ll.TokenError, match="no token"):
+        ll.kl_shares(case.lens, prompts(), "")
+
+
+def test_saved(case: cases.Case, tmp_path):
+    found = ll.kl_shares(case.lens, prompts(), RESPONSES)
+    again = ll.KLShares.load(found.save(tmp_path / "kl.safetensors"))
+    assert torch.equal(again.divergence, found.divergence)

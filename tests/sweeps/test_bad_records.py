@@ -1,0 +1,175 @@
+"""A bad record is a row that says so; the others run, and once corrected it is all that runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import sweep_runs
+from sweep_runs import GOOD, run, same, write_jsonl
+
+import lens_lora as ll
+from lens_lora.sweeps.records import Record, read_records
+from lens_lora.sweeps.values import VALUES
+
+pytestmark = pytest.mark.bad_input
+
+
+@pytest.fixture
+def a_lens(float64) -> ll.LoraLens:
+    return sweep_runs.a_lens()
+
+
+PLAIN = {"prompt": "w14 w30", "doc": "w8", "pre": "w20"}
+HALF = "w5 \ud83d"
+BAD = {
+    "half a pair in the prompt": ({"prompt": HALF}, r"its prompt is 'w5 \\ud83d', which is not"),
+    "half a pair in doc": ({"doc": HALF}, "its doc is .* not Unicode text"),
+    "half a pair in pre": ({"pre": "\udcff"}, "its pre is .* not Unicode text"),
+    "half a pair in the id": ({"id": HALF}, r"its id is 'w5 \\ud83d', which is not"),
+    "half a pair in a list": ({"id": [HALF]}, r"its id is \['w5 \\ud83d'\]; expected"),
+    "large id": ({"id": 2**63}, "its id 9223372036854775808 does not fit into 64 bits"),
+    "small id": ({"id": -(2**63) - 1}, "its id -9223372036854775809 does not fit"),
+    "id that is no id": ({"id": 1.5}, "its id is 1.5; expected a string or an integer"),
+    "id that is a truth": ({"id": True}, "its id is True"),
+    "number": ({"prompt": 3}, "its prompt is 3, not a string"),
+    "list": ({"doc": ["w8"]}, r"its doc is \['w8'\], not a string"),
+    "table": ({"pre": {HALF: HALF}}, r"its pre is {'w5 \\ud83d'"),
+    "nothing": ({"prompt": None}, "no prompt"),
+    "huge": ({"doc": ["w8"] * 10**6}, "its doc is .* …$"),
+    "too long": ({"prompt": "w5 " * 40}, "41 tokens"),
+    "unknown token": ({"doc": "zebra"}, "'zebra' is not in the vocabulary"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_record_is_a_row(a_lens, tmp_path, kind):
+    """The good ones' rows are those of a sweep without it; then it is corrected, with its id."""
+    change, words = BAD[kind]
+    records = [*GOOD[:2], {**PLAIN, "id": "bad", **change}, *GOOD[2:3]]
+    with pytest.warns(UserWarning, match="1 of 4 records"):
+        result = run(a_lens, records, tmp_path)
+    ((identity, error),) = result.errors
+    assert re.search(f"^row 2: .*{words}", error) and len(error) < 1100
+    assert identity == ("2" if "id" in change else "bad")
+    good = run(a_lens, [*GOOD[:2], *GOOD[2:3]], tmp_path / "without")
+    pd.testing.assert_frame_equal(result.to_frame(), good.to_frame())
+    corrected = [*GOOD[:2], {**PLAIN, "id": "corrected"}, *GOOD[2:3]]
+    mended = run(a_lens, corrected, tmp_path)
+    assert mended.resumed == 3 and not mended.errors
+    same(mended, run(a_lens, corrected, tmp_path / "whole"))
+
+
+def test_all_of_them_at_once_in_a_file(a_lens, tmp_path):
+    """As JSON writes them: escapes of half a pair, integers of any size, nesting."""
+    path = tmp_path / "r.jsonl"
+    records = [{**PLAIN, "id": f"bad {kind}", **change} for kind, (change, _) in BAD.items()]
+    lines = [json.dumps(record) for record in [*records, *GOOD]]
+    lines += ["[" * 100_000, '{"id": ' + "1" * 5000 + "}", '"w5"', "\\ud800"]
+    path.write_text("\n".join(lines))
+    with pytest.warns(UserWarning):
+        result = run(a_lens, path, tmp_path)
+    assert len(result.errors) == len(records) + 4 and result.done == len(GOOD)
+    assert result.to_frame()["id"].unique().tolist() == [r["id"] for r in GOOD]
+    assert pd.read_parquet(result.prompts_path)["error"].notna().sum() == len(records) + 4
+
+
+def test_bytes_of_another_encoding_in_a_csv(a_lens, tmp_path):
+    """One line in Latin-1 is a bad record, and not the end of all."""
+    path = tmp_path / "r.csv"
+    path.write_bytes(b"prompt,doc,pre\nw5,w8,w9\nw\xe9,w8,w9\nw6,w8,w9\n")
+    with pytest.warns(UserWarning, match="line 3: its prompt is .*not UTF-8"):
+        result = run(a_lens, path, tmp_path)
+    assert result.done == 2 and len(result.errors) == 1
+
+
+@pytest.mark.parametrize("head", [b"\xff,doc\n", b"\0\n", b'"' + b"x" * 200_000 + b'"\n', b""])
+def test_a_csv_without_a_head(tmp_path, head):
+    path = tmp_path / "r.csv"
+    path.write_bytes(head + b"w5,w8\n")
+    with pytest.raises(ll.SweepError, match=r"r\.csv") as caught:
+        read_records(path)
+    str(caught.value).encode()
+
+
+def test_unknown_fields_are_left_alone(a_lens, tmp_path):
+    """Whatever they hold."""
+    odd = [{**r, "note": HALF, "size": 2**70, "more": object()} for r in GOOD]
+    result = run(a_lens, odd, tmp_path)
+    assert not result.errors
+    same(result, run(a_lens, GOOD, tmp_path / "plain"))
+
+
+def test_a_bad_record_takes_no_id_from_a_good_one(tmp_path):
+    """Its own number stands in for an id that cannot be one."""
+    records = [{**PLAIN, "id": 2**63}, {**PLAIN, "id": 0}, {"id": 7}, {**PLAIN, "id": 7}]
+    found = read_records(records)
+    assert [(r.id, r.error is None) for r in found] == [
+        (0, False),
+        (0, True),
+        (7, False),
+        (7, True),
+    ]
+
+
+def test_whole_numbers_of_numpy_are_ids():
+    ids = [np.int64(2), np.uint8(3), 2**63 - 1, -(2**63)]
+    assert [r.id for r in read_records([{**PLAIN, "id": i} for i in ids])] == [
+        2,
+        3,
+        2**63 - 1,
+        -(2**63),
+    ]
+
+
+def test_records_made_by_hand_are_checked_too(a_lens, tmp_path):
+    made = [Record(0, "row 0", "w5", "w8", "w9"), Record(1, "row 1", HALF, "w8", "w9")]
+    with pytest.warns(UserWarning, match="row 1: its prompt"):
+        assert run(a_lens, made, tmp_path).done == 1
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """How many prompts first order was asked for."""
+    seen: list[int] = []
+    plain = VALUES["first_order"]
+
+    def counted(lens, prompts, readout):
+        seen.append(prompts.batch)
+        return plain(lens, prompts, readout)
+
+    monkeypatch.setitem(VALUES, "first_order", counted)
+    return seen
+
+
+def test_ids_may_be_corrected(a_lens, tmp_path, calls):
+    """Numbers stay with their prompts: two ids are swapped, one is new, nothing runs again."""
+    run(a_lens, GOOD, tmp_path)
+    ids = [GOOD[1]["id"], GOOD[0]["id"], "new", *(r["id"] for r in GOOD[3:])]
+    renamed = [{**r, "id": identity} for r, identity in zip(GOOD, ids, strict=True)]
+    before = sum(calls)
+    result = run(a_lens, renamed, tmp_path)
+    assert sum(calls) == before and result.resumed == len(GOOD)
+    same(result, run(a_lens, renamed, tmp_path / "whole"))
+
+
+def test_strings_may_become_numbers(a_lens, tmp_path, calls):
+    """The ids' type is that of the records of this run."""
+    run(a_lens, GOOD, tmp_path)
+    numbered = [{**r, "id": 10 * i} for i, r in enumerate(GOOD)]
+    result = run(a_lens, numbered, tmp_path)
+    assert sum(calls) == len(GOOD) and result.prompts()["id"].dtype == "int64"
+    same(result, run(a_lens, numbered, tmp_path / "whole"))
+
+
+def test_a_file_s_bad_records_do_not_stop_the_command_s_reading(tmp_path):
+    path = write_jsonl(tmp_path / "r.jsonl", GOOD)
+    path.write_bytes(path.read_bytes() + b'{"prompt": "\\ud800"}\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_records(path)
+    assert [r.error is None for r in found] == [True] * 6 + [False]

@@ -1,0 +1,41 @@
+"""Kills at random moments, on one process and on two: nothing lost, repeated or mixed.
+
+The laws and the killing are in tests/lib/kills.py, which takes any number: CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kills
+import pytest
+
+# By the number of processes.
+KILLS = {1: 10, 2: 5}
+
+
+@pytest.mark.parametrize("count", KILLS)
+def test_killed_at_random_moments(count):
+    done = subprocess.run(
+        [sys.executable, kills.__file__, "--kills", str(KILLS[count]), "--processes", str(count)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["kills"] >= KILLS[count] and made["sweeps"] >= 1
+
+
+def test_a_repetition_is_seen(tmp_path: Path):
+    """Negative control."""
+    log = tmp_path / "log"
+    log.write_text("begun\tw5\nbegun\tw6\nkept\tw5\nbegun\tw6\nkept\tw6\n")
+    assert kills.require_no_repetition(log) == 3
+    log.write_text("begun\tw5\nkept\tw5\nbegun\tw6\nbegun\tw5\n")
+    with pytest.raises(kills.Broken, match="'w5' was kept, and was run again"):
+        kills.require_no_repetition(log)
