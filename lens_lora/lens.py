@@ -213,9 +213,9 @@ class LoraLens:
             scale: as for `gates`.
         """
 
-        def apply(block: Temporary) -> Any:
+        def apply(span: Temporary) -> Any:
             self._plan.check_state()
-            self._put_on(ScaleInject(self._plan, self.gates(scale)), (), block)
+            self._put_on(ScaleInject(self._plan, self.gates(scale)), (), span)
             return self.model
 
         return Temporary(apply)
@@ -232,13 +232,13 @@ class LoraLens:
         return Temporary(functools.partial(self._put_on, inject, before))
 
     def _put_on(
-        self, inject: Inject, before: Sequence[tuple[str, HookFn]], block: Temporary
+        self, inject: Inject, before: Sequence[tuple[str, HookFn]], span: Temporary
     ) -> None:
-        hold(block, lock_of(self.model))
+        hold(span, lock_of(self.model))
         self._plan.check_state(entries=False)
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
-        attach(block, self.model, site_hooks(self._plan, inject, points, before), points)
+        attach(span, self.model, site_hooks(self._plan, inject, points, before), points)
 
     def prompts(self, prompts: PromptsLike) -> Prompts:
         """Strings or ids as `Prompts`, tokenised by the model's own conventions.

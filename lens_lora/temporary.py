@@ -1,14 +1,14 @@
-"""Changes for the length of a block, taken back whatever interrupts them.
+"""Changes for a span of time, taken back at its end whatever interrupts them.
 
 A Ctrl-C may fall between any two lines, also into those that take a change back.
 
 1. The way back is registered before the way in, twice. It may run when nothing was changed yet, and
    again when all is back; `contextlib.ExitStack` goes on to the second where the first is
    interrupted.
-2. A block that could not end, because the interrupt fell before its end began, stays listed as open
-   in its thread, and whoever began before it closes it (`open_blocks`, `close_but`).
+2. A span whose end was never reached, as the interrupt fell just before it, stays listed as open in
+   its thread, and whoever began earlier closes it (`open_spans`, `close_but`).
 3. Nothing waits in a suspended generator, whose end would come at a moment of the garbage
-   collector's choice, in the middle of another block.
+   collector's choice, in the middle of another span.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
-__all__ = ["Temporary", "close_but", "open_blocks"]
+__all__ = ["Temporary", "close_but", "open_spans"]
 
 
 class Temporary(contextlib.ExitStack):
-    """`with Temporary(change):` calls change(block), and at the end takes back what it registered.
+    """`with Temporary(change):` calls change(span), and at its end takes back what that registered.
 
     What `change` returns is bound by `as`. `enter_context` and `push` are those of ExitStack.
 
@@ -46,10 +46,10 @@ class Temporary(contextlib.ExitStack):
         self.callback(back)
 
     def __enter__(self) -> Any:
-        others = open_blocks()
+        others = open_spans()
         if self in others:
-            raise RuntimeError("this block is open already; make another one")
-        _OPEN.blocks.append(weakref.ref(self))
+            raise RuntimeError("this span is open already; make another one")
+        _OPEN.spans.append(weakref.ref(self))
         self.way_back(functools.partial(_forget, weakref.ref(self)))
         try:
             return self._change(self)
@@ -66,30 +66,30 @@ class Temporary(contextlib.ExitStack):
 
 
 class _Open(threading.local):
-    """The blocks that are open in this thread, the newest last."""
+    """The spans that are open in this thread, the newest last."""
 
     def __init__(self) -> None:
-        self.blocks: list[weakref.ref[Temporary]] = []
+        self.spans: list[weakref.ref[Temporary]] = []
 
 
 _OPEN = _Open()
 
 
-def _forget(block: weakref.ref[Temporary]) -> None:
-    _OPEN.blocks = [other for other in _OPEN.blocks if other is not block and other() is not None]
+def _forget(span: weakref.ref[Temporary]) -> None:
+    _OPEN.spans = [other for other in _OPEN.spans if other is not span and other() is not None]
 
 
-def open_blocks() -> list[Temporary]:
+def open_spans() -> list[Temporary]:
     """Those of this thread, the newest last."""
-    return [block for block in (ref() for ref in _OPEN.blocks) if block is not None]
+    return [span for span in (ref() for ref in _OPEN.spans) if span is not None]
 
 
 def close_but(others: Collection[Temporary]) -> None:
-    """Close every open block of this thread, the newest first.
+    """Close every open span of this thread, the newest first.
 
     Args:
-        others: blocks that stay open.
+        others: spans that stay open.
     """
-    for block in reversed(open_blocks()):
-        if block not in others:
-            block.close()
+    for span in reversed(open_spans()):
+        if span not in others:
+            span.close()

@@ -45,34 +45,34 @@ def dual_forward() -> AbstractContextManager[OneProduct]:
     return Temporary(_begin_dual)
 
 
-def _begin_dual(block: Temporary) -> OneProduct:
-    hold(block, ONE_IN_A_PROCESS)
+def _begin_dual(span: Temporary) -> OneProduct:
+    hold(span, ONE_IN_A_PROCESS)
     if fwad._current_level >= 0:
         raise ModelStateError(
             "a level of forward-mode derivatives (forward_ad.dual_level, torch.func.jvp) is open "
             "around this call, and torch has no second one. Leave it first."
         )
-    block.push(_name_the_operation)
-    attention_from_formula(block)
-    _use_plain_bloom_gelu(block)
-    block.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    span.push(_name_the_operation)
+    attention_from_formula(span)
+    _use_plain_bloom_gelu(span)
+    span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
     torch.set_grad_enabled(False)
-    block.way_back(functools.partial(torch._C._set_fwd_grad_enabled, _is_fwd_grad_enabled()))
+    span.way_back(functools.partial(torch._C._set_fwd_grad_enabled, _is_fwd_grad_enabled()))
     torch._C._set_fwd_grad_enabled(True)
-    block.way_back(_leave_dual_level)
+    span.way_back(_leave_dual_level)
     fwad.enter_dual_level()
     products = OneProduct()
-    block.way_back(functools.partial(_pop_modes, _len_torch_function_stack()))
+    span.way_back(functools.partial(_pop_modes, _len_torch_function_stack()))
     return products.__enter__()
 
 
-def attention_from_formula(block: Temporary) -> None:
-    """Scaled-dot-product attention from its formula until the block ends, by no fused kernel.
+def attention_from_formula(span: Temporary) -> None:
+    """Scaled-dot-product attention from its formula until the span ends, by no fused kernel.
 
     A fused kernel has neither forward-mode nor second derivatives.
     """
-    hold(block, ONE_IN_A_PROCESS)
-    block.way_back(functools.partial(_sdpa_kernel, _cur_sdpa_kernel_backends()))
+    hold(span, ONE_IN_A_PROCESS)
+    span.way_back(functools.partial(_sdpa_kernel, _cur_sdpa_kernel_backends()))
     _sdpa_kernel([SDPBackend.MATH])
 
 
@@ -96,12 +96,12 @@ def _name_the_operation(kind: object, error: BaseException | None, trace: object
         ) from error
 
 
-def _use_plain_bloom_gelu(block: Temporary) -> None:
+def _use_plain_bloom_gelu(span: Temporary) -> None:
     """Bloom wraps its GELU in a Function without a forward-mode derivative; the formula has one."""
     bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
     if bloom is not None:
         wrapped = bloom.BloomGelu.forward
-        block.way_back(functools.partial(setattr, bloom.BloomGelu, "forward", wrapped))
+        span.way_back(functools.partial(setattr, bloom.BloomGelu, "forward", wrapped))
         bloom.BloomGelu.forward = lambda self, x: bloom.bloom_gelu_forward(x)
 
 

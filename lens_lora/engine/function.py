@@ -133,8 +133,8 @@ def _no_unembedding(lens: LoraLens) -> AbstractContextManager[None]:
     # A Bridge's component passes attributes on to the module that it wraps; its own dict it keeps.
     own = vars(lens.model.unembed)
 
-    def replace(block: Temporary) -> None:
-        block.way_back(lambda: own.pop("forward", None))
+    def replace(span: Temporary) -> None:
+        span.way_back(lambda: own.pop("forward", None))
         own["forward"] = lambda residual, *args, **kwargs: _unrounded(residual)
 
     return Temporary(replace)

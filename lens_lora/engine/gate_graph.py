@@ -124,9 +124,9 @@ def gate_graph(
         return GateGraph(gates, read())
 
 
-def _quiet_batching(block: Temporary) -> None:
-    hold(block, ONE_IN_A_PROCESS)
-    block.enter_context(warnings.catch_warnings())
+def _quiet_batching(span: Temporary) -> None:
+    hold(span, ONE_IN_A_PROCESS)
+    span.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
 
 

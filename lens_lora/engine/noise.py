@@ -99,7 +99,7 @@ def _base_and_slopes(
 def curvature_noise(
     lens: LoraLens, reading: Reading, half_row_sums: Float[Tensor, "batch site"]
 ) -> Float[Tensor, "batch"]:
-    """σ_H of ½ 1ᵀH1 at the base. Eight forward and sixteen backward passes, batched.
+    """σ_H of ½ 1ᵀH1 at the base. Eight forward and sixteen backward passes.
 
     Args:
         lens: the adapter over the model.

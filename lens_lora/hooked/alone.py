@@ -22,7 +22,7 @@ from torch._C._functorch import get_interpreter_stack
 
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.hooked.attaching import hold, lock_of
-from lens_lora.temporary import Temporary, close_but, open_blocks
+from lens_lora.temporary import Temporary, close_but, open_spans
 
 __all__ = ["alone"]
 
@@ -41,10 +41,10 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         lens: Any = kwargs.get("lens", args[0] if args else None)
-        others, block = open_blocks(), Temporary(functools.partial(_prepare, lens))
+        others, span = open_spans(), Temporary(functools.partial(_prepare, lens))
         try:
             try:
-                block.__enter__()
+                span.__enter__()
                 return call(*args, **kwargs)
             except RuntimeError as error:
                 if isinstance(error, LensLoraError) or "nference tensor" not in str(error):
@@ -58,7 +58,7 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-def _prepare(lens: Any, block: Temporary) -> None:
+def _prepare(lens: Any, span: Temporary) -> None:
     if get_interpreter_stack():
         raise ModelStateError(
             "this is within a torch.func transform (grad, jvp, vmap, …), and the call takes "
@@ -67,17 +67,17 @@ def _prepare(lens: Any, block: Temporary) -> None:
         )
     model = getattr(lens, "model", None)
     if isinstance(model, nn.Module):
-        hold(block, lock_of(model))
-    block.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+        hold(span, lock_of(model))
+    span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
     if torch.is_inference_mode_enabled():
-        block.enter_context(torch.inference_mode(False))
+        span.enter_context(torch.inference_mode(False))
     for device in _DEVICES:
         if torch.is_autocast_enabled(device):
-            block.enter_context(torch.autocast(device, enabled=False))
+            span.enter_context(torch.autocast(device, enabled=False))
     if torch.get_default_device().type != "cpu":
-        block.enter_context(torch.device("cpu"))
+        span.enter_context(torch.device("cpu"))
     if torch.is_anomaly_enabled():
-        block.enter_context(torch.autograd.set_detect_anomaly(False))
+        span.enter_context(torch.autograd.set_detect_anomaly(False))
 
 
 def _made_there(lens: Any) -> str:

@@ -1,4 +1,4 @@
-"""Hooks on a model for the length of a block: put on, kept in order, taken off whatever happens.
+"""Hooks on a model for a span of time: put on, kept in order, taken off whatever happens.
 
 1. One thread at a time has hooks on a model: the lock is the model's, and a thread that has it may
    take it again (`held_by_this_thread`).
@@ -66,28 +66,28 @@ def attached(
         hooks: (name of a hook point or module, function).
         points: the model's `hook_dict`, if the caller has it already.
     """
-    return Temporary(lambda block: attach(block, model, hooks, points))
+    return Temporary(lambda span: attach(span, model, hooks, points))
 
 
 def attach(
-    block: Temporary,
+    span: Temporary,
     model: Any,
     hooks: Sequence[tuple[str, HookFn]],
     points: Mapping[str, Any] | None = None,
 ) -> None:
-    """The same, until this block ends.
+    """The same, until the span ends.
 
     Args:
-        block: the length of time.
+        span: how long.
         model, hooks, points: as for `attached`.
     """
-    hold(block, lock_of(model))
+    hold(span, lock_of(model))
     known = model.hook_dict if points is None else points
     places = [
         _AtPoint(known[name], fn) if name in known else _AtModule(model.get_submodule(name), fn)
         for name, fn in hooks
     ]
-    block.way_back(functools.partial(_take_off, places[:]))
+    span.way_back(functools.partial(_take_off, places[:]))
     for place in places:
         place.put_on()
 
@@ -142,15 +142,15 @@ class _AtModule:
         _remove(self._module._forward_hooks, self)
 
 
-def add_pre_hook(module: nn.Module, hook: Callable[..., Any], block: Temporary) -> None:
-    """A forward pre-hook for the length of the block.
+def add_pre_hook(module: nn.Module, hook: Callable[..., Any], span: Temporary) -> None:
+    """A forward pre-hook, until the span ends.
 
     Args:
         module: any.
         hook: called with the module and its positional arguments; registered nowhere else.
-        block: the length of time.
+        span: how long.
     """
-    block.way_back(functools.partial(_remove, module._forward_pre_hooks, hook))
+    span.way_back(functools.partial(_remove, module._forward_pre_hooks, hook))
     module.register_forward_pre_hook(hook)
 
 
@@ -164,16 +164,16 @@ def lock_of(model: nn.Module) -> Any:
     return _LOCKS.setdefault(model, threading.RLock())
 
 
-def hold(block: Temporary, lock: Any) -> None:
-    """The lock is this thread's until the block ends, or until an outer block of it ends.
+def hold(span: Temporary, lock: Any) -> None:
+    """The lock is this thread's until the span ends, or an outer one of the same lock.
 
     Args:
-        block: the length of time.
-        lock: a `threading.RLock`, taken once by a thread, however many blocks of it are open.
+        span: how long.
+        lock: a `threading.RLock`, taken once by a thread, however many spans of it are open.
     """
     if lock._is_owned():
         return
-    block.way_back(functools.partial(_let_go, lock))
+    span.way_back(functools.partial(_let_go, lock))
     if not lock.acquire(timeout=_PATIENCE):
         warnings.warn(
             f"{threading.current_thread().name} has waited a minute for a thread that runs a lens "

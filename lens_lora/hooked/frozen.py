@@ -100,9 +100,9 @@ def held_fixed(model: Any, rules: FrozenRules) -> AbstractContextManager[None]:
     """
     hooks = [(name, _without_derivative) for name in frozen_points(model, rules)]
 
-    def hold_them(block: Temporary) -> None:
-        attach(block, model, hooks)
-        _say_no_word_of_edits(block)
+    def hold_them(span: Temporary) -> None:
+        attach(span, model, hooks)
+        _say_no_word_of_edits(span)
 
     return Temporary(hold_them)
 
@@ -117,10 +117,10 @@ def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
     return held
 
 
-def _say_no_word_of_edits(block: Temporary) -> None:
+def _say_no_word_of_edits(span: Temporary) -> None:
     """TransformerBridge warns that an edited norm is recomputed; `require_held` checks that."""
-    hold(block, ONE_IN_A_PROCESS)
-    block.enter_context(warnings.catch_warnings())
+    hold(span, ONE_IN_A_PROCESS)
+    span.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
 
 
@@ -172,10 +172,10 @@ def _try_hooks(host: Host, names: list[str], run: _Run) -> _Trial:
     past: list[str] = []
     hooks = [(name, _adding_zeros(found)) for name, found in added.items()]
 
-    def watch(block: Temporary) -> None:
-        attach(block, host.model, hooks)
-        _say_no_word_of_edits(block)
-        _note_norms_without_hooks(host.model, past, block)
+    def watch(span: Temporary) -> None:
+        attach(span, host.model, hooks)
+        _say_no_word_of_edits(span)
+        _note_norms_without_hooks(host.model, past, span)
 
     with torch.enable_grad():
         with Temporary(watch):
@@ -228,8 +228,8 @@ def _adding_zeros(found: list[Tensor]) -> HookFn:
     return add
 
 
-def _note_norms_without_hooks(model: Any, ran: list[str], block: Temporary) -> None:
+def _note_norms_without_hooks(model: Any, ran: list[str], span: Temporary) -> None:
     """Collect the names of norm modules that run and have no `hook_scale` of their own."""
     for name, module in model.named_modules():
         if "Norm" in type(module).__name__ and not hasattr(module, _SCALE):
-            add_pre_hook(module, lambda *_, name=name: ran.append(name), block)
+            add_pre_hook(module, lambda *_, name=name: ran.append(name), span)

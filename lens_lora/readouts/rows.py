@@ -242,6 +242,8 @@ class Reading:
         """
         if not isinstance(self.read, _ByRow):
             return [self]
+        if bool((self.owner.diff() < 0).any()):
+            raise RuntimeError("the rows of a prompt do not stand together: group before copying")
         ends = torch.bincount(self.owner).cumsum(0).tolist()
         most = max(end - start for start, end in zip([0, *ends], ends, strict=False))
         step = max(1, tokens // (most * self.prompts.tokens.shape[1]))

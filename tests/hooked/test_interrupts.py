@@ -144,7 +144,7 @@ def test_a_way_back_that_is_registered_once_shows(cls: str, monkeypatch, repaire
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
-def test_a_call_that_closes_no_block_shows(cls: str, monkeypatch, repaired):
+def test_a_call_that_closes_no_span_shows(cls: str, monkeypatch, repaired):
     for module in (alone, temporary):
         monkeypatch.setattr(module, "close_but", lambda others: None)
     assert leaks_of("logits", cls)

@@ -39,8 +39,12 @@ def _swept(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
         return found.attribution("first_order").values
 
 
+def _directions(lens: ll.LoraLens) -> Tensor:
+    return torch.eye(16, dtype=lens.dtype, device="cpu")[:2]
+
+
 def _score(lens: ll.LoraLens) -> Tensor:
-    return torch.arange(1.0, len(lens.sites) + 1)
+    return torch.arange(1.0, len(lens.sites) + 1, device="cpu")
 
 
 CALLS: dict[str, Call] = {
@@ -68,11 +72,9 @@ CALLS: dict[str, Call] = {
     "reliability": lambda lens, t: ll.reliability(lens, t, MARGIN, **QUIET),
     "null_test": lambda lens, t: ll.null_test(lens, t, MARGIN, draws=2, **QUIET),
     "feature_shift": lambda lens, t: ll.feature_shift(
-        lens, t, torch.eye(16, dtype=lens.dtype)[:2], lens.plan.host.block_input(1)
+        lens, t, _directions(lens), lens.plan.host.block_input(1)
     ),
-    "feature_writes": lambda lens, t: ll.feature_writes(
-        lens, t, torch.eye(16, dtype=lens.dtype)[:2]
-    ),
+    "feature_writes": lambda lens, t: ll.feature_writes(lens, t, _directions(lens)),
     "explain": lambda lens, t: ll.explain(lens, t[:1], 5, 9, **QUIET).margin,
     "sweep": _swept,
 }

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import sweep_runs
-from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, run, same
+from sweep_runs import GOOD, interrupt_at, run, same
 
 import lens_lora as ll
 from lens_lora.sweeps import files, parts
@@ -179,44 +176,6 @@ def test_a_crash_while_a_finished_sweep_grows_mixes_nothing(
     result = run(a_lens, renamed, tmp_path)
     assert result.resumed >= 3 and len(calls) <= 7
     same(result, run(a_lens, renamed, tmp_path / "whole"))
-
-
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import models, sweep_runs
-import lens_lora as ll
-from lens_lora.sweeps.values import VALUES
-
-plain, made = VALUES["first_order"], []
-def values(*args):
-    made.append(None)
-    if len(made) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return plain(*args)
-VALUES["first_order"] = values
-
-with models.lifted():
-    ll.sweep(sweep_runs.a_lens(), sweep_runs.WITH_A_BAD_ONE, out=sys.argv[2], batch_size=2)
-"""
-
-
-def test_killed_for_good_and_resumed(a_lens, tmp_path, calls):
-    """SIGKILL in the second batch: the first is whole, and is not run again."""
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, Path(sweep_runs.__file__).parent, tmp_path / "r.parquet"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "r.parquet").exists()
-    with pytest.warns(UserWarning, match="bad"):
-        result = run(a_lens, WITH_A_BAD_ONE, tmp_path)
-    assert result.resumed == 2 and len(calls) == 4 and result.done == 6
-    assert sorted(os.listdir(tmp_path)) == ["r.parquet", "r.prompts.parquet"]
-    with pytest.warns(UserWarning):
-        same(result, run(a_lens, WITH_A_BAD_ONE, tmp_path / "whole"))
 
 
 def test_processes_that_accelerate_does_not_know_of_are_refused(a_lens, tmp_path, monkeypatch):
