@@ -111,7 +111,9 @@ def word(name: str, value: object, known: Iterable[str]) -> str:
     """
     if isinstance(value, str) and value in known:
         return value
-    raise ArgumentError(f"{name}={value!r}: expected {' or '.join(map(repr, known))}.")
+    *others, last = map(repr, known)
+    expected = f"{', '.join(others)} or {last}" if others else last
+    raise ArgumentError(f"{name}={value!r}: expected {expected}.")
 
 
 def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:

@@ -237,8 +237,8 @@ def test_a_frozen_input_would_show(lens: ll.LoraLens, monkeypatch):
     right, first = matrix_of(lens), ll.first_order(lens, padded(), LOG_PROB)
     true = gates._Writer._z
 
-    def frozen(self, out):
-        z = true(self, out)
+    def frozen(self, *tensors):
+        z = true(self, *tensors)
         return torch.autograd.forward_ad.unpack_dual(z).primal.detach()
 
     monkeypatch.setattr(gates._Writer, "_z", frozen)
