@@ -361,7 +361,9 @@ def test_circles_end():
     assert digest(f) and digest(circle) != digest([[]])
 
 
-@pytest.mark.parametrize("value", [(i for i in ()), sys.stdout, sys._getframe()], ids=repr)
+@pytest.mark.parametrize(
+    "value", [(i for i in ()), sys.stdout, sys._getframe()], ids=["generator", "stream", "frame"]
+)
 def test_what_has_no_hash_says_so(value):
     with pytest.raises(NotHashable, match="numbers"):
         digest({"numbers": [value]})
