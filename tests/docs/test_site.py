@@ -245,7 +245,9 @@ def test_pages_fetch_nothing(path: Path):
 
 @pytest.mark.real
 @pytest.mark.parametrize(
-    "path", [DOCS / "index.md", DOCS / "recipes.md", DOCS / "explain.md", DOCS / "sweep.md"], **ids
+    "path",
+    [DOCS / f"{name}.md" for name in ("index", "recipes", "explain", "responses", "sweep")],
+    **ids,
 )
 def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Top to bottom as one program, but for those that say why they are not run."""
