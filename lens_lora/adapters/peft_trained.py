@@ -182,6 +182,10 @@ def _covers(name: str, path: str) -> bool:
 
 def _require_saved(config: Any, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
     names = config.modules_to_save or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterError(
+            f"{source}: modules_to_save is {names!r}; expected a list of modules' names."
+        )
     whole = [path for path, own in tensors.items() if {"weight", "bias"} & set(own)]
     lacking = [name for name in names if not any(_covers(name, path) for path in whole)]
     lacking = [name for name in lacking if not _is_of_another_family(name, whole)]

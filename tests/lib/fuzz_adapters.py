@@ -76,9 +76,19 @@ def world(folder: Path) -> World:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = models.peft_model("llama", base, **config)
+            _train(model)
             model.save_pretrained(folder / name)
         unchanged[name] = by_peft(base, folder / name)
     return World(base, hosts, folder, unchanged)
+
+
+def _train(model: peft.PeftModel) -> None:
+    """Whole modules that PEFT trains differ from the base's."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                noise = torch.randn(parameter.shape, generator=models.seeded(7))
+                parameter += 0.3 * noise.to(parameter.dtype)
 
 
 def by_peft(base: Any, folder: Path) -> torch.Tensor:
@@ -87,6 +97,30 @@ def by_peft(base: Any, folder: Path) -> torch.Tensor:
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
         return model(TOKENS).logits
+
+
+def wanted_of(base: Any, folder: Path, scratch: Path, unchanged: torch.Tensor) -> torch.Tensor:
+    """PEFT's logits; where it fails, those of the folder with what the file leaves unsaid."""
+    with contextlib.suppress(Exception):
+        return by_peft(base, folder)
+    with contextlib.suppress(Exception):
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.copytree(folder, scratch)
+        _say(base, scratch)
+        return by_peft(base, scratch)
+    return unchanged
+
+
+def _say(base: Any, folder: Path) -> None:
+    """No patterns are empty patterns; a trained module that the file lacks is the base's."""
+    fields, tensors = _fields(folder), _tensors(folder)
+    patterns = {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    _set(folder, {**fields, **patterns})
+    for name, parameter in base.named_parameters():
+        key = f"base_model.model.{name}"
+        if any(part in name.split(".") for part in fields.get("modules_to_save") or ()):
+            tensors.setdefault(key, parameter.detach())
+    _save(folder, tensors)
 
 
 # --- mutations of the config
@@ -380,8 +414,7 @@ def case(world: World, chance: Chance, scratch: Path) -> Case:
             raise Wrong("logits that are not finite")
         wanted = world.unchanged[victim]
         if MUTATIONS[mutation] is not prefixes:
-            with contextlib.suppress(Exception):
-                wanted = by_peft(world.base, folder)
+            wanted = wanted_of(world.base, folder, scratch / "mended", wanted)
         require_close(cases.centred(found), cases.centred(wanted), f"{victim} on {host}")
 
     shown = f"{victim} on {host}: {mutation}"

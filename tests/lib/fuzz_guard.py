@@ -113,7 +113,7 @@ def trap() -> _Trap:
 def run(case: Case) -> Outcome:
     """The case within its limits, and its judgement outside of them."""
     found, outcome = None, None
-    peak, began = _peak(), time.process_time()
+    resident, began = _forget_peak(), time.process_time()
     with _limits(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -130,8 +130,8 @@ def run(case: Case) -> Outcome:
         return Outcome("trapped", "; ".join(trap().events))
     if time.process_time() - began > SECONDS:
         return Outcome("slow", f"{time.process_time() - began:.1f} s")
-    if _peak() - peak > BYTES:
-        return Outcome("memory", f"{(_peak() - peak) / 1e9:.2f} GB")
+    if _kept("VmHWM") - resident > BYTES:
+        return Outcome("memory", f"{(_kept('VmHWM') - resident) / 1e9:.2f} GB")
     return outcome or _judged(case, found)
 
 
@@ -173,8 +173,15 @@ def _limits() -> Generator[None]:
         signal.signal(signal.SIGPROF, old)
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _forget_peak() -> int:
+    """How much memory is resident; the kernel's peak starts from there again."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _kept("VmRSS")
+
+
+def _kept(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def _address_space() -> int:
