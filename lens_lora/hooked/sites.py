@@ -99,13 +99,7 @@ def points_without_update(sites: Iterable[Site]) -> set[str]:
     Args:
         sites: the adapted ones.
     """
-    found: set[str] = set()
-    for site in sites:
-        if site.kind == "o":
-            found.add(f"blocks.{site.layer}.attn.hook_result")
-        if site.kind == "unembed" and site.write == "unembed":
-            found.add("unembed.hook_out")
-    return found
+    return {f"blocks.{site.layer}.attn.hook_result" for site in sites if site.kind == "o"}
 
 
 def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, Any]:

@@ -296,18 +296,27 @@ def test_writes_that_have_no_meaning_are_refused(cls: str):
 
 
 def test_points_between_a_site_s_input_and_output_are_refused(cls: str):
-    """hook_result holds z W_O, not z (W_O + ΔW); a HookedTransformer's logits come without δ."""
+    """hook_result holds z W_O, not z (W_O + ΔW)."""
     base = models.hf_model("gpt2")
     model = models.MAKERS[cls](base)
     model.set_use_attn_result(True)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("gpt2", base)))
     with pytest.raises(ll.ModelStateError, match="hook_result: lies between"):
         ll.feature_shift(lens, models.tokens(), directions(64), "blocks.0.attn.hook_result")
-    base, model = hooked("gpt2", cls, "raw")
-    head = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "lm_head")))
-    if cls == "HookedTransformer" and "unembed.hook_out" in model.hook_dict:
-        with pytest.raises(ll.ModelStateError, match="unembed.hook_out: lies between"):
-            ll.feature_shift(head, models.tokens(), directions(models.VOCAB), "unembed.hook_out")
+
+
+def test_an_adapted_head_s_own_output(cls: str):
+    """Its δ is in it: the shift there is that of PEFT's logits."""
+    base, model = hooked("llama", cls, "raw")
+    if "unembed.hook_out" not in model.hook_dict:
+        pytest.skip("this class has no such point")
+    peft, tokens = peft_with("llama", base, "lm_head"), models.tokens()
+    lens, rows = ll.LoraLens(model, ll.Adapter.from_peft(peft)), directions(models.VOCAB)
+    found = ll.feature_shift(lens, tokens, rows, "unembed.hook_out")
+    with torch.no_grad():
+        expected = (peft(tokens).logits - base(tokens).logits)[:, -1] @ rows.T
+    assert torch.allclose(found.shift, expected, rtol=0, atol=1e-9)
+    assert torch.allclose(found.first_order, expected, rtol=0, atol=1e-9)
 
 
 def test_bad_input_is_named(cls: str):
