@@ -29,6 +29,7 @@ from tqdm import tqdm
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.random_directions import null_adapter
 from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.verdict import NullVerdict, null_verdict
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
@@ -40,14 +41,12 @@ from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import SIGMAS, Result, flat, per_prompt
+from lens_lora.results.measured import Result, flat, per_prompt
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 __all__ = ["NullTest", "null_test", "null_test_of"]
-
-_LEVEL = 0.05
 
 
 @final
@@ -123,31 +122,15 @@ class NullTest(Result):
         return (self.observed.per_site.abs() > largest).double().mean(1)
 
     @property
-    def verdict(self) -> tuple[str, ...]:
-        """For each prompt, in words: how far shift and sites stand out from random directions."""
-        return tuple(self._verdict(i) for i in range(len(self.null_shift[0])))
+    def verdict(self) -> tuple[NullVerdict, ...]:
+        """For each prompt, how far shift and sites stand out; str() words it."""
+        of_shift = (self.observed.shift, self.noise_floor, self._null_rms, self.shift_p)
+        numbers = torch.stack([n.double() for n in (*of_shift, self.exceeds_all)], 1).tolist()
+        return tuple(null_verdict(*row, draws=self.draws) for row in numbers)
 
     @property
     def _null_rms(self) -> Float[Tensor, "batch"]:
         return self.null_shift.double().square().mean(0).sqrt()
-
-    def _verdict(self, i: int) -> str:
-        shift, floor = float(self.observed.shift[i]), float(self.noise_floor[i])
-        if abs(shift) <= SIGMAS * floor:
-            return f"below the noise: the shift {shift:.2g} is within rounding ({floor:.2g})"
-        rms, p = float(self._null_rms[i]), float(self.shift_p[i])
-        least, size = ("at least ", floor) if rms < floor else ("", rms)
-        ratio = abs(shift) / size
-        many = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
-        times = f"{least}{many} times what random directions of the same size give"
-        found = f"the adapter's shift is {times}"
-        if p > max(_LEVEL, 1 / (1 + self.draws)):
-            found = f"no more than random directions: the shift is {times} (p = {p:.2g})"
-        chance = 1 / (1 + self.draws)
-        return (
-            f"{found}; {float(self.exceeds_all[i]):.0%} of sites exceed every one of {self.draws} "
-            f"draws ({chance:.1%} would by chance)"
-        )
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
@@ -166,7 +149,8 @@ class NullTest(Result):
             "first_order_p": self.total_p,
             "exceeds_all": self.exceeds_all,
         }
-        return pd.DataFrame(per_prompt(numbers)).assign(verdict=self.verdict)
+        kinds = [verdict.kind for verdict in self.verdict]
+        return pd.DataFrame(per_prompt(numbers)).assign(verdict=kinds)
 
     def plot(self, prompt: int | None = None) -> Figure:
         """|a_l| of every site over the band of the draws, in the order of the forward pass.

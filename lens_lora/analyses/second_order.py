@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder_curve import RemainderCurve, orders, remainder_curve_of
+from lens_lora.analyses.verdict import SecondVerdict, points_of, second_verdict
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_product, hessian_products, in_groups
 from lens_lora.engine.noise import curvature_noise
@@ -157,36 +158,20 @@ class SecondOrder(Result):
         return self.curve.noise.of_remainder(self.curve.scales, self.curvature_noise)
 
     @property
-    def verdict(self) -> tuple[str, ...]:
-        """For each prompt, in words: nearer or farther than first order at full strength."""
-        return tuple(self._verdict(i) for i in range(len(self.shift)))
-
-    def _verdict(self, i: int) -> str:
-        shift, floor = float(self.shift[i]), SIGMAS * float(self.noise_floor[i])
-        if abs(shift) <= floor:
-            return f"below the noise: the shift {shift:.2g} is within rounding ({floor:.2g})"
-        first, second = (
-            abs(float(rest[i])) for rest in (self.first_order_remainder, self.remainder)
-        )
-        left = f"leaves {second / abs(shift):.1%} of the shift at ε = 1, first order "
-        left += f"{first / abs(shift):.1%}"
-        if abs(first - second) <= SIGMAS * float(self.remainder_floor[i]):
-            return f"neither nearer nor farther, within rounding: {left}"
-        reach = float(self.helps_up_to[i])
-        if second > first:
-            return f"farther, no correction: {left}; nearer only up to ε = {reach:.2g}"
-        if reach < 1:
-            return (
-                f"nearer at ε = 1 by coincidence: {left}; farther on the way, from ε > {reach:.2g}"
-            )
-        return f"nearer: {left}"
+    def verdict(self) -> tuple[SecondVerdict, ...]:
+        """For each prompt, nearer or farther than first order at full strength; str() words it."""
+        noise, one, shift = self.curve.noise, self.shift.new_ones(1), self.shift[:, None]
+        of = (self.first_order_remainder, None), (self.remainder, self.curvature_noise)
+        first, second = (points_of(one, r[:, None], shift, noise, bend) for r, bend in of)
+        rows = zip(first, second, self.helps_up_to.tolist(), strict=True)
+        return tuple(second_verdict(a[0], b[0], reach) for a, b, reach in rows)
 
     def attribution(self) -> Attribution:
         """`corrected` as an attribution: to compare with effects, to save; with its warning."""
         return self._as_attribution(self.corrected, "second_order")
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt: shift, first and second order, what remains of each, verdict."""
+        """One row per prompt: shift, first and second order, what remains of each, its kind."""
         columns = {
             "shift": self.shift,
             "first_order": self.first_order.total,
@@ -197,7 +182,8 @@ class SecondOrder(Result):
             "noise_floor": self.noise_floor,
             "remainder_floor": self.remainder_floor,
         }
-        return pd.DataFrame(per_prompt(columns)).assign(verdict=self.verdict)
+        kinds = [verdict.kind for verdict in self.verdict]
+        return pd.DataFrame(per_prompt(columns)).assign(verdict=kinds)
 
     def sites_to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: first order, ½(H1)_l, and its two parts where computed."""

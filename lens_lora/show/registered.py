@@ -28,6 +28,7 @@ from lens_lora.show.figures import (
 from lens_lora.show.page.report import explanation_report
 from lens_lora.show.words import explanation as explanation_words
 from lens_lora.show.words import margin as margin_words
+from lens_lora.show.words import verdicts
 
 __all__ = [
     "activation_effects",
@@ -48,6 +49,7 @@ __all__ = [
     "second_order",
     "token_shifts",
     "tokens",
+    "verdicts",
 ]
 
 

@@ -151,9 +151,10 @@ def _remainder_curve(curve: RemainderCurve) -> str:
 @drawing.text.register(SecondOrder)
 def _second_order(second: SecondOrder) -> str:
     first = second.first_order
+    frame = second.to_frame().assign(verdict=[str(verdict) for verdict in second.verdict])
     return (
         f"SecondOrder of {first.readout}, in {first.units} (a diagnostic of curvature at ε = 0, "
-        f"not a correction at ε = 1):\n{second.to_frame().to_string()}"
+        f"not a correction at ε = 1):\n{frame.to_string()}"
     )
 
 

@@ -93,7 +93,9 @@ def test_second_order_by_hand():
     assert found.predicted_at(0.5).item() == 31.5 + 12.375
     assert found.predicted_at(torch.tensor([0.0, 1.0])).tolist() == [[0.0, 112.5]]
     assert found.helps_up_to.item() == 1
-    assert found.verdict[0].startswith("nearer: leaves 9.1% of the shift at ε = 1, first order 49")
+    assert str(found.verdict[0]).startswith(
+        "nearer: leaves 9.1% of the shift at ε = 1, first order 49"
+    )
     attribution = found.attribution()
     assert attribution.remainder.item() == 11.25 and attribution.method == "second_order"
     row = found.sites_to_frame().iloc[1]
@@ -105,7 +107,7 @@ def test_a_prediction_made_worse_says_so():
     lens = scalar_lens(lambda y: torch.sin(4 * y))
     found = second_of(lens, ll.Logit(0), torch.tensor([[3]]))
     assert found.remainder.abs() > found.first_order_remainder.abs()
-    assert found.verdict[0].startswith("farther, no correction")
+    assert str(found.verdict[0]).startswith("farther, no correction")
     assert 0 < found.helps_up_to.item() < 1
     assert "farther" in repr(found) and "not a correction" in repr(found)
 
@@ -119,7 +121,7 @@ def test_a_linear_readout_has_no_second_order():
     found = matrix_of(lens, ll.Margin(5, 9))
     assert found.matrix.abs().max() == 0 and found.asymmetry.tolist() == [0.0, 0.0]
     second = second_of(lens, ll.Margin(5, 9))
-    assert second.verdict[0].startswith("neither nearer nor farther, within rounding")
+    assert str(second.verdict[0]).startswith("neither nearer nor farther, within rounding")
     assert torch.isnan(second.order).all()
 
 

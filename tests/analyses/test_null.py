@@ -187,7 +187,9 @@ def test_a_null_adapter_does_not_stand_out_and_a_true_direction_does():
     aligned = null_test(along_the_gradient(case, tokens), tokens, MARGIN, draws=9, progress=False)
     assert (aligned.p == 0.1).all() and aligned.exceeds_all.item() == 1
     assert (aligned.z > 2).all() and aligned.total_p.item() == 0.1
-    assert "100% of sites exceed every one of 9 draws (10.0% would by chance)" in aligned.verdict[0]
+    assert "100% of sites exceed every one of 9 draws (10.0% would by chance)" in str(
+        aligned.verdict[0]
+    )
 
 
 def along_the_gradient(case: cases.Case, tokens: torch.Tensor) -> ll.LoraLens:
@@ -235,7 +237,7 @@ def test_an_untrained_adapter_is_not_told_from_noise():
         progress=False,
     )
     assert (found.p == 1).all() and (found.q == 1).all() and found.z.isnan().all()
-    assert all(text.startswith("below the noise") for text in found.verdict)
+    assert all(str(v).startswith("below the noise") for v in found.verdict)
 
 
 def by_hand() -> NullTest:
@@ -262,7 +264,7 @@ def test_p_z_and_q_by_hand():
     assert found.z[0].tolist() == pytest.approx(expected)
     assert found.total_p.item() == 0.2 and found.shift_p.item() == 0.2
     assert found.exceeds_all.item() == 0.5 and found.shift_ratio.item() == 4
-    assert found.verdict[0].startswith("the adapter's shift is 4 times what random directions")
+    assert str(found.verdict[0]).startswith("the adapter's shift is 4 times what random directions")
     frame, totals = found.to_frame(), found.totals_to_frame()
     assert frame["p"].tolist() == [0.2, 0.6] and list(frame["site"]) == [
         s.name for s in found.observed.sites
@@ -274,8 +276,13 @@ def test_p_z_and_q_by_hand():
 def test_a_shift_within_the_nulls_is_said_to_be():
     found = by_hand()
     observed = dataclasses.replace(found.observed, adapted=torch.tensor([1.0]).double())
-    text = dataclasses.replace(found, observed=observed).verdict[0]
-    assert text.startswith("no more than random directions") and "(p = 1)" in text
+    (verdict,) = dataclasses.replace(found, observed=observed).verdict
+    text = str(verdict)
+    assert (
+        verdict.kind == "as_random"
+        and text.startswith("no more than random directions")
+        and "(p = 1)" in text
+    )
 
 
 def test_one_draw_is_no_spread():

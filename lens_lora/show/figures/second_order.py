@@ -49,7 +49,7 @@ def second_order_figure(second: SecondOrder, prompt: int | None = None) -> go.Fi
     )
     style(figure, height=420)
     figure.update_layout(
-        title=title(f"{curve.readout}, shift along ε", second.verdict[index]),
+        title=title(f"{curve.readout}, shift along ε", str(second.verdict[index])),
         legend={"orientation": "v", "x": 0.02, "xanchor": "left", "y": 0.98, "yanchor": "top"},
     )
     figure.add_hline(y=0, line={"color": INK, "width": 1})

@@ -7,14 +7,13 @@ first order is was decided with the result (`analyses/verdict.py`); here it is p
 from __future__ import annotations
 
 from lens_lora.analyses.margin import FactMargin
-from lens_lora.analyses.verdict import Verdict
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.results.measured import SIGMAS
 from lens_lora.show.text import magnitude, percent, share_text, signed, top_rows
 from lens_lora.show.words.account import Account, account_of
 
-__all__ = ["margin_story", "paragraphs_of", "verdict_text"]
+__all__ = ["margin_story", "paragraphs_of"]
 
 _TOP = 5
 
@@ -31,30 +30,6 @@ def margin_story(fact_margin: FactMargin, prompt: int | None = None) -> str:
         ArgumentError: no such prompt, or several and none named.
     """
     return "\n".join(paragraphs_of(fact_margin, account_of(fact_margin, prompt), prompt))
-
-
-@drawing.text.register(Verdict)
-def verdict_text(verdict: Verdict) -> str:
-    """A verdict as one phrase, with its numbers.
-
-    Args:
-        verdict: on the remainder of one prompt.
-    """
-    v = verdict
-    if v.kind in ("no_shift", "noise"):
-        of_shift = ("shift", v.shift, v.floor)
-        of_rest = ("remainder", v.remainder, v.remainder_floor)
-        what, value, floor = of_shift if v.kind == "no_shift" else of_rest
-        return f"below the noise: the {what} {value:.2g} is within rounding ({floor:.2g})"
-    on_the_way = "on the way within rounding"
-    if v.worst is not None:
-        on_the_way = f"{v.worst:.0%} of the shift at ε = {v.worst_scale:g}"
-    if v.kind == "coincidence":
-        return f"a coincidence at ε = 1: {v.share:.1%} of the shift there, but {on_the_way}"
-    if v.kind == "large":
-        return f"large: {v.share:.0%} of the shift at ε = 1, {on_the_way}"
-    most = "" if v.worst is None else "at most "
-    return f"{v.kind}: {v.share:.1%} of the shift at ε = 1, {most}{on_the_way}"
 
 
 def paragraphs_of(
