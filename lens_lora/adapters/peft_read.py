@@ -24,6 +24,7 @@ from lens_lora.adapters.peft_files import local_folder
 from lens_lora.adapters.peft_folder import read_files, warn_of_cuts
 from lens_lora.adapters.peft_paths import by_module, model_paths, saved_keys
 from lens_lora.adapters.peft_patterns import Patterns
+from lens_lora.adapters.peft_saved import require_saved
 from lens_lora.adapters.peft_trained import trained_modules, unknown_keys
 from lens_lora.adapters.peft_variants import classifier_note, refuse_variants
 from lens_lora.adapters.trained import ModuleUpdate
@@ -75,7 +76,8 @@ def factors_of(
     state, notes = saved_keys(state, source)
     tensors, left_over = by_module(state)
     trained = {path: own for path, own in tensors.items() if "A" not in own and "B" not in own}
-    left_over += unknown_keys(tensors, trained, source)
+    names = model_paths(tensors, source)
+    left_over += unknown_keys(names, trained)
     if left_over:
         raise _left_over_error(left_over, source, classifier_note(config))
     if not tensors:
@@ -86,6 +88,8 @@ def factors_of(
     modules: dict[str, ModuleUpdate] = {
         path: _factors(config, patterns, path, found, source) for path, found in factors.items()
     }
+    whole = [names[path] for path, own in trained.items() if {"weight", "bias"} & set(own)]
+    require_saved(config, names.values(), whole, source)
     modules |= trained_modules(config, trained, source)
     for note in notes:
         _note(f"{source}: its {note}")

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lens_lora.adapters.peft_paths import PREFIX, is_known, model_paths
-from lens_lora.adapters.peft_variants import classifier_note
+from lens_lora.adapters.peft_paths import PREFIX, is_known
+from lens_lora.adapters.peft_saved import is_copy
 from lens_lora.adapters.trained import TrainedModule
-from lens_lora.errors import AdapterError, UnsupportedAdapterError
-from lens_lora.families import FAMILIES, HEADS
+from lens_lora.errors import AdapterError
+from lens_lora.families import HEADS
 
 __all__ = [
     "head_follows",
@@ -52,9 +52,8 @@ def trained_modules(
 
     Raises:
         AdapterError: config and tensors do not say the same, or tensors do not fit together.
-        UnsupportedAdapterError: a classifier's head.
     """
-    _require_saved(config, tensors, source)
+    _require_rows(config, tensors, source)
     found: dict[str, TrainedModule] = {}
     for path, own in tensors.items():
         if "token_rows" in own and _is_named_elsewhere(config, path):
@@ -64,7 +63,7 @@ def trained_modules(
         tied = (
             head_follows(path, config.trainable_token_indices)
             if ids is not None
-            else not _is_copy(config, path)
+            else not is_copy(config, path)
         )
         found[path] = trained_module(path, own, ids, tied, source)
     return found
@@ -152,49 +151,19 @@ def _is_in_base(module: TrainedModule) -> bool:
     return module.tied and module.tokens is None
 
 
-def unknown_keys(
-    paths: Iterable[str], trained: Mapping[str, Iterable[str]], source: str
-) -> list[str]:
+def unknown_keys(names: Mapping[str, str], trained: Mapping[str, Iterable[str]]) -> list[str]:
     """The keys of trained modules that no supported family has.
 
     Args:
-        paths: of all modules in the file.
+        names: path in the causal language model, by path in the file.
         trained: roles of the tensors of each module without factors.
-        source: the adapter's file, for messages.
-
-    Raises:
-        AdapterError: two paths of the file are one module.
     """
-    names = model_paths(paths, source)
     unknown = [path for path in trained if not is_known(names[path])]
     return [f"{PREFIX}{path}.{role}" for path in unknown for role in trained[path]]
 
 
-def _is_copy(config: Any, path: str) -> bool:
-    return any(_covers(name, path) for name in config.modules_to_save or ())
-
-
-def _covers(name: str, path: str) -> bool:
-    """PEFT wraps every module whose path ends in the name, with all that is in it."""
-    parts = path.split(".")
-    return any(".".join(parts[:n]).endswith(name) for n in range(1, len(parts) + 1))
-
-
-def _require_saved(config: Any, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
-    names = config.modules_to_save or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise AdapterError(
-            f"{source}: modules_to_save is {names!r}; expected a list of modules' names."
-        )
-    whole = [path for path, own in tensors.items() if {"weight", "bias"} & set(own)]
-    lacking = [name for name in names if not any(_covers(name, path) for path in whole)]
-    lacking = [name for name in lacking if not _is_of_another_family(name, whole)]
-    if lacking:
-        note = classifier_note(config)
-        raise (UnsupportedAdapterError if note else AdapterError)(
-            f"{source}: modules_to_save names {lacking}, and the file holds no such module; the "
-            f"two files do not belong together.{note}"
-        )
+def _require_rows(config: Any, tensors: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+    """Check that the file holds the rows that `trainable_token_indices` names."""
     wanted = config.trainable_token_indices
     rows = [path for path, own in tensors.items() if "token_rows" in own]
     named = list(wanted) if isinstance(wanted, dict) else [] if wanted is None else [""]
@@ -205,16 +174,6 @@ def _require_saved(config: Any, tensors: Mapping[str, Mapping[str, Tensor]], sou
                 f"{source}: trainable_token_indices={wanted!r}, and the file holds no rows"
                 f"{f' of {name}' if name else ''}; the two files do not belong together."
             )
-
-
-def _is_of_another_family(name: str, paths: list[str]) -> bool:
-    """Whether some family has a module of this name, but none that has all these modules."""
-    of_name = [family for family in FAMILIES if any(_covers(name, p) for p in family.every_path())]
-    return (
-        bool(paths)
-        and bool(of_name)
-        and not any(all(family.place(path) is not None for path in paths) for family in of_name)
-    )
 
 
 def _ids_of(config: Any, path: str, source: str) -> Int[Tensor, "row"]:

@@ -174,15 +174,29 @@ def test_what_the_config_names_and_the_file_lacks(everything, tmp_path):
     _, model = everything
     folder = saved(model, tmp_path)
     set_config(folder, modules_to_save=["lm_head", "norm", "o_proj", "up_proj"])
-    refused(folder, "modules_to_save names ['up_proj']", "do not belong together")
+    refused(folder, "modules_to_save names 'up_proj'", "lacks model.layers.0.mlp.up_proj")
     set_config(folder, modules_to_save=["lm_head", "norm", "o_proj", "classifier"])
-    refused(folder, "modules_to_save names ['classifier']")
+    refused(folder, "modules_to_save names 'classifier'", "do not belong together")
     set_config(folder, modules_to_save=["lm_head", "norm", "o_proj", "wte"])
     assert len(ll.load_adapter(folder)) == 13  # GPT-2's name for what a Llama has under another
     set_config(folder, modules_to_save=["lm_head", "norm", "o_proj"], trainable_token_indices=None)
     refused(folder, "model.embed_tokens", "trainable_token_indices=None")
     set_config(folder, trainable_token_indices={"embed_tokens": [9, 10, 11, 12], "wpe": [1]})
     refused(folder, "the file holds no rows of wpe")
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "layers.0.input_layernorm", "layers.1.self_attn.o_proj"]
+)
+def test_a_copy_that_is_missing(name: str, everything, tmp_path):
+    """PEFT cannot load such a file."""
+    base, model = everything
+    folder = saved(model, tmp_path)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({k: t for k, t in tensors.items() if f"{name}.weight" not in k}, folder / WEIGHTS)
+    with pytest.raises(KeyError):
+        in_peft(base, folder)
+    refused(folder, "modules_to_save names", f"lacks {'model.' * ('.' in name)}{name}")
 
 
 @pytest.mark.parametrize("ids", [[9, 10], [9, 10, 11, 11], [9, 10, 11, -1], [9, 10, 11, "x"], "x"])

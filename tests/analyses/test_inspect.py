@@ -236,7 +236,7 @@ def with_fields(folder: Path, **fields) -> Path:
     ("fields", "reason"),
     [
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
-        ({"modules_to_save": ["lm_head"]}, "the file holds no such module"),
+        ({"modules_to_save": ["lm_head"]}, "the file lacks lm_head"),
         ({"use_qalora": True}, "train with use_qalora=False"),
         ({"alora_invocation_tokens": [3]}, "train a plain LoRA"),
     ],
