@@ -104,7 +104,7 @@ def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor
         logits = functional.linear(residual, weight, bias).to(lens.gate_dtype)
         return dataclasses.replace(read, tokens=read.tokens[some]).log_probs(logits)
 
-    chunks = torch.arange(len(picked)).split(PICKS)
+    chunks = torch.arange(len(picked), device="cpu").split(PICKS)
     again = len(chunks) > 1 and torch.is_grad_enabled()
     found = [
         checkpoint(of_some, picked[some], some, use_reentrant=False, preserve_rng_state=False)

@@ -112,7 +112,7 @@ def site_gradients(
     """
     values, leaves, tap = _tapped(lens, gates, lambda: read_value(lens, reading))
     tap.visit = visit
-    torch.autograd.grad(values.sum(), leaves)
+    torch.autograd.grad(values, leaves, torch.ones_like(values))
     tap.require_all_seen()
     return values.detach()
 
@@ -139,9 +139,9 @@ def gradients_of_each(
     values, leaves, tap = _tapped(lens, gates, read)
     for token in range(values.shape[1]):
         tap.visit = visit_of(token)
-        torch.autograd.grad(
-            values[:, token].sum(), leaves, retain_graph=token + 1 < values.shape[1]
-        )
+        only = torch.zeros_like(values)
+        only[:, token] = 1
+        torch.autograd.grad(values, leaves, only, retain_graph=token + 1 < values.shape[1])
     tap.require_all_seen()
 
 

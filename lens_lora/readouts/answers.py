@@ -230,8 +230,10 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
     which = which_prompt(owner[most], prompts.batch)
     require_context(model, int(lengths[most]), f"{which} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    owners = torch.tensor(owner)
-    at, slots, ids, weights = map(torch.tensor, zip(*picks, strict=True))
+    owners = torch.tensor(owner, device="cpu")
+    at, slots, ids, weights = (
+        torch.tensor(each, device="cpu") for each in zip(*picks, strict=True)
+    )
     read = LogProbs(at, ids, weights, owners[at], prompts.batch, slots)
     return Reading(Prompts(tokens, lengths, torch.tensor(reads, device=device)), read, owners)
 

@@ -177,8 +177,8 @@ class LogProb(LastToken):
 
     def bind(self, model: Any, batch: int) -> Bound:
         """logit(token) − logsumexp(logits), [row, vocab] → [row]."""
-        ids, rows = token_ids(model, self.token, batch), torch.arange(batch)
-        return LogProbs(rows, ids, torch.ones(batch), rows, batch)
+        ids, rows = token_ids(model, self.token, batch), torch.arange(batch, device="cpu")
+        return LogProbs(rows, ids, torch.ones(batch, device="cpu"), rows, batch)
 
     @property
     def label(self) -> str:
@@ -233,7 +233,7 @@ def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
         raise TokenError(
             f"{len(items)} tokens for {batch} prompts; pass one token, or one per prompt."
         )
-    return torch.tensor([_token_id(model, item) for item in items])
+    return torch.tensor([_token_id(model, item) for item in items], device="cpu")
 
 
 def _items(token: Any, batch: int) -> list[Any]:

@@ -267,7 +267,7 @@ class Reading:
             rows: at the end of the pass.
         """
         read = self.read.repeat(rows) if isinstance(self.read, _ByRow) else self.read
-        return Reading(self.prompts, read, torch.arange(rows))
+        return Reading(self.prompts, read, torch.arange(rows, device="cpu"))
 
     def _only(self, first: int, end: int) -> Reading:
         read = self.read.only(first, end) if isinstance(self.read, _ByRow) else self.read
@@ -300,4 +300,4 @@ def one_row_each(prompts: Prompts, read: Bound) -> Reading:
         prompts: the rows.
         read: from the logits at their last tokens, [row, vocab], to g, [row].
     """
-    return Reading(prompts, read, torch.arange(prompts.batch))
+    return Reading(prompts, read, torch.arange(prompts.batch, device="cpu"))

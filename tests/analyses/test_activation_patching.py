@@ -204,16 +204,8 @@ def test_sites_outside_the_blocks(target: str, cls: str):
 
 
 @pytest.mark.skipif(len(models.MAKERS) < 2, reason="only transformer-lens 3 has this hook point")
-def test_a_point_that_shows_the_head_without_its_update_is_refused():
-    base, model = hooked("gpt2", "HookedTransformer", "raw")
-    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "lm_head")))
-    with pytest.raises(ll.ModelStateError, match="unembed.hook_out: lies between"):
-        patch(lens, models.tokens(), MARGIN, "unembed.hook_out")
-
-
-@models.NEEDS_BRIDGE
-def test_a_bridges_head_is_shown_with_its_update():
-    base, model = hooked("gpt2", "TransformerBridge", "raw")
+def test_a_head_is_shown_with_its_update(cls: str):
+    base, model = hooked("gpt2", cls, "raw")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "lm_head")))
     effects = patch(lens, models.tokens(), MARGIN, "unembed.hook_out")
     assert (effects.share - 1).abs().max() < 1e-11

@@ -181,7 +181,7 @@ def test_within_a_dual_level(cls: str):
                 assert "forward-mode derivatives" in str(error)
                 refused.append(name)
     forward = {"forward", "frozen, forward", "components", "logit_shift", "joint", "tangents"}
-    assert {*refused} == forward | {"feature_shift", "explain"}
+    assert {*refused} == forward | {"feature_shift", "explain", "kl_shares"}
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)

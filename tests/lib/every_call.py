@@ -13,6 +13,7 @@ from torch import Tensor
 import lens_lora as ll
 
 MARGIN, QUIET = ll.Margin(5, 9), {"progress": False}
+RESPONSE = torch.tensor([5, 9], device="cpu")
 Call = Callable[[ll.LoraLens, Tensor], Any]
 
 
@@ -54,6 +55,11 @@ CALLS: dict[str, Call] = {
     "first_orders": lambda lens, t: ll.first_orders(lens, t, [MARGIN, ll.Logit(3)], **QUIET)[1],
     "frozen": _frozen("reverse"),
     "frozen, forward": _frozen("forward"),
+    "by token": lambda lens, t: ll.first_order(
+        lens, t, ll.AnswerLogProb(RESPONSE), by="token", **QUIET
+    ),
+    "kl_shares": lambda lens, t: ll.kl_shares(lens, t, **QUIET).divergence,
+    "token_shifts": lambda lens, t: ll.token_shifts(lens, t, RESPONSE).kl,
     "components": lambda lens, t: ll.components(lens, t, MARGIN, **QUIET),
     "logit_shift": lambda lens, t: ll.logit_shift(lens, t, **QUIET),
     "joint": lambda lens, t: ll.logit_shift(lens, t, by_site=False),
