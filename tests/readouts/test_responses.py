@@ -255,3 +255,16 @@ def test_only_a_response_has_tokens(lens: ll.LoraLens, readout: ll.Readout):
         ll.first_order(lens, prompts(), readout, by="token")
     with pytest.raises(ll.ArgumentError, match=r"by=\['token'\]: expected any of"):
         ll.path_attribution(lens, prompts(), readout, by="token", progress=False)
+
+
+def test_pictures_leave_out_tokens_that_are_not_there(lens: ll.LoraLens):
+    """Of the shorter response of a batch, only its own tokens are summed."""
+    by = ("position", "token")
+    found = ll.first_order(lens, prompts(), READOUTS["log_prob"], by=by)
+    whole = ll.first_order(lens, prompts(), READOUTS["log_prob"], by="position")
+    drawn, expected = (a.token_view(1).values for a in (found, whole))
+    assert drawn == pytest.approx(expected, abs=1e-11)
+    cells = [
+        [value for value in row if value is not None] for row in found.plot_positions(1).data[0].z
+    ]
+    assert torch.tensor([value for row in cells for value in row]).isfinite().all()

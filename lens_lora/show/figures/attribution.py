@@ -106,7 +106,7 @@ def _by_position(attribution: Attribution, index: int) -> list[list[float]]:
     values = attribution.values[index].double()
     for axis in range(len(attribution.by), 0, -1):
         if attribution.by[axis - 1] != "position":
-            values = values.sum(axis)
+            values = values.nansum(axis)
     return values[:, : len(attribution.str_tokens[index])].tolist()
 
 
