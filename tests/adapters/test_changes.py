@@ -185,14 +185,20 @@ def test_what_between_refuses():
         tuned.model.norm.weight.add_(0.1)
     left_out = ll.Adapter.between(base, tuned, ignore=("*norm*",), progress=False)
     assert "model.norm" not in left_out.modules
-    experts = models.hf_model("mixtral"), models.hf_model("mixtral")
-    with torch.no_grad():
-        for name, p in experts[1].named_parameters():
-            p.add_(0.1 * ("experts" in name))
-    with pytest.raises(ll.AdapterError, match="no linear module.*experts.*ignore"):
-        ll.Adapter.between(*experts, progress=False)
     with pytest.raises(ll.AdapterError, match="rank=0"):
         ll.Adapter.between(base, tuned, rank=0, progress=False)
+
+
+def test_between_refuses_experts_in_one_parameter():
+    base, tuned = models.hf_model("mixtral"), models.hf_model("mixtral")
+    experts = [p for name, p in tuned.named_parameters() if "experts" in name]
+    if all(p.ndim == 2 for p in experts):
+        pytest.skip("before transformers 5 each expert is a linear module")
+    with torch.no_grad():
+        for p in experts:
+            p.add_(0.1)
+    with pytest.raises(ll.AdapterError, match="no linear module.*experts.*ignore"):
+        ll.Adapter.between(base, tuned, progress=False)
 
 
 @pytest.mark.parametrize("config", [{"bias": "lora_only"}, {"use_dora": True}, {"lora_bias": True}])

@@ -69,6 +69,11 @@ def token_shifts() -> ll.TokenShifts:
     )  # fmt: skip
 
 
+def kl_shares() -> ll.KLShares:
+    scales = torch.tensor([0.1, 1.0])
+    return ll.KLShares(two_prompts(), scales, torch.tensor([[0.01, 1.0], [0.02, 3.0]]))
+
+
 def summary() -> AdapterSummary:
     spectrum = Spectrum(
         "m.q_proj", None, "q_proj", ("DoRA",), 2, 0.5, torch.empty(0), math.nan, 0.0
@@ -85,8 +90,8 @@ def every_result() -> list[Result]:
     )
     found = [
         two_prompts(), activations(by_position=True), features(by_position=True), writes,
-        components(), remainder(), token_shifts(), summary(), e, e.margin, e.margin.curve, e.shift,
-        e.second_order, e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness,
+        components(), remainder(), token_shifts(), kl_shares(), summary(), e, e.margin,
+        e.margin.curve, e.shift, e.second_order, e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness,
         e.null, e.comparisons[0],
     ]  # fmt: skip
     assert all(isinstance(result, Result) for result in found)
