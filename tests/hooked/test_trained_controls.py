@@ -5,6 +5,8 @@ Without the planted bug the comparisons are those of test_targets, test_tied and
 
 from __future__ import annotations
 
+import contextlib
+
 import cases
 import models
 import pytest
@@ -39,7 +41,8 @@ def seen(family: str, cls: str, plant, flags: dict | None = None, **config) -> N
     assert off(logits(lens), expected) < max(EXACT, 10 * bare) < 1e-6
     plant()
     wrong = ll.LoraLens(hooked, adapter, hf_model=base)
-    assert off(logits(wrong), expected) > 1e-3
+    with contextlib.suppress(ll.ModelStateError):  # refused is seen as well
+        assert off(logits(wrong), expected) > 1e-3
 
 
 @models.NEEDS_HOOKED_TRANSFORMER
