@@ -12,7 +12,6 @@ Cost: at most one forward pass a gate vector.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from contextlib import AbstractContextManager
 from typing import cast
@@ -31,7 +30,7 @@ from lens_lora.hooked.attaching import add_pre_hook
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Columns, LogProbs, Reading
+from lens_lora.readouts.rows import Columns, LogProbs, Reading, token_log_probs
 from lens_lora.temporary import Temporary
 
 __all__ = [
@@ -102,7 +101,7 @@ def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor
 
     def of_some(residual: Tensor, some: Tensor) -> Tensor:
         logits = functional.linear(residual, weight, bias).to(lens.gate_dtype)
-        return dataclasses.replace(read, tokens=read.tokens[some]).log_probs(logits)
+        return token_log_probs(logits, read.tokens[some])
 
     chunks = torch.arange(len(picked), device="cpu").split(PICKS)
     again = len(chunks) > 1 and torch.is_grad_enabled()

@@ -16,7 +16,8 @@ from lens_lora.hooked.sites import match_sites
 
 __all__ = ["Scale", "gates_of"]
 
-Scale = float | Real[Tensor, ""] | Real[Tensor, "*batch site"] | Mapping[str, float]
+_Number = float | Real[Tensor, ""]
+Scale = _Number | Real[Tensor, "*batch site"] | Mapping[str, _Number]
 
 
 def gates_of(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lens_lora.readouts.prompts import Prompts
 
-__all__ = ["Bound", "Columns", "LogProbs", "Reading", "one_row_each"]
+__all__ = ["Bound", "Columns", "LogProbs", "Reading", "one_row_each", "token_log_probs"]
 
 Bound = Callable[[Float[Tensor, "row *slot vocab"]], Float[Tensor, "batch"]]
 
@@ -78,6 +78,18 @@ class Columns:
         return Columns(self.ids[first:end], self.signs)
 
 
+def token_log_probs(
+    logits: Float[Tensor, "pick vocab"], tokens: Int[Tensor, "pick"]
+) -> Float[Tensor, "pick"]:
+    """log p of one token each, in nats.
+
+    Args:
+        logits: of each distribution.
+        tokens: the ids.
+    """
+    return logits.gather(1, tokens.to(logits.device)[:, None])[:, 0] - logits.logsumexp(-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class LogProbs:
     """Σ weight · log p(token) in nats, over a prompt's picks; a pick is one token at one slot.
@@ -117,8 +129,7 @@ class LogProbs:
         Args:
             logits: at each pick's place.
         """
-        tokens = self.tokens.to(logits.device)[:, None]
-        return logits.gather(1, tokens)[:, 0] - logits.logsumexp(-1)
+        return token_log_probs(logits, self.tokens)
 
     def of(self, log_probs: Float[Tensor, "pick"]) -> Float[Tensor, "batch"]:
         """g of each prompt.
