@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import fuzz
@@ -20,6 +22,7 @@ from fuzz_guard import PLANTED, Case, UsersOwn, Wrong
 import lens_lora as ll
 
 pytestmark = pytest.mark.bad_input
+TESTS = Path(__file__).parents[1]
 
 CASES = {
     "adapter folders": 300,
@@ -139,14 +142,10 @@ def turns():
         pass
 
 
-def fills():
-    return torch.ones(30_000_000, dtype=torch.float64)
-
-
 SEEN = {
     refused: "refused", users_own: "right", foreign: "foreign KeyError",
     without_words: "no message", connects: "trapped", unpickles: "trapped",
-    starts: "trapped", opens: "trapped", imports: "trapped", turns: "slow", fills: "memory",
+    starts: "trapped", opens: "trapped", imports: "trapped", turns: "slow",
 }  # fmt: skip
 
 
@@ -155,6 +154,28 @@ def test_what_is_seen(act, monkeypatch):
     monkeypatch.setattr(fuzz_guard, "SECONDS", 0.3)
     monkeypatch.setattr(fuzz_guard, "BYTES", 100_000_000)
     assert fuzz_guard.run(Case("t", "m", act, lambda found: None)).kind == SEEN[act]
+
+
+FILLS = """
+import torch
+import fuzz_guard
+fuzz_guard.BYTES = 100_000_000
+fills = lambda: torch.ones(30_000_000, dtype=torch.float64)
+print(fuzz_guard.run(fuzz_guard.Case("t", "m", fills, lambda found: None)).kind)
+"""
+
+
+def test_memory_is_seen():
+    """In a process of its own: one that has run long has memory to give out already."""
+    places = os.pathsep.join([str(TESTS / "lib"), str(TESTS.parent)])
+    run = subprocess.run(
+        [sys.executable, "-c", FILLS],
+        env={**os.environ, "PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == ["memory"]
 
 
 def test_a_wrong_answer_is_seen():
