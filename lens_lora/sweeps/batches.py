@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lens_lora.engine.function import gated_readout, require_finite
@@ -72,7 +73,7 @@ class Row:
     adapted: float | None = None
     flips: bool | None = None
     error: str | None = None
-    values: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def failed(record: Record) -> Row:
