@@ -88,7 +88,7 @@ def _below(shifts: TokenShifts, index: int) -> str:
     total = float(shifts.kl[0, index].nansum())
     return (
         f"{shifts.between[0]} against {shifts.between[1]}: {magnitude(total)} nats in all, "
-        f"log p of the response {signed(float(shifts.total[index]))}"
+        f"log p of the response moves by {signed(float(shifts.total[index]))}"
     )
 
 
