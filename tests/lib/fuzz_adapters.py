@@ -112,10 +112,10 @@ def wanted_of(base: Any, folder: Path, scratch: Path, unchanged: torch.Tensor) -
 
 
 def _say(base: Any, folder: Path) -> None:
-    """No patterns are empty patterns; a trained module that the file lacks is the base's."""
+    """No patterns are empty patterns, no bias is 'none'; what the file lacks is the base's."""
     fields, tensors = _fields(folder), _tensors(folder)
     patterns = {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    _set(folder, {**fields, **patterns})
+    _set(folder, {**fields, **patterns, "bias": fields.get("bias") or "none"})
     for name, parameter in base.named_parameters():
         key = f"base_model.model.{name}"
         if any(part in name.split(".") for part in fields.get("modules_to_save") or ()):
