@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lens_lora.engine.asked import ask
 from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.errors import NumericsError, PromptError, TokenError
 from lens_lora.hooked.alone import alone
@@ -148,7 +149,7 @@ def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> lis
 
 def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
     prompts, readout = lens.prompts([job.prompt for job in jobs]), _together(lens, jobs)
-    reading = readout.over(lens.model, prompts)
+    reading = ask(lens, prompts, readout).reading
     ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
     base, adapted = _numbers(gated_readout(lens, reading, ends, progress=False)).T
     values = {name: _values(lens, jobs, name) for name in analyses}

@@ -171,3 +171,16 @@ def test_saved(case: cases.Case, tmp_path):
     found = ll.kl_shares(case.lens, prompts(), RESPONSES)
     again = ll.KLShares.load(found.save(tmp_path / "kl.safetensors"))
     assert torch.equal(again.divergence, found.divergence)
+
+
+@each_response
+def test_a_sweep_reads_it(case: cases.Case, tmp_path, response):
+    """The rows are those of a direct call."""
+    readout = ll.KL(None if response is None else torch.tensor([5, 9, 12]))
+    records = [{"prompt": "w5 w6"}, {"prompt": "w7 w8 w9"}]
+    swept = ll.sweep(
+        case.lens, records, "path", readout=readout, out=tmp_path / "r.parquet", progress=False
+    ).attribution("path")
+    for i, record in enumerate(records):
+        own = ll.path_attribution(case.lens, record["prompt"], readout, progress=False)
+        assert (swept.adapted[i] - own.adapted[0]).abs() < 1e-10
