@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +28,7 @@ from lens_lora.hooked.host_build import (
 )
 from lens_lora.hooked.host_check import refuse_unusable
 from lens_lora.lens import LoraLens
+from lens_lora.temporary import Temporary, without_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -178,8 +178,7 @@ def quiet_libraries() -> Generator[None]:
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with Temporary(without_warnings):
             yield
     finally:
         logging.disable(before)

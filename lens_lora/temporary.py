@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
-__all__ = ["Temporary", "close_but", "open_spans"]
+__all__ = ["Temporary", "close_but", "open_spans", "without_warnings"]
 
 
 class Temporary(contextlib.ExitStack):
@@ -93,3 +95,35 @@ def close_but(others: Collection[Temporary]) -> None:
     for span in reversed(open_spans()):
         if span not in others:
             span.close()
+
+
+def without_warnings(span: Temporary, message: str = "") -> None:
+    """No warning that begins so is shown until the span ends.
+
+    `warnings.catch_warnings` puts a whole list of filters back, and where two threads' blocks
+    overlap, the wrong one: a filter stays for good. Here one filter is put in, and the same one
+    taken out of the list that it was put into and of the list in force.
+
+    Args:
+        span: how long.
+        message: a regular expression; without one, every warning.
+    """
+    quiet = _OneFilter(("ignore", re.compile(message, re.IGNORECASE), Warning, None, 0))
+    filters = warnings.filters
+
+    def take_out() -> None:
+        for held in (filters, warnings.filters):
+            with contextlib.suppress(ValueError):
+                held.remove(quiet)
+
+    span.way_back(take_out)
+    filters.insert(0, quiet)
+
+
+class _OneFilter(tuple[Any, ...]):
+    """An entry of `warnings.filters` that is not mixed up with another one that says the same."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other

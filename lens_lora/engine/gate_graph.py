@@ -18,7 +18,7 @@ passes a direction for H v.
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import functools
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -32,12 +32,11 @@ from lens_lora.engine.batching import directions_at_once
 from lens_lora.engine.dual_pass import attention_from_formula
 from lens_lora.engine.function import read_value
 from lens_lora.engine.reverse import require_finite_sites
-from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, hold
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
-from lens_lora.temporary import Temporary
+from lens_lora.temporary import Temporary, without_warnings
 
 __all__ = [
     "GateGraph",
@@ -75,7 +74,7 @@ class GateGraph:
         nothing = self.gates.new_zeros(len(covectors), *self.gates.shape)
         if not values.requires_grad:
             return nothing
-        with Temporary(_quiet_batching):
+        with Temporary(functools.partial(without_warnings, message=".*batching rule")):
             grads = torch.autograd.grad(
                 values,
                 self.gates,
@@ -122,12 +121,6 @@ def gate_graph(
     inject = ScaleInject(lens.plan, gates)
     with torch.enable_grad(), lens.injected(inject), Temporary(attention_from_formula):
         return GateGraph(gates, read())
-
-
-def _quiet_batching(span: Temporary) -> None:
-    hold(span, ONE_IN_A_PROCESS)
-    span.enter_context(warnings.catch_warnings())
-    warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
 
 
 def hessian_product(

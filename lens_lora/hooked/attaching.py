@@ -39,8 +39,8 @@ __all__ = [
 
 HookFn = Callable[..., Tensor | None]
 _PATIENCE = 60.0
-# For what a process has once: torch's dual level and its choice of attention kernels, Python's
-# filters of warnings. A thread that takes it has its model's lock already.
+# For what a process has once: torch's dual level and its choice of attention kernels. A thread that
+# takes it has its model's lock already.
 ONE_IN_A_PROCESS: Any = threading.RLock()
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 

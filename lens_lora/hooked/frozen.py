@@ -17,7 +17,6 @@ differentiated: centring, activations, gate · up, soft-caps of the logits, a ro
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -28,13 +27,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.errors import ArgumentError, ModelStateError
-from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, HookFn, add_pre_hook, attach, hold
+from lens_lora.hooked.attaching import HookFn, add_pre_hook, attach
 from lens_lora.hooked.host import Host
-from lens_lora.temporary import Temporary
+from lens_lora.temporary import Temporary, without_warnings
 
 __all__ = ["FrozenRules", "frozen_points", "held_fixed", "require_held"]
 
 _PATTERN, _SCALE = "hook_pattern", "hook_scale"
+# TransformerBridge warns of what `require_held` checks.
+_EDITED = "A forward hook edited hook_scale"
 _Run = Callable[[], Float[Tensor, "row pos vocab"]]
 
 
@@ -102,7 +103,7 @@ def held_fixed(model: Any, rules: FrozenRules) -> AbstractContextManager[None]:
 
     def hold_them(span: Temporary) -> None:
         attach(span, model, hooks)
-        _say_no_word_of_edits(span)
+        without_warnings(span, _EDITED)
 
     return Temporary(hold_them)
 
@@ -115,13 +116,6 @@ def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
     if held.requires_grad:
         held.register_hook(torch.zeros_like)
     return held
-
-
-def _say_no_word_of_edits(span: Temporary) -> None:
-    """TransformerBridge warns that an edited norm is recomputed; `require_held` checks that."""
-    hold(span, ONE_IN_A_PROCESS)
-    span.enter_context(warnings.catch_warnings())
-    warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
 
 
 def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
@@ -174,7 +168,7 @@ def _try_hooks(host: Host, names: list[str], run: _Run) -> _Trial:
 
     def watch(span: Temporary) -> None:
         attach(span, host.model, hooks)
-        _say_no_word_of_edits(span)
+        without_warnings(span, _EDITED)
         _note_norms_without_hooks(host.model, past, span)
 
     with torch.enable_grad():

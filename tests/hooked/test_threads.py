@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import random
 import threading
 import warnings
@@ -16,7 +18,7 @@ from interrupts import held
 
 import lens_lora as ll
 from lens_lora.hooked import attaching
-from lens_lora.temporary import Temporary
+from lens_lora.temporary import Temporary, without_warnings
 
 NAMES = ("logits", "first_order", "forward", "frozen", "tangents", "second_order", "patch_sites")
 LONG = 60
@@ -105,6 +107,36 @@ def test_a_lock_is_let_go_once_however_many_blocks_hold_it():
             pass
         assert lock._is_owned()
     assert not lock._is_owned()
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_a_quiet_block_leaves_no_filter_where_another_threads_block_overlaps(ours_first: bool):
+    """`catch_warnings` in another thread puts back the list of filters that it found."""
+    before = list(warnings.filters)
+    quiet, theirs = Temporary(without_warnings), contextlib.ExitStack()
+    if ours_first:
+        quiet.__enter__()
+        theirs.enter_context(warnings.catch_warnings())
+        quiet.close()
+        theirs.close()
+    else:
+        theirs.enter_context(warnings.catch_warnings())
+        quiet.__enter__()
+        theirs.close()
+        quiet.close()
+    assert list(warnings.filters) == before
+
+
+def test_quiet_blocks_that_say_the_same_do_not_end_one_another():
+    quiet = functools.partial(without_warnings, message="said twice")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with Temporary(quiet):
+            with Temporary(quiet):
+                warnings.warn("said twice", stacklevel=1)
+            warnings.warn("said twice", stacklevel=1)
+        warnings.warn("said twice", stacklevel=1)
+    assert len(seen) == 1
 
 
 def test_without_the_lock_it_shows(two, monkeypatch):
