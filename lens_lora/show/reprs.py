@@ -5,8 +5,6 @@ Each function is what `repr` gives of results of its type; of one without its ow
 
 from __future__ import annotations
 
-from markupsafe import Markup
-
 from lens_lora.analyses.compare import Comparison
 from lens_lora.analyses.components import Components
 from lens_lora.analyses.coupling import Coupling
@@ -28,6 +26,7 @@ from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
 from lens_lora.results.measured import SIGMAS, Result
 from lens_lora.show.page.notebook import attribution_html
+from lens_lora.show.page.render import plain_text
 from lens_lora.show.tables.attribution import attribution_text
 from lens_lora.show.text import key_text
 
@@ -42,7 +41,7 @@ def _result(result: Result) -> str:
 
 @drawing.html.register(Result)
 def _result_html(result: Result) -> str:
-    return Markup("<pre>{}</pre>").format(drawing.text(result))
+    return plain_text(drawing.text(result))
 
 
 @drawing.text.register(Effects)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 
 import plotly.graph_objects as go
@@ -15,7 +14,7 @@ from lens_lora.results.token_view import TokenView
 from lens_lora.show.figures.parts import NEGATIVE, token_ticks
 from lens_lora.show.figures.style import EXACT, FLIP, style, title
 from lens_lora.show.page.render import shaded_text
-from lens_lora.show.text import magnitude, prompt_text, signed, visible
+from lens_lora.show.text import label, magnitude, prompt_text, signed, visible
 
 __all__ = ["shaded_response", "token_shifts_figure"]
 
@@ -103,4 +102,4 @@ def _hover(shifts: TokenShifts, index: int, t: int, line: str = "<br>") -> str:
         f"promoted {row['promoted']}",
         f"suppressed {row['suppressed']}",
     ]
-    return line.join(text if line == "\n" else map(html.escape, text))
+    return line.join(text if line == "\n" else map(label, text))
