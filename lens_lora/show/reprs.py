@@ -84,9 +84,10 @@ def _comparison(comparison: Comparison) -> str:
 def _faithfulness(found: Faithfulness) -> str:
     noisy = int((found.shift.abs() <= SIGMAS * found.noise_floor).sum())
     note = f"\n{noisy} prompts have no shift above the noise and are left out." if noisy else ""
+    summary = found.summary().rename(index=key_text)
     return (
         f"Faithfulness on {found.readout}: {len(found.base)} prompts × {len(found.sites)} sites, "
-        f"shares of the shift\n{found.summary().to_string()}{note}"
+        f"shares of the shift\n{summary.to_string()}{note}"
     )
 
 
