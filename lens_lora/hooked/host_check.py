@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 _CHECKED_TOKENS = 8
-# Of the logits' range. Rounding takes 1e-7 in float64, as weights are folded in float32, and 1e-5 in
-# float32.
+# Of the logits' range. Rounding takes 1e-5 in float32, and 1e-7 in float64, as weights are folded
+# in float32.
 _AGREEMENT = 1e-4
 OF_A_GIVEN_BASE = (
     "Either hf_model is not its base, or transformer-lens builds this family wrongly (2.18 ignores "
