@@ -56,7 +56,8 @@ def gauge_of(gauge: Gauge) -> Gauge:
     Raises:
         ArgumentError: another word.
     """
-    return word("gauge", gauge, get_args(Gauge))
+    word("gauge", gauge, get_args(Gauge))
+    return gauge
 
 
 def svd_turn(update: Update) -> Turn:
