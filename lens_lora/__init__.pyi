@@ -54,6 +54,7 @@ from .results.token_view import TokenView
 from .sweeps.records import SweepError
 from .sweeps.result import SweepResult
 from .sweeps.sweep import sweep
+from .sweeps.token_file import ActivationsFile
 
 __all__ = [
     # adapters
@@ -88,6 +89,7 @@ __all__ = [
     "tangents",
     # rank space
     "Activations",
+    "ActivationsFile",
     "activations",
     # whole responses
     "KLShares",

@@ -91,6 +91,20 @@ class Activations(Result):
         index = one_site([s.name for s in self.sites], site)
         return self.values[:, index, :, : self.ranks[index]]
 
+    def directions(self, site: str | None = None) -> list[tuple[int, int]]:
+        """(site, rank) of every direction of some sites, or of the first one of each site.
+
+        Args:
+            site: a name or glob; None for the first direction of each site.
+
+        Raises:
+            SiteError: no such site.
+        """
+        if site is None:
+            return [(index, 0) for index in range(len(self.sites))]
+        chosen = sorted(match_sites([s.name for s in self.sites], {site: True}))
+        return [(index, r) for index in chosen for r in range(self.ranks[index])]
+
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site, token and rank, sinks and tokens of the response marked."""
         slots = torch.arange(self.values.shape[-1])
@@ -139,7 +153,7 @@ class Activations(Result):
             ArgumentError: no such prompt or rank, another sign, or a k or context below 0.
         """
         values = self.of(site).double().cpu().numpy()
-        k, context, sign = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
+        k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
         if not sinks:
             values = np.where(self.sinks.cpu().numpy()[..., None], np.nan, values)
         if prompt is not None:
@@ -148,7 +162,7 @@ class Activations(Result):
         found: list[dict[str, Any]] = []
         for r in require_ranks(rank, values.shape[-1]):
             mine = values[..., r]
-            for flat in strongest(mine.ravel(), sign, k):
+            for flat in strongest(mine.ravel(), way, k):
                 p, at = (int(i) for i in np.unravel_index(flat, mine.shape))
                 tokens = self.str_tokens[p]
                 found.append(

@@ -7,7 +7,6 @@ import html
 import plotly.graph_objects as go
 
 from lens_lora.analyses.activations import Activations
-from lens_lora.hooked.sites import match_sites
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.parts import heatmap, token_ticks
@@ -36,8 +35,7 @@ def activations_figure(
     """
     index = only_prompt(prompt, len(found.str_tokens), "activations")
     tokens, names = found.str_tokens[index], [s.name for s in found.sites]
-    chosen = sorted(match_sites(names, {site or "*": True}))
-    rows = [(s, r) for s in chosen for r in range(found.ranks[s] if site else 1)]
+    rows = found.directions(site)
     values = found.values[index].double().cpu()
     sinks = found.sinks[index].tolist()
     cells: Cells = [
@@ -53,7 +51,7 @@ def activations_figure(
     ]
     labels = [f"{names[s]} {r}" for s, r in rows]
     figure = heatmap(cells, hover, list(range(len(tokens))), labels, "u")
-    figure.data[0].colorbar.title.text = html.escape(UNITS[found.gauge])
+    figure.update_traces(colorbar={"title": {"text": html.escape(UNITS[found.gauge])}})
     what = f"each rank of {site}" if site else "the first rank of each site"
     below = f"{what}; sinks are blank; z read at {found.at}"
     figure.update_layout(title=title(f"Activations over “{prompt_text(tokens)}”", below))
