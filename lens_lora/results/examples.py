@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from lens_lora.arguments import is_whole, one_entry, whole, word
 from lens_lora.errors import ArgumentError
 
-__all__ = ["Positions", "Sign", "chosen_positions", "context_of", "require_sign", "strongest"]
+__all__ = [
+    "Positions",
+    "Sign",
+    "chosen_positions",
+    "context_of",
+    "require_ranks",
+    "require_sign",
+    "strongest",
+]
 
 Positions = Literal["response"] | int | slice | Sequence[int] | None
 Sign = Literal[1, -1]
@@ -77,6 +85,23 @@ def require_sign(sign: int) -> int:
     if one_entry(sign) not in (1, -1) or isinstance(sign, bool):
         raise ArgumentError(f"sign={sign!r}: expected 1 or -1.")
     return int(sign)
+
+
+def require_ranks(rank: int | None, count: int) -> list[int]:
+    """The rank that is asked for, or all.
+
+    Args:
+        rank: from 0, or None.
+        count: how many the site has.
+
+    Raises:
+        ArgumentError: no such rank.
+    """
+    if rank is None:
+        return list(range(count))
+    if not 0 <= (rank := whole("rank", rank)) < count:
+        raise ArgumentError(f"rank {rank}: the site has ranks 0 to {count - 1}.")
+    return [rank]
 
 
 def strongest(values: NDArray[np.floating], sign: int, k: int) -> NDArray[np.intp]:

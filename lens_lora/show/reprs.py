@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from lens_lora.analyses.activations import Activations
 from lens_lora.analyses.compare import Comparison
 from lens_lora.analyses.components import Components
 from lens_lora.analyses.coupling import Coupling
@@ -25,6 +24,7 @@ from lens_lora.analyses.second_order import SecondOrder
 from lens_lora.analyses.spectra import AdapterSummary
 from lens_lora.results import drawing
 from lens_lora.results.activation_effects import ActivationEffects
+from lens_lora.results.activations import Activations
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
 from lens_lora.results.measured import SIGMAS, Result

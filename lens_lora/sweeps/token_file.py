@@ -21,7 +21,6 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lens_lora.analyses.activations import require_ranks
 from lens_lora.arguments import whole
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Site, one_site
@@ -30,6 +29,7 @@ from lens_lora.results.examples import (
     Sign,
     chosen_positions,
     context_of,
+    require_ranks,
     require_sign,
     strongest,
 )

@@ -101,7 +101,8 @@ def every_result() -> list[Result]:
         torch.ones(2, 4, 3), SITES, -1, TOKENS, "directions", "h · d", 0, META
     )
     found = [
-        two_prompts(), rank_activations(), activations(by_position=True), features(by_position=True),
+        two_prompts(), rank_activations(), activations(by_position=True),
+        features(by_position=True),
         writes,
         components(), remainder(), token_shifts(), kl_shares(), summary(), e, e.margin,
         e.margin.curve, e.shift, e.second_order, e.reliability["leave_one_out"], e.coupling,

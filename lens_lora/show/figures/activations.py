@@ -6,8 +6,8 @@ import html
 
 import plotly.graph_objects as go
 
-from lens_lora.analyses.activations import Activations
 from lens_lora.results import drawing
+from lens_lora.results.activations import Activations
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.parts import heatmap, token_ticks
 from lens_lora.show.figures.style import Cells, Labels, title
