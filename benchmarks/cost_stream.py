@@ -19,7 +19,7 @@ import lens_lora as ll
 
 __all__ = ["stream_lines"]
 
-_LONGEST, _BATCH, _PIECES = 96, 8, 6
+_LONGEST, _BATCH, _PIECES = 96, 8, 4
 
 
 def texts(lens: ll.LoraLens, tokens: int, seed: int = 0) -> Iterator[dict[str, str]]:

@@ -73,7 +73,7 @@ def activations(
         values=seen.values,
         sites=tuple(lens.sites[i] for i in chosen),
         ranks=ranks,
-        sinks=seen.sinks & rows.real,
+        sinks=seen.sinks,
         starts=rows.lengths
         if response is None or rows.reads is None
         else rows.lengths - rows.reads,

@@ -118,10 +118,10 @@ def site_activations(
         run_without_logits(lens, prompts)
     keep.require_all_seen()
     keep.finish()
+    keep.require_finite()
     real = prompts.real.to(keep.values.device)
-    keep.require_finite(real)
     keep.values.masked_fill_(~real[:, None, :, None], torch.nan)
-    return Seen(keep.values, keep.sinks)
+    return Seen(keep.values, keep.sinks() & real)
 
 
 class _Keep:
@@ -138,8 +138,9 @@ class _Keep:
         self._lens, self._gates = lens, gates
         self._scaled = ScaleInject(lens.plan, gates)
         self._slot = {site: slot for slot, site in enumerate(sites)}
-        self._ranks, self._real = ranks, prompts.real
+        self._ranks, self._real = ranks, prompts.real.to(lens.device)
         self._seen: set[int] = set()
+        self._sizes: list[Float[Tensor, "batch pos"]] = []
         self._added: dict[int, Tensor] = {}
         self._last: Tensor | None = None
         batch, pos = prompts.tokens.shape
@@ -149,14 +150,12 @@ class _Keep:
             dtype=lens.gate_dtype,
             device=lens.device,
         )
-        first = torch.arange(pos, device=lens.device) == 0
-        self.sinks = first.repeat(batch, 1)
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         injection = self._lens.plan.injections[index]
         u = injection.map.coordinates(z)
         if index < len(self._lens.sites):
-            self._mark(z)
+            self._size(z)
             whole = injection.whole
             self._keep(injection.site, u if whole is None else whole.coordinates(z))
         elif injection.partner is not None and not injection.is_constant_of_v:
@@ -179,15 +178,13 @@ class _Keep:
             gate = gate.to(u.device, u.dtype)
             self._added[site] = u * (gate.view(-1, 1, 1) if gate.ndim else gate)
 
-    def _mark(self, z: Tensor) -> None:
-        """Sinks by the size of z, once for each tensor that several sites read."""
-        if z is self._last or not z.is_floating_point() or z.shape[1] < 3:
+    def _size(self, z: Tensor) -> None:
+        """‖z‖, once for each tensor that several sites read."""
+        if z is self._last or not z.is_floating_point():
             return
         self._last = z
-        sizes = torch.linalg.vector_norm(z.flatten(2), dim=-1, dtype=torch.float32)
-        later = torch.where(self._real.to(z.device), sizes, torch.nan)[:, 1:]
-        usual = later.nanmedian(1, keepdim=True).values
-        self.sinks[:, 1:] |= (later > SINK_RATIO * usual).to(self.sinks.device)
+        size = torch.linalg.vector_norm(z.flatten(2), dim=-1, dtype=torch.float32)
+        self._sizes.append(size.to(self._real.device))
 
     def finish(self) -> None:
         """Add what is kept apart, as hooks of one point may fire in any order."""
@@ -196,13 +193,25 @@ class _Keep:
             rank = self._ranks[slot]
             self.values[:, slot, :, :rank] += added[..., :rank].to(self.values.device)
 
-    def require_finite(self, real: Tensor) -> None:
+    def sinks(self) -> Bool[Tensor, "batch pos"]:
+        """The first token of each row, and those with an outlier among the sizes of z."""
+        found = torch.zeros_like(self._real)
+        if self._sizes and found.shape[1] > 2:
+            sizes = torch.stack(self._sizes, 1).masked_fill(~self._real[:, None], torch.nan)
+            usual = sizes[..., 1:].nanmedian(-1, keepdim=True).values
+            found = (sizes > SINK_RATIO * usual).any(1)
+        found[:, 0] = True
+        return found
+
+    def require_finite(self) -> None:
         """Raise NumericsError where a token has an activation that is not finite."""
-        for slot, rank in enumerate(self._ranks):
-            broken = ~torch.isfinite(self.values[:, slot, :, :rank]).all(-1)
-            if bool((broken & real).any()):
-                site = list(self._slot)[slot]
-                require_finite(torch.tensor(torch.nan), f"u of {self._lens.sites[site].name}")
+        ranks = torch.tensor(self._ranks, device=self.values.device)
+        slots = torch.arange(self.values.shape[-1], device=self.values.device)
+        lacking = (slots >= ranks[:, None])[:, None] | ~self._real[:, None, :, None]
+        broken = ~(torch.isfinite(self.values) | lacking).all(-1).all(-1).all(0)
+        for slot in broken.nonzero().flatten().tolist():
+            site = list(self._slot)[slot]
+            require_finite(torch.tensor(torch.nan), f"u of {self._lens.sites[site].name}")
 
     def require_all_seen(self) -> None:
         """Raise ModelStateError where a chosen site did not run."""
