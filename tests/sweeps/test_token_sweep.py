@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sweep_runs import write_jsonl
 
 import lens_lora as ll
 from lens_lora.sweeps import token_sweep as running
@@ -259,3 +260,21 @@ def test_a_number_that_is_not_finite_fails_one_record(lens, tmp_path):
     rest = [text for text in TEXTS if text["id"] != "t5"]
     expected = run(lens, rest, tmp_path / "rest").mean()
     assert (found.mean() - expected).abs().max() < 1e-12
+
+
+def test_the_command_reads_texts_without_answers(lens, tmp_path, monkeypatch):
+    """`lens-lora sweep --analysis activations`, of the first records only."""
+    from typer.testing import CliRunner
+
+    from lens_lora.cli import app
+    from lens_lora.commands import run_sweep
+
+    monkeypatch.setattr(run_sweep, "lens_for", lambda *args: lens)
+    monkeypatch.setattr(run_sweep, "load_adapter", lambda path: lens.adapter)
+    records, out = write_jsonl(tmp_path / "texts.jsonl", BAD), tmp_path / "u.parquet"
+    asked = ["sweep", "--records", records, "--out", out, "--analysis", "activations"]
+    ran = CliRunner().invoke(app, [*map(str, asked), "--limit", "4", "--quiet"])
+    assert ran.exit_code == 0, ran.output
+    assert "4, with" in ran.output and "bad: line 3: no prompt." in ran.output
+    found = ll.ActivationsFile(out)
+    assert (found.texts, found.errors) == (4, 1)
