@@ -3,9 +3,10 @@
     python benchmarks/cost.py [--class HookedTransformer] [--tokens 8 64 256] [--batch 1 8]
 
 Interleaved in one run on the embedded model and its adapter (210 sites, rank 8); medians. F is one
-forward pass, FB one forward and one backward down to the embeddings. With transformer-lens 4.3 its
-own attribution patching is timed beside. `--growth` times models, adapters and ranks of several
-sizes instead.
+forward pass, FB one forward and one backward down to the embeddings, FA one forward pass of the
+adapted model without the unembedding. With transformer-lens 4.3 its own attribution patching is
+timed beside. `--growth` times models, adapters and ranks of several sizes instead, and
+`--stream 200000` a stream of so many tokens through activations.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from pathlib import Path
 
 import torch
 from cost_growth import growth_tables
+from cost_stream import stream_lines
 from cost_works import (
     MARGIN,
     QUICK,
     SLOW,
     Work,
+    adapted_forward,
     loop_of_jvps,
     plain_backward,
     plain_forward,
@@ -55,7 +58,8 @@ def interleaved(
     lens: ll.LoraLens, prompts: ll.Prompts, works: Iterable[Work], turns: int
 ) -> dict[str, float]:
     """Median seconds of each, after one turn that is not counted where there are several."""
-    every = [Work("F", plain_forward), Work("FB", plain_backward), *works]
+    every = [Work("F", plain_forward), Work("FB", plain_backward)]
+    every += [Work("FA", adapted_forward), *works]
     times: dict[str, list[float]] = {work.name: [] for work in every}
     for turn in range(turns + (turns > 1)):
         for work in every:
@@ -73,7 +77,8 @@ def column(lens: ll.LoraLens, batch: int, tokens: int) -> dict[str, str]:
     prompts = random_prompts(lens, batch, tokens)
     turns = 1 if batch * tokens > ONCE else TURNS
     quick = interleaved(lens, prompts, QUICK, turns)
-    cells = {"F": f"{1e3 * quick['F']:.0f} ms", "FB": f"{quick['FB'] / quick['F']:.2f} F"}
+    cells = {"F": f"{1e3 * quick['F']:.0f} ms"}
+    cells |= {name: f"{quick[name] / quick['F']:.2f} F" for name in ("FB", "FA")}
     cells |= {w.name: _ratio(quick[w.name] * w.share / quick[w.unit], w.unit) for w in QUICK}
     if batch * tokens > LONG:
         return cells | dict.fromkeys((w.name for w in SLOW), "not run")
@@ -215,6 +220,7 @@ def main() -> None:
     options.add_argument("--class", dest="kinds", nargs="+", default=None)
     options.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 256])
     options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    options.add_argument("--stream", type=int, metavar="TOKENS", help="of activations, alone")
     options.add_argument("--growth", action="store_true")
     asked = options.parse_args()
     print(
@@ -234,6 +240,10 @@ def main() -> None:
             print(f"{kind}: {error}\n")
             continue
         lens = ll.LoraLens(model, adapter)
+        if asked.stream:
+            print(kind)
+            stream_lines(lens, asked.stream)
+            continue
         print(f"{kind}, transformer-lens {transformer_lens_version()}, prompts × tokens\n")
         table(lens, sizes)
         memory_lines(lens)

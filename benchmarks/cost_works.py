@@ -11,12 +11,20 @@ import torch
 import lens_lora as ll
 from lens_lora.engine.batching import slopes_at_once
 from lens_lora.engine.forward import joint_tangent
-from lens_lora.engine.function import gated_logits
+from lens_lora.engine.function import gated_logits, run_without_logits
 from lens_lora.engine.gate_graph import hessian_product, hessian_products
 from lens_lora.engine.reverse import site_gradients, site_slopes
 from lens_lora.hooked.attaching import attached
 
-__all__ = ["QUICK", "SLOW", "Work", "loop_of_jvps", "plain_forward", "plain_backward"]
+__all__ = [
+    "QUICK",
+    "SLOW",
+    "Work",
+    "adapted_forward",
+    "loop_of_jvps",
+    "plain_backward",
+    "plain_forward",
+]
 
 MARGIN = ll.Margin(" Lyon", " Paris")
 Run = Callable[[ll.LoraLens, ll.Prompts], object]
@@ -24,7 +32,10 @@ Run = Callable[[ll.LoraLens, ll.Prompts], object]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Something to time, in units of F (plain forward) or FB (plain forward and backward)."""
+    """Something to time, in units of F (plain forward), FB (plain forward and backward) or FA.
+
+    FA is a forward pass of the adapted model without the unembedding.
+    """
 
     name: str
     run: Run
@@ -37,6 +48,12 @@ def plain_forward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
     """F: no hook of ours, all positions unembedded, as the model does it."""
     with torch.no_grad():
         lens.run(prompts)
+
+
+def adapted_forward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    """FA: the sites' hooks alone, nothing unembedded."""
+    with torch.no_grad(), lens.applied():
+        run_without_logits(lens, prompts)
 
 
 def plain_backward(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
@@ -118,6 +135,7 @@ QUICK = [
         target="≤ 2.6 F",
     ),
     Work("path integral, a node", four_nodes, target="≤ 2.7 F", share=0.25),
+    Work("activations, all sites", lambda lens, p: ll.activations(lens, p), "FA", "≤ 1.15 FA"),
     Work("H·1", curvature, "FB", "≤ 2.2 FB"),
 ]
 SLOW = [

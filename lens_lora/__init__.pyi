@@ -5,6 +5,7 @@ from .adapters.adapter import Adapter, load_adapter
 from .adapters.factors import LoRAFactors
 from .adapters.random_directions import null_adapter
 from .adapters.trained import TrainedModule
+from .analyses.activations import activations
 from .analyses.compare import Comparison, compare
 from .analyses.components import Components, components
 from .analyses.coupling import Coupling, coupling
@@ -47,12 +48,14 @@ from .readouts.divergence import KL
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.activation_effects import ActivationEffects
+from .results.activations import Activations
 from .results.attribution import Attribution, Quadrature
 from .results.effects import Effects
 from .results.token_view import TokenView
 from .sweeps.records import SweepError
 from .sweeps.result import SweepResult
 from .sweeps.sweep import sweep
+from .sweeps.token_file import ActivationsFile
 
 __all__ = [
     # adapters
@@ -85,6 +88,10 @@ __all__ = [
     "first_orders",
     "logit_shift",
     "tangents",
+    # rank space
+    "Activations",
+    "ActivationsFile",
+    "activations",
     # whole responses
     "KLShares",
     "TokenShifts",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import typer
@@ -19,6 +19,7 @@ from lens_lora.sweeps.processes import launched
 from lens_lora.sweeps.records import Record
 from lens_lora.sweeps.result import SweepResult
 from lens_lora.sweeps.sweep import require_resumable, sweep
+from lens_lora.sweeps.token_file import ActivationsFile
 
 __all__ = ["run"]
 
@@ -27,7 +28,7 @@ _SHOWN_ERRORS = 10
 
 def run(
     subject: Subject,
-    records: Sequence[Record],
+    records: Iterable[Record],
     analyses: Sequence[str],
     out: Path,
     *,
@@ -64,10 +65,29 @@ def run(
             resume=resume,
             progress=not progress.quiet,
         )
+    if isinstance(result, ActivationsFile):
+        if processes.is_main:
+            _print_file(result)
+        if result.errors == result.texts:
+            raise typer.Exit(1)
+        return
     if processes.is_main:
         _print(result, processes.count)
     if not result.done:
         raise typer.Exit(1)
+
+
+def _print_file(found: ActivationsFile) -> None:
+    table = Table(title="Sweep of activations", title_justify="left", show_header=False)
+    table.add_row("texts", f"{found.texts}, with {found.tokens} tokens")
+    table.add_row("records with errors", str(found.errors))
+    table.add_row("sites", f"{len(found.sites)} of rank {max(found.ranks)}, gauge {found.gauge}")
+    table.add_row("model", f"{found.meta['model']} as {found.meta['model_class']}")
+    table.add_row("adapter", Text(found.meta["adapter"]))
+    Console().print(table)
+    for _, row in found.bad().head(_SHOWN_ERRORS).iterrows():
+        say(f"  {row['id']}: {row['error']}")
+    say(f"One row per token: {found.path.absolute()}")
 
 
 def _print(result: SweepResult, processes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +18,9 @@ from lens_lora.commands.options import (
     Subject,
 )
 from lens_lora.commands.terminal import require_place
-from lens_lora.sweeps.analyses import ANALYSES, chosen
+from lens_lora.sweeps.analyses import ANALYSES, BY_TOKEN, chosen
 from lens_lora.sweeps.processes import rank
-from lens_lora.sweeps.records import read_records
+from lens_lora.sweeps.records import each_record, read_records
 
 __all__ = ["sweep"]
 
@@ -38,7 +39,10 @@ def sweep(
     adapter: AdapterOption = None,
     analysis: Annotated[
         list[str] | None,
-        typer.Option(help=f"Any of {', '.join(ANALYSES)}; may be repeated. Default: first_order."),
+        typer.Option(
+            help=f"Any of {', '.join(ANALYSES)}; may be repeated. Default: first_order. Or one of "
+            f"{', '.join(BY_TOKEN)}, which need no doc and pre."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,
     model_class: ClassOption = None,
@@ -57,7 +61,13 @@ def sweep(
     """
     if out.suffix != ".parquet":
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
-    names, rows = chosen(analysis or ["first_order"]), read_records(records)[:limit]
+    names = chosen(analysis or ["first_order"])
+    by_token = names[0] in BY_TOKEN
+    rows = (
+        islice(each_record(records, with_answers=False), limit)
+        if by_token
+        else (read_records(records)[:limit])
+    )
     if rank() == 0:
         require_place(out, "--out")
     folder = adapter_folder(adapter) if adapter else None

@@ -22,6 +22,7 @@ from lens_lora.analyses.second_order import SecondOrder
 from lens_lora.analyses.spectra import AdapterSummary
 from lens_lora.results import drawing
 from lens_lora.results.activation_effects import ActivationEffects
+from lens_lora.results.activations import Activations
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
 from lens_lora.results.measured import SIGMAS, Result
@@ -55,6 +56,18 @@ def _activation_effects(effects: ActivationEffects) -> str:
     return (
         f"ActivationEffects {effects.direction} on {effects.readout}{of}:\n"
         f"{effects.top(5, prompt).to_string()}"
+    )
+
+
+@drawing.text.register(Activations)
+def _activations(found: Activations) -> str:
+    tokens, ranks = sum(map(len, found.str_tokens)), f"{min(found.ranks)}"
+    if max(found.ranks) > min(found.ranks):
+        ranks += f" to {max(found.ranks)}"
+    return (
+        f"Activations in gauge {found.gauge!r} at {found.at}: {len(found.str_tokens)} prompts, "
+        f"{tokens} tokens ({int(found.sinks.sum())} sinks), {len(found.sites)} sites of rank "
+        f"{ranks}; see top(site), mean() and plot()"
     )
 
 

@@ -1,4 +1,4 @@
-"""The analyses that a sweep can run. Each gives one number per prompt and site.
+"""The analyses that a sweep can run. Most give one number per prompt and site:
 
     first_order        ∂g/∂ε_l at 0: what adding one site to the base model does, to first order
     first_order_at_1   ∂g/∂ε_l at 1: what removing one site from the adapted model does
@@ -8,6 +8,11 @@
     second_order       ½(H·1)_l at 0: what curvature and coupling add to first order; for trained
                        adapters at full strength often less accurate than first order alone
 
+and two give `rank` numbers per token and site, streamed into a file of their own:
+
+    activations          u = ΣVᵀx of sBA = UΣVᵀ
+    activations_trained  u = Ax of the adapter's file
+
 Only their names and what their columns mean are here, so that a misspelt name is reported without
 loading torch; `sweeps/values` computes them.
 """
@@ -16,11 +21,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lens_lora.sweeps.records import SweepError
 
-__all__ = ["ANALYSES", "Analysis", "chosen"]
+__all__ = ["ANALYSES", "BY_TOKEN", "Analysis", "ByToken", "chosen", "options_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +54,42 @@ ANALYSES: dict[str, Analysis] = {
     "second_order": Analysis(has_remainder=False),
 }
 
+ByToken = Literal["activations", "activations_trained"]
+BY_TOKEN: dict[str, Analysis] = {
+    "activations": Analysis(at=1.0, options={"gauge": "svd"}),
+    "activations_trained": Analysis(at=1.0, options={"gauge": "trained"}),
+}
+
+
+def options_of(name: str) -> Mapping[str, Any]:
+    """What an analysis is called with besides lens, prompts and readout.
+
+    Args:
+        name: of `ANALYSES` or `BY_TOKEN`.
+    """
+    return (ANALYSES | BY_TOKEN)[name].options
+
 
 def chosen(names: str | Iterable[str]) -> tuple[str, ...]:
     """The names, each once, in the order given.
 
     Args:
-        names: of `ANALYSES`, one or several.
+        names: of `ANALYSES`, one or several, or one of `BY_TOKEN`.
 
     Raises:
-        SweepError: no name, or one that is not in the table.
+        SweepError: no name, one that is not in the tables, or one by token beside others.
     """
     found = tuple(dict.fromkeys([names] if isinstance(names, str) else names))
-    unknown = [name for name in found if name not in ANALYSES]
+    unknown = [name for name in found if name not in ANALYSES | BY_TOKEN]
     if unknown or not found:
         raise SweepError(
             f"analyses {', '.join(map(repr, unknown)) or 'none'}: expected some of "
-            f"{', '.join(ANALYSES)}."
+            f"{', '.join(ANALYSES | BY_TOKEN)}."
+        )
+    by_token = [name for name in found if name in BY_TOKEN]
+    if by_token and len(found) > 1:
+        raise SweepError(
+            f"{by_token[0]!r} is written token by token, into a file of its own; run it alone, and "
+            f"{', '.join(repr(name) for name in found if name != by_token[0])} with another out."
         )
     return found

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.readout import Readout
-from lens_lora.sweeps.analyses import ANALYSES
+from lens_lora.sweeps.analyses import options_of
 from lens_lora.sweeps.identity import NotHashable, digest, tensor_digest
 from lens_lora.sweeps.records import SweepError
 
@@ -51,7 +51,7 @@ def fingerprint(
 
     Args:
         lens: the adapter over the model.
-        analyses: names from `ANALYSES`.
+        analyses: names of analyses.
         readout: for all records; None for the margin between the record's own answers.
         version: stands for what cannot be hashed in the readout or in a hook.
 
@@ -85,7 +85,7 @@ def fingerprint_without_model(
 
     Args:
         adapter: of the sweep.
-        analyses: names from `ANALYSES`.
+        analyses: names of analyses.
         readout: for all records, or None.
         version: stands for what cannot be hashed in the readout.
         known: {id: name} of objects that the rest of the fingerprint covers.
@@ -96,7 +96,7 @@ def fingerprint_without_model(
     return {
         "adapter_weights": digest(list(adapter.modules.items())),
         "analyses": list(analyses),
-        "options": {name: dict(ANALYSES[name].options) for name in analyses},
+        "options": {name: dict(options_of(name)) for name in analyses},
         "readout": _readout(readout, version, known or {}),
         "version": version,
     }

@@ -15,8 +15,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,13 +81,16 @@ class Parts:
         """Every part in the order in which they were written, and the damaged ones."""
         parts: list[Part] = []
         damaged: list[Damage] = []
-        for path in sorted(self.folder.glob("*.parquet")):
-            found = _read(path)
+        for found in self.each():
             if isinstance(found, Part):
                 parts.append(found)
             else:
                 damaged.append(found)
         return parts, damaged
+
+    def each(self) -> Iterator[Part | Damage]:
+        """Every part in the order in which they were written, one at a time."""
+        return map(_read, sorted(self.folder.glob("*.parquet")))
 
     def add(self, rows: Sequence[Row], analyses: Sequence[str], about: Fingerprint) -> None:
         """Write a part with all of these rows; if that is interrupted, none of them is kept.
@@ -99,12 +103,25 @@ class Parts:
         Raises:
             SweepError: it cannot be written.
         """
-        table = part_table(rows, analyses).replace_schema_metadata({METADATA: as_json(about)})
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        content = sink.getvalue().to_pybytes()
+        self.put(part_table(rows, analyses), {METADATA: as_json(about)})
+
+    def put(self, table: pa.Table, about: Mapping[bytes, bytes], **options: Any) -> Path:
+        """Write a table as one part, in one group of rows; returns its path.
+
+        Args:
+            table: of finished prompts.
+            about: metadata, with what the numbers were computed with.
+            options: of pyarrow's `write_table`.
+
+        Raises:
+            SweepError: it cannot be written.
+        """
+        table, sink = table.replace_schema_metadata(dict(about)), pa.BufferOutputStream()
+        pq.write_table(table, sink, row_group_size=max(len(table), 1), **options)
+        content = sink.getvalue()
         path = self.folder / f"{time.time_ns()}-{_hash(content)}.parquet"
         write_whole(path, lambda unfinished: unfinished.write_bytes(content), self.folder)
+        return path
 
     def make(self) -> None:
         """Make the folder.
@@ -165,5 +182,5 @@ def _read(path: Path) -> Part | Damage:
         return Damage(path, f"damaged ({error})")
 
 
-def _hash(content: bytes) -> str:
+def _hash(content: bytes | pa.Buffer) -> str:
     return hashlib.sha256(content).hexdigest()[:32]

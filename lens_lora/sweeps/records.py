@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from lens_lora.errors import LensLoraError
 
-__all__ = ["Record", "RecordsLike", "SweepError", "read_records"]
+__all__ = ["Record", "RecordsLike", "SweepError", "each_record", "read_records"]
 
 ANSWERS = ("doc", "pre")
 _LONGEST = 1000  # characters of an error, which may quote the record
@@ -98,12 +98,9 @@ def read_records(records: RecordsLike, *, with_answers: bool = True) -> list[Rec
         SweepError: there is no record, the file is of another kind, or a CSV file lacks a column.
         OSError: the file cannot be read.
     """
-    needed = ("prompt", *ANSWERS) if with_answers else ("prompt",)
     found: list[Record] = []
     taken: dict[str, str] = {}
-    for number, (where, row) in enumerate(_rows(records, needed)):
-        record = row if isinstance(row, Record) else _record(number, where, row, needed)
-        record = _storable(record)
+    for record in each_record(records, with_answers=with_answers):
         first = record.where
         if record.error is None:
             first = taken.setdefault(str(record.id), record.where)
@@ -112,9 +109,24 @@ def read_records(records: RecordsLike, *, with_answers: bool = True) -> list[Rec
                 f"its id {record.id!r} is already that of {first}; give each record its own."
             )
         found.append(record)
-    if not found:
-        raise SweepError(f"{_name(records)}: no record found; each needs {', '.join(needed)}.")
     return found
+
+
+def each_record(records: RecordsLike, *, with_answers: bool = True) -> Iterator[Record]:
+    """As `read_records`, one after another; whether an id occurs twice is not looked at.
+
+    Args:
+        records, with_answers: as for `read_records`.
+
+    Raises:
+        SweepError, OSError: as for `read_records`.
+    """
+    needed, number = ("prompt", *ANSWERS) if with_answers else ("prompt",), -1
+    for number, (where, row) in enumerate(_rows(records, needed)):
+        record = row if isinstance(row, Record) else _record(number, where, row, needed)
+        yield _storable(record)
+    if number < 0:
+        raise SweepError(f"{_name(records)}: no record found; each needs {', '.join(needed)}.")
 
 
 def _rows(records: RecordsLike, needed: tuple[str, ...]) -> Iterator[_Row]:

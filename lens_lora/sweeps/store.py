@@ -28,12 +28,12 @@ from lens_lora.hooked.sites import Site
 from lens_lora.sweeps.batches import Row
 from lens_lora.sweeps.files import told, write_whole
 from lens_lora.sweeps.fingerprint import Fingerprint, differences
-from lens_lora.sweeps.parts import METADATA, Damage, Parts, as_json
+from lens_lora.sweeps.parts import METADATA, Damage, Part, Parts, as_json
 from lens_lora.sweeps.records import Record, SweepError
 from lens_lora.sweeps.resume import Content, content, finished
 from lens_lora.sweeps.tables import prompts_table, rows_of_results, sites_table
 
-__all__ = ["Store", "require_same_sweep"]
+__all__ = ["Store", "about_of", "paths", "require_same", "require_same_sweep"]
 
 _MARK = b"lens_lora.mark"
 _PROMPTS_AT_ONCE = 256
@@ -87,7 +87,7 @@ class Store:
         parts, damaged = self.parts.read()
         self.damaged = tuple(damaged)
         for part in parts:
-            _require_same(part.about, self.fingerprint, self.parts.folder)
+            require_same(part.about, self.fingerprint, self.parts.folder)
         rows = [row for part in parts for row in part.rows(self._analyses)]
         good = [row for row in [*self._finished(), *rows] if row.error is None]
         return finished(records, good, self.prompts_path)
@@ -160,7 +160,7 @@ class Store:
         """Rows of the two results; none if one was deleted, or not yet written."""
         for path in (self.prompts_path, self.sites_path):
             if path.exists():
-                _require_same(_about_of(path), self.fingerprint, path)
+                require_same(about_of(path), self.fingerprint, path)
         if not (self.prompts_path.exists() and self.sites_path.exists()):
             return []
         prompts, sites = _read(self.prompts_path), _read(self.sites_path)
@@ -207,10 +207,11 @@ def require_same_sweep(out: str | Path, known: Fingerprint) -> None:
     """
     sites, prompts, folder = paths(out)
     known = json.loads(as_json(known))
-    there = {path: _about_of(path) for path in (prompts, sites) if path.exists()}
-    there |= {part.path: part.about for part in Parts(folder).read()[0][:1]}
+    there = {path: about_of(path) for path in (prompts, sites) if path.exists()}
+    first = next((part for part in Parts(folder).each() if isinstance(part, Part)), None)
+    there |= {} if first is None else {first.path: first.about}
     for path, about in there.items():
-        _require_same({key: about.get(key) for key in known}, known, path)
+        require_same({key: about.get(key) for key in known}, known, path)
 
 
 def paths(out: str | Path) -> tuple[Path, Path, Path]:
@@ -230,7 +231,17 @@ def paths(out: str | Path) -> tuple[Path, Path, Path]:
     return sites, sites.with_suffix(".prompts.parquet"), sites.with_suffix(".parts")
 
 
-def _require_same(there: Fingerprint, here: Fingerprint, path: Path) -> None:
+def require_same(there: Fingerprint, here: Fingerprint, path: Path) -> None:
+    """Check that a file belongs to this sweep.
+
+    Args:
+        there: of the file.
+        here: of this sweep.
+        path: of the file, for the message.
+
+    Raises:
+        SweepError: naming what differs.
+    """
     differ = differences(there, here)
     if differ:
         raise SweepError(
@@ -266,8 +277,11 @@ def _damaged(path: Path, fact: str) -> SweepError:
     )
 
 
-def _about_of(path: Path) -> Fingerprint:
+def about_of(path: Path) -> Fingerprint:
     """The fingerprint in a result file.
+
+    Args:
+        path: of the file.
 
     Raises:
         SweepError: not a Parquet file, or not a sweep's.

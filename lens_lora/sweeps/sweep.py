@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from tqdm import tqdm
@@ -20,11 +21,10 @@ from lens_lora.adapters.adapter import Adapter
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout, bound
-from lens_lora.sweeps.analyses import chosen
+from lens_lora.sweeps.agreement import by_main, require_one_sweep
+from lens_lora.sweeps.analyses import BY_TOKEN, ByToken, chosen
 from lens_lora.sweeps.batches import Job, Row, make_batches, measure, prepare
 from lens_lora.sweeps.fingerprint import (
-    Fingerprint,
-    differences,
     fingerprint,
     fingerprint_without_model,
 )
@@ -34,10 +34,41 @@ from lens_lora.sweeps.records import Record, RecordsLike, SweepError, read_recor
 from lens_lora.sweeps.result import SweepResult
 from lens_lora.sweeps.resume import Content, content
 from lens_lora.sweeps.store import Store, require_same_sweep
+from lens_lora.sweeps.token_file import ActivationsFile
+from lens_lora.sweeps.token_sweep import token_sweep
 
 __all__ = ["require_resumable", "sweep"]
 
 _WARNED = 10
+
+
+@overload
+def sweep(  # pyright: ignore[reportOverlappingOverload]
+    lens: LoraLens,
+    records: RecordsLike,
+    analyses: ByToken,
+    *,
+    out: str | Path = "results.parquet",
+    batch_size: int = 8,
+    resume: bool = True,
+    version: str | None = None,
+    progress: bool = True,
+) -> ActivationsFile: ...
+
+
+@overload
+def sweep(
+    lens: LoraLens,
+    records: RecordsLike,
+    analyses: str | Iterable[str] = ("first_order",),
+    *,
+    out: str | Path = "results.parquet",
+    readout: Readout | None = None,
+    batch_size: int = 8,
+    resume: bool = True,
+    version: str | None = None,
+    progress: bool = True,
+) -> SweepResult: ...
 
 
 def sweep(
@@ -51,7 +82,7 @@ def sweep(
     resume: bool = True,
     version: str | None = None,
     progress: bool = True,
-) -> SweepResult:
+) -> SweepResult | ActivationsFile:
     """Run analyses on hundreds of prompts; after an interruption, the same call resumes.
 
     Under `accelerate launch` (or torchrun, mpirun) every process calls this with its own lens and
@@ -66,9 +97,12 @@ def sweep(
             answers `doc` and `pre` (strings with their leading space, of one token or several),
             and optionally `id`, by default the row's number from 0.
         analyses: one or several of 'first_order', 'first_order_at_1', 'path', 'add_one',
-            'leave_one_out', 'second_order'.
+            'leave_one_out', 'second_order'; or 'activations' (or 'activations_trained') alone,
+            which needs no answers and reads the records one after another, so that there may be
+            any number of them.
         out: 'results.parquet', one row per prompt and site; beside it 'results.prompts.parquet',
-            one row per prompt, and until the end 'results.parts/'.
+            one row per prompt, and until the end 'results.parts/'. Of activations one row per
+            token, and no second file.
         readout: read on every prompt, in place of the margin doc − pre.
         batch_size: how many prompts are run, and written, together.
         resume: go on with what is at `out`; False removes it and starts over.
@@ -79,7 +113,7 @@ def sweep(
     Returns:
         SweepResult, on every process. A bad record does not stop the sweep: it is named in a
         warning, and its row in the prompts' table says what is wrong. So is a damaged part of an
-        earlier run, whose prompts run again.
+        earlier run, whose prompts run again. Of activations, `ActivationsFile`.
 
     Raises:
         SweepError: there are no records, an analysis is unknown, a file is of another kind, or
@@ -91,6 +125,11 @@ def sweep(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise SweepError(f"batch_size={batch_size!r}: expected a whole number of at least 1.")
     names = chosen(analyses)
+    if names[0] in BY_TOKEN:
+        if readout is not None:
+            raise SweepError(f"{names[0]!r} has no readout; leave readout out.")
+        options: dict[str, Any] = {"batch_size": batch_size, "resume": resume, "version": version}
+        return token_sweep(lens, records, names[0], out=out, progress=progress, **options)
     rows = read_records(records, with_answers=readout is None)
     if readout is not None:
         _require_for_all(lens, readout)
@@ -98,10 +137,10 @@ def sweep(
     about = fingerprint(lens, names, readout, version)
     store, shown = Store(out, about, lens.sites, names), progress and processes.is_main
     with only_writer(store.sites_path) if processes.is_main else contextlib.nullcontext():
-        _require_one_sweep(processes.gather(store.fingerprint), processes.index)
+        require_one_sweep(processes.gather(store.fingerprint), processes.index)
         before = store.done(rows) if resume else {}
         prepared = _prepare(lens, rows, readout, before, shown)
-        _by_main(processes, lambda: store.begin(anew=not resume))
+        by_main(processes, lambda: store.begin(anew=not resume))
         jobs = [job for job in prepared if isinstance(job, Job)]
         checked = [job if isinstance(job, Record) else job.record for job in prepared]
         resumed = sum(r.error is None and content(r) in before for r in checked)
@@ -110,34 +149,12 @@ def sweep(
             for batch in mine:
                 store.add(measure(lens, batch, names))
                 bar.update(len(batch))
-        _by_main(processes, lambda: store.merge(checked, before))
+        by_main(processes, lambda: store.merge(checked, before))
         result = _result(lens, store, checked, names, resumed)
         processes.wait()  # the main process lets no other sweep write before all have read
     if processes.is_main:
         _warn(result)
     return result
-
-
-def _by_main(processes: Processes, work: Callable[[], object]) -> None:
-    """The main process works while the others wait."""
-    processes.wait()
-    if processes.is_main:
-        work()
-    processes.wait()
-
-
-def _require_one_sweep(fingerprints: Sequence[Fingerprint], index: int) -> None:
-    """Check that this process computes what the main process does.
-
-    Raises:
-        SweepError: its model, adapter or readout is another.
-    """
-    differ = differences(fingerprints[0], fingerprints[index])
-    if differ:
-        raise SweepError(
-            f"process {index + 1} of {len(fingerprints)} runs another sweep than process 1: "
-            f"{'; '.join(differ)}. Give each of them the same model, adapter and readout."
-        )
 
 
 def _prepare(

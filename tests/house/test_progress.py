@@ -82,6 +82,7 @@ CALLS = {
     "sweep": _sweep,
 }
 SHORT = {
+    "activations": lambda t: ll.activations(t.lens, PROMPT, "w5 w6"),
     "feature_shift": lambda t: ll.feature_shift(
         t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"
     ),

@@ -60,6 +60,7 @@ CALLS: dict[str, Call] = {
     ),
     "kl_shares": lambda lens, t: ll.kl_shares(lens, t, **QUIET).divergence,
     "token_shifts": lambda lens, t: ll.token_shifts(lens, t, RESPONSE).kl,
+    "activations": lambda lens, t: ll.activations(lens, t, RESPONSE),
     "components": lambda lens, t: ll.components(lens, t, MARGIN, **QUIET),
     "logit_shift": lambda lens, t: ll.logit_shift(lens, t, **QUIET),
     "joint": lambda lens, t: ll.logit_shift(lens, t, by_site=False),

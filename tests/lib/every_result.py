@@ -42,6 +42,18 @@ def features(*, by_position: bool) -> ll.FeatureShift:
     )  # fmt: skip
 
 
+def rank_activations() -> ll.Activations:
+    """Two texts, of three tokens and of two; sites of rank 2 and 1."""
+    values = torch.arange(-12.0, 12.0).view(2, 2, 3, 2)
+    values[:, 1, :, 1] = math.nan
+    values[1, :, 2] = math.nan
+    return ll.Activations(
+        values=values, sites=SITES[:2], ranks=(2, 1), gauge="svd", at="ε = 1", meta=META,
+        sinks=torch.tensor([[True, False, False]] * 2), starts=torch.tensor([2, 2]),
+        str_tokens=((" a", " b", " c"), (" d", " e")),
+    )  # fmt: skip
+
+
 def components() -> ll.Components:
     size = torch.ones(2, 4)
     return ll.Components(SITES, size, size, size, size / 2, size * math.nan, META)
@@ -89,7 +101,9 @@ def every_result() -> list[Result]:
         torch.ones(2, 4, 3), SITES, -1, TOKENS, "directions", "h · d", 0, META
     )
     found = [
-        two_prompts(), activations(by_position=True), features(by_position=True), writes,
+        two_prompts(), rank_activations(), activations(by_position=True),
+        features(by_position=True),
+        writes,
         components(), remainder(), token_shifts(), kl_shares(), summary(), e, e.margin,
         e.margin.curve, e.shift, e.second_order, e.reliability["leave_one_out"], e.coupling,
         e.add_one, e.faithfulness, e.null, e.comparisons[0],

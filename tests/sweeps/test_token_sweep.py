@@ -1,0 +1,282 @@
+"""Activations of many texts: the file against direct calls, resumed, extended, bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cases
+import models
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sweep_runs import write_jsonl
+
+import lens_lora as ll
+from lens_lora.sweeps import token_sweep as running
+from lens_lora.sweeps import token_table, windows
+from lens_lora.sweeps.processes import Processes
+from lens_lora.sweeps.records import each_record
+
+pytestmark = pytest.mark.usefixtures("float64")
+WORDS = ["w5 w6 w7 w20 w9", "w7", "w7 w30", "w14 w30 w9 w8", "w5 w6", "w40", "w11 w12 w13", "w9 w9"]
+TEXTS = [{"id": f"t{i}", "prompt": words} for i, words in enumerate(WORDS)]
+BAD = [*TEXTS[:2], {"id": "bad", "prompt": ""}, *TEXTS[2:]]
+
+
+@pytest.fixture
+def lens() -> ll.LoraLens:
+    return cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch) -> None:
+    monkeypatch.setattr(windows, "WINDOW_TOKENS", 8)
+
+
+def run(lens, texts, folder: Path, name: str = "activations", **options) -> ll.ActivationsFile:
+    options = {"progress": False, "batch_size": 2, **options}
+    found = ll.sweep(lens, texts, name, out=folder / "u.parquet", **options)
+    assert isinstance(found, ll.ActivationsFile)
+    assert not (folder / "u.parts").exists()
+    return found
+
+
+def same(one: ll.ActivationsFile, other: ll.ActivationsFile) -> None:
+    first, second = (pq.read_table(found.path) for found in (one, other))
+    assert first.schema.equals(second.schema) and len(first) == len(second)
+    for name in first.column_names:
+        a, b = first[name].combine_chunks(), second[name].combine_chunks()
+        if name in ("record", "id", "position", "token", "sink", "error"):
+            assert a.to_pylist() == b.to_pylist()
+        else:
+            a, b = (x.flatten().to_numpy(zero_copy_only=False) for x in (a, b))
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize(
+    ("name", "gauge"), [("activations", "svd"), ("activations_trained", "trained")]
+)
+def test_rows_equal_direct_calls(cls: str, name: str, gauge, tmp_path):
+    lens = cases.case("gpt2", cls, "processed").lens
+    found = run(lens, iter(TEXTS), tmp_path, name)
+    frame = pd.read_parquet(found.path)
+    assert (found.texts, found.errors, found.gauge) == (len(TEXTS), 0, gauge)
+    assert found.sites == lens.sites and found.tokens == len(frame)
+    assert list(frame["record"].unique()) == list(range(len(TEXTS)))
+    for number, text in enumerate(TEXTS):
+        direct = ll.activations(lens, text["prompt"], gauge=gauge)
+        rows = frame[frame["record"] == number]
+        assert list(rows["token"]) == list(direct.str_tokens[0])
+        assert set(rows["id"]) == {text["id"]}
+        assert rows["position"].tolist() == list(range(len(rows)))
+        assert rows["sink"].tolist() == direct.sinks[0].tolist()
+        for slot, site in enumerate(lens.sites):
+            stacked = np.stack(rows[site.name].tolist())
+            assert np.abs(stacked - direct.values[0, slot].numpy()).max() < 1e-10
+
+
+def test_examples_and_means_are_those_in_memory(lens, tmp_path):
+    """Over groups of rows, and a context never crosses into another text."""
+    found = run(lens, TEXTS, tmp_path)
+    assert pq.ParquetFile(found.path).num_row_groups > 2
+    direct = ll.activations(lens, WORDS)
+    site = "blocks.1.mlp.down"
+    for options in ({"sign": -1}, {"rank": 1, "context": 1}):
+        top, expected = found.top(site, 4, **options), direct.top(site, 4, **options)
+        assert top["value"].tolist() == pytest.approx(expected["value"].tolist(), abs=1e-10)
+        renamed = expected.rename(columns={"prompt": "record"})
+        for column in ("rank", "record", "position", "token", "context"):
+            assert top[column].tolist() == renamed[column].tolist()
+        assert top["id"].tolist() == [f"t{number}" for number in top["record"]]
+    top, expected = (of.top(site, 4, sinks=True) for of in (found, direct))  # the same BOS: ties
+    assert top["value"].tolist() == pytest.approx(expected["value"].tolist(), abs=1e-10)
+    for positions in (None, -1, slice(1, 3), [1, 2]):
+        assert (found.mean(positions) - direct.mean(positions)).abs().max() < 1e-12
+    with_sinks = found.mean(sinks=True) - direct.mean(sinks=True)
+    assert with_sinks.abs().max() < 1e-12
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(monkeypatch, window: int) -> None:
+    plain, made = running.window_table, []
+
+    def table(*args):
+        made.append(None)
+        if len(made) == window:
+            raise Stopped
+        return plain(*args)
+
+    monkeypatch.setattr(running, "window_table", table)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_an_interrupted_run_is_resumed(lens, tmp_path, monkeypatch, window: int):
+    """What was written is not run again, also with another batch size."""
+    whole = run(lens, BAD, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        stop_at(patch, window)
+        with pytest.raises(Stopped):
+            run(lens, BAD, stopped)
+    assert len(list((stopped / "u.parts").glob("*.parquet"))) == window - 1
+    rows, plain = [], token_table.site_activations
+
+    def counted(lens, prompts, *args):
+        rows.append(prompts.batch)
+        return plain(lens, prompts, *args)
+
+    monkeypatch.setattr(token_table, "site_activations", counted)
+    with pytest.warns(UserWarning, match="1 of 9 records"):
+        same(run(lens, BAD, stopped, batch_size=3), whole)
+    ran = sum(rows)
+    rows.clear()
+    with pytest.warns(UserWarning, match="1 of 9 records"):
+        same(run(lens, BAD, stopped), whole)
+    assert ran == len(TEXTS) - (0, 2, 4)[window - 1] and not rows
+
+
+def test_a_bad_record_is_named_and_its_correction_is_run(lens, tmp_path):
+    with pytest.warns(UserWarning, match="1 of 9 records have no numbers"):
+        found = run(lens, BAD, tmp_path)
+    assert (found.texts, found.errors) == (9, 1)
+    bad = found.bad()
+    assert bad["id"].tolist() == ["bad"] and "row 2: no prompt." in bad["error"].iloc[0]
+    top = found.top("blocks.0.attn.q", 50, sinks=True)
+    assert 2 not in top["record"].tolist() and not found.mean().isnan().any()
+    corrected = [*BAD[:2], {"id": "bad", "prompt": "w8 w8 w8 w8 w8 w8"}, *BAD[3:]]
+    again = run(lens, corrected, tmp_path)
+    same(again, run(lens, corrected, tmp_path / "anew"))
+
+
+def test_more_records_are_added_at_the_end(lens, tmp_path):
+    run(lens, TEXTS[:5], tmp_path)
+    same(run(lens, TEXTS, tmp_path), run(lens, TEXTS, tmp_path / "anew"))
+
+
+def test_only_one_window_of_records_is_read_ahead(lens, tmp_path, monkeypatch):
+    """The stream is read as it is run: at each window no later record has come by."""
+    read, seen = [], []
+
+    def texts() -> Iterator[dict[str, str]]:
+        for text in TEXTS:
+            read.append(text)
+            yield text
+
+    plain = running.window_table
+
+    def table(lens, window, *args):
+        seen.append((len(read), window[-1].number))
+        return plain(lens, window, *args)
+
+    monkeypatch.setattr(running, "window_table", table)
+    found = run(lens, texts(), tmp_path)
+    assert len(seen) > 2 and all(count <= last + 2 for count, last in seen)
+    assert found.texts == len(TEXTS)
+
+
+def test_damaged_parts_are_run_again(lens, tmp_path, monkeypatch):
+    whole = run(lens, TEXTS, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Stopped):
+            run(lens, TEXTS, tmp_path)
+    part = sorted((tmp_path / "u.parts").glob("*.parquet"))[0]
+    part.write_bytes(part.read_bytes()[:-7])
+    with pytest.warns(UserWarning, match="could not be read"):
+        same(run(lens, TEXTS, tmp_path), whole)
+
+
+def test_processes_share_the_records(lens, tmp_path, monkeypatch):
+    """Every block of records is one process's, and all together are the whole."""
+    monkeypatch.setattr(windows, "BLOCK", 3)
+    mine = [
+        [
+            text.number
+            for window in windows.Windows(
+                lens, each_record(TEXTS, with_answers=False), [], Processes(i, 2)
+            )
+            for text in window
+        ]
+        for i in range(2)
+    ]
+    assert mine == [[0, 1, 2, 6, 7], [3, 4, 5]]
+
+
+@pytest.mark.bad_input
+def test_other_sweeps_and_records_are_refused(lens, tmp_path):
+    found = run(lens, TEXTS, tmp_path)
+    before = found.path.read_bytes()
+    other = [{**TEXTS[0], "prompt": "w50"}, *TEXTS[1:]]
+    out = {"out": found.path, "progress": False}
+    for fact, records, options in (
+        ("other ids or prompts", other, {}),
+        ("the results hold 8 records, and there are 3", TEXTS[:3], {}),
+        ("analyses", TEXTS, {"analyses": "activations_trained"}),
+        ("analyses", [{**t, "doc": "w8", "pre": "w9"} for t in TEXTS], {"analyses": "first_order"}),
+        ("run it alone", TEXTS, {"analyses": ["first_order", "activations"]}),
+        ("no readout", TEXTS, {"readout": ll.Logit("w8")}),
+        ("batch_size", TEXTS, {"batch_size": 0}),
+        ("no record", [], {}),
+    ):
+        options = {"analyses": "activations", **out, **options}
+        with pytest.raises(ll.SweepError, match=fact):
+            ll.sweep(lens, records, **options)
+    scaled = lens.with_adapter(lens.adapter.scaled(0.5))
+    with pytest.raises(ll.SweepError, match="adapter_weights"):
+        ll.sweep(scaled, TEXTS, "activations", **out)
+    assert found.path.read_bytes() == before
+    anew = run(scaled, TEXTS[:3], tmp_path, resume=False)
+    assert anew.texts == 3
+    plain = [{"prompt": "w5", "doc": "w8", "pre": "w9"}]
+    first = ll.sweep(lens, plain, out=tmp_path / "first.parquet", progress=False)
+    for path in (tmp_path / "none.parquet", first.path):
+        with pytest.raises(ll.SweepError, match=r"no such file|no activations"):
+            ll.ActivationsFile(path)
+
+
+def test_a_number_that_is_not_finite_fails_one_record(lens, tmp_path):
+    """Its batch is run again text by text."""
+    token = lens.prompts("w40").tokens[0, -1]
+    own = lens.model.W_E[token].detach().clone()
+
+    def blow(value: torch.Tensor, hook: object) -> torch.Tensor:
+        del hook
+        is_own = (value == own).all(-1, keepdim=True)
+        return torch.where(is_own, torch.inf, value)
+
+    lens.model.add_hook(lens.plan.host.block_input(0), blow)
+    try:
+        with pytest.warns(UserWarning, match="1 of 8 records"):
+            found = run(lens, TEXTS, tmp_path, batch_size=8)
+    finally:
+        lens.model.reset_hooks()
+    assert found.bad()["id"].tolist() == ["t5"]
+    assert "not finite" in found.bad()["error"].iloc[0]
+    rest = [text for text in TEXTS if text["id"] != "t5"]
+    expected = run(lens, rest, tmp_path / "rest").mean()
+    assert (found.mean() - expected).abs().max() < 1e-12
+
+
+def test_the_command_reads_texts_without_answers(lens, tmp_path, monkeypatch):
+    """`lens-lora sweep --analysis activations`, of the first records only."""
+    from typer.testing import CliRunner
+
+    from lens_lora.cli import app
+    from lens_lora.commands import run_sweep
+
+    monkeypatch.setattr(run_sweep, "lens_for", lambda *args: lens)
+    monkeypatch.setattr(run_sweep, "load_adapter", lambda path: lens.adapter)
+    records, out = write_jsonl(tmp_path / "texts.jsonl", BAD), tmp_path / "u.parquet"
+    asked = ["sweep", "--records", records, "--out", out, "--analysis", "activations"]
+    ran = CliRunner().invoke(app, [*map(str, asked), "--limit", "4", "--quiet"])
+    assert ran.exit_code == 0, ran.output
+    assert "4, with" in ran.output and "bad: line 3: no prompt." in ran.output
+    found = ll.ActivationsFile(out)
+    assert (found.texts, found.errors) == (4, 1)
