@@ -47,7 +47,13 @@ def _result_html(result: Result) -> str:
 
 @drawing.text.register(Effects)
 def _effects(effects: Effects) -> str:
-    return f"Effects of {effects.how} on {effects.readout}:\n{effects.top(5).to_string()}"
+    each = "" if effects.of == "site" else f", each {effects.of}"
+    by = {
+        "mean": f", δ replaced by its mean over {effects.texts} texts (first tokens left out)",
+        "resample": f", δ replaced by that of another text, of {effects.texts} (aligned at the end)",
+    }.get(effects.replace, "")
+    head = f"Effects of {effects.how} on {effects.readout}{each}{by}"
+    return f"{head}:\n{effects.top(5).to_string()}"
 
 
 @drawing.text.register(ActivationEffects)
