@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS
 from lens_lora.hooked.base_weights import BaseWeights
 from lens_lora.hooked.basis import SiteMap, Update
+from lens_lora.hooked.gauge import Turn, svd_turn, turned
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.host_check import refuse_dropout
 from lens_lora.hooked.hosts import host_of
@@ -91,6 +93,27 @@ class Plan:
     def with_constants(self) -> list[int]:
         """Indices of sites of v whose constant part is added at o."""
         return [injection.site for injection in self.injections if injection.whole is not None]
+
+    @functools.cached_property
+    def turns(self) -> tuple[Turn | None, ...]:
+        """Each site's own change to the coordinates of its SVD; None of a norm."""
+        updates = (one.update for one in self.updates)
+        return tuple(svd_turn(u) if isinstance(u, Update) else None for u in updates)
+
+    @functools.cached_property
+    def in_svd_gauge(self) -> Plan:
+        """The same plan, each rank space in the coordinates of its SVD (gauge.py)."""
+
+        def of(site: int, own: SiteMap | None) -> SiteMap | None:
+            turn = self.turns[site]
+            return own if own is None or turn is None else turned(own, turn)
+
+        injections = [
+            dataclasses.replace(one, map=of(one.site, one.map), whole=of(one.site, one.whole))
+            for one in self.injections
+        ]
+        maps = tuple(one.map for one in injections[: len(self.sites)])
+        return dataclasses.replace(self, maps=maps, injections=tuple(injections))
 
     def check_state(self, *, entries: bool = True) -> None:
         """Check that flags, mode and weights are as they were when the plan was made.
