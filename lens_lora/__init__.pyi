@@ -5,6 +5,7 @@ from .adapters.adapter import Adapter, load_adapter
 from .adapters.factors import LoRAFactors
 from .adapters.random_directions import null_adapter
 from .adapters.trained import TrainedModule
+from .analyses.activations import Activations, activations
 from .analyses.compare import Comparison, compare
 from .analyses.components import Components, components
 from .analyses.coupling import Coupling, coupling
@@ -85,6 +86,9 @@ __all__ = [
     "first_orders",
     "logit_shift",
     "tangents",
+    # rank space
+    "Activations",
+    "activations",
     # whole responses
     "KLShares",
     "TokenShifts",

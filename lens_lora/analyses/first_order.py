@@ -15,6 +15,7 @@ from the adapted model does.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Generator
 
 from jaxtyping import Float
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from lens_lora.analyses.by_token import by_token, own_tokens_only, response_tokens
 from lens_lora.arguments import number
+from lens_lora.engine.activations import in_gauge
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.batching import Mode, chosen_mode
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
@@ -29,6 +31,7 @@ from lens_lora.engine.tangent_slopes import tangent_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
+from lens_lora.hooked.gauge import Gauge, gauge_of
 from lens_lora.hooked.sites import AXES, by_axes
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
@@ -54,6 +57,7 @@ def first_order(
     at: float = 0.0,
     mode: Mode = "auto",
     by: tuple[str, ...] | str = (),
+    gauge: Gauge = "trained",
     rules: FrozenRules | None = None,
     max_memory: float | None = None,
     progress: bool = True,
@@ -73,6 +77,8 @@ def first_order(
         mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse.
         by: any of 'position', 'head', 'rank'; with AnswerLogProb also 'token', which token of the
             response is moved.
+        gauge: of the parts by rank: 'trained', the ranks of the file, whose parts another (GA,
+            BG⁻¹) of the same ΔW would change, or 'svd', the singular directions of ΔW.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
             then that of the model with constants in their place. The shift beside it is g's own.
         max_memory: bytes that a pass of forward mode may take beside the model. It sets how many
@@ -85,7 +91,8 @@ def first_order(
         rules, as in 'first_order/patterns'.
 
     Raises:
-        ArgumentError: another mode or axis, or less memory than one part takes.
+        ArgumentError: another mode, axis or gauge, a gauge 'svd' without 'rank', or less memory
+            than one part takes.
         ModelStateError: rules that this model's hooks cannot keep, naming the hook point; in
             forward mode, an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
@@ -97,6 +104,7 @@ def first_order(
         at=at,
         mode=mode,
         by=by,
+        gauge=gauge,
         rules=rules,
         max_memory=max_memory,
         progress=progress,
@@ -109,6 +117,7 @@ def first_order_of(
     at: float = 0.0,
     mode: Mode = "auto",
     by: tuple[str, ...] | str = (),
+    gauge: Gauge = "trained",
     rules: FrozenRules | None = None,
     max_memory: float | None = None,
     progress: bool = True,
@@ -117,18 +126,20 @@ def first_order_of(
 
     Args:
         asked: the lens, the prompts and the readout.
-        at, mode, by, rules, max_memory, progress: as for `first_order`.
+        at, mode, by, gauge, rules, max_memory, progress: as for `first_order`.
 
     Raises:
         ArgumentError: another mode or axis, or less memory than one tangent takes.
         NumericsError: a derivative that is not finite, naming the site.
     """
-    lens, reading, axes = asked.lens, asked.reading, by_axes(by, (*AXES, "token"))
+    axes = by_axes(by, (*AXES, "token"))
+    in_rank_space = _in_rank_space(asked, axes, gauge)
+    lens, reading = in_rank_space.lens, asked.reading
     at = number("at", at)
     way, gates = chosen_mode(mode, lens, 1), lens.gates(at)
     with _under(rules, lens, reading.prompts):
         if "token" in axes:
-            values = by_token(asked, gates, axes[:-1], mode, max_memory, progress)
+            values = by_token(in_rank_space, gates, axes[:-1], mode, max_memory, progress)
         elif way == "forward":
             values = tangent_slopes(
                 lens, reading, gates, axes, max_memory=max_memory, progress=progress
@@ -137,7 +148,20 @@ def first_order_of(
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
     method = "first_order" if rules is None else f"first_order/{rules.key}"
-    return labelled(asked, values, axes, method=method, at=at)
+    found = labelled(asked, values, axes, method=method, at=at)
+    return dataclasses.replace(found, gauge=gauge) if "rank" in axes else found
+
+
+def _in_rank_space(asked: Asked, axes: tuple[str, ...], gauge: Gauge) -> Asked:
+    """The same question, with the rank spaces in the coordinates of the gauge."""
+    if gauge_of(gauge) == "trained":
+        return asked
+    if "rank" not in axes:
+        raise ArgumentError(
+            f"gauge={gauge!r} decides what a rank is, and by={axes!r} has none; ask for by='rank' "
+            "too, or leave the gauge out."
+        )
+    return dataclasses.replace(asked, lens=in_gauge(asked.lens, gauge))
 
 
 @contextlib.contextmanager

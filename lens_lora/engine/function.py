@@ -12,6 +12,7 @@ Cost: at most one forward pass a gate vector.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from contextlib import AbstractContextManager
 from typing import cast
@@ -41,6 +42,7 @@ __all__ = [
     "read_value",
     "readout_at",
     "require_finite",
+    "run_without_logits",
 ]
 
 _SLOW, _SLOW_TOGETHER = 8, 64
@@ -147,6 +149,16 @@ def _read_rows_only(lens: LoraLens, prompts: Prompts) -> AbstractContextManager[
         return (prompts.at_slots(_unrounded(args[0])), *args[1:])
 
     return Temporary(functools.partial(add_pre_hook, lens.model.unembed, select))
+
+
+def run_without_logits(lens: LoraLens, prompts: Prompts) -> None:
+    """One forward pass under the hooks now on the model, for what hooks see of it.
+
+    Nothing is unembedded, unless a hook (a site's own, too) is on the unembedding.
+    """
+    changed = any(map(_is_changed, lens.model.unembed.modules()))
+    with contextlib.nullcontext() if changed else _no_unembedding(lens):
+        lens.run(prompts)
 
 
 def _unrounded(residual: Tensor) -> Tensor:

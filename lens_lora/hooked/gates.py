@@ -23,7 +23,15 @@ from lens_lora.hooked.attaching import Arranger, HookFn
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.plan import Injection, Plan
 
-__all__ = ["Inject", "ScaleInject", "site_hooks", "weight_of", "writes_at_modules"]
+__all__ = [
+    "Inject",
+    "ScaleInject",
+    "add",
+    "site_hooks",
+    "weight_of",
+    "write",
+    "writes_at_modules",
+]
 
 
 @runtime_checkable
@@ -76,11 +84,20 @@ class ScaleInject:
             out: the running output.
             z: the site's input.
         """
+        if not self.is_active(index):
+            return None
+        injection = self._injections[index]
+        return add(out, injection.map, z, weight_of(injection, self._gates))
+
+    def is_active(self, index: int) -> bool:
+        """Whether anything is added at this injection.
+
+        Args:
+            index: of the injection.
+        """
         injection = self._injections[index]
         partner = injection.site if injection.partner is None else injection.partner
-        if not (self._active[injection.site] and self._active[partner]):
-            return None
-        return add(out, injection.map, z, weight_of(injection, self._gates))
+        return self._active[injection.site] and self._active[partner]
 
 
 def _is_differentiated(gates: Tensor) -> bool:
@@ -101,7 +118,18 @@ def add(out: Tensor, site_map: SiteMap, z: Tensor, gate: Tensor) -> Tensor:
         z: its input.
         gate: ε, a number or [batch].
     """
-    u = site_map.coordinates(z)
+    return write(out, site_map, site_map.coordinates(z), gate)
+
+
+def write(out: Tensor, site_map: SiteMap, u: Tensor, gate: Tensor) -> Tensor:
+    """out + B(gate · u), with u already computed.
+
+    Args:
+        out: the running output.
+        site_map: δ of the site.
+        u: its coordinates in rank space.
+        gate: ε, a number or [batch].
+    """
     gate = gate.to(u.device, u.dtype)
     scaled = site_map.write(u * (gate.view(-1, *[1] * (u.ndim - 1)) if gate.ndim else gate))
     return out + scaled.to(out.dtype).view(out.shape)

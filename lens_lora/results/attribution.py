@@ -67,6 +67,7 @@ class Attribution(Ranked):
         at: the gate value at which it was taken; NaN along a path.
         quadrature: of a path integral, how it was taken.
         response: each prompt's y_1 … y_T, where values are by token.
+        gauge: what a rank is, where values are by rank: 'trained' or 'svd'.
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`; one site per
             entry of the site axis.
     """
@@ -78,6 +79,7 @@ class Attribution(Ranked):
     at: float
     quadrature: Quadrature | None = None
     response: tuple[tuple[str, ...], ...] = ()
+    gauge: str = ""
 
     @property
     def key(self) -> str:

@@ -10,6 +10,7 @@ from lens_lora.results import drawing
 from lens_lora.show import reprs
 from lens_lora.show.figures import (
     activation_effects,
+    activations,
     attribution,
     comparison,
     coupling,
@@ -32,6 +33,7 @@ from lens_lora.show.words import verdicts
 
 __all__ = [
     "activation_effects",
+    "activations",
     "attribution",
     "comparison",
     "coupling",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from lens_lora.analyses.activations import Activations
 from lens_lora.analyses.compare import Comparison
 from lens_lora.analyses.components import Components
 from lens_lora.analyses.coupling import Coupling
@@ -62,6 +63,18 @@ def _activation_effects(effects: ActivationEffects) -> str:
     return (
         f"ActivationEffects {effects.direction} on {effects.readout}{of}:\n"
         f"{effects.top(5, prompt).to_string()}"
+    )
+
+
+@drawing.text.register(Activations)
+def _activations(found: Activations) -> str:
+    tokens, ranks = sum(map(len, found.str_tokens)), f"{min(found.ranks)}"
+    if max(found.ranks) > min(found.ranks):
+        ranks += f" to {max(found.ranks)}"
+    return (
+        f"Activations in gauge {found.gauge!r} at {found.at}: {len(found.str_tokens)} prompts, "
+        f"{tokens} tokens ({int(found.sinks.sum())} sinks), {len(found.sites)} sites of rank "
+        f"{ranks}; see top(site), mean() and plot()"
     )
 
 

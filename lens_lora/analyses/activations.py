@@ -1,0 +1,309 @@
+"""Rank activations: u_l = A_l z_l of each token, the coordinates of δz_l = B_l u_l.
+
+For an adapter of rank 1 it is one number per site and token, the "LoRA neuron" of arXiv 2506.11618
+and 2511.06739.
+
+1. Gauge 'svd': u = ΣVᵀx of sBA = UΣVᵀ, of each site in the Hugging Face basis; unique up to equal
+   singular values, and ‖u‖ = ‖ΔWx‖. Gauge 'trained': the unscaled Ax of the file, which another
+   training run would give in other coordinates (`hooked/gauge.py`).
+2. One row holds a prompt and its response.
+3. Sinks (the first token, and outliers of ‖z‖) are marked, and no part of examples and means.
+
+Cost: one forward pass of the adapted model, without the unembedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lens_lora.arguments import whole
+from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
+from lens_lora.engine.asked import ask_prompts
+from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.hooked.alone import alone
+from lens_lora.hooked.gauge import Gauge, gauge_of
+from lens_lora.hooked.sites import Site, match_sites, one_site
+from lens_lora.lens import LoraLens, Scale
+from lens_lora.readouts.answers import AnswerLike, answer_ids
+from lens_lora.readouts.prompts import Prompts, PromptsLike, require_context, which_prompt
+from lens_lora.results import drawing
+from lens_lora.results.choosing import only_prompt
+from lens_lora.results.examples import (
+    Positions,
+    Sign,
+    chosen_positions,
+    context_of,
+    require_sign,
+    strongest,
+)
+from lens_lora.results.measured import Result, site_labels
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["Activations", "activations", "chosen_sites"]
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Activations(Result):
+    """u of each site, token and rank. NaN at padding, and beyond a site's own rank.
+
+    Attributes:
+        values: [batch, site, token, rank].
+        sites: those of the site axis.
+        ranks: how many coordinates each of them has.
+        sinks: [batch, token], the first token of each row, and tokens whose ‖z‖ is an outlier.
+        starts: [batch], the position at which the response begins; where there is none, the length.
+        gauge: 'svd' or 'trained'.
+        at: the gates at which z was read.
+        str_tokens: each row's tokens, prompt and response.
+        meta: model, adapter, dtype and versions.
+    """
+
+    values: Float[Tensor, "batch site token rank"]
+    sites: tuple[Site, ...]
+    ranks: tuple[int, ...]
+    sinks: Bool[Tensor, "batch token"]
+    starts: Int[Tensor, "batch"]
+    gauge: str
+    at: str
+    str_tokens: tuple[tuple[str, ...], ...]
+    meta: Mapping[str, str]
+
+    def of(self, site: str) -> Float[Tensor, "batch token rank"]:
+        """The values of one site, of its own rank.
+
+        Args:
+            site: its name, or a glob that matches it alone.
+
+        Raises:
+            SiteError: no such site, or several.
+        """
+        index = one_site([s.name for s in self.sites], site)
+        return self.values[:, index, :, : self.ranks[index]]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, site, token and rank, sinks and tokens of the response marked."""
+        slots = torch.arange(self.values.shape[-1])
+        exists = slots < torch.tensor(self.ranks)[:, None]
+        lengths = torch.tensor([len(row) for row in self.str_tokens])
+        real = torch.arange(self.values.shape[2]) < lengths[:, None]
+        index = (real[:, None, :, None] & exists[None, :, None, :]).nonzero()
+        prompt, site, position, rank = index.T
+        texts = zip(prompt.tolist(), position.tolist(), strict=True)
+        columns: dict[str, Any] = {"prompt": prompt.tolist()}
+        columns |= site_labels([self.sites[i] for i in site.tolist()])
+        columns |= {
+            "position": position.tolist(),
+            "token": [self.str_tokens[p][i] for p, i in texts],
+            "sink": self.sinks.cpu()[prompt, position].tolist(),
+            "response": (position >= self.starts.cpu()[prompt]).tolist(),
+            "rank": rank.tolist(),
+            "value": self.values.cpu()[tuple(index.T)].double().tolist(),
+        }
+        return pd.DataFrame(columns)
+
+    def top(
+        self,
+        site: str,
+        k: int = 10,
+        prompt: int | None = None,
+        *,
+        rank: int | None = None,
+        sign: Sign = 1,
+        context: int = 4,
+        sinks: bool = False,
+    ) -> pd.DataFrame:
+        """The k tokens at which each direction of a site is largest, with what stands around them.
+
+        Args:
+            site: its name, or a glob that matches it alone.
+            k: how many of each direction.
+            prompt: an index; without it, of all prompts.
+            rank: one direction; without it, each of the site's.
+            sign: 1 for the largest values above zero, −1 for those below.
+            context: how many tokens are shown on either side of each, which stands in ⟦ ⟧.
+            sinks: count sinks too.
+
+        Raises:
+            SiteError: no such site, or several.
+            ArgumentError: no such prompt or rank, another sign, or a k or context below 0.
+        """
+        values = self.of(site).double().cpu().numpy()
+        k, context, sign = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
+        if not sinks:
+            values = np.where(self.sinks.cpu().numpy()[..., None], np.nan, values)
+        if prompt is not None:
+            others = np.arange(len(values)) != only_prompt(prompt, len(values))
+            values = np.where(others[:, None, None], np.nan, values)
+        found: list[dict[str, Any]] = []
+        for r in require_ranks(rank, values.shape[-1]):
+            mine = values[..., r]
+            for flat in strongest(mine.ravel(), sign, k):
+                p, at = (int(i) for i in np.unravel_index(flat, mine.shape))
+                tokens = self.str_tokens[p]
+                found.append(
+                    {
+                        "rank": r,
+                        "prompt": p,
+                        "position": at,
+                        "token": tokens[at],
+                        "value": float(mine[p, at]),
+                        "context": context_of(tokens, at, context),
+                    }
+                )
+        return pd.DataFrame(found, columns=["rank", "prompt", *_EXAMPLE])
+
+    def mean(
+        self, positions: Positions = None, *, sinks: bool = False
+    ) -> Float[Tensor, "site rank"]:
+        """The mean of u over tokens of all prompts, without sinks.
+
+        Args:
+            positions: None for all tokens, 'response', or of each prompt an index, a slice or
+                indices; negative ones count from its end.
+            sinks: count sinks too.
+
+        Raises:
+            ArgumentError: positions at which there is no token.
+        """
+        chosen = torch.zeros_like(self.sinks)
+        for p, (tokens, start) in enumerate(
+            zip(self.str_tokens, self.starts.tolist(), strict=True)
+        ):
+            mask = chosen_positions(positions, len(tokens), start)
+            chosen[p, : len(tokens)] = torch.from_numpy(mask)
+        chosen &= torch.ones_like(chosen) if sinks else ~self.sinks
+        if not bool(chosen.any()):
+            raise ArgumentError(
+                f"positions={positions!r}: no token is there that is not a sink; ask for others, "
+                "or with sinks=True."
+            )
+        return self.values.movedim(1, 2)[chosen].mean(0)
+
+    def plot(self, site: str | None = None, prompt: int | None = None) -> Figure:
+        """Heat map of directions over the tokens of one prompt; sinks are blank.
+
+        Args:
+            site: a name or glob: every rank of these. Without it, the first rank of each site.
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            SiteError: no such site.
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, site, prompt)
+
+
+_EXAMPLE = ["position", "token", "value", "context"]
+
+
+def require_ranks(rank: int | None, count: int) -> list[int]:
+    """The rank that is asked for, or all.
+
+    Args:
+        rank: from 0, or None.
+        count: how many the site has.
+
+    Raises:
+        ArgumentError: no such rank.
+    """
+    if rank is None:
+        return list(range(count))
+    if not 0 <= (rank := whole("rank", rank)) < count:
+        raise ArgumentError(f"rank {rank}: the site has ranks 0 to {count - 1}.")
+    return [rank]
+
+
+@alone
+def activations(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    response: AnswerLike | None = None,
+    *,
+    gauge: Gauge = "svd",
+    scale: Scale = 1.0,
+    sites: str | Sequence[str] | None = None,
+) -> Activations:
+    """u_l = A_l z_l of every site, token and rank. One forward pass.
+
+    The adapter's rank space is the same in every gauge, its coordinates are not: as trained they
+    depend on the run, 'svd' has one direction for each singular value of ΔW, the largest first.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, ids, or `Prompts`.
+        response: what is said after each prompt: a string, ids, or one of these per prompt.
+        gauge: 'svd', u = ΣVᵀx of sBA = UΣVᵀ with the entry of largest magnitude of each of U's
+            columns positive, or 'trained', the unscaled Ax of the file.
+        scale: the gates at which z is read, as for `LoraLens.gates`.
+        sites: names or globs; only these are kept. Without it, all.
+
+    Raises:
+        ArgumentError: another gauge.
+        UnsupportedAdapterError: a norm, or in gauge 'trained' DoRA or a weight trained whole.
+        SiteError: a name or glob that matches no site.
+        TokenError, PromptError: a response or prompt that does not fit the model.
+        ModelStateError: a site that did not run.
+        NumericsError: non-finite activations.
+    """
+    asked = ask_prompts(lens, prompts)
+    chosen = chosen_sites(lens, sites)
+    ranks = activation_ranks(lens, chosen, gauge_of(gauge))
+    rows = asked.prompts if response is None else _with_response(lens, asked.prompts, response)
+    seen = site_activations(in_gauge(lens, gauge), rows, lens.gates(scale), chosen, ranks)
+    return Activations(
+        values=seen.values,
+        sites=tuple(lens.sites[i] for i in chosen),
+        ranks=ranks,
+        sinks=seen.sinks & rows.real,
+        starts=rows.lengths
+        if response is None or rows.reads is None
+        else rows.lengths - rows.reads,
+        gauge=gauge,
+        at=f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller",
+        str_tokens=tuple(map(tuple, lens.str_tokens(rows))),
+        meta=lens.describe(),
+    )
+
+
+def chosen_sites(lens: LoraLens, sites: str | Sequence[str] | None) -> tuple[int, ...]:
+    """Indices of the sites that are named, in their own order; all for None.
+
+    Args:
+        lens: the adapter over the model.
+        sites: names or globs.
+
+    Raises:
+        SiteError: no name at all, or one that matches no site.
+    """
+    if sites is None:
+        return tuple(range(len(lens.sites)))
+    patterns = [sites] if isinstance(sites, str) else list(sites)
+    if not patterns:
+        raise SiteError("sites=[] chooses nothing; give site names or globs, or None for all.")
+    return tuple(sorted(match_sites([s.name for s in lens.sites], dict.fromkeys(patterns, True))))
+
+
+def _with_response(lens: LoraLens, prompts: Prompts, response: AnswerLike) -> Prompts:
+    """Prompt and response in one row, read at each of the response's tokens."""
+    said = answer_ids(lens.model, response, prompts.batch)
+    rows = [
+        torch.cat([prompts.row(i).tokens[0], prompts.tokens.new_tensor(ids)])
+        for i, ids in enumerate(said)
+    ]
+    lengths = prompts.lengths.new_tensor([len(row) for row in rows])
+    most = int(lengths.argmax())
+    which = which_prompt(most, prompts.batch)
+    require_context(lens.model, int(lengths[most]), f"{which} with its response")
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return Prompts(tokens, lengths, lengths.new_tensor([len(ids) for ids in said]))
