@@ -28,8 +28,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import word
+from lens_lora.engine.activations import in_gauge
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.replaced import Points, RankTurn, rank_turns, replaced_readout
+from lens_lora.engine.replaced import Points, replaced_readout, require_ranks
 from lens_lora.engine.stand_in import StandIn, mean_over, resampled
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hooked.alone import alone
@@ -140,8 +141,9 @@ def patch_sites_of(
     if ranks is None and replace == "zero":
         values = _switched(asked, groups, how, progress)
     else:
-        stand_in = None if texts is None else _stand_in(asked, how, replace, texts)
-        values = _replaced(asked, groups, ranks, how, stand_in, progress)
+        in_rank_space = _in_rank_space(asked, groups, ranks)
+        stand_in = None if texts is None else _stand_in(in_rank_space, how, replace, texts)
+        values = _replaced(in_rank_space, groups, ranks, how, stand_in, progress)
     count = 0 if texts is None else texts.batch
     return Effects(
         values=values, groups=groups, how=how, of=of, replace=replace, texts=count, **header(asked)
@@ -157,6 +159,16 @@ def _switched(
     found = asked.at_gates(corners, progress=progress, what=what)
     base, adapted = asked.ends[..., None]
     return found - base if how == "add_one" else adapted - found
+
+
+def _in_rank_space(asked: Asked, groups: Groups, ranks: list[int] | None) -> Asked:
+    """The same question, for ranks with each rank space in the coordinates of its SVD."""
+    if ranks is None:
+        return asked
+    require_ranks(asked.lens, sorted({index for (index,) in groups.values()}))
+    turned = dataclasses.replace(asked, lens=in_gauge(asked.lens, "svd"))
+    turned.know_ends(asked.ends)
+    return turned
 
 
 def _stand_in(asked: Asked, how: How, replace: Replace, texts: Prompts) -> StandIn:
@@ -175,7 +187,6 @@ def _replaced(
 ) -> Float[Tensor, "batch group"]:
     """g with each group's own δ, less g with what stands in for it."""
     lens, adds = asked.lens, how == "add_one"
-    turns = {} if ranks is None else rank_turns(lens, sorted({i for (i,) in groups.values()}))
     members = indicator(groups, len(lens.sites)).to(lens.device)
     points = Points(
         gates=members.to(lens.gate_dtype) if adds else lens.gates(1.0).expand(len(members), -1),
@@ -184,7 +195,7 @@ def _replaced(
         alone=adds and ranks is not None,
         replaced=True,
     )
-    run = functools.partial(_run, asked, stand_in, turns, progress)
+    run = functools.partial(_run, asked, stand_in, progress)
     if not adds:
         return asked.ends[1][:, None] - run(points, "replaced")
     if ranks is None:
@@ -198,14 +209,12 @@ def _replaced(
 def _run(
     asked: Asked,
     stand_in: StandIn | None,
-    turns: dict[int, RankTurn],
     progress: bool,
     points: Points,
     what: str,
 ) -> Float[Tensor, "batch point"]:
-    return replaced_readout(
-        asked.lens, asked.reading, points, stand_in, turns, progress=progress, what=what
-    )
+    lens, reading = asked.lens, asked.reading
+    return replaced_readout(lens, reading, points, stand_in, progress=progress, what=what)
 
 
 def require_how(how: str) -> None:

@@ -2,8 +2,8 @@
 
     u_l ← u_l + P(ū_l − u_l)   in rank space, so that δ_l = B_l u_l
 
-1. A whole site: P = 1. A rank j of the SVD of ΔW: P = M e_j e_jᵀ T (`hooked/gauge.py`), which
-   replaces σ_j v_jᵀx and leaves the other ranks alone.
+1. A whole site: P = 1. A single rank j: P = e_j e_jᵀ, with the rank spaces in the coordinates of
+   the SVD of ΔW (`hooked/gauge.py`), so that σ_j v_jᵀx is replaced.
 2. ū is what `engine/stand_in.py` found; for zero, ū = 0 at every token.
 3. All that follows is live: other sites read the changed residual stream.
 
@@ -24,16 +24,14 @@ from lens_lora.engine.batching import rows_at_once
 from lens_lora.engine.function import read_value, require_finite
 from lens_lora.engine.stand_in import StandIn
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.gates import weight_of
-from lens_lora.hooked.gauge import svd_turn
+from lens_lora.hooked.gates import weight_of, write
 from lens_lora.hooked.norm_map import NormUpdate
 from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.rows import Reading
 
-__all__ = ["Points", "RankTurn", "rank_turns", "replaced_readout"]
+__all__ = ["Points", "replaced_readout", "require_ranks"]
 
-RankTurn = tuple[Float[Tensor, "rank rank"], Float[Tensor, "rank rank"]]
 _SLOW = 8
 
 
@@ -71,30 +69,22 @@ class Points:
         )
 
 
-def rank_turns(lens: LoraLens, sites: Sequence[int]) -> dict[int, RankTurn]:
-    """T and M of each site, with a coordinate of its own for a change of bias. No forward pass.
+def require_ranks(lens: LoraLens, sites: Sequence[int]) -> None:
+    """Refuse sites that have no ranks.
 
     Args:
         lens: the adapter over the model.
         sites: their indices.
 
     Raises:
-        ArgumentError: a norm, which has no ranks.
+        ArgumentError: a norm.
     """
-    found = {}
     for index in sites:
-        update = lens.plan.updates[index].update
-        if isinstance(update, NormUpdate):
+        if isinstance(lens.plan.updates[index].update, NormUpdate):
             raise ArgumentError(
                 f"{lens.sites[index].name} is a norm that was trained, whose update has no ranks; "
                 "choose other sites (sites=…), or of='site'."
             )
-        turn, own = svd_turn(update), lens.maps[index]
-        one = torch.eye(own.rank - len(turn.u), dtype=turn.u.dtype, device=turn.u.device)
-        found[index] = tuple(
-            torch.block_diag(matrix, one).to(own.device, own.dtype) for matrix in (turn.u, turn.B)
-        )
-    return found
 
 
 def replaced_readout(
@@ -102,7 +92,6 @@ def replaced_readout(
     reading: Reading,
     points: Points,
     stand_in: StandIn | None,
-    turns: dict[int, RankTurn],
     *,
     progress: bool,
     what: str,
@@ -114,7 +103,6 @@ def replaced_readout(
         reading: what is run, and read.
         points: the runs.
         stand_in: what replaces; None for zero.
-        turns: of the sites whose ranks the runs are about.
         progress: show a bar.
         what: the bar's name.
 
@@ -127,7 +115,7 @@ def replaced_readout(
         for first in range(0, count, step):
             some = points.some(first, first + step)
             many = reading.repeat(len(some))
-            with lens.injected(_ReplaceInject(lens, some, len(reading.owner), stand_in, turns)):
+            with lens.injected(_ReplaceInject(lens, some, len(reading.owner), stand_in)):
                 columns.append(read_value(lens, many).view(reading.batch, -1))
             bar.update(len(some))
     values = torch.cat(columns, 1)
@@ -138,15 +126,8 @@ def replaced_readout(
 class _ReplaceInject:
     """Rows r0 r0 … r1 r1 …, one of each row for every point."""
 
-    def __init__(
-        self,
-        lens: LoraLens,
-        points: Points,
-        rows: int,
-        stand_in: StandIn | None,
-        turns: dict[int, RankTurn],
-    ) -> None:
-        self._lens, self._points, self._stand_in, self._turns = lens, points, stand_in, turns
+    def __init__(self, lens: LoraLens, points: Points, rows: int, stand_in: StandIn | None) -> None:
+        self._lens, self._points, self._stand_in = lens, points, stand_in
         device = points.gates.device
         self._row = torch.arange(rows, device=device).repeat_interleave(len(points))
         self._point = torch.arange(len(points), device=device).repeat(rows)
@@ -158,15 +139,14 @@ class _ReplaceInject:
         if not bool((gate != 0).any()):
             return None
         u = self._moved(index, injection, injection.map.coordinates(z))
-        scaled = injection.map.write(u * _over(gate.to(u), u))
-        return out + scaled.to(out.dtype).view(out.shape)
+        return write(out, injection.map, u, gate)
 
     def _moved(self, index: int, injection: Injection, u: Tensor) -> Tensor:
         points, site = self._points, injection.site
         own = points.sites[:, site][self._point].to(u.device)
         if not bool(own.any()):
             return u
-        start = torch.where(_over(own, u), self._part(site, u), u) if points.alone else u
+        start = torch.where(_over(own, u), self._part(u), u) if points.alone else u
         if not points.replaced:
             return start
         if self._stand_in is None:
@@ -178,23 +158,17 @@ class _ReplaceInject:
             head = self._lens.sites[site].kind == "unembed"
             at = self._stand_in.at_slots if head else self._stand_in.at
             where = own[:, None] & at.to(u.device)[self._row.to(u.device)]
-        return start + torch.where(_over(where, u), self._part(site, gap), 0.0)
+        return start + torch.where(_over(where, u), self._part(gap), 0.0)
 
-    def _part(self, site: int, u: Tensor) -> Tensor:
+    def _part(self, u: Tensor) -> Tensor:
         """P u, with each row's own rank."""
-        if self._points.ranks is None or site not in self._turns:
+        if self._points.ranks is None:
             return u
-        T, M = self._turns[site]
-        ranks = self._points.ranks[self._point].to(T.device).clamp(max=len(T) - 1)
-        along = (u * _across(T[ranks], u)).sum(-1, keepdim=True)
-        return along * _across(M.T[ranks], u)
+        kept = self._points.ranks[self._point].to(u.device)[:, None]
+        kept = kept == torch.arange(u.shape[-1], device=u.device)
+        return u * kept.view(len(kept), *[1] * (u.ndim - 2), -1)
 
 
 def _over(values: Tensor, u: Tensor) -> Tensor:
     """Of each row, or of each row and token: as wide as u."""
     return values.view(*values.shape, *[1] * (u.ndim - values.ndim))
-
-
-def _across(values: Float[Tensor, "row rank"], u: Tensor) -> Tensor:
-    """Of each row and rank: as wide as u."""
-    return values.view(len(values), *[1] * (u.ndim - 2), -1)

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.engine.batching import ROW_TOKENS
-from lens_lora.engine.function import read_logits
+from lens_lora.engine.function import run_without_logits
 from lens_lora.errors import PromptError
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
@@ -198,9 +198,5 @@ def _run(
     gates: Float[Tensor, "site"],
     keep: Callable[[int, Tensor], None],
 ) -> None:
-    everywhere = any(site.kind == "unembed" for site in lens.sites)
     with torch.no_grad(), lens.injected(_Record(lens, gates, keep)):
-        if everywhere:
-            lens.run(texts)
-        else:
-            read_logits(lens, texts)
+        run_without_logits(lens, texts)

@@ -130,6 +130,7 @@ class Effects(Ranked):
             method=self.key,
             at=float(self.how == "leave_one_out"),
             meta=self.meta,
+            gauge="svd" if is_by_rank else "",
         )
 
     def _by_rank(self, sites: tuple[Site, ...]) -> Float[Tensor, "batch site rank"]:

@@ -51,7 +51,7 @@ def _effects(effects: Effects) -> str:
     each = "" if effects.of == "site" else f", each {effects.of}"
     by = {
         "mean": f", δ replaced by its mean over {effects.texts} texts (first tokens left out)",
-        "resample": f", δ replaced by that of another text, of {effects.texts} (aligned at the end)",
+        "resample": f", δ replaced by another text's, of {effects.texts} (aligned at the end)",
     }.get(effects.replace, "")
     head = f"Effects of {effects.how} on {effects.readout}{each}{by}"
     return f"{head}:\n{effects.top(5).to_string()}"

@@ -11,17 +11,18 @@ import models
 import pytest
 import torch
 from reference import peft_scales
+from targets import hooked, peft_with
 from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.engine import stand_in
-from lens_lora.results.effects import Effects
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS, TEXT_LENGTHS = [7, 4], [12, 9, 12]
 RESPONSES = [torch.tensor([5, 9, 12]), torch.tensor([7, 4, 11, 8])]
 HOWS, REPLACES = ("leave_one_out", "add_one"), ("mean", "resample")
 NEWEST = list(models.MAKERS)[-1]
+Change = Callable[[Tensor], Tensor]
 READOUTS = {
     "margin": ll.Margin(5, 9),
     "response": ll.AnswerLogProb(RESPONSES),
@@ -69,7 +70,10 @@ class Oracle:
         return self.case.peft.base_model.model.get_submodule(module).lora_B["default"]
 
     def run(
-        self, row: Tensor, on: list[str], change: dict[str, Callable[[Tensor], Tensor]] | None = None
+        self,
+        row: Tensor,
+        on: list[str],
+        change: dict[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits and each layer's own B A x, with only some modules on."""
         seen: dict[str, Tensor] = {}
@@ -178,56 +182,131 @@ def test_planted_errors_are_seen(monkeypatch):
     assert off(case, "leave_one_out", "resample", "margin") > 1e-3
 
 
-def rank_change(U: Tensor, s: float, rank: int, instead: Callable[[Tensor], Tensor]):
-    """Replace one coordinate of U in a layer's output of B A x, after the first token."""
+class OneRank:
+    """Changes to a layer's output of B A x along one left singular vector of PEFT's own ΔW."""
 
-    def change(out: Tensor) -> Tensor:
-        along = out @ U[:, rank]
-        moved = out + (instead(along) - along)[:, None] * U[:, rank]
-        return torch.cat([out[:1], moved[1:]])
+    def __init__(self, U: Tensor, rank: int) -> None:
+        self.along = U[:, rank]
 
-    return change
+    def only(self, out: Tensor) -> Tensor:
+        return (out @ self.along)[:, None] * self.along
+
+    def without(self, out: Tensor) -> Tensor:
+        return out - self.only(out)
+
+    def by(self, instead: Tensor) -> Change:
+        """That of another output, after the first token."""
+
+        def change(out: Tensor) -> Tensor:
+            other = self.only(instead.expand_as(out[1:]))
+            return torch.cat([out[:1], self.without(out[1:]) + other])
+
+        return change
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
 @pytest.mark.parametrize("flags", ["raw", "processed"])
-def test_single_ranks_against_hooks_on_peft(cls: str, flags: str):
-    """σ_j u_j v_jᵀx of a dense SVD of PEFT's own ΔW: zero, mean and resampled, both ways."""
-    case, oracle = cases.case("qwen2", cls, flags), Oracle(cases.case("qwen2", cls, flags))
-    lens, name, prompt = case.lens, "response", 0
-    row, chosen = row_of(prompt, name), ["blocks.0.attn.v", "blocks.1.attn.o", "blocks.0.*down"]
+@pytest.mark.parametrize("how", HOWS)
+def test_single_ranks_against_hooks_on_peft(cls: str, flags: str, how: str):
+    """σ_j u_j v_jᵀx of a dense SVD: to zero, to the mean and resampled."""
+    case, name, prompt = cases.case("qwen2", cls, flags), "response", 0
+    lens, oracle, row = case.lens, Oracle(case), row_of(prompt, name)
     base, _ = oracle.run(row, [])
-    for how in HOWS:
-        for replace in ("zero", *REPLACES):
-            given = {} if replace == "zero" else {"texts": texts()}
-            found = patch(
-                lens, prompts(), READOUTS[name], how, sites=chosen, of="rank", replace=replace,
-                **given,
-            )  # fmt: skip
-            assert found.values.shape == (2, 9) and found.of == "rank"
-            for column, (label, (index,)) in enumerate(found.groups.items()):
-                module, rank = lens.sites[index].module, int(label[-2])
-                layer = case.peft.base_model.model.get_submodule(module)
-                U = torch.linalg.svd(layer.get_delta_weight("default"))[0]
-                on = oracle.modules if how == "leave_one_out" else [module]
-                if replace == "zero":
-                    instead = torch.zeros_like
-                else:
-                    other = oracle.stand_ins(replace, how, row, prompt)[module] @ U[:, rank]
-                    instead = lambda along, other=other: (  # noqa: E731
-                        torch.cat([along[:1], other.expand(len(along) - 1)])
-                    )
-                changed = rank_change(U, 1.0, rank, instead)
-                if replace == "zero":
-                    changed = lambda out, U=U, rank=rank: (  # noqa: E731
-                        out - (out @ U[:, rank])[:, None] * U[:, rank]
-                    )
-                if how == "leave_one_out":
-                    own, without = oracle.run(row, on)[0], oracle.run(row, on, {module: changed})[0]
-                else:
-                    only = lambda out, U=U, rank=rank: (out @ U[:, rank])[:, None] * U[:, rank]  # noqa: E731
-                    own = oracle.run(row, on, {module: only})[0]
-                    both = lambda out, only=only, changed=changed: only(changed(out))  # noqa: E731
-                    without = oracle.run(row, on, {module: both})[0]
-                expected = read_as(name, prompt, own, base) - read_as(name, prompt, without, base)
-                assert float(found.values[prompt, column]) == pytest.approx(expected, abs=1e-9)
+    for replace in ("zero", *REPLACES):
+        found = patch(
+            lens, prompts(), READOUTS[name], how, of="rank", replace=replace,
+            sites=["blocks.0.attn.v", "blocks.1.attn.o", "blocks.0.*down"],
+            texts=None if replace == "zero" else texts(),
+        )  # fmt: skip
+        assert found.values.shape == (2, 9)
+        for column, (label, (index,)) in enumerate(found.groups.items()):
+            module, rank = lens.sites[index].module, int(label[-2])
+            layer = case.peft.base_model.model.get_submodule(module)
+            one = OneRank(torch.linalg.svd(layer.get_delta_weight("default"))[0], rank)
+            change: Change = one.without
+            if replace != "zero":
+                change = one.by(oracle.stand_ins(replace, how, row, prompt)[module])
+            on, own = oracle.modules, {}
+            if how == "add_one":
+                on, own = [module], {module: one.only}
+                change = lambda out, one=one, change=change: one.only(change(out))  # noqa: E731
+            whole, less = (oracle.run(row, on, c)[0] for c in (own, {module: change}))
+            expected = read_as(name, prompt, whole, base) - read_as(name, prompt, less, base)
+            assert float(found.values[prompt, column]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ranks_are_gauge_free_and_become_an_attribution(tmp_path):
+    """(GA, BG⁻¹) changes no number; a table and a file have a row for each rank."""
+    lens = cases.case("llama", NEWEST, "raw").lens
+    G = torch.randn(3, 3, generator=models.seeded(5), dtype=torch.float64)
+    turned = {
+        module: ll.LoRAFactors(G @ f.A, f.B @ torch.linalg.inv(G), f.scale)
+        for module, f in lens.adapter.modules.items()
+    }
+    other = lens.with_adapter(ll.Adapter.from_factors(turned))
+    found, same = (
+        patch(of, prompts(), ll.Margin(5, 9), "leave_one_out", of="rank", replace="mean",
+              texts=texts())
+        for of in (lens, other)
+    )  # fmt: skip
+    assert (found.values - same.values).abs().max() < 1e-9
+    split = found.attribution()
+    assert split.by == ("rank",) and split.gauge == "svd"
+    assert torch.equal(split.values.flatten(1), found.values)
+    assert split.key == "leave_one_out/mean" and len(split.to_frame()) == 2 * 14 * 3
+    assert "each rank, δ replaced by its mean over 3 texts" in repr(found)
+    again = ll.Effects.load(found.save(tmp_path / "ranks.safetensors"))
+    assert torch.equal(again.values, found.values)
+    assert (again.of, again.replace, again.texts) == ("rank", "mean", 3)
+    assert found.plot(0).data and "blocks.0.attn.q[2]" in found.groups
+    whole = ll.first_order(lens, prompts(), ll.Margin(5, 9))
+    for meets in (found.summed, lambda of: found.interaction):
+        with pytest.raises(ll.ArgumentError, match="rank"):
+            meets(whole)
+
+
+def test_the_mean_is_over_tokens_and_chunks_do_not_matter(monkeypatch):
+    """Texts run a few at a time, and rows of many points: the same numbers."""
+    lens = cases.case("llama", NEWEST, "raw").lens
+    find = functools.partial(patch, lens, prompts(), ll.KL(RESPONSES), "leave_one_out")
+    before = [find(replace=replace, texts=texts()).values for replace in REPLACES]
+    monkeypatch.setattr(stand_in, "ROW_TOKENS", 1)
+    monkeypatch.setattr("lens_lora.engine.batching.ROW_TOKENS", 1)
+    after = [find(replace=replace, texts=texts()).values for replace in REPLACES]
+    for one, other in zip(before, after, strict=True):
+        assert (one - other).abs().max() < 1e-12
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"replace": "average"}, ll.ArgumentError, "'zero', 'mean' or 'resample'"),
+        ({"replace": "mean"}, ll.ArgumentError, "none were given"),
+        ({"texts": "w5 w6"}, ll.ArgumentError, "replace='zero'"),
+        ({"of": "head"}, ll.ArgumentError, "'site' or 'rank'"),
+        ({"of": "rank", "group": "layer"}, ll.ArgumentError, "leave out group"),
+        ({"replace": "mean", "texts": torch.tensor([[5], [6]])}, ll.PromptError, "longer texts"),
+        ({"replace": "resample", "texts": "w5 w6"}, ll.PromptError, "text 0 of 1.*has 7"),
+        ({"replace": "resample", "texts": models.tokens()[:1]}, ll.PromptError, "same tokens"),
+        ({"replace": "mean", "texts": ""}, ll.PromptError, "empty"),
+    ],
+)
+def test_bad_arguments(options: dict, error: type[Exception], match: str):
+    lens = cases.case("llama", NEWEST, "raw").lens
+    with pytest.raises(error, match=match):
+        patch(lens, prompts(), ll.Margin(5, 9), **options)
+
+
+def test_nothing_to_replace():
+    """A prompt of its first token only, and ranks of a norm."""
+    lens = cases.case("llama", NEWEST, "raw").lens
+    for replace in REPLACES:
+        with pytest.raises(ll.PromptError, match="nothing to replace"):
+            patch(lens, torch.tensor([[5]]), ll.Margin(5, 9), replace=replace, texts=texts())
+    base, model = hooked("gpt2", NEWEST, "raw")
+    norms = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "norms")))
+    with pytest.raises(ll.ArgumentError, match="has no ranks"):
+        patch(norms, prompts(), ll.Margin(5, 9), of="rank")
+    found = patch(norms, prompts(), ll.Margin(5, 9), replace="mean", texts=texts())
+    assert found.values.abs().max() > 0
