@@ -50,6 +50,7 @@ from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.activation_effects import ActivationEffects
 from .results.attribution import Attribution, Quadrature
 from .results.effects import Effects
+from .results.grouped import GroupAttribution
 from .results.token_view import TokenView
 from .sweeps.records import SweepError
 from .sweeps.result import SweepResult
@@ -90,6 +91,7 @@ __all__ = [
     "Activations",
     "activations",
     # whole responses
+    "GroupAttribution",
     "KLShares",
     "TokenShifts",
     "kl_shares",

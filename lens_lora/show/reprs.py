@@ -27,10 +27,11 @@ from lens_lora.results import drawing
 from lens_lora.results.activation_effects import ActivationEffects
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
+from lens_lora.results.grouped import GroupAttribution
 from lens_lora.results.measured import SIGMAS, Result
 from lens_lora.show.page.notebook import attribution_html
 from lens_lora.show.tables.attribution import attribution_text
-from lens_lora.show.text import key_text
+from lens_lora.show.text import key_text, method_text
 
 drawing.text.register(Attribution)(attribution_text)
 drawing.html.register(Attribution)(attribution_html)
@@ -55,6 +56,15 @@ def _effects(effects: Effects) -> str:
     }.get(effects.replace, "")
     head = f"Effects of {effects.how} on {effects.readout}{each}{by}"
     return f"{head}:\n{effects.top(5).to_string()}"
+
+
+@drawing.text.register(GroupAttribution)
+def _group_attribution(found: GroupAttribution) -> str:
+    return (
+        f"{found.readout}, {method_text(found.method, found.at)}, in {found.units}: "
+        f"{len(found.base)} prompts × {len(found.groups)} groups, by token, by {found.mode} mode:\n"
+        f"{found.top(5).to_string()}"
+    )
 
 
 @drawing.text.register(ActivationEffects)
