@@ -24,7 +24,7 @@ from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import LogProbs, Reading
 
-__all__ = ["all_parts", "group_slopes", "tangent_slopes"]
+__all__ = ["all_parts", "group_parts", "group_slopes", "tangent_slopes"]
 
 
 def tangent_slopes(
@@ -100,17 +100,26 @@ def group_slopes(
         ArgumentError: less memory than one group takes.
         ModelStateError: an operation without a forward-mode derivative.
     """
-    ordered = (sorted(of, key=lambda i: lens.sites[i].layer) for of in groups.values())
-    parts = [Part(first, others=tuple(rest)) for first, *rest in ordered]
     return part_tangents(
         lens,
         reading.prompts,
         gates,
-        parts,
+        group_parts(lens, groups),
         of_tokens(reading),
         max_memory=max_memory,
         progress=progress,
     )
+
+
+def group_parts(lens: LoraLens, groups: Groups) -> list[Part]:
+    """The direction in gate space of each group: all its sites together.
+
+    Args:
+        lens: the adapter over the model.
+        groups: of sites, each at least one.
+    """
+    ordered = (sorted(of, key=lambda i: lens.sites[i].layer) for of in groups.values())
+    return [Part(first, others=tuple(rest)) for first, *rest in ordered]
 
 
 def of_value(reading: Reading) -> Callable[[Tensor], Float[Tensor, "batch part"]]:
