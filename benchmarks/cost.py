@@ -5,7 +5,7 @@
 Interleaved in one run on the embedded model and its adapter (210 sites, rank 8); medians. F is one
 forward pass, FB one forward and one backward down to the embeddings. With transformer-lens 4.3 its
 own attribution patching is timed beside. `--growth` times models, adapters and ranks of several
-sizes instead.
+sizes instead, `--responses` whole responses, all cells or some groups of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from cost_growth import growth_tables
+from cost_responses import GROUPS, response_table
 from cost_works import (
     MARGIN,
     QUICK,
@@ -216,6 +217,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 256])
     options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     options.add_argument("--growth", action="store_true")
+    options.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
     asked = options.parse_args()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
@@ -235,6 +237,9 @@ def main() -> None:
             continue
         lens = ll.LoraLens(model, adapter)
         print(f"{kind}, transformer-lens {transformer_lens_version()}, prompts × tokens\n")
+        if asked.responses is not None:
+            response_table(lens, asked.responses, peak_memory)
+            continue
         table(lens, sizes)
         memory_lines(lens)
         attach_line(lens, folder)
