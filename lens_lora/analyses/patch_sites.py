@@ -188,13 +188,11 @@ def _replaced(
     """g with each group's own δ, less g with what stands in for it."""
     lens, adds = asked.lens, how == "add_one"
     members = indicator(groups, len(lens.sites)).to(lens.device)
-    points = Points(
-        gates=members.to(lens.gate_dtype) if adds else lens.gates(1.0).expand(len(members), -1),
-        sites=members > 0,
-        ranks=None if ranks is None else torch.tensor(ranks, device=lens.device),
-        alone=adds and ranks is not None,
-        replaced=True,
+    about = (
+        torch.full((len(members), 1), 2.0) if ranks is None else 2.0 + torch.tensor(ranks)[:, None]
     )
+    states = torch.where(members > 0, about.to(members), 0.0 if adds else 1.0)
+    points = Points(states, ranks is not None, alone=adds and ranks is not None, replaced=True)
     run = functools.partial(_run, asked, stand_in, progress)
     if not adds:
         return asked.ends[1][:, None] - run(points, "replaced")

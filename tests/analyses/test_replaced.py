@@ -265,6 +265,22 @@ def test_ranks_are_gauge_free_and_become_an_attribution(tmp_path):
             meets(whole)
 
 
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("of", ["site", "rank"])
+def test_branching_and_batches_agree(how: str, of: str, monkeypatch):
+    """Points that part in the last layer, and a readout that is a person's own function."""
+    lens = cases.case("llama", NEWEST, "raw").lens
+    own = ll.Readout.of(lambda logits: logits[:, 5] - logits[:, 9])
+    find = functools.partial(patch, lens, prompts(), how=how, of=of, sites="*.1.*", texts=texts())
+    for replace in REPLACES:
+        branched, mine = (find(readout=r, replace=replace) for r in (ll.Margin(5, 9), own))
+        with monkeypatch.context() as patched:
+            patched.setattr("lens_lora.engine.branching.pays", lambda *given: False)
+            plain = find(readout=ll.Margin(5, 9), replace=replace)
+        assert (branched.values - plain.values).abs().max() < 1e-12
+        assert (branched.values - mine.values).abs().max() < 1e-12
+
+
 def test_the_mean_is_over_tokens_and_chunks_do_not_matter(monkeypatch):
     """Texts run a few at a time, and rows of many points: the same numbers."""
     lens = cases.case("llama", NEWEST, "raw").lens
