@@ -12,7 +12,7 @@
 4. How far the quadratic is from the divergence itself is measured along ε, by forward passes.
 
 A share is negative where a site moves the distribution against the others.
-Cost: three forward passes, a dual and a backward one; a forward pass for each ε of the curve.
+Cost: three forward passes, a dual and a backward one; one more forward pass for each ε below 1.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from lens_lora.arguments import word
 from lens_lora.engine.asked import ask
 from lens_lora.engine.dual_pass import tangent_of
 from lens_lora.engine.forward import joint_tangent, part_tangents
+from lens_lora.engine.function import gated_readout
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.engine.tangent_slopes import group_parts
 from lens_lora.errors import ArgumentError
@@ -178,7 +179,7 @@ def kl_shares(
 
     Both directions have the same quadratic; they differ in the divergence that it is held against.
 
-    Cost: about 5 forward passes for the shares and the divergence at 1, one more for each scale.
+    Cost: about 4 forward passes for the shares and the divergence at 1, one more for each scale.
     The kernel adds a tangent for each group, about half a dual forward pass each, and holds one
     number for each group, token of the response and token of the vocabulary.
 
@@ -213,12 +214,14 @@ def kl_shares(
     values = site_slopes(lens, reading, at, axes) / 2
     require_finite_sites(lens, values)
     strengths = torch.tensor([*sorted(scales), 1.0], dtype=at.dtype, device=at.device)
-    points = strengths[:-1, None].expand(-1, len(at))
-    between = asked.at_gates(points, progress=progress, what="along the path")
+    points = strengths[:, None].expand(-1, len(at))
+    along = gated_readout(lens, asked.reading, points, progress=progress, what="along the path")
+    # D(0) = 0 by definition, so only the other end is run.
+    asked.know_ends(torch.stack([torch.zeros_like(along[:, -1]), along[:, -1]]))
     return KLShares(
         attribution=labelled(asked, values, axes, method="kl_quadratic", at=0.0),
         scales=strengths,
-        divergence=torch.cat([between, asked.ends[1][:, None]], 1),
+        divergence=along,
         gram=_gram(lens, rows, p, groups, progress) if groups else None,
         groups=groups,
     )
