@@ -5,8 +5,9 @@
 Interleaved in one run on the embedded model and its adapter (210 sites, rank 8); medians. F is one
 forward pass, FB one forward and one backward down to the embeddings, FA one forward pass of the
 adapted model without the unembedding. With transformer-lens 4.3 its own attribution patching is
-timed beside. `--growth` times models, adapters and ranks of several sizes instead, and
-`--stream 200000` a stream of so many tokens through activations.
+timed beside. `--growth` times models, adapters and ranks of several sizes instead, `--stream 200000`
+a stream of so many tokens through activations, and `--responses` whole responses, all cells or some
+groups of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 from cost_growth import growth_tables
+from cost_responses import GROUPS, response_table
 from cost_stream import stream_lines
 from cost_works import (
     MARGIN,
@@ -222,6 +224,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     options.add_argument("--stream", type=int, metavar="TOKENS", help="of activations, alone")
     options.add_argument("--growth", action="store_true")
+    options.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
     asked = options.parse_args()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
@@ -245,6 +248,9 @@ def main() -> None:
             stream_lines(lens, asked.stream)
             continue
         print(f"{kind}, transformer-lens {transformer_lens_version()}, prompts × tokens\n")
+        if asked.responses is not None:
+            response_table(lens, asked.responses, peak_memory)
+            continue
         table(lens, sizes)
         memory_lines(lens)
         attach_line(lens, folder)

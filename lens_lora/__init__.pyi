@@ -51,6 +51,7 @@ from .results.activation_effects import ActivationEffects
 from .results.activations import Activations
 from .results.attribution import Attribution, Quadrature
 from .results.effects import Effects
+from .results.grouped import GroupAttribution
 from .results.token_view import TokenView
 from .sweeps.records import SweepError
 from .sweeps.result import SweepResult
@@ -93,6 +94,7 @@ __all__ = [
     "ActivationsFile",
     "activations",
     # whole responses
+    "GroupAttribution",
     "KLShares",
     "TokenShifts",
     "kl_shares",

@@ -1,29 +1,33 @@
 """First order by output token: A_lt = ∂ℓ_t/∂ε_l, ℓ_t = log p(y_t | x, y_<t).
 
 By position says where a module wrote, by token what it changed; Σ_t A_lt is the first order of the
-response's log-probability. One row holds all ℓ_t, so there are three ways to the same numbers:
+response's log-probability. One row holds all ℓ_t, so there are two ways to the same numbers:
 
-1. Reverse mode, by site only: a covector for each token goes back through one graph, in batches.
-2. Reverse mode, split further: a backward pass for each token through one graph.
-3. Forward mode, by site only: a tangent for each site.
+1. Reverse mode: a covector for each token goes back through one graph, in batches; split by
+   position, head or rank, a backward pass for each token, the gradients contracted as they come.
+2. Forward mode: a tangent for each site, group of sites or part, from its block on.
 
-Cost: about a forward pass a token in reverse mode, half of one a site in forward mode.
+The cheaper one is taken, by count. Cost: about a forward pass a token in reverse mode; in forward
+mode one a tangent that starts in the first block, half of one where they start in every block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from lens_lora.engine.asked import Asked
-from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
-from lens_lora.engine.dual_pass import tangent_of
-from lens_lora.engine.forward import Part, part_tangents
+from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once, graph_tokens
 from lens_lora.engine.function import read_tokens
 from lens_lora.engine.gate_graph import gate_graph
 from lens_lora.engine.reverse import token_slopes
+from lens_lora.engine.tangent_slopes import all_parts, group_slopes, tangent_slopes
 from lens_lora.errors import ArgumentError
+from lens_lora.hooked.sites import Groups, indicator
 from lens_lora.readouts.rows import LogProbs
 
 __all__ = ["by_token", "own_tokens_only", "response_tokens"]
@@ -36,35 +40,73 @@ def by_token(
     mode: Mode,
     max_memory: float | None,
     progress: bool,
-) -> Float[Tensor, "batch site *by_and_token"]:
-    """A_lt of every site and token; beyond a response's own tokens see `own_tokens_only`.
+    groups: Groups | None = None,
+) -> tuple[Float[Tensor, "batch site_or_group *by_and_token"], str]:
+    """A_lt of every site (or group) and token, and the mode; see `own_tokens_only`.
 
     Args:
         asked: about one response a prompt.
         gates: at which the derivative is taken.
         axes: position, head and rank, as far as they are asked for.
         mode: 'auto' takes the cheaper way, by count.
-        max_memory: bytes for the covectors or tangents that go at once.
+        max_memory: bytes for the covectors, tangents or graph that are held at once.
         progress: show a bar.
+        groups: of sites, whose sums are asked for; without axes.
 
     Raises:
-        ArgumentError: a readout that is not one response, or forward mode split further.
+        ArgumentError: a readout that is not one response, or too little memory.
         ModelStateError: as for `first_order`.
     """
-    read = _response(asked)
-    count = int(asked.reading.prompts.slots)
-    if axes and mode == "forward":
-        raise ArgumentError(
-            f"by={(*axes, 'token')} in forward mode takes a pass for each part; use mode='reverse'."
+    _response(asked)
+    lens, reading = asked.lens, asked.reading
+    way = chosen_mode(mode, lens, int(reading.prompts.slots), _starts(asked, axes, groups))
+    if way == "forward":
+        values = (
+            tangent_slopes(
+                lens, reading, gates, axes, tokens=True, max_memory=max_memory, progress=progress
+            )
+            if groups is None
+            else group_slopes(
+                lens, reading, gates, groups, max_memory=max_memory, progress=progress
+            )
         )
-    way = "reverse" if axes else chosen_mode(mode, asked.lens, count)
+        return values, way
     if axes:
-        values = token_slopes(asked.lens, asked.reading, gates, axes)
-    elif way == "reverse":
-        values = _covectors(asked, gates, max_memory, progress)
-    else:
-        values = _tangents(asked, read, gates, max_memory, progress)
-    return values
+        return _split(asked, gates, axes, max_memory), way
+    values = _covectors(asked, gates, max_memory, progress)
+    if groups is not None:
+        members = indicator(groups, len(lens.sites)).to(values)
+        values = torch.einsum("gs,bst->bgt", members, values)
+    return values, way
+
+
+def _starts(asked: Asked, axes: tuple[str, ...], groups: Groups | None) -> list[int]:
+    """The layer at which each tangent of forward mode starts."""
+    layers = [site.layer for site in asked.lens.sites]
+    if groups is not None:
+        return [min(layers[i] for i in of) for of in groups.values()]
+    return [layers[part.site] for part in all_parts(asked.lens, asked.reading.prompts, axes)]
+
+
+def _split(
+    asked: Asked, gates: Float[Tensor, "site"], axes: tuple[str, ...], max_memory: float | None
+) -> Float[Tensor, "batch site *by_and_token"]:
+    """By reverse mode, as many prompts at a time as there is memory for."""
+    lens, reading = asked.lens, asked.reading
+    if max_memory is None:
+        return token_slopes(lens, reading, gates, axes)
+    found = [
+        token_slopes(lens, some, gates, axes)
+        for some in reading.groups(graph_tokens(lens, reading.prompts, max_memory))
+    ]
+    sizes = [max(each) for each in zip(*(one.shape[2:] for one in found), strict=True)]
+    return torch.cat([_padded(one, sizes) for one in found])
+
+
+def _padded(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """With zeros where a group of prompts is shorter than the longest."""
+    more = [size - own for size, own in zip(sizes, values.shape[2:], strict=True)]
+    return functional.pad(values, [edge for extra in reversed(more) for edge in (0, extra)])
 
 
 def own_tokens_only(
@@ -108,29 +150,3 @@ def _covectors(
     graph = gate_graph(lens, reading.prompts, gates, lambda: read_tokens(lens, reading).T)
     step = covectors_at_once(lens, reading.prompts, max_memory)
     return graph.slopes_of_each(step, progress=progress).permute(1, 2, 0)
-
-
-def _tangents(
-    asked: Asked,
-    read: LogProbs,
-    gates: Float[Tensor, "site"],
-    max_memory: float | None,
-    progress: bool,
-) -> Float[Tensor, "batch site token"]:
-    def of_tokens(
-        rows: Float[Tensor, "batch site slot vocab"],
-    ) -> Float[Tensor, "batch site token"]:
-        many, logits = read.repeat(rows.shape[1]), rows.flatten(0, 1)
-        terms = many.by_token(many.log_probs(logits[many.places(logits.device)]))
-        return tangent_of(terms).unflatten(0, rows.shape[:2])
-
-    parts = [Part(index) for index in range(len(asked.lens.sites))]
-    return part_tangents(
-        asked.lens,
-        asked.reading.prompts,
-        gates,
-        parts,
-        of_tokens,
-        max_memory=max_memory,
-        progress=progress,
-    )

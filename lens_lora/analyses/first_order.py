@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Generator
+from typing import overload
 
 from jaxtyping import Float
 from torch import Tensor
@@ -26,17 +27,19 @@ from lens_lora.arguments import number
 from lens_lora.engine.activations import in_gauge
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.batching import Mode, chosen_mode
+from lens_lora.engine.function import require_finite
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.engine.tangent_slopes import tangent_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
 from lens_lora.hooked.gauge import Gauge, gauge_of
-from lens_lora.hooked.sites import AXES, by_axes
+from lens_lora.hooked.sites import AXES, Group, Groups, by_axes, group_sites
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution, Quadrature
+from lens_lora.results.grouped import GroupAttribution
 from lens_lora.results.measured import header
 
 __all__ = [
@@ -48,6 +51,39 @@ __all__ = [
 _TRIED_TOKENS = 8
 
 
+@overload
+def first_order(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    at: float = 0.0,
+    mode: Mode = "auto",
+    by: tuple[str, ...] | str = (),
+    group: None = None,
+    gauge: Gauge = "trained",
+    rules: FrozenRules | None = None,
+    max_memory: float | None = None,
+    progress: bool = True,
+) -> Attribution: ...
+
+
+@overload
+def first_order(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    at: float = 0.0,
+    mode: Mode = "auto",
+    by: tuple[str, ...] | str,
+    group: Group,
+    rules: FrozenRules | None = None,
+    max_memory: float | None = None,
+    progress: bool = True,
+) -> GroupAttribution: ...
+
+
 @alone
 def first_order(
     lens: LoraLens,
@@ -57,50 +93,62 @@ def first_order(
     at: float = 0.0,
     mode: Mode = "auto",
     by: tuple[str, ...] | str = (),
+    group: Group | None = None,
     gauge: Gauge = "trained",
     rules: FrozenRules | None = None,
     max_memory: float | None = None,
     progress: bool = True,
-) -> Attribution:
+) -> Attribution | GroupAttribution:
     """a_l = u_yᵀ J δz_l of every site, split by position, head and rank as asked.
 
     Cost: one forward and one backward in reverse mode (what 'auto' takes), and two forward passes
     for the exact shift beside it; forward mode takes one dual forward pass per site or part. Rules
     add two forward passes and one backward on eight tokens, that try the model's hook points. By
-    token it takes the cheaper of a backward pass a token and a tangent a site.
+    token it takes the cheaper of a backward pass a token and a tangent a site, group or part.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
-        mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse.
+        mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse but for many
+            tokens. The result names it.
         by: any of 'position', 'head', 'rank'; with AnswerLogProb also 'token', which token of the
             response is moved.
+        group: with by='token', sums over 'layer', 'kind' or {name: site names or globs}, which
+            take fewer tangents than single sites.
         gauge: of the parts by rank: 'trained', the ranks of the file, whose parts another (GA,
             BG⁻¹) of the same ΔW would change, or 'svd', the singular directions of ΔW.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
             then that of the model with constants in their place. The shift beside it is g's own.
         max_memory: bytes that a pass of forward mode may take beside the model. It sets how many
-            parts go at once, and does not change what is found. Reverse mode is one pass of the
-            prompts, which is not split: pass fewer prompts at a time.
+            parts go at once, and does not change what is found. Of reverse mode it bounds what is
+            kept for the tokens of a response; for one number it is one pass of the prompts, which
+            is not split: pass fewer prompts at a time.
         progress: show a bar in forward mode.
 
     Returns:
         Attribution with values [batch, site, *by] in the readout's units; its `method` names the
-        rules, as in 'first_order/patterns'.
+        rules, as in 'first_order/patterns'. With `group`, GroupAttribution with values [batch,
+        group, token].
 
     Raises:
-        ArgumentError: another mode, axis or gauge, a gauge 'svd' without 'rank', or less memory
-            than one part takes.
+        ArgumentError: another mode, axis, group or gauge, a gauge 'svd' without 'rank', a group
+            without by='token', or less memory than one part takes.
+        SiteError: a glob of a group that matches no site.
         ModelStateError: rules that this model's hooks cannot keep, naming the hook point; in
             forward mode, an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
     asked = ask(lens, prompts, readout)
+    asked = asked.require_slope_at_base() if number("at", at) == 0 else asked
+    if group is not None:
+        _require_tokens_alone(by, gauge, group)
+        groups = group_sites(lens.sites, group)
+        return _of_groups(asked, groups, number("at", at), mode, rules, max_memory, progress)
     return first_order_of(
-        asked.require_slope_at_base() if number("at", at) == 0 else asked,
+        asked,
         at=at,
         mode=mode,
         by=by,
@@ -139,7 +187,7 @@ def first_order_of(
     way, gates = chosen_mode(mode, lens, 1), lens.gates(at)
     with _under(rules, lens, reading.prompts):
         if "token" in axes:
-            values = by_token(in_rank_space, gates, axes[:-1], mode, max_memory, progress)
+            values, way = by_token(in_rank_space, gates, axes[:-1], mode, max_memory, progress)
         elif way == "forward":
             values = tangent_slopes(
                 lens, reading, gates, axes, max_memory=max_memory, progress=progress
@@ -147,9 +195,43 @@ def first_order_of(
         else:
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
-    method = "first_order" if rules is None else f"first_order/{rules.key}"
-    found = labelled(asked, values, axes, method=method, at=at)
-    return dataclasses.replace(found, gauge=gauge) if "rank" in axes else found
+    found = labelled(asked, values, axes, method=_method(rules), at=at)
+    return dataclasses.replace(found, mode=way, gauge=gauge if "rank" in axes else "")
+
+
+def _method(rules: FrozenRules | None) -> str:
+    return "first_order" if rules is None else f"first_order/{rules.key}"
+
+
+def _require_tokens_alone(by: tuple[str, ...] | str, gauge: Gauge, group: Group) -> None:
+    if by_axes(by, (*AXES, "token")) != ("token",) or gauge != "trained":
+        raise ArgumentError(
+            f"group={group!r} sums the sites of by='token' alone, and by={by!r}, gauge={gauge!r}; "
+            "without tokens use .sum('layer') of the result."
+        )
+
+
+def _of_groups(
+    asked: Asked,
+    groups: Groups,
+    at: float,
+    mode: Mode,
+    rules: FrozenRules | None,
+    max_memory: float | None,
+    progress: bool,
+) -> GroupAttribution:
+    with _under(rules, asked.lens, asked.reading.prompts):
+        values, way = by_token(asked, asked.lens.gates(at), (), mode, max_memory, progress, groups)
+    require_finite(values, "the first-order shift")
+    return GroupAttribution(
+        values=own_tokens_only(asked, values),
+        groups=groups,
+        method=_method(rules),
+        at=at,
+        mode=way,
+        response=response_tokens(asked),
+        **header(asked),
+    )
 
 
 def _in_rank_space(asked: Asked, axes: tuple[str, ...], gauge: Gauge) -> Asked:

@@ -6,17 +6,20 @@
 1. One dual forward pass gives v, the joint tangent of all sites.
 2. The covector F v goes back in one backward pass: ∂/∂ε_l of (Fv)ᵀf is v_lᵀ F v, and its parts by
    position, head and rank come as those of any readout.
-3. How far the quadratic is from the divergence itself is measured along ε, by forward passes.
+3. On request the kernel between sites or groups, K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m with
+   w_l = √p₀ ∘ (v_l − p₀ᵀv_l), from a tangent for each. K is symmetric and positive semidefinite,
+   and sums to vᵀ F v.
+4. How far the quadratic is from the divergence itself is measured along ε, by forward passes.
 
 A share is negative where a site moves the distribution against the others.
-Cost: a dual forward pass, a forward and a backward pass, and seven forward passes for the curve.
+Cost: three forward passes, a dual and a backward one; one more forward pass for each ε below 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Literal, cast, final
 
 import pandas as pd
 import torch
@@ -24,19 +27,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.first_order import labelled
-from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.forward import joint_tangent
-from lens_lora.engine.function import gated_logits
+from lens_lora.arguments import word
+from lens_lora.engine.asked import ask
+from lens_lora.engine.dual_pass import tangent_of
+from lens_lora.engine.forward import joint_tangent, part_tangents
+from lens_lora.engine.function import gated_readout
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.engine.tangent_slopes import group_parts
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
-from lens_lora.hooked.sites import by_axes
+from lens_lora.hooked.sites import Groups, by_axes, group_sites
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerLike
-from lens_lora.readouts.divergence import KL, Linear
+from lens_lora.readouts.divergence import KL, Divergence, Linear
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.choosing import prompt_rows
 from lens_lora.results.measured import Result
 
 if TYPE_CHECKING:
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KLShares", "kl_shares"]
 
+_KERNELS = ("site", "layer", "kind")
 _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
 
 
@@ -56,11 +64,15 @@ class KLShares(Result):
         attribution: q_l in nats, split as asked; beside it D(0) = 0 and D(1), exact.
         scales: ε along the path, the last one 1.
         divergence: [batch, scale], D(ε·1), exact.
+        gram: K of the groups, in nats; None where it was not asked for.
+        groups: of the kernel, {name: indices into sites}.
     """
 
     attribution: Attribution
     scales: Float[Tensor, "scale"]
     divergence: Float[Tensor, "batch scale"]
+    gram: Float[Tensor, "batch group group"] | None = None
+    groups: Groups = dataclasses.field(default_factory=dict)
 
     @property
     def quadratic(self) -> Float[Tensor, "batch"]:
@@ -92,6 +104,40 @@ class KLShares(Result):
             for i, scale in enumerate(self.scales)
         ]
         return pd.DataFrame(rows)
+
+    def kernel(
+        self, group: Literal["site", "layer", "kind"] = "layer", prompt: int | None = None
+    ) -> pd.DataFrame:
+        """K_lm = Σ_t v_lᵀ F_t v_m between sites or groups, in nats, labelled; half its sum is the
+        quadratic, and half the sum of a site's row its share.
+
+        Args:
+            group: 'site', 'layer' or 'kind'; of a kernel of sites every one, of layers or kinds
+                that one.
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: the kernel was not asked for, or only between groups that do not make up
+                these; no such prompt.
+        """
+        if self.gram is None:
+            raise ArgumentError(
+                "this result holds no kernel, which takes a tangent for each site or group; ask "
+                f"for it: ll.kl_shares(…, kernel={group!r})."
+            )
+        wanted = group_sites(self.attribution.sites, group)
+        held = list(self.groups.values())
+        members = torch.tensor(
+            [[float(set(of) <= set(whole)) for of in held] for whole in wanted.values()]
+        ).to(self.gram)
+        if not bool((members.sum(0) == 1).all()):
+            raise ArgumentError(
+                f"the kernel is between {len(held)} groups, such as {next(iter(self.groups))!r}, "
+                f"which do not make up each {group}; ask for it: ll.kl_shares(…, kernel={group!r})."
+            )
+        rows = prompt_rows(prompt, len(self.gram))
+        found = (members @ self.gram @ members.T)[rows].double().cpu().mean(0)
+        return pd.DataFrame(found.numpy(), index=list(wanted), columns=list(wanted))
 
     def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
         """The k sites of largest share.
@@ -126,11 +172,16 @@ def kl_shares(
     by: tuple[str, ...] | str = (),
     direction: Literal["base_to_adapted", "adapted_to_base"] = "base_to_adapted",
     scales: Sequence[float] = _SCALES,
+    kernel: Literal["site", "layer", "kind"] | None = None,
     progress: bool = True,
 ) -> KLShares:
     """q_l = ½ v_lᵀ F v of every site: a complete split of the quadratic KL.
 
     Both directions have the same quadratic; they differ in the divergence that it is held against.
+
+    Cost: about 4 forward passes for the shares and the divergence at 1, one more for each scale.
+    The kernel adds a tangent for each group, about half a dual forward pass each, and holds one
+    number for each group, token of the response and token of the vocabulary.
 
     Args:
         lens: the adapter over the model.
@@ -138,7 +189,8 @@ def kl_shares(
         response: what is said after each prompt; None for the next token alone.
         by: any of 'position', 'head', 'rank'.
         direction: of the divergence along ε.
-        scales: ε at which it is measured, beside 1.
+        scales: ε at which it is measured, beside 1; () for none.
+        kernel: also K between sites, layers or kinds, which `.kernel(group)` of the result shows.
         progress: show a bar.
 
     Raises:
@@ -150,31 +202,63 @@ def kl_shares(
     axes = by_axes(by)
     if not all(0 < scale < 1 for scale in scales):
         raise ArgumentError(f"scales={scales!r}: expected strengths between 0 and 1.")
+    if kernel is not None:
+        word("kernel", kernel, _KERNELS)
+    groups = {} if kernel is None else group_sites(lens.sites, kernel)
     asked = ask(lens, prompts, KL(response, direction))
     at = lens.gates(0.0)
     rows = asked.reading.prompts
-    pulled = _pulled(asked, joint_tangent(lens, rows, at, torch.ones_like(at)))
+    p = cast(Divergence, asked.reading.read).log_p.exp()
+    pulled = _pulled(p, joint_tangent(lens, rows, at, torch.ones_like(at)), rows)
     reading = dataclasses.replace(asked.reading, read=Linear(pulled))
     values = site_slopes(lens, reading, at, axes) / 2
     require_finite_sites(lens, values)
     strengths = torch.tensor([*sorted(scales), 1.0], dtype=at.dtype, device=at.device)
-    points = strengths[:-1, None].expand(-1, len(at))
-    between = asked.at_gates(points, progress=progress, what="along the path")
+    points = strengths[:, None].expand(-1, len(at))
+    along = gated_readout(lens, asked.reading, points, progress=progress, what="along the path")
+    # D(0) = 0 by definition, so only the other end is run.
+    asked.know_ends(torch.stack([torch.zeros_like(along[:, -1]), along[:, -1]]))
     return KLShares(
         attribution=labelled(asked, values, axes, method="kl_quadratic", at=0.0),
         scales=strengths,
-        divergence=torch.cat([between, asked.ends[1][:, None]], 1),
+        divergence=along,
+        gram=_gram(lens, rows, p, groups, progress) if groups else None,
+        groups=groups,
     )
 
 
-def _pulled(asked: Asked, v: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "row *slot vocab"]:
+def _pulled(
+    p: Float[Tensor, "row *slot vocab"], v: Float[Tensor, "row *slot vocab"], rows: Prompts
+) -> Float[Tensor, "row *slot vocab"]:
     """F v = p₀ ∘ (v − p₀ᵀv) at each slot that holds a token, zero elsewhere."""
-    lens, rows = asked.lens, asked.reading.prompts
-    with torch.no_grad():
-        p = gated_logits(lens, rows, lens.gates(0.0)).softmax(-1)
-    found = p * (v - (p * v).sum(-1, keepdim=True))
-    return found if found.ndim == 2 else found * _mask(rows, found)
+    return p * _centred(p, v) * _mask(rows, v)
 
 
-def _mask(rows: Prompts, like: Tensor) -> Float[Tensor, "row slot 1"]:
-    return rows.read_mask.to(like)[..., None]
+def _centred(p: Tensor, v: Tensor) -> Tensor:
+    return v - (p * v).sum(-1, keepdim=True)
+
+
+def _gram(
+    lens: LoraLens,
+    rows: Prompts,
+    p: Float[Tensor, "row *slot vocab"],
+    groups: Groups,
+    progress: bool,
+) -> Float[Tensor, "row group group"]:
+    """K, from w of every group."""
+    root = (p * _mask(rows, p)).sqrt()[:, None]
+
+    def read(
+        logits: Float[Tensor, "row group *slot vocab"],
+    ) -> Float[Tensor, "row group *slot vocab"]:
+        return root * _centred(p[:, None], tangent_of(logits))
+
+    parts = group_parts(lens, groups)
+    w = part_tangents(lens, rows, lens.gates(0.0), parts, read, progress=progress).flatten(2)
+    return w @ w.transpose(1, 2)
+
+
+def _mask(rows: Prompts, like: Tensor) -> Tensor:
+    """1 at each slot that holds a token, as wide as `like`."""
+    mask = rows.read_mask.to(like)
+    return mask[..., None] if like.ndim == 3 else mask

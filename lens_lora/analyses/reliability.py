@@ -163,9 +163,9 @@ class Reliability(Result):
     def _effects(self, effects: Effects | Tensor) -> Float[Tensor, "batch site"]:
         expected = tuple(self.correction.shape)
         if isinstance(effects, Effects):
-            if effects.how != self.how or not effects.is_by_site:
+            if effects.key != self.how or not effects.is_by_site:
                 raise ArgumentError(
-                    f"effects of {effects.how} on {len(effects.groups)} groups; the flags are of "
+                    f"effects of {effects.key} on {len(effects.groups)} groups; the flags are of "
                     f"{self.how} on {expected[1]} single sites."
                 )
             effects = effects.values

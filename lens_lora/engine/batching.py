@@ -17,6 +17,7 @@ No forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from lens_lora.arguments import number, word
@@ -34,6 +35,7 @@ __all__ = [
     "chosen_mode",
     "covectors_at_once",
     "directions_at_once",
+    "graph_tokens",
     "rows_at_once",
     "slopes_at_once",
     "tangent_passes",
@@ -49,37 +51,52 @@ GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back thro
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
 PICKS = 128  # tokens of a response that are unembedded
 _DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
+# Measured: what a pass of dual numbers holds at a time, and a graph in each block, in numbers of
+# `_numbers`.
+_DUAL, _GRAPH = 44, 4
 
 # Branching is worth its hooks below this share of the block passes.
 BRANCHING_PAYS = 0.75
 
 
-def tangent_passes(lens: LoraLens) -> float:
-    """Passes through all blocks that a tangent of every site takes."""
+def tangent_passes(lens: LoraLens, starts: Sequence[int] | None = None) -> float:
+    """Passes through all blocks that tangents take.
+
+    Args:
+        lens: the adapter over the model.
+        starts: the layer at which each tangent starts; None for a tangent of every site.
+    """
     layers = lens.plan.host.n_layers
+    starts = [site.layer for site in lens.sites] if starts is None else starts
     if not lens.plan.host.grows:
-        return float(len(lens.sites))
-    return sum(layers - min(max(site.layer, 0), layers - 1) for site in lens.sites) / layers
+        return float(len(starts))
+    return sum(layers - min(max(start, 0), layers - 1) for start in starts) / layers
 
 
-def cheaper_mode(lens: LoraLens, readouts: int) -> Literal["forward", "reverse"]:
-    """Which mode gives every site's derivative of so many readouts with less work."""
-    return "reverse" if readouts <= max(1.0, tangent_passes(lens)) else "forward"
+def cheaper_mode(
+    lens: LoraLens, readouts: int, starts: Sequence[int] | None = None
+) -> Literal["forward", "reverse"]:
+    """Which mode gives every derivative of so many readouts with less work."""
+    return "reverse" if readouts <= max(1.0, tangent_passes(lens, starts)) else "forward"
 
 
-def chosen_mode(mode: Mode, lens: LoraLens, readouts: int) -> Literal["forward", "reverse"]:
+def chosen_mode(
+    mode: Mode, lens: LoraLens, readouts: int, starts: Sequence[int] | None = None
+) -> Literal["forward", "reverse"]:
     """The given mode; for 'auto' the cheaper one.
 
     Args:
         mode: 'auto', 'forward' or 'reverse'.
         lens: the adapter over the model.
         readouts: how many numbers of each prompt are differentiated.
+        starts: the layer at which each tangent of forward mode would start; None for one of every
+            site.
 
     Raises:
         ArgumentError: another mode.
     """
     word("mode", mode, get_args(Mode))
-    return cheaper_mode(lens, readouts) if mode == "auto" else mode
+    return cheaper_mode(lens, readouts, starts) if mode == "auto" else mode
 
 
 def rows_at_once(prompts: Prompts) -> int:
@@ -126,6 +143,35 @@ def covectors_at_once(lens: LoraLens, run: Prompts, max_memory: float | None = N
     return _derivatives_at_once(COVECTOR_TOKENS, lens, run, run.batch, max_memory)
 
 
+def graph_tokens(lens: LoraLens, run: Prompts, max_memory: float) -> int:
+    """How many tokens' graph of a forward pass, kept for backward passes, is within a bound.
+
+    Args:
+        lens: the adapter over the model.
+        run: the rows, of which the longest one must fit.
+        max_memory: bytes, beside the model and the result.
+
+    Raises:
+        ArgumentError: one row takes more.
+    """
+    longest = run.tokens.shape[1]
+    of_token = _GRAPH * lens.plan.host.n_layers * _numbers(lens, longest) * lens.gate_dtype.itemsize
+    tokens = int(number("max_memory", max_memory) // of_token)
+    if tokens < longest:
+        raise ArgumentError(
+            f"max_memory={max_memory:.3g} bytes, and the graph of one row of {longest} tokens "
+            f"takes about {of_token * longest:.3g}; allow more, or pass shorter prompts."
+        )
+    return tokens
+
+
+def _numbers(lens: LoraLens, longest: int) -> int:
+    """The numbers of one token's residual stream, hidden layer and attention pattern."""
+    cfg = lens.model.cfg
+    wide = int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
+    return int(cfg.d_model) + wide + int(cfg.n_heads) * longest
+
+
 def _within(bound: int, size: int) -> int:
     """How many things of this size are within the bound; at least one."""
     return max(1, bound // size)
@@ -164,9 +210,7 @@ def row_bytes(lens: LoraLens, run: Prompts, read: int) -> int:
 
     The factors are measured: `benchmarks/cost.py` prints what a bound of memory comes to.
     """
-    cfg = lens.model.cfg
     batch, longest = run.tokens.shape
-    wide = int(getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
-    of_token = 44 * (int(cfg.d_model) + wide + int(cfg.n_heads) * longest)
-    logits = 8 * run.slots * int(cfg.d_vocab_out)
-    return (batch * longest * of_token + read * logits) * lens.gate_dtype.itemsize
+    logits = 8 * run.slots * int(lens.model.cfg.d_vocab_out)
+    of_rows = batch * longest * _DUAL * _numbers(lens, longest)
+    return (of_rows + read * logits) * lens.gate_dtype.itemsize

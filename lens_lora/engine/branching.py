@@ -15,6 +15,7 @@ adds the rows, so no part of the model's own pass is rewritten here; the other i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from lens_lora.engine import batching
 from lens_lora.hooked.attaching import HookFn
-from lens_lora.hooked.gates import ScaleInject
+from lens_lora.hooked.gates import Inject, ScaleInject
 from lens_lora.lens import LoraLens
 
 __all__ = ["Tree", "more_copies", "neighbours_first", "pays"]
@@ -72,21 +73,27 @@ class Tree:
         return sum(len(p) for p in self.parents) / (len(self.leaf) * len(self.parents))
 
     def run(
-        self, lens: LoraLens, forward: Callable[[], Float[Tensor, "row *out"]]
+        self,
+        lens: LoraLens,
+        forward: Callable[[], Float[Tensor, "row *out"]],
+        inject: Callable[[Float[Tensor, "row site"]], Inject] | None = None,
     ) -> Float[Tensor, "point *out"]:
         """The forward pass of one row, for every point.
 
         Args:
             lens: the adapter over the model.
             forward: runs the row under the hooks that are then on the model.
+            inject: what is written in a block whose rows have these entries of the points; without
+                it they are gates.
         """
+        inject = functools.partial(ScaleInject, lens.plan) if inject is None else inject
         view = lens.plan.host
         grow = [
             (view.block_input(layer), _continued(parent))
             for layer, parent in enumerate(self.parents)
             if len(parent) > 1
         ]
-        with lens.injected(_TreeInject(lens, self.gates), before=grow):
+        with lens.injected(_TreeInject(lens, self.gates, inject), before=grow):
             return forward()[self.leaf]
 
 
@@ -140,10 +147,14 @@ def _continued(parent: Int[Tensor, "row"]) -> HookFn:
 
 
 class _TreeInject:
-    def __init__(self, lens: LoraLens, gates: tuple[Float[Tensor, "_row site"], ...]) -> None:
+    def __init__(
+        self,
+        lens: LoraLens,
+        gates: tuple[Float[Tensor, "_row site"], ...],
+        inject: Callable[[Float[Tensor, "_row site"]], Inject],
+    ) -> None:
         last = len(gates) - 1
-        before = ScaleInject(lens.plan, gates[0][:1])
-        at = [ScaleInject(lens.plan, rows) for rows in gates]
+        before, at = inject(gates[0][:1]), [inject(rows) for rows in gates]
         layers = [lens.sites[i.site].layer for i in lens.plan.injections]
         self._scaled = [before if layer < 0 else at[min(layer, last)] for layer in layers]
 

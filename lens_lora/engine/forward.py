@@ -93,12 +93,19 @@ Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A direction in gate space: one site, perhaps only one of its positions, heads or ranks."""
+    """A direction in gate space: one site, perhaps only one of its positions, heads or ranks.
+
+    Attributes:
+        site: its index.
+        position, head, rank: the only one that is moved; None for all of them.
+        others: sites that are moved with it, none of them in an earlier block.
+    """
 
     site: int
     position: int | None = None
     head: int | None = None
     rank: int | None = None
+    others: tuple[int, ...] = ()
 
 
 def part_tangents(
@@ -237,7 +244,8 @@ class _PartsInject:
         self._scaled, self._at, self._lens = ScaleInject(lens.plan, at), at.tolist(), lens
         by_site: dict[int, list[tuple[int, Part]]] = {}
         for row, part in rows:
-            by_site.setdefault(part.site, []).append((row, part))
+            for site in (part.site, *part.others):
+                by_site.setdefault(site, []).append((row, part))
         self._rows = {site: self._gather(site, own, read) for site, own in by_site.items()}
 
     def _gather(

@@ -9,7 +9,8 @@ Cost: at most one dual forward pass a part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -18,11 +19,12 @@ from torch import Tensor
 from lens_lora.engine.dual_pass import tangent_of
 from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.reverse import part_slots, require_split
+from lens_lora.hooked.sites import Groups
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.rows import LogProbs, Reading
 
-__all__ = ["tangent_slopes"]
+__all__ = ["all_parts", "group_parts", "group_slopes", "tangent_slopes"]
 
 
 def tangent_slopes(
@@ -31,6 +33,7 @@ def tangent_slopes(
     gates: Float[Tensor, "site"],
     axes: tuple[str, ...] = (),
     *,
+    tokens: bool = False,
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch site *by"]:
@@ -41,6 +44,7 @@ def tangent_slopes(
         reading: what is run, and read.
         gates: at which the derivative is taken.
         axes: position, head and rank, as far as they are asked for.
+        tokens: of each token of a response in place of g, on a last axis.
         max_memory: bytes that a pass may take beside the model.
         progress: show a bar.
 
@@ -52,13 +56,13 @@ def tangent_slopes(
     prompts = reading.prompts
     shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-    wanted = _all_parts(lens, prompts, axes)
+    values = values[..., None].repeat_interleave(prompts.slots, -1) if tokens else values
+    wanted, read = (
+        all_parts(lens, prompts, axes),
+        of_tokens(reading) if tokens else of_value(reading),
+    )
 
-    def read(rows: Float[Tensor, "row part *slot vocab"]) -> Float[Tensor, "batch part"]:
-        many = reading.repeat(rows.shape[1])
-        return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
-
-    def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part"]:
+    def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part *token"]:
         return part_tangents(
             lens, prompts, gates, some, read, max_memory=max_memory, progress=progress
         )
@@ -67,15 +71,99 @@ def tangent_slopes(
     values[(slice(None), [part.site for part in wanted], *slots)] = tangents(wanted)
     whole = [Part(index) for index in lens.plan.with_constants]
     if "position" in axes and whole:
-        require_split(lens, values, tangents(whole))
+        of_site = tangents(whole)
+        for token in range(prompts.slots) if tokens else [...]:
+            require_split(lens, values[..., token], of_site[..., token])
     return values
+
+
+def group_slopes(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "site"],
+    groups: Groups,
+    *,
+    max_memory: float | None = None,
+    progress: bool = True,
+) -> Float[Tensor, "batch group token"]:
+    """Σ_{l in G} ∂ℓ_t/∂ε_l of each group of sites and token. At most a dual forward pass a group.
+
+    Args:
+        lens: the adapter over the model.
+        reading: of one response a prompt.
+        gates: at which the derivative is taken.
+        groups: of sites, each at least one.
+        max_memory: bytes that a pass may take beside the model.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: less memory than one group takes.
+        ModelStateError: an operation without a forward-mode derivative.
+    """
+    return part_tangents(
+        lens,
+        reading.prompts,
+        gates,
+        group_parts(lens, groups),
+        of_tokens(reading),
+        max_memory=max_memory,
+        progress=progress,
+    )
+
+
+def group_parts(lens: LoraLens, groups: Groups) -> list[Part]:
+    """The direction in gate space of each group: all its sites together.
+
+    Args:
+        lens: the adapter over the model.
+        groups: of sites, each at least one.
+    """
+    ordered = (sorted(of, key=lambda i: lens.sites[i].layer) for of in groups.values())
+    return [Part(first, others=tuple(rest)) for first, *rest in ordered]
+
+
+def of_value(reading: Reading) -> Callable[[Tensor], Float[Tensor, "batch part"]]:
+    """The tangent of g of each part, from the dual logits.
+
+    Args:
+        reading: what is read.
+    """
+
+    def read(rows: Float[Tensor, "row part *slot vocab"]) -> Float[Tensor, "batch part"]:
+        many = reading.repeat(rows.shape[1])
+        return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
+
+    return read
+
+
+def of_tokens(reading: Reading) -> Callable[[Tensor], Float[Tensor, "batch part token"]]:
+    """The tangent of each token's term of g, of each part, from the dual logits.
+
+    Args:
+        reading: of one response a prompt.
+    """
+    terms = cast(LogProbs, reading.read)
+
+    def read(rows: Float[Tensor, "batch part slot vocab"]) -> Float[Tensor, "batch part token"]:
+        many, logits = terms.repeat(rows.shape[1]), rows.flatten(0, 1)
+        by_token = many.by_token(many.log_probs(logits[many.places(logits.device)]))
+        return tangent_of(by_token).unflatten(0, rows.shape[:2])
+
+    return read
 
 
 def _last_if_none(slot: int | None) -> int:
     return -1 if slot is None else slot
 
 
-def _all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[Part]:
+def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[Part]:
+    """Every part of every site.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what is run.
+        axes: position, head and rank, as far as they are asked for.
+    """
     found = []
     for index, site in enumerate(lens.sites):
         heads = lens.heads.of(site.kind)

@@ -40,9 +40,11 @@ class AnswerLogProb(Readout):
     Args:
         answer: a string (with its leading space), one token id, ids [token], or a list of these,
             one per prompt.
+        mean: the mean over the answer's tokens, (1/T) Σ_j, in place of the sum.
     """
 
     answer: AnswerLike
+    mean: bool = False
     units = "nats"
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
@@ -57,12 +59,13 @@ class AnswerLogProb(Readout):
             PromptError: a prompt that is too long for the context with its answer.
         """
         answers = answer_ids(model, self.answer, prompts.batch)
-        return _reading(model, prompts, [[(ids, 1.0)] for ids in answers])
+        weighted = [[(ids, 1 / len(ids) if self.mean else 1.0)] for ids in answers]
+        return _reading(model, prompts, weighted)
 
     @property
     def label(self) -> str:
-        """`log p(' Lyon')`, or `log p(per prompt)`."""
-        return f"log p({_name(self.answer)})"
+        """`log p(' Lyon')`, `log p(per prompt)` or `mean log p(…)`."""
+        return f"{'mean ' if self.mean else ''}log p({_name(self.answer)})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -231,9 +234,9 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
     require_context(model, int(lengths[most]), f"{which} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     owners = torch.tensor(owner, device="cpu")
-    at, slots, ids, weights = (
-        torch.tensor(each, device="cpu") for each in zip(*picks, strict=True)
-    )
+    *places, weights = zip(*picks, strict=True)
+    at, slots, ids = (torch.tensor(each, device="cpu") for each in places)
+    weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
     read = LogProbs(at, ids, weights, owners[at], prompts.batch, slots)
     return Reading(Prompts(tokens, lengths, torch.tensor(reads, device=device)), read, owners)
 

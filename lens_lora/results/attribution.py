@@ -68,6 +68,7 @@ class Attribution(Ranked):
         quadrature: of a path integral, how it was taken.
         response: each prompt's y_1 … y_T, where values are by token.
         gauge: what a rank is, where values are by rank: 'trained' or 'svd'.
+        mode: of a derivative, 'reverse' or 'forward', however it was computed.
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`; one site per
             entry of the site axis.
     """
@@ -80,6 +81,7 @@ class Attribution(Ranked):
     quadrature: Quadrature | None = None
     response: tuple[tuple[str, ...], ...] = ()
     gauge: str = ""
+    mode: str = ""
 
     @property
     def key(self) -> str:

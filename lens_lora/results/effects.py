@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.sites import Groups, indicator
+from lens_lora.hooked.sites import Groups, Site, indicator
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.choosing import prompt_rows
@@ -32,17 +34,24 @@ class Effects(Ranked):
         values: [batch, group]. Positive where the group raises the readout.
         groups: {name: indices into sites}; single sites carry their own name.
         how: 'add_one', g(e_G) − g(0), or 'leave_one_out', g(1) − g(1 − e_G).
+        of: 'site', or 'rank' where each group is one rank of its only site, as 'blocks.0.attn.q[2]'
+            names it, in the coordinates of the SVD of ΔW.
+        replace: what stood in the place of δ_G: 'zero', 'mean' or 'resample'.
+        texts: from how many texts that came.
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
     values: Float[Tensor, "batch group"]
     groups: Groups
     how: str
+    of: str = "site"
+    replace: str = "zero"
+    texts: int = 0
 
     @property
     def key(self) -> str:
-        """'add_one' or 'leave_one_out': its stable name."""
-        return self.how
+        """'add_one', 'leave_one_out', 'leave_one_out/mean': its stable name."""
+        return self.how if self.replace == "zero" else f"{self.how}/{self.replace}"
 
     @property
     def share(self) -> Float[Tensor, "batch group"]:
@@ -54,8 +63,14 @@ class Effects(Ranked):
         """g(1) − g(0) − Σ effects: of the shift, what no group does on its own.
 
         Raises:
-            ArgumentError: the groups overlap or leave sites out, so that their sum means nothing.
+            ArgumentError: the groups overlap or leave sites out, are ranks, or were replaced by
+                something else than zero, so that their sum means nothing.
         """
+        if self.of == "rank" or self.replace != "zero":
+            raise ArgumentError(
+                f"the sum of effects of {self.of}s replaced by {self.replace} cannot be compared "
+                "with the shift; use of='site', replace='zero'."
+            )
         members = sorted(index for of in self.groups.values() for index in of)
         if members != list(range(len(self.sites))):
             raise ArgumentError(
@@ -67,7 +82,8 @@ class Effects(Ranked):
     @property
     def is_by_site(self) -> bool:
         """Whether the groups are the single sites, all of them."""
-        return list(self.groups.values()) == [(i,) for i in range(len(self.sites))]
+        every = [(i,) for i in range(len(self.sites))]
+        return self.of == "site" and list(self.groups.values()) == every
 
     def summed(self, attribution: Attribution) -> Float[Tensor, "batch group"]:
         """An attribution of the same sites, summed over each group.
@@ -76,8 +92,10 @@ class Effects(Ranked):
             attribution: of the same lens.
 
         Raises:
-            ArgumentError: it is of other sites.
+            ArgumentError: it is of other sites, or the groups are single ranks.
         """
+        if self.of == "rank":
+            raise ArgumentError("effects of single ranks meet no sum over sites; use of='site'.")
         names = [site.name for site in self.sites]
         if [site.name for site in attribution.sites] != names:
             raise ArgumentError(
@@ -90,15 +108,18 @@ class Effects(Ranked):
     def attribution(self) -> Attribution:
         """The effects of single sites, all or some, as an attribution: heatmap, table and file.
 
+        Of single ranks they are split by rank.
+
         Raises:
             ArgumentError: the effects are of groups of several sites.
         """
         if any(len(of) > 1 for of in self.groups.values()):
             raise ArgumentError("effects of groups are no attribution to sites; use group='site'.")
-        sites = tuple(self.sites[index] for (index,) in self.groups.values())
+        chosen = dict.fromkeys(index for (index,) in self.groups.values())
+        sites, is_by_rank = tuple(self.sites[index] for index in chosen), self.of == "rank"
         return Attribution(
-            values=self.values,
-            by=(),
+            values=self._by_rank(sites) if is_by_rank else self.values,
+            by=("rank",) if is_by_rank else (),
             sites=sites,
             heads=(0,) * len(sites),
             base=self.base,
@@ -106,10 +127,17 @@ class Effects(Ranked):
             str_tokens=self.str_tokens,
             readout=self.readout,
             units=self.units,
-            method=self.how,
+            method=self.key,
             at=float(self.how == "leave_one_out"),
             meta=self.meta,
+            gauge="svd" if is_by_rank else "",
         )
+
+    def _by_rank(self, sites: tuple[Site, ...]) -> Float[Tensor, "batch site rank"]:
+        ranks = [site.rank for site in sites]
+        split = [values.T for values in self.values.T.split(ranks)]
+        most = max(ranks)
+        return torch.stack([functional.pad(own, (0, most - own.shape[1])) for own in split], 1)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and group: number of sites, effect, share of the shift."""

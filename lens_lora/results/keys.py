@@ -3,6 +3,7 @@
 first_order@0, first_order@1, second_order@0    a derivative, and the gate value it is taken at
 first_order/patterns@0                          the same with attention patterns held fixed
 path, add_one, leave_one_out                    along the whole path; real interventions
+leave_one_out/mean, …/resample                  … with δ replaced by something else than zero
 weight_norm, update_norm, random, greedy        the baselines of `faithfulness`
 """
 
@@ -21,4 +22,4 @@ def key_of(method: str, at: float) -> str:
         method: how it was computed.
         at: the gate value at which it was taken, where it has one.
     """
-    return method if method in _WITHOUT_GATE else f"{method}@{at:g}"
+    return method if method.partition("/")[0] in _WITHOUT_GATE else f"{method}@{at:g}"

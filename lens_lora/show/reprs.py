@@ -25,11 +25,12 @@ from lens_lora.results.activation_effects import ActivationEffects
 from lens_lora.results.activations import Activations
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
+from lens_lora.results.grouped import GroupAttribution
 from lens_lora.results.measured import SIGMAS, Result
 from lens_lora.show.page.notebook import attribution_html
 from lens_lora.show.page.render import plain_text
 from lens_lora.show.tables.attribution import attribution_text
-from lens_lora.show.text import key_text
+from lens_lora.show.text import key_text, method_text
 
 drawing.text.register(Attribution)(attribution_text)
 drawing.html.register(Attribution)(attribution_html)
@@ -47,7 +48,22 @@ def _result_html(result: Result) -> str:
 
 @drawing.text.register(Effects)
 def _effects(effects: Effects) -> str:
-    return f"Effects of {effects.how} on {effects.readout}:\n{effects.top(5).to_string()}"
+    each = "" if effects.of == "site" else f", each {effects.of}"
+    by = {
+        "mean": f", δ replaced by its mean over {effects.texts} texts (first tokens left out)",
+        "resample": f", δ replaced by another text's, of {effects.texts} (aligned at the end)",
+    }.get(effects.replace, "")
+    head = f"Effects of {effects.how} on {effects.readout}{each}{by}"
+    return f"{head}:\n{effects.top(5).to_string()}"
+
+
+@drawing.text.register(GroupAttribution)
+def _group_attribution(found: GroupAttribution) -> str:
+    return (
+        f"{found.readout}, {method_text(found.method, found.at)}, in {found.units}: "
+        f"{len(found.base)} prompts × {len(found.groups)} groups, by token, by {found.mode} mode:\n"
+        f"{found.top(5).to_string()}"
+    )
 
 
 @drawing.text.register(ActivationEffects)

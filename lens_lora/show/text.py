@@ -116,6 +116,7 @@ _KEYS = {
     RANDOM: "random",
     GREEDY: "greedy",
 }
+_REPLACED = {"mean": ", replaced by its mean", "resample": ", replaced by another text's"}
 _GATED = re.compile(r"(first_order|second_order|curvature)(?:/([a-z_+]+))?@(.+)")
 
 
@@ -127,7 +128,9 @@ def key_text(key: str) -> str:
     """
     match = _GATED.fullmatch(key)
     if match is None:
-        return _KEYS.get(key, key)
+        how, _, replace = key.partition("/")
+        of = _REPLACED.get(replace, "") if how in _KEYS else ""
+        return _KEYS[how] + of if of else _KEYS.get(key, key)
     method, rules, at = match.groups()
     held = f" ({rules.replace('+', ' and ').replace('_', ' ')} fixed)" if rules else ""
     return f"{method.replace('_', ' ')}{held} at ε = {at}"

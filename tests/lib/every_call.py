@@ -58,6 +58,9 @@ CALLS: dict[str, Call] = {
     "by token": lambda lens, t: ll.first_order(
         lens, t, ll.AnswerLogProb(RESPONSE), by="token", **QUIET
     ),
+    "by token and layer": lambda lens, t: ll.first_order(
+        lens, t, ll.AnswerLogProb(RESPONSE), by="token", group="layer", **QUIET
+    ),
     "kl_shares": lambda lens, t: ll.kl_shares(lens, t, **QUIET).divergence,
     "token_shifts": lambda lens, t: ll.token_shifts(lens, t, RESPONSE).kl,
     "activations": lambda lens, t: ll.activations(lens, t, RESPONSE),
@@ -72,6 +75,9 @@ CALLS: dict[str, Call] = {
     "coupling": lambda lens, t: ll.coupling(lens, t, MARGIN, group="layer", **QUIET),
     "path_attribution": lambda lens, t: ll.path_attribution(lens, t, MARGIN, tol=0.5, **QUIET),
     "patch_sites": lambda lens, t: ll.patch_sites(lens, t, MARGIN, **QUIET),
+    "ranks, to the mean": lambda lens, t: ll.patch_sites(
+        lens, t, MARGIN, of="rank", sites="*.v", replace="mean", texts=t.roll(1, 0), **QUIET
+    ),
     "patch_activations": lambda lens, t: ll.patch_activations(
         lens, t, MARGIN, [lens.sites[0].write, lens.sites[-1].write], **QUIET
     ),

@@ -81,6 +81,14 @@ def token_shifts() -> ll.TokenShifts:
     )  # fmt: skip
 
 
+def by_group() -> ll.GroupAttribution:
+    values = torch.tensor([[[1.0, 2.0], [0.5, -1.0]], [[3.0, math.nan], [0.0, math.nan]]])
+    return ll.GroupAttribution(
+        values=values, groups={"layer 0": (0, 1), "layer 2": (2, 3)}, method="first_order", at=0.0,
+        mode="forward", response=((" a", " b"), (" c",)), **HEADER,
+    )  # fmt: skip
+
+
 def kl_shares() -> ll.KLShares:
     scales = torch.tensor([0.1, 1.0])
     return ll.KLShares(two_prompts(), scales, torch.tensor([[0.01, 1.0], [0.02, 3.0]]))
@@ -104,7 +112,7 @@ def every_result() -> list[Result]:
         two_prompts(), rank_activations(), activations(by_position=True),
         features(by_position=True),
         writes,
-        components(), remainder(), token_shifts(), kl_shares(), summary(), e, e.margin,
+        components(), remainder(), token_shifts(), kl_shares(), by_group(), summary(), e, e.margin,
         e.margin.curve, e.shift, e.second_order, e.reliability["leave_one_out"], e.coupling,
         e.add_one, e.faithfulness, e.null, e.comparisons[0],
     ]  # fmt: skip

@@ -25,7 +25,7 @@ def effects_figure(effects: Effects, prompt: int | None = None) -> go.Figure:
     Raises:
         ArgumentError: no such prompt.
     """
-    if all(len(of) == 1 for of in effects.groups.values()):
+    if effects.of == "site" and all(len(of) == 1 for of in effects.groups.values()):
         return site_heatmap(effects.attribution(), prompt)
     return group_bars(effects, prompt)
 

@@ -56,9 +56,10 @@ def attribution_heading(attribution: Attribution) -> str:
     """
     batch, sites = len(attribution.base), len(attribution.sites)
     by = f", by {' and '.join(attribution.by)}" if attribution.by else ""
+    mode = f", by {attribution.mode} mode" if "token" in attribution.by else ""
     return (
         f"{attribution.readout}, {method_text(attribution.method, attribution.at)}, in "
-        f"{attribution.units}: {batch} prompt{'s' * (batch > 1)} × {sites} sites{by}"
+        f"{attribution.units}: {batch} prompt{'s' * (batch > 1)} × {sites} sites{by}{mode}"
     )
 
 

@@ -1,0 +1,226 @@
+"""What analyses of a whole response cost, in F and FB of the same whole sequence.
+
+`python benchmarks/cost.py --responses [one tokens kl ablations batch]` times the named groups of
+cells, or all of them. F is one plain forward pass of prompt and response; FB adds a plain backward
+pass from Σ log p of the response.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from cost_works import MARGIN, plain_forward
+
+import lens_lora as ll
+from lens_lora.engine.asked import ask
+from lens_lora.engine.batching import slopes_at_once
+from lens_lora.engine.reverse import site_slopes
+from lens_lora.hooked.attaching import attached
+
+__all__ = ["GROUPS", "Cell", "response_table"]
+
+PROMPT, TURNS = 44, 3
+QUIET = {"progress": False}
+TEXT = "The capital of France is", " Lyon, a large city on the Rhône."
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One number of the table: `run` in units of F or FB, times `share`."""
+
+    name: str
+    target: str
+    run: Callable[[], object]
+    unit: str = "F"
+    share: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A prompt and a response of random tokens, and the row that they make."""
+
+    lens: ll.LoraLens
+    tokens: int
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        return _ids(PROMPT, 0)
+
+    @property
+    def response(self) -> torch.Tensor:
+        return _ids(self.tokens, 1)[0]
+
+    @property
+    def row(self) -> ll.Prompts:
+        return self.lens.prompts(torch.cat([self.prompt[0], self.response[:-1]])[None])
+
+    def forward(self) -> None:
+        """F."""
+        plain_forward(self.lens, self.row)
+
+    def backward(self) -> None:
+        """FB."""
+        lens, leaves = self.lens, []
+
+        def start(tensor, hook):
+            leaves.append(tensor.detach().requires_grad_())
+            return leaves[-1]
+
+        with torch.enable_grad(), attached(lens.model, [(lens.embedding_output, start)]):
+            logits = lens.run(self.row)[0, PROMPT - 1 :]
+            log_p = logits.log_softmax(-1).gather(1, self.response[:, None]).sum()
+            torch.autograd.grad(log_p, leaves)
+
+    def one(self) -> None:
+        """One readout, all sites."""
+        asked = ask(self.lens, self.prompt, ll.AnswerLogProb(self.response))
+        site_slopes(self.lens, asked.reading, self.lens.gates(0.0))
+
+    def by_token(self, **options) -> None:
+        readout = ll.AnswerLogProb(self.response)
+        ll.first_order(self.lens, self.prompt, readout, by="token", **options, **QUIET)
+
+
+def _ids(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1000, 40000, (1, count), generator=generator)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def one(lens: ll.LoraLens, peak: Callable) -> list[str]:
+    lines = []
+    for tokens in (60, 512):
+        of = Row(lens, tokens)
+        cell = Cell(f"one readout of {tokens} tokens, all sites", "≤ 1.1 FB", of.one, "FB")
+        lines += timed(of, [cell], TURNS if tokens < 100 else 1)
+        memory = peak(of.one) / peak(of.backward)
+        lines.append(f"| … its memory beside that of the bare FB | ≤ 1.1 | {memory:.2f} |")
+    return lines
+
+
+def tokens(lens: ll.LoraLens, peak: Callable) -> list[str]:
+    del peak
+    short, sites = Row(lens, 60), len(lens.sites)
+    few = lens.with_adapter(lens.adapter.only("*.q_proj"))
+    long, share = Row(few, 512), sites / len(few.sites)
+    cells = [
+        Cell("by token, 60 tokens", f"≤ {0.8 * 60 + 3:.0f} F", short.by_token),
+        Cell("by token and layer, 60 tokens", "≤ 20 F", lambda: short.by_token(group="layer")),
+    ]
+    long_cells = [
+        Cell(
+            f"by token, 512 tokens (from {len(few.sites)} of {sites} sites)",
+            f"≤ {0.8 * sites:.0f} F",
+            lambda: long.by_token(mode="forward"),
+            share=share,
+        )
+    ]
+    return timed(short, cells, 1) + timed(long, long_cells, 1)
+
+
+def kl(lens: ll.LoraLens, peak: Callable) -> list[str]:
+    del peak
+    of = Row(lens, 60)
+    readout = ll.KL(of.response)
+    asked = ask(lens, of.prompt, readout)
+    points = lens.gates(1.0).new_tensor(np.polynomial.legendre.leggauss(4)[0] / 2 + 0.5)
+
+    def four_nodes() -> None:
+        for some in points.split(slopes_at_once(asked.reading.prompts)):
+            reading = asked.reading.repeat(len(some))
+            site_slopes(lens, reading, some[:, None] * lens.gates(1.0))
+
+    cells = [
+        Cell(
+            "kl_shares, 60 tokens, with D(1)",
+            "≤ 4.5 F",
+            lambda: ll.kl_shares(lens, of.prompt, of.response, scales=(), **QUIET),
+        ),
+        Cell("path of KL, a node", "≤ 2.7 F", four_nodes, share=0.25),
+    ]
+    path = ll.path_attribution(lens, TEXT[0], ll.KL(TEXT[1]), tol=1e-3, **QUIET).quadrature
+    assert path is not None
+    reached = f"{path.nodes} nodes, {path.error:.1e}"
+    return [
+        *timed(of, cells, TURNS),
+        f"| path of KL, shipped adapter | 8 nodes, 1e-3 | {reached} |",
+    ]
+
+
+def ablations(lens: ll.LoraLens, peak: Callable) -> list[str]:
+    del peak
+    of = Row(lens, 60)
+
+    def layers(**options) -> Callable[[], object]:
+        readout = ll.KL(of.response)
+        how = {"how": "leave_one_out", "group": "layer"}
+        return lambda: ll.patch_sites(lens, of.prompt, readout, **how, **options, **QUIET)
+
+    texts = _ids(600, 2).view(4, 150)
+    cells = [
+        Cell("leave one of 30 layers out, KL, 60 tokens", "≤ 20 F", layers()),
+        Cell("… replaced by the mean over 600 tokens", "", layers(replace="mean", texts=texts)),
+    ]
+    return timed(of, cells, 1)
+
+
+def batch(lens: ll.LoraLens, peak: Callable) -> list[str]:
+    del peak
+    few, many = _ids(12, 3), _ids(16 * 12, 3).view(16, 12)
+
+    def margin(ids: torch.Tensor) -> Callable[[], object]:
+        return lambda: ll.fact_margin(lens, ids, MARGIN.doc, MARGIN.pre, **QUIET)
+
+    def forward(ids: torch.Tensor) -> Callable[[], object]:
+        return lambda: plain_forward(lens, lens.prompts(ids))
+
+    works = [margin(few), margin(many), forward(few), forward(many)]
+    taken = [[seconds(work) for work in works] for _ in range(2)][1:]
+    one, all_, F1, F16 = (statistics.median(t) for t in zip(*taken, strict=True))
+    return [
+        f"| fact_margin of 16 prompts over that of one | ≤ 1.5·F(16)/F(1) = {1.5 * F16 / F1:.1f} | "
+        f"{all_ / one:.1f} |"
+    ]
+
+
+def timed(of: Row, cells: Sequence[Cell], turns: int) -> list[str]:
+    """Medians, interleaved with F and FB; one turn that is not counted where there are several."""
+    units = {"F": of.forward, "FB": of.backward}
+    times: dict[str, list[float]] = {}
+    for turn in range(turns + (turns > 1)):
+        for name, work in [*units.items(), *((c.name, c.run) for c in cells)]:
+            taken = seconds(work)
+            if turn or turns == 1:
+                times.setdefault(name, []).append(taken)
+    of_unit = {name: statistics.median(taken) for name, taken in times.items()}
+    return [
+        f"| {c.name} | {c.target} | {c.share * of_unit[c.name] / of_unit[c.unit]:.2f} {c.unit} |"
+        for c in cells
+    ]
+
+
+GROUPS = {"one": one, "tokens": tokens, "kl": kl, "ablations": ablations, "batch": batch}
+
+
+def response_table(lens: ll.LoraLens, names: Sequence[str], peak: Callable) -> None:
+    """Print the cells of these groups.
+
+    Args:
+        lens: over the embedded model.
+        names: of groups; none for all.
+        peak: measures a run's peak memory.
+    """
+    print("| work | target | measured |\n| --- | --- | --- |")
+    for name in names or GROUPS:
+        for line in GROUPS[name](lens, peak):
+            print(line, flush=True)
