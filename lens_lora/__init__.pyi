@@ -44,6 +44,7 @@ from .lens import LoraLens
 from .loading import demo, load
 from .readouts.answers import AnswerLogProb, AnswerMargin
 from .readouts.divergence import KL
+from .readouts.generated import Generated
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.activation_effects import ActivationEffects
@@ -61,6 +62,7 @@ __all__ = [
     "TrainedModule",
     "load_adapter",
     # the lens
+    "Generated",
     "LoraLens",
     "Prompts",
     "Site",
