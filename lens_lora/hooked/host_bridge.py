@@ -198,7 +198,7 @@ class BridgeHost(Host):
 
     def run_cached(
         self, tokens: Int[Tensor, "row new"], cache: Any
-    ) -> tuple[Float[Tensor, "row new vocab"], Any]:
+    ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
         """Hugging Face's own cache, which the bridge's attention is shown by the name it knows."""
         with Temporary(self._show_cache):
             return self.model(

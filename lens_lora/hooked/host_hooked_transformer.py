@@ -223,7 +223,7 @@ class HookedTransformerHost(Host):
 
     def run_cached(
         self, tokens: Int[Tensor, "row new"], cache: Any
-    ) -> tuple[Float[Tensor, "row new vocab"], Any]:
+    ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
         """TransformerLens' own cache; without a mask it would take pad tokens for padding."""
         if cache is None:
             lines = vars(importlib.import_module("transformer_lens.HookedTransformer"))

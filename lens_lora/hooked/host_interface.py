@@ -89,7 +89,7 @@ class HostInterface(abc.ABC):
     @abc.abstractmethod
     def run_cached(
         self, tokens: Int[Tensor, "row new"], cache: Any
-    ) -> tuple[Float[Tensor, "row new vocab"], Any]:
+    ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
         """(logits, cache) of the tokens that follow those in the cache; None to begin one.
 
         The hooks on the model see the new tokens only.
