@@ -28,7 +28,8 @@ from lens_lora.hooked.misuse import first_non_finite, require_kinds
 from lens_lora.hooked.plan import Plan, make_plan
 from lens_lora.hooked.scales import Scale, gates_of
 from lens_lora.hooked.sites import Heads, Site, match_sites
-from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
+from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.tokenising import prepare
 from lens_lora.temporary import Temporary
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lens_lora as ll
 from lens_lora import PromptError, Prompts
-from lens_lora.readouts.prompts import prepare
+from lens_lora.readouts.tokenising import prepare
 
 PAD = 2
 STRINGS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13"]
@@ -130,9 +130,9 @@ REFUSED = {
     "empty string": ("", "the prompt is empty, so there is no token"),
     "empty string in a list": (["w5", "", "w6"], "prompt 1 of 3 \\(from 0\\) is empty"),
     "empty list": ([], "no prompts: the list is empty"),
-    "list of ids": ([5, 6, 7], "a string, a list of strings, or a tensor of token ids"),
-    "list of lists": ([[5, 6]], "a string, a list of strings, or a tensor of token ids"),
-    "strings and ids": (["w5", 6], "a string, a list of strings, or a tensor of token ids"),
+    "list of ids": ([5, 6, 7], "a string, a list of strings, .* or a tensor of token ids"),
+    "list of lists": ([[5, 6]], "a string, a list of strings, .* or a tensor of token ids"),
+    "strings and ids": (["w5", 6], "a string, a list of strings, .* or a tensor of token ids"),
     "no prompts": (torch.zeros(0, 4, dtype=torch.long), "empty prompt"),
     "no positions": (torch.zeros(2, 0, dtype=torch.long), "at least one token"),
     "no ids": (torch.zeros(0, dtype=torch.long), "empty prompt"),
