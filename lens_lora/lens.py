@@ -286,8 +286,7 @@ class LoraLens(Generates):
         Args:
             prompts: as tokens.
         """
-        rows = [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)]
-        return [self.decode(row) for row in rows]
+        return [self.decode(prompts.row(i).tokens[0].tolist()) for i in range(prompts.batch)]
 
     def decode(self, ids: Sequence[int]) -> list[str]:
         """Token ids as strings, one by one.

@@ -4,7 +4,8 @@
 2. Which modules hold the divergence of the whole response: first order of KL at ε = 1, which is
    what leaving a module out takes from it, to first order.
 3. The same of log p of the tokens that changed most, one by one: which module moved which token.
-4. Unless fast, exactly: log p of every token with each layer left out of the adapted model.
+4. Unless fast: the path integral of KL, a complete split of it among modules; and exactly, log p of
+   every token with each layer alone added to the base model, and left out of the adapted one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.token_shifts import TokenShifts, token_shifts_of
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.batching import covectors_at_once
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["ResponseExplanation", "explain_response"]
 
 _MOVED = 8
+_TOL, _MAX_NODES = 1e-2, 16
 
 
 @final
@@ -53,9 +56,11 @@ class ResponseExplanation(Result):
         modules: first order of KL(response) at ε = 1, by site.
         moved: [token, site], first order of log p(y_t) at ε = 1, of the tokens that changed most.
         moved_tokens: which tokens those are, by KL.
-        left_out: [group, token], ℓ_t(1) − ℓ_t(1 − e_G): what leaving a layer out takes from the
-            token's log-probability, exactly; None if fast.
-        groups: the layers that were left out.
+        path: the path integral of KL(response), by site; None if fast, as what follows.
+        added: [group, token], ℓ_t(e_G) − ℓ_t(0): what a layer alone adds to the base model's
+            log-probability of a token, exactly.
+        left_out: [group, token], ℓ_t(1) − ℓ_t(1 − e_G): what leaving it out takes away.
+        groups: those layers.
     """
 
     is_generated: bool
@@ -63,6 +68,8 @@ class ResponseExplanation(Result):
     modules: Attribution
     moved: Float[Tensor, "moved site"]
     moved_tokens: tuple[int, ...]
+    path: Attribution | None = None
+    added: Float[Tensor, "group token"] | None = None
     left_out: Float[Tensor, "group token"] | None = None
     groups: tuple[str, ...] = ()
 
@@ -78,16 +85,17 @@ class ResponseExplanation(Result):
 
     @property
     def is_fast(self) -> bool:
-        """Whether no layer was left out."""
-        return self.left_out is None
+        """Whether no layer was added or left out."""
+        return self.added is None or self.left_out is None
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per token: as of `shifts`, and unless fast what each layer holds of log p."""
+        """One row per token: as of `shifts`, and unless fast what each layer does to log p."""
         frame = self.shifts.to_frame()
-        if self.left_out is None:
-            return frame
-        rows = zip(self.groups, self.left_out.double().cpu().tolist(), strict=True)
-        return frame.assign(**{f"left_out_{name}": values for name, values in rows})
+        for how, values in (("add_one", self.added), ("leave_one_out", self.left_out)):
+            if values is not None:
+                rows = zip(self.groups, values.double().cpu().tolist(), strict=True)
+                frame = frame.assign(**{f"{how}, {name}": row for name, row in rows})
+        return frame
 
     def story(self) -> str:
         """The explanation in plain words, a paragraph a line, claiming no more than the numbers."""
@@ -121,27 +129,28 @@ def explain_response(
 ) -> ResponseExplanation:
     """All that this package can say of one response.
 
-    Cost, with N layers: about six forward and two backward passes, a backward pass for each of the
-    eight tokens that changed most, and unless fast at most N forward passes.
+    Cost, with N layers: about six forward and two backward passes, and a backward pass for each of
+    the eight tokens that changed most; unless fast also at most 2N forward passes (about half
+    where the model's blocks branch), and 14 forward and backward for the path integral.
 
     Args:
         prompts: one prompt, without a readout.
         response: what is said after it.
         is_generated: whether the adapted model said it itself.
-        fast: without leaving layers out.
+        fast: without adding layers, leaving them out, and the path integral.
         progress: show a bar.
 
     Raises:
         TokenError, PromptError: a response that does not fit the model.
         NumericsError: a logit or a derivative that is not finite.
     """
-    asked = prompts.about(AnswerLogProb(response))
-    with tqdm(total=3 + (not fast), desc="explain", leave=False, disable=not progress) as bar:
+    asked, kl = prompts.about(AnswerLogProb(response)), prompts.about(KL(response))
+    with tqdm(total=3 if fast else 5, desc="explain", leave=False, disable=not progress) as bar:
         bar.set_description("each token's distribution")
         shifts = token_shifts_of(asked)
         bar.update()
         bar.set_description("modules of the divergence")
-        modules = first_order_of(asked.about(KL(response)), at=1.0)
+        modules = first_order_of(kl, at=1.0)
         bar.update()
         bar.set_description("modules of the tokens that changed most")
         most = shifts.kl[0, 0].argsort(descending=True)[:_MOVED].tolist()
@@ -154,7 +163,7 @@ def explain_response(
             moved=moved,
             moved_tokens=tuple(most),
         )
-        return found if fast else _without_layers(asked, found, progress)
+        return found if fast else _in_full(asked, kl, found, bar, progress)
 
 
 def _slopes_of(asked: Asked, tokens: list[int]) -> Float[Tensor, "moved site"]:
@@ -169,14 +178,31 @@ def _slopes_of(asked: Asked, tokens: list[int]) -> Float[Tensor, "moved site"]:
     return graph.slopes_of_each(step, progress=False)[:, 0]
 
 
-def _without_layers(
-    asked: Asked, found: ResponseExplanation, progress: bool
+def _in_full(
+    asked: Asked, kl: Asked, found: ResponseExplanation, bar: tqdm, progress: bool
 ) -> ResponseExplanation:
+    """The same with what takes many passes: the path integral, and real interventions."""
+    bar.set_description("path integral")
+    path = path_attribution_of(kl, tol=_TOL, max_nodes=_MAX_NODES, progress=progress)
+    bar.update()
     lens = asked.lens
     groups = group_sites(lens.sites, "layer")
-    off = 1 - indicator(groups, len(lens.sites))
-    points = torch.cat([torch.ones_like(off[:1]), off]).to(lens.device, lens.gate_dtype)
+    alone = indicator(groups, len(lens.sites))
+    ends = torch.tensor([[0.0], [1.0]], dtype=alone.dtype, device=alone.device)
+    points = torch.cat([ends.expand(-1, len(lens.sites)), alone, 1 - alone])
     values = tokens_at_gates(
-        lens, asked.reading, points, progress=progress, what="each layer left out"
+        lens,
+        asked.reading,
+        points.to(lens.device, lens.gate_dtype),
+        progress=progress,
+        what="each layer added and left out",
     )
-    return dataclasses.replace(found, left_out=values[:1] - values[1:], groups=tuple(groups))
+    base, adapted, rest = values[0], values[1], values[2:]
+    bar.update()
+    return dataclasses.replace(
+        found,
+        path=path,
+        added=rest[: len(groups)] - base,
+        left_out=adapted - rest[len(groups) :],
+        groups=tuple(groups),
+    )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lens_lora.adapters.adapter import load_adapter
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.analyses.explain import explain as explain_prompt
 from lens_lora.commands.loading import announce, lens_for, shipped_adapter
 from lens_lora.commands.options import Question, Subject
