@@ -13,7 +13,7 @@ from lens_lora.readouts.generated import Generated
 from lens_lora.readouts.prompts import Prompts, PromptsLike, which_prompt
 from lens_lora.readouts.sampling import Sampling
 
-__all__ = ["Generates"]
+__all__ = ["Generates", "require_room"]
 
 
 class Generates:
@@ -63,7 +63,7 @@ class Generates:
         sampling = Sampling(temperature, top_p, seed)
         ends = end_tokens(self.model, self._hf_model, eos_token_id)
         ready, gates = self.prompts(prompts), self.gates(scale).detach()
-        _require_room(self, ready, most)
+        require_room(self, ready, most)
         noise = sampling.noise(ready.batch, most)
         rows = Speaker(self, gates, sampling, noise, ends).say(ready, progress=progress)
         ids = tuple(ready.tokens.new_tensor(row.tokens[-row.said :]) for row in rows)
@@ -78,8 +78,17 @@ def _text(lens: GatedModel, row: Row) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _require_room(lens: GatedModel, prompts: Prompts, most: int) -> None:
-    """The last token that is said is not run."""
+def require_room(lens: GatedModel, prompts: Prompts, most: int) -> None:
+    """Check that so many tokens more fit into the context; the last one is not run.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: that are gone on with.
+        most: the most tokens that are said after each.
+
+    Raises:
+        PromptError: they do not fit.
+    """
     context = getattr(lens.model.cfg, "n_ctx", None)
     longest = int(prompts.lengths.max())
     if context and longest + most - 1 > context:

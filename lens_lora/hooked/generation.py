@@ -200,8 +200,8 @@ class Speaker:
     def _confirmed(self, row: Row, draft: list[int]) -> int:
         """How many tokens of the draft are right; the row takes them and one more."""
         places, tokens = len(draft) + 1, self._tensor([row.tokens + draft])
-        count = torch.tensor([[tokens.shape[1]], [places]], device=tokens.device)
-        prompts = Prompts(tokens, *count)
+        length, reads = tokens.new_tensor([tokens.shape[1]]), tokens.new_tensor([places])
+        prompts = Prompts(tokens, length, reads)
         run = functools.partial(self.lens.run, prompts)
         with self._gated([row]), unembedded_only(self.lens.model, prompts.at_slots):
             logits = run()[0]

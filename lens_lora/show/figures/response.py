@@ -49,7 +49,8 @@ def _by_layer(e: ResponseExplanation, values: Tensor, how: str) -> go.Figure:
     figure = heatmap(rows, hover, list(range(len(e.response))), labels, "nats", row_height=12)
     total = float(values.sum())
     heading = f"log p of each token: each layer {how}"
-    below = f"exact; {signed(total)} nats over all layers, the shift is {signed(float(e.shifts.total[0]))}"
+    shift = signed(float(e.shifts.total[0]))
+    below = f"exact; {signed(total)} nats over all layers, the shift is {shift}"
     figure.update_layout(title=title(heading, below))
     step = max(1, len(labels) // 15)
     figure.update_yaxes(

@@ -15,7 +15,7 @@ from lens_lora.analyses.token_shifts import TokenShifts
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.style import style, title
-from lens_lora.show.figures.token_shifts import below, heading, hover, shades
+from lens_lora.show.figures.token_shifts import below, hover, shades
 from lens_lora.show.text import magnitude
 
 __all__ = ["laid_out", "still_text"]
@@ -23,6 +23,7 @@ __all__ = ["laid_out", "still_text"]
 _COLUMNS, _CHARACTER, _LINE = 84, 8.43, 28
 _MARGIN, _ABOVE, _BELOW = 16, 64, 44
 _SHADE = "rgba(176,79,196,{:.3f})"
+_INK = "#1c2126"
 _FONT = "DejaVu Sans Mono, Menlo, Consolas, monospace"
 
 
@@ -49,7 +50,7 @@ def still_text(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
             hovertext=[hover(shifts, index, t) for t, _, _, _ in pieces],
             mode="text",
             textposition="middle right",
-            textfont={"family": _FONT, "size": 14},
+            textfont={"family": _FONT, "size": 14, "color": _INK},
             hoverinfo="text",
             showlegend=False,
         )
@@ -67,7 +68,10 @@ def still_text(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
         )
     style(figure, _ABOVE + _BELOW + _LINE * (lines + 1))
     figure.update_layout(
-        title=title(heading(shifts, index), f"{below(shifts, index)}, darkest {magnitude(most)}"),
+        title=title(
+            "KL by token of the response", f"{below(shifts, index)}; darkest {magnitude(most)}"
+        ),
+        paper_bgcolor="#ffffff",
         width=int(_COLUMNS * _CHARACTER) + 2 * _MARGIN,
         margin={"l": _MARGIN, "r": _MARGIN, "t": _ABOVE, "b": _BELOW},
     )

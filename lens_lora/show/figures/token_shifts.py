@@ -42,7 +42,11 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
         ((apart, FLIP), (moved, [EXACT if v >= 0 else NEGATIVE for v in moved])), start=1
     ):
         bar = go.Bar(
-            y=values, marker={"color": colours}, hovertext=hovers, hoverinfo="text", showlegend=False
+            y=values,
+            marker={"color": colours},
+            hovertext=hovers,
+            hoverinfo="text",
+            showlegend=False,
         )
         figure.add_trace(bar, row=row, col=1)
     style(figure, _HEIGHT)
@@ -57,7 +61,7 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
 
 @drawing.tokens.register(TokenShifts)
 def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> TokenView:
-    """The response as text: the larger a token's KL, the darker its background.
+    """The response as text: the larger a token's KL, the darker its background, by its square root.
 
     Args:
         shifts: to be drawn.
@@ -69,7 +73,10 @@ def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> TokenView
     index = only_prompt(prompt, len(shifts.response), "responses")
     tokens, (_, most) = shifts.response[index], shades(shifts, index)
     values = shifts.kl[0, index, : len(tokens)].tolist()
-    text = f"{heading(shifts, index)}. {below(shifts, index)}. Darkest: {magnitude(most)} nats."
+    text = (
+        f"{heading(shifts, index)}. {below(shifts, index)}. Darkest: {magnitude(most)} nats; by "
+        "the square root."
+    )
     return TokenView(tokens, tuple(values), shaded_text(text, noted(shifts, index)))
 
 
@@ -88,7 +95,10 @@ def noted(shifts: TokenShifts, index: int) -> list[Noted]:
 
 
 def shades(shifts: TokenShifts, index: int) -> tuple[list[float], float]:
-    """How dark each token is, from 0 to 1 by its KL, and the KL of the darkest.
+    """How dark each token is, from 0 to 1, and the KL of the darkest.
+
+    By the square root of its KL: a response's sum is mostly one token's, and the others would not
+    be seen beside it.
 
     Args:
         shifts: to be drawn.
@@ -96,7 +106,7 @@ def shades(shifts: TokenShifts, index: int) -> tuple[list[float], float]:
     """
     values = shifts.kl[0, index, : len(shifts.response[index])].tolist()
     most = max((v for v in values if math.isfinite(v)), default=0.0) or 1.0
-    return [round(min(max(v / most, 0.0), 1.0), 3) for v in values], most
+    return [round(math.sqrt(min(max(v / most, 0.0), 1.0)), 3) for v in values], most
 
 
 def heading(shifts: TokenShifts, index: int) -> str:
@@ -140,8 +150,12 @@ def _lines(shifts: TokenShifts, index: int, t: int) -> list[str]:
         f"{t} {visible(row['y_t'])}",
         f"KL {magnitude(row['kl_base_to_adapted'])} and back "
         f"{magnitude(row['kl_adapted_to_base'])} nats",
-        f"log p {row['log_p_base']:.2f} → {row['log_p_adapted']:.2f}, "
+        f"log p {_two(row['log_p_base'])} → {_two(row['log_p_adapted'])}, "
         f"rank {row['rank_base'] + 1} → {row['rank_adapted'] + 1}",
         f"promoted {row['promoted']}",
-        f"suppressed {row['suppressed']}",
+        f"suppressed {row['suppressed'].replace('-0.', '−0.')}",
     ]
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")

@@ -82,12 +82,12 @@ class ShadedText(Block):
 
     Attributes:
         tokens: of the response.
-        most: what the darkest shade stands for.
+        scale: what the lightest, the middle and the darkest shade stand for.
         chosen: the token whose numbers are shown at first.
     """
 
     tokens: Sequence[Noted]
-    most: str
+    scale: tuple[str, str, str]
     chosen: int
 
 

@@ -54,24 +54,27 @@ def _sections(e: ResponseExplanation, plots: Plots) -> list[Section]:
 def _text(e: ResponseExplanation) -> Section:
     _, most = shades(e.shifts, 0)
     block = ShadedText(
-        tokens=noted(e.shifts, 0), most=f"{magnitude(most)} nats", chosen=e.moved_tokens[0]
+        tokens=noted(e.shifts, 0),
+        scale=("0", magnitude(most / 4), f"{magnitude(most)} nats"),
+        chosen=e.moved_tokens[0],
     )
     lead = (
         "The darker a token, the farther the adapter moves the distribution that it was chosen "
-        "from: KL from the base model's to the adapted one. Point at a token, or tap it, for its "
-        "numbers."
+        "from: KL from the base model's to the adapted one, by its square root. Point at a token, "
+        "or tap it, for its numbers."
     )
     return Section("What the response says, and where it changed", [block], lead)
 
 
 def _tokens(e: ResponseExplanation, plots: Plots) -> Section:
-    table = Table(tables.TOKEN_HEADS, tables.token_rows(e, _TOKENS), texts=(1, 8, 9))
+    numbers = Table(tables.TOKEN_HEADS, tables.token_rows(e, _TOKENS), texts=(1,))
+    changes = TokenTable(tables.changed(e, _TOKENS), heads=("token", "promoted", "suppressed"))
     lead = (
         "Every number is of whole distributions, exactly. Promoted and suppressed are the largest "
         "changes of a probability at that place."
     )
     drawing = plots(response_figures(e)["tokens"], wide=True)
-    return Section("Which tokens changed", [drawing, table], lead)
+    return Section("Which tokens changed", [drawing, numbers, changes], lead)
 
 
 def _modules(e: ResponseExplanation) -> Section:

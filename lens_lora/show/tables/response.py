@@ -9,14 +9,22 @@ from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.show.tables.parts import Row, filled_table
 from lens_lora.show.text import magnitude, percent, signed, visible
 
-__all__ = ["TOKEN_HEADS", "module_heads", "module_rows", "moved_by", "response_tables", "token_rows"]
+__all__ = [
+    "TOKEN_HEADS",
+    "module_heads",
+    "changed",
+    "module_rows",
+    "moved_by",
+    "response_tables",
+    "token_rows",
+]
 
 TOKEN_HEADS: Row = (
     *("t", "token", "KL, nats", "of all", "log p, base", "adapted", "rank, base", "adapted"),
-    *("promoted", "suppressed"),
 )
 _CHANGED = 3
-_MODULES = 5
+_MODULES = 4
+Pairs = list[tuple[str, str]]
 
 
 def token_rows(e: ResponseExplanation, k: int) -> list[Row]:
@@ -36,16 +44,35 @@ def token_rows(e: ResponseExplanation, k: int) -> list[Row]:
             percent(float(kl[t]) / total),
             *(f"{float(end[0, t]):.2f}".replace("-", "−") for end in shifts.log_p),
             *(str(int(end[0, t]) + 1) for end in shifts.rank),
-            _changes(e, shifts.promoted_ids[0, t], shifts.promoted[0, t]),
-            _changes(e, shifts.suppressed_ids[0, t], shifts.suppressed[0, t]),
         )
         for t in kl.argsort(descending=True)[:k].tolist()
     ]
 
 
-def _changes(e: ResponseExplanation, ids: Tensor, changes: Tensor) -> str:
+def changed(e: ResponseExplanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
+    """What is promoted and suppressed where the distribution moved most.
+
+    Args:
+        e: the explanation.
+        k: how many tokens.
+
+    Returns:
+        (token, (what is promoted there, change of its probability), the same of suppressed).
+    """
+    shifts = e.shifts
+    return [
+        (
+            f"{t} {visible(e.response[t])}",
+            _changes(e, shifts.promoted_ids[0, t], shifts.promoted[0, t]),
+            _changes(e, shifts.suppressed_ids[0, t], shifts.suppressed[0, t]),
+        )
+        for t in shifts.kl[0, 0].argsort(descending=True)[:k].tolist()
+    ]
+
+
+def _changes(e: ResponseExplanation, ids: Tensor, changes: Tensor) -> Pairs:
     pairs = zip(ids[:_CHANGED].tolist(), changes[:_CHANGED].tolist(), strict=True)
-    return ", ".join(f"{visible(e.shifts.strings[str(i)])} {signed(c)}" for i, c in pairs)
+    return [(visible(e.shifts.strings[str(i)]), signed(change)) for i, change in pairs]
 
 
 def module_heads(e: ResponseExplanation) -> Row:
@@ -77,9 +104,7 @@ def module_rows(e: ResponseExplanation, k: int) -> list[Row]:
     return rows
 
 
-def moved_by(
-    e: ResponseExplanation, k: int = _MODULES
-) -> list[tuple[str, list[tuple[str, str]], list[tuple[str, str]]]]:
+def moved_by(e: ResponseExplanation, k: int = _MODULES) -> list[tuple[str, Pairs, Pairs]]:
     """Of the tokens that changed most: the modules that raise them, and those that lower them.
 
     Args:
@@ -99,9 +124,7 @@ def moved_by(
     ]
 
 
-def _extremes(
-    e: ResponseExplanation, values: Tensor, k: int, *, largest: bool
-) -> list[tuple[str, str]]:
+def _extremes(e: ResponseExplanation, values: Tensor, k: int, *, largest: bool) -> Pairs:
     found = values.topk(min(k, len(values)), largest=largest)
     pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
     wanted = [(i, v) for i, v in pairs if (v > 0) == largest and v]
@@ -115,8 +138,8 @@ def response_tables(e: ResponseExplanation, k: int = 10) -> Group:
         e: the explanation.
         k: how many rows of each.
     """
-    tokens = [row[:8] for row in token_rows(e, k)]
+    tokens = token_rows(e, k)
     return Group(
-        filled_table("tokens that changed most", TOKEN_HEADS[:8], tokens, texts=(1,)),
+        filled_table("tokens that changed most", TOKEN_HEADS, tokens, texts=(1,)),
         filled_table("modules of the divergence", module_heads(e), module_rows(e, k), texts=(0, 1)),
     )

@@ -93,8 +93,8 @@ def _modules(e: ResponseExplanation) -> str:
             f"{_largest(e.modules)}."
         )
     return (
-        f"The path integral splits KL completely among the {len(e.path.sites)} modules. The largest "
-        f"shares are {_largest(e.path)}; {_spread(e.path)}."
+        f"The path integral splits KL completely among the {len(e.path.sites)} modules. The "
+        f"largest shares are {_largest(e.path)}; {_spread(e.path)}."
     )
 
 
