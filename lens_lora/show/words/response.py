@@ -5,6 +5,8 @@ Every sentence is a number of the result; what was not measured is said not to b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lens_lora.analyses.explain_response import ResponseExplanation
@@ -16,6 +18,7 @@ __all__ = ["named", "response_story"]
 
 _HALF = 0.5
 _NAMED = 3
+_SAID = 240
 
 
 @drawing.story.register(ResponseExplanation)
@@ -45,9 +48,15 @@ def _said(e: ResponseExplanation) -> str:
     whose = "which the adapted model says itself" if e.is_generated else "as given"
     return (
         f"After “{short_prompt(e.prompt)}” the response has {count} "
-        f"token{'' if count == 1 else 's'}, {whose}: “{prompt_text(e.response)}”. Its log p goes "
+        f"token{'' if count == 1 else 's'}, {whose}: “{_begun(e.response)}”. Its log p goes "
         f"from {signed(base)} nats in the base model to {signed(adapted)} with the adapter."
     )
+
+
+def _begun(response: Sequence[str]) -> str:
+    """A response as one line, its end left out where it is long; the page has it whole."""
+    text = prompt_text(response)
+    return text if len(text) <= _SAID else f"{text[:_SAID].rpartition(' ')[0]} …"
 
 
 def _where(e: ResponseExplanation) -> str:
