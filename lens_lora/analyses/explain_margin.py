@@ -132,7 +132,7 @@ class Explanation(Result):
         return drawing.story(self)
 
     def figures(self) -> dict[str, Figure]:
-        """The report's pictures by name."""
+        """The report's pictures by key: `"path"`, `"positions"`, `"reliability/add_one"`, …."""
         return drawing.figures(self)
 
     def report(self, title: str | None = None) -> str:

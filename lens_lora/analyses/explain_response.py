@@ -102,7 +102,7 @@ class ResponseExplanation(Result):
         return drawing.story(self)
 
     def figures(self) -> dict[str, Figure]:
-        """The report's pictures by name."""
+        """The report's pictures by key: `"text"`, `"tokens"`, `"added"`, `"left_out"`."""
         return drawing.figures(self)
 
     def report(self, title: str | None = None) -> str:

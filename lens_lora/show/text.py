@@ -6,11 +6,14 @@ import math
 import re
 from collections.abc import Sequence
 
+from markupsafe import escape
+
 from lens_lora.results.attribution import Attribution, Quadrature
 from lens_lora.results.keys import GREEDY, RANDOM, UPDATE_NORM, WEIGHT_NORM, key_of
 
 __all__ = [
     "key_text",
+    "label",
     "magnitude",
     "method_text",
     "percent",
@@ -85,6 +88,15 @@ def visible(token: str) -> str:
     """
     shown = "".join(_WHITESPACE.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in token)
     return shown or "∅"
+
+
+def label(text: str) -> str:
+    """Text as it stands, for a figure: plotly reads tags in it, `$…$` as TeX, `%{…}` as a variable.
+
+    Args:
+        text: any.
+    """
+    return str(escape(text)).replace("$", "&#36;").replace("%{", "&#37;{")
 
 
 def prompt_text(tokens: Sequence[str]) -> str:

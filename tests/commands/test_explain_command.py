@@ -199,8 +199,9 @@ def real(tmp_path_factory):
 
 
 PLOTS = (
-    *("path", "remainder", "second order", "sites", "positions", "coupling", "faithfulness"),
-    *("added", "left out", "left out at 1", "reliable if added", "reliable if left out"),
+    *("path", "remainder", "second_order", "sites", "positions", "coupling", "faithfulness"),
+    *("add_one", "leave_one_out", "leave_one_out@1"),
+    *("reliability/add_one", "reliability/leave_one_out"),
 )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-
 import plotly.graph_objects as go
 from plotly.graph_objects import Figure
 from torch import Tensor
@@ -14,7 +12,7 @@ from lens_lora.show.figures.parts import heatmap, token_ticks
 from lens_lora.show.figures.shaded import still_text
 from lens_lora.show.figures.style import title
 from lens_lora.show.figures.token_shifts import token_shifts_figure
-from lens_lora.show.text import signed, visible
+from lens_lora.show.text import label, signed, visible
 
 __all__ = ["response_figures"]
 
@@ -30,7 +28,7 @@ def response_figures(e: ResponseExplanation) -> dict[str, Figure]:
     if e.added is not None:
         found["added"] = _by_layer(e, e.added, "added alone to the base model")
     if e.left_out is not None:
-        found["left out"] = _by_layer(e, e.left_out, "left out of the adapted model")
+        found["left_out"] = _by_layer(e, e.left_out, "left out of the adapted model")
     return found
 
 
@@ -39,8 +37,7 @@ def _by_layer(e: ResponseExplanation, values: Tensor, how: str) -> go.Figure:
     rows = values.double().cpu().tolist()
     hover = [
         [
-            f"<b>{html.escape(name)}</b> {how}<br>{t} {html.escape(visible(token))}: "
-            f"{signed(value)} nats"
+            f"<b>{label(name)}</b> {how}<br>{t} {label(visible(token))}: {signed(value)} nats"
             for t, (token, value) in enumerate(zip(e.response, row, strict=True))
         ]
         for name, row in zip(e.groups, rows, strict=True)

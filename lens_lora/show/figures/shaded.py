@@ -5,7 +5,6 @@ A monospaced text is laid out by hand: a rectangle behind each token, its text i
 
 from __future__ import annotations
 
-import html
 import unicodedata
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.style import style, title
 from lens_lora.show.figures.token_shifts import below, hover, shades
-from lens_lora.show.text import magnitude
+from lens_lora.show.text import label, magnitude
 
 __all__ = ["laid_out", "still_text"]
 
@@ -46,7 +45,7 @@ def still_text(shifts: TokenShifts, prompt: int | None = None) -> go.Figure:
         go.Scatter(
             x=[column for _, _, column, _ in pieces],
             y=[line for _, line, _, _ in pieces],
-            text=[html.escape(text).replace(" ", "\u00a0") for _, _, _, text in pieces],
+            text=[label(text).replace(" ", "\u00a0") for _, _, _, text in pieces],
             hovertext=[hover(shifts, index, t) for t, _, _, _ in pieces],
             mode="text",
             textposition="middle right",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 
 import plotly.graph_objects as go
@@ -15,7 +14,7 @@ from lens_lora.results.token_view import TokenView
 from lens_lora.show.figures.parts import NEGATIVE, token_ticks
 from lens_lora.show.figures.style import EXACT, FLIP, style, title
 from lens_lora.show.page.render import Noted, shaded_text
-from lens_lora.show.text import magnitude, short_prompt, signed, visible
+from lens_lora.show.text import label, magnitude, short_prompt, signed, visible
 
 __all__ = ["below", "heading", "hover", "noted", "shaded_response", "shades", "token_shifts_figure"]
 
@@ -141,7 +140,7 @@ def hover(shifts: TokenShifts, index: int, t: int) -> str:
         index: of the prompt.
         t: of the token.
     """
-    return "<br>".join(map(html.escape, _lines(shifts, index, t)))
+    return "<br>".join(map(label, _lines(shifts, index, t)))
 
 
 def _lines(shifts: TokenShifts, index: int, t: int) -> list[str]:
