@@ -203,7 +203,7 @@ def explain(
         )
     if whole("null", null, 0) == 1:
         raise ArgumentError(f"null={null}; expected 0 for none, or at least 2 null adapters.")
-    asked = prompts.about(margin_between(lens.model, doc, pre, 1))
+    asked = prompts.about(margin_between(lens.model, doc, pre, prompts.prompts))
     steps = _QUICK_STEPS + (null > 0) + (0 if fast else _SLOW_STEPS)
     with tqdm(total=steps, desc="explain", leave=False, disable=not progress) as bar:
         with _step(bar, "the margin along the path"):

@@ -73,7 +73,7 @@ def _require_fit(lens: LoraLens, questions: Sequence[Question]) -> None:
     for number, question in enumerate(questions, start=1):
         try:
             ready = lens.prompts(question.prompt)
-            margin_between(lens.model, question.doc, question.pre, 1).over(lens.model, ready)
+            margin_between(lens.model, question.doc, question.pre, ready).over(lens.model, ready)
         except LensLoraError as error:
             if len(questions) == 1:
                 raise

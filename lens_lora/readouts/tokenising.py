@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lens_lora import arguments
-from lens_lora.errors import PromptError
+from lens_lora.errors import PromptError, TokenError
 from lens_lora.readouts.conversations import Conversation, conversations_in, of_template
 from lens_lora.readouts.prompts import (
     Prompts,
@@ -27,7 +27,7 @@ from lens_lora.readouts.prompts import (
     which_prompt,
 )
 
-__all__ = ["own_ids", "prepare"]
+__all__ = ["ids_after", "prepare"]
 
 
 def prepare(model: Any, prompts: PromptsLike) -> Prompts:
@@ -84,20 +84,38 @@ def _of_conversations(tokenizer: Any, conversations: Sequence[Conversation]) -> 
     return rows
 
 
-def own_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text alone, without the BOS or EOS that a tokenizer may add.
+def _own_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text alone, without the BOS or EOS that a tokenizer may add."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def ids_after(tokenizer: Any, answer: str, before: str | None) -> list[int]:
+    """The ids with which an answer follows a text: ids(before + answer) beyond ids(before).
 
     Args:
         tokenizer: of the model.
-        text: any.
+        answer: what is said; nothing is added to it.
+        before: the prompt's text; None after ids, where the answer is tokenised alone.
+
+    Raises:
+        TokenError: together, the end of `before` has other tokens than by itself.
     """
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if before is None:
+        return _own_ids(tokenizer, answer)
+    prompt, whole = (_own_ids(tokenizer, text) for text in (before, before + answer))
+    if whole[: len(prompt)] != prompt:
+        raise TokenError(
+            f"{answer!r} cannot follow a prompt that ends in {before[-20:]!r}: together they are "
+            "tokenised so that the prompt's own tokens change. After a word an answer needs a "
+            "leading space, and the prompt no space at its end; or pass token ids."
+        )
+    return whole[len(prompt) :]
 
 
 def _of_text(model: Any, text: str) -> _Row:
     bos = getattr(model.tokenizer, "bos_token_id", None)
     if bos is not None and text.lstrip().startswith(model.tokenizer.bos_token):
-        own = own_ids(model.tokenizer, text)
+        own = _own_ids(model.tokenizer, text)
         if own[:1] == [bos]:
             return own, Source(text, "text with its own BOS")
     ids = model.to_tokens(text, truncate=False)[0].tolist()
