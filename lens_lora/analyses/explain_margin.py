@@ -172,7 +172,7 @@ def explain_margin(
     Raises:
         TokenError, ModelStateError, NumericsError: as for `explain`.
     """
-    asked = prompts.about(margin_between(prompts.lens.model, doc, pre, 1))
+    asked = prompts.about(margin_between(prompts.lens.model, doc, pre, prompts.prompts))
     steps = _QUICK_STEPS + (null > 0) + (0 if fast else _SLOW_STEPS)
     with tqdm(total=steps, desc="explain", leave=False, disable=not progress) as bar:
         with _step(bar, "the margin along the path"):

@@ -57,9 +57,9 @@ class ResponseExplanation(Result):
         moved: [token, site], first order of log p(y_t) at ε = 1, of the tokens that changed most.
         moved_tokens: which tokens those are, by KL.
         path: the path integral of KL(response), by site; None if fast, as what follows.
-        added: [group, token], ℓ_t(e_G) − ℓ_t(0): what a layer alone adds to the base model's
+        add_one: [group, token], ℓ_t(e_G) − ℓ_t(0): what a layer alone adds to the base model's
             log-probability of a token, exactly.
-        left_out: [group, token], ℓ_t(1) − ℓ_t(1 − e_G): what leaving it out takes away.
+        leave_one_out: [group, token], ℓ_t(1) − ℓ_t(1 − e_G): what leaving it out takes away.
         groups: those layers.
     """
 
@@ -69,8 +69,8 @@ class ResponseExplanation(Result):
     moved: Float[Tensor, "moved site"]
     moved_tokens: tuple[int, ...]
     path: Attribution | None = None
-    added: Float[Tensor, "group token"] | None = None
-    left_out: Float[Tensor, "group token"] | None = None
+    add_one: Float[Tensor, "group token"] | None = None
+    leave_one_out: Float[Tensor, "group token"] | None = None
     groups: tuple[str, ...] = ()
 
     @property
@@ -86,12 +86,12 @@ class ResponseExplanation(Result):
     @property
     def is_fast(self) -> bool:
         """Whether no layer was added or left out."""
-        return self.added is None or self.left_out is None
+        return self.add_one is None or self.leave_one_out is None
 
     def to_frame(self) -> pd.DataFrame:
         """One row per token: as of `shifts`, and unless fast what each layer does to log p."""
         frame = self.shifts.to_frame()
-        for how, values in (("add_one", self.added), ("leave_one_out", self.left_out)):
+        for how, values in (("add_one", self.add_one), ("leave_one_out", self.leave_one_out)):
             if values is not None:
                 rows = zip(self.groups, values.double().cpu().tolist(), strict=True)
                 frame = frame.assign(**{f"{how}, {name}": row for name, row in rows})
@@ -102,7 +102,7 @@ class ResponseExplanation(Result):
         return drawing.story(self)
 
     def figures(self) -> dict[str, Figure]:
-        """The report's pictures by key: `"text"`, `"tokens"`, `"added"`, `"left_out"`."""
+        """The report's pictures by key: `"text"`, `"tokens"`, `"add_one"`, `"leave_one_out"`."""
         return drawing.figures(self)
 
     def report(self, title: str | None = None) -> str:
@@ -202,7 +202,7 @@ def _in_full(
     return dataclasses.replace(
         found,
         path=path,
-        added=rest[: len(groups)] - base,
-        left_out=adapted - rest[len(groups) :],
+        add_one=rest[: len(groups)] - base,
+        leave_one_out=adapted - rest[len(groups) :],
         groups=tuple(groups),
     )

@@ -84,7 +84,7 @@ def _require_fit(lens: LoraLens, questions: Sequence[Question], most: int) -> No
         try:
             ready = lens.prompts(question.prompt)
             if question.doc is not None and question.pre is not None:
-                answers = margin_between(lens.model, question.doc, question.pre, 1)
+                answers = margin_between(lens.model, question.doc, question.pre, ready)
                 answers.over(lens.model, ready)
             elif question.response is not None:
                 AnswerLogProb(question.response).over(lens.model, ready)

@@ -18,7 +18,14 @@ from lens_lora import arguments
 from lens_lora.errors import PromptError
 from lens_lora.readouts.conversations import Conversation
 
-__all__ = ["Prompts", "PromptsLike", "Source", "require_context", "which_prompt"]
+__all__ = [
+    "Prompts",
+    "PromptsLike",
+    "Source",
+    "joined",
+    "require_context",
+    "which_prompt",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +215,20 @@ class Prompts:
         some = self._mapped(lambda values: values[first:end])
         tokens = some.tokens[:, : int(some.lengths.max())]
         return dataclasses.replace(some, tokens=tokens)
+
+
+def joined(prompts: Sequence[Prompts]) -> Prompts:
+    """One batch of several, each read at its last tokens alone.
+
+    Args:
+        prompts: at least one, all on one device.
+    """
+    rows = [row for some in prompts for row in some.tokens]
+    return Prompts(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        torch.cat([some.lengths for some in prompts]),
+        sources=tuple(source for some in prompts for source in some.sources),
+    )
 
 
 PromptsLike = (

@@ -25,10 +25,10 @@ def response_figures(e: ResponseExplanation) -> dict[str, Figure]:
         e: to be drawn.
     """
     found = {"text": still_text(e.shifts), "tokens": token_shifts_figure(e.shifts)}
-    if e.added is not None:
-        found["added"] = _by_layer(e, e.added, "added alone to the base model")
-    if e.left_out is not None:
-        found["left_out"] = _by_layer(e, e.left_out, "left out of the adapted model")
+    if e.add_one is not None:
+        found["add_one"] = _by_layer(e, e.add_one, "added alone to the base model")
+    if e.leave_one_out is not None:
+        found["leave_one_out"] = _by_layer(e, e.leave_one_out, "left out of the adapted model")
     return found
 
 

@@ -108,5 +108,5 @@ def _layers(e: ResponseExplanation, plots: Plots) -> Section | None:
         "Real runs, no prediction. Where a layer does much alone and little is lost without it, "
         "other layers do the same again."
     )
-    blocks = [plots(figures[name], wide=True) for name in ("added", "left_out")]
+    blocks = [plots(figures[name], wide=True) for name in ("add_one", "leave_one_out")]
     return Section("Layer by layer, token by token", blocks, lead)

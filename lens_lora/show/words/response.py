@@ -125,10 +125,13 @@ def _largest(found: Attribution) -> str:
 
 
 def _layers(e: ResponseExplanation) -> str:
-    if e.added is None or e.left_out is None:
+    if e.add_one is None or e.leave_one_out is None:
         return ""
     parts = []
-    for doing, values in (("Added alone to the base model", e.added), ("Left out", e.left_out)):
+    for doing, values in (
+        ("Added alone to the base model", e.add_one),
+        ("Left out", e.leave_one_out),
+    ):
         total = values.sum(1)
         at = int(total.abs().argmax())
         t = int(values[at].abs().argmax())
@@ -143,7 +146,7 @@ def _layers(e: ResponseExplanation) -> str:
 def _together(e: ResponseExplanation) -> str:
     """Whether single layers account for the shift, by the sums of both interventions."""
     shift = float(e.shifts.total[0])
-    sums = [float(torch.nansum(v)) for v in (e.added, e.left_out) if v is not None]
+    sums = [float(torch.nansum(v)) for v in (e.add_one, e.leave_one_out) if v is not None]
     return (
         f"Over all {len(e.groups)} layers this sums to {signed(sums[0])} added and "
         f"{signed(sums[1])} left out, of a shift of {signed(shift)}: what differs from it is held "
