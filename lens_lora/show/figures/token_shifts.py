@@ -54,6 +54,7 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
     figure.update_yaxes(
         title_text="shift of log p (nats)", zeroline=True, zerolinecolor="#777777", row=2, col=1
     )
+    figure.update_xaxes(title_text="token of the response", row=2, col=1)
     token_ticks(figure, tokens)
     return figure
 
