@@ -24,7 +24,7 @@ from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
 from lens_lora.hooked.site_factors import SiteFactors, no_such_norm
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
-from lens_lora.temporary import Temporary
+from lens_lora.temporary import Temporary, without_warnings
 
 __all__ = ["BridgeHost"]
 
@@ -206,6 +206,7 @@ class BridgeHost(Host):
             )
 
     def _show_cache(self, span: Temporary) -> None:
+        without_warnings(span, ".past_key_values. is deprecated")
         for block in self.model.blocks:
             add_pre_hook(block.attn, _named_as_before, span, with_kwargs=True)
 
