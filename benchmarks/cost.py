@@ -5,9 +5,9 @@
 Interleaved in one run on the embedded model and its adapter (210 sites, rank 8); medians. F is one
 forward pass, FB one forward and one backward down to the embeddings, FA one forward pass of the
 adapted model without the unembedding. With transformer-lens 4.3 its own attribution patching is
-timed beside. `--growth` times models, adapters and ranks of several sizes instead, `--stream 200000`
-a stream of so many tokens through activations, and `--responses` whole responses, all cells or some
-groups of them.
+timed beside. `--growth` times models, adapters and ranks of several sizes instead,
+`--stream 200000` a stream of so many tokens through activations, and `--responses` whole responses,
+all cells or some groups of them.
 """
 
 from __future__ import annotations
