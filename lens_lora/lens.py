@@ -25,6 +25,7 @@ from lens_lora.hooked.gates import Inject, ScaleInject, site_hooks, writes_at_mo
 from lens_lora.hooked.host_check import OF_A_GIVEN_BASE, base_logits, require_same_logits
 from lens_lora.hooked.misuse import first_non_finite, require_kinds
 from lens_lora.hooked.plan import Plan, make_plan
+from lens_lora.hooked.quantised import differentiable_products
 from lens_lora.hooked.scales import Scale, gates_of
 from lens_lora.hooked.sites import Heads, Site, one_site
 from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
@@ -233,6 +234,7 @@ class LoraLens:
     ) -> None:
         hold(span, lock_of(self.model))
         self._plan.check_state(entries=False)
+        differentiable_products(span, self._plan.quantised)
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
         attach(span, self.model, site_hooks(self._plan, inject, points, before), points)

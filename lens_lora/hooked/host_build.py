@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.host_check import base_logits, require_same_logits
+from lens_lora.hooked.quantised import quantised_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,6 +77,11 @@ def hooked_model(
     """
     chosen = kind or hooked_transformer_if_there()
     makers = {"HookedTransformer": _hooked_transformer, "TransformerBridge": _bridge}
+    if chosen == "HookedTransformer" and quantised_linears(hf_model):
+        raise ModelStateError(
+            "a HookedTransformer copies its weights, and these are quantised; take a "
+            "TransformerBridge (transformer-lens 3 or newer), which wraps the model itself."
+        )
     hf_model.config.architectures = [type(hf_model).__name__]
     expected = base_logits(hf_model, hf_model.dtype)
     try:

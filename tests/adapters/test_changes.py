@@ -195,9 +195,7 @@ def test_between_names_a_model_that_a_bridge_took_over(cls: str):
     hooked = models.MAKERS[cls](base)
     taken = getattr(hooked, "original_model", hooked)
     for pair in ((taken, tuned), (tuned, taken)):
-        with pytest.raises(
-            ll.AdapterError, match="a TransformerBridge changes"
-        ):
+        with pytest.raises(ll.AdapterError, match="a TransformerBridge changes"):
             ll.Adapter.between(*pair, progress=False)
 
 
