@@ -1,4 +1,4 @@
-"""LoraLens: an adapter over a hooked model, as the function f(ε) that every analysis evaluates.
+"""LoraLens: an adapter over a hooked model: the function f(ε) that every analysis evaluates.
 
 ε has one gate per site; f(0) is the base model, f(1) the adapted one.
 """
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from lens_lora._version import versions
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.errors import ModelStateError, NumericsError, SiteError
+from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.attaching import HookFn, attach, hold, lock_of
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.gates import Inject, ScaleInject, site_hooks, writes_at_modules
+from lens_lora.hooked.generates import Generates
 from lens_lora.hooked.host_check import OF_A_GIVEN_BASE, base_logits, require_same_logits
 from lens_lora.hooked.misuse import first_non_finite, require_kinds
 from lens_lora.hooked.plan import Plan, make_plan
 from lens_lora.hooked.scales import Scale, gates_of
-from lens_lora.hooked.sites import Heads, Site, match_sites
+from lens_lora.hooked.sites import Heads, Site, one_site
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.tokenising import prepare
 from lens_lora.temporary import Temporary
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["LoraLens", "Scale"]
 
 
-class LoraLens:
+class LoraLens(Generates):
     """A LoRA adapter over a hooked model, exact up to the model's own rounding.
 
     The model is not changed: hooks are added at the start of a call and removed at its end.
@@ -141,9 +142,9 @@ class LoraLens:
             name: its name.
 
         Raises:
-            SiteError: no such site.
+            SiteError: no such site, or a glob that matches several.
         """
-        return next(iter(match_sites([s.name for s in self.sites], {name: 0})))
+        return one_site([s.name for s in self.sites], name)
 
     def delta_w(self, site: str | Site) -> FactoredMatrix:
         """ΔW_l = s·B·A of one site, [d_out, d_in], so that δz = ΔW z. No forward pass.
@@ -159,13 +160,10 @@ class LoraLens:
         Raises:
             SiteError: no such site, or a glob that matches several.
         """
-        name = site if isinstance(site, str) else site.name
-        hits = list(match_sites([s.name for s in self.sites], {name: 0}))
-        if len(hits) > 1:
-            raise SiteError(f"{name!r} matches {len(hits)} sites; delta_w takes one.")
+        index = self.site_index(site if isinstance(site, str) else site.name)
         from transformer_lens.FactoredMatrix import FactoredMatrix
 
-        return FactoredMatrix(*self.maps[hits[0]].of_weight())
+        return FactoredMatrix(*self.maps[index].of_weight())
 
     def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
         """ε as a tensor on the model's device; derivatives pass through it to a tensor `scale`.
@@ -285,8 +283,7 @@ class LoraLens:
         Args:
             prompts: as tokens.
         """
-        rows = [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)]
-        return [self.decode(row) for row in rows]
+        return [self.decode(prompts.row(i).tokens[0].tolist()) for i in range(prompts.batch)]
 
     def decode(self, ids: Sequence[int]) -> list[str]:
         """Token ids as strings, one by one.

@@ -109,9 +109,10 @@ def without_warnings(span: Temporary, message: str = "") -> None:
         message: a regular expression; without one, every warning.
     """
     quiet = _OneFilter(("ignore", re.compile(message, re.IGNORECASE), Warning, None, 0))
-    filters = warnings.filters
+    filters: Any = warnings.filters
 
     def take_out() -> None:
+        held: Any
         for held in (filters, warnings.filters):
             with contextlib.suppress(ValueError):
                 held.remove(quiet)

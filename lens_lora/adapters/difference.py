@@ -89,6 +89,17 @@ def _require_models(*models: object) -> None:
                 f"between takes two Hugging Face models, and one is a {type(model).__name__}; load "
                 "it with AutoModelForCausalLM.from_pretrained(name)."
             )
+        hooked = next((n for n, m in model.named_modules() if _is_hooked(m)), None)
+        if hooked is not None:
+            raise AdapterError(
+                f"{hooked or type(model).__name__} is TransformerLens's: a TransformerBridge "
+                "changes the Hugging Face model that it is given. Take the difference before the "
+                "bridge is made, or load the model again."
+            )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformer_lens.")
 
 
 def _is_covered(module: nn.Module) -> bool:

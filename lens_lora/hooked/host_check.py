@@ -26,7 +26,10 @@ __all__ = [
     "require_same_logits",
 ]
 
-_CHECKED_TOKENS, _AGREEMENT = 8, 1e-3
+_CHECKED_TOKENS = 8
+# Of the logits' range. Rounding takes 1e-5 in float32, and 1e-7 in float64, as weights are folded
+# in float32.
+_AGREEMENT = 1e-4
 OF_A_GIVEN_BASE = (
     "Either hf_model is not its base, or transformer-lens builds this family wrongly (2.18 ignores "
     "Llama's rope_theta, and misfolds Mixtral); try another version, or its TransformerBridge."
@@ -114,7 +117,7 @@ def require_same_logits(
         words: for the error: what computes, what it is compared with, and the remedy.
 
     Raises:
-        ModelStateError: they differ by more than a thousandth of their range.
+        ModelStateError: they differ by more than a ten-thousandth of their range.
     """
     if expected is None:
         return

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.errors import TokenError
+from lens_lora.readouts.generated import Generated
 from lens_lora.readouts.prompts import Prompts, require_context, which_prompt
 from lens_lora.readouts.readout import Before, Margin, Readout, TokenLike, name_of
 from lens_lora.readouts.rows import LogProbs, Reading
@@ -30,7 +31,9 @@ from lens_lora.readouts.tokenising import ids_after
 
 __all__ = ["AnswerLike", "AnswerLogProb", "AnswerMargin", "answer_ids", "margin_between"]
 
-AnswerLike = str | int | Int[Tensor, "_token"] | Sequence[str | int | Int[Tensor, "_token"]]
+AnswerLike = (
+    str | int | Int[Tensor, "_token"] | Sequence[str | int | Int[Tensor, "_token"]] | Generated
+)
 Ids = tuple[int, ...]
 
 
@@ -42,7 +45,7 @@ class AnswerLogProb(Readout):
 
     Args:
         answer: a string (with its leading space), one token id, ids [token], or a list of these,
-            one per prompt.
+            one per prompt; or what `LoraLens.generate` returned.
     """
 
     answer: AnswerLike
@@ -173,7 +176,8 @@ def _token(answer: AnswerLike) -> TokenLike:
         return answer
     if isinstance(answer, Tensor | numbers.Integral):
         return int(answer)
-    return [a if isinstance(a, str) else int(a) for a in answer]
+    items = answer.ids if isinstance(answer, Generated) else answer
+    return [a if isinstance(a, str) else int(a) for a in items]
 
 
 def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
@@ -199,6 +203,8 @@ def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) 
 
 
 def _items(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
+    if isinstance(answer, Generated):
+        return list(answer.ids)
     if isinstance(answer, str | Tensor) or arguments.is_whole(answer):
         return [answer] * batch
     if isinstance(answer, bytes) or not isinstance(answer, Sequence):
@@ -296,5 +302,8 @@ def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
 
 
 def _name(answer: AnswerLike) -> str:
-    """As a token's, but a tensor holds the ids of one answer."""
+    """As a token's, but a tensor holds the ids of one answer, and what was generated its text."""
+    if isinstance(answer, Generated):
+        one, *others = answer.text
+        answer = [one, *others] if others else one
     return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else name_of(answer)

@@ -5,12 +5,11 @@ Each function is what `repr` gives of results of its type; of one without its ow
 
 from __future__ import annotations
 
-from markupsafe import Markup
-
 from lens_lora.analyses.compare import Comparison
 from lens_lora.analyses.components import Components
 from lens_lora.analyses.coupling import Coupling
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
+from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.analyses.faithfulness import Faithfulness
 from lens_lora.analyses.feature_shift import FeatureShift
 from lens_lora.analyses.feature_writes import FeatureWrites
@@ -28,6 +27,7 @@ from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
 from lens_lora.results.measured import SIGMAS, Result
 from lens_lora.show.page.notebook import attribution_html
+from lens_lora.show.page.render import plain_text
 from lens_lora.show.tables.attribution import attribution_text
 from lens_lora.show.text import key_text
 
@@ -42,7 +42,7 @@ def _result(result: Result) -> str:
 
 @drawing.html.register(Result)
 def _result_html(result: Result) -> str:
-    return Markup("<pre>{}</pre>").format(drawing.text(result))
+    return plain_text(drawing.text(result))
 
 
 @drawing.text.register(Effects)
@@ -85,9 +85,10 @@ def _comparison(comparison: Comparison) -> str:
 def _faithfulness(found: Faithfulness) -> str:
     noisy = int((found.shift.abs() <= SIGMAS * found.noise_floor).sum())
     note = f"\n{noisy} prompts have no shift above the noise and are left out." if noisy else ""
+    summary = found.summary().rename(index=key_text)
     return (
         f"Faithfulness on {found.readout}: {len(found.base)} prompts × {len(found.sites)} sites, "
-        f"shares of the shift\n{found.summary().to_string()}{note}"
+        f"shares of the shift\n{summary.to_string()}{note}"
     )
 
 
@@ -167,6 +168,11 @@ def _fact_margin(margin: FactMargin) -> str:
 def _explanation(explanation: Explanation) -> str:
     readout, units = explanation.first_order.readout, explanation.units
     return f"Explanation of {readout}, in {units}:\n{explanation.story()}"
+
+
+@drawing.text.register(ResponseExplanation)
+def _response_explanation(explanation: ResponseExplanation) -> str:
+    return f"ResponseExplanation:\n{explanation.story()}"
 
 
 @drawing.text.register(AdapterSummary)

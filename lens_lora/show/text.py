@@ -6,23 +6,28 @@ import math
 import re
 from collections.abc import Sequence
 
+from markupsafe import escape
+
 from lens_lora.results.attribution import Attribution, Quadrature
 from lens_lora.results.keys import GREEDY, RANDOM, UPDATE_NORM, WEIGHT_NORM, key_of
 
 __all__ = [
     "key_text",
+    "label",
     "magnitude",
     "method_text",
     "percent",
     "prompt_text",
     "quadrature_text",
     "share_text",
+    "short_prompt",
     "signed",
     "top_rows",
     "visible",
 ]
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_SHORT = 80
 _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 
 
@@ -85,6 +90,15 @@ def visible(token: str) -> str:
     return shown or "∅"
 
 
+def label(text: str) -> str:
+    """Text as it stands, for a figure: plotly reads tags in it, `$…$` as TeX, `%{…}` as a variable.
+
+    Args:
+        text: any.
+    """
+    return str(escape(text)).replace("$", "&#36;").replace("%{", "&#37;{")
+
+
 def prompt_text(tokens: Sequence[str]) -> str:
     """A prompt as one line, without the special token that a tokenizer puts in front.
 
@@ -93,6 +107,20 @@ def prompt_text(tokens: Sequence[str]) -> str:
     """
     shown = tokens[1:] if len(tokens) > 1 and _SPECIAL_TOKEN.fullmatch(tokens[0]) else tokens
     return "".join(c if c.isprintable() else visible(c) for c in "".join(shown))
+
+
+def short_prompt(tokens: Sequence[str]) -> str:
+    """The end of a prompt as one line, without special tokens: for headings.
+
+    Args:
+        tokens: of the prompt.
+    """
+    said = "".join(t if not _SPECIAL_TOKEN.fullmatch(t) else " " for t in tokens)
+    words = " ".join("".join(c if c.isprintable() else " " for c in said).split())
+    if len(words) <= _SHORT:
+        return words
+    end = words[-_SHORT:]
+    return f"… {end.partition(' ')[2] or end}"
 
 
 _KEYS = {

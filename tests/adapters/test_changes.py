@@ -189,6 +189,16 @@ def test_what_between_refuses():
         ll.Adapter.between(base, tuned, rank=0, progress=False)
 
 
+def test_between_names_a_model_that_a_bridge_took_over(cls: str):
+    """A bridge changes the model that it is given, in place."""
+    base, tuned = models.hf_model("llama"), fine_tuned(models.hf_model("llama"))
+    hooked = models.MAKERS[cls](base)
+    taken = getattr(hooked, "original_model", hooked)
+    for pair in ((taken, tuned), (tuned, taken)):
+        with pytest.raises(ll.AdapterError, match="a TransformerBridge changes"):
+            ll.Adapter.between(*pair, progress=False)
+
+
 def test_between_refuses_experts_in_one_parameter():
     base, tuned = models.hf_model("mixtral"), models.hf_model("mixtral")
     experts = [p for name, p in tuned.named_parameters() if "experts" in name]

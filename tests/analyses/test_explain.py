@@ -125,8 +125,8 @@ def test_fast_leaves_the_slow_parts_out_and_says_so():
     assert found.is_fast and found.comparisons == () and found.null is None
     assert "Not measured: single modules added or left out, keep and drop curves" in found.story()
     assert set(found.figures()) == {
-        *("path", "remainder", "second order", "sites", "positions"),
-        "reliability, leave_one_out",
+        *("path", "remainder", "second_order", "sites", "positions"),
+        "reliability/leave_one_out",
     }
     assert "add_one" not in found.to_frame().columns
     own = without_plotly(found.report())
@@ -239,7 +239,7 @@ def test_story_below_the_noise_compares_nothing():
     own = html.unescape(without_plotly(found.report()))
     assert "No single module moves the margin by more than rounding (3e-05)" in own
     assert "Which few modules carry" not in own and "Pearson" not in own
-    assert {"added", "left out", "faithfulness"}.isdisjoint(found.figures())
+    assert {"add_one", "leave_one_out", "faithfulness"}.isdisjoint(found.figures())
     assert {share for _, _, share in remainder_rows(found)} == {"noise", ""}
 
 

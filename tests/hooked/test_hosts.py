@@ -126,7 +126,7 @@ def test_delta_w_meets_other_factored_matrices(cls: str):
     assert isinstance(seen, FactoredMatrix) and (seen.AB - expected).abs().max() < EXACT
     values = lens.delta_w(site).S
     assert (values[:3] - torch.linalg.svdvals(lens.delta_w(site).AB)[:3]).abs().max() < EXACT
-    with pytest.raises(ll.SiteError, match="matches .* sites; delta_w takes one"):
+    with pytest.raises(ll.SiteError, match="matches .* sites; name one"):
         lens.delta_w("blocks.*.attn.q")
     with pytest.raises(ll.SiteError, match="matches no site"):
         lens.delta_w("blocks.9.attn.q")

@@ -218,6 +218,8 @@ def test_site_index(lens):
     assert [lens.site_index(s.name) for s in lens.sites] == list(range(6))
     with pytest.raises(SiteError, match="'blocks.9.attn.q' matches no site"):
         lens.site_index("blocks.9.attn.q")
+    with pytest.raises(SiteError, match=r"'blocks.0.\*' matches .* sites; name one"):
+        lens.site_index("blocks.0.*")
 
 
 # --- modules that the model lacks

@@ -8,6 +8,7 @@ import html
 import itertools
 import re
 
+import plotly.graph_objects as go
 import pytest
 from browser import Reader, browser, drawn, opened
 from explained import by_hand
@@ -15,6 +16,7 @@ from results_by_hand import EVIL, SITES, attribution, without_plotly
 
 from lens_lora.show.page import render
 from lens_lora.show.page.report import explanation_report, margin_report
+from lens_lora.show.text import label
 
 # --- the page
 
@@ -225,6 +227,22 @@ def test_browser_runs_no_name_and_drops_none(tmp_path):
     assert console == [] and drawn(dom) == PLOTS
     texts = Reader(dom).texts
     assert {shown(titled), *map(shown, HOSTILE)} <= set(texts)
+
+
+PLOTLYS_OWN = ("$x$ costs $5", "%{x} of %{y}", "<b>bold</b>", 'it\'s "so"', "&quot;")
+
+
+@browser
+@pytest.mark.parametrize("written", [label, html.escape])
+def test_a_figure_writes_what_plotly_would_read_as_marks(written, tmp_path):
+    """In the control `&quot;` stays, and plotly asks for MathJax to typeset what $ encloses."""
+    names = [written(text) for text in PLOTLYS_OWN]
+    figure = go.Figure(go.Bar(x=[1.0] * len(names), y=names, orientation="h"))
+    figure.update_xaxes(title_text="x")
+    dom, console = opened(figure.to_html(include_mathjax=False), tmp_path)
+    texts = Reader(dom).texts
+    assert (console == []) == (set(PLOTLYS_OWN) <= set(texts)) == (written is label)
+    assert any("$" in name or "%{" in name for name in names) == (written is not label)
 
 
 @browser

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from lens_lora.results.activation_effects import ActivationEffects
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.parts import bars, heatmap, token_ticks, value_text, whose
 from lens_lora.show.figures.style import Cells, Labels, title
-from lens_lora.show.text import visible
+from lens_lora.show.text import label, visible
 
 __all__ = ["activation_figure"]
 
@@ -89,7 +88,7 @@ def _by_layer(effects: ActivationEffects, values: Sequence[float], shift: float)
 def _text(name: str, value: float | None, shift: float, units: str) -> str:
     if value is None:
         return "no such position"
-    return f"<b>{html.escape(name)}</b><br>{value_text(value, shift, units)}"
+    return f"<b>{label(name)}</b><br>{value_text(value, shift, units)}"
 
 
 def _or_none(value: float | None) -> float | None:

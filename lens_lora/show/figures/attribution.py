@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from lens_lora.results.attribution import Attribution
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.parts import heatmap, token_ticks, value_text, whose
 from lens_lora.show.figures.style import KINDS, OUTSIDE, Cells, Labels, title
-from lens_lora.show.text import key_text, visible
+from lens_lora.show.text import key_text, label, visible
 
 __all__ = ["position_heatmap", "require_positions", "site_heatmap"]
 
@@ -41,7 +40,7 @@ def site_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Figu
         row, column = layers.index(site.layer), kinds.index(site.kind)
         z[row][column] = value
         hover[row][column] = (
-            f"<b>{html.escape(site.name)}</b><br>{html.escape(site.module)}"
+            f"<b>{label(site.name)}</b><br>{label(site.module)}"
             f"<br>{value_text(value, float(shift), attribution.units)}"
         )
     figure = _by_layer(z, hover, kinds, attribution)
@@ -73,7 +72,7 @@ def position_heatmap(attribution: Attribution, prompt: int | None = None) -> go.
         z[at] = [(old or 0.0) + new for old, new in zip(z[at], row, strict=True)]
     hover = [
         [
-            f"<b>layer {layer}, position {i}</b>: {html.escape(visible(token))}"
+            f"<b>layer {layer}, position {i}</b>: {label(visible(token))}"
             f"<br>{_or_no_site(value, shift, attribution.units)}"
             for i, (token, value) in enumerate(zip(tokens, row, strict=True))
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 
 import plotly.graph_objects as go
@@ -12,7 +11,7 @@ from lens_lora.results import drawing
 from lens_lora.results.choosing import prompt_rows
 from lens_lora.show.figures.parts import PALETTE, whose
 from lens_lora.show.figures.style import INK, KINDS, style, title
-from lens_lora.show.text import key_text, signed
+from lens_lora.show.text import key_text, label, signed
 
 __all__ = ["comparison_scatter"]
 
@@ -32,9 +31,9 @@ def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.
         ArgumentError: no such prompt.
     """
     x, y = _values(comparison, prompt)
-    units = html.escape(comparison.units)
+    units = label(comparison.units)
     across, upwards = (
-        html.escape(key_text(key)) for key in (comparison.attribution_name, comparison.effects_name)
+        label(key_text(key)) for key in (comparison.attribution_name, comparison.effects_name)
     )
     low, high = min([*x, *y]), max([*x, *y])
     spare = _MARGIN * (high - low or 1.0)
@@ -57,7 +56,7 @@ def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.
                 x=[x[i] for i in own],
                 y=[y[i] for i in own],
                 mode="markers",
-                name=html.escape(kind),
+                name=label(kind),
                 marker={
                     "color": PALETTE[number % len(PALETTE)],
                     "symbol": _SYMBOLS[number // len(PALETTE) % len(_SYMBOLS)],
@@ -65,7 +64,7 @@ def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.
                     "opacity": 0.75,
                 },
                 hovertext=[
-                    f"<b>{html.escape(comparison.labels[i])}</b><br>{signed(x[i])} {units}, "
+                    f"<b>{label(comparison.labels[i])}</b><br>{signed(x[i])} {units}, "
                     f"{across}<br>{signed(y[i])} {units}, {upwards}"
                     for i in own
                 ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ from lens_lora.results import drawing
 from lens_lora.results.choosing import prompt_rows
 from lens_lora.show.figures.parts import colorbar, whose
 from lens_lora.show.figures.style import BLANK, DIVERGING, style, title
+from lens_lora.show.text import label
 
 __all__ = ["coupling_heatmap"]
 
@@ -36,11 +36,11 @@ def coupling_heatmap(coupling: Coupling, prompt: int | None = None) -> go.Figure
     """
     rows = prompt_rows(prompt, len(coupling.matrix))
     half = coupling.matrix[rows].double().cpu().mean(0) / 2
-    names = [html.escape(name) for name in coupling.groups]
+    names = [label(name) for name in coupling.groups]
     sizes = half.abs().flatten()
     is_cut = len(names) > _MOST_NAMES and bool(sizes.quantile(_CUT) > 0)
     reach = float(sizes.quantile(_CUT) if is_cut else sizes.max()) or 1.0
-    units = html.escape(coupling.units)
+    units = label(coupling.units)
     figure = go.Figure(
         go.Heatmap(
             z=half.numpy(),
@@ -78,7 +78,7 @@ def coupling_heatmap(coupling: Coupling, prompt: int | None = None) -> go.Figure
 
 def _ticks(coupling: Coupling) -> dict[str, str]:
     """Every group by name; where they are many, the first of every few layers."""
-    names = {name: html.escape(name) for name in coupling.groups}
+    names = {name: label(name) for name in coupling.groups}
     if len(names) <= _MOST_NAMES:
         return dict(zip(names.values(), names.values(), strict=True))
     first: dict[int, str] = {}

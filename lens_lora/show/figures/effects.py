@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-
 import plotly.graph_objects as go
 
 from lens_lora.results import drawing
@@ -11,7 +9,7 @@ from lens_lora.results.effects import Effects
 from lens_lora.show.figures.attribution import site_heatmap
 from lens_lora.show.figures.parts import bars, value_text, whose
 from lens_lora.show.figures.style import title
-from lens_lora.show.text import key_text, signed
+from lens_lora.show.text import key_text, label, signed
 
 __all__ = ["effects_figure", "group_bars"]
 
@@ -45,7 +43,7 @@ def group_bars(effects: Effects, prompt: int | None = None) -> go.Figure:
     _, values, total, _ = effects.entries(prompt)
     shift, units = float(total), effects.units
     hover = [
-        f"<b>{html.escape(name)}</b><br>{value_text(value, shift, units)}<br>sites: {len(of)}"
+        f"<b>{label(name)}</b><br>{value_text(value, shift, units)}<br>sites: {len(of)}"
         for (name, of), value in zip(effects.groups.items(), values.tolist(), strict=True)
     ]
     figure = bars(list(effects.groups), values.tolist(), hover, units)

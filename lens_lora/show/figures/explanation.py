@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plotly.graph_objects import Figure
 
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.results import drawing
 from lens_lora.show.figures.attribution import position_heatmap, site_heatmap
 from lens_lora.show.figures.comparison import comparison_scatter
@@ -31,19 +31,19 @@ def explanation_figures(e: Explanation) -> dict[str, Figure]:
     figures = {
         "path": margin_figure(e.margin),
         "remainder": remainder_figure(e.margin.curve),
-        "second order": second_order_figure(e.second_order),
+        "second_order": second_order_figure(e.second_order),
         "sites": site_heatmap(first),
         "positions": position_heatmap(first),
     }
     if e.coupling is not None:
         figures["coupling"] = coupling_heatmap(e.coupling)
     for name, comparison in zip(
-        ("added", "left out", "left out at 1"), e.comparisons, strict=False
+        ("add_one", "leave_one_out", "leave_one_out@1"), e.comparisons, strict=False
     ):
         if is_comparable(comparison, a):
             figures[name] = comparison_scatter(comparison)
     for question, found in e.reliability.items():
-        figures[f"reliability, {question}"] = reliability_figure(found)
+        figures[f"reliability/{question}"] = reliability_figure(found)
     if e.faithfulness is not None and not a.is_noise(a.shift):
         figures["faithfulness"] = faithfulness_figure(e.faithfulness)
     if e.null is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -13,7 +11,7 @@ from lens_lora.results.choosing import prompt_rows
 from lens_lora.results.keys import RANDOM, UPDATE_NORM, WEIGHT_NORM
 from lens_lora.show.figures.parts import PALETTE, whose
 from lens_lora.show.figures.style import GRID, INK, NOISE, style, title
-from lens_lora.show.text import key_text, percent
+from lens_lora.show.text import key_text, label, percent
 
 __all__ = ["faithfulness_figure"]
 
@@ -57,7 +55,7 @@ def faithfulness_figure(result: Faithfulness, prompt: int | None = None) -> go.F
                 go.Scatter(
                     x=fractions,
                     y=shares,
-                    name=html.escape(key_text(name)),
+                    name=label(key_text(name)),
                     legendgroup=name,
                     showlegend=column == 1,
                     mode="lines+markers",
@@ -68,7 +66,7 @@ def faithfulness_figure(result: Faithfulness, prompt: int | None = None) -> go.F
                     },
                     marker={"size": 6, "symbol": _BASELINES.get(name, _SOLID)[1]},
                     hovertext=[
-                        f"<b>{html.escape(key_text(name))}</b>, {area}<br>{count} of {sites} "
+                        f"<b>{label(key_text(name))}</b>, {area}<br>{count} of {sites} "
                         f"sites: {percent(y / 100) if y is not None else '—'} of the shift"
                         for count, y in zip(result.counts, shares, strict=True)
                     ],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-
 import plotly.graph_objects as go
 
 from lens_lora.analyses.feature_shift import FeatureShift
@@ -12,7 +10,7 @@ from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.parts import heatmap, token_ticks, whose
 from lens_lora.show.figures.style import EXACT, LINEAR, Cells, style, title
-from lens_lora.show.text import signed, visible
+from lens_lora.show.text import label, signed, visible
 
 __all__ = ["feature_figure", "writes_figure"]
 
@@ -58,13 +56,13 @@ def writes_figure(writes: FeatureWrites, k: int = 20, prompt: int | None = None)
     z: Cells = values[:, chosen].tolist()
     hover = [
         [
-            f"<b>{html.escape(site.name)}</b>, feature {feature}<br>{signed(value or 0.0)} "
-            f"{html.escape(writes.units)}"
+            f"<b>{label(site.name)}</b>, feature {feature}<br>{signed(value or 0.0)} "
+            f"{label(writes.units)}"
             for feature, value in zip(chosen, row, strict=True)
         ]
         for site, row in zip(writes.sites, z, strict=True)
     ]
-    names = [html.escape(site.name) for site in writes.sites]
+    names = [label(site.name) for site in writes.sites]
     figure = heatmap(z, hover, [str(f) for f in chosen], names, writes.units, row_height=20)
     heading = f"δz of each site onto features{whose(prompt, len(writes.values))}"
     below = f"what it writes by itself, {_at(writes.positions)}"
@@ -77,7 +75,7 @@ def writes_figure(writes: FeatureWrites, k: int = 20, prompt: int | None = None)
 def _bars(shift: FeatureShift, k: int, prompt: int | None) -> go.Figure:
     top = shift.top(k, prompt)[::-1]
     names = [f"feature {feature}" for feature in top["feature"]]
-    units = html.escape(shift.units)
+    units = label(shift.units)
     exact = go.Bar(
         x=top["shift"].tolist(),
         y=names,
@@ -111,8 +109,8 @@ def _by_position(shift: FeatureShift, k: int, prompt: int | None) -> go.Figure:
     z: Cells = values[chosen, : len(tokens)].tolist()
     hover = [
         [
-            f"<b>feature {feature}</b>, position {i} {html.escape(visible(token))}"
-            f"<br>{signed(value or 0.0)} {html.escape(shift.units)}"
+            f"<b>feature {feature}</b>, position {i} {label(visible(token))}"
+            f"<br>{signed(value or 0.0)} {label(shift.units)}"
             for i, (token, value) in enumerate(zip(tokens, row, strict=True))
         ]
         for feature, row in zip(chosen, z, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 
 import plotly.graph_objects as go
@@ -12,6 +11,7 @@ from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.parts import along_path
 from lens_lora.show.figures.style import FLIP, INK, style, title
+from lens_lora.show.text import label
 
 __all__ = ["margin_figure"]
 
@@ -51,5 +51,5 @@ def margin_figure(fact_margin: FactMargin, prompt: int | None = None) -> go.Figu
     style(figure, height=380)
     figure.update_layout(title=title(curve.readout, "along ε, from the base model to the adapted"))
     figure.update_xaxes(title_text="ε, strength of the adapter")
-    figure.update_yaxes(title_text=f"margin, {html.escape(curve.units)}")
+    figure.update_yaxes(title_text=f"margin, {label(curve.units)}")
     return figure

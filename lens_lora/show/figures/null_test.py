@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 
 import plotly.graph_objects as go
@@ -11,7 +10,7 @@ from lens_lora.analyses.null_test import NullTest
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.style import EXACT, LEGEND_BELOW, LINEAR, style, title
-from lens_lora.show.text import magnitude, percent, signed
+from lens_lora.show.text import label, magnitude, percent, signed
 
 __all__ = ["null_figure"]
 
@@ -31,7 +30,7 @@ def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
         ArgumentError: no such prompt, or several and none named.
     """
     index = only_prompt(prompt, len(test.noise_floor), "null tests")
-    sites, units = test.observed.sites, html.escape(test.units)
+    sites, units = test.observed.sites, label(test.units)
     values = test.observed.per_site[index].double().tolist()
     largest = test.null[:, index].abs().amax(0).double().tolist()
     outside = [abs(v) > top for v, top in zip(values, largest, strict=True)]
@@ -55,7 +54,7 @@ def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
                 mode="markers",
                 marker={"size": 6, "color": colour},
                 hovertext=[
-                    f"<b>{html.escape(sites[i].name)}</b><br>{signed(values[i])} {units}"
+                    f"<b>{label(sites[i].name)}</b><br>{signed(values[i])} {units}"
                     f"<br>largest of the draws {magnitude(largest[i])}"
                     f"<br>z = {signed(float(test.z[index, i]))}"
                     for i in some

@@ -6,7 +6,6 @@ Heatmaps are centred at zero, blue pushes the readout up and red down; what does
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import plotly.graph_objects as go
 
 from lens_lora.analyses.remainder_curve import RemainderCurve
 from lens_lora.show.figures.style import BLANK, DIVERGING, EXACT, LINEAR, Cells, Labels, style
-from lens_lora.show.text import percent, signed, visible
+from lens_lora.show.text import label, percent, signed, visible
 
 __all__ = [
     "NEGATIVE",
@@ -55,7 +54,7 @@ def value_text(value: float, shift: float, units: str) -> str:
         units: the readout's.
     """
     share = percent(value / shift) if shift else "—"
-    return f"{signed(value)} {html.escape(units)}<br>{share} of the shift"
+    return f"{signed(value)} {label(units)}<br>{share} of the shift"
 
 
 def colorbar(units: str, note: str = "") -> dict[str, Any]:
@@ -67,7 +66,7 @@ def colorbar(units: str, note: str = "") -> dict[str, Any]:
     """
     below = f"<br>{note}" if note else ""
     return {
-        "title": {"text": f"{html.escape(units)}<br>blue pushes up{below}", "side": "top"},
+        "title": {"text": f"{label(units)}<br>blue pushes up{below}", "side": "top"},
         "thickness": 14,
         "outlinewidth": 0,
     }
@@ -136,7 +135,7 @@ def bars(
     figure = go.Figure(
         go.Bar(
             x=list(values),
-            y=[html.escape(name) for name in names],
+            y=[label(name) for name in names],
             orientation="h",
             marker={"color": [EXACT if v >= 0 else NEGATIVE for v in values]},
             hovertext=list(hover),
@@ -144,7 +143,7 @@ def bars(
         )
     )
     style(figure, height=max(240, 130 + 20 * len(names)))
-    figure.update_xaxes(title_text=html.escape(units), zeroline=True, zerolinecolor="#777777")
+    figure.update_xaxes(title_text=label(units), zeroline=True, zerolinecolor="#777777")
     figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
     return figure
 
@@ -157,7 +156,7 @@ def token_ticks(figure: go.Figure, tokens: Sequence[str]) -> None:
         tokens: of the prompt.
     """
     ticks = range(0, len(tokens), math.ceil(len(tokens) / _MOST_TICKS))
-    labels = [f"{i} {html.escape(visible(tokens[i]))}" for i in ticks]
+    labels = [f"{i} {label(visible(tokens[i]))}" for i in ticks]
     figure.update_xaxes(tickvals=list(ticks), ticktext=labels)
 
 
@@ -170,7 +169,7 @@ def along_path(curve: RemainderCurve, index: int) -> list[go.Scatter]:
     """
     base, slope = float(curve.base[index]), float(curve.slope[index])
     scales = [0.0, *curve.scales.double().tolist()]
-    units = html.escape(curve.units)
+    units = label(curve.units)
     exact = go.Scatter(
         x=scales,
         y=[base, *curve.values[index].double().tolist()],

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import html
-
 import plotly.graph_objects as go
 
 from lens_lora.analyses.reliability import Reliability
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.style import EXACT, INK, LEGEND_BELOW, LINEAR, style, title
-from lens_lora.show.text import signed
+from lens_lora.show.text import label, signed
 
 __all__ = ["reliability_figure"]
 
@@ -59,7 +57,7 @@ def reliability_figure(found: Reliability, prompt: int | None = None) -> go.Figu
         title=title(found.readout, f"first order against {_QUESTIONS[found.how]}: which to trust"),
         legend=LEGEND_BELOW,
     )
-    units = html.escape(found.units)
+    units = label(found.units)
     figure.update_xaxes(title_text=f"a at ε = 0, {units}", zeroline=True, zerolinecolor=INK)
     figure.update_yaxes(
         title_text=f"a + correction, {units}", zeroline=True, zerolinecolor=INK, range=_range(x + y)
@@ -96,9 +94,9 @@ def _wedge(x: list[float], threshold: float) -> list[go.Scatter]:
 
 
 def _hover(found: Reliability, prompt: int, site: int, a: float, corrected: float) -> str:
-    units = html.escape(found.units)
+    units = label(found.units)
     lines = [
-        f"<b>{html.escape(found.attribution.sites[site].name)}</b>",
+        f"<b>{label(found.attribution.sites[site].name)}</b>",
         f"first order {signed(a)} {units}",
         f"corrected {signed(corrected)} {units}",
         f"score {float(found.score[prompt, site]):.2f}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
@@ -14,7 +13,7 @@ from lens_lora.results.choosing import only_prompt
 from lens_lora.results.measured import SIGMAS
 from lens_lora.show.figures.parts import along_path
 from lens_lora.show.figures.style import LINEAR, NOISE, style, title
-from lens_lora.show.text import signed
+from lens_lora.show.text import label, signed
 
 __all__ = ["remainder_figure"]
 
@@ -50,7 +49,7 @@ def remainder_figure(curve: RemainderCurve, prompt: int | None = None) -> go.Fig
     figure.update_layout(
         title=title(curve.readout, "along ε: exact, first order, and what it leaves")
     )
-    figure.update_yaxes(title_text=html.escape(curve.units), row=1, col=1)
+    figure.update_yaxes(title_text=label(curve.units), row=1, col=1)
     clear = [s for s, noise in zip(shares, is_noise, strict=True) if s is not None and not noise]
     largest = max(clear, default=1.0)
     top, cut = min(1.12 * largest, _HIGHEST_SHARE), ", cut" if largest > _HIGHEST_SHARE else ""
@@ -73,7 +72,7 @@ def _share_trace(
     units: str,
 ) -> go.Scatter:
     notes = [
-        f"R = {signed(r)} {html.escape(units)}" + (", below the noise" if noise else "")
+        f"R = {signed(r)} {label(units)}" + (", below the noise" if noise else "")
         for r, noise in zip(rest, is_noise, strict=True)
     ]
     return go.Scatter(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
-
 import plotly.graph_objects as go
 
 from lens_lora.analyses.second_order import SecondOrder
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.style import EXACT, FLIP, INK, LINEAR, style, title
+from lens_lora.show.text import label
 
 __all__ = ["second_order_figure"]
 
@@ -28,7 +27,7 @@ def second_order_figure(second: SecondOrder, prompt: int | None = None) -> go.Fi
     index = only_prompt(prompt, len(second.shift), "curves along ε")
     curve = second.curve
     scales = [0.0, *curve.scales.double().tolist()]
-    units = html.escape(curve.units)
+    units = label(curve.units)
     lines = (
         ("exact", curve.shift[index].tolist(), {"color": EXACT, "width": 2.5}),
         ("first order", curve.first_order[index].tolist(), _dashed(LINEAR, "dash")),

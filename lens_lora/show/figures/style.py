@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import plotly.graph_objects as go
+
+from lens_lora.show.text import label
 
 EMBEDDINGS = ("embed", "pos_embed")
 OUTSIDE = (*EMBEDDINGS, "embed_ln", "ln_final", "unembed")
@@ -36,7 +37,7 @@ Labels = list[list[str]]
 
 def title(heading: str, below: str) -> dict[str, object]:
     """A heading and a smaller line below it, escaped."""
-    text = f"{html.escape(heading)}<br><span style='font-size:12px'>{html.escape(below)}</span>"
+    text = f"{label(heading)}<br><span style='font-size:12px'>{label(below)}</span>"
     return {"text": text, "x": 0, "xref": "container", "pad": {"l": 12}, "font": {"size": 15}}
 
 

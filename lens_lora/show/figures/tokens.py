@@ -9,8 +9,9 @@ Tokens are escaped first: circuitsvis writes them into the page as HTML.
 
 from __future__ import annotations
 
-import html
 from typing import Any
+
+from markupsafe import escape
 
 from lens_lora.errors import LensLoraError
 from lens_lora.results import drawing
@@ -18,6 +19,7 @@ from lens_lora.results.attribution import Attribution
 from lens_lora.results.choosing import only_prompt
 from lens_lora.results.token_view import TokenView
 from lens_lora.show.figures.attribution import require_positions
+from lens_lora.show.page.render import captioned
 from lens_lora.show.text import key_text, signed
 
 __all__ = ["TokenView", "token_view"]
@@ -43,21 +45,20 @@ def token_view(attribution: Attribution, prompt: int | None = None) -> TokenView
     values = attribution.values[index].double().nansum([0, *others])[: len(tokens)].tolist()
     reach = max(map(abs, values), default=0.0) or 1.0
     drawn = _circuitsvis().colored_tokens(
-        [html.escape(token) for token in tokens], values, min_value=-reach, max_value=reach
+        [str(escape(token)) for token in tokens], values, min_value=-reach, max_value=reach
     )
     # The div is written as if it closed itself, which HTML does not know: it would swallow the
     # rest of the page.
     picture = drawn.local_src.replace("/>", "></div>", 1)
-    return TokenView(tokens, tuple(values), f"<div>{_caption(attribution, values)}{picture}</div>")
+    return TokenView(tokens, tuple(values), captioned(_caption(attribution, values), picture))
 
 
 def _caption(attribution: Attribution, values: list[float]) -> str:
-    text = (
+    return (
         f"{attribution.readout}, {key_text(attribution.key)}: each token "
         f"through all sites, {signed(sum(values))} {attribution.units} in all. Blue pushes up, "
         "red down."
     )
-    return f"<p style='color:#777;font:13px sans-serif'>{html.escape(text)}</p>"
 
 
 def _circuitsvis() -> Any:

@@ -1,7 +1,8 @@
 """Pages and notebook tables written from Jinja templates.
 
-The templates escape whatever they are given. The only exception is what plotly itself wrote, its
-script and its drawings: `Plots` and `page_html` mark these as HTML, and nothing else does.
+The templates escape whatever they are given. The only exception is what plotly and circuitsvis
+themselves wrote, scripts and drawings: `Plots`, `page_html` and `captioned` mark these as HTML, and
+nothing else does.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from lens_lora.show.figures.style import EXACT
-from lens_lora.show.page.parts import Part, Plot, Table
+from lens_lora.show.page.parts import Noted, Part, Plot, Table
 from lens_lora.show.text import visible
 
-__all__ = ["Plots", "notebook_html", "page_html", "shaded_text"]
+__all__ = [
+    "Noted",
+    "Plots",
+    "captioned",
+    "notebook_html",
+    "page_html",
+    "plain_text",
+    "shaded_text",
+]
 
 _TITLE_HEIGHT = 14
 _BUTTONS = ["zoom2d", "pan2d", "resetScale2d", "toImage"]
@@ -50,14 +59,34 @@ def notebook_html(heading: str, notes: Sequence[str], tables: Sequence[Table]) -
     return template.render(heading=heading, notes=notes, tables=tables)
 
 
-def shaded_text(heading: str, tokens: Sequence[tuple[str, float, str]]) -> str:
+def shaded_text(heading: str, tokens: Sequence[Noted]) -> str:
     """Text whose tokens are shaded, for a notebook or a page.
 
     Args:
         heading: what is shown.
-        tokens: each token, its shade from 0 to 1, and what is said where the mouse rests on it.
+        tokens: what is said of each is shown where the mouse rests on it.
     """
     return _templates().get_template("shaded.html.j2").render(heading=heading, tokens=tokens)
+
+
+def captioned(caption: str, drawn: str) -> str:
+    """A picture that circuitsvis drew, below its caption.
+
+    Args:
+        caption: what is shown.
+        drawn: circuitsvis's HTML, of tokens that were escaped.
+    """
+    template = _templates().get_template("captioned.html.j2")
+    return template.render(caption=caption, picture=Markup(drawn))
+
+
+def plain_text(text: str) -> str:
+    """Text as a notebook shows it, its lines kept.
+
+    Args:
+        text: any.
+    """
+    return _templates().get_template("plain.html.j2").render(lines=text.split("\n"))
 
 
 class Plots:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.analyses.logit_shift import LogitShift
 from lens_lora.show.figures.explanation import explanation_figures
 from lens_lora.show.page.parts import (
@@ -27,7 +27,10 @@ __all__ = ["explanation_sections", "provenance", "token_table"]
 
 _MODULES, _TOKEN_SITES = 20, 8
 _TOKENS, _TOKENS_OF_A_SITE = 10, 6
-_WIDE = {"positions", "coupling", "added", "left out", "left out at 1", "faithfulness", "null"}
+_WIDE = {
+    *("positions", "coupling", "faithfulness", "null"),
+    *("add_one", "leave_one_out", "leave_one_out@1"),
+}
 
 Drawn = Callable[..., list[Plot]]
 
@@ -46,7 +49,7 @@ def explanation_sections(e: Explanation, plots: Plots) -> list[Section]:
         return [
             plots(figure, heading=heading, wide=name in _WIDE)
             for name, figure in figures.items()
-            if name == start or name.startswith(f"{start}, ")
+            if name == start or name.startswith(f"{start}/")
         ]
 
     makers: tuple[Callable[[Explanation, Drawn], Section | None], ...] = (
@@ -133,7 +136,7 @@ def _second_order(e: Explanation, drawn: Drawn) -> Section:
         "A diagnostic of curvature at the base model, not a correction: at full strength it is "
         "often farther from the measured shift than first order. The verdict is in the caption."
     )
-    return Section("Second order", drawn("second order"), lead)
+    return Section("Second order", drawn("second_order"), lead)
 
 
 def _heatmap(e: Explanation, drawn: Drawn) -> Section:
@@ -196,12 +199,12 @@ def _measured(e: Explanation, drawn: Drawn) -> Section | None:
     )
     blocks = [
         Table(tables.AGREEMENT_HEADS, rows, texts=(0, 1)),
-        *drawn("added", "First order at ε = 0 as a guide to adding one module to the base model"),
+        *drawn("add_one", "First order at ε = 0 as a guide to adding one module to the base model"),
         *drawn(
-            "left out",
+            "leave_one_out",
             "First order at ε = 0 as a guide to leaving one module out of the adapted one",
         ),
-        *drawn("left out at 1", "First order at ε = 1 as a guide to leaving one module out"),
+        *drawn("leave_one_out@1", "First order at ε = 1 as a guide to leaving one module out"),
     ]
     return Section("First order against measurements", blocks, lead)
 
