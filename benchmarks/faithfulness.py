@@ -61,7 +61,7 @@ def flags(lens: ll.LoraLens, prompts: list[str], readout: ll.Readout, effects: E
 def measure(spec: Trained, lens: ll.LoraLens) -> tuple[list[Row], list[Row]]:
     """One row per prompt and attribution, and one per question that flags were raised for."""
     prompts, docs, pres = (list(column) for column in zip(*spec.questions, strict=True))
-    readout = margin_between(lens.model, docs, pres, len(prompts))
+    readout = margin_between(lens.model, docs, pres, lens.prompts(prompts))
     found = attributions(lens, prompts, readout)
     effects = {
         how: ll.patch_sites(lens, prompts, readout, how, progress=False)

@@ -8,7 +8,9 @@ from .adapters.trained import TrainedModule
 from .analyses.compare import Comparison, compare
 from .analyses.components import Components, components
 from .analyses.coupling import Coupling, coupling
-from .analyses.explain import Explanation, explain
+from .analyses.explain import explain
+from .analyses.explain_margin import Explanation
+from .analyses.explain_response import ResponseExplanation
 from .analyses.faithfulness import Faithfulness, faithfulness
 from .analyses.feature_shift import FeatureShift, feature_shift
 from .analyses.feature_writes import FeatureWrites, feature_writes
@@ -44,6 +46,7 @@ from .lens import LoraLens
 from .loading import demo, load
 from .readouts.answers import AnswerLogProb, AnswerMargin
 from .readouts.divergence import KL
+from .readouts.generated import Generated
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.activation_effects import ActivationEffects
@@ -61,6 +64,7 @@ __all__ = [
     "TrainedModule",
     "load_adapter",
     # the lens
+    "Generated",
     "LoraLens",
     "Prompts",
     "Site",
@@ -119,6 +123,7 @@ __all__ = [
     "patch_sites",
     # all of one prompt
     "Explanation",
+    "ResponseExplanation",
     "explain",
     # features: directions, sparse autoencoders
     "FeatureShift",

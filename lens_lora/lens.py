@@ -1,4 +1,4 @@
-"""LoraLens: an adapter over a hooked model, as the function f(ε) that every analysis evaluates.
+"""LoraLens: an adapter over a hooked model: the function f(ε) that every analysis evaluates.
 
 ε has one gate per site; f(0) is the base model, f(1) the adapted one.
 """
@@ -22,13 +22,15 @@ from lens_lora.hooked.alone import alone
 from lens_lora.hooked.attaching import HookFn, attach, hold, lock_of
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.gates import Inject, ScaleInject, site_hooks, writes_at_modules
+from lens_lora.hooked.generates import Generates
 from lens_lora.hooked.host_check import OF_A_GIVEN_BASE, base_logits, require_same_logits
 from lens_lora.hooked.misuse import first_non_finite, require_kinds
 from lens_lora.hooked.plan import Plan, make_plan
 from lens_lora.hooked.quantised import differentiable_products
 from lens_lora.hooked.scales import Scale, gates_of
 from lens_lora.hooked.sites import Heads, Site, one_site
-from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
+from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.tokenising import prepare
 from lens_lora.temporary import Temporary
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["LoraLens", "Scale"]
 
 
-class LoraLens:
+class LoraLens(Generates):
     """A LoRA adapter over a hooked model, exact up to the model's own rounding.
 
     The model is not changed: hooks are added at the start of a call and removed at its end.
@@ -283,8 +285,7 @@ class LoraLens:
         Args:
             prompts: as tokens.
         """
-        rows = [prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)]
-        return [self.decode(row) for row in rows]
+        return [self.decode(prompts.row(i).tokens[0].tolist()) for i in range(prompts.batch)]
 
     def decode(self, ids: Sequence[int]) -> list[str]:
         """Token ids as strings, one by one.

@@ -165,7 +165,7 @@ def fact_margin(
             or doc equal to pre.
     """
     asked = ask_prompts(lens, prompts)
-    margin = margin_between(lens.model, doc, pre, asked.prompts.batch)
+    margin = margin_between(lens.model, doc, pre, asked.prompts)
     return fact_margin_of(asked.about(margin), doc, pre, by=by, progress=progress)
 
 
@@ -187,7 +187,8 @@ def fact_margin_of(
     lens = asked.lens
     attribution = first_order_of(asked, by=by)
     curve = remainder_curve_of(asked, attribution, progress=progress)
-    docs, pres = (answer_ids(lens.model, answer, asked.prompts.batch) for answer in (doc, pre))
+    batch, texts = asked.prompts.batch, asked.prompts.texts
+    docs, pres = (answer_ids(lens.model, answer, batch, texts) for answer in (doc, pre))
     return FactMargin(
         attribution=attribution,
         curve=curve,

@@ -36,7 +36,7 @@ from lens_lora.results.token_view import TokenView
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["TokenShifts", "token_shifts"]
+__all__ = ["TokenShifts", "token_shifts", "token_shifts_of"]
 
 
 @final
@@ -138,6 +138,17 @@ class TokenShifts(Result):
         """
         return drawing.figure(self, prompt)
 
+    def plot_text(self, prompt: int | None = None) -> Figure:
+        """The shaded text of `token_view` as a still picture: `.write_image("tokens.svg")`.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.still(self, prompt)
+
     def token_view(self, prompt: int | None = None) -> TokenView:
         """The response as text, each token shaded by its KL; hover for the numbers.
 
@@ -164,7 +175,8 @@ def token_shifts(
     Args:
         lens: the adapter over the model.
         prompts: strings, ids, or `Prompts`.
-        response: what is said after each prompt: a string, ids, or one of these per prompt.
+        response: what is said after each prompt: a string, ids, or one of these per prompt; or
+            what `LoraLens.generate` returned.
         between: two settings of the gates, each as for `LoraLens.gates`.
         k: how many promoted and suppressed tokens are kept at each place.
 
@@ -175,7 +187,19 @@ def token_shifts(
     """
     if not isinstance(k, int) or k < 1 or not isinstance(between, tuple) or len(between) != 2:
         raise ArgumentError(f"k={k!r}, between={between!r}: expected at least 1, and two settings.")
-    asked = ask(lens, prompts, AnswerLogProb(response))
+    return token_shifts_of(ask(lens, prompts, AnswerLogProb(response)), between=between, k=k)
+
+
+def token_shifts_of(
+    asked: Asked, *, between: tuple[Scale, Scale] = (0.0, 1.0), k: int = 5
+) -> TokenShifts:
+    """`token_shifts` of a question that is already tokenised, about one response a prompt.
+
+    Args:
+        asked: the lens, the prompts and `AnswerLogProb`.
+        between, k: as for `token_shifts`.
+    """
+    lens = asked.lens
     gates = torch.stack([lens.gates(scale) for scale in between])
     rows = [_of_one(asked, prompt, gates, k) for prompt in range(asked.prompts.batch)]
     fields = {name: _padded([row[name] for row in rows]) for name in rows[0]}

@@ -53,6 +53,16 @@ def explain(
     pre: Annotated[
         str | None, typer.Option(help="The pretrained answer, with its leading space.")
     ] = None,
+    response: Annotated[
+        str | None,
+        typer.Option(
+            help="What is said after the prompt: which tokens and modules changed it. "
+            "Default, without --doc and --pre: the adapted model's own response."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="The most tokens of a response that is generated.")
+    ] = 64,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     report: Report = Path("lens_lora_report.html"),
@@ -66,37 +76,52 @@ def explain(
     device: DeviceOption = None,
     quiet: Quiet = False,
 ) -> None:
-    """Explain what a LoRA did to the margin between two answers: a summary, and a page.
+    """Explain what a LoRA did to two answers' margin, or to a response: a summary, and a page.
 
     Without a model and an adapter of your own:
 
     lens-lora explain --prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'
+
+    lens-lora explain --prompt 'The capital of France is'
     """
     require_writable(report, "--report")
     if null == 1:
         raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
     progress = Console(stderr=True, quiet=quiet)
-    questions = _questions(prompt or [], prompts, doc, pre)
+    questions = _questions(prompt or [], prompts, doc, pre, response)
+    if null and not all(question.doc for question in questions):
+        raise typer.BadParameter(
+            "--null: random adapters are compared on a margin, --doc and --pre."
+        )
     _note_spaces(questions, progress)
     folder = adapter_folder(adapter) if adapter else None
     from lens_lora.commands.run_explain import run
 
     subject = Subject(folder, model, model_class, device)
-    run(subject, questions, report, progress, fast=fast, null=null)
+    run(subject, questions, report, progress, max_new_tokens=max_new_tokens, fast=fast, null=null)
 
 
 def _questions(
-    given: Sequence[str], file: Path | None, doc: str | None, pre: str | None
+    given: Sequence[str],
+    file: Path | None,
+    doc: str | None,
+    pre: str | None,
+    response: str | None,
 ) -> list[Question]:
-    """Every prompt with its answers; --doc and --pre, where given, hold for all.
+    """Every prompt with its answers; --doc and --pre, or --response, where given, hold for all.
 
     Raises:
         LensLoraError: a bad record of the file, with its line, or two equal answers.
-        typer.BadParameter: no prompt, a missing answer, or too many prompts.
+        typer.BadParameter: no prompt, a missing answer, answers beside a response, or too many
+            prompts.
     """
+    if response is not None and (doc is not None or pre is not None):
+        raise typer.BadParameter(
+            "--response beside --doc or --pre: give a response, or two answers."
+        )
     found = [(prompt, doc, pre) for prompt in given]
     if file is not None:
-        found += _from_file(file, doc, pre)
+        found += _from_file(file, doc, pre, needs_answers=response is None)
     if not found:
         raise typer.BadParameter(
             f"--prompts: {file} holds no prompt."
@@ -112,6 +137,9 @@ def _questions(
     for text, its_doc, its_pre in found:
         if not text:
             raise typer.BadParameter("a prompt is empty: there is no token to read at.")
+        if its_doc is None and its_pre is None:
+            questions.append(Question(text, response=response))
+            continue
         if not its_doc or not its_pre:
             raise typer.BadParameter(
                 f"the prompt {text!r} needs both answers: --doc ' Lyon' --pre ' Paris', each with "
@@ -120,12 +148,13 @@ def _questions(
         questions.append(Question(text, its_doc, its_pre))
     for number, question in enumerate(questions, start=1):
         which = f"prompt {number}, {question.prompt!r}: " if len(questions) > 1 else ""
-        require_different(question.doc, question.pre, which)
+        if question.doc is not None and question.pre is not None:
+            require_different(question.doc, question.pre, which)
     return questions
 
 
 def _from_file(
-    file: Path, doc: str | None, pre: str | None
+    file: Path, doc: str | None, pre: str | None, *, needs_answers: bool
 ) -> list[tuple[str, str | None, str | None]]:
     if file.suffix.lower() == ".txt":
         try:
@@ -135,7 +164,7 @@ def _from_file(
         return [(line, doc, pre) for line in lines if line.strip()]
     if file.suffix.lower() not in (".jsonl", ".csv"):
         raise LensLoraError(f"{file}: expected a file that ends in .txt, .jsonl or .csv.")
-    records = read_records(file, with_answers=doc is None or pre is None)
+    records = read_records(file, with_answers=needs_answers and (doc is None or pre is None))
     bad = next((record.error for record in records if record.error), None)
     if bad:
         raise LensLoraError(f"{file}, {bad}")
@@ -144,10 +173,11 @@ def _from_file(
 
 def _note_spaces(questions: Sequence[Question], progress: Console) -> None:
     """Note a space at a prompt's end, or none before an answer: both give unintended tokens."""
-    for prompt, *answers in questions:
+    for prompt, *others in questions:
+        answers = [answer for answer in others if answer is not None]
         if prompt != prompt.rstrip(" "):
             note = f"the prompt {prompt!r} ends in a space, which is a token of its own"
-        elif any(answer[:1].isalnum() for answer in answers):
+        elif len(answers) > 1 and any(answer[:1].isalnum() for answer in answers):
             note = f"the answers {' and '.join(map(repr, answers))} do not both begin with a space"
         else:
             continue

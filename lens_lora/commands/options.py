@@ -45,11 +45,15 @@ class Subject(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A prompt, and the two answers whose margin is explained."""
+    """A prompt, and what is explained: two answers' margin, or a response.
+
+    Without any of them, the adapted model's own response is.
+    """
 
     prompt: str
-    doc: str
-    pre: str
+    doc: str | None = None
+    pre: str | None = None
+    response: str | None = None
 
 
 ModelOption = Annotated[

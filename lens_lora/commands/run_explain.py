@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from lens_lora.adapters.adapter import load_adapter
-from lens_lora.analyses.explain import Explanation
 from lens_lora.analyses.explain import explain as explain_prompt
+from lens_lora.analyses.explain_margin import Explanation
+from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.commands.loading import announce, lens_for, shipped_adapter
 from lens_lora.commands.options import Question, Subject
 from lens_lora.commands.terminal import say, told_if_interrupted
 from lens_lora.errors import LensLoraError, PromptError
+from lens_lora.hooked.generates import require_room
 from lens_lora.lens import LoraLens
 from lens_lora.loading import quiet_libraries
-from lens_lora.readouts.answers import margin_between
+from lens_lora.readouts.answers import AnswerLogProb, margin_between
 from lens_lora.show.page.report import explanation_report
 from lens_lora.show.tables.explanation import explanation_tables
+from lens_lora.show.tables.response import response_tables
 
 __all__ = ["run"]
 
@@ -31,6 +35,7 @@ def run(
     report: Path,
     progress: Console,
     *,
+    max_new_tokens: int,
     fast: bool,
     null: int,
 ) -> None:
@@ -38,21 +43,26 @@ def run(
 
     Args:
         subject: the adapter and the model.
-        questions: prompts with their answers.
+        questions: prompts with their answers, or with a response to be generated or not.
         report: the page to write.
         progress: where progress is shown.
-        fast, null: as the options of the same names.
+        max_new_tokens, fast, null: as the options of the same names.
     """
     started = time.perf_counter()
     adapter = load_adapter(subject.adapter or shipped_adapter())
     lens = lens_for(subject, adapter, "cpu", progress)
     announce(lens)
-    _require_fit(lens, questions)
-    explanations: list[Explanation] = []
+    _require_fit(lens, questions, max_new_tokens)
+    explanations: list[Explanation | ResponseExplanation] = []
     with told_if_interrupted(lambda: _kept(report, len(explanations), len(questions))):
         for number, question in enumerate(questions, start=1):
             which = f"{number} of {len(questions)}"
-            explanations.append(_explained(lens, question, which, fast, null, progress))
+            options = {"fast": fast, "null": null, "progress": not progress.quiet}
+            progress.print(f"Explaining prompt {which}", highlight=False)
+            with quiet_libraries():
+                found = _explained(lens, question, max_new_tokens, options)
+            _print(found, question, which)
+            explanations.append(found)
             report.write_text(explanation_report(explanations), encoding="utf-8")
     say(f"\nReport: {report.absolute()}")
     progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
@@ -64,8 +74,8 @@ def _kept(report: Path, done: int, count: int) -> str:
     return f"{report} holds the first {done} of {count} prompts."
 
 
-def _require_fit(lens: LoraLens, questions: Sequence[Question]) -> None:
-    """Refuse a prompt or an answer that does not fit before the first is explained.
+def _require_fit(lens: LoraLens, questions: Sequence[Question], most: int) -> None:
+    """Refuse what does not fit before the first prompt is explained.
 
     Raises:
         PromptError, TokenError: naming the prompt where there are several.
@@ -73,7 +83,13 @@ def _require_fit(lens: LoraLens, questions: Sequence[Question]) -> None:
     for number, question in enumerate(questions, start=1):
         try:
             ready = lens.prompts(question.prompt)
-            margin_between(lens.model, question.doc, question.pre, 1).over(lens.model, ready)
+            if question.doc is not None and question.pre is not None:
+                answers = margin_between(lens.model, question.doc, question.pre, ready)
+                answers.over(lens.model, ready)
+            elif question.response is not None:
+                AnswerLogProb(question.response).over(lens.model, ready)
+            else:
+                require_room(lens, ready, most)
         except LensLoraError as error:
             if len(questions) == 1:
                 raise
@@ -81,17 +97,27 @@ def _require_fit(lens: LoraLens, questions: Sequence[Question]) -> None:
 
 
 def _explained(
-    lens: LoraLens, question: Question, which: str, fast: bool, null: int, progress: Console
-) -> Explanation:
-    """One prompt, its summary printed as soon as it is known."""
-    progress.print(f"Explaining prompt {which}", highlight=False)
-    with quiet_libraries():
-        found = explain_prompt(lens, *question, fast=fast, null=null, progress=not progress.quiet)
+    lens: LoraLens, question: Question, most: int, options: dict[str, Any]
+) -> Explanation | ResponseExplanation:
+    prompt, doc, pre, response = question
+    if doc is not None and pre is not None:
+        return explain_prompt(lens, prompt, doc, pre, **options)
+    asked = {name: options[name] for name in ("fast", "progress")}
+    if response is not None:
+        return explain_prompt(lens, prompt, response=response, **asked)
+    said = lens.generate(prompt, most, progress=options["progress"])
+    return explain_prompt(lens, said.prompts, response=said, **asked)
+
+
+def _print(found: Explanation | ResponseExplanation, question: Question, which: str) -> None:
+    """Its summary, as soon as it is known."""
     console = Console()
     if not which.endswith(" of 1"):
         console.rule(Text(f"{which}: {question.prompt}"), align="left")
     for paragraph in found.story().split("\n"):
         console.print(Text(f"\n{paragraph}"))
     console.print()
-    console.print(explanation_tables(found))
-    return found
+    if isinstance(found, ResponseExplanation):
+        console.print(response_tables(found))
+    else:
+        console.print(explanation_tables(found))

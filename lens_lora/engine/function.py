@@ -12,7 +12,6 @@ Cost: at most one forward pass a gate vector.
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager
 from typing import cast
 
@@ -25,9 +24,9 @@ from tqdm import tqdm
 
 from lens_lora.engine import branching as tree
 from lens_lora.engine.batching import PICKS, branches_at_once, rows_at_once
-from lens_lora.errors import ModelStateError, NumericsError
-from lens_lora.hooked.attaching import add_pre_hook
+from lens_lora.errors import NumericsError
 from lens_lora.hooked.gates import ScaleInject
+from lens_lora.hooked.unembedded import unembedded_only, unrounded
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Columns, LogProbs, Reading, token_log_probs
@@ -52,7 +51,7 @@ def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vo
     Rows that are read at several tokens have an axis of slots. Only what is read is unembedded. The
     result is float32 or better, as readouts need it.
     """
-    with _read_rows_only(lens, prompts):
+    with unembedded_only(lens.model, prompts.at_slots):
         logits = lens.run(prompts)
     return (logits[:, 0] if prompts.reads is None else logits).to(lens.gate_dtype)
 
@@ -134,30 +133,9 @@ def _no_unembedding(lens: LoraLens) -> AbstractContextManager[None]:
 
     def replace(span: Temporary) -> None:
         span.way_back(lambda: own.pop("forward", None))
-        own["forward"] = lambda residual, *args, **kwargs: _unrounded(residual)
+        own["forward"] = lambda residual, *args, **kwargs: unrounded(residual)
 
     return Temporary(replace)
-
-
-def _read_rows_only(lens: LoraLens, prompts: Prompts) -> AbstractContextManager[None]:
-    """Within the block, only the read position reaches the unembedding."""
-
-    def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        del module
-        return (prompts.at_slots(_unrounded(args[0])), *args[1:])
-
-    return Temporary(functools.partial(add_pre_hook, lens.model.unembed, select))
-
-
-def _unrounded(residual: Tensor) -> Tensor:
-    """The same, unless the model's own forward pass turned autocast on."""
-    if torch.is_autocast_enabled(residual.device.type):
-        raise ModelStateError(
-            "the model turns autocast on in its forward pass (a model prepared by accelerate for "
-            "mixed precision does), which rounds to half precision. Take the wrapper off: "
-            "accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
-        )
-    return residual
 
 
 def gated_logits(

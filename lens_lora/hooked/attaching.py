@@ -142,21 +142,26 @@ class _AtModule:
         _remove(self._module._forward_hooks, self)
 
 
-def add_pre_hook(module: nn.Module, hook: Callable[..., Any], span: Temporary) -> None:
+def add_pre_hook(
+    module: nn.Module, hook: Callable[..., Any], span: Temporary, *, with_kwargs: bool = False
+) -> None:
     """A forward pre-hook, until the span ends.
 
     Args:
         module: any.
         hook: called with the module and its positional arguments; registered nowhere else.
         span: how long.
+        with_kwargs: call it with the keyword arguments too.
     """
-    span.way_back(functools.partial(_remove, module._forward_pre_hooks, hook))
-    module.register_forward_pre_hook(hook)
+    also = module._forward_pre_hooks_with_kwargs
+    span.way_back(functools.partial(_remove, module._forward_pre_hooks, hook, also))
+    module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
 
 
-def _remove(hooks: dict[int, Any], hook: object) -> None:
+def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:
     for key in [key for key, other in hooks.items() if other is hook]:
-        hooks.pop(key, None)
+        for held in (*also, hooks):
+            held.pop(key, None)
 
 
 def lock_of(model: nn.Module) -> Any:

@@ -14,16 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, final
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
+from lens_lora.hooked.attaching import add_pre_hook
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
 from lens_lora.hooked.quantised import dequantised, quantised_name
 from lens_lora.hooked.site_factors import SiteFactors, no_such_norm
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
+from lens_lora.temporary import Temporary
 
 __all__ = ["BridgeHost"]
 
@@ -204,6 +206,19 @@ class BridgeHost(Host):
         """An unprocessed bridge wraps the base itself, so its bias is the base's."""
         return self.bias(site.layer, site.kind)
 
+    def run_cached(
+        self, tokens: Int[Tensor, "row new"], cache: Any
+    ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
+        """Hugging Face's own cache, which the bridge's attention is shown by the name it knows."""
+        with Temporary(self._show_cache):
+            return self.model(
+                tokens, return_type="logits_and_cache", use_cache=True, past_key_values=cache
+            )
+
+    def _show_cache(self, span: Temporary) -> None:
+        for block in self.model.blocks:
+            add_pre_hook(block.attn, _named_as_before, span, with_kwargs=True)
+
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
         """(W_U, bias); None where a soft-cap follows."""
         if self.is_capped:
@@ -241,6 +256,16 @@ class BridgeHost(Host):
     def may_have_folded_value_bias(self) -> bool:
         """Only if the bridge says that weights were processed."""
         return self.needs_base()
+
+
+def _named_as_before(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Attention of transformers 5.24 is given `cache`; the bridge looks for `past_key_values`."""
+    del module
+    if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
+        kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
+    return args, kwargs
 
 
 def _refuse_unknown_copies(model: Any) -> None:

@@ -9,10 +9,11 @@ before that norm; δ is then added to the output of the module itself.
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
@@ -24,6 +25,8 @@ from lens_lora.hooked.sites import Heads
 
 __all__ = ["HookedTransformerHost", "fires_after_affine"]
 
+# Of transformer-lens 3, and of 2.
+_CACHES = ("TransformerLensKeyValueCache", "HookedTransformerKeyValueCache")
 _FLAGS = ("use_split_qkv_input", "use_attn_in", "ungroup_grouped_query_attention")
 
 
@@ -217,6 +220,17 @@ class HookedTransformerHost(Host):
             f"{site.name}: the adapter holds a trained bias, so the base model's own is needed; "
             "pass it: LoraLens(model, adapter, hf_model=…)."
         )
+
+    def run_cached(
+        self, tokens: Int[Tensor, "row new"], cache: Any
+    ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
+        """TransformerLens' own cache; without a mask it would take pad tokens for padding."""
+        if cache is None:
+            lines = vars(importlib.import_module("transformer_lens.HookedTransformer"))
+            name = next(name for name in _CACHES if name in lines)
+            cache = lines[name].init_cache(self.model.cfg, tokens.device, len(tokens))
+        mask = torch.ones_like(tokens)
+        return self.model(tokens, past_kv_cache=cache, attention_mask=mask), cache
 
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
         """(W_U, b_U); None where a soft-cap follows."""

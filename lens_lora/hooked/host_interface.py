@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from typing import Any, ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.families import Family
@@ -89,6 +89,15 @@ class HostInterface(abc.ABC):
 
         Raises:
             ModelStateError: this class does not keep it.
+        """
+
+    @abc.abstractmethod
+    def run_cached(
+        self, tokens: Int[Tensor, "row new"], cache: Any
+    ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
+        """(logits, cache) of the tokens that follow those in the cache; None to begin one.
+
+        The hooks on the model see the new tokens only.
         """
 
     @abc.abstractmethod

@@ -4,7 +4,9 @@
 
 1. One row holds them all: prompt + a_1 … a_{T−1}, read from the prompt's last token on, since no
    token attends to a later one.
-2. Log-probabilities that two answers share cancel in a margin; where one answer's row begins with
+2. A string has the tokens with which it follows that very prompt: ids(prompt + answer) beyond
+   ids(prompt), and nothing is added to it; after ids it is tokenised alone.
+3. Log-probabilities that two answers share cancel in a margin; where one answer's row begins with
    the other's, there is one row.
 """
 
@@ -21,13 +23,17 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.errors import TokenError
+from lens_lora.readouts.generated import Generated
 from lens_lora.readouts.prompts import Prompts, require_context, which_prompt
-from lens_lora.readouts.readout import Margin, Readout, TokenLike, name_of, token_ids
+from lens_lora.readouts.readout import Before, Margin, Readout, TokenLike, name_of
 from lens_lora.readouts.rows import LogProbs, Reading
+from lens_lora.readouts.tokenising import ids_after
 
 __all__ = ["AnswerLike", "AnswerLogProb", "AnswerMargin", "answer_ids", "margin_between"]
 
-AnswerLike = str | int | Int[Tensor, "_token"] | Sequence[str | int | Int[Tensor, "_token"]]
+AnswerLike = (
+    str | int | Int[Tensor, "_token"] | Sequence[str | int | Int[Tensor, "_token"]] | Generated
+)
 Ids = tuple[int, ...]
 
 
@@ -39,7 +45,7 @@ class AnswerLogProb(Readout):
 
     Args:
         answer: a string (with its leading space), one token id, ids [token], or a list of these,
-            one per prompt.
+            one per prompt; or what `LoraLens.generate` returned.
     """
 
     answer: AnswerLike
@@ -53,10 +59,11 @@ class AnswerLogProb(Readout):
             prompts: without the answers.
 
         Raises:
-            TokenError: an answer that is empty or not in the vocabulary, or a wrong number of them.
+            TokenError: an answer that is empty, of special tokens only, not in the vocabulary, or
+                that cannot follow its prompt, or a wrong number of them.
             PromptError: a prompt that is too long for the context with its answer.
         """
-        answers = answer_ids(model, self.answer, prompts.batch)
+        answers = _responses(model, self.answer, prompts)
         return _reading(model, prompts, [[(ids, 1.0)] for ids in answers])
 
     @property
@@ -88,11 +95,11 @@ class AnswerMargin(Readout):
             prompts: without the answers.
 
         Raises:
-            TokenError: an answer that is empty or not in the vocabulary, a wrong number of them,
-                or doc equal to pre.
+            TokenError: an answer that is empty, of special tokens only, not in the vocabulary, or
+                that cannot follow its prompt, a wrong number of them, or doc equal to pre.
             PromptError: a prompt that is too long for the context with its answer.
         """
-        docs, pres = (answer_ids(model, a, prompts.batch) for a in (self.doc, self.pre))
+        docs, pres = (_responses(model, a, prompts) for a in (self.doc, self.pre))
         if any(doc == pre for doc, pre in zip(docs, pres, strict=True)):
             raise TokenError(
                 f"doc and pre are the same tokens ({_name(self.doc)} and {_name(self.pre)}), so "
@@ -107,32 +114,61 @@ class AnswerMargin(Readout):
         return f"margin({_name(self.doc)} − {_name(self.pre)})"
 
 
-def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, batch: int) -> Readout:
-    """`Margin` of two tokens, or `AnswerMargin` where an answer has several.
+def _responses(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
+    """The ids of each prompt's answer, which must say something."""
+    answers = answer_ids(model, answer, prompts.batch, prompts.texts)
+    special = set(getattr(getattr(model, "tokenizer", None), "all_special_ids", ()))
+    for i, ids in enumerate(answers):
+        if special.issuperset(ids):
+            raise TokenError(
+                f"the answer to {which_prompt(i, prompts.batch)} is {_pieces(model, ids)}, special "
+                "tokens only, so it says nothing; for a special token itself use Logit, LogProb "
+                "or Margin."
+            )
+    return answers
+
+
+def _pieces(model: Any, ids: Ids) -> list[str]:
+    return [model.tokenizer.decode([i]) for i in ids]
+
+
+def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:
+    """`Margin` of two tokens, or `AnswerMargin` where an answer has several after some prompt.
 
     Args:
         model: the hooked model.
         doc: the document's answer.
         pre: the pretrained one.
-        batch: the number of prompts.
+        prompts: which they answer.
 
     Raises:
-        TokenError: an answer that is empty or not in the vocabulary, equal answers, or 'Lyon' where
-            ' Lyon' is one token.
+        TokenError: an answer that is empty, not in the vocabulary, or that cannot follow its
+            prompt; equal answers; or 'Lyon' right after a word, where ' Lyon' is one token.
     """
     several = False
     for answer in (doc, pre):
-        for item, ids in zip(_items(answer, batch), answer_ids(model, answer, batch), strict=True):
+        answers = answer_ids(model, answer, prompts.batch, prompts.texts)
+        for i, (item, ids) in enumerate(zip(_items(answer, prompts.batch), answers, strict=True)):
             several |= len(ids) > 1
-            if len(ids) > 1 and isinstance(item, str) and not item.startswith(" "):
-                _require_no_lost_space(model, item)
+            if len(ids) > 1 and isinstance(item, str):
+                _require_no_lost_space(model, item, ids, prompts.row(i))
     return AnswerMargin(doc, pre) if several else Margin(_token(doc), _token(pre))
 
 
-def _require_no_lost_space(model: Any, answer: str) -> None:
-    """Raise an error for 'Lyon' if ' Lyon' is one token: the space was probably forgotten."""
-    if len(model.tokenizer(" " + answer, add_special_tokens=False)["input_ids"]) == 1:
-        token_ids(model, answer, 1)
+def _require_no_lost_space(model: Any, answer: str, ids: Ids, prompt: Prompts) -> None:
+    """Raise an error for 'Lyon' after a word if ' Lyon' is one token: the space was forgotten.
+
+    After white space or a special token, where a chat template ends, 'Lyon' is as it should be.
+    """
+    tokenizer, last = model.tokenizer, int(prompt.tokens[0, -1])
+    stands_free = last in tokenizer.all_special_ids or tokenizer.decode([last])[-1:].isspace()
+    if stands_free or answer.startswith(" "):
+        return
+    if len(ids_after(tokenizer, " " + answer, prompt.texts[0])) == 1:
+        raise TokenError(
+            f"{answer!r} is {len(ids)} tokens {_pieces(model, ids)}, and {' ' + answer!r} is one "
+            "token. After a word an answer begins with a space; for one without it pass its ids."
+        )
 
 
 def _token(answer: AnswerLike) -> TokenLike:
@@ -140,30 +176,35 @@ def _token(answer: AnswerLike) -> TokenLike:
         return answer
     if isinstance(answer, Tensor | numbers.Integral):
         return int(answer)
-    return [a if isinstance(a, str) else int(a) for a in answer]
+    items = answer.ids if isinstance(answer, Generated) else answer
+    return [a if isinstance(a, str) else int(a) for a in items]
 
 
-def answer_ids(model: Any, answer: AnswerLike, batch: int) -> list[Ids]:
+def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
     """The token ids of each prompt's answer.
 
     Args:
         model: the hooked model.
         answer: one, or one per prompt.
         batch: the number of prompts.
+        before: the text of each prompt, None where only its ids are known; by default of all.
 
     Raises:
-        TokenError: an empty answer, ids outside the vocabulary, no tokenizer, or a number of
-            answers that is neither 1 nor the number of prompts.
+        TokenError: an empty answer, one that cannot follow its prompt, ids outside the vocabulary,
+            no tokenizer, or a number of answers that is neither 1 nor the number of prompts.
     """
     items = _items(answer, batch)
     if len(items) != batch:
         raise TokenError(
             f"{len(items)} answers for {batch} prompts; pass one answer, or one per prompt."
         )
-    return [_ids(model, item) for item in items]
+    texts = before or (None,) * batch
+    return [_ids(model, item, text) for item, text in zip(items, texts, strict=True)]
 
 
 def _items(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
+    if isinstance(answer, Generated):
+        return list(answer.ids)
     if isinstance(answer, str | Tensor) or arguments.is_whole(answer):
         return [answer] * batch
     if isinstance(answer, bytes) or not isinstance(answer, Sequence):
@@ -174,13 +215,13 @@ def _items(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
     return list(answer)
 
 
-def _ids(model: Any, answer: str | int | Tensor) -> Ids:
+def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
     if isinstance(answer, str):
         arguments.text("the answer", answer, TokenError)
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise TokenError(f"the model has no tokenizer to look up {answer!r}; pass token ids.")
-        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids = ids_after(tokenizer, answer, before)
     elif arguments.is_whole(answer):
         ids = [int(answer)]
     elif isinstance(answer, Tensor):
@@ -261,5 +302,8 @@ def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
 
 
 def _name(answer: AnswerLike) -> str:
-    """As a token's, but a tensor holds the ids of one answer."""
+    """As a token's, but a tensor holds the ids of one answer, and what was generated its text."""
+    if isinstance(answer, Generated):
+        one, *others = answer.text
+        answer = [one, *others] if others else one
     return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else name_of(answer)

@@ -1,4 +1,4 @@
-"""Prompts: strings or tokens → ids [batch, pos], padded on the right, and the positions read.
+"""Prompts: ids [batch, pos], padded on the right, the positions read, and what they are ids of.
 
 Padding on the right needs no mask in a causal model: no token attends to a later one, and positions
 count from the left, so every activation of a prompt is the same as without padding.
@@ -7,7 +7,7 @@ count from the left, so every activation of a prompt is the same as without padd
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,29 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.errors import PromptError
+from lens_lora.readouts.conversations import Conversation
 
-__all__ = ["Prompts", "PromptsLike", "prepare", "require_context", "which_prompt"]
+__all__ = [
+    "Prompts",
+    "PromptsLike",
+    "Source",
+    "joined",
+    "require_context",
+    "which_prompt",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a prompt's ids were made of.
+
+    Attributes:
+        text: the string, or what the chat template made of the messages; None of ids.
+        how: 'text, BOS added', 'text with its own BOS', 'text without BOS', 'chat template', 'ids'.
+    """
+
+    text: str | None = None
+    how: str = "ids"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +53,7 @@ class Prompts:
         lengths: [batch], real tokens of each prompt.
         reads: [batch], how many of its last tokens each prompt is read at, which has a slot for
             each; None for the last one only.
+        sources: what each prompt's ids were made of; by default ids.
 
     Raises:
         PromptError: other shapes or types, no token, or a length beyond the tokens.
@@ -40,6 +62,7 @@ class Prompts:
     tokens: Int[Tensor, "batch pos"]
     lengths: Int[Tensor, "batch"]
     reads: Int[Tensor, "batch"] | None = None
+    sources: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
         for name, what in (("tokens", "token ids"), ("lengths", "lengths")):
@@ -57,6 +80,12 @@ class Prompts:
                 f"a length of {int(self.lengths.max())} exceeds the {self.tokens.shape[1]} "
                 "positions of the tokens."
             )
+        if not self.sources:
+            object.__setattr__(self, "sources", (Source(),) * len(self.lengths))
+        if len(self.sources) != len(self.lengths):
+            raise PromptError(
+                f"{len(self.sources)} sources for {len(self.lengths)} prompts; give one of each."
+            )
         if self.reads is not None:
             object.__setattr__(self, "reads", arguments.integers("reads", self.reads, PromptError))
             outside = (self.reads < 1) | (self.reads > self.lengths)
@@ -70,6 +99,20 @@ class Prompts:
     def batch(self) -> int:
         """The number of prompts."""
         return self.tokens.shape[0]
+
+    @property
+    def texts(self) -> tuple[str | None, ...]:
+        """The text that each prompt's ids were made of; None of ids."""
+        return tuple(source.text for source in self.sources)
+
+    def __repr__(self) -> str:
+        lengths = sorted(set(self.lengths.tolist()))
+        sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        of: dict[str, list[str]] = {}
+        for i, source in enumerate(self.sources):
+            of.setdefault(source.how, []).append(str(i))
+        parts = [how if len(of) == 1 else f"{how} ({', '.join(i)})" for how, i in of.items()]
+        return f"Prompts({self.batch} of {sizes} tokens; {'; '.join(parts)})"
 
     @property
     def real(self) -> Tensor:
@@ -142,7 +185,17 @@ class Prompts:
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Prompts:
         reads = None if self.reads is None else change(self.reads)
-        return Prompts(change(self.tokens), change(self.lengths), reads)
+        kept = change(torch.arange(self.batch, device=self.lengths.device)).tolist()
+        sources = tuple(self.sources[i] for i in kept)
+        return Prompts(change(self.tokens), change(self.lengths), reads, sources)
+
+    def to(self, device: torch.device) -> Prompts:
+        """The same prompts there.
+
+        Args:
+            device: where.
+        """
+        return self._mapped(lambda values: values.to(device))
 
     def row(self, index: int) -> Prompts:
         """One prompt, without its padding.
@@ -164,62 +217,30 @@ class Prompts:
         return dataclasses.replace(some, tokens=tokens)
 
 
-PromptsLike = str | Sequence[str] | Int[Tensor, "pos"] | Int[Tensor, "batch pos"] | Prompts
-
-
-def prepare(model: Any, prompts: PromptsLike) -> Prompts:
-    """Tokenise with the model's own conventions (BOS as `model.to_tokens` prepends it).
+def joined(prompts: Sequence[Prompts]) -> Prompts:
+    """One batch of several, each read at its last tokens alone.
 
     Args:
-        model: the hooked model.
-        prompts: a string, strings of any lengths, ids [batch, pos] read at the last position, or
-            `Prompts` with lengths of their own.
-
-    Raises:
-        PromptError: empty, too long for the context, ids outside the vocabulary, or a tensor
-            padded without lengths.
+        prompts: at least one, all on one device.
     """
-    ready = _tokenise(model, prompts)
-    _check(model, ready)
-    if ready.tokens.is_inference():  # of which no graph can be made
-        return dataclasses.replace(ready, tokens=ready.tokens.clone())
-    return ready
+    rows = [row for some in prompts for row in some.tokens]
+    return Prompts(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        torch.cat([some.lengths for some in prompts]),
+        sources=tuple(source for some in prompts for source in some.sources),
+    )
 
 
-def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
-    device = next(model.parameters()).device
-    if isinstance(prompts, Prompts):
-        return prompts._mapped(lambda values: values.to(device))
-    if isinstance(prompts, Tensor):
-        return _from_tensor(model, prompts.to(device))
-    strings = _strings(prompts)
-    if getattr(model, "tokenizer", None) is None:
-        raise PromptError("the model has no tokenizer, so strings cannot be read; pass token ids.")
-    rows = [model.to_tokens(s, truncate=False)[0].to(device) for s in strings]
-    lengths = torch.tensor([len(r) for r in rows], device=device)
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_filler(model))
-    return Prompts(tokens, lengths)
-
-
-def _strings(prompts: Any) -> list[str]:
-    has_order = isinstance(prompts, Iterable) and not isinstance(prompts, Mapping | Set)
-    has_order = has_order and getattr(prompts, "ndim", 1) > 0  # a numpy array may have no axis
-    strings: list[Any] = [prompts] if isinstance(prompts, str) or not has_order else list(prompts)
-    if not all(isinstance(s, str) for s in strings):
-        raise PromptError(
-            f"prompts are {prompts!r}; expected a string, a list of strings, or a tensor of token "
-            "ids [batch, pos]."
-        )
-    if not strings:
-        raise PromptError("no prompts: the list is empty; give at least one.")
-    if "" in strings:
-        which = which_prompt(strings.index(""), len(strings))
-        raise PromptError(
-            f"{which} is empty, so there is no token to read at; give it at least one word."
-        )
-    for i, string in enumerate(strings):
-        arguments.text(which_prompt(i, len(strings)), string, PromptError)
-    return strings
+PromptsLike = (
+    str
+    | Sequence[str]
+    | Conversation
+    | Sequence[Conversation]
+    | Int[Tensor, "pos"]
+    | Int[Tensor, "batch pos"]
+    | Mapping[str, Tensor]
+    | Prompts
+)
 
 
 def which_prompt(index: int, count: int) -> str:
@@ -230,43 +251,6 @@ def which_prompt(index: int, count: int) -> str:
         count: of all prompts.
     """
     return "the prompt" if count == 1 else f"prompt {index} of {count} (from 0)"
-
-
-def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
-    tokens = arguments.integers("token ids", tokens, PromptError)
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2:
-        raise PromptError(f"token ids must be [batch, pos], not {tuple(tokens.shape)}.")
-    pad = _distinct_pad(model)
-    begins = pad is not None and tokens.numel() and bool((tokens[:, 0] == pad).any())
-    if begins or _ends_in_padding(model, tokens):
-        pad = model.tokenizer.pad_token_id
-        raise PromptError(
-            f"a row of the token tensor begins or ends with the pad token {pad}, and the tensor "
-            "does not say which positions are real; pass strings, or Prompts(tokens, lengths) "
-            "padded on the right."
-        )
-    lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
-    return Prompts(tokens, lengths)
-
-
-def _ends_in_padding(model: Any, tokens: Tensor) -> bool:
-    """Whether a row ends in the pad token, also where that is the end-of-text token too."""
-    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
-    return pad is not None and tokens.shape[1] > 1 and bool((tokens[:, -1] == pad).any())
-
-
-def _distinct_pad(model: Any) -> int | None:
-    """The pad id, where it means nothing else."""
-    tokenizer = getattr(model, "tokenizer", None)
-    pad = getattr(tokenizer, "pad_token_id", None)
-    others = {getattr(tokenizer, f"{n}_token_id", None) for n in ("bos", "eos", "unk")}
-    return None if pad in others else pad
-
-
-def _filler(model: Any) -> int:
-    pad = getattr(model.tokenizer, "pad_token_id", None)
-    return pad if pad is not None and 0 <= pad < model.cfg.d_vocab else 0
 
 
 def require_context(model: Any, tokens: int, what: str) -> None:
@@ -285,16 +269,4 @@ def require_context(model: Any, tokens: int, what: str) -> None:
         raise PromptError(
             f"{what} has {tokens} tokens, and the context of this {type(model).__name__} holds "
             f"{context} (cfg.n_ctx); shorten it."
-        )
-
-
-def _check(model: Any, prompts: Prompts) -> None:
-    cfg = model.cfg
-    require_context(
-        model, prompts.tokens.shape[1], which_prompt(int(prompts.lengths.argmax()), prompts.batch)
-    )
-    low, high = int(prompts.tokens.min()), int(prompts.tokens.max())
-    if low < 0 or high >= cfg.d_vocab:
-        raise PromptError(
-            f"token ids run from {low} to {high}; the model's vocabulary has {cfg.d_vocab}."
         )

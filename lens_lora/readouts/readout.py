@@ -8,6 +8,7 @@ a single `Logit`, but no margin and no log-probability. So on a model with a cen
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from lens_lora import arguments
 from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Bound, Columns, LogProbs, Reading, one_row_each
+from lens_lora.readouts.tokenising import ids_after
 
 __all__ = [
     "LogProb",
@@ -32,6 +34,7 @@ __all__ = [
     "token_ids",
 ]
 
+Before = Sequence[str | None]
 TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, "batch"]
 
 
@@ -109,12 +112,13 @@ class LastToken(Readout):
     """A number read from the logits at each prompt's last token."""
 
     @abc.abstractmethod
-    def bind(self, model: Any, batch: int) -> Bound:
+    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
         """The readout as a function of the logits, its tokens looked up for this batch.
 
         Args:
             model: the hooked model, whose tokenizer looks tokens up.
             batch: the number of prompts.
+            before: the text of each prompt, which its token follows; by default none is known.
 
         Raises:
             TokenError: a token string that is not one token.
@@ -122,7 +126,7 @@ class LastToken(Readout):
 
     def over(self, model: Any, prompts: Prompts) -> Reading:
         """The prompts themselves as rows, one each."""
-        return one_row_each(prompts, self.bind(model, prompts.batch))
+        return one_row_each(prompts, self.bind(model, prompts.batch, prompts.texts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +135,9 @@ class Logit(LastToken):
 
     token: TokenLike
 
-    def bind(self, model: Any, batch: int) -> Bound:
+    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
         """The token's column of the logits, [row, vocab] → [row]."""
-        return Columns(token_ids(model, self.token, batch)[:, None], (1.0,))
+        return Columns(token_ids(model, self.token, batch, before)[:, None], (1.0,))
 
     @property
     def label(self) -> str:
@@ -148,13 +152,13 @@ class Margin(LastToken):
     doc: TokenLike
     pre: TokenLike
 
-    def bind(self, model: Any, batch: int) -> Bound:
+    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
         """The difference of two columns of the logits, [row, vocab] → [row].
 
         Raises:
             TokenError: a token string that is not one token, or doc equal to pre.
         """
-        doc, pre = token_ids(model, self.doc, batch), token_ids(model, self.pre, batch)
+        doc, pre = (token_ids(model, token, batch, before) for token in (self.doc, self.pre))
         if bool((doc == pre).any()):
             raise TokenError(
                 f"doc and pre are the same token ({name_of(self.doc)} and {name_of(self.pre)}), so "
@@ -175,9 +179,9 @@ class LogProb(LastToken):
     token: TokenLike
     units = "nats"
 
-    def bind(self, model: Any, batch: int) -> Bound:
+    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
         """logit(token) − logsumexp(logits), [row, vocab] → [row]."""
-        ids, rows = token_ids(model, self.token, batch), torch.arange(batch, device="cpu")
+        ids, rows = token_ids(model, self.token, batch, before), torch.arange(batch, device="cpu")
         return LogProbs(rows, ids, torch.ones(batch, device="cpu"), rows, batch)
 
     @property
@@ -192,8 +196,8 @@ class _Callable(LastToken):
     name: str
     units = "units of the readout"
 
-    def bind(self, model: Any, batch: int) -> Bound:
-        del model, batch
+    def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
+        del model, batch, before
         return self._checked
 
     def _checked(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
@@ -216,24 +220,29 @@ class _Callable(LastToken):
         return self.name
 
 
-def token_ids(model: Any, token: TokenLike, batch: int) -> Int[Tensor, "batch"]:
-    """One token id per prompt.
+def token_ids(
+    model: Any, token: TokenLike, batch: int, before: Before = ()
+) -> Int[Tensor, "batch"]:
+    """One token id per prompt: the token with which the string follows the prompt's text.
 
     Args:
         model: the hooked model, whose tokenizer looks strings up.
         token: a string of one token, its id, or one of these per prompt.
         batch: the number of prompts.
+        before: the text of each prompt, None where only its ids are known; by default of all.
 
     Raises:
-        TokenError: a string of several tokens, a token that the vocabulary lacks, or a number of
-            tokens that is neither 1 nor the number of prompts.
+        TokenError: a string of several tokens, or that cannot follow its prompt, a token that the
+            vocabulary lacks, or a number of tokens that is neither 1 nor the number of prompts.
     """
     items = _items(token, batch)
     if len(items) != batch:
         raise TokenError(
             f"{len(items)} tokens for {batch} prompts; pass one token, or one per prompt."
         )
-    return torch.tensor([_token_id(model, item) for item in items], device="cpu")
+    texts = before or (None,) * batch
+    ids = [_token_id(model, item, text) for item, text in zip(items, texts, strict=True)]
+    return torch.tensor(ids, device="cpu")
 
 
 def _items(token: Any, batch: int) -> list[Any]:
@@ -251,7 +260,7 @@ def _items(token: Any, batch: int) -> list[Any]:
     return [arguments.one_entry(item) for item in token]
 
 
-def _token_id(model: Any, token: object) -> int:
+def _token_id(model: Any, token: object, before: str | None) -> int:
     if arguments.is_whole(token):
         return _in_vocabulary(model, int(token), f"token id {int(token)}")
     if not isinstance(token, str):
@@ -260,7 +269,7 @@ def _token_id(model: Any, token: object) -> int:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise TokenError(f"the model has no tokenizer to look up {token!r}; pass the token's id.")
-    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    ids = ids_after(tokenizer, token, before)
     if len(ids) == 1:
         if ids[0] == getattr(tokenizer, "unk_token_id", None) and token != tokenizer.unk_token:
             raise TokenError(
@@ -270,13 +279,21 @@ def _token_id(model: Any, token: object) -> int:
         return _in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
     if not ids:
         raise TokenError(f"{token!r} holds no token, and this readout reads one.")
-    pieces = [tokenizer.decode([i]) for i in ids]
-    spaced = tokenizer(" " + token.lstrip(), add_special_tokens=False)["input_ids"]
-    hint = f" {' ' + token.lstrip()!r} is one token." if len(spaced) == 1 else ""
     raise TokenError(
-        f"{token!r} is {len(ids)} tokens {pieces}, and this readout reads one.{hint} For answers "
-        "of several tokens use AnswerLogProb or AnswerMargin."
+        f"{token!r} is {len(ids)} tokens {[tokenizer.decode([i]) for i in ids]}"
+        f"{'' if before is None else f' after {before[-20:]!r}'}, and this readout reads one."
+        f"{_spaced(tokenizer, token, before)} For answers of several tokens use AnswerLogProb or "
+        "AnswerMargin."
     )
+
+
+def _spaced(tokenizer: Any, token: str, before: str | None) -> str:
+    """' … is one token.' of the variant with a leading space, where it is."""
+    spaced = " " + token.lstrip()
+    with contextlib.suppress(TokenError):
+        if len(ids_after(tokenizer, spaced, before)) == 1:
+            return f" {spaced!r} is one token."
+    return ""
 
 
 def _in_vocabulary(model: Any, token_id: int, what: str) -> int:

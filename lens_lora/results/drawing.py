@@ -25,6 +25,7 @@ __all__ = [
     "path",
     "positions",
     "report",
+    "still",
     "story",
     "text",
     "tokens",
@@ -80,6 +81,7 @@ figure: Drawing[Figure] = Drawing("figure")
 figures: Drawing[dict[str, Figure]] = Drawing("figures")
 positions: Drawing[Figure] = Drawing("positions")
 path: Drawing[Figure] = Drawing("path")
+still: Drawing[Figure] = Drawing("still")
 tokens: Drawing[TokenView] = Drawing("tokens")
 text: Drawing[str] = Drawing("text")
 html: Drawing[str] = Drawing("html")

@@ -5,7 +5,8 @@ Importing `lens_lora.show` alone draws in neither plotly nor the analyses.
 
 from __future__ import annotations
 
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
+from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.results import drawing
 from lens_lora.show import reprs
 from lens_lora.show.figures import (
@@ -21,13 +22,16 @@ from lens_lora.show.figures import (
     null_test,
     reliability,
     remainder,
+    response,
     second_order,
+    shaded,
     token_shifts,
     tokens,
 )
 from lens_lora.show.page.report import explanation_report
 from lens_lora.show.words import explanation as explanation_words
 from lens_lora.show.words import margin as margin_words
+from lens_lora.show.words import response as response_words
 from lens_lora.show.words import verdicts
 
 __all__ = [
@@ -46,13 +50,17 @@ __all__ = [
     "reliability",
     "remainder",
     "reprs",
+    "response",
+    "response_words",
     "second_order",
+    "shaded",
     "token_shifts",
     "tokens",
     "verdicts",
 ]
 
 
+@drawing.report.register(ResponseExplanation)
 @drawing.report.register(Explanation)
-def _report(explanation: Explanation, *, title: str | None = None) -> str:
+def _report(explanation: Explanation | ResponseExplanation, *, title: str | None = None) -> str:
     return explanation_report([explanation], title=title)

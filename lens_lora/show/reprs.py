@@ -8,7 +8,8 @@ from __future__ import annotations
 from lens_lora.analyses.compare import Comparison
 from lens_lora.analyses.components import Components
 from lens_lora.analyses.coupling import Coupling
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
+from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.analyses.faithfulness import Faithfulness
 from lens_lora.analyses.feature_shift import FeatureShift
 from lens_lora.analyses.feature_writes import FeatureWrites
@@ -167,6 +168,11 @@ def _fact_margin(margin: FactMargin) -> str:
 def _explanation(explanation: Explanation) -> str:
     readout, units = explanation.first_order.readout, explanation.units
     return f"Explanation of {readout}, in {units}:\n{explanation.story()}"
+
+
+@drawing.text.register(ResponseExplanation)
+def _response_explanation(explanation: ResponseExplanation) -> str:
+    return f"ResponseExplanation:\n{explanation.story()}"
 
 
 @drawing.text.register(AdapterSummary)

@@ -20,12 +20,14 @@ __all__ = [
     "prompt_text",
     "quadrature_text",
     "share_text",
+    "short_prompt",
     "signed",
     "top_rows",
     "visible",
 ]
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_SHORT = 80
 _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 
 
@@ -105,6 +107,20 @@ def prompt_text(tokens: Sequence[str]) -> str:
     """
     shown = tokens[1:] if len(tokens) > 1 and _SPECIAL_TOKEN.fullmatch(tokens[0]) else tokens
     return "".join(c if c.isprintable() else visible(c) for c in "".join(shown))
+
+
+def short_prompt(tokens: Sequence[str]) -> str:
+    """The end of a prompt as one line, without special tokens: for headings.
+
+    Args:
+        tokens: of the prompt.
+    """
+    said = "".join(t if not _SPECIAL_TOKEN.fullmatch(t) else " " for t in tokens)
+    words = " ".join("".join(c if c.isprintable() else " " for c in said).split())
+    if len(words) <= _SHORT:
+        return words
+    end = words[-_SHORT:]
+    return f"… {end.partition(' ')[2] or end}"
 
 
 _KEYS = {

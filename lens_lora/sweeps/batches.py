@@ -25,12 +25,13 @@ from lens_lora.errors import NumericsError, PromptError, TokenError
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerMargin, margin_between
+from lens_lora.readouts.prompts import Prompts, joined
 from lens_lora.readouts.readout import Margin, Readout
 from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.records import Record
 from lens_lora.sweeps.values import VALUES
 
-__all__ = ["Job", "Row", "make_batches", "measure", "prepare"]
+__all__ = ["Job", "Row", "make_batches", "measure", "prepare", "tokenised", "with_text"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,15 +40,18 @@ class Job:
 
     Attributes:
         record: as it was read.
-        prompt: its prompt.
-        tokens: the length of its prompt.
+        prompt: its prompt, tokenised, on the CPU.
         readout: its own margin, or the readout given for all records.
     """
 
     record: Record
-    prompt: str
-    tokens: int
+    prompt: Prompts
     readout: Readout
+
+    @property
+    def tokens(self) -> int:
+        """The length of its prompt."""
+        return int(self.prompt.lengths[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +66,7 @@ class Row:
         flips: whether a margin changes sign; None for other readouts.
         error: what is wrong with the record.
         values: {analysis: [site]}.
+        chat: whether the prompt is what a chat template made of messages.
     """
 
     id: str
@@ -76,6 +81,7 @@ class Row:
     flips: bool | None = None
     error: str | None = None
     values: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    chat: bool = False
 
     @staticmethod
     def failed(record: Record) -> Row:
@@ -84,7 +90,8 @@ class Row:
         Args:
             record: with its error.
         """
-        return Row(str(record.id), record.prompt, record.doc, record.pre, error=record.error)
+        texts = (record.prompt, record.doc, record.pre)
+        return Row(str(record.id), *texts, error=record.error, chat=record.chat)
 
 
 def prepare(lens: LoraLens, record: Record, readout: Readout | None) -> Job | Record:
@@ -94,21 +101,44 @@ def prepare(lens: LoraLens, record: Record, readout: Readout | None) -> Job | Re
         lens: the adapter over the model.
         record: as it was read.
         readout: for all records; None for the margin between the record's own answers.
-
-    Raises:
-        TokenError: a readout given for all records does not fit the model.
     """
-    if record.error is not None or record.prompt is None:
+    if record.error is not None:
         return record
     try:
-        prompts = lens.prompts(record.prompt)
-        own = readout or margin_between(lens.model, record.doc or "", record.pre or "", 1)
+        prompts = tokenised(lens, record)
+        own = readout or margin_between(lens.model, record.doc or "", record.pre or "", prompts)
         own.over(lens.model, prompts)
     except (PromptError, TokenError) as error:
-        if readout is not None and isinstance(error, TokenError):
-            raise
         return record.bad(error)
-    return Job(record, record.prompt, int(prompts.lengths[0]), own)
+    return Job(record, prompts.to(torch.device("cpu")), own)
+
+
+def tokenised(lens: LoraLens, record: Record) -> Prompts:
+    """The prompt of a good record. No forward pass.
+
+    Args:
+        lens: the adapter over the model.
+        record: with its text or its messages.
+
+    Raises:
+        PromptError: it does not fit the model.
+    """
+    return lens.prompts(record.prompt or "" if record.messages is None else record.messages)
+
+
+def with_text(lens: LoraLens, record: Record) -> Record:
+    """The record, a conversation with the text that the chat template makes of it.
+
+    Args:
+        lens: whose tokenizer has the template.
+        record: as it was read.
+    """
+    if record.error is not None or record.messages is None:
+        return record
+    try:
+        return dataclasses.replace(record, prompt=tokenised(lens, record).texts[0])
+    except PromptError as error:
+        return record.bad(error)
 
 
 def make_batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
@@ -148,7 +178,7 @@ def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> lis
 
 
 def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
-    prompts, readout = lens.prompts([job.prompt for job in jobs]), _together(lens, jobs)
+    prompts, readout = _joined(lens, jobs), _together(lens, jobs)
     reading = ask(lens, prompts, readout).reading
     ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
     base, adapted = _numbers(gated_readout(lens, reading, ends, progress=False)).T
@@ -156,7 +186,8 @@ def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> li
     return [
         Row(
             id=str(job.record.id),
-            prompt=job.prompt,
+            prompt=job.record.prompt,
+            chat=job.record.chat,
             doc=job.record.doc,
             pre=job.record.pre,
             tokens=job.tokens,
@@ -173,7 +204,7 @@ def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> li
 
 def _values(lens: LoraLens, jobs: Sequence[Job], name: str) -> np.ndarray:
     found = [
-        VALUES[name](lens, lens.prompts([job.prompt for job in some]), _together(lens, some))
+        VALUES[name](lens, _joined(lens, some), _together(lens, some))
         for some in ([[job] for job in jobs] if ANALYSES[name].alone else [jobs])
     ]
     values = torch.cat(found)
@@ -191,7 +222,11 @@ def _together(lens: LoraLens, jobs: Sequence[Job]) -> Readout:
     if jobs[0].record.doc is None:
         return jobs[0].readout
     docs, pres = [j.record.doc or "" for j in jobs], [j.record.pre or "" for j in jobs]
-    return margin_between(lens.model, docs, pres, len(jobs))
+    return margin_between(lens.model, docs, pres, _joined(lens, jobs))
+
+
+def _joined(lens: LoraLens, jobs: Sequence[Job]) -> Prompts:
+    return lens.prompts(joined([job.prompt for job in jobs]))
 
 
 def _flips(readout: Readout, base: float, adapted: float) -> bool | None:

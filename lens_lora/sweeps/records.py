@@ -17,7 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+
 from lens_lora.errors import LensLoraError
+from lens_lora.readouts.conversations import Conversation
 
 __all__ = ["Record", "RecordsLike", "SweepError", "read_records"]
 
@@ -41,9 +44,11 @@ class Record:
     Attributes:
         id: its own, or the row's number from 0.
         where: 'line 3' of a file, 'row 2' of anything else.
-        prompt: read at its last token.
+        prompt: read at its last token; of a conversation, what the chat template makes of it, which
+            is known once the model is.
         doc, pre: the two answers; None where one readout is given for all records.
         error: what is wrong with the record; the other fields may then be None.
+        messages: a conversation, in place of the prompt's text.
     """
 
     id: int | str
@@ -52,6 +57,12 @@ class Record:
     doc: str | None = None
     pre: str | None = None
     error: str | None = None
+    messages: Conversation | None = None
+
+    @property
+    def chat(self) -> bool:
+        """Whether its prompt is a conversation."""
+        return self.messages is not None
 
     def bad(self, error: object) -> Record:
         """The same record, marked as bad.
@@ -91,7 +102,7 @@ def read_records(records: RecordsLike, *, with_answers: bool = True) -> list[Rec
 
     Args:
         records: a path that ends in .jsonl or .csv, a DataFrame, a Dataset, or mappings, with
-            columns prompt, doc, pre and optionally id.
+            columns prompt (or messages, a conversation), doc, pre and optionally id.
         with_answers: whether to read doc and pre, which each record must then have.
 
     Raises:
@@ -195,6 +206,10 @@ def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Recor
         plain = dataclasses.replace(plain, id=own)
     if None in row:
         return plain.bad("more fields than columns; quote a field that holds commas.")
+    if not _is_missing(row.get("messages")):
+        plain, needed = _with_messages(plain, row), needed[1:]
+        if plain.error is not None:
+            return plain
     fields = {name: row.get(name) for name in needed}
     texts = {name: text for name, text in fields.items() if isinstance(text, str)}
     record = dataclasses.replace(plain, **texts)
@@ -204,6 +219,20 @@ def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Recor
         if name not in texts:
             return record.bad(f"its {name} is {text!r}, not a string.")
     return record
+
+
+def _with_messages(record: Record, row: Mapping[Any, Any]) -> Record:
+    """The record with its conversation, which a table may hold as an array."""
+    messages: Any = row["messages"]
+    if not _is_missing(row.get("prompt")):
+        return record.bad("it has both a prompt and messages; give one of them.")
+    messages = messages.tolist() if isinstance(messages, np.ndarray) else messages
+    if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
+        return record.bad(
+            f"its messages are {messages!r}; expected a list such as "
+            "[{'role': 'user', 'content': '…'}]."
+        )
+    return dataclasses.replace(record, messages=messages)
 
 
 def _fault_of_id(identity: Any) -> str | None:

@@ -28,10 +28,10 @@ class SweepResult:
     Attributes:
         path: one row per prompt and site: id, prompt, site, module, layer, kind, and a column per
             analysis, in the units of the prompt's readout. Prompts with an error have no rows.
-        prompts_path: one row per record: id, prompt, doc, pre, tokens, readout, units, base g(0),
-            adapted g(1), shift, flips (of margins), per analysis its sum over sites and remainder
-            (shift − sum; not of second order, which does not stand for the shift), and error
-            (null where there is none).
+        prompts_path: one row per record: id, prompt, chat (whether of messages), doc, pre, tokens,
+            readout, units, base g(0), adapted g(1), shift, flips (of margins), per analysis its sum
+            over sites and remainder (shift − sum; not of second order, which does not stand for
+            the shift), and error (null where there is none).
         records: how many records there are.
         resumed: how many of them earlier runs had finished.
         flips: how many margins change sign.

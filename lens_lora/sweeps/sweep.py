@@ -17,11 +17,20 @@ import torch
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter
+from lens_lora.errors import PromptError, TokenError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.sweeps.analyses import chosen
-from lens_lora.sweeps.batches import Job, Row, make_batches, measure, prepare
+from lens_lora.sweeps.batches import (
+    Job,
+    Row,
+    make_batches,
+    measure,
+    prepare,
+    tokenised,
+    with_text,
+)
 from lens_lora.sweeps.fingerprint import (
     Fingerprint,
     differences,
@@ -64,7 +73,8 @@ def sweep(
         lens: the adapter over the model.
         records: a .jsonl or .csv file, a DataFrame, a Dataset, or mappings, with `prompt`, the
             answers `doc` and `pre` (strings with their leading space, of one token or several),
-            and optionally `id`, by default the row's number from 0.
+            and optionally `id`, by default the row's number from 0; in place of `prompt` also
+            `messages`, a conversation.
         analyses: one or several of 'first_order', 'first_order_at_1', 'path', 'add_one',
             'leave_one_out', 'second_order'.
         out: 'results.parquet', one row per prompt and site; beside it 'results.prompts.parquet',
@@ -85,15 +95,16 @@ def sweep(
         SweepError: there are no records, an analysis is unknown, a file is of another kind, or
             `out` holds results of another lens, readout, choice of analyses or prompts, or is
             being written by another sweep, or cannot be written or read.
-        TokenError: the readout does not fit the model.
+        TokenError: the readout fits no record's prompt.
         ModelStateError: an analysis cannot be computed on this lens or model.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise SweepError(f"batch_size={batch_size!r}: expected a whole number of at least 1.")
     names = chosen(analyses)
-    rows = read_records(records, with_answers=readout is None)
+    read = read_records(records, with_answers=readout is None)
+    rows = [with_text(lens, record) for record in read]
     if readout is not None:
-        _require_for_all(lens, readout)
+        _require_for_all(lens, rows, readout)
     processes = launched()
     about = fingerprint(lens, names, readout, version)
     store, shown = Store(out, about, lens.sites, names), progress and processes.is_main
@@ -160,15 +171,26 @@ def _bar(mine: Sequence[list[Job]], resumed: int, processes: Processes, shown: b
     return tqdm(total=total, initial=begun, desc=f"sweep{share}", unit="prompt", disable=not shown)
 
 
-def _require_for_all(lens: LoraLens, readout: Readout) -> None:
-    """Check that the readout has no list of tokens, one per prompt: batches regroup the prompts.
+def _require_for_all(lens: LoraLens, records: Sequence[Record], readout: Readout) -> None:
+    """Check that the readout fits some prompt, and no list of them: batches regroup the prompts.
 
     Raises:
-        TokenError: the readout has one token per prompt, or a token that the model lacks.
+        TokenError: the readout has one token per prompt, or a token that no prompt can read.
     """
-    for count in (1, 2):
-        ones = torch.ones(count, 1, dtype=torch.long, device=lens.device)
-        bound(readout, lens.model, Prompts(ones, ones[:, 0]))
+    one = torch.ones(1, 1, dtype=torch.long, device=lens.device)
+    some, first = Prompts(one, one[:, 0]), None
+    for record in records:
+        try:
+            some = tokenised(lens, record) if record.error is None else some
+            for count in (1, 2):
+                bound(readout, lens.model, some.repeat(count))
+            return
+        except PromptError:
+            continue
+        except TokenError as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def require_resumable(

@@ -1,6 +1,6 @@
 """Rows ↔ Arrow tables: a part (one row per prompt, values as lists), and the two result tables.
 
-part      id, prompt, doc, pre, tokens, readout, units, base, adapted, flips, error,
+part      id, prompt, chat, doc, pre, tokens, readout, units, base, adapted, flips, error,
           and per analysis a list of one number per site
 prompts   the same, with shift, and per analysis its sum and its remainder, shift − sum
 sites     id, prompt, site, module, layer, kind, and per analysis a column
@@ -24,6 +24,7 @@ _TEXT, _NUMBER = pa.string(), pa.float64()
 _FIELDS = {
     "id": _TEXT,
     "prompt": _TEXT,
+    "chat": pa.bool_(),
     "doc": _TEXT,
     "pre": _TEXT,
     "tokens": pa.int64(),

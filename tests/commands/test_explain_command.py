@@ -39,7 +39,10 @@ ANSWERS = ["--doc", "w9", "--pre", "w26"]
     ("options", "message"),
     [
         ([], "Give --prompts FILE, or --prompt 'The"),
-        (["--prompt", "a"], "needs both answers: --doc ' Lyon' --pre ' Paris'"),
+        (["--prompt", "a", "--doc", "b"], "needs both answers: --doc ' Lyon' --pre ' Paris'"),
+        (["--prompt", "a", "--response", "b", "--doc", "c"], "give a response, or two answers"),
+        (["--prompt", "a", "--null", "2"], "random adapters are compared on a margin"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "x>=1"),
         (["--prompt", "a", *ANSWERS, "--null", "1"], "at least 2 random adapters"),
         (["--prompt", "a", *ANSWERS, "--report", "no/such/x.html"], "there is no folder no/such"),
         (["--prompt", "a"] * 11 + ANSWERS, "11 prompts are too many for one page, 10 at most"),
@@ -56,13 +59,15 @@ def test_prompts_come_from_every_kind_of_file(tmp_path):
     csv.write_text('prompt,doc,pre\n"a, b", x, y\n')
     jsonl.write_text(json.dumps({"prompt": "a", "doc": " x", "pre": " y"}) + "\n")
     ask = command._questions
-    assert ask(["first"], lines, "d", "p") == [
-        (prompt, "d", "p") for prompt in ("first", "one two", "three")
+    assert ask(["first"], lines, "d", "p", None) == [
+        (prompt, "d", "p", None) for prompt in ("first", "one two", "three")
     ]
-    assert ask([], csv, None, None) == [("a, b", " x", " y")]
-    assert ask([], jsonl, None, None) == [("a", " x", " y")]
-    assert ask([], jsonl, " z", None) == [("a", " z", " y")]
-    assert ask([], jsonl, " z", " w") == [("a", " z", " w")]
+    assert ask([], csv, None, None, None) == [("a, b", " x", " y", None)]
+    assert ask([], jsonl, None, None, None) == [("a", " x", " y", None)]
+    assert ask([], jsonl, " z", None, None) == [("a", " z", " y", None)]
+    assert ask([], jsonl, " z", " w", None) == [("a", " z", " w", None)]
+    assert ask(["a"], None, None, None, " r") == [("a", None, None, " r")]
+    assert ask([], lines, None, None, None)[1] == ("three", None, None, None)
 
 
 def test_bad_record_is_one_line_with_its_place(tmp_path):
@@ -110,6 +115,28 @@ def test_command_explains_two_prompts_on_either_class(tiny_command, monkeypatch,
     assert f"Report: {page}" in text
     assert "Explaining prompt 2 of 2" in result.stderr and "Done in" in result.stderr
     assert page.read_text(encoding="utf-8").count("<template id=") == 2
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_command_explains_a_response_given_and_generated(tiny_command, monkeypatch, kind):
+    given = ["--prompt", "w13 w14", "--response", "w9 w26 w5", "--class", kind]
+    result, page = tiny_command(monkeypatch, *given)
+    assert result.exit_code == 0, result.output
+    text = plain(result.stdout)
+    assert "the response has 3 tokens, as given" in text and "tokens that changed most" in text
+    assert "Layer by layer, token by token" in page.read_text(encoding="utf-8")
+    said = ["--prompt", "w13 w14", "--max-new-tokens", "4", "--fast", "--class", kind]
+    result, page = tiny_command(monkeypatch, *said)
+    assert result.exit_code == 0, result.output
+    assert "4 tokens, which the adapted model says itself" in plain(result.stdout)
+    assert "Layer by layer, token by token" not in page.read_text(encoding="utf-8")
+
+
+def test_a_response_that_does_not_fit_is_one_line(tiny_command, monkeypatch):
+    long = ["--prompt", "w13 w14", "--max-new-tokens", "40", "--quiet"]
+    result, _ = tiny_command(monkeypatch, *long)
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert "max_new_tokens=40 more do not fit" in result.stderr
 
 
 def test_quiet_command_says_nothing_on_stderr(tiny_command, monkeypatch):

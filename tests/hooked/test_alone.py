@@ -23,6 +23,7 @@ from interrupts import held
 import lens_lora as ll
 from lens_lora.engine import function
 from lens_lora.hooked import alone as alone_module
+from lens_lora.hooked import unembedded
 
 R = ll.Margin(5, 9)
 
@@ -226,7 +227,8 @@ def is_alone(fn: Any) -> bool:
 @pytest.mark.parametrize("name", ["inference_mode", "autocast"])
 def test_settings_that_are_left_on_show(name: str, cls: str, monkeypatch):
     monkeypatch.setattr(alone_module, "_prepare", lambda lens, span: None)
-    monkeypatch.setattr(function, "_unrounded", lambda residual: residual)
+    for module in (function, unembedded):
+        monkeypatch.setattr(module, "unrounded", lambda residual: residual)
     with AROUND[name]():
         found = CALLS["first_orders"](lens_of(cls), tokens())
     assert not same(found, expected(cls)["first_orders"], 1e-3)

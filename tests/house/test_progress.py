@@ -73,6 +73,7 @@ CALLS = {
     "remainder_curve": lambda t, folder, **o: ll.remainder_curve(
         t.lens, PROMPT, R, torch.linspace(0.1, 1, 70), **o
     ),
+    "LoraLens.generate": lambda t, folder, **o: t.lens.generate(PROMPT, 12, eos_token_id=(), **o),
     "kl_shares": lambda t, folder, **o: ll.kl_shares(
         t.lens, PROMPT, scales=[0.01 * s for s in range(1, 100)], **o
     ),

@@ -59,6 +59,12 @@ CALLS: dict[str, Call] = {
         lens, t, ll.AnswerLogProb(RESPONSE), by="token", **QUIET
     ),
     "kl_shares": lambda lens, t: ll.kl_shares(lens, t, **QUIET).divergence,
+    "generate": lambda lens, t: torch.stack(
+        lens.generate(t, 4, eos_token_id=(), **QUIET).ids
+    ).double(),
+    "explain a response": lambda lens, t: (
+        ll.explain(lens, t[:1], response=RESPONSE, **QUIET).leave_one_out
+    ),
     "token_shifts": lambda lens, t: ll.token_shifts(lens, t, RESPONSE).kl,
     "components": lambda lens, t: ll.components(lens, t, MARGIN, **QUIET),
     "logit_shift": lambda lens, t: ll.logit_shift(lens, t, **QUIET),

@@ -69,6 +69,32 @@ def token_shifts() -> ll.TokenShifts:
     )  # fmt: skip
 
 
+def response_explanation(
+    tokens: tuple[str, str] = (" a", " b"), *, fast: bool = False
+) -> ll.ResponseExplanation:
+    """One response of two tokens; four sites in layers 0 and 2."""
+    nats = torch.tensor([[[-1.0, -2.0]], [[-0.5, -1.0]]])
+    ids, changes = torch.tensor([[[0], [1]]]), torch.tensor([[[0.25], [0.5]]])
+    shifts = ll.TokenShifts(
+        response=(tokens,), log_p=nats, entropy=-nats, rank=torch.tensor([[[3, 9]], [[0, 0]]]),
+        kl=torch.tensor([[[1.0, 2.0]], [[0.5, 1.5]]]), promoted=changes, suppressed=-changes,
+        promoted_ids=ids, suppressed_ids=ids, strings={"0": tokens[0], "1": tokens[1]},
+        between=("ε = 0", "ε = 1"), str_tokens=TOKENS[:1], meta=META,
+    )  # fmt: skip
+    modules = dataclasses.replace(
+        two_prompts(), values=torch.tensor([[1.0, 0.5, 1.2, 0.3]]), base=torch.zeros(1),
+        adapted=torch.tensor([3.0]), str_tokens=TOKENS[:1],
+    )  # fmt: skip
+    full = {} if fast else {
+        "path": dataclasses.replace(modules, method="path", at=math.nan),
+        "add_one": torch.tensor([[0.1, 0.2], [0.3, 0.6]]),
+        "leave_one_out": torch.tensor([[0.1, 0.0], [0.1, 0.1]]),
+        "groups": ("layer 0", "layer 2"),
+    }  # fmt: skip
+    moved = torch.tensor([[0.4, -0.1, 0.2, 0.0], [0.1, 0.0, 0.2, 0.3]])
+    return ll.ResponseExplanation(False, shifts, modules, moved, (1, 0), **full)
+
+
 def kl_shares() -> ll.KLShares:
     scales = torch.tensor([0.1, 1.0])
     return ll.KLShares(two_prompts(), scales, torch.tensor([[0.01, 1.0], [0.02, 3.0]]))
@@ -90,8 +116,8 @@ def every_result() -> list[Result]:
     )
     found = [
         two_prompts(), activations(by_position=True), features(by_position=True), writes,
-        components(), remainder(), token_shifts(), kl_shares(), summary(), e, e.margin,
-        e.margin.curve, e.shift, e.second_order, e.reliability["leave_one_out"], e.coupling,
+        components(), remainder(), token_shifts(), response_explanation(), kl_shares(), summary(),
+        e, e.margin, e.margin.curve, e.shift, e.second_order, e.reliability["leave_one_out"], e.coupling,
         e.add_one, e.faithfulness, e.null, e.comparisons[0],
     ]  # fmt: skip
     assert all(isinstance(result, Result) for result in found)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -183,7 +183,8 @@ def _tokenizer_folder() -> str:
     vocab = {"<bos>": 0, "<eos>": 1, "<pad>": 2, "<unk>": 3}
     vocab |= {f"w{i}": i for i in range(4, VOCAB)}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    each_word = pre_tokenizers.Split(Regex(r"w\d+"), "isolated")
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), each_word])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<bos>",
@@ -197,7 +198,7 @@ def _tokenizer_folder() -> str:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words 'w4' … 'w60', one token each."""
+    """Words 'w4' … 'w60', one token each, also where one follows another without a space."""
     return PreTrainedTokenizerFast.from_pretrained(_tokenizer_folder())
 
 

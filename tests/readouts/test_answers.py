@@ -33,10 +33,10 @@ def test_ends_equal_teacher_forcing(lens: ll.LoraLens, scale: float):
     """Also in a padded batch, and with answers of each prompt's own."""
     tokens = models.tokens()
     prompts = ll.Prompts(tokens, torch.tensor([7, 4]))
-    readout = ll.AnswerMargin([DOC, PRE], [PRE, torch.tensor([3])])
+    readout = ll.AnswerMargin([DOC, PRE], [PRE, torch.tensor([4])])
     curve = ll.remainder_curve(lens, prompts, readout, [scale or 1.0])
     found = curve.values[:, 0] if scale else curve.base
-    for i, (doc, pre) in enumerate([(DOC, PRE), (PRE, torch.tensor([3]))]):
+    for i, (doc, pre) in enumerate([(DOC, PRE), (PRE, torch.tensor([4]))]):
         prompt = tokens[i, : [7, 4][i]]
         expected = log_prob(lens, prompt, doc, scale) - log_prob(lens, prompt, pre, scale)
         assert (found[i] - expected).abs() < 1e-11
@@ -99,9 +99,11 @@ def test_fact_margin_of_answers(lens: ll.LoraLens):
 
 def test_several_tokens_choose_the_answer_margin(lens: ll.LoraLens):
     """Strings of several tokens; a word that lost its leading space is refused."""
-    assert isinstance(margin_between(lens.model, "w5 w6", "w7", 1), ll.AnswerMargin)
-    assert isinstance(margin_between(lens.model, "w5", 7, 1), ll.Margin)
-    assert isinstance(margin_between(lens.model, ["w5", 6], torch.tensor([7]), 2), ll.Margin)
+    two = lens.prompts(models.tokens())
+    one = two.row(0)
+    assert isinstance(margin_between(lens.model, "w5 w6", "w7", one), ll.AnswerMargin)
+    assert isinstance(margin_between(lens.model, "w5", 7, one), ll.Margin)
+    assert isinstance(margin_between(lens.model, ["w5", 6], torch.tensor([7]), two), ll.Margin)
 
 
 @pytest.mark.bad_input

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lens_lora as ll
 from lens_lora import PromptError, Prompts
-from lens_lora.readouts.prompts import prepare
+from lens_lora.readouts.tokenising import prepare
 
 PAD = 2
 STRINGS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13"]
@@ -90,14 +90,51 @@ def pads_with_eos(model):
 
 
 def test_pad_that_is_also_the_end_of_text(pads_with_eos):
-    """A row may begin with it (as BOS); one that ends in it could be padding and is refused."""
-    assert prepare(pads_with_eos, torch.tensor([[1, 5, 6]])).lengths.tolist() == [3]
-    assert prepare(pads_with_eos, torch.tensor([[1]])).lengths.tolist() == [1]
+    """One at the end finishes a response; several there, or at the start, may be padding."""
+    for row in ([1, 5, 6], [1], [5, 1], [5, 6, 1], [1, 5, 1]):
+        ready = prepare(pads_with_eos, torch.tensor([row]))
+        assert ready.tokens.tolist() == [row] and ready.lengths.tolist() == [len(row)]
+    batch = torch.tensor([[5, 6, 7], [5, 6, 1]])
+    assert prepare(pads_with_eos, batch).lengths.tolist() == [3, 3]
+    for row in ([5, 1, 1], [1, 1, 5], [1, 1]):
+        with pytest.raises(ll.PromptError, match="begins or ends with the pad token 1.*lengths"):
+            prepare(pads_with_eos, torch.tensor([row, [5] * len(row)]))
     padded = torch.tensor([[5, 6, 7], [5, 1, 1]])
-    with pytest.raises(ll.PromptError, match="ends with the pad token 1.*lengths"):
-        prepare(pads_with_eos, padded)
     told = ll.Prompts(padded, torch.tensor([3, 1]))
     assert prepare(pads_with_eos, told).lengths.tolist() == [3, 1]
+
+
+def test_ids_that_end_in_eos_are_content(model):
+    """Where the pad token is another, any number of them."""
+    assert prepare(model, torch.tensor([[5, 6, 1], [5, 1, 1]])).lengths.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ids_with_their_mask_are_repacked(model, side):
+    """As a tokenizer returns them, padded on either side, a pad token of the text kept."""
+    tokenizer = models.tokenizer()
+    tokenizer.padding_side = side
+    given_ = tokenizer(["w5 w6 w7 <pad>", "w8 <eos>"], padding=True, return_tensors="pt")
+    for prompts in (given_, dict(given_), {**given_, "attention_mask": given_.attention_mask == 1}):
+        ready = prepare(model, prompts)
+        assert ready.tokens.tolist() == [[5, 6, 7, PAD], [8, 1, PAD, PAD]]
+        assert ready.lengths.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_equals_single_prompts(model, side):
+    """Logits at the last token of ids with their mask, where pad = EOS and one EOS is content."""
+    peft = models.peft_model("llama", models.hf_model("llama"))
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+    tokenizer = models.tokenizer()
+    tokenizer.padding_side, tokenizer.pad_token = side, tokenizer.eos_token
+    texts = ["w5 w6 w7 w8 w9", "w8 w10 <eos>"]
+    prompts = lens.prompts(tokenizer(texts, padding=True, return_tensors="pt"))
+    together = prompts.at_read(lens.logits(prompts))
+    for i, ids in enumerate(([5, 6, 7, 8, 9], [8, 10, 1])):
+        with torch.no_grad():
+            expected = peft(torch.tensor([ids])).logits[0, -1]
+        assert (together[i] - expected).abs().max() < 1e-5
 
 
 def test_the_context_can_be_filled(model):
@@ -125,14 +162,19 @@ def test_padding_changes_no_logits(name, family, side, monkeypatch):
 
 # --- what is refused
 
+
+def masked(ids: list[list[int]], mask: list[list[int]]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
 TOO_LONG = " ".join(["w5"] * models.CONTEXT)
 REFUSED = {
     "empty string": ("", "the prompt is empty, so there is no token"),
     "empty string in a list": (["w5", "", "w6"], "prompt 1 of 3 \\(from 0\\) is empty"),
     "empty list": ([], "no prompts: the list is empty"),
-    "list of ids": ([5, 6, 7], "a string, a list of strings, or a tensor of token ids"),
-    "list of lists": ([[5, 6]], "a string, a list of strings, or a tensor of token ids"),
-    "strings and ids": (["w5", 6], "a string, a list of strings, or a tensor of token ids"),
+    "list of ids": ([5, 6, 7], "a string, a list of strings, .* or a tensor of token ids"),
+    "list of lists": ([[5, 6]], "a string, a list of strings, .* or a tensor of token ids"),
+    "strings and ids": (["w5", 6], "a string, a list of strings, .* or a tensor of token ids"),
     "no prompts": (torch.zeros(0, 4, dtype=torch.long), "empty prompt"),
     "no positions": (torch.zeros(2, 0, dtype=torch.long), "at least one token"),
     "no ids": (torch.zeros(0, dtype=torch.long), "empty prompt"),
@@ -152,6 +194,18 @@ REFUSED = {
     "ends with pad": (torch.tensor([[5, 6], [7, PAD]]), r"pad token 2.*Prompts\(tokens, lengths\)"),
     "begins with pad": (torch.tensor([[PAD, 6]]), r"begins or ends with the pad token 2"),
     "1-D with pad": (torch.tensor([5, PAD]), r"begins or ends with the pad token 2"),
+    "ids without a mask": ({"input_ids": torch.ones(1, 3).long()}, "hold input_ids; .* tensors of"),
+    "ids in lists": (
+        {"input_ids": [[5]], "attention_mask": [[1]]},
+        "expected tensors of input_ids",
+    ),
+    "mask of another shape": (masked([[5, 6]], [[1]]), r"are \(1, 2\) and attention_mask \(1, 1\)"),
+    "mask with a gap": (
+        masked([[5, 6, 7]], [[1, 0, 1]]),
+        r"is \[1, 0, 1\]; expected ones .* a gap",
+    ),
+    "mask of other numbers": (masked([[5, 6]], [[1, 2]]), r"is \[1, 2\]; expected ones"),
+    "mask of zeros": (masked([[5], [6]], [[1], [0]]), "an empty prompt has no position to read"),
     "ids in Prompts": (Prompts(torch.tensor([[99]]), torch.tensor([1])), "from 99 to 99"),
 }
 

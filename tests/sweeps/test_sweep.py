@@ -51,7 +51,9 @@ def test_rows_equal_direct_calls(lens, tmp_path):
     assert list(prompts.index) == [r["id"] for r in GOOD]
     assert list(frame["id"].unique()) == [r["id"] for r in GOOD]
     for record in GOOD:
-        readout = margin_between(lens.model, record["doc"], record["pre"], 1)
+        readout = margin_between(
+            lens.model, record["doc"], record["pre"], lens.prompts(record["prompt"])
+        )
         rows, row = frame[frame["id"] == record["id"]], prompts.loc[record["id"]]
         assert list(rows["site"]) == [s.name for s in lens.sites]
         assert list(rows["module"]) == [s.module for s in lens.sites]
@@ -78,7 +80,9 @@ def test_second_order_is_half_the_row_sums(lens, tmp_path):
     """Its sum is no estimate of the shift, and no remainder is told."""
     result = run(lens, GOOD[:2], tmp_path, "second_order")
     for i, record in enumerate(GOOD[:2]):
-        readout = margin_between(lens.model, record["doc"], record["pre"], 1)
+        readout = margin_between(
+            lens.model, record["doc"], record["pre"], lens.prompts(record["prompt"])
+        )
         direct = second_order(lens, record["prompt"], readout, progress=False)
         np.testing.assert_allclose(
             result.attribution("second_order").values[i], direct.half_row_sums[0], rtol=1e-9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plotly.graph_objects import Figure
 
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.results import drawing
 from lens_lora.show.figures.attribution import position_heatmap, site_heatmap
 from lens_lora.show.figures.comparison import comparison_scatter

@@ -13,10 +13,10 @@ from lens_lora.results.choosing import only_prompt
 from lens_lora.results.token_view import TokenView
 from lens_lora.show.figures.parts import NEGATIVE, token_ticks
 from lens_lora.show.figures.style import EXACT, FLIP, style, title
-from lens_lora.show.page.render import shaded_text
-from lens_lora.show.text import label, magnitude, prompt_text, signed, visible
+from lens_lora.show.page.render import Noted, shaded_text
+from lens_lora.show.text import label, magnitude, short_prompt, signed, visible
 
-__all__ = ["shaded_response", "token_shifts_figure"]
+__all__ = ["below", "heading", "hover", "noted", "shaded_response", "shades", "token_shifts_figure"]
 
 _HEIGHT = 420
 
@@ -35,28 +35,33 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
     index = only_prompt(prompt, len(shifts.response), "responses")
     tokens = shifts.response[index]
     apart, moved = (of[index, : len(tokens)].tolist() for of in (shifts.kl[0], shifts.shift))
-    hover = [_hover(shifts, index, t) for t in range(len(tokens))]
+    hovers = [hover(shifts, index, t) for t in range(len(tokens))]
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     for row, (values, colours) in enumerate(
         ((apart, FLIP), (moved, [EXACT if v >= 0 else NEGATIVE for v in moved])), start=1
     ):
         bar = go.Bar(
-            y=values, marker={"color": colours}, hovertext=hover, hoverinfo="text", showlegend=False
+            y=values,
+            marker={"color": colours},
+            hovertext=hovers,
+            hoverinfo="text",
+            showlegend=False,
         )
         figure.add_trace(bar, row=row, col=1)
     style(figure, _HEIGHT)
-    figure.update_layout(title=title(_heading(shifts, index), _below(shifts, index)), bargap=0.1)
+    figure.update_layout(title=title(heading(shifts, index), below(shifts, index)), bargap=0.1)
     figure.update_yaxes(title_text="KL (nats)", row=1, col=1)
     figure.update_yaxes(
         title_text="shift of log p (nats)", zeroline=True, zerolinecolor="#777777", row=2, col=1
     )
+    figure.update_xaxes(title_text="token of the response", row=2, col=1)
     token_ticks(figure, tokens)
     return figure
 
 
 @drawing.tokens.register(TokenShifts)
 def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> TokenView:
-    """The response as text: the larger a token's KL, the darker its background.
+    """The response as text: the larger a token's KL, the darker its background, by its square root.
 
     Args:
         shifts: to be drawn.
@@ -66,24 +71,61 @@ def shaded_response(shifts: TokenShifts, prompt: int | None = None) -> TokenView
         ArgumentError: no such prompt, or several and none named.
     """
     index = only_prompt(prompt, len(shifts.response), "responses")
-    tokens = shifts.response[index]
+    tokens, (_, most) = shifts.response[index], shades(shifts, index)
     values = shifts.kl[0, index, : len(tokens)].tolist()
-    most = max((v for v in values if math.isfinite(v)), default=0.0) or 1.0
-    shades = [
-        (token, round(min(max(v / most, 0.0), 1.0), 3), _hover(shifts, index, t, "\n"))
-        for t, (token, v) in enumerate(zip(tokens, values, strict=True))
-    ]
-    heading = (
-        f"{_heading(shifts, index)}. {_below(shifts, index)}. Darkest: {magnitude(most)} nats."
+    text = (
+        f"{heading(shifts, index)}. {below(shifts, index)}. Darkest: {magnitude(most)} nats; by "
+        "the square root."
     )
-    return TokenView(tokens, tuple(values), shaded_text(heading, shades))
+    return TokenView(tokens, tuple(values), shaded_text(text, noted(shifts, index)))
 
 
-def _heading(shifts: TokenShifts, index: int) -> str:
-    return f"KL by token of the response to “{prompt_text(shifts.str_tokens[index])}”"
+def noted(shifts: TokenShifts, index: int) -> list[Noted]:
+    """Each token of a response, its shade, and what is said of it, line by line.
+
+    Args:
+        shifts: to be drawn.
+        index: of the prompt.
+    """
+    dark, _ = shades(shifts, index)
+    return [
+        (token, shade, _lines(shifts, index, t))
+        for t, (token, shade) in enumerate(zip(shifts.response[index], dark, strict=True))
+    ]
 
 
-def _below(shifts: TokenShifts, index: int) -> str:
+def shades(shifts: TokenShifts, index: int) -> tuple[list[float], float]:
+    """How dark each token is, from 0 to 1, and the KL of the darkest.
+
+    By the square root of its KL: a response's sum is mostly one token's, and the others would not
+    be seen beside it.
+
+    Args:
+        shifts: to be drawn.
+        index: of the prompt.
+    """
+    values = shifts.kl[0, index, : len(shifts.response[index])].tolist()
+    most = max((v for v in values if math.isfinite(v)), default=0.0) or 1.0
+    return [round(math.sqrt(min(max(v / most, 0.0), 1.0)), 3) for v in values], most
+
+
+def heading(shifts: TokenShifts, index: int) -> str:
+    """What is shown.
+
+    Args:
+        shifts: to be drawn.
+        index: of the prompt.
+    """
+    return f"KL by token of the response to “{short_prompt(shifts.str_tokens[index])}”"
+
+
+def below(shifts: TokenShifts, index: int) -> str:
+    """The two settings, and the sums over the response.
+
+    Args:
+        shifts: to be drawn.
+        index: of the prompt.
+    """
     total = float(shifts.kl[0, index].nansum())
     return (
         f"{shifts.between[0]} against {shifts.between[1]}: {magnitude(total)} nats in all, "
@@ -91,15 +133,29 @@ def _below(shifts: TokenShifts, index: int) -> str:
     )
 
 
-def _hover(shifts: TokenShifts, index: int, t: int, line: str = "<br>") -> str:
+def hover(shifts: TokenShifts, index: int, t: int) -> str:
+    """What is said of a token, for a figure.
+
+    Args:
+        shifts: to be drawn.
+        index: of the prompt.
+        t: of the token.
+    """
+    return "<br>".join(map(label, _lines(shifts, index, t)))
+
+
+def _lines(shifts: TokenShifts, index: int, t: int) -> list[str]:
     row = shifts._row(index, t)
-    text = [
+    return [
         f"{t} {visible(row['y_t'])}",
         f"KL {magnitude(row['kl_base_to_adapted'])} and back "
         f"{magnitude(row['kl_adapted_to_base'])} nats",
-        f"log p {row['log_p_base']:.2f} → {row['log_p_adapted']:.2f}, "
+        f"log p {_two(row['log_p_base'])} → {_two(row['log_p_adapted'])}, "
         f"rank {row['rank_base'] + 1} → {row['rank_adapted'] + 1}",
         f"promoted {row['promoted']}",
-        f"suppressed {row['suppressed']}",
+        f"suppressed {row['suppressed'].replace('-0.', '−0.')}",
     ]
-    return line.join(text if line == "\n" else map(label, text))
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")

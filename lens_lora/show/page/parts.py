@@ -13,16 +13,21 @@ from lens_lora.show.tables.parts import Row
 __all__ = [
     "Block",
     "HowToRead",
+    "HowToReadResponse",
+    "Noted",
     "Paragraph",
     "Part",
     "Plot",
     "Section",
+    "ShadedText",
     "Table",
     "Tables",
     "TokenTable",
 ]
 
 Pairs = Sequence[tuple[str, str]]
+Noted = tuple[str, float, Sequence[str]]
+"""A token, its shade from 0 to 1, and what is said of it, line by line."""
 
 
 class Block:
@@ -60,18 +65,30 @@ class Tables(Block):
 
 @dataclasses.dataclass(frozen=True)
 class TokenTable(Block):
-    """Tokens that sites promote and suppress.
+    """Tokens that sites promote and suppress, or sites that raise and lower a token.
 
     Attributes:
         rows: (site, (token, shift) of each token promoted, the same of those suppressed).
+        heads: the headings of its columns.
     """
 
     rows: Sequence[tuple[str, Pairs, Pairs]]
+    heads: Row = ("site", "promoted", "suppressed")
 
-    @property
-    def heads(self) -> Row:
-        """The headings of its columns."""
-        return ("site", "promoted", "suppressed")
+
+@dataclasses.dataclass(frozen=True)
+class ShadedText(Block):
+    """A response whose tokens are shaded; the numbers of the one pointed at stand below.
+
+    Attributes:
+        tokens: of the response.
+        scale: what the lightest, the middle and the darkest shade stand for.
+        chosen: the token whose numbers are shown at first.
+    """
+
+    tokens: Sequence[Noted]
+    scale: tuple[str, str, str]
+    chosen: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +117,12 @@ class Paragraph(Block):
 
 @dataclasses.dataclass(frozen=True)
 class HowToRead(Block):
-    """How the numbers are to be read; the same on every page."""
+    """How the numbers of a margin are to be read; the same on every page."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HowToReadResponse(Block):
+    """How the numbers of a response are to be read."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,18 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from lens_lora.show.figures.style import EXACT
-from lens_lora.show.page.parts import Part, Plot, Table
+from lens_lora.show.page.parts import Noted, Part, Plot, Table
 from lens_lora.show.text import visible
 
-__all__ = ["Plots", "captioned", "notebook_html", "page_html", "plain_text", "shaded_text"]
+__all__ = [
+    "Noted",
+    "Plots",
+    "captioned",
+    "notebook_html",
+    "page_html",
+    "plain_text",
+    "shaded_text",
+]
 
 _TITLE_HEIGHT = 14
 _BUTTONS = ["zoom2d", "pan2d", "resetScale2d", "toImage"]
@@ -51,12 +59,12 @@ def notebook_html(heading: str, notes: Sequence[str], tables: Sequence[Table]) -
     return template.render(heading=heading, notes=notes, tables=tables)
 
 
-def shaded_text(heading: str, tokens: Sequence[tuple[str, float, str]]) -> str:
+def shaded_text(heading: str, tokens: Sequence[Noted]) -> str:
     """Text whose tokens are shaded, for a notebook or a page.
 
     Args:
         heading: what is shown.
-        tokens: each token, its shade from 0 to 1, and what is said where the mouse rests on it.
+        tokens: what is said of each is shown where the mouse rests on it.
     """
     return _templates().get_template("shaded.html.j2").render(heading=heading, tokens=tokens)
 

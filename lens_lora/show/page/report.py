@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
+from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.analyses.logit_shift import LogitShift
 from lens_lora.analyses.margin import FactMargin
 from lens_lora.errors import ArgumentError
@@ -16,9 +17,10 @@ from lens_lora.show.figures.attribution import position_heatmap, site_heatmap
 from lens_lora.show.figures.remainder import remainder_figure
 from lens_lora.show.page.parts import HowToRead, Part, Section, Table
 from lens_lora.show.page.render import Plots, page_html
+from lens_lora.show.page.response import response_part
 from lens_lora.show.page.sections import explanation_sections, provenance, token_table
 from lens_lora.show.tables.margin import margin_heads, margin_rows
-from lens_lora.show.text import top_rows
+from lens_lora.show.text import short_prompt, top_rows
 from lens_lora.show.words.account import Account, account_of
 from lens_lora.show.words.explanation import explained_account, explanation_story
 from lens_lora.show.words.margin import margin_story
@@ -55,32 +57,39 @@ def margin_report(
     return page_html(title or _facts(account), [part])
 
 
-def explanation_report(explanations: Sequence[Explanation], *, title: str | None = None) -> str:
+def explanation_report(
+    explanations: Sequence[Explanation | ResponseExplanation], *, title: str | None = None
+) -> str:
     """The page of one or several explanations, as a string.
 
     Args:
         explanations: of a prompt each.
-        title: by default the two answers, where they are the same throughout.
+        title: by default the two answers, where they are the same throughout; of a response,
+            the prompt.
 
     Raises:
         ArgumentError: no explanation.
     """
     if not explanations:
         raise ArgumentError("no explanation to report; give at least one.")
-    accounts = [explained_account(e) for e in explanations]
-    parts = [
-        _part(
-            account,
-            e.first_order,
-            explanation_story(e),
-            explanation_sections(e, Plots(f"p{n}-plot")),
-            has_contents=True,
-        )
-        for n, (e, account) in enumerate(zip(explanations, accounts, strict=True), start=1)
-    ]
-    facts = list(dict.fromkeys(map(_facts, accounts)))
+    parts = [_explained(e, Plots(f"p{n}-plot")) for n, e in enumerate(explanations, start=1)]
+    facts = list(dict.fromkeys(map(_title, explanations)))
     name = title or (facts[0] if len(facts) == 1 else f"{len(parts)} prompts explained")
     return page_html(name, parts)
+
+
+def _explained(e: Explanation | ResponseExplanation, plots: Plots) -> Part:
+    if isinstance(e, ResponseExplanation):
+        return response_part(e, plots)
+    sections = explanation_sections(e, plots)
+    account, story = explained_account(e), explanation_story(e)
+    return _part(account, e.first_order, story, sections, has_contents=True)
+
+
+def _title(e: Explanation | ResponseExplanation) -> str:
+    if isinstance(e, ResponseExplanation):
+        return f"The response to “{short_prompt(e.prompt)}”"
+    return _facts(explained_account(e))
 
 
 def _margin_sections(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.analyses.logit_shift import LogitShift
 from lens_lora.show.figures.explanation import explanation_figures
 from lens_lora.show.page.parts import (

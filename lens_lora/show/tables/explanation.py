@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Group, RenderableType
 
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.results.measured import SIGMAS
 from lens_lora.show.tables.logit_shift import tokens_table
 from lens_lora.show.tables.margin import margin_table

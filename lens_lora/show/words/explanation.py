@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from lens_lora.analyses.compare import Comparison
-from lens_lora.analyses.explain import Explanation
+from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.analyses.faithfulness import Faithfulness
 from lens_lora.results import drawing
 from lens_lora.results.keys import RANDOM

@@ -25,4 +25,25 @@
     paint();
   }
   dark.addEventListener("change", paint);
+
+  const point = (token) => {
+    const text = token.closest(".said");
+    text.querySelector(".chosen")?.classList.remove("chosen");
+    token.classList.add("chosen");
+    text.parentElement.querySelector(".note").textContent = token.dataset.note;
+  };
+  for (const event of ["mouseover", "click"]) {
+    document.addEventListener(event, ({target}) => {
+      if (target.matches(".said [data-note]")) point(target);
+    });
+  }
+  document.addEventListener("keydown", (pressed) => {
+    const step = {ArrowLeft: "previousElementSibling", ArrowRight: "nextElementSibling"}[pressed.key];
+    const next = step && pressed.target.matches(".said") && pressed.target.querySelector(".chosen")[step];
+    if (next) {
+      pressed.preventDefault();
+      point(next);
+      next.scrollIntoView({block: "nearest"});
+    }
+  });
 })();

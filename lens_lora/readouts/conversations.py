@@ -1,0 +1,132 @@
+"""Conversations as prompts: messages → the chat template's own text and ids.
+
+The ids are those of `tokenizer.apply_chat_template(messages, tokenize=True,
+add_generation_prompt=True)`: a prompt ends where the assistant's turn begins. What a template may
+leave out without a word, such as a further field of a message, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from lens_lora import arguments
+from lens_lora.errors import PromptError
+
+__all__ = ["Conversation", "conversations_in", "of_template"]
+
+Conversation = Sequence[Mapping[str, str]]
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_IDS = "pass the ids that the template gives: tokenizer.apply_chat_template(…, return_tensors='pt')"
+
+
+def conversations_in(prompts: object) -> list[Conversation] | None:
+    """One conversation as a list of one, several as they are; None where prompts are none.
+
+    Args:
+        prompts: as a caller gives them.
+
+    Raises:
+        PromptError: conversations beside something else, or a message outside a list.
+    """
+    if isinstance(prompts, Mapping) and "role" in prompts:
+        raise PromptError("prompts hold one message; put it in a list: [message].")
+    if not isinstance(prompts, list | tuple):
+        return None
+    items = cast("Sequence[object]", prompts)
+    if _is_conversation(items):
+        return [cast("Conversation", items)]
+    if not any(isinstance(item, Mapping) or _is_conversation(item) for item in items):
+        return None
+    if all(_is_conversation(item) or item in ([], ()) for item in items):
+        return [cast("Conversation", item) for item in items]
+    kinds = ", ".join(dict.fromkeys(_kind_of(item) for item in items))
+    raise PromptError(
+        f"prompts hold {kinds}; expected one conversation, a list of messages such as "
+        "{'role': 'user', 'content': '…'}, or a list of conversations and nothing else."
+    )
+
+
+def _is_conversation(item: object) -> bool:
+    return (
+        isinstance(item, list | tuple)
+        and bool(item)
+        and all(isinstance(message, Mapping) for message in item)
+    )
+
+
+def _kind_of(item: object) -> str:
+    if isinstance(item, Mapping):
+        return "a message"
+    return "a conversation" if _is_conversation(item) else f"a {type(item).__name__}"
+
+
+def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str, list[int]]:
+    """The text that the chat template makes of the messages, and its ids.
+
+    Args:
+        tokenizer: of the model.
+        messages: in order.
+        which: how errors name the prompt.
+
+    Raises:
+        PromptError: no chat template, messages that are not one's input, or that it refuses.
+    """
+    plain = _checked(messages, which)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise PromptError(
+            f"{which} is a conversation, and the model's tokenizer has no chat template "
+            "(tokenizer.chat_template is None); set model.tokenizer.chat_template to that of the "
+            "model's family, or pass token ids."
+        )
+
+    def rendered(**options: bool) -> Any:
+        return tokenizer.apply_chat_template(plain, add_generation_prompt=True, **options)
+
+    try:
+        return rendered(tokenize=False), list(rendered(tokenize=True, return_dict=False))
+    except Exception as error:  # a template may raise anything
+        raise PromptError(
+            f"{which}: the model's chat template (tokenizer.chat_template) does not take these "
+            f"messages ({type(error).__name__}: {error}); change them, or pass token ids."
+        ) from error
+
+
+def _checked(messages: Conversation, which: str) -> list[dict[str, str]]:
+    """The messages with their roles and contents alone, each of them as a template expects it."""
+    if not messages:
+        raise PromptError(f"{which} is a conversation without a message; give at least one.")
+    plain = [_message(message, f"{which}, message {i}") for i, message in enumerate(messages)]
+    if plain[-1]["role"] == "assistant":
+        raise PromptError(
+            f"{which} ends with a turn of the assistant; leave it out of the messages and pass it "
+            "as the response: ll.AnswerLogProb(text), ll.KL(text), ll.token_shifts(…, text)."
+        )
+    return plain
+
+
+def _message(message: Mapping[Any, Any], where: str) -> dict[str, str]:
+    fields = {key: value for key, value in message.items() if value is not None}
+    for name in ("role", "content"):
+        if name not in fields:
+            raise PromptError(
+                f"{where} has no {name}; expected {{'role': 'user', 'content': '…'}}."
+            )
+        if not isinstance(fields[name], str):
+            raise PromptError(
+                f"{where}: its {name} is {fields[name]!r}; expected a string. For anything else, "
+                f"{_IDS}."
+            )
+        arguments.text(f"{where}: its {name}", fields[name], PromptError)
+    if fields["role"] not in _ROLES:
+        raise PromptError(
+            f"{where}: its role is {fields['role']!r}; expected one of {', '.join(_ROLES)}."
+        )
+    others = [key for key in fields if key not in ("role", "content")]
+    if others:
+        raise PromptError(
+            f"{where} has the further field {others[0]!r}, which a template may leave out without "
+            f"a word; leave it out, or {_IDS}."
+        )
+    return {"role": fields["role"], "content": fields["content"]}

@@ -1,0 +1,60 @@
+"""A response's page in a real browser: drawn, hovered, in light, dark and on a phone."""
+
+from __future__ import annotations
+
+import pytest
+from browser import browser, drawn, opened
+from every_result import response_explanation
+
+PLOTS = 3
+TOKENS = ("<b>x</b>", "a\nb")
+POINT = """<script>addEventListener("load", () => {
+  const token = document.querySelectorAll(".said [data-note]")[%d];
+  token.dispatchEvent(new MouseEvent("%s", {bubbles: true}));
+  document.querySelector(".said").dispatchEvent(
+    new KeyboardEvent("keydown", {key: "%s", bubbles: true}));
+})</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return response_explanation(TOKENS).report()
+
+
+def note(dom: str) -> str:
+    return dom.partition('<p class="note" aria-live="polite">')[2].partition("</p>")[0]
+
+
+@browser
+def test_every_plot_is_drawn_and_the_token_that_changed_most_is_chosen(page, tmp_path):
+    dom, console = opened(page, tmp_path)
+    assert console == [] and drawn(dom) == PLOTS
+    assert 'data-wide="false"' in dom and 'data-ink="rgb(28, 33, 38)"' in dom
+    assert note(dom).startswith("1 a⏎b\nKL 2.00 and back 1.50 nats\n")
+    assert "<b>x</b></span>" not in dom and "&lt;b&gt;x&lt;/b&gt;</span>" in dom
+
+
+@browser
+@pytest.mark.parametrize(
+    ("index", "event", "key", "shown"),
+    [
+        (0, "mouseover", "Enter", "0 &lt;b&gt;x"),
+        (0, "click", "ArrowRight", "1 a⏎b"),
+        (1, "click", "ArrowLeft", "0 &lt;b&gt;x"),
+        (1, "click", "ArrowRight", "1 a⏎b"),
+    ],
+)
+def test_a_token_pointed_at_shows_its_numbers(page, tmp_path, index, event, key, shown):
+    """By mouse, by touch, and by arrow keys, which stop at the ends."""
+    pointed = page.replace("</body>", POINT % (index, event, key))
+    dom, console = opened(pointed, tmp_path)
+    assert console == [] and note(dom).startswith(shown)
+    assert dom.count('class="chosen"') == 1
+
+
+@browser
+def test_it_is_no_wider_than_a_phone_and_dark_where_wanted(page, tmp_path):
+    dom, console = opened(page, tmp_path, phone=True)
+    assert console == [] and 'data-wide="false at 390"' in dom
+    dom, console = opened(page, tmp_path, dark=True)
+    assert console == [] and 'data-ink="rgb(230, 234, 238)"' in dom
