@@ -117,8 +117,8 @@ def every_result() -> list[Result]:
     found = [
         two_prompts(), activations(by_position=True), features(by_position=True), writes,
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(), summary(),
-        e, e.margin, e.margin.curve, e.shift, e.second_order, e.reliability["leave_one_out"], e.coupling,
-        e.add_one, e.faithfulness, e.null, e.comparisons[0],
+        e, e.margin, e.margin.curve, e.shift, e.second_order, e.reliability["leave_one_out"],
+        e.coupling, e.add_one, e.faithfulness, e.null, e.comparisons[0],
     ]  # fmt: skip
     assert all(isinstance(result, Result) for result in found)
     return found  # type: ignore[return-value]

@@ -56,5 +56,6 @@ def _by_layer(e: ResponseExplanation, values: Tensor, how: str) -> go.Figure:
         tickvals=list(range(0, len(labels), step)),
         ticktext=labels[::step],
     )
+    figure.update_xaxes(title_text="token of the response")
     token_ticks(figure, e.response)
     return figure
