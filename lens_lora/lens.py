@@ -306,7 +306,7 @@ class LoraLens(Generates):
         return {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch.") + self._plan.quantisation,
             "adapter": self.adapter.name,
             "base_of_adapter": self.adapter.base_model or "",
             **versions(),

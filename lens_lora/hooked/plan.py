@@ -96,10 +96,15 @@ class Plan:
         return [injection.site for injection in self.injections if injection.whole is not None]
 
     @property
+    def quantisation(self) -> str:
+        """', linear modules in 4 bit', for people; nothing where none is quantised."""
+        bits = sorted({str(quantised_name(module)) for module in self.quantised})
+        return f", linear modules in {' and '.join(bits)}" if bits else ""
+
+    @property
     def activation_rounding(self) -> float:
         """Half a step of an 8-bit kernel, relative to a row's largest entry; 0 without one."""
-        names = {quantised_name(module) for module in self.quantised}
-        return 1 / 254 if "8 bit" in names else 0.0
+        return 1 / 254 if "8 bit" in self.quantisation else 0.0
 
     def check_state(self, *, entries: bool = True) -> None:
         """Check that flags, mode and weights are as they were when the plan was made.

@@ -95,7 +95,9 @@ def tiny_command(tmp_path_factory):
 
     def call(monkeypatch, *options):
         monkeypatch.setattr(
-            loading, "load_model", lambda name, progress: (copy.deepcopy(base), models.tokenizer())
+            loading,
+            "load_model",
+            lambda name, progress, how=None: (copy.deepcopy(base), models.tokenizer()),
         )
         paths = ["--adapter", str(folder / "adapter"), "--report", str(folder / "page.html")]
         return run(cli.app, ["explain", *paths, *options]), folder / "page.html"
@@ -198,7 +200,7 @@ def test_device_that_is_not_there_is_one_line(tiny_command, monkeypatch):
 def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
     monkeypatch, asked, named, loaded
 ):
-    def load(name, progress):
+    def load(name, progress, how):
         raise ModelStateError(f"no {name}.")
 
     monkeypatch.setattr(loading, "load_model", load)

@@ -267,3 +267,13 @@ def test_the_kernel_of_avx512_is_wrong_without_an_error(fast_cpu):
     bare = without_our_products(lens_of(model, "llama"))
     found, expected = slope(bare), slope(plain)
     assert (found - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def test_a_fused_projection_is_refused_in_one_line():
+    """TransformerLens splits its weight, and cannot read it."""
+    base = models.hf_model("gpt2", dtype=torch.float32)
+    path = quantised.folder("llama").parent / "gpt2"
+    base.save_pretrained(path)
+    model = quantised.load_from(path, "8 bit")
+    with pytest.raises(ll.ModelStateError, match="cannot make a TransformerBridge of this model"):
+        hooked_model(model, None, kind="TransformerBridge")

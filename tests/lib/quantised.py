@@ -50,6 +50,10 @@ def folder(family: str) -> Path:
 
 def load(family: str, bits: str, nested: bool = False) -> hf.PreTrainedModel:
     """The model, its linear modules quantised; AVX512-BF16's kernel is off."""
+    return load_from(folder(family), bits, nested)
+
+
+def load_from(path: Path, bits: str, nested: bool = False) -> hf.PreTrainedModel:
     config = (
         hf.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -61,7 +65,7 @@ def load(family: str, bits: str, nested: bool = False) -> hf.PreTrainedModel:
         else hf.BitsAndBytesConfig(load_in_8bit=True)
     )
     model = hf.AutoModelForCausalLM.from_pretrained(
-        folder(family),
+        path,
         quantization_config=config,
         dtype=torch.float32,
         attn_implementation="eager",
