@@ -33,6 +33,8 @@ def load_base(
 
     how = how or Placement()
     _require_packages(how)
+    if how.device is not None:
+        moved(torch.empty(0), how.device)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, **_options(how))
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -45,13 +47,11 @@ def load_base(
     return (model.eval() if is_placed else moved(model.eval(), how.device)), tokenizer
 
 
-def moved(
-    model: Any, device: str | torch.device | None, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
+def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | None = None) -> Any:
     """The model itself, on this device and in this dtype.
 
     Args:
-        model: a Hugging Face model.
+        model: a Hugging Face model, or a tensor.
         device: such as 'cuda'; None for the device that it is on.
         dtype: None for its own.
 

@@ -94,11 +94,10 @@ def tiny_command(tmp_path_factory):
     peft.save_pretrained(folder / "adapter", save_embedding_layers=False)
 
     def call(monkeypatch, *options):
-        monkeypatch.setattr(
-            loading,
-            "load_model",
-            lambda name, progress, how=None: (copy.deepcopy(base), models.tokenizer()),
-        )
+        def load(name, progress, how):
+            return moved(copy.deepcopy(base), how.device), models.tokenizer()
+
+        monkeypatch.setattr(loading, "load_model", load)
         paths = ["--adapter", str(folder / "adapter"), "--report", str(folder / "page.html")]
         return run(cli.app, ["explain", *paths, *options]), folder / "page.html"
 

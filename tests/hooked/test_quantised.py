@@ -276,4 +276,4 @@ def test_a_fused_projection_is_refused_in_one_line():
     base.save_pretrained(path)
     model = quantised.load_from(path, "8 bit")
     with pytest.raises(ll.ModelStateError, match="cannot make a TransformerBridge of this model"):
-        hooked_model(model, None, kind="TransformerBridge")
+        hooked_model(model, models.tokenizer(), kind="TransformerBridge")
