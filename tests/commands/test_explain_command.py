@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
+from lens_lora.base_model import moved
 from lens_lora.commands import explain as command
 from lens_lora.commands import loading, run_explain
 from lens_lora.commands.loading import shipped_adapter
