@@ -9,6 +9,7 @@ Each command is two modules: `commands/NAME` has its options and checks them, wi
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -43,6 +44,8 @@ def main(
     ] = False,
 ) -> None:
     """What did this LoRA do to this model, on this prompt, where, and how far to trust it?"""
+    # PEFT imports it, and it speaks of a faster kernel that could be installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 for _command in (demo, explain, inspect, sweep):

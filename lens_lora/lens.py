@@ -26,6 +26,7 @@ from lens_lora.hooked.generates import Generates
 from lens_lora.hooked.host_check import OF_A_GIVEN_BASE, base_logits, require_same_logits
 from lens_lora.hooked.misuse import first_non_finite, require_kinds
 from lens_lora.hooked.plan import Plan, make_plan
+from lens_lora.hooked.quantised import differentiable_products
 from lens_lora.hooked.scales import Scale, gates_of
 from lens_lora.hooked.sites import Heads, Site, one_site
 from lens_lora.readouts.prompts import Prompts, PromptsLike
@@ -235,6 +236,7 @@ class LoraLens(Generates):
     ) -> None:
         hold(span, lock_of(self.model))
         self._plan.check_state(entries=False)
+        differentiable_products(span, self._plan.quantised)
         # A TransformerBridge puts its hook points together anew whenever they are asked for.
         points = self.model.hook_dict
         attach(span, self.model, site_hooks(self._plan, inject, points, before), points)
@@ -304,7 +306,7 @@ class LoraLens(Generates):
         return {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch.") + self._plan.quantisation,
             "adapter": self.adapter.name,
             "base_of_adapter": self.adapter.base_model or "",
             **versions(),

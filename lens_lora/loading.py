@@ -17,8 +17,9 @@ from torch import nn
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.trained import TrainedModule
+from lens_lora.base_model import load_base, moved
 from lens_lora.demonstration import shipped_adapter
-from lens_lora.errors import ModelStateError
+from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.host_build import (
     Kind,
     bridge_if_there,
@@ -28,6 +29,7 @@ from lens_lora.hooked.host_build import (
 )
 from lens_lora.hooked.host_check import refuse_unusable
 from lens_lora.lens import LoraLens
+from lens_lora.placement import Attention, DeviceMap, Placement
 from lens_lora.temporary import Temporary, without_warnings
 
 if TYPE_CHECKING:
@@ -40,8 +42,6 @@ __all__ = [
     "hooked_model",
     "hooked_transformer_if_there",
     "load",
-    "load_base",
-    "moved",
     "quiet_libraries",
     "transformer_lens_version",
 ]
@@ -52,8 +52,12 @@ def load(
     adapter: str | Path | Adapter,
     *,
     kind: Kind | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    attn: Attention = "eager",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoraLens:
     """The lens over a base model and an adapter, each by name or already loaded.
@@ -64,19 +68,34 @@ def load(
         model: a hub id, a folder, or a loaded Hugging Face model, which you must not change
             afterwards; None for the base that the adapter names.
         adapter: a hub id, a folder, or an `Adapter`.
-        kind: the class of hooked model; by default TransformerBridge if it is installed.
+        kind: the class of hooked model; by default TransformerBridge if it is installed. What is
+            quantised or lies on several devices needs a TransformerBridge.
+        dtype: of the weights: a torch dtype, its name, or 'auto' for the checkpoint's own. By
+            default a loaded model's own, float32 on the CPU, and 'auto' elsewhere.
         device: such as 'cuda'; by default the CPU, or the device of a loaded model.
-        dtype: of the weights; by default float32, or a loaded model's own.
+        device_map: 'auto', 'balanced', or {module: device}: over several devices, by accelerate.
+        load_in_4bit: linear modules quantised to NF4 by bitsandbytes (`docs/your_model.md`).
+        load_in_8bit: … to 8 bit.
+        attn: 'eager'; or 'sdpa', which keeps no [head, query, key] and shows no patterns.
         tokenizer: by default the one saved with the model.
 
     Raises:
+        ArgumentError: options that exclude each other, or a loaded model beside `device_map`,
+            `load_in_4bit`, `load_in_8bit` or `attn`.
         AdapterError: the adapter cannot be read, or its shapes do not fit the model.
         SiteError: the adapter names a module that the model lacks.
         ModelStateError: the model cannot be loaded, or no exact lens is possible; names the remedy.
     """
     chosen = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
-    base, own = _base(model, chosen, dtype, tokenizer)
-    base = moved(base, device, dtype)
+    how = Placement(
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        device=None if device is None else str(device),
+        device_map=device_map,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        attn=attn,
+    )
+    base, own = _base(model, chosen, how, tokenizer)
     hooked, made = hooked_model(base, own, kind=kind or bridge_if_there())
     return LoraLens(hooked, chosen, hf_model=base_beside(made, base, chosen))
 
@@ -124,51 +143,6 @@ def demo(*, kind: Kind | None = None) -> LoraLens:
     return LoraLens(hooked, load_adapter(shipped_adapter()))
 
 
-def load_base(
-    name: str, dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model on the CPU with plain attention, and its tokenizer.
-
-    Args:
-        name: a folder, or a hub id.
-        dtype: of the weights.
-
-    Raises:
-        ModelStateError: no such folder or id, or a model that transformers cannot read.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="eager")
-        return model.eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelStateError(
-            f"{name}: neither a folder nor a reachable hub id of a causal language model that "
-            f"transformers can read ({error})."
-        ) from error
-
-
-def moved(
-    model: Any, device: str | torch.device | None, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """The model itself, on this device and in this dtype.
-
-    Args:
-        model: a Hugging Face model.
-        device: such as 'cuda'; None for the device that it is on.
-        dtype: None for its own.
-
-    Raises:
-        ModelStateError: this machine has no such device.
-    """
-    try:
-        return model.to(device=device, dtype=dtype)
-    except (RuntimeError, AssertionError) as error:  # torch raises either
-        raise ModelStateError(
-            f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-
-
 @contextlib.contextmanager
 def quiet_libraries() -> Generator[None]:
     """Within the block, the libraries show no warnings, no progress bars, and only error logs."""
@@ -189,34 +163,39 @@ def quiet_libraries() -> Generator[None]:
 def _base(
     model: Any,
     adapter: Adapter,
-    dtype: torch.dtype | None,
+    how: Placement,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, in evaluation mode, and its tokenizer."""
-    dtype = dtype or torch.float32
     if isinstance(model, str | Path):
-        return load_base(str(model), dtype)
+        return load_base(str(model), how)
     if model is None:
-        return _named_base(adapter, dtype)
+        return _named_base(adapter, how)
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise ModelStateError(
             f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "
             "Face model. For a hooked model: LoraLens(model, adapter)."
         )
+    if how.says_how_to_load:
+        raise ArgumentError(
+            "device_map, load_in_4bit, load_in_8bit and attn say how a model is loaded, and this "
+            "one is loaded already; pass its name, or load it so."
+        )
     base = cast("PreTrainedModel", model.eval())
     refuse_unusable(base)
-    return base, tokenizer or _tokenizer_of(base)
+    dtype = None if how.dtype in (None, "auto") else getattr(torch, how.dtype)
+    return moved(base, how.device, dtype), tokenizer or _tokenizer_of(base)
 
 
 def _named_base(
-    adapter: Adapter, dtype: torch.dtype
+    adapter: Adapter, how: Placement
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if adapter.base_model is None:
         raise ModelStateError(
             f"the adapter {adapter.name} names no base model; pass it as the first argument."
         )
     try:
-        return load_base(adapter.base_model, dtype)
+        return load_base(adapter.base_model, how)
     except ModelStateError as error:
         raise ModelStateError(
             f"{error} The adapter names it as its base; pass another as the first argument."

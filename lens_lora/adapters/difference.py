@@ -89,6 +89,11 @@ def _require_models(*models: object) -> None:
                 f"between takes two Hugging Face models, and one is a {type(model).__name__}; load "
                 "it with AutoModelForCausalLM.from_pretrained(name)."
             )
+        if getattr(model, "is_quantized", False):
+            raise AdapterError(
+                f"{type(model).__name__} is quantised: a difference of rounded weights is not what "
+                "training added. Load both models in bfloat16 or float32."
+            )
         hooked = next((n for n, m in model.named_modules() if _is_hooked(m)), None)
         if hooked is not None:
             raise AdapterError(

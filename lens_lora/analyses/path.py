@@ -187,7 +187,7 @@ class _Trail:
             tol=self._tol,
             error=float(_share(self._errors[-1], self._shift).max()),
             site_change=float(_share(self._changes[-1], self._shift).max()),
-            met=bool((self._errors[-1] <= self._allowed).all()),
+            met=bool((torch.maximum(self._errors[-1], self._floor) <= self._allowed).all()),
             note="; ".join(filter(None, [self._on_rounding(), self._on_shape(nodes)])),
         )
 

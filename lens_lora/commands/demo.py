@@ -8,8 +8,21 @@ from typing import Annotated
 import typer
 
 from lens_lora.adapters.peft_files import adapter_folder
-from lens_lora.commands.options import AdapterOption, ModelOption, Quiet, Report, Subject
+from lens_lora.commands.options import (
+    AdapterOption,
+    AttnOption,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    In4Bit,
+    In8Bit,
+    ModelOption,
+    Quiet,
+    Report,
+    Subject,
+)
 from lens_lora.commands.terminal import require_different, require_writable
+from lens_lora.placement import Placement
 
 __all__ = ["demo"]
 
@@ -29,11 +42,20 @@ def demo(
     train_out: Annotated[
         Path, typer.Option(help="Folder for the adapter of --train.", file_okay=False)
     ] = Path("lens_lora_adapter"),
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    load_in_4bit: In4Bit = False,
+    load_in_8bit: In8Bit = False,
+    attn: AttnOption = "eager",
     quiet: Quiet = False,
 ) -> None:
     """Explain how a LoRA moves one fact: the story, the numbers, and a page of figures."""
+    how = Placement(dtype, device, device_map, load_in_4bit, load_in_8bit, attn)
     if train and adapter is not None:
         raise typer.BadParameter("--train makes an adapter; leave --adapter out.")
+    if train and how.is_quantised:
+        raise typer.BadParameter("--train needs weights that are not quantised.")
     if not prompt:
         raise typer.BadParameter(
             "it is empty: there is no token to read at.", param_hint="--prompt"
@@ -43,5 +65,5 @@ def demo(
     folder = adapter_folder(adapter) if adapter else None
     from lens_lora.commands.run_demo import run
 
-    subject, trained = Subject(folder, model), train_out if train else None
+    subject, trained = Subject(folder, model, how=how), train_out if train else None
     run(subject, prompt, doc, pre, report=report, train_out=trained, quiet=quiet)

@@ -17,8 +17,13 @@ from rich.text import Text
 from lens_lora.adapters.peft_files import adapter_folder
 from lens_lora.commands.options import (
     AdapterOption,
+    AttnOption,
     ClassOption,
+    DeviceMapOption,
     DeviceOption,
+    DtypeOption,
+    In4Bit,
+    In8Bit,
     ModelOption,
     Question,
     Quiet,
@@ -27,6 +32,7 @@ from lens_lora.commands.options import (
 )
 from lens_lora.commands.terminal import require_different, require_writable
 from lens_lora.errors import LensLoraError
+from lens_lora.placement import Placement
 from lens_lora.sweeps.records import read_records
 
 __all__ = ["explain"]
@@ -73,7 +79,12 @@ def explain(
         int, typer.Option(min=0, help="Compare with so many random adapters of the same sizes.")
     ] = 0,
     model_class: ClassOption = None,
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    load_in_4bit: In4Bit = False,
+    load_in_8bit: In8Bit = False,
+    attn: AttnOption = "eager",
     quiet: Quiet = False,
 ) -> None:
     """Explain what a LoRA did to two answers' margin, or to a response: a summary, and a page.
@@ -84,6 +95,7 @@ def explain(
 
     lens-lora explain --prompt 'The capital of France is'
     """
+    how = Placement(dtype, device, device_map, load_in_4bit, load_in_8bit, attn)
     require_writable(report, "--report")
     if null == 1:
         raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
@@ -97,7 +109,7 @@ def explain(
     folder = adapter_folder(adapter) if adapter else None
     from lens_lora.commands.run_explain import run
 
-    subject = Subject(folder, model, model_class, device)
+    subject = Subject(folder, model, model_class, how)
     run(subject, questions, report, progress, max_new_tokens=max_new_tokens, fast=fast, null=null)
 
 

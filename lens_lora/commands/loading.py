@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from lens_lora.commands.terminal import say
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import LensLoraError
 from lens_lora.lens import LoraLens
+from lens_lora.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,22 +49,22 @@ def step(message: str, progress: Console) -> Generator[None]:
 
 
 def load_model(
-    model: str | None, progress: Console
+    model: str | None, progress: Console, how: Placement | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of this hub id or folder; the embedded model for None or 'embedded'."""
-    from lens_lora.demonstration.embedded import EMBEDDED_NAME, embedded_model_folder, load_embedded
-    from lens_lora.loading import load_base
+    from lens_lora.base_model import load_base
+    from lens_lora.demonstration.embedded import EMBEDDED_NAME, embedded_model_folder
 
     if model not in (None, EMBEDDED):
         with step(f"Loading {model}", progress):
-            return load_base(model)
-    embedded_model_folder(quiet=progress.quiet)
+            return load_base(model, how)
+    folder = embedded_model_folder(quiet=progress.quiet)
     with step(f"Loading {EMBEDDED_NAME}", progress):
-        return load_embedded(quiet=True)
+        return load_base(str(folder), how)
 
 
 def load_model_of(
-    adapter: Adapter, model: str | None, progress: Console
+    adapter: Adapter, model: str | None, progress: Console, how: Placement | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model asked for, else the base that the adapter names, else the embedded model.
 
@@ -74,11 +76,11 @@ def load_model_of(
     named = adapter.base_model
     if model is not None:
         _note_other_base(EMBEDDED_HUB_ID if model == EMBEDDED else model, named, progress)
-        return load_model(model, progress)
+        return load_model(model, progress, how)
     if named in (None, EMBEDDED_HUB_ID):
-        return load_model(None, progress)
+        return load_model(None, progress, how)
     try:
-        return load_model(named, progress)
+        return load_model(named, progress, how)
     except LensLoraError as error:
         raise type(error)(
             f"{error} The adapter names it as its base; name another with --model."
@@ -99,24 +101,19 @@ def lens_over(
     progress: Console,
     *,
     kind: Kind | None = None,
-    device: str = "cpu",
 ) -> LoraLens:
     """The lens over a hooked model of the base.
 
     Args:
         kind: the hooked model's class; by default HookedTransformer if TransformerLens has it. The
             numbers printed in the documentation were computed with it.
-        device: such as 'cuda'.
-
-    Raises:
-        ModelStateError: this machine has no such device.
     """
-    from lens_lora.loading import base_beside, hooked_model, hooked_transformer_if_there, moved
+    from lens_lora.loading import base_beside, hooked_model, hooked_transformer_if_there
 
     with step("Building the hooked model", progress):
-        chosen, base = kind or hooked_transformer_if_there(), moved(hf_model, device)
-        model, made = hooked_model(base, tokenizer, kind=chosen)
-    return LoraLens(model, adapter, hf_model=base_beside(made, base, adapter))
+        chosen = kind or hooked_transformer_if_there()
+        model, made = hooked_model(hf_model, tokenizer, kind=chosen)
+    return LoraLens(model, adapter, hf_model=base_beside(made, hf_model, adapter))
 
 
 def lens_for(subject: Subject, adapter: Adapter, device: str, progress: Console) -> LoraLens:
@@ -131,10 +128,13 @@ def lens_for(subject: Subject, adapter: Adapter, device: str, progress: Console)
     Raises:
         LensLoraError: what loading the model or making the lens raises.
     """
-    base, tokenizer = load_model_of(adapter, subject.model, progress)
-    kind = None if subject.model_class is None else subject.model_class.value
-    place = subject.device or device
-    return lens_over(base, tokenizer, adapter, progress, kind=kind, device=place)
+    how, kind = subject.how, None if subject.model_class is None else subject.model_class.value
+    if how.says_how_to_load:
+        kind = kind or "TransformerBridge"
+    if how.device is None and how.device_map is None:
+        how = dataclasses.replace(how, device=device)
+    base, tokenizer = load_model_of(adapter, subject.model, progress, how)
+    return lens_over(base, tokenizer, adapter, progress, kind=kind)
 
 
 def announce(lens: LoraLens) -> None:

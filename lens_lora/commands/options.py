@@ -8,10 +8,17 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from lens_lora.placement import Attention, Dtype, Placement
+
 __all__ = [
     "AdapterOption",
+    "AttnOption",
     "ClassOption",
+    "DeviceMapOption",
     "DeviceOption",
+    "DtypeOption",
+    "In4Bit",
+    "In8Bit",
     "ModelClass",
     "ModelOption",
     "Question",
@@ -35,13 +42,14 @@ class Subject(NamedTuple):
         adapter: its folder; None for the one that comes with the package.
         model: a hub id or folder; None for the base that the adapter names.
         model_class: the hooked model's class; None for the default of the installed version.
-        device: such as 'cuda'; None for the CPU, or what accelerate launch gives.
+        how: how the model is loaded, and where it lies; without a device, on the CPU or where
+            accelerate launch says.
     """
 
     adapter: Path | None
     model: str | None
     model_class: ModelClass | None = None
-    device: str | None = None
+    how: Placement = Placement()
 
 
 class Question(NamedTuple):
@@ -77,6 +85,27 @@ DeviceOption = Annotated[
         "--device",
         help="Where to run, as torch names it. Default: the CPU, or what accelerate launch gives.",
     ),
+]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        help="Of the weights. Default: float32 on the CPU, elsewhere auto, the checkpoint's own.",
+    ),
+]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option("--device-map", help="Over several devices, as accelerate does it: auto, say."),
+]
+In4Bit = Annotated[
+    bool, typer.Option("--load-in-4bit", help="Linear modules in NF4, by bitsandbytes.")
+]
+In8Bit = Annotated[
+    bool, typer.Option("--load-in-8bit", help="Linear modules in 8 bit, by bitsandbytes.")
+]
+AttnOption = Annotated[
+    Attention,
+    typer.Option("--attn", help="sdpa takes less memory for long prompts, and shows no patterns."),
 ]
 Report = Annotated[
     Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)

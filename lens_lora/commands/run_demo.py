@@ -65,12 +65,13 @@ def run(
     """
     started, progress = time.perf_counter(), Console(stderr=True, quiet=quiet)
     if train_out is not None:
-        base, tokenizer = load_model(subject.model, progress)
+        base, tokenizer = load_model(subject.model, progress, subject.how)
         adapter = _train(base, tokenizer, subject.model, train_out, quiet)
     else:
         adapter = load_adapter(subject.adapter or shipped_adapter())
-        base, tokenizer = load_model_of(adapter, subject.model, progress)
-    lens = lens_over(base, tokenizer, adapter, progress)
+        base, tokenizer = load_model_of(adapter, subject.model, progress, subject.how)
+    kind = "TransformerBridge" if subject.how.says_how_to_load else None
+    lens = lens_over(base, tokenizer, adapter, progress, kind=kind)
     announce(lens)
     analysis = _analyse(lens, prompt, doc, pre, progress)
     _print(analysis)

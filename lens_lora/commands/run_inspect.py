@@ -10,10 +10,11 @@ from rich.console import Console
 from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.peft_files import stated_fields
 from lens_lora.analyses.spectra import lacking, summarise
+from lens_lora.base_model import load_base
 from lens_lora.commands.loading import EMBEDDED
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.lens import LoraLens
-from lens_lora.loading import base_beside, hooked_model, load_base, quiet_libraries
+from lens_lora.loading import base_beside, hooked_model, quiet_libraries
 from lens_lora.show.tables.adapter import adapter_table, spectra_table
 
 __all__ = ["run"]

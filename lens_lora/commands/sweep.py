@@ -11,13 +11,19 @@ import typer
 from lens_lora.adapters.peft_files import adapter_folder
 from lens_lora.commands.options import (
     AdapterOption,
+    AttnOption,
     ClassOption,
+    DeviceMapOption,
     DeviceOption,
+    DtypeOption,
+    In4Bit,
+    In8Bit,
     ModelOption,
     Quiet,
     Subject,
 )
 from lens_lora.commands.terminal import require_place
+from lens_lora.placement import Placement
 from lens_lora.sweeps.analyses import ANALYSES, BY_TOKEN, chosen
 from lens_lora.sweeps.processes import rank
 from lens_lora.sweeps.records import each_record, read_records
@@ -46,7 +52,12 @@ def sweep(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,
     model_class: ClassOption = None,
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    load_in_4bit: In4Bit = False,
+    load_in_8bit: In8Bit = False,
+    attn: AttnOption = "eager",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many records.")
     ] = None,
@@ -59,6 +70,7 @@ def sweep(
 
     Over several processes: accelerate launch --num_processes 2 -m lens_lora sweep …
     """
+    how = Placement(dtype, device, device_map, load_in_4bit, load_in_8bit, attn)
     if out.suffix != ".parquet":
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
     names = chosen(analysis or ["first_order"])
@@ -73,5 +85,5 @@ def sweep(
     folder = adapter_folder(adapter) if adapter else None
     from lens_lora.commands.run_sweep import run
 
-    subject = Subject(folder, model, model_class, device)
+    subject = Subject(folder, model, model_class, how)
     run(subject, rows, names, out, batch_size=batch_size, resume=resume, quiet=quiet)

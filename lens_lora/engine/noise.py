@@ -39,7 +39,8 @@ _DRAWS = 8
 def noise_floor(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     """σ of g(1) − g(0), in the readout's units. Eight forward passes, batched.
 
-    The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁹ for bfloat16.
+    The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁹ for bfloat16, and 1/254 where a
+    kernel rounds activations to 8 bit (`hooked/quantised.py`).
     """
     prompts = reading.prompts
     perturb = roundings(lens, exact=prompts.batch)
@@ -158,4 +159,5 @@ def roundings(lens: LoraLens, exact: int = 0) -> HookFn:
 
 
 def _unit(lens: LoraLens) -> float:
-    return torch.finfo(lens.dtype).eps / 2
+    """Of rounding, relative: the dtype's, or that of activations which a kernel rounds to 8 bit."""
+    return max(torch.finfo(lens.dtype).eps / 2, lens.plan.activation_rounding)

@@ -22,6 +22,7 @@ from torch._C._functorch import get_interpreter_stack
 
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.hooked.attaching import hold, lock_of
+from lens_lora.hooked.quantised import differentiable_products
 from lens_lora.temporary import Temporary, close_but, open_spans
 
 __all__ = ["alone"]
@@ -68,6 +69,9 @@ def _prepare(lens: Any, span: Temporary) -> None:
     model = getattr(lens, "model", None)
     if isinstance(model, nn.Module):
         hold(span, lock_of(model))
+    plan = getattr(lens, "_plan", None)
+    if plan is not None:
+        differentiable_products(span, plan.quantised)
     span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
     if torch.is_inference_mode_enabled():
         span.enter_context(torch.inference_mode(False))

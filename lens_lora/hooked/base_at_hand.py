@@ -58,8 +58,15 @@ class BaseAtHand:
             what: depends on it, for the error.
 
         Raises:
-            ModelStateError: the model's own was processed, and no base was given.
+            ModelStateError: the model's own was processed, and no base was given; or it is
+                quantised.
         """
+        if self._host.is_quantised(site.layer, site.kind):
+            raise ModelStateError(
+                f"{site.name} ({site.module}): {what} depends on the base's own weight, and this "
+                "model's is quantised: a plain LoRA needs no weight, this one does. Load the base "
+                "in bfloat16 or float32."
+            )
         if self._base is not None:
             return self._base.weight(site.path, site.rows)
         own = self._host.weight(site.layer, site.kind)

@@ -22,6 +22,7 @@ from lens_lora.families import find_family
 from lens_lora.hooked.attaching import add_pre_hook
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
+from lens_lora.hooked.quantised import dequantised, quantised_name
 from lens_lora.hooked.site_factors import SiteFactors, no_such_norm
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
 from lens_lora.temporary import Temporary, without_warnings
@@ -121,17 +122,26 @@ class BridgeHost(Host):
         return float(getattr(self.model.embed.original_component, "embed_scale", 1.0))
 
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
-        """The wrapped module's weight, or the one that a processed gated MLP uses instead."""
+        """The wrapped module's weight, or the one that a processed gated MLP uses instead.
+
+        Of a quantised module, the dequantised weight, made anew at each call.
+        """
         if kind in _PROCESSED_GATED or kind == "down":
             held = self._held(layer, kind)
             if held is not None:
                 return held
         _, component = self._component(layer, kind)
         linear = component.original_component
+        if quantised_name(linear) is not None:
+            return dequantised(linear)
         weight = linear.weight.detach()
         is_transposed = type(linear).__name__ == "Conv1D" or isinstance(linear, nn.Embedding)
         weight = weight.T if is_transposed else weight
         return weight * self.embedding_scale(kind) if kind == "embed" else weight
+
+    def is_quantised(self, layer: int, kind: str) -> bool:
+        """Whether the wrapped module is one of bitsandbytes."""
+        return quantised_name(self._component(layer, kind)[1].original_component) is not None
 
     def _held(self, layer: int, kind: str) -> Float[Tensor, "out in"] | None:
         """The weight that a processed gated MLP holds itself (transformer-lens 3)."""

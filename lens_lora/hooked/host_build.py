@@ -11,15 +11,19 @@ Cost: two short forward passes, and one copy of the weights for HookedTransforme
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.host_check import base_logits, require_same_logits
+from lens_lora.hooked.quantised import differentiable_products, quantised_linears
+from lens_lora.temporary import Temporary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,24 +80,40 @@ def hooked_model(
     """
     chosen = kind or hooked_transformer_if_there()
     makers = {"HookedTransformer": _hooked_transformer, "TransformerBridge": _bridge}
+    if chosen == "HookedTransformer" and quantised_linears(hf_model):
+        raise ModelStateError(
+            "a HookedTransformer copies its weights, and these are quantised; take a "
+            "TransformerBridge (transformer-lens 3 or newer), which wraps the model itself."
+        )
     hf_model.config.architectures = [type(hf_model).__name__]
-    expected = base_logits(hf_model, hf_model.dtype)
+    products = functools.partial(differentiable_products, modules=quantised_linears(hf_model))
+    with Temporary(products):
+        expected = base_logits(hf_model, hf_model.dtype)
+        model = _made(makers[chosen], chosen, hf_model, tokenizer)
+        require_same_logits(
+            expected,
+            lambda tokens: model(tokens, return_type="logits"),
+            (
+                f"the {chosen} that TransformerLens {transformer_lens_version()} builds",
+                "the Hugging Face model",
+                "Another version of TransformerLens, or its TransformerBridge, may build it right.",
+            ),
+        )
+    return model, chosen
+
+
+def _made(maker: Callable[..., Any], chosen: Kind, *made_of: Any) -> Any:
     try:
-        model = makers[chosen](hf_model, tokenizer).eval()
+        return maker(*made_of).eval()
     except ImportError as error:
         raise ModelStateError(
             f"TransformerLens {transformer_lens_version()} has no {chosen} ({error})."
         ) from error
-    require_same_logits(
-        expected,
-        lambda tokens: model(tokens, return_type="logits"),
-        (
-            f"the {chosen} that TransformerLens {transformer_lens_version()} builds",
-            "the Hugging Face model",
-            "Another version of TransformerLens, or its TransformerBridge, may build it right.",
-        ),
-    )
-    return model, chosen
+    except NotImplementedError as error:
+        raise ModelStateError(
+            f"TransformerLens {transformer_lens_version()} cannot make a {chosen} of this model: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def transformer_lens_version() -> str:

@@ -1,6 +1,6 @@
 """Whether a hooked model can be trusted: its state, and its logits compared with its base's.
 
-1. `refuse_unusable`: no active dropout, no quantised weights, no adapter in it already.
+1. `refuse_unusable`: no active dropout, no unknown quantisation, no adapter in it already.
 2. `base_logits`, then `require_same_logits`: without the adapter it computes what its Hugging Face
    base does. The host libraries build some families wrongly, without a warning. The base is run
    first, because a TransformerBridge wraps and changes it.
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
+from lens_lora.hooked.quantised import quantised_name
 
 __all__ = [
     "OF_A_GIVEN_BASE",
@@ -38,7 +39,7 @@ _Logits = Float[Tensor, "batch pos d_vocab"]
 
 
 def refuse_unusable(model: nn.Module) -> None:
-    """Check for injected adapters, active dropout, and weights that are not floating point.
+    """Check for injected adapters, active dropout, and quantisation other than bitsandbytes'.
 
     Args:
         model: a hooked model, or the base that one is made from.
@@ -53,12 +54,36 @@ def refuse_unusable(model: nn.Module) -> None:
                 f"{name or type(module).__name__} already carries a PEFT adapter, which would be "
                 "applied twice; build the hooked model from the bare base (peft_model.unload())."
             )
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise ModelStateError(
-                f"{name} is {parameter.dtype}: quantised weights have no exact ΔW; load the model "
-                "in a floating-point dtype."
-            )
+    _refuse_unknown_quantisation(model)
+
+
+def _refuse_unknown_quantisation(model: nn.Module) -> None:
+    config = getattr(getattr(model, "original_model", model), "config", None)
+    method = _method(getattr(config, "quantization_config", None))
+    if method not in (None, "bitsandbytes"):
+        raise ModelStateError(
+            f"the base is quantised by {method}, whose products have no derivative that is known "
+            "here; load it by bitsandbytes (load_in_4bit or load_in_8bit) or in bfloat16."
+        )
+    for path, module in model.named_modules():
+        if quantised_name(module) is not None:
+            continue
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if not parameter.is_floating_point():
+                raise ModelStateError(
+                    f"{name} is {parameter.dtype}, and {type(module).__name__} is no linear module "
+                    "of bitsandbytes; load the model in a floating-point dtype, or by bitsandbytes "
+                    "as a TransformerBridge."
+                )
+
+
+def _method(config: Any) -> str | None:
+    """'bitsandbytes', 'gptq', …, of a configuration as an object or as a mapping."""
+    if config is None:
+        return None
+    held = config if isinstance(config, dict) else vars(config)
+    method = held.get("quant_method", "an unnamed method")
+    return str(getattr(method, "value", method))
 
 
 def refuse_dropout(model: nn.Module) -> None:

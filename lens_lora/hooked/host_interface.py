@@ -74,6 +74,11 @@ class HostInterface(abc.ABC):
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
         """The model's own weight of this kind, heads flattened."""
 
+    def is_quantised(self, layer: int, kind: str) -> bool:
+        """Whether the weight is held in 4 or 8 bit, so that `weight` is only near the base's."""
+        del layer, kind
+        return False
+
     @abc.abstractmethod
     def bias(self, layer: int, kind: str) -> Float[Tensor, "out"] | None:
         """The model's own bias of v or o, heads flattened."""

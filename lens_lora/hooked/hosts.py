@@ -9,6 +9,7 @@ from lens_lora.hooked.host import Host
 from lens_lora.hooked.host_bridge import BridgeHost
 from lens_lora.hooked.host_check import refuse_unusable
 from lens_lora.hooked.host_hooked_transformer import HookedTransformerHost
+from lens_lora.hooked.quantised import quantised_linears
 
 __all__ = ["host_of"]
 
@@ -26,7 +27,14 @@ def host_of(model: Any) -> Host:
     for host in (HookedTransformerHost, BridgeHost):
         if host.class_name in names:
             refuse_unusable(model)
-            return host(model)
+            found = host(model)
+            if found.needs_base() and quantised_linears(model):
+                raise ModelStateError(
+                    f"this {host.class_name} is quantised and processed: folding needs the weights "
+                    "themselves. Use it before enable_compatibility_mode(), or load the base in "
+                    "bfloat16 or float32."
+                )
+            return found
     raise ModelStateError(
         f"{type(model).__name__} has no hook points; pass a HookedTransformer or a "
         "TransformerBridge."

@@ -26,6 +26,7 @@ from lens_lora.hooked.host_check import refuse_dropout
 from lens_lora.hooked.hosts import host_of
 from lens_lora.hooked.norm_map import NormUpdate
 from lens_lora.hooked.ports import Ports
+from lens_lora.hooked.quantised import quantised_linears, quantised_name
 from lens_lora.hooked.site_factors import resolve_sites
 from lens_lora.hooked.sites import Site
 from lens_lora.hooked.updates import SiteUpdate, site_updates
@@ -78,6 +79,7 @@ class Plan:
         updates: each site's own in the Hugging Face basis.
         watched: the weights of model and adapter when the plan was made.
         base: those of `hf_model`, from which a further adapter's plan would be made.
+        quantised: linear modules of bitsandbytes.
     """
 
     host: Host
@@ -88,6 +90,7 @@ class Plan:
     updates: tuple[SiteUpdate, ...] = ()
     watched: tuple[Watch, ...] = ()
     base: Watch | None = None
+    quantised: tuple[nn.Module, ...] = ()
 
     @property
     def with_constants(self) -> list[int]:
@@ -114,6 +117,17 @@ class Plan:
         ]
         maps = tuple(one.map for one in injections[: len(self.sites)])
         return dataclasses.replace(self, maps=maps, injections=tuple(injections))
+
+    @property
+    def quantisation(self) -> str:
+        """', linear modules in 4 bit', for people; nothing where none is quantised."""
+        bits = sorted({str(quantised_name(module)) for module in self.quantised})
+        return f", linear modules in {' and '.join(bits)}" if bits else ""
+
+    @property
+    def activation_rounding(self) -> float:
+        """Half a step of an 8-bit kernel, relative to a row's largest entry; 0 without one."""
+        return 1 / 254 if "8 bit" in self.quantisation else 0.0
 
     def check_state(self, *, entries: bool = True) -> None:
         """Check that flags, mode and weights are as they were when the plan was made.
@@ -184,7 +198,17 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
     ]
     of_base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
     injections = (*own, *more, *extra)
-    return Plan(host, sites, left, injections, host.state(), updates, watched, of_base)
+    return Plan(
+        host,
+        sites,
+        left,
+        injections,
+        host.state(),
+        updates,
+        watched,
+        of_base,
+        quantised_linears(model),
+    )
 
 
 def _tensors_of(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:

@@ -40,7 +40,7 @@ class Quadrature:
         error: the largest completeness error reached over prompts, as a share of its shift.
         site_change: the largest change of any site's value from the rule of half the nodes to the
             last, as a share of its prompt's shift: completeness does not bound a site's error.
-        met: whether error ≤ tol.
+        met: whether error ≤ tol, and rounding is small enough to tell.
         note: what stands in the way of tol, where something does.
     """
 

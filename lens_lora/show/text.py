@@ -168,9 +168,12 @@ def quadrature_text(quadrature: Quadrature) -> str:
     Args:
         quadrature: of a path integral.
     """
+    verdict = "within" if quadrature.met else "not within"
+    if quadrature.error <= quadrature.tol and not quadrature.met:
+        verdict = "rounding hides whether within"
     reached = (
         f"{quadrature.nodes} nodes: complete to {percent(quadrature.error)} of the shift "
-        f"({'within' if quadrature.met else 'not within'} {percent(quadrature.tol)}), sites moved "
+        f"({verdict} {percent(quadrature.tol)}), sites moved "
         f"by {percent(quadrature.site_change)} of it at the last doubling"
     )
     return f"{reached}; {quadrature.note}" if quadrature.note else reached

@@ -294,3 +294,18 @@ def test_the_trained_adapter_is_explained_completely(cls: str):
     reached = found.quadrature
     assert reached is not None and reached.met and reached.nodes <= 16
     assert reached.site_change < 1e-3 and not reached.note
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_what_rounding_hides_is_not_called_met(cls: str):
+    """In bfloat16 a sum within the tolerance may be there by chance."""
+    base = models.hf_model("llama", dtype=torch.bfloat16)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base)).scaled(0.05)
+    lens = ll.LoraLens(models.MAKERS[cls](base), adapter)
+    for tol in (1e-3, 1e3):
+        found = ll.path_attribution(
+            lens, models.tokens(batch=1), ll.Margin(5, 9), tol=tol, progress=False
+        )
+        reached = found.quadrature
+        assert reached is not None and reached.met == (tol == 1e3)
+        assert ("cannot be measured" in reached.note) == (tol == 1e-3)

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 import lens_lora.demonstration.train as train
 from lens_lora import cli
+from lens_lora.base_model import load_base
 from lens_lora.commands import run_demo
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.hooked import host_build
-from lens_lora.loading import hooked_model, load_base
+from lens_lora.loading import hooked_model
 
 CLASSES = list(models.MAKERS)
 run = CliRunner().invoke

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
+from lens_lora.base_model import moved
 from lens_lora.commands import explain as command
 from lens_lora.commands import loading, run_explain
 from lens_lora.commands.loading import shipped_adapter
@@ -94,9 +95,10 @@ def tiny_command(tmp_path_factory):
     peft.save_pretrained(folder / "adapter", save_embedding_layers=False)
 
     def call(monkeypatch, *options):
-        monkeypatch.setattr(
-            loading, "load_model", lambda name, progress: (copy.deepcopy(base), models.tokenizer())
-        )
+        def load(name, progress, how):
+            return moved(copy.deepcopy(base), how.device), models.tokenizer()
+
+        monkeypatch.setattr(loading, "load_model", load)
         paths = ["--adapter", str(folder / "adapter"), "--report", str(folder / "page.html")]
         return run(cli.app, ["explain", *paths, *options]), folder / "page.html"
 
@@ -198,7 +200,7 @@ def test_device_that_is_not_there_is_one_line(tiny_command, monkeypatch):
 def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
     monkeypatch, asked, named, loaded
 ):
-    def load(name, progress):
+    def load(name, progress, how):
         raise ModelStateError(f"no {name}.")
 
     monkeypatch.setattr(loading, "load_model", load)

@@ -12,6 +12,7 @@ from real import DOC, PRE, PROMPT
 
 import lens_lora as ll
 from lens_lora.demonstration.embedded import EmbeddedModelError
+from lens_lora.placement import Placement
 
 NEWEST = list(models.MAKERS)[-1]
 
@@ -90,3 +91,87 @@ def test_demo():
     margin = ll.Margin(DOC, PRE).bind(lens.model, 1)
     base, adapted = (float(margin(lens.logits(PROMPT, s)[:, -1])) for s in (0.0, 1.0))
     assert base < -3 and adapted > 3
+
+
+# --- dtype, devices, quantisation, attention
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_dtype_by_name_or_as_torch_has_it(tiny, dtype):
+    _, _, folder = tiny
+    assert ll.load(str(folder / "base"), folder / "lora", dtype=dtype).dtype == torch.bfloat16
+
+
+def test_the_checkpoints_own_dtype_but_on_the_cpu_only_where_asked_for(tiny, tmp_path):
+    base, _, folder = tiny
+    copy.deepcopy(base).to(torch.bfloat16).save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    assert ll.load(str(tmp_path), folder / "lora").dtype == torch.float32
+    assert ll.load(str(tmp_path), folder / "lora", dtype="auto").dtype == torch.bfloat16
+    assert Placement(device="cuda").weights == "auto" == Placement(load_in_8bit=True).weights
+    assert Placement(device="cpu").weights == "float32"
+    assert Placement(device="cuda", dtype="float32").weights == "float32"
+
+
+@models.NEEDS_BRIDGE
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_by_name(tiny, bits: str):
+    pytest.importorskip("bitsandbytes")
+    _, _, folder = tiny
+    lens = ll.load(str(folder / "base"), folder / "lora", **{bits: True})
+    assert lens.describe()["dtype"] == f"float32, linear modules in {bits[8]} bit"
+    assert lens.plan.quantised
+    found = ll.first_order(lens, models.tokens(), ll.Margin(5, 9))
+    assert found.meta["dtype"] == lens.describe()["dtype"]
+
+
+@models.NEEDS_BRIDGE
+def test_attention_without_patterns_gives_the_same_numbers(tiny):
+    _, peft, folder = tiny
+    lens = ll.load(str(folder / "base"), folder / "lora", attn="sdpa")
+    require_adapted(lens, peft)
+    plain = ll.load(str(folder / "base"), folder / "lora")
+    for mode in ("reverse", "forward"):
+        found, expected = (
+            ll.first_order(each, models.tokens(), ll.Margin(5, 9), mode=mode).values
+            for each in (lens, plain)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@models.NEEDS_BRIDGE
+def test_a_device_map(tiny):
+    _, peft, folder = tiny
+    lens = ll.load(str(folder / "base"), folder / "lora", device_map={"": "cpu"})
+    require_adapted(lens, peft)
+
+
+WRONG = {
+    "dtype": ({"dtype": "float8"}, "dtype='float8'; expected 'auto', 'float32'"),
+    "attention": ({"attn": "flash_attention_2"}, "expected 'eager', 'sdpa'"),
+    "two quantisations": ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
+    "two places": ({"device": "cpu", "device_map": "auto"}, "exclude each other"),
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", WRONG)
+def test_options_that_are_refused(tiny, name: str):
+    _, _, folder = tiny
+    options, says = WRONG[name]
+    with pytest.raises(ll.ArgumentError, match=says):
+        ll.load(str(folder / "base"), folder / "lora", **options)
+
+
+@pytest.mark.parametrize("option", [{"load_in_4bit": True}, {"device_map": "auto"}])
+def test_a_loaded_model_cannot_be_loaded_otherwise(tiny, option: dict):
+    base, _, folder = tiny
+    with pytest.raises(ll.ArgumentError, match="loaded already"):
+        ll.load(copy.deepcopy(base), folder / "lora", tokenizer=models.tokenizer(), **option)
+
+
+def test_a_package_that_is_missing_is_named(tiny, monkeypatch):
+    _, _, folder = tiny
+    monkeypatch.setattr("lens_lora.base_model.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ll.ModelStateError, match="pip install bitsandbytes"):
+        ll.load(str(folder / "base"), folder / "lora", load_in_4bit=True)

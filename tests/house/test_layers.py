@@ -14,10 +14,12 @@ TESTS = Path(__file__).parents[1]
 LENS_LORA = Package(TESTS.parent / "lens_lora")
 LAYERS = [
     {"errors", "_version", "families", "temporary"},
+    {"placement"},
     {"arguments"},
     {"adapters", "readouts"},
     {"hooked"},
     {"lens"},
+    {"base_model"},
     {"demonstration", "loading"},
     {"engine"},
     {"results"},

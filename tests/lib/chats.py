@@ -1,10 +1,12 @@
-"""Chat templates over the words of `models.tokenizer()`, and conversations to fill them."""
+"""Tokenizers with a chat template, with a BOS of their own, and of pieces with leading spaces."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -36,3 +38,25 @@ def prepending(tokenizer: Any) -> Any:
     )
     tokenizer.backend_tokenizer.post_processor = template
     return tokenizer
+
+
+def byte_pairs() -> PreTrainedTokenizerFast:
+    """' Paris' and ' Lyon' are one token, 'Paris' two pieces, ' London' more."""
+    merges = [("Ġ", "P"), ("a", "r"), ("i", "s"), ("ar", "is"), ("ĠP", "aris")]
+    merges += [("Ġ", "L"), ("y", "o"), ("yo", "n"), ("ĠL", "yon")]
+    pieces = ["<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    raw = Tokenizer(BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+
+
+def spaced_pieces() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space is put before every text, so ' Lyon' by itself has one too many."""
+    merges = [("▁", "L"), ("y", "o"), ("yo", "n"), ("▁L", "yon")]
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "\n"]
+    pieces = ["<unk>", *letters, *map("".join, merges)]
+    raw = Tokenizer(BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Replace("▁", " ")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")

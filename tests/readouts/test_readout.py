@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import chats
 import models
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 import lens_lora as ll
 from lens_lora import TokenError
@@ -19,18 +17,7 @@ BATCH = 3
 IDS = [5, 60, 7]
 
 
-def byte_pair_tokenizer() -> PreTrainedTokenizerFast:
-    """' Paris' and ' Lyon' are one token, 'Paris' two pieces, ' London' more."""
-    merges = [("Ġ", "P"), ("a", "r"), ("i", "s"), ("ar", "is"), ("ĠP", "aris")]
-    merges += [("Ġ", "L"), ("y", "o"), ("yo", "n"), ("ĠL", "yon")]
-    pieces = ["<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
-    raw = Tokenizer(BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
-
-
-BPE_TOKENIZER = byte_pair_tokenizer()
+BPE_TOKENIZER = chats.byte_pairs()
 WORDS = SimpleNamespace(cfg=SimpleNamespace(d_vocab=models.VOCAB), tokenizer=models.tokenizer())
 PIECES = SimpleNamespace(cfg=SimpleNamespace(d_vocab=len(BPE_TOKENIZER)), tokenizer=BPE_TOKENIZER)
 BARE = SimpleNamespace(cfg=SimpleNamespace(d_vocab=models.VOCAB), tokenizer=None)

@@ -1,0 +1,76 @@
+"""How a base model is loaded: its dtype, its devices, its quantisation, its attention.
+
+Words only, as a command line gives them: torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from lens_lora.errors import ArgumentError
+
+__all__ = ["Attention", "DeviceMap", "Dtype", "Placement"]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Attention = Literal["eager", "sdpa"]
+DeviceMap = str | Mapping[str, int | str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a base model is loaded, and where it lies.
+
+    Args:
+        dtype: of the weights; 'auto' is the checkpoint's own. None: float32 on the CPU, 'auto' on
+            other devices and for what is quantised.
+        device: such as 'cuda'; None for the CPU.
+        device_map: 'auto', 'balanced', or {module: device}, as accelerate takes it: over several
+            devices. Beside it no `device`.
+        load_in_4bit: linear modules quantised to NF4 by bitsandbytes, scales too.
+        load_in_8bit: … to 8 bit.
+        attn: 'eager', or 'sdpa', which keeps no [head, query, key] but has no attention patterns.
+
+    Raises:
+        ArgumentError: an unknown word, two quantisations, a device beside a device map.
+    """
+
+    dtype: str | None = None
+    device: str | None = None
+    device_map: DeviceMap | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    attn: str = "eager"
+
+    def __post_init__(self) -> None:
+        for name, value, words in (
+            ("dtype", self.dtype, (None, *get_args(Dtype))),
+            ("attn", self.attn, get_args(Attention)),
+        ):
+            if value not in words:
+                shown = ", ".join(repr(word) for word in words if word)
+                raise ArgumentError(f"{name}={value!r}; expected {shown}.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ArgumentError("load_in_4bit and load_in_8bit exclude each other; choose one.")
+        if self.device is not None and self.device_map is not None:
+            raise ArgumentError(
+                f"device={self.device!r} and device_map={self.device_map!r} exclude each other: "
+                "the map says where each module lies. Leave one out."
+            )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether linear modules are loaded in 4 or 8 bit."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @property
+    def says_how_to_load(self) -> bool:
+        """Whether it says what a model that is loaded already cannot follow."""
+        return self.is_quantised or self.device_map is not None or self.attn != "eager"
+
+    @property
+    def weights(self) -> str:
+        """The dtype of the weights, by the rule above."""
+        on_cpu = self.device_map is None and (self.device or "cpu").startswith("cpu")
+        return self.dtype or ("float32" if on_cpu and not self.is_quantised else "auto")
