@@ -13,14 +13,11 @@ import csv
 import dataclasses
 import json
 import numbers
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
-
 from lens_lora.errors import LensLoraError
-from lens_lora.readouts.conversations import Conversation
 
 __all__ = ["Record", "RecordsLike", "SweepError", "read_records"]
 
@@ -57,7 +54,7 @@ class Record:
     doc: str | None = None
     pre: str | None = None
     error: str | None = None
-    messages: Conversation | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
 
     @property
     def chat(self) -> bool:
@@ -226,7 +223,7 @@ def _with_messages(record: Record, row: Mapping[Any, Any]) -> Record:
     messages: Any = row["messages"]
     if not _is_missing(row.get("prompt")):
         return record.bad("it has both a prompt and messages; give one of them.")
-    messages = messages.tolist() if isinstance(messages, np.ndarray) else messages
+    messages = messages.tolist() if hasattr(messages, "tolist") else messages
     if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
         return record.bad(
             f"its messages are {messages!r}; expected a list such as "
