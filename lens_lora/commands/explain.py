@@ -182,7 +182,8 @@ def _from_file(
     bad = next((record.error for record in records if record.error), None)
     if bad:
         raise LensLoraError(f"{file}, {bad}")
-    return [(r.messages or str(r.prompt), doc or r.doc, pre or r.pre) for r in records]
+    given = [str(r.prompt) if r.messages is None else r.messages for r in records]
+    return [(prompt, doc or r.doc, pre or r.pre) for prompt, r in zip(given, records, strict=True)]
 
 
 def _note_spaces(questions: Sequence[Question], progress: Console) -> None:

@@ -224,7 +224,8 @@ def _with_messages(record: Record, row: Mapping[Any, Any]) -> Record:
     if not _is_missing(row.get("prompt")):
         return record.bad("it has both a prompt and messages; give one of them.")
     messages = messages.tolist() if hasattr(messages, "tolist") else messages
-    if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
+    is_list = isinstance(messages, list | tuple) and bool(messages)
+    if not is_list or not all(isinstance(message, Mapping) for message in messages):
         return record.bad(
             f"its messages are {messages!r}; expected a list such as "
             "[{'role': 'user', 'content': '…'}]."
