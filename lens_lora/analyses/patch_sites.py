@@ -48,7 +48,7 @@ def patch_sites(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         how: 'add_one', g(e_G) − g(0), or 'leave_one_out', g(1) − g(1 − e_G).
         sites: names or globs; only these are switched. Without it, all.

@@ -159,7 +159,8 @@ def test_command_explains_what_is_said_to_a_chat_model(tiny_command, monkeypatch
     result, page = tiny_command(monkeypatch, *asked)
     assert result.exit_code == 0, result.output
     text = without_plotly(page.read_text(encoding="utf-8"))
-    assert "<bos>w5w20<eos>w4w13w14<eos>w6" in html.unescape(text)
+    (said,) = re.findall(r"On the prompt “([^”]*)”", html.unescape(text))
+    assert said.endswith("w5w20<eos>w4w13w14<eos>w6")
     assert "Note:" not in result.stderr
 
 
