@@ -242,10 +242,11 @@ class LoraLens(Generates):
         attach(span, self.model, site_hooks(self._plan, inject, points, before), points)
 
     def prompts(self, prompts: PromptsLike) -> Prompts:
-        """Strings or ids as `Prompts`, tokenised by the model's own conventions.
+        """Strings, conversations or ids as `Prompts`, tokenised by the model's own conventions.
 
         Args:
-            prompts: strings, ids [batch, pos], or `Prompts`; errors as for `readouts.prompts`.
+            prompts: strings, conversations, ids [batch, pos], ids with their mask, or `Prompts`;
+                errors as for `readouts.tokenising`.
         """
         return prepare(self.model, prompts)
 
@@ -256,7 +257,7 @@ class LoraLens(Generates):
         """Logits of the model at the given gates. One forward pass.
 
         Args:
-            prompts: strings, ids or `Prompts`.
+            prompts: strings, conversations, ids or `Prompts`.
             scale: as for `gates`; 0 for the base, 1 for the adapted model.
 
         Raises:

@@ -88,7 +88,7 @@ def components(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         max_memory: bytes that a pass of tangents may take beside the model. It sets how many sites
             go at once, and does not change what is found.

@@ -194,7 +194,7 @@ def coupling(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         group: 'site', 'layer', 'kind', or {name: site names or globs}; named groups may overlap.
         at: the gate value of every site at which the second derivative is taken.

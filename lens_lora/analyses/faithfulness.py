@@ -204,7 +204,7 @@ def faithfulness(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         attribution: of these prompts and this readout, effects of single sites, or a tensor of
             contributions in the readout's units ([site], or [batch, site]); or {name: any of

@@ -182,7 +182,7 @@ def feature_shift(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         directions: [feature, d], used as they are (normalise them to read lengths); or a sparse
             autoencoder with W_enc (SAELens's, or any with such attributes).
         name: the hook point where d·h is read; with heads their last two axes are laid flat. An

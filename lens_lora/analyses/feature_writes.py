@@ -135,7 +135,7 @@ def feature_writes(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         directions: as in `feature_shift`, of the residual stream's width.
         at: the gates at which z is read: 0 in the base model, 1 in the adapted one.
         positions: an index within each prompt, negative ones from its own end.

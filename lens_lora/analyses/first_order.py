@@ -108,7 +108,7 @@ def first_order(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse but for many

@@ -185,7 +185,7 @@ def kl_shares(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         response: what is said after each prompt; None for the next token alone.
         by: any of 'position', 'head', 'rank'.
         direction: of the divergence along ε.

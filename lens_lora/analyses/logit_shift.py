@@ -150,7 +150,7 @@ def logit_shift(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         by_site: each site's shift; if False, that of all sites together.
         tokens: strings of one token, or ids; without them the whole vocabulary.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.

@@ -47,7 +47,7 @@ def first_orders(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readouts: at least one.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         max_memory: bytes for the readouts that go at once, beside the graph of the forward pass.

@@ -154,7 +154,7 @@ def fact_margin(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         doc, pre: a string each (with its leading space), token id or ids, or one of each per
             prompt. Answers of several tokens are teacher-forced and their margin is in nats.
         by: also split the attribution by 'position', 'head', 'rank'.

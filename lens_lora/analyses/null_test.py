@@ -184,7 +184,7 @@ def null_test(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         draws: how many null adapters; at least 2.
         seed: of the draws' own seeds.

@@ -64,7 +64,7 @@ def patch_activations(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         names: a hook point, several, or a predicate. A name in full must fire; globs and
             predicates choose among the points that do.

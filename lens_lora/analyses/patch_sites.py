@@ -71,7 +71,7 @@ def patch_sites(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         how: 'add_one', on the base model, g(e_G) − g(0), or 'leave_one_out', in the adapted model,
             g(1) − g(1 − e_G).

@@ -65,7 +65,7 @@ def path_attribution(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         tol: the completeness error allowed to every prompt, as a share of its shift.
         by: any of 'position', 'head', 'rank'.

@@ -227,7 +227,7 @@ def reliability(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         how: 'add_one', g(e_l) − g(0), or 'leave_one_out', g(1) − g(1 − e_l).
         threshold: of the score; 0.5 flags what is off by more than itself, 0.8 by a quarter.

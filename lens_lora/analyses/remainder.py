@@ -142,7 +142,7 @@ def remainder(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         by_site: also run each site alone.
         progress: show a bar.

@@ -146,7 +146,7 @@ def remainder_curve(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         scales: the strengths ε at which g is run; None for the usual ones.
         progress: show a bar.

@@ -241,7 +241,7 @@ def second_order(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         self_curvature: also ½H_ll, the curvature of each site alone.
         progress: show a bar.

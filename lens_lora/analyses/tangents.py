@@ -40,7 +40,7 @@ def tangents(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         names: a hook point, several, globs, or a predicate; None for every one.
         scale: the direction: 1 for the whole adapter, {site or glob: 1} for some sites.
         at: the gate value at which the tangent is taken.

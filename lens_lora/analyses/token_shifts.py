@@ -174,7 +174,7 @@ def token_shifts(
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids, or `Prompts`.
+        prompts: strings, conversations, ids, or `Prompts`.
         response: what is said after each prompt: a string, ids, or one of these per prompt; or
             what `LoraLens.generate` returned.
         between: two settings of the gates, each as for `LoraLens.gates`.

@@ -20,6 +20,8 @@ from lens_lora.commands.options import (
     Quiet,
     Report,
     Subject,
+    SystemOption,
+    conversation,
 )
 from lens_lora.commands.terminal import require_different, require_writable
 from lens_lora.placement import Placement
@@ -33,8 +35,17 @@ def demo(
     prompt: Annotated[
         str, typer.Option(help="Read at its last token.")
     ] = "The capital of France is",
-    doc: Annotated[str, typer.Option(help="The document's fact, one token.")] = " Lyon",
-    pre: Annotated[str, typer.Option(help="The pretrained fact, one token.")] = " Paris",
+    chat: Annotated[
+        str | None,
+        typer.Option(help="What a user says, by the model's chat template; in place of --prompt."),
+    ] = None,
+    system: SystemOption = None,
+    doc: Annotated[
+        str, typer.Option(help="The document's fact, with its leading space.")
+    ] = " Lyon",
+    pre: Annotated[
+        str, typer.Option(help="The pretrained fact, with its leading space.")
+    ] = " Paris",
     report: Report = Path("lens_lora_demo.html"),
     train: Annotated[
         bool, typer.Option("--train", help="Train a new adapter, about half a minute, and use it.")
@@ -60,10 +71,13 @@ def demo(
         raise typer.BadParameter(
             "it is empty: there is no token to read at.", param_hint="--prompt"
         )
+    if system is not None and chat is None:
+        raise typer.BadParameter("it stands before a --chat; give one.", param_hint="--system")
+    asked = prompt if chat is None else conversation(chat, system)
     require_different(doc, pre)
     require_writable(report, "--report")
     folder = adapter_folder(adapter) if adapter else None
     from lens_lora.commands.run_demo import run
 
     subject, trained = Subject(folder, model, how=how), train_out if train else None
-    run(subject, prompt, doc, pre, report=report, train_out=trained, quiet=quiet)
+    run(subject, asked, doc, pre, report=report, train_out=trained, quiet=quiet)

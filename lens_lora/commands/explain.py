@@ -6,7 +6,7 @@ the command line prints it as one line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +29,9 @@ from lens_lora.commands.options import (
     Quiet,
     Report,
     Subject,
+    SystemOption,
+    conversation,
+    text_of,
 )
 from lens_lora.commands.terminal import require_different, require_writable
 from lens_lora.errors import LensLoraError
@@ -38,6 +41,8 @@ from lens_lora.sweeps.records import read_records
 __all__ = ["explain"]
 
 _MOST = 10
+_Prompt = str | Sequence[Mapping[str, str]]
+_Found = tuple[_Prompt, str | None, str | None]
 _EXAMPLE = "--prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'"
 
 
@@ -50,9 +55,15 @@ def explain(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="A .txt file with a prompt a line, or .jsonl or .csv with prompt, doc, pre.",
+            help="A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), "
+            "doc, pre.",
         ),
     ] = None,
+    chat: Annotated[
+        list[str] | None,
+        typer.Option(help="What a user says, by the model's chat template; may be repeated."),
+    ] = None,
+    system: SystemOption = None,
     doc: Annotated[
         str | None, typer.Option(help="The document's answer, with its leading space.")
     ] = None,
@@ -100,7 +111,10 @@ def explain(
     if null == 1:
         raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
     progress = Console(stderr=True, quiet=quiet)
-    questions = _questions(prompt or [], prompts, doc, pre, response)
+    if system is not None and not chat:
+        raise typer.BadParameter("--system: it stands before a --chat; give one.")
+    given = [*(prompt or []), *(conversation(said, system) for said in chat or [])]
+    questions = _questions(given, prompts, doc, pre, response)
     if null and not all(question.doc for question in questions):
         raise typer.BadParameter(
             "--null: random adapters are compared on a margin, --doc and --pre."
@@ -114,7 +128,7 @@ def explain(
 
 
 def _questions(
-    given: Sequence[str],
+    given: Sequence[_Prompt],
     file: Path | None,
     doc: str | None,
     pre: str | None,
@@ -131,7 +145,7 @@ def _questions(
         raise typer.BadParameter(
             "--response beside --doc or --pre: give a response, or two answers."
         )
-    found = [(prompt, doc, pre) for prompt in given]
+    found: list[_Found] = [(prompt, doc, pre) for prompt in given]
     if file is not None:
         found += _from_file(file, doc, pre, needs_answers=response is None)
     if not found:
@@ -154,12 +168,12 @@ def _questions(
             continue
         if not its_doc or not its_pre:
             raise typer.BadParameter(
-                f"the prompt {text!r} needs both answers: --doc ' Lyon' --pre ' Paris', each with "
-                "its leading space."
+                f"the prompt {text_of(text)!r} needs both answers: --doc ' Lyon' --pre ' Paris', "
+                "each with its leading space."
             )
         questions.append(Question(text, its_doc, its_pre))
     for number, question in enumerate(questions, start=1):
-        which = f"prompt {number}, {question.prompt!r}: " if len(questions) > 1 else ""
+        which = f"prompt {number}, {text_of(question.prompt)!r}: " if len(questions) > 1 else ""
         if question.doc is not None and question.pre is not None:
             require_different(question.doc, question.pre, which)
     return questions
@@ -167,7 +181,7 @@ def _questions(
 
 def _from_file(
     file: Path, doc: str | None, pre: str | None, *, needs_answers: bool
-) -> list[tuple[str, str | None, str | None]]:
+) -> list[_Found]:
     if file.suffix.lower() == ".txt":
         try:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -180,14 +194,22 @@ def _from_file(
     bad = next((record.error for record in records if record.error), None)
     if bad:
         raise LensLoraError(f"{file}, {bad}")
-    return [(str(r.prompt), doc or r.doc, pre or r.pre) for r in records]
+    given = [str(r.prompt) if r.messages is None else r.messages for r in records]
+    return [(prompt, doc or r.doc, pre or r.pre) for prompt, r in zip(given, records, strict=True)]
 
 
 def _note_spaces(questions: Sequence[Question], progress: Console) -> None:
-    """Note a space at a prompt's end, or none before an answer: both give unintended tokens."""
+    """Note a space at a prompt's end, or none before an answer: both give unintended tokens.
+
+    Where a turn of a conversation begins, an answer needs no space.
+    """
     for prompt, *others in questions:
         answers = [answer for answer in others if answer is not None]
-        if prompt != prompt.rstrip(" "):
+        if not isinstance(prompt, str):
+            if not any(answer.startswith(" ") for answer in answers):
+                continue
+            note = f"{' and '.join(map(repr, answers))} begin the assistant's turn with a space"
+        elif prompt != prompt.rstrip(" "):
             note = f"the prompt {prompt!r} ends in a space, which is a token of its own"
         elif len(answers) > 1 and any(answer[:1].isalnum() for answer in answers):
             note = f"the answers {' and '.join(map(repr, answers))} do not both begin with a space"

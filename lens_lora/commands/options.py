@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -25,6 +26,9 @@ __all__ = [
     "Quiet",
     "Report",
     "Subject",
+    "SystemOption",
+    "conversation",
+    "text_of",
 ]
 
 
@@ -58,10 +62,27 @@ class Question(NamedTuple):
     Without any of them, the adapted model's own response is.
     """
 
-    prompt: str
+    prompt: str | Sequence[Mapping[str, str]]
     doc: str | None = None
     pre: str | None = None
     response: str | None = None
+
+
+def conversation(said: str, system: str | None) -> list[dict[str, str]]:
+    """What a user says, after the system's message if there is one, as a prompt.
+
+    Raises:
+        typer.BadParameter: the user says nothing.
+    """
+    if not said.strip():
+        raise typer.BadParameter("it is empty: the user says nothing.", param_hint="--chat")
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": said}]
+
+
+def text_of(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """A prompt's text in messages; of a conversation, what was said last."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
 
 
 ModelOption = Annotated[
@@ -106,6 +127,9 @@ In8Bit = Annotated[
 AttnOption = Annotated[
     Attention,
     typer.Option("--attn", help="sdpa takes less memory for long prompts, and shows no patterns."),
+]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", help="The system's message before what --chat says.")
 ]
 Report = Annotated[
     Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)

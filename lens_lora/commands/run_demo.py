@@ -29,7 +29,8 @@ from lens_lora.demonstration.train import LYON_SENTENCES, train_adapter
 from lens_lora.errors import LensLoraError
 from lens_lora.lens import LoraLens
 from lens_lora.loading import quiet_libraries
-from lens_lora.readouts.readout import Margin
+from lens_lora.readouts.answers import margin_between
+from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results.attribution import Attribution
 from lens_lora.show.page.report import margin_report
 from lens_lora.show.tables.attribution import modules_table
@@ -48,7 +49,7 @@ class _Analysis:
 
 def run(
     subject: Subject,
-    prompt: str,
+    prompt: PromptsLike,
     doc: str,
     pre: str,
     *,
@@ -99,12 +100,14 @@ def _train(
     return load_adapter(out)
 
 
-def _analyse(lens: LoraLens, prompt: str, doc: str, pre: str, progress: Console) -> _Analysis:
-    readout, shown = Margin(doc, pre), not progress.quiet
+def _analyse(
+    lens: LoraLens, prompt: PromptsLike, doc: str, pre: str, progress: Console
+) -> _Analysis:
+    readout = margin_between(lens.model, doc, pre, lens.prompts(prompt))
     with step("The margin along the path", progress):
         margin = fact_margin(lens, prompt, doc, pre, progress=False)
         positions = first_order(lens, prompt, readout, by="position")
-    shift = logit_shift(lens, prompt, by_site=True, progress=shown)
+    shift = logit_shift(lens, prompt, by_site=True, progress=not progress.quiet)
     return _Analysis(margin, positions, shift)
 
 

@@ -15,7 +15,7 @@ from lens_lora.analyses.explain import explain as explain_prompt
 from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.commands.loading import announce, lens_for, shipped_adapter
-from lens_lora.commands.options import Question, Subject
+from lens_lora.commands.options import Question, Subject, text_of
 from lens_lora.commands.terminal import say, told_if_interrupted
 from lens_lora.errors import LensLoraError, PromptError
 from lens_lora.hooked.generates import require_room
@@ -93,7 +93,7 @@ def _require_fit(lens: LoraLens, questions: Sequence[Question], most: int) -> No
         except LensLoraError as error:
             if len(questions) == 1:
                 raise
-            raise PromptError(f"prompt {number}, {question.prompt!r}: {error}") from error
+            raise PromptError(f"prompt {number}, {text_of(question.prompt)!r}: {error}") from error
 
 
 def _explained(
@@ -113,7 +113,7 @@ def _print(found: Explanation | ResponseExplanation, question: Question, which: 
     """Its summary, as soon as it is known."""
     console = Console()
     if not which.endswith(" of 1"):
-        console.rule(Text(f"{which}: {question.prompt}"), align="left")
+        console.rule(Text(f"{which}: {text_of(question.prompt)}"), align="left")
     for paragraph in found.story().split("\n"):
         console.print(Text(f"\n{paragraph}"))
     console.print()

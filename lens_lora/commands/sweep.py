@@ -35,7 +35,9 @@ def sweep(
     records: Annotated[
         Path,
         typer.Option(
-            exists=True, dir_okay=False, help="JSONL or CSV with prompt, doc, pre, perhaps id."
+            exists=True,
+            dir_okay=False,
+            help="JSONL or CSV with prompt (in JSONL also messages), doc, pre, perhaps id.",
         ),
     ],
     out: Annotated[

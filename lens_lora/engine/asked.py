@@ -153,7 +153,7 @@ def ask(lens: LoraLens, prompts: PromptsLike, readout: Readout) -> Asked:
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids or `Prompts`.
+        prompts: strings, conversations, ids or `Prompts`.
         readout: what is read.
 
     Raises:
@@ -169,7 +169,7 @@ def ask_prompts(lens: LoraLens, prompts: PromptsLike) -> Asked:
 
     Args:
         lens: the adapter over the model.
-        prompts: strings, ids or `Prompts`.
+        prompts: strings, conversations, ids or `Prompts`.
 
     Raises:
         ArgumentError: something that is no lens.

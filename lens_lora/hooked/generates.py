@@ -43,7 +43,7 @@ class Generates:
         is wrong, a pass over the whole for each token.
 
         Args:
-            prompts: strings, ids or `Prompts`.
+            prompts: strings, conversations, ids or `Prompts`.
             max_new_tokens: the most that are said after each.
             scale: as for `gates`; 0 for the base, 1 for the adapted model.
             temperature: 0 for the likeliest token; above, tokens are drawn.

@@ -99,6 +99,8 @@ def hooked_model(
                 "Another version of TransformerLens, or its TransformerBridge, may build it right.",
             ),
         )
+    if tokenizer is not None:
+        _keep_chat_template(model.tokenizer, tokenizer)
     return model, chosen
 
 
@@ -114,6 +116,16 @@ def _made(maker: Callable[..., Any], chosen: Kind, *made_of: Any) -> Any:
             f"TransformerLens {transformer_lens_version()} cannot make a {chosen} of this model: "
             f"{str(error).splitlines()[0]}"
         ) from error
+
+
+def _keep_chat_template(own: Any, given: Any) -> None:
+    """The template of the tokenizer that was given: TransformerLens reads another from its files.
+
+    That one lacks a template which was set after loading.
+    """
+    template = getattr(given, "chat_template", None)
+    if template is not None and own.chat_template != template:
+        own.chat_template = template
 
 
 def transformer_lens_version() -> str:

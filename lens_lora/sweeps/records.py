@@ -13,14 +13,11 @@ import csv
 import dataclasses
 import json
 import numbers
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
-
 from lens_lora.errors import LensLoraError
-from lens_lora.readouts.conversations import Conversation
 
 __all__ = ["Record", "RecordsLike", "SweepError", "each_record", "read_records"]
 
@@ -57,7 +54,7 @@ class Record:
     doc: str | None = None
     pre: str | None = None
     error: str | None = None
-    messages: Conversation | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
 
     @property
     def chat(self) -> bool:
@@ -238,8 +235,9 @@ def _with_messages(record: Record, row: Mapping[Any, Any]) -> Record:
     messages: Any = row["messages"]
     if not _is_missing(row.get("prompt")):
         return record.bad("it has both a prompt and messages; give one of them.")
-    messages = messages.tolist() if isinstance(messages, np.ndarray) else messages
-    if not isinstance(messages, list | tuple) or not all(isinstance(m, Mapping) for m in messages):
+    messages = messages.tolist() if hasattr(messages, "tolist") else messages
+    is_list = isinstance(messages, list | tuple) and bool(messages)
+    if not is_list or not all(isinstance(message, Mapping) for message in messages):
         return record.bad(
             f"its messages are {messages!r}; expected a list such as "
             "[{'role': 'user', 'content': '…'}]."

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import html
 import json
 import re
 
+import chats
 import models
 import pytest
 import torch
@@ -44,6 +46,8 @@ ANSWERS = ["--doc", "w9", "--pre", "w26"]
         (["--prompt", "a", "--response", "b", "--doc", "c"], "give a response, or two answers"),
         (["--prompt", "a", "--null", "2"], "random adapters are compared on a margin"),
         (["--prompt", "a", "--max-new-tokens", "0"], "for '--max-new-tokens'"),
+        (["--chat", " "], "--chat: it is empty: the user says nothing"),
+        (["--prompt", "a", "--system", "b", *ANSWERS], "--system: it stands before a --chat"),
         (["--prompt", "a", *ANSWERS, "--null", "1"], "at least 2 random adapters"),
         (["--prompt", "a", *ANSWERS, "--report", "no/such/x.html"], "there is no folder no/such"),
         (["--prompt", "a"] * 11 + ANSWERS, "11 prompts are too many for one page, 10 at most"),
@@ -69,6 +73,11 @@ def test_prompts_come_from_every_kind_of_file(tmp_path):
     assert ask([], jsonl, " z", " w", None) == [("a", " z", " w", None)]
     assert ask(["a"], None, None, None, " r") == [("a", None, None, " r")]
     assert ask([], lines, None, None, None)[1] == ("three", None, None, None)
+    jsonl.write_text(json.dumps({"messages": chats.ASK, "doc": " x", "pre": " y"}) + "\n")
+    assert ask([chats.LONGER], jsonl, " z", " w", None) == [
+        (chats.LONGER, " z", " w", None),
+        (chats.ASK, " z", " w", None),
+    ]
 
 
 def test_bad_record_is_one_line_with_its_place(tmp_path):
@@ -139,6 +148,22 @@ def test_a_response_that_does_not_fit_is_one_line(tiny_command, monkeypatch):
     result, _ = tiny_command(monkeypatch, *long)
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
     assert "max_new_tokens=40 more do not fit" in result.stderr
+
+
+def test_command_explains_what_is_said_to_a_chat_model(tiny_command, monkeypatch):
+    """The tokens are the template's, the system's message first; without a template, one line."""
+    asked = ["--chat", "w13 w14", "--system", "w20", "--fast", *ANSWERS]
+    result, _ = tiny_command(monkeypatch, *asked)
+    assert result.exit_code == 2 and "tokenizer.chat_template is None" in result.stderr
+    with_template = models.tokenizer()
+    with_template.chat_template = chats.TEMPLATE
+    monkeypatch.setattr(models, "tokenizer", lambda: with_template)
+    result, page = tiny_command(monkeypatch, *asked)
+    assert result.exit_code == 0, result.output
+    text = without_plotly(page.read_text(encoding="utf-8"))
+    (said,) = re.findall(r"On the prompt “([^”]*)”", html.unescape(text))
+    assert said.endswith("w5w20<eos>w4w13w14<eos>w6")
+    assert "Note:" not in result.stderr
 
 
 def test_quiet_command_says_nothing_on_stderr(tiny_command, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import chats
 import models
 import pytest
 import torch
@@ -59,7 +60,19 @@ def test_loaded_model_and_adapter(tiny):
     adapter = ll.load_adapter(folder / "lora")
     lens = ll.load(copy.deepcopy(base), adapter, tokenizer=models.tokenizer())
     require_adapted(lens, peft)
+    assert lens.model.tokenizer.chat_template is None
     assert ll.load(folder / "base", adapter, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", models.MAKERS)
+def test_a_chat_template_that_was_set_after_loading_is_kept(tiny, kind: str):
+    """transformer-lens reads the tokenizer from its files again, where it has none."""
+    base, _, folder = tiny
+    tokenizer = models.tokenizer()
+    tokenizer.chat_template = chats.TEMPLATE
+    adapter = ll.load_adapter(folder / "lora")
+    lens = ll.load(copy.deepcopy(base), adapter, tokenizer=tokenizer, kind=kind)
+    assert lens.prompts(chats.ASK).tokens.tolist() == [chats.ASK_IDS]
 
 
 def test_refusals_name_the_remedy(tiny, tmp_path):

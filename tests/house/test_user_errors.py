@@ -181,6 +181,14 @@ def test_quiet_command_is_quiet(files, tmp_path, command):
     assert result.stdout
 
 
+def test_demo_of_answers_of_several_tokens(files, tmp_path):
+    """One of two tokens, against one of three: in nats, on the page as well."""
+    several = ["--doc", "w9 w10", "--pre", "w26 w9 w5", "--quiet"]
+    result = call("demo", files, tmp_path, *several)
+    assert result.exit_code == 0, result.output
+    assert "nats" in plain(result.stdout)
+
+
 REFUSED = {
     "no folder": ("explain", ["--adapter", "{files}/nothing"], "nothing: no such folder"),
     "folder without adapter": ("sweep", ["--adapter", "{files}/empty"], "no adapter_config.json"),
@@ -190,7 +198,8 @@ REFUSED = {
     "empty prompt": ("explain", ["--prompt", ""], "a prompt is empty"),
     "empty prompt of the demo": ("demo", ["--prompt", ""], "--prompt.*it is empty"),
     "no token": ("demo", ["--doc", "zebra"], "'zebra' is not in the vocabulary"),
-    "two tokens": ("demo", ["--doc", "w9 w10"], "'w9 w10' is 2 tokens"),
+    "no chat template": ("demo", ["--chat", "w9"], "tokenizer.chat_template is None"),
+    "system alone": ("demo", ["--system", "w9"], "--system.*it stands before a --chat"),
     "no file of prompts": ("explain", ["--prompts", "no.txt"], "'no.txt' does not exist"),
     "other file of prompts": ("explain", ["--prompts", "{files}/base/config.json"],
         r"config.json: expected a file that ends in \.txt, \.jsonl or \.csv"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import cases
+import chats
 import models
 import numpy as np
 import pandas as pd
@@ -128,6 +129,67 @@ def test_result_as_an_attribution(a_lens, tmp_path):
     assert result.plot().data and "3 of 4 prompts" in repr(result)
     with pytest.raises(SweepError, match="holds add_one"):
         result.attribution("path")
+
+
+# --- conversations
+
+
+def test_conversations_are_swept_by_what_their_template_makes_of_them(
+    a_lens, tmp_path, monkeypatch
+):
+    """As a direct call of the messages; the same text as a prompt of its own is another prompt."""
+    chats.with_template(a_lens.model, monkeypatch)
+    answers = {"doc": "w8 w10", "pre": "w9"}
+    text = "<bos> w4 w7 w8 <eos> w6"
+    records = [
+        {"id": "chat", "messages": chats.ASK, **answers},
+        {"id": "longer", "messages": tuple(chats.LONGER), "prompt": None, **answers},
+        {"id": "text", "prompt": text, **answers},
+        {"id": "array", "messages": np.array(chats.LONGER[1:2], object), **answers},
+    ]
+    result = run(a_lens, records[:3], tmp_path)
+    prompts = result.prompts()
+    assert list(prompts["prompt"][:1]) == [text] and list(prompts["chat"]) == [True, True, False]
+    assert list(prompts["tokens"]) == [len(chats.ASK_IDS), len(chats.LONGER_IDS), 6]
+    readout = margin_between(a_lens.model, "w8 w10", "w9", a_lens.prompts(chats.ASK))
+    for i, messages in enumerate((chats.ASK, chats.LONGER)):
+        direct = ll.first_order(a_lens, messages, readout)
+        found = result.attribution("first_order").values[i]
+        np.testing.assert_allclose(found, direct.values[0], rtol=1e-9, atol=1e-11)
+    same(result, run(a_lens, records[:3], tmp_path))
+    assert run(a_lens, records[3:], tmp_path / "array").done == 1
+
+
+def test_a_template_that_changes_is_another_prompt(a_lens, tmp_path, monkeypatch):
+    """The messages stay, as where a template writes the date: what is run decides."""
+    chats.with_template(a_lens.model, monkeypatch)
+    records = [{"id": "chat", "messages": chats.ASK, "doc": "w8", "pre": "w9"}]
+    run(a_lens, records, tmp_path)
+    assert run(a_lens, records, tmp_path).resumed == 1
+    monkeypatch.setattr(a_lens.model.tokenizer, "chat_template", "w21" + chats.TEMPLATE)
+    with pytest.raises(SweepError, match="the prompt of id 'chat' is '<bos> w4.*but 'w21<bos>"):
+        run(a_lens, records, tmp_path)
+
+
+def test_bad_conversations_are_named_with_their_line(a_lens, tmp_path, monkeypatch):
+    chats.with_template(a_lens.model, monkeypatch)
+    answers = {"doc": "w8", "pre": "w9"}
+    bad = {
+        "it has both a prompt and messages": {"messages": chats.ASK, "prompt": "w5"},
+        "its messages are 'w5'; expected a list": {"messages": "w5"},
+        r"its messages are \[\[": {"messages": [chats.ASK]},
+        "message 0 has no content": {"messages": [{"role": "user"}]},
+        "its role is 'human'": {"messages": [{"role": "human", "content": "w5"}]},
+        r"its messages are \[\]; expected a list": {"messages": []},
+        "no tools here": {"messages": [{"role": "tool", "content": "w5"}]},
+    }
+    records = [GOOD[0], *({**answers, **fields} for fields in bad.values())]
+    file = write_jsonl(tmp_path / "r.jsonl", records)
+    with pytest.warns(UserWarning, match="7 of 8 records have no numbers"):
+        result = run(a_lens, file, tmp_path)
+    errors = [error for _, error in result.errors]
+    for line, (words, error) in enumerate(zip(bad, errors, strict=True), start=2):
+        assert error.startswith(f"line {line}: ") and re.search(words, error), error
 
 
 # --- records
