@@ -31,7 +31,7 @@ from lens_lora.readouts.rows import Reading
 
 __all__ = ["StandIn", "mean_over", "resampled"]
 
-Coordinates = Float[Tensor, "row pos *head rank"]
+Coordinates = Float[Tensor, "_row _pos *_head _rank"]
 
 
 @dataclasses.dataclass(frozen=True)
