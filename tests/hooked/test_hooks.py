@@ -53,7 +53,7 @@ def test_a_failing_readout_leaves_the_model_as_it_was(analysis: str, cls: str, m
     lens = cases.case("gpt2", cls, "raw").lens
     before = state(lens.model)
 
-    def explode(self, model, batch):
+    def explode(self, model, batch, before):
         def readout(logits):
             raise RuntimeError("the user's own")
 

@@ -82,7 +82,7 @@ CALLS: dict[str, Call] = {
     "path_attribution": lambda lens, t: ll.path_attribution(lens, t, MARGIN, tol=0.5, **QUIET),
     "patch_sites": lambda lens, t: ll.patch_sites(lens, t, MARGIN, **QUIET),
     "ranks, to the mean": lambda lens, t: ll.patch_sites(
-        lens, t, MARGIN, of="rank", sites="*.v", replace="mean", texts=t.roll(1, 0), **QUIET
+        lens, t, MARGIN, of="rank", sites="*.q", replace="mean", texts=t.roll(1, 0), **QUIET
     ),
     "patch_activations": lambda lens, t: ll.patch_activations(
         lens, t, MARGIN, [lens.sites[0].write, lens.sites[-1].write], **QUIET

@@ -79,6 +79,7 @@ class _TwoScalarsHost(Host):
     ports = embedding_scale = weight = bias = base_bias = _not_asked
     own_affine = is_folded = needs_base = may_have_folded_value_bias = _not_asked
     norm_affine = norm_ports = ports_behind_norm = is_tied = _not_asked
+    run_cached = _not_asked
 
 
 def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-
 import plotly.graph_objects as go
 
 from lens_lora.results import drawing
@@ -11,7 +9,7 @@ from lens_lora.results.activations import Activations
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.parts import heatmap, token_ticks
 from lens_lora.show.figures.style import Cells, Labels, title
-from lens_lora.show.text import prompt_text, signed, visible
+from lens_lora.show.text import label, prompt_text, signed, visible
 
 __all__ = ["activations_figure"]
 
@@ -43,7 +41,7 @@ def activations_figure(
     ]
     hover: Labels = [
         [
-            f"{names[s]} rank {r}<br>{t} {html.escape(visible(tokens[t]))}<br>"
+            f"{names[s]} rank {r}<br>{t} {label(visible(tokens[t]))}<br>"
             f"{signed(float(values[s, t, r]))}{' (a sink)' if sinks[t] else ''}"
             for t in range(len(tokens))
         ]
@@ -51,7 +49,7 @@ def activations_figure(
     ]
     labels = [f"{names[s]} {r}" for s, r in rows]
     figure = heatmap(cells, hover, list(range(len(tokens))), labels, "u")
-    figure.update_traces(colorbar={"title": {"text": html.escape(UNITS[found.gauge])}})
+    figure.update_traces(colorbar={"title": {"text": label(UNITS[found.gauge])}})
     what = f"each rank of {site}" if site else "the first rank of each site"
     below = f"{what}; sinks are blank; z read at {found.at}"
     figure.update_layout(title=title(f"Activations over “{prompt_text(tokens)}”", below))

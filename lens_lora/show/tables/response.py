@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.console import Group
-from torch import Tensor
 
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.show.tables.parts import Row, filled_table
@@ -63,15 +62,15 @@ def changed(e: ResponseExplanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
     return [
         (
             f"{t} {visible(e.response[t])}",
-            _changes(e, shifts.promoted_ids[0, t], shifts.promoted[0, t]),
-            _changes(e, shifts.suppressed_ids[0, t], shifts.suppressed[0, t]),
+            _changes(e, shifts.promoted_ids[0, t].tolist(), shifts.promoted[0, t].tolist()),
+            _changes(e, shifts.suppressed_ids[0, t].tolist(), shifts.suppressed[0, t].tolist()),
         )
         for t in shifts.kl[0, 0].argsort(descending=True)[:k].tolist()
     ]
 
 
-def _changes(e: ResponseExplanation, ids: Tensor, changes: Tensor) -> Pairs:
-    pairs = zip(ids[:_CHANGED].tolist(), changes[:_CHANGED].tolist(), strict=True)
+def _changes(e: ResponseExplanation, ids: list[int], changes: list[float]) -> Pairs:
+    pairs = zip(ids[:_CHANGED], changes[:_CHANGED], strict=True)
     return [(visible(e.shifts.strings[str(i)]), signed(change)) for i, change in pairs]
 
 
@@ -120,15 +119,13 @@ def moved_by(e: ResponseExplanation, k: int = _MODULES) -> list[tuple[str, Pairs
             _extremes(e, values, k, largest=True),
             _extremes(e, values, k, largest=False),
         )
-        for t, values in zip(e.moved_tokens, e.moved, strict=True)
+        for t, values in zip(e.moved_tokens, e.moved.tolist(), strict=True)
     ]
 
 
-def _extremes(e: ResponseExplanation, values: Tensor, k: int, *, largest: bool) -> Pairs:
-    found = values.topk(min(k, len(values)), largest=largest)
-    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-    wanted = [(i, v) for i, v in pairs if (v > 0) == largest and v]
-    return [(e.modules.sites[i].name, signed(v)) for i, v in wanted]
+def _extremes(e: ResponseExplanation, values: list[float], k: int, *, largest: bool) -> Pairs:
+    pairs = sorted(zip(values, e.modules.sites, strict=True), key=lambda p: p[0], reverse=largest)
+    return [(site.name, signed(v)) for v, site in pairs[:k] if (v > 0) == largest and v]
 
 
 def response_tables(e: ResponseExplanation, k: int = 10) -> Group:
