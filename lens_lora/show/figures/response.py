@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 from plotly.graph_objects import Figure
-from torch import Tensor
 
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.results import drawing
 from lens_lora.show.figures.parts import heatmap, token_ticks
 from lens_lora.show.figures.shaded import still_text
-from lens_lora.show.figures.style import title
+from lens_lora.show.figures.style import Cells, title
 from lens_lora.show.figures.token_shifts import token_shifts_figure
 from lens_lora.show.text import label, signed, visible
 
@@ -26,25 +25,26 @@ def response_figures(e: ResponseExplanation) -> dict[str, Figure]:
     """
     found = {"text": still_text(e.shifts), "tokens": token_shifts_figure(e.shifts)}
     if e.add_one is not None:
-        found["add_one"] = _by_layer(e, e.add_one, "added alone to the base model")
+        found["add_one"] = _by_layer(e, e.add_one.tolist(), "added alone to the base model")
     if e.leave_one_out is not None:
-        found["leave_one_out"] = _by_layer(e, e.leave_one_out, "left out of the adapted model")
+        found["leave_one_out"] = _by_layer(
+            e, e.leave_one_out.tolist(), "left out of the adapted model"
+        )
     return found
 
 
-def _by_layer(e: ResponseExplanation, values: Tensor, how: str) -> go.Figure:
+def _by_layer(e: ResponseExplanation, rows: Cells, how: str) -> go.Figure:
     """What each layer does to log p of each token, exactly."""
-    rows = values.double().cpu().tolist()
     hover = [
         [
-            f"<b>{label(name)}</b> {how}<br>{t} {label(visible(token))}: {signed(value)} nats"
+            f"<b>{label(name)}</b> {how}<br>{t} {label(visible(token))}: {signed(value or 0.0)} nats"
             for t, (token, value) in enumerate(zip(e.response, row, strict=True))
         ]
         for name, row in zip(e.groups, rows, strict=True)
     ]
     labels = [name.removeprefix("layer ") for name in e.groups]
     figure = heatmap(rows, hover, list(range(len(e.response))), labels, "nats", row_height=12)
-    total = float(values.sum())
+    total = sum(value or 0.0 for row in rows for value in row)
     heading = f"log p of each token: each layer {how}"
     shift = signed(float(e.shifts.total[0]))
     below = f"exact; {signed(total)} nats over all layers, the shift is {shift}"

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
@@ -146,7 +144,7 @@ def _layers(e: ResponseExplanation) -> str:
 def _together(e: ResponseExplanation) -> str:
     """Whether single layers account for the shift, by the sums of both interventions."""
     shift = float(e.shifts.total[0])
-    sums = [float(torch.nansum(v)) for v in (e.add_one, e.leave_one_out) if v is not None]
+    sums = [float(v.nansum()) for v in (e.add_one, e.leave_one_out) if v is not None]
     return (
         f"Over all {len(e.groups)} layers this sums to {signed(sums[0])} added and "
         f"{signed(sums[1])} left out, of a shift of {signed(shift)}: what differs from it is held "
