@@ -24,21 +24,22 @@ def response_figures(e: ResponseExplanation) -> dict[str, Figure]:
         e: to be drawn.
     """
     found = {"text": still_text(e.shifts), "tokens": token_shifts_figure(e.shifts)}
-    if e.add_one is not None:
-        found["add_one"] = _by_layer(e, e.add_one.tolist(), "added alone to the base model")
-    if e.leave_one_out is not None:
-        found["leave_one_out"] = _by_layer(
-            e, e.leave_one_out.tolist(), "left out of the adapted model"
-        )
+    for key, values, how in (
+        ("add_one", e.add_one, "added alone to the base model"),
+        ("leave_one_out", e.leave_one_out, "left out of the adapted model"),
+    ):
+        if values is not None:
+            found[key] = _by_layer(e, values.tolist(), how)
     return found
 
 
 def _by_layer(e: ResponseExplanation, rows: Cells, how: str) -> go.Figure:
     """What each layer does to log p of each token, exactly."""
+    tokens = [label(visible(token)) for token in e.response]
     hover = [
         [
-            f"<b>{label(name)}</b> {how}<br>{t} {label(visible(token))}: {signed(value or 0.0)} nats"
-            for t, (token, value) in enumerate(zip(e.response, row, strict=True))
+            f"<b>{label(name)}</b> {how}<br>{t} {token}: {signed(value or 0.0)} nats"
+            for t, (token, value) in enumerate(zip(tokens, row, strict=True))
         ]
         for name, row in zip(e.groups, rows, strict=True)
     ]
