@@ -25,7 +25,7 @@ from lens_lora.hooked.alone import alone
 from lens_lora.hooked.gauge import Gauge, gauge_of
 from lens_lora.hooked.sites import match_sites
 from lens_lora.lens import LoraLens, Scale
-from lens_lora.readouts.answers import AnswerLike, answer_ids
+from lens_lora.readouts.answers import AnswerLike, response_ids
 from lens_lora.readouts.prompts import Prompts, PromptsLike, require_context, which_prompt
 from lens_lora.results.activations import Activations
 
@@ -104,7 +104,7 @@ def chosen_sites(lens: LoraLens, sites: str | Sequence[str] | None) -> tuple[int
 
 def _with_response(lens: LoraLens, prompts: Prompts, response: AnswerLike) -> Prompts:
     """Prompt and response in one row, read at each of the response's tokens."""
-    said = answer_ids(lens.model, response, prompts.batch)
+    said = response_ids(lens.model, response, prompts)
     rows = [
         torch.cat([prompts.row(i).tokens[0], prompts.tokens.new_tensor(ids)])
         for i, ids in enumerate(said)
@@ -112,6 +112,6 @@ def _with_response(lens: LoraLens, prompts: Prompts, response: AnswerLike) -> Pr
     lengths = prompts.lengths.new_tensor([len(row) for row in rows])
     most = int(lengths.argmax())
     which = which_prompt(most, prompts.batch)
-    require_context(lens.model, int(lengths[most]), f"{which} with its response")
+    require_context(lens.model, int(lengths[most]), f"{which} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return Prompts(tokens, lengths, lengths.new_tensor([len(ids) for ids in said]))

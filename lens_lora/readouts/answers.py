@@ -29,7 +29,14 @@ from lens_lora.readouts.readout import Before, Margin, Readout, TokenLike, name_
 from lens_lora.readouts.rows import LogProbs, Reading
 from lens_lora.readouts.tokenising import ids_after
 
-__all__ = ["AnswerLike", "AnswerLogProb", "AnswerMargin", "answer_ids", "margin_between"]
+__all__ = [
+    "AnswerLike",
+    "AnswerLogProb",
+    "AnswerMargin",
+    "answer_ids",
+    "margin_between",
+    "response_ids",
+]
 
 AnswerLike = (
     str | int | Int[Tensor, "_token"] | Sequence[str | int | Int[Tensor, "_token"]] | Generated
@@ -65,7 +72,7 @@ class AnswerLogProb(Readout):
                 that cannot follow its prompt, or a wrong number of them.
             PromptError: a prompt that is too long for the context with its answer.
         """
-        answers = _responses(model, self.answer, prompts)
+        answers = response_ids(model, self.answer, prompts)
         weighted = [[(ids, 1 / len(ids) if self.mean else 1.0)] for ids in answers]
         return _reading(model, prompts, weighted)
 
@@ -102,7 +109,7 @@ class AnswerMargin(Readout):
                 that cannot follow its prompt, a wrong number of them, or doc equal to pre.
             PromptError: a prompt that is too long for the context with its answer.
         """
-        docs, pres = (_responses(model, a, prompts) for a in (self.doc, self.pre))
+        docs, pres = (response_ids(model, a, prompts) for a in (self.doc, self.pre))
         if any(doc == pre for doc, pre in zip(docs, pres, strict=True)):
             raise TokenError(
                 f"doc and pre are the same tokens ({_name(self.doc)} and {_name(self.pre)}), so "
@@ -117,8 +124,18 @@ class AnswerMargin(Readout):
         return f"margin({_name(self.doc)} − {_name(self.pre)})"
 
 
-def _responses(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
-    """The ids of each prompt's answer, which must say something."""
+def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
+    """The ids of each prompt's answer, which must say something.
+
+    Args:
+        model: the hooked model.
+        answer: one, or one per prompt.
+        prompts: which they follow.
+
+    Raises:
+        TokenError: an answer that is empty, of special tokens only, not in the vocabulary, or that
+            cannot follow its prompt, or a wrong number of them.
+    """
     answers = answer_ids(model, answer, prompts.batch, prompts.texts)
     special = set(getattr(getattr(model, "tokenizer", None), "all_special_ids", ()))
     for i, ids in enumerate(answers):
