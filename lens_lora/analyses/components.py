@@ -149,18 +149,20 @@ def _squares(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
     def add(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         delta = injection.map(z)
         # The unembedding is run at the positions that are read alone.
-        kept = read if lens.sites[injection.site].kind == "unembed" else real
+        kept = (read if lens.sites[injection.site].kind == "unembed" else real).to(delta.device)
         delta, gradient = delta * kept, gradient.to(delta.dtype) * kept
         # An embedding's input is one-hot.
         inputs = z.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
         copies = z.shape[2] if z.ndim == 4 else 1
         site = injection.site
-        squares["z"][:, site] += (inputs.flatten(2) * kept).flatten(1).square().sum(1) / copies
+        found = {"z": (inputs.flatten(2) * kept).flatten(1).square().sum(1) / copies}
         # What waits for a partner's gate is nothing at the base model.
         if weight is None:
-            squares["delta"][:, site] += delta.flatten(1).square().sum(1)
-            squares["gradient"][:, site] += gradient.flatten(1).square().sum(1)
-            squares["inner"][:, site] += (gradient * delta).flatten(1).sum(1)
+            found["delta"] = delta.flatten(1).square().sum(1)
+            found["gradient"] = gradient.flatten(1).square().sum(1)
+            found["inner"] = (gradient * delta).flatten(1).sum(1)
+        for name, square in found.items():
+            squares[name][:, site] += square.to(lens.device)
 
     site_gradients(lens, reading, lens.gates(0.0), visit)
     for once in repeated.values():

@@ -161,7 +161,7 @@ def feature_writes(
     deltas = _Deltas(lens, lens.gates(at), project)
     with torch.no_grad(), lens.injected(deltas):
         lens.run(asked.prompts)
-    values = torch.stack([deltas.found[i] for i in writers], 1)
+    values = torch.stack([deltas.found[i].to(lens.device) for i in writers], 1)
     require_finite(values, "a site's δz")
     return FeatureWrites(
         values=values,

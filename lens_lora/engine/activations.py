@@ -183,7 +183,9 @@ class _Keep:
         if z is self._last or not z.is_floating_point():
             return
         self._last = z
-        size = torch.linalg.vector_norm(z.flatten(2), dim=-1, dtype=torch.float32)
+        size = torch.linalg.vector_norm(
+            z.flatten(2), dim=-1, dtype=torch.promote_types(z.dtype, torch.float32)
+        )
         self._sizes.append(size.to(self._real.device))
 
     def finish(self) -> None:

@@ -357,3 +357,13 @@ def test_norms_are_named_with_the_remedy():
     with pytest.raises(ll.UnsupportedAdapterError, match=r"ln_final.*sites="):
         ll.activations(lens, models.tokens())
     assert len(ll.activations(lens, models.tokens(), sites="blocks.*").sites) == 14
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_dtypes_of_the_model(cls: str, dtype: torch.dtype):
+    """As the libraries run it, their casts to float32 included."""
+    base = models.hf_model("llama", dtype=dtype)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", models.hf_model("llama")))
+    seen = ll.activations(ll.LoraLens(models.MAKERS[cls](base), adapter), models.tokens())
+    assert torch.isfinite(seen.values).any() and seen.sinks[:, 0].all()

@@ -1,0 +1,119 @@
+"""Models on an accelerator, and split over two: nothing mixes, and the numbers are the CPU's.
+
+The accelerators are not there (tests/lib/devices.py); what is tested is where each tensor lies.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import models
+import pytest
+import torch
+from every_call import CALLS, numbers
+
+import lens_lora as ll
+
+devices = pytest.importorskip("devices", reason="this torch has no backends written in Python")
+
+# What reads or writes a tensor of its own; the rest are made of these.
+NAMES = (
+    *("logits", "first_order", "forward", "frozen", "by token and layer", "kl_shares", "generate"),
+    *("token_shifts", "activations", "components", "logit_shift", "tangents", "remainder"),
+    *("second_order", "coupling", "patch_sites", "ranks, to the mean", "patch_activations"),
+    *("feature_shift", "feature_writes"),
+)
+EVERYTHING = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
+PLACES = {"model.embed_tokens": 0, "model.layers.0": 0, "model.rotary_emb": 0}
+PLACES |= {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+
+
+def tokens(device: str = "cpu") -> torch.Tensor:
+    return models.tokens(batch=2, pos=4).to(device)
+
+
+@functools.cache
+def base():
+    return models.hf_model("llama", dtype=torch.float32)
+
+
+@functools.cache
+def adapter(targets: str) -> ll.Adapter:
+    names = EVERYTHING if targets == "everything" else None
+    return ll.Adapter.from_peft(models.peft_model("llama", base(), targets=names)).scaled(0.5)
+
+
+@functools.cache
+def on_the_cpu(cls: str, targets: str) -> dict[str, object]:
+    lens = ll.LoraLens(models.MAKERS[cls](base()), adapter(targets))
+    return {name: CALLS[name](lens, tokens()) for name in NAMES}
+
+
+def split():
+    """The base over two devices, by accelerate, as a TransformerBridge."""
+    from accelerate import dispatch_model
+    from transformer_lens.model_bridge import TransformerBridge
+
+    places = {name: f"toy:{at}" for name, at in PLACES.items()}
+    hf = dispatch_model(copy.deepcopy(base()), places, force_hooks=True)
+    return TransformerBridge.boot_transformers(
+        "tiny/model", hf_model=hf, tokenizer=models.tokenizer(), device="toy:0", dtype=torch.float32
+    ).eval()
+
+
+def require_equal(found: object, expected: object, name: str) -> None:
+    """But for noise floors, which are rounding themselves."""
+    for one, other in zip(numbers(found), numbers(expected), strict=True):
+        size = max(float(other.nan_to_num().abs().max()), 0.1)
+        off = (one.cpu().double() - other.double()).nan_to_num().abs().max()
+        assert off <= 1e-4 * size, (name, float(off), size)
+
+
+TARGETS = {"HookedTransformer": "linear", "TransformerBridge": "everything"}
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_on_one_device(cls: str):
+    targets = TARGETS[cls]
+    expected, own = on_the_cpu(cls, targets), adapter(targets)
+    model = models.MAKERS[cls](base())
+    with devices.tracked():
+        model.to("toy:0")
+        lens = ll.LoraLens(model, own)
+        for name in NAMES:
+            found = CALLS[name](lens, tokens("toy:0"))
+            require_equal(found, expected[name], name)
+
+
+@models.NEEDS_BRIDGE
+@pytest.mark.parametrize("targets", ["linear", "everything"])
+def test_split_over_two(targets: str):
+    expected, own = on_the_cpu("TransformerBridge", targets), adapter(targets)
+    with devices.tracked():
+        lens = ll.LoraLens(split(), own)
+        assert {str(p.device) for p in lens.model.parameters()} == {"toy:0", "toy:1"}
+        for name in NAMES:
+            found = CALLS[name](lens, tokens("toy:0"))
+            require_equal(found, expected[name], name)
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_host_reads_do_not_grow_with_sites(cls: str):
+    """At most 30 and one a block for first order; a wait for the device each."""
+    counts = []
+    for targets in ("linear", "everything"):
+        own, model = adapter(targets), models.MAKERS[cls](base())
+        with devices.tracked() as reads:
+            model.to("toy:0")
+            lens = ll.LoraLens(model, own)
+            before = len(reads)
+            ll.first_order(lens, tokens("toy:0"), ll.Margin(5, 9), mode="reverse")
+            counts.append(len(reads) - before)
+    assert max(counts) <= 30 + models.LAYERS and abs(counts[0] - counts[1]) <= 2
+
+
+def test_what_mixes_is_seen():
+    """The control."""
+    with pytest.raises(AssertionError, match=r"toy:0.*toy:1"), devices.tracked():
+        torch.ones(2, device="toy:0") + torch.ones(2, device="toy:1")

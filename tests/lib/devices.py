@@ -1,0 +1,131 @@
+"""Accelerators that are not there: real numbers on the CPU, each tensor with the device it claims.
+
+A tensor of device "toy:0" or "toy:1" holds a CPU tensor. What CUDA refuses to mix is recorded, and
+raised at the end of the block: an exception out of a backward pass aborts the interpreter here.
+Load adapters before the block, as safetensors cannot be read under a mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+
+import torch
+from torch.utils import backend_registration as backends
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+SYNCS = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select)
+syncs: list[str] = []
+mixed: list[str] = []
+
+
+class _Module(backends._DummyBackendModule):
+    def device_count(self):
+        return 2
+
+    def get_amp_supported_dtype(self):
+        return [torch.float16, torch.bfloat16]
+
+    def empty_cache(self):
+        pass
+
+
+backends._setup_privateuseone_for_python_backend("toy", backend_module=_Module())
+
+
+class Placed(torch.Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held, device):
+        new = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device,
+        )
+        new.held = held
+        return new
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy")
+
+    __array__ = numpy
+
+    def __repr__(self):
+        return f"Placed({self.held}, {self.device})"
+
+
+def _run(func, args, kwargs):
+    op = func.overloadpacket
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    away = [t.device for t in tensors if t.device.type == "toy"]
+    home = away[0] if away else torch.device("cpu")
+    met = {t.device for t in tensors if t.ndim or t.device.type == "toy"}
+    if op in INDEXING:  # an index may lie on the CPU
+        home = args[0].device
+        at = {t.device for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)}
+        met = {home, *(at - {torch.device("cpu")}), *(t.device for t in args[2:3] if t.ndim)}
+    if op is aten.copy_:
+        met, home = set(), args[0].device
+    if len(met) > 1:
+        # Kept, not raised: an exception out of a backward pass aborts the interpreter here.
+        own = [f for f in traceback.extract_stack() if "/lens_lora/" in f.filename][-1:]
+        mixed.append(f"{func} on {sorted(map(str, met))} at {own}")
+    if kwargs.get("device") is not None:
+        home, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": torch.device("cpu")}
+        home = torch.device("toy:0") if str(home) == "toy" else home
+    if away and (op in SYNCS or (op in (aten._to_copy, aten.copy_) and home.type == "cpu")):
+        syncs.append(str(func))
+    if op is aten._efficientzerotensor:
+        func = aten.zeros.default
+    args_, kwargs_ = tree_map_only(Placed, lambda t: t.held, (args, kwargs))
+    out = func(*args_, **kwargs_)
+    if home.type == "toy":
+        out = tree_map_only(torch.Tensor, lambda t: Placed(t, home), out)
+    return return_and_correct_aliasing(func, args, kwargs, out) if tensors else out
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+# torch.tensor, new_tensor and an index that is a list build on the device below every mode.
+_kernels = torch.library.Library("aten", "IMPL")
+_kernels.impl(
+    "empty_strided",
+    lambda size, stride, dtype=None, layout=None, device=None, pin_memory=None: Placed(
+        torch.empty_strided(size, stride, dtype=dtype), device
+    ),
+    "PrivateUse1",
+)
+
+
+def _copy_from(source, target, non_blocking=False):
+    target.held.copy_(getattr(source, "held", source))
+    return target
+
+
+_kernels.impl("_copy_from", _copy_from, "PrivateUse1")
+
+
+@contextlib.contextmanager
+def tracked():
+    """Within the block "toy:0" and "toy:1" are devices. Backward passes stay on this thread."""
+    syncs.clear(), mixed.clear()
+    with torch.autograd.set_multithreading_enabled(False), _Mode():
+        yield syncs
+    assert not mixed, "\n".join(dict.fromkeys(mixed))
