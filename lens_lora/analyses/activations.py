@@ -25,7 +25,8 @@ from lens_lora.hooked.alone import alone
 from lens_lora.hooked.gauge import Gauge, gauge_of
 from lens_lora.hooked.sites import match_sites
 from lens_lora.lens import LoraLens, Scale
-from lens_lora.readouts.answers import AnswerLike, response_ids
+from lens_lora.readouts.answer_tokens import AnswerLike
+from lens_lora.readouts.answers import response_ids
 from lens_lora.readouts.prompts import Prompts, PromptsLike, require_context, which_prompt
 from lens_lora.results.activations import Activations
 

@@ -15,7 +15,7 @@ from lens_lora.engine.asked import ask_prompts
 from lens_lora.errors import ArgumentError, PromptError
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.answers import AnswerLike
+from lens_lora.readouts.answer_tokens import AnswerLike
 from lens_lora.readouts.prompts import PromptsLike
 
 __all__ = ["explain"]

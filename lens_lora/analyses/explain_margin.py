@@ -34,7 +34,8 @@ from lens_lora.analyses.second_order import SecondOrder, second_order_of
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.function import require_finite
-from lens_lora.readouts.answers import AnswerLike, margin_between
+from lens_lora.readouts.answer_tokens import AnswerLike
+from lens_lora.readouts.answers import margin_between
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects

@@ -29,7 +29,8 @@ from lens_lora.engine.function import read_tokens
 from lens_lora.engine.gate_graph import gate_graph
 from lens_lora.engine.token_points import tokens_at_gates
 from lens_lora.hooked.sites import group_sites, indicator
-from lens_lora.readouts.answers import AnswerLike, AnswerLogProb
+from lens_lora.readouts.answer_tokens import AnswerLike
+from lens_lora.readouts.answers import AnswerLogProb
 from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.generated import Generated
 from lens_lora.results import drawing

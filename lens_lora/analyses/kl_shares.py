@@ -38,7 +38,7 @@ from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Groups, by_axes, group_sites
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.answers import AnswerLike
+from lens_lora.readouts.answer_tokens import AnswerLike
 from lens_lora.readouts.divergence import KL, Divergence, Linear
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing

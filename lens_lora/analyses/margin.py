@@ -28,7 +28,8 @@ from lens_lora.engine.function import read_value
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
+from lens_lora.readouts.answer_tokens import AnswerLike, answer_ids
+from lens_lora.readouts.answers import margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution

@@ -26,7 +26,8 @@ from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens, Scale
-from lens_lora.readouts.answers import AnswerLike, AnswerLogProb
+from lens_lora.readouts.answer_tokens import AnswerLike
+from lens_lora.readouts.answers import AnswerLogProb
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt

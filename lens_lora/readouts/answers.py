@@ -14,34 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from lens_lora import arguments
 from lens_lora.errors import TokenError
+from lens_lora.readouts.answer_tokens import AnswerLike, Ids, answer_ids, items_of, pieces
 from lens_lora.readouts.generated import Generated
 from lens_lora.readouts.prompts import Prompts, require_context, which_prompt
-from lens_lora.readouts.readout import Before, Margin, Readout, TokenLike, name_of
+from lens_lora.readouts.readout import Margin, Readout, TokenLike, name_of
 from lens_lora.readouts.rows import LogProbs, Reading
 from lens_lora.readouts.tokenising import ids_after
 
-__all__ = [
-    "AnswerLike",
-    "AnswerLogProb",
-    "AnswerMargin",
-    "answer_ids",
-    "margin_between",
-    "response_ids",
-]
-
-AnswerLike = (
-    str | int | Int[Tensor, "_token"] | Sequence[str | int | Int[Tensor, "_token"]] | Generated
-)
-Ids = tuple[int, ...]
+__all__ = ["AnswerLogProb", "AnswerMargin", "margin_between", "response_ids"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,15 +127,11 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
     for i, ids in enumerate(answers):
         if special.issuperset(ids):
             raise TokenError(
-                f"the answer to {which_prompt(i, prompts.batch)} is {_pieces(model, ids)}, special "
+                f"the answer to {which_prompt(i, prompts.batch)} is {pieces(model, ids)}, special "
                 "tokens only, so it says nothing; for a special token itself use Logit, LogProb "
                 "or Margin."
             )
     return answers
-
-
-def _pieces(model: Any, ids: Ids) -> list[str]:
-    return [model.tokenizer.decode([i]) for i in ids]
 
 
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:
@@ -168,7 +150,7 @@ def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompt
     several = False
     for answer in (doc, pre):
         answers = answer_ids(model, answer, prompts.batch, prompts.texts)
-        for i, (item, ids) in enumerate(zip(_items(answer, prompts.batch), answers, strict=True)):
+        for i, (item, ids) in enumerate(zip(items_of(answer, prompts.batch), answers, strict=True)):
             several |= len(ids) > 1
             if len(ids) > 1 and isinstance(item, str):
                 _require_no_lost_space(model, item, ids, prompts.row(i))
@@ -186,7 +168,7 @@ def _require_no_lost_space(model: Any, answer: str, ids: Ids, prompt: Prompts) -
         return
     if len(ids_after(tokenizer, " " + answer, prompt.texts[0])) == 1:
         raise TokenError(
-            f"{answer!r} is {len(ids)} tokens {_pieces(model, ids)}, and {' ' + answer!r} is one "
+            f"{answer!r} is {len(ids)} tokens {pieces(model, ids)}, and {' ' + answer!r} is one "
             "token. After a word an answer begins with a space; for one without it pass its ids."
         )
 
@@ -200,77 +182,6 @@ def _token(answer: AnswerLike) -> TokenLike:
     return [a if isinstance(a, str) else int(a) for a in items]
 
 
-def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
-    """The token ids of each prompt's answer.
-
-    Args:
-        model: the hooked model.
-        answer: one, or one per prompt.
-        batch: the number of prompts.
-        before: the text of each prompt, None where only its ids are known; by default of all.
-
-    Raises:
-        TokenError: an empty answer, one that cannot follow its prompt, ids outside the vocabulary,
-            no tokenizer, or a number of answers that is neither 1 nor the number of prompts.
-    """
-    items = _items(answer, batch)
-    if len(items) != batch:
-        raise TokenError(
-            f"{len(items)} answers for {batch} prompts; pass one answer, or one per prompt."
-        )
-    texts = before or (None,) * batch
-    return [_ids(model, item, text) for item, text in zip(items, texts, strict=True)]
-
-
-def _items(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
-    if isinstance(answer, Generated):
-        return list(answer.ids)
-    if isinstance(answer, str | Tensor) or arguments.is_whole(answer):
-        return [answer] * batch
-    if isinstance(answer, bytes) or not isinstance(answer, Sequence):
-        raise TokenError(
-            f"the answer is {answer!r}; expected a string with its leading space, a token id, or "
-            "a list with one of them per prompt."
-        )
-    return list(answer)
-
-
-def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
-    if isinstance(answer, str):
-        arguments.text("the answer", answer, TokenError)
-        tokenizer = getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            raise TokenError(f"the model has no tokenizer to look up {answer!r}; pass token ids.")
-        ids = ids_after(tokenizer, answer, before)
-    elif arguments.is_whole(answer):
-        ids = [int(answer)]
-    elif isinstance(answer, Tensor):
-        ids = _of_tensor(answer)
-    else:
-        raise TokenError(f"{answer!r} is neither a string nor token ids.")
-    if not ids:
-        raise TokenError(f"the answer {answer!r} has no token; give it at least one.")
-    outside = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
-    if outside:
-        raise TokenError(
-            f"token id {outside[0]} of the answer {answer!r} is outside the vocabulary of "
-            f"{model.cfg.d_vocab} tokens."
-        )
-    return tuple(int(i) for i in ids)
-
-
-def _of_tensor(answer: Tensor) -> list[int]:
-    """The ids of one answer: of [token], or of [1, token] as a tokenizer gives them."""
-    ids = arguments.integers("the answer's token ids", answer, TokenError)
-    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
-    if ids.ndim > 1:
-        raise TokenError(
-            f"the answer's token ids have the shape {tuple(ids.shape)}; expected [token], or a "
-            "list of such tensors, one per prompt."
-        )
-    return ids.flatten().tolist()
-
-
 def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]]) -> Reading:
     rows: list[Tensor] = []
     reads: list[int] = []
@@ -280,7 +191,7 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
         mine, steps = prompts.row(prompt).tokens[0], _steps(weighted)
         longest = _longest([prefix for prefix, _ in steps])
         for (prefix, token), weight in steps.items():
-            row = next(i for i, whole in enumerate(longest) if _begins(whole, prefix))
+            row = next(i for i, whole in enumerate(longest) if whole[: len(prefix)] == prefix)
             picks.append((len(rows) + row, len(prefix), token, weight))
         rows += [torch.cat([mine, mine.new_tensor(whole)]) for whole in longest]
         reads += [len(whole) + 1 for whole in longest]
@@ -303,13 +214,9 @@ def _longest(prefixes: list[Ids]) -> list[Ids]:
     """Those with which no other begins, each once; what is asked of a row is asked at its slots."""
     found: list[Ids] = []
     for prefix in sorted(set(prefixes), key=len, reverse=True):
-        if not any(_begins(whole, prefix) for whole in found):
+        if not any(whole[: len(prefix)] == prefix for whole in found):
             found.append(prefix)
     return found
-
-
-def _begins(whole: Ids, prefix: Ids) -> bool:
-    return whole[: len(prefix)] == prefix
 
 
 def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:

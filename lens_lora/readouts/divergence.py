@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.errors import ArgumentError
-from lens_lora.readouts.answers import AnswerLike, AnswerLogProb
+from lens_lora.readouts.answer_tokens import AnswerLike
+from lens_lora.readouts.answers import AnswerLogProb
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading, one_row_each

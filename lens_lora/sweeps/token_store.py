@@ -61,8 +61,9 @@ class TokenStore:
         sites: Sequence[Site],
         ranks: Sequence[int],
     ) -> None:
-        self.path, _, folder = paths(out)
-        self.parts = Parts(folder)
+        path, _, folder = paths(out)
+        self.path: Path = path
+        self.parts: Parts = Parts(folder)
         self.damaged: list[Damage] = []
         self.fingerprint: Fingerprint = json.loads(as_json(fingerprint))
         held = [{**dataclasses.asdict(s), "rank": r} for s, r in zip(sites, ranks, strict=True)]

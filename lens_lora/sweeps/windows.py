@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lens_lora.errors import PromptError
 from lens_lora.lens import LoraLens
+from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.processes import Processes
 from lens_lora.sweeps.records import Record, SweepError
 from lens_lora.sweeps.spans import Source, Span, digest_of
@@ -75,7 +76,8 @@ class Windows:
         self._lens, self._records, self._processes = lens, records, processes
         self._done: Mapping[int, Source] = {source.span.first: source for source in done}
         self._most = max((source.span.last + 1 for source in done), default=0)
-        self.seen, self.resumed = 0, 0
+        self.seen: int = 0
+        self.resumed: int = 0
         self.stale: list[Source] = []
 
     def __iter__(self) -> Iterator[list[Text]]:
@@ -99,7 +101,7 @@ class Windows:
         if record.error is not None or record.prompt is None:
             return Text(number, record)
         try:
-            return Text(number, record, tuple(self._lens.prompts(record.prompt).tokens[0].tolist()))
+            return Text(number, record, tuple(tokenised(self._lens, record).tokens[0].tolist()))
         except PromptError as error:
             return Text(number, record.bad(error))
 
@@ -107,7 +109,8 @@ class Windows:
         """The records that no span holds, with their numbers."""
         held: list[Record] = []
         source: Source | None = None
-        for number, record in enumerate(self._records):
+        for number, plain in enumerate(self._records):
+            record = with_text(self._lens, plain)
             self.seen = number + 1
             source = self._done.get(number) if source is None else source
             if source is None:

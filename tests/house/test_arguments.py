@@ -19,7 +19,7 @@ import torch
 from results_by_hand import two_prompts
 
 import lens_lora as ll
-from lens_lora.readouts.answers import answer_ids
+from lens_lora.readouts.answer_tokens import answer_ids
 from lens_lora.readouts.readout import token_ids
 
 pytestmark = pytest.mark.bad_input

@@ -15,7 +15,8 @@ from real import hugging_face, lens
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.readouts.answers import answer_ids, margin_between
+from lens_lora.readouts.answer_tokens import answer_ids
+from lens_lora.readouts.answers import margin_between
 from lens_lora.readouts.prompts import Prompts, Source
 
 FACT, TURN = "The capital is", "The capital\n"

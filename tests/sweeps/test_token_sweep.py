@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cases
+import chats
 import models
 import numpy as np
 import pandas as pd
@@ -280,3 +281,14 @@ def test_the_command_reads_texts_without_answers(lens, tmp_path, monkeypatch):
     assert "4, with" in ran.output and "bad: line 3: no prompt." in ran.output
     found = ll.ActivationsFile(out)
     assert (found.texts, found.errors) == (4, 1)
+
+
+def test_a_conversation_has_the_ids_of_the_template(lens, tmp_path, monkeypatch):
+    """Beside texts, and resumed as they are."""
+    chats.with_template(lens.model, monkeypatch)
+    messages = [{"role": "user", "content": "w5 w6"}]
+    records = [{"id": "chat", "messages": messages}, TEXTS[1]]
+    found = run(lens, records, tmp_path)
+    ids = pq.read_table(found.path)["id"].to_pylist()
+    assert ids.count("chat") == int(lens.prompts(messages).lengths) > 3
+    same(found, run(lens, records, tmp_path))
