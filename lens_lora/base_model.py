@@ -63,9 +63,9 @@ def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | No
     try:
         return model.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError, ValueError) as error:  # torch, or transformers
-        raise ModelStateError(
-            f"the device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
+        asked = " and ".join(str(of) for of in (device, dtype) if of is not None)
+        what = f"the device {str(device)!r} cannot be used" if dtype is None else f"not to {asked}"
+        raise ModelStateError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
 def _options(how: Placement) -> dict[str, Any]:

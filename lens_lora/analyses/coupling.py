@@ -33,7 +33,6 @@ from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
 from lens_lora.results import drawing
-from lens_lora.results.choosing import prompt_rows
 from lens_lora.results.measured import Entries, Ranked, header
 
 if TYPE_CHECKING:
@@ -129,8 +128,7 @@ class Coupling(Ranked):
         Raises:
             ArgumentError: no such prompt.
         """
-        rows = prompt_rows(prompt, len(self.base))
-        half, shift = (x[rows].double().cpu().mean(0) for x in (self.coupling, self.shift))
+        half, shift = self.mean_over(prompt, self.coupling)
         a, b = torch.triu_indices(*half.shape, offset=1)
         names = list(self.groups)
         labels = {

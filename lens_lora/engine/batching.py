@@ -51,8 +51,8 @@ GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back thro
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
 PICKS = 128  # tokens of a response that are unembedded
 _DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
-# Measured: what a pass of dual numbers holds at a time, and a graph in each block, in numbers of
-# `_numbers`.
+# In numbers of `_numbers`: what a pass of dual numbers holds at a time, measured, and a generous
+# guess of what a graph holds in each block.
 _DUAL, _GRAPH = 44, 4
 
 # Branching is worth its hooks below this share of the block passes.

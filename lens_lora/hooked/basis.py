@@ -98,8 +98,7 @@ class SiteMap:
         Args:
             z: the site's input; of an embedding the token ids, [...], each of which picks a column.
         """
-        is_hot = not z.is_floating_point()
-        u = self.A.T[z.to(self.device)] if is_hot else z.to(self.dtype) @ self.A.T
+        u = z.to(self.A.dtype) @ self.A.T if z.is_floating_point() else self.A.T[z]
         return u if self.a0 is None else u + self.a0
 
     def __call__(self, z: Input) -> Float[Tensor, "... out"]:

@@ -180,7 +180,8 @@ class _Writer:
             z = z.flatten(2)
         if z.ndim == 2 and out.ndim == 3 and z.is_floating_point():
             z = z.view(*out.shape[:2], -1)
-        return z.expand(len(out), *z.shape[1:])
+        # A model over several devices may move its input after the hook point.
+        return z.to(out.device).expand(len(out), *z.shape[1:])
 
 
 class _ModuleWriter:
@@ -190,7 +191,7 @@ class _ModuleWriter:
         self._index, self._kind, self._inject = index, kind, inject
 
     def at_module(self, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        z = args[0]
+        z = args[0].to(output.device)
         if self._kind == "pos_embed":
             offset = args[1] if len(args) > 1 else 0
             z = torch.arange(output.shape[1], device=output.device).expand(output.shape[:2])

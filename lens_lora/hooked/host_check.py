@@ -69,6 +69,12 @@ def _refuse_unknown_quantisation(model: nn.Module) -> None:
         if quantised_name(module) is not None:
             continue
         for name, parameter in module.named_parameters(path, recurse=False):
+            if type(parameter.data).__module__.startswith("torchao."):
+                raise ModelStateError(
+                    f"{name} is quantised by torchao, whose products have no derivative that is "
+                    "known here; load the base by bitsandbytes (load_in_4bit or load_in_8bit) or "
+                    "in bfloat16."
+                )
             if not parameter.is_floating_point():
                 raise ModelStateError(
                     f"{name} is {parameter.dtype}, and {type(module).__name__} is no linear module "

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
-from lens_lora.results.choosing import prompt_rows
 from lens_lora.results.keys import key_of
 from lens_lora.results.measured import Entries, Ranked, site_labels
 from lens_lora.results.storage import stored
@@ -153,8 +152,7 @@ class Attribution(Ranked):
         Raises:
             ArgumentError: no such prompt.
         """
-        rows = prompt_rows(prompt, len(self.base))
-        values, shift = (x[rows].double().cpu().mean(0) for x in (self.per_site, self.shift))
+        values, shift = self.mean_over(prompt, self.per_site)
         return Entries(site_labels(self.sites), values, shift, "value")
 
     def to_frame(self) -> pd.DataFrame:

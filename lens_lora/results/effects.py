@@ -16,7 +16,6 @@ from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Groups, Site, indicator
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.choosing import prompt_rows
 from lens_lora.results.measured import Entries, Ranked
 
 if TYPE_CHECKING:
@@ -161,8 +160,7 @@ class Effects(Ranked):
         Raises:
             ArgumentError: no such prompt.
         """
-        rows = prompt_rows(prompt, len(self.base))
-        values, shift = (x[rows].double().cpu().mean(0) for x in (self.values, self.shift))
+        values, shift = self.mean_over(prompt, self.values)
         return Entries({"group": list(self.groups)}, values, shift, "effect")
 
     def plot(self, prompt: int | None = None) -> Figure:

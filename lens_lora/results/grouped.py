@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.hooked.sites import Groups
-from lens_lora.results.choosing import prompt_rows
 from lens_lora.results.keys import key_of
 from lens_lora.results.measured import Entries, Ranked
 
@@ -81,6 +80,5 @@ class GroupAttribution(Ranked):
         Raises:
             ArgumentError: no such prompt.
         """
-        rows = prompt_rows(prompt, len(self.base))
-        values, shift = (x[rows].double().cpu().mean(0) for x in (self.per_group, self.shift))
+        values, shift = self.mean_over(prompt, self.per_group)
         return Entries({"group": list(self.groups)}, values, shift, "value")

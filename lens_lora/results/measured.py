@@ -24,7 +24,7 @@ from torch import Tensor
 from lens_lora.engine.asked import Asked
 from lens_lora.hooked.sites import Site
 from lens_lora.results import drawing
-from lens_lora.results.choosing import largest
+from lens_lora.results.choosing import largest, prompt_rows
 from lens_lora.results.storage import load_result, save_result, stored
 
 __all__ = [
@@ -152,6 +152,22 @@ class Entries(NamedTuple):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Ranked(Measured):
     """A measured result of one number per prompt and entry, so that entries can be ranked."""
+
+    def mean_over(
+        self, prompt: int | None, values: Float[Tensor, "batch *entry"]
+    ) -> tuple[Float[Tensor, "*entry"], Float[Tensor, ""]]:
+        """Numbers, and the shift, of one prompt or in the mean over prompts, in float64.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+            values: of each prompt.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        rows = prompt_rows(prompt, len(self.base))
+        held, shift = (x[rows].double().cpu().mean(0) for x in (values, self.shift))
+        return held, shift
 
     @abc.abstractmethod
     def entries(self, prompt: int | None = None) -> Entries:

@@ -8,6 +8,7 @@ import dataclasses
 import chats
 import models
 import pytest
+import quantised
 import torch
 from real import DOC, PRE, PROMPT
 
@@ -181,6 +182,15 @@ def test_a_loaded_model_cannot_be_loaded_otherwise(tiny, option: dict):
     base, _, folder = tiny
     with pytest.raises(ll.ArgumentError, match="loaded already"):
         ll.load(copy.deepcopy(base), folder / "lora", tokenizer=models.tokenizer(), **option)
+
+
+@models.NEEDS_BRIDGE
+def test_a_quantised_model_has_the_dtype_that_it_has():
+    pytest.importorskip("bitsandbytes")
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", models.hf_model("llama")))
+    model = quantised.load("llama", "4 bit")
+    with pytest.raises(ll.ModelStateError, match=r"not to torch\.bfloat16"):
+        ll.load(model, adapter, dtype=torch.bfloat16, tokenizer=models.tokenizer())
 
 
 def test_a_package_that_is_missing_is_named(tiny, monkeypatch):

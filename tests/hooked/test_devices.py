@@ -34,29 +34,35 @@ def tokens(device: str = "cpu") -> torch.Tensor:
 
 
 @functools.cache
-def base():
-    return models.hf_model("llama", dtype=torch.float32)
+def base(tied: bool = False):
+    model = models.hf_model("llama", dtype=torch.float32)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
 
 
 @functools.cache
-def adapter(targets: str) -> ll.Adapter:
+def adapter(targets: str, tied: bool = False) -> ll.Adapter:
     names = EVERYTHING if targets == "everything" else None
-    return ll.Adapter.from_peft(models.peft_model("llama", base(), targets=names)).scaled(0.5)
+    return ll.Adapter.from_peft(models.peft_model("llama", base(tied), targets=names)).scaled(0.5)
 
 
 @functools.cache
-def on_the_cpu(cls: str, targets: str) -> dict[str, object]:
-    lens = ll.LoraLens(models.MAKERS[cls](base()), adapter(targets))
+def on_the_cpu(cls: str, targets: str, tied: bool = False) -> dict[str, object]:
+    lens = ll.LoraLens(models.MAKERS[cls](base(tied)), adapter(targets, tied))
     return {name: CALLS[name](lens, tokens()) for name in NAMES}
 
 
-def split():
-    """The base over two devices, by accelerate, as a TransformerBridge."""
+def split(tied: bool):
+    """The base over two devices, by accelerate, as a TransformerBridge; a tied head stays with
+    the embedding."""
     from accelerate import dispatch_model
     from transformer_lens.model_bridge import TransformerBridge
 
     places = {name: f"toy:{at}" for name, at in PLACES.items()}
-    hf = dispatch_model(copy.deepcopy(base()), places, force_hooks=True)
+    places["lm_head"] = "toy:0" if tied else "toy:1"
+    hf = dispatch_model(copy.deepcopy(base(tied)), places, force_hooks=True)
     return TransformerBridge.boot_transformers(
         "tiny/model", hf_model=hf, tokenizer=models.tokenizer(), device="toy:0", dtype=torch.float32
     ).eval()
@@ -87,11 +93,13 @@ def test_on_one_device(cls: str):
 
 
 @models.NEEDS_BRIDGE
-def test_split_over_two():
-    """The linear modules of the blocks."""
-    expected, own = on_the_cpu("TransformerBridge", "linear"), adapter("linear")
+@pytest.mark.parametrize(
+    ("targets", "tied"), [("linear", False), ("everything", False), ("everything", True)]
+)
+def test_split_over_two(targets: str, tied: bool):
+    expected, own = on_the_cpu("TransformerBridge", targets, tied), adapter(targets, tied)
     with devices.tracked():
-        lens = ll.LoraLens(split(), own)
+        lens = ll.LoraLens(split(tied), own)
         assert {str(p.device) for p in lens.model.parameters()} == {"toy:0", "toy:1"}
         for name in NAMES:
             found = CALLS[name](lens, tokens("toy:0"))

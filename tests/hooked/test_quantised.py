@@ -128,11 +128,11 @@ def test_the_noise_floor_in_8_bit_covers_what_the_kernel_rounds():
 # --- the kernel without a derivative
 
 
-@pytest.fixture
-def fast_cpu():
+@pytest.fixture(params=[False, True], ids=["", "nested"])
+def fast_cpu(request):
     if not bnb.nn.modules.has_avx512bf16():
         pytest.skip("this CPU has no AVX512-BF16")
-    model = quantised.load("llama", "4 bit")
+    model = quantised.load("llama", "4 bit", nested=request.param)
     plain = quantised.dense(model, "llama")
     quantised.without_avx512(model, there=True)
     return model, ll.LoraLens(
@@ -228,6 +228,17 @@ def test_other_quantisation_is_refused_by_its_name():
     model.original_model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     adapter = ll.Adapter.from_peft(models.peft_model("llama", models.hf_model("llama")))
     with pytest.raises(ll.ModelStateError, match="quantised by gptq"):
+        ll.LoraLens(model, adapter)
+
+
+def test_tensors_of_torchao_are_refused_where_no_configuration_says_so():
+    of_torchao = type("AffineTensor", (torch.Tensor,), {"__module__": "torchao.dtypes"})
+    model = models.MAKERS["TransformerBridge"](models.hf_model("llama"))
+    mlp = model.original_model.model.layers[0].mlp
+    odd = torch.zeros(3).as_subclass(of_torchao)
+    mlp.register_parameter("odd", nn.Parameter(odd, requires_grad=False))
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", models.hf_model("llama")))
+    with pytest.raises(ll.ModelStateError, match="odd is quantised by torchao"):
         ll.LoraLens(model, adapter)
 
 
