@@ -50,14 +50,16 @@ class Source:
 
 
 def digest_of(records: Iterable[Record]) -> str:
-    """The hash of ids and prompts.
+    """The hash of ids and prompts, conversations told from texts.
 
     Args:
         records: of one span, in order.
     """
     found = hashlib.sha256()
     for record in records:
-        found.update(repr((str(record.id), record.prompt)).encode("utf-8", "surrogatepass"))
+        found.update(
+            repr((str(record.id), record.prompt, record.chat)).encode("utf-8", "surrogatepass")
+        )
     return found.hexdigest()[:32]
 
 

@@ -292,3 +292,14 @@ def test_a_conversation_has_the_ids_of_the_template(lens, tmp_path, monkeypatch)
     ids = pq.read_table(found.path)["id"].to_pylist()
     assert ids.count("chat") == int(lens.prompts(messages).lengths) > 3
     same(found, run(lens, records, tmp_path))
+
+
+def test_a_text_that_reads_like_a_conversation_is_another_record(lens, tmp_path, monkeypatch):
+    """Where the template writes no BOS, a string of its text gets one, and has other ids."""
+    plain = chats.TEMPLATE.removeprefix("{{ bos_token }}")
+    monkeypatch.setattr(lens.model.tokenizer, "chat_template", plain)
+    messages = [{"role": "user", "content": "w5 w6"}]
+    run(lens, [{"id": "a", "messages": messages}], tmp_path)
+    text = lens.prompts(messages).texts[0]
+    with pytest.raises(ll.SweepError, match="record"):
+        run(lens, [{"id": "a", "prompt": text}], tmp_path)
