@@ -65,7 +65,7 @@ def _text(chance: Chance) -> str:
 
 
 def texts(chance: Chance, model: Any) -> Given:
-    """Strings, and what may hold them; ids as the model's own `to_tokens` makes them."""
+    """Strings, and what may hold them; the tokenizer's own ids after one BOS, never two."""
     strings = [_text(chance) for _ in range(chance.choice([1, 1, 2, 3]))]
     shapes: list[Callable[[], Any]] = [
         lambda: strings, lambda: tuple(strings), lambda: iter(strings), lambda: np.array(strings),
@@ -74,9 +74,33 @@ def texts(chance: Chance, model: Any) -> Given:
     given = strings[0] if len(strings) == 1 and chance.maybe(0.5) else chance.choice(shapes)()
     wanted = strings if not isinstance(given, dict) else list(given)
     try:
-        return given, [model.to_tokens(s, truncate=False)[0].tolist() for s in wanted]
+        return given, [_with_one_bos(model, s) for s in wanted]
     except Exception:
         return given, None
+
+
+def _with_one_bos(model: Any, text: str) -> list[int]:
+    own = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = model.tokenizer.bos_token_id
+    return own if own[:1] == [bos] else model.to_tokens(text, truncate=False)[0].tolist()
+
+
+def conversations(chance: Chance, model: Any) -> Given:
+    """Messages that may be none, of a tokenizer without a chat template: none is read."""
+
+    def message() -> Any:
+        role = chance.choice(["user", "assistant", "system", "tool", "USER", "", None, 3])
+        content = chance.choice([_text(chance), "w5", None, 3, ["w5"], {"text": "w5"}])
+        odd = chance.choice([{}, {}, {"name": "a"}, {"tool_calls": []}, {"role": "user"}])
+        plain = {"role": role, "content": content} | odd
+        return plain if chance.maybe(0.8) else chance.choice([{}, "w5", None, ["w5"], (plain,)])
+
+    def one() -> Any:
+        return [message() for _ in range(chance.choice([1, 1, 2, 3]))]
+
+    given = chance.choice([one, lambda: [one(), one()], lambda: (*one(),), lambda: [*one(), []]])()
+    is_text = all(isinstance(item, str) for item in given)
+    return texts(chance, model) if is_text else (given, None)
 
 
 def ids(chance: Chance, model: Any) -> Given:
@@ -132,7 +156,13 @@ def others(chance: Chance, model: Any) -> Given:
     return (found, None) if not isinstance(found, str) else texts(chance, model)
 
 
-PROMPTS = {"strings": texts, "tensors of ids": ids, "Prompts": padded, "no prompts": others}
+PROMPTS = {
+    "strings": texts,
+    "conversations": conversations,
+    "tensors of ids": ids,
+    "Prompts": padded,
+    "no prompts": others,
+}
 
 
 def prompts(world: World, chance: Chance, scratch: Path) -> Case:
