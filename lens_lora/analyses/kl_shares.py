@@ -3,23 +3,23 @@
     v_l = J δz_l at every token of the response,   v = Σ_l v_l,   F_t = diag p₀,t − p₀,t p₀,tᵀ
     D(ε·1) = ½ ε² Σ_t vᵀ F_t v + O(ε³),   Σ_l q_l = ½ vᵀ F v
 
-1. One dual forward pass gives v, the joint tangent of all sites.
-2. The covector F v goes back in one backward pass: ∂/∂ε_l of (Fv)ᵀf is v_lᵀ F v, and its parts by
-   position, head and rank come as those of any readout.
+1. One dual forward pass gives p₀ and v, the joint tangent of all sites; it keeps the graph of p₀.
+2. The covector F v goes back through it: ∂/∂ε_l of (Fv)ᵀf is v_lᵀ F v, and its parts by position,
+   head and rank come as those of any readout (`engine/pulled_back.py`).
 3. On request the kernel between sites or groups, K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m with
    w_l = √p₀ ∘ (v_l − p₀ᵀv_l), from a tangent for each. K is symmetric and positive semidefinite,
    and sums to vᵀ F v.
 4. How far the quadratic is from the divergence itself is measured along ε, by forward passes.
 
 A share is negative where a site moves the distribution against the others.
-Cost: three forward passes, a dual and a backward one; one more forward pass for each ε below 1.
+Cost: a forward pass, a dual and a backward one; one more forward pass for each ε below 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, cast, final
+from typing import TYPE_CHECKING, Literal, final
 
 import pandas as pd
 import torch
@@ -28,19 +28,21 @@ from torch import Tensor
 
 from lens_lora.analyses.first_order import labelled
 from lens_lora.arguments import word
-from lens_lora.engine.asked import ask
+from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.dual_pass import tangent_of
-from lens_lora.engine.forward import joint_tangent, part_tangents
+from lens_lora.engine.forward import part_tangents
 from lens_lora.engine.function import gated_readout
-from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.engine.pulled_back import pulled_back
+from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.engine.tangent_slopes import group_parts
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Groups, by_axes, group_sites
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answer_tokens import AnswerLike
-from lens_lora.readouts.divergence import KL, Divergence, Linear
+from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.readout import bound
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.choosing import prompt_rows
@@ -205,14 +207,13 @@ def kl_shares(
     if kernel is not None:
         word("kernel", kernel, _KERNELS)
     groups = {} if kernel is None else group_sites(lens.sites, kernel)
-    asked = ask(lens, prompts, KL(response, direction))
-    at = lens.gates(0.0)
-    rows = asked.reading.prompts
-    p = cast(Divergence, asked.reading.read).log_p.exp()
-    pulled = _pulled(p, joint_tangent(lens, rows, at, torch.ones_like(at)), rows)
-    reading = dataclasses.replace(asked.reading, read=Linear(pulled))
-    values = site_slopes(lens, reading, at, axes) / 2
+    question, readout = ask_prompts(lens, prompts), KL(response, direction)
+    reading, at = bound(readout, lens.model, question.prompts), lens.gates(0.0)
+    rows = reading.prompts
+    doubled, base = pulled_back(lens, reading, axes, lambda f, v: _pulled(f.softmax(-1), v, rows))
+    values = doubled / 2
     require_finite_sites(lens, values)
+    asked = question.compared_with(readout, reading, base)
     strengths = torch.tensor([*sorted(scales), 1.0], dtype=at.dtype, device=at.device)
     points = strengths[:, None].expand(-1, len(at))
     along = gated_readout(lens, asked.reading, points, progress=progress, what="along the path")
@@ -222,7 +223,7 @@ def kl_shares(
         attribution=labelled(asked, values, axes, method="kl_quadratic", at=0.0),
         scales=strengths,
         divergence=along,
-        gram=_gram(lens, rows, p, groups, progress) if groups else None,
+        gram=_gram(lens, rows, base.softmax(-1), groups, progress) if groups else None,
         groups=groups,
     )
 

@@ -59,8 +59,20 @@ class Asked:
         if isinstance(readout, KL):
             with torch.no_grad():
                 base = gated_logits(self.lens, reading.prompts, self.lens.gates(0.0))
-            reading = held(readout, reading, base)
+            return self.compared_with(readout, reading, base)
         return Asked(self.lens, self.prompts, (readout, reading))
+
+    def compared_with(
+        self, readout: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]
+    ) -> Asked:
+        """The same prompts, with a KL whose base distribution is known.
+
+        Args:
+            readout: which way the divergence goes.
+            reading: of these prompts, by the readout.
+            base: the logits of its rows at gates of zero.
+        """
+        return Asked(self.lens, self.prompts, (readout, held(readout, reading, base)))
 
     def require_slope_at_base(self) -> Asked:
         """The question itself, unless its readout has no derivative at ε = 0.

@@ -11,6 +11,7 @@
 3. Where every row of a batch has the same primal (tangents of many parts of one prompt), what
    depends on the primal only is computed once for all rows.
 4. Operations without a rule here are left to torch.
+5. Where the value keeps a graph, tangents are detached from it: nothing goes back through them.
 
 Cost: a dual forward pass takes about 2.5 forward passes.
 """
@@ -81,7 +82,9 @@ class OneProduct(TorchFunctionMode):
         if tangent is None or _is_dual(weight) or (bias is not None and _is_dual(bias)):
             return None
         first = _common(primal, self.rows)
-        if len(primal) > _APART * len(first):
+        if first.requires_grad:
+            value, moved = first @ weight, tangent.detach() @ weight.detach()
+        elif len(primal) > _APART * len(first):
             value, moved = first @ weight, tangent @ weight
         else:
             both = torch.cat([first, tangent]) @ weight
@@ -126,11 +129,11 @@ def _subtract(a: Any, da: Any, b: Any, db: Any) -> _Moved:
 
 
 def _multiply(a: Any, da: Any, b: Any, db: Any) -> _Moved:
-    return a * b, da * b if da is not None else a * db
+    return a * b, da * _alone(b) if da is not None else _alone(a) * db
 
 
 def _divide(a: Any, da: Any, b: Any, db: Any) -> _Moved | None:
-    return None if da is None else (a / b, da / b)
+    return None if da is None else (a / b, da / _alone(b))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Linear | None:
@@ -171,6 +174,7 @@ def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
 
 def _moved(a: Tensor, da: Tensor | None, b: Tensor, db: Tensor | None) -> Tensor:
     """ȦB + AḂ."""
+    a, b = a.detach(), b.detach()
     if da is None:
         return a @ cast("Tensor", db)
     if db is None:
@@ -195,8 +199,9 @@ def _softmax(
     if rest or other or dx is None or dim is None or dim % x.ndim == 0:
         return None
     P = torch.softmax(_common(x, rows), dim, dtype)
-    moved = _over(P, x) * dx.to(P.dtype)
-    moved.addcmul_(_over(P, x), moved.sum(dim, keepdim=True), value=-1)
+    spread = _over(P.detach(), x)
+    moved = spread * dx.to(P.dtype)
+    moved.addcmul_(spread, moved.sum(dim, keepdim=True), value=-1)
     return fwad.make_dual(_spread(P, x), moved)
 
 
@@ -205,7 +210,12 @@ def _parts_of(value: Any) -> tuple[Any, Tensor | None]:
     if not isinstance(value, Tensor):
         return value, None
     primal, tangent = fwad.unpack_dual(value)
-    return primal, tangent
+    return primal, None if tangent is None else tangent.detach()
+
+
+def _alone(value: Any) -> Any:
+    """The same without its graph."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _common(x: Tensor, rows: int) -> Tensor:

@@ -1,13 +1,11 @@
 """Reverse mode: ∂g/∂ε_l of every site, position, head and rank, in one forward and one backward.
 
-1. What the first adapted block reads, or the embedding's output where that is adapted, becomes the
-   leaf of the graph; every site lies between it and g (a position embedding does not, so it has a
-   leaf of its own).
-2. Each site's output gets a gradient hook. During the backward pass it hands G = ∂g/∂(output) and z
-   to a visitor, and keeps nothing else (`site_gradients`).
-3. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`). Over
+1. A forward pass keeps its graph, and each site's output is tapped (`engine/taps.py`). During the
+   backward pass a tap hands G = ∂g/∂(output) and z to a visitor, and keeps nothing else
+   (`site_gradients`).
+2. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`). Over
    positions v's constant part is split at v, though it is added at o (`hooked/value_bias.py`).
-4. The gradient that reaches the leaf is discarded; parameters never receive one.
+3. The gradient that reaches the leaf is discarded; parameters never receive one.
 
 Cost: one forward and one backward pass, whatever the sites and parts.
 """
@@ -15,7 +13,6 @@ Cost: one forward and one backward pass, whatever the sites and parts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from lens_lora.engine.function import read_tokens, read_value, require_finite
 from lens_lora.engine.parts import parts
+from lens_lora.engine.taps import Visit, tapped
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.hooked.basis import SiteMap
 from lens_lora.hooked.gates import ScaleInject
@@ -32,6 +30,7 @@ from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
 
 __all__ = [
+    "Slopes",
     "part_slots",
     "require_finite_sites",
     "require_split",
@@ -39,60 +38,6 @@ __all__ = [
     "site_slopes",
     "token_slopes",
 ]
-
-Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
-
-
-class _TapInject:
-    """Adds ε_l ΔW_l z_l and shows the visitor each injection on the way back."""
-
-    def __init__(
-        self, lens: LoraLens, gates: Float[Tensor, "*row site"], leaves: list[Tensor]
-    ) -> None:
-        self._scaled = ScaleInject(lens.plan, gates)
-        self._injections = lens.plan.injections
-        self._kinds = [site.kind for site in lens.sites]
-        self._gates = gates
-        self._names = [site.name for site in lens.sites]
-        self._leaves = leaves
-        self._seen: set[int] = set()
-        self.visit: Visit = _nothing
-
-    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
-        injection = self._injections[index]
-        partner = None if injection.partner is None else self._gates[..., injection.partner]
-        moved = self._scaled(index, out, z)
-        moved = out.view_as(out) if moved is None else moved
-        if self._kinds[injection.site] == "pos_embed":
-            self._leaves.append(moved.new_zeros(moved.shape).requires_grad_())
-            moved = moved + self._leaves[-1]
-        kept = z.detach()
-
-        def on_gradient(gradient: Tensor) -> None:
-            self._seen.add(injection.site)
-            self.visit(injection, partner, gradient.flatten(2), kept)
-
-        moved.register_hook(on_gradient)
-        return moved
-
-    def require_all_seen(self) -> None:
-        """Raise ModelStateError where a gradient did not reach some site."""
-        missed = [name for i, name in enumerate(self._names) if i not in self._seen]
-        if missed:
-            raise ModelStateError(
-                f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does "
-                "not depend on it, or a hook on the model detaches its output."
-            )
-
-
-def _nothing(*given: object) -> None:
-    """The visitor before there is one."""
-
-
-def _leaf(lens: LoraLens) -> str:
-    """The last hook point before every site."""
-    first = min(site.layer for site in lens.sites)
-    return lens.embedding_output if first < 0 else lens.plan.host.block_input(first)
 
 
 def site_gradients(
@@ -110,7 +55,8 @@ def site_gradients(
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
-    values, leaves, tap = _tapped(lens, gates, lambda: read_value(lens, reading))
+    inject = ScaleInject(lens.plan, gates)
+    values, leaves, tap = tapped(lens, gates, inject, lambda: read_value(lens, reading))
     tap.visit = visit
     torch.autograd.grad(values, leaves, torch.ones_like(values))
     tap.require_all_seen()
@@ -136,29 +82,13 @@ def gradients_of_each(
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
-    values, leaves, tap = _tapped(lens, gates, read)
+    values, leaves, tap = tapped(lens, gates, ScaleInject(lens.plan, gates), read)
     for token in range(values.shape[1]):
         tap.visit = visit_of(token)
         only = torch.zeros_like(values)
         only[:, token] = 1
         torch.autograd.grad(values, leaves, only, retain_graph=token + 1 < values.shape[1])
     tap.require_all_seen()
-
-
-def _tapped(
-    lens: LoraLens, gates: Float[Tensor, "*row site"], read: Callable[[], Tensor]
-) -> tuple[Tensor, list[Tensor], _TapInject]:
-    """What was read, the leaves of its graph, and the taps in between."""
-    leaves: list[Tensor] = []
-
-    def start(tensor: Tensor, hook: Any) -> Tensor:
-        del hook
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    tap = _TapInject(lens, gates, leaves)
-    with torch.enable_grad(), lens.injected(tap, before=[(_leaf(lens), start)]):
-        return read(), leaves, tap
 
 
 def site_slopes(
@@ -172,7 +102,7 @@ def site_slopes(
     Raises:
         ModelStateError: a gradient did not reach some site, or a split does not exist.
     """
-    slopes = _Slopes(lens, reading, axes)
+    slopes = Slopes(lens, reading, axes)
     site_gradients(lens, reading, gates, slopes.visit)
     return slopes.by_prompt()
 
@@ -188,18 +118,18 @@ def token_slopes(
     Raises:
         ModelStateError: a gradient did not reach some site, or a split does not exist.
     """
-    each: list[_Slopes] = []
+    each: list[Slopes] = []
 
     def visit_of(token: int) -> Visit:
         del token
-        each.append(_Slopes(lens, reading, axes))
+        each.append(Slopes(lens, reading, axes))
         return each[-1].visit
 
     gradients_of_each(lens, gates, lambda: read_tokens(lens, reading), visit_of)
     return torch.stack([slopes.by_prompt() for slopes in each], -1)
 
 
-class _Slopes:
+class Slopes:
     """Sums up ∂g/∂ε_l and its parts while the gradients come by."""
 
     def __init__(self, lens: LoraLens, reading: Reading, axes: tuple[str, ...]) -> None:

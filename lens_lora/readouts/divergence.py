@@ -23,7 +23,7 @@ from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading, one_row_each
 
-__all__ = ["KL", "Divergence", "Linear", "Way", "held"]
+__all__ = ["KL", "Divergence", "Way", "held"]
 
 Way = Literal["base_to_adapted", "adapted_to_base"]
 
@@ -135,38 +135,6 @@ class Divergence:
             end: index after the last.
         """
         return dataclasses.replace(self, of=self.of[first:end])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Linear:
-    """Σ_t w_t · f_t of each row, with covectors w that do not move.
-
-    Attributes:
-        covectors: w, for each row; zero where a slot holds no token.
-    """
-
-    covectors: Float[Tensor, "row *slot vocab"]
-
-    def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "row"]:
-        """The products, summed over slots and vocabulary."""
-        return (self.covectors.to(logits) * logits).flatten(1).sum(1)
-
-    def repeat(self, times: int) -> Linear:
-        """The readout of every row several times: r0 r0 … r1 r1 …
-
-        Args:
-            times: how often.
-        """
-        return Linear(self.covectors.repeat_interleave(times, 0))
-
-    def only(self, first: int, end: int) -> Linear:
-        """The readout of rows first … end − 1.
-
-        Args:
-            first: index of the first.
-            end: index after the last.
-        """
-        return Linear(self.covectors[first:end])
 
 
 def _over_slots(

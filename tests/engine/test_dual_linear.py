@@ -124,6 +124,34 @@ def test_what_has_no_tangent_is_left_alone():
         )
 
 
+@pytest.mark.parametrize("name", sorted(MAPS.keys() - {"both dual", "in place, softmax"}))
+def test_values_keep_their_graph_and_tangents_have_none(name: str):
+    """The gradient of the value is that of the same map of plain numbers; its tangent is torch's."""
+    weight, bias = draw(4, 2, seed=0), draw(2, seed=1)
+    primal, tangent = draw(2, 3, 4, seed=2), draw(2, 3, 4, seed=3)
+    (_, moved), _ = both(lambda x: MAPS[name](x, weight, bias), primal, tangent)
+    start = primal.clone().requires_grad_()
+    plain = MAPS[name](start * 1.0, weight, bias)
+    cotangent = draw(*plain.shape, seed=4)
+    (expected,) = torch.autograd.grad(plain, start, cotangent)
+    with fwad.dual_level(), OneProduct():
+        dual = fwad.make_dual(start * 1.0, tangent)
+        value, slope = fwad.unpack_dual(MAPS[name](dual, weight, bias))
+        slope = slope.detach().clone()
+    (found,) = torch.autograd.grad(value, start, cotangent)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(slope, moved, rtol=1e-12, atol=1e-12)
+
+
+def test_no_graph_behind_a_tangent():
+    """One that was kept through a chain of products would hold the whole pass twice."""
+    start = draw(2, 3, 4, seed=2).requires_grad_()
+    with fwad.dual_level(), OneProduct():
+        dual = fwad.make_dual(start * 1.0, draw(2, 3, 4, seed=3))
+        out = (dual @ draw(4, 4, seed=0)) @ dual.mT
+        assert out.requires_grad and not fwad.unpack_dual(out.softmax(-1)).tangent.requires_grad
+
+
 SHARING = {
     "linear": lambda x: x @ draw(4, 2, seed=0),
     "product of two": lambda x: x[:, None] @ x[:, :, None],
