@@ -11,8 +11,9 @@ import torch
 import lens_lora as ll
 from lens_lora.engine.batching import slopes_at_once
 from lens_lora.engine.forward import joint_tangent
-from lens_lora.engine.function import gated_logits, run_without_logits
+from lens_lora.engine.function import gated_logits
 from lens_lora.engine.gate_graph import hessian_product, hessian_products
+from lens_lora.engine.read import run_without_logits
 from lens_lora.engine.reverse import site_gradients, site_slopes
 from lens_lora.hooked.attaching import attached
 

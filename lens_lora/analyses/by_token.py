@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once, graph_tokens
-from lens_lora.engine.function import read_tokens
 from lens_lora.engine.gate_graph import gate_graph
+from lens_lora.engine.read import differentiable_tokens
 from lens_lora.engine.reverse import token_slopes
 from lens_lora.engine.tangent_slopes import all_parts, group_slopes, tangent_slopes
 from lens_lora.errors import ArgumentError
@@ -147,6 +147,6 @@ def _covectors(
     asked: Asked, gates: Float[Tensor, "site"], max_memory: float | None, progress: bool
 ) -> Float[Tensor, "batch site token"]:
     lens, reading = asked.lens, asked.reading
-    graph = gate_graph(lens, reading.prompts, gates, lambda: read_tokens(lens, reading).T)
+    graph = gate_graph(lens, reading.prompts, gates, lambda: differentiable_tokens(lens, reading).T)
     step = covectors_at_once(lens, reading.prompts, max_memory)
     return graph.slopes_of_each(step, progress=progress).permute(1, 2, 0)

@@ -23,8 +23,9 @@ from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
 from lens_lora.engine.dual_pass import tangent_of
 from lens_lora.engine.forward import Part, joint_tangent, part_tangents
-from lens_lora.engine.function import read_logits, require_finite
+from lens_lora.engine.function import require_finite
 from lens_lora.engine.gate_graph import gate_graph
+from lens_lora.engine.read import read_logits
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Site, one_site

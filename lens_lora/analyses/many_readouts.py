@@ -17,8 +17,9 @@ from lens_lora.analyses.first_order import first_order_of, labelled
 from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.batching import covectors_at_once
-from lens_lora.engine.function import gated_logits, read_logits, require_finite
+from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.gate_graph import gate_graph
+from lens_lora.engine.read import read_logits
 from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone

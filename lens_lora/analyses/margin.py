@@ -24,7 +24,7 @@ from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
 from lens_lora.analyses.verdict import Verdict, points_of, verdict_of
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.function import read_value
+from lens_lora.engine.read import read_value
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens

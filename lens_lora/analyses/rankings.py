@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.engine.asked import Asked
-from lens_lora.engine.function import read_logits, readout_at
+from lens_lora.engine.function import readout_at
+from lens_lora.engine.read import read_logits
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.rows import Reading

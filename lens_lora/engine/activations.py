@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.engine.function import require_finite, run_without_logits
+from lens_lora.engine.function import require_finite
+from lens_lora.engine.read import run_without_logits
 from lens_lora.errors import ModelStateError, UnsupportedAdapterError
 from lens_lora.hooked.gates import ScaleInject, weight_of, write
 from lens_lora.hooked.gauge import Gauge, gauge_of

@@ -130,7 +130,7 @@ def tangents_at_once(
         lens: the adapter over the model.
         run: the prompts of one pass.
         max_memory: bytes that a pass may take beside the model.
-        read: the number of prompts whose logits are held together.
+        read: the number of prompts whose logits are held together; 0 where none are.
 
     Raises:
         ArgumentError: max_memory is less than one tangent takes.
@@ -181,7 +181,7 @@ def _derivatives_at_once(
     tokens: int, lens: LoraLens, run: Prompts, read: int, max_memory: float | None
 ) -> int:
     logits = read * run.slots * int(lens.model.cfg.d_vocab_out)
-    rows = min(_within(tokens, run.tokens.numel()), _within(_DERIVATIVE_LOGITS, logits))
+    rows = min(_within(tokens, run.tokens.numel()), _within(_DERIVATIVE_LOGITS, max(1, logits)))
     if max_memory is None:
         return rows
     max_memory = number("max_memory", max_memory)

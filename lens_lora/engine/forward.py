@@ -31,8 +31,8 @@ from lens_lora.engine.batching import tangents_at_once
 from lens_lora.engine.branching import more_copies
 from lens_lora.engine.dual_pass import dual_forward, tangent_of
 from lens_lora.engine.duals import OneProduct
-from lens_lora.engine.function import read_logits
 from lens_lora.engine.parts import Slots, part_deltas
+from lens_lora.engine.read import read_final, read_logits
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.attaching import HookFn
 from lens_lora.hooked.gates import ScaleInject, add, weight_of
@@ -88,6 +88,7 @@ def joint_tangent(
 
 
 _Logits = Float[Tensor, "batch part *slot vocab"]
+_End = Callable[[LoraLens, Prompts], Tensor]
 Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
 
 
@@ -115,6 +116,7 @@ def part_tangents(
     parts: Sequence[Part],
     read: Read = tangent_of,
     *,
+    final: bool = False,
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch part *out"]:
@@ -128,6 +130,7 @@ def part_tangents(
         at: the gates at which the tangents are taken.
         parts: at least one.
         read: what is kept of the dual logits, [batch, part, vocab].
+        final: nothing is unembedded; what is read is the final residual stream at the slots.
         max_memory: bytes that a pass may take beside the model and the result.
         progress: show a bar.
 
@@ -142,16 +145,17 @@ def part_tangents(
         (branching if starts_in_block else whole).append(j)
     found: Tensor | None = None
     longest = prompts.row(int(prompts.lengths.argmax()))
+    end = read_final if final else read_logits
     ways = ((whole, _in_rows, prompts), (branching, _branching, longest))
     with tqdm(total=len(parts), desc="tangents", leave=False, disable=not progress) as bar:
         for some, run, at_once in ways:
             if not some:
                 continue
-            step = tangents_at_once(lens, at_once, max_memory, read=prompts.batch)
+            step = tangents_at_once(lens, at_once, max_memory, read=0 if final else prompts.batch)
             for start in range(0, len(some), step):
                 chunk = some[start : start + step]
                 with dual_forward() as products:
-                    rows = run(lens, prompts, at, [parts[j] for j in chunk], products)
+                    rows = run(lens, prompts, at, [parts[j] for j in chunk], products, end)
                     tangents = read(rows)
                 if found is None:
                     found = tangents.new_empty(len(tangents), len(parts), *tangents.shape[2:])
@@ -168,13 +172,14 @@ def _in_rows(
     at: Float[Tensor, "site"],
     parts: Sequence[Part],
     products: OneProduct,
+    end: _End,
 ) -> _Logits:
     """Every part of every prompt in a row of one batch, from the embeddings on."""
     del products
     rows = [(b * len(parts) + j, p) for b in range(prompts.batch) for j, p in enumerate(parts)]
     many = prompts.repeat(len(parts))
     with lens.injected(_PartsInject(lens, at, rows, many.read_positions)):
-        return read_logits(lens, many).unflatten(0, (prompts.batch, len(parts)))
+        return end(lens, many).unflatten(0, (prompts.batch, len(parts)))
 
 
 def _branching(
@@ -183,6 +188,7 @@ def _branching(
     at: Float[Tensor, "site"],
     parts: Sequence[Part],
     products: OneProduct,
+    end: _End,
 ) -> _Logits:
     """One prompt at a time, without its padding; each part's row begins at its block."""
     found = []
@@ -192,7 +198,7 @@ def _branching(
         inject = _PartsInject(lens, at, rows, read)
         try:
             with lens.injected(inject, before=grow):
-                logits = read_logits(lens, one)[1:]
+                logits = end(lens, one)[1:]
                 found.append(logits if one.reads is None else _widened(logits, prompts.slots))
         finally:
             products.rows = 1

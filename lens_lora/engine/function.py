@@ -1,8 +1,7 @@
 """g(ε) = readout(f(ε)), the function of which all else is a derivative, a corner or an integral.
 
 1. One forward pass under hooks gives f or g at each row's last token, or at all tokens of a
-   response (`read_logits`, `read_value`); only what is read is unembedded, and of a readout of a
-   few logits only their rows of W_U.
+   response (`engine/read.py`).
 2. Several gate vectors, the same for all prompts (`gated_readout`) or each prompt's own
    (`readout_at`), ride in rows of the batch, a bounded number at a time (`engine/batching.py`).
 3. Gate vectors that share their first layers branch there instead (`engine/branching.py`).
@@ -12,142 +11,28 @@ Cost: at most one forward pass a gate vector.
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
-from typing import cast
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lens_lora.engine import branching as tree
-from lens_lora.engine.batching import PICKS, branches_at_once, rows_at_once
+from lens_lora.engine.batching import branches_at_once, rows_at_once
+from lens_lora.engine.read import read_logits, read_value
 from lens_lora.errors import NumericsError
 from lens_lora.hooked.gates import ScaleInject
-from lens_lora.hooked.unembedded import unembedded_only, unrounded
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Columns, LogProbs, Reading, token_log_probs
-from lens_lora.temporary import Temporary
+from lens_lora.readouts.rows import Reading
 
 __all__ = [
     "gated_logits",
     "gated_readout",
-    "read_logits",
-    "read_tokens",
-    "read_value",
     "readout_at",
     "require_finite",
-    "run_without_logits",
 ]
 
 _SLOW, _SLOW_TOGETHER = 8, 64
-
-
-def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vocab"]:
-    """One forward pass under the hooks now on the model: logits at each row's last token.
-
-    Rows that are read at several tokens have an axis of slots. Only what is read is unembedded. The
-    result is float32 or better, as readouts need it.
-    """
-    with unembedded_only(lens.model, prompts.at_slots):
-        logits = lens.run(prompts)
-    return (logits[:, 0] if prompts.reads is None else logits).to(lens.gate_dtype)
-
-
-def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
-    """One forward pass under the hooks now on the model: g, read at each row's last token or slots.
-
-    For a readout of a few logits only their rows of W_U are used, and the log-probabilities of a
-    response are computed a few tokens at a time, unless a hook is on the unembedding or something
-    (a soft-cap) changes the logits after it.
-    """
-    if isinstance(reading.read, LogProbs):
-        return reading.read.of(_log_probs(lens, reading, reading.read))
-    unembedding = _plain_unembedding(lens)
-    if unembedding is None or not isinstance(reading.read, Columns):
-        return reading.read(read_logits(lens, reading.prompts))
-    weight, bias = unembedding
-    with _no_unembedding(lens):
-        final = reading.prompts.at_read(lens.run(reading.prompts))
-    ids = reading.read.ids.to(weight.device)
-    few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final.device))
-    few = few if bias is None else few + bias[ids.to(bias.device)].to(final.device)
-    return reading.read.of(few.to(lens.gate_dtype))
-
-
-def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
-    """One forward pass under the hooks now on the model: log p of each token of a response.
-
-    Zero beyond a prompt's own tokens. The reading must be of one response a prompt.
-    """
-    read = cast(LogProbs, reading.read)
-    return read.by_token(_log_probs(lens, reading, read))
-
-
-def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor, "pick"]:
-    """A few picks at a time; on the way back the logits of those are computed once more."""
-    unembedding, prompts = _plain_unembedding(lens), reading.prompts
-    if unembedding is None:
-        logits = read_logits(lens, prompts)
-        return read.log_probs(logits[read.places(logits.device)])
-    weight, bias = unembedding
-    with _no_unembedding(lens):
-        final = lens.run(prompts)
-    at = prompts.at_read(final) if prompts.reads is None else prompts.at_slots(final)
-    picked = at[read.places(at.device)].to(weight.device)
-
-    def of_some(residual: Tensor, some: Tensor) -> Tensor:
-        logits = functional.linear(residual, weight, bias).to(lens.gate_dtype)
-        return token_log_probs(logits, read.tokens[some])
-
-    chunks = torch.arange(len(picked), device="cpu").split(PICKS)
-    again = len(chunks) > 1 and torch.is_grad_enabled()
-    found = [
-        checkpoint(of_some, picked[some], some, use_reentrant=False, preserve_rng_state=False)
-        if again
-        else of_some(picked[some], some)
-        for some in chunks
-    ]
-    return torch.cat(found)
-
-
-def _plain_unembedding(lens: LoraLens) -> tuple[Tensor, Tensor | None] | None:
-    """(W_U, b_U) where the logits are final @ W_U + b_U and nothing else; None otherwise."""
-    unembedding = lens.plan.host.unembedding()
-    changed = any(map(_is_changed, lens.model.unembed.modules()))
-    return None if changed else unembedding
-
-
-def _is_changed(module: torch.nn.Module) -> bool:
-    """Whether the module has hooks, or a replaced forward (accelerate does that)."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
-
-
-def _no_unembedding(lens: LoraLens) -> AbstractContextManager[None]:
-    """Within the block, the model returns the unembedding's input instead of logits."""
-    # A Bridge's component passes attributes on to the module that it wraps; its own dict it keeps.
-    own = vars(lens.model.unembed)
-
-    def replace(span: Temporary) -> None:
-        span.way_back(lambda: own.pop("forward", None))
-        own["forward"] = lambda residual, *args, **kwargs: unrounded(residual)
-
-    return Temporary(replace)
-
-
-def run_without_logits(lens: LoraLens, prompts: Prompts) -> None:
-    """One forward pass under the hooks now on the model, for what hooks see of it.
-
-    Nothing is unembedded, unless a hook (a site's own, too) is on the unembedding.
-    """
-    changed = any(map(_is_changed, lens.model.unembed.modules()))
-    with contextlib.nullcontext() if changed else _no_unembedding(lens):
-        lens.run(prompts)
 
 
 def gated_logits(

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from lens_lora.engine import batching
 from lens_lora.engine.batching import directions_at_once
 from lens_lora.engine.dual_pass import attention_from_formula
-from lens_lora.engine.function import read_value
+from lens_lora.engine.read import read_value
 from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lens_lora.engine.batching import rows_at_once
-from lens_lora.engine.function import read_logits
+from lens_lora.engine.read import read_logits
 from lens_lora.engine.swap import Patch, record, swaps
 from lens_lora.hooked.attaching import attached
 from lens_lora.lens import LoraLens, Scale

@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.batching import directions_at_once, slopes_at_once
-from lens_lora.engine.function import read_logits
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.engine.parts import parts
+from lens_lora.engine.read import read_logits
 from lens_lora.engine.reverse import site_gradients
 from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.hooked.gates import ScaleInject

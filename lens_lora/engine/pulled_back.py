@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.dual_pass import dual_forward, tangent_of
-from lens_lora.engine.function import read_logits
+from lens_lora.engine.read import read_logits
 from lens_lora.engine.reverse import Slopes
 from lens_lora.engine.taps import tapped
 from lens_lora.hooked.plan import Plan

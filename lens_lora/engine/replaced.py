@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from lens_lora.engine import branching as tree
 from lens_lora.engine.batching import branches_at_once, rows_at_once
-from lens_lora.engine.function import read_value, require_finite
+from lens_lora.engine.function import require_finite
+from lens_lora.engine.read import read_value
 from lens_lora.engine.stand_in import StandIn
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.gates import weight_of, write

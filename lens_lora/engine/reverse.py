@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.function import read_tokens, read_value, require_finite
+from lens_lora.engine.function import require_finite
 from lens_lora.engine.parts import parts
+from lens_lora.engine.read import differentiable_tokens, read_value
 from lens_lora.engine.taps import Visit, tapped
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.hooked.basis import SiteMap
@@ -125,7 +126,7 @@ def token_slopes(
         each.append(Slopes(lens, reading, axes))
         return each[-1].visit
 
-    gradients_of_each(lens, gates, lambda: read_tokens(lens, reading), visit_of)
+    gradients_of_each(lens, gates, lambda: differentiable_tokens(lens, reading), visit_of)
     return torch.stack([slopes.by_prompt() for slopes in each], -1)
 
 

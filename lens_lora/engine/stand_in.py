@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.engine.batching import ROW_TOKENS
-from lens_lora.engine.function import run_without_logits
+from lens_lora.engine.read import run_without_logits
 from lens_lora.errors import PromptError
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens

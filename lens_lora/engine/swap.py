@@ -22,7 +22,8 @@ from tqdm import tqdm
 from lens_lora.engine import batching
 from lens_lora.engine.batching import branches_at_once, rows_at_once
 from lens_lora.engine.branching import more_copies
-from lens_lora.engine.function import read_logits, read_value, require_finite
+from lens_lora.engine.function import require_finite
+from lens_lora.engine.read import read_logits, read_value
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.lens import LoraLens, Scale

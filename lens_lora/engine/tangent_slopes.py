@@ -18,7 +18,9 @@ from torch import Tensor
 
 from lens_lora.engine.dual_pass import tangent_of
 from lens_lora.engine.forward import Part, part_tangents
+from lens_lora.engine.read import token_covectors
 from lens_lora.engine.reverse import part_slots, require_split
+from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.sites import Groups
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
@@ -57,14 +59,12 @@ def tangent_slopes(
     shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
     values = values[..., None].repeat_interleave(prompts.slots, -1) if tokens else values
-    wanted, read = (
-        all_parts(lens, prompts, axes),
-        of_tokens(reading) if tokens else of_value(reading),
-    )
+    wanted = all_parts(lens, prompts, axes)
+    read, final = _of_tokens(lens, reading, gates) if tokens else (of_value(reading), False)
 
     def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part *token"]:
         return part_tangents(
-            lens, prompts, gates, some, read, max_memory=max_memory, progress=progress
+            lens, prompts, gates, some, read, final=final, max_memory=max_memory, progress=progress
         )
 
     slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
@@ -100,12 +100,14 @@ def group_slopes(
         ArgumentError: less memory than one group takes.
         ModelStateError: an operation without a forward-mode derivative.
     """
+    read, final = _of_tokens(lens, reading, gates)
     return part_tangents(
         lens,
         reading.prompts,
         gates,
         group_parts(lens, groups),
-        of_tokens(reading),
+        read,
+        final=final,
         max_memory=max_memory,
         progress=progress,
     )
@@ -136,20 +138,29 @@ def of_value(reading: Reading) -> Callable[[Tensor], Float[Tensor, "batch part"]
     return read
 
 
-def of_tokens(reading: Reading) -> Callable[[Tensor], Float[Tensor, "batch part token"]]:
-    """The tangent of each token's term of g, of each part, from the dual logits.
+def _of_tokens(
+    lens: LoraLens, reading: Reading, gates: Float[Tensor, "site"]
+) -> tuple[Callable[[Tensor], Float[Tensor, "batch part token"]], bool]:
+    """The tangent of each token's term of g, from the dual final residual stream (True) or logits.
 
-    Args:
-        reading: of one response a prompt.
+    One forward pass in the first case.
     """
     terms = cast(LogProbs, reading.read)
+    with torch.no_grad(), lens.injected(ScaleInject(lens.plan, gates)):
+        found = token_covectors(lens, reading)
 
-    def read(rows: Float[Tensor, "batch part slot vocab"]) -> Float[Tensor, "batch part token"]:
+    def of_final(rows: Float[Tensor, "row part slot d"]) -> Float[Tensor, "row part token"]:
+        covectors, _ = cast(tuple[Tensor, Tensor], found)
+        return (covectors[:, None] * tangent_of(rows)).sum(-1)
+
+    def of_logits(
+        rows: Float[Tensor, "batch part slot vocab"],
+    ) -> Float[Tensor, "batch part token"]:
         many, logits = terms.repeat(rows.shape[1]), rows.flatten(0, 1)
         by_token = many.by_token(many.log_probs(logits[many.places(logits.device)]))
         return tangent_of(by_token).unflatten(0, rows.shape[:2])
 
-    return read
+    return (of_logits, False) if found is None else (of_final, True)
 
 
 def _last_if_none(slot: int | None) -> int:

@@ -57,6 +57,13 @@ class Taps:
         self.visit: Visit = _nothing
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
+        """What the inject makes of it, with a hook that shows its gradient to `visit`.
+
+        Args:
+            index: of the injection.
+            out: the running output.
+            z: the site's input.
+        """
         injection = self._injections[index]
         partner = None if injection.partner is None else self._gates[..., injection.partner]
         moved = self._inject(index, out, z)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from lens_lora.engine import branching
 from lens_lora.engine.batching import branches_at_once, rows_at_once
-from lens_lora.engine.function import read_tokens, require_finite
+from lens_lora.engine.function import require_finite
+from lens_lora.engine.read import read_tokens
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.rows import Reading

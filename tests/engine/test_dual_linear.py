@@ -126,7 +126,7 @@ def test_what_has_no_tangent_is_left_alone():
 
 @pytest.mark.parametrize("name", sorted(MAPS.keys() - {"both dual", "in place, softmax"}))
 def test_values_keep_their_graph_and_tangents_have_none(name: str):
-    """The gradient of the value is that of the same map of plain numbers; its tangent is torch's."""
+    """The value's gradient is that of the same map of plain numbers; its tangent is torch's."""
     weight, bias = draw(4, 2, seed=0), draw(2, seed=1)
     primal, tangent = draw(2, 3, 4, seed=2), draw(2, 3, 4, seed=3)
     (_, moved), _ = both(lambda x: MAPS[name](x, weight, bias), primal, tangent)

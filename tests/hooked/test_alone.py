@@ -21,7 +21,7 @@ from every_call import CALLS, OWN, numbers, same
 from interrupts import held
 
 import lens_lora as ll
-from lens_lora.engine import function
+from lens_lora.engine import read
 from lens_lora.hooked import alone as alone_module
 from lens_lora.hooked import unembedded
 
@@ -227,7 +227,7 @@ def is_alone(fn: Any) -> bool:
 @pytest.mark.parametrize("name", ["inference_mode", "autocast"])
 def test_settings_that_are_left_on_show(name: str, cls: str, monkeypatch):
     monkeypatch.setattr(alone_module, "_prepare", lambda lens, span: None)
-    for module in (function, unembedded):
+    for module in (read, unembedded):
         monkeypatch.setattr(module, "unrounded", lambda residual: residual)
     with AROUND[name]():
         found = CALLS["first_orders"](lens_of(cls), tokens())

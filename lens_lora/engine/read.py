@@ -1,0 +1,191 @@
+"""What one forward pass is read for, under the hooks that are then on the model.
+
+1. f or g at each row's last token, or at all tokens of a response (`read_logits`, `read_value`,
+   `read_tokens`). Only what is read is unembedded, and of a readout of a few logits only their rows
+   of W_U.
+2. Derivatives of each token's log p: with c_t = ∂ℓ_t/∂x_t of the final residual stream x, once for
+   all, the derivative along ẋ is c_t · ẋ_t, and c_t is what goes back from token t. No tangent or
+   covector is unembedded (`token_covectors`).
+
+Cost: one forward pass each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lens_lora.engine.batching import PICKS
+from lens_lora.hooked.unembedded import unembedded_only, unrounded
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.rows import Columns, LogProbs, Reading, token_log_probs
+from lens_lora.temporary import Temporary
+
+__all__ = [
+    "differentiable_tokens",
+    "read_final",
+    "read_logits",
+    "read_tokens",
+    "read_value",
+    "run_without_logits",
+    "token_covectors",
+]
+
+_Unembedding = tuple[Tensor, Tensor | None]
+
+
+def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vocab"]:
+    """One forward pass under the hooks now on the model: logits at each row's last token.
+
+    Rows that are read at several tokens have an axis of slots. Only what is read is unembedded. The
+    result is float32 or better, as readouts need it.
+    """
+    with unembedded_only(lens.model, prompts.at_slots):
+        logits = lens.run(prompts)
+    return (logits[:, 0] if prompts.reads is None else logits).to(lens.gate_dtype)
+
+
+def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
+    """One forward pass under the hooks now on the model: g, read at each row's last token or slots.
+
+    For a readout of a few logits only their rows of W_U are used, and the log-probabilities of a
+    response are computed a few tokens at a time, unless a hook is on the unembedding or something
+    (a soft-cap) changes the logits after it.
+    """
+    if isinstance(reading.read, LogProbs):
+        return reading.read.of(_log_probs(lens, reading, reading.read))
+    unembedding = _plain_unembedding(lens)
+    if unembedding is None or not isinstance(reading.read, Columns):
+        return reading.read(read_logits(lens, reading.prompts))
+    weight, bias = unembedding
+    with _no_unembedding(lens):
+        final = reading.prompts.at_read(lens.run(reading.prompts))
+    ids = reading.read.ids.to(weight.device)
+    few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final.device))
+    few = few if bias is None else few + bias[ids.to(bias.device)].to(final.device)
+    return reading.read.of(few.to(lens.gate_dtype))
+
+
+def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
+    """One forward pass under the hooks now on the model: log p of each token of a response.
+
+    Zero beyond a prompt's own tokens. The reading must be of one response a prompt.
+    """
+    read = cast(LogProbs, reading.read)
+    return read.by_token(_log_probs(lens, reading, read))
+
+
+def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor, "pick"]:
+    """A few picks at a time; on the way back the logits of those are computed once more."""
+    unembedding, prompts = _plain_unembedding(lens), reading.prompts
+    if unembedding is None:
+        logits = read_logits(lens, prompts)
+        return read.log_probs(logits[read.places(logits.device)])
+    with _no_unembedding(lens):
+        final = lens.run(prompts)
+    at = prompts.at_read(final) if prompts.reads is None else prompts.at_slots(final)
+    return _unembedded(lens, unembedding, at, read)
+
+
+def _unembedded(
+    lens: LoraLens, unembedding: _Unembedding, at: Float[Tensor, "row *slot d"], read: LogProbs
+) -> Float[Tensor, "pick"]:
+    """log p of each pick from the final residual stream where it is read."""
+    weight, bias = unembedding
+    picked = at[read.places(at.device)].to(weight.device)
+
+    def of_some(residual: Tensor, some: Tensor) -> Tensor:
+        logits = functional.linear(residual, weight, bias).to(lens.gate_dtype)
+        return token_log_probs(logits, read.tokens[some])
+
+    chunks = torch.arange(len(picked), device="cpu").split(PICKS)
+    again = len(chunks) > 1 and torch.is_grad_enabled()
+    found = [
+        checkpoint(of_some, picked[some], some, use_reentrant=False, preserve_rng_state=False)
+        if again
+        else of_some(picked[some], some)
+        for some in chunks
+    ]
+    return torch.cat(found)
+
+
+def read_final(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row slot d"]:
+    """One forward pass under the hooks now on the model: the unembedding's input at the slots."""
+    with _no_unembedding(lens):
+        return prompts.at_slots(lens.run(prompts))
+
+
+def token_covectors(lens: LoraLens, reading: Reading) -> tuple[Tensor, Tensor] | None:
+    """c_t = ∂ℓ_t/∂x_t [row, slot, d] of the final residual stream x at each slot, and x itself.
+
+    c_t · ẋ_t is the derivative of token t's log p along ẋ, and c_t alone goes back from it: neither
+    takes an unembedding. One forward pass under the hooks now on the model, which keeps its graph
+    if there is one.
+
+    Returns:
+        None where the logits are not x @ W_U + b_U and nothing else; nothing is run.
+    """
+    unembedding, read = _plain_unembedding(lens), cast(LogProbs, reading.read)
+    if unembedding is None:
+        return None
+    final = read_final(lens, reading.prompts)
+    with torch.enable_grad():
+        x = final.detach().requires_grad_()
+        total = read.of(_unembedded(lens, unembedding, x, read)).sum()
+        (covectors,) = torch.autograd.grad(total, x)
+    return covectors.to(lens.gate_dtype), final
+
+
+def differentiable_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
+    """Numbers with the derivatives of each token's log p, which are all that they are for.
+
+    One forward pass; what goes back from one number is not unembedded.
+    """
+    found = token_covectors(lens, reading)
+    if found is None:
+        return read_tokens(lens, reading)
+    covectors, final = found
+    return (covectors * final.to(covectors)).sum(-1)
+
+
+def _plain_unembedding(lens: LoraLens) -> _Unembedding | None:
+    """(W_U, b_U) where the logits are final @ W_U + b_U and nothing else; None otherwise."""
+    unembedding = lens.plan.host.unembedding()
+    changed = any(map(_is_changed, lens.model.unembed.modules()))
+    return None if changed else unembedding
+
+
+def _is_changed(module: torch.nn.Module) -> bool:
+    """Whether the module has hooks, or a replaced forward (accelerate does that)."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
+def _no_unembedding(lens: LoraLens) -> AbstractContextManager[None]:
+    """Within the block, the model returns the unembedding's input instead of logits."""
+    # A Bridge's component passes attributes on to the module that it wraps; its own dict it keeps.
+    own = vars(lens.model.unembed)
+
+    def replace(span: Temporary) -> None:
+        span.way_back(lambda: own.pop("forward", None))
+        own["forward"] = lambda residual, *args, **kwargs: unrounded(residual)
+
+    return Temporary(replace)
+
+
+def run_without_logits(lens: LoraLens, prompts: Prompts) -> None:
+    """One forward pass under the hooks now on the model, for what hooks see of it.
+
+    Nothing is unembedded, unless a hook (a site's own, too) is on the unembedding.
+    """
+    changed = any(map(_is_changed, lens.model.unembed.modules()))
+    with contextlib.nullcontext() if changed else _no_unembedding(lens):
+        lens.run(prompts)
