@@ -1,8 +1,9 @@
 """What analyses of a whole response cost, in F and FB of the same whole sequence.
 
-`python benchmarks/cost.py --responses [one tokens kl ablations batch]` times the named groups of
-cells, or all of them. F is one plain forward pass of prompt and response; FB adds a plain backward
-pass from Σ log p of the response.
+`python benchmarks/cost.py --responses [one tokens kl ablations batch generation]` times the named
+groups of cells, or all of them. F is one plain forward pass of prompt and response; FB adds a plain
+backward pass from Σ log p of the response. Times are CPU seconds of the process, which other work
+on the machine disturbs least; on several threads they are the sum over threads.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ def _ids(count: int, seed: int) -> torch.Tensor:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def one(lens: ll.LoraLens, peak: Callable) -> list[str]:
@@ -174,6 +175,17 @@ def ablations(lens: ll.LoraLens, peak: Callable) -> list[str]:
     return timed(of, cells, 1)
 
 
+def generation(lens: ll.LoraLens, peak: Callable) -> list[str]:
+    del peak
+    of = Row(lens, 32)
+
+    options = {"max_new_tokens": 32, "eos_token_id": (), **QUIET}
+    cells = [
+        Cell("generate 32 tokens after 44", "", lambda: lens.generate(of.prompt, **options)),
+    ]
+    return timed(of, cells, 1)
+
+
 def batch(lens: ll.LoraLens, peak: Callable) -> list[str]:
     del peak
     few, many = _ids(12, 3), _ids(16 * 12, 3).view(16, 12)
@@ -209,7 +221,14 @@ def timed(of: Row, cells: Sequence[Cell], turns: int) -> list[str]:
     ]
 
 
-GROUPS = {"one": one, "tokens": tokens, "kl": kl, "ablations": ablations, "batch": batch}
+GROUPS = {
+    "one": one,
+    "tokens": tokens,
+    "kl": kl,
+    "ablations": ablations,
+    "batch": batch,
+    "generation": generation,
+}
 
 
 def response_table(lens: ll.LoraLens, names: Sequence[str], peak: Callable) -> None:

@@ -45,6 +45,7 @@ from lens_lora.results.measured import header
 __all__ = [
     "first_order",
     "first_order_of",
+    "in_rank_space",
     "labelled",
 ]
 
@@ -181,13 +182,13 @@ def first_order_of(
         NumericsError: a derivative that is not finite, naming the site.
     """
     axes = by_axes(by, (*AXES, "token"))
-    in_rank_space = _in_rank_space(asked, axes, gauge)
-    lens, reading = in_rank_space.lens, asked.reading
+    lens, reading = in_rank_space(asked.lens, axes, gauge), asked.reading
     at = number("at", at)
     way, gates = chosen_mode(mode, lens, 1), lens.gates(at)
     with _under(rules, lens, reading.prompts):
         if "token" in axes:
-            values, way = by_token(in_rank_space, gates, axes[:-1], mode, max_memory, progress)
+            turned = dataclasses.replace(asked, lens=lens)
+            values, way = by_token(turned, gates, axes[:-1], mode, max_memory, progress)
         elif way == "forward":
             values = tangent_slopes(
                 lens, reading, gates, axes, max_memory=max_memory, progress=progress
@@ -234,16 +235,25 @@ def _of_groups(
     )
 
 
-def _in_rank_space(asked: Asked, axes: tuple[str, ...], gauge: Gauge) -> Asked:
-    """The same question, with the rank spaces in the coordinates of the gauge."""
+def in_rank_space(lens: LoraLens, axes: tuple[str, ...], gauge: Gauge) -> LoraLens:
+    """The same function f(ε), with the rank spaces in the coordinates of the gauge.
+
+    Args:
+        lens: the adapter over the model.
+        axes: what the numbers are split by.
+        gauge: 'trained' or 'svd'.
+
+    Raises:
+        ArgumentError: another gauge, or 'svd' where nothing is split by rank.
+    """
     if gauge_of(gauge) == "trained":
-        return asked
+        return lens
     if "rank" not in axes:
         raise ArgumentError(
             f"gauge={gauge!r} decides what a rank is, and by={axes!r} has none; ask for by='rank' "
             "too, or leave the gauge out."
         )
-    return dataclasses.replace(asked, lens=in_gauge(asked.lens, gauge))
+    return in_gauge(lens, gauge)
 
 
 @contextlib.contextmanager

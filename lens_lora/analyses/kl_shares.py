@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.analyses.first_order import labelled
+from lens_lora.analyses.first_order import in_rank_space, labelled
 from lens_lora.arguments import word
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.dual_pass import tangent_of
@@ -37,6 +37,7 @@ from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.engine.tangent_slopes import group_parts
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
+from lens_lora.hooked.gauge import Gauge
 from lens_lora.hooked.sites import Groups, by_axes, group_sites
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.answer_tokens import AnswerLike
@@ -172,9 +173,11 @@ def kl_shares(
     response: AnswerLike | None = None,
     *,
     by: tuple[str, ...] | str = (),
+    gauge: Gauge = "trained",
     direction: Literal["base_to_adapted", "adapted_to_base"] = "base_to_adapted",
     scales: Sequence[float] = _SCALES,
     kernel: Literal["site", "layer", "kind"] | None = None,
+    max_memory: float | None = None,
     progress: bool = True,
 ) -> KLShares:
     """q_l = ½ v_lᵀ F v of every site: a complete split of the quadratic KL.
@@ -190,13 +193,17 @@ def kl_shares(
         prompts: strings, conversations, ids, or `Prompts`.
         response: what is said after each prompt; None for the next token alone.
         by: any of 'position', 'head', 'rank'.
+        gauge: of the parts by rank, as for `first_order`.
         direction: of the divergence along ε.
         scales: ε at which it is measured, beside 1; () for none.
         kernel: also K between sites, layers or kinds, which `.kernel(group)` of the result shows.
+        max_memory: bytes that a pass of the kernel's tangents may take beside the model and the
+            result; it changes no number.
         progress: show a bar.
 
     Raises:
-        ArgumentError: another axis or direction, or a scale that is not between 0 and 1.
+        ArgumentError: another axis, gauge or direction, a gauge 'svd' without 'rank', a scale that
+            is not between 0 and 1, or less memory than one tangent takes.
         ModelStateError: the model has an operation without a forward-mode derivative.
         TokenError, PromptError: a response or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
@@ -210,7 +217,10 @@ def kl_shares(
     question, readout = ask_prompts(lens, prompts), KL(response, direction)
     reading, at = bound(readout, lens.model, question.prompts), lens.gates(0.0)
     rows = reading.prompts
-    doubled, base = pulled_back(lens, reading, axes, lambda f, v: _pulled(f.softmax(-1), v, rows))
+    in_gauge = in_rank_space(lens, axes, gauge)
+    doubled, base = pulled_back(
+        in_gauge, reading, axes, lambda f, v: _pulled(f.softmax(-1), v, rows)
+    )
     values = doubled / 2
     require_finite_sites(lens, values)
     asked = question.compared_with(readout, reading, base)
@@ -220,10 +230,13 @@ def kl_shares(
     # D(0) = 0 by definition, so only the other end is run.
     asked.know_ends(torch.stack([torch.zeros_like(along[:, -1]), along[:, -1]]))
     return KLShares(
-        attribution=labelled(asked, values, axes, method="kl_quadratic", at=0.0),
+        attribution=dataclasses.replace(
+            labelled(asked, values, axes, method="kl_quadratic", at=0.0),
+            gauge=gauge if "rank" in axes else "",
+        ),
         scales=strengths,
         divergence=along,
-        gram=_gram(lens, rows, base.softmax(-1), groups, progress) if groups else None,
+        gram=_gram(lens, rows, base.softmax(-1), groups, max_memory, progress) if groups else None,
         groups=groups,
     )
 
@@ -244,6 +257,7 @@ def _gram(
     rows: Prompts,
     p: Float[Tensor, "row *slot vocab"],
     groups: Groups,
+    max_memory: float | None,
     progress: bool,
 ) -> Float[Tensor, "row group group"]:
     """K, from w of every group."""
@@ -255,7 +269,9 @@ def _gram(
         return root * _centred(p[:, None], tangent_of(logits))
 
     parts = group_parts(lens, groups)
-    w = part_tangents(lens, rows, lens.gates(0.0), parts, read, progress=progress).flatten(2)
+    w = part_tangents(
+        lens, rows, lens.gates(0.0), parts, read, max_memory=max_memory, progress=progress
+    ).flatten(2)
     return w @ w.transpose(1, 2)
 
 

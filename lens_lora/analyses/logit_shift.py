@@ -26,7 +26,7 @@ from lens_lora.engine.forward import Part, joint_tangent, part_tangents
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.gate_graph import gate_graph
 from lens_lora.engine.read import read_logits
-from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.errors import ArgumentError, SiteError, TokenError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Site, one_site
 from lens_lora.lens import LoraLens
@@ -153,7 +153,8 @@ def logit_shift(
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         by_site: each site's shift; if False, that of all sites together.
-        tokens: strings of one token, or ids; without them the whole vocabulary.
+        tokens: strings of one token, as it follows the prompts, or ids; without them the whole
+            vocabulary.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'forward' or 'reverse'; 'auto' takes the cheaper one (`engine/batching.py`).
         max_memory: bytes that a pass may take beside the model and the result (and, in reverse
@@ -162,7 +163,7 @@ def logit_shift(
         progress: show a bar.
 
     Raises:
-        TokenError: a token string that is not one token.
+        TokenError: a token string that is not one token, or not the same one after each prompt.
         ArgumentError: another mode, no tokens, or less memory than one site or token takes.
         NumericsError: non-finite tangents.
     """
@@ -197,7 +198,7 @@ def logit_shift_of(
         NumericsError: a derivative that is not finite.
     """
     lens, prompts = asked.lens, asked.prompts
-    ids, at = _ids(lens, tokens), number("at", at)
+    ids, at = _ids(lens, tokens, prompts), number("at", at)
     columns, gates = torch.tensor(ids, device=lens.device), lens.gates(at)
     way = chosen_mode(mode, lens, len(ids))
     if not by_site:
@@ -280,12 +281,24 @@ def token_slopes(
     return graph.slopes_of_each(step, progress=progress).permute(1, 2, 0)
 
 
-def _ids(lens: LoraLens, tokens: Sequence[str | int] | None) -> list[int]:
+def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -> list[int]:
     if tokens is None:
         return list(range(int(lens.model.cfg.d_vocab_out)))
     if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
         raise ArgumentError(f"tokens={tokens!r}: expected a list of tokens, or None for all.")
-    ids = [int(token_ids(lens.model, token, 1)) for token in tokens]
+    ids = [_id_after_all(lens, token, prompts) for token in tokens]
     if not ids:
         raise ArgumentError("tokens=[] asks for nothing; give at least one, or None for all.")
     return ids
+
+
+def _id_after_all(lens: LoraLens, token: str | int, prompts: Prompts) -> int:
+    """The id of the token that follows every prompt, as readouts look it up."""
+    found = token_ids(lens.model, token, prompts.batch, prompts.texts).tolist()
+    other = next((p for p, one in enumerate(found) if one != found[0]), None)
+    if other is not None:
+        raise TokenError(
+            f"{token!r} is token id {found[0]} after prompt 0 and {found[other]} after prompt "
+            f"{other}; pass the id that you mean."
+        )
+    return int(found[0])

@@ -49,6 +49,7 @@ BRANCH_TOKENS, BRANCH_LOGITS = 4096, 2**27  # forward passes that branch, of one
 SLOPE_TOKENS = 512  # forward passes that a backward pass follows
 GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back through it
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
+FINAL_TOKENS = 4096  # tangents of which nothing is unembedded
 PICKS = 128  # tokens of a response that are unembedded
 _DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
 # In numbers of `_numbers`: what a pass of dual numbers holds at a time, measured, and a generous
@@ -135,7 +136,8 @@ def tangents_at_once(
     Raises:
         ArgumentError: max_memory is less than one tangent takes.
     """
-    return _derivatives_at_once(TANGENT_TOKENS, lens, run, read, max_memory)
+    tokens = TANGENT_TOKENS if read else FINAL_TOKENS
+    return _derivatives_at_once(tokens, lens, run, read, max_memory)
 
 
 def covectors_at_once(lens: LoraLens, run: Prompts, max_memory: float | None = None) -> int:

@@ -82,15 +82,30 @@ class OneProduct(TorchFunctionMode):
         if tangent is None or _is_dual(weight) or (bias is not None and _is_dual(bias)):
             return None
         first = _common(primal, self.rows)
-        if first.requires_grad:
+        if len(primal) > _APART * len(first):
             value, moved = first @ weight, tangent.detach() @ weight.detach()
-        elif len(primal) > _APART * len(first):
-            value, moved = first @ weight, tangent @ weight
         else:
-            both = torch.cat([first, tangent]) @ weight
+            both = torch.cat([first.detach(), tangent.detach()]) @ weight.detach()
             value, moved = both[: len(first)], both[len(first) :]
+            if first.requires_grad:
+                value = cast("Tensor", _Known.apply(first, weight.detach(), value))
         value = value if bias is None else value + bias
         return fwad.make_dual(_spread(value, primal), moved)
+
+
+class _Known(torch.autograd.Function):
+    """xW, computed already: only the way back to x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        del x
+        ctx.save_for_backward(weight)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight.mT, None, None
 
 
 def _is_dual(tensor: Tensor) -> bool:

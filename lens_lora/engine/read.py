@@ -5,7 +5,7 @@
    of W_U.
 2. Derivatives of each token's log p: with c_t = ∂ℓ_t/∂x_t of the final residual stream x, once for
    all, the derivative along ẋ is c_t · ẋ_t, and c_t is what goes back from token t. No tangent or
-   covector is unembedded (`token_covectors`).
+   covector is unembedded (`token_covectors`), unless the model does more than unembed x.
 
 Cost: one forward pass each.
 """
@@ -31,7 +31,9 @@ from lens_lora.temporary import Temporary
 
 __all__ = [
     "differentiable_tokens",
+    "ends_plainly",
     "read_final",
+    "read_for_slopes",
     "read_logits",
     "read_tokens",
     "read_value",
@@ -92,13 +94,6 @@ def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor
     with _no_unembedding(lens):
         final = lens.run(prompts)
     at = prompts.at_read(final) if prompts.reads is None else prompts.at_slots(final)
-    return _unembedded(lens, unembedding, at, read)
-
-
-def _unembedded(
-    lens: LoraLens, unembedding: _Unembedding, at: Float[Tensor, "row *slot d"], read: LogProbs
-) -> Float[Tensor, "pick"]:
-    """log p of each pick from the final residual stream where it is read."""
     weight, bias = unembedding
     picked = at[read.places(at.device)].to(weight.device)
 
@@ -123,25 +118,57 @@ def read_final(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row slot d"]:
         return prompts.at_slots(lens.run(prompts))
 
 
-def token_covectors(lens: LoraLens, reading: Reading) -> tuple[Tensor, Tensor] | None:
-    """c_t = ∂ℓ_t/∂x_t [row, slot, d] of the final residual stream x at each slot, and x itself.
+def token_covectors(
+    lens: LoraLens, reading: Reading, final: Float[Tensor, "row *slot d"]
+) -> tuple[Float[Tensor, "row *slot d"], Float[Tensor, "pick"]]:
+    """c_t = ∂ℓ_t/∂x_t, of the final residual stream x where it is read, and the log p themselves.
 
-    c_t · ẋ_t is the derivative of token t's log p along ẋ, and c_t alone goes back from it: neither
-    takes an unembedding. One forward pass under the hooks now on the model, which keeps its graph
-    if there is one.
+    No forward pass.
 
-    Returns:
-        None where the logits are not x @ W_U + b_U and nothing else; nothing is run.
+    Args:
+        lens: over a model that `ends_plainly`.
+        reading: of answers.
+        final: x.
     """
-    unembedding, read = _plain_unembedding(lens), cast(LogProbs, reading.read)
-    if unembedding is None:
-        return None
-    final = read_final(lens, reading.prompts)
-    with torch.enable_grad():
-        x = final.detach().requires_grad_()
-        total = read.of(_unembedded(lens, unembedding, x, read)).sum()
-        (covectors,) = torch.autograd.grad(total, x)
-    return covectors.to(lens.gate_dtype), final
+    weight, bias = cast(_Unembedding, _plain_unembedding(lens))
+    read, found = cast(LogProbs, reading.read), []
+    covectors = torch.zeros_like(final, dtype=lens.gate_dtype)
+    places, weights = read.places(final.device), read.weights.to(covectors)
+    for some in torch.arange(len(read.rows), device="cpu").split(PICKS):
+        where = tuple(index[some.to(final.device)] for index in places)
+        with torch.enable_grad():
+            x = final.detach()[where].to(weight.device).requires_grad_()
+            logits = functional.linear(x, weight, bias).to(lens.gate_dtype)
+            log_probs = token_log_probs(logits, read.tokens[some.to(read.tokens.device)])
+            (slopes,) = torch.autograd.grad(log_probs.sum(), x)
+        weighted = weights[some.to(weights.device), None] * slopes.to(covectors)
+        covectors.index_put_(where, weighted, accumulate=True)
+        found.append(log_probs.detach())
+    return covectors, torch.cat(found)
+
+
+def read_for_slopes(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
+    """As `read_value`, with first derivatives only.
+
+    Of a long response each token is unembedded once, with its covector, where going back through
+    `read_value` would compute its logits again.
+    """
+    read = reading.read
+    if not isinstance(read, LogProbs) or len(read.rows) <= PICKS or not ends_plainly(lens):
+        return read_value(lens, reading)
+    prompts = reading.prompts
+    with _no_unembedding(lens):
+        final = lens.run(prompts)
+    at = prompts.at_read(final) if prompts.reads is None else prompts.at_slots(final)
+    covectors, log_probs = token_covectors(lens, reading, at)
+    moved = covectors * (at - at.detach()).to(covectors)
+    return read.of(log_probs) + reading.by_prompt(moved.flatten(1).sum(1))
+
+
+def ends_plainly(lens: LoraLens) -> bool:
+    """Whether the logits are x @ W_U + b_U of the final residual stream x and nothing else."""
+    adapted = any(site.kind == "unembed" for site in lens.sites)
+    return not adapted and _plain_unembedding(lens) is not None
 
 
 def differentiable_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
@@ -149,10 +176,10 @@ def differentiable_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "ba
 
     One forward pass; what goes back from one number is not unembedded.
     """
-    found = token_covectors(lens, reading)
-    if found is None:
+    if not ends_plainly(lens):
         return read_tokens(lens, reading)
-    covectors, final = found
+    final = read_final(lens, reading.prompts)
+    covectors, _ = token_covectors(lens, reading, final)
     return (covectors * final.to(covectors)).sum(-1)
 
 

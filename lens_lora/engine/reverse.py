@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.parts import parts
-from lens_lora.engine.read import differentiable_tokens, read_value
+from lens_lora.engine.read import differentiable_tokens, read_for_slopes
 from lens_lora.engine.taps import Visit, tapped
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.hooked.basis import SiteMap
@@ -57,7 +57,7 @@ def site_gradients(
         ModelStateError: a gradient did not reach some site.
     """
     inject = ScaleInject(lens.plan, gates)
-    values, leaves, tap = tapped(lens, gates, inject, lambda: read_value(lens, reading))
+    values, leaves, tap = tapped(lens, gates, inject, lambda: read_for_slopes(lens, reading))
     tap.visit = visit
     torch.autograd.grad(values, leaves, torch.ones_like(values))
     tap.require_all_seen()

@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
+import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.dual_pass import tangent_of
 from lens_lora.engine.forward import Part, part_tangents
-from lens_lora.engine.read import token_covectors
+from lens_lora.engine.read import ends_plainly, token_covectors
 from lens_lora.engine.reverse import part_slots, require_split
-from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.sites import Groups
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
@@ -60,7 +60,8 @@ def tangent_slopes(
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
     values = values[..., None].repeat_interleave(prompts.slots, -1) if tokens else values
     wanted = all_parts(lens, prompts, axes)
-    read, final = _of_tokens(lens, reading, gates) if tokens else (of_value(reading), False)
+    read = _Tokens(lens, reading) if tokens else of_value(reading)
+    final = isinstance(read, _Tokens) and read.final
 
     def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part *token"]:
         return part_tangents(
@@ -100,14 +101,14 @@ def group_slopes(
         ArgumentError: less memory than one group takes.
         ModelStateError: an operation without a forward-mode derivative.
     """
-    read, final = _of_tokens(lens, reading, gates)
+    read = _Tokens(lens, reading)
     return part_tangents(
         lens,
         reading.prompts,
         gates,
         group_parts(lens, groups),
         read,
-        final=final,
+        final=read.final,
         max_memory=max_memory,
         progress=progress,
     )
@@ -138,29 +139,35 @@ def of_value(reading: Reading) -> Callable[[Tensor], Float[Tensor, "batch part"]
     return read
 
 
-def _of_tokens(
-    lens: LoraLens, reading: Reading, gates: Float[Tensor, "site"]
-) -> tuple[Callable[[Tensor], Float[Tensor, "batch part token"]], bool]:
-    """The tangent of each token's term of g, from the dual final residual stream (True) or logits.
+class _Tokens:
+    """The tangent of each token's term of g, of each part, from what a dual pass ends with.
 
-    One forward pass in the first case.
+    Attributes:
+        final: that is the final residual stream x, else the logits.
     """
-    terms = cast(LogProbs, reading.read)
-    with torch.no_grad(), lens.injected(ScaleInject(lens.plan, gates)):
-        found = token_covectors(lens, reading)
 
-    def of_final(rows: Float[Tensor, "row part slot d"]) -> Float[Tensor, "row part token"]:
-        covectors, _ = cast(tuple[Tensor, Tensor], found)
-        return (covectors[:, None] * tangent_of(rows)).sum(-1)
+    def __init__(self, lens: LoraLens, reading: Reading) -> None:
+        self._lens, self._reading = lens, reading
+        self.final = ends_plainly(lens)
+        self._covectors: Tensor | None = None
 
-    def of_logits(
-        rows: Float[Tensor, "batch part slot vocab"],
-    ) -> Float[Tensor, "batch part token"]:
-        many, logits = terms.repeat(rows.shape[1]), rows.flatten(0, 1)
+    def __call__(
+        self, rows: Float[Tensor, "row part slot wide"]
+    ) -> Float[Tensor, "row part token"]:
+        return self._of_final(rows) if self.final else self._of_logits(rows)
+
+    def _of_final(self, rows: Tensor) -> Tensor:
+        """c_t · ẋ_t; every part has the same x, and so has every pass."""
+        if self._covectors is None:
+            x = fwad.unpack_dual(rows).primal[:, 0]
+            self._covectors, _ = token_covectors(self._lens, self._reading, x)
+        return (self._covectors[:, None] * tangent_of(rows)).sum(-1)
+
+    def _of_logits(self, rows: Tensor) -> Tensor:
+        many = cast(LogProbs, self._reading.read).repeat(rows.shape[1])
+        logits = rows.flatten(0, 1)
         by_token = many.by_token(many.log_probs(logits[many.places(logits.device)]))
         return tangent_of(by_token).unflatten(0, rows.shape[:2])
-
-    return (of_logits, False) if found is None else (of_final, True)
 
 
 def _last_if_none(slot: int | None) -> int:

@@ -113,6 +113,8 @@ class AnswerMargin(Readout):
 def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
     """The ids of each prompt's answer, which must say something.
 
+    What a model said may be its end alone: that it has nothing to say is an answer of its own.
+
     Args:
         model: the hooked model.
         answer: one, or one per prompt.
@@ -123,6 +125,8 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
             cannot follow its prompt, or a wrong number of them.
     """
     answers = answer_ids(model, answer, prompts.batch, prompts.texts)
+    if isinstance(answer, Generated):
+        return answers
     special = set(getattr(getattr(model, "tokenizer", None), "all_special_ids", ()))
     for i, ids in enumerate(answers):
         if special.issuperset(ids):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.hooked.sites import Groups
+from lens_lora.results import drawing
 from lens_lora.results.keys import key_of
 from lens_lora.results.measured import Entries, Ranked
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 __all__ = ["GroupAttribution"]
 
@@ -82,3 +86,14 @@ class GroupAttribution(Ranked):
         """
         values, shift = self.mean_over(prompt, self.per_group)
         return Entries({"group": list(self.groups)}, values, shift, "value")
+
+    def plot(self, prompt: int | None = None) -> Figure:
+        """Heatmap group × token of one response.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)

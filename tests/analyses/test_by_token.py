@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.engine import batching
+from lens_lora.engine import batching, read, tangent_slopes
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3, 8, 8]), torch.tensor([7, 4])]
@@ -106,6 +106,35 @@ def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
         of(lens, by=("head", "token"), mode="forward", max_memory=m) for m in (few, None)
     )
     assert apart(forward.values, heads.values) < 1e-12
+
+
+@pytest.mark.parametrize("by", ["token", ("rank", "token")], ids=str)
+def test_through_the_vocabulary_or_not(lens: ll.LoraLens, by, monkeypatch):
+    """Derivatives that end at the residual stream, in chunks of tokens, and at the logits."""
+    found = {mode: of(lens, by=by, mode=mode).values for mode in ("forward", "reverse")}
+    monkeypatch.setattr(read, "PICKS", 3)
+    chunked = {mode: of(lens, by=by, mode=mode).values for mode in found}
+    for module in (read, tangent_slopes):
+        monkeypatch.setattr(module, "ends_plainly", lambda lens: False)
+    for mode, values in found.items():
+        assert apart(values, chunked[mode]) < 1e-12
+        assert apart(values, of(lens, by=by, mode=mode).values) < 1e-11
+
+
+def test_a_model_that_does_more_than_unembed(lens: ll.LoraLens):
+    """A hook on the logits, a soft-cap say, is part of what is differentiated."""
+    handle = lens.model.unembed.register_forward_hook(
+        lambda module, args, out: 5 * torch.tanh(out / 5)
+    )
+    step = 2e-6
+    try:
+        assert not read.ends_plainly(lens)
+        forward, reverse = (of(lens, mode=mode) for mode in ("forward", "reverse"))
+        log_p = ll.token_shifts(lens, prompts(), RESPONSES, between=(0.4 - step, 0.4 + step)).log_p
+    finally:
+        handle.remove()
+    assert apart(forward.values, reverse.values) < 1e-11
+    assert apart(reverse.per_token, (log_p[1] - log_p[0]) / (2 * step)) < 1e-8
 
 
 def test_the_mean_over_tokens(lens: ll.LoraLens):

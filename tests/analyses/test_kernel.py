@@ -15,6 +15,7 @@ from scipy.special import rel_entr
 from torch import Tensor, nn
 
 import lens_lora as ll
+from lens_lora.engine import batching
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]
@@ -121,6 +122,17 @@ def test_a_kernel_that_is_not_there(case: cases.Case):
         ll.kl_shares(case.lens, prompts(), kernel="head")
     with pytest.raises(ll.ArgumentError, match="group"):
         layers.kernel("head")
+
+
+def test_memory_of_the_kernel_is_bounded(case: cases.Case):
+    options = {"kernel": "site", "scales": (), "progress": False}
+    found = [
+        ll.kl_shares(case.lens, prompts(), RESPONSES, max_memory=memory, **options).gram
+        for memory in (None, batching.pass_bytes(case.lens) + 2e6)
+    ]
+    assert (found[0] - found[1]).abs().max() < 1e-14
+    with pytest.raises(ll.ArgumentError, match="allow more"):
+        ll.kl_shares(case.lens, prompts(), RESPONSES, max_memory=100, **options)
 
 
 def test_the_curve_along_the_path(case: cases.Case):

@@ -71,3 +71,24 @@ def test_a_gauge_without_ranks_is_refused():
     for options in ({"by": "head", "gauge": "svd"}, {"by": "rank", "gauge": "SVD"}):
         with pytest.raises(ll.ArgumentError, match="gauge"):
             ll.first_order(lens, models.tokens(), MARGIN, **options)
+
+
+def test_shares_of_a_divergence_know_the_gauge():
+    """Those by rank of the SVD are the same whatever the factors; as trained they are not."""
+    lens = cases.case("qwen2", list(models.MAKERS)[0], "raw").lens
+    other = with_factors(lens, mixed(models.seeded(5)))
+
+    def shares(of: ll.LoraLens, gauge: str) -> torch.Tensor:
+        found = ll.kl_shares(
+            of, models.tokens(), by="rank", gauge=gauge, scales=(), progress=False
+        ).attribution
+        assert found.gauge == gauge
+        return found.values
+
+    svd = shares(lens, "svd")
+    assert (svd - shares(other, "svd")).abs().max() < 1e-9 * svd.abs().max()
+    assert (svd - shares(other, "trained")).abs().max() > 1e-2 * svd.abs().max()
+    assert (svd - shares(with_factors(lens, by_numpy), "trained")).abs().max() < 1e-10
+    assert (svd.sum(-1) - shares(lens, "trained").sum(-1)).abs().max() < 1e-10
+    with pytest.raises(ll.ArgumentError, match="by='rank' too"):
+        ll.kl_shares(lens, models.tokens(), gauge="svd")

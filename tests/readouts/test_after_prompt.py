@@ -15,6 +15,7 @@ from real import hugging_face, lens
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora.analyses.logit_shift import _ids
 from lens_lora.readouts.answer_tokens import answer_ids
 from lens_lora.readouts.answers import margin_between
 from lens_lora.readouts.prompts import Prompts, Source
@@ -70,6 +71,16 @@ def test_where_a_tokenizer_puts_a_space_before_every_text():
         assert torch.equal(found, make(lyon).over(SPACED, said(SPACED, FACT)).read(logits))
     with pytest.raises(ll.TokenError, match="is 2 tokens"):
         ll.Logit(" Lyon").over(SPACED, Prompts(torch.tensor([[5]]), torch.tensor([1])))
+
+
+def test_tokens_of_a_shift_are_those_of_readouts():
+    """' Lyon' is looked up after the prompts' text, alone after ids."""
+    prompts = said(SPACED, FACT, FACT)
+    (lyon,) = SPACED.tokenizer(FACT + " Lyon")["input_ids"][len(FACT) + 1 :]
+    lens: Any = SimpleNamespace(model=SPACED)
+    assert _ids(lens, [" Lyon", 3], prompts) == [lyon, 3]
+    with pytest.raises(ll.TokenError, match="is 2 tokens"):
+        _ids(lens, [" Lyon"], Prompts(torch.tensor([[5]]), torch.tensor([1])))
 
 
 def test_after_ids_an_answer_is_tokenised_alone():
@@ -191,3 +202,22 @@ def test_a_real_answer_in_a_conversation(kind: str):
     seen = ll.activations(lens(kind), messages, "The capital is Paris.", sites="blocks.0.attn.q")
     assert list(seen.str_tokens[0]) == [tokenizer.decode([i]) for i in whole]
     assert int(seen.starts) == start
+
+
+def test_what_a_model_said_may_be_its_end_alone():
+    """The distribution from which an immediate EOS was chosen; the same ids by hand are refused."""
+    lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
+    prompts = lens.prompts(["w7 w8", "w5"])
+    said = ll.Generated(
+        (torch.tensor([1]), torch.tensor([6, 1])), ("", "w6"), prompts, (True, True)
+    )
+    shifts = ll.token_shifts(lens, prompts, said)
+    assert shifts.response == (("<eos>",), ("w6", "<eos>"))
+    alone = ll.first_order(lens, "w7 w8", ll.LogProb("<eos>"))
+    for readout in (ll.AnswerLogProb(said), ll.KL(said)):
+        ll.path_attribution(lens, prompts, readout, progress=False)
+    by_token = ll.first_order(lens, prompts, ll.AnswerLogProb(said), by="token", progress=False)
+    assert (by_token.values[0, :, 0] - alone.values[0]).abs().max() < 1e-5
+    assert float(shifts.total[0]) == pytest.approx(float(alone.shift[0]), abs=1e-5)
+    with pytest.raises(ll.TokenError, match="special tokens only"):
+        ll.token_shifts(lens, prompts, list(said.ids))

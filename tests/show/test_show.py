@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_result import by_group
 from results_by_hand import (
     EVIL,
     META,
@@ -27,7 +28,7 @@ from results_by_hand import (
 from rich.console import Console
 
 import lens_lora.show
-from lens_lora import LogitShift, Site
+from lens_lora import ArgumentError, LogitShift, Site
 from lens_lora.show.figures.attribution import position_heatmap, site_heatmap
 from lens_lora.show.figures.margin import margin_figure
 from lens_lora.show.figures.remainder import remainder_figure
@@ -508,3 +509,15 @@ def test_results_do_not_import_show():
         if re.search(r"(from|import) lens_lora\.show", path.read_text())
     }
     assert importers == {"results/drawing.py"}
+
+
+def test_groups_by_token_are_a_heatmap():
+    """Rows are groups, columns the tokens of one response; several responses must be named."""
+    grouped = by_group()
+    figure = grouped.plot(1)
+    tokens = grouped.response[1]
+    assert [list(row) for row in figure.data[0].z] == [[3.0], [0.0]]
+    assert len(figure.data[0].y) == len(grouped.groups) and len(figure.data[0].x) == len(tokens)
+    assert "first order at ε" in figure.layout.title.text
+    with pytest.raises(ArgumentError, match="prompt"):
+        grouped.plot()

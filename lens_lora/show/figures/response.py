@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import plotly.graph_objects as go
 from plotly.graph_objects import Figure
 
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.results import drawing
-from lens_lora.show.figures.parts import heatmap, token_ticks
+from lens_lora.show.figures.grouped import groups_by_token
 from lens_lora.show.figures.shaded import still_text
 from lens_lora.show.figures.style import Cells, title
 from lens_lora.show.figures.token_shifts import token_shifts_figure
-from lens_lora.show.text import label, signed, visible
+from lens_lora.show.text import label, signed
 
 __all__ = ["response_figures"]
 
@@ -33,30 +32,18 @@ def response_figures(e: ResponseExplanation) -> dict[str, Figure]:
     return found
 
 
-def _by_layer(e: ResponseExplanation, rows: Cells, how: str) -> go.Figure:
+def _by_layer(e: ResponseExplanation, rows: Cells, how: str) -> Figure:
     """What each layer does to log p of each token, exactly."""
-    tokens = [label(visible(token)) for token in e.response]
-    hover = [
-        [
-            f"<b>{label(name)}</b> {how}<br>{t} {token}: {signed(value or 0.0)} nats"
-            for t, (token, value) in enumerate(zip(tokens, row, strict=True))
-        ]
-        for name, row in zip(e.groups, rows, strict=True)
-    ]
-    labels = [name.removeprefix("layer ") for name in e.groups]
-    figure = heatmap(rows, hover, list(range(len(e.response))), labels, "nats", row_height=12)
+    figure = groups_by_token(
+        list(e.groups),
+        e.response,
+        rows,
+        "nats",
+        lambda name, value: f"<b>{label(name)}</b> {how}: {signed(value)} nats",
+    )
     total = sum(value or 0.0 for row in rows for value in row)
     heading = f"log p of each token: each layer {how}"
     shift = signed(float(e.shifts.total[0]))
     below = f"exact; {signed(total)} nats over all layers, the shift is {shift}"
     figure.update_layout(title=title(heading, below))
-    step = max(1, len(labels) // 15)
-    figure.update_yaxes(
-        title_text="layer",
-        type="category",
-        tickvals=list(range(0, len(labels), step)),
-        ticktext=labels[::step],
-    )
-    figure.update_xaxes(title_text="token of the response")
-    token_ticks(figure, e.response)
     return figure
