@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -31,7 +31,28 @@ from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.records import Record
 from lens_lora.sweeps.values import VALUES
 
-__all__ = ["Job", "Row", "make_batches", "measure", "prepare", "tokenised", "with_text"]
+__all__ = [
+    "Job",
+    "Make",
+    "Row",
+    "is_make",
+    "make_batches",
+    "measure",
+    "prepare",
+    "tokenised",
+    "with_text",
+]
+
+Make = Callable[[Any], Readout]
+
+
+def is_make(readout: object) -> TypeGuard[Make]:
+    """Whether this makes a readout of responses, as the class `KL` does.
+
+    Args:
+        readout: a readout, what makes one, or None.
+    """
+    return callable(readout) and not isinstance(readout, Readout)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,12 +62,14 @@ class Job:
     Attributes:
         record: as it was read.
         prompt: its prompt, tokenised, on the CPU.
-        readout: its own margin, or the readout given for all records.
+        readout: its own margin or response, or the readout given for all records.
+        make: of one response a prompt their readout, where each record has a response.
     """
 
     record: Record
     prompt: Prompts
     readout: Readout
+    make: Make | None = None
 
     @property
     def tokens(self) -> int:
@@ -67,6 +90,7 @@ class Row:
         error: what is wrong with the record.
         values: {analysis: [site]}.
         chat: whether the prompt is what a chat template made of messages.
+        response: of the record.
     """
 
     id: str
@@ -82,6 +106,7 @@ class Row:
     error: str | None = None
     values: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     chat: bool = False
+    response: str | None = None
 
     @staticmethod
     def failed(record: Record) -> Row:
@@ -91,26 +116,39 @@ class Row:
             record: with its error.
         """
         texts = (record.prompt, record.doc, record.pre)
-        return Row(str(record.id), *texts, error=record.error, chat=record.chat)
+        return Row(
+            str(record.id),
+            *texts,
+            error=record.error,
+            chat=record.chat,
+            response=record.response,
+        )
 
 
-def prepare(lens: LoraLens, record: Record, readout: Readout | None) -> Job | Record:
+def prepare(lens: LoraLens, record: Record, readout: Readout | Make | None) -> Job | Record:
     """The record as a job, or the record with its error. Tokenises; no forward pass.
 
     Args:
         lens: the adapter over the model.
         record: as it was read.
-        readout: for all records; None for the margin between the record's own answers.
+        readout: for all records, or what makes one of each record's response; None for the margin
+            between the record's own answers.
     """
     if record.error is not None:
         return record
     try:
         prompts = tokenised(lens, record)
-        own = readout or margin_between(lens.model, record.doc or "", record.pre or "", prompts)
+        make = readout if is_make(readout) else None
+        if make is not None:
+            own = make(record.response or "")
+        elif isinstance(readout, Readout):
+            own = readout
+        else:
+            own = margin_between(lens.model, record.doc or "", record.pre or "", prompts)
         own.over(lens.model, prompts)
     except (PromptError, TokenError) as error:
         return record.bad(error)
-    return Job(record, prompts.to(torch.device("cpu")), own)
+    return Job(record, prompts.to(torch.device("cpu")), own, make)
 
 
 def tokenised(lens: LoraLens, record: Record) -> Prompts:
@@ -190,6 +228,7 @@ def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> li
             chat=job.record.chat,
             doc=job.record.doc,
             pre=job.record.pre,
+            response=job.record.response,
             tokens=job.tokens,
             readout=job.readout.label,
             units=job.readout.units,
@@ -218,7 +257,10 @@ def _values(lens: LoraLens, jobs: Sequence[Job], name: str) -> np.ndarray:
 
 
 def _together(lens: LoraLens, jobs: Sequence[Job]) -> Readout:
-    """One readout for the whole batch; a margin has one pair of answers per prompt."""
+    """One readout for the whole batch; a margin or response has its own answers per prompt."""
+    make = jobs[0].make
+    if make is not None:
+        return make([job.record.response or "" for job in jobs])
     if jobs[0].record.doc is None:
         return jobs[0].readout
     docs, pres = [j.record.doc or "" for j in jobs], [j.record.pre or "" for j in jobs]

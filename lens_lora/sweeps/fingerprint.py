@@ -22,6 +22,7 @@ from lens_lora.adapters.adapter import Adapter
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.readout import Readout
 from lens_lora.sweeps.analyses import options_of
+from lens_lora.sweeps.batches import Make, is_make
 from lens_lora.sweeps.identity import NotHashable, digest, tensor_digest
 from lens_lora.sweeps.records import SweepError
 
@@ -45,7 +46,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def fingerprint(
-    lens: LoraLens, analyses: Sequence[str], readout: Readout | None, version: str | None = None
+    lens: LoraLens,
+    analyses: Sequence[str],
+    readout: Readout | Make | None,
+    version: str | None = None,
 ) -> Fingerprint:
     """All that decides a number besides its record.
 
@@ -77,7 +81,7 @@ def fingerprint(
 def fingerprint_without_model(
     adapter: Adapter,
     analyses: Sequence[str],
-    readout: Readout | None,
+    readout: Readout | Make | None,
     version: str | None = None,
     known: Mapping[int, str] | None = None,
 ) -> Fingerprint:
@@ -127,9 +131,12 @@ def _flat(about: Fingerprint) -> dict[str, Any]:
     return flat
 
 
-def _readout(readout: Readout | None, version: str | None, known: Mapping[int, str]) -> str:
+def _readout(readout: Readout | Make | None, version: str | None, known: Mapping[int, str]) -> str:
     if readout is None:
         return "margin of doc and pre"
+    if is_make(readout):
+        name = getattr(readout, "__qualname__", type(readout).__name__)
+        return f"{name} of each response, {_digest(readout, name, version, known)}"
     found = _digest(readout, f"the readout {readout.label!r}", version, known)
     return f"{readout.label}, {readout.units}, {found}"
 

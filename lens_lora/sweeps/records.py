@@ -46,6 +46,7 @@ class Record:
         doc, pre: the two answers; None where one readout is given for all records.
         error: what is wrong with the record; the other fields may then be None.
         messages: a conversation, in place of the prompt's text.
+        response: what is said after the prompt, where the readout is of each record's response.
     """
 
     id: int | str
@@ -55,6 +56,7 @@ class Record:
     pre: str | None = None
     error: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
+    response: str | None = None
 
     @property
     def chat(self) -> bool:
@@ -94,13 +96,16 @@ RecordsLike = str | Path | Iterable[Mapping[str, Any]] | Iterable[Record] | Fram
 _Row = tuple[str, Any]
 
 
-def read_records(records: RecordsLike, *, with_answers: bool = True) -> list[Record]:
+def read_records(
+    records: RecordsLike, *, with_answers: bool = True, with_response: bool = False
+) -> list[Record]:
     """Every record in order, bad ones included.
 
     Args:
         records: a path that ends in .jsonl or .csv, a DataFrame, a Dataset, or mappings, with
             columns prompt (or messages, a conversation), doc, pre and optionally id.
         with_answers: whether to read doc and pre, which each record must then have.
+        with_response: the same of response.
 
     Raises:
         SweepError: there is no record, the file is of another kind, or a CSV file lacks a column.
@@ -108,7 +113,7 @@ def read_records(records: RecordsLike, *, with_answers: bool = True) -> list[Rec
     """
     found: list[Record] = []
     taken: dict[str, str] = {}
-    for record in each_record(records, with_answers=with_answers):
+    for record in each_record(records, with_answers=with_answers, with_response=with_response):
         first = record.where
         if record.error is None:
             first = taken.setdefault(str(record.id), record.where)
@@ -120,16 +125,19 @@ def read_records(records: RecordsLike, *, with_answers: bool = True) -> list[Rec
     return found
 
 
-def each_record(records: RecordsLike, *, with_answers: bool = True) -> Iterator[Record]:
+def each_record(
+    records: RecordsLike, *, with_answers: bool = True, with_response: bool = False
+) -> Iterator[Record]:
     """As `read_records`, one after another; whether an id occurs twice is not looked at.
 
     Args:
-        records, with_answers: as for `read_records`.
+        records, with_answers, with_response: as for `read_records`.
 
     Raises:
         SweepError, OSError: as for `read_records`.
     """
-    needed, number = ("prompt", *ANSWERS) if with_answers else ("prompt",), -1
+    answers, said = ANSWERS if with_answers else (), ("response",) if with_response else ()
+    needed, number = ("prompt", *answers, *said), -1
     for number, (where, row) in enumerate(_rows(records, needed)):
         record = row if isinstance(row, Record) else _record(number, where, row, needed)
         yield _storable(record)
@@ -258,7 +266,7 @@ def _fault_of_id(identity: Any) -> str | None:
 
 def _storable(record: Record) -> Record:
     """The record; bad, and with its text escaped, where some of it is not text."""
-    texts = {name: getattr(record, name) for name in ("prompt", *ANSWERS)}
+    texts = {name: getattr(record, name) for name in ("prompt", *ANSWERS, "response")}
     odd = {name: text for name, text in texts.items() if text is not None and not _is_text(text)}
     if not odd:
         return record

@@ -1,8 +1,9 @@
 """Which records earlier runs have finished: those of the same prompt and answers.
 
-The id is only a record's name. Its numbers depend on prompt, doc and pre, so a record whose id was
-corrected keeps them, and a finished row that belongs to no record is refused. The prompt of a
-conversation is what its template made of it, whose ids are run: a template may write today's date.
+The id is only a record's name. Its numbers depend on prompt, doc, pre and response, so a record
+whose id was corrected keeps them, and a finished row that belongs to no record is refused. The
+prompt of a conversation is what its template made of it, whose ids are run: a template may write
+today's date.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from lens_lora.sweeps.records import Record, SweepError
 
 __all__ = ["Content", "content", "finished"]
 
-# (prompt, doc, pre, whether the prompt is a conversation)
-Content = tuple[str | None, str | None, str | None, bool]
+# (prompt, doc, pre, response, whether the prompt is a conversation)
+Content = tuple[str | None, str | None, str | None, str | None, bool]
 
 
 def content(record: Record | Row) -> Content:
@@ -25,7 +26,7 @@ def content(record: Record | Row) -> Content:
     Args:
         record: a record or a row.
     """
-    return record.prompt, record.doc, record.pre, record.chat
+    return record.prompt, record.doc, record.pre, record.response, record.chat
 
 
 def finished(records: Sequence[Record], rows: Iterable[Row], path: Path) -> Mapping[Content, Row]:
@@ -56,9 +57,8 @@ def _unknown(row: Row, records: Sequence[Record], path: Path) -> str:
             f"{path} or its parts hold the id {row.id!r} (prompt {row.prompt!r}), but the records "
             f"do not. {remedy}"
         )
-    field = next(
-        f for f in ("prompt", "doc", "pre", "chat") if getattr(row, f) != getattr(record, f)
-    )
+    fields = ("prompt", "doc", "pre", "response", "chat")
+    field = next(f for f in fields if getattr(row, f) != getattr(record, f))
     return (
         f"the {field} of id {row.id!r} is {getattr(row, field)!r} in {path} or its parts, but "
         f"{getattr(record, field)!r} in the records ({record.where}). {remedy}"

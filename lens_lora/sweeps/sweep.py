@@ -12,7 +12,7 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,9 @@ from lens_lora.sweeps.agreement import by_main, require_one_sweep
 from lens_lora.sweeps.analyses import BY_TOKEN, ByToken, chosen
 from lens_lora.sweeps.batches import (
     Job,
+    Make,
     Row,
+    is_make,
     make_batches,
     measure,
     prepare,
@@ -72,7 +74,7 @@ def sweep(
     analyses: str | Iterable[str] = ("first_order",),
     *,
     out: str | Path = "results.parquet",
-    readout: Readout | None = None,
+    readout: Readout | Make | None = None,
     batch_size: int = 8,
     resume: bool = True,
     version: str | None = None,
@@ -86,7 +88,7 @@ def sweep(
     analyses: str | Iterable[str] = ("first_order",),
     *,
     out: str | Path = "results.parquet",
-    readout: Readout | None = None,
+    readout: Readout | Make | None = None,
     batch_size: int = 8,
     resume: bool = True,
     version: str | None = None,
@@ -105,7 +107,7 @@ def sweep(
         records: a .jsonl or .csv file, a DataFrame, a Dataset, or mappings, with `prompt`, the
             answers `doc` and `pre` (strings with their leading space, of one token or several),
             and optionally `id`, by default the row's number from 0; in place of `prompt` also
-            `messages`, a conversation.
+            `messages`, a conversation, and with such a readout `response` in place of answers.
         analyses: one or several of 'first_order', 'first_order_at_1', 'path', 'add_one',
             'leave_one_out', 'second_order'; or 'activations' (or 'activations_trained') alone,
             which needs no answers and reads the records one after another, so that there may be
@@ -113,7 +115,9 @@ def sweep(
         out: 'results.parquet', one row per prompt and site; beside it 'results.prompts.parquet',
             one row per prompt, and until the end 'results.parts/'. Of activations one row per
             token, and no second file.
-        readout: read on every prompt, in place of the margin doc − pre.
+        readout: read on every prompt, in place of the margin doc − pre; or what makes a readout of
+            one response per prompt, `ll.AnswerLogProb`, `ll.KL` or a function of the responses, for
+            records that have a `response`.
         batch_size: how many prompts are run, and written, together.
         resume: go on with what is at `out`; False removes it and starts over.
         version: names what the readout and your hooks compute where their code and values cannot
@@ -140,10 +144,11 @@ def sweep(
             raise SweepError(f"{names[0]!r} has no readout; leave readout out.")
         options: dict[str, Any] = {"batch_size": batch_size, "resume": resume, "version": version}
         return token_sweep(lens, records, names[0], out=out, progress=progress, **options)
-    read = read_records(records, with_answers=readout is None)
+    said = is_make(readout)
+    read = read_records(records, with_answers=readout is None, with_response=said)
     rows = [with_text(lens, record) for record in read]
-    if readout is not None:
-        _require_for_all(lens, rows, readout)
+    if readout is not None and not said:
+        _require_for_all(lens, rows, cast(Readout, readout))
     processes = launched()
     about = fingerprint(lens, names, readout, version)
     store, shown = Store(out, about, lens.sites, names), progress and processes.is_main
@@ -161,7 +166,7 @@ def sweep(
                 store.add(measure(lens, batch, names))
                 bar.update(len(batch))
         by_main(processes, lambda: store.merge(checked, before))
-        result = _result(lens, store, checked, names, resumed)
+        result = _result(lens, store, checked, names, resumed, _label(readout))
         processes.wait()  # the main process lets no other sweep write before all have read
     if processes.is_main:
         _warn(result)
@@ -171,7 +176,7 @@ def sweep(
 def _prepare(
     lens: LoraLens,
     records: Sequence[Record],
-    readout: Readout | None,
+    readout: Readout | Make | None,
     done: Mapping[Content, Row],
     shown: bool,
 ) -> list[Job | Record]:
@@ -211,7 +216,10 @@ def _require_for_all(lens: LoraLens, records: Sequence[Record], readout: Readout
 
 
 def require_resumable(
-    out: str | Path, adapter: Adapter, analyses: str | Iterable[str], readout: Readout | None = None
+    out: str | Path,
+    adapter: Adapter,
+    analyses: str | Iterable[str],
+    readout: Readout | Make | None = None,
 ) -> None:
     """Check, before a model is loaded, that results at `out` belong to the same sweep.
 
@@ -227,12 +235,18 @@ def require_resumable(
     require_same_sweep(out, fingerprint_without_model(adapter, chosen(analyses), readout))
 
 
+def _label(readout: Readout | Make | None) -> str:
+    """Of what is read, where records have readouts of their own."""
+    return readout(["", ""]).label if is_make(readout) else "margin(doc − pre)"
+
+
 def _result(
     lens: LoraLens,
     store: Store,
     records: Sequence[Record],
     analyses: tuple[str, ...],
     resumed: int,
+    label: str,
 ) -> SweepResult:
     rows = store.prompts()
     good = [row for row in rows if row["error"] is None]
@@ -247,7 +261,7 @@ def _result(
         damaged=tuple(map(str, store.damaged)),
         sites=lens.sites,
         analyses=analyses,
-        readout=readouts.pop() if len(readouts) == 1 else "margin(doc − pre)",
+        readout=readouts.pop() if len(readouts) == 1 else label,
         units=" and ".join(sorted(units)),
         meta=lens.describe(),
     )

@@ -27,6 +27,7 @@ _FIELDS = {
     "chat": pa.bool_(),
     "doc": _TEXT,
     "pre": _TEXT,
+    "response": _TEXT,
     "tokens": pa.int64(),
     "readout": _TEXT,
     "units": _TEXT,

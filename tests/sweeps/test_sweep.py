@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import cases
@@ -359,3 +360,68 @@ def test_errors_of_the_lens_stop(a_lens, tmp_path, monkeypatch):
 
 def test_every_analysis_has_its_values():
     assert list(VALUES) == list(ANALYSES)
+
+
+# --- a response of each record
+
+
+SAID = [
+    {"id": "long", "prompt": "w5 w6", "response": " w7 w8 w9"},
+    {"id": "none", "prompt": "w5 w6"},
+    {"id": "empty", "prompt": "w5 w6", "response": ""},
+    {"id": "ids", "prompt": "w5 w6", "response": [7, 8]},
+    {"id": "end", "prompt": "w5", "response": "<eos>"},
+    {"id": "short", "prompt": "w9 w5 w7", "response": " w4"},
+]
+MAKERS = {
+    "KL": (ll.KL, "path", path_attribution),
+    "log p": (ll.AnswerLogProb, "first_order", ll.first_order),
+    "function": (
+        functools.partial(ll.KL, direction="adapted_to_base"),
+        "leave_one_out",
+        lambda *a, **o: patch_sites(*a, "leave_one_out", **o),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "name", "analysis"), MAKERS.values(), ids=MAKERS)
+def test_a_readout_of_each_records_response(a_lens, tmp_path, make, name, analysis):
+    """Rows equal direct calls, in one batch with a response of another length; bad ones say so."""
+    with pytest.warns(UserWarning, match="4 of 6 records"):
+        result = run(a_lens, SAID, tmp_path, name, readout=make)
+    prompts = result.prompts().set_index("id")
+    for record in (SAID[0], SAID[-1]):
+        i = [0, 5].index(SAID.index(record))
+        readout = make(record["response"])
+        direct = analysis(a_lens, record["prompt"], readout, progress=False)
+        found = result.attribution(name)
+        np.testing.assert_allclose(found.values[i], direct.values[0], rtol=1e-8, atol=1e-10)
+        row = prompts.loc[record["id"]]
+        assert row["response"] == record["response"] and row["units"] == "nats"
+        assert row["adapted"] == pytest.approx(float(direct.adapted[0]), abs=1e-10)
+    assert result.readout == make(["", ""]).label
+    for identity, words in {
+        "none": "no response", "empty": "no response", "ids": "not a string",
+        "end": "special tokens only",
+    }.items():  # fmt: skip
+        assert words in prompts.loc[identity, "error"]
+
+
+def test_a_response_is_part_of_what_a_resumed_sweep_recognises(a_lens, tmp_path):
+    records = [SAID[0], SAID[-1]]
+    run(a_lens, records[:1], tmp_path, readout=ll.AnswerLogProb)
+    assert run(a_lens, records, tmp_path, readout=ll.AnswerLogProb).resumed == 1
+    with pytest.raises(SweepError, match="the response of id 'long' is"):
+        other = [{**records[0], "response": " w9"}, records[1]]
+        run(a_lens, other, tmp_path, readout=ll.AnswerLogProb)
+    with pytest.raises(SweepError, match="readout"):
+        run(a_lens, records, tmp_path, readout=lambda said: ll.AnswerLogProb(said, mean=True))
+
+
+def test_a_conversation_and_its_response(a_lens, tmp_path, monkeypatch):
+    chats.with_template(a_lens.model, monkeypatch)
+    records = [{"id": "chat", "messages": chats.ASK, "response": "w7 w8"}]
+    result = run(a_lens, records, tmp_path, readout=ll.AnswerLogProb)
+    direct = ll.first_order(a_lens, chats.ASK, ll.AnswerLogProb("w7 w8"))
+    found = result.attribution("first_order").values
+    np.testing.assert_allclose(found, direct.values, rtol=1e-9, atol=1e-11)
