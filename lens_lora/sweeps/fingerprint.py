@@ -22,7 +22,7 @@ from lens_lora.adapters.adapter import Adapter
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.readout import Readout
 from lens_lora.sweeps.analyses import options_of
-from lens_lora.sweeps.batches import Make, is_make
+from lens_lora.sweeps.batches import Make
 from lens_lora.sweeps.identity import NotHashable, digest, tensor_digest
 from lens_lora.sweeps.records import SweepError
 
@@ -134,11 +134,11 @@ def _flat(about: Fingerprint) -> dict[str, Any]:
 def _readout(readout: Readout | Make | None, version: str | None, known: Mapping[int, str]) -> str:
     if readout is None:
         return "margin of doc and pre"
-    if is_make(readout):
-        name = getattr(readout, "__qualname__", type(readout).__name__)
-        return f"{name} of each response, {_digest(readout, name, version, known)}"
-    found = _digest(readout, f"the readout {readout.label!r}", version, known)
-    return f"{readout.label}, {readout.units}, {found}"
+    if isinstance(readout, Readout):
+        found = _digest(readout, f"the readout {readout.label!r}", version, known)
+        return f"{readout.label}, {readout.units}, {found}"
+    name = getattr(readout, "__qualname__", type(readout).__name__)
+    return f"{name} of each response, {_digest(readout, name, version, known)}"
 
 
 def _digest(value: object, what: str, version: str | None, known: Mapping[int, str]) -> str:
