@@ -200,7 +200,7 @@ def faithfulness(
     """Keep-top-k and drop-top-k curves of rankings of the sites, each point a real intervention.
 
     Cost: 2 forward passes per ranking (`draws` of them for random) and fraction between 0 and 1,
-    batched; 11 for the ends, the noise and ‖δz‖; S(S+1)/2 for the greedy oracle.
+    batched; 13 for the ends, the noise and ‖δz‖; S(S+1)/2 for the greedy oracle.
 
     Args:
         lens: the adapter over the model.
