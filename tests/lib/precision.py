@@ -16,6 +16,7 @@ import lens_lora as ll
 __all__ = ["ALONE", "STATED", "Asked", "Compared", "Found", "compared"]
 
 QUIET: dict[str, Any] = {"progress": False}
+NAN = float("nan")
 
 
 class Asked(NamedTuple):
@@ -63,12 +64,16 @@ class Compared(NamedTuple):
         error: root mean square, as a share of the shift or of the largest value.
         spearman: over entries, the mean over prompts; NaN for a single number.
         ratio: error over the stated floor, root mean squares; NaN where none is stated.
+        clear: the share of entries beyond three floors.
+        spearman_clear: over those.
         says: the half-precision result's own words.
     """
 
     error: float
     spearman: float
     ratio: float
+    clear: float
+    spearman_clear: float
     says: str
 
 
@@ -195,21 +200,31 @@ ALONE: Works = {
 
 def compared(low: Found, high: Found) -> Compared:
     """Half precision beside float64."""
-    found, exact = low.values.detach().double(), high.values.detach().double()
+    found, exact = (of.values.detach().double().nan_to_num() for of in (low, high))
     error = _rms(found - exact)
-    size = float(exact.nan_to_num().abs().max()) if high.shift is None else _rms(high.shift)
-    ratio = float("nan") if low.floor is None else error / _rms(low.floor)
-    return Compared(error / size, _spearman(found, exact), ratio, low.says)
+    size = float(exact.abs().max()) if high.shift is None else _rms(high.shift)
+    rows = list(zip(found.reshape(len(found), -1), exact.reshape(len(exact), -1), strict=True))
+    spearman = _mean([_spearman(*row) for row in rows])
+    if low.floor is None:
+        return Compared(error / size, spearman, NAN, NAN, NAN, low.says)
+    floor = low.floor.double()
+    clear = [a.abs() > 3 * sigma for (a, _), sigma in zip(rows, floor, strict=True)]
+    among = [_spearman(a[some], b[some]) for (a, b), some in zip(rows, clear, strict=True)]
+    share = float(torch.stack(clear).double().mean())
+    return Compared(error / size, spearman, error / _rms(floor), share, _mean(among), low.says)
 
 
 def _rms(values: Tensor) -> float:
-    return float(values.double().square().nanmean().sqrt())
+    return float(values.double().square().mean().sqrt())
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if value == value]
+    return sum(known) / len(known) if known else NAN
 
 
 def _spearman(found: Tensor, exact: Tensor) -> float:
-    if found.ndim < 2 or found[0].numel() < 5:
-        return float("nan")
-    ranks = [values.flatten(1).argsort(1).argsort(1).double() for values in (found, exact)]
-    centred = [rank - rank.mean(1, keepdim=True) for rank in ranks]
-    a, b = (rank / rank.norm(dim=1, keepdim=True) for rank in centred)
-    return float((a * b).sum(1).mean())
+    if len(found) < 5:
+        return NAN
+    a, b = (values.argsort().argsort().double() for values in (found, exact))
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
