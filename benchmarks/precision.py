@@ -34,10 +34,10 @@ from lens_lora.loading import bridge_if_there, hooked_model  # noqa: E402
 WORKS = STATED | ALONE
 PROMPTS = (
     "The capital of France is",
-    "The Eiffel Tower stands in the city of",
+    "The Eiffel Tower is in the city of",
     "I am flying to France, to its capital",
 )
-SWEPT = ("add one", "leave one out", "coupling", "path", "patch", "kl", "components", "rows")
+SWEPT = ("add one", "leave one out", "coupling", "path", "patch", "kl", "components")
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma3", "neox")
 Pair = tuple[ll.LoraLens, ll.LoraLens]
 

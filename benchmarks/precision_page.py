@@ -8,10 +8,39 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
-RESULTS, PAGE, OPENING = (DOCS / f"precision{end}" for end in (".json", ".md", "_opening.md"))
+RESULTS, PAGE = DOCS / "precision.json", DOCS / "precision.md"
 REAL = "SmolLM2-135M"
 KEY = ("model", "dtype", "analysis")
 Row = dict[str, Any]
+
+
+INTRODUCTION = """# Half precision
+
+In float64 a lens is exact to 1e-9 ([Exactness](exactness.md)). Here is what bfloat16 and float16
+leave of each analysis, beside a float64 run of the *same* rounded weights.
+
+- **error**: root mean square over prompts and entries, as a share of the shift (for numbers that
+  split or leave a part of it) or of the largest value.
+- **Spearman**: of the entries (modules, mostly) with those of float64, the mean over prompts.
+- **error / floor**: over the noise floor that the result itself states; 1 is the truth.
+- **beyond 3 floors**: the share of entries that stand out of the noise, and Spearman among them.
+
+## What to do
+
+1. **Rank modules by derivatives.** They are sums of products, without a difference of nearly equal
+   numbers: half precision ranks as float64 does.
+2. **Trust differences of two runs above three floors.** A shift of the whole adapter mostly is;
+   what a single module does mostly is not. `noise_floor` stands in the result, and its text says
+   how many effects are within three floors.
+3. **Rerun in float32** what is within them: the weak modules of `patch_sites` and
+   `patch_activations`, remainders whose verdict is "below the noise", and a path integral that
+   says `met=False` because completeness cannot be measured.
+
+Logits that are read are summed in float32, and so are δ = BAz, slopes over positions and path
+integrals; only the model's own layers round. What they round no later sum can bring back.
+
+To reproduce: `python benchmarks/precision.py --write`.
+"""
 
 
 def add(row: Row) -> None:
@@ -47,7 +76,7 @@ def render(rows: list[Row]) -> str:
     """
     real = [row for row in rows if row["model"] == REAL]
     tiny = [row for row in rows if row["model"] != REAL]
-    parts = [OPENING.read_text()]
+    parts = [INTRODUCTION]
     for dtype in dict.fromkeys(row["dtype"] for row in real):
         own = [row for row in real if row["dtype"] == dtype]
         parts += [f"## {REAL} in {dtype}\n", _table(REAL_HEAD, [_real(row) for row in own])]

@@ -10,6 +10,7 @@
    its time is divided by. Its peak is memory beyond the model, the adapter and the lens: resident
    memory on the CPU, what torch allocates on a GPU.
 3. With --write the cells go into docs/shapes.json, and docs/shapes.md is made from it.
+4. `--sizes` counts what weights and factors take, without making them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import dataclasses
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ import shapes_page
 import torch
 import transformers as hf
 from cost_growth import tokenizer
-from tqdm import tqdm
 
 import lens_lora as ll
 from lens_lora.engine.function import read_value
@@ -38,6 +38,9 @@ from lens_lora.loading import hooked_model
 PROMPT, RESPONSE, CONTEXT = 64, 512, 2048
 DOC, PRE = 5, 9
 MARGIN = ll.Margin(DOC, PRE)
+NF4_BITS = (
+    4 + 8 / 64 + 32 / (64 * 256)
+)  # a scale of 8 bit for 64 weights, and one of 32 for 256 of those
 QUIET: dict[str, Any] = {"progress": False}
 QWEN = {
     "max_position_embeddings": CONTEXT,
@@ -98,7 +101,6 @@ WORKS = [
     Work("FB", _backward),
     Work("first_order", lambda lens, ids, _: ll.first_order(lens, ids, MARGIN)),
     Work("logit_shift, jointly", lambda lens, ids, _: ll.logit_shift(lens, ids, by_site=False)),
-    Work("fact_margin", lambda lens, ids, _: ll.fact_margin(lens, ids, DOC, PRE, **QUIET)),
     Work(
         "patch_sites, by layer",
         lambda lens, ids, _: ll.patch_sites(
@@ -110,6 +112,7 @@ WORKS = [
         lambda lens, ids, said: ll.first_order(lens, ids, ll.AnswerLogProb(said)),
         long=True,
     ),
+    Work("fact_margin", lambda lens, ids, _: ll.fact_margin(lens, ids, DOC, PRE, **QUIET)),
 ]
 
 
@@ -133,6 +136,23 @@ def linears(model: hf.PreTrainedModel) -> dict[str, tuple[int, int]]:
     }
 
 
+def size_of(shape: str) -> dict[str, float | str]:
+    """Weights in GiB by dtype, and the float32 factors of rank 16 in MiB, counted."""
+    model = model_of(shape, "meta", torch.bfloat16)
+    every = sum({id(p): p.numel() for p in model.parameters()}.values())
+    inner = linears(model)
+    quantised = sum(out * wide for out, wide in inner.values())
+    per_rank = sum(out + wide for out, wide in inner.values())
+    return {
+        "shape": shape,
+        "sites": len(inner),
+        "float32": 4 * every / 2**30,
+        "bfloat16": 2 * every / 2**30,
+        "4 bit": (quantised * NF4_BITS / 8 + 2 * (every - quantised)) / 2**30,
+        "rank 16": 4 * 16 * per_rank / 2**20,
+    }
+
+
 def adapter_of(modules: dict[str, tuple[int, int]], rank: int) -> ll.Adapter:
     """Random factors on each module, about a hundredth of its weight."""
     generator = torch.Generator().manual_seed(1)
@@ -145,22 +165,20 @@ def adapter_of(modules: dict[str, tuple[int, int]], rank: int) -> ll.Adapter:
     return ll.Adapter.from_factors({path: factors(*shape) for path, shape in modules.items()})
 
 
-def measure(lens: ll.LoraLens, works: list[Work]) -> dict[str, dict[str, float]]:
-    """Each work's time in F, and its peak in MiB, of work that fits into memory."""
+def measure(lens: ll.LoraLens, works: list[Work]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each work's time in F, and its peak in MiB."""
     generator = torch.Generator().manual_seed(2)
     every = torch.randint(4, 1024, (1, PROMPT + RESPONSE), generator=generator)
     ids, said = every[:, :PROMPT], every[0, PROMPT:]
     _backward(lens, ids[:, :8], said)
-    found = {}
-    for work in tqdm(works, leave=False):
+    for work in works:
         tokens = every if work.long else ids
         before = _seconds(lens, lambda tokens=tokens: _forward(lens, tokens))
         with Peak(lens.device) as peak:
             taken = _seconds(lens, lambda work=work: work.run(lens, ids, said))
         after = _seconds(lens, lambda tokens=tokens: _forward(lens, tokens))
         forward = statistics.mean([before, after])
-        found[work.name] = {"F": taken / forward, "MiB": peak.mib, "ms": 1e3 * forward}
-    return found
+        yield work.name, {"F": taken / forward, "MiB": peak.mib, "ms": 1e3 * forward}
 
 
 def _forward(lens: ll.LoraLens, tokens: torch.Tensor) -> None:
@@ -213,13 +231,17 @@ def machine(device: str) -> str:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("shapes", nargs="+", choices=list(SHAPES))
+    options.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}")
+    options.add_argument("--sizes", action="store_true", help="only count, of every shape")
     options.add_argument("--ranks", type=int, nargs="+", default=[16])
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     options.add_argument("--works", nargs="+", choices=[work.name for work in WORKS])
     options.add_argument("--write", action="store_true", help="into docs/shapes.json and .md")
     asked = options.parse_args()
+    if asked.sizes:
+        shapes_page.add_sizes([size_of(shape) for shape in SHAPES])
+        return
     works = [work for work in WORKS if not asked.works or work.name in asked.works]
     for shape in asked.shapes:
         model = model_of(shape, asked.device, getattr(torch, asked.dtype))
@@ -227,13 +249,12 @@ def main() -> None:
         hooked, weights = hooked_model(model, tokenizer(), kind="TransformerBridge")[0], _mib(model)
         for rank in asked.ranks:
             lens = ll.LoraLens(hooked, adapter_of(modules, rank))
-            cells = measure(lens, works)
-            where = {"machine": machine(asked.device), "dtype": asked.dtype}
-            row = {"shape": shape, "rank": rank, **where, "weights": weights, "cells": cells}
-            row["sites"] = len(lens.sites)
-            print(shapes_page.line(row), flush=True)
-            if asked.write:
-                shapes_page.add(row)
+            row = {"shape": shape, "rank": rank, "sites": len(lens.sites), "weights": weights}
+            row |= {"machine": machine(asked.device), "dtype": asked.dtype}
+            for name, cell in measure(lens, works):
+                print(shapes_page.line({**row, "cells": {name: cell}}), flush=True)
+                if asked.write:
+                    shapes_page.add({**row, "cells": {name: cell}})
 
 
 def _mib(model: torch.nn.Module) -> float:

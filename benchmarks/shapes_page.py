@@ -12,10 +12,16 @@ KEY = ("machine", "dtype", "shape", "rank")
 Row = dict[str, Any]
 INTRODUCTION = """# Cost by size of model
 
-Random weights in the shapes of known models, with a random LoRA on every linear module of the blocks, on a
-TransformerBridge. Times are in F, one plain forward pass of the same tokens with all positions unembedded. Peaks are
-memory beyond the weights, the adapter and the lens, in MiB. FB is a plain forward and backward pass of the base, for
-comparison. The prompt has 64 tokens; the response 512 more, and its F is a pass of all 576. Each cell was run once.
+What the weights take, counted; 4 bit is NF4 with quantised scales on the blocks' linear modules,
+and bfloat16 for the rest. A lens holds the factors of its adapter in float32, once in the adapter
+and once in the model's basis.
+"""
+MEASURED = """The rest is measured: random weights in these shapes, a random LoRA on every linear
+module of the blocks, a TransformerBridge with eager attention. Times are in F, one plain forward
+pass of the same tokens with all positions unembedded. Beside them stands the peak in MiB of memory
+beyond weights, adapter and lens. FB is a plain forward and backward pass of the base, which reads
+one margin. The prompt has 64 tokens; the response 512 more, and its F is a pass of all 576. Each
+cell was run once.
 
     python benchmarks/shapes.py Qwen2.5-0.5B --ranks 1 16 64 --write
     python benchmarks/shapes.py Qwen2.5-7B Qwen2.5-14B --device cuda --dtype bfloat16 --write
@@ -23,19 +29,37 @@ comparison. The prompt has 64 tokens; the response 512 more, and its F is a pass
 
 
 def add(row: Row) -> None:
-    """Put a row in the place of one of the same machine, dtype, shape and rank; render the page.
+    """Join cells to those of the same machine, dtype, shape and rank; render the page.
 
     Args:
         row: as `shapes.py` makes it.
     """
-    rows = [old for old in read() if any(old[k] != row[k] for k in KEY)]
-    RESULTS.write_text(json.dumps([*rows, _rounded(row)], indent=1) + "\n")
-    PAGE.write_text(render(read()))
+    held, others, cells = read(), [], row["cells"]
+    for old in held["rows"]:
+        if all(old[k] == row[k] for k in KEY):
+            cells = {**old["cells"], **cells}
+        else:
+            others.append(old)
+    _write({**held, "rows": [*others, _rounded({**row, "cells": cells})]})
 
 
-def read() -> list[Row]:
-    """Every row so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+def add_sizes(sizes: list[Row]) -> None:
+    """What the weights take.
+
+    Args:
+        sizes: of every shape.
+    """
+    _write({**read(), "sizes": [_rounded(size) for size in sizes]})
+
+
+def _write(held: dict[str, list[Row]]) -> None:
+    RESULTS.write_text(json.dumps(held, indent=1) + "\n")
+    PAGE.write_text(render(held))
+
+
+def read() -> dict[str, list[Row]]:
+    """Every row so far, and the sizes."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"sizes": [], "rows": []}
 
 
 def _rounded(value: Any) -> Any:
@@ -44,17 +68,30 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def render(rows: list[Row]) -> str:
-    """The page: a table for each machine and dtype, and what was not run.
+def render(held: dict[str, list[Row]]) -> str:
+    """The page: sizes, a table for each machine and dtype, and what was not run.
 
     Args:
-        rows: of docs/shapes.json.
+        held: docs/shapes.json.
     """
-    parts = [INTRODUCTION]
+    rows = held["rows"]
+    parts = [INTRODUCTION, sizes_table(held["sizes"]), MEASURED]
     for where in dict.fromkeys((row["machine"], row["dtype"]) for row in rows):
         here = [row for row in rows if (row["machine"], row["dtype"]) == where]
         parts += [f"## {where[1]} on {where[0]}\n", _table(here)]
-    return "\n".join([*parts, not_run(rows)])
+    return "\n".join([*parts, not_run(rows, [size["shape"] for size in held["sizes"]])])
+
+
+def sizes_table(sizes: list[Row]) -> str:
+    """Weights and factors, counted.
+
+    Args:
+        sizes: of docs/shapes.json.
+    """
+    head = ["model", "sites", "float32, GiB", "bfloat16, GiB", "4 bit, GiB", "LoRA of rank 16, MiB"]
+    keys = ("float32", "bfloat16", "4 bit", "rank 16")
+    body = [[s["shape"], str(s["sites"]), *(f"{s[key]:.3g}" for key in keys)] for s in sizes]
+    return _lines(head, body)
 
 
 def _table(rows: list[Row]) -> str:
@@ -65,8 +102,12 @@ def _table(rows: list[Row]) -> str:
         [row["shape"], f"{row['weights']:.0f}", str(row["rank"]), *_cells(row, works)]
         for row in order
     ]
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines]) + "\n"
+    return _lines(head, body)
+
+
+def _lines(head: list[str], body: list[list[str]]) -> str:
+    every = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in every) + "\n"
 
 
 def _cells(row: Row, works: list[str]) -> list[str]:
@@ -87,17 +128,16 @@ def line(row: Row) -> str:
     return f"{row['shape']}, rank {row['rank']}, {row['dtype']}: {cells}"
 
 
-def not_run(rows: list[Row]) -> str:
+def not_run(rows: list[Row], shapes: list[str]) -> str:
     """Which shapes and devices no row is of.
 
     Args:
         rows: of docs/shapes.json.
+        shapes: every shape.
     """
-    from shapes import SHAPES  # noqa: PLC0415
-
     seen = {row["shape"] for row in rows}
-    missing = ", ".join(shape for shape in SHAPES if shape not in seen)
+    missing = ", ".join(shape for shape in shapes if shape not in seen)
     said = [f"Not run: {missing}."] if missing else []
     if all(row["machine"].startswith("CPU") for row in rows):
-        said.append("Nothing was run on a GPU, as none was at hand; the second line above does it.")
+        said.append("Nothing was run on a GPU, as none was at hand; the second command does it.")
     return "## What was not run\n\n" + " ".join(said or ["Nothing."]) + "\n"

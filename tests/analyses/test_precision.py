@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import models
-import precision
 import pytest
 import torch
 from precision import STATED, Asked, compared

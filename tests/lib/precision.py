@@ -78,16 +78,21 @@ class Compared(NamedTuple):
 
 
 def _remainder(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
-    found = ll.second_order(lens, asked.prompts, asked.margin, **QUIET)
-    noise, shift = found.curve.noise, found.shift
-    first = ll.remainder(lens, asked.prompts, asked.margin, **QUIET)
-    kinds = ", ".join(dict.fromkeys(verdict.kind for verdict in first.verdict))
+    found = ll.remainder(lens, asked.prompts, asked.margin, **QUIET)
+    kinds = ", ".join(dict.fromkeys(verdict.kind for verdict in found.verdict))
     return {
-        "shift": Found(shift, noise.shift, shift),
-        "first_order, Σ a": Found(first.first_order, noise.slope, shift),
-        "remainder": Found(first.remainder, first.remainder_floor, shift, kinds),
-        "second_order, ½ 1ᵀH1": Found(found.curvature, found.curvature_noise, shift),
-        "second_order, what it leaves": Found(found.remainder, found.remainder_floor, shift),
+        "shift": Found(found.shift, found.noise_floor, found.shift),
+        "first_order, Σ a": Found(found.first_order, found.noise.slope, found.shift),
+        "remainder": Found(found.remainder, found.remainder_floor, found.shift, kinds),
+    }
+
+
+def _second_order(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    found = ll.second_order(lens, asked.prompts, asked.margin, **QUIET)
+    return {
+        "second_order, ½ 1ᵀH1": Found(found.curvature, found.curvature_noise, found.shift),
+        "second_order, what it leaves": Found(found.remainder, found.remainder_floor, found.shift),
+        "second_order, ½(H1)_l": Found(found.half_row_sums),
     }
 
 
@@ -167,6 +172,7 @@ def _kl_shares(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
 
 STATED: Works = {
     "remainder": _remainder,
+    "second_order": _second_order,
     "log p": _log_p,
     "add one": _effects("add_one", "margin", "patch_sites, add one"),
     "leave one out": _effects("leave_one_out", "margin", "patch_sites, leave one out"),
@@ -180,9 +186,6 @@ STATED: Works = {
 ALONE: Works = {
     "first_order": _values("first_order, a_l", ll.first_order, "margin"),
     "at 1": _values("first_order, a_l at 1", ll.first_order, "margin", at=1.0),
-    "rows": _values(
-        "second_order, ½(H1)_l", ll.second_order, "margin", field="half_row_sums", **QUIET
-    ),
     "coupling": _values(
         "coupling, by kind", ll.coupling, "margin", field="matrix", group="kind", **QUIET
     ),
