@@ -5,7 +5,7 @@
 
 1. The demo's model and adapter, and tiny models of several families, are rounded to half precision.
    The float64 run has those rounded weights, with the libraries' float32 casts lifted.
-2. `tests/lib/precision.py` has the calls, and compares each with the noise floor that it states.
+2. `tests/lib/half_precision.py` has the calls, and compares each with the floor that it states.
 3. With --write the numbers go into docs/precision.json, and docs/precision.md is made from it.
 """
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "lib"))
 import models  # noqa: E402
 import precision_page  # noqa: E402
 import torch  # noqa: E402
-from precision import ALONE, STATED, Asked, compared  # noqa: E402
+from half_precision import ALONE, STATED, Asked, compared  # noqa: E402
 
 import lens_lora as ll  # noqa: E402
 from lens_lora.demonstration import shipped_adapter  # noqa: E402

@@ -7,7 +7,7 @@ import functools
 import models
 import pytest
 import torch
-from precision import STATED, Asked, compared
+from half_precision import STATED, Asked, compared
 
 import lens_lora as ll
 from lens_lora.engine import noise as engine_noise
@@ -101,12 +101,10 @@ def test_logits_that_are_read_are_not_rounded(name: str, dtype: torch.dtype):
     lens, _ = lenses("llama", dtype)
     asked = ask(lens, ASKED.prompts, READOUTS[name])
     finals: list[torch.Tensor] = []
-
-    def keep(tensor, hook):
-        finals.append(tensor)
-
-    model = lens.model
-    model.run_with_hooks(asked.reading.prompts.tokens, fwd_hooks=[("ln_final.hook_out", keep)])
+    handle = lens.model.unembed.register_forward_pre_hook(lambda _, given: finals.append(given[0]))
+    with torch.no_grad():
+        lens.model(asked.reading.prompts.tokens)
+    handle.remove()
     weight = lens.plan.host.unembedding()[0].double()
     logits = asked.reading.prompts.at_slots(finals[0].double()) @ weight.T
     logits = logits[:, 0] if asked.reading.prompts.reads is None else logits
