@@ -7,8 +7,8 @@
    place: weights are drawn where they stay, so no second copy is held. A LoRA of random factors
    lies on every linear module of its blocks.
 2. Each piece of work runs once, between two plain forward passes (F) of the same tokens, whose mean
-   its time is divided by; on the CPU it is processor time. Its peak is memory beyond the model, the adapter and the lens: resident
-   memory on the CPU, what torch allocates on a GPU.
+   its time is divided by: on the CPU processor time. Its peak is memory beyond the model, the
+   adapter and the lens: resident memory on the CPU, what torch allocates on a GPU.
 3. With --write the cells go into docs/shapes.json, and docs/shapes.md is made from it.
 4. `--sizes` counts what weights and factors take, without making them.
 """

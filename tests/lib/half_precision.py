@@ -101,10 +101,12 @@ def _log_p(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
     return {"shift of log p": Found(found.shift, found.noise_floor, found.shift)}
 
 
-def _effects(how: str, of: str, name: str) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
+def _effects(
+    how: str, of: str, name: str, group: Any = "site"
+) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
     def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
         readouts = {"margin": asked.margin, "log p": ll.LogProb(asked.doc), "KL": ll.KL()}
-        found = ll.patch_sites(lens, asked.prompts, readouts[of], how, **QUIET)
+        found = ll.patch_sites(lens, asked.prompts, readouts[of], how, group=group, **QUIET)
         return {name: Found(found.values, found.noise_floor)}
 
     return run
@@ -176,6 +178,7 @@ STATED: Works = {
     "log p": _log_p,
     "add one": _effects("add_one", "margin", "patch_sites, add one"),
     "leave one out": _effects("leave_one_out", "margin", "patch_sites, leave one out"),
+    "leave one out, by layer": _effects("leave_one_out", "margin", "… by layer", "layer"),
     "leave one out, log p": _effects("leave_one_out", "log p", "… of log p, leave one out"),
     "leave one out, KL": _effects("leave_one_out", "KL", "… of KL, leave one out"),
     "patch_activations": _patched,
