@@ -30,8 +30,8 @@ leave of each analysis, beside a float64 run of the *same* rounded weights.
 1. **Rank modules by derivatives.** They are sums of products, without a difference of nearly equal
    numbers: half precision ranks as float64 does.
 2. **Trust differences of two runs above three floors.** A shift of the whole adapter mostly is;
-   what a single module does mostly is not. `noise_floor` stands in the result, and its text says
-   how many effects are within three floors.
+   what a single module does mostly is not, and what a layer does is in part. `noise_floor` stands
+   in the result, and its text says how many effects are within three floors.
 3. **Rerun in float32** what is within them: the weak modules of `patch_sites` and
    `patch_activations`, remainders whose verdict is "below the noise", and a path integral that
    says `met=False` because completeness cannot be measured.
@@ -120,7 +120,9 @@ def _number(value: float | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2g} %"
+    if value is None:
+        return ""
+    return f"{100 * value:.2g} %" if value < 1 else f"{100 * value:.0f} %"
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
