@@ -25,6 +25,9 @@ leave of each analysis, beside a float64 run of the *same* rounded weights.
 - **error / floor**: over the noise floor that the result itself states; 1 is the truth.
 - **beyond 3 floors**: the share of entries that stand out of the noise, and Spearman among them.
 
+The demo's model has three prompts, and the first alone for interventions and other sweeps; the tiny
+models have 24, random weights, and an adapter as strong as they are.
+
 ## What to do
 
 1. **Rank modules by derivatives.** They are sums of products, without a difference of nearly equal
@@ -83,6 +86,9 @@ def render(rows: list[Row]) -> str:
     families = ", ".join(dict.fromkeys(row["model"] for row in tiny))
     names = dict.fromkeys(row["analysis"] for row in tiny)
     lines = [_tiny(name, [row for row in tiny if row["analysis"] == name]) for name in names]
+    missing = [name for name in names if name not in {row["analysis"] for row in real}]
+    if missing:
+        parts.append(f"Not run on {REAL}: {'; '.join(missing)}.\n")
     parts += [f"## Tiny models: {families}\n", _table(TINY_HEAD, lines)]
     return "\n".join(parts)
 
