@@ -19,11 +19,10 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lens_lora.engine.batching import PICKS
-from lens_lora.hooked.unembedded import unembedded_only, unrounded
+from lens_lora.hooked.unembedded import unembed, unembedded_only, unrounded
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Columns, LogProbs, Reading, token_log_probs
@@ -32,6 +31,7 @@ from lens_lora.temporary import Temporary
 __all__ = [
     "differentiable_tokens",
     "ends_plainly",
+    "logits_dtype",
     "read_final",
     "read_for_slopes",
     "read_logits",
@@ -50,9 +50,23 @@ def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vo
     Rows that are read at several tokens have an axis of slots. Only what is read is unembedded. The
     result is float32 or better, as readouts need it.
     """
-    with unembedded_only(lens.model, prompts.at_slots):
-        logits = lens.run(prompts)
+    unembedding = _plain_unembedding(lens)
+    if unembedding is None or unembedding[0].dtype == lens.gate_dtype:
+        with unembedded_only(lens.model, prompts.at_slots):
+            logits = lens.run(prompts)
+    else:
+        final = read_final(lens, prompts)
+        logits = unembed(final.to(unembedding[0].device), *unembedding, lens.gate_dtype)
     return (logits[:, 0] if prompts.reads is None else logits).to(lens.gate_dtype)
+
+
+def logits_dtype(lens: LoraLens) -> torch.dtype:
+    """In which the logits that are read are rounded: float32 or better but where they pass a hook.
+
+    Args:
+        lens: the adapter over the model.
+    """
+    return lens.dtype if _plain_unembedding(lens) is None else lens.gate_dtype
 
 
 def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
@@ -70,10 +84,10 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     weight, bias = unembedding
     with _no_unembedding(lens):
         final = reading.prompts.at_read(lens.run(reading.prompts))
-    ids = reading.read.ids.to(weight.device)
-    few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final.device))
-    few = few if bias is None else few + bias[ids.to(bias.device)].to(final.device)
-    return reading.read.of(few.to(lens.gate_dtype))
+    ids, final = reading.read.ids.to(weight.device), final.to(lens.gate_dtype)
+    few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final))
+    few = few if bias is None else few + bias[ids.to(bias.device)].to(final)
+    return reading.read.of(few)
 
 
 def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
@@ -98,7 +112,7 @@ def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor
     picked = at[read.places(at.device)].to(weight.device)
 
     def of_some(residual: Tensor, some: Tensor) -> Tensor:
-        logits = functional.linear(residual, weight, bias).to(lens.gate_dtype)
+        logits = unembed(residual, weight, bias, lens.gate_dtype)
         return token_log_probs(logits, read.tokens[some])
 
     chunks = torch.arange(len(picked), device="cpu").split(PICKS)
@@ -138,7 +152,7 @@ def token_covectors(
         where = tuple(index[some.to(final.device)] for index in places)
         with torch.enable_grad():
             x = final.detach()[where].to(weight.device).requires_grad_()
-            logits = functional.linear(x, weight, bias).to(lens.gate_dtype)
+            logits = unembed(x, weight, bias, lens.gate_dtype)
             log_probs = token_log_probs(logits, read.tokens[some.to(read.tokens.device)])
             (slopes,) = torch.autograd.grad(log_probs.sum(), x)
         weighted = weights[some.to(weights.device), None] * slopes.to(covectors)

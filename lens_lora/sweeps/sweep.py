@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import PromptError, TokenError
 from lens_lora.lens import LoraLens
+from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.sweeps.agreement import by_main, require_one_sweep
@@ -149,6 +150,7 @@ def sweep(
     rows = [with_text(lens, record) for record in read]
     if readout is not None and not said:
         _require_for_all(lens, rows, cast(Readout, readout))
+    _require_slopes(names, readout(["", ""]) if is_make(readout) else readout)
     processes = launched()
     about = fingerprint(lens, names, readout, version)
     store, shown = Store(out, about, lens.sites, names), progress and processes.is_main
@@ -233,6 +235,16 @@ def require_resumable(
         SweepError: `out` holds results of another adapter, choice of analyses or readout.
     """
     require_same_sweep(out, fingerprint_without_model(adapter, chosen(analyses), readout))
+
+
+def _require_slopes(names: Sequence[str], readout: Readout | None) -> None:
+    """Refuse the derivatives of a KL, which has none at ε = 0; its base is not held here."""
+    none = sorted({"first_order", "second_order", "first_order_at_1"}.intersection(names))
+    if isinstance(readout, KL) and none:
+        raise SweepError(
+            f"{readout.label} is not read by {none[0]!r} in a sweep; use 'path', 'add_one' or "
+            "'leave_one_out'."
+        )
 
 
 def _label(readout: Readout | Make | None) -> str:

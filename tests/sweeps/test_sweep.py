@@ -425,3 +425,10 @@ def test_a_conversation_and_its_response(a_lens, tmp_path, monkeypatch):
     direct = ll.first_order(a_lens, chats.ASK, ll.AnswerLogProb("w7 w8"))
     found = result.attribution("first_order").values
     np.testing.assert_allclose(found, direct.values, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("readout", [ll.KL, ll.KL(" w5")], ids=["of each", "one"])
+@pytest.mark.parametrize("name", ["first_order", "first_order_at_1", "second_order"])
+def test_a_divergence_without_its_base_is_refused(a_lens, tmp_path, readout, name):
+    with pytest.raises(SweepError, match="use 'path', 'add_one' or 'leave_one_out'"):
+        run(a_lens, SAID[:1], tmp_path, name, readout=readout)
