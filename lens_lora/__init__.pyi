@@ -27,6 +27,7 @@ from .analyses.path import path_attribution
 from .analyses.reliability import Reliability, reliability
 from .analyses.remainder import Remainder, remainder
 from .analyses.remainder_curve import RemainderCurve, remainder_curve
+from .analyses.repair import Repair, repair
 from .analyses.second_order import SecondOrder, second_order
 from .analyses.tangents import tangents
 from .analyses.token_shifts import TokenShifts, token_shifts
@@ -130,6 +131,9 @@ __all__ = [
     "null_test",
     "patch_activations",
     "patch_sites",
+    # two adapters, one through its training, and the part of one that is kept
+    "Repair",
+    "repair",
     # all of one prompt
     "Explanation",
     "ResponseExplanation",
