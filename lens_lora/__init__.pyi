@@ -7,6 +7,7 @@ from .adapters.random_directions import null_adapter
 from .adapters.trained import TrainedModule
 from .analyses.activations import activations
 from .analyses.compare import Comparison, compare
+from .analyses.compare_adapters import AdapterComparison, compare_adapters
 from .analyses.components import Components, components
 from .analyses.coupling import Coupling, coupling
 from .analyses.explain import explain
@@ -132,7 +133,9 @@ __all__ = [
     "patch_activations",
     "patch_sites",
     # two adapters, one through its training, and the part of one that is kept
+    "AdapterComparison",
     "Repair",
+    "compare_adapters",
     "repair",
     # all of one prompt
     "Explanation",

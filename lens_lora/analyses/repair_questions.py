@@ -24,7 +24,7 @@ from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.divergence import KL
-from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.measured import SIGMAS
 
@@ -108,8 +108,8 @@ def _part(lens: LoraLens, question: Any, name: str, index: int) -> Part:
         )
     prompts, readout = lens.prompts(question[0]), question[1]
     tokens = 1
-    if isinstance(readout, KL) and readout.response is None and prompts.reads is None:
-        prompts = _at_each_token(prompts)
+    if isinstance(readout, KL) and readout.response is None:
+        prompts = prompts.at_each_token()
         tokens = int(prompts.read_mask.sum())
     asked = ask(lens, prompts, readout)
     shift, floor = asked.ends[1] - asked.ends[0], asked.noise_floor
@@ -119,8 +119,3 @@ def _part(lens: LoraLens, question: Any, name: str, index: int) -> Part:
             f"in all, which rounding alone may do; there is nothing to {name.removeprefix('test_')}."
         )
     return Part(asked, name.endswith("keep"), name.startswith("test"), tokens)
-
-
-def _at_each_token(prompts: Prompts) -> Prompts:
-    """Read at every token but the first, a sink; at that one where there is no other."""
-    return dataclasses.replace(prompts, reads=(prompts.lengths - 1).clamp(min=1))

@@ -1,0 +1,98 @@
+"""What two adapters do to a model's distributions on prompts, as vectors of one metric.
+
+    cos_F = vᵀFv′ / √(vᵀFv · v′ᵀFv′),   v = Σ_l J δz_l,   F_t = diag p₀,t − p₀,t p₀,tᵀ
+
+1. v is the joint first-order shift of all logits (a dual forward pass), at every token of the
+   prompts but the first; vᵀFv′ is the covariance of the two shifts under p₀, summed over tokens.
+2. The same of the exact shifts f(1) − f(0), which at full strength may be something else.
+3. Sums over tokens and prompts stand inside each root.
+
+Cost of a pair: two dual forward passes, three forward passes; of one more adapter half of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_lora.engine.forward import joint_tangent
+from lens_lora.engine.function import gated_logits, require_finite
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts
+
+__all__ = ["cosine_of", "products"]
+
+_TOKENS = 512  # read at once: each holds its logits and four shifts
+
+
+def products(
+    lens: LoraLens, others: Callable[[], Iterable[LoraLens]], prompts: Prompts
+) -> Float[Tensor, "kind other pair batch"]:
+    """vᵀFv′, vᵀFv and v′ᵀFv′ of each prompt, in nats: first order, then exact.
+
+    Args:
+        lens: v is of this one.
+        others: makes lenses over the same model, one at a time; v′ is of each of them.
+        prompts: with the tokens that are read.
+
+    Raises:
+        ModelStateError: the model has an operation without a forward-mode derivative.
+        NumericsError: logits that are not finite.
+    """
+    found = [_of_some(lens, others, some) for some in _a_few_at_a_time(prompts)]
+    values = torch.cat(found, -1)
+    require_finite(values, "the shift of the logits")
+    return values
+
+
+def cosine_of(
+    products: Float[Tensor, "*kind pair batch"], prompt: int | None = None
+) -> Float[Tensor, "*kind"]:
+    """vᵀFv′ / √(vᵀFv · v′ᵀFv′); NaN where a shift is zero.
+
+    Args:
+        products: as `products` gives them.
+        prompt: an index; without it, sums over prompts stand inside each root.
+    """
+    rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
+    both, one, other = products[..., rows].double().sum(-1).unbind(-1)
+    return both / (one * other).sqrt()
+
+
+def _of_some(
+    lens: LoraLens, others: Callable[[], Iterable[LoraLens]], prompts: Prompts
+) -> Tensor:
+    with torch.no_grad():
+        base = gated_logits(lens, prompts, lens.gates(0.0))
+        root = base.softmax(-1).sqrt()
+        mask = prompts.read_mask.to(base)[..., None]
+
+        def weighted(shift: Tensor) -> Tensor:
+            """√p₀ ∘ (v − p₀ᵀv), whose products are those of F."""
+            centred = shift - (root * root * shift).sum(-1, keepdim=True)
+            return (root * centred * mask).flatten(1)
+
+        def both(of: LoraLens) -> tuple[Tensor, Tensor]:
+            at = of.gates(0.0)
+            first = joint_tangent(of, prompts, at, torch.ones_like(at))
+            exact = gated_logits(of, prompts, of.gates(1.0)) - base
+            return weighted(first), weighted(exact)
+
+        mine = both(lens)
+        theirs = (both(other) for other in others())
+        each = [[_three(v, w) for v, w in zip(mine, their, strict=True)] for their in theirs]
+    return torch.stack([torch.stack(kinds) for kinds in each], 1).cpu()
+
+
+def _three(v: Tensor, w: Tensor) -> Float[Tensor, "pair batch"]:
+    pairs = ((v, w), (v, v), (w, w))
+    return torch.stack([(a * b).sum(1) for a, b in pairs])
+
+
+def _a_few_at_a_time(prompts: Prompts) -> Iterator[Prompts]:
+    step = max(1, _TOKENS // prompts.tokens.shape[1])
+    for first in range(0, prompts.batch, step):
+        yield prompts.rows(first, min(first + step, prompts.batch))
