@@ -29,7 +29,7 @@ from lens_lora.adapters.random_directions import null_adapter
 from lens_lora.analyses.adapter_function import cosine_of, products
 from lens_lora.analyses.adapter_geometry import Thin, geometry, thin
 from lens_lora.analyses.compare import pearson
-from lens_lora.analyses.null_test import parts_of_fused
+from lens_lora.analyses.null_test import fused_parts
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.reverse import site_slopes
@@ -309,7 +309,7 @@ def _on_prompts(
     progress: bool,
 ) -> dict[str, Tensor]:
     lens = asked.lens
-    parts = parts_of_fused(second)
+    parts = fused_parts(second)
 
     def random() -> Iterator[LoraLens]:
         for draw in seeds:
