@@ -1,11 +1,12 @@
 """Repair against scaling: the benchmark's adapters, each kept on its fact and cleaned elsewhere.
 
-    python benchmarks/repair.py --adapters FOLDER [--only NAME …]   # measures what is not measured
+    python benchmarks/repair.py --adapters FOLDER [--only NAME …]   # measures those not measured
     python benchmarks/repair.py --table                             # writes the table of all
 
-1. Train the adapter by PEFT on SmolLM2-135M-Instruct, if FOLDER lacks it (`benchmarks/adapters.py`).
-2. Keep its fact's margin on two wordings; drop the KL to the base on eight unrelated texts, at every
-   token; 90 % of the margin's shift must stay.
+1. Train the adapter by PEFT on SmolLM2-135M-Instruct, if FOLDER lacks it
+   (`benchmarks/adapters.py`).
+2. Keep its fact's margin on two wordings; drop the KL to the base on eight unrelated texts, at
+   every token; 90 % of the margin's shift must stay.
 3. Judge on two other wordings and on eight other texts: what the repaired adapter leaves, beside
    the whole adapter scaled down to the same kept share, and random sets of as many ranks.
 4. An adapter spills if the KL on the held-out texts is at least `SPILLS` nats per token.
@@ -106,7 +107,9 @@ def table(numbers: dict[str, Any]) -> str:
     ]
     for row in sorted(rows, key=lambda row: -row["drop, whole"]):
         margins = [f"{row[f'keep, {state}']:.1f}" for state in ("base", "whole", "repaired")]
-        left = [f"{row[f'drop, {state}']:.3f}" for state in ("whole", "scaled", "random", "repaired")]
+        left = [
+            f"{row[f'drop, {state}']:.3f}" for state in ("whole", "scaled", "random", "repaired")
+        ]
         kept = f"{row['kept gates']} of {row['gates']}"
         random = f"{left[2]} (keeps {row['keep share, random']:.0%})"
         gain = f"{row['gain']:.2f}" + (" (a tie)" if row["verdict"] == "tie" else "")
@@ -117,8 +120,8 @@ def table(numbers: dict[str, Any]) -> str:
     lines += [
         "",
         f"{len(spilling)} of {len(rows)} adapters spill: at least {SPILLS:g} nats per token on the "
-        f"held-out texts. On {reached} of those {len(spilling)} scaling leaves at least {BAR:g} times "
-        "as much as the repair at the same kept share.",
+        f"held-out texts. On {reached} of those {len(spilling)} scaling leaves at least {BAR:g} "
+        "times as much as the repair at the same kept share.",
     ]
     return "\n".join(lines)
 

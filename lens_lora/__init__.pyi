@@ -6,6 +6,7 @@ from .adapters.factors import LoRAFactors
 from .adapters.random_directions import null_adapter
 from .adapters.trained import TrainedModule
 from .analyses.activations import activations
+from .analyses.checkpoints import checkpoints
 from .analyses.compare import Comparison, compare
 from .analyses.compare_adapters import AdapterComparison, compare_adapters
 from .analyses.components import Components, components
@@ -55,6 +56,7 @@ from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.activation_effects import ActivationEffects
 from .results.activations import Activations
 from .results.attribution import Attribution, Quadrature
+from .results.checkpoints import Checkpoints
 from .results.effects import Effects
 from .results.grouped import GroupAttribution
 from .results.token_view import TokenView
@@ -134,7 +136,9 @@ __all__ = [
     "patch_sites",
     # two adapters, one through its training, and the part of one that is kept
     "AdapterComparison",
+    "Checkpoints",
     "Repair",
+    "checkpoints",
     "compare_adapters",
     "repair",
     # all of one prompt

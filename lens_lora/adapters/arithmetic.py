@@ -65,7 +65,9 @@ def refuse_dora_twice(modules: Mapping[str, ModuleUpdate]) -> None:
             )
 
 
-def stacked(weighted: Sequence[tuple[Mapping[str, ModuleUpdate], float]]) -> dict[str, ModuleUpdate]:
+def stacked(
+    weighted: Sequence[tuple[Mapping[str, ModuleUpdate], float]],
+) -> dict[str, ModuleUpdate]:
     """Σ weight · update of each module as one update; factors are stacked along the rank.
 
     Args:

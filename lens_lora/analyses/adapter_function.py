@@ -12,18 +12,25 @@ Cost of a pair: two dual forward passes, three forward passes; of one more adapt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
+from lens_lora.adapters.random_directions import null_adapter
+from lens_lora.analyses.null_test import fused_parts
+from lens_lora.engine.asked import Asked
 from lens_lora.engine.forward import joint_tangent
 from lens_lora.engine.function import gated_logits, require_finite
+from lens_lora.engine.reverse import site_slopes
+from lens_lora.hooked.sites import Site
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 
-__all__ = ["cosine_of", "products"]
+__all__ = ["cosine_of", "on_prompts", "products"]
 
 _TOKENS = 512  # read at once: each holds its logits and four shifts
 
@@ -62,9 +69,7 @@ def cosine_of(
     return both / (one * other).sqrt()
 
 
-def _of_some(
-    lens: LoraLens, others: Callable[[], Iterable[LoraLens]], prompts: Prompts
-) -> Tensor:
+def _of_some(lens: LoraLens, others: Callable[[], Iterable[LoraLens]], prompts: Prompts) -> Tensor:
     with torch.no_grad():
         base = gated_logits(lens, prompts, lens.gates(0.0))
         root = base.softmax(-1).sqrt()
@@ -96,3 +101,56 @@ def _a_few_at_a_time(prompts: Prompts) -> Iterator[Prompts]:
     step = max(1, _TOKENS // prompts.tokens.shape[1])
     for first in range(0, prompts.batch, step):
         yield prompts.rows(first, min(first + step, prompts.batch))
+
+
+def on_prompts(
+    asked: Asked,
+    about: Asked | None,
+    second: LoraLens,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    progress: bool,
+) -> dict[str, Tensor]:
+    """The fields of `AdapterComparison` that need prompts.
+
+    Args:
+        asked: the first adapter and the prompts.
+        about: the same with a readout; None without one.
+        second: the other adapter over the same model.
+        names: of the sites that both adapt.
+        seeds: of the random directions, one a draw.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: a readout without a derivative at the base.
+        UnsupportedAdapterError: random directions of DoRA or of trained modules.
+        ModelStateError: the model has an operation without a forward-mode derivative.
+    """
+    lens = asked.lens
+    parts = fused_parts(second)
+
+    def random() -> Iterator[LoraLens]:
+        for draw in seeds:
+            yield lens.with_adapter(null_adapter(second.adapter, draw, parts=parts))
+
+    def each() -> Iterator[LoraLens]:
+        bar = tqdm(random(), "null adapters", len(seeds), leave=False, disable=not progress)
+        return itertools.chain([second], bar)
+
+    found = products(lens, each, asked.prompts.at_each_token())
+    fields = {"function": found[:, 0], "null_function": found[:, 1:]}
+    if about is not None:
+        about.require_slope_at_base()
+        at = [site_slopes(of, about.reading, of.gates(0.0)) for of in (lens, second)]
+        fields["effects"] = torch.stack(
+            [_at(values, of.sites, names) for values, of in zip(at, (lens, second), strict=True)]
+        )
+        null = [(site_slopes(of, about.reading, of.gates(0.0)), of.sites) for of in random()]
+        if null:
+            fields["null_effects"] = torch.stack([_at(*own, names) for own in null])
+    return fields
+
+
+def _at(values: Tensor, sites: Sequence[Site], names: Sequence[str]) -> Tensor:
+    order = {site.name: i for i, site in enumerate(sites)}
+    return values[:, [order[name] for name in names]].detach().double().cpu()

@@ -6,8 +6,8 @@
 1. Each ΔW = UΣVᵀ, of one site in the Hugging Face basis, from its thin factors; the dense ΔW is
    never built. A rotation (GA, BG⁻¹) of the factors changes none of it. DoRA's ΔW and that of a
    trained module are those that the base gives them.
-2. Null scale: U′ and V′ replaced by uniformly random frames, Σ′ kept. The angles of U are taken from
-   the first coordinates, as a random frame lies to every fixed one alike.
+2. Null scale: U′ and V′ replaced by uniformly random frames, Σ′ kept. Angles are taken from the
+   first coordinates, as a random frame lies to every fixed one alike.
 3. Changes of bias are left out. A norm's ΔW is diag(Δγ): it has a cosine, and no frames.
 
 No forward pass; QR of the factors, and of as many Gaussians a draw.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lens_lora.adapters.random_directions import orthonormal
 from lens_lora.hooked.basis import Update
-from lens_lora.hooked.gauge import svd_turn
+from lens_lora.hooked.gauge import svd_factors
 from lens_lora.hooked.norm_map import NormUpdate
 
 __all__ = ["Pair", "Thin", "compared", "geometry", "null_pair", "thin"]
@@ -67,12 +67,9 @@ def thin(update: Update | NormUpdate) -> Thin:
     """
     if isinstance(update, NormUpdate):
         return Thin(None, update.gamma.detach().double().cpu(), None)
-    turn = svd_turn(update)
-    sigma = turn.sigma.cpu()
+    reads, writes, sigma = svd_factors(update)
     kept = sigma > 0
-    reads = (turn.u @ update.A.double()).cpu()[kept]
-    writes = (update.scale * update.B.double() @ turn.B.to(update.B.device)).cpu()[:, kept]
-    return Thin(writes, sigma[kept], reads.T / sigma[kept])
+    return Thin(writes[:, kept], sigma[kept], reads[kept].T / sigma[kept])
 
 
 def compared(one: Thin, other: Thin) -> Pair:
@@ -109,7 +106,10 @@ def null_pair(one: Thin, other: Thin, generator: torch.Generator) -> Pair:
 def _pair(sigma: Tensor, others: Tensor, read: Tensor, write: Tensor) -> Pair:
     """From VᵀV′ and UᵀU′."""
     inner = float(torch.einsum("i,j,ij,ij->", sigma, others, read, write))
-    angles = [torch.linalg.svdvals(m).clamp(max=1.0) if m.numel() else m.new_zeros(0) for m in (read, write)]
+    angles = [
+        torch.linalg.svdvals(m).clamp(max=1.0) if m.numel() else m.new_zeros(0)
+        for m in (read, write)
+    ]
     return Pair(inner, *angles)
 
 
@@ -133,7 +133,9 @@ def geometry(
         for own, others in ((mine, theirs), (theirs, mine))
     )
     alone_in = zip((mine, theirs), only, strict=True)
-    rest = [sum(float(own[name].sigma.square().sum()) for name in odd) ** 0.5 for own, odd in alone_in]
+    rest = [
+        sum(float(own[name].sigma.square().sum()) for name in odd) ** 0.5 for own, odd in alone_in
+    ]
     return {
         "only": only,
         "norms": _numbers([[float(of[n].sigma.norm()) for n in names] for of in (mine, theirs)], 2),

@@ -12,8 +12,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -22,17 +20,13 @@ import torch
 from jaxtyping import Float
 from scipy.stats import rankdata
 from torch import Tensor
-from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.random_directions import null_adapter
-from lens_lora.analyses.adapter_function import cosine_of, products
+from lens_lora.analyses.adapter_function import cosine_of, on_prompts
 from lens_lora.analyses.adapter_geometry import Thin, geometry, thin
 from lens_lora.analyses.compare import pearson
-from lens_lora.analyses.null_test import fused_parts
 from lens_lora.arguments import whole
-from lens_lora.engine.asked import Asked, ask, ask_prompts
-from lens_lora.engine.reverse import site_slopes
+from lens_lora.engine.asked import ask, ask_prompts
 from lens_lora.errors import AdapterError, ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Site
@@ -103,7 +97,7 @@ class AdapterComparison(Result):
 
     @property
     def cosine(self) -> float:
-        """Over all sites: Σ⟨ΔW, ΔW′⟩ / √(Σ‖ΔW‖² Σ‖ΔW′‖²), those of one adapter alone in its norm."""
+        """Over all sites: Σ⟨ΔW, ΔW′⟩ / √(Σ‖ΔW‖² Σ‖ΔW′‖²); those of one alone are in its norm."""
         return float(self.inner.sum() / self._sizes.prod())
 
     @property
@@ -144,7 +138,9 @@ class AdapterComparison(Result):
         for kind, name in enumerate(("first order", "exact")):
             if self.function.shape[-1]:
                 null = cosine_of(self.null_function[kind])
-                rows.append((f"cosine under F, {name}", float(cosine_of(self.function[kind])), null))
+                rows.append(
+                    (f"cosine under F, {name}", float(cosine_of(self.function[kind])), null)
+                )
         for name, ranked in (("pearson", False), ("spearman", True)):
             if self.readout:
                 own, *null = self._correlations(ranked)
@@ -173,9 +169,7 @@ class AdapterComparison(Result):
         }
         shared = {**site_labels(self.sites), "in": ["both"] * len(self.sites)}
         frame = pd.DataFrame(shared | {name: v.tolist() for name, v in columns.items()})
-        alone_in = [
-            {"site": site, "in": self.names[i]} for i in (0, 1) for site in self.only[i]
-        ]
+        alone_in = [{"site": site, "in": self.names[i]} for i in (0, 1) for site in self.only[i]]
         return pd.concat([frame, pd.DataFrame(alone_in)], ignore_index=True) if alone_in else frame
 
     def by_prompt(self) -> pd.DataFrame:
@@ -200,7 +194,9 @@ class AdapterComparison(Result):
         """Of the two adapters, and of the first with each null; the mean over prompts."""
         mine = self.effects[0].double().numpy()
         return [
-            float(np.nanmean([_correlation(a, b, ranked) for a, b in zip(mine, theirs, strict=True)]))
+            float(
+                np.nanmean([_correlation(a, b, ranked) for a, b in zip(mine, theirs, strict=True)])
+            )
             for theirs in (self.effects[1].double().numpy(), *self.null_effects.double().numpy())
         ]
 
@@ -253,9 +249,9 @@ def compare_adapters(
     shared = [site for site in lens.sites if site.name in {s.name for s in second.sites}]
     if not shared and prompts is None:
         raise ArgumentError(
-            f"{lens.adapter.name} and {other.name} adapt no site in common ({lens.sites[0].name}, … "
-            f"and {second.sites[0].name}, …), so their ΔW cannot be compared; give prompts, on "
-            "which what both do is compared."
+            f"{lens.adapter.name} and {other.name} adapt no site in common ("
+            f"{lens.sites[0].name}, … and {second.sites[0].name}, …), so "
+            "their ΔW cannot be compared; give prompts, on which what both do is compared."
         )
     seeds = np.random.SeedSequence(seed).generate_state(draws).tolist()
     fields = geometry(_thin(lens), _thin(second), seeds)
@@ -269,7 +265,7 @@ def compare_adapters(
     if prompts is not None:
         asked = ask_prompts(lens, prompts)
         about = None if readout is None else ask(lens, asked.prompts, readout)
-        fields |= _on_prompts(asked, about, second, [s.name for s in shared], seeds, progress)
+        fields |= on_prompts(asked, about, second, [s.name for s in shared], seeds, progress)
     return AdapterComparison(
         names=(lens.adapter.name, other.name),
         sites=tuple(shared),
@@ -298,41 +294,3 @@ def _require_adapter(lens: LoraLens, other: Adapter) -> None:
 def _thin(lens: LoraLens) -> dict[str, Thin]:
     pairs = zip(lens.sites, lens.plan.updates, strict=True)
     return {site.name: thin(one.update) for site, one in pairs}
-
-
-def _on_prompts(
-    asked: Asked,
-    about: Asked | None,
-    second: LoraLens,
-    names: Sequence[str],
-    seeds: Sequence[int],
-    progress: bool,
-) -> dict[str, Tensor]:
-    lens = asked.lens
-    parts = fused_parts(second)
-
-    def random() -> Iterator[LoraLens]:
-        for draw in seeds:
-            yield lens.with_adapter(null_adapter(second.adapter, draw, parts=parts))
-
-    def each() -> Iterator[LoraLens]:
-        bar = tqdm(random(), "null adapters", len(seeds), leave=False, disable=not progress)
-        return itertools.chain([second], bar)
-
-    found = products(lens, each, asked.prompts.at_each_token())
-    fields = {"function": found[:, 0], "null_function": found[:, 1:]}
-    if about is not None:
-        about.require_slope_at_base()
-        at = [site_slopes(of, about.reading, of.gates(0.0)) for of in (lens, second)]
-        fields["effects"] = torch.stack(
-            [_at(values, of.sites, names) for values, of in zip(at, (lens, second), strict=True)]
-        )
-        null = [(site_slopes(of, about.reading, of.gates(0.0)), of.sites) for of in random()]
-        if null:
-            fields["null_effects"] = torch.stack([_at(*own, names) for own in null])
-    return fields
-
-
-def _at(values: Tensor, sites: Sequence[Site], names: Sequence[str]) -> Tensor:
-    order = {site.name: i for i, site in enumerate(sites)}
-    return values[:, [order[name] for name in names]].detach().double().cpu()

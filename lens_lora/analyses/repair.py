@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, final, get_args
 
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -68,6 +67,7 @@ class Repair(Result):
         sites: of the whole adapter.
         sizes: how many gates each site has: one each for `of='site'`, else its ranks.
         of: what a gate is of.
+        gate_count: how many gates move anything; of ranks those with σ > 0.
         keep_share: that was asked for.
         labels, keeps, held_out: of each question: its readout, whether it is to be kept, whether it
             only judges.
@@ -90,6 +90,7 @@ class Repair(Result):
     sites: tuple[Site, ...]
     sizes: tuple[int, ...]
     of: Of
+    gate_count: int
     keep_share: float
     labels: tuple[str, ...]
     keeps: tuple[bool, ...]
@@ -130,7 +131,7 @@ class Repair(Result):
     def verdict(self) -> Verdict:
         """'helps', 'tie' (the gain is within a tenth of 1), 'worse', or 'nothing': no set of gates
         but the whole adapter kept the share asked for."""
-        if bool(self.kept.sum() == self.gates.new_tensor(self._alive).sum()):
+        if int(self.kept.sum()) == self.gate_count:
             return "nothing"
         if self.gain >= _CLEAR:
             return "helps"
@@ -155,7 +156,9 @@ class Repair(Result):
 
     def gates_to_frame(self) -> pd.DataFrame:
         """One row per gate: its site, its rank, its value before rounding, whether it is kept."""
-        names = [site for site, size in zip(self.sites, self.sizes, strict=True) for _ in range(size)]
+        names = [
+            site for site, size in zip(self.sites, self.sizes, strict=True) for _ in range(size)
+        ]
         return pd.DataFrame(
             {
                 "site": [site.name for site in names],
@@ -166,13 +169,13 @@ class Repair(Result):
             }
         )
 
+    def story(self) -> str:
+        """What was kept and left, beside scaling, in plain words."""
+        return drawing.story(self)
+
     def plot(self) -> Figure:
         """What is left against what is kept: the repair beside scaling and random sets."""
         return drawing.figure(self)
-
-    @property
-    def _alive(self) -> int:
-        return int(self.meta["gates"])
 
     def judging(self, *, keep: bool) -> list[int]:
         """Indices of the questions of a kind that judge: those held out, or those given.
@@ -270,7 +273,8 @@ def _result(
         labels=tuple(part.label for part in parts),
         keeps=tuple(part.keep for part in parts),
         held_out=tuple(part.held_out for part in parts),
-        meta={**lens.describe(), "gates": str(int(layout.alive.sum())), RANDOM: str(seed)},
+        gate_count=int(layout.alive.sum()),
+        meta={**lens.describe(), RANDOM: str(seed)},
         **judged(layout, parts, kept, draws, seed),
     )
 
@@ -283,5 +287,7 @@ def _search(keep_share: float, steps: int, rate: float, price: float) -> Search:
     if not 0 < share <= 1:
         raise ArgumentError(f"keep_share={share:g}: expected a share above 0, at most 1.")
     if rate <= 0 or price < 0:
-        raise ArgumentError(f"rate={rate:g}, price={price:g}: expected a rate above 0, a price ≥ 0.")
+        raise ArgumentError(
+            f"rate={rate:g}, price={price:g}: expected a rate above 0, a price ≥ 0."
+        )
     return Search(share, whole("steps", steps, 1), rate, price)

@@ -16,7 +16,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -113,9 +112,10 @@ def _part(lens: LoraLens, question: Any, name: str, index: int) -> Part:
         tokens = int(prompts.read_mask.sum())
     asked = ask(lens, prompts, readout)
     shift, floor = asked.ends[1] - asked.ends[0], asked.noise_floor
-    if float(shift.abs().sum()) <= SIGMAS * float(floor.double().square().sum().sqrt()):
+    size = float(shift.abs().sum())
+    if size <= SIGMAS * float(floor.double().square().sum().sqrt()):
         raise ArgumentError(
-            f"{name}[{index}], {readout.label}: the adapter moves it by {float(shift.abs().sum()):.2g} "
-            f"in all, which rounding alone may do; there is nothing to {name.removeprefix('test_')}."
+            f"{name}[{index}], {readout.label}: the adapter moves it by {size:.2g} in all, which "
+            f"rounding alone may do; there is nothing to {name.removeprefix('test_')}."
         )
     return Part(asked, name.endswith("keep"), name.startswith("test"), tokens)

@@ -69,7 +69,9 @@ def optimised(
     with tqdm(range(search.steps), desc="gates", leave=False, disable=not progress) as bar:
         for _ in bar:
             with torch.enable_grad():
-                shares = [(p.keep, p.share(value_at(layout, p.asked.reading, gates))) for p in parts]
+                shares = [
+                    (p.keep, p.share(value_at(layout, p.asked.reading, gates))) for p in parts
+                ]
                 left = torch.stack([share for keep, share in shares if not keep]).mean()
                 kept = torch.stack([share for keep, share in shares if keep])
                 price = search.price * gates.sum() / alive.sum()
@@ -78,7 +80,9 @@ def optimised(
             adam.step()
             with torch.no_grad():
                 gates.clamp_(0.0, 1.0).mul_(alive)
-            bar.set_postfix(kept=f"{float(kept.detach().min()):.2f}", left=f"{float(left.detach()):.2f}")
+            bar.set_postfix(
+                kept=f"{float(kept.detach().min()):.2f}", left=f"{float(left.detach()):.2f}"
+            )
     return gates.detach()
 
 
@@ -111,9 +115,7 @@ def rounded(
     return best
 
 
-def _shares(
-    layout: GateLayout, parts: Sequence[Part], kept: Tensor, *, keep: bool
-) -> list[float]:
+def _shares(layout: GateLayout, parts: Sequence[Part], kept: Tensor, *, keep: bool) -> list[float]:
     gates = kept.to(layout.lens.gate_dtype)
     with torch.no_grad():
         return [

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool
@@ -26,7 +26,7 @@ from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
 from lens_lora.engine.rank_gates import GateLayout
 from lens_lora.errors import UnsupportedAdapterError
 from lens_lora.hooked.basis import Update
-from lens_lora.hooked.gauge import Turn, svd_turn
+from lens_lora.hooked.gauge import svd_factors
 from lens_lora.hooked.updates import SiteUpdate
 
 __all__ = ["require_expressible", "sub_adapter"]
@@ -68,7 +68,9 @@ def sub_adapter(layout: GateLayout, kept: Bool[Tensor, "gate"], name: str) -> Ad
     adapter = layout.lens.adapter
     alive = layout.by_site(layout.alive)
     parts: dict[str, list[tuple[SiteUpdate, Tensor, bool]]] = {}
-    for i, (one, own) in enumerate(zip(layout.lens.plan.updates, layout.by_site(kept), strict=True)):
+    for i, (one, own) in enumerate(
+        zip(layout.lens.plan.updates, layout.by_site(kept), strict=True)
+    ):
         is_whole = bool(own[alive[i]].all())
         parts.setdefault(_key(one), []).append((one, own, is_whole))
     modules: dict[str, ModuleUpdate] = {}
@@ -90,45 +92,41 @@ def _reduced(
 ) -> LoRAFactors:
     """The kept directions of a module's sites, in its own rows."""
     found = [_directions(one, mask, of) for one, mask, _ in parts if bool(mask.any())]
-    out = _outputs(update, parts)
-    A = torch.cat([A for A, *_ in found])
-    B = A.new_zeros(out, len(A))
-    bias = A.new_zeros(out)
+    out, reads = _outputs(update, parts), torch.cat([part.reads for part in found])
+    writes = reads.new_zeros(out, len(reads))
+    bias = reads.new_zeros(out)
     start = 0
-    for _, own, own_bias, rows in found:
-        at = torch.arange(out) if rows is None else rows
-        B[at, start : start + own.shape[1]] = own
-        bias[at] = own_bias
-        start += own.shape[1]
-    if not len(A):  # a change of bias alone
-        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(out, 1)
+    for part in found:
+        at = torch.arange(out) if part.rows is None else part.rows
+        writes[at, start : start + len(part.reads)] = part.writes
+        bias[at] = part.bias
+        start += len(part.reads)
+    if not len(reads):  # a change of bias alone
+        reads, writes = reads.new_zeros(1, reads.shape[1]), writes.new_zeros(out, 1)
     dtype = _stored_dtype(update)
     lora_bias = bias.to(dtype) if bool(bias.any()) else None
-    return LoRAFactors(A.to(dtype).contiguous(), B.to(dtype), lora_bias=lora_bias)
+    return LoRAFactors(reads.to(dtype).contiguous(), writes.to(dtype), lora_bias=lora_bias)
 
 
-def _directions(
-    one: SiteUpdate, mask: Tensor, of: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(ΣVᵀ, U, Δb, rows) of the kept directions of a site, in float64 on the CPU."""
+class _Directions(NamedTuple):
+    """Kept of one site, in float64 on the CPU: of ΣVᵀ, of U, Δb, and its rows in a fused module."""
+
+    reads: Tensor
+    writes: Tensor
+    bias: Tensor
+    rows: Tensor | None
+
+
+def _directions(one: SiteUpdate, mask: Tensor, of: str) -> _Directions:
     update = cast(Update, one.update)  # a norm has neither ranks nor several sites
-    turn = svd_turn(update)
-    keep, keep_bias = _split(mask, turn, of)
-    A = (turn.u @ update.A.double()).cpu()[keep]
-    B = (update.scale * update.B.double() @ turn.B.to(update.B.device)).cpu()[:, keep]
-    bias = B.new_zeros(len(B))
+    reads, writes, sigma = svd_factors(update)
+    keep = sigma > 0 if of == "site" else mask[: len(sigma)]
+    keep_bias = update.bias is not None and bool(mask[-1])
+    bias = writes.new_zeros(len(writes))
     if update.bias is not None and keep_bias:
         bias = update.bias.double().cpu()
     rows = one.site.rows
-    return A, B, bias, None if rows is None else rows.cpu()
-
-
-def _split(mask: Tensor, turn: Turn, of: str) -> tuple[Tensor, bool]:
-    """Which directions of ΔW are kept, and whether the change of bias is."""
-    count = len(turn.sigma)
-    if of == "site":
-        return turn.sigma.cpu() > 0, bool(mask.all())
-    return mask[:count], bool(mask[count:].any())
+    return _Directions(reads[keep], writes[:, keep], bias, None if rows is None else rows.cpu())
 
 
 def _outputs(update: ModuleUpdate, parts: Sequence[tuple[SiteUpdate, Tensor, bool]]) -> int:
@@ -139,6 +137,8 @@ def _outputs(update: ModuleUpdate, parts: Sequence[tuple[SiteUpdate, Tensor, boo
 
 
 def _stored_dtype(update: ModuleUpdate) -> torch.dtype:
-    held = [v for f in dataclasses.fields(update) if isinstance(v := getattr(update, f.name), Tensor)]
+    held = [
+        v for f in dataclasses.fields(update) if isinstance(v := getattr(update, f.name), Tensor)
+    ]
     floating = [t.dtype for t in held if t.is_floating_point()]
     return torch.promote_types(floating[0], torch.float32)

@@ -12,7 +12,9 @@ from lens_lora.show import reprs
 from lens_lora.show.figures import (
     activation_effects,
     activations,
+    adapter_comparison,
     attribution,
+    checkpoints,
     comparison,
     coupling,
     effects,
@@ -23,6 +25,7 @@ from lens_lora.show.figures import (
     null_test,
     reliability,
     remainder,
+    repair,
     response,
     second_order,
     shaded,
@@ -32,13 +35,16 @@ from lens_lora.show.figures import (
 from lens_lora.show.page.report import explanation_report
 from lens_lora.show.words import explanation as explanation_words
 from lens_lora.show.words import margin as margin_words
+from lens_lora.show.words import repair as repair_words
 from lens_lora.show.words import response as response_words
 from lens_lora.show.words import verdicts
 
 __all__ = [
     "activation_effects",
     "activations",
+    "adapter_comparison",
     "attribution",
+    "checkpoints",
     "comparison",
     "coupling",
     "effects",
@@ -51,6 +57,8 @@ __all__ = [
     "null_test",
     "reliability",
     "remainder",
+    "repair",
+    "repair_words",
     "reprs",
     "response",
     "response_words",

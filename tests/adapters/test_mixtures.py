@@ -56,7 +56,9 @@ def test_stacking_is_peft_s_cat(two, weights):
 def test_ends_of_a_mixture_are_the_adapters(two):
     _, _, one, other = two
     for weight, end in ((0, one), (1, other)):
-        assert torch.allclose(logits_of(two, one.mixed(other, weight)), logits_of(two, end), atol=1e-9)
+        assert torch.allclose(
+            logits_of(two, one.mixed(other, weight)), logits_of(two, end), atol=1e-9
+        )
     assert (logits_of(two, one.mixed(other)) - logits_of(two, one)).abs().max() > 1e-3
 
 
