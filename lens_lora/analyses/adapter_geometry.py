@@ -138,20 +138,19 @@ def geometry(
     ]
     return {
         "only": only,
-        "norms": _numbers([[float(of[n].sigma.norm()) for n in names] for of in (mine, theirs)], 2),
+        "norms": _table([[float(of[n].sigma.norm()) for n in names] for of in (mine, theirs)], len(names)),
         "rest": torch.tensor(rest, dtype=torch.float64),
-        "inner": _numbers([pair.inner for pair in pairs], 1),
+        "inner": torch.tensor([pair.inner for pair in pairs], dtype=torch.float64),
         "read": _padded([pair.read for pair in pairs]),
         "write": _padded([pair.write for pair in pairs]),
-        "null_inner": _numbers([[pair.inner for pair in row] for row in null], 2, len(names)),
-        "null_read": _numbers([[_overlap(p.read) for p in row] for row in null], 2, len(names)),
-        "null_write": _numbers([[_overlap(p.write) for p in row] for row in null], 2, len(names)),
+        "null_inner": _table([[pair.inner for pair in row] for row in null], len(names)),
+        "null_read": _table([[_overlap(p.read) for p in row] for row in null], len(names)),
+        "null_write": _table([[_overlap(p.write) for p in row] for row in null], len(names)),
     }
 
 
-def _numbers(values: Sequence[object], axes: int, width: int = 0) -> Tensor:
-    found = torch.tensor(values, dtype=torch.float64)
-    return found if found.ndim == axes else found.view(-1, width)
+def _table(rows: Sequence[Sequence[float]], width: int) -> Float[Tensor, "row site"]:
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width)
 
 
 def _padded(rows: Sequence[Tensor]) -> Float[Tensor, "site angle"]:

@@ -159,7 +159,7 @@ class AdapterComparison(Result):
         """One row per site; sites of one adapter alone say whose they are, and have no numbers."""
         columns = {
             "cosine": self.cosines,
-            "null std": self.null_inner.std(0) / self.norms.prod(0),
+            "null std": self._null_std,
             "read overlap": self.read_overlap,
             "write overlap": self.write_overlap,
             "null read": self.null_read.mean(0),
@@ -185,6 +185,12 @@ class AdapterComparison(Result):
     @property
     def _sizes(self) -> Float[Tensor, "2"]:
         return (self.norms.square().sum(1) + self.rest.square()).sqrt()
+
+    @property
+    def _null_std(self) -> Float[Tensor, "site"]:
+        if len(self.null_inner) < 2:
+            return torch.full_like(self.inner, torch.nan)
+        return self.null_inner.std(0) / self.norms.prod(0)
 
     @property
     def _null_cosines(self) -> Float[Tensor, "draw"]:

@@ -3,9 +3,10 @@
 A span of consecutive steps is a phase change of a series if, in each of its intervals,
 
 1. the change per step is more than `TIMES` times the median over all intervals, and
-2. the change is in one direction, more than three noise floors,
+2. the change is in one direction, at least `PART` of the range of the series, and more than three
+   noise floors,
 
-and the whole span makes up at least `SHARE` of the range of the series. With fewer than four
+and the whole span makes up at least `SHARE` of that range. With fewer than four
 intervals there is no usual pace to stand out from, and nothing is marked.
 """
 
@@ -16,9 +17,9 @@ from collections.abc import Sequence
 
 from lens_lora.results.measured import SIGMAS
 
-__all__ = ["SHARE", "TIMES", "phase_changes"]
+__all__ = ["PART", "SHARE", "TIMES", "phase_changes"]
 
-TIMES, SHARE = 3.0, 0.25
+TIMES, PART, SHARE = 3.0, 0.1, 0.25
 _FEWEST = 4
 
 
@@ -37,11 +38,12 @@ def phase_changes(
         return ()
     paces = [abs(c) / (b - a) for c, (a, b) in zip(changes, itertools.pairwise(steps), strict=True)]
     usual = sorted(paces)[(len(paces) - 1) // 2]
+    span = max(values) - min(values)
+    least = max(PART * span, SIGMAS * floor)
     signs = [
-        (c > 0) - (c < 0) if pace > TIMES * usual and abs(c) > SIGMAS * floor else 0
+        (c > 0) - (c < 0) if pace > TIMES * usual and abs(c) > least else 0
         for c, pace in zip(changes, paces, strict=True)
     ]
-    span = max(values) - min(values)
     found, start = [], 0
     for sign, run in itertools.groupby(signs):
         end = start + len(list(run))
