@@ -73,7 +73,9 @@ def table(numbers: dict[str, Any]) -> str:
         cells = [f"{pair[name]:.3f}" for name in names]
         lines.append(f"| {pair['first']} / {pair['second']} ({kind}) | {' | '.join(cells)} |")
     null = [max(pair[f"{name}, null"] for pair in pairs) for name in names]
-    lines.append(f"| largest null, of three draws a pair | {' | '.join(f'{v:.3f}' for v in null)} |")
+    lines.append(
+        f"| largest null, of three draws a pair | {' | '.join(f'{v:.3f}' for v in null)} |"
+    )
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.loading import hooked_model
+from lens_lora.readouts.answers import margin_between
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "repair.json", DOCS / "two_adapters.md"
@@ -74,13 +75,17 @@ def measure(name: str, lens: ll.LoraLens) -> dict[str, Any]:
     """One adapter's row."""
     spec = next(spec for spec in ADAPTERS if spec.name == name)
     (first, doc, pre), (second, *_), _ = spec.questions
-    margin = ll.Margin(doc, pre)
+
+    def margin(prompts: list[str]) -> tuple[ll.Prompts, ll.Readout]:
+        ready = lens.prompts(prompts)
+        return ready, margin_between(lens.model, doc, pre, ready)
+
     found = ll.repair(
         lens,
-        keep=[([first, second], margin)],
+        keep=[margin([first, second])],
         drop=[(TEXTS, ll.KL())],
         keep_share=SHARE,
-        test_keep=[(list(WORDINGS[name]), margin)],
+        test_keep=[margin(list(WORDINGS[name]))],
         test_drop=[(HELD_OUT, ll.KL())],
         progress=False,
     )

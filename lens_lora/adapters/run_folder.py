@@ -1,15 +1,14 @@
-"""A trainer's run folder: its `checkpoint-<step>` folders as adapters, by their steps."""
+"""A trainer's run folder: its `checkpoint-<step>` folders, by their steps. Loads no torch."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.peft_files import require_files
 from lens_lora.errors import AdapterError
 
-__all__ = ["checkpoint_folders", "read_run"]
+__all__ = ["checkpoint_folders"]
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -39,16 +38,3 @@ def checkpoint_folders(run: str | Path) -> dict[int, Path]:
     for path in found.values():
         require_files(path)
     return dict(sorted(found.items()))
-
-
-def read_run(run: str | Path) -> dict[int, Adapter]:
-    """{step: adapter} of a run folder, increasing.
-
-    Args:
-        run: the folder that a trainer wrote.
-
-    Raises:
-        AdapterError: as `checkpoint_folders`, or as `load_adapter` of one of them.
-    """
-    folders = checkpoint_folders(run)
-    return {step: load_adapter(path).named(path.name) for step, path in folders.items()}

@@ -138,7 +138,9 @@ def geometry(
     ]
     return {
         "only": only,
-        "norms": _table([[float(of[n].sigma.norm()) for n in names] for of in (mine, theirs)], len(names)),
+        "norms": _table(
+            [[float(of[n].sigma.norm()) for n in names] for of in (mine, theirs)], len(names)
+        ),
         "rest": torch.tensor(rest, dtype=torch.float64),
         "inner": torch.tensor([pair.inner for pair in pairs], dtype=torch.float64),
         "read": _padded([pair.read for pair in pairs]),

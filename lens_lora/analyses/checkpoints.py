@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.run_folder import read_run
+from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.adapters.run_folder import checkpoint_folders
 from lens_lora.analyses.adapter_geometry import Thin, compared, thin
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.margin import flip_scales
@@ -110,8 +110,9 @@ def _in_order(
     if isinstance(adapters, str | Path):
         if steps is not None:
             raise ArgumentError("the steps of a run folder are those of its checkpoint-<step>.")
-        run = read_run(adapters)
-        return tuple(run.values()), tuple(map(float, run))
+        folders = checkpoint_folders(adapters)
+        run = (load_adapter(path).named(path.name) for path in folders.values())
+        return tuple(run), tuple(map(float, folders))
     given: Any = adapters
     if not isinstance(given, list | tuple) or not all(isinstance(a, Adapter) for a in given):
         raise ArgumentError(

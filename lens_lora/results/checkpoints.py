@@ -153,6 +153,10 @@ class Checkpoints(Read):
             found = (of.double().cpu().square() @ members.T).sqrt()
         return pd.DataFrame(found.T.numpy(), index=list(groups), columns=list(self.steps))
 
+    def story(self) -> str:
+        """Where each prompt flips, and where anything changes at once, in plain words."""
+        return drawing.story(self)
+
     def plot(self) -> Figure:
         """The readout of each prompt over the steps, its first order, flips and phase changes."""
         return drawing.figure(self)

@@ -33,6 +33,7 @@ from lens_lora.show.figures import (
     tokens,
 )
 from lens_lora.show.page.report import explanation_report
+from lens_lora.show.words import checkpoints as checkpoints_words
 from lens_lora.show.words import explanation as explanation_words
 from lens_lora.show.words import margin as margin_words
 from lens_lora.show.words import repair as repair_words
@@ -45,6 +46,7 @@ __all__ = [
     "adapter_comparison",
     "attribution",
     "checkpoints",
+    "checkpoints_words",
     "comparison",
     "coupling",
     "effects",

@@ -69,7 +69,9 @@ def test_geometry_is_that_of_the_dense_matrices(key):
     other = other_of(case)
     found = ll.compare_adapters(case.lens, other, draws=0)
     for i, site in enumerate(found.sites):
-        one, two = (a.modules[site.module].materialise().numpy() for a in (case.lens.adapter, other))
+        one, two = (
+            a.modules[site.module].materialise().numpy() for a in (case.lens.adapter, other)
+        )
         cosine = (one * two).sum() / np.linalg.norm(one) / np.linalg.norm(two)
         assert float(found.cosines[i]) == pytest.approx(cosine, abs=1e-12)
         u, v = (np.linalg.svd(m, full_matrices=False) for m in (one, two))
@@ -141,8 +143,12 @@ def test_an_independent_adapter_lies_within_the_null():
     assert abs(frame["value"].iloc[0]) < 3 * (high - low)
     half = lens.adapter.mixed(other_of(case), 0.5)
     mixed = ll.compare_adapters(lens, half, draws=8)
-    assert mixed.cosine > 0.5 > 3 * float(mixed.null_inner.sum(1).abs().max()) / float(
-        mixed.norms.square().sum(1).sqrt().prod()
+    assert (
+        mixed.cosine
+        > 0.5
+        > 3
+        * float(mixed.null_inner.sum(1).abs().max())
+        / float(mixed.norms.square().sum(1).sqrt().prod())
     )
 
 

@@ -160,7 +160,9 @@ def test_a_sub_adapter_is_its_gates_and_loads_in_peft(family, config, of, tmp_pa
     assert torch.allclose(own, at_gates, atol=1e-9)
     assert (at_gates - ll.first_order(lens, tokens, margin).adapted).abs().min() > 1e-6
     if config.get("use_dora") and of == "rank":
-        assert all(isinstance(f, ll.LoRAFactors) and f.magnitude is None for f in part.modules.values())
+        assert all(
+            isinstance(f, ll.LoRAFactors) and f.magnitude is None for f in part.modules.values()
+        )
     part.save(tmp_path)
     theirs = PeftModel.from_pretrained(models.hf_model(family), tmp_path).eval().double()
     with torch.no_grad():
