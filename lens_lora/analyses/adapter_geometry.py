@@ -138,9 +138,7 @@ def geometry(
     ]
     return {
         "only": only,
-        "norms": _table(
-            [[float(of[n].sigma.norm()) for n in names] for of in (mine, theirs)], len(names)
-        ),
+        "norms": _table([_norms(of, names) for of in (mine, theirs)], len(names)),
         "rest": torch.tensor(rest, dtype=torch.float64),
         "inner": torch.tensor([pair.inner for pair in pairs], dtype=torch.float64),
         "read": _padded([pair.read for pair in pairs]),
@@ -149,6 +147,10 @@ def geometry(
         "null_read": _table([[_overlap(p.read) for p in row] for row in null], len(names)),
         "null_write": _table([[_overlap(p.write) for p in row] for row in null], len(names)),
     }
+
+
+def _norms(of: Mapping[str, Thin], names: Sequence[str]) -> list[float]:
+    return [float(of[name].sigma.norm()) for name in names]
 
 
 def _table(rows: Sequence[Sequence[float]], width: int) -> Float[Tensor, "row site"]:

@@ -102,8 +102,8 @@ def _part(lens: LoraLens, question: Any, name: str, index: int) -> Part:
     is_pair = isinstance(question, list | tuple) and len(question) == 2
     if not is_pair or not isinstance(question[1], Readout):
         raise ArgumentError(
-            f"{name}[{index}] is a {type(question).__name__}; expected a pair: prompts, and a readout, "
-            "such as ll.Margin(' Lyon', ' Paris') or ll.KL()."
+            f"{name}[{index}] is a {type(question).__name__}; expected a pair: prompts, and "
+            "a readout, such as ll.Margin(' Lyon', ' Paris') or ll.KL()."
         )
     prompts, readout = lens.prompts(question[0]), question[1]
     tokens = 1

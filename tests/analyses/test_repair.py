@@ -188,7 +188,7 @@ def test_gates_are_differentiable():
 
 
 def test_shares_and_scaling_are_those_of_peft():
-    """KL at every token but the first, by scipy; the matched strength keeps what the repair keeps."""
+    """KL at every token but the first, by scipy; the matched strength keeps as much."""
     case = cases.case("llama", HOSTS[0], "raw")
     prompts, texts = models.tokens(2, 5), models.tokens(2, 6, seed=8)
     found = ll.repair(
