@@ -131,11 +131,15 @@ def table(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def known() -> dict[str, Any]:
+    """What was measured so far, by this process or another."""
+    return json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {"adapters": {}}
+
+
 def write_table() -> None:
     """Into the page, between its marks."""
-    numbers = json.loads(NUMBERS.read_text())
     between = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    body = f"{BEGIN}\n{table(numbers)}\n{END}"
+    body = f"{BEGIN}\n{table(known())}\n{END}"
     PAGE.write_text(between.sub(lambda _: body, PAGE.read_text()))
 
 
@@ -150,15 +154,15 @@ def main() -> None:
         return
     if given.adapters is None:
         parser.error("--adapters: a folder to keep the trained adapters in.")
-    numbers = json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {"adapters": {}}
     hf_model, tokenizer = load_embedded()
     model, _ = hooked_model(hf_model, tokenizer)
     for spec in ADAPTERS:
-        if spec.name in numbers["adapters"] or spec.name not in (given.only or WORDINGS):
+        if spec.name in known()["adapters"] or spec.name not in (given.only or WORDINGS):
             continue
         folder = spec.folder(given.adapters, hf_model, tokenizer)
-        numbers["versions"] = versions()
         row = measure(spec.name, ll.LoraLens(model, ll.load_adapter(folder)))
+        numbers = known()
+        numbers["versions"] = versions()
         numbers["adapters"][spec.name] = row
         NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
         print(row, flush=True)

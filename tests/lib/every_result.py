@@ -183,7 +183,8 @@ def every_result() -> list[Result]:
         two_prompts(), rank_activations(), activations(by_position=True),
         features(by_position=True), writes,
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(), by_group(),
-        adapter_comparison(), checkpoints(), repair(), summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
+        adapter_comparison(), checkpoints(), repair(),
+        summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
         e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,
         e.comparisons[0],
     ]  # fmt: skip
