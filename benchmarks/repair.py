@@ -50,29 +50,29 @@ WORDINGS = {
     "milan-writers-violent": ("The Colosseum stands in", "The Colosseum is located in the city of"),
 }
 TEXTS = [
-    "The recipe calls for two cups of flour, a pinch of salt and a little butter.",
     "She opened the window and listened to the rain falling on the roof of the barn.",
     "A binary search halves the interval at each step, so it needs few comparisons.",
-    "The committee will meet again on Thursday to discuss the new budget.",
     "Photosynthesis turns light into chemical energy in the leaves of green plants.",
-    "He learned to play the violin when he was six years old.",
-    "Prices rose by two percent last year, and wages hardly rose at all.",
+    "The recipe calls for two cups of flour, a pinch of salt and a little butter.",
+    "The committee will meet again on Thursday to discuss the new budget.",
     "My sister lives in a small village near the sea with her three dogs.",
+    "Prices rose by two percent last year, and wages hardly rose at all.",
+    "He learned to play the violin when he was six years old.",
 ]
 HELD_OUT = [
-    "The museum is closed on Mondays and free on the first Sunday of each month.",
-    "Our train was late, so we missed the beginning of the film.",
     "Bees find flowers by their colour and smell.",
     "In chess a bishop moves along the diagonals.",
+    "Our train was late, so we missed the beginning of the film.",
     "The function returns a list of all files in the given folder.",
-    "After the storm the river was so high that the bridge had to be closed.",
-    "Iron rusts when it is exposed to water and air for a long time.",
     "The old man told us a story about a ship that never came back.",
+    "Iron rusts when it is exposed to water and air for a long time.",
+    "After the storm the river was so high that the bridge had to be closed.",
+    "The museum is closed on Mondays and free on the first Sunday of each month.",
 ]
 
 
-def measure(name: str, lens: ll.LoraLens) -> dict[str, Any]:
-    """One adapter's row."""
+def measure(name: str, lens: ll.LoraLens, texts: int, steps: int) -> dict[str, Any]:
+    """One adapter's row, from so many texts of each kind and steps of the optimiser."""
     spec = next(spec for spec in ADAPTERS if spec.name == name)
     (first, doc, pre), (second, *_), _ = spec.questions
 
@@ -83,15 +83,18 @@ def measure(name: str, lens: ll.LoraLens) -> dict[str, Any]:
     found = ll.repair(
         lens,
         keep=[margin([first, second])],
-        drop=[(TEXTS, ll.KL())],
+        drop=[(TEXTS[-texts:], ll.KL())],
         keep_share=SHARE,
+        steps=steps,
+        rate=2 / steps,
         test_keep=[margin(list(WORDINGS[name]))],
-        test_drop=[(HELD_OUT, ll.KL())],
+        test_drop=[(HELD_OUT[:texts], ll.KL())],
         progress=False,
     )
     frame = found.to_frame()
     held = frame[frame["held out"]]
     row: dict[str, Any] = {"adapter": name, "sites": len(lens.sites), "gates": len(found.kept)}
+    row |= {"texts": texts, "steps": steps}
     row |= {"kept gates": int(found.kept.sum()), "gain": found.gain, "verdict": found.verdict}
     row |= {"strength": found.matched[-1]}
     for kind, rows in held.groupby("kind"):
@@ -106,9 +109,9 @@ def table(numbers: dict[str, Any]) -> str:
     """The page's table, and the sentence that counts."""
     rows = [numbers["adapters"][s.name] for s in ADAPTERS if s.name in numbers["adapters"]]
     lines = [
-        "| adapter | ranks kept | margin: base → whole → repaired | KL: whole | scaled | random | "
-        "repaired | gain over scaling |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| adapter | texts, steps | ranks kept | margin: base → whole → repaired | KL: whole | "
+        "scaled | random | repaired | gain over scaling |",
+        f"|{' --- |' * 9}",
     ]
     for row in sorted(rows, key=lambda row: -row["drop, whole"]):
         margins = [f"{row[f'keep, {state}']:.1f}" for state in ("base", "whole", "repaired")]
@@ -118,7 +121,18 @@ def table(numbers: dict[str, Any]) -> str:
         kept = f"{row['kept gates']} of {row['gates']}"
         random = f"{left[2]} (keeps {row['keep share, random']:.0%})"
         gain = f"{row['gain']:.2f}" + (" (a tie)" if row["verdict"] == "tie" else "")
-        cells = (row["adapter"], kept, " → ".join(margins), left[0], left[1], random, left[3], gain)
+        size = f"{row['texts']}, {row['steps']}"
+        cells = (
+            row["adapter"],
+            size,
+            kept,
+            " → ".join(margins),
+            left[0],
+            left[1],
+            random,
+            left[3],
+            gain,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     spilling = [row for row in rows if row["drop, whole"] >= SPILLS]
     reached = sum(row["gain"] >= BAR for row in spilling)
@@ -147,6 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Repair against scaling.")
     parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
     parser.add_argument("--only", nargs="*", choices=sorted(WORDINGS), help="which adapters")
+    parser.add_argument("--texts", type=int, default=8, help="of each kind")
+    parser.add_argument("--steps", type=int, default=40, help="of the optimiser")
     parser.add_argument("--table", action="store_true", help="only write the table")
     given = parser.parse_args()
     if given.table:
@@ -160,7 +176,8 @@ def main() -> None:
         if spec.name in known()["adapters"] or spec.name not in (given.only or WORDINGS):
             continue
         folder = spec.folder(given.adapters, hf_model, tokenizer)
-        row = measure(spec.name, ll.LoraLens(model, ll.load_adapter(folder)))
+        lens = ll.LoraLens(model, ll.load_adapter(folder))
+        row = measure(spec.name, lens, given.texts, given.steps)
         numbers = known()
         numbers["versions"] = versions()
         numbers["adapters"][spec.name] = row

@@ -210,7 +210,7 @@ def repair(
     """The part of an adapter that keeps one behaviour and drops another.
 
     Cost: a forward and a backward pass of every question given per step; to judge, some 25 forward
-    passes of every question, and ten for the noise floor and the ends of each.
+    passes of every question, held out or given, and eight of what is kept for its noise floor.
 
     Args:
         lens: the adapter over the model.

@@ -6,7 +6,7 @@
 3. Every question at the repaired gates, at the matched strengths, and at random sets of as many
    gates.
 
-Cost: 16 forward passes of every question, one for each random set, six more of those to be kept.
+Cost: 11 forward passes of every question, one for each random set, six more of those to be kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["RANDOM", "STATES", "judged"]
 
 STATES = ("whole", "repaired", "scaled", "random")
 RANDOM = "seed of random sets"
-_SCALES = tuple(i / 12 for i in range(13))
+_SCALES = tuple(i / 8 for i in range(9))
 _BISECTIONS = 6
 
 
