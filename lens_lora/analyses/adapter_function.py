@@ -12,7 +12,6 @@ Cost of a pair: two dual forward passes, three forward passes; of one more adapt
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -126,21 +125,26 @@ def on_prompts(
         UnsupportedAdapterError: random directions of DoRA or of trained modules.
         ModelStateError: the model has an operation without a forward-mode derivative.
     """
-    lens = asked.lens
-    parts = fused_parts(second)
+    lens, parts = asked.lens, fused_parts(second)
+    if about is not None:
+        about.require_slope_at_base()
 
     def random() -> Iterator[LoraLens]:
         for draw in seeds:
             yield lens.with_adapter(null_adapter(second.adapter, draw, parts=parts))
 
-    def each() -> Iterator[LoraLens]:
-        bar = tqdm(random(), "null adapters", len(seeds), leave=False, disable=not progress)
-        return itertools.chain([second], bar)
+    silent = not progress or not seeds
+    with tqdm(total=len(seeds), desc="null adapters", leave=False, disable=silent) as bar:
 
-    found = products(lens, each, asked.prompts.at_each_token())
+        def each() -> Iterator[LoraLens]:
+            yield second
+            for other in random():
+                yield other
+                bar.update()
+
+        found = products(lens, each, asked.prompts.at_each_token())
     fields = {"function": found[:, 0], "null_function": found[:, 1:]}
     if about is not None:
-        about.require_slope_at_base()
         at = [site_slopes(of, about.reading, of.gates(0.0)) for of in (lens, second)]
         fields["effects"] = torch.stack(
             [_at(values, of.sites, names) for values, of in zip(at, (lens, second), strict=True)]
