@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
-from lens_lora.hooked.sites import Site
 from lens_lora.show.figures.parts import heatmap
 from lens_lora.show.figures.style import KINDS, OUTSIDE, Cells, Labels
 from lens_lora.show.text import label
@@ -17,7 +17,7 @@ __all__ = ["by_layer", "kinds_by_layer", "layers_of"]
 _MOST_LAYER_TICKS = 20
 
 
-def layers_of(sites: Sequence[Site]) -> range:
+def layers_of(sites: Sequence[Any]) -> range:
     """Every layer up to the last adapted one; embeddings, where adapted, are layer −1.
 
     Args:
@@ -28,7 +28,7 @@ def layers_of(sites: Sequence[Site]) -> range:
 
 
 def by_layer(
-    z: Cells, hover: Labels, x: Sequence[str | int], sites: Sequence[Site], units: str
+    z: Cells, hover: Labels, x: Sequence[str | int], sites: Sequence[Any], units: str
 ) -> go.Figure:
     """Rows of layers.
 
@@ -46,7 +46,7 @@ def by_layer(
 
 
 def kinds_by_layer(
-    sites: Sequence[Site], values: Sequence[float], text: Callable[[float], str], units: str
+    sites: Sequence[Any], values: Sequence[float], text: Callable[[float], str], units: str
 ) -> go.Figure:
     """Layer × kind of module, hover naming each site; a site that does not exist is blank.
 
@@ -69,7 +69,7 @@ def kinds_by_layer(
     return figure
 
 
-def _layer_ticks(sites: Sequence[Site], layers: Sequence[int]) -> dict[int, str]:
+def _layer_ticks(sites: Sequence[Any], layers: Sequence[int]) -> dict[int, str]:
     """Every few layers by number, and what lies outside the layers by its own name."""
     step = math.ceil(len(layers) / _MOST_LAYER_TICKS)
     numbers = {layer: str(layer) for layer in layers if layer % step == 0}
