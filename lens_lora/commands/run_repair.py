@@ -75,13 +75,13 @@ def run(
     console.print(Text(f"\n{found.story()}\n"))
     rows = [
         (
-            str(row["question"]),
-            str(row["kind"]) + (", held out" if row["held out"] else ""),
-            str(row["adapter"]),
-            f"{row['value']:.3g}",
-            percent(float(row["share"])),
+            str(one.question),
+            str(one.kind) + (", held out" if one.held_out else ""),
+            str(one.adapter),
+            f"{one.value:.3g}",
+            percent(one.share),
         )
-        for _, row in found.to_frame().iterrows()
+        for one in found.to_frame().rename(columns={"held out": "held_out"}).itertuples()
     ]
     heads = ("question", "kind", "adapter", "value", "kept or left")
     console.print(filled_table("What stays of each", heads, rows, texts=(0, 1, 2)))
