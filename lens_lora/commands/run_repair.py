@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -54,7 +54,7 @@ def run(
     lens = lens_for(subject, load_adapter(subject.adapter or shipped_adapter()), "cpu", progress)
     announce(lens)
 
-    def keeps(prompts: Sequence[str]) -> list:
+    def keeps(prompts: Sequence[str]) -> list[Any]:
         ready = lens.prompts(list(prompts))
         return [(ready, margin_between(lens.model, asked.doc, asked.pre, ready))]
 
@@ -73,15 +73,16 @@ def run(
         )
     console = Console()
     console.print(Text(f"\n{found.story()}\n"))
+    frame: list[dict[str, Any]] = found.to_frame().to_dict("records")
     rows = [
         (
-            str(one.question),
-            str(one.kind) + (", held out" if one.held_out else ""),
-            str(one.adapter),
-            f"{one.value:.3g}",
-            percent(one.share),
+            str(row["question"]),
+            f"{row['kind']}{', held out' if row['held out'] else ''}",
+            str(row["adapter"]),
+            f"{row['value']:.3g}",
+            percent(row["share"]),
         )
-        for one in found.to_frame().rename(columns={"held out": "held_out"}).itertuples()
+        for row in frame
     ]
     heads = ("question", "kind", "adapter", "value", "kept or left")
     console.print(filled_table("What stays of each", heads, rows, texts=(0, 1, 2)))
