@@ -6,7 +6,9 @@ from .adapters.factors import LoRAFactors
 from .adapters.random_directions import null_adapter
 from .adapters.trained import TrainedModule
 from .analyses.activations import activations
+from .analyses.checkpoints import checkpoints
 from .analyses.compare import Comparison, compare
+from .analyses.compare_adapters import AdapterComparison, compare_adapters
 from .analyses.components import Components, components
 from .analyses.coupling import Coupling, coupling
 from .analyses.explain import explain
@@ -27,6 +29,7 @@ from .analyses.path import path_attribution
 from .analyses.reliability import Reliability, reliability
 from .analyses.remainder import Remainder, remainder
 from .analyses.remainder_curve import RemainderCurve, remainder_curve
+from .analyses.repair import Repair, repair
 from .analyses.second_order import SecondOrder, second_order
 from .analyses.tangents import tangents
 from .analyses.token_shifts import TokenShifts, token_shifts
@@ -53,6 +56,7 @@ from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.activation_effects import ActivationEffects
 from .results.activations import Activations
 from .results.attribution import Attribution, Quadrature
+from .results.checkpoints import Checkpoints
 from .results.effects import Effects
 from .results.grouped import GroupAttribution
 from .results.token_view import TokenView
@@ -130,6 +134,13 @@ __all__ = [
     "null_test",
     "patch_activations",
     "patch_sites",
+    # two adapters, one through its training, and the part of one that is kept
+    "AdapterComparison",
+    "Checkpoints",
+    "Repair",
+    "checkpoints",
+    "compare_adapters",
+    "repair",
     # all of one prompt
     "Explanation",
     "ResponseExplanation",

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from torch import nn
 
-from lens_lora.adapters.arithmetic import finite, natural, refuse_dora_twice, tagged
+from lens_lora.adapters.arithmetic import finite, natural
 from lens_lora.adapters.difference import change_between
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_live import live_updates
 from lens_lora.adapters.peft_read import read_folder
 from lens_lora.adapters.peft_write import save_adapter
 from lens_lora.adapters.selection import matching, named_in
+from lens_lora.adapters.sums import Sums
 from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
 from lens_lora.errors import AdapterError, ArgumentError
 
@@ -31,7 +32,7 @@ __all__ = ["Adapter", "LoRAFactors", "TrainedModule", "load_adapter"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
+class Adapter(Sums):
     """Updates by Hugging Face module path, for example 'model.layers.0.self_attn.q_proj'.
 
     A sum of adapters holds 'path@name' for each part, so that their sites stay separate.
@@ -149,43 +150,6 @@ class Adapter:
             ArgumentError: no string.
         """
         return dataclasses.replace(self, name=name)
-
-    def __add__(self, other: Adapter) -> Adapter:
-        """Both adapters at once; weight them with `scaled`. Their sites stay separate.
-
-        Args:
-            other: an adapter of the same base model and another name.
-
-        Raises:
-            ArgumentError: `other` is no adapter.
-            AdapterError: the same name twice, different bases, or DoRA on a module of both (whose
-                ΔW is not additive).
-        """
-        if not isinstance(other, Adapter):
-            raise ArgumentError(
-                f"an adapter + {type(other).__name__}; both must be ll.Adapter (of a folder: "
-                "ll.load_adapter(path))."
-            )
-        mine, theirs = tagged(self.modules, self.name), tagged(other.modules, other.name)
-        twice = set(mine) & set(theirs)
-        if twice or self.name == other.name:
-            raise AdapterError(
-                f"both adapters are called {self.name!r}; give one another name: "
-                "adapter.named('…')."
-            )
-        if self.base_model and other.base_model and self.base_model != other.base_model:
-            raise AdapterError(
-                f"{self.name} names the base {self.base_model!r}, {other.name} "
-                f"{other.base_model!r}; a sum needs one base model."
-            )
-        both = {**mine, **theirs}
-        refuse_dora_twice(both)
-        return Adapter(
-            both,
-            name=f"{self.name} + {other.name}",
-            base_model=self.base_model or other.base_model,
-            truncation_error={**self.truncation_error, **other.truncation_error},
-        )
 
     def only(self, *which: str | DataFrame) -> Adapter:
         """The modules whose path matches a glob ('*.q_proj'), or that a table of sites names.

@@ -24,7 +24,7 @@ from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
 from lens_lora.errors import UnsupportedAdapterError
 
-__all__ = ["null_adapter"]
+__all__ = ["null_adapter", "orthonormal"]
 
 Parts = Mapping[str, Sequence[Int[Tensor, "row"]]]
 
@@ -57,16 +57,16 @@ def _null(
     A, B = factors.A.double().cpu(), factors.B.double().cpu()
     size = factors.scale * factors.strength
     _, right = torch.linalg.qr(A.T)
-    reads = _orthonormal(A.shape[1], len(right), generator)
+    reads = orthonormal(A.shape[1], len(right), generator)
     writes = B.new_empty(len(B), len(right))
     bias = None if factors.lora_bias is None else B.new_empty(len(B))
     for rows in parts or [torch.arange(len(B))]:
         _, left = torch.linalg.qr(B[rows])
-        frame = _orthonormal(len(rows), len(left), generator)
+        frame = orthonormal(len(rows), len(left), generator)
         writes[rows] = frame @ (size * left @ right.T)
         if bias is not None and factors.lora_bias is not None:
             length = size * factors.lora_bias.double().cpu()[rows].norm()
-            bias[rows] = length * _orthonormal(len(rows), 1, generator)[:, 0]
+            bias[rows] = length * orthonormal(len(rows), 1, generator)[:, 0]
     return LoRAFactors(reads.T.contiguous(), writes, lora_bias=bias)
 
 
@@ -90,10 +90,15 @@ def _known(key: str, update: ModuleUpdate) -> LoRAFactors:
     )
 
 
-def _orthonormal(
+def orthonormal(
     rows: int, columns: int, generator: torch.Generator
 ) -> Float[Tensor, "rows columns"]:
-    """Uniform over orthonormal frames: the signs of R's diagonal would favour some."""
+    """Uniform over orthonormal frames: the signs of R's diagonal would favour some.
+
+    Args:
+        rows, columns: of the frame; no more columns than rows.
+        generator: of the Gaussian.
+    """
     gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     frame, triangle = torch.linalg.qr(gaussian)
     return frame * triangle.diagonal().sign()

@@ -40,7 +40,7 @@ from lens_lora.results.measured import Result
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "pearson"]
 
 _INTERVAL = (2.5, 97.5)
 _STATISTICS = (
@@ -259,8 +259,8 @@ def _kind(kinds: list[str]) -> str:
 def _statistics(a: Vector, e: Vector, k: int, eps: float) -> dict[str, float]:
     """Those of one prompt; eps is the rounding below which numbers count as constant."""
     return {
-        "pearson": _pearson(a, e, eps),
-        "spearman": _pearson(rankdata(a), rankdata(e), eps),
+        "pearson": pearson(a, e, eps),
+        "spearman": pearson(rankdata(a), rankdata(e), eps),
         "slope": _slope(a, e, eps),
         "sign_agreement": float((np.sign(a) == np.sign(e)).mean()),
         "top_k_overlap": len(_top(a, k) & _top(e, k)) / k,
@@ -269,7 +269,13 @@ def _statistics(a: Vector, e: Vector, k: int, eps: float) -> dict[str, float]:
     }
 
 
-def _pearson(a: Vector, e: Vector, eps: float) -> float:
+def pearson(a: Vector, e: Vector, eps: float) -> float:
+    """Pearson's correlation; NaN of numbers that are constant up to rounding.
+
+    Args:
+        a, e: of the same length.
+        eps: the rounding below which numbers count as constant.
+    """
     if _is_constant(a, eps) or _is_constant(e, eps):
         return np.nan
     a, e = ((x - x.mean()) / np.linalg.norm(x - x.mean()) for x in (a, e))

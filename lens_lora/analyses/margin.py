@@ -38,7 +38,7 @@ from lens_lora.results.measured import Result, per_prompt
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["FactMargin", "fact_margin", "fact_margin_of"]
+__all__ = ["FactMargin", "fact_margin", "fact_margin_of", "flip_scales"]
 
 
 @final
@@ -193,19 +193,30 @@ def fact_margin_of(
     return FactMargin(
         attribution=attribution,
         curve=curve,
-        flip_scale=_flip_scales(asked, curve),
+        flip_scale=flip_scales(asked, curve.base, curve.scales, curve.values),
         doc=tuple("".join(lens.decode(ids)) for ids in docs),
         pre=tuple("".join(lens.decode(ids)) for ids in pres),
     )
 
 
-def _flip_scales(asked: Asked, curve: RemainderCurve) -> Float[Tensor, "batch"]:
-    """Each prompt's first sign change on the curve, refined; NaN without one.
+def flip_scales(
+    asked: Asked,
+    base: Float[Tensor, "batch"],
+    scales: Float[Tensor, "scale"],
+    values: Float[Tensor, "batch scale"],
+) -> Float[Tensor, "batch"]:
+    """Each prompt's first sign change along ε, refined; NaN without one.
 
     All prompts are refined together: about ten forward passes of the batch.
+
+    Args:
+        asked: the lens, the prompts and the readout.
+        base: g(0).
+        scales: ε above 0, increasing.
+        values: g at each of them.
     """
-    at = torch.cat([curve.scales.new_zeros(1), curve.scales]).double().cpu()
-    values = torch.cat([curve.base[:, None], curve.values], 1).cpu()
+    at = torch.cat([scales.new_zeros(1), scales]).double().cpu()
+    values = torch.cat([base[:, None], values], 1).cpu()
     crosses = (values[:, :-1] != 0) & (values[:, :-1] * values[:, 1:] <= 0)
     flips = torch.full((len(values),), float("nan"), dtype=torch.float64)
     which = crosses.any(1).nonzero()[:, 0]

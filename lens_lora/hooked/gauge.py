@@ -26,7 +26,7 @@ from torch import Tensor
 from lens_lora.arguments import word
 from lens_lora.hooked.basis import SiteMap, Update
 
-__all__ = ["Gauge", "Turn", "gauge_of", "svd_turn", "turned"]
+__all__ = ["Gauge", "Turn", "gauge_of", "svd_factors", "svd_turn", "turned"]
 
 Gauge = Literal["svd", "trained"]
 _TIE = 1e-6  # entries of U that differ by less are of one magnitude
@@ -81,6 +81,20 @@ def svd_turn(update: Update) -> Turn:
         back[:, :few] = (right @ R_A).T * inverse
         sigma[:few] = values
     return Turn(u, back, sigma)
+
+
+def svd_factors(
+    update: Update,
+) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], Float[Tensor, "rank"]]:
+    """(ΣVᵀ, U, σ) of sBA = UΣVᵀ, in float64 on the CPU; zero where σ is.
+
+    Args:
+        update: of one site, in the Hugging Face basis.
+    """
+    turn = svd_turn(update)
+    reads = turn.u @ update.A.double()
+    writes = update.scale * update.B.double() @ turn.B.to(update.B.device)
+    return reads.cpu(), writes.cpu(), turn.sigma.cpu()
 
 
 def turned(site: SiteMap, turn: Turn) -> SiteMap:

@@ -157,6 +157,12 @@ class Prompts:
         positions = self.read_positions.to(values.device).expand(len(values), -1)
         return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))
 
+    def at_each_token(self) -> Prompts:
+        """Read at every token but the first, a sink; as they are where they say what is read."""
+        if self.reads is not None:
+            return self
+        return dataclasses.replace(self, reads=(self.lengths - 1).clamp(min=1))
+
     def repeat(self, times: int) -> Prompts:
         """Every prompt several times: p0 p0 … p1 p1 …
 

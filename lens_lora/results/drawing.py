@@ -22,6 +22,7 @@ __all__ = [
     "figure",
     "figures",
     "html",
+    "modules",
     "path",
     "positions",
     "report",
@@ -80,6 +81,7 @@ class Drawing(Generic[_Drawn]):
 figure: Drawing[Figure] = Drawing("figure")
 figures: Drawing[dict[str, Figure]] = Drawing("figures")
 positions: Drawing[Figure] = Drawing("positions")
+modules: Drawing[Figure] = Drawing("modules")
 path: Drawing[Figure] = Drawing("path")
 still: Drawing[Figure] = Drawing("still")
 tokens: Drawing[TokenView] = Drawing("tokens")

@@ -12,7 +12,9 @@ from lens_lora.show import reprs
 from lens_lora.show.figures import (
     activation_effects,
     activations,
+    adapter_comparison,
     attribution,
+    checkpoints,
     comparison,
     coupling,
     effects,
@@ -24,6 +26,7 @@ from lens_lora.show.figures import (
     null_test,
     reliability,
     remainder,
+    repair,
     response,
     second_order,
     shaded,
@@ -31,15 +34,20 @@ from lens_lora.show.figures import (
     tokens,
 )
 from lens_lora.show.page.report import explanation_report
+from lens_lora.show.words import checkpoints as checkpoints_words
 from lens_lora.show.words import explanation as explanation_words
 from lens_lora.show.words import margin as margin_words
+from lens_lora.show.words import repair as repair_words
 from lens_lora.show.words import response as response_words
 from lens_lora.show.words import verdicts
 
 __all__ = [
     "activation_effects",
     "activations",
+    "adapter_comparison",
     "attribution",
+    "checkpoints",
+    "checkpoints_words",
     "comparison",
     "coupling",
     "effects",
@@ -53,6 +61,8 @@ __all__ = [
     "null_test",
     "reliability",
     "remainder",
+    "repair",
+    "repair_words",
     "reprs",
     "response",
     "response_words",

@@ -6,6 +6,7 @@ Each function is what `repr` gives of results of its type; of one without its ow
 from __future__ import annotations
 
 from lens_lora.analyses.compare import Comparison
+from lens_lora.analyses.compare_adapters import AdapterComparison
 from lens_lora.analyses.components import Components
 from lens_lora.analyses.coupling import Coupling
 from lens_lora.analyses.explain_margin import Explanation
@@ -19,12 +20,14 @@ from lens_lora.analyses.null_test import NullTest
 from lens_lora.analyses.reliability import Reliability
 from lens_lora.analyses.remainder import Remainder
 from lens_lora.analyses.remainder_curve import RemainderCurve
+from lens_lora.analyses.repair import Repair
 from lens_lora.analyses.second_order import SecondOrder
 from lens_lora.analyses.spectra import AdapterSummary
 from lens_lora.results import drawing
 from lens_lora.results.activation_effects import ActivationEffects
 from lens_lora.results.activations import Activations
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.checkpoints import Checkpoints
 from lens_lora.results.effects import Effects
 from lens_lora.results.grouped import GroupAttribution
 from lens_lora.results.measured import SIGMAS, Result
@@ -205,6 +208,38 @@ def _second_order(second: SecondOrder) -> str:
 @drawing.text.register(FactMargin)
 def _fact_margin(margin: FactMargin) -> str:
     return f"{margin.attribution.readout}\n{margin.to_frame().to_string()}"
+
+
+@drawing.text.register(AdapterComparison)
+def _adapter_comparison(found: AdapterComparison) -> str:
+    only = [
+        f"{len(sites)} in {name} alone" for sites, name in zip(found.only, found.names, strict=True)
+    ]
+    return (
+        f"AdapterComparison of {found.names[0]!r} and {found.names[1]!r}: {len(found.sites)} sites "
+        f"in both, {', '.join(only)}; {found.draws} null draws of the second\n"
+        f"{found.summary().to_string()}"
+    )
+
+
+@drawing.text.register(Checkpoints)
+def _checkpoints(found: Checkpoints) -> str:
+    flips = ", ".join(
+        f"{step:.3g}" if step == step else "never" for step in found.flip_step.tolist()
+    )
+    return (
+        f"Checkpoints of {found.readout}: {len(found.steps)} checkpoints, {len(found.base)} "
+        f"prompts, {len(found.sites)} sites; flips at step {flips}\n{found.to_frame().to_string()}"
+    )
+
+
+@drawing.text.register(Repair)
+def _repair(found: Repair) -> str:
+    frame = found.to_frame().drop(columns="base").round(4)
+    return (
+        f"Repair: {int(found.kept.sum())} of {found.gate_count} {found.of}s kept\n{found.story()}\n"
+        f"{frame.to_string()}"
+    )
 
 
 @drawing.text.register(Explanation)

@@ -183,7 +183,8 @@ def test_within_a_dual_level(cls: str):
                 assert "forward-mode derivatives" in str(error)
                 refused.append(name)
     forward = {"forward", "frozen, forward", "components", "logit_shift", "joint", "tangents"}
-    assert {*refused} == forward | {"feature_shift", "explain", "kl_shares", "by token and layer"}
+    forward |= {"feature_shift", "explain", "kl_shares", "by token and layer", "compare_adapters"}
+    assert {*refused} == forward
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)

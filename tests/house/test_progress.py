@@ -56,6 +56,12 @@ CALLS = {
     "Adapter.between": _between,
     "components": lambda t, folder, **o: ll.components(t.lens, PROMPT, R, **o),
     "coupling": lambda t, folder, **o: ll.coupling(t.lens, [LONG] * 10, R, **o),
+    "checkpoints": lambda t, folder, **o: ll.checkpoints(
+        t.lens, [t.lens.adapter.scaled(s) for s in (0.5, 1)], PROMPT, R, **o
+    ),
+    "compare_adapters": lambda t, folder, **o: ll.compare_adapters(
+        t.lens, t.lens.adapter.scaled(0.5), PROMPT, R, draws=2, **o
+    ),
     "explain": lambda t, folder, **o: ll.explain(t.lens, PROMPT, "w8", "w9", null=2, **o),
     "fact_margin": lambda t, folder, **o: ll.fact_margin(t.deep, PROMPT, "w8", "w9", **o),
     "faithfulness": _faithful,
@@ -76,6 +82,9 @@ CALLS = {
     "LoraLens.generate": lambda t, folder, **o: t.lens.generate(PROMPT, 12, eos_token_id=(), **o),
     "kl_shares": lambda t, folder, **o: ll.kl_shares(
         t.lens, PROMPT, scales=[0.01 * s for s in range(1, 100)], **o
+    ),
+    "repair": lambda t, folder, **o: ll.repair(
+        t.lens, [(PROMPT, R)], [(PROMPT, ll.KL())], 0.5, steps=8, draws=1, **o
     ),
     "second_order": lambda t, folder, **o: ll.second_order(
         t.lens, [LONG] * 10, R, self_curvature=True, **o

@@ -94,6 +94,15 @@ CALLS: dict[str, Call] = {
         lens, t, _directions(lens), lens.plan.host.block_input(1)
     ),
     "feature_writes": lambda lens, t: ll.feature_writes(lens, t, _directions(lens)),
+    "compare_adapters": lambda lens, t: ll.compare_adapters(
+        lens, lens.adapter.scaled(0.5), t, MARGIN, draws=0, **QUIET
+    ),
+    "checkpoints": lambda lens, t: ll.checkpoints(
+        lens, [lens.adapter.scaled(0.5), lens.adapter], t, MARGIN, **QUIET
+    ),
+    "repair": lambda lens, t: ll.repair(
+        lens, [(t, MARGIN)], [(t, ll.KL())], 0.5, steps=2, draws=1, **QUIET
+    ).shares[:2],
     "explain": lambda lens, t: ll.explain(lens, t[:1], 5, 9, **QUIET).margin,
     "sweep": _swept,
 }

@@ -120,6 +120,51 @@ def kl_shares() -> ll.KLShares:
     return ll.KLShares(two_prompts(), scales, torch.tensor([[0.01, 1.0], [0.02, 3.0]]))
 
 
+def adapter_comparison() -> ll.AdapterComparison:
+    """Two sites of both, one of the first alone; three draws."""
+    null = torch.tensor([[0.1, -0.1], [0.0, 0.2], [-0.2, 0.1]])
+    angles = torch.tensor([[0.9, 0.1], [0.8, math.nan]])
+    products = torch.tensor([[[0.5], [1.0], [1.0]], [[0.25], [1.0], [1.0]]])
+    effects = torch.tensor([[[1.0, 2.0]], [[2.0, 3.0]]])
+    return ll.AdapterComparison(
+        names=("a", "b"), sites=SITES[:2], only=(("blocks.2.mlp.up",), ()),
+        norms=torch.ones(2, 2), rest=torch.tensor([1.0, 0.0]), inner=torch.tensor([0.5, -0.5]),
+        read=angles, write=angles, null_inner=null, null_read=null.abs(), null_write=null.abs(),
+        function=products, null_function=products[:, None].expand(-1, 3, -1, -1), effects=effects,
+        null_effects=effects[:1].expand(3, -1, -1), readout="y", draws=3, seed=0, meta=META,
+    )  # fmt: skip
+
+
+def checkpoints() -> ll.Checkpoints:
+    """Three checkpoints of two prompts, of which the first flips."""
+    each = torch.ones(3, 4)
+    return ll.Checkpoints(
+        steps=(10.0, 20.0, 40.0), names=("c10", "c20", "c40"), sites=SITES,
+        base=torch.tensor([-2.0, -3.0]),
+        adapted=torch.tensor([[-1.0, -3.0], [1.0, -2.0], [2.0, -1.0]]),
+        effects=torch.full((3, 2, 4), 0.5), norms=each, moved=each, to_final=each,
+        flip_scale=torch.tensor([[math.nan, math.nan], [0.7, math.nan], [0.5, math.nan]]),
+        angle=torch.tensor([40.0, 20.0, 0.0]), phases={"prompt 0": ((10.0, 20.0),), "angle": ()},
+        noise_floor=torch.full((2,), 1e-6), str_tokens=TOKENS, readout="y", units="logits",
+        meta=META,
+    )  # fmt: skip
+
+
+def repair() -> ll.Repair:
+    """Two sites of two ranks, one of which is dropped; judged on what it was made on."""
+    factors = ll.LoRAFactors(torch.ones(1, 4), torch.ones(3, 1))
+    along = torch.tensor([[0.0, 0.0], [0.6, 0.4], [1.0, 1.0]])
+    states = torch.tensor([[1.0, 1.0], [0.9, 0.1], [0.9, 0.8], [0.3, 0.3]])
+    return ll.Repair(
+        adapter=ll.Adapter.from_factors({"m.q_proj": factors}), gates=torch.tensor([1.0, 0, 1, 1]),
+        kept=torch.tensor([True, False, True, True]), sites=SITES[:2], sizes=(2, 2), of="rank",
+        gate_count=4, keep_share=0.9, labels=("y", "KL per token"), keeps=(True, False),
+        held_out=(False, False), shares=states, values=torch.cat([torch.zeros(1, 2), states]),
+        random=states[3:], scales=torch.tensor([0.0, 0.5, 1.0]), along=along, matched=(0.9, 0.9),
+        meta=META,
+    )  # fmt: skip
+
+
 def summary() -> AdapterSummary:
     spectrum = Spectrum(
         "m.q_proj", None, "q_proj", ("DoRA",), 2, 0.5, torch.empty(0), math.nan, 0.0
@@ -138,6 +183,7 @@ def every_result() -> list[Result]:
         two_prompts(), rank_activations(), activations(by_position=True),
         features(by_position=True), writes,
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(), by_group(),
+        adapter_comparison(), checkpoints(), repair(),
         summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
         e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,
         e.comparisons[0],

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import plotly.graph_objects as go
 
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.choosing import only_prompt
-from lens_lora.show.figures.parts import heatmap, token_ticks, value_text, whose
-from lens_lora.show.figures.style import KINDS, OUTSIDE, Cells, Labels, title
+from lens_lora.show.figures.layers import by_layer, kinds_by_layer, layers_of
+from lens_lora.show.figures.parts import token_ticks, value_text, whose
+from lens_lora.show.figures.style import Cells, title
 from lens_lora.show.text import key_text, label, visible
 
 __all__ = ["position_heatmap", "require_positions", "site_heatmap"]
-
-_MOST_LAYER_TICKS = 20
 
 
 @drawing.figure.register(Attribution)
@@ -32,20 +28,12 @@ def site_heatmap(attribution: Attribution, prompt: int | None = None) -> go.Figu
         ArgumentError: no such prompt.
     """
     values, shift = attribution.entries(prompt)[1:3]
-    kinds = [k for k in KINDS if any(s.kind == k for s in attribution.sites)]
-    layers = _layers(attribution)
-    z: Cells = [[None] * len(kinds) for _ in layers]
-    hover: Labels = [[""] * len(kinds) for _ in layers]
-    for site, value in zip(attribution.sites, values.tolist(), strict=True):
-        row, column = layers.index(site.layer), kinds.index(site.kind)
-        z[row][column] = value
-        hover[row][column] = (
-            f"<b>{label(site.name)}</b><br>{label(site.module)}"
-            f"<br>{value_text(value, float(shift), attribution.units)}"
-        )
-    figure = _by_layer(z, hover, kinds, attribution)
+
+    def text(value: float) -> str:
+        return value_text(value, float(shift), attribution.units)
+
+    figure = kinds_by_layer(attribution.sites, values.tolist(), text, attribution.units)
     figure.update_layout(title=title(_heading(attribution, prompt), "by layer and kind of module"))
-    figure.update_xaxes(title_text="kind of module", type="category")
     return figure
 
 
@@ -65,7 +53,7 @@ def position_heatmap(attribution: Attribution, prompt: int | None = None) -> go.
     index = only_prompt(prompt, len(attribution.base), "positions")
     tokens = attribution.str_tokens[index]
     shift, values = float(attribution.shift[index]), _by_position(attribution, index)
-    layers = _layers(attribution)
+    layers = layers_of(attribution.sites)
     z: Cells = [[None] * len(tokens) for _ in layers]
     for site, row in zip(attribution.sites, values, strict=True):
         at = layers.index(site.layer)
@@ -78,7 +66,7 @@ def position_heatmap(attribution: Attribution, prompt: int | None = None) -> go.
         ]
         for layer, row in zip(layers, z, strict=True)
     ]
-    figure = _by_layer(z, hover, list(range(len(tokens))), attribution)
+    figure = by_layer(z, hover, list(range(len(tokens))), attribution.sites, attribution.units)
     figure.update_layout(title=title(_heading(attribution, index), "by layer and position"))
     token_ticks(figure, tokens)
     return figure
@@ -111,30 +99,6 @@ def _by_position(attribution: Attribution, index: int) -> list[list[float]]:
 
 def _or_no_site(value: float | None, shift: float, units: str) -> str:
     return "no site" if value is None else value_text(value, shift, units)
-
-
-def _layers(attribution: Attribution) -> range:
-    """Every layer up to the last adapted one; embeddings, where adapted, are layer −1."""
-    found = [site.layer for site in attribution.sites]
-    return range(min(0, *found), 1 + max(found))
-
-
-def _layer_ticks(attribution: Attribution, layers: Sequence[int]) -> dict[int, str]:
-    """Every few layers by number, and what lies outside the layers by its own name."""
-    step = math.ceil(len(layers) / _MOST_LAYER_TICKS)
-    numbers = {layer: str(layer) for layer in layers if layer % step == 0}
-    outside = {s.layer: s.kind for s in attribution.sites if s.kind in OUTSIDE}
-    return numbers | outside
-
-
-def _by_layer(
-    z: Cells, hover: Labels, x: Sequence[str | int], attribution: Attribution
-) -> go.Figure:
-    layers = _layers(attribution)
-    figure = heatmap(z, hover, x, layers, attribution.units)
-    ticks = _layer_ticks(attribution, layers)
-    figure.update_yaxes(title_text="layer", tickvals=list(ticks), ticktext=list(ticks.values()))
-    return figure
 
 
 def _heading(attribution: Attribution, prompt: int | None) -> str:
