@@ -5,6 +5,7 @@ from .adapters.adapter import Adapter, load_adapter
 from .adapters.factors import LoRAFactors
 from .adapters.random_directions import null_adapter
 from .adapters.trained import TrainedModule
+from .analyses.activation_shift import activation_shift
 from .analyses.activations import activations
 from .analyses.compare import Comparison, compare
 from .analyses.components import Components, components
@@ -51,6 +52,7 @@ from .readouts.generated import Generated
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.activation_effects import ActivationEffects
+from .results.activation_shift import ActivationShift
 from .results.activations import Activations
 from .results.attribution import Attribution, Quadrature
 from .results.effects import Effects
@@ -139,6 +141,9 @@ __all__ = [
     "FeatureWrites",
     "feature_shift",
     "feature_writes",
+    # nothing asked
+    "ActivationShift",
+    "activation_shift",
     # tokens, drawn by circuitsvis
     "TokenView",
     # many prompts

@@ -11,6 +11,7 @@ from lens_lora.results import drawing
 from lens_lora.show import reprs
 from lens_lora.show.figures import (
     activation_effects,
+    activation_shift,
     activations,
     attribution,
     comparison,
@@ -37,6 +38,7 @@ from lens_lora.show.words import verdicts
 
 __all__ = [
     "activation_effects",
+    "activation_shift",
     "activations",
     "attribution",
     "comparison",

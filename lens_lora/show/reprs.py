@@ -23,6 +23,7 @@ from lens_lora.analyses.second_order import SecondOrder
 from lens_lora.analyses.spectra import AdapterSummary
 from lens_lora.results import drawing
 from lens_lora.results.activation_effects import ActivationEffects
+from lens_lora.results.activation_shift import ActivationShift
 from lens_lora.results.activations import Activations
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
@@ -85,6 +86,15 @@ def _activations(found: Activations) -> str:
         f"Activations in gauge {found.gauge!r} at {found.at}: {len(found.str_tokens)} prompts, "
         f"{tokens} tokens ({int(found.sinks.sum())} sinks), {len(found.sites)} sites of rank "
         f"{ranks}; see top(site), mean() and plot()"
+    )
+
+
+@drawing.text.register(ActivationShift)
+def _activation_shift(found: ActivationShift) -> str:
+    return (
+        f"ActivationShift at {found.at}: {len(found.str_tokens)} texts, {len(found.names)} hook "
+        f"points, means over {int(found.counted.sum())} tokens (sinks: {int(found.sinks.sum())}); "
+        "see mean(), logit_lens(), cosine() and plot()"
     )
 
 

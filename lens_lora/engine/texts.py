@@ -1,0 +1,47 @@
+"""Many texts in forward passes of a bounded size: those of like length together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lens_lora.errors import PromptError
+from lens_lora.readouts.prompts import Prompts, which_prompt
+
+__all__ = ["by_length", "require_second_token"]
+
+
+def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
+    """Batches of texts of like length with the index of each, the shortest first. No forward pass.
+
+    Args:
+        texts: of any lengths.
+        most: tokens of a batch, padding included; a longer text is a batch by itself.
+    """
+    order = texts.lengths.argsort(stable=True).tolist()
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * int(texts.lengths[index]) > most:
+            yield batch, texts.chosen(batch)
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch, texts.chosen(batch)
+
+
+def require_second_token(texts: Prompts, what: str) -> None:
+    """Refuse texts of one token: the first is a sink, and left out.
+
+    Args:
+        texts: as tokens.
+        what: the first token is left out of, for the error.
+
+    Raises:
+        PromptError: naming the text.
+    """
+    short = (texts.lengths < 2).nonzero().flatten().tolist()
+    if short:
+        which = which_prompt(short[0], texts.batch).replace("prompt", "text")
+        raise PromptError(
+            f"{which} has one token, and a text's first token is left out of {what} as a sink; "
+            "give longer texts."
+        )
