@@ -31,6 +31,7 @@ from .analyses.remainder_curve import RemainderCurve, remainder_curve
 from .analyses.second_order import SecondOrder, second_order
 from .analyses.tangents import tangents
 from .analyses.token_shifts import TokenShifts, token_shifts
+from .analyses.what_changed import what_changed
 from .errors import (
     AdapterError,
     ArgumentError,
@@ -58,6 +59,7 @@ from .results.attribution import Attribution, Quadrature
 from .results.effects import Effects
 from .results.grouped import GroupAttribution
 from .results.token_view import TokenView
+from .results.what_changed import Changes, WhatChanged
 from .sweeps.records import SweepError
 from .sweeps.result import SweepResult
 from .sweeps.sweep import sweep
@@ -143,7 +145,10 @@ __all__ = [
     "feature_writes",
     # nothing asked
     "ActivationShift",
+    "Changes",
+    "WhatChanged",
     "activation_shift",
+    "what_changed",
     # tokens, drawn by circuitsvis
     "TokenView",
     # many prompts

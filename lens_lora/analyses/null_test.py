@@ -46,7 +46,7 @@ from lens_lora.results.measured import Result, flat, per_prompt
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["NullTest", "null_test", "null_test_of"]
+__all__ = ["NullTest", "fused_parts", "null_test", "null_test_of"]
 
 
 @final
@@ -224,7 +224,7 @@ def null_test_of(
     draws, seed = _checked(draws, seed)
     lens, reading = asked.lens, asked.reading
     seeds = tuple(int(s) for s in np.random.SeedSequence(seed).generate_state(draws))
-    parts = _parts_of_fused(lens)
+    parts = fused_parts(lens)
     null, shifts = [], []
     with tqdm(seeds, desc="null adapters", leave=False, disable=not progress) as bar:
         for draw in bar:
@@ -247,8 +247,12 @@ def _checked(draws: int, seed: int) -> tuple[int, int]:
     return whole("draws", draws, 2), whole("seed", seed, 0)
 
 
-def _parts_of_fused(lens: LoraLens) -> dict[str, list[Tensor]]:
-    """The rows of q, k and v (gate and up) in each fused module."""
+def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
+    """The rows of q, k and v (gate and up) in each fused module, for `null_adapter`.
+
+    Args:
+        lens: the adapter over the model.
+    """
     view, found = lens.plan.host, {}
     for key, factors in lens.adapter.modules.items():
         place = view.family.place(key.partition("@")[0])
