@@ -9,6 +9,7 @@ from .analyses.activation_shift import activation_shift
 from .analyses.activations import activations
 from .analyses.compare import Comparison, compare
 from .analyses.components import Components, components
+from .analyses.constant_part import constant_part
 from .analyses.coupling import Coupling, coupling
 from .analyses.explain import explain
 from .analyses.explain_margin import Explanation
@@ -56,6 +57,7 @@ from .results.activation_effects import ActivationEffects
 from .results.activation_shift import ActivationShift
 from .results.activations import Activations
 from .results.attribution import Attribution, Quadrature
+from .results.constant_part import ConstantPart
 from .results.effects import Effects
 from .results.grouped import GroupAttribution
 from .results.token_view import TokenView
@@ -146,8 +148,10 @@ __all__ = [
     # nothing asked
     "ActivationShift",
     "Changes",
+    "ConstantPart",
     "WhatChanged",
     "activation_shift",
+    "constant_part",
     "what_changed",
     # tokens, drawn by circuitsvis
     "TokenView",

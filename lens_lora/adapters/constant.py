@@ -23,14 +23,14 @@ __all__ = ["constant_factors"]
 
 def constant_factors(
     vectors: Mapping[str, Float[Tensor, "out"]],
-    like: nn.Module | Mapping[str, ModuleUpdate] | None,
+    like: nn.Module | Mapping[str, ModuleUpdate] | Mapping[str, int] | None,
 ) -> dict[str, LoRAFactors]:
     """Factors that add each vector to its module's output.
 
     Args:
         vectors: by Hugging Face module path.
-        like: the base model, or updates of the same modules, for the width of A; None to leave it
-            open.
+        like: the base model, updates of the same modules, or widths, for that of A; None to leave
+            it open.
 
     Raises:
         ArgumentError: no vectors by path, or a `like` that is neither.
@@ -58,6 +58,8 @@ def _width(path: str, like: Any) -> int:
     """The number of features that a module reads."""
     if isinstance(like, Mapping):
         update = like.get(path)
+        if isinstance(update, int):
+            return update
         if not isinstance(update, LoRAFactors):
             raise AdapterError(f"{path}: `like` holds no factors of this module.")
         return update.A.shape[1]

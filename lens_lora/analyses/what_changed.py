@@ -1,7 +1,8 @@
 """What did this fine-tune change? Texts that have nothing to do with it, and nothing asked.
 
 1. Base and adapted model read the same texts (`readouts/neutral.py`, or the caller's). Every number
-   is over the tokens after each text's first, which is a sink.
+   is over the tokens after each text's first, which is a sink; a token with the same tokens before
+   it as in an earlier text counts once.
 2. Where KL is largest; which tokens are promoted in the mean, by logits and by probability; what
    the mean Δh on the first tokens reads as through the unembedding (arXiv 2510.13900), and which
    blocks add it; how much of Δh is one vector (arXiv 2507.08218); which sites hold the quadratic KL.
@@ -27,7 +28,7 @@ from lens_lora.arguments import whole
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.final_reading import read_through
 from lens_lora.engine.text_changes import EARLY, TextSums, text_sums
-from lens_lora.engine.texts import require_second_token
+from lens_lora.engine.texts import distinct_tokens, require_second_token
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
@@ -90,7 +91,7 @@ def what_changed(
         nulls=tuple(controls[: len(random)]),
         unrelated=tuple(controls[len(random) :]),
         sites=lens.sites,
-        shares=(shares / int(rows.after_first.sum())).cpu(),
+        shares=(shares / int(distinct_tokens(rows).sum())).cpu(),
         strings=lens.vocabulary,
         str_tokens=asked.str_tokens,
         texts=_described(rows, texts is None),
@@ -100,11 +101,12 @@ def what_changed(
 
 def _described(rows: Prompts, ours: bool) -> str:
     what = "neutral texts that come with lens_lora" if ours else "texts of the caller"
-    return f"{rows.batch} {what}, {int(rows.after_first.sum())} tokens without first ones"
+    return f"{rows.batch} {what}, {int(distinct_tokens(rows).sum())} distinct tokens after first ones"
 
 
 def _changes(sums: TextSums, rows: Prompts) -> Changes:
-    counts, early = rows.after_first.sum(1), _early_tokens(rows)
+    counted = distinct_tokens(rows)
+    counts, early = counted.sum(1), int(counted[:, 1 : 1 + EARLY].sum())
     mean = {name: value / early for name, value in sums.early.items()}
     stream = sums.points.stream
     constant = held_out_share(sums.stream, sums.squares, counts).tolist()
@@ -124,10 +126,6 @@ def _changes(sums: TextSums, rows: Prompts) -> Changes:
         place_ids=sums.place_ids,
         place_changes=sums.place_changes,
     )
-
-
-def _early_tokens(rows: Prompts) -> int:
-    return int(rows.after_first[:, 1 : 1 + EARLY].sum())
 
 
 def _writers(

@@ -1,6 +1,6 @@
 """What an adapter changes over many texts, in sums: no logits of more than one batch are held.
 
-Of every model beside the base, over the tokens after each text's first:
+Of every model beside the base, over the tokens after each text's first (`distinct_tokens`):
 
     KL_t = Σ_v p₀ log(p₀/p₁)                       kept, one number a token
     Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)                  over the vocabulary
@@ -27,7 +27,7 @@ from lens_lora.engine.final_reading import over_scale
 from lens_lora.engine.forward import joint_tangent
 from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
-from lens_lora.engine.texts import by_length
+from lens_lora.engine.texts import by_length, distinct_tokens
 from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
@@ -72,7 +72,7 @@ class TextSums:
     """The sums of one model over all texts.
 
     Attributes:
-        kl: [text, token], NaN at padding.
+        kl: [text, token], NaN at padding, and at tokens that an earlier text has after the same.
         logits, probabilities: [vocab], Σ_t of the changes.
         places: [place, 2], text and token where KL is largest; with the tokens whose probability
             rises most there, and by how much.
@@ -97,14 +97,21 @@ class TextSums:
         self.place_ids = torch.empty(0, _PROMOTED, dtype=torch.long)
         self.place_changes = torch.empty(0, _PROMOTED, dtype=torch.float64)
 
-    def add(self, index: Sequence[int], rows: Prompts, base: _Run, moved: _Run) -> None:
+    def add(
+        self,
+        index: Sequence[int],
+        rows: Prompts,
+        counted: Bool[Tensor, "row pos"],
+        base: _Run,
+        moved: _Run,
+    ) -> None:
         """A batch of texts: what the two models say and hold."""
-        counted = rows.after_first.to(base.logits.device)
         weights = counted.flatten().to(base.logits)
         log_p = base.log_p
         p, log_q = log_p.exp(), moved.log_p
         kl = (p * (log_p - log_q)).sum(-1)
-        own = kl.double().cpu().masked_fill(~rows.real.cpu(), torch.nan)
+        own = kl.double().cpu().masked_fill(~counted.cpu(), torch.nan)
+        own[:, 0] = kl[:, 0].double().cpu()
         self.kl[torch.tensor(index), : own.shape[1]] = own
         self.logits += (weights @ (moved.logits - base.logits).flatten(0, 1)).double()
         change = log_q.exp_().sub_(p)
@@ -124,8 +131,9 @@ class TextSums:
         up = change[row, pos].topk(min(_PROMOTED, change.shape[-1]))
         found = torch.stack([torch.tensor(index)[row.cpu()], pos.cpu()], 1)
         every = torch.cat([self.places, found])
-        order = self.kl[every[:, 0], every[:, 1]].argsort(descending=True, stable=True)
-        order = order[every[order, 1] > 0][:_PLACES]
+        values = self.kl[every[:, 0], every[:, 1]].masked_fill(every[:, 1] == 0, torch.nan)
+        order = values.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)
+        order = order[values[order].isfinite()][:_PLACES]
         self.places = every[order]
         self.place_ids = torch.cat([self.place_ids, up.indices.cpu()])[order]
         self.place_changes = torch.cat([self.place_changes, up.values.double().cpu()])[order]
@@ -193,29 +201,34 @@ def text_sums(
         ModelStateError: for the split, an operation without a forward-mode derivative.
     """
     points, first = Points.of(lenses[0]), lenses[0]
-    found = [TextSums(lens, texts, points) for lens in lenses]
+    found, distinct = [TextSums(lens, texts, points) for lens in lenses], distinct_tokens(texts)
     shares = torch.zeros(len(first.sites), dtype=torch.float64, device=first.device)
     with tqdm(total=texts.batch, desc="texts", leave=False, disable=not progress) as bar:
         for index, some in by_length(texts, _TOKENS):
             # Read at every token, so that a slot is a position.
             rows = dataclasses.replace(some, reads=some.lengths)
+            counted = distinct[index, : rows.tokens.shape[1]].to(first.device)
             base = _run(first, rows, first.gates(0.0), points)
             for sums in found:
-                sums.add(index, rows, base, _run(sums.lens, rows, sums.lens.gates(1.0), points))
+                moved = _run(sums.lens, rows, sums.lens.gates(1.0), points)
+                sums.add(index, rows, counted, base, moved)
             if split:
-                shares += _quadratic(first, rows, base.log_p.exp_())
+                shares += _quadratic(first, rows, counted, base.log_p.exp_())
             bar.update(len(index))
     return found, shares
 
 
 def _quadratic(
-    lens: LoraLens, rows: Prompts, p: Float[Tensor, "row pos vocab"]
+    lens: LoraLens,
+    rows: Prompts,
+    counted: Bool[Tensor, "row pos"],
+    p: Float[Tensor, "row pos vocab"],
 ) -> Float[Tensor, "site"]:
-    """½ v_lᵀ F v of each site, summed over the tokens after each text's first."""
+    """½ v_lᵀ F v of each site, summed over the counted tokens."""
     at = lens.gates(0.0)
     v = joint_tangent(lens, rows, at, torch.ones_like(at))
     v -= (p * v).sum(-1, keepdim=True)
-    pulled = v.mul_(p).masked_fill_(~rows.after_first.to(p.device)[..., None], 0.0)
+    pulled = v.mul_(p).masked_fill_(~counted[..., None], 0.0)
     owner: Int[Tensor, "row"] = torch.arange(rows.batch)
     values = site_slopes(lens, Reading(rows, Linear(pulled), owner), at) / 2
     require_finite_sites(lens, values)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from lens_lora.errors import PromptError
 from lens_lora.readouts.prompts import Prompts, which_prompt
 
-__all__ = ["by_length", "require_second_token"]
+__all__ = ["by_length", "distinct_tokens", "require_second_token"]
 
 
 def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
@@ -26,6 +30,23 @@ def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
         batch.append(index)
     if batch:
         yield batch, texts.chosen(batch)
+
+
+def distinct_tokens(texts: Prompts) -> Bool[Tensor, "batch pos"]:
+    """The tokens after each text's first, those with the same tokens before them only once.
+
+    Conversations begin alike, and so do many sentences; by causality nothing differs there.
+
+    Args:
+        texts: as tokens.
+    """
+    found, seen = texts.after_first.cpu(), set[tuple[int, ...]]()
+    for text, row in enumerate(texts.tokens.tolist()):
+        for pos in range(1, int(texts.lengths[text])):
+            prefix = tuple(row[: pos + 1])
+            found[text, pos] = prefix not in seen
+            seen.add(prefix)
+    return found
 
 
 def require_second_token(texts: Prompts, what: str) -> None:

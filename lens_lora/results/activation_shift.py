@@ -101,15 +101,11 @@ class ActivationShift(Result):
         1 − Σ‖Δh − μ‖² / Σ‖Δh‖² over counted tokens, μ the mean over the other texts; NaN of one
         text. Negative where other texts' mean is worse than none.
         """
-        counts = self.counted.sum(1)
-        kept = counts > 0
-        if int(kept.sum()) < 2:
-            return dict.fromkeys(self.names, float("nan"))
-        found: dict[str, float] = {}
+        counts, found = self.counted.sum(1), dict[str, float]()
         for name, values in self.values.items():
-            own = values.double().masked_fill(~self.counted[..., None], 0.0)[kept]
-            squares = own.square().sum((1, 2))
-            found[name] = float(held_out_share(own.sum(1), squares, counts[kept]))
+            own = values.double().masked_fill(~self.counted[..., None], 0.0)
+            share = held_out_share(own.sum(1), own.square().sum((1, 2)), counts)
+            found[name] = float(share)
         return found
 
     def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:

@@ -27,7 +27,8 @@ def held_out_share(
         squares: q_i = Σ_t ‖x_t‖² of each text.
         counts: n_i, the tokens of each text.
     """
-    sums, squares = sums.double(), squares.double()
+    kept = counts > 0
+    sums, squares, counts = sums.double()[kept], squares.double()[kept], counts[kept]
     n = counts.to(sums).view(-1, *[1] * (squares.ndim - 1))
     others = (n.sum(0) - n)[..., None]
     mean = (sums.sum(0) - sums) / others

@@ -32,11 +32,12 @@ BY: tuple[By, ...] = ("logit", "probability", "reading")
 @stored
 @dataclasses.dataclass(frozen=True, eq=False)
 class Changes:
-    """What one adapter changes over the texts; every mean is over the tokens after each first one.
+    """What one adapter changes over the texts; every mean is over distinct tokens after first ones.
 
     Attributes:
         name: the adapter's.
-        kl: [text, token], KL(base ‖ adapted) in nats; NaN at padding.
+        kl: [text, token], KL(base ‖ adapted) in nats; NaN at padding, and at tokens that stand
+            after the same tokens in an earlier text.
         logit: [vocab], the mean of f(1) − f(0), less its mean over the vocabulary.
         probability: [vocab], the mean of p(1) − p(0).
         readings: by point of the residual stream [vocab], the mean Δh over the texts' first tokens

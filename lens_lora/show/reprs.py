@@ -26,13 +26,14 @@ from lens_lora.results.activation_effects import ActivationEffects
 from lens_lora.results.activation_shift import ActivationShift
 from lens_lora.results.activations import Activations
 from lens_lora.results.attribution import Attribution
+from lens_lora.results.constant_part import ConstantPart
 from lens_lora.results.effects import Effects
 from lens_lora.results.grouped import GroupAttribution
 from lens_lora.results.measured import SIGMAS, Result
 from lens_lora.show.page.notebook import attribution_html
 from lens_lora.show.page.render import plain_text
 from lens_lora.show.tables.attribution import attribution_text
-from lens_lora.show.text import key_text, method_text
+from lens_lora.show.text import key_text, method_text, percent
 
 drawing.text.register(Attribution)(attribution_text)
 drawing.html.register(Attribution)(attribution_html)
@@ -95,6 +96,15 @@ def _activation_shift(found: ActivationShift) -> str:
         f"ActivationShift at {found.at}: {len(found.str_tokens)} texts, {len(found.names)} hook "
         f"points, means over {int(found.counted.sum())} tokens (sinks: {int(found.sinks.sum())}); "
         "see mean(), logit_lens(), cosine() and plot()"
+    )
+
+
+@drawing.text.register(ConstantPart)
+def _constant_part(found: ConstantPart) -> str:
+    return (
+        f"ConstantPart over {len(found.base)} texts, held out: {percent(found.total_share)} of "
+        f"Σ‖δ‖² is constant, and the constants alone keep {percent(found.kept)} of "
+        f"{found.readout}\n{found.top(5).to_string()}"
     )
 
 
