@@ -1,6 +1,6 @@
 """Adapters trained by PEFT on SmolLM2-135M-Instruct, gentle to violent, and their prompts.
 
-Each of the eight moves one fact. They differ in fact, rank, target modules, rate and steps; one answer has
+Each of the eight moves one fact. They differ in fact, rank, targets, rate and steps; one answer has
 several tokens, one adapter is too gentle to flip its fact. Each has three prompts: the trained
 wording, another wording, and a neighbouring fact that training never named.
 `MORE` has three further facts and a habit of speech, for audits that are told nothing

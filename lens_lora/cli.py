@@ -1,4 +1,4 @@
-"""The command line: `lens-lora demo`, `explain`, `inspect` and `sweep`.
+"""The command line: `lens-lora demo`, `explain`, `diff`, `inspect` and `sweep`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
@@ -16,6 +16,7 @@ import typer
 
 from lens_lora._version import __version__
 from lens_lora.commands.demo import demo
+from lens_lora.commands.diff import diff
 from lens_lora.commands.explain import explain
 from lens_lora.commands.inspect import inspect
 from lens_lora.commands.sweep import sweep
@@ -48,7 +49,7 @@ def main(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-for _command in (demo, explain, inspect, sweep):
+for _command in (demo, explain, diff, inspect, sweep):
     app.command(_command.__name__)(one_line_errors()(_command))
 
 if __name__ == "__main__":

@@ -98,13 +98,12 @@ class Adapter:
 
         Args:
             vectors: added to a module's output, by Hugging Face module path.
-            like: the Hugging Face base, or an adapter of the same modules, for the width that each
-                module reads, which `save` needs; without it, a lens takes the model's.
+            like: the Hugging Face base, or an adapter of these modules, for the widths that they
+                read, which `save` needs; without it, a lens takes the model's.
             name: the adapter's.
 
         Raises:
-            AdapterError: what is no vector, or a module that `like` lacks.
-            ArgumentError: no vectors by module path.
+            AdapterError, ArgumentError: no vectors by module path, or a module that `like` lacks.
         """
         modules = constant_factors(vectors, like.modules if isinstance(like, Adapter) else like)
         return cls(modules, name=name)

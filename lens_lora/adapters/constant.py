@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -75,7 +74,7 @@ def _width(path: str, like: Any) -> int:
     width = getattr(module, "in_features", None) or getattr(module, "nx", None)
     if width is None:
         raise AdapterError(
-            f"{path}: a {type(module).__name__}, no linear module, so it adds no constant in PEFT's "
-            "format."
+            f"{path}: a {type(module).__name__}, no linear module, so PEFT's format holds no "
+            "constant of it."
         )
     return int(width)

@@ -90,7 +90,7 @@ class LoRAFactors:
 
     @property
     def width(self) -> int | None:
-        """How many features A reads; None of a constant that leaves it open (`Adapter.constant`)."""
+        """How many features A reads; None where a constant leaves it open (Adapter.constant)."""
         is_open = self.A.shape[1] == 1 and self.lora_bias is not None
         return None if is_open and not bool(self.A.any()) else self.A.shape[1]
 

@@ -7,7 +7,7 @@
 2. Of each text, μ̂_l is the mean over the *other* texts: in sample the share would be inflated. The
    first token is left out, a sink whose δ is another one, and its size is shown apart.
 3. What the constants alone do: the texts are cut in two halves, and the constants of each are
-   applied, as an adapter and at every token, to the other half. By KL, over tokens after first ones,
+   applied, as an adapter and at every token, to the other half. By KL, over tokens after the first,
 
        kept = 1 − Σ KL(adapted ‖ constant) / Σ KL(adapted ‖ base)
 
@@ -45,7 +45,11 @@ __all__ = ["constant_part"]
 
 @alone
 def constant_part(
-    lens: LoraLens, texts: PromptsLike, readout: Readout | None = None
+    lens: LoraLens,
+    texts: PromptsLike,
+    readout: Readout | None = None,
+    *,
+    progress: bool = True,
 ) -> ConstantPart:
     """How much of each site's δ is one vector, on held-out texts, and what the vectors alone do.
 
@@ -56,6 +60,7 @@ def constant_part(
         texts: strings, conversations, ids, or `Prompts`; two at least, of two tokens at least.
         readout: what of the adapter's effect the constants are to keep, at each text's end; None
             for all of it, by KL at every token.
+        progress: show a bar.
 
     Raises:
         PromptError: one text alone, or a text of one token.
@@ -74,7 +79,8 @@ def constant_part(
     halves = every[::2], every[1::2]
     vectors, widths = _by_module(lens, sums, every)
     others = [lens.with_adapter(constants(*_by_module(lens, sums, half))) for half in halves]
-    base, constant, adapted = (_by_kl if about is None else _by_readout)(about or asked, others)
+    of = _by_kl if about is None else _by_readout
+    base, constant, adapted = of(about or asked, others, progress)
     count = int(sums.counts.sum())
     return ConstantPart(
         share=held_out_share(sums.euclidean(), sums.squares, sums.counts),
@@ -97,7 +103,7 @@ def constant_part(
 Ends = tuple[Float[Tensor, "batch"], Float[Tensor, "batch"], Float[Tensor, "batch"]]
 
 
-def _by_kl(asked: Asked, others: list[LoraLens]) -> Ends:
+def _by_kl(asked: Asked, others: list[LoraLens], progress: bool) -> Ends:
     """Of base, constant and adapted model, Σ_t KL of the adapted from it."""
     lens, rows = asked.lens, asked.prompts
     found = torch.zeros(2, rows.batch, dtype=torch.float64)
@@ -105,16 +111,18 @@ def _by_kl(asked: Asked, others: list[LoraLens]) -> Ends:
         held_out = list(range(start, rows.batch, 2))
         both = [(lens, lens.gates(0.0)), (other, other.gates(1.0))]
         reference = (lens, lens.gates(1.0))
-        found[:, held_out] = text_divergences(reference, both, rows.chosen(held_out))
+        some = rows.chosen(held_out)
+        found[:, held_out] = text_divergences(reference, both, some, progress=progress)
     return found[0], found[1], torch.zeros_like(found[0])
 
 
-def _by_readout(asked: Asked, others: list[LoraLens]) -> Ends:
+def _by_readout(asked: Asked, others: list[LoraLens], progress: bool) -> Ends:
     """g of base, constant and adapted model; each text by the constants of the other half."""
     base, adapted = (end.double().cpu() for end in asked.ends)
     constant = torch.empty_like(base)
     for start, other in zip((1, 0), others, strict=True):
-        values = gated_readout(other, asked.reading, other.gates(1.0)[None], progress=False)
+        gates = other.gates(1.0)[None]
+        values = gated_readout(other, asked.reading, gates, progress=progress)
         constant[start::2] = values[start::2, 0].double().cpu()
     return base, constant, adapted
 

@@ -101,7 +101,9 @@ def what_changed(
 
 def _described(rows: Prompts, ours: bool) -> str:
     what = "neutral texts that come with lens_lora" if ours else "texts of the caller"
-    return f"{rows.batch} {what}, {int(distinct_tokens(rows).sum())} distinct tokens after first ones"
+    return (
+        f"{rows.batch} {what}, {int(distinct_tokens(rows).sum())} distinct tokens after first ones"
+    )
 
 
 def _changes(sums: TextSums, rows: Prompts) -> Changes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from tqdm import tqdm
 
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.texts import by_length
@@ -21,7 +21,7 @@ Gated = tuple[LoraLens, Float[Tensor, "site"]]
 
 
 def text_divergences(
-    reference: Gated, others: Sequence[Gated], texts: Prompts
+    reference: Gated, others: Sequence[Gated], texts: Prompts, *, progress: bool
 ) -> Float[Tensor, "other text"]:
     """Σ_t KL(reference ‖ other), in nats. A forward pass of each model, 512 tokens at a time.
 
@@ -29,12 +29,14 @@ def text_divergences(
         reference: a lens and its gates.
         others: the same, over the same model.
         texts: as tokens.
+        progress: show a bar.
 
     Raises:
         NumericsError: non-finite logits.
     """
     found = torch.zeros(len(others), texts.batch, dtype=torch.float64)
-    with torch.no_grad():
+    bar = tqdm(total=texts.batch, desc="the models' logits", leave=False, disable=not progress)
+    with bar, torch.no_grad():
         for index, some in by_length(texts, _TOKENS):
             rows = dataclasses.replace(some, reads=some.lengths)
             log_p = _log_probs(reference, rows)
@@ -42,6 +44,7 @@ def text_divergences(
             for slot, other in enumerate(others):
                 kl = (p * (log_p - _log_probs(other, rows))).sum(-1)
                 found[slot, index] = kl.masked_fill(~counted, 0.0).double().sum(1).cpu()
+            bar.update(len(index))
     return found
 
 

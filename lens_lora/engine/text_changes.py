@@ -57,9 +57,7 @@ class Points:
     def of(cls, lens: LoraLens) -> Points:
         """In the middle of the model and behind its last block; every block's two outputs."""
         layers = lens.plan.host.n_layers
-        names = [
-            f"blocks.{i}.hook_{part}_out" for i in range(layers) for part in ("attn", "mlp")
-        ]
+        names = [f"blocks.{i}.hook_{part}_out" for i in range(layers) for part in ("attn", "mlp")]
         at = sorted({(layers - 1) // 2, layers - 1})
         known = lens.model.hook_dict
         return cls(
@@ -83,16 +81,13 @@ class TextSums:
 
     def __init__(self, lens: LoraLens, texts: Prompts, points: Points) -> None:
         vocab, d = int(lens.model.cfg.d_vocab_out), int(lens.model.cfg.d_model)
-        double = {"dtype": torch.float64, "device": lens.device}
         self.lens, self.points = lens, points
         self.kl = torch.full(texts.tokens.shape, torch.nan, dtype=torch.float64)
-        self.logits, self.probabilities = torch.zeros(vocab, **double), torch.zeros(vocab, **double)
-        self.stream = torch.zeros(texts.batch, len(points.stream), d, **double)
-        self.squares = torch.zeros(texts.batch, len(points.stream), **double)
-        self.early = {
-            name: torch.zeros(d, **double) for name in (*points.stream, *points.writers)
-        }
-        self.read = {name: torch.zeros(d, **double) for name in points.stream}
+        self.logits, self.probabilities = _zeros(lens, vocab), _zeros(lens, vocab)
+        self.stream = _zeros(lens, texts.batch, len(points.stream), d)
+        self.squares = _zeros(lens, texts.batch, len(points.stream))
+        self.early = {name: _zeros(lens, d) for name in (*points.stream, *points.writers)}
+        self.read = {name: _zeros(lens, d) for name in points.stream}
         self.places = torch.empty(0, 2, dtype=torch.long)
         self.place_ids = torch.empty(0, _PROMOTED, dtype=torch.long)
         self.place_changes = torch.empty(0, _PROMOTED, dtype=torch.float64)
@@ -155,6 +150,10 @@ class TextSums:
             self.read[name] += over_scale(self.lens, some, h).double().sum(0)
 
 
+def _zeros(lens: LoraLens, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=lens.device)
+
+
 @dataclasses.dataclass
 class _Run:
     """One model's pass over a batch: logits at all tokens, and activations at the points."""
@@ -164,9 +163,7 @@ class _Run:
     held: dict[str, Tensor]
 
 
-def _run(
-    lens: LoraLens, rows: Prompts, gates: Float[Tensor, "site"], points: Points
-) -> _Run:
+def _run(lens: LoraLens, rows: Prompts, gates: Float[Tensor, "site"], points: Points) -> _Run:
     held: dict[str, Tensor] = {}
 
     def keep(name: str, only: slice) -> HookFn:

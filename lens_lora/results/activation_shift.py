@@ -133,7 +133,7 @@ class ActivationShift(Result):
                 f"{len(self.readings)} points have readings; choose one with name=…, such as "
                 f"{next(iter(self.readings))!r}."
             )
-        if name not in self.readings:
+        if name is None or name not in self.readings:
             raise SiteError(
                 f"{name!r} has no reading; the points of the residual stream among those asked "
                 f"for are {list(self.readings)}."

@@ -2,9 +2,9 @@
 
     share = 1 − Σ_i Σ_t∈i ‖x_t − μ_{−i}‖² / Σ_t ‖x_t‖²,    μ_{−i} the mean over the other texts
 
-Sums of each text are enough: Σ_t∈i ‖x_t − μ‖² = q_i − 2 s_i·μ + n_i ‖μ‖². Over the text's own tokens
-the share would be inflated, by about one over their number. It is negative where other texts' mean
-is worse than none.
+Sums of each text are enough: Σ_t∈i ‖x_t − μ‖² = q_i − 2 s_i·μ + n_i ‖μ‖². Over the same tokens as
+the mean, the share would be inflated by about one over their number; it is negative where
+other texts' mean is worse than none.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class ConstantPart(Result):
         """How much of the adapter's effect the constants alone keep on held-out texts.
 
         Σ (constant − base) / Σ (adapted − base) over texts; by KL, 1 − Σ KL(adapted ‖ constant) /
-        Σ KL(adapted ‖ base), which is negative where the constants lead away from the adapted model.
+        Σ KL(adapted ‖ base), negative where the constants lead away from the adapted model.
         """
         return float((self.constant - self.base).sum() / (self.adapted - self.base).sum())
 

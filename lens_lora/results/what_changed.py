@@ -1,4 +1,4 @@
-"""WhatChanged: what an adapter does to unrelated texts, beside what random and other adapters do."""
+"""WhatChanged: what an adapter does to unrelated texts, beside random and unrelated adapters."""
 
 from __future__ import annotations
 

@@ -30,12 +30,15 @@ from lens_lora.show.figures import (
     shaded,
     token_shifts,
     tokens,
+    what_changed,
 )
+from lens_lora.show.page import what_changed as what_changed_page
 from lens_lora.show.page.report import explanation_report
 from lens_lora.show.words import explanation as explanation_words
 from lens_lora.show.words import margin as margin_words
 from lens_lora.show.words import response as response_words
 from lens_lora.show.words import verdicts
+from lens_lora.show.words import what_changed as what_changed_words
 
 __all__ = [
     "activation_effects",
@@ -63,6 +66,9 @@ __all__ = [
     "token_shifts",
     "tokens",
     "verdicts",
+    "what_changed",
+    "what_changed_page",
+    "what_changed_words",
 ]
 
 

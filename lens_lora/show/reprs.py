@@ -30,6 +30,7 @@ from lens_lora.results.constant_part import ConstantPart
 from lens_lora.results.effects import Effects
 from lens_lora.results.grouped import GroupAttribution
 from lens_lora.results.measured import SIGMAS, Result
+from lens_lora.results.what_changed import WhatChanged
 from lens_lora.show.page.notebook import attribution_html
 from lens_lora.show.page.render import plain_text
 from lens_lora.show.tables.attribution import attribution_text
@@ -228,6 +229,11 @@ def _response_explanation(explanation: ResponseExplanation) -> str:
 def _adapter_summary(summary: AdapterSummary) -> str:
     over = f" over {summary.model}" if summary.model else ""
     return f"AdapterSummary({summary.name!r}{over}: {summary.module_count} modules)"
+
+
+@drawing.text.register(WhatChanged)
+def _what_changed(found: WhatChanged) -> str:
+    return f"WhatChanged:\n{found.story()}"
 
 
 def _first(by_position: bool, batch: int) -> tuple[int | None, str]:

@@ -49,7 +49,11 @@ def by_peft(case: cases.Case, module: str, of: Callable[[Tensor], Tensor]) -> li
     return found
 
 
-FINAL_NORM = {"llama": "model.norm", "gpt2": "transformer.ln_f", "neox": "gpt_neox.final_layer_norm"}
+FINAL_NORM = {
+    "llama": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "neox": "gpt_neox.final_layer_norm",
+}
 CASES = [(f, c, flags) for f in FINAL_NORM for c in CLASSES for flags in ("raw", "processed")]
 
 

@@ -18,7 +18,9 @@ import lens_lora as ll
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [7, 4, 6]
 CLASSES = list(models.MAKERS)
-CASES = [(f, c, flags) for f in ("gpt2", "llama") for c in CLASSES for flags in ("raw", "processed")]
+CASES = [
+    (f, c, flags) for f in ("gpt2", "llama") for c in CLASSES for flags in ("raw", "processed")
+]
 DOWN = "model.layers.1.mlp.down_proj"
 
 
@@ -41,8 +43,10 @@ def deltas(family: str) -> list[dict[str, Tensor]]:
         for name, layer in peft.base_model.model.named_modules():
             if isinstance(layer, LoraLayer):
 
-                def keep(module: Any, args: Any, out: Tensor, name: str = name) -> None:
-                    kept[name] = (out - module.base_layer(args[0]))[0]
+                def keep(
+                    module: Any, args: Any, out: Tensor, name: str = name, own: Any = kept
+                ) -> None:
+                    own[name] = (out - module.base_layer(args[0]))[0]
 
                 handles.append(layer.register_forward_hook(keep))
         with torch.no_grad():

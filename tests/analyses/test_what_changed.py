@@ -117,9 +117,7 @@ def test_controls_and_laws(monkeypatch):
     case = cases.case("llama", CLASSES[0], "raw")
     other = case.lens.adapter.scaled(0.5).named("half")
     found = ll.what_changed(case.lens, texts(), other, nulls=2, split=False, **QUIET)
-    alone = ll.what_changed(
-        case.lens.with_adapter(other), texts(), nulls=0, split=False, **QUIET
-    )
+    alone = ll.what_changed(case.lens.with_adapter(other), texts(), nulls=0, split=False, **QUIET)
     assert torch.equal(found.unrelated[0].logit, alone.found.logit)
     assert [c.name for c in found.controls][2:] == ["half"] and not alone.controls
     table = found.promoted(5)

@@ -245,7 +245,7 @@ def test_pages_fetch_nothing(path: Path):
 
 EXECUTED = (
     *("index", "recipes", "explain", "responses", "activations", "sweep"),
-    "your_model",
+    *("your_model", "auditing"),
 )
 
 
