@@ -94,9 +94,8 @@ def page(frame: pd.DataFrame) -> str:
     lines = [
         f"{len(flips)} of {len(frame)} adapters flip their fact. On these the taught answer is in "
         f"the top {TOP} of 49,152 by mean logit on {by_logit}, by one of the three rankings on "
-        f"{found}. Under the {len(frame)} null adapters it is there {seen['null, any']} times by any "
-        f"ranking; under adapters of other answers {seen['others']} answers are there by mean logit "
-        f"and {seen['others, any']} by any ranking.",
+        f"{found}. Under null adapters {seen['null, any']} answers are there by any ranking, under "
+        f"adapters of other answers {seen['others']} by mean logit, {seen['others, any']} by any.",
         "",
         "| adapter | answer | margin, base → adapted | KL, nats a token | by logit | by probability "
         "| by reading | best by logit, null adapters | best by logit, other answers |",

@@ -5,7 +5,8 @@
    it as in an earlier text counts once.
 2. Where KL is largest; which tokens are promoted in the mean, by logits and by probability; what
    the mean Δh on the first tokens reads as through the unembedding (arXiv 2510.13900), and which
-   blocks add it; how much of Δh is one vector (arXiv 2507.08218); which sites hold the quadratic KL.
+   blocks add it; how much of Δh is one vector (arXiv 2507.08218); which sites hold the KL's
+   quadratic part.
 3. The same of null adapters, of the same sizes in random directions, and of unrelated adapters: a
    finding means what it says as far as it exceeds theirs.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.engine.function import gated_logits, require_finite
