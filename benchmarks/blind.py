@@ -97,8 +97,8 @@ def page(frame: pd.DataFrame) -> str:
         f"{found}. Under null adapters {seen['null, any']} answers are there by any ranking, under "
         f"adapters of other answers {seen['others']} by mean logit, {seen['others, any']} by any.",
         "",
-        "| adapter | answer | margin, base → adapted | KL, nats a token | by logit | by probability "
-        "| by reading | best by logit, null adapters | best by logit, other answers |",
+        "| adapter | answer | margin, base → adapted | KL, nats a token | by logit | by "
+        "probability | by reading | best by logit, null adapters | best by logit, other answers |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in frame.to_dict("records"):
