@@ -124,9 +124,9 @@ def main() -> None:
     text = page(table(given.results))
     print(text)
     if given.write:
-        marks = r"(<!-- blind -->\n).*?(\n<!-- /blind -->)"
+        marks = r"(<!-- blind -->\n).*?(<!-- /blind -->)"
         PAGE.write_text(
-            re.sub(marks, lambda m: f"{m[1]}{text}{m[2]}", PAGE.read_text(), flags=re.DOTALL)
+            re.sub(marks, lambda m: f"{m[1]}{text}\n{m[2]}", PAGE.read_text(), flags=re.DOTALL)
         )
 
 

@@ -171,6 +171,9 @@ def test_within_a_transform_calls_are_refused(transform: str, cls: str):
             pytest.fail(name)
 
 
+REFUSED = {"feature_shift", "explain", "kl_shares", "by token and layer", "what_changed"}
+
+
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_within_a_dual_level(cls: str):
     """Forward mode is refused, as torch has one level; all else is right."""
@@ -183,7 +186,7 @@ def test_within_a_dual_level(cls: str):
                 assert "forward-mode derivatives" in str(error)
                 refused.append(name)
     forward = {"forward", "frozen, forward", "components", "logit_shift", "joint", "tangents"}
-    assert {*refused} == forward | {"feature_shift", "explain", "kl_shares", "by token and layer"}
+    assert {*refused} == forward | REFUSED
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
