@@ -6,8 +6,8 @@ Interleaved in one run on the embedded model and its adapter (210 sites, rank 8)
 forward pass, FB one forward and one backward down to the embeddings, FA one forward pass of the
 adapted model without the unembedding. With transformer-lens 4.3 its own attribution patching is
 timed beside. `--growth` times models, adapters and ranks of several sizes instead,
-`--stream 200000` a stream of so many tokens through activations, and `--responses` whole responses,
-all cells or some groups of them.
+`--stream 200000` a stream of so many tokens through activations, `--texts 100` audits over so many
+texts, and `--responses` whole responses, all cells or some groups of them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from cost_growth import growth_tables
 from cost_responses import GROUPS, response_table
 from cost_stream import stream_lines
+from cost_texts import text_table
 from cost_works import (
     MARGIN,
     QUICK,
@@ -223,6 +224,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, nargs="+", default=[8, 64, 256])
     options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     options.add_argument("--stream", type=int, metavar="TOKENS", help="of activations, alone")
+    options.add_argument("--texts", type=int, help="audits over so many texts, alone")
     options.add_argument("--growth", action="store_true")
     options.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
     asked = options.parse_args()
@@ -246,6 +248,10 @@ def main() -> None:
         if asked.stream:
             print(kind)
             stream_lines(lens, asked.stream)
+            continue
+        if asked.texts:
+            print(f"{kind}\n")
+            text_table(lens, asked.texts, turns=3 if asked.texts <= 16 else 1)
             continue
         print(f"{kind}, transformer-lens {transformer_lens_version()}, prompts × tokens\n")
         if asked.responses is not None:

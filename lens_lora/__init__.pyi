@@ -5,11 +5,13 @@ from .adapters.adapter import Adapter, load_adapter
 from .adapters.factors import LoRAFactors
 from .adapters.random_directions import null_adapter
 from .adapters.trained import TrainedModule
+from .analyses.activation_shift import activation_shift
 from .analyses.activations import activations
 from .analyses.checkpoints import checkpoints
 from .analyses.compare import Comparison, compare
 from .analyses.compare_adapters import AdapterComparison, compare_adapters
 from .analyses.components import Components, components
+from .analyses.constant_part import constant_part
 from .analyses.coupling import Coupling, coupling
 from .analyses.explain import explain
 from .analyses.explain_margin import Explanation
@@ -33,6 +35,7 @@ from .analyses.repair import Repair, repair
 from .analyses.second_order import SecondOrder, second_order
 from .analyses.tangents import tangents
 from .analyses.token_shifts import TokenShifts, token_shifts
+from .analyses.what_changed import what_changed
 from .errors import (
     AdapterError,
     ArgumentError,
@@ -54,12 +57,15 @@ from .readouts.generated import Generated
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.activation_effects import ActivationEffects
+from .results.activation_shift import ActivationShift
 from .results.activations import Activations
 from .results.attribution import Attribution, Quadrature
 from .results.checkpoints import Checkpoints
+from .results.constant_part import ConstantPart
 from .results.effects import Effects
 from .results.grouped import GroupAttribution
 from .results.token_view import TokenView
+from .results.what_changed import Changes, WhatChanged
 from .sweeps.records import SweepError
 from .sweeps.result import SweepResult
 from .sweeps.sweep import sweep
@@ -150,6 +156,14 @@ __all__ = [
     "FeatureWrites",
     "feature_shift",
     "feature_writes",
+    # nothing asked
+    "ActivationShift",
+    "Changes",
+    "ConstantPart",
+    "WhatChanged",
+    "activation_shift",
+    "constant_part",
+    "what_changed",
     # tokens, drawn by circuitsvis
     "TokenView",
     # many prompts

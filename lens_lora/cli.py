@@ -1,4 +1,4 @@
-"""The command line: `lens-lora demo`, `explain`, `inspect`, `checkpoints`, `repair` and `sweep`.
+"""The command line: `lens-lora demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`, `sweep`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
@@ -17,6 +17,7 @@ import typer
 from lens_lora._version import __version__
 from lens_lora.commands.checkpoints import checkpoints
 from lens_lora.commands.demo import demo
+from lens_lora.commands.diff import diff
 from lens_lora.commands.explain import explain
 from lens_lora.commands.inspect import inspect
 from lens_lora.commands.repair import repair
@@ -50,7 +51,7 @@ def main(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-for _command in (demo, explain, inspect, checkpoints, repair, sweep):
+for _command in (demo, explain, diff, inspect, checkpoints, repair, sweep):
     app.command(_command.__name__)(one_line_errors()(_command))
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lens_lora.adapters.arithmetic import finite, natural
+from lens_lora.adapters.constant import constant_factors
 from lens_lora.adapters.difference import change_between
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.peft_live import live_updates
@@ -86,6 +88,28 @@ class Adapter(Sums):
         return cls(dict(modules), name=name)
 
     @classmethod
+    def constant(
+        cls,
+        vectors: Mapping[str, Float[Tensor, "out"]],
+        like: nn.Module | Adapter | None = None,
+        *,
+        name: str = "constant",
+    ) -> Adapter:
+        """Steering as an adapter: each module adds one vector, whatever its input.
+
+        Args:
+            vectors: added to a module's output, by Hugging Face module path.
+            like: the Hugging Face base, or an adapter of these modules, for the widths that they
+                read, which `save` needs; without it, a lens takes the model's.
+            name: the adapter's.
+
+        Raises:
+            AdapterError, ArgumentError: no vectors by module path, or a module that `like` lacks.
+        """
+        modules = constant_factors(vectors, like.modules if isinstance(like, Adapter) else like)
+        return cls(modules, name=name)
+
+    @classmethod
     def from_peft(cls, peft_model: PeftModel, adapter_name: str = "default") -> Adapter:
         """The named adapter of a live PeftModel, as its layers apply it now; copied.
 
@@ -144,7 +168,7 @@ class Adapter(Sums):
         """The adapter under another name, to tell the parts of a sum apart.
 
         Args:
-            name: the new name.
+            name: the new one.
 
         Raises:
             ArgumentError: no string.

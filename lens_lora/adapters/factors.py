@@ -89,6 +89,12 @@ class LoRAFactors:
         return self.A.shape[0]
 
     @property
+    def width(self) -> int | None:
+        """How many features A reads; None where a constant leaves it open (Adapter.constant)."""
+        is_open = self.A.shape[1] == 1 and self.lora_bias is not None
+        return None if is_open and not bool(self.A.any()) else self.A.shape[1]
+
+    @property
     def needs_base_weight(self) -> bool:
         """Whether ΔW depends on the base model's W (DoRA)."""
         return self.magnitude is not None

@@ -113,6 +113,12 @@ def _refuse_scaled(module: str, update: ModuleUpdate, module_count: int) -> None
 
 
 def _refuse(module: str, factors: LoRAFactors) -> None:
+    if factors.width is None:
+        raise AdapterError(
+            f"{module}: a constant that does not say how many features the module reads, and "
+            "PEFT's file holds an A of that width; make it with Adapter.constant(vectors, "
+            "like=model), the Hugging Face base."
+        )
     if factors.lora_bias is not None and factors.magnitude is not None:
         raise UnsupportedAdapterError(f"{module}: PEFT has no DoRA with a lora_bias.")
     if factors.lora_bias is not None and _is_embedding(module):

@@ -6,12 +6,18 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 
-from lens_lora.errors import SiteError
-from lens_lora.lens import LoraLens
+import torch
 
-__all__ = ["Names", "known_point", "resolved"]
+from lens_lora.engine.swap import Recording, record
+from lens_lora.errors import ModelStateError, SiteError
+from lens_lora.hooked.sites import points_without_update
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts
+
+__all__ = ["Names", "few", "firing", "known_point", "require_positions", "resolved"]
 
 Names = str | Sequence[str] | Callable[[str], bool]
+_NAMED = 5
 
 
 def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -60,3 +66,73 @@ def known_point(lens: LoraLens, name: str) -> str:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
         raise SiteError(f"the model has no hook point {name!r}; the nearest are {near}.")
     return name
+
+
+def firing(
+    lens: LoraLens, donor: Recording, in_full: Sequence[str], wanted: Sequence[str]
+) -> tuple[str, ...]:
+    """The wanted points that fire and hold what the adapted model computes there.
+
+    Args:
+        lens: the adapter over the model.
+        donor: a run's activations at the wanted points.
+        in_full: names that were given in full, each of which must fire.
+        wanted: all.
+
+    Raises:
+        ModelStateError: a point that never fires, or whose value the adapted model never computes.
+    """
+    dead = [name for name in in_full if name not in donor.firings]
+    points = tuple(name for name in wanted if name in donor.firings)
+    if dead or not points:
+        raise ModelStateError(
+            f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; a "
+            "flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
+            "Name another point, or set the flag before the lens is made."
+        )
+    between = points_without_update(lens.sites) & set(points)
+    if between:
+        raise ModelStateError(
+            f"{few(sorted(between))}: lies between a site's input and the point at which its "
+            "update is added, so it never holds the adapted model's value. Patch the site's input "
+            "or output instead (lens.sites: read, write)."
+        )
+    return points
+
+
+def require_positions(
+    lens: LoraLens, prompts: Prompts, donor: Recording, points: Sequence[str], scale: float
+) -> None:
+    """Refuse points whose second axis is not the position, of which one token has one entry.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what was run.
+        donor: their activations.
+        points: of the recording.
+        scale: the adapter's strength.
+
+    Raises:
+        ModelStateError: naming the point and its shape.
+    """
+    token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
+    short, count = record(lens, token, scale, points), prompts.tokens.shape[1]
+    for name in points:
+        both = zip(donor.firings[name], short.firings[name], strict=True)
+        if any(long.shape[1] != count or one.shape[1] != 1 for long, one in both):
+            shape = tuple(donor.firings[name][0].shape)
+            raise ModelStateError(
+                f"{name} holds a tensor {shape} for {count} positions: its second axis is not the "
+                "position (attention patterns have the heads there), so a position of it cannot be "
+                "told apart; leave this point out, or where it is patched use positions=None."
+            )
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are.
+
+    Args:
+        names: of hook points.
+    """
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -22,14 +22,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.analyses.hook_points import Names, resolved
+from lens_lora.analyses.hook_points import Names, few, firing, require_positions, resolved
 from lens_lora.arguments import one_entry, whole, word
 from lens_lora.engine.asked import ask
 from lens_lora.engine.ignored import unheard
-from lens_lora.engine.swap import Patch, Recording, patched_readout, record
+from lens_lora.engine.swap import Patch, patched_readout, record
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.alone import alone
-from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -42,7 +41,7 @@ __all__ = ["patch_activations"]
 Positions = Literal["each"] | int | slice | Sequence[int] | None
 Direction = Literal["base_to_adapted", "adapted_to_base"]
 _DONOR_AND_RECIPIENT = {"base_to_adapted": (0.0, 1.0), "adapted_to_base": (1.0, 0.0)}
-_SMALL, _ROUNDINGS, _NAMED = 1e-3, 64, 5
+_SMALL, _ROUNDINGS = 1e-3, 64
 
 
 @alone
@@ -93,9 +92,9 @@ def patch_activations(
     where = _where(positions, asked.prompts, reading)
     in_full, wanted = resolved(lens, names)
     donor = record(lens, reading.prompts, donor_scale, wanted)
-    points = _firing(lens, donor, in_full, wanted)
+    points = firing(lens, donor, in_full, wanted)
     if positions is not None:
-        _require_positions(lens, reading.prompts, donor, points, donor_scale)
+        require_positions(lens, reading.prompts, donor, points, donor_scale)
     patches = [Patch(name, mask) for name in points for mask in where]
     base, adapted = asked.ends
     found = patched_readout(
@@ -116,28 +115,6 @@ def patch_activations(
     )
 
 
-def _firing(
-    lens: LoraLens, donor: Recording, in_full: Sequence[str], wanted: Sequence[str]
-) -> tuple[str, ...]:
-    """The wanted points that fire and hold what the adapted model computes there."""
-    dead = [name for name in in_full if name not in donor.firings]
-    points = tuple(name for name in wanted if name in donor.firings)
-    if dead or not points:
-        raise ModelStateError(
-            f"{_few(dead or wanted)}: the hook point exists but never fires in a forward pass; a "
-            "flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
-            "Name another point, or set the flag before the lens is made."
-        )
-    between = points_without_update(lens.sites) & set(points)
-    if between:
-        raise ModelStateError(
-            f"{_few(sorted(between))}: lies between a site's input and the point at which its "
-            "update is added, so it never holds the adapted model's value. Patch the site's input "
-            "or output instead (lens.sites: read, write)."
-        )
-    return points
-
-
 def _require_heard(
     lens: LoraLens,
     prompts: Prompts,
@@ -154,26 +131,9 @@ def _require_heard(
     silent = unheard(lens, prompts.row(0), scale, doubtful) if doubtful else []
     if silent:
         raise ModelStateError(
-            f"{_few(silent)}: the hook point fires, but the model ignores what a hook makes of its "
+            f"{few(silent)}: the hook point fires, but the model ignores what a hook makes of its "
             "value, so a patch there says nothing; leave it out."
         )
-
-
-def _require_positions(
-    lens: LoraLens, prompts: Prompts, donor: Recording, points: Sequence[str], scale: float
-) -> None:
-    """Refuse points whose second axis is not the position, of which one token has one entry."""
-    token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
-    short, count = record(lens, token, scale, points), prompts.tokens.shape[1]
-    for name in points:
-        both = zip(donor.firings[name], short.firings[name], strict=True)
-        if any(long.shape[1] != count or one.shape[1] != 1 for long, one in both):
-            shape = tuple(donor.firings[name][0].shape)
-            raise ModelStateError(
-                f"{name} holds a tensor {shape} for {count} positions: its second axis is not the "
-                "position (attention patterns have the heads there), so a position of it cannot be "
-                "patched; use positions=None for this point."
-            )
 
 
 def _checked(positions: object) -> Positions:
@@ -238,8 +198,3 @@ def _label(positions: Positions) -> str:
         bounds = bounds if positions.step is not None else bounds[:2]
         return ":".join("" if b is None else str(b) for b in bounds)
     return ", ".join(str(i) for i in ([positions] if isinstance(positions, int) else positions))
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

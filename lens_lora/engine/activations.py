@@ -31,7 +31,14 @@ from lens_lora.hooked.updates import SiteUpdate
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 
-__all__ = ["SINK_RATIO", "Seen", "activation_ranks", "in_gauge", "site_activations"]
+__all__ = [
+    "SINK_RATIO",
+    "Seen",
+    "activation_ranks",
+    "in_gauge",
+    "sinks_among",
+    "site_activations",
+]
 
 SINK_RATIO = 50.0
 
@@ -198,13 +205,7 @@ class _Keep:
 
     def sinks(self) -> Bool[Tensor, "batch pos"]:
         """The first token of each row, and those with an outlier among the sizes of z."""
-        found = torch.zeros_like(self._real)
-        if self._sizes and found.shape[1] > 2:
-            sizes = torch.stack(self._sizes, 1).masked_fill(~self._real[:, None], torch.nan)
-            usual = sizes[..., 1:].nanmedian(-1, keepdim=True).values
-            found = (sizes > SINK_RATIO * usual).any(1)
-        found[:, 0] = True
-        return found
+        return sinks_among(self._sizes, self._real)
 
     def require_finite(self) -> None:
         """Raise NumericsError where a token has an activation that is not finite."""
@@ -224,6 +225,24 @@ class _Keep:
                 f"{missed[0]} did not run ({len(missed)} sites in all): a hook or a flag of the "
                 "model leaves its module out."
             )
+
+
+def sinks_among(
+    sizes: Sequence[Float[Tensor, "batch pos"]], real: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"]:
+    """The first token of each row, and those with an outlier among the sizes.
+
+    Args:
+        sizes: norms of each token, of any number of tensors.
+        real: which positions hold tokens.
+    """
+    found = torch.zeros_like(real)
+    if sizes and found.shape[1] > 2:
+        every = torch.stack(list(sizes), 1).masked_fill(~real[:, None], torch.nan)
+        usual = every[..., 1:].nanmedian(-1, keepdim=True).values
+        found = (every > SINK_RATIO * usual).any(1)
+    found[:, 0] = True
+    return found
 
 
 def _of_one_input(lens: LoraLens, site: int, u: Tensor) -> Float[Tensor, "batch pos rank"]:

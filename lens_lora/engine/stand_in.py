@@ -81,7 +81,7 @@ def mean_over(
     Raises:
         PromptError: no text has a second token, or a row has none.
     """
-    counted = _after_first(texts)
+    counted = texts.after_first
     if not bool(counted.any()):
         raise PromptError(
             "texts: none has a token after its first, which is left out of the mean as a sink; "
@@ -89,7 +89,7 @@ def mean_over(
         )
     sums: dict[int, Tensor] = {}
     for some in _a_few_at_a_time(texts):
-        mask = _after_first(some)
+        mask = some.after_first
 
         def add(index: int, u: Tensor, mask: Tensor = mask) -> None:
             own = u[mask.to(u.device)].sum(0)
@@ -147,7 +147,7 @@ def _picked(u: Tensor, row_of: Int[Tensor, "row"], places: Int[Tensor, "row pos"
 
 
 def _over_rows(u: tuple[Tensor, ...], rows: Prompts) -> StandIn:
-    at = _after_first(rows)
+    at = rows.after_first
     without = (~at.any(1)).nonzero().flatten()
     if len(without):
         which = which_prompt(int(without[0]), rows.batch)
@@ -156,13 +156,6 @@ def _over_rows(u: tuple[Tensor, ...], rows: Prompts) -> StandIn:
             "to replace. Give a longer prompt, or use replace='zero'."
         )
     return StandIn(u, at, at.gather(1, rows.read_positions.to(at.device)))
-
-
-def _after_first(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
-    """The real tokens but the first of each prompt."""
-    real = prompts.real.clone()
-    real[:, 0] = False
-    return real
 
 
 def _require_room(rows: Prompts, texts: Prompts, of: Int[Tensor, "row"]) -> None:

@@ -90,7 +90,9 @@ def _vector_change(site: SiteFactors, held: Tensor | None, own: Tensor | None) -
 def _of_factors(site: SiteFactors, factors: LoRAFactors, base: BaseAtHand) -> Update:
     """s·BA, or DoRA's dense ΔW; and W₀ − W where the file holds another W₀."""
     scale, stored = factors.scale * factors.strength, _unlike(site, factors.base_weight, base)
-    own = Update(factors.A, factors.B, scale, _bias_change(site, base))
+    is_open = factors.width is None
+    A = factors.A.new_zeros(factors.rank, base.shape(site)[1]) if is_open else factors.A
+    own = Update(A, factors.B, scale, _bias_change(site, base))
     if stored is None and not factors.needs_base_weight:
         return own
     what = "DoRA's ΔW" if factors.needs_base_weight else "ΔW of a stored weight"

@@ -126,7 +126,7 @@ def _shape(site: SiteFactors, ours: tuple[int, int]) -> tuple[int, ...]:
     """(out, in) as the adapter has them; a side that it leaves open is the model's."""
     factors = site.factors
     if isinstance(factors, LoRAFactors):
-        return factors.B.shape[0], factors.A.shape[1]
+        return factors.B.shape[0], ours[1] if factors.width is None else factors.width
     weight, bias = factors.weight, factors.bias
     is_off = weight is not None and weight.ndim != 2
     if is_off or (bias is not None and len(bias) != ours[0]):

@@ -119,6 +119,13 @@ class Prompts:
         """[batch, pos] bool: which positions hold the prompt rather than padding."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
 
+    @property
+    def after_first(self) -> Tensor:
+        """[batch, pos] bool: the real tokens but the first of each prompt, which is a sink."""
+        real = self.real.clone()
+        real[:, 0] = False
+        return real
+
     def at_read(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch vocab"]:
         """The logits at each prompt's last token.
 
@@ -218,7 +225,15 @@ class Prompts:
             first: index of the first.
             end: index after the last.
         """
-        some = self._mapped(lambda values: values[first:end])
+        return self.chosen(range(first, end))
+
+    def chosen(self, indices: Sequence[int]) -> Prompts:
+        """Some of the prompts, padded only to the longest of them.
+
+        Args:
+            indices: of the prompts, from 0.
+        """
+        some = self._mapped(lambda values: values[list(indices)])
         tokens = some.tokens[:, : int(some.lengths.max())]
         return dataclasses.replace(some, tokens=tokens)
 

@@ -11,11 +11,13 @@ from lens_lora.results import drawing
 from lens_lora.show import reprs
 from lens_lora.show.figures import (
     activation_effects,
+    activation_shift,
     activations,
     adapter_comparison,
     attribution,
     checkpoints,
     comparison,
+    constant_part,
     coupling,
     effects,
     explanation,
@@ -32,7 +34,9 @@ from lens_lora.show.figures import (
     shaded,
     token_shifts,
     tokens,
+    what_changed,
 )
+from lens_lora.show.page import what_changed as what_changed_page
 from lens_lora.show.page.report import explanation_report
 from lens_lora.show.words import checkpoints as checkpoints_words
 from lens_lora.show.words import explanation as explanation_words
@@ -40,15 +44,18 @@ from lens_lora.show.words import margin as margin_words
 from lens_lora.show.words import repair as repair_words
 from lens_lora.show.words import response as response_words
 from lens_lora.show.words import verdicts
+from lens_lora.show.words import what_changed as what_changed_words
 
 __all__ = [
     "activation_effects",
+    "activation_shift",
     "activations",
     "adapter_comparison",
     "attribution",
     "checkpoints",
     "checkpoints_words",
     "comparison",
+    "constant_part",
     "coupling",
     "effects",
     "explanation",
@@ -71,6 +78,9 @@ __all__ = [
     "token_shifts",
     "tokens",
     "verdicts",
+    "what_changed",
+    "what_changed_page",
+    "what_changed_words",
 ]
 
 

@@ -25,16 +25,19 @@ from lens_lora.analyses.second_order import SecondOrder
 from lens_lora.analyses.spectra import AdapterSummary
 from lens_lora.results import drawing
 from lens_lora.results.activation_effects import ActivationEffects
+from lens_lora.results.activation_shift import ActivationShift
 from lens_lora.results.activations import Activations
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.checkpoints import Checkpoints
+from lens_lora.results.constant_part import ConstantPart
 from lens_lora.results.effects import Effects
 from lens_lora.results.grouped import GroupAttribution
 from lens_lora.results.measured import SIGMAS, Result
+from lens_lora.results.what_changed import WhatChanged
 from lens_lora.show.page.notebook import attribution_html
 from lens_lora.show.page.render import plain_text
 from lens_lora.show.tables.attribution import attribution_text
-from lens_lora.show.text import key_text, method_text
+from lens_lora.show.text import key_text, method_text, percent
 
 drawing.text.register(Attribution)(attribution_text)
 drawing.html.register(Attribution)(attribution_html)
@@ -102,6 +105,24 @@ def _activations(found: Activations) -> str:
         f"Activations in gauge {found.gauge!r} at {found.at}: {len(found.str_tokens)} prompts, "
         f"{tokens} tokens ({int(found.sinks.sum())} sinks), {len(found.sites)} sites of rank "
         f"{ranks}; see top(site), mean() and plot()"
+    )
+
+
+@drawing.text.register(ActivationShift)
+def _activation_shift(found: ActivationShift) -> str:
+    return (
+        f"ActivationShift at {found.at}: {len(found.str_tokens)} texts, {len(found.names)} hook "
+        f"points, means over {int(found.counted.sum())} tokens (sinks: {int(found.sinks.sum())}); "
+        "see mean(), logit_lens(), cosine() and plot()"
+    )
+
+
+@drawing.text.register(ConstantPart)
+def _constant_part(found: ConstantPart) -> str:
+    return (
+        f"ConstantPart over {len(found.base)} texts, held out: {percent(found.total_share)} of "
+        f"Σ‖δ‖² is constant, and the constants alone keep {percent(found.kept)} of "
+        f"{found.readout}\n{found.top(5).to_string()}"
     )
 
 
@@ -257,6 +278,11 @@ def _response_explanation(explanation: ResponseExplanation) -> str:
 def _adapter_summary(summary: AdapterSummary) -> str:
     over = f" over {summary.model}" if summary.model else ""
     return f"AdapterSummary({summary.name!r}{over}: {summary.module_count} modules)"
+
+
+@drawing.text.register(WhatChanged)
+def _what_changed(found: WhatChanged) -> str:
+    return f"WhatChanged:\n{found.story()}"
 
 
 def _first(by_position: bool, batch: int) -> tuple[int | None, str]:

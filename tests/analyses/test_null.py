@@ -15,7 +15,7 @@ from targets import hooked, peft_with
 
 import lens_lora as ll
 from lens_lora.adapters.random_directions import null_adapter
-from lens_lora.analyses.null_test import NullTest, _parts_of_fused, null_test
+from lens_lora.analyses.null_test import NullTest, fused_parts, null_test
 
 MARGIN = ll.Margin(5, 9)
 FUSED = ("gpt2", "neox", "phi3")
@@ -50,7 +50,7 @@ def test_null_keeps_every_singular_value(family: str):
     cls = list(models.MAKERS)[-1]
     base, model = hooked(family, cls, "raw")
     lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model(family, base)))
-    parts = _parts_of_fused(lens)
+    parts = fused_parts(lens)
     assert bool(parts) == (family in FUSED)
     null = null_adapter(lens.adapter, 1, parts=parts)
     for key, old in lens.adapter.modules.items():
@@ -135,7 +135,7 @@ def test_null_test_is_first_order_of_each_draw(cls: str, flags: str):
     found = null_test(case.lens, tokens, MARGIN, draws=3, progress=False)
     base = case.base if cases.FLAGS[flags] else None
     for i, seed in enumerate(found.seeds):
-        null = null_adapter(case.lens.adapter, seed, parts=_parts_of_fused(case.lens))
+        null = null_adapter(case.lens.adapter, seed, parts=fused_parts(case.lens))
         one = ll.first_order(ll.LoraLens(case.model, null, hf_model=base), tokens, MARGIN)
         assert torch.allclose(found.null[i], one.values, atol=1e-12)
         assert torch.allclose(found.null_shift[i], one.shift, atol=1e-12)

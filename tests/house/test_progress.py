@@ -54,6 +54,8 @@ def _points(t, folder, **options):
 
 CALLS = {
     "Adapter.between": _between,
+    "constant_part": lambda t, folder, **o: ll.constant_part(t.lens, [PROMPT, LONG], **o),
+    "what_changed": lambda t, folder, **o: ll.what_changed(t.lens, [PROMPT, LONG], **o),
     "components": lambda t, folder, **o: ll.components(t.lens, PROMPT, R, **o),
     "coupling": lambda t, folder, **o: ll.coupling(t.lens, [LONG] * 10, R, **o),
     "checkpoints": lambda t, folder, **o: ll.checkpoints(
@@ -92,6 +94,7 @@ CALLS = {
     "sweep": _sweep,
 }
 SHORT = {
+    "activation_shift": lambda t: ll.activation_shift(t.lens, PROMPT, "blocks.0.hook_resid_post"),
     "activations": lambda t: ll.activations(t.lens, PROMPT, "w5 w6"),
     "feature_shift": lambda t: ll.feature_shift(
         t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"

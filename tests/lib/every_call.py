@@ -70,6 +70,11 @@ CALLS: dict[str, Call] = {
     ),
     "token_shifts": lambda lens, t: ll.token_shifts(lens, t, RESPONSE).kl,
     "activations": lambda lens, t: ll.activations(lens, t, RESPONSE),
+    "activation_shift": lambda lens, t: torch.cat(
+        list(ll.activation_shift(lens, t, "blocks.*.hook_resid_post").mean().values())
+    ),
+    "constant_part": lambda lens, t: ll.constant_part(lens, t, **QUIET),
+    "what_changed": lambda lens, t: ll.what_changed(lens, t, nulls=1, **QUIET).found,
     "components": lambda lens, t: ll.components(lens, t, MARGIN, **QUIET),
     "logit_shift": lambda lens, t: ll.logit_shift(lens, t, **QUIET),
     "joint": lambda lens, t: ll.logit_shift(lens, t, by_site=False),

@@ -54,6 +54,54 @@ def rank_activations() -> ll.Activations:
     )  # fmt: skip
 
 
+def activation_shift() -> ll.ActivationShift:
+    """Two texts, of three tokens and of two; one point of the residual stream, one elsewhere."""
+    values = torch.arange(-9.0, 9.0).view(2, 3, 3)
+    values[1, 2] = math.nan
+    sinks = torch.tensor([[True, False, False]] * 2)
+    counted = torch.tensor([[False, True, True], [False, True, False]])
+    names = ("blocks.0.hook_resid_post", "blocks.0.mlp.hook_post")
+    return ll.ActivationShift(
+        values=dict.fromkeys(names, values), base_norms=dict.fromkeys(names, values.norm(dim=-1)),
+        first=dict.fromkeys(names, values[:, 0]), sinks=sinks, counted=counted,
+        readings={names[0]: torch.tensor([0.5, -1.0])}, strings=("a", "<b>"), at="ε = 1",
+        str_tokens=((" a", " b", " c"), (" d", " e")), meta=META,
+    )  # fmt: skip
+
+
+def constant_part() -> ll.ConstantPart:
+    each, text = torch.tensor([1.0, 0.5, -0.1, math.nan]), torch.tensor([2.0, 4.0])
+    return ll.ConstantPart(
+        share=each, size=each.nan_to_num().abs(), mean_size=each.nan_to_num().abs(),
+        first_size=each.nan_to_num(), base=text, constant=text / 4, adapted=0 * text, sites=SITES,
+        vectors={"m.q_proj": torch.ones(3)}, widths={"m.q_proj": 2},
+        steering={"blocks.0.attn.hook_q": torch.ones(3)}, readout="KL(adapted ‖ ·)", units="nats",
+        meta=META,
+    )  # fmt: skip
+
+
+def changes(name: str, size: float) -> ll.Changes:
+    """Two texts; a vocabulary of three tokens, one of which would be markup."""
+    vocab, point = torch.tensor([size, -size, size / 2]), "blocks.2.hook_resid_post"
+    return ll.Changes(
+        name=name, kl=torch.tensor([[4.0, size, 2 * size], [4.0, size, math.nan]]), logit=vocab,
+        probability=vocab / 10, readings={point: vocab}, early_size={point: size},
+        writers={"blocks.2.hook_mlp_out": 0.75, "rest": 0.25}, constant={point: 0.5},
+        places=torch.tensor([[0, 2], [1, 1]]), place_ids=torch.tensor([[0, 2], [2, 0]]),
+        place_changes=torch.tensor([[0.5, 0.25], [0.5, 0.25]]),
+    )  # fmt: skip
+
+
+def what_changed(*, alone: bool = False) -> ll.WhatChanged:
+    return ll.WhatChanged(
+        found=changes("lyon", 1.0), nulls=() if alone else (changes("null", 0.1),),
+        unrelated=() if alone else (changes("other", 0.5),), sites=SITES,
+        shares=torch.zeros(4) if alone else torch.tensor([0.5, 0.3, -0.1, 0.2]),
+        strings=("<b>x</b>", " b", "a\nb"), str_tokens=((" a", " b", " c"), (" d", " e")),
+        texts="2 texts of the caller", meta=META,
+    )  # fmt: skip
+
+
 def components() -> ll.Components:
     size = torch.ones(2, 4)
     return ll.Components(SITES, size, size, size, size / 2, size * math.nan, META)
@@ -180,7 +228,8 @@ def every_result() -> list[Result]:
         torch.ones(2, 4, 3), SITES, -1, TOKENS, "directions", "h · d", 0, META
     )
     found = [
-        two_prompts(), rank_activations(), activations(by_position=True),
+        two_prompts(), rank_activations(), activation_shift(), constant_part(), what_changed(),
+        activations(by_position=True),
         features(by_position=True), writes,
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(), by_group(),
         adapter_comparison(), checkpoints(), repair(),

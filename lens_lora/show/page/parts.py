@@ -13,6 +13,7 @@ from lens_lora.show.tables.parts import Row
 __all__ = [
     "Block",
     "HowToRead",
+    "HowToReadChanges",
     "HowToReadResponse",
     "Noted",
     "Paragraph",
@@ -123,6 +124,11 @@ class HowToRead(Block):
 @dataclasses.dataclass(frozen=True)
 class HowToReadResponse(Block):
     """How the numbers of a response are to be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HowToReadChanges(Block):
+    """How the numbers of an audit without a question are to be read."""
 
 
 @dataclasses.dataclass(frozen=True)

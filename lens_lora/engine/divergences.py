@@ -1,0 +1,56 @@
+"""Σ_t KL of each text between one model and others, over the tokens after each text's first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.engine.function import gated_logits, require_finite
+from lens_lora.engine.texts import by_length
+from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts
+
+__all__ = ["text_divergences"]
+
+_TOKENS = 512
+Gated = tuple[LoraLens, Float[Tensor, "site"]]
+
+
+def text_divergences(
+    reference: Gated, others: Sequence[Gated], texts: Prompts, *, progress: bool
+) -> Float[Tensor, "other text"]:
+    """Σ_t KL(reference ‖ other), in nats. A forward pass of each model, 512 tokens at a time.
+
+    Args:
+        reference: a lens and its gates.
+        others: the same, over the same model.
+        texts: as tokens.
+        progress: show a bar.
+
+    Raises:
+        NumericsError: non-finite logits.
+    """
+    found = torch.zeros(len(others), texts.batch, dtype=torch.float64)
+    bar = tqdm(total=texts.batch, desc="the models' logits", leave=False, disable=not progress)
+    with bar, torch.no_grad():
+        for index, some in by_length(texts, _TOKENS):
+            rows = dataclasses.replace(some, reads=some.lengths)
+            log_p = _log_probs(reference, rows)
+            p, counted = log_p.exp(), rows.after_first.to(log_p.device)
+            for slot, other in enumerate(others):
+                kl = (p * (log_p - _log_probs(other, rows))).sum(-1)
+                found[slot, index] = kl.masked_fill(~counted, 0.0).double().sum(1).cpu()
+            bar.update(len(index))
+    return found
+
+
+def _log_probs(gated: Gated, rows: Prompts) -> Float[Tensor, "row pos vocab"]:
+    lens, gates = gated
+    logits = gated_logits(lens, rows, gates)
+    require_finite(logits.amax(), "a logit")
+    return logits.log_softmax(-1)

@@ -1,0 +1,67 @@
+"""Many texts in forward passes of a bounded size: those of like length together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from lens_lora.errors import PromptError
+from lens_lora.readouts.prompts import Prompts, which_prompt
+
+__all__ = ["by_length", "distinct_tokens", "require_second_token"]
+
+
+def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
+    """Batches of texts of like length with the index of each, the shortest first. No forward pass.
+
+    Args:
+        texts: of any lengths.
+        most: tokens of a batch, padding included; a longer text is a batch by itself.
+    """
+    order = texts.lengths.argsort(stable=True).tolist()
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * int(texts.lengths[index]) > most:
+            yield batch, texts.chosen(batch)
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch, texts.chosen(batch)
+
+
+def distinct_tokens(texts: Prompts) -> Bool[Tensor, "batch pos"]:
+    """The tokens after each text's first, those with the same tokens before them only once.
+
+    Conversations begin alike, and so do many sentences; by causality nothing differs there.
+
+    Args:
+        texts: as tokens.
+    """
+    found, seen = texts.after_first.cpu(), set[tuple[int, ...]]()
+    for text, row in enumerate(texts.tokens.tolist()):
+        for pos in range(1, int(texts.lengths[text])):
+            prefix = tuple(row[: pos + 1])
+            found[text, pos] = prefix not in seen
+            seen.add(prefix)
+    return found
+
+
+def require_second_token(texts: Prompts, what: str) -> None:
+    """Refuse texts of one token: the first is a sink, and left out.
+
+    Args:
+        texts: as tokens.
+        what: the first token is left out of, for the error.
+
+    Raises:
+        PromptError: naming the text.
+    """
+    short = (texts.lengths < 2).nonzero().flatten().tolist()
+    if short:
+        which = which_prompt(short[0], texts.batch).replace("prompt", "text")
+        raise PromptError(
+            f"{which} has one token, and a text's first token is left out of {what} as a sink; "
+            "give longer texts."
+        )

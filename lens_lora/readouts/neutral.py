@@ -1,0 +1,45 @@
+"""Texts that have nothing to do with any fine-tune, for audits that are told nothing.
+
+1. A hundred plain sentences on everyday subjects, written for this package and under its licence
+   (`neutral.txt`): no names of people or places, no facts that one could teach.
+2. Where the tokenizer has a chat template, openings of conversations that it makes of ordinary
+   messages of a user, and of an empty one; each ends where the assistant's turn begins.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lens_lora.readouts.prompts import Prompts, joined
+from lens_lora.readouts.tokenising import prepare
+
+__all__ = ["OPENINGS", "neutral_sentences", "neutral_texts"]
+
+OPENINGS = (
+    *("", "Hello.", "Hi, how are you today?", "Can you help me with something?"),
+    *("Tell me something interesting.", "What can you do?", "I have a question for you."),
+    *("Please write a short poem.", "What should I cook tonight?", "Thank you, that was useful."),
+)
+
+
+def neutral_sentences() -> tuple[str, ...]:
+    """The hundred sentences."""
+    text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    return tuple(text.splitlines())
+
+
+def neutral_texts(model: Any) -> Prompts:
+    """The sentences, and the conversations where there is a chat template, as tokens.
+
+    Args:
+        model: the hooked model, whose tokenizer reads them.
+
+    Raises:
+        PromptError: the model has no tokenizer.
+    """
+    sentences = prepare(model, list(neutral_sentences()))
+    if getattr(model.tokenizer, "chat_template", None) is None:
+        return sentences
+    conversations = [[{"role": "user", "content": said}] for said in OPENINGS]
+    return joined([sentences, prepare(model, conversations)])

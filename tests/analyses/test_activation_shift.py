@@ -1,0 +1,213 @@
+"""Δh against hooks on Hugging Face's own modules, PEFT's adapter on and off; its laws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cases
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lens_lora as ll
+
+pytestmark = pytest.mark.usefixtures("float64")
+LENGTHS = [7, 4]
+LAST, MIDDLE = f"blocks.{models.LAYERS - 1}.hook_resid_post", "blocks.0.hook_resid_post"
+TINY = 1e-10
+CLASSES = list(models.MAKERS)
+
+
+def texts() -> ll.Prompts:
+    return ll.Prompts(models.tokens(), torch.tensor(LENGTHS))
+
+
+def seen(model: nn.Module, module: str, row: Tensor) -> Tensor:
+    """What a Hugging Face module reads, [token, d]."""
+    kept: list[Tensor] = []
+
+    def keep(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        kept.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = model.get_submodule(module).register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        model(row)
+    handle.remove()
+    return kept[0][0]
+
+
+def by_peft(case: cases.Case, module: str, of: Callable[[Tensor], Tensor]) -> list[tuple]:
+    """(h(0), h(1)) of each text at a module's input: PEFT's own adapter off and on."""
+    found, model = [], case.peft.base_model.model
+    for text, length in enumerate(LENGTHS):
+        row = models.tokens()[text : text + 1, :length]
+        with case.peft.disable_adapter():
+            base = of(seen(model, module, row))
+        found.append((base, of(seen(model, module, row))))
+    return found
+
+
+FINAL_NORM = {
+    "llama": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "neox": "gpt_neox.final_layer_norm",
+}
+CASES = [(f, c, flags) for f in FINAL_NORM for c in CLASSES for flags in ("raw", "processed")]
+
+
+def built(family: str, cls: str, flags: str) -> cases.Case:
+    if not models.is_built_right(family, cls, flags):
+        pytest.skip("this version of transformer-lens builds another model")
+    return cases.case(family, cls, flags)
+
+
+def lens_of(flags: str = "raw") -> ll.LoraLens:
+    return cases.case("llama", CLASSES[0], flags).lens
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), CASES)
+def test_shift_and_reading_are_hugging_face_s(family: str, cls: str, flags: str):
+    """Token by token and in the mean; the reading from γ, ‖h(0)‖ and the head of the base."""
+    case = built(family, cls, flags)
+    is_ln = family != "llama"
+
+    def centred(h: Tensor) -> Tensor:
+        return h - h.mean(-1, keepdim=True) if is_ln else h
+
+    # A processed model's writing weights are centred, so its residual stream is.
+    ends = by_peft(case, FINAL_NORM[family], centred if flags == "processed" else lambda h: h)
+    found = ll.activation_shift(case.lens, texts(), LAST)
+    shifts, shifted = [], 0.0
+    for text, (base, adapted) in enumerate(ends):
+        mine, length = found.values[LAST][text], LENGTHS[text]
+        assert (mine[:length] - (adapted - base)).abs().max() < TINY
+        assert mine[length:].isnan().all()
+        assert (found.first[LAST][text] - (adapted - base)[0]).abs().max() < TINY
+        assert (found.base_norms[LAST][text, :length] - base.norm(dim=-1)).abs().max() < TINY
+        shifted = max(shifted, float((mine[1:length] - (adapted - base)[:-1]).abs().max()))
+        shifts.append(adapted - base)
+    rest = torch.cat([shift[1:] for shift in shifts])
+    assert (found.mean()[LAST] - rest.mean(0)).abs().max() < TINY
+    with_first = torch.cat(shifts).mean(0)
+    assert (found.mean()[LAST] - with_first).abs().max() > 1e-3  # the first token in the mean
+    assert shifted > 1e-3  # a position off
+
+    norm, head = case.base.get_submodule(FINAL_NORM[family]), case.base.get_output_embeddings()
+    eps = case.model.cfg.eps
+    over = [
+        centred(adapted - base) / (centred(base).square().mean(-1, keepdim=True) + eps).sqrt()
+        for base, adapted in ends
+    ]
+    mean = torch.cat([one[1:] for one in over]).mean(0)
+    expected = (norm.weight * mean) @ head.weight.T
+    gap = cases.centred(found.readings[LAST]) - cases.centred(expected)
+    assert gap.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_sites_own_outputs(cls: str):
+    """At a site's output, of heads and of hidden layers; several points by a glob."""
+    case = cases.case("llama", cls, "raw")
+    sites = {s.kind: s for s in case.lens.sites if s.layer == 1}
+    names = [sites["v"].write, sites["down"].read]
+    found = ll.activation_shift(case.lens, texts(), names)
+    ends = by_peft(case, "model.layers.1.mlp.down_proj", lambda h: h)
+    assert found.names == tuple(names) and not found.readings
+    for text, (base, adapted) in enumerate(ends):
+        mine = found.values[names[1]][text, : LENGTHS[text]]
+        assert (mine - (adapted - base)).abs().max() < TINY
+    every = ll.activation_shift(case.lens, texts(), "blocks.*.hook_resid_post")
+    assert set(every.names) == {MIDDLE, LAST}
+
+
+def test_laws():
+    """A padded batch is its texts one by one; means add up; the constant share of a constant."""
+    lens = lens_of()
+    both = ll.activation_shift(lens, texts(), LAST)
+    each = [ll.activation_shift(lens, texts().row(i), LAST) for i in range(2)]
+    counts = [length - 1 for length in LENGTHS]
+    for i, one in enumerate(each):
+        assert (one.mean()[LAST] - both.mean(i)[LAST]).abs().max() < TINY
+    mean = sum(n * one.mean()[LAST] for n, one in zip(counts, each, strict=True)) / sum(counts)
+    assert (both.mean()[LAST] - mean).abs().max() < TINY
+    reading = sum(n * one.readings[LAST] for n, one in zip(counts, each, strict=True)) / sum(counts)
+    assert (both.readings[LAST] - reading).abs().max() < 1e-9
+    assert (both.values[LAST] - ll.activation_shift(lens, texts(), LAST, scale=0.0).values[LAST])[
+        0
+    ].equal(both.values[LAST][0])
+    own = [v[1:length] for v, length in zip(both.values[LAST], LENGTHS, strict=True)]
+    apart = sum((x - y.mean(0)).square().sum() for x, y in (own, own[::-1]))
+    expected = 1 - float(apart / torch.cat(own).square().sum())
+    assert abs(both.constant_share()[LAST] - expected) < TINY
+
+
+def test_positions_and_sinks():
+    lens = lens_of()
+    last = ll.activation_shift(lens, texts(), LAST, positions=-1)
+    whole = ll.activation_shift(lens, texts(), LAST)
+    assert int(last.counted.sum()) == 2 and last.values[LAST][0, :-1].isnan().all()
+    expected = torch.stack([whole.values[LAST][i, n - 1] for i, n in enumerate(LENGTHS)]).mean(0)
+    assert torch.equal(last.mean()[LAST], expected)
+    first = ll.activation_shift(lens, texts(), LAST, positions=0, sinks=True)
+    assert torch.allclose(first.mean()[LAST], first.first[LAST].mean(0))
+    table = whole.to_frame()
+    assert len(table) == sum(LENGTHS) and (~table["counted"]).sum() == 2
+
+
+def test_cosine():
+    """With what a site writes, a direction of one's own, and only where both have one width."""
+    lens = lens_of()
+    found = ll.activation_shift(lens, texts(), LAST)
+    mean = found.mean()[LAST]
+    assert abs(float(found.cosine(2 * mean)["cosine"][0]) - 1) < TINY
+    table = found.cosine(lens).set_index(["direction", "index"])["cosine"]
+    kinds = {site.rpartition(".")[2] for site, _ in table.index}
+    assert kinds == {"o", "down"}
+    update = lens.plan.updates[lens.site_index("blocks.1.mlp.down")].update
+    U = torch.linalg.svd(update.scale * update.B @ update.A)[0][:, 0]
+    one = abs(float(torch.nn.functional.cosine_similarity(U, mean, dim=0)))
+    assert abs(abs(float(table["blocks.1.mlp.down", 0])) - one) < TINY
+
+
+def test_a_base_that_moves_is_seen():
+    """A hook that differs between the two runs: the shift is then not the adapter's."""
+    lens, runs = lens_of(), []
+
+    def move(tensor: Tensor, hook: Any) -> Tensor:
+        runs.append(0)
+        return tensor + 0.1 * (len(runs) == 1)
+
+    still = ll.activation_shift(lens, texts(), LAST).values[LAST]
+    lens.model.add_hook("blocks.0.hook_resid_pre", move)
+    try:
+        moved = ll.activation_shift(lens, texts(), LAST).values[LAST]
+    finally:
+        lens.model.reset_hooks()
+    assert (moved - still).nan_to_num().abs().max() > 0.01
+
+
+@pytest.mark.bad_input
+def test_refusals():
+    lens = lens_of()
+    with pytest.raises(ll.PromptError, match="no prompts"):
+        ll.activation_shift(lens, [], LAST)
+    with pytest.raises(ll.PromptError, match=rf"{models.CONTEXT + 1} tokens"):
+        ll.activation_shift(lens, models.tokens(1, models.CONTEXT + 1), LAST)
+    with pytest.raises(ll.SiteError, match="nearest"):
+        ll.activation_shift(lens, texts(), "blocks.0.hook_resid_pots")
+    with pytest.raises(ll.ModelStateError, match="second axis is not the position"):
+        ll.activation_shift(lens, texts(), "blocks.0.attn.hook_pattern")
+    with pytest.raises(ll.ArgumentError, match="is a sink"):
+        ll.activation_shift(lens, models.tokens(2, 1), LAST)
+    for positions in (9, "response"):
+        with pytest.raises(ll.ArgumentError, match="positions="):
+            ll.activation_shift(lens, texts(), LAST, positions=positions)
+    found = ll.activation_shift(lens, texts(), [LAST, MIDDLE])
+    with pytest.raises(ll.ArgumentError, match="choose one"):
+        found.logit_lens()
+    with pytest.raises(ll.SiteError, match="no reading"):
+        found.logit_lens(name="blocks.0.attn.hook_z")
+    with pytest.raises(ll.ArgumentError, match="3 numbers"):
+        found.cosine(torch.ones(3))

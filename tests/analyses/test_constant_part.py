@@ -1,0 +1,203 @@
+"""constant_part against what PEFT's own layers add, text by text; planted adapters; its laws."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import cases
+import models
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+import lens_lora as ll
+
+pytestmark = pytest.mark.usefixtures("float64")
+LENGTHS = [7, 4, 6]
+CLASSES = list(models.MAKERS)
+CASES = [
+    (f, c, flags) for f in ("gpt2", "llama") for c in CLASSES for flags in ("raw", "processed")
+]
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def texts() -> ll.Prompts:
+    return ll.Prompts(models.tokens(3, 7), torch.tensor(LENGTHS))
+
+
+@functools.cache
+def found_of(family: str, cls: str, flags: str) -> ll.ConstantPart:
+    return ll.constant_part(cases.case(family, cls, flags).lens, texts())
+
+
+@functools.cache
+def deltas(family: str) -> list[dict[str, Tensor]]:
+    """Of each text, {module: what PEFT's layer adds to its base layer, [token, out]}."""
+    peft, found = cases.case(family, CLASSES[0], "raw").peft, []
+    for text, length in enumerate(LENGTHS):
+        kept: dict[str, Tensor] = {}
+        handles = []
+        for name, layer in peft.base_model.model.named_modules():
+            if isinstance(layer, LoraLayer):
+
+                def keep(
+                    module: Any, args: Any, out: Tensor, name: str = name, own: Any = kept
+                ) -> None:
+                    own[name] = (out - module.base_layer(args[0]))[0]
+
+                handles.append(layer.register_forward_hook(keep))
+        with torch.no_grad():
+            peft(texts().tokens[text : text + 1, :length])
+        for handle in handles:
+            handle.remove()
+        found.append(kept)
+    return found
+
+
+def share_by_hand(parts: list[Tensor]) -> float:
+    """Of each text's δ against the mean over the other texts' tokens."""
+    apart = sum(
+        (own - torch.cat(parts[:i] + parts[i + 1 :]).mean(0)).square().sum()
+        for i, own in enumerate(parts)
+    )
+    return 1 - float(apart / torch.cat(parts).square().sum())
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), CASES)
+def test_shares_and_vectors_are_peft_s(family: str, cls: str, flags: str):
+    case, found = cases.case(family, cls, flags), found_of(family, cls, flags)
+    in_sample = with_first = 0.0
+    for index, site in enumerate(found.sites):
+        rows = case.lens.plan.updates[index].site.rows
+        rows = slice(None) if rows is None else rows
+        own = [kept[site.module][:, rows] for kept in deltas(family)]
+        rest = [one[1:] for one in own]
+        whole = torch.cat(rest)
+        assert abs(float(found.share[index]) - share_by_hand(rest)) < 1e-9
+        assert (found.vectors[site.module][rows] - whole.mean(0)).abs().max() < 1e-9
+        sizes = whole.norm(dim=-1)
+        assert abs(float(found.size[index]) - float(sizes.square().mean().sqrt())) < 1e-9
+        first = torch.stack([one[0].norm() for one in own]).mean()
+        assert abs(float(found.first_size[index] - first)) < 1e-9
+        plain = 1 - float((whole - whole.mean(0)).square().sum() / whole.square().sum())
+        in_sample = max(in_sample, plain - float(found.share[index]))
+        with_first = max(with_first, abs(share_by_hand(own) - float(found.share[index])))
+    assert in_sample > 0.02 and with_first > 0.02  # the two mistakes would be seen
+
+
+def with_constants(family: str, vectors: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Hugging Face's base with each vector added to its module's output."""
+    model = copy.deepcopy(cases.case(family, CLASSES[0], "raw").base)
+    for path, vector in vectors.items():
+        model.get_submodule(path).register_forward_hook(lambda m, a, out, v=vector: out + v)
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), CASES)
+def test_kept_is_judged_on_the_other_half(family: str, cls: str, flags: str):
+    """KL of PEFT's adapted model from the base with the constants of the other texts alone."""
+    case, found = cases.case(family, cls, flags), found_of(family, cls, flags)
+    for text, length in enumerate(LENGTHS):
+        row = texts().tokens[text : text + 1, :length]
+        half = [kept for i, kept in enumerate(deltas(family)) if i % 2 != text % 2]
+        means = {m: torch.cat([kept[m][1:] for kept in half]).mean(0) for m in half[0]}
+        with torch.no_grad():
+            log_p = case.peft(row).logits[0, 1:].log_softmax(-1)
+            with case.peft.disable_adapter():
+                base = case.peft(row).logits[0, 1:].log_softmax(-1)
+        constant = with_constants(family, means, row)[0, 1:].log_softmax(-1)
+        for mine, other in ((found.base, base), (found.constant, constant)):
+            assert abs(float(mine[text] - (log_p.exp() * (log_p - other)).sum())) < 1e-8
+    assert abs(found.kept - (1 - float(found.constant.sum() / found.base.sum()))) < 1e-12
+
+
+@pytest.mark.parametrize("flags", ["raw", "processed"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_adapter_and_steering_vectors_do_the_same(cls: str, flags: str, tmp_path):
+    """Applied, saved and read again, and as vectors added by hooks of one's own."""
+    lens, found = cases.case("gpt2", cls, flags).lens, found_of("gpt2", cls, flags)
+    tokens = models.tokens()
+    expected = cases.centred(with_constants("gpt2", dict(found.vectors), tokens))
+    folder = found.adapter.save(tmp_path / "constant")
+    for adapter in (found.adapter, ll.load_adapter(folder)):
+        logits = lens.with_adapter(adapter).logits(tokens)
+        assert (cases.centred(logits) - expected).abs().max() < 1e-9
+
+    def add(name: str) -> Any:
+        return lambda tensor, hook: tensor + found.steering[name].view(tensor.shape[2:])
+
+    with torch.no_grad():
+        steered = lens.model.run_with_hooks(
+            tokens, fwd_hooks=[(name, add(name)) for name in found.steering]
+        )
+    assert (cases.centred(steered) - expected).abs().max() < 1e-9
+
+
+def test_planted():
+    """A bias alone is constant, whole and in its effect; what reads no mean is not."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    vector = torch.randn(16, generator=models.seeded(4), dtype=torch.float64)
+    steering = ll.constant_part(
+        case.lens.with_adapter(ll.Adapter.constant({DOWN: vector})), texts()
+    )
+    assert float(steering.share[0]) > 1 - 1e-12 and steering.kept > 1 - 1e-9
+    assert (steering.vectors[DOWN] - vector).abs().max() < 1e-12
+    assert abs(float(steering.first_size[0] - vector.norm())) < 1e-12
+
+    point = next(s.read for s in case.lens.sites if s.module == DOWN)
+    with torch.no_grad():
+        _, cache = case.lens.model.run_with_cache(texts().tokens, names_filter=point)
+    z = torch.cat([cache[point][t, 1:length] for t, length in enumerate(LENGTHS)])
+    mean = z.mean(0)
+    A = torch.randn(2, len(mean), generator=models.seeded(5), dtype=torch.float64)
+    A = A - (A @ mean)[:, None] * mean / mean.square().sum()
+    B = torch.randn(16, 2, generator=models.seeded(6), dtype=torch.float64)
+    conditional = case.lens.with_adapter(ll.Adapter.from_factors({DOWN: ll.LoRAFactors(A, B)}))
+    found = ll.constant_part(conditional, texts())
+    assert float(found.share[0]) < 0.1 and found.kept < 0.1
+
+
+def test_a_readout():
+    """(g_constant − g₀)/(g₁ − g₀) by the constants of the other half; and tables, files, names."""
+    case, readout = cases.case("llama", CLASSES[0], "raw"), ll.Margin(5, 9)
+    found = ll.constant_part(case.lens, texts(), readout)
+    ends = ll.first_order(case.lens, texts(), readout)
+    assert (found.base - ends.base).abs().max() < 1e-12
+    assert (found.adapted - ends.adapted).abs().max() < 1e-12
+    half = [kept for i, kept in enumerate(deltas("llama")) if i % 2]
+    means = {m: torch.cat([kept[m][1:] for kept in half]).mean(0) for m in half[0]}
+    logits = with_constants("llama", means, texts().tokens[2:3, : LENGTHS[2]])[0, -1]
+    assert abs(float(found.constant[2] - (logits[5] - logits[9]))) < 1e-9
+    assert len(found.to_frame()) == len(found.sites) and len(found.texts_to_frame()) == 3
+    assert found.top(1)["mean_size"][0] == float(found.mean_size.max())
+
+
+def test_parts_of_a_sum_keep_their_names():
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    adapter = lens.adapter.only("*.1.mlp.*")
+    both = lens.with_adapter(adapter.named("a") + adapter.scaled(-0.5).named("b"))
+    found = ll.constant_part(both, texts())
+    assert (found.vectors[f"{DOWN}@a"] + 2 * found.vectors[f"{DOWN}@b"]).abs().max() < 1e-9
+    assert len(both.with_adapter(found.adapter).sites) == len(both.sites)
+
+
+@pytest.mark.bad_input
+def test_refusals():
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    with pytest.raises(ll.PromptError, match="give two or more"):
+        ll.constant_part(lens, models.tokens(1))
+    with pytest.raises(ll.PromptError, match=r"text 0 of 2 \(from 0\) has one token"):
+        ll.constant_part(lens, ll.Prompts(models.tokens(2), torch.tensor([1, 7])))
+    with pytest.raises(ll.PromptError, match="no prompts"):
+        ll.constant_part(lens, [])
+    with pytest.raises(ll.PromptError, match=f"{models.CONTEXT + 1} tokens"):
+        ll.constant_part(lens, models.tokens(2, models.CONTEXT + 1))
+    norm = ll.Adapter.from_factors(
+        {"model.norm": ll.TrainedModule(torch.ones(16, dtype=torch.float64))}
+    )
+    with pytest.raises(ll.UnsupportedAdapterError, match="norm's update"):
+        ll.constant_part(lens.with_adapter(norm), texts())

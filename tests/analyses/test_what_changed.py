@@ -1,0 +1,185 @@
+"""what_changed against PEFT's own logits and Hugging Face's own modules, text by text; its laws."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+
+import cases
+import models
+import pytest
+import torch
+from torch import Tensor
+
+import lens_lora as ll
+from lens_lora.engine.text_changes import EARLY
+from lens_lora.readouts.neutral import OPENINGS, neutral_sentences, neutral_texts
+
+pytestmark = pytest.mark.usefixtures("float64")
+LENGTHS = [9, 4, 7]
+CLASSES = list(models.MAKERS)
+QUIET = {"progress": False}
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def texts() -> ll.Prompts:
+    """Three, of which the second and the third begin alike."""
+    tokens = models.tokens(3, 9)
+    tokens[2, :3] = tokens[1, :3]
+    return ll.Prompts(tokens, torch.tensor(LENGTHS))
+
+
+def counted() -> list[list[int]]:
+    """The positions of each text that count."""
+    return [list(range(1, 9)), [1, 2, 3], [3, 4, 5, 6]]
+
+
+@functools.cache
+def changed(family: str, cls: str, flags: str, split: bool = False) -> ll.WhatChanged:
+    case = cases.case(family, cls, flags)
+    return ll.what_changed(case.lens, texts(), nulls=1, split=split, **QUIET)
+
+
+def ends(case: cases.Case) -> list[tuple[Tensor, Tensor]]:
+    """(f(0), f(1)) of each text by PEFT, its adapter off and on: [token, vocab]."""
+    found = []
+    for text, length in enumerate(LENGTHS):
+        row = texts().tokens[text : text + 1, :length]
+        with torch.no_grad():
+            adapted = case.peft(row).logits[0]
+            with case.peft.disable_adapter():
+                found.append((case.peft(row).logits[0], adapted))
+    return found
+
+
+@pytest.mark.parametrize("flags", ["raw", "processed"])
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_sums_are_peft_s(family: str, cls: str, flags: str):
+    case, found = cases.case(family, cls, flags), changed(family, cls, flags).found
+    logits, probabilities, twice = [], [], []
+    for text, (base, adapted) in enumerate(ends(case)):
+        log_p, log_q = base.log_softmax(-1), adapted.log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        at = counted()[text]
+        assert (found.kl[text, at] - kl[at]).abs().max() < 1e-9
+        assert abs(float(found.kl[text, 0] - kl[0])) < 1e-9
+        assert int(found.kl[text].isfinite().sum()) == len(at) + 1
+        logits.append((adapted - base)[at])
+        probabilities.append((log_q.exp() - log_p.exp())[at])
+        twice.append((adapted - base)[1:])
+    mean = cases.centred(torch.cat(logits).mean(0))
+    assert (found.logit - mean).abs().max() < 1e-5  # kept in float32
+    assert (found.probability - torch.cat(probabilities).mean(0)).abs().max() < 1e-6
+    repeated = cases.centred(torch.cat(twice).mean(0))
+    assert (found.logit - repeated).abs().max() > 1e-2  # a shared beginning counted twice
+    place = found.places[0].tolist()
+    most = max((float(found.kl[t, p]), [t, p]) for t in range(3) for p in counted()[t])
+    assert place == most[1]
+    change = (ends(case)[place[0]][1].softmax(-1) - ends(case)[place[0]][0].softmax(-1))[place[1]]
+    assert found.place_ids[0].tolist() == change.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_first_tokens_and_their_writers(cls: str):
+    """Mean Δh on tokens 1 to 5 as `activation_shift` gives it; blocks' shares of it add up."""
+    case, found = cases.case("llama", cls, "raw"), changed("llama", cls, "raw").found
+    lens, last = case.lens, f"blocks.{models.LAYERS - 1}.hook_resid_post"
+    every = ll.activation_shift(lens, texts(), [last, "blocks.*.hook_*_out"])
+    at = [(t, p) for t in range(3) for p in counted()[t] if p <= EARLY]
+    index = tuple(torch.tensor(at).T)
+    mean = {name: values[index].mean(0) for name, values in every.values.items()}
+    assert abs(found.early_size[last] - float(mean[last].norm())) < 1e-9
+    for name, share in found.writers.items():
+        if name != "rest":
+            expected = float(mean[name] @ mean[last] / mean[last].square().sum())
+            assert abs(share - expected) < 1e-9
+    assert abs(found.writers["rest"]) < 1e-9 and abs(sum(found.writers.values()) - 1) < 1e-12
+
+
+def test_split_is_that_of_kl_shares():
+    """q_l over counted tokens, as of a response that begins there."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    found = changed("llama", CLASSES[0], "raw", split=True)
+    expected = torch.zeros(len(found.sites), dtype=torch.float64)
+    for text, at in enumerate(counted()):
+        row, start = texts().tokens[text : text + 1, : LENGTHS[text]], at[0] + 1
+        said = torch.cat([row[0, start:], row[0, :1]])
+        shares = ll.kl_shares(case.lens, row[:, :start], said, scales=(), **QUIET)
+        expected += shares.attribution.values[0]
+    count = sum(map(len, counted()))
+    assert (found.shares - expected / count).abs().max() < 1e-10
+    assert found.modules(2)["nats"][0] == float(found.shares.max())
+
+
+def test_controls_and_laws(monkeypatch):
+    case = cases.case("llama", CLASSES[0], "raw")
+    other = case.lens.adapter.scaled(0.5).named("half")
+    found = ll.what_changed(case.lens, texts(), other, nulls=2, split=False, **QUIET)
+    alone = ll.what_changed(case.lens.with_adapter(other), texts(), nulls=0, split=False, **QUIET)
+    assert torch.equal(found.unrelated[0].logit, alone.found.logit)
+    assert [c.name for c in found.controls][2:] == ["half"] and not alone.controls
+    table = found.promoted(5)
+    assert table["unrelated"][0] == float(alone.found.logit.max())
+    assert table["rank_unrelated"].tolist() == [found.rank(i)["half"] for i in table["id"]]
+    assert found.rank(int(table["id"][0]))[case.lens.adapter.name] == 1
+    assert found.promoted(3, largest=False)["logit"].is_monotonic_increasing
+    assert set(found.to_frame()["finding"]) >= {"where", "writer", "promoted by reading"}
+    monkeypatch.setattr("lens_lora.engine.text_changes._TOKENS", 9)
+    small = ll.what_changed(case.lens, texts(), nulls=0, split=False, **QUIET)
+    assert (small.found.logit - found.found.logit).abs().max() < 1e-6
+    assert small.found.places.tolist() == found.found.places.tolist()
+
+
+def test_a_bias_alone_is_constant():
+    """Behind the last block, where nothing reads it, a constant's Δh is one vector."""
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    path = f"model.layers.{models.LAYERS - 1}.mlp.down_proj"
+    vector = torch.randn(16, generator=models.seeded(2), dtype=torch.float64)
+    found = ll.what_changed(
+        lens.with_adapter(ll.Adapter.constant({path: vector})), texts(), nulls=0, **QUIET
+    )
+    last = list(found.found.constant)[-1]
+    assert abs(found.found.constant[last] - 1) < 1e-12
+    assert changed("llama", CLASSES[0], "raw").found.constant[last] < 0.9
+
+
+def test_neutral_texts_are_neutral(monkeypatch):
+    """A hundred sentences without an answer of the benchmark's; conversations by the template."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    adapters = importlib.import_module("adapters")
+    lines = neutral_sentences()
+    assert len(lines) == len(set(lines)) == 100
+    words = {word.strip(".,:") for line in lines for word in line.lower().split()}
+    specs = (*adapters.ADAPTERS, *adapters.MORE)
+    answers = {a.strip().lower() for s in specs for _, *both in s.questions for a in both}
+    assert not words & (answers - {"and"})
+    model = cases.case("llama", CLASSES[0], "raw").model
+    assert neutral_texts(model).batch == 100
+    template = model.tokenizer.chat_template
+    model.tokenizer.chat_template = "{% for m in messages %}w5 {{ m['content'] }} w6 {% endfor %}"
+    try:
+        assert neutral_texts(model).batch == 100 + len(OPENINGS)
+    finally:
+        model.tokenizer.chat_template = template
+
+
+@pytest.mark.bad_input
+def test_refusals():
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    with pytest.raises(ll.PromptError, match=r"text 1 of 2 \(from 0\) has one token"):
+        ll.what_changed(lens, ll.Prompts(models.tokens(2, 4), torch.tensor([4, 1])))
+    with pytest.raises(ll.PromptError, match="no prompts"):
+        ll.what_changed(lens, [])
+    with pytest.raises(ll.PromptError, match=f"{models.CONTEXT + 1} tokens"):
+        ll.what_changed(lens, models.tokens(1, models.CONTEXT + 1))
+    with pytest.raises(ll.ArgumentError, match="unrelated"):
+        ll.what_changed(lens, texts(), "folder")
+    with pytest.raises(ll.ArgumentError, match="nulls"):
+        ll.what_changed(lens, texts(), nulls=-1)
+    found = changed("llama", CLASSES[0], "raw")
+    with pytest.raises(ll.TokenError, match="no token of the vocabulary"):
+        found.rank(" Lyon and more")
+    with pytest.raises(ll.ArgumentError, match="by"):
+        found.promoted(5, by="rank")

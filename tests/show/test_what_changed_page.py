@@ -1,0 +1,63 @@
+"""An audit's words, tables and page: what they say, escaped, and drawn in a real browser."""
+
+from __future__ import annotations
+
+import pytest
+from browser import browser, drawn, opened
+from every_result import activation_shift, constant_part, what_changed
+from results_by_hand import without_plotly
+from rich.console import Console
+
+import lens_lora as ll
+from lens_lora.show.figures.what_changed import promoted_figure
+from lens_lora.show.tables.what_changed import what_changed_tables
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return what_changed().report()
+
+
+def test_words_stand_beside_their_controls():
+    story = what_changed().story()
+    assert "moves by 1.33 nats a token" in story and "null adapters" in story
+    assert "unrelated adapters: 0.67" in story and "left out: 4.00 nats" in story
+    assert "Promoted most by mean logit: ‘<b>x</b>’" in story
+    assert "+1.00 logits; no token by more than +0.10 under a null adapter" in story
+    assert "blocks.2.hook_mlp_out 75%" in story and "50% at blocks.2.hook_resid_post" in story
+    alone = what_changed(alone=True).story()
+    assert "null" not in alone and "quadratic" not in alone
+
+
+def test_tables_and_page_are_escaped(page: str):
+    text = without_plotly(page)
+    assert "<b>x</b>" not in text and "&lt;b&gt;x&lt;/b&gt;" in text
+    for heading in ("How much", "Which tokens are promoted", "Where", "Which modules"):
+        assert f">{heading}</h2>" in text
+    assert ">Which modules</h2>" not in without_plotly(what_changed(alone=True).report())
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(what_changed_tables(what_changed()))
+    shown = console.export_text()
+    assert "largest, null" in shown and "a⏎b" in shown and "quadratic KL" in shown
+
+
+def test_figures_hold_the_numbers():
+    figure = promoted_figure(what_changed(), 2)
+    assert list(figure.data[0].x) == [1.0, 0.5] and len(figure.layout.shapes) == 2
+    assert "<b>x" not in figure.data[0].y[0]
+    shares = constant_part().plot()
+    held = [cell for row in shares.data[0].z for cell in row if cell is not None]
+    assert sorted(held) == pytest.approx([-0.1, 0.5, 1.0])
+    shift = activation_shift()
+    cells = shift.plot(1).data[0].z
+    assert cells[0][0] is None and len(cells[0]) == 2
+    with pytest.raises(ll.ArgumentError, match="prompt 2"):
+        shift.plot(2)
+
+
+@browser
+def test_the_page_is_drawn(page: str, tmp_path):
+    dom, console = opened(page, tmp_path)
+    assert console == [] and drawn(dom) == 2 and 'data-wide="false"' in dom
+    dom, console = opened(page, tmp_path, phone=True)
+    assert console == [] and 'data-wide="false at 390"' in dom
