@@ -1,4 +1,4 @@
-"""The command line: `lens-lora demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`, `sweep`.
+"""The command line: `demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`, `sweep`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.

@@ -9,7 +9,7 @@ Of every model beside the base, over the tokens after each text's first (`distin
 
 and on request q_l = ½ v_lᵀ F v of every site (`analyses/kl_shares.py`), summed over tokens.
 
-Cost: one forward pass of the base, one of each further model, and about five for the split.
+Cost: one forward pass of the base, one of each further model, and about four for the split.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.engine.final_reading import over_scale
-from lens_lora.engine.forward import joint_tangent
-from lens_lora.engine.function import read_logits, require_finite
-from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.engine.function import require_finite
+from lens_lora.engine.pulled_back import pulled_back
+from lens_lora.engine.read import read_logits
+from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.engine.texts import by_length, distinct_tokens
 from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.divergence import Linear
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
 
@@ -222,11 +222,18 @@ def _quadratic(
     p: Float[Tensor, "row pos vocab"],
 ) -> Float[Tensor, "site"]:
     """½ v_lᵀ F v of each site, summed over the counted tokens."""
-    at = lens.gates(0.0)
-    v = joint_tangent(lens, rows, at, torch.ones_like(at))
-    v -= (p * v).sum(-1, keepdim=True)
-    pulled = v.mul_(p).masked_fill_(~counted[..., None], 0.0)
+
+    def pulled(base: Tensor, v: Tensor) -> Tensor:
+        del base
+        v = v - (p * v).sum(-1, keepdim=True)
+        return v.mul_(p).masked_fill_(~counted[..., None], 0.0)
+
     owner: Int[Tensor, "row"] = torch.arange(rows.batch)
-    values = site_slopes(lens, Reading(rows, Linear(pulled), owner), at) / 2
-    require_finite_sites(lens, values)
-    return values.double().sum(0)
+    doubled, _ = pulled_back(lens, Reading(rows, _unread, owner), (), pulled)
+    require_finite_sites(lens, doubled)
+    return doubled.double().sum(0) / 2
+
+
+def _unread(logits: Tensor) -> Tensor:
+    """What is pulled back is no readout of the logits."""
+    return logits.new_zeros(len(logits))
