@@ -13,7 +13,8 @@ from lens_lora.engine.batching import slopes_at_once
 from lens_lora.engine.forward import joint_tangent
 from lens_lora.engine.function import gated_logits, run_without_logits
 from lens_lora.engine.gate_graph import hessian_product, hessian_products
-from lens_lora.engine.reverse import site_gradients, site_slopes
+from lens_lora.engine.reverse import site_slopes
+from lens_lora.engine.taps import site_gradients
 from lens_lora.hooked.attaching import attached
 
 __all__ = [

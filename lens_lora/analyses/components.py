@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lens_lora.analyses.logit_shift import site_tangents
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.reverse import site_gradients
+from lens_lora.engine.taps import site_gradients
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.plan import Injection
 from lens_lora.hooked.sites import Site
@@ -99,8 +99,8 @@ def components(
         ModelStateError: the model has an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
-    asked = ask(lens, prompts, readout).require_slope_at_base()
-    reading, squares = asked.reading, _squares(asked)
+    asked = ask(lens, prompts, readout, max_memory).require_slope_at_base()
+    lens, reading, squares = asked.lens, asked.reading, _squares(asked)
     inner = reading.by_prompt(squares["inner"])
     z, delta, gradient = (
         reading.by_prompt(squares[name]).sqrt() for name in ("z", "delta", "gradient")
@@ -109,7 +109,6 @@ def components(
         lens,
         reading.prompts,
         lambda rows: _centred_square(reading.prompts, rows),
-        max_memory=max_memory,
         progress=progress,
     )
     moved = reading.by_prompt(moved).sqrt()

@@ -24,9 +24,8 @@ from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.token_shifts import TokenShifts, token_shifts_of
 from lens_lora.engine.asked import Asked
-from lens_lora.engine.batching import covectors_at_once
 from lens_lora.engine.function import read_tokens
-from lens_lora.engine.gate_graph import gate_graph
+from lens_lora.engine.gate_graph import slopes_of_each
 from lens_lora.engine.token_points import tokens_at_gates
 from lens_lora.hooked.sites import group_sites, indicator
 from lens_lora.readouts.answer_tokens import AnswerLike
@@ -174,9 +173,7 @@ def _slopes_of(asked: Asked, tokens: list[int]) -> Float[Tensor, "moved site"]:
     def chosen() -> Float[Tensor, "moved batch"]:
         return read_tokens(lens, reading)[:, tokens].T
 
-    graph = gate_graph(lens, reading.prompts, lens.gates(1.0), chosen)
-    step = covectors_at_once(lens, reading.prompts)
-    return graph.slopes_of_each(step, progress=False)[:, 0]
+    return slopes_of_each(lens, reading.prompts, lens.gates(1.0), chosen, progress=False)[:, 0]
 
 
 def _in_full(

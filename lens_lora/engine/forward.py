@@ -115,7 +115,6 @@ def part_tangents(
     parts: Sequence[Part],
     read: Read = tangent_of,
     *,
-    max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch part *out"]:
     """The tangent of each part: of the logits, or of what `read` computes from the dual logits.
@@ -128,7 +127,6 @@ def part_tangents(
         at: the gates at which the tangents are taken.
         parts: at least one.
         read: what is kept of the dual logits, [batch, part, vocab].
-        max_memory: bytes that a pass may take beside the model and the result.
         progress: show a bar.
 
     Raises:
@@ -147,7 +145,7 @@ def part_tangents(
         for some, run, at_once in ways:
             if not some:
                 continue
-            step = tangents_at_once(lens, at_once, max_memory, read=prompts.batch)
+            step = tangents_at_once(lens, at_once, read=prompts.batch)
             for start in range(0, len(some), step):
                 chunk = some[start : start + step]
                 with dual_forward() as products:

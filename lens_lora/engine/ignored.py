@@ -44,7 +44,7 @@ def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]
     own = record(lens, prompts, scale, names)
     noisy = {name: [_noisy(t) for t in firings] for name, firings in own.firings.items()}
     silent: list[str] = []
-    step = rows_at_once(prompts)
+    step = rows_at_once(lens, prompts)
     for start in range(0, len(names), step):
         some = list(names[start : start + step])
         patches, many = [Patch(name, None) for name in some], prompts.repeat(len(some))

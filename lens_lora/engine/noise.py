@@ -24,7 +24,7 @@ from lens_lora.engine.batching import directions_at_once, slopes_at_once
 from lens_lora.engine.function import read_logits
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.engine.parts import parts
-from lens_lora.engine.reverse import site_gradients
+from lens_lora.engine.taps import site_gradients
 from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.plan import Injection
@@ -72,7 +72,7 @@ def first_order_noise(
     values: list[Tensor] = []
     sums: list[Tensor] = []
     with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
-        for draws in torch.arange(_DRAWS).split(slopes_at_once(reading.prompts)):
+        for draws in torch.arange(_DRAWS).split(slopes_at_once(lens, reading.prompts)):
             drawn = _base_and_slopes(lens, reading.repeat(len(draws)))
             values.append(drawn[0].unflatten(0, (reading.batch, len(draws))))
             sums.append(drawn[1].sum(1).unflatten(0, (reading.batch, len(draws))))

@@ -1,164 +1,42 @@
 """Reverse mode: ∂g/∂ε_l of every site, position, head and rank, in one forward and one backward.
 
-1. What the first adapted block reads, or the embedding's output where that is adapted, becomes the
-   leaf of the graph; every site lies between it and g (a position embedding does not, so it has a
-   leaf of its own).
-2. Each site's output gets a gradient hook. During the backward pass it hands G = ∂g/∂(output) and z
-   to a visitor, and keeps nothing else (`site_gradients`).
-3. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`). Over
+1. Taps (`engine/taps.py`) hand G = ∂g/∂(output) and z of each site to a visitor, on the way back.
+2. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`). Over
    positions v's constant part is split at v, though it is added at o (`hooked/value_bias.py`).
-4. The gradient that reaches the leaf is discarded; parameters never receive one.
 
 Cost: one forward and one backward pass, whatever the sites and parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
-from lens_lora.engine.function import read_tokens, read_value, require_finite
+from lens_lora.engine import batching
+from lens_lora.engine.function import read_tokens, require_finite
 from lens_lora.engine.parts import parts
+from lens_lora.engine.taps import Visit, gradients_of_each, site_gradients
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.hooked.basis import SiteMap
-from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
 
 __all__ = [
+    "joined",
     "part_slots",
     "require_finite_sites",
     "require_split",
-    "site_gradients",
     "site_slopes",
     "token_slopes",
+    "value_slopes",
 ]
-
-Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
-
-
-class _TapInject:
-    """Adds ε_l ΔW_l z_l and shows the visitor each injection on the way back."""
-
-    def __init__(
-        self, lens: LoraLens, gates: Float[Tensor, "*row site"], leaves: list[Tensor]
-    ) -> None:
-        self._scaled = ScaleInject(lens.plan, gates)
-        self._injections = lens.plan.injections
-        self._kinds = [site.kind for site in lens.sites]
-        self._gates = gates
-        self._names = [site.name for site in lens.sites]
-        self._leaves = leaves
-        self._seen: set[int] = set()
-        self.visit: Visit = _nothing
-
-    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
-        injection = self._injections[index]
-        partner = None if injection.partner is None else self._gates[..., injection.partner]
-        moved = self._scaled(index, out, z)
-        moved = out.view_as(out) if moved is None else moved
-        if self._kinds[injection.site] == "pos_embed":
-            self._leaves.append(moved.new_zeros(moved.shape).requires_grad_())
-            moved = moved + self._leaves[-1]
-        kept = z.detach()
-
-        def on_gradient(gradient: Tensor) -> None:
-            self._seen.add(injection.site)
-            self.visit(injection, partner, gradient.flatten(2), kept)
-
-        moved.register_hook(on_gradient)
-        return moved
-
-    def require_all_seen(self) -> None:
-        """Raise ModelStateError where a gradient did not reach some site."""
-        missed = [name for i, name in enumerate(self._names) if i not in self._seen]
-        if missed:
-            raise ModelStateError(
-                f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does "
-                "not depend on it, or a hook on the model detaches its output."
-            )
-
-
-def _nothing(*given: object) -> None:
-    """The visitor before there is one."""
-
-
-def _leaf(lens: LoraLens) -> str:
-    """The last hook point before every site."""
-    first = min(site.layer for site in lens.sites)
-    return lens.embedding_output if first < 0 else lens.plan.host.block_input(first)
-
-
-def site_gradients(
-    lens: LoraLens,
-    reading: Reading,
-    gates: Float[Tensor, "*row site"],
-    visit: Visit,
-) -> Float[Tensor, "batch"]:
-    """Visit every injection at these gates; returns g there. One forward and one backward.
-
-    The visitor gets (injection, its partner's gate or None, G = Jᵀu_y [row, pos, out], z): the
-    site's derivative is the sum of weight · ⟨G, δ(z)⟩ over its injections. The weight is a scalar,
-    or one per row as the gates are.
-
-    Raises:
-        ModelStateError: a gradient did not reach some site.
-    """
-    values, leaves, tap = _tapped(lens, gates, lambda: read_value(lens, reading))
-    tap.visit = visit
-    torch.autograd.grad(values, leaves, torch.ones_like(values))
-    tap.require_all_seen()
-    return values.detach()
-
-
-def gradients_of_each(
-    lens: LoraLens,
-    gates: Float[Tensor, "*row site"],
-    read: Callable[[], Float[Tensor, "batch token"]],
-    visit_of: Callable[[int], Visit],
-) -> None:
-    """As `site_gradients`, for each token of a response in turn.
-
-    One forward pass, and a backward pass for each token.
-
-    Args:
-        lens: the adapter over the model.
-        gates: one for all rows, or each row's own.
-        read: runs the rows under the hooks that are then on the model, and reads each token.
-        visit_of: the visitor of a token, by its index.
-
-    Raises:
-        ModelStateError: a gradient did not reach some site.
-    """
-    values, leaves, tap = _tapped(lens, gates, read)
-    for token in range(values.shape[1]):
-        tap.visit = visit_of(token)
-        only = torch.zeros_like(values)
-        only[:, token] = 1
-        torch.autograd.grad(values, leaves, only, retain_graph=token + 1 < values.shape[1])
-    tap.require_all_seen()
-
-
-def _tapped(
-    lens: LoraLens, gates: Float[Tensor, "*row site"], read: Callable[[], Tensor]
-) -> tuple[Tensor, list[Tensor], _TapInject]:
-    """What was read, the leaves of its graph, and the taps in between."""
-    leaves: list[Tensor] = []
-
-    def start(tensor: Tensor, hook: Any) -> Tensor:
-        del hook
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    tap = _TapInject(lens, gates, leaves)
-    with torch.enable_grad(), lens.injected(tap, before=[(_leaf(lens), start)]):
-        return read(), leaves, tap
 
 
 def site_slopes(
@@ -172,9 +50,27 @@ def site_slopes(
     Raises:
         ModelStateError: a gradient did not reach some site, or a split does not exist.
     """
-    slopes = _Slopes(lens, reading, axes)
-    site_gradients(lens, reading, gates, slopes.visit)
-    return slopes.by_prompt()
+    found: list[Tensor] = []
+    for some in batching.graph_groups(lens, reading) if gates.ndim == 1 else [reading]:
+        slopes = _Slopes(lens, some, axes)
+        site_gradients(lens, some, gates, slopes.visit)
+        found.append(slopes.by_prompt())
+    return joined(found)
+
+
+def joined(groups: Sequence[Float[Tensor, "some site *by"]]) -> Float[Tensor, "batch site *by"]:
+    """Groups of prompts as one, with zeros where one is shorter than the longest.
+
+    Args:
+        groups: at least one.
+    """
+    sizes = [max(each) for each in zip(*(one.shape[2:] for one in groups), strict=True)]
+
+    def padded(values: Tensor) -> Tensor:
+        more = [size - own for size, own in zip(sizes, values.shape[2:], strict=True)]
+        return functional.pad(values, [edge for extra in reversed(more) for edge in (0, extra)])
+
+    return torch.cat([padded(one) for one in groups])
 
 
 def token_slopes(
@@ -195,8 +91,51 @@ def token_slopes(
         each.append(_Slopes(lens, reading, axes))
         return each[-1].visit
 
-    gradients_of_each(lens, gates, lambda: read_tokens(lens, reading), visit_of)
+    gradients_of_each(lens, reading.prompts, gates, lambda: read_tokens(lens, reading), visit_of)
     return torch.stack([slopes.by_prompt() for slopes in each], -1)
+
+
+def value_slopes(
+    lens: LoraLens,
+    prompts: Prompts,
+    gates: Float[Tensor, "site"],
+    read: Callable[[], Float[Tensor, "row value"]],
+) -> Float[Tensor, "value row site"]:
+    """∂/∂ε_l of each value that is read of a row. One forward and a backward pass a value.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what `read` runs.
+        gates: at which the derivative is taken.
+        read: runs the prompts under the hooks that are then on the model, and reads.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site.
+    """
+    each: list[Tensor] = []
+
+    def visit_of(value: int) -> Visit:
+        del value
+        shape = (len(prompts.tokens), len(lens.sites))
+        each.append(torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device))
+        return functools.partial(_add_slope, lens, each[-1])
+
+    gradients_of_each(lens, prompts, gates, read, visit_of)
+    return torch.stack(each)
+
+
+def _add_slope(
+    lens: LoraLens,
+    slopes: Float[Tensor, "row site"],
+    injection: Injection,
+    weight: Tensor | None,
+    gradient: Tensor,
+    z: Tensor,
+) -> None:
+    kind = lens.sites[injection.site].kind
+    found = parts(injection.map, kind, lens.heads.of(kind), gradient, z, ())
+    found = found if weight is None else weight.to(found.device) * found
+    slopes[:, injection.site] += found.to(slopes.device)
 
 
 class _Slopes:

@@ -34,7 +34,6 @@ def tangent_slopes(
     axes: tuple[str, ...] = (),
     *,
     tokens: bool = False,
-    max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch site *by"]:
     """∂g/∂ε_l at these gates, as `site_slopes` gives it. At most a dual forward pass a part.
@@ -45,7 +44,6 @@ def tangent_slopes(
         gates: at which the derivative is taken.
         axes: position, head and rank, as far as they are asked for.
         tokens: of each token of a response in place of g, on a last axis.
-        max_memory: bytes that a pass may take beside the model.
         progress: show a bar.
 
     Raises:
@@ -63,9 +61,7 @@ def tangent_slopes(
     )
 
     def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part *token"]:
-        return part_tangents(
-            lens, prompts, gates, some, read, max_memory=max_memory, progress=progress
-        )
+        return part_tangents(lens, prompts, gates, some, read, progress=progress)
 
     slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
     values[(slice(None), [part.site for part in wanted], *slots)] = tangents(wanted)
@@ -83,7 +79,6 @@ def group_slopes(
     gates: Float[Tensor, "site"],
     groups: Groups,
     *,
-    max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch group token"]:
     """Σ_{l in G} ∂ℓ_t/∂ε_l of each group of sites and token. At most a dual forward pass a group.
@@ -93,7 +88,6 @@ def group_slopes(
         reading: of one response a prompt.
         gates: at which the derivative is taken.
         groups: of sites, each at least one.
-        max_memory: bytes that a pass may take beside the model.
         progress: show a bar.
 
     Raises:
@@ -106,7 +100,6 @@ def group_slopes(
         gates,
         group_parts(lens, groups),
         of_tokens(reading),
-        max_memory=max_memory,
         progress=progress,
     )
 
