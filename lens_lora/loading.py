@@ -96,7 +96,7 @@ def load(
         attn=attn,
     )
     base, own = _base(model, chosen, how, tokenizer)
-    hooked, made = hooked_model(base, own, kind=kind or bridge_if_there())
+    hooked, made = hooked_model(base, own, kind=kind or bridge_if_there(), attn=attn)
     return LoraLens(hooked, chosen, hf_model=base_beside(made, base, chosen))
 
 
