@@ -92,7 +92,7 @@ def four_nodes(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
     """The slopes at four nodes of a path integral, so many at once as it takes them."""
     reading, adapted = MARGIN.over(lens.model, prompts), lens.gates(1.0)
     points = adapted.new_tensor(np.polynomial.legendre.leggauss(4)[0] / 2 + 0.5)
-    for some in points.split(slopes_at_once(prompts)):
+    for some in points.split(slopes_at_once(lens, prompts)):
         rows = some.repeat(prompts.batch)
         site_slopes(lens, reading.repeat(len(some)), rows[:, None] * adapted)
 

@@ -15,7 +15,7 @@ from lens_lora.errors import ModelStateError
 
 __all__ = ["fuse_attention", "has_fused_attention"]
 
-# Those that compute by Hugging Face's module, or can be made to: their q, k and v are modules of it.
+# Whose q, k and v are modules of Hugging Face's own attention.
 _SEPARATE = ("AttentionBridge", "PositionEmbeddingsAttentionBridge")
 
 
