@@ -69,7 +69,7 @@ class Components(Result):
         columns = {"prompt": [p for p in range(batch) for _ in range(count)]}
         columns |= {name: labels[name] for name in ("site", "layer", "kind")}
         fields = ("z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order")
-        values = {f: getattr(self, f).double().cpu().flatten().tolist() for f in fields}
+        values = {f: getattr(self, f).cpu().double().flatten().tolist() for f in fields}
         return pd.DataFrame(columns | values)
 
 

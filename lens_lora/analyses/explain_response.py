@@ -93,7 +93,7 @@ class ResponseExplanation(Result):
         frame = self.shifts.to_frame()
         for how, values in (("add_one", self.add_one), ("leave_one_out", self.leave_one_out)):
             if values is not None:
-                rows = zip(self.groups, values.double().cpu().tolist(), strict=True)
+                rows = zip(self.groups, values.cpu().double().tolist(), strict=True)
                 frame = frame.assign(**{f"{how}, {name}": row for name, row in rows})
         return frame
 

@@ -259,9 +259,9 @@ def faithfulness_of(
     if baselines:
         random = rankings.random_orders(len(lens.sites), asked.reading.batch, draws, seed)
         every = torch.cat([every, random.to(every.device)])
-    base, adapted = asked.ends.double().cpu()
+    base, adapted = asked.ends.cpu().double()
     labels: dict[str, Any] = {**header(asked), "base": base, "adapted": adapted}
-    floor, shift = asked.noise_floor.double().cpu(), adapted - base
+    floor, shift = asked.noise_floor.cpu().double(), adapted - base
     moved = _moved(asked, every, counts, progress)
     clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.full_like(shift, float("nan")))
     keep, drop = (_mean_of_draws(m / clear[:, None], len(orders)) for m in moved)
@@ -294,7 +294,7 @@ def _moved(
     progress: bool,
 ) -> tuple[Tensor, Tensor]:
     """g − g(0) where the top is kept, and where it is dropped: [method, batch, count] each."""
-    base, adapted = asked.ends.double().cpu()
+    base, adapted = asked.ends.cpu().double()
     inner = counts[1:-1]
     ends = (torch.zeros_like(base), adapted - base)
     if inner:
@@ -302,7 +302,7 @@ def _moved(
         gates = torch.stack([on, 1 - on]).movedim(2, 0)  # batch, keep or drop, method, count, site
         flat, what = gates.flatten(1, 3), "keep and drop"
         found = readout_at(asked.lens, asked.reading, flat, progress=progress, what=what)
-        moved = found.double().cpu().view(gates.shape[:-1]) - base[:, None, None, None]
+        moved = found.cpu().double().view(gates.shape[:-1]) - base[:, None, None, None]
     else:
         moved = base.new_zeros(len(base), 2, len(orders), 0)
     both: list[Tensor] = []

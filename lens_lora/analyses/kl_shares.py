@@ -87,7 +87,7 @@ class KLShares(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and existing part, with its share of the quadratic."""
         frame = self.attribution.to_frame().drop(columns="share")
-        whole = self.quadratic.double().cpu().numpy()[frame["prompt"].to_numpy()]
+        whole = self.quadratic.cpu().double().numpy()[frame["prompt"].to_numpy()]
         return frame.assign(share=frame["value"] / whole)
 
     def along(self) -> pd.DataFrame:
@@ -136,7 +136,7 @@ class KLShares(Result):
                 f"which do not make up each {group}; ask for it: ll.kl_shares(…, kernel={group!r})."
             )
         rows = prompt_rows(prompt, len(self.gram))
-        found = (members @ self.gram @ members.T)[rows].double().cpu().mean(0)
+        found = (members @ self.gram @ members.T)[rows].cpu().double().mean(0)
         return pd.DataFrame(found.numpy(), index=list(wanted), columns=list(wanted))
 
     def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:

@@ -104,7 +104,7 @@ class LogitShift(Result):
         if self.sites:
             columns["site"] = np.tile(np.repeat([site.name for site in self.sites], vocab), batch)
         columns["token"], columns["id"] = (list(x) * rows for x in (self.strings, self.tokens))
-        columns["shift"] = self.values.detach().double().cpu().flatten().numpy()
+        columns["shift"] = self.values.detach().cpu().double().flatten().numpy()
         return pd.DataFrame(columns)
 
     def _ranked(
@@ -117,7 +117,7 @@ class LogitShift(Result):
             {
                 "token": [self.strings[i] for i in order.tolist()],
                 "id": [self.tokens[i] for i in order.tolist()],
-                "shift": values.double().tolist(),
+                "shift": values.cpu().double().tolist(),
             }
         )
 

@@ -155,18 +155,18 @@ class _Trail:
     """The errors of one rule after the other, and what they say about going on."""
 
     def __init__(self, tol: float, floor: Float[Tensor, "batch"], first: Attribution) -> None:
-        self._shift = first.shift.abs().double().cpu()
-        self._floor, self._allowed = floor.double().cpu(), tol * self._shift
+        self._shift = first.shift.abs().cpu().double()
+        self._floor, self._allowed = floor.cpu().double(), tol * self._shift
         self._tol, self._dtype = tol, first.meta["dtype"]
         self._sites = first.per_site
-        self._errors = [first.completeness_error.double().cpu()]
+        self._errors = [first.completeness_error.cpu().double()]
         self._changes: list[Tensor] = []
 
     def add(self, rule: Attribution) -> None:
         """The next rule, of twice the nodes."""
         moved = (rule.per_site - self._sites).abs().amax(1)
-        self._changes.append(moved.double().cpu())
-        self._errors.append(rule.completeness_error.double().cpu())
+        self._changes.append(moved.cpu().double())
+        self._errors.append(rule.completeness_error.cpu().double())
         self._sites = rule.per_site
 
     @property

@@ -25,6 +25,7 @@ from lens_lora.engine.function import read_logits
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.engine.parts import parts
 from lens_lora.engine.taps import site_gradients
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.plan import Injection
@@ -153,7 +154,9 @@ def roundings(lens: LoraLens, exact: int = 0) -> HookFn:
         del hook
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         noise[:exact] = 0
-        return (tensor.double() * (1 + _unit(lens) * noise.to(tensor.device))).to(tensor.dtype)
+        wide = in_float64(tensor)
+        moved = wide * (1 + _unit(lens) * noise.to(wide.device))
+        return moved.to(tensor.dtype).to(tensor.device)
 
     return perturb
 

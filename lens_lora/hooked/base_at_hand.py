@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.errors import AdapterError, ModelStateError
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.base_weights import BaseWeights
 from lens_lora.hooked.basis import is_centred
 from lens_lora.hooked.host import Host
@@ -134,10 +135,11 @@ class BaseAtHand:
         was_centred = self._host.may_be_centred(site.kind) and is_centred(own)
         if self._base is not None or self._host.needs_base() or not was_centred:
             return is_same(held, self.weight(site, "whether its stored weight is the base's"))
-        centred = held.double() - held.double().mean(0, keepdim=True)
-        own = own.double() / self._host.embedding_scale(site.kind)
+        wide = in_float64(held)
+        centred = wide - wide.mean(0, keepdim=True)
+        own = in_float64(own) / self._host.embedding_scale(site.kind)
         eps = max(torch.finfo(held.dtype).eps, torch.finfo(self._host.working_dtype).eps)
-        room = 4 * eps * held.double().abs().amax(0, keepdim=True).to(own.device)
+        room = 4 * eps * wide.abs().amax(0, keepdim=True).to(own.device)
         return bool(((centred.to(own.device) - own).abs() <= room).all())
 
     def is_tied(self, site: SiteFactors) -> bool:
@@ -169,8 +171,8 @@ def is_same(held: Tensor, own: Tensor) -> bool:
     coarser = max(held.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     limits = torch.finfo(coarser)
     return held.shape == own.shape and torch.allclose(
-        held.to(own.device, coarser).double(),
-        own.to(coarser).double(),
+        in_float64(held.to(own.device, coarser)),
+        in_float64(own.to(coarser)),
         rtol=limits.eps,
         atol=limits.smallest_normal * limits.eps,
     )

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.errors import ModelStateError
+from lens_lora.float64 import float64_device, in_float64
 
 __all__ = [
     "Basis",
@@ -81,7 +82,7 @@ class SiteMap:
 
     def norm(self) -> float:
         """‖BA‖_F without building it: ‖BA‖² = tr((BᵀB)(AAᵀ)); what is constant is left out."""
-        A, B = self.A.double(), self.B.double()
+        A, B = in_float64(self.A), in_float64(self.B)
         return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
@@ -166,10 +167,13 @@ def infer_processing(
         ModelStateError: no processing does, so the model was not made from this base.
     """
     eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, base.dtype, torch.float32))
-    weight, base = weight.double(), base.double().to(weight.device)
+    weight = in_float64(weight)
+    base = in_float64(base).to(weight.device)
     found: list[tuple[float, Processing]] = []
     for folded in (False, True) if gamma is not None else (False,):
-        candidate = base * gamma.double().to(base.device) if folded and gamma is not None else base
+        candidate = (
+            base * in_float64(gamma).to(base.device) if folded and gamma is not None else base
+        )
         for centre_read in (False, True) if folded and centres_reads else (False,):
             for centred in (False, True) if centres_writes else (False,):
                 expected = candidate
@@ -197,7 +201,7 @@ def is_centred(weight: Float[Tensor, "out in"]) -> bool:
         weight: of a module that writes to the residual stream.
     """
     eps = torch.finfo(weight.dtype).eps
-    weight = weight.double()
+    weight = in_float64(weight)
     return bool((weight.mean(0).abs().max() <= 8 * eps * weight.abs().max()).item())
 
 
@@ -257,16 +261,21 @@ def site_map(update: Update, basis: Basis) -> SiteMap:
         update: ΔW and Δb as the adapter holds them.
         basis: of the site in the hooked model.
     """
-    reads = update.A.double().to(basis.device)
-    writes = update.B.double().to(basis.device) * update.scale
+    home = float64_device(basis.device)
+    reads = in_float64(update.A).to(home)
+    writes = in_float64(update.B).to(home) * update.scale
     a0, heads = _offset(reads, basis)
-    behind = reads.to(basis.dtype) if basis.gamma_is_own and basis.gamma is not None else None
+
+    def held(tensor: Tensor) -> Tensor:
+        return tensor.to(basis.dtype).to(basis.device)
+
+    behind = held(reads) if basis.gamma_is_own and basis.gamma is not None else None
     if basis.gamma is not None:
-        reads = reads * basis.gamma.double().to(basis.device)
+        reads = reads * in_float64(basis.gamma).to(home)
     if basis.centre_read:
         reads = reads - reads.mean(1, keepdim=True)
     if update.bias is not None:
-        bias = update.bias.to(basis.device)
+        bias = in_float64(update.bias).to(home)
         reads, writes, a0, heads = _with_bias(reads, writes, a0, heads, bias, basis.n_heads)
     if basis.centre_write:
         writes = writes - writes.mean(0, keepdim=True)
@@ -274,10 +283,10 @@ def site_map(update: Update, basis: Basis) -> SiteMap:
         by_head = writes.unflatten(0, (-1, basis.d_head))
         writes = by_head.repeat_interleave(basis.kv_copies, 0).flatten(0, 1)
     return SiteMap(
-        reads.to(basis.dtype),
-        writes.to(basis.dtype),
-        None if a0 is None else a0.to(basis.dtype),
-        None if heads is None else heads.to(basis.dtype),
+        held(reads),
+        held(writes),
+        None if a0 is None else held(a0),
+        None if heads is None else held(heads),
         A_behind_gamma=behind,
     )
 
@@ -286,7 +295,7 @@ def _offset(reads: Tensor, basis: Basis) -> tuple[Tensor | None, Tensor | None]:
     """a₀ = Aβ, and its split over the heads of the input where it has them."""
     if basis.beta is None or not bool((basis.beta != 0).any()):
         return None, None
-    beta = basis.beta.double().to(basis.device)
+    beta = in_float64(basis.beta).to(reads.device)
     a0 = reads @ beta
     if not basis.n_heads:
         return a0, None
@@ -304,7 +313,7 @@ def _with_bias(
     one = reads.new_ones(1)
     a0 = torch.cat([reads.new_zeros(len(reads)) if a0 is None else a0, one])
     reads = torch.cat([reads, reads.new_zeros(1, reads.shape[1])])
-    writes = torch.cat([writes, bias.double()[:, None]], 1)
+    writes = torch.cat([writes, bias[:, None]], 1)
     if not n_heads:
         return reads, writes, a0, None
     spread = reads.new_zeros(n_heads + 1, len(reads))

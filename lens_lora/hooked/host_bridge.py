@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
+from lens_lora.float64 import float64_device
 from lens_lora.hooked.attaching import add_pre_hook
 from lens_lora.hooked.fused_attention import has_fused_attention
 from lens_lora.hooked.host import Host
@@ -173,7 +174,10 @@ class BridgeHost(Host):
             raise no_such_norm(site)
         bias = getattr(norm, "bias", None)
         offset = self.family.gamma_offset
-        gamma = norm.weight.detach().double() + offset if offset else norm.weight.detach()
+        gamma = norm.weight.detach()
+        if offset:
+            has_float64 = float64_device(gamma.device) == gamma.device
+            gamma = (gamma.double() if has_float64 else gamma.float()) + offset
         return gamma, None if bias is None else bias.detach()
 
     def _norm(self, layer: int, kind: str) -> tuple[str, Any]:

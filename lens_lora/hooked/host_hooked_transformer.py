@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
 from lens_lora.hooked.site_factors import SiteFactors, no_such_norm
@@ -61,7 +62,7 @@ class HookedTransformerHost(Host):
     def _refuse_refactored(self) -> None:
         """A refactored attention's W_O is a rotation: every head's rows are orthonormal."""
         for layer, block in enumerate(self.model.blocks):
-            heads = block.attn.W_O.detach().double()
+            heads = in_float64(block.attn.W_O.detach())
             gram = heads @ heads.transpose(1, 2)
             identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             if gram.shape[-1] > 1 and bool(((gram - identity).abs().amax() < 1e-4).item()):

@@ -14,6 +14,7 @@ import torch
 from every_call import CALLS, numbers
 
 import lens_lora as ll
+from lens_lora import float64
 
 devices = pytest.importorskip("devices", reason="this torch has no backends written in Python")
 
@@ -90,6 +91,24 @@ def test_on_one_device(cls: str):
         for name in NAMES:
             found = CALLS[name](lens, tokens("toy:0"))
             require_equal(found, expected[name], name)
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_on_a_device_without_float64(cls: str, monkeypatch: pytest.MonkeyPatch):
+    """MPS is one: maps are built on the CPU, and statistics taken there."""
+    monkeypatch.setattr(float64, "_WITHOUT", {"toy"})
+    targets = TARGETS[cls]
+    expected, own = on_the_cpu(cls, targets), adapter(targets)
+    model = models.MAKERS[cls](base())
+    with devices.tracked(without_float64=True):
+        model.to("toy:0")
+        lens = ll.LoraLens(model, own)
+        assert {site_map.device.type for site_map in lens.maps} == {"toy"}
+        for name in ("first_order", "token_shifts", "ranks, to the mean", "faithfulness"):
+            found = CALLS[name](lens, tokens("toy:0"))
+            if name in expected:
+                require_equal(found, expected[name], name)
+        lens.generate(tokens("toy:0"), 3, temperature=1.0, eos_token_id=(), progress=False)
 
 
 @models.NEEDS_BRIDGE
