@@ -179,7 +179,8 @@ def _base(
     if how.says_how_to_load:
         raise ArgumentError(
             "device_map, load_in_4bit, load_in_8bit and attn say how a model is loaded, and this "
-            "one is loaded already; pass its name, or load it so."
+            "one is loaded already; pass its name, or load it so yourself: "
+            "AutoModelForCausalLM.from_pretrained(name, device_map=…)."
         )
     base = cast("PreTrainedModel", model.eval())
     refuse_unusable(base)

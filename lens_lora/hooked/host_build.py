@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.fused_attention import fuse_attention
-from lens_lora.hooked.host_check import base_logits, require_same_logits
+from lens_lora.hooked.host_check import base_logits, refuse_offloaded, require_same_logits
 from lens_lora.hooked.quantised import differentiable_products, quantised_linears
 from lens_lora.temporary import Temporary
 
@@ -94,6 +94,7 @@ def hooked_model(
             f"attn={attn!r}: a HookedTransformer always computes attention patterns. Take a "
             "TransformerBridge, or bound the memory of long prompts by lens.within(max_memory)."
         )
+    refuse_offloaded(hf_model)
     hf_model.config.architectures = [type(hf_model).__name__]
     products = functools.partial(differentiable_products, modules=quantised_linears(hf_model))
     with Temporary(products):

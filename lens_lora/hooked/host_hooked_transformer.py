@@ -39,7 +39,7 @@ class HookedTransformerHost(Host):
         model: the HookedTransformer.
 
     Raises:
-        ModelStateError: a family that is not supported, or refactored attention.
+        ModelStateError: a family that is not supported, refactored attention, several devices.
     """
 
     class_name: ClassVar[str] = "HookedTransformer"
@@ -52,6 +52,13 @@ class HookedTransformerHost(Host):
         heads = Heads(cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
         ungrouped = getattr(cfg, "ungroup_grouped_query_attention", False)
         super().__init__(model, family, heads, heads.n_heads // heads.n_kv if ungrouped else 1)
+        if getattr(cfg, "n_devices", 1) > 1:
+            raise ModelStateError(
+                f"this HookedTransformer is spread over {cfg.n_devices} devices (n_devices), where "
+                "it moves activations but not all that it computes with. Put it on one device "
+                "(n_devices=1), or take a TransformerBridge over several: ll.load(name, adapter, "
+                "device_map='balanced'), with transformer-lens 3 or newer."
+            )
         self._refuse_refactored()
 
     @property

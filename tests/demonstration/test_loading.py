@@ -170,6 +170,7 @@ WRONG = {
     "dtype": ({"dtype": "float8"}, "dtype='float8'; expected 'auto', 'float32'"),
     "attention": ({"attn": "flash_attention_2"}, "expected 'eager', 'sdpa'"),
     "two quantisations": ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
+    "a map to the disk": ({"device_map": {"model": "disk"}}, "Leave 'disk' out"),
     "two places": ({"device": "cpu", "device_map": "auto"}, "exclude each other"),
 }
 

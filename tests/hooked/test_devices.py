@@ -144,3 +144,28 @@ def test_what_mixes_is_seen():
     """The control."""
     with pytest.raises(AssertionError, match=r"toy:0.*toy:1"), devices.tracked():
         torch.ones(2, device="toy:0") + torch.ones(2, device="toy:1")
+
+
+@models.NEEDS_BRIDGE
+@pytest.mark.bad_input
+def test_offloaded_weights_are_refused():
+    """Between calls they are on meta, whose values read as nothing or as an error of torch."""
+    accelerate = pytest.importorskip("accelerate")
+    hf = copy.deepcopy(base())
+    accelerate.cpu_offload(hf, execution_device=torch.device("cpu"))
+    with pytest.raises(ll.ModelStateError, match=r"q_proj|embed_tokens.*offloaded.*load_in_4bit"):
+        ll.load(hf, adapter("linear"), tokenizer=models.tokenizer())
+    bridge = models.bridge(base())
+    part = bridge.blocks[1].mlp.original_component
+    accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
+    with pytest.raises(ll.ModelStateError, match=r"mlp.*offloaded.*device='cpu'"):
+        ll.LoraLens(bridge, adapter("linear"))
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+@pytest.mark.bad_input
+def test_a_hooked_transformer_over_several_devices_is_refused():
+    model = models.hooked_transformer(base())
+    model.cfg.n_devices = 2
+    with pytest.raises(ll.ModelStateError, match=r"2 devices.*device_map='balanced'"):
+        ll.LoraLens(model, adapter("linear"))
