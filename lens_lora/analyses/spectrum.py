@@ -26,10 +26,10 @@ from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.trained import ModuleUpdate
 from lens_lora.errors import ModelStateError
 from lens_lora.float64 import in_float64
-from lens_lora.hooked.basis import is_centred
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.hosts import host_of
 from lens_lora.hooked.norm_map import NormUpdate
+from lens_lora.hooked.processing import is_centred
 from lens_lora.hooked.site_factors import SiteFactors
 from lens_lora.lens import LoraLens
 from lens_lora.results.storage import stored

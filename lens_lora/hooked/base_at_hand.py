@@ -14,11 +14,13 @@ from torch import Tensor
 from lens_lora.errors import AdapterError, ModelStateError
 from lens_lora.float64 import in_float64
 from lens_lora.hooked.base_weights import BaseWeights
-from lens_lora.hooked.basis import is_centred
 from lens_lora.hooked.host import Host
+from lens_lora.hooked.processing import is_centred
 from lens_lora.hooked.site_factors import SiteFactors
 
 __all__ = ["BaseAtHand", "is_same"]
+
+_ENTRIES = 2**23  # that are compared at a time, 64 MB in float64
 
 
 class BaseAtHand:
@@ -168,11 +170,16 @@ def is_same(held: Tensor, own: Tensor) -> bool:
         held: by the adapter.
         own: the base's, of the same shape.
     """
+    if held.shape != own.shape:
+        return False
     coarser = max(held.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    limits = torch.finfo(coarser)
-    return held.shape == own.shape and torch.allclose(
-        in_float64(held.to(own.device, coarser)),
-        in_float64(own.to(coarser)),
-        rtol=limits.eps,
-        atol=limits.smallest_normal * limits.eps,
+    limits, step = torch.finfo(coarser), max(1, _ENTRIES // max(1, held[:1].numel()))
+    return all(
+        torch.allclose(
+            in_float64(some.to(mine.device, coarser)),
+            in_float64(mine.to(coarser)),
+            rtol=limits.eps,
+            atol=limits.smallest_normal * limits.eps,
+        )
+        for some, mine in zip(held.split(step), own.split(step), strict=True)
     )

@@ -10,8 +10,8 @@ site adds
 
     δ(z) = s·B'(A'z + a₀),   A' = A diag(γ),   a₀ = Aβ,   B' = PB or B.
 
-Which processing was applied is inferred from the weights, not from the options of loading. Where
-value biases were folded, the constant part of an update of v is added at o: value_bias.py.
+Which processing was applied is inferred from the weights: processing.py. Where value biases were
+folded, the constant part of an update of v is added at o: value_bias.py.
 """
 
 from __future__ import annotations
@@ -23,16 +23,12 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.errors import ModelStateError
 from lens_lora.float64 import float64_device, in_float64
 
 __all__ = [
     "Basis",
-    "Processing",
     "SiteMap",
     "Update",
-    "infer_processing",
-    "is_centred",
     "site_map",
 ]
 
@@ -129,80 +125,6 @@ class SiteMap:
             return u @ self.B.T
         B = self.B.unflatten(0, (u.shape[-2], -1))
         return einsum(u, B, "b p h r, h d r -> b p h d").flatten(2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Processing:
-    """What was done to one weight.
-
-    Attributes:
-        folded: γ and β of the norm before it were multiplied in.
-        centred: what it writes sums to zero over the residual stream.
-    """
-
-    folded: bool
-    centred: bool
-
-
-def infer_processing(
-    name: str,
-    weight: Float[Tensor, "out in"],
-    base: Float[Tensor, "out in"],
-    gamma: Float[Tensor, "in"] | None,
-    *,
-    centres_reads: bool,
-    centres_writes: bool,
-) -> Processing:
-    """Which processing turns the base's weight into the model's, found by comparing them.
-
-    Args:
-        name: of the site, for the error.
-        weight: the hooked model's.
-        base: the Hugging Face base's.
-        gamma: γ of the norm that the linear reads; None where it reads none.
-        centres_reads: whether folding this norm also centres what the weight reads (LayerNorm).
-        centres_writes: whether this weight may have been centred.
-
-    Raises:
-        ModelStateError: no processing does, so the model was not made from this base.
-    """
-    eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, base.dtype, torch.float32))
-    weight = in_float64(weight)
-    base = in_float64(base).to(weight.device)
-    found: list[tuple[float, Processing]] = []
-    for folded in (False, True) if gamma is not None else (False,):
-        candidate = (
-            base * in_float64(gamma).to(base.device) if folded and gamma is not None else base
-        )
-        for centre_read in (False, True) if folded and centres_reads else (False,):
-            for centred in (False, True) if centres_writes else (False,):
-                expected = candidate
-                if centre_read:
-                    expected = expected - expected.mean(1, keepdim=True)
-                if centred:
-                    expected = expected - expected.mean(0, keepdim=True)
-                error = float((weight - expected).abs().max())
-                found.append((error, Processing(folded, centred)))
-    error, processing = min(found, key=lambda pair: pair[0])
-    size = float(torch.maximum(base.abs().max(), weight.abs().max()))
-    if error > 16 * eps * size:
-        raise ModelStateError(
-            f"{name}: no known processing turns hf_model's weight into the model's (they differ by "
-            f"{error:.3g}, and the largest entry is {size:.3g}). Pass the base that this hooked "
-            "model was made from; refactor_factored_attn_matrices is not supported."
-        )
-    return processing
-
-
-def is_centred(weight: Float[Tensor, "out in"]) -> bool:
-    """Whether every column of a writing weight sums to zero over the residual stream.
-
-    Args:
-        weight: of a module that writes to the residual stream.
-    """
-    eps = torch.finfo(weight.dtype).eps
-    weight = in_float64(weight)
-    return bool((weight.mean(0).abs().max() <= 8 * eps * weight.abs().max()).item())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

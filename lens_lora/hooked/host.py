@@ -23,15 +23,13 @@ from lens_lora.float64 import in_float64
 from lens_lora.hooked.base_weights import BaseWeights
 from lens_lora.hooked.basis import (
     Basis,
-    Processing,
     SiteMap,
     Update,
-    infer_processing,
-    is_centred,
     site_map,
 )
 from lens_lora.hooked.host_interface import HostInterface
 from lens_lora.hooked.norm_map import NormMap, NormUpdate
+from lens_lora.hooked.processing import Processing, infer_processing, is_centred
 from lens_lora.hooked.site_factors import SiteFactors, fused_rows
 from lens_lora.hooked.sites import WRITER_KINDS, Heads
 from lens_lora.hooked.value_bias import Constant, constant_of_v

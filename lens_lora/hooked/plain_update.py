@@ -95,10 +95,12 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, base: BaseAtHand) -> Up
     if stored is None and not factors.needs_base_weight:
         return own
     what = "DoRA's ΔW" if factors.needs_base_weight else "ΔW of a stored weight"
-    W = in_float64(base.weight(site, what))
+    held = base.weight(site, what)
+    W = in_float64(held)
     if factors.needs_base_weight:
         turned = factors.materialise((W if stored is None else stored).to(W))
-        own = dataclasses.replace(_dense(turned), bias=own.bias)
+        dtype = torch.promote_types(held.dtype, torch.float32)  # a dense ΔW is kept, half as large
+        own = dataclasses.replace(_dense(turned.to(dtype)), bias=own.bias)
     if stored is None:
         return own
     return summed(own, _dense(factors.strength * _difference(stored, W)))

@@ -8,9 +8,11 @@ import pytest
 import torch
 from every_call import CALLS, MARGIN, numbers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
 from lens_lora.engine import gate_graph, memory, rerun, taps
+from lens_lora.hooked import base_at_hand, processing
 
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 # Whatever runs backward passes of its own: each way in which blocks are run again.
@@ -178,3 +180,45 @@ def test_a_graph_that_is_not_kept_is_not_there(cls: str, runs_again: list[str]):
             taps.read_value(one, reading)
         sizes[one.max_memory] = sum(saved.values())
     assert sizes[1e9] < sizes[None] / 5
+
+
+class _Widest(TorchDispatchMode):
+    """The most entries of any float64 tensor that is made within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+            self.entries = max(self.entries, out.numel())
+        return out
+
+
+def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    generator = models.seeded(0)
+    base, gamma = torch.randn(64, 8, generator=generator), torch.rand(8, generator=generator) + 0.5
+    folded = base * gamma
+    centred = folded - folded.mean(1, keepdim=True)
+    both = centred - centred.mean(0, keepdim=True)
+    known = {"centres_reads": True, "centres_writes": True}
+    for entries in (2**23, 40):
+        monkeypatch.setattr(processing, "_ENTRIES", entries)
+        monkeypatch.setattr(base_at_hand, "_ENTRIES", entries)
+        with _Widest() as widest:
+            found = [
+                processing.infer_processing("a site", weight, base, gamma, **known)
+                for weight in (base, centred, both)
+            ]
+            assert processing.is_centred(both) and not processing.is_centred(centred)
+            assert base_at_hand.is_same(base.clone(), base)
+            assert not base_at_hand.is_same(base + 1e-3 * (torch.arange(64) == 63)[:, None], base)
+        assert [(f.folded, f.centred) for f in found] == [
+            (False, False),
+            (True, False),
+            (True, True),
+        ]
+        assert widest.entries == (512 if entries > 512 else 40)
+        with pytest.raises(ll.ModelStateError, match="no known processing"):
+            processing.infer_processing("a site", both + 0.1 * base, base, gamma, **known)
