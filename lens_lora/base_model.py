@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ def load_base(
     if how.device is not None:
         moved(torch.empty(0), how.device)
     try:
+        _ask_once(name)
         model = AutoModelForCausalLM.from_pretrained(name, **_options(how))
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -87,6 +89,18 @@ def _options(how: Placement) -> dict[str, Any]:
             bnb_4bit_compute_dtype=torch.float32 if dtype == "auto" else options["dtype"],
         )
     return options
+
+
+def _ask_once(name: str) -> None:
+    """Fetch the config of a hub id, at one attempt; transformers makes several for each file.
+
+    Raises:
+        OSError, ValueError: the hub cannot be reached, or has no such model.
+    """
+    from huggingface_hub import snapshot_download
+
+    if not Path(name).exists():
+        snapshot_download(name, allow_patterns=["config.json"])
 
 
 def _require_packages(how: Placement) -> None:

@@ -37,7 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the real model come first, the notebooks before all others.
+    """Tests on the real model come first, notebooks and pages before all others.
 
     They are the longest, and one worker has them in its run: it loads the model once, and others
     take the short tests from its end, so that all finish together.
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: (
             item.get_closest_marker("real") is None,
-            item.path.name != "test_notebooks.py",
+            item.path.suffix == ".py",
         )
     )
 

@@ -345,6 +345,19 @@ def test_what_biases_add_is_said(tmp_path):
     assert f"‖Δb‖ in all {math.hypot(*sizes):.2f}, added whatever the input" in text
 
 
+def test_an_adapter_that_was_never_trained_is_called_so(tmp_path):
+    """PEFT begins with B = 0; a module that training reached is not counted."""
+    peft = models.peft_model("qwen2", models.hf_model("qwen2"), targets=["q_proj"])
+    with torch.no_grad():
+        for name, p in peft.named_parameters():
+            if "lora_B" in name and "layers.0" in name:
+                p.zero_()
+    peft.save_pretrained(tmp_path)
+    text = plain(run(cli.app, ["inspect", str(tmp_path)]).output)
+    assert "untrained ΔW = 0, as before any training, in 1 of 2 modules" in text
+    assert "untrained" not in plain(run(cli.app, ["inspect", str(ADAPTER)]).output)
+
+
 def test_a_trained_bias_is_not_known_without_the_base(tmp_path):
     folder = saved(tmp_path, "qwen2", targets=["q_proj"], bias="lora_only")
     text = plain(run(cli.app, ["inspect", str(folder)]).output)

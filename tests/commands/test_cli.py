@@ -183,6 +183,21 @@ def test_folder_that_is_no_model_is_refused(tmp_path):
         load_base(str(tmp_path))
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """transformers would ask it several times for each file of a model, which takes a minute."""
+
+    def unreachable(name, **options):
+        asked.append(name)
+        raise OSError("no network")
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", asked.append)
+    with pytest.raises(ModelStateError, match="reachable hub id.*no network"):
+        load_base("owner/name")
+    assert asked == ["owner/name"]
+
+
 def test_base_is_loaded_from_a_folder(tmp_path):
     models.hf_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
     models.tokenizer().save_pretrained(tmp_path)

@@ -1,96 +1,87 @@
-"""Every notebook in demos/ runs from top to bottom, and is stored as it ran.
+"""Every notebook in demos/ is stored as it ran; what runs notebooks and pages sees what is wrong.
 
-All of them are executed where both classes of hooked model exist (transformer-lens 3.9). On the
-other lines only `first_look` and `two_classes_side_by_side` are: those two build the model of the
-line at hand and use the package's central calls, and the rest would take several minutes of CI on
-each line to run the same code again.
+`tests/lib/executed.py` collects the notebooks and the pages themselves, and runs them.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-import models
+import executed
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 DEMOS = Path(__file__).parents[2] / "demos"
 NOTEBOOKS = sorted(DEMOS.glob("*.ipynb"))
-ON_EVERY_LINE = {"first_look", "two_classes_side_by_side"}
-FEWEST_FIGURES = {"first_look": 3}
-FIGURE = "application/vnd.plotly.v1+json"
-MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|work|home|root|Users|usr|opt|var|mnt)/\w")
+SCRIPT = """# Why?
+```python
+answer = 42
+```
+<!-- not run: it would take a week -->
+```python
+answer = week()
+```
+```python
+print(answer)
+```
+"""
 
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+def notebook_of(*sources: str):
+    cells = [nbformat.v4.new_markdown_cell("# Why?"), *map(nbformat.v4.new_code_cell, sources)]
+    return nbformat.v4.new_notebook(cells=cells)
 
 
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def faults(notebook, figures: int) -> list[str]:
-    """What is wrong with an executed notebook."""
-    code = code_cells(notebook)
-    outputs = [output for cell in code for output in cell.outputs]
-    text = "\n".join(
-        output.get("text", "") + "".join(map(str, output.get("data", {}).values()))
-        for output in outputs
-        if output.get("name") != "stderr"  # a warning names the file that it comes from
-    )
-    shown = sum(FIGURE in output.get("data", {}) for output in outputs)
-    found = {
-        "the first cell asks no question": "?" not in notebook.cells[0].source,
-        "several code cells show nothing": sum(not cell.outputs for cell in code) > 1,
-        "an error": any(output.output_type == "error" for output in outputs),
-        "a path of some machine": MACHINE_PATH.search(text) is not None,
-        f"{shown} figures, expected {figures}": shown < figures,
-    }
-    return [fault for fault, is_there in found.items() if is_there]
+@pytest.fixture(scope="module")
+def kernel(pytestconfig):
+    return executed.kernel_of(pytestconfig)
 
 
 def test_notebooks_are_found():
-    assert {path.stem for path in NOTEBOOKS} >= ON_EVERY_LINE
+    assert {path.stem for path in NOTEBOOKS} >= executed.ON_EVERY_LINE
 
 
-@each_notebook
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_outputs(path: Path):
     """What a reader on the web sees: outputs, nothing of stderr or of the machine, in order."""
-    notebook = nbformat.read(path, as_version=4)
-    assert not faults(notebook, FEWEST_FIGURES.get(path.stem, 1))
-    streams = [o.name for c in code_cells(notebook) for o in c.outputs if o.output_type == "stream"]
-    assert "stderr" not in streams
-    counts = [cell.execution_count for cell in code_cells(notebook)]
-    assert counts == list(range(1, len(counts) + 1)), "not run from top to bottom in one go"
+    assert executed.stored_faults(path) == []
 
 
-@pytest.mark.real
-@each_notebook
-def test_notebook_runs(path: Path, tmp_path: Path):
-    """No cell fails, and nothing is left in the folder it runs in."""
-    if len(models.MAKERS) < 2 and path.stem not in ON_EVERY_LINE:
-        pytest.skip("executed where both classes exist: see the module's docstring")
-    notebook = nbformat.read(path, as_version=4)
-    for cell in code_cells(notebook):
-        cell.outputs, cell.execution_count = [], None
-    NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-    ).execute()
-    assert not faults(notebook, FEWEST_FIGURES.get(path.stem, 1))
-    assert not list(tmp_path.iterdir())
+def test_what_is_wrong_with_a_stored_notebook_is_seen(tmp_path: Path):
+    """An empty notebook with a failed cell, a warning and a path of someone's machine."""
+    bad = notebook_of("1 / 0", "a", "b")
+    bad.cells[0].source = "# A title"
+    bad.cells[1].outputs = [
+        nbformat.v4.new_output("error", ename="E", evalue="", traceback=[]),
+        nbformat.v4.new_output("stream", text="saved to /home/me/x.png"),
+        nbformat.v4.new_output("stream", name="stderr", text="a warning"),
+    ]
+    nbformat.write(bad, tmp_path / "bad.ipynb")
+    assert len(executed.stored_faults(tmp_path / "bad.ipynb")) == 7
 
 
-def test_faults_are_seen():
-    """The negative control: an empty notebook with a failed cell on someone's machine."""
-    cell = nbformat.v4.new_code_cell("1 / 0")
-    cell.outputs = [nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])]
-    cell.outputs += [nbformat.v4.new_output("stream", text="saved to /home/me/x.png")]
-    bad = nbformat.v4.new_notebook(
-        cells=[
-            nbformat.v4.new_markdown_cell("# A title"),
-            cell,
-            *map(nbformat.v4.new_code_cell, "ab"),
-        ]
-    )
-    assert len(faults(bad, 1)) == 5
+def test_a_notebook_begins_with_nothing_and_leaves_nothing(tmp_path: Path, kernel):
+    """The kernel is shared: no name of one notebook is there in the next, no file stays."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    nbformat.write(notebook_of("name = 1; open('left.txt', 'w').close()"), tmp_path / "1.ipynb")
+    nbformat.write(notebook_of("name"), tmp_path / "2.ipynb")
+    found = executed.run_notebook(tmp_path / "1.ipynb", folder, kernel)
+    assert found == ["0 figures, expected 1", "left left.txt behind"]
+    with pytest.raises(Exception, match="NameError"):
+        executed.run_notebook(tmp_path / "2.ipynb", folder, kernel)
+
+
+def test_a_page_runs_as_one_program(tmp_path: Path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(SCRIPT)
+    assert executed.run_page(page) == []
+    assert capsys.readouterr().out == "42\n"
+    page.write_text(SCRIPT.replace("not run: it would take a week", "not run"))
+    with pytest.raises(NameError, match="week"):
+        executed.run_page(page)
+    page.write_text(SCRIPT.replace("<!-- not run: it would", "<!-- not run: a note -->\n\n<!-- it"))
+    with pytest.raises(NameError, match="week"):
+        executed.run_page(page)
+    page.write_text("<!-- not run: a note -->\n" + SCRIPT)
+    assert executed.run_page(page) == ["3 snippets, 2 of them not run with a reason, but 2 ran"]

@@ -1,4 +1,4 @@
-"""The documentation site: whole, offline, true to the code, and its snippets run."""
+"""The documentation site: whole, offline, and true to the code."""
 
 from __future__ import annotations
 
@@ -22,9 +22,6 @@ ROOT = Path(__file__).parents[2]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "lens_lora"
 PAGES = sorted(DOCS.rglob("*.md"))
 READ = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-SNIPPETS = re.compile(
-    r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
-)
 ids = {"ids": lambda path: str(path.relative_to(ROOT))}
 
 
@@ -241,30 +238,6 @@ def test_pages_fetch_nothing(path: Path):
 
 
 # --- what can be run
-
-
-EXECUTED = (
-    *("index", "recipes", "explain", "responses", "activations", "sweep"),
-    "your_model",
-)
-
-
-@pytest.mark.real
-@pytest.mark.parametrize(
-    "path",
-    [ROOT / "README.md", *(DOCS / f"{name}.md" for name in EXECUTED)],
-    **ids,
-)
-def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Top to bottom as one program, but for those that say why they are not run."""
-    monkeypatch.chdir(tmp_path)
-    text, namespace, run = path.read_text(), {"__name__": "snippets"}, 0
-    for snippet in SNIPPETS.finditer(text):
-        if snippet[1] is None:
-            above = "\n" * text.count("\n", 0, snippet.start(2))
-            exec(compile(above + snippet[2], str(path), "exec"), namespace)
-            run += 1
-    assert run >= 3 and run == text.count("```python") - text.count("<!-- not run: ")
 
 
 @pytest.mark.bad_input  # some examples show an error

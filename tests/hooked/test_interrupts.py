@@ -27,7 +27,7 @@ from lens_lora.temporary import Temporary
 
 pytestmark = pytest.mark.usefixtures("float64", "swallowed")
 ALL = os.environ.get("LENS_LORA_INTERRUPTS") == "all"
-FEW = 8
+FEW = 5
 SHORT = ("applied", "logits")
 TARGETS = ("q_proj", "down_proj")
 EVERY = {**OWN, **CALLS}

@@ -35,6 +35,7 @@ from lens_lora.show.page.report import margin_report
 from lens_lora.show.tables.attribution import modules_table
 from lens_lora.show.tables.logit_shift import tokens_table
 from lens_lora.show.tables.margin import margin_rows, margin_table
+from lens_lora.show.tables.parts import filled_table
 from lens_lora.show.text import magnitude, percent, prompt_text, signed, visible
 from lens_lora.show.words.account import account_of
 from lens_lora.show.words.margin import margin_story
@@ -378,6 +379,17 @@ def test_terminal_tables_show_the_numbers_and_no_markup_of_a_token():
     assert re.search(r"blocks.0.mlp.down +model.layers.0.down_proj +\+2.00 +25%", text)
     assert "blocks.2.mlp.down" not in text
     assert re.search(r"\[red\] +\+2.00", text)
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_narrow_terminal_keeps_sites_and_numbers_whole(width: int):
+    heads = ("site", "a at ε = 0", "effect of adding", "effect of leaving out", "flagged for")
+    row = ("blocks.27.mlp.down", "+0.1234", "+0.33333", "+0.4444", "adding, leaving, parts, all")
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(filled_table("modules", heads, [row], texts=(0, 4)))
+    text = console.export_text()
+    assert all(cell in text for cell in row[:4])
+    assert row[4] not in text, "wide enough for the whole table: nothing was tested"
 
 
 def test_margin_rows_call_noise_noise():

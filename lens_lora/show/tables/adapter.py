@@ -80,6 +80,11 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
         "beside s·B·A": _counted(summary.parts) or "no biases, DoRA, embeddings or head",
         "‖ΔW‖_F in all": total,
     }
+    untrained = {row.module for row in summary.rows if row.has_factors and _is_nothing(row)}
+    if untrained:
+        facts["untrained"] = (
+            f"ΔW = 0, as before any training, in {len(untrained)} of {summary.module_count} modules"
+        )
     if _has_biases(summary):
         facts["‖Δb‖ in all"] = _bias_total(summary)
     if summary.model:
@@ -93,6 +98,10 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
 
 def _has_biases(summary: AdapterSummary) -> bool:
     return any(row.bias_norm != 0 for row in summary.rows)
+
+
+def _is_nothing(row: Spectrum) -> bool:
+    return row.norm == 0 and row.bias_norm == 0
 
 
 def _bias_total(summary: AdapterSummary) -> str:

@@ -87,9 +87,9 @@ def remainder_rows(e: Explanation) -> list[Row]:
     return [
         *rows,
         _part(a, "remainder after second order: higher orders", left, after),
-        ("three noise floors, of a shift", magnitude(a.floor), ""),
-        ("  after first order", magnitude(a.remainder_floor), ""),
-        ("  after second order", magnitude(after), ""),
+        ("what rounding can make of a shift (3σ)", magnitude(a.floor), ""),
+        ("  of a remainder", magnitude(a.remainder_floor), ""),
+        ("  of a remainder after second order", magnitude(after), ""),
     ]
 
 

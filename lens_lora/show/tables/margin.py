@@ -42,8 +42,8 @@ def margin_rows(account: Account) -> list[Row]:
         *rows,
         ("m, adapted model", signed(account.m), ""),
         ("flip scale", flip, ""),
-        ("three noise floors, of a shift", magnitude(account.floor), ""),
-        ("  after first order", magnitude(account.remainder_floor), ""),
+        ("what rounding can make of a shift (3σ)", magnitude(account.floor), ""),
+        ("  of a remainder", magnitude(account.remainder_floor), ""),
     ]
 
 

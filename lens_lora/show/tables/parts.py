@@ -29,6 +29,9 @@ def filled_table(
 ) -> Table:
     """A table of text, in which nothing is read as rich's markup.
 
+    In a narrow terminal the first column, by which a row is known, and numbers stay whole; headings
+    and other text wrap.
+
     Args:
         title: stands above it, to the left.
         heads: the headings of its columns.
@@ -37,7 +40,16 @@ def filled_table(
     """
     table = titled_table(title)
     for i, head in enumerate(heads):
-        table.add_column(Text(head), justify="left" if i in texts else "right")
+        is_text = i in texts
+        whole = i == 0 or not is_text
+        widest = max((len(row[i]) for row in rows), default=0)
+        table.add_column(
+            Text(head),
+            justify="left" if is_text else "right",
+            overflow="fold",
+            no_wrap=i == 0,
+            min_width=widest if whole else None,
+        )
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -1,0 +1,3 @@
+"""Notebooks and pages are tests too, wherever they lie."""
+
+pytest_plugins = ("executed",)

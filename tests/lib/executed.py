@@ -1,0 +1,158 @@
+"""Notebooks and pages that run: pytest collects each as a file of its own.
+
+`pytest demos/first_look.ipynb` executes that notebook, `pytest docs/recipes.md` the snippets of
+that page, top to bottom as one program. The notebooks of one process share a kernel, in which torch
+and the host libraries are imported once; each begins without a name in it and in an empty folder.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client.manager import KernelManager, start_new_kernel
+from nbclient import NotebookClient
+
+FIGURE = "application/vnd.plotly.v1+json"
+ON_EVERY_LINE = {"first_look", "two_classes_side_by_side"}
+FEWEST_FIGURES = {"first_look": 3}
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|work|home|root|Users|usr|opt|var|mnt)/\w")
+SNIPPETS = re.compile(
+    r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
+KERNEL = pytest.StashKey[KernelManager]()
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def faults(notebook, figures: int) -> list[str]:
+    """What is wrong with an executed notebook."""
+    code = code_cells(notebook)
+    outputs = [output for cell in code for output in cell.outputs]
+    text = "\n".join(
+        output.get("text", "") + "".join(map(str, output.get("data", {}).values()))
+        for output in outputs
+        if output.get("name") != "stderr"  # a warning names the file that it comes from
+    )
+    shown = sum(FIGURE in output.get("data", {}) for output in outputs)
+    found = {
+        "the first cell asks no question": "?" not in notebook.cells[0].source,
+        "several code cells show nothing": sum(not cell.outputs for cell in code) > 1,
+        "an error": any(output.output_type == "error" for output in outputs),
+        "a path of some machine": MACHINE_PATH.search(text) is not None,
+        f"{shown} figures, expected {figures}": shown < figures,
+    }
+    return [fault for fault, is_there in found.items() if is_there]
+
+
+def stored_faults(path: Path) -> list[str]:
+    """… and with what a reader on the web sees of one."""
+    notebook = nbformat.read(path, as_version=4)
+    code = code_cells(notebook)
+    streams = [o.name for c in code for o in c.outputs if o.output_type == "stream"]
+    found = faults(notebook, FEWEST_FIGURES.get(path.stem, 1))
+    found += ["something of stderr"] if "stderr" in streams else []
+    counts = [cell.execution_count for cell in code]
+    in_order = counts == list(range(1, len(counts) + 1))
+    return found + ([] if in_order else ["not run from top to bottom in one go"])
+
+
+def run_notebook(path: Path, folder: Path, kernel: KernelManager) -> list[str]:
+    """What is wrong with it once it has run in that folder; a cell that fails raises."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+    begin, end = (
+        nbformat.v4.new_code_cell(f"%cd -q {where}\n%reset -f") for where in (folder, "~")
+    )
+    framed = nbformat.v4.new_notebook(cells=[begin, *notebook.cells, end])
+    client = NotebookClient(framed, km=kernel, timeout=600)
+    with client.setup_kernel(cleanup_kc=False):
+        try:
+            for index, cell in enumerate(framed.cells[:-1]):
+                client.execute_cell(cell, index)
+        finally:
+            client.execute_cell(end, len(framed.cells) - 1)
+            client.kc.stop_channels()
+    left = [f"left {file.name} behind" for file in folder.iterdir()]
+    return faults(notebook, FEWEST_FIGURES.get(path.stem, 1)) + left
+
+
+def run_page(path: Path) -> list[str]:
+    """What is wrong with a page whose snippets ran here; one that fails raises."""
+    text, namespace, run = path.read_text(), {"__name__": "snippets"}, 0
+    for snippet in SNIPPETS.finditer(text):
+        if snippet[1] is None:
+            above = "\n" * text.count("\n", 0, snippet.start(2))
+            exec(compile(above + snippet[2], str(path), "exec"), namespace)
+            run += 1
+    blocks, excused = text.count("```python"), text.count("<!-- not run: ")
+    counted = f"{blocks} snippets, {excused} of them not run with a reason, but {run} ran"
+    return [] if 0 < run == blocks - excused else [counted]
+
+
+class Document(pytest.File):
+    """A notebook, or a page with snippets."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        kind = Notebook if self.path.suffix == ".ipynb" else Page
+        yield kind.from_parent(self, name="runs")
+
+
+class Execution(pytest.Item):
+    """One document, run from top to bottom in a folder that is empty."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.add_marker("real")
+
+    def faults(self, folder: Path) -> list[str]:
+        raise NotImplementedError
+
+    def runtest(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            found = self.faults(Path(folder))
+        assert not found, "; ".join(found)
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, self.nodeid
+
+
+class Notebook(Execution):
+    def faults(self, folder: Path) -> list[str]:
+        import models  # torch and the host libraries, once something runs
+
+        if len(models.MAKERS) < 2 and self.path.stem not in ON_EVERY_LINE:
+            pytest.skip("executed where both classes of hooked model exist (transformer-lens 3.9)")
+        return run_notebook(self.path, folder, kernel_of(self.config))
+
+
+class Page(Execution):
+    def faults(self, folder: Path) -> list[str]:
+        return run_page(self.path)
+
+
+def kernel_of(config: pytest.Config) -> KernelManager:
+    if KERNEL not in config.stash:
+        config.stash[KERNEL], client = start_new_kernel(kernel_name="python3")
+        client.stop_channels()
+    return config.stash[KERNEL]
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    is_page = file_path.suffix == ".md" and "```python\n" in file_path.read_text()
+    if is_page or file_path.suffix == ".ipynb":
+        return Document.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if KERNEL in config.stash:
+        config.stash[KERNEL].shutdown_kernel(now=True)
