@@ -194,8 +194,7 @@ class LoraLens(Generates, Bounded):
                 embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` there.
         """
         self._plan.check_state()
-        without_point = writes_at_modules(self._plan)
-        if without_point:
+        if without_point := writes_at_modules(self._plan):
             raise ModelStateError(
                 f"{without_point[0]}: no hook point of this model shows its output, so a list of "
                 "hooks cannot hold its δ; use `with lens.applied():`."
