@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
 from lens_lora.engine import gate_graph, memory, rerun, taps
-from lens_lora.hooked import base_at_hand, processing
+from lens_lora.hooked import base_at_hand, gates, processing
 
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 # Whatever runs backward passes of its own: each way in which blocks are run again.
@@ -222,3 +222,20 @@ def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
         assert widest.entries == (512 if entries > 512 else 40)
         with pytest.raises(ll.ModelStateError, match="no known processing"):
             processing.infer_processing("a site", both + 0.1 * base, base, gamma, **known)
+
+
+@CLASSES
+def test_what_a_block_read_is_let_go_when_the_next_begins(cls: str, monkeypatch):
+    """Held, each input would hold the graph of a block that runs again."""
+    readers: list[gates._Reader] = []
+    made = gates._Reader.__init__
+
+    def note(self: gates._Reader, *given: object) -> None:
+        readers.append(self)
+        made(self, *given)
+
+    monkeypatch.setattr(gates._Reader, "__init__", note)
+    lens = cases.case("llama", cls, "raw").lens
+    ll.first_order(lens, models.tokens(), MARGIN)
+    assert readers and any(reader.kept for reader in readers)
+    assert sum(bool(reader.kept) for reader in readers) <= len(readers) / 2
