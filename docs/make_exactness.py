@@ -85,6 +85,9 @@ position embedding; biases of the LoRA's own (`lora_bias`), or of its modules (`
 embedding (`trainable_token_indices`), and of the head where it is tied; and every bias
 (`bias="all"`). Where norms are folded, a change of γ or β is refused.
 
+In float32 the same numbers carry that precision's rounding; what bfloat16 and float16 leave of
+them, analysis by analysis, is measured in [Half precision](precision.md).
+
 To reproduce: run `python docs/make_exactness.py` in an environment of each transformer-lens line.
 It measures the installed version, writes `docs/exactness/<transformer-lens>.json`, and renders
 this page from all files there; `tests/docs/test_docs.py` checks that page and files agree.

@@ -9,6 +9,9 @@
    keep runs from 0 to 1 and drop from 1 to 0, not always between: keeping half can overshoot.
 3. The area under each curve by the trapezoid rule over the fraction of sites: a good ranking has a
    high one of keep and a low one of drop.
+4. With `test` the sites are ranked once, by the mean over the prompts of value · sign(shift), and
+   that order is judged on the test prompts: also by CPR and CMD (`circuit_metrics`). A ranking that
+   is judged on the prompts that it was made on knows more of them than an explanation can.
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.analyses import rankings
-from lens_lora.arguments import number, numbers_of, whole
+from lens_lora.analyses.circuit_metrics import scored
+from lens_lora.analyses.kept_curves import counts_of, mean_of_draws, moved_by
+from lens_lora.arguments import number, whole
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.function import readout_at
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
@@ -42,7 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Faithfulness", "faithfulness", "faithfulness_of"]
 
-_FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SHOWN, _CARRIED = 0.2, 0.9
 
 
@@ -61,6 +64,8 @@ class Faithfulness(Measured):
         orders: name → [batch, site], indices into sites, first ranked first; 'random' has none.
         noise_floor: [batch], σ of the shift from rounding.
         draws: random orders that the random curve is the mean of.
+        cpr, cmd: [method], of the test prompts together; None without `test`.
+        ranked_on: the tokens of the prompts that the sites were ranked on, where others are judged.
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
@@ -72,6 +77,9 @@ class Faithfulness(Measured):
     orders: Mapping[str, Int[Tensor, "batch site"]]
     noise_floor: Float[Tensor, "batch"]
     draws: int
+    cpr: Float[Tensor, "method"] | None = None
+    cmd: Float[Tensor, "method"] | None = None
+    ranked_on: tuple[tuple[str, ...], ...] = ()
 
     @property
     def area_keep(self) -> Float[Tensor, "method batch"]:
@@ -148,15 +156,18 @@ class Faithfulness(Measured):
     def summary(self) -> pd.DataFrame:
         """One row per ranking: areas, the share a fifth keeps, the fraction that carries 90 %.
 
-        Means over prompts; of the last, over those where some fraction does.
+        Means over prompts; of the last, over those where some fraction does. With `test` also CPR
+        and CMD.
         """
         shown = float(self.fractions[self._nearest(_SHOWN)])
+        held_out = {"cpr": self.cpr, "cmd": self.cmd}
         return pd.DataFrame(
             {
                 "area_keep": self.area_keep.nanmean(1).tolist(),
                 "area_drop": self.area_drop.nanmean(1).tolist(),
                 f"keep_top_{shown:.0%}": [float(self.kept_share(n).nanmean()) for n in self.names],
                 f"carries_{_CARRIED:.0%}": [float(self.carrying(n).nanmean()) for n in self.names],
+                **{name: of.tolist() for name, of in held_out.items() if of is not None},
             },
             index=pd.Index(self.names, name="method"),
         )
@@ -190,6 +201,7 @@ def faithfulness(
     readout: Readout,
     attribution: rankings.Scores | Mapping[str, rankings.Scores],
     *,
+    test: tuple[PromptsLike, Readout] | None = None,
     fractions: Sequence[float] | None = None,
     baselines: bool = True,
     greedy: bool = False,
@@ -200,7 +212,8 @@ def faithfulness(
     """Keep-top-k and drop-top-k curves of rankings of the sites, each point a real intervention.
 
     Cost: 2 forward passes per ranking (`draws` of them for random) and fraction between 0 and 1,
-    batched; 11 for the ends, the noise and ‖δz‖; S(S+1)/2 for the greedy oracle.
+    batched; 13 for the ends, the noise and ‖δz‖; S(S+1)/2 for the greedy oracle. With `test`, 2
+    more per ranking and size of MIB's, and 2 for the ends of the prompts that are ranked on.
 
     Args:
         lens: the adapter over the model.
@@ -209,6 +222,8 @@ def faithfulness(
         attribution: of these prompts and this readout, effects of single sites, or a tensor of
             contributions in the readout's units ([site], or [batch, site]); or {name: any of
             these}. A score without a sign is ranked rightly once multiplied by the shift's.
+        test: other prompts and their readout, on which the ranking is judged: held out, so that the
+            curves say what it is worth beyond the prompts that it was made on.
         fractions: of the sites, above 0 at least one; 0, one site, and 1 are always there.
         baselines: also rank by ‖ΔW‖, by ‖δz‖ at the base model, and at random.
         greedy: also add at each step the site that moves the readout furthest towards g(1).
@@ -217,12 +232,19 @@ def faithfulness(
         progress: show a bar.
 
     Raises:
-        ArgumentError: scores of something else; fractions outside 0 to 1; greedy on many sites.
+        ArgumentError: scores of something else; fractions outside 0 to 1; greedy on many sites, or
+            with `test`; a `test` that is no pair.
         NumericsError: a non-finite readout.
     """
+    asked, judged = ask(lens, prompts, readout), None
+    if test is not None:
+        if not isinstance(test, tuple) or len(test) != 2:
+            raise ArgumentError("test: expected (prompts, readout), the pair that is held out.")
+        judged = ask(lens, *test)
     return faithfulness_of(
-        ask(lens, prompts, readout),
+        asked,
         attribution,
+        judged=judged,
         fractions=fractions,
         baselines=baselines,
         greedy=greedy,
@@ -236,6 +258,7 @@ def faithfulness_of(
     asked: Asked,
     attribution: rankings.Scores | Mapping[str, rankings.Scores],
     *,
+    judged: Asked | None = None,
     fractions: Sequence[float] | None = None,
     baselines: bool = True,
     greedy: bool = False,
@@ -246,28 +269,38 @@ def faithfulness_of(
     """`faithfulness` of a question that is already tokenised.
 
     Args:
-        asked: the lens, the prompts and the readout.
+        asked: the lens, the prompts and the readout that the sites are ranked by.
         attribution: as for `faithfulness`, and so `fractions`, `baselines` and the rest.
+        judged: the prompts held out, with their readout; None to judge on those ranked by.
         fractions, baselines, greedy, draws, seed, progress: as for `faithfulness`.
     """
-    lens = asked.lens
-    counts = _counts(fractions, len(lens.sites))
+    counts = counts_of(fractions, len(asked.lens.sites))
     draws, seed = whole("draws", draws, 1), whole("seed", seed, 0)
-    given = rankings.named(attribution)
-    orders = rankings.orders_of(asked, given, baselines=baselines, greedy=greedy, progress=progress)
-    every = torch.stack(list(orders.values()))
-    if baselines:
-        random = rankings.random_orders(len(lens.sites), asked.reading.batch, draws, seed)
-        every = torch.cat([every, random.to(every.device)])
-    base, adapted = asked.ends.cpu().double()
-    labels: dict[str, Any] = {**header(asked), "base": base, "adapted": adapted}
-    floor, shift = asked.noise_floor.cpu().double(), adapted - base
-    moved = _moved(asked, every, counts, progress)
+    given, judge = rankings.named(attribution), judged or asked
+    random = rankings.random_orders(len(asked.lens.sites), judge.reading.batch, draws, seed)
+    held_out: dict[str, Any] = {}
+    if judged is None:
+        orders = rankings.orders_of(
+            asked, given, baselines=baselines, greedy=greedy, progress=progress
+        )
+        every = _stacked(orders, random if baselines else None)
+    else:
+        if greedy:
+            raise ArgumentError("greedy ranks each prompt's own sites: leave it out with test.")
+        orders, by_size = rankings.orders_for(judged, asked, given, baselines=baselines)
+        every, by_size = (_stacked(o, random if baselines else None) for o in (orders, by_size))
+        found = scored(judged, every, by_size, progress=progress)
+        held_out = {name: mean_of_draws(of, len(orders)) for name, of in found._asdict().items()}
+        held_out["ranked_on"] = asked.str_tokens
+    base, adapted = judge.ends.cpu().double()
+    labels: dict[str, Any] = {**header(judge), "base": base, "adapted": adapted, **held_out}
+    floor, shift = judge.noise_floor.cpu().double(), adapted - base
+    moved = moved_by(judge, every, counts, progress)
     clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.full_like(shift, float("nan")))
-    keep, drop = (_mean_of_draws(m / clear[:, None], len(orders)) for m in moved)
+    keep, drop = (mean_of_draws(m / clear[:, None], len(orders)) for m in moved)
     return Faithfulness(
         names=(*orders, RANDOM) if baselines else tuple(orders),
-        fractions=torch.tensor(counts, dtype=torch.float64) / len(lens.sites),
+        fractions=torch.tensor(counts, dtype=torch.float64) / len(asked.lens.sites),
         counts=counts,
         keep=keep,
         drop=drop,
@@ -278,43 +311,7 @@ def faithfulness_of(
     )
 
 
-def _counts(given: Sequence[float] | None, sites: int) -> tuple[int, ...]:
-    """How many sites each fraction is, without repeats: 0, 1 and all of them among them."""
-    fractions = _FRACTIONS if given is None else numbers_of("fractions", given)
-    for fraction in fractions:
-        if not 0 <= fraction <= 1:
-            raise ArgumentError(f"fraction {fraction:g}: expected numbers from 0 to 1.")
-    return tuple(sorted({0, 1, sites, *(max(1, round(f * sites)) for f in fractions if f)}))
-
-
-def _moved(
-    asked: Asked,
-    orders: Int[Tensor, "method batch site"],
-    counts: tuple[int, ...],
-    progress: bool,
-) -> tuple[Tensor, Tensor]:
-    """g − g(0) where the top is kept, and where it is dropped: [method, batch, count] each."""
-    base, adapted = asked.ends.cpu().double()
-    inner = counts[1:-1]
-    ends = (torch.zeros_like(base), adapted - base)
-    if inner:
-        on = torch.stack([rankings.switched_on(order, inner) for order in orders])
-        gates = torch.stack([on, 1 - on]).movedim(2, 0)  # batch, keep or drop, method, count, site
-        flat, what = gates.flatten(1, 3), "keep and drop"
-        found = readout_at(asked.lens, asked.reading, flat, progress=progress, what=what)
-        moved = found.cpu().double().view(gates.shape[:-1]) - base[:, None, None, None]
-    else:
-        moved = base.new_zeros(len(base), 2, len(orders), 0)
-    both: list[Tensor] = []
-    for which, (first, last) in enumerate((ends, ends[::-1])):
-        sides = [end[:, None, None].expand(-1, len(orders), 1) for end in (first, last)]
-        curve = torch.cat([sides[0], moved[:, which], sides[1]], -1)
-        both.append(curve.movedim(1, 0))
-    return both[0], both[1]
-
-
-def _mean_of_draws(curves: Float[Tensor, "order batch count"], named: int) -> Tensor:
-    """The named orders' curves, and the mean of the random ones after them."""
-    if len(curves) == named:
-        return curves
-    return torch.cat([curves[:named], curves[named:].mean(0, keepdim=True)])
+def _stacked(orders: rankings.Orders, random: Tensor | None) -> Int[Tensor, "order batch site"]:
+    """The named orders, and the random ones after them."""
+    every = torch.stack(list(orders.values()))
+    return every if random is None else torch.cat([every, random.to(every.device)])

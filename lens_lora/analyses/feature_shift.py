@@ -224,7 +224,7 @@ def feature_shift(
     }
     return FeatureShift(
         **values,
-        noise_floor=2**0.5 * noise.square().mean(1).sqrt(),
+        noise_floor=noise.square().mean(1).sqrt(),  # of a difference of two rounded runs
         activations=_activations(project, base, adapted),
         name=name,
         positions="each" if positions == "each" else int(positions),

@@ -58,9 +58,10 @@ def patch_activations(
 ) -> ActivationEffects:
     """What one activation carries of the shift: replaced by the other model's, at each hook point.
 
-    Cost: three forward passes, and one per name (and position with 'each'), batched; rows begin at
-    the block in which they patch, where the model's batch may grow (not Bloom and OPT on a
-    Bridge). One short pass more for positions, and one for each name without an effect.
+    Cost: three forward passes, five for the noise floor, and one per name (and position with
+    'each'), batched; rows begin at the block in which they patch, where the model's batch may grow
+    (not Bloom and OPT on a Bridge). One short pass more for positions, and one for each name
+    without an effect.
 
     Args:
         lens: the adapter over the model.
@@ -110,6 +111,7 @@ def patch_activations(
         names=points,
         direction=direction,
         positions=_label(positions),
+        noise_floor=asked.effect_noise(scale),
         **header(asked),
     )
 

@@ -64,10 +64,10 @@ def patch_sites(
 ) -> Effects:
     """What each site, group of sites or single rank does to the readout, exactly.
 
-    Cost: two forward passes and one per group, batched; about half of that where the model's batch
-    may grow from block to block (all but Bloom and OPT on a Bridge). Where δ is not replaced by
-    zero, one forward pass of the texts too, and with 'add_one' two per group, with its own δ and
-    without.
+    Cost: two forward passes, five for the noise floor, and one per group, batched; about half of
+    that where the model's batch may grow from block to block (all but Bloom and OPT on a Bridge).
+    Where δ is not replaced by zero, one forward pass of the texts too, and with 'add_one' two per
+    group, with its own δ and without.
 
     Args:
         lens: the adapter over the model.
@@ -146,7 +146,14 @@ def patch_sites_of(
         values = _replaced(in_rank_space, groups, ranks, how, stand_in, progress)
     count = 0 if texts is None else texts.batch
     return Effects(
-        values=values, groups=groups, how=how, of=of, replace=replace, texts=count, **header(asked)
+        values=values,
+        groups=groups,
+        how=how,
+        of=of,
+        replace=replace,
+        texts=count,
+        noise_floor=asked.effect_noise(float(how == "leave_one_out")),
+        **header(asked),
     )
 
 

@@ -60,7 +60,7 @@ def path_attribution(
     Where the tolerance cannot be met (rounding, kinks of ReLU models, experts that switch) the
     values are those of the last rule, and `quadrature` says what was reached and probably why.
 
-    Cost: one forward and one backward per node, 2K − 2 nodes in all for a last rule of K; ten
+    Cost: one forward and one backward per node, 2K − 2 nodes in all for a last rule of K; twelve
     forward passes for the exact shift and its noise floor. Memory does not grow with K.
 
     Args:

@@ -29,19 +29,23 @@ from lens_lora.results.keys import GREEDY, RANDOM, UPDATE_NORM, WEIGHT_NORM
 
 __all__ = [
     "MOST_GREEDY",
+    "Orders",
     "Scores",
     "by_score",
     "greedy_order",
     "named",
+    "orders_for",
     "orders_of",
     "random_orders",
     "refuse_greedy",
+    "scores_towards",
     "switched_on",
     "update_norms",
     "values_of",
     "weight_norms",
 ]
 
+Orders = dict[str, Int[Tensor, "batch site"]]
 Scores = Attribution | Effects | Float[Tensor, "*batch site"]
 MOST_GREEDY = 40
 
@@ -81,7 +85,7 @@ def orders_of(
     baselines: bool,
     greedy: bool,
     progress: bool,
-) -> dict[str, Int[Tensor, "batch site"]]:
+) -> Orders:
     """Each ranking's order of every prompt's sites; random ones are apart (`random_orders`).
 
     Scores rank by value · sign(shift), norms as they are.
@@ -96,19 +100,52 @@ def orders_of(
     Raises:
         ArgumentError: scores of something else; greedy on too many sites.
     """
-    scores = {name: values_of(name, score, asked) for name, score in given.items()}
     if greedy:
         refuse_greedy(len(asked.lens.sites))
-    base, adapted = asked.ends
-    towards = (adapted - base).sign()
-    orders = {name: by_score(s * towards[:, None].to(s)) for name, s in scores.items()}
-    if baselines:
-        by_weight = weight_norms(asked.lens).expand(asked.reading.batch, -1)
-        orders[WEIGHT_NORM] = by_score(by_weight)
-        orders[UPDATE_NORM] = by_score(update_norms(asked))
+    scores = scores_towards(asked, given, baselines=baselines)
+    orders = {name: by_score(score) for name, score in scores.items()}
     if greedy:
         orders[GREEDY] = greedy_order(asked, progress=progress)
     return orders
+
+
+def scores_towards(
+    asked: Asked, given: Mapping[str, Scores], *, baselines: bool
+) -> dict[str, Float[Tensor, "batch site"]]:
+    """Each score · sign(shift), so that the largest pushes furthest the way the adapter moved g.
+
+    Args:
+        asked: of what.
+        given: the scores by name.
+        baselines: also ‖ΔW‖ and ‖δz‖, as they are; the latter takes a forward pass.
+
+    Raises:
+        ArgumentError: scores of something else.
+    """
+    base, adapted = asked.ends
+    towards = (adapted - base).sign()[:, None].to(float64_device(asked.lens.device))
+    scores = {name: values_of(name, score, asked) * towards for name, score in given.items()}
+    if baselines:
+        scores[WEIGHT_NORM] = weight_norms(asked.lens).expand(asked.reading.batch, -1)
+        scores[UPDATE_NORM] = update_norms(asked)
+    return scores
+
+
+def orders_for(
+    judged: Asked, asked: Asked, given: Mapping[str, Scores], *, baselines: bool
+) -> tuple[Orders, Orders]:
+    """One order for all prompts judged, by the mean score of those asked: signed, by magnitude.
+
+    Args:
+        judged: the prompts that it is for.
+        asked, given, baselines: as for `scores_towards`.
+    """
+    scores = scores_towards(asked, given, baselines=baselines)
+    means = {name: score.mean(0).expand(judged.reading.batch, -1) for name, score in scores.items()}
+    return (
+        {name: by_score(mean) for name, mean in means.items()},
+        {name: by_score(mean.abs()) for name, mean in means.items()},
+    )
 
 
 def values_of(name: str, score: Scores, asked: Asked) -> Float[Tensor, "batch site"]:

@@ -221,7 +221,7 @@ def reliability(
 ) -> Reliability:
     """Screen a_l as the answer to one question, flag what to distrust; with fix=True, measure it.
 
-    Cost beyond first_order and the noise floor (eleven forward passes, one backward), where a
+    Cost beyond first_order and the noise floor (eight forward passes, one backward), where a
     site that is run takes a forward pass, or about half where the model's blocks branch:
     leave_one_out: one forward and one backward, and with fix each site flagged at some prompt.
     add_one: each site above the floor at some prompt; nothing more for fix.
@@ -272,7 +272,8 @@ def reliability_of(
     _check(how, threshold, floor)
     screen = Screen(asked, first, how, adapted_end, effects, progress)
     size = floor * first.per_site.abs().sum(1)
-    material = torch.maximum(size, SIGMAS * asked.noise_floor.to(size))
+    noise = asked.effect_noise(float(how == "leave_one_out"))
+    material = torch.maximum(size, SIGMAS * noise.to(size))
     correction, passes = screen.missed(material)
     found = Reliability(
         attribution=first,

@@ -8,7 +8,7 @@
    another one calls its `verb_of` with the same `Asked`.
 
 An `Asked` is used within one public call only, as users' hooks may change between calls.
-Cost: nothing by itself; two forward passes for the ends, eight for the noise floor.
+Cost: nothing by itself; two forward passes for the ends, ten for the noise floor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.function import gated_logits, gated_readout
-from lens_lora.engine.noise import noise_floor
+from lens_lora.engine.noise import noise_at
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.divergence import KL, held
@@ -136,9 +136,27 @@ class Asked:
         return torch.stack([self.lens.gates(0.0), self.lens.gates(1.0)])
 
     @functools.cached_property
+    def base_noise(self) -> Float[Tensor, "batch"]:
+        """σ of g(0) from rounding alone. Five forward passes, at the first use."""
+        return noise_at(self.lens, self.reading, 0.0)
+
+    @functools.cached_property
+    def adapted_noise(self) -> Float[Tensor, "batch"]:
+        """σ of g(1) from rounding alone. Five forward passes, at the first use."""
+        return noise_at(self.lens, self.reading, 1.0)
+
+    @property
     def noise_floor(self) -> Float[Tensor, "batch"]:
-        """σ of g(1) − g(0) from rounding alone. Eight forward passes, at the first use."""
-        return noise_floor(self.lens, self.reading)
+        """σ of g(1) − g(0) from rounding alone."""
+        return (self.base_noise.square() + self.adapted_noise.square()).sqrt()
+
+    def effect_noise(self, scale: float) -> Float[Tensor, "batch"]:
+        """σ of what an intervention does, from rounding alone: a difference of two g at one end.
+
+        Args:
+            scale: of the model that is intervened on, 0 or 1.
+        """
+        return 2**0.5 * (self.adapted_noise if scale else self.base_noise)
 
     @functools.cached_property
     def str_tokens(self) -> tuple[tuple[str, ...], ...]:

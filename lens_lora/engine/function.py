@@ -19,7 +19,6 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ from lens_lora.engine import branching as tree
 from lens_lora.engine.batching import PICKS, branches_at_once, rows_at_once
 from lens_lora.errors import NumericsError
 from lens_lora.hooked.gates import ScaleInject
-from lens_lora.hooked.unembedded import unembedded_only, unrounded
+from lens_lora.hooked.unembedded import unembed, unembedded_only, unrounded
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Columns, LogProbs, Reading, token_log_probs
@@ -36,6 +35,7 @@ from lens_lora.temporary import Temporary
 __all__ = [
     "gated_logits",
     "gated_readout",
+    "logits_dtype",
     "read_logits",
     "read_tokens",
     "read_value",
@@ -53,9 +53,24 @@ def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vo
     Rows that are read at several tokens have an axis of slots. Only what is read is unembedded. The
     result is float32 or better, as readouts need it.
     """
-    with unembedded_only(lens.model, prompts.at_slots):
-        logits = lens.run(prompts)
+    unembedding = _plain_unembedding(lens)
+    if unembedding is None or unembedding[0].dtype == lens.gate_dtype:
+        with unembedded_only(lens.model, prompts.at_slots):
+            logits = lens.run(prompts)
+    else:
+        with _no_unembedding(lens):
+            final = prompts.at_slots(lens.run(prompts))
+        logits = unembed(final.to(unembedding[0].device), *unembedding, lens.gate_dtype)
     return (logits[:, 0] if prompts.reads is None else logits).to(lens.gate_dtype)
+
+
+def logits_dtype(lens: LoraLens) -> torch.dtype:
+    """In which the logits that are read are rounded: float32 or better but where they pass a hook.
+
+    Args:
+        lens: the adapter over the model.
+    """
+    return lens.dtype if _plain_unembedding(lens) is None else lens.gate_dtype
 
 
 def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
@@ -73,10 +88,10 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     weight, bias = unembedding
     with _no_unembedding(lens):
         final = reading.prompts.at_read(lens.run(reading.prompts))
-    ids = reading.read.ids.to(weight.device)
-    few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final.device))
-    few = few if bias is None else few + bias[ids.to(bias.device)].to(final.device)
-    return reading.read.of(few.to(lens.gate_dtype))
+    ids, final = reading.read.ids.to(weight.device), final.to(lens.gate_dtype)
+    few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final))
+    few = few if bias is None else few + bias[ids.to(bias.device)].to(final)
+    return reading.read.of(few)
 
 
 def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
@@ -101,7 +116,7 @@ def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor
     picked = at[read.places(at.device)].to(weight.device)
 
     def of_some(residual: Tensor, some: Tensor) -> Tensor:
-        logits = functional.linear(residual, weight, bias).to(lens.gate_dtype)
+        logits = unembed(residual, weight, bias, lens.gate_dtype)
         return token_log_probs(logits, read.tokens[some])
 
     chunks = torch.arange(len(picked), device="cpu").split(PICKS)

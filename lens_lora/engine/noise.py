@@ -1,10 +1,11 @@
 """Noise floors: how far a readout's shift, and what first order leaves of it, move by rounding.
 
 A small difference of float32 numbers may be rounding only. What rounding does is measured: relative
-noise of the size of the model's rounding is added to the token embedding a few times, and σ is how
-far the number moves, never less than one rounding of its summands.
+noise of the size of the model's rounding is added to the token embedding a few times, and of the
+logits' own to them; σ is how far the number moves, at each end. Of a sum over sites it is never
+less than one rounding of its summands.
 
-    shift                 g(ε) − g(0)                            σ
+    shift                 g(1) − g(0)                            σ = √(σ₀² + σ₁²)
     after first order     g(ε) − g(0) − ε Σ a                    √(σ² + ε²σ_a²)
     after second order    g(ε) − g(0) − ε Σ a − ½ε² 1ᵀH1         √(σ² + ε²σ_a² + ε⁴σ_H²)
 
@@ -14,6 +15,7 @@ own rounding, σ_a of Σ a and σ_H of ½ 1ᵀH1, is then thousands of times σ.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.batching import directions_at_once, slopes_at_once
-from lens_lora.engine.function import read_logits
+from lens_lora.engine.function import logits_dtype, read_logits
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.engine.parts import parts
 from lens_lora.engine.taps import site_gradients
@@ -32,28 +34,50 @@ from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.rows import Reading
 
-__all__ = ["curvature_noise", "first_order_noise", "noise_floor", "roundings"]
+__all__ = ["curvature_noise", "first_order_noise", "noise_at", "roundings"]
 
-_DRAWS = 8
+_DRAWS, _DRAWS_OF_END = 8, 4
+_TWO_RUNS = 2**0.5  # A draw and the run that it is compared with are both rounded.
 
 
-def noise_floor(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
-    """σ of g(1) − g(0), in the readout's units. Eight forward passes, batched.
+def noise_at(lens: LoraLens, reading: Reading, scale: float) -> Float[Tensor, "batch"]:
+    """σ of g at one strength, in the readout's units. Five forward passes, batched.
+
+    The ends may differ: log p of a token that is as good as certain has no room to move.
 
     The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁹ for bfloat16, and 1/254 where a
     kernel rounds activations to 8 bit (`hooked/quantised.py`).
+
+    Args:
+        lens: the adapter over the model.
+        reading: what is run, and read.
+        scale: ε of all sites.
     """
     prompts = reading.prompts
+    many = prompts.tiled(1 + _DRAWS_OF_END)
     perturb = roundings(lens, exact=prompts.batch)
-    many = prompts.tiled(1 + _DRAWS)
-    adapted = ScaleInject(lens.plan, lens.gates(1.0))
-    with torch.no_grad(), lens.injected(adapted, before=[(lens.embedding_output, perturb)]):
-        rows = read_logits(lens, many).unflatten(0, (1 + _DRAWS, prompts.batch))
-    values = torch.stack([reading.read(row) for row in rows])
-    moved = (values[1:] - values[0]).square().mean(0).sqrt()
-    largest = prompts.over_slots(rows[0].abs().amax(-1).to(moved.dtype).square())
-    rounding = _unit(lens) * reading.by_prompt(largest).sqrt()
-    return 2**0.5 * torch.maximum(moved, rounding)
+    scaled = ScaleInject(lens.plan, lens.gates(scale))
+    with torch.no_grad(), lens.injected(scaled, before=[(lens.embedding_output, perturb)]):
+        first, *drawn = read_logits(lens, many).unflatten(0, (-1, prompts.batch))
+    last, value = _rounding_of_logits(lens), reading.read(first)
+    moved = torch.stack([reading.read(last(row)) for row in drawn]) - value
+    return moved.square().mean(0).sqrt() / _TWO_RUNS
+
+
+def _rounding_of_logits(lens: LoraLens) -> Callable[[Tensor], Tensor]:
+    """Moves logits by about their last rounding, which runs may share: they then hide it.
+
+    One draw for the vocabulary, with a sign of its own for each row and slot.
+    """
+    unit = torch.finfo(logits_dtype(lens)).eps / 2
+    generator = torch.Generator(device="cpu").manual_seed(1)
+
+    def move(logits: Tensor) -> Tensor:
+        noise = torch.randn(logits.shape[-1], generator=generator, dtype=torch.float64)
+        heads = torch.randint(2, logits.shape[:-1], generator=generator)
+        return logits * (1 + unit * noise.to(logits) * (2 * heads - 1)[..., None].to(logits))
+
+    return move
 
 
 def first_order_noise(
@@ -139,7 +163,7 @@ def _moved(
     Their mean is nearer to the truth than one run is, so a run that lies far from them has a large
     error of its own.
     """
-    away = (drawn - computed.to(drawn)[:, None]).square().mean(1).sqrt()
+    away = (drawn - computed.to(drawn)[:, None]).square().mean(1).sqrt() / _TWO_RUNS
     return torch.maximum(away, rounding.to(away))
 
 

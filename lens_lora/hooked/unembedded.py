@@ -1,4 +1,8 @@
-"""What reaches the unembedding: only the positions that are read."""
+"""What reaches the unembedding, and its logits where they are read: in float32 or better.
+
+In half precision each logit would be rounded to 8 or 11 bits at the end, and what is read is a
+difference of two that are nearly equal. Slopes have no such difference: theirs are the model's own.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.attaching import add_pre_hook
 from lens_lora.temporary import Temporary
 
-__all__ = ["unembedded_only", "unrounded"]
+__all__ = ["unembed", "unembedded_only", "unrounded"]
+
+_AT_ONCE = 4096  # Rows of W_U that are cast, so that no copy of all of it is held.
 
 
 def unembedded_only(model: Any, select: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
@@ -48,3 +55,29 @@ def unrounded(residual: Tensor) -> Tensor:
             "accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
         )
     return residual
+
+
+def unembed(residual: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """residual · W_Uᵀ + b_U, summed in `dtype`, with the derivative of the model's own product.
+
+    Args:
+        residual: [..., d_model], the unembedding's input.
+        weight: W_U, [vocab, d_model].
+        bias: b_U, or None.
+        dtype: of the logits, no narrower than the weight's.
+    """
+    if weight.dtype == residual.dtype == dtype:
+        return linear(residual, weight, bias)
+    own = _own(residual, weight, bias).to(dtype) if _is_graphed(residual) else None
+    wide = (residual if own is None else residual.detach()).to(dtype)
+    logits = torch.cat([linear(wide, some.to(dtype)) for some in weight.split(_AT_ONCE)], -1)
+    logits = logits if bias is None else logits + bias.to(dtype)
+    return logits if own is None else own + (logits - own.detach())
+
+
+def _own(residual: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(residual.to(weight.dtype), weight, bias)
+
+
+def _is_graphed(residual: Tensor) -> bool:
+    return torch.is_grad_enabled() and residual.requires_grad

@@ -35,6 +35,7 @@ class ActivationEffects(Ranked):
         names: hook points.
         direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
         positions: what was patched: 'all', 'each', or indices, together.
+        noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
@@ -42,6 +43,7 @@ class ActivationEffects(Ranked):
     names: tuple[str, ...]
     direction: str
     positions: str
+    noise_floor: Float[Tensor, "batch"] | None = None
 
     @property
     def share(self) -> Float[Tensor, "batch name *position"]:

@@ -37,6 +37,7 @@ class Effects(Ranked):
             names it, in the coordinates of the SVD of ΔW.
         replace: what stood in the place of δ_G: 'zero', 'mean' or 'resample'.
         texts: from how many texts that came.
+        noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
@@ -46,6 +47,7 @@ class Effects(Ranked):
     of: str = "site"
     replace: str = "zero"
     texts: int = 0
+    noise_floor: Float[Tensor, "batch"] | None = None
 
     @property
     def key(self) -> str:

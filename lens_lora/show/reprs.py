@@ -55,7 +55,7 @@ def _effects(effects: Effects) -> str:
         "resample": f", δ replaced by another text's, of {effects.texts} (aligned at the end)",
     }.get(effects.replace, "")
     head = f"Effects of {effects.how} on {effects.readout}{each}{by}"
-    return f"{head}:\n{effects.top(5).to_string()}"
+    return f"{head}:\n{effects.top(5).to_string()}{_within_rounding(effects)}"
 
 
 @drawing.text.register(GroupAttribution)
@@ -72,7 +72,21 @@ def _activation_effects(effects: ActivationEffects) -> str:
     prompt, of = _first(effects.by_position, len(effects.base))
     return (
         f"ActivationEffects {effects.direction} on {effects.readout}{of}:\n"
-        f"{effects.top(5, prompt).to_string()}"
+        f"{effects.top(5, prompt).to_string()}{_within_rounding(effects)}"
+    )
+
+
+def _within_rounding(effects: Effects | ActivationEffects) -> str:
+    """How many effects cannot be told from rounding; nothing where all can, or it is unknown."""
+    if effects.noise_floor is None:
+        return ""
+    sizes = effects.values.flatten(1).abs()
+    floor = SIGMAS * effects.noise_floor[:, None].to(sizes)
+    small, every = int((sizes <= floor).sum()), int((~sizes.isnan()).sum())
+    if not small:
+        return ""
+    return (
+        f"\n{small} of {every} effects are within three noise floors: rounding may be all of them."
     )
 
 

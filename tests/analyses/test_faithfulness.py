@@ -312,6 +312,73 @@ def test_figure_has_both_curves_of_every_ranking(one_lens: ll.LoraLens):
         result.plot(2)
 
 
+# --- ranked on some prompts, judged on others
+
+SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def held_out_tokens() -> Tensor:
+    return models.tokens(batch=3, pos=5, seed=11)
+
+
+def slow_mib(lens: ll.LoraLens, order: list[int], rows: Tensor, off) -> float:
+    """∫ f or ∫ |1 − f|, one run a prompt and size, f a ratio of means."""
+
+    def mean_of(sites: list[int]) -> float:
+        gates = torch.zeros(len(lens.sites), dtype=torch.float64)
+        gates[sites] = 1.0
+        found = [reference.plain_readout(lens, row[None], MARGIN, gates) for row in rows]
+        return float(torch.stack([x.flatten()[0] for x in found]).mean())
+
+    nothing, everything = mean_of([]), mean_of(order)
+    f = [(mean_of(order[: int(k * len(order))]) - nothing) for k in SIZES]
+    return float(np.trapezoid([off(x / (everything - nothing)) for x in f], SIZES))
+
+
+def test_cpr_and_cmd_against_one_run_a_size(lens: ll.LoraLens):
+    """Ranked by the mean on some prompts, judged on three others together."""
+    score, rows = first(lens), held_out_tokens()
+    result = run(lens, score, test=(rows, MARGIN), baselines=False)
+    mean = (score.values * score.shift.sign()[:, None]).mean(0)
+    signed = mean.argsort(descending=True).tolist()
+    by_size = mean.abs().argsort(descending=True).tolist()
+    assert result.orders["first_order@0"].tolist() == [signed] * 3
+    assert abs(float(result.cpr[0]) - slow_mib(lens, signed, rows, lambda f: f)) < EXACT
+    assert abs(float(result.cmd[0]) - slow_mib(lens, by_size, rows, lambda f: abs(1 - f))) < EXACT
+    assert signed != by_size, "both rank alike: the test cannot tell them apart"
+    for i, row in enumerate(rows):
+        keep, drop = slow_curves(lens, torch.tensor(signed), result.counts, row)
+        assert np.abs(result.keep[0, i].numpy() - keep).max() < EXACT
+        assert np.abs(result.drop[0, i].numpy() - drop).max() < EXACT
+
+
+def test_what_is_held_out_is_said(one_lens: ll.LoraLens):
+    """Beside the curves, and through a file; nothing of it without `test`."""
+    rows = held_out_tokens()
+    result = run(one_lens, test=(rows, MARGIN), draws=2)
+    assert len(result.base) == 3 and len(result.ranked_on) == 2
+    assert list(result.summary().columns)[-2:] == ["cpr", "cmd"]
+    assert len(result.cpr) == len(result.names) and result.names[-1] == "random"
+    assert "cpr" not in run(one_lens).summary().columns
+    exact = ll.first_order(one_lens, rows, MARGIN)
+    assert torch.allclose(result.shift, exact.shift.double())
+
+
+def test_a_mean_shift_within_the_noise_has_no_cpr(one_lens: ll.LoraLens):
+    none = ll.LoraLens(one_lens.model, one_lens.adapter.scaled(1e-16))
+    result = run(none, torch.ones(len(none.sites)), test=(held_out_tokens(), MARGIN))
+    assert result.cpr.isnan().all() and result.cmd.isnan().all()
+    assert not run(one_lens, test=(held_out_tokens(), MARGIN)).cpr.isnan().any()
+
+
+@pytest.mark.bad_input
+def test_what_cannot_be_held_out_is_refused(one_lens: ll.LoraLens):
+    with pytest.raises(ll.ArgumentError, match=r"test: expected \(prompts, readout\)"):
+        run(one_lens, test=held_out_tokens())
+    with pytest.raises(ll.ArgumentError, match="greedy ranks each prompt's own sites"):
+        run(one_lens, test=(held_out_tokens(), MARGIN), greedy=True)
+
+
 def test_bad_arguments_say_what_to_do(one_lens: ll.LoraLens):
     att, sites = first(one_lens), len(one_lens.sites)
     part = ll.LoraLens(one_lens.model, one_lens.adapter.only("*q_proj"))

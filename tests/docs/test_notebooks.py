@@ -48,13 +48,14 @@ def test_stored_outputs(path: Path):
 
 
 def test_what_is_wrong_with_a_stored_notebook_is_seen(tmp_path: Path):
-    """An empty notebook with a failed cell, a warning and a path of someone's machine."""
+    """A failed cell, a warning, a figure alone, a path of someone's machine, no question."""
     bad = notebook_of("1 / 0", "a", "b")
     bad.cells[0].source = "# A title"
     bad.cells[1].outputs = [
         nbformat.v4.new_output("error", ename="E", evalue="", traceback=[]),
         nbformat.v4.new_output("stream", text="saved to /home/me/x.png"),
         nbformat.v4.new_output("stream", name="stderr", text="a warning"),
+        nbformat.v4.new_output("display_data", {executed.FIGURE: {}}),
     ]
     nbformat.write(bad, tmp_path / "bad.ipynb")
     assert len(executed.stored_faults(tmp_path / "bad.ipynb")) == 7

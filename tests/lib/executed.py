@@ -58,6 +58,9 @@ def stored_faults(path: Path) -> list[str]:
     streams = [o.name for c in code for o in c.outputs if o.output_type == "stream"]
     found = faults(notebook, FEWEST_FIGURES.get(path.stem, 1))
     found += ["something of stderr"] if "stderr" in streams else []
+    kinds = [set(output.get("data", {})) for cell in code for output in cell.outputs]
+    alone = sum(FIGURE in kind and "image/png" not in kind for kind in kinds)
+    found += [f"{alone} figures without a picture beside them"] if alone else []
     counts = [cell.execution_count for cell in code]
     in_order = counts == list(range(1, len(counts) + 1))
     return found + ([] if in_order else ["not run from top to bottom in one go"])

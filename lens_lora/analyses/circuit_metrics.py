@@ -1,0 +1,92 @@
+"""CPR and CMD: how well a ranking keeps the shift of prompts held out, as MIB scores it.
+
+1. Over the prompts judged, a ratio of means: f(k) = mean(g(e_T) − g(0)) / mean(g(1) − g(0)), T the
+   first int(k·S) sites of the ranking; no site, f = 0.
+2. CPR = ∫ f dk, ranked by signed score: higher is better. CMD = ∫ |1 − f| dk, ranked by magnitude:
+   lower is better. The trapezoid rule over MIB's ten sizes, in linear k.
+
+Source: Mueller et al., "MIB: A Mechanistic Interpretability Benchmark" (arXiv 2504.13151).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.analyses.rankings import switched_on
+from lens_lora.engine.asked import Asked
+from lens_lora.engine.function import readout_at
+from lens_lora.results.measured import SIGMAS
+
+__all__ = ["MIB_SIZES", "Scored", "scored"]
+
+MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class Scored(NamedTuple):
+    """Of each order: CPR of the signed one, CMD of that by magnitude."""
+
+    cpr: Float[Tensor, "order"]
+    cmd: Float[Tensor, "order"]
+
+
+def scored(
+    asked: Asked,
+    signed: Int[Tensor, "order batch site"],
+    by_magnitude: Int[Tensor, "order batch site"],
+    *,
+    progress: bool,
+) -> Scored:
+    """CPR and CMD of orders of the sites, on the prompts asked about.
+
+    Cost: 2 forward passes per order and size between no site and all, batched.
+
+    NaN where the mean shift is within three noise floors of its own.
+
+    Args:
+        asked: the prompts and the readout that the orders are judged on.
+        signed, by_magnitude: of each order, indices of each prompt's sites, first ranked first.
+        progress: show a bar.
+    """
+    sites = signed.shape[-1]
+    counts = [int(size * sites) for size in MIB_SIZES]
+    inner = tuple(sorted({count for count in counts if 0 < count < sites}))
+    base, adapted = asked.ends.cpu().double()
+    shift, noise = (adapted - base).mean(), _noise_of_the_mean(asked)
+    moved = _moved(asked, torch.cat([signed, by_magnitude]), inner, progress)
+    nothing = moved.new_zeros(len(moved), 1)
+    known = torch.cat([nothing, moved / shift, nothing + 1], 1)
+    every = (0, *inner, sites)
+    shares = known[:, [every.index(count) for count in counts]]
+    if shift.abs() <= SIGMAS * noise:
+        shares = torch.full_like(shares, float("nan"))
+    sizes = torch.tensor(MIB_SIZES, dtype=torch.float64)
+    kept, matched = shares.split([len(signed), len(by_magnitude)])
+    return Scored(torch.trapezoid(kept, sizes), torch.trapezoid((1 - matched).abs(), sizes))
+
+
+def _noise_of_the_mean(asked: Asked) -> float:
+    """σ of the mean shift over prompts, each with a rounding of its own."""
+    floor = asked.noise_floor.cpu().double()
+    return float(floor.square().sum().sqrt() / len(floor))
+
+
+def _moved(
+    asked: Asked,
+    orders: Int[Tensor, "order batch site"],
+    counts: tuple[int, ...],
+    progress: bool,
+) -> Float[Tensor, "order count"]:
+    """The mean over prompts of g(e_T) − g(0)."""
+    if not counts:
+        return torch.zeros(len(orders), 0, dtype=torch.float64)
+    on = torch.stack([switched_on(order, counts) for order in orders], 1)  # batch, order, count
+    found = readout_at(
+        asked.lens, asked.reading, on.flatten(1, 2), progress=progress, what="CPR and CMD"
+    )
+    base = asked.ends[0].cpu().double()
+    moved = found.cpu().double().view(on.shape[:-1]) - base[:, None, None]
+    return moved.mean(0)

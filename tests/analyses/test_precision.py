@@ -1,0 +1,129 @@
+"""Half precision beside a float64 run of the same weights: what a result states of its rounding."""
+
+from __future__ import annotations
+
+import functools
+
+import models
+import pytest
+import torch
+from half_precision import STATED, Asked, compared
+
+import lens_lora as ll
+from lens_lora.engine import noise as engine_noise
+from lens_lora.engine.asked import ask
+from lens_lora.hooked.unembedded import unembed
+
+HALF = (torch.bfloat16, torch.float16)
+ASKED = Asked(models.tokens(batch=24), 5, 9, torch.tensor([5, 9]))
+FACTOR = 3.0
+CLS = list(models.MAKERS)[-1]
+
+
+@functools.cache
+def lenses(family: str, dtype: torch.dtype) -> tuple[ll.LoraLens, ll.LoraLens]:
+    """The same rounded weights, computed in half precision and in float64."""
+    base = models.hf_model(family, dtype=dtype)
+    adapter = ll.Adapter.from_peft(models.peft_model(family, base)).scaled(0.3)
+    low = ll.LoraLens(models.MAKERS[CLS](base), adapter)
+    with models.lifted():
+        return low, ll.LoraLens(models.MAKERS[CLS](base.double()), adapter)
+
+
+def ratios(work: str, family: str, dtype: torch.dtype) -> dict[str, float]:
+    """Root mean squares of the error, over those of the floor, where one is stated."""
+    low, high = lenses(family, dtype)
+    found = STATED[work](low, ASKED)
+    with models.lifted():
+        exact = STATED[work](high, ASKED)
+    every = {name: compared(found[name], exact[name]).ratio for name in found}
+    return {name: ratio for name, ratio in every.items() if found[name].floor is not None}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("work", STATED)
+def test_a_stated_floor_is_the_error(work: str, family: str, dtype: torch.dtype):
+    """Within a factor of three."""
+    found = ratios(work, family, dtype)
+    assert all(1 / FACTOR < ratio < FACTOR for ratio in found.values()), found
+
+
+def test_a_floor_of_another_precision_is_seen(monkeypatch: pytest.MonkeyPatch):
+    """Control: with the roundings of float32 the floors are too low by far."""
+    monkeypatch.setattr(engine_noise, "_unit", lambda lens: 2.0**-24)
+    found = ratios("remainder", "llama", torch.bfloat16)
+    assert min(found.values()) > 10 * FACTOR
+
+
+def test_the_ends_have_floors_of_their_own():
+    """log p near 0 has no room to move, whatever the size of the logits."""
+    base = models.hf_model("llama", dtype=torch.bfloat16)
+    with torch.no_grad():
+        base.lm_head.weight *= 16
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    lens = ll.LoraLens(models.MAKERS[CLS](base), adapter)
+    logits = lens.logits(ASKED.prompts)[:, -1]
+    prompt = int(logits.float().softmax(-1).amax(-1).argmax())
+    tokens, readout = ASKED.prompts[prompt][None], ll.LogProb(int(logits[prompt].argmax()))
+    asked = ask(lens, tokens, readout)
+    assert asked.ends[1] > -1e-3
+    assert asked.adapted_noise < 0.1 * 2**-9 * logits[prompt].abs().max() < asked.base_noise
+    for how, noise in (("add_one", asked.base_noise), ("leave_one_out", asked.adapted_noise)):
+        effects = ll.patch_sites(lens, tokens, readout, how, progress=False)
+        assert torch.equal(effects.noise_floor, 2**0.5 * noise)
+
+
+def test_effects_say_how_many_of_them_may_be_rounding():
+    low, _ = lenses("llama", torch.bfloat16)
+    weak = low.with_adapter(low.adapter.scaled(1e-3))
+    found = ll.patch_sites(weak, ASKED.prompts, ASKED.margin, progress=False)
+    small = int((found.values.abs() <= 3 * found.noise_floor[:, None]).sum())
+    assert small > 0.9 * found.values.numel()
+    assert str(found).endswith(
+        f"\n{small} of {found.values.numel()} effects are within three noise floors: rounding may "
+        "be all of them."
+    )
+
+
+READOUTS = {
+    "margin": ll.Margin(5, 9),
+    "log p": ll.LogProb(5),
+    "answer": ll.AnswerLogProb(torch.tensor([5, 9])),
+    "function": ll.Readout.of(lambda logits: logits[:, 5] - logits[:, 9]),
+}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", READOUTS)
+def test_logits_that_are_read_are_not_rounded(name: str, dtype: torch.dtype):
+    """g is that of the final residual, which is rounded, times W_U in float64."""
+    lens, _ = lenses("llama", dtype)
+    asked = ask(lens, ASKED.prompts, READOUTS[name])
+    finals: list[torch.Tensor] = []
+    handle = lens.model.unembed.register_forward_pre_hook(lambda _, given: finals.append(given[0]))
+    with torch.no_grad():
+        lens.model(asked.reading.prompts.tokens)
+    handle.remove()
+    weight = lens.plan.host.unembedding()[0].double()
+    logits = asked.reading.prompts.at_slots(finals[0].double()) @ weight.T
+    logits = logits[:, 0] if asked.reading.prompts.reads is None else logits
+    expected = asked.reading.read(logits)
+    assert (asked.ends[0].double() - expected).abs().max() < 1e-5
+    rounded = asked.reading.read(logits.to(dtype).float())
+    assert (rounded.double() - expected).abs().max() > 1e-4
+
+
+def test_an_unrounded_head_keeps_the_model_s_own_derivative():
+    generator = models.seeded(0)
+    weight = torch.randn(9000, 16, generator=generator).bfloat16()
+    residual = torch.randn(3, 16, generator=generator).bfloat16().requires_grad_()
+    bias = torch.randn(9000, generator=generator).bfloat16()
+    logits = unembed(residual, weight, bias, torch.float32)
+    exact = residual.double() @ weight.double().T + bias.double()
+    assert logits.dtype == torch.float32 and (logits.double() - exact).abs().max() < 1e-5
+    (slope,) = torch.autograd.grad(logits[:, ::7].sum(), residual)
+    (own,) = torch.autograd.grad((residual @ weight.T)[:, ::7].float().sum(), residual)
+    assert torch.equal(slope, own)
+    with torch.no_grad():
+        assert torch.equal(unembed(residual, weight, bias, torch.float32), logits.detach())

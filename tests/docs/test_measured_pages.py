@@ -1,0 +1,40 @@
+"""docs/precision.md and docs/shapes.md are what their numbers render to, never written by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FACTOR = 3.0
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+precision, shapes = _load("precision_page"), _load("shapes_page")
+
+
+def test_the_pages_are_what_the_numbers_render_to():
+    assert precision.PAGE.read_text() == precision.render(precision.read())
+    assert shapes.PAGE.read_text() == shapes.render(shapes.read())
+
+
+def test_every_floor_of_the_tiny_models_is_true_within_a_factor_of_three():
+    tiny = [row for row in precision.read() if row["model"] != precision.REAL]
+    stated = [row["ratio"] for row in tiny if row["ratio"] is not None]
+    assert len(stated) >= 100
+    assert all(1 / FACTOR < ratio < FACTOR for ratio in stated)
+
+
+def test_what_was_not_run_is_said():
+    held = shapes.read()
+    every = {size["shape"] for size in held["sizes"]}
+    page = shapes.not_run(held["rows"], sorted(every))
+    for shape in every - {row["shape"] for row in held["rows"]}:
+        assert shape in page

@@ -1,0 +1,236 @@
+"""Each analysis in half precision beside a float64 run of the same weights, and what it states.
+
+A work runs one call and gives its numbers by name, with the σ that the result itself states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import lens_lora as ll
+
+__all__ = ["ALONE", "STATED", "Asked", "Compared", "Found", "compared"]
+
+QUIET: dict[str, Any] = {"progress": False}
+NAN = float("nan")
+
+
+class Asked(NamedTuple):
+    """What is asked of a lens.
+
+    Attributes:
+        prompts: as a call takes them.
+        doc, pre: one token each, whose margin is read.
+        response: what is said after each prompt.
+    """
+
+    prompts: Any
+    doc: Any
+    pre: Any
+    response: Any
+
+    @property
+    def margin(self) -> ll.Margin:
+        return ll.Margin(self.doc, self.pre)
+
+
+class Found(NamedTuple):
+    """The numbers of one analysis.
+
+    Attributes:
+        values: [batch, …].
+        floor: σ of each prompt's values, as the result states it; None where it states none.
+        shift: [batch], what an error is relative to; None for the largest value.
+        says: the result's own words.
+    """
+
+    values: Tensor
+    floor: Tensor | None = None
+    shift: Tensor | None = None
+    says: str = ""
+
+
+Works = dict[str, Callable[[ll.LoraLens, Asked], dict[str, Found]]]
+
+
+class Compared(NamedTuple):
+    """One analysis in half precision, beside float64.
+
+    Attributes:
+        error: root mean square, as a share of the shift or of the largest value.
+        spearman: over entries, the mean over prompts; NaN for a single number.
+        ratio: error over the stated floor, root mean squares; NaN where none is stated.
+        clear: the share of entries beyond three floors.
+        spearman_clear: over those.
+        says: the half-precision result's own words.
+    """
+
+    error: float
+    spearman: float
+    ratio: float
+    clear: float
+    spearman_clear: float
+    says: str
+
+
+def _remainder(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    found = ll.remainder(lens, asked.prompts, asked.margin, **QUIET)
+    kinds = ", ".join(dict.fromkeys(verdict.kind for verdict in found.verdict))
+    return {
+        "shift": Found(found.shift, found.noise_floor, found.shift),
+        "first_order, Σ a": Found(found.first_order, found.noise.slope, found.shift),
+        "remainder": Found(found.remainder, found.remainder_floor, found.shift, kinds),
+    }
+
+
+def _second_order(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    found = ll.second_order(lens, asked.prompts, asked.margin, **QUIET)
+    return {
+        "second_order, ½ 1ᵀH1": Found(found.curvature, found.curvature_noise, found.shift),
+        "second_order, what it leaves": Found(found.remainder, found.remainder_floor, found.shift),
+        "second_order, ½(H1)_l": Found(found.half_row_sums),
+    }
+
+
+def _log_p(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    found = ll.remainder(lens, asked.prompts, ll.LogProb(asked.doc), **QUIET)
+    return {"shift of log p": Found(found.shift, found.noise_floor, found.shift)}
+
+
+def _effects(
+    how: str, of: str, name: str, group: Any = "site"
+) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
+    def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+        readouts = {"margin": asked.margin, "log p": ll.LogProb(asked.doc), "KL": ll.KL()}
+        found = ll.patch_sites(lens, asked.prompts, readouts[of], how, group=group, **QUIET)
+        return {name: Found(found.values, found.noise_floor)}
+
+    return run
+
+
+def _patched(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    names = [lens.plan.host.block_input(layer) for layer in range(1, lens.plan.host.n_layers)]
+    found = ll.patch_activations(lens, asked.prompts, asked.margin, names[-8:], **QUIET)
+    return {"patch_activations": Found(found.values, found.noise_floor)}
+
+
+def _features(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    width = lens.model.cfg.d_model
+    directions = torch.randn(32, width, generator=torch.Generator().manual_seed(0)) / width**0.5
+    name = lens.plan.host.block_input(lens.plan.host.n_layers - 1)
+    found = ll.feature_shift(lens, asked.prompts, directions.to(lens.gate_dtype), name)
+    return {
+        "feature_shift": Found(found.shift, found.noise_floor),
+        "feature_shift, first order": Found(found.first_order),
+    }
+
+
+def _path(name: str, of: str) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
+    def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+        readout = asked.margin if of == "margin" else ll.KL()
+        found = ll.path_attribution(lens, asked.prompts, readout, max_nodes=16, **QUIET)
+        reached = found.quadrature
+        return {name: Found(found.values, says=f"met={reached is not None and reached.met}")}
+
+    return run
+
+
+def _tangents(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    last = lens.plan.host.block_input(lens.plan.host.n_layers - 1)
+    return {"tangents": Found(ll.tangents(lens, asked.prompts, last)[last])}
+
+
+def _tokens(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    found = ll.token_shifts(lens, asked.prompts, asked.response)
+    return {"token_shifts, log p": Found(found.shift), "token_shifts, KL": Found(found.kl[0])}
+
+
+def _components(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    found = ll.components(lens, asked.prompts, asked.margin, **QUIET)
+    return {
+        "components, ‖Jᵀu‖": Found(found.sensitivity),
+        "components, cosine": Found(found.cosine.nan_to_num()),
+        "components, gain": Found(found.gain.nan_to_num()),
+    }
+
+
+def _values(
+    name: str, verb: Callable[..., Any], *more: str, field: str = "values", **options: Any
+) -> Callable[[ll.LoraLens, Asked], dict[str, Found]]:
+    def run(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+        found = verb(lens, asked.prompts, *(getattr(asked, each) for each in more), **options)
+        return {name: Found(getattr(found, field))}
+
+    return run
+
+
+def _kl_shares(lens: ll.LoraLens, asked: Asked) -> dict[str, Found]:
+    return {"kl_shares": Found(ll.kl_shares(lens, asked.prompts, **QUIET).attribution.values)}
+
+
+STATED: Works = {
+    "remainder": _remainder,
+    "second_order": _second_order,
+    "log p": _log_p,
+    "add one": _effects("add_one", "margin", "patch_sites, add one"),
+    "leave one out": _effects("leave_one_out", "margin", "patch_sites, leave one out"),
+    "leave one out, by layer": _effects("leave_one_out", "margin", "… by layer", "layer"),
+    "leave one out, log p": _effects("leave_one_out", "log p", "… of log p, leave one out"),
+    "leave one out, KL": _effects("leave_one_out", "KL", "… of KL, leave one out"),
+    "patch_activations": _patched,
+    "feature_shift": _features,
+}
+"""Calls whose result states a noise floor."""
+
+ALONE: Works = {
+    "first_order": _values("first_order, a_l", ll.first_order, "margin"),
+    "at 1": _values("first_order, a_l at 1", ll.first_order, "margin", at=1.0),
+    "coupling": _values(
+        "coupling, by kind", ll.coupling, "margin", field="matrix", group="kind", **QUIET
+    ),
+    "path": _path("path_attribution", "margin"),
+    "path, KL": _path("path_attribution of KL", "KL"),
+    "components": _components,
+    "logit_shift": _values("logit_shift, jointly", ll.logit_shift, by_site=False),
+    "tangents": _tangents,
+    "kl_shares": _kl_shares,
+    "token_shifts": _tokens,
+    "activations": _values("activations", ll.activations),
+}
+"""Calls whose result states none."""
+
+
+def compared(low: Found, high: Found) -> Compared:
+    """Half precision beside float64."""
+    found, exact = (of.values.detach().double().nan_to_num() for of in (low, high))
+    error = _rms(found - exact)
+    size = float(exact.abs().max()) if high.shift is None else _rms(high.shift)
+    rows = list(zip(found.reshape(len(found), -1), exact.reshape(len(exact), -1), strict=True))
+    spearman = _mean([_spearman(*row) for row in rows])
+    if low.floor is None:
+        return Compared(error / size, spearman, NAN, NAN, NAN, low.says)
+    floor = low.floor.double()
+    clear = [a.abs() > 3 * sigma for (a, _), sigma in zip(rows, floor, strict=True)]
+    among = [_spearman(a[some], b[some]) for (a, b), some in zip(rows, clear, strict=True)]
+    share = float(torch.stack(clear).double().mean())
+    return Compared(error / size, spearman, error / _rms(floor), share, _mean(among), low.says)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if value == value]
+    return sum(known) / len(known) if known else NAN
+
+
+def _spearman(found: Tensor, exact: Tensor) -> float:
+    if len(found) < 5:
+        return NAN
+    a, b = (values.argsort().argsort().double() for values in (found, exact))
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
