@@ -46,8 +46,9 @@ def must_rerun(lens: LoraLens, prompts: Prompts) -> bool:
         lens: the adapter over the model.
         prompts: what is run at a time.
     """
-    bound = lens.max_memory
-    return bound is not None and len(prompts.tokens) * _row(lens, prompts).of_graph > bound
+    if lens.max_memory is None:
+        return False
+    return len(prompts.tokens) * _row(lens, prompts).of_graph > lens.max_memory
 
 
 def rows_of_pass(lens: LoraLens, prompts: Prompts) -> int | None:
@@ -60,6 +61,8 @@ def rows_of_pass(lens: LoraLens, prompts: Prompts) -> int | None:
     Raises:
         ArgumentError: not even one.
     """
+    if lens.max_memory is None:
+        return None
     return _rows(lens, prompts, _row(lens, prompts).in_pass, "a forward pass of one prompt")
 
 
@@ -73,6 +76,8 @@ def rows_of_graph(lens: LoraLens, prompts: Prompts) -> int | None:
     Raises:
         ArgumentError: not even one.
     """
+    if lens.max_memory is None:
+        return None
     row = _row(lens, prompts)
     least = min(row.of_rerun, row.of_graph)
     return _rows(lens, prompts, least, "a forward and a backward pass of one prompt")
@@ -106,6 +111,8 @@ def require_second_order(lens: LoraLens, prompts: Prompts) -> None:
     Raises:
         ArgumentError: it is not.
     """
+    if lens.max_memory is None:
+        return
     row = _row(lens, prompts)
     needed = len(prompts.tokens) * _SECOND * row.of_graph
     _rows(lens, prompts, needed, "a second derivative, whose graph is kept whole,")
