@@ -137,7 +137,7 @@ def kl(lens: ll.LoraLens, peak: Callable) -> list[str]:
     points = lens.gates(1.0).new_tensor(np.polynomial.legendre.leggauss(4)[0] / 2 + 0.5)
 
     def four_nodes() -> None:
-        for some in points.split(slopes_at_once(asked.reading.prompts)):
+        for some in points.split(slopes_at_once(asked.lens, asked.reading.prompts)):
             reading = asked.reading.repeat(len(some))
             site_slopes(lens, reading, some[:, None] * lens.gates(1.0))
 

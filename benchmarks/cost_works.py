@@ -14,7 +14,8 @@ from lens_lora.engine.forward import joint_tangent
 from lens_lora.engine.function import gated_logits
 from lens_lora.engine.gate_graph import hessian_product, hessian_products
 from lens_lora.engine.read import run_without_logits
-from lens_lora.engine.reverse import site_gradients, site_slopes
+from lens_lora.engine.reverse import site_slopes
+from lens_lora.engine.taps import site_gradients
 from lens_lora.hooked.attaching import attached
 
 __all__ = [
@@ -92,7 +93,7 @@ def four_nodes(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
     """The slopes at four nodes of a path integral, so many at once as it takes them."""
     reading, adapted = MARGIN.over(lens.model, prompts), lens.gates(1.0)
     points = adapted.new_tensor(np.polynomial.legendre.leggauss(4)[0] / 2 + 0.5)
-    for some in points.split(slopes_at_once(prompts)):
+    for some in points.split(slopes_at_once(lens, prompts)):
         rows = some.repeat(prompts.batch)
         site_slopes(lens, reading.repeat(len(some)), rows[:, None] * adapted)
 

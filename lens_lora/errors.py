@@ -33,5 +33,9 @@ class TokenError(LensLoraError, ValueError):
     """A token string that is not exactly one token of the vocabulary."""
 
 
+class OutOfMemoryError(LensLoraError, MemoryError):
+    """The device, or the machine, has not enough memory for an analysis."""
+
+
 class NumericsError(LensLoraError, ArithmeticError):
     """Non-finite logits or derivatives."""

@@ -21,6 +21,7 @@ from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.attaching import HookFn, attach, hold, lock_of
 from lens_lora.hooked.basis import SiteMap
+from lens_lora.hooked.bounded import Bounded
 from lens_lora.hooked.gates import Inject, ScaleInject, site_hooks, writes_at_modules
 from lens_lora.hooked.generates import Generates
 from lens_lora.hooked.host_check import OF_A_GIVEN_BASE, base_logits, require_same_logits
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["LoraLens", "Scale"]
 
 
-class LoraLens(Generates):
+class LoraLens(Generates, Bounded):
     """A LoRA adapter over a hooked model, exact up to the model's own rounding.
 
     The model is not changed: hooks are added at the start of a call and removed at its end.
@@ -193,8 +194,7 @@ class LoraLens(Generates):
                 embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` there.
         """
         self._plan.check_state()
-        without_point = writes_at_modules(self._plan)
-        if without_point:
+        if without_point := writes_at_modules(self._plan):
             raise ModelStateError(
                 f"{without_point[0]}: no hook point of this model shows its output, so a list of "
                 "hooks cannot hold its δ; use `with lens.applied():`."
@@ -294,8 +294,8 @@ class LoraLens(Generates):
         Args:
             ids: of any tokens.
         """
-        tokenizer = getattr(self.model, "tokenizer", None)
-        return [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids]
+        own = getattr(self.model, "tokenizer", None)
+        return [str(i) if own is None else own.decode([i]) for i in ids]
 
     @functools.cached_property
     def vocabulary(self) -> tuple[str, ...]:

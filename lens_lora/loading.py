@@ -96,7 +96,7 @@ def load(
         attn=attn,
     )
     base, own = _base(model, chosen, how, tokenizer)
-    hooked, made = hooked_model(base, own, kind=kind or bridge_if_there())
+    hooked, made = hooked_model(base, own, kind=kind or bridge_if_there(), attn=attn)
     return LoraLens(hooked, chosen, hf_model=base_beside(made, base, chosen))
 
 
@@ -179,7 +179,8 @@ def _base(
     if how.says_how_to_load:
         raise ArgumentError(
             "device_map, load_in_4bit, load_in_8bit and attn say how a model is loaded, and this "
-            "one is loaded already; pass its name, or load it so."
+            "one is loaded already; pass its name, or load it so yourself: "
+            "AutoModelForCausalLM.from_pretrained(name, device_map=…)."
         )
     base = cast("PreTrainedModel", model.eval())
     refuse_unusable(base)

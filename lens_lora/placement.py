@@ -33,7 +33,8 @@ class Placement:
         attn: 'eager', or 'sdpa', which keeps no [head, query, key] but has no attention patterns.
 
     Raises:
-        ArgumentError: an unknown word, two quantisations, a device beside a device map.
+        ArgumentError: an unknown word, two quantisations, a device beside a device map, or a map to
+            the disk.
     """
 
     dtype: str | None = None
@@ -53,6 +54,12 @@ class Placement:
                 raise ArgumentError(f"{name}={value!r}; expected {shown}.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ArgumentError("load_in_4bit and load_in_8bit exclude each other; choose one.")
+        places = () if not isinstance(self.device_map, Mapping) else self.device_map.values()
+        if "disk" in places:
+            raise ArgumentError(
+                "device_map puts modules on 'disk', and a lens needs its weights at hand. Leave "
+                "'disk' out: load in 4 bit or in bfloat16, or over more devices."
+            )
         if self.device is not None and self.device_map is not None:
             raise ArgumentError(
                 f"device={self.device!r} and device_map={self.device_map!r} exclude each other: "

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.errors import AdapterError
+from lens_lora.float64 import in_float64
 
 __all__ = ["LoRAFactors", "dense_factors", "require_numbers", "require_products", "size_of"]
 
@@ -152,7 +153,7 @@ class LoRAFactors:
         """
         if self.magnitude is not None:
             raise AdapterError("DoRA's ΔW depends on the base model's weight; materialise it.")
-        A, B = self.A.double(), self.B.double()
+        A, B = in_float64(self.A), in_float64(self.B)
         squared = max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
         return abs(self.scale * self.strength) * math.sqrt(squared)
 
@@ -217,7 +218,7 @@ def size_of(tensor: Tensor | None) -> float:
     """
     if tensor is None:
         return 0.0
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+    return float(torch.linalg.vector_norm(in_float64(tensor.detach())))
 
 
 def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:

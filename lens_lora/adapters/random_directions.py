@@ -54,7 +54,7 @@ def null_adapter(adapter: Adapter, seed: int, *, parts: Parts | None = None) -> 
 def _null(
     factors: LoRAFactors, parts: Sequence[Tensor] | None, generator: torch.Generator
 ) -> LoRAFactors:
-    A, B = factors.A.double().cpu(), factors.B.double().cpu()
+    A, B = factors.A.cpu().double(), factors.B.cpu().double()
     size = factors.scale * factors.strength
     _, right = torch.linalg.qr(A.T)
     reads = orthonormal(A.shape[1], len(right), generator)
@@ -65,7 +65,7 @@ def _null(
         frame = orthonormal(len(rows), len(left), generator)
         writes[rows] = frame @ (size * left @ right.T)
         if bias is not None and factors.lora_bias is not None:
-            length = size * factors.lora_bias.double().cpu()[rows].norm()
+            length = size * factors.lora_bias.cpu().double()[rows].norm()
             bias[rows] = length * orthonormal(len(rows), 1, generator)[:, 0]
     return LoRAFactors(reads.T.contiguous(), writes, lora_bias=bias)
 

@@ -148,7 +148,7 @@ def _logits(model: Any, parameters: Mapping[str, Tensor]) -> Tensor:
     tokens = torch.arange(1, 1 + _TOKENS, device=next(model.parameters()).device)[None] % vocabulary
     with torch.no_grad(), _in_eval(model):
         out = torch.func.functional_call(model, dict(parameters), (tokens,))
-    return (out.logits if hasattr(out, "logits") else out[0]).double().cpu()
+    return (out.logits if hasattr(out, "logits") else out[0]).cpu().double()
 
 
 @contextlib.contextmanager

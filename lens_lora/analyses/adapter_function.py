@@ -157,4 +157,4 @@ def on_prompts(
 
 def _at(values: Tensor, sites: Sequence[Site], names: Sequence[str]) -> Tensor:
     order = {site.name: i for i, site in enumerate(sites)}
-    return values[:, [order[name] for name in names]].detach().double().cpu()
+    return values[:, [order[name] for name in names]].detach().cpu().double()

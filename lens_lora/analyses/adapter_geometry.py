@@ -66,7 +66,7 @@ def thin(update: Update | NormUpdate) -> Thin:
         update: of one site, in the Hugging Face basis.
     """
     if isinstance(update, NormUpdate):
-        return Thin(None, update.gamma.detach().double().cpu(), None)
+        return Thin(None, update.gamma.detach().cpu().double(), None)
     reads, writes, sigma = svd_factors(update)
     kept = sigma > 0
     return Thin(writes[:, kept], sigma[kept], reads[kept].T / sigma[kept])

@@ -13,18 +13,16 @@ mode one a tangent that starts in the first block, half of one where they start 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from lens_lora.engine.asked import Asked
-from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once, graph_tokens
-from lens_lora.engine.gate_graph import gate_graph
+from lens_lora.engine.batching import Mode, chosen_mode, graph_groups
+from lens_lora.engine.gate_graph import slopes_of_each
+from lens_lora.engine.memory import must_rerun
 from lens_lora.engine.read import differentiable_tokens
-from lens_lora.engine.reverse import token_slopes
+from lens_lora.engine.reverse import joined, token_slopes
 from lens_lora.engine.tangent_slopes import all_parts, group_slopes, tangent_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Groups, indicator
@@ -38,7 +36,6 @@ def by_token(
     gates: Float[Tensor, "site"],
     axes: tuple[str, ...],
     mode: Mode,
-    max_memory: float | None,
     progress: bool,
     groups: Groups | None = None,
 ) -> tuple[Float[Tensor, "batch site_or_group *by_and_token"], str]:
@@ -49,7 +46,6 @@ def by_token(
         gates: at which the derivative is taken.
         axes: position, head and rank, as far as they are asked for.
         mode: 'auto' takes the cheaper way, by count.
-        max_memory: bytes for the covectors, tangents or graph that are held at once.
         progress: show a bar.
         groups: of sites, whose sums are asked for; without axes.
 
@@ -62,18 +58,14 @@ def by_token(
     way = chosen_mode(mode, lens, int(reading.prompts.slots), _starts(asked, axes, groups))
     if way == "forward":
         values = (
-            tangent_slopes(
-                lens, reading, gates, axes, tokens=True, max_memory=max_memory, progress=progress
-            )
+            tangent_slopes(lens, reading, gates, axes, tokens=True, progress=progress)
             if groups is None
-            else group_slopes(
-                lens, reading, gates, groups, max_memory=max_memory, progress=progress
-            )
+            else group_slopes(lens, reading, gates, groups, progress=progress)
         )
         return values, way
     if axes:
-        return _split(asked, gates, axes, max_memory), way
-    values = _covectors(asked, gates, max_memory, progress)
+        return _split(asked, gates, axes), way
+    values = _covectors(asked, gates, progress)
     if groups is not None:
         members = indicator(groups, len(lens.sites)).to(values)
         values = torch.einsum("gs,bst->bgt", members, values)
@@ -89,24 +81,11 @@ def _starts(asked: Asked, axes: tuple[str, ...], groups: Groups | None) -> list[
 
 
 def _split(
-    asked: Asked, gates: Float[Tensor, "site"], axes: tuple[str, ...], max_memory: float | None
+    asked: Asked, gates: Float[Tensor, "site"], axes: tuple[str, ...]
 ) -> Float[Tensor, "batch site *by_and_token"]:
     """By reverse mode, as many prompts at a time as there is memory for."""
-    lens, reading = asked.lens, asked.reading
-    if max_memory is None:
-        return token_slopes(lens, reading, gates, axes)
-    found = [
-        token_slopes(lens, some, gates, axes)
-        for some in reading.groups(graph_tokens(lens, reading.prompts, max_memory))
-    ]
-    sizes = [max(each) for each in zip(*(one.shape[2:] for one in found), strict=True)]
-    return torch.cat([_padded(one, sizes) for one in found])
-
-
-def _padded(values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """With zeros where a group of prompts is shorter than the longest."""
-    more = [size - own for size, own in zip(sizes, values.shape[2:], strict=True)]
-    return functional.pad(values, [edge for extra in reversed(more) for edge in (0, extra)])
+    lens, groups = asked.lens, graph_groups(asked.lens, asked.reading)
+    return joined([token_slopes(lens, some, gates, axes) for some in groups])
 
 
 def own_tokens_only(
@@ -144,9 +123,16 @@ def _response(asked: Asked) -> LogProbs:
 
 
 def _covectors(
-    asked: Asked, gates: Float[Tensor, "site"], max_memory: float | None, progress: bool
+    asked: Asked, gates: Float[Tensor, "site"], progress: bool
 ) -> Float[Tensor, "batch site token"]:
     lens, reading = asked.lens, asked.reading
-    graph = gate_graph(lens, reading.prompts, gates, lambda: differentiable_tokens(lens, reading).T)
-    step = covectors_at_once(lens, reading.prompts, max_memory)
-    return graph.slopes_of_each(step, progress=progress).permute(1, 2, 0)
+    if must_rerun(lens, reading.prompts):
+        return _split(asked, gates, ())
+    found = slopes_of_each(
+        lens,
+        reading.prompts,
+        gates,
+        lambda: differentiable_tokens(lens, reading).T,
+        progress=progress,
+    )
+    return found.permute(1, 2, 0)

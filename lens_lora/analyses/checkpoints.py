@@ -87,7 +87,7 @@ def checkpoints(
     series = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     base = series.pop("base")[0]
     weights = _weights(updates)
-    floor = asked.noise_floor.double().cpu()
+    floor = asked.noise_floor.cpu().double()
     return Checkpoints(
         steps=at,
         names=tuple(adapter.name for adapter in found),
@@ -172,9 +172,9 @@ def _measured(asked: Asked) -> dict[str, Tensor]:
     first = first_order_of(asked)
     flips = flip_scales(asked, first.base, scales.to(along.device), along)
     return {
-        "base": first.base.double().cpu(),
-        "adapted": first.adapted.double().cpu(),
-        "effects": first.per_site.detach().double().cpu(),
+        "base": first.base.cpu().double(),
+        "adapted": first.adapted.cpu().double(),
+        "effects": first.per_site.detach().cpu().double(),
         "flip_scale": flips,
     }
 

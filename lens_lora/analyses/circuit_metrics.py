@@ -54,7 +54,7 @@ def scored(
     sites = signed.shape[-1]
     counts = [int(size * sites) for size in MIB_SIZES]
     inner = tuple(sorted({count for count in counts if 0 < count < sites}))
-    base, adapted = asked.ends.double().cpu()
+    base, adapted = asked.ends.cpu().double()
     shift, noise = (adapted - base).mean(), _noise_of_the_mean(asked)
     moved = _moved(asked, torch.cat([signed, by_magnitude]), inner, progress)
     nothing = moved.new_zeros(len(moved), 1)
@@ -70,7 +70,7 @@ def scored(
 
 def _noise_of_the_mean(asked: Asked) -> float:
     """σ of the mean shift over prompts, each with a rounding of its own."""
-    floor = asked.noise_floor.double().cpu()
+    floor = asked.noise_floor.cpu().double()
     return float(floor.square().sum().sqrt() / len(floor))
 
 
@@ -87,6 +87,6 @@ def _moved(
     found = readout_at(
         asked.lens, asked.reading, on.flatten(1, 2), progress=progress, what="CPR and CMD"
     )
-    base = asked.ends[0].double().cpu()
-    moved = found.double().cpu().view(on.shape[:-1]) - base[:, None, None]
+    base = asked.ends[0].cpu().double()
+    moved = found.cpu().double().view(on.shape[:-1]) - base[:, None, None]
     return moved.mean(0)

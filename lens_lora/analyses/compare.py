@@ -177,7 +177,7 @@ def compare(
         _require_finite(of, values, list(groups))
     k = min(k, len(groups))
     eps = max(torch.finfo(values.dtype).eps for values in (a, e))
-    a, e = a.detach().double().cpu(), e.detach().double().cpu()
+    a, e = a.detach().cpu().double(), e.detach().cpu().double()
     rows = [_statistics(*pair, k, eps) for pair in zip(a.numpy(), e.numpy(), strict=True)]
     statistics = {name: np.array([row[name] for row in rows]) for name in _STATISTICS}
     return Comparison(

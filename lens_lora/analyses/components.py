@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lens_lora.analyses.logit_shift import site_tangents
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.reverse import site_gradients
+from lens_lora.engine.taps import site_gradients
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.plan import Injection
 from lens_lora.hooked.sites import Site
@@ -69,7 +69,7 @@ class Components(Result):
         columns = {"prompt": [p for p in range(batch) for _ in range(count)]}
         columns |= {name: labels[name] for name in ("site", "layer", "kind")}
         fields = ("z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order")
-        values = {f: getattr(self, f).double().cpu().flatten().tolist() for f in fields}
+        values = {f: getattr(self, f).cpu().double().flatten().tolist() for f in fields}
         return pd.DataFrame(columns | values)
 
 
@@ -99,8 +99,8 @@ def components(
         ModelStateError: the model has an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
-    asked = ask(lens, prompts, readout).require_slope_at_base()
-    reading, squares = asked.reading, _squares(asked)
+    asked = ask(lens, prompts, readout, max_memory).require_slope_at_base()
+    lens, reading, squares = asked.lens, asked.reading, _squares(asked)
     inner = reading.by_prompt(squares["inner"])
     z, delta, gradient = (
         reading.by_prompt(squares[name]).sqrt() for name in ("z", "delta", "gradient")
@@ -109,7 +109,6 @@ def components(
         lens,
         reading.prompts,
         lambda rows: _centred_square(reading.prompts, rows),
-        max_memory=max_memory,
         progress=progress,
     )
     moved = reading.by_prompt(moved).sqrt()

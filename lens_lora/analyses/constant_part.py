@@ -118,12 +118,12 @@ def _by_kl(asked: Asked, others: list[LoraLens], progress: bool) -> Ends:
 
 def _by_readout(asked: Asked, others: list[LoraLens], progress: bool) -> Ends:
     """g of base, constant and adapted model; each text by the constants of the other half."""
-    base, adapted = (end.double().cpu() for end in asked.ends)
+    base, adapted = (end.cpu().double() for end in asked.ends)
     constant = torch.empty_like(base)
     for start, other in zip((1, 0), others, strict=True):
         gates = other.gates(1.0)[None]
         values = gated_readout(other, asked.reading, gates, progress=progress)
-        constant[start::2] = values[start::2, 0].double().cpu()
+        constant[start::2] = values[start::2, 0].cpu().double()
     return base, constant, adapted
 
 

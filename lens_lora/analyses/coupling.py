@@ -26,6 +26,7 @@ from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.errors import ArgumentError
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.sites import Group, Groups, group_sites, indicator
 from lens_lora.lens import LoraLens
@@ -105,7 +106,7 @@ class Coupling(Ranked):
         `self` and `coupling` add up to ½ΣH; `self_share` is Σ|½H_GG| / Σ|½H_GM|, which does not
         let terms of opposite sign cancel.
         """
-        own, between = self.self_curvature.double(), self.coupling.double().flatten(1)
+        own, between = in_float64(self.self_curvature), in_float64(self.coupling).flatten(1)
         sizes = own.abs().sum(1), between.abs().sum(1)
         return pd.DataFrame(
             {
@@ -114,8 +115,8 @@ class Coupling(Ranked):
                 "abs_self": sizes[0].tolist(),
                 "abs_coupling": sizes[1].tolist(),
                 "self_share": (sizes[0] / (sizes[0] + sizes[1])).tolist(),
-                "shift": self.shift.double().tolist(),
-                "asymmetry": self.asymmetry.double().tolist(),
+                "shift": self.shift.cpu().double().tolist(),
+                "asymmetry": self.asymmetry.cpu().double().tolist(),
             }
         ).rename_axis(index="prompt")
 
@@ -146,7 +147,7 @@ class Coupling(Ranked):
                 "prompt": np.repeat(np.arange(batch), count * count),
                 "group_a": np.tile(np.repeat(names, count), batch),
                 "group_b": np.tile(names, batch * count),
-                "value": self.matrix.double().cpu().flatten().numpy(),
+                "value": self.matrix.cpu().double().flatten().numpy(),
             }
         )
 

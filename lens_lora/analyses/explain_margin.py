@@ -34,6 +34,7 @@ from lens_lora.analyses.second_order import SecondOrder, second_order_of
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.function import require_finite
+from lens_lora.float64 import in_float64
 from lens_lora.readouts.answer_tokens import AnswerLike
 from lens_lora.readouts.answers import margin_between
 from lens_lora.results import drawing
@@ -124,7 +125,7 @@ class Explanation(Result):
         if self.path is not None:
             columns["path"] = self.path.per_site
         labels = {"site": [s.name for s in sites], "module": [s.module for s in sites]}
-        numbers = {name: values[0].double().cpu().tolist() for name, values in columns.items()}
+        numbers = {name: values[0].cpu().double().tolist() for name, values in columns.items()}
         flags = {f"flagged_{of}": f.flagged[0].tolist() for of, f in self.reliability.items()}
         return pd.DataFrame({**labels, **numbers, **flags})
 
@@ -259,6 +260,6 @@ def _shift_of(asked: Asked, shift: LogitShift, chosen: list[int]) -> LogitShift:
 def _likeliest(asked: Asked, scale: float) -> tuple[tuple[str, float], ...]:
     lens, prompts = asked.lens, asked.prompts
     logits = prompts.at_read(lens.logits(prompts, scale))[0]
-    top = logits.double().softmax(-1).topk(min(_SAID, len(logits)))
+    top = in_float64(logits).softmax(-1).topk(min(_SAID, len(logits)))
     tokens = lens.decode(top.indices.tolist())
     return tuple(zip(tokens, top.values.tolist(), strict=True))

@@ -24,8 +24,7 @@ from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.token_shifts import TokenShifts, token_shifts_of
 from lens_lora.engine.asked import Asked
-from lens_lora.engine.batching import covectors_at_once
-from lens_lora.engine.gate_graph import gate_graph
+from lens_lora.engine.gate_graph import slopes_of_each
 from lens_lora.engine.read import differentiable_tokens
 from lens_lora.engine.token_points import tokens_at_gates
 from lens_lora.hooked.sites import group_sites, indicator
@@ -94,7 +93,7 @@ class ResponseExplanation(Result):
         frame = self.shifts.to_frame()
         for how, values in (("add_one", self.add_one), ("leave_one_out", self.leave_one_out)):
             if values is not None:
-                rows = zip(self.groups, values.double().cpu().tolist(), strict=True)
+                rows = zip(self.groups, values.cpu().double().tolist(), strict=True)
                 frame = frame.assign(**{f"{how}, {name}": row for name, row in rows})
         return frame
 
@@ -174,9 +173,7 @@ def _slopes_of(asked: Asked, tokens: list[int]) -> Float[Tensor, "moved site"]:
     def chosen() -> Float[Tensor, "moved batch"]:
         return differentiable_tokens(lens, reading)[:, tokens].T
 
-    graph = gate_graph(lens, reading.prompts, lens.gates(1.0), chosen)
-    step = covectors_at_once(lens, reading.prompts)
-    return graph.slopes_of_each(step, progress=False)[:, 0]
+    return slopes_of_each(lens, reading.prompts, lens.gates(1.0), chosen, progress=False)[:, 0]
 
 
 def _in_full(

@@ -292,9 +292,9 @@ def faithfulness_of(
         found = scored(judged, every, by_size, progress=progress)
         held_out = {name: mean_of_draws(of, len(orders)) for name, of in found._asdict().items()}
         held_out["ranked_on"] = asked.str_tokens
-    base, adapted = judge.ends.double().cpu()
+    base, adapted = judge.ends.cpu().double()
     labels: dict[str, Any] = {**header(judge), "base": base, "adapted": adapted, **held_out}
-    floor, shift = judge.noise_floor.double().cpu(), adapted - base
+    floor, shift = judge.noise_floor.cpu().double(), adapted - base
     moved = moved_by(judge, every, counts, progress)
     clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.full_like(shift, float("nan")))
     keep, drop = (mean_of_draws(m / clear[:, None], len(orders)) for m in moved)

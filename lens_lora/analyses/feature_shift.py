@@ -102,7 +102,7 @@ class FeatureShift(Result):
         }
         if self.activations is not None:
             found["activation_base"], found["activation_adapted"] = self.activations
-        return {name: values.double().cpu() for name, values in found.items()}
+        return {name: values.cpu().double() for name, values in found.items()}
 
     def of_prompt(self, prompt: int | None) -> dict[str, Float[Tensor, "feature *position"]]:
         """One prompt's values, or the mean over prompts.

@@ -91,7 +91,7 @@ class FeatureWrites(Result):
                 "prompt": index[:, 0].tolist(),
                 **{name: labels[name] for name in ("site", "layer", "kind")},
                 "feature": index[:, 2].tolist(),
-                "write": self.values.double().cpu().flatten().tolist(),
+                "write": self.values.cpu().double().flatten().tolist(),
             }
         )
 
@@ -116,7 +116,7 @@ class FeatureWrites(Result):
         Raises:
             ArgumentError: no such prompt.
         """
-        return self.values[prompt_rows(prompt, len(self.values))].double().cpu().mean(0)
+        return self.values[prompt_rows(prompt, len(self.values))].cpu().double().mean(0)
 
 
 @alone

@@ -122,10 +122,8 @@ def first_order(
             BG⁻¹) of the same ΔW would change, or 'svd', the singular directions of ΔW.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
             then that of the model with constants in their place. The shift beside it is g's own.
-        max_memory: bytes that a pass of forward mode may take beside the model. It sets how many
-            parts go at once, and does not change what is found. Of reverse mode it bounds what is
-            kept for the tokens of a response; for one number it is one pass of the prompts, which
-            is not split: pass fewer prompts at a time.
+        max_memory: bytes beside the model and the result, as for `lens.within`, whose bound it
+            replaces.
         progress: show a bar in forward mode.
 
     Returns:
@@ -142,21 +140,14 @@ def first_order(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    asked = ask(lens, prompts, readout)
+    asked = ask(lens, prompts, readout, max_memory)
     asked = asked.require_slope_at_base() if number("at", at) == 0 else asked
     if group is not None:
         _require_tokens_alone(by, gauge, group)
         groups = group_sites(lens.sites, group)
-        return _of_groups(asked, groups, number("at", at), mode, rules, max_memory, progress)
+        return _of_groups(asked, groups, number("at", at), mode, rules, progress)
     return first_order_of(
-        asked,
-        at=at,
-        mode=mode,
-        by=by,
-        gauge=gauge,
-        rules=rules,
-        max_memory=max_memory,
-        progress=progress,
+        asked, at=at, mode=mode, by=by, gauge=gauge, rules=rules, progress=progress
     )
 
 
@@ -168,14 +159,13 @@ def first_order_of(
     by: tuple[str, ...] | str = (),
     gauge: Gauge = "trained",
     rules: FrozenRules | None = None,
-    max_memory: float | None = None,
     progress: bool = True,
 ) -> Attribution:
     """`first_order` of a question that is already tokenised.
 
     Args:
         asked: the lens, the prompts and the readout.
-        at, mode, by, gauge, rules, max_memory, progress: as for `first_order`.
+        at, mode, by, gauge, rules, progress: as for `first_order`.
 
     Raises:
         ArgumentError: another mode or axis, or less memory than one tangent takes.
@@ -188,11 +178,9 @@ def first_order_of(
     with _under(rules, lens, reading.prompts):
         if "token" in axes:
             turned = dataclasses.replace(asked, lens=lens)
-            values, way = by_token(turned, gates, axes[:-1], mode, max_memory, progress)
+            values, way = by_token(turned, gates, axes[:-1], mode, progress)
         elif way == "forward":
-            values = tangent_slopes(
-                lens, reading, gates, axes, max_memory=max_memory, progress=progress
-            )
+            values = tangent_slopes(lens, reading, gates, axes, progress=progress)
         else:
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
@@ -218,11 +206,10 @@ def _of_groups(
     at: float,
     mode: Mode,
     rules: FrozenRules | None,
-    max_memory: float | None,
     progress: bool,
 ) -> GroupAttribution:
     with _under(rules, asked.lens, asked.reading.prompts):
-        values, way = by_token(asked, asked.lens.gates(at), (), mode, max_memory, progress, groups)
+        values, way = by_token(asked, asked.lens.gates(at), (), mode, progress, groups)
     require_finite(values, "the first-order shift")
     return GroupAttribution(
         values=own_tokens_only(asked, values),

@@ -54,7 +54,7 @@ def moved_by(
         counts: how many are kept or dropped, from none to all.
         progress: show a bar.
     """
-    base, adapted = asked.ends.double().cpu()
+    base, adapted = asked.ends.cpu().double()
     inner = counts[1:-1]
     ends = (torch.zeros_like(base), adapted - base)
     if inner:
@@ -62,7 +62,7 @@ def moved_by(
         gates = torch.stack([on, 1 - on]).movedim(2, 0)  # batch, keep or drop, method, count, site
         flat, what = gates.flatten(1, 3), "keep and drop"
         found = readout_at(asked.lens, asked.reading, flat, progress=progress, what=what)
-        moved = found.double().cpu().view(gates.shape[:-1]) - base[:, None, None, None]
+        moved = found.cpu().double().view(gates.shape[:-1]) - base[:, None, None, None]
     else:
         moved = base.new_zeros(len(base), 2, len(orders), 0)
     both: list[Tensor] = []

@@ -25,15 +25,17 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from lens_lora.analyses.first_order import in_rank_space, labelled
 from lens_lora.arguments import word
 from lens_lora.engine.asked import ask_prompts
+from lens_lora.engine.batching import graph_groups
 from lens_lora.engine.dual_pass import tangent_of
 from lens_lora.engine.forward import part_tangents
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.pulled_back import pulled_back
-from lens_lora.engine.reverse import require_finite_sites
+from lens_lora.engine.reverse import joined, require_finite_sites
 from lens_lora.engine.tangent_slopes import group_parts
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
@@ -44,6 +46,7 @@ from lens_lora.readouts.answer_tokens import AnswerLike
 from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import bound
+from lens_lora.readouts.rows import Reading
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.choosing import prompt_rows
@@ -90,7 +93,7 @@ class KLShares(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and existing part, with its share of the quadratic."""
         frame = self.attribution.to_frame().drop(columns="share")
-        whole = self.quadratic.double().cpu().numpy()[frame["prompt"].to_numpy()]
+        whole = self.quadratic.cpu().double().numpy()[frame["prompt"].to_numpy()]
         return frame.assign(share=frame["value"] / whole)
 
     def along(self) -> pd.DataFrame:
@@ -139,7 +142,7 @@ class KLShares(Result):
                 f"which do not make up each {group}; ask for it: ll.kl_shares(…, kernel={group!r})."
             )
         rows = prompt_rows(prompt, len(self.gram))
-        found = (members @ self.gram @ members.T)[rows].double().cpu().mean(0)
+        found = (members @ self.gram @ members.T)[rows].cpu().double().mean(0)
         return pd.DataFrame(found.numpy(), index=list(wanted), columns=list(wanted))
 
     def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
@@ -197,8 +200,8 @@ def kl_shares(
         direction: of the divergence along ε.
         scales: ε at which it is measured, beside 1; () for none.
         kernel: also K between sites, layers or kinds, which `.kernel(group)` of the result shows.
-        max_memory: bytes that a pass of the kernel's tangents may take beside the model and the
-            result; it changes no number.
+        max_memory: bytes beside the model and the result, as for `lens.within`, whose bound it
+            replaces.
         progress: show a bar.
 
     Raises:
@@ -214,14 +217,11 @@ def kl_shares(
     if kernel is not None:
         word("kernel", kernel, _KERNELS)
     groups = {} if kernel is None else group_sites(lens.sites, kernel)
-    question, readout = ask_prompts(lens, prompts), KL(response, direction)
+    question, readout = ask_prompts(lens, prompts, max_memory), KL(response, direction)
+    lens = question.lens
     reading, at = bound(readout, lens.model, question.prompts), lens.gates(0.0)
     rows = reading.prompts
-    in_gauge = in_rank_space(lens, axes, gauge)
-    doubled, base = pulled_back(
-        in_gauge, reading, axes, lambda f, v: _pulled(f.softmax(-1), v, rows)
-    )
-    values = doubled / 2
+    values, base = _quadratic(in_rank_space(lens, axes, gauge), reading, axes)
     require_finite_sites(lens, values)
     asked = question.compared_with(readout, reading, base)
     strengths = torch.tensor([*sorted(scales), 1.0], dtype=at.dtype, device=at.device)
@@ -236,9 +236,26 @@ def kl_shares(
         ),
         scales=strengths,
         divergence=along,
-        gram=_gram(lens, rows, base.softmax(-1), groups, max_memory, progress) if groups else None,
+        gram=_gram(lens, rows, base.softmax(-1), groups, progress) if groups else None,
         groups=groups,
     )
+
+
+def _quadratic(
+    lens: LoraLens, reading: Reading, axes: tuple[str, ...]
+) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, "row *slot vocab"]]:
+    """q_l and its parts, and f(0), as many prompts at a time as there is memory for."""
+    values: list[Tensor] = []
+    base: list[Tensor] = []
+    for some in graph_groups(lens, reading):
+        rows = some.prompts
+        doubled, f = pulled_back(
+            lens, some, axes, lambda f, v, rows=rows: _pulled(f.softmax(-1), v, rows)
+        )
+        values.append(doubled / 2)
+        more = reading.prompts.slots - rows.slots
+        base.append(f if f.ndim == 2 else functional.pad(f, (0, 0, 0, more)))
+    return joined(values), torch.cat(base)
 
 
 def _pulled(
@@ -257,7 +274,6 @@ def _gram(
     rows: Prompts,
     p: Float[Tensor, "row *slot vocab"],
     groups: Groups,
-    max_memory: float | None,
     progress: bool,
 ) -> Float[Tensor, "row group group"]:
     """K, from w of every group."""
@@ -269,9 +285,7 @@ def _gram(
         return root * _centred(p[:, None], tangent_of(logits))
 
     parts = group_parts(lens, groups)
-    w = part_tangents(
-        lens, rows, lens.gates(0.0), parts, read, max_memory=max_memory, progress=progress
-    ).flatten(2)
+    w = part_tangents(lens, rows, lens.gates(0.0), parts, read, progress=progress).flatten(2)
     return w @ w.transpose(1, 2)
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from lens_lora.arguments import number, whole
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.batching import Mode, chosen_mode, covectors_at_once
+from lens_lora.engine.batching import Mode, chosen_mode
 from lens_lora.engine.dual_pass import tangent_of
 from lens_lora.engine.forward import Part, joint_tangent, part_tangents
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.gate_graph import gate_graph
+from lens_lora.engine.gate_graph import slopes_of_each
 from lens_lora.engine.read import read_logits
 from lens_lora.errors import ArgumentError, SiteError, TokenError
 from lens_lora.hooked.alone import alone
@@ -105,7 +105,7 @@ class LogitShift(Result):
         if self.sites:
             columns["site"] = np.tile(np.repeat([site.name for site in self.sites], vocab), batch)
         columns["token"], columns["id"] = (list(x) * rows for x in (self.strings, self.tokens))
-        columns["shift"] = self.values.detach().double().cpu().flatten().numpy()
+        columns["shift"] = self.values.detach().cpu().double().flatten().numpy()
         return pd.DataFrame(columns)
 
     def _ranked(
@@ -118,7 +118,7 @@ class LogitShift(Result):
             {
                 "token": [self.strings[i] for i in order.tolist()],
                 "id": [self.tokens[i] for i in order.tolist()],
-                "shift": values.double().tolist(),
+                "shift": values.cpu().double().tolist(),
             }
         )
 
@@ -168,12 +168,11 @@ def logit_shift(
         NumericsError: non-finite tangents.
     """
     return logit_shift_of(
-        ask_prompts(lens, prompts),
+        ask_prompts(lens, prompts, max_memory),
         by_site=by_site,
         tokens=tokens,
         at=at,
         mode=mode,
-        max_memory=max_memory,
         progress=progress,
     )
 
@@ -185,14 +184,13 @@ def logit_shift_of(
     tokens: Sequence[str | int] | None = None,
     at: float = 0.0,
     mode: Mode = "auto",
-    max_memory: float | None = None,
     progress: bool = True,
 ) -> LogitShift:
     """`logit_shift` of prompts that are already tokenised; no readout is needed.
 
     Args:
         asked: the lens and the prompts.
-        by_site, tokens, at, mode, max_memory, progress: as for `logit_shift`.
+        by_site, tokens, at, mode, progress: as for `logit_shift`.
 
     Raises:
         NumericsError: a derivative that is not finite.
@@ -204,14 +202,13 @@ def logit_shift_of(
     if not by_site:
         values = joint_tangent(lens, prompts, gates, torch.ones_like(gates))[:, columns]
     elif way == "reverse":
-        values = token_slopes(lens, prompts, gates, columns, max_memory, progress=progress)
+        values = token_slopes(lens, prompts, gates, columns, progress=progress)
     else:
         values = site_tangents(
             lens,
             prompts,
             lambda rows: rows[..., columns],
             at=at,
-            max_memory=max_memory,
             progress=progress,
         )
     require_finite(values, "the logit shift")
@@ -230,7 +227,6 @@ def site_tangents(
     keep: Callable[[Float[Tensor, "batch site *slot vocab"]], Float[Tensor, "batch site *out"]],
     *,
     at: float = 0.0,
-    max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch site *out"]:
     """What `keep` keeps of every site's whole-vocabulary tangent at the read position.
@@ -242,7 +238,6 @@ def site_tangents(
         prompts: what is run.
         keep: what is kept of the tangents.
         at: the gate value at which they are taken.
-        max_memory: bytes that a pass may take beside the model and the result.
         progress: show a bar.
     """
     parts = [Part(index) for index in range(len(lens.sites))]
@@ -252,7 +247,6 @@ def site_tangents(
         lens.gates(at),
         parts,
         lambda rows: keep(tangent_of(rows)),
-        max_memory=max_memory,
         progress=progress,
     )
 
@@ -262,7 +256,6 @@ def token_slopes(
     prompts: Prompts,
     at: Float[Tensor, "site"],
     columns: Int[Tensor, "token"],
-    max_memory: float | None = None,
     *,
     progress: bool = True,
 ) -> Float[Tensor, "batch site token"]:
@@ -273,12 +266,12 @@ def token_slopes(
         prompts: what is run.
         at: the gates at which the derivative is taken.
         columns: the tokens' ids.
-        max_memory: bytes for the tokens that go at once, beside the graph of the forward pass.
         progress: show a bar.
     """
-    graph = gate_graph(lens, prompts, at, lambda: read_logits(lens, prompts)[:, columns].T)
-    step = covectors_at_once(lens, prompts, max_memory)
-    return graph.slopes_of_each(step, progress=progress).permute(1, 2, 0)
+    found = slopes_of_each(
+        lens, prompts, at, lambda: read_logits(lens, prompts)[:, columns].T, progress=progress
+    )
+    return found.permute(1, 2, 0)
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -> list[int]:

@@ -16,9 +16,8 @@ from torch import Tensor
 from lens_lora.analyses.first_order import first_order_of, labelled
 from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.batching import covectors_at_once
 from lens_lora.engine.function import gated_logits, require_finite
-from lens_lora.engine.gate_graph import gate_graph
+from lens_lora.engine.gate_graph import slopes_of_each
 from lens_lora.engine.read import read_logits
 from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.errors import ArgumentError
@@ -65,7 +64,7 @@ def first_orders(
     if not isinstance(readouts, Sequence) or not readouts:
         raise ArgumentError(f"readouts={readouts!r}: expected a list of at least one.")
     at = number("at", at)
-    prompt_rows = ask_prompts(lens, prompts)
+    prompt_rows = ask_prompts(lens, prompts, max_memory)
     every = [prompt_rows.about(readout) for readout in readouts]
     if at == 0:
         every = [asked.require_slope_at_base() for asked in every]
@@ -74,7 +73,7 @@ def first_orders(
     if together:
         some = [every[i] for i in together]
         _share_ends(some)
-        slopes = _slopes(some, at, max_memory, progress)
+        slopes = _slopes(some, at, progress)
         for i, asked, values in zip(together, some, slopes, strict=True):
             found[i] = labelled(asked, values, method="first_order", at=at)
     for i, asked in enumerate(every):
@@ -84,7 +83,7 @@ def first_orders(
 
 
 def _slopes(
-    some: Sequence[Asked], at: float, max_memory: float | None, progress: bool
+    some: Sequence[Asked], at: float, progress: bool
 ) -> Float[Tensor, "readout batch site"]:
     """Of readouts of the same rows."""
     lens, prompts = some[0].lens, some[0].prompts
@@ -93,9 +92,7 @@ def _slopes(
         logits = read_logits(lens, prompts)
         return torch.stack([asked.reading.read(logits) for asked in some])
 
-    graph = gate_graph(lens, prompts, lens.gates(at), read)
-    step = covectors_at_once(lens, prompts, max_memory)
-    slopes = graph.slopes_of_each(step, progress=progress)
+    slopes = slopes_of_each(lens, prompts, lens.gates(at), read, progress=progress)
     for of_one in slopes:
         require_finite_sites(lens, of_one)
     return slopes

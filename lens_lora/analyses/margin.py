@@ -215,7 +215,7 @@ def flip_scales(
         scales: ε above 0, increasing.
         values: g at each of them.
     """
-    at = torch.cat([scales.new_zeros(1), scales]).double().cpu()
+    at = torch.cat([scales.new_zeros(1), scales]).cpu().double()
     values = torch.cat([base[:, None], values], 1).cpu()
     crosses = (values[:, :-1] != 0) & (values[:, :-1] * values[:, 1:] <= 0)
     flips = torch.full((len(values),), float("nan"), dtype=torch.float64)
@@ -240,7 +240,7 @@ def _roots(
         scales[torch.from_numpy(prompt)] = torch.from_numpy(scale).to(scales)
         gates = scales[reading.owner.cpu(), None].expand(-1, len(lens.sites))
         with torch.no_grad(), lens.injected(ScaleInject(lens.plan, lens.gates(gates))):
-            return read_value(lens, reading).double().cpu().numpy()[prompt]
+            return read_value(lens, reading).cpu().double().numpy()[prompt]
 
     found = elementwise.find_root(
         value, (low.numpy(), high.numpy()), args=(which.numpy(),), tolerances={"xatol": 1e-6}

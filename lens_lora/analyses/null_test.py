@@ -34,6 +34,7 @@ from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.site_factors import fused_rows
 from lens_lora.lens import LoraLens
@@ -113,29 +114,29 @@ class NullTest(Result):
     @property
     def shift_ratio(self) -> Float[Tensor, "batch"]:
         """|shift| over the root mean square of the nulls' shifts."""
-        return self.observed.shift.abs().double() / self._null_rms
+        return in_float64(self.observed.shift.abs()) / self._null_rms
 
     @property
     def exceeds_all(self) -> Float[Tensor, "batch"]:
         """The share of sites whose |a_l| exceeds every draw's; 1/(1 + draws) by chance."""
         largest = self.null.abs().amax(0)
-        return (self.observed.per_site.abs() > largest).double().mean(1)
+        return in_float64(self.observed.per_site.abs() > largest).mean(1)
 
     @property
     def verdict(self) -> tuple[NullVerdict, ...]:
         """For each prompt, how far shift and sites stand out; str() words it."""
         of_shift = (self.observed.shift, self.noise_floor, self._null_rms, self.shift_p)
-        numbers = torch.stack([n.double() for n in (*of_shift, self.exceeds_all)], 1).tolist()
+        numbers = torch.stack([in_float64(n) for n in (*of_shift, self.exceeds_all)], 1).tolist()
         return tuple(null_verdict(*row, draws=self.draws) for row in numbers)
 
     @property
     def _null_rms(self) -> Float[Tensor, "batch"]:
-        return self.null_shift.double().square().mean(0).sqrt()
+        return in_float64(self.null_shift).square().mean(0).sqrt()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
         frame = self.observed.to_frame()
-        numbers = {"null_std": self.null.double().std(0), "z": self.z, "p": self.p, "q": self.q}
+        numbers = {"null_std": in_float64(self.null).std(0), "z": self.z, "p": self.p, "q": self.q}
         return frame.assign(**flat(numbers))
 
     def totals_to_frame(self) -> pd.DataFrame:
@@ -145,7 +146,7 @@ class NullTest(Result):
             "null_shift_rms": self._null_rms,
             "shift_p": self.shift_p,
             "first_order": self.observed.total,
-            "null_first_order_rms": self.null.double().sum(2).square().mean(0).sqrt(),
+            "null_first_order_rms": in_float64(self.null).sum(2).square().mean(0).sqrt(),
             "first_order_p": self.total_p,
             "exceeds_all": self.exceeds_all,
         }
@@ -264,10 +265,10 @@ def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
 
 
 def _z(observed: Float[Tensor, "*rest"], null: Float[Tensor, "draw *rest"]) -> Tensor:
-    null = null.double()
-    return (observed.double() - null.mean(0)) / null.std(0)
+    null = in_float64(null)
+    return (in_float64(observed) - null.mean(0)) / null.std(0)
 
 
 def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, "draw *rest"]) -> Tensor:
-    at_least = (null.abs() >= observed.abs()).double().sum(0)
+    at_least = in_float64(null.abs() >= observed.abs()).sum(0)
     return (1 + at_least) / (1 + len(null))

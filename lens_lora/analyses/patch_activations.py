@@ -186,7 +186,7 @@ def _indices(positions: int | slice | Sequence[int], length: int, prompt: int) -
 
 def _exists(reading: Reading) -> Bool[Tensor, "batch pos"]:
     """Positions that some row of a prompt has."""
-    return reading.by_prompt(reading.prompts.real.double()) > 0
+    return reading.by_prompt(reading.prompts.real.float()) > 0
 
 
 def _label(positions: Positions) -> str:

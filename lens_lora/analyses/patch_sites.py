@@ -194,7 +194,7 @@ def _replaced(
 ) -> Float[Tensor, "batch group"]:
     """g with each group's own δ, less g with what stands in for it."""
     lens, adds = asked.lens, how == "add_one"
-    members = indicator(groups, len(lens.sites)).to(lens.device)
+    members = indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
     about = (
         torch.full((len(members), 1), 2.0) if ranks is None else 2.0 + torch.tensor(ranks)[:, None]
     )

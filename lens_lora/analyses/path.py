@@ -137,7 +137,7 @@ def _weighted_slopes(
     """The sum over as many nodes as are run at once."""
     adapted = lens.gates(1.0)
     points, weights = map(adapted.new_tensor, _gauss_legendre(nodes))
-    step = slopes_at_once(reading.prompts)
+    step = slopes_at_once(lens, reading.prompts)
     for at, weight in zip(points.split(step), weights.split(step), strict=True):
         many, rows = reading.repeat(len(at)), at.repeat(len(reading.owner))
         slopes = site_slopes(lens, many, rows[:, None] * adapted, axes)
@@ -155,18 +155,18 @@ class _Trail:
     """The errors of one rule after the other, and what they say about going on."""
 
     def __init__(self, tol: float, floor: Float[Tensor, "batch"], first: Attribution) -> None:
-        self._shift = first.shift.abs().double().cpu()
-        self._floor, self._allowed = floor.double().cpu(), tol * self._shift
+        self._shift = first.shift.abs().cpu().double()
+        self._floor, self._allowed = floor.cpu().double(), tol * self._shift
         self._tol, self._dtype = tol, first.meta["dtype"]
         self._sites = first.per_site
-        self._errors = [first.completeness_error.double().cpu()]
+        self._errors = [first.completeness_error.cpu().double()]
         self._changes: list[Tensor] = []
 
     def add(self, rule: Attribution) -> None:
         """The next rule, of twice the nodes."""
         moved = (rule.per_site - self._sites).abs().amax(1)
-        self._changes.append(moved.double().cpu())
-        self._errors.append(rule.completeness_error.double().cpu())
+        self._changes.append(moved.cpu().double())
+        self._errors.append(rule.completeness_error.cpu().double())
         self._sites = rule.per_site
 
     @property

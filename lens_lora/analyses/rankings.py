@@ -21,6 +21,7 @@ from lens_lora.engine.asked import Asked
 from lens_lora.engine.function import readout_at
 from lens_lora.engine.read import read_logits
 from lens_lora.errors import ArgumentError
+from lens_lora.float64 import float64_device, in_float64
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.rows import Reading
 from lens_lora.results.attribution import Attribution
@@ -123,7 +124,7 @@ def scores_towards(
         ArgumentError: scores of something else.
     """
     base, adapted = asked.ends
-    towards = (adapted - base).sign()[:, None]
+    towards = (adapted - base).sign()[:, None].to(float64_device(asked.lens.device))
     scores = {name: values_of(name, score, asked) * towards for name, score in given.items()}
     if baselines:
         scores[WEIGHT_NORM] = weight_norms(asked.lens).expand(asked.reading.batch, -1)
@@ -172,7 +173,7 @@ def values_of(name: str, score: Scores, asked: Asked) -> Float[Tensor, "batch si
         )
     if not torch.isfinite(score).all():
         raise ArgumentError(f"{name}: scores are not all finite, so they rank nothing.")
-    return score.detach().to(asked.lens.device, torch.float64).expand(batch, sites)
+    return in_float64(score.detach().to(asked.lens.device)).expand(batch, sites)
 
 
 def _require_of(name: str, score: Attribution, asked: Asked) -> None:
@@ -213,7 +214,7 @@ def switched_on(
         counts: how many are on, for each set of gates.
     """
     rank = order.argsort(-1)[:, None]
-    return (rank < torch.tensor(counts, device=order.device)[:, None]).double()
+    return (rank < torch.tensor(counts, device=order.device)[:, None]).to(torch.int8)
 
 
 def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, "draw batch site"]:
@@ -235,7 +236,7 @@ def weight_norms(lens: LoraLens) -> Float[Tensor, "site"]:
         lens: the adapter over the model.
     """
     norms = [site_map.norm() for site_map in lens.maps]
-    return torch.tensor(norms, dtype=torch.float64, device=lens.device)
+    return torch.tensor(norms, dtype=torch.float64, device=float64_device(lens.device))
 
 
 def update_norms(asked: Asked) -> Float[Tensor, "batch site"]:
@@ -257,14 +258,15 @@ class _NormRecorder:
         self._injections = lens.plan.injections
         self._real = reading.prompts.real[..., None]
         shape = (len(reading.owner), len(lens.sites))
-        self.squares = torch.zeros(shape, dtype=torch.float64, device=lens.device)
+        home = float64_device(lens.device)
+        self.squares = torch.zeros(shape, dtype=torch.float64, device=home)
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> None:
         del out
         injection = self._injections[index]
         if injection.partner is not None:  # its gate is zero at the base model
             return
-        delta = injection.map(z).double()
+        delta = in_float64(injection.map(z))
         if delta.shape[1] == self._real.shape[1]:  # the unembedding is run at the read position
             delta = delta * self._real.to(delta.device)
         squares = delta.square().flatten(1).sum(1) / injection.ports.repeats

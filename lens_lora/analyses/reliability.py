@@ -38,6 +38,7 @@ from lens_lora.analyses.screen import Screen
 from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -174,7 +175,7 @@ class Reliability(Result):
                 f"effects of shape {tuple(effects.shape)}, flags of {expected} [batch, site]; "
                 "measure both with the same lens and prompts."
             )
-        return effects.to(self.correction.device, torch.float64)
+        return in_float64(effects.to(self.correction.device))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: first order, share, correction, score, fixed, flagged."""

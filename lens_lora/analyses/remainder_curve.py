@@ -24,6 +24,7 @@ from lens_lora.analyses.verdict import CHECKPOINTS, Point, points_of
 from lens_lora.arguments import numbers_of
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
@@ -96,7 +97,7 @@ class RemainderCurve(Read):
         frame = pd.DataFrame(
             {
                 "prompt": np.repeat(np.arange(batch), count),
-                "scale": np.tile(self.scales.double().cpu().numpy(), batch),
+                "scale": np.tile(self.scales.cpu().double().numpy(), batch),
                 **flat({name: getattr(self, name) for name in names}),
             }
         )
@@ -231,7 +232,7 @@ def fitted_order(
         The order, 2 for a remainder of second order; NaN where fewer than three scales count.
     """
     clear = (scales > 0) & (rest.abs() > 10 * floor)
-    scales, rest = scales[clear].double(), rest[clear].double()
+    scales, rest = in_float64(scales[clear]), in_float64(rest[clear])
     if len(scales) < 3:
         return torch.tensor(float("nan"), dtype=torch.float64, device=rest.device)
     fitted = max(3, int((scales <= _FIT_DECADE * scales[0]).sum()))

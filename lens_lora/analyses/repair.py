@@ -164,7 +164,7 @@ class Repair(Result):
                 "site": [site.name for site in names],
                 "module": [site.module for site in names],
                 "rank": [rank for size in self.sizes for rank in range(size)],
-                "gate": self.gates.double().cpu().tolist(),
+                "gate": self.gates.cpu().double().tolist(),
                 "kept": self.kept.cpu().tolist(),
             }
         )

@@ -141,9 +141,9 @@ def _shares(layout: GateLayout, parts: Sequence[Part], gates: Tensor) -> Tensor:
 
 def _as_shares(parts: Sequence[Part], values: Sequence[Tensor]) -> Float[Tensor, "question"]:
     pairs = zip(parts, values, strict=True)
-    return torch.stack([part.share(value).double().cpu() for part, value in pairs])
+    return torch.stack([part.share(value).cpu().double() for part, value in pairs])
 
 
 def _as_means(parts: Sequence[Part], values: Sequence[Tensor]) -> Float[Tensor, "question"]:
     pairs = zip(parts, values, strict=True)
-    return torch.stack([part.mean(value).double().cpu() for part, value in pairs])
+    return torch.stack([part.mean(value).cpu().double() for part, value in pairs])

@@ -25,10 +25,11 @@ from torch import Tensor
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.trained import ModuleUpdate
 from lens_lora.errors import ModelStateError
-from lens_lora.hooked.basis import is_centred
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.hosts import host_of
 from lens_lora.hooked.norm_map import NormUpdate
+from lens_lora.hooked.processing import is_centred
 from lens_lora.hooked.site_factors import SiteFactors
 from lens_lora.lens import LoraLens
 from lens_lora.results.storage import stored
@@ -103,7 +104,7 @@ def singular_values(factors: LoRAFactors) -> Float[Tensor, "direction"]:
         factors: of one module.
     """
     reads, writes = (
-        torch.linalg.qr(matrix.double(), mode="r").R for matrix in (factors.A.T, factors.B)
+        torch.linalg.qr(in_float64(matrix), mode="r").R for matrix in (factors.A.T, factors.B)
     )
     scale = abs(factors.scale * factors.strength)
     return scale * torch.linalg.svdvals(writes @ reads.T)
@@ -135,7 +136,7 @@ def site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
         held = lens.adapter.modules[key]
         if isinstance(update, NormUpdate):
             weight, sizes, bias = host.norm_affine(site)[0], update.gamma, update.beta
-            sigma = sizes.double().abs().sort(descending=True).values
+            sigma = in_float64(sizes).abs().sort(descending=True).values
         else:
             weight, bias = _base_weight(host, site), update.bias
             sigma = update.A.new_zeros(1, dtype=torch.float64)
@@ -145,8 +146,8 @@ def site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
             module_spectrum(key, held),
             site=site.name,
             singular_values=sigma,
-            weight_norm=float(weight.double().norm()),
-            bias_norm=0.0 if bias is None else float(bias.double().norm()),
+            weight_norm=float(in_float64(weight).norm()),
+            bias_norm=0.0 if bias is None else float(in_float64(bias).norm()),
         )
         rows.append(row)
     return tuple(rows)
@@ -161,7 +162,7 @@ def _base_weight(host: Host, site: SiteFactors) -> Float[Tensor, "out in"]:
             "the adapter was added to. Load it unprocessed (from_pretrained_no_processing, or a "
             "TransformerBridge before enable_compatibility_mode)."
         )
-    return weight.double() / host.embedding_scale(site.kind)
+    return in_float64(weight) / host.embedding_scale(site.kind)
 
 
 def module_spectrum(module: str, update: ModuleUpdate) -> Spectrum:

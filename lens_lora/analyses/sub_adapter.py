@@ -124,7 +124,7 @@ def _directions(one: SiteUpdate, mask: Tensor, of: str) -> _Directions:
     keep_bias = update.bias is not None and bool(mask[-1])
     bias = writes.new_zeros(len(writes))
     if update.bias is not None and keep_bias:
-        bias = update.bias.double().cpu()
+        bias = update.bias.cpu().double()
     rows = one.site.rows
     return _Directions(reads[keep], writes[:, keep], bias, None if rows is None else rows.cpu())
 

@@ -24,6 +24,7 @@ from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.batching import PICKS
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.errors import ArgumentError
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.readouts.answer_tokens import AnswerLike
@@ -253,9 +254,9 @@ def _of_tokens(
     ids: Int[Tensor, "token"],
     k: int,
 ) -> dict[str, Tensor]:
-    logs = [end.double().log_softmax(-1) for end in (base, adapted)]
+    logs = [in_float64(end).log_softmax(-1) for end in (base, adapted)]
     p = [log.exp() for log in logs]
-    mine = [log.gather(1, ids[:, None]) for log in logs]
+    mine = [log.gather(1, ids[:, None].to(log.device)) for log in logs]
     change = p[1] - p[0]
     up, down = change.topk(k), change.topk(k, largest=False)
     apart = logs[0] - logs[1]

@@ -77,8 +77,8 @@ def points_of(
     """
     floor = noise.of_remainder(scales, curvature_noise)
     rows = (remainder, shift, floor, noise.of_shift(scales))
-    by_prompt = zip(*(values.double().tolist() for values in rows), strict=True)
-    strengths = scales.double().tolist()
+    by_prompt = zip(*(values.cpu().double().tolist() for values in rows), strict=True)
+    strengths = scales.cpu().double().tolist()
     return [
         [Point(*point) for point in zip(strengths, *numbers, strict=True)] for numbers in by_prompt
     ]

@@ -101,18 +101,20 @@ def lens_over(
     progress: Console,
     *,
     kind: Kind | None = None,
+    attn: str = "eager",
 ) -> LoraLens:
     """The lens over a hooked model of the base.
 
     Args:
         kind: the hooked model's class; by default HookedTransformer if TransformerLens has it. The
             numbers printed in the documentation were computed with it.
+        attn: 'sdpa' for a TransformerBridge without attention patterns.
     """
     from lens_lora.loading import base_beside, hooked_model, hooked_transformer_if_there
 
     with step("Building the hooked model", progress):
         chosen = kind or hooked_transformer_if_there()
-        model, made = hooked_model(hf_model, tokenizer, kind=chosen)
+        model, made = hooked_model(hf_model, tokenizer, kind=chosen, attn=attn)
     return LoraLens(model, adapter, hf_model=base_beside(made, hf_model, adapter))
 
 
@@ -134,7 +136,7 @@ def lens_for(subject: Subject, adapter: Adapter, device: str, progress: Console)
     if how.device is None and how.device_map is None:
         how = dataclasses.replace(how, device=device)
     base, tokenizer = load_model_of(adapter, subject.model, progress, how)
-    return lens_over(base, tokenizer, adapter, progress, kind=kind)
+    return lens_over(base, tokenizer, adapter, progress, kind=kind, attn=how.attn)
 
 
 def announce(lens: LoraLens) -> None:

@@ -15,6 +15,7 @@ from lens_lora.adapters.adapter import load_adapter
 from lens_lora.commands.loading import lens_for, shipped_adapter
 from lens_lora.commands.options import Subject
 from lens_lora.commands.terminal import say, told_if_interrupted
+from lens_lora.errors import ArgumentError
 from lens_lora.sweeps.processes import launched
 from lens_lora.sweeps.records import Record
 from lens_lora.sweeps.result import SweepResult
@@ -45,12 +46,19 @@ def run(
         out, batch_size, resume, quiet: as the options of the same names.
 
     Raises:
+        ArgumentError: a device map for several processes.
         typer.Exit: code 1 if no prompt has numbers.
     """
     adapter = load_adapter(subject.adapter or shipped_adapter())
     if resume:
         require_resumable(out, adapter, analyses)
     processes = launched()
+    if processes.count > 1 and subject.how.device_map is not None:
+        raise ArgumentError(
+            f"--device-map and {processes.count} processes: each would place a model of its own on "
+            "the same devices. Launch one process for a model over several devices, or leave "
+            "--device-map out: each process then takes the device of its number."
+        )
     progress = Console(stderr=True, quiet=quiet or not processes.is_main)
     lens = lens_for(subject, adapter, processes.device, progress)
     kept = f"Finished prompts are kept beside {out}; run the same command again to resume."

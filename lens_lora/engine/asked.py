@@ -178,28 +178,32 @@ class Asked:
         return self.reading.tokens_of(self.lens.str_tokens(self.reading.prompts))
 
 
-def ask(lens: LoraLens, prompts: PromptsLike, readout: Readout) -> Asked:
+def ask(
+    lens: LoraLens, prompts: PromptsLike, readout: Readout, max_memory: float | None = None
+) -> Asked:
     """Tokenise the prompts and look up the readout's tokens, once.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids or `Prompts`.
         readout: what is read.
+        max_memory: bytes, in place of those of the lens; None for the lens's own.
 
     Raises:
         ArgumentError: something that is no readout.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         ModelStateError: the model is not as it was when the lens was made.
     """
-    return ask_prompts(lens, prompts).about(readout)
+    return ask_prompts(lens, prompts, max_memory).about(readout)
 
 
-def ask_prompts(lens: LoraLens, prompts: PromptsLike) -> Asked:
+def ask_prompts(lens: LoraLens, prompts: PromptsLike, max_memory: float | None = None) -> Asked:
     """Tokenise the prompts of a question without a readout.
 
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids or `Prompts`.
+        max_memory: bytes, in place of those of the lens; None for the lens's own.
 
     Raises:
         ArgumentError: something that is no lens.
@@ -211,4 +215,5 @@ def ask_prompts(lens: LoraLens, prompts: PromptsLike) -> Asked:
             f"the lens is a {type(lens).__name__}; make one: ll.LoraLens(model, adapter)."
         )
     lens.plan.check_state()
-    return Asked(lens, lens.prompts(prompts))
+    bounded = lens if max_memory is None else lens.within(max_memory)
+    return Asked(bounded, lens.prompts(prompts))

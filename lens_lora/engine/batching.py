@@ -20,10 +20,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from lens_lora.arguments import number, word
+from lens_lora.arguments import word
+from lens_lora.engine.memory import rows_of_graph, rows_of_pass
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.rows import Reading
 
 __all__ = [
     "BRANCHING_PAYS",
@@ -35,7 +37,8 @@ __all__ = [
     "chosen_mode",
     "covectors_at_once",
     "directions_at_once",
-    "graph_tokens",
+    "graph_groups",
+    "pass_groups",
     "rows_at_once",
     "slopes_at_once",
     "tangent_passes",
@@ -52,9 +55,8 @@ TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
 FINAL_TOKENS = 4096  # tangents of which nothing is unembedded
 PICKS = 128  # tokens of a response that are unembedded
 _DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
-# In numbers of `_numbers`: what a pass of dual numbers holds at a time, measured, and a generous
-# guess of what a graph holds in each block.
-_DUAL, _GRAPH = 44, 4
+# In numbers of `_numbers`: what a pass of dual numbers holds at a time, measured.
+_DUAL = 44
 
 # Branching is worth its hooks below this share of the block passes.
 BRANCHING_PAYS = 0.75
@@ -100,21 +102,25 @@ def chosen_mode(
     return cheaper_mode(lens, readouts, starts) if mode == "auto" else mode
 
 
-def rows_at_once(prompts: Prompts) -> int:
+def rows_at_once(lens: LoraLens, prompts: Prompts) -> int:
     """How many copies of the prompts make one batch of a forward pass."""
-    return _within(ROW_TOKENS, prompts.tokens.numel())
+    copies = _within(ROW_TOKENS, prompts.tokens.numel())
+    return _bounded(copies, prompts, rows_of_pass(lens, prompts))
 
 
 def branches_at_once(lens: LoraLens, prompts: Prompts) -> int:
     """How many points of one branching pass: in tokens of a row, and in logits of all rows."""
     rows, longest = prompts.tokens.shape
     logits = rows * prompts.slots * int(lens.model.cfg.d_vocab_out)
-    return min(_within(BRANCH_TOKENS, longest), _within(BRANCH_LOGITS, logits))
+    points = min(_within(BRANCH_TOKENS, longest), _within(BRANCH_LOGITS, logits))
+    fitting = rows_of_pass(lens, prompts)
+    return points if fitting is None else max(1, min(points, fitting - 1))
 
 
-def slopes_at_once(prompts: Prompts) -> int:
+def slopes_at_once(lens: LoraLens, prompts: Prompts) -> int:
     """How many copies of the prompts make one batch of a forward and a backward pass."""
-    return _within(SLOPE_TOKENS, prompts.tokens.numel())
+    copies = _within(SLOPE_TOKENS, prompts.tokens.numel())
+    return _bounded(copies, prompts, rows_of_graph(lens, prompts))
 
 
 def directions_at_once(prompts: Prompts) -> int:
@@ -122,49 +128,51 @@ def directions_at_once(prompts: Prompts) -> int:
     return _within(GRAPH_TOKENS, prompts.tokens.numel())
 
 
-def tangents_at_once(
-    lens: LoraLens, run: Prompts, max_memory: float | None = None, *, read: int
-) -> int:
-    """How many tangents of what is run make one pass.
+def graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
+    """The prompts in groups whose forward and backward pass is within the bound of the lens.
 
     Args:
         lens: the adapter over the model.
-        run: the prompts of one pass.
-        max_memory: bytes that a pass may take beside the model.
-        read: the number of prompts whose logits are held together; 0 where none are.
-
-    Raises:
-        ArgumentError: max_memory is less than one tangent takes.
-    """
-    tokens = TANGENT_TOKENS if read else FINAL_TOKENS
-    return _derivatives_at_once(tokens, lens, run, read, max_memory)
-
-
-def covectors_at_once(lens: LoraLens, run: Prompts, max_memory: float | None = None) -> int:
-    """How many covectors of what is run go back at once; as `tangents_at_once`."""
-    return _derivatives_at_once(COVECTOR_TOKENS, lens, run, run.batch, max_memory)
-
-
-def graph_tokens(lens: LoraLens, run: Prompts, max_memory: float) -> int:
-    """How many tokens' graph of a forward pass, kept for backward passes, is within a bound.
-
-    Args:
-        lens: the adapter over the model.
-        run: the rows, of which the longest one must fit.
-        max_memory: bytes, beside the model and the result.
+        reading: what is run, and read.
 
     Raises:
         ArgumentError: one row takes more.
     """
-    longest = run.tokens.shape[1]
-    of_token = _GRAPH * lens.plan.host.n_layers * _numbers(lens, longest) * lens.gate_dtype.itemsize
-    tokens = int(number("max_memory", max_memory) // of_token)
-    if tokens < longest:
-        raise ArgumentError(
-            f"max_memory={max_memory:.3g} bytes, and the graph of one row of {longest} tokens "
-            f"takes about {of_token * longest:.3g}; allow more, or pass shorter prompts."
-        )
-    return tokens
+    return _groups(reading, rows_of_graph(lens, reading.prompts))
+
+
+def pass_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
+    """… whose forward pass is; as `graph_groups`."""
+    return _groups(reading, rows_of_pass(lens, reading.prompts))
+
+
+def _groups(reading: Reading, rows: int | None) -> list[Reading]:
+    if rows is None or rows >= len(reading.owner):
+        return [reading]
+    return reading.groups(rows * reading.prompts.tokens.shape[1])
+
+
+def _bounded(copies: int, prompts: Prompts, rows: int | None) -> int:
+    return copies if rows is None else max(1, min(copies, rows // len(prompts.tokens)))
+
+
+def tangents_at_once(lens: LoraLens, run: Prompts, *, read: int) -> int:
+    """How many tangents of what is run make one pass, within the bound of the lens.
+
+    Args:
+        lens: the adapter over the model.
+        run: the prompts of one pass.
+        read: the number of prompts whose logits are held together; 0 where none are.
+
+    Raises:
+        ArgumentError: the bound is less than one tangent takes.
+    """
+    return _derivatives_at_once(TANGENT_TOKENS if read else FINAL_TOKENS, lens, run, read)
+
+
+def covectors_at_once(lens: LoraLens, run: Prompts) -> int:
+    """How many covectors of what is run go back at once; as `tangents_at_once`."""
+    return _derivatives_at_once(COVECTOR_TOKENS, lens, run, run.batch)
 
 
 def _numbers(lens: LoraLens, longest: int) -> int:
@@ -179,14 +187,12 @@ def _within(bound: int, size: int) -> int:
     return max(1, bound // size)
 
 
-def _derivatives_at_once(
-    tokens: int, lens: LoraLens, run: Prompts, read: int, max_memory: float | None
-) -> int:
+def _derivatives_at_once(tokens: int, lens: LoraLens, run: Prompts, read: int) -> int:
     logits = read * run.slots * int(lens.model.cfg.d_vocab_out)
     rows = min(_within(tokens, run.tokens.numel()), _within(_DERIVATIVE_LOGITS, max(1, logits)))
+    max_memory = lens.max_memory
     if max_memory is None:
         return rows
-    max_memory = number("max_memory", max_memory)
     needed, always = row_bytes(lens, run, read), pass_bytes(lens)
     # The first row of a pass carries no tangent.
     fitting = int((max_memory - always) // needed) - 1

@@ -117,7 +117,6 @@ def part_tangents(
     read: Read = tangent_of,
     *,
     final: bool = False,
-    max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch part *out"]:
     """The tangent of each part: of the logits, or of what `read` computes from the dual logits.
@@ -131,7 +130,6 @@ def part_tangents(
         parts: at least one.
         read: what is kept of the dual logits, [batch, part, vocab].
         final: nothing is unembedded; what is read is the final residual stream at the slots.
-        max_memory: bytes that a pass may take beside the model and the result.
         progress: show a bar.
 
     Raises:
@@ -151,7 +149,7 @@ def part_tangents(
         for some, run, at_once in ways:
             if not some:
                 continue
-            step = tangents_at_once(lens, at_once, max_memory, read=0 if final else prompts.batch)
+            step = tangents_at_once(lens, at_once, read=0 if final else prompts.batch)
             for start in range(0, len(some), step):
                 chunk = some[start : start + step]
                 with dual_forward() as products:

@@ -77,7 +77,7 @@ def gated_readout(
 def _in_batches(
     lens: LoraLens, reading: Reading, gates: Tensor, progress: bool, what: str
 ) -> Float[Tensor, "batch point"]:
-    columns, step = [], rows_at_once(reading.prompts)
+    columns, step = [], rows_at_once(lens, reading.prompts)
     with _bar(len(gates), _SLOW, progress, what) as bar:
         for some in gates.split(step):
             many = reading.repeat(len(some))
@@ -140,7 +140,7 @@ def readout_at(
     gates = gates.to(lens.device, lens.gate_dtype)
     owner, columns = reading.owner.to(lens.device), []
     with torch.no_grad(), _bar(gates.shape[1], _SLOW_TOGETHER, progress, what) as bar:
-        for some in gates.split(rows_at_once(reading.prompts), 1):
+        for some in gates.split(rows_at_once(lens, reading.prompts), 1):
             many = reading.repeat(some.shape[1])
             with lens.injected(ScaleInject(lens.plan, some[owner].flatten(0, 1))):
                 values = read_value(lens, many)

@@ -28,10 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.engine import batching
-from lens_lora.engine.batching import directions_at_once
+from lens_lora.engine.batching import covectors_at_once, directions_at_once
 from lens_lora.engine.dual_pass import attention_from_formula
+from lens_lora.engine.memory import must_rerun, require_rows_of_graph, require_second_order
 from lens_lora.engine.read import read_value
-from lens_lora.engine.reverse import require_finite_sites
+from lens_lora.engine.reverse import require_finite_sites, value_slopes
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
@@ -44,6 +45,7 @@ __all__ = [
     "hessian_product",
     "hessian_products",
     "in_groups",
+    "slopes_of_each",
 ]
 
 
@@ -123,6 +125,36 @@ def gate_graph(
         return GateGraph(gates, read())
 
 
+def slopes_of_each(
+    lens: LoraLens,
+    prompts: Prompts,
+    at: Float[Tensor, "site"],
+    read: Callable[[], Float[Tensor, "value row"]],
+    *,
+    progress: bool = True,
+) -> Float[Tensor, "value row site"]:
+    """∂/∂ε_l of each of many values that one pass reads, as many at once as there is memory for.
+
+    Cost: one forward pass, and a backward pass for each value; where blocks run twice, with one
+    more forward pass for each.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what `read` runs.
+        at: the gates at which the derivative is taken.
+        read: runs the prompts under the hooks that are then on the model, and reads.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: the bound of the lens is less than one value takes.
+    """
+    if must_rerun(lens, prompts):
+        require_rows_of_graph(lens, prompts)
+        return value_slopes(lens, prompts, at, lambda: read().T)
+    step = covectors_at_once(lens, prompts)
+    return gate_graph(lens, prompts, at, read).slopes_of_each(step, progress=progress)
+
+
 def hessian_product(
     lens: LoraLens,
     reading: Reading,
@@ -186,6 +218,7 @@ def hessian_products(
     Raises:
         NumericsError: a product that is not finite, naming the site.
     """
+    require_second_order(lens, reading.prompts)
     directions = directions.to(at)
     step = directions_at_once(reading.prompts)
     silent = not progress or len(directions) <= step

@@ -17,6 +17,7 @@ from torch import Tensor
 from lens_lora.engine.batching import rows_at_once
 from lens_lora.engine.read import read_logits
 from lens_lora.engine.swap import Patch, record, swaps
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.attaching import attached
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.readouts.prompts import Prompts
@@ -44,7 +45,7 @@ def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]
     own = record(lens, prompts, scale, names)
     noisy = {name: [_noisy(t) for t in firings] for name, firings in own.firings.items()}
     silent: list[str] = []
-    step = rows_at_once(prompts)
+    step = rows_at_once(lens, prompts)
     for start in range(0, len(names), step):
         some = list(names[start : start + step])
         patches, many = [Patch(name, None) for name in some], prompts.repeat(len(some))
@@ -61,5 +62,5 @@ def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]
 def _noisy(tensor: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-    size = tensor[tensor.isfinite()].double().square().mean().sqrt().to(tensor)
+    size = in_float64(tensor[tensor.isfinite()]).square().mean().sqrt().to(tensor)
     return tensor + noise * torch.where(size > 0, size, torch.ones_like(size))

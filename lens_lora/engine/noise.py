@@ -26,7 +26,8 @@ from lens_lora.engine.batching import directions_at_once, slopes_at_once
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.engine.parts import parts
 from lens_lora.engine.read import logits_dtype, read_logits
-from lens_lora.engine.reverse import site_gradients
+from lens_lora.engine.taps import site_gradients
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.plan import Injection
@@ -96,7 +97,7 @@ def first_order_noise(
     values: list[Tensor] = []
     sums: list[Tensor] = []
     with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
-        for draws in torch.arange(_DRAWS).split(slopes_at_once(reading.prompts)):
+        for draws in torch.arange(_DRAWS).split(slopes_at_once(lens, reading.prompts)):
             drawn = _base_and_slopes(lens, reading.repeat(len(draws)))
             values.append(drawn[0].unflatten(0, (reading.batch, len(draws))))
             sums.append(drawn[1].sum(1).unflatten(0, (reading.batch, len(draws))))
@@ -177,7 +178,9 @@ def roundings(lens: LoraLens, exact: int = 0) -> HookFn:
         del hook
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         noise[:exact] = 0
-        return (tensor.double() * (1 + _unit(lens) * noise.to(tensor.device))).to(tensor.dtype)
+        wide = in_float64(tensor)
+        moved = wide * (1 + _unit(lens) * noise.to(wide.device))
+        return moved.to(tensor.dtype).to(tensor.device)
 
     return perturb
 

@@ -6,8 +6,10 @@
    values, and none of the tangents, so memory is that of a bare forward and backward pass while
    tangents of it are held.
 2. w goes back through that graph, whose sites are tapped (`engine/taps.py`).
+3. Where that graph is beyond the bound of the lens, the dual pass keeps none, and w goes back
+   through a second pass whose blocks run again.
 
-Cost: one dual forward and one backward pass.
+Cost: one dual forward and one backward pass; two forward passes more in the third case.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.dual_pass import dual_forward, tangent_of
+from lens_lora.engine.memory import must_rerun
 from lens_lora.engine.read import read_logits
 from lens_lora.engine.reverse import Slopes
 from lens_lora.engine.taps import tapped
 from lens_lora.hooked.plan import Plan
 from lens_lora.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
 
 __all__ = ["pulled_back"]
@@ -50,18 +54,25 @@ def pulled_back(
         ModelStateError: a gradient did not reach some site, a split does not exist, or the model
             has an operation without a forward-mode derivative.
     """
-    slopes, none = Slopes(lens, reading, axes), lens.gates(0.0)
-
-    def read() -> tuple[Tensor, Tensor]:
-        logits = read_logits(lens, reading.prompts)
-        return fwad.unpack_dual(logits).primal, tangent_of(logits).detach()
-
-    with dual_forward():
-        (base, v), leaves, taps = tapped(lens, none, _Push(lens.plan), read)
-    taps.visit = slopes.visit
-    torch.autograd.grad(base, leaves, covector(base.detach(), v))
+    slopes, none, prompts = Slopes(lens, reading, axes), lens.gates(0.0), reading.prompts
+    if must_rerun(lens, prompts):
+        with torch.no_grad(), dual_forward(), lens.injected(_Push(lens.plan)):
+            base, v = _read(lens, prompts)
+        with tapped(lens, prompts, none) as (taps, leaves):
+            taps.visit = slopes.visit
+            torch.autograd.grad(read_logits(lens, prompts), leaves, covector(base, v))
+    else:
+        with dual_forward(), tapped(lens, prompts, none, _Push(lens.plan)) as (taps, leaves):
+            base, v = _read(lens, prompts)
+        taps.visit = slopes.visit
+        torch.autograd.grad(base, leaves, covector(base.detach(), v))
     taps.require_all_seen()
     return slopes.by_prompt(), base.detach()
+
+
+def _read(lens: LoraLens, prompts: Prompts) -> tuple[_Logits, _Logits]:
+    logits = read_logits(lens, prompts)
+    return fwad.unpack_dual(logits).primal, tangent_of(logits).detach()
 
 
 class _Push:

@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.engine.activations import in_gauge
-from lens_lora.engine.function import read_value, require_finite
+from lens_lora.engine.function import require_finite
+from lens_lora.engine.read import read_value
 from lens_lora.engine.replaced import require_ranks
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.gates import write

@@ -125,7 +125,7 @@ def _in_batches(
 ) -> Float[Tensor, "batch point"]:
     """Rows r0 r0 … r1 r1 …, one of each row for every point."""
     columns, rows = [], torch.arange(len(reading.owner))
-    for states in points.states.split(rows_at_once(reading.prompts)):
+    for states in points.states.split(rows_at_once(lens, reading.prompts)):
         many, own = reading.repeat(len(states)), points.but(states.repeat(len(rows), 1))
         row_of = rows.repeat_interleave(len(states))
         with lens.injected(_ReplaceInject(lens, own, row_of, stand_in)):

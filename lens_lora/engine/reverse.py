@@ -1,30 +1,29 @@
 """Reverse mode: ∂g/∂ε_l of every site, position, head and rank, in one forward and one backward.
 
-1. A forward pass keeps its graph, and each site's output is tapped (`engine/taps.py`). During the
-   backward pass a tap hands G = ∂g/∂(output) and z to a visitor, and keeps nothing else
-   (`site_gradients`).
+1. Taps (`engine/taps.py`) hand G = ∂g/∂(output) and z of each site to a visitor, on the way back.
 2. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`). Over
    positions v's constant part is split at v, though it is added at o (`hooked/value_bias.py`).
-3. The gradient that reaches the leaf is discarded; parameters never receive one.
 
 Cost: one forward and one backward pass, whatever the sites and parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
+from lens_lora.engine import batching
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.parts import parts
-from lens_lora.engine.read import differentiable_tokens, read_for_slopes
-from lens_lora.engine.taps import Visit, tapped
+from lens_lora.engine.read import differentiable_tokens
+from lens_lora.engine.taps import Visit, gradients_of_each, site_gradients
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.hooked.basis import SiteMap
-from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
@@ -32,64 +31,14 @@ from lens_lora.readouts.rows import Reading
 
 __all__ = [
     "Slopes",
+    "joined",
     "part_slots",
     "require_finite_sites",
     "require_split",
-    "site_gradients",
     "site_slopes",
     "token_slopes",
+    "value_slopes",
 ]
-
-
-def site_gradients(
-    lens: LoraLens,
-    reading: Reading,
-    gates: Float[Tensor, "*row site"],
-    visit: Visit,
-) -> Float[Tensor, "batch"]:
-    """Visit every injection at these gates; returns g there. One forward and one backward.
-
-    The visitor gets (injection, its partner's gate or None, G = Jᵀu_y [row, pos, out], z): the
-    site's derivative is the sum of weight · ⟨G, δ(z)⟩ over its injections. The weight is a scalar,
-    or one per row as the gates are.
-
-    Raises:
-        ModelStateError: a gradient did not reach some site.
-    """
-    inject = ScaleInject(lens.plan, gates)
-    values, leaves, tap = tapped(lens, gates, inject, lambda: read_for_slopes(lens, reading))
-    tap.visit = visit
-    torch.autograd.grad(values, leaves, torch.ones_like(values))
-    tap.require_all_seen()
-    return values.detach()
-
-
-def gradients_of_each(
-    lens: LoraLens,
-    gates: Float[Tensor, "*row site"],
-    read: Callable[[], Float[Tensor, "batch token"]],
-    visit_of: Callable[[int], Visit],
-) -> None:
-    """As `site_gradients`, for each token of a response in turn.
-
-    One forward pass, and a backward pass for each token.
-
-    Args:
-        lens: the adapter over the model.
-        gates: one for all rows, or each row's own.
-        read: runs the rows under the hooks that are then on the model, and reads each token.
-        visit_of: the visitor of a token, by its index.
-
-    Raises:
-        ModelStateError: a gradient did not reach some site.
-    """
-    values, leaves, tap = tapped(lens, gates, ScaleInject(lens.plan, gates), read)
-    for token in range(values.shape[1]):
-        tap.visit = visit_of(token)
-        only = torch.zeros_like(values)
-        only[:, token] = 1
-        torch.autograd.grad(values, leaves, only, retain_graph=token + 1 < values.shape[1])
-    tap.require_all_seen()
 
 
 def site_slopes(
@@ -103,9 +52,27 @@ def site_slopes(
     Raises:
         ModelStateError: a gradient did not reach some site, or a split does not exist.
     """
-    slopes = Slopes(lens, reading, axes)
-    site_gradients(lens, reading, gates, slopes.visit)
-    return slopes.by_prompt()
+    found: list[Tensor] = []
+    for some in batching.graph_groups(lens, reading) if gates.ndim == 1 else [reading]:
+        slopes = Slopes(lens, some, axes)
+        site_gradients(lens, some, gates, slopes.visit)
+        found.append(slopes.by_prompt())
+    return joined(found)
+
+
+def joined(groups: Sequence[Float[Tensor, "some site *by"]]) -> Float[Tensor, "batch site *by"]:
+    """Groups of prompts as one, with zeros where one is shorter than the longest.
+
+    Args:
+        groups: at least one.
+    """
+    sizes = [max(each) for each in zip(*(one.shape[2:] for one in groups), strict=True)]
+
+    def padded(values: Tensor) -> Tensor:
+        more = [size - own for size, own in zip(sizes, values.shape[2:], strict=True)]
+        return functional.pad(values, [edge for extra in reversed(more) for edge in (0, extra)])
+
+    return torch.cat([padded(one) for one in groups])
 
 
 def token_slopes(
@@ -126,8 +93,53 @@ def token_slopes(
         each.append(Slopes(lens, reading, axes))
         return each[-1].visit
 
-    gradients_of_each(lens, gates, lambda: differentiable_tokens(lens, reading), visit_of)
+    gradients_of_each(
+        lens, reading.prompts, gates, lambda: differentiable_tokens(lens, reading), visit_of
+    )
     return torch.stack([slopes.by_prompt() for slopes in each], -1)
+
+
+def value_slopes(
+    lens: LoraLens,
+    prompts: Prompts,
+    gates: Float[Tensor, "site"],
+    read: Callable[[], Float[Tensor, "row value"]],
+) -> Float[Tensor, "value row site"]:
+    """∂/∂ε_l of each value that is read of a row. One forward and a backward pass a value.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: what `read` runs.
+        gates: at which the derivative is taken.
+        read: runs the prompts under the hooks that are then on the model, and reads.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site.
+    """
+    each: list[Tensor] = []
+
+    def visit_of(value: int) -> Visit:
+        del value
+        shape = (len(prompts.tokens), len(lens.sites))
+        each.append(torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device))
+        return functools.partial(_add_slope, lens, each[-1])
+
+    gradients_of_each(lens, prompts, gates, read, visit_of)
+    return torch.stack(each)
+
+
+def _add_slope(
+    lens: LoraLens,
+    slopes: Float[Tensor, "row site"],
+    injection: Injection,
+    weight: Tensor | None,
+    gradient: Tensor,
+    z: Tensor,
+) -> None:
+    kind = lens.sites[injection.site].kind
+    found = parts(injection.map, kind, lens.heads.of(kind), gradient, z, ())
+    found = found if weight is None else weight.to(found.device) * found
+    slopes[:, injection.site] += found.to(slopes.device)
 
 
 class Slopes:

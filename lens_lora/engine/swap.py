@@ -171,7 +171,7 @@ def patched_readout(
         if outside:
             some = [patches[i] for i in outside]
             run = _Batch(lens, reading, donor, scale)
-            values[:, outside] = _chunked(run, some, rows_at_once(reading.prompts), bar)
+            values[:, outside] = _chunked(run, some, rows_at_once(lens, reading.prompts), bar)
         if within:
             some, tree = [patches[i] for i in within], _Tree(lens, reading, scale, donor_scale)
             tree.record({patch.name for patch in some})

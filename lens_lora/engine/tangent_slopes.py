@@ -36,7 +36,6 @@ def tangent_slopes(
     axes: tuple[str, ...] = (),
     *,
     tokens: bool = False,
-    max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch site *by"]:
     """∂g/∂ε_l at these gates, as `site_slopes` gives it. At most a dual forward pass a part.
@@ -47,7 +46,6 @@ def tangent_slopes(
         gates: at which the derivative is taken.
         axes: position, head and rank, as far as they are asked for.
         tokens: of each token of a response in place of g, on a last axis.
-        max_memory: bytes that a pass may take beside the model.
         progress: show a bar.
 
     Raises:
@@ -64,9 +62,7 @@ def tangent_slopes(
     final = isinstance(read, _Tokens) and read.final
 
     def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part *token"]:
-        return part_tangents(
-            lens, prompts, gates, some, read, final=final, max_memory=max_memory, progress=progress
-        )
+        return part_tangents(lens, prompts, gates, some, read, final=final, progress=progress)
 
     slots = [[_last_if_none(getattr(part, axis)) for part in wanted] for axis in axes]
     values[(slice(None), [part.site for part in wanted], *slots)] = tangents(wanted)
@@ -84,7 +80,6 @@ def group_slopes(
     gates: Float[Tensor, "site"],
     groups: Groups,
     *,
-    max_memory: float | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch group token"]:
     """Σ_{l in G} ∂ℓ_t/∂ε_l of each group of sites and token. At most a dual forward pass a group.
@@ -94,7 +89,6 @@ def group_slopes(
         reading: of one response a prompt.
         gates: at which the derivative is taken.
         groups: of sites, each at least one.
-        max_memory: bytes that a pass may take beside the model.
         progress: show a bar.
 
     Raises:
@@ -109,7 +103,6 @@ def group_slopes(
         group_parts(lens, groups),
         read,
         final=read.final,
-        max_memory=max_memory,
         progress=progress,
     )
 

@@ -105,8 +105,8 @@ class TextSums:
         log_p = base.log_p
         p, log_q = log_p.exp(), moved.log_p
         kl = (p * (log_p - log_q)).sum(-1)
-        own = kl.double().cpu().masked_fill(~counted.cpu(), torch.nan)
-        own[:, 0] = kl[:, 0].double().cpu()
+        own = kl.cpu().double().masked_fill(~counted.cpu(), torch.nan)
+        own[:, 0] = kl[:, 0].cpu().double()
         self.kl[torch.tensor(index), : own.shape[1]] = own
         self.logits += (weights @ (moved.logits - base.logits).flatten(0, 1)).double()
         change = log_q.exp_().sub_(p)
@@ -131,7 +131,7 @@ class TextSums:
         order = order[values[order].isfinite()][:_PLACES]
         self.places = every[order]
         self.place_ids = torch.cat([self.place_ids, up.indices.cpu()])[order]
-        self.place_changes = torch.cat([self.place_changes, up.values.double().cpu()])[order]
+        self.place_changes = torch.cat([self.place_changes, up.values.cpu().double()])[order]
 
     def _add_stream(
         self, index: Sequence[int], counted: Bool[Tensor, "row pos"], base: _Run, moved: _Run

@@ -82,7 +82,7 @@ def update_sums(lens: LoraLens, texts: Prompts) -> UpdateSums:
     sums = torch.zeros(*shape, max(ranks), dtype=torch.float64)
     squares, first = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     for index, some in by_length(texts, ROW_TOKENS):
-        seen = site_activations(lens, some, lens.gates(1.0), every, ranks).values.double().cpu()
+        seen = site_activations(lens, some, lens.gates(1.0), every, ranks).values.cpu().double()
         counted = some.after_first.cpu()
         for site, (R, rank) in enumerate(zip(roots, ranks, strict=True)):
             u = seen[:, site, :, :rank]
@@ -99,6 +99,6 @@ def _writes(one: SiteUpdate) -> Float[Tensor, "out rank"]:
             f"{one.site.name} ({one.site.module}): a norm's update Δγ ⊙ n + Δβ has no constant of "
             "its own; leave the norms out with adapter.without(…)."
         )
-    B = one.update.B.detach().double().cpu() * one.update.scale
+    B = one.update.B.detach().cpu().double() * one.update.scale
     bias = one.update.bias
-    return B if bias is None else torch.cat([B, bias.detach().double().cpu()[:, None]], 1)
+    return B if bias is None else torch.cat([B, bias.detach().cpu().double()[:, None]], 1)

@@ -6,7 +6,8 @@
    precision, anomaly detection stops derivatives that are taken as one batch, and small tensors
    are made on the CPU.
 3. Within a torch.func transform a call is refused, as its own derivatives would be taken there.
-4. At the end, whatever interrupts the call, its hooks, grad mode and all else that it changed are
+4. Where memory runs out, the error names what bounds it.
+5. At the end, whatever interrupts the call, its hooks, grad mode and all else that it changed are
    as before (`lens_lora/temporary.py`).
 """
 
@@ -14,18 +15,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from traceback import clear_frames
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch._C._functorch import get_interpreter_stack
 
-from lens_lora.errors import LensLoraError, ModelStateError
+from lens_lora.errors import LensLoraError, ModelStateError, OutOfMemoryError
 from lens_lora.hooked.attaching import hold, lock_of
 from lens_lora.hooked.quantised import differentiable_products
 from lens_lora.temporary import Temporary, close_but, open_spans
 
-__all__ = ["alone"]
+__all__ = ["alone", "is_memory_short"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -47,8 +49,13 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
             try:
                 span.__enter__()
                 return call(*args, **kwargs)
-            except RuntimeError as error:
-                if isinstance(error, LensLoraError) or "nference tensor" not in str(error):
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, LensLoraError):
+                    raise
+                if is_memory_short(error):
+                    clear_frames(error.__traceback__)  # which hold what takes the memory
+                    raise OutOfMemoryError(_too_much(lens, error)) from error
+                if "nference tensor" not in str(error):
                     raise
                 raise ModelStateError(f"{_made_there(lens)} Torch says: {error}") from error
             finally:
@@ -82,6 +89,30 @@ def _prepare(lens: Any, span: Temporary) -> None:
         span.enter_context(torch.device("cpu"))
     if torch.is_anomaly_enabled():
         span.enter_context(torch.autograd.set_detect_anomaly(False))
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether this says that memory ran out, on any device.
+
+    Args:
+        error: of torch, NumPy or Python.
+    """
+    says = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in says for words in ("out of memory", "not enough memory", "can't allocate memory")
+    )
+
+
+def _too_much(lens: Any, error: BaseException) -> str:
+    bound = getattr(lens, "max_memory", None)
+    now = "no bound is set" if bound is None else f"max_memory is {bound:.3g} bytes"
+    says = str(error).strip() or "no more memory"
+    return (
+        f"memory ran out ({says.splitlines()[0]}), and {now}. Bound it: "
+        "lens.within(max_memory=…), in bytes, for every analysis of the lens that it returns; or "
+        "pass fewer or shorter prompts, fewer tokens=, or fewer hook points in names=. Attention "
+        "patterns of long prompts take most: ll.load(…, attn='sdpa') makes none."
+    )
 
 
 def _made_there(lens: Any) -> str:

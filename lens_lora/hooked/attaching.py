@@ -202,11 +202,16 @@ class Arranger:
     Args:
         points: the model's `hook_dict`.
         hooks: (name, function, whether it reads).
+        begin: called first, as a block begins.
     """
 
     def __init__(
-        self, points: Mapping[str, Any], hooks: Sequence[tuple[str, HookFn, bool]]
+        self,
+        points: Mapping[str, Any],
+        hooks: Sequence[tuple[str, HookFn, bool]],
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
+        self._begin = begin
         self._hooks = [(points[name], fn, reads) for name, fn, reads in hooks]
 
     def __call__(self, tensor: object, hook: object) -> None:
@@ -216,6 +221,7 @@ class Arranger:
             ModelStateError: this hook and what reads are at one point, where it is too late.
         """
         del tensor
+        self._begin()
         for point, fn, reads in self._hooks:
             if point._forward_pre_hooks and not reads:
                 _move_before_pre_hooks(point, fn)

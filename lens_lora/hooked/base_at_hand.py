@@ -12,12 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.errors import AdapterError, ModelStateError
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.base_weights import BaseWeights
-from lens_lora.hooked.basis import is_centred
 from lens_lora.hooked.host import Host
+from lens_lora.hooked.processing import is_centred
 from lens_lora.hooked.site_factors import SiteFactors
 
 __all__ = ["BaseAtHand", "is_same"]
+
+_ENTRIES = 2**23  # that are compared at a time, 64 MB in float64
 
 
 class BaseAtHand:
@@ -134,10 +137,11 @@ class BaseAtHand:
         was_centred = self._host.may_be_centred(site.kind) and is_centred(own)
         if self._base is not None or self._host.needs_base() or not was_centred:
             return is_same(held, self.weight(site, "whether its stored weight is the base's"))
-        centred = held.double() - held.double().mean(0, keepdim=True)
-        own = own.double() / self._host.embedding_scale(site.kind)
+        wide = in_float64(held)
+        centred = wide - wide.mean(0, keepdim=True)
+        own = in_float64(own) / self._host.embedding_scale(site.kind)
         eps = max(torch.finfo(held.dtype).eps, torch.finfo(self._host.working_dtype).eps)
-        room = 4 * eps * held.double().abs().amax(0, keepdim=True).to(own.device)
+        room = 4 * eps * wide.abs().amax(0, keepdim=True).to(own.device)
         return bool(((centred.to(own.device) - own).abs() <= room).all())
 
     def is_tied(self, site: SiteFactors) -> bool:
@@ -166,11 +170,16 @@ def is_same(held: Tensor, own: Tensor) -> bool:
         held: by the adapter.
         own: the base's, of the same shape.
     """
+    if held.shape != own.shape:
+        return False
     coarser = max(held.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    limits = torch.finfo(coarser)
-    return held.shape == own.shape and torch.allclose(
-        held.to(own.device, coarser).double(),
-        own.to(coarser).double(),
-        rtol=limits.eps,
-        atol=limits.smallest_normal * limits.eps,
+    limits, step = torch.finfo(coarser), max(1, _ENTRIES // max(1, held[:1].numel()))
+    return all(
+        torch.allclose(
+            in_float64(some.to(mine.device, coarser)),
+            in_float64(mine.to(coarser)),
+            rtol=limits.eps,
+            atol=limits.smallest_normal * limits.eps,
+        )
+        for some, mine in zip(held.split(step), own.split(step), strict=True)
     )

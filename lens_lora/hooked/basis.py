@@ -10,8 +10,8 @@ site adds
 
     δ(z) = s·B'(A'z + a₀),   A' = A diag(γ),   a₀ = Aβ,   B' = PB or B.
 
-Which processing was applied is inferred from the weights, not from the options of loading. Where
-value biases were folded, the constant part of an update of v is added at o: value_bias.py.
+Which processing was applied is inferred from the weights: processing.py. Where value biases were
+folded, the constant part of an update of v is added at o: value_bias.py.
 """
 
 from __future__ import annotations
@@ -23,15 +23,12 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.errors import ModelStateError
+from lens_lora.float64 import float64_device, in_float64
 
 __all__ = [
     "Basis",
-    "Processing",
     "SiteMap",
     "Update",
-    "infer_processing",
-    "is_centred",
     "site_map",
 ]
 
@@ -81,7 +78,7 @@ class SiteMap:
 
     def norm(self) -> float:
         """‖BA‖_F without building it: ‖BA‖² = tr((BᵀB)(AAᵀ)); what is constant is left out."""
-        A, B = self.A.double(), self.B.double()
+        A, B = in_float64(self.A), in_float64(self.B)
         return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
@@ -128,77 +125,6 @@ class SiteMap:
             return u @ self.B.T
         B = self.B.unflatten(0, (u.shape[-2], -1))
         return einsum(u, B, "b p h r, h d r -> b p h d").flatten(2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Processing:
-    """What was done to one weight.
-
-    Attributes:
-        folded: γ and β of the norm before it were multiplied in.
-        centred: what it writes sums to zero over the residual stream.
-    """
-
-    folded: bool
-    centred: bool
-
-
-def infer_processing(
-    name: str,
-    weight: Float[Tensor, "out in"],
-    base: Float[Tensor, "out in"],
-    gamma: Float[Tensor, "in"] | None,
-    *,
-    centres_reads: bool,
-    centres_writes: bool,
-) -> Processing:
-    """Which processing turns the base's weight into the model's, found by comparing them.
-
-    Args:
-        name: of the site, for the error.
-        weight: the hooked model's.
-        base: the Hugging Face base's.
-        gamma: γ of the norm that the linear reads; None where it reads none.
-        centres_reads: whether folding this norm also centres what the weight reads (LayerNorm).
-        centres_writes: whether this weight may have been centred.
-
-    Raises:
-        ModelStateError: no processing does, so the model was not made from this base.
-    """
-    eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, base.dtype, torch.float32))
-    weight, base = weight.double(), base.double().to(weight.device)
-    found: list[tuple[float, Processing]] = []
-    for folded in (False, True) if gamma is not None else (False,):
-        candidate = base * gamma.double().to(base.device) if folded and gamma is not None else base
-        for centre_read in (False, True) if folded and centres_reads else (False,):
-            for centred in (False, True) if centres_writes else (False,):
-                expected = candidate
-                if centre_read:
-                    expected = expected - expected.mean(1, keepdim=True)
-                if centred:
-                    expected = expected - expected.mean(0, keepdim=True)
-                error = float((weight - expected).abs().max())
-                found.append((error, Processing(folded, centred)))
-    error, processing = min(found, key=lambda pair: pair[0])
-    size = float(torch.maximum(base.abs().max(), weight.abs().max()))
-    if error > 16 * eps * size:
-        raise ModelStateError(
-            f"{name}: no known processing turns hf_model's weight into the model's (they differ by "
-            f"{error:.3g}, and the largest entry is {size:.3g}). Pass the base that this hooked "
-            "model was made from; refactor_factored_attn_matrices is not supported."
-        )
-    return processing
-
-
-def is_centred(weight: Float[Tensor, "out in"]) -> bool:
-    """Whether every column of a writing weight sums to zero over the residual stream.
-
-    Args:
-        weight: of a module that writes to the residual stream.
-    """
-    eps = torch.finfo(weight.dtype).eps
-    weight = weight.double()
-    return bool((weight.mean(0).abs().max() <= 8 * eps * weight.abs().max()).item())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -257,16 +183,21 @@ def site_map(update: Update, basis: Basis) -> SiteMap:
         update: ΔW and Δb as the adapter holds them.
         basis: of the site in the hooked model.
     """
-    reads = update.A.double().to(basis.device)
-    writes = update.B.double().to(basis.device) * update.scale
+    home = float64_device(basis.device)
+    reads = in_float64(update.A).to(home)
+    writes = in_float64(update.B).to(home) * update.scale
     a0, heads = _offset(reads, basis)
-    behind = reads.to(basis.dtype) if basis.gamma_is_own and basis.gamma is not None else None
+
+    def held(tensor: Tensor) -> Tensor:
+        return tensor.to(basis.dtype).to(basis.device)
+
+    behind = held(reads) if basis.gamma_is_own and basis.gamma is not None else None
     if basis.gamma is not None:
-        reads = reads * basis.gamma.double().to(basis.device)
+        reads = reads * in_float64(basis.gamma).to(home)
     if basis.centre_read:
         reads = reads - reads.mean(1, keepdim=True)
     if update.bias is not None:
-        bias = update.bias.to(basis.device)
+        bias = in_float64(update.bias).to(home)
         reads, writes, a0, heads = _with_bias(reads, writes, a0, heads, bias, basis.n_heads)
     if basis.centre_write:
         writes = writes - writes.mean(0, keepdim=True)
@@ -274,10 +205,10 @@ def site_map(update: Update, basis: Basis) -> SiteMap:
         by_head = writes.unflatten(0, (-1, basis.d_head))
         writes = by_head.repeat_interleave(basis.kv_copies, 0).flatten(0, 1)
     return SiteMap(
-        reads.to(basis.dtype),
-        writes.to(basis.dtype),
-        None if a0 is None else a0.to(basis.dtype),
-        None if heads is None else heads.to(basis.dtype),
+        held(reads),
+        held(writes),
+        None if a0 is None else held(a0),
+        None if heads is None else held(heads),
         A_behind_gamma=behind,
     )
 
@@ -286,7 +217,7 @@ def _offset(reads: Tensor, basis: Basis) -> tuple[Tensor | None, Tensor | None]:
     """a₀ = Aβ, and its split over the heads of the input where it has them."""
     if basis.beta is None or not bool((basis.beta != 0).any()):
         return None, None
-    beta = basis.beta.double().to(basis.device)
+    beta = in_float64(basis.beta).to(reads.device)
     a0 = reads @ beta
     if not basis.n_heads:
         return a0, None
@@ -304,7 +235,7 @@ def _with_bias(
     one = reads.new_ones(1)
     a0 = torch.cat([reads.new_zeros(len(reads)) if a0 is None else a0, one])
     reads = torch.cat([reads, reads.new_zeros(1, reads.shape[1])])
-    writes = torch.cat([writes, bias.double()[:, None]], 1)
+    writes = torch.cat([writes, bias[:, None]], 1)
     if not n_heads:
         return reads, writes, a0, None
     spread = reads.new_zeros(n_heads + 1, len(reads))

@@ -136,14 +136,16 @@ def write(out: Tensor, site_map: SiteMap, u: Tensor, gate: Tensor) -> Tensor:
 
 
 class _Reader:
-    """Keeps the last firings of a read point until its sites have written."""
+    """Keeps the last firings of a read point until the next block begins."""
 
-    def __init__(self, firings: int) -> None:
+    def __init__(self, firings: int, holding: list[_Reader]) -> None:
         self.kept: collections.deque[Tensor] = collections.deque(maxlen=firings)
+        self._holding = holding
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         del hook
         self.kept.append(tensor)
+        self._holding.append(self)
 
 
 class _Writer:
@@ -218,6 +220,12 @@ def site_hooks(
     """
     by_start: dict[str | None, list[tuple[str, HookFn]]] = {}
     readers: dict[str, _Reader] = {}
+    holding: list[_Reader] = []
+
+    def let_go() -> None:
+        while holding:
+            holding.pop().kept.clear()
+
     for index in _norms_first(plan):
         site, port = plan.sites[plan.injections[index].site], plan.injections[index].ports
         start = plan.host.block_input(site.layer) if site.layer >= 0 else port.read
@@ -227,7 +235,7 @@ def site_hooks(
             continue
         for name in (port.like, port.read):
             if name is not None and name != port.write and name not in readers:
-                readers[name] = _Reader(port.firings)
+                readers[name] = _Reader(port.firings, holding)
                 hooks.append((name, readers[name]))
         hooks.append((port.write, _Writer(index, plan, readers, inject)))
     arranged = list(before)
@@ -236,7 +244,7 @@ def site_hooks(
         first = [(name, fn) for name, fn in reversed(before) if name in written]
         ours = [(n, fn, isinstance(fn, _Reader)) for n, fn in [*hooks, *first] if n in points]
         if start is not None and start in points:
-            arranged.append((start, Arranger(points, ours)))
+            arranged.append((start, Arranger(points, ours, let_go)))
         arranged.extend(hooks)
     return arranged
 

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import word
+from lens_lora.float64 import float64_device, in_float64
 from lens_lora.hooked.basis import SiteMap, Update
 
 __all__ = ["Gauge", "Turn", "gauge_of", "svd_factors", "svd_turn", "turned"]
@@ -66,7 +67,8 @@ def svd_turn(update: Update) -> Turn:
     Args:
         update: of one site, in the Hugging Face basis.
     """
-    A, B = update.A.double(), update.B.double().to(update.A.device) * update.scale
+    A = in_float64(update.A)
+    B = in_float64(update.B).to(A.device) * update.scale
     rank, few = len(A), min(len(A), len(B), A.shape[1])
     u, back, sigma = A.new_zeros(rank, rank), A.new_zeros(rank, rank), A.new_zeros(rank)
     if few:
@@ -106,17 +108,23 @@ def turned(site: SiteMap, turn: Turn) -> SiteMap:
     """
     u, back = _with_bias(turn.u, site), _with_bias(turn.B, site)
 
+    def wide(tensor: Tensor) -> Tensor:
+        return in_float64(tensor).to(u.device)
+
+    def back_home(tensor: Tensor) -> Tensor:
+        return tensor.to(site.dtype).to(site.device)
+
     def of(tensor: Tensor | None, matrix: Tensor) -> Tensor | None:
-        return None if tensor is None else (tensor.double() @ matrix).to(tensor.dtype)
+        return None if tensor is None else back_home(wide(tensor) @ matrix)
 
     behind = site.A_behind_gamma
     return SiteMap(
-        A=(u @ site.A.double()).to(site.dtype),
-        B=(site.B.double() @ back).to(site.dtype),
+        A=back_home(u @ wide(site.A)),
+        B=back_home(wide(site.B) @ back),
         a0=of(site.a0, u.T),
         a0_by_head=of(site.a0_by_head, u.T),
         B_by_head=of(site.B_by_head, back),
-        A_behind_gamma=None if behind is None else (turn.u.to(u) @ behind.double()).to(behind),
+        A_behind_gamma=None if behind is None else back_home(turn.u.to(u) @ wide(behind)),
     )
 
 
@@ -124,7 +132,7 @@ def _with_bias(matrix: Tensor, site: SiteMap) -> Tensor:
     """The matrix with a one for the coordinate of a change of bias, where the map has it."""
     extra = site.rank - len(matrix)
     one = torch.eye(extra, dtype=matrix.dtype, device=matrix.device)
-    return torch.block_diag(matrix, one).to(site.device)
+    return torch.block_diag(matrix, one).to(float64_device(site.device))
 
 
 def _is_positive(values: Tensor, size: int) -> Tensor:

@@ -19,18 +19,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.errors import ModelStateError
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.base_weights import BaseWeights
 from lens_lora.hooked.basis import (
     Basis,
-    Processing,
     SiteMap,
     Update,
-    infer_processing,
-    is_centred,
     site_map,
 )
 from lens_lora.hooked.host_interface import HostInterface
 from lens_lora.hooked.norm_map import NormMap, NormUpdate
+from lens_lora.hooked.processing import Processing, infer_processing, is_centred
 from lens_lora.hooked.site_factors import SiteFactors, fused_rows
 from lens_lora.hooked.sites import WRITER_KINDS, Heads
 from lens_lora.hooked.value_bias import Constant, constant_of_v
@@ -202,9 +201,9 @@ class Host(HostInterface):
         beta = base.affine(norm_path)[1] if norm_path and folded else None
         total = torch.zeros(self.heads.n_kv * self.heads.d_head, dtype=torch.float64)
         if bias is not None:
-            total += bias.double().cpu()
+            total += bias.cpu().double()
         if beta is not None:
-            total += (base.weight(path, rows).double() @ beta.double()).cpu()
+            total += (in_float64(base.weight(path, rows)) @ in_float64(beta)).cpu()
         return total
 
     def constant_of_v(

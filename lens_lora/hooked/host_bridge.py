@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
+from lens_lora.float64 import float64_device
 from lens_lora.hooked.attaching import add_pre_hook
+from lens_lora.hooked.fused_attention import has_fused_attention
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
 from lens_lora.hooked.quantised import dequantised, quantised_name
@@ -62,6 +64,11 @@ class BridgeHost(Host):
     def grows(self) -> bool:
         """False for families that make position data for each row (Bloom, OPT)."""
         return type(self.model.original_model).__name__ not in _FIXED_BATCH
+
+    @property
+    def keeps_patterns(self) -> bool:
+        """False where attention is Hugging Face's own, by a fused kernel."""
+        return not has_fused_attention(self.model)
 
     def _component(self, layer: int, kind: str) -> tuple[str, Any]:
         if kind in ("embed", "pos_embed", "unembed"):
@@ -167,7 +174,10 @@ class BridgeHost(Host):
             raise no_such_norm(site)
         bias = getattr(norm, "bias", None)
         offset = self.family.gamma_offset
-        gamma = norm.weight.detach().double() + offset if offset else norm.weight.detach()
+        gamma = norm.weight.detach()
+        if offset:
+            has_float64 = float64_device(gamma.device) == gamma.device
+            gamma = (gamma.double() if has_float64 else gamma.float()) + offset
         return gamma, None if bias is None else bias.detach()
 
     def _norm(self, layer: int, kind: str) -> tuple[str, Any]:
@@ -189,6 +199,11 @@ class BridgeHost(Host):
                 f"blocks.{layer}.ln1: the adapter changes this norm, and with use_split_qkv_input "
                 "or use_attn_in this TransformerBridge normalises each head's input past its hook "
                 "points. Turn the flags off."
+            )
+        if kind in ("q_norm", "k_norm") and not self.keeps_patterns:
+            raise ModelStateError(
+                f"blocks.{layer}.attn.{kind}: the adapter changes this norm, and with attn='sdpa' "
+                "its hook points show another layout. Load the model with attn='eager'."
             )
         name, _ = self._norm(layer, kind)
         layout = "heads_first" if kind in ("q_norm", "k_norm") else "rows"

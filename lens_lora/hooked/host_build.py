@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lens_lora.errors import ModelStateError
-from lens_lora.hooked.host_check import base_logits, require_same_logits
+from lens_lora.hooked.fused_attention import fuse_attention
+from lens_lora.hooked.host_check import base_logits, refuse_offloaded, require_same_logits
 from lens_lora.hooked.quantised import differentiable_products, quantised_linears
 from lens_lora.temporary import Temporary
 
@@ -64,6 +65,7 @@ def hooked_model(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     kind: Kind | None = None,
+    attn: str = "eager",
 ) -> tuple[Any, str]:
     """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
 
@@ -73,10 +75,12 @@ def hooked_model(
         hf_model: a causal language model.
         tokenizer: its tokenizer; without one, prompts are token ids.
         kind: the class to build; by default HookedTransformer if TransformerLens has it.
+        attn: 'sdpa' for a TransformerBridge without attention patterns.
 
     Raises:
         ModelStateError: the installed TransformerLens lacks the class, or the hooked model that
-            it builds computes other logits than the Hugging Face model.
+            it builds computes other logits than the Hugging Face model; or an 'sdpa' that the
+            class or the family does not have.
     """
     chosen = kind or hooked_transformer_if_there()
     makers = {"HookedTransformer": _hooked_transformer, "TransformerBridge": _bridge}
@@ -85,11 +89,19 @@ def hooked_model(
             "a HookedTransformer copies its weights, and these are quantised; take a "
             "TransformerBridge (transformer-lens 3 or newer), which wraps the model itself."
         )
+    if chosen == "HookedTransformer" and attn != "eager":
+        raise ModelStateError(
+            f"attn={attn!r}: a HookedTransformer always computes attention patterns. Take a "
+            "TransformerBridge, or bound the memory of long prompts by lens.within(max_memory)."
+        )
+    refuse_offloaded(hf_model)
     hf_model.config.architectures = [type(hf_model).__name__]
     products = functools.partial(differentiable_products, modules=quantised_linears(hf_model))
     with Temporary(products):
         expected = base_logits(hf_model, hf_model.dtype)
         model = _made(makers[chosen], chosen, hf_model, tokenizer)
+        if attn == "sdpa":
+            fuse_attention(model)
         require_same_logits(
             expected,
             lambda tokens: model(tokens, return_type="logits"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
 from lens_lora.hooked.site_factors import SiteFactors, no_such_norm
@@ -38,7 +39,7 @@ class HookedTransformerHost(Host):
         model: the HookedTransformer.
 
     Raises:
-        ModelStateError: a family that is not supported, or refactored attention.
+        ModelStateError: a family that is not supported, refactored attention, several devices.
     """
 
     class_name: ClassVar[str] = "HookedTransformer"
@@ -51,6 +52,13 @@ class HookedTransformerHost(Host):
         heads = Heads(cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
         ungrouped = getattr(cfg, "ungroup_grouped_query_attention", False)
         super().__init__(model, family, heads, heads.n_heads // heads.n_kv if ungrouped else 1)
+        if getattr(cfg, "n_devices", 1) > 1:
+            raise ModelStateError(
+                f"this HookedTransformer is spread over {cfg.n_devices} devices (n_devices), where "
+                "it moves activations but not all that it computes with. Put it on one device "
+                "(n_devices=1), or take a TransformerBridge over several: ll.load(name, adapter, "
+                "device_map='balanced'), with transformer-lens 3 or newer."
+            )
         self._refuse_refactored()
 
     @property
@@ -61,7 +69,7 @@ class HookedTransformerHost(Host):
     def _refuse_refactored(self) -> None:
         """A refactored attention's W_O is a rotation: every head's rows are orthonormal."""
         for layer, block in enumerate(self.model.blocks):
-            heads = block.attn.W_O.detach().double()
+            heads = in_float64(block.attn.W_O.detach())
             gram = heads @ heads.transpose(1, 2)
             identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             if gram.shape[-1] > 1 and bool(((gram - identity).abs().amax() < 1e-4).item()):

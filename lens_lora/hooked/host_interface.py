@@ -54,6 +54,11 @@ class HostInterface(abc.ABC):
         They may if the other inputs of a block (masks, positions) are the same for each row.
         """
 
+    @property
+    def keeps_patterns(self) -> bool:
+        """Whether attention makes its pattern, [head, query, key] in each row."""
+        return True
+
     @abc.abstractmethod
     def ports(self, layer: int, kind: str) -> Ports:
         """Where z is read and δ is added."""

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.float64 import in_float64
 from lens_lora.hooked.basis import Input, SiteMap
 
 __all__ = ["NormMap", "NormUpdate"]
@@ -83,7 +84,7 @@ class NormMap(SiteMap):
 
     def norm(self) -> float:
         """‖diag(Δγ)‖_F = ‖Δγ‖."""
-        return float(self.gamma.double().norm())
+        return float(in_float64(self.gamma).norm())
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """(diag(Δγ), I)."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from lens_lora.adapters.factors import LoRAFactors, dense_factors
 from lens_lora.adapters.trained import TrainedModule
 from lens_lora.errors import AdapterError
+from lens_lora.float64 import float64_device, in_float64
 from lens_lora.hooked.base_at_hand import BaseAtHand, is_same
 from lens_lora.hooked.basis import Update
 from lens_lora.hooked.norm_map import NormUpdate
@@ -96,10 +97,12 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, base: BaseAtHand) -> Up
     if stored is None and not factors.needs_base_weight:
         return own
     what = "DoRA's ΔW" if factors.needs_base_weight else "ΔW of a stored weight"
-    W = base.weight(site, what).double()
+    held = base.weight(site, what)
+    W = in_float64(held)
     if factors.needs_base_weight:
         turned = factors.materialise((W if stored is None else stored).to(W))
-        own = dataclasses.replace(_dense(turned), bias=own.bias)
+        dtype = torch.promote_types(held.dtype, torch.float32)  # a dense ΔW is kept, half as large
+        own = dataclasses.replace(_dense(turned.to(dtype)), bias=own.bias)
     if stored is None:
         return own
     return summed(own, _dense(factors.strength * _difference(stored, W)))
@@ -148,7 +151,7 @@ def _bias_change(site: SiteFactors, base: BaseAtHand) -> Float[Tensor, "out"] | 
     factors, change = site.factors, None
     trained = factors.trained_bias if isinstance(factors, LoRAFactors) else factors.bias
     if isinstance(factors, LoRAFactors) and factors.lora_bias is not None:
-        change = factors.scale * factors.lora_bias.double()
+        change = factors.scale * in_float64(factors.lora_bias)
     if trained is not None:
         own = base.bias(site)
         if own is None:
@@ -157,12 +160,13 @@ def _bias_change(site: SiteFactors, base: BaseAtHand) -> Float[Tensor, "out"] | 
                 "model has none there; it was trained on another base model."
             )
         if not is_same(trained, own):
-            moved = trained.double() - own.double().to(trained.device)
+            wide = in_float64(trained)
+            moved = wide - in_float64(own).to(wide.device)
             change = moved if change is None else change + moved
     elif isinstance(factors, TrainedModule) and factors.tokens is not None:
         # In PEFT's layer of trained rows a head has no bias.
         own = base.bias(site) if site.kind == "unembed" else None
-        change = None if own is None or not bool(own.any()) else -own.double()
+        change = None if own is None or not bool(own.any()) else -in_float64(own)
     return None if change is None else change * factors.strength
 
 
@@ -181,9 +185,9 @@ def summed(one: Update, other: Update) -> Update:
     Args:
         one, other: of the same site.
     """
-    device = one.A.device
-    A = torch.cat([one.A.double(), other.A.double().to(device)])
-    B = torch.cat([one.B.double() * one.scale, other.B.double().to(device) * other.scale], 1)
+    device = float64_device(one.A.device)
+    A = torch.cat([in_float64(u.A).to(device) for u in (one, other)])
+    B = torch.cat([in_float64(u.B).to(device) * u.scale for u in (one, other)], 1)
     biases = [u.bias.to(device) for u in (one, other) if u.bias is not None]
     return Update(A, B, 1.0, torch.stack(biases).sum(0) if biases else None)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.errors import ArgumentError
+from lens_lora.float64 import in_float64
 
 __all__ = ["Sampling"]
 
@@ -72,10 +73,10 @@ class Sampling:
         """
         if self.temperature == 0:
             return logits.argmax(-1)
-        p, ids = (logits.double() / self.temperature).softmax(-1).sort(-1, descending=True)
+        p, ids = (in_float64(logits) / self.temperature).softmax(-1).sort(-1, descending=True)
         before = p.cumsum(-1) - p
         # Half a unit of rounding: tokens that reach top_p exactly are enough.
         kept = torch.where(before < self.top_p - torch.finfo(p.dtype).eps / 2, p, 0.0).cumsum(-1)
         reached = (noise.to(kept)[:, None] * kept[:, -1:]).contiguous()
         at = torch.searchsorted(kept, reached, right=True).clamp_max(p.shape[-1] - 1)
-        return ids.gather(-1, at)[:, 0]
+        return ids.gather(-1, at)[:, 0].to(logits.device)

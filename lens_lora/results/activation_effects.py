@@ -66,7 +66,7 @@ class ActivationEffects(Ranked):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, hook point and existing position: effect, share of the shift."""
-        values, share = self.values.double().cpu(), self.share.double().cpu()
+        values, share = self.values.cpu().double(), self.share.cpu().double()
         index = (~values.isnan()).nonzero()
         prompts, names = index[:, 0].tolist(), index[:, 1].tolist()
         columns: dict[str, object] = {
@@ -117,7 +117,7 @@ class ActivationEffects(Ranked):
         if self.by_position:
             prompt = only_prompt(prompt, batch, "positions")
         rows = prompt_rows(prompt, batch)
-        values, shift = (x[rows].double().cpu() for x in (self.values, self.shift))
+        values, shift = (x[rows].cpu().double() for x in (self.values, self.shift))
         return torch.mean(values, 0), shift.mean()
 
     def plot(self, prompt: int | None = None) -> Figure:

@@ -106,7 +106,7 @@ class Activations(Result):
             "sink": self.sinks.cpu()[prompt, position].tolist(),
             "response": (position >= self.starts.cpu()[prompt]).tolist(),
             "rank": rank.tolist(),
-            "value": self.values.cpu()[tuple(index.T)].double().tolist(),
+            "value": self.values.cpu()[tuple(index.T)].cpu().double().tolist(),
         }
         return pd.DataFrame(columns)
 
@@ -136,7 +136,7 @@ class Activations(Result):
             SiteError: no such site, or several.
             ArgumentError: no such prompt or rank, another sign, or a k or context below 0.
         """
-        values = self.of(site).double().cpu().numpy()
+        values = self.of(site).cpu().double().numpy()
         k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
         if not sinks:
             values = np.where(self.sinks.cpu().numpy()[..., None], np.nan, values)

@@ -139,7 +139,7 @@ class Attribution(Ranked):
         }
         if group not in labels:
             raise ArgumentError(f"group {group!r}: expected 'site', 'layer' or 'kind'.")
-        frame = pd.DataFrame(self.per_site.T.double().cpu().numpy(), index=labels[group])
+        frame = pd.DataFrame(self.per_site.T.cpu().double().numpy(), index=labels[group])
         summed = cast(pd.DataFrame, frame.groupby(level=0, sort=False).sum())
         return summed.rename_axis(index=group, columns="prompt")
 
@@ -176,7 +176,7 @@ class Attribution(Ranked):
             columns["head"] = [pd.NA if h == none else h for h in columns["head"]]
         values = self.values.cpu()[tuple(index.T)].double()
         columns["value"] = values.tolist()
-        columns["share"] = (values / self.shift.double().cpu()[index[:, 0]]).tolist()
+        columns["share"] = (values / self.shift.cpu().double()[index[:, 0]]).tolist()
         frame = pd.DataFrame(columns)
         return frame.astype({"head": "Int64"}) if "head" in self.by else frame
 

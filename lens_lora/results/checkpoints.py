@@ -90,7 +90,7 @@ class Checkpoints(Read):
         """The step at which the readout first changes sign, linear between checkpoints; NaN where
         it never does."""
         steps = torch.tensor([0.0, *self.steps], dtype=torch.float64)
-        values = torch.cat([self.base[None], self.adapted]).double().cpu()
+        values = torch.cat([self.base[None], self.adapted]).cpu().double()
         crossed = (values[1:].sign() != values[:1].sign()).int()
         first = crossed.argmax(0)
         columns = torch.arange(values.shape[1])
@@ -147,10 +147,10 @@ class Checkpoints(Read):
         groups: Groups = group_sites(self.sites, group)
         members = indicator(groups, len(self.sites)).double()
         if what == "effect":
-            found = self.effects.double().cpu().mean(1) @ members.T
+            found = self.effects.cpu().double().mean(1) @ members.T
         else:
             of = self.moved if what == "moved" else self.norms
-            found = (of.double().cpu().square() @ members.T).sqrt()
+            found = (of.cpu().double().square() @ members.T).sqrt()
         return pd.DataFrame(found.T.numpy(), index=list(groups), columns=list(self.steps))
 
     def story(self) -> str:

@@ -148,8 +148,8 @@ class Effects(Ranked):
                 "prompt": np.repeat(np.arange(batch), count),
                 "group": list(self.groups) * batch,
                 "sites": [len(of) for of in self.groups.values()] * batch,
-                "effect": self.values.double().cpu().flatten().numpy(),
-                "share": self.share.double().cpu().flatten().numpy(),
+                "effect": self.values.cpu().double().flatten().numpy(),
+                "share": self.share.cpu().double().flatten().numpy(),
             }
         )
 

@@ -166,7 +166,7 @@ class Ranked(Measured):
             ArgumentError: no such prompt.
         """
         rows = prompt_rows(prompt, len(self.base))
-        held, shift = (x[rows].double().cpu().mean(0) for x in (values, self.shift))
+        held, shift = (x[rows].cpu().double().mean(0) for x in (values, self.shift))
         return held, shift
 
     @abc.abstractmethod
@@ -219,7 +219,7 @@ def per_prompt(numbers: Mapping[str, Float[Tensor, "batch"]]) -> dict[str, list[
     Args:
         numbers: column → a number per prompt.
     """
-    return {name: values.detach().double().cpu().tolist() for name, values in numbers.items()}
+    return {name: values.detach().cpu().double().tolist() for name, values in numbers.items()}
 
 
 def flat(numbers: Mapping[str, Float[Tensor, "*rows"]]) -> dict[str, list[float]]:

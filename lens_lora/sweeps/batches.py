@@ -278,4 +278,4 @@ def _flips(readout: Readout, base: float, adapted: float) -> bool | None:
 
 
 def _numbers(values: Tensor) -> np.ndarray:
-    return values.detach().double().cpu().numpy()
+    return values.detach().cpu().double().numpy()

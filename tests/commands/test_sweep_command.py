@@ -12,8 +12,10 @@ import typer
 from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, two_processes, write_csv, write_jsonl
 from typer.testing import CliRunner
 
+from lens_lora.commands import run_sweep
 from lens_lora.commands.sweep import sweep
 from lens_lora.commands.terminal import one_line_errors
+from lens_lora.sweeps.processes import Processes
 
 app = typer.Typer()
 app.command()(one_line_errors()(sweep))
@@ -32,6 +34,17 @@ def tiny(tmp_path_factory):
     models.tokenizer().save_pretrained(folder / "base")
     models.peft_model("llama", base).save_pretrained(folder / "lora")
     return folder
+
+
+@pytest.mark.bad_input
+def test_several_processes_do_not_share_a_device_map(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_sweep, "launched", lambda: Processes(0, 2))
+    records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
+    found = command(
+        "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records,
+        "--out", tmp_path / "r.parquet", "--device-map", "auto",
+    )  # fmt: skip
+    assert found.exit_code == 2 and "--device-map and 2 processes" in found.stderr
 
 
 def test_command_on_a_folder(tiny, tmp_path):

@@ -151,6 +151,12 @@ def test_attention_without_patterns_gives_the_same_numbers(tiny):
             for each in (lens, plain)
         )
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert plain.plan.host.keeps_patterns and not lens.plan.host.keeps_patterns
+    shown: list[str] = []
+    with torch.no_grad(), lens.applied() as model:
+        hooks = [("blocks.0.attn.hook_pattern", lambda t, hook: shown.append(hook.name))]
+        model.run_with_hooks(models.tokens(), fwd_hooks=hooks)
+    assert not shown
 
 
 @models.NEEDS_BRIDGE
@@ -164,6 +170,7 @@ WRONG = {
     "dtype": ({"dtype": "float8"}, "dtype='float8'; expected 'auto', 'float32'"),
     "attention": ({"attn": "flash_attention_2"}, "expected 'eager', 'sdpa'"),
     "two quantisations": ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
+    "a map to the disk": ({"device_map": {"model": "disk"}}, "Leave 'disk' out"),
     "two places": ({"device": "cpu", "device_map": "auto"}, "exclude each other"),
 }
 

@@ -29,16 +29,16 @@ VERBS: dict[str, tuple[Call, Callable[[int], int]]] = {
     "coupling": (quiet(ll.coupling), lambda S: 3),
     "faithfulness": (
         quiet(ll.faithfulness, torch.ones(14), fractions=[0.5], draws=2),
-        lambda S: 2 + 9 + 1 + 2 * 2 * 5,
+        lambda S: 2 + 10 + 1 + 2 * 2 * 5,
     ),
     "first_order": (quiet(ll.first_order), lambda S: 3),
-    "null_test": (quiet(ll.null_test, draws=2), lambda S: 3 + 9 + 2 * 2),
-    "patch_sites": (quiet(ll.patch_sites), lambda S: 2 + S),
-    "path_attribution": (quiet(ll.path_attribution, max_nodes=4), lambda S: 2 + 9 + 2 + 4),
-    "reliability": (quiet(ll.reliability, how="leave_one_out"), lambda S: 3 + 9 + 1),
-    "remainder": (quiet(ll.remainder), lambda S: 3 + 9 + 8 + 3),
-    "remainder_curve": (quiet(ll.remainder_curve), lambda S: 3 + 9 + 8 + 23),
-    "second_order": (quiet(ll.second_order), lambda S: 3 + 9 + 8 + 23 + 9),
+    "null_test": (quiet(ll.null_test, draws=2), lambda S: 3 + 10 + 2 * 2),
+    "patch_sites": (quiet(ll.patch_sites), lambda S: 2 + S + 5),
+    "path_attribution": (quiet(ll.path_attribution, max_nodes=4), lambda S: 2 + 10 + 2 + 4),
+    "reliability": (quiet(ll.reliability, how="leave_one_out"), lambda S: 3 + 10 + 1),
+    "remainder": (quiet(ll.remainder), lambda S: 3 + 10 + 8 + 3),
+    "remainder_curve": (quiet(ll.remainder_curve), lambda S: 3 + 10 + 8 + 23),
+    "second_order": (quiet(ll.second_order), lambda S: 3 + 10 + 8 + 23 + 9),
 }
 
 

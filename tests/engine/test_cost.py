@@ -93,7 +93,8 @@ def test_memory_bounds_the_rows_and_changes_nothing(cls: str, monkeypatch):
     prompts = lens.prompts(PROMPTS)
     longest = prompts.row(1)
     row, always = row_bytes(lens, longest, 2), pass_bytes(lens)
-    found = [tangents_at_once(lens, longest, always + m * row, read=2) for m in (2, 3.5, 9)]
+    bounded = [lens.within(always + m * row) for m in (2, 3.5, 9)]
+    found = [tangents_at_once(one, longest, read=2) for one in bounded]
     assert found == [1, 2, 8]
     whole = ll.logit_shift(lens, prompts, mode="forward", progress=False)
     for memory in (always + 2 * row, always + 4 * row, 1e12):

@@ -238,3 +238,24 @@ def test_settings_that_are_left_on_show(name: str, cls: str, monkeypatch):
     with AROUND[name]():
         found = CALLS["first_orders"](lens_of(cls), tokens())
     assert not same(found, expected(cls)["first_orders"], 1e-3)
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("what", ["torch", "a device", "python"])
+def test_memory_that_runs_out_names_what_bounds_it(cls: str, what: str):
+    lens, large = lens_of(cls), 2**50
+
+    def ask_too_much(tensor: torch.Tensor, hook: object) -> None:
+        if what == "a device":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        bytearray(large) if what == "python" else torch.empty(large, dtype=torch.uint8)
+
+    hooks = [(lens.plan.host.block_input(1), ask_too_much)]
+    for name in ("logits", "first_order", "forward", "patch_sites", "tangents", "second_order"):
+        for one, says in ((lens, "no bound is set"), (lens.within(1e12), "max_memory is 1e")):
+            with (
+                lens.model.hooks(fwd_hooks=hooks),
+                pytest.raises(ll.OutOfMemoryError, match=rf"{says}.*lens\.within.*names="),
+            ):
+                CALLS[name](one, tokens())
+    assert not lens.model.hook_dict[hooks[0][0]]._forward_hooks

@@ -14,6 +14,7 @@ import torch
 from every_call import CALLS, numbers
 
 import lens_lora as ll
+from lens_lora import float64
 
 devices = pytest.importorskip("devices", reason="this torch has no backends written in Python")
 
@@ -92,6 +93,24 @@ def test_on_one_device(cls: str):
             require_equal(found, expected[name], name)
 
 
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_on_a_device_without_float64(cls: str, monkeypatch: pytest.MonkeyPatch):
+    """MPS is one: maps are built on the CPU, and statistics taken there."""
+    monkeypatch.setattr(float64, "_WITHOUT", {"toy"})
+    targets = TARGETS[cls]
+    expected, own = on_the_cpu(cls, targets), adapter(targets)
+    model = models.MAKERS[cls](base())
+    with devices.tracked(without_float64=True):
+        model.to("toy:0")
+        lens = ll.LoraLens(model, own)
+        assert {site_map.device.type for site_map in lens.maps} == {"toy"}
+        for name in ("first_order", "token_shifts", "ranks, to the mean", "faithfulness"):
+            found = CALLS[name](lens, tokens("toy:0"))
+            if name in expected:
+                require_equal(found, expected[name], name)
+        lens.generate(tokens("toy:0"), 3, temperature=1.0, eos_token_id=(), progress=False)
+
+
 @models.NEEDS_BRIDGE
 @pytest.mark.parametrize(
     ("targets", "tied"), [("linear", False), ("everything", False), ("everything", True)]
@@ -125,3 +144,28 @@ def test_what_mixes_is_seen():
     """The control."""
     with pytest.raises(AssertionError, match=r"toy:0.*toy:1"), devices.tracked():
         torch.ones(2, device="toy:0") + torch.ones(2, device="toy:1")
+
+
+@models.NEEDS_BRIDGE
+@pytest.mark.bad_input
+def test_offloaded_weights_are_refused():
+    """Between calls they are on meta, whose values read as nothing or as an error of torch."""
+    accelerate = pytest.importorskip("accelerate")
+    hf = copy.deepcopy(base())
+    accelerate.cpu_offload(hf, execution_device=torch.device("cpu"))
+    with pytest.raises(ll.ModelStateError, match=r"q_proj|embed_tokens.*offloaded.*load_in_4bit"):
+        ll.load(hf, adapter("linear"), tokenizer=models.tokenizer())
+    bridge = models.bridge(base())
+    part = bridge.blocks[1].mlp.original_component
+    accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
+    with pytest.raises(ll.ModelStateError, match=r"mlp.*offloaded.*device='cpu'"):
+        ll.LoraLens(bridge, adapter("linear"))
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+@pytest.mark.bad_input
+def test_a_hooked_transformer_over_several_devices_is_refused():
+    model = models.hooked_transformer(base())
+    model.cfg.n_devices = 2
+    with pytest.raises(ll.ModelStateError, match=r"2 devices.*device_map='balanced'"):
+        ll.LoraLens(model, adapter("linear"))

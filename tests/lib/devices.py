@@ -1,7 +1,8 @@
 """Accelerators that are not there: real numbers on the CPU, each tensor with the device it claims.
 
 A tensor of device "toy:0" or "toy:1" holds a CPU tensor. What CUDA refuses to mix is recorded, and
-raised at the end of the block: an exception out of a backward pass aborts the interpreter here.
+raised at the end of the block: an exception out of a backward pass aborts the interpreter here. So
+is float64 on a device without it, as MPS is.
 Load adapters before the block, as safetensors cannot be read under a mode.
 """
 
@@ -20,6 +21,7 @@ INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 SYNCS = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select)
 syncs: list[str] = []
 mixed: list[str] = []
+lacking: set[torch.dtype] = set()
 
 
 class _Module(backends._DummyBackendModule):
@@ -82,8 +84,7 @@ def _run(func, args, kwargs):
         met, home = set(), args[0].device
     if len(met) > 1:
         # Kept, not raised: an exception out of a backward pass aborts the interpreter here.
-        own = [f for f in traceback.extract_stack() if "/lens_lora/" in f.filename][-1:]
-        mixed.append(f"{func} on {sorted(map(str, met))} at {own}")
+        mixed.append(f"{func} on {sorted(map(str, met))} at {_own_line()}")
     if kwargs.get("device") is not None:
         home, kwargs = torch.device(kwargs["device"]), {**kwargs, "device": torch.device("cpu")}
         home = torch.device("toy:0") if str(home) == "toy" else home
@@ -94,8 +95,14 @@ def _run(func, args, kwargs):
     args_, kwargs_ = tree_map_only(Placed, lambda t: t.held, (args, kwargs))
     out = func(*args_, **kwargs_)
     if home.type == "toy":
+        if any(t.dtype in lacking for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            mixed.append(f"{func}: no such dtype on {home} at {_own_line()}")
         out = tree_map_only(torch.Tensor, lambda t: Placed(t, home), out)
     return return_and_correct_aliasing(func, args, kwargs, out) if tensors else out
+
+
+def _own_line():
+    return [f for f in traceback.extract_stack() if "/lens_lora/" in f.filename][-1:]
 
 
 class _Mode(TorchDispatchMode):
@@ -123,9 +130,10 @@ _kernels.impl("_copy_from", _copy_from, "PrivateUse1")
 
 
 @contextlib.contextmanager
-def tracked():
+def tracked(*, without_float64: bool = False):
     """Within the block "toy:0" and "toy:1" are devices. Backward passes stay on this thread."""
-    syncs.clear(), mixed.clear()
+    syncs.clear(), mixed.clear(), lacking.clear()
+    lacking.update([torch.float64] if without_float64 else [])
     with torch.autograd.set_multithreading_enabled(False), _Mode():
         yield syncs
     assert not mixed, "\n".join(dict.fromkeys(mixed))

@@ -34,7 +34,7 @@ def activations_figure(
     index = only_prompt(prompt, len(found.str_tokens), "activations")
     tokens, names = found.str_tokens[index], [s.name for s in found.sites]
     rows = found.directions(site)
-    values = found.values[index].double().cpu()
+    values = found.values[index].cpu().double()
     sinks = found.sinks[index].tolist()
     cells: Cells = [
         [None if sinks[t] else float(values[s, t, r]) for t in range(len(tokens))] for s, r in rows

@@ -90,7 +90,7 @@ def require_positions(attribution: Attribution) -> None:
 
 def _by_position(attribution: Attribution, index: int) -> list[list[float]]:
     """[site, position] of one prompt, its padding left out and other axes summed."""
-    values = attribution.values[index].double()
+    values = attribution.values[index].cpu().double()
     for axis in range(len(attribution.by), 0, -1):
         if attribution.by[axis - 1] != "position":
             values = values.nansum(axis)

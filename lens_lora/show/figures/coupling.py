@@ -35,7 +35,7 @@ def coupling_heatmap(coupling: Coupling, prompt: int | None = None) -> go.Figure
         ArgumentError: no such prompt.
     """
     rows = prompt_rows(prompt, len(coupling.matrix))
-    half = coupling.matrix[rows].double().cpu().mean(0) / 2
+    half = coupling.matrix[rows].cpu().double().mean(0) / 2
     names = [label(name) for name in coupling.groups]
     sizes = half.abs().flatten()
     is_cut = len(names) > _MOST_NAMES and bool(sizes.quantile(_CUT) > 0)

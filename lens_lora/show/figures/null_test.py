@@ -31,8 +31,8 @@ def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
     """
     index = only_prompt(prompt, len(test.noise_floor), "null tests")
     sites, units = test.observed.sites, label(test.units)
-    values = test.observed.per_site[index].double().tolist()
-    largest = test.null[:, index].abs().amax(0).double().tolist()
+    values = test.observed.per_site[index].cpu().double().tolist()
+    largest = test.null[:, index].abs().amax(0).cpu().double().tolist()
     outside = [abs(v) > top for v, top in zip(values, largest, strict=True)]
     figure = go.Figure(
         go.Bar(

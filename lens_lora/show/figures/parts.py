@@ -168,11 +168,11 @@ def along_path(curve: RemainderCurve, index: int) -> list[go.Scatter]:
         index: of the prompt.
     """
     base, slope = float(curve.base[index]), float(curve.slope[index])
-    scales = [0.0, *curve.scales.double().tolist()]
+    scales = [0.0, *curve.scales.cpu().double().tolist()]
     units = label(curve.units)
     exact = go.Scatter(
         x=scales,
-        y=[base, *curve.values[index].double().tolist()],
+        y=[base, *curve.values[index].cpu().double().tolist()],
         name="exact",
         mode="lines+markers",
         line={"color": EXACT, "width": 2.5},

@@ -28,8 +28,8 @@ def reliability_figure(found: Reliability, prompt: int | None = None) -> go.Figu
         ArgumentError: no such prompt, or several and none named.
     """
     index = only_prompt(prompt, len(found.flagged), "flags")
-    x = found.attribution.per_site[index].double().tolist()
-    y = found.corrected[index].double().tolist()
+    x = found.attribution.per_site[index].cpu().double().tolist()
+    y = found.corrected[index].cpu().double().tolist()
     figure = go.Figure(_wedge(x, found.threshold))
     for is_flagged, name, colour in (
         (False, "kept, or not material", EXACT),

@@ -34,7 +34,7 @@ def remainder_figure(curve: RemainderCurve, prompt: int | None = None) -> go.Fig
         ArgumentError: no such prompt, or several and none named.
     """
     index = only_prompt(prompt, len(curve.base), "curves along ε")
-    scales = curve.scales.double().tolist()
+    scales = curve.scales.cpu().double().tolist()
     rest, shift = curve.remainder[index].tolist(), curve.shift[index].tolist()
     floors = (SIGMAS * curve.remainder_floor[index]).tolist()
     is_noise = [abs(r) <= floor for r, floor in zip(rest, floors, strict=True)]

@@ -26,7 +26,7 @@ def second_order_figure(second: SecondOrder, prompt: int | None = None) -> go.Fi
     """
     index = only_prompt(prompt, len(second.shift), "curves along ε")
     curve = second.curve
-    scales = [0.0, *curve.scales.double().tolist()]
+    scales = [0.0, *curve.scales.cpu().double().tolist()]
     units = label(curve.units)
     lines = (
         ("exact", curve.shift[index].tolist(), {"color": EXACT, "width": 2.5}),

@@ -42,7 +42,7 @@ def token_view(attribution: Attribution, prompt: int | None = None) -> TokenView
     index = only_prompt(prompt, len(attribution.base), "positions")
     tokens = attribution.str_tokens[index]
     others = [a for a, name in enumerate(attribution.by, start=1) if name != "position"]
-    values = attribution.values[index].double().nansum([0, *others])[: len(tokens)].tolist()
+    values = attribution.values[index].cpu().double().nansum([0, *others])[: len(tokens)].tolist()
     reach = max(map(abs, values), default=0.0) or 1.0
     drawn = _circuitsvis().colored_tokens(
         [str(escape(token)) for token in tokens], values, min_value=-reach, max_value=reach

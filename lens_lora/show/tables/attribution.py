@@ -95,7 +95,9 @@ def prompt_rows(attribution: Attribution) -> list[Row]:
         A cell for each of PROMPT_HEADS.
     """
     columns = ("base", "adapted", "shift", "total", "remainder")
-    numbers = [getattr(attribution, name)[:_PROMPTS_SHOWN].double().tolist() for name in columns]
+    numbers = [
+        getattr(attribution, name)[:_PROMPTS_SHOWN].cpu().double().tolist() for name in columns
+    ]
     rows: list[Row] = []
     for i, values in enumerate(zip(*numbers, strict=True)):
         share = percent(values[4] / values[2]) if values[2] else "—"

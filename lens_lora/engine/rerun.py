@@ -1,0 +1,89 @@
+"""Reverse mode within less memory: blocks keep their inputs alone, and run again on the way back.
+
+1. Each block runs under torch's non-reentrant checkpointing: the graph is the same, but what its
+   nodes save is thrown away. On the way back a block runs once more, when the first of these
+   tensors is asked for, so one block's tensors are held at a time.
+2. Hooks within a block therefore fire twice, a user's own too, and must be on the model until the
+   way back is done. They see the same numbers, with the same draws of torch's random numbers.
+3. A second run that returns something else than the first (a hook that counts its calls, say) would
+   give wrong derivatives, so it is refused.
+4. No key-value cache: a second run would append to it.
+
+Cost: one more forward pass for each way back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from lens_lora.errors import ModelStateError
+from lens_lora.lens import LoraLens
+from lens_lora.temporary import Temporary
+
+__all__ = ["blocks_rerun"]
+
+_CACHES = ("cache", "layer_past", "past_key_value", "past_key_values", "past_kv_cache_entry")
+
+
+def blocks_rerun(lens: LoraLens) -> AbstractContextManager[None]:
+    """Within the block, passes with a graph keep no more than the inputs of blocks.
+
+    The lens's hooks must stay on until the way back is done.
+
+    Args:
+        lens: the adapter over the model.
+    """
+
+    def replace(span: Temporary) -> None:
+        for layer, block in enumerate(lens.model.blocks):
+            own = vars(block)
+            before = own.get("forward")
+            span.way_back(functools.partial(_put_back, own, before))
+            own["forward"] = functools.partial(_run_twice, f"blocks.{layer}", block.forward)
+
+    return Temporary(replace)
+
+
+def _put_back(own: dict[str, Any], forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        own.pop("forward", None)
+    else:
+        own["forward"] = forward
+
+
+def _run_twice(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    kwargs = {key: None if key in _CACHES else value for key, value in kwargs.items()}
+    once: list[Tensor] = []
+
+    def run(*args: Any) -> Any:
+        out = forward(*args, **kwargs)
+        residual = (out[0] if isinstance(out, tuple) else out).detach()
+        if once:
+            _require_same(name, once[0], residual)
+        else:
+            once.append(residual)
+        return out
+
+    # To its end, so that there is an output to compare.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(run, *args, use_reentrant=False)
+
+
+def _require_same(name: str, first: Tensor, second: Tensor) -> None:
+    room = torch.finfo(first.dtype).eps ** 0.5 * first.abs().max()
+    if not bool(((first - second).abs().max() <= room) | first.isnan().any()):
+        raise ModelStateError(
+            f"{name}: within max_memory a block runs again on the way back, and it returned "
+            "something else than the first time. A hook of yours depends on how often it was "
+            "called, or draws numbers of its own. Make it return the same each time, or allow "
+            "more memory."
+        )

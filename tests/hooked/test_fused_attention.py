@@ -1,0 +1,88 @@
+"""attn='sdpa': the same function, and no [head, query, key] anywhere."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+from every_call import CALLS, MARGIN, same
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lens_lora as ll
+from lens_lora.hooked.fused_attention import fuse_attention
+from lens_lora.hooked.host_build import hooked_model
+
+pytestmark = models.NEEDS_BRIDGE
+LONG = 23
+
+
+def pair(family: str) -> tuple[ll.LoraLens, ll.LoraLens]:
+    """The lens over a bridge as it is, and over one with fused attention."""
+    base = models.hf_model(family)
+    peft = models.peft_model(family, base)
+    plain, fused = models.bridge(base), models.bridge(base)
+    fuse_attention(fused)
+    adapter = ll.Adapter.from_peft(peft)
+    return ll.LoraLens(plain, adapter), ll.LoraLens(fused, adapter)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mixtral", "phi", "opt", "gptj"])
+def test_the_same_numbers(family: str):
+    """Grouped heads, norms of q and k, sliding windows, partial rotations, learned positions."""
+    tokens = models.tokens(pos=11)
+    with models.lifted():
+        plain, fused = pair(family)
+        for name in ("logits", "first_order", "forward", "coupling", "patch_sites", "generate"):
+            found, expected = CALLS[name](fused, tokens), CALLS[name](plain, tokens)
+            assert same(found, expected, 1e-12), name
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor with two axes of the prompt's length, in heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-2:] == (LONG, LONG):
+                self.heads = max(self.heads, tensor[..., 0, 0].numel())
+        return out
+
+
+def test_no_patterns_are_made():
+    made = []
+    for lens in pair("llama"):
+        with Largest() as largest:
+            ll.first_order(lens, models.tokens(1, LONG), MARGIN)
+        made.append(largest.heads)
+    assert made[0] == 4 * 2 and made[1] <= 1  # two ends in one batch
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("family", "why"), [("gpt2", "one module"), ("gemma2", "capped"), ("gpt_neo", "has none")]
+)
+def test_families_that_cannot(family: str, why: str):
+    with pytest.raises(ll.ModelStateError, match=rf"{why}.*lens\.within"):
+        fuse_attention(models.bridge(models.hf_model(family)))
+
+
+@pytest.mark.bad_input
+def test_what_needs_patterns_is_refused():
+    _, fused = pair("llama")
+    rules = ll.FrozenRules(attention_patterns=True)
+    with pytest.raises(ll.ModelStateError, match=r"hook_pattern.*never.*eager"):
+        ll.first_order(fused, models.tokens(), MARGIN, rules=rules)
+    with pytest.raises(ll.ModelStateError, match=r"q_norm.*eager"):
+        pair("qwen3")[1].plan.host.norm_ports(0, "q_norm")
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+@pytest.mark.bad_input
+def test_a_hooked_transformer_always_has_patterns():
+    base = models.hf_model("llama", dtype=torch.float32)
+    with pytest.raises(ll.ModelStateError, match="attn='sdpa'.*TransformerBridge"):
+        hooked_model(base, None, kind="HookedTransformer", attn="sdpa")
