@@ -150,7 +150,8 @@ def sweep(
     rows = [with_text(lens, record) for record in read]
     if readout is not None and not said:
         _require_for_all(lens, rows, cast(Readout, readout))
-    _require_slopes(names, readout(["", ""]) if is_make(readout) else readout)
+    asked = readout(["", ""]) if is_make(readout) else cast(Readout | None, readout)
+    _require_slopes(names, asked)
     processes = launched()
     about = fingerprint(lens, names, readout, version)
     store, shown = Store(out, about, lens.sites, names), progress and processes.is_main
