@@ -173,10 +173,9 @@ def test_an_adapted_head(cls: str, how: str):
 def test_planted_errors_are_seen(monkeypatch):
     """A text's first token in the mean, a text shifted by one, and the first token replaced."""
     case = cases.case("llama", NEWEST, "raw")
-    right = stand_in._after_first
-    monkeypatch.setattr(stand_in, "_after_first", lambda of: of.real)
-    assert off(case, "leave_one_out", "mean", "margin") > 1e-3
-    monkeypatch.setattr(stand_in, "_after_first", right)
+    with monkeypatch.context() as patch:
+        patch.setattr(ll.Prompts, "after_first", property(lambda of: of.real))
+        assert off(case, "leave_one_out", "mean", "margin") > 1e-3
     picked = stand_in._picked
     monkeypatch.setattr(stand_in, "_picked", lambda u, of, at: picked(u, of, (at - 1).clamp(min=0)))
     assert off(case, "leave_one_out", "resample", "margin") > 1e-3
