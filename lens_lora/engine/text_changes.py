@@ -29,6 +29,7 @@ from lens_lora.engine.pulled_back import pulled_back
 from lens_lora.engine.read import read_logits
 from lens_lora.engine.reverse import require_finite_sites
 from lens_lora.engine.texts import by_length, distinct_tokens
+from lens_lora.float64 import float64_device, in_float64
 from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.lens import LoraLens
@@ -81,16 +82,20 @@ class TextSums:
 
     def __init__(self, lens: LoraLens, texts: Prompts, points: Points) -> None:
         vocab, d = int(lens.model.cfg.d_vocab_out), int(lens.model.cfg.d_model)
-        self.lens, self.points = lens, points
-        self.kl = torch.full(texts.tokens.shape, torch.nan, dtype=torch.float64)
-        self.logits, self.probabilities = _zeros(lens, vocab), _zeros(lens, vocab)
-        self.stream = _zeros(lens, texts.batch, len(points.stream), d)
-        self.squares = _zeros(lens, texts.batch, len(points.stream))
-        self.early = {name: _zeros(lens, d) for name in (*points.stream, *points.writers)}
-        self.read = {name: _zeros(lens, d) for name in points.stream}
-        self.places = torch.empty(0, 2, dtype=torch.long)
-        self.place_ids = torch.empty(0, _PROMOTED, dtype=torch.long)
-        self.place_changes = torch.empty(0, _PROMOTED, dtype=torch.float64)
+        self.lens: LoraLens = lens
+        self.points: Points = points
+        self.kl: Tensor = torch.full(texts.tokens.shape, torch.nan, dtype=torch.float64)
+        self.logits: Tensor = _zeros(lens, vocab)
+        self.probabilities: Tensor = _zeros(lens, vocab)
+        self.stream: Tensor = _zeros(lens, texts.batch, len(points.stream), d)
+        self.squares: Tensor = _zeros(lens, texts.batch, len(points.stream))
+        self.early: dict[str, Tensor] = {
+            name: _zeros(lens, d) for name in (*points.stream, *points.writers)
+        }
+        self.read: dict[str, Tensor] = {name: _zeros(lens, d) for name in points.stream}
+        self.places: Tensor = torch.empty(0, 2, dtype=torch.long)
+        self.place_ids: Tensor = torch.empty(0, _PROMOTED, dtype=torch.long)
+        self.place_changes: Tensor = torch.empty(0, _PROMOTED, dtype=torch.float64)
 
     def add(
         self,
@@ -108,9 +113,9 @@ class TextSums:
         own = kl.cpu().double().masked_fill(~counted.cpu(), torch.nan)
         own[:, 0] = kl[:, 0].cpu().double()
         self.kl[torch.tensor(index), : own.shape[1]] = own
-        self.logits += (weights @ (moved.logits - base.logits).flatten(0, 1)).double()
+        self.logits += in_float64(weights @ (moved.logits - base.logits).flatten(0, 1))
         change = log_q.exp_().sub_(p)
-        self.probabilities += (weights @ change.flatten(0, 1)).double()
+        self.probabilities += in_float64(weights @ change.flatten(0, 1))
         self._note_places(index, kl.masked_fill(~counted, -1.0), change)
         self._add_stream(index, counted, base, moved)
 
@@ -140,18 +145,18 @@ class TextSums:
         for name, held in base.held.items():
             shift = moved.held[name].to(self.lens.gate_dtype) - held.to(self.lens.gate_dtype)
             if name in self.points.writers:
-                self.early[name] += shift[early[:, : shift.shape[1]]].double().sum(0)
+                self.early[name] += in_float64(shift[early[:, : shift.shape[1]]]).sum(0)
                 continue
             slot, rest = self.points.stream.index(name), shift.masked_fill(~counted[..., None], 0)
-            self.stream[at, slot] = rest.double().sum(1)
-            self.squares[at, slot] = rest.double().square().sum((1, 2))
+            self.stream[at, slot] = in_float64(rest).sum(1)
+            self.squares[at, slot] = in_float64(rest).square().sum((1, 2))
             some, h = (x[:, 1 : 1 + EARLY][early] for x in (shift, held.to(shift)))
-            self.early[name] += some.double().sum(0)
-            self.read[name] += over_scale(self.lens, some, h).double().sum(0)
+            self.early[name] += in_float64(some).sum(0)
+            self.read[name] += in_float64(over_scale(self.lens, some, h)).sum(0)
 
 
 def _zeros(lens: LoraLens, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=lens.device)
+    return torch.zeros(shape, dtype=torch.float64, device=float64_device(lens.device))
 
 
 @dataclasses.dataclass
@@ -199,7 +204,7 @@ def text_sums(
     """
     points, first = Points.of(lenses[0]), lenses[0]
     found, distinct = [TextSums(lens, texts, points) for lens in lenses], distinct_tokens(texts)
-    shares = torch.zeros(len(first.sites), dtype=torch.float64, device=first.device)
+    shares = _zeros(first, len(first.sites))
     with tqdm(total=texts.batch, desc="texts", leave=False, disable=not progress) as bar:
         for index, some in by_length(texts, _TOKENS):
             # Read at every token, so that a slot is a position.
@@ -231,7 +236,7 @@ def _quadratic(
     owner: Int[Tensor, "row"] = torch.arange(rows.batch)
     doubled, _ = pulled_back(lens, Reading(rows, _unread, owner), (), pulled)
     require_finite_sites(lens, doubled)
-    return doubled.double().sum(0) / 2
+    return in_float64(doubled).sum(0) / 2
 
 
 def _unread(logits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.engine import batching, read, tangent_slopes
+from lens_lora.engine import batching, memory, read, tangent_slopes
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3, 8, 8]), torch.tensor([7, 4])]
@@ -91,12 +91,16 @@ def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
     """Split further: prompts go one by one; what one row takes is named where it is too much."""
     by = ("position", "head", "token")
     longest = RESPONSE.over(lens.model, prompts()).prompts
-    one = batching._GRAPH * 2 * batching._numbers(lens, 12) * 8 * 12
+    row = memory._row(lens, longest)
+    one = min(row.of_graph, row.of_rerun)
     whole, bounded = of(lens, by=by), of(lens, by=by, max_memory=1.5 * one)
     assert longest.tokens.shape == (2, 12)
     assert len(RESPONSE.over(lens.model, prompts()).groups(18)) == 2
     assert apart(whole.values, bounded.values) < 1e-12
-    with pytest.raises(ll.ArgumentError, match="one row of 12 tokens takes about"):
+    with pytest.raises(
+        ll.ArgumentError,
+        match="a forward and a backward pass of one prompt takes about .* for 12 tokens",
+    ):
         of(lens, by=by, max_memory=0.5 * one)
     for options in ({"mode": "forward", "group": "layer"}, {"mode": "forward", "by": by}):
         with pytest.raises(ll.ArgumentError, match="a pass of two rows"):

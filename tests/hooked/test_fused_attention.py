@@ -34,6 +34,8 @@ def test_the_same_numbers(family: str):
         plain, fused = pair(family)
         for name in ("logits", "first_order", "forward", "coupling", "patch_sites", "generate"):
             found, expected = CALLS[name](fused, tokens), CALLS[name](plain, tokens)
+            if name == "patch_sites":  # their noise floors are drawn
+                found, expected = found.values, expected.values
             assert same(found, expected, 1e-12), name
 
 

@@ -73,7 +73,7 @@ CALLS: dict[str, Call] = {
     "activation_shift": lambda lens, t: torch.cat(
         list(ll.activation_shift(lens, t, "blocks.*.hook_resid_post").mean().values())
     ),
-    "constant_part": lambda lens, t: ll.constant_part(lens, t, **QUIET),
+    "constant_part": lambda lens, t: ll.constant_part(lens, torch.cat([t, t.roll(1, 1)]), **QUIET),
     "what_changed": lambda lens, t: ll.what_changed(lens, t, nulls=1, **QUIET).found,
     "components": lambda lens, t: ll.components(lens, t, MARGIN, **QUIET),
     "logit_shift": lambda lens, t: ll.logit_shift(lens, t, **QUIET),
