@@ -44,7 +44,7 @@ def text_divergences(
             p, counted = log_p.exp(), rows.after_first.to(log_p.device)
             for slot, other in enumerate(others):
                 kl = (p * (log_p - _log_probs(other, rows))).sum(-1)
-                found[slot, index] = kl.masked_fill(~counted, 0.0).double().sum(1).cpu()
+                found[slot, index] = kl.masked_fill(~counted, 0.0).cpu().double().sum(1)
             bar.update(len(index))
     return found
 
