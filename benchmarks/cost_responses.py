@@ -39,6 +39,7 @@ class Cell:
     run: Callable[[], object]
     unit: str = "F"
     share: float = 1.0
+    once: Callable[[], object] | None = None  # of what is run, the part that `share` does not scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,10 @@ class Row:
         asked = ask(self.lens, self.prompt, ll.AnswerLogProb(self.response))
         site_slopes(self.lens, asked.reading, self.lens.gates(0.0))
 
+    def ends(self) -> None:
+        """The two exact ends of one readout."""
+        assert len(ask(self.lens, self.prompt, ll.AnswerLogProb(self.response)).ends) == 2
+
     def by_token(self, **options) -> None:
         readout = ll.AnswerLogProb(self.response)
         ll.first_order(self.lens, self.prompt, readout, by="token", **options, **QUIET)
@@ -124,6 +129,7 @@ def tokens(lens: ll.LoraLens, peak: Callable) -> list[str]:
             f"≤ {0.8 * sites:.0f} F",
             lambda: long.by_token(mode="forward"),
             share=share,
+            once=long.ends,
         )
     ]
     return timed(short, cells, 1) + timed(long, long_cells, 1)
@@ -210,15 +216,18 @@ def timed(of: Row, cells: Sequence[Cell], turns: int) -> list[str]:
     units = {"F": of.forward, "FB": of.backward}
     times: dict[str, list[float]] = {}
     for turn in range(turns + (turns > 1)):
-        for name, work in [*units.items(), *((c.name, c.run) for c in cells)]:
+        beside = [(f"{c.name}, once", c.once) for c in cells if c.once is not None]
+        for name, work in [*units.items(), *((c.name, c.run) for c in cells), *beside]:
             taken = seconds(work)
             if turn or turns == 1:
                 times.setdefault(name, []).append(taken)
     of_unit = {name: statistics.median(taken) for name, taken in times.items()}
-    return [
-        f"| {c.name} | {c.target} | {c.share * of_unit[c.name] / of_unit[c.unit]:.2f} {c.unit} |"
-        for c in cells
-    ]
+
+    def cost(c: Cell) -> float:
+        once = of_unit.get(f"{c.name}, once", 0.0)
+        return (once + c.share * (of_unit[c.name] - once)) / of_unit[c.unit]
+
+    return [f"| {c.name} | {c.target} | {cost(c):.2f} {c.unit} |" for c in cells]
 
 
 GROUPS = {

@@ -1,7 +1,7 @@
 """About how much memory a pass takes, and what fits within the bound of a lens.
 
-Numbers that a block holds for a row of T tokens, as measured (`benchmarks/memory.py`); h heads, and
-m = d_model + d_mlp:
+Numbers that a block holds for a row of T tokens, fitted to peaks of a model of 135M parameters in
+float32 (`benchmarks/memory.py` prints such peaks); h heads, and m = d_model + d_mlp:
 
     a pass without a graph         T (3 m + 4 h T)     one block at a time
     a graph                        T (8 m + c h T)     every block;  c = 1, and 3 in half precision
