@@ -41,6 +41,6 @@ def activation_shift_figure(found: ActivationShift, prompt: int) -> go.Figure:
     figure.update_traces(zmin=0, zmid=None, colorscale="Blues", colorbar={"title": {"text": ""}})
     below = f"‖Δh‖/‖h(0)‖ at {found.at}; sinks are blank"
     figure.update_layout(title=title(f"Shift of activations over “{prompt_text(tokens)}”", below))
-    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_yaxes(type="category")
     token_ticks(figure, tokens)
     return figure
