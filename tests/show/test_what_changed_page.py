@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 from browser import browser, drawn, opened
-from every_result import activation_shift, constant_part, what_changed
+from every_result import (
+    activation_shift,
+    activations,
+    checkpoints,
+    constant_part,
+    what_changed,
+)
 from results_by_hand import without_plotly
 from rich.console import Console
 
 import lens_lora as ll
-from lens_lora.show.figures.what_changed import promoted_figure
+from lens_lora.show.figures.parts import heatmap
+from lens_lora.show.figures.what_changed import promoted_figure, shares_figure
 from lens_lora.show.tables.what_changed import what_changed_tables
 
 
@@ -53,6 +60,25 @@ def test_figures_hold_the_numbers():
     assert cells[0][0] is None and len(cells[0]) == 2
     with pytest.raises(ll.ArgumentError, match="prompt 2"):
         shift.plot(2)
+
+
+def test_layer_0_is_at_the_bottom_of_every_map_of_layers():
+    figures = (
+        shares_figure(what_changed()),
+        constant_part().plot(),
+        activation_shift().plot(1),
+        activations(by_position=True).plot(0),
+        checkpoints().plot_modules("moved", "layer"),
+        checkpoints().plot_modules("moved", "site"),
+    )
+    assert [figure.layout.yaxis.autorange for figure in figures] == [None] * len(figures)
+
+
+@pytest.mark.parametrize(("columns", "gap"), [(64, 1), (600, 0)])
+def test_a_dense_map_has_no_gaps_between_its_columns(columns: int, gap: int):
+    row = [0.5] * columns
+    figure = heatmap([row], [[""] * columns], range(columns), ["a"], "logits")
+    assert figure.data[0].xgap == gap
 
 
 @browser

@@ -64,7 +64,7 @@ def _by_position(
     ]
     figure = heatmap(z, hover, list(range(len(tokens))), effects.names, effects.units, height=170)
     token_ticks(figure, tokens)
-    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_yaxes(type="category")
     return figure
 
 

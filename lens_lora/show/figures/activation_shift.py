@@ -10,7 +10,7 @@ from lens_lora.results import drawing
 from lens_lora.results.activation_shift import ActivationShift
 from lens_lora.show.figures.parts import heatmap, token_ticks
 from lens_lora.show.figures.style import Cells, Labels, title
-from lens_lora.show.text import label, percent, prompt_text, visible
+from lens_lora.show.text import label, percent, short_prompt, visible
 
 __all__ = ["activation_shift_figure"]
 
@@ -40,7 +40,7 @@ def activation_shift_figure(found: ActivationShift, prompt: int) -> go.Figure:
     figure = heatmap(cells, hover, list(range(len(tokens))), [*found.names], "‖Δh‖/‖h‖")
     figure.update_traces(zmin=0, zmid=None, colorscale="Blues", colorbar={"title": {"text": ""}})
     below = f"‖Δh‖/‖h(0)‖ at {found.at}; sinks are blank"
-    figure.update_layout(title=title(f"Shift of activations over “{prompt_text(tokens)}”", below))
-    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_layout(title=title(f"Shift of activations over “{short_prompt(tokens)}”", below))
+    figure.update_yaxes(type="category")
     token_ticks(figure, tokens)
     return figure

@@ -105,5 +105,5 @@ def modules_heatmap(found: Checkpoints, what: Any, group: Any) -> go.Figure:
     figure.update_traces(colorbar={"title": {"text": label(units), "side": "top"}})
     figure.update_layout(title=title(f"Which modules move when, by {group}", _HEADINGS[what]))
     figure.update_xaxes(title_text="step", type="category")
-    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_yaxes(type="category", autorange="reversed" if group == "kind" else None)
     return figure

@@ -41,5 +41,5 @@ def constant_part_figure(found: ConstantPart) -> go.Figure:
         f"{found.readout}"
     )
     figure.update_layout(title=title("How much of each module's δ is one vector", below))
-    figure.update_yaxes(title_text="layer", autorange="reversed", type="category")
+    figure.update_yaxes(title_text="layer", type="category")
     return figure

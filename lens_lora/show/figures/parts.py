@@ -31,6 +31,7 @@ __all__ = [
 PALETTE = ("#2f83c5", "#e0802b", "#3a9d5d", "#c9445a", "#8a63c9", "#a8763e", "#c95fa5", "#9a9a2e")
 NEGATIVE = "#c9445a"
 _MOST_TICKS = 60
+_MOST_WITH_GAPS = 100
 
 
 def whose(prompt: int | None, batch: int) -> str:
@@ -109,7 +110,7 @@ def heatmap(
         zmin=-reach,
         zmid=0,
         zmax=reach,
-        xgap=1,
+        xgap=int(len(x) <= _MOST_WITH_GAPS),
         ygap=1,
         colorbar=colorbar(units),
     )

@@ -65,5 +65,5 @@ def shares_figure(found: WhatChanged) -> go.Figure:
     figure = heatmap(cells, hover, kinds, layers, "nats a token")
     heading = "Which modules hold the divergence"
     figure.update_layout(title=title(heading, "shares of the quadratic KL: ½ vᵀFv, complete"))
-    figure.update_yaxes(title_text="layer", autorange="reversed", type="category")
+    figure.update_yaxes(title_text="layer", type="category")
     return figure
