@@ -82,9 +82,9 @@ class AdapterComparison(Result):
     null_read: Float[Tensor, "draw site"]
     null_write: Float[Tensor, "draw site"]
     function: Float[Tensor, "kind pair batch"]
-    null_function: Float[Tensor, "kind draw pair batch"]
-    effects: Float[Tensor, "2 batch site"]
-    null_effects: Float[Tensor, "draw batch site"]
+    null_function: Float[Tensor, "kind function_draw pair batch"]
+    effects: Float[Tensor, "2 read_prompt site"]
+    null_effects: Float[Tensor, "effect_draw null_prompt site"]
     readout: str
     draws: int
     seed: int

@@ -214,7 +214,7 @@ def switched_on(
         counts: how many are on, for each set of gates.
     """
     rank = order.argsort(-1)[:, None]
-    return (rank < torch.tensor(counts, device=order.device)[:, None]).to(torch.int8)
+    return (rank < torch.tensor(counts, device=order.device)[:, None]).float()
 
 
 def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, "draw batch site"]:

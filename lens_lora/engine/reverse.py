@@ -60,7 +60,7 @@ def site_slopes(
     return joined(found)
 
 
-def joined(groups: Sequence[Float[Tensor, "some site *by"]]) -> Float[Tensor, "batch site *by"]:
+def joined(groups: Sequence[Float[Tensor, "_some site ..."]]) -> Float[Tensor, "batch site ..."]:
     """Groups of prompts as one, with zeros where one is shorter than the longest.
 
     Args:

@@ -38,14 +38,14 @@ class UpdateSums:
         counts: how many tokens.
     """
 
-    writes: tuple[Float[Tensor, "out rank"], ...]
-    roots: tuple[Float[Tensor, "small rank"], ...]
+    writes: tuple[Float[Tensor, "_out _rank"], ...]
+    roots: tuple[Float[Tensor, "_small _rank"], ...]
     sums: Float[Tensor, "text site rank"]
     squares: Float[Tensor, "text site"]
     first: Float[Tensor, "text site"]
     counts: Int[Tensor, "text"]
 
-    def means(self, texts: list[int]) -> list[Float[Tensor, "out"]]:
+    def means(self, texts: list[int]) -> list[Float[Tensor, "_out"]]:
         """μ of each site over some texts, in the Hugging Face basis.
 
         Args:

@@ -257,8 +257,8 @@ PromptsLike = (
     | Sequence[str]
     | Conversation
     | Sequence[Conversation]
-    | Int[Tensor, "pos"]
-    | Int[Tensor, "batch pos"]
+    | Int[Tensor, "_pos"]  # _: other prompts of the same call have other sizes
+    | Int[Tensor, "_batch _pos"]
     | Mapping[str, Tensor]
     | Prompts
 )

@@ -332,7 +332,8 @@ def slow_mib(lens: ll.LoraLens, order: list[int], rows: Tensor, off) -> float:
 
     nothing, everything = mean_of([]), mean_of(order)
     f = [(mean_of(order[: int(k * len(order))]) - nothing) for k in SIZES]
-    return float(np.trapezoid([off(x / (everything - nothing)) for x in f], SIZES))
+    found = torch.tensor([off(x / (everything - nothing)) for x in f], dtype=torch.float64)
+    return float(torch.trapezoid(found, torch.tensor(SIZES, dtype=torch.float64)))
 
 
 def test_cpr_and_cmd_against_one_run_a_size(lens: ll.LoraLens):
