@@ -9,6 +9,7 @@ from every_result import (
     activations,
     checkpoints,
     constant_part,
+    rank_activations,
     what_changed,
 )
 from results_by_hand import without_plotly
@@ -67,6 +68,7 @@ def test_layer_0_is_at_the_bottom_of_every_map_of_layers():
         shares_figure(what_changed()),
         constant_part().plot(),
         activation_shift().plot(1),
+        rank_activations().plot(prompt=0),
         activations(by_position=True).plot(0),
         checkpoints().plot_modules("moved", "layer"),
         checkpoints().plot_modules("moved", "site"),

@@ -9,7 +9,7 @@ from lens_lora.results.activations import Activations
 from lens_lora.results.choosing import only_prompt
 from lens_lora.show.figures.parts import heatmap, token_ticks
 from lens_lora.show.figures.style import Cells, Labels, title
-from lens_lora.show.text import label, prompt_text, signed, visible
+from lens_lora.show.text import label, short_prompt, signed, visible
 
 __all__ = ["activations_figure"]
 
@@ -52,7 +52,7 @@ def activations_figure(
     figure.update_traces(colorbar={"title": {"text": label(UNITS[found.gauge])}})
     what = f"each rank of {site}" if site else "the first rank of each site"
     below = f"{what}; sinks are blank; z read at {found.at}"
-    figure.update_layout(title=title(f"Activations over “{prompt_text(tokens)}”", below))
-    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_layout(title=title(f"Activations over “{short_prompt(tokens)}”", below))
+    figure.update_yaxes(autorange="reversed" if site else None, type="category")
     token_ticks(figure, tokens)
     return figure
