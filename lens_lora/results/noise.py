@@ -42,7 +42,8 @@ class Noise:
             scale: ε, or several.
         """
         eps, shift, base = self._beside(scale, self.shift, self.base)
-        return (base.square() + eps.square().clamp(max=1) * (shift.square() - base.square())).sqrt()
+        share = eps.square().clamp(max=1)
+        return ((1 - share) * base.square() + share * shift.square()).sqrt()
 
     def of_remainder(
         self, scale: _At, curvature: Float[Tensor, "batch"] | None = None
