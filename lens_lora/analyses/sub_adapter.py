@@ -92,7 +92,8 @@ def _reduced(
 ) -> LoRAFactors:
     """The kept directions of a module's sites, in its own rows."""
     found = [_directions(one, mask, of) for one, mask, _ in parts if bool(mask.any())]
-    out, reads = _outputs(update, parts), torch.cat([part.reads for part in found])
+    reads = torch.cat([part.reads for part in found])
+    out = _outputs(update, reads.shape[1])
     writes = reads.new_zeros(out, len(reads))
     bias = reads.new_zeros(out)
     start = 0
@@ -129,11 +130,13 @@ def _directions(one: SiteUpdate, mask: Tensor, of: str) -> _Directions:
     return _Directions(reads[keep], writes[:, keep], bias, None if rows is None else rows.cpu())
 
 
-def _outputs(update: ModuleUpdate, parts: Sequence[tuple[SiteUpdate, Tensor, bool]]) -> int:
+def _outputs(update: ModuleUpdate, inputs: int) -> int:
+    """Of the whole module, of which a site may have some rows only."""
     if isinstance(update, LoRAFactors):
         return len(update.B)
-    first = parts[0][0].update
-    return len(first.B) if isinstance(first, Update) else 0
+    if update.weight is None:
+        return 0 if update.bias is None else len(update.bias)
+    return update.weight.numel() // inputs  # stored as [out, in] or [in, out]
 
 
 def _stored_dtype(update: ModuleUpdate) -> torch.dtype:

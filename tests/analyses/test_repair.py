@@ -170,6 +170,34 @@ def test_a_sub_adapter_is_its_gates_and_loads_in_peft(family, config, of, tmp_pa
     assert torch.allclose(logits[:, 5] - logits[:, 9], at_gates, atol=1e-9)
 
 
+@pytest.mark.parametrize("turned_on", [(0,), (2, 3)], ids=str)
+@pytest.mark.parametrize("changed", ["all", "q and v"])
+def test_a_part_of_a_fused_module_that_was_trained_whole(turned_on, changed):
+    """Sites stand in the module's own rows, also where one of its sites is as in the base."""
+    base = models.hf_model("gpt2")
+    names = [f"transformer.h.{layer}.attn.c_attn" for layer in range(2)]
+    trained = {}
+    for name in names:
+        W = base.get_submodule(name).weight.detach()
+        change = 0.3 * torch.randn(W.shape, generator=models.seeded(6), dtype=torch.float64)
+        change[:, 16:32] *= changed == "all"
+        trained[name] = ll.TrainedModule(W + change)
+    lens = ll.LoraLens(models.MAKERS[HOSTS[-1]](base), ll.Adapter.from_factors(trained))
+    layout = layout_of(lens, "site")
+    mask = torch.zeros(layout.count, dtype=torch.bool)
+    mask[list(turned_on)] = True
+    part = sub_adapter(layout, mask, "part")
+    with torch.no_grad():
+        for i in turned_on:
+            site = lens.sites[i]
+            start = 16 * "qkv".index(site.name[-1])
+            W, changed_to = base.get_submodule(site.module).weight, trained[site.module].weight
+            W[:, start : start + 16] = changed_to[:, start : start + 16]
+        logits = base(models.tokens()).logits[:, -1]
+        ours = lens.with_adapter(part).logits(models.tokens())[:, -1]
+    assert torch.allclose(ours, logits, atol=1e-9)
+
+
 def test_gates_are_differentiable():
     case = cases.case("llama", HOSTS[0], "raw")
     layout = layout_of(case.lens, "rank")
@@ -258,6 +286,10 @@ def test_bad_input_is_refused():
     refuses(ArgumentError, "steps=0", keep, drop, steps=0)
     refuses(ArgumentError, "draws=0", keep, drop, draws=0)
     refuses(ArgumentError, "rate=0", keep, drop, rate=0.0)
+    tiny = lens.with_adapter(lens.adapter.scaled(1e-16))
+    many = rows(TAUGHT).repeat(60, 1)
+    with pytest.raises(ArgumentError, match="nothing to keep"):  # rounding of many prompts adds up
+        ll.repair(tiny, [(many, margin)], drop, progress=False)
     untouched = torch.tensor([[7, 8, 9]])
     refuses(ArgumentError, "nothing to keep", [(untouched, margin)], drop)
     refuses(ArgumentError, "nothing to drop", keep, [(untouched, ll.KL())])
