@@ -1,8 +1,8 @@
 """CPR and CMD: how well a ranking keeps the shift of prompts held out, as MIB scores it.
 
 1. Over the prompts judged, a ratio of means: f(k) = mean s(g(e_T) − g(0)) / mean s(g(1) − g(0)), T
-   the first int(k·S) sites of the ranking, s the sign of the prompt's shift; no site, f = 0. MIB has
-   no s: its readouts all move one way. Without it, shifts of two signs would cancel.
+   the first int(k·S) sites of the ranking, s the sign of the prompt's shift; no site, f = 0. MIB
+   has no s: its readouts all move one way. Without it, shifts of two signs would cancel.
 2. CPR = ∫ f dk, ranked by signed score: higher is better. CMD = ∫ |1 − f| dk, ranked by magnitude:
    lower is better. The trapezoid rule over MIB's ten sizes, in linear k.
 

@@ -355,7 +355,7 @@ def test_cpr_and_cmd_against_one_run_a_size(lens: ll.LoraLens):
 
 
 def test_prompts_that_move_the_other_way_count_as_much(one_lens: ll.LoraLens):
-    """MIB's own ratio where no sign is needed: one prompt's margin minus another's of other sign."""
+    """MIB's ratio without a sign, of one prompt's margin and minus another's."""
     score = first(one_lens)
     exact = ll.first_order(one_lens, models.tokens(12, 5, seed=11), MARGIN)
     up, down = int(exact.shift.argmax()), int(exact.shift.argmin())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -238,8 +239,8 @@ def test_shares_and_scaling_are_those_of_peft():
     at, p = shares(found.matched[-1])
     kept = float(((at - m0) * (m1 - m0).sign()).sum() / (m1 - m0).abs().sum())
     assert frame.loc[("keep", "scaled"), "share"] == pytest.approx(kept, abs=1e-9)
-    if found.matched[-1] < 1:
-        assert kept == pytest.approx(found.kept_share, abs=0.02)
+    assert 0 < found.matched[-1] < 1
+    assert kept == pytest.approx(found.kept_share, abs=0.02)
     left = rel_entr(p0, p).sum() / rel_entr(p0, p1).sum()
     assert frame.loc[("drop", "scaled"), "share"] == pytest.approx(left, abs=1e-9)
     assert found.gain == pytest.approx(left / found.left_share)
@@ -251,10 +252,28 @@ def test_shares_and_scaling_are_those_of_peft():
     assert found.kept_share >= 0.5
 
 
-def test_the_whole_adapter_is_a_tie_with_itself():
+def test_the_curve_of_scaling_runs_from_the_base_to_the_whole_adapter():
     found = repaired(HOSTS[0])
     assert np.allclose(found.along[-1], 1) and np.allclose(found.along[0], 0)
-    assert np.allclose(found.shares[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict", "said"),
+    [
+        (1.2, "helps", "leaves 1.2 times"),
+        (1.05, "tie", "a tie with scaling"),
+        (0.95, "tie", "a tie with scaling"),
+        (0.8, "worse", "does not help"),
+    ],
+)
+def test_the_verdict_is_that_of_the_gain(gain, verdict, said):
+    found = repaired(HOSTS[0])
+    shares = found.shares.clone()
+    dropped = found.judging(keep=False)
+    shares[1, dropped], shares[2, dropped] = 0.25, 0.25 * gain
+    found = dataclasses.replace(found, shares=shares)
+    assert found.gain == pytest.approx(gain) and found.verdict == verdict
+    assert said in " ".join(found.story().split())
 
 
 def test_it_is_drawn_told_saved_and_laid(tmp_path):
