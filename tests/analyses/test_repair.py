@@ -138,6 +138,7 @@ CASES = [
     ("gpt2", {"lora_bias": True}),
     ("neox", {}),
     ("llama", {"use_dora": True}),
+    ("gpt2", {"use_dora": True}),
 ]
 
 
