@@ -30,7 +30,7 @@ from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens, Scale
 from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.results.activation_shift import ActivationShift, is_residual
+from lens_lora.results.activation_shift import ActivationShift, is_stream
 from lens_lora.results.examples import chosen_positions
 
 __all__ = ["activation_shift"]
@@ -147,7 +147,7 @@ def _result(
         readings={
             name: _reading(lens, kept.values[name], kept.base[name], counted)
             for name in kept.values
-            if is_residual(name) and kept.base[name].shape[-1] == lens.model.cfg.d_model
+            if is_stream(name) and kept.base[name].shape[-1] == lens.model.cfg.d_model
         },
         strings=lens.vocabulary,
         at=f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller",

@@ -5,9 +5,10 @@
 1. u of every site and token in one forward pass of the adapted model, so that δ is that of the
    Hugging Face modules (`engine/update_sums.py`).
 2. Of each text, μ̂_l is the mean over the *other* texts: in sample the share would be inflated. The
-   first token is left out, a sink whose δ is another one, and its size is shown apart.
+   first token is left out, a sink whose δ is another one, and its size is shown apart. A token with
+   the same tokens before it as in an earlier text counts once: it is not held out from that text.
 3. What the constants alone do: the texts are cut in two halves, and the constants of each are
-   applied, as an adapter and at every token, to the other half. By KL, over tokens after the first,
+   applied, as an adapter and at every token, to the other half. By KL, over the same tokens,
 
        kept = 1 − Σ KL(adapted ‖ constant) / Σ KL(adapted ‖ base)
 
@@ -29,7 +30,11 @@ from lens_lora.adapters.trained import ModuleUpdate
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.divergences import text_divergences
 from lens_lora.engine.function import gated_readout
-from lens_lora.engine.texts import require_second_token
+from lens_lora.engine.texts import (
+    distinct_tokens,
+    require_own_tokens,
+    require_second_token,
+)
 from lens_lora.engine.update_sums import UpdateSums, update_sums
 from lens_lora.errors import PromptError
 from lens_lora.hooked.alone import alone
@@ -63,7 +68,7 @@ def constant_part(
         progress: show a bar.
 
     Raises:
-        PromptError: one text alone, or a text of one token.
+        PromptError: one text alone, a text of one token, or one that an earlier text begins with.
         UnsupportedAdapterError: the adapter changes norms.
         ArgumentError, TokenError: a readout that does not fit the model.
         NumericsError: non-finite activations or logits.
@@ -73,6 +78,7 @@ def constant_part(
     require_second_token(rows, "constants")
     if rows.batch < 2:
         raise PromptError("constants are judged on other texts than their own; give two or more.")
+    require_own_tokens(rows)
     about = None if readout is None else asked.about(readout)
     sums = update_sums(lens, rows)
     every = list(range(rows.batch))
@@ -106,13 +112,13 @@ Ends = tuple[Float[Tensor, "batch"], Float[Tensor, "batch"], Float[Tensor, "batc
 def _by_kl(asked: Asked, others: list[LoraLens], progress: bool) -> Ends:
     """Of base, constant and adapted model, Σ_t KL of the adapted from it."""
     lens, rows = asked.lens, asked.prompts
-    found = torch.zeros(2, rows.batch, dtype=torch.float64)
+    found, counted = torch.zeros(2, rows.batch, dtype=torch.float64), distinct_tokens(rows)
     for start, other in zip((1, 0), others, strict=True):
         held_out = list(range(start, rows.batch, 2))
         both = [(lens, lens.gates(0.0)), (other, other.gates(1.0))]
         reference = (lens, lens.gates(1.0))
-        some = rows.chosen(held_out)
-        found[:, held_out] = text_divergences(reference, both, some, progress=progress)
+        some, own = rows.chosen(held_out), counted[held_out]
+        found[:, held_out] = text_divergences(reference, both, some, own, progress=progress)
     return found[0], found[1], torch.zeros_like(found[0])
 
 

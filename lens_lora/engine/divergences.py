@@ -1,4 +1,4 @@
-"""Σ_t KL of each text between one model and others, over the tokens after each text's first."""
+"""Σ_t KL of each text between one model and others, over the tokens that count."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +22,12 @@ Gated = tuple[LoraLens, Float[Tensor, "site"]]
 
 
 def text_divergences(
-    reference: Gated, others: Sequence[Gated], texts: Prompts, *, progress: bool
+    reference: Gated,
+    others: Sequence[Gated],
+    texts: Prompts,
+    counted: Bool[Tensor, "text pos"],
+    *,
+    progress: bool,
 ) -> Float[Tensor, "other text"]:
     """Σ_t KL(reference ‖ other), in nats. A forward pass of each model, 512 tokens at a time.
 
@@ -30,6 +35,7 @@ def text_divergences(
         reference: a lens and its gates.
         others: the same, over the same model.
         texts: as tokens.
+        counted: which tokens of each.
         progress: show a bar.
 
     Raises:
@@ -41,10 +47,10 @@ def text_divergences(
         for index, some in by_length(texts, _TOKENS):
             rows = dataclasses.replace(some, reads=some.lengths)
             log_p = _log_probs(reference, rows)
-            p, counted = log_p.exp(), rows.after_first.to(log_p.device)
+            p, own = log_p.exp(), counted[index, : rows.tokens.shape[1]].to(log_p.device)
             for slot, other in enumerate(others):
                 kl = (p * (log_p - _log_probs(other, rows))).sum(-1)
-                found[slot, index] = kl.masked_fill(~counted, 0.0).cpu().double().sum(1)
+                found[slot, index] = kl.masked_fill(~own, 0.0).cpu().double().sum(1)
             bar.update(len(index))
     return found
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lens_lora.errors import PromptError
 from lens_lora.readouts.prompts import Prompts, which_prompt
 
-__all__ = ["by_length", "distinct_tokens", "require_second_token"]
+__all__ = ["by_length", "distinct_tokens", "require_own_tokens", "require_second_token"]
 
 
 def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
@@ -64,4 +64,22 @@ def require_second_token(texts: Prompts, what: str) -> None:
         raise PromptError(
             f"{which} has one token, and a text's first token is left out of {what} as a sink; "
             "give longer texts."
+        )
+
+
+def require_own_tokens(texts: Prompts) -> None:
+    """Refuse texts that an earlier one begins with: nothing in them is held out from it.
+
+    Args:
+        texts: as tokens.
+
+    Raises:
+        PromptError: naming the text.
+    """
+    empty = (~distinct_tokens(texts).any(1)).nonzero().flatten().tolist()
+    if empty:
+        which = which_prompt(empty[0], texts.batch).replace("prompt", "text")
+        raise PromptError(
+            f"{which} has no token of its own: an earlier text begins with the same tokens, or is "
+            "equal, so what is measured on one is not held out from the other; leave it out."
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lens_lora.engine.activations import site_activations
 from lens_lora.engine.batching import ROW_TOKENS
-from lens_lora.engine.texts import by_length
+from lens_lora.engine.texts import by_length, distinct_tokens
 from lens_lora.errors import UnsupportedAdapterError
 from lens_lora.hooked.norm_map import NormUpdate
 from lens_lora.hooked.updates import SiteUpdate
@@ -27,7 +27,7 @@ __all__ = ["UpdateSums", "update_sums"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UpdateSums:
-    """Of every site and text, over the tokens after its first.
+    """Of every site and text, over its `distinct_tokens`.
 
     Attributes:
         writes: W of each site, [out, rank].
@@ -77,20 +77,20 @@ def update_sums(lens: LoraLens, texts: Prompts) -> UpdateSums:
     writes = tuple(_writes(one) for one in lens.plan.updates)
     roots = tuple(torch.linalg.qr(W, mode="r").R for W in writes)
     ranks = [W.shape[1] for W in writes]
-    every = list(range(len(writes)))
+    every, distinct = list(range(len(writes))), distinct_tokens(texts)
     shape = (texts.batch, len(writes))
     sums = torch.zeros(*shape, max(ranks), dtype=torch.float64)
     squares, first = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     for index, some in by_length(texts, ROW_TOKENS):
         seen = site_activations(lens, some, lens.gates(1.0), every, ranks).values.cpu().double()
-        counted = some.after_first.cpu()
+        counted = distinct[index, : some.tokens.shape[1]]
         for site, (R, rank) in enumerate(zip(roots, ranks, strict=True)):
             u = seen[:, site, :, :rank]
             size = (u @ R.T).square().sum(-1)
             sums[index, site, :rank] = u.masked_fill(~counted[..., None], 0.0).sum(1)
             squares[index, site] = size.masked_fill(~counted, 0.0).sum(1)
             first[index, site] = size[:, 0].sqrt()
-    return UpdateSums(writes, roots, sums, squares, first, texts.after_first.sum(1).cpu())
+    return UpdateSums(writes, roots, sums, squares, first, distinct.sum(1))
 
 
 def _writes(one: SiteUpdate) -> Float[Tensor, "out rank"]:

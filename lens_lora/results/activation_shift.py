@@ -24,12 +24,10 @@ from lens_lora.results.ranked_tokens import ranked_tokens
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["ActivationShift", "is_residual"]
+__all__ = ["ActivationShift", "is_residual", "is_stream"]
 
-_RESIDUAL = re.compile(
-    r"hook_embed|(blocks\.\d+\.)(hook_resid_(pre|mid|post)|hook_(attn|mlp)_out|hook_(in|out))"
-    r"|ln_final\.hook_in"
-)
+_STREAM = r"blocks\.\d+\.hook_(resid_(pre|mid|post)|in|out)|ln_final\.hook_in"
+_ADDED = r"hook_embed|blocks\.\d+\.hook_(attn|mlp)_out"
 Directions = Tensor | Mapping[str, Tensor] | LoraLens
 
 
@@ -39,7 +37,16 @@ def is_residual(name: str) -> bool:
     Args:
         name: of the hook point.
     """
-    return _RESIDUAL.fullmatch(name) is not None
+    return is_stream(name) or re.fullmatch(_ADDED, name) is not None
+
+
+def is_stream(name: str) -> bool:
+    """Whether a hook point holds the residual stream itself, whose size the final norm divides by.
+
+    Args:
+        name: of the hook point.
+    """
+    return re.fullmatch(_STREAM, name) is not None
 
 
 @final

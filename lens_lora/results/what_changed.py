@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -154,12 +154,17 @@ class WhatChanged(Result):
             token: its string, of one token, or its id.
             by: as for `promoted`.
 
+        Returns:
+            By adapter, this one first; the second of one name is 'name (2)'.
+
         Raises:
             TokenError: no such token.
         """
-        index = self._id(token)
-        every = (self.found, *self.controls)
-        return {changes.name: rank_of(changes.of(by), index) for changes in every}
+        index, every = self._id(token), (self.found, *self.controls)
+        names = _told_apart([changes.name for changes in every])
+        return {
+            name: rank_of(changes.of(by), index) for name, changes in zip(names, every, strict=True)
+        }
 
     def _id(self, token: str | int) -> int:
         if isinstance(token, str) and token in self.strings:
@@ -195,12 +200,13 @@ class WhatChanged(Result):
         return ", ".join(f"{self.strings[i]!r} {change:+.3f}" for i, change in pairs)
 
     def modules(self, k: int = 10) -> pd.DataFrame:
-        """The k sites of largest share of the quadratic KL.
+        """The k sites of largest share of the quadratic KL; none where it was not split.
 
         Args:
             k: how many.
         """
-        order = self.shares.argsort(descending=True)[: whole("k", k, 0)].tolist()
+        k = whole("k", k, 0) if bool(self.shares.any()) else 0
+        order = self.shares.argsort(descending=True)[:k].tolist()
         columns = site_labels([self.sites[i] for i in order])
         columns["nats"] = self.shares[order].tolist()
         columns["share"] = (self.shares / self.shares.sum())[order].tolist()
@@ -278,3 +284,15 @@ class WhatChanged(Result):
         path = Path(path)
         path.write_text(self.report(), encoding="utf-8")
         return path
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The names, the second of one name with (2), and so on."""
+    found: list[str] = []
+    for name in names:
+        number, label = 1, name
+        while label in found:
+            number += 1
+            label = f"{name} ({number})"
+        found.append(label)
+    return found

@@ -115,6 +115,8 @@ def test_sites_own_outputs(cls: str):
     found = ll.activation_shift(case.lens, texts(), names)
     ends = by_peft(case, "model.layers.1.mlp.down_proj", lambda h: h)
     assert found.names == tuple(names) and not found.readings
+    added = ll.activation_shift(case.lens, texts(), ["blocks.1.hook_mlp_out", "hook_embed"])
+    assert not added.readings  # ‖h‖ there is not what the final norm divides by
     for text, (base, adapted) in enumerate(ends):
         mine = found.values[names[1]][text, : LENGTHS[text]]
         assert (mine - (adapted - base)).abs().max() < TINY

@@ -137,6 +137,31 @@ def test_adapter_and_steering_vectors_do_the_same(cls: str, flags: str, tmp_path
     assert (cases.centred(steered) - expected).abs().max() < 1e-9
 
 
+def test_shared_beginnings_count_once():
+    """Texts that begin alike hold the same δ there, which is not held out from one another."""
+    case, rows = cases.case("llama", CLASSES[0], "raw"), models.tokens(3, 7)
+    rows[2, :4] = rows[1, :4]
+    found, own = ll.constant_part(case.lens, rows), [slice(1, 7), slice(1, 7), slice(4, 7)]
+    path, kept = DOWN, list[Tensor]()
+    layer = case.peft.base_model.model.get_submodule(path)
+    handle = layer.register_forward_hook(
+        lambda module, args, out: kept.append(out - module.base_layer(args[0]))
+    )
+    with torch.no_grad():
+        log_p = case.peft(rows).logits.log_softmax(-1)
+        with case.peft.disable_adapter():
+            kl = (log_p.exp() * (log_p - case.peft(rows).logits.log_softmax(-1))).sum(-1)
+    handle.remove()
+    parts = [delta[at] for delta, at in zip(kept[0], own, strict=True)]
+    index = [site.module for site in found.sites].index(path)
+    assert abs(float(found.share[index]) - share_by_hand(parts)) < 1e-9
+    assert (found.vectors[path] - torch.cat(parts).mean(0)).abs().max() < 1e-9
+    expected = torch.stack([each[at].sum() for each, at in zip(kl, own, strict=True)])
+    assert (found.base - expected).abs().max() < 1e-9
+    twice = share_by_hand([delta[1:] for delta in kept[0]])
+    assert abs(twice - share_by_hand(parts)) > 1e-3  # the shared beginning counted twice
+
+
 def test_planted():
     """A bias alone is constant, whole and in its effect; what reads no mean is not."""
     case = cases.case("llama", CLASSES[0], "raw")
@@ -192,6 +217,9 @@ def test_refusals():
         ll.constant_part(lens, models.tokens(1))
     with pytest.raises(ll.PromptError, match=r"text 0 of 2 \(from 0\) has one token"):
         ll.constant_part(lens, ll.Prompts(models.tokens(2), torch.tensor([1, 7])))
+    twice = models.tokens(3)[[0, 1, 0]]
+    with pytest.raises(ll.PromptError, match=r"text 2 of 3 \(from 0\) has no token of its own"):
+        ll.constant_part(lens, twice)
     with pytest.raises(ll.PromptError, match="no prompts"):
         ll.constant_part(lens, [])
     with pytest.raises(ll.PromptError, match=f"{models.CONTEXT + 1} tokens"):

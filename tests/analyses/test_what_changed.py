@@ -132,6 +132,26 @@ def test_controls_and_laws(monkeypatch):
     assert small.found.places.tolist() == found.found.places.tolist()
 
 
+def test_adapters_of_one_name_are_told_apart():
+    """`from_peft` calls every adapter 'default'."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    other = ll.Adapter.from_peft(models.peft_model("llama", case.base, seed=5))
+    assert other.name == case.lens.adapter.name
+    found = ll.what_changed(case.lens, texts(), [other, other], nulls=0, split=False, **QUIET)
+    own, others = found.found.logit, found.unrelated[0].logit
+    token = int((own - others).argmax())
+    ranks = found.rank(token)
+    assert list(ranks) == ["default", "default (2)", "default (3)"]
+    assert ranks["default"] == int((own >= own[token]).sum())
+    assert ranks["default"] < ranks["default (2)"] == ranks["default (3)"]
+
+
+def test_without_the_split_there_are_no_modules():
+    found = changed("llama", CLASSES[0], "raw")
+    assert len(found.modules()) == 0
+    assert "module" not in set(found.to_frame()["finding"])
+
+
 def test_a_bias_alone_is_constant():
     """Behind the last block, where nothing reads it, a constant's Δh is one vector."""
     lens = cases.case("llama", CLASSES[0], "raw").lens
