@@ -91,7 +91,8 @@ def test_floors_of_remainders_tell_the_truth(family: str, cls: str, strength: fl
 def test_no_floor_on_the_way_is_too_low(family: str, cls: str, strength: float):
     """Where the adapted end is chaotic, and the way not, they may be too high.
 
-    Beyond three floors lies at most one prompt of eight: an error of g(0) is in all its strengths.
+    Beyond three floors lie two prompts of eight at most: σ of four draws is itself uncertain, and
+    an error of g(0) is in all strengths of a prompt.
     """
     low, high, found = measured(family, cls, strength)
     error = (low.first.double() - high.first).abs()
