@@ -77,7 +77,7 @@ def test_the_ends_have_floors_of_their_own():
 
 
 def test_logits_of_an_adapted_head_are_rounded(monkeypatch: pytest.MonkeyPatch):
-    """They pass hooks in half precision, so their floor has that rounding, whatever comes before."""
+    """They pass hooks in half precision: their floor has that rounding, whatever comes before."""
     monkeypatch.setattr(engine_noise, "roundings", lambda *_, **__: lambda tensor, hook: None)
     base = models.hf_model("llama", dtype=torch.bfloat16)
     noise = {}
