@@ -19,12 +19,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from adapters import ADAPTERS
 from repair import HELD_OUT as TEXTS
+from repair import write_between
 
 import lens_lora as ll
 from lens_lora._version import versions
@@ -59,7 +59,7 @@ def measure(lens: ll.LoraLens, other: ll.Adapter) -> dict[str, float]:
 
 
 def table(numbers: dict[str, Any]) -> str:
-    """One row per pair, those of one fact first."""
+    """One row per pair, those of one fact first; beside each number its own null."""
     names = (
         "cosine of ΔW",
         "overlap of what is read",
@@ -71,18 +71,14 @@ def table(numbers: dict[str, Any]) -> str:
     pairs = sorted(numbers["pairs"], key=lambda pair: not pair["one fact"])
     for pair in pairs:
         kind = "one fact" if pair["one fact"] else "two facts"
-        cells = [f"{pair[name]:.3f}" for name in names]
+        cells = [f"{pair[name]:.3f} ({pair[f'{name}, null']:.3f})" for name in names]
         lines.append(f"| {pair['first']} / {pair['second']} ({kind}) | {' | '.join(cells)} |")
-    null = [max(pair[f"{name}, null"] for pair in pairs) for name in names]
-    lines.append(f"| largest null, of two draws a pair | {' | '.join(f'{v:.3f}' for v in null)} |")
     return "\n".join(lines)
 
 
 def write_table() -> None:
     """Into the page, between its marks."""
-    between = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    body = f"{BEGIN}\n{table(json.loads(NUMBERS.read_text()))}\n{END}"
-    PAGE.write_text(between.sub(lambda _: body, PAGE.read_text()))
+    write_between(PAGE, BEGIN, END, table(json.loads(NUMBERS.read_text())))
 
 
 def main() -> None:

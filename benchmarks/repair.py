@@ -150,11 +150,10 @@ def known() -> dict[str, Any]:
     return json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {"adapters": {}}
 
 
-def write_table() -> None:
-    """Into the page, between its marks."""
-    between = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    body = f"{BEGIN}\n{table(known())}\n{END}"
-    PAGE.write_text(between.sub(lambda _: body, PAGE.read_text()))
+def write_between(page: Path, begin: str, end: str, body: str) -> None:
+    """Put the body between two marks of the page."""
+    between = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    page.write_text(between.sub(lambda _: f"{begin}\n{body}\n{end}", page.read_text()))
 
 
 def main() -> None:
@@ -166,7 +165,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table")
     given = parser.parse_args()
     if given.table:
-        write_table()
+        write_between(PAGE, BEGIN, END, table(known()))
         return
     if given.adapters is None:
         parser.error("--adapters: a folder to keep the trained adapters in.")

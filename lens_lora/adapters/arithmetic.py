@@ -70,6 +70,8 @@ def stacked(
 ) -> dict[str, ModuleUpdate]:
     """Σ weight · update of each module as one update; factors are stacked along the rank.
 
+    Parts of a sum, 'path@name', are updates of one module too.
+
     Args:
         weighted: modules with the weight of each of their updates.
 
@@ -78,7 +80,8 @@ def stacked(
     """
     found: dict[str, list[ModuleUpdate]] = {}
     for modules, weight in weighted:
-        for path, update in modules.items():
+        for key, update in modules.items():
+            path = key.partition("@")[0]
             found.setdefault(path, []).append(update.scaled(weight))
     return {path: _one(path, updates) for path, updates in found.items()}
 
@@ -114,7 +117,7 @@ def _additive(path: str, update: ModuleUpdate) -> LoRAFactors:
     else:
         return update
     raise AdapterError(
-        f"{path} is adapted by both, and in one of them it {what}, which does not add up without "
+        f"{path} is adapted more than once, and one time it {what}, which does not add up without "
         "the base model. Make that change plain first: Adapter.between(base, peft_model."
         "merge_and_unload())."
     )

@@ -1,7 +1,8 @@
 """CPR and CMD: how well a ranking keeps the shift of prompts held out, as MIB scores it.
 
-1. Over the prompts judged, a ratio of means: f(k) = mean(g(e_T) − g(0)) / mean(g(1) − g(0)), T the
-   first int(k·S) sites of the ranking; no site, f = 0.
+1. Over the prompts judged, a ratio of means: f(k) = mean s(g(e_T) − g(0)) / mean s(g(1) − g(0)), T
+   the first int(k·S) sites of the ranking, s the sign of the prompt's shift; no site, f = 0. MIB
+   has no s: its readouts all move one way. Without it, shifts of two signs would cancel.
 2. CPR = ∫ f dk, ranked by signed score: higher is better. CMD = ∫ |1 − f| dk, ranked by magnitude:
    lower is better. The trapezoid rule over MIB's ten sizes, in linear k.
 
@@ -44,7 +45,7 @@ def scored(
 
     Cost: 2 forward passes per order and size between no site and all, batched.
 
-    NaN where the mean shift is within three noise floors of its own.
+    NaN where the mean of |shift| is within three mean noise floors.
 
     Args:
         asked: the prompts and the readout that the orders are judged on.
@@ -55,23 +56,17 @@ def scored(
     counts = [int(size * sites) for size in MIB_SIZES]
     inner = tuple(sorted({count for count in counts if 0 < count < sites}))
     base, adapted = asked.ends.cpu().double()
-    shift, noise = (adapted - base).mean(), _noise_of_the_mean(asked)
+    size, noise = (adapted - base).abs().mean(), asked.noise_floor.cpu().double().mean()
     moved = _moved(asked, torch.cat([signed, by_magnitude]), inner, progress)
     nothing = moved.new_zeros(len(moved), 1)
-    known = torch.cat([nothing, moved / shift, nothing + 1], 1)
+    known = torch.cat([nothing, moved / size, nothing + 1], 1)
     every = (0, *inner, sites)
     shares = known[:, [every.index(count) for count in counts]]
-    if shift.abs() <= SIGMAS * noise:
+    if size <= SIGMAS * noise:
         shares = torch.full_like(shares, float("nan"))
     sizes = torch.tensor(MIB_SIZES, dtype=torch.float64)
     kept, matched = shares.split([len(signed), len(by_magnitude)])
     return Scored(torch.trapezoid(kept, sizes), torch.trapezoid((1 - matched).abs(), sizes))
-
-
-def _noise_of_the_mean(asked: Asked) -> float:
-    """σ of the mean shift over prompts, each with a rounding of its own."""
-    floor = asked.noise_floor.cpu().double()
-    return float(floor.square().sum().sqrt() / len(floor))
 
 
 def _moved(
@@ -80,13 +75,13 @@ def _moved(
     counts: tuple[int, ...],
     progress: bool,
 ) -> Float[Tensor, "order count"]:
-    """The mean over prompts of g(e_T) − g(0)."""
+    """The mean over prompts of g(e_T) − g(0), each in the direction of its own shift."""
     if not counts:
         return torch.zeros(len(orders), 0, dtype=torch.float64)
     on = torch.stack([switched_on(order, counts) for order in orders], 1)  # batch, order, count
     found = readout_at(
         asked.lens, asked.reading, on.flatten(1, 2), progress=progress, what="CPR and CMD"
     )
-    base = asked.ends[0].cpu().double()
-    moved = found.cpu().double().view(on.shape[:-1]) - base[:, None, None]
-    return moved.mean(0)
+    base, adapted = asked.ends.cpu().double()[..., None, None]
+    moved = found.cpu().double().view(on.shape[:-1]) - base
+    return (moved * (adapted - base).sign()).mean(0)

@@ -123,8 +123,8 @@ def _part(lens: LoraLens, question: Any, name: str, index: int) -> Part:
 
 
 def _rounding(asked: Asked, keep: bool) -> float:
-    """σ of the summed shift: measured for what is kept, a step of the dtype for what is dropped."""
+    """Of Σ|shift|, whose terms do not cancel: Σσ for what is kept, else a step of the dtype."""
     if keep:
-        return float(asked.noise_floor.double().square().sum().sqrt())
+        return float(asked.noise_floor.double().sum())
     ends = asked.ends.double()
     return torch.finfo(asked.ends.dtype).eps * float((1 + ends.abs()).sum())

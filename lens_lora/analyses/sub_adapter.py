@@ -2,7 +2,8 @@
 
     ΔW′ = Σ_{j kept} σ_j u_j v_jᵀ   of each site's ΔW = UΣVᵀ,   in the Hugging Face basis
 
-1. A module all of whose sites are kept whole stays as training left it.
+1. A module all of whose sites are kept whole stays as training left it; DoRA only where every
+   module does, as PEFT's format does not mix the two kinds.
 2. Else A′ has the kept rows of ΣVᵀ and B′ the kept columns of U. Of a fused module each site's
    columns stand in its own rows, and the parts follow one another along the rank.
 3. A module of which nothing is kept is left out.
@@ -73,13 +74,22 @@ def sub_adapter(layout: GateLayout, kept: Bool[Tensor, "gate"], name: str) -> Ad
     ):
         is_whole = bool(own[alive[i]].all())
         parts.setdefault(_key(one), []).append((one, own, is_whole))
-    modules: dict[str, ModuleUpdate] = {}
-    for key, own in parts.items():
-        if all(is_whole for *_, is_whole in own):
-            modules[key] = adapter.modules[key]
-        elif any(bool(mask.any()) for _, mask, _ in own):
-            modules[key] = _reduced(adapter.modules[key], own, layout.of)
+    whole = {key for key, own in parts.items() if all(is_whole for *_, is_whole in own)}
+    some = {key for key, own in parts.items() if any(bool(mask.any()) for _, mask, _ in own)}
+    if some - whole:
+        whole = {key for key in whole if not _is_dora(adapter.modules[key])}
+    modules = {
+        key: adapter.modules[key]
+        if key in whole
+        else _reduced(adapter.modules[key], own, layout.of)
+        for key, own in parts.items()
+        if key in whole | some
+    }
     return Adapter(modules, name=name, base_model=adapter.base_model)
+
+
+def _is_dora(update: ModuleUpdate) -> bool:
+    return isinstance(update, LoRAFactors) and update.magnitude is not None
 
 
 def _key(one: SiteUpdate) -> str:
@@ -92,7 +102,8 @@ def _reduced(
 ) -> LoRAFactors:
     """The kept directions of a module's sites, in its own rows."""
     found = [_directions(one, mask, of) for one, mask, _ in parts if bool(mask.any())]
-    out, reads = _outputs(update, parts), torch.cat([part.reads for part in found])
+    reads = torch.cat([part.reads for part in found])
+    out = _outputs(update, reads.shape[1])
     writes = reads.new_zeros(out, len(reads))
     bias = reads.new_zeros(out)
     start = 0
@@ -129,11 +140,13 @@ def _directions(one: SiteUpdate, mask: Tensor, of: str) -> _Directions:
     return _Directions(reads[keep], writes[:, keep], bias, None if rows is None else rows.cpu())
 
 
-def _outputs(update: ModuleUpdate, parts: Sequence[tuple[SiteUpdate, Tensor, bool]]) -> int:
+def _outputs(update: ModuleUpdate, inputs: int) -> int:
+    """Of the whole module, of which a site may have some rows only."""
     if isinstance(update, LoRAFactors):
         return len(update.B)
-    first = parts[0][0].update
-    return len(first.B) if isinstance(first, Update) else 0
+    if update.weight is None:
+        return 0 if update.bias is None else len(update.bias)
+    return update.weight.numel() // inputs  # stored as [out, in] or [in, out]
 
 
 def _stored_dtype(update: ModuleUpdate) -> torch.dtype:

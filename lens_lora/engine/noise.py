@@ -144,7 +144,7 @@ def curvature_noise(
         return torch.cat(found, 1) / 2
 
     with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
-        return _of_sum(lens, in_groups(reading, of_some), half_row_sums)
+        return _of_sum(lens, in_groups(reading, of_some), half_row_sums) / _TWO_RUNS
 
 
 def _of_sum(
@@ -162,9 +162,9 @@ def _moved(
     """How far the draws lie from what was computed, at least one rounding.
 
     Their mean is nearer to the truth than one run is, so a run that lies far from them has a large
-    error of its own.
+    error of its own. Both are rounded, so this is on the large side, as verdicts need it.
     """
-    away = (drawn - computed.to(drawn)[:, None]).square().mean(1).sqrt() / _TWO_RUNS
+    away = (drawn - computed.to(drawn)[:, None]).square().mean(1).sqrt()
     return torch.maximum(away, rounding.to(away))
 
 

@@ -9,6 +9,7 @@
 3. The entry of U's column of largest magnitude is positive, the first one on ties.
 4. u' = Tu and B' = BM with T = s U'ᵀR_B and M = R_Aᵀ V'Σ⁻¹. They act in rank space, so they hold
    in the basis of the hooked model too. Directions with σ = 0 are zero in both.
+   σ within the rounding of the factors' product is 0: factors that cancel have no direction.
 
 A change of bias keeps its own last coordinate, and a norm's update is diagonal already.
 No forward pass.
@@ -74,7 +75,9 @@ def svd_turn(update: Update) -> Turn:
     if few:
         (writes, R_B), (_, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
         left, values, right = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-        values = torch.where(_is_positive(values, max(B.shape[0], A.shape[1])), values, 0.0)
+        factors = torch.linalg.matrix_norm(R_B) * torch.linalg.matrix_norm(R_A)
+        rounding = max(len(B), A.shape[1]) * torch.finfo(values.dtype).eps * factors
+        values = torch.where(values > rounding, values, 0.0)
         signs = _signs(writes @ left)
         left, right = left * signs, right * signs[:, None]
         present = (values > 0).to(values)
@@ -133,11 +136,6 @@ def _with_bias(matrix: Tensor, site: SiteMap) -> Tensor:
     extra = site.rank - len(matrix)
     one = torch.eye(extra, dtype=matrix.dtype, device=matrix.device)
     return torch.block_diag(matrix, one).to(float64_device(site.device))
-
-
-def _is_positive(values: Tensor, size: int) -> Tensor:
-    """Which singular values are not zero up to rounding."""
-    return values > size * torch.finfo(values.dtype).eps * values.max()
 
 
 def _signs(U: Float[Tensor, "out few"]) -> Float[Tensor, "few"]:

@@ -103,6 +103,19 @@ def test_changes_of_bias_are_summed():
     assert torch.allclose(twice.lora_bias, -b)
 
 
+def test_sums_are_subtracted_and_mixed_module_by_module(two, tmp_path):
+    """Parts of a sum stay apart in it, and are one update of each module here."""
+    one, other = two[2].named("one"), two[3].named("other")
+    back = (one + other) - other
+    assert set(back.modules) == set(one.modules) | set(other.modules)
+    back.save(tmp_path)
+    again = logits_of(two, ll.load_adapter(tmp_path))
+    assert torch.allclose(again, logits_of(two, one), atol=1e-9)
+    half = (one + other).mixed(one, 0.25)
+    expected = one + other.scaled(0.75)
+    assert torch.allclose(logits_of(two, half), logits_of(two, expected), atol=1e-9)
+
+
 @pytest.mark.bad_input
 def test_what_does_not_add_up_is_refused(two):
     _, _, one, other = two
@@ -116,6 +129,10 @@ def test_what_does_not_add_up_is_refused(two):
     for word, update in odd.items():
         with pytest.raises(AdapterError, match=rf"{path}.*{word}"):
             one - ll.Adapter.from_factors({path: update})
+    dora = ll.Adapter.from_factors({path: odd["DoRA"]}, name="d").named("d")
+    apart = dora + other.without(path).named("rest")
+    with pytest.raises(AdapterError, match=rf"{path}.*DoRA"):
+        apart - one
     wide = ll.LoRAFactors(torch.ones(1, 8), torch.ones(16, 1))
     with pytest.raises(AdapterError, match="8→16"):
         one - ll.Adapter.from_factors({path: wide})

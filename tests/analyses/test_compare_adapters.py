@@ -63,6 +63,14 @@ def test_a_scaled_copy_points_the_same_way():
     assert exact > -0.999, "at full strength the two are not opposite"
 
 
+def test_what_cancels_has_no_direction():
+    """The rounding of a − a is no ΔW: no cosine and no angles."""
+    lens = cases.case(*HOSTS[0]).lens
+    found = ll.compare_adapters(lens, (lens.adapter - lens.adapter).named("nothing"), draws=0)
+    assert float(found.norms[1].max()) == 0
+    assert found.cosines.isnan().all() and np.isnan(found.cosine) and found.read.numel() == 0
+
+
 @pytest.mark.parametrize("key", HOSTS, ids="-".join)
 def test_geometry_is_that_of_the_dense_matrices(key):
     case = cases.case(*key)

@@ -322,17 +322,18 @@ def held_out_tokens() -> Tensor:
 
 
 def slow_mib(lens: ll.LoraLens, order: list[int], rows: Tensor, off) -> float:
-    """∫ f or ∫ |1 − f|, one run a prompt and size, f a ratio of means."""
+    """∫ f or ∫ |1 − f|, one run a prompt and size, f a ratio of means along each prompt's shift."""
 
-    def mean_of(sites: list[int]) -> float:
+    def values_of(sites: list[int]) -> Tensor:
         gates = torch.zeros(len(lens.sites), dtype=torch.float64)
         gates[sites] = 1.0
         found = [reference.plain_readout(lens, row[None], MARGIN, gates) for row in rows]
-        return float(torch.stack([x.flatten()[0] for x in found]).mean())
+        return torch.stack([x.flatten()[0] for x in found])
 
-    nothing, everything = mean_of([]), mean_of(order)
-    f = [(mean_of(order[: int(k * len(order))]) - nothing) for k in SIZES]
-    found = torch.tensor([off(x / (everything - nothing)) for x in f], dtype=torch.float64)
+    nothing = values_of([])
+    shift = values_of(order) - nothing
+    f = [((values_of(order[: int(k * len(order))]) - nothing) * shift.sign()).mean() for k in SIZES]
+    found = torch.tensor([off(float(x / shift.abs().mean())) for x in f], dtype=torch.float64)
     return float(torch.trapezoid(found, torch.tensor(SIZES, dtype=torch.float64)))
 
 
@@ -353,6 +354,28 @@ def test_cpr_and_cmd_against_one_run_a_size(lens: ll.LoraLens):
         assert np.abs(result.drop[0, i].numpy() - drop).max() < EXACT
 
 
+def test_prompts_that_move_the_other_way_count_as_much(one_lens: ll.LoraLens):
+    """MIB's ratio without a sign, of one prompt's margin and minus another's."""
+    score = first(one_lens)
+    exact = ll.first_order(one_lens, models.tokens(12, 5, seed=11), MARGIN)
+    up, down = int(exact.shift.argmax()), int(exact.shift.argmin())
+    assert exact.shift[up] > 1 and exact.shift[down] < -1
+    rows = models.tokens(12, 5, seed=11)[[up, down]]
+    gates = {}
+    sites = len(one_lens.sites)
+    order = (score.values * score.shift.sign()[:, None]).mean(0).argsort(descending=True).tolist()
+    for count in sorted({0, sites, *(int(k * sites) for k in SIZES)}):
+        on = torch.zeros(sites, dtype=torch.float64)
+        on[order[:count]] = 1.0
+        found = [reference.plain_readout(one_lens, row[None], MARGIN, on) for row in rows]
+        gates[count] = float(found[0].flatten()[0] - found[1].flatten()[0])
+    whole = gates[sites] - gates[0]
+    f = torch.tensor([(gates[int(k * sites)] - gates[0]) / whole for k in SIZES])
+    result = run(one_lens, score, test=(rows, MARGIN), baselines=False)
+    expected = float(torch.trapezoid(f, torch.tensor(SIZES)))
+    assert float(result.cpr[0]) == pytest.approx(expected, abs=1e-6)
+
+
 def test_what_is_held_out_is_said(one_lens: ll.LoraLens):
     """Beside the curves, and through a file; nothing of it without `test`."""
     rows = held_out_tokens()
@@ -367,8 +390,9 @@ def test_what_is_held_out_is_said(one_lens: ll.LoraLens):
 
 def test_a_mean_shift_within_the_noise_has_no_cpr(one_lens: ll.LoraLens):
     none = ll.LoraLens(one_lens.model, one_lens.adapter.scaled(1e-16))
-    result = run(none, torch.ones(len(none.sites)), test=(held_out_tokens(), MARGIN))
-    assert result.cpr.isnan().all() and result.cmd.isnan().all()
+    for rows in (held_out_tokens(), models.tokens(60, 5, seed=11)):
+        result = run(none, torch.ones(len(none.sites)), test=(rows, MARGIN), baselines=False)
+        assert result.cpr.isnan().all() and result.cmd.isnan().all()
     assert not run(one_lens, test=(held_out_tokens(), MARGIN)).cpr.isnan().any()
 
 

@@ -78,7 +78,7 @@ def ratio(error: Tensor, floor: Tensor) -> Tensor:
 def test_floors_of_remainders_tell_the_truth(family: str, cls: str, strength: float):
     """Of first order, after first order and after second order, at ε = 1.
 
-    Measured: 0.5 to 2.0 over three families, both classes and strengths from 0.01 to 100.
+    Measured: 0.40 to 1.6 over three families, both classes and strengths from 0.01 to 100.
     """
     low, high, found = measured(family, cls, strength)
     errors = [(a.double() - b).abs() for a, b in zip(low, high, strict=True)]
@@ -91,13 +91,13 @@ def test_floors_of_remainders_tell_the_truth(family: str, cls: str, strength: fl
 def test_no_floor_on_the_way_is_too_low(family: str, cls: str, strength: float):
     """Where the adapted end is chaotic, and the way not, they may be too high.
 
-    Beyond three floors lie two prompts of eight at most: σ of four draws is itself uncertain, and
-    an error of g(0) is in all strengths of a prompt.
+    Beyond three floors lies at most one prompt of eight (5 of 192 in all, measured): an error of
+    g(0) is in all its strengths.
     """
     low, high, found = measured(family, cls, strength)
     error = (low.first.double() - high.first).abs()
     assert (ratio(error, found.curve.remainder_floor) < FACTOR).all()
-    assert (error > 3 * found.curve.remainder_floor).any(1).sum() <= 2
+    assert (error > 3 * found.curve.remainder_floor).any(1).sum() <= 1
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -137,6 +138,7 @@ CASES = [
     ("gpt2", {"lora_bias": True}),
     ("neox", {}),
     ("llama", {"use_dora": True}),
+    ("gpt2", {"use_dora": True}),
 ]
 
 
@@ -168,6 +170,34 @@ def test_a_sub_adapter_is_its_gates_and_loads_in_peft(family, config, of, tmp_pa
     with torch.no_grad():
         logits = theirs(tokens).logits[:, -1]
     assert torch.allclose(logits[:, 5] - logits[:, 9], at_gates, atol=1e-9)
+
+
+@pytest.mark.parametrize("turned_on", [(0,), (2, 3)], ids=str)
+@pytest.mark.parametrize("changed", ["all", "q and v"])
+def test_a_part_of_a_fused_module_that_was_trained_whole(turned_on, changed):
+    """Sites stand in the module's own rows, also where one of its sites is as in the base."""
+    base = models.hf_model("gpt2")
+    names = [f"transformer.h.{layer}.attn.c_attn" for layer in range(2)]
+    trained = {}
+    for name in names:
+        W = base.get_submodule(name).weight.detach()
+        change = 0.3 * torch.randn(W.shape, generator=models.seeded(6), dtype=torch.float64)
+        change[:, 16:32] *= changed == "all"
+        trained[name] = ll.TrainedModule(W + change)
+    lens = ll.LoraLens(models.MAKERS[HOSTS[-1]](base), ll.Adapter.from_factors(trained))
+    layout = layout_of(lens, "site")
+    mask = torch.zeros(layout.count, dtype=torch.bool)
+    mask[list(turned_on)] = True
+    part = sub_adapter(layout, mask, "part")
+    with torch.no_grad():
+        for i in turned_on:
+            site = lens.sites[i]
+            start = 16 * "qkv".index(site.name[-1])
+            W, changed_to = base.get_submodule(site.module).weight, trained[site.module].weight
+            W[:, start : start + 16] = changed_to[:, start : start + 16]
+        logits = base(models.tokens()).logits[:, -1]
+        ours = lens.with_adapter(part).logits(models.tokens())[:, -1]
+    assert torch.allclose(ours, logits, atol=1e-9)
 
 
 def test_gates_are_differentiable():
@@ -210,8 +240,8 @@ def test_shares_and_scaling_are_those_of_peft():
     at, p = shares(found.matched[-1])
     kept = float(((at - m0) * (m1 - m0).sign()).sum() / (m1 - m0).abs().sum())
     assert frame.loc[("keep", "scaled"), "share"] == pytest.approx(kept, abs=1e-9)
-    if found.matched[-1] < 1:
-        assert kept == pytest.approx(found.kept_share, abs=0.02)
+    assert 0 < found.matched[-1] < 1
+    assert kept == pytest.approx(found.kept_share, abs=0.02)
     left = rel_entr(p0, p).sum() / rel_entr(p0, p1).sum()
     assert frame.loc[("drop", "scaled"), "share"] == pytest.approx(left, abs=1e-9)
     assert found.gain == pytest.approx(left / found.left_share)
@@ -223,10 +253,28 @@ def test_shares_and_scaling_are_those_of_peft():
     assert found.kept_share >= 0.5
 
 
-def test_the_whole_adapter_is_a_tie_with_itself():
+def test_the_curve_of_scaling_runs_from_the_base_to_the_whole_adapter():
     found = repaired(HOSTS[0])
     assert np.allclose(found.along[-1], 1) and np.allclose(found.along[0], 0)
-    assert np.allclose(found.shares[0], 1)
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict", "said"),
+    [
+        (1.2, "helps", "leaves 1.2 times"),
+        (1.05, "tie", "a tie with scaling"),
+        (0.95, "tie", "a tie with scaling"),
+        (0.8, "worse", "does not help"),
+    ],
+)
+def test_the_verdict_is_that_of_the_gain(gain, verdict, said):
+    found = repaired(HOSTS[0])
+    shares = found.shares.clone()
+    dropped = found.judging(keep=False)
+    shares[1, dropped], shares[2, dropped] = 0.25, 0.25 * gain
+    found = dataclasses.replace(found, shares=shares)
+    assert found.gain == pytest.approx(gain) and found.verdict == verdict
+    assert said in " ".join(found.story().split())
 
 
 def test_it_is_drawn_told_saved_and_laid(tmp_path):
@@ -258,6 +306,10 @@ def test_bad_input_is_refused():
     refuses(ArgumentError, "steps=0", keep, drop, steps=0)
     refuses(ArgumentError, "draws=0", keep, drop, draws=0)
     refuses(ArgumentError, "rate=0", keep, drop, rate=0.0)
+    tiny = lens.with_adapter(lens.adapter.scaled(1e-16))
+    many = rows(TAUGHT).repeat(60, 1)
+    with pytest.raises(ArgumentError, match="nothing to keep"):  # rounding of many prompts adds up
+        ll.repair(tiny, [(many, margin)], drop, progress=False)
     untouched = torch.tensor([[7, 8, 9]])
     refuses(ArgumentError, "nothing to keep", [(untouched, margin)], drop)
     refuses(ArgumentError, "nothing to drop", keep, [(untouched, ll.KL())])

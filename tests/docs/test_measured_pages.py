@@ -1,10 +1,13 @@
-"""docs/precision.md and docs/shapes.md are what their numbers render to, never written by hand."""
+"""Measured pages and tables are what their numbers render to, never written by hand."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FACTOR = 3.0
@@ -23,6 +26,14 @@ precision, shapes = _load("precision_page"), _load("shapes_page")
 def test_the_pages_are_what_the_numbers_render_to():
     assert precision.PAGE.read_text() == precision.render(precision.read())
     assert shapes.PAGE.read_text() == shapes.render(shapes.read())
+
+
+@pytest.mark.parametrize("name", ["repair", "compare_adapters"])
+def test_tables_of_two_adapters_are_what_the_numbers_render_to(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    of = _load(name)
+    body = of.table(json.loads(of.NUMBERS.read_text()))
+    assert f"{of.BEGIN}\n{body}\n{of.END}" in of.PAGE.read_text()
 
 
 def test_every_floor_of_the_tiny_models_is_true_within_a_factor_of_three():

@@ -18,10 +18,11 @@ import interrupts
 import models
 import pytest
 import torch
-from every_call import CALLS, OWN
+from every_call import CALLS, MARGIN, OWN
 
 import lens_lora as ll
 from lens_lora import temporary
+from lens_lora.engine import taps
 from lens_lora.hooked import alone
 from lens_lora.temporary import Temporary
 
@@ -88,6 +89,20 @@ def test_blooms_own_gelu():
 
     points = {n: at for n, at in interrupts.points_of(call).items() if "dual_pass" in at}
     assert len(points) > 30
+    assert leaks(call, lens.model, points.items()) == {}
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_blocks_that_run_again(cls: str, monkeypatch: pytest.MonkeyPatch):
+    """Within a bound every block's forward is replaced until the way back is done."""
+    monkeypatch.setattr(taps, "must_rerun", lambda lens, prompts: True)
+    lens, tokens = case(cls)
+
+    def call() -> None:
+        ll.first_order(lens, tokens, MARGIN)
+
+    points = {n: at for n, at in interrupts.points_of(call).items() if "rerun" in at}
+    assert len(points) > 20
     assert leaks(call, lens.model, points.items()) == {}
 
 

@@ -7,6 +7,7 @@ and the host libraries are imported once; each begins without a name in it and i
 
 from __future__ import annotations
 
+import gc
 import re
 import tempfile
 from collections.abc import Iterator
@@ -122,6 +123,7 @@ class Execution(pytest.Item):
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             found = self.faults(Path(folder))
+        gc.collect()  # models refer to themselves
         assert not found, "; ".join(found)
 
     def reportinfo(self) -> tuple[Path, int, str]:

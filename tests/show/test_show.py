@@ -154,7 +154,7 @@ def test_long_prompts_thin_their_ticks_not_their_cells():
     )
     figure = position_heatmap(att)
     assert len(figure.data[0].x) == 150
-    assert list(figure.layout.xaxis.ticktext)[:2] == ["0 t0", "3 t3"]
+    assert list(figure.layout.xaxis.ticktext)[:2] == ["0 t0", "4 t4"]
 
 
 def test_position_heatmap_sums_the_other_axes():

@@ -30,7 +30,7 @@ __all__ = [
 
 PALETTE = ("#2f83c5", "#e0802b", "#3a9d5d", "#c9445a", "#8a63c9", "#a8763e", "#c95fa5", "#9a9a2e")
 NEGATIVE = "#c9445a"
-_MOST_TICKS = 60
+_MOST_TICKS = 40
 _MOST_WITH_GAPS = 100
 
 
