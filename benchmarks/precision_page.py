@@ -39,8 +39,9 @@ models have 24, random weights, and an adapter as strong as they are.
    `patch_activations`, remainders whose verdict is "below the noise", and a path integral that
    says `met=False` because completeness cannot be measured.
 
-Logits that are read are summed in float32, and so are δ = BAz, slopes over positions and path
-integrals; only the model's own layers round. What they round no later sum can bring back.
+Logits that are read are summed in float32, unless the head is adapted or a soft-cap or hook
+follows it, and so are δ = BAz, slopes over positions and path integrals; only the model's own
+layers round. What they round no later sum can bring back.
 
 To reproduce: `python benchmarks/precision.py --write`.
 """

@@ -59,7 +59,8 @@ def noise_at(lens: LoraLens, reading: Reading, scale: float) -> Float[Tensor, "b
     scaled = ScaleInject(lens.plan, lens.gates(scale))
     with torch.no_grad(), lens.injected(scaled, before=[(lens.embedding_output, perturb)]):
         first, *drawn = read_logits(lens, many).unflatten(0, (-1, prompts.batch))
-    last, value = _rounding_of_logits(lens), reading.read(first)
+        last = _rounding_of_logits(lens)  # a site's own hook may be on the unembedding
+    value = reading.read(first)
     moved = torch.stack([reading.read(last(row)) for row in drawn]) - value
     return moved.square().mean(0).sqrt() / _TWO_RUNS
 

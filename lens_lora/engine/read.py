@@ -73,8 +73,8 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     """One forward pass under the hooks now on the model: g, read at each row's last token or slots.
 
     For a readout of a few logits only their rows of W_U are used, and the log-probabilities of a
-    response are computed a few tokens at a time, unless a hook is on the unembedding or something
-    (a soft-cap) changes the logits after it.
+    response are computed a few tokens at a time, unless a hook is on the unembedding or the whole
+    model, or something (a soft-cap) changes the logits after it.
     """
     if isinstance(reading.read, LogProbs):
         return reading.read.of(_log_probs(lens, reading, reading.read))
@@ -199,9 +199,14 @@ def differentiable_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "ba
 
 def _plain_unembedding(lens: LoraLens) -> _Unembedding | None:
     """(W_U, b_U) where the logits are final @ W_U + b_U and nothing else; None otherwise."""
-    unembedding = lens.plan.host.unembedding()
-    changed = any(map(_is_changed, lens.model.unembed.modules()))
-    return None if changed else unembedding
+    return None if _changes_logits(lens) else lens.plan.host.unembedding()
+
+
+def _changes_logits(lens: LoraLens) -> bool:
+    """Whether something on the unembedding, or a hook on the whole model, may change the logits."""
+    whole = (lens.model, getattr(lens.model, "original_model", lens.model))
+    hooked = any(module._forward_hooks for module in whole)
+    return hooked or any(map(_is_changed, lens.model.unembed.modules()))
 
 
 def _is_changed(module: torch.nn.Module) -> bool:
@@ -225,8 +230,8 @@ def _no_unembedding(lens: LoraLens) -> AbstractContextManager[None]:
 def run_without_logits(lens: LoraLens, prompts: Prompts) -> None:
     """One forward pass under the hooks now on the model, for what hooks see of it.
 
-    Nothing is unembedded, unless a hook (a site's own, too) is on the unembedding.
+    Nothing is unembedded, unless a hook (a site's own, too) is on the unembedding, or one on the
+    whole model.
     """
-    changed = any(map(_is_changed, lens.model.unembed.modules()))
-    with contextlib.nullcontext() if changed else _no_unembedding(lens):
+    with contextlib.nullcontext() if _changes_logits(lens) else _no_unembedding(lens):
         lens.run(prompts)

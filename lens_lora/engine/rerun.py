@@ -79,8 +79,9 @@ def _run_twice(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
 
 
 def _require_same(name: str, first: Tensor, second: Tensor) -> None:
-    room = torch.finfo(first.dtype).eps ** 0.5 * first.abs().max()
-    if not bool(((first - second).abs().max() <= room) | first.isnan().any()):
+    # Token by token: some have entries that are thousands of times those of the others.
+    room = torch.finfo(first.dtype).eps ** 0.5 * first.abs().amax(-1)
+    if not bool(((first - second).abs().amax(-1) <= room).all() | first.isnan().any()):
         raise ModelStateError(
             f"{name}: within max_memory a block runs again on the way back, and it returned "
             "something else than the first time. A hook of yours depends on how often it was "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import models
 import pytest
 import torch
 from half_precision import STATED, Asked, compared
+from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
 from lens_lora.engine import noise as engine_noise
@@ -72,6 +74,22 @@ def test_the_ends_have_floors_of_their_own():
     for how, noise in (("add_one", asked.base_noise), ("leave_one_out", asked.adapted_noise)):
         effects = ll.patch_sites(lens, tokens, readout, how, progress=False)
         assert torch.equal(effects.noise_floor, 2**0.5 * noise)
+
+
+def test_logits_of_an_adapted_head_are_rounded(monkeypatch: pytest.MonkeyPatch):
+    """They pass hooks in half precision: their floor has that rounding, whatever comes before."""
+    monkeypatch.setattr(engine_noise, "roundings", lambda *_, **__: lambda tensor, hook: None)
+    base = models.hf_model("llama", dtype=torch.bfloat16)
+    noise = {}
+    for target in ("lm_head", "q_proj"):
+        update = {"r": 2, "target_modules": [target], "init_lora_weights": False}
+        peft = get_peft_model(copy.deepcopy(base), LoraConfig(**update))
+        lens = ll.LoraLens(models.MAKERS[CLS](base), ll.Adapter.from_peft(peft))
+        noise[target] = ask(lens, ASKED.prompts, ASKED.margin).base_noise
+    # In units of the rounding of both logits, of which each differs between a draw and its run.
+    size = 2.0**-8 * lens.logits(ASKED.prompts)[:, -1, [5, 9]].float().norm() / 2**0.5
+    assert 1 / FACTOR < noise["lm_head"].norm() / size < FACTOR
+    assert noise["q_proj"].norm() < 1e-3 * size
 
 
 def test_effects_say_how_many_of_them_may_be_rounding():

@@ -140,6 +140,26 @@ def test_a_hook_that_changes_its_mind_is_refused(cls: str, runs_again: list[str]
     assert not any("forward" in vars(block) for block in blocks)
 
 
+@models.NEEDS_BRIDGE
+def test_a_large_activation_hides_no_other_tokens_change(runs_again: list[str]):
+    """One entry of the first token is far above the others, as in trained models."""
+    lens, calls = cases.case("llama", "TransformerBridge", "raw").lens, []
+
+    def second_time_more(tensor: torch.Tensor, hook: object) -> torch.Tensor:
+        calls.append(1)
+        out = tensor * 1.0
+        out[:, 0, 0] = 1e9
+        out[:, 1:] *= 1 + 0.1 * (len(calls) == 2)
+        return out
+
+    with (
+        models.lifted(),
+        lens.model.hooks(fwd_hooks=[(lens.plan.host.block_input(1), second_time_more)]),
+        pytest.raises(ll.ModelStateError, match=r"blocks\.1.*hook of yours"),
+    ):
+        ll.first_order(lens.within(1e9), models.tokens(), MARGIN)
+
+
 @pytest.mark.bad_input
 @CLASSES
 def test_what_does_not_fit_is_refused(cls: str):

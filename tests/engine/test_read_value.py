@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases
 import models
 import pytest
@@ -46,6 +48,38 @@ def test_repeated_rows_keep_their_tokens(cls: str):
         alone = reading.read(logits[::3]).repeat_interleave(3)
         assert torch.allclose(many.read(logits), alone, rtol=1e-12)
         assert torch.allclose(read_value(lens, many), many.read(logits), rtol=1e-12)
+
+
+def _capped(module: torch.nn.Module, args: object, out: Any) -> object:
+    if isinstance(out, torch.Tensor):
+        return 2 * torch.tanh(out / 2)
+    out.logits = 2 * torch.tanh(out.logits / 2)
+    return out
+
+
+@CLASSES
+@pytest.mark.parametrize("inner", [False, True], ids=["", "of Hugging Face"])
+def test_hooks_on_the_whole_model_are_seen(cls: str, inner: bool):
+    """They get logits, and what they return is read: a soft-cap, say."""
+    if inner and cls == "HookedTransformer":
+        pytest.skip("nothing of Hugging Face is within it")
+    lens = cases.case("llama", cls, "raw").lens
+    whole = lens.model.original_model if inner else lens.model
+    answer = ll.AnswerLogProb([" w5 w7", " w8"])
+    plain = both(lens, READOUTS[0])[0]
+    handle = whole.register_forward_hook(_capped)
+    try:
+        found = [both(lens, readout) for readout in (*READOUTS, answer)]
+        slopes = [
+            ll.first_order(lens, PROMPTS, answer, by="token", mode=mode, progress=False).values
+            for mode in ("forward", "reverse")
+        ]
+    finally:
+        handle.remove()
+    for value, expected in found:
+        assert torch.allclose(value, expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found[0][0], plain, rtol=1e-2)
+    assert torch.allclose(*slopes, rtol=1e-9, atol=1e-11, equal_nan=True)
 
 
 @CLASSES
