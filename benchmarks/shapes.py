@@ -1,6 +1,6 @@
 """Time and peak memory on random weights in the shapes of known models; no hub is asked.
 
-    python benchmarks/shapes.py Qwen2.5-0.5B --ranks 1 16 64 --write
+    python benchmarks/shapes.py Gemma-3-270M Qwen2.5-0.5B --ranks 1 16 64 --write
     python benchmarks/shapes.py Qwen2.5-7B Qwen2.5-14B --device cuda --dtype bfloat16 --write
 
 1. A model of that configuration is made in the dtype and on the device that are asked for, in
