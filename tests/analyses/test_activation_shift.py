@@ -145,6 +145,24 @@ def test_laws():
     assert abs(both.constant_share()[LAST] - expected) < TINY
 
 
+def test_a_shared_beginning_counts_once_in_the_constant_share():
+    """By causality Δh is the same there, so it is not held out from the text that has it first."""
+    lens, rows = lens_of(), models.tokens(2, 7)
+    rows[1, :4] = rows[0, :4]
+    found = ll.activation_shift(lens, rows, LAST)
+
+    def share(own):
+        apart = sum((x - y.mean(0)).square().sum() for x, y in (own, own[::-1]))
+        return 1 - float(apart / torch.cat(own).square().sum())
+
+    first, second = found.values[LAST]
+    once = share([first[1:], second[4:]])
+    assert abs(found.constant_share()[LAST] - once) < TINY
+    assert abs(share([first[1:], second[1:]]) - once) > 1e-3
+    every = ll.activation_shift(lens, rows, LAST, sinks=True)
+    assert abs(every.constant_share()[LAST] - share([first, second[4:]])) < TINY
+
+
 def test_positions_and_sinks():
     lens = lens_of()
     last = ll.activation_shift(lens, texts(), LAST, positions=-1)
