@@ -94,10 +94,11 @@ def page(frame: pd.DataFrame) -> str:
         name: int((frame[name] <= TOP).sum()) for name in ("null, any", "others", "others, any")
     }
     lines = [
-        f"{len(flips)} of {len(facts)} adapters of a fact flip it. On these the taught answer is in "
-        f"the top {TOP} of 49,152 by mean logit on {by_logit}, by one of the three rankings on "
-        f"{found}. Of {len(habits)} taught a habit of speech, its word is there on {said}. Under null adapters {seen['null, any']} answers are there by any ranking, under "
-        f"adapters of other answers {seen['others']} by mean logit, {seen['others, any']} by any.",
+        f"{len(flips)} of {len(facts)} adapters of a fact flip it. On these the taught answer is "
+        f"in the top {TOP} of 49,152 by mean logit on {by_logit}, by one of the three rankings on "
+        f"{found}. Of {len(habits)} taught a habit of speech, its word is there on {said}. Under "
+        f"null adapters {seen['null, any']} answers are there by any ranking, under adapters of "
+        f"other answers {seen['others']} by mean logit, {seen['others, any']} by any.",
         "",
         "| adapter | answer | margin, base → adapted | KL, nats a token | by logit | by "
         "probability | by reading | best by logit, null adapters | best by logit, other answers |",

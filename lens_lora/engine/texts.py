@@ -118,7 +118,7 @@ def require_own_tokens(texts: Prompts) -> None:
             if other != text and beginnings[-1] in theirs[len(beginnings) - 1 : len(beginnings)]:
                 which = which_prompt(text, texts.batch).replace("prompt", "text")
                 raise PromptError(
-                    f"{which} has no token of its own: text {other} begins with the same tokens, or "
-                    "is equal, so what is measured on one is not held out from the other; leave it "
-                    "out."
+                    f"{which} has no token of its own: text {other} begins with the same tokens, "
+                    "or is equal, so what is measured on one is not held out from the other; leave "
+                    "it out."
                 )

@@ -198,7 +198,7 @@ class ActivationShift(Result):
         return pd.DataFrame(rows)
 
     def plot(self, prompt: int | None = None) -> Figure:
-        """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are blank.
+        """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are grey.
 
         Args:
             prompt: an index; without it, the only text.

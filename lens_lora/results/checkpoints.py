@@ -47,8 +47,7 @@ class Checkpoints(Read):
             (`analyses/phase_changes.py`); 'prompt 0', … for the readout, 'angle' for the direction.
         noise: [1 + step, batch], σ of the readout from rounding: of the base, then of each
             checkpoint.
-        str_tokens: each prompt's tokens.
-        readout, units, meta: as in `Read`.
+        str_tokens, readout, units, meta: as in `Read`.
     """
 
     steps: tuple[float, ...]
@@ -64,7 +63,6 @@ class Checkpoints(Read):
     angle: Float[Tensor, "step"]
     phases: dict[str, tuple[tuple[float, float], ...]]
     noise: Float[Tensor, "base_and_step batch"]
-    str_tokens: tuple[tuple[str, ...], ...]
 
     @property
     def shift(self) -> Float[Tensor, "step batch"]:

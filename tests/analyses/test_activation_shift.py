@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import cases
 import models
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lens_lora as ll
+from lens_lora.analyses.hook_points import resolved
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [7, 4]
@@ -121,7 +123,16 @@ def test_sites_own_outputs(cls: str):
         mine = found.values[names[1]][text, : LENGTHS[text]]
         assert (mine - (adapted - base)).abs().max() < TINY
     every = ll.activation_shift(case.lens, texts(), "blocks.*.hook_resid_post")
-    assert set(every.names) == {MIDDLE, LAST}
+    assert every.names == (MIDDLE, LAST)
+
+
+def test_points_of_a_glob_are_in_the_order_of_layers():
+    """A bridge names them in that of the alphabet: 0, 1, 10, 11, 2."""
+    points = ["embed", "blocks.0.a", "blocks.1.a", "blocks.10.a", "blocks.2.a", "blocks.2.b", "z"]
+    lens = SimpleNamespace(model=SimpleNamespace(hook_dict=dict.fromkeys(points)))
+    _, found = resolved(cast(ll.LoraLens, lens), ["*"])
+    expected = ["embed", "blocks.0.a", "blocks.1.a", "blocks.2.a", "blocks.2.b", "blocks.10.a", "z"]
+    assert list(found) == expected
 
 
 def test_laws():

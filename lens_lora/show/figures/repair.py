@@ -6,8 +6,8 @@ import plotly.graph_objects as go
 
 from lens_lora.analyses.repair import Repair
 from lens_lora.results import drawing
-from lens_lora.show.figures.parts import PALETTE
 from lens_lora.show.figures.style import EXACT, LINEAR, NOISE, style, title
+from lens_lora.show.figures.theme import PALETTE
 
 __all__ = ["repair_figure"]
 
