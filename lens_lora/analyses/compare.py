@@ -6,7 +6,8 @@
 
        pearson, spearman      correlation of a_l with e_l, and of their ranks
        slope                  of the least-squares line of e on a, with an intercept
-       sign_agreement         share of groups where a_l and e_l have the same sign
+       sign_agreement         share of groups where a_l and e_l have the same sign, of those whose
+                              effect is beyond three noise floors
        top_k_overlap          |top-k by |a| ∩ top-k by |e|| / k
        relative_error         Σ|a_l − e_l| / Σ|e_l|
        sum_ratio              Σ a_l / Σ e_l
@@ -26,21 +27,22 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from scipy.stats import rankdata
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lens_lora.analyses.correlation import Vector, statistics_of
 from lens_lora.arguments import whole
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
 from lens_lora.results.measured import Result
+from lens_lora.results.signs import hides_sign
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["Comparison", "compare", "pearson"]
+__all__ = ["Comparison", "compare"]
 
 _INTERVAL = (2.5, 97.5)
 _STATISTICS = (
@@ -52,8 +54,6 @@ _STATISTICS = (
     "relative_error",
     "sum_ratio",
 )
-
-Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 @final
@@ -67,8 +67,10 @@ class Comparison(Result):
         attribution_name, effects_name: their keys, as in `results.keys`.
         k: of the top-k overlap (all groups, where there are fewer).
         pearson, spearman, slope, sign_agreement, top_k_overlap, relative_error, sum_ratio:
-            [batch]; without unit. Sign agreement counts every group alike, however small, and
-            zero agrees with zero only.
+            [batch]; without unit. Sign agreement counts every group alike whose effect stands out
+            of rounding, and zero agrees with zero only.
+        beyond_noise: [batch], the share of groups whose effect is beyond three noise floors; the
+            order of the others may be rounding. NaN where the effects state no floor.
         interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
             prompt or without resampling.
         meta: of the attribution: model, adapter, dtype and versions.
@@ -88,6 +90,7 @@ class Comparison(Result):
     top_k_overlap: Float[Tensor, "batch"]
     relative_error: Float[Tensor, "batch"]
     sum_ratio: Float[Tensor, "batch"]
+    beyond_noise: Float[Tensor, "batch"]
     interval: Mapping[str, tuple[float, float]]
     str_tokens: tuple[tuple[str, ...], ...]
     readout: str
@@ -178,7 +181,10 @@ def compare(
     k = min(k, len(groups))
     eps = max(torch.finfo(values.dtype).eps for values in (a, e))
     a, e = a.detach().cpu().double(), e.detach().cpu().double()
-    rows = [_statistics(*pair, k, eps) for pair in zip(a.numpy(), e.numpy(), strict=True)]
+    clear = _clear(attribution, a) & _clear(effects, e)
+    has_floor = any(_floor(of) is not None for of in (attribution, effects))
+    triples = zip(a.numpy(), e.numpy(), clear.numpy(), strict=True)
+    rows = [statistics_of(*triple, k, eps) for triple in triples]
     statistics = {name: np.array([row[name] for row in rows]) for name in _STATISTICS}
     return Comparison(
         labels=tuple(groups),
@@ -189,12 +195,27 @@ def compare(
         effects_name=effects.key,
         k=k,
         **{name: torch.from_numpy(values) for name, values in statistics.items()},
+        beyond_noise=clear.double().mean(1) if has_floor else torch.full_like(a[:, 0], torch.nan),
         interval=_intervals(statistics, bootstrap, seed),
         str_tokens=effects.str_tokens,
         readout=effects.readout,
         units=effects.units,
         meta=attribution.meta,
     )
+
+
+def _floor(result: Attribution | Effects) -> Float[Tensor, "batch"] | None:
+    return None if isinstance(result, Attribution) else result.noise_floor
+
+
+def _clear(
+    result: Attribution | Effects, values: Float[Tensor, "batch group"]
+) -> Bool[Tensor, "batch group"]:
+    """Which effects stand out of rounding; all where no floor is stated."""
+    floor = _floor(result)
+    if floor is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    return ~hides_sign(values, floor.to(values)[:, None])
 
 
 def _require_finite(of: str, values: Float[Tensor, "batch group"], labels: list[str]) -> None:
@@ -254,51 +275,6 @@ def _over_groups(
 
 def _kind(kinds: list[str]) -> str:
     return kinds[0] if len(set(kinds)) == 1 else "group"
-
-
-def _statistics(a: Vector, e: Vector, k: int, eps: float) -> dict[str, float]:
-    """Those of one prompt; eps is the rounding below which numbers count as constant."""
-    return {
-        "pearson": pearson(a, e, eps),
-        "spearman": pearson(rankdata(a), rankdata(e), eps),
-        "slope": _slope(a, e, eps),
-        "sign_agreement": float((np.sign(a) == np.sign(e)).mean()),
-        "top_k_overlap": len(_top(a, k) & _top(e, k)) / k,
-        "relative_error": _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
-        "sum_ratio": _ratio(float(a.sum()), float(e.sum())),
-    }
-
-
-def pearson(a: Vector, e: Vector, eps: float) -> float:
-    """Pearson's correlation; NaN of numbers that are constant up to rounding.
-
-    Args:
-        a, e: of the same length.
-        eps: the rounding below which numbers count as constant.
-    """
-    if _is_constant(a, eps) or _is_constant(e, eps):
-        return np.nan
-    a, e = ((x - x.mean()) / np.linalg.norm(x - x.mean()) for x in (a, e))
-    return float(np.clip(a @ e, -1, 1))
-
-
-def _slope(a: Vector, e: Vector, eps: float) -> float:
-    if _is_constant(a, eps):
-        return np.nan
-    centred = a - a.mean()
-    return float(centred @ (e - e.mean()) / (centred @ centred))
-
-
-def _is_constant(x: Vector, eps: float) -> bool:
-    return float(np.ptp(x)) <= 4 * eps * float(np.abs(x).max())
-
-
-def _top(x: Vector, k: int) -> set[int]:
-    return set(np.argsort(-np.abs(x), kind="stable")[:k].tolist())
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else np.nan
 
 
 def _intervals(

@@ -289,7 +289,8 @@ def test_story_below_the_noise_claims_no_effect():
 def test_story_of_a_base_margin_below_the_noise_prefers_neither():
     story = margin_story(fact(1e-6, [0.25] * 4, list(SCALES), noise=1e-5))
     assert "the base model prefers neither “Lyon” nor “Paris”" in story
-    assert "flip" not in story
+    assert "Rounding hides whether the preference flips: rerun at a higher precision." in story
+    assert story.count("flip") == 1
 
 
 def test_story_of_a_remainder_below_the_noise():
