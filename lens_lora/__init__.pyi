@@ -67,6 +67,7 @@ from .results.effects import Effects
 from .results.grouped import GroupAttribution
 from .results.token_view import TokenView
 from .results.what_changed import Changes, WhatChanged
+from .show.figures.theme import theme
 from .sweeps.records import SweepError
 from .sweeps.result import SweepResult
 from .sweeps.sweep import sweep
@@ -167,6 +168,8 @@ __all__ = [
     "what_changed",
     # tokens, drawn by circuitsvis
     "TokenView",
+    # the look of figures
+    "theme",
     # many prompts
     "SweepError",
     "SweepResult",
