@@ -7,8 +7,7 @@ tokens to which neither model gives a ten-thousandth are left out.
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+from collections.abc import Sequence
 
 from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.show.tables.parts import Row
@@ -34,8 +33,8 @@ def moved_rows(e: Explanation, k: int) -> list[Row]:
         A cell for each of MOVED_HEADS; probabilities are of real runs.
     """
     base, adapted = e.probabilities
-    change, logits = adapted - base, _relative(e.shift.joint[0])
-    up, down = _ends(e, change, k)
+    change, logits = adapted - base, e.shift.joint[0] - e.shift.joint[0].mean()
+    up, down = _ends(e, change.tolist(), k)
     return [
         (
             visible(e.shift.strings[i]),
@@ -61,7 +60,7 @@ def site_moves(e: Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
     base, rows = e.probabilities[0], []
     for site, shifts in zip(e.module_shift.sites, e.module_shift.values[0], strict=True):
         logits = shifts.to(base)
-        change, relative = base * (logits - (base * logits).sum()), _relative(logits)
+        change, relative = base * (logits - (base * logits).sum()), logits - logits.mean()
         sides: list[Pairs] = [
             [
                 (
@@ -70,18 +69,14 @@ def site_moves(e: Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
                 )
                 for i in chosen
             ]
-            for chosen in _ends(e, change, k)
+            for chosen in _ends(e, change.tolist(), k)
         ]
         rows.append((site.name, *sides))
     return rows
 
 
-def _relative(logits: Float[Tensor, "vocab"]) -> Float[Tensor, "vocab"]:
-    return logits - logits.mean()
-
-
-def _ends(e: Explanation, change: Float[Tensor, "vocab"], k: int) -> tuple[list[int], list[int]]:
+def _ends(e: Explanation, change: Sequence[float], k: int) -> tuple[list[int], list[int]]:
     """The k that rise most and the k that fall most, of the tokens that a model might say."""
-    said = (e.probabilities.amax(0) >= _RARE).nonzero().flatten()
-    order = said[change[said].argsort(descending=True, stable=True)].tolist()
+    said = (e.probabilities.amax(0) >= _RARE).nonzero().flatten().tolist()
+    order = sorted(said, key=lambda i: -change[i])
     return [i for i in order[:k] if change[i] > 0], [i for i in order[::-1][:k] if change[i] < 0]

@@ -158,7 +158,7 @@ def response_headline(e: ResponseExplanation) -> Headline:
 def _apart(e: ResponseExplanation, total: float) -> str:
     if not total > 0:
         return "The adapter changes no token's distribution."
-    held = half_held_by(e.shifts.kl[0, 0])
+    held = half_held_by(e.shifts.kl[0, 0].tolist())
     return (
         f"The adapter moves the distributions behind this response by {magnitude(total)} nats of "
         f"KL; {held} of {len(e.response)} tokens hold{'s' if held == 1 else ''} half of it."

@@ -5,10 +5,9 @@ Every sentence is a number of the result; what was not measured is said not to b
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
-
-from jaxtyping import Float
-from torch import Tensor
 
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.results import drawing
@@ -73,7 +72,7 @@ def _where(e: ResponseExplanation) -> str:
     total = float(kl.nansum())
     if not total > 0:
         return "The adapter changes no token's distribution: KL is zero at each."
-    half, most = half_held_by(kl), int(kl.argsort(descending=True)[0])
+    half, most = half_held_by(kl.tolist()), int(kl.argsort(descending=True)[0])
     return (
         f"KL from the base model's distribution to the adapted one is {magnitude(total)} nats over "
         f"the response, {percent(float(kl[most]) / total)} of it at {named(e, most)}. "
@@ -81,14 +80,15 @@ def _where(e: ResponseExplanation) -> str:
     )
 
 
-def half_held_by(kl: Float[Tensor, "token"]) -> int:
+def half_held_by(kl: Sequence[float]) -> int:
     """How many tokens, the largest first, it takes to reach half of the divergence.
 
     Args:
         kl: of each token, not zero throughout.
     """
-    values = kl.nan_to_num(0.0).sort(descending=True).values
-    return int((values.cumsum(0) < _HALF * float(values.sum())).sum()) + 1
+    values = sorted((v for v in kl if not math.isnan(v)), reverse=True)
+    so_far = list(itertools.accumulate(values))
+    return sum(total < _HALF * so_far[-1] for total in so_far) + 1
 
 
 def _token(e: ResponseExplanation) -> str:
