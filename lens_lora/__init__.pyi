@@ -14,6 +14,7 @@ from .analyses.components import Components, components
 from .analyses.constant_part import constant_part
 from .analyses.coupling import Coupling, coupling
 from .analyses.explain import explain
+from .analyses.explain_all import Explanations, explain_all
 from .analyses.explain_margin import Explanation
 from .analyses.explain_response import ResponseExplanation
 from .analyses.faithfulness import Faithfulness, faithfulness
@@ -151,8 +152,10 @@ __all__ = [
     "repair",
     # all of one prompt
     "Explanation",
+    "Explanations",
     "ResponseExplanation",
     "explain",
+    "explain_all",
     # features: directions, sparse autoencoders
     "FeatureShift",
     "FeatureWrites",

@@ -9,6 +9,7 @@ from lens_lora.analyses.compare import Comparison
 from lens_lora.analyses.compare_adapters import AdapterComparison
 from lens_lora.analyses.components import Components
 from lens_lora.analyses.coupling import Coupling
+from lens_lora.analyses.explain_all import Explanations
 from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.analyses.faithfulness import Faithfulness
@@ -280,6 +281,11 @@ def _repair(found: Repair) -> str:
 def _explanation(explanation: Explanation) -> str:
     readout, units = explanation.first_order.readout, explanation.units
     return f"Explanation of {readout}, in {units}:\n{explanation.story()}"
+
+
+@drawing.text.register(Explanations)
+def _explanations(found: Explanations) -> str:
+    return f"Explanations of {len(found)} prompts:\n{found.story()}"
 
 
 @drawing.text.register(ResponseExplanation)
