@@ -133,6 +133,7 @@ _KEYS = {
     GREEDY: "greedy",
 }
 _REPLACED = {"mean": ", replaced by its mean", "resample": ", replaced by another text's"}
+_RULES = {"identity": "identity rule", "half": "half rule"}
 _GATED = re.compile(r"(first_order|second_order|curvature)(?:/([a-z_+]+))?@(.+)")
 
 
@@ -148,8 +149,18 @@ def key_text(key: str) -> str:
         of = _REPLACED.get(replace, "") if how in _KEYS else ""
         return _KEYS[how] + of if of else _KEYS.get(key, key)
     method, rules, at = match.groups()
-    held = f" ({rules.replace('+', ' and ').replace('_', ' ')} fixed)" if rules else ""
-    return f"{method.replace('_', ' ')}{held} at ε = {at}"
+    of = f" ({_qualified(rules)})" if rules else ""
+    return f"{method.replace('_', ' ')}{of} at ε = {at}"
+
+
+def _qualified(of: str) -> str:
+    """'patterns and norm scales fixed, identity rule', or the question of a second order."""
+    if of in _KEYS:
+        return _KEYS[of]
+    names = of.split("+")
+    fixed = " and ".join(n.replace("_", " ") for n in names if n not in _RULES)
+    said = [f"{fixed} fixed" if fixed else "", *(_RULES[n] for n in names if n in _RULES)]
+    return ", ".join(filter(None, said))
 
 
 def method_text(method: str, at: float) -> str:
