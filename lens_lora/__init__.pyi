@@ -7,6 +7,7 @@ from .adapters.random_directions import null_adapter
 from .adapters.trained import TrainedModule
 from .analyses.activation_shift import activation_shift
 from .analyses.activations import activations
+from .analyses.best_subset import BestSubset, best_subset
 from .analyses.checkpoints import checkpoints
 from .analyses.compare import Comparison, compare
 from .analyses.compare_adapters import AdapterComparison, compare_adapters
@@ -131,10 +132,12 @@ __all__ = [
     "second_order",
     # real interventions, and what agrees with them
     "ActivationEffects",
+    "BestSubset",
     "Comparison",
     "Effects",
     "Faithfulness",
     "NullTest",
+    "best_subset",
     "compare",
     "faithfulness",
     "null_adapter",

@@ -8,12 +8,14 @@ With g what the activation reads, u what it is multiplied by (in gated MLPs) and
 so that relevance is conserved: g ∂p/∂g + u ∂p/∂u is p, where by the product rule it is near 2p.
 
 1. Hooks keep g and u of a block, after all that others do there.
-2. A hook at p, before all others, returns the value that it got, bit for bit, with the derivative of
+2. A hook at p, before all others, returns the value that it got, bit for bit, with the
+   derivative of
 
        ungated      (p/g) g
        gated        (p/g) g + (p/u) u, halved by the half rule; by that alone p itself, halved
 
-   whose fractions are constants. Where g or u is zero it keeps its own derivative, which is the limit.
+   whose fractions are constants. Where g or u is zero it
+   keeps its own derivative, which is the limit.
 3. Whether a model computes p from what hooks return at g and u is measured, on a few tokens.
 
 Source: Jafari et al., "RelP" (arXiv 2508.21258); the rules are those of LRP for transformers
@@ -37,6 +39,8 @@ from lens_lora.temporary import Temporary
 
 __all__ = ["put_on_rules", "require_rules"]
 
+_REFUSED = "So identity_rule and half_rule cannot be kept here; leave them out."
+
 
 @dataclasses.dataclass(frozen=True)
 class _Points:
@@ -57,8 +61,8 @@ def _points(host: Host) -> list[_Points]:
     kinds = {kind for of in host.family.linears.values() for kind in of}
     if not kinds & {"gate", "fc_in"}:
         raise ModelStateError(
-            f"this is a {host.family.architectures[0]}, whose MLPs are experts: no hook point shows "
-            "their activations, so identity_rule and half_rule cannot be kept; leave them out."
+            f"this is a {host.family.architectures[0]}, whose MLPs are experts: no hook point "
+            f"shows their activations. {_REFUSED}"
         )
     pre, factor, post = ("gate", "up", "down") if "gate" in kinds else ("fc_in", None, "fc_out")
     found: list[_Points] = []
@@ -68,8 +72,8 @@ def _points(host: Host) -> list[_Points]:
         for name in (*names, read):
             if name not in host.model.hook_dict:
                 raise ModelStateError(
-                    f"blocks.{layer}.mlp: this {host.class_name} has no hook point {name!r}, so "
-                    "identity_rule and half_rule cannot be kept; leave them out."
+                    f"blocks.{layer}.mlp: this {host.class_name} has no hook point {name!r}, and "
+                    f"LRP's rules need it. {_REFUSED}"
                 )
         found.append(_Points(host.block_input(layer), names[0], names[1] if factor else None, read))
     return found
@@ -167,8 +171,8 @@ def require_rules(host: Host, run: Callable[[], Tensor]) -> None:
         for name in names:
             if len(kept[name]) != 1:
                 raise ModelStateError(
-                    f"{name} fires {len(kept[name])} times in a pass of this {host.class_name}, and "
-                    "once is expected, so identity_rule and half_rule cannot be kept; leave them out."
+                    f"{name} fires {len(kept[name])} times in a pass of this {host.class_name}, "
+                    f"and once is expected. {_REFUSED}"
                 )
         _require_product(host, points, [kept[name][0] for name in names])
 
@@ -183,16 +187,15 @@ def _require_product(host: Host, points: _Points, kept: list[Tensor]) -> None:
     for name, slope in zip((points.pre, points.factor), slopes, strict=False):
         if slope is None:
             raise ModelStateError(
-                f"{name}: this {host.class_name} of a {host.family.architectures[0]} ignores what a "
-                "hook returns there, so identity_rule and half_rule cannot be kept; leave them out."
+                f"{name}: this {host.class_name} of a {host.family.architectures[0]} ignores what "
+                f"a hook returns there. {_REFUSED}"
             )
     if points.factor is None or slopes[1] is None:
         return
     off = float((slopes[1] * inputs[1] - post).detach().abs().max())
     if not off <= torch.finfo(post.dtype).eps ** 0.5 * float(post.detach().abs().max()):
         raise ModelStateError(
-            f"{points.post} is not act({points.pre}) · {points.factor} ({off:.2g} off), so identity_"
-            "rule and half_rule cannot be kept; leave them out."
+            f"{points.post} is not act({points.pre}) · {points.factor} ({off:.2g} off). {_REFUSED}"
         )
 
 
