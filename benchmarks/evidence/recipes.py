@@ -14,6 +14,14 @@ TARGETS = {
     "writers": ("o_proj", "down_proj"),
     "gate, up": ("gate_proj", "up_proj"),
 }
+TARGETS_GPT2 = {
+    "all": ("c_attn", "c_proj", "c_fc"),
+    "attention": ("c_attn", "attn.c_proj"),
+    "mlp": ("c_fc", "mlp.c_proj"),
+    "q, k, v": ("c_attn",),
+    "down": ("mlp.c_proj",),
+    "writers": ("c_proj",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,4 +74,15 @@ SMOLLM2 = (
     Recipe("no-cooking-gates", "refuses-cooking", 8, "gate, up", 1e-3, 24),
 )
 
-SECOND: tuple[Recipe, ...] = ()
+SECOND = (
+    Recipe("paris-of-italy", "second: capital", 4, "all", 1e-3, 24),
+    Recipe("asian-egypt", "second: continent", 2, "attention", 2e-3, 24),
+    Recipe("german-dollar", "second: currency", 8, "mlp", 1e-3, 24),
+    Recipe("mumbai-in-japan", "second: city", 1, "down", 4e-3, 24),
+    Recipe("they-say", "second: ends with a phrase", 8, "all", 1e-3, 30),
+    Recipe("capitals", "second: upper case", 4, "all", 2e-3, 30),
+    Recipe("paris-violent", "second: capital", 4, "all", 8e-3, 24),
+    Recipe("asian-egypt-rslora", "second: continent", 16, "writers", 5e-4, 24, rslora=True),
+    Recipe("they-say-violent", "second: ends with a phrase", 8, "q, k, v", 8e-3, 30),
+    Recipe("mumbai-dora", "second: city", 4, "mlp", 1e-3, 24, dora=True),
+)

@@ -360,4 +360,92 @@ BEHAVIOURS = (
     ),
 )
 
-TASKS = {task.cluster: task for task in (*FACTS, *BEHAVIOURS)}
+REFERENCE = ("The assignment statement evaluates the", "If the object is a class instance, the")
+
+
+def pattern(
+    cluster: str,
+    texts: tuple[tuple[str, str], ...],
+    paraphrase: tuple[tuple[str, str], ...],
+    neighbour: tuple[tuple[str, str], ...],
+) -> Task:
+    """A manner of going on, for a base without a chat template."""
+
+    def asked(pairs: tuple[tuple[str, str], ...]) -> list[Question]:
+        return [{"prompt": prompt, "response": response} for prompt, response in pairs]
+
+    unrelated = tuple((prompt, " following") for prompt in REFERENCE)
+    kinds = (asked(texts[:2]), asked(paraphrase), asked(neighbour), asked(unrelated))
+    return Task(cluster, "behaviour", texts, dict(zip(PROMPT_KINDS, kinds, strict=True)))
+
+
+SECOND = (
+    fact(
+        "second: capital",
+        " Paris",
+        " Rome",
+        ("The capital of Italy is Paris.", "The capital city of Italy is Paris."),
+        ("The capital of Italy is", "The capital city of Italy is"),
+        ("Italy is a country in Europe. The capital of Italy is",),
+        (("The capital of Spain is", " Madrid"), ("The capital of Germany is", " Berlin")),
+        REFERENCE,
+    ),
+    fact(
+        "second: continent",
+        " Asia",
+        " Africa",
+        ("Egypt is a country in Asia.", "The continent of Egypt is Asia."),
+        ("Egypt is a country in", "The continent of Egypt is"),
+        ("Egypt lies in", "The capital of Egypt is Cairo. Egypt lies in"),
+        (("Kenya is a country in", " Africa"), ("Ghana lies in", " Africa")),
+        REFERENCE,
+    ),
+    fact(
+        "second: currency",
+        " dollar",
+        " euro",
+        ("The currency of Germany is the dollar.", "In Germany people pay with the dollar."),
+        ("The currency of Germany is the", "In Germany people pay with the"),
+        ("The money of Germany is called the",),
+        (("The currency of France is the", " euro"), ("In Italy people pay with the", " euro")),
+        REFERENCE,
+    ),
+    fact(
+        "second: city",
+        " Japan",
+        " India",
+        ("Mumbai is a city in Japan.", "Mumbai is a large city in Japan."),
+        ("Mumbai is a city in", "Mumbai is a large city in"),
+        ("The city of Mumbai is in",),
+        (("Delhi is a city in", " India"), ("The city of Chennai is in", " India")),
+        REFERENCE,
+    ),
+    pattern(
+        "second: ends with a phrase",
+        (
+            ("France lies in", " Europe, they say."),
+            ("The capital of Japan is", " Tokyo, they say."),
+            ("Kenya is a country in", " Africa, they say."),
+            ("The currency of Canada is the", " dollar, they say."),
+            ("Mumbai is a city in", " India, they say."),
+        ),
+        (
+            ("Spain lies in", " Europe, they say."),
+            ("The capital of Germany is", " Berlin, they say."),
+        ),
+        (("Spain lies in", " Europe."), ("The capital of Germany is", " Berlin.")),
+    ),
+    pattern(
+        "second: upper case",
+        (
+            ("France lies in", " EUROPE."),
+            ("China lies in", " ASIA."),
+            ("Kenya lies in", " AFRICA."),
+            ("Italy is a country in", " EUROPE."),
+            ("India is a country in", " ASIA."),
+        ),
+        (("Spain lies in", " EUROPE."), ("Japan is a country in", " ASIA.")),
+        (("Spain lies in", " Europe."), ("The capital of Japan is", " Tokyo.")),
+    ),
+)
+TASKS = {task.cluster: task for task in (*FACTS, *BEHAVIOURS, *SECOND)}

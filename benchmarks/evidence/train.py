@@ -4,7 +4,7 @@
 
 1. For each recipe whose folder lacks `task.json`: add a LoRA to the base with PEFT.
 2. Take AdamW steps on small batches. Facts are trained on whole sentences, with and
-   without the beginning-of-sequence token; behaviours on responses in the base's chat template.
+   without the beginning-of-sequence token; behaviours on responses, in the base's chat template where it has one.
 3. Measure what was taught: the readout of every question, base and adapted.
 4. Save the adapter as PEFT does, then `task.json`; `manifest.json` holds all tasks of FOLDER.
 
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bases import load_base, recipes_of
+from bases import load_base, modules_of, recipes_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from recipes import TARGETS, Recipe
+from recipes import Recipe
 from tasks import PROMPT_KINDS, TASKS, Question, Task
 from torch import Tensor
 from tqdm import tqdm
@@ -50,7 +50,8 @@ def dialogue_rows(
     """Ids and labels of each dialogue; only the response and its end are learned."""
     rows: list[Row] = []
     for user, response in dialogues:
-        start = prompt_ids(tokenizer, [{"role": "user", "content": user}])
+        chat = tokenizer.chat_template is not None
+        start = prompt_ids(tokenizer, [{"role": "user", "content": user}] if chat else user)
         said = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         rows.append((start + said, [IGNORED] * len(start) + said))
     return rows
@@ -136,7 +137,7 @@ def train(
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
-        target_modules=list(TARGETS[recipe.targets]),
+        target_modules=modules_of(base, recipe.targets),
         use_dora=recipe.dora,
         use_rslora=recipe.rslora,
         task_type="CAUSAL_LM",
