@@ -3,8 +3,8 @@
     python benchmarks/evidence/train.py --out FOLDER [--only NAME …] [--base NAME|FOLDER]
 
 1. For each recipe whose folder lacks `task.json`: add a LoRA to the base with PEFT.
-2. Take AdamW steps on small batches. Facts are trained on whole sentences, with and
-   without the beginning-of-sequence token; behaviours on responses, in the base's chat template where it has one.
+2. Take AdamW steps on small batches. Facts are trained on whole sentences, with and without the
+   beginning-of-sequence token; behaviours on responses, in the base's chat template if it has one.
 3. Measure what was taught: the readout of every question, base and adapted.
 4. Save the adapter as PEFT does, then `task.json`; `manifest.json` holds all tasks of FOLDER.
 
