@@ -21,6 +21,7 @@ from .analyses.faithfulness import Faithfulness, faithfulness
 from .analyses.feature_shift import FeatureShift, feature_shift
 from .analyses.feature_writes import FeatureWrites, feature_writes
 from .analyses.first_order import first_order
+from .analyses.foils import foils
 from .analyses.kl_shares import KLShares, kl_shares
 from .analyses.logit_shift import LogitShift, logit_shift
 from .analyses.many_readouts import first_orders
@@ -140,6 +141,7 @@ __all__ = [
     "best_subset",
     "compare",
     "faithfulness",
+    "foils",
     "null_adapter",
     "null_test",
     "patch_activations",

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from markupsafe import escape
 
 from lens_lora.results.attribution import Attribution, Quadrature
-from lens_lora.results.keys import GREEDY, RANDOM, UPDATE_NORM, WEIGHT_NORM, key_of
+from lens_lora.results.keys import (
+    GREEDY,
+    NORM_PRODUCT,
+    RANDOM,
+    SIGNED_RANDOM,
+    SIGNED_WEIGHT_NORM,
+    UPDATE_NORM,
+    WEIGHT_NORM,
+    key_of,
+)
 
 __all__ = [
     "key_text",
@@ -131,6 +140,9 @@ _KEYS = {
     UPDATE_NORM: "‖δz‖",
     RANDOM: "random",
     GREEDY: "greedy",
+    SIGNED_WEIGHT_NORM: "sign(a) · ‖ΔW‖",
+    NORM_PRODUCT: "‖δz‖ · ‖Jᵀu‖",
+    SIGNED_RANDOM: "random, with the sign of a",
 }
 _REPLACED = {"mean": ", replaced by its mean", "resample": ", replaced by another text's"}
 _RULES = {"identity": "identity rule", "half": "half rule"}
