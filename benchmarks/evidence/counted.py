@@ -2,6 +2,7 @@
 
 1. A *row* is one prompt's pass through all blocks. Hooks on the blocks count rows forwards and, by
    the gradient of each block's output, backwards; rows that branch count as the blocks they run.
+   Covectors that go back as one batch are seen as one: what runs such batches counts them itself.
 2. F is a plain forward pass of the same prompts, all positions unembedded. `passes` counts a
    backward row as two forward ones; `time` is process time over that of F, noisy where the machine
    has other work.
@@ -17,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 import lens_lora as ll
 
@@ -98,16 +98,10 @@ class Counter:
             rows = len(out) * share
 
             def on_gradient(gradient: Tensor) -> None:
-                self._cost.backward += rows * _batch_of(gradient)
+                del gradient
+                self._cost.backward += rows
 
             out.register_hook(on_gradient)
-
-
-def _batch_of(gradient: Tensor) -> int:
-    """How many covectors go back at once."""
-    if not _functorch.is_batchedtensor(gradient):
-        return 1
-    return _functorch.get_unwrapped(gradient).shape[_functorch.maybe_get_bdim(gradient)]
 
 
 def plain_seconds(lens: ll.LoraLens, prompts: ll.Prompts) -> float:

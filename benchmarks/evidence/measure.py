@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -33,8 +34,8 @@ import torch
 from cases import Case, by_sites, cases_in, lens_of, question, questions_of, unrelated_case
 from counted import Cost, Counter, plain_seconds
 from flags import accounted
-from methods import COMPOSED, EFFECTS, PARTS, curvature, methods_of
-from scored import Judge, Row, agreement, sums
+from methods import COMPOSED, CURVATURE, EFFECTS, PARTS, curvature, methods_of, parts_for
+from scored import Judge, Row, agreement, held_out, sums
 from signals import signals_of
 from torch import Tensor
 from tqdm import tqdm
@@ -48,6 +49,7 @@ from lens_lora.errors import LensLoraError
 CEILINGS, FIFTH = ("trained", "paraphrase"), 0.2
 _CURVED = 1  # prompts of the diagonal of H
 _NULL_SEED = 0
+BASELINES = ("weight_norm", "update_norm")  # names that the library keeps for its own
 
 
 @dataclasses.dataclass
@@ -77,20 +79,17 @@ class Run:
             return None
         return found
 
-    def parts(self, asked: Asked, bar: tqdm, *, timed: bool) -> dict[str, Tensor]:
-        """Every part on these prompts."""
+    def parts(self, kind: str, asked: Asked) -> dict[str, Tensor]:
+        """Every part on these prompts; what each costs is that on the trained wording."""
         found: dict[str, Tensor] = {}
-        for key, part in PARTS.items():
-            bar.set_postfix_str(key)
+        chosen = parts_for(kind)
+        for key in tqdm(chosen, desc=f"{self.case.name}, {kind}", leave=False):
             if key in self.left_out:
                 continue
-            if timed:
-                values = self.timed(key, lambda part=part: part(asked))
-            else:
-                values = part(asked)
+            work = functools.partial(chosen[key], asked)
+            values = self.timed(key, work) if kind == "trained" else work()
             if values is not None:
                 found[key] = values.cpu().double()
-            bar.update()
         return found
 
 
@@ -101,8 +100,7 @@ def measure(case: Case, every: list[Case], most: int) -> dict[str, Any]:
     asked = questions_of(case, run.lens, most)
     for one in asked.values():
         one.ends, one.noise_floor  # noqa: B018  # known once, so that no method is charged for them
-    with tqdm(total=len(PARTS) * len(asked), desc=case.name, leave=False) as bar:
-        parts = {k: run.parts(a, bar, timed=k == "trained") for k, a in asked.items()}
+    parts = {kind: run.parts(kind, one) for kind, one in asked.items()}
     plain = plain_seconds(run.lens, asked["trained"].reading.prompts)
     every_score = {kind: methods_of(of) for kind, of in parts.items()}
     nulls = null_scores(run, asked["trained"], every)
@@ -112,6 +110,10 @@ def measure(case: Case, every: list[Case], most: int) -> dict[str, Any]:
         effects = {how: parts[kind][how] for how in EFFECTS}
         run.rows += agreement(kind, question_of, every_score[kind], effects)
         run.rows += sums(kind, question_of, every_score[kind])
+        if kind != "trained":
+            run.rows += held_out(
+                kind, asked["trained"], every_score["trained"], question_of, effects
+            )
         run.rows += judge.rows(kind, question_of)
     curved = curvature_rows(run)
     rows = asked["trained"].reading.prompts.tokens.shape[0]
@@ -184,7 +186,7 @@ def ceilings_of(
                 asked.prompts,
                 asked.readout,
                 size=FIFTH,
-                starts=scores[kind],
+                starts={k: v for k, v in scores[kind].items() if k not in BASELINES},
                 progress=False,
             )
 
@@ -210,14 +212,18 @@ def curvature_rows(run: Run) -> dict[str, dict[str, float]]:
     effects = {how: PARTS[how](asked).cpu().double() for how in EFFECTS}
     own = {at: PARTS[f"first_order@{at}"](asked).cpu().double() for at in ("0", "1")}
     plain = plain_seconds(run.lens, asked.reading.prompts)
+    rows = asked.reading.prompts.tokens.shape[0]
     scores: dict[str, Tensor] = {f"first_order@{at}": of for at, of in own.items()}
     costs: dict[str, dict[str, float]] = {}
-    for key, work in curvature(asked).items():
-        values = run.timed(key, work)
-        if values is not None:
-            scores[key] = values.cpu().double()
-            rows = asked.reading.prompts.tokens.shape[0]
-            costs[key] = run.costs.pop(key).in_plain_passes(rows, plain)
+    for at, hows in CURVATURE:
+        found = run.timed(f"curvature@{at:g}", functools.partial(curvature, at, hows, asked))
+        if found is None:
+            continue
+        cost = run.costs.pop(f"curvature@{at:g}")
+        # A backward pass of first order, one of the graph, and two through both for each site.
+        cost.backward = 2.0 * rows * (1 + len(run.lens.sites))
+        for key, values in found.items():
+            scores[key], costs[key] = values.cpu().double(), cost.in_plain_passes(rows, plain)
     run.rows += agreement("trained, first", asked, scores, effects)
     return costs
 

@@ -137,6 +137,8 @@ COMPOSED: dict[str, tuple[tuple[str, ...], Callable[[Parts], Tensor]]] = {
     "signed_weight_norm": (("first_order@0", "weight_norm"), _signed_weight_norm),
     "signed_random": (("first_order@0",), _signed_random),
 }
+DEAR = ("path/8", "first_order@0.25", "first_order@0.75", "hessian@0.25", "hessian@0.75")
+DEAR_ON = ("trained", "paraphrase")
 # Parts that are no method by themselves.
 ONLY_PARTS = frozenset(
     key for key in PARTS if key.startswith("hessian@") or key.endswith(("@0.25", "@0.75"))

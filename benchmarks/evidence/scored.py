@@ -83,6 +83,33 @@ def _statistics(asked: Asked, values: Tensor, key: str, measured: Attribution) -
     return {name: found.mean(statistic) for statistic, name in chosen.items()}
 
 
+def held_out(
+    kind: str,
+    trained: Asked,
+    scores: Mapping[str, Tensor],
+    asked: Asked,
+    effects: Mapping[str, Tensor],
+) -> list[Row]:
+    """Scores made on the trained wording against measured effects on other prompts."""
+    rows: list[Row] = []
+    for how, effect in effects.items():
+        measured = attribution_of(asked, effect.double(), how)
+        for key, values in scores.items():
+            made = attribution_of(trained, values.double(), key)
+            found = ll.compare(made, measured, held_out=True, bootstrap=0)
+            rows += [
+                {
+                    "prompts": kind,
+                    "question": f"{how}/held_out",
+                    "metric": metric,
+                    "method": key,
+                    "value": found.mean(metric),
+                }
+                for metric in ("spearman", "pearson")
+            ]
+    return rows
+
+
 def sums(kind: str, asked: Asked, scores: Mapping[str, Tensor]) -> list[Row]:
     """Σ of each method's scores, as a share of the shift of all prompts together."""
     base, adapted = asked.ends.cpu().double()
