@@ -142,7 +142,7 @@ def _comparison(comparison: Comparison) -> str:
     head = (
         f"Comparison of {key_text(comparison.attribution_name)} with "
         f"{key_text(comparison.effects_name)} on {comparison.readout}: {batch} prompts × {count} "
-        f"groups, top k = {comparison.k}"
+        f"groups, top k = {comparison.k}{_made_on(comparison.made_on)}"
     )
     note = _hidden_effects(comparison)
     if batch == 1:
@@ -160,6 +160,10 @@ def _hidden_effects(comparison: Comparison) -> str:
         f"\n{small} of {every} effects are within three noise floors: their sign, and their order "
         "in a rank correlation, may be rounding."
     )
+
+
+def _made_on(prompts: tuple[tuple[str, ...], ...]) -> str:
+    return f"; made on {len(prompts)} other prompts" if prompts else ""
 
 
 @drawing.text.register(Faithfulness)
