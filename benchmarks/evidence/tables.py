@@ -7,22 +7,43 @@ prompt, question, metric and method; `costs` one per adapter and method, in forw
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import pandas as pd
 from intervals import Interval, Standing, cluster_means, ranked
 
-FIRST, HALF, END = "first_order@0", "first_order@0.5", "first_order@1"
+FIRST, HALF, END, PATH = "first_order@0", "first_order@0.5", "first_order@1", "path/8"
+HELD, RELP = "patterns+norm_scales", "patterns+norm_scales+identity+half"
 NAMES = {
     FIRST: "first order at 0",
     HALF: "first order at ½",
     END: "first order at 1",
+    "path/2": "path, 2 nodes",
+    "path/4": "path, 4 nodes",
+    PATH: "path, 8 nodes",
+    f"first_order/{HELD}@0": "first order at 0, patterns and norms held",
+    f"first_order/{RELP}@0": "RelP's rules at 0",
+    f"first_order/{RELP}@1": "RelP's rules at 1",
+    "first_order/norm_scales+identity+half@0": "RelP's rules at 0, attention live",
+    "second_order@0": "a + ½H1 at 0",
+    "hessian_steps/2": "Hessian products, 2 steps",
+    "hessian_steps/4": "Hessian products, 4 steps",
+    "second_order/add_one@0": "a + ½H_ll, at 0",
+    "second_order/leave_one_out@0": "a + (H1)_l − ½H_ll, at 0",
+    "second_order/leave_one_out@1": "a − ½H_ll, at 1",
     "weight_norm": "‖ΔW‖",
     "update_norm": "‖δz‖",
-    "random": "random order",
+    "norm_product": "‖δz‖ · ‖Jᵀu‖",
+    "signed_weight_norm": "sign(a) · ‖ΔW‖",
+    "signed_random": "sign(a) · random",
+    "random": "random",
     "add_one": "add one, measured",
     "leave_one_out": "leave one out, measured",
-    "best_subset": "best found",
+    "null_adapter": "first order of random directions",
+    "unrelated_adapter": "first order of an unrelated adapter",
+    "best_subset": "best set found on the trained wording",
+    "best_subset/paraphrase": "best set found on these prompts",
 }
 KINDS = ("trained", "paraphrase", "neighbour", "unrelated")
 
@@ -46,6 +67,10 @@ class Question:
 
 
 def named(method: str) -> str:
+    """A method in words; the mean of two is named by them."""
+    pair = re.fullmatch(r"mean\((.+), (.+)\)", method)
+    if pair:
+        return f"mean of {named(pair[1])} and {named(pair[2])}"
     return NAMES.get(method, method)
 
 
