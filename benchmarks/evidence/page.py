@@ -178,18 +178,23 @@ def warning_table(cases: pd.DataFrame, method: str) -> list[str]:
     for signal, (found, threshold) in warnings_of(cases, method, list(SIGNALS)).items():
         both = found.precision + found.recall
         score = 2 * found.precision * found.recall / both if both > 0 else 0.0
-        cells = [SIGNALS[signal], f"{threshold:.3g}", f"{found.precision:.2f}"]
-        rows.append((score, [*cells, f"{found.recall:.2f}", f"{found.hit} of {found.warned}"]))
-    rows.sort(key=lambda row: -row[0] if row[0] == row[0] else 0.0)
+        shares = [
+            "—" if share != share else f"{share:.2f}" for share in (found.precision, found.recall)
+        ]
+        cells = [SIGNALS[signal], f"{threshold:.3g}", *shares, f"{found.hit} of {found.warned}"]
+        rows.append((score, cells))
+    rows.sort(key=lambda row: -row[0])
     broken = int((cases[cases["method"] == method]["agreement"] < BROKEN).sum())
     total = int((cases["method"] == method).sum())
     head = ["warning: … above", "threshold", "precision", "recall", "right"]
-    return [
+    says = (
         f"{named(method).capitalize()} is broken (below {BROKEN}) in {broken} of {total} cases (an "
-        f"adapter on one kind of prompt). Warnings, on tasks that their threshold was not chosen "
-        f"on:",
-        markdown(head, [cells for _, cells in rows]),
-    ]
+        "adapter on one kind of prompt)."
+    )
+    if not broken:
+        return [f"{says} There is nothing to warn of."]
+    says += " Warnings, on tasks that their threshold was not chosen on:"
+    return [says, markdown(head, [cells for _, cells in rows])]
 
 
 def adapters(numbers: Numbers) -> str:

@@ -113,7 +113,7 @@ def _of_the_best(scores: pd.DataFrame) -> pd.DataFrame:
         here = kept[kept["prompts"] == kind]
         best = here[here["method"] == ceiling].set_index("adapter")["value"]
         share = here[here["adapter"].isin(best.index[best > 0])].copy()
-        share["value"] = share["value"] / share["adapter"].map(best)
+        share["value"] = share["value"] / share["adapter"].map(best).astype(float)
         parts.append(share.assign(metric="of the best found"))
     return pd.concat(parts)
 
