@@ -141,11 +141,15 @@ def _comparison(comparison: Comparison) -> str:
     head = (
         f"Comparison of {key_text(comparison.attribution_name)} with "
         f"{key_text(comparison.effects_name)} on {comparison.readout}: {batch} prompts × {count} "
-        f"groups, top k = {comparison.k}"
+        f"groups, top k = {comparison.k}{_made_on(comparison.made_on)}"
     )
     if batch == 1:
         return f"{head}\n{comparison.summary()['mean'].to_string()}\none prompt: no interval."
     return f"{head}\n{comparison.summary().to_string()}"
+
+
+def _made_on(prompts: tuple[tuple[str, ...], ...]) -> str:
+    return f"; made on {len(prompts)} other prompts" if prompts else ""
 
 
 @drawing.text.register(Faithfulness)
