@@ -94,10 +94,17 @@ def firing(
     dead = [name for name in in_full if name not in donor.firings]
     points = tuple(name for name in wanted if name in donor.firings)
     if dead or not points:
-        raise ModelStateError(
-            f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; a "
-            "flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
+        why = (
+            "a flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
             "Name another point, or set the flag before the lens is made."
+        )
+        if not lens.plan.host.keeps_patterns:
+            why = (
+                "with attn='sdpa' no attention scores, patterns or rotated q and k are made. Name "
+                "another point, or load the model with attn='eager'."
+            )
+        raise ModelStateError(
+            f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; {why}"
         )
     between = points_without_update(lens.sites) & set(points)
     if between:

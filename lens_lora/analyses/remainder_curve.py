@@ -158,7 +158,7 @@ def remainder_curve(
         NumericsError: a readout or derivative that is not finite.
     """
     asked = ask(lens, prompts, readout)
-    return remainder_curve_of(asked, first_order_of(asked), scales, progress=progress)
+    return remainder_curve_of(asked, first_order_of(asked, floors=True), scales, progress=progress)
 
 
 def remainder_curve_of(

@@ -65,6 +65,7 @@ CALLS = {
         t.lens, t.lens.adapter.scaled(0.5), PROMPT, R, draws=2, **o
     ),
     "explain": lambda t, folder, **o: ll.explain(t.lens, PROMPT, "w8", "w9", null=2, **o),
+    "explain_all": lambda t, folder, **o: ll.explain_all(t.lens, [PROMPT, LONG], "w8", "w9", **o),
     "fact_margin": lambda t, folder, **o: ll.fact_margin(t.deep, PROMPT, "w8", "w9", **o),
     "faithfulness": _faithful,
     "first_order": lambda t, folder, **o: ll.first_order(t.lens, PROMPT, R, mode="forward", **o),

@@ -337,7 +337,8 @@ def test_story_below_the_noise_claims_no_effect():
 def test_story_of_a_base_margin_below_the_noise_prefers_neither():
     story = margin_story(fact(1e-6, [0.25] * 4, list(SCALES), noise=1e-5))
     assert "the base model prefers neither “Lyon” nor “Paris”" in story
-    assert "flip" not in story
+    assert "Rounding hides whether the preference flips: rerun at a higher precision." in story
+    assert story.count("flip") == 1
 
 
 def test_story_of_a_remainder_below_the_noise():
@@ -496,9 +497,8 @@ def test_report_loads_nothing(page):
 
 
 def test_report_inlines_plotly_once(page):
-    assert page.count("Plotly.newPlot(") - without_plotly(page).count("Plotly.newPlot(") <= 1
     assert len(re.findall(r"<script[^>]*>[^<]{0,200}plotly\.js v", page)) == 1
-    assert without_plotly(page).count("Plotly.newPlot(") == 3
+    assert without_plotly(page).count("data-figure=") == 3
 
 
 def test_report_escapes_tokens_and_names(page):
@@ -525,7 +525,7 @@ def test_report_holds_story_numbers_tokens_and_provenance(page):
 def test_report_without_extras_leaves_their_sections_out():
     own = without_plotly(margin_report(flip_case()))
     assert "Where in the prompt" not in own and "Tokens promoted" not in own
-    assert own.count("Plotly.newPlot(") == 2
+    assert own.count("data-figure=") == 2
 
 
 def test_report_with_a_joint_shift_shows_no_sites():
