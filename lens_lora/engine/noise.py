@@ -208,7 +208,7 @@ def first_order_noise(
 def curvature_noise(
     lens: LoraLens, reading: Reading, half_row_sums: Float[Tensor, "batch site"]
 ) -> Float[Tensor, "batch"]:
-    """σ_H of ½ 1ᵀH1 at the base. Four forward and twelve backward passes.
+    """σ_H of ½ 1ᵀH1 at the base. Four forward and eight backward passes.
 
     Args:
         lens: the adapter over the model.
