@@ -15,14 +15,19 @@ own rounding, σ_a of Σ a and σ_H of ½ 1ᵀH1, is then thousands of times σ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.batching import directions_at_once, slopes_at_once
+from lens_lora.engine.batching import (
+    copies_of_pass,
+    directions_at_once,
+    pass_groups,
+    slopes_at_once,
+)
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.engine.parts import parts
 from lens_lora.engine.read import logits_dtype, read_logits
@@ -53,24 +58,29 @@ def noise_at(lens: LoraLens, reading: Reading, scale: float) -> Float[Tensor, "b
         reading: what is run, and read.
         scale: ε of all sites.
     """
-    prompts = reading.prompts
-    many = prompts.tiled(1 + _DRAWS_OF_END)
-    perturb = roundings(lens, exact=prompts.batch)
+    return torch.cat([_noise_of(lens, some, scale) for some in pass_groups(lens, reading)])
+
+
+def _noise_of(lens: LoraLens, reading: Reading, scale: float) -> Float[Tensor, "some"]:
+    prompts, runs = reading.prompts, torch.arange(1 + _DRAWS_OF_END)
     scaled = ScaleInject(lens.plan, lens.gates(scale))
-    with torch.no_grad(), lens.injected(scaled, before=[(lens.embedding_output, perturb)]):
-        first, *drawn = read_logits(lens, many).unflatten(0, (-1, prompts.batch))
-        last = _rounding_of_logits(lens)  # a site's own hook may be on the unembedding
-    value = reading.read(first)
-    moved = torch.stack([reading.read(last(row)) for row in drawn]) - value
+    found: list[Tensor] = []
+    for draws in runs.split(min(len(runs), copies_of_pass(lens, prompts))):
+        perturb = roundings(lens, draws.tolist())
+        with torch.no_grad(), lens.injected(scaled, before=[(lens.embedding_output, perturb)]):
+            found += read_logits(lens, prompts.tiled(len(draws))).unflatten(0, (len(draws), -1))
+            dtype = logits_dtype(lens)  # a site's own hook may be on the unembedding
+    value, last = reading.read(found[0]), _rounding_of_logits(dtype)
+    moved = torch.stack([reading.read(last(drawn)) for drawn in found[1:]]) - value
     return moved.square().mean(0).sqrt() / _TWO_RUNS
 
 
-def _rounding_of_logits(lens: LoraLens) -> Callable[[Tensor], Tensor]:
+def _rounding_of_logits(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Moves logits by about their last rounding, which runs may share: they then hide it.
 
     One draw for the vocabulary, with a sign of its own for each row and slot.
     """
-    unit = torch.finfo(logits_dtype(lens)).eps / 2
+    unit = torch.finfo(dtype).eps / 2
     generator = torch.Generator(device="cpu").manual_seed(1)
 
     def move(logits: Tensor) -> Tensor:
@@ -168,22 +178,35 @@ def _moved(
     return torch.maximum(away, rounding.to(away))
 
 
-def roundings(lens: LoraLens, exact: int = 0) -> HookFn:
+def roundings(lens: LoraLens, draws: Sequence[int] | None = None) -> HookFn:
     """A hook that moves the embedding by about one rounding of the model's dtype.
 
-    The first `exact` rows are left as they are.
+    Args:
+        lens: the adapter over the model.
+        draws: of as many copies of the prompts, one after the other; that of draw 0 is left as it
+            is, and each other draw is the same in every pass. Without it each pass draws anew.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def perturb(tensor: Tensor, hook: Any) -> Tensor:
         del hook
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        noise[:exact] = 0
+        if draws is None:
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        else:
+            shape = (len(tensor) // len(draws), *tensor.shape[1:])
+            noise = torch.cat([_draw(draw, shape) for draw in draws])
         wide = in_float64(tensor)
         moved = wide * (1 + _unit(lens) * noise.to(wide.device))
         return moved.to(tensor.dtype).to(tensor.device)
 
     return perturb
+
+
+def _draw(draw: int, shape: tuple[int, ...]) -> Float[Tensor, "*shape"]:
+    if draw == 0:
+        return torch.zeros(shape, dtype=torch.float64)
+    generator = torch.Generator(device="cpu").manual_seed(draw)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _unit(lens: LoraLens) -> float:
