@@ -12,7 +12,10 @@
        relative_error         Σ|a_l − e_l| / Σ|e_l|
        sum_ratio              Σ a_l / Σ e_l
 
-3. Over prompts: their mean, and a percentile interval of it from prompts drawn with replacement.
+3. With `held_out` the attribution is of other prompts than the effects: its mean over them, each
+   value in the direction of its prompt's shift, meets every prompt's effects in the direction of
+   theirs.
+4. Over prompts: their mean, and a percentile interval of it from prompts drawn with replacement.
 
 A correlation is blind to size and to the sum; the slope, the relative error and the sum ratio are
 not. A statistic that does not exist (of constant numbers, of one group) is NaN.
@@ -30,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.analyses.correlation import Vector, statistics_of
+from lens_lora.analyses.agreement import STATISTICS, intervals_of, statistics_of
 from lens_lora.arguments import whole
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
@@ -43,17 +46,6 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 __all__ = ["Comparison", "compare"]
-
-_INTERVAL = (2.5, 97.5)
-_STATISTICS = (
-    "pearson",
-    "spearman",
-    "slope",
-    "sign_agreement",
-    "top_k_overlap",
-    "relative_error",
-    "sum_ratio",
-)
 
 
 @final
@@ -74,6 +66,8 @@ class Comparison(Result):
         interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
             prompt or without resampling.
         meta: of the attribution: model, adapter, dtype and versions.
+        made_on: the tokens of the prompts that the attribution was made on, where it is judged on
+            others.
     """
 
     labels: tuple[str, ...]
@@ -96,11 +90,12 @@ class Comparison(Result):
     readout: str
     units: str
     meta: Mapping[str, str]
+    made_on: tuple[tuple[str, ...], ...] = ()
 
     @property
     def per_prompt(self) -> dict[str, Float[Tensor, "batch"]]:
         """Every statistic by name."""
-        return {name: getattr(self, name) for name in _STATISTICS}
+        return {name: getattr(self, name) for name in STATISTICS}
 
     def mean(self, statistic: str) -> float:
         """A statistic's mean over the prompts in which it exists.
@@ -111,9 +106,9 @@ class Comparison(Result):
         Raises:
             ArgumentError: no such statistic.
         """
-        if statistic not in _STATISTICS:
+        if statistic not in STATISTICS:
             raise ArgumentError(
-                f"statistic {statistic!r}: expected one of {', '.join(_STATISTICS)}."
+                f"statistic {statistic!r}: expected one of {', '.join(STATISTICS)}."
             )
         return float(getattr(self, statistic).nanmean())
 
@@ -124,8 +119,8 @@ class Comparison(Result):
 
     def summary(self) -> pd.DataFrame:
         """One row per statistic: its mean over prompts and the interval of that mean."""
-        rows = [(self.mean(name), *self.interval[name]) for name in _STATISTICS]
-        index = pd.Index(_STATISTICS, name="statistic")
+        rows = [(self.mean(name), *self.interval[name]) for name in STATISTICS]
+        index = pd.Index(STATISTICS, name="statistic")
         return pd.DataFrame(rows, index=index, columns=pd.Index(["mean", "low", "high"]))
 
     def groups_to_frame(self) -> pd.DataFrame:
@@ -157,6 +152,7 @@ def compare(
     attribution: Attribution | Effects,
     effects: Attribution | Effects,
     *,
+    held_out: bool = False,
     k: int = 10,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -166,6 +162,8 @@ def compare(
     Args:
         attribution, effects: results over the same prompts, sites and readout. An attribution is
             summed over the groups of the effects it meets.
+        held_out: the effects are of other prompts, on which what was made on the attribution's is
+            judged; readouts may differ in their tokens, not in their units.
         k: of the top-k overlap.
         bootstrap, seed: resamplings of the prompts; 0 for no intervals.
 
@@ -174,18 +172,23 @@ def compare(
             finite; k below 1.
     """
     k, bootstrap, seed = whole("k", k, 1), whole("bootstrap", bootstrap, 0), whole("seed", seed, 0)
-    _require_same(attribution, effects)
+    _require_same(attribution, effects, held_out)
     a, e, groups = _over_groups(attribution, effects)
+    floors = [_floor(of) for of in (attribution, effects)]
+    if held_out:
+        floors[0] = _of_mean(floors[0], len(e))
+        a, e = _towards(a, attribution.shift), _towards(e, effects.shift)
+        a = a.mean(0).expand_as(e)
     for of, values in ((attribution.key, a), (effects.key, e)):
         _require_finite(of, values, list(groups))
     k = min(k, len(groups))
     eps = max(torch.finfo(values.dtype).eps for values in (a, e))
     a, e = a.detach().cpu().double(), e.detach().cpu().double()
-    clear = _clear(attribution, a) & _clear(effects, e)
-    has_floor = any(_floor(of) is not None for of in (attribution, effects))
+    clear = _clear(a, floors[0]) & _clear(e, floors[1])
+    has_floor = any(floor is not None for floor in floors)
     triples = zip(a.numpy(), e.numpy(), clear.numpy(), strict=True)
     rows = [statistics_of(*triple, k, eps) for triple in triples]
-    statistics = {name: np.array([row[name] for row in rows]) for name in _STATISTICS}
+    statistics = {name: np.array([row[name] for row in rows]) for name in STATISTICS}
     return Comparison(
         labels=tuple(groups),
         kinds=tuple(_kind([effects.sites[i].kind for i in group]) for group in groups.values()),
@@ -196,11 +199,12 @@ def compare(
         k=k,
         **{name: torch.from_numpy(values) for name, values in statistics.items()},
         beyond_noise=clear.double().mean(1) if has_floor else torch.full_like(a[:, 0], torch.nan),
-        interval=_intervals(statistics, bootstrap, seed),
+        interval=intervals_of(statistics, bootstrap, seed),
         str_tokens=effects.str_tokens,
         readout=effects.readout,
         units=effects.units,
         meta=attribution.meta,
+        made_on=attribution.str_tokens if held_out else (),
     )
 
 
@@ -208,14 +212,25 @@ def _floor(result: Attribution | Effects) -> Float[Tensor, "batch"] | None:
     return None if isinstance(result, Attribution) else result.noise_floor
 
 
+def _of_mean(floor: Float[Tensor, "made"] | None, batch: int) -> Float[Tensor, "batch"] | None:
+    """σ of a mean over prompts, for each prompt that it is judged on."""
+    return None if floor is None else (floor.norm() / len(floor)).expand(batch)
+
+
 def _clear(
-    result: Attribution | Effects, values: Float[Tensor, "batch group"]
+    values: Float[Tensor, "batch group"], floor: Float[Tensor, "batch"] | None
 ) -> Bool[Tensor, "batch group"]:
     """Which effects stand out of rounding; all where no floor is stated."""
-    floor = _floor(result)
     if floor is None:
         return torch.ones_like(values, dtype=torch.bool)
     return ~hides_sign(values, floor.to(values)[:, None])
+
+
+def _towards(
+    values: Float[Tensor, "batch group"], shift: Float[Tensor, "batch"]
+) -> Float[Tensor, "batch group"]:
+    """Each prompt's values in the direction of its shift."""
+    return values.detach().cpu().double() * shift.cpu().double().sign()[:, None]
 
 
 def _require_finite(of: str, values: Float[Tensor, "batch group"], labels: list[str]) -> None:
@@ -228,7 +243,7 @@ def _require_finite(of: str, values: Float[Tensor, "batch group"], labels: list[
         )
 
 
-def _require_same(one: Attribution | Effects, other: Attribution | Effects) -> None:
+def _require_same(one: Attribution | Effects, other: Attribution | Effects, held_out: bool) -> None:
     for result in (one, other):
         if not isinstance(result, Attribution | Effects):
             raise ArgumentError(
@@ -239,12 +254,15 @@ def _require_same(one: Attribution | Effects, other: Attribution | Effects) -> N
         "prompts": [["|".join(tokens) for tokens in result.str_tokens] for result in (one, other)],
         "readouts": [[f"{result.readout} in {result.units}"] for result in (one, other)],
     }
+    if held_out:
+        facts = {"sites": facts["sites"], "units": [[one.units], [other.units]]}
     for what, (mine, theirs) in facts.items():
         if mine != theirs:
             raise ArgumentError(
                 f"the two results are of different {what}: {one.key} has {_shown(mine, theirs)}"
                 f", {other.key} has {_shown(theirs, mine)}; compute both with the same lens, "
-                "prompts and readout."
+                "prompts and readout"
+                f"{'' if held_out else ', or pass held_out=True to judge on other prompts'}."
             )
 
 
@@ -275,20 +293,3 @@ def _over_groups(
 
 def _kind(kinds: list[str]) -> str:
     return kinds[0] if len(set(kinds)) == 1 else "group"
-
-
-def _intervals(
-    statistics: Mapping[str, Vector], draws: int, seed: int
-) -> dict[str, tuple[float, float]]:
-    """Of the mean over prompts, the same draws of prompts for every statistic."""
-    batch = len(next(iter(statistics.values())))
-    if batch == 1 or not draws:
-        return dict.fromkeys(statistics, (np.nan, np.nan))
-    drawn = np.random.default_rng(seed).integers(batch, size=(draws, batch))
-    found: dict[str, tuple[float, float]] = {}
-    for name, values in statistics.items():
-        means = torch.from_numpy(values[drawn]).nanmean(1).numpy()
-        means = means[~np.isnan(means)]
-        low, high = np.percentile(means, _INTERVAL) if len(means) else (np.nan, np.nan)
-        found[name] = float(low), float(high)
-    return found

@@ -204,7 +204,7 @@ def fact_margin_of(
         by, progress: as for `fact_margin`.
     """
     lens = asked.lens
-    attribution = first_order_of(asked, by=by)
+    attribution = first_order_of(asked, by=by, floors=True)
     curve = remainder_curve_of(asked, attribution, progress=progress)
     batch, texts = asked.prompts.batch, asked.prompts.texts
     docs, pres = (answer_ids(lens.model, answer, batch, texts) for answer in (doc, pre))

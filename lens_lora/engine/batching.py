@@ -108,12 +108,6 @@ def rows_at_once(lens: LoraLens, prompts: Prompts) -> int:
     return _bounded(copies, prompts, rows_of_pass(lens, prompts))
 
 
-def copies_of_pass(lens: LoraLens, prompts: Prompts) -> int:
-    """How many copies of the prompts make one batch within the bound; without one, any number."""
-    rows = rows_of_pass(lens, prompts)
-    return 2**31 if rows is None else max(1, rows // len(prompts.tokens))
-
-
 def branches_at_once(lens: LoraLens, prompts: Prompts) -> int:
     """How many points of one branching pass: in tokens of a row, and in logits of all rows."""
     rows, longest = prompts.tokens.shape

@@ -46,9 +46,9 @@ class Checkpoints(Read):
         angle: [step], between ΔW of all sites and the last checkpoint's, in degrees.
         phases: series → the spans of steps in which it changes at once
             (`analyses/phase_changes.py`); 'prompt 0', … for the readout, 'angle' for the direction.
-        noise_floor: [batch], σ of a shift from rounding.
-        str_tokens: each prompt's tokens.
-        readout, units, meta: as in `Read`.
+        noise: [1 + step, batch], σ of the readout from rounding: of the base, then of each
+            checkpoint.
+        str_tokens, readout, units, meta: as in `Read`.
     """
 
     steps: tuple[float, ...]
@@ -63,13 +63,17 @@ class Checkpoints(Read):
     to_final: Float[Tensor, "step site"]
     angle: Float[Tensor, "step"]
     phases: dict[str, tuple[tuple[float, float], ...]]
-    noise_floor: Float[Tensor, "batch"]
-    str_tokens: tuple[tuple[str, ...], ...]
+    noise: Float[Tensor, "base_and_step batch"]
 
     @property
     def shift(self) -> Float[Tensor, "step batch"]:
         """g(1) − g(0) at each checkpoint, exact."""
         return self.adapted - self.base
+
+    @property
+    def noise_floor(self) -> Float[Tensor, "step batch"]:
+        """σ of each checkpoint's shift from rounding."""
+        return (self.noise[:1].square() + self.noise[1:].square()).sqrt()
 
     @property
     def first_order(self) -> Float[Tensor, "step batch"]:

@@ -1,15 +1,26 @@
-"""How well the numbers of one prompt agree: correlation, slope, signs, the largest, sizes.
-
-`analyses/compare.py` has the formulas.
-"""
+"""Statistics of agreement between numbers of the same groups, and their intervals over prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-__all__ = ["Vector", "pearson", "statistics_of"]
+__all__ = ["STATISTICS", "Vector", "intervals_of", "pearson", "statistics_of"]
+
+_INTERVAL = (2.5, 97.5)
+STATISTICS = (
+    "pearson",
+    "spearman",
+    "slope",
+    "sign_agreement",
+    "top_k_overlap",
+    "relative_error",
+    "sum_ratio",
+)
 
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -17,10 +28,10 @@ Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 def statistics_of(
     a: Vector, e: Vector, clear: NDArray[np.bool_], k: int, eps: float
 ) -> dict[str, float]:
-    """The statistics of one prompt, by name; NaN where one does not exist.
+    """All of one prompt, by name; NaN where one does not exist.
 
     Args:
-        a, e: an attribution and effects, a number a group.
+        a, e: the attribution's number and the effect of each group.
         clear: which groups stand out of rounding: only their signs are compared.
         k: of the top-k overlap.
         eps: the rounding below which numbers count as constant.
@@ -67,3 +78,26 @@ def _top(x: Vector, k: int) -> set[int]:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else np.nan
+
+
+def intervals_of(
+    statistics: Mapping[str, Vector], draws: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Of the mean over prompts, the same draws of prompts for every statistic.
+
+    Args:
+        statistics: by name, one number per prompt.
+        draws: of prompts with replacement; 0 for no intervals.
+        seed: of the draws.
+    """
+    batch = len(next(iter(statistics.values())))
+    if batch == 1 or not draws:
+        return dict.fromkeys(statistics, (np.nan, np.nan))
+    drawn = np.random.default_rng(seed).integers(batch, size=(draws, batch))
+    found: dict[str, tuple[float, float]] = {}
+    for name, values in statistics.items():
+        means = torch.from_numpy(values[drawn]).nanmean(1).numpy()
+        means = means[~np.isnan(means)]
+        low, high = np.percentile(means, _INTERVAL) if len(means) else (np.nan, np.nan)
+        found[name] = float(low), float(high)
+    return found
