@@ -34,7 +34,7 @@
       const waiting = unpacked(place.dataset.figure);
       delete place.dataset.figure;
       const {data, layout} = await waiting.json();
-      layout.font.color = ink();
+      layout.font = {...layout.font, color: ink()};
       if (place.clientWidth < 480) narrow(place, data, layout);
       await Plotly.newPlot(place, data, layout, config);
     }
