@@ -154,13 +154,20 @@ def methods_of(parts: Parts) -> dict[str, Tensor]:
     return found
 
 
-def curvature(asked: Asked) -> dict[str, Callable[[], Tensor]]:
-    """Second order of each effect: at its own end, and of leaving one out from the base."""
+def curvature(at: float, hows: tuple[str, ...], asked: Asked) -> dict[str, Tensor]:
+    """Second order of effects, expanded at one gate value; one matrix H for all of them."""
+    first = first_order_of(asked, at=at)
+    found = coupling_of(asked, at=at, progress=False)
+    return {
+        f"second_order/{how}@{at:g}": found.estimate(first, how).per_site  # type: ignore[arg-type]
+        for how in hows
+    }
 
-    def estimated(at: float, how: str) -> Tensor:
-        first = first_order_of(asked, at=at)
-        found = coupling_of(asked, at=at, progress=False)
-        return found.estimate(first, how).per_site  # type: ignore[arg-type]
 
-    each = ((0.0, "add_one"), (0.0, "leave_one_out"), (1.0, "leave_one_out"))
-    return {f"second_order/{how}@{at:g}": functools.partial(estimated, at, how) for at, how in each}
+# Each effect at its own end, and leaving one out from the base.
+CURVATURE = ((0.0, ("add_one", "leave_one_out")), (1.0, ("leave_one_out",)))
+
+
+def parts_for(kind: str) -> dict[str, Part]:
+    """The parts that are run on a kind of prompt: the dear ones not on every kind."""
+    return {key: of for key, of in PARTS.items() if kind in DEAR_ON or key not in DEAR}
