@@ -125,9 +125,7 @@ def _needs(count: int) -> tuple[str, ...]:
 _PAIRS = (
     ("first_order@0", "first_order@1"),
     ("first_order@0", "first_order@0.5"),
-    ("first_order@0.5", "first_order@1"),
     ("first_order@0.5", f"first_order/{RELP.key}@0"),
-    ("add_one", "leave_one_out"),
 )
 # Key → the parts that it is made of, and how.
 COMPOSED: dict[str, tuple[tuple[str, ...], Callable[[Parts], Tensor]]] = {
@@ -168,6 +166,7 @@ def curvature(at: float, hows: tuple[str, ...], asked: Asked) -> dict[str, Tenso
 CURVATURE = ((0.0, ("add_one", "leave_one_out")), (1.0, ("leave_one_out",)))
 
 
-def parts_for(kind: str) -> dict[str, Part]:
-    """The parts that are run on a kind of prompt: the dear ones not on every kind."""
-    return {key: of for key, of in PARTS.items() if kind in DEAR_ON or key not in DEAR}
+def parts_for(kind: str, *, is_long: bool) -> dict[str, Part]:
+    """The parts that are run on a kind of prompt: the dear ones not on every kind, nor if long."""
+    with_dear = kind in DEAR_ON and not is_long
+    return {key: of for key, of in PARTS.items() if with_dear or key not in DEAR}
