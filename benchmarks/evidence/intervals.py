@@ -14,6 +14,7 @@ one number, the mean over its adapters (of each adapter's mean over prompts), an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Mapping
 
@@ -68,12 +69,19 @@ def interval(values: Float[np.ndarray, "cluster"] | pd.Series) -> Interval:
         return Interval(mean, np.nan, np.nan, len(known))
     if np.ptp(known) <= 1e-12 * max(1.0, float(np.abs(known).max())):
         return Interval(*[float(known.mean())] * 3, len(known))
+    low, high = _bootstrapped(tuple(known))
+    return Interval(float(known.mean()), low, high, len(known))
+
+
+@functools.cache
+def _bootstrapped(known: tuple[float, ...]) -> tuple[float, float]:
+    """Ends of the BCa interval of the mean; the same numbers are asked about more than once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = stats.bootstrap(
-            (known,), np.mean, n_resamples=DRAWS, confidence_level=LEVEL, rng=SEED
+            (np.array(known),), np.mean, n_resamples=DRAWS, confidence_level=LEVEL, rng=SEED
         ).confidence_interval
-    return Interval(float(known.mean()), float(found.low), float(found.high), len(known))
+    return float(found.low), float(found.high)
 
 
 def difference(means: pd.DataFrame, method: str, other: str) -> Interval:

@@ -124,3 +124,35 @@ def test_a_task_does_not_choose_its_own_threshold():
     table.loc[len(table)] = {"cluster": "odd", "signal": 0.5, "broken": True}
     found = of.held_out_warnings(table, "signal", "broken")
     assert found.hit == found.broken - 1
+
+
+def violent_cases() -> pd.DataFrame:
+    """Sixteen adapters of eight tasks: an estimate holds up to strength 1 and breaks above it."""
+    rows = []
+    for i in range(16):
+        strength = 0.1 * (i + 1) if i < 10 else float(i)
+        good = 0.99 if strength <= 1 else 0.5
+        rows.append((f"task {i % 8}", f"a{i}", "m", strength, good, strength, -strength))
+    columns = ["cluster", "adapter", "method", "strength", "agreement", "knows", "misleads"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_the_curve_over_strength_falls_where_the_estimate_breaks():
+    points = evidence.load("violent").curve(violent_cases())["m"]
+    strengths, means = [at for at, _ in points], [found.mean for _, found in points]
+    assert strengths == sorted(strengths)
+    assert means[:2] == [0.99, 0.99]
+    assert means[3] == 0.5
+
+
+def test_a_signal_that_follows_strength_warns_and_its_opposite_does_not():
+    found = evidence.load("violent").warnings_of(violent_cases(), "m", ["knows", "misleads"])
+    knows, threshold = found["knows"]
+    assert (knows.precision, knows.recall, knows.broken) == (1.0, 1.0, 6)
+    assert 1.0 < threshold < 10
+    assert found["misleads"][0].precision < 0.5
+
+
+def test_the_pareto_front_is_what_nothing_cheaper_beats():
+    points = [(1.0, 0.2), (2.0, 0.9), (2.0, 0.5), (5.0, 0.8), (9.0, 0.95)]
+    assert evidence.load("pictures").front(points) == [0, 1, 4]
