@@ -50,7 +50,7 @@ ANSWERS = ["--doc", "w9", "--pre", "w26"]
         (["--prompt", "a", "--system", "b", *ANSWERS], "--system: it stands before a --chat"),
         (["--prompt", "a", *ANSWERS, "--null", "1"], "at least 2 random adapters"),
         (["--prompt", "a", *ANSWERS, "--report", "no/such/x.html"], "there is no folder no/such"),
-        (["--prompt", "a"] * 11 + ANSWERS, "11 prompts are too many for one page, 10 at most"),
+        (["--prompt", "a"] * 17 + ANSWERS, "17 prompts are too many for one page, 16 at most"),
     ],
 )
 def test_options_that_cannot_work_are_refused_at_once(options, message):
