@@ -1,7 +1,7 @@
 """What audits over many texts cost, in plain forward passes over the same texts.
 
 The turns of all works alternate, and each number is the least ratio of a work to the forward pass
-of its own turn, so that what else the machine does falls on both.
+of its own turn, in processor time, so that what else the machine does falls on both.
 """
 
 from __future__ import annotations
@@ -62,6 +62,6 @@ def _batches(lens: ll.LoraLens, rows: ll.Prompts) -> None:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start

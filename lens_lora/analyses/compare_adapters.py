@@ -24,7 +24,7 @@ from torch import Tensor
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.analyses.adapter_function import cosine_of, on_prompts
 from lens_lora.analyses.adapter_geometry import Thin, geometry, thin
-from lens_lora.analyses.compare import pearson
+from lens_lora.analyses.agreement import pearson
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import ask, ask_prompts
 from lens_lora.errors import AdapterError, ArgumentError

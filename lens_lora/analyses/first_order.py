@@ -159,6 +159,7 @@ def first_order_of(
     by: tuple[str, ...] | str = (),
     gauge: Gauge = "trained",
     rules: FrozenRules | None = None,
+    floors: bool = False,
     progress: bool = True,
 ) -> Attribution:
     """`first_order` of a question that is already tokenised.
@@ -166,6 +167,7 @@ def first_order_of(
     Args:
         asked: the lens, the prompts and the readout.
         at, mode, by, gauge, rules, progress: as for `first_order`.
+        floors: at the base, the noise floors are needed too: they share the passes.
 
     Raises:
         ArgumentError: another mode or axis, or less memory than one tangent takes.
@@ -181,6 +183,8 @@ def first_order_of(
             values, way = by_token(turned, gates, axes[:-1], mode, progress)
         elif way == "forward":
             values = tangent_slopes(lens, reading, gates, axes, progress=progress)
+        elif floors:
+            values = asked.slopes_with_floors(axes)
         else:
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
@@ -253,7 +257,7 @@ def _under(rules: FrozenRules | None, lens: LoraLens, prompts: Prompts) -> Gener
     first = prompts.row(0)
     few = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
     require_held(lens.plan.host, rules, lambda: lens.run(few))
-    with held_fixed(lens.model, rules):
+    with held_fixed(lens.plan.host, rules):
         yield
 
 

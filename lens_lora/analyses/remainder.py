@@ -152,7 +152,7 @@ def remainder(
         NumericsError: a readout or derivative that is not finite.
     """
     asked = ask(lens, prompts, readout).require_slope_at_base()
-    attribution = first_order_of(asked)
+    attribution = first_order_of(asked, floors=True)
     steps = torch.stack([lens.gates(scale) for scale in CHECKPOINTS])
     way = gated_readout(lens, asked.reading, steps, progress=progress)
     site_shift = None

@@ -251,7 +251,7 @@ def second_order(
         NumericsError: a derivative that is not finite, naming the site.
     """
     asked = ask(lens, prompts, readout)
-    first = first_order_of(asked)
+    first = first_order_of(asked, floors=True)
     curve = remainder_curve_of(asked, first, progress=progress)
     return second_order_of(asked, first, curve, self_curvature=self_curvature, progress=progress)
 

@@ -104,7 +104,7 @@ def _print(result: SweepResult, processes: int) -> None:
     table.add_row("prompts done", f"{result.done} of {result.records}{again}")
     if processes > 1:
         table.add_row("processes", str(processes))
-    table.add_row("margins that flip", f"{result.flips} of {result.done}")
+    table.add_row("margins that flip, beyond rounding", f"{result.flips} of {result.done}")
     table.add_row("records with errors", str(len(result.errors)))
     table.add_row("analyses", f"{', '.join(result.analyses)}, in {result.units or 'no units'}")
     table.add_row("model", f"{result.meta['model']} as {result.meta['model_class']}")

@@ -25,6 +25,7 @@ from lens_lora.hooked.fused_attention import has_fused_attention
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
 from lens_lora.hooked.quantised import dequantised, quantised_name
+from lens_lora.hooked.score_caps import refuse_unused_caps
 from lens_lora.hooked.site_factors import SiteFactors, no_such_norm
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
 from lens_lora.temporary import Temporary, without_warnings
@@ -47,7 +48,8 @@ class BridgeHost(Host):
         model: the bridge.
 
     Raises:
-        ModelStateError: a family that is not supported, or a flag whose effect is not known.
+        ModelStateError: a family that is not supported, a flag whose effect is not known, or
+            attention that is another function than Hugging Face's.
     """
 
     class_name: ClassVar[str] = "TransformerBridge"
@@ -55,6 +57,7 @@ class BridgeHost(Host):
 
     def __init__(self, model: Any) -> None:
         _refuse_unknown_copies(model)
+        refuse_unused_caps(model)
         cfg = model.cfg
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         family = find_family(type(model.original_model).__name__)

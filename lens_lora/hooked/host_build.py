@@ -24,6 +24,7 @@ from lens_lora.errors import ModelStateError
 from lens_lora.hooked.fused_attention import fuse_attention
 from lens_lora.hooked.host_check import base_logits, refuse_offloaded, require_same_logits
 from lens_lora.hooked.quantised import differentiable_products, quantised_linears
+from lens_lora.hooked.score_caps import drop_unused_caps
 from lens_lora.temporary import Temporary
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def _hooked_transformer(
 def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
+    drop_unused_caps(hf_model)
     return TransformerBridge.boot_transformers(
         _name(hf_model),
         hf_model=hf_model,

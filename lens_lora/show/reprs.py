@@ -142,11 +142,28 @@ def _comparison(comparison: Comparison) -> str:
     head = (
         f"Comparison of {key_text(comparison.attribution_name)} with "
         f"{key_text(comparison.effects_name)} on {comparison.readout}: {batch} prompts × {count} "
-        f"groups, top k = {comparison.k}"
+        f"groups, top k = {comparison.k}{_made_on(comparison.made_on)}"
     )
+    note = _hidden_effects(comparison)
     if batch == 1:
-        return f"{head}\n{comparison.summary()['mean'].to_string()}\none prompt: no interval."
-    return f"{head}\n{comparison.summary().to_string()}"
+        mean = comparison.summary()["mean"].to_string()
+        return f"{head}\n{mean}\none prompt: no interval.{note}"
+    return f"{head}\n{comparison.summary().to_string()}{note}"
+
+
+def _hidden_effects(comparison: Comparison) -> str:
+    clear, every = comparison.beyond_noise, comparison.effects.numel()
+    small = every - round(float(clear.nan_to_num(1.0).mean()) * every)
+    if not small:
+        return ""
+    return (
+        f"\n{small} of {every} effects are within three noise floors: their sign, and their order "
+        "in a rank correlation, may be rounding."
+    )
+
+
+def _made_on(prompts: tuple[tuple[str, ...], ...]) -> str:
+    return f"; made on {len(prompts)} other prompts" if prompts else ""
 
 
 @drawing.text.register(Faithfulness)

@@ -61,6 +61,14 @@ def test_every_checkpoint_is_peft_s_at_that_strength(found):
     assert torch.allclose(result.remainder, result.shift - result.first_order)
 
 
+def test_each_checkpoint_has_its_own_noise_floor(found):
+    case, readout, result = found
+    for k, adapter in enumerate(training(case)):
+        own = ll.remainder(case.lens.with_adapter(adapter), models.tokens(), readout)
+        assert torch.allclose(result.noise_floor[k], own.noise_floor, rtol=1e-6)
+    assert result.noise.shape == (6, 2) and len(set(result.noise[:, 0].tolist())) == 6
+
+
 def test_the_direction_is_the_final_one_throughout(found):
     _, _, result = found
     assert torch.allclose(result.to_final, torch.ones_like(result.to_final))

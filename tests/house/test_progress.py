@@ -105,7 +105,7 @@ SHORT = {
     "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
 }
 DEEP = {"fact_margin", "patch_sites", "reliability", "remainder"}
-NO_PASS = {"compare", "demo", "load", "load_adapter", "null_adapter"}
+NO_PASS = {"compare", "demo", "load", "load_adapter", "null_adapter", "theme"}
 
 
 def is_python(member) -> bool:

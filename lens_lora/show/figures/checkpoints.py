@@ -9,8 +9,9 @@ import plotly.graph_objects as go
 
 from lens_lora.results import drawing
 from lens_lora.results.checkpoints import Checkpoints
-from lens_lora.show.figures.parts import PALETTE, heatmap
-from lens_lora.show.figures.style import FLIP, INK, LEGEND_BELOW, style, title
+from lens_lora.show.figures.parts import heatmap
+from lens_lora.show.figures.style import FLIP, LEGEND_BELOW, style, title
+from lens_lora.show.figures.theme import INK, PALETTE
 from lens_lora.show.text import label, short_prompt
 
 __all__ = ["checkpoints_figure", "modules_heatmap"]
@@ -20,6 +21,7 @@ _HEADINGS = {
     "effect": "first order of each",
     "norm": "‖ΔW‖",
 }
+_NORMS = {"moved": "‖ΔW − ΔW before‖", "norm": "‖ΔW‖"}
 
 
 @drawing.figure.register(Checkpoints)
@@ -100,9 +102,9 @@ def modules_heatmap(found: Checkpoints, what: Any, group: Any) -> go.Figure:
         ]
         for name, row in zip(names, values, strict=True)
     ]
-    units = found.units if what == "effect" else "‖·‖"
-    figure = heatmap(values, hover, steps, [label(name) for name in names], units)
-    figure.update_traces(colorbar={"title": {"text": label(units), "side": "top"}})
+    units, scale = (found.units, "pushes") if what == "effect" else (_NORMS[what], "amount")
+    rows = [label(name) for name in names]
+    figure = heatmap(values, hover, steps, rows, units, scale=scale)
     figure.update_layout(title=title(f"Which modules move when, by {group}", _HEADINGS[what]))
     figure.update_xaxes(title_text="step", type="category")
     figure.update_yaxes(type="category", autorange="reversed" if group == "kind" else None)

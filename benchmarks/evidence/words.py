@@ -1,0 +1,109 @@
+"""Recommendations, written from the stored numbers: for the page, README and docs/reading.md.
+
+Per question: the cheapest method within the interval of the best, and what measuring costs instead.
+Each block stands between two marks in its document and is replaced by `write_blocks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pandas as pd
+from intervals import Standing, cheapest_of_the_best
+from tables import Question, cost_in_words, markdown, mean_costs, named, span, standings
+
+ROOT = Path(__file__).parents[2]
+BEGIN, FINISH = "<!-- evidence -->", "<!-- end of evidence -->"
+MEASURED = ("add_one", "leave_one_out")
+OWN = ("trained", "paraphrase", "neighbour")
+ADD = Question("add_one", "spearman", True, OWN, "What would adding this module to the base do?")
+ADD_ERROR = dataclasses.replace(ADD, metric="error", larger=False)
+OUT = Question(
+    "leave_one_out", "spearman", True, OWN, "What would removing it from the adapted model do?"
+)
+OUT_ERROR = dataclasses.replace(OUT, metric="error", larger=False)
+KEEP = Question("keep", "cpr", True, ("paraphrase",), "Which modules carry the shift?")
+CLOSE = Question(
+    "keep", "cmd", False, ("paraphrase",), "Which modules reproduce the adapted model's readout?"
+)
+FEW = Question(
+    "keep", "of the best found", True, ("paraphrase",), "Which fifth of the modules keeps most?"
+)
+SUM = Question(
+    "sum", "incompleteness", False, OWN, "How is the whole shift divided among the modules?"
+)
+ASKED = (ADD, OUT, SUM, KEEP, FEW)
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """What the table says about one question on one base.
+
+    Attributes:
+        best: the method of the best mean.
+        cheapest: of those that tie with it, the one of least cost.
+        cost: F of every method.
+    """
+
+    question: Question
+    best: Standing
+    cheapest: Standing
+    cost: Mapping[str, float]
+
+
+def is_estimate(method: str) -> bool:
+    """Not one that runs every site, or a searched set, or a ranking that is no answer."""
+    return not any(word in method for word in (*MEASURED, "best_subset", "null_adapter"))
+
+
+def advice(scores: pd.DataFrame, costs: pd.DataFrame, question: Question, base: str) -> Advice:
+    """The best estimate, and the cheapest within its interval."""
+    cost = mean_costs(costs, base)
+    priced = scores["method"].isin(list(cost)) & scores["method"].map(is_estimate)
+    found = standings(scores[priced], question, base)
+    return Advice(question, found[0], cheapest_of_the_best(found, cost), cost)
+
+
+def recommendations(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> str:
+    """One line per question."""
+    rows = []
+    for question in ASKED:
+        found = advice(scores, costs, question, base)
+        cheap, best = found.cheapest, found.best
+        beside = "itself" if cheap.method == best.method else named(best.method)
+        rows.append(
+            [
+                question.words,
+                named(cheap.method),
+                f"{question.metric} {span(cheap.score)}",
+                cost_in_words(found.cost[cheap.method]),
+                f"{beside}, {span(best.score)}",
+                _measuring(question, found.cost),
+            ]
+        )
+    head = ["your question", "cheapest within the interval of the best", "its score"]
+    return markdown([*head, "F", "the best estimate", "or measure it"], rows)
+
+
+def _measuring(question: Question, cost: Mapping[str, float]) -> str:
+    if question.key in MEASURED and question.key in cost:
+        return f"exact, {cost_in_words(cost[question.key])} F"
+    if question.key == "sum" or "best_subset" not in cost:
+        return "—"
+    return f"`best_subset`, {cost_in_words(cost['best_subset'])} F"
+
+
+def replaced(text: str, block: str) -> str:
+    """A document with the block between its marks replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, mark, after = rest.partition(FINISH)
+    if not mark:
+        raise ValueError(f"a document lacks {BEGIN} … {FINISH}")
+    return f"{before}{BEGIN}\n{block}\n{FINISH}{after}"
+
+
+def write_blocks(blocks: Mapping[Path, Callable[[], str]]) -> None:
+    for file, block in blocks.items():
+        file.write_text(replaced(file.read_text(), block()))
