@@ -11,7 +11,8 @@ from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.results import drawing
 from lens_lora.show.figures.layers import layers_of
 from lens_lora.show.figures.parts import heatmap
-from lens_lora.show.figures.style import EXACT, INK, NOISE, Cells, style, title
+from lens_lora.show.figures.style import EXACT, NOISE, Cells, style, title
+from lens_lora.show.figures.theme import INK
 from lens_lora.show.text import label, percent, short_prompt, signed
 from lens_lora.show.words.explanation import explained_account
 
