@@ -241,7 +241,7 @@ EXPECTED_ERRORS = {
     3: "line 5: no prompt",
     4: "line 6: its doc is 8, not a string",
     5: "line 7: 'zebra' is not in the vocabulary",
-    6: "line 8: doc and pre are the same token",
+    6: "line 8: doc and pre are both 'w9'",
     7: "line 9: .* is not a record",
     8: "line 10: the prompt has 41 tokens, and the context of this .* holds 32",
     9: "line 11: no pre",
