@@ -1,7 +1,7 @@
 """What `lens-lora explain` does once its options are checked.
 
-With --fast, prompts that have answers share their passes: they are explained all at once. In full
-each takes a while, and the page is written after each.
+With --fast, prompts that have answers share their passes: they are explained all at once, or one by
+one where that fails. In full each takes a while, and the page is written after each.
 """
 
 from __future__ import annotations
@@ -61,12 +61,20 @@ def run(
     explanations: list[Explanation | ResponseExplanation] = []
     with told_if_interrupted(lambda: _kept(report, len(explanations), len(questions))):
         options = {"fast": fast, "null": null, "progress": not progress.quiet}
-        for some in _together(questions, fast):
+        waiting = _together(questions, fast)
+        while waiting:
+            some = waiting.pop(0)
             first = len(explanations) + 1
             numbers = f"{first}" if len(some) == 1 else f"{first} to {first + len(some) - 1}"
             progress.print(f"Explaining prompt {numbers} of {len(questions)}", highlight=False)
-            with quiet_libraries():
-                found = _explained(lens, some, max_new_tokens, options)
+            try:
+                with quiet_libraries():
+                    found = _explained(lens, some, max_new_tokens, options)
+            except LensLoraError:
+                if len(some) == 1:
+                    raise
+                waiting = [[question] for question in some]
+                continue
             for number, (one, question) in enumerate(zip(found, some, strict=True), start=first):
                 _print(one, question, f"{number} of {len(questions)}")
             explanations += found
@@ -115,12 +123,14 @@ def _explained(
     lens: LoraLens, questions: Sequence[Question], most: int, options: dict[str, Any]
 ) -> list[Explanation | ResponseExplanation]:
     """Several questions have answers; one may ask for a response."""
-    docs = [question.doc for question in questions if question.doc is not None]
-    pres = [question.pre for question in questions if question.pre is not None]
-    if docs:
+    if len(questions) > 1:
         prompts: Any = [question.prompt for question in questions]
+        docs = [question.doc for question in questions if question.doc is not None]
+        pres = [question.pre for question in questions if question.pre is not None]
         return list(explain_all(lens, prompts, docs, pres, **options))
-    ((prompt, _, _, response),) = questions
+    ((prompt, doc, pre, response),) = questions
+    if doc is not None and pre is not None:
+        return [explain_prompt(lens, prompt, doc, pre, **options)]
     asked = {name: options[name] for name in ("fast", "progress")}
     if response is not None:
         return [explain_prompt(lens, prompt, response=response, **asked)]
