@@ -41,7 +41,7 @@ from lens_lora.sweeps.records import read_records
 
 __all__ = ["explain"]
 
-_MOST = 10
+_MOST = 16
 _Prompt = str | Sequence[Mapping[str, str]]
 _Found = tuple[_Prompt, str | None, str | None]
 _EXAMPLE = "--prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'"

@@ -66,11 +66,12 @@
   };
   const savePicture = async ({dataset}, figure) => {
     const plot = figure.querySelector(".js-plotly-plot");
-    const {title, top} = plot.layout.meta;
+    const {title} = plot.layout.meta;
+    const {margin} = plot.layout;
     const size = {width: 900, height: plot.offsetHeight + 20};
     const layout = {
       ...plot.layout, ...size, title, autosize: false, paper_bgcolor: "#ffffff",
-      font: {...plot.layout.font, color: paper}, margin: {...plot.layout.margin, t: top},
+      font: {...plot.layout.font, color: paper}, margin: {...margin, t: margin.t + 20},
     };
     const scale = dataset.save === "png" ? 3 : 1;
     const made = await Plotly.toImage(
