@@ -59,6 +59,7 @@ from words import (
     OUT,
     OUT_ERROR,
     SUM,
+    comparisons,
     recommendations,
     write_blocks,
 )
@@ -226,6 +227,7 @@ def page(numbers: Numbers) -> str:
             targets=rows["targets"].nunique(),
             bases=bases,
             recommendations=block(numbers),
+            comparisons=helps(numbers),
             sections={base: sections(scores, costs, base) for base in bases},
             other_prompts=other_prompts(scores, bases[0]),
             second_order=second_order(scores, costs, bases[0]),
@@ -252,6 +254,18 @@ def block(numbers: Numbers) -> str:
     return "\n\n".join(parts)
 
 
+def helps(numbers: Numbers) -> str:
+    """The comparisons of every base."""
+    scores = scores_of(numbers)
+    parts = [f"On {base}:\n\n{comparisons(scores, base)}" for base in bases_of(numbers)]
+    return "\n\n".join(parts)
+
+
+def blocks(numbers: Numbers) -> dict[Path, str]:
+    """What stands between the marks of each document."""
+    return {README: block(numbers), READING: helps(numbers)}
+
+
 def draw(numbers: Numbers) -> None:
     """Both pictures, on the base of the most adapters."""
     scores, costs = scores_of(numbers), costs_of(numbers)
@@ -276,7 +290,7 @@ def main() -> None:
         write(pack(given.results))
     numbers = read()
     PAGE.write_text(page(numbers))
-    write_blocks({file: lambda: block(numbers) for file in (README, READING)})
+    write_blocks(blocks(numbers))
     if given.pictures:
         draw(numbers)
 
