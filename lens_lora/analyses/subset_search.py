@@ -62,7 +62,7 @@ class Search:
     Args:
         asked: the lens, the prompts and the readout.
         steps: of the gates.
-        bar: moved on at every pass.
+        bar: of all steps of all sizes.
 
     Attributes:
         forwards: forward passes of all prompts.
@@ -71,7 +71,7 @@ class Search:
 
     def __init__(self, asked: Asked, steps: int, bar: tqdm) -> None:
         base, adapted = asked.ends
-        self._asked, self.steps, self._bar = asked, steps, bar
+        self._asked, self.steps, self.bar = asked, steps, bar
         self._base = base.double().cpu()
         self._signs = (adapted - base).sign().double().cpu()
         self._size = (adapted - base).abs().sum().double().cpu()
@@ -88,7 +88,6 @@ class Search:
             self._asked.lens, self._asked.reading, gates, progress=False, what="sets"
         )
         self.forwards += len(gates)
-        self._bar.update(len(gates))
         moved = (found.double().cpu() - self._base[:, None]) * self._signs[:, None]
         return moved.sum(0) / self._size
 
@@ -97,7 +96,6 @@ class Search:
         asked = self._asked
         slopes = site_slopes(asked.lens, asked.reading, gates.to(asked.lens.gates(0.0)))
         self.gradients += 1
-        self._bar.update()
         return (slopes.double().cpu() * self._signs[:, None]).sum(0) / self._size
 
 
@@ -120,6 +118,7 @@ def best_set(
     """
     every = torch.ones(search.sites, dtype=torch.bool)
     if count == search.sites:
+        search.bar.update(search.steps)
         return Found(every, float(search.kept(every[None].double())[0]), "all sites")
     tops = {key: _top(score, count) for key, score in {**slopes, **scores}.items()}
     gates = _climbed(search, count)
@@ -157,6 +156,7 @@ def _climbed(search: Search, count: int) -> list[Bool[Tensor, "site"]]:
         adam.step()
         gates.copy_(_allowed(gates, count))
         found.append(_top(gates, count))
+        search.bar.update()
     return found
 
 

@@ -213,6 +213,15 @@ def repair() -> ll.Repair:
     )  # fmt: skip
 
 
+def best_subset() -> ll.BestSubset:
+    """Two sizes of four sites, on two prompts, of which one has no shift above the noise."""
+    return ll.BestSubset(
+        counts=(1, 2), members=torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]]).bool(),
+        kept=torch.tensor([0.5, 0.75]), kept_by_prompt=torch.tensor([[0.5, math.nan]] * 2),
+        found_by=("gates", "first_order@0+swaps"), gradients=40, forwards=200, **HEADER,
+    )  # fmt: skip
+
+
 def summary() -> AdapterSummary:
     spectrum = Spectrum(
         "m.q_proj", None, "q_proj", ("DoRA",), 2, 0.5, torch.empty(0), math.nan, 0.0
@@ -232,7 +241,7 @@ def every_result() -> list[Result]:
         activations(by_position=True),
         features(by_position=True), writes,
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(), by_group(),
-        adapter_comparison(), checkpoints(), repair(),
+        adapter_comparison(), checkpoints(), repair(), best_subset(),
         summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
         e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,
         e.comparisons[0],
