@@ -62,7 +62,7 @@ COMPARED = (
     (ADD, f"first_order/{RELP}@0", FIRST),
     (OUT, f"first_order/{RELP}@1", END),
     (SUM, "second_order@0", FIRST),
-    (SUM, "hessian_steps/4", PATH),
+    (SUM, "hessian_steps/2", PATH),
     (dataclasses.replace(ADD_ERROR, prompts=ONE), "second_order/add_one@0", FIRST),
     (dataclasses.replace(OUT_ERROR, prompts=ONE), "second_order/leave_one_out@1", END),
     (dataclasses.replace(OUT_ERROR, prompts=ONE), "second_order/leave_one_out@0", FIRST),
