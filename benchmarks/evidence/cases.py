@@ -18,6 +18,7 @@ from lens_lora.loading import hooked_model
 from lens_lora.readouts.answers import margin_between
 from lens_lora.results.attribution import Attribution
 
+MEMORY = 2e9  # bytes of a pass beside the model
 LONG = 24  # tokens of a row, from which fewer prompts are taken
 PROMPTS = ("trained", "paraphrase", "neighbour", "unrelated")
 FIELDS = ("name", "cluster", "base", "kind", "rank", "targets", "lr", "steps", "dora", "rslora")
@@ -61,7 +62,7 @@ def lens_of(case: Case, adapter: ll.Adapter | None = None) -> ll.LoraLens:
     """The lens over a case's base, with its own adapter or another one."""
     model, hf_model = model_of(case.task["base"])
     adapter = ll.load_adapter(case.folder) if adapter is None else adapter
-    return ll.LoraLens(model, adapter, hf_model=hf_model)
+    return ll.LoraLens(model, adapter, hf_model=hf_model).within(MEMORY)
 
 
 def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Asked:

@@ -140,7 +140,7 @@ def _top(score: Float[Tensor, "site"], count: int) -> Bool[Tensor, "site"]:
     return members
 
 
-def _distinct(sets: Sets) -> tuple[Sets, list[int]]:
+def _distinct(sets: Sets) -> tuple[Bool[Tensor, "_set site"], list[int]]:
     """Each set once, and which of them each one given is."""
     found, which = torch.unique(sets, dim=0, return_inverse=True)
     return found, which.tolist()
