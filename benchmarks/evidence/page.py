@@ -38,8 +38,7 @@ from results import (
 from tables import (
     END,
     FIRST,
-    HALF,
-    PATH,
+    MAIN,
     Question,
     by_prompts,
     markdown,
@@ -52,11 +51,13 @@ from tables import (
 from violent import BROKEN, curve, warnings_of
 from words import (
     ADD,
+    ADD_ELSEWHERE,
     ADD_ERROR,
     CLOSE,
     FEW,
     KEEP,
     OUT,
+    OUT_ELSEWHERE,
     OUT_ERROR,
     SUM,
     comparisons,
@@ -67,7 +68,6 @@ from words import (
 README, READING = DOCS.parent / "README.md", DOCS / "reading.md"
 IMAGES = DOCS / "images"
 PARETO, STRENGTH = IMAGES / "faithfulness_cost.png", IMAGES / "faithfulness_strength.png"
-MAIN = (FIRST, HALF, END, PATH)
 SIGNALS = {
     "strength": "‖ΔW‖ / ‖W‖",
     "shift": "the shift itself",
@@ -86,6 +86,7 @@ SECTIONS = (
     ("Which modules carry the shift", (KEEP, CLOSE)),
     ("The best fifth of the modules", (FEW,)),
 )
+ENOUGH = 10  # tasks, below which a bootstrap interval is plainly too narrow
 TEMPLATE = Path(__file__).with_name("faithfulness.md.jinja")
 
 
@@ -114,7 +115,7 @@ def sections(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> list[tuple
 def other_prompts(scores: pd.DataFrame, base: str) -> list[tuple[str, str]]:
     return [
         (f"{question.words} ({question.metric})", by_prompts(scores, question, base, MAIN))
-        for question in (ADD, OUT, KEEP, CLOSE)
+        for question in (ADD, ADD_ELSEWHERE, OUT, OUT_ELSEWHERE, KEEP, CLOSE)
     ]
 
 
@@ -215,6 +216,7 @@ def page(numbers: Numbers) -> str:
     """docs/faithfulness.md, of docs/faithfulness.json."""
     scores, costs = scores_of(numbers), costs_of(numbers)
     bases, rows = bases_of(numbers), pd.DataFrame(numbers["adapters"].values())
+    tasks = rows.groupby("base")["cluster"].nunique()
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
         TEMPLATE.read_text()
     )
@@ -226,6 +228,8 @@ def page(numbers: Numbers) -> str:
             ranks=(rows["rank"].min(), rows["rank"].max()),
             targets=rows["targets"].nunique(),
             bases=bases,
+            few=[base for base in bases if tasks[base] < ENOUGH],
+            enough=ENOUGH,
             recommendations=block(numbers),
             comparisons=helps(numbers),
             sections={base: sections(scores, costs, base) for base in bases},

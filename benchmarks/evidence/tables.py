@@ -38,6 +38,7 @@ NAMES = {
     "signed_weight_norm": "sign(a) · ‖ΔW‖",
     "signed_random": "sign(a) · random",
     "random": "random",
+    "mean(add_one, leave_one_out)": "mean of both measured effects",
     "add_one": "add one, measured",
     "leave_one_out": "leave one out, measured",
     "null_adapter": "first order of random directions",
@@ -45,6 +46,7 @@ NAMES = {
     "best_subset": "best set found on the trained wording",
 }
 CEILING = "best_subset/"  # found on the prompts that it is judged on
+MAIN = (FIRST, HALF, END, PATH)
 KINDS = ("trained", "paraphrase", "neighbour", "unrelated")
 
 
@@ -69,7 +71,7 @@ class Question:
 def named(method: str) -> str:
     """A method in words; the mean of two is named by them."""
     pair = re.fullmatch(r"mean\((.+), (.+)\)", method)
-    if pair:
+    if pair and method not in NAMES:
         return f"mean of {named(pair[1])} and {named(pair[2])}"
     return NAMES.get(method, method)
 
@@ -92,10 +94,10 @@ def standings(scores: pd.DataFrame, question: Question, base: str) -> list[Stand
     return ranked(means, larger_is_better=question.larger)
 
 
-def mean_costs(costs: pd.DataFrame, base: str) -> dict[str, float]:
-    """F of each method: the mean over clusters, as scores are."""
-    rows = costs[costs["base"] == base].rename(columns={"cost": "value"})
-    return {str(k): float(v) for k, v in cluster_means(rows).mean().items()}
+def mean_costs(costs: pd.DataFrame, base: str, of: str = "passes") -> dict[str, float]:
+    """Of each method, the mean over clusters, as scores are."""
+    means = cluster_means(costs[costs["base"] == base], of).mean()
+    return {str(method): float(value) for method, value in means.items()}
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -118,23 +120,23 @@ def cost_in_words(cost: float | None) -> str:
 
 def question_table(scores: pd.DataFrame, costs: pd.DataFrame, question: Question, base: str) -> str:
     """One line per method: its score, how far behind the best, and its cost."""
-    cost = mean_costs(costs, base)
+    prices = [mean_costs(costs, base, of) for of in ("passes", "time")]
     every = standings(scores, question, base)
     rows = [
         [
             named(s.method),
             span(s.score),
             "best" if i == 0 else "tie" if s.tie else span(s.behind, 3),
-            cost_in_words(cost.get(s.method)),
+            *(cost_in_words(price.get(s.method)) for price in prices),
         ]
         for i, s in enumerate(every)
     ]
-    rows += _on_fewer(means_of(scores, question, base), question, every[0].method, cost)
-    return markdown(["method", question.metric, "behind the best", "cost (F)"], rows)
+    rows += _on_fewer(means_of(scores, question, base), question, every[0].method, prices)
+    return markdown(["method", question.metric, "behind the best", "passes", "F"], rows)
 
 
 def _on_fewer(
-    means: pd.DataFrame, question: Question, best: str, cost: Mapping[str, float]
+    means: pd.DataFrame, question: Question, best: str, prices: Sequence[Mapping[str, float]]
 ) -> list[list[str]]:
     """Methods that were run on some training tasks only, compared with the best on those."""
     rows = []
@@ -144,7 +146,8 @@ def _on_fewer(
         behind = interval(sign * (means[method] - means[best]))
         name = f"{named(method)} ({found.clusters} of {len(means)} tasks)"
         said = "tie" if behind.tie else span(behind, 3)
-        rows.append([name, span(found), said, cost_in_words(cost.get(method))])
+        cells = [cost_in_words(price.get(method)) for price in prices]
+        rows.append([name, span(found), said, *cells])
     return rows
 
 

@@ -39,6 +39,14 @@ OUT = Question(
     "leave_one_out", "spearman", True, OWN, "What would removing it from the adapted model do?"
 )
 OUT_ERROR = dataclasses.replace(OUT, metric="error", larger=False)
+ADD_ELSEWHERE, OUT_ELSEWHERE = (
+    dataclasses.replace(
+        question,
+        key=f"{question.key}/held_out",
+        words=f"{question.words} With the numbers of the trained wording:",
+    )
+    for question in (ADD, OUT)
+)
 KEEP = Question("keep", "cpr", True, ("paraphrase",), "Which modules carry the shift?")
 CLOSE = Question(
     "keep", "cmd", False, ("paraphrase",), "Which modules reproduce the adapted model's readout?"
@@ -50,6 +58,7 @@ SUM = Question(
     "sum", "incompleteness", False, OWN, "How is the whole shift divided among the modules?"
 )
 ASKED = (ADD, OUT, SUM, KEEP, FEW)
+CHEAP = 30.0  # F, up to which the advice for one prompt is to measure
 ONE = ("trained, first",)
 # Question, method, what it would replace.
 COMPARED = (
@@ -76,7 +85,7 @@ class Advice:
     Attributes:
         best: the method of the best mean.
         cheapest: of those that tie with it, the one of least cost.
-        cost: F of every method.
+        cost: F of every method, by process time.
     """
 
     question: Question
@@ -92,10 +101,10 @@ def is_estimate(method: str) -> bool:
 
 def advice(scores: pd.DataFrame, costs: pd.DataFrame, question: Question, base: str) -> Advice:
     """The best estimate, and the cheapest within its interval."""
-    cost = mean_costs(costs, base)
-    priced = scores["method"].isin(list(cost)) & scores["method"].map(is_estimate)
+    passes, cost = (mean_costs(costs, base, of) for of in ("passes", "time"))
+    priced = scores["method"].isin(list(passes)) & scores["method"].map(is_estimate)
     found = standings(scores[priced], question, base)
-    return Advice(question, found[0], cheapest_of_the_best(found, cost), cost)
+    return Advice(question, found[0], cheapest_of_the_best(found, passes), cost)
 
 
 def recommendations(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> str:
@@ -136,7 +145,8 @@ def comparisons(scores: pd.DataFrame, base: str) -> str:
 
 def _measuring(question: Question, cost: Mapping[str, float]) -> str:
     if question.key in MEASURED and question.key in cost:
-        return f"exact, {cost_in_words(cost[question.key])} F"
+        said = f"exact, {cost_in_words(cost[question.key])} F"
+        return f"**measure it**: {said}" if cost[question.key] <= CHEAP else said
     if question.key == "sum" or "best_subset" not in cost:
         return "—"
     return f"`best_subset`, {cost_in_words(cost['best_subset'])} F"
