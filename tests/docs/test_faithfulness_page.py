@@ -1,4 +1,4 @@
-"""docs/faithfulness.md, and what README and docs/reading.md repeat of it, are what numbers render to."""
+"""docs/faithfulness.md and what other documents repeat of it are what the numbers render to."""
 
 from __future__ import annotations
 
