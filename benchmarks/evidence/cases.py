@@ -18,6 +18,8 @@ from lens_lora.loading import hooked_model
 from lens_lora.readouts.answers import margin_between
 from lens_lora.results.attribution import Attribution
 
+MEMORY = 2e9  # bytes of a pass beside the model
+LONG = 24  # tokens of a row, from which fewer prompts are taken
 PROMPTS = ("trained", "paraphrase", "neighbour", "unrelated")
 FIELDS = ("name", "cluster", "base", "kind", "rank", "targets", "lr", "steps", "dora", "rslora")
 
@@ -60,7 +62,7 @@ def lens_of(case: Case, adapter: ll.Adapter | None = None) -> ll.LoraLens:
     """The lens over a case's base, with its own adapter or another one."""
     model, hf_model = model_of(case.task["base"])
     adapter = ll.load_adapter(case.folder) if adapter is None else adapter
-    return ll.LoraLens(model, adapter, hf_model=hf_model)
+    return ll.LoraLens(model, adapter, hf_model=hf_model).within(MEMORY)
 
 
 def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Asked:
@@ -74,9 +76,20 @@ def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Asked:
     raise ValueError(f"prompts of two kinds in one set: {[sorted(one) for one in asked]}")
 
 
+def is_long(case: Case, lens: ll.LoraLens) -> bool:
+    """Whether the trained wording, with its response, is a row of many tokens."""
+    trained = question(lens, case.task["prompts"]["trained"])
+    return trained.reading.prompts.tokens.shape[1] > LONG
+
+
+def chosen(case: Case, kind: str, most: int) -> list[dict[str, Any]]:
+    """The first prompts of a kind, at most so many."""
+    return case.task["prompts"].get(kind, [])[:most]
+
+
 def questions_of(case: Case, lens: ll.LoraLens, most: int) -> dict[str, Asked]:
     """The case's prompts by kind, at most so many of each."""
-    given = {kind: case.task["prompts"].get(kind, [])[:most] for kind in PROMPTS}
+    given = {kind: chosen(case, kind, most) for kind in PROMPTS}
     return {kind: question(lens, asked) for kind, asked in given.items() if asked}
 
 

@@ -15,7 +15,8 @@ RESULTS/<name>.json; those that are there are left alone, so a run may be interr
    wording and, as a ceiling of its own, on the paraphrases.
 5. Flags (`flags.py`), null adapters, and signals that cost no intervention.
 
-A few minutes an adapter on one core.
+Of long prompts (with a response) one of each kind is taken, without path/8, hessian_steps/4 and
+the diagonal of H. Four minutes of one core an adapter, some fifteen with long prompts.
 """
 
 from __future__ import annotations
@@ -30,8 +31,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from cases import Case, by_sites, cases_in, lens_of, question, questions_of, unrelated_case
+from cases import (
+    Case,
+    by_sites,
+    cases_in,
+    chosen,
+    is_long,
+    lens_of,
+    question,
+    questions_of,
+    unrelated_case,
+)
 from counted import Cost, Counter, plain_seconds
 from flags import accounted
 from methods import COMPOSED, CURVATURE, EFFECTS, PARTS, curvature, methods_of, parts_for
@@ -60,12 +70,16 @@ class Run:
         case: which.
         lens: over its base.
         rows: of the long table.
+        most: prompts of each kind.
+        is_long: whether they are long, so that less is run.
         costs: of each part or method, over the prompts that it was timed on.
         left_out: what could not be run → why.
     """
 
     case: Case
     lens: ll.LoraLens
+    most: int
+    is_long: bool
     rows: list[Row] = dataclasses.field(default_factory=list[Row])
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict[str, Cost])
     left_out: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
@@ -82,11 +96,11 @@ class Run:
     def parts(self, kind: str, asked: Asked) -> dict[str, Tensor]:
         """Every part on these prompts; what each costs is that on the trained wording."""
         found: dict[str, Tensor] = {}
-        chosen = parts_for(kind)
-        for key in tqdm(chosen, desc=f"{self.case.name}, {kind}", leave=False):
+        works = parts_for(kind, is_long=self.is_long)
+        for key in tqdm(works, desc=f"{self.case.name}, {kind}", leave=False):
             if key in self.left_out:
                 continue
-            work = functools.partial(chosen[key], asked)
+            work = functools.partial(works[key], asked)
             values = self.timed(key, work) if kind == "trained" else work()
             if values is not None:
                 found[key] = values.cpu().double()
@@ -96,15 +110,16 @@ class Run:
 def measure(case: Case, every: list[Case], most: int) -> dict[str, Any]:
     """All of one adapter, as written to its file."""
     start = time.process_time()
-    run = Run(case, lens_of(case))
-    asked = questions_of(case, run.lens, most)
+    lens = lens_of(case)
+    run = Run(case, lens, 1 if is_long(case, lens) else most, is_long(case, lens))
+    asked = questions_of(case, lens, run.most)
     for one in asked.values():
         one.ends, one.noise_floor  # noqa: B018  # known once, so that no method is charged for them
     parts = {kind: run.parts(kind, one) for kind, one in asked.items()}
     plain = plain_seconds(run.lens, asked["trained"].reading.prompts)
     every_score = {kind: methods_of(of) for kind, of in parts.items()}
-    nulls = null_scores(run, asked["trained"], every)
-    sets, ceilings = ceilings_of(run, every_score, most)
+    nulls = null_scores(run, every)
+    sets, ceilings = ceilings_of(run, every_score)
     judge = Judge(asked["trained"], {**every_score["trained"], **nulls}, sets)
     for kind, question_of in asked.items():
         effects = {how: parts[kind][how] for how in EFFECTS}
@@ -115,7 +130,7 @@ def measure(case: Case, every: list[Case], most: int) -> dict[str, Any]:
                 kind, asked["trained"], every_score["trained"], question_of, effects
             )
         run.rows += judge.rows(kind, question_of)
-    curved = curvature_rows(run)
+    curved = {} if run.is_long else curvature_rows(run)
     rows = asked["trained"].reading.prompts.tokens.shape[0]
     return {
         **case.described,
@@ -148,10 +163,10 @@ def described(asked: Asked) -> dict[str, Any]:
     }
 
 
-def null_scores(run: Run, trained: Asked, every: list[Case]) -> dict[str, Tensor]:
+def null_scores(run: Run, every: list[Case]) -> dict[str, Tensor]:
     """First order at ½ of adapters that know nothing of this task, as rankings of this one."""
     found: dict[str, Tensor] = {}
-    asked = run.case.task["prompts"]["trained"][: trained.prompts.batch]
+    asked = chosen(run.case, "trained", run.most)
 
     def of(adapter: ll.Adapter) -> Tensor:
         lens = lens_of(run.case, adapter)
@@ -170,7 +185,7 @@ def null_scores(run: Run, trained: Asked, every: list[Case]) -> dict[str, Tensor
 
 
 def ceilings_of(
-    run: Run, scores: dict[str, dict[str, Tensor]], most: int
+    run: Run, scores: dict[str, dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The best fifth found: as a set that is judged elsewhere too, and what it keeps at home."""
     sets: dict[str, Tensor] = {}
@@ -178,7 +193,7 @@ def ceilings_of(
     for kind in CEILINGS:
         if kind not in scores:
             continue
-        asked = question(run.lens, run.case.task["prompts"][kind][:most])
+        asked = question(run.lens, chosen(run.case, kind, run.most))
 
         def search(kind: str = kind, asked: Asked = asked) -> ll.BestSubset:
             return best_subset(
@@ -258,10 +273,10 @@ def main() -> None:
     if unknown:
         parser.error(f"no adapter {', '.join(sorted(unknown))} in {given.adapters}")
     given.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(torch.get_num_threads())
-    chosen = [case for case in every if not given.only or case.name in given.only]
-    left = [case for case in chosen if not (given.out / f"{case.name}.json").is_file()]
-    for case in tqdm(sorted(left, key=lambda case: case.task["base"]), desc="adapters"):
+    named = [case for case in every if not given.only or case.name in given.only]
+    left = [case for case in named if not (given.out / f"{case.name}.json").is_file()]
+    left.sort(key=lambda case: (case.task["base"], case.task["kind"] == "behaviour"))
+    for case in tqdm(left, desc="adapters"):
         found = measure(case, every, given.most)
         unfinished = given.out / f"{case.name}.json.part"
         unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")

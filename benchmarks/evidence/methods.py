@@ -125,9 +125,7 @@ def _needs(count: int) -> tuple[str, ...]:
 _PAIRS = (
     ("first_order@0", "first_order@1"),
     ("first_order@0", "first_order@0.5"),
-    ("first_order@0.5", "first_order@1"),
     ("first_order@0.5", f"first_order/{RELP.key}@0"),
-    ("add_one", "leave_one_out"),
 )
 # Key → the parts that it is made of, and how.
 COMPOSED: dict[str, tuple[tuple[str, ...], Callable[[Parts], Tensor]]] = {
@@ -154,13 +152,21 @@ def methods_of(parts: Parts) -> dict[str, Tensor]:
     return found
 
 
-def curvature(asked: Asked) -> dict[str, Callable[[], Tensor]]:
-    """Second order of each effect: at its own end, and of leaving one out from the base."""
+def curvature(at: float, hows: tuple[str, ...], asked: Asked) -> dict[str, Tensor]:
+    """Second order of effects, expanded at one gate value; one matrix H for all of them."""
+    first = first_order_of(asked, at=at)
+    found = coupling_of(asked, at=at, progress=False)
+    return {
+        f"second_order/{how}@{at:g}": found.estimate(first, how).per_site  # type: ignore[arg-type]
+        for how in hows
+    }
 
-    def estimated(at: float, how: str) -> Tensor:
-        first = first_order_of(asked, at=at)
-        found = coupling_of(asked, at=at, progress=False)
-        return found.estimate(first, how).per_site  # type: ignore[arg-type]
 
-    each = ((0.0, "add_one"), (0.0, "leave_one_out"), (1.0, "leave_one_out"))
-    return {f"second_order/{how}@{at:g}": functools.partial(estimated, at, how) for at, how in each}
+# Each effect at its own end, and leaving one out from the base.
+CURVATURE = ((0.0, ("add_one", "leave_one_out")), (1.0, ("leave_one_out",)))
+
+
+def parts_for(kind: str, *, is_long: bool) -> dict[str, Part]:
+    """The parts that are run on a kind of prompt: the dear ones not on every kind, nor if long."""
+    with_dear = kind in DEAR_ON and not is_long
+    return {key: of for key, of in PARTS.items() if with_dear or key not in DEAR}

@@ -26,7 +26,7 @@ from lens_lora.results.attribution import Attribution
 from lens_lora.results.measured import header
 
 Row = dict[str, Any]
-DRAWS, SEED, FIFTH = 5, 0, 0.2
+DRAWS, SEED, FIFTH = 3, 0, 0.2
 STATISTICS = {"spearman": "spearman", "pearson": "pearson", "relative_error": "error"}
 # Scores that are in no unit: only what does not depend on their size is asked of them.
 WITHOUT_UNIT = (

@@ -137,7 +137,8 @@ def best_subset(
     _require_shift(asked)
     given = {} if starts is None else rankings.named(starts)
     scores = rankings.scores_towards(asked, given, baselines=False)
-    with tqdm(desc="best subset", unit=" passes", leave=False, disable=not progress) as bar:
+    total = steps * len(counts)
+    with tqdm(total=total, desc="best subset", leave=False, disable=not progress) as bar:
         search = Search(asked, steps, bar)
         found = _found(search, counts, {name: s.mean(0).cpu() for name, s in scores.items()})
     members = torch.stack([one.members for one in found])

@@ -62,7 +62,7 @@ class Search:
     Args:
         asked: the lens, the prompts and the readout.
         steps: of the gates.
-        bar: moved on at every pass.
+        bar: of all steps of all sizes.
 
     Attributes:
         forwards: forward passes of all prompts.
@@ -71,7 +71,7 @@ class Search:
 
     def __init__(self, asked: Asked, steps: int, bar: tqdm) -> None:
         base, adapted = asked.ends
-        self._asked, self.steps, self._bar = asked, steps, bar
+        self._asked, self.steps, self.bar = asked, steps, bar
         self._base = base.double().cpu()
         self._signs = (adapted - base).sign().double().cpu()
         self._size = (adapted - base).abs().sum().double().cpu()
@@ -81,6 +81,9 @@ class Search:
     def kept(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "point"]:
         """kept(ε) at several gate vectors. A forward pass each, batched.
 
+        Args:
+            gates: the same for every prompt.
+
         Raises:
             NumericsError: a non-finite readout.
         """
@@ -88,16 +91,18 @@ class Search:
             self._asked.lens, self._asked.reading, gates, progress=False, what="sets"
         )
         self.forwards += len(gates)
-        self._bar.update(len(gates))
         moved = (found.double().cpu() - self._base[:, None]) * self._signs[:, None]
         return moved.sum(0) / self._size
 
     def gradient(self, gates: Float[Tensor, "site"]) -> Float[Tensor, "site"]:
-        """∂kept/∂ε. One forward and one backward pass."""
+        """∂kept/∂ε. One forward and one backward pass.
+
+        Args:
+            gates: the same for every prompt.
+        """
         asked = self._asked
         slopes = site_slopes(asked.lens, asked.reading, gates.to(asked.lens.gates(0.0)))
         self.gradients += 1
-        self._bar.update()
         return (slopes.double().cpu() * self._signs[:, None]).sum(0) / self._size
 
 
@@ -120,6 +125,7 @@ def best_set(
     """
     every = torch.ones(search.sites, dtype=torch.bool)
     if count == search.sites:
+        search.bar.update(search.steps)
         return Found(every, float(search.kept(every[None].double())[0]), "all sites")
     tops = {key: _top(score, count) for key, score in {**slopes, **scores}.items()}
     gates = _climbed(search, count)
@@ -141,7 +147,7 @@ def _top(score: Float[Tensor, "site"], count: int) -> Bool[Tensor, "site"]:
     return members
 
 
-def _distinct(sets: Sets) -> tuple[Sets, list[int]]:
+def _distinct(sets: Sets) -> tuple[Bool[Tensor, "_set site"], list[int]]:
     """Each set once, and which of them each one given is."""
     found, which = torch.unique(sets, dim=0, return_inverse=True)
     return found, which.tolist()
@@ -157,6 +163,7 @@ def _climbed(search: Search, count: int) -> list[Bool[Tensor, "site"]]:
         adam.step()
         gates.copy_(_allowed(gates, count))
         found.append(_top(gates, count))
+        search.bar.update()
     return found
 
 

@@ -18,6 +18,7 @@ from lens_lora.commands.options import (
     DtypeOption,
     In4Bit,
     In8Bit,
+    MaxMemory,
     ModelOption,
     Quiet,
     Subject,
@@ -68,6 +69,7 @@ def sweep(
     load_in_4bit: In4Bit = False,
     load_in_8bit: In8Bit = False,
     attn: AttnOption = "eager",
+    max_memory: MaxMemory = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many records.")
     ] = None,
@@ -99,6 +101,14 @@ def sweep(
     folder = adapter_folder(adapter) if adapter else None
     from lens_lora.commands.run_sweep import run
 
-    subject = Subject(folder, model, model_class, how)
-    options = {"batch_size": batch_size, "resume": resume, "quiet": quiet}
-    run(subject, rows, names, out, response=response, **options)
+    subject = Subject(folder, model, model_class, how, max_memory)
+    run(
+        subject,
+        rows,
+        names,
+        out,
+        response=response,
+        batch_size=batch_size,
+        resume=resume,
+        quiet=quiet,
+    )

@@ -148,6 +148,7 @@ def test_several_sizes_are_each_searched(tmp_path):
     assert "gates" in repr(found) or "first_order" in repr(found)
 
 
+@pytest.mark.bad_input
 def test_refusals():
     lens, tokens = ten_sites("llama", 0), models.tokens(2, 5)
     for options, words in (

@@ -373,6 +373,7 @@ def test_a_wrong_estimate_is_of_order_two(lens, how: str):
         assert 3.5 < large / small < 4.5
 
 
+@pytest.mark.bad_input
 def test_an_estimate_refuses_another_first_order(lens):
     found = matrix_of(lens)
     first = ll.first_order(lens, padded(), LOG_PROB, at=1.0)

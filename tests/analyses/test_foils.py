@@ -51,5 +51,10 @@ def test_they_rank_and_compare_as_attributions_do(tmp_path):
     assert ll.compare(found["norm_product"], effects, bootstrap=0).attribution_name == KEYS[1]
     loaded = ll.Attribution.load(found["norm_product"].save(tmp_path / "f.safetensors"))
     assert loaded.key == "norm_product" and key_text(loaded.key) == "‖δz‖ · ‖Jᵀu‖"
+
+
+@pytest.mark.bad_input
+def test_a_seed_is_a_whole_number():
+    (cls, *_) = models.MAKERS
     with pytest.raises(ll.ArgumentError, match="seed"):
-        ll.foils(lens, TEXTS, MARGIN, seed=0.5)
+        ll.foils(cases.case("llama", cls, "raw").lens, TEXTS, MARGIN, seed=0.5)

@@ -48,6 +48,23 @@ def test_several_processes_do_not_share_a_device_map(tiny, tmp_path, monkeypatch
     assert found.exit_code == 2 and "--device-map and 2 processes" in found.stderr
 
 
+@pytest.mark.bad_input
+def test_a_bound_of_memory_reaches_the_lens(tiny, tmp_path):
+    """One that is too small for a pass is refused; one that is not gives the same numbers."""
+    records = write_jsonl(tmp_path / "r.jsonl", GOOD[:2])
+    found = {}
+    for bound in (None, "1e9", "10"):
+        out = tmp_path / f"{bound}.parquet"
+        more = [] if bound is None else ["--max-memory", bound]
+        found[bound] = command(
+            "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records,
+            "--out", out, *more,
+        )  # fmt: skip
+    assert found["10"].exit_code and "max_memory=10 bytes" in found["10"].stderr
+    plain, bounded = (pd.read_parquet(tmp_path / f"{bound}.parquet") for bound in (None, "1e9"))
+    pd.testing.assert_frame_equal(plain, bounded)
+
+
 def test_command_on_a_folder(tiny, tmp_path):
     records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
     out = tmp_path / "new" / "r.parquet"

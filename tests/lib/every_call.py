@@ -93,6 +93,13 @@ CALLS: dict[str, Call] = {
         lens, t, MARGIN, [lens.sites[0].write, lens.sites[-1].write], **QUIET
     ),
     "faithfulness": lambda lens, t: ll.faithfulness(lens, t, MARGIN, _score(lens), **QUIET),
+    "relp": lambda lens, t: ll.first_order(lens, t, MARGIN, rules=ll.FrozenRules.relp()),
+    "best_subset": lambda lens, t: ll.best_subset(
+        lens, t, MARGIN, k=2, steps=2, starts=_score(lens), **QUIET
+    ),
+    "foils": lambda lens, t: torch.stack(
+        [one.values for one in ll.foils(lens, t, MARGIN).values()]
+    ),
     "reliability": lambda lens, t: ll.reliability(lens, t, MARGIN, **QUIET),
     "null_test": lambda lens, t: ll.null_test(lens, t, MARGIN, draws=2, **QUIET),
     "feature_shift": lambda lens, t: ll.feature_shift(
