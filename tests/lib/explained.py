@@ -70,7 +70,7 @@ def by_hand(
     }  # fmt: skip
     test = ll.NullTest(
         plain, torch.full((9, 1, 4), 0.1) * torch.arange(1, 10)[:, None, None], torch.full((9, 1),
-        0.5), tuple(range(9)), floor,
+        0.5), 0, floor,
     )  # fmt: skip
     asked = {"leave_one_out": leave} if fast else {"add_one": add, "leave_one_out": leave}
     return ll.Explanation(

@@ -229,8 +229,13 @@ def harmless(page_of):
 def differs(page_of, text):
     """Whether a name changes more of a page than the places where it stands."""
     page, plain = Reader(without_plotly(page_of(text))), harmless(page_of)
-    texts = [t.replace(HARMLESS, shown(text)) for t in plain.texts]
-    return page.elements != plain.elements or page.texts != texts
+    texts = [unquoted(t.replace(HARMLESS, shown(text))) for t in plain.texts]
+    return page.elements != plain.elements or list(map(unquoted, page.texts)) != texts
+
+
+def unquoted(text):
+    """Without the prompt at the end of a caption, which is cut where it is long."""
+    return re.sub(r"(^| · )“[^”]*”$", "", text)
 
 
 @pytest.mark.parametrize(("page_of", "text"), CASES)
@@ -304,7 +309,7 @@ addEventListener("load", () => setTimeout(() => {
 def test_browser_saves_pictures_and_numbers(page, tmp_path):
     dom, console = opened(page.replace("</body>", SAVE), tmp_path, unfolded=False)
     assert console == []
-    name = r"margin-lyon-paris"
+    name = "margin-lyon-paris-along-ε"
     assert re.search(rf"\[{name}.svg: &lt;svg class=\"main-svg\" xmlns=", dom)
     assert re.search(rf"\[{name}.png: \S?PNG", dom)
     assert "[modules-1.csv: site,module,first_order,first_order_at_1" in dom

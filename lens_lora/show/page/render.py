@@ -115,8 +115,12 @@ def plot(figure: Figure, *, heading: str = "") -> Plot:
 
 
 def _lines(title: str) -> tuple[str, ...]:
-    """The plain text of a figure's title, line by line; plotly's titles are marked up."""
-    return tuple(Markup(line).striptags() for line in title.split("<br>"))
+    """The plain text of a figure's title, a heading and what is below; plotly's are marked up.
+
+    What is below breaks where the page does, and not where the picture would.
+    """
+    heading, *below = (Markup(line).striptags() for line in title.split("<br>"))
+    return (heading, " · ".join(below)) if below else (heading,)
 
 
 def _readable(value: object) -> object:
