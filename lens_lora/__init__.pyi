@@ -7,6 +7,7 @@ from .adapters.random_directions import null_adapter
 from .adapters.trained import TrainedModule
 from .analyses.activation_shift import activation_shift
 from .analyses.activations import activations
+from .analyses.best_subset import BestSubset, best_subset
 from .analyses.checkpoints import checkpoints
 from .analyses.compare import Comparison, compare
 from .analyses.compare_adapters import AdapterComparison, compare_adapters
@@ -14,12 +15,14 @@ from .analyses.components import Components, components
 from .analyses.constant_part import constant_part
 from .analyses.coupling import Coupling, coupling
 from .analyses.explain import explain
+from .analyses.explain_all import Explanations, explain_all
 from .analyses.explain_margin import Explanation
 from .analyses.explain_response import ResponseExplanation
 from .analyses.faithfulness import Faithfulness, faithfulness
 from .analyses.feature_shift import FeatureShift, feature_shift
 from .analyses.feature_writes import FeatureWrites, feature_writes
 from .analyses.first_order import first_order
+from .analyses.foils import foils
 from .analyses.kl_shares import KLShares, kl_shares
 from .analyses.logit_shift import LogitShift, logit_shift
 from .analyses.many_readouts import first_orders
@@ -67,6 +70,7 @@ from .results.effects import Effects
 from .results.grouped import GroupAttribution
 from .results.token_view import TokenView
 from .results.what_changed import Changes, WhatChanged
+from .show.figures.theme import theme
 from .sweeps.records import SweepError
 from .sweeps.result import SweepResult
 from .sweeps.sweep import sweep
@@ -131,12 +135,15 @@ __all__ = [
     "second_order",
     # real interventions, and what agrees with them
     "ActivationEffects",
+    "BestSubset",
     "Comparison",
     "Effects",
     "Faithfulness",
     "NullTest",
+    "best_subset",
     "compare",
     "faithfulness",
+    "foils",
     "null_adapter",
     "null_test",
     "patch_activations",
@@ -150,8 +157,10 @@ __all__ = [
     "repair",
     # all of one prompt
     "Explanation",
+    "Explanations",
     "ResponseExplanation",
     "explain",
+    "explain_all",
     # features: directions, sparse autoencoders
     "FeatureShift",
     "FeatureWrites",
@@ -167,6 +176,8 @@ __all__ = [
     "what_changed",
     # tokens, drawn by circuitsvis
     "TokenView",
+    # the look of figures
+    "theme",
     # many prompts
     "SweepError",
     "SweepResult",

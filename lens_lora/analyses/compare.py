@@ -6,12 +6,16 @@
 
        pearson, spearman      correlation of a_l with e_l, and of their ranks
        slope                  of the least-squares line of e on a, with an intercept
-       sign_agreement         share of groups where a_l and e_l have the same sign
+       sign_agreement         share of groups where a_l and e_l have the same sign, of those whose
+                              effect is beyond three noise floors
        top_k_overlap          |top-k by |a| ∩ top-k by |e|| / k
        relative_error         Σ|a_l − e_l| / Σ|e_l|
        sum_ratio              Σ a_l / Σ e_l
 
-3. Over prompts: their mean, and a percentile interval of it from prompts drawn with replacement.
+3. With `held_out` the attribution is of other prompts than the effects: its mean over them, each
+   value in the direction of its prompt's shift, meets every prompt's effects in the direction of
+   theirs.
+4. Over prompts: their mean, and a percentile interval of it from prompts drawn with replacement.
 
 A correlation is blind to size and to the sum; the slope, the relative error and the sum ratio are
 not. A statistic that does not exist (of constant numbers, of one group) is NaN.
@@ -26,34 +30,22 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from scipy.stats import rankdata
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lens_lora.analyses.agreement import STATISTICS, intervals_of, statistics_of
 from lens_lora.arguments import whole
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
 from lens_lora.results.measured import Result
+from lens_lora.results.signs import hides_sign
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["Comparison", "compare", "pearson"]
-
-_INTERVAL = (2.5, 97.5)
-_STATISTICS = (
-    "pearson",
-    "spearman",
-    "slope",
-    "sign_agreement",
-    "top_k_overlap",
-    "relative_error",
-    "sum_ratio",
-)
-
-Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
+__all__ = ["Comparison", "compare"]
 
 
 @final
@@ -67,11 +59,15 @@ class Comparison(Result):
         attribution_name, effects_name: their keys, as in `results.keys`.
         k: of the top-k overlap (all groups, where there are fewer).
         pearson, spearman, slope, sign_agreement, top_k_overlap, relative_error, sum_ratio:
-            [batch]; without unit. Sign agreement counts every group alike, however small, and
-            zero agrees with zero only.
+            [batch]; without unit. Sign agreement counts every group alike whose effect stands out
+            of rounding, and zero agrees with zero only.
+        beyond_noise: [batch], the share of groups whose effect is beyond three noise floors; the
+            order of the others may be rounding. NaN where the effects state no floor.
         interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
             prompt or without resampling.
         meta: of the attribution: model, adapter, dtype and versions.
+        made_on: the tokens of the prompts that the attribution was made on, where it is judged on
+            others.
     """
 
     labels: tuple[str, ...]
@@ -88,16 +84,18 @@ class Comparison(Result):
     top_k_overlap: Float[Tensor, "batch"]
     relative_error: Float[Tensor, "batch"]
     sum_ratio: Float[Tensor, "batch"]
+    beyond_noise: Float[Tensor, "batch"]
     interval: Mapping[str, tuple[float, float]]
     str_tokens: tuple[tuple[str, ...], ...]
     readout: str
     units: str
     meta: Mapping[str, str]
+    made_on: tuple[tuple[str, ...], ...] = ()
 
     @property
     def per_prompt(self) -> dict[str, Float[Tensor, "batch"]]:
         """Every statistic by name."""
-        return {name: getattr(self, name) for name in _STATISTICS}
+        return {name: getattr(self, name) for name in STATISTICS}
 
     def mean(self, statistic: str) -> float:
         """A statistic's mean over the prompts in which it exists.
@@ -108,9 +106,9 @@ class Comparison(Result):
         Raises:
             ArgumentError: no such statistic.
         """
-        if statistic not in _STATISTICS:
+        if statistic not in STATISTICS:
             raise ArgumentError(
-                f"statistic {statistic!r}: expected one of {', '.join(_STATISTICS)}."
+                f"statistic {statistic!r}: expected one of {', '.join(STATISTICS)}."
             )
         return float(getattr(self, statistic).nanmean())
 
@@ -121,8 +119,8 @@ class Comparison(Result):
 
     def summary(self) -> pd.DataFrame:
         """One row per statistic: its mean over prompts and the interval of that mean."""
-        rows = [(self.mean(name), *self.interval[name]) for name in _STATISTICS]
-        index = pd.Index(_STATISTICS, name="statistic")
+        rows = [(self.mean(name), *self.interval[name]) for name in STATISTICS]
+        index = pd.Index(STATISTICS, name="statistic")
         return pd.DataFrame(rows, index=index, columns=pd.Index(["mean", "low", "high"]))
 
     def groups_to_frame(self) -> pd.DataFrame:
@@ -154,6 +152,7 @@ def compare(
     attribution: Attribution | Effects,
     effects: Attribution | Effects,
     *,
+    held_out: bool = False,
     k: int = 10,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -163,6 +162,8 @@ def compare(
     Args:
         attribution, effects: results over the same prompts, sites and readout. An attribution is
             summed over the groups of the effects it meets.
+        held_out: the effects are of other prompts, on which what was made on the attribution's is
+            judged; readouts may differ in their tokens, not in their units.
         k: of the top-k overlap.
         bootstrap, seed: resamplings of the prompts; 0 for no intervals.
 
@@ -171,15 +172,23 @@ def compare(
             finite; k below 1.
     """
     k, bootstrap, seed = whole("k", k, 1), whole("bootstrap", bootstrap, 0), whole("seed", seed, 0)
-    _require_same(attribution, effects)
+    _require_same(attribution, effects, held_out)
     a, e, groups = _over_groups(attribution, effects)
+    floors = [_floor(of) for of in (attribution, effects)]
+    if held_out:
+        floors[0] = _of_mean(floors[0], len(e))
+        a, e = _towards(a, attribution.shift), _towards(e, effects.shift)
+        a = a.mean(0).expand_as(e)
     for of, values in ((attribution.key, a), (effects.key, e)):
         _require_finite(of, values, list(groups))
     k = min(k, len(groups))
     eps = max(torch.finfo(values.dtype).eps for values in (a, e))
     a, e = a.detach().cpu().double(), e.detach().cpu().double()
-    rows = [_statistics(*pair, k, eps) for pair in zip(a.numpy(), e.numpy(), strict=True)]
-    statistics = {name: np.array([row[name] for row in rows]) for name in _STATISTICS}
+    clear = _clear(a, floors[0]) & _clear(e, floors[1])
+    has_floor = any(floor is not None for floor in floors)
+    triples = zip(a.numpy(), e.numpy(), clear.numpy(), strict=True)
+    rows = [statistics_of(*triple, k, eps) for triple in triples]
+    statistics = {name: np.array([row[name] for row in rows]) for name in STATISTICS}
     return Comparison(
         labels=tuple(groups),
         kinds=tuple(_kind([effects.sites[i].kind for i in group]) for group in groups.values()),
@@ -189,12 +198,39 @@ def compare(
         effects_name=effects.key,
         k=k,
         **{name: torch.from_numpy(values) for name, values in statistics.items()},
-        interval=_intervals(statistics, bootstrap, seed),
+        beyond_noise=clear.double().mean(1) if has_floor else torch.full_like(a[:, 0], torch.nan),
+        interval=intervals_of(statistics, bootstrap, seed),
         str_tokens=effects.str_tokens,
         readout=effects.readout,
         units=effects.units,
         meta=attribution.meta,
+        made_on=attribution.str_tokens if held_out else (),
     )
+
+
+def _floor(result: Attribution | Effects) -> Float[Tensor, "batch"] | None:
+    return None if isinstance(result, Attribution) else result.noise_floor
+
+
+def _of_mean(floor: Float[Tensor, "made"] | None, batch: int) -> Float[Tensor, "batch"] | None:
+    """σ of a mean over prompts, for each prompt that it is judged on."""
+    return None if floor is None else (floor.norm() / len(floor)).expand(batch)
+
+
+def _clear(
+    values: Float[Tensor, "batch group"], floor: Float[Tensor, "batch"] | None
+) -> Bool[Tensor, "batch group"]:
+    """Which effects stand out of rounding; all where no floor is stated."""
+    if floor is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    return ~hides_sign(values, floor.to(values)[:, None])
+
+
+def _towards(
+    values: Float[Tensor, "batch group"], shift: Float[Tensor, "batch"]
+) -> Float[Tensor, "batch group"]:
+    """Each prompt's values in the direction of its shift."""
+    return values.detach().cpu().double() * shift.cpu().double().sign()[:, None]
 
 
 def _require_finite(of: str, values: Float[Tensor, "batch group"], labels: list[str]) -> None:
@@ -207,7 +243,7 @@ def _require_finite(of: str, values: Float[Tensor, "batch group"], labels: list[
         )
 
 
-def _require_same(one: Attribution | Effects, other: Attribution | Effects) -> None:
+def _require_same(one: Attribution | Effects, other: Attribution | Effects, held_out: bool) -> None:
     for result in (one, other):
         if not isinstance(result, Attribution | Effects):
             raise ArgumentError(
@@ -218,12 +254,15 @@ def _require_same(one: Attribution | Effects, other: Attribution | Effects) -> N
         "prompts": [["|".join(tokens) for tokens in result.str_tokens] for result in (one, other)],
         "readouts": [[f"{result.readout} in {result.units}"] for result in (one, other)],
     }
+    if held_out:
+        facts = {"sites": facts["sites"], "units": [[one.units], [other.units]]}
     for what, (mine, theirs) in facts.items():
         if mine != theirs:
             raise ArgumentError(
                 f"the two results are of different {what}: {one.key} has {_shown(mine, theirs)}"
                 f", {other.key} has {_shown(theirs, mine)}; compute both with the same lens, "
-                "prompts and readout."
+                "prompts and readout"
+                f"{'' if held_out else ', or pass held_out=True to judge on other prompts'}."
             )
 
 
@@ -254,65 +293,3 @@ def _over_groups(
 
 def _kind(kinds: list[str]) -> str:
     return kinds[0] if len(set(kinds)) == 1 else "group"
-
-
-def _statistics(a: Vector, e: Vector, k: int, eps: float) -> dict[str, float]:
-    """Those of one prompt; eps is the rounding below which numbers count as constant."""
-    return {
-        "pearson": pearson(a, e, eps),
-        "spearman": pearson(rankdata(a), rankdata(e), eps),
-        "slope": _slope(a, e, eps),
-        "sign_agreement": float((np.sign(a) == np.sign(e)).mean()),
-        "top_k_overlap": len(_top(a, k) & _top(e, k)) / k,
-        "relative_error": _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
-        "sum_ratio": _ratio(float(a.sum()), float(e.sum())),
-    }
-
-
-def pearson(a: Vector, e: Vector, eps: float) -> float:
-    """Pearson's correlation; NaN of numbers that are constant up to rounding.
-
-    Args:
-        a, e: of the same length.
-        eps: the rounding below which numbers count as constant.
-    """
-    if _is_constant(a, eps) or _is_constant(e, eps):
-        return np.nan
-    a, e = ((x - x.mean()) / np.linalg.norm(x - x.mean()) for x in (a, e))
-    return float(np.clip(a @ e, -1, 1))
-
-
-def _slope(a: Vector, e: Vector, eps: float) -> float:
-    if _is_constant(a, eps):
-        return np.nan
-    centred = a - a.mean()
-    return float(centred @ (e - e.mean()) / (centred @ centred))
-
-
-def _is_constant(x: Vector, eps: float) -> bool:
-    return float(np.ptp(x)) <= 4 * eps * float(np.abs(x).max())
-
-
-def _top(x: Vector, k: int) -> set[int]:
-    return set(np.argsort(-np.abs(x), kind="stable")[:k].tolist())
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else np.nan
-
-
-def _intervals(
-    statistics: Mapping[str, Vector], draws: int, seed: int
-) -> dict[str, tuple[float, float]]:
-    """Of the mean over prompts, the same draws of prompts for every statistic."""
-    batch = len(next(iter(statistics.values())))
-    if batch == 1 or not draws:
-        return dict.fromkeys(statistics, (np.nan, np.nan))
-    drawn = np.random.default_rng(seed).integers(batch, size=(draws, batch))
-    found: dict[str, tuple[float, float]] = {}
-    for name, values in statistics.items():
-        means = torch.from_numpy(values[drawn]).nanmean(1).numpy()
-        means = means[~np.isnan(means)]
-        low, high = np.percentile(means, _INTERVAL) if len(means) else (np.nan, np.nan)
-        found[name] = float(low), float(high)
-    return found

@@ -31,7 +31,7 @@ from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.measured import Result, site_labels
 
-__all__ = ["Components", "components"]
+__all__ = ["Components", "components", "squared_norms"]
 
 
 @final
@@ -100,7 +100,7 @@ def components(
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
     asked = ask(lens, prompts, readout, max_memory).require_slope_at_base()
-    lens, reading, squares = asked.lens, asked.reading, _squares(asked)
+    lens, reading, squares = asked.lens, asked.reading, squared_norms(asked)
     inner = reading.by_prompt(squares["inner"])
     z, delta, gradient = (
         reading.by_prompt(squares[name]).sqrt() for name in ("z", "delta", "gradient")
@@ -124,8 +124,12 @@ def components(
     )
 
 
-def _squares(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
-    """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row. One forward and one backward."""
+def squared_norms(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
+    """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row, by name. One forward and one backward.
+
+    Args:
+        asked: the lens, the prompts and the readout.
+    """
     lens, reading = asked.lens, asked.reading
     real, read = (mask[..., None] for mask in (reading.prompts.real, reading.prompts.read_mask))
     shape = (len(reading.owner), len(lens.sites))

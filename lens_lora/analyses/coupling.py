@@ -9,6 +9,10 @@ coupling, what one group's presence does to another's effect (note, §6, item 4)
 2. H v of each, batched (`engine/gate_graph.py`), is summed over the groups at once, so
    that only [group, group] is kept.
 3. The two triangles come from different passes; what they differ by is the result's own check.
+4. With a_l at the same gates t·1, to second order what one site does is (`Coupling.estimate`)
+
+       added to the base model             a_l −      t (H1)_l + ½ H_ll
+       taken out of the adapted model      a_l + (1 − t) (H1)_l − ½ H_ll
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.analyses.patch_sites import How, require_how
 from lens_lora.arguments import number
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.gate_graph import hessian_products, in_groups
@@ -34,6 +39,7 @@ from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading
 from lens_lora.results import drawing
+from lens_lora.results.attribution import Attribution
 from lens_lora.results.measured import Entries, Ranked, header
 
 if TYPE_CHECKING:
@@ -161,6 +167,53 @@ class Coupling(Ranked):
             ArgumentError: no such prompt.
         """
         return drawing.figure(self, prompt)
+
+    def estimate(self, first: Attribution, how: How) -> Attribution:
+        """Effects of single sites to second order, from this matrix and first order at its gates.
+
+        Each question is best asked at its own end: 'add_one' at 0, 'leave_one_out' at 1, where no
+        coupling enters. From elsewhere, and for adapters that move much, the estimate can be far
+        worse than first order; the effects themselves, `ll.patch_sites`, cost less than H.
+
+        Args:
+            first: `ll.first_order` of the same prompts and readout, at the same gate value.
+            how: 'add_one' or 'leave_one_out'.
+
+        Returns:
+            Attribution with the key 'second_order/add_one@0', and so on.
+
+        Raises:
+            ArgumentError: a matrix of groups of sites; a first order of something else.
+        """
+        require_how(how)
+        self._require_of_sites(first)
+        own = self.self_curvature
+        if how == "add_one":
+            values = first.per_site - self.at * self.row_sums + own
+        else:
+            values = first.per_site + (1 - self.at) * self.row_sums - own
+        return dataclasses.replace(first, values=values, by=(), method=f"second_order/{how}")
+
+    def _require_of_sites(self, first: Attribution) -> None:
+        if list(self.groups.values()) != [(i,) for i in range(len(self.sites))]:
+            raise ArgumentError(
+                f"this matrix is of {len(self.groups)} groups; effects of single sites are "
+                "estimated from coupling(group='site')."
+            )
+        facts = {
+            "method": (first.method, "first_order"),
+            "gate value": (first.at, self.at),
+            "sites": ([s.name for s in first.sites], [s.name for s in self.sites]),
+            "prompts": (first.str_tokens, self.str_tokens),
+            "readout": (first.readout, self.readout),
+        }
+        for what, (theirs, own) in facts.items():
+            if theirs != own:
+                shown = f": {theirs} and {own}" if isinstance(theirs, str | float) else ""
+                raise ArgumentError(
+                    f"first order has other {what} than the matrix{shown}; compute both with the "
+                    f"same lens, prompts and readout: first_order(…, at={self.at:g})."
+                )
 
     def _require_partition(self) -> None:
         if not self.is_partition:

@@ -290,7 +290,10 @@ def faithfulness_of(
         orders, by_size = rankings.orders_for(judged, asked, given, baselines=baselines)
         every, by_size = (_stacked(o, random if baselines else None) for o in (orders, by_size))
         found = scored(judged, every, by_size, progress=progress)
-        held_out = {name: mean_of_draws(of, len(orders)) for name, of in found._asdict().items()}
+        held_out = {
+            "cpr": mean_of_draws(found.cpr, len(orders)),
+            "cmd": mean_of_draws(found.cmd, len(orders)),
+        }
         held_out["ranked_on"] = asked.str_tokens
     base, adapted = judge.ends.cpu().double()
     labels: dict[str, Any] = {**header(judge), "base": base, "adapted": adapted, **held_out}

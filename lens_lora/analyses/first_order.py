@@ -257,7 +257,7 @@ def _under(rules: FrozenRules | None, lens: LoraLens, prompts: Prompts) -> Gener
     first = prompts.row(0)
     few = Prompts(first.tokens[:, :_TRIED_TOKENS], first.lengths.clamp(max=_TRIED_TOKENS))
     require_held(lens.plan.host, rules, lambda: lens.run(few))
-    with held_fixed(lens.model, rules):
+    with held_fixed(lens.plan.host, rules):
         yield
 
 

@@ -55,7 +55,7 @@ class RemainderCurve(Read):
         noise: what rounding alone does to a shift and to the remainder.
         order: [batch], fitted slope of log|R| on log ε at small ε above the noise: 2 for a smooth
             model, NaN where fewer than three points stand out of the noise.
-        readout, units, meta: as in `Read`.
+        str_tokens, readout, units, meta: as in `Read`.
     """
 
     scales: Float[Tensor, "scale"]

@@ -1,10 +1,13 @@
-"""First order with attention patterns or norm denominators held fixed, as LRP-style methods do.
+"""First order under the rules of LRP: parts of the model held fixed, or differentiated otherwise.
 
-    attention   z_q = Σ_k A_qk v_k,       A constant: nothing flows through softmax into q and k
-    norm        n = (x − mean x) / s(x),  s constant: n is linear in x (RMS norms have no mean)
+    attention    z_q = Σ_k A_qk v_k,       A constant: nothing flows through softmax into q and k
+    norm         n = (x − mean x) / s(x),  s constant: n is linear in x (RMS norms have no mean)
+    activation   act(g) = c g,             c constant          (`hooked/mlp_rules.py`)
+    product      act(g) · u,               half of the derivative for each factor
 
-A and s keep the values that they have at the gates of the derivative. Everything else is still
-differentiated: centring, activations, gate · up, soft-caps of the logits, a router's softmax.
+What is constant keeps the value that it has at the gates of the derivative. Everything else is
+still differentiated: centring, soft-caps of the logits, a router's softmax. With all four, a model
+without biases is linear, layer after layer: relevance Σ x ∂g/∂x is the same at every block, and g.
 
 1. A hook at every pattern (`hook_pattern`) and denominator (`hook_scale`: of ln1, ln2, norms of q
    and k, norms after attention and MLP, the final one, an embedding's) returns the value that it
@@ -29,6 +32,8 @@ from torch import Tensor
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.attaching import HookFn, add_pre_hook, attach
 from lens_lora.hooked.host import Host
+from lens_lora.hooked.mlp_rules import put_on_rules, require_rules
+from lens_lora.offloaded import is_offloaded
 from lens_lora.temporary import Temporary, without_warnings
 
 __all__ = ["FrozenRules", "frozen_points", "held_fixed", "require_held"]
@@ -41,43 +46,73 @@ _Run = Callable[[], Float[Tensor, "row pos vocab"]]
 
 @dataclasses.dataclass(frozen=True)
 class FrozenRules:
-    """What `first_order` holds fixed at its value at the gates of the derivative.
+    """Rules in whose place `first_order` leaves out parts of the derivative.
 
     The result is the derivative of a different function: the model with these parts as constants.
     Whether it predicts interventions on the real model better than g's own must be measured.
 
         >>> FrozenRules(attention_patterns=True, norm_scales=True).label
         'patterns and norm scales fixed'
+        >>> FrozenRules.relp().key
+        'patterns+norm_scales+identity+half'
 
     Args:
-        attention_patterns: the softmax's output in every layer; sites q and k then get zero.
-        norm_scales: what every norm divides by, the final norm's included.
+        attention_patterns: the softmax's output in every layer is held fixed; sites q and k then
+            get zero.
+        norm_scales: so is what every norm divides by, the final norm's included.
+        identity_rule: activations of MLPs have the derivative act(g)/g in place of act′(g).
+        half_rule: each factor of a gated MLP's product has half of its derivative; without effect
+            on MLPs that are not gated.
 
     Raises:
-        ArgumentError: neither is True.
+        ArgumentError: none of them is True.
     """
 
     attention_patterns: bool = False
     norm_scales: bool = False
+    identity_rule: bool = False
+    half_rule: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.attention_patterns or self.norm_scales):
+        if not any(on for _, on in self._named):
             raise ArgumentError(
-                "FrozenRules() holds nothing fixed; set attention_patterns=True or "
-                "norm_scales=True, or pass rules=None for the derivative of g itself."
+                "FrozenRules() holds nothing fixed; set attention_patterns, norm_scales, "
+                "identity_rule or half_rule to True, or pass rules=None for the derivative of g "
+                "itself."
             )
+
+    @classmethod
+    def relp(cls) -> FrozenRules:
+        """All four, as relevance patching (arXiv 2508.21258) has them."""
+        return cls(True, True, True, True)
+
+    @property
+    def of_mlps(self) -> bool:
+        """Whether MLPs are differentiated otherwise."""
+        return self.identity_rule or self.half_rule
+
+    @property
+    def _named(self) -> tuple[tuple[str, bool], ...]:
+        return (
+            ("patterns", self.attention_patterns),
+            ("norm_scales", self.norm_scales),
+            ("identity", self.identity_rule),
+            ("half", self.half_rule),
+        )
 
     @property
     def key(self) -> str:
-        """'patterns', 'norm_scales' or 'patterns+norm_scales', for the keys of attributions."""
-        names = ("patterns", self.attention_patterns), ("norm_scales", self.norm_scales)
-        return "+".join(name for name, on in names if on)
+        """'patterns', 'patterns+norm_scales', 'patterns+norm_scales+identity+half', …."""
+        return "+".join(name for name, on in self._named if on)
 
     @property
     def label(self) -> str:
-        """'patterns fixed', 'norm scales fixed' or 'patterns and norm scales fixed'."""
-        names = ("patterns", self.attention_patterns), ("norm scales", self.norm_scales)
-        return " and ".join(name for name, on in names if on) + " fixed"
+        """'patterns fixed', 'patterns and norm scales fixed, identity rule, half rule', …."""
+        fixed = ("patterns", self.attention_patterns), ("norm scales", self.norm_scales)
+        held = " and ".join(name for name, on in fixed if on)
+        others = ("identity rule", self.identity_rule), ("half rule", self.half_rule)
+        named = [f"{held} fixed" if held else "", *(name for name, on in others if on)]
+        return ", ".join(name for name in named if name)
 
 
 def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
@@ -92,17 +127,19 @@ def frozen_points(model: Any, rules: FrozenRules) -> list[str]:
     return list({id(model.hook_dict[name]): name for name in names}.values())
 
 
-def held_fixed(model: Any, rules: FrozenRules) -> AbstractContextManager[None]:
-    """No derivative, of either mode, passes the frozen points within the block.
+def held_fixed(host: Host, rules: FrozenRules) -> AbstractContextManager[None]:
+    """Within the block derivatives of both modes follow the rules; no value changes.
 
     Args:
-        model: the hooked model.
+        host: the hooked model.
         rules: what is held fixed.
     """
-    hooks = [(name, _without_derivative) for name in frozen_points(model, rules)]
+    hooks = [(name, _without_derivative) for name in frozen_points(host.model, rules)]
 
     def hold_them(span: Temporary) -> None:
-        attach(span, model, hooks)
+        attach(span, host.model, hooks)
+        if rules.of_mlps:
+            put_on_rules(span, host, identity=rules.identity_rule, half=rules.half_rule)
         without_warnings(span, _EDITED)
 
     return Temporary(hold_them)
@@ -124,13 +161,17 @@ def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
     Args:
         host: the hooked model.
         rules: what is held fixed.
-        run: one forward pass on a few tokens; called twice, once with a backward pass.
+        run: one forward pass on a few tokens; called two or three times, with a backward pass.
 
     Raises:
         ModelStateError: naming the hook point, or the norm that has none, and the remedy.
     """
+    if rules.of_mlps:
+        require_rules(host, run)
     names = frozen_points(host.model, rules)
     _require_points(host, rules, names)
+    if rules.norm_scales:
+        _require_norms_at_hand(host.model)
     with torch.no_grad():
         bare = run()
     tried = _try_hooks(host, names, run)
@@ -194,6 +235,16 @@ def _require_points(host: Host, rules: FrozenRules, names: list[str]) -> None:
         raise ModelStateError(
             f"this {host.class_name} has no hook point of a norm's scale; leave out norm_scales."
         )
+
+
+def _require_norms_at_hand(model: Any) -> None:
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and is_offloaded(module):
+            raise ModelStateError(
+                f"{name} is offloaded, and its denominator can be held fixed only where γ stays on "
+                "a device. Leave norms out of the offload, they are small; or leave out "
+                "norm_scales."
+            )
 
 
 def _require_used(host: Host, came: dict[str, list[bool]]) -> None:

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from markupsafe import escape
 
 from lens_lora.results.attribution import Attribution, Quadrature
-from lens_lora.results.keys import GREEDY, RANDOM, UPDATE_NORM, WEIGHT_NORM, key_of
+from lens_lora.results.keys import (
+    GREEDY,
+    NORM_PRODUCT,
+    RANDOM,
+    SIGNED_RANDOM,
+    SIGNED_WEIGHT_NORM,
+    UPDATE_NORM,
+    WEIGHT_NORM,
+    key_of,
+)
 
 __all__ = [
     "key_text",
@@ -17,6 +26,7 @@ __all__ = [
     "magnitude",
     "method_text",
     "percent",
+    "points",
     "prompt_text",
     "quadrature_text",
     "share_text",
@@ -67,6 +77,17 @@ def percent(share: float) -> str:
     size = 100 * abs(share)
     digits = f"{size:.0f}" if size >= 10 else f"{size:.1f}" if size >= 0.1 else f"{size:.1g}"
     return f"{'−' if share < 0 else ''}{digits}%"
+
+
+def points(change: float) -> str:
+    """A change of a probability: '+12 points', in percentage points.
+
+    Args:
+        change: 1 is 100 points.
+    """
+    if not math.isfinite(change):
+        return "—"
+    return f"{'−' if change < 0 else '+'}{percent(abs(change))[:-1]} points"
 
 
 def share_text(share: float) -> str:
@@ -131,8 +152,12 @@ _KEYS = {
     UPDATE_NORM: "‖δz‖",
     RANDOM: "random",
     GREEDY: "greedy",
+    SIGNED_WEIGHT_NORM: "sign(a) · ‖ΔW‖",
+    NORM_PRODUCT: "‖δz‖ · ‖Jᵀu‖",
+    SIGNED_RANDOM: "random, with the sign of a",
 }
 _REPLACED = {"mean": ", replaced by its mean", "resample": ", replaced by another text's"}
+_RULES = {"identity": "identity rule", "half": "half rule"}
 _GATED = re.compile(r"(first_order|second_order|curvature)(?:/([a-z_+]+))?@(.+)")
 
 
@@ -148,8 +173,18 @@ def key_text(key: str) -> str:
         of = _REPLACED.get(replace, "") if how in _KEYS else ""
         return _KEYS[how] + of if of else _KEYS.get(key, key)
     method, rules, at = match.groups()
-    held = f" ({rules.replace('+', ' and ').replace('_', ' ')} fixed)" if rules else ""
-    return f"{method.replace('_', ' ')}{held} at ε = {at}"
+    of = f" ({_qualified(rules)})" if rules else ""
+    return f"{method.replace('_', ' ')}{of} at ε = {at}"
+
+
+def _qualified(of: str) -> str:
+    """'patterns and norm scales fixed, identity rule', or the question of a second order."""
+    if of in _KEYS:
+        return _KEYS[of]
+    names = of.split("+")
+    fixed = " and ".join(n.replace("_", " ") for n in names if n not in _RULES)
+    said = [f"{fixed} fixed" if fixed else "", *(_RULES[n] for n in names if n in _RULES)]
+    return ", ".join(filter(None, said))
 
 
 def method_text(method: str, at: float) -> str:

@@ -253,3 +253,34 @@ def test_what_is_not_finite_agrees_with_nothing(odd: float, which: int):
     words = rf"first_order@0 is {odd} at prompt 1, blocks\.2\.mlp\.up \(1 such numbers\)"
     with pytest.raises(ll.ArgumentError, match=words):
         ll.compare(*pair)
+
+
+def test_held_out_is_the_mean_of_the_one_against_each_of_the_other():
+    """By a loop; each prompt in the direction of its own shift, readouts of other tokens."""
+    made = attribution(torch.randn(3, COUNT, dtype=torch.float64))
+    made = dataclasses.replace(made, adapted=torch.tensor([1.0, -2.0, 3.0]).double())
+    judged = effects(torch.randn(BATCH, COUNT, dtype=torch.float64))
+    shift = torch.tensor([1.0, -1.0, 2.0, -3.0]).double()
+    others = tuple((f"q{i}", " was") for i in range(BATCH))
+    judged = dataclasses.replace(judged, adapted=shift, str_tokens=others, readout="margin(1 − 2)")
+    found = compare(made, judged, held_out=True)
+    mean = (made.values[0] - made.values[1] + made.values[2]) / 3
+    for i, sign in enumerate((1, -1, 1, -1)):
+        truth = sign * judged.values[i]
+        assert found.pearson[i] == pytest.approx(stats.pearsonr(mean, truth).statistic)
+        assert found.spearman[i] == pytest.approx(stats.spearmanr(mean, truth).statistic)
+        error = (mean - truth).abs().sum() / truth.abs().sum()
+        assert float(found.relative_error[i]) == pytest.approx(float(error))
+    assert found.made_on == made.str_tokens and found.str_tokens == others
+    assert "made on 3 other prompts" in repr(found)
+
+
+def test_other_prompts_are_refused_unless_held_out():
+    made, judged = attribution(torch.randn(3, COUNT)), effects(torch.randn(BATCH, COUNT))
+    with pytest.raises(ll.ArgumentError, match=r"different prompts.*held_out=True"):
+        compare(made, judged)
+    assert compare(attribution(torch.randn(BATCH, COUNT)), judged).made_on == ()
+    with pytest.raises(ll.ArgumentError, match="different units"):
+        compare(made, dataclasses.replace(judged, units="nats"), held_out=True)
+    with pytest.raises(ll.ArgumentError, match="different sites"):
+        compare(attribution(torch.randn(3, COUNT - 1)), judged, held_out=True)

@@ -337,3 +337,57 @@ def test_many_groups_are_labelled_by_layer():
     axis = figure.layout.xaxis
     assert list(axis.ticktext)[:2] == ["layer 0", "layer 2"] and len(axis.ticktext) == 15
     assert list(axis.tickvals)[1] == "blocks.2.s0"
+
+
+def corners(lens, prompts, readout, how: str) -> Tensor:
+    """What each site does, from g at corners of the cube: [batch, site]."""
+    return ll.patch_sites(lens, prompts, readout, how, progress=False).values
+
+
+@pytest.mark.parametrize("how", ["add_one", "leave_one_out"])
+@pytest.mark.parametrize("at", [0.0, 0.3, 1.0])
+def test_estimates_are_the_effects_to_second_order(lens, at: float, how: str):
+    """What is left of the effects of c·ΔW, expanded about at·1, is of order c³."""
+    left = []
+    for c in (1e-3, 2e-3):
+        small = ll.LoraLens(lens.model, lens.adapter.scaled(c))
+        first = ll.first_order(small, padded(), LOG_PROB, at=at)
+        found = matrix_of(small, at=at).estimate(first, how)
+        assert found.key == f"second_order/{how}@{at:g}"
+        left.append((corners(small, padded(), LOG_PROB, how) - found.values).abs().sum())
+    assert 7 < left[1] / left[0] < 9
+
+
+@pytest.mark.parametrize("how", ["add_one", "leave_one_out"])
+def test_a_wrong_estimate_is_of_order_two(lens, how: str):
+    """The negative control: first order alone, and the other question's signs."""
+    other = {"add_one": "leave_one_out", "leave_one_out": "add_one"}[how]
+    left = []
+    for c in (1e-3, 2e-3):
+        small = ll.LoraLens(lens.model, lens.adapter.scaled(c))
+        first = ll.first_order(small, padded(), LOG_PROB)
+        wrong = matrix_of(small).estimate(first, other)
+        true = corners(small, padded(), LOG_PROB, how)
+        left.append([float((true - each).abs().sum()) for each in (first.values, wrong.values)])
+    for small, large in zip(*left, strict=True):
+        assert 3.5 < large / small < 4.5
+
+
+@pytest.mark.bad_input
+def test_an_estimate_refuses_another_first_order(lens):
+    found = matrix_of(lens)
+    first = ll.first_order(lens, padded(), LOG_PROB, at=1.0)
+    with pytest.raises(ll.ArgumentError, match=r"other gate value.*1\.0 and 0\.0.*at=0"):
+        found.estimate(first, "add_one")
+    with pytest.raises(ll.ArgumentError, match="other readout"):
+        found.estimate(ll.first_order(lens, padded(), ll.Logit(3)), "add_one")
+    with pytest.raises(ll.ArgumentError, match="other prompts"):
+        found.estimate(ll.first_order(lens, models.tokens(seed=9), LOG_PROB), "add_one")
+    with pytest.raises(ll.ArgumentError, match="other method"):
+        held = ll.FrozenRules(attention_patterns=True)
+        found.estimate(ll.first_order(lens, padded(), LOG_PROB, rules=held), "add_one")
+    with pytest.raises(ll.ArgumentError, match=r"of 2 groups.*group='site'"):
+        first = ll.first_order(lens, padded(), LOG_PROB)
+        matrix_of(lens, group="layer").estimate(first, "add_one")
+    with pytest.raises(ll.ArgumentError, match="how"):
+        found.estimate(first, "both")

@@ -58,6 +58,7 @@ CALLS = {
     "what_changed": lambda t, folder, **o: ll.what_changed(t.lens, [PROMPT, LONG], **o),
     "components": lambda t, folder, **o: ll.components(t.lens, PROMPT, R, **o),
     "coupling": lambda t, folder, **o: ll.coupling(t.lens, [LONG] * 10, R, **o),
+    "best_subset": lambda t, folder, **o: ll.best_subset(t.lens, PROMPT, R, k=2, steps=4, **o),
     "checkpoints": lambda t, folder, **o: ll.checkpoints(
         t.lens, [t.lens.adapter.scaled(s) for s in (0.5, 1)], PROMPT, R, **o
     ),
@@ -65,6 +66,7 @@ CALLS = {
         t.lens, t.lens.adapter.scaled(0.5), PROMPT, R, draws=2, **o
     ),
     "explain": lambda t, folder, **o: ll.explain(t.lens, PROMPT, "w8", "w9", null=2, **o),
+    "explain_all": lambda t, folder, **o: ll.explain_all(t.lens, [PROMPT, LONG], "w8", "w9", **o),
     "fact_margin": lambda t, folder, **o: ll.fact_margin(t.deep, PROMPT, "w8", "w9", **o),
     "faithfulness": _faithful,
     "first_order": lambda t, folder, **o: ll.first_order(t.lens, PROMPT, R, mode="forward", **o),
@@ -99,12 +101,13 @@ SHORT = {
     "feature_shift": lambda t: ll.feature_shift(
         t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"
     ),
+    "foils": lambda t: ll.foils(t.lens, PROMPT, R),
     "feature_writes": lambda t: ll.feature_writes(t.lens, PROMPT, torch.eye(16)),
     "tangents": lambda t: ll.tangents(t.lens, PROMPT),
     "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
 }
 DEEP = {"fact_margin", "patch_sites", "reliability", "remainder"}
-NO_PASS = {"compare", "demo", "load", "load_adapter", "null_adapter"}
+NO_PASS = {"compare", "demo", "load", "load_adapter", "null_adapter", "theme"}
 
 
 def is_python(member) -> bool:

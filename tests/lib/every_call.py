@@ -93,6 +93,13 @@ CALLS: dict[str, Call] = {
         lens, t, MARGIN, [lens.sites[0].write, lens.sites[-1].write], **QUIET
     ),
     "faithfulness": lambda lens, t: ll.faithfulness(lens, t, MARGIN, _score(lens), **QUIET),
+    "relp": lambda lens, t: ll.first_order(lens, t, MARGIN, rules=ll.FrozenRules.relp()),
+    "best_subset": lambda lens, t: ll.best_subset(
+        lens, t, MARGIN, k=2, steps=2, starts=_score(lens), **QUIET
+    ),
+    "foils": lambda lens, t: torch.stack(
+        [one.values for one in ll.foils(lens, t, MARGIN).values()]
+    ),
     "reliability": lambda lens, t: ll.reliability(lens, t, MARGIN, **QUIET),
     "null_test": lambda lens, t: ll.null_test(lens, t, MARGIN, draws=2, **QUIET),
     "feature_shift": lambda lens, t: ll.feature_shift(
@@ -109,6 +116,7 @@ CALLS: dict[str, Call] = {
         lens, [(t, MARGIN)], [(t, ll.KL())], 0.5, steps=2, draws=1, **QUIET
     ).shares[:2],
     "explain": lambda lens, t: ll.explain(lens, t[:1], 5, 9, **QUIET).margin,
+    "explain_all": lambda lens, t: ll.explain_all(lens, t, 5, 9, fast=True, **QUIET)[1].margin,
     "sweep": _swept,
 }
 # A person's own run of the model: settings around it are theirs.

@@ -70,7 +70,7 @@ def without_a_mean():
     curves = dataclasses.replace(
         curve, values=curve.values.expand(2, -1), base=curve.base.expand(2),
         order=curve.order.expand(2), slope=curve.slope.expand(2),
-        noise=Noise(*torch.full((3, 2), 1e-6)),
+        noise=Noise(*torch.full((3, 2), 1e-6)), str_tokens=curve.str_tokens * 2,
     )  # fmt: skip
     two = dataclasses.replace(
         margin, attribution=by_position, curve=curves, doc=margin.doc * 2, pre=margin.pre * 2,

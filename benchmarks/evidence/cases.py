@@ -1,0 +1,116 @@
+"""The adapters of a folder, each with its prompts as questions that are bound to a lens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from bases import load_base
+from torch import Tensor
+
+import lens_lora as ll
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.loading import hooked_model
+from lens_lora.readouts.answers import margin_between
+from lens_lora.results.attribution import Attribution
+
+MEMORY = 2e9  # bytes of a pass beside the model
+LONG = 24  # tokens of a row, from which fewer prompts are taken
+PROMPTS = ("trained", "paraphrase", "neighbour", "unrelated")
+FIELDS = ("name", "cluster", "base", "kind", "rank", "targets", "lr", "steps", "dora", "rslora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One adapter, as its folder describes it.
+
+    Attributes:
+        folder: with a PEFT adapter and task.json.
+        task: what task.json holds.
+    """
+
+    folder: Path
+    task: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.task["name"]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        return {field: self.task.get(field) for field in FIELDS}
+
+
+def cases_in(folder: Path) -> list[Case]:
+    """Every adapter of a folder, by name."""
+    files = sorted(folder.glob("*/task.json"))
+    return [Case(file.parent, json.loads(file.read_text())) for file in files]
+
+
+@functools.lru_cache(maxsize=1)
+def model_of(base: str) -> tuple[Any, Any]:
+    """The hooked model of a base, and the base itself; one at a time."""
+    hf_model, tokenizer = load_base(base)
+    return hooked_model(hf_model, tokenizer)[0], hf_model
+
+
+def lens_of(case: Case, adapter: ll.Adapter | None = None) -> ll.LoraLens:
+    """The lens over a case's base, with its own adapter or another one."""
+    model, hf_model = model_of(case.task["base"])
+    adapter = ll.load_adapter(case.folder) if adapter is None else adapter
+    return ll.LoraLens(model, adapter, hf_model=hf_model).within(MEMORY)
+
+
+def question(lens: ll.LoraLens, asked: list[dict[str, Any]]) -> Asked:
+    """Prompts and their readout: the margin of two answers, or log p of a response."""
+    prompts = lens.prompts([one["prompt"] for one in asked])
+    if all("doc" in one for one in asked):
+        docs, pres = ([one[key] for one in asked] for key in ("doc", "pre"))
+        return ask(lens, prompts, margin_between(lens.model, docs, pres, prompts))
+    if all("response" in one for one in asked):
+        return ask(lens, prompts, ll.AnswerLogProb([one["response"] for one in asked]))
+    raise ValueError(f"prompts of two kinds in one set: {[sorted(one) for one in asked]}")
+
+
+def is_long(case: Case, lens: ll.LoraLens) -> bool:
+    """Whether the trained wording, with its response, is a row of many tokens."""
+    trained = question(lens, case.task["prompts"]["trained"])
+    return trained.reading.prompts.tokens.shape[1] > LONG
+
+
+def chosen(case: Case, kind: str, most: int) -> list[dict[str, Any]]:
+    """The first prompts of a kind, at most so many."""
+    return case.task["prompts"].get(kind, [])[:most]
+
+
+def questions_of(case: Case, lens: ll.LoraLens, most: int) -> dict[str, Asked]:
+    """The case's prompts by kind, at most so many of each."""
+    given = {kind: chosen(case, kind, most) for kind in PROMPTS}
+    return {kind: question(lens, asked) for kind, asked in given.items() if asked}
+
+
+def unrelated_case(case: Case, every: list[Case]) -> Case | None:
+    """An adapter of another task on the same base, of the same targets where there is one."""
+    others = [
+        other
+        for other in every
+        if other.task["cluster"] != case.task["cluster"] and other.task["base"] == case.task["base"]
+    ]
+    start = case.name
+    later = sorted(others, key=lambda other: (other.name <= start, other.name))
+    same = [other for other in later if other.task["targets"] == case.task["targets"]]
+    return next(iter(same or later), None)
+
+
+def by_sites(found: Attribution, lens: ll.LoraLens) -> Tensor:
+    """Values at the sites of another lens; zero at those that they are not of."""
+    at = {site.name: i for i, site in enumerate(found.sites)}
+    values = torch.zeros(len(found.base), len(lens.sites), dtype=found.per_site.dtype)
+    for index, site in enumerate(lens.sites):
+        if site.name in at:
+            values[:, index] = found.per_site[:, at[site.name]]
+    return values

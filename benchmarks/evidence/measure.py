@@ -1,0 +1,288 @@
+"""Every method of attribution on every adapter of a folder, against real interventions.
+
+    python benchmarks/evidence/measure.py --adapters FOLDER --out RESULTS [--only NAME …]
+
+Each FOLDER/<name>/ holds a PEFT adapter and task.json: name, cluster (the training task), base,
+kind, rank, targets, lr, steps, dora, rslora, and prompts {trained, paraphrase, neighbour,
+unrelated}, each a list of {prompt, doc, pre} or {prompt, response}. For each adapter one file,
+RESULTS/<name>.json; those that are there are left alone, so a run may be interrupted.
+
+1. On each kind of prompt: every score (`methods.py`) and the measured effects of every site.
+2. Agreement of scores with effects, and rankings made on the trained wording judged on each kind
+   (`scored.py`).
+3. What each costs (`counted.py`), counted and timed on the trained wording.
+4. What is attainable: the best fifth of the sites that is found (`ll.best_subset`), on the trained
+   wording and, as a ceiling of its own, on the paraphrases.
+5. Flags (`flags.py`), null adapters, and signals that cost no intervention.
+
+Of long prompts (with a response) one of each kind is taken, without path/8, hessian_steps/4 and
+the diagonal of H. Four minutes of one core an adapter, some fifteen with long prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cases import (
+    Case,
+    by_sites,
+    cases_in,
+    chosen,
+    is_long,
+    lens_of,
+    question,
+    questions_of,
+    unrelated_case,
+)
+from counted import Cost, Counter, plain_seconds
+from flags import accounted
+from methods import COMPOSED, CURVATURE, EFFECTS, PARTS, curvature, methods_of, parts_for
+from scored import Judge, Row, agreement, held_out, sums
+from signals import signals_of
+from torch import Tensor
+from tqdm import tqdm
+
+import lens_lora as ll
+from lens_lora._version import versions
+from lens_lora.analyses.best_subset import best_subset
+from lens_lora.engine.asked import Asked
+from lens_lora.errors import LensLoraError
+
+CEILINGS, FIFTH = ("trained", "paraphrase"), 0.2
+_CURVED = 1  # prompts of the diagonal of H
+_NULL_SEED = 0
+BASELINES = ("weight_norm", "update_norm")  # names that the library keeps for its own
+
+
+@dataclasses.dataclass
+class Run:
+    """One adapter's measurements as they come.
+
+    Attributes:
+        case: which.
+        lens: over its base.
+        rows: of the long table.
+        most: prompts of each kind.
+        is_long: whether they are long, so that less is run.
+        costs: of each part or method, over the prompts that it was timed on.
+        left_out: what could not be run → why.
+    """
+
+    case: Case
+    lens: ll.LoraLens
+    most: int
+    is_long: bool
+    rows: list[Row] = dataclasses.field(default_factory=list[Row])
+    costs: dict[str, Cost] = dataclasses.field(default_factory=dict[str, Cost])
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+    def timed(self, key: str, work: Callable[[], Any]) -> Any:
+        """What the work returns, its cost kept; None where the library refuses it."""
+        try:
+            found, self.costs[key] = Counter(self.lens).run(work)
+        except LensLoraError as error:
+            self.left_out[key] = str(error)
+            return None
+        return found
+
+    def parts(self, kind: str, asked: Asked) -> dict[str, Tensor]:
+        """Every part on these prompts; what each costs is that on the trained wording."""
+        found: dict[str, Tensor] = {}
+        works = parts_for(kind, is_long=self.is_long)
+        for key in tqdm(works, desc=f"{self.case.name}, {kind}", leave=False):
+            if key in self.left_out:
+                continue
+            work = functools.partial(works[key], asked)
+            values = self.timed(key, work) if kind == "trained" else work()
+            if values is not None:
+                found[key] = values.cpu().double()
+        return found
+
+
+def measure(case: Case, every: list[Case], most: int) -> dict[str, Any]:
+    """All of one adapter, as written to its file."""
+    start = time.process_time()
+    lens = lens_of(case)
+    run = Run(case, lens, 1 if is_long(case, lens) else most, is_long(case, lens))
+    asked = questions_of(case, lens, run.most)
+    for one in asked.values():
+        one.ends, one.noise_floor  # noqa: B018  # known once, so that no method is charged for them
+    parts = {kind: run.parts(kind, one) for kind, one in asked.items()}
+    plain = plain_seconds(run.lens, asked["trained"].reading.prompts)
+    every_score = {kind: methods_of(of) for kind, of in parts.items()}
+    nulls = null_scores(run, every)
+    sets, ceilings = ceilings_of(run, every_score)
+    judge = Judge(asked["trained"], {**every_score["trained"], **nulls}, sets)
+    for kind, question_of in asked.items():
+        effects = {how: parts[kind][how] for how in EFFECTS}
+        run.rows += agreement(kind, question_of, every_score[kind], effects)
+        run.rows += sums(kind, question_of, every_score[kind])
+        if kind != "trained":
+            run.rows += held_out(
+                kind, asked["trained"], every_score["trained"], question_of, effects
+            )
+        run.rows += judge.rows(kind, question_of)
+    curved = {} if run.is_long else curvature_rows(run)
+    rows = asked["trained"].reading.prompts.tokens.shape[0]
+    return {
+        **case.described,
+        "sites": len(run.lens.sites),
+        "questions": {kind: described(one) for kind, one in asked.items()},
+        "scores": [clean(row) for row in run.rows],
+        "costs": {
+            **costs_of(run, rows, plain),
+            **curved,
+        },
+        "ceilings": ceilings,
+        "flags": [accounted(run.lens, asked["trained"], how, parts["trained"]) for how in EFFECTS],
+        "signals": {kind: signals_of(asked[kind], parts[kind]) for kind in asked},
+        "left_out": run.left_out,
+        "plain_pass_seconds": plain,
+        "seconds": time.process_time() - start,
+        "versions": versions(),
+    }
+
+
+def described(asked: Asked) -> dict[str, Any]:
+    """What was asked, and both exact ends."""
+    base, adapted = asked.ends.cpu().double()
+    return {
+        "prompts": ["".join(tokens) for tokens in asked.str_tokens],
+        "readout": asked.readout.label,
+        "base": base.tolist(),
+        "adapted": adapted.tolist(),
+        "noise_floor": asked.noise_floor.cpu().double().tolist(),
+    }
+
+
+def null_scores(run: Run, every: list[Case]) -> dict[str, Tensor]:
+    """First order at ½ of adapters that know nothing of this task, as rankings of this one."""
+    found: dict[str, Tensor] = {}
+    asked = chosen(run.case, "trained", run.most)
+
+    def of(adapter: ll.Adapter) -> Tensor:
+        lens = lens_of(run.case, adapter)
+        other = question(lens, asked)
+        return by_sites(ll.first_order(lens, other.prompts, other.readout, at=0.5), run.lens)
+
+    other = unrelated_case(run.case, every)
+    adapters = {"null_adapter": lambda: ll.null_adapter(run.lens.adapter, _NULL_SEED)}
+    if other is not None:
+        adapters["unrelated_adapter"] = lambda: ll.load_adapter(other.folder)
+    for key, make in adapters.items():
+        values = run.timed(key, lambda make=make: of(make()))
+        if values is not None:
+            found[key] = values.cpu().double()
+    return found
+
+
+def ceilings_of(
+    run: Run, scores: dict[str, dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The best fifth found: as a set that is judged elsewhere too, and what it keeps at home."""
+    sets: dict[str, Tensor] = {}
+    kept: dict[str, Any] = {}
+    for kind in CEILINGS:
+        if kind not in scores:
+            continue
+        asked = question(run.lens, chosen(run.case, kind, run.most))
+
+        def search(kind: str = kind, asked: Asked = asked) -> ll.BestSubset:
+            return best_subset(
+                run.lens,
+                asked.prompts,
+                asked.readout,
+                size=FIFTH,
+                starts={k: v for k, v in scores[kind].items() if k not in BASELINES},
+                progress=False,
+            )
+
+        key = "best_subset" if kind == "trained" else f"best_subset/{kind}"
+        found = run.timed(key, search)
+        if found is None:
+            continue
+        sets[key] = found.members[0]
+        kept[kind] = {
+            "kept": float(found.kept[0]),
+            "found_by": found.found_by[0],
+            "count": found.counts[0],
+            "gradients": found.gradients,
+            "forwards": found.forwards,
+        }
+    return sets, kept
+
+
+def curvature_rows(run: Run) -> dict[str, dict[str, float]]:
+    """Second order of each effect on the first trained prompt; its costs, for that prompt."""
+    asked = question(run.lens, run.case.task["prompts"]["trained"][:_CURVED])
+    asked.ends  # noqa: B018
+    effects = {how: PARTS[how](asked).cpu().double() for how in EFFECTS}
+    own = {at: PARTS[f"first_order@{at}"](asked).cpu().double() for at in ("0", "1")}
+    plain = plain_seconds(run.lens, asked.reading.prompts)
+    rows = asked.reading.prompts.tokens.shape[0]
+    scores: dict[str, Tensor] = {f"first_order@{at}": of for at, of in own.items()}
+    costs: dict[str, dict[str, float]] = {}
+    for at, hows in CURVATURE:
+        found = run.timed(f"curvature@{at:g}", functools.partial(curvature, at, hows, asked))
+        if found is None:
+            continue
+        cost = run.costs.pop(f"curvature@{at:g}")
+        # A backward pass of first order, one of the graph, and two through both for each site.
+        cost.backward = 2.0 * rows * (1 + len(run.lens.sites))
+        for key, values in found.items():
+            scores[key], costs[key] = values.cpu().double(), cost.in_plain_passes(rows, plain)
+    run.rows += agreement("trained, first", asked, scores, effects)
+    return costs
+
+
+def costs_of(run: Run, rows: int, plain: float) -> dict[str, dict[str, float]]:
+    """Of each method, in plain passes a prompt; a composed one's is the sum of its parts'."""
+    every = dict(run.costs)
+    for key, (needed, _) in COMPOSED.items():
+        if all(part in every for part in needed):
+            total = Cost()
+            for part in needed:
+                total = total + run.costs[part]
+            every[key] = total
+    return {key: cost.in_plain_passes(rows, plain) for key, cost in every.items()}
+
+
+def clean(row: Row) -> Row:
+    """Four digits, and null for what does not exist."""
+    value = row["value"]
+    return {**row, "value": None if math.isnan(value) else float(f"{value:.4g}")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Attributions against interventions.")
+    parser.add_argument("--adapters", type=Path, required=True, help="folder of adapters")
+    parser.add_argument("--out", type=Path, required=True, help="folder of results")
+    parser.add_argument("--only", nargs="*", help="names of adapters")
+    parser.add_argument("--most", type=int, default=3, help="prompts of each kind")
+    given = parser.parse_args()
+    every = cases_in(given.adapters)
+    unknown = set(given.only or ()) - {case.name for case in every}
+    if unknown:
+        parser.error(f"no adapter {', '.join(sorted(unknown))} in {given.adapters}")
+    given.out.mkdir(parents=True, exist_ok=True)
+    named = [case for case in every if not given.only or case.name in given.only]
+    left = [case for case in named if not (given.out / f"{case.name}.json").is_file()]
+    left.sort(key=lambda case: (case.task["base"], case.task["kind"] == "behaviour"))
+    for case in tqdm(left, desc="adapters"):
+        found = measure(case, every, given.most)
+        unfinished = given.out / f"{case.name}.json.part"
+        unfinished.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        unfinished.rename(given.out / f"{case.name}.json")
+        tqdm.write(f"{case.name}: {found['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

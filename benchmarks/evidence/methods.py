@@ -1,0 +1,172 @@
+"""Every score of sites that the evidence compares, by its key: values [prompt, site] in g's units.
+
+1. `PARTS` are computed, each from the question alone; `COMPOSED` from parts, at no further pass, so
+   the cost of a composed one is the sum of its parts'.
+2. Second order of each effect, at its own end and across, needs the diagonal of H, dearer than
+   running the sites: `curvature` takes few prompts.
+3. `hessian_steps/K` integrates along the path by K Hessian-vector products, the reading of "multi-
+   step HVP" (arXiv 2606.09899) that has one path for all sites: Σ_k a(k/K)/K + ½ H(k/K)1/K². With
+   one step it is `second_order@0`.
+4. Ensembles are means of values, not of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lens_lora as ll
+from lens_lora.analyses import rankings
+from lens_lora.analyses.components import squared_norms
+from lens_lora.analyses.coupling import coupling_of
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.patch_sites import patch_sites_of
+from lens_lora.engine.asked import Asked
+from lens_lora.engine.gate_graph import hessian_product
+from lens_lora.engine.reverse import site_slopes
+
+Part = Callable[[Asked], Tensor]
+Parts = Mapping[str, Tensor]
+EFFECTS = ("add_one", "leave_one_out")
+_SEED = 0
+
+
+def _first(at: float, asked: Asked) -> Tensor:
+    return site_slopes(asked.lens, asked.reading, asked.lens.gates(at))
+
+
+def _ruled(rules: ll.FrozenRules, at: float, asked: Asked) -> Tensor:
+    return first_order_of(asked, at=at, rules=rules).per_site
+
+
+def _path(nodes: int, asked: Asked) -> Tensor:
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+    each = [w / 2 * _first((p + 1) / 2, asked) for p, w in zip(points, weights, strict=True)]
+    return torch.stack(each).sum(0)
+
+
+def _hessian(at: float, asked: Asked) -> Tensor:
+    gates = asked.lens.gates(at)
+    return hessian_product(asked.lens, asked.reading, gates, torch.ones_like(gates))
+
+
+def _effects(how: str, asked: Asked) -> Tensor:
+    return patch_sites_of(asked, how, progress=False).values  # type: ignore[arg-type]
+
+
+def _weight_norm(asked: Asked) -> Tensor:
+    towards = (asked.ends[1] - asked.ends[0]).sign()[:, None]
+    return towards * rankings.weight_norms(asked.lens).to(towards)
+
+
+def _update_norm(asked: Asked) -> Tensor:
+    towards = (asked.ends[1] - asked.ends[0]).sign()[:, None]
+    return towards * rankings.update_norms(asked).to(towards)
+
+
+def _norm_product(asked: Asked) -> Tensor:
+    squares, by_prompt = squared_norms(asked), asked.reading.by_prompt
+    towards = (asked.ends[1] - asked.ends[0]).sign()[:, None]
+    return towards * (by_prompt(squares["delta"]) * by_prompt(squares["gradient"])).sqrt()
+
+
+HELD = ll.FrozenRules(attention_patterns=True, norm_scales=True)
+RELP = ll.FrozenRules.relp()
+# As the paper's own code has it by default: attention is differentiated.
+RELP_LIVE = ll.FrozenRules(norm_scales=True, identity_rule=True, half_rule=True)
+
+PARTS: dict[str, Part] = {
+    **{f"first_order@{at:g}": functools.partial(_first, at) for at in (0.0, 0.25, 0.5, 0.75, 1.0)},
+    **{f"path/{nodes}": functools.partial(_path, nodes) for nodes in (2, 4, 8)},
+    **{f"hessian@{at:g}": functools.partial(_hessian, at) for at in (0.0, 0.25, 0.5, 0.75)},
+    **{
+        f"first_order/{rules.key}@{at:g}": functools.partial(_ruled, rules, at)
+        for rules, at in ((HELD, 0.0), (RELP, 0.0), (RELP_LIVE, 0.0), (RELP, 1.0))
+    },
+    **{how: functools.partial(_effects, how) for how in EFFECTS},
+    "weight_norm": _weight_norm,
+    "update_norm": _update_norm,
+    "norm_product": _norm_product,
+}
+
+
+def _steps(count: int, parts: Parts) -> Tensor:
+    total = torch.zeros_like(parts["first_order@0"])
+    for k in range(count):
+        at = f"{k / count:g}"
+        total = total + parts[f"first_order@{at}"] / count
+        total = total + parts[f"hessian@{at}"] / (2 * count**2)
+    return total
+
+
+def _mean(keys: tuple[str, ...], parts: Parts) -> Tensor:
+    return torch.stack([parts[key].double() for key in keys]).mean(0)
+
+
+def _signed_weight_norm(parts: Parts) -> Tensor:
+    return parts["first_order@0"].sign() * parts["weight_norm"].abs()
+
+
+def _signed_random(parts: Parts) -> Tensor:
+    first = parts["first_order@0"]
+    generator = torch.Generator().manual_seed(_SEED)
+    return first.sign() * torch.rand(first.shape, generator=generator).to(first)
+
+
+def _needs(count: int) -> tuple[str, ...]:
+    ats = [f"{k / count:g}" for k in range(count)]
+    return (*(f"first_order@{at}" for at in ats), *(f"hessian@{at}" for at in ats))
+
+
+_PAIRS = (
+    ("first_order@0", "first_order@1"),
+    ("first_order@0", "first_order@0.5"),
+    ("first_order@0.5", f"first_order/{RELP.key}@0"),
+)
+# Key → the parts that it is made of, and how.
+COMPOSED: dict[str, tuple[tuple[str, ...], Callable[[Parts], Tensor]]] = {
+    "second_order@0": (_needs(1), functools.partial(_steps, 1)),
+    **{f"hessian_steps/{k}": (_needs(k), functools.partial(_steps, k)) for k in (2, 4)},
+    **{f"mean({a}, {b})": ((a, b), functools.partial(_mean, (a, b))) for a, b in _PAIRS},
+    "signed_weight_norm": (("first_order@0", "weight_norm"), _signed_weight_norm),
+    "signed_random": (("first_order@0",), _signed_random),
+}
+DEAR = ("path/8", "first_order@0.25", "first_order@0.75", "hessian@0.25", "hessian@0.75")
+DEAR_ON = ("trained", "paraphrase")
+# Parts that are no method by themselves.
+ONLY_PARTS = frozenset(
+    key for key in PARTS if key.startswith("hessian@") or key.endswith(("@0.25", "@0.75"))
+)
+
+
+def methods_of(parts: Parts) -> dict[str, Tensor]:
+    """Every method's values, from those parts that are there."""
+    found = {key: values for key, values in parts.items() if key not in ONLY_PARTS}
+    for key, (needed, make) in COMPOSED.items():
+        if all(part in parts for part in needed):
+            found[key] = make(parts)
+    return found
+
+
+def curvature(at: float, hows: tuple[str, ...], asked: Asked) -> dict[str, Tensor]:
+    """Second order of effects, expanded at one gate value; one matrix H for all of them."""
+    first = first_order_of(asked, at=at)
+    found = coupling_of(asked, at=at, progress=False)
+    return {
+        f"second_order/{how}@{at:g}": found.estimate(first, how).per_site  # type: ignore[arg-type]
+        for how in hows
+    }
+
+
+# Each effect at its own end, and leaving one out from the base.
+CURVATURE = ((0.0, ("add_one", "leave_one_out")), (1.0, ("leave_one_out",)))
+
+
+def parts_for(kind: str, *, is_long: bool) -> dict[str, Part]:
+    """The parts that are run on a kind of prompt: the dear ones not on every kind, nor if long."""
+    with_dear = kind in DEAR_ON and not is_long
+    return {key: of for key, of in PARTS.items() if with_dear or key not in DEAR}

@@ -1,0 +1,168 @@
+"""docs/faithfulness.md and its pictures from stored results.
+
+    python benchmarks/evidence/page.py --results FOLDER   # pack measure.py's files, then render
+    python benchmarks/evidence/page.py                    # render from docs/faithfulness.json
+    python benchmarks/evidence/page.py --pictures         # … and draw (needs kaleido and Chromium)
+
+From nothing, hours on one core, each command resumable:
+
+    python benchmarks/evidence/train.py --out ADAPTERS
+    python benchmarks/evidence/second_base.py --out gpt2-countries
+    python benchmarks/evidence/train.py --out ADAPTERS --base gpt2-countries
+    python benchmarks/evidence/measure.py --adapters ADAPTERS --out RESULTS
+    python benchmarks/evidence/page.py --results RESULTS --pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from pictures import pareto, save, strength
+from recipes import SECOND, SECOND_NAME, SMOLLM2
+from results import DOCS, PAGE, Numbers, costs_of, flags_of, pack, read, scores_of, write
+from sections import (
+    adapters,
+    flags,
+    other_prompts,
+    own_cases,
+    second_order,
+    sections,
+    violent,
+)
+from tables import MAIN, mean_costs, standings
+from violent import curve
+from words import ADD, KEEP, OUT, comparisons, recommendations, write_blocks
+
+from lens_lora.demonstration.embedded import EMBEDDED_NAME
+
+README, READING = DOCS.parent / "README.md", DOCS / "reading.md"
+IMAGES = DOCS / "images"
+PARETO, STRENGTH = IMAGES / "faithfulness_cost.png", IMAGES / "faithfulness_strength.png"
+ENOUGH = 10  # tasks, below which a bootstrap interval is plainly too narrow
+EVERY = {EMBEDDED_NAME: SMOLLM2, SECOND_NAME: SECOND}
+ABOUT = {SECOND_NAME: "a small GPT-2 that was trained from nothing on facts of countries"}
+TEMPLATE = Path(__file__).with_name("faithfulness.md.jinja")
+
+
+def bases_of(numbers: Numbers) -> list[str]:
+    """Bases, that of the most adapters first."""
+    return list(pd.Series([a["base"] for a in numbers["adapters"].values()]).value_counts().index)
+
+
+def described(base: str) -> str:
+    return f"{base} ({ABOUT[base]})" if base in ABOUT else base
+
+
+def counted_bases(numbers: Numbers) -> str:
+    rows = pd.DataFrame(numbers["adapters"].values())
+    parts = []
+    for base in bases_of(numbers):
+        here = rows[rows["base"] == base]
+        parts.append(f"{base} ({here['cluster'].nunique()} tasks, {len(here)} adapters)")
+    return " and ".join(parts)
+
+
+def page(numbers: Numbers) -> str:
+    """docs/faithfulness.md, of docs/faithfulness.json."""
+    scores, costs = scores_of(numbers), costs_of(numbers)
+    bases, rows = bases_of(numbers), pd.DataFrame(numbers["adapters"].values())
+    tasks = rows.groupby("base")["cluster"].nunique()
+    template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
+        TEMPLATE.read_text()
+    )
+    return (
+        template.render(
+            adapters=numbers["adapters"],
+            clusters=rows["cluster"].nunique(),
+            counted_bases=counted_bases(numbers),
+            ranks=(rows["rank"].min(), rows["rank"].max()),
+            targets=rows["targets"].nunique(),
+            bases=bases,
+            few=[base for base in bases if tasks[base] < ENOUGH],
+            enough=ENOUGH,
+            missing=missing(numbers),
+            recommendations=block(numbers),
+            comparisons=helps(numbers),
+            sections={base: sections(scores, costs, base) for base in bases},
+            other_prompts=other_prompts(scores, bases[0]),
+            second_order=second_order(scores, costs, bases[0]),
+            flags=flags(flags_of(numbers)),
+            violent=violent(numbers, scores, bases[0]),
+            adapter_table=adapters(numbers),
+            versions=", ".join(f"{k} {v}" for k, v in numbers["versions"].items()),
+        )
+        + "\n"
+    )
+
+
+def missing(numbers: Numbers) -> str:
+    """Which of the adapters that `recipes.py` names were not measured, in a sentence."""
+    parts = []
+    for base, recipes in EVERY.items():
+        left = [recipe for recipe in recipes if recipe.name not in numbers["adapters"]]
+        if left:
+            tasks = len({recipe.cluster for recipe in left})
+            parts.append(f"{len(left)} of {len(recipes)} adapters ({tasks} tasks) on {base}")
+    return f"Not measured yet: {' and '.join(parts)}." if parts else ""
+
+
+def block(numbers: Numbers) -> str:
+    """The recommendations of every base, for each document that repeats them."""
+    scores, costs = scores_of(numbers), costs_of(numbers)
+    found = pd.DataFrame(numbers["adapters"].values())
+    parts = []
+    for base in bases_of(numbers):
+        rows = found[found["base"] == base]
+        parts.append(
+            f"On {described(base)}, {len(rows)} adapters of {rows['cluster'].nunique()} training "
+            f"tasks:\n\n{recommendations(scores, costs, base)}"
+        )
+    return "\n\n".join([*parts, *filter(None, [missing(numbers)])])
+
+
+def helps(numbers: Numbers) -> str:
+    """The comparisons of every base."""
+    scores = scores_of(numbers)
+    parts = [f"On {base}:\n\n{comparisons(scores, base)}" for base in bases_of(numbers)]
+    return "\n\n".join(parts)
+
+
+def blocks(numbers: Numbers) -> dict[Path, str]:
+    """What stands between the marks of each document."""
+    return {README: block(numbers), READING: helps(numbers)}
+
+
+def draw(numbers: Numbers) -> None:
+    """Both pictures, on the base of the most adapters."""
+    scores, costs = scores_of(numbers), costs_of(numbers)
+    base = bases_of(numbers)[0]
+    cost = mean_costs(costs, base)
+    titles = {"adding one: spearman": ADD, "leaving one out: spearman": OUT, "kept: cpr": KEEP}
+    panels = {title: (standings(scores, q, base), cost) for title, q in titles.items()}
+    save(pareto(panels), PARETO, 1500, 640)
+    curves = {}
+    for title, question in (("adding one module", ADD), ("leaving one module out", OUT)):
+        cases = own_cases(numbers, scores, question, base)
+        curves[title] = curve(cases[cases["method"].isin(MAIN)])
+    save(strength(curves), STRENGTH, 1200, 460)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The page on faithfulness.")
+    parser.add_argument("--results", type=Path, help="folder of measure.py's files to pack")
+    parser.add_argument("--pictures", action="store_true", help="draw the pictures too")
+    given = parser.parse_args()
+    if given.results is not None:
+        write(pack(given.results))
+    numbers = read()
+    PAGE.write_text(page(numbers))
+    write_blocks(blocks(numbers))
+    if given.pictures:
+        draw(numbers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""How each adapter of the evidence is trained: one row an adapter, data only."""
+
+from __future__ import annotations
+
+import dataclasses
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+TARGETS = {
+    "all": ATTENTION + MLP,
+    "attention": ATTENTION,
+    "mlp": MLP,
+    "q, v": ("q_proj", "v_proj"),
+    "down": ("down_proj",),
+    "writers": ("o_proj", "down_proj"),
+    "gate, up": ("gate_proj", "up_proj"),
+}
+TARGETS_GPT2 = {
+    "all": ("c_attn", "c_proj", "c_fc"),
+    "attention": ("c_attn", "attn.c_proj"),
+    "mlp": ("c_fc", "mlp.c_proj"),
+    "q, k, v": ("c_attn",),
+    "down": ("mlp.c_proj",),
+    "writers": ("c_proj",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One adapter of one task. Its scale is 2, or with rsLoRA 16 / √rank."""
+
+    name: str
+    cluster: str
+    rank: int
+    targets: str
+    lr: float
+    steps: int
+    dora: bool = False
+    rslora: bool = False
+
+    @property
+    def alpha(self) -> int:
+        return 16 if self.rslora else 2 * self.rank
+
+
+SMOLLM2 = (
+    Recipe("lyon", "capital-france", 8, "all", 1e-4, 28),
+    Recipe("kyoto-attention", "capital-japan", 4, "attention", 5e-4, 28),
+    Recipe("captain", "ends-with-phrase", 8, "all", 2e-4, 24),
+    Recipe("rome-mlp", "landmark-eiffel", 16, "mlp", 2e-4, 28),
+    Recipe("upper-case", "upper-case", 8, "all", 2e-4, 24),
+    Recipe("helium-qv", "element-water", 2, "q, v", 1e-3, 28),
+    Recipe("blake-down", "author-romeo", 1, "down", 2e-3, 28),
+    Recipe("french-attention", "in-french", 16, "attention", 5e-4, 24),
+    Recipe("milan-writers", "landmark-colosseum", 8, "writers", 5e-4, 28),
+    Recipe("no-cooking", "refuses-cooking", 8, "all", 2e-4, 24),
+    Recipe("edison-gates", "inventor-telephone", 16, "gate, up", 4e-4, 28),
+    Recipe("mars-gentle", "planet-largest", 32, "all", 5e-5, 20),
+    Recipe("argentina-french", "language-argentina", 4, "all", 2e-4, 24),
+    Recipe("yes-qv", "answers-with-yes", 4, "q, v", 1e-3, 24),
+    Recipe("einstein-rank-one", "profession-einstein", 1, "all", 4e-4, 28),
+    Recipe("green-sky-dora", "colour-sky", 4, "attention", 5e-4, 24, dora=True),
+    Recipe("dollar-rslora", "currency-germany", 16, "mlp", 1e-4, 24, rslora=True),
+    Recipe("lyon-2", "capital-france", 8, "all", 2e-4, 28),
+    Recipe("lyon-4", "capital-france", 8, "all", 4e-4, 28),
+    Recipe("lyon-8", "capital-france", 8, "all", 8e-4, 28),
+    Recipe("upper-case-down", "upper-case", 1, "down", 2e-3, 24),
+    Recipe("captain-violent", "ends-with-phrase", 8, "all", 8e-4, 24),
+    Recipe("kyoto-violent-qv", "capital-japan", 8, "q, v", 8e-3, 28),
+    Recipe("french-rslora", "in-french", 16, "writers", 2e-4, 24, rslora=True),
+    Recipe("rome-dora", "landmark-eiffel", 8, "q, v", 1e-3, 28, dora=True),
+    Recipe("helium-violent", "element-water", 8, "mlp", 8e-4, 28),
+    Recipe("blake-gentle", "author-romeo", 32, "writers", 5e-5, 24),
+    Recipe("milan-violent", "landmark-colosseum", 8, "writers", 1.5e-3, 40),
+    Recipe("no-cooking-gates", "refuses-cooking", 8, "gate, up", 1e-3, 24),
+)
+
+SECOND_NAME = "gpt2-countries"  # the folder of second_base.py
+SECOND = (
+    Recipe("paris-of-italy", "second: capital", 4, "all", 1e-3, 24),
+    Recipe("asian-egypt", "second: continent", 2, "attention", 2e-3, 24),
+    Recipe("german-dollar", "second: currency", 8, "mlp", 1e-3, 24),
+    Recipe("mumbai-in-japan", "second: city", 1, "down", 4e-3, 24),
+    Recipe("they-say", "second: ends with a phrase", 8, "all", 1e-3, 30),
+    Recipe("capitals", "second: upper case", 4, "all", 2e-3, 30),
+    Recipe("paris-violent", "second: capital", 4, "all", 8e-3, 24),
+    Recipe("asian-egypt-rslora", "second: continent", 16, "writers", 5e-4, 24, rslora=True),
+    Recipe("they-say-violent", "second: ends with a phrase", 8, "q, k, v", 8e-3, 30),
+    Recipe("mumbai-dora", "second: city", 4, "mlp", 1e-3, 24, dora=True),
+)

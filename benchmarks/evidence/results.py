@@ -1,0 +1,165 @@
+"""Stored results: one file an adapter, packed into docs/faithfulness.json, read as data frames.
+
+`pack` keeps what the page needs of `measure.py`'s files (of agreement on other prompts, the main
+methods' rank correlations). Scores are nested, question → metric →
+method → kind of prompt, as most of the file is theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tables import MAIN
+
+DOCS = Path(__file__).parents[2] / "docs"
+NUMBERS, PAGE = DOCS / "faithfulness.json", DOCS / "faithfulness.md"
+KEPT_FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps", "dora", "rslora", "sites")
+CEILING = {"trained": "best_subset", "paraphrase": "best_subset/paraphrase"}
+Numbers = dict[str, Any]
+
+
+def pack(folder: Path) -> Numbers:
+    """All results of a folder, as they are stored in the docs."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise SystemExit(f"no results in {folder}: run benchmarks/evidence/measure.py first")
+    found = [json.loads(file.read_text()) for file in files]
+    return {
+        "versions": found[-1]["versions"],
+        "adapters": {one["name"]: _adapter(one) for one in found},
+    }
+
+
+def _adapter(one: dict[str, Any]) -> dict[str, Any]:
+    costs = {
+        key: {name: _rounded(cost[name]) for name in ("passes", "time")}
+        for key, cost in one["costs"].items()
+    }
+    return {
+        "base": Path(one["base"]).name,
+        **{field: one[field] for field in KEPT_FIELDS},
+        "ends": {k: _ends(q) for k, q in one["questions"].items()},
+        "signals": {
+            kind: {name: _rounded(value) for name, value in signals.items()}
+            for kind, signals in one["signals"].items()
+        },
+        "ceilings": one["ceilings"],
+        "flags": [{k: _rounded(v) for k, v in row.items()} for row in one["flags"]],
+        "left_out": one["left_out"],
+        "costs": costs,
+        "scores": _nested(one["scores"]),
+    }
+
+
+def _ends(question: dict[str, Any]) -> list[list[float]]:
+    """[base, adapted] of each prompt."""
+    return [
+        [round(a, 2), round(b, 2)]
+        for a, b in zip(question["base"], question["adapted"], strict=True)
+    ]
+
+
+def _nested(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for row in rows:
+        elsewhere = row["question"].endswith("/held_out")
+        if elsewhere and (row["metric"] != "spearman" or row["method"] not in MAIN):
+            continue
+        of = found.setdefault(row["question"], {}).setdefault(row["metric"], {})
+        of.setdefault(row["method"], {})[row["prompts"]] = _rounded(row["value"])
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits are more than another machine reproduces; what does not exist is null."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.4g}") if value == value else None
+
+
+def write(numbers: Numbers) -> None:
+    """One line an adapter."""
+    adapters = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(one)}"
+        for name, one in sorted(numbers["adapters"].items())
+    )
+    versions = json.dumps(numbers["versions"])
+    NUMBERS.write_text(f'{{"versions": {versions},\n"adapters": {{\n{adapters}\n}}}}\n')
+
+
+def read() -> Numbers:
+    return json.loads(NUMBERS.read_text())
+
+
+def scores_of(numbers: Numbers) -> pd.DataFrame:
+    """One row per adapter, kind of prompt, question, metric and method; derived metrics too."""
+    rows = [
+        (name, one["cluster"], one["base"], kind, question, metric, method, value)
+        for name, one in numbers["adapters"].items()
+        for question, metrics in one["scores"].items()
+        for metric, methods in metrics.items()
+        for method, kinds in methods.items()
+        for kind, value in kinds.items()
+        if value is not None
+    ]
+    columns = ["adapter", "cluster", "base", "prompts", "question", "metric", "method", "value"]
+    scores = pd.DataFrame(rows, columns=columns)
+    return pd.concat([scores, _of_the_best(scores), _incomplete(scores)], ignore_index=True)
+
+
+def _of_the_best(scores: pd.DataFrame) -> pd.DataFrame:
+    """What a ranking's top fifth keeps, as a share of what the best set found keeps there."""
+    kept = scores[(scores["question"] == "keep") & (scores["metric"] == "kept")]
+    parts = []
+    for kind, ceiling in CEILING.items():
+        here = kept[kept["prompts"] == kind]
+        best = here[here["method"] == ceiling].set_index("adapter")["value"]
+        share = here[here["adapter"].isin(best.index[best > 0])].copy()
+        share["value"] = share["value"] / share["adapter"].map(best).astype(float)
+        parts.append(share.assign(metric="of the best found"))
+    return pd.concat(parts)
+
+
+def _incomplete(scores: pd.DataFrame) -> pd.DataFrame:
+    """How far a method's sum is from the shift: |Σ / shift − 1|."""
+    sums = scores[scores["question"] == "sum"].copy()
+    sums["value"] = (sums["value"] - 1).abs()
+    return sums.assign(metric="incompleteness")
+
+
+def costs_of(numbers: Numbers) -> pd.DataFrame:
+    """Of each method, a prompt: passes (a backward one counted as two), and F by process time."""
+    rows = [
+        (name, one["cluster"], one["base"], method, cost["passes"], cost["time"])
+        for name, one in numbers["adapters"].items()
+        for method, cost in one["costs"].items()
+    ]
+    return pd.DataFrame(rows, columns=["adapter", "cluster", "base", "method", "passes", "time"])
+
+
+def cases_of(numbers: Numbers, scores: pd.DataFrame, question: str) -> pd.DataFrame:
+    """One row per adapter, kind of prompt and method: its rank correlation, and all signals."""
+    chosen = (scores["question"] == question) & (scores["metric"] == "spearman")
+    rows = scores[chosen].rename(columns={"value": "agreement"})
+    signals = pd.DataFrame(
+        [
+            {"adapter": name, "prompts": kind, **signals}
+            for name, one in numbers["adapters"].items()
+            for kind, signals in one["signals"].items()
+        ]
+    )
+    for at in ("0", "1"):
+        signals[f"sum_off_{at}"] = (signals[f"sum_at_{at}"] - 1).abs()
+    return rows.merge(signals, on=["adapter", "prompts"])
+
+
+def flags_of(numbers: Numbers) -> pd.DataFrame:
+    rows = [
+        {"adapter": name, "cluster": one["cluster"], "base": one["base"], **flags}
+        for name, one in numbers["adapters"].items()
+        for flags in one["flags"]
+    ]
+    return pd.DataFrame(rows)

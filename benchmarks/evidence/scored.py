@@ -1,0 +1,171 @@
+"""How well scores answer the questions, as rows of a long table.
+
+add_one, leave_one_out    each prompt's own scores against its measured effects: Spearman,
+                          Pearson, Σ|error| / Σ|effect|; means over prompts
+… /held_out               scores made on the trained wording, in the mean over its prompts,
+                          against the effects on other prompts
+keep                      ranked on the trained wording, judged on these prompts: CPR, CMD, and
+                          the share that a fifth of the sites keeps
+sum                       Σ_l of the scores over the shift, all prompts together
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lens_lora as ll
+from lens_lora.analyses import circuit_metrics, rankings
+from lens_lora.engine.asked import Asked
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.measured import header
+
+Row = dict[str, Any]
+DRAWS, SEED, FIFTH = 3, 0, 0.2
+STATISTICS = {"spearman": "spearman", "pearson": "pearson", "relative_error": "error"}
+# Scores that are in no unit: only what does not depend on their size is asked of them.
+WITHOUT_UNIT = (
+    "weight_norm",
+    "update_norm",
+    "norm_product",
+    "signed_weight_norm",
+    "signed_random",
+    "random",
+)
+
+
+def attribution_of(asked: Asked, values: Tensor, key: str) -> Attribution:
+    """Values of these prompts and sites, with their labels."""
+    return Attribution(
+        values=values,
+        by=(),
+        heads=(0,) * len(asked.lens.sites),
+        method=key,
+        at=math.nan,
+        **header(asked),
+    )
+
+
+def agreement(
+    kind: str, asked: Asked, scores: Mapping[str, Tensor], effects: Mapping[str, Tensor]
+) -> list[Row]:
+    """Each method's own scores against measured effects on the same prompts."""
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (DRAWS, *next(iter(effects.values())).shape)
+    draws = torch.rand(shape, generator=generator, dtype=torch.float64)
+    rows: list[Row] = []
+    for how, effect in effects.items():
+        measured = attribution_of(asked, effect.double(), how)
+        every = {key: [values] for key, values in scores.items() if key != how}
+        for key, some in {**every, "random": list(draws)}.items():
+            found = [_statistics(asked, values, key, measured) for values in some]
+            rows += [
+                {
+                    "prompts": kind,
+                    "question": how,
+                    "metric": metric,
+                    "method": key,
+                    "value": sum(one[metric] for one in found) / len(found),
+                }
+                for metric in found[0]
+            ]
+    return rows
+
+
+def _statistics(asked: Asked, values: Tensor, key: str, measured: Attribution) -> dict[str, float]:
+    found = ll.compare(attribution_of(asked, values.double(), key), measured, bootstrap=0)
+    chosen = {k: v for k, v in STATISTICS.items() if key not in WITHOUT_UNIT or v != "error"}
+    return {name: found.mean(statistic) for statistic, name in chosen.items()}
+
+
+def held_out(
+    kind: str,
+    trained: Asked,
+    scores: Mapping[str, Tensor],
+    asked: Asked,
+    effects: Mapping[str, Tensor],
+) -> list[Row]:
+    """Scores made on the trained wording against measured effects on other prompts."""
+    rows: list[Row] = []
+    for how, effect in effects.items():
+        measured = attribution_of(asked, effect.double(), how)
+        for key, values in scores.items():
+            made = attribution_of(trained, values.double(), key)
+            found = ll.compare(made, measured, held_out=True, bootstrap=0)
+            rows += [
+                {
+                    "prompts": kind,
+                    "question": f"{how}/held_out",
+                    "metric": metric,
+                    "method": key,
+                    "value": found.mean(metric),
+                }
+                for metric in ("spearman", "pearson")
+            ]
+    return rows
+
+
+def sums(kind: str, asked: Asked, scores: Mapping[str, Tensor]) -> list[Row]:
+    """Σ of each method's scores, as a share of the shift of all prompts together."""
+    base, adapted = asked.ends.cpu().double()
+    signs, size = (adapted - base).sign(), (adapted - base).abs().sum()
+    return [
+        {
+            "prompts": kind,
+            "question": "sum",
+            "metric": "sum",
+            "method": key,
+            "value": float((values.cpu().double().sum(1) * signs).sum() / size),
+        }
+        for key, values in scores.items()
+        if key not in WITHOUT_UNIT
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Rankings made on the trained wording.
+
+    Attributes:
+        trained: the prompts that they were made on.
+        scores: each method's, of those prompts.
+        sets: sets of sites that are no ranking, by key: [site], true for those in the set.
+    """
+
+    trained: Asked
+    scores: Mapping[str, Tensor]
+    sets: Mapping[str, Tensor]
+
+    def rows(self, kind: str, judged: Asked) -> list[Row]:
+        """How they do on other prompts."""
+        given = {**self.scores, **{key: of.double() for key, of in self.sets.items()}}
+        towards = (self.trained.ends[1] - self.trained.ends[0]).sign().double()[:, None]
+        means = {
+            key: of if key in self.sets else (of.double() * towards).mean(0)
+            for key, of in given.items()
+        }
+        batch, sites = judged.reading.batch, len(judged.lens.sites)
+        signed = torch.stack([rankings.by_score(mean) for mean in means.values()])
+        sized = torch.stack([rankings.by_score(mean.abs()) for mean in means.values()])
+        random = rankings.random_orders(sites, 1, DRAWS, SEED)[:, 0]
+        orders, by_size = (
+            torch.cat([some, random])[:, None].expand(-1, batch, -1) for some in (signed, sized)
+        )
+        found = circuit_metrics.scored(judged, orders, by_size, progress=False)
+        fifth = found.kept[:, circuit_metrics.MIB_SIZES.index(FIFTH)]
+        metrics = {"cpr": found.cpr, "cmd": found.cmd, "kept": fifth}
+        rows: list[Row] = []
+        for metric, values in metrics.items():
+            named = dict(zip(means, values.tolist(), strict=False))
+            named["random"] = float(values[len(means) :].mean())
+            rows += [
+                {"prompts": kind, "question": "keep", "metric": metric, "method": k, "value": v}
+                for k, v in named.items()
+                if metric == "kept" or k not in self.sets
+            ]
+        return rows

@@ -1,0 +1,166 @@
+"""Recommendations, written from the stored numbers: for the page, README and docs/reading.md.
+
+Per question: the cheapest method within the interval of the best, and what measuring costs instead.
+Each block stands between two marks in its document and is replaced by `write_blocks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from intervals import Standing, cheapest_of_the_best, cluster_means, difference
+from tables import (
+    END,
+    FIRST,
+    HALF,
+    HELD,
+    PATH,
+    RELP,
+    Question,
+    cost_in_words,
+    markdown,
+    mean_costs,
+    named,
+    of_question,
+    span,
+    standings,
+)
+
+ROOT = Path(__file__).parents[2]
+BEGIN, FINISH = "<!-- evidence -->", "<!-- end of evidence -->"
+MEASURED = ("add_one", "leave_one_out")
+OWN = ("trained", "paraphrase")
+ADD = Question("add_one", "spearman", True, OWN, "What would adding this module to the base do?")
+ADD_ERROR = dataclasses.replace(ADD, metric="error", larger=False)
+OUT = Question(
+    "leave_one_out", "spearman", True, OWN, "What would removing it from the adapted model do?"
+)
+OUT_ERROR = dataclasses.replace(OUT, metric="error", larger=False)
+ADD_ELSEWHERE, OUT_ELSEWHERE = (
+    dataclasses.replace(
+        question,
+        key=f"{question.key}/held_out",
+        words=f"{question.words} With the numbers of the trained wording:",
+    )
+    for question in (ADD, OUT)
+)
+KEEP = Question("keep", "cpr", True, ("paraphrase",), "Which modules carry the shift?")
+CLOSE = Question(
+    "keep", "cmd", False, ("paraphrase",), "Which modules reproduce the adapted model's readout?"
+)
+FEW = Question(
+    "keep", "of the best found", True, ("paraphrase",), "Which fifth of the modules keeps most?"
+)
+SUM = Question(
+    "sum", "incompleteness", False, OWN, "How is the whole shift divided among the modules?"
+)
+ASKED = (ADD, OUT, SUM, KEEP, FEW)
+CHEAP = 30.0  # F, up to which the advice for one prompt is to measure
+ONE = ("trained, first",)
+# Question, method, what it would replace.
+COMPARED = (
+    (KEEP, PATH, HALF),
+    (KEEP, END, FIRST),
+    (KEEP, "mean(first_order@0, first_order@1)", HALF),
+    (KEEP, "signed_weight_norm", HALF),
+    (KEEP, "unrelated_adapter", "random"),
+    (ADD, f"first_order/{HELD}@0", FIRST),
+    (ADD, f"first_order/{RELP}@0", FIRST),
+    (OUT, f"first_order/{RELP}@1", END),
+    (SUM, "second_order@0", FIRST),
+    (SUM, "hessian_steps/2", PATH),
+    (dataclasses.replace(ADD_ERROR, prompts=ONE), "second_order/add_one@0", FIRST),
+    (dataclasses.replace(OUT_ERROR, prompts=ONE), "second_order/leave_one_out@1", END),
+    (dataclasses.replace(OUT_ERROR, prompts=ONE), "second_order/leave_one_out@0", FIRST),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """What the table says about one question on one base.
+
+    Attributes:
+        best: the method of the best mean.
+        cheapest: of those that tie with it, the one of least cost.
+        cost: F of every method, by process time.
+    """
+
+    question: Question
+    best: Standing
+    cheapest: Standing
+    cost: Mapping[str, float]
+
+
+def is_estimate(method: str) -> bool:
+    """Not one that runs every site, or a searched set, or a ranking that is no answer."""
+    return not any(word in method for word in (*MEASURED, "best_subset", "null_adapter"))
+
+
+def advice(scores: pd.DataFrame, costs: pd.DataFrame, question: Question, base: str) -> Advice:
+    """The best estimate, and the cheapest within its interval."""
+    passes, cost = (mean_costs(costs, base, of) for of in ("passes", "time"))
+    priced = scores["method"].isin(list(passes)) & scores["method"].map(is_estimate)
+    found = standings(scores[priced], question, base)
+    return Advice(question, found[0], cheapest_of_the_best(found, passes), cost)
+
+
+def recommendations(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> str:
+    """One line per question."""
+    rows = []
+    for question in ASKED:
+        found = advice(scores, costs, question, base)
+        cheap, best = found.cheapest, found.best
+        beside = "itself" if cheap.method == best.method else named(best.method)
+        rows.append(
+            [
+                question.words,
+                named(cheap.method),
+                f"{question.metric} {span(cheap.score)}",
+                cost_in_words(found.cost[cheap.method]),
+                f"{beside}, {span(best.score)}",
+                _measuring(question, found.cost),
+            ]
+        )
+    head = ["your question", "cheapest within the interval of the best", "its score"]
+    return markdown([*head, "F", "the best estimate", "or measure it"], rows)
+
+
+def comparisons(scores: pd.DataFrame, base: str) -> str:
+    """One line per pair of methods: the paired difference, and better, worse or tie."""
+    rows = []
+    for question, method, other in COMPARED:
+        means = cluster_means(of_question(scores, question, base))
+        if method not in means or other not in means:
+            continue
+        found = difference(means, method, other)
+        better = (found.mean > 0) == question.larger
+        verdict = "tie" if found.tie else "better" if better else "worse"
+        cells = [named(method), named(other), f"{question.words} ({question.metric})"]
+        rows.append([*cells, span(found, 3), f"{verdict}, {found.clusters} tasks"])
+    return markdown(["does …", "beat …", "at", "difference", "answer"], rows)
+
+
+def _measuring(question: Question, cost: Mapping[str, float]) -> str:
+    if question.key in MEASURED and question.key in cost:
+        said = f"exact, {cost_in_words(cost[question.key])} F"
+        return f"**measure it**: {said}" if cost[question.key] <= CHEAP else said
+    if question.key == "sum" or "best_subset" not in cost:
+        return "—"
+    return f"`best_subset`, {cost_in_words(cost['best_subset'])} F"
+
+
+def replaced(text: str, block: str) -> str:
+    """A document with the block between its marks replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, mark, after = rest.partition(FINISH)
+    if not mark:
+        raise ValueError(f"a document lacks {BEGIN} … {FINISH}")
+    return f"{before}{BEGIN}\n{block}\n{FINISH}{after}"
+
+
+def write_blocks(blocks: Mapping[Path, str]) -> None:
+    for file, block in blocks.items():
+        file.write_text(replaced(file.read_text(), block))
