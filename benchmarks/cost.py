@@ -6,10 +6,10 @@ Interleaved in one run on the embedded model and its adapter (210 sites, rank 8)
 forward pass, FB one forward and one backward down to the embeddings, FA one forward pass of the
 adapted model without the unembedding. Times are CPU seconds: run it on one thread.
 
-With transformer-lens 4.3 its own attribution patching is
-timed beside. `--growth` times models, adapters and ranks of several sizes instead,
-`--stream 200000` a stream of so many tokens through activations, `--texts 100` audits over so many
-texts, and `--responses` whole responses, all cells or some groups of them.
+With transformer-lens 4.3 its own attribution patching is timed beside. `--growth` times models,
+adapters and ranks of several sizes instead, `--stream 200000` a stream of so many tokens through
+activations, `--texts 100` audits over so many texts, and `--responses` whole responses, all cells
+or some groups of them.
 """
 
 from __future__ import annotations
