@@ -29,6 +29,7 @@ from lens_lora.errors import NumericsError, SiteError
 from lens_lora.hooked.misuse import first_non_finite
 from lens_lora.hooked.plan import Plan
 from lens_lora.hooked.unembedded import unembedded_only
+from lens_lora.offloaded import home_of
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.sampling import Sampling
 
@@ -219,7 +220,7 @@ class Speaker:
         return self.lens.applied(own)
 
     def _tensor(self, rows: list[list[int]]) -> Tensor:
-        return torch.tensor(rows, device=self.lens.device)
+        return torch.tensor(rows, device=home_of(self.lens.model))
 
 
 def _at(row: Row, draft: list[int], place: int) -> int:
