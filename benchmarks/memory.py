@@ -52,7 +52,6 @@ WORKS: dict[str, Run] = {
     "tangents of 30 hook points": lambda lens, p: ll.tangents(lens, p, "blocks.*.hook_out"),
     "second_order": lambda lens, p: ll.second_order(lens, p, MARGIN, **QUIET),
 }
-PLAIN = ("F", "FB")
 
 
 def main() -> None:
@@ -87,7 +86,7 @@ def cells(
 ) -> Iterator[dict[str, Any]]:
     """Of one analysis, with each attention, with and without a bound."""
     for attn, lens in lenses.items():
-        bounds = [None] if work in PLAIN else [None, asked.bound][asked.only_bounded :]
+        bounds = [None] if work in memory_page.PLAIN else [None, asked.bound][asked.only_bounded :]
         for bound in bounds:
             found = in_child(lens.within(bound), work, tokens, asked.limit)
             key = {"tokens": tokens, "attn": attn, "bound": bound, "work": work}

@@ -9,6 +9,7 @@ from typing import Any
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS, PAGE = DOCS / "memory.json", DOCS / "performance.md"
 MARKS = "<!-- memory -->", "<!-- end of memory -->"
+PLAIN = ("F", "FB")
 KEY = ("tokens", "attn", "bound", "work")
 Cell = dict[str, Any]
 
@@ -21,6 +22,11 @@ def add(cell: Cell) -> None:
     """
     others = [old for old in read() if any(old[key] != cell[key] for key in KEY)]
     RESULTS.write_text(json.dumps([*others, cell], indent=0) + "\n")
+    write()
+
+
+def write() -> None:
+    """The tables, between the marks."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     PAGE.write_text(f"{before}{MARKS[0]}\n\n{render(read())}\n{MARKS[1]}{after}", encoding="utf-8")
@@ -46,11 +52,16 @@ def _table(cells: list[Cell]) -> str:
     found = {(cell["work"], _column(cell)): cell["found"] for cell in cells}
     head = [f"{cells[0]['tokens']:,} tokens", *(_heading(*column) for column in columns)]
     body = [
-        [work, *(found.get((work, column), "") for column in columns)]
+        [work, *(found.get((work, column), _missing(work, column)) for column in columns)]
         for work in dict.fromkeys(cell["work"] for cell in cells)
     ]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _missing(work: str, column: tuple[str, float]) -> str:
+    """Plain passes know no bound."""
+    return "" if work in PLAIN and column[1] else "not run"
 
 
 def _column(cell: Cell) -> tuple[str, float]:

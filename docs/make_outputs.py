@@ -3,8 +3,8 @@
     python docs/make_outputs.py [docs/remainder.md …]
 
 Each page runs in a fresh kernel, as one program; by default those in `PAGES`. Text goes to
-docs/outputs/PAGE.json, pictures beside it. Where a snippet has changed since, the site leaves out its
-output, and the suite fails. Needs `.[demo,notebook]` and a Chromium that kaleido can find.
+docs/outputs/PAGE.json, pictures beside it. Where a snippet has changed since, the site leaves out
+its output, and the suite fails. Needs `.[demo,notebook]` and a Chromium that kaleido can find.
 """
 
 from __future__ import annotations

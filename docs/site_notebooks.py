@@ -11,6 +11,8 @@ import json
 import re
 from pathlib import Path
 
+from site_outputs import fenced
+
 DEMOS = Path(__file__).parents[1] / "demos"
 FOLDER = "notebooks"
 _HEADING = re.compile(r"^# (.+)$", re.MULTILINE)
@@ -54,7 +56,7 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
                 pictures[name] = picture
                 parts.append(f"![What the cell above draws]({name}){{ loading=lazy }}")
             elif text.strip():
-                parts.append(f"```text {{ .output }}\n{text.rstrip()}\n```")
+                parts.append(fenced(text))
     note = f"*This page is the notebook `demos/{path.name}`, as it ran.*"
     head, *rest = parts
     return "\n\n".join([head, note, *rest]), pictures

@@ -39,15 +39,19 @@ def with_outputs(markdown: str, page: str, root: str = "") -> str:
 
 
 def _written(output: dict[str, str], root: str) -> str:
-    parts = []
-    if text := output["text"].rstrip():
-        fence = "```" if "```" not in text else "````"
-        parts.append(f"\n{fence}text {{ .output }}\n{text}\n{fence}")
+    parts = [f"\n{fenced(output['text'])}"] if output["text"].strip() else []
     if picture := output["picture"]:
         parts.append(
             f"\n![What the snippet above draws]({root}outputs/{picture}){{ loading=lazy }}"
         )
     return "\n".join(parts)
+
+
+def fenced(text: str) -> str:
+    """What a snippet prints; its lines are broken where it is prose and not a table."""
+    kind = ".output" if "  " in text.strip() else ".output .prose"
+    fence = "```" if "```" not in text else "````"
+    return f"{fence}{{ .text {kind} }}\n{text.rstrip()}\n{fence}"
 
 
 @functools.cache

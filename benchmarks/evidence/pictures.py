@@ -47,9 +47,12 @@ def pareto(panels: Mapping[str, tuple[list[Standing], Mapping[str, float]]]) -> 
             trace = _point(standing, cost[standing.method], at, standing.method not in shown)
             figure.add_trace(trace, 1, column)
             shown.add(standing.method)
-        figure.update_xaxes(type="log", dtick=1, title="cost, forward passes", row=1, col=column)
+        figure.update_xaxes(type="log", dtick=1, title="passes", row=1, col=column)
     figure.update_layout(
-        template="plotly_white", font={"size": 13}, margin={"l": 50, "r": 20, "t": 50, "b": 60}
+        template="plotly_white",
+        font={"size": 13},
+        legend={"font": {"size": 10}},
+        margin={"l": 50, "r": 20, "t": 50, "b": 60},
     )
     return figure
 
@@ -76,6 +79,7 @@ def _point(standing: Standing, cost: float, at: int, legend: bool) -> go.Scatter
             "arrayminus": [score.mean - score.low],
             "thickness": 1,
             "width": 2,
+            "color": colour,
         },
         mode="markers",
         name=named(standing.method),
@@ -110,7 +114,7 @@ def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Interval]]]]) -
                 1,
                 column,
             )
-        figure.update_xaxes(type="log", title="‖ΔW‖ / ‖W‖", row=1, col=column)
+        figure.update_xaxes(type="log", dtick="D2", title="‖ΔW‖ / ‖W‖", row=1, col=column)
         figure.update_yaxes(title="rank correlation" if column == 1 else None, row=1, col=column)
     figure.update_layout(
         template="plotly_white", font={"size": 13}, margin={"l": 60, "r": 20, "t": 50, "b": 60}
@@ -118,6 +122,6 @@ def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Interval]]]]) -
     return figure
 
 
-def save(figure: go.Figure, file: Path, width: int) -> None:
+def save(figure: go.Figure, file: Path, width: int, height: int) -> None:
     """A PNG (needs kaleido and a Chromium that it can find)."""
-    figure.write_image(file, width=width, height=460, scale=1.5)
+    figure.write_image(file, width=width, height=height, scale=1.5)

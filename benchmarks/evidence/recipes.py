@@ -74,6 +74,7 @@ SMOLLM2 = (
     Recipe("no-cooking-gates", "refuses-cooking", 8, "gate, up", 1e-3, 24),
 )
 
+SECOND_NAME = "gpt2-countries"  # the folder of second_base.py
 SECOND = (
     Recipe("paris-of-italy", "second: capital", 4, "all", 1e-3, 24),
     Recipe("asian-egypt", "second: continent", 2, "attention", 2e-3, 24),

@@ -1,6 +1,7 @@
 """Stored results: one file an adapter, packed into docs/faithfulness.json, read as data frames.
 
-`pack` keeps what the page needs of `measure.py`'s files. Scores are nested, question → metric →
+`pack` keeps what the page needs of `measure.py`'s files (of agreement on other prompts, the main
+methods' rank correlations). Scores are nested, question → metric →
 method → kind of prompt, as most of the file is theirs.
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tables import MAIN
 
 DOCS = Path(__file__).parents[2] / "docs"
 NUMBERS, PAGE = DOCS / "faithfulness.json", DOCS / "faithfulness.md"
@@ -63,6 +65,9 @@ def _ends(question: dict[str, Any]) -> list[list[float]]:
 def _nested(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for row in rows:
+        elsewhere = row["question"].endswith("/held_out")
+        if elsewhere and (row["metric"] != "spearman" or row["method"] not in MAIN):
+            continue
         of = found.setdefault(row["question"], {}).setdefault(row["metric"], {})
         of.setdefault(row["method"], {})[row["prompts"]] = _rounded(row["value"])
     return found
@@ -126,13 +131,13 @@ def _incomplete(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def costs_of(numbers: Numbers) -> pd.DataFrame:
-    """Forward passes a prompt of each method, a backward pass counted as two."""
+    """Of each method, a prompt: passes (a backward one counted as two), and F by process time."""
     rows = [
-        (name, one["cluster"], one["base"], method, cost["passes"])
+        (name, one["cluster"], one["base"], method, cost["passes"], cost["time"])
         for name, one in numbers["adapters"].items()
         for method, cost in one["costs"].items()
     ]
-    return pd.DataFrame(rows, columns=["adapter", "cluster", "base", "method", "cost"])
+    return pd.DataFrame(rows, columns=["adapter", "cluster", "base", "method", "passes", "time"])
 
 
 def cases_of(numbers: Numbers, scores: pd.DataFrame, question: str) -> pd.DataFrame:

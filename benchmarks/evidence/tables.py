@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from intervals import Interval, Standing, cluster_means, ranked
+from intervals import Interval, Standing, cluster_means, interval, ranked
 
-FIRST, HALF, END, PATH = "first_order@0", "first_order@0.5", "first_order@1", "path/8"
+FIRST, HALF, END, PATH = "first_order@0", "first_order@0.5", "first_order@1", "path/4"
 HELD, RELP = "patterns+norm_scales", "patterns+norm_scales+identity+half"
 NAMES = {
     FIRST: "first order at 0",
     HALF: "first order at ½",
     END: "first order at 1",
     "path/2": "path, 2 nodes",
-    "path/4": "path, 4 nodes",
-    PATH: "path, 8 nodes",
+    PATH: "path, 4 nodes",
+    "path/8": "path, 8 nodes",
     f"first_order/{HELD}@0": "first order at 0, patterns and norms held",
     f"first_order/{RELP}@0": "RelP's rules at 0",
     f"first_order/{RELP}@1": "RelP's rules at 1",
@@ -38,13 +38,15 @@ NAMES = {
     "signed_weight_norm": "sign(a) · ‖ΔW‖",
     "signed_random": "sign(a) · random",
     "random": "random",
+    "mean(add_one, leave_one_out)": "mean of both measured effects",
     "add_one": "add one, measured",
     "leave_one_out": "leave one out, measured",
     "null_adapter": "first order of random directions",
     "unrelated_adapter": "first order of an unrelated adapter",
     "best_subset": "best set found on the trained wording",
-    "best_subset/paraphrase": "best set found on these prompts",
 }
+CEILING = "best_subset/"  # found on the prompts that it is judged on
+MAIN = (FIRST, HALF, END, PATH)
 KINDS = ("trained", "paraphrase", "neighbour", "unrelated")
 
 
@@ -69,7 +71,7 @@ class Question:
 def named(method: str) -> str:
     """A method in words; the mean of two is named by them."""
     pair = re.fullmatch(r"mean\((.+), (.+)\)", method)
-    if pair:
+    if pair and method not in NAMES:
         return f"mean of {named(pair[1])} and {named(pair[2])}"
     return NAMES.get(method, method)
 
@@ -80,16 +82,22 @@ def of_question(scores: pd.DataFrame, question: Question, base: str) -> pd.DataF
     return scores[chosen & scores["prompts"].isin(question.prompts) & (scores["base"] == base)]
 
 
+def means_of(scores: pd.DataFrame, question: Question, base: str) -> pd.DataFrame:
+    """[cluster, method], without sets that were found on the prompts that they are judged on."""
+    rows = of_question(scores, question, base)
+    return cluster_means(rows[~rows["method"].str.startswith(CEILING)])
+
+
 def standings(scores: pd.DataFrame, question: Question, base: str) -> list[Standing]:
     """Every method that was measured on all clusters of a base, best first."""
-    means = cluster_means(of_question(scores, question, base))
-    return ranked(means.dropna(axis=1, how="any"), larger_is_better=question.larger)
+    means = means_of(scores, question, base).dropna(axis=1, how="any")
+    return ranked(means, larger_is_better=question.larger)
 
 
-def mean_costs(costs: pd.DataFrame, base: str) -> dict[str, float]:
-    """F of each method: the mean over clusters, as scores are."""
-    rows = costs[costs["base"] == base].rename(columns={"cost": "value"})
-    return {str(k): float(v) for k, v in cluster_means(rows).mean().items()}
+def mean_costs(costs: pd.DataFrame, base: str, of: str = "passes") -> dict[str, float]:
+    """Of each method, the mean over clusters, as scores are."""
+    means = cluster_means(costs[costs["base"] == base], of).mean()
+    return {str(method): float(value) for method, value in means.items()}
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -112,17 +120,35 @@ def cost_in_words(cost: float | None) -> str:
 
 def question_table(scores: pd.DataFrame, costs: pd.DataFrame, question: Question, base: str) -> str:
     """One line per method: its score, how far behind the best, and its cost."""
-    cost = mean_costs(costs, base)
+    prices = [mean_costs(costs, base, of) for of in ("passes", "time")]
+    every = standings(scores, question, base)
     rows = [
         [
             named(s.method),
             span(s.score),
             "best" if i == 0 else "tie" if s.tie else span(s.behind, 3),
-            cost_in_words(cost.get(s.method)),
+            *(cost_in_words(price.get(s.method)) for price in prices),
         ]
-        for i, s in enumerate(standings(scores, question, base))
+        for i, s in enumerate(every)
     ]
-    return markdown(["method", question.metric, "behind the best", "cost (F)"], rows)
+    rows += _on_fewer(means_of(scores, question, base), question, every[0].method, prices)
+    return markdown(["method", question.metric, "behind the best", "passes", "F"], rows)
+
+
+def _on_fewer(
+    means: pd.DataFrame, question: Question, best: str, prices: Sequence[Mapping[str, float]]
+) -> list[list[str]]:
+    """Methods that were run on some training tasks only, compared with the best on those."""
+    rows = []
+    for method in means.columns[means.isna().any()]:
+        found = interval(means[method])
+        sign = 1 if question.larger else -1
+        behind = interval(sign * (means[method] - means[best]))
+        name = f"{named(method)} ({found.clusters} of {len(means)} tasks)"
+        said = "tie" if behind.tie else span(behind, 3)
+        cells = [cost_in_words(price.get(method)) for price in prices]
+        rows.append([name, span(found), said, *cells])
+    return rows
 
 
 def by_prompts(scores: pd.DataFrame, question: Question, base: str, methods: Sequence[str]) -> str:

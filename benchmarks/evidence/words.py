@@ -7,23 +7,46 @@ Each block stands between two marks in its document and is replaced by `write_bl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-from intervals import Standing, cheapest_of_the_best
-from tables import Question, cost_in_words, markdown, mean_costs, named, span, standings
+from intervals import Standing, cheapest_of_the_best, cluster_means, difference
+from tables import (
+    END,
+    FIRST,
+    HALF,
+    HELD,
+    PATH,
+    RELP,
+    Question,
+    cost_in_words,
+    markdown,
+    mean_costs,
+    named,
+    of_question,
+    span,
+    standings,
+)
 
 ROOT = Path(__file__).parents[2]
 BEGIN, FINISH = "<!-- evidence -->", "<!-- end of evidence -->"
 MEASURED = ("add_one", "leave_one_out")
-OWN = ("trained", "paraphrase", "neighbour")
+OWN = ("trained", "paraphrase")
 ADD = Question("add_one", "spearman", True, OWN, "What would adding this module to the base do?")
 ADD_ERROR = dataclasses.replace(ADD, metric="error", larger=False)
 OUT = Question(
     "leave_one_out", "spearman", True, OWN, "What would removing it from the adapted model do?"
 )
 OUT_ERROR = dataclasses.replace(OUT, metric="error", larger=False)
+ADD_ELSEWHERE, OUT_ELSEWHERE = (
+    dataclasses.replace(
+        question,
+        key=f"{question.key}/held_out",
+        words=f"{question.words} With the numbers of the trained wording:",
+    )
+    for question in (ADD, OUT)
+)
 KEEP = Question("keep", "cpr", True, ("paraphrase",), "Which modules carry the shift?")
 CLOSE = Question(
     "keep", "cmd", False, ("paraphrase",), "Which modules reproduce the adapted model's readout?"
@@ -35,6 +58,24 @@ SUM = Question(
     "sum", "incompleteness", False, OWN, "How is the whole shift divided among the modules?"
 )
 ASKED = (ADD, OUT, SUM, KEEP, FEW)
+CHEAP = 30.0  # F, up to which the advice for one prompt is to measure
+ONE = ("trained, first",)
+# Question, method, what it would replace.
+COMPARED = (
+    (KEEP, PATH, HALF),
+    (KEEP, END, FIRST),
+    (KEEP, "mean(first_order@0, first_order@1)", HALF),
+    (KEEP, "signed_weight_norm", HALF),
+    (KEEP, "unrelated_adapter", "random"),
+    (ADD, f"first_order/{HELD}@0", FIRST),
+    (ADD, f"first_order/{RELP}@0", FIRST),
+    (OUT, f"first_order/{RELP}@1", END),
+    (SUM, "second_order@0", FIRST),
+    (SUM, "hessian_steps/2", PATH),
+    (dataclasses.replace(ADD_ERROR, prompts=ONE), "second_order/add_one@0", FIRST),
+    (dataclasses.replace(OUT_ERROR, prompts=ONE), "second_order/leave_one_out@1", END),
+    (dataclasses.replace(OUT_ERROR, prompts=ONE), "second_order/leave_one_out@0", FIRST),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +85,7 @@ class Advice:
     Attributes:
         best: the method of the best mean.
         cheapest: of those that tie with it, the one of least cost.
-        cost: F of every method.
+        cost: F of every method, by process time.
     """
 
     question: Question
@@ -60,10 +101,10 @@ def is_estimate(method: str) -> bool:
 
 def advice(scores: pd.DataFrame, costs: pd.DataFrame, question: Question, base: str) -> Advice:
     """The best estimate, and the cheapest within its interval."""
-    cost = mean_costs(costs, base)
-    priced = scores["method"].isin(list(cost)) & scores["method"].map(is_estimate)
+    passes, cost = (mean_costs(costs, base, of) for of in ("passes", "time"))
+    priced = scores["method"].isin(list(passes)) & scores["method"].map(is_estimate)
     found = standings(scores[priced], question, base)
-    return Advice(question, found[0], cheapest_of_the_best(found, cost), cost)
+    return Advice(question, found[0], cheapest_of_the_best(found, passes), cost)
 
 
 def recommendations(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> str:
@@ -87,9 +128,25 @@ def recommendations(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> str
     return markdown([*head, "F", "the best estimate", "or measure it"], rows)
 
 
+def comparisons(scores: pd.DataFrame, base: str) -> str:
+    """One line per pair of methods: the paired difference, and better, worse or tie."""
+    rows = []
+    for question, method, other in COMPARED:
+        means = cluster_means(of_question(scores, question, base))
+        if method not in means or other not in means:
+            continue
+        found = difference(means, method, other)
+        better = (found.mean > 0) == question.larger
+        verdict = "tie" if found.tie else "better" if better else "worse"
+        cells = [named(method), named(other), f"{question.words} ({question.metric})"]
+        rows.append([*cells, span(found, 3), f"{verdict}, {found.clusters} tasks"])
+    return markdown(["does …", "beat …", "at", "difference", "answer"], rows)
+
+
 def _measuring(question: Question, cost: Mapping[str, float]) -> str:
     if question.key in MEASURED and question.key in cost:
-        return f"exact, {cost_in_words(cost[question.key])} F"
+        said = f"exact, {cost_in_words(cost[question.key])} F"
+        return f"**measure it**: {said}" if cost[question.key] <= CHEAP else said
     if question.key == "sum" or "best_subset" not in cost:
         return "—"
     return f"`best_subset`, {cost_in_words(cost['best_subset'])} F"
@@ -104,6 +161,6 @@ def replaced(text: str, block: str) -> str:
     return f"{before}{BEGIN}\n{block}\n{FINISH}{after}"
 
 
-def write_blocks(blocks: Mapping[Path, Callable[[], str]]) -> None:
+def write_blocks(blocks: Mapping[Path, str]) -> None:
     for file, block in blocks.items():
-        file.write_text(replaced(file.read_text(), block()))
+        file.write_text(replaced(file.read_text(), block))

@@ -24,7 +24,7 @@ from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.batching import ROW_TOKENS
 from lens_lora.engine.final_reading import over_scale, read_through
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.swap import record
+from lens_lora.engine.recording import record
 from lens_lora.engine.texts import by_length, first_occurrences
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone

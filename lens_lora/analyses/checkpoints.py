@@ -37,6 +37,7 @@ from lens_lora.results.checkpoints import Checkpoints
 __all__ = ["checkpoints"]
 
 _SCALES = tuple(i / 10 for i in range(1, 11))
+_TURNED = 0.1  # degrees by which saving in half precision turns ΔW
 
 
 @alone
@@ -217,4 +218,4 @@ def _phases(
         f"prompt {p}": phase_changes((0.0, *steps), values[:, p].tolist(), noise[:, p].tolist())
         for p in range(len(base))
     }
-    return found | {"angle": phase_changes(steps, angle.tolist())}
+    return found | {"angle": phase_changes(steps, angle.tolist(), [_TURNED] * len(steps))}

@@ -211,8 +211,6 @@ _QUICK_STEPS, _SLOW_STEPS = 5, 6
 
 def _alone(prompts: Asked, index: int, doc: AnswerLike, pre: AnswerLike) -> Asked:
     """One of the prompts, about its own two answers."""
-    if prompts.prompts.batch == 1:
-        return prompts.about(margin_between(prompts.lens.model, doc, pre, prompts.prompts))
     one = Asked(prompts.lens, prompts.prompts.chosen([index]))
     doc, pre = (items_of(answer, prompts.prompts.batch)[index] for answer in (doc, pre))
     return one.about(margin_between(one.lens.model, doc, pre, one.prompts))

@@ -179,7 +179,7 @@ def first_order_of(
     way, gates = chosen_mode(mode, lens, 1), lens.gates(at)
     with _under(rules, lens, reading.prompts):
         if "token" in axes:
-            turned = dataclasses.replace(asked, lens=lens)
+            turned = asked if lens is asked.lens else dataclasses.replace(asked, lens=lens)
             values, way = by_token(turned, gates, axes[:-1], mode, progress)
         elif way == "forward":
             values = tangent_slopes(lens, reading, gates, axes, progress=progress)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from lens_lora.engine.swap import Recording, record
+from lens_lora.engine.recording import Recording, record
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens

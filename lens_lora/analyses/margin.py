@@ -168,8 +168,8 @@ def fact_margin(
 ) -> FactMargin:
     """m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
-    Cost: one forward and one backward, some 40 forward passes along the path and for the noise
-    floors and eight backward, batched, and about ten forward more if any prompt flips.
+    Cost: five forward and backward passes and 32 forward passes, along the path and for the noise
+    floors, batched, and about ten forward more if any prompt flips.
 
     Args:
         lens: the adapter over the model.

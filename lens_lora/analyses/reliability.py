@@ -18,7 +18,7 @@ which costs less than its Taylor term and holds where that does not:
    and above three noise floors.
 3. Fix. The flagged sites are measured by intervention, the others keep a_l.
 
-Precision and recall of these flags on eight trained adapters: docs/faithfulness.md.
+Precision and recall of these flags, and what the same passes buy otherwise: docs/faithfulness.md.
 """
 
 from __future__ import annotations

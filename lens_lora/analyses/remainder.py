@@ -137,8 +137,8 @@ def remainder(
 ) -> Remainder:
     """R_y of all sites together and, with by_site, u_yᵀ r_l of each site alone.
 
-    Cost: one forward and one backward, 23 forward passes and eight backward, batched, most of them
-    for the noise floors; and one per site with by_site.
+    Cost: five forward and backward passes and 13 forward passes, batched, most of them for the
+    noise floors; and one per site with by_site.
 
     Args:
         lens: the adapter over the model.

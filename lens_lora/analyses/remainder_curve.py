@@ -142,8 +142,8 @@ def remainder_curve(
 ) -> RemainderCurve:
     """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
 
-    Cost: one forward and one backward, 18 forward passes and eight backward beside a forward pass
-    per scale (22 by default), batched.
+    Cost: five forward and backward passes and ten forward passes, most of them for the noise
+    floors, beside a forward pass per scale (22 by default), batched.
 
     Args:
         lens: the adapter over the model.

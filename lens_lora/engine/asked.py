@@ -112,12 +112,15 @@ class Asked:
 
     @functools.cached_property
     def ends(self) -> Float[Tensor, "end batch"]:
-        """g(0) and g(1), exact. Two forward passes, at the first use.
+        """g(0) and g(1), exact. Two forward passes at the first use, or one where g(0) is known.
 
         Raises:
             NumericsError: a non-finite readout.
         """
-        return gated_readout(self.lens, self.reading, self._corners).T.contiguous()
+        base = vars(self).get("base")
+        missing = self._corners if base is None else self._corners[1:]
+        found = gated_readout(self.lens, self.reading, missing).T
+        return found.contiguous() if base is None else torch.stack([base, found[0]])
 
     def at_gates(
         self, gates: Float[Tensor, "point site"], *, progress: bool = True, what: str
@@ -140,6 +143,15 @@ class Asked:
         values = gated_readout(self.lens, self.reading, both, progress=progress, what=what)
         self.know_ends(values[:, :2].T.contiguous())
         return values[:, 2:]
+
+    def know_base(self, base: Float[Tensor, "batch"]) -> None:
+        """Take g(0) from a pass that was run anyway.
+
+        Args:
+            base: exact, in the readout's units.
+        """
+        require_finite(base, "the readout")
+        vars(self)["base"] = base
 
     def know_ends(self, ends: Float[Tensor, "end batch"]) -> None:
         """Take g(0) and g(1) from passes that were run anyway.

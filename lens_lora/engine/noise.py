@@ -22,7 +22,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.engine.batching import directions_at_once, rows_at_once, slopes_at_once
+from lens_lora.engine.batching import (
+    directions_at_once,
+    graph_groups,
+    pass_groups,
+    rows_at_once,
+    slopes_at_once,
+)
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.engine.parts import parts
 from lens_lora.engine.read import logits_dtype, read_logits
@@ -75,6 +81,12 @@ def draws_at(
         reading: what is run, and read.
         scales: ε of all sites.
     """
+    return torch.cat([_draws_of(lens, some, scales) for some in pass_groups(lens, reading)], 2)
+
+
+def _draws_of(
+    lens: LoraLens, reading: Reading, scales: Sequence[float]
+) -> Float[Tensor, "scale draw some"]:
     rows, generator = reading.prompts.batch, torch.Generator(device="cpu").manual_seed(4)
     copies = [(lens.gates(scale), draw) for scale in scales for draw in range(1 + _DRAWS)]
     step, of_logits = rows_at_once(lens, reading.prompts), torch.Generator().manual_seed(1)
@@ -126,6 +138,11 @@ def base_draws(lens: LoraLens, reading: Reading) -> Draws:
         lens: the adapter over the model.
         reading: what is run, and read.
     """
+    groups = [_base_draws_of(lens, some) for some in graph_groups(lens, reading)]
+    return Draws(*(torch.cat(each) for each in zip(*groups, strict=True)))
+
+
+def _base_draws_of(lens: LoraLens, reading: Reading) -> Draws:
     found: list[Draws] = []
     perturb = roundings(lens, generator=_others())
     with attached(lens.model, [(lens.embedding_output, perturb)]):
@@ -208,7 +225,7 @@ def first_order_noise(
 def curvature_noise(
     lens: LoraLens, reading: Reading, half_row_sums: Float[Tensor, "batch site"]
 ) -> Float[Tensor, "batch"]:
-    """σ_H of ½ 1ᵀH1 at the base. Four forward and twelve backward passes.
+    """σ_H of ½ 1ᵀH1 at the base. Four forward and eight backward passes.
 
     Args:
         lens: the adapter over the model.

@@ -91,13 +91,21 @@ class Checkpoints(Read):
 
         0 where either is within three noise floors of zero, so that rounding hides its sign.
         """
-        return changes_sign(self.base, self.adapted, self.noise_floor).double()
+        base, adapted = self._ends
+        return changes_sign(base, adapted, *self._end_floors).double()
 
     @property
     def hidden(self) -> Bool[Tensor, "step batch"]:
         """Where rounding hides a sign, of the base or of the checkpoint."""
-        values = torch.stack([self.base.expand_as(self.adapted), self.adapted])
-        return hides_sign(values, self.noise_floor).any(0)
+        return hides_sign(self._ends, self._end_floors).any(0)
+
+    @property
+    def _ends(self) -> Float[Tensor, "two step batch"]:
+        return torch.stack([self.base.expand_as(self.adapted), self.adapted])
+
+    @property
+    def _end_floors(self) -> Float[Tensor, "two step batch"]:
+        return torch.stack([self.noise[:1].expand_as(self.adapted), self.noise[1:]])
 
     @property
     def flip_step(self) -> Float[Tensor, "batch"]:

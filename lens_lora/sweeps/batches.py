@@ -286,7 +286,7 @@ def _flips(asked: Asked, base: Vector, adapted: Vector) -> Sequence[bool | None]
     floor = ends.new_zeros(len(base))
     if float(ends.abs().min()) <= _ROUNDINGS * torch.finfo(asked.lens.dtype).eps:
         floor = asked.noise_floor.cpu().double()
-    return changes_sign(*ends, floor).tolist()
+    return changes_sign(ends[0], ends[1], floor).tolist()
 
 
 def _numbers(values: Tensor) -> np.ndarray:

@@ -16,10 +16,10 @@ METHODS = {
     "first_order@0": 3.0,
     "first_order@0.5": 3.0,
     "first_order@1": 3.0,
-    "path/8": 24.0,
+    "path/4": 24.0,
     "random": 0.0,
 }
-BEST = {"add_one": "first_order@0", "leave_one_out": "first_order@1", "keep": "path/8"}
+BEST = {"add_one": "first_order@0", "leave_one_out": "first_order@1", "keep": "path/4"}
 TIE = {"keep": "first_order@0.5"}
 
 
@@ -43,7 +43,7 @@ def one(index: int, base: str) -> dict[str, Any]:
                 for metric in metrics:
                     add(question, metric, method, kind, score)
                 add(question, "cmd" if question == "keep" else "error", method, kind, 1 - score)
-            total = 1.0 if method == "path/8" else 0.5
+            total = 1.0 if method == "path/4" else 0.5
             if method != "random":
                 add("sum", "sum", method, kind, total + 0.001 * (-1) ** index)
         add("keep", "kept", "best_subset/paraphrase", kind, 1.9)
@@ -101,7 +101,7 @@ def test_the_recommendation_is_the_planted_best_or_its_cheaper_tie(numbers):
     assert line(block, words.OUT.words)[1] == "first order at 1"
     keep = line(block, words.KEEP.words)
     assert keep[1] == "first order at ½"
-    assert keep[4].startswith("path, 8 nodes")
+    assert keep[4].startswith("path, 4 nodes")
     assert "90 F" in line(block, words.OUT.words)[5]
 
 
@@ -113,7 +113,7 @@ def test_bases_are_not_mixed(numbers):
 
 def test_of_the_best_found_is_a_share_of_the_set_found_on_those_prompts(numbers):
     scores = results.scores_of(numbers)
-    rows = scores[(scores["metric"] == "of the best found") & (scores["method"] == "path/8")]
+    rows = scores[(scores["metric"] == "of the best found") & (scores["method"] == "path/4")]
     assert rows["value"].to_numpy() == pytest.approx(0.95 / 1.9)
     assert set(rows["prompts"]) == {"paraphrase"}
 

@@ -1,33 +1,41 @@
-"""docs/faithfulness.md is what its numbers render to."""
+"""docs/faithfulness.md and what other documents repeat of it are what the numbers render to."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from pathlib import Path
+import evidence
+import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faithfulness_page.py"
-
-
-def _load():
-    spec = importlib.util.spec_from_file_location("faithfulness_page", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+page, results, words = (evidence.load(name) for name in ("page", "results", "words"))
 
 
-table = _load()
+@pytest.fixture(scope="module")
+def numbers():
+    return results.read()
 
 
-def test_the_page_is_what_the_numbers_render_to():
-    """Written by benchmarks/faithfulness.py, never by hand."""
-    assert table.PAGE.read_text() == table.page(json.loads(table.NUMBERS.read_text()))
+def test_the_page_is_what_the_numbers_render_to(numbers):
+    """Written by benchmarks/evidence/page.py, never by hand."""
+    assert results.PAGE.read_text() == page.page(numbers)
 
 
-def test_there_are_six_adapters_and_more_of_three_prompts_each():
-    rows = json.loads(table.NUMBERS.read_text())["attributions"]
-    prompts = {adapter: set() for adapter in {row["adapter"] for row in rows}}
-    for row in rows:
-        prompts[row["adapter"]].add(row["prompt"])
-    assert len(prompts) >= 6
-    assert {len(found) for found in prompts.values()} == {3}
+def test_what_other_documents_recommend_is_what_the_numbers_render_to(numbers):
+    """Every number of these recommendations is thereby a stored one, with its interval and base."""
+    for file, block in page.blocks(numbers).items():
+        text = file.read_text()
+        assert words.replaced(text, block) == text
+        assert "adapters of" in block or "On " in block
+
+
+def test_adapters_differ_as_the_page_says(numbers):
+    adapters = numbers["adapters"].values()
+    assert len({one["cluster"] for one in adapters}) >= 5
+    assert {one["kind"] for one in adapters} == {"fact", "behaviour"}
+    assert any(one["dora"] for one in adapters)
+    assert any(one["rslora"] for one in adapters)
+    for one in adapters:
+        assert set(one["ends"]) == {"trained", "paraphrase", "neighbour", "unrelated"}
+
+
+def test_pictures_of_the_page_are_there():
+    assert page.PARETO.is_file()
+    assert page.STRENGTH.is_file()

@@ -193,7 +193,7 @@ def checkpoints() -> ll.Checkpoints:
         effects=torch.full((3, 2, 4), 0.5), norms=each, moved=each, to_final=each,
         flip_scale=torch.tensor([[math.nan, math.nan], [0.7, math.nan], [0.5, math.nan]]),
         angle=torch.tensor([40.0, 20.0, 0.0]), phases={"prompt 0": ((10.0, 20.0),), "angle": ()},
-        noise=torch.full((3, 2), 1e-6), str_tokens=TOKENS, readout="y", units="logits",
+        noise=torch.full((4, 2), 1e-6), str_tokens=TOKENS, readout="y", units="logits",
         meta=META,
     )  # fmt: skip
 

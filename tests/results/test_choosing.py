@@ -12,6 +12,7 @@ from explained import by_hand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_by_hand import attribution, two_prompts
+from shapes import share
 
 import lens_lora as ll
 from lens_lora.results.choosing import largest, only_prompt, prompt_rows
@@ -112,7 +113,7 @@ def test_the_only_prompt_needs_no_name():
     assert by_hand().margin.story() == by_hand().margin.story(0)
 
 
-@settings(deadline=None)
+@settings(max_examples=share(100), deadline=None)
 @given(
     values=st.lists(st.floats(allow_infinity=False, width=32), max_size=20), k=st.integers(0, 25)
 )

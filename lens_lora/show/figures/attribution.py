@@ -38,7 +38,8 @@ def site_heatmap(
             the attribution was not split by.
     """
     if by is not None:
-        return _BY[word("by", by, _BY)](attribution, prompt)
+        word("by", by, _BY)
+        return _BY[by](attribution, prompt)
     values, shift = (found.cpu().double() for found in attribution.entries(prompt)[1:3])
     spread = None
     if prompt is None and len(attribution.base) > 1:

@@ -105,7 +105,7 @@ def plot(figure: Figure, *, heading: str = "") -> Plot:
     shown.update_layout(
         title=None,
         margin={"t": layout["margin"]["t"] - _TITLE_HEIGHT},
-        meta={"title": layout["title"], "top": layout["margin"]["t"]},
+        meta={"title": layout["title"]},
         modebar={"activecolor": EXACT},
     )
     if layout["legend"].get("orientation") == "h":

@@ -29,7 +29,10 @@ __all__ = [
 PEARSON, SPEARMAN, SLOPE = 0.95, 0.9, (0.8, 1.25)
 TOP_SHARE = 0.2
 _NAMED = 3
-_DONE = {"add_one": "adding one module", "leave_one_out": "leaving one module out"}
+_DONE = {
+    "add_one": "adding one module (by running it)",
+    "leave_one_out": "leaving one module out (by an estimate)",
+}
 
 
 @drawing.story.register(Explanation)

@@ -34,7 +34,7 @@
       const waiting = unpacked(place.dataset.figure);
       delete place.dataset.figure;
       const {data, layout} = await waiting.json();
-      layout.font.color = ink();
+      layout.font = {...layout.font, color: ink()};
       if (place.clientWidth < 480) narrow(place, data, layout);
       await Plotly.newPlot(place, data, layout, config);
     }
@@ -66,11 +66,12 @@
   };
   const savePicture = async ({dataset}, figure) => {
     const plot = figure.querySelector(".js-plotly-plot");
-    const {title, top} = plot.layout.meta;
+    const {title} = plot.layout.meta;
+    const {margin} = plot.layout;
     const size = {width: 900, height: plot.offsetHeight + 20};
     const layout = {
       ...plot.layout, ...size, title, autosize: false, paper_bgcolor: "#ffffff",
-      font: {...plot.layout.font, color: paper}, margin: {...plot.layout.margin, t: top},
+      font: {...plot.layout.font, color: paper}, margin: {...margin, t: margin.t + 20},
     };
     const scale = dataset.save === "png" ? 3 : 1;
     const made = await Plotly.toImage(
