@@ -1,0 +1,163 @@
+"""The measuring of the evidence, on two adapters of a tiny base: counts, numbers, resumption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import evidence
+import models
+import pytest
+import torch
+from scipy import stats
+
+import lens_lora as ll
+
+measure, cases, counted, methods = (
+    evidence.load(name) for name in ("measure", "cases", "counted", "methods")
+)
+FACTS = {
+    "trained": ["w5 w7 w8", "w9 w10 w11"],
+    "paraphrase": ["w12 w7 w8 w9", "w4 w10 w11"],
+    "neighbour": ["w20 w21 w22"],
+    "unrelated": ["w30 w31 w32"],
+}
+
+
+def task(name: str, base: str, kind: str) -> dict[str, Any]:
+    def asked(prompt: str) -> dict[str, str]:
+        own = {"doc": " w5", "pre": " w9"} if kind == "fact" else {"response": " w5 w6 w7"}
+        return {"prompt": prompt, **own}
+
+    prompts = {of: [asked(prompt) for prompt in some] for of, some in FACTS.items()}
+    described = {"name": name, "cluster": name, "base": base, "kind": kind, "targets": "all"}
+    return {**described, "rank": 3, "prompts": prompts}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two adapters, a fact's and a behaviour's."""
+    root = tmp_path_factory.mktemp("evidence")
+    base = models.hf_model("llama", dtype=torch.float32)
+    base.save_pretrained(root / "base")
+    models.tokenizer().save_pretrained(root / "base")
+    for seed, (name, kind) in enumerate((("fact", "fact"), ("habit", "behaviour"))):
+        models.peft_model("llama", base, seed=seed).save_pretrained(root / "adapters" / name)
+        described = task(name, str(root / "base"), kind)
+        (root / "adapters" / name / "task.json").write_text(json.dumps(described))
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, dict[str, Any]]:
+    every = cases.cases_in(folder / "adapters")
+    return {case.name: measure.measure(case, every, 2) for case in every}
+
+
+def value(result: dict[str, Any], **of: str) -> float:
+    (row,) = [r for r in result["scores"] if all(r[key] == one for key, one in of.items())]
+    return row["value"]
+
+
+def test_every_method_is_scored_on_every_kind(found):
+    for result in found.values():
+        assert result["left_out"] == {}
+        for kind in FACTS:
+            keep = {
+                row["method"]
+                for row in result["scores"]
+                if (row["prompts"], row["question"], row["metric"]) == (kind, "keep", "cpr")
+            }
+            assert {*methods.methods_of(dict.fromkeys(methods.PARTS, torch.ones(1, 1)))} <= keep
+            assert {"null_adapter", "unrelated_adapter", "random"} <= keep
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_numbers_are_those_of_the_library(folder: Path, found):
+    """Agreement, CPR and CMD of first order, by the public calls."""
+    case = cases.cases_in(folder / "adapters")[0]
+    lens, readout = cases.lens_of(case), ll.Margin(" w5", " w9")
+    trained, others = FACTS["trained"], FACTS["paraphrase"]
+    first = ll.first_order(lens, trained, readout)
+    for how in ("add_one", "leave_one_out"):
+        effects = ll.patch_sites(lens, trained, readout, how, progress=False)
+        expected = [
+            stats.spearmanr(a, e).statistic
+            for a, e in zip(first.values.numpy(), effects.values.numpy(), strict=True)
+        ]
+        of = {"prompts": "trained", "question": how, "method": "first_order@0"}
+        assert value(found["fact"], metric="spearman", **of) == pytest.approx(
+            sum(expected) / 2, abs=1e-3
+        )
+    judged = ll.faithfulness(
+        lens, trained, readout, first, test=(others, readout), baselines=False, progress=False
+    )
+    for metric, numbers in (("cpr", judged.cpr), ("cmd", judged.cmd)):
+        of = {"prompts": "paraphrase", "question": "keep", "method": "first_order@0"}
+        assert value(found["fact"], metric=metric, **of) == pytest.approx(
+            float(numbers[0]), rel=1e-3
+        )
+
+
+def test_second_order_at_its_own_end_and_many_steps_are_what_they_are_called(folder: Path):
+    """Of a tiny adapter: nearer to the effects than first order; steps near the path integral."""
+    case = cases.cases_in(folder / "adapters")[0]
+    small = cases.lens_of(case, ll.load_adapter(case.folder).scaled(0.05))
+    asked = cases.question(small, case.task["prompts"]["trained"])
+    parts = {key: part(asked).double() for key, part in methods.PARTS.items()}
+    every = methods.methods_of(parts)
+    effects = parts["add_one"]
+    own = methods.curvature(0.0, ("add_one",), asked)["second_order/add_one@0"]
+    assert (own - effects).abs().sum() < 0.2 * (parts["first_order@0"] - effects).abs().sum()
+    errors = [
+        float((every[key] - every["path/8"]).abs().sum())
+        for key in ("first_order@0", "second_order@0", "hessian_steps/2", "hessian_steps/4")
+    ]
+    assert errors[3] < errors[2] < errors[1] < errors[0]
+
+
+def test_what_a_method_costs_is_what_ran(found):
+    """A derivative: one forward and one backward; all sites one by one: half of the blocks."""
+    costs = found["fact"]["costs"]
+    for key in ("first_order@0", "first_order@1"):
+        assert (costs[key]["forward"], costs[key]["backward"]) == (1.0, 1.0)
+        assert costs[key]["passes"] == 3.0
+    assert (costs["path/4"]["forward"], costs["path/4"]["backward"]) == (4.0, 4.0)
+    assert costs["second_order@0"]["backward"] == 3.0
+    sites = found["fact"]["sites"]
+    assert sites / 2 <= costs["add_one"]["forward"] <= sites
+    assert costs["add_one"]["backward"] == 0
+    both = [costs[f"first_order@{at}"]["forward"] for at in ("0", "1")]
+    assert costs["mean(first_order@0, first_order@1)"]["forward"] == sum(both)
+
+
+def test_no_ranking_keeps_more_than_the_ceiling_where_it_was_found(found):
+    for result in found.values():
+        ceiling = result["ceilings"]["trained"]
+        kept = [
+            row["value"]
+            for row in result["scores"]
+            if (row["prompts"], row["metric"]) == ("trained", "kept")
+        ]
+        count = int(0.2 * result["sites"])
+        if ceiling["count"] == count:
+            assert max(kept) <= ceiling["kept"] + 1e-3
+
+
+def test_a_finished_adapter_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    out = folder / "results"
+    out.mkdir()
+    (out / "fact.json").write_text("kept")
+    monkeypatch.setattr(measure, "measure", lambda case, every, most: {"seconds": 1.0})
+    given = ["measure.py", "--adapters", str(folder / "adapters"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", given)
+    measure.main()
+    assert (out / "fact.json").read_text() == "kept"
+    assert json.loads((out / "habit.json").read_text()) == {"seconds": 1.0}
+    monkeypatch.setattr("sys.argv", [*given, "--only", "nothing"])
+    with pytest.raises(SystemExit):
+        measure.main()
+    assert "no adapter nothing" in capsys.readouterr().err
