@@ -10,7 +10,9 @@ import evidence
 import numpy as np
 import pytest
 
-page, results, words = (evidence.load(name) for name in ("page", "results", "words"))
+page, results, sections, words = (
+    evidence.load(name) for name in ("page", "results", "sections", "words")
+)
 KINDS = ("trained", "paraphrase", "neighbour", "unrelated")
 METHODS = {
     "first_order@0": 3.0,
@@ -55,7 +57,7 @@ def one(index: int, base: str) -> dict[str, Any]:
     flags = {"sites": 10, "wrong": 4, "flagged": 2, "hit": 2, "passes": 20.0, "passes_plain": 3.0}
     errors = {"first_order_at_0": 0.5, "fixed": 0.4, "plain": 0.1, "equal_cost": 0.05}
     flags |= {f"error_{name}": value for name, value in errors.items()}
-    names = [name for name in page.SIGNALS if not name.startswith("sum_off")]
+    names = [name for name in sections.SIGNALS if not name.startswith("sum_off")]
     signals = dict.fromkeys([*names, "sum_at_0", "sum_at_1"], 0.1 * (index + 1))
     return {
         "name": f"{base}-{index}",
