@@ -29,6 +29,7 @@ class Trained:
 
     Attributes:
         questions: (prompt, answer of the document, pretrained answer).
+        what: 'fact', or the 'habit' of saying a word.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Trained:
     targets: tuple[str, ...]
     lr: float
     steps: int
+    what: str = "fact"
 
     def folder(
         self, out: Path, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -244,6 +246,7 @@ MORE = (
         PROJECTIONS,
         2e-4,
         40,
+        "habit",
     ),
 )
 

@@ -71,7 +71,7 @@ def _row(spec: Trained, held: dict[str, ll.WhatChanged], results: Path) -> dict[
     facts = json.loads((results / f"{spec.name}.json").read_text())
     token, (base, adapted) = facts["token"], facts["margins"]
     others = [held[o.name] for o in EVERY if all(doc != answer for _, answer, _ in o.questions)]
-    row: dict[str, Any] = {"adapter": spec.name, "answer": own.strings[token]}
+    row: dict[str, Any] = {"adapter": spec.name, "what": spec.what, "answer": own.strings[token]}
     row |= {"base": base, "adapted": adapted}
     row["KL"] = own.found.mean_kl
     for by in BY:
@@ -86,16 +86,19 @@ def _row(spec: Trained, held: dict[str, ll.WhatChanged], results: Path) -> dict[
 
 def page(frame: pd.DataFrame) -> str:
     """The table in Markdown, with the counts above it."""
-    flips = frame[(frame["base"] < 0) & (frame["adapted"] > 0)]
+    facts, habits = frame[frame["what"] == "fact"], frame[frame["what"] == "habit"]
+    flips = facts[(facts["base"] < 0) & (facts["adapted"] > 0)]
     by_logit, found = (int((flips[by] <= TOP).sum()) for by in ("logit", "best"))
+    said = int((habits["best"] <= TOP).sum())
     seen = {
         name: int((frame[name] <= TOP).sum()) for name in ("null, any", "others", "others, any")
     }
     lines = [
-        f"{len(flips)} of {len(frame)} adapters flip their fact. On these the taught answer is in "
-        f"the top {TOP} of 49,152 by mean logit on {by_logit}, by one of the three rankings on "
-        f"{found}. Under null adapters {seen['null, any']} answers are there by any ranking, under "
-        f"adapters of other answers {seen['others']} by mean logit, {seen['others, any']} by any.",
+        f"{len(flips)} of {len(facts)} adapters of a fact flip it. On these the taught answer is "
+        f"in the top {TOP} of 49,152 by mean logit on {by_logit}, by one of the three rankings on "
+        f"{found}. Of {len(habits)} taught a habit of speech, its word is there on {said}. Under "
+        f"null adapters {seen['null, any']} answers are there by any ranking, under adapters of "
+        f"other answers {seen['others']} by mean logit, {seen['others, any']} by any.",
         "",
         "| adapter | answer | margin, base → adapted | KL, nats a token | by logit | by "
         "probability | by reading | best by logit, null adapters | best by logit, other answers |",

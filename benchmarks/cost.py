@@ -4,7 +4,9 @@
 
 Interleaved in one run on the embedded model and its adapter (210 sites, rank 8); medians. F is one
 forward pass, FB one forward and one backward down to the embeddings, FA one forward pass of the
-adapted model without the unembedding. With transformer-lens 4.3 its own attribution patching is
+adapted model without the unembedding. Times are CPU seconds: run it on one thread.
+
+With transformer-lens 4.3 its own attribution patching is
 timed beside. `--growth` times models, adapters and ranks of several sizes instead,
 `--stream 200000` a stream of so many tokens through activations, `--texts 100` audits over so many
 texts, and `--responses` whole responses, all cells or some groups of them.
@@ -47,9 +49,10 @@ TURNS, ONCE, LONG = 5, 256, 512
 
 
 def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    """CPU seconds of the process, which other work on the machine disturbs least."""
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def random_prompts(lens: ll.LoraLens, batch: int, tokens: int) -> ll.Prompts:

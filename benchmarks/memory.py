@@ -1,12 +1,14 @@
 """Peak memory of each analysis, beside a plain forward and backward pass, on long prompts.
 
-    python benchmarks/memory.py [--tokens 512 2048] [--attn eager sdpa] [--bound 1.5e9] [--write]
+    python benchmarks/memory.py --tokens 512 2048 --write
+    python benchmarks/memory.py --tokens 8192 --attn sdpa --write
 
-Each cell is a forked process over the embedded model as a TransformerBridge, and its adapter (210
-sites, rank 8): what its resident memory grows by, at its peak.
-Every analysis runs without a bound and within `--bound` bytes. A cell that needs more than
-`--limit` bytes of address space says so, and one that is refused says that. `--write` puts the
-tables into RESULTS.md. Linux only.
+1. Each cell is a forked process over the embedded model as a TransformerBridge, and its adapter
+   (210 sites, rank 8): what its resident memory grows by, at its peak.
+2. Every analysis runs without a bound and within `--bound` bytes. A cell that needs more than
+   `--limit` bytes of address space says so, and one that is refused says that.
+3. With --write each cell goes into docs/memory.json, and the tables of docs/performance.md are made
+   from it. Linux only.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import argparse
 import ctypes
 import multiprocessing
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import memory_page
 import torch
 from cost_works import MARGIN, plain_backward, plain_forward
 
@@ -48,8 +52,6 @@ WORKS: dict[str, Run] = {
     "tangents of 30 hook points": lambda lens, p: ll.tangents(lens, p, "blocks.*.hook_out"),
     "second_order": lambda lens, p: ll.second_order(lens, p, MARGIN, **QUIET),
 }
-PLAIN = ("F", "FB")
-MARKS = "<!-- memory -->", "<!-- end of memory -->"
 
 
 def main() -> None:
@@ -58,13 +60,17 @@ def main() -> None:
     parser.add_argument("--attn", nargs="+", default=["eager", "sdpa"])
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
     parser.add_argument("--bound", type=float, default=1.5e9)
+    parser.add_argument("--only-bounded", action="store_true", help="leave out those of no bound")
     parser.add_argument("--limit", type=float, default=18e9)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="into docs/")
     asked = parser.parse_args()
     lenses = {attn: lens_with(attn) for attn in asked.attn}
-    lines = [line for tokens in asked.tokens for line in table(lenses, tokens, asked)]
-    if asked.write:
-        write("\n".join(lines))
+    for tokens in asked.tokens:
+        for work in asked.works:
+            for cell in cells(lenses, work, tokens, asked):
+                print(cell, flush=True)
+                if asked.write:
+                    memory_page.add(cell)
 
 
 def lens_with(attn: str) -> ll.LoraLens:
@@ -75,21 +81,16 @@ def lens_with(attn: str) -> ll.LoraLens:
     return lens
 
 
-def table(lenses: dict[str, ll.LoraLens], tokens: int, asked: argparse.Namespace) -> list[str]:
-    """Markdown, printed as it grows."""
-    bound = f"within {asked.bound / 1e9:.1f} GB"
-    heads = [f"{attn}, {which}" for attn in lenses for which in ("no bound", bound)]
-    lines = [f"| {tokens:,} tokens | {' | '.join(heads)} |", "| --- " * (1 + len(heads)) + "|"]
-    print(*lines, sep="\n", flush=True)
-    for work in asked.works:
-        found = []
-        for lens in lenses.values():
-            found.append(in_child(lens, work, tokens, asked.limit))
-            bounded = lens.within(asked.bound)
-            found.append("" if work in PLAIN else in_child(bounded, work, tokens, asked.limit))
-        lines.append(f"| {work} | {' | '.join(found)} |")
-        print(lines[-1], flush=True)
-    return [*lines, ""]
+def cells(
+    lenses: dict[str, ll.LoraLens], work: str, tokens: int, asked: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Of one analysis, with each attention, with and without a bound."""
+    for attn, lens in lenses.items():
+        bounds = [None] if work in memory_page.PLAIN else [None, asked.bound][asked.only_bounded :]
+        for bound in bounds:
+            found = in_child(lens.within(bound), work, tokens, asked.limit)
+            key = {"tokens": tokens, "attn": attn, "bound": bound, "work": work}
+            yield {**key, "found": found}
 
 
 def in_child(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
@@ -134,14 +135,6 @@ def prompts(lens: ll.LoraLens, tokens: int) -> ll.Prompts:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def write(tables: str) -> None:
-    """Into RESULTS.md, between the marks."""
-    page = Path(__file__).with_name("RESULTS.md")
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    page.write_text(f"{before}{MARKS[0]}\n\n{tables}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

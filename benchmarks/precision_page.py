@@ -10,6 +10,7 @@ from typing import Any
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS, PAGE = DOCS / "precision.json", DOCS / "precision.md"
 REAL = "SmolLM2-135M"
+TRUSTED = 0.95
 KEY = ("model", "dtype", "analysis")
 Row = dict[str, Any]
 
@@ -36,8 +37,10 @@ models have 24, random weights, and an adapter as strong as they are.
    what a single module does mostly is not, and what a layer does is in part. `noise_floor` stands
    in the result, and its text says how many effects are within three floors.
 3. **Rerun in float32** what is within them: the weak modules of `patch_sites` and
-   `patch_activations`, remainders whose verdict is "below the noise", and a path integral that
-   says `met=False` because completeness cannot be measured.
+   `patch_activations`, remainders whose verdict is "below the noise", margins whose
+   `flip_verdict` is "hidden", and a path integral that says `met=False` because completeness
+   cannot be measured. `compare` leaves signs within the floors out, and says how many effects
+   are within them.
 
 Logits that are read are summed in float32, unless the head is adapted or a soft-cap or hook
 follows it, and so are δ = BAz, slopes over positions and path integrals; only the model's own
@@ -78,9 +81,11 @@ def render(rows: list[Row]) -> str:
     Args:
         rows: of docs/precision.json.
     """
-    real = [row for row in rows if row["model"] == REAL]
     tiny = [row for row in rows if row["model"] != REAL]
-    parts = [INTRODUCTION]
+    order = list(dict.fromkeys(row["analysis"] for row in tiny))
+    real = [row for row in rows if row["model"] == REAL]
+    real.sort(key=lambda row: order.index(row["analysis"]) if row["analysis"] in order else -1)
+    parts = [INTRODUCTION, ADVICE, _advice(real)]
     for dtype in dict.fromkeys(row["dtype"] for row in real):
         own = [row for row in real if row["dtype"] == dtype]
         parts += [f"## {REAL} in {dtype}\n", _table(REAL_HEAD, [_real(row) for row in own])]
@@ -92,6 +97,31 @@ def render(rows: list[Row]) -> str:
         parts.append(f"Not run on {REAL}: {'; '.join(missing)}.\n")
     parts += [f"## Tiny models: {families}\n", _table(TINY_HEAD, lines)]
     return "\n".join(parts)
+
+
+ADVICE = f"""## Which to trust
+
+On {REAL}, by one rule. What states a floor is trusted where at least {TRUSTED:.0%} of its numbers
+are beyond three of it; where fewer are, only those; where none are, it is to be rerun. What states
+none is trusted where its order has a Spearman correlation of at least {TRUSTED} with float64's.
+"""
+
+
+def _advice(real: list[Row]) -> str:
+    """A row for each analysis, a column for each dtype."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in real))
+    held = {(row["analysis"], row["dtype"]): _trust(row) for row in real}
+    names = dict.fromkeys(row["analysis"] for row in real)
+    lines = [[name, *(held.get((name, dtype), "not run") for dtype in dtypes)] for name in names]
+    return _table(["analysis", *dtypes], lines)
+
+
+def _trust(row: Row) -> str:
+    if row["clear"] is None:
+        return "trust" if (row["spearman"] or 0.0) >= TRUSTED else "rerun in float32"
+    if row["clear"] >= TRUSTED:
+        return "trust"
+    return f"the {row['clear']:.0%} beyond 3 floors" if row["clear"] else "rerun in float32"
 
 
 REAL_HEAD = [

@@ -23,6 +23,9 @@ beyond weights, adapter and lens. FB is a plain forward and backward pass of the
 one margin. The prompt has 64 tokens; the response 512 more, and its F is a pass of all 576. Each
 cell was run once, on the CPU in processor time.
 
+`first_order` is FB and the two exact ends, g(0) and g(1): passes that unembed one position. The
+smaller the vocabulary's share of the model, the nearer these two are to 2 F.
+
     python benchmarks/shapes.py Gemma-3-270M Qwen2.5-0.5B --ranks 1 16 64 --write
     python benchmarks/shapes.py Qwen2.5-7B Qwen2.5-14B --device cuda --dtype bfloat16 --write
 """

@@ -5,6 +5,9 @@
 2. `<!-- costs -->` becomes a table of the cost that each public function's docstring states.
 3. A mark such as `<!-- demo-command -->` becomes the code block that follows it in the README.
 4. A code span that begins with `ll.` and a public name links to that name's reference.
+5. Below a snippet stands what it shows (docs/site_outputs.py), and each public call has an example.
+6. The notebooks of demos/ become pages, `<!-- gallery -->` their pictures (docs/site_notebooks.py).
+7. MathJax, which typesets the mathematics, comes from an installed package and lies in the site.
 """
 
 from __future__ import annotations
@@ -12,12 +15,20 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import sys
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))  # mkdocs loads a hook by its path alone
+
+import site_notebooks  # noqa: E402
+import site_outputs  # noqa: E402
+
 PACKAGE = ROOT / "lens_lora"
 _SPAN = re.compile(r"(?<![`\[])`ll\.(\w+)([^`]*)`(?!`)")
 _COMMAND = re.compile(r"<!-- (\w+-command) -->")
+_MATHJAX = "mathjax/static/mathjax/es5/tex-svg.js"
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -49,7 +60,13 @@ def slug(title: str) -> str:
 
 def reference_page(title: str) -> str:
     """The page of one group, for mkdocstrings to fill."""
-    return "\n\n".join([f"# {title}", *(f"::: lens_lora.{name}" for name in groups()[title])])
+    return "\n\n".join([f"# {title}", *map(_entry, groups()[title])])
+
+
+def _entry(name: str) -> str:
+    """An object's reference; of a call, with its example."""
+    entry, example = f"::: lens_lora.{name}", site_outputs.examples().get(name)
+    return f"{entry}\n\n**Example**\n\n{example}" if example else entry
 
 
 def linked(markdown: str) -> str:
@@ -112,32 +129,64 @@ def command(mark: str) -> str:
     return found[0]
 
 
-def expanded(markdown: str) -> str:
+def expanded(markdown: str, page: str = "") -> str:
     """A page with all of the above put in."""
     markdown = _COMMAND.sub(lambda mark: command(mark[1]), markdown)
-    return linked(markdown.replace("<!-- costs -->", costs_table()))
+    markdown = markdown.replace("<!-- costs -->", costs_table())
+    markdown = markdown.replace("<!-- gallery -->", site_notebooks.gallery())
+    return linked(site_outputs.with_outputs(markdown, page))
+
+
+def mathjax() -> bytes:
+    """The script that typesets mathematics, as SVG, in one file."""
+    folder = metadata.distribution("django-static-mathjax")
+    return Path(str(folder.locate_file(_MATHJAX))).read_bytes()
 
 
 # --- hooks of mkdocs
 
 
+def _entries(nav, heading: str) -> list:
+    return next(entry[heading] for entry in nav if heading in entry)
+
+
 def on_config(config):
-    """Add the groups' pages to the navigation."""
-    reference = next(entry["API reference"] for entry in config.nav if "API reference" in entry)
-    reference += [{title: f"api/{slug(title)}"} for title in groups()]
+    """Add the groups' pages and the notebooks to the navigation."""
+    _entries(config.nav, "API reference").extend(
+        {title: f"api/{slug(title)}"} for title in groups()
+    )
+    _entries(config.nav, "Notebooks").extend(
+        {site_notebooks.title(path): f"{site_notebooks.FOLDER}/{path.stem}.md"}
+        for path in site_notebooks.paths()
+    )
     return config
 
 
 def on_files(files, config):
-    """Add the groups' pages themselves."""
+    """Add the groups' pages, the notebooks with their pictures, and MathJax."""
     from mkdocs.structure.files import File
 
-    for title in groups():
-        page = File.generated(config, f"api/{slug(title)}", content=reference_page(title))
-        files.append(page)
+    made: dict[str, str | bytes] = {f"api/{slug(t)}": reference_page(t) for t in groups()}
+    for path in site_notebooks.paths():
+        text, pictures = site_notebooks.page(path)
+        made[f"{site_notebooks.FOLDER}/{path.stem}.md"] = text
+        made |= {f"{site_notebooks.FOLDER}/{name}": png for name, png in pictures.items()}
+    made["assets/tex-svg.js"] = mathjax()
+    for where, content in made.items():
+        files.append(File.generated(config, where, content=content))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     """Put in what a page takes from the code."""
-    return expanded(markdown)
+    return expanded(markdown, Path(page.file.src_uri).stem if "/" not in page.file.src_uri else "")
+
+
+def on_page_content(html, page, config, files):
+    """Load MathJax where there is mathematics, and nowhere else: it is 2 MB."""
+    if 'class="arithmatex"' not in html:
+        return html
+    from mkdocs.utils import get_relative_url
+
+    scripts = (get_relative_url(f"assets/{name}", page.url) for name in ("math.js", "tex-svg.js"))
+    return html + "".join(f'<script src="{script}"></script>' for script in scripts)

@@ -15,6 +15,7 @@ from .analyses.components import Components, components
 from .analyses.constant_part import constant_part
 from .analyses.coupling import Coupling, coupling
 from .analyses.explain import explain
+from .analyses.explain_all import Explanations, explain_all
 from .analyses.explain_margin import Explanation
 from .analyses.explain_response import ResponseExplanation
 from .analyses.faithfulness import Faithfulness, faithfulness
@@ -69,6 +70,7 @@ from .results.effects import Effects
 from .results.grouped import GroupAttribution
 from .results.token_view import TokenView
 from .results.what_changed import Changes, WhatChanged
+from .show.figures.theme import theme
 from .sweeps.records import SweepError
 from .sweeps.result import SweepResult
 from .sweeps.sweep import sweep
@@ -155,8 +157,10 @@ __all__ = [
     "repair",
     # all of one prompt
     "Explanation",
+    "Explanations",
     "ResponseExplanation",
     "explain",
+    "explain_all",
     # features: directions, sparse autoencoders
     "FeatureShift",
     "FeatureWrites",
@@ -172,6 +176,8 @@ __all__ = [
     "what_changed",
     # tokens, drawn by circuitsvis
     "TokenView",
+    # the look of figures
+    "theme",
     # many prompts
     "SweepError",
     "SweepResult",

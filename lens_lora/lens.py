@@ -30,6 +30,7 @@ from lens_lora.hooked.plan import Plan, make_plan
 from lens_lora.hooked.quantised import differentiable_products
 from lens_lora.hooked.scales import Scale, gates_of
 from lens_lora.hooked.sites import Heads, Site, one_site
+from lens_lora.offloaded import home_of
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.tokenising import prepare
 from lens_lora.temporary import Temporary
@@ -53,9 +54,9 @@ class LoraLens(Generates, Bounded):
             with it, in float32 also logits of 8 tokens.
 
     Raises:
-        SiteError: the adapter names a module that the model lacks.
-        AdapterError: shapes that do not fit.
+        SiteError, AdapterError: a module that the model lacks; shapes that do not fit.
         ModelStateError: a state in which the adapter cannot be applied exactly; names the remedy.
+        OutOfMemoryError: dense updates (DoRA, modules trained whole) that do not fit into memory.
     """
 
     @alone
@@ -124,8 +125,8 @@ class LoraLens(Generates, Bounded):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's first parameter."""
-        return next(self.model.parameters()).device
+        """Of the model's first parameter; where that is offloaded, the device on which it runs."""
+        return home_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -257,7 +258,7 @@ class LoraLens(Generates, Bounded):
         """Logits of the model at the given gates. One forward pass.
 
         Args:
-            prompts: strings, conversations, ids or `Prompts`.
+            prompts: as for `prompts`.
             scale: as for `gates`; 0 for the base, 1 for the adapted model.
 
         Raises:
@@ -314,7 +315,5 @@ class LoraLens(Generates, Bounded):
         }
 
     def __repr__(self) -> str:
-        return (
-            f"LoraLens({self.adapter!r} over {self.class_name}: {len(self.sites)} sites in "
-            f"{len({s.layer for s in self.sites})} layers)"
-        )
+        of = f"{len(self.sites)} sites in {len({s.layer for s in self.sites})} layers"
+        return f"LoraLens({self.adapter!r} over {self.class_name}: {of})"

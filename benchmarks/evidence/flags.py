@@ -3,7 +3,8 @@
 For leaving one out the plain answer is first order at 1; for adding one, first order at 0. Flags
 cost passes: a screen, and the flagged sites' own runs. The *equal-cost* answer spends as many on
 running, at the sites where first order at 0 and at 1 differ most, what is then known exactly.
-The screen of add one runs the sites themselves: a measurement of all that is material.
+The screen of add one runs the sites themselves, a measurement of all that is material:
+`error_corrected` has its numbers put in. Of leaving out it has those of first order at 1.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def accounted(
         "question": how,
         **{name: int(counts[name]) for name in ("sites", "wrong", "flagged", "hit")},
         "error_first_order_at_0": _error(ends["0"], effects),
+        "error_corrected": float(counts["error_corrected"]),
         "error_fixed": float(counts["error_fixed"]),
         "error_plain": _error(plain, effects),
         "error_equal_cost": _error(_measured(plain, ends, effects, sites), effects),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,33 +23,52 @@ from torch import Tensor
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
+from lens_lora.arguments import whole
 from lens_lora.errors import UnsupportedAdapterError
 
-__all__ = ["null_adapter", "orthonormal"]
+__all__ = ["draw_seeds", "null_adapter", "orthonormal"]
 
 Parts = Mapping[str, Sequence[Int[Tensor, "row"]]]
 
 
-def null_adapter(adapter: Adapter, seed: int, *, parts: Parts | None = None) -> Adapter:
+def null_adapter(
+    adapter: Adapter, seed: int = 0, draw: int = 0, *, parts: Parts | None = None
+) -> Adapter:
     """An adapter of the same modules, ranks and singular values in random directions; in float64.
 
-    The same seed gives the same adapter. No forward pass; QR of factors and of as many Gaussians.
+    The same seed and draw give the same adapter, here and wherever null adapters are drawn:
+    `null_test(…, seed=3)` and `what_changed(…, seed=3)` hold the draws 0, 1, … of seed 3. No
+    forward pass; QR of factors and of as many Gaussians.
 
     Args:
         adapter: whose modules, ranks and singular values are kept.
-        seed: of the random directions.
+        seed: of the draws, a whole number of at least 0.
+        draw: which of them, from 0.
         parts: output rows of each part of a fused module, by the adapter's own key, where the
             spectrum of each part is to be kept (`null_test` passes the model's q, k and v).
 
     Raises:
+        ArgumentError: a seed or draw that is no whole number, or below 0.
         UnsupportedAdapterError: DoRA, trained biases or modules: their change depends on the base.
     """
-    generator = torch.Generator().manual_seed(seed)
+    seed, draw = whole("seed", seed, 0), whole("draw", draw, 0)
+    generator = torch.Generator().manual_seed(draw_seeds(seed, draw + 1)[draw])
     modules = {
         key: _null(_known(key, update), (parts or {}).get(key), generator)
         for key, update in adapter.modules.items()
     }
-    return Adapter(modules, name=f"null {seed} of {adapter.name}", base_model=adapter.base_model)
+    which = f"{draw}" if seed == 0 else f"{seed}.{draw}"
+    return Adapter(modules, name=f"null {which} of {adapter.name}", base_model=adapter.base_model)
+
+
+def draw_seeds(seed: int, draws: int) -> list[int]:
+    """The generator's seed of each draw; more draws begin with the same ones.
+
+    Args:
+        seed: of the draws.
+        draws: how many.
+    """
+    return np.random.SeedSequence(seed).generate_state(draws).tolist()
 
 
 def _null(

@@ -24,8 +24,8 @@ from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.batching import ROW_TOKENS
 from lens_lora.engine.final_reading import over_scale, read_through
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.swap import record
-from lens_lora.engine.texts import by_length
+from lens_lora.engine.recording import record
+from lens_lora.engine.texts import by_length, first_occurrences
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens, Scale
@@ -144,6 +144,7 @@ def _result(
         first={name: shift[:, 0].clone() for name, shift in kept.values.items()},
         sinks=found,
         counted=counted,
+        distinct=first_occurrences(kept.rows),
         readings={
             name: _reading(lens, kept.values[name], kept.base[name], counted)
             for name in kept.values

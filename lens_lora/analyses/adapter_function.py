@@ -107,7 +107,8 @@ def on_prompts(
     about: Asked | None,
     second: LoraLens,
     names: Sequence[str],
-    seeds: Sequence[int],
+    draws: int,
+    seed: int,
     progress: bool,
 ) -> dict[str, Tensor]:
     """The fields of `AdapterComparison` that need prompts.
@@ -117,7 +118,7 @@ def on_prompts(
         about: the same with a readout; None without one.
         second: the other adapter over the same model.
         names: of the sites that both adapt.
-        seeds: of the random directions, one a draw.
+        draws, seed: of the random directions, as for `null_adapter`.
         progress: show a bar.
 
     Raises:
@@ -130,11 +131,11 @@ def on_prompts(
         about.require_slope_at_base()
 
     def random() -> Iterator[LoraLens]:
-        for draw in seeds:
-            yield lens.with_adapter(null_adapter(second.adapter, draw, parts=parts))
+        for draw in range(draws):
+            yield lens.with_adapter(null_adapter(second.adapter, seed, draw, parts=parts))
 
-    silent = not progress or not seeds
-    with tqdm(total=len(seeds), desc="null adapters", leave=False, disable=silent) as bar:
+    silent = not progress or not draws
+    with tqdm(total=draws, desc="null adapters", leave=False, disable=silent) as bar:
 
         def each() -> Iterator[LoraLens]:
             yield second

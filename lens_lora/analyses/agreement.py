@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 __all__ = ["STATISTICS", "Vector", "intervals_of", "pearson", "statistics_of"]
@@ -24,19 +25,23 @@ STATISTICS = (
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
-def statistics_of(a: Vector, e: Vector, k: int, eps: float) -> dict[str, float]:
-    """All of one prompt.
+def statistics_of(
+    a: Vector, e: Vector, clear: NDArray[np.bool_], k: int, eps: float
+) -> dict[str, float]:
+    """All of one prompt, by name; NaN where one does not exist.
 
     Args:
         a, e: the attribution's number and the effect of each group.
+        clear: which groups stand out of rounding: only their signs are compared.
         k: of the top-k overlap.
         eps: the rounding below which numbers count as constant.
     """
+    same = (np.sign(a) == np.sign(e))[clear]
     return {
         "pearson": pearson(a, e, eps),
         "spearman": pearson(rankdata(a), rankdata(e), eps),
         "slope": _slope(a, e, eps),
-        "sign_agreement": float((np.sign(a) == np.sign(e)).mean()),
+        "sign_agreement": float(same.mean()) if len(same) else np.nan,
         "top_k_overlap": len(_top(a, k) & _top(e, k)) / k,
         "relative_error": _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
         "sum_ratio": _ratio(float(a.sum()), float(e.sum())),

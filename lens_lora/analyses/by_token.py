@@ -23,7 +23,12 @@ from lens_lora.engine.gate_graph import slopes_of_each
 from lens_lora.engine.memory import must_rerun
 from lens_lora.engine.read import differentiable_tokens
 from lens_lora.engine.reverse import joined, token_slopes
-from lens_lora.engine.tangent_slopes import all_parts, group_slopes, tangent_slopes
+from lens_lora.engine.tangent_slopes import (
+    TokenTangents,
+    all_parts,
+    group_slopes,
+    tangent_slopes,
+)
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Groups, indicator
 from lens_lora.readouts.rows import LogProbs
@@ -57,11 +62,14 @@ def by_token(
     lens, reading = asked.lens, asked.reading
     way = chosen_mode(mode, lens, int(reading.prompts.slots), _starts(asked, axes, groups))
     if way == "forward":
+        tokens = TokenTangents(lens, reading)
         values = (
-            tangent_slopes(lens, reading, gates, axes, tokens=True, progress=progress)
+            tangent_slopes(lens, reading, gates, axes, tokens=tokens, progress=progress)
             if groups is None
-            else group_slopes(lens, reading, gates, groups, progress=progress)
+            else group_slopes(lens, reading.prompts, gates, groups, tokens, progress=progress)
         )
+        if tokens.value is not None and not bool(gates.any()):
+            asked.know_base(tokens.value)
         return values, way
     if axes:
         return _split(asked, gates, axes), way

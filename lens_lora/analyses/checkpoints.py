@@ -37,6 +37,7 @@ from lens_lora.results.checkpoints import Checkpoints
 __all__ = ["checkpoints"]
 
 _SCALES = tuple(i / 10 for i in range(1, 11))
+_TURNED = 0.1  # degrees by which saving in half precision turns ΔW
 
 
 @alone
@@ -51,8 +52,8 @@ def checkpoints(
 ) -> Checkpoints:
     """A readout, its first order, its flip and the weights at every checkpoint of a training.
 
-    Cost per checkpoint: 11 forward passes and a backward pass, and about ten more forward passes
-    where a prompt flips; once the noise floor's eight forward passes.
+    Cost per checkpoint: 16 forward passes, five of them for its noise floor, a backward pass, and
+    about ten more forward passes where a prompt flips; once five for the base's noise floor.
 
     Args:
         lens: any adapter over the base model, such as the last checkpoint's.
@@ -87,7 +88,7 @@ def checkpoints(
     series = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     base = series.pop("base")[0]
     weights = _weights(updates)
-    floor = asked.noise_floor.cpu().double()
+    noise = torch.cat([asked.base_noise[None].cpu().double(), series.pop("noise")])
     return Checkpoints(
         steps=at,
         names=tuple(adapter.name for adapter in found),
@@ -95,8 +96,8 @@ def checkpoints(
         base=base,
         **series,
         **weights,
-        phases=_phases(at, base, series["adapted"], weights["angle"], floor),
-        noise_floor=floor,
+        phases=_phases(at, base, series["adapted"], weights["angle"], noise),
+        noise=noise,
         str_tokens=asked.str_tokens,
         readout=readout.label,
         units=readout.units,
@@ -176,6 +177,7 @@ def _measured(asked: Asked) -> dict[str, Tensor]:
         "adapted": first.adapted.cpu().double(),
         "effects": first.per_site.detach().cpu().double(),
         "flip_scale": flips,
+        "noise": asked.adapted_noise.cpu().double(),
     }
 
 
@@ -209,11 +211,11 @@ def _inner(own: Mapping[str, Thin], other: Mapping[str, Thin]) -> Float[Tensor, 
 
 
 def _phases(
-    steps: tuple[float, ...], base: Tensor, adapted: Tensor, angle: Tensor, floor: Tensor
+    steps: tuple[float, ...], base: Tensor, adapted: Tensor, angle: Tensor, noise: Tensor
 ) -> dict[str, tuple[tuple[float, float], ...]]:
     values = torch.cat([base[None], adapted])
     found = {
-        f"prompt {p}": phase_changes((0.0, *steps), values[:, p].tolist(), float(floor[p]))
+        f"prompt {p}": phase_changes((0.0, *steps), values[:, p].tolist(), noise[:, p].tolist())
         for p in range(len(base))
     }
-    return found | {"angle": phase_changes(steps, angle.tolist())}
+    return found | {"angle": phase_changes(steps, angle.tolist(), [_TURNED] * len(steps))}

@@ -6,7 +6,8 @@
 
        pearson, spearman      correlation of a_l with e_l, and of their ranks
        slope                  of the least-squares line of e on a, with an intercept
-       sign_agreement         share of groups where a_l and e_l have the same sign
+       sign_agreement         share of groups where a_l and e_l have the same sign, of those whose
+                              effect is beyond three noise floors
        top_k_overlap          |top-k by |a| ∩ top-k by |e|| / k
        relative_error         Σ|a_l − e_l| / Σ|e_l|
        sum_ratio              Σ a_l / Σ e_l
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.analyses.agreement import STATISTICS, intervals_of, statistics_of
@@ -39,6 +40,7 @@ from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
 from lens_lora.results.measured import Result
+from lens_lora.results.signs import hides_sign
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -57,8 +59,10 @@ class Comparison(Result):
         attribution_name, effects_name: their keys, as in `results.keys`.
         k: of the top-k overlap (all groups, where there are fewer).
         pearson, spearman, slope, sign_agreement, top_k_overlap, relative_error, sum_ratio:
-            [batch]; without unit. Sign agreement counts every group alike, however small, and
-            zero agrees with zero only.
+            [batch]; without unit. Sign agreement counts every group alike whose effect stands out
+            of rounding, and zero agrees with zero only.
+        beyond_noise: [batch], the share of groups whose effect is beyond three noise floors; the
+            order of the others may be rounding. NaN where the effects state no floor.
         interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
             prompt or without resampling.
         meta: of the attribution: model, adapter, dtype and versions.
@@ -80,6 +84,7 @@ class Comparison(Result):
     top_k_overlap: Float[Tensor, "batch"]
     relative_error: Float[Tensor, "batch"]
     sum_ratio: Float[Tensor, "batch"]
+    beyond_noise: Float[Tensor, "batch"]
     interval: Mapping[str, tuple[float, float]]
     str_tokens: tuple[tuple[str, ...], ...]
     readout: str
@@ -169,7 +174,9 @@ def compare(
     k, bootstrap, seed = whole("k", k, 1), whole("bootstrap", bootstrap, 0), whole("seed", seed, 0)
     _require_same(attribution, effects, held_out)
     a, e, groups = _over_groups(attribution, effects)
+    floors = [_floor(of) for of in (attribution, effects)]
     if held_out:
+        floors[0] = _of_mean(floors[0], len(e))
         a, e = _towards(a, attribution.shift), _towards(e, effects.shift)
         a = a.mean(0).expand_as(e)
     for of, values in ((attribution.key, a), (effects.key, e)):
@@ -177,7 +184,10 @@ def compare(
     k = min(k, len(groups))
     eps = max(torch.finfo(values.dtype).eps for values in (a, e))
     a, e = a.detach().cpu().double(), e.detach().cpu().double()
-    rows = [statistics_of(*pair, k, eps) for pair in zip(a.numpy(), e.numpy(), strict=True)]
+    clear = _clear(a, floors[0]) & _clear(e, floors[1])
+    has_floor = any(floor is not None for floor in floors)
+    triples = zip(a.numpy(), e.numpy(), clear.numpy(), strict=True)
+    rows = [statistics_of(*triple, k, eps) for triple in triples]
     statistics = {name: np.array([row[name] for row in rows]) for name in STATISTICS}
     return Comparison(
         labels=tuple(groups),
@@ -188,6 +198,7 @@ def compare(
         effects_name=effects.key,
         k=k,
         **{name: torch.from_numpy(values) for name, values in statistics.items()},
+        beyond_noise=clear.double().mean(1) if has_floor else torch.full_like(a[:, 0], torch.nan),
         interval=intervals_of(statistics, bootstrap, seed),
         str_tokens=effects.str_tokens,
         readout=effects.readout,
@@ -195,6 +206,24 @@ def compare(
         meta=attribution.meta,
         made_on=attribution.str_tokens if held_out else (),
     )
+
+
+def _floor(result: Attribution | Effects) -> Float[Tensor, "batch"] | None:
+    return None if isinstance(result, Attribution) else result.noise_floor
+
+
+def _of_mean(floor: Float[Tensor, "made"] | None, batch: int) -> Float[Tensor, "batch"] | None:
+    """σ of a mean over prompts, for each prompt that it is judged on."""
+    return None if floor is None else (floor.norm() / len(floor)).expand(batch)
+
+
+def _clear(
+    values: Float[Tensor, "batch group"], floor: Float[Tensor, "batch"] | None
+) -> Bool[Tensor, "batch group"]:
+    """Which effects stand out of rounding; all where no floor is stated."""
+    if floor is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    return ~hides_sign(values, floor.to(values)[:, None])
 
 
 def _towards(

@@ -22,6 +22,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.random_directions import draw_seeds
 from lens_lora.analyses.adapter_function import cosine_of, on_prompts
 from lens_lora.analyses.adapter_geometry import Thin, geometry, thin
 from lens_lora.analyses.agreement import pearson
@@ -235,7 +236,7 @@ def compare_adapters(
         prompts: on which both are run; read at every token but the first.
         readout: whose first order by site is correlated; read at each prompt's last token.
         draws: adapters of the second's spectra in random directions; 0 for none.
-        seed: of the draws' own seeds.
+        seed: of the draws; those that are run on prompts are `null_adapter(other, seed, draw)`.
         progress: show a bar.
 
     Raises:
@@ -259,8 +260,7 @@ def compare_adapters(
             f"{lens.sites[0].name}, … and {second.sites[0].name}, …), so "
             "their ΔW cannot be compared; give prompts, on which what both do is compared."
         )
-    seeds = np.random.SeedSequence(seed).generate_state(draws).tolist()
-    fields = geometry(_thin(lens), _thin(second), seeds)
+    fields = geometry(_thin(lens), _thin(second), draw_seeds(seed, draws))
     nothing = torch.zeros(0, dtype=torch.float64)
     fields |= {
         "function": nothing.view(2, 3, 0),
@@ -271,7 +271,7 @@ def compare_adapters(
     if prompts is not None:
         asked = ask_prompts(lens, prompts)
         about = None if readout is None else ask(lens, asked.prompts, readout)
-        fields |= on_prompts(asked, about, second, [s.name for s in shared], seeds, progress)
+        fields |= on_prompts(asked, about, second, [s.name for s in shared], draws, seed, progress)
     return AdapterComparison(
         names=(lens.adapter.name, other.name),
         sites=tuple(shared),

@@ -8,7 +8,8 @@
    first token is left out, a sink whose δ is another one, and its size is shown apart. A token with
    the same tokens before it as in an earlier text counts once: it is not held out from that text.
 3. What the constants alone do: the texts are cut in two halves, and the constants of each are
-   applied, as an adapter and at every token, to the other half. By KL, over the same tokens,
+   applied, as an adapter and at every token, to the other half. A beginning that texts of both
+   halves share is in neither half's constants. By KL, over the same tokens,
 
        kept = 1 − Σ KL(adapted ‖ constant) / Σ KL(adapted ‖ base)
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.adapters.factors import LoRAFactors
@@ -34,18 +35,21 @@ from lens_lora.engine.texts import (
     distinct_tokens,
     require_own_tokens,
     require_second_token,
+    unshared,
 )
 from lens_lora.engine.update_sums import UpdateSums, update_sums
 from lens_lora.errors import PromptError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.basis import Update
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.constancy import held_out_share
 from lens_lora.results.constant_part import ConstantPart, constants
 
 __all__ = ["constant_part"]
+
+_HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
 @alone
@@ -68,7 +72,7 @@ def constant_part(
         progress: show a bar.
 
     Raises:
-        PromptError: one text alone, a text of one token, or one that an earlier text begins with.
+        PromptError: one text alone, a text of one token, or one that another text begins with.
         UnsupportedAdapterError: the adapter changes norms.
         ArgumentError, TokenError: a readout that does not fit the model.
         NumericsError: non-finite activations or logits.
@@ -80,18 +84,16 @@ def constant_part(
         raise PromptError("constants are judged on other texts than their own; give two or more.")
     require_own_tokens(rows)
     about = None if readout is None else asked.about(readout)
-    sums = update_sums(lens, rows)
-    every = list(range(rows.batch))
-    halves = every[::2], every[1::2]
-    vectors, widths = _by_module(lens, sums, every)
-    others = [lens.with_adapter(constants(*_by_module(lens, sums, half))) for half in halves]
+    sums = update_sums(lens, rows, _apart(rows))
+    vectors, widths = _by_module(lens, sums)
+    others = [lens.with_adapter(constants(*_by_module(lens, sums, half))) for half in _HALVES]
     of = _by_kl if about is None else _by_readout
     base, constant, adapted = of(about or asked, others, progress)
     count = int(sums.counts.sum())
     return ConstantPart(
         share=held_out_share(sums.euclidean(), sums.squares, sums.counts),
         size=(sums.squares.sum(0) / count).sqrt(),
-        mean_size=torch.stack([mean.norm() for mean in sums.means(every)]),
+        mean_size=torch.stack([mean.norm() for mean in sums.means()]),
         first_size=sums.first.mean(0),
         base=base,
         constant=constant,
@@ -104,6 +106,16 @@ def constant_part(
         units="nats" if readout is None else readout.units,
         meta=lens.describe(),
     )
+
+
+def _apart(rows: Prompts) -> Bool[Tensor, "text pos"]:
+    """The tokens of each half that no text of the other has after the same ones."""
+    halves = [rows.chosen(range(rows.batch)[half]) for half in _HALVES]
+    found = torch.zeros(rows.tokens.shape, dtype=torch.bool)
+    for half, own, other in zip(_HALVES, halves, halves[::-1], strict=True):
+        kept = unshared(own, other)
+        found[half, : kept.shape[1]] = kept
+    return found
 
 
 Ends = tuple[Float[Tensor, "batch"], Float[Tensor, "batch"], Float[Tensor, "batch"]]
@@ -134,12 +146,12 @@ def _by_readout(asked: Asked, others: list[LoraLens], progress: bool) -> Ends:
 
 
 def _by_module(
-    lens: LoraLens, sums: UpdateSums, texts: list[int]
+    lens: LoraLens, sums: UpdateSums, half: slice | None = None
 ) -> tuple[dict[str, Float[Tensor, "out"]], dict[str, int]]:
     """μ of each module as its Hugging Face module writes it, and the width that it reads."""
     vectors: dict[str, Tensor] = {}
     widths: dict[str, int] = {}
-    for one, mean in zip(lens.plan.updates, sums.means(texts), strict=True):
+    for one, mean in zip(lens.plan.updates, sums.means(half), strict=True):
         site = one.site
         key = site.path + (f"@{site.adapter}" if site.adapter else "")
         rows = slice(None) if site.rows is None else site.rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import overload
 
-from lens_lora.analyses.explain_margin import Explanation, explain_margin
+from lens_lora.analyses.explain_margin import Explanation, explain_margins
 from lens_lora.analyses.explain_response import ResponseExplanation, explain_response
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import ask_prompts
@@ -104,7 +104,7 @@ def explain(
         )
     if response is not None:
         raise ArgumentError("doc and pre, and a response: explain takes two answers or a response.")
-    return explain_margin(prompts, doc, pre, fast=fast, null=null, progress=progress)
+    return explain_margins(prompts, doc, pre, fast=fast, null=null, progress=progress)[0]
 
 
 def _require_response_only(doc: object, pre: object, null: int) -> None:

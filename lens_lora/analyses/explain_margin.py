@@ -1,4 +1,4 @@
-"""All that is known of one prompt's margin, in one result: for a terminal, a page, a notebook.
+"""All that is known of a prompt's margin, in one result: for a terminal, a page, a notebook.
 
 1. The margin along the path, its first-order parts by site and position, the flip (`fact_margin`).
 2. What the two models say next, and the tokens that all sites and the largest ones promote.
@@ -6,18 +6,23 @@
 4. Unless fast: every site added and left out, coupling of layers, the path integral, keep and drop
    curves. On request: null adapters.
 
-One `Asked` goes through all of them, and each takes what those before it have found.
+One `Asked` goes through all of them, and each takes what those before it have found. 1 to 3 are run
+for many prompts in the same passes, and each prompt's share is cut out of what they give
+(`results/one_prompt.py`); 4 fills its passes with one prompt's sites.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.analyses.compare import Comparison, compare
@@ -35,17 +40,18 @@ from lens_lora.engine.asked import Asked
 from lens_lora.engine.forward import Part, part_tangents
 from lens_lora.engine.function import require_finite
 from lens_lora.float64 import in_float64
-from lens_lora.readouts.answer_tokens import AnswerLike
+from lens_lora.readouts.answer_tokens import AnswerLike, items_of
 from lens_lora.readouts.answers import margin_between
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
 from lens_lora.results.measured import Result
+from lens_lora.results.one_prompt import one_prompt
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["Explanation", "explain_margin"]
+__all__ = ["Explanation", "explain_margins"]
 
 _MODULES, _SAID = 8, 5
 _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
@@ -61,6 +67,7 @@ class Explanation(Result):
         prompt: its tokens.
         margin: the margin's account and path, its first order split by position.
         said: {'base' or 'adapted': ((token, probability), …)}, the likeliest next tokens.
+        probabilities: of every next token, in the base and in the adapted model.
         shift: first-order logit shift of the next token, of all sites together.
         module_shift: the same of each of the largest sites.
         adapted_end: first order at ε = 1.
@@ -77,6 +84,7 @@ class Explanation(Result):
     prompt: tuple[str, ...]
     margin: FactMargin
     said: Mapping[str, tuple[tuple[str, float], ...]]
+    probabilities: Float[Tensor, "end vocab"]
     shift: LogitShift
     module_shift: LogitShift
     adapted_end: Attribution
@@ -156,7 +164,7 @@ class Explanation(Result):
         return path
 
 
-def explain_margin(
+def explain_margins(
     prompts: Asked,
     doc: AnswerLike,
     pre: AnswerLike,
@@ -164,31 +172,48 @@ def explain_margin(
     fast: bool = False,
     null: int = 0,
     progress: bool = True,
-) -> Explanation:
-    """All that this package can say of one prompt's margin between two answers.
+) -> tuple[Explanation, ...]:
+    """All that this package can say of each prompt's margin between two answers.
 
     Args:
-        prompts: one prompt, without a readout.
+        prompts: one or several, without a readout.
         doc, pre, fast, null, progress: as for `explain`.
 
     Raises:
         TokenError, ModelStateError, NumericsError: as for `explain`.
     """
     asked = prompts.about(margin_between(prompts.lens.model, doc, pre, prompts.prompts))
-    steps = _QUICK_STEPS + (null > 0) + (0 if fast else _SLOW_STEPS)
+    batch = prompts.prompts.batch
+    steps = _QUICK_STEPS + (null > 0) + (0 if fast else _SLOW_STEPS * batch)
     with tqdm(total=steps, desc="explain", leave=False, disable=not progress) as bar:
         with _step(bar, "the margin along the path"):
             margin = fact_margin_of(asked, doc, pre, by="position", progress=False)
-        found = _quick(asked, margin, bar)
+        alone = [_alone(prompts, i, doc, pre) for i in range(batch)]
+        labels = [one.readout.label for one in alone]
+        found = _quick(asked, margin, labels, bar)
         if null:
             with _step(bar, f"{null} null adapters"):
-                first = found.second_order.first_order
+                first = _without_positions(margin)
                 test = null_test_of(asked, first, draws=null, progress=progress)
-            found = dataclasses.replace(found, null=test)
-        return found if fast else _in_full(asked, found, bar, progress)
+            found = [
+                dataclasses.replace(one, null=one_prompt(test, i, labels[i]))
+                for i, one in enumerate(found)
+            ]
+        if fast:
+            return tuple(found)
+        return tuple(
+            _in_full(own, one, bar, progress) for own, one in zip(alone, found, strict=True)
+        )
 
 
 _QUICK_STEPS, _SLOW_STEPS = 5, 6
+
+
+def _alone(prompts: Asked, index: int, doc: AnswerLike, pre: AnswerLike) -> Asked:
+    """One of the prompts, about its own two answers."""
+    one = Asked(prompts.lens, prompts.prompts.chosen([index]))
+    doc, pre = (items_of(answer, prompts.prompts.batch)[index] for answer in (doc, pre))
+    return one.about(margin_between(one.lens.model, doc, pre, one.prompts))
 
 
 @contextlib.contextmanager
@@ -198,29 +223,38 @@ def _step(bar: tqdm, name: str) -> Generator[None]:
     bar.update()
 
 
-def _quick(asked: Asked, margin: FactMargin, bar: tqdm) -> Explanation:
-    first = dataclasses.replace(margin.attribution, values=margin.attribution.per_site, by=())
+def _without_positions(margin: FactMargin) -> Attribution:
+    return dataclasses.replace(margin.attribution, values=margin.attribution.per_site, by=())
+
+
+def _quick(asked: Asked, margin: FactMargin, labels: Sequence[str], bar: tqdm) -> list[Explanation]:
+    """What takes few passes, for all prompts in the same ones."""
+    first = _without_positions(margin)
     with _step(bar, "tokens promoted and suppressed"):
         shift = logit_shift_of(asked, by_site=False, progress=False)
-        largest = first.values[0].abs().argsort(descending=True)[:_MODULES]
-        module_shift = _shift_of(asked, shift, largest.tolist())
-        said = {name: _likeliest(asked, scale) for name, scale in (("base", 0.0), ("adapted", 1.0))}
+        module_shifts = _shifts_of_the_largest(asked, shift, first)
+        probabilities = torch.stack([_next_token(asked, scale) for scale in (0.0, 1.0)], dim=1)
     with _step(bar, "first order at the adapted end"):
         adapted_end = first_order_of(asked, at=1.0)
     with _step(bar, "second order"):
         second = second_order_of(asked, first, margin.curve)
     with _step(bar, "reliability"):
         flags = reliability_of(asked, first, "leave_one_out", adapted_end=adapted_end)
-    return Explanation(
-        prompt=tuple(asked.lens.str_tokens(asked.prompts)[0]),
-        margin=margin,
-        said=said,
-        shift=shift,
-        module_shift=module_shift,
-        adapted_end=adapted_end,
-        second_order=second,
-        reliability={"leave_one_out": flags},
-    )
+    prompts = asked.lens.str_tokens(asked.prompts)
+    return [
+        Explanation(
+            prompt=tuple(tokens),
+            margin=one_prompt(margin, i, label),
+            said=_said(asked, probabilities[i]),
+            probabilities=probabilities[i].clone(),
+            shift=one_prompt(shift, i),
+            module_shift=module_shifts[i],
+            adapted_end=one_prompt(adapted_end, i, label),
+            second_order=one_prompt(second, i, label),
+            reliability={"leave_one_out": one_prompt(flags, i, label)},
+        )
+        for i, (tokens, label) in enumerate(zip(prompts, labels, strict=True))
+    ]
 
 
 def _in_full(asked: Asked, found: Explanation, bar: tqdm, progress: bool) -> Explanation:
@@ -249,17 +283,31 @@ def _in_full(asked: Asked, found: Explanation, bar: tqdm, progress: bool) -> Exp
     )
 
 
-def _shift_of(asked: Asked, shift: LogitShift, chosen: list[int]) -> LogitShift:
-    """J δz_l over the whole vocabulary of the chosen sites alone; a dual forward pass each."""
-    lens, parts = asked.lens, [Part(index) for index in chosen]
-    values = part_tangents(lens, asked.prompts, lens.gates(0.0), parts, progress=False)
-    require_finite(values, "the logit shift")
-    return dataclasses.replace(shift, values=values, sites=tuple(lens.sites[i] for i in chosen))
+def _shifts_of_the_largest(asked: Asked, shift: LogitShift, first: Attribution) -> list[LogitShift]:
+    """J δz_l over the whole vocabulary of each prompt's largest sites; a dual forward pass each."""
+    lens, found = asked.lens, list[LogitShift]()
+    for i, values in enumerate(first.values):
+        chosen = values.abs().argsort(descending=True)[:_MODULES].tolist()
+        parts = [Part(index) for index in chosen]
+        alone = asked.prompts.chosen([i])
+        tangents = part_tangents(lens, alone, lens.gates(0.0), parts, progress=False)
+        require_finite(tangents, "the logit shift")
+        sites = tuple(lens.sites[index] for index in chosen)
+        found.append(dataclasses.replace(shift, values=tangents, sites=sites))
+    return found
 
 
-def _likeliest(asked: Asked, scale: float) -> tuple[tuple[str, float], ...]:
-    lens, prompts = asked.lens, asked.prompts
-    logits = prompts.at_read(lens.logits(prompts, scale))[0]
-    top = in_float64(logits).softmax(-1).topk(min(_SAID, len(logits)))
-    tokens = lens.decode(top.indices.tolist())
-    return tuple(zip(tokens, top.values.tolist(), strict=True))
+def _next_token(asked: Asked, scale: float) -> Float[Tensor, "batch vocab"]:
+    prompts = asked.prompts
+    return in_float64(prompts.at_read(asked.lens.logits(prompts, scale))).softmax(-1)
+
+
+def _said(
+    asked: Asked, probabilities: Float[Tensor, "end vocab"]
+) -> dict[str, tuple[tuple[str, float], ...]]:
+    found: dict[str, tuple[tuple[str, float], ...]] = {}
+    for name, row in zip(("base", "adapted"), probabilities, strict=True):
+        top = row.topk(min(_SAID, len(row)))
+        tokens = asked.lens.decode(top.indices.tolist())
+        found[name] = tuple(zip(tokens, top.values.tolist(), strict=True))
+    return found

@@ -159,6 +159,7 @@ def first_order_of(
     by: tuple[str, ...] | str = (),
     gauge: Gauge = "trained",
     rules: FrozenRules | None = None,
+    floors: bool = False,
     progress: bool = True,
 ) -> Attribution:
     """`first_order` of a question that is already tokenised.
@@ -166,6 +167,7 @@ def first_order_of(
     Args:
         asked: the lens, the prompts and the readout.
         at, mode, by, gauge, rules, progress: as for `first_order`.
+        floors: at the base, the noise floors are needed too: they share the passes.
 
     Raises:
         ArgumentError: another mode or axis, or less memory than one tangent takes.
@@ -177,10 +179,12 @@ def first_order_of(
     way, gates = chosen_mode(mode, lens, 1), lens.gates(at)
     with _under(rules, lens, reading.prompts):
         if "token" in axes:
-            turned = dataclasses.replace(asked, lens=lens)
+            turned = asked if lens is asked.lens else dataclasses.replace(asked, lens=lens)
             values, way = by_token(turned, gates, axes[:-1], mode, progress)
         elif way == "forward":
             values = tangent_slopes(lens, reading, gates, axes, progress=progress)
+        elif floors:
+            values = asked.slopes_with_floors(axes)
         else:
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from lens_lora.engine.swap import Recording, record
+from lens_lora.engine.recording import Recording, record
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens
@@ -18,6 +19,7 @@ __all__ = ["Names", "few", "firing", "known_point", "require_positions", "resolv
 
 Names = str | Sequence[str] | Callable[[str], bool]
 _NAMED = 5
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -30,7 +32,7 @@ def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, 
     Raises:
         SiteError: a name or glob that matches nothing, with the nearest names; no name at all.
     """
-    known = list(lens.model.hook_dict)
+    known = _by_layer(list(lens.model.hook_dict))
     if not isinstance(names, Iterable) and not callable(names):
         raise SiteError(f"names={names!r}; give a hook point, several, globs, or a predicate.")
     if not isinstance(names, str) and callable(names):
@@ -47,6 +49,13 @@ def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, 
         hits = fnmatch.filter(known, pattern) if is_glob else []
         found.update(dict.fromkeys(hits or [known_point(lens, pattern)]))
     return tuple(name for name in given if name in known), tuple(found)
+
+
+def _by_layer(names: list[str]) -> list[str]:
+    """Blocks' names in the order of layers: a bridge has them in that of the alphabet."""
+    layers = {name: int(found[1]) for name in names if (found := _BLOCK.match(name))}
+    ordered = iter(sorted(layers, key=layers.__getitem__))
+    return [next(ordered) if name in layers else name for name in names]
 
 
 def known_point(lens: LoraLens, name: str) -> str:
@@ -85,10 +94,17 @@ def firing(
     dead = [name for name in in_full if name not in donor.firings]
     points = tuple(name for name in wanted if name in donor.firings)
     if dead or not points:
-        raise ModelStateError(
-            f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; a "
-            "flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
+        why = (
+            "a flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
             "Name another point, or set the flag before the lens is made."
+        )
+        if not lens.plan.host.keeps_patterns:
+            why = (
+                "with attn='sdpa' no attention scores, patterns or rotated q and k are made. Name "
+                "another point, or load the model with attn='eager'."
+            )
+        raise ModelStateError(
+            f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; {why}"
         )
     between = points_without_update(lens.sites) & set(points)
     if between:

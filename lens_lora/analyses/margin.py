@@ -22,7 +22,13 @@ from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
-from lens_lora.analyses.verdict import Verdict, points_of, verdict_of
+from lens_lora.analyses.verdict import (
+    FlipVerdict,
+    Verdict,
+    flip_verdict,
+    points_of,
+    verdict_of,
+)
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.read import read_value
 from lens_lora.hooked.alone import alone
@@ -34,6 +40,7 @@ from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.measured import Result, per_prompt
+from lens_lora.results.signs import changes_sign
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -50,7 +57,7 @@ class FactMargin(Result):
         attribution: the first-order shift of the margin, by site (at ε = 0).
         curve: the margin along ε from 0 to 1, exact, beside its first-order line.
         flip_scale: [batch], the first ε in (0, 1] at which the margin changes sign; NaN where it
-            does not.
+            does not. Where rounding hides a sign it may be rounding too.
         doc, pre: the two answers, per prompt.
     """
 
@@ -92,13 +99,23 @@ class FactMargin(Result):
 
     @property
     def flips(self) -> tuple[bool, ...]:
-        """Whether the preferred fact changes between base and adapted model."""
-        return tuple((self.m0.sign() != self.m.sign()).tolist())
+        """Whether the preferred fact changes between base and adapted model.
+
+        False where rounding hides the sign of a margin; `flip_verdict` tells that from no flip.
+        """
+        return tuple(changes_sign(self.m0, self.m, self.noise_floor).tolist())
 
     @property
     def flip_predicted(self) -> tuple[bool, ...]:
-        """Whether first order alone, m₀ + Σ a_l, says so."""
-        return tuple((self.m0.sign() != (self.m0 + self.first_order).sign()).tolist())
+        """Whether first order alone, m₀ + Σ a_l, says so; False where rounding hides a sign."""
+        floors = self.noise_floor, self.remainder_floor
+        return tuple(changes_sign(self.m0, self.m0 + self.first_order, *floors).tolist())
+
+    @property
+    def flip_verdict(self) -> tuple[FlipVerdict, ...]:
+        """For each prompt, whether the margin flips, or rounding hides it."""
+        rows = torch.stack([self.m0, self.m, self.noise_floor.to(self.m)], 1).cpu().double()
+        return tuple(flip_verdict(*row) for row in rows.tolist())
 
     @property
     def verdict(self) -> tuple[Verdict, ...]:
@@ -108,11 +125,12 @@ class FactMargin(Result):
         return tuple(verdict_of(end[0], self.curve.way_of(i)) for i, end in enumerate(ends))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt: the margin's whole account."""
+        """One row per prompt: the margin's whole account; `hidden` where rounding hides a sign."""
         floors = ("noise_floor", "remainder_floor")
         names = ("m0", "first_order", "remainder", "m", *floors, "flip_scale")
         columns = per_prompt({name: getattr(self, name) for name in names})
-        flips = {"flips": self.flips, "flip_predicted": self.flip_predicted}
+        hidden = tuple(verdict.kind == "hidden" for verdict in self.flip_verdict)
+        flips = {"flips": self.flips, "flip_predicted": self.flip_predicted, "hidden": hidden}
         return pd.DataFrame({**columns, **flips})
 
     def story(self, prompt: int | None = None) -> str:
@@ -150,8 +168,8 @@ def fact_margin(
 ) -> FactMargin:
     """m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
-    Cost: one forward and one backward, some 40 forward passes along the path and for the noise
-    floors and eight backward, batched, and about ten forward more if any prompt flips.
+    Cost: five forward and backward passes and 32 forward passes, along the path and for the noise
+    floors, batched, and about ten forward more if any prompt flips.
 
     Args:
         lens: the adapter over the model.
@@ -186,7 +204,7 @@ def fact_margin_of(
         by, progress: as for `fact_margin`.
     """
     lens = asked.lens
-    attribution = first_order_of(asked, by=by)
+    attribution = first_order_of(asked, by=by, floors=True)
     curve = remainder_curve_of(asked, attribution, progress=progress)
     batch, texts = asked.prompts.batch, asked.prompts.texts
     docs, pres = (answer_ids(lens.model, answer, batch, texts) for answer in (doc, pre))

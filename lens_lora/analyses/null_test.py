@@ -59,14 +59,15 @@ class NullTest(Result):
         observed: first order of the real adapter, with its exact shift.
         null: [draw, batch, site], first order of each null adapter, in the readout's units.
         null_shift: [draw, batch], the exact g(1) − g(0) of each.
-        seeds: of each draw: `null_adapter(adapter, seed)`.
+        seed: of the draws: draw k is that of `null_adapter(adapter, seed, k)`, but where a fused
+            module holds several sites, whose singular values are kept part by part.
         noise_floor: [batch], σ of a difference of two readouts from rounding alone.
     """
 
     observed: Attribution
     null: Float[Tensor, "draw batch site"]
     null_shift: Float[Tensor, "draw batch"]
-    seeds: tuple[int, ...]
+    seed: int
     noise_floor: Float[Tensor, "batch"]
 
     @property
@@ -188,7 +189,7 @@ def null_test(
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         draws: how many null adapters; at least 2.
-        seed: of the draws' own seeds.
+        seed: of the draws, as for `null_adapter`.
         progress: show a bar.
 
     Raises:
@@ -224,12 +225,11 @@ def null_test_of(
     """
     draws, seed = _checked(draws, seed)
     lens, reading = asked.lens, asked.reading
-    seeds = tuple(int(s) for s in np.random.SeedSequence(seed).generate_state(draws))
     parts = fused_parts(lens)
     null, shifts = [], []
-    with tqdm(seeds, desc="null adapters", leave=False, disable=not progress) as bar:
+    with tqdm(range(draws), desc="null adapters", leave=False, disable=not progress) as bar:
         for draw in bar:
-            other = lens.with_adapter(null_adapter(lens.adapter, draw, parts=parts))
+            other = lens.with_adapter(null_adapter(lens.adapter, seed, draw, parts=parts))
             null.append(site_slopes(other, reading, other.gates(0.0)))
             require_finite_sites(other, null[-1])
             adapted = gated_readout(other, reading, other.gates(1.0)[None], progress=False)[:, 0]
@@ -238,7 +238,7 @@ def null_test_of(
         observed=first,
         null=torch.stack(null),
         null_shift=torch.stack(shifts),
-        seeds=seeds,
+        seed=seed,
         noise_floor=asked.noise_floor,
     )
 

@@ -26,7 +26,8 @@ from lens_lora.analyses.hook_points import Names, few, firing, require_positions
 from lens_lora.arguments import one_entry, whole, word
 from lens_lora.engine.asked import ask
 from lens_lora.engine.ignored import unheard
-from lens_lora.engine.swap import Patch, patched_readout, record
+from lens_lora.engine.recording import record
+from lens_lora.engine.swap import Patch, patched_readout
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens

@@ -55,7 +55,7 @@ class RemainderCurve(Read):
         noise: what rounding alone does to a shift and to the remainder.
         order: [batch], fitted slope of log|R| on log ε at small ε above the noise: 2 for a smooth
             model, NaN where fewer than three points stand out of the noise.
-        readout, units, meta: as in `Read`.
+        str_tokens, readout, units, meta: as in `Read`.
     """
 
     scales: Float[Tensor, "scale"]
@@ -142,8 +142,8 @@ def remainder_curve(
 ) -> RemainderCurve:
     """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
 
-    Cost: one forward and one backward, 18 forward passes and eight backward beside a forward pass
-    per scale (22 by default), batched.
+    Cost: five forward and backward passes and ten forward passes, most of them for the noise
+    floors, beside a forward pass per scale (22 by default), batched.
 
     Args:
         lens: the adapter over the model.
@@ -158,7 +158,7 @@ def remainder_curve(
         NumericsError: a readout or derivative that is not finite.
     """
     asked = ask(lens, prompts, readout)
-    return remainder_curve_of(asked, first_order_of(asked), scales, progress=progress)
+    return remainder_curve_of(asked, first_order_of(asked, floors=True), scales, progress=progress)
 
 
 def remainder_curve_of(

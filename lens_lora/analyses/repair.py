@@ -80,7 +80,8 @@ class Repair(Result):
         scales: [scale], strengths of the whole adapter; the last one 1.
         along: [scale, question], shares at those strengths.
         matched: the strength that keeps what the repair keeps, on the questions given and, where
-            there are some, on those held out; both where they are judged.
+            there are some, on those held out; both where they are judged. 1 where no strength up
+            to 1 keeps as much (`exceeds`).
         meta: model, adapter, dtype and versions.
     """
 
@@ -119,18 +120,27 @@ class Repair(Result):
         return self._mean("repaired", keep=False)
 
     @property
+    def exceeds(self) -> bool:
+        """Whether it keeps more than the whole adapter does at any strength up to 1.
+
+        There is no scaling to the same kept share then: it is held against the whole adapter.
+        """
+        return self.matched[-1] == 1.0 and self.kept_share > self._mean("scaled", keep=True)
+
+    @property
     def gain(self) -> float:
         """What scaling leaves at the same kept share over what the repair leaves.
 
-        Held out where questions of both kinds were; infinite where nothing is left.
+        Held out where questions of both kinds were; infinite where nothing is left. Of one that
+        `exceeds`, what the whole adapter leaves, which keeps less.
         """
         left, scaled = self.left_share, self._mean("scaled", keep=False)
         return scaled / left if left else float("inf")
 
     @property
     def verdict(self) -> Verdict:
-        """'helps', 'tie' (the gain is within a tenth of 1), 'worse', or 'nothing': no set of gates
-        but the whole adapter kept the share asked for."""
+        """'helps', 'tie' (the gain is within a tenth of 1), 'worse', or 'nothing': no smaller set
+        that was tried kept the share asked for and left less than the whole adapter."""
         if int(self.kept.sum()) == self.gate_count:
             return "nothing"
         if self.gain >= _CLEAR:

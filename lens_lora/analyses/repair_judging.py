@@ -2,7 +2,7 @@
 
 1. Shares of every question at strengths of the whole adapter, from nothing to all of it.
 2. On the questions given, and on those held out, the strength that keeps what the repair keeps: the
-   first one on the way up, refined by bisection on exact forward passes.
+   first one on the way up, refined by bisection on exact forward passes; 1 where none up to 1 does.
 3. Every question at the repaired gates, at the matched strengths, and at random sets of as many
    gates.
 

@@ -81,6 +81,9 @@ class Search:
     def kept(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "point"]:
         """kept(ε) at several gate vectors. A forward pass each, batched.
 
+        Args:
+            gates: the same for every prompt.
+
         Raises:
             NumericsError: a non-finite readout.
         """
@@ -92,7 +95,11 @@ class Search:
         return moved.sum(0) / self._size
 
     def gradient(self, gates: Float[Tensor, "site"]) -> Float[Tensor, "site"]:
-        """∂kept/∂ε. One forward and one backward pass."""
+        """∂kept/∂ε. One forward and one backward pass.
+
+        Args:
+            gates: the same for every prompt.
+        """
         asked = self._asked
         slopes = site_slopes(asked.lens, asked.reading, gates.to(asked.lens.gates(0.0)))
         self.gradients += 1

@@ -5,6 +5,7 @@
    remainder's is far above the shift's, as first order has rounding of its own.
 2. Second order beside first (`SecondVerdict`): which of the two leaves less, up to which strength.
 3. Random directions (`NullVerdict`): how far the shift stands out from theirs.
+4. The sign of a margin at both ends (`FlipVerdict`): a sign within three noise floors is unknown.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from lens_lora.results.noise import Noise
 
 __all__ = [
     "CHECKPOINTS",
+    "FlipVerdict",
     "NullVerdict",
     "Point",
     "SecondVerdict",
     "Verdict",
+    "flip_verdict",
     "null_verdict",
     "points_of",
     "second_verdict",
@@ -253,3 +256,34 @@ def null_verdict(
     if abs(shift) <= floor:
         return NullVerdict("no_shift", *numbers)
     return NullVerdict("as_random" if p > max(_LEVEL, 1 / (1 + draws)) else "stands_out", *numbers)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class FlipVerdict(_Worded):
+    """Whether one prompt's margin changes sign between base and adapted model.
+
+    Attributes:
+        kind: 'hidden', a margin is within rounding of zero, so that its sign is unknown; 'flips';
+            'keeps', both have the same sign.
+        m0, m: the base model's margin, and the adapted model's.
+        floor: three noise floors.
+    """
+
+    kind: Literal["hidden", "flips", "keeps"]
+    m0: float
+    m: float
+    floor: float
+
+
+def flip_verdict(m0: float, m: float, noise_floor: float) -> FlipVerdict:
+    """The verdict on one prompt's flip.
+
+    Args:
+        m0, m: the base model's margin, and the adapted model's.
+        noise_floor: σ of each from rounding alone.
+    """
+    floor = SIGMAS * noise_floor
+    if min(abs(m0), abs(m)) <= floor:
+        return FlipVerdict("hidden", m0, m, floor)
+    return FlipVerdict("flips" if m0 * m < 0 else "keeps", m0, m, floor)

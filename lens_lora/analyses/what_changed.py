@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -63,7 +62,7 @@ def what_changed(
             plain sentences and ten openings of conversations that come with the package.
         unrelated: adapters that were trained for something else.
         nulls: how many null adapters.
-        seed: of their random directions.
+        seed: of their random directions, as for `null_adapter`.
         split: whether to split the quadratic KL by site.
         progress: show a bar.
 
@@ -81,9 +80,9 @@ def what_changed(
     asked = ask_prompts(lens, neutral_texts(lens.model) if texts is None else texts)
     rows = asked.prompts
     require_second_token(rows, "every number")
-    seeds = np.random.SeedSequence(whole("seed", seed, 0)).generate_state(whole("nulls", nulls, 0))
     parts = fused_parts(lens)
-    random = [null_adapter(lens.adapter, int(s), parts=parts) for s in seeds]
+    draws = range(whole("nulls", nulls, 0))
+    random = [null_adapter(lens.adapter, seed, draw, parts=parts) for draw in draws]
     lenses = [lens, *(lens.with_adapter(other) for other in (*random, *others))]
     sums, shares = text_sums(lenses, rows, split=split, progress=progress)
     found, *controls = (_changes(one, rows) for one in sums)

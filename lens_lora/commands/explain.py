@@ -24,6 +24,7 @@ from lens_lora.commands.options import (
     DtypeOption,
     In4Bit,
     In8Bit,
+    MaxMemory,
     ModelOption,
     Question,
     Quiet,
@@ -40,7 +41,7 @@ from lens_lora.sweeps.records import read_records
 
 __all__ = ["explain"]
 
-_MOST = 10
+_MOST = 16
 _Prompt = str | Sequence[Mapping[str, str]]
 _Found = tuple[_Prompt, str | None, str | None]
 _EXAMPLE = "--prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'"
@@ -96,6 +97,7 @@ def explain(
     load_in_4bit: In4Bit = False,
     load_in_8bit: In8Bit = False,
     attn: AttnOption = "eager",
+    max_memory: MaxMemory = None,
     quiet: Quiet = False,
 ) -> None:
     """Explain what a LoRA did to two answers' margin, or to a response: a summary, and a page.
@@ -123,7 +125,7 @@ def explain(
     folder = adapter_folder(adapter) if adapter else None
     from lens_lora.commands.run_explain import run
 
-    subject = Subject(folder, model, model_class, how)
+    subject = Subject(folder, model, model_class, how, max_memory)
     run(subject, questions, report, progress, max_new_tokens=max_new_tokens, fast=fast, null=null)
 
 

@@ -136,7 +136,8 @@ def lens_for(subject: Subject, adapter: Adapter, device: str, progress: Console)
     if how.device is None and how.device_map is None:
         how = dataclasses.replace(how, device=device)
     base, tokenizer = load_model_of(adapter, subject.model, progress, how)
-    return lens_over(base, tokenizer, adapter, progress, kind=kind, attn=how.attn)
+    lens = lens_over(base, tokenizer, adapter, progress, kind=kind, attn=how.attn)
+    return lens.within(subject.max_memory)
 
 
 def announce(lens: LoraLens) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "DtypeOption",
     "In4Bit",
     "In8Bit",
+    "MaxMemory",
     "ModelClass",
     "ModelOption",
     "Question",
@@ -48,12 +49,14 @@ class Subject(NamedTuple):
         model_class: the hooked model's class; None for the default of the installed version.
         how: how the model is loaded, and where it lies; without a device, on the CPU or where
             accelerate launch says.
+        max_memory: bytes beside the model and the results; None for no bound.
     """
 
     adapter: Path | None
     model: str | None
     model_class: ModelClass | None = None
     how: Placement = Placement()
+    max_memory: float | None = None
 
 
 class Question(NamedTuple):
@@ -127,6 +130,14 @@ In8Bit = Annotated[
 AttnOption = Annotated[
     Attention,
     typer.Option("--attn", help="sdpa takes less memory for long prompts, and shows no patterns."),
+]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--max-memory",
+        min=1,
+        help="Bytes beside the model, such as 8e9: less at a time, and the same numbers.",
+    ),
 ]
 SystemOption = Annotated[
     str | None, typer.Option("--system", help="The system's message before what --chat says.")

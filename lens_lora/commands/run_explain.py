@@ -1,4 +1,8 @@
-"""What `lens-lora explain` does once its options are checked."""
+"""What `lens-lora explain` does once its options are checked.
+
+With --fast, prompts that have answers share their passes: they are explained all at once, or one by
+one where that fails. In full each takes a while, and the page is written after each.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from rich.text import Text
 
 from lens_lora.adapters.adapter import load_adapter
 from lens_lora.analyses.explain import explain as explain_prompt
+from lens_lora.analyses.explain_all import explain_all
 from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.commands.loading import announce, lens_for, shipped_adapter
@@ -55,17 +60,35 @@ def run(
     _require_fit(lens, questions, max_new_tokens)
     explanations: list[Explanation | ResponseExplanation] = []
     with told_if_interrupted(lambda: _kept(report, len(explanations), len(questions))):
-        for number, question in enumerate(questions, start=1):
-            which = f"{number} of {len(questions)}"
-            options = {"fast": fast, "null": null, "progress": not progress.quiet}
-            progress.print(f"Explaining prompt {which}", highlight=False)
-            with quiet_libraries():
-                found = _explained(lens, question, max_new_tokens, options)
-            _print(found, question, which)
-            explanations.append(found)
+        options = {"fast": fast, "null": null, "progress": not progress.quiet}
+        waiting = _together(questions, fast)
+        while waiting:
+            some = waiting.pop(0)
+            first = len(explanations) + 1
+            numbers = f"{first}" if len(some) == 1 else f"{first} to {first + len(some) - 1}"
+            progress.print(f"Explaining prompt {numbers} of {len(questions)}", highlight=False)
+            try:
+                with quiet_libraries():
+                    found = _explained(lens, some, max_new_tokens, options)
+            except LensLoraError:
+                if len(some) == 1:
+                    raise
+                waiting = [[question] for question in some]
+                continue
+            for number, (one, question) in enumerate(zip(found, some, strict=True), start=first):
+                _print(one, question, f"{number} of {len(questions)}")
+            explanations += found
             report.write_text(explanation_report(explanations), encoding="utf-8")
     say(f"\nReport: {report.absolute()}")
     progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
+
+
+def _together(questions: Sequence[Question], fast: bool) -> list[Sequence[Question]]:
+    """Questions that are explained in one call."""
+    conversations = {not isinstance(question.prompt, str) for question in questions}
+    if fast and len(conversations) == 1 and all(question.doc for question in questions):
+        return [questions]
+    return [[question] for question in questions]
 
 
 def _kept(report: Path, done: int, count: int) -> str:
@@ -97,16 +120,22 @@ def _require_fit(lens: LoraLens, questions: Sequence[Question], most: int) -> No
 
 
 def _explained(
-    lens: LoraLens, question: Question, most: int, options: dict[str, Any]
-) -> Explanation | ResponseExplanation:
-    prompt, doc, pre, response = question
+    lens: LoraLens, questions: Sequence[Question], most: int, options: dict[str, Any]
+) -> list[Explanation | ResponseExplanation]:
+    """Several questions have answers; one may ask for a response."""
+    if len(questions) > 1:
+        prompts: Any = [question.prompt for question in questions]
+        docs = [question.doc for question in questions if question.doc is not None]
+        pres = [question.pre for question in questions if question.pre is not None]
+        return list(explain_all(lens, prompts, docs, pres, **options))
+    ((prompt, doc, pre, response),) = questions
     if doc is not None and pre is not None:
-        return explain_prompt(lens, prompt, doc, pre, **options)
+        return [explain_prompt(lens, prompt, doc, pre, **options)]
     asked = {name: options[name] for name in ("fast", "progress")}
     if response is not None:
-        return explain_prompt(lens, prompt, response=response, **asked)
+        return [explain_prompt(lens, prompt, response=response, **asked)]
     said = lens.generate(prompt, most, progress=options["progress"])
-    return explain_prompt(lens, said.prompts, response=said, **asked)
+    return [explain_prompt(lens, said.prompts, response=said, **asked)]
 
 
 def _print(found: Explanation | ResponseExplanation, question: Question, which: str) -> None:

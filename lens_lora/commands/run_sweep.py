@@ -16,15 +16,19 @@ from lens_lora.commands.loading import lens_for, shipped_adapter
 from lens_lora.commands.options import Subject
 from lens_lora.commands.terminal import say, told_if_interrupted
 from lens_lora.errors import ArgumentError
+from lens_lora.readouts.answers import AnswerLogProb
+from lens_lora.readouts.divergence import KL
+from lens_lora.sweeps.batches import Make
 from lens_lora.sweeps.processes import launched
 from lens_lora.sweeps.records import Record
 from lens_lora.sweeps.result import SweepResult
-from lens_lora.sweeps.sweep import require_resumable, sweep
+from lens_lora.sweeps.sweep import require_resumable, require_slopes, sweep
 from lens_lora.sweeps.token_file import ActivationsFile
 
 __all__ = ["run"]
 
 _SHOWN_ERRORS = 10
+_READOUTS: dict[str, Make] = {"log-prob": AnswerLogProb, "kl": KL}
 
 
 def run(
@@ -33,6 +37,7 @@ def run(
     analyses: Sequence[str],
     out: Path,
     *,
+    response: str | None,
     batch_size: int,
     resume: bool,
     quiet: bool,
@@ -43,15 +48,18 @@ def run(
         subject: the adapter and the model.
         records: as they were read.
         analyses: names from `ANALYSES`.
-        out, batch_size, resume, quiet: as the options of the same names.
+        out, response, batch_size, resume, quiet: as the options of the same names.
 
     Raises:
         ArgumentError: a device map for several processes.
+        SweepError: derivatives of a KL, or results at `out` of another sweep.
         typer.Exit: code 1 if no prompt has numbers.
     """
     adapter = load_adapter(subject.adapter or shipped_adapter())
+    readout = None if response is None else _READOUTS[response]
+    require_slopes(analyses, None if readout is None else readout(["", ""]))
     if resume:
-        require_resumable(out, adapter, analyses)
+        require_resumable(out, adapter, analyses, readout)
     processes = launched()
     if processes.count > 1 and subject.how.device_map is not None:
         raise ArgumentError(
@@ -69,6 +77,7 @@ def run(
             records,
             analyses,
             out=out,
+            readout=readout,
             batch_size=batch_size,
             resume=resume,
             progress=not progress.quiet,
@@ -104,7 +113,8 @@ def _print(result: SweepResult, processes: int) -> None:
     table.add_row("prompts done", f"{result.done} of {result.records}{again}")
     if processes > 1:
         table.add_row("processes", str(processes))
-    table.add_row("margins that flip", f"{result.flips} of {result.done}")
+    if "margin" in result.readout:
+        table.add_row("margins that flip, beyond rounding", f"{result.flips} of {result.done}")
     table.add_row("records with errors", str(len(result.errors)))
     table.add_row("analyses", f"{', '.join(result.analyses)}, in {result.units or 'no units'}")
     table.add_row("model", f"{result.meta['model']} as {result.meta['model_class']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ from lens_lora.commands.options import (
     DtypeOption,
     In4Bit,
     In8Bit,
+    MaxMemory,
     ModelOption,
     Quiet,
     Subject,
@@ -37,7 +38,8 @@ def sweep(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="JSONL or CSV with prompt (in JSONL also messages), doc, pre, perhaps id.",
+            help="JSONL or CSV with prompt (in JSONL also messages), doc, pre, perhaps id; with "
+            "--response, response in place of doc and pre.",
         ),
     ],
     out: Annotated[
@@ -52,6 +54,13 @@ def sweep(
             f"{', '.join(BY_TOKEN)}, which need no doc and pre."
         ),
     ] = None,
+    response: Annotated[
+        Literal["log-prob", "kl"] | None,
+        typer.Option(
+            help="What is read of each record's response: its log-prob, or the kl of base and "
+            "adapted model over it (by path, add_one and leave_one_out)."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,
     model_class: ClassOption = None,
     dtype: DtypeOption = None,
@@ -60,6 +69,7 @@ def sweep(
     load_in_4bit: In4Bit = False,
     load_in_8bit: In8Bit = False,
     attn: AttnOption = "eager",
+    max_memory: MaxMemory = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many records.")
     ] = None,
@@ -77,15 +87,20 @@ def sweep(
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
     names = chosen(analysis or ["first_order"])
     by_token = names[0] in BY_TOKEN
+    if by_token and response is not None:
+        raise typer.BadParameter(f"--response: {names[0]} has no readout; leave it out.")
     rows = (
         islice(each_record(records, with_answers=False), limit)
         if by_token
-        else (read_records(records)[:limit])
+        else read_records(
+            records, with_answers=response is None, with_response=response is not None
+        )[:limit]
     )
     if rank() == 0:
         require_place(out, "--out")
     folder = adapter_folder(adapter) if adapter else None
     from lens_lora.commands.run_sweep import run
 
-    subject = Subject(folder, model, model_class, how)
-    run(subject, rows, names, out, batch_size=batch_size, resume=resume, quiet=quiet)
+    subject = Subject(folder, model, model_class, how, max_memory)
+    options = {"batch_size": batch_size, "resume": resume, "quiet": quiet}
+    run(subject, rows, names, out, response=response, **options)

@@ -8,7 +8,7 @@
    another one calls its `verb_of` with the same `Asked`.
 
 An `Asked` is used within one public call only, as users' hooks may change between calls.
-Cost: nothing by itself; two forward passes for the ends, ten for the noise floor.
+Cost: nothing by itself; two forward passes for the ends, or ten for the ends and the noise floor.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.function import gated_logits, gated_readout
-from lens_lora.engine.noise import noise_at
+from lens_lora.engine.function import gated_logits, gated_readout, require_finite
+from lens_lora.engine.noise import (
+    Draws,
+    base_draws,
+    draws_at,
+    noise_of_draws,
+    slopes_and_draws,
+)
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.divergence import KL, held
@@ -106,12 +112,15 @@ class Asked:
 
     @functools.cached_property
     def ends(self) -> Float[Tensor, "end batch"]:
-        """g(0) and g(1), exact. Two forward passes, at the first use.
+        """g(0) and g(1), exact. Two forward passes at the first use, or one where g(0) is known.
 
         Raises:
             NumericsError: a non-finite readout.
         """
-        return gated_readout(self.lens, self.reading, self._corners).T.contiguous()
+        base = vars(self).get("base")
+        missing = self._corners if base is None else self._corners[1:]
+        found = gated_readout(self.lens, self.reading, missing).T
+        return found.contiguous() if base is None else torch.stack([base, found[0]])
 
     def at_gates(
         self, gates: Float[Tensor, "point site"], *, progress: bool = True, what: str
@@ -135,6 +144,15 @@ class Asked:
         self.know_ends(values[:, :2].T.contiguous())
         return values[:, 2:]
 
+    def know_base(self, base: Float[Tensor, "batch"]) -> None:
+        """Take g(0) from a pass that was run anyway.
+
+        Args:
+            base: exact, in the readout's units.
+        """
+        require_finite(base, "the readout")
+        vars(self)["base"] = base
+
     def know_ends(self, ends: Float[Tensor, "end batch"]) -> None:
         """Take g(0) and g(1) from passes that were run anyway.
 
@@ -147,20 +165,64 @@ class Asked:
     def _corners(self) -> Float[Tensor, "end site"]:
         return torch.stack([self.lens.gates(0.0), self.lens.gates(1.0)])
 
-    @functools.cached_property
+    @property
     def base_noise(self) -> Float[Tensor, "batch"]:
         """σ of g(0) from rounding alone. Five forward passes, at the first use."""
-        return noise_at(self.lens, self.reading, 0.0)
+        return noise_of_draws(self._drawn_at(0)[0])
 
-    @functools.cached_property
+    @property
     def adapted_noise(self) -> Float[Tensor, "batch"]:
         """σ of g(1) from rounding alone. Five forward passes, at the first use."""
-        return noise_at(self.lens, self.reading, 1.0)
+        return noise_of_draws(self._drawn_at(1)[0])
 
     @property
     def noise_floor(self) -> Float[Tensor, "batch"]:
-        """σ of g(1) − g(0) from rounding alone."""
-        return (self.base_noise.square() + self.adapted_noise.square()).sqrt()
+        """σ of g(1) − g(0) from rounding alone. Ten forward passes at the first use, ends included.
+
+        Raises:
+            NumericsError: a non-finite readout.
+        """
+        base, adapted = map(noise_of_draws, self._drawn_at(0, 1))
+        return (base.square() + adapted.square()).sqrt()
+
+    def _drawn_at(self, *ends: int) -> list[Float[Tensor, "draw batch"]]:
+        """Those that were not run yet in one batch; g at both ends comes with the draws of both."""
+        missing = [end for end in ends if end not in self._drawn]
+        if missing:
+            found = draws_at(self.lens, self.reading, missing)
+            self._drawn.update(zip(missing, found, strict=True))
+            if len(missing) == 2 and "ends" not in vars(self):
+                require_finite(found[:, 0], "the readout")
+                self.know_ends(found[:, 0])
+        return [self._drawn[end] for end in ends]
+
+    @functools.cached_property
+    def _drawn(self) -> dict[int, Float[Tensor, "draw batch"]]:
+        return {}
+
+    @property
+    def base_draws(self) -> Float[Tensor, "draw batch"]:
+        """g(0), and then draws of it with noise at the embedding. Five forward passes at first."""
+        return self._drawn_at(0)[0]
+
+    @functools.cached_property
+    def slope_draws(self) -> Draws:
+        """Draws of first order at the base. Four forward and backward passes."""
+        return base_draws(self.lens, self.reading)
+
+    def slopes_with_floors(self, axes: tuple[str, ...]) -> Float[Tensor, "batch site *by"]:
+        """∂g/∂ε_l at the base, split, in one pass with `slope_draws`; the ends with their floors.
+
+        Args:
+            axes: of the parts.
+
+        Raises:
+            ModelStateError: a gradient did not reach some site, or a split does not exist.
+            NumericsError: a non-finite readout.
+        """
+        slopes, vars(self)["slope_draws"] = slopes_and_draws(self.lens, self.reading, axes)
+        self._drawn_at(0, 1)
+        return slopes
 
     def effect_noise(self, scale: float) -> Float[Tensor, "batch"]:
         """σ of what an intervention does, from rounding alone: a difference of two g at one end.

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.engine.distribution_shift import distribution_shift
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.texts import by_length
 from lens_lora.lens import LoraLens
@@ -46,17 +47,19 @@ def text_divergences(
     with bar, torch.no_grad():
         for index, some in by_length(texts, _TOKENS):
             rows = dataclasses.replace(some, reads=some.lengths)
-            log_p = _log_probs(reference, rows)
-            p, own = log_p.exp(), counted[index, : rows.tokens.shape[1]].to(log_p.device)
+            base = _logits(reference, rows)
+            p, room = base.softmax(-1), torch.empty_like(base)
+            own = counted[index, : rows.tokens.shape[1]].to(base.device)
             for slot, other in enumerate(others):
-                kl = (p * (log_p - _log_probs(other, rows))).sum(-1)
+                shift = torch.sub(_logits(other, rows), base, out=room)
+                kl = distribution_shift(base, p, shift).kl
                 found[slot, index] = kl.masked_fill(~own, 0.0).cpu().double().sum(1)
             bar.update(len(index))
     return found
 
 
-def _log_probs(gated: Gated, rows: Prompts) -> Float[Tensor, "row pos vocab"]:
+def _logits(gated: Gated, rows: Prompts) -> Float[Tensor, "row pos vocab"]:
     lens, gates = gated
     logits = gated_logits(lens, rows, gates)
     require_finite(logits.amax(), "a logit")
-    return logits.log_softmax(-1)
+    return logits

@@ -83,12 +83,12 @@ class OneProduct(TorchFunctionMode):
             return None
         first = _common(primal, self.rows)
         if len(primal) > _APART * len(first):
-            value, moved = first @ weight, tangent.detach() @ weight.detach()
+            value, moved = first @ weight, _alone(tangent) @ _alone(weight)
         else:
-            both = torch.cat([first.detach(), tangent.detach()]) @ weight.detach()
+            both = torch.cat([_alone(first), _alone(tangent)]) @ _alone(weight)
             value, moved = both[: len(first)], both[len(first) :]
             if first.requires_grad:
-                value = cast("Tensor", _Known.apply(first, weight.detach(), value))
+                value = cast("Tensor", _Known.apply(first, _alone(weight), value))
         value = value if bias is None else value + bias
         return fwad.make_dual(_spread(value, primal), moved)
 
@@ -189,7 +189,7 @@ def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
 
 def _moved(a: Tensor, da: Tensor | None, b: Tensor, db: Tensor | None) -> Tensor:
     """ȦB + AḂ."""
-    a, b = a.detach(), b.detach()
+    a, b = _alone(a), _alone(b)
     if da is None:
         return a @ cast("Tensor", db)
     if db is None:
@@ -214,7 +214,7 @@ def _softmax(
     if rest or other or dx is None or dim is None or dim % x.ndim == 0:
         return None
     P = torch.softmax(_common(x, rows), dim, dtype)
-    spread = _over(P.detach(), x)
+    spread = _over(_alone(P), x)
     moved = spread * dx.to(P.dtype)
     moved.addcmul_(spread, moved.sum(dim, keepdim=True), value=-1)
     return fwad.make_dual(_spread(P, x), moved)
@@ -225,12 +225,12 @@ def _parts_of(value: Any) -> tuple[Any, Tensor | None]:
     if not isinstance(value, Tensor):
         return value, None
     primal, tangent = fwad.unpack_dual(value)
-    return primal, None if tangent is None else tangent.detach()
+    return primal, None if tangent is None else _alone(tangent)
 
 
 def _alone(value: Any) -> Any:
     """The same without its graph."""
-    return value.detach() if isinstance(value, Tensor) else value
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def _common(x: Tensor, rows: int) -> Tensor:

@@ -3,7 +3,8 @@
 1. One forward pass under hooks gives f or g at each row's last token, or at all tokens of a
    response (`engine/read.py`).
 2. Several gate vectors, the same for all prompts (`gated_readout`) or each prompt's own
-   (`readout_at`), ride in rows of the batch, a bounded number at a time (`engine/batching.py`).
+   (`readout_at`), ride in rows of the batch, a bounded number at a time (`engine/batching.py`), and
+   where all prompts together are too many, a group of these at a time.
 3. Gate vectors that share their first layers branch there instead (`engine/branching.py`).
 
 Cost: at most one forward pass a gate vector.
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.engine import branching as tree
-from lens_lora.engine.batching import branches_at_once, rows_at_once
+from lens_lora.engine.batching import branches_at_once, pass_groups, rows_at_once
 from lens_lora.engine.read import read_logits, read_value
 from lens_lora.errors import NumericsError
 from lens_lora.hooked.gates import ScaleInject
@@ -68,8 +69,11 @@ def gated_readout(
     """
     gates = gates.to(lens.device, lens.gate_dtype)
     with torch.no_grad():
-        run = _as_tree if tree.pays(lens, gates) else _in_batches
-        values = run(lens, reading, gates, progress, what)
+        if tree.pays(lens, gates):
+            values = _as_tree(lens, reading, gates, progress, what)
+        else:
+            some = pass_groups(lens, reading)
+            values = torch.cat([_in_batches(lens, one, gates, progress, what) for one in some])
     require_finite(values, "the readout")
     return values
 
@@ -137,18 +141,26 @@ def readout_at(
     Raises:
         NumericsError: a non-finite readout.
     """
-    gates = gates.to(lens.device, lens.gate_dtype)
-    owner, columns = reading.owner.to(lens.device), []
+    groups = pass_groups(lens, reading)
+    each = gates.to(lens.device, lens.gate_dtype).split([one.batch for one in groups])
     with torch.no_grad(), _bar(gates.shape[1], _SLOW_TOGETHER, progress, what) as bar:
-        for some in gates.split(rows_at_once(lens, reading.prompts), 1):
-            many = reading.repeat(some.shape[1])
-            with lens.injected(ScaleInject(lens.plan, some[owner].flatten(0, 1))):
-                values = read_value(lens, many)
-            columns.append(values.view(reading.batch, -1))
-            bar.update(some.shape[1])
-    found = torch.cat(columns, 1)
+        pairs = zip(groups, each, strict=True)
+        found = torch.cat([_at_own_gates(lens, *pair, bar) for pair in pairs])
     require_finite(found, "the readout")
     return found
+
+
+def _at_own_gates(
+    lens: LoraLens, reading: Reading, gates: Float[Tensor, "batch point site"], bar: tqdm
+) -> Float[Tensor, "batch point"]:
+    owner, columns = reading.owner.to(lens.device), []
+    for some in gates.split(rows_at_once(lens, reading.prompts), 1):
+        many = reading.repeat(some.shape[1])
+        with lens.injected(ScaleInject(lens.plan, some[owner].flatten(0, 1))):
+            values = read_value(lens, many)
+        columns.append(values.view(reading.batch, -1))
+        bar.update(some.shape[1])
+    return torch.cat(columns, 1)
 
 
 def _bar(points: int, slow: int, progress: bool, what: str) -> tqdm:

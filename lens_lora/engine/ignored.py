@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lens_lora.engine.batching import rows_at_once
 from lens_lora.engine.read import read_logits
-from lens_lora.engine.swap import Patch, record, swaps
+from lens_lora.engine.recording import record
+from lens_lora.engine.swap import Patch, swaps
 from lens_lora.float64 import in_float64
 from lens_lora.hooked.attaching import attached
 from lens_lora.lens import LoraLens, Scale

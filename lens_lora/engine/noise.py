@@ -15,18 +15,25 @@ own rounding, σ_a of Σ a and σ_H of ½ 1ᵀH1, is then thousands of times σ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.engine.batching import directions_at_once, slopes_at_once
+from lens_lora.engine.batching import (
+    directions_at_once,
+    graph_groups,
+    pass_groups,
+    rows_at_once,
+    slopes_at_once,
+)
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.engine.parts import parts
 from lens_lora.engine.read import logits_dtype, read_logits
-from lens_lora.engine.taps import site_gradients
+from lens_lora.engine.reverse import Slopes, site_slopes
+from lens_lora.engine.taps import Visit, site_gradients
 from lens_lora.float64 import in_float64
 from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.hooked.gates import ScaleInject
@@ -34,16 +41,37 @@ from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.rows import Reading
 
-__all__ = ["curvature_noise", "first_order_noise", "noise_at", "roundings"]
+__all__ = [
+    "Draws",
+    "base_draws",
+    "curvature_noise",
+    "draws_at",
+    "first_order_noise",
+    "noise_of_draws",
+    "roundings",
+    "slopes_and_draws",
+]
 
-_DRAWS, _DRAWS_OF_END = 8, 4
+_DRAWS = 4
 _TWO_RUNS = 2**0.5  # A draw and the run that it is compared with are both rounded.
 
 
-def noise_at(lens: LoraLens, reading: Reading, scale: float) -> Float[Tensor, "batch"]:
-    """σ of g at one strength, in the readout's units. Five forward passes, batched.
+class Draws(NamedTuple):
+    """What noise at the embedding makes of first order at the base.
 
-    The ends may differ: log p of a token that is as good as certain has no room to move.
+    Attributes:
+        values: g(0).
+        sums: Σ_l a_l.
+    """
+
+    values: Float[Tensor, "batch draw"]
+    sums: Float[Tensor, "batch draw"]
+
+
+def draws_at(
+    lens: LoraLens, reading: Reading, scales: Sequence[float]
+) -> Float[Tensor, "scale draw batch"]:
+    """g at some strengths: as it is, and then four draws. Five forward passes each, batched.
 
     The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁹ for bfloat16, and 1/254 where a
     kernel rounds activations to 8 bit (`hooked/quantised.py`).
@@ -51,27 +79,49 @@ def noise_at(lens: LoraLens, reading: Reading, scale: float) -> Float[Tensor, "b
     Args:
         lens: the adapter over the model.
         reading: what is run, and read.
-        scale: ε of all sites.
+        scales: ε of all sites.
     """
-    prompts = reading.prompts
-    many = prompts.tiled(1 + _DRAWS_OF_END)
-    perturb = roundings(lens, exact=prompts.batch)
-    scaled = ScaleInject(lens.plan, lens.gates(scale))
-    with torch.no_grad(), lens.injected(scaled, before=[(lens.embedding_output, perturb)]):
-        first, *drawn = read_logits(lens, many).unflatten(0, (-1, prompts.batch))
-        last = _rounding_of_logits(lens)  # a site's own hook may be on the unembedding
-    value = reading.read(first)
-    moved = torch.stack([reading.read(last(row)) for row in drawn]) - value
-    return moved.square().mean(0).sqrt() / _TWO_RUNS
+    return torch.cat([_draws_of(lens, some, scales) for some in pass_groups(lens, reading)], 2)
 
 
-def _rounding_of_logits(lens: LoraLens) -> Callable[[Tensor], Tensor]:
+def _draws_of(
+    lens: LoraLens, reading: Reading, scales: Sequence[float]
+) -> Float[Tensor, "scale draw some"]:
+    rows, generator = reading.prompts.batch, torch.Generator(device="cpu").manual_seed(4)
+    copies = [(lens.gates(scale), draw) for scale in scales for draw in range(1 + _DRAWS)]
+    step, of_logits = rows_at_once(lens, reading.prompts), torch.Generator().manual_seed(1)
+    found: list[Tensor] = []
+    for start in range(0, len(copies), step):
+        some = copies[start : start + step]
+        gates = torch.stack([gates for gates, _ in some]).repeat_interleave(rows, 0)
+        is_drawn = torch.tensor([draw > 0 for _, draw in some]).repeat_interleave(rows)
+        perturb = (lens.embedding_output, roundings(lens, is_drawn, generator))
+        scaled = ScaleInject(lens.plan, gates)
+        with torch.no_grad(), lens.injected(scaled, before=[perturb]):
+            logits = read_logits(lens, reading.prompts.tiled(len(some))).unflatten(0, (-1, rows))
+            last = _rounding_of_logits(lens, of_logits)  # a site's own hook may be there
+        pairs = zip(logits, some, strict=True)
+        found += [reading.read(last(row) if draw else row) for row, (_, draw) in pairs]
+    return torch.stack(found).unflatten(0, (len(scales), -1))
+
+
+def noise_of_draws(values: Float[Tensor, "draw batch"]) -> Float[Tensor, "batch"]:
+    """σ of g at one strength, in the readout's units.
+
+    The ends may differ: log p of a token that is as good as certain has no room to move.
+
+    Args:
+        values: g as it is, and then its draws.
+    """
+    return (values[1:] - values[0]).square().mean(0).sqrt() / _TWO_RUNS
+
+
+def _rounding_of_logits(lens: LoraLens, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     """Moves logits by about their last rounding, which runs may share: they then hide it.
 
     One draw for the vocabulary, with a sign of its own for each row and slot.
     """
     unit = torch.finfo(logits_dtype(lens)).eps / 2
-    generator = torch.Generator(device="cpu").manual_seed(1)
 
     def move(logits: Tensor) -> Tensor:
         noise = torch.randn(logits.shape[-1], generator=generator, dtype=torch.float64)
@@ -81,52 +131,101 @@ def _rounding_of_logits(lens: LoraLens) -> Callable[[Tensor], Tensor]:
     return move
 
 
-def first_order_noise(
-    lens: LoraLens,
-    reading: Reading,
-    base: Float[Tensor, "batch"],
-    slopes: Float[Tensor, "batch site"],
-) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
-    """σ of g(ε) − g(0) near the base, and σ_a. Eight forward and backward passes, batched.
+def base_draws(lens: LoraLens, reading: Reading) -> Draws:
+    """g(0) and Σ a of each draw. Four forward and backward passes, batched.
 
     Args:
         lens: the adapter over the model.
         reading: what is run, and read.
-        base: g(0).
-        slopes: a of every site, as computed.
     """
-    values: list[Tensor] = []
-    sums: list[Tensor] = []
-    with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
+    groups = [_base_draws_of(lens, some) for some in graph_groups(lens, reading)]
+    return Draws(*(torch.cat(each) for each in zip(*groups, strict=True)))
+
+
+def _base_draws_of(lens: LoraLens, reading: Reading) -> Draws:
+    found: list[Draws] = []
+    perturb = roundings(lens, generator=_others())
+    with attached(lens.model, [(lens.embedding_output, perturb)]):
         for draws in torch.arange(_DRAWS).split(slopes_at_once(lens, reading.prompts)):
-            drawn = _base_and_slopes(lens, reading.repeat(len(draws)))
-            values.append(drawn[0].unflatten(0, (reading.batch, len(draws))))
-            sums.append(drawn[1].sum(1).unflatten(0, (reading.batch, len(draws))))
-    of_base = _moved(torch.cat(values, 1), base, _unit(lens) * base.abs())
-    return 2**0.5 * of_base, _of_sum(lens, torch.cat(sums, 1), slopes)
+            found.append(_drawn(lens, reading.repeat(len(draws)), reading.batch))
+    return Draws(*(torch.cat(each, 1) for each in zip(*found, strict=True)))
 
 
-def _base_and_slopes(
-    lens: LoraLens, reading: Reading
-) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch site"]]:
-    """g(0), and a of every site, in one forward and one backward pass."""
-    shape = (len(reading.owner), len(lens.sites))
+def slopes_and_draws(
+    lens: LoraLens, reading: Reading, axes: tuple[str, ...]
+) -> tuple[Float[Tensor, "batch site *by"], Draws]:
+    """∂g/∂ε_l at the base, split, and `base_draws`, in one pass where so many rows make one.
+
+    Args:
+        lens: the adapter over the model.
+        reading: what is run, and read.
+        axes: of the parts.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site, or a split does not exist.
+    """
+    copies = 1 + _DRAWS
+    if copies > slopes_at_once(lens, reading.prompts):
+        slopes = site_slopes(lens, reading, lens.gates(0.0), axes)
+        return slopes, base_draws(lens, reading)
+    exact, many = Slopes(lens, reading, axes), reading.repeat(copies)
+    is_drawn = torch.arange(len(many.owner), device="cpu") % copies > 0
+
+    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+        exact.visit(injection, weight, gradient[::copies], z[::copies])
+
+    perturb = roundings(lens, is_drawn, _others())
+    with attached(lens.model, [(lens.embedding_output, perturb)]):
+        drawn = _drawn(lens, many, reading.batch, visit)
+    return exact.by_prompt(), Draws(*(each[:, 1:] for each in drawn))
+
+
+def _others() -> torch.Generator:
+    """Of draws that are none of `draws_at`, so that both together are twice as many."""
+    return torch.Generator(device="cpu").manual_seed(3)
+
+
+def _drawn(lens: LoraLens, many: Reading, batch: int, also: Visit | None = None) -> Draws:
+    """g(0), and Σ a over sites, of so many copies of each prompt. One forward, one backward."""
+    shape = (len(many.owner), len(lens.sites))
     slopes = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
 
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+        if also is not None:
+            also(injection, weight, gradient, z)
         if weight is None:  # what waits for a partner's gate is nothing at the base model
             kind = lens.sites[injection.site].kind
             found = parts(injection.map, kind, lens.heads.of(kind), gradient, z, ())
             slopes[:, injection.site] += found.to(slopes.device)
 
-    values = site_gradients(lens, reading, lens.gates(0.0), visit)
-    return values, reading.by_prompt(slopes)
+    values = site_gradients(lens, many, lens.gates(0.0), visit)
+    sums = many.by_prompt(slopes).sum(1)
+    return Draws(values.unflatten(0, (batch, -1)), sums.unflatten(0, (batch, -1)))
+
+
+def first_order_noise(
+    lens: LoraLens,
+    draws: Draws,
+    values: Float[Tensor, "draw batch"],
+    slopes: Float[Tensor, "batch site"],
+) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    """σ of g(ε) − g(0) near the base, and σ_a. No pass.
+
+    Args:
+        lens: the adapter over the model.
+        draws: of the same question.
+        values: g(0), and then draws of it.
+        slopes: a of every site, as computed.
+    """
+    base, every = values[0], torch.cat([draws.values, values[1:].T], 1)
+    of_base = _moved(every, base, _unit(lens) * base.abs())
+    return 2**0.5 * of_base, _of_sum(lens, draws.sums, slopes)
 
 
 def curvature_noise(
     lens: LoraLens, reading: Reading, half_row_sums: Float[Tensor, "batch site"]
 ) -> Float[Tensor, "batch"]:
-    """σ_H of ½ 1ᵀH1 at the base. Eight forward and sixteen backward passes.
+    """σ_H of ½ 1ᵀH1 at the base. Four forward and eight backward passes.
 
     Args:
         lens: the adapter over the model.
@@ -168,17 +267,25 @@ def _moved(
     return torch.maximum(away, rounding.to(away))
 
 
-def roundings(lens: LoraLens, exact: int = 0) -> HookFn:
+def roundings(
+    lens: LoraLens,
+    rows: Bool[Tensor, "row"] | None = None,
+    generator: torch.Generator | None = None,
+) -> HookFn:
     """A hook that moves the embedding by about one rounding of the model's dtype.
 
-    The first `exact` rows are left as they are.
+    Args:
+        lens: the adapter over the model.
+        rows: which rows are moved; None for all.
+        generator: of the noise; None for one of its own.
     """
-    generator = torch.Generator(device="cpu").manual_seed(0)
+    draw = torch.Generator(device="cpu").manual_seed(0) if generator is None else generator
 
     def perturb(tensor: Tensor, hook: Any) -> Tensor:
         del hook
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        noise[:exact] = 0
+        noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
+        if rows is not None:
+            noise[~rows] = 0
         wide = in_float64(tensor)
         moved = wide * (1 + _unit(lens) * noise.to(wide.device))
         return moved.to(tensor.dtype).to(tensor.device)

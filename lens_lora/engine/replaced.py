@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.engine import branching as tree
-from lens_lora.engine.batching import branches_at_once, rows_at_once
+from lens_lora.engine.batching import branches_at_once, pass_groups, rows_at_once
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.read import read_value
 from lens_lora.engine.stand_in import StandIn
@@ -123,8 +123,24 @@ def replaced_readout(
 def _in_batches(
     lens: LoraLens, reading: Reading, points: Points, stand_in: StandIn | None, bar: tqdm
 ) -> Float[Tensor, "batch point"]:
+    """Some prompts at a time, where all of them are too many."""
+    found, first = [], 0
+    for some in pass_groups(lens, reading):
+        rows = torch.arange(first, first := first + len(some.owner))
+        found.append(_in_one_batch(lens, some, rows, points, stand_in, bar))
+    return torch.cat(found)
+
+
+def _in_one_batch(
+    lens: LoraLens,
+    reading: Reading,
+    rows: Int[Tensor, "row"],
+    points: Points,
+    stand_in: StandIn | None,
+    bar: tqdm,
+) -> Float[Tensor, "batch point"]:
     """Rows r0 r0 … r1 r1 …, one of each row for every point."""
-    columns, rows = [], torch.arange(len(reading.owner))
+    columns = []
     for states in points.states.split(rows_at_once(lens, reading.prompts)):
         many, own = reading.repeat(len(states)), points.but(states.repeat(len(rows), 1))
         row_of = rows.repeat_interleave(len(states))

@@ -1,6 +1,6 @@
 """Runs in which one activation is replaced by another run's, a different one in each row.
 
-1. `record`: the donor runs once; activations of the given hook points are kept, for each firing.
+1. The donor runs once (`engine/recording.py`).
 2. Each row of the recipient's batch gets one of them, at one hook point: a `Patch`.
 3. Before block L, a row that patches in block L equals the unpatched run. So where rows may be
    added, it begins at the input of block L, as a copy of the unpatched row.
@@ -20,17 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.engine import batching
-from lens_lora.engine.batching import branches_at_once, rows_at_once
+from lens_lora.engine.batching import branches_at_once, pass_groups, rows_at_once
 from lens_lora.engine.branching import more_copies
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.read import read_logits, read_value
+from lens_lora.engine.recording import Recording, record
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.attaching import HookFn, attached
 from lens_lora.lens import LoraLens, Scale
-from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
 
-__all__ = ["Patch", "Recording", "patched_readout", "record", "swaps"]
+__all__ = ["Patch", "patched_readout", "swaps"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,62 +44,6 @@ class Patch:
 
     name: str
     where: Bool[Tensor, "row pos"] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """A run's activations.
-
-    Attributes:
-        firings: per hook point that fired, its tensor at each firing.
-        layers: per hook point, the block in which it first fires; −1 before the blocks.
-    """
-
-    firings: dict[str, list[Tensor]]
-    layers: dict[str, int]
-
-
-def record(lens: LoraLens, prompts: Prompts, scale: Scale, names: Iterable[str]) -> Recording:
-    """The activations at these hook points with the adapter at `scale`. One forward pass.
-
-    Raises:
-        ModelStateError: a point whose value is not activations with the batch as first axis.
-    """
-    found, now = Recording({}, {}), [-1]
-
-    def enter(layer: int) -> HookFn:
-        def hook_fn(tensor: Any, hook: Any) -> None:
-            del tensor, hook
-            now[0] = layer
-
-        return hook_fn
-
-    def keep(name: str) -> HookFn:
-        def hook_fn(tensor: Any, hook: Any) -> None:
-            del hook
-            _require_activation(name, tensor, prompts.batch)
-            found.firings.setdefault(name, []).append(tensor.detach().clone())
-            found.layers.setdefault(name, now[0])
-
-        return hook_fn
-
-    view = lens.plan.host
-    hooks = [(view.block_input(layer), enter(layer)) for layer in range(view.n_layers)]
-    hooks += [(name, keep(name)) for name in names]
-    with torch.no_grad(), lens.applied(scale), attached(lens.model, hooks):
-        read_logits(lens, prompts)
-    return found
-
-
-def _require_activation(name: str, tensor: Any, rows: int) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ModelStateError(f"{name} holds {what}, no activations; leave it out.")
-    if tensor.ndim < 3 or tensor.shape[0] not in (1, rows):
-        raise ModelStateError(
-            f"{name} holds a tensor {tuple(tensor.shape)} for {rows} rows: its prompts are not "
-            "apart on a first axis of their own, so one cannot be patched alone; leave it out."
-        )
 
 
 class _Swap:
@@ -170,8 +114,7 @@ def patched_readout(
     with tqdm(total=len(patches), desc="patches", leave=False, disable=not progress) as bar:
         if outside:
             some = [patches[i] for i in outside]
-            run = _Batch(lens, reading, donor, scale)
-            values[:, outside] = _chunked(run, some, rows_at_once(lens, reading.prompts), bar)
+            values[:, outside] = _outside(lens, reading, donor, some, donor_scale, scale, bar)
         if within:
             some, tree = [patches[i] for i in within], _Tree(lens, reading, scale, donor_scale)
             tree.record({patch.name for patch in some})
@@ -179,6 +122,32 @@ def patched_readout(
             values[:, within] = _chunked(tree, some, step, bar)
     require_finite(values, "the patched readout")
     return values
+
+
+def _outside(
+    lens: LoraLens,
+    reading: Reading,
+    donor: Recording,
+    patches: list[Patch],
+    donor_scale: Scale,
+    scale: Scale,
+    bar: tqdm,
+) -> Float[Tensor, "batch patch"]:
+    """Rows run whole: of all prompts together, or of some, each with a donor's run of its own."""
+    groups, found, first = pass_groups(lens, reading), [], 0
+    for some in groups:
+        rows = slice(first, first := first + some.prompts.batch)
+        if len(groups) > 1:
+            donor = record(lens, some.prompts, donor_scale, {patch.name for patch in patches})
+            columns = slice(some.prompts.tokens.shape[1])
+            wheres = [patch.where for patch in patches]
+            cut = [where if where is None else where[rows, columns] for where in wheres]
+            patches_here = [Patch(p.name, where) for p, where in zip(patches, cut, strict=True)]
+        else:
+            patches_here = patches
+        run, step = _Batch(lens, some, donor, scale), rows_at_once(lens, some.prompts)
+        found.append(_chunked(run, patches_here, step, bar))
+    return torch.cat(found)
 
 
 def _share(lens: LoraLens, layers: list[int]) -> float:

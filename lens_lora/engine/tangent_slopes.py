@@ -26,7 +26,7 @@ from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import LogProbs, Reading
 
-__all__ = ["all_parts", "group_parts", "group_slopes", "tangent_slopes"]
+__all__ = ["TokenTangents", "all_parts", "group_parts", "group_slopes", "tangent_slopes"]
 
 
 def tangent_slopes(
@@ -35,7 +35,7 @@ def tangent_slopes(
     gates: Float[Tensor, "site"],
     axes: tuple[str, ...] = (),
     *,
-    tokens: bool = False,
+    tokens: TokenTangents | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "batch site *by"]:
     """∂g/∂ε_l at these gates, as `site_slopes` gives it. At most a dual forward pass a part.
@@ -45,7 +45,7 @@ def tangent_slopes(
         reading: what is run, and read.
         gates: at which the derivative is taken.
         axes: position, head and rank, as far as they are asked for.
-        tokens: of each token of a response in place of g, on a last axis.
+        tokens: what reads each token of a response, on a last axis, in place of g.
         progress: show a bar.
 
     Raises:
@@ -56,10 +56,11 @@ def tangent_slopes(
     prompts = reading.prompts
     shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))
     values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-    values = values[..., None].repeat_interleave(prompts.slots, -1) if tokens else values
+    if tokens is not None:
+        values = values[..., None].repeat_interleave(prompts.slots, -1)
     wanted = all_parts(lens, prompts, axes)
-    read = _Tokens(lens, reading) if tokens else of_value(reading)
-    final = isinstance(read, _Tokens) and read.final
+    read = of_value(reading) if tokens is None else tokens
+    final = tokens is not None and tokens.final
 
     def tangents(some: Sequence[Part]) -> Float[Tensor, "batch part *token"]:
         return part_tangents(lens, prompts, gates, some, read, final=final, progress=progress)
@@ -69,16 +70,17 @@ def tangent_slopes(
     whole = [Part(index) for index in lens.plan.with_constants]
     if "position" in axes and whole:
         of_site = tangents(whole)
-        for token in range(prompts.slots) if tokens else [...]:
+        for token in [...] if tokens is None else range(prompts.slots):
             require_split(lens, values[..., token], of_site[..., token])
     return values
 
 
 def group_slopes(
     lens: LoraLens,
-    reading: Reading,
+    prompts: Prompts,
     gates: Float[Tensor, "site"],
     groups: Groups,
+    tokens: TokenTangents,
     *,
     progress: bool = True,
 ) -> Float[Tensor, "batch group token"]:
@@ -86,25 +88,18 @@ def group_slopes(
 
     Args:
         lens: the adapter over the model.
-        reading: of one response a prompt.
+        prompts: what is run.
         gates: at which the derivative is taken.
         groups: of sites, each at least one.
+        tokens: what reads each token of the prompts' responses.
         progress: show a bar.
 
     Raises:
         ArgumentError: less memory than one group takes.
         ModelStateError: an operation without a forward-mode derivative.
     """
-    read = _Tokens(lens, reading)
-    return part_tangents(
-        lens,
-        reading.prompts,
-        gates,
-        group_parts(lens, groups),
-        read,
-        final=read.final,
-        progress=progress,
-    )
+    parts = group_parts(lens, groups)
+    return part_tangents(lens, prompts, gates, parts, tokens, final=tokens.final, progress=progress)
 
 
 def group_parts(lens: LoraLens, groups: Groups) -> list[Part]:
@@ -132,28 +127,36 @@ def of_value(reading: Reading) -> Callable[[Tensor], Float[Tensor, "batch part"]
     return read
 
 
-class _Tokens:
+class TokenTangents:
     """The tangent of each token's term of g, of each part, from what a dual pass ends with.
 
     Attributes:
         final: that is the final residual stream x, else the logits.
+        value: g at the gates of the pass, where it was found on the way; [batch], or None.
+
+    Args:
+        lens: the adapter over the model.
+        reading: of one response a prompt.
     """
 
     def __init__(self, lens: LoraLens, reading: Reading) -> None:
         self._lens, self._reading = lens, reading
         self.final = ends_plainly(lens)
+        self.value: Tensor | None = None
         self._covectors: Tensor | None = None
 
     def __call__(
         self, rows: Float[Tensor, "row part slot wide"]
     ) -> Float[Tensor, "row part token"]:
+        """Of what a dual pass ends with."""
         return self._of_final(rows) if self.final else self._of_logits(rows)
 
     def _of_final(self, rows: Tensor) -> Tensor:
         """c_t · ẋ_t; every part has the same x, and so has every pass."""
         if self._covectors is None:
             x = fwad.unpack_dual(rows).primal[:, 0]
-            self._covectors, _ = token_covectors(self._lens, self._reading, x)
+            self._covectors, log_probs = token_covectors(self._lens, self._reading, x)
+            self.value = cast(LogProbs, self._reading.read).of(log_probs)
         return (self._covectors[:, None] * tangent_of(rows)).sum(-1)
 
     def _of_logits(self, rows: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.engine.distribution_shift import DistributionShift, distribution_shift
 from lens_lora.engine.final_reading import over_scale
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.pulled_back import pulled_back
@@ -100,35 +101,35 @@ class TextSums:
     def add(
         self,
         index: Sequence[int],
-        rows: Prompts,
         counted: Bool[Tensor, "row pos"],
         base: _Run,
+        p: Float[Tensor, "row pos vocab"],
         moved: _Run,
+        room: Float[Tensor, "row pos vocab"],
     ) -> None:
-        """A batch of texts: what the two models say and hold."""
+        """A batch of texts: what the two models say and hold; `room` is written over."""
+        self._add_stream(index, counted, base, moved)
         weights = counted.flatten().to(base.logits)
-        log_p = base.log_p
-        p, log_q = log_p.exp(), moved.log_p
-        kl = (p * (log_p - log_q)).sum(-1)
+        shift = torch.sub(moved.logits, base.logits, out=room)
+        self.logits += in_float64(weights @ shift.flatten(0, 1))
+        change = distribution_shift(base.logits, p, shift)
+        self.probabilities += in_float64(change.weighted(weights))
+        kl = change.kl
         own = kl.cpu().double().masked_fill(~counted.cpu(), torch.nan)
         own[:, 0] = kl[:, 0].cpu().double()
         self.kl[torch.tensor(index), : own.shape[1]] = own
-        self.logits += in_float64(weights @ (moved.logits - base.logits).flatten(0, 1))
-        change = log_q.exp_().sub_(p)
-        self.probabilities += in_float64(weights @ change.flatten(0, 1))
         self._note_places(index, kl.masked_fill(~counted, -1.0), change)
-        self._add_stream(index, counted, base, moved)
 
     def _note_places(
         self,
         index: Sequence[int],
         kl: Float[Tensor, "row pos"],
-        change: Float[Tensor, "row pos vocab"],
+        change: DistributionShift,
     ) -> None:
         """Of this batch's and the earlier ones' tokens, those where KL is largest."""
         most = kl.flatten().topk(min(_PLACES, kl.numel())).indices
         row, pos = most // kl.shape[1], most % kl.shape[1]
-        up = change[row, pos].topk(min(_PROMOTED, change.shape[-1]))
+        up = change.at(row, pos).topk(min(_PROMOTED, change.p.shape[-1]))
         found = torch.stack([torch.tensor(index)[row.cpu()], pos.cpu()], 1)
         every = torch.cat([self.places, found])
         values = self.kl[every[:, 0], every[:, 1]].masked_fill(every[:, 1] == 0, torch.nan)
@@ -164,7 +165,6 @@ class _Run:
     """One model's pass over a batch: logits at all tokens, and activations at the points."""
 
     logits: Float[Tensor, "row pos vocab"]
-    log_p: Float[Tensor, "row pos vocab"]
     held: dict[str, Tensor]
 
 
@@ -184,7 +184,7 @@ def _run(lens: LoraLens, rows: Prompts, gates: Float[Tensor, "site"], points: Po
     with torch.no_grad(), lens.injected(inject), attached(lens.model, hooks):
         logits = read_logits(lens, rows)
     require_finite(logits.amax(), "a logit")
-    return _Run(logits, logits.log_softmax(-1), held)
+    return _Run(logits, held)
 
 
 def text_sums(
@@ -211,11 +211,12 @@ def text_sums(
             rows = dataclasses.replace(some, reads=some.lengths)
             counted = distinct[index, : rows.tokens.shape[1]].to(first.device)
             base = _run(first, rows, first.gates(0.0), points)
+            p, room = base.logits.softmax(-1), torch.empty_like(base.logits)
             for sums in found:
                 moved = _run(sums.lens, rows, sums.lens.gates(1.0), points)
-                sums.add(index, rows, counted, base, moved)
+                sums.add(index, counted, base, p, moved, room)
             if split:
-                shares += _quadratic(first, rows, counted, base.log_p.exp_())
+                shares += _quadratic(first, rows, counted, p)
             bar.update(len(index))
     return found, shares
 

@@ -10,7 +10,14 @@ from torch import Tensor
 from lens_lora.errors import PromptError
 from lens_lora.readouts.prompts import Prompts, which_prompt
 
-__all__ = ["by_length", "distinct_tokens", "require_own_tokens", "require_second_token"]
+__all__ = [
+    "by_length",
+    "distinct_tokens",
+    "first_occurrences",
+    "require_own_tokens",
+    "require_second_token",
+    "unshared",
+]
 
 
 def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
@@ -39,13 +46,42 @@ def distinct_tokens(texts: Prompts) -> Bool[Tensor, "batch pos"]:
     Args:
         texts: as tokens.
     """
-    found, seen = texts.after_first.cpu(), set[tuple[int, ...]]()
-    for text, row in enumerate(texts.tokens.tolist()):
-        for pos in range(1, int(texts.lengths[text])):
-            prefix = tuple(row[: pos + 1])
-            found[text, pos] = prefix not in seen
-            seen.add(prefix)
+    return first_occurrences(texts) & texts.after_first.cpu()
+
+
+def first_occurrences(texts: Prompts) -> Bool[Tensor, "batch pos"]:
+    """The tokens of each text that no earlier text has after the same tokens.
+
+    Args:
+        texts: as tokens.
+    """
+    found, seen = texts.real.cpu().clone(), set[tuple[int, ...]]()
+    for text, beginnings in enumerate(_beginnings(texts)):
+        for pos, beginning in enumerate(beginnings):
+            found[text, pos] = beginning not in seen
+            seen.add(beginning)
     return found
+
+
+def unshared(texts: Prompts, others: Prompts) -> Bool[Tensor, "batch pos"]:
+    """The `distinct_tokens` that none of the other texts has after the same tokens.
+
+    Args:
+        texts: as tokens.
+        others: as tokens.
+    """
+    found = distinct_tokens(texts)
+    theirs = {beginning for own in _beginnings(others) for beginning in own}
+    for text, beginnings in enumerate(_beginnings(texts)):
+        for pos, beginning in enumerate(beginnings):
+            found[text, pos] &= beginning not in theirs
+    return found
+
+
+def _beginnings(texts: Prompts) -> list[list[tuple[int, ...]]]:
+    """Each token of each text with all before it."""
+    pairs = zip(texts.tokens.tolist(), texts.lengths.tolist(), strict=True)
+    return [[tuple(row[: pos + 1]) for pos in range(length)] for row, length in pairs]
 
 
 def require_second_token(texts: Prompts, what: str) -> None:
@@ -68,18 +104,21 @@ def require_second_token(texts: Prompts, what: str) -> None:
 
 
 def require_own_tokens(texts: Prompts) -> None:
-    """Refuse texts that an earlier one begins with: nothing in them is held out from it.
+    """Refuse texts that another one begins with: nothing in them is held out from it.
 
     Args:
         texts: as tokens.
 
     Raises:
-        PromptError: naming the text.
+        PromptError: naming both texts.
     """
-    empty = (~distinct_tokens(texts).any(1)).nonzero().flatten().tolist()
-    if empty:
-        which = which_prompt(empty[0], texts.batch).replace("prompt", "text")
-        raise PromptError(
-            f"{which} has no token of its own: an earlier text begins with the same tokens, or is "
-            "equal, so what is measured on one is not held out from the other; leave it out."
-        )
+    every = _beginnings(texts)
+    for text, beginnings in enumerate(every):
+        for other, theirs in enumerate(every):
+            if other != text and beginnings[-1] in theirs[len(beginnings) - 1 : len(beginnings)]:
+                which = which_prompt(text, texts.batch).replace("prompt", "text")
+                raise PromptError(
+                    f"{which} has no token of its own: text {other} begins with the same tokens, "
+                    "or is equal, so what is measured on one is not held out from the other; leave "
+                    "it out."
+                )

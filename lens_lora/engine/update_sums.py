@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.engine.activations import site_activations
@@ -33,25 +33,31 @@ class UpdateSums:
         writes: W of each site, [out, rank].
         roots: R of each site, [rank, rank].
         sums: Σ_t u, padded with zeros beyond a site's rank.
+        apart: the same over the tokens that no text of the other half has after the same ones.
         squares: Σ_t ‖δ‖².
         first: ‖δ‖ at the text's first token.
-        counts: how many tokens.
+        counts, apart_counts: how many tokens.
     """
 
     writes: tuple[Float[Tensor, "_out _rank"], ...]
     roots: tuple[Float[Tensor, "_small _rank"], ...]
     sums: Float[Tensor, "text site rank"]
+    apart: Float[Tensor, "text site rank"]
     squares: Float[Tensor, "text site"]
     first: Float[Tensor, "text site"]
     counts: Int[Tensor, "text"]
+    apart_counts: Int[Tensor, "text"]
 
-    def means(self, texts: list[int]) -> list[Float[Tensor, "_out"]]:
-        """μ of each site over some texts, in the Hugging Face basis.
+    def means(self, half: slice | None = None) -> list[Float[Tensor, "_out"]]:
+        """μ of each site over all texts, or over one half of them, in the Hugging Face basis.
 
         Args:
-            texts: their indices.
+            half: of the texts; no token that the other half has too is in it.
         """
-        mean = self.sums[texts].sum(0) / self.counts[texts].sum()
+        if half is None:
+            mean = self.sums.sum(0) / self.counts.sum()
+        else:
+            mean = self.apart[half].sum(0) / self.apart_counts[half].sum()
         return [W @ mean[site, : W.shape[1]] for site, W in enumerate(self.writes)]
 
     def euclidean(self) -> Float[Tensor, "text site rank"]:
@@ -62,12 +68,13 @@ class UpdateSums:
         return found
 
 
-def update_sums(lens: LoraLens, texts: Prompts) -> UpdateSums:
+def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"]) -> UpdateSums:
     """One forward pass of the adapted model.
 
     Args:
         lens: the adapter over the model.
         texts: as tokens.
+        apart: the tokens that no text of the other half has after the same ones.
 
     Raises:
         UnsupportedAdapterError: a norm that the adapter changes.
@@ -79,7 +86,7 @@ def update_sums(lens: LoraLens, texts: Prompts) -> UpdateSums:
     ranks = [W.shape[1] for W in writes]
     every, distinct = list(range(len(writes))), distinct_tokens(texts)
     shape = (texts.batch, len(writes))
-    sums = torch.zeros(*shape, max(ranks), dtype=torch.float64)
+    sums, own = (torch.zeros(*shape, max(ranks), dtype=torch.float64) for _ in range(2))
     squares, first = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
     for index, some in by_length(texts, ROW_TOKENS):
         seen = site_activations(lens, some, lens.gates(1.0), every, ranks).values.cpu().double()
@@ -88,9 +95,12 @@ def update_sums(lens: LoraLens, texts: Prompts) -> UpdateSums:
             u = seen[:, site, :, :rank]
             size = (u @ R.T).square().sum(-1)
             sums[index, site, :rank] = u.masked_fill(~counted[..., None], 0.0).sum(1)
+            kept = apart[index, : some.tokens.shape[1], None]
+            own[index, site, :rank] = u.masked_fill(~kept, 0.0).sum(1)
             squares[index, site] = size.masked_fill(~counted, 0.0).sum(1)
             first[index, site] = size[:, 0].sqrt()
-    return UpdateSums(writes, roots, sums, squares, first, distinct.sum(1))
+    counts = distinct.sum(1), apart.sum(1)
+    return UpdateSums(writes, roots, sums, own, squares, first, *counts)
 
 
 def _writes(one: SiteUpdate) -> Float[Tensor, "out rank"]:

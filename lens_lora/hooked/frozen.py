@@ -33,6 +33,7 @@ from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.attaching import HookFn, add_pre_hook, attach
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.mlp_rules import put_on_rules, require_rules
+from lens_lora.offloaded import is_offloaded
 from lens_lora.temporary import Temporary, without_warnings
 
 __all__ = ["FrozenRules", "frozen_points", "held_fixed", "require_held"]
@@ -169,6 +170,8 @@ def require_held(host: Host, rules: FrozenRules, run: _Run) -> None:
         require_rules(host, run)
     names = frozen_points(host.model, rules)
     _require_points(host, rules, names)
+    if rules.norm_scales:
+        _require_norms_at_hand(host.model)
     with torch.no_grad():
         bare = run()
     tried = _try_hooks(host, names, run)
@@ -232,6 +235,16 @@ def _require_points(host: Host, rules: FrozenRules, names: list[str]) -> None:
         raise ModelStateError(
             f"this {host.class_name} has no hook point of a norm's scale; leave out norm_scales."
         )
+
+
+def _require_norms_at_hand(model: Any) -> None:
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and is_offloaded(module):
+            raise ModelStateError(
+                f"{name} is offloaded, and its denominator can be held fixed only where γ stays on "
+                "a device. Leave norms out of the offload, they are small; or leave out "
+                "norm_scales."
+            )
 
 
 def _require_used(host: Host, came: dict[str, list[bool]]) -> None:

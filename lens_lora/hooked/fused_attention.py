@@ -3,12 +3,14 @@
 A bridge of most families computes attention itself, from its formula and whatever the config says,
 so that patterns have hook points. Here each block's attention is Hugging Face's own, between the
 bridge's hook points of q, k, v, the output and the whole. Those of scores, patterns and rotated q
-and k never fire.
+and k never fire: a hook there is warned of when a pass begins, whoever put it on.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 from lens_lora.errors import ModelStateError
@@ -16,6 +18,7 @@ from lens_lora.errors import ModelStateError
 __all__ = ["fuse_attention", "has_fused_attention"]
 
 # Whose q, k and v are modules of Hugging Face's own attention.
+_DEAD = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k")
 _SEPARATE = ("AttentionBridge", "PositionEmbeddingsAttentionBridge")
 
 
@@ -45,7 +48,24 @@ def fuse_attention(model: Any) -> None:
         )
     model.original_model.set_attn_implementation("sdpa")
     for attention in attentions:
-        vars(attention)["forward"] = functools.partial(AttentionBridge.forward, attention)
+        vars(attention)["forward"] = functools.partial(_fused, AttentionBridge.forward, attention)
+
+
+def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
+    hooked = [name for name in _DEAD if _has_hooks(getattr(attention, name, None))]
+    if hooked:
+        warnings.warn(
+            f"{hooked[0]}: attn='sdpa' makes no attention scores, patterns or rotated q and k, so "
+            "hooks there never fire. Load the model with attn='eager'.",
+            stacklevel=2,
+        )
+    return forward(attention, *args, **kwargs)
+
+
+def _has_hooks(point: Any) -> bool:
+    return point is not None and bool(
+        point._forward_hooks or point._forward_pre_hooks or point._backward_hooks
+    )
 
 
 def _caps_scores(attention: Any) -> bool:

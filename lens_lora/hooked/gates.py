@@ -71,7 +71,7 @@ class ScaleInject:
     """
 
     def __init__(self, plan: Plan, gates: Float[Tensor, "*batch site"]) -> None:
-        self._injections, self._gates = plan.injections, gates
+        self._injections, self._gates = plan.injections, {gates.device: gates}
         self._active = [True] * gates.shape[-1]
         if not _is_differentiated(gates):
             self._active = (gates != 0).reshape(-1, gates.shape[-1]).any(0).tolist()
@@ -87,7 +87,13 @@ class ScaleInject:
         if not self.is_active(index):
             return None
         injection = self._injections[index]
-        return add(out, injection.map, z, weight_of(injection, self._gates))
+        return add(out, injection.map, z, weight_of(injection, self._on(injection.map.device)))
+
+    def _on(self, device: torch.device) -> Tensor:
+        """The gates, moved once to each device."""
+        if device not in self._gates:
+            self._gates[device] = next(iter(self._gates.values())).to(device)
+        return self._gates[device]
 
     def is_active(self, index: int) -> bool:
         """Whether anything is added at this injection.

@@ -219,7 +219,7 @@ class Speaker:
         return self.lens.applied(own)
 
     def _tensor(self, rows: list[list[int]]) -> Tensor:
-        return torch.tensor(rows, device=next(self.lens.model.parameters()).device)
+        return torch.tensor(rows, device=self.lens.device)
 
 
 def _at(row: Row, draft: list[int], place: int) -> int:

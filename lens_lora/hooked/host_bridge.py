@@ -25,8 +25,10 @@ from lens_lora.hooked.fused_attention import has_fused_attention
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.ports import Ports
 from lens_lora.hooked.quantised import dequantised, quantised_name
+from lens_lora.hooked.score_caps import refuse_unused_caps
 from lens_lora.hooked.site_factors import SiteFactors, no_such_norm
 from lens_lora.hooked.sites import ATTENTION_KINDS, Heads
+from lens_lora.offloaded import brought_in
 from lens_lora.temporary import Temporary, without_warnings
 
 __all__ = ["BridgeHost"]
@@ -47,7 +49,8 @@ class BridgeHost(Host):
         model: the bridge.
 
     Raises:
-        ModelStateError: a family that is not supported, or a flag whose effect is not known.
+        ModelStateError: a family that is not supported, a flag whose effect is not known, or
+            attention that is another function than Hugging Face's.
     """
 
     class_name: ClassVar[str] = "TransformerBridge"
@@ -55,6 +58,7 @@ class BridgeHost(Host):
 
     def __init__(self, model: Any) -> None:
         _refuse_unknown_copies(model)
+        refuse_unused_caps(model)
         cfg = model.cfg
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         family = find_family(type(model.original_model).__name__)
@@ -141,7 +145,8 @@ class BridgeHost(Host):
         linear = component.original_component
         if quantised_name(linear) is not None:
             return dequantised(linear)
-        weight = linear.weight.detach()
+        with brought_in(linear):
+            weight = linear.weight.detach()
         is_transposed = type(linear).__name__ == "Conv1D" or isinstance(linear, nn.Embedding)
         weight = weight.T if is_transposed else weight
         return weight * self.embedding_scale(kind) if kind == "embed" else weight
@@ -160,8 +165,9 @@ class BridgeHost(Host):
     def bias(self, layer: int, kind: str) -> Float[Tensor, "out"] | None:
         """The wrapped module's bias, of any kind."""
         _, component = self._component(layer, kind)
-        bias = getattr(component.original_component, "bias", None)
-        return None if bias is None else bias.detach().flatten()
+        with brought_in(component.original_component):
+            bias = getattr(component.original_component, "bias", None)
+            return None if bias is None else bias.detach().flatten()
 
     def norm_affine(self, site: SiteFactors) -> tuple[Tensor, Tensor | None]:
         """The wrapped norm's own.
@@ -172,9 +178,9 @@ class BridgeHost(Host):
         norm: Any = getattr(self._norm(site.layer, site.kind)[1], "original_component", None)
         if not hasattr(norm, "weight"):
             raise no_such_norm(site)
-        bias = getattr(norm, "bias", None)
+        with brought_in(norm):
+            bias, gamma = getattr(norm, "bias", None), norm.weight.detach()
         offset = self.family.gamma_offset
-        gamma = norm.weight.detach()
         if offset:
             has_float64 = float64_device(gamma.device) == gamma.device
             gamma = (gamma.double() if has_float64 else gamma.float()) + offset
@@ -255,10 +261,11 @@ class BridgeHost(Host):
             block = self.model.blocks[layer]
             own = "ln1" if kind in ATTENTION_KINDS else "ln2"
             norm = getattr(block, own, block.ln1).original_component
+        if not self.needs_base():
+            return False
         bias = getattr(norm, "bias", None)
         gamma = norm.weight + self.family.gamma_offset
-        is_unit = bool((gamma == 1).all()) and (bias is None or not bool(bias.any()))
-        return self.needs_base() and is_unit
+        return bool((gamma == 1).all()) and (bias is None or not bool(bias.any()))
 
     def state(self) -> tuple[tuple[str, Any], ...]:
         """The flags that move hook points, and whether weights were processed."""

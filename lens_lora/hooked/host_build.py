@@ -22,8 +22,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.fused_attention import fuse_attention
-from lens_lora.hooked.host_check import base_logits, refuse_offloaded, require_same_logits
+from lens_lora.hooked.host_check import base_logits, require_same_logits
 from lens_lora.hooked.quantised import differentiable_products, quantised_linears
+from lens_lora.hooked.score_caps import drop_unused_caps
+from lens_lora.offloaded import (
+    drop_new_biases,
+    home_of,
+    refuse_offloaded,
+    refuse_out_of_reach,
+)
 from lens_lora.temporary import Temporary
 
 if TYPE_CHECKING:
@@ -94,7 +101,9 @@ def hooked_model(
             f"attn={attn!r}: a HookedTransformer always computes attention patterns. Take a "
             "TransformerBridge, or bound the memory of long prompts by lens.within(max_memory)."
         )
-    refuse_offloaded(hf_model)
+    refuse_out_of_reach(hf_model)
+    if chosen == "HookedTransformer":
+        refuse_offloaded(hf_model)
     hf_model.config.architectures = [type(hf_model).__name__]
     products = functools.partial(differentiable_products, modules=quantised_linears(hf_model))
     with Temporary(products):
@@ -177,13 +186,16 @@ def _hooked_transformer(
 def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers(
+    drop_unused_caps(hf_model)
+    bridge = TransformerBridge.boot_transformers(
         _name(hf_model),
         hf_model=hf_model,
         tokenizer=tokenizer,
-        device=str(hf_model.device),
+        device=str(home_of(hf_model)),
         dtype=hf_model.dtype,
     )
+    drop_new_biases(bridge)
+    return bridge
 
 
 def _rotary_base(hf_model: PreTrainedModel) -> float | None:

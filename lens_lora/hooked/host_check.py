@@ -1,7 +1,7 @@
 """Whether a hooked model can be trusted: its state, and its logits compared with its base's.
 
 1. `refuse_unusable`: no active dropout, no unknown quantisation, no adapter in it already, and
-   every weight at hand.
+   every weight within reach.
 2. `base_logits`, then `require_same_logits`: without the adapter it computes what its Hugging Face
    base does. The host libraries build some families wrongly, without a warning. The base is run
    first, because a TransformerBridge wraps and changes it.
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.quantised import quantised_name
+from lens_lora.offloaded import home_of, refuse_out_of_reach
 
 __all__ = [
     "OF_A_GIVEN_BASE",
     "base_logits",
     "refuse_dropout",
-    "refuse_offloaded",
     "refuse_unusable",
     "require_same_logits",
 ]
@@ -41,7 +41,7 @@ _Logits = Float[Tensor, "batch pos d_vocab"]
 
 
 def refuse_unusable(model: nn.Module) -> None:
-    """Check for injected adapters, active dropout, offload, and quantisation that is not known.
+    """Check for injected adapters, active dropout, missing weights, and unknown quantisation.
 
     Args:
         model: a hooked model, or the base that one is made from.
@@ -50,7 +50,7 @@ def refuse_unusable(model: nn.Module) -> None:
         ModelStateError: naming the module or parameter.
     """
     refuse_dropout(model)
-    refuse_offloaded(model)
+    refuse_out_of_reach(model)
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
             raise ModelStateError(
@@ -58,25 +58,6 @@ def refuse_unusable(model: nn.Module) -> None:
                 "applied twice; build the hooked model from the bare base (peft_model.unload())."
             )
     _refuse_unknown_quantisation(model)
-
-
-def refuse_offloaded(model: nn.Module) -> None:
-    """Check that every weight lies on a device.
-
-    Args:
-        model: a hooked model, or the base that one is made from.
-
-    Raises:
-        ModelStateError: naming a weight that accelerate keeps elsewhere between calls.
-    """
-    away = [name for name, weight in model.named_parameters() if weight.is_meta]
-    if away:
-        raise ModelStateError(
-            f"{away[0]} is offloaded ({len(away)} weights in all): accelerate keeps it on the CPU "
-            "or on disk between calls, and a lens needs γ, W_U and others at hand. Load the model "
-            "so that it fits: in 4 bit (ll.load(…, load_in_4bit=True)), in bfloat16, over more "
-            "GPUs (device_map='balanced'), or on the CPU alone (device='cpu')."
-        )
 
 
 def _refuse_unknown_quantisation(model: nn.Module) -> None:
@@ -152,7 +133,7 @@ def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
     if min(torch.finfo(own).bits, torch.finfo(dtype).bits) < 32:
         return None
     with torch.no_grad(), _adapters_off(hf_model):
-        return hf_model(_checked_tokens().to(next(hf_model.parameters()).device)).logits
+        return hf_model(_checked_tokens().to(home_of(hf_model))).logits
 
 
 def require_same_logits(

@@ -22,6 +22,7 @@ from lens_lora.families import NORM_KINDS
 from lens_lora.hooked.base_at_hand import BaseAtHand
 from lens_lora.hooked.base_weights import BaseWeights
 from lens_lora.hooked.basis import Update
+from lens_lora.hooked.dense_memory import require_dense_fit
 from lens_lora.hooked.host import Host
 from lens_lora.hooked.norm_map import NormUpdate
 from lens_lora.hooked.plain_update import linear_update, norm_update, summed, token_axis
@@ -60,6 +61,7 @@ def site_updates(
         SiteError: the model has no such module.
         UnsupportedAdapterError: two values for parameters that are tied.
         ModelStateError: the base is needed and was not given, or norms that changed are folded.
+        OutOfMemoryError: dense updates that do not fit into memory.
     """
     at_hand = BaseAtHand(host, base)
     by_kind = {(site.kind, site.adapter): site for site in sites}
@@ -67,6 +69,8 @@ def site_updates(
     for site in sites:
         if site.kind not in NORM_KINDS:
             _require_fit(site, at_hand.shape(site), base_model)
+    require_dense_fit(host, sites, at_hand)
+    for site in sites:
         for each in (site, follower(site, by_kind, at_hand, host)):
             update = None if each is None else _update_of(each, host, at_hand)
             if each is not None and update is not None:

@@ -227,6 +227,15 @@ class Prompts:
         """
         return self.chosen(range(first, end))
 
+    def cut(self, first: int, end: int) -> Prompts:
+        """Prompts first … end − 1, padded as they are here.
+
+        Args:
+            first: index of the first.
+            end: index after the last.
+        """
+        return self._mapped(lambda values: values[first:end])
+
     def chosen(self, indices: Sequence[int]) -> Prompts:
         """Some of the prompts, padded only to the longest of them.
 

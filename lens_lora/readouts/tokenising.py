@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.errors import PromptError, TokenError
+from lens_lora.offloaded import home_of
 from lens_lora.readouts.conversations import Conversation, conversations_in, of_template
 from lens_lora.readouts.prompts import (
     Prompts,
@@ -51,7 +52,7 @@ def prepare(model: Any, prompts: PromptsLike) -> Prompts:
 
 
 def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
-    device = next(model.parameters()).device
+    device = home_of(model)
     if isinstance(prompts, Prompts):
         return prompts.to(device)
     if isinstance(prompts, Tensor):
@@ -124,7 +125,7 @@ def _of_text(model: Any, text: str) -> _Row:
 
 
 def _padded(model: Any, rows: Sequence[_Row]) -> Prompts:
-    device = next(model.parameters()).device
+    device = home_of(model)
     ids = [torch.tensor(row, dtype=torch.long, device=device) for row, _ in rows]
     lengths = torch.tensor([len(row) for row in ids], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=_filler(model))
@@ -188,7 +189,7 @@ def _is_padded(model: Any, tokens: Tensor) -> bool:
 
 def _from_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
     """Ids with their attention mask, repacked: each row's own tokens, padded on the right."""
-    device = next(model.parameters()).device
+    device = home_of(model)
     if not all(isinstance(given.get(name), Tensor) for name in ("input_ids", "attention_mask")):
         raise PromptError(
             "prompts hold input_ids; expected tensors of input_ids and attention_mask, as "

@@ -61,6 +61,7 @@ class ActivationShift(Result):
         first: by hook point [batch, d], Δh at each text's first token.
         sinks: [batch, token], first tokens, and tokens whose ‖h(0)‖ is an outlier.
         counted: [batch, token], which tokens the means are over.
+        distinct: [batch, token], those that no earlier text has after the same tokens.
         readings: by point of the residual stream [vocab], the mean Δh in logits (`logit_lens`).
         strings: every token of the vocabulary.
         at: the gates of h(1).
@@ -73,6 +74,7 @@ class ActivationShift(Result):
     first: Mapping[str, Float[Tensor, "batch d"]]
     sinks: Bool[Tensor, "batch token"]
     counted: Bool[Tensor, "batch token"]
+    distinct: Bool[Tensor, "batch token"]
     readings: Mapping[str, Float[Tensor, "vocab"]]
     strings: tuple[str, ...]
     at: str
@@ -106,11 +108,13 @@ class ActivationShift(Result):
         """How much of Δh is one vector whatever the token, by hook point, on held-out texts.
 
         1 − Σ‖Δh − μ‖² / Σ‖Δh‖² over counted tokens, μ the mean over the other texts; NaN of one
-        text. Negative where other texts' mean is worse than none.
+        text. Negative where other texts' mean is worse than none. A token with the same tokens
+        before it as in an earlier text counts once: it is not held out from that text.
         """
-        counts, found = self.counted.sum(1), dict[str, float]()
+        among = self.counted & self.distinct
+        counts, found = among.sum(1), dict[str, float]()
         for name, values in self.values.items():
-            own = values.double().masked_fill(~self.counted[..., None], 0.0)
+            own = values.double().masked_fill(~among[..., None], 0.0)
             share = held_out_share(own.sum(1), own.square().sum((1, 2)), counts)
             found[name] = float(share)
         return found
@@ -194,7 +198,7 @@ class ActivationShift(Result):
         return pd.DataFrame(rows)
 
     def plot(self, prompt: int | None = None) -> Figure:
-        """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are blank.
+        """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are grey.
 
         Args:
             prompt: an index; without it, the only text.

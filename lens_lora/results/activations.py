@@ -189,7 +189,9 @@ class Activations(Result):
         return self.values.movedim(1, 2)[chosen].mean(0)
 
     def plot(self, site: str | None = None, prompt: int | None = None) -> Figure:
-        """Heat map of directions over the tokens of one prompt; sinks are blank.
+        """Heat map of directions over the tokens of one prompt; sinks are grey.
+
+        Of more than 40 directions those of largest |u| are shown, and the title says so.
 
         Args:
             site: a name or glob: every rank of these. Without it, the first rank of each site.

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast, final
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
+from lens_lora.results.choosing import prompt_rows
 from lens_lora.results.keys import key_of
 from lens_lora.results.measured import Entries, Ranked, site_labels
 from lens_lora.results.storage import stored
@@ -24,7 +25,10 @@ from lens_lora.results.token_view import TokenView
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["Attribution", "Quadrature"]
+__all__ = ["MOST_POSITIONS", "Attribution", "Axis", "Quadrature"]
+
+Axis = Literal["position", "head", "rank", "token"]
+MOST_POSITIONS = 40
 
 
 @final
@@ -160,7 +164,7 @@ class Attribution(Ranked):
 
         By token, `t` counts the tokens of the response from 0, and `y_t` is that token.
         """
-        index = self._existing().nonzero()
+        index = self.exists.nonzero()
         columns: dict[str, Any] = {"prompt": index[:, 0].tolist()}
         columns |= site_labels([self.sites[i] for i in index[:, 1].tolist()])
         for axis, name in enumerate(self.by, start=2):
@@ -180,8 +184,9 @@ class Attribution(Ranked):
         frame = pd.DataFrame(columns)
         return frame.astype({"head": "Int64"}) if "head" in self.by else frame
 
-    def _existing(self) -> Tensor:
-        """[batch, site, *by] bool: slots that a prompt or site really has."""
+    @property
+    def exists(self) -> Bool[Tensor, "batch site *by"]:
+        """Slots that a prompt or site really has."""
         exists = torch.ones(self.values.shape, dtype=torch.bool)
         for axis, name in enumerate(self.by, start=2):
             size = self.values.shape[axis]
@@ -202,28 +207,60 @@ class Attribution(Ranked):
             exists &= mask.view(shape)
         return exists | (self.values.cpu().nan_to_num() != 0)
 
-    def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap layer × kind of module, hover naming each site.
+    def along(
+        self, axis: Axis, prompt: int | None = None
+    ) -> tuple[Float[Tensor, "site part"], Bool[Tensor, "site part"]]:
+        """The values along one axis, the others summed, and which of them exist.
 
         Args:
+            axis: one of `by`.
             prompt: an index; without it, the mean over prompts.
 
         Raises:
-            ArgumentError: no such prompt.
+            ArgumentError: no such prompt, or an axis that the attribution was not split by.
         """
-        return drawing.figure(self, prompt)
+        if axis not in self.by:
+            raise ArgumentError(
+                f"the attribution is split by {self.by or 'nothing'}, not by {axis!r}; compute it "
+                f"with by={axis!r}."
+            )
+        rows = prompt_rows(prompt, len(self.base))
+        values, exists = self.values[rows].cpu().double().mean(0), self.exists[rows].any(0)
+        for at in range(len(self.by), 0, -1):
+            if self.by[at - 1] != axis:
+                values, exists = values.nansum(at), exists.any(at)
+        return values, exists
 
-    def plot_positions(self, prompt: int | None = None) -> Figure:
+    def plot(self, prompt: int | None = None, by: Axis | None = None) -> Figure:
+        """Heatmap layer × kind of module, hover naming each site; or of the parts along an axis.
+
+        Args:
+            prompt: an index; without it, the mean over prompts, whose spread the hover gives. By
+                position and token, without it the only prompt.
+            by: None, or an axis that the attribution was split by: 'head' and 'rank' of the 40
+                sites with the largest part, 'position' and 'token' layer by layer.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named; the attribution was not split
+                by that axis.
+        """
+        return drawing.figure(self, prompt, by)
+
+    def plot_positions(
+        self, prompt: int | None = None, most: int | None = MOST_POSITIONS
+    ) -> Figure:
         """Heatmap layer × position over one prompt's tokens; needs by=('position', …).
 
         Args:
             prompt: an index; without it, the only prompt.
+            most: how many positions are shown, those of largest |value| in a layer, which the title
+                says; None for all of them.
 
         Raises:
             ArgumentError: the attribution was not split by position; no such prompt, or several
-                and none named.
+                and none named; a `most` below 1.
         """
-        return drawing.positions(self, prompt)
+        return drawing.positions(self, prompt, most)
 
     def token_view(self, prompt: int | None = None) -> TokenView:
         """One prompt's tokens coloured by what each contributes, drawn by circuitsvis.

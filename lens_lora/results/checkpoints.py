@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Literal, final
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.arguments import word
 from lens_lora.hooked.sites import Groups, Site, group_sites, indicator
 from lens_lora.results import drawing
 from lens_lora.results.measured import Read, site_labels
+from lens_lora.results.signs import changes_sign, hides_sign
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -45,9 +46,9 @@ class Checkpoints(Read):
         angle: [step], between ΔW of all sites and the last checkpoint's, in degrees.
         phases: series → the spans of steps in which it changes at once
             (`analyses/phase_changes.py`); 'prompt 0', … for the readout, 'angle' for the direction.
-        noise_floor: [batch], σ of a shift from rounding.
-        str_tokens: each prompt's tokens.
-        readout, units, meta: as in `Read`.
+        noise: [1 + step, batch], σ of the readout from rounding: of the base, then of each
+            checkpoint.
+        str_tokens, readout, units, meta: as in `Read`.
     """
 
     steps: tuple[float, ...]
@@ -62,13 +63,17 @@ class Checkpoints(Read):
     to_final: Float[Tensor, "step site"]
     angle: Float[Tensor, "step"]
     phases: dict[str, tuple[tuple[float, float], ...]]
-    noise_floor: Float[Tensor, "batch"]
-    str_tokens: tuple[tuple[str, ...], ...]
+    noise: Float[Tensor, "base_and_step batch"]
 
     @property
     def shift(self) -> Float[Tensor, "step batch"]:
         """g(1) − g(0) at each checkpoint, exact."""
         return self.adapted - self.base
+
+    @property
+    def noise_floor(self) -> Float[Tensor, "step batch"]:
+        """σ of each checkpoint's shift from rounding."""
+        return (self.noise[:1].square() + self.noise[1:].square()).sqrt()
 
     @property
     def first_order(self) -> Float[Tensor, "step batch"]:
@@ -82,20 +87,38 @@ class Checkpoints(Read):
 
     @property
     def flips(self) -> Float[Tensor, "step batch"]:
-        """1 where the readout has another sign than at the base, else 0."""
-        return (self.adapted.sign() != self.base.sign()).double()
+        """1 where the readout has another sign than at the base, else 0.
+
+        0 where either is within three noise floors of zero, so that rounding hides its sign.
+        """
+        base, adapted = self._ends
+        return changes_sign(base, adapted, *self._end_floors).double()
+
+    @property
+    def hidden(self) -> Bool[Tensor, "step batch"]:
+        """Where rounding hides a sign, of the base or of the checkpoint."""
+        return hides_sign(self._ends, self._end_floors).any(0)
+
+    @property
+    def _ends(self) -> Float[Tensor, "two step batch"]:
+        return torch.stack([self.base.expand_as(self.adapted), self.adapted])
+
+    @property
+    def _end_floors(self) -> Float[Tensor, "two step batch"]:
+        return torch.stack([self.noise[:1].expand_as(self.adapted), self.noise[1:]])
 
     @property
     def flip_step(self) -> Float[Tensor, "batch"]:
         """The step at which the readout first changes sign, linear between checkpoints; NaN where
-        it never does."""
+        it never does, or rounding hides it."""
         steps = torch.tensor([0.0, *self.steps], dtype=torch.float64)
         values = torch.cat([self.base[None], self.adapted]).cpu().double()
-        crossed = (values[1:].sign() != values[:1].sign()).int()
+        crossed = self.flips.cpu().int()
         first = crossed.argmax(0)
         columns = torch.arange(values.shape[1])
         low, high = values[first, columns], values[first + 1, columns]
-        at = steps[first] + (steps[first + 1] - steps[first]) * low / (low - high)
+        share = (low / (low - high)).clamp(0, 1)  # `low` may have crossed within rounding
+        at = steps[first] + (steps[first + 1] - steps[first]) * share
         return torch.where(crossed.any(0), at, torch.nan)
 
     def to_frame(self) -> pd.DataFrame:
@@ -107,6 +130,7 @@ class Checkpoints(Read):
             "first_order": self.first_order,
             "remainder": self.remainder,
             "flips": self.flips.bool(),
+            "hidden": self.hidden,
             "flip_scale": self.flip_scale,
             "angle": self.angle[:, None].expand(-1, batch),
             "norm": self.norms.square().sum(1).sqrt()[:, None].expand(-1, batch),

@@ -94,10 +94,12 @@ class Read(Result):
     """A result of one readout.
 
     Attributes:
+        str_tokens: each prompt's tokens.
         readout, units: what was read.
         meta: model, adapter, dtype and versions.
     """
 
+    str_tokens: tuple[tuple[str, ...], ...]
     readout: str
     units: str
     meta: Mapping[str, str]
@@ -110,14 +112,12 @@ class Measured(Read):
     Attributes:
         sites: the adapted sites.
         base, adapted: [batch], the readout at g(0) and g(1), exact.
-        str_tokens: each prompt's tokens.
-        readout, units, meta: as in `Read`.
+        str_tokens, readout, units, meta: as in `Read`.
     """
 
     sites: tuple[Site, ...]
     base: Float[Tensor, "batch"]
     adapted: Float[Tensor, "batch"]
-    str_tokens: tuple[tuple[str, ...], ...]
 
     @property
     def shift(self) -> Float[Tensor, "batch"]:
@@ -238,7 +238,12 @@ def read_of(asked: Asked) -> dict[str, Any]:
         asked: what the public call was asked.
     """
     readout = asked.readout
-    return {"readout": readout.label, "units": readout.units, "meta": asked.lens.describe()}
+    return {
+        "str_tokens": asked.str_tokens,
+        "readout": readout.label,
+        "units": readout.units,
+        "meta": asked.lens.describe(),
+    }
 
 
 def header(asked: Asked) -> dict[str, Any]:
@@ -252,6 +257,5 @@ def header(asked: Asked) -> dict[str, Any]:
         "sites": asked.lens.sites,
         "base": base,
         "adapted": adapted,
-        "str_tokens": asked.str_tokens,
         **read_of(asked),
     }

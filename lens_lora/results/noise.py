@@ -68,11 +68,12 @@ class Noise:
 
 
 def noise_of(asked: Asked, first: Attribution) -> Noise:
-    """Sixteen forward passes and eight backward, batched.
+    """Fourteen forward passes and four backward, batched; none after `slopes_with_floors`.
 
     Args:
         asked: the lens, the prompts and the readout.
         first: first order at ε = 0.
     """
-    both = first_order_noise(asked.lens, asked.reading, first.base, first.per_site)
-    return Noise(asked.noise_floor, *both)
+    floor = asked.noise_floor
+    both = first_order_noise(asked.lens, asked.slope_draws, asked.base_draws, first.per_site)
+    return Noise(floor, *both)

@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.arguments import whole, word
+from lens_lora.arguments import is_whole, whole, word
 from lens_lora.errors import TokenError
 from lens_lora.hooked.sites import Site
 from lens_lora.results import drawing
@@ -158,7 +158,7 @@ class WhatChanged(Result):
             By adapter, this one first; the second of one name is 'name (2)'.
 
         Raises:
-            TokenError: no such token.
+            TokenError: no such token, or several that read alike.
         """
         index, every = self._id(token), (self.found, *self.controls)
         names = _told_apart([changes.name for changes in every])
@@ -167,10 +167,16 @@ class WhatChanged(Result):
         }
 
     def _id(self, token: str | int) -> int:
-        if isinstance(token, str) and token in self.strings:
-            return self.strings.index(token)
-        if isinstance(token, int) and 0 <= token < len(self.strings):
-            return token
+        if is_whole(token) and 0 <= token < len(self.strings):
+            return int(token)
+        ids = [i for i, string in enumerate(self.strings) if string == token]
+        if len(ids) > 1:
+            raise TokenError(
+                f"{len(ids)} tokens of the vocabulary read {token!r}, of the ids {ids[0]}, "
+                f"{ids[1]}{', …' if len(ids) > 2 else ''}; give the id."
+            )
+        if ids:
+            return ids[0]
         raise TokenError(
             f"{token!r} is no token of the vocabulary of {len(self.strings)}; give one token with "
             "its leading space, or an id."

@@ -5,6 +5,7 @@ Importing `lens_lora.show` alone draws in neither plotly nor the analyses.
 
 from __future__ import annotations
 
+from lens_lora.analyses.explain_all import Explanations
 from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.results import drawing
@@ -26,6 +27,7 @@ from lens_lora.show.figures import (
     grouped,
     margin,
     null_test,
+    overview,
     reliability,
     remainder,
     repair,
@@ -66,6 +68,7 @@ __all__ = [
     "margin",
     "margin_words",
     "null_test",
+    "overview",
     "reliability",
     "remainder",
     "repair",
@@ -88,3 +91,8 @@ __all__ = [
 @drawing.report.register(Explanation)
 def _report(explanation: Explanation | ResponseExplanation, *, title: str | None = None) -> str:
     return explanation_report([explanation], title=title)
+
+
+@drawing.report.register(Explanations)
+def _report_of_all(found: Explanations, *, title: str | None = None) -> str:
+    return explanation_report(found.each, title=title)

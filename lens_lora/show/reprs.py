@@ -9,6 +9,7 @@ from lens_lora.analyses.compare import Comparison
 from lens_lora.analyses.compare_adapters import AdapterComparison
 from lens_lora.analyses.components import Components
 from lens_lora.analyses.coupling import Coupling
+from lens_lora.analyses.explain_all import Explanations
 from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.analyses.faithfulness import Faithfulness
@@ -143,9 +144,22 @@ def _comparison(comparison: Comparison) -> str:
         f"{key_text(comparison.effects_name)} on {comparison.readout}: {batch} prompts × {count} "
         f"groups, top k = {comparison.k}{_made_on(comparison.made_on)}"
     )
+    note = _hidden_effects(comparison)
     if batch == 1:
-        return f"{head}\n{comparison.summary()['mean'].to_string()}\none prompt: no interval."
-    return f"{head}\n{comparison.summary().to_string()}"
+        mean = comparison.summary()["mean"].to_string()
+        return f"{head}\n{mean}\none prompt: no interval.{note}"
+    return f"{head}\n{comparison.summary().to_string()}{note}"
+
+
+def _hidden_effects(comparison: Comparison) -> str:
+    clear, every = comparison.beyond_noise, comparison.effects.numel()
+    small = every - round(float(clear.nan_to_num(1.0).mean()) * every)
+    if not small:
+        return ""
+    return (
+        f"\n{small} of {every} effects are within three noise floors: their sign, and their order "
+        "in a rank correlation, may be rounding."
+    )
 
 
 def _made_on(prompts: tuple[tuple[str, ...], ...]) -> str:
@@ -271,6 +285,11 @@ def _repair(found: Repair) -> str:
 def _explanation(explanation: Explanation) -> str:
     readout, units = explanation.first_order.readout, explanation.units
     return f"Explanation of {readout}, in {units}:\n{explanation.story()}"
+
+
+@drawing.text.register(Explanations)
+def _explanations(found: Explanations) -> str:
+    return f"Explanations of {len(found)} prompts:\n{found.story()}"
 
 
 @drawing.text.register(ResponseExplanation)

@@ -26,6 +26,7 @@ __all__ = [
     "magnitude",
     "method_text",
     "percent",
+    "points",
     "prompt_text",
     "quadrature_text",
     "share_text",
@@ -76,6 +77,17 @@ def percent(share: float) -> str:
     size = 100 * abs(share)
     digits = f"{size:.0f}" if size >= 10 else f"{size:.1f}" if size >= 0.1 else f"{size:.1g}"
     return f"{'−' if share < 0 else ''}{digits}%"
+
+
+def points(change: float) -> str:
+    """A change of a probability: '+12 points', in percentage points.
+
+    Args:
+        change: 1 is 100 points.
+    """
+    if not math.isfinite(change):
+        return "—"
+    return f"{'−' if change < 0 else '+'}{percent(abs(change))[:-1]} points"
 
 
 def share_text(share: float) -> str:

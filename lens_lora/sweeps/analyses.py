@@ -35,12 +35,15 @@ class Analysis:
     Attributes:
         at: the gate value at which it is taken; NaN along a path.
         alone: prompts are run one at a time, because the numbers of each depend on its batch.
+        many: takes tens of passes a prompt, so that each prompt is a batch, and kept once it is
+            done: what a kill loses is one prompt's work.
         has_remainder: its sum over sites estimates the shift, so the table has shift − sum too.
         options: what it is called with besides lens, prompts and readout.
     """
 
     at: float = 0.0
     alone: bool = False
+    many: bool = False
     has_remainder: bool = True
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
@@ -48,9 +51,11 @@ class Analysis:
 ANALYSES: dict[str, Analysis] = {
     "first_order": Analysis(),
     "first_order_at_1": Analysis(at=1.0),
-    "path": Analysis(at=float("nan"), alone=True, options={"tol": 1e-3, "max_nodes": 64}),
-    "add_one": Analysis(options={"how": "add_one"}),
-    "leave_one_out": Analysis(at=1.0, options={"how": "leave_one_out"}),
+    "path": Analysis(
+        at=float("nan"), alone=True, many=True, options={"tol": 1e-3, "max_nodes": 64}
+    ),
+    "add_one": Analysis(many=True, options={"how": "add_one"}),
+    "leave_one_out": Analysis(at=1.0, many=True, options={"how": "leave_one_out"}),
     "second_order": Analysis(has_remainder=False),
 }
 

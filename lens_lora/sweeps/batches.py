@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lens_lora.engine.asked import ask
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.errors import NumericsError, PromptError, TokenError
 from lens_lora.hooked.alone import alone
@@ -27,6 +27,7 @@ from lens_lora.lens import LoraLens
 from lens_lora.readouts.answers import AnswerMargin, margin_between
 from lens_lora.readouts.prompts import Prompts, joined
 from lens_lora.readouts.readout import Margin, Readout
+from lens_lora.results.signs import changes_sign
 from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.records import Record
 from lens_lora.sweeps.values import VALUES
@@ -44,6 +45,8 @@ __all__ = [
 ]
 
 Make = Callable[[Any], Readout]
+Vector = NDArray[np.float64]
+_ROUNDINGS = 2**16  # of one logit: no margin above so many is within three noise floors
 
 
 def is_make(readout: object) -> TypeGuard[Make]:
@@ -86,7 +89,8 @@ class Row:
         tokens: the length of the prompt.
         readout, units: the readout's label and the units of its numbers.
         base, adapted: g(0) and g(1), exact.
-        flips: whether a margin changes sign; None for other readouts.
+        flips: whether a margin changes sign; False where either end is within three noise floors
+            of zero; None for other readouts.
         error: what is wrong with the record.
         values: {analysis: [site]}.
         chat: whether the prompt is what a chat template made of messages.
@@ -200,7 +204,8 @@ def make_batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
 def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
     """The jobs' rows.
 
-    Cost: one batched forward pass for each of the two ends, and what the analyses cost.
+    Cost: one batched forward pass for each of the two ends, and what the analyses cost; ten more
+    where rounding may hide the sign of a margin, as it may in half precision.
 
     Args:
         lens: the adapter over the model.
@@ -217,10 +222,12 @@ def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> lis
 
 def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
     prompts, readout = _joined(lens, jobs), _together(lens, jobs)
-    reading = ask(lens, prompts, readout).reading
+    asked = ask(lens, prompts, readout)
+    reading = asked.reading
     ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
     base, adapted = _numbers(gated_readout(lens, reading, ends, progress=False)).T
     values = {name: _values(lens, jobs, name) for name in analyses}
+    flips = _flips(asked, base, adapted)
     return [
         Row(
             id=str(job.record.id),
@@ -234,7 +241,7 @@ def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> li
             units=job.readout.units,
             base=float(base[i]),
             adapted=float(adapted[i]),
-            flips=_flips(job.readout, base[i], adapted[i]),
+            flips=flips[i],
             values={name: found[i] for name, found in values.items()},
         )
         for i, job in enumerate(jobs)
@@ -271,10 +278,15 @@ def _joined(lens: LoraLens, jobs: Sequence[Job]) -> Prompts:
     return lens.prompts(joined([job.prompt for job in jobs]))
 
 
-def _flips(readout: Readout, base: float, adapted: float) -> bool | None:
-    """Whether a margin changes sign; None for other readouts."""
-    is_margin = isinstance(readout, Margin | AnswerMargin)
-    return bool(np.sign(base) != np.sign(adapted)) if is_margin else None
+def _flips(asked: Asked, base: Vector, adapted: Vector) -> Sequence[bool | None]:
+    """Whether each margin changes sign beyond rounding; None for other readouts."""
+    if not isinstance(asked.readout, Margin | AnswerMargin):
+        return [None] * len(base)
+    ends = torch.from_numpy(np.stack([base, adapted]))
+    floor = ends.new_zeros(len(base))
+    if float(ends.abs().min()) <= _ROUNDINGS * torch.finfo(asked.lens.dtype).eps:
+        floor = asked.noise_floor.cpu().double()
+    return changes_sign(ends[0], ends[1], floor).tolist()
 
 
 def _numbers(values: Tensor) -> np.ndarray:

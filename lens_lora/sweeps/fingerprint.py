@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.lens import LoraLens
+from lens_lora.offloaded import brought_in
 from lens_lora.readouts.readout import Readout
 from lens_lora.sweeps.analyses import options_of
 from lens_lora.sweeps.batches import Make
@@ -202,12 +203,24 @@ def _weights(model: nn.Module) -> str:
         for name, value in vars(module).items():
             if name.startswith("_processed_") and isinstance(value, Tensor):
                 named[f"{place}.{name}"] = value
+    away = _offloaded(model)
+    here = {name: tensor for name, tensor in named.items() if id(tensor) not in away}
     with ThreadPoolExecutor() as pool:
-        found = pool.map(tensor_digest, named.values())
+        found = dict(zip(here, pool.map(tensor_digest, here.values()), strict=True))
     together = hashlib.sha256()
-    for name, part in zip(named, found, strict=True):
-        together.update(name.encode() + part)
+    for name, tensor in named.items():
+        together.update(name.encode() + (away.get(id(tensor)) or found[name]))
     return together.hexdigest()[:32]
+
+
+def _offloaded(model: nn.Module) -> dict[int, bytes]:
+    """{id: hash} of each parameter that is brought in for it, a module at a time."""
+    found: dict[int, bytes] = {}
+    for module in model.modules():
+        ids = {name: id(p) for name, p in module.named_parameters(recurse=False) if p.is_meta}
+        with brought_in(module):
+            found |= {of: tensor_digest(getattr(module, name)) for name, of in ids.items()}
+    return found
 
 
 def _hooks(model: nn.Module, known: Mapping[int, str], version: str | None) -> list[str]:

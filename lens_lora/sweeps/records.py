@@ -235,6 +235,10 @@ def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Recor
             return record.bad(f"no {name}.")
         if name not in texts:
             return record.bad(f"its {name} is {text!r}, not a string.")
+    if record.doc is not None and record.doc == record.pre:
+        return record.bad(
+            f"doc and pre are both {record.doc!r}, so their margin is zero whatever the model does."
+        )
     return record
 
 

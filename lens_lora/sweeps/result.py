@@ -34,7 +34,7 @@ class SweepResult:
             the shift), and error (null where there is none).
         records: how many records there are.
         resumed: how many of them earlier runs had finished.
-        flips: how many margins change sign.
+        flips: how many margins change sign, beyond three noise floors.
         errors: (id, what is wrong, with its line) of each bad record.
         damaged: files of finished prompts that could not be read, and why; their prompts were run
             again.

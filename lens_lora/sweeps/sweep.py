@@ -24,7 +24,7 @@ from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.sweeps.agreement import by_main, require_one_sweep
-from lens_lora.sweeps.analyses import BY_TOKEN, ByToken, chosen
+from lens_lora.sweeps.analyses import ANALYSES, BY_TOKEN, ByToken, chosen
 from lens_lora.sweeps.batches import (
     Job,
     Make,
@@ -49,7 +49,7 @@ from lens_lora.sweeps.store import Store, require_same_sweep
 from lens_lora.sweeps.token_file import ActivationsFile
 from lens_lora.sweeps.token_sweep import token_sweep
 
-__all__ = ["require_resumable", "sweep"]
+__all__ = ["require_resumable", "require_slopes", "sweep"]
 
 _WARNED = 10
 
@@ -119,7 +119,8 @@ def sweep(
         readout: read on every prompt, in place of the margin doc − pre; or what makes a readout of
             one response per prompt, `ll.AnswerLogProb`, `ll.KL` or a function of the responses, for
             records that have a `response`.
-        batch_size: how many prompts are run, and written, together.
+        batch_size: how many prompts are run, and written, together; one of 'path', 'add_one' and
+            'leave_one_out', so that a kill loses at most one prompt's work.
         resume: go on with what is at `out`; False removes it and starts over.
         version: names what the readout and your hooks compute where their code and values cannot
             be hashed (an error says so); change it whenever that changes.
@@ -151,7 +152,7 @@ def sweep(
     if readout is not None and not said:
         _require_for_all(lens, rows, cast(Readout, readout))
     asked = readout(["", ""]) if is_make(readout) else cast(Readout | None, readout)
-    _require_slopes(names, asked)
+    require_slopes(names, asked)
     processes = launched()
     about = fingerprint(lens, names, readout, version)
     store, shown = Store(out, about, lens.sites, names), progress and processes.is_main
@@ -163,7 +164,8 @@ def sweep(
         jobs = [job for job in prepared if isinstance(job, Job)]
         checked = [job if isinstance(job, Record) else job.record for job in prepared]
         resumed = sum(r.error is None and content(r) in before for r in checked)
-        mine = make_batches(jobs, batch_size)[processes.index :: processes.count]
+        size = 1 if any(ANALYSES[name].many for name in names) else batch_size
+        mine = make_batches(jobs, size)[processes.index :: processes.count]
         with _bar(mine, resumed, processes, shown) as bar:
             for batch in mine:
                 store.add(measure(lens, batch, names))
@@ -238,8 +240,16 @@ def require_resumable(
     require_same_sweep(out, fingerprint_without_model(adapter, chosen(analyses), readout))
 
 
-def _require_slopes(names: Sequence[str], readout: Readout | None) -> None:
-    """Refuse the derivatives of a KL, which has none at ε = 0; its base is not held here."""
+def require_slopes(names: Sequence[str], readout: Readout | None) -> None:
+    """Refuse the derivatives of a KL, which has none at ε = 0; its base is not held here.
+
+    Args:
+        names: from `ANALYSES`.
+        readout: of all records; None for margins.
+
+    Raises:
+        SweepError: naming the analysis, and those that read a KL.
+    """
     none = sorted({"first_order", "second_order", "first_order_at_1"}.intersection(names))
     if isinstance(readout, KL) and none:
         raise SweepError(

@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from shapes import share
 
 import lens_lora as ll
 
@@ -97,7 +98,7 @@ def test_the_law_can_fail(victim):
 # --- the weights
 
 
-@fuzz(max_examples=40)
+@fuzz(max_examples=share(40))
 @given(st.data())
 def test_truncated(victim, data):
     """A file cut short anywhere, or with bytes after its end, is refused."""
@@ -106,7 +107,7 @@ def test_truncated(victim, data):
     assert victim.load(weights=victim.weights + b"\0" * data.draw(st.integers(1, 9))) is None
 
 
-@fuzz(max_examples=100)
+@fuzz(max_examples=share(100))
 @given(st.data())
 def test_flipped_bytes(victim, data):
     """Up to four bytes of the header or the body changed."""
@@ -119,7 +120,7 @@ def test_flipped_bytes(victim, data):
     victim.load(weights=bytes(spoiled))
 
 
-@fuzz(max_examples=15)
+@fuzz(max_examples=share(15))
 @given(st.one_of(st.integers(0, 4096), st.integers(0, 2**64 - 1), st.just(2**64 - 1)))
 def test_header_length(victim, length):
     """A length that is not the header's is refused, however large, and nothing is allocated."""
@@ -134,7 +135,7 @@ numbers = st.one_of(
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "U64", "I8", "BOOL", "C64", "F8_E4M3", "F4", "X", 3]
 
 
-@fuzz(max_examples=60)
+@fuzz(max_examples=share(60))
 @given(st.data())
 def test_header_entries(victim, data):
     """Huge or negative shapes, other dtypes, offsets that overlap, leave holes or run out."""
@@ -150,7 +151,7 @@ def test_header_entries(victim, data):
     victim.load(weights=victim.with_header(json.dumps(header)))
 
 
-@fuzz(max_examples=20)
+@fuzz(max_examples=share(20))
 @given(st.data())
 def test_duplicate_and_renamed_keys(victim, data):
     """A name that occurs twice cannot hide a tensor; a changed name cannot drop one."""
@@ -193,7 +194,7 @@ json_values = st.recursive(
 FIELDS = sorted({*LoraConfig.__dataclass_fields__, "unknown_field", "__class__", ""})
 
 
-@fuzz(max_examples=120)
+@fuzz(max_examples=share(120))
 @given(st.lists(st.tuples(st.sampled_from(FIELDS), json_values), min_size=1, max_size=2))
 def test_random_fields(victim, edits):
     """Any JSON in any field: refused, or the same factors, and s as it was unless s was edited."""
@@ -238,7 +239,7 @@ def test_paths_in_the_config_are_only_names(victim, field, path, monkeypatch):
     assert all(Path(name).parent == victim.folder for name in opened)
 
 
-@fuzz(max_examples=40)
+@fuzz(max_examples=share(40))
 @given(st.data())
 def test_config_bytes(victim, data):
     """Not UTF-8, cut short, nested too deeply, or not an object."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import cases
 import models
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lens_lora as ll
+from lens_lora.analyses.hook_points import resolved
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [7, 4]
@@ -121,7 +123,16 @@ def test_sites_own_outputs(cls: str):
         mine = found.values[names[1]][text, : LENGTHS[text]]
         assert (mine - (adapted - base)).abs().max() < TINY
     every = ll.activation_shift(case.lens, texts(), "blocks.*.hook_resid_post")
-    assert set(every.names) == {MIDDLE, LAST}
+    assert every.names == (MIDDLE, LAST)
+
+
+def test_points_of_a_glob_are_in_the_order_of_layers():
+    """A bridge names them in that of the alphabet: 0, 1, 10, 11, 2."""
+    points = ["embed", "blocks.0.a", "blocks.1.a", "blocks.10.a", "blocks.2.a", "blocks.2.b", "z"]
+    lens = SimpleNamespace(model=SimpleNamespace(hook_dict=dict.fromkeys(points)))
+    _, found = resolved(cast(ll.LoraLens, lens), ["*"])
+    expected = ["embed", "blocks.0.a", "blocks.1.a", "blocks.2.a", "blocks.2.b", "blocks.10.a", "z"]
+    assert list(found) == expected
 
 
 def test_laws():
@@ -143,6 +154,24 @@ def test_laws():
     apart = sum((x - y.mean(0)).square().sum() for x, y in (own, own[::-1]))
     expected = 1 - float(apart / torch.cat(own).square().sum())
     assert abs(both.constant_share()[LAST] - expected) < TINY
+
+
+def test_a_shared_beginning_counts_once_in_the_constant_share():
+    """By causality Δh is the same there, so it is not held out from the text that has it first."""
+    lens, rows = lens_of(), models.tokens(2, 7)
+    rows[1, :4] = rows[0, :4]
+    found = ll.activation_shift(lens, rows, LAST)
+
+    def share(own):
+        apart = sum((x - y.mean(0)).square().sum() for x, y in (own, own[::-1]))
+        return 1 - float(apart / torch.cat(own).square().sum())
+
+    first, second = found.values[LAST]
+    once = share([first[1:], second[4:]])
+    assert abs(found.constant_share()[LAST] - once) < TINY
+    assert abs(share([first[1:], second[1:]]) - once) > 1e-3
+    every = ll.activation_shift(lens, rows, LAST, sinks=True)
+    assert abs(every.constant_share()[LAST] - share([first, second[4:]])) < TINY
 
 
 def test_positions_and_sinks():

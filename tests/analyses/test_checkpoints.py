@@ -10,6 +10,7 @@ import torch
 from reference import peft_scales
 
 import lens_lora as ll
+from lens_lora.engine.asked import ask
 from lens_lora.errors import AdapterError, ArgumentError
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -61,10 +62,20 @@ def test_every_checkpoint_is_peft_s_at_that_strength(found):
     assert torch.allclose(result.remainder, result.shift - result.first_order)
 
 
+def test_each_checkpoint_has_its_own_noise_floor(found):
+    case, readout, result = found
+    for k, adapter in enumerate(training(case)):
+        own = ask(case.lens.with_adapter(adapter), models.tokens(), readout)
+        assert torch.allclose(result.noise[1 + k], own.adapted_noise, rtol=1e-6)
+        whole = own.base_noise.square() + own.adapted_noise.square()
+        assert torch.allclose(result.noise_floor[k].square(), whole, rtol=1e-6)
+    assert result.noise.shape == (6, 2) and len(set(result.noise[:, 0].tolist())) > 2
+
+
 def test_the_direction_is_the_final_one_throughout(found):
     _, _, result = found
     assert torch.allclose(result.to_final, torch.ones_like(result.to_final))
-    assert result.angle.max() < 1e-4
+    assert result.angle.max() < 1e-4 and result.phases["angle"] == ()  # what differs is rounding
     ratio = result.norms / result.norms[-1]
     assert torch.allclose(ratio, torch.tensor(STRENGTHS)[:, None].expand_as(ratio).double())
     steps = torch.tensor(STRENGTHS).diff(prepend=torch.zeros(1)).double()

@@ -162,6 +162,37 @@ def test_shared_beginnings_count_once():
     assert abs(twice - share_by_hand(parts)) > 1e-3  # the shared beginning counted twice
 
 
+def test_a_half_s_constants_have_nothing_of_the_other_half():
+    """Texts 1 and 2 begin alike and stand in two halves: their beginning is in no constants."""
+    case, rows = cases.case("llama", CLASSES[0], "raw"), models.tokens(3, 7)
+    rows[2, :4] = rows[1, :4]
+    found = ll.constant_part(case.lens, rows, ll.Margin(5, 9))
+    kept = {site.module: list[Tensor]() for site in case.lens.sites}
+
+    def keep(path: str):
+        return lambda module, args, out: kept[path].append(out - module.base_layer(args[0]))
+
+    modules = {path: case.peft.base_model.model.get_submodule(path) for path in kept}
+    handles = [module.register_forward_hook(keep(path)) for path, module in modules.items()]
+    with torch.no_grad():
+        case.peft(rows)
+    for handle in handles:
+        handle.remove()
+
+    def constant(*own: tuple[int, int]) -> dict[str, Tensor]:
+        return {
+            m: torch.cat([d[0][text, at:] for text, at in own]).mean(0) for m, d in kept.items()
+        }
+
+    def margin(means: dict[str, Tensor], text: int) -> float:
+        logits = with_constants("llama", means, rows[text : text + 1])[0, -1]
+        return float(logits[5] - logits[9])
+
+    assert abs(float(found.constant[1]) - margin(constant((0, 1), (2, 4)), 1)) < 1e-9
+    assert abs(float(found.constant[2]) - margin(constant((1, 4)), 2)) < 1e-9
+    assert abs(float(found.constant[2]) - margin(constant((1, 1)), 2)) > 1e-4
+
+
 def test_planted():
     """A bias alone is constant, whole and in its effect; what reads no mean is not."""
     case = cases.case("llama", CLASSES[0], "raw")
@@ -218,8 +249,12 @@ def test_refusals():
     with pytest.raises(ll.PromptError, match=r"text 0 of 2 \(from 0\) has one token"):
         ll.constant_part(lens, ll.Prompts(models.tokens(2), torch.tensor([1, 7])))
     twice = models.tokens(3)[[0, 1, 0]]
-    with pytest.raises(ll.PromptError, match=r"text 2 of 3 \(from 0\) has no token of its own"):
+    with pytest.raises(ll.PromptError, match=r"text 0 of 3 \(from 0\).*own: text 2 begins"):
         ll.constant_part(lens, twice)
+    for lengths, short in (([4, 7], 0), ([7, 4], 1)):
+        beginning = ll.Prompts(models.tokens(1).expand(2, -1).clone(), torch.tensor(lengths))
+        with pytest.raises(ll.PromptError, match=f"text {short} of 2"):
+            ll.constant_part(lens, beginning, ll.Margin(5, 9))
     with pytest.raises(ll.PromptError, match="no prompts"):
         ll.constant_part(lens, [])
     with pytest.raises(ll.PromptError, match=f"{models.CONTEXT + 1} tokens"):

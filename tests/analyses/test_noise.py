@@ -145,7 +145,8 @@ def test_one_rounding_at_least():
     for token, base, slope in ((0, 0.0, 0.0), (3, 18.0, (18.0**2 + 45.0**2) ** 0.5)):
         first = ll.first_order(lens, torch.tensor([[token]]), ll.Logit(0))
         reading = ll.Logit(0).over(lens.model, lens.prompts(torch.tensor([[token]])))
-        found = engine_noise.first_order_noise(lens, reading, first.base, first.per_site)
+        draws = engine_noise.base_draws(lens, reading)
+        found = engine_noise.first_order_noise(lens, draws, first.base[None], first.per_site)
         for floor, size in zip(found, (base, slope), strict=True):
             assert size * unit <= floor.item() <= 100 * size * unit
 
@@ -166,6 +167,7 @@ def test_draws_are_run_in_portions(tokens: int, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(ll.LoraLens, "run", counted)
     monkeypatch.setattr("lens_lora.engine.batching.SLOPE_TOKENS", 2 * tokens)
-    found = engine_noise.first_order_noise(low, reading, first.base, first.per_site)
-    assert sum(runs) == 16 and max(runs) == min(16, 2 * tokens // 7)
+    draws = engine_noise.base_draws(low, reading)
+    found = engine_noise.first_order_noise(low, draws, first.base[None], first.per_site)
+    assert sum(runs) == 8 and max(runs) == min(8, 2 * tokens // 7)
     assert all((floor > 0).all() for floor in found)

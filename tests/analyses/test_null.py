@@ -101,6 +101,39 @@ def test_null_is_its_seed():
     adapter = bias_adapter()
     (a,), (b,), (c,) = (null_adapter(adapter, s).modules.values() for s in (5, 5, 6))
     assert torch.equal(a.A, b.A) and torch.equal(a.B, b.B) and not torch.equal(a.A, c.A)
+    draws = [next(iter(null_adapter(adapter, 5, d).modules.values())) for d in (0, 1)]
+    assert torch.equal(draws[0].A, a.A) and not torch.equal(draws[1].A, a.A)
+    assert not torch.equal(draws[1].A, c.A)
+    assert null_adapter(adapter, 5, 1).name.startswith("null 5.1 of ")
+    assert null_adapter(adapter).name.startswith("null 0 of ")
+
+
+def test_the_draws_of_a_seed_are_the_same_everywhere():
+    case = cases.case("llama", list(models.MAKERS)[-1], "raw")
+    lens, tokens = case.lens, models.tokens()
+    test = null_test(lens, tokens, MARGIN, draws=2, seed=4, progress=False)
+    audit = ll.what_changed(lens, tokens, nulls=2, seed=4, split=False, progress=False)
+    for draw in range(2):
+        null = null_adapter(lens.adapter, 4, draw)
+        assert audit.nulls[draw].name == null.name
+        one = ll.first_order(lens.with_adapter(null), tokens, MARGIN)
+        assert torch.allclose(test.null[draw], one.values, atol=1e-12)
+        alone = ll.what_changed(
+            lens.with_adapter(null), tokens, nulls=0, split=False, progress=False
+        )
+        assert torch.allclose(audit.nulls[draw].logit, alone.found.logit, atol=1e-6)
+
+
+@pytest.mark.bad_input
+def test_seeds_are_whole_numbers():
+    for seed, draw, named in (
+        (-1, 0, "seed"),
+        (1.5, 0, "seed"),
+        (0, -1, "draw"),
+        (True, 0, "seed"),
+    ):
+        with pytest.raises(ll.ArgumentError, match=named):
+            null_adapter(bias_adapter(), seed, draw)
 
 
 @pytest.mark.parametrize("what", ["magnitude", "trained_bias"])
@@ -134,8 +167,8 @@ def test_null_test_is_first_order_of_each_draw(cls: str, flags: str):
     hooks = {name: len(p._forward_hooks) for name, p in case.model.hook_dict.items()}
     found = null_test(case.lens, tokens, MARGIN, draws=3, progress=False)
     base = case.base if cases.FLAGS[flags] else None
-    for i, seed in enumerate(found.seeds):
-        null = null_adapter(case.lens.adapter, seed, parts=fused_parts(case.lens))
+    for i in range(3):
+        null = null_adapter(case.lens.adapter, found.seed, i, parts=fused_parts(case.lens))
         one = ll.first_order(ll.LoraLens(case.model, null, hf_model=base), tokens, MARGIN)
         assert torch.allclose(found.null[i], one.values, atol=1e-12)
         assert torch.allclose(found.null_shift[i], one.shift, atol=1e-12)

@@ -26,7 +26,7 @@ def logistic(at: float, width: float) -> list[float]:
     ids=["a line", "a constant", "a slow rise", "noise"],
 )
 def test_what_changes_evenly_has_none(values):
-    assert phase_changes(STEPS, values, floor=1e-3) == ()
+    assert phase_changes(STEPS, values, floors=[1e-3] * len(STEPS)) == ()
 
 
 def test_a_jump_is_found_where_it_is():
@@ -47,7 +47,18 @@ def test_two_jumps_are_two():
 
 def test_a_jump_within_rounding_is_none():
     values = [0, 0, 0, 5, 5, 5, 5, 5, 5, 5, 5]
-    assert phase_changes(STEPS, values, floor=2) == ()
+    assert phase_changes(STEPS, values, floors=[2.0] * len(STEPS)) == ()
+
+
+def test_a_change_has_the_rounding_of_both_its_values():
+    """5 is more than three σ of one value, and less than three of a difference."""
+    values = [0, 0, 0, 5, 5, 5, 5, 5, 5, 5, 5]
+    assert phase_changes(STEPS, values, floors=[1.3] * len(STEPS)) == ()
+    assert phase_changes(STEPS, values, floors=[1.1] * len(STEPS)) == ((20, 30),)
+    one_end = [9.0 if at == 3 else 0.0 for at in range(len(STEPS))]
+    assert phase_changes(STEPS, values, floors=one_end) == ()
+    elsewhere = [9.0 if at == 8 else 0.0 for at in range(len(STEPS))]
+    assert phase_changes(STEPS, values, floors=elsewhere) == ((20, 30),)
 
 
 def test_a_small_step_on_a_long_way_is_none():

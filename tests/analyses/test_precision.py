@@ -104,6 +104,48 @@ def test_effects_say_how_many_of_them_may_be_rounding():
     )
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_sign_within_rounding_is_no_flip(dtype: torch.dtype):
+    """Answers whose logits are nearest to each other: what is said of a flip, float64 says too."""
+    low, high = lenses("llama", dtype)
+    with models.lifted():
+        logits = high.logits(ASKED.prompts, scale=1.0)[:, -1]
+        away = (logits - logits[:, 5:6]).abs().index_fill(1, torch.tensor([5]), torch.inf)
+        pre = away.argmin(1).tolist()
+        exact = ll.fact_margin(high, ASKED.prompts, 5, pre, progress=False)
+    found = ll.fact_margin(low, ASKED.prompts, 5, pre, progress=False)
+    truth = exact.m0 * exact.m < 0
+    naive = found.m0 * found.m < 0
+    assert (naive != truth).any()  # control: bare signs are wrong
+    kinds = [verdict.kind for verdict in found.flip_verdict]
+    said = {i: kind == "flips" for i, kind in enumerate(kinds) if kind != "hidden"}
+    assert all(bool(truth[i]) == flips for i, flips in said.items())
+    assert found.flips == tuple(said.get(i, False) for i in range(len(kinds)))
+    hidden = kinds.index("hidden")
+    assert "sign is not known; rerun in float32" in str(found.flip_verdict[hidden])
+    assert "Rounding hides whether the preference flips" in found.story(hidden)
+    assert [verdict.kind for verdict in exact.flip_verdict].count("hidden") == 0
+    assert exact.flips == tuple(truth.tolist())
+
+
+def test_agreement_leaves_out_signs_within_rounding():
+    """Effects that are all rounding have signs by chance: none of them is counted."""
+    low, high = lenses("llama", torch.bfloat16)
+    weak, exact = (each.with_adapter(each.adapter.scaled(1e-3)) for each in (low, high))
+    effects = ll.patch_sites(weak, ASKED.prompts, ASKED.margin, progress=False)
+    found = ll.compare(ll.first_order(weak, ASKED.prompts, ASKED.margin), effects)
+    clear = effects.values.abs() > 3 * effects.noise_floor[:, None]
+    assert torch.equal(found.beyond_noise, clear.double().mean(1))
+    without = ~clear.any(1)
+    assert without.any() and found.sign_agreement[without].isnan().all()
+    assert "are within three noise floors: their sign" in str(found)
+    with models.lifted():
+        truth = ll.patch_sites(exact, ASKED.prompts, ASKED.margin, progress=False)
+        sound = ll.compare(ll.first_order(exact, ASKED.prompts, ASKED.margin), truth)
+    assert (sound.beyond_noise > 0.9).all() and (sound.sign_agreement > 0.9).all()
+    assert "noise floors" not in str(sound)
+
+
 READOUTS = {
     "margin": ll.Margin(5, 9),
     "log p": ll.LogProb(5),

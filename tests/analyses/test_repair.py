@@ -277,6 +277,23 @@ def test_the_verdict_is_that_of_the_gain(gain, verdict, said):
     assert said in " ".join(found.story().split())
 
 
+def test_what_keeps_more_than_the_whole_adapter_is_held_against_it():
+    """Sites that work against the margin are dropped, so no strength up to 1 keeps as much."""
+    case = cases.case("llama", HOSTS[0], "raw")
+    found = ll.repair(
+        case.lens, [(models.tokens(1), ll.Margin(5, 9))], [(models.tokens(1, 6), ll.KL())], 1.0,
+        of="site", steps=30, rate=0.1, progress=False, draws=1,
+    )  # fmt: skip
+    assert found.kept_share > 1 and found.matched[-1] == 1.0 and found.exceeds
+    whole = found.to_frame().set_index(["kind", "adapter"])["share"]
+    assert whole["drop", "scaled"] == pytest.approx(1) and whole["keep", "scaled"] == pytest.approx(
+        1
+    )
+    assert "No strength of the whole adapter up to 1 keeps as much" in found.story()
+    assert "the whole adapter leaves" in found.plot().layout.title.text
+    assert not repaired(HOSTS[0]).exceeds
+
+
 def test_it_is_drawn_told_saved_and_laid(tmp_path):
     found = repaired(HOSTS[0])
     assert "times as much" in found.story() and "held-out" in repr(found)

@@ -62,6 +62,7 @@ def test_margin_and_flip_by_hand():
     root = 2 * (4 / 3 - 1)
     assert found.flips == (True,) and found.flip_scale.item() == pytest.approx(root, abs=1e-5)
     assert found.m0.item() == -14.0
+    assert str(found.flip_verdict[0]) == f"flips: from -14 to {found.m.item():+.3g}"
 
 
 def test_components_by_hand():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from pathlib import Path
@@ -201,5 +202,11 @@ def test_refusals():
     found = changed("llama", CLASSES[0], "raw")
     with pytest.raises(ll.TokenError, match="no token of the vocabulary"):
         found.rank(" Lyon and more")
+    alike = dataclasses.replace(found, strings=("�", "a", "�", *found.strings[3:]))
+    with pytest.raises(ll.TokenError, match="2 tokens of the vocabulary read.*ids 0, 2; give"):
+        alike.rank("�")
+    assert alike.rank(2) == found.rank(2)
+    with pytest.raises(ll.TokenError, match="True is no token"):
+        found.rank(True)
     with pytest.raises(ll.ArgumentError, match="by"):
         found.promoted(5, by="rank")

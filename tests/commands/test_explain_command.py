@@ -50,7 +50,7 @@ ANSWERS = ["--doc", "w9", "--pre", "w26"]
         (["--prompt", "a", "--system", "b", *ANSWERS], "--system: it stands before a --chat"),
         (["--prompt", "a", *ANSWERS, "--null", "1"], "at least 2 random adapters"),
         (["--prompt", "a", *ANSWERS, "--report", "no/such/x.html"], "there is no folder no/such"),
-        (["--prompt", "a"] * 11 + ANSWERS, "11 prompts are too many for one page, 10 at most"),
+        (["--prompt", "a"] * 17 + ANSWERS, "17 prompts are too many for one page, 16 at most"),
     ],
 )
 def test_options_that_cannot_work_are_refused_at_once(options, message):
@@ -125,7 +125,15 @@ def test_command_explains_two_prompts_on_either_class(tiny_command, monkeypatch,
     assert "On the prompt “w5 w6 w7”" in text or "On the prompt “w5w6w7”" in text
     assert f"Report: {page}" in text
     assert "Explaining prompt 2 of 2" in result.stderr and "Done in" in result.stderr
-    assert page.read_text(encoding="utf-8").count("<template id=") == 2
+    assert page.read_text(encoding="utf-8").count('<details class="prompt"') == 2
+
+
+def test_fast_explains_all_at_once(tiny_command, monkeypatch):
+    prompts = ["--prompt", "w13 w14", "--prompt", "w5 w6 w7"]
+    result, page = tiny_command(monkeypatch, *prompts, *ANSWERS, "--fast")
+    assert result.exit_code == 0 and "Explaining prompt 1 to 2 of 2" in result.stderr
+    assert "2 of 2: w5 w6 w7" in plain(result.stdout)
+    assert page.read_text(encoding="utf-8").count('<details class="prompt"') == 2
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -199,7 +207,11 @@ def test_page_holds_what_was_explained_before_an_error(tiny_command, monkeypatch
             raise NumericsError("not finite")
         return ll.explain(lens, prompt, doc, pre, **options)
 
+    def all_at_once(*args, **options):
+        raise NumericsError("one of them is not finite")
+
     monkeypatch.setattr(run_explain, "explain_prompt", once)
+    monkeypatch.setattr(run_explain, "explain_all", all_at_once)
     options = ["--prompt", "w13 w14", "--prompt", "w5", *ANSWERS, "--fast", "--quiet"]
     result, page = tiny_command(monkeypatch, *options)
     assert (result.exit_code, result.stderr) == (2, "NumericsError: not finite\n")

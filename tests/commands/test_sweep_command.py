@@ -12,6 +12,7 @@ import typer
 from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, two_processes, write_csv, write_jsonl
 from typer.testing import CliRunner
 
+import lens_lora as ll
 from lens_lora.commands import run_sweep
 from lens_lora.commands.sweep import sweep
 from lens_lora.commands.terminal import one_line_errors
@@ -45,6 +46,23 @@ def test_several_processes_do_not_share_a_device_map(tiny, tmp_path, monkeypatch
         "--out", tmp_path / "r.parquet", "--device-map", "auto",
     )  # fmt: skip
     assert found.exit_code == 2 and "--device-map and 2 processes" in found.stderr
+
+
+@pytest.mark.bad_input
+def test_a_bound_of_memory_reaches_the_lens(tiny, tmp_path):
+    """One that is too small for a pass is refused; one that is not gives the same numbers."""
+    records = write_jsonl(tmp_path / "r.jsonl", GOOD[:2])
+    found = {}
+    for bound in (None, "1e9", "10"):
+        out = tmp_path / f"{bound}.parquet"
+        more = [] if bound is None else ["--max-memory", bound]
+        found[bound] = command(
+            "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records,
+            "--out", out, *more,
+        )  # fmt: skip
+    assert found["10"].exit_code and "max_memory=10 bytes" in found["10"].stderr
+    plain, bounded = (pd.read_parquet(tmp_path / f"{bound}.parquet") for bound in (None, "1e9"))
+    pd.testing.assert_frame_equal(plain, bounded)
 
 
 def test_command_on_a_folder(tiny, tmp_path):
@@ -95,6 +113,8 @@ def test_two_processes_give_the_rows_of_one(tiny, tmp_path):
         (["--out", "results"], "ends in .parquet"),
         (["--batch-size", "0"], "--batch-size"),
         (["--class", "GPT2"], "HookedTransformer"),
+        (["--response", "kl", "--analysis", "activations"], "activations has no readout"),
+        (["--response", "margin"], "--response"),
     ],
 )
 def test_command_refuses_at_once(tmp_path, options, words):
@@ -102,6 +122,39 @@ def test_command_refuses_at_once(tmp_path, options, words):
     result = command("--records", records, *options)
     assert result.exit_code == 2
     assert words in re.sub(r"[│\s]+", " ", result.stderr)
+
+
+@pytest.mark.parametrize(("response", "analysis"), [("log-prob", "first_order"), ("kl", "path")])
+def test_responses_are_read_as_in_python(tiny, tmp_path, response, analysis):
+    said = [
+        {"id": f"r{i}", "prompt": row["prompt"], "response": "w8 w10"} for i, row in enumerate(GOOD)
+    ]
+    records, out = write_jsonl(tmp_path / "r.jsonl", said), tmp_path / "r.parquet"
+    found = command(
+        "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records, "--out", out,
+        "--analysis", analysis, "--response", response, "--class", next(iter(models.MAKERS)),
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    text = re.sub(r"[│\s]+", " ", found.stdout)
+    assert "6 of 6" in text and "margins that flip" not in text and "nats" in text
+    prompts = pd.read_parquet(tmp_path / "r.prompts.parquet")
+    lens = ll.load(str(tiny / "base"), tiny / "lora", kind=next(iter(models.MAKERS)))
+    readout = {"log-prob": ll.AnswerLogProb, "kl": ll.KL}[response]
+    for row, record in zip(prompts.to_dict("records"), said, strict=True):
+        at = ll.first_order(lens, record["prompt"], readout("w8 w10"), at=1.0)
+        assert row["adapted"] == pytest.approx(float(at.adapted[0]), abs=1e-4)
+        assert row["response"] == "w8 w10"
+
+
+@pytest.mark.bad_input
+def test_a_kl_without_a_slope_is_refused_before_a_model_is_loaded(tiny, tmp_path):
+    said = [{"prompt": "w7", "response": "w8"}]
+    records = write_jsonl(tmp_path / "r.jsonl", said)
+    found = command(
+        "--model", tmp_path / "nowhere", "--adapter", tiny / "lora", "--records", records,
+        "--response", "kl", "--out", tmp_path / "r.parquet",
+    )  # fmt: skip
+    assert found.exit_code == 2 and "is not read by 'first_order'" in found.stderr
 
 
 def test_command_in_which_nothing_is_done(tiny, tmp_path):

@@ -21,11 +21,17 @@ def _load(name: str) -> ModuleType:
 
 
 precision, shapes = _load("precision_page"), _load("shapes_page")
+memory = _load("memory_page")
 
 
 def test_the_pages_are_what_the_numbers_render_to():
     assert precision.PAGE.read_text() == precision.render(precision.read())
     assert shapes.PAGE.read_text() == shapes.render(shapes.read())
+
+
+def test_the_tables_of_memory_are_what_the_cells_render_to():
+    body = memory.render(memory.read())
+    assert f"{memory.MARKS[0]}\n\n{body}\n{memory.MARKS[1]}" in memory.PAGE.read_text()
 
 
 @pytest.mark.parametrize("name", ["repair", "compare_adapters"])

@@ -7,6 +7,7 @@ import copy
 import doctest
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from functools import cache
@@ -32,7 +33,9 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-site = _load("site_pages")
+site = _load("site_pages")  # makes the modules beside it importable
+outputs, notebooks = (importlib.import_module(f"site_{n}") for n in ("outputs", "notebooks"))
+makers = {name: _load(f"make_{name}") for name in ("outputs", "badge")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,7 +65,7 @@ def without_code(text: str) -> str:
 
 
 def test_every_public_name_is_in_the_reference():
-    """Once, under a group with a page of its own in the navigation."""
+    """Once, under a group with a page of its own in the navigation; so is every notebook."""
     names = [name for group in site.groups().values() for name in group]
     assert sorted(names) == sorted(set(ll.__all__) - {"__version__"})
     plain = SimpleNamespace(nav=copy.deepcopy(config()["nav"]))
@@ -73,6 +76,7 @@ def test_every_public_name_is_in_the_reference():
         assert not (DOCS / "api" / site.slug(title)).exists()
         lines = site.reference_page(title).splitlines()
         assert {f"::: lens_lora.{name}" for name in group} <= set(lines)
+    assert {f"notebooks/{path.stem}.md" for path in notebooks.paths()} <= set(paths)
 
 
 @pytest.mark.parametrize("name", sorted(set(ll.__all__) - {"__version__"}))
@@ -112,6 +116,73 @@ def test_commands_are_the_readme_s():
         site.command("no-such-command")
 
 
+# --- what snippets show
+
+
+@pytest.mark.parametrize("page", makers["outputs"].PAGES)
+def test_stored_outputs_are_those_of_the_page_s_snippets(page: str):
+    """In order; run `python docs/make_outputs.py` after a change."""
+    text = (DOCS / f"{page}.md").read_text()
+    found = [output["source"].strip() for output in json.loads(stored(page))]
+    assert found == [source.strip() for source in makers["outputs"].sources(text)]
+    shown = outputs.with_outputs(text, page)
+    assert shown.count("![What the snippet above draws]") == len(pictures(page)) > 0
+    assert all((DOCS / "outputs" / name).is_file() for name in pictures(page))
+
+
+def stored(page: str) -> str:
+    return (DOCS / "outputs" / f"{page}.json").read_text()
+
+
+def pictures(page: str) -> list[str]:
+    return [output["picture"] for output in json.loads(stored(page)) if output["picture"]]
+
+
+def test_no_output_is_left_over_and_none_is_of_one_machine():
+    names = {name for page in makers["outputs"].PAGES for name in pictures(page)}
+    assert {path.name for path in (DOCS / "outputs").glob("*.png")} == names
+    for page in makers["outputs"].PAGES:
+        assert not re.search(r"(?<![\w.])/(work|home|root|tmp|usr|Users)/", stored(page)), page
+
+
+def test_a_changed_snippet_has_no_output():
+    page = "first_adapter"
+    text = (DOCS / f"{page}.md").read_text()
+    drawn = "```python\nmargin.plot()\n```\n"
+    assert drawn in text and "![What" in outputs.with_outputs(drawn, page)
+    assert outputs.with_outputs("```python\n1 + 1\n```\n", page) == "```python\n1 + 1\n```\n"
+
+
+def test_every_public_call_has_an_example():
+    calls = {name for name in ll.__all__ if name[0].islower()}
+    assert set(outputs.examples()) == calls
+    for name, example in outputs.examples().items():
+        assert re.search(rf"\bll\.{name}\(", example), name
+        assert name == "load" or "{ .text .output" in example or "![" in example, name
+
+
+def test_the_gallery_shows_every_notebook_that_draws():
+    cards = re.findall(r"\[!\[([^\]]+)\]\((notebooks/[^)]+\.png)\)", notebooks.gallery())
+    assert len(cards) == len(notebooks.paths())
+    for path in notebooks.paths():
+        text, found = notebooks.page(path)
+        assert found and all(png.startswith(b"\x89PNG") for png in found.values())
+        assert text.startswith("# ") and all(f"({name})" in text for name in found)
+
+
+def test_the_badge_leads_to_the_repository_that_is_named():
+    """And there is none before that: README has no link that leads nowhere."""
+    badge = makers["badge"]
+    assert badge.MARK in badge.README.read_text() and badge.BINDER not in badge.README.read_text()
+    once = badge.with_badge(f"# x\n\n{badge.MARK}\n\ntext\n", "https://github.com/a/b.git")
+    assert "(https://mybinder.org/v2/gh/a/b/HEAD?labpath=demos%2Ffirst_look.ipynb)" in once
+    twice = badge.with_badge(once, "https://gitlab.com/a/c/b/")
+    assert "/v2/gl/a%2Fc%2Fb/HEAD" in twice and "/gh/" not in twice and twice.endswith("\n\ntext\n")
+    with pytest.raises(SystemExit, match="expected https"):
+        badge.badge("github.com/a/b")
+    assert (ROOT / "demos" / "first_look.ipynb").is_file() and (ROOT / ".binder").is_dir()
+
+
 # --- what the pages say
 
 
@@ -134,7 +205,10 @@ def broken_links(path: Path, text: str) -> list[str]:
             continue
         file, _, anchor = target.partition("#")
         found = (path.parent / file).resolve() if file else path
-        is_there = found.is_file() and (not anchor or anchor in anchors(found.read_text()))
+        is_page = found.suffix == ".md"  # a picture's anchor says in which theme it is shown
+        is_there = found.is_file() and (
+            not anchor or not is_page or anchor in anchors(found.read_text())
+        )
         broken += [] if is_there else [target]
     return broken
 
@@ -220,6 +294,7 @@ def test_nothing_is_fetched():
     assert not re.search(r"https?://", (ROOT / "mkdocs.yml").read_text())
     own = [*config()["extra_css"], *config()["extra"]["polyfills"]]
     assert all((DOCS / path).is_file() for path in own)
+    assert "django-static-mathjax==" in (ROOT / "pyproject.toml").read_text()
     assert any("iframe-worker" in path for path in own)
     styles = "".join((DOCS / path).read_text() for path in config()["extra_css"])
     assert not re.search(r"url\(|@import", styles)

@@ -36,9 +36,9 @@ VERBS: dict[str, tuple[Call, Callable[[int], int]]] = {
     "patch_sites": (quiet(ll.patch_sites), lambda S: 2 + S + 5),
     "path_attribution": (quiet(ll.path_attribution, max_nodes=4), lambda S: 2 + 10 + 2 + 4),
     "reliability": (quiet(ll.reliability, how="leave_one_out"), lambda S: 3 + 10 + 1),
-    "remainder": (quiet(ll.remainder), lambda S: 3 + 10 + 8 + 3),
-    "remainder_curve": (quiet(ll.remainder_curve), lambda S: 3 + 10 + 8 + 23),
-    "second_order": (quiet(ll.second_order), lambda S: 3 + 10 + 8 + 23 + 9),
+    "remainder": (quiet(ll.remainder), lambda S: 5 + 10 + 3),
+    "remainder_curve": (quiet(ll.remainder_curve), lambda S: 5 + 10 + 22),
+    "second_order": (quiet(ll.second_order), lambda S: 5 + 10 + 22 + 5),
 }
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from every_call import CALLS, OWN, numbers, same
 from interrupts import held
+from shapes import CHECKED
 
 import lens_lora as ll
 from lens_lora.engine import read
@@ -93,8 +94,9 @@ AROUND: dict[str, Callable[[], Manager[Any]]] = {
 }
 
 
-# The settings that changed numbers silently, or broke most calls, are tried around every call.
-AROUND_ALL = ("inference_mode", "autocast", "default device")
+# The settings that changed numbers silently, or broke most calls, are tried around every call;
+# under the check of shapes only the first of them.
+AROUND_ALL = ("inference_mode", "autocast", "default device")[: 1 if CHECKED else None]
 SOME = ("logits", "first_order", "forward", "first_orders", "frozen", "second_order", "null_test")
 
 

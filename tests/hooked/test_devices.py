@@ -147,19 +147,28 @@ def test_what_mixes_is_seen():
 
 
 @models.NEEDS_BRIDGE
-@pytest.mark.bad_input
-def test_offloaded_weights_are_refused():
-    """Between calls they are on meta, whose values read as nothing or as an error of torch."""
-    accelerate = pytest.importorskip("accelerate")
-    hf = copy.deepcopy(base())
-    accelerate.cpu_offload(hf, execution_device=torch.device("cpu"))
-    with pytest.raises(ll.ModelStateError, match=r"q_proj|embed_tokens.*offloaded.*load_in_4bit"):
-        ll.load(hf, adapter("linear"), tokenizer=models.tokenizer())
-    bridge = models.bridge(base())
-    part = bridge.blocks[1].mlp.original_component
-    accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
-    with pytest.raises(ll.ModelStateError, match=r"mlp.*offloaded.*device='cpu'"):
-        ll.LoraLens(bridge, adapter("linear"))
+@pytest.mark.parametrize("targets", ["linear", "everything"])
+def test_transfers_are_those_of_plain_passes(targets: str):
+    """Between the two devices, and what is read: gates, ids and read positions, once a pass."""
+    own, margin = adapter(targets), ll.Margin(5, 9)
+    counts: dict[str, int] = {}
+    with devices.tracked():
+        lens, ids = ll.LoraLens(split(False), own), tokens("toy:0")
+        calls = {
+            "plain": lambda: lens.model(ids),
+            "adapted": lambda: lens.logits(ids),
+            "first order": lambda: ll.first_order(lens, ids, margin, mode="reverse"),
+        }
+        for name, call in calls.items():
+            devices.crossings.clear()
+            with torch.set_grad_enabled(name == "first order"):
+                call()
+            own_values = [c for c in devices.crossings if "engine/reverse.py" in c]
+            counts[name] = len(devices.crossings) - len(own_values)
+            assert len(own_values) <= len(lens.sites)
+    assert counts["plain"] and counts["adapted"] <= counts["plain"] + 3
+    way_back = 2  # the final residual stream's gradient, and the block's
+    assert counts["first order"] <= 2 * (counts["plain"] + 3) + way_back
 
 
 @models.NEEDS_HOOKED_TRANSFORMER

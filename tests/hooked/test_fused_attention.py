@@ -78,8 +78,32 @@ def test_what_needs_patterns_is_refused():
     rules = ll.FrozenRules(attention_patterns=True)
     with pytest.raises(ll.ModelStateError, match=r"hook_pattern.*never.*eager"):
         ll.first_order(fused, models.tokens(), MARGIN, rules=rules)
+    name = "blocks.0.attn.hook_pattern"
+    with pytest.warns(UserWarning), pytest.raises(ll.ModelStateError, match=r"sdpa.*eager"):
+        ll.patch_activations(fused, models.tokens(), MARGIN, name, positions=None, progress=False)
     with pytest.raises(ll.ModelStateError, match=r"q_norm.*eager"):
         pair("qwen3")[1].plan.host.norm_ports(0, "q_norm")
+
+
+@pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores", "hook_rot_q"])
+@pytest.mark.parametrize("way", ["applied", "list"])
+def test_a_hook_that_cannot_fire_is_warned_of(point: str, way: str, recwarn):
+    """A user's own hook: with patterns it acts, by a fused kernel there is a word of it."""
+    plain, fused = pair("llama")
+    tokens, hook = models.tokens(), (f"blocks.1.attn.{point}", lambda x, hook: x * 0)
+
+    def run(lens: ll.LoraLens) -> torch.Tensor:
+        if way == "list":
+            return lens.model.run_with_hooks(tokens, fwd_hooks=[*lens.fwd_hooks(), hook])
+        with lens.applied():
+            return lens.model.run_with_hooks(tokens, fwd_hooks=[hook])
+
+    recwarn.clear()
+    assert not torch.allclose(run(plain), plain.logits(tokens))
+    assert torch.allclose(fused.logits(tokens), plain.logits(tokens), atol=1e-5)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=rf"{point}.*never fire.*eager"):
+        run(fused)
 
 
 @models.NEEDS_HOOKED_TRANSFORMER

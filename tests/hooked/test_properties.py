@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shapes import share
 
 import lens_lora as ll
 
 pytestmark = pytest.mark.usefixtures("float64")
 PROPERTY = settings(
-    max_examples=25,
+    max_examples=share(25),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -318,7 +318,7 @@ def test_whole_numbers_of_numpy_and_torch(lens: ll.LoraLens):
     for one, two in ((np.int64(1), np.uint8(2)), (torch.tensor(1), torch.tensor(2))):
         assert two_prompts().top(two, prompt=one).equals(expected)
     drawn = [ll.null_test(lens, TOKENS, MARGIN, draws=n, progress=False) for n in (2, np.int64(2))]
-    assert torch.equal(drawn[0].null, drawn[1].null) and drawn[0].seeds == drawn[1].seeds
+    assert torch.equal(drawn[0].null, drawn[1].null) and drawn[0].seed == drawn[1].seed
 
 
 def test_more_than_there_are(lens: ll.LoraLens):

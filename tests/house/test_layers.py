@@ -13,7 +13,7 @@ from imports import COMPUTED, Package
 TESTS = Path(__file__).parents[1]
 LENS_LORA = Package(TESTS.parent / "lens_lora")
 LAYERS = [
-    {"errors", "_version", "families", "float64", "temporary"},
+    {"errors", "_version", "families", "float64", "offloaded", "temporary"},
     {"placement"},
     {"arguments"},
     {"adapters", "readouts"},

@@ -23,21 +23,34 @@ browser = pytest.mark.skipif(
     reason="no Chromium or Chrome on the PATH; install one, as `apt-get install chromium` does",
 )
 
-MEASURE = """<script>addEventListener("load", () => setTimeout(() => {
-  const wide = String(document.documentElement.scrollWidth > innerWidth);
-  Object.assign(document.body.dataset, {wide, ink: getComputedStyle(document.body).color,
-    text: document.querySelector(".xtitle").style.fill});
-  parent.postMessage(wide + " at " + innerWidth, "*");
-}, 200))</script></body>"""
+# Once every picture that is not folded away is drawn, or after ten seconds.
+MEASURE = """<script>addEventListener("load", () => {
+  for (const part of document.querySelectorAll("details")) part.open ||= %s;
+  const began = performance.now();
+  const measure = () => {
+    const boxes = [document.documentElement, ...document.querySelectorAll(".scroll")];
+    const wide = String(boxes.some((box) => box.scrollWidth > box.clientWidth + 1));
+    Object.assign(document.body.dataset, {wide, ink: getComputedStyle(document.body).color,
+      text: document.querySelector(".xtitle")?.style.fill});
+    parent.postMessage(wide + " at " + innerWidth, "*");
+  };
+  const wait = () => {
+    const plots = [...document.querySelectorAll(".plot")];
+    const drawn = plots.every((plot) => plot.querySelector(".main-svg")
+      || plot.closest("details:not([open])"));
+    setTimeout(drawn || performance.now() - began > 10000 ? measure : wait, 200);
+  };
+  wait();
+})</script></body>"""
 PHONE = """<iframe src="page.html" style="width:390px; height:800px"></iframe><script>
 addEventListener("message", (event) => { document.body.dataset.wide = event.data; });</script>"""
 
 
-def opened(page, folder, *, fragment="", dark=False, phone=False):
+def opened(page, folder, *, fragment="", dark=False, phone=False, unfolded=True):
     """The DOM after scripts have run, and what the console said; of a phone, its frame's."""
     assert BROWSER, f"LENS_LORA_BROWSER=required, and none of {NAMES} is on the PATH"
     path = folder / "page.html"
-    path.write_text(page.replace("</body>", MEASURE), encoding="utf-8")
+    path.write_text(page.replace("</body>", MEASURE % str(unfolded).lower()), encoding="utf-8")
     if phone:
         path = folder / "phone.html"
         path.write_text(PHONE, encoding="utf-8")
@@ -56,7 +69,7 @@ def opened(page, folder, *, fragment="", dark=False, phone=False):
 
 def drawn(dom):
     """How many plots hold a drawing."""
-    plots = dom.split('class="plotly-graph-div')[1:]
+    plots = dom.split("js-plotly-plot")[1:]
     return sum('class="main-svg"' in plot for plot in plots)
 
 

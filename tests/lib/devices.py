@@ -21,6 +21,7 @@ INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 SYNCS = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select)
 syncs: list[str] = []
 mixed: list[str] = []
+crossings: list[str] = []
 lacking: set[torch.dtype] = set()
 
 
@@ -90,6 +91,10 @@ def _run(func, args, kwargs):
         home = torch.device("toy:0") if str(home) == "toy" else home
     if away and (op in SYNCS or (op in (aten._to_copy, aten.copy_) and home.type == "cpu")):
         syncs.append(str(func))
+    if op in (aten._to_copy, aten.copy_):
+        source = tensors[-1].device
+        if source.type == home.type == "toy" and source != home:
+            crossings.append(f"{source} → {home}, {tuple(tensors[-1].shape)} at {_own_line()}")
     if op is aten._efficientzerotensor:
         func = aten.zeros.default
     args_, kwargs_ = tree_map_only(Placed, lambda t: t.held, (args, kwargs))
@@ -132,7 +137,7 @@ _kernels.impl("_copy_from", _copy_from, "PrivateUse1")
 @contextlib.contextmanager
 def tracked(*, without_float64: bool = False):
     """Within the block "toy:0" and "toy:1" are devices. Backward passes stay on this thread."""
-    syncs.clear(), mixed.clear(), lacking.clear()
+    syncs.clear(), mixed.clear(), lacking.clear(), crossings.clear()
     lacking.update([torch.float64] if without_float64 else [])
     with torch.autograd.set_multithreading_enabled(False), _Mode():
         yield syncs

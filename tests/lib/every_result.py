@@ -65,7 +65,7 @@ def activation_shift() -> ll.ActivationShift:
         values=dict.fromkeys(names, values), base_norms=dict.fromkeys(names, values.norm(dim=-1)),
         first=dict.fromkeys(names, values[:, 0]), sinks=sinks, counted=counted,
         readings={names[0]: torch.tensor([0.5, -1.0])}, strings=("a", "<b>"), at="ε = 1",
-        str_tokens=((" a", " b", " c"), (" d", " e")), meta=META,
+        distinct=~values[..., 0].isnan(), str_tokens=((" a", " b", " c"), (" d", " e")), meta=META,
     )  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def checkpoints() -> ll.Checkpoints:
         effects=torch.full((3, 2, 4), 0.5), norms=each, moved=each, to_final=each,
         flip_scale=torch.tensor([[math.nan, math.nan], [0.7, math.nan], [0.5, math.nan]]),
         angle=torch.tensor([40.0, 20.0, 0.0]), phases={"prompt 0": ((10.0, 20.0),), "angle": ()},
-        noise_floor=torch.full((2,), 1e-6), str_tokens=TOKENS, readout="y", units="logits",
+        noise=torch.full((4, 2), 1e-6), str_tokens=TOKENS, readout="y", units="logits",
         meta=META,
     )  # fmt: skip
 
@@ -240,7 +240,8 @@ def every_result() -> list[Result]:
         two_prompts(), rank_activations(), activation_shift(), constant_part(), what_changed(),
         activations(by_position=True),
         features(by_position=True), writes,
-        components(), remainder(), token_shifts(), response_explanation(), kl_shares(), by_group(),
+        components(), remainder(), token_shifts(), response_explanation(), kl_shares(),
+        ll.Explanations((e, by_hand(fast=True))), by_group(),
         adapter_comparison(), checkpoints(), repair(), best_subset(),
         summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
         e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,

@@ -77,6 +77,7 @@ def by_hand(
         prompt=tuple(tokens),
         margin=margin,
         said={"base": ((said[0], 0.75), (" x", 0.1)), "adapted": ((said[1], 0.9), (" y", 0.05))},
+        probabilities=torch.tensor([[0.1, 0.75, 0.15], [0.9, 0.05, 0.05]]),
         shift=shift,
         module_shift=module,
         adapted_end=dataclasses.replace(plain, values=torch.tensor([list(end)]), at=1.0),

@@ -24,14 +24,14 @@ def site(layer, kind, module=None):
 SITES = (site(0, "q"), site(0, "down"), site(2, "up"), site(2, "down"))
 
 
-def attribution(values, base, adapted, *, by=(), tokens=None, sites=SITES, meta=META):
+def attribution(values, base, adapted, *, by=(), tokens=None, sites=SITES, meta=META, heads=None):
     values, base = torch.tensor(values), torch.tensor(base)
     rows = tokens or (("<|im_start|>", "The", " capital", " of"),) * len(base)
     return Attribution(
         values=values,
         by=by,
         sites=sites,
-        heads=(0,) * len(sites),
+        heads=heads or (0,) * len(sites),
         base=base,
         adapted=torch.tensor(adapted),
         str_tokens=tuple(tuple(row) for row in rows),
@@ -53,6 +53,7 @@ def fact(m0, values, margins, *, flip=math.nan, noise=1e-6, facts=(" Lyon", " Pa
         slope=att.total,
         noise=Noise(torch.tensor([noise]), torch.tensor([noise]), torch.tensor([0.0])),
         order=torch.tensor([2.0]),
+        str_tokens=att.str_tokens,
         readout=READOUT,
         units="logits",
         meta={},

@@ -28,6 +28,14 @@ def check() -> None:
         jaxtyping.install_import_hook("lens_lora", CHECKER)
 
 
+def share(cases: int) -> int:
+    """How many of so many random cases are run: all, or a fifth under the check.
+
+    A call then takes three to four times as long, and the plain run has had all of them.
+    """
+    return max(2, cases // 5) if CHECKED else cases
+
+
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
     """Without the check inside, for bad input."""

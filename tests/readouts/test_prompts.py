@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import share
 
 import lens_lora as ll
 from lens_lora import PromptError, Prompts
@@ -265,7 +266,7 @@ def prompts_of(lengths: list[int], width: int) -> Prompts:
     return Prompts(100 * rows + torch.arange(width), torch.tensor(lengths))
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=share(60))
 @given(padded)
 def test_read_at_the_last_real_token(case):
     """`at_read`, `real`, `row` and `repeat` agree on where each prompt ends, by a slow loop."""

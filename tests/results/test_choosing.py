@@ -12,6 +12,7 @@ from explained import by_hand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_by_hand import attribution, two_prompts
+from shapes import share
 
 import lens_lora as ll
 from lens_lora.results.choosing import largest, only_prompt, prompt_rows
@@ -69,7 +70,7 @@ def without_a_mean():
     curves = dataclasses.replace(
         curve, values=curve.values.expand(2, -1), base=curve.base.expand(2),
         order=curve.order.expand(2), slope=curve.slope.expand(2),
-        noise=Noise(*torch.full((3, 2), 1e-6)),
+        noise=Noise(*torch.full((3, 2), 1e-6)), str_tokens=curve.str_tokens * 2,
     )  # fmt: skip
     two = dataclasses.replace(
         margin, attribution=by_position, curve=curves, doc=margin.doc * 2, pre=margin.pre * 2,
@@ -112,7 +113,7 @@ def test_the_only_prompt_needs_no_name():
     assert by_hand().margin.story() == by_hand().margin.story(0)
 
 
-@settings(deadline=None)
+@settings(max_examples=share(100), deadline=None)
 @given(
     values=st.lists(st.floats(allow_infinity=False, width=32), max_size=20), k=st.integers(0, 25)
 )

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from results_by_hand import two_prompts
 from safetensors import safe_open
 from safetensors.torch import save, save_file
+from shapes import share
 
 import lens_lora as ll
 from lens_lora.results import storage
@@ -164,7 +165,7 @@ def test_where_nothing_can_be_written_or_read(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=share(300), deadline=None)
 @given(data=st.data())
 def test_damaged_files_are_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
     """A changed byte, or a lost end: an error of ours, or the very same numbers."""
@@ -183,7 +184,7 @@ def test_damaged_files_are_refused(data: st.DataObject, tmp_path_factory: pytest
     same(SMALL, loaded)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=share(100), deadline=None)
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("bytes") / "a"

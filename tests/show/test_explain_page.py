@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
+import gzip
 import html
+import io
 import itertools
 import re
 
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
 from browser import Reader, browser, drawn, opened
 from explained import by_hand
-from results_by_hand import EVIL, SITES, attribution, without_plotly
+from results_by_hand import EVIL, SCALES, SITES, attribution, without_plotly
 
 from lens_lora.show.page import render
 from lens_lora.show.page.report import explanation_report, margin_report
+from lens_lora.show.tables.next_token import moved_rows, site_moves
 from lens_lora.show.text import label
+from lens_lora.show.words.headline import margin_headline
 
 # --- the page
 
 SECTIONS = (
-    "The margin's path",
+    "The whole story in words",
+    "The margin in numbers",
     "The remainder and its parts",
     "Second order",
     "Where first order finds the shift",
@@ -37,6 +45,7 @@ SECTIONS = (
     "Made with",
 )
 PLOTS = 13
+OVERVIEW = 2
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +57,13 @@ def headings(page):
     return [html.unescape(h) for h in re.findall(r"<h2[^>]*>(.*?)</h2>", without_plotly(page))]
 
 
-def test_page_has_every_section_in_order_and_a_link_to_each(page):
+def test_page_has_every_section_in_order_folded_below_its_headline(page):
+    own = without_plotly(page)
     assert headings(page) == list(SECTIONS)
-    targets = re.findall(r'<a href="#([^"]+)">', without_plotly(page))
-    assert targets == re.findall(r'<h2 id="([^"]+)">', without_plotly(page))
-    assert without_plotly(page).count("Plotly.newPlot(") == PLOTS
+    assert own.count("<details id=") == len(SECTIONS) and "<details open" not in own
+    assert own.count("data-figure=") == PLOTS
+    top = own.partition("<details")[0]
+    assert top.count("data-figure=") == 1 and top.count("<span>") == 3 and top.count("<dd>") == 4
 
 
 def test_page_leaves_out_what_was_not_computed():
@@ -82,18 +93,74 @@ def test_page_tells_the_story(page):
         assert f"<p>{paragraph}</p>" in own
 
 
-def test_page_of_several_prompts_has_one_choice_each():
+def test_page_of_several_prompts_begins_with_all_of_them():
     page = explanation_report([by_hand(), by_hand(tokens=("<s>", " in"))])
     own = html.unescape(without_plotly(page))
-    assert re.findall(r'<template id="(prompt-\d)">', own) == ["prompt-1", "prompt-2"]
-    assert re.findall(r'<option value="(prompt-\d)">([^<]*)<', own) == [
-        ("prompt-1", "1.  of — “Lyon” against “Paris”"),
-        ("prompt-2", "2.  in — “Lyon” against “Paris”"),
+    assert re.findall(r'<details class="prompt" id="(prompt-\d)">', own) == ["prompt-1", "prompt-2"]
+    assert re.findall(r'<a href="#(prompt-\d)">([^<]*)<', own) == [
+        ("prompt-1", "1. of"),
+        ("prompt-2", "2. in"),
     ]
-    ids = re.findall(r'<div id="(p\d-plot-\d+)"', own)
-    assert len(ids) == len(set(ids)) == 2 * PLOTS
+    top = own.partition("<details")[0]
+    assert top.count("data-figure=") == OVERVIEW and "“Lyon” − “Paris”" in top
+    ids = re.findall(r' id="([^"]+)"', own)
+    assert len(ids) == len(set(ids)) == 2 * (1 + len(SECTIONS))
     with pytest.raises(ValueError, match="no explanation to report"):
         explanation_report([])
+
+
+def test_plotly_is_there_once_and_sixteen_prompts_weigh_little():
+    one = by_hand()
+    page = explanation_report([one] * 16)
+    assert page.count("plotly.js v") == without_plotly(page).count("plotly.js v") + 1
+    assert len(without_plotly(page)) - len(without_plotly(one.report())) < 2_000_000
+
+
+def unpacked(text):
+    return gzip.decompress(base64.b64decode(text)).decode()
+
+
+def test_the_numbers_to_be_saved_are_the_frame_s(page):
+    own = without_plotly(page)
+    ((name, packed),) = re.findall(r'data-name="([^"]+)" data-csv="([^"]+)"', own)
+    assert name == "modules-1.csv"
+    saved = pd.read_csv(io.StringIO(unpacked(packed)))
+    frame = by_hand(tokens=(EVIL, " of"), said=(EVIL, " Lyon")).to_frame()
+    pd.testing.assert_frame_equal(saved, frame, check_dtype=False)
+
+
+def test_the_headline_is_three_sentences_of_the_numbers():
+    top = margin_headline(by_hand())
+    assert top.sentences[0] == (
+        "The base model prefers “Paris” by 4.00 logits, the adapted one “Lyon” by 4.00."
+    )
+    assert "first-order parts sum to 50% of the shift: they do not add up" in top.sentences[1]
+    assert top.sentences[2].startswith("Of 4 modules the largest parts are blocks.0.mlp.down")
+    assert [value for value, _ in top.numbers] == ["−4.00", "+4.00", "ε = 0.49", "50%"]
+
+
+def test_the_headline_compares_nothing_within_rounding():
+    top = margin_headline(by_hand([-4.0 + 1e-6 * s for s in SCALES], [2.5e-7] * 4, noise=1e-5))
+    assert "cannot be told from rounding" in top.sentences[0]
+    assert "%" not in "".join(top.sentences) and top.numbers[3][0] == "noise"
+    both = margin_headline(by_hand([-3.9, -3.5, -3.0, -2.5, -2.0, -1.0]))
+    assert both.sentences[0].startswith("Both models prefer “Paris”: the base model by 4.00 logits")
+    assert both.numbers[2][0] == "ε = 0.49"
+
+
+def test_tokens_are_ordered_by_probability_and_rare_ones_left_out():
+    e = by_hand(strings=("a", "b", "rare"))
+    rare = torch.tensor([[0.1, 0.9, 1e-9], [0.9, 0.1, 5e-5]])
+    e = dataclasses.replace(e, probabilities=rare)
+    assert moved_rows(e, 5) == [
+        ("a", "10%", "90%", "+80 points", "+3.00"),
+        ("b", "90%", "10%", "−80 points", "−1.00"),
+    ]
+    assert [row[0] for row in moved_rows(by_hand(strings=("a", "b", "c")), 5)] == ["a", "c", "b"]
+    shift = dataclasses.replace(e.module_shift, values=torch.tensor([[[1.0, 0.0, 50.0]]]))
+    ((_, up, down),) = site_moves(dataclasses.replace(e, module_shift=shift), 5)
+    assert [token for token, _ in up] == ["a"] and [token for token, _ in down] == ["b"]
+    assert up[0][1].startswith("+9.0 points")
 
 
 # --- hostile names
@@ -203,20 +270,52 @@ def test_browser_draws_every_plot_without_an_error(page, tmp_path):
 
 
 @browser
-def test_browser_shows_the_chosen_prompt_in_dark(tmp_path):
+def test_browser_draws_what_is_folded_once_it_is_unfolded(page, tmp_path):
+    """One picture at first; of several prompts the overview, and the prompt that a link names."""
+    assert drawn(opened(page, tmp_path, unfolded=False)[0]) == 1
+    several = explanation_report([by_hand(), by_hand(tokens=("<s>", " in"))])
+    assert drawn(opened(several, tmp_path, unfolded=False)[0]) == OVERVIEW
+    dom, console = opened(several, tmp_path, fragment="#prompt-2", unfolded=False)
+    assert console == [] and drawn(dom) == OVERVIEW + 1
+    assert re.findall(r'<details class="prompt" id="(prompt-\d)" open', dom) == ["prompt-2"]
+
+
+@browser
+def test_browser_draws_every_prompt_in_dark(tmp_path):
     page = explanation_report([by_hand(), by_hand(tokens=("<s>", " in"))])
-    dom, console = opened(page, tmp_path, fragment="#prompt-2", dark=True)
-    assert console == [] and drawn(dom) == PLOTS
-    assert "On the prompt “ in”" in dom and "On the prompt “ of”" not in dom
+    dom, console = opened(page, tmp_path, dark=True)
+    assert console == [] and drawn(dom) == OVERVIEW + 2 * PLOTS
     assert 'data-wide="false"' in dom
     assert 'data-ink="rgb(230, 234, 238)"' in dom and 'data-text="rgb(230, 234, 238)' in dom
 
 
+SAVE = """<script>HTMLAnchorElement.prototype.click = async function () {
+  const body = await (await fetch(this.href)).text();
+  document.body.append(`[${this.download}: ${body.replace(/\\s+/g, " ").slice(0, 60)}]`);
+};
+addEventListener("load", () => setTimeout(() => {
+  for (const name of ["[data-save=svg]", "[data-save=png]", "[data-csv]"]) {
+    document.querySelector(name).click();
+  }
+}, 2000));</script></body>"""
+
+
+@browser
+def test_browser_saves_pictures_and_numbers(page, tmp_path):
+    dom, console = opened(page.replace("</body>", SAVE), tmp_path, unfolded=False)
+    assert console == []
+    name = r"margin-lyon-paris"
+    assert re.search(rf"\[{name}.svg: &lt;svg class=\"main-svg\" xmlns=", dom)
+    assert re.search(rf"\[{name}.png: \S?PNG", dom)
+    assert "[modules-1.csv: site,module,first_order,first_order_at_1" in dom
+
+
 @browser
 def test_page_is_no_wider_than_a_phone(page, tmp_path):
+    """Nor is any table on it: a row becomes a card, or its words wrap."""
     dom, console = opened(page, tmp_path, phone=True)
     assert console == [] and 'data-wide="false at 390"' in dom
-    wide = page.replace(".scroll { overflow-x: auto; }", "")
+    wide = page.replace("(max-width: 600px)", "(max-width: 1px)")
     assert 'data-wide="true at 390"' in opened(wide, tmp_path, phone=True)[0]
 
 

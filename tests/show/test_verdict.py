@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results_by_hand import META, SCALES, SITES, fact
+from shapes import share
 
 import lens_lora as ll
 from lens_lora.analyses.verdict import (
@@ -31,7 +32,7 @@ SIZES = st.floats(-10, 10, width=32)
 MARGINS = st.lists(SIZES, min_size=6, max_size=6)
 
 
-@settings(deadline=None)
+@settings(max_examples=share(100), deadline=None)
 @given(
     margins=MARGINS,
     first=st.lists(SIZES, min_size=4, max_size=4),

@@ -12,13 +12,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import sweep_runs
+import torch
 from sweep_runs import GOOD, run, same, write_csv, write_jsonl
 
 import lens_lora as ll
 from lens_lora.analyses.patch_sites import patch_sites
 from lens_lora.analyses.path import path_attribution
 from lens_lora.analyses.second_order import second_order
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.readouts.answers import margin_between
+from lens_lora.sweeps import batches
 from lens_lora.sweeps.analyses import ANALYSES
 from lens_lora.sweeps.records import SweepError, read_records
 from lens_lora.sweeps.values import VALUES
@@ -101,6 +104,25 @@ def test_padding_left_unmasked_would_be_seen(lens, tmp_path, monkeypatch):
     monkeypatch.setattr(ll.Prompts, "at_read", plain)
     with pytest.raises(AssertionError):
         same(one, wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_margin_within_rounding_does_not_flip(dtype: torch.dtype, monkeypatch):
+    """Three floors decide; they are measured only where a margin is near enough to zero."""
+    base = models.hf_model("llama", dtype=dtype)
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    lens = ll.LoraLens(list(models.MAKERS.values())[-1](base), adapter)
+    asked = ask(lens, models.tokens(batch=3), ll.Margin(5, 9))
+    floor = asked.noise_floor.double().numpy()
+    near, far = 2 * floor, 5 * floor
+    assert batches._flips(asked, -far, far) == [True] * 3
+    assert batches._flips(asked, -far, near) == batches._flips(asked, -near, far) == [False] * 3
+    assert batches._flips(ask(lens, models.tokens(), ll.LogProb(5)), -far, far) == [None] * 3
+    measured = []
+    monkeypatch.setattr(Asked, "noise_floor", property(lambda self: measured.append(1)))
+    clear = np.ones(3)
+    if dtype == torch.float32:
+        assert batches._flips(asked, -clear, clear) == [True] * 3 and not measured
 
 
 def test_one_readout_for_all(a_lens, tmp_path):
@@ -241,7 +263,7 @@ EXPECTED_ERRORS = {
     3: "line 5: no prompt",
     4: "line 6: its doc is 8, not a string",
     5: "line 7: 'zebra' is not in the vocabulary",
-    6: "line 8: doc and pre are the same token",
+    6: "line 8: doc and pre are both 'w9'",
     7: "line 9: .* is not a record",
     8: "line 10: the prompt has 41 tokens, and the context of this .* holds 32",
     9: "line 11: no pre",

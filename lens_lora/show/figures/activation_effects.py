@@ -45,8 +45,9 @@ def activation_figure(effects: ActivationEffects, prompt: int | None = None) -> 
         ]
         figure = bars(effects.names, rows, hover, effects.units)
     where = "" if effects.positions in ("all", "each") else f", positions {effects.positions}"
-    heading = f"{effects.readout}{whose(prompt, len(effects.base))}"
-    figure.update_layout(title=title(heading, _DIRECTIONS[effects.direction] + where))
+    heading = f"{effects.readout}: {_DIRECTIONS[effects.direction]}"
+    below = f"activation patching{where} · {whose(prompt, effects.str_tokens)}"
+    figure.update_layout(title=title(heading, below))
     return figure
 
 

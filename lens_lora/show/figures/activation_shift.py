@@ -37,9 +37,9 @@ def activation_shift_figure(found: ActivationShift, prompt: int) -> go.Figure:
                 for t, size, _ in own
             ]
         )
-    figure = heatmap(cells, hover, list(range(len(tokens))), [*found.names], "‖Δh‖/‖h‖")
-    figure.update_traces(zmin=0, zmid=None, colorscale="Blues", colorbar={"title": {"text": ""}})
-    below = f"‖Δh‖/‖h(0)‖ at {found.at}; sinks are blank"
+    columns = list(range(len(tokens)))
+    figure = heatmap(cells, hover, columns, found.names, "‖Δh‖/‖h‖", scale="amount")
+    below = f"‖Δh‖/‖h(0)‖ at {found.at}; sinks are grey"
     figure.update_layout(title=title(f"Shift of activations over “{short_prompt(tokens)}”", below))
     figure.update_yaxes(type="category")
     token_ticks(figure, tokens)

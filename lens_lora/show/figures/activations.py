@@ -13,6 +13,7 @@ from lens_lora.show.text import label, short_prompt, signed, visible
 
 __all__ = ["activations_figure"]
 
+_MOST_ROWS = 40
 UNITS = {"svd": "u = ΣVᵀx", "trained": "u = Ax as trained"}
 
 
@@ -20,7 +21,9 @@ UNITS = {"svd": "u = ΣVᵀx", "trained": "u = Ax as trained"}
 def activations_figure(
     found: Activations, site: str | None = None, prompt: int | None = None
 ) -> go.Figure:
-    """Every rank of the sites that are named, or the first rank of each; sinks are blank.
+    """Every rank of the sites that are named, or the first rank of each; sinks are grey.
+
+    Of many directions the 40 of largest |u| are shown, and the title says so.
 
     Args:
         found: to be drawn.
@@ -33,9 +36,18 @@ def activations_figure(
     """
     index = only_prompt(prompt, len(found.str_tokens), "activations")
     tokens, names = found.str_tokens[index], [s.name for s in found.sites]
-    rows = found.directions(site)
+    every = found.directions(site)
     values = found.values[index].cpu().double()
     sinks = found.sinks[index].tolist()
+
+    def largest(row: tuple[int, int]) -> float:
+        s, r = row
+        return max(
+            (abs(float(values[s, t, r])) for t in range(len(tokens)) if not sinks[t]), default=0
+        )
+
+    kept = set(sorted(every, key=largest, reverse=True)[:_MOST_ROWS])
+    rows = [row for row in every if row in kept]
     cells: Cells = [
         [None if sinks[t] else float(values[s, t, r]) for t in range(len(tokens))] for s, r in rows
     ]
@@ -48,10 +60,11 @@ def activations_figure(
         for s, r in rows
     ]
     labels = [f"{names[s]} {r}" for s, r in rows]
-    figure = heatmap(cells, hover, list(range(len(tokens))), labels, "u")
-    figure.update_traces(colorbar={"title": {"text": label(UNITS[found.gauge])}})
+    columns = list(range(len(tokens)))
+    figure = heatmap(cells, hover, columns, labels, UNITS[found.gauge], scale="signed")
     what = f"each rank of {site}" if site else "the first rank of each site"
-    below = f"{what}; sinks are blank; z read at {found.at}"
+    chosen = f", the {len(rows)} of {len(every)} of largest |u|" if len(rows) < len(every) else ""
+    below = f"{what}{chosen}; sinks are grey; z read at {found.at}"
     figure.update_layout(title=title(f"Activations over “{short_prompt(tokens)}”", below))
     figure.update_yaxes(autorange="reversed" if site else None, type="category")
     token_ticks(figure, tokens)

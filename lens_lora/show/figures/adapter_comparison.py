@@ -25,10 +25,11 @@ def comparison_heatmap(found: AdapterComparison) -> go.Figure:
     """
     if not found.sites:
         raise ArgumentError("the two adapters share no site, so there is no cosine to draw.")
+    cosines = found.cosines.tolist()
     figure = kinds_by_layer(
-        found.sites, found.cosines.tolist(), lambda v: f"cosine {v:+.3f}", "cosine"
+        found.sites, cosines, [f"cosine {v:+.3f}" for v in cosines], "cosine", "signed", adds=False
     )
-    figure.update_traces(zmin=-1, zmax=1, colorbar={"title": {"text": "cosine", "side": "top"}})
+    figure.update_traces(zmin=-1, zmax=1, selector=0)
     only = sum(map(len, found.only))
     rest = f", {only} sites in one of them alone" if only else ""
     heading = f"ΔW of {found.names[0]} and {found.names[1]}"

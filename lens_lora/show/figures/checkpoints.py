@@ -9,17 +9,19 @@ import plotly.graph_objects as go
 
 from lens_lora.results import drawing
 from lens_lora.results.checkpoints import Checkpoints
-from lens_lora.show.figures.parts import PALETTE, heatmap
-from lens_lora.show.figures.style import FLIP, INK, LEGEND_BELOW, style, title
+from lens_lora.show.figures.parts import heatmap
+from lens_lora.show.figures.style import FLIP, LEGEND_BELOW, style, title
+from lens_lora.show.figures.theme import INK, PALETTE
 from lens_lora.show.text import label, short_prompt
 
 __all__ = ["checkpoints_figure", "modules_heatmap"]
 
 _HEADINGS = {
-    "moved": "how far ΔW moved since the checkpoint before",
-    "effect": "first order of each",
-    "norm": "‖ΔW‖",
+    "moved": ("Which modules move when", "how far ΔW moved since the checkpoint before"),
+    "effect": ("First order through the training", "Σ of each group, mean over prompts"),
+    "norm": ("How large ΔW is through the training", "‖ΔW‖ of each group"),
 }
+_NORMS = {"moved": "‖ΔW − ΔW before‖", "norm": "‖ΔW‖"}
 
 
 @drawing.figure.register(Checkpoints)
@@ -70,7 +72,7 @@ def checkpoints_figure(found: Checkpoints) -> go.Figure:
     figure.add_hline(y=0, line={"color": INK, "width": 1.5})
     style(figure, height=420)
     figure.update_layout(
-        title=title(found.readout, "through the training; shaded: a phase change"),
+        title=title(f"{found.readout} through the training", "shaded: a phase change"),
         legend=LEGEND_BELOW,
         margin={"b": 120},
     )
@@ -100,10 +102,11 @@ def modules_heatmap(found: Checkpoints, what: Any, group: Any) -> go.Figure:
         ]
         for name, row in zip(names, values, strict=True)
     ]
-    units = found.units if what == "effect" else "‖·‖"
-    figure = heatmap(values, hover, steps, [label(name) for name in names], units)
-    figure.update_traces(colorbar={"title": {"text": label(units), "side": "top"}})
-    figure.update_layout(title=title(f"Which modules move when, by {group}", _HEADINGS[what]))
+    units, scale = (found.units, "pushes") if what == "effect" else (_NORMS[what], "amount")
+    rows = [label(name) for name in names]
+    figure = heatmap(values, hover, steps, rows, units, scale=scale)
+    heading, below = _HEADINGS[what]
+    figure.update_layout(title=title(f"{heading}, by {group}", below))
     figure.update_xaxes(title_text="step", type="category")
     figure.update_yaxes(type="category", autorange="reversed" if group == "kind" else None)
     return figure

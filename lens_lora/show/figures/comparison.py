@@ -9,8 +9,9 @@ import plotly.graph_objects as go
 from lens_lora.analyses.compare import Comparison
 from lens_lora.results import drawing
 from lens_lora.results.choosing import prompt_rows
-from lens_lora.show.figures.parts import PALETTE, whose
-from lens_lora.show.figures.style import INK, KINDS, style, title
+from lens_lora.show.figures.parts import whose
+from lens_lora.show.figures.style import KINDS, style, title
+from lens_lora.show.figures.theme import INK, PALETTE
 from lens_lora.show.text import key_text, label, signed
 
 __all__ = ["comparison_scatter"]
@@ -71,10 +72,12 @@ def comparison_scatter(comparison: Comparison, prompt: int | None = None) -> go.
                 hoverinfo="text",
             )
         )
-    of = whose(prompt, len(comparison.pearson))
     style(figure, height=520)
     figure.update_layout(
-        title=title(comparison.readout + of, _agreement(comparison, prompt)),
+        title=title(
+            f"{comparison.readout}: {key_text(comparison.attribution_name)} and measured effects",
+            f"{_agreement(comparison, prompt)} · {whose(prompt, comparison.str_tokens)}",
+        ),
         legend={
             "orientation": "v",
             "x": 1.02,

@@ -11,7 +11,8 @@ from lens_lora.analyses.coupling import Coupling
 from lens_lora.results import drawing
 from lens_lora.results.choosing import prompt_rows
 from lens_lora.show.figures.parts import colorbar, whose
-from lens_lora.show.figures.style import BLANK, DIVERGING, style, title
+from lens_lora.show.figures.style import style, title
+from lens_lora.show.figures.theme import DIVERGING
 from lens_lora.show.text import label
 
 __all__ = ["coupling_heatmap"]
@@ -49,18 +50,16 @@ def coupling_heatmap(coupling: Coupling, prompt: int | None = None) -> go.Figure
             hovertemplate=f"<b>%{{y}} × %{{x}}</b><br>½H = %{{z:.3g}} {units}<extra></extra>",
             colorscale=DIVERGING,
             zmin=-reach,
-            zmid=0,
             zmax=reach,
-            colorbar=colorbar(coupling.units, f"cut at {reach:.2g}" if is_cut else ""),
+            colorbar=colorbar(coupling.units, "signed", f"cut at {reach:.2g}" if is_cut else ""),
         )
     )
-    of = whose(prompt, len(coupling.matrix))
     style(figure, height=680)
     figure.update_layout(
-        plot_bgcolor=BLANK,
         title=title(
-            f"{coupling.readout}, ½H at ε = {coupling.at:g}{of}",
-            "diagonal: self-curvature; off it: half of each pair's coupling",
+            f"{coupling.readout}, ½H at ε = {coupling.at:g}",
+            "diagonal: self-curvature; off it: half of each pair's coupling · "
+            f"{whose(prompt, coupling.str_tokens)}",
         ),
     )
     ticks = _ticks(coupling)
@@ -72,7 +71,7 @@ def coupling_heatmap(coupling: Coupling, prompt: int | None = None) -> go.Figure
         "ticktext": list(ticks.values()),
     }
     figure.update_xaxes(axis)
-    figure.update_yaxes({**axis, "autorange": "reversed", "scaleanchor": "x"})
+    figure.update_yaxes({**axis, "scaleanchor": "x"})
     return figure
 
 

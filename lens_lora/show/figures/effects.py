@@ -47,7 +47,7 @@ def group_bars(effects: Effects, prompt: int | None = None) -> go.Figure:
         for (name, of), value in zip(effects.groups.items(), values.tolist(), strict=True)
     ]
     figure = bars(list(effects.groups), values.tolist(), hover, units)
-    of = whose(prompt, len(effects.base))
-    heading = f"{effects.readout}, {key_text(effects.key)}{of}"
-    figure.update_layout(title=title(heading, f"of a shift of {signed(shift)} {units}"))
+    heading = f"{effects.readout}, {key_text(effects.key)}"
+    below = f"of a shift of {signed(shift)} {units} · {whose(prompt, effects.str_tokens)}"
+    figure.update_layout(title=title(heading, below))
     return figure

@@ -9,8 +9,9 @@ from lens_lora.analyses.faithfulness import Faithfulness
 from lens_lora.results import drawing
 from lens_lora.results.choosing import prompt_rows
 from lens_lora.results.keys import RANDOM, UPDATE_NORM, WEIGHT_NORM
-from lens_lora.show.figures.parts import PALETTE, whose
-from lens_lora.show.figures.style import GRID, INK, NOISE, style, title
+from lens_lora.show.figures.parts import whose
+from lens_lora.show.figures.style import NOISE, style, title
+from lens_lora.show.figures.theme import INK, PALETTE
 from lens_lora.show.text import key_text, label, percent
 
 __all__ = ["faithfulness_figure"]
@@ -80,14 +81,14 @@ def faithfulness_figure(result: Faithfulness, prompt: int | None = None) -> go.F
     style(figure, height=460)
     figure.update_layout(
         title=title(
-            result.readout + whose(prompt, len(result.base)),
-            "share of the shift, by real interventions",
+            f"{result.readout}: share of the shift that the top of each ranking carries",
+            f"by real interventions · {whose(prompt, result.str_tokens)}",
         ),
         margin={"t": 100},
         legend={"x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top", "orientation": "v"},
     )
-    figure.update_annotations(font={"size": 13, "color": INK})
-    figure.update_xaxes(title_text="sites, %", gridcolor=GRID, range=[-2, 102])
+    figure.update_annotations(font={"size": 13})
+    figure.update_xaxes(title_text="sites, %", range=[-2, 102])
     figure.update_yaxes(title_text="share of the shift, %", row=1, col=1)
     return figure
 

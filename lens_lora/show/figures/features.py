@@ -31,11 +31,13 @@ def feature_figure(shift: FeatureShift, k: int = 20, prompt: int | None = None) 
         ArgumentError: no such prompt; by position, several prompts and none named.
     """
     figure = _by_position(shift, k, prompt) if shift.by_position else _bars(shift, k, prompt)
-    heading = f"features at {shift.name}{whose(prompt, len(shift.base))}"
+    heading = f"features at {shift.name}"
     where = "by position" if shift.positions == "each" else _at(shift.positions)
     if shift.by_position and shift.base.shape[2] > 1:
         where += "; features and colours chosen without position 0"
-    figure.update_layout(title=title(heading, f"pushed by the adapter, {where}"))
+    figure.update_layout(
+        title=title(heading, f"pushed by the adapter, {where} · {whose(prompt, shift.str_tokens)}")
+    )
     return figure
 
 
@@ -63,9 +65,11 @@ def writes_figure(writes: FeatureWrites, k: int = 20, prompt: int | None = None)
         for site, row in zip(writes.sites, z, strict=True)
     ]
     names = [label(site.name) for site in writes.sites]
-    figure = heatmap(z, hover, [str(f) for f in chosen], names, writes.units, row_height=20)
-    heading = f"δz of each site onto features{whose(prompt, len(writes.values))}"
-    below = f"what it writes by itself, {_at(writes.positions)}"
+    features = [str(f) for f in chosen]
+    figure = heatmap(z, hover, features, names, writes.units, scale="signed", row_height=20)
+    heading = "δz of each site onto features"
+    where = f"what it writes by itself, {_at(writes.positions)}"
+    below = f"{where} · {whose(prompt, writes.str_tokens)}"
     figure.update_layout(title=title(heading, below))
     figure.update_xaxes(title_text="feature", type="category")
     figure.update_yaxes(type="category")
@@ -94,7 +98,7 @@ def _bars(shift: FeatureShift, k: int, prompt: int | None) -> go.Figure:
     )
     figure = go.Figure([exact, line])
     style(figure, height=max(300, 150 + 22 * len(names)))
-    figure.update_xaxes(title_text=f"shift, {units}", zeroline=True, zerolinecolor="#777777")
+    figure.update_xaxes(title_text=f"shift, {units}", zeroline=True)
     figure.update_yaxes(showgrid=False, type="category")
     return figure
 
@@ -117,7 +121,9 @@ def _by_position(shift: FeatureShift, k: int, prompt: int | None) -> go.Figure:
     ]
     names = [f"feature {feature}" for feature in chosen]
     reach, columns = float(top.values[0]), list(range(len(tokens)))
-    figure = heatmap(z, hover, columns, names, shift.units, reach=reach, row_height=20)
+    figure = heatmap(
+        z, hover, columns, names, shift.units, scale="signed", reach=reach, row_height=20
+    )
     figure.update_yaxes(type="category")
     token_ticks(figure, tokens)
     return figure

@@ -40,7 +40,7 @@ def grouped_figure(grouped: GroupAttribution, prompt: int | None = None) -> Figu
     total = signed(float(grouped.per_group[index].sum()))
     heading = f"{grouped.readout} by token, first order at ε = {grouped.at:g}"
     below = f"{total} over all groups, the shift is {signed(shift)} {grouped.units}"
-    figure.update_layout(title=title(heading, below + whose(index, len(grouped.base))))
+    figure.update_layout(title=title(heading, f"{below} · {whose(index, grouped.str_tokens)}"))
     return figure
 
 

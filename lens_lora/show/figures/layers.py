@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from lens_lora.show.figures.parts import heatmap
+from lens_lora.show.figures.parts import Scale, heatmap
 from lens_lora.show.figures.style import KINDS, OUTSIDE, Cells, Labels
 from lens_lora.show.text import label
 
@@ -28,7 +28,12 @@ def layers_of(sites: Sequence[Any]) -> range:
 
 
 def by_layer(
-    z: Cells, hover: Labels, x: Sequence[str | int], sites: Sequence[Any], units: str
+    z: Cells,
+    hover: Labels,
+    x: Sequence[str | int],
+    sites: Sequence[Any],
+    units: str,
+    scale: Scale = "pushes",
 ) -> go.Figure:
     """Rows of layers.
 
@@ -37,34 +42,49 @@ def by_layer(
         x: a label for each column.
         sites: of the rows.
         units: of the values.
+        scale: as for `heatmap`.
     """
     layers = layers_of(sites)
-    figure = heatmap(z, hover, x, layers, units)
+    figure = heatmap(z, hover, x, layers, units, scale=scale)
     ticks = _layer_ticks(sites, layers)
     figure.update_yaxes(title_text="layer", tickvals=list(ticks), ticktext=list(ticks.values()))
     return figure
 
 
 def kinds_by_layer(
-    sites: Sequence[Any], values: Sequence[float], text: Callable[[float], str], units: str
+    sites: Sequence[Any],
+    values: Sequence[float],
+    says: Sequence[str],
+    units: str,
+    scale: Scale = "pushes",
+    *,
+    adds: bool = True,
 ) -> go.Figure:
-    """Layer × kind of module, hover naming each site; a site that does not exist is blank.
+    """Layer × kind of module, hover naming each site; a site that does not exist is grey.
+
+    Several sites share a cell where a sum of adapters has them.
 
     Args:
         sites: of the values.
-        values: one a site; NaN is blank.
-        text: how a value is written.
+        values: one a site; NaN is grey.
+        says: what is said of each value.
         units: of the values.
+        scale: as for `heatmap`.
+        adds: whether a cell's sites are added up; else their mean is shown.
     """
     kinds = [k for k in KINDS if any(s.kind == k for s in sites)]
     layers = layers_of(sites)
-    z: Cells = [[None] * len(kinds) for _ in layers]
+    held: dict[tuple[int, int], list[float]] = {}
     hover: Labels = [[""] * len(kinds) for _ in layers]
-    for site, value in zip(sites, values, strict=True):
+    for site, value, said in zip(sites, values, says, strict=True):
         row, column = layers.index(site.layer), kinds.index(site.kind)
-        z[row][column] = None if math.isnan(value) else value
-        hover[row][column] = f"<b>{label(site.name)}</b><br>{label(site.module)}<br>{text(value)}"
-    figure = by_layer(z, hover, kinds, sites, units)
+        held.setdefault((row, column), []).extend([value] if math.isfinite(value) else [])
+        own = f"<b>{label(site.name)}</b><br>{label(site.module)}<br>{said}"
+        hover[row][column] = "<br>".join(filter(None, (hover[row][column], own)))
+    z: Cells = [[None] * len(kinds) for _ in layers]
+    for (row, column), own in held.items():
+        z[row][column] = sum(own) / (1 if adds else len(own)) if own else None
+    figure = by_layer(z, hover, kinds, sites, units, scale)
     figure.update_xaxes(title_text="kind of module", type="category")
     return figure
 

@@ -9,8 +9,9 @@ import plotly.graph_objects as go
 from lens_lora.analyses.margin import FactMargin
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
-from lens_lora.show.figures.parts import along_path
-from lens_lora.show.figures.style import FLIP, INK, style, title
+from lens_lora.show.figures.parts import along_path, whose
+from lens_lora.show.figures.style import FLIP, style, title
+from lens_lora.show.figures.theme import INK
 from lens_lora.show.text import label
 
 __all__ = ["margin_figure"]
@@ -49,7 +50,8 @@ def margin_figure(fact_margin: FactMargin, prompt: int | None = None) -> go.Figu
             annotation_position=f"{height} {side}",
         )
     style(figure, height=380)
-    figure.update_layout(title=title(curve.readout, "along ε, from the base model to the adapted"))
+    below = f"from the base model to the adapted · {whose(index, curve.str_tokens)}"
+    figure.update_layout(title=title(f"{curve.readout} along ε", below))
     figure.update_xaxes(title_text="ε, strength of the adapter")
     figure.update_yaxes(title_text=f"margin, {label(curve.units)}")
     return figure

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from lens_lora.analyses.null_test import NullTest
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
+from lens_lora.show.figures.parts import whose
 from lens_lora.show.figures.style import EXACT, LEGEND_BELOW, LINEAR, style, title
 from lens_lora.show.text import label, magnitude, percent, signed
 
@@ -64,8 +65,9 @@ def null_figure(test: NullTest, prompt: int | None = None) -> go.Figure:
         )
     style(figure, height=420)
     chance = percent(1 / (1 + test.draws))
-    below = f"first order of each site against random directions; {chance} stand out by chance"
-    figure.update_layout(title=title(test.readout, below), bargap=0, legend=LEGEND_BELOW)
+    heading = f"{test.readout}: first order of each site against random directions"
+    below = f"{chance} stand out by chance · {whose(index, test.observed.str_tokens)}"
+    figure.update_layout(title=title(heading, below), bargap=0, legend=LEGEND_BELOW)
     figure.update_yaxes(type="log", title_text=f"|a|, {units}", exponentformat="power", dtick=1)
     ticks = _ticks([site.layer for site in sites])
     figure.update_xaxes(

@@ -1,24 +1,24 @@
 """What several figures share: heatmaps, bars, token ticks, whose numbers are shown.
 
-Colours can be read on light and on dark backgrounds: transparent paper, text and grid in mid grey.
-Heatmaps are centred at zero, blue pushes the readout up and red down; what does not exist is blank.
+Colours can be read on light and on dark backgrounds (`theme.py`). Heatmaps are centred at zero,
+which has no colour: blue pushes the readout up and red down. What does not exist is grey.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 
 from lens_lora.analyses.remainder_curve import RemainderCurve
-from lens_lora.show.figures.style import BLANK, DIVERGING, EXACT, LINEAR, Cells, Labels, style
-from lens_lora.show.text import label, percent, signed, visible
+from lens_lora.show.figures.style import BLANK, EXACT, LINEAR, Cells, Labels, style
+from lens_lora.show.figures.theme import DIVERGING, SEQUENTIAL
+from lens_lora.show.text import label, percent, short_prompt, signed, visible
 
 __all__ = [
     "NEGATIVE",
-    "PALETTE",
     "along_path",
     "bars",
     "colorbar",
@@ -28,22 +28,35 @@ __all__ = [
     "whose",
 ]
 
-PALETTE = ("#2f83c5", "#e0802b", "#3a9d5d", "#c9445a", "#8a63c9", "#a8763e", "#c95fa5", "#9a9a2e")
 NEGATIVE = "#c9445a"
-_MOST_TICKS = 40
+_MOST_TICKS, _FEW_TICKS = 40, 20
 _MOST_WITH_GAPS = 100
+_PROMPT, _PROMPTS = 48, 2
+
+Scale = Literal["pushes", "signed", "amount"]
+_SAYS = {"pushes": "blue pushes up", "signed": "blue above zero", "amount": ""}
 
 
-def whose(prompt: int | None, batch: int) -> str:
-    """', prompt 1 of 3', ', mean of 3 prompts'; nothing where there is one prompt.
+def whose(prompt: int | None, str_tokens: Sequence[Sequence[str]]) -> str:
+    """'“The capital of”', 'prompt 1 of 3, “…”', or 'mean of 3 prompts: “…”, “…”, …'.
 
     Args:
         prompt: an index, or None for the mean.
-        batch: how many prompts the result has.
+        str_tokens: each prompt's tokens.
     """
-    if batch == 1:
-        return ""
-    return f", mean of {batch} prompts" if prompt is None else f", prompt {prompt} of {batch}"
+    batch = len(str_tokens)
+    if prompt is None and batch > 1:
+        named = [_quoted(tokens) for tokens in str_tokens[:_PROMPTS]]
+        rest = ", …" if batch > _PROMPTS else ""
+        return f"mean of {batch} prompts: {', '.join(named)}{rest}"
+    index = prompt or 0
+    which = f"prompt {index} of {batch}, " if batch > 1 else ""
+    return which + _quoted(str_tokens[index])
+
+
+def _quoted(tokens: Sequence[str]) -> str:
+    text = short_prompt(tokens)
+    return f"“{text}”" if len(text) <= _PROMPT else f"“… {text[-_PROMPT:].partition(' ')[2]}”"
 
 
 def value_text(value: float, shift: float, units: str) -> str:
@@ -58,16 +71,17 @@ def value_text(value: float, shift: float, units: str) -> str:
     return f"{signed(value)} {label(units)}<br>{share} of the shift"
 
 
-def colorbar(units: str, note: str = "") -> dict[str, Any]:
-    """Of a heatmap centred at zero.
+def colorbar(units: str, scale: Scale = "pushes", note: str = "") -> dict[str, Any]:
+    """Of a heatmap: its units, and what blue means.
 
     Args:
         units: of its values.
+        scale: as for `heatmap`.
         note: a third line.
     """
-    below = f"<br>{note}" if note else ""
+    lines = (label(units), _SAYS[scale], note)
     return {
-        "title": {"text": f"{label(units)}<br>blue pushes up{below}", "side": "top"},
+        "title": {"text": "<br>".join(line for line in lines if line), "side": "top"},
         "thickness": 14,
         "outlinewidth": 0,
     }
@@ -80,11 +94,12 @@ def heatmap(
     y: Sequence[Any],
     units: str,
     *,
+    scale: Scale = "pushes",
     reach: float | None = None,
     height: int = 150,
     row_height: int = 18,
 ) -> go.Figure:
-    """Cells coloured from −reach to reach; None is blank.
+    """Cells coloured from −reach to reach, amounts from zero; None is grey.
 
     Args:
         z: rows of values.
@@ -92,6 +107,8 @@ def heatmap(
         x: a label for each column.
         y: a label for each row.
         units: of the values.
+        scale: 'pushes' of what a readout is moved by, 'signed' of other numbers of both signs,
+            'amount' of what is never below zero.
         reach: what has the colour of the end; by default the largest magnitude.
         height: of all but the rows, in pixels.
         row_height: of a row, in pixels.
@@ -106,20 +123,38 @@ def heatmap(
         hovertext=hover,
         hoverinfo="text",
         hoverongaps=False,
-        colorscale=DIVERGING,
-        zmin=-reach,
-        zmid=0,
+        colorscale=SEQUENTIAL if scale == "amount" else DIVERGING,
+        zmin=0 if scale == "amount" else -reach,
+        zmid=None if scale == "amount" else 0,
         zmax=reach,
         xgap=int(len(x) <= _MOST_WITH_GAPS),
-        ygap=1,
-        colorbar=colorbar(units),
+        ygap=int(len(y) <= _MOST_WITH_GAPS),
+        colorbar=colorbar(units, scale),
     )
-    figure = go.Figure(trace)
+    figure = go.Figure([trace, *_blank(z, x, y)])
     style(figure, height=max(300, height + row_height * len(z)))
-    figure.update_layout(plot_bgcolor=BLANK)
     figure.update_xaxes(showgrid=False, constrain="domain")
     figure.update_yaxes(showgrid=False)
     return figure
+
+
+def _blank(z: Cells, x: Sequence[Any], y: Sequence[Any]) -> list[go.Heatmap]:
+    """A grey cell wherever there is no value; none where all have one."""
+    cells = [[1.0 if value is None else None for value in row] for row in z]
+    if not any(value for row in cells for value in row):
+        return []
+    return [
+        go.Heatmap(
+            z=cells,
+            x=list(x),
+            y=list(y),
+            colorscale=[[0, BLANK], [1, BLANK]],
+            showscale=False,
+            hoverinfo="skip",
+            xgap=int(len(x) <= _MOST_WITH_GAPS),
+            ygap=int(len(y) <= _MOST_WITH_GAPS),
+        )
+    ]
 
 
 def bars(
@@ -144,21 +179,26 @@ def bars(
         )
     )
     style(figure, height=max(240, 130 + 20 * len(names)))
-    figure.update_xaxes(title_text=label(units), zeroline=True, zerolinecolor="#777777")
+    figure.update_xaxes(title_text=label(units), zeroline=True)
     figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
     return figure
 
 
-def token_ticks(figure: go.Figure, tokens: Sequence[str]) -> None:
+def token_ticks(
+    figure: go.Figure, tokens: Sequence[str], shown: Sequence[int] | None = None
+) -> None:
     """Label the horizontal axis with positions and tokens, thinned where they are many.
 
     Args:
         figure: with a column for each token.
         tokens: of the prompt.
+        shown: which of them the columns are of; all without it.
     """
-    ticks = range(0, len(tokens), math.ceil(len(tokens) / _MOST_TICKS))
-    labels = [f"{i} {label(visible(tokens[i]))}" for i in ticks]
-    figure.update_xaxes(tickvals=list(ticks), ticktext=labels)
+    columns = range(len(tokens)) if shown is None else shown
+    step = 1 if len(columns) <= _MOST_TICKS else math.ceil(len(columns) / _FEW_TICKS)
+    ticks = range(0, len(columns), step)
+    labels = [f"{columns[i]} {label(visible(tokens[columns[i]]))}" for i in ticks]
+    figure.update_xaxes(tickvals=list(ticks), ticktext=labels, tickfont={"size": 11})
 
 
 def along_path(curve: RemainderCurve, index: int) -> list[go.Scatter]:

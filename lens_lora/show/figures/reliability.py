@@ -7,7 +7,9 @@ import plotly.graph_objects as go
 from lens_lora.analyses.reliability import Reliability
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
-from lens_lora.show.figures.style import EXACT, INK, LEGEND_BELOW, LINEAR, style, title
+from lens_lora.show.figures.parts import whose
+from lens_lora.show.figures.style import EXACT, LEGEND_BELOW, LINEAR, style, title
+from lens_lora.show.figures.theme import INK
 from lens_lora.show.text import label, signed
 
 __all__ = ["reliability_figure"]
@@ -54,14 +56,15 @@ def reliability_figure(found: Reliability, prompt: int | None = None) -> go.Figu
         )
     style(figure, height=460)
     figure.update_layout(
-        title=title(found.readout, f"first order against {_QUESTIONS[found.how]}: which to trust"),
+        title=title(
+            f"{found.readout}: first order against {_QUESTIONS[found.how]}",
+            f"which to trust · {whose(index, found.attribution.str_tokens)}",
+        ),
         legend=LEGEND_BELOW,
     )
     units = label(found.units)
-    figure.update_xaxes(title_text=f"a at ε = 0, {units}", zeroline=True, zerolinecolor=INK)
-    figure.update_yaxes(
-        title_text=f"a + correction, {units}", zeroline=True, zerolinecolor=INK, range=_range(x + y)
-    )
+    figure.update_xaxes(title_text=f"a at ε = 0, {units}", zeroline=True)
+    figure.update_yaxes(title_text=f"a + correction, {units}", zeroline=True, range=_range(x + y))
     return figure
 
 

@@ -11,7 +11,7 @@ from lens_lora.analyses.remainder_curve import RemainderCurve
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
 from lens_lora.results.measured import SIGMAS
-from lens_lora.show.figures.parts import along_path
+from lens_lora.show.figures.parts import along_path, whose
 from lens_lora.show.figures.style import LINEAR, NOISE, style, title
 from lens_lora.show.text import label, signed
 
@@ -47,7 +47,10 @@ def remainder_figure(curve: RemainderCurve, prompt: int | None = None) -> go.Fig
         figure.add_vrect(x0=low, x1=high, fillcolor=NOISE, opacity=0.25, line_width=0)
     style(figure, height=520)
     figure.update_layout(
-        title=title(curve.readout, "along ε: exact, first order, and what it leaves")
+        title=title(
+            f"{curve.readout} along ε: exact, first order, and what it leaves",
+            whose(index, curve.str_tokens),
+        )
     )
     figure.update_yaxes(title_text=label(curve.units), row=1, col=1)
     clear = [s for s, noise in zip(shares, is_noise, strict=True) if s is not None and not noise]

@@ -6,8 +6,8 @@ import plotly.graph_objects as go
 
 from lens_lora.analyses.repair import Repair
 from lens_lora.results import drawing
-from lens_lora.show.figures.parts import PALETTE
 from lens_lora.show.figures.style import EXACT, LINEAR, NOISE, style, title
+from lens_lora.show.figures.theme import PALETTE
 
 __all__ = ["repair_figure"]
 
@@ -50,10 +50,10 @@ def repair_figure(found: Repair) -> go.Figure:
     style(figure, height=440)
     where = "on held-out prompts" if found.is_held_out else "on the prompts given (none held out)"
     heading = f"{int(found.kept.sum())} of {found.gate_count} {found.of}s kept, {where}"
+    beside = "scaling" if not found.exceeds else "the whole adapter"
+    at = "at the same share kept" if not found.exceeds else "and keeps less"
     figure.update_layout(
-        title=title(
-            heading, f"scaling leaves {found.gain:.3g} times as much at the same share kept"
-        ),
+        title=title(heading, f"{beside} leaves {found.gain:.3g} times as much {at}"),
         colorway=list(PALETTE),
     )
     figure.update_xaxes(title_text="kept of what was to be kept, %")

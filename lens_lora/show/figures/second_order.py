@@ -7,7 +7,9 @@ import plotly.graph_objects as go
 from lens_lora.analyses.second_order import SecondOrder
 from lens_lora.results import drawing
 from lens_lora.results.choosing import only_prompt
-from lens_lora.show.figures.style import EXACT, FLIP, INK, LINEAR, style, title
+from lens_lora.show.figures.parts import whose
+from lens_lora.show.figures.style import EXACT, FLIP, LINEAR, style, title
+from lens_lora.show.figures.theme import INK
 from lens_lora.show.text import label
 
 __all__ = ["second_order_figure"]
@@ -48,7 +50,10 @@ def second_order_figure(second: SecondOrder, prompt: int | None = None) -> go.Fi
     )
     style(figure, height=420)
     figure.update_layout(
-        title=title(f"{curve.readout}, shift along ε", str(second.verdict[index])),
+        title=title(
+            f"{curve.readout}: first and second order along ε",
+            f"{second.verdict[index]} · {whose(index, curve.str_tokens)}",
+        ),
         legend={"orientation": "v", "x": 0.02, "xanchor": "left", "y": 0.98, "yanchor": "top"},
     )
     figure.add_hline(y=0, line={"color": INK, "width": 1})

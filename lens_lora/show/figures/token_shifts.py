@@ -51,9 +51,7 @@ def token_shifts_figure(shifts: TokenShifts, prompt: int | None = None) -> go.Fi
     style(figure, _HEIGHT)
     figure.update_layout(title=title(heading(shifts, index), below(shifts, index)), bargap=0.1)
     figure.update_yaxes(title_text="KL (nats)", row=1, col=1)
-    figure.update_yaxes(
-        title_text="shift of log p (nats)", zeroline=True, zerolinecolor="#777777", row=2, col=1
-    )
+    figure.update_yaxes(title_text="shift of log p (nats)", zeroline=True, row=2, col=1)
     figure.update_xaxes(title_text="token of the response", row=2, col=1)
     token_ticks(figure, tokens)
     return figure

@@ -6,8 +6,9 @@ import plotly.graph_objects as go
 
 from lens_lora.results import drawing
 from lens_lora.results.what_changed import By, WhatChanged
-from lens_lora.show.figures.parts import bars, heatmap
-from lens_lora.show.figures.style import KINDS, LINEAR, Cells, Labels, title
+from lens_lora.show.figures.layers import kinds_by_layer
+from lens_lora.show.figures.parts import bars
+from lens_lora.show.figures.style import LINEAR, title
 from lens_lora.show.text import label, percent, signed, visible
 
 __all__ = ["promoted_figure", "shares_figure"]
@@ -17,6 +18,7 @@ _UNITS = {
     "probability": "mean shift of the probability",
     "reading": "mean Δh on first tokens, read as logits",
 }
+_CONTROLS = {"null": "a null adapter", "unrelated": "an unrelated adapter"}
 
 
 @drawing.figure.register(WhatChanged)
@@ -36,13 +38,19 @@ def promoted_figure(found: WhatChanged, k: int = 20, by: By = "logit") -> go.Fig
     ]
     hover = [f"{label(name)}<br>{signed(v)}" for name, v in zip(names, values, strict=True)]
     figure = bars(names, values, hover, _UNITS[by])
-    for name in ("null", "unrelated"):
+    for name, dash in (("null", "dash"), ("unrelated", "dot")):
         if name in frame:
-            figure.add_vline(
-                x=float(frame[name].tolist()[0]),
-                line={"color": LINEAR, "dash": "dash" if name == "null" else "dot"},
-                annotation={"text": f"most, {name}", "font": {"size": 11}},
+            most = float(frame[name].tolist()[0])
+            figure.add_scatter(
+                x=[most, most],
+                y=[label(names[0]), label(names[-1])],
+                mode="lines",
+                name=f"most under {_CONTROLS[name]}",
+                line={"color": LINEAR, "width": 2, "dash": dash},
+                hovertext=f"{signed(most)}, the most of any token under {_CONTROLS[name]}",
+                hoverinfo="text",
             )
+    figure.update_traces(showlegend=False, selector=0)
     figure.update_layout(title=title(f"Promoted by {found.found.name}, nothing asked", found.texts))
     return figure
 
@@ -53,17 +61,10 @@ def shares_figure(found: WhatChanged) -> go.Figure:
     Args:
         found: the audit.
     """
-    kinds = [kind for kind in KINDS if kind in {site.kind for site in found.sites}]
-    layers = sorted({site.layer for site in found.sites})
-    cells: Cells = [[None] * len(kinds) for _ in layers]
-    hover: Labels = [[""] * len(kinds) for _ in layers]
-    whole = float(found.shares.sum()) or 1.0
-    for site, value in zip(found.sites, found.shares.tolist(), strict=True):
-        row, column = layers.index(site.layer), kinds.index(site.kind)
-        cells[row][column] = (cells[row][column] or 0.0) + value
-        hover[row][column] = f"{label(site.name)}<br>{percent(value / whole)} of all"
-    figure = heatmap(cells, hover, kinds, layers, "nats a token")
+    values = found.shares.tolist()
+    whole = sum(values) or 1.0
+    says = [f"{percent(value / whole)} of all" for value in values]
+    figure = kinds_by_layer(found.sites, values, says, "nats a token", "signed")
     heading = "Which modules hold the divergence"
     figure.update_layout(title=title(heading, "shares of the quadratic KL: ½ vᵀFv, complete"))
-    figure.update_yaxes(title_text="layer", type="category")
     return figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lens_lora.results.checkpoints import Checkpoints
 from lens_lora.show.page.parts import Part, Section, Table
-from lens_lora.show.page.render import Plots, page_html
+from lens_lora.show.page.render import page_html, plot
 from lens_lora.show.page.sections import provenance
 from lens_lora.show.tables.checkpoints import checkpoints_heads, checkpoints_rows
 from lens_lora.show.text import short_prompt
@@ -19,13 +19,12 @@ def checkpoints_report(found: Checkpoints) -> str:
     Args:
         found: a training.
     """
-    plots = Plots()
     numbers = Table(checkpoints_heads(found), checkpoints_rows(found), texts=(1,))
     sections = [
-        Section("Through the training", [plots(found.plot())]),
-        Section("Which layers move when", [plots(found.plot_modules("moved", "layer"))]),
-        Section("Which kinds of module move when", [plots(found.plot_modules("moved", "kind"))]),
-        Section("First order by layer", [plots(found.plot_modules("effect", "layer"))]),
+        Section("Through the training", [plot(found.plot())]),
+        Section("Which layers move when", [plot(found.plot_modules("moved", "layer"))]),
+        Section("Which kinds of module move when", [plot(found.plot_modules("moved", "kind"))]),
+        Section("First order by layer", [plot(found.plot_modules("effect", "layer"))]),
         Section("The numbers", [numbers]),
         Section("Made with", [provenance(found.meta)]),
     ]

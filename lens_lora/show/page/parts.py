@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import gzip
 import re
 from collections.abc import Sequence
 
-from markupsafe import Markup
-
 from lens_lora.show.tables.parts import Row
+from lens_lora.show.words.headline import Headline
 
 __all__ = [
     "Block",
+    "Downloads",
+    "File",
     "HowToRead",
     "HowToReadChanges",
     "HowToReadResponse",
@@ -49,12 +52,14 @@ class Table(Block):
         rows: a cell for each heading.
         texts: the columns that hold text, set to the left; numbers are set to the right.
         heading: stands above the table.
+        links: where the first cell of each row leads to, on the page; none by default.
     """
 
     heads: Row
     rows: Sequence[Row]
     texts: tuple[int, ...] = (0,)
     heading: str = ""
+    links: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +76,12 @@ class TokenTable(Block):
     Attributes:
         rows: (site, (token, shift) of each token promoted, the same of those suppressed).
         heads: the headings of its columns.
+        heading: stands above the table.
     """
 
     rows: Sequence[tuple[str, Pairs, Pairs]]
     heads: Row = ("site", "promoted", "suppressed")
+    heading: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,16 +104,51 @@ class Plot(Block):
     """A plotly figure.
 
     Attributes:
-        drawing: plotly's own HTML.
+        figure: plotly's JSON.
+        height: in pixels.
         caption: the figure's title, line by line.
         heading: stands above the caption.
-        wide: whether it scrolls sideways on a narrow screen rather than shrink.
     """
 
-    drawing: Markup
+    figure: str
+    height: int
     caption: tuple[str, ...]
     heading: str = ""
-    wide: bool = False
+
+    @property
+    def packed(self) -> str:
+        """The figure as the page's script unpacks it."""
+        return packed(self.figure)
+
+    @property
+    def file(self) -> str:
+        """What it is called when it is saved, without an ending."""
+        return slug(self.caption[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A table to be saved by the reader.
+
+    Attributes:
+        name: of the file.
+        text: its content.
+    """
+
+    name: str
+    text: str
+
+    @property
+    def packed(self) -> str:
+        """The content as the page's script unpacks it."""
+        return packed(self.text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Downloads(Block):
+    """Links that save files."""
+
+    files: tuple[File, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +184,7 @@ class Section:
     @property
     def anchor(self) -> str:
         """The heading as an id to link to."""
-        return re.sub(r"\W+", "-", self.heading.lower()).strip("-")
+        return slug(self.heading)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +195,32 @@ class Part:
         name: what the reader chooses it by, where there are several.
         subtitle: the readout, the prompt, and the adapter over its model.
         story: what was found, in words, a paragraph each.
-        sections: in the order in which one reads them.
-        has_contents: whether links to the sections stand before them.
+        sections: in the order in which one reads them; folded below a headline.
+        headline: what stands on top; without one, the story does.
+        top: the blocks below the headline, before what is folded.
     """
 
     name: str
     subtitle: str
     story: Sequence[str]
     sections: Sequence[Section]
-    has_contents: bool = False
+    headline: Headline | None = None
+    top: Sequence[Block] = ()
+
+
+def packed(text: str) -> str:
+    """Text in gzip and base64: figures and tables of numbers shrink to a fifth.
+
+    Args:
+        text: any.
+    """
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+def slug(text: str) -> str:
+    """Text as an id or the name of a file.
+
+    Args:
+        text: any.
+    """
+    return re.sub(r"\W+", "-", text.lower()).strip("-")

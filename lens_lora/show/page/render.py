@@ -1,14 +1,13 @@
 """Pages and notebook tables written from Jinja templates.
 
 The templates escape whatever they are given. The only exception is what plotly and circuitsvis
-themselves wrote, scripts and drawings: `Plots`, `page_html` and `captioned` mark these as HTML, and
-nothing else does.
+themselves wrote, a script and drawings: `page_html` and `captioned` mark these as HTML, and nothing
+else does.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,33 +17,33 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from lens_lora.show.figures.style import EXACT
-from lens_lora.show.page.parts import Noted, Part, Plot, Table
+from lens_lora.show.page.parts import Block, Noted, Part, Plot, Table
 from lens_lora.show.text import visible
 
 __all__ = [
     "Noted",
-    "Plots",
     "captioned",
     "notebook_html",
     "page_html",
     "plain_text",
+    "plot",
     "shaded_text",
 ]
 
 _TITLE_HEIGHT = 14
-_BUTTONS = ["zoom2d", "pan2d", "resetScale2d", "toImage"]
-_CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtons": [_BUTTONS]}
 
 
-def page_html(title: str, parts: Sequence[Part]) -> str:
+def page_html(title: str, parts: Sequence[Part], overview: Sequence[Block] = ()) -> str:
     """A page that needs no network: plotly's script stands in it, once.
 
     Args:
         title: the heading, and the name of the browser's tab.
-        parts: one part, or several of which the reader chooses one.
+        parts: one part, or several, each folded.
+        overview: of several parts, before them.
     """
     template = _templates().get_template("page.html.j2")
-    return template.render(title=title, parts=parts, plotly=_by_plotly(get_plotlyjs()))
+    script = Markup(get_plotlyjs())
+    return template.render(title=title, parts=parts, overview=overview, plotly=script)
 
 
 def notebook_html(heading: str, notes: Sequence[str], tables: Sequence[Table]) -> str:
@@ -89,52 +88,30 @@ def plain_text(text: str) -> str:
     return _templates().get_template("plain.html.j2").render(lines=text.split("\n"))
 
 
-class Plots:
-    """Figures drawn for one page, each with an id of its own.
+def plot(figure: Figure, *, heading: str = "") -> Plot:
+    """A figure as a block of a page.
 
-    A figure's title becomes a caption, which breaks into lines where the page is narrow; a title
-    inside the picture would be cut off. A legend above the picture moves to the left, because on a
-    touch screen plotly's buttons are always shown, at the right.
+    Its title becomes a caption, which breaks into lines where the page is narrow; a title inside
+    the picture would be cut off. It is put back into a picture that the reader saves. A legend
+    above the picture moves to the left, because on a touch screen plotly's buttons are always
+    shown, at the right.
+
+    Args:
+        figure: with a title and a legend; it is not changed.
+        heading: stands above the caption.
     """
-
-    def __init__(self, prefix: str = "plot") -> None:
-        """Starts counting.
-
-        Args:
-            prefix: how every id begins.
-        """
-        self._ids = (f"{prefix}-{n}" for n in itertools.count())
-
-    def __call__(self, figure: Figure, *, heading: str = "", wide: bool = False) -> Plot:
-        """A figure as a block of the page.
-
-        Args:
-            figure: with a title and a legend; it is not changed.
-            heading: stands above the caption.
-            wide: give the picture room, so that it scrolls sideways on a narrow screen.
-        """
-        layout: Any = figure.to_dict()["layout"]
-        shown = type(figure)(figure)
-        shown.update_layout(
-            title=None,
-            margin={"t": layout["margin"]["t"] - _TITLE_HEIGHT},
-            modebar={"activecolor": EXACT},
-        )
-        if layout["legend"].get("orientation") == "h":
-            shown.update_layout(legend={"x": 0, "xanchor": "left"})
-        body = shown.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=next(self._ids),
-            config=_CONFIG,
-            default_width="100%",
-        )
-        return Plot(_by_plotly(body), _lines(layout["title"]["text"]), heading, wide)
-
-
-def _by_plotly(html: str) -> Markup:
-    """Plotly's own HTML or script, in which it has escaped the figure's data."""
-    return Markup(html)
+    layout: Any = figure.to_dict()["layout"]
+    shown = type(figure)(figure)
+    shown.update_layout(
+        title=None,
+        margin={"t": layout["margin"]["t"] - _TITLE_HEIGHT},
+        meta={"title": layout["title"]},
+        modebar={"activecolor": EXACT},
+    )
+    if layout["legend"].get("orientation") == "h":
+        shown.update_layout(legend={"x": 0, "xanchor": "left"})
+    caption = _lines(layout["title"]["text"])
+    return Plot(str(shown.to_json()), int(layout["height"]), caption, heading)
 
 
 def _lines(title: str) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """Self-contained HTML pages: of a fact margin, and of whole explanations, one prompt or several.
 
-Of several prompts one is shown at a time; the others wait in <template>s, not drawn until chosen.
+Of several prompts an overview comes first; each prompt is folded, and drawn once it is unfolded.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from lens_lora.analyses.explain_margin import Explanation
@@ -15,14 +16,22 @@ from lens_lora.errors import ArgumentError
 from lens_lora.results.attribution import Attribution
 from lens_lora.show.figures.attribution import position_heatmap, site_heatmap
 from lens_lora.show.figures.remainder import remainder_figure
-from lens_lora.show.page.parts import HowToRead, Part, Section, Table
-from lens_lora.show.page.render import Plots, page_html
+from lens_lora.show.page.overview import overview
+from lens_lora.show.page.parts import Downloads, File, HowToRead, Part, Section, Table
+from lens_lora.show.page.render import page_html, plot
 from lens_lora.show.page.response import response_part
-from lens_lora.show.page.sections import explanation_sections, provenance, token_table
+from lens_lora.show.page.sections import (
+    explanation_sections,
+    explanation_top,
+    in_words,
+    provenance,
+    token_table,
+)
 from lens_lora.show.tables.margin import margin_heads, margin_rows
 from lens_lora.show.text import short_prompt, top_rows
 from lens_lora.show.words.account import Account, account_of
 from lens_lora.show.words.explanation import explained_account, explanation_story
+from lens_lora.show.words.headline import margin_headline
 from lens_lora.show.words.margin import margin_story
 
 __all__ = ["explanation_report", "margin_report"]
@@ -72,18 +81,23 @@ def explanation_report(
     """
     if not explanations:
         raise ArgumentError("no explanation to report; give at least one.")
-    parts = [_explained(e, Plots(f"p{n}-plot")) for n, e in enumerate(explanations, start=1)]
+    numbered = list(enumerate(explanations, start=1))
+    parts = [_explained(e, n) for n, e in numbered]
     facts = list(dict.fromkeys(map(_title, explanations)))
     name = title or (facts[0] if len(facts) == 1 else f"{len(parts)} prompts explained")
-    return page_html(name, parts)
+    return page_html(name, parts, overview(numbered) if len(parts) > 1 else ())
 
 
-def _explained(e: Explanation | ResponseExplanation, plots: Plots) -> Part:
+def _explained(e: Explanation | ResponseExplanation, number: int) -> Part:
     if isinstance(e, ResponseExplanation):
-        return response_part(e, plots)
-    sections = explanation_sections(e, plots)
+        return response_part(e)
     account, story = explained_account(e), explanation_story(e)
-    return _part(account, e.first_order, story, sections, has_contents=True)
+    numbers = File(f"modules-{number}.csv", e.to_frame().to_csv(index=False))
+    return dataclasses.replace(
+        _part(account, e.first_order, story, [in_words(story), *explanation_sections(e)]),
+        headline=margin_headline(e),
+        top=[*explanation_top(e), Downloads((numbers,))],
+    )
 
 
 def _title(e: Explanation | ResponseExplanation) -> str:
@@ -99,12 +113,12 @@ def _margin_sections(
     positions: Attribution | None,
     prompt: int,
 ) -> list[Section]:
-    attribution, plots = fact_margin.attribution, Plots()
+    attribution = fact_margin.attribution
     numbers = Table(margin_heads(account), margin_rows(account))
-    sites = plots(site_heatmap(attribution, prompt))
+    sites = plot(site_heatmap(attribution, prompt))
     heads = ("site", "module", f"first order, {attribution.units}", "share of the shift")
     modules = Table(heads, top_rows(attribution, _MODULES, prompt), texts=(0, 1))
-    path = plots(remainder_figure(fact_margin.curve, prompt))
+    path = plot(remainder_figure(fact_margin.curve, prompt))
     sections = [
         Section("The numbers", [numbers]),
         Section("Where first order finds the shift", [sites]),
@@ -112,9 +126,7 @@ def _margin_sections(
         Section("What first order leaves, along the path", [path]),
     ]
     if positions is not None:
-        sections.append(
-            Section("Where in the prompt", [plots(position_heatmap(positions, prompt))])
-        )
+        sections.append(Section("Where in the prompt", [plot(position_heatmap(positions, prompt))]))
     if logit_shift is not None:
         names = attribution.top(_TOKEN_SITES, prompt)["site"].tolist() if logit_shift.sites else []
         tokens = token_table(logit_shift, logit_shift, names, prompt)
@@ -131,8 +143,6 @@ def _part(
     attribution: Attribution,
     story: str,
     sections: Sequence[Section],
-    *,
-    has_contents: bool = False,
 ) -> Part:
     made = " over ".join(attribution.meta[k] for k in ("adapter", "model") if k in attribution.meta)
     return Part(
@@ -140,7 +150,6 @@ def _part(
         subtitle=" · ".join(filter(None, (attribution.readout, f"“{account.prompt}”", made))),
         story=story.split("\n"),
         sections=sections,
-        has_contents=has_contents,
     )
 
 

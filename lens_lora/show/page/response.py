@@ -6,6 +6,8 @@ from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.show.figures.response import response_figures
 from lens_lora.show.figures.token_shifts import noted, shades
 from lens_lora.show.page.parts import (
+    Downloads,
+    File,
     HowToReadResponse,
     Part,
     Section,
@@ -13,10 +15,11 @@ from lens_lora.show.page.parts import (
     Table,
     TokenTable,
 )
-from lens_lora.show.page.render import Plots
-from lens_lora.show.page.sections import provenance
+from lens_lora.show.page.render import plot
+from lens_lora.show.page.sections import in_words, provenance
 from lens_lora.show.tables import response as tables
 from lens_lora.show.text import magnitude, prompt_text, quadrature_text, short_prompt
+from lens_lora.show.words.headline import response_headline
 from lens_lora.show.words.response import response_story
 
 __all__ = ["response_part"]
@@ -24,12 +27,11 @@ __all__ = ["response_part"]
 _TOKENS, _MODULES = 12, 20
 
 
-def response_part(e: ResponseExplanation, plots: Plots) -> Part:
+def response_part(e: ResponseExplanation) -> Part:
     """One response's share of a page.
 
     Args:
         e: the explanation.
-        plots: draws the figures.
     """
     meta, prompt = e.shifts.meta, prompt_text(e.prompt)
     made = " over ".join(meta[key] for key in ("adapter", "model") if key in meta)
@@ -37,13 +39,14 @@ def response_part(e: ResponseExplanation, plots: Plots) -> Part:
         name=short_prompt(e.prompt),
         subtitle=" · ".join(filter(None, (f"“{prompt}”", made))),
         story=response_story(e).split("\n"),
-        sections=_sections(e, plots),
-        has_contents=True,
+        sections=[in_words(response_story(e)), *_sections(e)],
+        headline=response_headline(e),
+        top=[_text(e), Downloads((File("tokens.csv", e.to_frame().to_csv(index=False)),))],
     )
 
 
-def _sections(e: ResponseExplanation, plots: Plots) -> list[Section]:
-    found = [_text(e), _tokens(e, plots), _modules(e), _by_token(e), _layers(e, plots)]
+def _sections(e: ResponseExplanation) -> list[Section]:
+    found = [_tokens(e), _modules(e), _by_token(e), _layers(e)]
     return [
         *(section for section in found if section is not None),
         Section("How to read this", [HowToReadResponse()]),
@@ -51,29 +54,23 @@ def _sections(e: ResponseExplanation, plots: Plots) -> list[Section]:
     ]
 
 
-def _text(e: ResponseExplanation) -> Section:
+def _text(e: ResponseExplanation) -> ShadedText:
     _, most = shades(e.shifts, 0)
-    block = ShadedText(
+    return ShadedText(
         tokens=noted(e.shifts, 0),
         scale=("0", magnitude(most / 4), f"{magnitude(most)} nats"),
         chosen=e.moved_tokens[0],
     )
-    lead = (
-        "The darker a token, the farther the adapter moves the distribution that it was chosen "
-        "from: KL from the base model's to the adapted one, by its square root. Point at a token, "
-        "or tap it, for its numbers."
-    )
-    return Section("What the response says, and where it changed", [block], lead)
 
 
-def _tokens(e: ResponseExplanation, plots: Plots) -> Section:
+def _tokens(e: ResponseExplanation) -> Section:
     numbers = Table(tables.TOKEN_HEADS, tables.token_rows(e, _TOKENS), texts=(1,))
     changes = TokenTable(tables.changed(e, _TOKENS), heads=("token", "promoted", "suppressed"))
     lead = (
         "Every number is of whole distributions, exactly. Promoted and suppressed are the largest "
         "changes of a probability at that place."
     )
-    drawing = plots(response_figures(e)["tokens"], wide=True)
+    drawing = plot(response_figures(e)["tokens"])
     return Section("Which tokens changed", [drawing, numbers, changes], lead)
 
 
@@ -100,7 +97,7 @@ def _by_token(e: ResponseExplanation) -> Section:
     return Section("Which module moved which token", [table], lead)
 
 
-def _layers(e: ResponseExplanation, plots: Plots) -> Section | None:
+def _layers(e: ResponseExplanation) -> Section | None:
     if e.is_fast:
         return None
     figures = response_figures(e)
@@ -108,5 +105,5 @@ def _layers(e: ResponseExplanation, plots: Plots) -> Section | None:
         "Real runs, no prediction. Where a layer does much alone and little is lost without it, "
         "other layers do the same again."
     )
-    blocks = [plots(figures[name], wide=True) for name in ("add_one", "leave_one_out")]
+    blocks = [plot(figures[name]) for name in ("add_one", "leave_one_out")]
     return Section("Layer by layer, token by token", blocks, lead)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from lens_lora.analyses.explain_margin import Explanation
 from lens_lora.analyses.logit_shift import LogitShift
 from lens_lora.show.figures.explanation import explanation_figures
+from lens_lora.show.figures.margin import margin_figure
 from lens_lora.show.page.parts import (
+    Block,
     HowToRead,
     Paragraph,
     Plot,
@@ -16,44 +19,57 @@ from lens_lora.show.page.parts import (
     Tables,
     TokenTable,
 )
-from lens_lora.show.page.render import Plots
+from lens_lora.show.page.render import plot
 from lens_lora.show.tables import explanation as tables
 from lens_lora.show.tables.logit_shift import token_rows
 from lens_lora.show.tables.margin import margin_heads, margin_rows
+from lens_lora.show.tables.next_token import MOVED_HEADS, moved_rows, site_moves
 from lens_lora.show.text import magnitude, quadrature_text
 from lens_lora.show.words.explanation import explained_account
 
-__all__ = ["explanation_sections", "provenance", "token_table"]
+__all__ = ["explanation_sections", "explanation_top", "in_words", "provenance", "token_table"]
 
 _MODULES, _TOKEN_SITES = 20, 8
-_TOKENS, _TOKENS_OF_A_SITE = 10, 6
-_WIDE = {
-    *("positions", "coupling", "faithfulness", "null"),
-    *("add_one", "leave_one_out", "leave_one_out@1"),
-}
-
+_TOKENS, _TOKENS_OF_A_SITE = 8, 4
 Drawn = Callable[..., list[Plot]]
 
 
-def explanation_sections(e: Explanation, plots: Plots) -> list[Section]:
+def explanation_top(e: Explanation) -> list[Block]:
+    """What stands unfolded: the margin along the path, and what the models say next.
+
+    Args:
+        e: the explanation of one prompt.
+    """
+    return [plot(margin_figure(e.margin))]
+
+
+def in_words(story: str) -> Section:
+    """The whole story, a paragraph a line.
+
+    Args:
+        story: of one prompt.
+    """
+    return Section("The whole story in words", [Paragraph(line) for line in story.split("\n")])
+
+
+def explanation_sections(e: Explanation) -> list[Section]:
     """What there is, in the order in which one reads it.
 
     Args:
         e: the explanation of one prompt.
-        plots: draws the figures.
     """
     figures = explanation_figures(e)
 
     def drawn(start: str, heading: str = "") -> list[Plot]:
         """The figures whose names begin so."""
         return [
-            plots(figure, heading=heading, wide=name in _WIDE)
+            plot(figure, heading=heading)
             for name, figure in figures.items()
             if name == start or name.startswith(f"{start}/")
         ]
 
     makers: tuple[Callable[[Explanation, Drawn], Section | None], ...] = (
-        _path,
+        _numbers,
         _remainder,
         _second_order,
         _heatmap,
@@ -108,7 +124,7 @@ def provenance(meta: Mapping[str, str]) -> Table:
     return Table(("what", "value"), rows, texts=(0, 1))
 
 
-def _path(e: Explanation, drawn: Drawn) -> Section:
+def _numbers(e: Explanation, drawn: Drawn) -> Section:
     a = explained_account(e)
     numbers = Table(margin_heads(a), margin_rows(a))
     said = Table(
@@ -117,8 +133,7 @@ def _path(e: Explanation, drawn: Drawn) -> Section:
         texts=(1, 3),
         heading="Likeliest next tokens",
     )
-    lead = "The margin of the model with the adapter at strength ε: real runs, no prediction."
-    return Section("The margin's path", [*drawn("path"), Tables((numbers, said))], lead)
+    return Section("The margin in numbers", [Tables((numbers, said))])
 
 
 def _remainder(e: Explanation, drawn: Drawn) -> Section:
@@ -159,11 +174,21 @@ def _modules(e: Explanation, drawn: Drawn) -> Section:
 def _tokens(e: Explanation, drawn: Drawn) -> Section:
     names = [site.name for site in e.module_shift.sites[:_TOKEN_SITES]]
     lead = (
-        "First-order shifts of the next token's logits at ε = 0, relative to their mean over the "
-        "vocabulary: all modules, then the largest one by one."
+        "Next tokens by the change of their probability, of real runs; beside it the first-order "
+        "shift of their logits at ε = 0, relative to the mean over the vocabulary. Tokens to which "
+        "neither model gives 0.01% are left out."
     )
-    table = token_table(e.shift, e.module_shift, names, 0)
-    return Section("Tokens promoted and suppressed", [table], lead)
+    of_sites = TokenTable(
+        site_moves(e, _TOKENS_OF_A_SITE),
+        heads=("site", "raises", "lowers"),
+        heading="The largest modules: change of probability to first order, and of the logit",
+    )
+    by_logit = dataclasses.replace(
+        token_table(e.shift, e.module_shift, names, 0),
+        heading="By raw logit to first order: rare tokens come first",
+    )
+    moved = Table(MOVED_HEADS, moved_rows(e, _TOKENS))
+    return Section("Tokens promoted and suppressed", [moved, of_sites, by_logit], lead)
 
 
 def _positions(e: Explanation, drawn: Drawn) -> Section:

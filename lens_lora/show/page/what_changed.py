@@ -6,7 +6,7 @@ from lens_lora.results import drawing
 from lens_lora.results.what_changed import WhatChanged
 from lens_lora.show.figures.what_changed import promoted_figure, shares_figure
 from lens_lora.show.page.parts import HowToReadChanges, Part, Section, Table, Tables
-from lens_lora.show.page.render import Plots, page_html
+from lens_lora.show.page.render import page_html, plot
 from lens_lora.show.page.sections import provenance
 from lens_lora.show.tables import what_changed as tables
 from lens_lora.show.words.what_changed import what_changed_story
@@ -24,10 +24,9 @@ def what_changed_report(found: WhatChanged, *, title: str | None = None) -> str:
         found: the audit.
         title: by default the adapter's name.
     """
-    plots = Plots()
-    sections = [_tokens(found, plots), _reading(found), _where(found)]
+    sections = [_tokens(found), _reading(found), _where(found)]
     if bool(found.shares.any()):
-        sections.append(_modules(found, plots))
+        sections.append(_modules(found))
     made = " over ".join(found.meta[key] for key in ("adapter", "model") if key in found.meta)
     part = Part(
         name=found.found.name,
@@ -39,7 +38,6 @@ def what_changed_report(found: WhatChanged, *, title: str | None = None) -> str:
             Section("How to read this", [HowToReadChanges()]),
             Section("Made with", [provenance(found.meta)]),
         ],
-        has_contents=True,
     )
     return page_html(title or f"What did {found.found.name} change?", [part])
 
@@ -50,7 +48,7 @@ def _summary(found: WhatChanged) -> Section:
     return Section("How much", [Table(tables.SUMMARY_HEADS, rows, texts=(0, 1))], lead)
 
 
-def _tokens(found: WhatChanged, plots: Plots) -> Section:
+def _tokens(found: WhatChanged) -> Section:
     lists = tuple(
         Table(
             tables.promoted_heads(found, by),
@@ -61,9 +59,7 @@ def _tokens(found: WhatChanged, plots: Plots) -> Section:
         for by in ("logit", "probability")
     )
     lead = "Mean shifts over all counted tokens, beside the largest of any token under a control."
-    return Section(
-        "Which tokens are promoted", [plots(promoted_figure(found)), Tables(lists)], lead
-    )
+    return Section("Which tokens are promoted", [plot(promoted_figure(found)), Tables(lists)], lead)
 
 
 def _reading(found: WhatChanged) -> Section:
@@ -87,7 +83,7 @@ def _where(found: WhatChanged) -> Section:
     return Section("Where", [table], lead)
 
 
-def _modules(found: WhatChanged, plots: Plots) -> Section:
+def _modules(found: WhatChanged) -> Section:
     table = Table(tables.MODULE_HEADS, tables.module_rows(found, _MODULES), texts=(0, 1))
     lead = "A complete split of the quadratic part of KL over the texts."
-    return Section("Which modules", [plots(shares_figure(found)), table], lead)
+    return Section("Which modules", [plot(shares_figure(found)), table], lead)

@@ -22,7 +22,12 @@ def checkpoints_story(found: Checkpoints) -> str:
     for p, tokens in enumerate(found.str_tokens):
         step, end = float(found.flip_step[p]), float(found.flip_scale[-1, p])
         said = f"“{short_prompt(tokens)}”: {found.readout} "
-        if math.isnan(step):
+        if math.isnan(step) and bool(found.hidden[:, p].any()):
+            said += (
+                "changes sign at no checkpoint beyond rounding, which hides its sign at the base "
+                "or later."
+            )
+        elif math.isnan(step):
             said += f"keeps its sign through all {len(found.steps)} checkpoints."
         else:
             said += f"changes sign at about step {step:.3g}"

@@ -100,7 +100,9 @@ def _adapted(a: Account) -> str:
 
 
 def _flip(a: Account) -> str:
-    if a.is_noise(a.shift) or a.is_noise(a.m0) or a.is_noise(a.m):
+    if a.is_noise(a.m0) or a.is_noise(a.m):
+        return "Rounding hides whether the preference flips: rerun at a higher precision."
+    if a.is_noise(a.shift):
         return ""
     if a.flips and a.flip_scale is None:
         return "The preference flips, at a strength that was not located."

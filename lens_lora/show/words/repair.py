@@ -23,8 +23,14 @@ def repair_story(found: Repair) -> str:
     )
     if found.verdict == "nothing":
         return (
-            f"{said} No smaller set of {found.of}s kept {percent(found.keep_share)}, so the "
-            "adapter is whole: ask for a smaller keep_share, or more steps."
+            f"{said} No smaller set of {found.of}s that was tried kept "
+            f"{percent(found.keep_share)} and left less, so the adapter is whole: ask for a "
+            "smaller keep_share, or more steps."
+        )
+    if found.exceeds:
+        return (
+            f"{said} No strength of the whole adapter up to 1 keeps as much. At 1 it leaves "
+            f"{found.gain:.3g} times as much.{_optimism(found)}"
         )
     beside = {
         "helps": f"The whole adapter, scaled down to keep the same, leaves {found.gain:.3g} times "
@@ -33,5 +39,8 @@ def repair_story(found: Repair) -> str:
         "worse": "Scaling the whole adapter down to keep the same leaves less: the repair does not "
         "help here.",
     }[found.verdict]
-    optimism = "" if found.is_held_out else " Give test_keep and test_drop to judge it fairly."
-    return f"{said} {beside}{optimism}"
+    return f"{said} {beside}{_optimism(found)}"
+
+
+def _optimism(found: Repair) -> str:
+    return "" if found.is_held_out else " Give test_keep and test_drop to judge it fairly."

@@ -5,14 +5,24 @@ Every sentence is a number of the result; what was not measured is said not to b
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 from lens_lora.analyses.explain_response import ResponseExplanation
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.show.text import magnitude, percent, prompt_text, short_prompt, signed, visible
+from lens_lora.show.text import (
+    magnitude,
+    percent,
+    points,
+    prompt_text,
+    short_prompt,
+    signed,
+    visible,
+)
 
-__all__ = ["named", "response_story"]
+__all__ = ["half_held_by", "named", "response_story"]
 
 _HALF = 0.5
 _NAMED = 3
@@ -62,9 +72,7 @@ def _where(e: ResponseExplanation) -> str:
     total = float(kl.nansum())
     if not total > 0:
         return "The adapter changes no token's distribution: KL is zero at each."
-    order = kl.argsort(descending=True)
-    half = int((kl[order].cumsum(0) < _HALF * total).sum()) + 1
-    most = int(order[0])
+    half, most = half_held_by(kl.tolist()), int(kl.argsort(descending=True)[0])
     return (
         f"KL from the base model's distribution to the adapted one is {magnitude(total)} nats over "
         f"the response, {percent(float(kl[most]) / total)} of it at {named(e, most)}. "
@@ -72,12 +80,23 @@ def _where(e: ResponseExplanation) -> str:
     )
 
 
+def half_held_by(kl: Sequence[float]) -> int:
+    """How many tokens, the largest first, it takes to reach half of the divergence.
+
+    Args:
+        kl: of each token, not zero throughout.
+    """
+    values = sorted((v for v in kl if not math.isnan(v)), reverse=True)
+    so_far = list(itertools.accumulate(values))
+    return sum(total < _HALF * so_far[-1] for total in so_far) + 1
+
+
 def _token(e: ResponseExplanation) -> str:
     t, shifts = e.moved_tokens[0], e.shifts
     p = [percent(float(end[0, t].exp())) for end in shifts.log_p]
     ranks = [int(end[0, t]) + 1 for end in shifts.rank]
     up, down = (
-        f"“{visible(shifts.strings[str(int(ids[0, t, 0]))])}” ({_points(float(change[0, t, 0]))})"
+        f"“{visible(shifts.strings[str(int(ids[0, t, 0]))])}” ({points(float(change[0, t, 0]))})"
         for ids, change in (
             (shifts.promoted_ids, shifts.promoted),
             (shifts.suppressed_ids, shifts.suppressed),
@@ -87,10 +106,6 @@ def _token(e: ResponseExplanation) -> str:
         f"There the base model gives {named(e, t)} {p[0]}, rank {ranks[0]}, and the adapted model "
         f"{p[1]}, rank {ranks[1]}. The token promoted most is {up}, the one suppressed most {down}."
     )
-
-
-def _points(change: float) -> str:
-    return f"{'−' if change < 0 else '+'}{percent(abs(change))[:-1]} points"
 
 
 def _modules(e: ResponseExplanation) -> str:

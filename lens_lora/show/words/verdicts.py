@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lens_lora.analyses.verdict import NullVerdict, SecondVerdict, Verdict
+from lens_lora.analyses.verdict import FlipVerdict, NullVerdict, SecondVerdict, Verdict
 from lens_lora.results import drawing
 
-__all__ = ["null_text", "second_text", "verdict_text"]
+__all__ = ["flip_text", "null_text", "second_text", "verdict_text"]
 
 
 @drawing.text.register(Verdict)
@@ -76,6 +76,25 @@ def null_text(verdict: NullVerdict) -> str:
     return (
         f"{found}; {v.exceeds_all:.0%} of sites exceed every one of {v.draws} draws "
         f"({v.chance:.1%} would by chance)"
+    )
+
+
+@drawing.text.register(FlipVerdict)
+def flip_text(verdict: FlipVerdict) -> str:
+    """Whether a margin flips, or rounding hides it.
+
+    Args:
+        verdict: on one prompt.
+    """
+    v = verdict
+    if v.kind != "hidden":
+        return f"{v.kind}: from {v.m0:+.3g} to {v.m:+.3g}"
+    names = {"m0": v.m0, "m": v.m}
+    near = [f"{name} = {value:+.2g}" for name, value in names.items() if abs(value) <= v.floor]
+    verb = "is" if len(near) == 1 else "are"
+    return (
+        f"hidden: {' and '.join(near)} {verb} within rounding ({v.floor:.2g}), so the sign is not "
+        "known; rerun in float32 or float64"
     )
 
 

@@ -1,37 +1,94 @@
 (() => {
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const paint = () => {
-    const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
-    for (const plot of document.querySelectorAll(".plotly-graph-div")) {
-      Plotly.relayout(plot, {"font.color": ink});
+  const paper = "#1c2126";
+  const ink = () => getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
+  const paint = (colour) => {
+    for (const plot of document.querySelectorAll(".js-plotly-plot")) {
+      Plotly.relayout(plot, {"font.color": colour});
     }
   };
-  const choose = document.getElementById("choose");
-  const shown = document.getElementById("shown");
-  const show = () => {
-    shown.querySelectorAll(".plotly-graph-div").forEach(Plotly.purge);
-    shown.replaceChildren(document.getElementById(choose.value).content.cloneNode(true));
-    paint();
+  const unpacked = (text) => {
+    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip")));
   };
-  if (choose) {
-    const wanted = location.hash.slice(1);
-    if ([...choose.options].some((option) => option.value === wanted)) choose.value = wanted;
-    choose.addEventListener("change", () => {
-      history.replaceState(null, "", "#" + choose.value);
-      show();
-    });
-    show();
-  } else {
-    paint();
-  }
-  dark.addEventListener("change", paint);
+  const config = {
+    responsive: true, displaylogo: false, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"]],
+  };
 
+  // On a phone a scale of colours beside the picture would take half of the width.
+  const narrow = (place, data, layout) => {
+    const scales = data.filter(({colorbar}) => colorbar);
+    for (const {colorbar} of scales) {
+      Object.assign(colorbar, {orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom"});
+    }
+    if (!scales.length) return;
+    layout.margin.t += 50;
+    layout.height += 50;
+    place.style.height = `${layout.height}px`;
+  };
+
+  // What is folded is drawn when it is first unfolded: plotly cannot measure what is not shown.
+  const draw = async (root) => {
+    for (const place of root.querySelectorAll("[data-figure]")) {
+      if (!place.dataset.figure || place.closest("details:not([open])")) continue;
+      const waiting = unpacked(place.dataset.figure);
+      delete place.dataset.figure;
+      const {data, layout} = await waiting.json();
+      layout.font = {...layout.font, color: ink()};
+      if (place.clientWidth < 480) narrow(place, data, layout);
+      await Plotly.newPlot(place, data, layout, config);
+    }
+  };
+  const unfold = () => {
+    const target = document.getElementById(location.hash.slice(1));
+    for (let at = target; at; at = at.parentElement) if (at.matches("details")) at.open = true;
+    if (target) draw(document);
+    target?.scrollIntoView();
+  };
+  draw(document);
+  unfold();
+  document.addEventListener("toggle", ({target}) => draw(target), true);
+  window.addEventListener("hashchange", unfold);
+  dark.addEventListener("change", () => paint(ink()));
+  window.addEventListener("beforeprint", () => paint(paper));
+  window.addEventListener("afterprint", () => paint(ink()));
+
+  const fold = (button) => {
+    const parts = [...button.closest(".prompt, body").querySelectorAll("details:not(.prompt)")];
+    const open = parts.some((part) => !part.open);
+    for (const part of parts) part.open = open;
+    button.textContent = open ? "Fold all" : "Unfold all";
+  };
+  const give = (name, href) => Object.assign(document.createElement("a"), {download: name, href}).click();
+  const saveNumbers = async ({dataset}) => {
+    const text = await unpacked(dataset.csv).blob();
+    give(dataset.name, URL.createObjectURL(new Blob([text], {type: "text/csv"})));
+  };
+  const savePicture = async ({dataset}, figure) => {
+    const plot = figure.querySelector(".js-plotly-plot");
+    const {title} = plot.layout.meta;
+    const {margin} = plot.layout;
+    const size = {width: 900, height: plot.offsetHeight + 20};
+    const layout = {
+      ...plot.layout, ...size, title, autosize: false, paper_bgcolor: "#ffffff",
+      font: {...plot.layout.font, color: paper}, margin: {...margin, t: margin.t + 20},
+    };
+    const scale = dataset.save === "png" ? 3 : 1;
+    const made = await Plotly.toImage(
+      {data: plot.data, layout}, {format: dataset.save, ...size, scale});
+    give(`${figure.dataset.file}.${dataset.save}`, made);
+  };
   const point = (token) => {
     const text = token.closest(".said");
     text.querySelector(".chosen")?.classList.remove("chosen");
     token.classList.add("chosen");
     text.parentElement.querySelector(".note").textContent = token.dataset.note;
   };
+  document.addEventListener("click", ({target}) => {
+    if (target.matches("[data-fold]")) fold(target);
+    if (target.matches("[data-save]")) savePicture(target, target.closest("figure"));
+    if (target.matches("[data-csv]")) saveNumbers(target);
+  });
   for (const event of ["mouseover", "click"]) {
     document.addEventListener(event, ({target}) => {
       if (target.matches(".said [data-note]")) point(target);

@@ -1,0 +1,91 @@
+"""Runs the snippets of pages and stores what they show, for the site to put below each.
+
+    python docs/make_outputs.py [docs/remainder.md …]
+
+Each page runs in a fresh kernel, as one program; by default those in `PAGES`. Text goes to
+docs/outputs/PAGE.json, pictures beside it. Where a snippet has changed since, the site leaves out
+its output, and the suite fails. Needs `.[demo,notebook]` and a Chromium that kaleido can find.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from tqdm import tqdm
+
+DOCS = Path(__file__).parent
+PAGES = ("first_adapter", "chat_model", "own_readout", "remainder", "examples")
+SNIPPET = re.compile(
+    r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
+PICTURES = """import plotly.io as pio
+pio.renderers["png"].width, pio.renderers["png"].scale = 800, 1.5
+pio.renderers.default = "png"
+import pandas as pd
+pd.set_option("display.width", 110)
+"""
+
+
+def sources(text: str) -> list[str]:
+    """The snippets of a page that run."""
+    return [found[2] for found in SNIPPET.finditer(text) if found[1] is None]
+
+
+def run(snippets: list[str]) -> list[nbformat.NotebookNode]:
+    """The executed cells of the snippets, in a kernel and a folder of their own."""
+    cells = [nbformat.v4.new_code_cell(source) for source in (PICTURES, *snippets)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    with tempfile.TemporaryDirectory() as folder:
+        metadata = {"metadata": {"path": folder}}
+        NotebookClient(
+            notebook, timeout=1200, kernel_name="python3", record_timing=False, resources=metadata
+        ).execute()
+    return notebook.cells[1:]
+
+
+def shown(cell: nbformat.NotebookNode) -> tuple[str, bytes | None]:
+    """What a cell shows: text, and a picture."""
+    text, picture = "", None
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if output.get("name") == "stdout":
+            text += output["text"]
+        elif "image/png" in data:
+            picture = base64.b64decode(data["image/png"])
+        elif "text/plain" in data:
+            text += data["text/plain"] + "\n"
+    return text, picture
+
+
+def store(page: Path) -> None:
+    folder = DOCS / "outputs"
+    for old in folder.glob(f"{page.stem}-*.png"):
+        old.unlink()
+    found = []
+    for number, cell in enumerate(run(sources(page.read_text(encoding="utf-8"))), start=1):
+        text, picture = shown(cell)
+        name = f"{page.stem}-{number}.png" if picture else ""
+        if picture:
+            (folder / name).write_bytes(picture)
+        found.append({"source": cell.source, "text": text, "picture": name})
+    written = json.dumps(found, ensure_ascii=False, indent=1) + "\n"
+    (folder / f"{page.stem}.json").write_text(written, encoding="utf-8")
+
+
+def main() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    chosen = [Path(argument) for argument in sys.argv[1:]] or [DOCS / f"{p}.md" for p in PAGES]
+    for path in tqdm(chosen, unit="page"):
+        store(path)
+
+
+if __name__ == "__main__":
+    main()
