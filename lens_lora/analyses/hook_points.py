@@ -15,7 +15,7 @@ from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 
-__all__ = ["Names", "few", "firing", "known_point", "require_positions", "resolved"]
+__all__ = ["Names", "by_layer", "few", "firing", "known_point", "require_positions", "resolved"]
 
 Names = str | Sequence[str] | Callable[[str], bool]
 _NAMED = 5
@@ -32,7 +32,7 @@ def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, 
     Raises:
         SiteError: a name or glob that matches nothing, with the nearest names; no name at all.
     """
-    known = _by_layer(list(lens.model.hook_dict))
+    known = by_layer(list(lens.model.hook_dict))
     if not isinstance(names, Iterable) and not callable(names):
         raise SiteError(f"names={names!r}; give a hook point, several, globs, or a predicate.")
     if not isinstance(names, str) and callable(names):
@@ -51,8 +51,12 @@ def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, 
     return tuple(name for name in given if name in known), tuple(found)
 
 
-def _by_layer(names: list[str]) -> list[str]:
-    """Blocks' names in the order of layers: a bridge has them in that of the alphabet."""
+def by_layer(names: list[str]) -> list[str]:
+    """Blocks' names in the order of layers: a bridge has them in that of the alphabet.
+
+    Args:
+        names: of hook points, as the model has them.
+    """
     layers = {name: int(found[1]) for name in names if (found := _BLOCK.match(name))}
     ordered = iter(sorted(layers, key=layers.__getitem__))
     return [next(ordered) if name in layers else name for name in names]

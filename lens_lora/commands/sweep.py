@@ -102,5 +102,13 @@ def sweep(
     from lens_lora.commands.run_sweep import run
 
     subject = Subject(folder, model, model_class, how, max_memory)
-    options = {"batch_size": batch_size, "resume": resume, "quiet": quiet}
-    run(subject, rows, names, out, response=response, **options)
+    run(
+        subject,
+        rows,
+        names,
+        out,
+        response=response,
+        batch_size=batch_size,
+        resume=resume,
+        quiet=quiet,
+    )

@@ -184,8 +184,6 @@ def test_parts_by_head_and_rank_have_a_picture_each():
     assert "summed over heads and ranks" in att.plot().layout.title.text
     with pytest.raises(ArgumentError, match="not by position"):
         att.plot(by="position")
-    with pytest.raises(ArgumentError, match="by='site'"):
-        att.plot(by="site")
 
 
 def test_position_heatmap_sums_the_other_axes():
@@ -271,6 +269,13 @@ def test_a_theme_is_put_on_afterwards():
     look = figure.layout.template.layout
     assert look.font.color == "#000000" and look.paper_bgcolor == "#ffffff"
     assert figure.layout.font.color is None and figure.layout.paper_bgcolor is None
+
+
+@pytest.mark.bad_input
+def test_words_that_name_no_picture_are_refused():
+    att = attribution([[1.0] * 4], [0.0], [1.0])
+    with pytest.raises(ArgumentError, match="by='site'"):
+        att.plot(by="site")
     with pytest.raises(ArgumentError, match="theme='sepia'"):
         theme("sepia")
 
