@@ -51,7 +51,7 @@ def pareto(panels: Mapping[str, tuple[list[Standing], Mapping[str, float]]]) -> 
     figure.update_layout(
         template="plotly_white",
         font={"size": 13},
-        legend={"font": {"size": 10}},
+        legend={"font": {"size": 10}, "tracegroupgap": 0},
         margin={"l": 50, "r": 20, "t": 50, "b": 60},
     )
     return figure

@@ -15,6 +15,7 @@ from intervals import Interval, Standing, cluster_means, interval, ranked
 
 FIRST, HALF, END, PATH = "first_order@0", "first_order@0.5", "first_order@1", "path/4"
 HELD, RELP = "patterns+norm_scales", "patterns+norm_scales+identity+half"
+RELP_LIVE = "norm_scales+identity+half"
 NAMES = {
     FIRST: "first order at 0",
     HALF: "first order at ½",
@@ -25,7 +26,7 @@ NAMES = {
     f"first_order/{HELD}@0": "first order at 0, patterns and norms held",
     f"first_order/{RELP}@0": "RelP's rules at 0",
     f"first_order/{RELP}@1": "RelP's rules at 1",
-    "first_order/norm_scales+identity+half@0": "RelP's rules at 0, attention live",
+    f"first_order/{RELP_LIVE}@0": "RelP's rules at 0, attention live",
     "second_order@0": "a + ½H1 at 0",
     "hessian_steps/2": "Hessian products, 2 steps",
     "hessian_steps/4": "Hessian products, 4 steps",
