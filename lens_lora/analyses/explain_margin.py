@@ -182,13 +182,16 @@ def explain_margins(
     Raises:
         TokenError, ModelStateError, NumericsError: as for `explain`.
     """
-    asked = prompts.about(margin_between(prompts.lens.model, doc, pre, prompts.prompts))
     batch = prompts.prompts.batch
+    docs, pres = items_of(doc, batch), items_of(pre, batch)
+    asked = _about(prompts, docs[0], pres[0]) if batch == 1 else _about(prompts, doc, pre)
     steps = _QUICK_STEPS + (null > 0) + (0 if fast else _SLOW_STEPS * batch)
     with tqdm(total=steps, desc="explain", leave=False, disable=not progress) as bar:
         with _step(bar, "the margin along the path"):
             margin = fact_margin_of(asked, doc, pre, by="position", progress=False)
-        alone = [_alone(prompts, i, doc, pre) for i in range(batch)]
+        alone = (
+            [asked] if batch == 1 else [_alone(prompts, i, docs[i], pres[i]) for i in range(batch)]
+        )
         labels = [one.readout.label for one in alone]
         found = _quick(asked, margin, labels, bar)
         if null:
@@ -209,11 +212,13 @@ def explain_margins(
 _QUICK_STEPS, _SLOW_STEPS = 5, 6
 
 
+def _about(prompts: Asked, doc: AnswerLike, pre: AnswerLike) -> Asked:
+    return prompts.about(margin_between(prompts.lens.model, doc, pre, prompts.prompts))
+
+
 def _alone(prompts: Asked, index: int, doc: AnswerLike, pre: AnswerLike) -> Asked:
     """One of the prompts, about its own two answers."""
-    one = Asked(prompts.lens, prompts.prompts.chosen([index]))
-    doc, pre = (items_of(answer, prompts.prompts.batch)[index] for answer in (doc, pre))
-    return one.about(margin_between(one.lens.model, doc, pre, one.prompts))
+    return _about(Asked(prompts.lens, prompts.prompts.chosen([index])), doc, pre)
 
 
 @contextlib.contextmanager
