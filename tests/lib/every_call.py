@@ -116,7 +116,7 @@ CALLS: dict[str, Call] = {
         lens, [(t, MARGIN)], [(t, ll.KL())], 0.5, steps=2, draws=1, **QUIET
     ).shares[:2],
     "explain": lambda lens, t: ll.explain(lens, t[:1], 5, 9, **QUIET).margin,
-    "explain_all": lambda lens, t: ll.explain_all(lens, t, 5, 9, fast=True, **QUIET)[1].margin,
+    "explain_all": lambda lens, t: ll.explain_all(lens, t, 5, 9, fast=True, **QUIET)[-1].margin,
     "sweep": _swept,
 }
 # A person's own run of the model: settings around it are theirs.

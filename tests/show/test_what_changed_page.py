@@ -51,7 +51,10 @@ def test_tables_and_page_are_escaped(page: str):
 
 def test_figures_hold_the_numbers():
     figure = promoted_figure(what_changed(), 2)
-    assert list(figure.data[0].x) == [1.0, 0.5] and len(figure.layout.shapes) == 2
+    frame = what_changed().promoted(2)
+    assert list(figure.data[0].x) == [1.0, 0.5]
+    lines = [list(line.x) for line in figure.data[1:]]
+    assert lines == [[frame[name][0]] * 2 for name in ("null", "unrelated")]
     assert "<b>x" not in figure.data[0].y[0]
     shares = constant_part().plot()
     held = [cell for row in shares.data[0].z for cell in row if cell is not None]
