@@ -89,15 +89,23 @@ def test_floors_of_remainders_tell_the_truth(family: str, cls: str, strength: fl
 
 @pytest.mark.parametrize(("family", "cls", "strength"), CELLS)
 def test_no_floor_on_the_way_is_too_low(family: str, cls: str, strength: float):
-    """Where the adapted end is chaotic, and the way not, they may be too high.
-
-    Beyond three floors lies at most one prompt of eight (5 of 192 in all, measured): an error of
-    g(0) is in all its strengths.
-    """
+    """Where the adapted end is chaotic, and the way not, they may be too high."""
     low, high, found = measured(family, cls, strength)
     error = (low.first.double() - high.first).abs()
     assert (ratio(error, found.curve.remainder_floor) < FACTOR).all()
-    assert (error > 3 * found.curve.remainder_floor).any(1).sum() <= 1
+
+
+def test_few_errors_are_beyond_three_floors():
+    """At most one prompt in twenty-four, over all cells, at any of its strengths.
+
+    An error of g(0) is in all its strengths. 5 and 6 of 192 with two choices of the draws' seeds.
+    """
+    beyond = torch.zeros(())
+    for cell in CELLS:
+        low, high, found = measured(*cell)
+        error = (low.first.double() - high.first).abs()
+        beyond += (error > 3 * found.curve.remainder_floor).any(1).sum()
+    assert 0 < beyond <= len(CELLS) * len(TOKENS) / 24
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
