@@ -31,7 +31,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cases import (
+from counted import Cost, Counter, plain_seconds
+from flags import accounted
+from methods import COMPOSED, CURVATURE, EFFECTS, PARTS, curvature, methods_of, parts_for
+from scored import Judge, Row, agreement, held_out, sums
+from signals import signals_of
+from torch import Tensor
+from tqdm import tqdm
+from trained_cases import (
     Case,
     by_sites,
     cases_in,
@@ -42,13 +49,6 @@ from cases import (
     questions_of,
     unrelated_case,
 )
-from counted import Cost, Counter, plain_seconds
-from flags import accounted
-from methods import COMPOSED, CURVATURE, EFFECTS, PARTS, curvature, methods_of, parts_for
-from scored import Judge, Row, agreement, held_out, sums
-from signals import signals_of
-from torch import Tensor
-from tqdm import tqdm
 
 import lens_lora as ll
 from lens_lora._version import versions

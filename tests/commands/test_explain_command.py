@@ -198,7 +198,7 @@ def test_equal_answers_are_one_line_with_their_prompt(tmp_path):
     )
     result = run(cli.app, ["explain", "--prompts", str(file)])
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
-    assert "TokenError: prompt 2, 'b': doc and pre are both 'z', so their margin" in result.stderr
+    assert "p.jsonl, line 2: doc and pre are both 'z', so their margin" in result.stderr
 
 
 def test_page_holds_what_was_explained_before_an_error(tiny_command, monkeypatch):

@@ -15,7 +15,7 @@ from scipy import stats
 import lens_lora as ll
 
 measure, cases, counted, methods = (
-    evidence.load(name) for name in ("measure", "cases", "counted", "methods")
+    evidence.load(name) for name in ("measure", "trained_cases", "counted", "methods")
 )
 FACTS = {
     "trained": ["w5 w7 w8", "w9 w10 w11"],
