@@ -53,9 +53,10 @@ def cases_in(folder: Path) -> list[Case]:
 
 @functools.lru_cache(maxsize=1)
 def model_of(base: str) -> tuple[Any, Any]:
-    """The hooked model of a base, and the base itself; one at a time."""
+    """The hooked model of a base, and the base if it is a model apart; one at a time."""
     hf_model, tokenizer = load_base(base)
-    return hooked_model(hf_model, tokenizer)[0], hf_model
+    model, kind = hooked_model(hf_model, tokenizer)
+    return model, None if kind == "TransformerBridge" else hf_model
 
 
 def lens_of(case: Case, adapter: ll.Adapter | None = None) -> ll.LoraLens:

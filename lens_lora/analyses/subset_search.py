@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from lens_lora.engine.asked import Asked
 from lens_lora.engine.function import gated_readout
@@ -69,14 +69,17 @@ class Search:
         gradients: forward passes with a backward pass.
     """
 
-    def __init__(self, asked: Asked, steps: int, bar: tqdm) -> None:
+    def __init__(self, asked: Asked, steps: int, bar: Any) -> None:
         base, adapted = asked.ends
-        self._asked, self.steps, self.bar = asked, steps, bar
+        self._asked = asked
+        self.steps: int = steps
+        self.bar: Any = bar
         self._base = base.double().cpu()
         self._signs = (adapted - base).sign().double().cpu()
         self._size = (adapted - base).abs().sum().double().cpu()
-        self.sites = len(asked.lens.sites)
-        self.forwards = self.gradients = 0
+        self.sites: int = len(asked.lens.sites)
+        self.forwards: int = 0
+        self.gradients: int = 0
 
     def kept(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "point"]:
         """kept(ε) at several gate vectors. A forward pass each, batched.

@@ -141,7 +141,7 @@ class TokenTangents:
 
     def __init__(self, lens: LoraLens, reading: Reading) -> None:
         self._lens, self._reading = lens, reading
-        self.final = ends_plainly(lens)
+        self.final: bool = ends_plainly(lens)
         self.value: Tensor | None = None
         self._covectors: Tensor | None = None
 

@@ -11,7 +11,7 @@ __all__ = ["changes_sign", "hides_sign"]
 
 
 def hides_sign(
-    values: Float[Tensor, "*entry"], noise_floor: Float[Tensor, "*entry"]
+    values: Float[Tensor, "*entry"], noise_floor: Float[Tensor, "*#entry"]
 ) -> Bool[Tensor, "*entry"]:
     """Whether a number is so near to zero that rounding hides its sign.
 
@@ -25,8 +25,8 @@ def hides_sign(
 def changes_sign(
     before: Float[Tensor, "*entry"],
     after: Float[Tensor, "*entry"],
-    noise_floor: Float[Tensor, "*entry"],
-    floor_after: Float[Tensor, "*entry"] | None = None,
+    noise_floor: Float[Tensor, "*#entry"],
+    floor_after: Float[Tensor, "*#entry"] | None = None,
 ) -> Bool[Tensor, "*entry"]:
     """Whether two numbers have opposite signs, neither hidden by rounding.
 

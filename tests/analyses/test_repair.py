@@ -281,7 +281,7 @@ def test_what_keeps_more_than_the_whole_adapter_is_held_against_it():
     """Sites that work against the margin are dropped, so no strength up to 1 keeps as much."""
     case = cases.case("llama", HOSTS[0], "raw")
     found = ll.repair(
-        case.lens, [(models.tokens(1), ll.Margin(5, 9))], [(models.tokens(1, 6), ll.KL())], 1.0,
+        case.lens, [(models.tokens(1), ll.Margin(7, 3))], [(models.tokens(1, 6), ll.KL())], 1.0,
         of="site", steps=30, rate=0.1, progress=False, draws=1,
     )  # fmt: skip
     assert found.kept_share > 1 and found.matched[-1] == 1.0 and found.exceeds

@@ -78,7 +78,8 @@ def test_what_cannot_be_exact_is_refused():
     with pytest.raises(ll.ModelStateError, match="offloaded.*norms out of the offload"):
         ll.first_order(lens, tokens, ll.Margin(5, 9), rules=rules)
     bridge = by_hand(offloaded(base))
-    if bridge.unembed.original_component.bias is not None:  # transformer-lens 3 adds it
+    head = dict(bridge.unembed.original_component.named_parameters())
+    if "bias" in head:  # transformer-lens 3 adds it, where accelerate does not know of it
         with pytest.raises(ll.ModelStateError, match=r"unembed.*bias was added.*ll\.load"):
             ll.LoraLens(bridge, adapter)
     nowhere = copy.deepcopy(base)
