@@ -13,9 +13,11 @@ which costs less than its Taylor term and holds where that does not:
 1. Screen. Leave one out: the correction is a_l(1) − a_l(0), first order at the other end, of all
    sites at once; a site's own ½ H_ll(1) is left out. Add one: H_ll costs more than running the
    site, so the sites that carry the attribution are run, and the correction is what a_l misses.
-2. Flag. score = |a| / (|a| + |correction|), ½ where as much is missed as was found. Flagged where
-   it is under the threshold and the site is material: |a| or |correction| above a share of Σ|a|,
-   and above three noise floors.
+2. Flag. score = the smaller of a and a + correction over the larger: ½ where a is half of the effect
+   or twice it, 0 where it has the wrong sign. Flagged where the score is under the threshold and the
+   site is material: |a| or |correction| above a share of Σ|a|, and above three noise floors. The
+   paper's |a| / (|a| + |correction|) is the same where a is too small, and above ½ for any a that
+   is too large.
 3. Fix. The flagged sites are measured by intervention, the others keep a_l.
 
 Precision and recall of these flags, and what the same passes buy otherwise: docs/faithfulness.md.
@@ -91,7 +93,7 @@ class Reliability(Result):
 
     @property
     def score(self) -> Float[Tensor, "batch site"]:
-        """|a| / (|a| + |correction|), 1 where both are zero; NaN where not screened."""
+        """Of a and a + correction, the smaller over the larger; NaN where not screened."""
         return score_of(self.attribution.per_site, self.correction)
 
     @property
@@ -197,14 +199,15 @@ class Reliability(Result):
 
 
 def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"]:
-    """|a| / (|a| + |missed|), 1 where both are zero.
+    """min / max of a and a + missed: 0 where their signs differ, 1 where both are zero.
 
     Args:
         a: first-order values.
         missed: the correction that each of them needs.
     """
-    whole = a.abs() + missed.abs()
-    return (a.abs() / whole).masked_fill(whole == 0, 1.0)
+    effect = a + missed
+    ratio = torch.minimum(a / effect, effect / a).clamp(min=0)
+    return torch.where((a == 0) | (effect == 0), (a == effect).to(ratio), ratio)
 
 
 @alone
@@ -221,7 +224,7 @@ def reliability(
 ) -> Reliability:
     """Screen a_l as the answer to one question, flag what to distrust; with fix=True, measure it.
 
-    Cost beyond first_order and the noise floor (eight forward passes, one backward), where a
+    Cost beyond first_order and the noise floor (five forward passes), where a
     site that is run takes a forward pass, or about half where the model's blocks branch:
     leave_one_out: one forward and one backward, and with fix each site flagged at some prompt.
     add_one: each site above the floor at some prompt; nothing more for fix.
@@ -231,7 +234,7 @@ def reliability(
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         how: 'add_one', g(e_l) − g(0), or 'leave_one_out', g(1) − g(1 − e_l).
-        threshold: of the score; 0.5 flags what is off by more than itself, 0.8 by a quarter.
+        threshold: of the score; 0.5 flags what is off by more than a factor of 2, 0.8 of 1.25.
         floor: share of Σ|a| under which a site is not material. With add_one, 0 measures them all.
         fix: also measure the flagged sites by intervention.
         progress: show a bar.

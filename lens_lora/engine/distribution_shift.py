@@ -2,8 +2,9 @@
 
     Z = 1 + Σ p (eᵈ − 1),    KL(p ‖ q) = log Z − Σ p d,    q − p = (p (eᵈ − 1) − (Z − 1) p) / Z
 
-A small d loses nothing by cancellation here, as the difference of two log-softmaxes does. Beyond
-`_LARGEST` a probability that rounds to zero might grow to one, so there q is a softmax.
+d counts from its mean Σ p d, as a constant in all logits changes nothing: the rounding of a KL is
+then that of what d differs by, not of the logits or of the constant. Beyond `_LARGEST` a
+probability that rounds to zero might grow to one, so there q is a softmax.
 
 Cost: no forward pass; the logits are read a few times, in place.
 """
@@ -30,7 +31,7 @@ class DistributionShift:
     Attributes:
         kl: of each distribution.
         p: before the shift.
-        grown: p (eᵈ − 1).
+        grown: p (eᵈ − 1), d from its mean.
         rest: Z − 1.
     """
 
@@ -75,11 +76,18 @@ def distribution_shift(
         NumericsError: a shift that is not finite.
     """
     require_finite(shift.sum(-1), "the shift of a logit")
+    shift.sub_(_mean(p, shift)[..., None])
     if float(shift.amax()) > _LARGEST:
         log_q, log_p = (base + shift).log_softmax(-1), base.log_softmax(-1)
         kl = (p * (log_p - log_q)).sum(-1)
         return DistributionShift(kl, p, log_q.exp_().sub_(p), torch.zeros_like(kl))
-    linear = torch.linalg.vecdot(p.flatten(0, -2), shift.flatten(0, -2)).view(p.shape[:-1])
+    linear = _mean(p, shift)  # what rounding left of it
     grown = shift.expm1_().mul_(p)
     rest = grown.sum(-1)
     return DistributionShift(rest.log1p() - linear, p, grown, rest)
+
+
+def _mean(
+    p: Float[Tensor, "*row vocab"], shift: Float[Tensor, "*row vocab"]
+) -> Float[Tensor, "*row"]:
+    return torch.linalg.vecdot(p.flatten(0, -2), shift.flatten(0, -2)).view(p.shape[:-1])

@@ -284,7 +284,8 @@ def _flips(asked: Asked, base: Vector, adapted: Vector) -> Sequence[bool | None]
         return [None] * len(base)
     ends = torch.from_numpy(np.stack([base, adapted]))
     floor = ends.new_zeros(len(base))
-    if float(ends.abs().min()) <= _ROUNDINGS * torch.finfo(asked.lens.dtype).eps:
+    unit = max(torch.finfo(asked.lens.dtype).eps, 2 * asked.lens.plan.activation_rounding)
+    if float(ends.abs().min()) <= _ROUNDINGS * unit:
         floor = asked.noise_floor.cpu().double()
     return changes_sign(ends[0], ends[1], floor).tolist()
 

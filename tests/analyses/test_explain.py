@@ -208,7 +208,8 @@ def test_story_says_which_question_first_order_answers():
     assert "correlation of 1.000 (of ranks 1.000, slope 1.00)" in adding
     assert adding.rstrip().endswith(": a good guide here.")
     assert ": not a good guide here; and with first order at ε = 1" in leaving
-    adding, leaving_out = "adding one module (by running it)", "1 (blocks.2.mlp.down) as"
+    names = "blocks.2.mlp.down, blocks.2.mlp.up, blocks.0.attn.q"
+    adding, leaving_out = "adding one module (by running it)", f"3 ({names}) as"
     assert f"flags 0 as the answer to {adding} and {leaving_out}" in leaving
     wrong_size = by_hand(add=[0.5 * a for a in FIRST]).story()
     assert "slope 0.50): right in order, not in size. Leaving" in wrong_size

@@ -49,6 +49,18 @@ def test_a_tiny_kl_of_float32_is_not_rounding_alone():
     np.testing.assert_allclose(found.kl.numpy(), kl, rtol=0.05)
 
 
+def test_a_constant_in_all_logits_costs_no_digits(monkeypatch):
+    """As adapters add one: counted from zero, its own rounding would be larger than the KL."""
+    base, shift = _case(1e-3, torch.float32)
+    shift = shift + 5
+    kl, _ = _truth(base, shift)
+    found = distribution_shift(base, base.softmax(-1), shift.clone()).kl.numpy()
+    np.testing.assert_allclose(found, kl, rtol=0.01)
+    monkeypatch.setattr(torch.Tensor, "sub_", lambda tensor, _: tensor)
+    from_zero = distribution_shift(base, base.softmax(-1), shift.clone()).kl.numpy()
+    assert np.abs(from_zero / kl - 1).max() > 1
+
+
 def test_a_shift_that_is_not_finite_is_refused():
     base, shift = _case(1.0)
     shift[1, 2, 3] = torch.nan

@@ -69,12 +69,11 @@ def reliability_figure(found: Reliability, prompt: int | None = None) -> go.Figu
 
 
 def _wedge(x: list[float], threshold: float) -> list[go.Scatter]:
-    """Where |correction| ≤ |a| (1 − threshold) / threshold, about the identity line."""
+    """Where a + correction is from threshold · a to a / threshold, about the identity line."""
     reach = max((abs(v) for v in x), default=0.0) or 1.0
-    slack = (1 - threshold) / threshold
     ends = [-reach, 0.0, reach]
-    upper = [v + abs(v) * slack for v in ends]
-    lower = [v - abs(v) * slack for v in ends]
+    upper = [-reach * threshold, 0.0, reach / threshold]
+    lower = [-reach / threshold, 0.0, reach * threshold]
     band = go.Scatter(
         x=ends + ends[::-1],
         y=upper + lower[::-1],
