@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import pandas as pd
@@ -25,7 +24,7 @@ from lens_lora.readouts.answer_tokens import AnswerLike, items_of
 from lens_lora.readouts.answers import margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
-from lens_lora.results.measured import Result
+from lens_lora.results.measured import Paged
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -37,7 +36,7 @@ _MOST_TOKENS = 2048
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Explanations(Result):
+class Explanations(Paged):
     """Several prompts' margins, each explained.
 
     Attributes:
@@ -67,24 +66,6 @@ class Explanations(Result):
     def story(self) -> str:
         """A sentence or more of each prompt, a prompt a line."""
         return drawing.story(self)
-
-    def report(self, title: str | None = None) -> str:
-        """A self-contained HTML page: an overview, then each prompt.
-
-        Args:
-            title: by default the two answers, where they are the same throughout.
-        """
-        return drawing.report(self, title=title)
-
-    def save_report(self, path: str | Path) -> Path:
-        """Write `report` to a file; returns the path.
-
-        Args:
-            path: of the page.
-        """
-        path = Path(path)
-        path.write_text(self.report(), encoding="utf-8")
-        return path
 
 
 @alone

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Generator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import pandas as pd
@@ -45,7 +44,7 @@ from lens_lora.readouts.answers import margin_between
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.effects import Effects
-from lens_lora.results.measured import Result
+from lens_lora.results.measured import Paged
 from lens_lora.results.one_prompt import one_prompt
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ _TOL, _MAX_NODES = 1e-2, 16
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Explanation(Result):
+class Explanation(Paged):
     """One prompt's margin between two answers, explained; every part has a batch of one.
 
     Attributes:
@@ -144,24 +143,6 @@ class Explanation(Result):
     def figures(self) -> dict[str, Figure]:
         """The report's pictures by key: `"path"`, `"positions"`, `"reliability/add_one"`, …."""
         return drawing.figures(self)
-
-    def report(self, title: str | None = None) -> str:
-        """A self-contained HTML page.
-
-        Args:
-            title: by default the two answers.
-        """
-        return drawing.report(self, title=title)
-
-    def save_report(self, path: str | Path) -> Path:
-        """Write `report` to a file; returns the path.
-
-        Args:
-            path: of the page.
-        """
-        path = Path(path)
-        path.write_text(self.report(), encoding="utf-8")
-        return path
 
 
 def explain_margins(

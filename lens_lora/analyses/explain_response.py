@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import pandas as pd
@@ -34,7 +33,7 @@ from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.generated import Generated
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import Result
+from lens_lora.results.measured import Paged
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -47,7 +46,7 @@ _TOL, _MAX_NODES = 1e-2, 16
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class ResponseExplanation(Result):
+class ResponseExplanation(Paged):
     """One prompt's response, explained; every part has a batch of one.
 
     Attributes:
@@ -104,24 +103,6 @@ class ResponseExplanation(Result):
     def figures(self) -> dict[str, Figure]:
         """The report's pictures by key: `"text"`, `"tokens"`, `"add_one"`, `"leave_one_out"`."""
         return drawing.figures(self)
-
-    def report(self, title: str | None = None) -> str:
-        """A self-contained HTML page.
-
-        Args:
-            title: by default the prompt.
-        """
-        return drawing.report(self, title=title)
-
-    def save_report(self, path: str | Path) -> Path:
-        """Write `report` to a file; returns the path.
-
-        Args:
-            path: of the page.
-        """
-        path = Path(path)
-        path.write_text(self.report(), encoding="utf-8")
-        return path
 
 
 def explain_response(

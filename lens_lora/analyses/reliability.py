@@ -13,11 +13,11 @@ which costs less than its Taylor term and holds where that does not:
 1. Screen. Leave one out: the correction is a_l(1) − a_l(0), first order at the other end, of all
    sites at once; a site's own ½ H_ll(1) is left out. Add one: H_ll costs more than running the
    site, so the sites that carry the attribution are run, and the correction is what a_l misses.
-2. Flag. score = the smaller of a and a + correction over the larger: ½ where a is half of the effect
-   or twice it, 0 where it has the wrong sign. Flagged where the score is under the threshold and the
-   site is material: |a| or |correction| above a share of Σ|a|, and above three noise floors. The
-   paper's |a| / (|a| + |correction|) is the same where a is too small, and above ½ for any a that
-   is too large.
+2. Flag. score = the smaller of a and a + correction over the larger: ½ where a is half of the
+   effect or twice it, 0 where it has the wrong sign. Flagged where the score is under the threshold
+   and the site is material: |a| or |correction| above a share of Σ|a|, and above three noise
+   floors. The paper's |a| / (|a| + |correction|) is the same where a is too small, and above ½ for
+   any a that is too large.
 3. Fix. The flagged sites are measured by intervention, the others keep a_l.
 
 Precision and recall of these flags, and what the same passes buy otherwise: docs/faithfulness.md.

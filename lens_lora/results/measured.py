@@ -1,6 +1,7 @@
 """What results share: abstract bases, each with more of it than the one above.
 
     Result      a table, a file, its text: also what has no readout (logit shifts, features)
+    Paged       and a page of its own
     Read        and of which readout
     Measured    and the header: of which sites and prompts, between which exact ends
     Ranked      and `top`: one number per prompt and entry (site, group, hook point, pair)
@@ -31,6 +32,7 @@ __all__ = [
     "SIGMAS",
     "Entries",
     "Measured",
+    "Paged",
     "Ranked",
     "Read",
     "Result",
@@ -87,6 +89,28 @@ class Result(abc.ABC):
 
     def _repr_html_(self) -> str:
         return drawing.html(self)
+
+
+class Paged(Result):
+    """A result that has a page of its own."""
+
+    def report(self, title: str | None = None) -> str:
+        """A self-contained HTML page.
+
+        Args:
+            title: by default what was asked: the adapter, the prompt, or two answers.
+        """
+        return drawing.report(self, title=title)
+
+    def save_report(self, path: str | Path) -> Path:
+        """Write `report` to a file; returns the path.
+
+        Args:
+            path: of the page.
+        """
+        path = Path(path)
+        path.write_text(self.report(), encoding="utf-8")
+        return path
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)

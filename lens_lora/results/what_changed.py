@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import pandas as pd
@@ -16,7 +15,7 @@ from lens_lora.errors import TokenError
 from lens_lora.hooked.sites import Site
 from lens_lora.results import drawing
 from lens_lora.results.examples import context_of
-from lens_lora.results.measured import Result, site_labels
+from lens_lora.results.measured import Paged, site_labels
 from lens_lora.results.ranked_tokens import rank_of, ranked_tokens
 from lens_lora.results.storage import stored
 
@@ -89,7 +88,7 @@ class Changes:
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class WhatChanged(Result):
+class WhatChanged(Paged):
     """What an adapter changes over texts that have nothing to do with it, nothing asked.
 
     Attributes:
@@ -272,24 +271,6 @@ class WhatChanged(Result):
             by: as for `promoted`.
         """
         return drawing.figure(self, k, by)
-
-    def report(self, title: str | None = None) -> str:
-        """A self-contained HTML page.
-
-        Args:
-            title: by default the adapter's name.
-        """
-        return drawing.report(self, title=title)
-
-    def save_report(self, path: str | Path) -> Path:
-        """Write `report` to a file; returns the path.
-
-        Args:
-            path: of the page.
-        """
-        path = Path(path)
-        path.write_text(self.report(), encoding="utf-8")
-        return path
 
 
 def _told_apart(names: Sequence[str]) -> list[str]:

@@ -238,8 +238,8 @@ def test_score():
 
 
 def test_a_number_that_is_far_too_large_is_flagged():
-    """φ = (y − 3)(4.6 − y) + 1 rises at 3 by 1.6 and is back at 1.15 at 4.5: a = (4.8, 5), and alone
-    they do 0.3 and 5."""
+    """φ = (y − 3)(4.6 − y) + 1 has slope 1.6 at y = 3, and is back at 1.15 at 4.5: a = (4.8, 5),
+    and alone they do 0.3 and 5."""
     lens, x = scalar_lens(lambda y: (y - 3) * (4.6 - y) + 1), torch.tensor([[3]])
     found = reliability(lens, x, ll.Logit(0), how="add_one")
     assert found.attribution.values[0].tolist() == pytest.approx([4.8, 5.0])
