@@ -195,11 +195,11 @@ def _require_of(name: str, score: Attribution, asked: Asked) -> None:
             )
 
 
-def by_score(scores: Float[Tensor, "batch site"]) -> Int[Tensor, "batch site"]:
+def by_score(scores: Float[Tensor, "*batch site"]) -> Int[Tensor, "*batch site"]:
     """Indices of each prompt's sites, the largest score first; equal scores keep their order.
 
     Args:
-        scores: one per prompt and site.
+        scores: one per site, of each prompt or of all at once.
     """
     return scores.argsort(dim=-1, descending=True, stable=True)
 
