@@ -1,11 +1,12 @@
 """Every method of attribution on every adapter of a folder, against real interventions.
 
-    python benchmarks/evidence/measure.py --adapters FOLDER --out RESULTS [--only NAME …]
+    python benchmarks/evidence/measure.py --adapters FOLDER --out RESULTS [--again] [--only NAME …]
 
 Each FOLDER/<name>/ holds a PEFT adapter and task.json: name, cluster (the training task), base,
 kind, rank, targets, lr, steps, dora, rslora, and prompts {trained, paraphrase, neighbour,
 unrelated}, each a list of {prompt, doc, pre} or {prompt, response}. For each adapter one file,
-RESULTS/<name>.json; those that are there are left alone, so a run may be interrupted.
+RESULTS/<name>.json; those that are there are left alone, so a run may be interrupted. So are those
+of which docs/faithfulness.json holds numbers, unless `--again`.
 
 1. On each kind of prompt: every score (`methods.py`) and the measured effects of every site.
 2. Agreement of scores with effects, and rankings made on the trained wording judged on each kind
@@ -34,6 +35,7 @@ from typing import Any
 from counted import Cost, Counter, plain_seconds
 from flags import accounted
 from methods import COMPOSED, CURVATURE, EFFECTS, PARTS, curvature, methods_of, parts_for
+from results import read
 from scored import Judge, Row, agreement, held_out, sums
 from signals import signals_of
 from torch import Tensor
@@ -266,6 +268,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, required=True, help="folder of adapters")
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
     parser.add_argument("--only", nargs="*", help="names of adapters")
+    parser.add_argument("--again", action="store_true", help="also what the docs have numbers of")
     parser.add_argument("--most", type=int, default=3, help="prompts of each kind")
     given = parser.parse_args()
     every = cases_in(given.adapters)
@@ -274,7 +277,12 @@ def main() -> None:
         parser.error(f"no adapter {', '.join(sorted(unknown))} in {given.adapters}")
     given.out.mkdir(parents=True, exist_ok=True)
     named = [case for case in every if not given.only or case.name in given.only]
-    left = [case for case in named if not (given.out / f"{case.name}.json").is_file()]
+    stored = set() if given.again else set(read()["adapters"])
+    left = [
+        case
+        for case in named
+        if case.name not in stored and not (given.out / f"{case.name}.json").is_file()
+    ]
     left.sort(key=lambda case: (case.task["base"], case.task["kind"] == "behaviour"))
     for case in tqdm(left, desc="adapters"):
         found = measure(case, every, given.most)

@@ -1,6 +1,6 @@
 """docs/faithfulness.md and its pictures from stored results.
 
-    python benchmarks/evidence/page.py --results FOLDER   # pack measure.py's files, then render
+    python benchmarks/evidence/page.py --results FOLDER   # add measure.py's files, then render
     python benchmarks/evidence/page.py                    # render from docs/faithfulness.json
     python benchmarks/evidence/page.py --pictures         # … and draw (needs kaleido and Chromium)
 
@@ -22,7 +22,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from pictures import pareto, save, strength
 from recipes import SECOND, SECOND_NAME, SMOLLM2
-from results import DOCS, PAGE, Numbers, costs_of, flags_of, pack, read, scores_of, write
+from results import DOCS, PAGE, Numbers, costs_of, flags_of, joined, pack, read, scores_of, write
 from sections import (
     adapters,
     flags,
@@ -92,10 +92,17 @@ def page(numbers: Numbers) -> str:
             flags=flags(flags_of(numbers)),
             violent=violent(numbers, scores, bases[0]),
             adapter_table=adapters(numbers),
-            versions=", ".join(f"{k} {v}" for k, v in numbers["versions"].items()),
+            versions=versions(numbers),
         )
         + "\n"
     )
+
+
+def versions(numbers: Numbers) -> str:
+    """Each set of versions that something was measured with."""
+    every = [one["versions"] for one in numbers["adapters"].values()]
+    named = [", ".join(f"{k} {v}" for k, v in one.items()) for one in every]
+    return "; ".join(dict.fromkeys(named))
 
 
 def missing(numbers: Numbers) -> str:
@@ -152,11 +159,11 @@ def draw(numbers: Numbers) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The page on faithfulness.")
-    parser.add_argument("--results", type=Path, help="folder of measure.py's files to pack")
+    parser.add_argument("--results", type=Path, help="folder of measure.py's files to add")
     parser.add_argument("--pictures", action="store_true", help="draw the pictures too")
     given = parser.parse_args()
     if given.results is not None:
-        write(pack(given.results))
+        write(joined(read(), pack(given.results)))
     numbers = read()
     PAGE.write_text(page(numbers))
     write_blocks(blocks(numbers))

@@ -1,8 +1,9 @@
 """Stored results: one file an adapter, packed into docs/faithfulness.json, read as data frames.
 
 `pack` keeps what the page needs of `measure.py`'s files (of agreement on other prompts, the main
-methods' rank correlations). Scores are nested, question → metric →
-method → kind of prompt, as most of the file is theirs.
+methods' rank correlations). Scores are nested, question → metric → method → kind of prompt, as
+most of the file is theirs. What is packed joins what is stored, so hours of measuring may be spread
+over days and machines.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ def pack(folder: Path) -> Numbers:
     if not files:
         raise SystemExit(f"no results in {folder}: run benchmarks/evidence/measure.py first")
     found = [json.loads(file.read_text()) for file in files]
-    return {
-        "versions": found[-1]["versions"],
-        "adapters": {one["name"]: _adapter(one) for one in found},
-    }
+    return {"adapters": {one["name"]: _adapter(one) for one in found}}
+
+
+def joined(stored: Numbers, packed: Numbers) -> Numbers:
+    """What is stored, with the adapters that are packed added or replaced."""
+    return {"adapters": {**stored["adapters"], **packed["adapters"]}}
 
 
 def _adapter(one: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +52,7 @@ def _adapter(one: dict[str, Any]) -> dict[str, Any]:
         "ceilings": one["ceilings"],
         "flags": [{k: _rounded(v) for k, v in row.items()} for row in one["flags"]],
         "left_out": one["left_out"],
+        "versions": one["versions"],
         "costs": costs,
         "scores": _nested(one["scores"]),
     }
@@ -86,8 +90,7 @@ def write(numbers: Numbers) -> None:
         f"{json.dumps(name)}: {json.dumps(one)}"
         for name, one in sorted(numbers["adapters"].items())
     )
-    versions = json.dumps(numbers["versions"])
-    NUMBERS.write_text(f'{{"versions": {versions},\n"adapters": {{\n{adapters}\n}}}}\n')
+    NUMBERS.write_text(f'{{"adapters": {{\n{adapters}\n}}}}\n')
 
 
 def read() -> Numbers:

@@ -153,7 +153,11 @@ def test_a_finished_adapter_is_left_alone(
     (out / "fact.json").write_text("kept")
     monkeypatch.setattr(measure, "measure", lambda case, every, most: {"seconds": 1.0})
     given = ["measure.py", "--adapters", str(folder / "adapters"), "--out", str(out)]
+    monkeypatch.setattr(measure, "read", lambda: {"adapters": {"habit": {}}})
     monkeypatch.setattr("sys.argv", given)
+    measure.main()
+    assert not (out / "habit.json").exists()
+    monkeypatch.setattr("sys.argv", [*given, "--again"])
     measure.main()
     assert (out / "fact.json").read_text() == "kept"
     assert json.loads((out / "habit.json").read_text()) == {"seconds": 1.0}

@@ -133,6 +133,16 @@ def test_the_page_renders_and_every_base_is_named_without_its_path(numbers):
     assert "nan" not in text
 
 
+def test_what_is_packed_joins_what_is_stored(numbers, tmp_path):
+    """A newer measurement replaces its own adapter's alone; both versions are told."""
+    newer = {**one(0, "large"), "versions": {"lens_lora": "1"}, "sites": 11}
+    (tmp_path / "one.json").write_text(json.dumps(newer))
+    joined = results.joined(numbers, results.pack(tmp_path))
+    assert joined["adapters"]["large-0"]["sites"] == 11
+    assert {**joined["adapters"], "large-0": None} == {**numbers["adapters"], "large-0": None}
+    assert page.versions(joined) == "lens_lora 1; lens_lora 0"
+
+
 def test_flags_that_lose_to_the_plain_answer_are_seen_to_lose(numbers):
     cells = line(page.flags(results.flags_of(numbers)), "leave one out")
     assert cells[9].startswith("-0.35")
