@@ -19,7 +19,7 @@ Cost: a dual forward pass takes about 2.5 forward passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, cast
+from typing import Any, cast, no_type_check
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -30,9 +30,9 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["OneProduct"]
 
 _Args = tuple[Any, ...]
-_Linear = tuple[Tensor, Tensor, Tensor | None]
 _Moved = tuple[Tensor, Any]
-_Rule = Callable[..., "_Moved | None"]
+_Pointwise = Callable[..., "_Moved | None"]
+_Rule = Callable[..., "Tensor | None"]  # of the rows with one primal, and what torch was given
 _APART = 4
 
 
@@ -49,6 +49,7 @@ class OneProduct(TorchFunctionMode):
         super().__init__()
         self.rows = 1
 
+    @no_type_check  # torch calls it for every operation, those of a check of arguments among them
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -58,39 +59,9 @@ class OneProduct(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
-        found = self._found(func, args, kwargs)
+        rule = _RULES.get(func)
+        found = None if rule is None else rule(self.rows, *args, **kwargs)
         return func(*args, **kwargs) if found is None else found
-
-    def _found(self, func: Callable[..., Any], args: _Args, kwargs: dict[str, Any]) -> Any:
-        """By a rule of ours; None where torch has to do it."""
-        if func in _READ:
-            linear = _READ[func](*args, **kwargs)
-            if linear is not None:
-                return self._product(*linear)
-            return _batched_product(self.rows, *args) if func in _MATMUL and not kwargs else None
-        if func in _SOFTMAX:
-            return _softmax(self.rows, *args, **kwargs)
-        if func is torch.where and len(args) == 3 and not kwargs:
-            return _where(*args)
-        if func in _POINTWISE and not kwargs:
-            return _pointwise(_POINTWISE[func], *args)
-        return None
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """None where this is no dual number times a constant."""
-        primal, tangent = fwad.unpack_dual(x)
-        if tangent is None or _is_dual(weight) or (bias is not None and _is_dual(bias)):
-            return None
-        first = _common(primal, self.rows)
-        if len(primal) > _APART * len(first):
-            value, moved = first @ weight, _alone(tangent) @ _alone(weight)
-        else:
-            both = torch.cat([_alone(first), _alone(tangent)]) @ _alone(weight)
-            value, moved = both[: len(first)], both[len(first) :]
-            if first.requires_grad:
-                value = cast("Tensor", _Known.apply(first, _alone(weight), value))
-        value = value if bias is None else value + bias
-        return fwad.make_dual(_spread(value, primal), moved)
 
 
 class _Known(torch.autograd.Function):
@@ -112,20 +83,30 @@ def _is_dual(tensor: Tensor) -> bool:
     return fwad.unpack_dual(tensor).tangent is not None
 
 
-def _pointwise(rule: _Rule, left: Any, right: Any) -> Tensor | None:
+def _pointwise(rule: _Pointwise) -> _Rule:
     """The rule, of a dual number and a constant; None where neither or both are dual."""
-    (a, da), (b, db) = _parts_of(left), _parts_of(right)
-    if (da is None) == (db is None):
-        return None
-    found = rule(a, da, b, db)
-    if found is None or found[0].shape != found[1].shape:
-        return None
-    return fwad.make_dual(*found)
+
+    def applied(rows: int, *args: Any, **factors: Any) -> Tensor | None:
+        del rows
+        if factors:
+            return None
+        (a, da), (b, db) = map(_parts_of, args)
+        if (da is None) == (db is None):
+            return None
+        found = rule(a, da, b, db)
+        if found is None or found[0].shape != found[1].shape:
+            return None
+        return fwad.make_dual(*found)
+
+    return applied
 
 
-def _where(mask: Tensor, left: Any, right: Any) -> Tensor | None:
+def _where(rows: int, mask: Tensor, *chosen: Any, **out: Tensor) -> Tensor | None:
     """What a mask chooses of a dual number and a constant; None where neither or both are dual."""
-    (a, da), (b, db) = _parts_of(left), _parts_of(right)
+    del rows
+    if len(chosen) != 2 or out:
+        return None
+    (a, da), (b, db) = map(_parts_of, chosen)
     if (da is None) == (db is None):
         return None
     moved: Tensor = torch.where(mask, 0.0 if da is None else da, 0.0 if db is None else db)
@@ -151,31 +132,39 @@ def _divide(a: Any, da: Any, b: Any, db: Any) -> _Moved | None:
     return None if da is None else (a / b, da / _alone(b))
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Linear | None:
-    return (input, weight.T, bias) if weight.ndim == 2 and input.ndim > 1 else None
+def _product(rows: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """xW + b; None where this is no dual number times a constant."""
+    primal, tangent = fwad.unpack_dual(x)
+    if tangent is None or _is_dual(weight) or (bias is not None and _is_dual(bias)):
+        return None
+    first = _common(primal, rows)
+    if len(primal) > _APART * len(first):
+        value, moved = first @ weight, _alone(tangent) @ _alone(weight)
+    else:
+        both = torch.cat([_alone(first), _alone(tangent)]) @ _alone(weight)
+        value, moved = both[: len(first)], both[len(first) :]
+        if first.requires_grad:
+            value = cast("Tensor", _Known.apply(first, _alone(weight), value))
+    value = value if bias is None else value + bias
+    return fwad.make_dual(_spread(value, primal), moved)
 
 
-def _matmul(input: Tensor, other: Tensor) -> _Linear | None:
-    return (input, other, None) if other.ndim == 2 and input.ndim > 1 else None
+def _linear(rows: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    if weight.ndim != 2 or input.ndim == 1:
+        return None
+    return _product(rows, input, weight.T, bias)
 
 
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **factors: float) -> _Linear | None:
-    return None if factors or input.ndim != 1 else (mat1, mat2, input)
+def _addmm(rows: int, input: Tensor, mat1: Tensor, mat2: Tensor, **factors: float) -> Tensor | None:
+    return None if factors or input.ndim != 1 else _product(rows, mat1, mat2, input)
 
 
-_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-_SOFTMAX = (torch.softmax, Tensor.softmax, functional.softmax)
-_READ: dict[Callable[..., Any], Callable[..., _Linear | None]] = {
-    functional.linear: _linear,
-    **dict.fromkeys(_MATMUL, _matmul),
-    torch.addmm: _addmm,
-}
-_POINTWISE: dict[Callable[..., Any], _Rule] = {
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
-    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _subtract),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _multiply),
-    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _divide),
-}
+def _matmul(rows: int, input: Tensor, other: Tensor, **out: Tensor) -> Tensor | None:
+    if out:
+        return None
+    if other.ndim == 2 and input.ndim > 1:
+        return _product(rows, input, other, None)
+    return _batched_product(rows, input, other)
 
 
 def _batched_product(rows: int, left: Tensor, right: Tensor) -> Tensor | None:
@@ -250,3 +239,18 @@ def _spread(value: Tensor, like: Tensor) -> Tensor:
 def _over(value: Tensor, like: Tensor) -> Tensor:
     """The same, where it may as well be broadcast."""
     return value if value.ndim and len(value) == 1 else _spread(value, like)
+
+
+_RULES: dict[Callable[..., Any], _Rule] = {
+    functional.linear: _linear,
+    torch.addmm: _addmm,
+    torch.where: _where,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
+    **dict.fromkeys((torch.softmax, Tensor.softmax, functional.softmax), _softmax),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _pointwise(_add)),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _pointwise(_subtract)),
+    **dict.fromkeys(
+        (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _pointwise(_multiply)
+    ),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _pointwise(_divide)),
+}
