@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import pandas as pd
 import torch
@@ -30,7 +30,11 @@ from lens_lora.hooked.alone import alone
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
 from lens_lora.results.measured import SIGMAS, Measured, header
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 __all__ = ["BestSubset", "best_subset"]
 
@@ -76,12 +80,34 @@ class BestSubset(Measured):
         Raises:
             ArgumentError: no such set, or several and none named.
         """
+        of = [self.sites[i] for i in self.members[self.row(count)].nonzero()[:, 0]]
+        return pd.DataFrame({"site": [s.name for s in of], "module": [s.module for s in of]})
+
+    def row(self, count: int | None = None) -> int:
+        """Which set has so many sites.
+
+        Args:
+            count: how many; without it, the only set.
+
+        Raises:
+            ArgumentError: no such set, or several and none named.
+        """
         if count is None and len(self.counts) == 1:
-            count = self.counts[0]
+            return 0
         if count not in self.counts:
             raise ArgumentError(f"count={count}: expected one of {self.counts}.")
-        of = [self.sites[i] for i in self.members[self.counts.index(count)].nonzero()[:, 0]]
-        return pd.DataFrame({"site": [s.name for s in of], "module": [s.module for s in of]})
+        return self.counts.index(count)
+
+    def plot(self, count: int | None = None) -> Figure:
+        """One set as a map of the sites; several sizes as a curve of what they keep.
+
+        Args:
+            count: the set of so many sites; without it, the only set, or the curve over sizes.
+
+        Raises:
+            ArgumentError: no such set.
+        """
+        return drawing.figure(self, count)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per size: how many sites, what they keep, and what found them."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_result import by_group
+from every_result import best_subset, by_group
 from results_by_hand import (
     EVIL,
     META,
@@ -287,6 +287,20 @@ def test_results_call_the_figures():
     assert margin.attribution.plot() == site_heatmap(margin.attribution)
     assert positions().plot_positions(1) == position_heatmap(positions(), 1)
     assert margin.story() == margin_story(margin)
+
+
+def test_a_best_set_is_a_map_and_several_are_a_curve():
+    found = best_subset()
+    curve = found.plot()
+    assert [list(line.y) for line in curve.data] == [[50.0, 50.0], [None, None], [50.0, 75.0]]
+    assert [line.showlegend for line in curve.data] == [True, False, None]
+    assert list(curve.data[-1].x) == [25.0, 50.0]
+    members = found.plot(2)
+    assert "2 of 4 sites keep 75% of the shift" in members.layout.title.text
+    inside = [v for row in members.data[0].z for v in row if v is not None]
+    assert sorted(inside) == [0.0, 0.0, 1.0, 1.0]
+    with pytest.raises(ArgumentError, match=r"count=3.*\(1, 2\)"):
+        found.plot(3)
 
 
 # --- words

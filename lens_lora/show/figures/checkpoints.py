@@ -21,7 +21,7 @@ _HEADINGS = {
     "effect": ("First order through the training", "Σ of each group, mean over prompts"),
     "norm": ("How large ΔW is through the training", "‖ΔW‖ of each group"),
 }
-_NORMS = {"moved": "‖ΔW − ΔW before‖", "norm": "‖ΔW‖"}
+_NORMS = {"moved": "‖change‖", "norm": "‖ΔW‖"}
 
 
 @drawing.figure.register(Checkpoints)

@@ -81,7 +81,7 @@ def colorbar(units: str, scale: Scale = "pushes", note: str = "") -> dict[str, A
     """
     lines = (label(units), _SAYS[scale], note)
     return {
-        "title": {"text": "<br>".join(line for line in lines if line), "side": "top"},
+        "title": {"text": "<br>".join([*filter(None, lines), "&nbsp;"]), "side": "top"},
         "thickness": 14,
         "outlinewidth": 0,
     }

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from lens_lora.analyses.repair import Repair
 from lens_lora.results import drawing
-from lens_lora.show.figures.style import EXACT, LINEAR, NOISE, style, title
+from lens_lora.show.figures.style import EXACT, LEGEND_BELOW, LINEAR, NOISE, style, title
 from lens_lora.show.figures.theme import PALETTE
 
 __all__ = ["repair_figure"]
@@ -55,6 +55,7 @@ def repair_figure(found: Repair) -> go.Figure:
     figure.update_layout(
         title=title(heading, f"{beside} leaves {found.gain:.3g} times as much {at}"),
         colorway=list(PALETTE),
+        legend=LEGEND_BELOW,
     )
     figure.update_xaxes(title_text="kept of what was to be kept, %")
     figure.update_yaxes(title_text="left of what was to be dropped, %", rangemode="tozero")

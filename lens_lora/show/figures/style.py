@@ -36,7 +36,16 @@ def title(heading: str, below: str) -> dict[str, object]:
     lines = [below] if len(below) <= _LINE else below.split(" · ")
     smaller = "<br>".join(label(line) for line in lines)
     text = f"{label(heading)}<br><span style='font-size:12px'>{smaller}</span>"
-    return {"text": text, "x": 0, "xref": "container", "pad": {"l": 12}, "font": {"size": 15}}
+    return {
+        "text": text,
+        "x": 0,
+        "xref": "container",
+        "y": 1,
+        "yref": "container",
+        "yanchor": "top",
+        "pad": {"l": 12, "t": 22},
+        "font": {"size": 15},
+    }
 
 
 def style(figure: go.Figure, height: int) -> None:
