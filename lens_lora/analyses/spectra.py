@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.analyses.spectrum import Spectrum, module_spectrum, site_spectra
+from lens_lora.analyses.spectrum import TRAINED, Spectrum, module_spectrum, site_spectra
 from lens_lora.families import FAMILIES
 from lens_lora.hooked.hosts import host_of
 from lens_lora.lens import LoraLens
@@ -78,6 +78,18 @@ class AdapterSummary(Result):
     def norm(self) -> float:
         """√Σ‖ΔW‖_F² over everything; NaN where a spectrum is unknown."""
         return math.sqrt(sum(row.norm**2 for row in self.rows))
+
+    @property
+    def relative_norm(self) -> float:
+        """√Σ‖ΔW‖_F² / √Σ‖W‖_F² over the sites; NaN without a lens."""
+        over = [row for row in self.rows if row.site is not None]
+        weight = math.sqrt(sum(row.weight_norm**2 for row in over))
+        return math.sqrt(sum(row.norm**2 for row in over)) / weight if weight else math.nan
+
+    @property
+    def trained_whole(self) -> tuple[str, ...]:
+        """Modules that were trained themselves: their weight, not factors beside it."""
+        return tuple(dict.fromkeys(r.module for r in self.rows if set(r.parts) & set(TRAINED)))
 
     @property
     def bias_norm(self) -> float:

@@ -34,9 +34,17 @@ from lens_lora.hooked.site_factors import SiteFactors
 from lens_lora.lens import LoraLens
 from lens_lora.results.storage import stored
 
-__all__ = ["Spectrum", "module_spectrum", "singular_values", "site_spectra", "stable_rank"]
+__all__ = [
+    "TRAINED",
+    "Spectrum",
+    "module_spectrum",
+    "singular_values",
+    "site_spectra",
+    "stable_rank",
+]
 
-_WHOLE = ("trained weight", "trained rows", "trained norm", "bias alone")
+TRAINED = ("trained weight", "trained rows", "trained norm")
+_WITHOUT_FACTORS = (*TRAINED, "bias alone")
 
 
 @final
@@ -72,7 +80,7 @@ class Spectrum:
     @property
     def has_factors(self) -> bool:
         """Whether the update is s·B·A, perhaps with more beside it; a trained module is not."""
-        return not set(self.parts) & set(_WHOLE)
+        return not set(self.parts) & set(_WITHOUT_FACTORS)
 
     @property
     def norm(self) -> float:

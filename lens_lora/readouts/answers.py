@@ -22,8 +22,9 @@ from torch import Tensor
 from lens_lora.errors import TokenError
 from lens_lora.readouts.answer_tokens import AnswerLike, Ids, answer_ids, items_of, pieces
 from lens_lora.readouts.generated import Generated
+from lens_lora.readouts.names import name_of
 from lens_lora.readouts.prompts import Prompts, require_context, which_prompt
-from lens_lora.readouts.readout import Margin, Readout, TokenLike, name_of
+from lens_lora.readouts.readout import Margin, Readout, TokenLike
 from lens_lora.readouts.rows import LogProbs, Reading
 from lens_lora.readouts.tokenising import ids_after
 
@@ -64,7 +65,7 @@ class AnswerLogProb(Readout):
 
     @property
     def label(self) -> str:
-        """`log p(' Lyon')`, `log p(per prompt)` or `mean log p(…)`."""
+        """`log p(' Lyon')`, `log p([' Lyon', ' Rome', …])` or `mean log p(…)`."""
         return f"{'mean ' if self.mean else ''}log p({_name(self.answer)})"
 
 
@@ -106,7 +107,7 @@ class AnswerMargin(Readout):
 
     @property
     def label(self) -> str:
-        """`margin(' Lyon' − ' Paris')`, or 'per prompt' in place of several answers."""
+        """`margin(' Lyon' − ' Paris')`, or the first two in place of several answers."""
         return f"margin({_name(self.doc)} − {_name(self.pre)})"
 
 

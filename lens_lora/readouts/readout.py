@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.errors import ArgumentError, TokenError
+from lens_lora.readouts.names import name_of
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Bound, Columns, LogProbs, Reading, one_row_each
 from lens_lora.readouts.tokenising import ids_after
@@ -30,7 +31,6 @@ __all__ = [
     "Readout",
     "TokenLike",
     "bound",
-    "name_of",
     "token_ids",
 ]
 
@@ -141,7 +141,7 @@ class Logit(LastToken):
 
     @property
     def label(self) -> str:
-        """`logit(' Lyon')`, or `logit(per prompt)`."""
+        """`logit(' Lyon')`, or `logit([' Lyon', ' Rome', …])` of several prompts."""
         return f"logit({name_of(self.token)})"
 
 
@@ -168,7 +168,7 @@ class Margin(LastToken):
 
     @property
     def label(self) -> str:
-        """`margin(' Lyon' − ' Paris')`, or 'per prompt' in place of several tokens."""
+        """`margin(' Lyon' − ' Paris')`, or the first two in place of several tokens."""
         return f"margin({name_of(self.doc)} − {name_of(self.pre)})"
 
 
@@ -186,7 +186,7 @@ class LogProb(LastToken):
 
     @property
     def label(self) -> str:
-        """`log p(' Lyon')`, or `log p(per prompt)`."""
+        """`log p(' Lyon')`, or `log p([' Lyon', ' Rome', …])` of several prompts."""
         return f"log p({name_of(self.token)})"
 
 
@@ -300,15 +300,3 @@ def _in_vocabulary(model: Any, token_id: int, what: str) -> int:
     if not 0 <= token_id < model.cfg.d_vocab:
         raise TokenError(f"{what} is outside the vocabulary of {model.cfg.d_vocab} tokens.")
     return token_id
-
-
-def name_of(token: TokenLike | Sequence[Any]) -> str:
-    """A token as labels write it: `' Lyon'`, `5`, or 'per prompt' where there are several.
-
-    Args:
-        token: a string, an id, or one of these per prompt.
-    """
-    plain = arguments.one_entry(token)
-    if arguments.is_whole(plain):
-        return str(int(plain))
-    return repr(str(plain)) if isinstance(plain, str) else "per prompt"

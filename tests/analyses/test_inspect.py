@@ -367,3 +367,23 @@ def test_a_trained_bias_is_not_known_without_the_base(tmp_path):
 def test_no_bias_is_not_spoken_of(tmp_path):
     text = plain(run(cli.app, ["inspect", str(saved(tmp_path))]).output)
     assert "Δb" not in text
+
+
+@pytest.mark.usefixtures("tiny_base")
+def test_how_much_of_the_base_it_changes(tmp_path):
+    """√Σ‖ΔW‖² over √Σ‖W‖² of the weights that have factors, here counted by hand."""
+    folder = saved(tmp_path, targets=["q_proj", "v_proj"])
+    base, _ = hooked("llama")
+    changed = ll.load_adapter(folder).modules
+    sizes = [math.hypot(*(update.norm() for update in changed.values()))]
+    sizes.append(math.hypot(*(float(base.get_submodule(m).weight.norm()) for m in changed)))
+    text = plain(run(cli.app, ["inspect", str(folder), "--model", "llama"]).output)
+    assert f"{100 * sizes[0] / sizes[1]:.2g}% of ‖W‖_F of these sites" in text
+    assert "of ‖W‖_F" not in plain(run(cli.app, ["inspect", str(folder)]).output)
+
+
+def test_modules_that_were_trained_whole_are_named(tmp_path):
+    folder = saved(tmp_path, targets=["q_proj"], modules_to_save=["lm_head"])
+    text = plain(run(cli.app, ["inspect", str(folder)]).output)
+    assert "trained whole lm_head" in text and "trained weight × 1" in text
+    assert "trained whole" not in plain(run(cli.app, ["inspect", str(ADAPTER)]).output)

@@ -116,10 +116,21 @@ def test_on_a_model(name):
 LABELS = [
     (ll.Logit(" Paris"), "logit(' Paris')", "logits"),
     (ll.Logit(7), "logit(7)", "logits"),
-    (ll.Logit([7, 8]), "logit(per prompt)", "logits"),
+    (ll.Logit([7, 8]), "logit([7, 8])", "logits"),
     (ll.Margin(" Lyon", " Paris"), "margin(' Lyon' − ' Paris')", "logits"),
-    (ll.Margin(torch.tensor([1]), 8), "margin(per prompt − 8)", "logits"),
+    (ll.Margin(torch.tensor([1]), 8), "margin(1 − 8)", "logits"),
+    (
+        ll.Margin([" Lyon", " Rome", " Bonn"], [" a"] * 3),
+        "margin([' Lyon', ' Rome', …] − ' a')",
+        "logits",
+    ),
     (ll.LogProb(" Paris"), "log p(' Paris')", "nats"),
+    (
+        ll.AnswerLogProb([" an answer of so many words", " yes"]),
+        "log p([' an answer of so man…', ' yes'])",
+        "nats",
+    ),
+    (ll.AnswerLogProb([[1, 2], [3]]), "log p(per prompt)", "nats"),
     (ll.Readout.of(len, "size"), "size", "units of the readout"),
 ]
 

@@ -67,6 +67,8 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
     total = magnitude(summary.norm)
     if unknown:
         total = f"needs the base model ({', '.join(unknown)}): --model"
+    elif summary.model:
+        total += f", {_relative(summary.relative_norm)} of ‖W‖_F of these sites"
     facts = {
         "adapter": summary.name,
         "base model": summary.base_model or "not named",
@@ -80,6 +82,8 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
         "beside s·B·A": _counted(summary.parts) or "no biases, DoRA, embeddings or head",
         "‖ΔW‖_F in all": total,
     }
+    if summary.trained_whole:
+        facts["trained whole"] = _first(summary.trained_whole)
     untrained = {row.module for row in summary.rows if row.has_factors and _is_nothing(row)}
     if untrained:
         facts["untrained"] = (
@@ -125,10 +129,12 @@ def _sites(summary: AdapterSummary) -> str:
 
 
 def _listed(missing: tuple[str, ...]) -> str:
-    more = f" and {len(missing) - _MISSING} more" if len(missing) > _MISSING else ""
-    return (
-        f"{', '.join(missing[:_MISSING])}{more}; to make a lens, leave them out: adapter.without(…)"
-    )
+    return f"{_first(missing)}; to make a lens, leave them out: adapter.without(…)"
+
+
+def _first(modules: tuple[str, ...]) -> str:
+    more = f" and {len(modules) - _MISSING} more" if len(modules) > _MISSING else ""
+    return f"{', '.join(modules[:_MISSING])}{more}"
 
 
 def _counted(counts: Mapping[Any, int]) -> str:
