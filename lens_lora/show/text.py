@@ -31,6 +31,7 @@ __all__ = [
     "quadrature_text",
     "share_text",
     "short_prompt",
+    "shortened",
     "signed",
     "top_rows",
     "visible",
@@ -38,6 +39,7 @@ __all__ = [
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 _SHORT = 80
+_LONG = 240
 _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 
 
@@ -142,6 +144,18 @@ def short_prompt(tokens: Sequence[str]) -> str:
         return words
     end = words[-_SHORT:]
     return f"… {end.partition(' ')[2] or end}"
+
+
+def shortened(text: str) -> str:
+    """A long text as its beginning and its end, cut between words.
+
+    Args:
+        text: one line.
+    """
+    if len(text) <= _LONG:
+        return text
+    begin, end = text[: _LONG // 2], text[-_LONG // 2 :]
+    return f"{begin.rpartition(' ')[0] or begin} … {end.partition(' ')[2] or end}"
 
 
 _KEYS = {

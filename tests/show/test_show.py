@@ -38,7 +38,7 @@ from lens_lora.show.tables.attribution import modules_table
 from lens_lora.show.tables.logit_shift import tokens_table
 from lens_lora.show.tables.margin import margin_rows, margin_table
 from lens_lora.show.tables.parts import filled_table
-from lens_lora.show.text import magnitude, percent, prompt_text, signed, visible
+from lens_lora.show.text import magnitude, percent, prompt_text, shortened, signed, visible
 from lens_lora.show.words.account import account_of
 from lens_lora.show.words.margin import margin_story
 
@@ -304,6 +304,16 @@ def test_a_best_set_is_a_map_and_several_are_a_curve():
 
 
 # --- words
+
+
+def test_a_long_prompt_is_shortened_in_its_middle():
+    text = " ".join(str(number) for number in range(500))
+    short = shortened(text)
+    assert len(short) <= 243 and short.startswith("0 1 2 ") and short.endswith(" 498 499")
+    begin, end = short.split(" … ")
+    assert text.startswith(f"{begin} ") and text.endswith(f" {end}")
+    assert shortened("The capital of") == "The capital of"
+    assert len(shortened("x" * 900)) == 243
 
 
 def test_story_of_a_flip():

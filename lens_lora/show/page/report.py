@@ -28,7 +28,7 @@ from lens_lora.show.page.sections import (
     token_table,
 )
 from lens_lora.show.tables.margin import margin_heads, margin_rows
-from lens_lora.show.text import short_prompt, top_rows
+from lens_lora.show.text import short_prompt, shortened, top_rows
 from lens_lora.show.words.account import Account, account_of
 from lens_lora.show.words.explanation import explained_account, explanation_story
 from lens_lora.show.words.headline import margin_headline
@@ -145,9 +145,10 @@ def _part(
     sections: Sequence[Section],
 ) -> Part:
     made = " over ".join(attribution.meta[k] for k in ("adapter", "model") if k in attribution.meta)
+    prompt = shortened(account.prompt)
     return Part(
-        name=f"{account.prompt} — {_facts(account)}",
-        subtitle=" · ".join(filter(None, (attribution.readout, f"“{account.prompt}”", made))),
+        name=f"{prompt} — {_facts(account)}",
+        subtitle=" · ".join(filter(None, (attribution.readout, f"“{prompt}”", made))),
         story=story.split("\n"),
         sections=sections,
     )

@@ -18,7 +18,7 @@ from lens_lora.show.page.parts import (
 from lens_lora.show.page.render import plot
 from lens_lora.show.page.sections import in_words, provenance
 from lens_lora.show.tables import response as tables
-from lens_lora.show.text import magnitude, prompt_text, quadrature_text, short_prompt
+from lens_lora.show.text import magnitude, prompt_text, quadrature_text, short_prompt, shortened
 from lens_lora.show.words.headline import response_headline
 from lens_lora.show.words.response import response_story
 
@@ -33,7 +33,7 @@ def response_part(e: ResponseExplanation) -> Part:
     Args:
         e: the explanation.
     """
-    meta, prompt = e.shifts.meta, prompt_text(e.prompt)
+    meta, prompt = e.shifts.meta, shortened(prompt_text(e.prompt))
     made = " over ".join(meta[key] for key in ("adapter", "model") if key in meta)
     return Part(
         name=short_prompt(e.prompt),
