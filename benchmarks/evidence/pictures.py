@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +13,17 @@ from plotly.subplots import make_subplots
 from tables import named
 
 COLOURS = ("#3b6fb6", "#d1495b", "#2e933c", "#8f5db7", "#e39b2d", "#5b5b5b", "#1b998b")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up")
+FAMILIES = {  # the first pattern that a method's key begins with; a colour for each family
+    r"mean\(": "means of two",
+    r"first_order/": "with frozen rules, RelP's among them",
+    r"first_order": "first order",
+    r"path": "path integral",
+    r"second_order|hessian_steps": "second order, Hessian products",
+    r"add_one|leave_one_out": "the other effect, measured",
+    r".*": "foils and nulls",
+}
+ASIDE, CHEAP = 1.09, 1.5
+STRENGTHS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -25,10 +37,16 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
+def family(method: str) -> str:
+    """What kind of method it is."""
+    return next(name for begin, name in FAMILIES.items() if re.match(begin, method))
+
+
 def pareto(panels: Mapping[str, tuple[list[Standing], Mapping[str, float]]]) -> go.Figure:
     """One panel per question: score with its interval against cost, the Pareto front drawn in.
 
-    A method that ties with the best is filled.
+    A colour for each kind of method; what ties with the best is filled, and what is on the front is
+    named. Points of one cost stand side by side, the best on the left.
 
     Args:
         panels: by title, the standings of all methods and their costs in forward passes.
@@ -36,23 +54,29 @@ def pareto(panels: Mapping[str, tuple[list[Standing], Mapping[str, float]]]) -> 
     figure = make_subplots(
         rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.05
     )
-    methods = sorted({s.method for standings, _ in panels.values() for s in standings})
     shown: set[str] = set()
     for column, (standings, cost) in enumerate(panels.values(), start=1):
-        priced = [s for s in standings if s.method in cost]
+        priced = [s for s in standings if cost.get(s.method, 0.0) > 0]
         points = [(cost[s.method], s.score.mean) for s in priced]
-        figure.add_trace(_line([points[i] for i in front(points)]), 1, column)
-        for standing in priced:
-            at = methods.index(standing.method)
-            trace = _point(standing, cost[standing.method], at, standing.method not in shown)
-            figure.add_trace(trace, 1, column)
-            shown.add(standing.method)
-        figure.update_xaxes(type="log", dtick=1, title="passes", row=1, col=column)
+        on_front = front(points)
+        figure.add_trace(_line([points[i] for i in on_front]), 1, column)
+        before = Counter[float]()
+        for index, standing in enumerate(priced):
+            at = round(cost[standing.method], 3)
+            x = at * ASIDE ** before[at]
+            before[at] += 1
+            kind = family(standing.method)
+            name = named(standing.method) if index in on_front else ""
+            figure.add_trace(_point(standing, x, kind, name, kind not in shown), 1, column)
+            shown.add(kind)
+        figure.update_xaxes(
+            type="log", tickvals=[1, 3, 10, 30, 100], title="passes", row=1, col=column
+        )
     figure.update_layout(
         template="plotly_white",
         font={"size": 13},
-        legend={"font": {"size": 10}, "tracegroupgap": 0},
-        margin={"l": 50, "r": 20, "t": 50, "b": 60},
+        legend={"orientation": "h", "x": 0, "y": -0.16, "yanchor": "top", "itemsizing": "constant"},
+        margin={"l": 50, "r": 20, "t": 50, "b": 110},
     )
     return figure
 
@@ -67,8 +91,8 @@ def _line(points: Sequence[tuple[float, float]]) -> go.Scatter:
     )
 
 
-def _point(standing: Standing, cost: float, at: int, legend: bool) -> go.Scatter:
-    score, colour = standing.score, COLOURS[at % len(COLOURS)]
+def _point(standing: Standing, cost: float, kind: str, name: str, legend: bool) -> go.Scatter:
+    score, colour = standing.score, COLOURS[list(FAMILIES.values()).index(kind)]
     return go.Scatter(
         x=[cost],
         y=[score.mean],
@@ -77,25 +101,27 @@ def _point(standing: Standing, cost: float, at: int, legend: bool) -> go.Scatter
             "symmetric": False,
             "array": [score.high - score.mean],
             "arrayminus": [score.mean - score.low],
-            "thickness": 1,
-            "width": 2,
+            "thickness": 0.8,
+            "width": 0,
             "color": colour,
         },
-        mode="markers",
-        name=named(standing.method),
-        legendgroup=standing.method,
+        mode="markers+text",
+        text=[name],
+        textposition="top left" if cost > CHEAP else "bottom right",
+        textfont={"size": 11, "color": colour},
+        name=kind,
+        legendgroup=kind,
         showlegend=legend,
         marker={
-            "size": 10,
-            "symbol": SYMBOLS[at // len(COLOURS) % len(SYMBOLS)],
+            "size": 9,
             "color": colour if standing.tie else "white",
-            "line": {"color": colour, "width": 2},
+            "line": {"color": colour, "width": 1.8},
         },
     )
 
 
 def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Interval]]]]) -> go.Figure:
-    """One panel per question: the mean agreement of each estimate in bins of strength."""
+    """One panel per question: mean agreement in bins of strength, with intervals over tasks."""
     figure = make_subplots(
         rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.07
     )
@@ -105,6 +131,14 @@ def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Interval]]]]) -
                 go.Scatter(
                     x=[at for at, _ in points],
                     y=[found.mean for _, found in points],
+                    error_y={
+                        "type": "data",
+                        "symmetric": False,
+                        "array": [found.high - found.mean for _, found in points],
+                        "arrayminus": [found.mean - found.low for _, found in points],
+                        "thickness": 0.8,
+                        "width": 0,
+                    },
                     mode="lines+markers",
                     name=named(method),
                     legendgroup=method,
@@ -114,7 +148,7 @@ def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Interval]]]]) -
                 1,
                 column,
             )
-        figure.update_xaxes(type="log", dtick="D2", title="‖ΔW‖ / ‖W‖", row=1, col=column)
+        figure.update_xaxes(type="log", tickvals=STRENGTHS, title="‖ΔW‖ / ‖W‖", row=1, col=column)
         figure.update_yaxes(title="rank correlation" if column == 1 else None, row=1, col=column)
     figure.update_layout(
         template="plotly_white", font={"size": 13}, margin={"l": 60, "r": 20, "t": 50, "b": 60}
