@@ -48,9 +48,8 @@ def _curve(found: BestSubset) -> go.Figure:
     at = (100 * found.fractions).tolist()
     several = len(found.str_tokens) > 1
     figure = go.Figure()
-    for tokens, kept in zip(found.str_tokens, found.kept_by_prompt.T, strict=True):
-        if not several:
-            break
+    each = zip(found.str_tokens, found.kept_by_prompt.T, strict=True) if several else ()
+    for tokens, kept in each:
         figure.add_scatter(
             x=at,
             y=[None if y != y else 100 * y for y in kept.tolist()],
