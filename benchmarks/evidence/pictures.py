@@ -23,7 +23,7 @@ FAMILIES = {  # the first pattern that a method's key begins with; a colour for 
     r".*": "foils and nulls",
 }
 ASIDE, CHEAP = 1.09, 1.5
-STRENGTHS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
+STRENGTHS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:

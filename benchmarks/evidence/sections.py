@@ -68,9 +68,9 @@ def second_order(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> list[t
 
 
 def flags(table: pd.DataFrame) -> str:
-    """One line per question: flags beside the plain answer and what equal passes buy."""
+    """One line per question and base: flags beside the plain answer and what equal passes buy."""
     rows = []
-    for question, found in table.groupby("question", sort=False):
+    for (question, base), found in table.groupby(["question", "base"], sort=False):
         total = found[["sites", "wrong", "flagged", "hit"]].sum()
         errors = [
             span(interval(found.groupby("cluster")[f"error_{name}"].mean())) for name in ERRORS
@@ -83,9 +83,11 @@ def flags(table: pd.DataFrame) -> str:
         ahead = interval(gain.groupby("cluster")["value"].mean())
         kind = "a measurement" if found["is_measurement"].all() else "an estimate"
         words = str(question).replace("_", " ")
-        rows.append([words, kind, *shares, *errors, span(ahead), f"{found['passes'].median():.0f}"])
-    head = ["question", "the screen is", "precision", "recall", "at 0", "screened", "flagged run"]
-    more = ["plain", "equal passes", "flags ahead by", "passes"]
+        passes = f"{found['passes'].median():.0f}"
+        rows.append([words, str(base), kind, *shares, *errors, span(ahead), passes])
+    rows.sort(key=lambda row: row[0])
+    head = ["question", "on", "the screen is", "precision", "recall", "at 0", "screened"]
+    more = ["flagged run", "plain", "equal passes", "flags ahead by", "passes"]
     return markdown([*head, *more], rows)
 
 

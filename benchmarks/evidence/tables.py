@@ -107,10 +107,14 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def span(found: Interval, digits: int = 2) -> str:
-    """`0.98 [0.96, 0.99]`."""
+    """`0.98 [0.96, 0.99]`; what is above a hundred in whole numbers."""
+
+    def written(value: float) -> str:
+        return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
+
     if found.low != found.low:
-        return f"{found.mean:.{digits}f}"
-    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+        return written(found.mean)
+    return f"{written(found.mean)} [{written(found.low)}, {written(found.high)}]"
 
 
 def cost_in_words(cost: float | None) -> str:

@@ -10,8 +10,8 @@ import evidence
 import numpy as np
 import pytest
 
-page, results, sections, words = (
-    evidence.load(name) for name in ("page", "results", "sections", "words")
+page, results, sections, tables, words = (
+    evidence.load(name) for name in ("page", "results", "sections", "tables", "words")
 )
 KINDS = ("trained", "paraphrase", "neighbour", "unrelated")
 METHODS = {
@@ -144,8 +144,15 @@ def test_what_is_packed_joins_what_is_stored(numbers, tmp_path):
 
 
 def test_flags_that_lose_to_the_plain_answer_are_seen_to_lose(numbers):
-    cells = line(page.flags(results.flags_of(numbers)), "leave one out")
-    assert cells[9].startswith("-0.35")
+    cells = line(page.flags(results.flags_of(numbers)), "leave one out | small")
+    assert cells[10].startswith("-0.35")
+
+
+def test_a_large_number_is_written_without_digits_that_say_nothing():
+    Interval = evidence.load("intervals").Interval
+    assert tables.span(Interval(2880.75, 33.341, 16961.8, 17)) == "2881 [33.34, 16962]"
+    assert tables.span(Interval(0.5, 0.25, 0.75, 9)) == "0.50 [0.25, 0.75]"
+    assert tables.span(Interval(-120.4, float("nan"), float("nan"), 2)) == "-120"
 
 
 def test_a_document_without_its_marks_is_refused():
