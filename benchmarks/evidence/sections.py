@@ -7,7 +7,18 @@ import dataclasses
 import pandas as pd
 from intervals import interval
 from results import Numbers, cases_of
-from tables import END, FIRST, MAIN, Question, by_prompts, markdown, named, question_table, span
+from tables import (
+    END,
+    FIRST,
+    MAIN,
+    Question,
+    by_prompts,
+    markdown,
+    named,
+    of_question,
+    question_table,
+    span,
+)
 from violent import BROKEN, curve, warnings_of
 from words import (
     ADD,
@@ -33,6 +44,7 @@ SIGNALS = {
     "relative_gap": "first order at 1 and at 0 apart",
     "path_gap": "four nodes of the path off the shift",
 }
+OWN_FIRST, OWN_END = "second_order/add_one@0", "second_order/leave_one_out@1"
 ERRORS = ("first_order_at_0", "corrected", "fixed", "plain", "equal_cost")
 SECTIONS = (
     ("Adding one module", (ADD, ADD_ERROR)),
@@ -58,13 +70,29 @@ def other_prompts(scores: pd.DataFrame, base: str) -> list[tuple[str, str]]:
     ]
 
 
-def second_order(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> list[tuple[str, str]]:
-    """Errors on the first trained prompt, where the diagonal of H was computed."""
+def second_order(
+    scores: pd.DataFrame, costs: pd.DataFrame, base: str
+) -> list[tuple[str, str, str]]:
+    """Errors on the first trained prompt, where the diagonal of H was computed, and medians."""
     found = []
-    for question in (ADD_ERROR, OUT_ERROR):
+    for question, first, second in ((ADD_ERROR, FIRST, OWN_FIRST), (OUT_ERROR, END, OWN_END)):
         one = dataclasses.replace(question, prompts=("trained, first",))
-        found.append((question.words, question_table(scores, costs, one, base)))
+        table = question_table(scores, costs, one, base)
+        found.append((question.words, table, _medians(scores, one, base, first, second)))
     return found
+
+
+def _medians(scores: pd.DataFrame, question: Question, base: str, first: str, second: str) -> str:
+    """On how many adapters second order is nearer, as a mean may be that of one violent adapter."""
+    rows = of_question(scores, question, base)
+    each = rows.pivot_table(index="adapter", columns="method", values="value")[[first, second]]
+    each = each.dropna()
+    nearer, medians = int((each[second] < each[first]).sum()), each.median()
+    return (
+        f"{named(second)} is nearer than {named(first)} on {nearer} of {len(each)} adapters: its "
+        f"median error is {medians[second]:.2g}, beside {medians[first]:.2g}. The means above are "
+        "mostly those of the most violent adapter."
+    )
 
 
 def flags(table: pd.DataFrame) -> str:

@@ -132,7 +132,10 @@ def recommendations(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> str
 
 
 def comparisons(scores: pd.DataFrame, base: str) -> str:
-    """One line per pair of methods: the paired difference, and better, worse or tie."""
+    """One line per pair of methods: the paired difference, better, worse or tie, and how often.
+
+    A mean may be that of one violent task; on how many tasks the method is ahead is not.
+    """
     rows = []
     for question, method, other in COMPARED:
         means = cluster_means(of_question(scores, question, base))
@@ -142,8 +145,10 @@ def comparisons(scores: pd.DataFrame, base: str) -> str:
         better = (found.mean > 0) == question.larger
         verdict = "tie" if found.tie else "better" if better else "worse"
         cells = [named(method), named(other), f"{question.words} ({question.metric})"]
-        rows.append([*cells, span(found, 3), f"{verdict}, {found.clusters} tasks"])
-    return markdown(["does …", "beat …", "at", "difference", "answer"], rows)
+        apart = (means[method] - means[other]).dropna() * (1 if question.larger else -1)
+        ahead = f"{int((apart > 0).sum())} of {found.clusters} tasks"
+        rows.append([*cells, span(found, 3), verdict, ahead])
+    return markdown(["does …", "beat …", "at", "mean difference", "answer", "ahead on"], rows)
 
 
 def _measuring(question: Question, cost: Mapping[str, float]) -> str:

@@ -143,6 +143,17 @@ def test_what_is_packed_joins_what_is_stored(numbers, tmp_path):
     assert page.versions(joined) == "lens_lora 1; lens_lora 0"
 
 
+def test_how_often_a_method_is_ahead_stands_beside_its_mean(numbers):
+    """On every planted adapter second order's error is 0.2 beside 0.2, and 0.1 beside 0.1."""
+    text = page.page(numbers)
+    assert "a + ½H_ll, at 0 is nearer than first order at 0 on 0 of 16 adapters" in text
+    assert "its median error is 0.1, beside 0.1" in text
+    row = next(
+        row for row in text.splitlines() if row.startswith("| path, 4 nodes | first order at ½")
+    )
+    assert row.endswith("| tie | 4 of 8 tasks |")
+
+
 def test_flags_that_lose_to_the_plain_answer_are_seen_to_lose(numbers):
     cells = line(page.flags(results.flags_of(numbers)), "leave one out | small")
     assert cells[10].startswith("-0.35")
