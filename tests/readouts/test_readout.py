@@ -130,7 +130,7 @@ LABELS = [
         "log p([' an answer of so man…', ' yes'])",
         "nats",
     ),
-    (ll.AnswerLogProb([[1, 2], [3]]), "log p(per prompt)", "nats"),
+    (ll.AnswerLogProb([torch.tensor([1, 2]), torch.tensor([3])]), "log p(per prompt)", "nats"),
     (ll.Readout.of(len, "size"), "size", "units of the readout"),
 ]
 
