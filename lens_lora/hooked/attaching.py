@@ -273,11 +273,10 @@ def _calls(hook: Any, fn: HookFn) -> bool:
         return True
     if not isinstance(hook, types.FunctionType):
         return False
-    return any(_contents(cell) is fn for cell in hook.__closure__ or ())
-
-
-def _contents(cell: types.CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
+    for cell in hook.__closure__ or ():
+        try:
+            if cell.cell_contents is fn:
+                return True
+        except ValueError:  # an empty cell
+            continue
+    return False
