@@ -83,15 +83,15 @@ def second_order(
 
 
 def _medians(scores: pd.DataFrame, question: Question, base: str, first: str, second: str) -> str:
-    """On how many adapters second order is nearer, as a mean may be that of one violent adapter."""
+    """On how many adapters second order is nearer, as a mean may be that of one adapter."""
     rows = of_question(scores, question, base)
     each = rows.pivot_table(index="adapter", columns="method", values="value")[[first, second]]
     each = each.dropna()
     nearer, medians = int((each[second] < each[first]).sum()), each.median()
     return (
         f"{named(second)} is nearer than {named(first)} on {nearer} of {len(each)} adapters: its "
-        f"median error is {medians[second]:.2g}, beside {medians[first]:.2g}. The means above are "
-        "mostly those of the most violent adapter."
+        f"median error is {medians[second]:.2g}, beside {medians[first]:.2g}. It errs most on "
+        f"{each[second].idxmax()}, by {each[second].max():.2g}, and its mean is mostly that."
     )
 
 

@@ -134,7 +134,7 @@ def recommendations(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> str
 def comparisons(scores: pd.DataFrame, base: str) -> str:
     """One line per pair of methods: the paired difference, better, worse or tie, and how often.
 
-    A mean may be that of one violent task; on how many tasks the method is ahead is not.
+    A mean may be that of one task; on how many tasks the method is ahead is not.
     """
     rows = []
     for question, method, other in COMPARED:
