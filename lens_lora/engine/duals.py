@@ -88,7 +88,7 @@ def _pointwise(rule: _Pointwise) -> _Rule:
 
     def applied(rows: int, *args: Any, **factors: Any) -> Tensor | None:
         del rows
-        if factors:
+        if factors or len(args) != 2:
             return None
         (a, da), (b, db) = map(_parts_of, args)
         if (da is None) == (db is None):
@@ -101,11 +101,12 @@ def _pointwise(rule: _Pointwise) -> _Rule:
     return applied
 
 
-def _where(rows: int, mask: Tensor, *chosen: Any, **out: Tensor) -> Tensor | None:
+def _where(rows: int, *args: Any, **named: Any) -> Tensor | None:
     """What a mask chooses of a dual number and a constant; None where neither or both are dual."""
     del rows
-    if len(chosen) != 2 or out:
+    if len(args) != 3 or named:
         return None
+    mask, *chosen = args
     (a, da), (b, db) = map(_parts_of, chosen)
     if (da is None) == (db is None):
         return None

@@ -64,6 +64,7 @@ MAPS = {
     "softmax, precise": lambda x, w, b: functional.softmax(x.float(), -1, dtype=x.dtype),
     "masked": lambda x, w, b: torch.where(x.detach() > 0, x, b[0]) + torch.where(b[0] > 0, 2.0, x),
     "masked, of two": lambda x, w, b: torch.where(x.detach() > 0, x, x * x),
+    "masked, by name": lambda x, w, b: torch.where(condition=x.detach() > 0, input=x, other=b[0]),
     "masked, spread": lambda x, w, b: torch.where(w[:, 0] > 0, x[..., :1], b[0]),
     "attention": lambda x, w, b: attention(x, x @ (w @ w.T), torch.softmax),
     "in place, softmax": in_place(lambda x, w, b: x.softmax(-1)),
