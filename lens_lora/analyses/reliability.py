@@ -207,7 +207,8 @@ def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float
     """
     effect = a + missed
     ratio = torch.minimum(a / effect, effect / a).clamp(min=0)
-    return torch.where((a == 0) | (effect == 0), (a == effect).to(ratio), ratio)
+    found = torch.where((a == 0) | (effect == 0), (a == effect).to(ratio), ratio)
+    return found.masked_fill(effect.isnan(), torch.nan)
 
 
 @alone

@@ -81,10 +81,14 @@ class AdapterSummary(Result):
 
     @property
     def relative_norm(self) -> float:
-        """√Σ‖ΔW‖_F² / √Σ‖W‖_F² over the sites; NaN without a lens."""
+        """√Σ‖ΔW‖_F² / √Σ‖W‖_F² over the sites; NaN without a lens.
+
+        A weight that several adapters of a sum change counts once.
+        """
         over = [row for row in self.rows if row.site is not None]
-        weight = math.sqrt(sum(row.weight_norm**2 for row in over))
-        return math.sqrt(sum(row.norm**2 for row in over)) / weight if weight else math.nan
+        weights = {str(row.site).partition("@")[0]: row.weight_norm for row in over}
+        weight = math.hypot(*weights.values())
+        return math.hypot(*(row.norm for row in over)) / weight if weight else math.nan
 
     @property
     def trained_whole(self) -> tuple[str, ...]:

@@ -181,6 +181,8 @@ def test_a_sum_of_adapters_keeps_its_parts():
     summary = summarise(one + two, ll.LoraLens(model, one + two))
     assert not summary.missing and summary.targets == {"self_attn.q_proj": 4}
     assert {row.site for row in summary.rows} >= {"blocks.0.attn.q@one", "blocks.1.attn.q@two"}
+    alone = summarise(one, ll.LoraLens(model, one)).relative_norm
+    assert summary.relative_norm == pytest.approx(math.sqrt(2) * alone)  # the same update twice
 
 
 # --- the command

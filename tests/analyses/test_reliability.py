@@ -230,9 +230,9 @@ def test_the_screen_at_the_wrong_end_is_seen_to_fail(monkeypatch):
 
 def test_score():
     """Too small and too large alike; wrong signs; zeros; what was not screened."""
-    a = torch.tensor([1.0, 1.0, 20.0, -2.0, 1.0, 1.0, 0.0, 0.0, 1.0])
-    effect = torch.tensor([1.0, 4.0, 1.0, -1.0, -3.0, 0.0, 1.0, 0.0, torch.nan])
-    expected = torch.tensor([1.0, 0.25, 0.05, 0.5, 0.0, 0.0, 0.0, 1.0, torch.nan])
+    a = torch.tensor([1.0, 1.0, 20.0, -2.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    effect = torch.tensor([1.0, 4.0, 1.0, -1.0, -3.0, 0.0, 1.0, 0.0, torch.nan, torch.nan])
+    expected = torch.tensor([1.0, 0.25, 0.05, 0.5, 0.0, 0.0, 0.0, 1.0, torch.nan, torch.nan])
     assert torch.equal(score_of(a, effect - a).isnan(), expected.isnan())
     assert torch.allclose(score_of(a, effect - a), expected, equal_nan=True)
 
