@@ -283,6 +283,11 @@ def main() -> None:
         for case in named
         if case.name not in stored and not (given.out / f"{case.name}.json").is_file()
     ]
+    known = sum(case.name in stored for case in named)
+    if known:
+        print(
+            f"docs/faithfulness.json has {known} of {len(named)} adapters; --again measures them."
+        )
     left.sort(key=lambda case: (case.task["base"], case.task["kind"] == "behaviour"))
     for case in tqdm(left, desc="adapters"):
         found = measure(case, every, given.most)

@@ -9,7 +9,7 @@ From nothing, hours on one core, each command resumable:
     python benchmarks/evidence/train.py --out ADAPTERS
     python benchmarks/evidence/second_base.py --out gpt2-countries
     python benchmarks/evidence/train.py --out ADAPTERS --base gpt2-countries
-    python benchmarks/evidence/measure.py --adapters ADAPTERS --out RESULTS
+    python benchmarks/evidence/measure.py --adapters ADAPTERS --out RESULTS --again
     python benchmarks/evidence/page.py --results RESULTS --pictures
 """
 

@@ -22,7 +22,8 @@ FAMILIES = {  # the first pattern that a method's key begins with; a colour for 
     r"add_one|leave_one_out": "the other effect, measured",
     r".*": "foils and nulls",
 }
-ASIDE, CHEAP = 1.09, 1.5
+ASIDE = 1.045
+PLACES = ("bottom right", "top left", "top center", "top right")  # of names on the front, by cost
 STRENGTHS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
 
@@ -66,8 +67,8 @@ def pareto(panels: Mapping[str, tuple[list[Standing], Mapping[str, float]]]) -> 
             x = at * ASIDE ** before[at]
             before[at] += 1
             kind = family(standing.method)
-            name = named(standing.method) if index in on_front else ""
-            figure.add_trace(_point(standing, x, kind, name, kind not in shown), 1, column)
+            place = PLACES[min(on_front.index(index), 3)] if index in on_front else None
+            figure.add_trace(_point(standing, x, kind, place, kind not in shown), 1, column)
             shown.add(kind)
         figure.update_xaxes(
             type="log", tickvals=[1, 3, 10, 30, 100], title="passes", row=1, col=column
@@ -91,7 +92,9 @@ def _line(points: Sequence[tuple[float, float]]) -> go.Scatter:
     )
 
 
-def _point(standing: Standing, cost: float, kind: str, name: str, legend: bool) -> go.Scatter:
+def _point(
+    standing: Standing, cost: float, kind: str, place: str | None, legend: bool
+) -> go.Scatter:
     score, colour = standing.score, COLOURS[list(FAMILIES.values()).index(kind)]
     return go.Scatter(
         x=[cost],
@@ -106,8 +109,8 @@ def _point(standing: Standing, cost: float, kind: str, name: str, legend: bool) 
             "color": colour,
         },
         mode="markers+text",
-        text=[name],
-        textposition="top left" if cost > CHEAP else "bottom right",
+        text=[named(standing.method) if place else ""],
+        textposition=place,
         textfont={"size": 11, "color": colour},
         name=kind,
         legendgroup=kind,

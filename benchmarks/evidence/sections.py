@@ -91,7 +91,7 @@ def _medians(scores: pd.DataFrame, question: Question, base: str, first: str, se
     return (
         f"{named(second)} is nearer than {named(first)} on {nearer} of {len(each)} adapters: its "
         f"median error is {medians[second]:.2g}, beside {medians[first]:.2g}. It errs most on "
-        f"{each[second].idxmax()}, by {each[second].max():.2g}, and its mean is mostly that."
+        f"{each[second].idxmax()}, by {each[second].max():.2g}."
     )
 
 

@@ -157,6 +157,7 @@ def test_a_finished_adapter_is_left_alone(
     monkeypatch.setattr("sys.argv", given)
     measure.main()
     assert not (out / "habit.json").exists()
+    assert "has 1 of 2 adapters; --again" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*given, "--again"])
     measure.main()
     assert (out / "fact.json").read_text() == "kept"
