@@ -19,7 +19,7 @@ Cost: a dual forward pass takes about 2.5 forward passes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, cast, no_type_check
+from typing import Any, cast
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -49,7 +49,6 @@ class OneProduct(TorchFunctionMode):
         super().__init__()
         self.rows = 1
 
-    @no_type_check  # torch calls it for every operation, those of a check of arguments among them
     def __torch_function__(
         self,
         func: Callable[..., Any],

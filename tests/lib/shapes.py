@@ -12,6 +12,7 @@ it, and what a file imports for type checkers alone, other packages' classes tha
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 
@@ -23,9 +24,16 @@ CHECKED = os.environ.get("LENS_LORA_SHAPES") == "checked"
 
 
 def check() -> None:
-    """Install the hook; to be called before `lens_lora` is first imported."""
+    """Install the hook; to be called before `lens_lora` is first imported.
+
+    Torch calls `OneProduct` for every operation, those of a check of arguments among them: it is
+    left unchecked, and its rules are checked.
+    """
     if CHECKED:
         jaxtyping.install_import_hook("lens_lora", CHECKER)
+        from lens_lora.engine.duals import OneProduct
+
+        OneProduct.__torch_function__ = inspect.unwrap(OneProduct.__torch_function__)
 
 
 def share(cases: int) -> int:
