@@ -88,9 +88,8 @@ def explain(
     prompts = ask_prompts(lens, prompt)
     if prompts.prompts.batch != 1:
         raise PromptError(
-            f"explain takes one prompt, not {prompts.prompts.batch}: call it for each "
-            "(lens_lora.show.page.report.explanation_report puts several on one page), or use "
-            "sweep."
+            f"explain takes one prompt, not {prompts.prompts.batch}: ll.explain_all takes several, "
+            "and ll.sweep hundreds."
         )
     if whole("null", null, 0) == 1:
         raise ArgumentError(f"null={null}; expected 0 for none, or at least 2 null adapters.")

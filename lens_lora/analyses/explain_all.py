@@ -81,8 +81,9 @@ def explain_all(
 ) -> Explanations:
     """`explain` of several prompts, those of like length in the same passes.
 
-    Cost: of each prompt as of `explain`. With fast=True, short prompts share their passes: sixteen
-    of them take the time of about as many forward passes as one takes, each of sixteen rows.
+    Cost: of each prompt as of `explain`. With fast=True, short prompts share their passes; as those
+    of one prompt share some already, sixteen prompts take about twice as many passes of sixteen
+    rows as one prompt takes of one.
 
     Args:
         lens: the adapter over the model.

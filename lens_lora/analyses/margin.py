@@ -252,13 +252,17 @@ def _roots(
 ) -> Float[Tensor, "flipping"]:
     """Where g(ε·1) is zero between the two scales, which it is not if rounding hid its sign."""
     lens, reading = asked.lens, asked.reading
-    scales = torch.zeros(reading.batch, dtype=lens.gate_dtype)
+    every = torch.zeros(reading.batch, dtype=lens.gate_dtype)
 
     def value(scale: NDArray[Any], prompt: NDArray[Any]) -> NDArray[Any]:
-        scales[torch.from_numpy(prompt)] = torch.from_numpy(scale).to(scales)
-        gates = scales[reading.owner.cpu(), None].expand(-1, len(lens.sites))
+        index = torch.from_numpy(prompt)
+        every[index] = torch.from_numpy(scale).to(every)
+        still, where = index.unique(return_inverse=True)
+        some = reading.only(still)
+        scales, place = (every, index) if some is reading else (every[still], where)
+        gates = scales[some.owner.cpu(), None].expand(-1, len(lens.sites))
         with torch.no_grad(), lens.injected(ScaleInject(lens.plan, lens.gates(gates))):
-            return read_value(lens, reading).cpu().double().numpy()[prompt]
+            return read_value(lens, some).cpu().double()[place].numpy()
 
     found = elementwise.find_root(
         value, (low.numpy(), high.numpy()), args=(which.numpy(),), tolerances={"xatol": 1e-6}

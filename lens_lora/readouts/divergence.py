@@ -127,14 +127,13 @@ class Divergence:
         """
         return dataclasses.replace(self, of=self.of.repeat_interleave(times))
 
-    def only(self, first: int, end: int) -> Divergence:
-        """The readout of rows first … end − 1.
+    def only(self, rows: Int[Tensor, "some"]) -> Divergence:
+        """The readout of these rows.
 
         Args:
-            first: index of the first.
-            end: index after the last.
+            rows: their indices, increasing.
         """
-        return dataclasses.replace(self, of=self.of[first:end])
+        return dataclasses.replace(self, of=self.of[rows.to(self.of.device)])
 
 
 def _over_slots(

@@ -33,8 +33,8 @@ class _ByRow(Protocol):
         """The reading of every row `times` times: r0 r0 … r1 r1 …"""
         ...
 
-    def only(self, first: int, end: int) -> Bound:
-        """The reading of rows first … end − 1, which must be all the rows of some prompts."""
+    def only(self, rows: Int[Tensor, "some"]) -> Bound:
+        """The reading of these rows, in increasing order, with prompts counted from 0 again."""
         ...
 
 
@@ -68,14 +68,13 @@ class Columns:
         """
         return Columns(self.ids.repeat_interleave(times, 0), self.signs)
 
-    def only(self, first: int, end: int) -> Columns:
-        """The readout of rows first … end − 1.
+    def only(self, rows: Int[Tensor, "some"]) -> Columns:
+        """The readout of these rows.
 
         Args:
-            first: index of the first.
-            end: index after the last.
+            rows: their indices, increasing.
         """
-        return Columns(self.ids[first:end], self.signs)
+        return Columns(self.ids[rows.to(self.ids.device)], self.signs)
 
 
 def token_log_probs(
@@ -174,21 +173,21 @@ class LogProbs:
             slots=None if self.slots is None else self.slots.repeat_interleave(times),
         )
 
-    def only(self, first: int, end: int) -> LogProbs:
-        """The readout of rows first … end − 1, with prompts counted from 0 again.
+    def only(self, rows: Int[Tensor, "some"]) -> LogProbs:
+        """The readout of these rows, with rows and prompts counted from 0 again.
 
         Args:
-            first: index of the first row.
-            end: index after the last; of a prompt's other rows nothing is read.
+            rows: their indices, increasing; of a prompt's other rows nothing is read.
         """
-        mine = (self.rows >= first) & (self.rows < end)
-        owner = self.owner[mine] - self.owner[mine].min()
+        rows = rows.to(self.rows)
+        mine = torch.isin(self.rows, rows)
+        prompts, owner = self.owner[mine].unique(return_inverse=True)
         return LogProbs(
-            rows=self.rows[mine] - first,
+            rows=torch.searchsorted(rows, self.rows[mine]),
             tokens=self.tokens[mine],
             weights=self.weights[mine],
             owner=owner,
-            batch=int(owner.max()) + 1,
+            batch=len(prompts),
             slots=None if self.slots is None else self.slots[mine],
         )
 
@@ -260,7 +259,17 @@ class Reading:
         step = max(1, tokens // (most * self.prompts.tokens.shape[1]))
         edges = [0, *ends[step - 1 :: step]]
         edges += [] if edges[-1] == ends[-1] else [ends[-1]]
-        return [self._only(*pair) for pair in itertools.pairwise(edges)]
+        return [self._only(torch.arange(*pair, device="cpu")) for pair in itertools.pairwise(edges)]
+
+    def only(self, prompts: Int[Tensor, "some"]) -> Reading:
+        """The reading of some prompts. A user's function may rely on their order, and keeps all.
+
+        Args:
+            prompts: their indices, increasing.
+        """
+        if not isinstance(self.read, _ByRow):
+            return self
+        return self._only(torch.isin(self.owner, prompts.to(self.owner)).nonzero()[:, 0])
 
     def each_row(self) -> list[Reading] | None:
         """Each row by itself; g of a prompt is the sum over its rows. None for a user's function.
@@ -269,7 +278,8 @@ class Reading:
         """
         if not isinstance(self.read, _ByRow):
             return None
-        return [self._only(row, row + 1) for row in range(len(self.owner))]
+        each = torch.arange(len(self.owner), device="cpu").split(1)
+        return [self._only(row) for row in each]
 
     def grown(self, rows: int) -> Reading:
         """The reading of a single row in so many copies, which the forward pass itself adds.
@@ -280,10 +290,10 @@ class Reading:
         read = self.read.repeat(rows) if isinstance(self.read, _ByRow) else self.read
         return Reading(self.prompts, read, torch.arange(rows, device="cpu"))
 
-    def _only(self, first: int, end: int) -> Reading:
-        read = self.read.only(first, end) if isinstance(self.read, _ByRow) else self.read
-        owner = self.owner[first:end]
-        return Reading(self.prompts.rows(first, end), read, owner - owner[0])
+    def _only(self, rows: Int[Tensor, "some"]) -> Reading:
+        read = self.read.only(rows) if isinstance(self.read, _ByRow) else self.read
+        _, owner = self.owner[rows].unique(return_inverse=True)
+        return Reading(self.prompts.chosen(rows.tolist()), read, owner)
 
     def _copied_owner(self, times: int) -> Int[Tensor, "row"]:
         copy = torch.arange(times, device=self.owner.device)

@@ -86,7 +86,20 @@ def test_groups_of_prompts_read_what_all_read(readout: ll.Readout, tokens: int):
     assert (len(groups) == 1) == (tokens == 1000) and (tokens > 1 or len(groups) == len(MANY))
 
 
+@pytest.mark.parametrize("readout", FOR_ALL, ids=lambda readout: type(readout).__name__)
+@pytest.mark.parametrize("chosen", [[0], [4], [1, 3], [0, 2, 3, 4]], ids=str)
+def test_some_prompts_read_what_they_read_among_all(readout: ll.Readout, chosen: list[int]):
+    lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+    reading = readout.over(lens.model, lens.prompts(MANY))
+    some, logits = reading.only(torch.tensor(chosen)), random_logits(lens, reading)
+    kept = torch.tensor([owner in chosen for owner in reading.owner.tolist()])
+    assert torch.allclose(some.read(logits[kept]), reading.read(logits)[chosen], rtol=1e-12)
+    assert torch.equal(some.prompts.lengths, reading.prompts.lengths[kept])
+    assert some.batch == len(chosen)
+
+
 def test_a_function_of_ones_own_keeps_its_prompts_together():
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     reading = READOUTS[-1].over(lens.model, lens.prompts(PROMPTS))
     assert reading.groups(1) == [reading]
+    assert reading.only(torch.tensor([1])) is reading

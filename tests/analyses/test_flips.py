@@ -1,0 +1,57 @@
+"""The scale at which a margin changes sign, of many prompts at a time."""
+
+from __future__ import annotations
+
+import cases
+import models
+import pytest
+import torch
+
+import lens_lora as ll
+from lens_lora.analyses import margin as module
+from lens_lora.readouts.rows import Reading
+
+pytestmark = pytest.mark.usefixtures("float64")
+COUNT, STAYING = 12, (1, 4, 5, 11)
+
+
+@pytest.fixture
+def lens() -> ll.LoraLens:
+    return cases.case("llama", list(models.MAKERS)[-1], "raw").lens
+
+
+def answers(lens: ll.LoraLens, prompts: ll.Prompts) -> tuple[list[int], list[int]]:
+    """Of each prompt two tokens whose margin clearly flips, or clearly stays where it is to."""
+    ends = (prompts.at_read(lens.logits(prompts, scale)) for scale in (0.0, 1.0))
+    base, adapted = (end[:, :, None] - end[:, None] for end in ends)
+    stays = torch.tensor([i in STAYING for i in range(COUNT)])[:, None, None]
+    clear = torch.minimum(torch.where(stays, base, -base), adapted)
+    clear[:, :5] = clear[:, :, :5] = -torch.inf  # special tokens
+    pairs = clear.flatten(1).argmax(1)
+    return (pairs // base.shape[-1]).tolist(), (pairs % base.shape[-1]).tolist()
+
+
+def test_a_batch_flips_where_each_prompt_alone_does(
+    lens: ll.LoraLens, monkeypatch: pytest.MonkeyPatch
+):
+    prompts = lens.prompts(torch.randint(5, 40, (COUNT, 6), generator=torch.manual_seed(0)))
+    doc, pre = answers(lens, prompts)
+    ran: list[int] = []
+    read = module.read_value
+
+    def counted(lens: ll.LoraLens, reading: Reading) -> torch.Tensor:
+        ran.append(reading.batch)
+        return read(lens, reading)
+
+    monkeypatch.setattr(module, "read_value", counted)
+    found = ll.fact_margin(lens, prompts, doc, pre, progress=False)
+    assert found.flips == tuple(i not in STAYING for i in range(COUNT))
+    assert ran[0] == COUNT - len(STAYING) and ran[-1] < ran[0] and ran == sorted(ran, reverse=True)
+    for i in range(COUNT):
+        alone = ll.fact_margin(lens, prompts.row(i), doc[i], pre[i], progress=False)
+        assert torch.allclose(
+            alone.flip_scale[0], found.flip_scale[i], rtol=0, atol=2e-6, equal_nan=True
+        )
+        if i not in STAYING:
+            rows = lens.logits(prompts.row(i), float(found.flip_scale[i]))[0, -1]
+            assert (rows[doc[i]] - rows[pre[i]]).abs() < 1e-5
