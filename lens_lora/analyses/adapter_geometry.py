@@ -128,16 +128,11 @@ def geometry(
     for draw in seeds:
         generator = torch.Generator().manual_seed(draw)
         null.append([null_pair(mine[name], theirs[name], generator) for name in names])
-    only = tuple(
-        tuple(name for name in own if name not in others)
-        for own, others in ((mine, theirs), (theirs, mine))
-    )
-    alone_in = zip((mine, theirs), only, strict=True)
     rest = [
-        sum(float(own[name].sigma.square().sum()) for name in odd) ** 0.5 for own, odd in alone_in
+        sum(float(own[name].sigma.square().sum()) for name in own if name not in others) ** 0.5
+        for own, others in ((mine, theirs), (theirs, mine))
     ]
     return {
-        "only": only,
         "norms": _table([_norms(of, names) for of in (mine, theirs)], len(names)),
         "rest": torch.tensor(rest, dtype=torch.float64),
         "inner": torch.tensor([pair.inner for pair in pairs], dtype=torch.float64),

@@ -73,7 +73,7 @@ class AdapterComparison(Result):
 
     names: tuple[str, str]
     sites: tuple[Site, ...]
-    only: tuple[tuple[str, ...], tuple[str, ...]]
+    only: tuple[tuple[Site, ...], tuple[Site, ...]]
     norms: Float[Tensor, "2 site"]
     rest: Float[Tensor, "2"]
     inner: Float[Tensor, "site"]
@@ -170,8 +170,12 @@ class AdapterComparison(Result):
         }
         shared = {**site_labels(self.sites), "in": ["both"] * len(self.sites)}
         frame = pd.DataFrame(shared | {name: v.tolist() for name, v in columns.items()})
-        alone_in = [{"site": site, "in": self.names[i]} for i in (0, 1) for site in self.only[i]]
-        return pd.concat([frame, pd.DataFrame(alone_in)], ignore_index=True) if alone_in else frame
+        alone_in = [
+            pd.DataFrame({**site_labels(sites), "in": [name] * len(sites)})
+            for sites, name in zip(self.only, self.names, strict=True)
+            if sites
+        ]
+        return pd.concat([frame, *alone_in], ignore_index=True)
 
     def by_prompt(self) -> pd.DataFrame:
         """One row per prompt: both cosines under F."""
@@ -253,7 +257,8 @@ def compare_adapters(
     if readout is not None and prompts is None:
         raise ArgumentError("a readout is read on prompts, and there are none; pass prompts=…")
     second = lens.with_adapter(other)
-    shared = [site for site in lens.sites if site.name in {s.name for s in second.sites}]
+    shared, of_lens = _shared_and_alone(lens.sites, second.sites)
+    _, of_other = _shared_and_alone(second.sites, lens.sites)
     if not shared and prompts is None:
         raise ArgumentError(
             f"{lens.adapter.name} and {other.name} adapt no site in common ("
@@ -274,13 +279,23 @@ def compare_adapters(
         fields |= on_prompts(asked, about, second, [s.name for s in shared], draws, seed, progress)
     return AdapterComparison(
         names=(lens.adapter.name, other.name),
-        sites=tuple(shared),
+        sites=shared,
+        only=(of_lens, of_other),
         readout="" if readout is None else readout.label,
         draws=draws,
         seed=seed,
         meta=lens.describe(),
         **fields,
     )
+
+
+def _shared_and_alone(
+    sites: Sequence[Site], others: Sequence[Site]
+) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+    """Those that are among the others too, and the rest."""
+    names = {site.name for site in others}
+    shared = tuple(site for site in sites if site.name in names)
+    return shared, tuple(site for site in sites if site.name not in names)
 
 
 def _require_adapter(lens: LoraLens, other: Adapter) -> None:

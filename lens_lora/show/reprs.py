@@ -38,7 +38,7 @@ from lens_lora.results.what_changed import WhatChanged
 from lens_lora.show.page.notebook import attribution_html
 from lens_lora.show.page.render import plain_text
 from lens_lora.show.tables.attribution import attribution_text
-from lens_lora.show.text import key_text, method_text, percent
+from lens_lora.show.text import key_text, many, method_text, percent
 
 drawing.text.register(Attribution)(attribution_text)
 drawing.html.register(Attribution)(attribution_html)
@@ -58,7 +58,8 @@ def _result_html(result: Result) -> str:
 def _effects(effects: Effects) -> str:
     each = "" if effects.of == "site" else f", each {effects.of}"
     by = {
-        "mean": f", δ replaced by its mean over {effects.texts} texts (first tokens left out)",
+        "mean": f", δ replaced by its mean over {many(effects.texts, 'text')} (first tokens left "
+        "out)",
         "resample": f", δ replaced by another text's, of {effects.texts} (aligned at the end)",
     }.get(effects.replace, "")
     head = f"Effects of {effects.how} on {effects.readout}{each}{by}"
@@ -69,7 +70,8 @@ def _effects(effects: Effects) -> str:
 def _group_attribution(found: GroupAttribution) -> str:
     return (
         f"{found.readout}, {method_text(found.method, found.at)}, in {found.units}: "
-        f"{len(found.base)} prompts × {len(found.groups)} groups, by token, by {found.mode} mode:\n"
+        f"{many(len(found.base), 'prompt')} × {many(len(found.groups), 'group')}, by token, by "
+        f"{found.mode} mode:\n"
         f"{found.top(5).to_string()}"
     )
 
@@ -103,8 +105,9 @@ def _activations(found: Activations) -> str:
     if max(found.ranks) > min(found.ranks):
         ranks += f" to {max(found.ranks)}"
     return (
-        f"Activations in gauge {found.gauge!r} at {found.at}: {len(found.str_tokens)} prompts, "
-        f"{tokens} tokens ({int(found.sinks.sum())} sinks), {len(found.sites)} sites of rank "
+        f"Activations in gauge {found.gauge!r} at {found.at}: "
+        f"{many(len(found.str_tokens), 'prompt')}, {many(tokens, 'token')} "
+        f"({many(int(found.sinks.sum()), 'sink')}), {many(len(found.sites), 'site')} of rank "
         f"{ranks}; see top(site), mean() and plot()"
     )
 
@@ -112,8 +115,9 @@ def _activations(found: Activations) -> str:
 @drawing.text.register(ActivationShift)
 def _activation_shift(found: ActivationShift) -> str:
     return (
-        f"ActivationShift at {found.at}: {len(found.str_tokens)} texts, {len(found.names)} hook "
-        f"points, means over {int(found.counted.sum())} tokens (sinks: {int(found.sinks.sum())}); "
+        f"ActivationShift at {found.at}: {many(len(found.str_tokens), 'text')}, "
+        f"{many(len(found.names), 'hook point')}, means over "
+        f"{many(int(found.counted.sum()), 'token')} ({many(int(found.sinks.sum()), 'sink')}); "
         "see mean(), logit_lens(), cosine() and plot()"
     )
 
@@ -121,16 +125,16 @@ def _activation_shift(found: ActivationShift) -> str:
 @drawing.text.register(ConstantPart)
 def _constant_part(found: ConstantPart) -> str:
     return (
-        f"ConstantPart over {len(found.base)} texts, held out: {percent(found.total_share)} of "
-        f"Σ‖δ‖² is constant, and the constants alone keep {percent(found.kept)} of "
-        f"{found.readout}\n{found.top(5).to_string()}"
+        f"ConstantPart over {many(len(found.base), 'text')}, held out: "
+        f"{percent(found.total_share)} of Σ‖δ‖² is constant, and the constants alone keep "
+        f"{percent(found.kept)} of {found.readout}\n{found.top(5).to_string()}"
     )
 
 
 @drawing.text.register(Coupling)
 def _coupling(coupling: Coupling) -> str:
     return (
-        f"Coupling of {coupling.readout} between {len(coupling.groups)} groups at "
+        f"Coupling of {coupling.readout} between {many(len(coupling.groups), 'group')} at "
         f"ε = {coupling.at:g}, in {coupling.units}:\n{coupling.shares().to_string()}\n"
         f"strongest pairs, mean over prompts:\n{coupling.top(5).to_string()}"
     )
@@ -141,8 +145,8 @@ def _comparison(comparison: Comparison) -> str:
     batch, count = comparison.attribution.shape
     head = (
         f"Comparison of {key_text(comparison.attribution_name)} with "
-        f"{key_text(comparison.effects_name)} on {comparison.readout}: {batch} prompts × {count} "
-        f"groups, top k = {comparison.k}{_made_on(comparison.made_on)}"
+        f"{key_text(comparison.effects_name)} on {comparison.readout}: {many(batch, 'prompt')} × "
+        f"{many(count, 'group')}, top k = {comparison.k}{_made_on(comparison.made_on)}"
     )
     note = _hidden_effects(comparison)
     if batch == 1:
@@ -163,7 +167,7 @@ def _hidden_effects(comparison: Comparison) -> str:
 
 
 def _made_on(prompts: tuple[tuple[str, ...], ...]) -> str:
-    return f"; made on {len(prompts)} other prompts" if prompts else ""
+    return f"; made on {many(len(prompts), 'other prompt')}" if prompts else ""
 
 
 @drawing.text.register(Faithfulness)
@@ -172,20 +176,21 @@ def _faithfulness(found: Faithfulness) -> str:
     note = f"\n{noisy} prompts have no shift above the noise and are left out." if noisy else ""
     summary = found.summary().rename(index=key_text)
     return (
-        f"Faithfulness on {found.readout}: {len(found.base)} prompts × {len(found.sites)} sites, "
-        f"shares of the shift\n{summary.to_string()}{note}"
+        f"Faithfulness on {found.readout}: {many(len(found.base), 'prompt')} × "
+        f"{many(len(found.sites), 'site')}, shares of the shift\n{summary.to_string()}{note}"
     )
 
 
 @drawing.text.register(Components)
 def _components(found: Components) -> str:
-    return f"Components({len(found.z_norm)} prompts × {len(found.sites)} sites)"
+    return f"Components({many(len(found.z_norm), 'prompt')} × {many(len(found.sites), 'site')})"
 
 
 @drawing.text.register(LogitShift)
 def _logit_shift(shift: LogitShift) -> str:
-    where = f"{len(shift.sites)} sites" if shift.sites else "all sites together"
-    return f"LogitShift({len(shift.values)} prompts, {where}, {len(shift.tokens)} tokens)"
+    where = many(len(shift.sites), "site") if shift.sites else "all sites together"
+    tokens = many(len(shift.tokens), "token")
+    return f"LogitShift({many(len(shift.values), 'prompt')}, {where}, {tokens})"
 
 
 @drawing.text.register(FeatureShift)
@@ -193,16 +198,17 @@ def _feature_shift(shift: FeatureShift) -> str:
     prompt, of = _first(shift.by_position, len(shift.base))
     where = "each position" if shift.by_position else f"position {shift.positions}"
     return (
-        f"FeatureShift of {shift.base.shape[1]} features ({shift.features}) at {shift.name}, "
-        f"{where}, {shift.units}{of}:\n{shift.top(5, prompt).to_string()}"
+        f"FeatureShift of {many(shift.base.shape[1], 'feature')} ({shift.features}) at "
+        f"{shift.name}, {where}, {shift.units}{of}:\n{shift.top(5, prompt).to_string()}"
     )
 
 
 @drawing.text.register(FeatureWrites)
 def _feature_writes(writes: FeatureWrites) -> str:
     return (
-        f"FeatureWrites of {len(writes.sites)} sites to {writes.values.shape[2]} features "
-        f"({writes.features}), position {writes.positions}, {writes.units}:\n"
+        f"FeatureWrites of {many(len(writes.sites), 'site')} to "
+        f"{many(writes.values.shape[2], 'feature')} ({writes.features}), position "
+        f"{writes.positions}, {writes.units}:\n"
         f"{writes.top(k=5).to_string()}"
     )
 
@@ -210,7 +216,7 @@ def _feature_writes(writes: FeatureWrites) -> str:
 @drawing.text.register(NullTest)
 def _null_test(test: NullTest) -> str:
     lines = [f"  prompt {i}: {text}" for i, text in enumerate(test.verdict)]
-    return "\n".join([f"NullTest of {test.readout}, {test.draws} draws:", *lines])
+    return "\n".join([f"NullTest of {test.readout}, {many(test.draws, 'draw')}:", *lines])
 
 
 @drawing.text.register(Reliability)
@@ -218,7 +224,7 @@ def _reliability(found: Reliability) -> str:
     counts = ", ".join(map(str, found.flagged.sum(1).tolist()))
     return (
         f"Reliability of {found.readout}, first order as the answer to {found.how}: {counts} of "
-        f"{found.flagged.shape[1]} sites flagged (score under {found.threshold:g})"
+        f"{many(found.flagged.shape[1], 'site')} flagged (score under {found.threshold:g})"
     )
 
 
@@ -231,7 +237,9 @@ def _remainder(found: Remainder) -> str:
 @drawing.text.register(RemainderCurve)
 def _remainder_curve(curve: RemainderCurve) -> str:
     orders = ", ".join(f"{o:.2f}" for o in curve.order.tolist())
-    return f"RemainderCurve of {curve.readout} at {len(curve.scales)} scales, order {orders}"
+    return (
+        f"RemainderCurve of {curve.readout} at {many(len(curve.scales), 'scale')}, order {orders}"
+    )
 
 
 @drawing.text.register(SecondOrder)
@@ -255,8 +263,9 @@ def _adapter_comparison(found: AdapterComparison) -> str:
         f"{len(sites)} in {name} alone" for sites, name in zip(found.only, found.names, strict=True)
     ]
     return (
-        f"AdapterComparison of {found.names[0]!r} and {found.names[1]!r}: {len(found.sites)} sites "
-        f"in both, {', '.join(only)}; {found.draws} null draws of the second\n"
+        f"AdapterComparison of {found.names[0]!r} and {found.names[1]!r}: "
+        f"{many(len(found.sites), 'site')} in both, {', '.join(only)}; "
+        f"{many(found.draws, 'null draw')} of the second\n"
         f"{found.summary().to_string()}"
     )
 
@@ -267,8 +276,9 @@ def _checkpoints(found: Checkpoints) -> str:
         f"{step:.3g}" if step == step else "never" for step in found.flip_step.tolist()
     )
     return (
-        f"Checkpoints of {found.readout}: {len(found.steps)} checkpoints, {len(found.base)} "
-        f"prompts, {len(found.sites)} sites; flips at step {flips}\n{found.to_frame().to_string()}"
+        f"Checkpoints of {found.readout}: {many(len(found.steps), 'checkpoint')}, "
+        f"{many(len(found.base), 'prompt')}, {many(len(found.sites), 'site')}; flips at step "
+        f"{flips}\n{found.to_frame().to_string()}"
     )
 
 
@@ -289,7 +299,7 @@ def _explanation(explanation: Explanation) -> str:
 
 @drawing.text.register(Explanations)
 def _explanations(found: Explanations) -> str:
-    return f"Explanations of {len(found)} prompts:\n{found.story()}"
+    return f"Explanations of {many(len(found), 'prompt')}:\n{found.story()}"
 
 
 @drawing.text.register(ResponseExplanation)

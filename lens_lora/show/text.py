@@ -24,6 +24,7 @@ __all__ = [
     "key_text",
     "label",
     "magnitude",
+    "many",
     "method_text",
     "percent",
     "points",
@@ -66,6 +67,16 @@ def signed(value: float) -> str:
     if not math.isfinite(value) or value == 0:
         return magnitude(value)
     return ("−" if value < 0 else "+") + magnitude(value)
+
+
+def many(count: int, thing: str) -> str:
+    """'1 prompt', '3 prompts'.
+
+    Args:
+        count: how many.
+        thing: one of them.
+    """
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def percent(share: float) -> str:

@@ -165,7 +165,10 @@ def test_sites_of_one_alone_are_listed_and_count_in_its_norm():
     part = case.lens.adapter.only("*.q_proj", "*.v_proj")
     found = ll.compare_adapters(case.lens, part, draws=0)
     assert len(found.sites) == 4 and len(found.only[0]) == 10 and found.only[1] == ()
-    assert (found.to_frame()["in"] == case.lens.adapter.name).sum() == 10
+    frame = found.to_frame()
+    alone = frame[frame["in"] == case.lens.adapter.name]
+    assert len(alone) == 10 and set(frame["module"]) == set(case.lens.adapter.modules)
+    assert frame["layer"].dtype.kind == "i" and alone["cosine"].isna().all()
     size = {k: f.norm() for k, f in case.lens.adapter.modules.items()}
     shared = sum(size[site.module] ** 2 for site in found.sites)
     whole = sum(s**2 for s in size.values())

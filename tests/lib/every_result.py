@@ -175,7 +175,7 @@ def adapter_comparison() -> ll.AdapterComparison:
     products = torch.tensor([[[0.5], [1.0], [1.0]], [[0.25], [1.0], [1.0]]])
     effects = torch.tensor([[[1.0, 2.0]], [[2.0, 3.0]]])
     return ll.AdapterComparison(
-        names=("a", "b"), sites=SITES[:2], only=(("blocks.2.mlp.up",), ()),
+        names=("a", "b"), sites=SITES[:2], only=(SITES[2:3], ()),
         norms=torch.ones(2, 2), rest=torch.tensor([1.0, 0.0]), inner=torch.tensor([0.5, -0.5]),
         read=angles, write=angles, null_inner=null, null_read=null.abs(), null_write=null.abs(),
         function=products, null_function=products[:, None].expand(-1, 3, -1, -1), effects=effects,

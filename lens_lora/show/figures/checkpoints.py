@@ -71,8 +71,10 @@ def checkpoints_figure(found: Checkpoints) -> go.Figure:
             figure.add_vrect(x0=first, x1=last, fillcolor=colour, opacity=0.12, line_width=0)
     figure.add_hline(y=0, line={"color": INK, "width": 1.5})
     style(figure, height=420)
+    shades = any(found.phases.get(f"prompt {p}") for p in range(len(found.base)))
+    below = "shaded: a phase change" if shades else "no phase change"
     figure.update_layout(
-        title=title(f"{found.readout} through the training", "shaded: a phase change"),
+        title=title(f"{found.readout} through the training", below),
         legend=LEGEND_BELOW,
         margin={"b": 120},
     )

@@ -72,6 +72,7 @@ def theme(name: Theme = "any") -> go.layout.Template:
         "zeroline": False,
         "zerolinecolor": INK,
         "automargin": True,
+        "title": {"font": {"size": 13}, "standoff": 12},
     }
     return go.layout.Template(
         layout={
