@@ -1,6 +1,6 @@
 """What each analysis costs, in plain forward passes of the same hooked model on the same tokens.
 
-    python benchmarks/cost.py [--class HookedTransformer] [--tokens 8 64 256] [--batch 1 8]
+    python benchmarks/cost.py [--class TransformerBridge] [--tokens 8 64 256] [--batch 1 8]
 
 Interleaved in one run on the embedded model and its adapter (210 sites, rank 8); medians. F is one
 forward pass, FB one forward and one backward down to the embeddings, FA one forward pass of the
@@ -9,21 +9,25 @@ adapted model without the unembedding. Times are CPU seconds: run it on one thre
 With transformer-lens 4.3 its own attribution patching is timed beside. `--growth` times models,
 adapters and ranks of several sizes instead, `--stream 200000` a stream of so many tokens through
 activations, `--texts 100` audits over so many texts, and `--responses` whole responses, all cells
-or some groups of them.
+or some groups of them. With `--write`, what is printed goes into benchmarks/RESULTS.md and README.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import datetime
+import io
 import math
-import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import cost_page
 import torch
 from cost_growth import growth_tables
 from cost_responses import GROUPS, response_table
@@ -214,11 +218,21 @@ def table(lens: ll.LoraLens, sizes: Sequence[tuple[int, int]]) -> None:
     targets = {work.name: work.target for work in (*QUICK, *SLOW)}
     targets["… times faster than a loop of jvps"] = "≥ 9"
     head = " | ".join(f"{batch} × {tokens}" for batch, tokens in sizes)
+    print("Columns: prompts × tokens.\n")
     print(f"| work | target | {head} |\n| --- | --- |{' --- |' * len(sizes)}")
     names = list(dict.fromkeys(name for cells in columns.values() for name in cells))
     for name in names:
         cells = " | ".join(columns[size].get(name, "not run") for size in sizes)
         print(f"| {name} | {targets.get(name, '')} | {cells} |", flush=True)
+
+
+class Kept(io.StringIO):
+    """Standard output, of which a copy is kept."""
+
+    def write(self, text: str) -> int:
+        sys.__stdout__.write(text)
+        sys.__stdout__.flush()
+        return super().write(text)
 
 
 def main() -> None:
@@ -230,10 +244,20 @@ def main() -> None:
     options.add_argument("--texts", type=int, help="audits over so many texts, alone")
     options.add_argument("--growth", action="store_true")
     options.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
+    options.add_argument("--write", action="store_true", help="into RESULTS.md and README.md")
     asked = options.parse_args()
+    with contextlib.redirect_stdout(Kept()) as kept:
+        measured(asked)
+    if asked.write:
+        arguments = " ".join(a for a in sys.argv[1:] if a != "--write")
+        printed = cost_page.Printed(day=str(datetime.date.today()), body=kept.getvalue())
+        cost_page.add(cost_page.key_of(transformer_lens_version(), arguments), printed)
+
+
+def measured(asked: argparse.Namespace) -> None:
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
-        f"{platform.machine()}, matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s in float32\n"
+        f"torch {torch.__version__}, threads: {torch.get_num_threads()}, {platform.machine()}, "
+        f"matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s in float32.\n"
     )
     if asked.growth:
         growth_tables()
@@ -248,15 +272,13 @@ def main() -> None:
             print(f"{kind}: {error}\n")
             continue
         lens = ll.LoraLens(model, adapter)
+        print(f"{kind}\n")
         if asked.stream:
-            print(kind)
             stream_lines(lens, asked.stream)
             continue
         if asked.texts:
-            print(f"{kind}\n")
             text_table(lens, asked.texts, turns=3 if asked.texts <= 16 else 1)
             continue
-        print(f"{kind}, transformer-lens {transformer_lens_version()}, prompts × tokens\n")
         if asked.responses is not None:
             response_table(lens, asked.responses, peak_memory)
             continue

@@ -39,7 +39,6 @@ class Cell:
     run: Callable[[], object]
     unit: str = "F"
     share: float = 1.0
-    once: Callable[[], object] | None = None  # of what is run, the part that `share` does not scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +82,6 @@ class Row:
         asked = ask(self.lens, self.prompt, ll.AnswerLogProb(self.response))
         site_slopes(self.lens, asked.reading, self.lens.gates(0.0))
 
-    def ends(self) -> None:
-        """The two exact ends of one readout."""
-        assert len(ask(self.lens, self.prompt, ll.AnswerLogProb(self.response)).ends) == 2
-
     def by_token(self, **options) -> None:
         readout = ll.AnswerLogProb(self.response)
         ll.first_order(self.lens, self.prompt, readout, by="token", **options, **QUIET)
@@ -116,21 +111,13 @@ def one(lens: ll.LoraLens, peak: Callable) -> list[str]:
 
 def tokens(lens: ll.LoraLens, peak: Callable) -> list[str]:
     del peak
-    short, sites = Row(lens, 60), len(lens.sites)
-    few = lens.with_adapter(lens.adapter.only("*.q_proj"))
-    long, share = Row(few, 512), sites / len(few.sites)
+    short, long = Row(lens, 60), Row(lens, 512)
     cells = [
         Cell("by token, 60 tokens", f"≤ {0.8 * 60 + 3:.0f} F", short.by_token),
         Cell("by token and layer, 60 tokens", "≤ 20 F", lambda: short.by_token(group="layer")),
     ]
     long_cells = [
-        Cell(
-            f"by token, 512 tokens (from {len(few.sites)} of {sites} sites)",
-            f"≤ {0.8 * sites:.0f} F",
-            lambda: long.by_token(mode="forward"),
-            share=share,
-            once=long.ends,
-        )
+        Cell("by token, 512 tokens", f"≤ {0.8 * len(lens.sites):.0f} F", long.by_token),
     ]
     return timed(short, cells, 1) + timed(long, long_cells, 1)
 
@@ -195,19 +182,23 @@ def generation(lens: ll.LoraLens, peak: Callable) -> list[str]:
 def batch(lens: ll.LoraLens, peak: Callable) -> list[str]:
     del peak
     few, many = _ids(12, 3), _ids(16 * 12, 3).view(16, 12)
-
-    def margin(ids: torch.Tensor) -> Callable[[], object]:
-        return lambda: ll.fact_margin(lens, ids, MARGIN.doc, MARGIN.pre, **QUIET)
-
-    def forward(ids: torch.Tensor) -> Callable[[], object]:
-        return lambda: plain_forward(lens, lens.prompts(ids))
-
-    works = [margin(few), margin(many), forward(few), forward(many)]
-    taken = [[seconds(work) for work in works] for _ in range(2)][1:]
-    one, all_, F1, F16 = (statistics.median(t) for t in zip(*taken, strict=True))
+    answers = MARGIN.doc, MARGIN.pre
+    works: dict[str, Callable[[torch.Tensor], object]] = {
+        "F": lambda ids: plain_forward(lens, lens.prompts(ids)),
+        "fact_margin": lambda ids: ll.fact_margin(lens, ids, *answers, **QUIET),
+        "explain_all, fast,": lambda ids: ll.explain_all(lens, ids, *answers, fast=True, **QUIET),
+    }
+    times: dict[str, list[list[float]]] = {name: [] for name in works}
+    for turn in range(3):
+        for name, work in works.items():
+            taken = [seconds(lambda work=work, ids=ids: work(ids)) for ids in (few, many)]
+            if turn:
+                times[name].append(taken)
+    ratio = {name: np.divide(*reversed(np.median(taken, 0))) for name, taken in times.items()}
+    target = f"≤ 1.5·F(16)/F(1) = {1.5 * ratio.pop('F'):.1f}"
     return [
-        f"| fact_margin of 16 prompts over that of one | ≤ 1.5·F(16)/F(1) = {1.5 * F16 / F1:.1f} | "
-        f"{all_ / one:.1f} |"
+        f"| {name} of 16 prompts over that of one | {target} | {found:.1f} |"
+        for name, found in ratio.items()
     ]
 
 
@@ -216,16 +207,14 @@ def timed(of: Row, cells: Sequence[Cell], turns: int) -> list[str]:
     units = {"F": of.forward, "FB": of.backward}
     times: dict[str, list[float]] = {}
     for turn in range(turns + (turns > 1)):
-        beside = [(f"{c.name}, once", c.once) for c in cells if c.once is not None]
-        for name, work in [*units.items(), *((c.name, c.run) for c in cells), *beside]:
+        for name, work in [*units.items(), *((c.name, c.run) for c in cells)]:
             taken = seconds(work)
             if turn or turns == 1:
                 times.setdefault(name, []).append(taken)
     of_unit = {name: statistics.median(taken) for name, taken in times.items()}
 
     def cost(c: Cell) -> float:
-        once = of_unit.get(f"{c.name}, once", 0.0)
-        return (once + c.share * (of_unit[c.name] - once)) / of_unit[c.unit]
+        return c.share * of_unit[c.name] / of_unit[c.unit]
 
     return [f"| {c.name} | {c.target} | {cost(c):.2f} {c.unit} |" for c in cells]
 

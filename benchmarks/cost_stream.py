@@ -1,13 +1,12 @@
 """Throughput and memory of a stream of texts through `ll.sweep(…, "activations")`.
 
-Pieces of the stream and of a loop of plain forward passes over the same texts, in the same batches,
-take turns, so that both meet the same load of the machine.
+A loop of plain forward passes over texts of the same lengths, in the same batches, runs before and
+after. Times are CPU seconds of the process.
 """
 
 from __future__ import annotations
 
 import ctypes
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import lens_lora as ll
 
 __all__ = ["stream_lines"]
 
-_LONGEST, _BATCH, _PIECES = 96, 8, 4
+_LONGEST, _BATCH, _PARTS = 96, 8, 8
 
 
 def texts(lens: ll.LoraLens, tokens: int, seed: int = 0) -> Iterator[dict[str, str]]:
@@ -55,33 +54,27 @@ def streamed(lens: ll.LoraLens, tokens: int, seed: int) -> int:
 
 def stream_lines(lens: ll.LoraLens, tokens: int) -> None:
     """Prints the share of the plain throughput, and the peak memory of a part and of the whole."""
-    rates: dict[str, list[float]] = {"plain": [], "streamed": []}
-    for seed in range(_PIECES):
-        for name, work in (("plain", plain), ("streamed", streamed)):
-            start = time.perf_counter()
-            done = work(lens, tokens // _PIECES, seed)
-            rates[name].append(done / (time.perf_counter() - start))
-    shares = [s / p for s, p in zip(rates["streamed"], rates["plain"], strict=True)]
+    part = tokens // _PARTS
+    _, before, _ = _measured(lambda: plain(lens, part, 1))
+    _, _, of_part = _measured(lambda: streamed(lens, part, 2))
+    done, rate, of_whole = _measured(lambda: streamed(lens, tokens, 0))
+    _, after, _ = _measured(lambda: plain(lens, part, 3))
     print(
-        f"\nA stream of {tokens} tokens through activations: {statistics.median(shares):.2f} of "
-        f"the plain forward's {statistics.median(rates['plain']):.0f} tokens a second (target ≥ "
-        f"0.8; {min(shares):.2f} to {max(shares):.2f} in {_PIECES} turns)."
-    )
-    part, whole = tokens // _PIECES, tokens
-    peaks = [_peak(lambda t=t: streamed(lens, t, 99)) for t in (part, whole)]
-    print(
-        f"Its peak memory beside the model: {peaks[0]:.0f} MiB for {part} tokens, {peaks[1]:.0f} "
-        f"MiB for {whole}."
+        f"A stream of {done:,} tokens through activations: {rate:.0f} tokens a second, "
+        f"{2 * rate / (before + after):.2f} of plain forward passes ({before:.0f} before and "
+        f"{after:.0f} after; target ≥ 0.8). Its peak memory beside the model: {of_part:.0f} MiB "
+        f"for {part:,} tokens, {of_whole:.0f} MiB for {tokens:,}."
     )
 
 
-def _peak(run: Callable[[], object]) -> float:
-    """MiB of resident memory that a run adds at its peak (Linux)."""
+def _measured(run: Callable[[], int]) -> tuple[int, float, float]:
+    """How many tokens, how many a second, and MiB of resident memory added at the peak (Linux)."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    run()
-    return (_status("VmHWM") - before) / 1024
+    resident, start = _status("VmRSS"), time.process_time()
+    done = run()
+    rate = done / (time.process_time() - start)
+    return done, rate, (_status("VmHWM") - resident) / 1024
 
 
 def _status(field: str) -> int:

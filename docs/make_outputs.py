@@ -22,7 +22,18 @@ from nbclient import NotebookClient
 from tqdm import tqdm
 
 DOCS = Path(__file__).parent
-PAGES = ("first_adapter", "chat_model", "own_readout", "remainder", "examples")
+PAGES = (
+    "first_adapter",
+    "chat_model",
+    "own_readout",
+    "remainder",
+    "examples",
+    "responses",
+    "activations",
+    "sweep",
+    "auditing",
+    "two_adapters",
+)
 SNIPPET = re.compile(
     r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,7 @@ def _load(name: str) -> ModuleType:
 
 
 precision, shapes = _load("precision_page"), _load("shapes_page")
-memory = _load("memory_page")
+memory, costs = _load("memory_page"), _load("cost_page")
 
 
 def test_the_pages_are_what_the_numbers_render_to():
@@ -32,6 +33,18 @@ def test_the_pages_are_what_the_numbers_render_to():
 def test_the_tables_of_memory_are_what_the_cells_render_to():
     body = memory.render(memory.read())
     assert f"{memory.MARKS[0]}\n\n{body}\n{memory.MARKS[1]}" in memory.PAGE.read_text()
+
+
+def test_costs_are_what_their_commands_printed():
+    held, page, readme = costs.read(), costs.PAGE.read_text(), costs.README.read_text()
+    assert costs.page(page, held) == page
+    assert costs.readme(readme, held) == readme
+    assert set(held) <= set(re.findall(r"<!-- cost: (.+) -->", page))
+    changed = {
+        key: {**one, "body": one["body"].replace(" F |", " FB |")} for key, one in held.items()
+    }
+    assert costs.page(page, changed) != page
+    assert costs.readme(readme, changed) != readme
 
 
 @pytest.mark.parametrize("name", ["repair", "compare_adapters"])
