@@ -72,7 +72,7 @@ def checkpoints_figure(found: Checkpoints) -> go.Figure:
     figure.add_hline(y=0, line={"color": INK, "width": 1.5})
     style(figure, height=420)
     shades = any(found.phases.get(f"prompt {p}") for p in range(len(found.base)))
-    below = "shaded: a phase change" if shades else "no phase change"
+    below = "shaded: a phase change" if shades else "no phase change of the readout"
     figure.update_layout(
         title=title(f"{found.readout} through the training", below),
         legend=LEGEND_BELOW,

@@ -1,0 +1,21 @@
+"""A training's curves: their title promises shading only where a phase change is shaded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from every_result import checkpoints
+
+
+@pytest.mark.parametrize(
+    ("phases", "shaded", "words"),
+    [
+        ({"prompt 0": ((10.0, 20.0),), "angle": ()}, 1, "shaded: a phase change"),
+        ({"prompt 0": (), "angle": ((10.0, 20.0),)}, 0, "no phase change of the readout"),
+    ],
+)
+def test_what_is_shaded_is_said(phases, shaded: int, words: str):
+    figure = dataclasses.replace(checkpoints(), phases=phases).plot()
+    boxes = [shape for shape in figure.layout.shapes if shape.type == "rect"]
+    assert len(boxes) == shaded and words in figure.layout.title.text
