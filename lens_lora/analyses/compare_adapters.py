@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -38,8 +39,6 @@ from lens_lora.results import drawing
 from lens_lora.results.measured import Result, site_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from plotly.graph_objects import Figure
 
 __all__ = ["AdapterComparison", "compare_adapters"]

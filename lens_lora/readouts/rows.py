@@ -136,10 +136,8 @@ class LogProbs:
         Args:
             log_probs: of each pick's token.
         """
-        to = log_probs.device
-        summed = log_probs.new_zeros(self.batch)
-        weighted = log_probs * self.weights.to(log_probs)
-        return summed.index_add(0, self.owner.to(to), weighted)
+        owner, weights = self.owner.to(log_probs.device), self.weights.to(log_probs)
+        return log_probs.new_zeros(self.batch).index_add(0, owner, log_probs * weights)
 
     @property
     def is_one_response(self) -> bool:
@@ -257,8 +255,7 @@ class Reading:
         ends = torch.bincount(self.owner).cumsum(0).tolist()
         most = max(end - start for start, end in zip([0, *ends], ends, strict=False))
         step = max(1, tokens // (most * self.prompts.tokens.shape[1]))
-        edges = [0, *ends[step - 1 :: step]]
-        edges += [] if edges[-1] == ends[-1] else [ends[-1]]
+        edges = sorted({0, *ends[step - 1 :: step], ends[-1]})
         return [self._only(torch.arange(*pair, device="cpu")) for pair in itertools.pairwise(edges)]
 
     def only(self, prompts: Int[Tensor, "some"]) -> Reading:
@@ -272,14 +269,13 @@ class Reading:
         return self._only(torch.isin(self.owner, prompts.to(self.owner)).nonzero()[:, 0])
 
     def each_row(self) -> list[Reading] | None:
-        """Each row by itself; g of a prompt is the sum over its rows. None for a user's function.
+        """Each row by itself; g of a prompt is the sum over its rows.
 
-        A function of a user may rely on the order of the prompts, so its rows stay together.
+        None for a user's function, which may rely on the order of the prompts.
         """
         if not isinstance(self.read, _ByRow):
             return None
-        each = torch.arange(len(self.owner), device="cpu").split(1)
-        return [self._only(row) for row in each]
+        return [self._only(row) for row in torch.arange(len(self.owner), device="cpu").split(1)]
 
     def grown(self, rows: int) -> Reading:
         """The reading of a single row in so many copies, which the forward pass itself adds.

@@ -58,8 +58,7 @@ def _result_html(result: Result) -> str:
 def _effects(effects: Effects) -> str:
     each = "" if effects.of == "site" else f", each {effects.of}"
     by = {
-        "mean": f", δ replaced by its mean over {many(effects.texts, 'text')} (first tokens left "
-        "out)",
+        "mean": f", δ replaced by its mean over {many(effects.texts, 'text')} (no first tokens)",
         "resample": f", δ replaced by another text's, of {effects.texts} (aligned at the end)",
     }.get(effects.replace, "")
     head = f"Effects of {effects.how} on {effects.readout}{each}{by}"
@@ -101,9 +100,8 @@ def _within_rounding(effects: Effects | ActivationEffects) -> str:
 
 @drawing.text.register(Activations)
 def _activations(found: Activations) -> str:
-    tokens, ranks = sum(map(len, found.str_tokens)), f"{min(found.ranks)}"
-    if max(found.ranks) > min(found.ranks):
-        ranks += f" to {max(found.ranks)}"
+    tokens, ends = sum(map(len, found.str_tokens)), {min(found.ranks), max(found.ranks)}
+    ranks = " to ".join(map(str, sorted(ends)))
     return (
         f"Activations in gauge {found.gauge!r} at {found.at}: "
         f"{many(len(found.str_tokens), 'prompt')}, {many(tokens, 'token')} "
@@ -189,8 +187,8 @@ def _components(found: Components) -> str:
 @drawing.text.register(LogitShift)
 def _logit_shift(shift: LogitShift) -> str:
     where = many(len(shift.sites), "site") if shift.sites else "all sites together"
-    tokens = many(len(shift.tokens), "token")
-    return f"LogitShift({many(len(shift.values), 'prompt')}, {where}, {tokens})"
+    prompts, tokens = many(len(shift.values), "prompt"), many(len(shift.tokens), "token")
+    return f"LogitShift({prompts}, {where}, {tokens})"
 
 
 @drawing.text.register(FeatureShift)
@@ -259,9 +257,8 @@ def _fact_margin(margin: FactMargin) -> str:
 
 @drawing.text.register(AdapterComparison)
 def _adapter_comparison(found: AdapterComparison) -> str:
-    only = [
-        f"{len(sites)} in {name} alone" for sites, name in zip(found.only, found.names, strict=True)
-    ]
+    pairs = zip(found.only, found.names, strict=True)
+    only = [f"{len(sites)} in {name} alone" for sites, name in pairs]
     return (
         f"AdapterComparison of {found.names[0]!r} and {found.names[1]!r}: "
         f"{many(len(found.sites), 'site')} in both, {', '.join(only)}; "
@@ -272,9 +269,8 @@ def _adapter_comparison(found: AdapterComparison) -> str:
 
 @drawing.text.register(Checkpoints)
 def _checkpoints(found: Checkpoints) -> str:
-    flips = ", ".join(
-        f"{step:.3g}" if step == step else "never" for step in found.flip_step.tolist()
-    )
+    steps = found.flip_step.tolist()
+    flips = ", ".join(f"{step:.3g}" if step == step else "never" for step in steps)
     return (
         f"Checkpoints of {found.readout}: {many(len(found.steps), 'checkpoint')}, "
         f"{many(len(found.base), 'prompt')}, {many(len(found.sites), 'site')}; flips at step "
