@@ -34,7 +34,7 @@ from lens_lora.readouts.answers import margin_between
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "repair.json", DOCS / "two_adapters.md"
 BEGIN, END = "<!-- repair table -->", "<!-- end of repair table -->"
-SPILLS, SHARE, BAR = 0.02, 0.9, 1.4
+SPILLS, SHARE, BAR, STEPS = 0.02, 0.9, 1.4, 40
 
 WORDINGS = {
     "lyon": ("The French capital is", "The capital city of France is"),
@@ -71,8 +71,8 @@ HELD_OUT = [
 ]
 
 
-def measure(name: str, lens: ll.LoraLens, texts: int, steps: int) -> dict[str, Any]:
-    """One adapter's row, from so many texts of each kind and steps of the optimiser."""
+def measure(name: str, lens: ll.LoraLens) -> dict[str, Any]:
+    """One adapter's row."""
     spec = next(spec for spec in ADAPTERS if spec.name == name)
     (first, doc, pre), (second, *_), _ = spec.questions
 
@@ -83,18 +83,17 @@ def measure(name: str, lens: ll.LoraLens, texts: int, steps: int) -> dict[str, A
     found = ll.repair(
         lens,
         keep=[margin([first, second])],
-        drop=[(TEXTS[-texts:], ll.KL())],
+        drop=[(TEXTS, ll.KL())],
         keep_share=SHARE,
-        steps=steps,
-        rate=2 / steps,
+        steps=STEPS,
+        rate=2 / STEPS,
         test_keep=[margin(list(WORDINGS[name]))],
-        test_drop=[(HELD_OUT[:texts], ll.KL())],
+        test_drop=[(HELD_OUT, ll.KL())],
         progress=False,
     )
     frame = found.to_frame()
     held = frame[frame["held out"]]
     row: dict[str, Any] = {"adapter": name, "sites": len(lens.sites), "gates": len(found.kept)}
-    row |= {"texts": texts, "steps": steps}
     row |= {"kept gates": int(found.kept.sum()), "gain": found.gain, "verdict": found.verdict}
     row |= {"strength": found.matched[-1]}
     for kind, rows in held.groupby("kind"):
@@ -109,9 +108,9 @@ def table(numbers: dict[str, Any]) -> str:
     """The page's table, and the sentence that counts."""
     rows = [numbers["adapters"][s.name] for s in ADAPTERS if s.name in numbers["adapters"]]
     lines = [
-        "| adapter | texts, steps | ranks kept | margin: base → whole → repaired | KL: whole | "
-        "scaled | random | repaired | gain over scaling |",
-        f"|{' --- |' * 9}",
+        "| adapter | ranks kept | margin: base → whole → repaired | KL: whole | scaled | random | "
+        "repaired | gain over scaling |",
+        f"|{' --- |' * 8}",
     ]
     for row in sorted(rows, key=lambda row: -row["drop, whole"]):
         margins = [f"{row[f'keep, {state}']:.1f}" for state in ("base", "whole", "repaired")]
@@ -121,10 +120,8 @@ def table(numbers: dict[str, Any]) -> str:
         kept = f"{row['kept gates']} of {row['gates']}"
         random = f"{left[2]} (keeps {row['keep share, random']:.0%})"
         gain = f"{row['gain']:.2f}" + (" (a tie)" if row["verdict"] == "tie" else "")
-        size = f"{row['texts']}, {row['steps']}"
         cells = (
             row["adapter"],
-            size,
             kept,
             " → ".join(margins),
             left[0],
@@ -136,11 +133,13 @@ def table(numbers: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     spilling = [row for row in rows if row["drop, whole"] >= SPILLS]
     reached = sum(row["gain"] >= BAR for row in spilling)
+    shares = sorted(row["keep share, repaired"] for row in rows)
     lines += [
         "",
         f"{len(spilling)} of {len(rows)} adapters spill: at least {SPILLS:g} nats per token on the "
         f"held-out texts. On {reached} of those {len(spilling)} scaling leaves at least {BAR:g} "
-        "times as much as the repair at the same kept share.",
+        f"times as much as the repair at the same kept share. Held out, the repaired adapters keep "
+        f"{shares[0]:.0%} to {shares[-1]:.0%} of the margin's shift.",
     ]
     return "\n".join(lines)
 
@@ -160,8 +159,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Repair against scaling.")
     parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
     parser.add_argument("--only", nargs="*", choices=sorted(WORDINGS), help="which adapters")
-    parser.add_argument("--texts", type=int, default=8, help="of each kind")
-    parser.add_argument("--steps", type=int, default=40, help="of the optimiser")
     parser.add_argument("--table", action="store_true", help="only write the table")
     given = parser.parse_args()
     if given.table:
@@ -176,7 +173,7 @@ def main() -> None:
             continue
         folder = spec.folder(given.adapters, hf_model, tokenizer)
         lens = ll.LoraLens(model, ll.load_adapter(folder))
-        row = measure(spec.name, lens, given.texts, given.steps)
+        row = measure(spec.name, lens)
         numbers = known()
         numbers["versions"] = versions()
         numbers["adapters"][spec.name] = row
