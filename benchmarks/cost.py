@@ -8,8 +8,11 @@ adapted model without the unembedding. Times are CPU seconds: run it on one thre
 
 With transformer-lens 4.3 its own attribution patching is timed beside. `--growth` times models,
 adapters and ranks of several sizes instead, `--stream 200000` a stream of so many tokens through
-activations, `--texts 100` audits over so many texts, and `--responses` whole responses, all cells
-or some groups of them. With `--write`, what is printed goes into benchmarks/RESULTS.md and README.
+activations, `--texts 100` audits over so many texts, `--allocator` a few calls with freed memory
+given back and kept, and `--responses` whole responses, all cells or some groups of them. With
+`--write`, what is printed goes into benchmarks/RESULTS.md and README.
+
+What is printed says whether glibc kept freed memory (benchmarks/cost_allocator.py).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pathlib import Path
 
 import cost_page
 import torch
+from cost_allocator import allocator_table, keeps_memory
 from cost_growth import growth_tables
 from cost_responses import GROUPS, response_table
 from cost_stream import stream_lines
@@ -243,6 +247,7 @@ def main() -> None:
     options.add_argument("--stream", type=int, metavar="TOKENS", help="of activations, alone")
     options.add_argument("--texts", type=int, help="audits over so many texts, alone")
     options.add_argument("--growth", action="store_true")
+    options.add_argument("--allocator", action="store_true", help="glibc's, of two kinds, alone")
     options.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
     options.add_argument("--write", action="store_true", help="into RESULTS.md and README.md")
     asked = options.parse_args()
@@ -257,10 +262,11 @@ def main() -> None:
 def measured(asked: argparse.Namespace) -> None:
     print(
         f"torch {torch.__version__}, threads: {torch.get_num_threads()}, {platform.machine()}, "
+        f"freed memory {'kept' if keeps_memory() else 'given back'}, "
         f"matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s in float32.\n"
     )
-    if asked.growth:
-        growth_tables()
+    if asked.growth or asked.allocator:
+        allocator_table() if asked.allocator else growth_tables()
         return
     folder = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
     adapter = ll.load_adapter(folder)

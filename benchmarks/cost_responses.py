@@ -119,7 +119,7 @@ def tokens(lens: ll.LoraLens, peak: Callable) -> list[str]:
     long_cells = [
         Cell("by token, 512 tokens", f"≤ {0.8 * len(lens.sites):.0f} F", long.by_token),
     ]
-    return timed(short, cells, 1) + timed(long, long_cells, 1)
+    return timed(short, cells, TURNS) + timed(long, long_cells, 1)
 
 
 def kl(lens: ll.LoraLens, peak: Callable) -> list[str]:

@@ -64,7 +64,7 @@ def patch_sites(
 ) -> Effects:
     """What each site, group of sites or single rank does to the readout, exactly.
 
-    Cost: two forward passes, five for the noise floor, and one per group, batched; about half of
+    Cost: two forward passes, four for the noise floor, and one per group, batched; about half of
     that where the model's batch may grow from block to block (all but Bloom and OPT on a Bridge).
     Where δ is not replaced by zero, one forward pass of the texts too, and with 'add_one' two per
     group, with its own δ and without.

@@ -78,7 +78,9 @@ class Asked:
             reading: of these prompts, by the readout.
             base: the logits of its rows at gates of zero.
         """
-        return Asked(self.lens, self.prompts, (readout, held(readout, reading, base)))
+        asked = Asked(self.lens, self.prompts, (readout, held(readout, reading, base)))
+        asked.know_base(asked.lens.gates(0.0).new_zeros(reading.batch))
+        return asked
 
     def require_slope_at_base(self) -> Asked:
         """The question itself, unless its readout has no derivative at ε = 0.
@@ -117,10 +119,7 @@ class Asked:
         Raises:
             NumericsError: a non-finite readout.
         """
-        base = vars(self).get("base")
-        missing = self._corners if base is None else self._corners[1:]
-        found = gated_readout(self.lens, self.reading, missing).T
-        return found.contiguous() if base is None else torch.stack([base, found[0]])
+        return self._with_base(gated_readout(self.lens, self.reading, self._missing).T)
 
     def at_gates(
         self, gates: Float[Tensor, "point site"], *, progress: bool = True, what: str
@@ -139,10 +138,11 @@ class Asked:
         """
         if "ends" in vars(self):
             return gated_readout(self.lens, self.reading, gates, progress=progress, what=what)
-        both = torch.cat([self._corners, gates.to(self._corners)])
+        missing = self._missing
+        both = torch.cat([missing, gates.to(missing)])
         values = gated_readout(self.lens, self.reading, both, progress=progress, what=what)
-        self.know_ends(values[:, :2].T.contiguous())
-        return values[:, 2:]
+        self.know_ends(self._with_base(values[:, : len(missing)].T))
+        return values[:, len(missing) :]
 
     def know_base(self, base: Float[Tensor, "batch"]) -> None:
         """Take g(0) from a pass that was run anyway.
@@ -162,22 +162,28 @@ class Asked:
         vars(self)["ends"] = ends
 
     @property
-    def _corners(self) -> Float[Tensor, "end site"]:
-        return torch.stack([self.lens.gates(0.0), self.lens.gates(1.0)])
+    def _missing(self) -> Float[Tensor, "end site"]:
+        """The gates of the ends, of the adapted one alone where g(0) is known."""
+        strengths = [1.0] if "base" in vars(self) else [0.0, 1.0]
+        return torch.stack([self.lens.gates(strength) for strength in strengths])
+
+    def _with_base(self, found: Float[Tensor, "end batch"]) -> Float[Tensor, "end batch"]:
+        known = [] if len(found) == 2 else [vars(self)["base"].to(found)[None]]
+        return torch.cat([*known, found])
 
     @property
     def base_noise(self) -> Float[Tensor, "batch"]:
-        """σ of g(0) from rounding alone. Five forward passes, at the first use."""
+        """σ of g(0) from rounding alone. Five forward passes at first, or four if it is known."""
         return noise_of_draws(self._drawn_at(0)[0])
 
     @property
     def adapted_noise(self) -> Float[Tensor, "batch"]:
-        """σ of g(1) from rounding alone. Five forward passes, at the first use."""
+        """σ of g(1) from rounding alone. Five forward passes at first, or four if it is known."""
         return noise_of_draws(self._drawn_at(1)[0])
 
     @property
     def noise_floor(self) -> Float[Tensor, "batch"]:
-        """σ of g(1) − g(0) from rounding alone. Ten forward passes at the first use, ends included.
+        """σ of g(1) − g(0) from rounding alone. Ten forward passes at first, ends included.
 
         Raises:
             NumericsError: a non-finite readout.
@@ -189,7 +195,10 @@ class Asked:
         """Those that were not run yet in one batch; g at both ends comes with the draws of both."""
         missing = [end for end in ends if end not in self._drawn]
         if missing:
-            found = draws_at(self.lens, self.reading, missing)
+            known = vars(self).get("ends")
+            found = draws_at(self.lens, self.reading, missing, first=known is None)
+            if known is not None:
+                found = torch.cat([known[missing][:, None].to(found), found], 1)
             self._drawn.update(zip(missing, found, strict=True))
             if len(missing) == 2 and "ends" not in vars(self):
                 require_finite(found[:, 0], "the readout")
@@ -202,7 +211,7 @@ class Asked:
 
     @property
     def base_draws(self) -> Float[Tensor, "draw batch"]:
-        """g(0), and then draws of it with noise at the embedding. Five forward passes at first."""
+        """g(0), and then draws of it with noise at the embedding. As `base_noise`."""
         return self._drawn_at(0)[0]
 
     @functools.cached_property

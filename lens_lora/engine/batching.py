@@ -52,7 +52,7 @@ BRANCH_TOKENS, BRANCH_LOGITS = 4096, 2**27  # forward passes that branch, of one
 SLOPE_TOKENS = 512  # forward passes that a backward pass follows
 GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back through it
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
-FINAL_TOKENS = 4096  # tangents of which nothing is unembedded
+FINAL_TOKENS = 8192  # tangents of which nothing is unembedded
 PICKS = 128  # tokens of a response that are unembedded
 _DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
 # In numbers of `_numbers`: what a pass of dual numbers holds at a time, measured.

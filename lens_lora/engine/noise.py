@@ -69,9 +69,9 @@ class Draws(NamedTuple):
 
 
 def draws_at(
-    lens: LoraLens, reading: Reading, scales: Sequence[float]
+    lens: LoraLens, reading: Reading, scales: Sequence[float], *, first: bool
 ) -> Float[Tensor, "scale draw batch"]:
-    """g at some strengths: as it is, and then four draws. Five forward passes each, batched.
+    """g at some strengths in four draws, and first as it is. Four or five passes each, batched.
 
     The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁹ for bfloat16, and 1/254 where a
     kernel rounds activations to 8 bit (`hooked/quantised.py`).
@@ -80,15 +80,17 @@ def draws_at(
         lens: the adapter over the model.
         reading: what is run, and read.
         scales: ε of all sites.
+        first: also g without noise, as it may be known from other passes.
     """
-    return torch.cat([_draws_of(lens, some, scales) for some in pass_groups(lens, reading)], 2)
+    copies = [(lens.gates(e), draw) for e in scales for draw in range(not first, 1 + _DRAWS)]
+    found = [_draws_of(lens, some, copies) for some in pass_groups(lens, reading)]
+    return torch.cat(found, 1).unflatten(0, (len(scales), -1))
 
 
 def _draws_of(
-    lens: LoraLens, reading: Reading, scales: Sequence[float]
-) -> Float[Tensor, "scale draw some"]:
+    lens: LoraLens, reading: Reading, copies: Sequence[tuple[Float[Tensor, "site"], int]]
+) -> Float[Tensor, "copy some"]:
     rows, generator = reading.prompts.batch, torch.Generator(device="cpu").manual_seed(0)
-    copies = [(lens.gates(scale), draw) for scale in scales for draw in range(1 + _DRAWS)]
     step, of_logits = rows_at_once(lens, reading.prompts), torch.Generator().manual_seed(1)
     found: list[Tensor] = []
     for start in range(0, len(copies), step):
@@ -102,7 +104,7 @@ def _draws_of(
             last = _rounding_of_logits(lens, of_logits)  # a site's own hook may be there
         pairs = zip(logits, some, strict=True)
         found += [reading.read(last(row) if draw else row) for row, (_, draw) in pairs]
-    return torch.stack(found).unflatten(0, (len(scales), -1))
+    return torch.stack(found)
 
 
 def noise_of_draws(values: Float[Tensor, "draw batch"]) -> Float[Tensor, "batch"]:

@@ -26,6 +26,7 @@ from lens_lora.readouts.rows import Reading, one_row_each
 __all__ = ["KL", "Divergence", "Way", "held"]
 
 Way = Literal["base_to_adapted", "adapted_to_base"]
+_LARGEST = 60.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,36 +89,42 @@ def held(readout: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) 
         base: the logits of its rows at gates of zero.
     """
     rows = torch.arange(len(base), device=base.device)
-    log_p = base.log_softmax(-1)
     mask = reading.prompts.read_mask.to(base.device)
     there = readout.direction == "base_to_adapted"
-    return dataclasses.replace(reading, read=Divergence(log_p, mask, rows, there))
+    return dataclasses.replace(reading, read=Divergence(base, base.softmax(-1), mask, rows, there))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Divergence:
-    """Σ_t KL of each row's slots, in nats.
+    """Σ_t KL of each row's slots, in nats, from the shift d = f − f₀ less its mean Σ p₀ d.
 
     Attributes:
-        log_p: log p₀ of every row that is held.
+        base: f₀ of every row that is held.
+        p: p₀, their softmax.
         mask: which slots of it hold a token.
         of: which held row each row is compared with.
         there: KL(p₀‖p), else KL(p‖p₀).
     """
 
-    log_p: Float[Tensor, "held *slot vocab"]
+    base: Float[Tensor, "held *slot vocab"]
+    p: Float[Tensor, "held *slot vocab"]
     mask: Bool[Tensor, "held slot"]
     of: Int[Tensor, "row"]
     there: bool
 
     def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "row"]:
         """D of each row from its logits."""
-        log_q, of = logits.log_softmax(-1), self.of.to(logits.device)
-        log_p = self.log_p.to(logits.device)[of]
-        log_p = log_p if log_p.ndim == 2 else log_p[:, : logits.shape[1]]
-        first, second = (log_p, log_q) if self.there else (log_q, log_p)
-        by_slot = (first.exp() * (first - second)).sum(-1)
+        by_slot = torch.stack(
+            [self._of_row(row, of) for row, of in zip(logits, self.of.tolist(), strict=True)]
+        )
         return by_slot if by_slot.ndim == 1 else _over_slots(by_slot, self.mask[self.of])
+
+    def _of_row(self, logits: Float[Tensor, "*slot vocab"], of: int) -> Float[Tensor, "*slot"]:
+        base, p = (
+            held[of][: len(logits)] if logits.ndim == 2 else held[of]
+            for held in (self.base, self.p)
+        )
+        return _divergence(base.to(logits), p.to(logits), logits, self.there)
 
     def repeat(self, times: int) -> Divergence:
         """The readout of every row several times: r0 r0 … r1 r1 …
@@ -140,3 +147,31 @@ def _over_slots(
     by_slot: Float[Tensor, "row slot"], mask: Bool[Tensor, "row all_slots"]
 ) -> Float[Tensor, "row"]:
     return (by_slot * mask[:, : by_slot.shape[1]].to(by_slot)).sum(1)
+
+
+def _divergence(
+    base: Float[Tensor, "*slot vocab"],
+    p: Float[Tensor, "*slot vocab"],
+    logits: Float[Tensor, "*slot vocab"],
+    there: bool,
+) -> Float[Tensor, "*slot"]:
+    """KL(p₀‖p) = log Z − Σ p₀ d, or KL(p‖p₀) = Σ p₀ eᵈ d / Z − log Z, where Z = Σ p₀ eᵈ.
+
+    Z and eᵈ are taken as what they exceed one by, so that rounding is that of a small divergence.
+    """
+    shift = logits - base
+    shift = shift - torch.linalg.vecdot(p, shift)[..., None]
+    if float(shift.detach().amax()) > _LARGEST:  # where p₀ rounds to zero, p may be anything
+        return _from_logarithms(base.log_softmax(-1), logits.log_softmax(-1), there)
+    left = torch.linalg.vecdot(p, shift)  # of the mean, by rounding
+    grown = torch.expm1(shift)
+    rest = torch.linalg.vecdot(p, grown)
+    if there:
+        return rest.log1p() - left
+    moved = torch.linalg.vecdot(p * shift, grown)
+    return (moved + left) / (1 + rest) - rest.log1p()
+
+
+def _from_logarithms(log_p: Tensor, log_q: Tensor, there: bool) -> Tensor:
+    first, second = (log_p, log_q) if there else (log_q, log_p)
+    return (first.exp() * (first - second)).sum(-1)

@@ -10,6 +10,8 @@ import torch
 from scipy.special import rel_entr
 
 import lens_lora as ll
+from lens_lora.engine import asked as asking
+from lens_lora.readouts.divergence import Divergence
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]
@@ -184,3 +186,66 @@ def test_a_sweep_reads_it(case: cases.Case, tmp_path, response):
     for i, record in enumerate(records):
         own = ll.path_attribution(case.lens, record["prompt"], readout, progress=False)
         assert (swept.adapted[i] - own.adapted[0]).abs() < 1e-10
+
+
+def read(base: torch.Tensor, logits: torch.Tensor, way: str, slots: bool = True) -> torch.Tensor:
+    """D by the reading itself, of every row."""
+    mask = torch.ones(len(base), base.shape[1] if slots else 1, dtype=torch.bool)
+    rows = torch.arange(len(base))
+    return Divergence(base, base.softmax(-1), mask, rows, way == WAYS[0])(logits)
+
+
+def by_scipy(base: torch.Tensor, logits: torch.Tensor, way: str) -> torch.Tensor:
+    p, q = (x.double().log_softmax(-1).exp().numpy() for x in (base, logits))
+    return torch.from_numpy(rel_entr(*((p, q) if way == WAYS[0] else (q, p))).sum(-1))
+
+
+@each_way
+@pytest.mark.parametrize("size", [1e-3, 1.0, 10.0, 60.0])
+def test_rounding_is_that_of_the_shift(way: str, size: float):
+    """A small divergence in float32, of which two softmaxes leave little; a large one too."""
+    generator = torch.Generator().manual_seed(0)
+    base = 4 * torch.randn(3, 2, 500, generator=generator)
+    logits = base + size * torch.randn(3, 2, 500, generator=generator) + 7 * size
+    expected = by_scipy(base, logits, way).sum(1)
+    found = read(base, logits, way).double()
+    assert torch.allclose(found, expected, rtol=2e-3 if size < 1 else 1e-5, atol=0)
+    one = read(base[:, 0], logits[:, 0], way, slots=False).double()
+    assert torch.allclose(one, by_scipy(base[:, 0], logits[:, 0], way), rtol=2e-3, atol=0)
+    of_softmaxes = (base.softmax(-1) * (base.log_softmax(-1) - logits.log_softmax(-1))).sum((1, 2))
+    away = (of_softmaxes.double() / expected - 1).abs().max()
+    assert size > 1e-3 or way != WAYS[0] or away > 2e-3, "the control"
+    assert read(base, base, way).abs().max() == 0
+
+
+@each_way
+def test_a_token_that_was_impossible(way: str):
+    """Its p₀ rounds to zero, and it takes all."""
+    base, logits = torch.zeros(1, 1, 9), torch.zeros(1, 1, 9)
+    base[..., 0], logits[..., 0] = -300.0, 200.0
+    expected = by_scipy(base.double(), logits.double(), way).sum(1)
+    assert torch.allclose(read(base, logits, way).double(), expected, rtol=1e-5)
+
+
+def test_the_base_is_run_once(case: cases.Case, monkeypatch):
+    """Its distribution is held, and D(0) is zero without a pass; four draws make the floor."""
+    run, rows = ll.LoraLens.run, []
+    evaluate, gates = asking.gated_readout, []
+
+    def counted(lens: ll.LoraLens, some: ll.Prompts):
+        rows.append(len(some.tokens))
+        return run(lens, some)
+
+    def noted(lens, reading, points, **options):
+        gates.append(points)
+        return evaluate(lens, reading, points, **options)
+
+    monkeypatch.setattr(ll.LoraLens, "run", counted)
+    monkeypatch.setattr(asking, "gated_readout", noted)
+    ll.patch_sites(
+        case.lens, prompts(), ll.KL(), how="leave_one_out", group="layer", progress=False
+    )
+    (points,) = gates
+    assert len(points) == 1 + len({site.layer for site in case.lens.sites})
+    assert points.any(1).all(), "not the base model once more"
+    assert rows[0] == 2 and rows[-1] == 4 * 2
