@@ -88,7 +88,7 @@ def held(readout: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) 
         reading: from `readout.over`.
         base: the logits of its rows at gates of zero.
     """
-    rows = torch.arange(len(base), device=base.device)
+    rows = torch.arange(len(base), device="cpu")
     mask = reading.prompts.read_mask.to(base.device)
     there = readout.direction == "base_to_adapted"
     return dataclasses.replace(reading, read=Divergence(base, base.softmax(-1), mask, rows, there))
