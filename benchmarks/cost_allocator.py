@@ -3,7 +3,7 @@
 By default the memory of a tensor of more than 32 MiB is given back to the system when it is freed,
 and the next one is taken anew, page by page. `KEEP` are the variables that keep it. Each column is
 a process of its own over the embedded model as a TransformerBridge, on one thread; times are CPU
-seconds, medians of three turns after one that is not counted.
+seconds, medians of three turns after one that is not counted; by token and layer is run once.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def times() -> dict[str, float]:
             "F": of.forward,
             "one readout, all sites": of.one,
             "activations, all sites": lambda of=of: ll.activations(lens, of.row),
+            "by token and layer": lambda of=of: of.by_token(group="layer"),
         }
-        if tokens == 60:
-            works["by token and layer"] = lambda of=of: of.by_token(group="layer")
         for name, work in works.items():
-            taken = [cost_responses.seconds(work) for _ in range(1 + TURNS)][1:]
+            turns = 1 if name == "by token and layer" else TURNS
+            taken = [cost_responses.seconds(work) for _ in range(turns + (turns > 1))][-turns:]
             found[f"{name}, {cost_responses.PROMPT} + {tokens} tokens"] = statistics.median(taken)
     return found
 
