@@ -144,14 +144,14 @@ def write(out: Tensor, site_map: SiteMap, u: Tensor, gate: Tensor) -> Tensor:
 class _Reader:
     """Keeps the last firings of a read point until the next block begins."""
 
-    def __init__(self, firings: int, holding: list[_Reader]) -> None:
+    def __init__(self, firings: int, holding: list[collections.deque[Tensor]]) -> None:
         self.kept: collections.deque[Tensor] = collections.deque(maxlen=firings)
         self._holding = holding
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         del hook
         self.kept.append(tensor)
-        self._holding.append(self)
+        self._holding.append(self.kept)
 
 
 class _Writer:
@@ -226,11 +226,11 @@ def site_hooks(
     """
     by_start: dict[str | None, list[tuple[str, HookFn]]] = {}
     readers: dict[str, _Reader] = {}
-    holding: list[_Reader] = []
+    holding: list[collections.deque[Tensor]] = []
 
     def let_go() -> None:
         while holding:
-            holding.pop().kept.clear()
+            holding.pop().clear()
 
     for index in _norms_first(plan):
         site, port = plan.sites[plan.injections[index].site], plan.injections[index].ports

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import cases
 import models
 import pytest
@@ -10,6 +12,7 @@ from every_family import EVERY
 from model_state import merged_model, same, state
 
 import lens_lora as ll
+from lens_lora.engine.function import gated_logits
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -227,3 +230,23 @@ def test_generate_under_the_adapter(cls: str):
     with lens.applied() as model:
         found = model.generate(tokens, max_new_tokens=4, stop_at_eos=False, **options)
     assert torch.equal(found, expected)
+
+
+def test_a_pass_leaves_nothing_to_the_garbage_collector(cls: str):
+    """What a block's readers kept goes with its hooks: on long prompts it is a lot."""
+    lens = cases.case("llama", cls, "raw").lens
+    prompts = ll.Prompts(models.tokens(), torch.tensor([7, 4]))
+
+    def tensors() -> int:
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+    gated_logits(lens, prompts, lens.gates(1.0))
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(3):
+            gated_logits(lens, prompts, lens.gates(1.0))
+        assert tensors() == before
+    finally:
+        gc.enable()
