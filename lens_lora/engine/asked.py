@@ -167,7 +167,7 @@ class Asked:
         strengths = [1.0] if "base" in vars(self) else [0.0, 1.0]
         return torch.stack([self.lens.gates(strength) for strength in strengths])
 
-    def _with_base(self, found: Float[Tensor, "end batch"]) -> Float[Tensor, "end batch"]:
+    def _with_base(self, found: Float[Tensor, "_missing batch"]) -> Float[Tensor, "end batch"]:
         known = [] if len(found) == 2 else [vars(self)["base"].to(found)[None]]
         return torch.cat([*known, found])
 
