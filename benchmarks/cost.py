@@ -260,10 +260,10 @@ def main() -> None:
 
 
 def measured(asked: argparse.Namespace) -> None:
+    kept = "" if asked.allocator else f"freed memory {('given back', 'kept')[keeps_memory()]}, "
     print(
         f"torch {torch.__version__}, threads: {torch.get_num_threads()}, {platform.machine()}, "
-        f"freed memory {'kept' if keeps_memory() else 'given back'}, "
-        f"matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s in float32.\n"
+        f"{kept}matmul peak {matmul_peak() / 1e9:.0f} GFLOP/s in float32.\n"
     )
     if asked.growth or asked.allocator:
         allocator_table() if asked.allocator else growth_tables()

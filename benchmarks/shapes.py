@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import gc
 import platform
 import statistics
 import time
@@ -211,6 +212,7 @@ class Peak:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
+            gc.collect()
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         self._before = torch.cuda.memory_allocated() if self._on_gpu else _resident("VmRSS")

@@ -82,8 +82,8 @@ def explain_all(
     """`explain` of several prompts, those of like length in the same passes.
 
     Cost: of each prompt as of `explain`. With fast=True, short prompts share their passes; as those
-    of one prompt share some already, sixteen prompts take two to three times as many passes of
-    sixteen rows as one prompt takes of one.
+    of one prompt share some already, sixteen prompts take one and a half to two and a half times as
+    many passes of sixteen rows as one prompt takes of one.
 
     Args:
         lens: the adapter over the model.

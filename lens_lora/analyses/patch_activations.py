@@ -58,7 +58,7 @@ def patch_activations(
 ) -> ActivationEffects:
     """What one activation carries of the shift: replaced by the other model's, at each hook point.
 
-    Cost: three forward passes, five for the noise floor, and one per name (and position with
+    Cost: three forward passes, four for the noise floor, and one per name (and position with
     'each'), batched; rows begin at the block in which they patch, where the model's batch may grow
     (not Bloom and OPT on a Bridge). One short pass more for positions, and one for each name
     without an effect.

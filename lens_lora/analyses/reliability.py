@@ -225,7 +225,7 @@ def reliability(
 ) -> Reliability:
     """Screen a_l as the answer to one question, flag what to distrust; with fix=True, measure it.
 
-    Cost beyond first_order and the noise floor (five forward passes), where a
+    Cost beyond first_order and the noise floor (four forward passes), where a
     site that is run takes a forward pass, or about half where the model's blocks branch:
     leave_one_out: one forward and one backward, and with fix each site flagged at some prompt.
     add_one: each site above the floor at some prompt; nothing more for fix.

@@ -3,8 +3,8 @@
     Z = 1 + Σ p (eᵈ − 1),    KL(p ‖ q) = log Z − Σ p d,    q − p = (p (eᵈ − 1) − (Z − 1) p) / Z
 
 d counts from its mean Σ p d, as a constant in all logits changes nothing: the rounding of a KL is
-then that of what d differs by, not of the logits or of the constant. Beyond `_LARGEST` a
-probability that rounds to zero might grow to one, so there q is a softmax.
+then that of what d differs by, not of the logits or of the constant. Beyond `LARGEST_SHIFT` q is a
+softmax.
 
 Cost: no forward pass; the logits are read a few times, in place.
 """
@@ -18,10 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.function import require_finite
+from lens_lora.readouts.divergence import LARGEST_SHIFT
 
 __all__ = ["DistributionShift", "distribution_shift"]
-
-_LARGEST = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +76,7 @@ def distribution_shift(
     """
     require_finite(shift.sum(-1), "the shift of a logit")
     shift.sub_(_mean(p, shift)[..., None])
-    if float(shift.amax()) > _LARGEST:
+    if float(shift.amax()) > LARGEST_SHIFT:
         log_q, log_p = (base + shift).log_softmax(-1), base.log_softmax(-1)
         kl = (p * (log_p - log_q)).sum(-1)
         return DistributionShift(kl, p, log_q.exp_().sub_(p), torch.zeros_like(kl))

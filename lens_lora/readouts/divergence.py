@@ -23,10 +23,11 @@ from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading, one_row_each
 
-__all__ = ["KL", "Divergence", "Way", "held"]
+__all__ = ["KL", "LARGEST_SHIFT", "Divergence", "Way", "held"]
 
 Way = Literal["base_to_adapted", "adapted_to_base"]
-_LARGEST = 60.0
+# Of a logit: beyond it a probability that rounds to zero might grow to one.
+LARGEST_SHIFT = 60.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,10 +159,11 @@ def _divergence(
     """KL(p₀‖p) = log Z − Σ p₀ d, or KL(p‖p₀) = Σ p₀ eᵈ d / Z − log Z, where Z = Σ p₀ eᵈ.
 
     Z and eᵈ are taken as what they exceed one by, so that rounding is that of a small divergence.
+    `engine/distribution_shift.py` has the same sums in place, without derivatives.
     """
     shift = logits - base
     shift = shift - torch.linalg.vecdot(p, shift)[..., None]
-    if float(shift.detach().amax()) > _LARGEST:  # where p₀ rounds to zero, p may be anything
+    if float(shift.detach().amax()) > LARGEST_SHIFT:
         return _from_logarithms(base.log_softmax(-1), logits.log_softmax(-1), there)
     left = torch.linalg.vecdot(p, shift)  # of the mean, by rounding
     grown = torch.expm1(shift)
