@@ -98,14 +98,19 @@ def test_no_floor_on_the_way_is_too_low(family: str, cls: str, strength: float):
 def test_few_errors_are_beyond_three_floors():
     """At most one prompt in twenty-four, over all cells, at any of its strengths.
 
-    An error of g(0) is in all its strengths. 5 and 6 of 192 with two choices of the draws' seeds.
+    An error of g(0) is in all its strengths. 5 and 6 of 192 with two choices of the draws' seeds;
+    how a CPU rounds decides too. Many must be beyond a third of the floor, or it would say nothing.
     """
-    beyond = torch.zeros(())
+    beyond, noticed = torch.zeros(()), torch.zeros(())
     for cell in CELLS:
         low, high, found = measured(*cell)
         error = (low.first.double() - high.first).abs()
-        beyond += (error > 3 * found.curve.remainder_floor).any(1).sum()
-    assert 0 < beyond <= len(CELLS) * len(TOKENS) / 24
+        floor = found.curve.remainder_floor
+        beyond += (error > 3 * floor).any(1).sum()
+        noticed += (error > floor / 3).any(1).sum()
+    prompts = len(CELLS) * len(TOKENS)
+    assert beyond <= prompts / 24
+    assert noticed > prompts / 2
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
