@@ -126,7 +126,8 @@ class Asked:
     ) -> Float[Tensor, "batch point"]:
         """g at several gate vectors, in the same passes as the ends where those are not known yet.
 
-        At most as many forward passes as points, and two for the ends.
+        At most as many forward passes as points, and two for the ends; a point that is one of the
+        ends is not run again.
 
         Args:
             gates: the same for every prompt.
@@ -136,12 +137,25 @@ class Asked:
         Raises:
             NumericsError: a non-finite readout.
         """
-        if "ends" in vars(self):
-            return gated_readout(self.lens, self.reading, gates, progress=progress, what=what)
-        missing = self._missing
+        is_end = torch.stack([(gates == strength).all(1) for strength in (0.0, 1.0)])
+        inner = ~is_end.any(0)
+        values = self._with_ends(gates[inner], progress, what)
+        found = values.new_empty(len(values), len(gates))
+        found[:, inner] = values
+        for end, which in zip(self.ends, is_end, strict=True):
+            found[:, which] = end[:, None].to(found)
+        return found
+
+    def _with_ends(
+        self, gates: Float[Tensor, "inner site"], progress: bool, what: str
+    ) -> Float[Tensor, "batch inner"]:
+        missing = self._missing if "ends" not in vars(self) else self._missing[:0]
         both = torch.cat([missing, gates.to(missing)])
+        if not len(both):
+            return self.ends.T[:, :0]
         values = gated_readout(self.lens, self.reading, both, progress=progress, what=what)
-        self.know_ends(self._with_base(values[:, : len(missing)].T))
+        if len(missing):
+            self.know_ends(self._with_base(values[:, : len(missing)].T))
         return values[:, len(missing) :]
 
     def know_base(self, base: Float[Tensor, "batch"]) -> None:

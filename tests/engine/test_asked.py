@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import cases
 import models
 import pytest
 import torch
+from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.function import gated_readout
+from lens_lora.readouts.rows import Reading
 
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
 POINT = "blocks.0.hook_resid_post"
@@ -161,6 +165,34 @@ def test_ends_ride_in_passes_that_are_run_anyway(cls: str):
         values = riding.at_gates(half, what="half")
         assert torch.allclose(riding.ends, alone.ends, rtol=1e-12)
         assert torch.allclose(alone.at_gates(half, what="half"), values, rtol=1e-12)
+
+
+@CLASSES
+@pytest.mark.parametrize("known", [True, False])
+def test_an_end_among_the_points_is_not_run_again(
+    cls: str, known: bool, monkeypatch: pytest.MonkeyPatch
+):
+    run: list[int] = []
+
+    def counted(lens: ll.LoraLens, reading: Reading, gates: Tensor, **said: Any) -> Tensor:
+        run.append(len(gates))
+        return gated_readout(lens, reading, gates, **said)
+
+    monkeypatch.setattr("lens_lora.engine.asked.gated_readout", counted)
+    with models.lifted():
+        lens = cases.case("llama", cls, "raw").lens
+        asked = ask(lens, PROMPTS, ll.Margin(5, 9))
+        base, adapted = asked.ends if known else ask(lens, PROMPTS, ll.Margin(5, 9)).ends
+        run.clear()
+        points = torch.stack([lens.gates(e) for e in (1.0, 0.5, 0.0, 1.0)])
+        values = asked.at_gates(points, what="points")
+        assert run == [1 if known else 3]
+        for column, end in zip((0, 2, 3), (adapted, base, adapted), strict=True):
+            assert torch.allclose(values[:, column], end, rtol=1e-12)
+        ends_alone = asked.at_gates(points[[2, 0]], what="ends")
+        assert torch.equal(ends_alone.T, asked.ends) and len(run) == 1
+        half = ask(lens, PROMPTS, ll.Margin(5, 9)).at_gates(points[1:2], what="half")
+        assert torch.allclose(values[:, 1:2], half, rtol=1e-12)
 
 
 def test_what_needs_a_readout_says_so():
