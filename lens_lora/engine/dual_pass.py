@@ -53,6 +53,7 @@ def _begin_dual(span: Temporary) -> OneProduct:
             "around this call, and torch has no second one. Leave it first."
         )
     span.push(_name_the_operation)
+    products = OneProduct()
     attention_from_formula(span)
     _use_plain_bloom_gelu(span)
     span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
@@ -61,7 +62,6 @@ def _begin_dual(span: Temporary) -> OneProduct:
     torch._C._set_fwd_grad_enabled(True)
     span.way_back(_leave_dual_level)
     fwad.enter_dual_level()
-    products = OneProduct()
     span.way_back(functools.partial(_pop_modes, _len_torch_function_stack()))
     return products.__enter__()
 

@@ -10,21 +10,24 @@
    for every term; here terms are added in place.
 3. Where every row of a batch has the same primal (tangents of many parts of one prompt), what
    depends on the primal only is computed once for all rows.
-4. Operations without a rule here are left to torch.
-5. Where the value keeps a graph, tangents are detached from it: nothing goes back through them.
+4. Where the value keeps a graph, tangents are detached from it, as nothing goes back through them.
+   What torch saves of a dual number holds its tangent too, so such functions (and fused attention,
+   whose value then saves no pattern) are run once for the value and once for the tangent.
+5. Operations without a rule here are left to torch.
 
 Cost: a dual forward pass takes about 2.5 forward passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["OneProduct"]
@@ -39,6 +42,9 @@ _APART = 4
 class OneProduct(TorchFunctionMode):
     """Within the block, products of dual numbers follow the rules above.
 
+    Attention of values that keep a graph is computed by the kernels that are allowed when this is
+    made, and whatever has a tangent by those that are in force.
+
     Attributes:
         rows: how many rows of the batch have the same primal: 1, or all rows that it has now. Code
             that adds rows must set it. It stays 1 for a mixture of experts, which takes tokens out
@@ -47,7 +53,7 @@ class OneProduct(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = 1
+        self.rows, self._kernels = 1, _cur_sdpa_kernel_backends()
 
     def __torch_function__(
         self,
@@ -60,6 +66,8 @@ class OneProduct(TorchFunctionMode):
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         found = None if rule is None else rule(self.rows, *args, **kwargs)
+        if found is None and func in _SAVING:
+            found = _apart(func, args, kwargs, self._kernels)
         return func(*args, **kwargs) if found is None else found
 
 
@@ -217,6 +225,27 @@ def _parts_of(value: Any) -> tuple[Any, Tensor | None]:
     return primal, None if tangent is None else _alone(tangent)
 
 
+def _apart(
+    func: Callable[..., Any],
+    args: _Args,
+    named: dict[str, Any],
+    kernels: list[SDPBackend],
+) -> Tensor | None:
+    """The value with its graph, and the tangent without; None where no dual number has a graph."""
+    both = [_parts_of(arg) for arg in (*args, *named.values())]
+    if not any(moved is not None and value.requires_grad for value, moved in both):
+        return None
+
+    def run(operands: Sequence[Any]) -> Tensor:
+        return func(*operands[: len(args)], **dict(zip(named, operands[len(args) :], strict=True)))
+
+    with torch.no_grad():
+        alone = [_alone(x) if dx is None else fwad.make_dual(_alone(x), dx) for x, dx in both]
+        moved = fwad.unpack_dual(run(alone)).tangent
+    with sdpa_kernel(kernels):
+        return fwad.make_dual(run([value for value, _ in both]), moved)
+
+
 def _alone(value: Any) -> Any:
     """The same without its graph."""
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
@@ -241,6 +270,17 @@ def _over(value: Tensor, like: Tensor) -> Tensor:
     return value if value.ndim and len(value) == 1 else _spread(value, like)
 
 
+# What torch saves their operands for.
+_SAVING = frozenset(
+    {
+        *(torch.mul, Tensor.mul, Tensor.__mul__, torch.div, Tensor.div, Tensor.__truediv__),
+        *(torch.pow, Tensor.pow, Tensor.__pow__, torch.square, Tensor.square),
+        *(torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt, torch.tanh, Tensor.tanh),
+        *(functional.silu, functional.gelu, functional.relu, functional.tanh),
+        *(functional.layer_norm, functional.scaled_dot_product_attention),
+        *(torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm, torch.gather, Tensor.gather),
+    }
+)
 _RULES: dict[Callable[..., Any], _Rule] = {
     functional.linear: _linear,
     torch.addmm: _addmm,

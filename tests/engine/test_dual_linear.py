@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saved import saved
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lens_lora.engine.duals import OneProduct
 
@@ -142,6 +146,50 @@ def test_values_keep_their_graph_and_tangents_have_none(name: str):
     (found,) = torch.autograd.grad(value, start, cotangent)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
     assert torch.allclose(slope, moved, rtol=1e-12, atol=1e-12)
+
+
+# Of x [2, 3, 4] and of a part of it.
+SAVING = {
+    "silu": functional.silu,
+    "gelu": lambda x: functional.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "norm": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "norm by a quotient": lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(),
+    "layer norm": lambda x: functional.layer_norm(x, (4,), draw(4, seed=5), draw(4, seed=6)),
+    "gated": lambda x: x * (x @ draw(4, 4, seed=5)),
+    "attention": lambda x: functional.scaled_dot_product_attention(
+        x[:, None], x[:, None] @ draw(4, 4, seed=5), x[:, None], is_causal=True
+    ),
+    "masked attention": lambda x: functional.scaled_dot_product_attention(
+        x[:, None], x[:, None], x[:, None], attn_mask=draw(3, 3, seed=7), scale=0.3
+    ),
+    "batched products": lambda x: torch.bmm(x, x.mT).baddbmm(batch1=x, batch2=x.mT, beta=0.5),
+    "gathered": lambda x: x.gather(1, torch.ones(2, 1, 4, dtype=torch.long)),
+}
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_no_tangent_is_saved_for_the_way_back(name: str):
+    """Value, gradient and tangent are torch's own, and the graph holds primals alone."""
+    primal, tangent = draw(2, 3, 4, seed=2), draw(2, 3, 4, seed=3)
+    with sdpa_kernel(SDPBackend.MATH):
+        (plain, moved), (expected, slope) = both(SAVING[name], primal, tangent)
+    assert torch.allclose(plain, expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(moved, slope, rtol=1e-12, atol=1e-12)
+    cotangent, start = draw(*plain.shape, seed=4), primal.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(SAVING[name](start * 1.0), start, cotangent)
+    held = {}
+    for ours in (True, False):
+        rules = OneProduct() if ours else nullcontext()
+        with saved() as graph, fwad.dual_level(), sdpa_kernel(SDPBackend.MATH), rules:
+            dual = fwad.make_dual(start * 1.0, tangent)
+            value, slope = fwad.unpack_dual(SAVING[name](dual))
+            slope = slope.detach().clone()
+        held[ours] = sum(tensor.is_dual for tensor in graph)
+        assert torch.allclose(slope, moved, rtol=1e-12, atol=1e-12)
+        (found,) = torch.autograd.grad(value, start, cotangent)
+        assert torch.allclose(found, gradient, rtol=1e-12, atol=1e-12)
+    assert held[True] == 0 < held[False]
 
 
 def test_no_graph_behind_a_tangent():

@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 from every_call import CALLS, MARGIN, same
+from saved import saved
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
@@ -112,3 +113,16 @@ def test_a_hooked_transformer_always_has_patterns():
     base = models.hf_model("llama", dtype=torch.float32)
     with pytest.raises(ll.ModelStateError, match="attn='sdpa'.*TransformerBridge"):
         hooked_model(base, None, kind="HookedTransformer", attn="sdpa")
+
+
+def test_no_patterns_are_held_for_a_divergence():
+    """Those of tangents are let go block by block. Control: the bridge as it is holds its own."""
+    found, held = [], []
+    for lens in pair("llama"):
+        with models.lifted(), saved() as graph:
+            shares = ll.kl_shares(lens, models.tokens(pos=LONG), progress=False)
+        found.append(shares.attribution.values)
+        held.append(sum(tensor.shape[-2:] == (LONG, LONG) for tensor in graph))
+    plain, fused = held
+    assert fused == 0 < plain
+    assert same(found[1], found[0], 1e-10)

@@ -22,6 +22,7 @@ _HEADINGS = {
     "norm": ("How large ΔW is through the training", "‖ΔW‖ of each group"),
 }
 _NORMS = {"moved": "‖change‖", "norm": "‖ΔW‖"}
+_FEW_STEPS = 12  # each has its tick; without this there are ticks between steps
 
 
 @drawing.figure.register(Checkpoints)
@@ -78,7 +79,7 @@ def checkpoints_figure(found: Checkpoints) -> go.Figure:
         legend=LEGEND_BELOW,
         margin={"b": 120},
     )
-    figure.update_xaxes(title_text="step")
+    figure.update_xaxes(title_text="step", dtick=1 if steps[-1] <= _FEW_STEPS else None)
     figure.update_yaxes(title_text=units)
     return figure
 

@@ -81,7 +81,11 @@ def colorbar(units: str, scale: Scale = "pushes", note: str = "") -> dict[str, A
     """
     lines = (label(units), _SAYS[scale], note)
     return {
-        "title": {"text": "<br>".join([*filter(None, lines), "&nbsp;"]), "side": "top"},
+        "title": {
+            "text": "<br>".join([*filter(None, lines), "&nbsp;"]),
+            "side": "top",
+            "font": {"size": 13},
+        },
         "thickness": 14,
         "outlinewidth": 0,
     }
