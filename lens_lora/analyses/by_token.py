@@ -134,11 +134,11 @@ def _covectors(
     asked: Asked, gates: Float[Tensor, "site"], progress: bool
 ) -> Float[Tensor, "batch site token"]:
     lens, reading = asked.lens, asked.reading
-    if must_rerun(lens, reading.prompts):
+    if must_rerun(lens, reading):
         return _split(asked, gates, ())
     found = slopes_of_each(
         lens,
-        reading.prompts,
+        reading,
         gates,
         lambda: differentiable_tokens(lens, reading).T,
         progress=progress,

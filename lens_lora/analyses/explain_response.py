@@ -154,7 +154,7 @@ def _slopes_of(asked: Asked, tokens: list[int]) -> Float[Tensor, "moved site"]:
     def chosen() -> Float[Tensor, "moved batch"]:
         return differentiable_tokens(lens, reading)[:, tokens].T
 
-    return slopes_of_each(lens, reading.prompts, lens.gates(1.0), chosen, progress=False)[:, 0]
+    return slopes_of_each(lens, reading, lens.gates(1.0), chosen, progress=False)[:, 0]
 
 
 def _in_full(

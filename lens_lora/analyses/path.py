@@ -137,7 +137,7 @@ def _weighted_slopes(
     """The sum over as many nodes as are run at once."""
     adapted = lens.gates(1.0)
     points, weights = map(adapted.new_tensor, _gauss_legendre(nodes))
-    step = slopes_at_once(lens, reading.prompts)
+    step = slopes_at_once(lens, reading)
     for at, weight in zip(points.split(step), weights.split(step), strict=True):
         many, rows = reading.repeat(len(at)), at.repeat(len(reading.owner))
         slopes = site_slopes(lens, many, rows[:, None] * adapted, axes)

@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.batching import PICKS
 from lens_lora.engine.function import gated_logits, require_finite
+from lens_lora.engine.memory import rows_of_pass
 from lens_lora.errors import ArgumentError
 from lens_lora.float64 import in_float64
 from lens_lora.hooked.alone import alone
@@ -183,7 +183,8 @@ def token_shifts(
         k: how many promoted and suppressed tokens are kept at each place.
 
     Raises:
-        ArgumentError: k below 1, or `between` without two settings.
+        ArgumentError: k below 1, `between` without two settings, or a bound of memory that the
+            logits of a response are beyond.
         TokenError, PromptError: a response or prompt that does not fit the model.
         NumericsError: non-finite logits.
     """
@@ -218,6 +219,7 @@ def token_shifts_of(
 
 
 _PAIRS = ("log_p", "entropy", "rank", "kl")
+_AT_ONCE = 32  # tokens whose distributions are compared at a time, in float64
 
 
 def _responses(asked: Asked) -> Iterator[list[int]]:
@@ -235,6 +237,7 @@ def _of_one(
 ) -> dict[str, Tensor]:
     """What is known of one prompt's response, [token, …]; a pair of ends on the last axis."""
     lens, row = asked.lens, asked.reading.prompts.row(prompt)
+    rows_of_pass(lens, row)  # refuses what is beyond the bound
     with torch.no_grad():
         logits = [gated_logits(lens, row, ends)[0] for ends in gates]
         require_finite(torch.stack([at.amax() for at in logits]), "a logit")
@@ -242,7 +245,7 @@ def _of_one(
         chunks = [
             _of_tokens(base, adapted, some, min(k, base.shape[-1]))
             for base, adapted, some in zip(
-                *(at.split(PICKS) for at in logits), ids.split(PICKS), strict=True
+                *(at.split(_AT_ONCE) for at in logits), ids.split(_AT_ONCE), strict=True
             )
         ]
     return {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}

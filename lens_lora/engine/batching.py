@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from lens_lora.arguments import word
-from lens_lora.engine.memory import rows_of_graph, rows_of_pass
+from lens_lora.engine.memory import Run, prompts_of, rows_of_graph, rows_of_pass
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
@@ -30,7 +30,6 @@ from lens_lora.readouts.rows import Reading
 __all__ = [
     "BRANCHING_PAYS",
     "GRAPH_TOKENS",
-    "PICKS",
     "Mode",
     "branches_at_once",
     "cheaper_mode",
@@ -53,7 +52,6 @@ SLOPE_TOKENS = 512  # forward passes that a backward pass follows
 GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back through it
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
 FINAL_TOKENS = 8192  # tangents of which nothing is unembedded
-PICKS = 128  # tokens of a response that are unembedded
 _DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
 # In numbers of `_numbers`: what a pass of dual numbers holds at a time, measured.
 _DUAL = 44
@@ -102,25 +100,24 @@ def chosen_mode(
     return cheaper_mode(lens, readouts, starts) if mode == "auto" else mode
 
 
-def rows_at_once(lens: LoraLens, prompts: Prompts) -> int:
+def rows_at_once(lens: LoraLens, run: Run) -> int:
     """How many copies of the prompts make one batch of a forward pass."""
-    copies = _within(ROW_TOKENS, prompts.tokens.numel())
-    return _bounded(copies, prompts, rows_of_pass(lens, prompts))
+    return _bounded(ROW_TOKENS, run, rows_of_pass(lens, run))
 
 
-def branches_at_once(lens: LoraLens, prompts: Prompts) -> int:
+def branches_at_once(lens: LoraLens, run: Run) -> int:
     """How many points of one branching pass: in tokens of a row, and in logits of all rows."""
+    prompts = prompts_of(run)
     rows, longest = prompts.tokens.shape
     logits = rows * prompts.slots * int(lens.model.cfg.d_vocab_out)
     points = min(_within(BRANCH_TOKENS, longest), _within(BRANCH_LOGITS, logits))
-    fitting = rows_of_pass(lens, prompts)
+    fitting = rows_of_pass(lens, run)
     return points if fitting is None else max(1, min(points, fitting - 1))
 
 
-def slopes_at_once(lens: LoraLens, prompts: Prompts) -> int:
+def slopes_at_once(lens: LoraLens, run: Run) -> int:
     """How many copies of the prompts make one batch of a forward and a backward pass."""
-    copies = _within(SLOPE_TOKENS, prompts.tokens.numel())
-    return _bounded(copies, prompts, rows_of_graph(lens, prompts))
+    return _bounded(SLOPE_TOKENS, run, rows_of_graph(lens, run))
 
 
 def directions_at_once(prompts: Prompts) -> int:
@@ -138,12 +135,12 @@ def graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
     Raises:
         ArgumentError: one row takes more.
     """
-    return _groups(reading, rows_of_graph(lens, reading.prompts))
+    return _groups(reading, rows_of_graph(lens, reading))
 
 
 def pass_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
     """… whose forward pass is; as `graph_groups`."""
-    return _groups(reading, rows_of_pass(lens, reading.prompts))
+    return _groups(reading, rows_of_pass(lens, reading))
 
 
 def _groups(reading: Reading, rows: int | None) -> list[Reading]:
@@ -152,7 +149,9 @@ def _groups(reading: Reading, rows: int | None) -> list[Reading]:
     return reading.groups(rows * reading.prompts.tokens.shape[1])
 
 
-def _bounded(copies: int, prompts: Prompts, rows: int | None) -> int:
+def _bounded(tokens: int, run: Run, rows: int | None) -> int:
+    prompts = prompts_of(run)
+    copies = _within(tokens, prompts.tokens.numel())
     return copies if rows is None else max(1, min(copies, rows // len(prompts.tokens)))
 
 

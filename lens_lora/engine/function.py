@@ -81,7 +81,7 @@ def gated_readout(
 def _in_batches(
     lens: LoraLens, reading: Reading, gates: Tensor, progress: bool, what: str
 ) -> Float[Tensor, "batch point"]:
-    columns, step = [], rows_at_once(lens, reading.prompts)
+    columns, step = [], rows_at_once(lens, reading)
     with _bar(len(gates), _SLOW, progress, what) as bar:
         for some in gates.split(step):
             many = reading.repeat(len(some))
@@ -98,7 +98,7 @@ def _as_tree(
 ) -> Float[Tensor, "batch point"]:
     """One row of the reading at a time, as its own tree: aligned, without padding."""
     order = tree.neighbours_first(lens, gates)
-    columns, step = [], branches_at_once(lens, reading.prompts)
+    columns, step = [], branches_at_once(lens, reading)
     with _bar(len(gates), _SLOW, progress, what) as bar:
         for some in gates[order].split(step):
             columns.append(_branched(lens, reading, tree.Tree.of(lens, some)))
@@ -154,7 +154,7 @@ def _at_own_gates(
     lens: LoraLens, reading: Reading, gates: Float[Tensor, "batch point site"], bar: tqdm
 ) -> Float[Tensor, "batch point"]:
     owner, columns = reading.owner.to(lens.device), []
-    for some in gates.split(rows_at_once(lens, reading.prompts), 1):
+    for some in gates.split(rows_at_once(lens, reading), 1):
         many = reading.repeat(some.shape[1])
         with lens.injected(ScaleInject(lens.plan, some[owner].flatten(0, 1))):
             values = read_value(lens, many)

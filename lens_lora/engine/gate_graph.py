@@ -30,7 +30,13 @@ from tqdm import tqdm
 from lens_lora.engine import batching
 from lens_lora.engine.batching import covectors_at_once, directions_at_once
 from lens_lora.engine.dual_pass import attention_from_formula
-from lens_lora.engine.memory import must_rerun, require_rows_of_graph, require_second_order
+from lens_lora.engine.memory import (
+    Run,
+    must_rerun,
+    prompts_of,
+    require_rows_of_graph,
+    require_second_order,
+)
 from lens_lora.engine.read import read_value
 from lens_lora.engine.reverse import require_finite_sites, value_slopes
 from lens_lora.hooked.gates import ScaleInject
@@ -127,7 +133,7 @@ def gate_graph(
 
 def slopes_of_each(
     lens: LoraLens,
-    prompts: Prompts,
+    run: Run,
     at: Float[Tensor, "site"],
     read: Callable[[], Float[Tensor, "value row"]],
     *,
@@ -140,7 +146,7 @@ def slopes_of_each(
 
     Args:
         lens: the adapter over the model.
-        prompts: what `read` runs.
+        run: what `read` runs.
         at: the gates at which the derivative is taken.
         read: runs the prompts under the hooks that are then on the model, and reads.
         progress: show a bar.
@@ -148,8 +154,9 @@ def slopes_of_each(
     Raises:
         ArgumentError: the bound of the lens is less than one value takes.
     """
-    if must_rerun(lens, prompts):
-        require_rows_of_graph(lens, prompts)
+    prompts = prompts_of(run)
+    if must_rerun(lens, run):
+        require_rows_of_graph(lens, run)
         return value_slopes(lens, prompts, at, lambda: read().T)
     step = covectors_at_once(lens, prompts)
     return gate_graph(lens, prompts, at, read).slopes_of_each(step, progress=progress)
@@ -218,7 +225,7 @@ def hessian_products(
     Raises:
         NumericsError: a product that is not finite, naming the site.
     """
-    require_second_order(lens, reading.prompts)
+    require_second_order(lens, reading)
     directions = directions.to(at)
     step = directions_at_once(reading.prompts)
     silent = not progress or len(directions) <= step

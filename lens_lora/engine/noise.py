@@ -91,7 +91,7 @@ def _draws_of(
     lens: LoraLens, reading: Reading, copies: Sequence[tuple[Float[Tensor, "site"], int]]
 ) -> Float[Tensor, "copy some"]:
     rows, generator = reading.prompts.batch, torch.Generator(device="cpu").manual_seed(0)
-    step, of_logits = rows_at_once(lens, reading.prompts), torch.Generator().manual_seed(1)
+    step, of_logits = rows_at_once(lens, reading), torch.Generator().manual_seed(1)
     found: list[Tensor] = []
     for start in range(0, len(copies), step):
         some = copies[start : start + step]
@@ -148,7 +148,7 @@ def _base_draws_of(lens: LoraLens, reading: Reading) -> Draws:
     found: list[Draws] = []
     perturb = roundings(lens, generator=_others())
     with attached(lens.model, [(lens.embedding_output, perturb)]):
-        for draws in torch.arange(_DRAWS).split(slopes_at_once(lens, reading.prompts)):
+        for draws in torch.arange(_DRAWS).split(slopes_at_once(lens, reading)):
             found.append(_drawn(lens, reading.repeat(len(draws)), reading.batch))
     return Draws(*(torch.cat(each, 1) for each in zip(*found, strict=True)))
 
@@ -167,7 +167,7 @@ def slopes_and_draws(
         ModelStateError: a gradient did not reach some site, or a split does not exist.
     """
     copies = 1 + _DRAWS
-    if copies > slopes_at_once(lens, reading.prompts):
+    if copies > slopes_at_once(lens, reading):
         slopes = site_slopes(lens, reading, lens.gates(0.0), axes)
         return slopes, base_draws(lens, reading)
     exact, many = Slopes(lens, reading, axes), reading.repeat(copies)

@@ -55,14 +55,14 @@ def pulled_back(
             has an operation without a forward-mode derivative.
     """
     slopes, none, prompts = Slopes(lens, reading, axes), lens.gates(0.0), reading.prompts
-    if must_rerun(lens, prompts):
+    if must_rerun(lens, reading, duals=True):
         with torch.no_grad(), dual_forward(), lens.injected(_Push(lens.plan)):
             base, v = _read(lens, prompts)
-        with tapped(lens, prompts, none) as (taps, leaves):
+        with tapped(lens, reading, none) as (taps, leaves):
             taps.visit = slopes.visit
             torch.autograd.grad(read_logits(lens, prompts), leaves, covector(base, v))
     else:
-        with dual_forward(), tapped(lens, prompts, none, _Push(lens.plan)) as (taps, leaves):
+        with dual_forward(), tapped(lens, reading, none, _Push(lens.plan)) as (taps, leaves):
             base, v = _read(lens, prompts)
         taps.visit = slopes.visit
         torch.autograd.grad(base, leaves, covector(base.detach(), v))

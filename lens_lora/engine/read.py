@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lens_lora.engine.batching import PICKS
+from lens_lora.engine.memory import PICKS
 from lens_lora.hooked.unembedded import unembed, unembedded_only, unrounded
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts

@@ -141,7 +141,7 @@ def _in_one_batch(
 ) -> Float[Tensor, "batch point"]:
     """Rows r0 r0 … r1 r1 …, one of each row for every point."""
     columns = []
-    for states in points.states.split(rows_at_once(lens, reading.prompts)):
+    for states in points.states.split(rows_at_once(lens, reading)):
         many, own = reading.repeat(len(states)), points.but(states.repeat(len(rows), 1))
         row_of = rows.repeat_interleave(len(states))
         with lens.injected(_ReplaceInject(lens, own, row_of, stand_in)):
@@ -161,7 +161,7 @@ def _as_tree(
     """One row of the reading at a time, which branches where the points part."""
     order = tree.neighbours_first(lens, points.states)
     columns = []
-    for states in points.states[order].split(branches_at_once(lens, reading.prompts)):
+    for states in points.states[order].split(branches_at_once(lens, reading)):
         branches, rows = tree.Tree.of(lens, states), []
         for row, one in enumerate(each):
             grown = one.grown(branches.width)

@@ -93,9 +93,7 @@ def token_slopes(
         each.append(Slopes(lens, reading, axes))
         return each[-1].visit
 
-    gradients_of_each(
-        lens, reading.prompts, gates, lambda: differentiable_tokens(lens, reading), visit_of
-    )
+    gradients_of_each(lens, reading, gates, lambda: differentiable_tokens(lens, reading), visit_of)
     return torch.stack([slopes.by_prompt() for slopes in each], -1)
 
 

@@ -118,7 +118,7 @@ def patched_readout(
         if within:
             some, tree = [patches[i] for i in within], _Tree(lens, reading, scale, donor_scale)
             tree.record({patch.name for patch in some})
-            step = branches_at_once(lens, reading.prompts)
+            step = branches_at_once(lens, reading)
             values[:, within] = _chunked(tree, some, step, bar)
     require_finite(values, "the patched readout")
     return values
@@ -145,7 +145,7 @@ def _outside(
             patches_here = [Patch(p.name, where) for p, where in zip(patches, cut, strict=True)]
         else:
             patches_here = patches
-        run, step = _Batch(lens, some, donor, scale), rows_at_once(lens, some.prompts)
+        run, step = _Batch(lens, some, donor, scale), rows_at_once(lens, some)
         found.append(_chunked(run, patches_here, step, bar))
     return torch.cat(found)
 

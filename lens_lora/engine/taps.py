@@ -22,14 +22,13 @@ import torch.autograd.forward_ad as fwad
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.memory import must_rerun
+from lens_lora.engine.memory import Run, must_rerun
 from lens_lora.engine.read import read_for_slopes
 from lens_lora.engine.rerun import blocks_rerun
 from lens_lora.errors import ModelStateError
 from lens_lora.hooked.gates import Inject, ScaleInject
 from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
-from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.rows import Reading
 
 __all__ = ["Taps", "Visit", "gradients_of_each", "site_gradients", "tapped"]
@@ -52,7 +51,7 @@ def site_gradients(
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
-    with tapped(lens, reading.prompts, gates) as (tap, leaves):
+    with tapped(lens, reading, gates) as (tap, leaves):
         values = read_for_slopes(lens, reading)
         tap.visit = visit
         torch.autograd.grad(values, leaves, torch.ones_like(values))
@@ -62,7 +61,7 @@ def site_gradients(
 
 def gradients_of_each(
     lens: LoraLens,
-    prompts: Prompts,
+    run: Run,
     gates: Float[Tensor, "*row site"],
     read: Callable[[], Float[Tensor, "batch token"]],
     visit_of: Callable[[int], Visit],
@@ -73,7 +72,7 @@ def gradients_of_each(
 
     Args:
         lens: the adapter over the model.
-        prompts: what `read` runs.
+        run: what `read` runs.
         gates: one for all rows, or each row's own.
         read: runs the rows under the hooks that are then on the model, and reads each token.
         visit_of: the visitor of a token, by its index.
@@ -81,7 +80,7 @@ def gradients_of_each(
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
-    with tapped(lens, prompts, gates) as (tap, leaves):
+    with tapped(lens, run, gates) as (tap, leaves):
         values = read()
         for token in range(values.shape[1]):
             tap.visit = visit_of(token)
@@ -94,7 +93,7 @@ def gradients_of_each(
 @contextlib.contextmanager
 def tapped(
     lens: LoraLens,
-    prompts: Prompts,
+    run: Run,
     gates: Float[Tensor, "*row site"],
     inject: Inject | None = None,
 ) -> Generator[tuple[Taps, list[Tensor]]]:
@@ -102,14 +101,14 @@ def tapped(
 
     Args:
         lens: the adapter over the model.
-        prompts: what is run within the block.
+        run: what is run within the block.
         gates: one for all rows, or each row's own.
         inject: what the sites add, at these gates; None for ε_l ΔW_l z_l. Blocks run again with
             that alone.
     """
     start = _Start()
     tap = Taps(lens, gates, inject or ScaleInject(lens.plan, gates), start.leaves)
-    runs_again = inject is None and must_rerun(lens, prompts)
+    runs_again = inject is None and must_rerun(lens, run)
     again = blocks_rerun(lens) if runs_again else contextlib.nullcontext()
     hooks = lens.injected(tap, before=[(_leaf(lens), start)])
     with torch.enable_grad(), again, hooks:

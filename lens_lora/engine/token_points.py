@@ -44,7 +44,7 @@ def tokens_at_gates(
     """
     grows = branching.pays(lens, gates)
     order = branching.neighbours_first(lens, gates) if grows else torch.arange(len(gates))
-    most = branches_at_once(lens, reading.prompts) if grows else rows_at_once(lens, reading.prompts)
+    most = branches_at_once(lens, reading) if grows else rows_at_once(lens, reading)
     found = []
     with (
         torch.no_grad(),

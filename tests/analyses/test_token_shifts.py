@@ -68,7 +68,7 @@ def test_sums_to_the_response_and_is_chunked(monkeypatch):
     found = ll.token_shifts(lens, prompts(), RESPONSES)
     whole = ll.first_order(lens, prompts(), ll.AnswerLogProb(RESPONSES)).shift
     assert (found.total - whole).abs().max() < 1e-11
-    monkeypatch.setattr(module, "PICKS", 2)
+    monkeypatch.setattr(module, "_AT_ONCE", 2)
     again = ll.token_shifts(lens, prompts(), RESPONSES)
     assert torch.equal(again.kl.nan_to_num(), found.kl.nan_to_num())
     half = ll.token_shifts(lens, prompts(), RESPONSES, between=(0.5, 0.5))
