@@ -53,7 +53,8 @@ class OneProduct(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows, self._kernels = 1, _cur_sdpa_kernel_backends()
+        self.rows: int = 1
+        self._kernels: list[SDPBackend] = _cur_sdpa_kernel_backends()
 
     def __torch_function__(
         self,
