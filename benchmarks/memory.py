@@ -30,7 +30,7 @@ from lens_lora.demonstration import shipped_adapter
 from lens_lora.demonstration.embedded import embedded_model_folder
 
 QUIET = {"progress": False}
-LAST = "blocks.2[89].*"
+LAST, OPENING = "blocks.2[89].*", "The capital of France is"
 Run = Callable[[ll.LoraLens, ll.Prompts], object]
 WORKS: dict[str, Run] = {
     "F": plain_forward,
@@ -51,6 +51,13 @@ WORKS: dict[str, Run] = {
     ),
     "tangents of 30 hook points": lambda lens, p: ll.tangents(lens, p, "blocks.*.hook_out"),
     "second_order": lambda lens, p: ll.second_order(lens, p, MARGIN, **QUIET),
+    "kl_shares of a response": lambda lens, p: ll.kl_shares(
+        lens, OPENING, response=p.tokens, **QUIET
+    ),
+    "first_order of a response's KL": lambda lens, p: ll.first_order(
+        lens, OPENING, ll.KL(p.tokens), at=1.0
+    ),
+    "token_shifts of a response": lambda lens, p: ll.token_shifts(lens, OPENING, p.tokens),
 }
 
 

@@ -168,7 +168,7 @@ def fact_margin(
 ) -> FactMargin:
     """m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
-    Cost: five forward and backward passes and 32 forward passes, along the path and for the noise
+    Cost: five forward and backward passes and 31 forward passes, along the path and for the noise
     floors, batched, and about ten forward more if any prompt flips.
 
     Args:

@@ -143,7 +143,7 @@ def remainder_curve(
     """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
 
     Cost: five forward and backward passes and ten forward passes, most of them for the noise
-    floors, beside a forward pass per scale (22 by default), batched.
+    floors, beside a forward pass per scale below 1 (21 by default), batched.
 
     Args:
         lens: the adapter over the model.

@@ -236,7 +236,7 @@ def second_order(
 ) -> SecondOrder:
     """½(H1)_l of every site at the base model, and what remains of the shift after it.
 
-    Cost: one forward and two backward passes, and 41 forward and 13 backward for first order, the
+    Cost: one forward and two backward passes, and 40 forward and 13 backward for first order, the
     path and the noise floors, batched; with self_curvature two backward passes more per site.
 
     Args:
