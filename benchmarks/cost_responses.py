@@ -180,8 +180,13 @@ def generation(lens: ll.LoraLens, peak: Callable) -> list[str]:
 
 
 def batch(lens: ll.LoraLens, peak: Callable) -> list[str]:
+    """Of short prompts, whose single forward pass mostly reads weights, and of longer ones."""
     del peak
-    few, many = _ids(12, 3), _ids(16 * 12, 3).view(16, 12)
+    return [*_sixteen(lens, 12, TURNS), *_sixteen(lens, 128, 1)]
+
+
+def _sixteen(lens: ll.LoraLens, length: int, turns: int) -> list[str]:
+    few, many = _ids(length, 3), _ids(16 * length, 3).view(16, length)
     answers = MARGIN.doc, MARGIN.pre
     works: dict[str, Callable[[torch.Tensor], object]] = {
         "F": lambda ids: plain_forward(lens, lens.prompts(ids)),
@@ -189,15 +194,15 @@ def batch(lens: ll.LoraLens, peak: Callable) -> list[str]:
         "explain_all, fast,": lambda ids: ll.explain_all(lens, ids, *answers, fast=True, **QUIET),
     }
     times: dict[str, list[list[float]]] = {name: [] for name in works}
-    for turn in range(3):
+    for turn in range(turns):
         for name, work in works.items():
             taken = [seconds(lambda work=work, ids=ids: work(ids)) for ids in (few, many)]
-            if turn:
+            if turn or turns == 1:
                 times[name].append(taken)
     ratio = {name: np.divide(*reversed(np.median(taken, 0))) for name, taken in times.items()}
     target = f"≤ 1.5·F(16)/F(1) = {1.5 * ratio.pop('F'):.1f}"
     return [
-        f"| {name} of 16 prompts over that of one | {target} | {found:.1f} |"
+        f"| {name} of 16 prompts of {length} tokens over that of one | {target} | {found:.1f} |"
         for name, found in ratio.items()
     ]
 

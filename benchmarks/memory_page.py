@@ -20,8 +20,10 @@ def add(cell: Cell) -> None:
     Args:
         cell: tokens, attn, bound in bytes (None: no bound), work, and what was found.
     """
-    others = [old for old in read() if any(old[key] != cell[key] for key in KEY)]
-    RESULTS.write_text(json.dumps([*others, cell], indent=0) + "\n")
+    cells = read()
+    same = [i for i, old in enumerate(cells) if all(old[key] == cell[key] for key in KEY)]
+    cells[slice(same[0], same[0] + 1) if same else slice(len(cells), None)] = [cell]
+    RESULTS.write_text(json.dumps(cells, indent=0) + "\n")
     write()
 
 

@@ -31,7 +31,7 @@ from lens_lora.engine.tangent_slopes import (
 )
 from lens_lora.errors import ArgumentError
 from lens_lora.hooked.sites import Groups, indicator
-from lens_lora.readouts.rows import LogProbs
+from lens_lora.readouts.picks import LogProbs
 
 __all__ = ["by_token", "own_tokens_only", "response_tokens"]
 

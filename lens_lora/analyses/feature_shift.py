@@ -24,11 +24,11 @@ from torch import Tensor
 from lens_lora.analyses.directions import Projection, directions_of
 from lens_lora.analyses.hook_points import known_point
 from lens_lora.arguments import number
+from lens_lora.engine import rounding
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.dual_pass import dual_forward, tangent_of
 from lens_lora.engine.forward import JointInject
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.noise import roundings
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.hooked.alone import alone
 from lens_lora.hooked.attaching import attached
@@ -212,7 +212,7 @@ def feature_shift(
         _require_positions(lens, ready, name)
         base = _activation(lens, ready, name, ScaleInject(lens.plan, 0 * gates))
         adapted = _activation(lens, ready, name, ScaleInject(lens.plan, gates))
-        with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
+        with attached(lens.model, [(lens.embedding_output, rounding.of_embedding(lens))]):
             noisy = _activation(lens, ready, name, ScaleInject(lens.plan, gates))
     with dual_forward():
         moved = _activation(lens, ready, name, JointInject(lens, at * gates, gates), tangent_of)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -14,12 +13,12 @@ from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.hooked.sites import points_without_update
 from lens_lora.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
+from lens_lora.results.choosing import layer_order
 
-__all__ = ["Names", "by_layer", "few", "firing", "known_point", "require_positions", "resolved"]
+__all__ = ["Names", "few", "firing", "known_point", "require_positions", "resolved"]
 
 Names = str | Sequence[str] | Callable[[str], bool]
 _NAMED = 5
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -32,7 +31,8 @@ def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, 
     Raises:
         SiteError: a name or glob that matches nothing, with the nearest names; no name at all.
     """
-    known = by_layer(list(lens.model.hook_dict))
+    points = list(lens.model.hook_dict)
+    known = [points[i] for i in layer_order(points)]
     if not isinstance(names, Iterable) and not callable(names):
         raise SiteError(f"names={names!r}; give a hook point, several, globs, or a predicate.")
     if not isinstance(names, str) and callable(names):
@@ -49,17 +49,6 @@ def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, 
         hits = fnmatch.filter(known, pattern) if is_glob else []
         found.update(dict.fromkeys(hits or [known_point(lens, pattern)]))
     return tuple(name for name in given if name in known), tuple(found)
-
-
-def by_layer(names: list[str]) -> list[str]:
-    """Blocks' names in the order of layers: a bridge has them in that of the alphabet.
-
-    Args:
-        names: of hook points, as the model has them.
-    """
-    layers = {name: int(found[1]) for name in names if (found := _BLOCK.match(name))}
-    ordered = iter(sorted(layers, key=layers.__getitem__))
-    return [next(ordered) if name in layers else name for name in names]
 
 
 def known_point(lens: LoraLens, name: str) -> str:

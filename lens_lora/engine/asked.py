@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.function import gated_logits, gated_readout, require_finite
+from lens_lora.engine.base_logits import base_logits
+from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.engine.noise import (
     Draws,
     base_draws,
@@ -63,9 +64,7 @@ class Asked:
         """
         reading = bound(readout, self.lens.model, self.prompts)
         if isinstance(readout, KL):
-            with torch.no_grad():
-                base = gated_logits(self.lens, reading.prompts, self.lens.gates(0.0))
-            return self.compared_with(readout, reading, base)
+            return self.compared_with(readout, reading, base_logits(self.lens, readout, reading))
         return Asked(self.lens, self.prompts, (readout, reading))
 
     def compared_with(

@@ -7,9 +7,10 @@ float32 (`benchmarks/memory.py` prints such peaks); h heads, and m = d_model + d
     a graph                        T (8 m + c h T)     every block;  c = 1, and 3 in half precision
     a graph whose blocks run again T (8 m + 7 h T)     one block, and T d_model of every block
 
-Without attention patterns (a fused kernel) the terms with h T fall away. To each come the logits of
-the tokens that are read: 3 times their number in a pass, 8 times in a graph. Of a margin they are
-few, and those of a response's log-probability are made some tokens at a time. No forward pass.
+Without attention patterns (a fused kernel) the terms with h T fall away. To each row come the
+logits of the tokens that are read: 3 times their number in a pass, 8 times in a graph. Of a margin
+they are few. Those of a sum over a response are made some tokens at a time, however many the rows,
+and a divergence holds those of the base. No forward pass.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import NamedTuple
 
 from lens_lora.errors import ArgumentError
 from lens_lora.lens import LoraLens
+from lens_lora.readouts.divergence import Divergence
+from lens_lora.readouts.picks import PICKS, Columns, Picks
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Columns, LogProbs, Reading
+from lens_lora.readouts.rows import Reading
 
 __all__ = [
-    "PICKS",
     "Run",
     "must_rerun",
     "prompts_of",
@@ -37,7 +39,6 @@ __all__ = [
 # What is run: by a reading, only the logits that it needs are made.
 Run = Prompts | Reading
 
-PICKS = 128  # tokens of a response that are unembedded
 _SECOND, _DUALS = 2.5, 1.3  # graphs of a first derivative
 _LOGITS, _LOGITS_OF_GRAPH = 3, 8
 
@@ -47,12 +48,21 @@ def prompts_of(run: Run) -> Prompts:
     return run.prompts if isinstance(run, Reading) else run
 
 
-class _Row(NamedTuple):
-    """Bytes that one row takes."""
+class _Need(NamedTuple):
+    """Bytes: of one row without and with a graph, and whatever the rows.
+
+    Attributes:
+        in_pass, of_graph, of_rerun: of each row.
+        always: held by the reading.
+        picked, graphed: of the logits that are held together, without and with a graph.
+    """
 
     in_pass: float
     of_graph: float
     of_rerun: float
+    always: float
+    picked: float
+    graphed: float
 
 
 def must_rerun(lens: LoraLens, run: Run, *, duals: bool = False) -> bool:
@@ -65,8 +75,9 @@ def must_rerun(lens: LoraLens, run: Run, *, duals: bool = False) -> bool:
     """
     if lens.max_memory is None:
         return False
-    needed = len(prompts_of(run).tokens) * _row(lens, run).of_graph
-    return (_DUALS if duals else 1) * needed > lens.max_memory
+    need = _need(lens, run)
+    of_rows = len(prompts_of(run).tokens) * need.of_graph + need.graphed
+    return (_DUALS if duals else 1) * of_rows + need.always > lens.max_memory
 
 
 def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
@@ -81,7 +92,9 @@ def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
     """
     if lens.max_memory is None:
         return None
-    return _rows(lens, run, _row(lens, run).in_pass, "a forward pass of one prompt")
+    need = _need(lens, run)
+    always = need.always + need.picked
+    return _rows(lens, run, need.in_pass, always, "a forward pass of one prompt")
 
 
 def rows_of_graph(lens: LoraLens, run: Run) -> int | None:
@@ -96,9 +109,9 @@ def rows_of_graph(lens: LoraLens, run: Run) -> int | None:
     """
     if lens.max_memory is None:
         return None
-    row = _row(lens, run)
-    least = min(row.of_rerun, row.of_graph)
-    return _rows(lens, run, least, "a forward and a backward pass of one prompt")
+    need = _need(lens, run)
+    least, always = min(need.of_rerun, need.of_graph), need.always + need.graphed
+    return _rows(lens, run, least, always, "a forward and a backward pass of one prompt")
 
 
 def require_rows_of_graph(lens: LoraLens, run: Run) -> None:
@@ -131,8 +144,9 @@ def require_second_order(lens: LoraLens, run: Run) -> None:
     """
     if lens.max_memory is None:
         return
-    needed = len(prompts_of(run).tokens) * _SECOND * _row(lens, run).of_graph
-    _rows(lens, run, needed, "a second derivative, whose graph is kept whole,")
+    need = _need(lens, run)
+    of_rows = _SECOND * (len(prompts_of(run).tokens) * need.of_graph + need.graphed)
+    _rows(lens, run, of_rows, need.always, "a second derivative, whose graph is kept whole,")
 
 
 def require_tangents(lens: LoraLens, prompts: Prompts, names: Sequence[str]) -> None:
@@ -160,42 +174,54 @@ def require_tangents(lens: LoraLens, prompts: Prompts, names: Sequence[str]) -> 
         )
 
 
-def _rows(lens: LoraLens, run: Run, of_one: float, what: str) -> int | None:
+def _rows(lens: LoraLens, run: Run, of_one: float, always: float, what: str) -> int | None:
     bound = lens.max_memory
     if bound is None:
         return None
-    if of_one > bound:
+    if always + of_one > bound:
         prompts = prompts_of(run)
         longest, slots = prompts.tokens.shape[1], prompts.slots
         read = f", {slots} of them read" if slots > 1 else ""
         raise ArgumentError(
-            f"max_memory={bound:.3g} bytes, and {what} takes about {of_one:.3g} for {longest} "
-            f"tokens{read}; allow more, or pass shorter prompts."
+            f"max_memory={bound:.3g} bytes, and {what} takes about {always + of_one:.3g} for "
+            f"{longest} tokens{read}; allow more, or pass shorter prompts."
         )
-    return int(bound // of_one)
+    return int((bound - always) // of_one)
 
 
-def _row(lens: LoraLens, run: Run) -> _Row:
+def _need(lens: LoraLens, run: Run) -> _Need:
     cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(run).tokens.shape[1]
     width = int(cfg.d_model)
     wide = width + int(getattr(cfg, "d_mlp", None) or 4 * width)
     pattern = int(cfg.n_heads) * longest * host.keeps_patterns
     kept = 1 if lens.dtype.itemsize >= 4 else 3
-    logits = lens.gate_dtype.itemsize * _unembedded(lens, run) * int(cfg.d_vocab_out)
+    of_logits = lens.gate_dtype.itemsize * int(cfg.d_vocab_out)
+    by_row, picks = _unembedded(lens, run)
+    by_row *= of_logits
     of_token = lens.dtype.itemsize * longest
-    return _Row(
-        of_token * (3 * wide + 4 * pattern) + _LOGITS * logits,
-        of_token * host.n_layers * (8 * wide + kept * pattern) + _LOGITS_OF_GRAPH * logits,
-        of_token * (host.n_layers * width + 8 * wide + 7 * pattern) + _LOGITS_OF_GRAPH * logits,
+    return _Need(
+        in_pass=of_token * (3 * wide + 4 * pattern) + _LOGITS * by_row,
+        of_graph=of_token * host.n_layers * (8 * wide + kept * pattern) + _LOGITS_OF_GRAPH * by_row,
+        of_rerun=of_token * (host.n_layers * width + 8 * wide + 7 * pattern)
+        + _LOGITS_OF_GRAPH * by_row,
+        always=_held(run),
+        picked=_LOGITS * of_logits * min(picks, 2 * PICKS),
+        graphed=_LOGITS_OF_GRAPH * of_logits * min(picks, PICKS),
     )
 
 
-def _unembedded(lens: LoraLens, run: Run) -> int:
-    """The tokens of a row whose logits are held together."""
+def _unembedded(lens: LoraLens, run: Run) -> tuple[int, int]:
+    """The tokens of each row whose logits are held together, and those that are made in turn."""
     slots = prompts_of(run).slots
     adapted = any(site.kind == "unembed" for site in lens.sites)
     if isinstance(run, Prompts) or adapted or lens.plan.host.unembedding() is None:
-        return slots
-    if isinstance(run.read, LogProbs):
-        return min(slots, PICKS)
-    return 0 if isinstance(run.read, Columns) else slots
+        return slots, 0
+    if isinstance(run.read, Picks):
+        return 0, len(run.read.rows)
+    return (0 if isinstance(run.read, Columns) else slots), 0
+
+
+def _held(run: Run) -> int:
+    """Of the base distribution of a divergence."""
+    read = run.read if isinstance(run, Reading) else None
+    return read.base.nbytes if isinstance(read, Divergence) else 0

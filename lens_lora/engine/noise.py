@@ -15,13 +15,14 @@ own rounding, σ_a of Σ a and σ_H of ½ 1ᵀH1, is then thousands of times σ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.engine import rounding
 from lens_lora.engine.batching import (
     directions_at_once,
     graph_groups,
@@ -31,14 +32,14 @@ from lens_lora.engine.batching import (
 )
 from lens_lora.engine.gate_graph import hessian_products, in_groups
 from lens_lora.engine.parts import parts
-from lens_lora.engine.read import logits_dtype, read_logits
+from lens_lora.engine.read import ends_plainly, read_final, read_logits, terms_of_final
 from lens_lora.engine.reverse import Slopes, site_slopes
 from lens_lora.engine.taps import Visit, site_gradients
-from lens_lora.float64 import in_float64
-from lens_lora.hooked.attaching import HookFn, attached
+from lens_lora.hooked.attaching import attached
 from lens_lora.hooked.gates import ScaleInject
 from lens_lora.hooked.plan import Injection
 from lens_lora.lens import LoraLens
+from lens_lora.readouts.picks import Picks
 from lens_lora.readouts.rows import Reading
 
 __all__ = [
@@ -48,7 +49,6 @@ __all__ = [
     "draws_at",
     "first_order_noise",
     "noise_of_draws",
-    "roundings",
     "slopes_and_draws",
 ]
 
@@ -97,14 +97,27 @@ def _draws_of(
         some = copies[start : start + step]
         gates = torch.stack([gates for gates, _ in some]).repeat_interleave(rows, 0)
         is_drawn = torch.tensor([draw > 0 for _, draw in some]).repeat_interleave(rows)
-        perturb = (lens.embedding_output, roundings(lens, is_drawn, generator))
+        perturb = (lens.embedding_output, rounding.of_embedding(lens, is_drawn, generator))
         scaled = ScaleInject(lens.plan, gates)
         with torch.no_grad(), lens.injected(scaled, before=[perturb]):
-            logits = read_logits(lens, reading.prompts.tiled(len(some))).unflatten(0, (-1, rows))
-            last = _rounding_of_logits(lens, of_logits)  # a site's own hook may be there
-        pairs = zip(logits, some, strict=True)
-        found += [reading.read(last(row) if draw else row) for row, (_, draw) in pairs]
+            found += _values_of(lens, reading, [draw > 0 for _, draw in some], of_logits)
     return torch.stack(found)
+
+
+def _values_of(
+    lens: LoraLens, reading: Reading, is_drawn: Sequence[bool], generator: torch.Generator
+) -> list[Float[Tensor, "some"]]:
+    """g of each copy of the rows in one pass; of those that are drawn the logits move, too."""
+    prompts, read = reading.prompts, reading.read
+    rows, many = prompts.batch, prompts.tiled(len(is_drawn))
+    shape = (rows,) if prompts.reads is None else (rows, prompts.slots)
+    moves = [rounding.of_logits(lens, shape, generator) if drawn else None for drawn in is_drawn]
+    if isinstance(read, Picks) and ends_plainly(lens):
+        ends = read_final(lens, many).unflatten(0, (-1, rows))
+        pairs = zip(ends, moves, strict=True)
+        return [read.of(terms_of_final(lens, read, end, move)) for end, move in pairs]
+    each = zip(read_logits(lens, many).unflatten(0, (-1, rows)), moves, strict=True)
+    return [reading.read(logits if move is None else move(logits, ())) for logits, move in each]
 
 
 def noise_of_draws(values: Float[Tensor, "draw batch"]) -> Float[Tensor, "batch"]:
@@ -116,21 +129,6 @@ def noise_of_draws(values: Float[Tensor, "draw batch"]) -> Float[Tensor, "batch"
         values: g as it is, and then its draws.
     """
     return (values[1:] - values[0]).square().mean(0).sqrt() / _TWO_RUNS
-
-
-def _rounding_of_logits(lens: LoraLens, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """Moves logits by about their last rounding, which runs may share: they then hide it.
-
-    One draw for the vocabulary, with a sign of its own for each row and slot.
-    """
-    unit = torch.finfo(logits_dtype(lens)).eps / 2
-
-    def move(logits: Tensor) -> Tensor:
-        noise = torch.randn(logits.shape[-1], generator=generator, dtype=torch.float64)
-        heads = torch.randint(2, logits.shape[:-1], generator=generator)
-        return logits * (1 + unit * noise.to(logits) * (2 * heads - 1)[..., None].to(logits))
-
-    return move
 
 
 def base_draws(lens: LoraLens, reading: Reading) -> Draws:
@@ -146,7 +144,7 @@ def base_draws(lens: LoraLens, reading: Reading) -> Draws:
 
 def _base_draws_of(lens: LoraLens, reading: Reading) -> Draws:
     found: list[Draws] = []
-    perturb = roundings(lens, generator=_others())
+    perturb = rounding.of_embedding(lens, generator=_others())
     with attached(lens.model, [(lens.embedding_output, perturb)]):
         for draws in torch.arange(_DRAWS).split(slopes_at_once(lens, reading)):
             found.append(_drawn(lens, reading.repeat(len(draws)), reading.batch))
@@ -176,7 +174,7 @@ def slopes_and_draws(
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         exact.visit(injection, weight, gradient[::copies], z[::copies])
 
-    perturb = roundings(lens, is_drawn, _others())
+    perturb = rounding.of_embedding(lens, is_drawn, _others())
     with attached(lens.model, [(lens.embedding_output, perturb)]):
         drawn = _drawn(lens, many, reading.batch, visit)
     return exact.by_prompt(), Draws(*(each[:, 1:] for each in drawn))
@@ -220,7 +218,7 @@ def first_order_noise(
         slopes: a of every site, as computed.
     """
     base, every = values[0], torch.cat([draws.values, values[1:].T], 1)
-    of_base = _moved(every, base, _unit(lens) * base.abs())
+    of_base = _moved(every, base, rounding.unit(lens) * base.abs())
     return 2**0.5 * of_base, _of_sum(lens, draws.sums, slopes)
 
 
@@ -244,7 +242,7 @@ def curvature_noise(
             found.append(product[:, 0].sum(1).unflatten(0, (some.batch, len(draws))))
         return torch.cat(found, 1) / 2
 
-    with attached(lens.model, [(lens.embedding_output, roundings(lens))]):
+    with attached(lens.model, [(lens.embedding_output, rounding.of_embedding(lens))]):
         return _of_sum(lens, in_groups(reading, of_some), half_row_sums) / _TWO_RUNS
 
 
@@ -252,13 +250,13 @@ def _of_sum(
     lens: LoraLens, drawn: Float[Tensor, "batch draw"], summands: Float[Tensor, "batch site"]
 ) -> Float[Tensor, "batch"]:
     """σ of a sum over sites; never less than one rounding of its summands."""
-    return _moved(drawn, summands.sum(1), _unit(lens) * summands.norm(dim=1))
+    return _moved(drawn, summands.sum(1), rounding.unit(lens) * summands.norm(dim=1))
 
 
 def _moved(
     drawn: Float[Tensor, "batch draw"],
     computed: Float[Tensor, "batch"],
-    rounding: Float[Tensor, "batch"],
+    least: Float[Tensor, "batch"],
 ) -> Float[Tensor, "batch"]:
     """How far the draws lie from what was computed, at least one rounding.
 
@@ -266,35 +264,4 @@ def _moved(
     error of its own. Both are rounded, so this is on the large side, as verdicts need it.
     """
     away = (drawn - computed.to(drawn)[:, None]).square().mean(1).sqrt()
-    return torch.maximum(away, rounding.to(away))
-
-
-def roundings(
-    lens: LoraLens,
-    rows: Bool[Tensor, "row"] | None = None,
-    generator: torch.Generator | None = None,
-) -> HookFn:
-    """A hook that moves the embedding by about one rounding of the model's dtype.
-
-    Args:
-        lens: the adapter over the model.
-        rows: which rows are moved; None for all.
-        generator: of the noise; None for one of its own.
-    """
-    draw = torch.Generator(device="cpu").manual_seed(0) if generator is None else generator
-
-    def perturb(tensor: Tensor, hook: Any) -> Tensor:
-        del hook
-        noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
-        if rows is not None:
-            noise[~rows] = 0
-        wide = in_float64(tensor)
-        moved = wide * (1 + _unit(lens) * noise.to(wide.device))
-        return moved.to(tensor.dtype).to(tensor.device)
-
-    return perturb
-
-
-def _unit(lens: LoraLens) -> float:
-    """Of rounding, relative: the dtype's, or that of activations which a kernel rounds to 8 bit."""
-    return max(torch.finfo(lens.dtype).eps / 2, lens.plan.activation_rounding)
+    return torch.maximum(away, least.to(away))

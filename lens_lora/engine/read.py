@@ -3,9 +3,10 @@
 1. f or g at each row's last token, or at all tokens of a response (`read_logits`, `read_value`,
    `read_tokens`). Only what is read is unembedded, and of a readout of a few logits only their rows
    of W_U.
-2. Derivatives of each token's log p: with c_t = ∂ℓ_t/∂x_t of the final residual stream x, once for
-   all, the derivative along ẋ is c_t · ẋ_t, and c_t is what goes back from token t. No tangent or
-   covector is unembedded (`token_covectors`), unless the model does more than unembed x.
+2. Derivatives of each token's ℓ, log p or a divergence: with c_t = ∂ℓ_t/∂x_t of the final residual
+   stream x, once for all, the derivative along ẋ is c_t · ẋ_t, and c_t is what goes back from token
+   t. No tangent or covector is unembedded (`token_covectors`), unless the model does more than
+   unembed x.
 
 Cost: one forward pass each.
 """
@@ -13,34 +14,39 @@ Cost: one forward pass each.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lens_lora.engine.memory import PICKS
 from lens_lora.hooked.unembedded import unembed, unembedded_only, unrounded
 from lens_lora.lens import LoraLens
+from lens_lora.readouts.picks import PICKS, Columns, LogProbs, Picks, at_some
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Columns, LogProbs, Reading, token_log_probs
+from lens_lora.readouts.rows import Reading
 from lens_lora.temporary import Temporary
 
 __all__ = [
+    "Move",
     "differentiable_tokens",
     "ends_plainly",
     "logits_dtype",
+    "logits_of_final",
     "read_final",
     "read_for_slopes",
     "read_logits",
     "read_tokens",
     "read_value",
     "run_without_logits",
+    "terms_of_final",
     "token_covectors",
 ]
 
+Move = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 _Unembedding = tuple[Tensor, Tensor | None]
 
 
@@ -51,12 +57,11 @@ def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vo
     result is float32 or better, as readouts need it.
     """
     unembedding = _plain_unembedding(lens)
-    if unembedding is None or unembedding[0].dtype == lens.gate_dtype:
-        with unembedded_only(lens.model, prompts.at_slots):
-            logits = lens.run(prompts)
-    else:
+    if unembedding is not None and unembedding[0].dtype != lens.gate_dtype:
         final = read_final(lens, prompts)
-        logits = unembed(final.to(unembedding[0].device), *unembedding, lens.gate_dtype)
+        return unembed(final.to(unembedding[0].device), *unembedding, lens.gate_dtype)
+    with unembedded_only(lens.model, prompts.at_slots):
+        logits = lens.run(prompts)
     return (logits[:, 0] if prompts.reads is None else logits).to(lens.gate_dtype)
 
 
@@ -72,12 +77,12 @@ def logits_dtype(lens: LoraLens) -> torch.dtype:
 def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     """One forward pass under the hooks now on the model: g, read at each row's last token or slots.
 
-    For a readout of a few logits only their rows of W_U are used, and the log-probabilities of a
-    response are computed a few tokens at a time, unless a hook is on the unembedding or the whole
-    model, or something (a soft-cap) changes the logits after it.
+    For a readout of a few logits only their rows of W_U are used, and a sum over a response is
+    computed a few tokens at a time, unless a hook is on the unembedding or the whole model, or
+    something (a soft-cap) changes the logits after it.
     """
-    if isinstance(reading.read, LogProbs):
-        return reading.read.of(_log_probs(lens, reading, reading.read))
+    if isinstance(reading.read, Picks):
+        return reading.read.of(_terms(lens, reading.prompts, reading.read))
     unembedding = _plain_unembedding(lens)
     if unembedding is None or not isinstance(reading.read, Columns):
         return reading.read(read_logits(lens, reading.prompts))
@@ -96,27 +101,40 @@ def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"
     Zero beyond a prompt's own tokens. The reading must be of one response a prompt.
     """
     read = cast(LogProbs, reading.read)
-    return read.by_token(_log_probs(lens, reading, read))
+    return read.by_token(_terms(lens, reading.prompts, read))
 
 
-def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor, "pick"]:
-    """A few picks at a time; on the way back the logits of those are computed once more."""
-    unembedding, prompts = _plain_unembedding(lens), reading.prompts
-    if unembedding is None:
-        logits = read_logits(lens, prompts)
-        return read.log_probs(logits[read.places(logits.device)])
-    with _no_unembedding(lens):
-        final = lens.run(prompts)
-    at = prompts.at_read(final) if prompts.reads is None else prompts.at_slots(final)
-    weight, bias = unembedding
-    picked = at[read.places(at.device)].to(weight.device)
+def _terms(lens: LoraLens, prompts: Prompts, read: Picks) -> Float[Tensor, "pick"]:
+    if _plain_unembedding(lens) is not None:
+        return terms_of_final(lens, read, read_final(lens, prompts))
+    logits = read_logits(lens, prompts)
+    return read.terms(logits[read.places(logits.device)], _every(read))
+
+
+def terms_of_final(
+    lens: LoraLens, read: Picks, final: Float[Tensor, "row *slot d"], move: Move | None = None
+) -> Float[Tensor, "pick"]:
+    """A few picks at a time; on the way back the logits of those are computed once more.
+
+    No forward pass.
+
+    Args:
+        lens: over a model of whose logits nothing but W_U and b_U is on, under the present hooks.
+        read: what is read.
+        final: the residual stream where it is read.
+        move: of logits, and of the places that they are at.
+    """
+    weight, bias = cast(_Unembedding, _plain_unembedding(lens))
+    places = read.places(final.device)
+    picked = final[places].to(weight.device)
 
     def of_some(residual: Tensor, some: Tensor) -> Tensor:
         logits = unembed(residual, weight, bias, lens.gate_dtype)
-        return token_log_probs(logits, read.tokens[some])
+        return read.terms(logits if move is None else move(logits, at_some(places, some)), some)
 
-    chunks = torch.arange(len(picked), device="cpu").split(PICKS)
-    again = len(chunks) > 1 and torch.is_grad_enabled()
+    is_graphed = torch.is_grad_enabled()
+    chunks = _every(read).split(PICKS if is_graphed else 2 * PICKS)
+    again = len(chunks) > 1 and is_graphed
     found = [
         checkpoint(of_some, picked[some], some, use_reentrant=False, preserve_rng_state=False)
         if again
@@ -126,38 +144,64 @@ def _log_probs(lens: LoraLens, reading: Reading, read: LogProbs) -> Float[Tensor
     return torch.cat(found)
 
 
-def read_final(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row slot d"]:
-    """One forward pass under the hooks now on the model: the unembedding's input at the slots."""
+def logits_of_final(
+    lens: LoraLens, final: Float[Tensor, "row *slot d"], out: Float[Tensor, "row *slot vocab"]
+) -> None:
+    """The logits of all that is read, made some at a time. No forward pass.
+
+    Args:
+        lens: over a model that `ends_plainly`.
+        final: the residual stream where it is read.
+        out: where they go.
+    """
+    weight, bias = cast(_Unembedding, _plain_unembedding(lens))
+    flat = final.flatten(0, -2)
+    for some in torch.arange(len(flat), device="cpu").split(PICKS):
+        places = torch.unravel_index(some, final.shape[:-1])
+        logits = unembed(flat[some].to(weight.device), weight, bias, lens.gate_dtype)
+        out[places] = logits.to(out.device)
+
+
+def _every(read: Picks) -> Int[Tensor, "pick"]:
+    return torch.arange(len(read.rows), device="cpu")
+
+
+def read_final(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot d"]:
+    """One forward pass under the hooks now on the model: the unembedding's input where it is read.
+
+    That is each row's last token, or its slots.
+    """
     with _no_unembedding(lens):
-        return prompts.at_slots(lens.run(prompts))
+        final = lens.run(prompts)
+    return prompts.at_read(final) if prompts.reads is None else prompts.at_slots(final)
 
 
 def token_covectors(
     lens: LoraLens, reading: Reading, final: Float[Tensor, "row *slot d"]
 ) -> tuple[Float[Tensor, "row *slot d"], Float[Tensor, "pick"]]:
-    """c_t = ∂ℓ_t/∂x_t, of the final residual stream x where it is read, and the log p themselves.
+    """c_t = ∂ℓ_t/∂x_t, of the final residual stream x where it is read, and the ℓ_t themselves.
 
     No forward pass.
 
     Args:
         lens: over a model that `ends_plainly`.
-        reading: of answers.
+        reading: a sum of terms ℓ_t, such as log p of each token of a response.
         final: x.
     """
     weight, bias = cast(_Unembedding, _plain_unembedding(lens))
-    read, found = cast(LogProbs, reading.read), []
+    read, found = cast(Picks, reading.read), []
     covectors = torch.zeros_like(final, dtype=lens.gate_dtype)
     places, weights = read.places(final.device), read.weights.to(covectors)
-    for some in torch.arange(len(read.rows), device="cpu").split(PICKS):
-        where = tuple(index[some.to(final.device)] for index in places)
+    for some in _every(read).split(PICKS):
+        where = at_some(places, some)
         with torch.enable_grad():
             x = final.detach()[where].to(weight.device).requires_grad_()
             logits = unembed(x, weight, bias, lens.gate_dtype)
-            log_probs = token_log_probs(logits, read.tokens[some.to(read.tokens.device)])
-            (slopes,) = torch.autograd.grad(log_probs.sum(), x)
+            terms = read.terms(logits, some)
+            (slopes,) = torch.autograd.grad(terms.sum(), x)
         weighted = weights[some.to(weights.device), None] * slopes.to(covectors)
         covectors.index_put_(where, weighted, accumulate=True)
-        found.append(log_probs.detach())
+        found.append(terms.detach())
     return covectors, torch.cat(found)
 
 
@@ -168,15 +212,12 @@ def read_for_slopes(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch"]:
     `read_value` would compute its logits again.
     """
     read = reading.read
-    if not isinstance(read, LogProbs) or len(read.rows) <= PICKS or not ends_plainly(lens):
+    if not isinstance(read, Picks) or len(read.rows) <= PICKS or not ends_plainly(lens):
         return read_value(lens, reading)
-    prompts = reading.prompts
-    with _no_unembedding(lens):
-        final = lens.run(prompts)
-    at = prompts.at_read(final) if prompts.reads is None else prompts.at_slots(final)
-    covectors, log_probs = token_covectors(lens, reading, at)
+    at = read_final(lens, reading.prompts)
+    covectors, terms = token_covectors(lens, reading, at)
     moved = covectors * (at - at.detach()).to(covectors)
-    return read.of(log_probs) + reading.by_prompt(moved.flatten(1).sum(1))
+    return read.of(terms) + reading.by_prompt(moved.flatten(1).sum(1))
 
 
 def ends_plainly(lens: LoraLens) -> bool:

@@ -23,8 +23,9 @@ from lens_lora.engine.read import ends_plainly, token_covectors
 from lens_lora.engine.reverse import part_slots, require_split
 from lens_lora.hooked.sites import Groups
 from lens_lora.lens import LoraLens
+from lens_lora.readouts.picks import LogProbs
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import LogProbs, Reading
+from lens_lora.readouts.rows import Reading
 
 __all__ = ["TokenTangents", "all_parts", "group_parts", "group_slopes", "tangent_slopes"]
 
@@ -161,8 +162,8 @@ class TokenTangents:
 
     def _of_logits(self, rows: Tensor) -> Tensor:
         many = cast(LogProbs, self._reading.read).repeat(rows.shape[1])
-        logits = rows.flatten(0, 1)
-        by_token = many.by_token(many.log_probs(logits[many.places(logits.device)]))
+        logits, every = rows.flatten(0, 1), torch.arange(len(many.rows), device="cpu")
+        by_token = many.by_token(many.terms(logits[many.places(logits.device)], every))
         return tangent_of(by_token).unflatten(0, rows.shape[:2])
 
 

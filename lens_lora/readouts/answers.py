@@ -23,9 +23,10 @@ from lens_lora.errors import TokenError
 from lens_lora.readouts.answer_tokens import AnswerLike, Ids, answer_ids, items_of, pieces
 from lens_lora.readouts.generated import Generated
 from lens_lora.readouts.names import name_of
+from lens_lora.readouts.picks import LogProbs
 from lens_lora.readouts.prompts import Prompts, require_context, which_prompt
 from lens_lora.readouts.readout import Margin, Readout, TokenLike
-from lens_lora.readouts.rows import LogProbs, Reading
+from lens_lora.readouts.rows import Reading
 from lens_lora.readouts.tokenising import ids_after
 
 __all__ = ["AnswerLogProb", "AnswerMargin", "margin_between", "response_ids"]

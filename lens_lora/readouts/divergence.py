@@ -13,12 +13,13 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.errors import ArgumentError
 from lens_lora.readouts.answer_tokens import AnswerLike
 from lens_lora.readouts.answers import AnswerLogProb
+from lens_lora.readouts.picks import PICKS, at_some
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading, one_row_each
@@ -28,6 +29,7 @@ __all__ = ["KL", "LARGEST_SHIFT", "Divergence", "Way", "held"]
 Way = Literal["base_to_adapted", "adapted_to_base"]
 # Of a logit: beyond it a probability that rounds to zero might grow to one.
 LARGEST_SHIFT = 60.0
+_IN_CACHE = 8  # picks whose sums are taken together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,9 +67,9 @@ class KL(Readout):
             TokenError, PromptError: a response that does not fit the model.
         """
         if self.response is None:
-            return one_row_each(prompts, _unheld)
+            return one_row_each(prompts, _Unheld())
         reading = AnswerLogProb(self.response).over(model, prompts)
-        return dataclasses.replace(reading, read=_unheld)
+        return dataclasses.replace(reading, read=_Unheld())
 
     @property
     def label(self) -> str:
@@ -77,8 +79,17 @@ class KL(Readout):
         return f"KL({'base ‖ adapted' if there else 'adapted ‖ base'}){of}"
 
 
-def _unheld(logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "row"]:
-    raise RuntimeError("a KL is read before its base distribution was run")
+class _Unheld:
+    """Stands for the reading of a KL until its base distribution is known."""
+
+    def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "row"]:
+        raise RuntimeError("a KL is read before its base distribution was run")
+
+    def repeat(self, times: int) -> _Unheld:
+        return self
+
+    def only(self, rows: Int[Tensor, "some"]) -> _Unheld:
+        return self
 
 
 def held(readout: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Reading:
@@ -89,43 +100,83 @@ def held(readout: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) 
         reading: from `readout.over`.
         base: the logits of its rows at gates of zero.
     """
-    rows = torch.arange(len(base), device="cpu")
-    mask = reading.prompts.read_mask.to(base.device)
-    there = readout.direction == "base_to_adapted"
-    return dataclasses.replace(reading, read=Divergence(base, base.softmax(-1), mask, rows, there))
+    there, prompts = readout.direction == "base_to_adapted", reading.prompts
+    rows, slots = (index.cpu() for index in prompts.read_mask.nonzero(as_tuple=True))
+    at = None if prompts.reads is None else slots
+    return dataclasses.replace(reading, read=Divergence(base, rows, rows, at, len(base), there))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Divergence:
     """Σ_t KL of each row's slots, in nats, from the shift d = f − f₀ less its mean Σ p₀ d.
 
+    A pick is one of a row's slots; g of a row is the sum over its picks.
+
     Attributes:
         base: f₀ of every row that is held.
-        p: p₀, their softmax.
-        mask: which slots of it hold a token.
-        of: which held row each row is compared with.
+        of_held: which held row each pick is compared with.
+        rows: each pick's row.
+        slots: each pick's slot in its row; None for rows that are read at their last token only.
+        batch: the number of rows.
         there: KL(p₀‖p), else KL(p‖p₀).
     """
 
     base: Float[Tensor, "held *slot vocab"]
-    p: Float[Tensor, "held *slot vocab"]
-    mask: Bool[Tensor, "held slot"]
-    of: Int[Tensor, "row"]
+    of_held: Int[Tensor, "pick"]
+    rows: Int[Tensor, "pick"]
+    slots: Int[Tensor, "pick"] | None
+    batch: int
     there: bool
 
     def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, "row"]:
-        """D of each row from its logits."""
-        by_slot = torch.stack(
-            [self._of_row(row, of) for row, of in zip(logits, self.of.tolist(), strict=True)]
-        )
-        return by_slot if by_slot.ndim == 1 else _over_slots(by_slot, self.mask[self.of])
+        """D of each row from its logits, some of them at a time."""
+        places = self.places(logits.device)
+        every = torch.arange(len(self.rows), device="cpu").split(PICKS)
+        each = [self.terms(logits[at_some(places, some)], some) for some in every]
+        return self.of(torch.cat(each))
 
-    def _of_row(self, logits: Float[Tensor, "*slot vocab"], of: int) -> Float[Tensor, "*slot"]:
-        base, p = (
-            held[of][: len(logits)] if logits.ndim == 2 else held[of]
-            for held in (self.base, self.p)
-        )
-        return _divergence(base.to(logits), p.to(logits), logits, self.there)
+    @property
+    def weights(self) -> Float[Tensor, "pick"]:
+        """One each."""
+        return torch.ones(len(self.rows), device="cpu")
+
+    def places(self, device: torch.device) -> tuple[Int[Tensor, "pick"], ...]:
+        """Where each pick is read, as indices of [row, vocab] or [row, slot, vocab].
+
+        Args:
+            device: of what is indexed.
+        """
+        return self._at(self.rows, device)
+
+    def terms(
+        self, logits: Float[Tensor, "some vocab"], some: Int[Tensor, "some"]
+    ) -> Float[Tensor, "some"]:
+        """The divergence at some picks.
+
+        Args:
+            logits: at the places of these picks.
+            some: their indices.
+        """
+        pieces = zip(some.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True)
+        return torch.cat([self._of_few(few, own) for few, own in pieces])
+
+    def _of_few(
+        self, few: Int[Tensor, "few"], logits: Float[Tensor, "few vocab"]
+    ) -> Float[Tensor, "few"]:
+        """Copies of a pick stand together, and are compared with one p₀."""
+        where = torch.stack(at_some(self._at(self.of_held, few.device), few))
+        distinct, copy = where.unique_consecutive(dim=1, return_inverse=True)
+        base = self.base[tuple(distinct.to(self.base.device))].to(logits)
+        copy = copy.to(logits.device)
+        return _divergence(base[copy], base.softmax(-1)[copy], logits, self.there)
+
+    def of(self, terms: Float[Tensor, "pick"]) -> Float[Tensor, "row"]:
+        """D of each row.
+
+        Args:
+            terms: the divergence at each pick.
+        """
+        return terms.new_zeros(self.batch).index_add(0, self.rows.to(terms.device), terms)
 
     def repeat(self, times: int) -> Divergence:
         """The readout of every row several times: r0 r0 … r1 r1 …
@@ -133,29 +184,44 @@ class Divergence:
         Args:
             times: how often.
         """
-        return dataclasses.replace(self, of=self.of.repeat_interleave(times))
+        copy = torch.arange(times, device="cpu")
+        return dataclasses.replace(
+            self,
+            of_held=self.of_held.repeat_interleave(times),
+            rows=(self.rows[:, None] * times + copy).flatten(),
+            slots=None if self.slots is None else self.slots.repeat_interleave(times),
+            batch=self.batch * times,
+        )
 
     def only(self, rows: Int[Tensor, "some"]) -> Divergence:
-        """The readout of these rows.
+        """The readout of these rows, counted from 0 again.
 
         Args:
             rows: their indices, increasing.
         """
-        return dataclasses.replace(self, of=self.of[rows.to(self.of.device)])
+        rows = rows.to(self.rows)
+        mine = torch.isin(self.rows, rows)
+        return dataclasses.replace(
+            self,
+            of_held=self.of_held[mine],
+            rows=torch.searchsorted(rows, self.rows[mine]),
+            slots=None if self.slots is None else self.slots[mine],
+            batch=len(rows),
+        )
 
-
-def _over_slots(
-    by_slot: Float[Tensor, "row slot"], mask: Bool[Tensor, "row all_slots"]
-) -> Float[Tensor, "row"]:
-    return (by_slot * mask[:, : by_slot.shape[1]].to(by_slot)).sum(1)
+    def _at(
+        self, rows: Int[Tensor, "pick"], device: torch.device
+    ) -> tuple[Int[Tensor, "pick"], ...]:
+        where = (rows,) if self.slots is None else (rows, self.slots)
+        return tuple(index.to(device) for index in where)
 
 
 def _divergence(
-    base: Float[Tensor, "*slot vocab"],
-    p: Float[Tensor, "*slot vocab"],
-    logits: Float[Tensor, "*slot vocab"],
+    base: Float[Tensor, "pick vocab"],
+    p: Float[Tensor, "pick vocab"],
+    logits: Float[Tensor, "pick vocab"],
     there: bool,
-) -> Float[Tensor, "*slot"]:
+) -> Float[Tensor, "pick"]:
     """KL(p₀‖p) = log Z − Σ p₀ d, or KL(p‖p₀) = Σ p₀ eᵈ d / Z − log Z, where Z = Σ p₀ eᵈ.
 
     Z and eᵈ are taken as what they exceed one by, so that rounding is that of a small divergence.

@@ -20,8 +20,9 @@ from torch import Tensor
 from lens_lora import arguments
 from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.readouts.names import name_of
+from lens_lora.readouts.picks import Columns, LogProbs
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Bound, Columns, LogProbs, Reading, one_row_each
+from lens_lora.readouts.rows import Bound, Reading, one_row_each
 from lens_lora.readouts.tokenising import ids_after
 
 __all__ = [

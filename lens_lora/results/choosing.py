@@ -1,4 +1,4 @@
-"""Which prompt a table or picture is of, and which entries are the largest.
+"""Which prompt a table or picture is of, which entries are the largest, and in which order.
 
 `prompt=None` is the mean over prompts where the values of different prompts can be averaged (sites,
 groups, hook points), and the only prompt where they cannot (positions, curves along ε, stories,
@@ -7,12 +7,17 @@ rankings of tokens).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.errors import ArgumentError
 
-__all__ = ["largest", "only_prompt", "prompt_rows"]
+__all__ = ["largest", "layer_order", "only_prompt", "prompt_rows"]
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
 def prompt_rows(prompt: int | None, batch: int) -> slice:
@@ -67,3 +72,16 @@ def largest(values: Tensor, k: int) -> list[int]:
     sizes = values.flatten().abs().nan_to_num(-1.0)
     order = sizes.argsort(descending=True, stable=True)[: whole("k", k, 0)]
     return order[sizes[order] >= 0].tolist()
+
+
+def layer_order(names: Sequence[str]) -> list[int]:
+    """Indices that put the blocks' names in the order of layers; others keep their places.
+
+    A TransformerBridge has its hook points in the order of the alphabet: 0, 1, 10, 11, …, 2.
+
+    Args:
+        names: of hook points.
+    """
+    layers = {i: int(found[1]) for i, name in enumerate(names) if (found := _BLOCK.match(name))}
+    ordered = iter(sorted(layers, key=layers.__getitem__))
+    return [next(ordered) if i in layers else i for i in range(len(names))]

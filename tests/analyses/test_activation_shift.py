@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lens_lora as ll
-from lens_lora.analyses.hook_points import by_layer
+from lens_lora.results.choosing import layer_order
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [7, 4]
@@ -129,7 +129,24 @@ def test_points_of_a_glob_are_in_the_order_of_layers():
     """A bridge names them in that of the alphabet: 0, 1, 10, 11, 2."""
     points = ["embed", "blocks.0.a", "blocks.1.a", "blocks.10.a", "blocks.2.a", "blocks.2.b", "z"]
     expected = ["embed", "blocks.0.a", "blocks.1.a", "blocks.2.a", "blocks.2.b", "blocks.10.a", "z"]
-    assert by_layer(points) == expected
+    assert [points[i] for i in layer_order(points)] == expected
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_maps_have_layers_in_their_order(cls: str):
+    """Whatever the order in which points were named; each row keeps its numbers."""
+    lens = cases.case("llama", cls, "raw").lens
+    points = ["blocks.1.hook_resid_post", "blocks.0.hook_resid_post"]
+    tokens, margin = models.tokens(1), ll.Margin(5, 9)
+    patched = ll.patch_activations(lens, tokens, margin, points, positions="each", progress=False)
+    moved = ll.activation_shift(lens, tokens, points)
+    sizes = [moved.values[name][0].norm(dim=-1) / moved.base_norms[name][0] for name in points]
+    for figure, rows in ((patched.plot(), patched.values[0]), (moved.plot(0), sizes)):
+        drawn = next(trace for trace in figure.data if trace.type == "heatmap")
+        assert list(drawn.y) == points[::-1]
+        for row, name in zip(drawn.z, drawn.y, strict=True):
+            expected = rows[points.index(name)][1:].tolist()
+            assert [float(v) for v in row[1:]] == pytest.approx(expected)
 
 
 def test_laws():

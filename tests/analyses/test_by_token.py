@@ -91,7 +91,7 @@ def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
     """Split further: prompts go one by one; what one row takes is named where it is too much."""
     by = ("position", "head", "token")
     longest = RESPONSE.over(lens.model, prompts()).prompts
-    row = memory._row(lens, longest)
+    row = memory._need(lens, longest)
     one = min(row.of_graph, row.of_rerun)
     whole, bounded = of(lens, by=by), of(lens, by=by, max_memory=1.5 * one)
     assert longest.tokens.shape == (2, 12)

@@ -12,7 +12,7 @@ from half_precision import STATED, Asked, compared
 from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
-from lens_lora.engine import noise as engine_noise
+from lens_lora.engine import rounding
 from lens_lora.engine.asked import ask
 from lens_lora.hooked.unembedded import unembed
 
@@ -53,7 +53,7 @@ def test_a_stated_floor_is_the_error(work: str, family: str, dtype: torch.dtype)
 
 def test_a_floor_of_another_precision_is_seen(monkeypatch: pytest.MonkeyPatch):
     """Control: with the roundings of float32 the floors are too low by far."""
-    monkeypatch.setattr(engine_noise, "_unit", lambda lens: 2.0**-24)
+    monkeypatch.setattr(rounding, "unit", lambda lens: 2.0**-24)
     found = ratios("remainder", "llama", torch.bfloat16)
     assert min(found.values()) > 10 * FACTOR
 
@@ -78,7 +78,7 @@ def test_the_ends_have_floors_of_their_own():
 
 def test_logits_of_an_adapted_head_are_rounded(monkeypatch: pytest.MonkeyPatch):
     """They pass hooks in half precision: their floor has that rounding, whatever comes before."""
-    monkeypatch.setattr(engine_noise, "roundings", lambda *_, **__: lambda tensor, hook: None)
+    monkeypatch.setattr(rounding, "of_embedding", lambda *_, **__: lambda tensor, hook: None)
     base = models.hf_model("llama", dtype=torch.bfloat16)
     noise = {}
     for target in ("lm_head", "q_proj"):

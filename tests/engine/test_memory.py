@@ -95,7 +95,7 @@ def test_split_by_everything(cls: str, runs_again: list[str]):
 def test_prompts_go_in_groups_that_fit(cls: str):
     lens = cases.case("llama", cls, "raw").lens
     prompts = lens.prompts(["w5 w6 w7 w8 w9 w10", "w11 w12", "w13 w14 w15"])
-    row = memory._row(lens, prompts)
+    row = memory._need(lens, prompts)
     with models.lifted():
         for name in ("first_order", "patch_sites", "path_attribution", "kl_shares"):
             few = CALLS[name](lens.within(1.01 * row.of_graph), prompts)
@@ -169,7 +169,7 @@ def test_a_large_activation_hides_no_other_tokens_change(runs_again: list[str]):
 @CLASSES
 def test_what_does_not_fit_is_refused(cls: str):
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
-    row = memory._row(lens, lens.prompts(tokens))
+    row = memory._need(lens, lens.prompts(tokens))
     too_little = {
         "first_order": row.of_rerun / 3,
         "patch_sites": row.in_pass / 2,
@@ -277,8 +277,8 @@ def test_interventions_on_more_prompts_than_fit(
     """Prompts go a few at a time, each group padded to its own longest, with a donor of its own."""
     lens = cases.case("llama", cls, "raw").lens
     prompts = lens.prompts(["w5 w6 w7 w8 w9 w10", "w11 w12", "w13 w14 w15"])
-    monkeypatch.setattr(memory, "_unembedded", lambda *_: 0)  # a margin's logits are few
-    bound = (rows + 0.1) * memory._row(lens, prompts).in_pass
+    monkeypatch.setattr(memory, "_unembedded", lambda *_: (0, 0))  # a margin's logits are few
+    bound = (rows + 0.1) * memory._need(lens, prompts).in_pass
     few = lens.within(bound)
     last = lens.plan.host.block_input(1)
     calls = {
@@ -295,7 +295,7 @@ def test_interventions_on_more_prompts_than_fit(
     own = type(lens).run
 
     def run(self: ll.LoraLens, some: ll.Prompts) -> torch.Tensor:
-        widest.append(len(some.tokens) * memory._row(lens, some).in_pass)
+        widest.append(len(some.tokens) * memory._need(lens, some).in_pass)
         return own(self, some)
 
     monkeypatch.setattr(swap, "_share", lambda *_: 1.0)  # whole rows, not begun at their patch

@@ -17,45 +17,42 @@ CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 
 @CLASSES
 def test_logits_that_are_held_together_count(cls: str, monkeypatch: pytest.MonkeyPatch):
-    """All of a divergence's, some of a log-probability's, none of a margin's."""
+    """None of a margin's, some of a response's at a time; a divergence holds its base's."""
     monkeypatch.setattr(memory, "PICKS", 3)
     lens, response = cases.case("llama", cls, "raw").lens, torch.arange(5, 13)
-    readings = {
-        0: ask(lens, models.tokens(), MARGIN).reading,
-        3: ask(lens, models.tokens(), ll.AnswerLogProb(response)).reading,
-        8: ask(lens, models.tokens(), ll.KL(response)).reading,
-    }
+    readouts = MARGIN, ll.AnswerLogProb(response), ll.KL(response)
+    readings = [ask(lens, models.tokens(), readout).reading for readout in readouts]
     size = lens.gate_dtype.itemsize * int(lens.model.cfg.d_vocab_out)
-    for count, reading in readings.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(memory, "_unembedded", lambda *_: 0)
-            bare = memory._row(lens, reading)
-        found = memory._row(lens, reading)
-        assert found.in_pass - bare.in_pass == 3 * count * size
-        assert found.of_graph - bare.of_graph == found.of_rerun - bare.of_rerun == 8 * count * size
-        assert memory._row(lens, reading.prompts).in_pass >= found.in_pass
+    held = 8 * len(models.tokens())
+    for reading, picks, base in zip(readings, (0, 3, 3), (0, 0, held), strict=True):
+        need, every = memory._need(lens, reading), memory._need(lens, reading.prompts)
+        found = need.picked, need.graphed, need.always
+        assert found == (3 * 2 * picks * size, 8 * picks * size, base * size)
+        slots = reading.prompts.slots
+        assert every.in_pass - need.in_pass == 3 * slots * size
+        assert every.of_graph - need.of_graph == every.of_rerun - need.of_rerun == 8 * slots * size
     adapted = cases.case("llama", cls, "raw", ("lm_head",)).lens
-    every = ask(adapted, models.tokens(), ll.AnswerLogProb(response)).reading
-    assert memory._unembedded(adapted, every) == 8
+    reading = ask(adapted, models.tokens(), ll.AnswerLogProb(response)).reading
+    assert memory._unembedded(adapted, reading) == (8, 0)
 
 
 @CLASSES
 def test_a_divergence_beyond_the_bound_is_refused(cls: str, monkeypatch: pytest.MonkeyPatch):
     """Whose logits alone are; the log-probability of the same response is not."""
-    monkeypatch.setattr(memory, "PICKS", 1)
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens(1)
     response = torch.arange(5, 25)
     log_prob = ll.AnswerLogProb(response)
     readings = [ask(lens, tokens, readout).reading for readout in (log_prob, ll.KL(response))]
-    rows = [memory._row(lens, reading) for reading in readings]
-    few = lens.within(sum(min(row.of_rerun, row.of_graph) for row in rows) / 2)
+    needs = [memory._need(lens, reading) for reading in readings]
+    few = lens.within(sum(n.always + n.graphed + min(n.of_rerun, n.of_graph) for n in needs) / 2)
     with models.lifted():
         found = ll.first_order(few, tokens, log_prob).values
         assert torch.allclose(found, ll.first_order(lens, tokens, log_prob).values, rtol=1e-10)
         with pytest.raises(ll.ArgumentError, match=r"max_memory=.*20 of them read"):
             ll.first_order(few, tokens, ll.KL(response), at=1.0)
+        whole = memory._need(lens, readings[1].prompts)
+        few = lens.within(0.9 * min(whole.of_graph, whole.of_rerun))
         with pytest.raises(ll.ArgumentError, match="max_memory"):
             ll.kl_shares(few, tokens, response=response, progress=False)
-        least = 0.9 * rows[1].in_pass
         with pytest.raises(ll.ArgumentError, match="max_memory"):
-            ll.token_shifts(lens.within(least), tokens, response)
+            ll.token_shifts(lens.within(0.9 * whole.in_pass), tokens, response)

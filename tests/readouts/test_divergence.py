@@ -13,7 +13,10 @@ from scipy.special import rel_entr
 
 import lens_lora as ll
 from lens_lora.engine import asked as asking
+from lens_lora.engine import read as reads
+from lens_lora.readouts import divergence as kl
 from lens_lora.readouts.divergence import Divergence
+from lens_lora.readouts.readout import bound
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]
@@ -191,9 +194,10 @@ def test_a_sweep_reads_it(case: cases.Case, tmp_path, response):
 
 def read(base: torch.Tensor, logits: torch.Tensor, way: str, slots: bool = True) -> torch.Tensor:
     """D by the reading itself, of every row."""
-    mask = torch.ones(len(base), base.shape[1] if slots else 1, dtype=torch.bool)
-    rows = torch.arange(len(base))
-    return Divergence(base, base.softmax(-1), mask, rows, way == WAYS[0])(logits)
+    mask = torch.ones(len(base), base.shape[1] if slots else 1)
+    rows, at = mask.nonzero(as_tuple=True)
+    of = Divergence(base, rows, rows, at if slots else None, len(base), way == WAYS[0])
+    return of(logits)
 
 
 def by_scipy(base: torch.Tensor, logits: torch.Tensor, way: str) -> torch.Tensor:
@@ -218,6 +222,30 @@ def test_rounding_is_that_of_the_shift(way: str, size: float):
     away = (of_softmaxes.double() / expected - 1).abs().max()
     assert size > 1e-3 or way != WAYS[0] or away > 2e-3, "the control"
     assert read(base, base, way).abs().max() == 0
+
+
+@each_way
+def test_a_few_tokens_at_a_time(case: cases.Case, way: str, monkeypatch: pytest.MonkeyPatch):
+    """Unembedded in chunks: the same ends, slopes, second derivatives and effects."""
+    readout, lens = ll.KL(RESPONSES, way), case.lens
+
+    def each() -> list[torch.Tensor]:
+        first = ll.first_order(lens, prompts(), readout, at=1.0)
+        effects = ll.patch_sites(lens, prompts(), readout, "leave_one_out", progress=False)
+        pulled = ll.coupling(lens, prompts(), readout, at=1.0, progress=False)
+        return [first.values, first.shift, effects.values, pulled.matrix]
+
+    whole = each()
+    for module in (reads, kl):
+        monkeypatch.setattr(module, "PICKS", 2)
+    for one, other in zip(whole, each(), strict=True):
+        assert one.abs().max() > 1e-6 and (one - other).abs().max() < 1e-10
+
+
+def test_prompts_of_a_kl_go_in_groups(case: cases.Case):
+    """Also while their base distribution is not known yet."""
+    reading = bound(ll.KL(RESPONSES), case.lens.model, prompts())
+    assert [len(some.owner) for some in reading.groups(1)] == [1] * reading.batch
 
 
 @each_way

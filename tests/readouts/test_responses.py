@@ -12,8 +12,9 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.engine import read
+from lens_lora.readouts.picks import LogProbs
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import LogProbs, Reading
+from lens_lora.readouts.rows import Reading
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3, 8, 8]), torch.tensor([7, 4])]

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from lens_lora.results import drawing
 from lens_lora.results.activation_effects import ActivationEffects
-from lens_lora.results.choosing import only_prompt
+from lens_lora.results.choosing import layer_order, only_prompt
 from lens_lora.show.figures.parts import bars, heatmap, token_ticks, value_text, whose
 from lens_lora.show.figures.style import Cells, Labels, title
 from lens_lora.show.text import label, visible
@@ -55,15 +55,17 @@ def _by_position(
     effects: ActivationEffects, rows: Cells, shift: float, prompt: int | None
 ) -> go.Figure:
     tokens = effects.str_tokens[only_prompt(prompt, len(effects.base))]
-    z = [[_or_none(v) for v in row[: len(tokens)]] for row in rows]
+    order = layer_order(effects.names)
+    names = [effects.names[i] for i in order]
+    z = [[_or_none(v) for v in rows[i][: len(tokens)]] for i in order]
     hover = [
         [
             _text(f"{name}, position {i} {visible(token)}", value, shift, effects.units)
             for i, (token, value) in enumerate(zip(tokens, row, strict=True))
         ]
-        for name, row in zip(effects.names, z, strict=True)
+        for name, row in zip(names, z, strict=True)
     ]
-    figure = heatmap(z, hover, list(range(len(tokens))), effects.names, effects.units, height=170)
+    figure = heatmap(z, hover, list(range(len(tokens))), names, effects.units, height=170)
     token_ticks(figure, tokens)
     figure.update_yaxes(type="category")
     return figure

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from lens_lora.results import drawing
 from lens_lora.results.activation_shift import ActivationShift
+from lens_lora.results.choosing import layer_order
 from lens_lora.show.figures.parts import heatmap, token_ticks
 from lens_lora.show.figures.style import Cells, Labels, title
 from lens_lora.show.text import label, percent, short_prompt, visible
@@ -26,7 +27,9 @@ def activation_shift_figure(found: ActivationShift, prompt: int) -> go.Figure:
     tokens, sinks = found.str_tokens[prompt], found.sinks[prompt].tolist()
     cells: Cells = []
     hover: Labels = []
-    for name, values in found.values.items():
+    names = [found.names[i] for i in layer_order(found.names)]
+    for name in names:
+        values = found.values[name]
         sizes = (values[prompt].norm(dim=-1) / found.base_norms[name][prompt]).tolist()
         own = [(t, size, sinks[t] or math.isnan(size)) for t, size in enumerate(sizes)]
         own = own[: len(tokens)]
@@ -38,7 +41,7 @@ def activation_shift_figure(found: ActivationShift, prompt: int) -> go.Figure:
             ]
         )
     columns = list(range(len(tokens)))
-    figure = heatmap(cells, hover, columns, found.names, "‖Δh‖/‖h‖", scale="amount")
+    figure = heatmap(cells, hover, columns, names, "‖Δh‖/‖h‖", scale="amount")
     below = f"‖Δh‖/‖h(0)‖ at {found.at}; sinks are grey"
     figure.update_layout(title=title(f"Shift of activations over “{short_prompt(tokens)}”", below))
     figure.update_yaxes(type="category")
