@@ -157,18 +157,32 @@ class Divergence:
             logits: at the places of these picks.
             some: their indices.
         """
-        pieces = zip(some.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True)
-        return torch.cat([self._of_few(few, own) for few, own in pieces])
+        pieces = list(zip(some.split(_IN_CACHE), logits.split(_IN_CACHE), strict=True))
+        found = [_from_shift(*self._base_of(*piece), piece[1], self.there) for piece in pieces]
+        largest = torch.stack([shift for _, shift in found]).tolist()
+        return torch.cat(
+            [
+                near if shift <= LARGEST_SHIFT else self._from_logarithms(*piece)
+                for (near, _), shift, piece in zip(found, largest, pieces, strict=True)
+            ]
+        )
 
-    def _of_few(
+    def _from_logarithms(
         self, few: Int[Tensor, "few"], logits: Float[Tensor, "few vocab"]
     ) -> Float[Tensor, "few"]:
-        """Copies of a pick stand together, and are compared with one p₀."""
+        log_p, log_q = self._base_of(few, logits)[0].log_softmax(-1), logits.log_softmax(-1)
+        first, second = (log_p, log_q) if self.there else (log_q, log_p)
+        return (first.exp() * (first - second)).sum(-1)
+
+    def _base_of(
+        self, few: Int[Tensor, "few"], logits: Float[Tensor, "few vocab"]
+    ) -> tuple[Float[Tensor, "few vocab"], Float[Tensor, "few vocab"]]:
+        """f₀ and p₀. Copies of a pick stand together, and share one p₀."""
         where = torch.stack(at_some(self._at(self.of_held, few.device), few))
         distinct, copy = where.unique_consecutive(dim=1, return_inverse=True)
         base = self.base[tuple(distinct.to(self.base.device))].to(logits)
         copy = copy.to(logits.device)
-        return _divergence(base[copy], base.softmax(-1)[copy], logits, self.there)
+        return base[copy], base.softmax(-1)[copy]
 
     def of(self, terms: Float[Tensor, "pick"]) -> Float[Tensor, "row"]:
         """D of each row.
@@ -216,30 +230,25 @@ class Divergence:
         return tuple(index.to(device) for index in where)
 
 
-def _divergence(
+def _from_shift(
     base: Float[Tensor, "pick vocab"],
     p: Float[Tensor, "pick vocab"],
     logits: Float[Tensor, "pick vocab"],
     there: bool,
-) -> Float[Tensor, "pick"]:
+) -> tuple[Float[Tensor, "pick"], Float[Tensor, ""]]:
     """KL(p₀‖p) = log Z − Σ p₀ d, or KL(p‖p₀) = Σ p₀ eᵈ d / Z − log Z, where Z = Σ p₀ eᵈ.
 
     Z and eᵈ are taken as what they exceed one by, so that rounding is that of a small divergence.
+    Also the largest d, beyond which this is not to be used.
     `engine/distribution_shift.py` has the same sums in place, without derivatives.
     """
     shift = logits - base
     shift = shift - torch.linalg.vecdot(p, shift)[..., None]
-    if float(shift.detach().amax()) > LARGEST_SHIFT:
-        return _from_logarithms(base.log_softmax(-1), logits.log_softmax(-1), there)
+    largest = shift.detach().amax()
     left = torch.linalg.vecdot(p, shift)  # of the mean, by rounding
     grown = torch.expm1(shift)
     rest = torch.linalg.vecdot(p, grown)
     if there:
-        return rest.log1p() - left
+        return rest.log1p() - left, largest
     moved = torch.linalg.vecdot(p * shift, grown)
-    return (moved + left) / (1 + rest) - rest.log1p()
-
-
-def _from_logarithms(log_p: Tensor, log_q: Tensor, there: bool) -> Tensor:
-    first, second = (log_p, log_q) if there else (log_q, log_p)
-    return (first.exp() * (first - second)).sum(-1)
+    return (moved + left) / (1 + rest) - rest.log1p(), largest

@@ -20,7 +20,8 @@ devices = pytest.importorskip("devices", reason="this torch has no backends writ
 
 # What reads or writes a tensor of its own; the rest are made of these.
 NAMES = (
-    *("logits", "first_order", "forward", "frozen", "by token and layer", "kl_shares", "generate"),
+    *("logits", "first_order", "forward", "frozen", "by token and layer", "generate"),
+    *("kl_shares", "path of a KL", "patch_sites, a KL"),
     *("token_shifts", "activations", "components", "logit_shift", "tangents", "remainder"),
     *("second_order", "coupling", "patch_sites", "ranks, to the mean", "patch_activations"),
     *("feature_shift", "feature_writes"),
@@ -77,6 +78,13 @@ def require_equal(found: object, expected: object, name: str) -> None:
         assert off <= 1e-4 * size, (name, float(off), size)
 
 
+OF_A_RESPONSE = {
+    "log p": lambda lens, t, r: ll.first_order(lens, t, ll.AnswerLogProb(r), mode="reverse"),
+    "KL": lambda lens, t, r: ll.first_order(lens, t, ll.KL(r), at=1.0, mode="reverse"),
+    "kl_shares": lambda lens, t, r: ll.kl_shares(lens, t, r, scales=(), progress=False),
+    "token_shifts": lambda lens, t, r: ll.token_shifts(lens, t, r),
+    "activations": lambda lens, t, r: ll.activations(lens, t, r),
+}
 TARGETS = {"HookedTransformer": "linear", "TransformerBridge": "everything"}
 
 
@@ -138,6 +146,21 @@ def test_host_reads_do_not_grow_with_sites(cls: str):
             ll.first_order(lens, tokens("toy:0"), ll.Margin(5, 9), mode="reverse")
             counts.append(len(reads) - before)
     assert max(counts) <= 30 + models.LAYERS and abs(counts[0] - counts[1]) <= 2
+
+
+@pytest.mark.parametrize("name", OF_A_RESPONSE)
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_host_reads_do_not_grow_with_tokens(cls: str, name: str):
+    counts = []
+    for length in (9, 25):
+        own, model = adapter("linear"), models.MAKERS[cls](base())
+        with devices.tracked() as reads:
+            model.to("toy:0")
+            lens, response = ll.LoraLens(model, own), torch.arange(3, 3 + length)
+            before = len(reads)
+            OF_A_RESPONSE[name](lens, tokens("toy:0"), response)
+            counts.append(len(reads) - before)
+    assert counts[0] == counts[1]
 
 
 def test_what_mixes_is_seen():

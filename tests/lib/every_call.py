@@ -62,6 +62,12 @@ CALLS: dict[str, Call] = {
         lens, t, ll.AnswerLogProb(RESPONSE), by="token", group="layer", **QUIET
     ),
     "kl_shares": lambda lens, t: ll.kl_shares(lens, t, **QUIET).divergence,
+    "path of a KL": lambda lens, t: ll.path_attribution(
+        lens, t, ll.KL(RESPONSE, "adapted_to_base"), tol=0.5, **QUIET
+    ),
+    "patch_sites, a KL": lambda lens, t: ll.patch_sites(
+        lens, t, ll.KL(RESPONSE), how="leave_one_out", **QUIET
+    ),
     "generate": lambda lens, t: torch.stack(
         lens.generate(t, 4, eos_token_id=(), **QUIET).ids
     ).double(),
