@@ -26,6 +26,7 @@ from lens_lora.hooked.attaching import attached
 __all__ = ["GROUPS", "Cell", "response_table"]
 
 PROMPT, TURNS = 44, 3
+UNIT_TURNS = 5  # of F and FB in each turn: they are short, and all else is measured in them
 QUIET = {"progress": False}
 TEXT = "The capital of France is", " Lyon, a large city on the Rhône."
 
@@ -182,7 +183,7 @@ def generation(lens: ll.LoraLens, peak: Callable) -> list[str]:
 def batch(lens: ll.LoraLens, peak: Callable) -> list[str]:
     """Of short prompts, whose single forward pass mostly reads weights, and of longer ones."""
     del peak
-    return [*_sixteen(lens, 12, TURNS), *_sixteen(lens, 128, 1)]
+    return [*_sixteen(lens, 12, TURNS), *_sixteen(lens, 64, 1)]
 
 
 def _sixteen(lens: ll.LoraLens, length: int, turns: int) -> list[str]:
@@ -196,9 +197,10 @@ def _sixteen(lens: ll.LoraLens, length: int, turns: int) -> list[str]:
     times: dict[str, list[list[float]]] = {name: [] for name in works}
     for turn in range(turns):
         for name, work in works.items():
-            taken = [seconds(lambda work=work, ids=ids: work(ids)) for ids in (few, many)]
-            if turn or turns == 1:
-                times[name].append(taken)
+            for _ in range(UNIT_TURNS if name == "F" else 1):
+                taken = [seconds(lambda work=work, ids=ids: work(ids)) for ids in (few, many)]
+                if turn or turns == 1:
+                    times[name].append(taken)
     ratio = {name: np.divide(*reversed(np.median(taken, 0))) for name, taken in times.items()}
     target = f"≤ 1.5·F(16)/F(1) = {1.5 * ratio.pop('F'):.1f}"
     return [
@@ -209,13 +211,14 @@ def _sixteen(lens: ll.LoraLens, length: int, turns: int) -> list[str]:
 
 def timed(of: Row, cells: Sequence[Cell], turns: int) -> list[str]:
     """Medians, interleaved with F and FB; one turn that is not counted where there are several."""
-    units = {"F": of.forward, "FB": of.backward}
-    times: dict[str, list[float]] = {}
+    works = {"F": (of.forward, UNIT_TURNS), "FB": (of.backward, UNIT_TURNS)}
+    works |= {cell.name: (cell.run, 1) for cell in cells}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(turns + (turns > 1)):
-        for name, work in [*units.items(), *((c.name, c.run) for c in cells)]:
-            taken = seconds(work)
+        for name, (work, often) in works.items():
+            taken = [seconds(work) for _ in range(often)]
             if turn or turns == 1:
-                times.setdefault(name, []).append(taken)
+                times[name] += taken
     of_unit = {name: statistics.median(taken) for name, taken in times.items()}
 
     def cost(c: Cell) -> float:

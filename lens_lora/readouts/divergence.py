@@ -176,13 +176,16 @@ class Divergence:
 
     def _base_of(
         self, few: Int[Tensor, "few"], logits: Float[Tensor, "few vocab"]
-    ) -> tuple[Float[Tensor, "few vocab"], Float[Tensor, "few vocab"]]:
-        """f₀ and p₀. Copies of a pick stand together, and share one p₀."""
+    ) -> tuple[Float[Tensor, "#few vocab"], Float[Tensor, "#few vocab"]]:
+        """f₀ and p₀, as one row where all are copies of one pick; copies stand together."""
         where = torch.stack(at_some(self._at(self.of_held, few.device), few))
         distinct, copy = where.unique_consecutive(dim=1, return_inverse=True)
         base = self.base[tuple(distinct.to(self.base.device))].to(logits)
+        p = base.softmax(-1)
+        if len(base) in (1, len(few)):
+            return base, p
         copy = copy.to(logits.device)
-        return base[copy], base.softmax(-1)[copy]
+        return base[copy], p[copy]
 
     def of(self, terms: Float[Tensor, "pick"]) -> Float[Tensor, "row"]:
         """D of each row.
@@ -231,8 +234,8 @@ class Divergence:
 
 
 def _from_shift(
-    base: Float[Tensor, "pick vocab"],
-    p: Float[Tensor, "pick vocab"],
+    base: Float[Tensor, "#pick vocab"],
+    p: Float[Tensor, "#pick vocab"],
     logits: Float[Tensor, "pick vocab"],
     there: bool,
 ) -> tuple[Float[Tensor, "pick"], Float[Tensor, ""]]:
