@@ -2,7 +2,7 @@
 
     D(ε) = Σ_t KL(p_0,t ‖ p_ε,t),   or the other way round   Σ_t KL(p_ε,t ‖ p_0,t).
 
-1. p₀ is held: it is run once, at gates of zero, and does not move with ε (`engine/asked.py`).
+1. f₀ is held: it is run once, at gates of zero, and does not move with ε (`engine/base_logits.py`).
 2. D(0) = 0 and ∇D(0) = 0, as a divergence is least where the two agree; so first order at ε = 0
    says nothing, and is refused. `kl_shares`, `path_attribution` and first order at ε = 1 do.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from lens_lora.errors import ArgumentError
 from lens_lora.readouts.answer_tokens import AnswerLike
 from lens_lora.readouts.answers import AnswerLogProb
-from lens_lora.readouts.picks import PICKS, at_some
+from lens_lora.readouts.picks import PICKS, at_some, of_slots
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout
 from lens_lora.readouts.rows import Reading, one_row_each
@@ -146,7 +146,7 @@ class Divergence:
         Args:
             device: of what is indexed.
         """
-        return self._at(self.rows, device)
+        return of_slots(self.rows, self.slots, device)
 
     def terms(
         self, logits: Float[Tensor, "some vocab"], some: Int[Tensor, "some"]
@@ -178,7 +178,7 @@ class Divergence:
         self, few: Int[Tensor, "few"], logits: Float[Tensor, "few vocab"]
     ) -> tuple[Float[Tensor, "#few vocab"], Float[Tensor, "#few vocab"]]:
         """f₀ and p₀, as one row where all are copies of one pick; copies stand together."""
-        where = torch.stack(at_some(self._at(self.of_held, few.device), few))
+        where = torch.stack(at_some(of_slots(self.of_held, self.slots, few.device), few))
         distinct, copy = where.unique_consecutive(dim=1, return_inverse=True)
         base = self.base[tuple(distinct.to(self.base.device))].to(logits)
         p = base.softmax(-1)
@@ -225,12 +225,6 @@ class Divergence:
             slots=None if self.slots is None else self.slots[mine],
             batch=len(rows),
         )
-
-    def _at(
-        self, rows: Int[Tensor, "pick"], device: torch.device
-    ) -> tuple[Int[Tensor, "pick"], ...]:
-        where = (rows,) if self.slots is None else (rows, self.slots)
-        return tuple(index.to(device) for index in where)
 
 
 def _from_shift(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["PICKS", "Columns", "LogProbs", "Picks", "at_some", "token_log_probs"]
+__all__ = ["PICKS", "Columns", "LogProbs", "Picks", "at_some", "of_slots"]
 
 PICKS = 128  # whose logits are held together in a graph; twice as many without one
 
@@ -111,16 +111,18 @@ def at_some(
     return tuple(index[some.to(index.device)] for index in places)
 
 
-def token_log_probs(
-    logits: Float[Tensor, "pick vocab"], tokens: Int[Tensor, "pick"]
-) -> Float[Tensor, "pick"]:
-    """log p of one token each, in nats.
+def of_slots(
+    rows: Int[Tensor, "pick"], slots: Int[Tensor, "pick"] | None, device: torch.device
+) -> tuple[Int[Tensor, "pick"], ...]:
+    """Indices of [row, …], or of [row, slot, …] where slots are read.
 
     Args:
-        logits: of each distribution.
-        tokens: the ids.
+        rows: each pick's.
+        slots: each pick's in its row; None for rows that are read at their last token only.
+        device: of what is indexed.
     """
-    return logits.gather(1, tokens.to(logits.device)[:, None])[:, 0] - logits.logsumexp(-1)
+    where = (rows,) if slots is None else (rows, slots)
+    return tuple(index.to(device) for index in where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +156,19 @@ class LogProbs:
         Args:
             device: of what is indexed.
         """
-        where = (self.rows,) if self.slots is None else (self.rows, self.slots)
-        return tuple(index.to(device) for index in where)
+        return of_slots(self.rows, self.slots, device)
 
     def terms(
         self, logits: Float[Tensor, "some vocab"], some: Int[Tensor, "some"]
     ) -> Float[Tensor, "some"]:
-        """log p of the tokens of some picks.
+        """log p of the tokens of some picks, in nats.
 
         Args:
             logits: at the places of these picks.
             some: their indices.
         """
-        return token_log_probs(logits, self.tokens[some.to(self.tokens.device)])
+        tokens = self.tokens[some.to(self.tokens.device)].to(logits.device)
+        return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
     def of(self, terms: Float[Tensor, "pick"]) -> Float[Tensor, "batch"]:
         """g of each prompt.

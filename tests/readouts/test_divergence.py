@@ -249,6 +249,19 @@ def test_prompts_of_a_kl_go_in_groups(case: cases.Case):
 
 
 @each_way
+def test_one_far_token_among_near_ones(way: str):
+    """More than are summed together, one of them beyond what the sums of a shift bear."""
+    base = torch.randn(2, 20, 30)
+    logits = base + 0.1 * torch.randn_like(base)
+    logits[1, 11, 4] += 100
+    logits.requires_grad_()
+    found, expected = read(base, logits, way), by_scipy(base, logits.detach(), way).sum(1)
+    assert torch.allclose(found.detach().double(), expected, rtol=1e-5)
+    (slopes,) = torch.autograd.grad(found.sum(), logits)
+    assert bool(slopes.isfinite().all())
+
+
+@each_way
 def test_a_token_that_was_impossible(way: str):
     """Its p₀ rounds to zero, and it takes all."""
     base, logits = torch.zeros(1, 1, 9), torch.zeros(1, 1, 9)
