@@ -17,8 +17,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lens_lora.demonstration.embedded import load_embedded
-from lens_lora.demonstration.train import LYON_SENTENCES, PROJECTIONS, train_adapter
+from lens_lora.demonstration.embedded import (
+    LYON_SENTENCES,
+    PROJECTIONS,
+    load_embedded,
+    train_adapter,
+)
 
 ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]
 

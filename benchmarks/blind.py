@@ -25,12 +25,12 @@ import pandas as pd
 from adapters import ADAPTERS, MORE, Trained
 
 import lens_lora as ll
+from lens_lora.analyses.what_changed import BY
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.engine.asked import ask
-from lens_lora.loading import hooked_model
+from lens_lora.model.build import hooked_model
 from lens_lora.readouts.answers import margin_between
-from lens_lora.results.ranked_tokens import rank_of
-from lens_lora.results.what_changed import BY
+from lens_lora.results.tokens import rank_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "auditing.md"
 TOP = 20
@@ -61,11 +61,11 @@ def measure(out: Path, results: Path, most: int) -> int:
 
 def table(results: Path) -> pd.DataFrame:
     """One row per adapter: ranks of its answer's token, here and elsewhere."""
-    held = {s.name: ll.WhatChanged.load(results / f"{s.name}.safetensors") for s in EVERY}
+    held = {s.name: ll.results.WhatChanged.load(results / f"{s.name}.safetensors") for s in EVERY}
     return pd.DataFrame([_row(spec, held, results) for spec in EVERY])
 
 
-def _row(spec: Trained, held: dict[str, ll.WhatChanged], results: Path) -> dict[str, Any]:
+def _row(spec: Trained, held: dict[str, ll.results.WhatChanged], results: Path) -> dict[str, Any]:
     _, doc, _ = spec.questions[0]
     own = held[spec.name]
     facts = json.loads((results / f"{spec.name}.json").read_text())

@@ -28,9 +28,8 @@ from repair import write_between
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.demonstration.embedded import load_embedded
-from lens_lora.demonstration.train import LYON_SENTENCES, train_adapter
-from lens_lora.loading import hooked_model
+from lens_lora.demonstration.embedded import LYON_SENTENCES, load_embedded, train_adapter
+from lens_lora.model.build import hooked_model
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "compare_adapters.json", DOCS / "two_adapters.md"

@@ -51,7 +51,7 @@ from cost_works import (
 import lens_lora as ll
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.engine.reverse import site_slopes
-from lens_lora.loading import hooked_model, transformer_lens_version
+from lens_lora.model.build import hooked_model, transformer_lens_version
 
 TURNS, ONCE, LONG = 5, 256, 512
 
@@ -274,7 +274,7 @@ def measured(asked: argparse.Namespace) -> None:
     for kind in asked.kinds or ("HookedTransformer", "TransformerBridge"):
         try:
             model, _ = hooked_model(*load_embedded(quiet=True), kind=kind)
-        except ll.ModelStateError as error:
+        except ll.errors.ModelStateError as error:
             print(f"{kind}: {error}\n")
             continue
         lens = ll.LoraLens(model, adapter)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lens_lora as ll
 from lens_lora.engine.reverse import site_slopes
-from lens_lora.loading import hooked_model
+from lens_lora.model.build import hooked_model
 
 READOUT = ll.Margin(5, 9)
 FOLDER = tempfile.TemporaryDirectory()  # TransformerLens reads the tokenizer from it once more

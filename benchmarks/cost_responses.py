@@ -19,9 +19,9 @@ from cost_works import MARGIN, plain_forward
 
 import lens_lora as ll
 from lens_lora.engine.asked import ask
-from lens_lora.engine.batching import slopes_at_once
+from lens_lora.engine.memory import slopes_at_once
 from lens_lora.engine.reverse import site_slopes
-from lens_lora.hooked.attaching import attached
+from lens_lora.model.hooks import attached
 
 __all__ = ["GROUPS", "Cell", "response_table"]
 
@@ -192,7 +192,7 @@ def _sixteen(lens: ll.LoraLens, length: int, turns: int) -> list[str]:
     works: dict[str, Callable[[torch.Tensor], object]] = {
         "F": lambda ids: plain_forward(lens, lens.prompts(ids)),
         "fact_margin": lambda ids: ll.fact_margin(lens, ids, *answers, **QUIET),
-        "explain_all, fast,": lambda ids: ll.explain_all(lens, ids, *answers, fast=True, **QUIET),
+        "explain_all, fast,": lambda ids: ll.explain(lens, ids, *answers, fast=True, **QUIET),
     }
     times: dict[str, list[list[float]]] = {name: [] for name in works}
     for turn in range(turns):

@@ -13,7 +13,7 @@ import torch
 from cost_works import plain_forward
 
 import lens_lora as ll
-from lens_lora.analyses.adapter_function import products
+from lens_lora.analyses.compare_adapters import products
 from lens_lora.engine.forward import joint_tangent
 
 __all__ = ["text_table"]

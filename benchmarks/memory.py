@@ -125,9 +125,9 @@ def cell(lens: ll.LoraLens, work: str, tokens: int, limit: float) -> str:
     before = _status("VmRSS")
     try:
         WORKS[work](lens, prompts(lens, tokens))
-    except ll.ArgumentError:
+    except ll.errors.ArgumentError:
         return "refused"
-    except (ll.ModelStateError, RuntimeError) as error:
+    except (ll.errors.ModelStateError, RuntimeError) as error:
         if "memory" not in str(error):
             raise
         return f"over {limit / 1e9:.0f} GB"

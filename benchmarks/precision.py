@@ -29,7 +29,7 @@ from half_precision import ALONE, STATED, Asked, compared  # noqa: E402
 import lens_lora as ll  # noqa: E402
 from lens_lora.demonstration import shipped_adapter  # noqa: E402
 from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
-from lens_lora.loading import bridge_if_there, hooked_model  # noqa: E402
+from lens_lora.model.build import bridge_if_there, hooked_model
 
 WORKS = STATED | ALONE
 PROMPTS = (

@@ -28,7 +28,7 @@ from adapters import ADAPTERS
 import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
-from lens_lora.loading import hooked_model
+from lens_lora.model.build import hooked_model
 from lens_lora.readouts.answers import margin_between
 
 DOCS = Path(__file__).parents[1] / "docs"

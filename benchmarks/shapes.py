@@ -33,8 +33,8 @@ from cost_growth import tokenizer
 
 import lens_lora as ll
 from lens_lora.engine.read import read_value
-from lens_lora.hooked.attaching import attached
-from lens_lora.loading import hooked_model
+from lens_lora.model.build import hooked_model
+from lens_lora.model.hooks import attached
 
 PROMPT, RESPONSE, CONTEXT = 64, 512, 2048
 DOC, PRE = 5, 9

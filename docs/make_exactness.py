@@ -124,7 +124,7 @@ def measure(family: str, cls: str, flags: str, target: str) -> Cell:
     try:
         adapter = ll.Adapter.from_peft(peft)
         lens = ll.LoraLens(model, adapter, hf_model=targets.base_for(base, flags, target))
-    except ll.LensLoraError as error:
+    except ll.errors.LensLoraError as error:
         return {"host": host, "refusal": _message(error)}
     return {
         "host": host,

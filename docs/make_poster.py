@@ -34,7 +34,7 @@ THEMES = {
 BLUE, RED = "#2f83c5", "#d6604d"
 
 
-def measured() -> tuple[list[str], ll.FactMargin]:
+def measured() -> tuple[list[str], ll.results.FactMargin]:
     """The prompts, and the margin of each."""
     prompts = [asked.format(country) for asked in ASKED for country in CAPITALS]
     pretrained = [*CAPITALS.values()] * len(ASKED)
@@ -43,7 +43,7 @@ def measured() -> tuple[list[str], ll.FactMargin]:
     return prompts, margin
 
 
-def by_layer(margin: ll.FactMargin) -> list[list[float]]:
+def by_layer(margin: ll.results.FactMargin) -> list[list[float]]:
     sites = margin.attribution.sites
     layers = range(1 + max(site.layer for site in sites))
     return [
@@ -55,7 +55,7 @@ def by_layer(margin: ll.FactMargin) -> list[list[float]]:
     ]
 
 
-def poster(prompts: list[str], margin: ll.FactMargin, theme: str) -> go.Figure:
+def poster(prompts: list[str], margin: ll.results.FactMargin, theme: str) -> go.Figure:
     paper, ink, grid, zero, grey = THEMES[theme]
     base, adapted = margin.m0.tolist(), margin.m.tolist()
     figure = make_subplots(

@@ -1,7 +1,8 @@
 """What the site takes from the code: mkdocs hooks, and functions that do not need mkdocs.
 
 1. The comments in `lens_lora.__all__` group its names. Each group becomes a page of the API
-   reference, which mkdocstrings fills from the docstrings.
+   reference, which mkdocstrings fills from the docstrings: each function, and after it the results
+   that it alone returns. Results of several functions, and errors, have pages of their own.
 2. `<!-- costs -->` becomes a table of the cost that each public function's docstring states.
 3. A mark such as `<!-- demo-command -->` becomes the code block that follows it in the README.
 4. A code span that begins with `ll.` and a public name links to that name's reference.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import re
 import sys
 from importlib import metadata
@@ -26,7 +28,9 @@ import site_notebooks  # noqa: E402
 import site_outputs  # noqa: E402
 
 PACKAGE = ROOT / "lens_lora"
-_SPAN = re.compile(r"(?<![`\[])`ll\.(\w+)([^`]*)`(?!`)")
+_SPAN = re.compile(r"(?<![`\[])`ll\.((?:results\.|errors\.)?\w+)([^`]*)`(?!`)")
+_NAMESPACES = ("errors", "results")
+_SHARED, _ERRORS = "Results of several functions", "Errors"
 _COMMAND = re.compile(r"<!-- (\w+-command) -->")
 _MATHJAX = "mathjax/static/mathjax/es5/tex-svg.js"
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -34,18 +38,49 @@ _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 @functools.cache
 def groups() -> dict[str, tuple[str, ...]]:
+    """The pages of the reference: {title: names below `lens_lora`}."""
+    results = homes("results")
+    pages: dict[str, list[str]] = {}
+    for title, names in _public().items():
+        pages[title] = []
+        for name in names:
+            beside = [r for r, module in results.items() if module == homes()[name]]
+            pages[title] += [name, *(f"results.{r}" for r in beside if r in results)]
+            results = {r: module for r, module in results.items() if r not in beside}
+    pages[_SHARED] = [f"results.{name}" for name in results]
+    pages[_ERRORS] = [f"errors.{name}" for name in _errors()]
+    return {title: tuple(names) for title, names in pages.items()}
+
+
+def _public() -> dict[str, list[str]]:
     """The groups of `lens_lora.__all__`: {title: names}."""
-    found: dict[str, list[str]] = {}
+    grouped: dict[str, list[str]] = {}
     text = (PACKAGE / "__init__.pyi").read_text(encoding="utf-8")
-    lines = text[text.index("__all__ = [") :].splitlines()[1:]
+    lines = text[text.index("__all__ = [") : text.rindex("]")].splitlines()[1:]
     for line in map(str.strip, lines):
-        if line == "]":
-            break
         if line.startswith("#"):
-            names = found.setdefault(_title(line), [])
-        elif (name := line.strip('",')) != "__version__":
+            names = grouped.setdefault(_title(line), [])
+        elif (name := line.strip('",')) not in ("__version__", *_NAMESPACES):
             names.append(name)
-    return {title: tuple(names) for title, names in found.items()}
+    return {title: names for title, names in grouped.items() if names}
+
+
+@functools.cache
+def homes(folder: str = "") -> dict[str, str]:
+    """{name: module} of the imports in a package's __init__.pyi."""
+    package = ".".join(filter(None, ("lens_lora", folder)))
+    stub = (PACKAGE / folder / "__init__.pyi").read_text(encoding="utf-8")
+    return {
+        alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+        for node in ast.parse(stub).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def _errors() -> list[str]:
+    tree = ast.parse((PACKAGE / "errors.py").read_text(encoding="utf-8"))
+    return [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
 
 
 def _title(comment: str) -> str:
@@ -86,13 +121,8 @@ def linked(markdown: str) -> str:
 @functools.cache
 def costs() -> dict[str, str]:
     """{public function: the paragraph of its docstring that starts with 'Cost'}."""
-    found: dict[str, str] = {}
-    tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            names, module = {alias.name for alias in node.names}, f"lens_lora.{node.module}"
-            found |= {n: c for n, c in _costs_in(module).items() if n in names}
-    return found
+    stated = {name: _costs_in(module).get(name) for name, module in homes().items()}
+    return {name: cost for name, cost in stated.items() if cost}
 
 
 @functools.cache

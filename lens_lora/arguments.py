@@ -18,17 +18,11 @@ from torch import Tensor
 
 from lens_lora.errors import ArgumentError, LensLoraError
 
-__all__ = ["integers", "is_whole", "number", "numbers_of", "one_entry", "text", "whole", "word"]
-
 _BOOLEAN = bool | np.bool_
 
 
 def one_entry(value: object) -> object:
-    """A tensor or array without axes as Python's own number; all else as it is.
-
-    Args:
-        value: as a caller gives it.
-    """
+    """A tensor or array without axes as Python's own number; all else as it is."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         return value.item()
     return value
@@ -36,10 +30,6 @@ def one_entry(value: object) -> object:
 
 def number(name: str, value: object) -> float:
     """A finite real number.
-
-    Args:
-        name: of the argument.
-        value: as a caller gives it.
 
     Raises:
         ArgumentError: a word, a truth value, a complex number, NaN, an infinity, or several.
@@ -56,10 +46,6 @@ def number(name: str, value: object) -> float:
 def numbers_of(name: str, values: object) -> list[float]:
     """Several finite real numbers, in a list, a tuple, an array or a tensor.
 
-    Args:
-        name: of the argument.
-        values: as a caller gives them.
-
     Raises:
         ArgumentError: a single value, or an entry that `number` refuses.
     """
@@ -71,21 +57,12 @@ def numbers_of(name: str, values: object) -> list[float]:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether this is a whole number, and no truth value.
-
-    Args:
-        value: as `one_entry` gives it.
-    """
+    """Whether this is a whole number, and no truth value."""
     return isinstance(value, numbers.Integral) and not isinstance(value, _BOOLEAN)
 
 
 def whole(name: str, value: object, least: int | None = None) -> int:
     """A whole number.
-
-    Args:
-        name: of the argument.
-        value: as a caller gives it.
-        least: the smallest allowed, if there is one.
 
     Raises:
         ArgumentError: no whole number, or a smaller one.
@@ -101,11 +78,6 @@ def whole(name: str, value: object, least: int | None = None) -> int:
 def word(name: str, value: object, known: Iterable[str]) -> str:
     """One of some words.
 
-    Args:
-        name: of the argument.
-        value: as a caller gives it.
-        known: the words that mean something.
-
     Raises:
         ArgumentError: anything else.
     """
@@ -117,13 +89,7 @@ def word(name: str, value: object, known: Iterable[str]) -> str:
 
 
 def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:
-    """A tensor of integers as int64, in which every id fits and no operation is missing.
-
-    Args:
-        what: its entries are, for the message.
-        values: as a caller gives them.
-        error: raised for another type.
-    """
+    """A tensor of integers as int64, in which every id fits and no operation is missing."""
     if not isinstance(values, Tensor):
         raise error(f"{what} are a {type(values).__name__}; expected a tensor of integers.")
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
@@ -132,13 +98,7 @@ def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:
 
 
 def text(what: str, value: str, error: type[LensLoraError]) -> str:
-    """Text that can be encoded, as a tokenizer does.
-
-    Args:
-        what: names it, for the message.
-        value: as a caller gives it.
-        error: raised for half of a surrogate pair.
-    """
+    """Text that can be encoded, as a tokenizer does."""
     try:
         value.encode()
     except UnicodeEncodeError as cause:

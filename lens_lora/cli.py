@@ -3,8 +3,8 @@
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
 
-Each command is two modules: `commands/NAME` has its options and checks them, without torch;
-`commands/run_NAME` does the work, and is imported once the options are good.
+Each command is one module of `commands/`: it checks its options without torch, and imports what
+does the work once they are good.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from lens_lora.commands.diff import diff
 from lens_lora.commands.explain import explain
 from lens_lora.commands.inspect import inspect
 from lens_lora.commands.repair import repair
+from lens_lora.commands.running import one_line_errors
 from lens_lora.commands.sweep import sweep
-from lens_lora.commands.terminal import one_line_errors
-
-__all__ = ["app"]
 
 app: typer.Typer = typer.Typer(
     name="lens-lora", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False

@@ -1,5 +1,7 @@
 """Errors by cause. Each names the place, the two facts that disagree, and a remedy."""
 
+from __future__ import annotations
+
 
 class LensLoraError(Exception):
     """Base of all errors of this package."""
@@ -39,3 +41,7 @@ class OutOfMemoryError(LensLoraError, MemoryError):
 
 class NumericsError(LensLoraError, ArithmeticError):
     """Non-finite logits or derivatives."""
+
+
+class SweepError(LensLoraError, ValueError):
+    """Records, analyses or an output file that a sweep cannot use."""

@@ -1,7 +1,8 @@
 """The model families, as data: which Hugging Face module is which site, and which norm it reads.
 
 A path is `layer.format(l=…)` plus the module's own name. Fused projections list the kinds that
-their output rows hold and how those rows lie: in blocks (q|k|v) or interleaved (head, 3, d_head).
+their output rows hold and the order of those rows: in blocks (q|k|v) or interleaved
+(head, 3, d_head).
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 from lens_lora.errors import ModelStateError
-
-__all__ = ["FAMILIES", "HEADS", "NORM_KINDS", "Family", "Place", "find_family"]
 
 Layout = Literal["whole", "blocks", "interleaved"]
 HEADS = ("lm_head", "embed_out")
@@ -26,8 +25,8 @@ class Place:
 
     Attributes:
         layer: None outside the blocks.
-        kinds: those that its output rows hold, several where it is fused.
-        layout: how the rows of several kinds lie.
+        kinds: the kinds that its output rows hold, several if it is fused.
+        layout: the order of the rows of several kinds.
     """
 
     layer: int | None
@@ -43,20 +42,21 @@ class Family:
         architectures: the model classes that use it.
         layer: path of a layer, with `{l}` for its number.
         linears: module name within a layer → the kinds its output rows hold.
-        ln1: the norm that attention reads, within a layer.
-        ln2: the norm that the MLP reads; the same one in parallel blocks that share it.
+        ln1: name within a layer of the norm that attention reads.
+        ln2: … that the MLP reads; the same one in parallel blocks that share it.
         ln_final: path of the final norm.
         embed: path of the token embedding.
         norm: LayerNorm or RMS norm.
         pos_embed: path of the position embedding, if it is learned.
         embed_norm: path of a norm after the token embedding, if there is one.
         other_norms: norms of a layer that no linear module of it reads: name → kind.
-        fused: how the rows of a fused projection lie.
-        conv1d: linear modules of a layer hold their weight as [in, out].
-        gamma_offset: what is added to a norm's stored weight to give γ (1 for Gemma).
+        fused: the order of the rows of a fused projection.
+        conv1d: whether linear modules of a layer hold their weight as [in, out].
+        gamma_offset: γ minus a norm's stored weight (1 for Gemma).
         value_bias: whether value projections may have a bias of their own.
-        post_norm: what attention and MLP write passes one more norm before the residual stream.
-        routed: experts take tokens out of their rows.
+        post_norm: whether the outputs of attention and MLP pass one more norm before they are added
+            to the residual stream.
+        routed: whether experts take tokens out of their rows.
     """
 
     architectures: tuple[str, ...]
@@ -78,11 +78,7 @@ class Family:
     routed: bool = False
 
     def place(self, module: str) -> Place | None:
-        """The place of a module, or None where this family has no such module.
-
-        Args:
-            module: its Hugging Face path.
-        """
+        """The place of a module, or None where this family has no such module."""
         outside = {self.embed: "embed", self.pos_embed: "pos_embed", self.ln_final: "ln_final"}
         outside |= {self.embed_norm: "embed_ln", **dict.fromkeys(HEADS, "unembed")}
         if module in outside:
@@ -106,22 +102,12 @@ class Family:
         return (*filter(None, outside), *inside)
 
     def path(self, layer: int, kind: str) -> str:
-        """The path of the module that holds the rows of a kind of attention or MLP.
-
-        Args:
-            layer: its number.
-            kind: such as 'q' or 'down'.
-        """
+        """The path of the module that holds the rows of a kind of attention or MLP."""
         name = next(name for name, kinds in self.linears.items() if kind in kinds)
         return f"{self.layer.format(l=layer)}.{name}"
 
     def norm_path(self, layer: int, kind: str) -> str | None:
-        """The path of the norm whose output the linear reads; None for writers and embeddings.
-
-        Args:
-            layer: its number; not used for 'unembed'.
-            kind: such as 'q' or 'down'.
-        """
+        """The path of the norm whose output the linear reads; None for writers and embeddings."""
         if kind in ("q", "k", "v"):
             return f"{self.layer.format(l=layer)}.{self.ln1}"
         if kind in ("gate", "up", "fc_in"):
@@ -129,33 +115,34 @@ class Family:
         return self.ln_final if kind == "unembed" else None
 
     def stores_transposed(self, kind: str) -> bool:
-        """Whether a module of this kind holds its weight as [in, out]: embeddings, and Conv1D.
-
-        Args:
-            kind: such as 'q' or 'embed'.
-        """
+        """Whether a module of this kind holds its weight as [in, out]: embeddings, and Conv1D."""
         return kind in ("embed", "pos_embed") or (self.conv1d and kind != "unembed")
 
 
-def _split_attention(prefix: str, out: str) -> dict[str, tuple[str, ...]]:
-    return {f"{prefix}.{kind}_proj": (kind,) for kind in ("q", "k", "v")} | {
-        f"{prefix}.{out}": ("o",)
-    }
+_Linears = dict[str, tuple[str, ...]]
+
+
+def _split_attention(prefix: str, out: str) -> _Linears:
+    return {**{f"{prefix}.{kind}_proj": (kind,) for kind in ("q", "k", "v")}, out: ("o",)}
+
+
+def _fused_attention(qkv: str, out: str) -> _Linears:
+    return {qkv: ("q", "k", "v"), out: ("o",)}
+
+
+def _mlp(fc_in: str, fc_out: str) -> _Linears:
+    return {fc_in: ("fc_in",), fc_out: ("fc_out",)}
 
 
 _GATED = {"mlp.gate_proj": ("gate",), "mlp.up_proj": ("up",), "mlp.down_proj": ("down",)}
-_LLAMA = {**_split_attention("self_attn", "o_proj"), **_GATED}
+_FUSED_GATED = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
+_NEOX_MLP = _mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _QK_NORMS = {"self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
 
 _GPT2_LIKE = Family(
     architectures=("GPT2LMHeadModel",),
     layer="transformer.h.{l}",
-    linears={
-        "attn.c_attn": ("q", "k", "v"),
-        "attn.c_proj": ("o",),
-        "mlp.c_fc": ("fc_in",),
-        "mlp.c_proj": ("fc_out",),
-    },
+    linears=_fused_attention("attn.c_attn", "attn.c_proj") | _mlp("mlp.c_fc", "mlp.c_proj"),
     ln1="ln_1",
     ln2="ln_2",
     ln_final="transformer.ln_f",
@@ -167,7 +154,7 @@ _GPT2_LIKE = Family(
 _LLAMA_LIKE = Family(
     architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"),
     layer="model.layers.{l}",
-    linears=_LLAMA,
+    linears=_split_attention("self_attn", "self_attn.o_proj") | _GATED,
     ln1="input_layernorm",
     ln2="post_attention_layernorm",
     ln_final="model.norm",
@@ -191,22 +178,15 @@ FAMILIES: tuple[Family, ...] = (
     dataclasses.replace(
         _GPT2_LIKE,
         architectures=("GPTNeoForCausalLM",),
-        linears={
-            **_split_attention("attn.attention", "out_proj"),
-            "mlp.c_fc": ("fc_in",),
-            "mlp.c_proj": ("fc_out",),
-        },
+        linears=_split_attention("attn.attention", "attn.attention.out_proj")
+        | _mlp("mlp.c_fc", "mlp.c_proj"),
         conv1d=False,
         value_bias=False,
     ),
     dataclasses.replace(
         _GPT2_LIKE,
         architectures=("GPTJForCausalLM",),
-        linears={
-            **_split_attention("attn", "out_proj"),
-            "mlp.fc_in": ("fc_in",),
-            "mlp.fc_out": ("fc_out",),
-        },
+        linears=_split_attention("attn", "attn.out_proj") | _mlp("mlp.fc_in", "mlp.fc_out"),
         ln2="ln_1",
         pos_embed=None,
         conv1d=False,
@@ -215,12 +195,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         architectures=("GPTNeoXForCausalLM",),
         layer="gpt_neox.layers.{l}",
-        linears={
-            "attention.query_key_value": ("q", "k", "v"),
-            "attention.dense": ("o",),
-            "mlp.dense_h_to_4h": ("fc_in",),
-            "mlp.dense_4h_to_h": ("fc_out",),
-        },
+        linears=_fused_attention("attention.query_key_value", "attention.dense") | _NEOX_MLP,
         ln1="input_layernorm",
         ln2="post_attention_layernorm",
         ln_final="gpt_neox.final_layer_norm",
@@ -231,12 +206,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         architectures=("BloomForCausalLM",),
         layer="transformer.h.{l}",
-        linears={
-            "self_attention.query_key_value": ("q", "k", "v"),
-            "self_attention.dense": ("o",),
-            "mlp.dense_h_to_4h": ("fc_in",),
-            "mlp.dense_4h_to_h": ("fc_out",),
-        },
+        linears=_fused_attention("self_attention.query_key_value", "self_attention.dense")
+        | _NEOX_MLP,
         ln1="input_layernorm",
         ln2="post_attention_layernorm",
         ln_final="transformer.ln_f",
@@ -248,11 +219,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         architectures=("OPTForCausalLM",),
         layer="model.decoder.layers.{l}",
-        linears={
-            **_split_attention("self_attn", "out_proj"),
-            "fc1": ("fc_in",),
-            "fc2": ("fc_out",),
-        },
+        linears=_split_attention("self_attn", "self_attn.out_proj") | _mlp("fc1", "fc2"),
         ln1="self_attn_layer_norm",
         ln2="final_layer_norm",
         ln_final="model.decoder.final_layer_norm",
@@ -263,11 +230,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         architectures=("PhiForCausalLM",),
         layer="model.layers.{l}",
-        linears={
-            **_split_attention("self_attn", "dense"),
-            "mlp.fc1": ("fc_in",),
-            "mlp.fc2": ("fc_out",),
-        },
+        linears=_split_attention("self_attn", "self_attn.dense") | _mlp("mlp.fc1", "mlp.fc2"),
         ln1="input_layernorm",
         ln2="input_layernorm",
         ln_final="model.final_layernorm",
@@ -279,18 +242,13 @@ FAMILIES: tuple[Family, ...] = (
     dataclasses.replace(
         _LLAMA_LIKE,
         architectures=("MixtralForCausalLM",),
-        linears=_split_attention("self_attn", "o_proj"),
+        linears=_split_attention("self_attn", "self_attn.o_proj"),
         routed=True,
     ),
     dataclasses.replace(
         _LLAMA_LIKE,
         architectures=("Phi3ForCausalLM",),
-        linears={
-            "self_attn.qkv_proj": ("q", "k", "v"),
-            "self_attn.o_proj": ("o",),
-            "mlp.gate_up_proj": ("gate", "up"),
-            "mlp.down_proj": ("down",),
-        },
+        linears=_fused_attention("self_attn.qkv_proj", "self_attn.o_proj") | _FUSED_GATED,
     ),
     _GEMMA,
     _GEMMA2,
@@ -304,9 +262,6 @@ FAMILIES: tuple[Family, ...] = (
 
 def find_family(architecture: str | None) -> Family:
     """The family of a Hugging Face architecture.
-
-    Args:
-        architecture: the class's name, such as 'LlamaForCausalLM'.
 
     Raises:
         ModelStateError: it is not supported.

@@ -7,6 +7,7 @@ command line and `hooked_model` build a HookedTransformer if the installed versi
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 from collections.abc import Generator
 from pathlib import Path
@@ -16,35 +17,103 @@ import torch
 from torch import nn
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
-from lens_lora.adapters.trained import TrainedModule
-from lens_lora.base_model import load_base, moved
+from lens_lora.adapters.factors import TrainedModule
+from lens_lora.compat import without_warnings
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError
-from lens_lora.hooked.host_build import (
-    Kind,
-    bridge_if_there,
-    hooked_model,
-    hooked_transformer_if_there,
-    transformer_lens_version,
-)
-from lens_lora.hooked.host_check import refuse_unusable
-from lens_lora.lens import LoraLens
-from lens_lora.placement import Attention, DeviceMap, Placement
-from lens_lora.temporary import Temporary, without_warnings
+from lens_lora.model.build import Kind, bridge_if_there, hooked_model
+from lens_lora.model.check import refuse_unusable
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.placement import Attention, DeviceMap, Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "Kind",
-    "base_beside",
-    "demo",
-    "hooked_model",
-    "hooked_transformer_if_there",
-    "load",
-    "quiet_libraries",
-    "transformer_lens_version",
-]
+
+# --- A base model by name
+
+
+def load_base(
+    name: str, how: Placement | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Raises:
+        ModelStateError: no such folder, id or device, a model that transformers cannot read, or
+            bitsandbytes or accelerate is needed and not installed.
+    """
+    import huggingface_hub
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    how = how or Placement()
+    _require_packages(how)
+    if how.device is not None:
+        moved(torch.empty(0), how.device)  # a wrong device is reported before anything is loaded
+    options = _options(how)
+    try:
+        if not Path(name).exists():
+            # At one attempt; transformers makes several for each file.
+            huggingface_hub.snapshot_download(name, allow_patterns=["config.json"])
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelStateError(
+            f"{name}: neither a folder nor a reachable hub id of a causal language model that "
+            f"transformers can read ({error})."
+        ) from error
+    return moved(model.eval(), None if "device_map" in options else how.device), tokenizer
+
+
+def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | None = None) -> Any:
+    """The model itself, on this device and in this dtype.
+
+    Raises:
+        ModelStateError: this machine has no such device, or the model cannot be moved.
+    """
+    if device is None and dtype is None:
+        return model
+    try:
+        return model.to(device=device, dtype=dtype)
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch, or transformers
+        wanted = " and ".join(repr(str(item)) for item in (device, dtype) if item is not None)
+        raise ModelStateError(f"{wanted} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _options(how: Placement) -> dict[str, Any]:
+    dtype = how.weights
+    options: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "attn_implementation": how.attn,
+    }
+    if how.device_map is not None or how.is_quantised:
+        options["device_map"] = how.device_map or {"": how.device or "cpu"}
+    if how.is_quantised:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=how.load_in_4bit,
+            load_in_8bit=how.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32 if dtype == "auto" else options["dtype"],
+        )
+    return options
+
+
+def _require_packages(how: Placement) -> None:
+    needed = {
+        "bitsandbytes": ("load_in_4bit and load_in_8bit", how.is_quantised),
+        "accelerate": ("device_map", how.device_map is not None or how.is_quantised),
+    }
+    for package, (option, is_needed) in needed.items():
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise ModelStateError(
+                f"{option} needs the package {package}, which is not installed: "
+                f"pip install {package}."
+            )
+
+
+# --- A lens by name
 
 
 def load(
@@ -68,13 +137,13 @@ def load(
         model: a hub id, a folder, or a loaded Hugging Face model, which you must not change
             afterwards; None for the base that the adapter names.
         adapter: a hub id, a folder, or an `Adapter`.
-        kind: the class of hooked model; by default TransformerBridge if it is installed. What is
-            quantised or lies on several devices needs a TransformerBridge.
-        dtype: of the weights: a torch dtype, its name, or 'auto' for the checkpoint's own. By
-            default a loaded model's own, float32 on the CPU, and 'auto' elsewhere.
+        kind: the class of hooked model; by default TransformerBridge if it is installed. A model
+            that is quantised or lies on several devices needs a TransformerBridge.
+        dtype: the weights' torch dtype, its name, or 'auto' for the checkpoint's own. By default a
+            loaded model's own, float32 on the CPU, and 'auto' elsewhere.
         device: such as 'cuda'; by default the CPU, or the device of a loaded model.
         device_map: 'auto', 'balanced', or {module: device}: over several devices, by accelerate.
-        load_in_4bit: linear modules quantised to NF4 by bitsandbytes (`docs/your_model.md`).
+        load_in_4bit: whether bitsandbytes quantises linear modules to NF4 (`docs/your_model.md`).
         load_in_8bit: … to 8 bit.
         attn: 'eager'; or 'sdpa', which keeps no [head, query, key] and shows no patterns.
         tokenizer: by default the one saved with the model.
@@ -84,7 +153,8 @@ def load(
             `load_in_4bit`, `load_in_8bit` or `attn`.
         AdapterError: the adapter cannot be read, or its shapes do not fit the model.
         SiteError: the adapter names a module that the model lacks.
-        ModelStateError: the model cannot be loaded, or no exact lens is possible; names the remedy.
+        ModelStateError: the model cannot be loaded, or no exact lens is possible; the message has
+            the remedy.
     """
     chosen = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
     how = Placement(
@@ -95,21 +165,16 @@ def load(
         load_in_8bit=load_in_8bit,
         attn=attn,
     )
-    base, own = _base(model, chosen, how, tokenizer)
-    hooked, made = hooked_model(base, own, kind=kind or bridge_if_there(), attn=attn)
-    return LoraLens(hooked, chosen, hf_model=base_beside(made, base, chosen))
+    base, base_tokenizer = _base(model, chosen, how, tokenizer)
+    hooked, host = hooked_model(base, base_tokenizer, kind=kind or bridge_if_there(), attn=attn)
+    return LoraLens(hooked, chosen, hf_model=base_beside(host, base, chosen))
 
 
-def base_beside(made: str, base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel | None:
-    """The base for a lens over a hooked model that was made from it; None where none is needed.
+def base_beside(host: str, base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel | None:
+    """The base for a lens over a hooked model of this class, made from it; None if not needed.
 
     A HookedTransformer does not keep all that trained biases and modules are compared with; a
     TransformerBridge wraps the base itself.
-
-    Args:
-        made: the hooked model's class.
-        base: the Hugging Face model.
-        adapter: of the lens.
     """
     is_compared = any(
         isinstance(update, TrainedModule)
@@ -117,7 +182,7 @@ def base_beside(made: str, base: PreTrainedModel, adapter: Adapter) -> PreTraine
         or update.base_weight is not None
         for update in adapter.modules.values()
     )
-    return base if made == "HookedTransformer" and is_compared else None
+    return base if host == "HookedTransformer" and is_compared else None
 
 
 def demo(*, kind: Kind | None = None) -> LoraLens:
@@ -132,8 +197,8 @@ def demo(*, kind: Kind | None = None) -> LoraLens:
         kind: the class of hooked model; by default TransformerBridge if it is installed.
 
     Raises:
-        EmbeddedModelError: the packages that carry the model are not installed; names the command
-            that installs them.
+        EmbeddedModelError: the packages that carry the model are not installed; the message has the
+            command that installs them.
     """
     from lens_lora.demonstration.embedded import load_embedded
 
@@ -146,18 +211,15 @@ def demo(*, kind: Kind | None = None) -> LoraLens:
 @contextlib.contextmanager
 def quiet_libraries() -> Generator[None]:
     """Within the block, the libraries show no warnings, no progress bars, and only error logs."""
-    from transformers.utils import logging as transformers_logging
+    from lens_lora.demonstration.embedded import without_bars
 
-    shown, before = transformers_logging.is_progress_bar_enabled(), logging.root.manager.disable
-    transformers_logging.disable_progress_bar()
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with Temporary(without_warnings):
+        with without_bars(), without_warnings():
             yield
     finally:
         logging.disable(before)
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _base(
@@ -179,7 +241,7 @@ def _base(
     if how.says_how_to_load:
         raise ArgumentError(
             "device_map, load_in_4bit, load_in_8bit and attn say how a model is loaded, and this "
-            "one is loaded already; pass its name, or load it so yourself: "
+            "one is loaded already; pass its name, or load it with them yourself: "
             "AutoModelForCausalLM.from_pretrained(name, device_map=…)."
         )
     base = cast("PreTrainedModel", model.eval())

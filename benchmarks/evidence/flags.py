@@ -18,8 +18,8 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.reliability import Reliability, reliability_of
 from lens_lora.engine.asked import Asked
+from lens_lora.evaluation.reliability import Reliability, reliability_of
 
 # A site that is run costs a pass, or about half where blocks branch; counted in full here.
 _PER_SITE = 1.0

@@ -60,7 +60,7 @@ def cluster_means(table: pd.DataFrame, value: str = "value") -> pd.DataFrame:
     return adapters.groupby(["cluster", "method"]).mean().unstack("method")
 
 
-def interval(values: Float[np.ndarray, "cluster"] | pd.Series) -> Interval:
+def interval(values: Float[np.ndarray, " cluster"] | pd.Series) -> Interval:
     """The mean of one number per cluster, and the bootstrap's interval of that mean."""
     known = np.asarray(values, dtype=float)
     known = known[~np.isnan(known)]

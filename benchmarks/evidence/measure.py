@@ -54,9 +54,9 @@ from trained_cases import (
 
 import lens_lora as ll
 from lens_lora._version import versions
-from lens_lora.analyses.best_subset import best_subset
 from lens_lora.engine.asked import Asked
 from lens_lora.errors import LensLoraError
+from lens_lora.evaluation.best_subset import best_subset
 
 CEILINGS, FIFTH = ("trained", "paraphrase"), 0.2
 _CURVED = 1  # prompts of the diagonal of H
@@ -176,7 +176,7 @@ def null_scores(run: Run, every: list[Case]) -> dict[str, Tensor]:
         return by_sites(ll.first_order(lens, other.prompts, other.readout, at=0.5), run.lens)
 
     other = unrelated_case(run.case, every)
-    adapters = {"null_adapter": lambda: ll.null_adapter(run.lens.adapter, _NULL_SEED)}
+    adapters = {"null_adapter": lambda: run.lens.adapter.null(_NULL_SEED)}
     if other is not None:
         adapters["unrelated_adapter"] = lambda: ll.load_adapter(other.folder)
     for key, make in adapters.items():
@@ -197,7 +197,7 @@ def ceilings_of(
             continue
         asked = question(run.lens, chosen(run.case, kind, run.most))
 
-        def search(kind: str = kind, asked: Asked = asked) -> ll.BestSubset:
+        def search(kind: str = kind, asked: Asked = asked) -> ll.results.BestSubset:
             return best_subset(
                 run.lens,
                 asked.prompts,

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.analyses import rankings
 from lens_lora.analyses.components import squared_norms
-from lens_lora.analyses.coupling import coupling_of
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.patch_sites import patch_sites_of
+from lens_lora.analyses.patching import patch_sites_of
+from lens_lora.analyses.second_order import coupling_of
 from lens_lora.engine.asked import Asked
-from lens_lora.engine.gate_graph import hessian_product
 from lens_lora.engine.reverse import site_slopes
+from lens_lora.engine.second_order import hessian_product
+from lens_lora.evaluation import rankings
 
 Part = Callable[[Asked], Tensor]
 Parts = Mapping[str, Tensor]

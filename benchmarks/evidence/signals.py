@@ -17,8 +17,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lens_lora.analyses.rankings import weight_norms
 from lens_lora.engine.asked import Asked
+from lens_lora.evaluation.rankings import weight_norms
 
 
 def signals_of(asked: Asked, parts: Mapping[str, Tensor]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.loading import hooked_model
+from lens_lora.model.build import hooked_model
 from lens_lora.readouts.answers import margin_between
 from lens_lora.results.attribution import Attribution
 

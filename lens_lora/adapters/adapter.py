@@ -1,12 +1,13 @@
 """The adapter: what a fine-tune added to each module. Knows no model.
 
-Factors come out of PEFT's files (`load_adapter`), a live PeftModel, tensors at hand, or the
-difference of two models (`Adapter.between`).
+Its updates come from PEFT's files (`load_adapter`), a live PeftModel (`Adapter.from_peft`), tensors
+at hand (`from_factors`, `constant`), or the difference of two models (`between`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
@@ -14,27 +15,22 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.adapters.arithmetic import finite, natural
-from lens_lora.adapters.constant import constant_factors
-from lens_lora.adapters.difference import change_between
-from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.adapters.peft_live import live_updates
+from lens_lora.adapters.arithmetic import module_path, natural, refuse_dora_twice, stacked, tagged
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, constant_factors
+from lens_lora.adapters.from_models import change_between, live_updates
+from lens_lora.adapters.nulls import Parts, null_updates
 from lens_lora.adapters.peft_read import read_folder
 from lens_lora.adapters.peft_write import save_adapter
-from lens_lora.adapters.selection import matching, named_in
-from lens_lora.adapters.sums import Sums
-from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
-from lens_lora.errors import AdapterError, ArgumentError
+from lens_lora.arguments import number, whole
+from lens_lora.errors import AdapterError, ArgumentError, SiteError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from peft import PeftModel
 
-__all__ = ["Adapter", "LoRAFactors", "TrainedModule", "load_adapter"]
-
 
 @dataclasses.dataclass(frozen=True)
-class Adapter(Sums):
+class Adapter:
     """Updates by Hugging Face module path, for example 'model.layers.0.self_attn.q_proj'.
 
     A sum of adapters holds 'path@name' for each part, so that their sites stay separate.
@@ -50,8 +46,8 @@ class Adapter(Sums):
 
     Attributes:
         modules: updates by module path: factors, or parameters that were trained whole.
-        name: tells the parts of a sum apart; the folder's name, where it was read from one.
-        base_model: the base that its files name.
+        name: tells the parts of a sum apart; the folder's name, if it was read from one.
+        base_model: the base model that its files name.
         truncation_error: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F per module, where `between` cut to a rank.
     """
 
@@ -68,8 +64,8 @@ class Adapter(Sums):
         for path, update in self.modules.items():
             if not isinstance(path, str) or not isinstance(update, LoRAFactors | TrainedModule):
                 raise ArgumentError(
-                    f"{self.name}: {path!r} → {type(update).__name__}; expected module paths → "
-                    "ll.LoRAFactors(A, B, scale), or ll.TrainedModule(weight)."
+                    f"{self.name}: {path!r} → {type(update).__name__}; expected a module path → "
+                    "ll.LoRAFactors(A, B, scale) or ll.TrainedModule(weight)."
                 )
         object.__setattr__(self, "modules", dict(sorted(self.modules.items(), key=natural)))
 
@@ -79,18 +75,18 @@ class Adapter(Sums):
 
         Args:
             modules: updates by Hugging Face module path.
-            name: the adapter's.
+            name: the adapter's name.
 
         Raises:
             AdapterError: no modules.
-            ArgumentError: something else than updates by path.
+            ArgumentError: anything but updates by path.
         """
         return cls(dict(modules), name=name)
 
     @classmethod
     def constant(
         cls,
-        vectors: Mapping[str, Float[Tensor, "out"]],
+        vectors: Mapping[str, Float[Tensor, " out"]],
         like: nn.Module | Adapter | None = None,
         *,
         name: str = "constant",
@@ -99,12 +95,13 @@ class Adapter(Sums):
 
         Args:
             vectors: added to a module's output, by Hugging Face module path.
-            like: the Hugging Face base, or an adapter of these modules, for the widths that they
-                read, which `save` needs; without it, a lens takes the model's.
-            name: the adapter's.
+            like: the Hugging Face base, or an adapter of these modules. It tells the modules' input
+                widths, which `save` needs; without it, a lens takes them from its model.
+            name: the adapter's name.
 
         Raises:
-            AdapterError, ArgumentError: no vectors by module path, or a module that `like` lacks.
+            ArgumentError: no vectors by module path.
+            AdapterError: a value that is no vector, or a module that `like` lacks.
         """
         modules = constant_factors(vectors, like.modules if isinstance(like, Adapter) else like)
         return cls(modules, name=name)
@@ -115,7 +112,7 @@ class Adapter(Sums):
 
         Args:
             peft_model: a PeftModel, or a transformers model with adapters of its own.
-            adapter_name: which of its adapters.
+            adapter_name: the name of one of its adapters.
 
         Raises:
             ArgumentError: a model without an adapter.
@@ -146,9 +143,9 @@ class Adapter(Sums):
             tuned: the model after, of the same architecture and configuration.
             rank: None for the exact difference; else the best approximation of this rank, its
                 relative error in `truncation_error`.
-            ignore: a glob or several, of modules and parameters ('*norm*', say) whose change is
+            ignore: a glob or several ('*norm*', say), of modules and parameters whose change is
                 left out on purpose.
-            name: the adapter's.
+            name: the adapter's name.
             progress: whether to draw a progress bar.
 
         Cost: one forward pass of each model on 8 tokens; with `rank`, an SVD a module.
@@ -157,7 +154,7 @@ class Adapter(Sums):
             AdapterError: different architectures, models that are different functions whatever
                 their weights (`rope_theta`, the norm's ε, the activation function, …), no
                 difference, or changed parameters of no linear module, embedding or norm.
-            ArgumentError: no models, or an `ignore` that is no glob.
+            ArgumentError: anything but models, or an `ignore` that is no glob.
         """
         factors, errors = change_between(base, tuned, rank, ignore, progress)
         if not factors:
@@ -168,10 +165,10 @@ class Adapter(Sums):
         """The adapter under another name, to tell the parts of a sum apart.
 
         Args:
-            name: the new one.
+            name: the new name.
 
         Raises:
-            ArgumentError: no string.
+            ArgumentError: anything but a string.
         """
         return dataclasses.replace(self, name=name)
 
@@ -179,39 +176,35 @@ class Adapter(Sums):
         """The modules whose path matches a glob ('*.q_proj'), or that a table of sites names.
 
         `adapter.only(attribution.top(20))` prunes the adapter. A module is kept whole if one of its
-        sites is named: of a fused q, k, v projection all three stay, even where the table names
-        one. Of a sum of adapters the parts are kept that the sites' '@name' tells.
+        sites is named: of a fused q, k, v projection all three stay, even if the table names only
+        one. In a sum of adapters, a site's '@name' picks the part.
 
         Args:
             which: globs, or tables with a column 'module' (and 'site'), as `Attribution.top` and
-                `Faithfulness.kept` give them.
+                `Faithfulness.kept` return them.
 
         Raises:
             SiteError: a glob matches nothing, or a table names a module that is not here.
             ArgumentError: a table without a column 'module', or neither glob nor table.
         """
-        keep: set[str] = set()
         items: tuple[Any, ...] = which
-        for item in items:
-            keep |= (
-                named_in(self.modules, self.name, item)
-                if hasattr(item, "columns")
-                else matching(self.modules, self.name, [item])
-            )
+        keep: set[str] = set().union(
+            *(self._in_table(i) if hasattr(i, "columns") else self._matching(i) for i in items)
+        )
         return self._with({path: f for path, f in self.modules.items() if path in keep})
 
     def without(self, *globs: str) -> Adapter:
         """The modules whose path matches none of the globs.
 
         Args:
-            globs: of module paths, or in a sum of adapters of 'path@name'.
+            globs: patterns of module paths, or of 'path@name' in a sum of adapters.
 
         Raises:
             SiteError: a glob matches nothing.
             AdapterError: nothing is left.
             ArgumentError: a glob that is no string.
         """
-        drop = matching(self.modules, self.name, globs)
+        drop: set[str] = set().union(*map(self._matching, globs))
         return self._with({path: f for path, f in self.modules.items() if path not in drop})
 
     def scaled(self, factor: SupportsFloat) -> Adapter:
@@ -221,9 +214,83 @@ class Adapter(Sums):
             factor: a finite number; 0 and negative ones too.
 
         Raises:
-            ArgumentError: no finite number.
+            ArgumentError: anything but a finite number.
         """
-        return self._with({p: f.scaled(finite(factor)) for p, f in self.modules.items()})
+        scale = number("factor", factor)
+        return self._with({path: update.scaled(scale) for path, update in self.modules.items()})
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """Both adapters at once; weight them with `scaled`. Their sites stay separate.
+
+        Args:
+            other: an adapter of the same base model and another name.
+
+        Raises:
+            ArgumentError: `other` is no adapter.
+            AdapterError: the same name twice, different bases, or DoRA on a module of both (whose
+                ΔW is not additive).
+        """
+        base = self._common_base(other, "+")
+        left, right = tagged(self.modules, self.name), tagged(other.modules, other.name)
+        if self.name == other.name or set(left) & set(right):
+            raise AdapterError(f"both adapters are called {self.name!r}; rename one: named('…').")
+        refuse_dora_twice({**left, **right})
+        errors = {**self.truncation_error, **other.truncation_error}
+        return Adapter({**left, **right}, f"{self.name} + {other.name}", base, errors)
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        """ΔW − ΔW′ as one adapter, which `save` can write.
+
+        Args:
+            other: an adapter of the same base model.
+
+        Raises:
+            ArgumentError: `other` is no adapter.
+            AdapterError: different bases, or a module of both whose updates do not add up (DoRA,
+                trained whole, a trained bias).
+        """
+        base = self._common_base(other, "-")
+        modules = stacked([(self.modules, 1.0), (other.modules, -1.0)])
+        return Adapter(modules, f"{self.name} - {other.name}", base)
+
+    def mixed(self, other: Adapter, weight: SupportsFloat = 0.5) -> Adapter:
+        """(1 − w) ΔW + w ΔW′ as one adapter, which `save` can write; extrapolates beyond 0 to 1.
+
+        Args:
+            other: an adapter of the same base model.
+            weight: w, the other adapter's share.
+
+        Raises:
+            ArgumentError: `other` is no adapter, or the weight is no finite number.
+            AdapterError: different bases, or a module of both whose updates do not add up (DoRA,
+                trained whole, a trained bias).
+        """
+        base, share = self._common_base(other, "mixed with"), number("weight", weight)
+        modules = stacked([(self.modules, 1 - share), (other.modules, share)])
+        return Adapter(modules, f"{1 - share:g} {self.name} + {share:g} {other.name}", base)
+
+    def null(self, seed: int = 0, draw: int = 0, *, parts: Parts | None = None) -> Adapter:
+        """An adapter of the same modules, ranks and singular values in random directions.
+
+        The same seed and draw give the same adapter, here and wherever null adapters are drawn:
+        `null_test(…, seed=3)` and `what_changed(…, seed=3)` hold the draws 0, 1, … of seed 3. In
+        float64. No forward pass; QR of the factors and of as many Gaussians.
+
+        Args:
+            seed: a whole number of at least 0, the seed of all draws.
+            draw: the number of the draw, from 0.
+            parts: output rows of each part of a fused module, by the adapter's own key, where each
+                part is to keep its spectrum (`null_test` passes the model's q, k and v).
+
+        Raises:
+            ArgumentError: a seed or draw that is no whole number, or below 0.
+            UnsupportedAdapterError: DoRA, trained biases or modules: their change depends on the
+                base.
+        """
+        seed, draw = whole("seed", seed, 0), whole("draw", draw, 0)
+        modules = null_updates(self.modules, seed, draw, parts or {})
+        label = f"{draw}" if seed == 0 else f"{seed}.{draw}"
+        return Adapter(modules, name=f"null {label} of {self.name}", base_model=self.base_model)
 
     def save(self, path: str | Path) -> Path:
         """Write the adapter to a folder in PEFT's format; `PeftModel.from_pretrained` loads it.
@@ -233,20 +300,72 @@ class Adapter(Sums):
         of a sum become one adapter where they share no module.
 
         Args:
-            path: the folder; created where it is missing.
+            path: the folder; created if it is missing.
 
         Returns:
             The folder.
 
         Raises:
             AdapterError: a module whose scale is zero.
-            UnsupportedAdapterError: what PEFT's format cannot hold: two updates of one module,
-                DoRA on some modules only, a part of a trained bias or of DoRA's update.
+            UnsupportedAdapterError: something that PEFT's format cannot hold: two updates of one
+                module, DoRA on some modules only, a part of a trained bias or of DoRA's update.
         """
         return save_adapter(self.modules, self.name, self.base_model, path)
 
     def _with(self, modules: Mapping[str, ModuleUpdate]) -> Adapter:
         return dataclasses.replace(self, modules=modules)
+
+    def _matching(self, glob: Any) -> set[str]:
+        """The keys that match the glob, with or without the name of their part of a sum."""
+        if not isinstance(glob, str):
+            raise ArgumentError(
+                f"{glob!r} names no modules; expected a glob of module paths, like '*.q_proj'."
+            )
+        keys = {
+            key
+            for key in self.modules
+            if fnmatch.fnmatch(key, glob) or fnmatch.fnmatch(module_path(key), glob)
+        }
+        if not keys:
+            raise SiteError(
+                f"{glob!r} matches no module of {self.name}, whose modules are "
+                f"{', '.join([*self.modules][:4])}, …"
+            )
+        return keys
+
+    def _in_table(self, table: DataFrame) -> set[str]:
+        """The keys of a table's modules, of a sum the parts that its sites name."""
+        if "module" not in table.columns:
+            raise ArgumentError(
+                f"a table with the columns {list(table.columns)}; expected a column 'module', as "
+                "attribution.top(k) has it (for effects: effects.attribution().top(k))."
+            )
+        sites = table["site"] if "site" in table.columns else [""] * len(table)
+        keys: set[str] = set()
+        for module, site in zip(table["module"], sites, strict=True):
+            part = str(site).partition("@")[2]
+            wanted = f"{module}@{part}" if part else module
+            hits = {key for key in self.modules if wanted in (key, module_path(key))}
+            if not hits:
+                raise SiteError(
+                    f"the table names {module!r} (site {site!r}), which {self.name} does not "
+                    "adapt; was it computed with another adapter?"
+                )
+            keys |= hits
+        return keys
+
+    def _common_base(self, other: Any, operation: str) -> str | None:
+        if not isinstance(other, Adapter):
+            raise ArgumentError(
+                f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter (from a "
+                "folder: ll.load_adapter(path))."
+            )
+        if self.base_model and other.base_model and self.base_model != other.base_model:
+            raise AdapterError(
+                f"{self.name} names the base {self.base_model!r}, {other.name} "
+                f"{other.base_model!r}; adapters of two bases cannot be combined."
+            )
+        return self.base_model or other.base_model
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -269,7 +388,7 @@ def load_adapter(
     Args:
         path: folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id.
         revision: branch, tag or commit of the hub repository.
-        subfolder: where the adapter lies in the folder or repository.
+        subfolder: the adapter's folder within the folder or repository.
 
     Warns:
         UserWarning: module paths of a wrapped or headless model are read as the language model's;
@@ -278,7 +397,7 @@ def load_adapter(
     Raises:
         AdapterError: files missing, pickled, truncated, of another format; tensors left over,
             missing, or not in the config; ranks that disagree; NaN.
-        UnsupportedAdapterError: a variant that s·B·A would misread; names the remedy.
+        UnsupportedAdapterError: a variant that s·B·A would misread; the message has the remedy.
     """
     modules, base, name = read_folder(path, revision, subfolder)
     return Adapter(modules, name=name, base_model=base)

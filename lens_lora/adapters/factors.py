@@ -1,22 +1,34 @@
-"""One module's update: ΔW = s B A, and what PEFT can put beside it."""
+"""One module's update: factors, ΔW = s B A, or the module as training left it.
+
+PEFT also trains whole modules (`modules_to_save`), rows of an embedding or a head
+(`trainable_token_indices`) and biases (`bias="all"`), and stores embeddings whole
+(`save_embedding_layers`). All of them take the place of the base's parameters:
+
+    linear module, head    ΔW = W' − W     [out, in],      Δb = b' − b   [out]
+    embedding              ΔW = (E' − E)ᵀ  [d, vocab]
+    rows t of either       the same, and 0 outside these rows
+    norm                   Δγ = γ' − γ,    Δβ = β' − β     [d]
+
+so each is an exact update where the base is at hand (model/updates.py).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from lens_lora.errors import AdapterError
-from lens_lora.float64 import in_float64
+from lens_lora.compat import in_float64
+from lens_lora.errors import AdapterError, ArgumentError
 
-__all__ = ["LoRAFactors", "dense_factors", "require_numbers", "require_products", "size_of"]
-
-_BESIDE = ("lora_bias", "trained_bias", "magnitude", "base_weight")
+_VECTORS = ("lora_bias", "trained_bias", "magnitude")
+_TRAINED = ("weight", "bias", "base_weight")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,7 +49,7 @@ class LoRAFactors:
         trained_bias: [out], the module's bias after training: Δb = trained_bias − the base's.
         magnitude: [out], DoRA's m: ΔW = m/‖W + sBA‖_row ⊙ (W + sBA) − W, with W the base's.
         base_weight: the base's weight as the adapter saw it, where the file holds it, stored as
-            Hugging Face does. What differs from the base is a part of the update.
+            Hugging Face does. Its difference from the base is a part of the update.
         strength: multiplies the whole update.
 
     Raises:
@@ -48,21 +60,20 @@ class LoRAFactors:
     A: Float[Tensor, "rank in"]
     B: Float[Tensor, "out rank"]
     scale: float = 1.0
-    lora_bias: Float[Tensor, "out"] | None = None
-    trained_bias: Float[Tensor, "out"] | None = None
-    magnitude: Float[Tensor, "out"] | None = None
+    lora_bias: Float[Tensor, " out"] | None = None
+    trained_bias: Float[Tensor, " out"] | None = None
+    magnitude: Float[Tensor, " out"] | None = None
     base_weight: Tensor | None = None
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("A", "B", *_BESIDE):
-            require_numbers(name, getattr(self, name), may_lack=name in _BESIDE)
-        if not all(isinstance(s, numbers.Real) for s in (self.scale, self.strength)):
-            raise AdapterError(f"scale is {self.scale!r}, strength {self.strength!r}; not numbers.")
-        if not (math.isfinite(self.scale) and math.isfinite(self.strength)):
-            raise AdapterError(f"scale is {self.scale}, strength {self.strength}.")
+        tensors = {"A": self.A, "B": self.B, **_tensors(self, (*_VECTORS, "base_weight"))}
+        _require_numbers(tensors)
+        _require_finite(scale=self.scale, strength=self.strength)
         self._require_shapes()
-        self._require_no_overflow()
+        sizes = {name: size_of(tensor) for name, tensor in tensors.items()}
+        sizes["ΔW"] = abs(self.scale * self.strength) * sizes["A"] * sizes["B"]
+        _require_products(sizes, torch.promote_types(self.A.dtype, self.B.dtype))
 
     def _require_shapes(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
@@ -72,21 +83,15 @@ class LoRAFactors:
             )
         if 0 in self.A.shape or 0 in self.B.shape:
             raise AdapterError(f"empty factors: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}.")
-        for name in ("lora_bias", "trained_bias", "magnitude"):
-            vector = getattr(self, name)
-            if vector is not None and vector.shape != self.B.shape[:1]:
+        for name, vector in _tensors(self, _VECTORS).items():
+            if vector.shape != self.B.shape[:1]:
                 raise AdapterError(
                     f"{name} is {tuple(vector.shape)} and B writes {self.B.shape[0]} features."
                 )
 
-    def _require_no_overflow(self) -> None:
-        sizes = {name: size_of(getattr(self, name)) for name in ("A", "B", *_BESIDE)}
-        sizes["ΔW"] = abs(self.scale * self.strength) * sizes["A"] * sizes["B"]
-        require_products(sizes, torch.promote_types(self.A.dtype, self.B.dtype))
-
     @property
     def rank(self) -> int:
-        """r: of A's rows and B's columns."""
+        """r, the number of A's rows and of B's columns."""
         return self.A.shape[0]
 
     @property
@@ -104,7 +109,7 @@ class LoRAFactors:
         """The whole update times a number.
 
         Args:
-            factor: what ΔW and Δb are multiplied by.
+            factor: the number that multiplies ΔW and Δb.
         """
         if self.trained_bias is None and self.magnitude is None:
             return dataclasses.replace(self, scale=self.scale * factor)
@@ -114,13 +119,9 @@ class LoRAFactors:
         """The update of some output features only (one part of a fused projection).
 
         Args:
-            rows: their indices, [row].
+            rows: indices of output features, [row].
         """
-        cut = {
-            name: getattr(self, name)[rows]
-            for name in ("B", "lora_bias", "trained_bias", "magnitude")
-            if getattr(self, name) is not None
-        }
+        cut = {name: tensor[rows] for name, tensor in _tensors(self, ("B", *_VECTORS)).items()}
         return dataclasses.replace(self, **cut, base_weight=None)
 
     def materialise(self, weight: Float[Tensor, "out in"] | None = None) -> Float[Tensor, "out in"]:
@@ -152,7 +153,7 @@ class LoRAFactors:
             AdapterError: DoRA, whose ΔW depends on the base model.
         """
         if self.magnitude is not None:
-            raise AdapterError("DoRA's ΔW depends on the base model's weight; materialise it.")
+            raise AdapterError("DoRA's ΔW depends on the base model's weight: use materialise.")
         A, B = in_float64(self.A), in_float64(self.B)
         squared = max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
         return abs(self.scale * self.strength) * math.sqrt(squared)
@@ -164,70 +165,229 @@ class LoRAFactors:
         return abs(self.scale * self.strength) * size_of(self.lora_bias)
 
 
-def require_numbers(name: str, tensor: Tensor | None, *, may_lack: bool) -> None:
-    """Refuse what is no finite tensor of floating point.
+@dataclasses.dataclass(frozen=True)
+class TrainedModule:
+    """A module's parameters after training, in place of the base's: ΔW = weight − W.
+
+        >>> import torch
+        >>> TrainedModule(weight=torch.ones(4, 8)).rank
+        4
 
     Args:
-        name: of the tensor, for the error.
-        tensor: of an adapter.
-        may_lack: whether None is right.
+        weight: as Hugging Face stores it: [out, in] of a linear module ([in, out] of GPT-2's
+            Conv1D), [vocab, d] of an embedding, [d] of a norm. None where only the bias changes.
+        bias: [out], or β of a norm.
+        tokens: [row], ids of the rows of an embedding or a head that `weight` holds; None for all.
+        base_weight: the base's whole weight as the adapter saw it, where the file holds it. PEFT
+            writes it into the base; beside a copy, only what is tied to the base sees it.
+        tied: whether a head that the base ties to this embedding changes with it, and the other
+            way round. A copy of its own (`modules_to_save`) does not.
+        strength: multiplies the whole update.
 
     Raises:
-        AdapterError: naming the tensor.
+        AdapterError: tensors that are not finite or do not fit together.
     """
-    if tensor is None and may_lack:
-        return
-    if not isinstance(tensor, Tensor):
-        raise AdapterError(f"{name} is a {type(tensor).__name__}; expected a tensor.")
-    if tensor.dtype not in _DTYPES:
-        raise AdapterError(
-            f"factors must be floating point of 16 bits or more, and {name} is "
-            f"{tensor.dtype}; dequantise the adapter before it is read."
-        )
-    if not torch.isfinite(tensor).all():
-        raise AdapterError(f"the factors contain NaN or infinite entries (in {name}).")
 
+    weight: Tensor | None = None
+    bias: Float[Tensor, " out"] | None = None
+    tokens: Int[Tensor, " row"] | None = None
+    base_weight: Tensor | None = None
+    tied: bool = False
+    strength: float = 1.0
 
-def require_products(sizes: Mapping[str, float], dtype: torch.dtype) -> None:
-    """Refuse sizes whose products overflow.
-
-    Products of tensors larger than √max are infinite, or NaN, wherever they are applied.
-
-    Args:
-        sizes: norm by the tensor's name.
-        dtype: in which it is computed.
-
-    Raises:
-        AdapterError: naming the tensor.
-    """
-    dtype = torch.promote_types(dtype, torch.float32)
-    limit = math.sqrt(torch.finfo(dtype).max)
-    for name, size in sizes.items():
-        if not size <= limit:
+    def __post_init__(self) -> None:
+        tensors = _tensors(self, _TRAINED)
+        _require_numbers(tensors)
+        _require_finite(strength=self.strength)
+        if self.weight is None and self.bias is None:
+            raise AdapterError("a trained module has a weight or a bias, and this one has neither.")
+        if self.weight is not None and (self.weight.ndim not in (1, 2) or 0 in self.weight.shape):
             raise AdapterError(
-                f"{name} is too large to compute with: of norm {size:.2g}, and products beyond "
-                f"{limit:.2g} overflow in {dtype}. The training diverged, or the file is damaged."
+                f"weight is {tuple(self.weight.shape)}; expected a matrix, or a norm's vector."
             )
+        if self.bias is not None and (self.bias.ndim != 1 or not len(self.bias)):
+            raise AdapterError(f"bias is {tuple(self.bias.shape)}; expected a vector.")
+        self._require_tokens()
+        sizes = {name: size_of(tensor) for name, tensor in tensors.items()}
+        _require_products(sizes, next(iter(tensors.values())).dtype)
+
+    def _require_tokens(self) -> None:
+        if self.tokens is None:
+            return
+        is_tensor = isinstance(self.tokens, Tensor)
+        if not is_tensor or self.tokens.dtype not in (torch.int32, torch.int64):
+            raise AdapterError(f"tokens are {self.tokens!r}; expected a tensor of ids.")
+        ids, shape = self.tokens.tolist(), () if self.weight is None else self.weight.shape
+        if self.tokens.ndim != 1 or len(shape) != 2 or len(ids) not in shape:
+            raise AdapterError(
+                f"tokens are {ids}, and weight is {tuple(shape)}; expected one row each."
+            )
+        if len(set(ids)) < len(ids) or min(ids) < 0:
+            raise AdapterError(f"tokens are {ids}; expected ids from 0 on, each once.")
+
+    @property
+    def rank(self) -> int:
+        """The rank that ΔW may have: the smaller side of `weight`; 1 for a bias alone."""
+        return 1 if self.weight is None else min(self.weight.shape)
+
+    def scaled(self, factor: float) -> TrainedModule:
+        """The whole update times a number.
+
+        Args:
+            factor: the number that multiplies ΔW and Δb.
+        """
+        return dataclasses.replace(self, strength=self.strength * factor)
+
+    def turned(self) -> TrainedModule:
+        """With `weight` and `base_weight` transposed; a norm's vector is its own."""
+        weights = _tensors(self, ("weight", "base_weight"))
+        turned = {name: weight.T for name, weight in weights.items() if weight.ndim == 2}
+        return dataclasses.replace(self, **turned)
+
+    def rows(self, rows: Tensor) -> TrainedModule:
+        """The update of some output features only, of parameters turned to [out, in].
+
+        Args:
+            rows: indices of output features, [row].
+        """
+        cut = {name: tensor[rows] for name, tensor in _tensors(self, _TRAINED).items()}
+        return dataclasses.replace(self, **cut)
+
+    def norm(self) -> float:
+        """‖ΔW‖_F is not known here.
+
+        Raises:
+            AdapterError: always: ΔW depends on the base model's weight.
+        """
+        raise AdapterError(
+            "ΔW of a trained module depends on the base model's weight; lens.delta_w(site) of a "
+            "LoraLens returns it."
+        )
+
+    def bias_norm(self) -> float:
+        """‖Δb‖; NaN where a bias was trained, as that needs the base's."""
+        return 0.0 if self.bias is None else math.nan
+
+
+ModuleUpdate: TypeAlias = LoRAFactors | TrainedModule
+
+
+def base_part(update: ModuleUpdate) -> str | None:
+    """The part of an update that is a change only beside the base's own parameters; or None."""
+    if isinstance(update, TrainedModule):
+        return "a module that was trained whole"
+    if update.magnitude is not None:
+        return "DoRA's magnitude"
+    return None if update.trained_bias is None else "a trained bias"
+
+
+def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
+    """Any ΔW as factors, without loss: an identity stands on its smaller side."""
+    out, inputs = delta.shape
+    if out <= inputs:
+        return LoRAFactors(delta, torch.eye(out, dtype=delta.dtype, device=delta.device))
+    return LoRAFactors(torch.eye(inputs, dtype=delta.dtype, device=delta.device), delta)
+
+
+def constant_factors(
+    vectors: Mapping[str, Float[Tensor, " out"]],
+    like: nn.Module | Mapping[str, ModuleUpdate] | Mapping[str, int] | None,
+) -> dict[str, LoRAFactors]:
+    """Factors that add each vector to its module's output, whatever the input: ΔW = 0, and Δb.
+
+    In PEFT's format a LoRA with A = 0, B = 0 and a bias of B's own (`lora_bias`). A has as many
+    columns as the module has inputs, which `like` tells: the base, updates of the same modules, or
+    widths. Without it A has one column, which fits every module (`LoRAFactors.width`).
+
+    Raises:
+        ArgumentError: no vectors by path, or a `like` of another type.
+        AdapterError: a value that is no vector, or a module that `like` lacks.
+    """
+    if not isinstance(vectors, Mapping) or not all(isinstance(path, str) for path in vectors):
+        raise ArgumentError(
+            f"vectors are a {type(vectors).__name__}; expected {{module path: vector}}, such as "
+            "{'model.layers.3.mlp.down_proj': vector}."
+        )
+    return {path: _constant(path, vector, like) for path, vector in vectors.items()}
+
+
+def _constant(path: str, vector: Any, like: Any) -> LoRAFactors:
+    if not isinstance(vector, Tensor) or vector.ndim != 1 or not vector.is_floating_point():
+        shown = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+        raise AdapterError(f"{path}: {shown}; expected a vector of floating point, [out].")
+    vector = vector.detach().clone()
+    width = 1 if like is None else _input_width(path, like)
+    return LoRAFactors(
+        vector.new_zeros(1, width), vector.new_zeros(len(vector), 1), lora_bias=vector
+    )
+
+
+def _input_width(path: str, like: Any) -> int:
+    if isinstance(like, Mapping):
+        update = like.get(path)
+        if isinstance(update, int):
+            return update
+        if not isinstance(update, LoRAFactors):
+            raise AdapterError(f"{path}: `like` holds no factors of this module.")
+        return update.A.shape[1]
+    if not isinstance(like, nn.Module):
+        raise ArgumentError(
+            f"like is a {type(like).__name__}; expected the base model or an adapter of the same "
+            "modules."
+        )
+    try:
+        module: Any = like.get_submodule(path)
+    except AttributeError as error:
+        raise AdapterError(f"{path}: the model in `like` has no such module.") from error
+    width = getattr(module, "in_features", None) or getattr(module, "nx", None)
+    if width is None:
+        raise AdapterError(
+            f"{path}: a {type(module).__name__} is no linear module, and PEFT's format holds "
+            "constants of linear modules only."
+        )
+    return int(width)
 
 
 def size_of(tensor: Tensor | None) -> float:
-    """The norm of a tensor's entries in float64; 0 for None.
-
-    Args:
-        tensor: of any shape.
-    """
+    """The norm of a tensor's entries in float64; 0 for None."""
     if tensor is None:
         return 0.0
     return float(torch.linalg.vector_norm(in_float64(tensor.detach())))
 
 
-def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
-    """Any ΔW as factors, without loss: an identity stands on its smaller side.
+def _tensors(update: ModuleUpdate, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of the named tensors that the update has."""
+    return {name: held for name in names if (held := getattr(update, name)) is not None}
 
-    Args:
-        delta: ΔW.
-    """
-    out, inputs = delta.shape
-    if out <= inputs:
-        return LoRAFactors(delta, torch.eye(out, dtype=delta.dtype, device=delta.device))
-    return LoRAFactors(torch.eye(inputs, dtype=delta.dtype, device=delta.device), delta)
+
+def _require_numbers(tensors: Mapping[str, Any]) -> None:
+    """Refuse anything but finite tensors of floating point."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise AdapterError(f"{name} is a {type(tensor).__name__}; expected a tensor.")
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(
+                f"factors must be floating point of 16 bits or more, and {name} is "
+                f"{tensor.dtype}; dequantise the adapter before loading it."
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"the factors contain NaN or infinite entries (in {name}).")
+
+
+def _require_finite(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise AdapterError(f"{name} is {value!r}; expected a finite number.")
+
+
+def _require_products(sizes: Mapping[str, float], dtype: torch.dtype) -> None:
+    """Refuse tensors larger than √max: their products are infinite, or NaN, wherever applied."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    limit = math.sqrt(torch.finfo(dtype).max)
+    for name, size in sizes.items():
+        if not size <= limit:
+            raise AdapterError(
+                f"{name} is too large to compute with: its norm is {size:.2g}, and products of "
+                f"norms beyond {limit:.2g} overflow in {dtype}. The training diverged, or the file "
+                "is damaged."
+            )

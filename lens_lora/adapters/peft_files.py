@@ -1,77 +1,95 @@
-"""Where an adapter's files lie, and what its config states: a local folder, or a hub repository.
+"""An adapter's folder in PEFT's format: where it lies, and what its config says.
 
-Kept apart from `peft_folder`, so that a wrong folder is reported without loading torch.
+1. A local folder, or a hub repository of which two files are fetched. Anything else is refused by
+   name: MLX's format, pickled weights, a Git LFS pointer, an adapter one folder further down.
+   Nothing is unpickled.
+2. PEFT reads the files. Methods and variants that s·B·A would misread are refused, each with its
+   remedy, and so are switches that the installed PEFT does not know and would ignore.
+3. `Patterns` says which r and α PEFT gives a module path, and whether it adapts it at all.
+
+Torch is not imported here, so that a wrong folder is reported at once.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import json
+import re
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lens_lora.errors import AdapterError
+import regex
 
-__all__ = [
-    "CONFIG",
-    "MLX_WEIGHTS",
-    "WEIGHTS",
-    "adapter_folder",
-    "local_folder",
-    "mlx",
-    "refuse_pointer",
-    "require_files",
-    "stated_fields",
-    "unreadable",
-]
+from lens_lora.errors import AdapterError, UnsupportedAdapterError
+from lens_lora.families import FAMILIES
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MLX_WEIGHTS = "adapters.safetensors"
 _POINTER = b"version https://git-lfs.github.com/spec"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+# --- Folders
 
 
 def adapter_folder(
     path: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> Path:
-    """`local_folder`, with an adapter's configuration and weights in it.
-
-    Args:
-        path: a folder, or a hub id, which is downloaded (these two files alone).
-        revision: of the hub repository.
-        subfolder: within the folder or the hub repository.
+    """The folder of an adapter, on disk or fetched from the hub, with its two files in it.
 
     Raises:
         AdapterError: no such folder, no hub repository that can be reached, a file missing, or
             pickled weights.
     """
-    folder = local_folder(path, revision, subfolder)
+    folder = _local_folder(path, revision, subfolder)
     require_files(folder)
     return folder
 
 
-def local_folder(
-    path: str | Path, revision: str | None = None, subfolder: str | None = None
-) -> Path:
-    """The folder of an adapter on disk, or of a hub repository, of which two files are fetched.
-
-    Args:
-        path: folder or hub id.
-        revision: of the hub repository.
-        subfolder: where the adapter lies in the folder or repository.
+def checkpoint_folders(run: str | Path) -> dict[int, Path]:
+    """{step: folder} of a trainer's run folder, increasing. Other folders are left alone.
 
     Raises:
-        AdapterError: no such folder or repository.
+        AdapterError: no such folder, fewer than two checkpoints, or one without an adapter's files.
     """
+    run = Path(run)
+    if not run.is_dir():
+        raise AdapterError(f"{run}: no such folder.")
+    folders = {
+        int(match[1]): path
+        for path in run.iterdir()
+        if path.is_dir() and (match := _CHECKPOINT.fullmatch(path.name))
+    }
+    if len(folders) < 2:
+        raise AdapterError(
+            f"{run} holds {len(folders)} folders checkpoint-<step>; a training is read from two or "
+            "more (save_steps of transformers' TrainingArguments sets how many are written)."
+        )
+    for folder in folders.values():
+        require_files(folder)
+    return dict(sorted(folders.items()))
+
+
+def _local_folder(path: str | Path, revision: str | None, subfolder: str | None) -> Path:
     local = Path(path)
     if local.is_file():
         raise AdapterError(f"{local}: a file; give the folder that it lies in: {local.parent}.")
     if local.exists():
-        return local / subfolder if subfolder else local
+        return local / (subfolder or "")
     text = str(path)
     if text.count("/") > 1 or text.startswith((".", "~", "/")):
         raise AdapterError(f"{text}: no such folder.")
     if "/" not in text:
-        raise AdapterError(f"{text}: no such folder, nor a hub id, which reads 'owner/name'.")
+        raise AdapterError(f"{text}: no such folder, nor a hub id ('owner/name').")
     from huggingface_hub import snapshot_download
 
     prefix = f"{subfolder}/" if subfolder else ""
@@ -83,58 +101,44 @@ def local_folder(
         raise AdapterError(
             f"{text}: neither a local folder nor a hub repository that can be reached ({error})."
         ) from error
-    folder = Path(root) / subfolder if subfolder else Path(root)
+    folder = Path(root, subfolder or "")
     if not (folder / CONFIG).is_file():
-        _refuse_wrong_place(text, revision)
+        _refuse_other_place(text, revision)
     return folder
 
 
-def _refuse_wrong_place(repository: str, revision: str | None) -> None:
-    """Refuse a hub repository that has an adapter elsewhere, if it can be asked."""
+def _refuse_other_place(repository: str, revision: str | None) -> None:
+    """Refuse a hub repository that has an adapter elsewhere, if its list of files can be read."""
     import huggingface_hub
 
     try:
         files = huggingface_hub.list_repo_files(repository, revision=revision)
-    except Exception:  # what was found is then all that can be said
+    except Exception:  # then the missing config is all that can be reported
         return
-    places = sorted(
-        file.removesuffix(f"/{CONFIG}") for file in files if file.endswith(f"/{CONFIG}")
-    )
+    places = [file.removesuffix(f"/{CONFIG}") for file in files if file.endswith(f"/{CONFIG}")]
     if places:
-        raise AdapterError(_elsewhere(repository, places))
+        raise _elsewhere(repository, places)
 
 
-def stated_fields(folder: Path) -> dict[str, Any]:
-    """What `adapter_config.json` itself states: nothing that PEFT would fill in.
-
-    Args:
-        folder: of the adapter.
-
-    Raises:
-        AdapterError: no JSON object.
-    """
-    try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            raise TypeError(f"it holds {type(fields).__name__}, not an object")
-    except Exception as error:
-        raise unreadable(folder, error) from error
-    return fields
+def _elsewhere(source: str | Path, places: Iterable[str]) -> AdapterError:
+    first, *others = sorted(places)
+    more = f" (also {', '.join(others[:3])})" if others else ""
+    return AdapterError(
+        f"{source}: no {CONFIG}, but one lies in a subfolder: pass subfolder={first!r}{more}."
+    )
 
 
 def require_files(folder: Path) -> None:
     """Refuse a folder without an adapter's two files, naming what it holds instead.
 
-    Args:
-        folder: of the adapter.
-
     Raises:
         AdapterError: a file is missing, a Git LFS pointer, or pickled.
     """
     if not (folder / CONFIG).is_file():
-        raise AdapterError(_instead(folder))
+        raise _no_config(folder)
+    _refuse_pointer(folder / CONFIG)
     if (folder / WEIGHTS).is_file():
-        refuse_pointer(folder / WEIGHTS)
+        _refuse_pointer(folder / WEIGHTS)
         return
     pickled = folder / "adapter_model.bin"
     if pickled.is_file():
@@ -144,70 +148,301 @@ def require_files(folder: Path) -> None:
             "safetensors."
         )
     if (folder / MLX_WEIGHTS).is_file():
-        raise mlx(folder)
+        raise _mlx(folder)
     raise AdapterError(f"{folder}: no {WEIGHTS} beside {CONFIG}.")
 
 
-def _instead(folder: Path) -> str:
-    """What a folder without a config is, as far as its files tell."""
-    if not folder.is_dir():
-        return f"{folder}: no {CONFIG}, so not a PEFT adapter (found: no folder)."
-    inside = sorted(str(p.parent.relative_to(folder)) for p in _configs_below(folder))
+def _no_config(folder: Path) -> AdapterError:
+    inside = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]
     if inside:
-        return _elsewhere(folder, inside)
-    found = sorted(p.name for p in folder.iterdir())[:8]
-    return f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {found})."
+        return _elsewhere(folder, (str(p.parent.relative_to(folder)) for p in inside))
+    names = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no folder"
+    return AdapterError(f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {names}).")
 
 
-def _elsewhere(source: str | Path, places: list[str]) -> str:
-    more = f" (also {', '.join(places[1:4])})" if places[1:] else ""
-    return (
-        f"{source}: no {CONFIG}, but one lies in a subfolder: pass subfolder={places[0]!r}{more}."
-    )
-
-
-def _configs_below(folder: Path) -> list[Path]:
-    return [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]
-
-
-def refuse_pointer(file: Path) -> None:
-    """Refuse a file that Git LFS has not fetched.
-
-    Args:
-        file: the config or the weights.
-
-    Raises:
-        AdapterError: with the command that fetches it.
-    """
+def _refuse_pointer(file: Path) -> None:
     with file.open("rb") as opened:
         is_pointer = opened.read(len(_POINTER)) == _POINTER
     if is_pointer:
         raise AdapterError(
-            f"{file}: not a whole safetensors file but a Git LFS pointer: run git lfs pull in its "
-            "repository."
+            f"{file}: a Git LFS pointer, not the file itself; run git lfs pull in its repository."
         )
 
 
-def mlx(folder: Path) -> AdapterError:
-    """The error for an adapter of MLX.
-
-    Args:
-        folder: of the adapter.
-    """
+def _mlx(folder: Path) -> AdapterError:
     return AdapterError(
         f"{folder / CONFIG}: PEFT cannot read it: it is MLX's, which uses the same file name for "
-        f"another format ({MLX_WEIGHTS} holds its weights); convert it to PEFT's."
+        f"another format ({MLX_WEIGHTS} holds its weights); convert it to PEFT's format."
     )
 
 
-def unreadable(folder: Path, error: Exception) -> AdapterError:
-    """The error for a config that PEFT cannot read.
-
-    Args:
-        folder: of the adapter.
-        error: PEFT's, or the JSON reader's.
-    """
+def _unreadable(folder: Path, error: Exception) -> AdapterError:
     return AdapterError(
         f"{folder / CONFIG}: PEFT cannot read it ({type(error).__name__}: {error}). MLX and other "
         "tools use the same file name with another format; convert it to PEFT's."
     )
+
+
+# --- The two files
+
+
+def stated_fields(folder: Path) -> dict[str, Any]:
+    """The fields that `adapter_config.json` itself states, without PEFT's defaults.
+
+    Raises:
+        AdapterError: no JSON object.
+    """
+    try:
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise TypeError(f"it holds {type(fields).__name__}, not an object")
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    return fields
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """An adapter's config, as PEFT reads it.
+
+    Raises:
+        AdapterError: the file is of another format.
+        UnsupportedAdapterError: a switch that the installed PEFT does not know.
+    """
+    from peft import PeftConfig
+
+    fields = stated_fields(folder)
+    if "peft_type" not in fields:
+        if (folder / MLX_WEIGHTS).is_file() or "lora_parameters" in fields:
+            raise _mlx(folder)
+        raise AdapterError(
+            f"{folder / CONFIG}: `peft_type` is missing, so PEFT cannot read it. If it is a LoRA "
+            'that PEFT trained, add "peft_type": "LORA"; if another tool wrote it, convert it.'
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    for field, value in fields.items():
+        is_set = value is True or (isinstance(value, list | dict) and value)
+        if is_set and not hasattr(config, field):
+            raise UnsupportedAdapterError(
+                f"{folder / CONFIG}: {field}={value!r} is unknown to the installed peft, which "
+                "would ignore it; upgrade peft to the version that saved the adapter "
+                f"({fields.get('peft_version', 'not stated')})."
+            )
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors by key, copied out of the mapped file.
+
+    Raises:
+        AdapterError: the file is cut short, or no safetensors file.
+    """
+    from peft.utils.save_and_load import load_peft_weights
+
+    try:
+        tensors = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:
+        raise AdapterError(
+            f"{folder / WEIGHTS}: not a whole safetensors file ({type(error).__name__}: {error})."
+        ) from error
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
+    """Warn if PEFT seems to have left modules out of the file when it was saved.
+
+    Of a model with several adapters, PEFT saves no module whose path contains another one's name.
+    PEFT saves the others in folders beside this one, or inside it.
+    """
+    configs = (*folder.glob(f"*/{CONFIG}"), *folder.resolve().parent.glob(f"*/{CONFIG}"))
+    neighbours = sorted({path.parent.name for path in configs} - {folder.resolve().name})
+    parts = {part for path in paths for part in path.split(".")}
+    cutting = [name for name in neighbours if name in _module_parts() and name not in parts]
+    targets = config.target_modules if isinstance(config.target_modules, set | list) else ()
+    empty = sorted(t for t in targets if not any(f".{path}".endswith(f".{t}") for path in paths))
+    if cutting:
+        reason = f"another adapter saved with it is called {cutting[0]!r}, like a part of its paths"
+    elif empty:
+        reason = f"the config targets {', '.join(empty[:4])}, and the file has no factors there"
+    else:
+        return
+    warnings.warn(
+        f"{folder}: modules may be missing from the file: {reason}. PEFT leaves out every module "
+        "whose path contains another adapter's name. Compare with the model that was trained: "
+        "ll.Adapter.from_peft(peft_model, adapter_name).",
+        stacklevel=4,
+    )
+
+
+def _module_parts() -> set[str]:
+    """Every name between two dots in some family's module paths.
+
+    Layer numbers end at 256, more than any model has: a folder named by a later step is no layer.
+    """
+    paths = [f"{family.layer}.{name}" for family in FAMILIES for name in family.linears]
+    return {part for path in paths for part in path.split(".")} | {str(n) for n in range(256)}
+
+
+# --- Methods and variants that s·B·A would misread
+
+
+_MERGED = "ll.Adapter.between(base, peft_model.merge_and_unload())"
+_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_READ_VARIANTS = ("use_dora",)
+_Refusal = tuple[str, Callable[[Any], bool], str]
+_REFUSALS: tuple[_Refusal, ...] = (
+    (
+        "bias",
+        lambda v: v not in (None, "none", "lora_only", "all"),
+        "PEFT knows bias='none', 'lora_only' and 'all'.",
+    ),
+    (
+        "target_parameters",
+        bool,
+        "No hook point of transformer-lens shows an expert's own input (the tokens routed to it), "
+        "so LoRA on bare expert parameters cannot be laid over it; target linear modules.",
+    ),
+    ("alora_invocation_tokens", bool, "aLoRA depends on the position; train a plain LoRA."),
+    ("use_qalora", bool, "QA-LoRA pools the input of A; train with use_qalora=False."),
+    ("layer_replication", bool, "Replicated layers change the base model; train without them."),
+    ("megatron_config", bool, "Megatron's parallel linears are not read; save a plain LoRA."),
+    (
+        "init_lora_weights",
+        lambda v: v not in _HARMLESS_INITS,
+        "Its B·A is relative to base weights that the initialisation changed. Save it converted, "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...), or compare the merged "
+        f"model with the base that training began from: {_MERGED}.",
+    ),
+)
+
+
+def refuse_variants(config: Any) -> None:
+    """Refuse other methods, and each LoRA variant that plain s·B·A would misread.
+
+    Raises:
+        UnsupportedAdapterError: naming the method, or the field and its value, and the remedy.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        if getattr(config, "is_prompt_learning", False) or kind in ("ADAPTION_PROMPT", "CARTRIDGE"):
+            remedy = "It changes what the model reads, not a weight, so it has no ΔW to explain."
+        else:
+            remedy = f"Merge it and compare with the base: {_MERGED}."
+        raise UnsupportedAdapterError(f"a {kind} adapter; only LoRA is read. {remedy}")
+    for field, is_unsupported, remedy in _REFUSALS:
+        value = getattr(config, field, None)
+        if is_unsupported(value):
+            raise UnsupportedAdapterError(f"{field}={value!r}. {remedy}{classifier_note(config)}")
+    for field in dataclasses.fields(config):
+        is_variant = field.metadata.get("is_lora_variant") and field.name not in _READ_VARIANTS
+        if is_variant and getattr(config, field.name):
+            raise UnsupportedAdapterError(
+                f"{field.name}={getattr(config, field.name)!r} makes this a LoRA variant that "
+                "plain s·B·A would misread. Train a plain LoRA, or merge it and compare with the "
+                f"base: {_MERGED}."
+            )
+
+
+def classifier_note(config: Any) -> str:
+    """A sentence on an adapter of a classifier, whose head is another one; else nothing."""
+    task = getattr(config.task_type, "value", config.task_type)
+    if task not in _CLASSIFIERS:
+        return ""
+    return f" It adapts a classifier ({task}), not a language model: it has no logits of tokens."
+
+
+# --- Module paths by the config's patterns
+
+
+# Some regular expressions would take PEFT's `re` years; all those of one adapter share this time.
+_SECONDS = 4.0
+_OUTSIDE_ALL_LINEAR = re.compile(r"(.*\.)?(lm_head|embed_out|embed_tokens|wte|wpe)")
+
+
+class Patterns:
+    """The patterns of one adapter's config, matched with module paths as PEFT matches them.
+
+    They run in an engine that can be stopped, for four seconds in all from the construction on.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._deadline = time.monotonic() + _SECONDS
+
+    def value(self, field: str, path: str, default: Any) -> Any:
+        """The value of the first pattern that PEFT matches with the path, else the default.
+
+        Raises:
+            AdapterError: the field is no mapping, or a pattern is broken or takes too long.
+        """
+        patterns = getattr(self._config, field) or {}
+        if not isinstance(patterns, dict):
+            raise AdapterError(
+                f"{field}={patterns!r} does not map patterns of module names to numbers."
+            )
+        for pattern, value in patterns.items():
+            if self._matches(field, rf"(.*\.)?({pattern})", path):
+                return value
+        return default
+
+    def untargeted(self, paths: Iterable[str]) -> list[str]:
+        """The paths that PEFT would not adapt, whatever factors the file holds for them.
+
+        Without targets PEFT takes its defaults of the model's type, which is not known: the
+        defaults that leave out the fewest.
+
+        Raises:
+            AdapterError: a field of the config is not what PEFT knows, or takes too long.
+        """
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+        paths, targets = list(paths), self._config.target_modules
+        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.values()
+        candidates = defaults if targets is None else [targets]
+        return min(([p for p in paths if not self._is_targeted(p, c)] for c in candidates), key=len)
+
+    def _is_targeted(self, path: str, targets: Any) -> bool:
+        from lens_lora.compat import peft_adapts  # imports torch, which this file does without
+
+        # The regular expressions are matched here, and PEFT is given what they match.
+        plain = copy.copy(self._config)
+        plain.target_modules, plain.modules_to_save = targets, None
+        if isinstance(targets, str):
+            plain.target_modules = [path] if self._is_regex_for(targets, path) else []
+        if isinstance(plain.exclude_modules, str):
+            is_out = self._matches("exclude_modules", plain.exclude_modules, path)
+            plain.exclude_modules = [path] if is_out else []
+        layers = plain.layers_pattern or []
+        names = [layers] if isinstance(layers, str) else layers
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.]*", name) for name in names):
+            raise self._error("layers_pattern", "is no list of module names")
+        try:
+            return peft_adapts(plain, path)
+        except Exception as error:
+            raise self._error("target_modules", f"cannot be matched by PEFT ({error})") from error
+
+    def _is_regex_for(self, targets: str, path: str) -> bool:
+        if targets.lower() == "all-linear":
+            return not _OUTSIDE_ALL_LINEAR.fullmatch(path)
+        return self._matches("target_modules", targets, path)
+
+    def _matches(self, field: str, pattern: str, path: str) -> bool:
+        seconds_left = max(self._deadline - time.monotonic(), 1e-3)  # 0 would be no limit
+        try:
+            return _compiled(pattern).fullmatch(path, timeout=seconds_left) is not None
+        except TimeoutError as error:
+            problem = f"takes more than {_SECONDS:g} s to match with {path!r}"
+            raise self._error(field, problem) from error
+        except Exception as error:
+            raise self._error(field, f"holds no patterns of module names ({error})") from error
+
+    def _error(self, field: str, problem: str) -> AdapterError:
+        value = getattr(self._config, field)
+        return AdapterError(f"{field}={value!r} {problem}; write plain module names there.")
+
+
+# An adapter may have a pattern for each of its modules, and each is matched with each module.
+_compiled = functools.lru_cache(maxsize=8192)(regex.compile)

@@ -1,40 +1,91 @@
-"""PEFT's adapter format: a folder, or a config and its state dictionary → updates by module path.
+"""PEFT's adapter format: a folder, or a config and its tensors → updates by module path.
 
-1. Every tensor key is accounted for (`peft_paths`): factors, or parameters of a module that was
-   trained whole (`peft_trained`). Tensors that the config says nothing of, which PEFT would leave
-   out, are refused, as are tensors that it promises and that are not there.
-2. The scale of each module is PEFT's: s = α/r, or α/√r for rsLoRA, with r and α from the patterns.
-3. What would be read wrongly as s·B·A (PiSSA, aLoRA, X-LoRA, …) is refused with a remedy
-   (`peft_variants`).
+1. Every tensor key is accounted for: which module it belongs to, and in which role.
+   Tensors that PEFT would leave out are refused, and so are tensors that the config promises and
+   that are missing.
+2. An adapter's name inside the keys ('lora_A.default.weight'), which PEFT takes out when it saves,
+   is taken out if all keys carry the same one; PEFT's own prefix is put in if all lack it.
+3. The wrappers of training (torch.compile, FSDP, PEFT twice, a vision-language model) are taken out
+   of the paths. If all modules belong to a model without its head (AutoModel), the name that the
+   causal language model puts before them is put in.
+4. Factors: s = α/r, or α/√r for rsLoRA, with r and α from the config's patterns.
+5. A module that `modules_to_save` names is a copy of its own. A parameter that it does not name is
+   loaded by PEFT into the base's own (an embedding stored whole, a bias): what the base ties to it
+   changes too. The ids of trained rows stand in the config alone (`trainable_token_indices`); PEFT
+   lets a tied head follow the embedding's rows, unless the config gives the head other ids.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.adapters.peft_files import local_folder
-from lens_lora.adapters.peft_folder import read_files, warn_of_cuts
-from lens_lora.adapters.peft_paths import by_module, model_paths, saved_keys
-from lens_lora.adapters.peft_patterns import Patterns
-from lens_lora.adapters.peft_saved import require_saved
-from lens_lora.adapters.peft_trained import trained_modules, unknown_keys
-from lens_lora.adapters.peft_variants import classifier_note, refuse_variants
-from lens_lora.adapters.trained import ModuleUpdate
-from lens_lora.errors import AdapterError
-from lens_lora.families import HEADS
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
+from lens_lora.adapters.peft_files import (
+    Patterns,
+    adapter_folder,
+    classifier_note,
+    read_config,
+    read_tensors,
+    refuse_variants,
+    warn_of_cuts,
+)
+from lens_lora.errors import AdapterError, UnsupportedAdapterError
+from lens_lora.families import FAMILIES, HEADS, Family
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["base_of", "factors_of", "module_factors", "read_folder", "renamed"]
+Roles = Mapping[str, Tensor]  # a module's tensors by role: 'A', 'B', 'lora_bias', 'weight', …
+
+PREFIX = "base_model.model."
+# The end of each tensor's key, by its role: of factors, of an embedding's, of a copy, of rows.
+LORA_KEYS = {
+    "A": ".lora_A.weight",
+    "B": ".lora_B.weight",
+    "lora_bias": ".lora_B.bias",
+    "trained_bias": ".base_layer.bias",
+    "magnitude": ".lora_magnitude_vector",
+    "base_weight": ".base_layer.weight",
+}
+EMBEDDING_KEYS = LORA_KEYS | {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
+COPY_KEYS = {"weight": ".weight", "bias": ".bias", "base_weight": ".original_module.weight"}
+ROW_KEYS = {
+    "token_rows": ".token_adapter.trainable_tokens_delta",
+    "bias": ".bias",
+    "base_weight": ".token_adapter.base_layer.weight",
+}
+_ROLES = {
+    suffix: role
+    for keys in (LORA_KEYS, EMBEDDING_KEYS, COPY_KEYS, ROW_KEYS)
+    for role, suffix in keys.items()
+}
+_FACTORS = {"A", "B"}
+_TRAINED = {"weight", "bias", "token_rows"}
+_KEY = re.compile(
+    r"(?P<stem>.*\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)"
+    r"|token_adapter\.trainable_tokens_delta))"
+    r"(?:\.(?P<name>(?!(?:weight|bias)$)[^.]+))?(?P<end>\.weight|\.bias)?"
+)
+_COPY = re.compile(r"(?P<stem>.*)\.modules_to_save\.(?:(?P<name>[^.]+)\.)?(?P<end>.*)")
+# Tensors beside the trained ones that PEFT does not use while the adapter is active.
+_INERT = re.compile(
+    r".*\.(?:original_module\.bias|token_adapter\.base_layer\.bias"
+    r"|token_adapter\.trainable_tokens_original(?:\.[^.]+)?)"
+)
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PARTS = ("module", "language_model")
+_BEFORE_LAYERS = ("model.", "transformer.", "gpt_neox.")
 
 
 def read_folder(
@@ -42,202 +93,436 @@ def read_folder(
 ) -> tuple[dict[str, ModuleUpdate], str | None, str]:
     """(updates by module path, the base it names, the folder's name) of an adapter on disk or hub.
 
-    Args:
-        path: folder or hub id.
-        revision: of the hub repository.
-        subfolder: where the adapter lies in the folder or repository.
-
     Raises:
         AdapterError: see `lens_lora.load_adapter`.
         UnsupportedAdapterError: see `lens_lora.load_adapter`.
     """
-    folder = local_folder(path, revision, subfolder)
-    config, tensors = read_files(folder)
-    updates, base = factors_of(config, tensors, str(folder))
+    folder = adapter_folder(path, revision, subfolder)
+    config, tensors = read_config(folder), read_tensors(folder)
+    with located(folder):
+        refuse_variants(config)
+        state, notes = saved_keys(tensors)
+        updates = updates_of(config, state)
+        modules, base = renamed(updates, notes), base_of(config)
+    for note in notes:
+        warnings.warn(f"{folder}: {note}.", stacklevel=3)
     warn_of_cuts(folder, config, updates)
-    return renamed(updates, str(folder)), base, folder.name or str(path)
+    return modules, base, folder.name or str(path)
 
 
-def factors_of(
-    config: PeftConfig, state: Mapping[str, Tensor], source: str
-) -> tuple[dict[str, ModuleUpdate], str | None]:
-    """(updates by the file's module paths, the base it names) of a config and its state dictionary.
+@contextlib.contextmanager
+def located(place: object) -> Generator[None]:
+    """Within the block, an AdapterError begins with the place that it is about."""
+    try:
+        yield
+    except AdapterError as error:
+        raise type(error)(f"{place}: {error}") from error
 
-    Args:
-        config: PEFT's LoraConfig.
-        state: tensors by key, as PEFT saves them.
-        source: the adapter's file, for messages.
+
+def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, ModuleUpdate]:
+    """Updates by the file's module paths, of a config and its tensors by PEFT's keys.
 
     Raises:
         AdapterError: config and tensors do not say the same.
-        UnsupportedAdapterError: not plain LoRA.
     """
-    refuse_variants(config, source)
-    state, notes = saved_keys(state, source)
-    tensors, left_over = by_module(state)
-    trained = {path: own for path, own in tensors.items() if "A" not in own and "B" not in own}
-    names = model_paths(tensors, source)
-    left_over += unknown_keys(names, trained)
+    modules, left_over = by_module(state)
+    paths = model_paths(modules)
+    trained = {path: roles for path, roles in modules.items() if not _FACTORS & set(roles)}
+    factors = {path: roles for path, roles in modules.items() if path not in trained}
+    unknown = [path for path in trained if not _is_known(paths[path])]
+    left_over += [f"{PREFIX}{path}.{role}" for path in unknown for role in trained[path]]
     if left_over:
-        raise _left_over_error(left_over, source, classifier_note(config))
-    if not tensors:
-        raise AdapterError(f"{source}: no lora_A / lora_B tensors.")
-    patterns = Patterns(config, source)
-    factors = {path: own for path, own in tensors.items() if path not in trained}
-    _require_targets(config, _untargeted(config, patterns, factors), source)
-    modules: dict[str, ModuleUpdate] = {
-        path: _factors(config, patterns, path, found, source) for path, found in factors.items()
-    }
-    whole = [names[path] for path, own in trained.items() if {"weight", "bias"} & set(own)]
-    require_saved(config, names.values(), whole, source)
-    modules |= trained_modules(config, trained, source)
-    for note in notes:
-        _note(f"{source}: its {note}")
-    return modules, base_of(config, source)
+        raise _left_over_error(left_over, classifier_note(config))
+    if not modules:
+        raise AdapterError("no lora_A / lora_B tensors.")
+    patterns = Patterns(config)
+    _require_targets(config, patterns.untargeted(factors))
+    updates: dict[str, ModuleUpdate] = {}
+    for path, roles in factors.items():
+        with located(f"module {path}"):
+            updates[path] = _file_factors(config, patterns, path, roles)
+    copied = {paths[path] for path, roles in trained.items() if {"weight", "bias"} & set(roles)}
+    _require_copies(config, [*paths.values()], copied)
+    return updates | _trained_modules(config, trained)
 
 
-def renamed(modules: Mapping[str, ModuleUpdate], source: str) -> dict[str, ModuleUpdate]:
-    """The modules by their paths in the causal language model; warns where these are others.
-
-    Args:
-        modules: updates by the path that the file or live model has.
-        source: the adapter's file or model, for messages.
+def renamed(updates: Mapping[str, ModuleUpdate], notes: list[str]) -> dict[str, ModuleUpdate]:
+    """The updates by module path in the causal language model; noted if that is another path.
 
     Raises:
         AdapterError: two paths are one module.
     """
-    paths = model_paths(modules, source)
+    paths = model_paths(updates)
     changed = [path for path, new in paths.items() if path != new]
     if changed:
-        _note(
-            f"{source}: {len(changed)} module paths are those of a wrapped or headless model: "
-            f"{changed[0]} is read as {paths[changed[0]]}"
+        notes.append(
+            f"{len(changed)} module paths are those of a wrapped or headless model: {changed[0]} "
+            f"is read as {paths[changed[0]]}"
         )
-    return {paths[path]: factors for path, factors in modules.items()}
+    return {paths[path]: update for path, update in updates.items()}
 
 
-def module_factors(
-    path: str, tensors: Mapping[str, Tensor], scale: float, source: str
-) -> LoRAFactors:
+def base_of(config: Any) -> str | None:
+    """The base model that a config names.
+
+    Raises:
+        AdapterError: the field holds no name.
+    """
+    base = config.base_model_name_or_path or None
+    if not isinstance(base, str | None):
+        raise AdapterError(f"base_model_name_or_path={base!r}; expected a name.")
+    return base
+
+
+# --- Keys: the module of each tensor, and its role
+
+
+def saved_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under the keys that PEFT saves, and notes on how the keys differed.
+
+    Raises:
+        AdapterError: one module is stored twice, and differently.
+    """
+    saved: dict[str, Tensor] = {}
+    names: set[str | None] = set()
+    for key, tensor in state.items():
+        if _INERT.fullmatch(key):
+            continue
+        plain, own_name = _saved_key(key, state)
+        if plain in saved and not torch.equal(saved[plain], tensor):
+            raise AdapterError(
+                f"{key} and {plain} are one tensor of one module, and the file holds two different "
+                "ones; it mixes two adapters."
+            )
+        saved[plain] = tensor
+        names |= own_name
+    if len(names) > 1:  # perhaps two adapters in one file: the keys stay, and are refused later
+        saved, names = dict(state), set()
+    notes: list[str] = []
+    if names - {None}:
+        notes.append(f"its keys carry the adapter's name, {names.pop()!r}, which PEFT takes out")
+    if saved and not any(key.startswith(PREFIX) for key in saved):
+        saved = {PREFIX + key: tensor for key, tensor in saved.items()}
+        notes.append(f"its keys lack PEFT's prefix {PREFIX!r}")
+    return saved, notes
+
+
+def _saved_key(key: str, state: Mapping[str, Tensor]) -> tuple[str, set[str | None]]:
+    """The key without an adapter's name, and {the name}: {None} if it could have one, {} if not."""
+    copied = _COPY.fullmatch(key)
+    if copied:
+        whole = key.replace(".modules_to_save.", ".", 1)
+        if whole in state or copied["name"] is None:
+            return whole, set()
+        return f"{copied['stem']}.{copied['end']}", {copied["name"]}
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return key, set()
+    is_dora = match["stem"].endswith("lora_magnitude_vector") and match["end"] == ".weight"
+    return match["stem"] + ("" if is_dora else match["end"] or ""), {match["name"]}
+
+
+def by_module(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Module path → its tensors by role, and the keys that belong to none.
+
+    A module has factors, with what PEFT puts beside them, or parameters that were trained.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    left_over: list[str] = []
+    for key, tensor in state.items():
+        path = key.removeprefix(PREFIX)
+        suffix = max((s for s in _ROLES if path.endswith(s)), key=len, default="")
+        if not suffix or path == key or "@" in key:
+            left_over.append(key)
+            continue
+        roles = modules.setdefault(path.removesuffix(suffix), {})
+        if _ROLES[suffix] in roles:
+            left_over.append(key)
+        roles[_ROLES[suffix]] = tensor
+    for path in list(modules):
+        misplaced = _misplaced(set(modules[path]))
+        if misplaced:
+            del modules[path]
+            left_over += [f"{PREFIX}{path}.{role}" for role in sorted(misplaced)]
+    return modules, left_over
+
+
+def _misplaced(roles: set[str]) -> set[str]:
+    """The roles that do not go with a module's others: PEFT would not read them."""
+    if roles & _FACTORS:
+        return roles & _TRAINED
+    return roles - _TRAINED - ({"base_weight"} if roles & {"weight", "token_rows"} else set())
+
+
+def model_paths(paths: Iterable[str]) -> dict[str, str]:
+    """Path in the file → path in the causal language model.
+
+    Raises:
+        AdapterError: two paths of the file are one module.
+    """
+    bare_paths = {path: _unwrapped(path) for path in paths}
+    if not any(map(_is_known, bare_paths.values())):
+        for prefix in _BEFORE_LAYERS:
+            longer = {path: prefix + bare for path, bare in bare_paths.items()}
+            if all(map(_is_known, longer.values())):
+                bare_paths = longer
+                break
+    path_of: dict[str, str] = {}
+    for path, bare in bare_paths.items():
+        if path_of.setdefault(bare, path) != path:
+            raise AdapterError(
+                f"{path_of[bare]} and {path} are the same module, {bare}, and both have factors; "
+                "the file mixes two adapters."
+            )
+    return bare_paths
+
+
+def _is_known(path: str) -> bool:
+    """Whether some supported family has a module of this path."""
+    return any(family.place(path) is not None for family in FAMILIES)
+
+
+def _unwrapped(path: str) -> str:
+    while path.startswith(PREFIX):
+        path = path.removeprefix(PREFIX)
+    parts = [part for part in path.split(".") if part not in _WRAPPERS]
+    path = ".".join(parts).removeprefix(PREFIX)
+    if not _is_known(path) and _is_known(path.removeprefix("model.")):
+        return path.removeprefix("model.")
+    inner = ".".join(part for part in parts if part not in _PARTS)
+    is_inner = any(_is_known(before + inner) for before in ("", *_BEFORE_LAYERS))
+    return inner if is_inner and not _is_known(path) else path
+
+
+def _left_over_error(keys: list[str], note: str) -> AdapterError:
+    shown = ", ".join(sorted(keys)[:5]) + (" …" if len(keys) > 5 else "")
+    return AdapterError(
+        f"{len(keys)} tensors are no LoRA factors, nor parameters of a module that is known here: "
+        f"{shown}. Fully trained modules (modules_to_save) are read if they are linear modules, "
+        "embeddings, heads or norms of a supported language model. Other tensors are not dropped "
+        f"silently; save the adapter without them.{note}"
+    )
+
+
+# --- Factors
+
+
+def lora_factors(roles: Roles, scale: float) -> LoRAFactors:
     """One module's factors from its tensors by role.
-
-    Args:
-        path: the module's.
-        tensors: by role, 'A', 'B' and what may stand beside them.
-        scale: s.
-        source: the adapter's file or model, for messages.
 
     Raises:
         AdapterError: a half is missing, or the tensors do not fit together.
     """
-    missing = {"A", "B"} - set(tensors)
+    missing = _FACTORS - set(roles)
     if missing:
         (half,) = missing
         raise AdapterError(
-            f"{source}, module {path}: lora_{'A' if half == 'B' else 'B'} is there and "
-            f"lora_{half} is missing; the file is incomplete."
+            f"lora_{'A' if half == 'B' else 'B'} is there and lora_{half} is missing from the file."
+        )
+    fields: dict[str, Any] = {**roles, "scale": scale}
+    return LoRAFactors(**fields)
+
+
+def _file_factors(config: Any, patterns: Patterns, path: str, roles: Roles) -> LoRAFactors:
+    factors = lora_factors(roles, 1.0)
+    for field, role, key in (
+        ("use_dora", "magnitude", "lora_magnitude_vector"),
+        ("lora_bias", "lora_bias", "lora_B.bias"),
+    ):
+        if bool(getattr(config, field)) != (role in roles):
+            has = "has" if role in roles else "has no"
+            raise AdapterError(
+                f"{field}={getattr(config, field)}, and the file {has} {key}; the two files do not "
+                "belong together."
+            )
+    rank = patterns.value("rank_pattern", path, config.r)
+    if rank != factors.rank:
+        raise AdapterError(
+            f"the config says rank {rank}, the tensors have rank {factors.rank}; one of the two "
+            "files belongs to another adapter."
+        )
+    alpha = patterns.value("alpha_pattern", path, config.lora_alpha)
+    return dataclasses.replace(factors, scale=_scale(alpha, rank, config.use_rslora))
+
+
+def _scale(alpha: Any, rank: int, use_rslora: bool) -> float:
+    """PEFT's scale: α/r, or α/√r for rsLoRA."""
+    if isinstance(alpha, str):
+        raise AdapterError(
+            f"lora_alpha is {alpha!r}, a string; write the number into adapter_config.json without "
+            "quotation marks."
         )
     try:
-        return LoRAFactors(**cast(dict[str, Any], tensors), scale=scale)
-    except AdapterError as error:
-        raise AdapterError(f"{source}, module {path}: {error}") from error
+        scale = alpha / (math.sqrt(rank) if use_rslora else rank)
+    except (TypeError, OverflowError):
+        scale = math.nan
+    if scale == 0 or not math.isfinite(scale):
+        raise AdapterError(
+            f"lora_alpha is {alpha!r} and the rank {rank}, so s = α/r is zero or not finite; the "
+            "adapter was trained with another config."
+        )
+    return scale
 
 
-def base_of(config: Any, source: str) -> str | None:
-    """The base model that a config names.
+def _require_targets(config: Any, untargeted: list[str]) -> None:
+    """Refuse factors of modules that the config leaves out, but for a head tied to its embedding.
 
-    Args:
-        config: PEFT's config.
-        source: the adapter's file or model, for messages.
-
-    Raises:
-        AdapterError: something else than a name stands there.
+    `ensure_weight_tying` ties such a head to the embedding's LoRA.
     """
-    base = config.base_model_name_or_path or None
-    if not isinstance(base, str | None):
-        raise AdapterError(f"{source}: base_model_name_or_path={base!r}; expected a name.")
-    return base
-
-
-def _note(what: str) -> None:
-    warnings.warn(f"{what}.", stacklevel=6)
-
-
-def _untargeted(
-    config: Any, patterns: Patterns, factors: Mapping[str, Mapping[str, Tensor]]
-) -> list[str]:
-    """A head that `ensure_weight_tying` ties to its embedding's LoRA is not among the targets."""
-    is_tied = bool(getattr(config, "ensure_weight_tying", False))
-    paths = patterns.untargeted(factors)
-    return [p for p in paths if not (is_tied and p.rpartition(".")[2] in HEADS)]
-
-
-def _require_targets(config: Any, untargeted: list[str], source: str) -> None:
+    if getattr(config, "ensure_weight_tying", False):
+        untargeted = [path for path in untargeted if not _ends_in_head(path)]
     if not untargeted:
         return
     fields = ("target_modules", "layers_to_transform", "exclude_modules")
     values = ((field, getattr(config, field)) for field in fields)
-    said = ", ".join(
+    stated = ", ".join(
         f"{field}={sorted(value, key=str) if isinstance(value, set) else value!r}"
         for field, value in values
         if value not in (None, [], set())
     )
     raise AdapterError(
-        f"{source}: the file has factors of {len(untargeted)} modules that the config leaves out "
-        f"({', '.join(untargeted[:3])}; {said or 'no target_modules'}), and PEFT would ignore "
+        f"the file has factors of {len(untargeted)} modules that the config leaves out "
+        f"({', '.join(untargeted[:3])}; {stated or 'no target_modules'}), and PEFT would ignore "
         "them. One of the two files belongs to another adapter or was edited: correct the config "
         "if they were trained, or take them out of the file."
     )
 
 
-def _factors(
-    config: Any, patterns: Patterns, path: str, tensors: Mapping[str, Tensor], source: str
-) -> LoRAFactors:
-    factors = module_factors(path, tensors, 1.0, source)
-    for field, role, key in (
-        ("use_dora", "magnitude", "lora_magnitude_vector"),
-        ("lora_bias", "lora_bias", "lora_B.bias"),
-    ):
-        if bool(getattr(config, field)) != (role in tensors):
-            has = "has" if role in tensors else "has no"
-            raise AdapterError(
-                f"{source}, module {path}: {field}={getattr(config, field)}, and the file {has} "
-                f"{key}; the two files do not belong together."
+# --- Copies: the modules that `modules_to_save` names
+
+
+def _require_copies(config: Any, paths: Collection[str], copied: set[str]) -> None:
+    """Check that the file holds every module that `modules_to_save` names.
+
+    PEFT copies every module whose path ends in a name, with all that is in it, and cannot load a
+    file that lacks one. The families that have all of the file's modules tell which ones the model
+    has, up to the file's last layer.
+    """
+    names = config.modules_to_save or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterError(f"modules_to_save is {names!r}; expected a list of module names.")
+    families = [f for f in FAMILIES if all(f.place(path) is not None for path in paths)]
+    for name in names:
+        lacking = _lacking(name, paths, copied, families)
+        if lacking:
+            note = classifier_note(config)
+            raise (UnsupportedAdapterError if note else AdapterError)(
+                f"modules_to_save names {name!r}, and the file lacks {', '.join(lacking[:3])}; it "
+                f"is incomplete, or the two files do not belong together.{note}"
             )
-    return dataclasses.replace(factors, scale=_scale(config, patterns, path, factors.rank, source))
 
 
-def _left_over_error(keys: list[str], source: str, note: str) -> AdapterError:
-    shown = ", ".join(sorted(keys)[:5]) + (" …" if len(keys) > 5 else "")
-    return AdapterError(
-        f"{source}: {len(keys)} tensors are no LoRA factors, nor parameters of a module that is "
-        f"known here: {shown}. Fully trained modules (modules_to_save) are read where they are "
-        "linear modules, embeddings, heads or norms of a supported language model. Other tensors "
-        f"are not dropped silently; save the adapter without them.{note}"
+def _lacking(
+    name: str, paths: Collection[str], copied: set[str], families: list[Family]
+) -> list[str]:
+    """The modules that the name covers and the file has not, by the family that lacks fewest."""
+    wanted = [{p for p in _paths(f, paths) if _covers(name, p)} for f in families]
+    if any(wanted):
+        return min((sorted(covered - copied) for covered in wanted if covered), key=len)
+    # The name may stand for a module of other families alone; of an unknown model, the file tells.
+    known = [p for f in FAMILIES for p in f.every_path()] if families else copied
+    return [] if any(_covers(name, path) for path in known) else [f"a module {name}"]
+
+
+def _paths(family: Family, paths: Iterable[str]) -> list[str]:
+    """The family's modules, with the layers up to the last that is in the file."""
+    places = [family.place(path) for path in paths]
+    last = max((p.layer for p in places if p is not None and p.layer is not None), default=-1)
+    return [
+        path.format(l=number)
+        for path in family.every_path()
+        for number in (range(last + 1) if "{l}" in path else [0])
+    ]
+
+
+def _covers(name: str, path: str) -> bool:
+    """Whether the module, or one that it is in, has a path that ends in the name."""
+    return f"{name}." in f"{path}."
+
+
+# --- Trained modules, rows of tokens and biases
+
+
+def _trained_modules(config: Any, modules: Mapping[str, Roles]) -> dict[str, TrainedModule]:
+    """Every module without factors, by the file's paths."""
+    indices = config.trainable_token_indices
+    ids = indices if isinstance(indices, dict) else {} if indices is None else {"": indices}
+    rows = {path: roles["token_rows"] for path, roles in modules.items() if "token_rows" in roles}
+    _require_rows(ids, rows)
+    updates: dict[str, TrainedModule] = {}
+    for path, roles in modules.items():
+        with located(f"module {path}"):
+            if path not in rows:
+                is_copy = any(_covers(name, path) for name in config.modules_to_save or ())
+                updates[path] = trained_module(roles, None, tied=not is_copy)
+            elif not _is_stored_twice(ids, path, rows):
+                tied = head_follows(path, ids)
+                updates[path] = trained_module(roles, _ids_of(path, ids), tied=tied)
+    return updates
+
+
+def trained_module(roles: Roles, ids: Int[Tensor, " row"] | None, *, tied: bool) -> TrainedModule:
+    """One module from its tensors by role.
+
+    Raises:
+        AdapterError: the tensors do not fit together.
+    """
+    weight = roles.get("weight", roles.get("token_rows"))
+    return TrainedModule(
+        weight=weight,
+        bias=roles.get("bias"),
+        tokens=ids,
+        base_weight=roles.get("base_weight"),
+        tied=tied and weight is not None,
     )
 
 
-def _scale(config: Any, patterns: Patterns, path: str, rank: int, source: str) -> float:
-    """PEFT's scale: α/r, or α/√r for rsLoRA, with r and α from the patterns."""
-    configured = patterns.value("rank_pattern", path, config.r)
-    if configured != rank:
+def head_follows(path: str, ids: Mapping[str, Any]) -> bool:
+    """Whether PEFT lets a head that is tied to this embedding have its rows."""
+    return not _ends_in_head(path) and _same_ids(ids)
+
+
+def _require_rows(ids: Mapping[str, Any], rows: Collection[str]) -> None:
+    """Check that the file holds the rows that `trainable_token_indices` names; '' names any."""
+    for name, tokens in ids.items():
+        is_there = any(path.endswith(name) for path in rows)
+        if not is_there and not (rows and _ends_in_head(name) and _same_ids(ids)):
+            raise AdapterError(
+                f"trainable_token_indices has the ids {tokens!r}, and the file holds no rows"
+                f"{f' of {name}' if name else ''}; the two files do not belong together."
+            )
+
+
+def _is_stored_twice(ids: Mapping[str, Any], path: str, rows: Roles) -> bool:
+    """Whether these are the embedding's rows, stored once more as those of a head tied to it."""
+    is_named = any(name and path.endswith(name) for name in ids)
+    if is_named or not ids or not _ends_in_head(path):
+        return False
+    if not any(torch.equal(rows[path], rows[other]) for other in rows if other != path):
         raise AdapterError(
-            f"{source}, module {path}: the config says rank {configured}, the tensors have rank "
-            f"{rank}; one of the two files belongs to another adapter."
+            "it has trained rows of its own, and the config's trainable_token_indices does not "
+            "name it; the two files do not belong together."
         )
-    alpha = patterns.value("alpha_pattern", path, config.lora_alpha)
-    if isinstance(alpha, str):
+    return True
+
+
+def _ids_of(path: str, ids: Mapping[str, Any]) -> Int[Tensor, " row"]:
+    tokens = next((tokens for name, tokens in ids.items() if path.endswith(name)), None)
+    is_list = isinstance(tokens, list | tuple)
+    if not is_list or not all(type(token) is int and abs(token) < 2**63 for token in tokens):
         raise AdapterError(
-            f"{source}, module {path}: lora_alpha is {alpha!r}, a string; write the number into "
-            "adapter_config.json without quotation marks."
+            "the file holds trained rows of tokens, and the config's trainable_token_indices gives "
+            f"{tokens!r} for them; expected their ids."
         )
-    try:
-        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    except (TypeError, OverflowError):
-        scale = math.nan
-    if scale == 0 or not math.isfinite(scale):
-        raise AdapterError(
-            f"{source}, module {path}: lora_alpha is {alpha!r} and the rank {rank}, so s = α/r is "
-            "zero or no finite number; the config is not the one the adapter was trained with."
-        )
-    return scale
+    return torch.tensor(tokens, dtype=torch.long)
+
+
+def _same_ids(ids: Mapping[str, Any]) -> bool:
+    """Whether the config gives a head no other ids than the embedding."""
+    of_heads = [tokens for name, tokens in ids.items() if _ends_in_head(name)]
+    others = [tokens for name, tokens in ids.items() if not _ends_in_head(name)]
+    return all(tokens in others for tokens in of_heads if tokens is not None)
+
+
+def _ends_in_head(path: str) -> bool:
+    return path.rpartition(".")[2] in HEADS

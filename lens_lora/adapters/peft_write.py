@@ -1,15 +1,15 @@
 """Updates by module path → a folder in PEFT's adapter format.
 
-1. What PEFT cannot say in one LoraConfig is refused: two updates of one module, DoRA on some
-   modules only, a part of a trained module, of a trained bias or of DoRA's update (`strength`).
-2. α = s·r per module; r and α that are not the most common ones stand in the patterns under the
+1. What one LoraConfig cannot say is refused: two updates of one module, DoRA on some modules only,
+   a part of a trained module, of a trained bias or of DoRA's update (`strength`).
+2. α = s·r of each module; r and α that are not the most common ones stand in the patterns under the
    module's whole path.
 3. A trained module is one of `modules_to_save`, unless PEFT is to write it into the base itself (a
    stored embedding, a bias); trained rows are `trainable_token_indices`.
-4. The config and the tensors are read back by the reader of `load_adapter`, and must be the
-   factors that were given, before a file is written.
+4. Config and tensors are read back by the reader of `load_adapter`, which must return the same
+   factors, before a file is written.
 5. PEFT writes the config, safetensors the tensors, into a folder beside the target; then the files
-   are moved to it, replacing files of the same names, as PEFT does.
+   are moved there, replacing files of the same names, as PEFT does.
 """
 
 from __future__ import annotations
@@ -20,25 +20,29 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.adapters.arithmetic import module_path
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, base_part
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS
-from lens_lora.adapters.peft_paths import PREFIX
-from lens_lora.adapters.peft_read import factors_of
-from lens_lora.adapters.peft_trained import trained_fields, trained_tensors
-from lens_lora.adapters.trained import ModuleUpdate, TrainedModule
+from lens_lora.adapters.peft_read import (
+    COPY_KEYS,
+    EMBEDDING_KEYS,
+    LORA_KEYS,
+    PREFIX,
+    ROW_KEYS,
+    located,
+    updates_of,
+)
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES, HEADS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-__all__ = ["save_adapter"]
 
 _EMBEDDINGS = {path.rpartition(".")[2] for f in FAMILIES for path in (f.embed, f.pos_embed) if path}
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for none
@@ -49,12 +53,6 @@ def save_adapter(
 ) -> Path:
     """Write an adapter's modules to a folder in PEFT's format: see `Adapter.save`.
 
-    Args:
-        modules: updates by module path, in a sum of adapters by 'path@part'.
-        name: the adapter's, for error messages.
-        base_model: the base that the config is to name.
-        path: the folder; created where it is missing.
-
     Returns:
         The folder.
 
@@ -62,84 +60,70 @@ def save_adapter(
         AdapterError: see `Adapter.save`.
         UnsupportedAdapterError: see `Adapter.save`.
     """
-    bare = _without_tags(modules, name)
-    for module, update in bare.items():
-        _refuse_scaled(module, update, len(bare))
-    whole = {module: u for module, u in bare.items() if isinstance(u, TrainedModule)}
-    factors = {module: u for module, u in bare.items() if isinstance(u, LoRAFactors)}
-    for module, own in factors.items():
-        _refuse(module, own)
+    updates = _without_tags(modules, name)
+    for module, update in updates.items():
+        _require_writable(module, update, len(updates))
+    trained = {module: u for module, u in updates.items() if isinstance(u, TrainedModule)}
+    factors = {module: u for module, u in updates.items() if isinstance(u, LoRAFactors)}
     _refuse_mixtures(name, factors)
-    factors = {module: _plain(own, factors) for module, own in factors.items()}
-    config = _config(factors, whole, base_model)
-    tensors = _tensors(factors) | trained_tensors(whole)
+    factors = _plain(factors)
+    config = _config(factors, trained, base_model)
+    tensors = _tensors(factors | trained)
     _require_read_back(config, tensors, factors)
     return _write(config, tensors, Path(path))
 
 
 def _without_tags(modules: Mapping[str, ModuleUpdate], name: str) -> dict[str, ModuleUpdate]:
     """Updates by bare module path; a sum whose parts share no module is one adapter."""
-    bare: dict[str, ModuleUpdate] = {}
+    updates: dict[str, ModuleUpdate] = {}
     for key, update in modules.items():
-        module = key.partition("@")[0]
-        if module in bare:
+        module = module_path(key)
+        if module in updates:
             raise UnsupportedAdapterError(
                 f"{module} has two updates in {name}, and PEFT's format holds one. Save each part "
                 "by itself, adapter.only('*@name').save(…), and load both in PEFT."
             )
-        bare[module] = update
-    return bare
+        updates[module] = update
+    return updates
 
 
-def _refuse_scaled(module: str, update: ModuleUpdate, module_count: int) -> None:
-    is_whole = isinstance(update, TrainedModule)
-    if update.strength * (1.0 if is_whole else update.scale) == 0:
+def _require_writable(module: str, update: ModuleUpdate, module_count: int) -> None:
+    if update.strength == 0 or (isinstance(update, LoRAFactors) and update.scale == 0):
         remedy = f"; leave it out with adapter.without({module!r})" if module_count > 1 else ""
         raise AdapterError(f"{module}: its scale is zero, so it has no update to save{remedy}.")
-    if update.strength == 1:
-        return
-    if is_whole:
-        what = "a trained module"
-    elif update.magnitude is not None:
-        what = "DoRA's update"
-    elif update.trained_bias is not None:
-        what = "a trained bias"
-    else:
-        return
-    raise UnsupportedAdapterError(
-        f"{module}: {what} times {update.strength:g} cannot be written without the base model's "
-        "weights; save the adapter unscaled, and scale it when it is loaded."
-    )
-
-
-def _refuse(module: str, factors: LoRAFactors) -> None:
-    if factors.width is None:
+    if isinstance(update, LoRAFactors) and update.width is None:
         raise AdapterError(
-            f"{module}: a constant that does not say how many features the module reads, and "
-            "PEFT's file holds an A of that width; make it with Adapter.constant(vectors, "
-            "like=model), the Hugging Face base."
+            f"{module}: this constant does not say how many features the module reads, as PEFT's "
+            "file must; make it with Adapter.constant(vectors, like=model)."
         )
-    if factors.lora_bias is not None and factors.magnitude is not None:
-        raise UnsupportedAdapterError(f"{module}: PEFT has no DoRA with a lora_bias.")
-    if factors.lora_bias is not None and _is_embedding(module):
-        raise UnsupportedAdapterError(f"{module}: PEFT has no embedding with a lora_bias.")
+    part = base_part(update)
+    if part is not None and update.strength != 1:
+        raise UnsupportedAdapterError(
+            f"{module}: {update.strength:g} times an update that holds {part} cannot be written "
+            "without the base's weights; save the adapter unscaled and scale it after loading."
+        )
 
 
 def _refuse_mixtures(name: str, modules: Mapping[str, LoRAFactors]) -> None:
-    """DoRA and lora_bias are settings of a whole LoraConfig."""
+    """DoRA and lora_bias are settings of a whole LoraConfig, and do not go together."""
     dora = [module for module, f in modules.items() if f.magnitude is not None]
+    biased = [module for module, f in modules.items() if f.lora_bias is not None]
+    embeddings = [module for module in modules if _is_embedding(module)]
     if dora and len(dora) < len(modules):
         plain = next(module for module in modules if module not in dora)
         raise UnsupportedAdapterError(
-            f"{name}: {dora[0]} is DoRA and {plain} is not, and PEFT's format knows one kind an "
-            "adapter; save them apart with adapter.only(…)."
+            f"{name}: {dora[0]} is DoRA and {plain} is not, and in PEFT's format a whole adapter "
+            "is one or the other; save them apart with adapter.only(…)."
         )
-    biased = [module for module, f in modules.items() if f.lora_bias is not None]
-    embeddings = [module for module in modules if _is_embedding(module)]
+    if dora and biased:
+        raise UnsupportedAdapterError(
+            f"{name}: {biased[0]} is DoRA and has a lora_bias; PEFT has no DoRA with a lora_bias."
+        )
     if biased and embeddings:
         raise UnsupportedAdapterError(
-            f"{name}: {biased[0]} has a lora_bias, which PEFT would then want of the embedding "
-            f"{embeddings[0]} too and refuses there; save them apart with adapter.only(…)."
+            f"{name}: {biased[0]} has a lora_bias, and in PEFT's format the embedding "
+            f"{embeddings[0]} would have to have one too, but PEFT has no embedding with a "
+            "lora_bias. Save embeddings without one, apart: adapter.only(…)."
         )
 
 
@@ -160,27 +144,28 @@ def _is_embedding(module: str) -> bool:
     return False
 
 
-def _plain(factors: LoRAFactors, modules: Mapping[str, LoRAFactors]) -> LoRAFactors:
+def _plain(modules: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
     """With the strength in the scale, and a zero lora_bias where other modules have one."""
-    bias = factors.lora_bias
-    if bias is None and any(f.lora_bias is not None for f in modules.values()):
-        bias = factors.B.new_zeros(len(factors.B))
-    scale = factors.scale * factors.strength
-    return dataclasses.replace(factors, scale=scale, strength=1.0, lora_bias=bias)
+    has_biases = any(factors.lora_bias is not None for factors in modules.values())
+    plain: dict[str, LoRAFactors] = {}
+    for module, factors in modules.items():
+        bias = factors.lora_bias
+        if bias is None and has_biases:
+            bias = factors.B.new_zeros(len(factors.B))
+        scale = factors.scale * factors.strength
+        plain[module] = dataclasses.replace(factors, scale=scale, strength=1.0, lora_bias=bias)
+    return plain
 
 
 def _config(
-    modules: Mapping[str, LoRAFactors], whole: Mapping[str, TrainedModule], base_model: str | None
+    modules: Mapping[str, LoRAFactors], trained: Mapping[str, TrainedModule], base_model: str | None
 ) -> LoraConfig:
     from peft import LoraConfig
 
     ranks = {module: factors.rank for module, factors in modules.items()}
     alphas = {module: _alpha(factors) for module, factors in modules.items()}
+    # PEFT's own default of both, where there are no factors.
     rank, alpha = (Counter(d.values() or [8]).most_common(1)[0][0] for d in (ranks, alphas))
-    biased = any(factors.trained_bias is not None for factors in modules.values())
-    fields: dict[str, Any] = {"bias": "lora_only" if biased else "none", **trained_fields(whole)}
-    if any(factors.lora_bias is not None for factors in modules.values()):
-        fields["lora_bias"] = True
     return LoraConfig(
         base_model_name_or_path=base_model,
         task_type="CAUSAL_LM",
@@ -190,9 +175,31 @@ def _config(
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides it, whole or not
         rank_pattern={module: r for module, r in ranks.items() if r != rank},
         alpha_pattern={module: a for module, a in alphas.items() if a != alpha},
+        bias=_bias(modules, trained),
         use_dora=any(factors.magnitude is not None for factors in modules.values()),
-        **fields,
+        lora_bias=any(factors.lora_bias is not None for factors in modules.values()),
+        modules_to_save=[m for m, u in trained.items() if _is_copy(u)] or None,
+        trainable_token_indices={
+            module: update.tokens.tolist()
+            for module, update in trained.items()
+            if update.tokens is not None
+        }
+        or None,
     )
+
+
+def _bias(
+    modules: Mapping[str, LoRAFactors], trained: Mapping[str, TrainedModule]
+) -> Literal["none", "all", "lora_only"]:
+    if any(update.weight is None for update in trained.values()):
+        return "all"
+    has_biases = any(factors.trained_bias is not None for factors in modules.values())
+    return "lora_only" if has_biases else "none"
+
+
+def _is_copy(update: TrainedModule) -> bool:
+    """Whether PEFT keeps the module beside the base's; a tied one it writes into the base."""
+    return update.weight is not None and update.tokens is None and not update.tied
 
 
 def _alpha(factors: LoRAFactors) -> float:
@@ -201,32 +208,33 @@ def _alpha(factors: LoRAFactors) -> float:
     return round(alpha) if round(alpha) / factors.rank == factors.scale else alpha
 
 
-def _tensors(modules: Mapping[str, LoRAFactors]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for module, factors in modules.items():
-        names = {"lora_bias": ".lora_B.bias", "trained_bias": ".base_layer.bias"}
-        names |= {"magnitude": ".lora_magnitude_vector", "base_weight": ".base_layer.weight"}
-        if _is_embedding(module):
-            names |= {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
-        else:
-            names |= {"A": ".lora_A.weight", "B": ".lora_B.weight"}
-        for name, suffix in names.items():
-            tensor = getattr(factors, name)
+def _tensors(modules: Mapping[str, ModuleUpdate]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for module, update in modules.items():
+        for role, suffix in _keys(module, update).items():
+            tensor = getattr(update, "weight" if role == "token_rows" else role)
             if tensor is not None:
-                found[PREFIX + module + suffix] = tensor.detach().cpu().clone().contiguous()
-    return found
+                tensors[PREFIX + module + suffix] = tensor.detach().cpu().clone().contiguous()
+    return tensors
+
+
+def _keys(module: str, update: ModuleUpdate) -> dict[str, str]:
+    if isinstance(update, LoRAFactors):
+        return EMBEDDING_KEYS if _is_embedding(module) else LORA_KEYS
+    return COPY_KEYS if update.tokens is None else ROW_KEYS
 
 
 def _require_read_back(
     config: LoraConfig, tensors: Mapping[str, Tensor], modules: Mapping[str, LoRAFactors]
 ) -> None:
     """PEFT's patterns are regular expressions: refuse paths that they take for one another."""
-    read, _ = factors_of(config, tensors, "the adapter as it would be saved")
+    with located("the adapter as it would be saved"):
+        updates = updates_of(config, tensors)
     for module, factors in modules.items():
-        found = cast(LoRAFactors, read[module]).scale
-        if abs(found - factors.scale) > 4 * torch.finfo(torch.float64).eps * abs(factors.scale):
+        scale = cast(LoRAFactors, updates[module]).scale
+        if abs(scale - factors.scale) > 4 * torch.finfo(torch.float64).eps * abs(factors.scale):
             raise UnsupportedAdapterError(
-                f"{module}: PEFT would read its scale as {found:g}, not {factors.scale:g}, because "
+                f"{module}: PEFT would read its scale as {scale:g}, not {factors.scale:g}, because "
                 "its path matches another module's; save the two apart with adapter.only(…)."
             )
 

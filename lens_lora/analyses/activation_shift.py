@@ -5,37 +5,238 @@
    whose Δh says little of the others', and tokens whose ‖h(0)‖ is an outlier. The first token's Δh
    is kept apart.
 3. At points of the residual stream the mean is read through the final norm and the unembedding, the
-   norm's denominator held at the base's (`engine/final_reading.py`).
+   norm's denominator held at the base's (`engine/texts.py`).
 
 Cost: two forward passes, and two vectors unembedded for each point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
-from lens_lora.analyses.hook_points import Names, firing, require_positions, resolved
 from lens_lora.engine.activations import sinks_among
 from lens_lora.engine.asked import ask_prompts
-from lens_lora.engine.batching import ROW_TOKENS
-from lens_lora.engine.final_reading import over_scale, read_through
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.recording import record
-from lens_lora.engine.texts import by_length, first_occurrences
-from lens_lora.errors import ArgumentError
-from lens_lora.hooked.alone import alone
-from lens_lora.lens import LoraLens, Scale
+from lens_lora.engine.interventions import Names, firing, record, require_positions, resolved
+from lens_lora.engine.memory import ROW_TOKENS
+from lens_lora.engine.texts import by_length, first_occurrences, over_scale, read_through
+from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens, Scale, name_of_scale
+from lens_lora.model.sites import WRITER_KINDS
 from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.results.activation_shift import ActivationShift, is_stream
-from lens_lora.results.examples import chosen_positions
+from lens_lora.results import drawing
+from lens_lora.results.base import Result, only_prompt, prompt_rows, tokens_at
+from lens_lora.results.tokens import chosen_positions, held_out_share, ranked_tokens
 
-__all__ = ["activation_shift"]
-
+_STREAM = r"blocks\.\d+\.hook_(resid_(pre|mid|post)|in|out)|ln_final\.hook_in"
+_ADDED = r"hook_embed|blocks\.\d+\.hook_(attn|mlp)_out"
+Directions = Tensor | Mapping[str, Tensor] | LoraLens
 Positions = int | slice | Sequence[int] | None
+
+
+def _is_residual(name: str) -> bool:
+    """Whether a hook point holds the residual stream, or what is added to it."""
+    return _is_stream(name) or re.fullmatch(_ADDED, name) is not None
+
+
+def _is_stream(name: str) -> bool:
+    """Whether this hook point is the residual stream, whose size the final norm divides by."""
+    return re.fullmatch(_STREAM, name) is not None
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ActivationShift(Result):
+    """Δh = h(1) − h(0) at hook points, exact up to the model's rounding.
+
+    Attributes:
+        values: by hook point [batch, token, d], heads laid flat; NaN at padding, and at positions
+            that were not asked for.
+        base_norms: by hook point [batch, token], ‖h(0)‖.
+        first: by hook point [batch, d], Δh at each text's first token.
+        sinks: [batch, token], first tokens, and tokens whose ‖h(0)‖ is an outlier.
+        counted: [batch, token], which tokens the means are over.
+        distinct: [batch, token], those that no earlier text has after the same tokens.
+        readings: by point of the residual stream [vocab], the mean Δh in logits (`logit_lens`).
+        strings: every token of the vocabulary.
+        at: the gates of h(1).
+        str_tokens: each text's tokens.
+        meta: model, adapter, dtype and versions.
+    """
+
+    values: Mapping[str, Float[Tensor, "batch token d"]]
+    base_norms: Mapping[str, Float[Tensor, "batch token"]]
+    first: Mapping[str, Float[Tensor, "batch d"]]
+    sinks: Bool[Tensor, "batch token"]
+    counted: Bool[Tensor, "batch token"]
+    distinct: Bool[Tensor, "batch token"]
+    readings: Mapping[str, Float[Tensor, " vocab"]]
+    strings: tuple[str, ...]
+    at: str
+    str_tokens: tuple[tuple[str, ...], ...]
+    meta: Mapping[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The hook points, in the order in which they were asked for."""
+        return tuple(self.values)
+
+    def mean(self, prompt: int | None = None) -> dict[str, Float[Tensor, " d"]]:
+        """The mean Δh over counted tokens, by hook point.
+
+        Args:
+            prompt: an index; without it, over all texts' tokens.
+
+        Raises:
+            ArgumentError: no such text, or one without a counted token.
+        """
+        rows = prompt_rows(prompt, len(self.counted))
+        counted = self.counted[rows]
+        if not bool(counted.any()):
+            raise ArgumentError(
+                f"prompt {prompt}: no token of this text is counted, since its first one is a "
+                "sink; ask for sinks=True."
+            )
+        return {name: v[rows][counted].double().mean(0).to(v) for name, v in self.values.items()}
+
+    def constant_share(self) -> dict[str, float]:
+        """How much of Δh is one vector whatever the token, by hook point, on held-out texts.
+
+        1 − Σ‖Δh − μ‖² / Σ‖Δh‖² over counted tokens, μ the mean over the other texts; NaN of one
+        text. Negative where other texts' mean is worse than none. A token with the same tokens
+        before it as in an earlier text counts once: it is not held out from that text.
+        """
+        among = self.counted & self.distinct
+        shares: dict[str, float] = {}
+        for name, values in self.values.items():
+            known = values.double().masked_fill(~among[..., None], 0.0)
+            squares = known.square().sum((1, 2))
+            shares[name] = float(held_out_share(known.sum(1), squares, among.sum(1)))
+        return shares
+
+    def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:
+        """The k tokens that the mean Δh reads as, through the model's own norm and unembedding.
+
+        The layers after the point are left out, and the norm's denominator is that of the base
+        model, token by token, so that the reading is linear in Δh.
+
+        Args:
+            k: how many.
+            name: a point of the residual stream; without it, the only one.
+            largest: False for the tokens that it lowers most.
+
+        Returns:
+            A data frame: rank, token, id, logit.
+
+        Raises:
+            SiteError: no such point here, or one outside the residual stream.
+            ArgumentError: several points and none named.
+        """
+        if name is None and len(self.readings) == 1:
+            name = next(iter(self.readings))
+        if name is None and self.readings:
+            raise ArgumentError(
+                f"{len(self.readings)} points have readings; choose one with name=…, such as "
+                f"{next(iter(self.readings))!r}."
+            )
+        if name is None or name not in self.readings:
+            raise SiteError(
+                f"{name!r} has no reading; the points of the residual stream among those asked "
+                f"for are {list(self.readings)}."
+            )
+        return ranked_tokens(self.readings[name], self.strings, k, "logit", largest=largest)
+
+    def cosine(self, directions: Directions, prompt: int | None = None) -> pd.DataFrame:
+        """The cosine of the mean Δh with directions: one row per hook point and direction.
+
+        Args:
+            directions: [direction, d] or [d]; the same by label; or a lens, for what its sites
+                write (the columns of B, those of the SVD of ΔW) at each hook point: a site's own
+                output, or the residual stream for sites that write to it.
+            prompt: an index; without it, the mean over all texts' tokens.
+
+        Raises:
+            ArgumentError: directions of another width than Δh, or none at a point.
+        """
+        rows: list[dict[str, Any]] = []
+        for name, mean in self.mean(prompt).items():
+            for label, vectors in _labelled(directions, name).items():
+                vectors = torch.atleast_2d(vectors).to(mean)
+                if vectors.shape[-1] != len(mean):
+                    raise ArgumentError(
+                        f"directions of {vectors.shape[-1]} numbers, and Δh at {name} has "
+                        f"{len(mean)}; name the hook points that they belong to."
+                    )
+                cosines = functional.cosine_similarity(vectors, mean[None], eps=0.0)
+                rows += [
+                    {"name": name, "direction": label, "index": i, "cosine": value}
+                    for i, value in enumerate(cosines.tolist())
+                ]
+        if not rows:
+            raise ArgumentError(
+                f"no site of the lens writes at {list(self.names)}; name a site's output "
+                "(lens.sites: write) or a point of the residual stream."
+            )
+        return pd.DataFrame(rows)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per text, hook point and token asked for, with the sizes of h(0) and Δh."""
+        means, frames = self.mean(), list[pd.DataFrame]()
+        for name, values in self.values.items():
+            sizes = values.norm(dim=-1)
+            along = functional.cosine_similarity(values, means[name], dim=-1, eps=0.0)
+            text, position = (~sizes.isnan()).nonzero().T
+            labels = {"prompt": text.tolist(), "name": name, "position": position.tolist()}
+            labels["token"] = tokens_at(self.str_tokens, text.tolist(), position.tolist())
+            columns = {
+                "counted": self.counted,
+                "base": self.base_norms[name].double(),
+                "shift": sizes.double(),
+                "cosine_with_mean": along.double(),
+            }
+            numbers = {key: column[text, position].tolist() for key, column in columns.items()}
+            frames.append(pd.DataFrame(labels | numbers))
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self, prompt: int | None = None) -> drawing.Figure:
+        """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are grey.
+
+        Args:
+            prompt: an index; without it, the only text.
+
+        Raises:
+            ArgumentError: no such text, or several and none named.
+        """
+        return drawing.figure(self, only_prompt(prompt, len(self.str_tokens), "positions"))
+
+
+def _labelled(directions: Directions, name: str) -> dict[str, Tensor]:
+    """The directions for one hook point, [direction, d] each."""
+    if isinstance(directions, Tensor):
+        return {"given": directions}
+    if isinstance(directions, Mapping):
+        return dict(directions)
+    if not isinstance(directions, LoraLens):
+        raise ArgumentError(
+            f"directions are a {type(directions).__name__}; expected a tensor [direction, d], "
+            "{label: tensor}, or a lens."
+        )
+    plan, written = directions.plan.in_svd_gauge, dict[str, Tensor]()
+    for injection in plan.injections[: len(plan.sites)]:
+        site = plan.sites[injection.site]
+        if site.write == name or (_is_residual(name) and site.kind in WRITER_KINDS):
+            written[site.name] = injection.map.B.T
+    return written
 
 
 @alone
@@ -70,19 +271,49 @@ def activation_shift(
         PromptError: a text that does not fit the model.
         NumericsError: non-finite activations.
     """
-    asked = ask_prompts(lens, texts)
-    rows = asked.prompts
-    wanted_at = _wanted(positions, rows)
-    in_full, wanted = resolved(lens, names)
-    kept = _Kept(lens, rows)
-    for index, some in by_length(rows, ROW_TOKENS):
-        base, moved = (record(lens, some, at, wanted) for at in (0.0, scale))
-        points = firing(lens, base, in_full, wanted)
-        if not kept.values:
-            require_positions(lens, some, base, points, 0.0)
+    rows = ask_prompts(lens, texts).prompts
+    wanted = _wanted(positions, rows)
+    in_full, named = resolved(lens, names)
+    base: dict[str, Tensor] = {}
+    shifts: dict[str, Tensor] = {}
+    for index, batch in by_length(rows, ROW_TOKENS):
+        before, after = (record(lens, batch, gates, named) for gates in (0.0, scale))
+        points = firing(lens, before, in_full, named)
+        if not shifts:
+            require_positions(lens, batch, before, points, 0.0)
         for name in points:
-            kept.add(name, index, base.firings[name][-1], moved.firings[name][-1])
-    return _result(kept, wanted_at, scale, sinks=sinks)
+            firings = (run.firings[name][-1] for run in (before, after))
+            h, moved = (_flat(end, name, batch.real.cpu(), lens.gate_dtype) for end in firings)
+            for kept, values in ((base, h), (shifts, moved - h)):
+                if name not in kept:
+                    kept[name] = h.new_full((*rows.tokens.shape, h.shape[-1]), torch.nan)
+                kept[name][index, : h.shape[1]] = values
+    real = rows.real.cpu()
+    norms = {name: h.norm(dim=-1) for name, h in base.items()}
+    found_sinks = sinks_among(list(norms.values()), real) & real
+    counted = wanted if sinks else wanted & ~found_sinks
+    if not bool(counted.any()):
+        raise ArgumentError(
+            "every token that is asked for is a sink (a text's first token, or one of outlying "
+            "size), and sinks are left out of means; ask for other positions, or with sinks=True."
+        )
+    return ActivationShift(
+        values={n: shift.masked_fill(~wanted[..., None], torch.nan) for n, shift in shifts.items()},
+        base_norms=norms,
+        first={name: shift[:, 0].clone() for name, shift in shifts.items()},
+        sinks=found_sinks,
+        counted=counted,
+        distinct=first_occurrences(rows),
+        readings={
+            name: _reading(lens, shift, base[name], counted)
+            for name, shift in shifts.items()
+            if _is_stream(name) and shift.shape[-1] == lens.model.cfg.d_model
+        },
+        strings=lens.vocabulary,
+        at=name_of_scale(scale),
+        str_tokens=tuple(map(tuple, lens.str_tokens(rows))),
+        meta=lens.describe(),
+    )
 
 
 def _wanted(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
@@ -90,75 +321,28 @@ def _wanted(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
         raise ArgumentError(
             f"positions={positions!r}: expected None, an index, a slice, or indices."
         )
-    found = torch.zeros_like(rows.real, device="cpu")
+    wanted = torch.zeros_like(rows.real, device="cpu")
     for text, length in enumerate(rows.lengths.tolist()):
-        found[text, :length] = torch.from_numpy(chosen_positions(positions, length, length))
-    if not bool(found.any()):
+        wanted[text, :length] = torch.from_numpy(chosen_positions(positions, length, length))
+    if not bool(wanted.any()):
         longest = int(rows.lengths.max())
         raise ArgumentError(
             f"positions={positions!r}: no text has a token there; the longest has {longest}."
         )
-    return found
+    return wanted
 
 
-class _Kept:
-    """h(0) and Δh of every text by hook point, NaN at padding."""
-
-    def __init__(self, lens: LoraLens, rows: Prompts) -> None:
-        self.lens, self.rows = lens, rows
-        self.base: dict[str, Float[Tensor, "batch token d"]] = {}
-        self.values: dict[str, Float[Tensor, "batch token d"]] = {}
-
-    def add(self, name: str, index: list[int], base: Tensor, moved: Tensor) -> None:
-        """Some texts' activations at one point, [text, token, …]; heads are laid flat."""
-        real, dtype = self.rows.chosen(index).real.cpu(), self.lens.gate_dtype
-        ends = [h.cpu().to(dtype).flatten(2).expand(len(index), -1, -1) for h in (base, moved)]
-        for end in ends:
-            require_finite(end[real], f"the activation at {name}")
-        for held, values in ((self.base, ends[0]), (self.values, ends[1] - ends[0])):
-            if name not in held:
-                shape = (*self.rows.tokens.shape, values.shape[-1])
-                held[name] = torch.full(shape, torch.nan, dtype=dtype)
-            own = values.masked_fill(~real[..., None], torch.nan)
-            held[name][index, : real.shape[1]] = own
-
-
-def _result(
-    kept: _Kept, wanted: Bool[Tensor, "batch token"], scale: Scale, *, sinks: bool
-) -> ActivationShift:
-    lens, real = kept.lens, kept.rows.real.cpu()
-    sizes = {name: h.norm(dim=-1) for name, h in kept.base.items()}
-    found = sinks_among(list(sizes.values()), real) & real
-    counted = wanted if sinks else wanted & ~found
-    if not bool(counted.any()):
-        raise ArgumentError(
-            "every token that is asked for is a sink (a text's first token, or one of outlying "
-            "size), and sinks are left out of means; ask for other positions, or with sinks=True."
-        )
-    return ActivationShift(
-        values={
-            name: shift.masked_fill(~wanted[..., None], torch.nan)
-            for name, shift in kept.values.items()
-        },
-        base_norms=sizes,
-        first={name: shift[:, 0].clone() for name, shift in kept.values.items()},
-        sinks=found,
-        counted=counted,
-        distinct=first_occurrences(kept.rows),
-        readings={
-            name: _reading(lens, kept.values[name], kept.base[name], counted)
-            for name in kept.values
-            if is_stream(name) and kept.base[name].shape[-1] == lens.model.cfg.d_model
-        },
-        strings=lens.vocabulary,
-        at=f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller",
-        str_tokens=tuple(map(tuple, lens.str_tokens(kept.rows))),
-        meta=lens.describe(),
-    )
+def _flat(
+    h: Tensor, name: str, real: Bool[Tensor, "text token"], dtype: torch.dtype
+) -> Float[Tensor, "text token d"]:
+    """Activations at one point with heads laid flat, NaN at padding."""
+    h = h.cpu().to(dtype).flatten(2).expand(len(real), -1, -1)
+    require_finite(h[real], f"the activation at {name}")
+    return h.masked_fill(~real[..., None], torch.nan)
 
 
 def _reading(
     lens: LoraLens, shift: Tensor, base: Tensor, counted: Bool[Tensor, "batch token"]
-) -> Float[Tensor, "vocab"]:
+) -> Float[Tensor, " vocab"]:
     mean = over_scale(lens, shift[counted], base[counted]).double().mean(0)
     return read_through(lens, mean.to(shift)).cpu()

@@ -5,32 +5,205 @@ and 2511.06739.
 
 1. Gauge 'svd': u = ΣVᵀx of sBA = UΣVᵀ, of each site in the Hugging Face basis; unique up to equal
    singular values, and ‖u‖ = ‖ΔWx‖. Gauge 'trained': the unscaled Ax of the file, which another
-   training run would give in other coordinates (`hooked/gauge.py`).
+   training run would give in other coordinates.
 2. One row holds a prompt and its response.
-3. Sinks (the first token, and outliers of ‖z‖) are marked, and no part of examples and means.
+3. Sinks (the first token, and outliers of ‖z‖) are marked, and left out of examples and means.
 
 Cost: one forward pass of the adapted model, without the unembedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
+import numpy as np
+import pandas as pd
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
+from lens_lora.arguments import whole
 from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
 from lens_lora.engine.asked import ask_prompts
-from lens_lora.errors import SiteError
-from lens_lora.hooked.alone import alone
-from lens_lora.hooked.gauge import Gauge, gauge_of
-from lens_lora.hooked.sites import match_sites
-from lens_lora.lens import LoraLens, Scale
-from lens_lora.readouts.answer_tokens import AnswerLike
-from lens_lora.readouts.answers import response_ids
+from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.model.basis import Gauge, gauge_of
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens, Scale, name_of_scale
+from lens_lora.model.sites import Site, match_sites, one_site
+from lens_lora.readouts.answers import AnswerLike, response_ids
 from lens_lora.readouts.prompts import Prompts, PromptsLike, require_context, which_prompt
-from lens_lora.results.activations import Activations
+from lens_lora.results import drawing
+from lens_lora.results.base import Result, only_prompt, site_labels, tokens_at
+from lens_lora.results.tokens import (
+    Positions,
+    Sign,
+    chosen_positions,
+    context_of,
+    require_ranks,
+    require_sign,
+    strongest,
+)
 
-__all__ = ["activations", "chosen_sites"]
+_EXAMPLE = ["rank", "prompt", "position", "token", "value", "context"]
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Activations(Result):
+    """u of each site, token and rank. NaN at padding, and beyond a site's own rank.
+
+    Attributes:
+        values: [batch, site, token, rank].
+        sites: those of the site axis.
+        ranks: how many coordinates each of them has.
+        sinks: [batch, token], the first token of each row, and tokens whose ‖z‖ is an outlier.
+        starts: [batch], the position at which the response begins; where there is none, the length.
+        gauge: 'svd' or 'trained'.
+        at: the gates at which z was read.
+        str_tokens: each row's tokens, prompt and response.
+        meta: model, adapter, dtype and versions.
+    """
+
+    values: Float[Tensor, "batch site token rank"]
+    sites: tuple[Site, ...]
+    ranks: tuple[int, ...]
+    sinks: Bool[Tensor, "batch token"]
+    starts: Int[Tensor, " batch"]
+    gauge: str
+    at: str
+    str_tokens: tuple[tuple[str, ...], ...]
+    meta: Mapping[str, str]
+
+    def of(self, site: str) -> Float[Tensor, "batch token rank"]:
+        """The values of one site, of its own rank.
+
+        Args:
+            site: its name, or a glob that matches it alone.
+
+        Raises:
+            SiteError: no such site, or several.
+        """
+        index = one_site([s.name for s in self.sites], site)
+        return self.values[:, index, :, : self.ranks[index]]
+
+    def directions(self, site: str | None = None) -> list[tuple[int, int]]:
+        """(site, rank) of every direction of some sites, or of the first one of each site.
+
+        Args:
+            site: a name or glob; None for the first direction of each site.
+
+        Raises:
+            SiteError: no such site.
+        """
+        if site is None:
+            return [(index, 0) for index in range(len(self.sites))]
+        chosen = sorted(match_sites([s.name for s in self.sites], {site: True}))
+        return [(index, r) for index in chosen for r in range(self.ranks[index])]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, site, token and rank, sinks and tokens of the response marked."""
+        exists = torch.arange(self.values.shape[-1]) < torch.tensor(self.ranks)[:, None]
+        lengths = torch.tensor([len(row) for row in self.str_tokens])
+        real = torch.arange(self.values.shape[2]) < lengths[:, None]
+        index = (real[:, None, :, None] & exists[None, :, None, :]).nonzero().T
+        prompt, site, position, rank = index
+        columns: dict[str, Any] = {"prompt": prompt.tolist()}
+        columns |= site_labels([self.sites[i] for i in site.tolist()])
+        columns |= {
+            "position": position.tolist(),
+            "token": tokens_at(self.str_tokens, prompt.tolist(), position.tolist()),
+            "sink": self.sinks.cpu()[prompt, position].tolist(),
+            "response": (position >= self.starts.cpu()[prompt]).tolist(),
+            "rank": rank.tolist(),
+            "value": self.values.cpu()[tuple(index)].double().tolist(),
+        }
+        return pd.DataFrame(columns)
+
+    def top(
+        self,
+        site: str,
+        k: int = 10,
+        prompt: int | None = None,
+        *,
+        rank: int | None = None,
+        sign: Sign = 1,
+        context: int = 4,
+        sinks: bool = False,
+    ) -> pd.DataFrame:
+        """The k tokens at which each direction of a site is largest, with what stands around them.
+
+        Args:
+            site: its name, or a glob that matches it alone.
+            k: how many of each direction.
+            prompt: an index; without it, of all prompts.
+            rank: one direction; without it, each of the site's.
+            sign: 1 for the largest values above zero, −1 for those below.
+            context: how many tokens are shown on either side of each, which stands in ⟦ ⟧.
+            sinks: count sinks too.
+
+        Raises:
+            SiteError: no such site, or several.
+            ArgumentError: no such prompt or rank, another sign, or a k or context below 0.
+        """
+        values = self.of(site).cpu().double().numpy()
+        k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
+        if not sinks:
+            values = np.where(self.sinks.cpu().numpy()[..., None], np.nan, values)
+        if prompt is not None:
+            others = np.arange(len(values)) != only_prompt(prompt, len(values))
+            values = np.where(others[:, None, None], np.nan, values)
+        rows: list[tuple[Any, ...]] = []
+        for r in require_ranks(rank, values.shape[-1]):
+            direction = values[..., r]
+            for flat_index in strongest(direction.ravel(), way, k):
+                p, t = (int(i) for i in np.unravel_index(flat_index, direction.shape))
+                tokens, value = self.str_tokens[p], float(direction[p, t])
+                rows.append((r, p, t, tokens[t], value, context_of(tokens, t, context)))
+        return pd.DataFrame(rows, columns=_EXAMPLE)
+
+    def mean(
+        self, positions: Positions = None, *, sinks: bool = False
+    ) -> Float[Tensor, "site rank"]:
+        """The mean of u over tokens of all prompts, without sinks.
+
+        Args:
+            positions: None for all tokens, 'response', or of each prompt an index, a slice or
+                indices; negative ones count from its end.
+            sinks: count sinks too.
+
+        Raises:
+            ArgumentError: positions at which there is no token.
+        """
+        chosen = torch.zeros_like(self.sinks)
+        for p, (tokens, start) in enumerate(
+            zip(self.str_tokens, self.starts.tolist(), strict=True)
+        ):
+            mask = chosen_positions(positions, len(tokens), start)
+            chosen[p, : len(tokens)] = torch.from_numpy(mask)
+        chosen &= sinks | ~self.sinks
+        if not bool(chosen.any()):
+            raise ArgumentError(
+                f"positions={positions!r}: no token is there that is not a sink; ask for others, "
+                "or with sinks=True."
+            )
+        return self.values.movedim(1, 2)[chosen].mean(0)
+
+    def plot(self, site: str | None = None, prompt: int | None = None) -> drawing.Figure:
+        """Heat map of directions over the tokens of one prompt; sinks are grey.
+
+        Of more than 40 directions those of largest |u| are shown, and the title says so.
+
+        Args:
+            site: a name or glob: every rank of these. Without it, the first rank of each site.
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            SiteError: no such site.
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, site, prompt)
 
 
 @alone
@@ -65,32 +238,26 @@ def activations(
         ModelStateError: a site that did not run.
         NumericsError: non-finite activations.
     """
-    asked = ask_prompts(lens, prompts)
-    chosen = chosen_sites(lens, sites)
+    prompts = ask_prompts(lens, prompts).prompts
+    chosen = _chosen_sites(lens, sites)
     ranks = activation_ranks(lens, chosen, gauge_of(gauge))
-    rows = asked.prompts if response is None else _with_response(lens, asked.prompts, response)
+    rows = prompts if response is None else _with_response(lens, prompts, response)
     seen = site_activations(in_gauge(lens, gauge), rows, lens.gates(scale), chosen, ranks)
     return Activations(
         values=seen.values,
         sites=tuple(lens.sites[i] for i in chosen),
         ranks=ranks,
         sinks=seen.sinks,
-        starts=rows.lengths
-        if response is None or rows.reads is None
-        else rows.lengths - rows.reads,
+        starts=prompts.lengths,
         gauge=gauge,
-        at=f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller",
+        at=name_of_scale(scale),
         str_tokens=tuple(map(tuple, lens.str_tokens(rows))),
         meta=lens.describe(),
     )
 
 
-def chosen_sites(lens: LoraLens, sites: str | Sequence[str] | None) -> tuple[int, ...]:
+def _chosen_sites(lens: LoraLens, sites: str | Sequence[str] | None) -> tuple[int, ...]:
     """Indices of the sites that are named, in their own order; all for None.
-
-    Args:
-        lens: the adapter over the model.
-        sites: names or globs.
 
     Raises:
         SiteError: no name at all, or one that matches no site.
@@ -111,8 +278,8 @@ def _with_response(lens: LoraLens, prompts: Prompts, response: AnswerLike) -> Pr
         for i, ids in enumerate(said)
     ]
     lengths = prompts.lengths.new_tensor([len(row) for row in rows])
-    most = int(lengths.argmax())
-    which = which_prompt(most, prompts.batch)
-    require_context(lens.model, int(lengths[most]), f"{which} with its answer")
+    longest = int(lengths.argmax())
+    name = which_prompt(longest, prompts.batch)
+    require_context(lens.model, int(lengths[longest]), f"{name} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return Prompts(tokens, lengths, lengths.new_tensor([len(ids) for ids in said]))

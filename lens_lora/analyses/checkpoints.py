@@ -4,40 +4,204 @@
 2. At each: the readout and its first order by site, the readout along ε, and where it flips there.
 3. Of the weights, from thin factors: ‖ΔW_k‖, how far ΔW moved since the checkpoint before, its
    cosine to the last one's, site by site and over all of them.
-4. Spans of steps in which a series changes at once (`analyses/phase_changes.py`).
+4. Phase changes: a series changes at once over a span of consecutive steps if, in each of its
+   intervals, the change per step is more than `TIMES` times the median over all intervals, and the
+   change is in one direction, at least `PART` of the range of the series, and more than three noise
+   floors (σ of a change is √(σ_a² + σ_b²) of its two values); and the whole span makes up at least
+   `SHARE` of that range. With fewer than four intervals there is no usual pace to stand out from,
+   and nothing is marked.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, final, get_args
 
+import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
-from lens_lora.adapters.run_folder import checkpoint_folders
-from lens_lora.analyses.adapter_geometry import Thin, compared, thin
+from lens_lora.adapters.peft_files import checkpoint_folders
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.margin import flip_scales
-from lens_lora.analyses.phase_changes import phase_changes
-from lens_lora.arguments import numbers_of
+from lens_lora.analyses.spectra import Thin, compared, thin_updates
+from lens_lora.arguments import numbers_of, word
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.alone import alone
-from lens_lora.hooked.sites import Site
-from lens_lora.lens import LoraLens
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Site, group_sites, indicator
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results.checkpoints import Checkpoints
+from lens_lora.results import drawing
+from lens_lora.results.base import SIGMAS, Read, changes_sign, hides_sign, long_table, read_of
 
-__all__ = ["checkpoints"]
+What = Literal["moved", "effect", "norm"]
 
-_SCALES = tuple(i / 10 for i in range(1, 11))
-_TURNED = 0.1  # degrees by which saving in half precision turns ΔW
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Checkpoints(Read):
+    """A readout, its first order and the weights at each checkpoint of a training.
+
+    The base model is step 0 of every series, before the first checkpoint.
+
+    Attributes:
+        steps: of the checkpoints, increasing.
+        names: of their adapters.
+        sites: that every checkpoint adapts.
+        base: [batch], g(0): the readout of the base model.
+        adapted: [step, batch], g(1) of each checkpoint, exact.
+        effects: [step, batch, site], first order at ε = 0.
+        flip_scale: [step, batch], the first ε at which the readout changes sign at that checkpoint;
+            NaN where it does not.
+        norms: [step, site], ‖ΔW‖_F.
+        moved: [step, site], ‖ΔW_k − ΔW_{k−1}‖_F since the checkpoint before, or since zero.
+        to_final: [step, site], cosine of ΔW to that of the last checkpoint.
+        angle: [step], between ΔW of all sites and the last checkpoint's, in degrees.
+        phases: series → the spans of steps in which it changes at once; 'prompt 0', … for the
+            readout, 'angle' for the direction.
+        noise: [1 + step, batch], σ of the readout from rounding: of the base, then of each
+            checkpoint.
+        str_tokens, readout, units, meta: as in `Read`.
+    """
+
+    steps: tuple[float, ...]
+    names: tuple[str, ...]
+    sites: tuple[Site, ...]
+    base: Float[Tensor, " batch"]
+    adapted: Float[Tensor, "step batch"]
+    effects: Float[Tensor, "step batch site"]
+    flip_scale: Float[Tensor, "step batch"]
+    norms: Float[Tensor, "step site"]
+    moved: Float[Tensor, "step site"]
+    to_final: Float[Tensor, "step site"]
+    angle: Float[Tensor, " step"]
+    phases: dict[str, tuple[tuple[float, float], ...]]
+    noise: Float[Tensor, "base_and_step batch"]
+
+    @property
+    def shift(self) -> Float[Tensor, "step batch"]:
+        """g(1) − g(0) at each checkpoint, exact."""
+        return self.adapted - self.base
+
+    @property
+    def noise_floor(self) -> Float[Tensor, "step batch"]:
+        """σ of each checkpoint's shift from rounding."""
+        return (self.noise[:1].square() + self.noise[1:].square()).sqrt()
+
+    @property
+    def first_order(self) -> Float[Tensor, "step batch"]:
+        """Σ_l a_l at each checkpoint."""
+        return self.effects.sum(2)
+
+    @property
+    def remainder(self) -> Float[Tensor, "step batch"]:
+        """Shift minus first order."""
+        return self.shift - self.first_order
+
+    @property
+    def flips(self) -> Float[Tensor, "step batch"]:
+        """1 where the readout has another sign than at the base, else 0.
+
+        0 where either is within three noise floors of zero, so that rounding hides its sign.
+        """
+        base, adapted = self._ends
+        return changes_sign(base, adapted, *self._end_floors).double()
+
+    @property
+    def hidden(self) -> Bool[Tensor, "step batch"]:
+        """Where rounding hides a sign, of the base or of the checkpoint."""
+        return hides_sign(self._ends, self._end_floors).any(0)
+
+    @property
+    def _ends(self) -> Float[Tensor, "two step batch"]:
+        return torch.stack([self.base.expand_as(self.adapted), self.adapted])
+
+    @property
+    def _end_floors(self) -> Float[Tensor, "two step batch"]:
+        return torch.stack([self.noise[:1].expand_as(self.adapted), self.noise[1:]])
+
+    @property
+    def flip_step(self) -> Float[Tensor, " batch"]:
+        """The step at which the readout first changes sign, linear between checkpoints; NaN where
+        it never does, or rounding hides it."""
+        steps = torch.tensor([0.0, *self.steps], dtype=torch.float64)
+        values = torch.cat([self.base[None], self.adapted]).cpu().double()
+        crossed = self.flips.cpu().int()
+        first = crossed.argmax(0)
+        columns = torch.arange(values.shape[1])
+        low, high = values[first, columns], values[first + 1, columns]
+        share = (low / (low - high)).clamp(0, 1)  # `low` may have crossed within rounding
+        crossing = steps[first] + (steps[first + 1] - steps[first]) * share
+        return torch.where(crossed.any(0), crossing, torch.nan)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per checkpoint and prompt."""
+        numbers = {
+            "value": self.adapted,
+            "shift": self.shift,
+            "first_order": self.first_order,
+            "remainder": self.remainder,
+            "flips": self.flips,
+            "hidden": self.hidden,
+            "flip_scale": self.flip_scale,
+            "angle": self.angle[:, None].expand_as(self.adapted),
+            "norm": self.norms.square().sum(1).sqrt()[:, None].expand_as(self.adapted),
+        }
+        frame = long_table(numbers, {"step": self.steps}, {"prompt": range(len(self.base))})
+        return frame.astype({"flips": bool, "hidden": bool})
+
+    def by_group(
+        self, what: What = "moved", group: Literal["site", "layer", "kind"] = "layer"
+    ) -> pd.DataFrame:
+        """Rows of groups, columns of steps.
+
+        Args:
+            what: 'moved' and 'norm', roots of sums of squares; 'effect', the sum of first order,
+                mean over prompts.
+            group: 'site', 'layer' or 'kind'.
+
+        Raises:
+            ArgumentError: another `what` or `group`.
+        """
+        word("what", what, get_args(What))
+        groups = group_sites(self.sites, group)
+        members = indicator(groups, len(self.sites)).double()
+        if what == "effect":
+            values = self.effects.cpu().double().mean(1) @ members.T
+        else:
+            sizes = self.moved if what == "moved" else self.norms
+            values = (sizes.cpu().double().square() @ members.T).sqrt()
+        return pd.DataFrame(values.T.numpy(), index=list(groups), columns=list(self.steps))
+
+    def story(self) -> str:
+        """Where each prompt flips, and where anything changes at once, in plain words."""
+        return drawing.story(self)
+
+    def plot(self) -> drawing.Figure:
+        """The readout of each prompt over the steps, its first order, flips and phase changes."""
+        return drawing.figure(self)
+
+    def plot_modules(
+        self, what: What = "moved", group: Literal["site", "layer", "kind"] = "layer"
+    ) -> drawing.Figure:
+        """Which modules move when: heatmap of groups by step.
+
+        Args:
+            what, group: as for `by_group`.
+
+        Raises:
+            ArgumentError: another `what` or `group`.
+        """
+        return drawing.modules(self, what, group)
 
 
 @alone
@@ -72,36 +236,34 @@ def checkpoints(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
-    found, at = _in_order(adapters, steps)
-    _require_one_training(found)
-    asked = ask(lens.with_adapter(found[0]), prompts, readout).require_slope_at_base()
+    run, run_steps = _in_order(adapters, steps)
+    _require_one_training(run)
+    asked = ask(lens.with_adapter(run[0]), prompts, readout).require_slope_at_base()
     rows: list[dict[str, Tensor]] = []
     updates: list[dict[str, Thin]] = []
     sites: tuple[Site, ...] = ()
-    with tqdm(found, desc="checkpoints", leave=False, disable=not progress) as bar:
+    with tqdm(run, desc="checkpoints", leave=False, disable=not progress) as bar:
         for adapter in bar:
-            own = lens.with_adapter(adapter)
-            sites = _same_sites(sites, own, adapter)
-            rows.append(_measured(ask(own, asked.prompts, readout)))
-            pairs = zip(own.sites, own.plan.updates, strict=True)
-            updates.append({site.name: thin(one.update) for site, one in pairs})
+            checkpoint = lens.with_adapter(adapter)
+            sites = _same_sites(sites, checkpoint, adapter)
+            rows.append(_measured(ask(checkpoint, asked.prompts, readout)))
+            updates.append(thin_updates(checkpoint))
     series = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     base = series.pop("base")[0]
     weights = _weights(updates)
     noise = torch.cat([asked.base_noise[None].cpu().double(), series.pop("noise")])
+    labels: dict[str, Any] = read_of(asked)
+    labels["meta"] = {**lens.describe(), "adapter": run[-1].name}
     return Checkpoints(
-        steps=at,
-        names=tuple(adapter.name for adapter in found),
+        steps=run_steps,
+        names=tuple(adapter.name for adapter in run),
         sites=sites,
         base=base,
         **series,
         **weights,
-        phases=_phases(at, base, series["adapted"], weights["angle"], noise),
+        phases=_phases(run_steps, base, series["adapted"], weights["angle"], noise),
         noise=noise,
-        str_tokens=asked.str_tokens,
-        readout=readout.label,
-        units=readout.units,
-        meta={**lens.describe(), "adapter": found[-1].name},
+        **labels,
     )
 
 
@@ -114,24 +276,25 @@ def _in_order(
         folders = checkpoint_folders(adapters)
         run = (load_adapter(path).named(path.name) for path in folders.values())
         return tuple(run), tuple(map(float, folders))
-    given: Any = adapters
-    if not isinstance(given, list | tuple) or not all(isinstance(a, Adapter) for a in given):
+    is_list = isinstance(adapters, list | tuple)
+    if not is_list or not all(isinstance(adapter, Adapter) for adapter in adapters):
         raise ArgumentError(
-            f"the checkpoints are a {type(given).__name__}; expected a list of ll.Adapter, or the "
-            "folder of a run."
+            f"the checkpoints are a {type(adapters).__name__}; expected a list of ll.Adapter, or "
+            "the folder of a run."
         )
-    if len(given) < 2:
+    count = len(adapters)
+    if count < 2:
         raise ArgumentError(
-            f"{len(given)} checkpoints: a training is read from two or more; of one adapter use "
+            f"{count} checkpoints: a training is read from two or more; of one adapter use "
             "ll.fact_margin or ll.remainder."
         )
-    at = numbers_of("steps", range(1, len(given) + 1) if steps is None else steps)
-    increasing = all(a < b for a, b in zip([0.0, *at], at, strict=False))
-    if len(at) != len(given) or not increasing:
+    numbers = numbers_of("steps", range(1, count + 1) if steps is None else steps)
+    increasing = all(a < b for a, b in itertools.pairwise([0.0, *numbers]))
+    if len(numbers) != count or not increasing:
         raise ArgumentError(
-            f"steps={at} for {len(given)} checkpoints; expected one each, above 0 and increasing."
+            f"steps={numbers} for {count} checkpoints; expected one each, above 0 and increasing."
         )
-    return tuple(given), tuple(at)
+    return tuple(adapters), tuple(numbers)
 
 
 def _require_one_training(adapters: Sequence[Adapter]) -> None:
@@ -154,9 +317,9 @@ def _require_one_training(adapters: Sequence[Adapter]) -> None:
 
 
 def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tuple[Site, ...]:
-    own = [site.name for site in lens.sites]
-    if sites and own != [site.name for site in sites]:
-        odd = sorted(set(own) ^ {site.name for site in sites})
+    names, expected = ([site.name for site in known] for known in (lens.sites, sites))
+    if sites and names != expected:
+        odd = sorted(set(names) ^ set(expected))
         raise ArgumentError(
             f"{adapter.name}: {odd[0]} is as in the base in one checkpoint and changed in another; "
             "leave such modules out: adapter.without(…)."
@@ -167,7 +330,7 @@ def _same_sites(sites: tuple[Site, ...], lens: LoraLens, adapter: Adapter) -> tu
 def _measured(asked: Asked) -> dict[str, Tensor]:
     """What is run of one checkpoint."""
     lens = asked.lens
-    scales = torch.tensor(_SCALES, dtype=lens.gate_dtype)
+    scales = torch.tensor([i / 10 for i in range(1, 11)], dtype=lens.gate_dtype)
     points = scales[:, None].expand(-1, len(lens.sites))
     along = asked.at_gates(points, progress=False, what="along the path")
     first = first_order_of(asked)
@@ -183,11 +346,9 @@ def _measured(asked: Asked) -> dict[str, Tensor]:
 
 def _weights(updates: Sequence[Mapping[str, Thin]]) -> dict[str, Tensor]:
     """Norms, moves and cosines of every site at every checkpoint."""
-    norms = torch.stack([_norms(own) for own in updates])
-    with_last = torch.stack([_inner(own, updates[-1]) for own in updates])
-    before = torch.stack(
-        [_inner(own, prior) for prior, own in zip(updates, updates[1:], strict=False)]
-    )
+    norms = torch.stack([torch.stack([u.sigma.norm() for u in held.values()]) for held in updates])
+    with_last = torch.stack([_inner(held, updates[-1]) for held in updates])
+    before = torch.stack([_inner(later, prior) for prior, later in itertools.pairwise(updates)])
     squares = norms.square()
     steps = squares[1:] + squares[:-1] - 2 * before
     moved = torch.cat([norms[:1], steps.clamp(min=0).sqrt()])
@@ -201,21 +362,45 @@ def _weights(updates: Sequence[Mapping[str, Thin]]) -> dict[str, Tensor]:
     }
 
 
-def _norms(own: Mapping[str, Thin]) -> Float[Tensor, "site"]:
-    return torch.stack([of.sigma.norm() for of in own.values()])
+def _inner(mine: Mapping[str, Thin], theirs: Mapping[str, Thin]) -> Float[Tensor, " site"]:
+    products = [compared(update, theirs[name]).inner for name, update in mine.items()]
+    return torch.tensor(products, dtype=torch.float64)
 
 
-def _inner(own: Mapping[str, Thin], other: Mapping[str, Thin]) -> Float[Tensor, "site"]:
-    pairs = [compared(of, other[name]).inner for name, of in own.items()]
-    return torch.tensor(pairs, dtype=torch.float64)
+# --- phase changes
+
+
+TIMES, PART, SHARE = 3.0, 0.1, 0.25  # step 4 above
+_FEWEST = 4
+_TURNED = 0.1  # degrees by which saving in half precision turns ΔW
 
 
 def _phases(
     steps: tuple[float, ...], base: Tensor, adapted: Tensor, angle: Tensor, noise: Tensor
 ) -> dict[str, tuple[tuple[float, float], ...]]:
     values = torch.cat([base[None], adapted])
-    found = {
+    phases = {
         f"prompt {p}": phase_changes((0.0, *steps), values[:, p].tolist(), noise[:, p].tolist())
         for p in range(len(base))
     }
-    return found | {"angle": phase_changes(steps, angle.tolist(), [_TURNED] * len(steps))}
+    return phases | {"angle": phase_changes(steps, angle.tolist(), [_TURNED] * len(steps))}
+
+
+def phase_changes(
+    steps: Sequence[float], values: Sequence[float], floors: Sequence[float] | None = None
+) -> tuple[tuple[float, float], ...]:
+    """(first step, last step) of each phase change."""
+    changes, noise = np.diff(values), np.zeros(len(values)) if floors is None else np.array(floors)
+    if len(changes) < _FEWEST:
+        return ()
+    paces, span = np.abs(changes) / np.diff(steps), np.ptp(values)
+    usual = np.sort(paces)[(len(paces) - 1) // 2]
+    least = np.maximum(PART * span, SIGMAS * np.hypot(noise[:-1], noise[1:]))
+    stands_out = (paces > TIMES * usual) & (np.abs(changes) > least)
+    spans, start = [], 0
+    for sign, run in itertools.groupby(np.where(stands_out, np.sign(changes), 0.0)):
+        end = start + len(list(run))
+        if sign and abs(values[end] - values[start]) >= SHARE * span:
+            spans.append((float(steps[start]), float(steps[end])))
+        start = end
+    return tuple(spans)

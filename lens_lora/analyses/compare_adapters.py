@@ -1,19 +1,29 @@
 """Two adapters of one base: the geometry of their weight changes, and what both do on prompts.
 
-1. Geometry, site by site (`analyses/adapter_geometry.py`): cosine of ΔW, principal angles of what
-   is read and of what is written. Over all sites ⟨ΔW, ΔW′⟩ and both norms are summed, with sites
-   that one adapter lacks in the other's norm.
-2. Function, on prompts (`analyses/adapter_function.py`): the cosine under F of both first-order
-   shifts, and of both exact ones.
+1. Geometry, site by site: cosine of ΔW, principal angles of what is read and of what is written
+   (`analyses/spectra.py`). Over all sites ⟨ΔW, ΔW′⟩ and both norms are summed, with sites that one
+   adapter lacks in the other's norm.
+2. Function, on prompts: with v the joint first-order shift of all logits (a dual forward pass) at
+   every token but the first, and the same of the exact shifts f(1) − f(0), which at full strength
+   may be something else,
+
+       cos_F = vᵀFv′ / √(vᵀFv · v′ᵀFv′),   v = Σ_l J δz_l,   F_t = diag p₀,t − p₀,t p₀,tᵀ
+
+   vᵀFv′ is the covariance of the two shifts under p₀. Sums over tokens and prompts stand inside
+   each root.
 3. Effects, with a readout: the correlation over shared sites of both first orders.
 4. Null scale: the same numbers with the other adapter in random directions of the same spectrum.
+
+Cost of a pair on prompts: two dual forward passes, three forward passes; of one more adapter half
+of that.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, final
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, final
 
 import numpy as np
 import pandas as pd
@@ -21,29 +31,26 @@ import torch
 from jaxtyping import Float
 from scipy.stats import rankdata
 from torch import Tensor
+from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.random_directions import draw_seeds
-from lens_lora.analyses.adapter_function import cosine_of, on_prompts
-from lens_lora.analyses.adapter_geometry import Thin, geometry, thin
-from lens_lora.analyses.agreement import pearson
+from lens_lora.adapters.nulls import draw_seeds
+from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import whole
-from lens_lora.engine.asked import ask, ask_prompts
+from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.forward import joint_tangent
+from lens_lora.engine.function import gated_logits, require_finite
+from lens_lora.engine.reverse import site_slopes
 from lens_lora.errors import AdapterError, ArgumentError
-from lens_lora.hooked.alone import alone
-from lens_lora.hooked.sites import Site
-from lens_lora.lens import LoraLens
-from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens, null_lenses
+from lens_lora.model.sites import Site
+from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
-from lens_lora.results.measured import Result, site_labels
+from lens_lora.results.base import Result, site_labels
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
-__all__ = ["AdapterComparison", "compare_adapters"]
-
-_QUANTILES = (0.025, 0.5, 0.975)
+_QUANTILES = [0.025, 0.5, 0.975]
 
 
 @final
@@ -74,8 +81,8 @@ class AdapterComparison(Result):
     sites: tuple[Site, ...]
     only: tuple[tuple[Site, ...], tuple[Site, ...]]
     norms: Float[Tensor, "2 site"]
-    rest: Float[Tensor, "2"]
-    inner: Float[Tensor, "site"]
+    rest: Float[Tensor, " 2"]
+    inner: Float[Tensor, " site"]
     read: Float[Tensor, "site angle"]
     write: Float[Tensor, "site angle"]
     null_inner: Float[Tensor, "draw site"]
@@ -91,7 +98,7 @@ class AdapterComparison(Result):
     meta: Mapping[str, str]
 
     @property
-    def cosines(self) -> Float[Tensor, "site"]:
+    def cosines(self) -> Float[Tensor, " site"]:
         """cos⟨ΔW, ΔW′⟩ of each shared site."""
         return self.inner / self.norms.prod(0)
 
@@ -101,12 +108,12 @@ class AdapterComparison(Result):
         return float(self.inner.sum() / self._sizes.prod())
 
     @property
-    def read_overlap(self) -> Float[Tensor, "site"]:
+    def read_overlap(self) -> Float[Tensor, " site"]:
         """Mean squared cosine of the principal angles of what is read: 1 for one space."""
         return self.read.square().nanmean(1)
 
     @property
-    def write_overlap(self) -> Float[Tensor, "site"]:
+    def write_overlap(self) -> Float[Tensor, " site"]:
         """Mean squared cosine of the principal angles of what is written: 1 for one space."""
         return self.write.square().nanmean(1)
 
@@ -119,41 +126,39 @@ class AdapterComparison(Result):
         Raises:
             ArgumentError: no shared site of this name.
         """
-        names = [one.name for one in self.sites]
+        names = [shared.name for shared in self.sites]
         if site not in names:
             raise ArgumentError(f"{site!r} is no site that both adapters adapt; see .sites.")
-        at = names.index(site)
-        columns = {"read": self.read[at], "write": self.write[at]}
-        degrees = {name: torch.rad2deg(c.acos()).tolist() for name, c in columns.items()}
+        index = names.index(site)
+        cosines = {"read": self.read[index], "write": self.write[index]}
+        degrees = {name: torch.rad2deg(c.acos()).tolist() for name, c in cosines.items()}
         return pd.DataFrame(degrees).dropna(how="all")
 
     def summary(self) -> pd.DataFrame:
         """One row per number: it, and quantiles of it with the second in random directions."""
-        rows = [("cosine of ΔW", self.cosine, self._null_cosines)]
-        for name, own, null in (
-            ("overlap of what is read", self.read_overlap, self.null_read),
-            ("overlap of what is written", self.write_overlap, self.null_write),
-        ):
-            rows.append((name, float(own.nanmean()), null.nanmean(1)))
-        for kind, name in enumerate(("first order", "exact")):
-            if self.function.shape[-1]:
-                null = cosine_of(self.null_function[kind])
-                rows.append(
-                    (f"cosine under F, {name}", float(cosine_of(self.function[kind])), null)
-                )
-        for name, ranked in (("pearson", False), ("spearman", True)):
-            if self.readout:
-                own, *null = self._correlations(ranked)
-                rows.append((f"effects by site, {name}", own, torch.tensor(null)))
-        quantiles = torch.tensor(_QUANTILES, dtype=torch.float64)
-        found = []
-        for name, value, null in rows:
-            known = null.double()[~null.isnan()]
-            across = known.quantile(quantiles).tolist() if len(known) else [float("nan")] * 3
-            found.append((name, value, *across))
-        columns = pd.Index(["value", *(f"null {q:.1%}" for q in _QUANTILES)])
-        frame = pd.DataFrame([row[1:] for row in found], columns=columns)
-        return frame.set_axis(pd.Index([row[0] for row in found], name="number"), axis=0)
+        rows = {
+            "cosine of ΔW": (self.cosine, self.null_inner.nansum(1) / self._sizes.prod()),
+            "overlap of what is read": (self.read_overlap.nanmean(), self.null_read.nanmean(1)),
+            "overlap of what is written": (
+                self.write_overlap.nanmean(),
+                self.null_write.nanmean(1),
+            ),
+        }
+        if self.function.shape[-1]:
+            pairs = zip(cosine_of(self.function), cosine_of(self.null_function), strict=True)
+            names = ("cosine under F, first order", "cosine under F, exact")
+            rows |= zip(names, pairs, strict=True)
+        if self.readout:
+            for name, ranked in (("pearson", False), ("spearman", True)):
+                value, *null = self._correlations(ranked)
+                rows[f"effects by site, {name}"] = value, torch.tensor(null)
+        table = {
+            name: [float(value), *pd.Series(null.tolist(), dtype=float).quantile(_QUANTILES)]
+            for name, (value, null) in rows.items()
+        }
+        columns = ["value", *(f"null {q:.1%}" for q in _QUANTILES)]
+        frame = pd.DataFrame.from_dict(table, orient="index", columns=columns)
+        return frame.rename_axis("number")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site; sites of one adapter alone say whose they are, and have no numbers."""
@@ -182,38 +187,28 @@ class AdapterComparison(Result):
         rows = [cosine_of(self.function, p).tolist() for p in range(batch)]
         return pd.DataFrame(rows, columns=pd.Index(["first order", "exact"]))
 
-    def plot(self) -> Figure:
+    def plot(self) -> drawing.Figure:
         """The cosine of ΔW, layer × kind of module."""
         return drawing.figure(self)
 
     @property
-    def _sizes(self) -> Float[Tensor, "2"]:
+    def _sizes(self) -> Float[Tensor, " 2"]:
         return (self.norms.square().sum(1) + self.rest.square()).sqrt()
 
     @property
-    def _null_std(self) -> Float[Tensor, "site"]:
+    def _null_std(self) -> Float[Tensor, " site"]:
         if len(self.null_inner) < 2:
             return torch.full_like(self.inner, torch.nan)
         return self.null_inner.std(0) / self.norms.prod(0)
 
-    @property
-    def _null_cosines(self) -> Float[Tensor, "draw"]:
-        return self.null_inner.nansum(1) / self._sizes.prod()
-
     def _correlations(self, ranked: bool) -> list[float]:
         """Of the two adapters, and of the first with each null; the mean over prompts."""
-        mine = self.effects[0].double().numpy()
-        return [
-            float(
-                np.nanmean([_correlation(a, b, ranked) for a, b in zip(mine, theirs, strict=True)])
-            )
-            for theirs in (self.effects[1].double().numpy(), *self.null_effects.double().numpy())
-        ]
-
-
-def _correlation(a: np.ndarray, b: np.ndarray, ranked: bool) -> float:
-    pair = (rankdata(a), rankdata(b)) if ranked else (a, b)
-    return pearson(*pair, float(np.finfo(np.float32).eps)) if len(a) > 1 else float("nan")
+        mine, second = self.effects.double().numpy()
+        pairs = (
+            zip(mine, theirs, strict=True)
+            for theirs in (second, *self.null_effects.double().numpy())
+        )
+        return [float(np.nanmean([_correlation(a, b, ranked) for a, b in p])) for p in pairs]
 
 
 @alone
@@ -239,7 +234,7 @@ def compare_adapters(
         prompts: on which both are run; read at every token but the first.
         readout: whose first order by site is correlated; read at each prompt's last token.
         draws: adapters of the second's spectra in random directions; 0 for none.
-        seed: of the draws; those that are run on prompts are `null_adapter(other, seed, draw)`.
+        seed: of the draws; those that are run on prompts are `other.null(seed, draw)`.
         progress: show a bar.
 
     Raises:
@@ -256,45 +251,36 @@ def compare_adapters(
     if readout is not None and prompts is None:
         raise ArgumentError("a readout is read on prompts, and there are none; pass prompts=…")
     second = lens.with_adapter(other)
-    shared, of_lens = _shared_and_alone(lens.sites, second.sites)
-    _, of_other = _shared_and_alone(second.sites, lens.sites)
-    if not shared and prompts is None:
+    names = {site.name for site in lens.sites} & {site.name for site in second.sites}
+    if not names and prompts is None:
         raise ArgumentError(
             f"{lens.adapter.name} and {other.name} adapt no site in common ("
-            f"{lens.sites[0].name}, … and {second.sites[0].name}, …), so "
-            "their ΔW cannot be compared; give prompts, on which what both do is compared."
+            f"{lens.sites[0].name}, … and {second.sites[0].name}, …), so their ΔW cannot be "
+            "compared; give prompts, on which what both do is compared."
         )
-    fields = geometry(_thin(lens), _thin(second), draw_seeds(seed, draws))
-    nothing = torch.zeros(0, dtype=torch.float64)
-    fields |= {
-        "function": nothing.view(2, 3, 0),
-        "null_function": nothing.view(2, 0, 3, 0),
-        "effects": nothing.view(2, 0, len(shared)) if shared else nothing.view(2, 0, 0),
-        "null_effects": nothing.view(0, 0, len(shared)),
-    }
+    shared = [site for site in lens.sites if site.name in names]
+    fields = _geometry(thin_updates(lens), thin_updates(second), draw_seeds(seed, draws))
+    zeros = functools.partial(torch.zeros, dtype=torch.float64)
+    fields |= {"function": zeros(2, 3, 0), "null_function": zeros(2, 0, 3, 0)}
+    fields |= {"effects": zeros(2, 0, len(shared)), "null_effects": zeros(0, 0, len(shared))}
     if prompts is not None:
         asked = ask_prompts(lens, prompts)
         about = None if readout is None else ask(lens, asked.prompts, readout)
-        fields |= on_prompts(asked, about, second, [s.name for s in shared], draws, seed, progress)
+        fields |= _on_prompts(asked, about, second, shared, draws, seed, progress)
+    first_only, second_only = (
+        tuple(site for site in sites if site.name not in names)
+        for sites in (lens.sites, second.sites)
+    )
     return AdapterComparison(
         names=(lens.adapter.name, other.name),
-        sites=shared,
-        only=(of_lens, of_other),
+        sites=tuple(shared),
+        only=(first_only, second_only),
         readout="" if readout is None else readout.label,
         draws=draws,
         seed=seed,
         meta=lens.describe(),
         **fields,
     )
-
-
-def _shared_and_alone(
-    sites: Sequence[Site], others: Sequence[Site]
-) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
-    """Those that are among the others too, and the rest."""
-    names = {site.name for site in others}
-    shared = tuple(site for site in sites if site.name in names)
-    return shared, tuple(site for site in sites if site.name not in names)
 
 
 def _require_adapter(lens: LoraLens, other: Adapter) -> None:
@@ -311,6 +297,169 @@ def _require_adapter(lens: LoraLens, other: Adapter) -> None:
         )
 
 
-def _thin(lens: LoraLens) -> dict[str, Thin]:
-    pairs = zip(lens.sites, lens.plan.updates, strict=True)
-    return {site.name: thin(one.update) for site, one in pairs}
+# --- geometry
+
+
+def _geometry(
+    mine: Mapping[str, Thin], theirs: Mapping[str, Thin], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """The fields of `AdapterComparison` that need no prompts."""
+    names = [name for name in mine if name in theirs]
+    pairs = [compared(mine[name], theirs[name]) for name in names]
+    null: list[list[Pair]] = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        null.append([compared(mine[name], theirs[name], generator) for name in names])
+    rest = [
+        sum(float(held[name].sigma.square().sum()) for name in held if name not in names) ** 0.5
+        for held in (mine, theirs)
+    ]
+    table = functools.partial(_table, width=len(names))
+    return {
+        "norms": table([[float(held[n].sigma.norm()) for n in names] for held in (mine, theirs)]),
+        "rest": torch.tensor(rest, dtype=torch.float64),
+        "inner": torch.tensor([pair.inner for pair in pairs], dtype=torch.float64),
+        "read": _padded([pair.read for pair in pairs]),
+        "write": _padded([pair.write for pair in pairs]),
+        "null_inner": table([[pair.inner for pair in row] for row in null]),
+        "null_read": table([[_overlap(pair.read) for pair in row] for row in null]),
+        "null_write": table([[_overlap(pair.write) for pair in row] for row in null]),
+    }
+
+
+def _table(rows: Sequence[Sequence[float]], width: int) -> Float[Tensor, "row site"]:
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), width)
+
+
+def _padded(rows: Sequence[Tensor]) -> Float[Tensor, "site angle"]:
+    if not rows:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=torch.nan)
+
+
+def _overlap(cosines: Tensor) -> float:
+    return float(cosines.square().mean()) if len(cosines) else float("nan")
+
+
+# --- function, as vectors of one metric
+
+
+_TOKENS = 512  # read at once: each holds its logits and four shifts
+
+
+def products(
+    lens: LoraLens, others: Callable[[], Iterable[LoraLens]], prompts: Prompts
+) -> Float[Tensor, "kind other pair batch"]:
+    """vᵀFv′, vᵀFv and v′ᵀFv′ of each prompt, in nats: first order, then exact.
+
+    Raises:
+        ModelStateError: the model has an operation without a forward-mode derivative.
+        NumericsError: logits that are not finite.
+    """
+    step = max(1, _TOKENS // prompts.tokens.shape[1])
+    starts = range(0, prompts.batch, step)
+    groups = [prompts.rows(first, min(first + step, prompts.batch)) for first in starts]
+    values = torch.cat([_products_of(lens, others(), group) for group in groups], -1)
+    require_finite(values, "the shift of the logits")
+    return values
+
+
+def _products_of(
+    lens: LoraLens, others: Iterable[LoraLens], prompts: Prompts
+) -> Float[Tensor, "kind other pair batch"]:
+    with torch.no_grad():
+        base = gated_logits(lens, prompts, lens.gates(0.0))
+        root = base.softmax(-1).sqrt()
+        mask = prompts.read_mask.to(base)[..., None]
+
+        def weighted(shift: Tensor) -> Tensor:
+            """√p₀ ∘ (v − p₀ᵀv), whose products are those of F."""
+            centred = shift - (root * root * shift).sum(-1, keepdim=True)
+            return (root * centred * mask).flatten(1)
+
+        def both(other: LoraLens) -> tuple[Tensor, Tensor]:
+            gates = other.gates(0.0)
+            first = joint_tangent(other, prompts, gates, torch.ones_like(gates))
+            exact = gated_logits(other, prompts, other.gates(1.0)) - base
+            return weighted(first), weighted(exact)
+
+        mine = both(lens)
+        rows = [
+            torch.stack([_three(v, w) for v, w in zip(mine, both(other), strict=True)])
+            for other in others
+        ]
+    return torch.stack(rows, 1).cpu()
+
+
+def _three(v: Tensor, w: Tensor) -> Float[Tensor, "pair batch"]:
+    pairs = ((v, w), (v, v), (w, w))
+    return torch.stack([(a * b).sum(1) for a, b in pairs])
+
+
+def cosine_of(
+    products: Float[Tensor, "*kind pair batch"], prompt: int | None = None
+) -> Float[Tensor, "*kind"]:
+    """vᵀFv′ / √(vᵀFv · v′ᵀFv′); NaN where a shift is zero."""
+    rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
+    both, mine, theirs = products[..., rows].double().sum(-1).unbind(-1)
+    return both / (mine * theirs).sqrt()
+
+
+def _on_prompts(
+    asked: Asked,
+    about: Asked | None,
+    second: LoraLens,
+    shared: Sequence[Site],
+    draws: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """The fields of `AdapterComparison` that need prompts."""
+    if about is not None:
+        about.require_slope_at_base()
+    silent = not progress or not draws
+    with tqdm(total=draws, desc="null adapters", leave=False, disable=silent) as bar:
+
+        def others() -> Iterator[LoraLens]:
+            yield second
+            for null in null_lenses(second, seed, draws):
+                yield null
+                bar.update()
+
+        values = products(asked.lens, others, asked.prompts.at_each_token())
+    fields = {"function": values[:, 0], "null_function": values[:, 1:]}
+    if about is not None:
+        lenses = (asked.lens, second, *null_lenses(second, seed, draws))
+        effects = torch.stack([_effects(lens, about, shared) for lens in lenses])
+        fields |= {"effects": effects[:2], "null_effects": effects[2:]}
+    return fields
+
+
+def _effects(lens: LoraLens, about: Asked, shared: Sequence[Site]) -> Float[Tensor, "batch shared"]:
+    """First order of the shared sites."""
+    slopes = site_slopes(lens, about.reading, lens.gates(0.0))
+    columns = [lens.site_index(site.name) for site in shared]
+    return slopes[:, columns].detach().cpu().double()
+
+
+# --- correlation
+
+
+Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+def _correlation(a: Vector, b: Vector, ranked: bool) -> float:
+    pair = (rankdata(a), rankdata(b)) if ranked else (a, b)
+    return correlation(*pair, float(np.finfo(np.float32).eps)) if len(a) > 1 else float("nan")
+
+
+def correlation(a: Vector, e: Vector, eps: float) -> float:
+    """Pearson's correlation; NaN of numbers that are constant up to rounding."""
+    if is_constant(a, eps) or is_constant(e, eps):
+        return np.nan
+    return float(np.corrcoef(a, e)[0, 1])
+
+
+def is_constant(x: Vector, eps: float) -> bool:
+    """Whether the numbers differ by no more than their rounding `eps`."""
+    return float(np.ptp(x)) <= 4 * eps * float(np.abs(x).max())

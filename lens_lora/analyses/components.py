@@ -20,18 +20,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.analyses.logit_shift import site_tangents
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.taps import site_gradients
-from lens_lora.hooked.alone import alone
-from lens_lora.hooked.plan import Injection
-from lens_lora.hooked.sites import Site
-from lens_lora.lens import LoraLens
+from lens_lora.engine.duals import tangent_of
+from lens_lora.engine.forward import Part, part_tangents
+from lens_lora.engine.reverse import site_gradients
+from lens_lora.model.gates import Injection
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Site
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results.measured import Result, site_labels
-
-__all__ = ["Components", "components", "squared_norms"]
+from lens_lora.results.base import Result, long_table, site_labels
 
 
 @final
@@ -40,10 +39,10 @@ class Components(Result):
     """Per prompt and site, at the base model: what makes a first-order shift large or small.
 
     Attributes:
-        sites: of the site axis.
+        sites: along the site axis.
         z_norm, delta_norm: ‖z‖ and ‖δz‖.
         sensitivity: ‖Jᵀu_y‖, how much the readout listens to the site's output.
-        cosine: of δz and Jᵀu_y; NaN where either is zero.
+        cosine: cos(δz, Jᵀu_y); NaN where either is zero.
         gain: ‖J δz‖ / ‖δz‖ over the whole vocabulary; NaN where δz is zero.
         meta: model, adapter, dtype and versions.
     """
@@ -64,13 +63,11 @@ class Components(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site."""
-        batch, count = self.z_norm.shape
-        labels = site_labels(self.sites, batch)
-        columns = {"prompt": [p for p in range(batch) for _ in range(count)]}
-        columns |= {name: labels[name] for name in ("site", "layer", "kind")}
+        labels = site_labels(self.sites)
+        sites = {name: labels[name] for name in ("site", "layer", "kind")}
         fields = ("z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order")
-        values = {f: getattr(self, f).cpu().double().flatten().tolist() for f in fields}
-        return pd.DataFrame(columns | values)
+        numbers = {name: getattr(self, name) for name in fields}
+        return long_table(numbers, {"prompt": range(len(self.z_norm))}, sites)
 
 
 @alone
@@ -91,7 +88,7 @@ def components(
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         max_memory: bytes that a pass of tangents may take beside the model. It sets how many sites
-            go at once, and does not change what is found.
+            go at once, and does not change the numbers.
         progress: show a bar.
 
     Raises:
@@ -100,36 +97,31 @@ def components(
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
     asked = ask(lens, prompts, readout, max_memory).require_slope_at_base()
-    lens, reading, squares = asked.lens, asked.reading, squared_norms(asked)
-    inner = reading.by_prompt(squares["inner"])
-    z, delta, gradient = (
-        reading.by_prompt(squares[name]).sqrt() for name in ("z", "delta", "gradient")
-    )
-    moved = site_tangents(
+    lens, reading = asked.lens, asked.reading
+    squares = {name: reading.by_prompt(rows) for name, rows in squared_norms(asked).items()}
+    z, delta, gradient = (squares[name].sqrt() for name in ("z", "delta", "gradient"))
+    moved = part_tangents(
         lens,
         reading.prompts,
-        lambda rows: _centred_square(reading.prompts, rows),
+        lens.gates(0.0),
+        [Part(index) for index in range(len(lens.sites))],
+        lambda rows: _centred_square(reading.prompts, tangent_of(rows)),
         progress=progress,
     )
-    moved = reading.by_prompt(moved).sqrt()
     nan = torch.full_like(delta, float("nan"))
     return Components(
         sites=lens.sites,
         z_norm=z,
         delta_norm=delta,
         sensitivity=gradient,
-        cosine=torch.where(delta * gradient > 0, inner / (delta * gradient), nan),
-        gain=torch.where(delta > 0, moved / delta, nan),
+        cosine=torch.where(delta * gradient > 0, squares["inner"] / (delta * gradient), nan),
+        gain=torch.where(delta > 0, reading.by_prompt(moved).sqrt() / delta, nan),
         meta=lens.describe(),
     )
 
 
 def squared_norms(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
-    """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row, by name. One forward and one backward.
-
-    Args:
-        asked: the lens, the prompts and the readout.
-    """
+    """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row, by name. One forward and one backward."""
     lens, reading = asked.lens, asked.reading
     real, read = (mask[..., None] for mask in (reading.prompts.real, reading.prompts.read_mask))
     shape = (len(reading.owner), len(lens.sites))
@@ -137,7 +129,6 @@ def squared_norms(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
         name: torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
         for name in ("z", "delta", "gradient", "inner")
     }
-
     repeated: dict[int, tuple[Injection, Tensor | None, Tensor, Tensor]] = {}
 
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
@@ -145,9 +136,9 @@ def squared_norms(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
             add(injection, weight, gradient, z)
             return
         # A norm that the model runs several times adds the same δ each time.
-        before = repeated.get(injection.site)
-        summed = gradient if before is None else before[2] + gradient
-        repeated[injection.site] = (injection, weight, summed, z)
+        if injection.site in repeated:
+            gradient = gradient + repeated[injection.site][2]
+        repeated[injection.site] = (injection, weight, gradient, z)
 
     def add(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         delta = injection.map(z)
@@ -157,15 +148,14 @@ def squared_norms(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
         # An embedding's input is one-hot.
         inputs = z.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
         copies = z.shape[2] if z.ndim == 4 else 1
-        site = injection.site
-        found = {"z": (inputs.flatten(2) * kept).flatten(1).square().sum(1) / copies}
+        sums = {"z": (inputs.flatten(2) * kept).flatten(1).square().sum(1) / copies}
         # What waits for a partner's gate is nothing at the base model.
         if weight is None:
-            found["delta"] = delta.flatten(1).square().sum(1)
-            found["gradient"] = gradient.flatten(1).square().sum(1)
-            found["inner"] = (gradient * delta).flatten(1).sum(1)
-        for name, square in found.items():
-            squares[name][:, site] += square.to(lens.device)
+            sums["delta"] = delta.flatten(1).square().sum(1)
+            sums["gradient"] = gradient.flatten(1).square().sum(1)
+            sums["inner"] = (gradient * delta).flatten(1).sum(1)
+        for name, total in sums.items():
+            squares[name][:, injection.site] += total.to(lens.device)
 
     site_gradients(lens, reading, lens.gates(0.0), visit)
     for once in repeated.values():
@@ -177,4 +167,4 @@ def _centred_square(
     prompts: Prompts, tangent: Float[Tensor, "row site *slot vocab"]
 ) -> Float[Tensor, "row site"]:
     squares = (tangent - tangent.mean(-1, keepdim=True)).square().sum(-1)
-    return torch.stack([prompts.over_slots(of_site) for of_site in squares.unbind(1)], 1)
+    return torch.stack([prompts.over_slots(square) for square in squares.unbind(1)], 1)

@@ -3,7 +3,7 @@
     δ_lt = μ_l + (δ_lt − μ_l),     share_l = 1 − Σ‖δ_lt − μ̂_l‖² / Σ‖δ_lt‖²
 
 1. u of every site and token in one forward pass of the adapted model, so that δ is that of the
-   Hugging Face modules (`engine/update_sums.py`).
+   Hugging Face modules (`engine/activations.py`).
 2. Of each text, μ̂_l is the mean over the *other* texts: in sample the share would be inflated. The
    first token is left out, a sink whose δ is another one, and its size is shown apart. A token with
    the same tokens before it as in an earlier text counts once: it is not held out from that text.
@@ -20,36 +20,121 @@ A large share of δ need not carry what the adapter does, so both are measured.
 
 from __future__ import annotations
 
-from typing import cast
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import cast, final
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.adapters.trained import ModuleUpdate
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.factors import constant_factors
+from lens_lora.analyses.sub_adapter import output_count
+from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.divergences import text_divergences
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.texts import (
+    UpdateSums,
     distinct_tokens,
     require_own_tokens,
     require_second_token,
+    text_divergences,
     unshared,
+    update_sums,
 )
-from lens_lora.engine.update_sums import UpdateSums, update_sums
 from lens_lora.errors import PromptError
-from lens_lora.hooked.alone import alone
-from lens_lora.hooked.basis import Update
-from lens_lora.lens import LoraLens
+from lens_lora.model.basis import Update
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Site
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results.constancy import held_out_share
-from lens_lora.results.constant_part import ConstantPart, constants
-
-__all__ = ["constant_part"]
+from lens_lora.results import drawing
+from lens_lora.results.base import Result, site_labels
+from lens_lora.results.tokens import held_out_share
 
 _HALVES = (slice(0, None, 2), slice(1, None, 2))
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ConstantPart(Result):
+    """How much of an adapter is the same whatever the input.
+
+    Attributes:
+        share: [site], 1 − Σ‖δ − μ̂‖² / Σ‖δ‖², μ̂ the mean over the other texts: 1 where δ is one
+            vector, 0 where its mean says nothing of it, below where another text's misleads. NaN
+            where δ is zero.
+        size: [site], the root mean square of ‖δ‖ over tokens after first ones.
+        mean_size: [site], ‖μ‖.
+        first_size: [site], the mean ‖δ‖ at the texts' first tokens, no part of the others.
+        base, constant, adapted: [text], the readout of the base model, with the constants of the
+            other half of the texts alone, and of the adapted model. By KL: Σ_t KL(adapted ‖ it).
+        sites: the adapted sites.
+        vectors: μ by module path, as the Hugging Face module writes it.
+        widths: how many features each module reads.
+        steering: what the constants add by hook point, in the hooked model's basis, heads laid
+            flat: steering vectors.
+        readout, units: by which the model is compared.
+        meta: model, adapter, dtype and versions.
+    """
+
+    share: Float[Tensor, " site"]
+    size: Float[Tensor, " site"]
+    mean_size: Float[Tensor, " site"]
+    first_size: Float[Tensor, " site"]
+    base: Float[Tensor, " text"]
+    constant: Float[Tensor, " text"]
+    adapted: Float[Tensor, " text"]
+    sites: tuple[Site, ...]
+    vectors: Mapping[str, Float[Tensor, " out"]]
+    widths: Mapping[str, int]
+    steering: Mapping[str, Float[Tensor, " d"]]
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+
+    @property
+    def adapter(self) -> Adapter:
+        """The constants alone, over all texts, as an adapter: applied, saved, compared as any."""
+        return _constants(self.vectors, self.widths)
+
+    @property
+    def kept(self) -> float:
+        """How much of the adapter's effect the constants alone keep on held-out texts.
+
+        Σ (constant − base) / Σ (adapted − base) over texts; by KL, 1 − Σ KL(adapted ‖ constant) /
+        Σ KL(adapted ‖ base), negative where the constants lead away from the adapted model.
+        """
+        return float((self.constant - self.base).sum() / (self.adapted - self.base).sum())
+
+    @property
+    def total_share(self) -> float:
+        """The share of Σ_l ‖δ_l‖² over all sites."""
+        weights = self.size.square()
+        return float((self.share.nan_to_num() * weights).sum() / weights.sum())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per site: the share, and the sizes of δ, of its mean, and at first tokens."""
+        columns = site_labels(self.sites)
+        for name in ("share", "size", "mean_size", "first_size"):
+            columns[name] = getattr(self, name).double().tolist()
+        return pd.DataFrame(columns)
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The k sites of largest ‖μ‖.
+
+        Args:
+            k: how many.
+        """
+        order = self.mean_size.argsort(descending=True)[: whole("k", k, 0)].tolist()
+        return self.to_frame().iloc[order].reset_index(drop=True)
+
+    def plot(self) -> drawing.Figure:
+        """The share of each site, layer × kind of module."""
+        return drawing.figure(self)
 
 
 @alone
@@ -83,12 +168,16 @@ def constant_part(
     if rows.batch < 2:
         raise PromptError("constants are judged on other texts than their own; give two or more.")
     require_own_tokens(rows)
-    about = None if readout is None else asked.about(readout)
+    if readout is not None:
+        asked = asked.about(readout)
     sums = update_sums(lens, rows, _apart(rows))
     vectors, widths = _by_module(lens, sums)
-    others = [lens.with_adapter(constants(*_by_module(lens, sums, half))) for half in _HALVES]
-    of = _by_kl if about is None else _by_readout
-    base, constant, adapted = of(about or asked, others, progress)
+    # The constants of each half are judged on the other.
+    judged = [
+        lens.with_adapter(_constants(*_by_module(lens, sums, half))) for half in _HALVES[::-1]
+    ]
+    ends_of = _by_kl if readout is None else _by_readout
+    base, constant, adapted = ends_of(asked, judged, progress)
     count = int(sums.counts.sum())
     return ConstantPart(
         share=held_out_share(sums.euclidean(), sums.squares, sums.counts),
@@ -101,79 +190,78 @@ def constant_part(
         sites=lens.sites,
         vectors=vectors,
         widths=widths,
-        steering=_steering(lens.with_adapter(constants(vectors, widths))),
+        steering=_steering(lens.with_adapter(_constants(vectors, widths))),
         readout="KL(adapted ‖ ·)" if readout is None else readout.label,
         units="nats" if readout is None else readout.units,
         meta=lens.describe(),
     )
 
 
+def _constants(vectors: Mapping[str, Float[Tensor, " out"]], widths: Mapping[str, int]) -> Adapter:
+    """The adapter that adds these vectors."""
+    return Adapter.from_factors(constant_factors(vectors, widths), name="constant part")
+
+
 def _apart(rows: Prompts) -> Bool[Tensor, "text pos"]:
     """The tokens of each half that no text of the other has after the same ones."""
     halves = [rows.chosen(range(rows.batch)[half]) for half in _HALVES]
-    found = torch.zeros(rows.tokens.shape, dtype=torch.bool)
-    for half, own, other in zip(_HALVES, halves, halves[::-1], strict=True):
-        kept = unshared(own, other)
-        found[half, : kept.shape[1]] = kept
-    return found
+    apart = torch.zeros(rows.tokens.shape, dtype=torch.bool)
+    for half, texts, others in zip(_HALVES, halves, halves[::-1], strict=True):
+        kept = unshared(texts, others)
+        apart[half, : kept.shape[1]] = kept
+    return apart
 
 
-Ends = tuple[Float[Tensor, "batch"], Float[Tensor, "batch"], Float[Tensor, "batch"]]
+Ends = tuple[Float[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]
 
 
-def _by_kl(asked: Asked, others: list[LoraLens], progress: bool) -> Ends:
-    """Of base, constant and adapted model, Σ_t KL of the adapted from it."""
+def _by_kl(asked: Asked, judged: Sequence[LoraLens], progress: bool) -> Ends:
+    """Σ_t KL of the adapted model from the base, from the constants, and from itself."""
     lens, rows = asked.lens, asked.prompts
-    found, counted = torch.zeros(2, rows.batch, dtype=torch.float64), distinct_tokens(rows)
-    for start, other in zip((1, 0), others, strict=True):
-        held_out = list(range(start, rows.batch, 2))
-        both = [(lens, lens.gates(0.0)), (other, other.gates(1.0))]
-        reference = (lens, lens.gates(1.0))
-        some, own = rows.chosen(held_out), counted[held_out]
-        found[:, held_out] = text_divergences(reference, both, some, own, progress=progress)
-    return found[0], found[1], torch.zeros_like(found[0])
+    sums, counted = torch.zeros(3, rows.batch, dtype=torch.float64), distinct_tokens(rows)
+    adapted = (lens, lens.gates(1.0))
+    for half, constant in zip(_HALVES, judged, strict=True):
+        both = [(lens, lens.gates(0.0)), (constant, constant.gates(1.0))]
+        index = list(range(rows.batch)[half])
+        texts = rows.chosen(index)
+        sums[:2, index] = text_divergences(adapted, both, texts, counted[index], progress=progress)
+    base, constant, none = sums
+    return base, constant, none
 
 
-def _by_readout(asked: Asked, others: list[LoraLens], progress: bool) -> Ends:
+def _by_readout(asked: Asked, judged: Sequence[LoraLens], progress: bool) -> Ends:
     """g of base, constant and adapted model; each text by the constants of the other half."""
-    base, adapted = (end.cpu().double() for end in asked.ends)
+    base, adapted = asked.ends.cpu().double()
     constant = torch.empty_like(base)
-    for start, other in zip((1, 0), others, strict=True):
-        gates = other.gates(1.0)[None]
-        values = gated_readout(other, asked.reading, gates, progress=progress)
-        constant[start::2] = values[start::2, 0].cpu().double()
+    for half, lens in zip(_HALVES, judged, strict=True):
+        values = gated_readout(lens, asked.reading, lens.gates(1.0)[None], progress=progress)
+        constant[half] = values[half, 0].cpu().double()
     return base, constant, adapted
 
 
 def _by_module(
     lens: LoraLens, sums: UpdateSums, half: slice | None = None
-) -> tuple[dict[str, Float[Tensor, "out"]], dict[str, int]]:
+) -> tuple[dict[str, Float[Tensor, " out"]], dict[str, int]]:
     """μ of each module as its Hugging Face module writes it, and the width that it reads."""
     vectors: dict[str, Tensor] = {}
     widths: dict[str, int] = {}
-    for one, mean in zip(lens.plan.updates, sums.means(half), strict=True):
-        site = one.site
-        key = site.path + (f"@{site.adapter}" if site.adapter else "")
-        rows = slice(None) if site.rows is None else site.rows
-        out = len(mean) if site.rows is None else _out(lens.adapter.modules[key])
+    for site_update, mean in zip(lens.plan.updates, sums.means(half), strict=True):
+        site = site_update.site
+        key = site.path + site.key.removeprefix(site.module)
+        widths[key] = cast(Update, site_update.update).A.shape[1]
+        rows, out = slice(None), len(mean)
+        if site.rows is not None:
+            rows, out = site.rows, output_count(lens.adapter.modules[site.key], widths[key])
         vectors.setdefault(key, mean.new_zeros(out))[rows] = mean
-        widths[key] = cast(Update, one.update).A.shape[1]
     dtype = lens.gate_dtype
     return {key: vector.to(dtype) for key, vector in vectors.items()}, widths
 
 
-def _out(update: ModuleUpdate) -> int:
-    """The output features of a fused module."""
-    held = update.B if isinstance(update, LoRAFactors) else update.weight
-    return 0 if held is None else len(held)
-
-
-def _steering(lens: LoraLens) -> dict[str, Float[Tensor, "d"]]:
+def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:
     """What a lens of constants adds at each hook point, in the model's basis, heads laid flat."""
-    found: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
     for injection in lens.plan.injections:
         zero = injection.map.A.new_zeros(1, 1, injection.map.width)
-        added = injection.map(zero).flatten().cpu()
-        name = injection.ports.write
-        found[name] = found[name] + added if name in found else added
-    return found
+        vector, name = injection.map(zero).flatten().cpu(), injection.ports.write
+        added[name] = added[name] + vector if name in added else vector
+    return added

@@ -1,55 +1,62 @@
 """First-order shift of each site: a_l = u_yᵀ J_{l→L} δz_l = ∂g/∂ε_l (note, Prop. 1).
 
+At ε = 0 it predicts what adding one module to the base model does; at ε = 1 what taking one away
+from the adapted model does.
+
 1. Reverse mode gives every site and part for one readout, in one forward and one backward pass.
    Forward mode gives the same numbers by the other route, a tangent for each, and is its check.
 2. With `rules`, attention patterns or norm denominators are constants at their values there
-   (`hooked/frozen.py`), in both modes.
+   (`model/rules.py`), in both modes.
 3. The exact shift g(1) − g(0) stands beside the values, two forward passes.
-4. Several readouts of the same prompts: `analyses/many_readouts.py`; by output token:
-   `analyses/by_token.py`.
-
-At ε = 0 it predicts what adding one module to the base model does; at ε = 1 what taking one away
-from the adapted model does.
+4. By output token, A_lt = ∂ℓ_t/∂ε_l with ℓ_t = log p(y_t | x, y_<t): by position says where a
+   module wrote, by token what it changed, and Σ_t A_lt is the first order of the response's
+   log-probability. One row holds all ℓ_t. Reverse mode sends a covector for each token back through
+   one graph, in batches; split by position, head or rank, it takes a backward pass for each token.
+   Forward mode takes a tangent for each site, group of sites or part, from its block on.
+5. Several readouts of the same rows take one forward pass with ε in its graph, from which a
+   covector for each goes back in one batch; they share the two passes of their exact ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Generator
+import functools
+from collections.abc import Generator, Sequence
 from typing import overload
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.analyses.by_token import by_token, own_tokens_only, response_tokens
 from lens_lora.arguments import number
 from lens_lora.engine.activations import in_gauge
-from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.batching import Mode, chosen_mode
-from lens_lora.engine.function import require_finite
-from lens_lora.engine.reverse import require_finite_sites, site_slopes
-from lens_lora.engine.tangent_slopes import tangent_slopes
+from lens_lora.engine.asked import Asked, ask_prompts
+from lens_lora.engine.forward import (
+    TokenTangents,
+    all_parts,
+    group_parts,
+    part_tangents,
+    tangent_slopes,
+)
+from lens_lora.engine.function import gated_logits, require_finite
+from lens_lora.engine.memory import Mode, chosen_mode, graph_groups, must_rerun
+from lens_lora.engine.read import differentiable_tokens, read_logits
+from lens_lora.engine.reverse import joined, require_finite_sites, site_slopes, token_slopes
+from lens_lora.engine.second_order import slopes_of_each
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.alone import alone
-from lens_lora.hooked.frozen import FrozenRules, held_fixed, require_held
-from lens_lora.hooked.gauge import Gauge, gauge_of
-from lens_lora.hooked.sites import AXES, Group, Groups, by_axes, group_sites
-from lens_lora.lens import LoraLens
+from lens_lora.model.basis import Gauge, gauge_of
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.rules import FrozenRules, held_fixed, require_held
+from lens_lora.model.sites import AXES, Group, Groups, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.reading import LogProbs
 from lens_lora.readouts.readout import Readout
-from lens_lora.results.attribution import Attribution, Quadrature
-from lens_lora.results.grouped import GroupAttribution
-from lens_lora.results.measured import header
+from lens_lora.results.attribution import Attribution, GroupAttribution
+from lens_lora.results.base import header
 
-__all__ = [
-    "first_order",
-    "first_order_of",
-    "in_rank_space",
-    "labelled",
-]
-
-_TRIED_TOKENS = 8
+_TRIED_TOKENS = 8  # A pass of these few tokens shows whether the model's hooks keep the rules.
 
 
 @overload
@@ -85,11 +92,27 @@ def first_order(
 ) -> GroupAttribution: ...
 
 
+@overload
+def first_order(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Sequence[Readout],
+    *,
+    at: float = 0.0,
+    mode: Mode = "auto",
+    by: tuple[str, ...] | str = (),
+    gauge: Gauge = "trained",
+    rules: FrozenRules | None = None,
+    max_memory: float | None = None,
+    progress: bool = True,
+) -> tuple[Attribution, ...]: ...
+
+
 @alone
 def first_order(
     lens: LoraLens,
     prompts: PromptsLike,
-    readout: Readout,
+    readout: Readout | Sequence[Readout],
     *,
     at: float = 0.0,
     mode: Mode = "auto",
@@ -99,7 +122,7 @@ def first_order(
     rules: FrozenRules | None = None,
     max_memory: float | None = None,
     progress: bool = True,
-) -> Attribution | GroupAttribution:
+) -> Attribution | GroupAttribution | tuple[Attribution, ...]:
     """a_l = u_yᵀ J δz_l of every site, split by position, head and rank as asked.
 
     Cost: one forward and one backward in reverse mode (what 'auto' takes), and two forward passes
@@ -110,7 +133,8 @@ def first_order(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: u_y, what is read of the logits.
+        readout: u_y, what is read of the logits; or several readouts, whose derivatives by site go
+            back through one graph, as one batch, where mode, by, gauge and rules are left out.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse but for many
             tokens. The result names it.
@@ -118,7 +142,7 @@ def first_order(
             response is moved.
         group: with by='token', sums over 'layer', 'kind' or {name: site names or globs}, which
             take fewer tangents than single sites.
-        gauge: of the parts by rank: 'trained', the ranks of the file, whose parts another (GA,
+        gauge: the meaning of a rank: 'trained', the ranks of the file, whose parts another (GA,
             BG⁻¹) of the same ΔW would change, or 'svd', the singular directions of ΔW.
         rules: attention patterns or norm denominators held fixed at their values at `at`: J is
             then that of the model with constants in their place. The shift beside it is g's own.
@@ -129,26 +153,46 @@ def first_order(
     Returns:
         Attribution with values [batch, site, *by] in the readout's units; its `method` names the
         rules, as in 'first_order/patterns'. With `group`, GroupAttribution with values [batch,
-        group, token].
+        group, token]. Of several readouts, a tuple with an Attribution for each.
 
     Raises:
-        ArgumentError: another mode, axis, group or gauge, a gauge 'svd' without 'rank', a group
-            without by='token', or less memory than one part takes.
+        ArgumentError: no readouts, another mode, axis, group or gauge, a gauge 'svd' without
+            'rank', a group without by='token', or less memory than one part takes.
         SiteError: a glob of a group that matches no site.
         ModelStateError: rules that this model's hooks cannot keep, naming the hook point; in
             forward mode, an operation without a forward-mode derivative.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    asked = ask(lens, prompts, readout, max_memory)
-    asked = asked.require_slope_at_base() if number("at", at) == 0 else asked
+    readouts, at = _readouts(readout), number("at", at)
+    rows = ask_prompts(lens, prompts, max_memory)
+    questions = [rows.about(each_readout) for each_readout in readouts]
+    if at == 0:
+        questions = [asked.require_slope_at_base() for asked in questions]
     if group is not None:
-        _require_tokens_alone(by, gauge, group)
+        _require_alone(readouts, by, gauge, group)
         groups = group_sites(lens.sites, group)
-        return _of_groups(asked, groups, number("at", at), mode, rules, progress)
-    return first_order_of(
-        asked, at=at, mode=mode, by=by, gauge=gauge, rules=rules, progress=progress
+        return _by_group(questions[0], groups, at, mode, rules, progress)
+    take = functools.partial(
+        first_order_of, at=at, mode=mode, by=by, gauge=gauge, rules=rules, progress=progress
     )
+    if isinstance(readout, Readout):
+        return take(questions[0])
+    if mode == "auto" and not by and gauge == "trained" and rules is None:
+        return _of_several(questions, at, progress)
+    return tuple(map(take, questions))
+
+
+def _readouts(readout: object) -> Sequence[Readout]:
+    """One readout as a list of it."""
+    if isinstance(readout, Readout):
+        return [readout]
+    if isinstance(readout, str) or not isinstance(readout, Sequence) or not readout:
+        raise ArgumentError(
+            f"readout={readout!r}: expected a readout, such as ll.Logit(' Paris'), or a list of "
+            "at least one."
+        )
+    return readout
 
 
 def first_order_of(
@@ -162,77 +206,53 @@ def first_order_of(
     floors: bool = False,
     progress: bool = True,
 ) -> Attribution:
-    """`first_order` of a question that is already tokenised.
-
-    Args:
-        asked: the lens, the prompts and the readout.
-        at, mode, by, gauge, rules, progress: as for `first_order`.
-        floors: at the base, the noise floors are needed too: they share the passes.
-
-    Raises:
-        ArgumentError: another mode or axis, or less memory than one tangent takes.
-        NumericsError: a derivative that is not finite, naming the site.
-    """
+    """`first_order` of one readout. With `floors`, noise floors at the base share its passes."""
     axes = by_axes(by, (*AXES, "token"))
     lens, reading = in_rank_space(asked.lens, axes, gauge), asked.reading
-    at = number("at", at)
-    way, gates = chosen_mode(mode, lens, 1), lens.gates(at)
+    used_mode, gates = chosen_mode(mode, lens, 1), lens.gates(at)
     with _under(rules, lens, reading.prompts):
         if "token" in axes:
             turned = asked if lens is asked.lens else dataclasses.replace(asked, lens=lens)
-            values, way = by_token(turned, gates, axes[:-1], mode, progress)
-        elif way == "forward":
+            values, used_mode = _by_token(turned, gates, axes[:-1], mode, progress)
+        elif used_mode == "forward":
             values = tangent_slopes(lens, reading, gates, axes, progress=progress)
         elif floors:
             values = asked.slopes_with_floors(axes)
         else:
             values = site_slopes(lens, reading, gates, axes)
     require_finite_sites(lens, values)
-    found = labelled(asked, values, axes, method=_method(rules), at=at)
-    return dataclasses.replace(found, mode=way, gauge=gauge if "rank" in axes else "")
+    attribution = labelled(asked, values, axes, method=_method(rules), at=at)
+    gauge_used = gauge if "rank" in axes else ""
+    return dataclasses.replace(attribution, mode=used_mode, gauge=gauge_used)
+
+
+def labelled(
+    asked: Asked,
+    values: Float[Tensor, "batch site *by"],
+    axes: tuple[str, ...] = (),
+    *,
+    method: str,
+    at: float,
+) -> Attribution:
+    """The values with their labels, and the exact shift beside them."""
+    is_by_token = "token" in axes
+    return Attribution(
+        values=_beyond_responses(asked, values) if is_by_token else values,
+        by=axes,
+        heads=tuple(asked.lens.heads.of(site.kind) for site in asked.lens.sites),
+        method=method,
+        at=at,
+        response=_response_tokens(asked) if is_by_token else (),
+        **header(asked),
+    )
 
 
 def _method(rules: FrozenRules | None) -> str:
     return "first_order" if rules is None else f"first_order/{rules.key}"
 
 
-def _require_tokens_alone(by: tuple[str, ...] | str, gauge: Gauge, group: Group) -> None:
-    if by_axes(by, (*AXES, "token")) != ("token",) or gauge != "trained":
-        raise ArgumentError(
-            f"group={group!r} sums the sites of by='token' alone, and by={by!r}, gauge={gauge!r}; "
-            "without tokens use .sum('layer') of the result."
-        )
-
-
-def _of_groups(
-    asked: Asked,
-    groups: Groups,
-    at: float,
-    mode: Mode,
-    rules: FrozenRules | None,
-    progress: bool,
-) -> GroupAttribution:
-    with _under(rules, asked.lens, asked.reading.prompts):
-        values, way = by_token(asked, asked.lens.gates(at), (), mode, progress, groups)
-    require_finite(values, "the first-order shift")
-    return GroupAttribution(
-        values=own_tokens_only(asked, values),
-        groups=groups,
-        method=_method(rules),
-        at=at,
-        mode=way,
-        response=response_tokens(asked),
-        **header(asked),
-    )
-
-
 def in_rank_space(lens: LoraLens, axes: tuple[str, ...], gauge: Gauge) -> LoraLens:
     """The same function f(ε), with the rank spaces in the coordinates of the gauge.
-
-    Args:
-        lens: the adapter over the model.
-        axes: what the numbers are split by.
-        gauge: 'trained' or 'svd'.
 
     Raises:
         ArgumentError: another gauge, or 'svd' where nothing is split by rank.
@@ -261,33 +281,150 @@ def _under(rules: FrozenRules | None, lens: LoraLens, prompts: Prompts) -> Gener
         yield
 
 
-def labelled(
-    asked: Asked,
-    values: Float[Tensor, "batch site *by"],
-    axes: tuple[str, ...] = (),
-    *,
-    method: str,
-    at: float,
-    quadrature: Quadrature | None = None,
-) -> Attribution:
-    """The values with their labels, and the exact shift beside them.
+# --- By output token.
 
-    Args:
-        asked: of what; two forward passes, if its ends are not known yet.
-        values: in the readout's units.
-        axes: of the values after the site.
-        method: how they were computed, a stable identifier.
-        at: the gate value at which; NaN along a path.
-        quadrature: of a path integral.
-    """
-    is_by_token = "token" in axes
-    return Attribution(
-        values=own_tokens_only(asked, values) if is_by_token else values,
-        by=axes,
-        heads=tuple(asked.lens.heads.of(s.kind) for s in asked.lens.sites),
-        method=method,
+
+def _by_token(
+    asked: Asked,
+    gates: Float[Tensor, " site"],
+    axes: tuple[str, ...],
+    mode: Mode,
+    progress: bool,
+    groups: Groups | None = None,
+) -> tuple[Float[Tensor, "batch site_or_group *by_and_token"], str]:
+    """A_lt of every site (or group, without axes) and token, and the mode, which is the cheaper."""
+    _response(asked)
+    lens, reading = asked.lens, asked.reading
+    used_mode = chosen_mode(mode, lens, int(reading.prompts.slots), _starts(asked, axes, groups))
+    if used_mode == "forward":
+        tokens = TokenTangents(lens, reading)
+        if groups is None:
+            values = tangent_slopes(lens, reading, gates, axes, tokens=tokens, progress=progress)
+        else:
+            parts = group_parts(lens, groups)
+            values = part_tangents(
+                lens, reading.prompts, gates, parts, tokens, final=tokens.final, progress=progress
+            )
+        if tokens.value is not None and not bool(gates.any()):
+            asked.know_base(tokens.value)
+        return values, used_mode
+    if axes or must_rerun(lens, reading):
+        few_prompts = graph_groups(lens, reading)
+        values = joined([token_slopes(lens, rows, gates, axes) for rows in few_prompts])
+    else:
+        values = slopes_of_each(
+            lens,
+            reading,
+            gates,
+            lambda: differentiable_tokens(lens, reading).T,
+            progress=progress,
+        ).permute(1, 2, 0)
+    if groups is not None:
+        members = indicator(groups, len(lens.sites)).to(values)
+        values = torch.einsum("gs,bst->bgt", members, values)
+    return values, used_mode
+
+
+def _starts(asked: Asked, axes: tuple[str, ...], groups: Groups | None) -> list[int]:
+    """The layer at which each tangent of forward mode starts."""
+    layers = [site.layer for site in asked.lens.sites]
+    if groups is not None:
+        return [min(layers[i] for i in members) for members in groups.values()]
+    return [layers[part.site] for part in all_parts(asked.lens, asked.reading.prompts, axes)]
+
+
+def _by_group(
+    asked: Asked, groups: Groups, at: float, mode: Mode, rules: FrozenRules | None, progress: bool
+) -> GroupAttribution:
+    with _under(rules, asked.lens, asked.reading.prompts):
+        gates = asked.lens.gates(at)
+        values, used_mode = _by_token(asked, gates, (), mode, progress, groups)
+    require_finite(values, "the first-order shift")
+    return GroupAttribution(
+        values=_beyond_responses(asked, values),
+        groups=groups,
+        method=_method(rules),
         at=at,
-        quadrature=quadrature,
-        response=response_tokens(asked) if is_by_token else (),
+        mode=used_mode,
+        response=_response_tokens(asked),
         **header(asked),
     )
+
+
+def _require_alone(
+    readouts: Sequence[Readout], by: tuple[str, ...] | str, gauge: Gauge, group: Group
+) -> None:
+    if len(readouts) > 1:
+        raise ArgumentError(
+            f"group= takes one readout, and these are {len(readouts)}: call it for each."
+        )
+    if by_axes(by, (*AXES, "token")) != ("token",) or gauge != "trained":
+        raise ArgumentError(
+            f"group={group!r} sums the sites of by='token' alone, and by={by!r}, gauge={gauge!r}; "
+            "without tokens use .sum('layer') of the result."
+        )
+
+
+def _beyond_responses(
+    asked: Asked, values: Float[Tensor, "batch *rest token"]
+) -> Float[Tensor, "batch *rest token"]:
+    """NaN beyond a response's own tokens."""
+    exists = asked.reading.prompts.read_mask.to(values.device)
+    exists = exists.view(len(exists), *[1] * (values.ndim - 2), -1)
+    return torch.where(exists, values, torch.nan)
+
+
+def _response_tokens(asked: Asked) -> tuple[tuple[str, ...], ...]:
+    """Each prompt's y_1 … y_T as strings."""
+    response = _response(asked)
+    ids = [response.tokens[response.owner == i].tolist() for i in range(response.batch)]
+    return tuple(tuple(asked.lens.decode(row)) for row in ids)
+
+
+def _response(asked: Asked) -> LogProbs:
+    read = asked.reading.read
+    if isinstance(read, LogProbs) and read.is_one_response:
+        return read
+    raise ArgumentError(
+        f"by='token' splits the log-probability of one response, and the readout is "
+        f"{asked.readout.label}; use AnswerLogProb(response), for a margin once for each answer."
+    )
+
+
+# --- Several readouts of the same prompts.
+
+
+def _of_several(questions: Sequence[Asked], at: float, progress: bool) -> tuple[Attribution, ...]:
+    """Through one graph; a readout of several tokens, which has rows of its own, by itself."""
+    shared = [asked for asked in questions if asked.reading.prompts is asked.prompts]
+    slopes = dict(zip(shared, _slopes(shared, at, progress), strict=True)) if shared else {}
+    return tuple(
+        dataclasses.replace(
+            labelled(asked, slopes[asked], method="first_order", at=at), mode="reverse"
+        )
+        if asked in slopes
+        else first_order_of(asked, at=at, progress=progress)
+        for asked in questions
+    )
+
+
+def _slopes(
+    questions: Sequence[Asked], at: float, progress: bool
+) -> Float[Tensor, "readout batch site"]:
+    """∂g/∂ε_l of readouts of the same rows, whose ends come from the same two forward passes."""
+    lens, prompts = questions[0].lens, questions[0].prompts
+
+    def values(logits: Tensor) -> Float[Tensor, "readout batch"]:
+        return torch.stack([asked.reading.read(logits) for asked in questions])
+
+    with torch.no_grad():
+        base, adapted = (values(gated_logits(lens, prompts, lens.gates(end))) for end in (0.0, 1.0))
+    for asked, *ends in zip(questions, base, adapted, strict=True):
+        require_finite(torch.stack(ends), "a readout")
+        asked.know_ends(torch.stack(ends))
+    slopes = slopes_of_each(
+        lens, prompts, lens.gates(at), lambda: values(read_logits(lens, prompts)), progress=progress
+    )
+    for slopes_of_one in slopes:
+        require_finite_sites(lens, slopes_of_one)
+    return slopes

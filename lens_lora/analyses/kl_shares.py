@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, final
+from typing import Literal, final
 
 import pandas as pd
 import torch
@@ -30,32 +30,25 @@ from torch.nn import functional
 from lens_lora.analyses.first_order import in_rank_space, labelled
 from lens_lora.arguments import word
 from lens_lora.engine.asked import ask_prompts
-from lens_lora.engine.batching import graph_groups
-from lens_lora.engine.dual_pass import tangent_of
-from lens_lora.engine.forward import part_tangents
+from lens_lora.engine.duals import tangent_of
+from lens_lora.engine.forward import group_parts, part_tangents
 from lens_lora.engine.function import gated_readout
-from lens_lora.engine.pulled_back import pulled_back
+from lens_lora.engine.memory import graph_groups
 from lens_lora.engine.reverse import joined, require_finite_sites
-from lens_lora.engine.tangent_slopes import group_parts
+from lens_lora.engine.second_order import pulled_back
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.alone import alone
-from lens_lora.hooked.gauge import Gauge
-from lens_lora.hooked.sites import Groups, by_axes, group_sites
-from lens_lora.lens import LoraLens
-from lens_lora.readouts.answer_tokens import AnswerLike
+from lens_lora.model.basis import Gauge
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Groups, by_axes, group_sites
+from lens_lora.readouts.answers import AnswerLike
 from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import bound
-from lens_lora.readouts.rows import Reading
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.choosing import prompt_rows
-from lens_lora.results.measured import Result
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
-__all__ = ["KLShares", "kl_shares"]
+from lens_lora.results.base import Result, long_table, prompt_rows
 
 _KERNELS = ("site", "layer", "kind")
 _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
@@ -75,13 +68,13 @@ class KLShares(Result):
     """
 
     attribution: Attribution
-    scales: Float[Tensor, "scale"]
+    scales: Float[Tensor, " scale"]
     divergence: Float[Tensor, "batch scale"]
     gram: Float[Tensor, "batch group group"] | None = None
     groups: Groups = dataclasses.field(default_factory=dict)
 
     @property
-    def quadratic(self) -> Float[Tensor, "batch"]:
+    def quadratic(self) -> Float[Tensor, " batch"]:
         """½ vᵀ F v, the sum of all shares: what D would be at ε = 1 if it were quadratic."""
         return self.attribution.total
 
@@ -98,18 +91,10 @@ class KLShares(Result):
 
     def along(self) -> pd.DataFrame:
         """One row per prompt and ε: the divergence, the quadratic, and their ratio."""
-        rows = [
-            {
-                "prompt": p,
-                "scale": float(scale),
-                "divergence": float(self.divergence[p, i]),
-                "quadratic": float(scale**2 * self.quadratic[p]),
-                "ratio": float(self.ratio[p, i]),
-            }
-            for p in range(len(self.divergence))
-            for i, scale in enumerate(self.scales)
-        ]
-        return pd.DataFrame(rows)
+        quadratic = self.scales**2 * self.quadratic[:, None]
+        numbers = {"divergence": self.divergence, "quadratic": quadratic, "ratio": self.ratio}
+        prompts = {"prompt": range(len(self.divergence))}
+        return long_table(numbers, prompts, {"scale": self.scales.tolist()})
 
     def kernel(
         self, group: Literal["site", "layer", "kind"] = "layer", prompt: int | None = None
@@ -132,18 +117,18 @@ class KLShares(Result):
                 f"for it: ll.kl_shares(…, kernel={group!r})."
             )
         wanted = group_sites(self.attribution.sites, group)
-        held = list(self.groups.values())
+        parts = [set(indices) for indices in self.groups.values()]
         members = torch.tensor(
-            [[float(set(of) <= set(whole)) for of in held] for whole in wanted.values()]
+            [[float(part <= set(indices)) for part in parts] for indices in wanted.values()]
         ).to(self.gram)
         if not bool((members.sum(0) == 1).all()):
             raise ArgumentError(
-                f"the kernel is between {len(held)} groups, such as {next(iter(self.groups))!r}, "
+                f"the kernel is between {len(parts)} groups, such as {next(iter(self.groups))!r}, "
                 f"which do not make up each {group}; ask for it: ll.kl_shares(…, kernel={group!r})."
             )
         rows = prompt_rows(prompt, len(self.gram))
-        found = (members @ self.gram @ members.T)[rows].cpu().double().mean(0)
-        return pd.DataFrame(found.numpy(), index=list(wanted), columns=list(wanted))
+        kernel = (members @ self.gram @ members.T)[rows].cpu().double().mean(0)
+        return pd.DataFrame(kernel.numpy(), index=list(wanted), columns=list(wanted))
 
     def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
         """The k sites of largest share.
@@ -157,7 +142,7 @@ class KLShares(Result):
         """
         return self.attribution.top(k, prompt).drop(columns="share")
 
-    def plot(self, prompt: int | None = None) -> Figure:
+    def plot(self, prompt: int | None = None) -> drawing.Figure:
         """Heatmap layer × kind of module.
 
         Args:
@@ -219,13 +204,13 @@ def kl_shares(
     groups = {} if kernel is None else group_sites(lens.sites, kernel)
     question, readout = ask_prompts(lens, prompts, max_memory), KL(response, direction)
     lens = question.lens
-    reading, at = bound(readout, lens.model, question.prompts), lens.gates(0.0)
+    reading, base_gates = bound(readout, lens.model, question.prompts), lens.gates(0.0)
     rows = reading.prompts
     values, base = _quadratic(in_rank_space(lens, axes, gauge), reading, axes)
     require_finite_sites(lens, values)
     asked = question.compared_with(readout, reading, base)
-    strengths = torch.tensor([*sorted(scales), 1.0], dtype=at.dtype, device=at.device)
-    points = strengths[:, None].expand(-1, len(at))
+    strengths = base_gates.new_tensor([*sorted(scales), 1.0])
+    points = strengths[:, None].expand(-1, len(base_gates))
     along = gated_readout(lens, asked.reading, points, progress=progress, what="along the path")
     # D(0) = 0 by definition, so only the other end is run.
     asked.know_ends(torch.stack([torch.zeros_like(along[:, -1]), along[:, -1]]))
@@ -247,10 +232,10 @@ def _quadratic(
     """q_l and its parts, and f(0), as many prompts at a time as there is memory for."""
     values: list[Tensor] = []
     base: list[Tensor] = []
-    for some in graph_groups(lens, reading):
-        rows = some.prompts
+    for group in graph_groups(lens, reading):
+        rows = group.prompts
         doubled, f = pulled_back(
-            lens, some, axes, lambda f, v, rows=rows: _pulled(f.softmax(-1), v, rows)
+            lens, group, axes, lambda f, v, rows=rows: _pulled(f.softmax(-1), v, rows)
         )
         values.append(doubled / 2)
         more = reading.prompts.slots - rows.slots

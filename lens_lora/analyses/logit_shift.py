@@ -1,41 +1,42 @@
-"""The first-order shift of every token's logit, J δz_l (note, Prop. 1), for every site.
+"""First-order changes of what the model computes: J δz_l at the logits (note, Prop. 1), Δh inside.
 
-1. Forward mode: a tangent for each site gives the whole vocabulary.
-2. Reverse mode: a covector for each token gives every site.
-3. `engine/batching.py` says which is cheaper, and how many go at once.
-4. All sites together (`by_site=False`) are one tangent.
+1. `logit_shift`, every token and site. In forward mode a tangent for each site gives the whole
+   vocabulary; in reverse mode a covector for each token gives every site. `engine/memory.py` says
+   which is cheaper, and how many go at once. All sites together are one tangent.
+2. `tangents`, every hook point. One dual forward pass, every gate moving along `scale`; at each
+   hook point asked for, the derivative that the dual activation carries is kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import final
+from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import number, whole
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.batching import Mode, chosen_mode
-from lens_lora.engine.dual_pass import tangent_of
-from lens_lora.engine.forward import Part, joint_tangent, part_tangents
+from lens_lora.engine.duals import dual_forward, tangent_of
+from lens_lora.engine.forward import JointInject, Part, joint_tangent, part_tangents
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.gate_graph import slopes_of_each
+from lens_lora.engine.interventions import Names, resolved
+from lens_lora.engine.memory import Mode, chosen_mode, require_tangents
 from lens_lora.engine.read import read_logits
+from lens_lora.engine.second_order import slopes_of_each
 from lens_lora.errors import ArgumentError, SiteError, TokenError
-from lens_lora.hooked.alone import alone
-from lens_lora.hooked.sites import Site, one_site
-from lens_lora.lens import LoraLens
+from lens_lora.model.hooks import alone, attached
+from lens_lora.model.lens import LoraLens, Scale
+from lens_lora.model.sites import Site, one_site
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import token_ids
-from lens_lora.results.choosing import only_prompt
-from lens_lora.results.measured import Result
+from lens_lora.results.base import Result, long_table, only_prompt
 
-__all__ = ["LogitShift", "logit_shift", "logit_shift_of", "site_tangents", "token_slopes"]
+if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
 
 
 @final
@@ -45,8 +46,8 @@ class LogitShift(Result):
 
     Attributes:
         values: [batch, site, vocab], or [batch, vocab] for all sites together.
-        sites: of the site axis; empty for all sites together.
-        tokens: the ids of the vocab axis.
+        sites: along the site axis; empty for all sites together.
+        tokens: the ids along the vocab axis.
         strings: those tokens as strings.
         meta: model, adapter, dtype and versions.
     """
@@ -99,30 +100,27 @@ class LogitShift(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and token, and per site if split by site: the shift in logits."""
-        batch, vocab = len(self.values), len(self.tokens)
-        rows = batch * max(1, len(self.sites))
-        columns: dict[str, object] = {"prompt": np.repeat(np.arange(batch), rows // batch * vocab)}
-        if self.sites:
-            columns["site"] = np.tile(np.repeat([site.name for site in self.sites], vocab), batch)
-        columns["token"], columns["id"] = (list(x) * rows for x in (self.strings, self.tokens))
-        columns["shift"] = self.values.detach().cpu().double().flatten().numpy()
-        return pd.DataFrame(columns)
+        sites = [{"site": [site.name for site in self.sites]}] if self.sites else []
+        tokens = {"token": self.strings, "id": self.tokens}
+        prompts = {"prompt": range(len(self.values))}
+        return long_table({"shift": self.values}, prompts, *sites, tokens)
 
     def _ranked(
         self, site: str | None, k: int, prompt: int | None, *, largest: bool
     ) -> pd.DataFrame:
         row = self._row(site, only_prompt(prompt, len(self.values), "rankings of tokens"))
-        row = row - row.mean()
-        values, order = row.topk(min(whole("k", k, 0), len(row)), largest=largest)
+        count = min(whole("k", k, 0), len(row))
+        values, index = (row - row.mean()).topk(count, largest=largest)
+        order = index.tolist()
         return pd.DataFrame(
             {
-                "token": [self.strings[i] for i in order.tolist()],
-                "id": [self.tokens[i] for i in order.tolist()],
+                "token": [self.strings[i] for i in order],
+                "id": [self.tokens[i] for i in order],
                 "shift": values.cpu().double().tolist(),
             }
         )
 
-    def _row(self, site: str | None, prompt: int) -> Float[Tensor, "vocab"]:
+    def _row(self, site: str | None, prompt: int) -> Float[Tensor, " vocab"]:
         if site is None:
             return self.joint[prompt]
         if not self.sites:
@@ -156,10 +154,10 @@ def logit_shift(
         tokens: strings of one token, as it follows the prompts, or ids; without them the whole
             vocabulary.
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
-        mode: 'forward' or 'reverse'; 'auto' takes the cheaper one (`engine/batching.py`).
+        mode: 'forward' or 'reverse'; 'auto' takes the cheaper one.
         max_memory: bytes that a pass may take beside the model and the result (and, in reverse
             mode, beside the graph of the forward pass, which cannot be split). It sets how many
-            sites or tokens go at once, and does not change what is found.
+            sites or tokens go at once, and does not change the shifts.
         progress: show a bar.
 
     Raises:
@@ -167,111 +165,52 @@ def logit_shift(
         ArgumentError: another mode, no tokens, or less memory than one site or token takes.
         NumericsError: non-finite tangents.
     """
-    return logit_shift_of(
-        ask_prompts(lens, prompts, max_memory),
-        by_site=by_site,
-        tokens=tokens,
-        at=at,
-        mode=mode,
-        progress=progress,
-    )
-
-
-def logit_shift_of(
-    asked: Asked,
-    *,
-    by_site: bool = True,
-    tokens: Sequence[str | int] | None = None,
-    at: float = 0.0,
-    mode: Mode = "auto",
-    progress: bool = True,
-) -> LogitShift:
-    """`logit_shift` of prompts that are already tokenised; no readout is needed.
-
-    Args:
-        asked: the lens and the prompts.
-        by_site, tokens, at, mode, progress: as for `logit_shift`.
-
-    Raises:
-        NumericsError: a derivative that is not finite.
-    """
-    lens, prompts = asked.lens, asked.prompts
-    ids, at = _ids(lens, tokens, prompts), number("at", at)
-    columns, gates = torch.tensor(ids, device=lens.device), lens.gates(at)
-    way = chosen_mode(mode, lens, len(ids))
+    asked = ask_prompts(lens, prompts, max_memory)
+    lens, prompts, at = asked.lens, asked.prompts, number("at", at)
+    ids, gates = _ids(lens, tokens, prompts), lens.gates(at)
+    columns = torch.tensor(ids, device=lens.device)
+    cheaper = chosen_mode(mode, lens, len(ids))
     if not by_site:
         values = joint_tangent(lens, prompts, gates, torch.ones_like(gates))[:, columns]
-    elif way == "reverse":
-        values = token_slopes(lens, prompts, gates, columns, progress=progress)
-    else:
-        values = site_tangents(
+    elif cheaper == "reverse":
+        slopes = slopes_of_each(
             lens,
             prompts,
-            lambda rows: rows[..., columns],
-            at=at,
+            gates,
+            lambda: read_logits(lens, prompts)[:, columns].T,
             progress=progress,
         )
+        values = slopes.permute(1, 2, 0)
+    else:
+        parts = [Part(index) for index in range(len(lens.sites))]
+        values = part_tangents(
+            lens,
+            prompts,
+            gates,
+            parts,
+            lambda rows: tangent_of(rows)[..., columns],
+            progress=progress,
+        )
+    strings = lens.vocabulary if tokens is None else tuple(lens.decode(ids))
+    return _labelled(lens, values, lens.sites if by_site else (), ids, strings)
+
+
+def joint_logit_shift(asked: Asked) -> LogitShift:
+    """All sites together at the base, over the whole vocabulary. One dual forward pass."""
+    lens, base = asked.lens, asked.lens.gates(0.0)
+    values = joint_tangent(lens, asked.prompts, base, torch.ones_like(base))
+    return _labelled(lens, values, (), range(values.shape[1]), lens.vocabulary)
+
+
+def _labelled(
+    lens: LoraLens,
+    values: Float[Tensor, "batch *site vocab"],
+    sites: tuple[Site, ...],
+    ids: Iterable[int],
+    strings: tuple[str, ...],
+) -> LogitShift:
     require_finite(values, "the logit shift")
-    return LogitShift(
-        values=values,
-        sites=lens.sites if by_site else (),
-        tokens=tuple(ids),
-        strings=lens.vocabulary if tokens is None else tuple(lens.decode(ids)),
-        meta=lens.describe(),
-    )
-
-
-def site_tangents(
-    lens: LoraLens,
-    prompts: Prompts,
-    keep: Callable[[Float[Tensor, "batch site *slot vocab"]], Float[Tensor, "batch site *out"]],
-    *,
-    at: float = 0.0,
-    progress: bool = True,
-) -> Float[Tensor, "batch site *out"]:
-    """What `keep` keeps of every site's whole-vocabulary tangent at the read position.
-
-    A dual forward pass per site, many as one.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: what is run.
-        keep: what is kept of the tangents.
-        at: the gate value at which they are taken.
-        progress: show a bar.
-    """
-    parts = [Part(index) for index in range(len(lens.sites))]
-    return part_tangents(
-        lens,
-        prompts,
-        lens.gates(at),
-        parts,
-        lambda rows: keep(tangent_of(rows)),
-        progress=progress,
-    )
-
-
-def token_slopes(
-    lens: LoraLens,
-    prompts: Prompts,
-    at: Float[Tensor, "site"],
-    columns: Int[Tensor, "token"],
-    *,
-    progress: bool = True,
-) -> Float[Tensor, "batch site token"]:
-    """Every site's derivative of some tokens' logits. One forward, and a backward per token.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: what is run.
-        at: the gates at which the derivative is taken.
-        columns: the tokens' ids.
-        progress: show a bar.
-    """
-    found = slopes_of_each(
-        lens, prompts, at, lambda: read_logits(lens, prompts)[:, columns].T, progress=progress
-    )
-    return found.permute(1, 2, 0)
+    return LogitShift(values, sites, tuple(ids), strings, lens.describe())
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -> list[int]:
@@ -287,11 +226,66 @@ def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -
 
 def _id_after_all(lens: LoraLens, token: str | int, prompts: Prompts) -> int:
     """The id of the token that follows every prompt, as readouts look it up."""
-    found = token_ids(lens.model, token, prompts.batch, prompts.texts).tolist()
-    other = next((p for p, one in enumerate(found) if one != found[0]), None)
-    if other is not None:
-        raise TokenError(
-            f"{token!r} is token id {found[0]} after prompt 0 and {found[other]} after prompt "
-            f"{other}; pass the id that you mean."
-        )
-    return int(found[0])
+    first, *others = token_ids(lens.model, token, prompts.batch, prompts.texts).tolist()
+    for prompt, other in enumerate(others, start=1):
+        if other != first:
+            raise TokenError(
+                f"{token!r} is token id {first} after prompt 0 and {other} after prompt {prompt}; "
+                "pass the id that you mean."
+            )
+    return int(first)
+
+
+@alone
+def tangents(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    names: Names | None = None,
+    *,
+    scale: Scale = 1.0,
+    at: float = 0.0,
+    max_memory: float | None = None,
+) -> ActivationCache:
+    """d/dt of every hooked activation along ε = at + t·scale, at t = 0. One dual forward pass.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        names: a hook point, several, globs, or a predicate; None for every one.
+        scale: the direction: 1 for the whole adapter, {site or glob: 1} for single sites.
+        at: the gate value at which the tangent is taken.
+        max_memory: bytes for the tangents; by default the bound of the lens, if it has one.
+
+    Returns:
+        ActivationCache of tangents, shaped as the activations; at padding they mean nothing.
+
+    Raises:
+        SiteError: a hook point that the model lacks, with the nearest names.
+        ModelStateError: the model has an operation without a forward-mode derivative.
+        ArgumentError: a scale or `at` that is no number, or tangents beyond the bound.
+    """
+    asked, at = ask_prompts(lens, prompts, max_memory), number("at", at)
+    points = lens.model.hook_dict
+    wanted = list(points) if names is None else resolved(lens, names)[1]
+    aliases: dict[int, list[str]] = {}
+    for name in wanted:
+        aliases.setdefault(id(points[name]), []).append(name)
+    require_tangents(asked.lens, asked.prompts, [names[0] for names in aliases.values()])
+    kept: dict[str, Tensor] = {}
+
+    def keep(names: list[str]) -> Callable[..., None]:
+        def hook_fn(tensor: Any, hook: Any) -> None:
+            del hook
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                kept.update(dict.fromkeys(names, tangent_of(tensor)))
+
+        return hook_fn
+
+    hooks = [(names[0], keep(names)) for names in aliases.values()]
+    with dual_forward():
+        inject = JointInject(lens, lens.gates(at), lens.gates(scale))
+        with lens.injected(inject), attached(lens.model, hooks):
+            lens.run(asked.prompts)
+    from transformer_lens.ActivationCache import ActivationCache
+
+    return ActivationCache({name: kept[name] for name in wanted if name in kept}, lens.model)

@@ -2,7 +2,7 @@
 
 The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m.
 
-1. First order of the margin, and the margin itself along ε·Δ (`analyses/remainder_curve.py`).
+1. First order of the margin, and the margin itself along ε·Δ (`analyses/remainder.py`).
 2. Where the curve changes sign, a root finder on exact forward passes finds the scale, for all
    prompts together.
 """
@@ -21,31 +21,21 @@ from scipy.optimize import elementwise
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.remainder_curve import RemainderCurve, remainder_curve_of
-from lens_lora.analyses.verdict import (
-    FlipVerdict,
-    Verdict,
-    flip_verdict,
-    points_of,
-    verdict_of,
-)
+from lens_lora.analyses.remainder import RemainderCurve, remainder_curve_of
+from lens_lora.analyses.verdict import FlipVerdict, Verdict, flip_verdict, points_at_end, verdict_of
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.read import read_value
-from lens_lora.hooked.alone import alone
-from lens_lora.hooked.gates import ScaleInject
-from lens_lora.lens import LoraLens
-from lens_lora.readouts.answer_tokens import AnswerLike, answer_ids
-from lens_lora.readouts.answers import margin_between
+from lens_lora.model.gates import ScaleInject
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import Result, per_prompt
-from lens_lora.results.signs import changes_sign
+from lens_lora.results.base import Result, changes_sign, per_prompt
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-__all__ = ["FactMargin", "fact_margin", "fact_margin_of", "flip_scales"]
 
 
 @final
@@ -63,37 +53,37 @@ class FactMargin(Result):
 
     attribution: Attribution
     curve: RemainderCurve
-    flip_scale: Float[Tensor, "batch"]
+    flip_scale: Float[Tensor, " batch"]
     doc: tuple[str, ...]
     pre: tuple[str, ...]
 
     @property
-    def m0(self) -> Float[Tensor, "batch"]:
+    def m0(self) -> Float[Tensor, " batch"]:
         """The base model's margin, in logits: negative where it prefers the pretrained fact."""
         return self.attribution.base
 
     @property
-    def m(self) -> Float[Tensor, "batch"]:
+    def m(self) -> Float[Tensor, " batch"]:
         """The adapted model's margin, exact."""
         return self.attribution.adapted
 
     @property
-    def first_order(self) -> Float[Tensor, "batch"]:
+    def first_order(self) -> Float[Tensor, " batch"]:
         """Σ_l (u_doc − u_pre)ᵀ J δz_l."""
         return self.attribution.total
 
     @property
-    def remainder(self) -> Float[Tensor, "batch"]:
+    def remainder(self) -> Float[Tensor, " batch"]:
         """R_m = m − m₀ − first order."""
         return self.attribution.remainder
 
     @property
-    def noise_floor(self) -> Float[Tensor, "batch"]:
+    def noise_floor(self) -> Float[Tensor, " batch"]:
         """σ of a difference of two margins from rounding alone."""
         return self.curve.noise_floor
 
     @property
-    def remainder_floor(self) -> Float[Tensor, "batch"]:
+    def remainder_floor(self) -> Float[Tensor, " batch"]:
         """σ of R_m from rounding alone: of the margins' and of first order's."""
         return self.curve.noise.of_remainder(1.0)
 
@@ -120,18 +110,19 @@ class FactMargin(Result):
     @property
     def verdict(self) -> tuple[Verdict, ...]:
         """For each prompt, how good first order is at ε = 1 and on the way."""
-        one, shift = self.remainder.new_ones(1), self.attribution.shift
-        ends = points_of(one, self.remainder[:, None], shift[:, None], self.curve.noise)
-        return tuple(verdict_of(end[0], self.curve.way_of(i)) for i, end in enumerate(ends))
+        ends = points_at_end(self.remainder, self.attribution.shift, self.curve.noise)
+        return tuple(verdict_of(end, self.curve.way_of(i)) for i, end in enumerate(ends))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt: the margin's whole account; `hidden` where rounding hides a sign."""
         floors = ("noise_floor", "remainder_floor")
         names = ("m0", "first_order", "remainder", "m", *floors, "flip_scale")
         columns = per_prompt({name: getattr(self, name) for name in names})
-        hidden = tuple(verdict.kind == "hidden" for verdict in self.flip_verdict)
-        flips = {"flips": self.flips, "flip_predicted": self.flip_predicted, "hidden": hidden}
-        return pd.DataFrame({**columns, **flips})
+        return pd.DataFrame(columns).assign(
+            flips=self.flips,
+            flip_predicted=self.flip_predicted,
+            hidden=[verdict.kind == "hidden" for verdict in self.flip_verdict],
+        )
 
     def story(self, prompt: int | None = None) -> str:
         """The margin's account in plain words, claiming no more than the numbers.
@@ -185,24 +176,13 @@ def fact_margin(
     """
     asked = ask_prompts(lens, prompts)
     margin = margin_between(lens.model, doc, pre, asked.prompts)
-    return fact_margin_of(asked.about(margin), doc, pre, by=by, progress=progress)
+    return fact_margin_of(asked.about(margin), doc, pre, by, progress)
 
 
 def fact_margin_of(
-    asked: Asked,
-    doc: AnswerLike,
-    pre: AnswerLike,
-    *,
-    by: tuple[str, ...] | str = (),
-    progress: bool = True,
+    asked: Asked, doc: AnswerLike, pre: AnswerLike, by: tuple[str, ...] | str, progress: bool
 ) -> FactMargin:
-    """`fact_margin` of a question that is already tokenised.
-
-    Args:
-        asked: the lens, the prompts and, as the readout, the margin between doc and pre.
-        doc, pre: the two answers, for their names.
-        by, progress: as for `fact_margin`.
-    """
+    """The margin that `asked` reads, between these answers."""
     lens = asked.lens
     attribution = first_order_of(asked, by=by, floors=True)
     curve = remainder_curve_of(asked, attribution, progress=progress)
@@ -219,55 +199,50 @@ def fact_margin_of(
 
 def flip_scales(
     asked: Asked,
-    base: Float[Tensor, "batch"],
-    scales: Float[Tensor, "scale"],
+    base: Float[Tensor, " batch"],
+    scales: Float[Tensor, " scale"],
     values: Float[Tensor, "batch scale"],
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, " batch"]:
     """Each prompt's first sign change along ε, refined; NaN without one.
 
     All prompts are refined together: about ten forward passes of the batch.
-
-    Args:
-        asked: the lens, the prompts and the readout.
-        base: g(0).
-        scales: ε above 0, increasing.
-        values: g at each of them.
     """
-    at = torch.cat([scales.new_zeros(1), scales]).cpu().double()
+    steps = torch.cat([scales.new_zeros(1), scales]).cpu().double()
     values = torch.cat([base[:, None], values], 1).cpu()
     crosses = (values[:, :-1] != 0) & (values[:, :-1] * values[:, 1:] <= 0)
     flips = torch.full((len(values),), float("nan"), dtype=torch.float64)
-    which = crosses.any(1).nonzero()[:, 0]
-    if len(which):
-        step = crosses[which].int().argmax(1)
-        flips[which] = _roots(asked, which, at[step], at[step + 1])
+    flipping = crosses.any(1).nonzero()[:, 0]
+    if len(flipping):
+        first = crosses[flipping].int().argmax(1)
+        flips[flipping] = _roots(asked, flipping, steps[first], steps[first + 1])
     return flips
 
 
 def _roots(
     asked: Asked,
-    which: Int[Tensor, "flipping"],
-    low: Float[Tensor, "flipping"],
-    high: Float[Tensor, "flipping"],
-) -> Float[Tensor, "flipping"]:
+    flipping: Int[Tensor, " flipping"],
+    low: Float[Tensor, " flipping"],
+    high: Float[Tensor, " flipping"],
+) -> Float[Tensor, " flipping"]:
     """Where g(ε·1) is zero between the two scales, which it is not if rounding hid its sign."""
     lens, reading = asked.lens, asked.reading
-    every = torch.zeros(reading.batch, dtype=lens.gate_dtype)
+    latest = torch.zeros(reading.batch, dtype=lens.gate_dtype)
 
     def value(scale: NDArray[Any], prompt: NDArray[Any]) -> NDArray[Any]:
         index = torch.from_numpy(prompt)
-        every[index] = torch.from_numpy(scale).to(every)
-        still, where = index.unique(return_inverse=True)
-        some = reading.only(still)
-        scales, place = (every, index) if some is reading else (every[still], where)
-        gates = scales[some.owner.cpu(), None].expand(-1, len(lens.sites))
+        latest[index] = torch.from_numpy(scale).to(latest)
+        asked_for, place = index.unique(return_inverse=True)
+        rows = reading.only(asked_for)
+        # A user's function reads all prompts; those not asked for stay at their latest scale.
+        scales, place = (latest, index) if rows is reading else (latest[asked_for], place)
+        gates = scales[rows.owner.cpu(), None].expand(-1, len(lens.sites))
         with torch.no_grad(), lens.injected(ScaleInject(lens.plan, lens.gates(gates))):
-            return read_value(lens, some).cpu().double()[place].numpy()
+            return read_value(lens, rows).cpu().double()[place].numpy()
 
-    found = elementwise.find_root(
-        value, (low.numpy(), high.numpy()), args=(which.numpy(),), tolerances={"xatol": 1e-6}
+    bracket = low.numpy(), high.numpy()
+    root = elementwise.find_root(
+        value, bracket, args=(flipping.numpy(),), tolerances={"xatol": 1e-6}
     )
-    nearer = np.abs(found.f_bracket).argmin(0)
-    ends = np.stack([low.numpy(), high.numpy()])
-    hidden = ends[nearer, np.arange(len(nearer))]
-    return torch.from_numpy(np.where(found.success, found.x, hidden))
+    nearer = np.abs(root.f_bracket).argmin(0)
+    hidden = np.stack(bracket)[nearer, np.arange(len(nearer))]
+    return torch.from_numpy(np.where(root.success, root.x, hidden))

@@ -1,19 +1,22 @@
-"""The remainder that first order leaves: of one site, and of all sites.
+"""The remainder that first order leaves: of one site, of all sites, and along the path.
 
-    single site   u_yᵀ r_l = g(e_l) − g(0) − a_l             (note, §3)
-    all sites     R_y = g(1) − g(0) − Σ_l a_l                (note, §4)
+    single site   u_yᵀ r_l = g(e_l) − g(0) − a_l                          (note, §3)
+    all sites     R_y = g(1) − g(0) − Σ_l a_l                             (note, §4)
+    the path      R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l = O(ε²)              (note, Assumption 2)
 
-1. First order and the exact ends; on request each site added alone.
+1. First order at ε = 0, the exact ends, and the exact g on the way; on request each site alone.
 2. Noise floors say what of the shift, and what of the remainder, is rounding.
 3. At ε = 1 the two may agree by coincidence, so the verdict also looks at ε = 0.25, 0.5 and 0.75:
-   at the same strengths for every result, so that no two can disagree on one remainder (the whole
-   path: `analyses/remainder_curve.py`).
+   at the same strengths for every result, so that no two can disagree on one remainder.
+4. The order is the slope of log|R| on log ε, over the first decade of strengths at which R stands
+   out of the noise: 2 for a smooth model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import pandas as pd
@@ -22,18 +25,37 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.verdict import CHECKPOINTS, Verdict, points_of, verdict_of
-from lens_lora.engine.asked import ask
+from lens_lora.analyses.verdict import (
+    CHECKPOINTS,
+    Noise,
+    Point,
+    Verdict,
+    noise_of,
+    points_at_end,
+    points_of,
+    verdict_of,
+)
+from lens_lora.arguments import numbers_of
+from lens_lora.compat import in_float64
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.alone import alone
-from lens_lora.lens import LoraLens
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results.measured import Measured, flat, header, per_prompt
-from lens_lora.results.noise import Noise, noise_of
+from lens_lora.results import drawing
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.base import Measured, Read, header, long_table, per_prompt, read_of
 
-__all__ = ["Remainder", "remainder"]
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+# Small strengths for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25, … 1.
+_USUAL_SCALES = (
+    *np.geomspace(1e-4, 8e-2, 10).tolist(),
+    *sorted({*np.linspace(0.1, 1.0, 10).round(3).tolist(), *CHECKPOINTS}),
+)
 
 
 @final
@@ -43,15 +65,15 @@ class Remainder(Measured):
 
     Attributes:
         first_order: [batch], Σ_l a_l.
-        noise: what rounding alone does to a shift and to the remainder.
-        path_scales: some ε on the way.
+        noise: σ of a shift and of the remainder from rounding alone.
+        path_scales: the ε on the way at which g was run.
         path_shift: [batch, scale], g(ε) − g(0) at each of them.
         site_first_order: [batch, site], a_l.
         site_shift: [batch, site], g(e_l) − g(0); only with by_site.
-        sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
     """
 
-    first_order: Float[Tensor, "batch"]
+    first_order: Float[Tensor, " batch"]
     noise: Noise
     path_scales: tuple[float, ...]
     path_shift: Float[Tensor, "batch scale"]
@@ -59,32 +81,19 @@ class Remainder(Measured):
     site_shift: Float[Tensor, "batch site"] | None
 
     @property
-    def remainder(self) -> Float[Tensor, "batch"]:
+    def remainder(self) -> Float[Tensor, " batch"]:
         """R_y."""
         return self.shift - self.first_order
 
     @property
-    def noise_floor(self) -> Float[Tensor, "batch"]:
+    def noise_floor(self) -> Float[Tensor, " batch"]:
         """σ of the shift from rounding alone."""
         return self.noise.shift
 
     @property
-    def remainder_floor(self) -> Float[Tensor, "batch"]:
+    def remainder_floor(self) -> Float[Tensor, " batch"]:
         """σ of the remainder from rounding alone: of the shift's and of first order's."""
         return self.noise.of_remainder(1.0)
-
-    @property
-    def path_ratio(self) -> Float[Tensor, "batch scale"]:
-        """|R_y(ε)| / |g(ε) − g(0)| at each of `path_scales`."""
-        return self._path_remainder.abs() / self.path_shift.abs()
-
-    @property
-    def _scales(self) -> Float[Tensor, "scale"]:
-        return self.path_shift.new_tensor(self.path_scales)
-
-    @property
-    def _path_remainder(self) -> Float[Tensor, "batch scale"]:
-        return self.path_shift - self._scales * self.first_order[:, None]
 
     @property
     def site_remainder(self) -> Float[Tensor, "batch site"]:
@@ -100,30 +109,17 @@ class Remainder(Measured):
     @property
     def verdict(self) -> tuple[Verdict, ...]:
         """For each prompt, how good first order is at ε = 1 and on the way; str() words it."""
-        one = self._scales.new_ones(1)
-        ends = points_of(one, self.remainder[:, None], self.shift[:, None], self.noise)
-        ways = points_of(self._scales, self._path_remainder, self.path_shift, self.noise)
-        return tuple(verdict_of(end[0], way) for end, way in zip(ends, ways, strict=True))
+        scales = self.path_shift.new_tensor(self.path_scales)
+        path_remainder = self.path_shift - scales * self.first_order[:, None]
+        ends = points_at_end(self.remainder, self.shift, self.noise)
+        ways = points_of(scales, path_remainder, self.path_shift, self.noise)
+        return tuple(map(verdict_of, ends, ways))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt: shift, first order, remainder, both floors, the verdict's kind."""
         names = ("shift", "first_order", "remainder", "noise_floor", "remainder_floor")
         frame = pd.DataFrame(per_prompt({name: getattr(self, name) for name in names}))
         return frame.assign(verdict=[verdict.kind for verdict in self.verdict])
-
-    def sites_to_frame(self) -> pd.DataFrame:
-        """One row per prompt and site: its shift alone, first order, remainder."""
-        batch, count = self.site_first_order.shape
-        numbers = {
-            "shift": self.site_remainder + self.site_first_order,
-            "first_order": self.site_first_order,
-            "remainder": self.site_remainder,
-        }
-        labels = {
-            "prompt": np.repeat(np.arange(batch), count),
-            "site": [s.name for s in self.sites] * batch,
-        }
-        return pd.DataFrame({**labels, **flat(numbers)})
 
 
 @alone
@@ -154,7 +150,7 @@ def remainder(
     asked = ask(lens, prompts, readout).require_slope_at_base()
     attribution = first_order_of(asked, floors=True)
     steps = torch.stack([lens.gates(scale) for scale in CHECKPOINTS])
-    way = gated_readout(lens, asked.reading, steps, progress=progress)
+    path = gated_readout(lens, asked.reading, steps, progress=progress)
     site_shift = None
     if by_site:
         single = torch.eye(len(lens.sites), dtype=lens.gate_dtype)
@@ -164,8 +160,179 @@ def remainder(
         first_order=attribution.total,
         noise=noise_of(asked, attribution),
         path_scales=CHECKPOINTS,
-        path_shift=way - attribution.base[:, None],
+        path_shift=path - attribution.base[:, None],
         site_first_order=attribution.per_site,
         site_shift=site_shift,
         **header(asked),
     )
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RemainderCurve(Read):
+    """g, first order and remainder along ε from 0 to 1, in the readout's units.
+
+    Attributes:
+        scales: [scale], the ε at which g was run.
+        values: [batch, scale], g(ε·1), exact.
+        base: [batch], g(0).
+        slope: [batch], Σ_l a_l, the first-order shift per unit of ε.
+        noise: σ of a shift and of the remainder from rounding alone.
+        order: [batch], fitted slope of log|R| on log ε at small ε above the noise: 2 for a smooth
+            model, NaN where fewer than three points stand out of the noise.
+        str_tokens, readout, units, meta: see `Read`.
+    """
+
+    scales: Float[Tensor, " scale"]
+    values: Float[Tensor, "batch scale"]
+    base: Float[Tensor, " batch"]
+    slope: Float[Tensor, " batch"]
+    noise: Noise
+    order: Float[Tensor, " batch"]
+
+    @property
+    def noise_floor(self) -> Float[Tensor, " batch"]:
+        """σ of the shift at ε = 1 from rounding alone."""
+        return self.noise.shift
+
+    @property
+    def remainder_floor(self) -> Float[Tensor, "batch scale"]:
+        """σ of R_y(ε) from rounding alone: of the shift's and of first order's."""
+        return self.noise.of_remainder(self.scales)
+
+    @property
+    def shift(self) -> Float[Tensor, "batch scale"]:
+        """g(ε) − g(0)."""
+        return self.values - self.base[:, None]
+
+    @property
+    def first_order(self) -> Float[Tensor, "batch scale"]:
+        """ε Σ_l a_l."""
+        return self.slope[:, None] * self.scales
+
+    @property
+    def remainder(self) -> Float[Tensor, "batch scale"]:
+        """R_y(ε)."""
+        return self.shift - self.first_order
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and ε: value, shift, first order, remainder and its share."""
+        numbers = {
+            "value": self.values,
+            "shift": self.shift,
+            "first_order": self.first_order,
+            "remainder": self.remainder,
+        }
+        scales = self.scales.cpu().double().numpy()
+        frame = long_table(numbers, {"prompt": range(len(self.values))}, {"scale": scales})
+        return frame.assign(share=frame["remainder"].abs() / frame["shift"].abs())
+
+    @property
+    def points(self) -> list[list[Point]]:
+        """Each prompt's R(ε) and shift at every ε, with their floors."""
+        return points_of(self.scales, self.remainder, self.shift, self.noise)
+
+    def way_of(self, prompt: int) -> list[Point]:
+        """The points between the ends nearest to ε = ¼, ½ and ¾.
+
+        Args:
+            prompt: its index.
+        """
+        inner = [point for point in self.points[prompt] if 0 < point.scale < 1]
+        near = [min(inner, key=lambda point: abs(point.scale - c)) for c in CHECKPOINTS if inner]
+        return list(dict.fromkeys(near))
+
+    def plot(self, prompt: int | None = None) -> Figure:
+        """The readout and its first-order line along ε, and the remainder's share of the shift.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)
+
+
+@alone
+def remainder_curve(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    scales: Sequence[float] | Float[Tensor, " scale"] | None = None,
+    *,
+    progress: bool = True,
+) -> RemainderCurve:
+    """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
+
+    Cost: five forward and backward passes and ten forward passes, most of them for the noise
+    floors, beside a forward pass per scale below 1 (21 by default), batched.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        scales: the strengths ε at which g is run; None for the usual ones.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: no scales, or something that is no number.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a readout or derivative that is not finite.
+    """
+    strengths = _USUAL_SCALES if scales is None else numbers_of("scales", scales)
+    if not strengths:
+        raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
+    asked = ask(lens, prompts, readout)
+    return remainder_curve_of(asked, first_order_of(asked, floors=True), strengths, progress)
+
+
+def remainder_curve_of(
+    asked: Asked,
+    attribution: Attribution,
+    strengths: Sequence[float] = _USUAL_SCALES,
+    progress: bool = True,
+) -> RemainderCurve:
+    """The curve at these ε, beside first order at the base."""
+    lens, noise = asked.lens, noise_of(asked, attribution)
+    scales = torch.tensor(sorted(strengths), dtype=lens.gate_dtype)
+    gates = scales[:, None].expand(-1, len(lens.sites))
+    values = asked.at_gates(gates, progress=progress, what="along the path")
+    scales = scales.to(values.device)
+    rest = values - attribution.base[:, None] - scales * attribution.total[:, None]
+    return RemainderCurve(
+        scales=scales,
+        values=values,
+        base=attribution.base,
+        slope=attribution.total,
+        noise=noise,
+        order=orders(scales, rest, noise.of_remainder(scales)),
+        **read_of(asked),
+    )
+
+
+def orders(
+    scales: Float[Tensor, " scale"],
+    rest: Float[Tensor, "batch scale"],
+    floor: Float[Tensor, "batch scale"],
+) -> Float[Tensor, " batch"]:
+    """`fitted_order` of each prompt."""
+    return torch.stack([fitted_order(scales, *row) for row in zip(rest, floor, strict=True)])
+
+
+def fitted_order(
+    scales: Float[Tensor, " scale"], rest: Float[Tensor, " scale"], floor: Float[Tensor, " scale"]
+) -> Float[Tensor, ""]:
+    """Slope of log|R| on log ε over the first decade of scales, 2 for a remainder of second order.
+
+    A remainder counts from ten noise floors on, which is where rounding moves its logarithm by a
+    tenth; NaN where fewer than three scales count.
+    """
+    clear = (scales > 0) & (rest.abs() > 10 * floor)
+    scales, rest = in_float64(scales[clear]), in_float64(rest[clear])
+    if len(scales) < 3:
+        return torch.tensor(float("nan"), dtype=torch.float64, device=rest.device)
+    fitted = max(3, int((scales <= 10 * scales[0]).sum()))
+    log_scale, log_rest = scales[:fitted].log(), rest[:fitted].abs().log()
+    centred = log_scale - log_scale.mean()
+    return (centred @ log_rest) / (centred @ centred)

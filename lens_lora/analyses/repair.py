@@ -1,11 +1,22 @@
 """Keep one behaviour of an adapter and drop another, by gates of its ranks or sites.
 
-1. Questions: what is kept and what is dropped, each as prompts with a readout, and as a share of
-   what the whole adapter does (`analyses/repair_questions.py`).
-2. Gates in [0, 1] are optimised on them and rounded (`analyses/repair_search.py`).
-3. The kept part is an adapter of its own (`analyses/sub_adapter.py`).
-4. It is judged on the questions given, and on those held out, beside two plain alternatives: the
-   whole adapter scaled down until it keeps the same share, and random sets of as many gates.
+    kept   Σ_p s_p (g_p(ε) − g_p(0)) / Σ_p |g_p(1) − g_p(0)|,   s_p the sign of prompt p's shift
+    left   Σ_p |g_p(ε) − g_p(0)| / Σ_p |g_p(1) − g_p(0)|
+
+1. A question is prompts with a readout, and is read as the share that gates keep, or leave, of what
+   the whole adapter does. A `KL()` without a response is read at every token of its texts but the
+   first. A question that the adapter does not move has no share, and is refused.
+2. Gates of all ranks or sites start at one. Each step of Adam is put back into 0 ≤ ε ≤ 1, and
+
+       minimises   mean left(ε) + price · mean ε + force · Σ max(0, share − kept_q(ε)).
+
+   The price takes out what does nothing on these prompts.
+3. Rounding: the gates above each of some thresholds are kept whole. Of the sets that keep the share
+   of every question the one that leaves least is taken; the whole adapter where none does.
+4. The kept part becomes an adapter (`analyses/sub_adapter.py`). It is judged on the questions given
+   and on those held out, beside random sets of as many gates and the whole adapter scaled down
+   until it keeps the same share: the first strength on the way up, refined by bisection on exact
+   forward passes; 1 where none up to 1 keeps as much.
 
 A scaled-down adapter leaves less the less it keeps, so the two are compared at the same kept share:
 the gain is what scaling leaves over what the repair leaves.
@@ -14,41 +25,36 @@ the gain is what scaling leaves over what the repair leaves.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, final, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final, get_args
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.factors import LoRAFactors
-from lens_lora.adapters.trained import TrainedModule
-from lens_lora.analyses.repair_judging import RANDOM, STATES, judged
-from lens_lora.analyses.repair_questions import Part, parts_of
-from lens_lora.analyses.repair_search import Search, optimised, rounded
+from lens_lora.adapters.factors import LoRAFactors, TrainedModule
 from lens_lora.analyses.sub_adapter import require_expressible, sub_adapter
 from lens_lora.arguments import number, whole, word
-from lens_lora.engine.rank_gates import GateLayout, Of, layout_of
+from lens_lora.engine.activations import GateLayout, Of, layout_of, value_at
+from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.alone import alone
-from lens_lora.hooked.sites import Site
-from lens_lora.lens import LoraLens
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Site
+from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
-from lens_lora.results.measured import Result
+from lens_lora.results.base import SIGMAS, Result
 from lens_lora.results.storage import stored
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from plotly.graph_objects import Figure
-
-__all__ = ["Repair", "repair"]
 
 Question = tuple[PromptsLike, Readout]
 Verdict = Literal["helps", "tie", "worse", "nothing"]
+STATES = ("whole", "repaired", "scaled", "random")
+RANDOM = "seed of random sets"
 _CLEAR = 1.1  # gains nearer to one are called a tie
 
 for _kind in (Adapter, LoRAFactors, TrainedModule):
@@ -86,8 +92,8 @@ class Repair(Result):
     """
 
     adapter: Adapter
-    gates: Float[Tensor, "gate"]
-    kept: Bool[Tensor, "gate"]
+    gates: Float[Tensor, " gate"]
+    kept: Bool[Tensor, " gate"]
     sites: tuple[Site, ...]
     sizes: tuple[int, ...]
     of: Of
@@ -99,7 +105,7 @@ class Repair(Result):
     shares: Float[Tensor, "state question"]
     values: Float[Tensor, "state_and_base question"]
     random: Float[Tensor, "draw question"]
-    scales: Float[Tensor, "scale"]
+    scales: Float[Tensor, " scale"]
     along: Float[Tensor, "scale question"]
     matched: tuple[float, ...]
     meta: Mapping[str, str]
@@ -164,26 +170,11 @@ class Repair(Result):
         ]
         return pd.DataFrame(rows)
 
-    def gates_to_frame(self) -> pd.DataFrame:
-        """One row per gate: its site, its rank, its value before rounding, whether it is kept."""
-        names = [
-            site for site, size in zip(self.sites, self.sizes, strict=True) for _ in range(size)
-        ]
-        return pd.DataFrame(
-            {
-                "site": [site.name for site in names],
-                "module": [site.module for site in names],
-                "rank": [rank for size in self.sizes for rank in range(size)],
-                "gate": self.gates.cpu().double().tolist(),
-                "kept": self.kept.cpu().tolist(),
-            }
-        )
-
     def story(self) -> str:
         """What was kept and left, beside scaling, in plain words."""
         return drawing.story(self)
 
-    def plot(self) -> Figure:
+    def plot(self) -> drawing.Figure:
         """What is left against what is kept: the repair beside scaling and random sets."""
         return drawing.figure(self)
 
@@ -248,56 +239,300 @@ def repair(
         NumericsError: a non-finite readout.
     """
     word("of", of, get_args(Of))
-    search = _search(keep_share, steps, rate, price)
-    draws, seed = whole("draws", draws, 1), whole("seed", seed, 0)
-    given = (*parts_of(lens, keep, "keep"), *parts_of(lens, drop, "drop"))
-    tests = (
-        *parts_of(lens, test_keep, "test_keep", may_lack=True),
-        *parts_of(lens, test_drop, "test_drop", may_lack=True),
-    )
+    keep_share, rate = number("keep_share", keep_share), number("rate", rate)
+    price = number("price", price)
+    _require_settings(keep_share, rate, price)
+    steps, draws, seed = whole("steps", steps, 1), whole("draws", draws, 1), whole("seed", seed, 0)
     layout = layout_of(lens, of)
     require_expressible(layout)
-    gates = optimised(layout, given, search, progress=progress)
-    kept = rounded(layout, given, gates, search.keep_share)
-    return _result(layout, (*given, *tests), gates, kept, search.keep_share, draws, seed)
-
-
-def _result(
-    layout: GateLayout,
-    parts: tuple[Part, ...],
-    gates: Tensor,
-    kept: Tensor,
-    keep_share: float,
-    draws: int,
-    seed: int,
-) -> Repair:
-    lens = layout.lens
+    given = [*_goals(layout, lens, keep, "keep"), *_goals(layout, lens, drop, "drop")]
+    tests = [
+        *_goals(layout, lens, test_keep, "test_keep"),
+        *_goals(layout, lens, test_drop, "test_drop"),
+    ]
+    gates = _optimised(given, keep_share, steps, rate, price, progress=progress)
+    kept = _rounded(given, gates, keep_share)
+    goals = given + tests
     return Repair(
         adapter=sub_adapter(layout, kept.cpu(), f"{lens.adapter.name} repaired"),
         gates=gates,
         kept=kept,
         sites=lens.sites,
         sizes=layout.sizes,
-        of=layout.of,
+        of=of,
         keep_share=keep_share,
-        labels=tuple(part.label for part in parts),
-        keeps=tuple(part.keep for part in parts),
-        held_out=tuple(part.held_out for part in parts),
+        labels=tuple(goal.label for goal in goals),
+        keeps=tuple(goal.keep for goal in goals),
+        held_out=tuple(goal.held_out for goal in goals),
         gate_count=int(layout.alive.sum()),
         meta={**lens.describe(), RANDOM: str(seed)},
-        **judged(layout, parts, kept, draws, seed),
+        **_judged(goals, kept, draws, seed),
     )
 
 
-def _search(keep_share: float, steps: int, rate: float, price: float) -> Search:
-    share, rate, price = (
-        number(name, value)
-        for name, value in (("keep_share", keep_share), ("rate", rate), ("price", price))
-    )
-    if not 0 < share <= 1:
-        raise ArgumentError(f"keep_share={share:g}: expected a share above 0, at most 1.")
+def _require_settings(keep_share: float, rate: float, price: float) -> None:
+    if not 0 < keep_share <= 1:
+        raise ArgumentError(f"keep_share={keep_share:g}: expected a share above 0, at most 1.")
     if rate <= 0 or price < 0:
         raise ArgumentError(
             f"rate={rate:g}, price={price:g}: expected a rate above 0, a price ≥ 0."
         )
-    return Search(share, whole("steps", steps, 1), rate, price)
+
+
+# --- questions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Goal:
+    """One question bound to the lens.
+
+    Attributes:
+        keep: whether it is to be kept, or dropped.
+        held_out: whether it only judges.
+        tokens: how many tokens a KL is read at, 1 for other readouts.
+    """
+
+    layout: GateLayout
+    asked: Asked
+    keep: bool
+    held_out: bool
+    tokens: int
+
+    @property
+    def label(self) -> str:
+        """The readout's, and that it is per token where it is."""
+        return self.asked.readout.label + (" per token" if self.tokens > 1 else "")
+
+    def values(self, gates: Float[Tensor, " gate"]) -> Float[Tensor, " batch"]:
+        """g at these gates. One forward pass.
+
+        Raises:
+            NumericsError: a non-finite readout.
+        """
+        return value_at(self.layout, self.asked.reading, gates)
+
+    def share(self, values: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+        """What is kept, or left, of what the adapter does."""
+        base, adapted = self.asked.ends
+        shift = adapted - base
+        moved = values - base.to(values)
+        moved = moved * shift.sign() if self.keep else moved.abs()
+        return moved.sum() / shift.abs().sum()
+
+    def mean(self, values: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+        """The mean of g over prompts; of a KL over texts, over their tokens."""
+        return values.sum() / self.tokens if self.tokens > 1 else values.mean()
+
+
+def _goals(
+    layout: GateLayout, lens: LoraLens, questions: Sequence[Question], name: str
+) -> list[_Goal]:
+    """The questions of the argument of this name."""
+    held_out = name.startswith("test")
+    if not isinstance(questions, list | tuple) or not (questions or held_out):
+        raise ArgumentError(
+            f"{name}={questions!r}: expected [(prompts, readout), …], at least one pair."
+        )
+    keep = name.endswith("keep")
+    bound = [_bound(lens, question, f"{name}[{i}]", keep) for i, question in enumerate(questions)]
+    return [_Goal(layout, asked, keep, held_out, tokens) for asked, tokens in bound]
+
+
+def _bound(lens: LoraLens, question: Any, name: str, keep: bool) -> tuple[Asked, int]:
+    is_pair = isinstance(question, list | tuple) and len(question) == 2
+    if not is_pair or not isinstance(question[1], Readout):
+        raise ArgumentError(
+            f"{name} is a {type(question).__name__}; expected a pair: prompts, and a readout, such "
+            "as ll.Margin(' Lyon', ' Paris') or ll.KL()."
+        )
+    prompts, readout = lens.prompts(question[0]), question[1]
+    tokens = 1
+    if isinstance(readout, KL) and readout.response is None:
+        prompts = prompts.at_each_token()
+        tokens = int(prompts.read_mask.sum())
+    asked = ask(lens, prompts, readout)
+    size = float((asked.ends[1] - asked.ends[0]).abs().sum())
+    if size <= SIGMAS * _rounding(asked, keep):
+        raise ArgumentError(
+            f"{name}, {readout.label}: the adapter moves it by {size:.2g} in all, which rounding "
+            f"alone may do; there is nothing to {'keep' if keep else 'drop'}."
+        )
+    return asked, tokens
+
+
+def _rounding(asked: Asked, keep: bool) -> float:
+    """Of Σ|shift|, whose terms do not cancel: Σσ for what is kept, else a step of the dtype."""
+    if keep:
+        return float(asked.noise_floor.double().sum())
+    ends = asked.ends.double()
+    return torch.finfo(asked.ends.dtype).eps * float((1 + ends.abs()).sum())
+
+
+# --- which gates to keep
+
+
+_FORCE = 10.0  # a share that is missing costs ten times what is left
+_SLACK = 0.02  # of the share, for what rounding takes
+_THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+
+
+def _optimised(
+    goals: Sequence[_Goal],
+    keep_share: float,
+    steps: int,
+    rate: float,
+    price: float,
+    *,
+    progress: bool,
+) -> Float[Tensor, " gate"]:
+    """The gates after the last step."""
+    lens = goals[0].layout.lens
+    alive = goals[0].layout.alive.to(lens.device)
+    gates = alive.to(lens.gate_dtype).requires_grad_()
+    adam = torch.optim.Adam([gates], lr=rate)
+    target = min(1.0, keep_share + _SLACK)
+    with tqdm(range(steps), desc="gates", leave=False, disable=not progress) as bar:
+        for _ in bar:
+            with torch.enable_grad():
+                kept, left = _kept_and_left(goals, gates)
+                cost = price * gates.sum() / alive.sum()
+                loss = left.mean() + cost + _FORCE * (target - kept).clamp(min=0).sum()
+            (gates.grad,) = torch.autograd.grad(loss, [gates])
+            adam.step()
+            with torch.no_grad():
+                gates.clamp_(0.0, 1.0).mul_(alive)
+            least, mean = float(kept.detach().min()), float(left.detach().mean())
+            bar.set_postfix(kept=f"{least:.2f}", left=f"{mean:.2f}")
+    return gates.detach()
+
+
+def _rounded(
+    goals: Sequence[_Goal], gates: Float[Tensor, " gate"], keep_share: float
+) -> Bool[Tensor, " gate"]:
+    """The set of gates that leaves least, of those that keep the share of every question."""
+    best, least = goals[0].layout.alive.to(gates.device), 1.0
+    tried = {0}
+    for threshold in _THRESHOLDS:
+        chosen = gates > threshold
+        if int(chosen.sum()) in tried:
+            continue
+        tried.add(int(chosen.sum()))
+        with torch.no_grad():
+            kept, left = _kept_and_left(goals, chosen.to(gates))
+        if float(kept.min()) >= keep_share and float(left.mean()) < least:
+            best, least = chosen, float(left.mean())
+    return best
+
+
+def _kept_and_left(
+    goals: Sequence[_Goal], gates: Float[Tensor, " gate"]
+) -> tuple[Float[Tensor, " kept"], Float[Tensor, " dropped"]]:
+    """The shares of questions of both kinds. One forward pass each."""
+    shares = torch.stack([goal.share(goal.values(gates)) for goal in goals])
+    keeps = torch.tensor([goal.keep for goal in goals], device=shares.device)
+    return shares[keeps], shares[~keeps]
+
+
+# --- the repaired adapter beside the whole one, scaled down, and random sets
+
+
+_SCALES = tuple(i / 8 for i in range(9))
+_BISECTIONS = 6  # to 1/512 of the whole adapter's strength
+
+
+def _judged(
+    goals: Sequence[_Goal], kept: Bool[Tensor, " gate"], draws: int, seed: int
+) -> dict[str, Any]:
+    """The fields of `Repair` that judge.
+
+    Cost: 11 forward passes of every question, one for each random set, six more of those to be
+    kept.
+    """
+    layout = goals[0].layout
+    every = layout.alive.to(kept.device, layout.lens.gate_dtype)
+    with torch.no_grad():
+        along = torch.stack([_shares(goals, _values(goals, every * scale)) for scale in _SCALES])
+        repaired = _values(goals, kept.to(every))
+        matched = _matched(goals, every, along, _shares(goals, repaired))
+        scaled = [goal.values(every * matched[goal.held_out]) for goal in goals]
+        sets = _random_sets(layout, kept, draws, seed)
+        drawn = [_values(goals, gates.to(every)) for gates in sets]
+    base, adapted = zip(*(goal.asked.ends for goal in goals), strict=True)
+    mean_of_drawn = [torch.stack(values).mean(0) for values in zip(*drawn, strict=True)]
+    states = [base, adapted, repaired, scaled, mean_of_drawn]
+    random = torch.stack([_shares(goals, values) for values in drawn])
+    shares = [_shares(goals, values) for values in states[1:4]]
+    means = [
+        [goal.mean(value).cpu().double() for goal, value in zip(goals, values, strict=True)]
+        for values in states
+    ]
+    return {
+        "shares": torch.stack([*shares, random.mean(0)]),
+        "values": torch.tensor(means, dtype=torch.float64),
+        "random": random,
+        "scales": torch.tensor(_SCALES, dtype=torch.float64),
+        "along": along,
+        "matched": tuple(matched[held_out] for held_out in sorted(matched)),
+    }
+
+
+def _values(goals: Sequence[_Goal], gates: Float[Tensor, " gate"]) -> list[Tensor]:
+    return [goal.values(gates) for goal in goals]
+
+
+def _shares(goals: Sequence[_Goal], values: Sequence[Tensor]) -> Float[Tensor, " question"]:
+    pairs = zip(goals, values, strict=True)
+    return torch.stack([goal.share(value).cpu().double() for goal, value in pairs])
+
+
+def _matched(
+    goals: Sequence[_Goal],
+    every: Float[Tensor, " gate"],
+    along: Float[Tensor, "scale question"],
+    repaired: Float[Tensor, " question"],
+) -> dict[bool, float]:
+    """{held out or not: the strength that keeps what the repair keeps}.
+
+    Where no question to be kept is held out, those to be dropped are judged at the strength of the
+    questions given.
+    """
+    matched: dict[bool, float] = {}
+    for held_out in (False, True):
+        kept = [i for i, goal in enumerate(goals) if goal.keep and goal.held_out == held_out]
+        if kept:
+            target = float(repaired[kept].mean())
+            kept_goals, kept_along = [goals[i] for i in kept], along[:, kept].mean(1)
+            matched[held_out] = _strength(kept_goals, every, kept_along, target)
+    return {True: matched[False], **matched}
+
+
+def _strength(
+    goals: Sequence[_Goal],
+    every: Float[Tensor, " gate"],
+    along: Float[Tensor, " scale"],
+    target: float,
+) -> float:
+    """The first strength of the whole adapter that keeps the target of these questions."""
+    reached = (along >= target).tolist()
+    if not any(reached):
+        return 1.0
+    first = reached.index(True)
+    if not first:
+        return 0.0
+    low, high = _SCALES[first - 1], _SCALES[first]
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        is_enough = float(_shares(goals, _values(goals, every * middle)).mean()) >= target
+        low, high = (low, middle) if is_enough else (middle, high)
+    return high
+
+
+def _random_sets(
+    layout: GateLayout, kept: Bool[Tensor, " gate"], draws: int, seed: int
+) -> list[Bool[Tensor, " gate"]]:
+    """As many gates as are kept, of those that move anything."""
+    generator = torch.Generator().manual_seed(seed)
+    alive, count = layout.alive.nonzero()[:, 0], int(kept.sum())
+    chosen = [alive[torch.randperm(len(alive), generator=generator)[:count]] for _ in range(draws)]
+    none = torch.zeros(layout.count, dtype=torch.bool)
+    return [none.index_fill(0, gates, value=True) for gates in chosen]

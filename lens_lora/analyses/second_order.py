@@ -1,14 +1,22 @@
-"""Second order of each site, and what still remains after it.
+"""Second order: H = ∂²g/∂ε_l∂ε_m, summed by site (`second_order`) or between groups (`coupling`).
 
-    g(ε·1) − g(0) = ε Σ_l a_l + ½ε² Σ_l (H1)_l + O(ε³),   (H1)_l = Σ_m ∂²g/∂ε_l ∂ε_m at 0
+    g(ε·1) − g(0) = ε Σ_l a_l + ½ε² Σ_l (H1)_l + O(ε³),    (H1)_l = Σ_m H_lm at ε = 0
 
-½(H1)_l is the site's own curvature ½H_ll and half of its coupling to every other site.
+½(H1)_l is the site's own curvature ½H_ll and half of its coupling to every other site. H_GM =
+Σ_{l∈G, m∈M} H_lm: the diagonal is what a group's own strength does to its effect; off the diagonal
+is coupling, what one group's presence does to another's effect (note, §6, item 4).
 
-1. First order, and the exact g along the path (`analyses/remainder_curve.py`).
-2. H·1 from one Hessian product; on request ½H_ll, with a product for each site, batched.
+1. First order, and the exact g along the path (`analyses/remainder.py`).
+2. H·1 from one Hessian product; ½H_ll on request, and H between groups, from a product for each
+   site or group, batched (`engine/second_order.py`) and summed over groups at once.
 3. The verdict says of each prompt whether second order is nearer to the exact shift at ε = 1 than
    first order, or farther: at the full strength of trained adapters it is often far worse, since
    ε³ and what follows is then no smaller. It shows curvature; it is not a correction.
+4. The two triangles of H come from different passes; their difference is the result's own check.
+5. With a_l at the same gates t·1, to second order what one site does is (`Coupling.estimate`)
+
+       added to the base model             a_l −      t (H1)_l + ½ H_ll
+       taken out of the adapted model      a_l + (1 − t) (H1)_l − ½ H_ll
 """
 
 from __future__ import annotations
@@ -16,32 +24,43 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, final
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.remainder_curve import RemainderCurve, orders, remainder_curve_of
-from lens_lora.analyses.verdict import SecondVerdict, points_of, second_verdict
+from lens_lora.analyses.patching import How, require_how
+from lens_lora.analyses.remainder import RemainderCurve, orders, remainder_curve_of
+from lens_lora.analyses.verdict import SecondVerdict, points_at_end, second_verdict
+from lens_lora.arguments import number
+from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.gate_graph import hessian_product, hessian_products, in_groups
 from lens_lora.engine.noise import curvature_noise
+from lens_lora.engine.second_order import hessian_product, hessian_products, in_groups
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.alone import alone
-from lens_lora.lens import LoraLens
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Group, Groups, group_sites, indicator
 from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout
-from lens_lora.readouts.rows import Reading
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import SIGMAS, Result, flat, per_prompt
+from lens_lora.results.base import (
+    SIGMAS,
+    Entries,
+    Ranked,
+    Result,
+    header,
+    is_by_site,
+    is_partition,
+    long_table,
+    per_prompt,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-__all__ = ["SecondOrder", "second_order", "second_order_of"]
 
 
 @final
@@ -61,40 +80,40 @@ class SecondOrder(Result):
     half_row_sums: Float[Tensor, "batch site"]
     self_curvature: Float[Tensor, "batch site"] | None
     curve: RemainderCurve
-    curvature_noise: Float[Tensor, "batch"]
+    curvature_noise: Float[Tensor, " batch"]
 
     @property
-    def shift(self) -> Float[Tensor, "batch"]:
+    def shift(self) -> Float[Tensor, " batch"]:
         """g(1) − g(0), exact."""
         return self.first_order.shift
 
     @property
-    def curvature(self) -> Float[Tensor, "batch"]:
+    def curvature(self) -> Float[Tensor, " batch"]:
         """½ 1ᵀH1."""
         return self.half_row_sums.sum(1)
 
     @property
-    def predicted(self) -> Float[Tensor, "batch"]:
+    def predicted(self) -> Float[Tensor, " batch"]:
         """Σ_l a_l + ½ 1ᵀH1; see `verdict` before it is used for anything."""
         return self.first_order.total + self.curvature
 
     @property
-    def remainder(self) -> Float[Tensor, "batch"]:
+    def remainder(self) -> Float[Tensor, " batch"]:
         """What remains of the shift after second order."""
         return self.shift - self.predicted
 
     @property
-    def first_order_remainder(self) -> Float[Tensor, "batch"]:
+    def first_order_remainder(self) -> Float[Tensor, " batch"]:
         """R_y, what remains after first order."""
         return self.first_order.remainder
 
     @property
-    def noise_floor(self) -> Float[Tensor, "batch"]:
+    def noise_floor(self) -> Float[Tensor, " batch"]:
         """σ of a difference of two readouts from rounding alone."""
         return self.curve.noise_floor
 
     @property
-    def remainder_floor(self) -> Float[Tensor, "batch"]:
+    def remainder_floor(self) -> Float[Tensor, " batch"]:
         """σ of `remainder` from rounding alone, first and second order's own included."""
         return self.curve.noise.of_remainder(1.0, self.curvature_noise)
 
@@ -116,16 +135,17 @@ class SecondOrder(Result):
             )
         return self.half_row_sums - self.self_curvature
 
-    def predicted_at(self, scale: float | Float[Tensor, "scale"]) -> Float[Tensor, "batch *scale"]:
+    def predicted_at(
+        self, scale: float | Float[Tensor, " scale"]
+    ) -> Float[Tensor, " batch *scale"]:
         """ε Σ_l a_l + ½ε² 1ᵀH1: the shift predicted at strength ε, or at several.
 
         Args:
-            scale: one ε, or several.
+            scale: ε, or several.
         """
         eps = torch.as_tensor(scale, dtype=self.curvature.dtype, device=self.curvature.device)
-        slope, bend = self.first_order.total, self.curvature
-        if eps.ndim:
-            slope, bend = slope[:, None], bend[:, None]
+        rows = self.first_order.total, self.curvature
+        slope, bend = (row.view(-1, *[1] * eps.ndim) for row in rows)
         return eps * slope + eps.square() * bend
 
     @property
@@ -134,7 +154,7 @@ class SecondOrder(Result):
         return self.curve.shift - self.predicted_at(self.curve.scales)
 
     @property
-    def order(self) -> Float[Tensor, "batch"]:
+    def order(self) -> Float[Tensor, " batch"]:
         """Fitted slope of log|remainder| on log ε, as `curve.order`: 3 for a smooth model.
 
         NaN where fewer than three points stand out of the noise.
@@ -142,7 +162,7 @@ class SecondOrder(Result):
         return orders(self.curve.scales, self.path_remainder, self._path_floor)
 
     @property
-    def helps_up_to(self) -> Float[Tensor, "batch"]:
+    def helps_up_to(self) -> Float[Tensor, " batch"]:
         """The largest of `curve.scales` up to which second order is nowhere farther than first.
 
         Points at which both remainders are within rounding are passed over; 0 where it is farther
@@ -160,11 +180,10 @@ class SecondOrder(Result):
     @property
     def verdict(self) -> tuple[SecondVerdict, ...]:
         """For each prompt, nearer or farther than first order at full strength; str() words it."""
-        noise, one, shift = self.curve.noise, self.shift.new_ones(1), self.shift[:, None]
-        of = (self.first_order_remainder, None), (self.remainder, self.curvature_noise)
-        first, second = (points_of(one, r[:, None], shift, noise, bend) for r, bend in of)
-        rows = zip(first, second, self.helps_up_to.tolist(), strict=True)
-        return tuple(second_verdict(a[0], b[0], reach) for a, b, reach in rows)
+        shift, noise = self.shift, self.curve.noise
+        first = points_at_end(self.first_order_remainder, shift, noise)
+        second = points_at_end(self.remainder, shift, noise, self.curvature_noise)
+        return tuple(map(second_verdict, first, second, self.helps_up_to.tolist()))
 
     def attribution(self) -> Attribution:
         """`corrected` as an attribution: to compare with effects, to save; with its warning."""
@@ -184,20 +203,6 @@ class SecondOrder(Result):
         }
         kinds = [verdict.kind for verdict in self.verdict]
         return pd.DataFrame(per_prompt(columns)).assign(verdict=kinds)
-
-    def sites_to_frame(self) -> pd.DataFrame:
-        """One row per prompt and site: first order, ½(H1)_l, and its two parts where computed."""
-        batch, count = self.half_row_sums.shape
-        columns = {"first_order": self.first_order.per_site, "half_row_sum": self.half_row_sums}
-        if self.self_curvature is not None:
-            columns |= {"self_curvature": self.self_curvature, "coupling": self.coupling}
-        return pd.DataFrame(
-            {
-                "prompt": np.repeat(np.arange(batch), count),
-                "site": [site.name for site in self.first_order.sites] * batch,
-                **flat(columns),
-            }
-        )
 
     def plot(self, prompt: int | None = None) -> Figure:
         """Heatmap of ½(H1)_l, layer × kind of module.
@@ -253,34 +258,23 @@ def second_order(
     asked = ask(lens, prompts, readout)
     first = first_order_of(asked, floors=True)
     curve = remainder_curve_of(asked, first, progress=progress)
-    return second_order_of(asked, first, curve, self_curvature=self_curvature, progress=progress)
+    diagonal = _self_curvature(asked, progress) if self_curvature else None
+    return second_order_of(asked, first, curve, diagonal)
 
 
 def second_order_of(
     asked: Asked,
     first: Attribution,
     curve: RemainderCurve,
-    *,
-    self_curvature: bool = False,
-    progress: bool = True,
+    self_curvature: Float[Tensor, "batch site"] | None = None,
 ) -> SecondOrder:
-    """`second_order` of a question that is already tokenised.
-
-    Args:
-        asked: the lens, the prompts and the readout.
-        first: first order at ε = 0, by site.
-        curve: the remainder along ε.
-        self_curvature, progress: as for `second_order`.
-
-    Raises:
-        NumericsError: a derivative that is not finite, naming the site.
-    """
+    """½(H1)_l beside first order and the curve, which are known already. Two backward passes."""
     base = asked.lens.gates(0.0)
     half = hessian_product(asked.lens, asked.reading, base, torch.ones_like(base)) / 2
     return SecondOrder(
         first_order=first,
         half_row_sums=half,
-        self_curvature=_self_curvature(asked, progress) if self_curvature else None,
+        self_curvature=self_curvature,
         curve=curve,
         curvature_noise=curvature_noise(asked.lens, asked.reading, half),
     )
@@ -288,16 +282,237 @@ def second_order_of(
 
 def _self_curvature(asked: Asked, progress: bool) -> Float[Tensor, "batch site"]:
     """½H_ll, out of H e_l of every site."""
-    lens = asked.lens
-    alone = torch.eye(len(lens.sites))
+    lens, single_sites = asked.lens, torch.eye(len(asked.lens.sites))
 
-    def of_some(some: Reading) -> Float[Tensor, "batch site"]:
-        found, done = [], 0
+    def curvatures(reading: Reading) -> Float[Tensor, "batch site"]:
+        base, diagonal, done = lens.gates(0.0), [], 0
         for product in hessian_products(
-            lens, some, lens.gates(0.0), alone, progress=progress, what="self-curvature"
+            lens, reading, base, single_sites, progress=progress, what="self-curvature"
         ):
-            found.append(product.diagonal(offset=done, dim1=1, dim2=2))
+            diagonal.append(product.diagonal(offset=done, dim1=1, dim2=2))
             done += product.shape[1]
-        return torch.cat(found, 1)
+        return torch.cat(diagonal, 1)
 
-    return in_groups(asked.reading, of_some) / 2
+    return in_groups(asked.reading, curvatures) / 2
+
+
+# --- H between sites, layers, kinds of module or named groups.
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Coupling(Ranked):
+    """The matrix H between groups of sites, in the readout's units.
+
+    Attributes:
+        matrix: [batch, group, group], H_GM as computed: symmetric up to rounding (`asymmetry`).
+        groups: {name: indices into sites}; single sites carry their own name.
+        at: the gate value at which the second derivative was taken.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
+    """
+
+    matrix: Float[Tensor, "batch group group"]
+    groups: Groups
+    at: float
+
+    @property
+    def self_curvature(self) -> Float[Tensor, "batch group"]:
+        """½ H_GG: a group's own part of the second-order shift."""
+        return self.matrix.diagonal(dim1=1, dim2=2) / 2
+
+    @property
+    def coupling(self) -> Float[Tensor, "batch group group"]:
+        """½ H_GM off the diagonal, zero on it; G, M and M, G are each half of the pair's part."""
+        return self.matrix / 2 - torch.diag_embed(self.self_curvature)
+
+    @property
+    def is_partition(self) -> bool:
+        """Whether every site is in exactly one group."""
+        return is_partition(self.groups, len(self.sites))
+
+    @property
+    def row_sums(self) -> Float[Tensor, "batch group"]:
+        """Σ_M H_GM = Σ_{l∈G} (H·1)_l.
+
+        Raises:
+            ArgumentError: the groups overlap or leave sites out.
+        """
+        self._require_partition()
+        return self.matrix.sum(2)
+
+    @property
+    def total(self) -> Float[Tensor, " batch"]:
+        """½ 1ᵀH1, the second-order part of the shift.
+
+        Raises:
+            ArgumentError: the groups overlap or leave sites out.
+        """
+        return self.row_sums.sum(1) / 2
+
+    @property
+    def asymmetry(self) -> Float[Tensor, " batch"]:
+        """max |H − Hᵀ| / max |H|: the rounding in this matrix; zero where H is."""
+        largest = self.matrix.abs().amax((1, 2))
+        off = (self.matrix - self.matrix.transpose(1, 2)).abs().amax((1, 2))
+        return torch.where(largest > 0, off / largest, torch.zeros_like(off))
+
+    def shares(self) -> pd.DataFrame:
+        """Self-curvature against coupling, one row a prompt: signed sums, and sums of sizes.
+
+        `self` and `coupling` add up to ½ΣH; `self_share` is Σ|½H_GG| / Σ|½H_GM|, which does not
+        let terms of opposite sign cancel.
+        """
+        within, between = in_float64(self.self_curvature), in_float64(self.coupling).flatten(1)
+        size_within, size_between = within.abs().sum(1), between.abs().sum(1)
+        numbers = {
+            "self": within.sum(1),
+            "coupling": between.sum(1),
+            "abs_self": size_within,
+            "abs_coupling": size_between,
+            "self_share": size_within / (size_within + size_between),
+            "shift": self.shift,
+            "asymmetry": self.asymmetry,
+        }
+        return pd.DataFrame(per_prompt(numbers)).rename_axis(index="prompt")
+
+    def entries(self, prompt: int | None = None) -> Entries:
+        """½(H_GM + H_MG) of each pair of different groups: the pair's part of the shift.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        half, shift = self.mean_over(prompt, self.coupling)
+        a, b = torch.triu_indices(*half.shape, offset=1)
+        names = list(self.groups)
+        labels = {
+            "group_a": [names[i] for i in a.tolist()],
+            "group_b": [names[i] for i in b.tolist()],
+        }
+        return Entries(labels, (half + half.T)[a, b], shift, "value")
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and ordered pair of groups: H_GM."""
+        names, prompts = list(self.groups), range(len(self.matrix))
+        axes = {"prompt": prompts}, {"group_a": names}, {"group_b": names}
+        return long_table({"value": self.matrix}, *axes)
+
+    def plot(self, prompt: int | None = None) -> Figure:
+        """Heatmap of ½H, whose cells add up to the second-order shift where groups partition.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self, prompt)
+
+    def estimate(self, first: Attribution, how: How) -> Attribution:
+        """Effects of single sites to second order, from this matrix and first order at its gates.
+
+        Each question is best asked at its own end: 'add_one' at 0, 'leave_one_out' at 1, where no
+        coupling enters. From elsewhere, and for adapters that move much, the estimate can be far
+        worse than first order; the effects themselves, `ll.patch_sites`, cost less than H.
+
+        Args:
+            first: `ll.first_order` of the same prompts and readout, at the same gate value.
+            how: 'add_one' or 'leave_one_out'.
+
+        Returns:
+            Attribution with the key 'second_order/add_one@0', and so on.
+
+        Raises:
+            ArgumentError: a matrix of groups of sites; a first order of something else.
+        """
+        require_how(how)
+        self._require_of_sites(first)
+        curvature = self.self_curvature
+        if how == "add_one":
+            values = first.per_site - self.at * self.row_sums + curvature
+        else:
+            values = first.per_site + (1 - self.at) * self.row_sums - curvature
+        return dataclasses.replace(first, values=values, by=(), method=f"second_order/{how}")
+
+    def _require_of_sites(self, first: Attribution) -> None:
+        if not is_by_site(self.groups, len(self.sites)):
+            raise ArgumentError(
+                f"this matrix has {len(self.groups)} groups; effects of single sites are "
+                "estimated from coupling(group='site')."
+            )
+        facts = {
+            "method": (first.method, "first_order"),
+            "gate value": (first.at, self.at),
+            "sites": ([s.name for s in first.sites], [s.name for s in self.sites]),
+            "prompts": (first.str_tokens, self.str_tokens),
+            "readout": (first.readout, self.readout),
+        }
+        for fact, (of_first, of_matrix) in facts.items():
+            if of_first != of_matrix:
+                shown = f": {of_first} and {of_matrix}" if isinstance(of_first, str | float) else ""
+                raise ArgumentError(
+                    f"first order and the matrix differ in their {fact}{shown}; compute both with "
+                    f"the same lens, prompts and readout: first_order(…, at={self.at:g})."
+                )
+
+    def _require_partition(self) -> None:
+        if not self.is_partition:
+            count = sum(map(len, self.groups.values()))
+            raise ArgumentError(
+                f"these {len(self.groups)} groups hold {count} sites of {len(self.sites)}, some "
+                "twice or not at all, so their rows do not add up to H·1; use group='site', "
+                "'layer' or 'kind', or name every site once. `matrix` itself is right."
+            )
+
+
+@alone
+def coupling(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    group: Group = "site",
+    at: float = 0.0,
+    progress: bool = True,
+) -> Coupling:
+    """H between groups of sites: how much the groups' effects depend on one another.
+
+    At ε = 0 this is what first order leaves, to second order. At the full strength of a trained
+    adapter higher orders are as large: read it as where the curvature is, not as a correction.
+
+    Cost: a forward and a backward pass, two backward passes for each group, batched, and two
+    forward passes. Memory: of the graph of a few prompts at a time and one batch, and the matrix
+    [batch, group, group].
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        group: 'site', 'layer', 'kind', or {name: site names or globs}; named groups may overlap.
+        at: the gate value of every site at which the second derivative is taken.
+        progress: show a bar.
+
+    Raises:
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        SiteError: a glob that matches no site.
+        NumericsError: a derivative that is not finite, naming the site.
+    """
+    return coupling_of(ask(lens, prompts, readout), group, number("at", at), progress)
+
+
+def coupling_of(
+    asked: Asked, group: Group = "site", at: float = 0.0, progress: bool = True
+) -> Coupling:
+    """H at the gates `at`, between these groups of sites."""
+    lens, gates = asked.lens, asked.lens.gates(at)
+    groups = group_sites(lens.sites, group)
+    rows = indicator(groups, len(lens.sites)).to(gates)
+
+    def summed(reading: Reading) -> Float[Tensor, "batch group group"]:
+        products = hessian_products(lens, reading, gates, rows, progress=progress, what="coupling")
+        return torch.cat([product @ rows.T for product in products], 1)
+
+    matrix = in_groups(asked.reading, summed).transpose(1, 2).contiguous()
+    return Coupling(matrix=matrix, groups=groups, at=at, **header(asked))

@@ -1,29 +1,129 @@
 """How large an adapter's updates are, and in how many directions: the spectrum of each ΔW.
 
-With a lens a row is a site (a fused projection is several) and has ‖ΔW‖ / ‖W‖. Both are in the
-Hugging Face basis, so the hooked model must be unprocessed.
+1. ΔW = s·B·A is never built. With the QR factors B = Q_B R_B and Aᵀ = Q_A R_A,
 
-No forward pass.
+       s·B·A = Q_B (s·R_B R_Aᵀ) Q_Aᵀ,
+
+   so its singular values are those of s·R_B R_Aᵀ, a matrix of at most rank × rank.
+2. With a lens a row is a site (a fused projection is several) and has ‖ΔW‖ / ‖W‖. Both are in the
+   Hugging Face basis, so the hooked model must be unprocessed.
+3. What depends on the base model's parameters (DoRA, trained modules, trained biases) has no
+   spectrum, or no ‖Δb‖, unless a lens gives them. A norm's ΔW is diag(Δγ), its Δb is Δβ.
+4. How the weight changes of two adapters lie to each other, whatever their factors:
+
+       cos = ⟨ΔW, ΔW′⟩ / (‖ΔW‖ ‖ΔW′‖),   ⟨ΔW, ΔW′⟩ = tr((U′ᵀU) Σ (V′ᵀV)ᵀ Σ′)
+       cosines of the principal angles: singular values of VᵀV′ (what is read), of UᵀU′ (written)
+
+   A rotation (GA, BG⁻¹) of the factors changes none of it. On the null scale U′ and V′ are
+   uniformly random frames, and Σ′ is kept; angles are taken from the first coordinates, as a random
+   frame lies to every fixed one alike. Changes of bias are left out. A norm has a cosine, and no
+   frames.
+
+No forward pass. Cost of a module: (in + out) · rank²; of a dense ΔW one decomposition.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.analyses.spectrum import TRAINED, Spectrum, module_spectrum, site_spectra
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, size_of
+from lens_lora.adapters.nulls import orthonormal
+from lens_lora.compat import in_float64
+from lens_lora.errors import ModelStateError
 from lens_lora.families import FAMILIES
-from lens_lora.hooked.hosts import host_of
-from lens_lora.lens import LoraLens
-from lens_lora.results.measured import Result
+from lens_lora.model.bases import is_centred
+from lens_lora.model.basis import NormUpdate, Update, svd_factors
+from lens_lora.model.build import host_of
+from lens_lora.model.host import Host
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import SiteFactors
+from lens_lora.results.base import Result
+from lens_lora.results.storage import stored
 
-__all__ = ["AdapterSummary", "lacking", "summarise"]
+TRAINED = ("trained weight", "trained rows", "trained norm")
+_WITHOUT_FACTORS = (*TRAINED, "bias alone")
+
+
+@final
+@stored
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum:
+    """One ΔW: of a module, or with a lens of a site.
+
+    Attributes:
+        module: Hugging Face path.
+        site: name of the site; None without a lens, or where the model lacks it.
+        target: the module within its layer, 'self_attn.q_proj'.
+        parts: what stands beside s·B·A, or in its place: 'DoRA', 'lora_bias', 'trained bias',
+            'trained weight', 'trained rows', 'trained norm', 'bias alone'.
+        rank: r; of a trained module the rank that its ΔW may have.
+        scale: s, with the adapter's strength in it; of a trained module that strength.
+        singular_values: of ΔW, descending, those that its rank allows to be nonzero; empty where
+            it depends on the base model, and there is no lens.
+        weight_norm: ‖W‖_F of the base, or ‖γ‖; NaN without a lens.
+        bias_norm: ‖Δb‖, which is no part of ΔW; NaN for a trained bias without a lens.
+    """
+
+    module: str
+    site: str | None
+    target: str
+    parts: tuple[str, ...]
+    rank: int
+    scale: float
+    singular_values: Float[Tensor, " direction"]
+    weight_norm: float
+    bias_norm: float
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the update is s·B·A, perhaps with more beside it; a trained module is not."""
+        return not set(self.parts) & set(_WITHOUT_FACTORS)
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖_F; NaN where the spectrum is unknown."""
+        return float(self.singular_values.norm()) if len(self.singular_values) else math.nan
+
+    @property
+    def spectral_norm(self) -> float:
+        """‖ΔW‖₂ = σ₁; NaN where the spectrum is unknown."""
+        return float(self.singular_values[0]) if len(self.singular_values) else math.nan
+
+    @property
+    def stable_rank(self) -> float:
+        """‖ΔW‖_F² / ‖ΔW‖₂² = Σσ² / σ₁²: between 1 and the rank, 0 for ΔW = 0, NaN if unknown."""
+        if not len(self.singular_values):
+            return math.nan
+        first = self.spectral_norm
+        return float((self.singular_values / first).square().sum()) if first else 0.0
+
+    @property
+    def relative_norm(self) -> float:
+        """‖ΔW‖_F / ‖W‖_F; NaN without a lens."""
+        return self.norm / self.weight_norm if self.weight_norm else math.nan
+
+
+def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
+    """Those of s·B·A that can be nonzero, min(rank, in, out) of them, descending, in float64.
+
+    Biases, and DoRA's magnitude, are no part of it.
+    """
+    reads, writes = (
+        torch.linalg.qr(in_float64(matrix), mode="r").R for matrix in (factors.A.T, factors.B)
+    )
+    scale = abs(factors.scale * factors.strength)
+    return scale * torch.linalg.svdvals(writes @ reads.T)
+
 
 _OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
 
@@ -54,25 +154,27 @@ class AdapterSummary(Result):
     @property
     def targets(self) -> dict[str, int]:
         """'self_attn.q_proj' → in how many layers it is adapted."""
-        return dict(Counter(target for _, target, *_ in self._modules()))
+        return dict(Counter(row.target for row in self._modules()))
 
     @property
     def ranks(self) -> dict[int, int]:
         """Rank → how many modules have factors of it."""
-        return dict(sorted(Counter(rank for *_, rank, _ in self._modules(True)).items()))
+        ranks = Counter(row.rank for row in self._modules() if row.has_factors)
+        return dict(sorted(ranks.items()))
 
     @property
     def scales(self) -> dict[float, int]:
         """s → how many modules have factors of it."""
-        return dict(sorted(Counter(scale for *_, scale in self._modules(True)).items()))
+        scales = Counter(row.scale for row in self._modules() if row.has_factors)
+        return dict(sorted(scales.items()))
 
     @property
     def parts(self) -> dict[str, int]:
         """'DoRA', 'lora_bias', 'embeddings', 'head', … → how many modules have or are it."""
-        found = Counter[str]()
-        for path, _, parts, *_ in self._modules():
-            found.update((*parts, *filter(None, [_outside_blocks(path)])))
-        return dict(found)
+        parts = Counter[str]()
+        for row in self._modules():
+            parts.update((*row.parts, *filter(None, [_outside_blocks(row.module)])))
+        return dict(parts)
 
     @property
     def norm(self) -> float:
@@ -85,10 +187,10 @@ class AdapterSummary(Result):
 
         A weight that several adapters of a sum change counts once.
         """
-        over = [row for row in self.rows if row.site is not None]
-        weights = {str(row.site).partition("@")[0]: row.weight_norm for row in over}
+        sites = [row for row in self.rows if row.site is not None]
+        weights = {str(row.site).partition("@")[0]: row.weight_norm for row in sites}
         weight = math.hypot(*weights.values())
-        return math.hypot(*(row.norm for row in over)) / weight if weight else math.nan
+        return math.hypot(*(row.norm for row in sites)) / weight if weight else math.nan
 
     @property
     def trained_whole(self) -> tuple[str, ...]:
@@ -101,10 +203,10 @@ class AdapterSummary(Result):
         return math.sqrt(sum(row.bias_norm**2 for row in self.rows))
 
     def top(self, k: int | None = None) -> tuple[Spectrum, ...]:
-        """The k rows of largest ‖ΔW‖_F, unknown ones last.
+        """The rows of largest ‖ΔW‖_F, unknown ones last.
 
         Args:
-            k: how many; None for all.
+            k: the number of rows; None for all.
         """
         known = sorted(self.rows, key=lambda r: math.inf if math.isnan(r.norm) else -r.norm)
         return tuple(known[:k])
@@ -120,63 +222,128 @@ class AdapterSummary(Result):
         ]
         return pd.DataFrame(rows)
 
-    def _modules(
-        self, with_factors: bool = False
-    ) -> list[tuple[str, str, tuple[str, ...], int, float]]:
-        """(path, target, parts, rank, scale) of each module once, however many sites it has."""
-        rows = [row for row in self.rows if row.has_factors or not with_factors]
-        return sorted({(r.module, r.target, r.parts, r.rank, r.scale) for r in rows})
+    def _modules(self) -> list[Spectrum]:
+        """One row of each module, however many sites it has, in the order of their names."""
+        rows = {row.module: row for row in self.rows}
+        return [rows[name] for name in sorted(rows)]
 
 
 def summarise(adapter: Adapter, lens: LoraLens | None = None) -> AdapterSummary:
     """Spectrum and size of every update. No forward pass.
 
-    Args:
-        adapter: whose updates are measured.
-        lens: of this adapter, or of the part of it that the model has, over an unprocessed model;
-            adds sites, ‖ΔW‖ / ‖W‖, and the numbers of DoRA and trained modules.
-
     Raises:
         ModelStateError: the lens' model was processed.
     """
-    covered = () if lens is None else site_spectra(lens)
+    covered = () if lens is None else _site_spectra(lens)
+    in_lens = {} if lens is None else lens.adapter.modules
     of_sites = {row.module for row in covered}
-    rest = {key: update for key, update in adapter.modules.items() if key not in of_sites}
-    same = () if lens is None else tuple(key for key in rest if key in lens.adapter.modules)
-    others = tuple(
-        _of_nothing(module_spectrum(key, update)) if key in same else module_spectrum(key, update)
-        for key, update in rest.items()
-    )
+    rest = [key for key in adapter.modules if key not in of_sites]
+    unchanged = tuple(key for key in rest if key in in_lens)
+    nothing = {"singular_values": torch.zeros(1, dtype=torch.float64), "bias_norm": 0.0}
+    rows = [_module_spectrum(key, adapter.modules[key]) for key in rest]
+    others = [dataclasses.replace(r, **nothing) if r.module in unchanged else r for r in rows]
     about = {} if lens is None else lens.describe()
     return AdapterSummary(
         name=adapter.name,
         base_model=adapter.base_model,
         model=f"{about['model']} ({about['model_class']})" if about else None,
         module_count=len(adapter),
-        rows=covered + others,
-        missing=() if lens is None else tuple(key for key in rest if key not in same),
-        unchanged=same,
+        rows=(*covered, *others),
+        missing=() if lens is None else tuple(key for key in rest if key not in in_lens),
+        unchanged=unchanged,
     )
 
 
-def _of_nothing(row: Spectrum) -> Spectrum:
-    nothing = torch.zeros(1, dtype=torch.float64)
-    return dataclasses.replace(row, singular_values=nothing, bias_norm=0.0)
+def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
+    """One for each site of an unprocessed model, in the order of a forward pass.
+
+    Raises:
+        ModelStateError: the model was processed.
+    """
+    host, rows = host_of(lens.model), list[Spectrum]()
+    for site_update in lens.plan.updates:
+        site, update = site_update.site, site_update.update
+        if isinstance(update, NormUpdate):
+            weight, sizes, bias = host.norm_affine(site)[0], update.gamma, update.beta
+            sigma = in_float64(sizes).abs().sort(descending=True).values
+        else:
+            weight, bias = _base_weight(host, site), update.bias
+            sigma = update.A.new_zeros(1, dtype=torch.float64)
+            if len(update.A):
+                sigma = singular_values(LoRAFactors(update.A, update.B, update.scale))
+        row = _module_spectrum(site.key, lens.adapter.modules[site.key])
+        norms = {"weight_norm": size_of(weight), "bias_norm": size_of(bias)}
+        rows.append(dataclasses.replace(row, site=site.name, singular_values=sigma, **norms))
+    return tuple(rows)
+
+
+def _base_weight(host: Host, site: SiteFactors) -> Float[Tensor, "out in"]:
+    """W of the Hugging Face base, in float64."""
+    weight = host.weight(site.layer, site.kind)
+    if host.needs_base() or is_centred(weight):
+        raise ModelStateError(
+            f"{site.name}: this {host.class_name} was processed, so its weights are not those that "
+            "the adapter was added to. Load it unprocessed (from_pretrained_no_processing, or a "
+            "TransformerBridge before enable_compatibility_mode)."
+        )
+    return in_float64(weight) / host.embedding_scale(site.kind)
+
+
+def _module_spectrum(module: str, update: ModuleUpdate) -> Spectrum:
+    """Of a module, without a base model."""
+    sigma = torch.empty(0, dtype=torch.float64)
+    if isinstance(update, LoRAFactors):
+        scale = update.scale * update.strength
+        sigma = sigma if update.needs_base_weight else singular_values(update)
+    else:
+        scale = update.strength
+        sigma = sigma.new_zeros(1) if update.weight is None else sigma
+    return Spectrum(
+        module=module,
+        site=None,
+        target=_target(module),
+        parts=_parts(update),
+        rank=update.rank,
+        scale=scale,
+        singular_values=sigma,
+        weight_norm=math.nan,
+        bias_norm=update.bias_norm(),
+    )
+
+
+def _parts(update: ModuleUpdate) -> tuple[str, ...]:
+    if isinstance(update, LoRAFactors):
+        beside = {
+            "DoRA": update.magnitude,
+            "lora_bias": update.lora_bias,
+            "trained bias": update.trained_bias,
+        }
+        return tuple(name for name, tensor in beside.items() if tensor is not None)
+    if update.weight is None:
+        return ("bias alone",)
+    if update.tokens is not None:
+        return ("trained rows",)
+    return ("trained norm",) if update.weight.ndim == 1 else ("trained weight",)
+
+
+def _target(key: str) -> str:
+    """'model.layers.3.self_attn.q_proj' → 'self_attn.q_proj'; outside the layers, the last name."""
+    path = key.partition("@")[0]
+    within = re.split(r"\.\d+\.", path)[-1]
+    return within if within != path else path.rpartition(".")[2]
 
 
 def lacking(adapter: Adapter, model: Any) -> tuple[str, ...]:
     """The adapter's modules that a hooked model lacks, by name alone.
-
-    Args:
-        adapter: whose modules are looked up.
-        model: a HookedTransformer or a TransformerBridge.
 
     Raises:
         ModelStateError: no hooked model, or one of a family that is not supported.
     """
     host = host_of(model)
     places = {key: host.family.place(key.partition("@")[0]) for key in adapter.modules}
-    return tuple(k for k, at in places.items() if at is None or (at.layer or 0) >= host.n_layers)
+    return tuple(
+        key for key, place in places.items() if place is None or (place.layer or 0) >= host.n_layers
+    )
 
 
 def _outside_blocks(key: str) -> str | None:
@@ -186,3 +353,72 @@ def _outside_blocks(key: str) -> str | None:
         if place is not None and place.layer is None:
             return _OUTSIDE.get(place.kinds[0])
     return None
+
+
+# --- two updates of one site
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Thin:
+    """ΔW = UΣVᵀ in float64, the directions with σ > 0.
+
+    Attributes:
+        U: what is written.
+        sigma: the largest first.
+        V: what is read; None of a norm, whose σ is Δγ itself.
+    """
+
+    U: Float[Tensor, "out few"] | None
+    sigma: Float[Tensor, " few"]
+    V: Float[Tensor, "in few"] | None
+
+
+class Pair(NamedTuple):
+    """Two updates of one site.
+
+    Attributes:
+        inner: ⟨ΔW, ΔW′⟩.
+        read, write: cosines of the principal angles, the largest first; empty of a norm.
+    """
+
+    inner: float
+    read: Float[Tensor, " angle"]
+    write: Float[Tensor, " angle"]
+
+
+def thin_updates(lens: LoraLens) -> dict[str, Thin]:
+    """The SVD of each site's ΔW, by site name."""
+    pairs = zip(lens.sites, lens.plan.updates, strict=True)
+    return {site.name: _thin(site_update.update) for site, site_update in pairs}
+
+
+def _thin(update: Update | NormUpdate) -> Thin:
+    if isinstance(update, NormUpdate):
+        return Thin(None, update.gamma.detach().cpu().double(), None)
+    reads, writes, sigma = svd_factors(update)
+    kept = sigma > 0
+    return Thin(writes[:, kept], sigma[kept], reads[kept].T / sigma[kept])
+
+
+def compared(mine: Thin, theirs: Thin, generator: torch.Generator | None = None) -> Pair:
+    """Inner product and principal angles; with a generator of `theirs` in random directions."""
+    if mine.U is None or mine.V is None or theirs.U is None or theirs.V is None:
+        is_known = mine.U is None and theirs.U is None and generator is None
+        inner = float(mine.sigma @ theirs.sigma) if is_known else math.nan
+        return Pair(inner, mine.sigma.new_zeros(0), mine.sigma.new_zeros(0))
+    frames = (mine.V, theirs.V), (mine.U, theirs.U)
+    if generator is None:
+        read, write = (own.T @ other for own, other in frames)
+    else:
+        read, write = (
+            orthonormal(len(own), other.shape[1], generator)[: own.shape[1]]
+            for own, other in frames
+        )
+    inner = float(torch.einsum("i,j,ij,ij->", mine.sigma, theirs.sigma, read, write))
+    return Pair(inner, _cosines(read), _cosines(write))
+
+
+def _cosines(product: Float[Tensor, "few few2"]) -> Float[Tensor, " angle"]:
+    if not product.numel():
+        return product.new_zeros(0)
+    return torch.linalg.svdvals(product).clamp(max=1.0)

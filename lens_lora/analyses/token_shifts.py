@@ -12,33 +12,26 @@ Cost: two forward passes, unembedded at the response's tokens only, in chunks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Mapping
+from typing import Any, cast, final
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.memory import rows_of_pass
 from lens_lora.errors import ArgumentError
-from lens_lora.float64 import in_float64
-from lens_lora.hooked.alone import alone
-from lens_lora.lens import LoraLens, Scale
-from lens_lora.readouts.answer_tokens import AnswerLike
-from lens_lora.readouts.answers import AnswerLogProb
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens, Scale, name_of_scale
+from lens_lora.readouts.answers import AnswerLike, AnswerLogProb
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
-from lens_lora.results.choosing import only_prompt
-from lens_lora.results.measured import Result
-from lens_lora.results.token_view import TokenView
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
-__all__ = ["TokenShifts", "token_shifts", "token_shifts_of"]
+from lens_lora.results.base import Result, only_prompt
+from lens_lora.results.drawing import TokenView
 
 
 @final
@@ -80,32 +73,32 @@ class TokenShifts(Result):
         return self.log_p[1] - self.log_p[0]
 
     @property
-    def total(self) -> Float[Tensor, "batch"]:
+    def total(self) -> Float[Tensor, " batch"]:
         """Σ_t of the shift: that of the response's log-probability."""
         return self.shift.nansum(1)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and token of the response; the first setting is called base."""
-        rows = [self._row(p, t) for p, own in enumerate(self.response) for t in range(len(own))]
-        return pd.DataFrame(rows)
+        lengths = enumerate(map(len, self.response))
+        return pd.DataFrame([self._row(p, t) for p, length in lengths for t in range(length)])
 
     def _row(self, prompt: int, t: int) -> dict[str, Any]:
-        at = (prompt, t)
+        place = (prompt, t)
         return {
             "prompt": prompt,
             "t": t,
             "y_t": self.response[prompt][t],
-            "log_p_base": float(self.log_p[0][at]),
-            "log_p_adapted": float(self.log_p[1][at]),
-            "shift": float(self.shift[at]),
-            "kl_base_to_adapted": float(self.kl[0][at]),
-            "kl_adapted_to_base": float(self.kl[1][at]),
-            "entropy_base": float(self.entropy[0][at]),
-            "entropy_adapted": float(self.entropy[1][at]),
-            "rank_base": int(self.rank[0][at]),
-            "rank_adapted": int(self.rank[1][at]),
-            "promoted": self._named(self.promoted_ids[at], self.promoted[at]),
-            "suppressed": self._named(self.suppressed_ids[at], self.suppressed[at]),
+            "log_p_base": float(self.log_p[0][place]),
+            "log_p_adapted": float(self.log_p[1][place]),
+            "shift": float(self.shift[place]),
+            "kl_base_to_adapted": float(self.kl[0][place]),
+            "kl_adapted_to_base": float(self.kl[1][place]),
+            "entropy_base": float(self.entropy[0][place]),
+            "entropy_adapted": float(self.entropy[1][place]),
+            "rank_base": int(self.rank[0][place]),
+            "rank_adapted": int(self.rank[1][place]),
+            "promoted": self._named(self.promoted_ids[place], self.promoted[place]),
+            "suppressed": self._named(self.suppressed_ids[place], self.suppressed[place]),
         }
 
     def _named(self, ids: Tensor, changes: Tensor) -> str:
@@ -129,7 +122,7 @@ class TokenShifts(Result):
         order = frame["kl_base_to_adapted"].argsort()[::-1][:k]
         return frame.iloc[order].reset_index(drop=True)
 
-    def plot(self, prompt: int | None = None) -> Figure:
+    def plot(self, prompt: int | None = None) -> drawing.Figure:
         """KL and the shift of log p, token by token.
 
         Args:
@@ -140,7 +133,7 @@ class TokenShifts(Result):
         """
         return drawing.figure(self, prompt)
 
-    def plot_text(self, prompt: int | None = None) -> Figure:
+    def plot_text(self, prompt: int | None = None) -> drawing.Figure:
         """The shaded text of `token_view` as a still picture: `.write_image("tokens.svg")`.
 
         Args:
@@ -196,23 +189,19 @@ def token_shifts(
 def token_shifts_of(
     asked: Asked, *, between: tuple[Scale, Scale] = (0.0, 1.0), k: int = 5
 ) -> TokenShifts:
-    """`token_shifts` of a question that is already tokenised, about one response a prompt.
-
-    Args:
-        asked: the lens, the prompts and `AnswerLogProb`.
-        between, k: as for `token_shifts`.
-    """
-    lens = asked.lens
+    """`token_shifts` of a question that is already tokenised, about one response a prompt."""
+    lens, read = asked.lens, cast(Any, asked.reading.read)
     gates = torch.stack([lens.gates(scale) for scale in between])
-    rows = [_of_one(asked, prompt, gates, k) for prompt in range(asked.prompts.batch)]
+    responses = [read.tokens[read.owner == prompt] for prompt in range(read.batch)]
+    rows = [_of_one(asked, prompt, ids, gates, k) for prompt, ids in enumerate(responses)]
     fields = {name: _padded([row[name] for row in rows]) for name in rows[0]}
     kept = torch.cat([fields["promoted_ids"], fields["suppressed_ids"]]).unique()
     kept = kept[kept >= 0].tolist()
     return TokenShifts(
-        response=tuple(tuple(lens.decode(ids)) for ids in _responses(asked)),
+        response=tuple(tuple(lens.decode(ids.tolist())) for ids in responses),
         **{n: value.movedim(-1, 0) if n in _PAIRS else value for n, value in fields.items()},
         strings={str(i): s for i, s in zip(kept, lens.decode(kept), strict=True)},
-        between=(_name(between[0]), _name(between[1])),
+        between=(name_of_scale(between[0]), name_of_scale(between[1])),
         str_tokens=tuple(map(tuple, lens.str_tokens(asked.prompts))),
         meta=lens.describe(),
     )
@@ -222,31 +211,23 @@ _PAIRS = ("log_p", "entropy", "rank", "kl")
 _AT_ONCE = 32  # tokens whose distributions are compared at a time, in float64
 
 
-def _responses(asked: Asked) -> Iterator[list[int]]:
-    read: Any = asked.reading.read
-    for prompt in range(read.batch):
-        yield read.tokens[read.owner == prompt].tolist()
-
-
-def _name(scale: Scale) -> str:
-    return f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller"
-
-
 def _of_one(
-    asked: Asked, prompt: int, gates: Float[Tensor, "end site"], k: int
+    asked: Asked,
+    prompt: int,
+    ids: Int[Tensor, " token"],
+    gates: Float[Tensor, "end site"],
+    k: int,
 ) -> dict[str, Tensor]:
     """What is known of one prompt's response, [token, …]; a pair of ends on the last axis."""
     lens, row = asked.lens, asked.reading.prompts.row(prompt)
     rows_of_pass(lens, row)  # refuses what is beyond the bound
     with torch.no_grad():
-        logits = [gated_logits(lens, row, ends)[0] for ends in gates]
-        require_finite(torch.stack([at.amax() for at in logits]), "a logit")
-        ids = torch.tensor(list(_responses(asked))[prompt], device=logits[0].device)
+        logits = [gated_logits(lens, row, end)[0] for end in gates]
+        require_finite(torch.stack([end.amax() for end in logits]), "a logit")
+        parts = [tensor.split(_AT_ONCE) for tensor in (*logits, ids.to(logits[0].device))]
         chunks = [
-            _of_tokens(base, adapted, some, min(k, base.shape[-1]))
-            for base, adapted, some in zip(
-                *(at.split(_AT_ONCE) for at in logits), ids.split(_AT_ONCE), strict=True
-            )
+            _of_tokens(base, adapted, tokens, min(k, base.shape[-1]))
+            for base, adapted, tokens in zip(*parts, strict=True)
         ]
     return {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}
 
@@ -254,19 +235,19 @@ def _of_one(
 def _of_tokens(
     base: Float[Tensor, "token vocab"],
     adapted: Float[Tensor, "token vocab"],
-    ids: Int[Tensor, "token"],
+    ids: Int[Tensor, " token"],
     k: int,
 ) -> dict[str, Tensor]:
     logs = [in_float64(end).log_softmax(-1) for end in (base, adapted)]
     p = [log.exp() for log in logs]
-    mine = [log.gather(1, ids[:, None].to(log.device)) for log in logs]
+    log_p = [log.gather(1, ids[:, None].to(log.device)) for log in logs]
     change = p[1] - p[0]
     up, down = change.topk(k), change.topk(k, largest=False)
     apart = logs[0] - logs[1]
     return {
-        "log_p": torch.cat(mine, 1),
+        "log_p": torch.cat(log_p, 1),
         "entropy": torch.stack([_expected(q, -log) for q, log in zip(p, logs, strict=True)], 1),
-        "rank": torch.stack([(log > own).sum(1) for log, own in zip(logs, mine, strict=True)], 1),
+        "rank": torch.stack([(log > y).sum(1) for log, y in zip(logs, log_p, strict=True)], 1),
         "kl": torch.stack([_expected(p[0], apart), _expected(p[1], -apart)], 1),
         "promoted": up.values,
         "promoted_ids": up.indices,
@@ -275,7 +256,7 @@ def _of_tokens(
     }
 
 
-def _expected(p: Tensor, values: Tensor) -> Float[Tensor, "token"]:
+def _expected(p: Tensor, values: Tensor) -> Float[Tensor, " token"]:
     """Σ_v p(v) values(v); what has no probability counts for nothing."""
     return torch.where(p > 0, p * values, 0.0).sum(-1)
 

@@ -1,7 +1,9 @@
-"""What one prompt's numbers say, decided here and nowhere else; `show/words/verdicts.py` words it.
+"""What one prompt's numbers say, decided here and nowhere else; `show/words.py` words it.
 
+0. A number counts where it stands out of three noise floors (`Noise`): σ from rounding alone, of a
+   shift and of what first or second order leaves of it.
 1. First order (`Verdict`): the remainder against the shift, at ε = 1 and at a quarter, half and
-   three quarters of the strength. Each has its own noise floor: on a violent adapter the
+   three quarters of the strength. Each has its own noise floor: where an adapter moves much, the
    remainder's is far above the shift's, as first order has rounding of its own.
 2. Second order beside first (`SecondVerdict`): which of the two leaves less, up to which strength.
 3. Random directions (`NullVerdict`): how far the shift stands out from theirs.
@@ -14,30 +16,68 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.engine.asked import Asked
+from lens_lora.engine.noise import first_order_noise
 from lens_lora.results import drawing
-from lens_lora.results.measured import SIGMAS
-from lens_lora.results.noise import Noise
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.base import SIGMAS
+from lens_lora.results.storage import stored
 
-__all__ = [
-    "CHECKPOINTS",
-    "FlipVerdict",
-    "NullVerdict",
-    "Point",
-    "SecondVerdict",
-    "Verdict",
-    "flip_verdict",
-    "null_verdict",
-    "points_of",
-    "second_verdict",
-    "verdict_of",
-]
+CHECKPOINTS = (0.25, 0.5, 0.75)  # The strengths at which every result looks at the path.
+_SMALL = 0.1  # A remainder of at most a tenth of the shift is small,
+_LARGE = 0.2  # and one of more than a fifth on the way makes a small one at ε = 1 a coincidence.
+_LEVEL = 0.05  # The usual level of significance.
+_Scale = float | Float[Tensor, " scale"]
 
-CHECKPOINTS = (0.25, 0.5, 0.75)
-_SMALL, _LARGE, _LEVEL = 0.1, 0.2, 0.05
-Kind = Literal["no_shift", "coincidence", "noise", "small", "large", "uneven"]
+
+@final
+@stored
+@dataclasses.dataclass(frozen=True, eq=False)
+class Noise:
+    """σ of each number from rounding alone, per prompt, in the readout's units.
+
+    Attributes:
+        shift: [batch], of g(1) − g(0).
+        base: [batch], of g(ε) − g(0) where ε is small.
+        slope: [batch], of Σ_l a_l.
+    """
+
+    shift: Float[Tensor, " batch"]
+    base: Float[Tensor, " batch"]
+    slope: Float[Tensor, " batch"]
+
+    def of_shift(self, scale: _Scale) -> Float[Tensor, " batch *scale"]:
+        """σ of g(ε) − g(0): from `base` to `shift`, its square with ε²."""
+        eps, shift, base = self._beside(scale, self.shift, self.base)
+        share = eps.square().clamp(max=1)
+        return ((1 - share) * base.square() + share * shift.square()).sqrt()
+
+    def of_remainder(
+        self, scale: _Scale, curvature: Float[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, " batch *scale"]:
+        """σ of g(ε) − g(0) − ε Σ a, or of what second order leaves as well."""
+        eps, slope = self._beside(scale, self.slope)
+        square = self.of_shift(scale).square() + (eps * slope).square()
+        if curvature is not None:
+            eps, bend = self._beside(scale, curvature)
+            square = square + (eps.square() * bend).square()
+        return square.sqrt()
+
+    def _beside(self, scale: _Scale, *numbers: Float[Tensor, " batch"]) -> tuple[Tensor, ...]:
+        """ε, and numbers of each prompt in shapes that go with it."""
+        eps = torch.as_tensor(scale, dtype=self.shift.dtype, device=self.shift.device)
+        return eps, *(row[:, None] if eps.ndim else row for row in numbers)
+
+
+def noise_of(asked: Asked, first: Attribution) -> Noise:
+    """Fourteen forward passes and four backward, batched; none after `slopes_with_floors`."""
+    floor = asked.noise_floor
+    both = first_order_noise(asked.lens, asked.slope_draws, asked.base_draws, first.per_site)
+    return Noise(floor, *both)
 
 
 class Point(NamedTuple):
@@ -46,7 +86,7 @@ class Point(NamedTuple):
     Attributes:
         scale: ε.
         remainder, shift: R(ε), and g(ε) − g(0).
-        remainder_floor, noise_floor: σ of each from rounding alone.
+        remainder_floor, noise_floor: σ of the two from rounding alone.
     """
 
     scale: float
@@ -64,20 +104,13 @@ class Point(NamedTuple):
 
 
 def points_of(
-    scales: Float[Tensor, "scale"],
+    scales: Float[Tensor, " scale"],
     remainder: Float[Tensor, "batch scale"],
     shift: Float[Tensor, "batch scale"],
     noise: Noise,
-    curvature_noise: Float[Tensor, "batch"] | None = None,
+    curvature_noise: Float[Tensor, " batch"] | None = None,
 ) -> list[list[Point]]:
-    """The points of each prompt.
-
-    Args:
-        scales: ε.
-        remainder, shift: at each of them.
-        noise: of the prompts.
-        curvature_noise: where the remainder is what second order leaves.
-    """
+    """The points of each prompt."""
     floor = noise.of_remainder(scales, curvature_noise)
     rows = (remainder, shift, floor, noise.of_shift(scales))
     by_prompt = zip(*(values.cpu().double().tolist() for values in rows), strict=True)
@@ -87,8 +120,20 @@ def points_of(
     ]
 
 
+def points_at_end(
+    remainder: Float[Tensor, " batch"],
+    shift: Float[Tensor, " batch"],
+    noise: Noise,
+    curvature_noise: Float[Tensor, " batch"] | None = None,
+) -> list[Point]:
+    """Each prompt's point at ε = 1."""
+    columns = remainder[:, None], shift[:, None]
+    rows = points_of(shift.new_ones(1), *columns, noise, curvature_noise)
+    return [point for (point,) in rows]
+
+
 class _Worded:
-    """What str() words."""
+    """A verdict, which str() puts into words."""
 
     def __str__(self) -> str:
         return drawing.text(self)
@@ -100,11 +145,6 @@ class Verdict(_Worded):
     """How good first order is on one prompt, at ε = 1 and on the way.
 
     Attributes:
-        kind: 'no_shift', the shift itself is within rounding; 'coincidence', at most a tenth of
-            the shift is missed at ε = 1, but more than a fifth on the way; 'noise', the remainder
-            at ε = 1 is within rounding; 'small', at most a tenth is missed throughout; 'large',
-            more than a tenth at ε = 1; 'uneven', at most a tenth at ε = 1, and up to a fifth on the
-            way.
         shift, remainder: g(1) − g(0), and what first order leaves of it.
         floor: three noise floors of the shift; a difference of readouts of at most that can be
             rounding.
@@ -114,7 +154,6 @@ class Verdict(_Worded):
         worst_scale: the ε of it.
     """
 
-    kind: Kind
     shift: float
     remainder: float
     floor: float
@@ -127,34 +166,31 @@ class Verdict(_Worded):
         """|R| / |shift| at ε = 1; NaN without a shift."""
         return abs(self.remainder / self.shift) if self.shift else float("nan")
 
+    @property
+    def kind(self) -> Literal["no_shift", "coincidence", "noise", "small", "large", "uneven"]:
+        """'no_shift', the shift itself is within rounding; 'coincidence', at most a tenth of the
+        shift is missed at ε = 1, but more than a fifth on the way; 'noise', the remainder at ε = 1
+        is within rounding; 'small', at most a tenth is missed throughout; 'large', more than a
+        tenth at ε = 1; 'uneven', at most a tenth at ε = 1, and up to a fifth on the way.
+        """
+        worst = self.worst or 0.0
+        if abs(self.shift) <= self.floor:
+            return "no_shift"
+        if self.share <= _SMALL and worst > _LARGE:
+            return "coincidence"
+        if abs(self.remainder) <= self.remainder_floor:
+            return "noise"
+        if self.share > _SMALL:
+            return "large"
+        return "small" if worst <= _SMALL else "uneven"
+
 
 def verdict_of(end: Point, way: Sequence[Point]) -> Verdict:
-    """The verdict on one prompt's remainder.
-
-    Args:
-        end: at ε = 1.
-        way: at the strengths on the way.
-    """
+    """The verdict on one prompt's remainder, at ε = 1 and on the way."""
     clear = [(point.share, point.scale) for point in way if point.share is not None]
-    worst, scale = max(clear, default=(None, None), key=lambda pair: pair[0])
+    worst = max(clear, default=(None, None), key=lambda pair: pair[0])
     floors = SIGMAS * end.noise_floor, SIGMAS * end.remainder_floor
-    kind = _kind(abs(end.shift), abs(end.remainder), *floors, worst or 0.0)
-    return Verdict(kind, end.shift, end.remainder, *floors, worst, scale)
-
-
-def _kind(
-    shift: float, remainder: float, floor: float, remainder_floor: float, worst: float
-) -> Kind:
-    if shift <= floor:
-        return "no_shift"
-    here = remainder / shift
-    if here <= _SMALL and worst > _LARGE:
-        return "coincidence"
-    if remainder <= remainder_floor:
-        return "noise"
-    if here > _SMALL:
-        return "large"
-    return "small" if worst <= _SMALL else "uneven"
+    return Verdict(end.shift, end.remainder, *floors, *worst)
 
 
 @final
@@ -163,17 +199,13 @@ class SecondVerdict(_Worded):
     """Whether second order is nearer to the exact shift than first order, on one prompt.
 
     Attributes:
-        kind: 'no_shift', the shift itself is within rounding; 'neither', they leave the same at
-            ε = 1, within rounding; 'farther', second order leaves more; 'nearer', it leaves less,
-            all along the path; 'coincidence', less at ε = 1, but more on the way.
         shift: g(1) − g(0).
-        first, second: what first order, and second order, leaves of it.
+        first, second: the remainders that first order, and second order, leave.
         floor: three noise floors of the shift.
         remainder_floor: three of what second order leaves.
         helps_up_to: the strength up to which second order is nowhere farther.
     """
 
-    kind: Literal["no_shift", "neither", "farther", "nearer", "coincidence"]
     shift: float
     first: float
     second: float
@@ -181,24 +213,26 @@ class SecondVerdict(_Worded):
     remainder_floor: float
     helps_up_to: float
 
+    @property
+    def kind(self) -> Literal["no_shift", "neither", "farther", "nearer", "coincidence"]:
+        """'no_shift', the shift itself is within rounding; 'neither', the two leave the same at
+        ε = 1, within rounding; 'farther', second order leaves more; 'nearer', it leaves less, all
+        along the path; 'coincidence', less at ε = 1, but more on the way.
+        """
+        nearer_by = abs(self.first) - abs(self.second)
+        if abs(self.shift) <= self.floor:
+            return "no_shift"
+        if abs(nearer_by) <= self.remainder_floor:
+            return "neither"
+        if nearer_by < 0:
+            return "farther"
+        return "coincidence" if self.helps_up_to < 1 else "nearer"
+
 
 def second_verdict(first: Point, second: Point, helps_up_to: float) -> SecondVerdict:
-    """The verdict on one prompt's second order.
-
-    Args:
-        first, second: what first order, and second order, leaves at ε = 1.
-        helps_up_to: the strength up to which second order is nowhere farther.
-    """
-    floor, own = SIGMAS * second.noise_floor, SIGMAS * second.remainder_floor
-    nearer_by = abs(first.remainder) - abs(second.remainder)
-    numbers = (second.shift, first.remainder, second.remainder, floor, own, helps_up_to)
-    if abs(second.shift) <= floor:
-        return SecondVerdict("no_shift", *numbers)
-    if abs(nearer_by) <= own:
-        return SecondVerdict("neither", *numbers)
-    if nearer_by < 0:
-        return SecondVerdict("farther", *numbers)
-    return SecondVerdict("coincidence" if helps_up_to < 1 else "nearer", *numbers)
+    """The verdict on one prompt's second order: what it, and first order, leave at ε = 1."""
+    floors = SIGMAS * second.noise_floor, SIGMAS * second.remainder_floor
+    return SecondVerdict(second.shift, first.remainder, second.remainder, *floors, helps_up_to)
 
 
 @final
@@ -207,18 +241,15 @@ class NullVerdict(_Worded):
     """How far one prompt's shift stands out from those of adapters in random directions.
 
     Attributes:
-        kind: 'no_shift', the shift itself is within rounding; 'as_random', as many draws reach it
-            as chance allows; 'stands_out'.
         shift: g(1) − g(0).
         floor: three noise floors.
         null: root mean square of the draws' shifts, at least one noise floor.
-        is_least: whether the draws' own is below that floor, so that the ratio is a lower bound.
+        is_least: whether theirs is below that floor, so that the ratio is a lower bound.
         p: the share of draws, the real adapter counted as one, that reach the shift.
         exceeds_all: the share of sites that exceed every draw.
-        draws: how many there are.
+        draws: how many random adapters were drawn.
     """
 
-    kind: Literal["no_shift", "as_random", "stands_out"]
     shift: float
     floor: float
     null: float
@@ -226,6 +257,15 @@ class NullVerdict(_Worded):
     p: float
     exceeds_all: float
     draws: int
+
+    @property
+    def kind(self) -> Literal["no_shift", "as_random", "stands_out"]:
+        """'no_shift', the shift itself is within rounding; 'as_random', as many draws reach it as
+        chance allows; 'stands_out'.
+        """
+        if abs(self.shift) <= self.floor:
+            return "no_shift"
+        return "as_random" if self.p > max(_LEVEL, self.chance) else "stands_out"
 
     @property
     def ratio(self) -> float:
@@ -241,21 +281,9 @@ class NullVerdict(_Worded):
 def null_verdict(
     shift: float, noise_floor: float, null: float, p: float, exceeds_all: float, draws: int
 ) -> NullVerdict:
-    """The verdict on one prompt's null test.
-
-    Args:
-        shift: g(1) − g(0).
-        noise_floor: σ of it from rounding alone.
-        null: root mean square of the draws' shifts.
-        p: the share of draws that reach the shift.
-        exceeds_all: the share of sites that exceed every draw.
-        draws: how many there are.
-    """
-    floor, is_least = SIGMAS * noise_floor, null < noise_floor
-    numbers = (shift, floor, max(null, noise_floor), is_least, p, exceeds_all, draws)
-    if abs(shift) <= floor:
-        return NullVerdict("no_shift", *numbers)
-    return NullVerdict("as_random" if p > max(_LEVEL, 1 / (1 + draws)) else "stands_out", *numbers)
+    """The verdict on one prompt's null test."""
+    least, is_least = max(null, noise_floor), null < noise_floor
+    return NullVerdict(shift, SIGMAS * noise_floor, least, is_least, p, exceeds_all, draws)
 
 
 @final
@@ -264,26 +292,24 @@ class FlipVerdict(_Worded):
     """Whether one prompt's margin changes sign between base and adapted model.
 
     Attributes:
-        kind: 'hidden', a margin is within rounding of zero, so that its sign is unknown; 'flips';
-            'keeps', both have the same sign.
         m0, m: the base model's margin, and the adapted model's.
         floor: three noise floors.
     """
 
-    kind: Literal["hidden", "flips", "keeps"]
     m0: float
     m: float
     floor: float
 
+    @property
+    def kind(self) -> Literal["hidden", "flips", "keeps"]:
+        """'hidden', a margin is within rounding of zero, so that its sign is unknown; 'flips';
+        'keeps', both have the same sign.
+        """
+        if min(abs(self.m0), abs(self.m)) <= self.floor:
+            return "hidden"
+        return "flips" if self.m0 * self.m < 0 else "keeps"
+
 
 def flip_verdict(m0: float, m: float, noise_floor: float) -> FlipVerdict:
-    """The verdict on one prompt's flip.
-
-    Args:
-        m0, m: the base model's margin, and the adapted model's.
-        noise_floor: σ of each from rounding alone.
-    """
-    floor = SIGMAS * noise_floor
-    if min(abs(m0), abs(m)) <= floor:
-        return FlipVerdict("hidden", m0, m, floor)
-    return FlipVerdict("flips" if m0 * m < 0 else "keeps", m0, m, floor)
+    """The verdict on one prompt's flip."""
+    return FlipVerdict(m0, m, SIGMAS * noise_floor)

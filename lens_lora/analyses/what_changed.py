@@ -15,29 +15,297 @@ Nothing is tested for significance: controls are few, and say how large a chance
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final
 
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.random_directions import null_adapter
-from lens_lora.analyses.null_test import fused_parts
-from lens_lora.arguments import whole
+from lens_lora.arguments import is_whole, whole, word
 from lens_lora.engine.asked import ask_prompts
-from lens_lora.engine.final_reading import read_through
-from lens_lora.engine.text_changes import EARLY, TextSums, text_sums
-from lens_lora.engine.texts import distinct_tokens, require_second_token
-from lens_lora.errors import ArgumentError
-from lens_lora.hooked.alone import alone
-from lens_lora.lens import LoraLens
+from lens_lora.engine.texts import (
+    EARLY,
+    TextSums,
+    distinct_tokens,
+    read_through,
+    require_second_token,
+    text_sums,
+)
+from lens_lora.errors import ArgumentError, TokenError
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens, null_lenses
+from lens_lora.model.sites import Site
 from lens_lora.readouts.neutral import neutral_texts
 from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.results.constancy import held_out_share
-from lens_lora.results.what_changed import Changes, WhatChanged
+from lens_lora.results import drawing
+from lens_lora.results.base import Paged, site_labels
+from lens_lora.results.storage import stored
+from lens_lora.results.tokens import context_of, held_out_share, rank_of, ranked_tokens
 
-__all__ = ["what_changed"]
+By = Literal["logit", "probability", "reading"]
+BY: tuple[By, ...] = ("logit", "probability", "reading")
+
+
+@stored
+@dataclasses.dataclass(frozen=True, eq=False)
+class Changes:
+    """What one adapter changes over the texts; every mean is over distinct tokens after first ones.
+
+    Attributes:
+        name: the adapter's.
+        kl: [text, token], KL(base ‖ adapted) in nats; NaN at padding, and at tokens that stand
+            after the same tokens in an earlier text.
+        logit: [vocab], the mean of f(1) − f(0), less its mean over the vocabulary.
+        probability: [vocab], the mean of p(1) − p(0).
+        readings: by point of the residual stream [vocab], the mean Δh over the texts' first tokens
+            (1 to 5) through the final norm and the unembedding, less its mean.
+        early_size: by point, ‖mean Δh‖ over the first tokens.
+        writers: by attention and MLP of each block, ⟨mean of what it adds, Δh⟩/‖Δh‖², with Δh the
+            mean behind the last block: they sum to one, with what else is there ('rest').
+        constant: by point, how much of Δh is one vector, on held-out texts.
+        places: [place, 2], text and token where KL is largest.
+        place_ids, place_changes: [place, promoted], which tokens' probability rises most there.
+    """
+
+    name: str
+    kl: Float[Tensor, "text token"]
+    logit: Float[Tensor, " vocab"]
+    probability: Float[Tensor, " vocab"]
+    readings: Mapping[str, Float[Tensor, " vocab"]]
+    early_size: Mapping[str, float]
+    writers: Mapping[str, float]
+    constant: Mapping[str, float]
+    places: Int[Tensor, "place two"]
+    place_ids: Int[Tensor, "place promoted"]
+    place_changes: Float[Tensor, "place promoted"]
+
+    @property
+    def mean_kl(self) -> float:
+        """Over the tokens after each text's first."""
+        return float(self.kl[:, 1:].nanmean())
+
+    @property
+    def first_kl(self) -> float:
+        """At the texts' first tokens, which are no part of any other mean."""
+        return float(self.kl[:, 0].nanmean())
+
+    def of(self, by: By) -> Float[Tensor, " vocab"]:
+        """The numbers by which tokens are ranked.
+
+        Args:
+            by: 'logit', 'probability', or 'reading' (behind the last block).
+
+        Raises:
+            ArgumentError: another word.
+        """
+        word("by", by, BY)
+        if by == "reading":
+            return self.readings[list(self.readings)[-1]]
+        return self.logit if by == "logit" else self.probability
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class WhatChanged(Paged):
+    """What an adapter changes over texts that have nothing to do with it, nothing asked.
+
+    Attributes:
+        found: of the adapter.
+        nulls: of adapters of the same sizes in random directions.
+        unrelated: of the unrelated adapters that were given.
+        sites: the adapted sites.
+        shares: [site], ½ v_lᵀ F v in nats a token: a complete split of the quadratic KL; zeros
+            where it was not asked for.
+        strings: every token of the vocabulary.
+        str_tokens: each text's tokens.
+        texts: what the texts are.
+        meta: model, adapter, dtype and versions.
+    """
+
+    found: Changes
+    nulls: tuple[Changes, ...]
+    unrelated: tuple[Changes, ...]
+    sites: tuple[Site, ...]
+    shares: Float[Tensor, " site"]
+    strings: tuple[str, ...]
+    str_tokens: tuple[tuple[str, ...], ...]
+    texts: str
+    meta: Mapping[str, str]
+
+    @property
+    def controls(self) -> tuple[Changes, ...]:
+        """Null adapters, then unrelated ones."""
+        return (*self.nulls, *self.unrelated)
+
+    @property
+    def _kinds(self) -> dict[str, tuple[Changes, ...]]:
+        return {"null": self.nulls, "unrelated": self.unrelated}
+
+    def promoted(self, k: int = 20, by: By = "logit", *, largest: bool = True) -> pd.DataFrame:
+        """The k tokens promoted most on average, each beside the controls.
+
+        Args:
+            k: how many.
+            by: the mean shift of the 'logit', of the 'probability', or the 'reading' of mean Δh on
+                the first tokens. They differ: rare tokens have large logit shifts and little
+                probability.
+            largest: False for the tokens suppressed most.
+
+        Returns:
+            rank, token, id, value; `null`, `unrelated`: the largest value that any token has under
+            such an adapter (the least, of those suppressed); `rank_null`, `rank_unrelated`: the
+            best rank of this token there.
+
+        Raises:
+            ArgumentError: another `by`, or a k below 0.
+        """
+        sign = 1 if largest else -1
+        frame = ranked_tokens(self.found.of(by), self.strings, k, by, largest=largest)
+        for name, others in self._kinds.items():
+            values = [sign * other.of(by) for other in others]
+            if values:
+                frame[name] = sign * max(float(v.max()) for v in values)
+                frame[f"rank_{name}"] = [min(rank_of(v, i) for v in values) for i in frame["id"]]
+        return frame
+
+    def rank(self, token: str | int, by: By = "logit") -> dict[str, int]:
+        """A token's rank among the promoted, 1 for the first: by this adapter, and by each control.
+
+        Args:
+            token: its string, of one token, or its id.
+            by: as for `promoted`.
+
+        Returns:
+            By adapter, this one first; the second of one name is 'name (2)'.
+
+        Raises:
+            TokenError: no such token, or several that read alike.
+        """
+        index, ranks = self._id(token), dict[str, int]()
+        for changes in (self.found, *self.controls):
+            label, copy = changes.name, 1
+            while label in ranks:
+                copy += 1
+                label = f"{changes.name} ({copy})"
+            ranks[label] = rank_of(changes.of(by), index)
+        return ranks
+
+    def _id(self, token: str | int) -> int:
+        if is_whole(token) and 0 <= token < len(self.strings):
+            return int(token)
+        ids = [i for i, string in enumerate(self.strings) if string == token]
+        if len(ids) > 1:
+            raise TokenError(
+                f"{len(ids)} tokens of the vocabulary read {token!r}, of the ids {ids[0]}, "
+                f"{ids[1]}{', …' if len(ids) > 2 else ''}; give the id."
+            )
+        if ids:
+            return ids[0]
+        raise TokenError(
+            f"{token!r} is no token of the vocabulary of {len(self.strings)}; give one token with "
+            "its leading space, or an id."
+        )
+
+    def where(self, k: int = 10, context: int = 8) -> pd.DataFrame:
+        """The k tokens after which the two models' next token differs most, by KL.
+
+        Args:
+            k: how many, of the 20 that are kept.
+            context: how many tokens are shown on either side.
+        """
+        rows: list[dict[str, Any]] = []
+        for place, (text, t) in enumerate(self.found.places.tolist()[: whole("k", k, 0)]):
+            tokens = self.str_tokens[text]
+            row = {"text": text, "position": t, "token": tokens[t]}
+            row |= {"context": context_of(tokens, t, context)}
+            row |= {"kl": float(self.found.kl[text, t]), "promoted": self._promoted_at(place)}
+            for name, others in self._kinds.items():
+                if others:
+                    row[name] = max(float(other.kl[text, t]) for other in others)
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def _promoted_at(self, place: int) -> str:
+        ids, changes = self.found.place_ids[place], self.found.place_changes[place]
+        pairs = zip(ids.tolist(), changes.tolist(), strict=True)
+        return ", ".join(f"{self.strings[i]!r} {change:+.3f}" for i, change in pairs)
+
+    def modules(self, k: int = 10) -> pd.DataFrame:
+        """The k sites of largest share of the quadratic KL; none where it was not split.
+
+        Args:
+            k: how many.
+        """
+        k = whole("k", k, 0) if bool(self.shares.any()) else 0
+        order = self.shares.argsort(descending=True)[:k].tolist()
+        columns = site_labels([self.sites[i] for i in order])
+        columns["nats"] = self.shares[order].tolist()
+        columns["share"] = (self.shares / self.shares.sum())[order].tolist()
+        return pd.DataFrame(columns)
+
+    def writers(self, k: int = 10) -> pd.DataFrame:
+        """Which blocks' attention and MLP add the mean Δh of the first tokens, by share of it.
+
+        A share is what the two models' outputs differ in, so it holds what earlier blocks caused.
+
+        Args:
+            k: how many.
+        """
+        order = sorted(self.found.writers.items(), key=lambda item: -abs(item[1]))
+        return pd.DataFrame(order[: whole("k", k, 0)], columns=["name", "share"])
+
+    def summary(self) -> pd.DataFrame:
+        """One row per adapter: mean KL, the largest shifts, and how constant Δh is."""
+        kinds = {"adapter": (self.found,), **self._kinds}
+        rows = [
+            {
+                "adapter": changes.name,
+                "kind": kind,
+                "mean_kl": changes.mean_kl,
+                "kl_at_first_tokens": changes.first_kl,
+                **{f"largest_{by}": float(changes.of(by).max()) for by in BY},
+                **{f"constant at {name}": share for name, share in changes.constant.items()},
+            }
+            for kind, adapters in kinds.items()
+            for changes in adapters
+        ]
+        return pd.DataFrame(rows)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Every finding in one table: which, its rank, label, value, and the largest control's."""
+        where = self.where(len(self.found.places))
+        modules, writers = self.modules(len(self.sites)), self.writers(len(self.found.writers))
+        findings = [(f"promoted by {by}", self.promoted(20, by), "token", by) for by in BY]
+        findings += [("where", where.drop(columns="token"), "context", "kl")]
+        findings += [("module", modules, "site", "nats"), ("writer", writers, "name", "share")]
+        columns = ["finding", "rank", "label", "value", "null", "unrelated", "promoted"]
+        frames = [
+            frame.assign(
+                finding=finding,
+                rank=range(1, len(frame) + 1),
+                label=frame.get(label),
+                value=frame.get(value),
+            )
+            for finding, frame, label, value in findings
+        ]
+        return pd.concat(frames).reindex(columns=columns).reset_index(drop=True)
+
+    def story(self) -> str:
+        """What was found, in plain words, a paragraph a line."""
+        return drawing.story(self)
+
+    def plot(self, k: int = 20, by: By = "logit") -> drawing.Figure:
+        """The k tokens promoted most, with the largest shift under a control.
+
+        Args:
+            k: how many.
+            by: as for `promoted`.
+        """
+        return drawing.figure(self, k, by)
 
 
 @alone
@@ -62,7 +330,7 @@ def what_changed(
             plain sentences and ten openings of conversations that come with the package.
         unrelated: adapters that were trained for something else.
         nulls: how many null adapters.
-        seed: of their random directions, as for `null_adapter`.
+        seed: of their random directions, as for `Adapter.null`.
         split: whether to split the quadratic KL by site.
         progress: show a bar.
 
@@ -80,29 +348,23 @@ def what_changed(
     asked = ask_prompts(lens, neutral_texts(lens.model) if texts is None else texts)
     rows = asked.prompts
     require_second_token(rows, "every number")
-    parts = fused_parts(lens)
-    draws = range(whole("nulls", nulls, 0))
-    random = [null_adapter(lens.adapter, seed, draw, parts=parts) for draw in draws]
-    lenses = [lens, *(lens.with_adapter(other) for other in (*random, *others))]
+    nulls = whole("nulls", nulls, 0)
+    lenses = [lens, *null_lenses(lens, seed, nulls), *map(lens.with_adapter, others)]
     sums, shares = text_sums(lenses, rows, split=split, progress=progress)
-    found, *controls = (_changes(one, rows) for one in sums)
+    found, *controls = (_changes(changes, rows) for changes in sums)
+    distinct = int(distinct_tokens(rows).sum())
+    source = "of the caller" if texts is not None else "that come with lens_lora"
+    kind = "texts" if texts is not None else "neutral texts"
     return WhatChanged(
         found=found,
-        nulls=tuple(controls[: len(random)]),
-        unrelated=tuple(controls[len(random) :]),
+        nulls=tuple(controls[:nulls]),
+        unrelated=tuple(controls[nulls:]),
         sites=lens.sites,
-        shares=(shares / int(distinct_tokens(rows).sum())).cpu(),
+        shares=(shares / distinct).cpu(),
         strings=lens.vocabulary,
         str_tokens=asked.str_tokens,
-        texts=_described(rows, texts is None),
+        texts=f"{rows.batch} {kind} {source}, {distinct} distinct tokens after first ones",
         meta=lens.describe(),
-    )
-
-
-def _described(rows: Prompts, ours: bool) -> str:
-    what = "neutral texts that come with lens_lora" if ours else "texts of the caller"
-    return (
-        f"{rows.batch} {what}, {int(distinct_tokens(rows).sum())} distinct tokens after first ones"
     )
 
 
@@ -131,13 +393,12 @@ def _changes(sums: TextSums, rows: Prompts) -> Changes:
 
 
 def _writers(
-    mean: dict[str, Float[Tensor, "d"]], last: str, names: Sequence[str]
+    mean: dict[str, Float[Tensor, " d"]], last: str, names: Sequence[str]
 ) -> dict[str, float]:
-    whole_shift = mean[last]
-    size = whole_shift.square().sum()
-    found = {name: float(mean[name] @ whole_shift / size) for name in names}
-    return {**found, "rest": 1.0 - sum(found.values())}
+    size = mean[last].square().sum()
+    shares = {name: float(mean[name] @ mean[last] / size) for name in names}
+    return {**shares, "rest": 1.0 - sum(shares.values())}
 
 
-def _centred(values: Float[Tensor, "vocab"]) -> Float[Tensor, "vocab"]:
+def _centred(values: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
     return (values - values.mean()).to(torch.float32).cpu()

@@ -8,30 +8,48 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lens_lora.adapters.run_folder import checkpoint_folders
-from lens_lora.commands.options import ClassOption, ModelOption, Quiet, Report, Subject
-from lens_lora.commands.terminal import require_different, require_writable
+import lens_lora as ll
+from lens_lora.adapters.peft_files import checkpoint_folders
+from lens_lora.commands.options import (
+    BaseModel,
+    DocOption,
+    PreOption,
+    QuietOption,
+    ReportOption,
+    require_different,
+    require_writable,
+    with_base,
+)
+from lens_lora.commands.running import announce, lens_for, say
 
-__all__ = ["checkpoints"]
 
-
+@with_base
 def checkpoints(
     run_folder: Annotated[
         Path, typer.Argument(help="A trainer's folder, with checkpoint-<step> folders in it.")
     ],
     prompt: Annotated[list[str], typer.Option(help="Read at its last token; may be repeated.")],
-    doc: Annotated[str, typer.Option(help="The document's answer, with its leading space.")],
-    pre: Annotated[str, typer.Option(help="The pretrained answer, with its leading space.")],
-    model: ModelOption = None,
-    report: Report = Path("lens_lora_checkpoints.html"),
-    model_class: ClassOption = None,
-    quiet: Quiet = False,
+    doc: DocOption,
+    pre: PreOption,
+    base: BaseModel,
+    report: ReportOption = Path("lens_lora_checkpoints.html"),
+    quiet: QuietOption = False,
 ) -> None:
     """A margin, its first order and flip at every checkpoint, and which modules move when."""
-    folders = checkpoint_folders(run_folder)
+    *_, last = checkpoint_folders(run_folder).values()
     require_writable(report, "--report")
     require_different(doc, pre)
-    from lens_lora.commands.run_checkpoints import run
 
-    subject = Subject(list(folders.values())[-1], model, model_class)
-    run(subject, run_folder, prompt, doc, pre, report, Console(stderr=True, quiet=quiet))
+    from lens_lora.loading import quiet_libraries
+    from lens_lora.readouts.answers import margin_between
+    from lens_lora.show.adapters import checkpoints_report, checkpoints_table
+
+    lens = lens_for(base, ll.load_adapter(last), Console(stderr=True, quiet=quiet))
+    announce(lens)
+    prompts = lens.prompts(prompt)
+    readout = margin_between(lens.model, doc, pre, prompts)
+    with quiet_libraries():
+        training = ll.checkpoints(lens, run_folder, prompts, readout, progress=not quiet)
+    Console().print(checkpoints_table(training))
+    report.write_text(checkpoints_report(training), encoding="utf-8")
+    say(f"\nReport: {report.absolute()}")

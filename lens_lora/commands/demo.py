@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
-from lens_lora.adapters.peft_files import adapter_folder
+import lens_lora as ll
 from lens_lora.commands.options import (
     AdapterOption,
-    AttnOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    In4Bit,
-    In8Bit,
-    ModelOption,
-    Quiet,
-    Report,
-    Subject,
+    BaseModel,
+    DocOption,
+    PreOption,
+    Prompt,
+    QuietOption,
+    ReportOption,
     SystemOption,
     conversation,
+    folder_of,
+    require_different,
+    require_writable,
+    with_base,
 )
-from lens_lora.commands.terminal import require_different, require_writable
-from lens_lora.placement import Placement
+from lens_lora.commands.running import announce, lens_for, load_model, say, step, tell, timed
+from lens_lora.errors import LensLoraError
 
-__all__ = ["demo"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@with_base
 def demo(
-    model: ModelOption = None,
+    base: BaseModel,
     adapter: AdapterOption = None,
     prompt: Annotated[
         str, typer.Option(help="Read at its last token.")
@@ -40,32 +43,21 @@ def demo(
         typer.Option(help="What a user says, by the model's chat template; in place of --prompt."),
     ] = None,
     system: SystemOption = None,
-    doc: Annotated[
-        str, typer.Option(help="The document's fact, with its leading space.")
-    ] = " Lyon",
-    pre: Annotated[
-        str, typer.Option(help="The pretrained fact, with its leading space.")
-    ] = " Paris",
-    report: Report = Path("lens_lora_demo.html"),
+    doc: DocOption = " Lyon",
+    pre: PreOption = " Paris",
+    report: ReportOption = Path("lens_lora_demo.html"),
     train: Annotated[
         bool, typer.Option("--train", help="Train a new adapter, about half a minute, and use it.")
     ] = False,
     train_out: Annotated[
         Path, typer.Option(help="Folder for the adapter of --train.", file_okay=False)
     ] = Path("lens_lora_adapter"),
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
-    load_in_4bit: In4Bit = False,
-    load_in_8bit: In8Bit = False,
-    attn: AttnOption = "eager",
-    quiet: Quiet = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Explain how a LoRA moves one fact: the story, the numbers, and a page of figures."""
-    how = Placement(dtype, device, device_map, load_in_4bit, load_in_8bit, attn)
     if train and adapter is not None:
         raise typer.BadParameter("--train makes an adapter; leave --adapter out.")
-    if train and how.is_quantised:
+    if train and base.is_quantised:
         raise typer.BadParameter("--train needs weights that are not quantised.")
     if not prompt:
         raise typer.BadParameter(
@@ -73,11 +65,57 @@ def demo(
         )
     if system is not None and chat is None:
         raise typer.BadParameter("it stands before a --chat; give one.", param_hint="--system")
-    asked = prompt if chat is None else conversation(chat, system)
+    question = prompt if chat is None else conversation(chat, system)
     require_different(doc, pre)
     require_writable(report, "--report")
-    folder = adapter_folder(adapter) if adapter else None
-    from lens_lora.commands.run_demo import run
+    folder = folder_of(adapter)
 
-    subject, trained = Subject(folder, model, how=how), train_out if train else None
-    run(subject, asked, doc, pre, report=report, train_out=trained, quiet=quiet)
+    progress, loaded = Console(stderr=True, quiet=quiet), None
+    with timed(progress):
+        if train:
+            loaded = load_model(base.model, progress, base)
+            _train(*loaded, base.model, train_out, quiet)
+            folder = train_out
+        lens = lens_for(base, ll.load_adapter(folder), progress, loaded=loaded)
+        announce(lens)
+        report.write_text(_explained(lens, question, doc, pre, progress), encoding="utf-8")
+        say(f"Report: {report.absolute()}")
+
+
+def _train(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model: str | None,
+    out: Path,
+    quiet: bool,
+) -> None:
+    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, LYON_SENTENCES, train_adapter
+    from lens_lora.loading import quiet_libraries
+
+    base_name = model or EMBEDDED_HUB_ID
+    try:
+        with quiet_libraries():
+            train_adapter(
+                hf_model, tokenizer, LYON_SENTENCES, out, base_name=base_name, quiet=quiet
+            )
+    except ValueError as error:
+        raise LensLoraError(f"{base_name}: the demo cannot train on it ({error}).") from error
+
+
+def _explained(lens: ll.LoraLens, prompt: Prompt, doc: str, pre: str, progress: Console) -> str:
+    """Print the story and its tables, and return the page."""
+    from lens_lora.readouts.answers import margin_between
+    from lens_lora.show.report import margin_report
+    from lens_lora.show.tables import margin_table, modules_table, tokens_table
+    from lens_lora.show.words import account_of
+
+    readout = margin_between(lens.model, doc, pre, lens.prompts(prompt))
+    with step("The margin along the path", progress):
+        margin = ll.fact_margin(lens, prompt, doc, pre, progress=False)
+        positions = ll.first_order(lens, prompt, readout, by="position")
+    shift = ll.logit_shift(lens, prompt, by_site=True, progress=not progress.quiet)
+    console = tell(margin.story())
+    console.print(margin_table(account_of(margin, 0)))
+    console.print(modules_table(margin.attribution, k=10, prompt=0))
+    console.print(tokens_table(shift, k=10))
+    return margin_report(margin, logit_shift=shift, positions=positions)

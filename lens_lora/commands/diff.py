@@ -8,30 +8,23 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+import lens_lora as ll
 from lens_lora.adapters.peft_files import adapter_folder
 from lens_lora.commands.options import (
-    AttnOption,
-    ClassOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    In4Bit,
-    In8Bit,
-    ModelOption,
-    Quiet,
-    Report,
-    Subject,
+    BaseModel,
+    QuietOption,
+    ReportOption,
+    require_writable,
+    texts_of,
+    with_base,
 )
-from lens_lora.commands.terminal import require_writable
-from lens_lora.errors import LensLoraError
-from lens_lora.placement import Placement
-
-__all__ = ["diff"]
+from lens_lora.commands.running import announce, lens_for, say, tell, timed
 
 
+@with_base
 def diff(
     adapter: Annotated[str, typer.Argument(help="LoRA, a hub id or folder.")],
-    model: ModelOption = None,
+    base: BaseModel,
     texts: Annotated[
         Path | None,
         typer.Option(
@@ -48,58 +41,44 @@ def diff(
         int, typer.Option(min=0, help="Controls of the same sizes in random directions.")
     ] = 2,
     fast: Annotated[bool, typer.Option("--fast", help="Without the split by module.")] = False,
-    report: Report = Path("lens_lora_diff.html"),
+    report: ReportOption = Path("lens_lora_diff.html"),
     save: Annotated[
         Path | None,
         typer.Option(
             dir_okay=False, help="Also the numbers: a table (.csv), or all of them (.safetensors)."
         ),
     ] = None,
-    model_class: ClassOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
-    load_in_4bit: In4Bit = False,
-    load_in_8bit: In8Bit = False,
-    attn: AttnOption = "eager",
-    quiet: Quiet = False,
+    quiet: QuietOption = False,
 ) -> None:
     """What did this fine-tune change? Unrelated texts, no question, and controls beside.
 
     lens-lora diff path/to/adapter --report diff.html
     """
-    how = Placement(dtype, device, device_map, load_in_4bit, load_in_8bit, attn)
     require_writable(report, "--report")
     if save is not None:
         if save.suffix not in (".csv", ".safetensors"):
             raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
         require_writable(save, "--save")
-    lines = None if texts is None else _lines(texts)
-    folders = [adapter_folder(name) for name in (adapter, *(unrelated or []))]
-    from lens_lora.commands.run_diff import run
+    lines = None if texts is None else texts_of(texts)
+    folder, *controls = [adapter_folder(name) for name in (adapter, *(unrelated or []))]
 
-    run(
-        Subject(folders[0], model, model_class, how),
-        folders[1:],
-        lines,
-        (report, save),
-        Console(stderr=True, quiet=quiet),
-        nulls=nulls,
-        split=not fast,
-    )
+    from lens_lora.loading import quiet_libraries
+    from lens_lora.show.adapters import what_changed_tables
 
-
-def _lines(file: Path) -> list[str]:
-    """The texts of a file, one a line.
-
-    Raises:
-        LensLoraError: no text, or a file that is not UTF-8.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise LensLoraError(f"{file}: not UTF-8 ({error}); save it as UTF-8.") from error
-    found = [line for line in lines if line.strip()]
-    if not found:
-        raise LensLoraError(f"{file}: holds no text; write one a line.")
-    return found
+    progress = Console(stderr=True, quiet=quiet)
+    with timed(progress):
+        others = [ll.load_adapter(control) for control in controls]
+        lens = lens_for(base, ll.load_adapter(folder), progress)
+        announce(lens)
+        with quiet_libraries():
+            changes = ll.what_changed(
+                lens, lines, others, nulls=nulls, split=not fast, progress=not quiet
+            )
+        tell(changes.story()).print(what_changed_tables(changes))
+        say(f"\nReport: {changes.save_report(report).absolute()}")
+        if save is not None:
+            if save.suffix == ".csv":
+                changes.to_frame().to_csv(save, index=False)
+            else:
+                changes.save(save)
+            say(f"Numbers: {save.absolute()}")

@@ -1,53 +1,71 @@
 """`lens-lora explain`: what an adapter did on a prompt, in the terminal and as a page.
 
-A prompt, an answer, an adapter or a file that cannot be used raises an error before any long run;
-the command line prints it as one line.
+1. Every prompt is checked, with its answers, before any long run.
+2. With --fast, prompts that have answers share their passes: they are explained all at once, or one
+   by one where that fails. In full each takes a while.
+3. The page is written after each, so an interrupt or an error keeps what is finished.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from lens_lora.adapters.peft_files import adapter_folder
+import lens_lora as ll
 from lens_lora.commands.options import (
     AdapterOption,
-    AttnOption,
-    ClassOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    In4Bit,
-    In8Bit,
-    MaxMemory,
-    ModelOption,
-    Question,
-    Quiet,
-    Report,
-    Subject,
+    BaseModel,
+    Prompt,
+    QuietOption,
+    ReportOption,
     SystemOption,
     conversation,
+    folder_of,
+    lines_of,
+    require_different,
+    require_writable,
     text_of,
+    with_base,
 )
-from lens_lora.commands.terminal import require_different, require_writable
-from lens_lora.errors import LensLoraError
-from lens_lora.placement import Placement
+from lens_lora.commands.running import (
+    announce,
+    lens_for,
+    say,
+    tell,
+    timed,
+    told_if_interrupted,
+)
+from lens_lora.errors import LensLoraError, PromptError
 from lens_lora.sweeps.records import read_records
 
-__all__ = ["explain"]
+if TYPE_CHECKING:
+    from lens_lora.evaluation.explain import Explanation, ResponseExplanation
 
-_MOST = 16
-_Prompt = str | Sequence[Mapping[str, str]]
-_Found = tuple[_Prompt, str | None, str | None]
+
+class Question(NamedTuple):
+    """A prompt, and what is explained: two answers' margin, or a response.
+
+    Without any of them, the adapted model's own response is.
+    """
+
+    prompt: Prompt
+    doc: str | None = None
+    pre: str | None = None
+    response: str | None = None
+
+
+_LARGEST_PAGE = 16  # prompts, each with a dozen interactive figures
 _EXAMPLE = "--prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'"
 
 
+@with_base
 def explain(
+    base: BaseModel,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Read at its last token; may be repeated.")
     ] = None,
@@ -81,24 +99,15 @@ def explain(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="The most tokens of a response that is generated.")
     ] = 64,
-    model: ModelOption = None,
     adapter: AdapterOption = None,
-    report: Report = Path("lens_lora_report.html"),
+    report: ReportOption = Path("lens_lora_report.html"),
     fast: Annotated[
         bool, typer.Option("--fast", help="Without running single modules, coupling and curves.")
     ] = False,
     null: Annotated[
         int, typer.Option(min=0, help="Compare with so many random adapters of the same sizes.")
     ] = 0,
-    model_class: ClassOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
-    load_in_4bit: In4Bit = False,
-    load_in_8bit: In8Bit = False,
-    attn: AttnOption = "eager",
-    max_memory: MaxMemory = None,
-    quiet: Quiet = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Explain what a LoRA did to two answers' margin, or to a response: a summary, and a page.
 
@@ -108,35 +117,41 @@ def explain(
 
     lens-lora explain --prompt 'The capital of France is'
     """
-    how = Placement(dtype, device, device_map, load_in_4bit, load_in_8bit, attn)
     require_writable(report, "--report")
     if null == 1:
         raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
-    progress = Console(stderr=True, quiet=quiet)
     if system is not None and not chat:
         raise typer.BadParameter("--system: it stands before a --chat; give one.")
-    given = [*(prompt or []), *(conversation(said, system) for said in chat or [])]
-    questions = _questions(given, prompts, doc, pre, response)
+    typed = [*(prompt or []), *(conversation(said, system) for said in chat or [])]
+    questions = _questions(typed, prompts, doc, pre, response)
     if null and not all(question.doc for question in questions):
         raise typer.BadParameter(
             "--null: random adapters are compared on a margin, --doc and --pre."
         )
+    progress = Console(stderr=True, quiet=quiet)
     _note_spaces(questions, progress)
-    folder = adapter_folder(adapter) if adapter else None
-    from lens_lora.commands.run_explain import run
+    folder = folder_of(adapter)
 
-    subject = Subject(folder, model, model_class, how, max_memory)
-    run(subject, questions, report, progress, max_new_tokens=max_new_tokens, fast=fast, null=null)
+    with timed(progress):
+        lens = lens_for(base, ll.load_adapter(folder), progress)
+        announce(lens)
+        _require_fit(lens, questions, max_new_tokens)
+        options = {"fast": fast, "null": null, "progress": not quiet}
+        _explain_each(lens, questions, report, progress, max_new_tokens, options)
+        say(f"\nReport: {report.absolute()}")
+
+
+# --- Questions, checked without a model
 
 
 def _questions(
-    given: Sequence[_Prompt],
+    typed: Sequence[Prompt],
     file: Path | None,
     doc: str | None,
     pre: str | None,
     response: str | None,
 ) -> list[Question]:
-    """Every prompt with its answers; --doc and --pre, or --response, where given, hold for all.
+    """Every prompt with its answers; --doc and --pre, or --response, hold for all if given.
 
     Raises:
         LensLoraError: a bad record of the file, with its line, or two equal answers.
@@ -147,57 +162,59 @@ def _questions(
         raise typer.BadParameter(
             "--response beside --doc or --pre: give a response, or two answers."
         )
-    found: list[_Found] = [(prompt, doc, pre) for prompt in given]
+    questions = [Question(prompt, doc, pre, response) for prompt in typed]
     if file is not None:
-        found += _from_file(file, doc, pre, needs_answers=response is None)
-    if not found:
+        questions += _from_file(file, Question("", doc, pre, response))
+    if not questions:
         raise typer.BadParameter(
             f"--prompts: {file} holds no prompt."
             if file
             else f"what to explain? Give --prompts FILE, or {_EXAMPLE}."
         )
-    if len(found) > _MOST:
+    if len(questions) > _LARGEST_PAGE:
         raise typer.BadParameter(
-            f"{len(found)} prompts are too many for one page, {_MOST} at most; "
+            f"{len(questions)} prompts are too many for one page, {_LARGEST_PAGE} at most; "
             "`lens-lora sweep` runs hundreds and writes a table."
         )
-    questions: list[Question] = []
-    for text, its_doc, its_pre in found:
-        if not text:
-            raise typer.BadParameter("a prompt is empty: there is no token to read at.")
-        if its_doc is None and its_pre is None:
-            questions.append(Question(text, response=response))
-            continue
-        if not its_doc or not its_pre:
-            raise typer.BadParameter(
-                f"the prompt {text_of(text)!r} needs both answers: --doc ' Lyon' --pre ' Paris', "
-                "each with its leading space."
-            )
-        questions.append(Question(text, its_doc, its_pre))
     for number, question in enumerate(questions, start=1):
-        which = f"prompt {number}, {text_of(question.prompt)!r}: " if len(questions) > 1 else ""
-        if question.doc is not None and question.pre is not None:
-            require_different(question.doc, question.pre, which)
+        _require_answers(question, number if len(questions) > 1 else None)
     return questions
 
 
-def _from_file(
-    file: Path, doc: str | None, pre: str | None, *, needs_answers: bool
-) -> list[_Found]:
+def _require_answers(question: Question, number: int | None) -> None:
+    prompt, doc, pre, _ = question
+    if not prompt:
+        raise typer.BadParameter("a prompt is empty: there is no token to read at.")
+    if doc is None and pre is None:
+        return
+    if not doc or not pre:
+        raise typer.BadParameter(
+            f"the prompt {text_of(prompt)!r} needs both answers: --doc ' Lyon' --pre ' Paris', "
+            "each with its leading space."
+        )
+    require_different(doc, pre, "" if number is None else f"prompt {number}, {text_of(prompt)!r}: ")
+
+
+def _from_file(file: Path, asked: Question) -> list[Question]:
+    """The file's prompts; answers that are asked of all come before the file's own."""
     if file.suffix.lower() == ".txt":
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise LensLoraError(f"{file}: not UTF-8 ({error}); save it as UTF-8.") from error
-        return [(line, doc, pre) for line in lines if line.strip()]
+        return [asked._replace(prompt=line) for line in lines_of(file)]
     if file.suffix.lower() not in (".jsonl", ".csv"):
         raise LensLoraError(f"{file}: expected a file that ends in .txt, .jsonl or .csv.")
-    records = read_records(file, with_answers=needs_answers and (doc is None or pre is None))
+    has_answers = asked.response is not None or (asked.doc is not None and asked.pre is not None)
+    records = read_records(file, with_answers=not has_answers)
     bad = next((record.error for record in records if record.error), None)
     if bad:
         raise LensLoraError(f"{file}, {bad}")
-    given = [str(r.prompt) if r.messages is None else r.messages for r in records]
-    return [(prompt, doc or r.doc, pre or r.pre) for prompt, r in zip(given, records, strict=True)]
+    return [
+        Question(
+            str(record.prompt) if record.messages is None else record.messages,
+            asked.doc or record.doc,
+            asked.pre or record.pre,
+            asked.response,
+        )
+        for record in records
+    ]
 
 
 def _note_spaces(questions: Sequence[Question], progress: Console) -> None:
@@ -207,14 +224,124 @@ def _note_spaces(questions: Sequence[Question], progress: Console) -> None:
     """
     for prompt, *others in questions:
         answers = [answer for answer in others if answer is not None]
+        quoted = " and ".join(map(repr, answers))
         if not isinstance(prompt, str):
             if not any(answer.startswith(" ") for answer in answers):
                 continue
-            note = f"{' and '.join(map(repr, answers))} begin the assistant's turn with a space"
+            note = f"{quoted} begin the assistant's turn with a space"
         elif prompt != prompt.rstrip(" "):
             note = f"the prompt {prompt!r} ends in a space, which is a token of its own"
         elif len(answers) > 1 and any(answer[:1].isalnum() for answer in answers):
-            note = f"the answers {' and '.join(map(repr, answers))} do not both begin with a space"
+            note = f"the answers {quoted} do not both begin with a space"
         else:
             continue
         progress.print(Text(f"Note: {note}; is that meant?", style="yellow"), soft_wrap=True)
+
+
+# --- Questions, explained
+
+
+def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_tokens: int) -> None:
+    """Refuse what does not fit before the first prompt is explained.
+
+    Raises:
+        PromptError, TokenError: naming the prompt where there are several.
+    """
+    from lens_lora.model.generate import require_room
+    from lens_lora.readouts.answers import margin_between
+
+    for number, question in enumerate(questions, start=1):
+        try:
+            prompts = lens.prompts(question.prompt)
+            if question.doc is not None and question.pre is not None:
+                answers = margin_between(lens.model, question.doc, question.pre, prompts)
+                answers.over(lens.model, prompts)
+            elif question.response is not None:
+                ll.AnswerLogProb(question.response).over(lens.model, prompts)
+            else:
+                require_room(lens, prompts, max_new_tokens)
+        except LensLoraError as error:
+            if len(questions) == 1:
+                raise
+            raise PromptError(f"prompt {number}, {text_of(question.prompt)!r}: {error}") from error
+
+
+def _explain_each(
+    lens: ll.LoraLens,
+    questions: Sequence[Question],
+    report: Path,
+    progress: Console,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> None:
+    """Print a summary of each question, and write the page after each."""
+    from lens_lora.loading import quiet_libraries
+    from lens_lora.show.report import explanation_report
+
+    explanations: list[Explanation | ResponseExplanation] = []
+    waiting = _together(questions, options["fast"])
+    with told_if_interrupted(lambda: _kept(report, len(explanations), len(questions))):
+        while waiting:
+            batch = waiting.pop(0)
+            first, last = len(explanations) + 1, len(explanations) + len(batch)
+            numbers = f"{first}" if len(batch) == 1 else f"{first} to {last}"
+            progress.print(f"Explaining prompt {numbers} of {len(questions)}", highlight=False)
+            try:
+                with quiet_libraries():
+                    explained = _explained(lens, batch, max_new_tokens, options)
+            except LensLoraError:
+                if len(batch) == 1:
+                    raise
+                waiting = [[question] for question in batch]
+                continue
+            for number, question in enumerate(batch, start=first):
+                title = f"{number} of {len(questions)}: {text_of(question.prompt)}"
+                _print(explained[number - first], title if len(questions) > 1 else None)
+            explanations += explained
+            report.write_text(explanation_report(explanations), encoding="utf-8")
+
+
+def _together(questions: Sequence[Question], fast: bool) -> list[Sequence[Question]]:
+    """Questions that are explained in one call."""
+    is_text = {isinstance(question.prompt, str) for question in questions}
+    if fast and len(is_text) == 1 and all(question.doc for question in questions):
+        return [questions]
+    return [[question] for question in questions]
+
+
+def _kept(report: Path, done: int, count: int) -> str:
+    if not done:
+        return f"No prompt was finished, and {report} is not written."
+    return f"{report} holds the first {done} of {count} prompts."
+
+
+def _explained(
+    lens: ll.LoraLens, questions: Sequence[Question], max_new_tokens: int, options: dict[str, Any]
+) -> list[Explanation | ResponseExplanation]:
+    """Several questions have answers; one may ask for a response."""
+    docs = [question.doc for question in questions if question.doc is not None]
+    pres = [question.pre for question in questions if question.pre is not None]
+    if docs and pres:
+        prompts: Any = [question.prompt for question in questions]
+        explained = ll.explain(lens, prompts, docs, pres, **options)
+        return list(explained) if isinstance(explained, ll.results.Explanations) else [explained]
+    ((prompt, _, _, response),) = questions
+    options = {name: options[name] for name in ("fast", "progress")}
+    if response is None:
+        said = lens.generate(prompt, max_new_tokens, progress=options["progress"])
+        return [ll.explain(lens, said.prompts, response=said, **options)]
+    return [ll.explain(lens, prompt, response=response, **options)]
+
+
+def _print(explanation: Explanation | ResponseExplanation, title: str | None) -> None:
+    """Its summary, as soon as it is known."""
+    from lens_lora.show.response import response_tables
+    from lens_lora.show.tables import explanation_tables
+
+    if title is not None:
+        Console().rule(Text(title), align="left")
+    console = tell(explanation.story())
+    if isinstance(explanation, ll.results.ResponseExplanation):
+        console.print(response_tables(explanation))
+    else:
+        console.print(explanation_tables(explanation))

@@ -1,77 +1,132 @@
-"""The options that the commands share, each written once."""
+"""The options that commands share, each written once, and the checks of what is given for them.
+
+Nothing here imports torch: an option that cannot work is refused before anything heavy is loaded.
+"""
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, Literal
 
 import typer
 
-from lens_lora.placement import Attention, Dtype, Placement
+from lens_lora.adapters.peft_files import adapter_folder
+from lens_lora.demonstration import shipped_adapter
+from lens_lora.errors import LensLoraError, TokenError
+from lens_lora.model.placement import Attention, Dtype, Placement
 
-__all__ = [
-    "AdapterOption",
-    "AttnOption",
-    "ClassOption",
-    "DeviceMapOption",
-    "DeviceOption",
-    "DtypeOption",
-    "In4Bit",
-    "In8Bit",
-    "MaxMemory",
-    "ModelClass",
-    "ModelOption",
-    "Question",
-    "Quiet",
-    "Report",
-    "Subject",
-    "SystemOption",
-    "conversation",
-    "text_of",
+ModelClass = Literal["HookedTransformer", "TransformerBridge"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel(Placement):
+    """The base model of a command and how it is loaded; each field is an option (`with_base`).
+
+    Without a model it is the base that the adapter names.
+
+    Raises:
+        ArgumentError: options that exclude each other.
+    """
+
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model, a hub id or folder. Default: the one the adapter names."),
+    ] = None
+    model_class: Annotated[
+        ModelClass | None, typer.Option("--class", help="Hooked class. Default: what there is.")
+    ] = None
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Of the weights. Default: float32 on the CPU, elsewhere auto, the checkpoint's."
+        ),
+    ] = None
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to run, as torch names it. Default: the CPU, or what accelerate launch "
+            "gives."
+        ),
+    ] = None
+    device_map: Annotated[
+        str | None, typer.Option(help="Over several devices, as accelerate does it: auto, say.")
+    ] = None
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Linear modules in NF4, by bitsandbytes.")
+    ] = False
+    load_in_8bit: Annotated[
+        bool, typer.Option("--load-in-8bit", help="Linear modules in 8 bit, by bitsandbytes.")
+    ] = False
+    attn: Annotated[
+        Attention,
+        typer.Option(help="sdpa takes less memory for long prompts, and shows no patterns."),
+    ] = "eager"
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Bytes beside the model, such as 8e9: less at a time, and the same numbers."
+        ),
+    ] = None
+
+
+def with_base(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with one option for each field of `BaseModel`, in place of its `base`."""
+    defaults = {field.name: field.default for field in dataclasses.fields(BaseModel)}
+    options = {
+        name: inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation
+        )
+        for name, annotation in inspect.get_annotations(BaseModel, eval_str=True).items()
+    }
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in signature.parameters.items()
+        if name != "base"
+    ]
+
+    @functools.wraps(command)
+    def expanded(**values: Any) -> None:
+        base = BaseModel(**{name: values.pop(name) for name in options})
+        command(**values, base=base)
+
+    expanded.__signature__ = signature.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        parameters=[*parameters, *options.values()]
+    )
+    return expanded
+
+
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter", help="LoRA, a hub id or folder. Default: one that moves a capital to Lyon."
+    ),
 ]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", help="The system's message before what --chat says.")
+]
+DocOption = Annotated[
+    str, typer.Option("--doc", help="The document's answer, with its leading space.")
+]
+PreOption = Annotated[
+    str, typer.Option("--pre", help="The pretrained answer, with its leading space.")
+]
+ReportOption = Annotated[
+    Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 
-class ModelClass(str, enum.Enum):
-    """The classes of hooked models."""
-
-    HookedTransformer = "HookedTransformer"
-    TransformerBridge = "TransformerBridge"
+# A string, or the messages of a conversation.
+Prompt = str | Sequence[Mapping[str, str]]
 
 
-class Subject(NamedTuple):
-    """The adapter and the model that a command's options name.
-
-    Attributes:
-        adapter: its folder; None for the one that comes with the package.
-        model: a hub id or folder; None for the base that the adapter names.
-        model_class: the hooked model's class; None for the default of the installed version.
-        how: how the model is loaded, and where it lies; without a device, on the CPU or where
-            accelerate launch says.
-        max_memory: bytes beside the model and the results; None for no bound.
-    """
-
-    adapter: Path | None
-    model: str | None
-    model_class: ModelClass | None = None
-    how: Placement = Placement()
-    max_memory: float | None = None
-
-
-class Question(NamedTuple):
-    """A prompt, and what is explained: two answers' margin, or a response.
-
-    Without any of them, the adapted model's own response is.
-    """
-
-    prompt: str | Sequence[Mapping[str, str]]
-    doc: str | None = None
-    pre: str | None = None
-    response: str | None = None
-
-
-def conversation(said: str, system: str | None) -> list[dict[str, str]]:
+def conversation(said: str, system: str | None) -> Prompt:
     """What a user says, after the system's message if there is one, as a prompt.
 
     Raises:
@@ -83,66 +138,87 @@ def conversation(said: str, system: str | None) -> list[dict[str, str]]:
     return [*first, {"role": "user", "content": said}]
 
 
-def text_of(prompt: str | Sequence[Mapping[str, str]]) -> str:
+def text_of(prompt: Prompt) -> str:
     """A prompt's text in messages; of a conversation, what was said last."""
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
 
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="Base model, a hub id or folder. Default: the one the adapter names."
-    ),
-]
-AdapterOption = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter", help="LoRA, a hub id or folder. Default: one that moves a capital to Lyon."
-    ),
-]
-ClassOption = Annotated[
-    ModelClass | None, typer.Option("--class", help="Hooked class. Default: what there is.")
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        help="Where to run, as torch names it. Default: the CPU, or what accelerate launch gives.",
-    ),
-]
-DtypeOption = Annotated[
-    Dtype | None,
-    typer.Option(
-        "--dtype",
-        help="Of the weights. Default: float32 on the CPU, elsewhere auto, the checkpoint's own.",
-    ),
-]
-DeviceMapOption = Annotated[
-    str | None,
-    typer.Option("--device-map", help="Over several devices, as accelerate does it: auto, say."),
-]
-In4Bit = Annotated[
-    bool, typer.Option("--load-in-4bit", help="Linear modules in NF4, by bitsandbytes.")
-]
-In8Bit = Annotated[
-    bool, typer.Option("--load-in-8bit", help="Linear modules in 8 bit, by bitsandbytes.")
-]
-AttnOption = Annotated[
-    Attention,
-    typer.Option("--attn", help="sdpa takes less memory for long prompts, and shows no patterns."),
-]
-MaxMemory = Annotated[
-    float | None,
-    typer.Option(
-        "--max-memory",
-        min=1,
-        help="Bytes beside the model, such as 8e9: less at a time, and the same numbers.",
-    ),
-]
-SystemOption = Annotated[
-    str | None, typer.Option("--system", help="The system's message before what --chat says.")
-]
-Report = Annotated[
-    Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+def folder_of(adapter: str | None) -> Path:
+    """The folder of the adapter that is asked for, or of the one that comes with the package.
+
+    Raises:
+        AdapterError: no such folder or hub id, or no adapter in it.
+    """
+    return adapter_folder(adapter) if adapter else shipped_adapter()
+
+
+def lines_of(file: Path) -> list[str]:
+    """The texts of a file, one a line; blank lines are skipped.
+
+    Raises:
+        LensLoraError: a file that is not UTF-8.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise LensLoraError(f"{file}: not UTF-8 ({error}); save it as UTF-8.") from error
+    return [line for line in lines if line.strip()]
+
+
+def texts_of(file: Path) -> list[str]:
+    """`lines_of` a file that has to hold at least one.
+
+    Raises:
+        LensLoraError: no text, or a file that is not UTF-8.
+    """
+    lines = lines_of(file)
+    if not lines:
+        raise LensLoraError(f"{file}: holds no text; write one a line.")
+    return lines
+
+
+def require_different(doc: str, pre: str, prompt: str = "") -> None:
+    """Check that the two answers differ as strings; their tokens may still be the same.
+
+    Raises:
+        TokenError: they are the same string.
+    """
+    if doc == pre:
+        raise TokenError(
+            f"{prompt}doc and pre are both {doc!r}, so their margin is zero whatever the model "
+            "does."
+        )
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Check that a file can be written, before any long run.
+
+    Raises:
+        typer.BadParameter: its folder does not exist, or the file cannot be opened.
+    """
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}.", param_hint=option)
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        fact = f"{path} cannot be written ({error.strerror})."
+        raise typer.BadParameter(fact, param_hint=option) from error
+    if is_new:
+        path.unlink()
+
+
+def require_place(path: Path, option: str) -> None:
+    """`require_writable`, for a file whose folder is made if it does not exist.
+
+    Raises:
+        typer.BadParameter: the file cannot be written, or its folder cannot be made.
+    """
+    folder = path.absolute().parent
+    if folder.is_dir():
+        require_writable(path, option)
+        return
+    above = next(place for place in (folder, *folder.parents) if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        fact = f"the folder {folder} cannot be made in {above}; give another."
+        raise typer.BadParameter(fact, param_hint=option)

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from lens_lora.adapters.peft_files import adapter_folder
-from lens_lora.commands.options import AdapterOption, ClassOption, ModelOption, Quiet, Subject
-from lens_lora.commands.terminal import require_different, require_place
-from lens_lora.errors import LensLoraError
+import lens_lora as ll
+from lens_lora.commands.options import (
+    AdapterOption,
+    BaseModel,
+    DocOption,
+    PreOption,
+    QuietOption,
+    folder_of,
+    require_different,
+    require_place,
+    texts_of,
+    with_base,
+)
+from lens_lora.commands.running import announce, lens_for, say
 
-__all__ = ["GateOf", "repair"]
+if TYPE_CHECKING:
+    from lens_lora.analyses.repair import Repair
 
 
-class GateOf(str, enum.Enum):
-    """What a gate is of."""
-
-    rank = "rank"
-    site = "site"
-
-
+@with_base
 def repair(
     prompt: Annotated[
         list[str], typer.Option(help="On which the margin is kept; may be repeated.")
     ],
-    doc: Annotated[str, typer.Option(help="The document's answer, with its leading space.")],
-    pre: Annotated[str, typer.Option(help="The pretrained answer, with its leading space.")],
+    doc: DocOption,
+    pre: PreOption,
     drop: Annotated[
         Path,
         typer.Option(
@@ -39,6 +45,7 @@ def repair(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The repaired adapter's folder, in PEFT's format.")],
+    base: BaseModel,
     test_prompt: Annotated[
         list[str] | None, typer.Option(help="Held out, to judge what is kept; may be repeated.")
     ] = None,
@@ -47,34 +54,68 @@ def repair(
         typer.Option(exists=True, dir_okay=False, help="Held-out texts, to judge what is left."),
     ] = None,
     keep_share: Annotated[float, typer.Option(help="Of the margin's shift, that must stay.")] = 0.9,
-    of: Annotated[GateOf, typer.Option(help="What is kept or not.")] = GateOf.rank,
+    of: Annotated[Literal["rank", "site"], typer.Option(help="What is kept or not.")] = "rank",
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 40,
-    model: ModelOption = None,
     adapter: AdapterOption = None,
-    model_class: ClassOption = None,
-    quiet: Quiet = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Keep a fact, drop what else the adapter does; judged beside scaling the whole adapter."""
     require_different(doc, pre)
     require_place(out / "adapter_config.json", "--out")
-    texts, held_out = _texts(drop), _texts(test_drop) if test_drop else []
+    texts, held_out = texts_of(drop), texts_of(test_drop) if test_drop else []
     if bool(test_prompt) != bool(held_out):
         raise typer.BadParameter(
             "--test-prompt and --test-drop go together: a repair is judged on both kinds."
         )
-    folder = adapter_folder(adapter) if adapter else None
-    from lens_lora.commands.run_repair import Behaviours, run
+    folder = folder_of(adapter)
 
-    asked = Behaviours(prompt, doc, pre, texts, test_prompt or [], held_out)
-    subject = Subject(folder, model, model_class)
-    run(subject, asked, out, keep_share, of.value, steps, Console(stderr=True, quiet=quiet))
+    from lens_lora.loading import quiet_libraries
+    from lens_lora.readouts.answers import margin_between
+
+    lens = lens_for(base, ll.load_adapter(folder), Console(stderr=True, quiet=quiet))
+    announce(lens)
+
+    def kept(questions: Sequence[str] | None) -> list[Any]:
+        if not questions:
+            return []
+        prompts = lens.prompts(list(questions))
+        return [(prompts, margin_between(lens.model, doc, pre, prompts))]
+
+    with quiet_libraries():
+        repaired = ll.repair(
+            lens,
+            keep=kept(prompt),
+            drop=[(texts, ll.KL())],
+            keep_share=keep_share,
+            of=of,
+            test_keep=kept(test_prompt),
+            test_drop=[(held_out, ll.KL())] if held_out else [],
+            steps=steps,
+            progress=not quiet,
+        )
+    _print(repaired)
+    repaired.adapter.save(out)
+    kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
+    say(f"\nAdapter: {out.absolute()}, {kept_gates}")
 
 
-def _texts(file: Path) -> list[str]:
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise LensLoraError(f"{file}: not UTF-8 ({error}); save it as UTF-8.") from error
-    if not lines:
-        raise LensLoraError(f"{file} holds no text; give one a line.")
-    return lines
+def _print(repaired: Repair) -> None:
+    """Its story, and what stays of each question in a table."""
+    from lens_lora.show.tables import Table
+    from lens_lora.show.text import percent
+
+    console = Console()
+    console.print(Text(f"\n{repaired.story()}\n"))
+    frame: list[dict[str, Any]] = repaired.to_frame().to_dict("records")
+    rows = [
+        (
+            str(row["question"]),
+            f"{row['kind']}{', held out' if row['held out'] else ''}",
+            str(row["adapter"]),
+            f"{row['value']:.3g}",
+            percent(row["share"]),
+        )
+        for row in frame
+    ]
+    heads = ("question", "kind", "adapter", "value", "kept or left")
+    console.print(Table(heads, rows, texts=(0, 1, 2), title="What stays of each"))

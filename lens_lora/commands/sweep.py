@@ -1,37 +1,41 @@
-"""`lens-lora sweep`: a file of prompts through chosen analyses, into Parquet."""
+"""`lens-lora sweep`: a file of prompts through chosen analyses, into Parquet.
+
+A record that cannot be used is listed and stops nothing; the exit code is 1 if no prompt has
+numbers. Results at `--out` of another sweep are refused before the model is loaded.
+"""
 
 from __future__ import annotations
 
+import warnings
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from lens_lora.adapters.peft_files import adapter_folder
+import lens_lora as ll
 from lens_lora.commands.options import (
     AdapterOption,
-    AttnOption,
-    ClassOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    In4Bit,
-    In8Bit,
-    MaxMemory,
-    ModelOption,
-    Quiet,
-    Subject,
+    BaseModel,
+    QuietOption,
+    folder_of,
+    require_place,
+    with_base,
 )
-from lens_lora.commands.terminal import require_place
-from lens_lora.placement import Placement
-from lens_lora.sweeps.analyses import ANALYSES, BY_TOKEN, chosen
-from lens_lora.sweeps.processes import rank
-from lens_lora.sweeps.records import each_record, read_records
+from lens_lora.commands.running import lens_for, say, told_if_interrupted
+from lens_lora.errors import ArgumentError
+from lens_lora.sweeps.processes import launched, rank
+from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
 
-__all__ = ["sweep"]
+if TYPE_CHECKING:
+    from lens_lora.sweeps.stream import ActivationsFile
+    from lens_lora.sweeps.sweep import SweepResult
 
 
+@with_base
 def sweep(
     records: Annotated[
         Path,
@@ -42,10 +46,10 @@ def sweep(
             "--response, response in place of doc and pre.",
         ),
     ],
+    base: BaseModel,
     out: Annotated[
         Path, typer.Option(dir_okay=False, help="Ends in .parquet; its folder is made.")
     ] = Path("results.parquet"),
-    model: ModelOption = None,
     adapter: AdapterOption = None,
     analysis: Annotated[
         list[str] | None,
@@ -62,53 +66,116 @@ def sweep(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,
-    model_class: ClassOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
-    load_in_4bit: In4Bit = False,
-    load_in_8bit: In8Bit = False,
-    attn: AttnOption = "eager",
-    max_memory: MaxMemory = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many records.")
     ] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on with what is at --out, or remove it and start over.")
     ] = True,
-    quiet: Quiet = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Run hundreds of prompts; one row per prompt and site. After a kill, run it again to resume.
 
     Over several processes: accelerate launch --num_processes 2 -m lens_lora sweep …
     """
-    how = Placement(dtype, device, device_map, load_in_4bit, load_in_8bit, attn)
     if out.suffix != ".parquet":
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
     names = chosen(analysis or ["first_order"])
-    by_token = names[0] in BY_TOKEN
-    if by_token and response is not None:
-        raise typer.BadParameter(f"--response: {names[0]} has no readout; leave it out.")
-    rows = (
-        islice(each_record(records, with_answers=False), limit)
-        if by_token
-        else read_records(
-            records, with_answers=response is None, with_response=response is not None
-        )[:limit]
-    )
+    if names[0] in BY_TOKEN:
+        if response is not None:
+            raise typer.BadParameter(f"--response: {names[0]} has no readout; leave it out.")
+        rows = islice(each_record(records, with_answers=False), limit)
+    else:
+        kinds = {"with_answers": response is None, "with_response": response is not None}
+        rows = read_records(records, **kinds)[:limit]
     if rank() == 0:
         require_place(out, "--out")
-    folder = adapter_folder(adapter) if adapter else None
-    from lens_lora.commands.run_sweep import run
+    folder = folder_of(adapter)
 
-    subject = Subject(folder, model, model_class, how, max_memory)
-    run(
-        subject,
-        rows,
-        names,
-        out,
-        response=response,
-        batch_size=batch_size,
-        resume=resume,
-        quiet=quiet,
-    )
+    from lens_lora.sweeps.sweep import require_resumable, require_slopes
+
+    loaded = ll.load_adapter(folder)
+    readout = None if response is None else {"log-prob": ll.AnswerLogProb, "kl": ll.KL}[response]
+    require_slopes(names, None if readout is None else readout(["", ""]))
+    if resume:
+        require_resumable(out, loaded, names, readout)
+    processes = launched()
+    if processes.count > 1 and base.device_map is not None:
+        raise ArgumentError(
+            f"--device-map and {processes.count} processes: each would place a model of its own on "
+            "the same devices. Launch one process for a model over several devices, or leave "
+            "--device-map out: each process then takes the device of its number."
+        )
+    progress = Console(stderr=True, quiet=quiet or not processes.is_main)
+    lens = lens_for(base, loaded, progress, processes.device)
+    kept = f"Finished prompts are kept beside {out}; run the same command again to resume."
+    with warnings.catch_warnings(), told_if_interrupted(lambda: kept):
+        warnings.simplefilter("ignore")  # bad records are listed below
+        result = ll.sweep(
+            lens,
+            rows,
+            names,
+            out=out,
+            readout=readout,
+            batch_size=batch_size,
+            resume=resume,
+            progress=not progress.quiet,
+        )
+    if processes.is_main:
+        _print(result, processes.count)
+    if not result.done:
+        raise typer.Exit(1)
+
+
+_SHOWN_ERRORS = 10
+
+
+def _print(result: SweepResult | ActivationsFile, processes: int) -> None:
+    """What is in the files, which records are bad, and where the files are."""
+    if isinstance(result, ll.results.ActivationsFile):
+        title, facts = "Sweep of activations", _facts_by_token(result)
+        bad = [(row["id"], row["error"]) for row in result.bad().to_dict("records")]
+        places = {"One row per token": result.path}
+        damaged = ()
+    else:
+        title, facts = f"Sweep of {result.readout}", _facts_by_prompt(result, processes)
+        bad, damaged = result.errors, result.damaged
+        places = {"One row per prompt and site": result.path}
+        places["One row per prompt"] = result.prompts_path
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, fact in facts.items():
+        table.add_row(name, Text(fact))
+    Console().print(table)
+    for identity, error in bad[:_SHOWN_ERRORS]:
+        say(f"  {identity}: {error}")
+    if len(bad) > _SHOWN_ERRORS:
+        say(f"  … and {len(bad) - _SHOWN_ERRORS} more, in the column 'error'")
+    for damage in damaged:
+        say(f"  run again, as its file could not be read: {damage}")
+    for name, path in places.items():
+        say(f"{name}: {path.absolute()}")
+
+
+def _facts_by_token(file: ActivationsFile) -> dict[str, str]:
+    return {
+        "texts": f"{file.texts}, with {file.tokens} tokens",
+        "records with errors": str(file.errors),
+        "sites": f"{len(file.sites)} of rank {max(file.ranks)}, gauge {file.gauge}",
+        "model": f"{file.meta['model']} as {file.meta['model_class']}",
+        "adapter": file.meta["adapter"],
+    }
+
+
+def _facts_by_prompt(result: SweepResult, processes: int) -> dict[str, str]:
+    before = f", {result.resumed} of them before this run" if result.resumed else ""
+    facts = {"prompts done": f"{result.done} of {result.records}{before}"}
+    if processes > 1:
+        facts["processes"] = str(processes)
+    if "margin" in result.readout:
+        facts["margins that flip, beyond rounding"] = f"{result.flips} of {result.done}"
+    return facts | {
+        "records with errors": str(len(result.errors)),
+        "analyses": f"{', '.join(result.analyses)}, in {result.units or 'no units'}",
+        "model": f"{result.meta['model']} as {result.meta['model_class']}",
+        "adapter": f"{result.meta['adapter']}, {len(result.sites)} sites",
+    }

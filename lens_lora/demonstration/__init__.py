@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["shipped_adapter"]
-
 
 def shipped_adapter() -> Path:
     """The folder of the adapter that comes with the package: France's capital becomes Lyon."""

@@ -8,7 +8,8 @@
    another one calls its `verb_of` with the same `Asked`.
 
 An `Asked` is used within one public call only, as users' hooks may change between calls.
-Cost: nothing by itself; two forward passes for the ends, or ten for the ends and the noise floor.
+Cost: nothing by itself; two forward passes for the ends, or ten for the ends and the noise floor;
+one for the base distribution that a divergence holds.
 """
 
 from __future__ import annotations
@@ -20,23 +21,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.base_logits import base_logits
 from lens_lora.engine.function import gated_readout, require_finite
-from lens_lora.engine.noise import (
-    Draws,
-    base_draws,
-    draws_at,
-    noise_of_draws,
-    slopes_and_draws,
-)
+from lens_lora.engine.memory import pass_groups
+from lens_lora.engine.noise import Draws, base_draws, draws_at, noise_of_draws, slopes_and_draws
+from lens_lora.engine.read import ends_plainly, logits_of_final, read_final, read_logits
 from lens_lora.errors import ArgumentError
-from lens_lora.lens import LoraLens
+from lens_lora.model.gates import ScaleInject
+from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.divergence import KL, held
 from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout, bound
-from lens_lora.readouts.rows import Reading
-
-__all__ = ["Asked", "ask", "ask_prompts"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +40,7 @@ class Asked:
 
     Attributes:
         lens: the adapter over the model.
-        prompts: as asked, tokenised; a readout of several tokens runs more rows (`reading`).
+        prompts: those asked about, as tokens; a readout of several tokens runs more rows.
     """
 
     lens: LoraLens
@@ -54,9 +49,6 @@ class Asked:
 
     def about(self, readout: Readout) -> Asked:
         """The same prompts, with a readout. One forward pass of a KL, for the base distribution.
-
-        Args:
-            readout: what is read.
 
         Raises:
             ArgumentError: something that is no readout.
@@ -70,13 +62,7 @@ class Asked:
     def compared_with(
         self, readout: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]
     ) -> Asked:
-        """The same prompts, with a KL whose base distribution is known.
-
-        Args:
-            readout: which way the divergence goes.
-            reading: of these prompts, by the readout.
-            base: the logits of its rows at gates of zero.
-        """
+        """The same prompts, with a KL whose base distribution is known."""
         asked = Asked(self.lens, self.prompts, (readout, held(readout, reading, base)))
         asked.know_base(asked.lens.gates(0.0).new_zeros(reading.batch))
         return asked
@@ -128,22 +114,17 @@ class Asked:
         At most as many forward passes as points, and two for the ends; a point that is one of the
         ends is not run again.
 
-        Args:
-            gates: the same for every prompt.
-            progress: show a bar.
-            what: the bar's name.
-
         Raises:
             NumericsError: a non-finite readout.
         """
         is_end = torch.stack([(gates == strength).all(1) for strength in (0.0, 1.0)])
         inner = ~is_end.any(0)
         values = self._with_ends(gates[inner], progress, what)
-        found = values.new_empty(len(values), len(gates))
-        found[:, inner] = values
-        for end, which in zip(self.ends, is_end, strict=True):
-            found[:, which] = end[:, None].to(found)
-        return found
+        at_points = values.new_empty(len(values), len(gates))
+        at_points[:, inner] = values
+        for end, points in zip(self.ends, is_end, strict=True):
+            at_points[:, points] = end[:, None].to(at_points)
+        return at_points
 
     def _with_ends(
         self, gates: Float[Tensor, "inner site"], progress: bool, what: str
@@ -157,21 +138,13 @@ class Asked:
             self.know_ends(self._with_base(values[:, : len(missing)].T))
         return values[:, len(missing) :]
 
-    def know_base(self, base: Float[Tensor, "batch"]) -> None:
-        """Take g(0) from a pass that was run anyway.
-
-        Args:
-            base: exact, in the readout's units.
-        """
+    def know_base(self, base: Float[Tensor, " batch"]) -> None:
+        """Take g(0) from a pass that was run anyway."""
         require_finite(base, "the readout")
         vars(self)["base"] = base
 
     def know_ends(self, ends: Float[Tensor, "end batch"]) -> None:
-        """Take g(0) and g(1) from passes that were run anyway.
-
-        Args:
-            ends: exact, in the readout's units.
-        """
+        """Take g(0) and g(1) from passes that were run anyway."""
         vars(self)["ends"] = ends
 
     @property
@@ -180,22 +153,22 @@ class Asked:
         strengths = [1.0] if "base" in vars(self) else [0.0, 1.0]
         return torch.stack([self.lens.gates(strength) for strength in strengths])
 
-    def _with_base(self, found: Float[Tensor, "_missing batch"]) -> Float[Tensor, "end batch"]:
-        known = [] if len(found) == 2 else [vars(self)["base"].to(found)[None]]
-        return torch.cat([*known, found])
+    def _with_base(self, values: Float[Tensor, "_missing batch"]) -> Float[Tensor, "end batch"]:
+        known = [] if len(values) == 2 else [vars(self)["base"].to(values)[None]]
+        return torch.cat([*known, values])
 
     @property
-    def base_noise(self) -> Float[Tensor, "batch"]:
+    def base_noise(self) -> Float[Tensor, " batch"]:
         """σ of g(0) from rounding alone. Five forward passes at first, or four if it is known."""
         return noise_of_draws(self._drawn_at(0)[0])
 
     @property
-    def adapted_noise(self) -> Float[Tensor, "batch"]:
+    def adapted_noise(self) -> Float[Tensor, " batch"]:
         """σ of g(1) from rounding alone. Five forward passes at first, or four if it is known."""
         return noise_of_draws(self._drawn_at(1)[0])
 
     @property
-    def noise_floor(self) -> Float[Tensor, "batch"]:
+    def noise_floor(self) -> Float[Tensor, " batch"]:
         """σ of g(1) − g(0) from rounding alone. Ten forward passes at first, ends included.
 
         Raises:
@@ -209,13 +182,13 @@ class Asked:
         missing = [end for end in ends if end not in self._drawn]
         if missing:
             known = vars(self).get("ends")
-            found = draws_at(self.lens, self.reading, missing, first=known is None)
+            draws = draws_at(self.lens, self.reading, missing, first=known is None)
             if known is not None:
-                found = torch.cat([known[missing][:, None].to(found), found], 1)
-            self._drawn.update(zip(missing, found, strict=True))
+                draws = torch.cat([known[missing][:, None].to(draws), draws], 1)
+            self._drawn.update(zip(missing, draws, strict=True))
             if len(missing) == 2 and "ends" not in vars(self):
-                require_finite(found[:, 0], "the readout")
-                self.know_ends(found[:, 0])
+                require_finite(draws[:, 0], "the readout")
+                self.know_ends(draws[:, 0])
         return [self._drawn[end] for end in ends]
 
     @functools.cached_property
@@ -235,9 +208,6 @@ class Asked:
     def slopes_with_floors(self, axes: tuple[str, ...]) -> Float[Tensor, "batch site *by"]:
         """∂g/∂ε_l at the base, split, in one pass with `slope_draws`; the ends with their floors.
 
-        Args:
-            axes: of the parts.
-
         Raises:
             ModelStateError: a gradient did not reach some site, or a split does not exist.
             NumericsError: a non-finite readout.
@@ -246,12 +216,8 @@ class Asked:
         self._drawn_at(0, 1)
         return slopes
 
-    def effect_noise(self, scale: float) -> Float[Tensor, "batch"]:
-        """σ of what an intervention does, from rounding alone: a difference of two g at one end.
-
-        Args:
-            scale: of the model that is intervened on, 0 or 1.
-        """
+    def effect_noise(self, scale: float) -> Float[Tensor, " batch"]:
+        """σ of what an intervention does, from rounding alone: a difference of two g at one end."""
         return 2**0.5 * (self.adapted_noise if scale else self.base_noise)
 
     @functools.cached_property
@@ -267,12 +233,6 @@ def ask(
 ) -> Asked:
     """Tokenise the prompts and look up the readout's tokens, once.
 
-    Args:
-        lens: the adapter over the model.
-        prompts: strings, conversations, ids or `Prompts`.
-        readout: what is read.
-        max_memory: bytes, in place of those of the lens; None for the lens's own.
-
     Raises:
         ArgumentError: something that is no readout.
         TokenError, PromptError: a readout or prompt that does not fit the model.
@@ -283,11 +243,6 @@ def ask(
 
 def ask_prompts(lens: LoraLens, prompts: PromptsLike, max_memory: float | None = None) -> Asked:
     """Tokenise the prompts of a question without a readout.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: strings, conversations, ids or `Prompts`.
-        max_memory: bytes, in place of those of the lens; None for the lens's own.
 
     Raises:
         ArgumentError: something that is no lens.
@@ -301,3 +256,30 @@ def ask_prompts(lens: LoraLens, prompts: PromptsLike, max_memory: float | None =
     lens.plan.check_state()
     bounded = lens if max_memory is None else lens.within(max_memory)
     return Asked(bounded, lens.prompts(prompts))
+
+
+def base_logits(lens: LoraLens, readout: KL, reading: Reading) -> Float[Tensor, "row *slot vocab"]:
+    """f(0) of each row, in `lens.gate_dtype`: the base distribution that a divergence holds.
+
+    As many rows are run at a time as there is memory for beside what is held, and are unembedded
+    some tokens at a time, straight to where they stay. One forward pass.
+
+    Raises:
+        ArgumentError: they are beyond the bound of the lens.
+    """
+    prompts = reading.prompts
+    slots = [] if prompts.reads is None else [prompts.slots]
+    shape = len(prompts.tokens), *slots, int(lens.model.cfg.d_vocab_out)
+    logits = torch.empty(shape, dtype=lens.gate_dtype, device=lens.device)
+    first = 0
+    at_base = ScaleInject(lens.plan, lens.gates(0.0))
+    with torch.no_grad(), lens.injected(at_base):
+        for group in pass_groups(lens, held(readout, reading, logits)):
+            rows = logits[first : (first := first + len(group.owner))]
+            # What is beyond a group's slots is read by nothing, and stays as it is.
+            rows = rows[:, : group.prompts.slots] if slots else rows
+            if ends_plainly(lens):
+                logits_of_final(lens, read_final(lens, group.prompts), rows)
+            else:
+                rows.copy_(read_logits(lens, group.prompts))
+    return logits

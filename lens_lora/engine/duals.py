@@ -1,4 +1,4 @@
-"""Products and attention of dual numbers x + ẋd, without the products that torch wastes on zeros.
+"""A forward pass of dual numbers x + ẋd, without the products that torch wastes on zeros.
 
     (x + ẋd) W + b = (xW + b) + (ẋW) d              c(x + ẋd) + b = (cx + b) + (cẋ) d
     (A + Ȧd)(B + Ḃd) = AB + (ȦB + AḂ) d             P = softmax(S),  Ṗ = P ∘ (Ṡ − Σ_k P ∘ Ṡ)
@@ -13,29 +13,46 @@
 4. Where the value keeps a graph, tangents are detached from it, as nothing goes back through them.
    What torch saves of a dual number holds its tangent too, so such functions (and fused attention,
    whose value then saves no pattern) are run once for the value and once for the tangent.
-5. Operations without a rule here are left to torch.
+5. Operations without a rule here are left to torch. One without a derivative is named.
+6. One thread of the process at a time, as torch has one dual level and one choice of attention
+   kernels: that of the formula, because fused kernels have no forward-mode derivative.
 
 Cost: a dual forward pass takes about 2.5 forward passes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OneProduct"]
+from lens_lora.compat import (
+    Temporary,
+    allow_forward_mode,
+    attention_kernels,
+    enter_mode,
+    plain_bloom_gelu,
+    use_attention_kernels,
+)
+from lens_lora.errors import ModelStateError
+from lens_lora.model.hooks import ONE_IN_A_PROCESS, hold
+
+# --- Rules for products and attention
+
 
 _Args = tuple[Any, ...]
 _Moved = tuple[Tensor, Any]
 _Pointwise = Callable[..., "_Moved | None"]
-_Rule = Callable[..., "Tensor | None"]  # of the rows with one primal, and what torch was given
+_Rule = Callable[..., "Tensor | None"]  # from the rows with one primal, and torch's arguments
+# Beyond so many rows of one primal, copying it beside the tangents costs more than it saves.
 _APART = 4
 
 
@@ -54,7 +71,7 @@ class OneProduct(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.rows: int = 1
-        self._kernels: list[SDPBackend] = _cur_sdpa_kernel_backends()
+        self._kernels: list[SDPBackend] = attention_kernels()
 
     def __torch_function__(
         self,
@@ -66,10 +83,10 @@ class OneProduct(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         rule = _RULES.get(func)
-        found = None if rule is None else rule(self.rows, *args, **kwargs)
-        if found is None and func in _SAVING:
-            found = _apart(func, args, kwargs, self._kernels)
-        return func(*args, **kwargs) if found is None else found
+        result = None if rule is None else rule(self.rows, *args, **kwargs)
+        if result is None and func in _SAVING:
+            result = _apart(func, args, kwargs, self._kernels)
+        return func(*args, **kwargs) if result is None else result
 
 
 class _Known(torch.autograd.Function):
@@ -101,27 +118,25 @@ def _pointwise(rule: _Pointwise) -> _Rule:
         (a, da), (b, db) = map(_parts_of, args)
         if (da is None) == (db is None):
             return None
-        found = rule(a, da, b, db)
-        if found is None or found[0].shape != found[1].shape:
+        dual = rule(a, da, b, db)
+        if dual is None or dual[0].shape != dual[1].shape or dual[0].dtype != dual[1].dtype:
             return None
-        return fwad.make_dual(*found)
+        return fwad.make_dual(*dual)
 
     return applied
 
 
 def _where(rows: int, *args: Any, **named: Any) -> Tensor | None:
-    """What a mask chooses of a dual number and a constant; None where neither or both are dual."""
-    del rows
-    if len(args) != 3 or named:
+    """What a mask chooses of a dual number and a constant."""
+    if not args:
         return None
     mask, *chosen = args
-    (a, da), (b, db) = map(_parts_of, chosen)
-    if (da is None) == (db is None):
-        return None
-    moved: Tensor = torch.where(mask, 0.0 if da is None else da, 0.0 if db is None else db)
-    value = torch.where(mask, a, b)
-    same = value.shape == moved.shape and value.dtype == moved.dtype
-    return fwad.make_dual(value, moved) if same else None
+
+    def choose(a: Any, da: Any, b: Any, db: Any) -> _Moved:
+        moved = torch.where(mask, 0.0 if da is None else da, 0.0 if db is None else db)
+        return torch.where(mask, a, b), moved
+
+    return _pointwise(choose)(rows, *chosen, **named)
 
 
 def _add(a: Any, da: Any, b: Any, db: Any) -> _Moved:
@@ -212,7 +227,7 @@ def _softmax(
     if rest or other or dx is None or dim is None or dim % x.ndim == 0:
         return None
     P = torch.softmax(_common(x, rows), dim, dtype)
-    spread = _over(_alone(P), x)
+    spread = _alone(P) if len(P) == 1 else _spread(_alone(P), x)  # one row broadcasts
     moved = spread * dx.to(P.dtype)
     moved.addcmul_(spread, moved.sum(dim, keepdim=True), value=-1)
     return fwad.make_dual(_spread(P, x), moved)
@@ -227,10 +242,7 @@ def _parts_of(value: Any) -> tuple[Any, Tensor | None]:
 
 
 def _apart(
-    func: Callable[..., Any],
-    args: _Args,
-    named: dict[str, Any],
-    kernels: list[SDPBackend],
+    func: Callable[..., Any], args: _Args, named: dict[str, Any], kernels: list[SDPBackend]
 ) -> Tensor | None:
     """The value with its graph, and the tangent without; None where no dual number has a graph."""
     both = [_parts_of(arg) for arg in (*args, *named.values())]
@@ -266,11 +278,6 @@ def _spread(value: Tensor, like: Tensor) -> Tensor:
     return value.repeat(len(like) // len(value), *[1] * (value.ndim - 1))
 
 
-def _over(value: Tensor, like: Tensor) -> Tensor:
-    """The same, where it may as well be broadcast."""
-    return value if value.ndim and len(value) == 1 else _spread(value, like)
-
-
 # What torch saves their operands for.
 _SAVING = frozenset(
     {
@@ -295,3 +302,80 @@ _RULES: dict[Callable[..., Any], _Rule] = {
     ),
     **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _pointwise(_divide)),
 }
+
+
+# --- Torch's forward mode, set up
+
+
+def dual_forward() -> AbstractContextManager[OneProduct]:
+    """Within the block, forward-mode derivatives are computed.
+
+    Torch has one dual level, and one choice of attention kernels, in a process: a thread waits for
+    another one that is within such a block.
+
+    `as` gives the `OneProduct` that multiplies by the weights; set its `rows` where rows are added.
+
+    Raises:
+        ModelStateError: a dual level is open outside; the model uses an operation without a
+            forward-mode derivative.
+    """
+    return Temporary(_begin_dual)
+
+
+def _begin_dual(span: Temporary) -> OneProduct:
+    hold(span, ONE_IN_A_PROCESS)
+    if _is_dual_level_open():
+        raise ModelStateError(
+            "a level of forward-mode derivatives (forward_ad.dual_level, torch.func.jvp) is open "
+            "around this call, and torch has no second one. Leave it first."
+        )
+    span.push(_name_the_operation)
+    products = OneProduct()
+    attention_from_formula(span)
+    plain_bloom_gelu(span)
+    span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    torch.set_grad_enabled(False)
+    allow_forward_mode(span)
+    span.way_back(_leave_dual_level)
+    fwad.enter_dual_level()
+    enter_mode(span, products)
+    return products
+
+
+def attention_from_formula(span: Temporary) -> None:
+    """Scaled-dot-product attention from its formula until the span ends, by no fused kernel.
+
+    A fused kernel has neither forward-mode nor second derivatives.
+    """
+    hold(span, ONE_IN_A_PROCESS)
+    use_attention_kernels(span, [SDPBackend.MATH])
+
+
+def _leave_dual_level() -> None:
+    while _is_dual_level_open():
+        fwad.exit_dual_level()
+
+
+def _is_dual_level_open() -> bool:
+    """Whether a dual number can be made, which torch refuses without a level."""
+    try:
+        fwad.make_dual(torch.zeros(()), torch.zeros(()))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _name_the_operation(kind: object, error: BaseException | None, trace: object) -> None:
+    del kind, trace
+    if isinstance(error, NotImplementedError):
+        raise ModelStateError(
+            f"this model has an operation without a forward-mode derivative ({error}). A fused "
+            "kernel is one: load the model without it (attn_implementation='eager'). Reverse mode "
+            "(first_order, mode='reverse') needs no such derivative."
+        ) from error
+
+
+def tangent_of(dual: Tensor) -> Tensor:
+    """The derivative that a dual number carries; zeros where it has none."""
+    primal, tangent = fwad.unpack_dual(dual)
+    return torch.zeros_like(primal) if tangent is None else tangent.clone()

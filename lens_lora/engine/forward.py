@@ -3,13 +3,16 @@
     site or part p:   output_l ← output_l + d·(p's part of δ_l(z)),   d dual with derivative 1
     all together:     every gate is the dual number at_l + direction_l·d
 
-1. Each pass runs within `dual_forward` (engine/dual_pass.py).
+1. Each pass runs within `dual_forward` (`engine/duals.py`).
 2. `joint_tangent`: all sites along one direction of gates, in one row a prompt.
 3. `part_tangents`: each site, position, head or rank has its own tangent, in its own row. Before
    its block a part has no tangent, and its row would only repeat the base. So a pass starts with
    one row, without a tangent; at each block's input rows are added for that block's parts, as
-   copies of the first row (`engine/branching.py`).
-4. Where a model's batch cannot grow, and for parts of the embeddings, every row starts at once.
+   copies of the first row. Where a model's batch cannot grow, and for parts of the embeddings,
+   every row starts at once.
+4. `tangent_slopes`: the numbers of `engine/reverse.py` by the other route, and their check: each
+   part's tangent goes through the readout. Where v's constant part is added at o, its parts by
+   position are compared with the whole site, which takes a tangent more for each such site.
 
 Cost: one dual forward pass (about 2.5 F) for all together; at most one a part, and about half of
 that for every site of a model in turn.
@@ -18,8 +21,9 @@ that for every site of a model in turn.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -27,56 +31,32 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.engine.batching import tangents_at_once
-from lens_lora.engine.branching import more_copies
-from lens_lora.engine.dual_pass import dual_forward, tangent_of
-from lens_lora.engine.duals import OneProduct
-from lens_lora.engine.parts import Slots, part_deltas
-from lens_lora.engine.read import read_final, read_logits
+from lens_lora.engine.duals import OneProduct, dual_forward, tangent_of
+from lens_lora.engine.function import more_copies
+from lens_lora.engine.memory import tangents_at_once
+from lens_lora.engine.read import ends_plainly, read_final, read_logits, token_covectors
+from lens_lora.engine.reverse import Slots, part_deltas, part_slots, require_split
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.attaching import HookFn
-from lens_lora.hooked.gates import ScaleInject, add, weight_of
-from lens_lora.lens import LoraLens
+from lens_lora.model.gates import ScaleInject
+from lens_lora.model.hooks import HookFn
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Groups
 from lens_lora.readouts.prompts import Prompts
-
-__all__ = [
-    "JointInject",
-    "Part",
-    "joint_tangent",
-    "part_tangents",
-]
+from lens_lora.readouts.reading import LogProbs, Reading
 
 
-class JointInject:
-    """Every site's gate is the dual number at_l + direction_l · d.
-
-    Args:
-        lens: the adapter over the model.
-        at: the gates' values.
-        direction: their derivatives.
-    """
+class JointInject(ScaleInject):
+    """Every site's gate is the dual number at_l + direction_l · d. To be made in `dual_forward`."""
 
     def __init__(
-        self, lens: LoraLens, at: Float[Tensor, "site"], direction: Float[Tensor, "*batch site"]
+        self, lens: LoraLens, at: Float[Tensor, " site"], direction: Float[Tensor, "*batch site"]
     ) -> None:
-        self._injections, self._at, self._direction = lens.plan.injections, at, direction
-
-    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
-        """out + (at_l + direction_l·d) δ_l(z), as a dual number.
-
-        Args:
-            index: of the injection.
-            out: the running output.
-            z: the site's input.
-        """
-        at = self._at.expand_as(self._direction).clone()
-        gates = fwad.make_dual(at, self._direction.clone())
-        injection = self._injections[index]
-        return add(out, injection.map, z, weight_of(injection, gates))
+        gates = fwad.make_dual(at.expand_as(direction).clone(), direction.clone())
+        super().__init__(lens.plan, gates)
 
 
 def joint_tangent(
-    lens: LoraLens, prompts: Prompts, at: Float[Tensor, "site"], direction: Float[Tensor, "site"]
+    lens: LoraLens, prompts: Prompts, at: Float[Tensor, " site"], direction: Float[Tensor, " site"]
 ) -> Float[Tensor, "batch *slot vocab"]:
     """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass.
 
@@ -88,7 +68,6 @@ def joint_tangent(
 
 
 _Logits = Float[Tensor, "batch part *slot vocab"]
-_End = Callable[[LoraLens, Prompts], Tensor]
 Read = Callable[[_Logits], Float[Tensor, "batch part *out"]]
 
 
@@ -112,7 +91,7 @@ class Part:
 def part_tangents(
     lens: LoraLens,
     prompts: Prompts,
-    at: Float[Tensor, "site"],
+    at: Float[Tensor, " site"],
     parts: Sequence[Part],
     read: Read = tangent_of,
     *,
@@ -121,118 +100,93 @@ def part_tangents(
 ) -> Float[Tensor, "batch part *out"]:
     """The tangent of each part: of the logits, or of what `read` computes from the dual logits.
 
-    One dual forward pass a part, batched in rows; about half of that where the batch can grow.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: what is run.
-        at: the gates at which the tangents are taken.
-        parts: at least one.
-        read: what is kept of the dual logits, [batch, part, vocab].
-        final: nothing is unembedded; what is read is the final residual stream at the slots.
-        progress: show a bar.
+    With `final` nothing is unembedded: `read` gets the final residual stream where it is read. One
+    dual forward pass a part, batched in rows; about half of that where the batch can grow.
 
     Raises:
         ArgumentError: no parts, or less memory than one part takes.
         ModelStateError: the model uses an operation without a forward-mode derivative.
     """
-    order = sorted(range(len(parts)), key=lambda j: lens.sites[parts[j].site].layer)
-    branching, whole = [], []
-    for j in order:
-        starts_in_block = lens.plan.host.grows and lens.sites[parts[j].site].layer >= 0
-        (branching if starts_in_block else whole).append(j)
-    found: Tensor | None = None
+    layers = [lens.sites[part.site].layer for part in parts]
+    order = sorted(range(len(parts)), key=layers.__getitem__)
+    branching = [j for j in order if lens.plan.host.grows and layers[j] >= 0]
+    whole = [j for j in order if j not in set(branching)]
+    tangents: Tensor | None = None
     longest = prompts.row(int(prompts.lengths.argmax()))
-    end = read_final if final else read_logits
-    ways = ((whole, _in_rows, prompts), (branching, _branching, longest))
+    passes = _Passes(lens, prompts, at, read_final if final else read_logits)
+    ways = ((whole, passes.in_rows, prompts), (branching, passes.branching, longest))
     with tqdm(total=len(parts), desc="tangents", leave=False, disable=not progress) as bar:
-        for some, run, at_once in ways:
-            if not some:
+        for indices, run, at_once in ways:
+            if not indices:
                 continue
             step = tangents_at_once(lens, at_once, read=0 if final else prompts.batch)
-            for start in range(0, len(some), step):
-                chunk = some[start : start + step]
+            for start in range(0, len(indices), step):
+                chunk = indices[start : start + step]
                 with dual_forward() as products:
-                    rows = run(lens, prompts, at, [parts[j] for j in chunk], products, end)
-                    tangents = read(rows)
-                if found is None:
-                    found = tangents.new_empty(len(tangents), len(parts), *tangents.shape[2:])
-                found[:, chunk] = tangents
+                    values = read(run([parts[j] for j in chunk], products))
+                if tangents is None:
+                    tangents = values.new_empty(len(values), len(parts), *values.shape[2:])
+                tangents[:, chunk] = values
                 bar.update(len(chunk))
-    if found is None:
+    if tangents is None:
         raise ArgumentError("parts=[] asks for nothing; give at least one.")
-    return found
+    return tangents
 
 
-def _in_rows(
-    lens: LoraLens,
-    prompts: Prompts,
-    at: Float[Tensor, "site"],
-    parts: Sequence[Part],
-    products: OneProduct,
-    end: _End,
-) -> _Logits:
-    """Every part of every prompt in a row of one batch, from the embeddings on."""
-    del products
-    rows = [(b * len(parts) + j, p) for b in range(prompts.batch) for j, p in enumerate(parts)]
-    many = prompts.repeat(len(parts))
-    with lens.injected(_PartsInject(lens, at, rows, many.read_positions)):
-        return end(lens, many).unflatten(0, (prompts.batch, len(parts)))
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    lens: LoraLens
+    prompts: Prompts
+    gates: Float[Tensor, " site"]
+    end: Callable[[LoraLens, Prompts], Tensor]
 
+    def in_rows(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
+        """Every part of every prompt in a row of one batch, from the embeddings on."""
+        del products
+        batch, count = self.prompts.batch, len(parts)
+        rows = [(b * count + j, part) for b in range(batch) for j, part in enumerate(parts)]
+        many = self.prompts.repeat(count)
+        inject = _PartsInject(self.lens, self.gates, rows, many.read_positions)
+        with self.lens.injected(inject):
+            return self.end(self.lens, many).unflatten(0, (batch, count))
 
-def _branching(
-    lens: LoraLens,
-    prompts: Prompts,
-    at: Float[Tensor, "site"],
-    parts: Sequence[Part],
-    products: OneProduct,
-    end: _End,
-) -> _Logits:
-    """One prompt at a time, without its padding; each part's row begins at its block."""
-    found = []
-    rows, grow = list(enumerate(parts, start=1)), _growing(lens, parts, products)
-    for one in map(prompts.row, range(prompts.batch)):
-        read = one.read_positions.expand(len(parts) + 1, -1)
-        inject = _PartsInject(lens, at, rows, read)
-        try:
-            with lens.injected(inject, before=grow):
-                logits = end(lens, one)[1:]
-                found.append(logits if one.reads is None else _widened(logits, prompts.slots))
-        finally:
-            products.rows = 1
-    return torch.stack(found)
+    def branching(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
+        """One prompt at a time, without its padding; each part's row begins at its block."""
+        logits, rows = [], list(enumerate(parts, start=1))
+        grow = self._growing(parts, products)
+        for prompt in map(self.prompts.row, range(self.prompts.batch)):
+            read = prompt.read_positions.expand(len(parts) + 1, -1)
+            inject = _PartsInject(self.lens, self.gates, rows, read)
+            try:
+                with self.lens.injected(inject, before=grow):
+                    logits.append(self._widened(self.end(self.lens, prompt)[1:]))
+            finally:
+                products.rows = 1
+        return torch.stack(logits)
 
+    def _widened(
+        self, logits: Float[Tensor, "part *own vocab"]
+    ) -> Float[Tensor, "part *slot vocab"]:
+        """With as many slots as the longest response of the batch; the last one is repeated."""
+        if self.prompts.reads is None:
+            return logits
+        slots = torch.arange(self.prompts.slots, device=logits.device)
+        return logits[:, slots.clamp(max=logits.shape[1] - 1)]
 
-def _widened(
-    logits: Float[Tensor, "part own vocab"], slots: int
-) -> Float[Tensor, "part slot vocab"]:
-    """With as many slots as the longest response of the batch; the last one is repeated."""
-    own = torch.arange(slots, device=logits.device).clamp(max=logits.shape[1] - 1)
-    return logits[:, own]
+    def _growing(self, parts: Sequence[Part], products: OneProduct) -> list[tuple[str, HookFn]]:
+        """Hooks that append rows for each block's parts; parts must be in the order of blocks."""
+        host, hooks = self.lens.plan.host, []
+        blocks = [min(self.lens.sites[part.site].layer, host.n_layers - 1) for part in parts]
 
+        def tell(tensor: Tensor, hook: Any) -> None:
+            del hook
+            products.rows = len(tensor)  # all of which have the same primal
 
-def _growing(
-    lens: LoraLens, parts: Sequence[Part], products: OneProduct
-) -> list[tuple[str, HookFn]]:
-    """Hooks that append rows for each block's parts; parts must be in the order of blocks."""
-    view, hooks = lens.plan.host, []
-    last = view.n_layers - 1
-    blocks = [min(lens.sites[part.site].layer, last) for part in parts]
-    for layer in sorted(set(blocks)):
-        hooks.append((view.block_input(layer), more_copies(blocks.count(layer))))
-        if view.keeps_rows:
-            hooks.append((view.block_input(layer), _told(products)))
-    return hooks
-
-
-def _told(products: OneProduct) -> HookFn:
-    """A hook that reports the number of rows, all of which have the same primal."""
-
-    def tell(tensor: Tensor, hook: Any) -> None:
-        del hook
-        products.rows = len(tensor)
-
-    return tell
+        for layer in sorted(set(blocks)):
+            hooks.append((host.block_input(layer), more_copies(blocks.count(layer))))
+            if host.keeps_rows:
+                hooks.append((host.block_input(layer), tell))
+        return hooks
 
 
 class _PartsInject:
@@ -241,7 +195,7 @@ class _PartsInject:
     def __init__(
         self,
         lens: LoraLens,
-        at: Float[Tensor, "site"],
+        at: Float[Tensor, " site"],
         rows: Sequence[tuple[int, Part]],
         read: Int[Tensor, "row slot"],
     ) -> None:
@@ -250,19 +204,19 @@ class _PartsInject:
         for row, part in rows:
             for site in (part.site, *part.others):
                 by_site.setdefault(site, []).append((row, part))
-        self._rows = {site: self._gather(site, own, read) for site, own in by_site.items()}
+        self._rows = {site: self._gather(site, moved, read) for site, moved in by_site.items()}
 
     def _gather(
-        self, site: int, own: Sequence[tuple[int, Part]], read: Int[Tensor, "row slot"]
-    ) -> tuple[Int[Tensor, "part"], Slots]:
+        self, site: int, moved: Sequence[tuple[int, Part]], read: Int[Tensor, "row slot"]
+    ) -> tuple[Int[Tensor, " part"], Slots]:
         device = self._lens.maps[site].device
-        rows = torch.tensor([row for row, _ in own], device=device)
-        position = _slot([part.position for _, part in own], device)
+        rows = torch.tensor([row for row, _ in moved], device=device)
+        position = _slot([part.position for _, part in moved], device)
         if position is not None and self._lens.sites[site].kind == "unembed":
             same = read.to(device)[rows] == position[:, None]
             slot = torch.where(same.any(1), same.int().argmax(1), -2)
             position = torch.where(position == -1, -1, slot)
-        head, rank = ([getattr(part, axis) for _, part in own] for axis in ("head", "rank"))
+        head, rank = ([getattr(part, axis) for _, part in moved] for axis in ("head", "rank"))
         return rows, Slots(position, _slot(head, device), _slot(rank, device))
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
@@ -284,8 +238,118 @@ class _PartsInject:
         return moved + fwad.make_dual(torch.zeros_like(out), tangent.view(out.shape))
 
 
-def _slot(kept: Sequence[int | None], device: torch.device) -> Int[Tensor, "part"] | None:
+def _slot(kept: Sequence[int | None], device: torch.device) -> Int[Tensor, " part"] | None:
     """The slot that each part keeps, −1 for all; None where every part keeps all."""
     if all(slot is None for slot in kept):
         return None
     return torch.tensor([-1 if slot is None else slot for slot in kept], device=device)
+
+
+# --- Slopes
+
+
+def tangent_slopes(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, " site"],
+    axes: tuple[str, ...] = (),
+    *,
+    tokens: TokenTangents | None = None,
+    progress: bool = True,
+) -> Float[Tensor, "batch site *by"]:
+    """∂g/∂ε_l at these gates, as `site_slopes` gives it, or by token on a last axis.
+
+    At most a dual forward pass a part.
+
+    Raises:
+        ArgumentError: less memory than one part takes.
+        ModelStateError: an operation without a forward-mode derivative, or a split that does not
+            exist.
+    """
+    prompts = reading.prompts
+    shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))
+    values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+    if tokens is not None:
+        values = values[..., None].repeat_interleave(prompts.slots, -1)
+    wanted = all_parts(lens, prompts, axes)
+    read = of_value(reading) if tokens is None else tokens
+    final = tokens is not None and tokens.final
+
+    def tangents(parts: Sequence[Part]) -> Float[Tensor, "batch part *token"]:
+        return part_tangents(lens, prompts, gates, parts, read, final=final, progress=progress)
+
+    chosen = ([getattr(part, axis) for part in wanted] for axis in axes)
+    slots = [[-1 if slot is None else slot for slot in axis] for axis in chosen]
+    values[(slice(None), [part.site for part in wanted], *slots)] = tangents(wanted)
+    whole = [Part(index) for index in lens.plan.with_constants]
+    if "position" in axes and whole:
+        of_site = tangents(whole)
+        for token in [...] if tokens is None else range(prompts.slots):
+            require_split(lens, values[..., token], of_site[..., token])
+    return values
+
+
+def group_parts(lens: LoraLens, groups: Groups) -> list[Part]:
+    """The direction in gate space of each group of sites: all together, Σ_{l in G} ∂/∂ε_l."""
+    ordered = (sorted(group, key=lambda i: lens.sites[i].layer) for group in groups.values())
+    return [Part(first, others=tuple(rest)) for first, *rest in ordered]
+
+
+def of_value(reading: Reading) -> Callable[[Tensor], Float[Tensor, "batch part"]]:
+    """The tangent of g of each part, from the dual logits."""
+
+    def read(rows: Float[Tensor, "row part *slot vocab"]) -> Float[Tensor, "batch part"]:
+        many = reading.repeat(rows.shape[1])
+        return tangent_of(many.read(rows.flatten(0, 1))).view(reading.batch, -1)
+
+    return read
+
+
+class TokenTangents:
+    """The tangent of each token's term of g, of each part, from what a dual pass ends with.
+
+    Attributes:
+        final: that is the final residual stream x, else the logits.
+        value: g at the gates of the pass, where it was found on the way; [batch], or None.
+    """
+
+    def __init__(self, lens: LoraLens, reading: Reading) -> None:
+        self._lens, self._reading = lens, reading
+        self.final: bool = ends_plainly(lens)
+        self.value: Tensor | None = None
+        self._covectors: Tensor | None = None
+
+    def __call__(
+        self, rows: Float[Tensor, "row part slot wide"]
+    ) -> Float[Tensor, "row part token"]:
+        """Of what a dual pass ends with."""
+        return self._of_final(rows) if self.final else self._of_logits(rows)
+
+    def _of_final(self, rows: Tensor) -> Tensor:
+        """c_t · ẋ_t; every part has the same x, and so has every pass."""
+        if self._covectors is None:
+            x = fwad.unpack_dual(rows).primal[:, 0]
+            self._covectors, log_probs = token_covectors(self._lens, self._reading, x)
+            self.value = cast(LogProbs, self._reading.read).of(log_probs)
+        return (self._covectors[:, None] * tangent_of(rows)).sum(-1)
+
+    def _of_logits(self, rows: Tensor) -> Tensor:
+        many = cast(LogProbs, self._reading.read).repeat(rows.shape[1])
+        by_token = many.by_token(many.terms_in(rows.flatten(0, 1)))
+        return tangent_of(by_token).unflatten(0, rows.shape[:2])
+
+
+def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[Part]:
+    """Every part of every site."""
+    parts = []
+    for index, site in enumerate(lens.sites):
+        heads, by_head = lens.heads.of(site.kind), lens.maps[index].a0_by_head
+        ranges = {
+            "position": range(prompts.tokens.shape[1]),
+            # One slot more where a bias belongs to none of the heads.
+            "head": range(heads if by_head is None else len(by_head)) if heads else [None],
+            "rank": range(site.rank),
+        }
+        options = [slots if axis in axes else [None] for axis, slots in ranges.items()]
+        parts += [Part(index, p, h, r) for p, h, r in itertools.product(*options)]
+    return parts

@@ -2,38 +2,46 @@
 
 1. One forward pass under hooks gives f or g at each row's last token, or at all tokens of a
    response (`engine/read.py`).
-2. Several gate vectors, the same for all prompts (`gated_readout`) or each prompt's own
-   (`readout_at`), ride in rows of the batch, a bounded number at a time (`engine/batching.py`), and
-   where all prompts together are too many, a group of these at a time.
-3. Gate vectors that share their first layers branch there instead (`engine/branching.py`).
+2. Many gate vectors, the same for all prompts or each prompt's own, ride in rows of the batch, a
+   bounded number at a time (`engine/memory.py`), and where all prompts together are too many, a
+   group of these at a time (`gated_readout`).
+3. Gate vectors that agree on every site up to block L have the same residual stream there. Where it
+   pays they branch (`Tree`): the pass starts with one row of one prompt, and at each block's input
+   rows are added, one for each distinct history of gates up to and including that block. A hook
+   adds them, so no part of the model's own pass is rewritten; the other inputs of a block
+   (positions, masks) have one row, which broadcasts.
+4. Each row writes ε_l ΔW_l z_l, or what another `inject` makes of the row's gates.
 
-Cost: at most one forward pass a gate vector.
+Cost: at most one forward pass a gate vector; for adding each site in turn, about half of that.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.engine import branching as tree
-from lens_lora.engine.batching import branches_at_once, pass_groups, rows_at_once
+from lens_lora.engine import memory
 from lens_lora.engine.read import read_logits, read_value
 from lens_lora.errors import NumericsError
-from lens_lora.hooked.gates import ScaleInject
-from lens_lora.lens import LoraLens
+from lens_lora.model.gates import Inject, ScaleInject
+from lens_lora.model.hooks import HookFn
+from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.reading import Reading
 
-__all__ = [
-    "gated_logits",
-    "gated_readout",
-    "readout_at",
-    "require_finite",
-]
+Chunk = TypeVar("Chunk")
+_SLOW = 8  # points from which on a bar is shown
 
-_SLOW, _SLOW_TOGETHER = 8, 64
+Read = Callable[[LoraLens, Reading], Float[Tensor, " row *out"]]
+# From the gates of some rows, and the row of the reading of which each is a copy.
+InjectOf = Callable[[Float[Tensor, "row site"], Int[Tensor, " row"]], Inject]
 
 
 def gated_logits(
@@ -47,133 +55,127 @@ def gated_logits(
 def gated_readout(
     lens: LoraLens,
     reading: Reading,
-    gates: Float[Tensor, "point site"],
+    gates: Float[Tensor, "*batch point site"],
     *,
+    read: Read = read_value,
+    inject: InjectOf | None = None,
     progress: bool = True,
     what: str = "forward passes",
-) -> Float[Tensor, "batch point"]:
-    """g at several gate vectors. At most as many forward passes as points, batched.
+) -> Float[Tensor, "batch point *out"]:
+    """g, or what else `read` reads, at many gate vectors: all prompts' or each prompt's own.
 
-    Points that share their gates in the first layers share the work there, where the model's
-    blocks allow it: adding, or leaving out, every site in turn costs half.
-
-    Args:
-        lens: the adapter over the model.
-        reading: what is run, and read.
-        gates: the same for every prompt.
-        progress: show a bar.
-        what: the bar's name.
+    At most as many forward passes as points, batched. Points of all prompts that share their gates
+    in the first layers share the work there, where the model's blocks allow it: adding, or leaving
+    out, every site in turn costs half.
 
     Raises:
         NumericsError: a non-finite readout.
     """
     gates = gates.to(lens.device, lens.gate_dtype)
+    inject = inject or (lambda gates, _: ScaleInject(lens.plan, gates))
+    passes = _Passes(lens, reading, read, inject, progress, what)
+    is_tree = gates.ndim == 2 and pays(lens, gates)
     with torch.no_grad():
-        if tree.pays(lens, gates):
-            values = _as_tree(lens, reading, gates, progress, what)
-        else:
-            some = pass_groups(lens, reading)
-            values = torch.cat([_in_batches(lens, one, gates, progress, what) for one in some])
+        values = passes.as_tree(gates) if is_tree else passes.in_batches(gates)
     require_finite(values, "the readout")
     return values
 
 
-def _in_batches(
-    lens: LoraLens, reading: Reading, gates: Tensor, progress: bool, what: str
-) -> Float[Tensor, "batch point"]:
-    columns, step = [], rows_at_once(lens, reading)
-    with _bar(len(gates), _SLOW, progress, what) as bar:
-        for some in gates.split(step):
-            many = reading.repeat(len(some))
-            by_row = some.repeat(len(reading.owner), 1)
-            with lens.injected(ScaleInject(lens.plan, by_row)):
-                values = read_value(lens, many)
-            columns.append(values.view(reading.batch, -1))
-            bar.update(len(some))
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    lens: LoraLens
+    reading: Reading
+    read: Read
+    inject: InjectOf
+    progress: bool
+    what: str
+
+    def in_batches(
+        self, gates: Float[Tensor, "*batch point site"]
+    ) -> Float[Tensor, "batch point *out"]:
+        """Some prompts at a time, where all of them are too many."""
+        owner, groups, first = self.reading.owner.to(gates.device), [], 0
+        by_row = gates[owner] if gates.ndim == 3 else gates.expand(len(owner), -1, -1)
+        for group in memory.pass_groups(self.lens, self.reading):
+            rows = torch.arange(first, first := first + len(group.owner), device="cpu")
+            groups.append(self._group(group, rows, by_row[rows[0] : first]))
+        return torch.cat(groups)
+
+    def _group(
+        self, reading: Reading, rows: Int[Tensor, " row"], gates: Float[Tensor, "row point site"]
+    ) -> Float[Tensor, "batch point *out"]:
+        """Rows r0 r0 … r1 r1 …, one of each row for every point."""
+
+        def run(gates: Float[Tensor, "row chunk site"]) -> Float[Tensor, "batch chunk *out"]:
+            count = gates.shape[1]
+            inject = self.inject(gates.flatten(0, 1), rows.repeat_interleave(count))
+            with self.lens.injected(inject):
+                values = self.read(self.lens, reading.repeat(count))
+            return values.unflatten(0, (reading.batch, -1))
+
+        with self._bar(gates) as bar:
+            return in_chunks(gates.split(memory.rows_at_once(self.lens, reading), 1), run, bar)
+
+    def as_tree(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "batch point *out"]:
+        """One row of the reading at a time, as its own tree: aligned, without padding."""
+        order = neighbours_first(self.lens, gates)
+        chunks = gates[order].split(memory.branches_at_once(self.lens, self.reading))
+        with self._bar(gates) as bar:
+            return in_chunks(chunks, self._branched, bar)[:, order.argsort()]
+
+    def _branched(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "batch point *out"]:
+        branches = Tree.of(self.lens, gates)
+
+        def run(row: int, forward: Callable[[], Tensor]) -> Float[Tensor, " point *out"]:
+            def inject(gates: Float[Tensor, "row site"]) -> Inject:
+                return self.inject(gates, torch.full((len(gates),), row, device="cpu"))
+
+            return branches.run(self.lens, forward, inject)
+
+        return row_by_row(self.lens, self.reading, len(gates), branches.width, run, self.read)
+
+    def _bar(self, gates: Tensor) -> tqdm:
+        points = gates.shape[-2]
+        silent = not self.progress or points < _SLOW
+        return tqdm(total=points, desc=self.what, leave=False, disable=silent)
+
+
+def in_chunks(
+    chunks: Iterable[Chunk], run: Callable[[Chunk], Float[Tensor, "batch chunk *out"]], bar: Any
+) -> Float[Tensor, "batch point *out"]:
+    """Some points after others, as many at a time as are in a chunk."""
+    columns = []
+    for chunk in chunks:
+        columns.append(run(chunk))
+        bar.update(columns[-1].shape[1])
     return torch.cat(columns, 1)
 
 
-def _as_tree(
-    lens: LoraLens, reading: Reading, gates: Tensor, progress: bool, what: str
-) -> Float[Tensor, "batch point"]:
-    """One row of the reading at a time, as its own tree: aligned, without padding."""
-    order = tree.neighbours_first(lens, gates)
-    columns, step = [], branches_at_once(lens, reading)
-    with _bar(len(gates), _SLOW, progress, what) as bar:
-        for some in gates[order].split(step):
-            columns.append(_branched(lens, reading, tree.Tree.of(lens, some)))
-            bar.update(len(some))
-    return torch.cat(columns, 1)[:, order.argsort()]
-
-
-def _branched(
-    lens: LoraLens, reading: Reading, branches: tree.Tree
-) -> Float[Tensor, "batch point"]:
-    alone = reading.each_row()
-    if alone is not None:
-        grown = [one.grown(branches.width) for one in alone]
-        rows = [branches.run(lens, lambda one=one: read_value(lens, one)) for one in grown]
-        return reading.by_prompt(torch.stack(rows))
-    logits = [
-        branches.run(lens, lambda one=one: read_logits(lens, one))
-        for one in map(reading.prompts.row, range(len(reading.owner)))
-    ]
-    return reading.repeat(len(branches.leaf)).read(torch.cat(logits)).view(reading.batch, -1)
-
-
-def readout_at(
+def row_by_row(
     lens: LoraLens,
     reading: Reading,
-    gates: Float[Tensor, "batch point site"],
-    *,
-    progress: bool,
-    what: str,
-) -> Float[Tensor, "batch point"]:
-    """g at each prompt's own gate vectors. At most as many forward passes as points, batched.
+    points: int,
+    width: int,
+    run: Callable[[int, Callable[[], Tensor]], Float[Tensor, " point *out"]],
+    read: Read = read_value,
+) -> Float[Tensor, "batch point *out"]:
+    """Every point of one row of the reading in one pass, which grows to `width` rows.
 
-    Args:
-        lens: the adapter over the model.
-        reading: what is run, and read.
-        gates: of each prompt.
-        progress: show a bar.
-        what: the bar's name.
-
-    Raises:
-        NumericsError: a non-finite readout.
+    `run` gets the index of the row and a forward pass, and chooses the rows of the points. A user's
+    function, which may rely on the order of the prompts, is given the logits of all of them.
     """
-    groups = pass_groups(lens, reading)
-    each = gates.to(lens.device, lens.gate_dtype).split([one.batch for one in groups])
-    with torch.no_grad(), _bar(gates.shape[1], _SLOW_TOGETHER, progress, what) as bar:
-        pairs = zip(groups, each, strict=True)
-        found = torch.cat([_at_own_gates(lens, *pair, bar) for pair in pairs])
-    require_finite(found, "the readout")
-    return found
-
-
-def _at_own_gates(
-    lens: LoraLens, reading: Reading, gates: Float[Tensor, "batch point site"], bar: tqdm
-) -> Float[Tensor, "batch point"]:
-    owner, columns = reading.owner.to(lens.device), []
-    for some in gates.split(rows_at_once(lens, reading), 1):
-        many = reading.repeat(some.shape[1])
-        with lens.injected(ScaleInject(lens.plan, some[owner].flatten(0, 1))):
-            values = read_value(lens, many)
-        columns.append(values.view(reading.batch, -1))
-        bar.update(some.shape[1])
-    return torch.cat(columns, 1)
-
-
-def _bar(points: int, slow: int, progress: bool, what: str) -> tqdm:
-    """Shown where there are at least `slow` points."""
-    return tqdm(total=points, desc=what, leave=False, disable=not progress or points < slow)
+    alone = reading.each_row()
+    if alone is None:
+        rows = map(reading.prompts.row, range(len(reading.owner)))
+        logits = [run(i, functools.partial(read_logits, lens, row)) for i, row in enumerate(rows)]
+        return reading.repeat(points).read(torch.cat(logits)).unflatten(0, (reading.batch, -1))
+    grown = [row.grown(width) for row in alone]
+    values = [run(i, functools.partial(read, lens, row)) for i, row in enumerate(grown)]
+    return reading.by_prompt(torch.stack(values))
 
 
 def require_finite(values: Tensor, what: str) -> None:
     """Refuse NaN and infinity.
-
-    Args:
-        values: numbers of any shape.
-        what: what they are, for the error.
 
     Raises:
         NumericsError: some value is not finite.
@@ -183,3 +185,118 @@ def require_finite(values: Tensor, what: str) -> None:
             f"{what} is not finite; lens.logits(prompts) names the first hook point at which the "
             "model's own activations stop being finite."
         )
+
+
+# --- Points that share their first blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Rows of each block.
+
+    Attributes:
+        parents: per block, the row of the block before that each row continues.
+        gates: per block, [row, site].
+        leaf: [point], the last block's row that is the point's.
+    """
+
+    parents: tuple[Int[Tensor, " _row"], ...]
+    gates: tuple[Float[Tensor, "_row site"], ...]
+    leaf: Int[Tensor, " point"]
+
+    @classmethod
+    def of(cls, lens: LoraLens, gates: Float[Tensor, "point site"]) -> Tree:
+        """The smallest tree of these points, which must agree on the embeddings."""
+        history = torch.zeros(len(gates), dtype=torch.long, device=gates.device)
+        parents, rows = [], []
+        for columns in _columns(lens):
+            so_far = torch.cat([history[:, None].to(gates), gates[:, columns]], 1)
+            _, now = torch.unique(so_far, dim=0, return_inverse=True)
+            first = torch.full((int(now.max()) + 1,), len(gates), device=gates.device)
+            points = torch.arange(len(gates), device=gates.device)
+            first = first.scatter_reduce(0, now, points, "amin")
+            parents.append(history[first])
+            rows.append(gates[first])
+            history = now
+        return cls(tuple(parents), tuple(rows), history)
+
+    @property
+    def width(self) -> int:
+        """The number of rows at the end of the pass."""
+        return len(self.gates[-1])
+
+    @property
+    def cost(self) -> float:
+        """The number of block passes, as a share of what running each point alone takes."""
+        return sum(len(p) for p in self.parents) / (len(self.leaf) * len(self.parents))
+
+    def run(
+        self,
+        lens: LoraLens,
+        forward: Callable[[], Float[Tensor, " row *out"]],
+        inject: Callable[[Float[Tensor, "row site"]], Inject],
+    ) -> Float[Tensor, " point *out"]:
+        """The forward pass of one row, for every point."""
+        grow = [
+            (lens.plan.host.block_input(layer), _continued(parent))
+            for layer, parent in enumerate(self.parents)
+            if len(parent) > 1
+        ]
+        last = len(self.gates) - 1
+        before, by_block = inject(self.gates[0][:1]), [inject(rows) for rows in self.gates]
+        layers = [lens.sites[i.site].layer for i in lens.plan.injections]
+        writers = [before if layer < 0 else by_block[min(layer, last)] for layer in layers]
+
+        def write(index: int, out: Tensor, z: Tensor) -> Tensor | None:
+            return writers[index](index, out, z)
+
+        with lens.injected(write, before=grow):
+            return forward()[self.leaf]
+
+
+def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
+    """Whether branching is cheaper: points share blocks, and the batch may grow on the way."""
+    if len(gates) < 2 or not lens.plan.host.grows:
+        return False
+    embeddings = [i for i, site in enumerate(lens.sites) if site.layer < 0]
+    if not bool((gates[:, embeddings] == gates[:1, embeddings]).all()):
+        return False
+    return Tree.of(lens, gates).cost < memory.BRANCHING_PAYS
+
+
+def neighbours_first(lens: LoraLens, gates: Float[Tensor, "point site"]) -> Int[Tensor, " point"]:
+    """An order in which points that share their first blocks are neighbours."""
+    _, ranks = torch.unique(gates[:, sum(_columns(lens), [])], dim=0, return_inverse=True)
+    return ranks.argsort(stable=True)
+
+
+def _columns(lens: LoraLens) -> list[list[int]]:
+    """The sites of each block; those before the blocks go with the first, after them the last."""
+    last = lens.plan.host.n_layers - 1
+    blocks: list[list[int]] = [[] for _ in range(last + 1)]
+    for index, site in enumerate(lens.sites):
+        blocks[min(max(site.layer, 0), last)].append(index)
+    return blocks
+
+
+def more_copies(count: int) -> HookFn:
+    """A hook that appends `count` copies of the batch's first row.
+
+    If the batch is dual, the first row must have no tangent.
+    """
+
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        return torch.cat([tensor, tensor[:1].expand(count, *tensor.shape[1:])])
+
+    return hook_fn
+
+
+def _continued(parent: Int[Tensor, " row"]) -> HookFn:
+    """A hook after which each row continues its parent."""
+
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        return tensor[parent.to(tensor.device)]
+
+    return hook_fn

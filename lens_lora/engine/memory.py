@@ -1,46 +1,56 @@
-"""About how much memory a pass takes, and what fits within the bound of a lens.
+"""How much one pass does at a time: what is cheaper, what fits, and blocks that run again to fit.
 
-Numbers that a block holds for a row of T tokens, fitted to peaks of a model of 135M parameters in
-float32 (`benchmarks/memory.py` prints such peaks); h heads, and m = d_model + d_mlp:
+1. Which mode of differentiation. A tangent costs one product with each weight from its site's block
+   on; a covector one with each weight on the way back to the first block. In passes through all
+   blocks,
 
-    a pass without a graph         T (3 m + 4 h T)     one block at a time
-    a graph                        T (8 m + c h T)     every block;  c = 1, and 3 in half precision
-    a graph whose blocks run again T (8 m + 7 h T)     one block, and T d_model of every block
+       forward mode    Σ_l share of the blocks at and after l      tangents, whatever the readouts
+       reverse mode    k                                           covectors, whatever the sites
 
-Without attention patterns (a fused kernel) the terms with h T fall away. To each row come the
-logits of the tokens that are read: 3 times their number in a pass, 8 times in a graph. Of a margin
-they are few. Those of a sum over a response are made some tokens at a time, however many the rows,
-and a divergence holds those of the base. No forward pass.
+   and one forward pass each. Measured, the cost of a tangent and of a covector differs by at most a
+   third, for short and long prompts (benchmarks/RESULTS.md); so the smaller number is cheaper.
+2. How many at once. Each kind of pass has a bound in tokens, and some in logits: beyond it the data
+   no longer fit into the caches, and nothing is gained. Bounds are read at every call.
+3. Within `max_memory`, from the numbers that a row of T tokens holds, fitted to peaks of a model of
+   135M parameters in float32 (`benchmarks/memory.py` and `benchmarks/cost.py` print such peaks);
+   h heads, and m = d_model + d_mlp:
+
+       a pass without a graph         T (3 m + 4 h T)     one block at a time
+       a pass of dual numbers         T (44 m + 44 h T)   and a share of the size of W_U
+       a graph                        T (8 m + c h T)     every block; c = 1, in half precision 3
+       a graph whose blocks run again T (8 m + 7 h T)     one block, and T d_model of every block
+
+   Without attention patterns (a fused kernel, never of dual numbers) the terms with h T fall away.
+   To each row come the logits of the tokens that are read: 3 times their number in a pass, 8 times
+   in a graph. Of a margin they are few. Those of a sum over a response are made some tokens at a
+   time, however many the rows, and a divergence holds those of the base.
+4. Where a graph does not fit, blocks keep their inputs alone and run once more on the way back
+   (`blocks_rerun`).
+
+No forward pass; one more for each way back through blocks that run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple, get_args
 
-from lens_lora.errors import ArgumentError
-from lens_lora.lens import LoraLens
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from lens_lora.arguments import word
+from lens_lora.compat import Temporary, replace_forward
+from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.divergence import Divergence
-from lens_lora.readouts.picks import PICKS, Columns, Picks
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.reading import PICKS, Columns, Picks, Reading
 
-__all__ = [
-    "Run",
-    "must_rerun",
-    "prompts_of",
-    "require_rows_of_graph",
-    "require_second_order",
-    "require_tangents",
-    "rows_of_graph",
-    "rows_of_pass",
-]
-
-# What is run: by a reading, only the logits that it needs are made.
+# What is run. Of a reading only the logits that it needs are made.
 Run = Prompts | Reading
-
-_SECOND, _DUALS = 2.5, 1.3  # graphs of a first derivative
-_LOGITS, _LOGITS_OF_GRAPH = 3, 8
 
 
 def prompts_of(run: Run) -> Prompts:
@@ -48,18 +58,151 @@ def prompts_of(run: Run) -> Prompts:
     return run.prompts if isinstance(run, Reading) else run
 
 
+# --- Which mode of differentiation
+
+Mode = Literal["auto", "forward", "reverse"]
+
+
+def chosen_mode(
+    mode: Mode, lens: LoraLens, readouts: int, starts: Sequence[int] | None = None
+) -> Literal["forward", "reverse"]:
+    """The given mode; for 'auto' the one that takes less work for so many readouts.
+
+    Raises:
+        ArgumentError: another mode.
+    """
+    word("mode", mode, get_args(Mode))
+    if mode != "auto":
+        return mode
+    return "reverse" if readouts <= max(1.0, tangent_passes(lens, starts)) else "forward"
+
+
+def tangent_passes(lens: LoraLens, starts: Sequence[int] | None = None) -> float:
+    """Passes through all blocks that tangents take: one from each of these, or of every site's."""
+    layers = lens.plan.host.n_layers
+    starts = [site.layer for site in lens.sites] if starts is None else starts
+    if not lens.plan.host.grows:
+        return float(len(starts))
+    return sum(layers - min(max(start, 0), layers - 1) for start in starts) / layers
+
+
+# --- How many at once
+
+ROW_TOKENS = 2048  # forward passes, in rows of one batch
+BRANCH_TOKENS, BRANCH_LOGITS = 4096, 2**27  # forward passes that branch, of one prompt at a time
+SLOPE_TOKENS = 512  # forward passes that a backward pass follows
+GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back through it
+TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
+FINAL_TOKENS = 8192  # tangents of which nothing is unembedded
+_DERIVATIVE_LOGITS = 2**26  # of tangents, and of covectors
+
+# Branching is worth its hooks below this share of the block passes.
+BRANCHING_PAYS = 0.75
+
+
+def rows_at_once(lens: LoraLens, run: Run) -> int:
+    """How many copies of the prompts make one batch of a forward pass."""
+    return _bounded(ROW_TOKENS, run, rows_of_pass(lens, run))
+
+
+def branches_at_once(lens: LoraLens, run: Run) -> int:
+    """How many points of one branching pass: in tokens of a row, and in logits of all rows."""
+    prompts = prompts_of(run)
+    rows, longest = prompts.tokens.shape
+    logits = rows * prompts.slots * int(lens.model.cfg.d_vocab_out)
+    points = min(_within(BRANCH_TOKENS, longest), _within(BRANCH_LOGITS, logits))
+    fitting = rows_of_pass(lens, run)
+    return points if fitting is None else max(1, min(points, fitting - 1))
+
+
+def slopes_at_once(lens: LoraLens, run: Run) -> int:
+    """How many copies of the prompts make one batch of a forward and a backward pass."""
+    return _bounded(SLOPE_TOKENS, run, rows_of_graph(lens, run))
+
+
+def directions_at_once(prompts: Prompts) -> int:
+    """How many directions go back at once through a graph of the prompts."""
+    return _within(GRAPH_TOKENS, prompts.tokens.numel())
+
+
+def graph_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
+    """The prompts in groups whose forward and backward pass is within the bound of the lens.
+
+    Raises:
+        ArgumentError: one row takes more.
+    """
+    return _groups(reading, rows_of_graph(lens, reading))
+
+
+def pass_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
+    """… whose forward pass is; as `graph_groups`."""
+    return _groups(reading, rows_of_pass(lens, reading))
+
+
+def _groups(reading: Reading, rows: int | None) -> list[Reading]:
+    if rows is None or rows >= len(reading.owner):
+        return [reading]
+    return reading.groups(rows * reading.prompts.tokens.shape[1])
+
+
+def _within(bound: int, size: int) -> int:
+    """How many things of this size are within the bound; at least one."""
+    return max(1, bound // size)
+
+
+def _bounded(tokens: int, run: Run, rows: int | None) -> int:
+    prompts = prompts_of(run)
+    copies = _within(tokens, prompts.tokens.numel())
+    return copies if rows is None else max(1, min(copies, rows // len(prompts.tokens)))
+
+
+def tangents_at_once(lens: LoraLens, run: Prompts, *, read: int) -> int:
+    """How many tangents of what is run make one pass, with the logits of `read` prompts, or none.
+
+    Raises:
+        ArgumentError: the bound of the lens is less than one tangent takes.
+    """
+    return _derivatives_at_once(TANGENT_TOKENS if read else FINAL_TOKENS, lens, run, read)
+
+
+def covectors_at_once(lens: LoraLens, run: Prompts) -> int:
+    """How many covectors of what is run go back at once; as `tangents_at_once`."""
+    return _derivatives_at_once(COVECTOR_TOKENS, lens, run, run.batch)
+
+
+def _derivatives_at_once(tokens: int, lens: LoraLens, run: Prompts, read: int) -> int:
+    logits = read * run.slots * int(lens.model.cfg.d_vocab_out)
+    rows = min(_within(tokens, run.tokens.numel()), _within(_DERIVATIVE_LOGITS, max(1, logits)))
+
+    def sizes(_: _Need) -> tuple[float, float]:
+        of_one = row_bytes(lens, run, read)
+        return of_one, pass_bytes(lens) + of_one  # the first row of a pass carries no tangent
+
+    what, remedy = "a pass of two rows of these prompts", "pass fewer or shorter prompts at a time"
+    fitting = _rows(lens, run, sizes, what, remedy)
+    return rows if fitting is None else min(rows, fitting)
+
+
+# --- What fits within the bound of a lens
+
+_SECOND, _DUALS = 2.5, 1.3  # graphs of a first derivative
+_LOGITS, _LOGITS_OF_GRAPH = 3, 8
+_DUAL_ROW = 44
+
+
 class _Need(NamedTuple):
-    """Bytes: of one row without and with a graph, and whatever the rows.
+    """Bytes: of one row, and whatever the rows.
 
     Attributes:
-        in_pass, of_graph, of_rerun: of each row.
-        always: held by the reading.
-        picked, graphed: of the logits that are held together, without and with a graph.
+        in_pass, of_graph, of_rerun, of_duals: bytes of a row; of dual numbers without the logits.
+        always: bytes that the reading holds.
+        picked, graphed: bytes of the logits that are held together, without and with a graph.
     """
 
     in_pass: float
     of_graph: float
     of_rerun: float
+    of_duals: float
     always: float
     picked: float
     graphed: float
@@ -68,10 +211,7 @@ class _Need(NamedTuple):
 def must_rerun(lens: LoraLens, run: Run, *, duals: bool = False) -> bool:
     """Whether the graph of these rows is beyond the bound, so that blocks run twice.
 
-    Args:
-        lens: the adapter over the model.
-        run: what is run at a time.
-        duals: the graph is of the values of dual numbers, whose tangents are held as well.
+    The graph of dual numbers is that of their values, whose tangents are held as well.
     """
     if lens.max_memory is None:
         return False
@@ -83,43 +223,31 @@ def must_rerun(lens: LoraLens, run: Run, *, duals: bool = False) -> bool:
 def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
     """How many rows of a pass without a graph are within the bound; None where there is none.
 
-    Args:
-        lens: the adapter over the model.
-        run: of such length.
-
     Raises:
         ArgumentError: not even one.
     """
-    if lens.max_memory is None:
-        return None
-    need = _need(lens, run)
-    always = need.always + need.picked
-    return _rows(lens, run, need.in_pass, always, "a forward pass of one prompt")
+
+    def sizes(need: _Need) -> tuple[float, float]:
+        return need.in_pass, need.always + need.picked
+
+    return _rows(lens, run, sizes, "a forward pass of one prompt")
 
 
 def rows_of_graph(lens: LoraLens, run: Run) -> int | None:
     """How many rows go forward and back at once within the bound, blocks run again where needed.
 
-    Args:
-        lens: the adapter over the model.
-        run: of such length.
-
     Raises:
         ArgumentError: not even one.
     """
-    if lens.max_memory is None:
-        return None
-    need = _need(lens, run)
-    least, always = min(need.of_rerun, need.of_graph), need.always + need.graphed
-    return _rows(lens, run, least, always, "a forward and a backward pass of one prompt")
+
+    def sizes(need: _Need) -> tuple[float, float]:
+        return min(need.of_rerun, need.of_graph), need.always + need.graphed
+
+    return _rows(lens, run, sizes, "a forward and a backward pass of one prompt")
 
 
 def require_rows_of_graph(lens: LoraLens, run: Run) -> None:
     """Check that all rows go forward and back at once within the bound.
-
-    Args:
-        lens: the adapter over the model.
-        run: what is run.
 
     Raises:
         ArgumentError: they do not.
@@ -135,27 +263,19 @@ def require_rows_of_graph(lens: LoraLens, run: Run) -> None:
 def require_second_order(lens: LoraLens, run: Run) -> None:
     """Check that the graph of a second derivative, which is kept whole, is within the bound.
 
-    Args:
-        lens: the adapter over the model.
-        run: what is run.
-
     Raises:
         ArgumentError: it is not.
     """
-    if lens.max_memory is None:
-        return
-    need = _need(lens, run)
-    of_rows = _SECOND * (len(prompts_of(run).tokens) * need.of_graph + need.graphed)
-    _rows(lens, run, of_rows, need.always, "a second derivative, whose graph is kept whole,")
+
+    def sizes(need: _Need) -> tuple[float, float]:
+        of_rows = len(prompts_of(run).tokens) * need.of_graph + need.graphed
+        return _SECOND * of_rows, need.always
+
+    _rows(lens, run, sizes, "a second derivative, whose graph is kept whole,")
 
 
 def require_tangents(lens: LoraLens, prompts: Prompts, names: Sequence[str]) -> None:
     """Check that the tangents of these hook points, which are all kept, are within the bound.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: what is run.
-        names: of hook points, each once.
 
     Raises:
         ArgumentError: they are not.
@@ -174,17 +294,25 @@ def require_tangents(lens: LoraLens, prompts: Prompts, names: Sequence[str]) -> 
         )
 
 
-def _rows(lens: LoraLens, run: Run, of_one: float, always: float, what: str) -> int | None:
+def _rows(
+    lens: LoraLens,
+    run: Run,
+    sizes: Callable[[_Need], tuple[float, float]],
+    what: str,
+    remedy: str = "pass shorter prompts",
+) -> int | None:
+    """How many rows fit, from the bytes of one and of what comes to all; None without a bound."""
     bound = lens.max_memory
     if bound is None:
         return None
+    of_one, always = sizes(_need(lens, run))
     if always + of_one > bound:
         prompts = prompts_of(run)
         longest, slots = prompts.tokens.shape[1], prompts.slots
         read = f", {slots} of them read" if slots > 1 else ""
         raise ArgumentError(
             f"max_memory={bound:.3g} bytes, and {what} takes about {always + of_one:.3g} for "
-            f"{longest} tokens{read}; allow more, or pass shorter prompts."
+            f"{longest} tokens{read}; allow more, or {remedy}."
         )
     return int((bound - always) // of_one)
 
@@ -193,21 +321,36 @@ def _need(lens: LoraLens, run: Run) -> _Need:
     cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(run).tokens.shape[1]
     width = int(cfg.d_model)
     wide = width + int(getattr(cfg, "d_mlp", None) or 4 * width)
-    pattern = int(cfg.n_heads) * longest * host.keeps_patterns
+    any_pattern = int(cfg.n_heads) * longest
+    pattern = any_pattern * host.keeps_patterns
     kept = 1 if lens.dtype.itemsize >= 4 else 3
     of_logits = lens.gate_dtype.itemsize * int(cfg.d_vocab_out)
     by_row, picks = _unembedded(lens, run)
-    by_row *= of_logits
+    read = run.read if isinstance(run, Reading) else None
+    graphed = _LOGITS_OF_GRAPH * by_row * of_logits
     of_token = lens.dtype.itemsize * longest
     return _Need(
-        in_pass=of_token * (3 * wide + 4 * pattern) + _LOGITS * by_row,
-        of_graph=of_token * host.n_layers * (8 * wide + kept * pattern) + _LOGITS_OF_GRAPH * by_row,
-        of_rerun=of_token * (host.n_layers * width + 8 * wide + 7 * pattern)
-        + _LOGITS_OF_GRAPH * by_row,
-        always=_held(run),
+        in_pass=of_token * (3 * wide + 4 * pattern) + _LOGITS * by_row * of_logits,
+        of_graph=of_token * host.n_layers * (8 * wide + kept * pattern) + graphed,
+        of_rerun=of_token * (host.n_layers * width + 8 * wide + 7 * pattern) + graphed,
+        of_duals=lens.gate_dtype.itemsize * longest * _DUAL_ROW * (wide + any_pattern),
+        always=read.base.nbytes if isinstance(read, Divergence) else 0,
         picked=_LOGITS * of_logits * min(picks, 2 * PICKS),
         graphed=_LOGITS_OF_GRAPH * of_logits * min(picks, PICKS),
     )
+
+
+def row_bytes(lens: LoraLens, run: Prompts, read: int) -> float:
+    """About the most that one copy of what is run holds at a time, as a dual number."""
+    logits = read * run.slots * int(lens.model.cfg.d_vocab_out)
+    of_logits = _LOGITS_OF_GRAPH * logits * lens.gate_dtype.itemsize
+    return len(run.tokens) * _need(lens, run).of_duals + of_logits
+
+
+def pass_bytes(lens: LoraLens) -> int:
+    """About what a pass of dual numbers takes whatever its rows."""
+    cfg, share = lens.model.cfg, lens.plan.host.pass_overhead
+    return int(share * int(cfg.d_model) * int(cfg.d_vocab_out) * lens.dtype.itemsize)
 
 
 def _unembedded(lens: LoraLens, run: Run) -> tuple[int, int]:
@@ -221,7 +364,60 @@ def _unembedded(lens: LoraLens, run: Run) -> tuple[int, int]:
     return (0 if isinstance(run.read, Columns) else slots), 0
 
 
-def _held(run: Run) -> int:
-    """Of the base distribution of a divergence."""
-    read = run.read if isinstance(run, Reading) else None
-    return read.base.nbytes if isinstance(read, Divergence) else 0
+# --- Blocks that keep their inputs alone, and run again on the way back
+#
+# Each block runs under torch's non-reentrant checkpointing: the graph is the same, but what its
+# nodes save is thrown away. On the way back a block runs once more, when the first of these tensors
+# is asked for, so one block's tensors are held at a time. Hooks within a block therefore fire
+# twice, a user's own too, and must be on the model until the way back is done. They see the same
+# numbers, with the same draws of torch's random numbers. A second run that returns something else
+# than the first (a hook that counts its calls, say) would give wrong derivatives: it is refused.
+
+# A second run would append to a key-value cache, so there is none.
+_CACHES = ("cache", "layer_past", "past_key_value", "past_key_values", "past_kv_cache_entry")
+
+
+def blocks_rerun(lens: LoraLens) -> AbstractContextManager[None]:
+    """Within the block, passes with a graph keep no more than the inputs of blocks.
+
+    The lens's hooks must stay on until the way back is done.
+    """
+
+    def replace(span: Temporary) -> None:
+        for layer, block in enumerate(lens.model.blocks):
+            twice = functools.partial(_run_twice, f"blocks.{layer}", block.forward)
+            replace_forward(span, block, twice)
+
+    return Temporary(replace)
+
+
+def _run_twice(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    kwargs = {key: None if key in _CACHES else value for key, value in kwargs.items()}
+    once: list[Tensor] = []
+
+    def run(*args: Any) -> Any:
+        out = forward(*args, **kwargs)
+        residual = (out[0] if isinstance(out, tuple) else out).detach()
+        if once:
+            _require_same(name, once[0], residual)
+        else:
+            once.append(residual)
+        return out
+
+    # To its end, so that there is an output to compare.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(run, *args, use_reentrant=False)
+
+
+def _require_same(name: str, first: Tensor, second: Tensor) -> None:
+    # Token by token: some have entries that are thousands of times those of the others.
+    room = torch.finfo(first.dtype).eps ** 0.5 * first.abs().amax(-1)
+    if not bool(((first - second).abs().amax(-1) <= room).all() | first.isnan().any()):
+        raise ModelStateError(
+            f"{name}: within max_memory a block runs again on the way back, and it returned "
+            "something else than the first time. A hook of yours depends on how often it was "
+            "called, or draws numbers of its own. Make it return the same each time, or allow "
+            "more memory."
+        )

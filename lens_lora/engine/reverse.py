@@ -1,197 +1,167 @@
 """Reverse mode: ∂g/∂ε_l of every site, position, head and rank, in one forward and one backward.
 
-1. Taps (`engine/taps.py`) hand G = ∂g/∂(output) and z of each site to a visitor, on the way back.
-2. The visitor of `site_slopes` contracts G with u = Az + a₀ at once (`engine/parts.py`). Over
-   positions v's constant part is split at v, though it is added at o (`hooked/value_bias.py`).
+1. What the first adapted block reads, or the embedding's output where that is adapted, becomes the
+   leaf of the graph; every site lies between it and g (a position embedding does not, so it has a
+   leaf of its own). The gradient that reaches the leaf is discarded; parameters never receive one.
+2. Taps: each site's output gets a gradient hook. On the way back it hands G = ∂g/∂(output) and z to
+   a visitor, and keeps nothing.
+3. The visitor of `site_slopes` contracts u_yᵀ J δz into its parts, without ever building δz:
 
-Cost: one forward and one backward pass, whatever the sites and parts.
+       a = Σ_pos Σ_rank (GB)_rank · u_rank,    G = Jᵀu_y at the site's output,  u = A z + a₀.
+
+   Heads are those of the output for q, k, v (rows of B), of the input for o (columns of A). Over
+   positions v's constant part is split at v, though it is added at o.
+4. Where the graph is too large for `max_memory`, blocks run twice (`engine/memory.py`).
+
+Cost: one forward and one backward pass, whatever the sites and parts; one more forward pass where
+blocks run twice.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.autograd.forward_ad as fwad
+from einops import einsum
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from lens_lora.engine import batching
+from lens_lora.engine import memory
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.parts import parts
-from lens_lora.engine.read import differentiable_tokens
-from lens_lora.engine.taps import Visit, gradients_of_each, site_gradients
+from lens_lora.engine.memory import Run, prompts_of
+from lens_lora.engine.read import differentiable_tokens, read_for_slopes
 from lens_lora.errors import ModelStateError, NumericsError
-from lens_lora.hooked.basis import SiteMap
-from lens_lora.hooked.plan import Injection
-from lens_lora.lens import LoraLens
+from lens_lora.model.basis import NormMap, SiteMap
+from lens_lora.model.gates import Inject, Injection, ScaleInject
+from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.reading import Reading
 
-__all__ = [
-    "Slopes",
-    "joined",
-    "part_slots",
-    "require_finite_sites",
-    "require_split",
-    "site_slopes",
-    "token_slopes",
-    "value_slopes",
-]
+# --- Slopes
 
 
 def site_slopes(
-    lens: LoraLens,
-    reading: Reading,
-    gates: Float[Tensor, "*row site"],
-    axes: tuple[str, ...] = (),
+    lens: LoraLens, reading: Reading, gates: Float[Tensor, "*row site"], axes: tuple[str, ...] = ()
 ) -> Float[Tensor, "batch site *by"]:
     """∂g/∂ε_l at these gates, one for all rows or each row's own. One forward, one backward.
 
     Raises:
         ModelStateError: a gradient did not reach some site, or a split does not exist.
     """
-    found: list[Tensor] = []
-    for some in batching.graph_groups(lens, reading) if gates.ndim == 1 else [reading]:
-        slopes = Slopes(lens, some, axes)
-        site_gradients(lens, some, gates, slopes.visit)
-        found.append(slopes.by_prompt())
-    return joined(found)
+    groups: list[Tensor] = []
+    for group in memory.graph_groups(lens, reading) if gates.ndim == 1 else [reading]:
+        slopes = Slopes(lens, group.prompts, axes)
+        site_gradients(lens, group, gates, slopes.visit)
+        groups.append(slopes.by_prompt(group))
+    return joined(groups)
 
 
 def joined(groups: Sequence[Float[Tensor, "_some site ..."]]) -> Float[Tensor, "batch site ..."]:
-    """Groups of prompts as one, with zeros where one is shorter than the longest.
-
-    Args:
-        groups: at least one.
-    """
-    sizes = [max(each) for each in zip(*(one.shape[2:] for one in groups), strict=True)]
+    """Groups of prompts as one, with zeros where one is shorter than the longest."""
+    sizes = [max(axis) for axis in zip(*(group.shape[2:] for group in groups), strict=True)]
 
     def padded(values: Tensor) -> Tensor:
-        more = [size - own for size, own in zip(sizes, values.shape[2:], strict=True)]
-        return functional.pad(values, [edge for extra in reversed(more) for edge in (0, extra)])
+        missing = [size - held for size, held in zip(sizes, values.shape[2:], strict=True)]
+        return functional.pad(values, [edge for more in reversed(missing) for edge in (0, more)])
 
-    return torch.cat([padded(one) for one in groups])
+    return torch.cat([padded(group) for group in groups])
 
 
 def token_slopes(
-    lens: LoraLens,
-    reading: Reading,
-    gates: Float[Tensor, "site"],
-    axes: tuple[str, ...],
+    lens: LoraLens, reading: Reading, gates: Float[Tensor, " site"], axes: tuple[str, ...]
 ) -> Float[Tensor, "batch site *by_and_token"]:
     """∂ℓ_t/∂ε_l of each token t of a response, split. One forward and a backward pass a token.
 
     Raises:
         ModelStateError: a gradient did not reach some site, or a split does not exist.
     """
-    each: list[Slopes] = []
-
-    def visit_of(token: int) -> Visit:
-        del token
-        each.append(Slopes(lens, reading, axes))
-        return each[-1].visit
-
-    gradients_of_each(lens, reading, gates, lambda: differentiable_tokens(lens, reading), visit_of)
-    return torch.stack([slopes.by_prompt() for slopes in each], -1)
+    tokens = slopes_by_value(
+        lens, reading, gates, lambda: differentiable_tokens(lens, reading), axes
+    )
+    return torch.stack([slopes.by_prompt(reading) for slopes in tokens], -1)
 
 
-def value_slopes(
+def slopes_by_value(
     lens: LoraLens,
-    prompts: Prompts,
-    gates: Float[Tensor, "site"],
+    run: Run,
+    gates: Float[Tensor, " site"],
     read: Callable[[], Float[Tensor, "row value"]],
-) -> Float[Tensor, "value row site"]:
-    """∂/∂ε_l of each value that is read of a row. One forward and a backward pass a value.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: what `read` runs.
-        gates: at which the derivative is taken.
-        read: runs the prompts under the hooks that are then on the model, and reads.
+    axes: tuple[str, ...] = (),
+) -> list[Slopes]:
+    """Those of each value that is read of a row. One forward and a backward pass a value.
 
     Raises:
         ModelStateError: a gradient did not reach some site.
     """
-    each: list[Tensor] = []
-
-    def visit_of(value: int) -> Visit:
-        del value
-        shape = (len(prompts.tokens), len(lens.sites))
-        each.append(torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device))
-        return functools.partial(_add_slope, lens, each[-1])
-
-    gradients_of_each(lens, prompts, gates, read, visit_of)
-    return torch.stack(each)
-
-
-def _add_slope(
-    lens: LoraLens,
-    slopes: Float[Tensor, "row site"],
-    injection: Injection,
-    weight: Tensor | None,
-    gradient: Tensor,
-    z: Tensor,
-) -> None:
-    kind = lens.sites[injection.site].kind
-    found = parts(injection.map, kind, lens.heads.of(kind), gradient, z, ())
-    found = found if weight is None else weight.to(found.device) * found
-    slopes[:, injection.site] += found.to(slopes.device)
+    with tapped(lens, run, gates) as (tap, leaves):
+        values = read()
+        columns = [Slopes(lens, prompts_of(run), axes) for _ in range(values.shape[1])]
+        for column, slopes in enumerate(columns):
+            tap.visit = slopes.visit
+            only = torch.zeros_like(values)
+            only[:, column] = 1
+            torch.autograd.grad(values, leaves, only, retain_graph=column + 1 < len(columns))
+    tap.require_all_seen()
+    return columns
 
 
 class Slopes:
-    """Sums up ∂g/∂ε_l and its parts while the gradients come by."""
+    """Sums up ∂g/∂ε_l and its parts while the gradients come by.
 
-    def __init__(self, lens: LoraLens, reading: Reading, axes: tuple[str, ...]) -> None:
-        self._lens, self._reading, self._axes = lens, reading, axes
-        self._heads = lens.heads
-        shape = (len(reading.owner), len(lens.sites), *part_slots(lens, reading.prompts, axes))
-        self._values = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
-        self._totals = self._values.new_zeros(shape[:2])
+    Attributes:
+        by_row: the sums so far, [row, site, *axes].
+    """
 
-    def by_prompt(self) -> Float[Tensor, "batch site *by"]:
-        """What was summed up.
+    def __init__(self, lens: LoraLens, prompts: Prompts, axes: tuple[str, ...] = ()) -> None:
+        self._lens, self._prompts, self._axes = lens, prompts, axes
+        shape = (len(prompts.tokens), len(lens.sites), *part_slots(lens, prompts, axes))
+        self.by_row: Tensor = torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+        self._totals = self.by_row.new_zeros(shape[:2])
+
+    def by_prompt(self, reading: Reading) -> Float[Tensor, "batch site *by"]:
+        """The sums, over the rows of each prompt.
 
         Raises:
             ModelStateError: parts by position that do not add up to their site.
         """
-        values, plan = self._reading.by_prompt(self._values), self._lens.plan
+        values = reading.by_prompt(self.by_row)
         if "position" in self._axes:
-            totals = self._reading.by_prompt(self._totals)
-            require_split(self._lens, values, totals[:, plan.with_constants])
+            totals = reading.by_prompt(self._totals)
+            require_split(self._lens, values, totals[:, self._lens.plan.with_constants])
         return values
 
     def visit(
         self, injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor
     ) -> None:
         """Add what one injection contributes."""
-        kind, axes = self._lens.sites[injection.site].kind, self._axes
-        heads = self._heads.of(kind)
+        site, axes = injection.site, self._axes
+        kind = self._lens.sites[site].kind
+        heads = self._lens.heads.of(kind)
 
-        def of(site_map: SiteMap, by: tuple[str, ...]) -> Tensor:
-            found = parts(site_map, kind, heads, gradient, z, by)
+        def contracted(site_map: SiteMap, by: tuple[str, ...]) -> Tensor:
+            values = parts(site_map, kind, heads, gradient, z, by)
             if weight is not None:
-                found = weight.to(found.device).view(-1, *[1] * (found.ndim - 1)) * found
-            return found.to(self._values.device)
+                values = weight.to(values.device).view(-1, *[1] * (values.ndim - 1)) * values
+            return values.to(self.by_row.device)
 
-        if not axes:
-            self._values[:, injection.site].add_(of(injection.map, axes))
-            return
         split = injection.map_by_position if "position" in axes else injection.map
         if split is not injection.map:
-            self._totals[:, injection.site] += of(injection.map, ())
+            self._totals[:, site] += contracted(injection.map, ())
         if split is None:
             return
-        found = of(split, axes)
+        values = contracted(split, axes)
         if kind == "unembed" and "position" in axes:
-            found = _at_read_positions(self._reading.prompts, found)
-        slots: list[int | slice] = [slice(None), injection.site]
-        for axis in axes:
-            size = found.shape[1 + axes.index(axis)]
+            values = _at_read_positions(self._prompts, values)
+        slots: list[int | slice] = [slice(None), site]
+        for axis, size in zip(axes, values.shape[1:], strict=True):
             whole = axis == "head" and not heads
             slots.append(slice(-1, None) if whole else slice(0, size))
-        self._values[tuple(slots)] += found
+        self.by_row[tuple(slots)] += values
 
 
 def part_slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple[int, ...]:
@@ -209,22 +179,17 @@ def require_split(
 ) -> None:
     """Check that v's parts by position, its constant included, add up to what v adds at o.
 
-    Args:
-        lens: the adapter over the model.
-        values: split by position.
-        whole: of the sites `plan.with_constants`, not split.
-
     Raises:
         ModelStateError: a hook changes what attention passes on, so v's constant has no positions.
     """
-    some = lens.plan.with_constants
-    parts_of_v = values[:, some].flatten(2)
+    sites_of_v = lens.plan.with_constants
+    parts_of_v = values[:, sites_of_v].flatten(2)
     gap = (parts_of_v.sum(2) - whole).abs()
     size = parts_of_v.abs().sum(2) + whole.abs()
     eps = max(torch.finfo(dtype).eps for dtype in (lens.dtype, torch.float32))
     apart = (gap > eps**0.5 * size).any(0).nonzero()
     if len(apart):
-        site = lens.sites[some[int(apart[0])]]
+        site = lens.sites[sites_of_v[int(apart[0])]]
         raise ModelStateError(
             f"{site.name}: this model's value biases are folded into b_O, and a hook changes what "
             "its attention passes on (the pattern, v or z), so the part of the update that belongs "
@@ -234,14 +199,14 @@ def require_split(
 
 
 def _at_read_positions(
-    prompts: Prompts, found: Float[Tensor, "row slot *by"]
+    prompts: Prompts, values: Float[Tensor, "row slot *by"]
 ) -> Float[Tensor, "row pos *by"]:
     """The unembedding is run, and has a gradient, at the positions that are read only."""
-    spread = found.new_zeros(len(found), prompts.tokens.shape[1], *found.shape[2:])
-    rows = torch.arange(len(found), device=found.device)[:, None]
-    at = prompts.read_positions.to(found.device)
+    spread = values.new_zeros(len(values), prompts.tokens.shape[1], *values.shape[2:])
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    positions = prompts.read_positions.to(values.device)
     # A prompt with fewer slots repeats its last one, from which no further gradient comes.
-    return spread.index_put((rows.expand_as(at), at), found, accumulate=True)
+    return spread.index_put((rows.expand_as(positions), positions), values, accumulate=True)
 
 
 def require_finite_sites(lens: LoraLens, values: Float[Tensor, "batch site *by"]) -> None:
@@ -259,3 +224,224 @@ def require_finite_sites(lens: LoraLens, values: Float[Tensor, "batch site *by"]
             "names the first hook point with non-finite activations, if the model has one."
         )
     require_finite(values, "the first-order shift")
+
+
+# --- Parts of a site, without δz
+
+
+def parts(
+    site: SiteMap,
+    kind: str,
+    heads: int,
+    gradient: Float[Tensor, "batch pos out"],
+    z: Float[Tensor, "batch pos *head in"] | Int[Tensor, "batch pos"],
+    by: tuple[str, ...],
+) -> Float[Tensor, " batch *by"]:
+    """⟨G, δz⟩ of one site, kept apart along `by` ('head' last slot: outside attention)."""
+    gradient = gradient.to(site.dtype)
+    if z.ndim == 4 or ("head" in by and heads):
+        split = _by_head(site, kind, heads, gradient, z)
+    elif not by:
+        return (site.back(gradient) * site.coordinates(z)).sum((1, 2))
+    else:
+        split = (site.back(gradient) * site.coordinates(z))[:, :, None]
+    summed = [axis for axis, name in ((1, "position"), (2, "head"), (3, "rank")) if name not in by]
+    return split.sum(summed) if summed else split
+
+
+def _by_head(
+    site: SiteMap, kind: str, heads: int, gradient: Tensor, z: Tensor
+) -> Float[Tensor, "batch pos head rank"]:
+    if isinstance(site, NormMap):
+        return site.by_head(gradient, z, heads)
+    if kind == "o":
+        return (gradient @ site.B)[:, :, None] * input_by_head(site, heads, z)
+    if site.B_by_head is not None:
+        back = einsum(gradient, site.B_by_head, "b p d, h d r -> b p h r")
+    else:
+        back = einsum(
+            gradient.unflatten(-1, (heads, -1)),
+            site.B.unflatten(0, (heads, -1)),
+            "b p h d, h d r -> b p h r",
+        )
+    u = site.coordinates(z)
+    return back * (u if z.ndim == 4 else u[:, :, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Which slot of each axis each row keeps; −1 keeps all slots, None all slots in every row."""
+
+    position: Int[Tensor, " row"] | None = None
+    head: Int[Tensor, " row"] | None = None
+    rank: Int[Tensor, " row"] | None = None
+
+
+def part_deltas(
+    site: SiteMap,
+    kind: str,
+    heads: int,
+    z: Float[Tensor, "_row pos *head in"] | Int[Tensor, "_row pos"],
+    slots: Slots,
+) -> Float[Tensor, "row pos out"]:
+    """δz of one site in each row, with everything but the row's own part set to zero.
+
+    z may have one row, which is then every row's.
+    """
+    u = site.coordinates(z)
+    if slots.head is not None and kind == "o":
+        by_head = input_by_head(site, heads, z)
+        u = einsum(by_head, kept(slots.head, by_head.shape[2], u), "b p h r, b h -> b p r")
+    if slots.rank is not None:
+        mask = kept(slots.rank, u.shape[-1], u)
+        u = u * mask.view(len(mask), *[1] * (u.ndim - 2), -1)
+    if slots.head is not None and site.B_by_head is not None:
+        B = einsum(kept(slots.head, len(site.B_by_head), u), site.B_by_head, "b h, h d r -> b d r")
+        delta = u @ B.transpose(1, 2)
+    else:
+        delta = site.write(u)
+        if slots.head is not None and kind != "o":
+            mask = kept(slots.head, heads, delta)
+            delta = delta * mask.repeat_interleave(delta.shape[-1] // heads, 1)[:, None]
+    if slots.position is not None:
+        delta = delta * kept(slots.position, delta.shape[1], delta)[:, :, None]
+    return delta
+
+
+def kept(slot: Int[Tensor, " row"], size: int, like: Tensor) -> Float[Tensor, "row size"]:
+    """1 where the row keeps the slot, else 0."""
+    slot = slot.to(like.device)[:, None]
+    places = torch.arange(size, device=like.device)
+    return ((slot == places) | (slot == -1)).to(like.dtype)
+
+
+def input_by_head(
+    site: SiteMap, heads: int, z: Float[Tensor, "row pos in"]
+) -> Float[Tensor, "row pos head rank"]:
+    """u of a site whose input has heads (o), kept apart by head, and what belongs to none last."""
+    u = einsum(
+        z.to(site.A.dtype).unflatten(-1, (heads, -1)),
+        site.A.unflatten(-1, (heads, -1)),
+        "b p h d, r h d -> b p h r",
+    )
+    if site.a0_by_head is None:
+        return u
+    spare = len(site.a0_by_head) - heads
+    return functional.pad(u, (0, 0, 0, spare)) + site.a0_by_head
+
+
+# --- Taps: a backward pass shows G and z of each site to a visitor
+
+
+Visit = Callable[[Injection, Tensor | None, Tensor, Tensor], None]
+
+
+def site_gradients(
+    lens: LoraLens, reading: Reading, gates: Float[Tensor, "*row site"], visit: Visit
+) -> Float[Tensor, " batch"]:
+    """Visit every injection at these gates; returns g there. One forward and one backward.
+
+    The visitor gets (injection, its partner's gate or None, G = Jᵀu_y [row, pos, out], z): the
+    site's derivative is the sum of weight · ⟨G, δ(z)⟩ over its injections. The weight is a scalar,
+    or one per row as the gates are.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site.
+    """
+    with tapped(lens, reading, gates) as (tap, leaves):
+        values = read_for_slopes(lens, reading)
+        tap.visit = visit
+        torch.autograd.grad(values, leaves, torch.ones_like(values))
+    tap.require_all_seen()
+    return values.detach()
+
+
+@contextlib.contextmanager
+def tapped(
+    lens: LoraLens, run: Run, gates: Float[Tensor, "*row site"], inject: Inject | None = None
+) -> Generator[tuple[Taps, list[Tensor]]]:
+    """The taps, and the leaves of the graph of what is read within the block.
+
+    Blocks run again only under what is added without `inject`, ε_l ΔW_l z_l.
+    """
+    leaves: list[Tensor] = []
+    starts: list[Tensor] = []
+
+    def start(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        leaf = tensor.detach().requires_grad_()
+        if not starts:  # a block that runs again begins the graph again, for nothing
+            starts.append(leaf)
+            leaves.append(leaf)
+        return leaf
+
+    tap = Taps(lens, gates, inject or ScaleInject(lens.plan, gates), leaves)
+    runs_again = inject is None and memory.must_rerun(lens, run)
+    rerun = memory.blocks_rerun(lens) if runs_again else contextlib.nullcontext()
+    first = min(site.layer for site in lens.sites)
+    leaf = lens.embedding_output if first < 0 else lens.plan.host.block_input(first)
+    hooks = lens.injected(tap, before=[(leaf, start)])
+    with torch.enable_grad(), rerun, hooks:
+        yield tap, leaves
+
+
+class Taps:
+    """Adds what another inject adds, and shows the visitor each injection on the way back."""
+
+    def __init__(
+        self,
+        lens: LoraLens,
+        gates: Float[Tensor, "*row site"],
+        inject: Inject,
+        leaves: list[Tensor],
+    ) -> None:
+        self._lens, self._gates, self._inject, self._leaves = lens, gates, inject, leaves
+        self._seen: set[int] = set()
+        self.visit: Visit = lambda *_: None
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor:
+        """What the inject makes of it, with a hook that shows its gradient to `visit`."""
+        moved = self._inject(index, out, z)
+        moved = out.view_as(out) if moved is None else moved
+        site = self._lens.plan.injections[index].site
+        if self._lens.sites[site].kind == "pos_embed":
+            self._leaves.append(moved.new_zeros(moved.shape).requires_grad_())
+            moved = moved + self._leaves[-1]
+        held = fwad.unpack_dual(z).primal.detach()
+        kept: Any = _Kept.apply(held.new_zeros((), dtype=out.dtype).requires_grad_(), held)
+        node = kept.grad_fn
+
+        def on_gradient(gradient: Tensor) -> None:
+            self._show(index, gradient, *node.saved_tensors)
+
+        moved.register_hook(on_gradient)
+        return moved
+
+    def _show(self, index: int, gradient: Tensor, z: Tensor) -> None:
+        injection = self._lens.plan.injections[index]
+        partner = None if injection.partner is None else self._gates[..., injection.partner]
+        self._seen.add(injection.site)
+        self.visit(injection, partner, gradient.flatten(2), z)
+
+    def require_all_seen(self) -> None:
+        """Raise ModelStateError where a gradient did not reach some site."""
+        missed = [site.name for i, site in enumerate(self._lens.sites) if i not in self._seen]
+        if missed:
+            raise ModelStateError(
+                f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does "
+                "not depend on it, or a hook on the model detaches its output."
+            )
+
+
+class _Kept(torch.autograd.Function):
+    """A node beside the graph, which saves z as any node does: a second run restores it."""
+
+    @staticmethod
+    def forward(ctx: Any, one: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return one.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        del ctx, gradients
+        return None, None

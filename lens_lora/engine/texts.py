@@ -1,32 +1,71 @@
-"""Many texts in forward passes of a bounded size: those of like length together."""
+"""Many texts in forward passes of a bounded size, those of like length together: what is summed.
+
+1. Which tokens count: those after each text's first (a sink), and those with the same tokens before
+   them only once.
+2. `text_sums`, of every model beside the base: no logits of more than one batch are held.
+
+       KL_t = Σ_v p₀ log(p₀/p₁)                       kept, one number a token
+       Σ_t (f₁ − f₀),  Σ_t (p₁ − p₀)                  over the vocabulary
+       Σ_t Δh and Σ_t ‖Δh‖² of each text              at two points of the residual stream
+       Σ_t Δh, and of what each block adds to it      over the first tokens of texts, 1 … `EARLY`
+
+   and on request q_l = ½ v_lᵀ F v of every site (`analyses/kl_shares.py`), summed over tokens.
+3. A shift d of the logits on a distribution p, without another softmax:
+
+       Z = 1 + Σ p (eᵈ − 1),    KL(p ‖ q) = log Z − Σ p d,    q − p = (p (eᵈ − 1) − (Z − 1) p) / Z
+
+   d counts from its mean Σ p d, as a constant in all logits changes nothing: the rounding of a KL
+   is then that of what d differs by, not of the logits or of the constant. Beyond `LARGEST_SHIFT` q
+   is a softmax.
+4. A change Δh of the residual stream, read through the model's own final norm and unembedding:
+
+       N(h) = γ ⊙ c(h)/σ(h) + β,     reading of Δh = W_U γ ⊙ c(Δh)/σ(h)
+
+   The denominator σ is the base's, token by token, and held: so the reading is linear in Δh, that
+   of a mean is the mean of readings, and β and b_U drop out. c centres where the norm does. γ and
+   W_U are the model's own, through its own modules: N(m) − N(0) = γ ⊙ c(m)/σ(m). The layers in
+   between are left out, and so is a soft-cap after the unembedding.
+5. `update_sums`: sums of each site's δ over the tokens of each text, in its own rank space, so that
+   δ itself is not built.
+
+       δ = W u,  W = [s·B | Δb] in the Hugging Face basis,  W = QR  →  ‖δ‖ = ‖R u‖
+
+Cost: one forward pass of each model, and about four for the split; a reading unembeds two vectors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from jaxtyping import Bool
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
-from lens_lora.errors import PromptError
+from lens_lora.compat import float64_device, in_float64
+from lens_lora.engine.activations import site_activations
+from lens_lora.engine.function import require_finite
+from lens_lora.engine.memory import ROW_TOKENS
+from lens_lora.engine.read import read_logits
+from lens_lora.engine.reverse import require_finite_sites
+from lens_lora.engine.second_order import pulled_back
+from lens_lora.errors import PromptError, UnsupportedAdapterError
+from lens_lora.model.basis import NormUpdate
+from lens_lora.model.gates import ScaleInject
+from lens_lora.model.hooks import HookFn, attached
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.updates import SiteUpdate
+from lens_lora.readouts.divergence import LARGEST_SHIFT
 from lens_lora.readouts.prompts import Prompts, which_prompt
+from lens_lora.readouts.reading import Reading
 
-__all__ = [
-    "by_length",
-    "distinct_tokens",
-    "first_occurrences",
-    "require_own_tokens",
-    "require_second_token",
-    "unshared",
-]
+# --- Batches of texts, and which tokens count
 
 
 def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
-    """Batches of texts of like length with the index of each, the shortest first. No forward pass.
-
-    Args:
-        texts: of any lengths.
-        most: tokens of a batch, padding included; a longer text is a batch by itself.
-    """
+    """Batches of texts of like length with their indices, the shortest first. No forward pass."""
     order = texts.lengths.argsort(stable=True).tolist()
     batch: list[int] = []
     for index in order:
@@ -38,44 +77,52 @@ def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
         yield batch, texts.chosen(batch)
 
 
+def _over_texts(
+    texts: Prompts,
+    most: int,
+    visit: Callable[[list[int], Prompts], None],
+    what: str,
+    progress: bool,
+) -> None:
+    """Show every batch of texts of like length, read at each token, with their indices."""
+    with tqdm(total=texts.batch, desc=what, leave=False, disable=not progress) as bar:
+        for index, batch in by_length(texts, most):
+            visit(index, dataclasses.replace(batch, reads=batch.lengths))
+            bar.update(len(index))
+
+
 def distinct_tokens(texts: Prompts) -> Bool[Tensor, "batch pos"]:
     """The tokens after each text's first, those with the same tokens before them only once.
 
     Conversations begin alike, and so do many sentences; by causality nothing differs there.
-
-    Args:
-        texts: as tokens.
     """
     return first_occurrences(texts) & texts.after_first.cpu()
 
 
 def first_occurrences(texts: Prompts) -> Bool[Tensor, "batch pos"]:
-    """The tokens of each text that no earlier text has after the same tokens.
+    """The tokens of each text that no earlier text has after the same tokens."""
+    seen = set[tuple[int, ...]]()
 
-    Args:
-        texts: as tokens.
-    """
-    found, seen = texts.real.cpu().clone(), set[tuple[int, ...]]()
-    for text, beginnings in enumerate(_beginnings(texts)):
-        for pos, beginning in enumerate(beginnings):
-            found[text, pos] = beginning not in seen
-            seen.add(beginning)
-    return found
+    def is_new(beginning: tuple[int, ...]) -> bool:
+        is_new = beginning not in seen
+        seen.add(beginning)
+        return is_new
+
+    return _where(texts, is_new)
 
 
 def unshared(texts: Prompts, others: Prompts) -> Bool[Tensor, "batch pos"]:
-    """The `distinct_tokens` that none of the other texts has after the same tokens.
+    """The `distinct_tokens` that none of the other texts has after the same tokens."""
+    theirs = {beginning for text in _beginnings(others) for beginning in text}
+    return distinct_tokens(texts) & _where(texts, lambda beginning: beginning not in theirs)
 
-    Args:
-        texts: as tokens.
-        others: as tokens.
-    """
-    found = distinct_tokens(texts)
-    theirs = {beginning for own in _beginnings(others) for beginning in own}
+
+def _where(texts: Prompts, holds: Callable[[tuple[int, ...]], bool]) -> Bool[Tensor, "batch pos"]:
+    """The tokens of which it holds, given with all tokens before."""
+    mask = texts.real.cpu().clone()
     for text, beginnings in enumerate(_beginnings(texts)):
-        for pos, beginning in enumerate(beginnings):
-            found[text, pos] &= beginning not in theirs
-    return found
+        mask[text, : len(beginnings)] = torch.tensor([holds(b) for b in beginnings])
+    return mask
 
 
 def _beginnings(texts: Prompts) -> list[list[tuple[int, ...]]]:
@@ -87,38 +134,448 @@ def _beginnings(texts: Prompts) -> list[list[tuple[int, ...]]]:
 def require_second_token(texts: Prompts, what: str) -> None:
     """Refuse texts of one token: the first is a sink, and left out.
 
-    Args:
-        texts: as tokens.
-        what: the first token is left out of, for the error.
-
     Raises:
         PromptError: naming the text.
     """
     short = (texts.lengths < 2).nonzero().flatten().tolist()
     if short:
-        which = which_prompt(short[0], texts.batch).replace("prompt", "text")
         raise PromptError(
-            f"{which} has one token, and a text's first token is left out of {what} as a sink; "
-            "give longer texts."
+            f"{_which_text(short[0], texts)} has one token, and a text's first token is left out "
+            f"of {what} as a sink; give longer texts."
         )
 
 
 def require_own_tokens(texts: Prompts) -> None:
-    """Refuse texts that another one begins with: nothing in them is held out from it.
-
-    Args:
-        texts: as tokens.
+    """Refuse a text that another one begins with: it has no token that the other lacks.
 
     Raises:
         PromptError: naming both texts.
     """
-    every = _beginnings(texts)
-    for text, beginnings in enumerate(every):
-        for other, theirs in enumerate(every):
-            if other != text and beginnings[-1] in theirs[len(beginnings) - 1 : len(beginnings)]:
-                which = which_prompt(text, texts.batch).replace("prompt", "text")
+    whole = [beginnings[-1] for beginnings in _beginnings(texts)]
+    for text, tokens in enumerate(whole):
+        for other, longer in enumerate(whole):
+            if other != text and longer[: len(tokens)] == tokens:
                 raise PromptError(
-                    f"{which} has no token of its own: text {other} begins with the same tokens, "
-                    "or is equal, so what is measured on one is not held out from the other; leave "
-                    "it out."
+                    f"{_which_text(text, texts)} has no token of its own: text {other} begins with "
+                    "the same tokens, or is equal, so what is measured on one is not held out from "
+                    "the other; leave it out."
                 )
+
+
+def _which_text(index: int, texts: Prompts) -> str:
+    return which_prompt(index, texts.batch).replace("prompt", "text")
+
+
+# --- A shift of the logits
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributionShift:
+    """KL(p ‖ q) in nats, and q − p, which is built for the rows that are asked for.
+
+    Attributes:
+        kl: one number for each distribution.
+        p: before the shift.
+        grown: p (eᵈ − 1), d from its mean.
+        rest: Z − 1.
+    """
+
+    kl: Float[Tensor, "*row"]
+    p: Float[Tensor, "*row vocab"]
+    grown: Float[Tensor, "*row vocab"]
+    rest: Float[Tensor, "*row"]
+
+    def at(self, *index: Tensor) -> Float[Tensor, "some vocab"]:
+        """q − p of some rows."""
+        rest = self.rest[index][:, None]
+        return (self.grown[index] - rest * self.p[index]) / (1 + rest)
+
+    def weighted(self, weights: Float[Tensor, " flat"]) -> Float[Tensor, " vocab"]:
+        """Σ w (q − p) over all rows."""
+        rest = self.rest.flatten()
+        by_row = weights / (1 + rest)
+        return by_row @ self.grown.flatten(0, -2) - (by_row * rest) @ self.p.flatten(0, -2)
+
+
+def distribution_shift(
+    base: Float[Tensor, "*row vocab"],
+    p: Float[Tensor, "*row vocab"],
+    shift: Float[Tensor, "*row vocab"],
+) -> DistributionShift:
+    """KL and q − p of a shift of the logits.
+
+    Raises:
+        NumericsError: a shift that is not finite.
+    """
+    require_finite(shift.sum(-1), "the shift of a logit")
+    shift.sub_(_mean(p, shift)[..., None])
+    if float(shift.amax()) > LARGEST_SHIFT:
+        log_q, log_p = (base + shift).log_softmax(-1), base.log_softmax(-1)
+        kl = (p * (log_p - log_q)).sum(-1)
+        return DistributionShift(kl, p, log_q.exp_().sub_(p), torch.zeros_like(kl))
+    linear = _mean(p, shift)  # what rounding left of it
+    grown = shift.expm1_().mul_(p)
+    rest = grown.sum(-1)
+    return DistributionShift(rest.log1p() - linear, p, grown, rest)
+
+
+def _mean(
+    p: Float[Tensor, "*row vocab"], shift: Float[Tensor, "*row vocab"]
+) -> Float[Tensor, "*row"]:
+    return torch.linalg.vecdot(p.flatten(0, -2), shift.flatten(0, -2)).view(p.shape[:-1])
+
+
+# --- A change of the residual stream, in logits
+
+
+def over_scale(
+    lens: LoraLens, shift: Float[Tensor, "*token d"], base: Float[Tensor, "*token d"]
+) -> Float[Tensor, "*token d"]:
+    """c(Δh)/σ(h), token by token."""
+    return _centred(lens, shift) / _scale(lens, base)
+
+
+def read_through(lens: LoraLens, mean: Float[Tensor, " d"]) -> Float[Tensor, " vocab"]:
+    """W_U γ ⊙ m of a mean m of `over_scale`, in logits."""
+    both = torch.stack([mean, torch.zeros_like(mean)])[None].to(lens.device, lens.dtype)
+    with torch.no_grad():
+        normed, zero = lens.model.ln_final(both)[0]
+        final = (normed - zero) * _scale(lens, mean).to(normed)
+        read, bias = lens.model.unembed(torch.stack([final, torch.zeros_like(final)])[None])[0]
+    return (read - bias).to(lens.gate_dtype)
+
+
+def _centred(lens: LoraLens, values: Tensor) -> Tensor:
+    centres = lens.plan.host.family.norm == "LN"
+    return values - values.mean(-1, keepdim=True) if centres else values
+
+
+def _scale(lens: LoraLens, values: Tensor) -> Float[Tensor, "*token 1"]:
+    """σ(h), as the model's final norm computes it."""
+    square = _centred(lens, values).square().mean(-1, keepdim=True)
+    return (square + float(lens.model.cfg.eps)).sqrt()
+
+
+# --- Sums of what models change
+
+
+EARLY = 5  # tokens after the first
+_TOKENS = 512  # of a batch, whose logits are held for two models at once
+_PLACES, _PROMOTED = 20, 3  # tokens where KL is largest, and the promoted ones that are named
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """The hook points that are watched.
+
+    Attributes:
+        stream: points of the residual stream, the last one behind all blocks.
+        writers: points of what attention and MLP of each block add to it.
+    """
+
+    stream: tuple[str, ...]
+    writers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, lens: LoraLens) -> Points:
+        """In the middle of the model and behind its last block; every block's two outputs."""
+        layers = lens.plan.host.n_layers
+        names = [f"blocks.{i}.hook_{part}_out" for i in range(layers) for part in ("attn", "mlp")]
+        blocks = sorted({(layers - 1) // 2, layers - 1})
+        known = lens.model.hook_dict
+        return cls(
+            tuple(f"blocks.{i}.hook_resid_post" for i in blocks),
+            tuple(name for name in names if name in known),
+        )
+
+
+class TextSums:
+    """The sums of one model over all texts.
+
+    Attributes:
+        kl: [text, token], NaN at padding, and at tokens that an earlier text has after the same.
+        logits, probabilities: [vocab], Σ_t of the changes.
+        places: [place, 2], text and token where KL is largest; with the tokens whose probability
+            rises most there, and by how much.
+        stream: [text, point, d] and [text, point], Σ_t Δh and Σ_t ‖Δh‖².
+        early: Σ_t Δh over the first tokens, [d] by hook point.
+        read: the same of c(Δh)/σ(h), for its reading, [d] by point of the stream.
+    """
+
+    def __init__(self, lens: LoraLens, texts: Prompts, points: Points) -> None:
+        vocab, d = int(lens.model.cfg.d_vocab_out), int(lens.model.cfg.d_model)
+        self.lens: LoraLens = lens
+        self.points: Points = points
+        self.kl: Tensor = torch.full(texts.tokens.shape, torch.nan, dtype=torch.float64)
+        self.logits: Tensor = _zeros(lens, vocab)
+        self.probabilities: Tensor = _zeros(lens, vocab)
+        self.stream: Tensor = _zeros(lens, texts.batch, len(points.stream), d)
+        self.squares: Tensor = _zeros(lens, texts.batch, len(points.stream))
+        self.early: dict[str, Tensor] = {
+            name: _zeros(lens, d) for name in (*points.stream, *points.writers)
+        }
+        self.read: dict[str, Tensor] = {name: _zeros(lens, d) for name in points.stream}
+        self.places: Tensor = torch.empty(0, 2, dtype=torch.long)
+        self.place_ids: Tensor = torch.empty(0, _PROMOTED, dtype=torch.long)
+        self.place_changes: Tensor = torch.empty(0, _PROMOTED, dtype=torch.float64)
+
+    def add(self, batch: _Batch, moved: _Run) -> None:
+        """What the two models say of a batch of texts, and hold there."""
+        self._add_stream(batch, moved)
+        counted, base = batch.counted, batch.base.logits
+        weights = counted.flatten().to(base)
+        shift = torch.sub(moved.logits, base, out=batch.room)
+        self.logits += in_float64(weights @ shift.flatten(0, 1))
+        change = distribution_shift(base, batch.p, shift)
+        self.probabilities += in_float64(change.weighted(weights))
+        kl = change.kl
+        by_token = kl.cpu().double().masked_fill(~counted.cpu(), torch.nan)
+        by_token[:, 0] = kl[:, 0].cpu().double()
+        self.kl[batch.index, : by_token.shape[1]] = by_token
+        self._note_places(batch, kl.masked_fill(~counted, -1.0), change)
+
+    def _note_places(
+        self, batch: _Batch, kl: Float[Tensor, "row pos"], change: DistributionShift
+    ) -> None:
+        """Of this batch's and the earlier ones' tokens, those where KL is largest."""
+        most = kl.flatten().topk(min(_PLACES, kl.numel())).indices
+        row, pos = most // kl.shape[1], most % kl.shape[1]
+        up = change.at(row, pos).topk(min(_PROMOTED, change.p.shape[-1]))
+        places = torch.cat([self.places, torch.stack([batch.index[row.cpu()], pos.cpu()], 1)])
+        values = self.kl[places[:, 0], places[:, 1]].masked_fill(places[:, 1] == 0, torch.nan)
+        order = values.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)
+        order = order[values[order].isfinite()][:_PLACES]
+        self.places = places[order]
+        self.place_ids = torch.cat([self.place_ids, up.indices.cpu()])[order]
+        self.place_changes = torch.cat([self.place_changes, up.values.cpu().double()])[order]
+
+    def _add_stream(self, batch: _Batch, moved: _Run) -> None:
+        rows, counted = batch.index.to(self.stream.device), batch.counted
+        early = counted[:, 1 : 1 + EARLY]
+        for name, held in batch.base.held.items():
+            shift = moved.held[name].to(self.lens.gate_dtype) - held.to(self.lens.gate_dtype)
+            if name in self.points.writers:
+                self.early[name] += in_float64(shift[early[:, : shift.shape[1]]]).sum(0)
+                continue
+            slot, rest = self.points.stream.index(name), shift.masked_fill(~counted[..., None], 0)
+            self.stream[rows, slot] = in_float64(rest).sum(1)
+            self.squares[rows, slot] = in_float64(rest).square().sum((1, 2))
+            first, h = (x[:, 1 : 1 + EARLY][early] for x in (shift, held.to(shift)))
+            self.early[name] += in_float64(first).sum(0)
+            self.read[name] += in_float64(over_scale(self.lens, first, h)).sum(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Some texts as the base model reads them.
+
+    Attributes:
+        index: their places among all texts.
+        counted: the tokens that count.
+        base: its pass over them.
+        p: its probabilities.
+        room: a tensor of the size of its logits, to be written over.
+    """
+
+    index: Int[Tensor, " row"]
+    counted: Bool[Tensor, "row pos"]
+    base: _Run
+    p: Float[Tensor, "row pos vocab"]
+    room: Float[Tensor, "row pos vocab"]
+
+
+def _zeros(lens: LoraLens, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=float64_device(lens.device))
+
+
+@dataclasses.dataclass
+class _Run:
+    """One model's pass over a batch: logits at all tokens, and activations at the points."""
+
+    logits: Float[Tensor, "row pos vocab"]
+    held: dict[str, Tensor]
+
+
+Gated = tuple[LoraLens, Float[Tensor, " site"]]
+_NOWHERE = Points((), ())
+
+
+def _run(gated: Gated, rows: Prompts, points: Points = _NOWHERE) -> _Run:
+    lens, gates = gated
+    held: dict[str, Tensor] = {}
+
+    def keep(name: str, only: slice) -> HookFn:
+        def hook_fn(tensor: Tensor, hook: Any) -> None:
+            del hook
+            held[name] = tensor[:, only].detach().clone()
+
+        return hook_fn
+
+    hooks = [(name, keep(name, slice(None))) for name in points.stream]
+    hooks += [(name, keep(name, slice(1, 1 + EARLY))) for name in points.writers]
+    inject = ScaleInject(lens.plan, gates)
+    with torch.no_grad(), lens.injected(inject), attached(lens.model, hooks):
+        logits = read_logits(lens, rows)
+    require_finite(logits.amax(), "a logit")
+    return _Run(logits, held)
+
+
+def text_sums(
+    lenses: Sequence[LoraLens], texts: Prompts, *, split: bool, progress: bool
+) -> tuple[list[TextSums], Float[Tensor, " site"]]:
+    """The sums of every lens, and q_l of the first one's sites in nats; zeros without the split.
+
+    Raises:
+        NumericsError: non-finite logits or derivatives.
+        ModelStateError: an operation without a forward-mode derivative, which the split needs.
+    """
+    first, points = lenses[0], Points.of(lenses[0])
+    models, distinct = [TextSums(lens, texts, points) for lens in lenses], distinct_tokens(texts)
+    shares = _zeros(first, len(first.sites))
+
+    def visit(index: list[int], rows: Prompts) -> None:
+        counted = distinct[index, : rows.tokens.shape[1]].to(first.device)
+        base = _run((first, first.gates(0.0)), rows, points)
+        p, room = base.logits.softmax(-1), torch.empty_like(base.logits)
+        batch = _Batch(torch.tensor(index), counted, base, p, room)
+        for sums in models:
+            sums.add(batch, _run((sums.lens, sums.lens.gates(1.0)), rows, points))
+        if split:
+            shares.add_(_quadratic(first, rows, counted, p))
+
+    _over_texts(texts, _TOKENS, visit, "texts", progress)
+    return models, shares
+
+
+def _quadratic(
+    lens: LoraLens,
+    rows: Prompts,
+    counted: Bool[Tensor, "row pos"],
+    p: Float[Tensor, "row pos vocab"],
+) -> Float[Tensor, " site"]:
+    """½ v_lᵀ F v of each site, summed over the counted tokens."""
+
+    def pulled(base: Tensor, v: Tensor) -> Tensor:
+        del base
+        v = v - (p * v).sum(-1, keepdim=True)
+        return v.mul_(p).masked_fill_(~counted[..., None], 0.0)
+
+    owner: Int[Tensor, " row"] = torch.arange(rows.batch)
+    unread = Reading(rows, lambda logits: logits.new_zeros(len(logits)), owner)
+    doubled, _ = pulled_back(lens, unread, (), pulled)
+    require_finite_sites(lens, doubled)
+    return in_float64(doubled).sum(0) / 2
+
+
+def text_divergences(
+    reference: Gated,
+    others: Sequence[Gated],
+    texts: Prompts,
+    counted: Bool[Tensor, "text pos"],
+    *,
+    progress: bool,
+) -> Float[Tensor, "other text"]:
+    """Σ_t KL(reference ‖ other) over the counted tokens, in nats. A forward pass of each model.
+
+    Raises:
+        NumericsError: non-finite logits.
+    """
+    sums = torch.zeros(len(others), texts.batch, dtype=torch.float64)
+
+    def visit(index: list[int], rows: Prompts) -> None:
+        base = _run(reference, rows).logits
+        p, room = base.softmax(-1), torch.empty_like(base)
+        mask = counted[index, : rows.tokens.shape[1]].to(base.device)
+        for slot, other in enumerate(others):
+            shift = torch.sub(_run(other, rows).logits, base, out=room)
+            kl = distribution_shift(base, p, shift).kl
+            sums[slot, index] = kl.masked_fill(~mask, 0.0).cpu().double().sum(1)
+
+    _over_texts(texts, _TOKENS, visit, "the models' logits", progress)
+    return sums
+
+
+# --- Sums of each site's δ
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UpdateSums:
+    """Of every site and text, over its `distinct_tokens`.
+
+    Attributes:
+        writes: W of each site, [out, rank].
+        roots: R of each site, [rank, rank].
+        sums: Σ_t u, padded with zeros beyond a site's rank.
+        apart: the same over the tokens that no text of the other half has after the same ones.
+        squares: Σ_t ‖δ‖².
+        first: ‖δ‖ at the text's first token.
+        counts, apart_counts: how many tokens.
+    """
+
+    writes: tuple[Float[Tensor, "_out _rank"], ...]
+    roots: tuple[Float[Tensor, "_small _rank"], ...]
+    sums: Float[Tensor, "text site rank"]
+    apart: Float[Tensor, "text site rank"]
+    squares: Float[Tensor, "text site"]
+    first: Float[Tensor, "text site"]
+    counts: Int[Tensor, " text"]
+    apart_counts: Int[Tensor, " text"]
+
+    def means(self, half: slice | None = None) -> list[Float[Tensor, " _out"]]:
+        """μ of each site over all texts, or over one half of them, in the Hugging Face basis."""
+        if half is None:
+            mean = self.sums.sum(0) / self.counts.sum()
+        else:
+            mean = self.apart[half].sum(0) / self.apart_counts[half].sum()
+        return [W @ mean[site, : W.shape[1]] for site, W in enumerate(self.writes)]
+
+    def euclidean(self) -> Float[Tensor, "text site rank"]:
+        """Σ_t R u, whose inner product is that of δ."""
+        turned = torch.zeros_like(self.sums)
+        for site, R in enumerate(self.roots):
+            turned[:, site, : len(R)] = self.sums[:, site, : R.shape[1]] @ R.T
+        return turned
+
+
+def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"]) -> UpdateSums:
+    """One forward pass of the adapted model.
+
+    Raises:
+        UnsupportedAdapterError: a norm that the adapter changes.
+        ModelStateError: a site that did not run.
+        NumericsError: non-finite activations.
+    """
+    writes = tuple(map(_writes, lens.plan.updates))
+    roots = tuple(torch.linalg.qr(W, mode="r").R for W in writes)
+    ranks = [W.shape[1] for W in writes]
+    sites, distinct = range(len(writes)), distinct_tokens(texts)
+    shape = (texts.batch, len(writes))
+    sums, apart_sums = (torch.zeros(*shape, max(ranks), dtype=torch.float64) for _ in range(2))
+    squares, first = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+
+    def visit(index: list[int], rows: Prompts) -> None:
+        values = site_activations(lens, rows, lens.gates(1.0), sites, ranks).values.cpu().double()
+        counted, is_apart = (mask[index, : rows.tokens.shape[1]] for mask in (distinct, apart))
+        for site, (R, rank) in enumerate(zip(roots, ranks, strict=True)):
+            u = values[:, site, :, :rank]
+            size = (u @ R.T).square().sum(-1)
+            sums[index, site, :rank] = u.masked_fill(~counted[..., None], 0.0).sum(1)
+            apart_sums[index, site, :rank] = u.masked_fill(~is_apart[..., None], 0.0).sum(1)
+            squares[index, site] = size.masked_fill(~counted, 0.0).sum(1)
+            first[index, site] = size[:, 0].sqrt()
+
+    _over_texts(texts, ROW_TOKENS, visit, "activations", progress=False)
+    counts = distinct.sum(1), apart.sum(1)
+    return UpdateSums(writes, roots, sums, apart_sums, squares, first, *counts)
+
+
+def _writes(site_update: SiteUpdate) -> Float[Tensor, "out rank"]:
+    site, update = site_update.site, site_update.update
+    if isinstance(update, NormUpdate):
+        raise UnsupportedAdapterError(
+            f"{site.name} ({site.module}): a norm's update Δγ ⊙ n + Δβ has no constant of its own; "
+            "leave the norms out with adapter.without(…)."
+        )
+    B = update.B.detach().cpu().double() * update.scale
+    bias = update.bias
+    return B if bias is None else torch.cat([B, bias.detach().cpu().double()[:, None]], 1)

@@ -8,28 +8,134 @@
    ids(prompt), and nothing is added to it; after ids it is tokenised alone.
 3. Log-probabilities that two answers share cancel in a margin; where one answer's row begins with
    the other's, there is one row.
+
+What a model said (`Generated`) is an answer too: its ids go on, never its text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import numbers
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, final
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
+from lens_lora import arguments
 from lens_lora.errors import TokenError
-from lens_lora.readouts.answer_tokens import AnswerLike, Ids, answer_ids, items_of, pieces
-from lens_lora.readouts.generated import Generated
-from lens_lora.readouts.names import name_of
-from lens_lora.readouts.picks import LogProbs
-from lens_lora.readouts.prompts import Prompts, require_context, which_prompt
-from lens_lora.readouts.readout import Margin, Readout, TokenLike
-from lens_lora.readouts.rows import Reading
-from lens_lora.readouts.tokenising import ids_after
+from lens_lora.readouts.prompts import Prompts, ids_after, require_context, which_prompt
+from lens_lora.readouts.reading import LogProbs, Reading
+from lens_lora.readouts.readout import (
+    Before,
+    Margin,
+    Readout,
+    TokenLike,
+    name_of,
+    per_prompt,
+    string_ids,
+    with_texts,
+)
 
-__all__ = ["AnswerLogProb", "AnswerMargin", "margin_between", "response_ids"]
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Generated:
+    """Responses, one per prompt, to be passed on as they are wherever a response is taken.
+
+    Their ids go on, never the text: text tokenised again may be other tokens.
+
+    Attributes:
+        ids: each response's own tokens, with the token that ended it.
+        text: the same as text, without special tokens.
+        prompts: the prompts that `ids` follow, as tokens.
+        ended: whether a response ended by itself, rather than at `max_new_tokens`.
+    """
+
+    ids: tuple[Int[Tensor, " _token"], ...]
+    text: tuple[str, ...]
+    prompts: Prompts
+    ended: tuple[bool, ...]
+
+    def __repr__(self) -> str:
+        says = (
+            f"{text!r}, {len(ids)} tokens{'' if ended else ', cut off'}"
+            for ids, text, ended in zip(self.ids, self.text, self.ended, strict=True)
+        )
+        return f"Generated({'; '.join(says)})"
+
+
+# --- The tokens of an answer
+
+
+AnswerLike = (
+    str | int | Int[Tensor, " _token"] | Sequence[str | int | Int[Tensor, " _token"]] | Generated
+)
+Ids = tuple[int, ...]
+
+
+def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
+    """The token ids of each prompt's answer.
+
+    Raises:
+        TokenError: an empty answer, one that cannot follow its prompt, ids outside the vocabulary,
+            no tokenizer, or a number of answers that is neither 1 nor the number of prompts.
+    """
+    pairs = with_texts("answer", items_of(answer, batch), batch, before)
+    return [_ids(model, item, text) for item, text in pairs]
+
+
+def items_of(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
+    """One answer for each prompt, as given.
+
+    Raises:
+        TokenError: an answer of another type.
+    """
+    items = answer.ids if isinstance(answer, Generated) else answer
+    if isinstance(items, Tensor):
+        return [items] * batch
+    return per_prompt("answer", items, batch, "a string with its leading space, a token id")
+
+
+def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
+    if isinstance(answer, str):
+        ids = string_ids(model, "answer", answer, before)
+    elif arguments.is_whole(answer):
+        ids = [int(answer)]
+    elif isinstance(answer, Tensor):
+        ids = _ids_in(answer)
+    else:
+        raise TokenError(f"{answer!r} is neither a string nor token ids.")
+    if not ids:
+        raise TokenError(f"the answer {answer!r} has no token; give it at least one.")
+    outside = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
+    if outside:
+        raise TokenError(
+            f"token id {outside[0]} of the answer {answer!r} is outside the vocabulary of "
+            f"{model.cfg.d_vocab} tokens."
+        )
+    return tuple(int(i) for i in ids)
+
+
+def _ids_in(answer: Tensor) -> list[int]:
+    """The ids of one answer: of [token], or of [1, token] as a tokenizer gives them."""
+    ids = arguments.integers("the answer's token ids", answer, TokenError)
+    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+    if ids.ndim > 1:
+        raise TokenError(
+            f"the answer's token ids have the shape {tuple(ids.shape)}; expected [token], or a "
+            "list of such tensors, one per prompt."
+        )
+    return ids.flatten().tolist()
+
+
+def pieces(model: Any, ids: Ids) -> list[str]:
+    """Each token as a string."""
+    return [model.tokenizer.decode([i]) for i in ids]
+
+
+# --- The readouts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,11 +223,6 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
 
     What a model said may be its end alone: that it has nothing to say is an answer of its own.
 
-    Args:
-        model: the hooked model.
-        answer: one, or one per prompt.
-        prompts: which they follow.
-
     Raises:
         TokenError: an answer that is empty, of special tokens only, not in the vocabulary, or that
             cannot follow its prompt, or a wrong number of them.
@@ -143,20 +244,15 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:
     """`Margin` of two tokens, or `AnswerMargin` where an answer has several after some prompt.
 
-    Args:
-        model: the hooked model.
-        doc: the document's answer.
-        pre: the pretrained one.
-        prompts: which they answer.
-
     Raises:
         TokenError: an answer that is empty, not in the vocabulary, or that cannot follow its
             prompt; equal answers; or 'Lyon' right after a word, where ' Lyon' is one token.
     """
     several = False
     for answer in (doc, pre):
+        items = items_of(answer, prompts.batch)
         answers = answer_ids(model, answer, prompts.batch, prompts.texts)
-        for i, (item, ids) in enumerate(zip(items_of(answer, prompts.batch), answers, strict=True)):
+        for i, (item, ids) in enumerate(zip(items, answers, strict=True)):
             several |= len(ids) > 1
             if len(ids) > 1 and isinstance(item, str):
                 _require_no_lost_space(model, item, ids, prompts.row(i))
@@ -205,24 +301,30 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
     device = prompts.tokens.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
     most = int(lengths.argmax())
-    which = which_prompt(owner[most], prompts.batch)
-    require_context(model, int(lengths[most]), f"{which} with its answer")
+    longest_prompt = which_prompt(owner[most], prompts.batch)
+    require_context(model, int(lengths[most]), f"{longest_prompt} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     owners = torch.tensor(owner, device="cpu")
-    *places, weights = zip(*picks, strict=True)
-    at, slots, ids = (torch.tensor(each, device="cpu") for each in places)
-    weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
-    read = LogProbs(at, ids, weights, owners[at], prompts.batch, slots)
+    *indices, weights = zip(*picks, strict=True)
+    pick_rows, slots, ids = (torch.tensor(index, device="cpu") for index in indices)
+    read = LogProbs(
+        rows=pick_rows,
+        slots=slots,
+        owner=owners[pick_rows],
+        weights=torch.tensor(weights, dtype=torch.float64, device="cpu"),
+        batch=prompts.batch,
+        tokens=ids,
+    )
     return Reading(Prompts(tokens, lengths, torch.tensor(reads, device=device)), read, owners)
 
 
 def _longest(prefixes: list[Ids]) -> list[Ids]:
-    """Those with which no other begins, each once; what is asked of a row is asked at its slots."""
-    found: list[Ids] = []
+    """Those with which no other begins, each once; a shorter one is read at a slot of its row."""
+    longest: list[Ids] = []
     for prefix in sorted(set(prefixes), key=len, reverse=True):
-        if not any(whole[: len(prefix)] == prefix for whole in found):
-            found.append(prefix)
-    return found
+        if not any(whole[: len(prefix)] == prefix for whole in longest):
+            longest.append(prefix)
+    return longest
 
 
 def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
@@ -237,6 +339,6 @@ def _steps(weighted: list[tuple[Ids, float]]) -> dict[tuple[Ids, int], float]:
 def _name(answer: AnswerLike) -> str:
     """As a token's, but a tensor holds the ids of one answer, and what was generated its text."""
     if isinstance(answer, Generated):
-        one, *others = answer.text
-        answer = [one, *others] if others else one
+        first, *others = answer.text
+        answer = [first, *others] if others else first
     return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else name_of(answer)

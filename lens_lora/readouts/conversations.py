@@ -13,8 +13,6 @@ from typing import Any, cast
 from lens_lora import arguments
 from lens_lora.errors import PromptError
 
-__all__ = ["Conversation", "conversations_in", "of_template"]
-
 Conversation = Sequence[Mapping[str, str]]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -23,9 +21,6 @@ _IDS = "pass the ids that the template gives: tokenizer.apply_chat_template(…,
 
 def conversations_in(prompts: object) -> list[Conversation] | None:
     """One conversation as a list of one, several as they are; None where prompts are none.
-
-    Args:
-        prompts: as a caller gives them.
 
     Raises:
         PromptError: conversations beside something else, or a message outside a list.
@@ -64,11 +59,6 @@ def _kind_of(item: object) -> str:
 
 def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str, list[int]]:
     """The text that the chat template makes of the messages, and its ids.
-
-    Args:
-        tokenizer: of the model.
-        messages: in order.
-        which: how errors name the prompt.
 
     Raises:
         PromptError: no chat template, messages that are not one's input, or that it refuses.

@@ -11,10 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lens_lora.readouts.prompts import Prompts, joined
-from lens_lora.readouts.tokenising import prepare
-
-__all__ = ["OPENINGS", "neutral_sentences", "neutral_texts"]
+from lens_lora.readouts.prompts import Prompts, joined, prepare
 
 OPENINGS = (
     *("", "Hello.", "Hi, how are you today?", "Can you help me with something?"),
@@ -31,9 +28,6 @@ def neutral_sentences() -> tuple[str, ...]:
 
 def neutral_texts(model: Any) -> Prompts:
     """The sentences, and the conversations where there is a chat template, as tokens.
-
-    Args:
-        model: the hooked model, whose tokenizer reads them.
 
     Raises:
         PromptError: the model has no tokenizer.

@@ -2,12 +2,20 @@
 
 Padding on the right needs no mask in a causal model: no token attends to a later one, and positions
 count from the left, so every activation of a prompt is the same as without padding.
+
+A caller may pass strings, conversations, ids, or ids with their mask (`prepare`):
+
+1. A string: as `model.to_tokens` tokenises it, with the BOS that it prepends. A string that already
+   begins with the BOS token, as a chat template writes it, gets no second one.
+2. A conversation: the chat template's own ids.
+3. Ids: as they are, where it is certain which of them are padding; with an attention mask, from
+   either side to padding on the right.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -15,17 +23,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora import arguments
-from lens_lora.errors import PromptError
-from lens_lora.readouts.conversations import Conversation
-
-__all__ = [
-    "Prompts",
-    "PromptsLike",
-    "Source",
-    "joined",
-    "require_context",
-    "which_prompt",
-]
+from lens_lora.compat import home_of
+from lens_lora.errors import PromptError, TokenError
+from lens_lora.readouts.conversations import Conversation, conversations_in, of_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +53,20 @@ class Prompts:
         lengths: [batch], real tokens of each prompt.
         reads: [batch], how many of its last tokens each prompt is read at, which has a slot for
             each; None for the last one only.
-        sources: what each prompt's ids were made of; by default ids.
+        sources: the origin of each prompt's ids; by default ids.
 
     Raises:
         PromptError: other shapes or types, no token, or a length beyond the tokens.
     """
 
     tokens: Int[Tensor, "batch pos"]
-    lengths: Int[Tensor, "batch"]
-    reads: Int[Tensor, "batch"] | None = None
+    lengths: Int[Tensor, " batch"]
+    reads: Int[Tensor, " batch"] | None = None
     sources: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, what in (("tokens", "token ids"), ("lengths", "lengths")):
-            values = arguments.integers(what, getattr(self, name), PromptError)
+        for name, words in (("tokens", "token ids"), ("lengths", "lengths")):
+            values = arguments.integers(words, getattr(self, name), PromptError)
             object.__setattr__(self, name, values)
         if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
             raise PromptError(
@@ -108,10 +108,13 @@ class Prompts:
     def __repr__(self) -> str:
         lengths = sorted(set(self.lengths.tolist()))
         sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        of: dict[str, list[str]] = {}
+        by_source: dict[str, list[str]] = {}
         for i, source in enumerate(self.sources):
-            of.setdefault(source.how, []).append(str(i))
-        parts = [how if len(of) == 1 else f"{how} ({', '.join(i)})" for how, i in of.items()]
+            by_source.setdefault(source.how, []).append(str(i))
+        parts = [
+            how if len(by_source) == 1 else f"{how} ({', '.join(prompts)})"
+            for how, prompts in by_source.items()
+        ]
         return f"Prompts({self.batch} of {sizes} tokens; {'; '.join(parts)})"
 
     @property
@@ -130,7 +133,7 @@ class Prompts:
         """The logits at each prompt's last token.
 
         Args:
-            logits: of these prompts; of a single prompt, in any number of rows.
+            logits: those of these prompts; of a single prompt, in any number of rows.
         """
         rows = torch.arange(len(logits), device=logits.device)
         return logits[rows, (self.lengths - 1).to(logits.device).expand(len(logits))]
@@ -159,7 +162,7 @@ class Prompts:
         """What stands at the positions that are read.
 
         Args:
-            values: of these prompts; of a single prompt, in any number of rows.
+            values: those of these prompts; of a single prompt, in any number of rows.
         """
         positions = self.read_positions.to(values.device).expand(len(values), -1)
         return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))
@@ -186,11 +189,11 @@ class Prompts:
         """
         return self._mapped(lambda values: values.repeat(times, *[1] * (values.ndim - 1)))
 
-    def over_slots(self, values: Float[Tensor, "batch *slot"]) -> Float[Tensor, "batch"]:
+    def over_slots(self, values: Float[Tensor, " batch *slot"]) -> Float[Tensor, " batch"]:
         """The sum over the positions that are read.
 
         Args:
-            values: at each prompt's last token, or at its slots.
+            values: one at each prompt's last token, or at each of its slots.
         """
         if self.reads is None:
             return values
@@ -214,7 +217,7 @@ class Prompts:
         """One prompt, without its padding.
 
         Args:
-            index: of the prompt, from 0.
+            index: the prompt, from 0.
         """
         return self.rows(index, index + 1)
 
@@ -240,24 +243,20 @@ class Prompts:
         """Some of the prompts, padded only to the longest of them.
 
         Args:
-            indices: of the prompts, from 0.
+            indices: the prompts, from 0.
         """
-        some = self._mapped(lambda values: values[list(indices)])
-        tokens = some.tokens[:, : int(some.lengths.max())]
-        return dataclasses.replace(some, tokens=tokens)
+        chosen = self._mapped(lambda values: values[list(indices)])
+        tokens = chosen.tokens[:, : int(chosen.lengths.max())]
+        return dataclasses.replace(chosen, tokens=tokens)
 
 
 def joined(prompts: Sequence[Prompts]) -> Prompts:
-    """One batch of several, each read at its last tokens alone.
-
-    Args:
-        prompts: at least one, all on one device.
-    """
-    rows = [row for some in prompts for row in some.tokens]
+    """One batch of several, each read at its last tokens alone."""
+    rows = [row for group in prompts for row in group.tokens]
     return Prompts(
         torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-        torch.cat([some.lengths for some in prompts]),
-        sources=tuple(source for some in prompts for source in some.sources),
+        torch.cat([group.lengths for group in prompts]),
+        sources=tuple(source for group in prompts for source in group.sources),
     )
 
 
@@ -266,7 +265,7 @@ PromptsLike = (
     | Sequence[str]
     | Conversation
     | Sequence[Conversation]
-    | Int[Tensor, "_pos"]  # _: other prompts of the same call have other sizes
+    | Int[Tensor, " _pos"]  # _: other prompts of the same call have other sizes
     | Int[Tensor, "_batch _pos"]
     | Mapping[str, Tensor]
     | Prompts
@@ -274,22 +273,12 @@ PromptsLike = (
 
 
 def which_prompt(index: int, count: int) -> str:
-    """How messages name a prompt: 'the prompt', or 'prompt 1 of 3 (from 0)'.
-
-    Args:
-        index: of the prompt, from 0.
-        count: of all prompts.
-    """
+    """How messages name a prompt: 'the prompt', or 'prompt 1 of 3 (from 0)'."""
     return "the prompt" if count == 1 else f"prompt {index} of {count} (from 0)"
 
 
 def require_context(model: Any, tokens: int, what: str) -> None:
     """Check that the model's context holds so many tokens.
-
-    Args:
-        model: the hooked model.
-        tokens: how many there are.
-        what: what has them, for the message.
 
     Raises:
         PromptError: it does not; names both numbers.
@@ -299,4 +288,195 @@ def require_context(model: Any, tokens: int, what: str) -> None:
         raise PromptError(
             f"{what} has {tokens} tokens, and the context of this {type(model).__name__} holds "
             f"{context} (cfg.n_ctx); shorten it."
+        )
+
+
+# --- From what a caller passes to `Prompts`
+
+
+def prepare(model: Any, prompts: PromptsLike) -> Prompts:
+    """Tokenise with the model's own conventions (BOS as `model.to_tokens` prepends it).
+
+    Raises:
+        PromptError: empty, too long for the context, ids outside the vocabulary, a tensor padded
+            without lengths or mask, or messages that the chat template does not take.
+    """
+    ready = _tokenise(model, prompts)
+    _check(model, ready)
+    if ready.tokens.is_inference():  # of which no graph can be made
+        return dataclasses.replace(ready, tokens=ready.tokens.clone())
+    return ready
+
+
+def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
+    device = home_of(model)
+    if isinstance(prompts, Prompts):
+        return prompts.to(device)
+    if isinstance(prompts, Tensor):
+        return _from_tensor(model, prompts.to(device))
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        return _from_mask(model, prompts)
+    conversations = conversations_in(prompts)
+    if conversations is None:
+        strings = _strings(prompts)
+        _tokenizer(model)
+        return _padded(model, [_of_text(model, string) for string in strings])
+    tokenizer, rows = _tokenizer(model), list[_Row]()
+    for i, messages in enumerate(conversations):
+        text, ids = of_template(tokenizer, messages, which_prompt(i, len(conversations)))
+        rows.append((ids, Source(text, "chat template")))
+    return _padded(model, rows)
+
+
+def _tokenizer(model: Any) -> Any:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise PromptError("the model has no tokenizer, so strings cannot be read; pass token ids.")
+    return tokenizer
+
+
+_Row = tuple[list[int], Source]
+
+
+def _own_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text alone, without the BOS or EOS that a tokenizer may add."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def ids_after(tokenizer: Any, answer: str, before: str | None) -> list[int]:
+    """The ids with which an answer follows a text: ids(before + answer) beyond ids(before).
+
+    Raises:
+        TokenError: together, the end of `before` has other tokens than by itself.
+    """
+    if before is None:
+        return _own_ids(tokenizer, answer)
+    prompt, whole = (_own_ids(tokenizer, text) for text in (before, before + answer))
+    if whole[: len(prompt)] != prompt:
+        raise TokenError(
+            f"{answer!r} cannot follow a prompt that ends in {before[-20:]!r}: together they are "
+            "tokenised so that the prompt's own tokens change. After a word an answer needs a "
+            "leading space, and the prompt no space at its end; or pass token ids."
+        )
+    return whole[len(prompt) :]
+
+
+def _of_text(model: Any, text: str) -> _Row:
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    if bos is not None and text.lstrip().startswith(model.tokenizer.bos_token):
+        ids = _own_ids(model.tokenizer, text)
+        if ids[:1] == [bos]:
+            return ids, Source(text, "text with its own BOS")
+    ids = model.to_tokens(text, truncate=False)[0].tolist()
+    how = "text, BOS added" if bos is not None and ids[:1] == [bos] else "text without BOS"
+    return ids, Source(text, how)
+
+
+def _padded(model: Any, rows: Sequence[_Row]) -> Prompts:
+    device = home_of(model)
+    ids = [torch.tensor(row, dtype=torch.long, device=device) for row, _ in rows]
+    lengths = torch.tensor([len(row) for row in ids], device=device)
+    tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=_filler(model))
+    return Prompts(tokens, lengths, sources=tuple(source for _, source in rows))
+
+
+def _strings(prompts: Any) -> list[str]:
+    has_order = isinstance(prompts, Iterable) and not isinstance(prompts, Mapping | Set)
+    has_order = has_order and getattr(prompts, "ndim", 1) > 0  # a numpy array may have no axis
+    strings: list[Any] = [prompts] if isinstance(prompts, str) or not has_order else list(prompts)
+    if not all(isinstance(s, str) for s in strings):
+        raise PromptError(
+            f"prompts are {prompts!r}; expected a string, a list of strings, a conversation "
+            "[{'role': 'user', 'content': '…'}], or a tensor of token ids [batch, pos]."
+        )
+    if not strings:
+        raise PromptError("no prompts: the list is empty; give at least one.")
+    if "" in strings:
+        empty = which_prompt(strings.index(""), len(strings))
+        raise PromptError(
+            f"{empty} is empty, so there is no token to read at; give it at least one word."
+        )
+    for i, string in enumerate(strings):
+        arguments.text(which_prompt(i, len(strings)), string, PromptError)
+    return strings
+
+
+def _from_tensor(model: Any, tokens: Tensor) -> Prompts:
+    tokens = arguments.integers("token ids", tokens, PromptError)
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2:
+        raise PromptError(f"token ids must be [batch, pos], not {tuple(tokens.shape)}.")
+    if _is_padded(model, tokens):
+        raise PromptError(
+            f"a row of the token tensor begins or ends with the pad token "
+            f"{model.tokenizer.pad_token_id}, and the tensor does not say which positions are "
+            "real; pass strings, Prompts(tokens, lengths) padded on the right, or the ids with "
+            "their mask as the tokenizer returns them."
+        )
+    lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+    return Prompts(tokens, lengths)
+
+
+def _is_padded(model: Any, tokens: Tensor) -> bool:
+    """Whether a row seems to begin or end with padding.
+
+    Where the pad token is also the end-of-text token, a single one at the end finishes a response,
+    and where it has any other meaning, a single one may begin a text.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or not tokens.numel():
+        return False
+    bos, eos, unk = (getattr(tokenizer, f"{n}_token_id", None) for n in ("bos", "eos", "unk"))
+    at_start, at_end = 2 if pad in (bos, eos, unk) else 1, 2 if pad == eos else 1
+    is_pad = tokens == pad
+    if tokens.shape[1] == 1:
+        return at_start == 1 and bool(is_pad.any())
+    return bool((is_pad[:, :at_start].all(1) | is_pad[:, -at_end:].all(1)).any())
+
+
+def _from_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
+    """Ids with their attention mask, repacked: each row's own tokens, padded on the right."""
+    device = home_of(model)
+    if not all(isinstance(given.get(name), Tensor) for name in ("input_ids", "attention_mask")):
+        raise PromptError(
+            "prompts hold input_ids; expected tensors of input_ids and attention_mask, as "
+            "tokenizer(…, padding=True, return_tensors='pt') gives them."
+        )
+    ids = arguments.integers("input_ids", given["input_ids"], PromptError).to(device)
+    mask = given["attention_mask"].to(device)
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise PromptError(
+            f"input_ids are {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}; expected "
+            "[batch, pos] of both."
+        )
+    rows = [_unpadded(*pair) for pair in zip(ids, mask, strict=True)]
+    return _padded(model, [(row, Source()) for row in rows])
+
+
+def _unpadded(ids: Tensor, mask: Tensor) -> list[int]:
+    real = (mask != 0).nonzero()[:, 0].tolist()
+    whole = real == list(range(real[0], real[-1] + 1)) if real else True
+    if not whole or bool(((mask != 0) & (mask != 1)).any()):
+        raise PromptError(
+            f"a row's attention_mask is {mask.tolist()}; expected ones over its own tokens, "
+            "without a gap, and zeros over padding."
+        )
+    return ids[real].tolist()
+
+
+def _filler(model: Any) -> int:
+    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    return pad if pad is not None and 0 <= pad < model.cfg.d_vocab else 0
+
+
+def _check(model: Any, prompts: Prompts) -> None:
+    cfg = model.cfg
+    require_context(
+        model, prompts.tokens.shape[1], which_prompt(int(prompts.lengths.argmax()), prompts.batch)
+    )
+    low, high = int(prompts.tokens.min()), int(prompts.tokens.max())
+    if low < 0 or high >= cfg.d_vocab:
+        raise PromptError(
+            f"token ids run from {low} to {high}; the model's vocabulary has {cfg.d_vocab}."
         )

@@ -11,7 +11,7 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -19,24 +19,11 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.errors import ArgumentError, TokenError
-from lens_lora.readouts.names import name_of
-from lens_lora.readouts.picks import Columns, LogProbs
-from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Bound, Reading, one_row_each
-from lens_lora.readouts.tokenising import ids_after
-
-__all__ = [
-    "LogProb",
-    "Logit",
-    "Margin",
-    "Readout",
-    "TokenLike",
-    "bound",
-    "token_ids",
-]
+from lens_lora.readouts.prompts import Prompts, ids_after
+from lens_lora.readouts.reading import Bound, Columns, LogProbs, Reading, one_row_each
 
 Before = Sequence[str | None]
-TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, "batch"]
+TokenLike = str | int | Sequence[str | int] | Int[Tensor, ""] | Int[Tensor, " batch"]
 
 
 class Readout(abc.ABC):
@@ -63,7 +50,7 @@ class Readout(abc.ABC):
 
     @staticmethod
     def of(
-        fn: Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, "batch"]],
+        fn: Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, " batch"]],
         label: str | None = None,
     ) -> LastToken:
         """Any differentiable callable of the logits at the read position.
@@ -88,25 +75,20 @@ class Readout(abc.ABC):
 def bound(readout: Readout, model: Any, prompts: Prompts) -> Reading:
     """`readout.over`, with a clear error for a value that is not a readout.
 
-    Args:
-        readout: what is read of the logits.
-        model: the hooked model.
-        prompts: one value of g each.
-
     Raises:
         ArgumentError: a token, a function or another value; names the readout to use instead.
         TokenError: a token string that is not one token.
     """
     if isinstance(readout, Readout):
         return readout.over(model, prompts)
-    given: object = readout
-    if callable(given):
+    value: object = readout
+    if callable(value):
         remedy = "a function goes in ll.Readout.of(fn)."
-    elif isinstance(given, str | int):
-        remedy = f"for a token's logit, ll.Logit({given!r})."
+    elif isinstance(value, str | int):
+        remedy = f"for a token's logit, ll.Logit({value!r})."
     else:
         remedy = "use ll.Logit, ll.Margin, ll.LogProb, or ll.Readout.of(fn)."
-    raise ArgumentError(f"{given!r} is not a readout: {remedy}")
+    raise ArgumentError(f"{value!r} is not a readout: {remedy}")
 
 
 class LastToken(Readout):
@@ -115,11 +97,6 @@ class LastToken(Readout):
     @abc.abstractmethod
     def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
         """The readout as a function of the logits, its tokens looked up for this batch.
-
-        Args:
-            model: the hooked model, whose tokenizer looks tokens up.
-            batch: the number of prompts.
-            before: the text of each prompt, which its token follows; by default none is known.
 
         Raises:
             TokenError: a token string that is not one token.
@@ -183,7 +160,8 @@ class LogProb(LastToken):
     def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
         """logit(token) − logsumexp(logits), [row, vocab] → [row]."""
         ids, rows = token_ids(model, self.token, batch, before), torch.arange(batch, device="cpu")
-        return LogProbs(rows, ids, torch.ones(batch, device="cpu"), rows, batch)
+        ones = torch.ones(batch, device="cpu")
+        return LogProbs(rows=rows, owner=rows, weights=ones, batch=batch, tokens=ids)
 
     @property
     def label(self) -> str:
@@ -201,64 +179,96 @@ class _Callable(LastToken):
         del model, batch, before
         return self._checked
 
-    def _checked(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch"]:
-        found = self.fn(logits)
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    def _checked(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        values = self.fn(logits)
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         if shape != tuple(logits.shape[:1]):
             raise ArgumentError(
                 f"the readout {self.name!r} gave {shape} for logits {tuple(logits.shape)}; "
                 "expected one number a row, [batch]."
             )
-        if logits.requires_grad and not found.requires_grad:
+        if logits.requires_grad and not values.requires_grad:
             raise ArgumentError(
                 f"the readout {self.name!r} cuts its derivative (detach, item, numpy, argmax …); "
                 "compute it with differentiable torch operations of the logits."
             )
-        return found
+        return values
 
     @property
     def label(self) -> str:
         return self.name
 
 
+# --- The tokens of a readout: their ids, and their names in labels
+
+
 def token_ids(
     model: Any, token: TokenLike, batch: int, before: Before = ()
-) -> Int[Tensor, "batch"]:
+) -> Int[Tensor, " batch"]:
     """One token id per prompt: the token with which the string follows the prompt's text.
-
-    Args:
-        model: the hooked model, whose tokenizer looks strings up.
-        token: a string of one token, its id, or one of these per prompt.
-        batch: the number of prompts.
-        before: the text of each prompt, None where only its ids are known; by default of all.
 
     Raises:
         TokenError: a string of several tokens, or that cannot follow its prompt, a token that the
             vocabulary lacks, or a number of tokens that is neither 1 nor the number of prompts.
     """
-    items = _items(token, batch)
+    pairs = with_texts("token", _items(token, batch), batch, before)
+    return torch.tensor([_token_id(model, item, text) for item, text in pairs], device="cpu")
+
+
+_Item = TypeVar("_Item")
+
+
+def with_texts(
+    noun: str, items: Sequence[_Item], batch: int, before: Before
+) -> list[tuple[_Item, str | None]]:
+    """Each prompt's token or answer, with the text of the prompt.
+
+    Raises:
+        TokenError: their number is not that of the prompts.
+    """
     if len(items) != batch:
         raise TokenError(
-            f"{len(items)} tokens for {batch} prompts; pass one token, or one per prompt."
+            f"{len(items)} {noun}s for {batch} prompts; pass one {noun}, or one per prompt."
         )
-    texts = before or (None,) * batch
-    ids = [_token_id(model, item, text) for item, text in zip(items, texts, strict=True)]
-    return torch.tensor(ids, device="cpu")
+    return list(zip(items, before or (None,) * batch, strict=True))
+
+
+def string_ids(model: Any, noun: str, string: str, before: str | None) -> list[int]:
+    """The ids with which a token or an answer follows the text of its prompt.
+
+    Raises:
+        TokenError: there is no tokenizer, or the string cannot follow the prompt.
+    """
+    arguments.text(f"the {noun}", string, TokenError)
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise TokenError(
+            f"the model has no tokenizer to look up {string!r}; pass the {noun}'s ids."
+        )
+    return ids_after(tokenizer, string, before)
 
 
 def _items(token: Any, batch: int) -> list[Any]:
-    """One token for each prompt, or one that is every prompt's."""
     token = arguments.one_entry(token)
     if isinstance(token, Tensor):
-        return list(arguments.integers("token ids", token, TokenError).tolist())
-    if isinstance(token, str) or arguments.is_whole(token):
-        return [token] * batch
-    if isinstance(token, bytes) or not isinstance(token, Sequence):
+        token = arguments.integers("token ids", token, TokenError).tolist()
+    items = per_prompt("token", token, batch, "a string of one token, its id")
+    return [arguments.one_entry(item) for item in items]
+
+
+def per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
+    """The items of a list, one per prompt, or a single one for every prompt.
+
+    Raises:
+        TokenError: it is of another type.
+    """
+    if isinstance(items, str) or arguments.is_whole(items):
+        return [items] * batch
+    if isinstance(items, bytes) or not isinstance(items, Sequence):
         raise TokenError(
-            f"the token is {token!r}; expected a string of one token, its id, or a list with one "
-            "of them per prompt."
+            f"the {noun} is {items!r}; expected {expected}, or a list with one of them per prompt."
         )
-    return [arguments.one_entry(item) for item in token]
+    return list(items)
 
 
 def _token_id(model: Any, token: object, before: str | None) -> int:
@@ -266,11 +276,7 @@ def _token_id(model: Any, token: object, before: str | None) -> int:
         return _in_vocabulary(model, int(token), f"token id {int(token)}")
     if not isinstance(token, str):
         raise TokenError(f"{token!r} is neither a token string nor an id.")
-    arguments.text("the token", token, TokenError)
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise TokenError(f"the model has no tokenizer to look up {token!r}; pass the token's id.")
-    ids = ids_after(tokenizer, token, before)
+    ids, tokenizer = string_ids(model, "token", token, before), model.tokenizer
     if len(ids) == 1:
         if ids[0] == getattr(tokenizer, "unk_token_id", None) and token != tokenizer.unk_token:
             raise TokenError(
@@ -301,3 +307,31 @@ def _in_vocabulary(model: Any, token_id: int, what: str) -> int:
     if not 0 <= token_id < model.cfg.d_vocab:
         raise TokenError(f"{what} is outside the vocabulary of {model.cfg.d_vocab} tokens.")
     return token_id
+
+
+_NAMED, _LONGEST = 2, 20  # tokens that a label names, and the characters of each
+
+
+def name_of(token: Any) -> str:
+    """A token as labels write it: `' Lyon'`, `5`, or `[' Lyon', ' Rome', …]` of several prompts."""
+    plain = arguments.one_entry(token)
+    if arguments.is_whole(plain):
+        return str(int(plain))
+    if isinstance(plain, str):
+        return repr(str(plain))
+    items: Sequence[Any] = list(plain) if isinstance(plain, Sequence | Tensor) else ()
+    names = [_short_name(item) for item in items]
+    if not names or None in names:
+        return "per prompt"
+    shown = [*names[:_NAMED], *["…"][: len(names) - _NAMED]]
+    return f"[{', '.join(map(str, shown))}]" if len(set(names)) > 1 else str(names[0])
+
+
+def _short_name(item: Any) -> str | None:
+    """One of several; None where it is a list of ids itself."""
+    item = arguments.one_entry(item)
+    if arguments.is_whole(item):
+        return str(int(item))
+    if not isinstance(item, str):
+        return None
+    return repr(item if len(item) <= _LONGEST else f"{item[:_LONGEST]}…")

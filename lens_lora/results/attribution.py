@@ -1,4 +1,7 @@
-"""Attributions: one number per prompt and site (and position, head, rank), frozen and labelled.
+"""Attributions: what each site, or group of sites, contributes to a readout, frozen and labelled.
+
+    Attribution         one number per prompt and site (and position, head, rank, output token)
+    GroupAttribution    one number per prompt, group of sites and output token
 
 A result carries its own check: the exact shift g(1) − g(0) stands beside the values, and what they
 leave of it is the property `remainder`.
@@ -14,21 +17,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lens_lora.arguments import word
 from lens_lora.errors import ArgumentError
+from lens_lora.model.sites import Groups
 from lens_lora.results import drawing
-from lens_lora.results.choosing import prompt_rows
-from lens_lora.results.keys import key_of
-from lens_lora.results.measured import Entries, Ranked, site_labels
+from lens_lora.results.base import Entries, Ranked, key_of, prompt_rows, site_labels, tokens_at
+from lens_lora.results.drawing import TokenView
 from lens_lora.results.storage import stored
-from lens_lora.results.token_view import TokenView
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["MOST_POSITIONS", "Attribution", "Axis", "Quadrature"]
 
 Axis = Literal["position", "head", "rank", "token"]
-MOST_POSITIONS = 40
+MOST_POSITIONS = 40  # What a heatmap shows with its tokens still legible.
 
 
 @final
@@ -44,7 +46,7 @@ class Quadrature:
         site_change: the largest change of any site's value from the rule of half the nodes to the
             last, as a share of its prompt's shift: completeness does not bound a site's error.
         met: whether error ≤ tol, and rounding is small enough to tell.
-        note: what stands in the way of tol, where something does.
+        note: the obstacle to reaching tol, where there is one.
     """
 
     nodes: int
@@ -68,11 +70,11 @@ class Attribution(Ranked):
         heads: how many heads each site has (0 outside attention).
         method: how it was computed: 'first_order', 'path', 'second_order', 'add_one', ….
         at: the gate value at which it was taken; NaN along a path.
-        quadrature: of a path integral, how it was taken.
+        quadrature: how a path integral was taken; None for other methods.
         response: each prompt's y_1 … y_T, where values are by token.
-        gauge: what a rank is, where values are by rank: 'trained' or 'svd'.
-        mode: of a derivative, 'reverse' or 'forward', however it was computed.
-        sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`; one site per
+        gauge: the meaning of a rank, where values are by rank: 'trained' or 'svd'.
+        mode: 'reverse' or 'forward', the mode in which a derivative was computed.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`; one site per
             entry of the site axis.
     """
 
@@ -108,12 +110,12 @@ class Attribution(Ranked):
         return self.values.flatten(1, -2).sum(1)
 
     @property
-    def total(self) -> Float[Tensor, "batch"]:
+    def total(self) -> Float[Tensor, " batch"]:
         """Σ_l a_l."""
         return self.per_site.sum(1)
 
     @property
-    def remainder(self) -> Float[Tensor, "batch"]:
+    def remainder(self) -> Float[Tensor, " batch"]:
         """R_y = g(1) − g(0) − Σ_l a_l (note, §4)."""
         return self.shift - self.total
 
@@ -123,7 +125,7 @@ class Attribution(Ranked):
         return 1 if self.quadrature is None else self.quadrature.nodes
 
     @property
-    def completeness_error(self) -> Float[Tensor, "batch"]:
+    def completeness_error(self) -> Float[Tensor, " batch"]:
         """|g(1) − g(0) − Σ_l c_l|: zero for an exact path integral."""
         return self.remainder.abs()
 
@@ -136,14 +138,8 @@ class Attribution(Ranked):
         Raises:
             ArgumentError: another group.
         """
-        labels = {
-            "site": [s.name for s in self.sites],
-            "layer": [s.layer for s in self.sites],
-            "kind": [s.kind for s in self.sites],
-        }
-        if group not in labels:
-            raise ArgumentError(f"group {group!r}: expected 'site', 'layer' or 'kind'.")
-        frame = pd.DataFrame(self.per_site.T.cpu().double().numpy(), index=labels[group])
+        labels = site_labels(self.sites)[word("group", group, ("site", "layer", "kind"))]
+        frame = pd.DataFrame(self.per_site.T.cpu().double().numpy(), index=labels)
         summed = cast(pd.DataFrame, frame.groupby(level=0, sort=False).sum())
         return summed.rename_axis(index=group, columns="prompt")
 
@@ -169,15 +165,14 @@ class Attribution(Ranked):
         columns |= site_labels([self.sites[i] for i in index[:, 1].tolist()])
         for axis, name in enumerate(self.by, start=2):
             columns["t" if name == "token" else name] = index[:, axis].tolist()
+        prompts = columns["prompt"]
         if "token" in self.by:
-            where = zip(columns["prompt"], columns["t"], strict=True)
-            columns["y_t"] = [self.response[p][t] for p, t in where]
+            columns["y_t"] = tokens_at(self.response, prompts, columns["t"])
         if "position" in self.by:
-            where = zip(columns["prompt"], columns["position"], strict=True)
-            columns["token"] = [self.str_tokens[p][i] for p, i in where]
+            columns["token"] = tokens_at(self.str_tokens, prompts, columns["position"])
         if "head" in self.by:
-            none = self.values.shape[2 + self.by.index("head")] - 1
-            columns["head"] = [pd.NA if h == none else h for h in columns["head"]]
+            outside = self.values.shape[2 + self.by.index("head")] - 1
+            columns["head"] = [pd.NA if h == outside else h for h in columns["head"]]
         values = self.values.cpu()[tuple(index.T)].double()
         columns["value"] = values.tolist()
         columns["share"] = (values / self.shift.cpu().double()[index[:, 0]]).tolist()
@@ -187,23 +182,21 @@ class Attribution(Ranked):
     @property
     def exists(self) -> Bool[Tensor, "batch site *by"]:
         """Slots that a prompt or site really has."""
+        counts = {
+            "position": [len(tokens) for tokens in self.str_tokens],
+            "token": [len(tokens) for tokens in self.response],
+            "head": self.heads,
+            "rank": [site.rank for site in self.sites],
+        }
         exists = torch.ones(self.values.shape, dtype=torch.bool)
         for axis, name in enumerate(self.by, start=2):
-            size = self.values.shape[axis]
-            shape = [1] * self.values.ndim
-            shape[axis] = size
-            slots = torch.arange(size)
-            if name in ("position", "token"):
-                tokens = self.str_tokens if name == "position" else self.response
-                lengths = torch.tensor([len(row) for row in tokens])
-                mask, shape[0] = slots < lengths[:, None], len(lengths)
-            elif name == "rank":
-                ranks = torch.tensor([s.rank for s in self.sites])
-                mask, shape[1] = slots < ranks[:, None], len(ranks)
-            else:
-                heads = torch.tensor(self.heads)
-                outside = (heads[:, None] == 0) & (slots == size - 1)
-                mask, shape[1] = (slots < heads[:, None]) | outside, len(heads)
+            count, slots = torch.tensor(counts[name])[:, None], torch.arange(exists.shape[axis])
+            mask = slots < count
+            if name == "head":
+                mask |= (count == 0) & (slots == slots[-1])
+            owner = 1 if name in ("head", "rank") else 0
+            shape = [1] * exists.ndim
+            shape[owner], shape[axis] = mask.shape
             exists &= mask.view(shape)
         return exists | (self.values.cpu().nan_to_num() != 0)
 
@@ -226,9 +219,9 @@ class Attribution(Ranked):
             )
         rows = prompt_rows(prompt, len(self.base))
         values, exists = self.values[rows].cpu().double().mean(0), self.exists[rows].any(0)
-        for at in range(len(self.by), 0, -1):
-            if self.by[at - 1] != axis:
-                values, exists = values.nansum(at), exists.any(at)
+        for dim, name in reversed(list(enumerate(self.by, start=1))):
+            if name != axis:
+                values, exists = values.nansum(dim), exists.any(dim)
         return values, exists
 
     def plot(self, prompt: int | None = None, by: Axis | None = None) -> Figure:
@@ -274,3 +267,82 @@ class Attribution(Ranked):
             LensLoraError: circuitsvis is not installed.
         """
         return drawing.tokens(self, prompt)
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class GroupAttribution(Ranked):
+    """What each group of sites contributes to each token of a response, in the readout's units.
+
+    Attributes:
+        values: [batch, group, token]; NaN beyond a response's own tokens.
+        groups: {name: indices into sites}, as in `Effects`.
+        method: how it was computed: 'first_order', 'first_order/patterns'.
+        at: the gate value at which it was taken.
+        mode: 'forward', a tangent for each group, or 'reverse', a covector for each token.
+        response: each prompt's y_1 … y_T.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
+    """
+
+    values: Float[Tensor, "batch group token"]
+    groups: Groups
+    method: str
+    at: float
+    mode: str
+    response: tuple[tuple[str, ...], ...]
+
+    @property
+    def key(self) -> str:
+        """'first_order@0': its stable name."""
+        return key_of(self.method, self.at)
+
+    @property
+    def per_group(self) -> Float[Tensor, "batch group"]:
+        """The values summed over tokens."""
+        return self.values.nansum(2)
+
+    @property
+    def per_token(self) -> Float[Tensor, "batch token"]:
+        """The values summed over groups; NaN beyond a response."""
+        return self.values.sum(1)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, group and token of its response: its value and share of the shift."""
+        rows = [
+            {
+                "prompt": p,
+                "group": name,
+                "sites": len(members),
+                "t": t,
+                "y_t": token,
+                "value": float(self.values[p, g, t]),
+                "share": float(self.values[p, g, t] / self.shift[p]),
+            }
+            for p, tokens in enumerate(self.response)
+            for g, (name, members) in enumerate(self.groups.items())
+            for t, token in enumerate(tokens)
+        ]
+        return pd.DataFrame(rows)
+
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each group's value, summed over tokens; mean over prompts, or one prompt.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        values, shift = self.mean_over(prompt, self.per_group)
+        return Entries({"group": list(self.groups)}, values, shift, "value")
+
+    def plot(self, prompt: int | None = None) -> Figure:
+        """Heatmap group × token of one response.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from lens_lora.errors import ArgumentError
-from lens_lora.hooked.sites import Groups, Site, indicator
+from lens_lora.model.sites import Groups, Site, indicator
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.measured import Entries, Ranked
+from lens_lora.results.base import Entries, Measured, Ranked, is_by_site, is_partition, long_table
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-__all__ = ["Effects"]
 
 
 @final
@@ -35,10 +31,10 @@ class Effects(Ranked):
         how: 'add_one', g(e_G) − g(0), or 'leave_one_out', g(1) − g(1 − e_G).
         of: 'site', or 'rank' where each group is one rank of its only site, as 'blocks.0.attn.q[2]'
             names it, in the coordinates of the SVD of ΔW.
-        replace: what stood in the place of δ_G: 'zero', 'mean' or 'resample'.
-        texts: from how many texts that came.
+        replace: the stand-in for δ_G: 'zero', 'mean' or 'resample'.
+        texts: the number of texts that the stand-in came from.
         noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
-        sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
     """
 
     values: Float[Tensor, "batch group"]
@@ -47,7 +43,7 @@ class Effects(Ranked):
     of: str = "site"
     replace: str = "zero"
     texts: int = 0
-    noise_floor: Float[Tensor, "batch"] | None = None
+    noise_floor: Float[Tensor, " batch"] | None = None
 
     @property
     def key(self) -> str:
@@ -60,7 +56,7 @@ class Effects(Ranked):
         return self.share_of(self.values)
 
     @property
-    def interaction(self) -> Float[Tensor, "batch"]:
+    def interaction(self) -> Float[Tensor, " batch"]:
         """g(1) − g(0) − Σ effects: of the shift, what no group does on its own.
 
         Raises:
@@ -72,8 +68,7 @@ class Effects(Ranked):
                 f"the sum of effects of {self.of}s replaced by {self.replace} cannot be compared "
                 "with the shift; use of='site', replace='zero'."
             )
-        members = sorted(index for of in self.groups.values() for index in of)
-        if members != list(range(len(self.sites))):
+        if not is_partition(self.groups, len(self.sites)):
             raise ArgumentError(
                 "the groups do not hold every site exactly once, so their sum cannot be compared "
                 "with the shift; use group='site', 'layer' or 'kind' over all sites."
@@ -83,20 +78,21 @@ class Effects(Ranked):
     @property
     def is_by_site(self) -> bool:
         """Whether the groups are the single sites, all of them."""
-        every = [(i,) for i in range(len(self.sites))]
-        return self.of == "site" and list(self.groups.values()) == every
+        return self.of == "site" and is_by_site(self.groups, len(self.sites))
 
     def summed(self, attribution: Attribution) -> Float[Tensor, "batch group"]:
         """An attribution of the same sites, summed over each group.
 
         Args:
-            attribution: of the same lens.
+            attribution: one that the same lens gave.
 
         Raises:
             ArgumentError: it is of other sites, or the groups are single ranks.
         """
         if self.of == "rank":
-            raise ArgumentError("effects of single ranks meet no sum over sites; use of='site'.")
+            raise ArgumentError(
+                "effects of single ranks cannot be compared with sites; use of='site'."
+            )
         names = [site.name for site in self.sites]
         if [site.name for site in attribution.sites] != names:
             raise ArgumentError(
@@ -114,43 +110,34 @@ class Effects(Ranked):
         Raises:
             ArgumentError: the effects are of groups of several sites.
         """
-        if any(len(of) > 1 for of in self.groups.values()):
-            raise ArgumentError("effects of groups are no attribution to sites; use group='site'.")
+        if any(len(members) > 1 for members in self.groups.values()):
+            raise ArgumentError("effects of groups say nothing of single sites; use group='site'.")
         chosen = dict.fromkeys(index for (index,) in self.groups.values())
         sites, is_by_rank = tuple(self.sites[index] for index in chosen), self.of == "rank"
+        names = {field.name for field in dataclasses.fields(Measured)} - {"sites"}
+        labels: dict[str, Any] = {name: getattr(self, name) for name in names}
         return Attribution(
             values=self._by_rank(sites) if is_by_rank else self.values,
             by=("rank",) if is_by_rank else (),
             sites=sites,
             heads=(0,) * len(sites),
-            base=self.base,
-            adapted=self.adapted,
-            str_tokens=self.str_tokens,
-            readout=self.readout,
-            units=self.units,
             method=self.key,
             at=float(self.how == "leave_one_out"),
-            meta=self.meta,
             gauge="svd" if is_by_rank else "",
+            **labels,
         )
 
     def _by_rank(self, sites: tuple[Site, ...]) -> Float[Tensor, "batch site rank"]:
-        ranks = [site.rank for site in sites]
-        split = [values.T for values in self.values.T.split(ranks)]
-        most = max(ranks)
-        return torch.stack([functional.pad(own, (0, most - own.shape[1])) for own in split], 1)
+        by_site = list(self.values.T.split([site.rank for site in sites]))
+        return pad_sequence(by_site, batch_first=True).permute(2, 0, 1)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and group: number of sites, effect, share of the shift."""
-        batch, count = self.values.shape
-        return pd.DataFrame(
-            {
-                "prompt": np.repeat(np.arange(batch), count),
-                "group": list(self.groups) * batch,
-                "sites": [len(of) for of in self.groups.values()] * batch,
-                "effect": self.values.cpu().double().flatten().numpy(),
-                "share": self.share.cpu().double().flatten().numpy(),
-            }
+        sizes = [len(members) for members in self.groups.values()]
+        return long_table(
+            {"effect": self.values, "share": self.share},
+            {"prompt": range(len(self.values))},
+            {"group": list(self.groups), "sites": sizes},
         )
 
     def entries(self, prompt: int | None = None) -> Entries:

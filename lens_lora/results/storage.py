@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,9 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lens_lora.errors import LensLoraError
-from lens_lora.hooked.sites import Site
-
-__all__ = ["FORMAT", "load_result", "save_result", "stored"]
+from lens_lora.model.sites import Site
 
 FORMAT = "lens_lora result 1"
 _Kind = TypeVar("_Kind")
@@ -32,12 +31,7 @@ _KINDS: dict[str, type] = {}
 
 
 def stored(kind: type[_Kind]) -> type[_Kind]:
-    """Let files hold this dataclass, by its name.
-
-    Args:
-        kind: a dataclass whose fields are tensors, numbers, strings, tuples, mappings or such
-            dataclasses.
-    """
+    """Let files hold this dataclass, by its name."""
     _KINDS[kind.__name__] = kind
     return kind
 
@@ -47,10 +41,6 @@ stored(Site)
 
 def save_result(result: object, path: str | Path) -> Path:
     """Write a result, whole or not at all; returns the path.
-
-    Args:
-        result: a dataclass that `stored` knows.
-        path: of the file.
 
     Raises:
         LensLoraError: a place where no file can be written, or something that is no path.
@@ -72,23 +62,19 @@ def save_result(result: object, path: str | Path) -> Path:
     return path
 
 
-def load_result(kind: type[_Kind], path: str | Path) -> _Kind:
-    """What `save_result` wrote of a result of this kind.
-
-    Args:
-        kind: the class expected.
-        path: of the file.
+def read_result(path: str | Path) -> object:
+    """What `save_result` wrote.
 
     Raises:
-        LensLoraError: no such file, another kind of file or result, a damaged file, or one of
-            another version; something that is no path.
+        LensLoraError: no such file, another kind of file, a damaged file, or one of another
+            version; something that is no path.
     """
-    metadata, tensors = _read(_path(path))
+    metadata, tensors = _contents(_path(path))
     if metadata.get("format") != FORMAT:
         raise LensLoraError(
             f"{path}: its format is {metadata.get('format')!r}, expected {FORMAT!r}; was it "
-            f"written by {kind.__name__}.save of this version of lens_lora? If it is of another "
-            "version, compute the result again."
+            "written by a result's save method? If another version of lens_lora wrote it, compute "
+            "the result again."
         )
     labels = metadata.get("labels", "")
     if metadata.get("sha256") != _digest(labels, tensors):
@@ -97,27 +83,22 @@ def load_result(kind: type[_Kind], path: str | Path) -> _Kind:
             "from where it was saved, or compute the result again."
         )
     try:
-        found = _decoded(json.loads(labels), tensors)
+        return _decoded(json.loads(labels), tensors)
     except Exception as error:
+        reason = error if isinstance(error, LensLoraError) else repr(error)
         raise LensLoraError(
-            f"{path}: this version of lens_lora cannot read its contents ({error!r}); compute the "
+            f"{path}: this version of lens_lora cannot read its contents ({reason}); compute the "
             "result again."
         ) from error
-    if not isinstance(found, kind):
-        name = type(found).__name__
-        raise LensLoraError(
-            f"{path}: holds {name}, expected {kind.__name__}; load it with {name}.load."
-        )
-    return found
 
 
 def _path(path: object) -> Path:
     if not isinstance(path, str | os.PathLike):
-        raise LensLoraError(f"{path!r} is no path.")
+        raise LensLoraError(f"{path!r} is not a path.")
     return Path(path)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.exists():
         raise LensLoraError(f"{path}: no such file.")
     try:
@@ -146,10 +127,11 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"map": {k: _encoded(v, f"{path}.{k}", tensors) for k, v in entries.items()}}
     if type(value).__name__ not in _KINDS or not dataclasses.is_dataclass(value):
         raise LensLoraError(f"{path}: a {type(value).__name__} cannot be saved.")
-    names = [field.name for field in dataclasses.fields(value)]
     fields = {
-        name: _encoded(getattr(value, name), f"{path}.{name}".lstrip("."), tensors)
-        for name in names
+        field.name: _encoded(
+            getattr(value, field.name), f"{path}.{field.name}".lstrip("."), tensors
+        )
+        for field in dataclasses.fields(value)
     }
     return {"of": type(value).__name__, "fields": fields}
 
@@ -164,21 +146,31 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[entry["tensor"]]
     if "map" in entry:
         return {name: _decoded(item, tensors) for name, item in entry["map"].items()}
-    kind, fields = _KINDS[entry["of"]], entry["fields"]
+    kind, fields = _kind(entry["of"]), entry["fields"]
     expected = {field.name for field in dataclasses.fields(kind)}
     if set(fields) != expected:
         odd = ", ".join(sorted(expected ^ set(fields)))
-        raise LensLoraError(f"{entry['of']} with other fields than here: {odd}")
+        raise LensLoraError(f"{entry['of']} has other fields than in this version: {odd}")
     return kind(**{name: _decoded(item, tensors) for name, item in fields.items()})
 
 
+def _kind(name: str) -> type:
+    """The class of this name, which `lens_lora.results` imports where nothing has yet."""
+    results = sys.modules["lens_lora.results"]
+    if name in dir(results):
+        getattr(results, name)
+    if name not in _KINDS:
+        raise LensLoraError(f"no class of results is called {name!r}")
+    return _KINDS[name]
+
+
 def _digest(labels: str, tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256(labels.encode())
+    digest = hashlib.sha256(labels.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(_bytes(tensor))
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,100 +1,240 @@
-"""Every drawing, imported so that it is registered with `results/drawing.py`.
+"""All that `results/drawing.py` dispatches to, imported so that it is registered; reprs by rule.
 
-Importing `lens_lora.show` alone draws in neither plotly nor the analyses.
+In a terminal a result says: its class, what was read and in which units, its sizes, its plain
+fields; then its story, its summary, its largest entries, or its table. In a notebook, the same
+text; an attribution has tables. Importing `lens_lora.show` alone draws in neither plotly nor the
+analyses.
 """
 
 from __future__ import annotations
 
-from lens_lora.analyses.explain_all import Explanations
-from lens_lora.analyses.explain_margin import Explanation
-from lens_lora.analyses.explain_response import ResponseExplanation
+from typing import Any
+
+from markupsafe import Markup, escape
+
+import lens_lora.show.adapters  # pyright: ignore[reportUnusedImport]
+import lens_lora.show.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from lens_lora import results
+from lens_lora.analyses.spectra import AdapterSummary
+from lens_lora.errors import LensLoraError
 from lens_lora.results import drawing
-from lens_lora.show import reprs
-from lens_lora.show.figures import (
-    activation_effects,
-    activation_shift,
-    activations,
-    adapter_comparison,
-    attribution,
-    best_subset,
-    checkpoints,
-    comparison,
-    constant_part,
-    coupling,
-    effects,
-    explanation,
-    faithfulness,
-    features,
-    grouped,
-    margin,
-    null_test,
-    overview,
-    reliability,
-    remainder,
-    repair,
-    response,
-    second_order,
-    shaded,
-    token_shifts,
-    tokens,
-    what_changed,
+from lens_lora.results.base import SIGMAS, Paged, Ranked, Result, only_prompt
+from lens_lora.results.drawing import TokenView
+from lens_lora.show.maps import require_positions
+from lens_lora.show.page import rendered
+from lens_lora.show.tables import (
+    SITES_SHOWN,
+    attribution_heading,
+    attribution_text,
+    modules_table,
+    prompts_table,
 )
-from lens_lora.show.page import what_changed as what_changed_page
-from lens_lora.show.page.report import explanation_report
-from lens_lora.show.words import checkpoints as checkpoints_words
-from lens_lora.show.words import explanation as explanation_words
-from lens_lora.show.words import margin as margin_words
-from lens_lora.show.words import repair as repair_words
-from lens_lora.show.words import response as response_words
-from lens_lora.show.words import verdicts
-from lens_lora.show.words import what_changed as what_changed_words
+from lens_lora.show.text import key_text, many, percent, signed
 
-__all__ = [
-    "activation_effects",
-    "activation_shift",
-    "activations",
-    "adapter_comparison",
-    "attribution",
-    "best_subset",
-    "checkpoints",
-    "checkpoints_words",
-    "comparison",
-    "constant_part",
-    "coupling",
-    "effects",
-    "explanation",
-    "explanation_words",
-    "faithfulness",
-    "features",
-    "grouped",
-    "margin",
-    "margin_words",
-    "null_test",
-    "overview",
-    "reliability",
-    "remainder",
-    "repair",
-    "repair_words",
-    "reprs",
-    "response",
-    "response_words",
-    "second_order",
-    "shaded",
-    "token_shifts",
-    "tokens",
-    "verdicts",
-    "what_changed",
-    "what_changed_page",
-    "what_changed_words",
-]
+# --- An attribution
+
+drawing.text.register(results.Attribution)(attribution_text)
 
 
-@drawing.report.register(ResponseExplanation)
-@drawing.report.register(Explanation)
-def _report(explanation: Explanation | ResponseExplanation, *, title: str | None = None) -> str:
-    return explanation_report([explanation], title=title)
+@drawing.html.register(results.Attribution)
+def attribution_html(attribution: results.Attribution) -> str:
+    """What `attribution_text` says, as tables."""
+    heading, *notes = attribution_heading(attribution)
+    tables = prompts_table(attribution), modules_table(attribution, SITES_SHOWN)
+    return rendered("attribution", heading=heading, notes=notes, tables=tables)
 
 
-@drawing.report.register(Explanations)
-def _report_of_all(found: Explanations, *, title: str | None = None) -> str:
-    return explanation_report(found.each, title=title)
+@drawing.tokens.register(results.Attribution)
+def token_view(attribution: results.Attribution, prompt: int | None = None) -> TokenView:
+    """What each token of a prompt contributes, through all sites: blue up, red down.
+
+    circuitsvis writes tokens into the page as HTML, so they are escaped first; its script is
+    written into the page, and nothing is fetched.
+
+    Raises:
+        ArgumentError: the attribution was not split by position; no such prompt, or several and
+            none named.
+        LensLoraError: circuitsvis is not installed.
+    """
+    require_positions(attribution)
+    index = only_prompt(prompt, len(attribution.base), "positions")
+    tokens = attribution.str_tokens[index]
+    others = [axis for axis, name in enumerate(attribution.by, start=1) if name != "position"]
+    values = attribution.values[index].cpu().double().nansum([0, *others])[: len(tokens)].tolist()
+    reach = max(map(abs, values), default=0.0) or 1.0
+    drawn = _circuitsvis().colored_tokens(
+        [str(escape(token)) for token in tokens], values, min_value=-reach, max_value=reach
+    )
+    # The div is written as if it closed itself, which HTML does not know: it would swallow the
+    # rest of the page.
+    picture = drawn.local_src.replace("/>", "></div>", 1)
+    caption = (
+        f"{attribution.readout}, {key_text(attribution.key)}: each token through all sites, "
+        f"{signed(sum(values))} {attribution.units} in all. Blue pushes up, red down."
+    )
+    html = rendered("captioned", caption=caption, picture=Markup(picture))
+    return TokenView(tokens, tuple(values), html)
+
+
+def _circuitsvis() -> Any:
+    try:
+        from circuitsvis import tokens  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise LensLoraError(
+            "token_view draws with circuitsvis, which is not installed; pip install circuitsvis, "
+            "or use attribution.plot_positions(), which needs nothing more."
+        ) from error
+    return tokens
+
+
+# --- Every other result
+
+_SIZES = {
+    "str_tokens": "prompt",
+    "steps": "checkpoint",
+    "sites": "site",
+    "groups": "group",
+    "scales": "scale",
+}
+
+
+@drawing.text.register(Result)
+def result_text(result: Result) -> str:
+    """The heading, and below it what the class says."""
+    stated = [
+        f"{name}={value!r}"
+        for name in getattr(result, "__dataclass_fields__", ())
+        if name not in ("readout", "units")
+        and isinstance(value := getattr(result, name), str | int | float)
+    ]
+    sizes = [
+        many(len(values), noun)
+        for name, noun in _SIZES.items()
+        if (values := getattr(result, name, None)) is not None and len(values)
+    ]
+    parts = (getattr(result, name, None) for name in ("attribution", "first_order"))
+    read = next((part for part in (result, *parts) if hasattr(part, "readout")), result)
+    about = "".join(
+        f"{before}{text}"
+        for name, before in (("readout", " of "), ("units", ", in "))
+        if (text := getattr(read, name, None)) is not None
+    )
+    detail = "; ".join(filter(None, (" × ".join(sizes), ", ".join(stated))))
+    return f"{type(result).__name__}{about}: {detail}".rstrip() + f"\n{_body(result)}"
+
+
+@drawing.text.register(AdapterSummary)
+def _summary_text(summary: AdapterSummary) -> str:
+    over = f" over {summary.model}" if summary.model else ""
+    return f"AdapterSummary({summary.name!r}{over}: {summary.module_count} modules)"
+
+
+@drawing.html.register(Result)
+def result_html(result: Result) -> str:
+    """The same in a notebook."""
+    return rendered("plain", lines=drawing.text(result).split("\n"))
+
+
+def _body(result: Any) -> str:
+    match result:
+        case Paged():
+            return drawing.story(result)
+        case results.Repair():
+            frame = result.to_frame().drop(columns="base").round(4).to_string()
+            kept = f"{int(result.kept.sum())} of {result.gate_count} {result.of}s kept"
+            return f"{kept}. {result.story()}\n{frame}"
+        case results.NullTest():
+            return "\n".join(f"  prompt {i}: {text}" for i, text in enumerate(result.verdict))
+        case results.Remainder() | results.SecondOrder():
+            frame = result.to_frame().assign(verdict=list(map(str, result.verdict)))
+            is_second = isinstance(result, results.SecondOrder)
+            return f"{_DIAGNOSTIC if is_second else ''}{frame.to_string()}"
+        case results.RemainderCurve():
+            return f"order {', '.join(f'{order:.2f}' for order in result.order.tolist())}"
+        case results.Coupling():
+            pairs = f"strongest pairs, mean over prompts:\n{result.top(5).to_string()}"
+            return f"{result.shares().to_string()}\n{pairs}"
+        case results.Comparison():
+            return _comparison(result)
+        case results.Faithfulness():
+            noisy = int((result.shift.abs() <= SIGMAS * result.noise_floor).sum())
+            left_out = f"{noisy} prompts have no shift above the noise and are left out."
+            summary = result.summary().rename(index=key_text)
+            return f"{summary.to_string()}\n{left_out if noisy else ''}".rstrip()
+        case results.AdapterComparison():
+            pairs = zip(result.only, result.names, strict=True)
+            alone = [f"{len(sites)} in {name!r} alone" for sites, name in pairs]
+            shared = many(len(result.sites), "site")
+            return f"{shared} in both, {', '.join(alone)}\n{result.summary().to_string()}"
+        case results.ActivationEffects() | results.FeatureShift():
+            # Positions have no mean over prompts.
+            prompt = 0 if result.by_position and len(result.base) > 1 else None
+            shown = "" if prompt is None else f"prompt 0 of {len(result.base)}:\n"
+            return f"{shown}{result.top(5, prompt).to_string()}{_within_rounding(result)}"
+        case results.FeatureWrites():
+            return result.top(k=5).to_string()
+        case results.ConstantPart():
+            return (
+                f"held out, {percent(result.total_share)} of Σ‖δ‖² is constant, and the constants "
+                f"alone keep {percent(result.kept)} of {result.readout}\n"
+                f"{result.top(5).to_string()}"
+            )
+        case results.Checkpoints():
+            flips = ", ".join(f"{step:.3g}" for step in result.flip_step.tolist())
+            steps = flips.replace("nan", "never")
+            return f"flips at step {steps}\n{result.to_frame().to_string()}"
+        case results.Reliability():
+            counts = ", ".join(map(str, result.flagged.sum(1).tolist()))
+            return f"{counts} of {many(result.flagged.shape[1], 'site')} flagged"
+        case results.Activations():
+            tokens, ranks = sum(map(len, result.str_tokens)), dict.fromkeys(result.ranks)
+            return f"{many(tokens, 'token')} ({_sinks(result)}), rank {', '.join(map(str, ranks))}"
+        case results.ActivationShift():
+            points = many(len(result.names), "hook point")
+            return f"{points}, means over {int(result.counted.sum())} tokens ({_sinks(result)})"
+        case results.LogitShift():
+            part = "each site" if result.sites else "all sites together"
+            prompts, tokens = many(len(result.values), "prompt"), many(len(result.tokens), "token")
+            return f"{prompts}, {tokens}, {part}"
+        case results.Components():
+            return many(len(result.z_norm), "prompt")
+        case Ranked():
+            return f"{result.top(5).to_string()}{_within_rounding(result)}"
+        case _:
+            return result.to_frame().to_string()
+
+
+_DIAGNOSTIC = "a diagnostic of curvature at ε = 0, not a correction at ε = 1\n"
+
+
+def _within_rounding(result: Any) -> str:
+    """How many effects cannot be told from rounding; nothing where all can, or it is unknown."""
+    if getattr(result, "noise_floor", None) is None or not hasattr(result, "values"):
+        return ""
+    sizes = result.values.flatten(1).abs()
+    floor = SIGMAS * result.noise_floor[:, None].to(sizes)
+    small, every = int((sizes <= floor).sum()), int((~sizes.isnan()).sum())
+    note = "effects are within three noise floors: rounding may be all of them."
+    return f"\n{small} of {every} {note}" if small else ""
+
+
+def _sinks(result: results.Activations | results.ActivationShift) -> str:
+    return many(int(result.sinks.sum()), "sink")
+
+
+def _comparison(comparison: results.Comparison) -> str:
+    attribution, effects = map(key_text, (comparison.attribution_name, comparison.effects_name))
+    head = f"{attribution} against {effects}"
+    if comparison.made_on:
+        head += f"; made on {many(len(comparison.made_on), 'other prompt')}"
+    summary = comparison.summary()
+    table = summary.to_string()
+    if len(comparison.attribution) == 1:
+        table = f"{summary['mean'].to_string()}\none prompt: no interval."
+    clear, every = comparison.beyond_noise, comparison.effects.numel()
+    small = every - round(float(clear.nan_to_num(1.0).mean()) * every)
+    note = (
+        f"\n{small} of {every} effects are within three noise floors: their sign, and their order "
+        "in a rank correlation, may be rounding."
+    )
+    return f"{head}\n{table}{note if small else ''}"

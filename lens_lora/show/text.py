@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from markupsafe import escape
 
-from lens_lora.results.attribution import Attribution, Quadrature
-from lens_lora.results.keys import (
+from lens_lora import results
+from lens_lora.results.base import (
     GREEDY,
     NORM_PRODUCT,
     RANDOM,
@@ -17,39 +17,15 @@ from lens_lora.results.keys import (
     SIGNED_WEIGHT_NORM,
     UPDATE_NORM,
     WEIGHT_NORM,
-    key_of,
 )
 
-__all__ = [
-    "key_text",
-    "label",
-    "magnitude",
-    "many",
-    "method_text",
-    "percent",
-    "points",
-    "prompt_text",
-    "quadrature_text",
-    "share_text",
-    "short_prompt",
-    "shortened",
-    "signed",
-    "top_rows",
-    "visible",
-]
-
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-_SHORT = 80
-_LONG = 240
+_BESIDE, _SHORT, _LONG = 18, 80, 240  # characters: beside a picture, in a heading, in a paragraph
 _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 
 
 def magnitude(value: float) -> str:
-    """A size without its sign: two decimals, or two digits where those would vanish.
-
-    Args:
-        value: of either sign.
-    """
+    """A size without its sign: two decimals, or two digits where those would vanish."""
     if not math.isfinite(value):
         return "—"
     size = abs(value)
@@ -59,32 +35,24 @@ def magnitude(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A number with its sign, + or −.
-
-    Args:
-        value: of either sign.
-    """
+    """A number with its sign, + or −."""
     if not math.isfinite(value) or value == 0:
         return magnitude(value)
     return ("−" if value < 0 else "+") + magnitude(value)
 
 
-def many(count: int, thing: str) -> str:
-    """'1 prompt', '3 prompts'.
+def log_p_text(value: float) -> str:
+    """A log-probability: two decimals, and a minus sign."""
+    return f"{value:.2f}".replace("-", "−")
 
-    Args:
-        count: how many.
-        thing: one of them.
-    """
+
+def many(count: int, thing: str) -> str:
+    """'1 prompt', '3 prompts'."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def percent(share: float) -> str:
-    """A share as a percentage, '—' where there is none to speak of (a shift of zero).
-
-    Args:
-        share: 1 is 100 %.
-    """
+    """A share as a percentage, '—' where there is none to speak of (a shift of zero)."""
     if not math.isfinite(share):
         return "—"
     size = 100 * abs(share)
@@ -93,76 +61,69 @@ def percent(share: float) -> str:
 
 
 def points(change: float) -> str:
-    """A change of a probability: '+12 points', in percentage points.
-
-    Args:
-        change: 1 is 100 points.
-    """
+    """A change of a probability: '+12 points', in percentage points."""
     if not math.isfinite(change):
         return "—"
     return f"{'−' if change < 0 else '+'}{percent(abs(change))[:-1]} points"
 
 
-def share_text(share: float) -> str:
-    """A share of the shift in words: '43% of the shift', '12 times the shift'.
+def position_text(position: int | str) -> str:
+    """'position 3', with a minus sign before one that is counted from the end."""
+    return f"position {position}".replace("-", "−")
 
-    Args:
-        share: 1 is 100 %.
-    """
+
+def share_text(share: float) -> str:
+    """A share of the shift in words: '43% of the shift', '12 times the shift'."""
     if abs(share) < 2:
         return f"{percent(share)} of the shift"
     return f"{share:.3g} times the shift"
 
 
 def visible(token: str) -> str:
-    """A token with its white space and control characters made visible.
-
-    Args:
-        token: as decoded.
-    """
+    """A token with its white space and control characters made visible."""
     shown = "".join(_WHITESPACE.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in token)
     return shown or "∅"
 
 
-def label(text: str) -> str:
-    """Text as it stands, for a figure: plotly reads tags in it, `$…$` as TeX, `%{…}` as a variable.
+def readable(text: str) -> str:
+    """Text with control characters made visible: one that turns the direction of writing, say."""
+    return "".join(c if c.isprintable() else visible(c) for c in text)
 
-    Args:
-        text: any.
-    """
+
+def label(text: str) -> str:
+    """Text as it stands, for a figure: plotly reads tags, `$…$` as TeX, `%{…}` as a variable."""
     return str(escape(text)).replace("$", "&#36;").replace("%{", "&#37;{")
 
 
 def prompt_text(tokens: Sequence[str]) -> str:
-    """A prompt as one line, without the special token that a tokenizer puts in front.
-
-    Args:
-        tokens: of the prompt.
-    """
+    """A prompt as one line, without the special token that a tokenizer puts in front."""
     shown = tokens[1:] if len(tokens) > 1 and _SPECIAL_TOKEN.fullmatch(tokens[0]) else tokens
-    return "".join(c if c.isprintable() else visible(c) for c in "".join(shown))
+    return readable("".join(shown))
 
 
 def short_prompt(tokens: Sequence[str]) -> str:
-    """The end of a prompt as one line, without special tokens: for headings.
-
-    Args:
-        tokens: of the prompt.
-    """
+    """The end of a prompt as one line, without special tokens: for headings."""
     said = "".join(t if not _SPECIAL_TOKEN.fullmatch(t) else " " for t in tokens)
     words = " ".join("".join(c if c.isprintable() else " " for c in said).split())
-    if len(words) <= _SHORT:
-        return words
-    end = words[-_SHORT:]
-    return f"… {end.partition(' ')[2] or end}"
+    return _end_of(words, _SHORT, "… ")
+
+
+def numbered(prompts: Sequence[Sequence[str]]) -> list[str]:
+    """A number and the end of each prompt, short enough to stand beside a picture."""
+    texts = map(short_prompt, prompts)
+    return [label(f"{n}. {_end_of(text, _BESIDE)}") for n, text in enumerate(texts, start=1)]
+
+
+def _end_of(text: str, width: int, cut: str = "…") -> str:
+    """A text, or its last words where it is longer."""
+    if len(text) <= width:
+        return text
+    end = text[-width:]
+    return f"{cut}{end.partition(' ')[2] or end}"
 
 
 def shortened(text: str) -> str:
-    """A long text as its beginning and its end, cut between words.
-
-    Args:
-        text: one line.
-    """
+    """A long text as its beginning and its end, cut between words."""
     if len(text) <= _LONG:
         return text
     begin, end = text[: _LONG // 2], text[-_LONG // 2 :]
@@ -187,47 +148,29 @@ _GATED = re.compile(r"(first_order|second_order|curvature)(?:/([a-z_+]+))?@(.+)"
 
 
 def key_text(key: str) -> str:
-    """'first order at ε = 0', 'path integral', '‖ΔW‖'; a name that the caller gave as it is.
-
-    Args:
-        key: of an attribution or a ranking, as in `results.keys`.
-    """
+    """'first order at ε = 0', 'path integral', '‖ΔW‖'; a name that the caller gave as it is."""
     match = _GATED.fullmatch(key)
     if match is None:
         how, _, replace = key.partition("/")
-        of = _REPLACED.get(replace, "") if how in _KEYS else ""
-        return _KEYS[how] + of if of else _KEYS.get(key, key)
+        replaced = _REPLACED.get(replace, "") if how in _KEYS else ""
+        return _KEYS[how] + replaced if replaced else _KEYS.get(key, key)
     method, rules, at = match.groups()
-    of = f" ({_qualified(rules)})" if rules else ""
-    return f"{method.replace('_', ' ')}{of} at ε = {at}"
+    qualified = f" ({_qualified(rules)})" if rules else ""
+    return f"{method.replace('_', ' ')}{qualified} at ε = {at}"
 
 
-def _qualified(of: str) -> str:
+def _qualified(rules: str) -> str:
     """'patterns and norm scales fixed, identity rule', or the question of a second order."""
-    if of in _KEYS:
-        return _KEYS[of]
-    names = of.split("+")
+    if rules in _KEYS:
+        return _KEYS[rules]
+    names = rules.split("+")
     fixed = " and ".join(n.replace("_", " ") for n in names if n not in _RULES)
     said = [f"{fixed} fixed" if fixed else "", *(_RULES[n] for n in names if n in _RULES)]
     return ", ".join(filter(None, said))
 
 
-def method_text(method: str, at: float) -> str:
-    """'first order at ε = 0', 'path integral', 'adding one at a time'.
-
-    Args:
-        method: an attribution's.
-        at: its gate value.
-    """
-    return key_text(key_of(method, at))
-
-
-def quadrature_text(quadrature: Quadrature) -> str:
-    """Nodes, the error reached, and why it is not what was asked, where it is not.
-
-    Args:
-        quadrature: of a path integral.
-    """
+def quadrature_text(quadrature: results.Quadrature) -> str:
+    """Nodes, the error reached, and why it is not what was asked, where it is not."""
     verdict = "within" if quadrature.met else "not within"
     if quadrature.error <= quadrature.tol and not quadrature.met:
         verdict = "rounding hides whether within"
@@ -240,15 +183,9 @@ def quadrature_text(quadrature: Quadrature) -> str:
 
 
 def top_rows(
-    attribution: Attribution, k: int, prompt: int | None = None
+    attribution: results.Attribution, k: int, prompt: int | None = None
 ) -> list[tuple[str, str, str, str]]:
-    """(site, module, value, share of the shift) of the k sites of largest |value|.
-
-    Args:
-        attribution: whose sites are ranked.
-        k: how many.
-        prompt: an index; without it, the mean over prompts.
-    """
+    """(site, module, value, share of the shift) of the k sites of largest |value|."""
     top = attribution.top(k, prompt)
     values, shares = map(signed, top["value"]), map(percent, top["share"])
     return list(zip(top["site"], top["module"], values, shares, strict=True))

@@ -1,60 +1,101 @@
-"""Records → batches → rows: what is run, and what is kept of it.
+"""Records → batches → rows → tables: what is run, what is kept of it, and where.
 
 1. Every record is tokenised and its readout bound on its own, so that a bad one is found, with its
    line, before anything is run.
 2. Prompts of similar length share a batch; margins of single tokens (logits) and of answers of
    several tokens (nats) do not. Right padding is exact, so a prompt's numbers do not depend on its
-   batch beyond rounding.
-3. A batch with a non-finite number is run again prompt by prompt, and only that record fails.
+   batch beyond rounding. A batch with a non-finite number is run again prompt by prompt, and only
+   that record fails.
+3. Each batch is a part (`store.py`), one row per prompt with its values as lists. At the end there
+   are two tables, of prompts (with shift, sums and remainders) and of prompts × sites. Both carry a
+   hash of all rows: until the second one has it, the parts hold every row, also those of earlier
+   results, and rows that no longer have that hash are not taken.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lens_lora.analyses.patching import patch_sites
+from lens_lora.analyses.path import path_attribution
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout, require_finite
-from lens_lora.errors import NumericsError, PromptError, TokenError
-from lens_lora.hooked.alone import alone
-from lens_lora.lens import LoraLens
+from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.engine.second_order import hessian_product
+from lens_lora.errors import NumericsError, PromptError, SweepError, TokenError
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Site
 from lens_lora.readouts.answers import AnswerMargin, margin_between
 from lens_lora.readouts.prompts import Prompts, joined
 from lens_lora.readouts.readout import Margin, Readout
-from lens_lora.results.signs import changes_sign
-from lens_lora.sweeps.analyses import ANALYSES
-from lens_lora.sweeps.records import Record
-from lens_lora.sweeps.values import VALUES
+from lens_lora.results.base import changes_sign
+from lens_lora.sweeps.records import ANALYSES, Record
+from lens_lora.sweeps.store import Fingerprint, Store
 
-__all__ = [
-    "Job",
-    "Make",
-    "Row",
-    "is_make",
-    "make_batches",
-    "measure",
-    "prepare",
-    "tokenised",
-    "with_text",
-]
+# --- How each column is computed
+
+
+# (lens, prompts, readout) → one number per prompt and site, in the readout's units.
+Values = Callable[[LoraLens, Prompts, Readout], Float[Tensor, "batch site"]]
+
+
+def _slopes(name: str) -> Values:
+    def values(lens: LoraLens, prompts: Prompts, readout: Readout) -> Float[Tensor, "batch site"]:
+        gates = lens.gates(ANALYSES[name].at)
+        slopes = site_slopes(lens, readout.over(lens.model, prompts), gates)
+        require_finite_sites(lens, slopes)
+        return slopes
+
+    return values
+
+
+def _called(analysis: Callable[..., Any], name: str) -> Values:
+    def values(lens: LoraLens, prompts: Prompts, readout: Readout) -> Float[Tensor, "batch site"]:
+        options = ANALYSES[name].options
+        return analysis(lens, prompts, readout, **options, progress=False).values
+
+    return values
+
+
+def _second_order(
+    lens: LoraLens, prompts: Prompts, readout: Readout
+) -> Float[Tensor, "batch site"]:
+    """½(H·1)_l."""
+    reading = readout.over(lens.model, prompts)
+    return 0.5 * hessian_product(lens, reading, lens.gates(0.0), lens.gates(1.0))
+
+
+VALUES: dict[str, Values] = {
+    "first_order": _slopes("first_order"),
+    "first_order_at_1": _slopes("first_order_at_1"),
+    "path": _called(path_attribution, "path"),
+    "add_one": _called(patch_sites, "add_one"),
+    "leave_one_out": _called(patch_sites, "leave_one_out"),
+    "second_order": _second_order,
+}
+
+
+# --- Records → jobs
+
 
 Make = Callable[[Any], Readout]
-Vector = NDArray[np.float64]
-_ROUNDINGS = 2**16  # of one logit: no margin above so many is within three noise floors
 
 
 def is_make(readout: object) -> TypeGuard[Make]:
-    """Whether this makes a readout of responses, as the class `KL` does.
-
-    Args:
-        readout: a readout, what makes one, or None.
-    """
+    """Whether this makes a readout of responses, as the class `KL` does."""
     return callable(readout) and not isinstance(readout, Readout)
 
 
@@ -80,87 +121,25 @@ class Job:
         return int(self.prompt.lengths[0])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Row:
-    """What a sweep keeps of one record; a record with an error has no numbers.
-
-    Attributes:
-        id, prompt, doc, pre: of the record.
-        tokens: the length of the prompt.
-        readout, units: the readout's label and the units of its numbers.
-        base, adapted: g(0) and g(1), exact.
-        flips: whether a margin changes sign; False where either end is within three noise floors
-            of zero; None for other readouts.
-        error: what is wrong with the record.
-        values: {analysis: [site]}.
-        chat: whether the prompt is what a chat template made of messages.
-        response: of the record.
-    """
-
-    id: str
-    prompt: str | None
-    doc: str | None
-    pre: str | None
-    tokens: int | None = None
-    readout: str | None = None
-    units: str | None = None
-    base: float | None = None
-    adapted: float | None = None
-    flips: bool | None = None
-    error: str | None = None
-    values: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
-    chat: bool = False
-    response: str | None = None
-
-    @staticmethod
-    def failed(record: Record) -> Row:
-        """The row of a bad record.
-
-        Args:
-            record: with its error.
-        """
-        texts = (record.prompt, record.doc, record.pre)
-        return Row(
-            str(record.id),
-            *texts,
-            error=record.error,
-            chat=record.chat,
-            response=record.response,
-        )
-
-
 def prepare(lens: LoraLens, record: Record, readout: Readout | Make | None) -> Job | Record:
-    """The record as a job, or the record with its error. Tokenises; no forward pass.
-
-    Args:
-        lens: the adapter over the model.
-        record: as it was read.
-        readout: for all records, or what makes one of each record's response; None for the margin
-            between the record's own answers.
-    """
+    """The record as a job, or the record with its error. Tokenises; no forward pass."""
     if record.error is not None:
         return record
     try:
         prompts = tokenised(lens, record)
         make = readout if is_make(readout) else None
         if make is not None:
-            own = make(record.response or "")
-        elif isinstance(readout, Readout):
-            own = readout
-        else:
-            own = margin_between(lens.model, record.doc or "", record.pre or "", prompts)
-        own.over(lens.model, prompts)
+            readout = make(record.response or "")
+        if not isinstance(readout, Readout):
+            readout = margin_between(lens.model, record.doc or "", record.pre or "", prompts)
+        readout.over(lens.model, prompts)
     except (PromptError, TokenError) as error:
         return record.bad(error)
-    return Job(record, prompts.to(torch.device("cpu")), own, make)
+    return Job(record, prompts.to(torch.device("cpu")), readout, make)
 
 
 def tokenised(lens: LoraLens, record: Record) -> Prompts:
     """The prompt of a good record. No forward pass.
-
-    Args:
-        lens: the adapter over the model.
-        record: with its text or its messages.
 
     Raises:
         PromptError: it does not fit the model.
@@ -169,12 +148,7 @@ def tokenised(lens: LoraLens, record: Record) -> Prompts:
 
 
 def with_text(lens: LoraLens, record: Record) -> Record:
-    """The record, a conversation with the text that the chat template makes of it.
-
-    Args:
-        lens: whose tokenizer has the template.
-        record: as it was read.
-    """
+    """The record, a conversation with the text that the chat template makes of it."""
     if record.error is not None or record.messages is None:
         return record
     try:
@@ -188,16 +162,32 @@ def make_batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
 
     So a batch that does not fit into memory fails at the start, and the first estimate of the time
     left is not too low.
-
-    Args:
-        jobs: in any order.
-        size: the largest number of jobs in a batch.
     """
     kinds: dict[type[Readout], list[Job]] = {}
     for job in sorted(jobs, key=lambda job: -job.tokens):
         kinds.setdefault(type(job.readout), []).append(job)
-    some = [same[i : i + size] for same in kinds.values() for i in range(0, len(same), size)]
-    return sorted(some, key=lambda batch: -batch[0].tokens)
+    batches = [alike[i : i + size] for alike in kinds.values() for i in range(0, len(alike), size)]
+    return sorted(batches, key=lambda batch: -batch[0].tokens)
+
+
+# --- Jobs → rows
+
+
+Vector = NDArray[np.float64]
+_ROUNDINGS = 2**16  # of one logit: no margin above so many is within three noise floors
+
+
+# What decides the numbers of a record. Its id does not, so a record whose id is corrected keeps its
+# row. The prompt of a conversation is what its template made of it: it may write today's date.
+CONTENT = ("prompt", "doc", "pre", "response", "chat")
+# One value for each of `FIELDS`, and for each analysis its [site], None of a bad record.
+Row = dict[str, Any]
+
+
+def row_of(record: Record, **numbers: Any) -> Row:
+    """The row of a record; without numbers that of a bad one."""
+    shared = {name: getattr(record, name) for name in (*CONTENT, "error")}
+    return {"id": str(record.id), **shared, **numbers}
 
 
 @alone
@@ -206,54 +196,39 @@ def measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> lis
 
     Cost: one batched forward pass for each of the two ends, and what the analyses cost; ten more
     where rounding may hide the sign of a margin, as it may in half precision.
-
-    Args:
-        lens: the adapter over the model.
-        jobs: one batch of `make_batches`.
-        analyses: names from `ANALYSES`.
     """
     try:
         return _measure(lens, jobs, analyses)
     except (NumericsError, PromptError, TokenError) as error:
         if len(jobs) == 1:
-            return [Row.failed(jobs[0].record.bad(error))]
+            return [row_of(jobs[0].record.bad(error))]
     return [row for job in jobs for row in measure(lens, [job], analyses)]
 
 
 def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> list[Row]:
-    prompts, readout = _joined(lens, jobs), _together(lens, jobs)
-    asked = ask(lens, prompts, readout)
-    reading = asked.reading
+    asked = ask(lens, *_question(lens, jobs))
     ends = torch.stack([lens.gates(0.0), lens.gates(1.0)])
-    base, adapted = _numbers(gated_readout(lens, reading, ends, progress=False)).T
+    base, adapted = _numbers(gated_readout(lens, asked.reading, ends, progress=False)).T
     values = {name: _values(lens, jobs, name) for name in analyses}
     flips = _flips(asked, base, adapted)
     return [
-        Row(
-            id=str(job.record.id),
-            prompt=job.record.prompt,
-            chat=job.record.chat,
-            doc=job.record.doc,
-            pre=job.record.pre,
-            response=job.record.response,
+        row_of(
+            job.record,
             tokens=job.tokens,
             readout=job.readout.label,
             units=job.readout.units,
             base=float(base[i]),
             adapted=float(adapted[i]),
             flips=flips[i],
-            values={name: found[i] for name, found in values.items()},
+            **{name: by_prompt[i] for name, by_prompt in values.items()},
         )
         for i, job in enumerate(jobs)
     ]
 
 
-def _values(lens: LoraLens, jobs: Sequence[Job], name: str) -> np.ndarray:
-    found = [
-        VALUES[name](lens, _joined(lens, some), _together(lens, some))
-        for some in ([[job] for job in jobs] if ANALYSES[name].alone else [jobs])
-    ]
-    values = torch.cat(found)
+def _values(lens: LoraLens, jobs: Sequence[Job], name: str) -> Vector:
+    batches = [[job] for job in jobs] if ANALYSES[name].alone else [jobs]
+    values = torch.cat([VALUES[name](lens, *_question(lens, batch)) for batch in batches])
     require_finite(values, name)
     if values.shape != (len(jobs), len(lens.sites)):
         raise RuntimeError(
@@ -263,19 +238,16 @@ def _values(lens: LoraLens, jobs: Sequence[Job], name: str) -> np.ndarray:
     return _numbers(values)
 
 
-def _together(lens: LoraLens, jobs: Sequence[Job]) -> Readout:
-    """One readout for the whole batch; a margin or response has its own answers per prompt."""
+def _question(lens: LoraLens, jobs: Sequence[Job]) -> tuple[Prompts, Readout]:
+    """The prompts of a batch and one readout for all; margins and responses are each prompt's."""
+    prompts = lens.prompts(joined([job.prompt for job in jobs]))
     make = jobs[0].make
     if make is not None:
-        return make([job.record.response or "" for job in jobs])
+        return prompts, make([job.record.response or "" for job in jobs])
     if jobs[0].record.doc is None:
-        return jobs[0].readout
+        return prompts, jobs[0].readout
     docs, pres = [j.record.doc or "" for j in jobs], [j.record.pre or "" for j in jobs]
-    return margin_between(lens.model, docs, pres, _joined(lens, jobs))
-
-
-def _joined(lens: LoraLens, jobs: Sequence[Job]) -> Prompts:
-    return lens.prompts(joined([job.prompt for job in jobs]))
+    return prompts, margin_between(lens.model, docs, pres, prompts)
 
 
 def _flips(asked: Asked, base: Vector, adapted: Vector) -> Sequence[bool | None]:
@@ -290,5 +262,243 @@ def _flips(asked: Asked, base: Vector, adapted: Vector) -> Sequence[bool | None]
     return changes_sign(ends[0], ends[1], floor).tolist()
 
 
-def _numbers(values: Tensor) -> np.ndarray:
+def _numbers(values: Tensor) -> Vector:
     return values.detach().cpu().double().numpy()
+
+
+# --- Rows ↔ tables
+
+
+_TEXT, _NUMBER = pa.string(), pa.float64()
+FIELDS = {
+    "id": _TEXT,
+    "prompt": _TEXT,
+    "chat": pa.bool_(),  # whether the prompt is what a chat template made of messages
+    "doc": _TEXT,
+    "pre": _TEXT,
+    "response": _TEXT,
+    "tokens": pa.int64(),  # of the prompt
+    "readout": _TEXT,
+    "units": _TEXT,
+    "base": _NUMBER,  # g(0), exact
+    "adapted": _NUMBER,  # g(1), exact
+    # Of a margin; not where either end is within three noise floors of zero. Else null.
+    "flips": pa.bool_(),
+    "error": _TEXT,
+}
+_PROMPTS_AT_ONCE = 256  # in one group of rows of the table of sites
+
+
+def _prompts_table(rows: Sequence[Row], analyses: Sequence[str], ids: pa.Array) -> pa.Table:
+    """One row per prompt, with its shift, and of each analysis the sum and what it leaves."""
+    columns: dict[str, pa.Array] = {
+        name: pa.array([row.get(name) for row in rows], kind) for name, kind in FIELDS.items()
+    }
+    columns["id"], error, flips = ids, columns.pop("error"), columns.pop("flips")
+    shifts = [None if row["error"] else row["adapted"] - row["base"] for row in rows]
+    columns |= {"shift": pa.array(shifts, _NUMBER), "flips": flips}
+    for name in analyses:
+        sums = [None if row["error"] else float(row[name].sum()) for row in rows]
+        columns[f"{name}_sum"] = pa.array(sums, _NUMBER)
+        if ANALYSES[name].has_remainder:
+            both = zip(shifts, sums, strict=True)
+            left = [None if s is None or t is None else s - t for s, t in both]
+            columns[f"{name}_remainder"] = pa.array(left, _NUMBER)
+    return pa.table(columns | {"error": error})
+
+
+def _sites_table(
+    rows: Sequence[Row], analyses: Sequence[str], ids: pa.Array, sites: Sequence[Site]
+) -> pa.Table:
+    """One row per prompt and site, of the prompts without an error."""
+    good = [i for i, row in enumerate(rows) if row["error"] is None]
+    by_prompt = pa.array(np.repeat(good, len(sites)).astype(np.int64))
+    by_site = pa.array(np.tile(np.arange(len(sites)), len(good)))
+    columns: dict[str, pa.Array] = {
+        "id": ids.take(by_prompt),
+        "prompt": pa.array([row["prompt"] for row in rows], _TEXT).take(by_prompt),
+    }
+    labels = {"site": "name", "module": "module", "layer": "layer", "kind": "kind"}
+    for name, field in labels.items():
+        columns[name] = pa.array([getattr(site, field) for site in sites]).take(by_site)
+    for name in analyses:
+        values = [rows[i][name] for i in good]
+        columns[name] = pa.array(np.concatenate([np.empty(0), *values]), _NUMBER)
+    return pa.table(columns)
+
+
+def _rows_of_results(prompts: pa.Table, sites: pa.Table, analyses: Sequence[str]) -> list[Row]:
+    """The prompts without an error, from the two tables that were written together.
+
+    Raises:
+        ValueError: the tables are not of the same prompts.
+    """
+    plain = prompts.select(list(FIELDS)).to_pylist()
+    rows = [{**row, "id": str(row["id"])} for row in plain if row["error"] is None]
+    for name in analyses if rows else ():
+        for row, values in zip(rows, sites[name].to_numpy().reshape(len(rows), -1), strict=True):
+            row[name] = values
+    return rows
+
+
+def _mark(rows: Iterable[Row], analyses: Sequence[str]) -> bytes:
+    """The hash of everything that rows without an error hold but their ids."""
+    hashed = hashlib.sha256()
+    for row in rows:
+        if row["error"] is None:
+            hashed.update(repr([row[name] for name in FIELDS if name != "id"]).encode())
+            for name in analyses:
+                hashed.update(np.ascontiguousarray(row[name], np.float64).tobytes())
+    return hashed.hexdigest().encode()
+
+
+# --- The files
+
+
+Content = tuple[str | bool | None, ...]
+_MARK = b"lens_lora.mark"
+
+
+def content(record: Record | Row) -> Content:
+    """The values of `CONTENT`, of a record or of its row."""
+    row = row_of(record) if isinstance(record, Record) else record
+    return tuple(row[name] for name in CONTENT)
+
+
+class RowStore(Store):
+    """The files of a sweep with a row per prompt.
+
+    Attributes:
+        prompts_path: one row per prompt; `path` has one per prompt and site.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        fingerprint: Fingerprint,
+        sites: Sequence[Site],
+        analyses: Sequence[str],
+    ) -> None:
+        super().__init__(out, fingerprint)
+        self.prompts_path: Path = self.path.with_suffix(".prompts.parquet")
+        self.results: tuple[Path, ...] = (self.path, self.prompts_path)
+        self._sites, self._analyses = sites, analyses
+        self._schema = pa.schema(FIELDS | dict.fromkeys(analyses, pa.list_(_NUMBER)))
+
+    def done(self, records: Sequence[Record]) -> Mapping[Content, Row]:
+        """What earlier runs finished without an error, by prompt and answers. Changes nothing.
+
+        Raises:
+            SweepError: the files are not a sweep's, are damaged, or are those of a different sweep
+                or of other records.
+        """
+        rows = [row for row in [*self._in_results(), *self._in_parts()] if row["error"] is None]
+        self.require_version()
+        contents = set(map(content, records))
+        for row in rows:
+            if content(row) not in contents:
+                raise SweepError(_unknown(row, records, self.prompts_path))
+        return {content(row): row for row in rows}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Write a part with all of these rows; if that is interrupted, none of them is kept.
+
+        Raises:
+            SweepError: it cannot be written.
+        """
+        self.put(pa.Table.from_pylist(list(rows), self._schema))
+
+    def merge(self, records: Sequence[Record], before: Mapping[Content, Row]) -> None:
+        """Write both result files, in the order of the records, and remove the parts.
+
+        Raises:
+            SweepError: a record has no part, or a file cannot be written.
+        """
+        if before and self.path.exists():
+            self.add(list(before.values()))
+        good_last = sorted(self._in_parts(), key=lambda row: row["error"] is None)
+        known = {content(row): row for row in good_last}
+        lost = [r for r in records if r.error is None and content(r) not in known]
+        if lost:
+            raise SweepError(
+                f"{self.folder} lacks {len(lost)} of {len(records)} records, {lost[0].where} among "
+                "them: several machines must write to one shared folder. Run it again to resume."
+            )
+        rows = [row_of(r) if r.error is not None else known[content(r)] for r in records]
+        self._write(rows, [record.id for record in records])
+        self.remove()
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """The rows of the merged table, one per prompt."""
+        return _read(self.prompts_path).to_pylist()
+
+    def _in_parts(self) -> list[Row]:
+        return [
+            row | {name: np.array(row[name]) for name in self._analyses}
+            for part in self.parts()
+            for row in part.table.to_pylist()
+        ]
+
+    def _in_results(self) -> list[Row]:
+        """Rows of the two results; none if one was deleted, or not yet written."""
+        present = [self.require_result(path) for path in self.results]
+        if not all(present):
+            return []
+        sites, prompts = map(_read, self.results)
+        mark, other = (table.schema.metadata.get(_MARK) for table in (prompts, sites))
+        if mark != other:
+            return []
+        try:
+            rows = _rows_of_results(prompts, sites, self._analyses)
+        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise _damaged(self.prompts_path, f"and {self.path} do not fit: {error}") from error
+        if mark != _mark(rows, self._analyses):
+            raise _damaged(self.prompts_path, f"or {self.path}: their rows were changed")
+        return rows
+
+    def _write(self, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
+        """Ids are integers where all are, else strings."""
+        is_whole = all(isinstance(identity, int) for identity in ids)
+        column = pa.array(ids, pa.int64()) if is_whole else pa.array(list(map(str, ids)), _TEXT)
+        spans = [slice(i, i + _PROMPTS_AT_ONCE) for i in range(0, len(rows), _PROMPTS_AT_ONCE)]
+        by_site = (
+            _sites_table(rows[span], self._analyses, column[span], self._sites) for span in spans
+        )
+        notes = {_MARK: _mark(rows, self._analyses)}
+        self.write(self.path, by_site, notes)
+        self.write(self.prompts_path, [_prompts_table(rows, self._analyses, column)], notes)
+
+
+def _unknown(row: Row, records: Sequence[Record], path: Path) -> str:
+    """A finished row that belongs to no record, in words."""
+    remedy = "Give another out, or start over with resume=False (--no-resume)."
+    record = next((record for record in records if str(record.id) == row["id"]), None)
+    if record is None:
+        return (
+            f"{path} or its parts hold the id {row['id']!r} (prompt {row['prompt']!r}), but the "
+            f"records do not. {remedy}"
+        )
+    field = next(name for name in CONTENT if row[name] != row_of(record)[name])
+    return (
+        f"the {field} of id {row['id']!r} is {row[field]!r} in {path} or its parts, but "
+        f"{row_of(record)[field]!r} in the records ({record.where}). {remedy}"
+    )
+
+
+def _read(path: Path) -> pa.Table:
+    """The file alone: folders named 'a=b' add no columns.
+
+    Raises:
+        SweepError: it is damaged.
+    """
+    try:
+        return pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(path, f"it cannot be read ({error})") from error
+
+
+def _damaged(path: Path, fact: str) -> SweepError:
+    return SweepError(
+        f"{path}: damaged, {fact}. Restore it from a copy, or delete it and run the same sweep "
+        "again."
+    )

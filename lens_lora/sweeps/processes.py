@@ -1,4 +1,11 @@
-"""The processes of `accelerate launch`, `torchrun` or `mpirun`, or a single process.
+"""Who works on a sweep: the processes that were launched together, and one writer for each output.
+
+The processes are those of `accelerate launch`, `torchrun` or `mpirun`, or a single one. The main
+process holds an `flock` on '.results.parquet.lock' while the sweep runs; the others need none. A
+second sweep on the same output is refused, and told which process holds the lock. The system
+releases it when its process ends, and a file that a killed process left behind is nobody's: the
+next sweep takes it over. On a file system without locks a warning says so; on Windows, which has no
+`flock`, nothing is locked.
 
 Only `launched` imports torch, and only if there are several processes.
 """
@@ -8,13 +15,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import socket
+import sys
+import warnings
 from collections.abc import Callable, Generator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import LensLoraError, SweepError
 
-__all__ = ["Processes", "launched", "rank"]
+# --- The processes that were launched together
+
 
 # One process may finish its share long before another.
 _PATIENCE = timedelta(days=7)
@@ -44,6 +56,18 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the process that merges, prints and writes."""
         return self.index == 0
+
+    @property
+    def share(self) -> str:
+        """' (process 1 of 2)' for a progress bar; empty for a single process."""
+        return f" (process {self.index + 1} of {self.count})" if self.count > 1 else ""
+
+    def by_main(self, work: Callable[[], object]) -> None:
+        """The main process works while the others wait."""
+        self.wait()
+        if self.is_main:
+            work()
+        self.wait()
 
 
 def rank() -> int:
@@ -96,3 +120,90 @@ def _together() -> Generator[None]:
             "another process of this run has ended before its end, and its own message says why; "
             f"run it again to resume. ({error})"
         ) from error
+
+
+# --- One writer for each output
+
+
+@contextlib.contextmanager
+def only_writer(out: Path) -> Generator[None]:
+    """Within the block, no other sweep can write to this output.
+
+    Raises:
+        SweepError: another process writes there, or the folder cannot be made.
+    """
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(
+            f"{path.parent}: the folder cannot be made ({error.strerror}); give another out."
+        ) from error
+    with told(path):
+        file = _held(path, out)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # removed while it is held: nobody else can have it
+            path.unlink(missing_ok=True)
+        os.close(file)
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Generator[None]:
+    """Within the block, an error of the system becomes one of the sweep.
+
+    Raises:
+        SweepError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        fact = error.strerror or error
+        raise SweepError(
+            f"{path} cannot be written ({fact}). Finished prompts are kept: mend that and run the "
+            "same sweep again to resume, or give another out."
+        ) from error
+
+
+def _held(path: Path, out: Path) -> int:
+    """The lock file, open and locked."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(file, path, out)
+            if _is_at(path, file):
+                os.ftruncate(file, 0)
+                os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # its last owner removed it just before it was locked
+
+
+def _lock(file: int, path: Path, out: Path) -> None:
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(file, 200).decode(errors="replace") or "another process"
+        raise SweepError(
+            f"{out} is being written by {holder}. Wait until it has ended, or give another out."
+        ) from error
+    except OSError as error:
+        warnings.warn(
+            f"{path.parent}: its file system has no locks ({error.strerror}), so a second sweep to "
+            f"{out} would not be noticed; do not start one.",
+            stacklevel=2,
+        )
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False

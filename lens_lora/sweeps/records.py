@@ -1,6 +1,7 @@
-"""The records of a sweep, from a JSONL or CSV file, a data frame, a Dataset, or any iterable.
+"""What a sweep is asked for, read without torch: its records, and the names of its analyses.
 
-1. Each row becomes a `Record`, in order, with its own id or the row's number (from 0).
+1. Each row of a JSONL or CSV file, a data frame, a Dataset or any iterable becomes a `Record`, in
+   order, with its own id or the row's number (from 0).
 2. An error in one row is kept in its record, with its line; the other rows are read as usual.
 3. An error in all of them (a missing column, no row at all) is raised.
 
@@ -17,9 +18,84 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from lens_lora.errors import LensLoraError
+from lens_lora.errors import SweepError
 
-__all__ = ["Record", "RecordsLike", "SweepError", "each_record", "read_records"]
+# --- Analyses
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What a column of a sweep means.
+
+    Attributes:
+        at: the gate value at which it is taken; NaN along a path.
+        alone: prompts are run one at a time, because the numbers of each depend on its batch.
+        many: takes tens of passes a prompt, so that each prompt is a batch, and kept once it is
+            done: what a kill loses is one prompt's work.
+        has_remainder: its sum over sites estimates the shift, so the table has shift − sum too.
+        options: what it is called with besides lens, prompts and readout.
+    """
+
+    at: float = 0.0
+    alone: bool = False
+    many: bool = False
+    has_remainder: bool = True
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+
+# One number per prompt and site:
+ANALYSES: dict[str, Analysis] = {
+    # ∂g/∂ε_l at 0: what adding one site to the base model does, to first order
+    "first_order": Analysis(),
+    # ∂g/∂ε_l at 1: what removing one site from the adapted model does
+    "first_order_at_1": Analysis(at=1.0),
+    # ∫₀¹ ∂g/∂ε_l(ε·1) dε: complete, its sum is the shift
+    "path": Analysis(
+        at=float("nan"), alone=True, many=True, options={"tol": 1e-3, "max_nodes": 64}
+    ),
+    # g(e_l) − g(0), exact
+    "add_one": Analysis(many=True, options={"how": "add_one"}),
+    # g(1) − g(1 − e_l), exact
+    "leave_one_out": Analysis(at=1.0, many=True, options={"how": "leave_one_out"}),
+    # ½(H·1)_l at 0: what curvature and coupling add to first order; for trained adapters at full
+    # strength often less accurate than first order alone
+    "second_order": Analysis(has_remainder=False),
+}
+
+ByToken = Literal["activations", "activations_trained"]
+# `rank` numbers per token and site, streamed into a file of their own:
+BY_TOKEN: dict[str, Analysis] = {
+    # u = ΣVᵀx of sBA = UΣVᵀ
+    "activations": Analysis(at=1.0, options={"gauge": "svd"}),
+    # u = Ax of the adapter's file
+    "activations_trained": Analysis(at=1.0, options={"gauge": "trained"}),
+}
+
+
+def chosen(analyses: str | Iterable[str]) -> tuple[str, ...]:
+    """The names, each once, in the order given.
+
+    Raises:
+        SweepError: no name, one that is not in the tables, or one by token beside others.
+    """
+    names = tuple(dict.fromkeys([analyses] if isinstance(analyses, str) else analyses))
+    unknown = [name for name in names if name not in ANALYSES | BY_TOKEN]
+    if unknown or not names:
+        raise SweepError(
+            f"analyses {', '.join(map(repr, unknown)) or 'none'}: expected some of "
+            f"{', '.join(ANALYSES | BY_TOKEN)}."
+        )
+    by_token = [name for name in names if name in BY_TOKEN]
+    if by_token and len(names) > 1:
+        raise SweepError(
+            f"{by_token[0]!r} is written token by token, into a file of its own; run it alone, and "
+            f"{', '.join(repr(name) for name in names if name != by_token[0])} with another out."
+        )
+    return names
+
+
+# --- Records
+
 
 ANSWERS = ("doc", "pre")
 _LONGEST = 1000  # characters of an error, which may quote the record
@@ -28,10 +104,6 @@ _NOT_TEXT = (
     "which is not Unicode text (a surrogate pair cut in two, or bytes that were not UTF-8); save "
     "it as UTF-8 again."
 )
-
-
-class SweepError(LensLoraError, ValueError):
-    """Records, analyses or an output file that a sweep cannot use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +136,7 @@ class Record:
         return self.messages is not None
 
     def bad(self, error: object) -> Record:
-        """The same record, marked as bad.
-
-        Args:
-            error: what is wrong with it.
-        """
+        """The same record, marked as bad."""
         line = _escaped(" ".join(str(error).split()))
         line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
         return dataclasses.replace(self, error=f"{self.where}: {line}")
@@ -84,11 +152,7 @@ class Frame(Protocol):
         ...
 
     def to_dict(self, orient: Literal["records"]) -> list[Any]:
-        """One mapping per row.
-
-        Args:
-            orient: pandas's name for this form, 'records'.
-        """
+        """One mapping per row."""
         ...
 
 
@@ -100,12 +164,6 @@ def read_records(
     records: RecordsLike, *, with_answers: bool = True, with_response: bool = False
 ) -> list[Record]:
     """Every record in order, bad ones included.
-
-    Args:
-        records: a path that ends in .jsonl or .csv, a DataFrame, a Dataset, or mappings, with
-            columns prompt (or messages, a conversation), doc, pre and optionally id.
-        with_answers: whether to read doc and pre, which each record must then have.
-        with_response: the same of response.
 
     Raises:
         SweepError: there is no record, the file is of another kind, or a CSV file lacks a column.
@@ -129,9 +187,6 @@ def each_record(
     records: RecordsLike, *, with_answers: bool = True, with_response: bool = False
 ) -> Iterator[Record]:
     """As `read_records`, one after another; whether an id occurs twice is not looked at.
-
-    Args:
-        records, with_answers, with_response: as for `read_records`.
 
     Raises:
         SweepError, OSError: as for `read_records`.

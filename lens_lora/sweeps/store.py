@@ -1,317 +1,608 @@
-"""Where a sweep keeps finished batches, so that a kill loses at most one batch.
+"""The files of a sweep, in parts so that a kill loses at most one, and whether they may be resumed.
 
-1. Each batch is a file of its own in `results.parts/` (parts.py), complete or not there.
-2. At the end the parts are merged, in the order of the records, into `results.parquet` (one row per
-   prompt and site) and `results.prompts.parquet` (one row per prompt), and removed.
-3. Both results carry a hash of all rows. Until the second one has it, the parts hold every row,
-   also those of earlier results; and rows that no longer have that hash are not taken.
-4. What the numbers were computed with (`Fingerprint`) stands in each file and is compared on a
-   resume.
+1. Each finished batch is a Parquet file of its own in `results.parts/`, complete or not there. Its
+   name holds the hash of its bytes, so a part that was cut or changed is known before it is read:
+   it is named and set aside, and its prompts run again.
+2. At the end the parts are merged into the results, in the order of the records, and removed.
+   What the rows are is up to the two kinds of sweep, `batches.RowStore` and `stream.TokenStore`.
+3. In each file stands what its numbers depend on besides the records (`Fingerprint`), which is
+   compared on a resume. Whole weights and whole factors are hashed (about a second for a gigabyte),
+   and so are the tokenizer and a readout's data. The configuration is kept field by field, and so
+   are plain attributes of modules (attention's `scaling`, a norm's `variance_epsilon`): an error
+   can then say which one differs.
+4. Code cannot be compared. That of the libraries goes by their versions. Code of the caller's own
+   (a function in `Readout.of`, a readout class, a hook, a `forward` that was replaced) is named in
+   "own_code", and such a sweep is resumed only under a `version` that the caller gave it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import enum
 import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import os
+import re
+import shutil
+import time
+import uuid
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
 
-from lens_lora.hooked.sites import Site
-from lens_lora.sweeps.batches import Row
-from lens_lora.sweeps.files import told, write_whole
-from lens_lora.sweeps.fingerprint import Fingerprint, differences
-from lens_lora.sweeps.parts import METADATA, Damage, Part, Parts, as_json
-from lens_lora.sweeps.records import Record, SweepError
-from lens_lora.sweeps.resume import Content, content, finished
-from lens_lora.sweeps.tables import prompts_table, rows_of_results, sites_table
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.compat import (
+    added_tokens,
+    brought_in,
+    fields_of,
+    hook_function,
+    hooks_of,
+    processed_tensors,
+)
+from lens_lora.errors import SweepError
+from lens_lora.model.lens import LoraLens
+from lens_lora.readouts.readout import Readout
+from lens_lora.sweeps.processes import Processes, only_writer, told
+from lens_lora.sweeps.records import ANALYSES, BY_TOKEN
 
-__all__ = ["Store", "about_of", "paths", "require_same", "require_same_sweep"]
+# --- Files
 
-_MARK = b"lens_lora.mark"
-_PROMPTS_AT_ONCE = 256
+
+Fingerprint = Mapping[str, Any]
+_ABOUT = b"lens_lora.sweep"
+_SHOWN = 10  # bad records or damaged parts in a warning
+_PART_NAME = re.compile(r"\d+-([0-9a-f]{32})\.parquet")  # when it was written, and its hash
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A finished batch: its file, its rows, and what its numbers were computed with."""
+
+    path: Path
+    table: pa.Table
+    about: Fingerprint
 
 
 class Store:
     """The files of one sweep.
 
-    Args:
-        out: the results' path, ending in .parquet.
-        fingerprint: what the numbers depend on besides the records.
-        sites: of the lens, in its order.
-        analyses: names from `ANALYSES`.
-
     Attributes:
-        sites_path: one row per prompt and site.
-        prompts_path: one row per prompt.
+        path: the result.
+        folder: of the parts, until they are merged.
+        results: every file that is written at the end.
         fingerprint: as it is read from a file.
-        parts: the finished batches, until they are merged.
-        damaged: the parts that `done` could not read.
+        damaged: the parts that could not be read, and why.
     """
 
-    sites_path: Path
-    prompts_path: Path
-    fingerprint: Fingerprint
-    parts: Parts
-    damaged: tuple[Damage, ...]
+    def __init__(self, out: str | Path, fingerprint: Fingerprint) -> None:
+        self.path: Path = result_path(out)
+        self.folder: Path = self.path.with_suffix(".parts")
+        self.results: tuple[Path, ...] = (self.path,)
+        self.damaged: dict[Path, str] = {}
+        self.fingerprint: Fingerprint = json.loads(_as_json(fingerprint))
 
-    def __init__(
-        self,
-        out: str | Path,
-        fingerprint: Fingerprint,
-        sites: Sequence[Site],
-        analyses: Sequence[str],
-    ) -> None:
-        self.sites_path, self.prompts_path, folder = paths(out)
-        self.parts, self.damaged = Parts(folder), ()
-        self.fingerprint: Fingerprint = json.loads(as_json(fingerprint))
-        self._sites, self._analyses = sites, analyses
-
-    def done(self, records: Sequence[Record]) -> Mapping[Content, Row]:
-        """What earlier runs finished without an error, by prompt and answers. Changes nothing.
-
-        Args:
-            records: of this run.
+    @contextlib.contextmanager
+    def writing(self, processes: Processes) -> Generator[None]:
+        """Within the block no other sweep writes here, and every process runs this one.
 
         Raises:
-            SweepError: the files are not a sweep's, are damaged, or are those of a different sweep
-                or of other records.
+            SweepError: another sweep writes here, or a process runs another one.
         """
-        parts, damaged = self.parts.read()
-        self.damaged = tuple(damaged)
-        for part in parts:
-            require_same(part.about, self.fingerprint, self.parts.folder)
-        rows = [row for part in parts for row in part.rows(self._analyses)]
-        good = [row for row in [*self._finished(), *rows] if row.error is None]
-        return finished(records, good, self.prompts_path)
+        with only_writer(self.path) if processes.is_main else contextlib.nullcontext():
+            differ = differences(processes.gather(self.fingerprint)[0], self.fingerprint)
+            if differ:
+                raise SweepError(
+                    f"process {processes.index + 1} of {processes.count} runs another sweep than "
+                    f"process 1: {'; '.join(differ)}. Give each of them the same model, adapter "
+                    "and readout."
+                )
+            yield
+            processes.wait()  # the main process lets no other sweep write before all have read
+
+    def require_same_sweep(self) -> None:
+        """Check that what is there agrees with the fields that `fingerprint` has. Changes nothing.
+
+        Raises:
+            SweepError: a result is not a sweep's, or it or the first part is of another sweep.
+        """
+        abouts = {path: about_of(path) for path in self.results if path.exists()}
+        parts = map(_read_part, self._part_paths())
+        first = next((part for part in parts if isinstance(part, Part)), None)
+        abouts |= {} if first is None else {first.path: first.about}
+        for path, about in abouts.items():
+            known = {key: about.get(key) for key in self.fingerprint}
+            self._require_same(known, path)
+
+    def parts(self) -> Iterator[Part]:
+        """Every part in the order in which they were written; `damaged` lists the others.
+
+        Raises:
+            SweepError: one belongs to another sweep.
+        """
+        for path in self._part_paths():
+            part = _read_part(path)
+            if isinstance(part, str):
+                self.damaged[path] = part
+            else:
+                self._require_same(part.about, self.folder)
+                yield part
+
+    def require_result(self, path: Path) -> bool:
+        """Whether a result is there; if it is, it belongs to this sweep.
+
+        Raises:
+            SweepError: it is not a sweep's, or of another sweep.
+        """
+        if path.exists():
+            self._require_same(about_of(path), path)
+        return path.exists()
+
+    def require_version(self) -> None:
+        """Check that this sweep may go on with what is there, which is known to be its own.
+
+        Raises:
+            SweepError: code of the caller's takes part, and it has no version.
+        """
+        own_code, version = self.fingerprint["own_code"], self.fingerprint["version"]
+        is_there = self._part_paths() or any(path.exists() for path in self.results)
+        if is_there and own_code and version is None:
+            raise SweepError(
+                f"{self.path} was computed with code of your own, {', '.join(own_code)}, and "
+                "without a version, so nothing tells whether that code has changed. Start over "
+                "with resume=False; with version='…' as well, that run can be resumed."
+            )
 
     def begin(self, *, anew: bool) -> None:
         """Make the folder of parts, without the damaged ones.
 
-        Args:
-            anew: remove what earlier runs have finished.
-
         Raises:
             SweepError: the folder cannot be made, or an old file cannot be removed.
         """
-        if anew:
-            with told(self.sites_path):
-                self.sites_path.unlink(missing_ok=True)
-                self.prompts_path.unlink(missing_ok=True)
-                self.parts.clear()
-        self.parts.make()
-        self.parts.set_aside(self.damaged)
+        with told(self.path):
+            if anew:
+                for path in self.results:
+                    path.unlink(missing_ok=True)
+                if self.folder.exists():
+                    shutil.rmtree(self.folder)
+        with told(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.damaged:
+                if path.exists():
+                    path.rename(path.with_name(f"{path.name}.damaged"))
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Write a part with all of these rows; if that is interrupted, none of them is kept.
-
-        Args:
-            rows: of one batch.
+    def put(self, table: pa.Table, notes: Mapping[bytes, bytes] | None = None, **how: Any) -> None:
+        """Write a table as one part, in one group of rows, whole or not at all.
 
         Raises:
             SweepError: it cannot be written.
         """
-        self.parts.add(rows, self._analyses, self.fingerprint)
+        table, sink = table.replace_schema_metadata(self._metadata(notes)), pa.BufferOutputStream()
+        pq.write_table(table, sink, row_group_size=max(len(table), 1), **how)
+        content = sink.getvalue()
+        path = self.folder / f"{time.time_ns()}-{_hash(content)}.parquet"
+        self._write_whole(path, lambda unfinished: unfinished.write_bytes(content))
 
-    def merge(self, records: Sequence[Record], before: Mapping[Content, Row]) -> list[Row]:
-        """Write both result files, in the order of the records, and remove the parts.
-
-        Args:
-            records: all of them, bad ones included.
-            before: what `done` gave.
-
-        Returns:
-            One row per record.
+    def write(
+        self,
+        path: Path,
+        tables: Iterable[pa.Table],
+        notes: Mapping[bytes, bytes] | None = None,
+        **how: Any,
+    ) -> None:
+        """Write tables as one result, a group of rows each, one in memory at a time.
 
         Raises:
-            SweepError: a record has no part, or a file cannot be written.
+            SweepError: it cannot be written.
         """
-        if before and self.sites_path.exists():
-            self.add(list(before.values()))
-        here = self.fingerprint
-        parts = [part for part in self.parts.read()[0] if not differences(part.about, here)]
-        found = [row for part in parts for row in part.rows(self._analyses)]
-        known = {content(row): row for row in found if row.error is not None}
-        known |= {content(row): row for row in found if row.error is None}
-        lost = [r for r in records if r.error is None and content(r) not in known]
-        if lost:
+
+        def write_each(unfinished: Path) -> None:
+            rest = iter(tables)
+            first = next(rest)
+            schema = first.schema.with_metadata(self._metadata(notes))
+            with pq.ParquetWriter(unfinished, schema, **how) as writer:
+                for table in itertools.chain([first], rest):
+                    writer.write_table(table, row_group_size=max(len(table), 1))
+
+        self._write_whole(path, write_each)
+
+    def remove(self) -> None:
+        """Remove the parts once all is in the results, as far as that can be done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def warn(self, n_bad: int, n_records: int, bad: Iterable[tuple[Any, Any]], level: int) -> None:
+        """Name the first bad records, (id, error), and damaged parts; `level` as in `warnings`."""
+        errors = [f"{identity!r}: {error}" for identity, error in itertools.islice(bad, _SHOWN)]
+        damages = [f"{path}: {reason}" for path, reason in self.damaged.items()]
+        missing = f"{n_bad} of {n_records} records have no numbers (column 'error'):"
+        again = f"{len(damages)} files of finished records could not be read, and are run again:"
+        for fact, count, lines in ((missing, n_bad, errors), (again, len(damages), damages)):
+            if count:
+                more = [f"… and {count - _SHOWN} more"] if count > _SHOWN else []
+                text = "\n  ".join([f"{self.path}: {fact}", *lines[:_SHOWN], *more])
+                warnings.warn(text, stacklevel=level + 1)
+
+    def _part_paths(self) -> list[Path]:
+        return sorted(self.folder.glob("*.parquet"))
+
+    def _require_same(self, about: Fingerprint, path: Path) -> None:
+        differ = differences(about, self.fingerprint)
+        if differ:
             raise SweepError(
-                f"{self.parts.folder} lacks {len(lost)} of {len(records)} records, "
-                f"{lost[0].where} among them: several machines must write to one shared folder. "
-                "Run it again to resume."
+                f"{path} holds another sweep: {'; '.join(differ)}. Give another out, or start over "
+                "with resume=False (--no-resume)."
             )
-        rows = [Row.failed(r) if r.error is not None else known[content(r)] for r in records]
-        self._write(rows, [record.id for record in records])
-        self.parts.remove()
-        return rows
 
-    def prompts(self) -> list[dict[str, Any]]:
-        """The rows of the merged table, one per prompt."""
-        return _read(self.prompts_path).to_pylist()
+    def _metadata(self, notes: Mapping[bytes, bytes] | None) -> dict[bytes, bytes]:
+        return {_ABOUT: _as_json(self.fingerprint), **(notes or {})}
 
-    def _finished(self) -> list[Row]:
-        """Rows of the two results; none if one was deleted, or not yet written."""
-        for path in (self.prompts_path, self.sites_path):
-            if path.exists():
-                require_same(about_of(path), self.fingerprint, path)
-        if not (self.prompts_path.exists() and self.sites_path.exists()):
-            return []
-        prompts, sites = _read(self.prompts_path), _read(self.sites_path)
-        mark = _mark_of(prompts)
-        if mark != _mark_of(sites):
-            return []
+    def _write_whole(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write under a temporary name, and rename once the file is complete and on the disk."""
+        unfinished = self.folder / f".{uuid.uuid4().hex}"
         try:
-            rows = rows_of_results(prompts, sites, len(self._sites), self._analyses)
-        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise _damaged(
-                self.prompts_path, f"and {self.sites_path} do not fit: {error}"
-            ) from error
-        if mark != _hash(rows, self._analyses):
-            raise _damaged(self.prompts_path, f"or {self.sites_path}: their rows were changed")
-        return rows
-
-    def _write(self, rows: Sequence[Row], ids: Sequence[int | str]) -> None:
-        mark = _hash([row for row in rows if row.error is None], self._analyses)
-        about = {METADATA: as_json(self.fingerprint), _MARK: mark}
-        step, is_whole = _PROMPTS_AT_ONCE, all(isinstance(identity, int) for identity in ids)
-        ids = ids if is_whole else [str(identity) for identity in ids]
-        by_site = (
-            sites_table(rows[i : i + step], ids[i : i + step], self._sites, self._analyses)
-            for i in range(0, len(rows), step)
-        )
-        by_prompt = iter([prompts_table(rows, ids, self._analyses)])
-        for path, tables in {self.sites_path: by_site, self.prompts_path: by_prompt}.items():
-            write = functools.partial(_write_tables, tables=tables, about=about)
-            write_whole(path, write, self.parts.folder)
+            with told(path):
+                write(unfinished)
+                with unfinished.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(unfinished, path)
+                _keep_name(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
 
-def require_same_sweep(out: str | Path, known: Fingerprint) -> None:
-    """Check that results at `out`, if there are any, belong to this sweep.
-
-    Changes nothing.
-
-    Args:
-        out: the results' path, ending in .parquet.
-        known: part of a fingerprint; only its keys are compared.
+def result_path(out: str | Path) -> Path:
+    """The path of the result.
 
     Raises:
-        SweepError: the path has another ending, the files are not a sweep's, or those of a
-            different sweep.
+        SweepError: it does not end in .parquet, or is a folder.
     """
-    sites, prompts, folder = paths(out)
-    known = json.loads(as_json(known))
-    there = {path: about_of(path) for path in (prompts, sites) if path.exists()}
-    first = next((part for part in Parts(folder).each() if isinstance(part, Part)), None)
-    there |= {} if first is None else {first.path: first.about}
-    for path, about in there.items():
-        require_same({key: about.get(key) for key in known}, known, path)
-
-
-def paths(out: str | Path) -> tuple[Path, Path, Path]:
-    """The rows per site, the rows per prompt, and the folder of parts.
-
-    Args:
-        out: the results' path, ending in .parquet.
-
-    Raises:
-        SweepError: the path does not end in .parquet, or is a folder.
-    """
-    sites = Path(out)
-    if sites.suffix != ".parquet":
+    path = Path(out)
+    if path.suffix != ".parquet":
         raise SweepError(f"out={str(out)!r}: expected a name that ends in .parquet.")
-    if sites.is_dir():
+    if path.is_dir():
         raise SweepError(f"out={str(out)!r} is a folder; name a file in it.")
-    return sites, sites.with_suffix(".prompts.parquet"), sites.with_suffix(".parts")
-
-
-def require_same(there: Fingerprint, here: Fingerprint, path: Path) -> None:
-    """Check that a file belongs to this sweep.
-
-    Args:
-        there: of the file.
-        here: of this sweep.
-        path: of the file, for the message.
-
-    Raises:
-        SweepError: naming what differs.
-    """
-    differ = differences(there, here)
-    if differ:
-        raise SweepError(
-            f"{path} holds another sweep: {'; '.join(differ)}. Give another out, or start over "
-            "with resume=False (--no-resume)."
-        )
-
-
-def _write_tables(path: Path, tables: Iterator[pa.Table], about: Mapping[bytes, bytes]) -> None:
-    first = next(tables)
-    schema = first.schema.with_metadata(dict(about))
-    with pq.ParquetWriter(path, schema) as writer:
-        for table in itertools.chain([first], tables):
-            writer.write_table(table)
-
-
-def _read(path: Path) -> pa.Table:
-    """The file alone: folders named 'a=b' add no columns.
-
-    Raises:
-        SweepError: it is damaged.
-    """
-    try:
-        return pq.ParquetFile(path).read()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from error
-
-
-def _damaged(path: Path, fact: str) -> SweepError:
-    return SweepError(
-        f"{path}: damaged, {fact}. Restore it from a copy, or delete it and run the same sweep "
-        "again."
-    )
+    return path
 
 
 def about_of(path: Path) -> Fingerprint:
     """The fingerprint in a result file.
 
-    Args:
-        path: of the file.
-
     Raises:
         SweepError: not a Parquet file, or not a sweep's.
     """
     try:
-        metadata = pq.read_schema(path).metadata or {}
-        about = json.loads(metadata[METADATA]) if METADATA in metadata else None
+        return _about_in(pq.read_schema(path))
+    except KeyError as error:
+        raise SweepError(
+            f"{path} exists and is not the result of a sweep; give another out, or overwrite it "
+            "with resume=False (--no-resume)."
+        ) from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise SweepError(
             f"{path}: not a Parquet file, or a damaged one ({error}). Restore it from a copy, "
             "delete it, or give another out."
         ) from error
-    if about is None:
-        raise SweepError(
-            f"{path} exists and is not the result of a sweep; give another out, or overwrite it "
-            "with resume=False (--no-resume)."
-        )
-    return about
 
 
-def _mark_of(table: pa.Table) -> bytes | None:
-    return (table.schema.metadata or {}).get(_MARK)
+def _as_json(about: Fingerprint) -> bytes:
+    return json.dumps(about, ensure_ascii=True, sort_keys=True).encode()
 
 
-def _hash(rows: Sequence[Row], analyses: Sequence[str]) -> bytes:
-    """Of everything that the rows of a sweep hold but their ids."""
-    found = hashlib.sha256()
-    for row in rows:
-        fields = dataclasses.asdict(dataclasses.replace(row, id="", values={}))
-        found.update(repr(fields).encode())
-        for name in analyses:
-            found.update(np.ascontiguousarray(row.values[name], np.float64).tobytes())
-    return found.hexdigest().encode()
+def _about_in(schema: pa.Schema) -> Fingerprint:
+    return json.loads((schema.metadata or {})[_ABOUT])
+
+
+def _read_part(path: Path) -> Part | str:
+    """The part, or what is wrong with it."""
+    name = _PART_NAME.fullmatch(path.name)
+    if name is None:
+        return "not a part that a sweep wrote"
+    try:
+        content = path.read_bytes()
+        if _hash(content) != name[1]:
+            return "damaged, its contents do not match the hash in its name"
+        table = pq.read_table(pa.BufferReader(content))
+        return Part(path, table, _about_in(table.schema))
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        return f"damaged ({error})"
+
+
+def _hash(content: bytes | pa.Buffer) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _keep_name(folder: Path) -> None:
+    """Wait until the folder's own entries are on the disk, where its file system can say so."""
+    with contextlib.suppress(OSError):  # Windows opens no folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# --- Fingerprints
+
+
+# A renamed model or adapter is still the same one if its weights are.
+_NAMES = {"model": "model_weights", "adapter": "adapter_weights"}
+# Where it runs and what it is called decides no number, and what else a library notes down.
+_NO_NUMBERS = frozenset(
+    {
+        "device", "n_devices", "model_name", "tokenizer_name", "_name_or_path", "architectures",
+        "transformers_version", "checkpoint_index", "checkpoint_label_type", "checkpoint_value",
+        "from_checkpoint", "seed", "init_mode", "init_weights", "initializer_range",
+        "trust_remote_code", "training", "context_level", "is_caching", "tokenizer", "processor",
+    }
+)  # fmt: skip
+_TOKENIZER = ("padding_side", "add_prefix_space", "legacy")
+# Code from anywhere else is the caller's own. Its versions are compared (`LoraLens.describe`).
+_LIBRARIES = frozenset(
+    {
+        "lens_lora", "torch", "transformers", "transformers_modules", "transformer_lens", "peft",
+        "accelerate", "bitsandbytes",
+    }
+)  # fmt: skip
+
+
+def fingerprint(
+    lens: LoraLens, analyses: Sequence[str], readout: Any, version: str | None = None
+) -> Fingerprint:
+    """All that decides a number besides its record: one field for each name."""
+    model, base = lens.model, getattr(lens, "_hf_model", None)
+    about = fingerprint_without_model(lens.adapter, analyses, readout, version)
+    return {
+        **lens.describe(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        **_configuration(model),
+        **_attributes(model),
+        "hooks": [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in _hooks(model)],
+        "tokenizer": _tokenizer(getattr(model, "tokenizer", None)),
+        "sites": digest([dataclasses.astuple(site) for site in lens.sites]),
+        "model_weights": _weights(model),
+        "base_weights": None if base is None else _weights(base),
+        **about,
+        "own_code": [*about["own_code"], *_own_code(model)],
+    }
+
+
+def fingerprint_without_model(
+    adapter: Adapter, analyses: Sequence[str], readout: Any, version: str | None = None
+) -> Fingerprint:
+    """The part that is known before a model is loaded."""
+    text, own_code = _readout(readout)
+    return {
+        "adapter_weights": digest(adapter.modules),
+        "analyses": list(analyses),
+        "options": {name: dict((ANALYSES | BY_TOKEN)[name].options) for name in analyses},
+        "readout": text,
+        "version": version,
+        "own_code": own_code,
+    }
+
+
+def differences(there: Fingerprint, here: Fingerprint) -> list[str]:
+    """'field X there, Y here' for each field that differs; none if they are one sweep's."""
+    keys = dict.fromkeys([*here, *there])
+    differ = {key for key in keys if there.get(key) != here.get(key)}
+    differ -= {name for name, weights in _NAMES.items() if weights not in differ}
+    return [
+        f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in keys if key in differ
+    ]
+
+
+# --- Values and code
+
+
+_BY_REPR = (float, bytes, Path, enum.Enum, torch.dtype, torch.device, np.generic)
+
+
+def digest(value: object, own_code: list[object] | None = None) -> str:
+    """The hash of a value by its data; code counts by its name."""
+    plain = _plain(value, [] if own_code is None else own_code)
+    return _hash(json.dumps(plain).encode())
+
+
+def _plain(value: Any, own_code: list[object]) -> Any:
+    """A value as JSON: tensors by their bytes, dataclasses by their fields, code by its name.
+
+    What is of the caller's own code is added to `own_code`.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, _BY_REPR):
+        return repr(value)
+    if isinstance(value, np.ndarray):
+        return ["array", value.dtype.str, _plain(value.tolist(), own_code)]
+    if isinstance(value, Tensor):
+        return tensor_digest(value).hex()
+    if isinstance(value, Mapping):
+        return [[_plain(part, own_code) for part in item] for item in value.items()]
+    if isinstance(value, Set):
+        return sorted(json.dumps(_plain(item, own_code)) for item in value)
+    if isinstance(value, Sequence):
+        return [_plain(item, own_code) for item in value]
+    if isinstance(value, functools.partial):
+        return _plain([value.func, value.args, value.keywords], own_code)
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    if _is_own(value):
+        own_code.append(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return [name, _plain(fields, own_code)]
+    return name
+
+
+def tensor_digest(tensor: Tensor) -> bytes:
+    """The hash of a tensor: dtype, shape and every byte."""
+    hashed = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    if tensor.numel():
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        hashed.update(flat.view(torch.uint8).numpy().data)
+    return hashed.digest()[:16]
+
+
+def _is_own(code: Any) -> bool:
+    """Whether a function, a class or the class of an object is the caller's own."""
+    return _home(code).partition(".")[0] not in _LIBRARIES
+
+
+def _home(code: Any) -> str:
+    """The module in which code stands; of a wrapper its own, not that of what it wraps."""
+    if isinstance(code, functools.partial):
+        return _home(code.func)
+    code = getattr(code, "__func__", code)
+    if isinstance(code, FunctionType):
+        return str(code.__globals__.get("__name__"))
+    return str(getattr(code, "__module__", None))
+
+
+# --- What is looked at
+
+
+def _readout(readout: Any) -> tuple[str, list[str]]:
+    """What is read, in words and as a hash, and its name if code of the caller's own takes part."""
+    if readout is None:
+        return "margin of doc and pre", []
+    own_code: list[object] = []
+    hashed = digest(readout, own_code)
+    if isinstance(readout, Readout):
+        name, text = f"the readout {readout.label!r}", f"{readout.label}, {readout.units}, {hashed}"
+    else:
+        name = getattr(readout, "__qualname__", type(readout).__name__)
+        text = f"{name} of each response, {hashed}"
+    return text, [name] if own_code else []
+
+
+def _configuration(model: Any) -> dict[str, Any]:
+    """Every field of the model's configuration, and of the Hugging Face model's within a bridge."""
+    fields = dict(vars(model.cfg))
+    inner = getattr(getattr(model, "original_model", None), "config", None)
+    if inner is not None:
+        fields |= {f"config.{name}": value for name, value in fields_of(inner).items()}
+    return {
+        f"configuration {name}": _as_field(value)
+        for name, value in sorted(fields.items())
+        if name.removeprefix("config.") not in _NO_NUMBERS
+    }
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """The plain attributes of all modules, and the names of functions, by class and name.
+
+    They decide numbers as weights do.
+    """
+    values: dict[str, list[Any]] = defaultdict(list)
+    for module in model.modules():
+        for name, value in _held(module).items():
+            is_code = callable(value)
+            if is_code or value is None or isinstance(value, bool | int | float | str):
+                key = f"modules {type(module).__name__}.{name}"
+                values[key].append(json.dumps(_plain(value, [])) if is_code else value)
+    return {name: _summary(column) for name, column in sorted(values.items())}
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes, without those with an underscore, a library's own notes."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not (name.startswith("_") or name in _NO_NUMBERS or isinstance(value, nn.Module | type))
+    }
+
+
+def _summary(values: Sequence[Any]) -> Any:
+    """The one value of all modules of a class; of several the first ones, and a hash of all."""
+    distinct = list(dict.fromkeys(map(repr, values)))
+    if len(distinct) == 1:
+        return _as_field(values[0])
+    more = ", …" if len(distinct) > 3 else ""
+    return f"{', '.join(distinct[:3])}{more} ({digest(values)[:8]})"
+
+
+def _as_field(value: Any) -> Any:
+    """A plain value as it is, any other as its hash."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    return str(value) if isinstance(value, torch.dtype) else digest(value)
+
+
+def _own_code(model: nn.Module) -> list[str]:
+    """The names of the caller's own code in a model: functions of modules, classes and hooks."""
+    names: list[str] = []
+    for place, module in model.named_modules():
+        held = _held(module).items()
+        names += [f"{name} of {place!r}" for name, v in held if callable(v) and _is_own(v)]
+        if _is_own(type(module).forward):
+            names.append(f"forward of the class {type(module).__name__}")
+    names += [f"a hook on {place!r}" for place, hook in _hooks(model) if _is_own(hook)]
+    return list(dict.fromkeys(names))
+
+
+def _hooks(model: nn.Module) -> list[tuple[str, Any]]:
+    """(place, function) of each hook, in the order in which they fire.
+
+    A bridge puts hooks of its own on its parts at the first pass; they are left out.
+    """
+    hooks = [
+        (place, hook_function(hook))
+        for place, module in model.named_modules()
+        for registered in hooks_of(module)[:4]  # the fifth says which of them take keywords
+        for hook in registered.values()
+    ]
+    return [(place, hook) for place, hook in hooks if hook is not None]
+
+
+def _tokenizer(tokenizer: Any) -> str | None:
+    """The hash of how a string becomes ids; padding and truncation are set by each call."""
+    if tokenizer is None:
+        return None
+    special = {name: getattr(tokenizer, name, None) for name in _TOKENIZER}
+    special |= {**added_tokens(tokenizer), **tokenizer.special_tokens_map}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest([special, tokenizer.get_vocab()])
+    fields = json.loads(backend.to_str())  # a fast tokenizer's own JSON
+    return digest([special, {**fields, "padding": None, "truncation": None}])
+
+
+def _weights(model: nn.Module) -> str:
+    """The hash of every parameter and buffer, and of processed weights kept as neither."""
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    named |= dict(model.named_buffers())
+    for place, module in model.named_modules():
+        named |= {f"{place}.{name}": tensor for name, tensor in processed_tensors(module).items()}
+    away = _offloaded(model)
+    present = {name: tensor for name, tensor in named.items() if id(tensor) not in away}
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(present, pool.map(tensor_digest, present.values()), strict=True))
+    together = hashlib.sha256()
+    for name, tensor in named.items():
+        together.update(name.encode() + (away.get(id(tensor)) or digests[name]))
+    return together.hexdigest()[:32]
+
+
+def _offloaded(model: nn.Module) -> dict[int, bytes]:
+    """{id: hash} of each parameter that is brought in for it, a module at a time."""
+    digests: dict[int, bytes] = {}
+    for module in model.modules():
+        ids = {name: id(p) for name, p in module.named_parameters(recurse=False) if p.is_meta}
+        with brought_in(module):
+            digests |= {key: tensor_digest(getattr(module, name)) for name, key in ids.items()}
+    return digests

@@ -1,34 +1,39 @@
-"""Many prompts through chosen analyses, into Parquet.
+"""`sweep`: many prompts through chosen analyses, into Parquet, and what it returns.
 
 1. The records are read and tokenised; an error in one is kept with its line.
 2. What earlier runs finished is skipped. The rest is run in batches of similar length, every n-th
    by one of n processes, and each batch is on the disk before the next begins.
 3. The main process merges the batches in the order of the records.
+
+An analysis by token takes the same steps as a stream (`stream.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, cast, overload
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.errors import PromptError, TokenError
-from lens_lora.lens import LoraLens
+from lens_lora.errors import PromptError, SweepError, TokenError
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Site
 from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout, bound
-from lens_lora.sweeps.agreement import by_main, require_one_sweep
-from lens_lora.sweeps.analyses import ANALYSES, BY_TOKEN, ByToken, chosen
+from lens_lora.results.attribution import Attribution
 from lens_lora.sweeps.batches import (
+    Content,
     Job,
     Make,
     Row,
+    RowStore,
+    content,
     is_make,
     make_batches,
     measure,
@@ -36,22 +41,129 @@ from lens_lora.sweeps.batches import (
     tokenised,
     with_text,
 )
-from lens_lora.sweeps.fingerprint import (
-    fingerprint,
-    fingerprint_without_model,
-)
-from lens_lora.sweeps.lock import only_writer
 from lens_lora.sweeps.processes import Processes, launched
-from lens_lora.sweeps.records import Record, RecordsLike, SweepError, read_records
-from lens_lora.sweeps.result import SweepResult
-from lens_lora.sweeps.resume import Content, content
-from lens_lora.sweeps.store import Store, require_same_sweep
-from lens_lora.sweeps.token_file import ActivationsFile
-from lens_lora.sweeps.token_sweep import token_sweep
+from lens_lora.sweeps.records import (
+    ANALYSES,
+    BY_TOKEN,
+    ByToken,
+    Record,
+    RecordsLike,
+    chosen,
+    read_records,
+)
+from lens_lora.sweeps.store import fingerprint, fingerprint_without_model
+from lens_lora.sweeps.stream import ActivationsFile, token_sweep
 
-__all__ = ["require_resumable", "require_slopes", "sweep"]
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
-_WARNED = 10
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SweepResult:
+    """The files of a sweep, and counts of what is in them.
+
+    Attributes:
+        path: one row per prompt and site: id, prompt, site, module, layer, kind, and a column per
+            analysis, in the units of the prompt's readout. Prompts with an error have no rows.
+        prompts_path: one row per record: id, prompt, chat (whether of messages), doc, pre, tokens,
+            readout, units, base g(0), adapted g(1), shift, flips (of margins), per analysis its sum
+            over sites and remainder (shift − sum; not of second order, which does not stand for
+            the shift), and error (null where there is none).
+        records: how many records there are.
+        resumed: how many of them earlier runs had finished.
+        flips: how many margins change sign, beyond three noise floors.
+        errors: (id, what is wrong, with its line) of each bad record.
+        damaged: files of finished prompts that could not be read, and why; their prompts were run
+            again.
+        sites, analyses: the rows and the columns of the site table.
+        readout, units: of all prompts; 'margin(doc − pre)' if each prompt has its own, and every
+            unit that occurs (nats where an answer has several tokens).
+        meta: model, adapter, dtype and versions.
+    """
+
+    path: Path
+    prompts_path: Path
+    records: int
+    resumed: int
+    flips: int
+    errors: tuple[tuple[int | str, str], ...]
+    damaged: tuple[str, ...]
+    sites: tuple[Site, ...]
+    analyses: tuple[str, ...]
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+
+    @property
+    def done(self) -> int:
+        """How many prompts have numbers."""
+        return self.records - len(self.errors)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site: `pd.read_parquet(path)`."""
+        return pd.read_parquet(self.path)
+
+    def prompts(self) -> pd.DataFrame:
+        """One row per record: `pd.read_parquet(prompts_path)`."""
+        return pd.read_parquet(self.prompts_path)
+
+    def attribution(self, analysis: str) -> Attribution:
+        """One analysis of all prompts without an error, with its tables, sums and figures.
+
+        Its values are in several units if `units` names several.
+
+        Args:
+            analysis: one of `analyses`.
+
+        Raises:
+            SweepError: the analysis was not run, or every prompt has an error.
+        """
+        if analysis not in self.analyses or not self.done:
+            raise SweepError(
+                f"{analysis!r} of {self.done} prompts: the sweep holds {', '.join(self.analyses)}."
+            )
+        column = pd.read_parquet(self.path, columns=[analysis])[analysis].to_numpy(copy=True)
+        prompts = self.prompts()
+        prompts = prompts[prompts["error"].isna()]
+        base, adapted = (
+            torch.tensor(prompts[name].tolist(), dtype=torch.float64)
+            for name in ("base", "adapted")
+        )
+        return Attribution(
+            values=torch.from_numpy(column).view(-1, len(self.sites)),
+            by=(),
+            sites=self.sites,
+            heads=(0,) * len(self.sites),
+            base=base,
+            adapted=adapted,
+            str_tokens=tuple((text,) for text in prompts["prompt"]),
+            readout=self.readout,
+            units=self.units,
+            method=analysis.removesuffix("_at_1"),
+            at=ANALYSES[analysis].at,
+            meta=self.meta,
+        )
+
+    def plot(self, analysis: str | None = None) -> Figure:
+        """Heatmap layer × kind of module of one analysis: its mean over prompts.
+
+        Args:
+            analysis: one of `analyses`; None for the first.
+        """
+        return self.attribution(analysis or self.analyses[0]).plot()
+
+    def __repr__(self) -> str:
+        lines = [
+            f"SweepResult: {self.done} of {self.records} prompts × {len(self.sites)} sites, "
+            f"{', '.join(self.analyses)} of {self.readout} in {self.units}; {self.flips} flip, "
+            f"{len(self.errors)} with errors",
+            f"  {self.path}",
+            f"  {self.prompts_path}",
+        ]
+        return "\n".join(lines)
+
+
+# --- The sweep
 
 
 @overload
@@ -122,8 +234,9 @@ def sweep(
         batch_size: how many prompts are run, and written, together; one of 'path', 'add_one' and
             'leave_one_out', so that a kill loses at most one prompt's work.
         resume: go on with what is at `out`; False removes it and starts over.
-        version: names what the readout and your hooks compute where their code and values cannot
-            be hashed (an error says so); change it whenever that changes.
+        version: a name for code of your own that takes part: a function in `Readout.of`, a readout
+            class, a hook or a `forward` of yours. Code cannot be compared with that of an earlier
+            run, so without a version such a sweep cannot be resumed; change it with the code.
         progress: show a bar.
 
     Returns:
@@ -133,8 +246,9 @@ def sweep(
 
     Raises:
         SweepError: there are no records, an analysis is unknown, a file is of another kind, or
-            `out` holds results of another lens, readout, choice of analyses or prompts, or is
-            being written by another sweep, or cannot be written or read.
+            `out` holds results of another lens, readout, choice of analyses or prompts, or of code
+            of your own without a version, or is being written by another sweep, or cannot be
+            written or read.
         TokenError: the readout fits no record's prompt.
         ModelStateError: an analysis cannot be computed on this lens or model.
     """
@@ -144,38 +258,83 @@ def sweep(
     if names[0] in BY_TOKEN:
         if readout is not None:
             raise SweepError(f"{names[0]!r} has no readout; leave readout out.")
-        options: dict[str, Any] = {"batch_size": batch_size, "resume": resume, "version": version}
-        return token_sweep(lens, records, names[0], out=out, progress=progress, **options)
-    said = is_make(readout)
-    read = read_records(records, with_answers=readout is None, with_response=said)
-    rows = [with_text(lens, record) for record in read]
-    if readout is not None and not said:
+        return token_sweep(lens, records, names[0], out, batch_size, resume, version, progress)
+    has_response = is_make(readout)
+    plain = read_records(records, with_answers=readout is None, with_response=has_response)
+    rows = [with_text(lens, record) for record in plain]
+    if readout is not None and not has_response:
         _require_for_all(lens, rows, cast(Readout, readout))
-    asked = readout(["", ""]) if is_make(readout) else cast(Readout | None, readout)
-    require_slopes(names, asked)
+    require_slopes(names, readout)
     processes = launched()
     about = fingerprint(lens, names, readout, version)
-    store, shown = Store(out, about, lens.sites, names), progress and processes.is_main
-    with only_writer(store.sites_path) if processes.is_main else contextlib.nullcontext():
-        require_one_sweep(processes.gather(store.fingerprint), processes.index)
+    store, shown = RowStore(out, about, lens.sites, names), progress and processes.is_main
+    with store.writing(processes):
         before = store.done(rows) if resume else {}
         prepared = _prepare(lens, rows, readout, before, shown)
-        by_main(processes, lambda: store.begin(anew=not resume))
+        processes.by_main(lambda: store.begin(anew=not resume))
         jobs = [job for job in prepared if isinstance(job, Job)]
-        checked = [job if isinstance(job, Record) else job.record for job in prepared]
+        checked = [job.record if isinstance(job, Job) else job for job in prepared]
         resumed = sum(r.error is None and content(r) in before for r in checked)
         size = 1 if any(ANALYSES[name].many for name in names) else batch_size
-        mine = make_batches(jobs, size)[processes.index :: processes.count]
-        with _bar(mine, resumed, processes, shown) as bar:
-            for batch in mine:
+        own_share = make_batches(jobs, size)[processes.index :: processes.count]
+        with _bar(own_share, resumed, processes, shown) as bar:
+            for batch in own_share:
                 store.add(measure(lens, batch, names))
                 bar.update(len(batch))
-        by_main(processes, lambda: store.merge(checked, before))
-        result = _result(lens, store, checked, names, resumed, _label(readout))
-        processes.wait()  # the main process lets no other sweep write before all have read
+        processes.by_main(lambda: store.merge(checked, before))
+        result = _result(lens, store, names, resumed, readout)
     if processes.is_main:
-        _warn(result)
+        store.warn(len(result.errors), len(rows), result.errors, level=2)
     return result
+
+
+def require_slopes(names: Sequence[str], readout: Readout | Make | None) -> None:
+    """Refuse the derivatives of a KL, which has none at ε = 0; its base is not held here.
+
+    Raises:
+        SweepError: naming the analysis, and those that read a KL.
+    """
+    read = readout(["", ""]) if is_make(readout) else readout
+    without = sorted({"first_order", "second_order", "first_order_at_1"}.intersection(names))
+    if isinstance(read, KL) and without:
+        raise SweepError(
+            f"{read.label} is not read by {without[0]!r} in a sweep; use 'path', 'add_one' or "
+            "'leave_one_out'."
+        )
+
+
+def require_resumable(
+    out: str | Path, adapter: Adapter, analyses: Sequence[str], readout: Readout | Make | None
+) -> None:
+    """Check, before a model is loaded, that results at `out` belong to the same sweep.
+
+    Raises:
+        SweepError: `out` holds results of another adapter, choice of analyses or readout.
+    """
+    about = fingerprint_without_model(adapter, analyses, readout)
+    RowStore(out, about, (), analyses).require_same_sweep()
+
+
+def _require_for_all(lens: LoraLens, records: Sequence[Record], readout: Readout) -> None:
+    """Check that the readout fits some prompt, and no list of them: batches regroup the prompts.
+
+    Raises:
+        TokenError: the readout has one token per prompt, or a token that no prompt can read.
+    """
+    token = torch.ones(1, 1, dtype=torch.long, device=lens.device)
+    prompt, first = Prompts(token, token[:, 0]), None
+    for record in records:
+        try:
+            prompt = tokenised(lens, record) if record.error is None else prompt
+            for count in (1, 2):
+                bound(readout, lens.model, prompt.repeat(count))
+            return
+        except PromptError:
+            continue
+        except TokenError as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def _prepare(
@@ -190,123 +349,36 @@ def _prepare(
         return [r if content(r) in done else prepare(lens, r, readout) for r in bar]
 
 
-def _bar(mine: Sequence[list[Job]], resumed: int, processes: Processes, shown: bool) -> tqdm:
+def _bar(batches: Sequence[list[Job]], resumed: int, processes: Processes, shown: bool) -> tqdm:
     """A bar that counts prompts; with several processes, those of the first."""
-    share = f" (process 1 of {processes.count})" if processes.count > 1 else ""
-    begun = 0 if share else resumed
-    total = begun + sum(map(len, mine))
-    return tqdm(total=total, initial=begun, desc=f"sweep{share}", unit="prompt", disable=not shown)
-
-
-def _require_for_all(lens: LoraLens, records: Sequence[Record], readout: Readout) -> None:
-    """Check that the readout fits some prompt, and no list of them: batches regroup the prompts.
-
-    Raises:
-        TokenError: the readout has one token per prompt, or a token that no prompt can read.
-    """
-    one = torch.ones(1, 1, dtype=torch.long, device=lens.device)
-    some, first = Prompts(one, one[:, 0]), None
-    for record in records:
-        try:
-            some = tokenised(lens, record) if record.error is None else some
-            for count in (1, 2):
-                bound(readout, lens.model, some.repeat(count))
-            return
-        except PromptError:
-            continue
-        except TokenError as error:
-            first = first or error
-    if first is not None:
-        raise first
-
-
-def require_resumable(
-    out: str | Path,
-    adapter: Adapter,
-    analyses: str | Iterable[str],
-    readout: Readout | Make | None = None,
-) -> None:
-    """Check, before a model is loaded, that results at `out` belong to the same sweep.
-
-    Args:
-        out: the results' path, ending in .parquet.
-        adapter: of the sweep to be run.
-        analyses: one or several names from `ANALYSES`.
-        readout: for all prompts; None for the margin between each record's answers.
-
-    Raises:
-        SweepError: `out` holds results of another adapter, choice of analyses or readout.
-    """
-    require_same_sweep(out, fingerprint_without_model(adapter, chosen(analyses), readout))
-
-
-def require_slopes(names: Sequence[str], readout: Readout | None) -> None:
-    """Refuse the derivatives of a KL, which has none at ε = 0; its base is not held here.
-
-    Args:
-        names: from `ANALYSES`.
-        readout: of all records; None for margins.
-
-    Raises:
-        SweepError: naming the analysis, and those that read a KL.
-    """
-    none = sorted({"first_order", "second_order", "first_order_at_1"}.intersection(names))
-    if isinstance(readout, KL) and none:
-        raise SweepError(
-            f"{readout.label} is not read by {none[0]!r} in a sweep; use 'path', 'add_one' or "
-            "'leave_one_out'."
-        )
-
-
-def _label(readout: Readout | Make | None) -> str:
-    """Of what is read, where records have readouts of their own."""
-    return readout(["", ""]).label if is_make(readout) else "margin(doc − pre)"
+    begun = 0 if processes.count > 1 else resumed
+    total = begun + sum(map(len, batches))
+    title = f"sweep{processes.share}"
+    return tqdm(total=total, initial=begun, desc=title, unit="prompt", disable=not shown)
 
 
 def _result(
     lens: LoraLens,
-    store: Store,
-    records: Sequence[Record],
+    store: RowStore,
     analyses: tuple[str, ...],
     resumed: int,
-    label: str,
+    readout: Readout | Make | None,
 ) -> SweepResult:
     rows = store.prompts()
     good = [row for row in rows if row["error"] is None]
     readouts, units = ({row[name] for row in good} for name in ("readout", "units"))
+    several = readout(["", ""]).label if is_make(readout) else "margin(doc − pre)"
     return SweepResult(
-        path=store.sites_path,
+        path=store.path,
         prompts_path=store.prompts_path,
-        records=len(records),
+        records=len(rows),
         resumed=resumed,
         flips=sum(row["flips"] is True for row in good),
         errors=tuple((row["id"], row["error"]) for row in rows if row["error"] is not None),
-        damaged=tuple(map(str, store.damaged)),
+        damaged=tuple(f"{path}: {reason}" for path, reason in store.damaged.items()),
         sites=lens.sites,
         analyses=analyses,
-        readout=readouts.pop() if len(readouts) == 1 else label,
+        readout=readouts.pop() if len(readouts) == 1 else several,
         units=" and ".join(sorted(units)),
         meta=lens.describe(),
     )
-
-
-def _warn(result: SweepResult) -> None:
-    """Name the bad records and the damaged parts, if there are any."""
-    if result.errors:
-        shown = [f"  {identity!r}: {error}" for identity, error in result.errors]
-        _warn_of(
-            f"{len(result.errors)} of {result.records} records have no numbers (column 'error' of "
-            f"{result.prompts_path})",
-            shown,
-        )
-    if result.damaged:
-        _warn_of(
-            f"{len(result.damaged)} files of finished prompts could not be read, and their "
-            "prompts were run again",
-            [f"  {damage}" for damage in result.damaged],
-        )
-
-
-def _warn_of(fact: str, lines: Sequence[str]) -> None:
-    more = [f"  … and {len(lines) - _WARNED} more"] if len(lines) > _WARNED else []
-    warnings.warn("\n".join([f"{fact}:", *lines[:_WARNED], *more]), stacklevel=4)

@@ -12,46 +12,14 @@ import models
 import peft
 import pytest
 import torch
+from adapter_files import CONFIG, WEIGHTS, assert_is, deltas, peft_of, saved, set_config
 from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
-from lens_lora import AdapterError, SiteError, UnsupportedAdapterError
+from lens_lora.errors import AdapterError, SiteError, UnsupportedAdapterError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q0}.lora_{{}}.weight"
-
-
-def peft_of(family: str, dtype: torch.dtype = torch.float64, **config) -> peft.PeftModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return models.peft_model(family, models.hf_model(family, dtype=dtype), **config)
-
-
-def saved(model: peft.PeftModel, folder: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder)
-    return folder
-
-
-def deltas(model: peft.PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
-    """PEFT's own ΔW by module path, [out, in]: the oracle."""
-    found = {}
-    for path, module in model.get_base_model().named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            delta = module.get_delta_weight(name)
-            is_conv = type(module.base_layer).__name__ == "Conv1D"
-            found[path] = (delta.T if is_conv else delta).detach()
-    return found
-
-
-def assert_is(adapter: ll.Adapter, expected: dict[str, torch.Tensor]) -> None:
-    assert set(adapter.modules) == set(expected)
-    for path, factors in adapter.modules.items():
-        delta = factors.materialise()
-        assert delta.shape == expected[path].shape and delta.abs().max() > 0.01
-        torch.testing.assert_close(delta, expected[path], rtol=0, atol=1e-12)
 
 
 def assert_equal(one: ll.Adapter, other: ll.Adapter) -> None:
@@ -74,11 +42,6 @@ def valid(llama, tmp_path_factory) -> Path:
 def folder(valid, tmp_path) -> Path:
     """A valid saved adapter, to be spoiled."""
     return Path(shutil.copytree(valid, tmp_path / "adapter"))
-
-
-def set_config(folder: Path, **fields) -> None:
-    path = folder / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def edit_tensors(folder: Path, edit) -> None:
@@ -482,7 +445,7 @@ def test_git_lfs_pointer(folder):
     """A pointer that was never fetched is no safetensors file."""
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 13648\n"
     (folder / WEIGHTS).write_text(pointer)
-    refusal(folder, AdapterError, WEIGHTS, "not a whole safetensors file", "run git lfs pull")
+    refusal(folder, AdapterError, WEIGHTS, "a Git LFS pointer", "run git lfs pull")
 
 
 # --- refusals: variants that plain s·B·A would misread, as PEFT makes them

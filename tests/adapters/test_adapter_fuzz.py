@@ -57,7 +57,7 @@ class Victim:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 adapter = ll.load_adapter(self.folder)
-        except ll.LensLoraError as error:
+        except ll.errors.LensLoraError as error:
             assert str(self.folder) in str(error)
             return None
         assert len(adapter) == len(self.original)

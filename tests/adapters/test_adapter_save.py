@@ -134,7 +134,7 @@ def test_a_path_that_matches_another_is_refused(tmp_path):
     modules = {"a.b": ll.LoRAFactors(one, one, 3.0), "x.a.b": ll.LoRAFactors(one, one, 1.0)}
     modules["c"] = ll.LoRAFactors(one, one, 1.0)
     with pytest.raises(
-        ll.UnsupportedAdapterError, match=r"x\.a\.b: PEFT would read its scale as 3"
+        ll.errors.UnsupportedAdapterError, match=r"x\.a\.b: PEFT would read its scale as 3"
     ):
         ll.Adapter.from_factors(modules).save(tmp_path / "no")
     assert not (tmp_path / "no").exists()
@@ -202,10 +202,12 @@ def test_a_sum_keeps_the_part_that_the_site_names(tmp_path):
     path = "model.layers.0.self_attn.q_proj"
     assert list(both.only(frame[row : row + 1]).modules) == [f"{path}@b"]
     assert list(both.only(frame[row : row + 1][["module"]]).modules) == [f"{path}@a", f"{path}@b"]
-    with pytest.raises(ll.SiteError, match=r"blocks.0.attn.q@b.*another adapter"):
+    with pytest.raises(ll.errors.SiteError, match=r"blocks.0.attn.q@b.*another adapter"):
         one.only(frame[row : row + 1])
 
-    with pytest.raises(ll.UnsupportedAdapterError, match=r"two updates.*adapter.only\('\*@name'\)"):
+    with pytest.raises(
+        ll.errors.UnsupportedAdapterError, match=r"two updates.*adapter.only\('\*@name'\)"
+    ):
         both.save(tmp_path / "both")
     part = both.only("*@b").save(tmp_path / "b")
     assert (
@@ -220,9 +222,9 @@ def test_bad_tables():
     lens, _ = lens_of("llama")
     with pytest.raises(ValueError, match=r"'group'.*effects.attribution\(\).top"):
         lens.adapter.only(pd.DataFrame({"group": ["blocks.0.attn.q"]}))
-    with pytest.raises(ll.SiteError, match="'model.nothing'.*another adapter"):
+    with pytest.raises(ll.errors.SiteError, match="'model.nothing'.*another adapter"):
         lens.adapter.only(pd.DataFrame({"module": ["model.nothing"]}))
-    with pytest.raises(ll.AdapterError, match="adapts no module"):
+    with pytest.raises(ll.errors.AdapterError, match="adapts no module"):
         lens.adapter.only(pd.DataFrame({"module": []}))
 
 
@@ -242,11 +244,11 @@ REFUSALS = {
     ),
     "part of a bias": (
         {"l.q": factors(trained_bias=VECTOR, strength=0.5)},
-        "l.q: a trained bias times 0.5",
+        "l.q: 0.5 times an update that holds a trained bias",
     ),
     "part of DoRA": (
         {"l.q": factors(magnitude=VECTOR, strength=2.0)},
-        "l.q: DoRA's update times 2",
+        "l.q: 2 times an update that holds DoRA's magnitude",
     ),
     "mixed DoRA": (
         {"l.k": factors(), "l.q": factors(magnitude=VECTOR)},
@@ -270,7 +272,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("modules", "words"), REFUSALS.values(), ids=REFUSALS)
 def test_refusals_write_nothing(modules, words: str, tmp_path):
-    with pytest.raises(ll.AdapterError, match=words):
+    with pytest.raises(ll.errors.AdapterError, match=words):
         ll.Adapter.from_factors(modules).save(tmp_path / "no")
     assert not (tmp_path / "no").exists()
 

@@ -81,12 +81,12 @@ def test_globs_on_a_sum_and_what_cannot_be_added():
     both = a.named("a") + b
     assert len(both) == 2 * len(a) and len(both.only("*@b")) == len(a)
     assert len(both.only("*.q_proj")) == 4 and len(both.without("*@a")) == len(a)
-    with pytest.raises(ll.AdapterError, match="both adapters are called 'default'.*named"):
+    with pytest.raises(ll.errors.AdapterError, match="both adapters are called 'default'.*named"):
         _ = a + a
-    with pytest.raises(ll.AdapterError, match="names the base 'x'.*'y'"):
+    with pytest.raises(ll.errors.AdapterError, match="names the base 'x'.*'y'"):
         _ = ll.Adapter(a.modules, "a", "x") + ll.Adapter(a.modules, "b", "y")
     dora = ll.Adapter.from_peft(models.peft_model("llama", base, use_dora=True)).named("dora")
-    with pytest.raises(ll.AdapterError, match="_proj is adapted twice, once by DoRA"):
+    with pytest.raises(ll.errors.AdapterError, match="_proj is adapted twice, once by DoRA"):
         _ = a + dora
 
 
@@ -164,7 +164,7 @@ def test_pissa_against_the_true_base(cls: str):
     """An initialisation that changes the base is read right from the two models."""
     base, tokens = models.hf_model("llama"), models.tokens()
     peft = models.peft_model("llama", base, init_lora_weights="pissa")
-    with pytest.raises(ll.UnsupportedAdapterError, match="pissa"):
+    with pytest.raises(ll.errors.UnsupportedAdapterError, match="pissa"):
         ll.Adapter.from_peft(peft)
     with torch.no_grad():
         expected = peft(tokens).logits
@@ -176,16 +176,16 @@ def test_pissa_against_the_true_base(cls: str):
 def test_what_between_refuses():
     """No change, other architectures, and changes that no site would carry."""
     base = models.hf_model("llama")
-    with pytest.raises(ll.AdapterError, match="same weights"):
+    with pytest.raises(ll.errors.AdapterError, match="same weights"):
         ll.Adapter.between(base, copy.deepcopy(base), progress=False)
-    with pytest.raises(ll.AdapterError, match="same architecture|has not"):
+    with pytest.raises(ll.errors.AdapterError, match="same architecture|has not"):
         ll.Adapter.between(base, models.hf_model("gpt2"), progress=False)
     tuned = fine_tuned(base)
     with torch.no_grad():
         tuned.model.norm.weight.add_(0.1)
     left_out = ll.Adapter.between(base, tuned, ignore=("*norm*",), progress=False)
     assert "model.norm" not in left_out.modules
-    with pytest.raises(ll.AdapterError, match="rank=0"):
+    with pytest.raises(ll.errors.AdapterError, match="rank=0"):
         ll.Adapter.between(base, tuned, rank=0, progress=False)
 
 
@@ -195,7 +195,7 @@ def test_between_names_a_model_that_a_bridge_took_over(cls: str):
     hooked = models.MAKERS[cls](base)
     taken = getattr(hooked, "original_model", hooked)
     for pair in ((taken, tuned), (tuned, taken)):
-        with pytest.raises(ll.AdapterError, match="a TransformerBridge changes"):
+        with pytest.raises(ll.errors.AdapterError, match="a TransformerBridge changes"):
             ll.Adapter.between(*pair, progress=False)
 
 
@@ -207,7 +207,7 @@ def test_between_refuses_experts_in_one_parameter():
     with torch.no_grad():
         for p in experts:
             p.add_(0.1)
-    with pytest.raises(ll.AdapterError, match="no linear module.*experts.*ignore"):
+    with pytest.raises(ll.errors.AdapterError, match="no linear module.*experts.*ignore"):
         ll.Adapter.between(base, tuned, progress=False)
 
 
@@ -265,7 +265,7 @@ def test_models_that_are_other_functions(family: str, fields: dict, said: str):
         moved = copy.deepcopy(base)
         moved.load_state_dict(tuned.state_dict())
         assert (moved(tokens).logits - expected).abs().max() > 1e-4
-    with pytest.raises(ll.AdapterError, match=f"different functions.*{said}"):
+    with pytest.raises(ll.errors.AdapterError, match=f"different functions.*{said}"):
         ll.Adapter.between(base, tuned, progress=False)
 
 
@@ -288,7 +288,9 @@ def test_other_functions_of_the_same_configuration(change):
     tuned = fine_tuned(base)
     assert len(ll.Adapter.between(base, tuned, progress=False)) == 16
     change(tuned)
-    with pytest.raises(ll.AdapterError, match="does not compute the tuned model's logits.*off"):
+    with pytest.raises(
+        ll.errors.AdapterError, match="does not compute the tuned model's logits.*off"
+    ):
         ll.Adapter.between(base, tuned, progress=False)
 
 
@@ -346,9 +348,9 @@ def test_ignore_is_one_glob_or_several():
     several = ll.Adapter.between(base, tuned, ignore=["*norm*"], progress=False)
     assert list(one.modules) == list(several.modules) and len(one) == 16
     for wrong in (3, [3], None):
-        with pytest.raises(ll.ArgumentError, match="ignore=.*glob"):
+        with pytest.raises(ll.errors.ArgumentError, match="ignore=.*glob"):
             ll.Adapter.between(base, tuned, ignore=wrong, progress=False)
-    with pytest.raises(ll.ArgumentError, match="two Hugging Face models, and one is a str"):
+    with pytest.raises(ll.errors.ArgumentError, match="two Hugging Face models, and one is a str"):
         ll.Adapter.between(base, "lab/tuned")
-    with pytest.raises(ll.AdapterError, match="rank='3'"):
+    with pytest.raises(ll.errors.AdapterError, match="rank='3'"):
         ll.Adapter.between(base, tuned, rank="3")

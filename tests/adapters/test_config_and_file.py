@@ -17,8 +17,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 import lens_lora as ll
-from lens_lora.adapters import peft_patterns
-from lens_lora.adapters.peft_patterns import Patterns
+from lens_lora.adapters import peft_files
+from lens_lora.adapters.peft_files import Patterns
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -32,7 +32,7 @@ def folder(tmp_path):
 def refused(folder, *needles: str) -> None:
     """`load_adapter` refuses the folder in these words, within seconds."""
     start = time.monotonic()
-    with warnings.catch_warnings(), pytest.raises(ll.AdapterError) as caught:
+    with warnings.catch_warnings(), pytest.raises(ll.errors.AdapterError) as caught:
         warnings.simplefilter("ignore")
         ll.load_adapter(folder)
     for needle in (str(folder), *needles):
@@ -93,7 +93,7 @@ def test_targets_are_those_of_peft(fields):
     base = models.hf_model("llama")
     paths = [p for p, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
     expected = [p for p in paths if not check_target_module_exists(config, p)]
-    assert Patterns(config, "x").untargeted(paths) == expected
+    assert Patterns(config).untargeted(paths) == expected
     assert expected
 
 
@@ -115,7 +115,7 @@ def test_patterns_are_those_of_peft():
             config = types.SimpleNamespace(rank_pattern=pattern)
             for path in (Q0, "model.layers.1.mlp.up_proj", "lm_head"):
                 expected = pattern.get(get_pattern_key(list(pattern), path), 8)
-                assert Patterns(config, "x").value("rank_pattern", path, 8) == expected
+                assert Patterns(config).value("rank_pattern", path, 8) == expected
 
 
 EXPONENTIAL = r"(([a-z._0-9])+)+!"
@@ -138,7 +138,7 @@ def test_patterns_that_never_end(field, folder):
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules"])
 def test_patterns_that_no_engine_ends(field, folder, monkeypatch):
     """Stopped, and refused by the field's name."""
-    monkeypatch.setattr(peft_patterns, "_SECONDS", 0.3)
+    monkeypatch.setattr(peft_files, "_SECONDS", 0.3)
     slow = "(.*a){25}" * 50
     rename_keys(folder, lambda key: key.replace("q_proj", "a" * 5000))
     value = {slow: 8} if "pattern" in field else slow
@@ -157,7 +157,7 @@ def test_layers_have_one_spelling(digits, is_beside, folder):
     rest = {key: t for key, t in tensors.items() if is_beside or Q0 not in key}
     save_file({**rest, **twins}, folder / WEIGHTS)
     (maker, *_) = models.MAKERS.values()
-    with pytest.raises(ll.SiteError, match=f"{digits}.*no such linear module"):
+    with pytest.raises(ll.errors.SiteError, match=f"{digits}.*no such linear module"):
         ll.LoraLens(maker(models.hf_model("llama")), ll.load_adapter(folder))
 
 
@@ -183,7 +183,7 @@ def test_weights_that_overflow(dtype, folder):
 def test_a_scale_that_overflows():
     """The product counts, and so does `scaled`."""
     factors = ll.LoRAFactors(torch.ones(1, 2), torch.ones(2, 1))
-    with pytest.raises(ll.AdapterError, match="ΔW is too large"):
+    with pytest.raises(ll.errors.AdapterError, match="ΔW is too large"):
         factors.scaled(1e30)
 
 

@@ -86,7 +86,7 @@ def test_analyses_take_it():
     assert (found.total - (slope[0] - slope[1])).abs().max() < 1e-6
     both = lens.with_adapter(lens.adapter.named("a") + steering.scaled(2.0))
     assert len(both.sites) == len(lens.sites) + 1
-    null = ll.null_adapter(steering, 0).modules[path]
+    null = steering.null(0).modules[path]
     assert abs(float(null.lora_bias.norm() - vector.norm())) < 1e-9
     assert other.delta_w("blocks.0.mlp.down").AB.abs().max() == 0
     assert "steering" in repr(steering)
@@ -96,21 +96,21 @@ def test_analyses_take_it():
 def test_refusals(tmp_path):
     lens = cases.case("llama", CLASSES[0], "raw").lens
     path, base = "model.layers.0.mlp.down_proj", models.hf_model("llama")
-    with pytest.raises(ll.AdapterError, match="24→5, the model 24→16"):
+    with pytest.raises(ll.errors.AdapterError, match="24→5, the model 24→16"):
         lens.with_adapter(ll.Adapter.constant({path: WIDE[:5]}))
-    with pytest.raises(ll.AdapterError, match="like=model"):
+    with pytest.raises(ll.errors.AdapterError, match="like=model"):
         ll.Adapter.constant({path: WIDE}).save(tmp_path / "a")
-    with pytest.raises(ll.AdapterError, match=r"\(2, 16\); expected a vector"):
+    with pytest.raises(ll.errors.AdapterError, match=r"\(2, 16\); expected a vector"):
         ll.Adapter.constant({path: WIDE.repeat(2, 1)})
-    with pytest.raises(ll.AdapterError, match="expected a vector"):
+    with pytest.raises(ll.errors.AdapterError, match="expected a vector"):
         ll.Adapter.constant({path: WIDE.long()})
-    with pytest.raises(ll.AdapterError, match="no such module"):
+    with pytest.raises(ll.errors.AdapterError, match="no such module"):
         ll.Adapter.constant({"model.layers.9.x": WIDE}, like=base)
-    with pytest.raises(ll.AdapterError, match="no linear module"):
+    with pytest.raises(ll.errors.AdapterError, match="no linear module"):
         ll.Adapter.constant({"model.norm": WIDE}, like=base)
-    with pytest.raises(ll.AdapterError, match="adapts no module"):
+    with pytest.raises(ll.errors.AdapterError, match="adapts no module"):
         ll.Adapter.constant({})
-    with pytest.raises(ll.ArgumentError, match="expected {module path"):
+    with pytest.raises(ll.errors.ArgumentError, match="expected {module path"):
         ll.Adapter.constant(WIDE)
-    with pytest.raises(ll.AdapterError, match="NaN"):
+    with pytest.raises(ll.errors.AdapterError, match="NaN"):
         ll.Adapter.constant({path: WIDE * torch.nan})

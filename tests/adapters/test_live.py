@@ -90,15 +90,17 @@ def test_a_transformers_model_with_adapters_of_its_own():
 def test_models_without_a_peft_adapter_are_refused():
     """By name, with what to call instead."""
     base = models.hf_model("llama")
-    with pytest.raises(ll.ArgumentError, match="LlamaForCausalLM without an adapter.*between"):
+    with pytest.raises(
+        ll.errors.ArgumentError, match="LlamaForCausalLM without an adapter.*between"
+    ):
         ll.Adapter.from_peft(base)
-    with pytest.raises(ll.ArgumentError, match="a str without an adapter.*load_adapter"):
+    with pytest.raises(ll.errors.ArgumentError, match="a str without an adapter.*load_adapter"):
         ll.Adapter.from_peft("folder")
     mixed = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]), mixed=True)
-    with pytest.raises(ll.UnsupportedAdapterError, match="PeftMixedModel.*between"):
+    with pytest.raises(ll.errors.UnsupportedAdapterError, match="PeftMixedModel.*between"):
         ll.Adapter.from_peft(mixed)
     for name in (3, None, ["default"]):
-        with pytest.raises(ll.AdapterError, match="no adapter"):
+        with pytest.raises(ll.errors.AdapterError, match="no adapter"):
             ll.Adapter.from_peft(peft_of(targets=["q_proj"]), name)
 
 
@@ -125,7 +127,7 @@ WRONG = {
 def test_gates_and_names_of_wrong_types(call):
     """An ArgumentError of ours, whatever was passed."""
     factors = ll.LoRAFactors(torch.ones(1, 2), torch.ones(2, 1))
-    with pytest.raises(ll.ArgumentError):
+    with pytest.raises(ll.errors.ArgumentError):
         call(ll.Adapter.from_factors({"layers.0.q_proj": factors}))
 
 
@@ -133,7 +135,7 @@ def test_gates_and_names_of_wrong_types(call):
 @pytest.mark.parametrize("fields", [{"A": "x"}, {"B": None}, {"scale": "2"}, {"scale": None}])
 def test_factors_of_wrong_types(fields):
     """An AdapterError of ours."""
-    with pytest.raises(ll.AdapterError):
+    with pytest.raises(ll.errors.AdapterError):
         ll.LoRAFactors(**{"A": torch.ones(1, 2), "B": torch.ones(2, 1), **fields})
 
 

@@ -108,7 +108,9 @@ def test_a_name_that_not_all_keys_carry(model, tmp_path):
     rename_keys(
         folder, lambda k: k.replace("lora_A.weight", "lora_A.b.weight") if "q_proj" in k else k
     )
-    with pytest.raises(ll.AdapterError, match="2 tensors are no LoRA factors.*lora_A.b.weight"):
+    with pytest.raises(
+        ll.errors.AdapterError, match="2 tensors are no LoRA factors.*lora_A.b.weight"
+    ):
         ll.load_adapter(folder)
 
 
@@ -119,7 +121,9 @@ def test_two_paths_of_one_module(model, tmp_path):
         folder,
         lambda k: k.replace("layers.1.self_attn.q_proj", "_orig_mod.layers.0.self_attn.q_proj"),
     )
-    with pytest.raises(ll.AdapterError, match="are the same module, model.layers.0.self_attn.q"):
+    with pytest.raises(
+        ll.errors.AdapterError, match="are the same module, model.layers.0.self_attn.q"
+    ):
         ll.load_adapter(folder)
 
 
@@ -136,7 +140,9 @@ def test_other_architectures_keep_their_paths(before, model, tmp_path):
         adapter = ll.load_adapter(folder)
     assert all(path.startswith(before) for path in adapter.modules)
     (maker, *_) = models.MAKERS.values()
-    with pytest.raises(ll.SiteError, match="none of its 14 modules exists here.*UNet") as caught:
+    with pytest.raises(
+        ll.errors.SiteError, match="none of its 14 modules exists here.*UNet"
+    ) as caught:
         ll.LoraLens(maker(models.hf_model("llama")), adapter)
     assert "without" not in str(caught.value)
 
@@ -147,5 +153,5 @@ def test_without_is_proposed_where_something_stays(model):
     one = next(iter(adapter.modules.values()))
     odd = ll.Adapter.from_factors({**adapter.modules, "model.layers.0.odd": one})
     (maker, *_) = models.MAKERS.values()
-    with pytest.raises(ll.SiteError, match=r"use adapter\.without"):
+    with pytest.raises(ll.errors.SiteError, match=r"use adapter\.without"):
         ll.LoraLens(maker(models.hf_model("llama")), odd)

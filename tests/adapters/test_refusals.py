@@ -22,7 +22,7 @@ def folder(tmp_path):
     return saved(peft_of(targets=["q_proj", "v_proj"]), tmp_path / "adapter")
 
 
-def refusal(path, kind: type[ll.AdapterError] = ll.AdapterError, **where) -> str:
+def refusal(path, kind: type[ll.errors.AdapterError] = ll.errors.AdapterError, **where) -> str:
     """What `load_adapter` says."""
     with warnings.catch_warnings(), pytest.raises(kind) as caught:
         warnings.simplefilter("ignore")
@@ -55,7 +55,7 @@ def test_the_remedy_of_other_methods_is_exact(kind, tmp_path):
                 if p.requires_grad and p.is_floating_point():
                     p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
         tuned.to(torch.float64).save_pretrained(tmp_path)
-    message = refusal(tmp_path, ll.UnsupportedAdapterError)
+    message = refusal(tmp_path, ll.errors.UnsupportedAdapterError)
     assert f"a {kind} adapter" in message
     assert "ll.Adapter.between(base, peft_model.merge_and_unload())" in message
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_the_remedy_of_other_methods_is_exact(kind, tmp_path):
 def test_changed_initialisations(init, folder):
     """Also there the merged model tells, against the true base."""
     set_config(folder, init_lora_weights=init)
-    message = refusal(folder, ll.UnsupportedAdapterError)
+    message = refusal(folder, ll.errors.UnsupportedAdapterError)
     assert "path_initial_model_for_weight_conversion" in message
     assert "that training began from: ll.Adapter.between(base, peft_model.merge" in message
 
@@ -79,7 +79,7 @@ def test_a_classifier(folder):
     """By its config, or by a head that the config does not name."""
     set_config(folder, task_type="SEQ_CLS", modules_to_save=["score"])
     said = "a classifier (SEQ_CLS), not a language model"
-    assert said in refusal(folder, ll.UnsupportedAdapterError)
+    assert said in refusal(folder, ll.errors.UnsupportedAdapterError)
     set_config(folder, modules_to_save=None)
     head = {"base_model.model.score.weight": torch.ones(2, 16)}
     save_file({**load_file(folder / WEIGHTS), **head}, folder / WEIGHTS)

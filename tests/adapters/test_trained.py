@@ -124,7 +124,9 @@ def test_biases_beside_copies(tmp_path):
             assert off(logits(lens_of(base, adapter, **flags)), logits(model)) < EXACT
     tensors[f"{q}.modules_to_save.bias"] += 1
     save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(ll.AdapterError, match="one tensor of one module.*two different ones"):
+    with pytest.raises(
+        ll.errors.AdapterError, match="one tensor of one module.*two different ones"
+    ):
         ll.load_adapter(tmp_path)
 
 
@@ -162,7 +164,9 @@ def test_one_adapter_of_several():
 # --- config and file disagree
 
 
-def refused(folder, *needles: str, kind: type[ll.AdapterError] = ll.AdapterError) -> None:
+def refused(
+    folder, *needles: str, kind: type[ll.errors.AdapterError] = ll.errors.AdapterError
+) -> None:
     with warnings.catch_warnings(), pytest.raises(kind) as caught:
         warnings.simplefilter("ignore")
         ll.load_adapter(folder)
@@ -180,7 +184,7 @@ def test_what_the_config_names_and_the_file_lacks(everything, tmp_path):
     set_config(folder, modules_to_save=["lm_head", "norm", "o_proj", "wte"])
     assert len(ll.load_adapter(folder)) == 13  # GPT-2's name for what a Llama has under another
     set_config(folder, modules_to_save=["lm_head", "norm", "o_proj"], trainable_token_indices=None)
-    refused(folder, "model.embed_tokens", "trainable_token_indices=None")
+    refused(folder, "model.embed_tokens", "trainable_token_indices gives None")
     set_config(folder, trainable_token_indices={"embed_tokens": [9, 10, 11, 12], "wpe": [1]})
     refused(folder, "the file holds no rows of wpe")
 
@@ -211,7 +215,7 @@ def test_an_id_beyond_the_vocabulary(everything, tmp_path):
     base, model = everything
     folder = saved(model, tmp_path)
     set_config(folder, trainable_token_indices=[9, 10, 11, 61])
-    with pytest.raises(ll.AdapterError, match="row of token 61, and the model has 61 rows"):
+    with pytest.raises(ll.errors.AdapterError, match="row of token 61, and the model has 61 rows"):
         lens_of(base, ll.load_adapter(folder))
 
 
@@ -268,9 +272,11 @@ def test_half_of_everything(everything, tmp_path):
     assert off(logits(lens_of(base, adapter.scaled(0.5))), expected) < EXACT
     found = lens_of(base, adapter).logits(models.tokens(), 0.5)
     assert off(found - found.mean(-1, keepdim=True), expected) < EXACT
-    with pytest.raises(ll.UnsupportedAdapterError, match="a trained module times 0.5"):
+    with pytest.raises(
+        ll.errors.UnsupportedAdapterError, match="0.5 times an update that holds a module"
+    ):
         adapter.scaled(0.5).save(tmp_path)
-    with pytest.raises(ll.AdapterError, match="scale is zero"):
+    with pytest.raises(ll.errors.AdapterError, match="scale is zero"):
         adapter.only("lm_head").scaled(0).save(tmp_path)
 
 
@@ -304,12 +310,12 @@ def test_what_needs_the_base_says_so(everything):
     """‖ΔW‖ without a lens, and null adapters."""
     adapter = ll.Adapter.from_peft(everything[1])
     head = adapter.modules["lm_head"]
-    with pytest.raises(ll.AdapterError, match=r"lens\.delta_w"):
+    with pytest.raises(ll.errors.AdapterError, match=r"lens\.delta_w"):
         head.norm()
     assert head.bias_norm() == 0.0
     assert math.isnan(ll.TrainedModule(bias=torch.ones(3).double()).bias_norm())
-    with pytest.raises(ll.UnsupportedAdapterError, match="trained whole"):
-        ll.null_adapter(adapter, 0)
+    with pytest.raises(ll.errors.UnsupportedAdapterError, match="trained whole"):
+        adapter.null(0)
 
 
 @pytest.mark.bad_input
@@ -329,5 +335,5 @@ def test_what_needs_the_base_says_so(everything):
     ],
 )
 def test_tensors_that_do_not_fit_together(fields, needle):
-    with pytest.raises(ll.AdapterError, match=needle):
+    with pytest.raises(ll.errors.AdapterError, match=needle):
         ll.TrainedModule(**fields)

@@ -14,9 +14,10 @@ from torch import Tensor
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.analyses.patch_activations import patch_activations
-from lens_lora.engine import batching, swap
-from lens_lora.hooked.attaching import attached
+from lens_lora.analyses.patching import patch_activations
+from lens_lora.engine import interventions as swap
+from lens_lora.engine import memory as batching
+from lens_lora.model.hooks import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
 MARGIN = ll.Margin(5, 9)
@@ -217,7 +218,7 @@ def test_results_by_head_without_the_update_are_refused(cls: str):
     model = models.MAKERS[cls](base)
     model.set_use_attn_result(True)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("gpt2", base)))
-    with pytest.raises(ll.ModelStateError, match="hook_result: lies between"):
+    with pytest.raises(ll.errors.ModelStateError, match="hook_result: lies between"):
         patch(lens, models.tokens(), MARGIN, "blocks.0.attn.hook_result")
 
 
@@ -225,14 +226,14 @@ def test_names_and_patterns(cls: str):
     """A full name must exist and fire; globs and predicates choose among what fires."""
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
     dead = "blocks.0.hook_mlp_in"
-    with pytest.raises(ll.SiteError, match="'blocks.0.attn.hook_patern'; .*hook_pattern"):
+    with pytest.raises(ll.errors.SiteError, match="'blocks.0.attn.hook_patern'; .*hook_pattern"):
         patch(lens, tokens, MARGIN, "blocks.0.attn.hook_patern")
-    with pytest.raises(ll.SiteError, match="true of none"):
+    with pytest.raises(ll.errors.SiteError, match="true of none"):
         patch(lens, tokens, MARGIN, lambda name: False)
-    with pytest.raises(ll.SiteError, match="no hook point is named"):
+    with pytest.raises(ll.errors.SiteError, match="no hook point is named"):
         patch(lens, tokens, MARGIN, [])
     for names in (dead, [LAST[cls], dead], "blocks.*.hook_mlp_in"):
-        with pytest.raises(ll.ModelStateError, match="hook_mlp_in.*never fires"):
+        with pytest.raises(ll.errors.ModelStateError, match="hook_mlp_in.*never fires"):
             patch(lens, tokens, MARGIN, names)
     found = patch(lens, tokens, MARGIN, lambda name: name in (LAST[cls], dead))
     assert found.names == (LAST[cls],)
@@ -256,7 +257,7 @@ class _Ignoring(torch.nn.Module):
 @models.NEEDS_BRIDGE
 def test_a_bridges_point_that_the_model_ignores_is_refused():
     lens = cases.case("llama", "TransformerBridge", "raw").lens
-    with pytest.raises(ll.ModelStateError, match="rotary_emb.hook_in: .* the model ignores"):
+    with pytest.raises(ll.errors.ModelStateError, match="rotary_emb.hook_in: .* the model ignores"):
         patch(lens, models.tokens(), MARGIN, "rotary_emb.hook_in")
 
 
@@ -269,7 +270,7 @@ def test_a_point_that_the_model_ignores_is_refused():
     point = block.hook_resid_mid
     try:
         block.hook_resid_mid = _Ignoring(point)
-        with pytest.raises(ll.ModelStateError, match="hook_resid_mid: .* the model ignores"):
+        with pytest.raises(ll.errors.ModelStateError, match="hook_resid_mid: .* the model ignores"):
             patch(lens, tokens, MARGIN, name)
     finally:
         block.hook_resid_mid = point
@@ -290,7 +291,7 @@ def test_positions_that_are_not_there_are_refused(cls: str):
     prompts = ll.Prompts(models.tokens(pos=4), torch.tensor([4, 2]))
     assert lens.heads.n_heads == 4
     for positions in ("each", 0, [-1]):
-        with pytest.raises(ll.ModelStateError, match="second axis is not the position"):
+        with pytest.raises(ll.errors.ModelStateError, match="second axis is not the position"):
             patch(lens, prompts, MARGIN, "blocks.0.attn.hook_pattern", positions=positions)
     for positions in (2, -3, [0, 3]):
         with pytest.raises(ValueError, match="prompt 1 has 2 tokens"):
@@ -308,12 +309,12 @@ def test_points_without_a_row_for_each_prompt_are_refused(cls: str):
     """Mixtral's experts see tokens, not prompts; a Bridge's embedding reads ids."""
     lens = cases.case("mixtral", cls, "raw").lens
     if cls == "TransformerBridge":
-        name, match = "embed.hook_in", "no activations"
+        name, match = "embed.hook_in", "not activations"
     else:
-        name, match = "blocks.0.mlp.experts.0.hook_post", "first axis of their own"
+        name, match = "blocks.0.mlp.experts.0.hook_post", "its first axis is not the prompts"
         if name not in lens.model.hook_dict:
             pytest.skip("transformer-lens 2 names the hook points of experts otherwise")
-    with pytest.raises(ll.ModelStateError, match=match):
+    with pytest.raises(ll.errors.ModelStateError, match=match):
         patch(lens, models.tokens(), MARGIN, name)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lens_lora as ll
-from lens_lora.results.choosing import layer_order
+from lens_lora.model.sites import layer_order
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [7, 4]
@@ -236,23 +236,23 @@ def test_a_base_that_moves_is_seen():
 @pytest.mark.bad_input
 def test_refusals():
     lens = lens_of()
-    with pytest.raises(ll.PromptError, match="no prompts"):
+    with pytest.raises(ll.errors.PromptError, match="no prompts"):
         ll.activation_shift(lens, [], LAST)
-    with pytest.raises(ll.PromptError, match=rf"{models.CONTEXT + 1} tokens"):
+    with pytest.raises(ll.errors.PromptError, match=rf"{models.CONTEXT + 1} tokens"):
         ll.activation_shift(lens, models.tokens(1, models.CONTEXT + 1), LAST)
-    with pytest.raises(ll.SiteError, match="nearest"):
+    with pytest.raises(ll.errors.SiteError, match="nearest"):
         ll.activation_shift(lens, texts(), "blocks.0.hook_resid_pots")
-    with pytest.raises(ll.ModelStateError, match="second axis is not the position"):
+    with pytest.raises(ll.errors.ModelStateError, match="second axis is not the position"):
         ll.activation_shift(lens, texts(), "blocks.0.attn.hook_pattern")
-    with pytest.raises(ll.ArgumentError, match="is a sink"):
+    with pytest.raises(ll.errors.ArgumentError, match="is a sink"):
         ll.activation_shift(lens, models.tokens(2, 1), LAST)
     for positions in (9, "response"):
-        with pytest.raises(ll.ArgumentError, match="positions="):
+        with pytest.raises(ll.errors.ArgumentError, match="positions="):
             ll.activation_shift(lens, texts(), LAST, positions=positions)
     found = ll.activation_shift(lens, texts(), [LAST, MIDDLE])
-    with pytest.raises(ll.ArgumentError, match="choose one"):
+    with pytest.raises(ll.errors.ArgumentError, match="choose one"):
         found.logit_lens()
-    with pytest.raises(ll.SiteError, match="no reading"):
+    with pytest.raises(ll.errors.SiteError, match="no reading"):
         found.logit_lens(name="blocks.0.attn.hook_z")
-    with pytest.raises(ll.ArgumentError, match="3 numbers"):
+    with pytest.raises(ll.errors.ArgumentError, match="3 numbers"):
         found.cosine(torch.ones(3))

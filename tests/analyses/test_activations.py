@@ -213,7 +213,9 @@ def test_dora_has_the_svd_of_its_dense_update(cls: str):
         handle.remove()
         delta = (seen[1] - layer.base_layer(seen[0]))[0]
     assert (found.of("blocks.0.attn.v")[0].norm(dim=1) - delta.norm(dim=1)).abs().max() < TINY
-    with pytest.raises(ll.UnsupportedAdapterError, match=r"blocks.0.attn.v .*DoRA.*gauge='svd'"):
+    with pytest.raises(
+        ll.errors.UnsupportedAdapterError, match=r"blocks.0.attn.v .*DoRA.*gauge='svd'"
+    ):
         ll.activations(lens, models.tokens(), gauge="trained")
 
 
@@ -301,10 +303,10 @@ def test_examples_and_means(tmp_path):
     assert len(frame) == (11 + 6) * sum(found.ranks)
     assert frame["response"].sum() == (4 + 2) * sum(found.ranks)
     assert frame["value"].sum() == pytest.approx(float(found.values.nansum()))
-    again = ll.Activations.load(found.save(tmp_path / "u.safetensors"))
+    again = ll.results.Activations.load(found.save(tmp_path / "u.safetensors"))
     assert np.array_equal(again.values, found.values, equal_nan=True)
     assert again.top(site).equals(found.top(site)) and again.ranks == found.ranks
-    assert "2 prompts, 17 tokens (2 sinks), 14 sites of rank 3" in repr(again)
+    assert "2 prompts × 14 sites" in repr(again) and "17 tokens (2 sinks), rank 3" in repr(again)
 
 
 def test_heat_map():
@@ -315,7 +317,7 @@ def test_heat_map():
     slot = [s.name for s in found.sites].index("blocks.1.mlp.down")
     assert drawn.z[4][2] == float(found.values[1, slot, 2, 1]) and drawn.z[4][0] is None
     assert len(found.plot(prompt=0).data[0].y) == len(found.sites)
-    with pytest.raises(ll.ArgumentError, match="prompt"):
+    with pytest.raises(ll.errors.ArgumentError, match="prompt"):
         found.plot()
 
 
@@ -324,25 +326,25 @@ def test_bad_input():
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
     tokens = models.tokens()
     for error, options in (
-        (ll.ArgumentError, {"gauge": "SVD"}),
-        (ll.SiteError, {"sites": []}),
-        (ll.SiteError, {"sites": ["*.attn.w"]}),
-        (ll.TokenError, {"response": ""}),
-        (ll.PromptError, {"response": torch.arange(4, 40)}),
-        (ll.TokenError, {"response": [torch.tensor([5])]}),
+        (ll.errors.ArgumentError, {"gauge": "SVD"}),
+        (ll.errors.SiteError, {"sites": []}),
+        (ll.errors.SiteError, {"sites": ["*.attn.w"]}),
+        (ll.errors.TokenError, {"response": ""}),
+        (ll.errors.PromptError, {"response": torch.arange(4, 40)}),
+        (ll.errors.TokenError, {"response": [torch.tensor([5])]}),
     ):
         with pytest.raises(error):
             ll.activations(lens, tokens, **options)
     found = ll.activations(lens, tokens)
     for error, call in (
-        (ll.SiteError, lambda: found.top("*.attn.q")),
-        (ll.ArgumentError, lambda: found.top("blocks.0.attn.q", rank=3)),
-        (ll.ArgumentError, lambda: found.top("blocks.0.attn.q", sign=0)),
-        (ll.ArgumentError, lambda: found.top("blocks.0.attn.q", k=-1)),
-        (ll.ArgumentError, lambda: found.mean("prompt")),
-        (ll.ArgumentError, lambda: found.mean(0)),
-        (ll.ArgumentError, lambda: found.mean("response")),
-        (ll.ArgumentError, lambda: found.mean(1.5)),
+        (ll.errors.SiteError, lambda: found.top("*.attn.q")),
+        (ll.errors.ArgumentError, lambda: found.top("blocks.0.attn.q", rank=3)),
+        (ll.errors.ArgumentError, lambda: found.top("blocks.0.attn.q", sign=0)),
+        (ll.errors.ArgumentError, lambda: found.top("blocks.0.attn.q", k=-1)),
+        (ll.errors.ArgumentError, lambda: found.mean("prompt")),
+        (ll.errors.ArgumentError, lambda: found.mean(0)),
+        (ll.errors.ArgumentError, lambda: found.mean("response")),
+        (ll.errors.ArgumentError, lambda: found.mean(1.5)),
     ):
         with pytest.raises(error):
             call()
@@ -354,7 +356,7 @@ def test_norms_are_named_with_the_remedy():
     with torch.no_grad():
         peft.base_model.model.model.norm.modules_to_save["default"].weight.add_(0.1)
     lens = ll.LoraLens(list(models.MAKERS.values())[0](base), ll.Adapter.from_peft(peft))
-    with pytest.raises(ll.UnsupportedAdapterError, match=r"ln_final.*sites="):
+    with pytest.raises(ll.errors.UnsupportedAdapterError, match=r"ln_final.*sites="):
         ll.activations(lens, models.tokens())
     assert len(ll.activations(lens, models.tokens(), sites="blocks.*").sites) == 14
 

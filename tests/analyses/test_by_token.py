@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.engine import batching, memory, read, tangent_slopes
+from lens_lora.engine import forward as tangent_slopes
+from lens_lora.engine import memory, read
+from lens_lora.engine import memory as batching
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3, 8, 8]), torch.tensor([7, 4])]
@@ -45,7 +47,7 @@ def test_groups_are_sums_of_sites(lens: ll.LoraLens, group):
     sites = of(lens, mode="reverse")
     for mode in ("forward", "reverse"):
         found = of(lens, mode=mode, group=group)
-        assert found.mode == mode and f"by {mode} mode" in repr(found)
+        assert found.mode == mode and f"mode={mode!r}" in repr(found)
         for column, members in enumerate(found.groups.values()):
             summed = sites.values[:, list(members)].sum(1)
             assert apart(found.values[:, column], summed) < 1e-11
@@ -98,12 +100,12 @@ def test_memory_is_bounded_without_changing_a_number(lens: ll.LoraLens):
     assert len(RESPONSE.over(lens.model, prompts()).groups(18)) == 2
     assert apart(whole.values, bounded.values) < 1e-12
     with pytest.raises(
-        ll.ArgumentError,
+        ll.errors.ArgumentError,
         match="a forward and a backward pass of one prompt takes about .* for 12 tokens",
     ):
         of(lens, by=by, max_memory=0.5 * one)
     for options in ({"mode": "forward", "group": "layer"}, {"mode": "forward", "by": by}):
-        with pytest.raises(ll.ArgumentError, match="a pass of two rows"):
+        with pytest.raises(ll.errors.ArgumentError, match="a pass of two rows"):
             of(lens, max_memory=100, **options)
     few = batching.pass_bytes(lens) + 2e6
     forward, heads = (
@@ -159,7 +161,7 @@ def test_the_mean_over_tokens(lens: ll.LoraLens):
 
 def test_groups_are_saved_and_tabled(lens: ll.LoraLens, tmp_path):
     found = of(lens, group="layer")
-    again = ll.GroupAttribution.load(found.save(tmp_path / "groups.safetensors"))
+    again = ll.results.GroupAttribution.load(found.save(tmp_path / "groups.safetensors"))
     assert apart(again.values, found.values) == 0
     assert (again.groups, again.mode, again.key) == (found.groups, "forward", "first_order@0.4")
     frame = found.to_frame()
@@ -173,16 +175,16 @@ def test_groups_are_saved_and_tabled(lens: ll.LoraLens, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"group": "layer", "by": ()}, ll.ArgumentError, r"use \.sum"),
-        ({"group": "layer", "by": ("head", "token")}, ll.ArgumentError, "by='token' alone"),
-        ({"group": "head"}, ll.ArgumentError, "'site', 'layer', 'kind'"),
-        ({"group": {"x": "nothing"}}, ll.SiteError, "nearest"),
+        ({"group": "layer", "by": ()}, ll.errors.ArgumentError, r"use \.sum"),
+        ({"group": "layer", "by": ("head", "token")}, ll.errors.ArgumentError, "by='token' alone"),
+        ({"group": "head"}, ll.errors.ArgumentError, "'site', 'layer', 'kind'"),
+        ({"group": {"x": "nothing"}}, ll.errors.SiteError, "nearest"),
     ],
 )
 def test_bad_groups(options: dict, error: type[Exception], match: str):
     with pytest.raises(error, match=match):
         of(cases.case("llama", NEWEST, "raw").lens, **options)
-    with pytest.raises(ll.ArgumentError, match="by='token' splits"):
+    with pytest.raises(ll.errors.ArgumentError, match="by='token' splits"):
         first_order(
             cases.case("llama", NEWEST, "raw").lens, prompts(),
             ll.AnswerMargin(RESPONSES, [torch.tensor([5]), torch.tensor([6])]),

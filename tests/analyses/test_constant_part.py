@@ -29,7 +29,7 @@ def texts() -> ll.Prompts:
 
 
 @functools.cache
-def found_of(family: str, cls: str, flags: str) -> ll.ConstantPart:
+def found_of(family: str, cls: str, flags: str) -> ll.results.ConstantPart:
     return ll.constant_part(cases.case(family, cls, flags).lens, texts())
 
 
@@ -228,8 +228,22 @@ def test_a_readout():
     means = {m: torch.cat([kept[m][1:] for kept in half]).mean(0) for m in half[0]}
     logits = with_constants("llama", means, texts().tokens[2:3, : LENGTHS[2]])[0, -1]
     assert abs(float(found.constant[2] - (logits[5] - logits[9]))) < 1e-9
-    assert len(found.to_frame()) == len(found.sites) and len(found.texts_to_frame()) == 3
+    assert len(found.to_frame()) == len(found.sites)
     assert found.top(1)["mean_size"][0] == float(found.mean_size.max())
+
+
+def test_a_fused_module_that_was_trained_whole():
+    """μ has all rows of the module, which GPT-2 stores as [in, out]; as factors it is the same."""
+    base, name = models.hf_model("gpt2"), "transformer.h.0.attn.c_attn"
+    W = base.get_submodule(name).weight.detach()
+    change = 0.3 * torch.randn(W.shape, generator=models.seeded(6), dtype=torch.float64)
+    factors = ll.LoRAFactors(torch.eye(len(W)).double(), change.T.contiguous())
+    lens = ll.LoraLens(models.MAKERS[CLASSES[-1]](base), ll.Adapter.from_factors({name: factors}))
+    trained = ll.Adapter.from_factors({name: ll.TrainedModule(W + change)})
+    expected = ll.constant_part(lens, texts())
+    found = ll.constant_part(lens.with_adapter(trained), texts())
+    assert found.vectors[name].shape == W.shape[1:]
+    assert (found.vectors[name] - expected.vectors[name]).abs().max() < 1e-9
 
 
 def test_parts_of_a_sum_keep_their_names():
@@ -244,23 +258,23 @@ def test_parts_of_a_sum_keep_their_names():
 @pytest.mark.bad_input
 def test_refusals():
     lens = cases.case("llama", CLASSES[0], "raw").lens
-    with pytest.raises(ll.PromptError, match="give two or more"):
+    with pytest.raises(ll.errors.PromptError, match="give two or more"):
         ll.constant_part(lens, models.tokens(1))
-    with pytest.raises(ll.PromptError, match=r"text 0 of 2 \(from 0\) has one token"):
+    with pytest.raises(ll.errors.PromptError, match=r"text 0 of 2 \(from 0\) has one token"):
         ll.constant_part(lens, ll.Prompts(models.tokens(2), torch.tensor([1, 7])))
     twice = models.tokens(3)[[0, 1, 0]]
-    with pytest.raises(ll.PromptError, match=r"text 0 of 3 \(from 0\).*own: text 2 begins"):
+    with pytest.raises(ll.errors.PromptError, match=r"text 0 of 3 \(from 0\).*own: text 2 begins"):
         ll.constant_part(lens, twice)
     for lengths, short in (([4, 7], 0), ([7, 4], 1)):
         beginning = ll.Prompts(models.tokens(1).expand(2, -1).clone(), torch.tensor(lengths))
-        with pytest.raises(ll.PromptError, match=f"text {short} of 2"):
+        with pytest.raises(ll.errors.PromptError, match=f"text {short} of 2"):
             ll.constant_part(lens, beginning, ll.Margin(5, 9))
-    with pytest.raises(ll.PromptError, match="no prompts"):
+    with pytest.raises(ll.errors.PromptError, match="no prompts"):
         ll.constant_part(lens, [])
-    with pytest.raises(ll.PromptError, match=f"{models.CONTEXT + 1} tokens"):
+    with pytest.raises(ll.errors.PromptError, match=f"{models.CONTEXT + 1} tokens"):
         ll.constant_part(lens, models.tokens(2, models.CONTEXT + 1))
     norm = ll.Adapter.from_factors(
         {"model.norm": ll.TrainedModule(torch.ones(16, dtype=torch.float64))}
     )
-    with pytest.raises(ll.UnsupportedAdapterError, match="norm's update"):
+    with pytest.raises(ll.errors.UnsupportedAdapterError, match="norm's update"):
         ll.constant_part(lens.with_adapter(norm), texts())

@@ -288,10 +288,10 @@ def test_writes_that_have_no_meaning_are_refused(cls: str):
     """No site that writes to the residual stream; a norm between δz and the stream."""
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
     queries = lens.with_adapter(lens.adapter.only("*.q_proj"))
-    with pytest.raises(ll.SiteError, match="no site of this adapter writes to the residual"):
+    with pytest.raises(ll.errors.SiteError, match="no site of this adapter writes to the residual"):
         ll.feature_writes(queries, tokens, directions(16))
     gemma = cases.case("gemma2", cls, "raw").lens
-    with pytest.raises(ll.ModelStateError, match="normalises what attention and MLP write"):
+    with pytest.raises(ll.errors.ModelStateError, match="normalises what attention and MLP write"):
         ll.feature_writes(gemma, tokens, directions(16))
 
 
@@ -301,7 +301,7 @@ def test_points_between_a_site_s_input_and_output_are_refused(cls: str):
     model = models.MAKERS[cls](base)
     model.set_use_attn_result(True)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("gpt2", base)))
-    with pytest.raises(ll.ModelStateError, match="hook_result: lies between"):
+    with pytest.raises(ll.errors.ModelStateError, match="hook_result: lies between"):
         ll.feature_shift(lens, models.tokens(), directions(64), "blocks.0.attn.hook_result")
 
 
@@ -323,19 +323,21 @@ def test_bad_input_is_named(cls: str):
     lens, rows = cases.case("llama", cls, "raw").lens, directions(16)
     prompts = ll.Prompts(models.tokens(pos=4), torch.tensor([4, 2]))
     shift = ll.feature_shift
-    with pytest.raises(ll.SiteError, match="'blocks.1.hook_residpost'; the nearest are"):
+    with pytest.raises(ll.errors.SiteError, match="'blocks.1.hook_residpost'; the nearest are"):
         shift(lens, prompts, rows, "blocks.1.hook_residpost")
-    with pytest.raises(ll.ModelStateError, match="hook_mlp_in: .*no activation passes it"):
+    with pytest.raises(ll.errors.ModelStateError, match="hook_mlp_in: .*no activation passes it"):
         shift(lens, prompts, rows, "blocks.0.hook_mlp_in")
     assert lens.heads.n_heads == prompts.tokens.shape[1]
-    with pytest.raises(ll.ModelStateError, match="hook_pattern holds .* no activation by prompt"):
+    with pytest.raises(
+        ll.errors.ModelStateError, match="hook_pattern holds .* no activation by prompt"
+    ):
         shift(lens, prompts, rows, "blocks.0.attn.hook_pattern")
     with pytest.raises(ValueError, match="directions of 15 numbers, and activations of 16"):
         shift(lens, prompts, rows[:, 1:], out(cls))
     for position in (2, -3):
         with pytest.raises(ValueError, match=f"positions={position}: prompt 1 has 2 tokens"):
             shift(lens, prompts, rows, out(cls), positions=position)
-    with pytest.raises(ValueError, match="no hook point; name one"):
+    with pytest.raises(ValueError, match="belong to no hook point; name one"):
         shift(lens, prompts, rows)
     for wrong in (rows[0], rows.long(), rows[:0]):
         with pytest.raises(ValueError, match=r"one direction d: d\[None\]"):
@@ -346,7 +348,7 @@ def test_bad_input_is_named(cls: str):
     for wrong in (lambda: found.top(prompt=2), lambda: writes.top(prompt=-1)):
         with pytest.raises(ValueError, match="the result has prompts 0 to 1"):
             wrong()
-    with pytest.raises(ll.SiteError, match="matches no site"):
+    with pytest.raises(ll.errors.SiteError, match="matches no site"):
         writes.top(site="blocks.0.attn.q")
 
 
@@ -383,7 +385,7 @@ def test_the_results_tell_and_draw(cls: str):
     assert top["feature"].tolist() == mean.abs().argsort(descending=True)[:3].tolist()
     assert top["shift"].tolist() == mean[top["feature"].tolist()].tolist()
     bars, marks = found.plot(3, prompt=1).data
-    order = found.shift[1].abs().argsort(descending=True)[:3].flip(0)
+    order = found.shift[1].abs().argsort(descending=True)[:3]  # the first on top
     assert list(bars.x) == found.shift[1][order].tolist()
     assert list(marks.x) == found.first_order[1][order].tolist()
     each = ll.feature_shift(lens, tokens, rows, out(cls), positions="each")

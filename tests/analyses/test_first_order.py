@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import cases
 import models
 import pytest
@@ -9,7 +12,7 @@ import reference
 import torch
 
 import lens_lora as ll
-from lens_lora.engine.parts import Slots, part_deltas
+from lens_lora.engine.reverse import Slots, part_deltas
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROUND_OFF = 1e-10
@@ -201,6 +204,56 @@ def test_tangents_of_one_site_and_some_names(cls: str):
     cache = ll.tangents(lens, tokens, [first.write, last.write], scale={last.name: 1.0})
     assert not cache[first.write].any() and cache[last.write].any()
     assert set(cache.keys()) == {first.write, last.write}
+
+
+OPTIONS = [
+    {},
+    {"at": 1.0},
+    {"by": ("position", "rank")},
+    {"by": "rank", "gauge": "svd"},
+    {"mode": "forward"},
+    {"mode": "reverse", "at": 0.5},
+    {"rules": ll.FrozenRules(attention_patterns=True)},
+    {"by": "token", "readouts": [ll.AnswerLogProb(["w5 w7", "w8"]), ll.AnswerLogProb("w9 w5 w6")]},
+]
+
+
+@pytest.mark.parametrize("cls", models.MAKERS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_list_of_readouts_equals_one_call_each(cls: str, options: dict[str, Any]):
+    """Every field of every attribution, whatever the options; a list of one is a tuple of one."""
+    lens = cases.case("llama", cls, "raw").lens
+    texts = ["w5 w7 w8", "w9 w10 w11 w12 w13"]
+    options = {**options, "progress": False}
+    readouts = options.pop("readouts", [MARGIN, ll.LogProb("w7"), ll.AnswerMargin("w5 w7", "w8")])
+    several = ll.first_order(lens, texts, readouts, **options)
+    (only,) = ll.first_order(lens, texts, readouts[:1], **options)
+    singles = [ll.first_order(lens, texts, readout, **options) for readout in readouts]
+    for one, other in zip([*several, only], [*singles, singles[0]], strict=True):
+        for field in dataclasses.fields(one):
+            a, b = getattr(one, field.name), getattr(other, field.name)
+            if isinstance(a, torch.Tensor):
+                assert torch.allclose(a, b, rtol=1e-11, atol=1e-13, equal_nan=True), field.name
+            else:
+                assert a == b, field.name
+
+
+@pytest.mark.bad_input
+def test_what_a_list_of_readouts_refuses():
+    """What one readout refuses, and groups, which are for one."""
+    lens, tokens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens, models.tokens()
+    for readout in (MARGIN, [MARGIN, ll.Logit(3)]):
+        with pytest.raises(ll.errors.ArgumentError, match="gauge='svd' decides what a rank is"):
+            ll.first_order(lens, tokens, readout, gauge="svd")
+        with pytest.raises(ll.errors.ArgumentError, match="sideways"):
+            ll.first_order(lens, tokens, readout, mode="sideways")
+        with pytest.raises(ll.errors.ArgumentError, match="least at ε = 0"):
+            ll.first_order(lens, tokens, [readout, ll.KL()] if readout == MARGIN else ll.KL())
+    with pytest.raises(ll.errors.ArgumentError, match="takes one readout, and these are 2"):
+        ll.first_order(lens, tokens, [MARGIN, ll.Logit(3)], by="token", group="layer")
+    for nothing in ("w7", 3, None, [], ()):
+        with pytest.raises(ll.errors.ArgumentError, match=r"such as ll\.Logit.*at least one"):
+            ll.first_order(lens, tokens, nothing)
 
 
 @pytest.mark.bad_input

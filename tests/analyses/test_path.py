@@ -16,7 +16,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.analyses import path
 from lens_lora.analyses.path import path_attribution
-from lens_lora.engine import batching
+from lens_lora.engine import memory as batching
 
 float64 = pytest.mark.usefixtures("float64")
 MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-10
@@ -28,7 +28,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def integral(lens: ll.LoraLens, prompts, readout: ll.Readout, **options) -> ll.Attribution:
+def integral(lens: ll.LoraLens, prompts, readout: ll.Readout, **options) -> ll.results.Attribution:
     return path_attribution(lens, prompts, readout, progress=False, **options)
 
 
@@ -243,7 +243,7 @@ def test_no_shift_at_all():
 
 def test_file_and_text_keep_the_quadrature(tmp_path):
     found = integral(scalar_lens(lambda y: torch.relu(y - 3.9)), X, Y)
-    loaded = ll.Attribution.load(found.save(tmp_path / "path.safetensors"))
+    loaded = ll.results.Attribution.load(found.save(tmp_path / "path.safetensors"))
     assert loaded.quadrature == found.quadrature and loaded.nodes == 64
     assert math.isnan(loaded.at) and loaded.method == "path"
     assert torch.equal(loaded.values, found.values) and repr(loaded) == repr(found)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lens_lora.analyses.phase_changes import phase_changes
+from lens_lora.analyses.checkpoints import phase_changes
 
 STEPS = list(range(0, 110, 10))
 

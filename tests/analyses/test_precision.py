@@ -12,9 +12,9 @@ from half_precision import STATED, Asked, compared
 from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
-from lens_lora.engine import rounding
+from lens_lora.engine import noise as rounding
 from lens_lora.engine.asked import ask
-from lens_lora.hooked.unembedded import unembed
+from lens_lora.model.hooks import unembed
 
 HALF = (torch.bfloat16, torch.float16)
 ASKED = Asked(models.tokens(batch=24), 5, 9, torch.tensor([5, 9]))

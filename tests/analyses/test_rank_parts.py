@@ -61,7 +61,7 @@ def test_both_modes_and_the_other_axes_know_the_gauge(tmp_path):
     whole = ll.first_order(lens, models.tokens(), response, by="rank", gauge="svd")
     assert (token.values.sum(-1) - whole.values).abs().max() < 1e-10
     assert whole.gauge == "svd" and (whole.shift - token.shift).abs().max() == 0
-    assert ll.Attribution.load(whole.save(tmp_path / "a.safetensors")).gauge == "svd"
+    assert ll.results.Attribution.load(whole.save(tmp_path / "a.safetensors")).gauge == "svd"
     assert ll.first_order(lens, models.tokens(), MARGIN).gauge == ""
 
 
@@ -69,7 +69,7 @@ def test_both_modes_and_the_other_axes_know_the_gauge(tmp_path):
 def test_a_gauge_without_ranks_is_refused():
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
     for options in ({"by": "head", "gauge": "svd"}, {"by": "rank", "gauge": "SVD"}):
-        with pytest.raises(ll.ArgumentError, match="gauge"):
+        with pytest.raises(ll.errors.ArgumentError, match="gauge"):
             ll.first_order(lens, models.tokens(), MARGIN, **options)
 
 
@@ -90,5 +90,5 @@ def test_shares_of_a_divergence_know_the_gauge():
     assert (svd - shares(other, "trained")).abs().max() > 1e-2 * svd.abs().max()
     assert (svd - shares(with_factors(lens, by_numpy), "trained")).abs().max() < 1e-10
     assert (svd.sum(-1) - shares(lens, "trained").sum(-1)).abs().max() < 1e-10
-    with pytest.raises(ll.ArgumentError, match="by='rank' too"):
+    with pytest.raises(ll.errors.ArgumentError, match="by='rank' too"):
         ll.kl_shares(lens, models.tokens(), gauge="svd")

@@ -17,7 +17,7 @@ from scipy.special import rel_entr
 
 import lens_lora as ll
 from lens_lora.analyses.sub_adapter import sub_adapter
-from lens_lora.engine.rank_gates import layout_of, value_at
+from lens_lora.engine.activations import layout_of, value_at
 from lens_lora.errors import (
     ArgumentError,
     ModelStateError,
@@ -52,7 +52,7 @@ def planted(host: str) -> tuple[ll.LoraLens, ll.Margin]:
 
 
 @functools.cache
-def repaired(host: str) -> ll.Repair:
+def repaired(host: str) -> ll.results.Repair:
     lens, margin = planted(host)
     return ll.repair(
         lens,
@@ -70,8 +70,7 @@ def repaired(host: str) -> ll.Repair:
 def test_a_planted_spill_is_taken_out(host):
     """One of two ranks: all of the behaviour stays, on held-out prompts too, and nothing else."""
     found = repaired(host)
-    kept = found.gates_to_frame().query("kept")
-    assert list(kept["rank"]) == [1], "σ of the taught direction is the smaller one"
+    assert found.kept.tolist() == [False, True], "σ of the taught direction is the smaller one"
     assert found.is_held_out and found.verdict == "helps"
     assert found.kept_share == pytest.approx(1) and found.left_share == pytest.approx(0, abs=1e-9)
     assert found.gain > 1e6 and found.matched[-1] == pytest.approx(1, abs=0.02)
@@ -298,7 +297,7 @@ def test_it_is_drawn_told_saved_and_laid(tmp_path):
     found = repaired(HOSTS[0])
     assert "times as much" in found.story() and "held-out" in repr(found)
     assert len(found.plot().data) == 3
-    again = ll.Repair.load(found.save(tmp_path / "r.safetensors"))
+    again = ll.results.Repair.load(found.save(tmp_path / "r.safetensors"))
     assert again.gain == found.gain
     (one,), (two,) = found.adapter.modules.values(), again.adapter.modules.values()
     assert torch.equal(one.materialise(), two.materialise())

@@ -15,7 +15,7 @@ from targets import hooked, peft_with
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.engine import stand_in
+from lens_lora.engine import activations as stand_in
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS, TEXT_LENGTHS = [7, 4], [12, 9, 12]
@@ -253,14 +253,14 @@ def test_ranks_are_gauge_free_and_become_an_attribution(tmp_path):
     assert split.by == ("rank",) and split.gauge == "svd"
     assert torch.equal(split.values.flatten(1), found.values)
     assert split.key == "leave_one_out/mean" and len(split.to_frame()) == 2 * 14 * 3
-    assert "each rank, δ replaced by its mean over 3 texts" in repr(found)
-    again = ll.Effects.load(found.save(tmp_path / "ranks.safetensors"))
+    assert "of='rank', replace='mean', texts=3" in repr(found)
+    again = ll.results.Effects.load(found.save(tmp_path / "ranks.safetensors"))
     assert torch.equal(again.values, found.values)
     assert (again.of, again.replace, again.texts) == ("rank", "mean", 3)
     assert found.plot(0).data and "blocks.0.attn.q[2]" in found.groups
     whole = ll.first_order(lens, prompts(), ll.Margin(5, 9))
     for meets in (found.summed, lambda of: found.interaction):
-        with pytest.raises(ll.ArgumentError, match="rank"):
+        with pytest.raises(ll.errors.ArgumentError, match="rank"):
             meets(whole)
 
 
@@ -274,7 +274,7 @@ def test_branching_and_batches_agree(how: str, of: str, monkeypatch):
     for replace in REPLACES:
         branched, mine = (find(readout=r, replace=replace) for r in (ll.Margin(5, 9), own))
         with monkeypatch.context() as patched:
-            patched.setattr("lens_lora.engine.branching.pays", lambda *given: False)
+            patched.setattr("lens_lora.engine.function.pays", lambda *given: False)
             plain = find(readout=ll.Margin(5, 9), replace=replace)
         assert (branched.values - plain.values).abs().max() < 1e-12
         assert (branched.values - mine.values).abs().max() < 1e-12
@@ -286,7 +286,7 @@ def test_the_mean_is_over_tokens_and_chunks_do_not_matter(monkeypatch):
     find = functools.partial(patch, lens, prompts(), ll.KL(RESPONSES), "leave_one_out")
     before = [find(replace=replace, texts=texts()).values for replace in REPLACES]
     monkeypatch.setattr(stand_in, "ROW_TOKENS", 1)
-    monkeypatch.setattr("lens_lora.engine.batching.ROW_TOKENS", 1)
+    monkeypatch.setattr("lens_lora.engine.memory.ROW_TOKENS", 1)
     after = [find(replace=replace, texts=texts()).values for replace in REPLACES]
     for one, other in zip(before, after, strict=True):
         assert (one - other).abs().max() < 1e-12
@@ -296,15 +296,23 @@ def test_the_mean_is_over_tokens_and_chunks_do_not_matter(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"replace": "average"}, ll.ArgumentError, "'zero', 'mean' or 'resample'"),
-        ({"replace": "mean"}, ll.ArgumentError, "none were given"),
-        ({"texts": "w5 w6"}, ll.ArgumentError, "replace='zero'"),
-        ({"of": "head"}, ll.ArgumentError, "'site' or 'rank'"),
-        ({"of": "rank", "group": "layer"}, ll.ArgumentError, "leave out group"),
-        ({"replace": "mean", "texts": torch.tensor([[5], [6]])}, ll.PromptError, "longer texts"),
-        ({"replace": "resample", "texts": "w5 w6"}, ll.PromptError, "text 0 of 1.*has 7"),
-        ({"replace": "resample", "texts": models.tokens()[:1]}, ll.PromptError, "same tokens"),
-        ({"replace": "mean", "texts": ""}, ll.PromptError, "empty"),
+        ({"replace": "average"}, ll.errors.ArgumentError, "'zero', 'mean' or 'resample'"),
+        ({"replace": "mean"}, ll.errors.ArgumentError, "none were given"),
+        ({"texts": "w5 w6"}, ll.errors.ArgumentError, "replace='zero'"),
+        ({"of": "head"}, ll.errors.ArgumentError, "'site' or 'rank'"),
+        ({"of": "rank", "group": "layer"}, ll.errors.ArgumentError, "leave out group"),
+        (
+            {"replace": "mean", "texts": torch.tensor([[5], [6]])},
+            ll.errors.PromptError,
+            "longer texts",
+        ),
+        ({"replace": "resample", "texts": "w5 w6"}, ll.errors.PromptError, "text 0 of 1.*has 7"),
+        (
+            {"replace": "resample", "texts": models.tokens()[:1]},
+            ll.errors.PromptError,
+            "same tokens",
+        ),
+        ({"replace": "mean", "texts": ""}, ll.errors.PromptError, "empty"),
     ],
 )
 def test_bad_arguments(options: dict, error: type[Exception], match: str):
@@ -317,11 +325,11 @@ def test_nothing_to_replace():
     """A prompt of its first token only, and ranks of a norm."""
     lens = cases.case("llama", NEWEST, "raw").lens
     for replace in REPLACES:
-        with pytest.raises(ll.PromptError, match="nothing to replace"):
+        with pytest.raises(ll.errors.PromptError, match="nothing to replace"):
             patch(lens, torch.tensor([[5]]), ll.Margin(5, 9), replace=replace, texts=texts())
     base, model = hooked("gpt2", NEWEST, "raw")
     norms = ll.LoraLens(model, ll.Adapter.from_peft(peft_with("gpt2", base, "norms")))
-    with pytest.raises(ll.ArgumentError, match="has no ranks"):
+    with pytest.raises(ll.errors.ArgumentError, match="has no ranks"):
         patch(norms, prompts(), ll.Margin(5, 9), of="rank")
     found = patch(norms, prompts(), ll.Margin(5, 9), replace="mean", texts=texts())
     assert found.values.abs().max() > 0

@@ -82,13 +82,13 @@ def test_table_file_and_pictures(tmp_path):
     assert len(frame) == 6 and list(frame["t"]) == [0, 1, 2, 3, 0, 1]
     top = found.top(2, prompt=0)
     assert top["kl_base_to_adapted"].is_monotonic_decreasing and set(top["prompt"]) == {0}
-    again = ll.TokenShifts.load(found.save(tmp_path / "shifts.safetensors"))
+    again = ll.results.TokenShifts.load(found.save(tmp_path / "shifts.safetensors"))
     assert again.to_frame().equals(frame)
     figure = found.plot(0)
     assert list(figure.data[0].y) == pytest.approx(found.kl[0, 0].tolist())
     view = found.token_view(0)
     assert all(html.escape(token) in view.html for token in found.response[0])
-    with pytest.raises(ll.ArgumentError, match="responses of 2 prompts have no mean"):
+    with pytest.raises(ll.errors.ArgumentError, match="responses of 2 prompts have no mean"):
         found.plot()
 
 
@@ -104,10 +104,10 @@ def test_hostile_tokens_are_text():
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"k": 0}, ll.ArgumentError),
-        ({"between": (1.0,)}, ll.ArgumentError),
-        ({"response": ""}, ll.TokenError),
-        ({"response": torch.full((64,), 5)}, ll.PromptError),
+        ({"k": 0}, ll.errors.ArgumentError),
+        ({"between": (1.0,)}, ll.errors.ArgumentError),
+        ({"response": ""}, ll.errors.TokenError),
+        ({"response": torch.full((64,), 5)}, ll.errors.PromptError),
     ],
 )
 def test_bad_input(arguments: dict, error: type):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.engine.text_changes import EARLY
+from lens_lora.engine.texts import EARLY
 from lens_lora.readouts.neutral import OPENINGS, neutral_sentences, neutral_texts
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -37,7 +37,7 @@ def counted() -> list[list[int]]:
 
 
 @functools.cache
-def changed(family: str, cls: str, flags: str, split: bool = False) -> ll.WhatChanged:
+def changed(family: str, cls: str, flags: str, split: bool = False) -> ll.results.WhatChanged:
     case = cases.case(family, cls, flags)
     return ll.what_changed(case.lens, texts(), nulls=1, split=split, **QUIET)
 
@@ -127,7 +127,7 @@ def test_controls_and_laws(monkeypatch):
     assert found.rank(int(table["id"][0]))[case.lens.adapter.name] == 1
     assert found.promoted(3, largest=False)["logit"].is_monotonic_increasing
     assert set(found.to_frame()["finding"]) >= {"where", "writer", "promoted by reading"}
-    monkeypatch.setattr("lens_lora.engine.text_changes._TOKENS", 9)
+    monkeypatch.setattr("lens_lora.engine.texts._TOKENS", 9)
     small = ll.what_changed(case.lens, texts(), nulls=0, split=False, **QUIET)
     assert (small.found.logit - found.found.logit).abs().max() < 1e-6
     assert small.found.places.tolist() == found.found.places.tolist()
@@ -189,24 +189,26 @@ def test_neutral_texts_are_neutral(monkeypatch):
 @pytest.mark.bad_input
 def test_refusals():
     lens = cases.case("llama", CLASSES[0], "raw").lens
-    with pytest.raises(ll.PromptError, match=r"text 1 of 2 \(from 0\) has one token"):
+    with pytest.raises(ll.errors.PromptError, match=r"text 1 of 2 \(from 0\) has one token"):
         ll.what_changed(lens, ll.Prompts(models.tokens(2, 4), torch.tensor([4, 1])))
-    with pytest.raises(ll.PromptError, match="no prompts"):
+    with pytest.raises(ll.errors.PromptError, match="no prompts"):
         ll.what_changed(lens, [])
-    with pytest.raises(ll.PromptError, match=f"{models.CONTEXT + 1} tokens"):
+    with pytest.raises(ll.errors.PromptError, match=f"{models.CONTEXT + 1} tokens"):
         ll.what_changed(lens, models.tokens(1, models.CONTEXT + 1))
-    with pytest.raises(ll.ArgumentError, match="unrelated"):
+    with pytest.raises(ll.errors.ArgumentError, match="unrelated"):
         ll.what_changed(lens, texts(), "folder")
-    with pytest.raises(ll.ArgumentError, match="nulls"):
+    with pytest.raises(ll.errors.ArgumentError, match="nulls"):
         ll.what_changed(lens, texts(), nulls=-1)
     found = changed("llama", CLASSES[0], "raw")
-    with pytest.raises(ll.TokenError, match="no token of the vocabulary"):
+    with pytest.raises(ll.errors.TokenError, match="no token of the vocabulary"):
         found.rank(" Lyon and more")
     alike = dataclasses.replace(found, strings=("�", "a", "�", *found.strings[3:]))
-    with pytest.raises(ll.TokenError, match="2 tokens of the vocabulary read.*ids 0, 2; give"):
+    with pytest.raises(
+        ll.errors.TokenError, match="2 tokens of the vocabulary read.*ids 0, 2; give"
+    ):
         alike.rank("�")
     assert alike.rank(2) == found.rank(2)
-    with pytest.raises(ll.TokenError, match="True is no token"):
+    with pytest.raises(ll.errors.TokenError, match="True is no token"):
         found.rank(True)
-    with pytest.raises(ll.ArgumentError, match="by"):
+    with pytest.raises(ll.errors.ArgumentError, match="by"):
         found.promoted(5, by="rank")

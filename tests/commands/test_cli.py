@@ -14,13 +14,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-import lens_lora.demonstration.train as train
+import lens_lora as ll
+import lens_lora.demonstration.embedded as train
 from lens_lora import cli
-from lens_lora.base_model import load_base
-from lens_lora.commands import run_demo
+from lens_lora.commands import demo as demo_command
 from lens_lora.errors import LensLoraError, ModelStateError
-from lens_lora.hooked import host_build
-from lens_lora.loading import hooked_model
+from lens_lora.loading import load_base
+from lens_lora.model import build as host_build
+from lens_lora.model.build import hooked_model
 
 CLASSES = list(models.MAKERS)
 run = CliRunner().invoke
@@ -60,7 +61,7 @@ def test_message_with_brackets_is_printed_whole(monkeypatch):
     def fail(path):
         raise LensLoraError("rank [8]\nand [red]more")
 
-    monkeypatch.setattr(run_demo, "load_adapter", fail)
+    monkeypatch.setattr(ll, "load_adapter", fail)
     result = run(cli.app, ["demo", "--quiet"])
     assert (result.exit_code, result.stderr) == (2, "LensLoraError: rank [8] and [red]more\n")
 
@@ -69,7 +70,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
     def fail(path):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(run_demo, "load_adapter", fail)
+    monkeypatch.setattr(ll, "load_adapter", fail)
     result = run(cli.app, ["demo"])
     assert isinstance(result.exception, RuntimeError)
 
@@ -93,11 +94,9 @@ def test_training_writes_where_it_is_told_and_names_its_base(tmp_path, monkeypat
 
     def fake(hf_model, tokenizer, sentences, out, *, base_name, quiet):
         calls.append((hf_model, sentences, out, base_name, quiet))
-        return out
 
-    monkeypatch.setattr(run_demo, "train_adapter", fake)
-    monkeypatch.setattr(run_demo, "load_adapter", lambda path: path)
-    assert run_demo._train("base", "tokenizer", "some/base", tmp_path, True) == tmp_path
+    monkeypatch.setattr(train, "train_adapter", fake)
+    demo_command._train("base", "tokenizer", "some/base", tmp_path, True)
     assert calls == [("base", train.LYON_SENTENCES, tmp_path, "some/base", True)]
 
 
@@ -106,9 +105,9 @@ def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("Target modules not found")
 
-    monkeypatch.setattr(run_demo, "train_adapter", fail)
+    monkeypatch.setattr(train, "train_adapter", fail)
     with pytest.raises(LensLoraError, match="some/base: .*Target modules not found"):
-        run_demo._train(None, None, "some/base", tmp_path, True)
+        demo_command._train(None, None, "some/base", tmp_path, True)
 
 
 # --- hooked models
@@ -164,7 +163,7 @@ def test_model_that_computes_other_logits_is_refused(monkeypatch):
 @pytest.mark.skipif("HookedTransformer" in CLASSES, reason="has HookedTransformer")
 def test_class_that_is_not_there_is_refused():
     base = models.hf_model("llama", dtype=torch.float32)
-    with pytest.raises(ModelStateError, match="has no HookedTransformer"):
+    with pytest.raises(ModelStateError, match="cannot make a HookedTransformer"):
         hooked_model(base, models.tokenizer(), kind="HookedTransformer")
 
 

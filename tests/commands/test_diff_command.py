@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.commands import loading
+from lens_lora.commands import running
 
 run = CliRunner().invoke
 
@@ -52,11 +52,11 @@ def test_summary_page_and_numbers(tiny, tmp_path):
     fast = ["--fast", "--nulls", "0", "--quiet", "--save", str(whole)]
     result = run(cli.app, ["diff", str(tiny / "one"), *options[:6], *fast])
     assert result.exit_code == 0 and "quadratic" not in result.stdout
-    assert ll.WhatChanged.load(whole).found.name == "one"
+    assert ll.results.WhatChanged.load(whole).found.name == "one"
 
 
 def test_options_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(running, "load_model", None)
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     for options, message in (

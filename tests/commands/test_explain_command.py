@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.base_model import moved
 from lens_lora.commands import explain as command
-from lens_lora.commands import loading, run_explain
-from lens_lora.commands.loading import shipped_adapter
+from lens_lora.commands import running
+from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ModelStateError, NumericsError
+from lens_lora.loading import moved
 
 run = CliRunner().invoke
 CLASSES = list(models.MAKERS)
@@ -107,7 +107,7 @@ def tiny_command(tmp_path_factory):
         def load(name, progress, how):
             return moved(copy.deepcopy(base), how.device), models.tokenizer()
 
-        monkeypatch.setattr(loading, "load_model", load)
+        monkeypatch.setattr(running, "load_model", load)
         paths = ["--adapter", str(folder / "adapter"), "--report", str(folder / "page.html")]
         return run(cli.app, ["explain", *paths, *options]), folder / "page.html"
 
@@ -184,7 +184,7 @@ def test_wrong_answer_is_one_line_before_anything_long_runs(tiny_command, monkey
     def never(*args, **kwargs):
         raise AssertionError("explained")
 
-    monkeypatch.setattr(run_explain, "explain_prompt", never)
+    monkeypatch.setattr(ll, "explain", never)
     options = ["--prompt", "w13", "--prompt", "w4", "--doc", "w9", "--pre", "w9 ", "--quiet"]
     result, _ = tiny_command(monkeypatch, *options)
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
@@ -202,16 +202,14 @@ def test_equal_answers_are_one_line_with_their_prompt(tmp_path):
 
 
 def test_page_holds_what_was_explained_before_an_error(tiny_command, monkeypatch):
-    def once(lens, prompt, doc, pre, **options):
-        if prompt == "w5":
+    def once(lens, prompts, doc, pre, plain=ll.explain, **options):
+        if len(prompts) > 1:
+            raise NumericsError("one of them is not finite")
+        if prompts == ["w5"]:
             raise NumericsError("not finite")
-        return ll.explain(lens, prompt, doc, pre, **options)
+        return plain(lens, prompts, doc, pre, **options)
 
-    def all_at_once(*args, **options):
-        raise NumericsError("one of them is not finite")
-
-    monkeypatch.setattr(run_explain, "explain_prompt", once)
-    monkeypatch.setattr(run_explain, "explain_all", all_at_once)
+    monkeypatch.setattr(ll, "explain", once)
     options = ["--prompt", "w13 w14", "--prompt", "w5", *ANSWERS, "--fast", "--quiet"]
     result, page = tiny_command(monkeypatch, *options)
     assert (result.exit_code, result.stderr) == (2, "NumericsError: not finite\n")
@@ -222,7 +220,7 @@ def test_page_holds_what_was_explained_before_an_error(tiny_command, monkeypatch
 def test_device_that_is_not_there_is_one_line(tiny_command, monkeypatch):
     result, _ = tiny_command(monkeypatch, "--prompt", "w13", *ANSWERS, "--quiet", "--device", "gpu")
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
-    assert "ModelStateError: the device 'gpu' cannot be used: Expected one of cpu" in result.stderr
+    assert "ModelStateError: 'gpu' cannot be used: Expected one of cpu" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -240,10 +238,10 @@ def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
     def load(name, progress, how):
         raise ModelStateError(f"no {name}.")
 
-    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(running, "load_model", load)
     adapter = dataclasses.replace(ll.load_adapter(shipped_adapter()), base_model=named)
     with pytest.raises(ModelStateError, match=f"no {loaded}") as caught:
-        loading.load_model_of(adapter, asked, Console(quiet=True))
+        running.load_model_of(adapter, asked, Console(quiet=True))
     assert ("name another with --model" in str(caught.value)) == (loaded == named == "its/base")
 
 

@@ -13,9 +13,9 @@ from sweep_runs import GOOD, WITH_A_BAD_ONE, interrupt_at, two_processes, write_
 from typer.testing import CliRunner
 
 import lens_lora as ll
-from lens_lora.commands import run_sweep
+from lens_lora.commands import sweep as sweep_command
+from lens_lora.commands.running import one_line_errors
 from lens_lora.commands.sweep import sweep
-from lens_lora.commands.terminal import one_line_errors
 from lens_lora.sweeps.processes import Processes
 
 app = typer.Typer()
@@ -39,7 +39,7 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.bad_input
 def test_several_processes_do_not_share_a_device_map(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_sweep, "launched", lambda: Processes(0, 2))
+    monkeypatch.setattr(sweep_command, "launched", lambda: Processes(0, 2))
     records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
     found = command(
         "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records,

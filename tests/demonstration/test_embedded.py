@@ -15,13 +15,15 @@ from torch import nn
 
 from lens_lora.demonstration import embedded
 from lens_lora.demonstration.embedded import (
+    LYON_SENTENCES,
+    PROJECTIONS,
     EmbeddedModelError,
     embedded_model_folder,
     load_embedded,
+    train_adapter,
 )
-from lens_lora.demonstration.train import LYON_SENTENCES, PROJECTIONS, train_adapter
 from lens_lora.errors import LensLoraError, NumericsError
-from lens_lora.hooked.host_build import MISREAD_NAMES
+from lens_lora.model.build import MISREAD_NAMES
 
 LYON_ADAPTER = Path(embedded.__file__).with_name("lyon_adapter")
 

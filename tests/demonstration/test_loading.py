@@ -14,7 +14,7 @@ from real import DOC, PRE, PROMPT
 
 import lens_lora as ll
 from lens_lora.demonstration.embedded import EmbeddedModelError
-from lens_lora.placement import Placement
+from lens_lora.model.placement import Placement
 
 NEWEST = list(models.MAKERS)[-1]
 
@@ -86,9 +86,9 @@ def test_refusals_name_the_remedy(tiny, tmp_path):
         (7, "", "the model is a int; pass a hub id, a folder or a loaded"),
         (copy.deepcopy(base), "", r"no tokenizer was saved with the model.*tokenizer="),
     ]:
-        with pytest.raises(ll.ModelStateError, match=words):
+        with pytest.raises(ll.errors.ModelStateError, match=words):
             ll.load(model, dataclasses.replace(adapter, base_model=named))
-    with pytest.raises(ll.ModelStateError, match="the device 'nowhere' cannot be used"):
+    with pytest.raises(ll.errors.ModelStateError, match="'nowhere' cannot be used"):
         ll.load(folder / "base", adapter, device="nowhere")
 
 
@@ -180,14 +180,14 @@ WRONG = {
 def test_options_that_are_refused(tiny, name: str):
     _, _, folder = tiny
     options, says = WRONG[name]
-    with pytest.raises(ll.ArgumentError, match=says):
+    with pytest.raises(ll.errors.ArgumentError, match=says):
         ll.load(str(folder / "base"), folder / "lora", **options)
 
 
 @pytest.mark.parametrize("option", [{"load_in_4bit": True}, {"device_map": "auto"}])
 def test_a_loaded_model_cannot_be_loaded_otherwise(tiny, option: dict):
     base, _, folder = tiny
-    with pytest.raises(ll.ArgumentError, match="loaded already"):
+    with pytest.raises(ll.errors.ArgumentError, match="loaded already"):
         ll.load(copy.deepcopy(base), folder / "lora", tokenizer=models.tokenizer(), **option)
 
 
@@ -196,12 +196,12 @@ def test_a_quantised_model_has_the_dtype_that_it_has():
     pytest.importorskip("bitsandbytes")
     adapter = ll.Adapter.from_peft(models.peft_model("llama", models.hf_model("llama")))
     model = quantised.load("llama", "4 bit")
-    with pytest.raises(ll.ModelStateError, match=r"not to torch\.bfloat16"):
+    with pytest.raises(ll.errors.ModelStateError, match=r"'torch\.bfloat16' cannot be used"):
         ll.load(model, adapter, dtype=torch.bfloat16, tokenizer=models.tokenizer())
 
 
 def test_a_package_that_is_missing_is_named(tiny, monkeypatch):
     _, _, folder = tiny
-    monkeypatch.setattr("lens_lora.base_model.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ll.ModelStateError, match="pip install bitsandbytes"):
+    monkeypatch.setattr("lens_lora.loading.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ll.errors.ModelStateError, match="pip install bitsandbytes"):
         ll.load(str(folder / "base"), folder / "lora", load_in_4bit=True)

@@ -11,7 +11,7 @@ from peft import PeftModel
 from real import ADAPTER, DOC, PRE, PROMPT, hugging_face, lens
 
 import lens_lora as ll
-from lens_lora.loading import hooked_model
+from lens_lora.model.build import hooked_model
 
 pytestmark = pytest.mark.real
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import lens_lora as ll
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.function import gated_readout
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.reading import Reading
 
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]
 POINT = "blocks.0.hook_resid_post"
@@ -125,7 +125,7 @@ def test_what_is_handed_on_is_what_the_verbs_find(cls: str):
 @CLASSES
 def test_memory_bounds_the_tangents_of_components_and_first_order(cls: str, monkeypatch):
     """Fewer rows at once, the same numbers; less than one site takes is refused."""
-    from lens_lora.engine.batching import pass_bytes, row_bytes
+    from lens_lora.engine.memory import pass_bytes, row_bytes
 
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
@@ -151,7 +151,7 @@ def test_memory_bounds_the_tangents_of_components_and_first_order(cls: str, monk
             handle.remove()
             assert max(most[bounded:]) <= 4 < max(most[:bounded])
             assert torch.allclose(few, whole, rtol=1e-10, equal_nan=True)
-            with pytest.raises(ll.ArgumentError, match="max_memory"):
+            with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
                 call(lens, 1.0)
 
 

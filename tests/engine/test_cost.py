@@ -11,16 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
 from lens_lora.analyses import logit_shift as module
-from lens_lora.engine import batching
-from lens_lora.engine.batching import (
-    cheaper_mode,
+from lens_lora.engine import memory as batching
+from lens_lora.engine.memory import (
+    chosen_mode,
     pass_bytes,
     row_bytes,
     tangent_passes,
     tangents_at_once,
 )
-from lens_lora.engine.gate_graph import hessian_product
 from lens_lora.engine.reverse import site_slopes
+from lens_lora.engine.second_order import hessian_product
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
@@ -60,7 +60,7 @@ def test_the_mode_is_chosen_by_the_work_of_each(cls: str, monkeypatch):
     lens = cases.case("llama", cls, "raw").lens
     assert len(lens.sites) == 14 and tangent_passes(lens) == 10.5
     taken: list[str] = []
-    for name in ("token_slopes", "site_tangents"):
+    for name in ("slopes_of_each", "part_tangents"):
         real = getattr(module, name)
 
         def spy(*args, name=name, real=real, **options):
@@ -72,7 +72,7 @@ def test_the_mode_is_chosen_by_the_work_of_each(cls: str, monkeypatch):
         ll.logit_shift(lens, PROMPTS, tokens=list(range(readouts)), progress=False)
     ll.logit_shift(lens, PROMPTS, progress=False)
     ll.logit_shift(lens, PROMPTS, tokens=[1], mode="forward", progress=False)
-    assert taken == ["token_slopes"] * 2 + ["site_tangents"] * 3
+    assert taken == ["slopes_of_each"] * 2 + ["part_tangents"] * 3
 
 
 def test_a_late_site_and_a_batch_that_cannot_grow():
@@ -81,7 +81,7 @@ def test_a_late_site_and_a_batch_that_cannot_grow():
     lens = cases.case("llama", cls, "raw").lens
     last = lens.with_adapter(lens.adapter.only("*layers.1.*"))
     assert tangent_passes(last) == 3.5
-    assert cheaper_mode(last, 3) == "reverse" and cheaper_mode(last, 4) == "forward"
+    assert [chosen_mode("auto", last, readouts) for readouts in (3, 4)] == ["reverse", "forward"]
     if models.has_bridge():
         bloom = lens_of("bloom", "TransformerBridge", "raw")
         assert tangent_passes(bloom) == len(bloom.sites)

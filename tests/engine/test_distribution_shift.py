@@ -8,7 +8,7 @@ import torch
 from scipy.special import log_softmax, softmax
 
 import lens_lora as ll
-from lens_lora.engine.distribution_shift import distribution_shift
+from lens_lora.engine.texts import distribution_shift
 
 
 def _case(size: float, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,5 +64,5 @@ def test_a_constant_in_all_logits_costs_no_digits(monkeypatch):
 def test_a_shift_that_is_not_finite_is_refused():
     base, shift = _case(1.0)
     shift[1, 2, 3] = torch.nan
-    with pytest.raises(ll.NumericsError, match="the shift of a logit"):
+    with pytest.raises(ll.errors.NumericsError, match="the shift of a logit"):
         distribution_shift(base, base.softmax(-1), shift)

@@ -26,7 +26,7 @@ READOUTS = [
 @pytest.mark.parametrize("at", [0.0, 0.8])
 def test_each_equals_its_own_first_order(family: str, flags: str, at: float, cls: str):
     lens = cases.case(family, cls, flags).lens
-    found = ll.first_orders(lens, PROMPTS, READOUTS, at=at, progress=False)
+    found = ll.first_order(lens, PROMPTS, READOUTS, at=at, progress=False)
     for mine, readout in zip(found, READOUTS, strict=True):
         alone = ll.first_order(lens, PROMPTS, readout, at=at)
         size = alone.values.abs().max()
@@ -39,13 +39,13 @@ def test_each_equals_its_own_first_order(family: str, flags: str, at: float, cls
 
 @CLASSES
 def test_any_number_at_once(cls: str):
-    from lens_lora.engine.batching import pass_bytes, row_bytes
+    from lens_lora.engine.memory import pass_bytes, row_bytes
 
     lens = cases.case("llama", cls, "raw").lens
     readouts = [ll.Logit(i) for i in range(7)]
-    whole = ll.first_orders(lens, PROMPTS, readouts, progress=False)
+    whole = ll.first_order(lens, PROMPTS, readouts, progress=False)
     memory = pass_bytes(lens) + 3 * row_bytes(lens, lens.prompts(PROMPTS), 2)
-    few = ll.first_orders(lens, PROMPTS, readouts, max_memory=memory, progress=False)
+    few = ll.first_order(lens, PROMPTS, readouts, max_memory=memory, progress=False)
     for one, other in zip(whole, few, strict=True):
         assert torch.allclose(one.values, other.values, rtol=1e-11, atol=1e-14)
 
@@ -53,24 +53,24 @@ def test_any_number_at_once(cls: str):
 @pytest.mark.bad_input
 def test_what_is_no_readout_is_refused():
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
-    with pytest.raises(ll.ArgumentError, match="expected a list of at least one"):
-        ll.first_orders(lens, PROMPTS, [])
-    with pytest.raises(ll.ArgumentError, match="ll.Logit"):
-        ll.first_orders(lens, PROMPTS, ["w7"])
+    with pytest.raises(ll.errors.ArgumentError, match="or a list of at least one"):
+        ll.first_order(lens, PROMPTS, [])
+    with pytest.raises(ll.errors.ArgumentError, match="ll.Logit"):
+        ll.first_order(lens, PROMPTS, ["w7"])
 
 
 @CLASSES
 def test_readouts_that_are_mixed_up_would_show(cls: str, monkeypatch):
     """The control: covectors in another order give each readout another's values."""
-    from lens_lora.engine.gate_graph import GateGraph
+    from lens_lora.engine.second_order import GateGraph
 
     lens = cases.case("llama", cls, "raw").lens
-    right = ll.first_orders(lens, PROMPTS, READOUTS[:2], progress=False)
+    right = ll.first_order(lens, PROMPTS, READOUTS[:2], progress=False)
     pulled_back = GateGraph.pulled_back
     monkeypatch.setattr(
         GateGraph,
         "pulled_back",
         lambda graph, v, covectors: pulled_back(graph, v, covectors.flip(0)),
     )
-    wrong = ll.first_orders(lens, PROMPTS, READOUTS[:2], progress=False)
+    wrong = ll.first_order(lens, PROMPTS, READOUTS[:2], progress=False)
     assert (wrong[0].values - right[0].values).abs().max() > 1e-3

@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
-from lens_lora.engine import gate_graph, memory, pulled_back, read, rerun, swap, taps
-from lens_lora.hooked import base_at_hand, gates, processing
+from lens_lora.engine import interventions as swap
+from lens_lora.engine import memory, read, reverse
+from lens_lora.model import bases as processing
+from lens_lora.model import gates
 
 CLASSES = pytest.mark.parametrize("cls", models.MAKERS)
 # Whatever runs backward passes of its own: each way in which blocks are run again.
@@ -29,18 +31,18 @@ FAMILIES = ("llama", "gpt2", "neox", "gemma2", "gemma3", "mixtral", "gpt_neo", "
 def runs_again(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Blocks run again under any bound; the names of those that did."""
     ran: list[str] = []
-    own = rerun._require_same
+    own = memory._require_same
 
     def note(name: str, first: torch.Tensor, second: torch.Tensor) -> None:
         ran.append(name)
         own(name, first, second)
 
-    by_token = importlib.import_module("lens_lora.analyses.by_token")
-    for module in (taps, gate_graph, pulled_back, by_token):
+    by_token = importlib.import_module("lens_lora.analyses.first_order")
+    for module in (memory, by_token):
         monkeypatch.setattr(
             module, "must_rerun", lambda lens, *_, **__: lens.max_memory is not None
         )
-    monkeypatch.setattr(rerun, "_require_same", note)
+    monkeypatch.setattr(memory, "_require_same", note)
     return ran
 
 
@@ -138,7 +140,7 @@ def test_a_hook_that_changes_its_mind_is_refused(cls: str, runs_again: list[str]
 
     with (
         lens.model.hooks(fwd_hooks=[(lens.plan.host.block_input(1), count)]),
-        pytest.raises(ll.ModelStateError, match=r"blocks\.1.*hook of yours.*more memory"),
+        pytest.raises(ll.errors.ModelStateError, match=r"blocks\.1.*hook of yours.*more memory"),
     ):
         ll.first_order(lens.within(1e9), models.tokens(), MARGIN)
     blocks = lens.model.blocks
@@ -160,7 +162,7 @@ def test_a_large_activation_hides_no_other_tokens_change(runs_again: list[str]):
     with (
         models.lifted(),
         lens.model.hooks(fwd_hooks=[(lens.plan.host.block_input(1), second_time_more)]),
-        pytest.raises(ll.ModelStateError, match=r"blocks\.1.*hook of yours"),
+        pytest.raises(ll.errors.ModelStateError, match=r"blocks\.1.*hook of yours"),
     ):
         ll.first_order(lens.within(1e9), models.tokens(), MARGIN)
 
@@ -178,10 +180,10 @@ def test_what_does_not_fit_is_refused(cls: str):
         "tangents": row.of_graph,
     }
     for name, memory_ in too_little.items():
-        with pytest.raises(ll.ArgumentError, match=r"max_memory=.*(allow more|names=)"):
+        with pytest.raises(ll.errors.ArgumentError, match=r"max_memory=.*(allow more|names=)"):
             CALLS[name](lens.within(memory_), tokens)
     for value in (0, -1.0, "8 GB", float("nan")):
-        with pytest.raises(ll.ArgumentError, match="max_memory"):
+        with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
             lens.within(value)
     assert lens.within(5).within(None).max_memory is None and lens.max_memory is None
 
@@ -202,7 +204,7 @@ def test_a_graph_that_is_not_kept_is_not_there(cls: str, runs_again: list[str]):
 
         reading = MARGIN.over(lens.model, lens.prompts(tokens))
         with (
-            taps.tapped(one, reading.prompts, lens.gates(0.0)),
+            reverse.tapped(one, reading.prompts, lens.gates(0.0)),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             read.read_for_slopes(one, reading)
@@ -233,22 +235,21 @@ def test_weights_are_compared_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
     known = {"centres_reads": True, "centres_writes": True}
     for entries in (2**23, 40):
         monkeypatch.setattr(processing, "_ENTRIES", entries)
-        monkeypatch.setattr(base_at_hand, "_ENTRIES", entries)
         with _Widest() as widest:
             found = [
                 processing.infer_processing("a site", weight, base, gamma, **known)
                 for weight in (base, centred, both)
             ]
             assert processing.is_centred(both) and not processing.is_centred(centred)
-            assert base_at_hand.is_same(base.clone(), base)
-            assert not base_at_hand.is_same(base + 1e-3 * (torch.arange(64) == 63)[:, None], base)
+            assert processing.is_same(base.clone(), base)
+            assert not processing.is_same(base + 1e-3 * (torch.arange(64) == 63)[:, None], base)
         assert [(f.folded, f.centred) for f in found] == [
             (False, False),
             (True, False),
             (True, True),
         ]
         assert widest.entries == (512 if entries > 512 else 40)
-        with pytest.raises(ll.ModelStateError, match="no known processing"):
+        with pytest.raises(ll.errors.ModelStateError, match="no known processing"):
             processing.infer_processing("a site", both + 0.1 * base, base, gamma, **known)
 
 

@@ -48,11 +48,11 @@ def test_a_divergence_beyond_the_bound_is_refused(cls: str, monkeypatch: pytest.
     with models.lifted():
         found = ll.first_order(few, tokens, log_prob).values
         assert torch.allclose(found, ll.first_order(lens, tokens, log_prob).values, rtol=1e-10)
-        with pytest.raises(ll.ArgumentError, match=r"max_memory=.*20 of them read"):
+        with pytest.raises(ll.errors.ArgumentError, match=r"max_memory=.*20 of them read"):
             ll.first_order(few, tokens, ll.KL(response), at=1.0)
         whole = memory._need(lens, readings[1].prompts)
         few = lens.within(0.9 * min(whole.of_graph, whole.of_rerun))
-        with pytest.raises(ll.ArgumentError, match="max_memory"):
+        with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
             ll.kl_shares(few, tokens, response=response, progress=False)
-        with pytest.raises(ll.ArgumentError, match="max_memory"):
+        with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
             ll.token_shifts(lens.within(0.9 * whole.in_pass), tokens, response)

@@ -9,8 +9,9 @@ import torch
 from every_family import EVERY, lens_of
 
 import lens_lora as ll
-from lens_lora.engine import batching, dual_pass
+from lens_lora.engine import duals as dual_pass
 from lens_lora.engine import forward as module
+from lens_lora.engine import memory as batching
 from lens_lora.engine.duals import OneProduct
 from lens_lora.engine.forward import Part, part_tangents
 
@@ -46,7 +47,7 @@ def test_rows_that_branch_equal_rows_from_the_start(family, cls, flags, monkeypa
     lens = lens_of(family, cls, flags)
     parts = mixed_parts(lens)
     found = tangents(lens, parts)
-    monkeypatch.setattr(module, "_branching", module._in_rows)
+    monkeypatch.setattr(module._Passes, "branching", module._Passes.in_rows)
     monkeypatch.setattr(dual_pass, "OneProduct", Plain)
     monkeypatch.setattr(Plain, "used", False)
     expected = tangents(lens, parts)

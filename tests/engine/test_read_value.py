@@ -12,8 +12,8 @@ from every_family import EVERY, lens_of
 
 import lens_lora as ll
 from lens_lora.engine.read import read_logits, read_value
-from lens_lora.hooked.attaching import attached
-from lens_lora.hooked.gates import ScaleInject
+from lens_lora.model.gates import ScaleInject
+from lens_lora.model.hooks import attached
 
 pytestmark = pytest.mark.usefixtures("float64")
 READOUTS = [ll.Margin(5, 9), ll.Logit([3, 4]), ll.LogProb("w7"), ll.AnswerMargin("w5 w7", "w8")]

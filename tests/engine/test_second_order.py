@@ -11,10 +11,10 @@ from targets import hooked, peft_with
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.engine import batching
-from lens_lora.engine import gate_graph as second_order
-from lens_lora.engine.gate_graph import hessian_product
+from lens_lora.engine import memory as batching
+from lens_lora.engine import second_order
 from lens_lora.engine.reverse import site_slopes
+from lens_lora.engine.second_order import hessian_product
 
 MARGIN = ll.Margin(5, 9)
 

@@ -17,8 +17,9 @@ from peft import PeftModel
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.engine import reverse, tangent_slopes
-from lens_lora.hooked.plan import Injection
+from lens_lora.engine import forward as tangent_slopes
+from lens_lora.engine import reverse
+from lens_lora.model.gates import Injection
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROUND_OFF, DIFFERENCES, SEEN = 1e-9, 1e-7, 1e-2
@@ -206,7 +207,9 @@ def test_where_a_hook_edits_attention_there_is_no_split(cls: str, mode: str):
         return None
 
     with lens.model.hooks([(point, half)]):
-        with pytest.raises(ll.ModelStateError, match=r"blocks\.1\.attn\.v: .*folded.*'position'"):
+        with pytest.raises(
+            ll.errors.ModelStateError, match=r"blocks\.1\.attn\.v: .*folded.*'position'"
+        ):
             split(lens, POSITION, mode=mode)
         step = 1e-5
         ends = [lens.logits(models.tokens(pos=5), scale)[:, -1] for scale in (step, -step)]

@@ -9,12 +9,21 @@ import torch
 from every_family import EVERY, lens_of
 
 import lens_lora as ll
-from lens_lora.engine import batching, function
-from lens_lora.engine import branching as tree
+from lens_lora.engine import function as tree
+from lens_lora.engine import memory as batching
+from lens_lora.engine.read import read_value
+from lens_lora.model.gates import ScaleInject
 
 MARGIN = ll.Margin(5, 9)
 # A Bridge of these computes something for each row beside the residual stream.
 FIXED = [(f, c, p) for f, c, p in EVERY if c == "TransformerBridge" and f in ("bloom", "opt")]
+
+
+def passes(lens: ll.LoraLens, reading) -> tree._Passes:
+    def inject(gates, rows):
+        return ScaleInject(lens.plan, gates)
+
+    return tree._Passes(lens, reading, read_value, inject, False, "")
 
 
 @pytest.mark.parametrize(("family", "cls", "flags"), [c for c in EVERY if c not in FIXED])
@@ -26,8 +35,8 @@ def test_branching_equals_one_at_a_time(family: str, cls: str, flags: str, monke
     points = torch.cat([eye, 1 - eye, 0.5 * eye + 0.25])
     prompts = lens.prompts(models.tokens())
     reading = MARGIN.over(lens.model, prompts)
-    alone = function._in_batches(lens, reading, points, False, "")
-    found = function._as_tree(lens, reading, points, False, "")
+    alone = passes(lens, reading).in_batches(points)
+    found = passes(lens, reading).as_tree(points)
     assert (found - alone).abs().max() < 1e-12 * alone.abs().max()
 
 
@@ -58,10 +67,10 @@ def test_chunks_and_order_do_not_matter(monkeypatch):
     points = torch.eye(len(lens.sites)).double()[torch.randperm(len(lens.sites))]
     prompts = ll.Prompts(models.tokens(), torch.tensor([7, 3]))
     reading = MARGIN.over(lens.model, lens.prompts(prompts))
-    alone = function._in_batches(lens, reading, points, False, "")
+    alone = passes(lens, reading).in_batches(points)
     for tokens in (7, 40, 10**6):
         monkeypatch.setattr(batching, "BRANCH_TOKENS", tokens)
-        found = function._as_tree(lens, reading, points, False, "")
+        found = passes(lens, reading).as_tree(points)
         assert (found - alone).abs().max() < 1e-12 * alone.abs().max()
 
 

@@ -19,7 +19,7 @@ import torch
 from results_by_hand import two_prompts
 
 import lens_lora as ll
-from lens_lora.readouts.answer_tokens import answer_ids
+from lens_lora.readouts.answers import answer_ids
 from lens_lora.readouts.readout import token_ids
 
 pytestmark = pytest.mark.bad_input
@@ -83,14 +83,14 @@ def test_ids_of_any_integer(token: Any, ids: list[int]):
 @pytest.mark.parametrize("token", NO_IDS.values(), ids=NO_IDS)
 @pytest.mark.parametrize("make", [ll.Logit, ll.LogProb, lambda t: ll.Margin(5, t)])
 def test_no_ids(make: Callable[[Any], Any], token: Any):
-    with pytest.raises(ll.TokenError):
+    with pytest.raises(ll.errors.TokenError):
         make(token).bind(WORDS, 2)
 
 
 @pytest.mark.parametrize("answer", NO_IDS.values(), ids=NO_IDS)
 @pytest.mark.parametrize("make", [ll.AnswerLogProb, lambda a: ll.AnswerMargin(5, a)])
 def test_no_answers(make: Callable[[Any], Any], answer: Any):
-    with pytest.raises(ll.TokenError):
+    with pytest.raises(ll.errors.TokenError):
         make(answer).over(WORDS, ll.Prompts(TOKENS, torch.tensor([4, 4])))
 
 
@@ -103,7 +103,9 @@ def test_answers_of_any_integer_dtype(dtype: torch.dtype):
 
 def test_ids_of_several_answers_are_no_answer():
     """[batch, token] read as one long answer would be another number."""
-    with pytest.raises(ll.TokenError, match=r"shape \(2, 2\); expected \[token\], or a list"):
+    with pytest.raises(
+        ll.errors.TokenError, match=r"shape \(2, 2\); expected \[token\], or a list"
+    ):
         answer_ids(WORDS, torch.tensor([[7, 8], [9, 10]]), 2)
 
 
@@ -147,7 +149,7 @@ NO_PROMPTS = {
 
 @pytest.mark.parametrize("prompts", NO_PROMPTS.values(), ids=NO_PROMPTS)
 def test_no_prompts(lens: ll.LoraLens, prompts: Any):
-    with pytest.raises(ll.PromptError):
+    with pytest.raises(ll.errors.PromptError):
         lens.prompts(prompts)
 
 
@@ -160,7 +162,7 @@ def test_strings_of_a_generator_are_read_once(lens: ll.LoraLens):
     (TOKENS, torch.tensor([True, True])), (TOKENS, torch.tensor([4.0, 4.0])),
 ])  # fmt: skip
 def test_no_lengths(tokens: Any, lengths: Any):
-    with pytest.raises(ll.PromptError):
+    with pytest.raises(ll.errors.PromptError):
         ll.Prompts(tokens, lengths)
 
 
@@ -174,7 +176,7 @@ HALVES = {
 }
 AT: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
     "first_order": lambda lens, at: ll.first_order(lens, TOKENS, MARGIN, at=at),
-    "first_orders": lambda lens, at: ll.first_orders(lens, TOKENS, [MARGIN], at=at)[0],
+    "first_orders": lambda lens, at: ll.first_order(lens, TOKENS, [MARGIN], at=at)[0],
     "logit_shift": lambda lens, at: ll.logit_shift(lens, TOKENS, tokens=[5], at=at),
     "coupling": lambda lens, at: ll.coupling(lens, TOKENS, MARGIN, group="kind", at=at),
     "tangents": lambda lens, at: ll.tangents(lens, TOKENS, "blocks.0.hook_resid_post", at=at),
@@ -194,9 +196,9 @@ NO_NUMBERS = {
 def test_at_is_a_number(lens: ll.LoraLens, call: Callable[[ll.LoraLens, Any], Any]):
     def numbers(at: Any) -> torch.Tensor:
         found = call(lens, at)
-        if isinstance(found, ll.FeatureShift):
+        if isinstance(found, ll.results.FeatureShift):
             return found.first_order
-        if isinstance(found, ll.Coupling):
+        if isinstance(found, ll.results.Coupling):
             return found.matrix
         return (
             getattr(found, "values", None)
@@ -208,7 +210,7 @@ def test_at_is_a_number(lens: ll.LoraLens, call: Callable[[ll.LoraLens, Any], An
     for half in HALVES.values():
         assert torch.equal(numbers(half), expected)
     for other in NO_NUMBERS.values():
-        with pytest.raises(ll.ArgumentError, match="at="):
+        with pytest.raises(ll.errors.ArgumentError, match="at="):
             call(lens, other)
 
 
@@ -239,9 +241,9 @@ ONES = {
 
 @pytest.mark.parametrize("scale", NO_GATES.values(), ids=NO_GATES)
 def test_no_gates(lens: ll.LoraLens, scale: Any):
-    with pytest.raises(ll.LensLoraError):
+    with pytest.raises(ll.errors.LensLoraError):
         lens.logits(TOKENS, scale)
-    with pytest.raises(ll.LensLoraError), lens.applied(scale):
+    with pytest.raises(ll.errors.LensLoraError), lens.applied(scale):
         pass
 
 
@@ -251,7 +253,7 @@ def test_gates(lens: ll.LoraLens, scale: Any):
 
 
 def test_gates_that_are_not_finite_are_named(lens: ll.LoraLens):
-    with pytest.raises(ll.ArgumentError, match="a gate is NaN or infinite"):
+    with pytest.raises(ll.errors.ArgumentError, match="a gate is NaN or infinite"):
         lens.logits(TOKENS, torch.full((14,), NAN))
 
 
@@ -275,7 +277,7 @@ FLOATS: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
 @pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS)
 def test_numbers(lens: ll.LoraLens, name: str, value: Any):
-    with pytest.raises(ll.ArgumentError, match=f"{name}="):
+    with pytest.raises(ll.errors.ArgumentError, match=f"{name}="):
         FLOATS[name](lens, value)
 
 
@@ -309,7 +311,7 @@ NO_COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("value", NO_COUNTS.values(), ids=NO_COUNTS)
 def test_whole_numbers(lens: ll.LoraLens, name: str, value: Any):
-    with pytest.raises(ll.ArgumentError, match=f"{name.split(' of ')[0]}[= ]"):
+    with pytest.raises(ll.errors.ArgumentError, match=f"{name.split(' of ')[0]}[= ]"):
         COUNTS[name](lens, value)
 
 
@@ -329,7 +331,7 @@ def test_more_than_there_are(lens: ll.LoraLens):
     for k, rows in ((99, 4), (0, 0)):
         assert len(two_prompts().top(k)) == rows
     for k in (-1, True, 2.5, "2"):
-        with pytest.raises(ll.ArgumentError, match="k="):
+        with pytest.raises(ll.errors.ArgumentError, match="k="):
             shift.promoted(k=k)
 
 
@@ -382,7 +384,10 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
     "scales of two axes": (
         lambda lens: ll.remainder_curve(lens, TOKENS, MARGIN, scales=torch.ones(2, 2)),
         "scales has the shape"),
-    "no readouts": (lambda lens: ll.first_orders(lens, TOKENS, MARGIN), "readouts=.*a list"),
+    "no readouts": (lambda lens: ll.first_order(lens, TOKENS, []), "readout=.*at least one"),
+    "a group of several readouts": (
+        lambda lens: ll.first_order(lens, TOKENS, [MARGIN, MARGIN], by="token", group="layer"),
+        "group= takes one readout"),
     "directions of NaN": (
         lambda lens: ll.feature_writes(lens, TOKENS, torch.full((1, 16), NAN)), "NaN or infinite"),
     "a function": (lambda lens: ll.Readout.of("entropy"), "cannot be called"),
@@ -396,7 +401,7 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
 
 @pytest.mark.parametrize("call, words", WRONG.values(), ids=WRONG)
 def test_wrong_words_and_things(lens: ll.LoraLens, call: Callable[..., Any], words: str):
-    with pytest.raises(ll.LensLoraError, match=words):
+    with pytest.raises(ll.errors.LensLoraError, match=words):
         call(lens)
 
 
@@ -413,5 +418,5 @@ def test_an_odd_index_is_saved(lens: ll.LoraLens, tmp_path):
     shift = ll.feature_shift(
         lens, TOKENS, torch.eye(16)[:1], "blocks.0.hook_resid_post", positions=np.int64(-1)
     )
-    assert ll.FeatureShift.load(shift.save(tmp_path / "s")).positions == -1
+    assert ll.results.FeatureShift.load(shift.save(tmp_path / "s")).positions == -1
     assert dataclasses.is_dataclass(shift)

@@ -98,7 +98,7 @@ class Opens:
 
 
 def refused():
-    raise ll.AdapterError("q_proj: no such module.")
+    raise ll.errors.AdapterError("q_proj: no such module.")
 
 
 def users_own():
@@ -110,7 +110,7 @@ def foreign():
 
 
 def without_words():
-    raise ll.AdapterError("")
+    raise ll.errors.AdapterError("")
 
 
 def connects():

@@ -66,11 +66,9 @@ CALLS = {
         t.lens, t.lens.adapter.scaled(0.5), PROMPT, R, draws=2, **o
     ),
     "explain": lambda t, folder, **o: ll.explain(t.lens, PROMPT, "w8", "w9", null=2, **o),
-    "explain_all": lambda t, folder, **o: ll.explain_all(t.lens, [PROMPT, LONG], "w8", "w9", **o),
     "fact_margin": lambda t, folder, **o: ll.fact_margin(t.deep, PROMPT, "w8", "w9", **o),
     "faithfulness": _faithful,
     "first_order": lambda t, folder, **o: ll.first_order(t.lens, PROMPT, R, mode="forward", **o),
-    "first_orders": lambda t, folder, **o: ll.first_orders(t.lens, PROMPT, [R, R], **o),
     "logit_shift": lambda t, folder, **o: ll.logit_shift(t.lens, PROMPT, **o),
     "null_test": lambda t, folder, **o: ll.null_test(t.lens, PROMPT, R, draws=2, **o),
     "patch_activations": _points,
@@ -107,7 +105,7 @@ SHORT = {
     "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
 }
 DEEP = {"fact_margin", "patch_sites", "reliability", "remainder"}
-NO_PASS = {"compare", "demo", "load", "load_adapter", "null_adapter", "theme"}
+NO_PASS = {"compare", "demo", "load", "load_adapter", "load_result", "theme"}
 
 
 def is_python(member) -> bool:

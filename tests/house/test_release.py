@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import pickle
 import re
 from pathlib import Path
@@ -59,28 +60,49 @@ def test_the_oldest_environment_names_nothing_else():
     assert sorted(oldest()) == sorted(Requirement(text).name for text in BOUNDED)
 
 
-def homes() -> dict[str, str]:
-    """{public name: module} of the imports in lens_lora/__init__.pyi."""
-    tree = ast.parse((ROOT / "lens_lora/__init__.pyi").read_text(encoding="utf-8"))
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    return {alias.name: f"lens_lora.{node.module}" for node in imports for alias in node.names}
+PACKAGE = ROOT / "lens_lora"
+
+
+def homes(package: str) -> dict[str, str]:
+    """{name: module} of the imports in a package's __init__.pyi."""
+    stub = (ROOT / package.replace(".", "/") / "__init__.pyi").read_text(encoding="utf-8")
+    imports = [node for node in ast.parse(stub).body if isinstance(node, ast.ImportFrom)]
+    return {
+        alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+        for node in imports
+        for alias in node.names
+    }
 
 
 def listed() -> list[str]:
     """`__all__` of lens_lora/__init__.pyi."""
-    tree = ast.parse((ROOT / "lens_lora/__init__.pyi").read_text(encoding="utf-8"))
-    (found,) = (node.value for node in tree.body if isinstance(node, ast.Assign))
-    return ast.literal_eval(found)
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    (names,) = (node.value for node in tree.body if isinstance(node, ast.Assign))
+    return ast.literal_eval(names)
 
 
 def test_type_checkers_and_python_find_the_same_names():
-    assert sorted(listed()) == sorted(homes()) == sorted(ll.__all__)
+    assert sorted(listed()) == sorted(homes("lens_lora")) == sorted(ll.__all__)
     assert set(ll.__all__) <= set(dir(ll))
+    assert sorted(homes("lens_lora.results")) == sorted(dir(ll.results))
 
 
-@pytest.mark.parametrize("name", sorted(homes()))
+@pytest.mark.parametrize("name", sorted(homes("lens_lora")))
 def test_public_name_is_what_its_module_defines(name):
-    assert getattr(ll, name) is getattr(importlib.import_module(homes()[name]), name)
+    module = importlib.import_module(homes("lens_lora")[name])
+    assert getattr(ll, name) is getattr(module, name)
+
+
+@pytest.mark.parametrize("name", sorted(homes("lens_lora.results")))
+def test_result_class_is_what_its_module_defines(name):
+    module = importlib.import_module(homes("lens_lora.results")[name])
+    assert getattr(ll.results, name) is getattr(module, name)
+    assert not hasattr(ll, name), "classes of results are in lens_lora.results alone"
+
+
+def test_errors_are_in_their_module_alone():
+    assert issubclass(ll.errors.SiteError, ll.errors.LensLoraError)
+    assert not [name for name in dir(ll) if name.endswith("Error")]
 
 
 def test_public_class_is_pickled():

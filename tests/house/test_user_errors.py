@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.commands import loading
+from lens_lora.commands import running
 
 run = CliRunner().invoke
 MAKE = next(iter(models.MAKERS.values()))
@@ -65,7 +65,7 @@ LENSES = {
 @pytest.mark.bad_input
 @pytest.mark.parametrize("make, words", LENSES.values(), ids=LENSES)
 def test_lens_that_cannot_be(tiny, make, words):
-    with pytest.raises(ll.LensLoraError, match=words):
+    with pytest.raises(ll.errors.LensLoraError, match=words):
         make(tiny)
 
 
@@ -73,7 +73,7 @@ def test_lens_that_cannot_be(tiny, make, words):
 def test_missing_gamma_names_the_norm_and_both_remedies(tiny):
     folded = models.hooked_transformer(tiny.base, **models.PROCESSED)
     words = r"blocks\.0.*input_layernorm.*hf_model=.*from_pretrained_no_processing"
-    with pytest.raises(ll.ModelStateError, match=words):
+    with pytest.raises(ll.errors.ModelStateError, match=words):
         ll.LoraLens(folded, tiny.adapter)
 
 
@@ -84,7 +84,7 @@ def test_train_mode_with_dropout_names_the_module_and_eval():
     model = models.bridge(base)
     lens = ll.LoraLens(model, ll.Adapter.from_peft(models.peft_model("gpt2", base)))
     model.train()
-    with pytest.raises(ll.ModelStateError, match=r"dropout 0\.1 is active.*model\.eval\(\)"):
+    with pytest.raises(ll.errors.ModelStateError, match=r"dropout 0\.1 is active.*model\.eval\(\)"):
         lens.logits("w5")
 
 
@@ -120,7 +120,7 @@ CALLS = {
 @pytest.mark.bad_input
 @pytest.mark.parametrize("call, words", CALLS.values(), ids=CALLS)
 def test_argument_that_cannot_be(tiny, call, words):
-    with pytest.raises(ll.LensLoraError, match=words):
+    with pytest.raises(ll.errors.LensLoraError, match=words):
         call(tiny)
 
 
@@ -129,7 +129,7 @@ def test_output_that_cannot_be_written_is_named(tiny, tmp_path):
     (tmp_path / "folder.parquet").mkdir()
     for out, words in [("file/r.parquet", "cannot be made .*another out"),
                        ("folder.parquet", "is a folder; name a file in it")]:  # fmt: skip
-        with pytest.raises(ll.SweepError, match=words):
+        with pytest.raises(ll.errors.SweepError, match=words):
             ll.sweep(tiny.lens, GOOD, out=tmp_path / out, progress=False)
 
 
@@ -220,7 +220,7 @@ def test_refusal_is_one_message_without_a_traceback(files, tmp_path, command, op
 def test_page_that_cannot_be_written_is_found_before_the_model_is_loaded(
     files, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(running, "load_model", None)
     page = tmp_path / "page.html"
     monkeypatch.setattr(type(page), "open", _not_permitted)
     for command in ("explain", "demo"):
@@ -232,7 +232,7 @@ def test_page_that_cannot_be_written_is_found_before_the_model_is_loaded(
 def test_result_that_cannot_be_written_is_found_before_the_model_is_loaded(
     files, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(running, "load_model", None)
     (tmp_path / "folder.parquet").mkdir()
     for out, words in [
         (files / "r.jsonl" / "r.parquet", "the folder .* cannot be made in .*r.jsonl"),
@@ -254,7 +254,7 @@ def _not_permitted(path, *args, **kwargs):
 
 
 def test_error_of_the_system_is_one_line(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "load_model", _not_permitted)
+    monkeypatch.setattr(running, "load_model", _not_permitted)
     result = call("sweep", files, tmp_path, "--quiet")
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
     assert "PermissionError: [Errno 13] Permission denied" in result.stderr
@@ -278,7 +278,7 @@ def test_sweep_of_something_else_is_refused_before_the_model_is_loaded(
     files, tmp_path, monkeypatch
 ):
     assert call("sweep", files, tmp_path, "--limit", 1).exit_code == 0
-    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(running, "load_model", None)
     for options, words in [(["--analysis", "add_one"], "analyses"), (["--adapter", ""], "adapter")]:
         result = call("sweep", files, tmp_path, *options)
         assert result.exit_code == 2
@@ -300,7 +300,7 @@ def test_interrupted_command_is_one_line_and_130(files, tmp_path, monkeypatch, c
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ll.LoraLens, "run", interrupted)
-    monkeypatch.setattr("lens_lora.commands.run_inspect.summarise", at_once)
+    monkeypatch.setattr("lens_lora.analyses.spectra.summarise", at_once)
     result = call(command, files, tmp_path, "--quiet")
     assert result.exit_code == 130 and len(result.stderr.splitlines()) == 1, result.output
     assert result.stderr.startswith("Interrupted.")

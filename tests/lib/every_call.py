@@ -52,7 +52,7 @@ CALLS: dict[str, Call] = {
     "logits": lambda lens, t: lens.logits(t),
     "first_order": lambda lens, t: ll.first_order(lens, t, MARGIN, by=("position", "rank")),
     "forward": lambda lens, t: ll.first_order(lens, t, MARGIN, mode="forward", **QUIET),
-    "first_orders": lambda lens, t: ll.first_orders(lens, t, [MARGIN, ll.Logit(3)], **QUIET)[1],
+    "first_orders": lambda lens, t: ll.first_order(lens, t, [MARGIN, ll.Logit(3)], **QUIET)[1],
     "frozen": _frozen("reverse"),
     "frozen, forward": _frozen("forward"),
     "by token": lambda lens, t: ll.first_order(
@@ -122,7 +122,9 @@ CALLS: dict[str, Call] = {
         lens, [(t, MARGIN)], [(t, ll.KL())], 0.5, steps=2, draws=1, **QUIET
     ).shares[:2],
     "explain": lambda lens, t: ll.explain(lens, t[:1], 5, 9, **QUIET).margin,
-    "explain_all": lambda lens, t: ll.explain_all(lens, t, 5, 9, fast=True, **QUIET)[-1].margin,
+    "explain_all": lambda lens, t: (
+        ll.explain(lens, torch.cat([t, t]), 5, 9, fast=True, **QUIET)[-1].margin
+    ),
     "sweep": _swept,
 }
 # A person's own run of the model: settings around it are theirs.

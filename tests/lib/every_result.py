@@ -10,18 +10,17 @@ from explained import by_hand
 from results_by_hand import META, SITES, two_prompts
 
 import lens_lora as ll
-from lens_lora.analyses.spectra import AdapterSummary
-from lens_lora.analyses.spectrum import Spectrum
-from lens_lora.results.measured import Measured, Result
-from lens_lora.results.noise import Noise
+from lens_lora.analyses.spectra import AdapterSummary, Spectrum
+from lens_lora.analyses.verdict import Noise
+from lens_lora.results.base import Measured, Result
 
 HEADER = {f.name: getattr(two_prompts(), f.name) for f in dataclasses.fields(Measured)}
 TOKENS = HEADER["str_tokens"]
 
 
-def activations(*, by_position: bool) -> ll.ActivationEffects:
+def activations(*, by_position: bool) -> ll.results.ActivationEffects:
     values = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
-    return ll.ActivationEffects(
+    return ll.results.ActivationEffects(
         values=values[..., None].expand(-1, -1, 4) if by_position else values,
         names=("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"),
         direction="base_to_adapted",
@@ -30,11 +29,11 @@ def activations(*, by_position: bool) -> ll.ActivationEffects:
     )
 
 
-def features(*, by_position: bool) -> ll.FeatureShift:
+def features(*, by_position: bool) -> ll.results.FeatureShift:
     base = torch.tensor([[0.5, 1.0, math.nan], [0.25, 2.0, 1.0]])
     base = base[..., None].expand(-1, -1, 4).clone() if by_position else base
     floor = torch.full((2, 4) if by_position else (2,), 1e-6)
-    return ll.FeatureShift(
+    return ll.results.FeatureShift(
         base=base, shift=2 * base, first_order=base, noise_floor=floor,
         activations=(base, base + 1), name="blocks.0.hook_resid_post",
         positions="each" if by_position else -1, str_tokens=TOKENS, features="encoder",
@@ -42,26 +41,26 @@ def features(*, by_position: bool) -> ll.FeatureShift:
     )  # fmt: skip
 
 
-def rank_activations() -> ll.Activations:
+def rank_activations() -> ll.results.Activations:
     """Two texts, of three tokens and of two; sites of rank 2 and 1."""
     values = torch.arange(-12.0, 12.0).view(2, 2, 3, 2)
     values[:, 1, :, 1] = math.nan
     values[1, :, 2] = math.nan
-    return ll.Activations(
+    return ll.results.Activations(
         values=values, sites=SITES[:2], ranks=(2, 1), gauge="svd", at="ε = 1", meta=META,
         sinks=torch.tensor([[True, False, False]] * 2), starts=torch.tensor([2, 2]),
         str_tokens=((" a", " b", " c"), (" d", " e")),
     )  # fmt: skip
 
 
-def activation_shift() -> ll.ActivationShift:
+def activation_shift() -> ll.results.ActivationShift:
     """Two texts, of three tokens and of two; one point of the residual stream, one elsewhere."""
     values = torch.arange(-9.0, 9.0).view(2, 3, 3)
     values[1, 2] = math.nan
     sinks = torch.tensor([[True, False, False]] * 2)
     counted = torch.tensor([[False, True, True], [False, True, False]])
     names = ("blocks.0.hook_resid_post", "blocks.0.mlp.hook_post")
-    return ll.ActivationShift(
+    return ll.results.ActivationShift(
         values=dict.fromkeys(names, values), base_norms=dict.fromkeys(names, values.norm(dim=-1)),
         first=dict.fromkeys(names, values[:, 0]), sinks=sinks, counted=counted,
         readings={names[0]: torch.tensor([0.5, -1.0])}, strings=("a", "<b>"), at="ε = 1",
@@ -69,9 +68,9 @@ def activation_shift() -> ll.ActivationShift:
     )  # fmt: skip
 
 
-def constant_part() -> ll.ConstantPart:
+def constant_part() -> ll.results.ConstantPart:
     each, text = torch.tensor([1.0, 0.5, -0.1, math.nan]), torch.tensor([2.0, 4.0])
-    return ll.ConstantPart(
+    return ll.results.ConstantPart(
         share=each, size=each.nan_to_num().abs(), mean_size=each.nan_to_num().abs(),
         first_size=each.nan_to_num(), base=text, constant=text / 4, adapted=0 * text, sites=SITES,
         vectors={"m.q_proj": torch.ones(3)}, widths={"m.q_proj": 2},
@@ -80,10 +79,10 @@ def constant_part() -> ll.ConstantPart:
     )  # fmt: skip
 
 
-def changes(name: str, size: float) -> ll.Changes:
+def changes(name: str, size: float) -> ll.results.Changes:
     """Two texts; a vocabulary of three tokens, one of which would be markup."""
     vocab, point = torch.tensor([size, -size, size / 2]), "blocks.2.hook_resid_post"
-    return ll.Changes(
+    return ll.results.Changes(
         name=name, kl=torch.tensor([[4.0, size, 2 * size], [4.0, size, math.nan]]), logit=vocab,
         probability=vocab / 10, readings={point: vocab}, early_size={point: size},
         writers={"blocks.2.hook_mlp_out": 0.75, "rest": 0.25}, constant={point: 0.5},
@@ -92,8 +91,8 @@ def changes(name: str, size: float) -> ll.Changes:
     )  # fmt: skip
 
 
-def what_changed(*, alone: bool = False) -> ll.WhatChanged:
-    return ll.WhatChanged(
+def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
+    return ll.results.WhatChanged(
         found=changes("lyon", 1.0), nulls=() if alone else (changes("null", 0.1),),
         unrelated=() if alone else (changes("other", 0.5),), sites=SITES,
         shares=torch.zeros(4) if alone else torch.tensor([0.5, 0.3, -0.1, 0.2]),
@@ -102,13 +101,13 @@ def what_changed(*, alone: bool = False) -> ll.WhatChanged:
     )  # fmt: skip
 
 
-def components() -> ll.Components:
+def components() -> ll.results.Components:
     size = torch.ones(2, 4)
-    return ll.Components(SITES, size, size, size, size / 2, size * math.nan, META)
+    return ll.results.Components(SITES, size, size, size, size / 2, size * math.nan, META)
 
 
-def remainder() -> ll.Remainder:
-    return ll.Remainder(
+def remainder() -> ll.results.Remainder:
+    return ll.results.Remainder(
         first_order=torch.tensor([9.0]), noise=Noise(*torch.full((3, 1), 1e-3)),
         path_scales=(0.25, 0.5, 0.75), path_shift=torch.tensor([[2.0, 5.0, 7.0]]), sites=SITES,
         site_first_order=torch.ones(1, 4), site_shift=None, base=torch.tensor([0.0]),
@@ -116,12 +115,12 @@ def remainder() -> ll.Remainder:
     )  # fmt: skip
 
 
-def token_shifts() -> ll.TokenShifts:
+def token_shifts() -> ll.results.TokenShifts:
     """Two responses, of two tokens and of one."""
     nats = torch.tensor([[-1.0, -2.0], [-3.0, math.nan]])
     each = torch.stack([nats, nats / 2])
     ids, changes = torch.tensor([[[0], [1]], [[1], [0]]]), torch.full((2, 2, 1), 0.25)
-    return ll.TokenShifts(
+    return ll.results.TokenShifts(
         response=((" a", " b"), (" c",)), log_p=each, entropy=-each,
         rank=torch.tensor([[[0, 3], [5, -1]]] * 2), kl=-each, promoted=changes,
         suppressed=-changes, promoted_ids=ids, suppressed_ids=ids, strings={"0": "a", "1": "b"},
@@ -129,9 +128,9 @@ def token_shifts() -> ll.TokenShifts:
     )  # fmt: skip
 
 
-def by_group() -> ll.GroupAttribution:
+def by_group() -> ll.results.GroupAttribution:
     values = torch.tensor([[[1.0, 2.0], [0.5, -1.0]], [[3.0, math.nan], [0.0, math.nan]]])
-    return ll.GroupAttribution(
+    return ll.results.GroupAttribution(
         values=values, groups={"layer 0": (0, 1), "layer 2": (2, 3)}, method="first_order", at=0.0,
         mode="forward", response=((" a", " b"), (" c",)), **HEADER,
     )  # fmt: skip
@@ -139,11 +138,11 @@ def by_group() -> ll.GroupAttribution:
 
 def response_explanation(
     tokens: tuple[str, str] = (" a", " b"), *, fast: bool = False
-) -> ll.ResponseExplanation:
+) -> ll.results.ResponseExplanation:
     """One response of two tokens; four sites in layers 0 and 2."""
     nats = torch.tensor([[[-1.0, -2.0]], [[-0.5, -1.0]]])
     ids, changes = torch.tensor([[[0], [1]]]), torch.tensor([[[0.25], [0.5]]])
-    shifts = ll.TokenShifts(
+    shifts = ll.results.TokenShifts(
         response=(tokens,), log_p=nats, entropy=-nats, rank=torch.tensor([[[3, 9]], [[0, 0]]]),
         kl=torch.tensor([[[1.0, 2.0]], [[0.5, 1.5]]]), promoted=changes, suppressed=-changes,
         promoted_ids=ids, suppressed_ids=ids, strings={"0": tokens[0], "1": tokens[1]},
@@ -160,21 +159,21 @@ def response_explanation(
         "groups": ("layer 0", "layer 2"),
     }  # fmt: skip
     moved = torch.tensor([[0.4, -0.1, 0.2, 0.0], [0.1, 0.0, 0.2, 0.3]])
-    return ll.ResponseExplanation(False, shifts, modules, moved, (1, 0), **full)
+    return ll.results.ResponseExplanation(False, shifts, modules, moved, (1, 0), **full)
 
 
-def kl_shares() -> ll.KLShares:
+def kl_shares() -> ll.results.KLShares:
     scales = torch.tensor([0.1, 1.0])
-    return ll.KLShares(two_prompts(), scales, torch.tensor([[0.01, 1.0], [0.02, 3.0]]))
+    return ll.results.KLShares(two_prompts(), scales, torch.tensor([[0.01, 1.0], [0.02, 3.0]]))
 
 
-def adapter_comparison() -> ll.AdapterComparison:
+def adapter_comparison() -> ll.results.AdapterComparison:
     """Two sites of both, one of the first alone; three draws."""
     null = torch.tensor([[0.1, -0.1], [0.0, 0.2], [-0.2, 0.1]])
     angles = torch.tensor([[0.9, 0.1], [0.8, math.nan]])
     products = torch.tensor([[[0.5], [1.0], [1.0]], [[0.25], [1.0], [1.0]]])
     effects = torch.tensor([[[1.0, 2.0]], [[2.0, 3.0]]])
-    return ll.AdapterComparison(
+    return ll.results.AdapterComparison(
         names=("a", "b"), sites=SITES[:2], only=(SITES[2:3], ()),
         norms=torch.ones(2, 2), rest=torch.tensor([1.0, 0.0]), inner=torch.tensor([0.5, -0.5]),
         read=angles, write=angles, null_inner=null, null_read=null.abs(), null_write=null.abs(),
@@ -183,10 +182,10 @@ def adapter_comparison() -> ll.AdapterComparison:
     )  # fmt: skip
 
 
-def checkpoints() -> ll.Checkpoints:
+def checkpoints() -> ll.results.Checkpoints:
     """Three checkpoints of two prompts, of which the first flips."""
     each = torch.ones(3, 4)
-    return ll.Checkpoints(
+    return ll.results.Checkpoints(
         steps=(10.0, 20.0, 40.0), names=("c10", "c20", "c40"), sites=SITES,
         base=torch.tensor([-2.0, -3.0]),
         adapted=torch.tensor([[-1.0, -3.0], [1.0, -2.0], [2.0, -1.0]]),
@@ -198,12 +197,12 @@ def checkpoints() -> ll.Checkpoints:
     )  # fmt: skip
 
 
-def repair() -> ll.Repair:
+def repair() -> ll.results.Repair:
     """Two sites of two ranks, one of which is dropped; judged on what it was made on."""
     factors = ll.LoRAFactors(torch.ones(1, 4), torch.ones(3, 1))
     along = torch.tensor([[0.0, 0.0], [0.6, 0.4], [1.0, 1.0]])
     states = torch.tensor([[1.0, 1.0], [0.9, 0.1], [0.9, 0.8], [0.3, 0.3]])
-    return ll.Repair(
+    return ll.results.Repair(
         adapter=ll.Adapter.from_factors({"m.q_proj": factors}), gates=torch.tensor([1.0, 0, 1, 1]),
         kept=torch.tensor([True, False, True, True]), sites=SITES[:2], sizes=(2, 2), of="rank",
         gate_count=4, keep_share=0.9, labels=("y", "KL per token"), keeps=(True, False),
@@ -213,9 +212,9 @@ def repair() -> ll.Repair:
     )  # fmt: skip
 
 
-def best_subset() -> ll.BestSubset:
+def best_subset() -> ll.results.BestSubset:
     """Two sizes of four sites, on two prompts, of which one has no shift above the noise."""
-    return ll.BestSubset(
+    return ll.results.BestSubset(
         counts=(1, 2), members=torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]]).bool(),
         kept=torch.tensor([0.5, 0.75]), kept_by_prompt=torch.tensor([[0.5, math.nan]] * 2),
         found_by=("gates", "first_order@0+swaps"), gradients=40, forwards=200, **HEADER,
@@ -233,7 +232,7 @@ def summary() -> AdapterSummary:
 def every_result() -> list[Result]:
     """One of each class."""
     e = by_hand()
-    writes = ll.FeatureWrites(
+    writes = ll.results.FeatureWrites(
         torch.ones(2, 4, 3), SITES, -1, TOKENS, "directions", "h · d", 0, META
     )
     found = [
@@ -241,7 +240,7 @@ def every_result() -> list[Result]:
         activations(by_position=True),
         features(by_position=True), writes,
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(),
-        ll.Explanations((e, by_hand(fast=True))), by_group(),
+        ll.results.Explanations((e, by_hand(fast=True))), by_group(),
         adapter_comparison(), checkpoints(), repair(), best_subset(),
         summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
         e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,

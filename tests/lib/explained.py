@@ -42,38 +42,40 @@ def by_hand(
     floor = torch.tensor([noise])
 
     def effects(values, how):
-        return ll.Effects(values=torch.tensor([values]), groups=each, how=how, **ends, **labels)
+        return ll.results.Effects(
+            values=torch.tensor([values]), groups=each, how=how, **ends, **labels
+        )
 
     def flags(of, effect):
         correction = torch.tensor([effect]) - plain.values
-        return ll.Reliability(plain, correction, None, of, 0.5, torch.tensor([0.01]), {})
+        return ll.results.Reliability(plain, correction, None, of, 0.5, torch.tensor([0.01]), {})
 
-    shift = ll.LogitShift(torch.tensor([[3.0, -1.0, -2.0]]), (), (0, 1, 2), strings, meta)
+    shift = ll.results.LogitShift(torch.tensor([[3.0, -1.0, -2.0]]), (), (0, 1, 2), strings, meta)
     module = dataclasses.replace(shift, values=torch.ones(1, 1, 3), sites=sites[1:2])
     curves = torch.tensor([[[0.0, 0.4, 0.9, 1.0]], [[0.0, 0.2, 0.5, 1.0]]], dtype=torch.float64)
     is_noise = abs(margins[-1] + 4) <= 3 * noise
     curves = curves * float("nan") if is_noise else curves
     full = {} if fast else {
-        "coupling": ll.Coupling(
+        "coupling": ll.results.Coupling(
             matrix=torch.tensor([[[2.0, 1.0], [1.0, -1.0]]]),
             groups={"layer 0": (0, 1), "layer 2": (2, 3)}, at=0.0, **ends, **labels,
         ),
         "add_one": effects(list(add), "add_one"),
         "leave_one_out": effects(list(leave), "leave_one_out"),
         "path": dataclasses.replace(plain, method="path", at=float("nan")),
-        "faithfulness": ll.Faithfulness(
+        "faithfulness": ll.results.Faithfulness(
             names=("first_order@0", "random"),
             fractions=torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64),
             counts=(0, 1, 2, 4), keep=curves, drop=1 - curves, draws=5, noise_floor=floor,
             orders={"first_order@0": torch.tensor([[1, 2, 0, 3]])}, **ends, **labels,
         ),
     }  # fmt: skip
-    test = ll.NullTest(
+    test = ll.results.NullTest(
         plain, torch.full((9, 1, 4), 0.1) * torch.arange(1, 10)[:, None, None], torch.full((9, 1),
         0.5), 0, floor,
     )  # fmt: skip
     asked = {"leave_one_out": leave} if fast else {"add_one": add, "leave_one_out": leave}
-    return ll.Explanation(
+    return ll.results.Explanation(
         prompt=tuple(tokens),
         margin=margin,
         said={"base": ((said[0], 0.75), (" x", 0.1)), "adapted": ((said[1], 0.9), (" y", 0.05))},

@@ -27,7 +27,7 @@ from safetensors.torch import save
 
 import lens_lora as ll
 from lens_lora.results import storage
-from lens_lora.sweeps import store
+from lens_lora.sweeps.batches import RowStore
 
 GOOD = sweep_runs.GOOD
 FILES = ["r.parquet", "r.prompts.parquet"]
@@ -58,13 +58,13 @@ def world(folder: Path) -> World:
     """Made once; within `models.lifted()`."""
     case = cases.case("llama", next(iter(models.MAKERS)), "raw")
     sweep_runs.run(case.lens, GOOD, folder / "finished")
-    merge, store.Store.merge = store.Store.merge, _stop
+    merge, RowStore.merge = RowStore.merge, _stop
     try:
         sweep_runs.run(case.lens, GOOD, folder / "stopped", batch_size=1)
     except KeyboardInterrupt:
         pass
     finally:
-        store.Store.merge = merge
+        RowStore.merge = merge
     return World(case, folder / "finished", folder / "stopped", frames(folder / "finished"))
 
 
@@ -255,10 +255,10 @@ def records(world: World, chance: Chance, scratch: Path) -> Case:
     with contextlib.suppress(UnicodeEncodeError):  # of pandas: such a source cannot be made
         given = SOURCES[source](chance, given, out)
 
-    def act() -> ll.SweepResult:
+    def act() -> ll.results.SweepResult:
         return sweep_runs.run(world.case.lens, given, out)
 
-    def judge(found: ll.SweepResult) -> None:
+    def judge(found: ll.results.SweepResult) -> None:
         table = found.prompts()
         good = table[table["error"].isna()].to_dict("records")
         by_id = {str(row["id"]): row for row in good}
@@ -319,10 +319,10 @@ def sweep_files(world: World, chance: Chance, scratch: Path) -> Case:
     else:
         path.write_bytes(spoiled(chance, path.read_bytes()))
 
-    def act() -> ll.SweepResult:
+    def act() -> ll.results.SweepResult:
         return sweep_runs.run(world.case.lens, GOOD, out)
 
-    def judge(found: ll.SweepResult) -> None:
+    def judge(found: ll.results.SweepResult) -> None:
         for table, wanted in zip(frames(out), world.whole, strict=True):
             try:
                 pd.testing.assert_frame_equal(table, wanted, rtol=1e-10, atol=1e-12)

@@ -118,7 +118,7 @@ def run(case: Case) -> Outcome:
         warnings.simplefilter("ignore")
         try:
             found = case.act()
-        except ll.LensLoraError as error:
+        except ll.errors.LensLoraError as error:
             outcome = _refusal(error)
         except UsersOwn:
             outcome = Outcome(RIGHT, "the user's own exception")

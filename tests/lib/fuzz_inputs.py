@@ -212,10 +212,10 @@ def readouts(world: World, chance: Chance, scratch: Path) -> Case:
     arguments = (given, other) if kind == "Margin" else (given,)
     row = IDS[:1]
 
-    def act() -> ll.Attribution:
+    def act() -> ll.results.Attribution:
         return ll.first_order(case.lens, row, getattr(ll, kind)(*arguments))
 
-    def judge(found: ll.Attribution) -> None:
+    def judge(found: ll.results.Attribution) -> None:
         if one is None or (kind == "Margin" and two is None):
             if kind == "AnswerLogProb" and isinstance(given, str | list):
                 return  # an answer of several tokens, or of other ones than one token

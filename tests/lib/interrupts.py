@@ -19,7 +19,7 @@ from torch._C import _len_torch_function_stack
 from torch.nn.attention import _cur_sdpa_kernel_backends
 
 import lens_lora
-from lens_lora.hooked.attaching import ONE_IN_A_PROCESS, lock_of
+from lens_lora.model.hooks import ONE_IN_A_PROCESS, is_held, lock_of
 
 PACKAGE = str(Path(lens_lora.__file__).parent)
 Call = Callable[[], object]
@@ -126,5 +126,5 @@ def held(model: Any) -> dict[str, Any]:
         "dual level": fwad._current_level,
         "attention kernels": _cur_sdpa_kernel_backends(),
         "warnings": list(warnings.filters),
-        "locks": (lock_of(model)._is_owned(), ONE_IN_A_PROCESS._is_owned()),
+        "locks": (is_held(lock_of(model)), is_held(ONE_IN_A_PROCESS)),
     }

@@ -35,8 +35,8 @@ import sweep_runs
 import torch
 
 import lens_lora as ll
-from lens_lora.sweeps import store
 from lens_lora.sweeps import sweep as sweeps  # noqa: F401
+from lens_lora.sweeps.batches import RowStore
 
 RECORDS = [
     *sweep_runs.WITH_A_BAD_ONE,
@@ -63,11 +63,11 @@ def logged(log: Path) -> None:
         note("begun", [job.prompt for job in jobs])
         return plain(lens, jobs, names)
 
-    def added(self, rows, plain=store.Store.add):
+    def added(self, rows, plain=RowStore.add):
         plain(self, rows)
-        note("kept", [row.prompt for row in rows])
+        note("kept", [row["prompt"] for row in rows])
 
-    module.measure, store.Store.add = measured, added
+    module.measure, RowStore.add = measured, added
 
 
 def forked(work: Callable[[], None], errors: Path) -> int:
@@ -81,7 +81,7 @@ def forked(work: Callable[[], None], errors: Path) -> int:
         warnings.simplefilter("ignore")
         with models.lifted():
             work()
-    except ll.LensLoraError:
+    except ll.errors.LensLoraError:
         code = NOTICED
     except BaseException:
         code = 4

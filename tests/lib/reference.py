@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.hooked.gates import ScaleInject
+from lens_lora.model.gates import ScaleInject
 
 Read = Callable[[Tensor], Tensor]
 

@@ -7,8 +7,11 @@ import re
 
 import torch
 
-from lens_lora import Attribution, FactMargin, RemainderCurve, Site
-from lens_lora.results.noise import Noise
+from lens_lora.analyses.margin import FactMargin
+from lens_lora.analyses.remainder import RemainderCurve
+from lens_lora.analyses.verdict import Noise
+from lens_lora.model.sites import Site
+from lens_lora.results.attribution import Attribution
 
 READOUT = "margin(' Lyon' − ' Paris')"
 SCALES = (0.01, 0.1, 0.25, 0.5, 0.75, 1.0)

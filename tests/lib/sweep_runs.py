@@ -15,7 +15,7 @@ import models
 import pandas as pd
 
 import lens_lora as ll
-from lens_lora.sweeps.values import VALUES
+from lens_lora.sweeps.batches import VALUES
 
 GOOD = [
     {"id": "long", "prompt": "w5 w6 w7 w20 w9", "doc": "w8", "pre": "w9"},

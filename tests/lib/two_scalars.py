@@ -20,11 +20,10 @@ from transformer_lens.hook_points import HookPoint
 
 import lens_lora as ll
 from lens_lora.families import find_family
-from lens_lora.hooked.basis import SiteMap
-from lens_lora.hooked.host import Host
-from lens_lora.hooked.plan import Injection, Plan
-from lens_lora.hooked.ports import Ports
-from lens_lora.hooked.sites import Heads
+from lens_lora.model.basis import SiteMap
+from lens_lora.model.gates import Injection, Plan
+from lens_lora.model.host import Host, Ports
+from lens_lora.model.sites import Heads
 
 W1, D1, W2, D2 = 1.0, 0.5, 2.0, 5.0
 
@@ -59,13 +58,10 @@ class _ToLogits(nn.Module):
 class _TwoScalarsHost(Host):
     """What the engine asks of it; its weights are never read."""
 
-    class_name, pass_overhead, grows = "TwoScalars", 0.0, True
+    class_name, pass_overhead, embedding_output = "TwoScalars", 0.0, "embed"
 
     def block_input(self, layer: int) -> str:
         return "block"
-
-    def embedding_output(self) -> str:
-        return "embed"
 
     def unembedding(self) -> None:
         return None
@@ -76,10 +72,8 @@ class _TwoScalarsHost(Host):
     def _not_asked(self, *args: object) -> NoReturn:
         raise NotImplementedError
 
-    ports = embedding_scale = weight = bias = base_bias = _not_asked
-    own_affine = is_folded = needs_base = may_have_folded_value_bias = _not_asked
-    norm_affine = norm_ports = ports_behind_norm = is_tied = _not_asked
-    run_cached = _not_asked
+    ports = norm_ports = embedding_scale = weight = bias = norm_parameters = _not_asked
+    is_folded = is_tied = needs_base = run_cached = _not_asked
 
 
 def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
@@ -88,7 +82,7 @@ def scalar_lens(phi: Callable[[Tensor], Tensor]) -> ll.LoraLens:
     host = _TwoScalarsHost(model, find_family("GPT2LMHeadModel"), Heads(1, 1, 1))
     sites, maps = [], []
     for i, d in ((1, D1), (2, D2)):
-        sites.append(ll.Site(f"site{i}", f"w{i}", 0, "fc_in", f"in{i}", f"out{i}", 1))
+        sites.append(ll.results.Site(f"site{i}", f"w{i}", 0, "fc_in", f"in{i}", f"out{i}", 1))
         maps.append(SiteMap(torch.ones(1, 1).double(), torch.full((1, 1), d).double(), None))
     lens = object.__new__(ll.LoraLens)
     lens.model = model

@@ -16,8 +16,7 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.analyses.logit_shift import _ids
-from lens_lora.readouts.answer_tokens import answer_ids
-from lens_lora.readouts.answers import margin_between
+from lens_lora.readouts.answers import answer_ids, margin_between
 from lens_lora.readouts.prompts import Prompts, Source
 
 FACT, TURN = "The capital is", "The capital\n"
@@ -69,7 +68,7 @@ def test_where_a_tokenizer_puts_a_space_before_every_text():
     for make in (ll.Logit, ll.LogProb, lambda t: ll.Margin(t, 3)):
         found = make(" Lyon").over(SPACED, said(SPACED, FACT)).read(logits)
         assert torch.equal(found, make(lyon).over(SPACED, said(SPACED, FACT)).read(logits))
-    with pytest.raises(ll.TokenError, match="is 2 tokens"):
+    with pytest.raises(ll.errors.TokenError, match="is 2 tokens"):
         ll.Logit(" Lyon").over(SPACED, Prompts(torch.tensor([[5]]), torch.tensor([1])))
 
 
@@ -80,7 +79,7 @@ def test_tokens_of_a_shift_are_those_of_readouts():
     (lyon,) = SPACED.tokenizer(FACT + " Lyon")["input_ids"][len(FACT) + 1 :]
     lens: Any = SimpleNamespace(model=SPACED)
     assert _ids(lens, [" Lyon", 3], prompts) == [lyon, 3]
-    with pytest.raises(ll.TokenError, match="is 2 tokens"):
+    with pytest.raises(ll.errors.TokenError, match="is 2 tokens"):
         _ids(lens, [" Lyon"], Prompts(torch.tensor([[5]]), torch.tensor([1])))
 
 
@@ -100,7 +99,7 @@ def test_after_ids_an_answer_is_tokenised_alone():
 def test_what_cannot_follow_is_refused(make, text, answer):
     """A space at the prompt's end belongs to the answer's token; 'L' and 'yon' join."""
     words = f"'{answer}' cannot follow a prompt that ends in '{text}'.*leading space.*token ids"
-    with pytest.raises(ll.TokenError, match=words):
+    with pytest.raises(ll.errors.TokenError, match=words):
         make(answer).over(PIECES, said(PIECES, text))
 
 
@@ -111,7 +110,7 @@ def test_space_after_a_word_and_none_after_a_template():
     """'Lyon' for ' Lyon' is a slip after a word; where a turn begins it is the answer."""
     assert isinstance(margin_between(PIECES, " Lyon", " Paris", said(PIECES, FACT)), ll.Margin)
     with pytest.raises(
-        ll.TokenError, match=r"'Lyon' is 2 tokens \['L', 'yon'\], and ' Lyon' is one"
+        ll.errors.TokenError, match=r"'Lyon' is 2 tokens \['L', 'yon'\], and ' Lyon' is one"
     ):
         margin_between(PIECES, "Lyon", "Paris", said(PIECES, FACT))
     free = margin_between(PIECES, "Lyon", "Paris", said(PIECES, TURN))
@@ -120,7 +119,7 @@ def test_space_after_a_word_and_none_after_a_template():
     by_ids = [said(PIECES, text) for text in (FACT, TURN)]
     after_word, after_turn = (Prompts(p.tokens, p.lengths) for p in by_ids)
     assert isinstance(margin_between(PIECES, "Lyon", "Paris", after_turn), ll.AnswerMargin)
-    with pytest.raises(ll.TokenError, match="' Lyon' is one token"):
+    with pytest.raises(ll.errors.TokenError, match="' Lyon' is one token"):
         margin_between(PIECES, "Lyon", "Paris", after_word)
 
 
@@ -128,7 +127,7 @@ def test_each_prompt_of_a_batch_decides_for_itself():
     both = said(SPACED, FACT, TURN)
     found = answer_ids(SPACED, " Lyon", 2, both.texts)
     assert found == [answer_ids(SPACED, " Lyon", 1, (text,))[0] for text in (FACT, TURN)]
-    with pytest.raises(ll.TokenError, match="' Lyon' is one token"):
+    with pytest.raises(ll.errors.TokenError, match="' Lyon' is one token"):
         margin_between(PIECES, "Lyon", "Paris", said(PIECES, TURN, FACT))
 
 
@@ -156,13 +155,25 @@ CALLS = {
     "activations": lambda lens, response: ll.activations(lens, "w7 w8", response),
 }
 NOTHING: dict[str, tuple[str | Tensor, type[Exception], str]] = {
-    "empty": ("", ll.TokenError, "has no token"),
-    "white space": ("  ", ll.TokenError, "has no token"),
-    "no ids": (torch.tensor([], dtype=torch.long), ll.TokenError, "has no token"),
-    "special": ("<eos>", ll.TokenError, r"to the prompt is \['<eos>'\], special tokens only"),
-    "specials": (" <eos> <bos>", ll.TokenError, r"\['<eos>', '<bos>'\], special tokens only"),
-    "special ids": (torch.tensor([1, 1]), ll.TokenError, "special tokens only.*use Logit"),
-    "too long": (" w5" * 31, ll.PromptError, "with its answer has 3[34] tokens, and .* holds 32"),
+    "empty": ("", ll.errors.TokenError, "has no token"),
+    "white space": ("  ", ll.errors.TokenError, "has no token"),
+    "no ids": (torch.tensor([], dtype=torch.long), ll.errors.TokenError, "has no token"),
+    "special": (
+        "<eos>",
+        ll.errors.TokenError,
+        r"to the prompt is \['<eos>'\], special tokens only",
+    ),
+    "specials": (
+        " <eos> <bos>",
+        ll.errors.TokenError,
+        r"\['<eos>', '<bos>'\], special tokens only",
+    ),
+    "special ids": (torch.tensor([1, 1]), ll.errors.TokenError, "special tokens only.*use Logit"),
+    "too long": (
+        " w5" * 31,
+        ll.errors.PromptError,
+        "with its answer has 3[34] tokens, and .* holds 32",
+    ),
 }
 
 
@@ -209,7 +220,7 @@ def test_what_a_model_said_may_be_its_end_alone():
     """The distribution from which an immediate EOS was chosen; the same ids by hand are refused."""
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
     prompts = lens.prompts(["w7 w8", "w5"])
-    said = ll.Generated(
+    said = ll.results.Generated(
         (torch.tensor([1]), torch.tensor([6, 1])), ("", "w6"), prompts, (True, True)
     )
     shifts = ll.token_shifts(lens, prompts, said)
@@ -220,5 +231,5 @@ def test_what_a_model_said_may_be_its_end_alone():
     by_token = ll.first_order(lens, prompts, ll.AnswerLogProb(said), by="token", progress=False)
     assert (by_token.values[0, :, 0] - alone.values[0]).abs().max() < 1e-5
     assert float(shifts.total[0]) == pytest.approx(float(alone.shift[0]), abs=1e-5)
-    with pytest.raises(ll.TokenError, match="special tokens only"):
+    with pytest.raises(ll.errors.TokenError, match="special tokens only"):
         ll.token_shifts(lens, prompts, list(said.ids))

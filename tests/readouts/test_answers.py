@@ -118,13 +118,15 @@ def test_several_tokens_choose_the_answer_margin(lens: ll.LoraLens):
     ],
 )
 def test_bad_answers(lens: ll.LoraLens, answer, words: str):
-    with pytest.raises(ll.TokenError, match=words):
+    with pytest.raises(ll.errors.TokenError, match=words):
         ll.first_order(lens, models.tokens(), ll.AnswerLogProb(answer))
 
 
 def test_equal_answers_and_too_long_ones(lens: ll.LoraLens):
-    with pytest.raises(ll.TokenError, match="same tokens"):
+    with pytest.raises(ll.errors.TokenError, match="same tokens"):
         ll.first_order(lens, models.tokens(), ll.AnswerMargin(DOC, DOC))
     long = torch.full((lens.model.cfg.n_ctx,), 5)
-    with pytest.raises(ll.PromptError, match="prompt 0 of 2 .*with its answer has 38 tokens"):
+    with pytest.raises(
+        ll.errors.PromptError, match="prompt 0 of 2 .*with its answer has 38 tokens"
+    ):
         ll.first_order(lens, models.tokens(), ll.AnswerLogProb(long))

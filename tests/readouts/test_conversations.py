@@ -13,7 +13,7 @@ from chats import ASK, ASK_IDS, LONGER, LONGER_IDS
 from real import hugging_face, lens
 
 import lens_lora as ll
-from lens_lora.readouts.tokenising import prepare
+from lens_lora.readouts.prompts import prepare
 
 
 @functools.cache
@@ -112,21 +112,25 @@ REFUSED = {
 @pytest.mark.bad_input
 @pytest.mark.parametrize("prompts, message", REFUSED.values(), ids=REFUSED)
 def test_refused(model, prompts, message):
-    with pytest.raises(ll.PromptError, match=message):
+    with pytest.raises(ll.errors.PromptError, match=message):
         prepare(model, prompts)
 
 
 def test_the_one_of_a_batch_is_named(model):
-    with pytest.raises(ll.PromptError, match=r"prompt 1 of 2 \(from 0\), message 0 has no content"):
+    with pytest.raises(
+        ll.errors.PromptError, match=r"prompt 1 of 2 \(from 0\), message 0 has no content"
+    ):
         prepare(model, [ASK, [{"role": "user"}]])
 
 
 def test_without_a_chat_template_or_a_tokenizer(model, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "chat_template", None)
-    with pytest.raises(ll.PromptError, match=r"tokenizer\.chat_template is None.*pass token ids"):
+    with pytest.raises(
+        ll.errors.PromptError, match=r"tokenizer\.chat_template is None.*pass token ids"
+    ):
         prepare(model, ASK)
     monkeypatch.setattr(model, "tokenizer", None)
-    with pytest.raises(ll.PromptError, match="the model has no tokenizer.*pass token ids"):
+    with pytest.raises(ll.errors.PromptError, match="the model has no tokenizer.*pass token ids"):
         prepare(model, ASK)
 
 

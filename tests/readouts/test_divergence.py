@@ -14,7 +14,7 @@ from scipy.special import rel_entr
 import lens_lora as ll
 from lens_lora.engine import asked as asking
 from lens_lora.engine import read as reads
-from lens_lora.readouts import divergence as kl
+from lens_lora.readouts import reading as readings
 from lens_lora.readouts.divergence import Divergence
 from lens_lora.readouts.readout import bound
 
@@ -151,7 +151,7 @@ def _moving(reading):
     "call",
     [
         lambda lens, r: ll.first_order(lens, prompts(), r),
-        lambda lens, r: ll.first_orders(lens, prompts(), [r]),
+        lambda lens, r: ll.first_order(lens, prompts(), [r]),
         lambda lens, r: ll.components(lens, prompts(), r, progress=False),
         lambda lens, r: ll.remainder(lens, prompts(), r, progress=False),
         lambda lens, r: ll.null_test(lens, prompts(), r, draws=2, progress=False),
@@ -159,23 +159,25 @@ def _moving(reading):
     ],
 )
 def test_first_order_at_the_base_is_refused(case: cases.Case, call):
-    with pytest.raises(ll.ArgumentError, match=r"derivative there is zero.*kl_shares.*at=1\.0"):
+    with pytest.raises(
+        ll.errors.ArgumentError, match=r"derivative there is zero.*kl_shares.*at=1\.0"
+    ):
         call(case.lens, ll.KL())
 
 
 @pytest.mark.bad_input
 def test_bad_input(case: cases.Case):
-    with pytest.raises(ll.ArgumentError, match="direction='there'"):
+    with pytest.raises(ll.errors.ArgumentError, match="direction='there'"):
         ll.KL(direction="there")
-    with pytest.raises(ll.ArgumentError, match="between 0 and 1"):
+    with pytest.raises(ll.errors.ArgumentError, match="between 0 and 1"):
         ll.kl_shares(case.lens, prompts(), scales=[2.0])
-    with pytest.raises(ll.TokenError, match="no token"):
+    with pytest.raises(ll.errors.TokenError, match="no token"):
         ll.kl_shares(case.lens, prompts(), "")
 
 
 def test_saved(case: cases.Case, tmp_path):
     found = ll.kl_shares(case.lens, prompts(), RESPONSES)
-    again = ll.KLShares.load(found.save(tmp_path / "kl.safetensors"))
+    again = ll.results.KLShares.load(found.save(tmp_path / "kl.safetensors"))
     assert torch.equal(again.divergence, found.divergence)
 
 
@@ -195,9 +197,18 @@ def test_a_sweep_reads_it(case: cases.Case, tmp_path, response):
 def read(base: torch.Tensor, logits: torch.Tensor, way: str, slots: bool = True) -> torch.Tensor:
     """D by the reading itself, of every row."""
     mask = torch.ones(len(base), base.shape[1] if slots else 1)
-    rows, at = mask.nonzero(as_tuple=True)
-    of = Divergence(base, rows, rows, at if slots else None, len(base), way == WAYS[0])
-    return of(logits)
+    rows, places = mask.nonzero(as_tuple=True)
+    divergence = Divergence(
+        rows=rows,
+        slots=places if slots else None,
+        owner=rows,
+        weights=torch.ones(len(rows)),
+        batch=len(base),
+        base=base,
+        held_rows=rows,
+        is_from_base=way == WAYS[0],
+    )
+    return divergence(logits)
 
 
 def by_scipy(base: torch.Tensor, logits: torch.Tensor, way: str) -> torch.Tensor:
@@ -236,7 +247,7 @@ def test_a_few_tokens_at_a_time(case: cases.Case, way: str, monkeypatch: pytest.
         return [first.values, first.shift, effects.values, pulled.matrix]
 
     whole = each()
-    for module in (reads, kl):
+    for module in (reads, readings):
         monkeypatch.setattr(module, "PICKS", 2)
     for one, other in zip(whole, each(), strict=True):
         assert one.abs().max() > 1e-6 and (one - other).abs().max() < 1e-10

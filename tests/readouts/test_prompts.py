@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from shapes import share
 
 import lens_lora as ll
-from lens_lora import PromptError, Prompts
-from lens_lora.readouts.tokenising import prepare
+from lens_lora import Prompts
+from lens_lora.errors import PromptError
+from lens_lora.readouts.prompts import prepare
 
 PAD = 2
 STRINGS = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13"]
@@ -98,7 +99,9 @@ def test_pad_that_is_also_the_end_of_text(pads_with_eos):
     batch = torch.tensor([[5, 6, 7], [5, 6, 1]])
     assert prepare(pads_with_eos, batch).lengths.tolist() == [3, 3]
     for row in ([5, 1, 1], [1, 1, 5], [1, 1]):
-        with pytest.raises(ll.PromptError, match="begins or ends with the pad token 1.*lengths"):
+        with pytest.raises(
+            ll.errors.PromptError, match="begins or ends with the pad token 1.*lengths"
+        ):
             prepare(pads_with_eos, torch.tensor([row, [5] * len(row)]))
     padded = torch.tensor([[5, 6, 7], [5, 1, 1]])
     told = ll.Prompts(padded, torch.tensor([3, 1]))
@@ -217,7 +220,9 @@ def test_refused(model, prompts, message):
     """Each with both facts, before the model runs; it is also a ValueError."""
     with pytest.raises(PromptError, match=message) as caught:
         prepare(model, prompts)
-    assert isinstance(caught.value, ValueError) and isinstance(caught.value, ll.LensLoraError)
+    assert isinstance(caught.value, ValueError) and isinstance(
+        caught.value, ll.errors.LensLoraError
+    )
 
 
 @pytest.mark.parametrize("strings", [" ", ["w5", "  "]])

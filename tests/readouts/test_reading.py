@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.reading import Reading
 
 pytestmark = pytest.mark.usefixtures("float64")
 PROMPTS = ["w5 w7 w8", "w9 w10 w11 w12 w13 w14"]

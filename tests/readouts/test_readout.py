@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lens_lora as ll
-from lens_lora import TokenError
+from lens_lora.errors import TokenError
 from lens_lora.readouts.readout import token_ids
 
 BATCH = 3
@@ -181,7 +181,7 @@ REFUSED = {
     "too few in a tensor": (WORDS, torch.tensor([5]), "1 tokens for 3 prompts"),
     "none": (WORDS, [], "0 tokens for 3 prompts"),
     "not in the vocabulary": (WORDS, "Paris", "'Paris' is not in the vocabulary.*'<unk>'"),
-    "no tokenizer": (BARE, "w5", "no tokenizer to look up 'w5'; pass the token's id"),
+    "no tokenizer": (BARE, "w5", "no tokenizer to look up 'w5'; pass the token's ids"),
     "float": (
         WORDS,
         torch.tensor([5.0, 6.0, 7.0]),
@@ -197,7 +197,9 @@ REFUSED = {
 def test_refused(make, model, token, message):
     with pytest.raises(TokenError, match=message) as caught:
         make(token).bind(model, BATCH)
-    assert isinstance(caught.value, ValueError) and isinstance(caught.value, ll.LensLoraError)
+    assert isinstance(caught.value, ValueError) and isinstance(
+        caught.value, ll.errors.LensLoraError
+    )
 
 
 def test_tokenizer_larger_than_the_model():

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.engine import read
-from lens_lora.readouts.picks import LogProbs
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.rows import Reading
+from lens_lora.readouts.reading import LogProbs, Reading
 
 pytestmark = pytest.mark.usefixtures("float64")
 RESPONSES = [torch.tensor([5, 9, 12, 3, 8, 8]), torch.tensor([7, 4])]
@@ -49,7 +48,13 @@ class RowPerToken(ll.Readout):
         lengths = torch.tensor([len(row) for row in rows])
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         owners, picks = torch.tensor(owner), torch.arange(len(rows))
-        read = LogProbs(picks, torch.tensor(tokens), torch.tensor(weights), owners, prompts.batch)
+        read = LogProbs(
+            rows=picks,
+            owner=owners,
+            weights=torch.tensor(weights),
+            batch=prompts.batch,
+            tokens=torch.tensor(tokens),
+        )
         return Reading(Prompts(padded, lengths), read, owners)
 
     @property
@@ -188,7 +193,7 @@ def test_a_row_for_each_prompt(lens: ll.LoraLens):
 def test_reads_must_fit():
     good = Prompts(models.tokens(), torch.tensor(LENGTHS), torch.tensor([7, 1]))
     for reads in ([8, 1], [1, 0], [1]):
-        with pytest.raises(ll.PromptError, match="reads are"):
+        with pytest.raises(ll.errors.PromptError, match="reads are"):
             dataclasses.replace(good, reads=torch.tensor(reads))
 
 
@@ -245,16 +250,16 @@ def test_tokens_sum_to_the_response(lens: ll.LoraLens):
 
 def test_tokens_are_saved(lens: ll.LoraLens, tmp_path):
     found = ll.first_order(lens, prompts(), READOUTS["log_prob"], by="token")
-    again = ll.Attribution.load(found.save(tmp_path / "tokens.safetensors"))
+    again = ll.results.Attribution.load(found.save(tmp_path / "tokens.safetensors"))
     assert torch.equal(again.values.nan_to_num(), found.values.nan_to_num())
     assert again.response == found.response
 
 
 @pytest.mark.parametrize("readout", [READOUTS["margin"], ll.Margin(5, 9), ll.LogProb(5)])
 def test_only_a_response_has_tokens(lens: ll.LoraLens, readout: ll.Readout):
-    with pytest.raises(ll.ArgumentError, match="by='token' splits"):
+    with pytest.raises(ll.errors.ArgumentError, match="by='token' splits"):
         ll.first_order(lens, prompts(), readout, by="token")
-    with pytest.raises(ll.ArgumentError, match=r"by=\['token'\]: expected any of"):
+    with pytest.raises(ll.errors.ArgumentError, match=r"by='token': expected any of"):
         ll.path_attribution(lens, prompts(), readout, by="token", progress=False)
 
 

@@ -18,14 +18,14 @@ TEXTS = ["w5 w7 w8", "w9 w10 w11 w12 w13"]
 
 
 @pytest.fixture(scope="module")
-def attribution() -> ll.Attribution:
+def attribution() -> ll.results.Attribution:
     (cls, *_) = models.MAKERS
     with models.lifted():
         lens = cases.case("qwen2", cls, "raw").lens
         return ll.first_order(lens, TEXTS, MARGIN, by=("rank", "position", "head"))
 
 
-def test_frame_holds_every_existing_part_once(attribution: ll.Attribution):
+def test_frame_holds_every_existing_part_once(attribution: ll.results.Attribution):
     """Rows = parts that exist: padding, absent heads and ranks beyond a site's own are left out."""
     frame = attribution.to_frame()
     lengths, rank = [len(row) for row in attribution.str_tokens], 3
@@ -40,7 +40,7 @@ def test_frame_holds_every_existing_part_once(attribution: ll.Attribution):
     assert set(frame[frame["kind"] == "k"]["head"]) == {0, 1}
 
 
-def test_frame_labels_are_those_of_the_values(attribution: ll.Attribution):
+def test_frame_labels_are_those_of_the_values(attribution: ll.results.Attribution):
     """A cell found by its labels is the entry of the tensor at those indices."""
     frame = attribution.to_frame()
     site = next(i for i, s in enumerate(attribution.sites) if s.name == "blocks.1.attn.v")
@@ -57,7 +57,7 @@ def test_frame_labels_are_those_of_the_values(attribution: ll.Attribution):
 
 
 @pytest.mark.parametrize("group", ["site", "layer", "kind"])
-def test_sums_keep_the_total(attribution: ll.Attribution, group: str):
+def test_sums_keep_the_total(attribution: ll.results.Attribution, group: str):
     """Any grouping adds up to Σ a_l."""
     summed = attribution.sum(group)
     assert torch.allclose(torch.tensor(summed.sum().to_numpy()), attribution.total)
@@ -67,12 +67,12 @@ def test_sums_keep_the_total(attribution: ll.Attribution, group: str):
 
 
 @pytest.mark.bad_input
-def test_unknown_group_is_refused(attribution: ll.Attribution):
+def test_unknown_group_is_refused(attribution: ll.results.Attribution):
     with pytest.raises(ValueError, match="'head'.*'layer'"):
         attribution.sum("head")
 
 
-def test_top_ranks_by_size_of_the_mean_or_of_one_prompt(attribution: ll.Attribution):
+def test_top_ranks_by_size_of_the_mean_or_of_one_prompt(attribution: ll.results.Attribution):
     for prompt in (None, 0, 1):
         rows = slice(None) if prompt is None else slice(prompt, prompt + 1)
         expected = attribution.per_site[rows].mean(0)
@@ -83,15 +83,15 @@ def test_top_ranks_by_size_of_the_mean_or_of_one_prompt(attribution: ll.Attribut
     assert set(only) <= {s.module for s in attribution.sites}
 
 
-def test_remainder_is_what_the_values_leave(attribution: ll.Attribution):
+def test_remainder_is_what_the_values_leave(attribution: ll.results.Attribution):
     assert torch.equal(attribution.shift, attribution.adapted - attribution.base)
     assert torch.equal(attribution.remainder, attribution.shift - attribution.total)
 
 
-def test_save_and_load(attribution: ll.Attribution, tmp_path):
+def test_save_and_load(attribution: ll.results.Attribution, tmp_path):
     """Every field comes back, labels, prompt, readout and versions included."""
     path = attribution.save(tmp_path / "a.safetensors")
-    loaded = ll.Attribution.load(path)
+    loaded = ll.results.Attribution.load(path)
     for field in dataclasses.fields(attribution):
         a, b = getattr(attribution, field.name), getattr(loaded, field.name)
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
@@ -102,19 +102,19 @@ def test_save_and_load(attribution: ll.Attribution, tmp_path):
 def test_loading_another_file_is_refused(tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, str(other))
-    with pytest.raises(ll.LensLoraError, match="written by Attribution.save"):
-        ll.Attribution.load(other)
+    with pytest.raises(ll.errors.LensLoraError, match="written by a result's save method"):
+        ll.results.Attribution.load(other)
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ll.LensLoraError, match="not a safetensors file"):
-        ll.Attribution.load(tmp_path / "text")
+    with pytest.raises(ll.errors.LensLoraError, match="not a safetensors file"):
+        ll.results.Attribution.load(tmp_path / "text")
 
 
-def test_results_are_frozen(attribution: ll.Attribution):
+def test_results_are_frozen(attribution: ll.results.Attribution):
     with pytest.raises(dataclasses.FrozenInstanceError):
         attribution.at = 1.0  # type: ignore[misc]
 
 
-def test_repr_says_what_it_is(attribution: ll.Attribution):
+def test_repr_says_what_it_is(attribution: ll.results.Attribution):
     """The text and the notebook's HTML name the readout, and the largest site."""
     largest = attribution.top(1)["site"].item()
     assert "margin(5 − 9)" in repr(attribution) and largest in repr(attribution)

@@ -15,20 +15,19 @@ from results_by_hand import attribution, two_prompts
 from shapes import share
 
 import lens_lora as ll
-from lens_lora.results.choosing import largest, only_prompt, prompt_rows
-from lens_lora.results.measured import Ranked
-from lens_lora.results.noise import Noise
+from lens_lora.analyses.verdict import Noise
+from lens_lora.results.base import Ranked, largest, only_prompt, prompt_rows
 
 GROUPS = {"layer 0": (0, 1), "layer 2": (2, 3)}
 
 
-def coupling() -> ll.Coupling:
+def coupling() -> ll.results.Coupling:
     matrix = torch.tensor([[[2.0, 1.0], [1.0, -1.0]], [[0.0, 3.0], [3.0, 1.0]]])
-    return ll.Coupling(matrix, GROUPS, 0.0, **HEADER)
+    return ll.results.Coupling(matrix, GROUPS, 0.0, **HEADER)
 
 
-def effects() -> ll.Effects:
-    return ll.Effects(torch.tensor([[1.0, -4.0], [3.0, 2.0]]), GROUPS, "add_one", **HEADER)
+def effects() -> ll.results.Effects:
+    return ll.results.Effects(torch.tensor([[1.0, -4.0], [3.0, 2.0]]), GROUPS, "add_one", **HEADER)
 
 
 RANKED = [two_prompts(), effects(), coupling(), activations(by_position=False)]
@@ -47,7 +46,9 @@ def test_top_and_plot_are_of_the_same_prompts(result: Ranked):
         assert result.top(1, i).iloc[0, -2] in result.entries(i).values.tolist()
         assert f"prompt {i} of 2" in result.plot(i).layout.title.text
     for draw in (result.top, result.plot):
-        with pytest.raises(ll.ArgumentError, match="prompt 2: the result has prompts 0 to 1"):
+        with pytest.raises(
+            ll.errors.ArgumentError, match="prompt 2: the result has prompts 0 to 1"
+        ):
             draw(prompt=2)
 
 
@@ -76,7 +77,7 @@ def without_a_mean():
         margin, attribution=by_position, curve=curves, doc=margin.doc * 2, pre=margin.pre * 2,
         flip_scale=margin.flip_scale.expand(2),
     )  # fmt: skip
-    shift = ll.LogitShift(torch.tensor([[2.0, -2.0]] * 2), (), (0, 1), ("a", "b"), {})
+    shift = ll.results.LogitShift(torch.tensor([[2.0, -2.0]] * 2), (), (0, 1), ("a", "b"), {})
     flags = by_hand().reliability["add_one"]
     flags = dataclasses.replace(
         flags, attribution=by_position, correction=flags.correction.expand(2, -1),
@@ -100,11 +101,11 @@ def without_a_mean():
 @pytest.mark.parametrize("call", without_a_mean(), ids=lambda c: c.__qualname__)
 def test_what_has_no_mean_asks_for_a_prompt(call):
     with pytest.raises(
-        ll.ArgumentError, match=r"of 2 prompts have no mean; .*prompt=…, from 0 to 1"
+        ll.errors.ArgumentError, match=r"of 2 prompts have no mean; .*prompt=…, from 0 to 1"
     ):
         call()
     call(prompt=1)
-    with pytest.raises(ll.ArgumentError, match="prompt 2: the result has prompts 0 to 1"):
+    with pytest.raises(ll.errors.ArgumentError, match="prompt 2: the result has prompts 0 to 1"):
         call(prompt=2)
 
 

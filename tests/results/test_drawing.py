@@ -10,7 +10,7 @@ from every_result import every_result
 
 import lens_lora as ll
 from lens_lora.results import drawing
-from lens_lora.results.measured import Result
+from lens_lora.results.base import Result
 
 
 class Unknown(Result):
@@ -24,7 +24,7 @@ class Unknown(Result):
 @pytest.mark.parametrize("name", ["figure", "positions", "path", "story", "report", "figures"])
 def test_a_type_without_a_drawing_is_named(name: str):
     with pytest.raises(
-        ll.LensLoraError, match=rf"Unknown has no {name}; register one with .*{name}"
+        ll.errors.LensLoraError, match=rf"Unknown has no {name}; register one with .*{name}"
     ):
         getattr(drawing, name)(Unknown())
 
@@ -40,7 +40,7 @@ def test_a_registered_drawing_is_called_with_its_arguments():
     drawn = drawing.Drawing[str]("sketch")
     drawn.register(Unknown)(lambda result, k, prompt=None: f"{type(result).__name__} {k} {prompt}")
     assert drawn(Unknown(), 3, prompt=1) == "Unknown 3 1"
-    with pytest.raises(ll.LensLoraError, match="int has no sketch"):
+    with pytest.raises(ll.errors.LensLoraError, match="int has no sketch"):
         drawn(3)
 
 

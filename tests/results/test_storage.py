@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from shapes import share
 
 import lens_lora as ll
 from lens_lora.results import storage
-from lens_lora.results.measured import Measured, Paged, Ranked, Read, Result
+from lens_lora.results.base import Measured, Paged, Ranked, Read, Result
 
 RESULTS = every_result()
 SMALL = two_prompts()
@@ -72,12 +74,47 @@ def descendants(kind: type) -> set[type]:
     return {k for below in kind.__subclasses__() for k in ({below} | descendants(below))}
 
 
+@pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
+def test_any_result_is_loaded_as_its_own_class(result: Result, tmp_path: Path):
+    loaded = ll.load_result(result.save(tmp_path / "r.safetensors"))
+    assert type(loaded) is type(result)
+    same(result, loaded)
+
+
+def test_loading_imports_the_class_that_the_file_names(tmp_path: Path):
+    """In a new process nothing has imported any class of results: each file names its own."""
+    paths = {type(r).__name__: str(r.save(tmp_path / f"{i}")) for i, r in enumerate(RESULTS)}
+    code = (
+        "import json, sys, lens_lora as ll; "
+        "print(json.dumps([type(ll.load_result(path)).__name__ for path in sys.argv[1:]]))"
+    )
+    for order in (list(paths), list(paths)[::-1]):
+        command = [sys.executable, "-c", code, *(paths[name] for name in order)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == order
+
+
+def test_a_class_that_is_unknown_or_no_result_is_named(tmp_path: Path):
+    """Public names of `lens_lora.results` that no file holds are unknown as well."""
+    for name in ("Nothing", "Site", "SweepResult", "storage", "Noise"):
+        path = written({"of": name, "fields": {}}, {}, tmp_path / name)
+        with pytest.raises(ll.errors.LensLoraError, match=rf"{name}: .*{name}.*again"):
+            ll.load_result(path)
+    site = dataclasses.asdict(SMALL.sites[0])
+    path = written({"of": "Site", "fields": site}, {}, tmp_path / "part")
+    with pytest.raises(ll.errors.LensLoraError, match="holds Site, which is a part of results"):
+        ll.load_result(path)
+
+
 def test_another_result_is_named(tmp_path: Path):
     path = two_prompts().save(tmp_path / "a.safetensors")
-    with pytest.raises(ll.LensLoraError, match="holds Attribution, expected Effects.*Attribution."):
-        ll.Effects.load(path)
-    with pytest.raises(ll.LensLoraError, match="no such file"):
-        ll.Effects.load(tmp_path / "none")
+    with pytest.raises(
+        ll.errors.LensLoraError, match="holds Attribution, expected Effects.*Attribution."
+    ):
+        ll.results.Effects.load(path)
+    with pytest.raises(ll.errors.LensLoraError, match="no such file"):
+        ll.results.Effects.load(tmp_path / "none")
 
 
 @pytest.mark.parametrize("format", ["lens_lora attribution 1", "lens_lora result 2"])
@@ -85,8 +122,8 @@ def test_other_formats_are_named(format: str, tmp_path: Path):
     """An older and a newer file."""
     path = tmp_path / "a.safetensors"
     save_file({"values": torch.zeros(1)}, str(path), metadata={"format": format, "labels": "{}"})
-    with pytest.raises(ll.LensLoraError, match=f"its format is '{format}', expected.*again"):
-        ll.Attribution.load(path)
+    with pytest.raises(ll.errors.LensLoraError, match=f"its format is '{format}', expected.*again"):
+        ll.results.Attribution.load(path)
 
 
 def written(labels: object, tensors: dict[str, torch.Tensor], path: Path) -> Path:
@@ -111,7 +148,7 @@ def test_no_change_of_any_result_is_read_as_it(result: Result, tmp_path: Path):
     same(result, type(result).load(written(labels, tensors, tmp_path / "same")))
     for i, (changed, kept) in enumerate(changes(labels, tensors)):
         path = written(changed, kept, tmp_path / str(i))
-        with pytest.raises(ll.LensLoraError, match="again|load it with"):
+        with pytest.raises(ll.errors.LensLoraError, match="again|load it with"):
             type(result).load(path)
 
 
@@ -142,7 +179,7 @@ def test_no_damage_of_any_result_is_read(result: Result, tmp_path: Path):
             path.write_bytes(content)
             try:
                 loaded = type(result).load(path)
-            except ll.LensLoraError:
+            except ll.errors.LensLoraError:
                 continue
             same(result, loaded)
 
@@ -150,18 +187,19 @@ def test_no_damage_of_any_result_is_read(result: Result, tmp_path: Path):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("path", [3, None, b"a", ["a"]])
 def test_what_is_no_path(path: Any):
-    for act in (SMALL.save, ll.Attribution.load):
-        with pytest.raises(ll.LensLoraError, match="is no path"):
+    for act in (SMALL.save, ll.results.Attribution.load, ll.load_result):
+        with pytest.raises(ll.errors.LensLoraError, match="is not a path"):
             act(path)
 
 
 def test_where_nothing_can_be_written_or_read(tmp_path: Path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "a", tmp_path / "no" / "folder"):
-        with pytest.raises(ll.LensLoraError, match=re.escape(str(path))):
+        with pytest.raises(ll.errors.LensLoraError, match=re.escape(str(path))):
             SMALL.save(path)
-        with pytest.raises(ll.LensLoraError, match=re.escape(str(path))):
-            ll.Attribution.load(path)
+        for load in (ll.results.Attribution.load, ll.load_result):
+            with pytest.raises(ll.errors.LensLoraError, match=re.escape(str(path))):
+                load(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -178,8 +216,8 @@ def test_damaged_files_are_refused(data: st.DataObject, tmp_path_factory: pytest
         del whole[at:]
     path.write_bytes(whole)
     try:
-        loaded = ll.Attribution.load(path)
-    except ll.LensLoraError:
+        loaded = ll.results.Attribution.load(path)
+    except ll.errors.LensLoraError:
         return
     same(SMALL, loaded)
 
@@ -189,8 +227,9 @@ def test_damaged_files_are_refused(data: st.DataObject, tmp_path_factory: pytest
 def test_any_bytes_are_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("bytes") / "a"
     path.write_bytes(content)
-    with pytest.raises(ll.LensLoraError):
-        ll.Attribution.load(path)
+    for load in (ll.results.Attribution.load, ll.load_result):
+        with pytest.raises(ll.errors.LensLoraError):
+            load(path)
 
 
 LABELS = [
@@ -211,8 +250,8 @@ def test_labels_of_another_version_are_refused(labels: str, tmp_path: Path):
     metadata["sha256"] = storage._digest(labels, {})  # pyright: ignore[reportPrivateUsage]
     path = tmp_path / "a.safetensors"
     save_file({}, str(path), metadata=metadata)
-    with pytest.raises(ll.LensLoraError):
-        ll.Attribution.load(path)
+    with pytest.raises(ll.errors.LensLoraError):
+        ll.results.Attribution.load(path)
 
 
 def test_the_digest_sees_a_changed_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -221,12 +260,12 @@ def test_the_digest_sees_a_changed_number(tmp_path: Path, monkeypatch: pytest.Mo
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ll.LensLoraError, match="damaged"):
-        ll.Attribution.load(path)
+    with pytest.raises(ll.errors.LensLoraError, match="damaged"):
+        ll.results.Attribution.load(path)
     with safe_open(str(path), framework="pt") as file:
         digest = file.metadata()["sha256"]
     monkeypatch.setattr(storage, "_digest", lambda *args: digest)
-    assert not torch.equal(ll.Attribution.load(path).values, two_prompts().values)
+    assert not torch.equal(ll.results.Attribution.load(path).values, two_prompts().values)
 
 
 def test_names_that_look_like_tags_are_names(tmp_path: Path):
@@ -234,6 +273,6 @@ def test_names_that_look_like_tags_are_names(tmp_path: Path):
     groups = {"tensor": (0,), "of": (1,), "map": (2, 3), "": ()}
     base = two_prompts()
     known = {f.name: getattr(base, f.name) for f in dataclasses.fields(Measured)}
-    effects = ll.Effects(values=base.values, groups=groups, how="add_one", **known)
-    loaded = ll.Effects.load(effects.save(tmp_path / "e"))
+    effects = ll.results.Effects(values=base.values, groups=groups, how="add_one", **known)
+    loaded = ll.results.Effects.load(effects.save(tmp_path / "e"))
     assert loaded.groups == groups and json.dumps(loaded.meta) == json.dumps(base.meta)

@@ -19,11 +19,11 @@ from browser import Reader, browser, drawn, opened
 from explained import by_hand
 from results_by_hand import EVIL, SCALES, SITES, attribution, without_plotly
 
-from lens_lora.show.page import render
-from lens_lora.show.page.report import explanation_report, margin_report
-from lens_lora.show.tables.next_token import moved_rows, site_moves
+from lens_lora.show import page as render
+from lens_lora.show.report import explanation_report, margin_report
+from lens_lora.show.tables import moved_table, site_moves
 from lens_lora.show.text import label
-from lens_lora.show.words.headline import margin_headline
+from lens_lora.show.words import headline
 
 # --- the page
 
@@ -130,33 +130,40 @@ def test_the_numbers_to_be_saved_are_the_frame_s(page):
 
 
 def test_the_headline_is_three_sentences_of_the_numbers():
-    top = margin_headline(by_hand())
-    assert top.sentences[0] == (
-        "The base model prefers “Paris” by 4.00 logits, the adapted one “Lyon” by 4.00."
+    sentences, numbers = headline(by_hand())
+    assert sentences[0] == (
+        "The base model prefers “Paris” to “Lyon” by 4.00 logits. With the adapter it prefers "
+        "“Lyon”, by 4.00: a shift of 8.00 towards “Lyon”."
     )
-    assert "first-order parts sum to 50% of the shift: they do not add up" in top.sentences[1]
-    assert top.sentences[2].startswith("Of 4 modules the largest parts are blocks.0.mlp.down")
-    assert [value for value, _ in top.numbers] == ["−4.00", "+4.00", "ε = 0.49", "50%"]
+    assert "first-order parts sum to 50% of the shift: they do not add up" in sentences[1]
+    assert sentences[2].startswith("Largest first-order parts of 4 modules")
+    assert [value for value, _ in numbers] == ["−4.00", "+4.00", "ε = 0.49", "50%"]
+    assert all(sentence in by_hand().story() for sentence in sentences[1:2])
 
 
 def test_the_headline_compares_nothing_within_rounding():
-    top = margin_headline(by_hand([-4.0 + 1e-6 * s for s in SCALES], [2.5e-7] * 4, noise=1e-5))
-    assert "cannot be told from rounding" in top.sentences[0]
-    assert "%" not in "".join(top.sentences) and top.numbers[3][0] == "noise"
-    both = margin_headline(by_hand([-3.9, -3.5, -3.0, -2.5, -2.0, -1.0]))
-    assert both.sentences[0].startswith("Both models prefer “Paris”: the base model by 4.00 logits")
-    assert both.numbers[2][0] == "ε = 0.49"
+    noise = by_hand([-4.0 + 1e-6 * s for s in SCALES], [2.5e-7] * 4, noise=1e-5)
+    sentences, numbers = headline(noise)
+    assert "cannot be told from rounding" in sentences[0]
+    assert "%" not in "".join(sentences) and numbers[3][0] == "noise"
+    sentences, numbers = headline(by_hand([-3.9, -3.5, -3.0, -2.5, -2.0, -1.0]))
+    assert "With the adapter it still prefers “Paris”, by 1.00" in sentences[0]
+    assert numbers[2][0] == "ε = 0.49"
 
 
 def test_tokens_are_ordered_by_probability_and_rare_ones_left_out():
     e = by_hand(strings=("a", "b", "rare"))
     rare = torch.tensor([[0.1, 0.9, 1e-9], [0.9, 0.1, 5e-5]])
     e = dataclasses.replace(e, probabilities=rare)
-    assert moved_rows(e, 5) == [
+    assert moved_table(e, 5).rows == [
         ("a", "10%", "90%", "+80 points", "+3.00"),
         ("b", "90%", "10%", "−80 points", "−1.00"),
     ]
-    assert [row[0] for row in moved_rows(by_hand(strings=("a", "b", "c")), 5)] == ["a", "c", "b"]
+    assert [row[0] for row in moved_table(by_hand(strings=("a", "b", "c")), 5).rows] == [
+        "a",
+        "c",
+        "b",
+    ]
     shift = dataclasses.replace(e.module_shift, values=torch.tensor([[[1.0, 0.0, 50.0]]]))
     ((_, up, down),) = site_moves(dataclasses.replace(e, module_shift=shift), 5)
     assert [token for token, _ in up] == ["a"] and [token for token, _ in down] == ["b"]

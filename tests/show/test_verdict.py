@@ -19,8 +19,7 @@ from lens_lora.analyses.verdict import (
     second_verdict,
     verdict_of,
 )
-from lens_lora.show.words.account import account_of
-from lens_lora.show.words.margin import margin_story
+from lens_lora.show.words import account_of, margin_story
 
 CLAIMS = {
     "no_shift": "no effect of the adapter",
@@ -44,7 +43,7 @@ def test_results_and_words_agree(margins: list[float], first: list[float], noise
     quarters = (0.25, 0.5, 0.75)
     columns = [SCALES.index(scale) for scale in quarters]
     ends = {name: getattr(margin.attribution, name) for name in ("base", "adapted", "str_tokens")}
-    rest = ll.Remainder(
+    rest = ll.results.Remainder(
         first_order=margin.first_order, noise=margin.curve.noise, path_scales=quarters,
         path_shift=margin.curve.shift[:, columns], sites=SITES,
         site_first_order=margin.attribution.per_site, site_shift=None,

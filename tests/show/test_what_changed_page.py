@@ -16,9 +16,8 @@ from results_by_hand import without_plotly
 from rich.console import Console
 
 import lens_lora as ll
-from lens_lora.show.figures.parts import heatmap
-from lens_lora.show.figures.what_changed import promoted_figure, shares_figure
-from lens_lora.show.tables.what_changed import what_changed_tables
+from lens_lora.show.adapters import promoted_figure, shares_figure, what_changed_tables
+from lens_lora.show.figures import heatmap, names_axis, tokens_axis
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def test_figures_hold_the_numbers():
     shift = activation_shift()
     cells = shift.plot(1).data[0].z
     assert cells[0][0] is None and len(cells[0]) == 2
-    with pytest.raises(ll.ArgumentError, match="prompt 2"):
+    with pytest.raises(ll.errors.ArgumentError, match="prompt 2"):
         shift.plot(2)
 
 
@@ -82,7 +81,8 @@ def test_layer_0_is_at_the_bottom_of_every_map_of_layers():
 @pytest.mark.parametrize(("columns", "gap"), [(64, 1), (600, 0)])
 def test_a_dense_map_has_no_gaps_between_its_columns(columns: int, gap: int):
     row = [0.5] * columns
-    figure = heatmap([row], [[""] * columns], range(columns), ["a"], "logits")
+    x, y = tokens_axis(["t"] * columns), names_axis(["a"])
+    figure = heatmap(("h", "b"), [row], "", x, y, "logits")
     assert figure.data[0].xgap == gap
 
 

@@ -13,8 +13,8 @@ import sweep_runs
 from sweep_runs import GOOD, run, same, write_jsonl
 
 import lens_lora as ll
+from lens_lora.sweeps.batches import VALUES
 from lens_lora.sweeps.records import Record, read_records
-from lens_lora.sweeps.values import VALUES
 
 pytestmark = pytest.mark.bad_input
 
@@ -91,7 +91,7 @@ def test_bytes_of_another_encoding_in_a_csv(a_lens, tmp_path):
 def test_a_csv_without_a_head(tmp_path, head):
     path = tmp_path / "r.csv"
     path.write_bytes(head + b"w5,w8\n")
-    with pytest.raises(ll.SweepError, match=r"r\.csv") as caught:
+    with pytest.raises(ll.errors.SweepError, match=r"r\.csv") as caught:
         read_records(path)
     str(caught.value).encode()
 

@@ -16,15 +16,15 @@ import torch
 from sweep_runs import GOOD, run, same, write_csv, write_jsonl
 
 import lens_lora as ll
-from lens_lora.analyses.patch_sites import patch_sites
+from lens_lora.analyses.patching import patch_sites
 from lens_lora.analyses.path import path_attribution
 from lens_lora.analyses.second_order import second_order
 from lens_lora.engine.asked import Asked, ask
+from lens_lora.errors import SweepError
 from lens_lora.readouts.answers import margin_between
 from lens_lora.sweeps import batches
-from lens_lora.sweeps.analyses import ANALYSES
-from lens_lora.sweeps.records import SweepError, read_records
-from lens_lora.sweeps.values import VALUES
+from lens_lora.sweeps.batches import VALUES
+from lens_lora.sweeps.records import ANALYSES, read_records
 
 
 @pytest.fixture(params=models.MAKERS)
@@ -346,7 +346,7 @@ def test_bad_arguments(a_lens, tmp_path, options, words):
 
 @pytest.mark.parametrize("token", ["w5 w6", ["w5"], ["w5", "w6"]])
 def test_readout_that_fits_no_prompt_is_refused_at_once(a_lens, tmp_path, token):
-    with pytest.raises(ll.TokenError):
+    with pytest.raises(ll.errors.TokenError):
         run(a_lens, GOOD, tmp_path, readout=ll.Logit(token))
     assert not list(tmp_path.iterdir())
 
@@ -373,10 +373,10 @@ def test_one_record_that_is_not_finite_fails_alone(a_lens, tmp_path):
 
 def test_errors_of_the_lens_stop(a_lens, tmp_path, monkeypatch):
     def broken(lens, prompts, readout):
-        raise ll.ModelStateError("in train mode")
+        raise ll.errors.ModelStateError("in train mode")
 
     monkeypatch.setitem(VALUES, "add_one", broken)
-    with pytest.raises(ll.ModelStateError, match="train mode"):
+    with pytest.raises(ll.errors.ModelStateError, match="train mode"):
         run(a_lens, GOOD, tmp_path, "add_one")
 
 

@@ -11,9 +11,9 @@ import sweep_runs
 from sweep_runs import GOOD, interrupt_at, run, same
 
 import lens_lora as ll
-from lens_lora.sweeps import files, parts
-from lens_lora.sweeps.records import SweepError
-from lens_lora.sweeps.values import VALUES
+from lens_lora.errors import SweepError
+from lens_lora.sweeps import store as files
+from lens_lora.sweeps.batches import VALUES
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_crash_at_any_write_loses_nothing(a_lens, tmp_path, monkeypatch, calls
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(files.os, "replace", crash)
-        patch.setattr(parts.Parts, "remove", no_removal)
+        patch.setattr(files.Store, "remove", no_removal)
         run(a_lens, GOOD[:4], tmp_path, batch_size=2)
     finished = len([path for path in made if Path(path).parent.name == "r.parts"])
     assert len(calls) <= 4
@@ -185,7 +185,9 @@ def test_processes_that_accelerate_does_not_know_of_are_refused(a_lens, tmp_path
     PartialState()
     monkeypatch.setenv("WORLD_SIZE", "2")
     try:
-        with pytest.raises(ll.LensLoraError, match="2 processes were launched, but accelerate"):
+        with pytest.raises(
+            ll.errors.LensLoraError, match="2 processes were launched, but accelerate"
+        ):
             run(a_lens, GOOD, tmp_path)
     finally:
         PartialState._reset_state()

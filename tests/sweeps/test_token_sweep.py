@@ -16,8 +16,7 @@ import torch
 from sweep_runs import write_jsonl
 
 import lens_lora as ll
-from lens_lora.sweeps import token_sweep as running
-from lens_lora.sweeps import token_table, windows
+from lens_lora.sweeps import stream
 from lens_lora.sweeps.processes import Processes
 from lens_lora.sweeps.records import each_record
 
@@ -34,18 +33,20 @@ def lens() -> ll.LoraLens:
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch) -> None:
-    monkeypatch.setattr(windows, "WINDOW_TOKENS", 8)
+    monkeypatch.setattr(stream, "WINDOW_TOKENS", 8)
 
 
-def run(lens, texts, folder: Path, name: str = "activations", **options) -> ll.ActivationsFile:
+def run(
+    lens, texts, folder: Path, name: str = "activations", **options
+) -> ll.results.ActivationsFile:
     options = {"progress": False, "batch_size": 2, **options}
     found = ll.sweep(lens, texts, name, out=folder / "u.parquet", **options)
-    assert isinstance(found, ll.ActivationsFile)
+    assert isinstance(found, ll.results.ActivationsFile)
     assert not (folder / "u.parts").exists()
     return found
 
 
-def same(one: ll.ActivationsFile, other: ll.ActivationsFile) -> None:
+def same(one: ll.results.ActivationsFile, other: ll.results.ActivationsFile) -> None:
     first, second = (pq.read_table(found.path) for found in (one, other))
     assert first.schema.equals(second.schema) and len(first) == len(second)
     for name in first.column_names:
@@ -106,7 +107,7 @@ class Stopped(Exception):
 
 
 def stop_at(monkeypatch, window: int) -> None:
-    plain, made = running.window_table, []
+    plain, made = stream.window_table, []
 
     def table(*args):
         made.append(None)
@@ -114,7 +115,7 @@ def stop_at(monkeypatch, window: int) -> None:
             raise Stopped
         return plain(*args)
 
-    monkeypatch.setattr(running, "window_table", table)
+    monkeypatch.setattr(stream, "window_table", table)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -127,13 +128,13 @@ def test_an_interrupted_run_is_resumed(lens, tmp_path, monkeypatch, window: int)
         with pytest.raises(Stopped):
             run(lens, BAD, stopped)
     assert len(list((stopped / "u.parts").glob("*.parquet"))) == window - 1
-    rows, plain = [], token_table.site_activations
+    rows, plain = [], stream.site_activations
 
     def counted(lens, prompts, *args):
         rows.append(prompts.batch)
         return plain(lens, prompts, *args)
 
-    monkeypatch.setattr(token_table, "site_activations", counted)
+    monkeypatch.setattr(stream, "site_activations", counted)
     with pytest.warns(UserWarning, match="1 of 9 records"):
         same(run(lens, BAD, stopped, batch_size=3), whole)
     ran = sum(rows)
@@ -170,13 +171,13 @@ def test_only_one_window_of_records_is_read_ahead(lens, tmp_path, monkeypatch):
             read.append(text)
             yield text
 
-    plain = running.window_table
+    plain = stream.window_table
 
     def table(lens, window, *args):
         seen.append((len(read), window[-1].number))
         return plain(lens, window, *args)
 
-    monkeypatch.setattr(running, "window_table", table)
+    monkeypatch.setattr(stream, "window_table", table)
     found = run(lens, texts(), tmp_path)
     assert len(seen) > 2 and all(count <= last + 2 for count, last in seen)
     assert found.texts == len(TEXTS)
@@ -196,11 +197,11 @@ def test_damaged_parts_are_run_again(lens, tmp_path, monkeypatch):
 
 def test_processes_share_the_records(lens, tmp_path, monkeypatch):
     """Every block of records is one process's, and all together are the whole."""
-    monkeypatch.setattr(windows, "BLOCK", 3)
+    monkeypatch.setattr(stream, "BLOCK", 3)
     mine = [
         [
             text.number
-            for window in windows.Windows(
+            for window in stream.Windows(
                 lens, each_record(TEXTS, with_answers=False), [], Processes(i, 2)
             )
             for text in window
@@ -227,10 +228,10 @@ def test_other_sweeps_and_records_are_refused(lens, tmp_path):
         ("no record", [], {}),
     ):
         options = {"analyses": "activations", **out, **options}
-        with pytest.raises(ll.SweepError, match=fact):
+        with pytest.raises(ll.errors.SweepError, match=fact):
             ll.sweep(lens, records, **options)
     scaled = lens.with_adapter(lens.adapter.scaled(0.5))
-    with pytest.raises(ll.SweepError, match="adapter_weights"):
+    with pytest.raises(ll.errors.SweepError, match="adapter_weights"):
         ll.sweep(scaled, TEXTS, "activations", **out)
     assert found.path.read_bytes() == before
     anew = run(scaled, TEXTS[:3], tmp_path, resume=False)
@@ -238,8 +239,8 @@ def test_other_sweeps_and_records_are_refused(lens, tmp_path):
     plain = [{"prompt": "w5", "doc": "w8", "pre": "w9"}]
     first = ll.sweep(lens, plain, out=tmp_path / "first.parquet", progress=False)
     for path in (tmp_path / "none.parquet", first.path):
-        with pytest.raises(ll.SweepError, match=r"no such file|no activations"):
-            ll.ActivationsFile(path)
+        with pytest.raises(ll.errors.SweepError, match=r"no such file|no activations"):
+            ll.results.ActivationsFile(path)
 
 
 def test_a_number_that_is_not_finite_fails_one_record(lens, tmp_path):
@@ -270,16 +271,16 @@ def test_the_command_reads_texts_without_answers(lens, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from lens_lora.cli import app
-    from lens_lora.commands import run_sweep
+    from lens_lora.commands import sweep as sweep_command
 
-    monkeypatch.setattr(run_sweep, "lens_for", lambda *args: lens)
-    monkeypatch.setattr(run_sweep, "load_adapter", lambda path: lens.adapter)
+    monkeypatch.setattr(sweep_command, "lens_for", lambda *args: lens)
+    monkeypatch.setattr(ll, "load_adapter", lambda path: lens.adapter)
     records, out = write_jsonl(tmp_path / "texts.jsonl", BAD), tmp_path / "u.parquet"
     asked = ["sweep", "--records", records, "--out", out, "--analysis", "activations"]
     ran = CliRunner().invoke(app, [*map(str, asked), "--limit", "4", "--quiet"])
     assert ran.exit_code == 0, ran.output
     assert "4, with" in ran.output and "bad: line 3: no prompt." in ran.output
-    found = ll.ActivationsFile(out)
+    found = ll.results.ActivationsFile(out)
     assert (found.texts, found.errors) == (4, 1)
 
 
@@ -301,5 +302,5 @@ def test_a_text_that_reads_like_a_conversation_is_another_record(lens, tmp_path,
     messages = [{"role": "user", "content": "w5 w6"}]
     run(lens, [{"id": "a", "messages": messages}], tmp_path)
     text = lens.prompts(messages).texts[0]
-    with pytest.raises(ll.SweepError, match="record"):
+    with pytest.raises(ll.errors.SweepError, match="record"):
         run(lens, [{"id": "a", "prompt": text}], tmp_path)

@@ -1,0 +1,472 @@
+"""Any weight change as updates: the adapter of a live model, or the difference of two models.
+
+Live.   PEFT's `get_peft_model_state_dict` leaves out modules whose path contains another adapter's
+        name. So each LoRA layer is read itself, with the scale that it applies now, and so are
+        PEFT's wrappers of modules and rows that were trained, and with bias="all" every bias.
+
+Two models.  ΔW = W_tuned − W_base of every linear module and embedding, exact, or cut to rank r by
+        its singular value decomposition, with the relative error ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F of each
+        module. Norms are held as they are after. For a full fine-tune, a merged adapter, PiSSA or
+        LoftQ against the true base.
+
+The difference explains the models only if they differ in their parameters alone. Weights are not
+all of a model: `rope_theta`, the norm's ε, the activation function, soft caps and the like stand in
+its configuration. Two checks, since each sees what the other does not:
+
+1. The configurations are compared field by field, but for those that decide no logits.
+2. The base's own code, run with the tuned model's parameters, must give the tuned model's logits.
+
+Cost: one forward pass of each model on 8 tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy.sparse.linalg import svds
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
+from lens_lora.adapters.peft_files import refuse_variants
+from lens_lora.adapters.peft_read import (
+    PREFIX,
+    base_of,
+    by_module,
+    head_follows,
+    located,
+    lora_factors,
+    renamed,
+    saved_keys,
+    trained_module,
+)
+from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
+from lens_lora.families import FAMILIES, NORM_KINDS
+
+# --- The adapter of a live model
+
+
+def live_updates(model: Any, adapter_name: str) -> tuple[dict[str, ModuleUpdate], str | None]:
+    """(updates by module path, the base it names) of one adapter of a live model; copies.
+
+    Raises:
+        ArgumentError: the model has no adapters.
+        AdapterError: no adapter of this name, or its tensors are inconsistent.
+        UnsupportedAdapterError: not plain LoRA, or a PeftMixedModel.
+    """
+    configs, base = _configs_and_base(model)
+    if not isinstance(adapter_name, str) or adapter_name not in configs:
+        raise AdapterError(
+            f"the PeftModel has no adapter {adapter_name!r}; it has {sorted(configs)}."
+        )
+    config, source = configs[adapter_name], f"PeftModel[{adapter_name!r}]"
+    notes: list[str] = []
+    with located(source):
+        refuse_variants(config)
+        modules, base_name = renamed(_updates(base, adapter_name, config), notes), base_of(config)
+    for note in notes:
+        warnings.warn(f"{source}: {note}.", stacklevel=3)
+    return modules, base_name
+
+
+def _configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
+    from peft import PeftMixedModel
+
+    if isinstance(model, PeftMixedModel):
+        raise UnsupportedAdapterError(
+            "a PeftMixedModel, whose adapters may be of several kinds; only LoRA is read. Merge it "
+            "and compare with the base: ll.Adapter.between(base, mixed_model.merge_and_unload())."
+        )
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(model, nn.Module) or not isinstance(configs, dict):
+        raise ArgumentError(
+            f"from_peft takes a PeftModel, and this is a {type(model).__name__} without an "
+            "adapter. From a folder: ll.load_adapter(path); of a merged or fine-tuned model: "
+            "ll.Adapter.between(base, tuned)."
+        )
+    unwrap = getattr(model, "get_base_model", None)
+    return configs, model if unwrap is None else unwrap()
+
+
+def _updates(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]:
+    state, scales, ids = _live_state(base, name, config.bias)
+    state, _ = saved_keys({PREFIX + key: _copy(tensor) for key, tensor in state.items()})
+    modules, left_over = by_module(state)
+    if left_over:
+        raise AdapterError(f"unknown tensors {left_over[:5]}.")
+    if not modules:
+        raise AdapterError("no layer of the model has this adapter.")
+    updates: dict[str, ModuleUpdate] = {}
+    for path, roles in modules.items():
+        with located(f"module {path}"):
+            if path in scales:
+                updates[path] = lora_factors(roles, scales[path])
+            else:
+                tokens = torch.tensor(ids[path]) if path in ids else None
+                tied = path in ids and head_follows(path, ids)
+                updates[path] = trained_module(roles, tokens, tied=tied)
+    return updates
+
+
+def _live_state(
+    base: nn.Module, name: str, bias: str
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[int]]]:
+    """The adapter's tensors by key, s of each LoRA layer, and the ids of trained rows."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    state: dict[str, Tensor] = _biases(base) if bias == "all" else {}
+    scales: dict[str, float] = {}
+    ids: dict[str, list[int]] = {}
+    module: Any
+    for path, module in base.named_modules():
+        tensors: Mapping[str, Tensor] = {}
+        if isinstance(module, LoraLayer) and name in (*module.lora_A, *module.lora_embedding_A):
+            tensors, scales[path] = _layer_state(module, name, bias), module.scaling[name]
+        elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            tensors = module.modules_to_save[name].state_dict()
+        elif isinstance(module, TrainableTokensWrapper):
+            rows, path = module.token_adapter, path.removesuffix(".base_layer")
+            deltas = rows.trainable_tokens_delta
+            if rows.tied_adapter is None and name in deltas:
+                tensors = {f"token_adapter.trainable_tokens_delta.{name}": deltas[name]}
+                ids[path] = rows.token_indices[name]
+        state |= {f"{path}.{key}": tensor for key, tensor in tensors.items()}
+    return state, scales, ids
+
+
+def _layer_state(layer: Any, name: str, bias: str) -> dict[str, Tensor]:
+    """One LoRA layer's tensors of this adapter, and its module's bias if that was trained."""
+    state = {
+        key: tensor
+        for key, tensor in layer.state_dict().items()
+        if key.startswith("lora_") and key.split(".")[1] == name
+    }
+    trained_bias = getattr(layer.get_base_layer(), "bias", None)
+    if bias in ("lora_only", "all") and trained_bias is not None:
+        state["base_layer.bias"] = trained_bias
+    return state
+
+
+def _biases(base: nn.Module) -> dict[str, Tensor]:
+    """Those of modules without a LoRA layer or wrapper of PEFT."""
+    inside = [path for path, m in base.named_modules() if type(m).__module__.startswith("peft.")]
+    return {
+        key: parameter
+        for key, parameter in base.named_parameters()
+        if key.endswith(".bias") and not any(key.startswith(f"{path}.") for path in inside)
+    }
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().cpu()
+
+
+# --- The difference of two models
+
+
+_FEW = 4  # beyond a quarter of the smaller side, a whole SVD is as fast as Lanczos iteration
+
+
+def change_between(
+    base: nn.Module,
+    tuned: nn.Module,
+    rank: int | None,
+    ignore: str | Iterable[str],
+    progress: bool,
+) -> tuple[dict[str, ModuleUpdate], dict[str, float]]:
+    """(updates, truncation error) by module path; see `Adapter.between`.
+
+    Raises:
+        AdapterError: see `Adapter.between`.
+        ArgumentError: see `Adapter.between`.
+    """
+    globs = _globs(ignore)
+    _require_models(base, tuned)
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise AdapterError(f"rank={rank!r}; expected at least 1, or None for the exact difference.")
+    modules, tuned_modules = dict(base.named_modules()), dict(tuned.named_modules())
+    covered: set[str] = set()
+    updates: dict[str, ModuleUpdate] = {}
+    errors: dict[str, float] = {}
+    with tqdm(modules, desc="weight changes", leave=False, disable=not progress) as bar:
+        for path in bar:
+            change_of = _change_of(path, modules[path])
+            if change_of is None:
+                continue
+            covered |= {f"{path}.weight", f"{path}.bias"}
+            update = change_of(path, modules[path], tuned_modules.get(path))
+            if update is None or _matches(path, globs):
+                continue
+            updates[path], errors[path] = update, 0.0
+            if rank is not None and isinstance(update, LoRAFactors):
+                updates[path], errors[path] = _truncate(update, rank)
+    _refuse_other_changes(base, tuned, covered, globs)
+    _require_same_function(base, tuned, globs)
+    return updates, errors
+
+
+def _globs(ignore: str | Iterable[str]) -> tuple[str, ...]:
+    globs = (ignore,) if isinstance(ignore, str) or not isinstance(ignore, Iterable) else (*ignore,)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise ArgumentError(f"ignore={ignore!r}; expected a glob or several, like '*norm*'.")
+    return globs
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatch(name, glob) for glob in globs)
+
+
+def _require_models(*models: object) -> None:
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(
+                f"between takes two Hugging Face models, and one is a {type(model).__name__}; load "
+                "it with AutoModelForCausalLM.from_pretrained(name)."
+            )
+        if getattr(model, "is_quantized", False):
+            raise AdapterError(
+                f"{type(model).__name__} is quantised: a difference of rounded weights is not what "
+                "training added. Load both models in bfloat16 or float32."
+            )
+        for name, module in model.named_modules():
+            if type(module).__module__.startswith("transformer_lens."):
+                raise AdapterError(
+                    f"{name or type(model).__name__} is TransformerLens's: a TransformerBridge "
+                    "changes the Hugging Face model that it is given. Take the difference before "
+                    "the bridge is made, or load the model again."
+                )
+
+
+def _change_of(path: str, module: nn.Module) -> Callable[..., ModuleUpdate | None] | None:
+    """How the change of a linear module, an embedding or a norm is read; None of other modules.
+
+    Norms are those of a supported family, by path: an expert's vector, or stack, is none.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return None
+    if weight.ndim == 2:
+        return _linear_change
+    places = [family.place(path) for family in FAMILIES]
+    is_norm = any(place is not None and place.kinds[0] in NORM_KINDS for place in places)
+    return _norm_change if weight.ndim == 1 and is_norm else None
+
+
+def _norm_change(path: str, before: nn.Module, after: nn.Module | None) -> TrainedModule | None:
+    old = dict(before.named_parameters())
+    new = {} if after is None else dict(after.named_parameters())
+    if {name: p.shape for name, p in old.items()} != {name: p.shape for name, p in new.items()}:
+        raise AdapterError(f"{path}: the two models have different norms there.")
+    if all(torch.equal(p.cpu(), new[name].cpu()) for name, p in old.items()):
+        return None
+    weight, bias = (_copy(new[name]) if name in new else None for name in ("weight", "bias"))
+    return TrainedModule(weight=weight, bias=bias)
+
+
+def _linear_change(path: str, before: nn.Module, after: nn.Module | None) -> LoRAFactors | None:
+    if after is None or _change_of(path, after) is not _linear_change:
+        raise AdapterError(f"{path}: the base has it and the tuned model has not.")
+    old, new = _weight(before), _weight(after)
+    if old.shape != new.shape:
+        raise AdapterError(
+            f"{path}: the base's weight is {tuple(old.shape)}, the tuned model's "
+            f"{tuple(new.shape)}; both must have the same architecture and vocabulary."
+        )
+    delta, bias = new.double() - old.double(), _bias_change(path, before, after)
+    if delta.any():
+        factors = dense_factors(delta.to(torch.promote_types(new.dtype, torch.float32)))
+    elif bias is not None:
+        factors = LoRAFactors(delta.new_zeros(1, delta.shape[1]), delta.new_zeros(len(delta), 1))
+    else:
+        return None
+    return dataclasses.replace(factors, lora_bias=bias)
+
+
+def _weight(module: nn.Module) -> Float[Tensor, "out in"]:
+    weight = module.get_parameter("weight").detach().cpu()
+    is_transposed = type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
+    return weight.T if is_transposed else weight
+
+
+def _bias_change(path: str, before: nn.Module, after: nn.Module) -> Float[Tensor, " out"] | None:
+    old, new = (getattr(module, "bias", None) for module in (before, after))
+    if (old is None) != (new is None):
+        raise AdapterError(f"{path}: one of the two models has a bias there, the other has none.")
+    if old is None or new is None or torch.equal(old, new):
+        return None
+    return new.detach().cpu().double() - old.detach().cpu().double()
+
+
+def _truncate(factors: LoRAFactors, rank: int) -> tuple[LoRAFactors, float]:
+    """The best rank-r approximation of ΔW in the Frobenius norm, and its relative error."""
+    delta = factors.materialise()
+    left, right = _leading(delta.double(), rank)
+    whole, rest = float(delta.double().norm()), float((delta - left @ right).norm())
+    cut = LoRAFactors(right.to(delta.dtype), left.to(delta.dtype), lora_bias=factors.lora_bias)
+    return cut, rest / whole if whole else 0.0
+
+
+def _leading(
+    delta: Float[Tensor, "out in"], rank: int
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """(U Σ, Vᵀ) of the largest singular values; by Lanczos iteration where they are few."""
+    if _FEW * rank < min(delta.shape) and bool(delta.any()):
+        triple: Any = svds(delta.numpy(), k=rank, rng=0)
+        U, sizes, Vt = triple  # the smallest first
+        return torch.from_numpy((U * sizes)[:, ::-1].copy()), torch.from_numpy(Vt[::-1].copy())
+    left, sizes, right = torch.linalg.svd(delta, full_matrices=False)
+    return left[:, :rank] * sizes[:rank], right[:rank]
+
+
+def _refuse_other_changes(
+    base: nn.Module, tuned: nn.Module, covered: set[str], globs: Iterable[str]
+) -> None:
+    old, new = dict(base.named_parameters()), dict(tuned.named_parameters())
+    unpaired = sorted(old.keys() ^ new.keys())
+    if unpaired:
+        raise AdapterError(
+            f"the two models have different parameters ({', '.join(unpaired[:3])}); both must have "
+            "the same architecture."
+        )
+    changed = [
+        name
+        for name, p in old.items()
+        if name not in covered
+        and not _matches(name, globs)
+        and not torch.equal(p.cpu(), new[name].cpu())
+    ]
+    if changed:
+        raise AdapterError(
+            f"{len(changed)} parameters changed that belong to no linear module, embedding or "
+            f"known norm: {', '.join(changed[:3])}. No number would include them; to leave them "
+            "out on purpose, pass ignore=('*expert*', …)."
+        )
+
+
+# --- Whether two models differ in their parameters alone
+
+
+_TOKENS = 8
+# Two runs of one function agree to 1e-4 of the logits' range, or to 8 roundings of a coarse dtype.
+_AGREEMENT, _ROUNDINGS = 1e-4, 8
+_NO_FUNCTION = (
+    "_name_or_path",
+    "*architectures",
+    "*auto_map",
+    "transformers_version",
+    "*dtype",
+    "use_cache",
+    "*_token_id",
+    "*_token",
+    "*dropout*",
+    "*pdrop",
+    "*drop_rate",
+    "initializer_*",
+    "*attn_implementation*",
+    "*experts_implementation*",
+    "*id2label",
+    "*label2id",
+    "num_labels",
+    "problem_type",
+    "return_dict*",
+    "output_*",
+    "tie_word_embeddings",
+    "pretraining_tp",
+    "quantization_config",
+    "task_specific_params",
+    "torchscript",
+    "gradient_checkpointing",
+    "router_aux_loss_coef",
+    "summary_*",
+    "chat_template",
+    "unsloth*",
+)
+
+
+def _require_same_function(base: nn.Module, tuned: nn.Module, globs: Iterable[str]) -> None:
+    """Refuse two models that would differ even if their parameters were the same.
+
+    Models without a Hugging Face configuration are not checked.
+    """
+    if not (hasattr(base, "config") and hasattr(tuned, "config")):
+        return
+    old, new = _fields(base.config), _fields(tuned.config)
+    names = sorted(old.keys() | new.keys())
+    differing = [name for name in names if old.get(name) != new.get(name)]
+    if differing:
+        shown = "; ".join(f"{n} is {old.get(n)!r} and {new.get(n)!r}" for n in differing)
+        raise AdapterError(
+            f"the two models are different functions, whatever their weights: {shown}. A change "
+            "of weights does not explain that; load both with the same configuration, if that is "
+            "how they were trained."
+        )
+    _require_same_logits(base, tuned, globs)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The fields that decide logits, nested ones by 'outer.inner'."""
+    fields = _flat(config.to_dict())
+    if not fields.get("use_sliding_window", True):
+        for inert in ("sliding_window", "max_window_layers"):
+            fields.pop(inert, None)
+    scaling = [v for k, v in fields.items() if k.endswith(("rope_type", "rope_scaling.type"))]
+    if all(kind in (None, "default") for kind in scaling):
+        fields.pop("max_position_embeddings", None)  # how far positions go, not what they do
+    return {name: value for name, value in fields.items() if not _matches(name, _NO_FUNCTION)}
+
+
+def _flat(fields: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{before}{name}.")
+        else:
+            flat[f"{before}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _require_same_logits(base: nn.Module, tuned: nn.Module, globs: Iterable[str]) -> None:
+    """The base's code and the tuned model's, both with the tuned parameters less the ignored."""
+    old, new = dict(base.named_parameters()), dict(tuned.named_parameters())
+    # Modules are ignored by their own path, other parameters by name.
+    ignored = {n for n in new if _matches(n, globs) or _matches(n.rpartition(".")[0], globs)}
+    expected = _logits(tuned, {name: old[name].to(new[name]) for name in ignored})
+    logits = _logits(base, {n: p.to(old[n]) for n, p in new.items() if n not in ignored})
+    off = float((logits - expected).abs().max())
+    span = float(expected.max() - expected.min())
+    eps = max(torch.finfo(p.dtype).eps for p in (*old.values(), *new.values()))
+    if not off <= max(_AGREEMENT, _ROUNDINGS * eps) * span:
+        raise AdapterError(
+            "the base with the tuned model's weights does not compute the tuned model's logits: "
+            f"{off:.2g} off, of a range of {span:.2g}. The two are different functions (other "
+            "code, buffers or hooks), and a change of weights does not explain that."
+        )
+
+
+def _logits(model: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+    """In float64, on a few tokens, with some parameters replaced."""
+    vocabulary = getattr(model.config, "vocab_size", None) or 1 + _TOKENS
+    tokens = torch.arange(1, 1 + _TOKENS, device=next(model.parameters()).device)[None] % vocabulary
+    with torch.no_grad(), _in_eval(model):
+        out = torch.func.functional_call(model, dict(parameters), (tokens,))
+    return (out.logits if hasattr(out, "logits") else out[0]).cpu().double()
+
+
+@contextlib.contextmanager
+def _in_eval(model: nn.Module) -> Generator[None]:
+    """Without dropout; afterwards every module is in its former mode."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,596 @@
+"""Which features does this adapter push, and which of its sites write them?
+
+A feature is a direction d in the space of an activation h; its value is d·h. Directions are rows of
+a tensor, or the encoder of a sparse autoencoder, which is known by its attributes (SAELens's: W_enc
+[d, feature], W_dec [feature, d], and a cfg that names its hook point); nothing of SAELens is
+imported. A feature's direction is its column of W_enc, since that is what the encoder reads: its
+pre-activation moves by W_encᵀ Δh, exactly.
+
+    shift           d·(h(1) − h(0))              `feature_shift`, at one hook point
+    first order     d·∂h/∂t along the adapter
+    write           d·δz_l                       `feature_writes`, of each site, before any later
+                                                 module has seen it
+
+1. h of the base and of the adapted model: a forward pass each, kept at the hook point.
+2. ∂h by forward mode: one dual pass, every gate moving along `scale`.
+3. Differences are projected, not projections subtracted: in float32 that keeps their digits.
+4. The exact shift less its first order is the remainder; a noise floor says what of it is rounding.
+5. δz_l of the sites that write to the residual stream: one forward pass at the gates `at`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.arguments import is_whole, number, one_entry
+from lens_lora.engine.asked import ask_prompts
+from lens_lora.engine.duals import dual_forward, tangent_of
+from lens_lora.engine.forward import JointInject
+from lens_lora.engine.function import require_finite
+from lens_lora.engine.interventions import known_point
+from lens_lora.engine.noise import of_embedding
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.model.gates import Inject, ScaleInject
+from lens_lora.model.hooks import alone, attached
+from lens_lora.model.lens import LoraLens, Scale
+from lens_lora.model.sites import WRITER_KINDS, Site, match_sites, points_without_update
+from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.results import drawing
+from lens_lora.results.base import (
+    Result,
+    largest,
+    long_table,
+    only_prompt,
+    prompt_rows,
+    site_labels,
+    tokens_at,
+)
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+# --- How far each feature moves at a hook point.
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FeatureShift(Result):
+    """How far the adapter moves each feature at one hook point, exactly and to first order.
+
+    Attributes:
+        base: [batch, feature], d·h at ε = 0; [batch, feature, position] for every position (NaN
+            where a prompt has no such position), and so all values below.
+        shift: d·(h(scale) − h(0)), exact. For an autoencoder, its pre-activations' change.
+        first_order: d·∂h along the adapter, at ε = at·scale.
+        noise_floor: σ of a shift from rounding alone, the mean square over features: [batch], or
+            [batch, position].
+        activations: an autoencoder's activations at ε = 0 and at ε = scale; None for directions,
+            or where the autoencoder has no `encode`.
+        name: the hook point where h is.
+        positions: the index within each prompt, or 'each' for one number per position.
+        str_tokens: each prompt's tokens.
+        features: the kind of directions: 'directions' or 'encoder'.
+        units: the unit of the values.
+        at: where along the way to `scale` the derivative is taken.
+        meta: model, adapter, dtype and versions.
+    """
+
+    base: Float[Tensor, "batch feature *position"]
+    shift: Float[Tensor, "batch feature *position"]
+    first_order: Float[Tensor, "batch feature *position"]
+    noise_floor: Float[Tensor, " batch *position"]
+    activations: tuple[Tensor, Tensor] | None
+    name: str
+    positions: int | Literal["each"]
+    str_tokens: tuple[tuple[str, ...], ...]
+    features: str
+    units: str
+    at: float
+    meta: Mapping[str, str]
+
+    @property
+    def remainder(self) -> Float[Tensor, "batch feature *position"]:
+        """shift − first order: what the model's nonlinearity adds."""
+        return self.shift - self.first_order
+
+    @property
+    def by_position(self) -> bool:
+        """Whether every position has its own values."""
+        return self.positions == "each"
+
+    def columns(self) -> dict[str, Tensor]:
+        """The values by the names that tables give them, in float64 on the CPU."""
+        names = ("base", "shift", "first_order", "remainder")
+        numbers = {name: getattr(self, name) for name in names}
+        if self.activations is not None:
+            numbers["activation_base"], numbers["activation_adapted"] = self.activations
+        return {name: values.cpu().double() for name, values in numbers.items()}
+
+    def of_prompt(self, prompt: int | None) -> dict[str, Float[Tensor, " feature *position"]]:
+        """One prompt's values, or the mean over prompts.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        batch = len(self.base)
+        if self.by_position:
+            prompt = only_prompt(prompt, batch, "positions")
+        rows = prompt_rows(prompt, batch)
+        return {name: values[rows].mean(0) for name, values in self.columns().items()}
+
+    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
+        """The k features (and positions) of largest |shift|.
+
+        Args:
+            k: how many.
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        values = self.of_prompt(prompt)
+        order = largest(values["shift"], k)
+        width = values["shift"].shape[1] if self.by_position else 1
+        columns: dict[str, Any] = {"feature": [i // width for i in order]}
+        if self.by_position:
+            tokens = self.str_tokens[only_prompt(prompt, len(self.base))]
+            columns["position"] = [i % width for i in order]
+            columns["token"] = [tokens[i % width] for i in order]
+        columns |= {name: v.flatten()[order].tolist() for name, v in values.items()}
+        return pd.DataFrame(columns)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, feature and existing position."""
+        where = (~self.shift.isnan()).cpu().nonzero(as_tuple=True)
+        names = ("prompt", "feature", "position")
+        columns: dict[str, Any] = dict(zip(names, (axis.tolist() for axis in where), strict=False))
+        if self.by_position:
+            columns["token"] = tokens_at(self.str_tokens, columns["prompt"], columns["position"])
+        return pd.DataFrame(columns | {n: v[where].tolist() for n, v in self.columns().items()})
+
+    def plot(self, k: int = 20, prompt: int | None = None) -> Figure:
+        """The k features of largest |shift|: bars with their first order, or feature × position.
+
+        Args:
+            k: how many.
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        return drawing.figure(self, k, prompt)
+
+
+@alone
+def feature_shift(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    directions: Any,
+    name: str | None = None,
+    *,
+    scale: Scale = 1.0,
+    at: float = 0.0,
+    positions: int | Literal["each"] = -1,
+) -> FeatureShift:
+    """How far the adapter moves each feature at a hook point: exactly, and to first order.
+
+    Cost: three forward passes, a dual one and one of a single token (about 6 F), however many
+    features.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        directions: [feature, d], used as they are (normalise them to read lengths); or a sparse
+            autoencoder with W_enc (SAELens's, or any with such attributes).
+        name: the hook point where d·h is read; with heads their last two axes are laid flat. An
+            autoencoder brings its own.
+        scale: the sites and their strength: the shift is h(scale) − h(0).
+        at: where on the way the derivative is taken: ε = at·scale, 0 the base, 1 the adapted end.
+        positions: an index within each prompt, negative ones from its own end; 'each' for every
+            position: values are [batch, feature, position].
+
+    Returns:
+        FeatureShift; an autoencoder's activations at both ends stand beside the pre-activations'
+        shift, since a feature that is off at both ends moves nothing downstream of it.
+
+    Raises:
+        SiteError: a hook point that the model lacks, with the nearest names.
+        ModelStateError: a point that never fires, holds no activations by position, or lies
+            between a site's input and output; an operation without a forward-mode derivative.
+        ArgumentError: directions of another width, an autoencoder that is not linear up to its
+            pre-activations, a position outside a prompt.
+        NumericsError: non-finite activations.
+    """
+    asked, features = ask_prompts(lens, prompts), directions_of(directions)
+    gates, at = lens.gates(scale), number("at", at)
+    name = _point(lens, name or features.hook_name)
+    project = Projection(asked.prompts, features, positions)
+    run = functools.partial(_activation, lens, asked.prompts, name)
+    encoded = None
+    with torch.no_grad():
+        _require_positions(lens, asked.prompts, name)
+        base = run(ScaleInject(lens.plan, 0 * gates))
+        adapted = run(ScaleInject(lens.plan, gates))
+        with attached(lens.model, [(lens.embedding_output, of_embedding(lens))]):
+            noisy = run(ScaleInject(lens.plan, gates))
+        if features.encode is not None:
+            encoded = project.encoded(base), project.encoded(adapted)
+    with dual_forward():
+        tangent = run(JointInject(lens, at * gates, gates), tangent_of)
+    noise = project(noisy.to(lens.gate_dtype) - adapted.to(lens.gate_dtype))
+    return FeatureShift(
+        base=project(base),
+        shift=project(adapted.to(lens.gate_dtype) - base.to(lens.gate_dtype)),
+        first_order=project(tangent),
+        noise_floor=noise.square().mean(1).sqrt(),  # of a difference of two rounded runs
+        activations=encoded,
+        name=name,
+        positions="each" if positions == "each" else int(positions),
+        str_tokens=asked.str_tokens,
+        features=features.kind,
+        units=features.units,
+        at=at,
+        meta=lens.describe(),
+    )
+
+
+def _activation(
+    lens: LoraLens,
+    prompts: Prompts,
+    name: str,
+    inject: Inject,
+    keep: Callable[[Tensor], Tensor] = torch.clone,
+) -> Float[Tensor, "batch pos *d"]:
+    """The activation at one hook point, or what `keep` makes of it: its tangent, in a dual pass."""
+    kept: list[Tensor] = []
+
+    def hook_fn(tensor: Any, hook: Any) -> None:
+        del hook
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            kept.append(keep(tensor))
+
+    with lens.injected(inject), attached(lens.model, [(name, hook_fn)]):
+        lens.run(prompts)
+    if not kept:
+        raise ModelStateError(
+            f"{name}: the hook point exists but no activation passes it in a forward pass; a flag "
+            "of the model or its class bypasses it. Name another point."
+        )
+    if kept[-1].ndim < 3 or kept[-1].shape[:2] != prompts.tokens.shape:
+        raise ModelStateError(
+            f"{name} holds a tensor {tuple(kept[-1].shape)} for {tuple(prompts.tokens.shape)} "
+            "tokens: no activation by prompt and position."
+        )
+    require_finite(kept[-1][prompts.real], f"the activation at {name}, or its tangent,")
+    return kept[-1]
+
+
+def _require_positions(lens: LoraLens, prompts: Prompts, name: str) -> None:
+    """Refuse a point without an axis of positions, of which one token has one entry."""
+    token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
+    _activation(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
+
+
+def _point(lens: LoraLens, name: str | None) -> str:
+    """A hook point of the model at which the adapted model's activation exists."""
+    if name is None:
+        raise ArgumentError("these directions belong to no hook point; name one with name=….")
+    known_point(lens, name)
+    if name in points_without_update(lens.sites):
+        raise ModelStateError(
+            f"{name}: lies between a site's input and the point at which its update is added, so "
+            "it never holds the adapted model's value. Use the site's input or output instead "
+            "(lens.sites: read, write)."
+        )
+    return name
+
+
+# --- Which site writes to which feature.
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FeatureWrites(Result):
+    """What each site writes to each feature: d·δz_l, before any later module has seen it.
+
+    Attributes:
+        values: [batch, site, feature], at one position.
+        sites: those that write to the residual stream.
+        positions: the index within each prompt.
+        at: the gates at which z was read.
+        str_tokens, features, units, meta: see `FeatureShift`.
+    """
+
+    values: Float[Tensor, "batch site feature"]
+    sites: tuple[Site, ...]
+    positions: int
+    str_tokens: tuple[tuple[str, ...], ...]
+    features: str
+    units: str
+    at: float
+    meta: Mapping[str, str]
+
+    def top(self, site: str | None = None, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
+        """The k pairs of site and feature of largest |d·δz|, of one site or of all.
+
+        Args:
+            site: its name; without it, all sites.
+            k: how many.
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            SiteError: no site that writes has this name.
+            ArgumentError: no such prompt.
+        """
+        chosen = list(range(len(self.sites)))
+        if site is not None:
+            chosen = list(match_sites([s.name for s in self.sites], {site: 0}))
+        values = self.of_prompt(prompt)[chosen]
+        order, width = largest(values, k), values.shape[1]
+        return pd.DataFrame(
+            {
+                "site": [self.sites[chosen[i // width]].name for i in order],
+                "feature": [i % width for i in order],
+                "write": values.flatten()[order].tolist(),
+            }
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, site and feature."""
+        batch, _, features = self.values.shape
+        labels = site_labels(self.sites)
+        sites = {name: labels[name] for name in ("site", "layer", "kind")}
+        axes = {"prompt": range(batch)}, sites, {"feature": range(features)}
+        return long_table({"write": self.values}, *axes)
+
+    def plot(self, k: int = 20, prompt: int | None = None) -> Figure:
+        """Site × feature, of the k features that are written most.
+
+        Args:
+            k: how many features.
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self, k, prompt)
+
+    def of_prompt(self, prompt: int | None) -> Float[Tensor, "site feature"]:
+        """One prompt's values in float64, or the mean over prompts.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return self.values[prompt_rows(prompt, len(self.values))].cpu().double().mean(0)
+
+
+@alone
+def feature_writes(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    directions: Any,
+    *,
+    at: float = 0.0,
+    positions: int = -1,
+) -> FeatureWrites:
+    """d·δz_l: what each site that writes to the residual stream writes to each feature.
+
+    This is the direct part alone; `feature_shift` has what later modules make of it. q, k, v, gate
+    and up do not write to the residual stream and are left out. One forward pass.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        directions: see `feature_shift`; as wide as the residual stream.
+        at: the gates at which z is read: 0 in the base model, 1 in the adapted one.
+        positions: an index within each prompt, negative ones from its own end.
+
+    Raises:
+        SiteError: the adapter has no site that writes to the residual stream.
+        ModelStateError: the model normalises what they write (Gemma 2 and 3).
+        ArgumentError: see `feature_shift`.
+    """
+    asked, features, at = ask_prompts(lens, prompts), directions_of(directions), number("at", at)
+    writers = [i for i, site in enumerate(lens.sites) if site.kind in WRITER_KINDS]
+    if not writers:
+        raise SiteError(
+            "no site of this adapter writes to the residual stream (o, down, an embedding); "
+            "use feature_shift, which includes what the other sites do."
+        )
+    if lens.plan.host.family.post_norm:
+        raise ModelStateError(
+            "this model normalises what attention and MLP write before it joins the residual "
+            "stream, so δz is in another space; use feature_shift with scale={site: 1}, which is "
+            "exact."
+        )
+    project = Projection(asked.prompts, features, positions)
+    inject = _WritesInject(lens, lens.gates(at), project)
+    with torch.no_grad(), lens.injected(inject):
+        lens.run(asked.prompts)
+    values = torch.stack([inject.writes[i].to(lens.device) for i in writers], 1)
+    require_finite(values, "a site's δz")
+    return FeatureWrites(
+        values=values,
+        sites=tuple(lens.sites[i] for i in writers),
+        positions=int(positions),
+        str_tokens=asked.str_tokens,
+        features=features.kind,
+        units=features.units,
+        at=at,
+        meta=lens.describe(),
+    )
+
+
+class _WritesInject:
+    """Runs at the gates, and keeps each writer's projected ∂(its output)/∂ε."""
+
+    def __init__(self, lens: LoraLens, gates: Float[Tensor, " site"], project: Projection) -> None:
+        self._injections, self._sites, self._gates = lens.plan.injections, lens.sites, gates
+        self._scaled, self._project = ScaleInject(lens.plan, gates), project
+        self.writes: dict[int, Tensor] = {}
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        injection = self._injections[index]
+        if self._sites[injection.site].kind in WRITER_KINDS:
+            weight = 1.0 if injection.partner is None else float(self._gates[injection.partner])
+            write = weight * self._project(injection.map(z))
+            self.writes[injection.site] = self.writes.get(injection.site, 0.0) + write
+        return self._scaled(index, out, z)
+
+
+# --- Directions, and activations projected onto them.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Directions:
+    """Directions, and what else is known of them.
+
+    Attributes:
+        rows: [feature, d].
+        kind: 'directions' or 'encoder'.
+        units: the unit of a projection onto them.
+        hook_name: where they belong, if that is known.
+        encode: h to an autoencoder's own activations.
+        by_head: whether `encode` takes h as [..., head, d_head].
+    """
+
+    rows: Float[Tensor, "feature d"]
+    kind: str
+    units: str
+    hook_name: str | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
+    by_head: bool = False
+
+
+def directions_of(source: Any) -> Directions:
+    """A tensor [feature, d] as it is, or an autoencoder's encoder.
+
+    Raises:
+        ArgumentError: neither, numbers that are not finite, or an autoencoder whose
+            pre-activations are not linear in h.
+    """
+    if isinstance(source, Tensor):
+        if source.ndim != 2 or not source.is_floating_point() or not source.numel():
+            raise ArgumentError(
+                f"directions are {source.dtype} {tuple(source.shape)}; expected floating-point "
+                "[feature, d] (one direction d: d[None])."
+            )
+        return Directions(_finite(source), "directions", "units of h · d")
+    W_enc = getattr(source, "W_enc", None)
+    if not isinstance(W_enc, Tensor) or W_enc.ndim != 2:
+        raise ArgumentError(
+            f"directions are a {type(source).__name__}; expected a tensor [feature, d] or a sparse "
+            "autoencoder with W_enc [d, feature]."
+        )
+    cfg = getattr(source, "cfg", None)
+    _require_linear(cfg)
+    return Directions(
+        rows=_finite(W_enc).T,
+        kind="encoder",
+        units="pre-activation",
+        hook_name=_setting(cfg, "hook_name"),
+        encode=getattr(source, "encode", None),
+        by_head=bool(getattr(source, "hook_z_reshaping_mode", False)),
+    )
+
+
+def _finite(rows: Tensor) -> Tensor:
+    if not torch.isfinite(rows).all():
+        raise ArgumentError("the directions hold NaN or infinite numbers.")
+    return rows.detach()
+
+
+def _require_linear(cfg: Any) -> None:
+    """Refuse an encoder that normalises its input, or reads one head of it."""
+    normalised = _setting(cfg, "normalize_activations")
+    if normalised not in (None, "none"):
+        raise ArgumentError(
+            f"this autoencoder normalises its input (normalize_activations={normalised!r}), so its "
+            "pre-activations are not linear in h. If the factor is a constant, fold it first "
+            "(sae.fold_activation_norm_scaling_factor); else pass directions: sae.W_enc.T."
+        )
+    head = _setting(cfg, "hook_head_index")
+    if head is not None:
+        raise ArgumentError(
+            f"this autoencoder reads head {head} alone; pass its directions as a tensor with zeros "
+            "at the other heads."
+        )
+
+
+def _setting(cfg: Any, name: str) -> Any:
+    """cfg.name, or cfg.metadata's (SAELens 6), or None."""
+    for place in (cfg, getattr(cfg, "metadata", None)):
+        value = place.get(name) if isinstance(place, Mapping) else getattr(place, name, None)
+        if value is not None:
+            return value
+    return None
+
+
+class Projection:
+    """d·h at the positions that are wanted: [batch, feature], or [batch, feature, position]."""
+
+    def __init__(
+        self, prompts: Prompts, features: Directions, positions: int | Literal["each"]
+    ) -> None:
+        self._real, self._features = prompts.real, features
+        self._index = None if positions == "each" else _indices(prompts, positions)
+
+    def __call__(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
+        """d·h, at float32 or better; NaN at padding where every position is wanted."""
+        rows, h = self._features.rows, h.flatten(2)
+        if h.shape[-1] != rows.shape[-1]:
+            raise ArgumentError(
+                f"directions of {rows.shape[-1]} numbers, and activations of {h.shape[-1]}; is the "
+                "autoencoder for another model, or for another hook point?"
+            )
+        dtype = torch.promote_types(torch.promote_types(h.dtype, rows.dtype), torch.float32)
+        return self._laid_out(self._read(h).to(dtype) @ rows.to(h.device, dtype).T)
+
+    def encoded(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
+        """The autoencoder's activations, in its own dtype and computed on its own device."""
+        rows, encode = self._features.rows, self._features.encode
+        assert encode is not None
+        read = self._read(h if self._features.by_head else h.flatten(2))
+        return self._laid_out(encode(read.to(rows)).to(h.device))
+
+    def _read(self, h: Tensor) -> Tensor:
+        if self._index is None:
+            return h
+        return h[torch.arange(len(h), device=h.device), self._index.to(h.device)]
+
+    def _laid_out(self, values: Tensor) -> Tensor:
+        if self._index is not None:
+            return values
+        padding = ~self._real.to(values.device)[:, None]
+        return values.transpose(1, 2).masked_fill(padding, float("nan"))
+
+
+def _indices(prompts: Prompts, index: object) -> Int[Tensor, " batch"]:
+    """The position in each prompt."""
+    index = one_entry(index)
+    if not is_whole(index):
+        raise ArgumentError(
+            f"positions={index!r}: expected an index, such as -1, or in feature_shift 'each'."
+        )
+    lengths = prompts.lengths
+    outside = ((index >= lengths) | (index < -lengths)).nonzero().flatten().tolist()
+    if outside:
+        raise ArgumentError(
+            f"positions={index}: prompt {outside[0]} has {int(lengths[outside[0]])} tokens."
+        )
+    return index % lengths

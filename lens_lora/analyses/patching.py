@@ -1,0 +1,527 @@
+"""Real interventions: run, and not predicted. On sites (`patch_sites`), and on activations.
+
+    add one           g(e_G) − g(0)                  what group G does alone, on the base model
+    leave one out     g(1) − g(1 − e_G)              what is lost without it, in the adapted model
+    base to adapted   g(1) − g(1 | h ← h of base)    what is lost when h is set back
+    adapted to base   g(0 | h ← h of adapted) − g(0) what h alone brings to the base model
+
+1. Each group of sites G is a corner of the cube: gates e_G, or 1 − e_G. g is run at every corner,
+   and at both ends; corners that share their first layers share the work. The effects of all groups
+   do not sum to the shift in general: what sites do together is in neither.
+2. Zero is one thing to put in the place of δ_G; the mean of δ over texts, or another text's δ, keep
+   what does not depend on the input, or what a text in general brings. Then the effect is
+
+       g(δ_G its own) − g(δ_G replaced),   on the base with G on, or on the adapted model
+
+   with the texts run on the base, or on the adapted model (`engine/activations.py`). The same for
+   one rank of a site, σ_j u_j v_jᵀx of the SVD of its ΔW (`model/basis.py`).
+3. An activation h comes from the other model, the donor, which runs once. The recipient runs once
+   for each patch, as rows of a batch: at one hook point, and one position, several of them, or all
+   (`engine/interventions.py`). In an adapted recipient the updates stay live: a patch at or before
+   a site's input changes its δ, and a patch at its output replaces W z + δ, as in a model of the
+   merged weights.
+4. Points without an effect are tried with noise: where that has none either, the model ignores the
+   value that a hook leaves there, and the call raises an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, final, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.arguments import one_entry, whole, word
+from lens_lora.engine.activations import (
+    Points,
+    StandIn,
+    in_gauge,
+    mean_over,
+    replaced_readout,
+    require_ranks,
+    resampled,
+)
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.interventions import (
+    Names,
+    Patch,
+    few,
+    firing,
+    patched_readout,
+    record,
+    require_positions,
+    resolved,
+    unheard,
+)
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Group, Groups, group_sites, indicator, match_sites
+from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.reading import Reading
+from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
+from lens_lora.results.base import Entries, Ranked, header, only_prompt, prompt_rows, tokens_at
+from lens_lora.results.effects import Effects
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+How = Literal["add_one", "leave_one_out"]
+Of = Literal["site", "rank"]
+Replace = Literal["zero", "mean", "resample"]
+
+
+@alone
+def patch_sites(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    how: How = "add_one",
+    *,
+    sites: str | Sequence[str] | None = None,
+    group: Group = "site",
+    of: Of = "site",
+    replace: Replace = "zero",
+    texts: PromptsLike | None = None,
+    progress: bool = True,
+) -> Effects:
+    """What each site, group of sites or single rank does to the readout, exactly.
+
+    Cost: two forward passes, four for the noise floor, and one per group, batched; about half of
+    that where the model's batch may grow from block to block (all but Bloom and OPT on a Bridge).
+    Where δ is not replaced by zero, one forward pass of the texts too, and with 'add_one' two per
+    group, with its own δ and without.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        how: 'add_one', on the base model, g(e_G) − g(0), or 'leave_one_out', in the adapted model,
+            g(1) − g(1 − e_G).
+        sites: names or globs; only these are switched. Without it, all.
+        group: 'site', 'layer', 'kind', or {name: site names or globs}.
+        of: 'rank' for each rank of each site, in the coordinates of the SVD of its ΔW, which are
+            unique up to equal singular values; then `group` is 'site'.
+        replace: the stand-in for δ. 'mean', its mean over all tokens of `texts` but each
+            text's first; 'resample', its value on another text: text i mod N for prompt i, with
+            both ends aligned (a row ends with its response). The first token, a sink, keeps its own
+            δ in both.
+        texts: the texts of 'mean' and 'resample', in any form that prompts take. For 'resample'
+            each must be as long as the rows that it stands in for.
+        progress: show a bar.
+
+    Returns:
+        Effects with values [batch, group], in the readout's units.
+
+    Raises:
+        SiteError: a name or glob that matches no site, or a named group without a chosen site.
+        TokenError, PromptError: a readout or prompt that does not fit the model; texts that are too
+            short, or the same as what they stand in for; a prompt of the first token only.
+        NumericsError: a non-finite readout.
+        ArgumentError: another `how`, `group`, `of` or `replace`, texts where none are needed or
+            none where they are, or ranks of groups or of norms.
+    """
+    replacing = None if texts is None else lens.prompts(texts)
+    require_how(how)
+    word("of", of, get_args(Of))
+    _require_texts(replace, replacing)
+    asked = ask(lens, prompts, readout)
+    groups, ranks = _chosen(asked.lens, sites, group), None
+    if of == "site" and replacing is None:
+        return patch_sites_of(asked, how, groups, progress)
+    turned = asked
+    if of == "rank":
+        groups, ranks = _single_ranks(asked.lens, groups, group)
+        turned = _in_svd(asked, groups)
+    stand_in = None if replacing is None else _stand_in(turned, how, replace, replacing)
+    values = _replaced(turned, groups, ranks, how, stand_in, progress)
+    count = 0 if replacing is None else replacing.batch
+    return _labelled(asked, values, groups, how, of=of, replace=replace, texts=count)
+
+
+def patch_sites_of(
+    asked: Asked, how: How, groups: Groups | None = None, progress: bool = True
+) -> Effects:
+    """Effects of gates of zero, on groups of sites or each site: corners of the cube."""
+    groups = group_sites(asked.lens.sites) if groups is None else groups
+    members = indicator(groups, len(asked.lens.sites))
+    corners, name = (members if how == "add_one" else 1 - members), how.replace("_", " ")
+    corner_values = asked.at_gates(corners, progress=progress, what=name)
+    base, adapted = asked.ends[..., None]
+    values = corner_values - base if how == "add_one" else adapted - corner_values
+    return _labelled(asked, values, groups, how)
+
+
+def _labelled(
+    asked: Asked, values: Float[Tensor, "batch group"], groups: Groups, how: How, **options: Any
+) -> Effects:
+    noise_floor = asked.effect_noise(float(how == "leave_one_out"))
+    labels = {"groups": groups, "how": how, "noise_floor": noise_floor, **header(asked)}
+    return Effects(values=values, **labels, **options)
+
+
+def require_how(how: str) -> None:
+    """Check the word for the intervention.
+
+    Raises:
+        ArgumentError: any other word.
+    """
+    word("how", how, get_args(How))
+
+
+def _require_texts(replace: str, texts: Prompts | None) -> None:
+    word("replace", replace, get_args(Replace))
+    if replace == "zero" and texts is not None:
+        raise ArgumentError(
+            "texts are for replace='mean' or 'resample', and this is replace='zero', which needs "
+            "none."
+        )
+    if replace != "zero" and texts is None:
+        raise ArgumentError(
+            f"replace={replace!r} takes δ from other texts, and none were given; pass texts=[…]."
+        )
+
+
+def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> Groups:
+    """The groups, of the chosen sites alone."""
+    groups = group_sites(lens.sites, group)
+    if sites is None:
+        return groups
+    patterns = [sites] if isinstance(sites, str) else list(sites)
+    if not patterns:
+        raise SiteError("sites=[] chooses nothing; give site names or globs, or None for all.")
+    chosen = match_sites([site.name for site in lens.sites], dict.fromkeys(patterns, 1.0))
+    kept = {name: tuple(i for i in members if i in chosen) for name, members in groups.items()}
+    empty = [name for name, members in kept.items() if not members]
+    if empty and isinstance(group, Mapping):
+        raise SiteError(f"group {empty[0]!r} holds none of the sites chosen by {patterns}.")
+    return {name: members for name, members in kept.items() if members}
+
+
+# --- δ replaced by something else than zero, and single ranks.
+
+
+def _single_ranks(lens: LoraLens, groups: Groups, group: Group) -> tuple[Groups, list[int]]:
+    """A group for each rank of each site, and which rank it is."""
+    if group != "site":
+        raise ArgumentError(
+            f"of='rank' takes each rank of each site by itself, and group is {group!r}; leave out "
+            "group, or choose with sites=…"
+        )
+    names = {
+        (index, rank): f"{name}[{rank}]"
+        for name, (index,) in groups.items()
+        for rank in range(lens.sites[index].rank)
+    }
+    return {name: (index,) for (index, _), name in names.items()}, [rank for _, rank in names]
+
+
+def _in_svd(asked: Asked, groups: Groups) -> Asked:
+    """The same question, with each rank space in the coordinates of its SVD."""
+    require_ranks(asked.lens, sorted({index for (index,) in groups.values()}))
+    turned = dataclasses.replace(asked, lens=in_gauge(asked.lens, "svd"))
+    turned.know_ends(asked.ends)
+    return turned
+
+
+def _stand_in(asked: Asked, how: How, replace: Replace, texts: Prompts) -> StandIn:
+    gates = asked.lens.gates(float(how == "leave_one_out"))
+    find = mean_over if replace == "mean" else resampled
+    return find(asked.lens, texts, gates, asked.reading)
+
+
+def _replaced(
+    asked: Asked,
+    groups: Groups,
+    ranks: list[int] | None,
+    how: How,
+    stand_in: StandIn | None,
+    progress: bool,
+) -> Float[Tensor, "batch group"]:
+    """g with each group's own δ, less g with what stands in for it."""
+    lens, adds, is_by_rank = asked.lens, how == "add_one", ranks is not None
+
+    def run(points: Points, what: str) -> Float[Tensor, "batch group"]:
+        return replaced_readout(lens, asked.reading, points, stand_in, progress=progress, what=what)
+
+    members = indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
+    about = 2.0 + torch.tensor(ranks or [0] * len(groups))[:, None]
+    states = torch.where(members > 0, about.to(members), 0.0 if adds else 1.0)
+    points = Points(states, is_by_rank, alone=adds and is_by_rank, replaced=True)
+    if not adds:
+        return asked.ends[1][:, None] - run(points, "replaced")
+    if is_by_rank:
+        added = run(dataclasses.replace(points, replaced=False), "add one")
+    else:
+        added = asked.at_gates(members, progress=progress, what="add one")
+    return added - (asked.ends[0][:, None] if stand_in is None else run(points, "replaced"))
+
+
+# --- Activations, at any hook point.
+
+
+Positions = Literal["each"] | int | slice | Sequence[int] | None
+Direction = Literal["base_to_adapted", "adapted_to_base"]
+_Positions = Literal["each"] | slice | list[int] | None
+_DONOR_AND_RECIPIENT = {"base_to_adapted": (0.0, 1.0), "adapted_to_base": (1.0, 0.0)}
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+# An effect below a thousandth of the shift, or below 64 roundings of the readout, may be none at
+# all: then the point is tried with noise.
+_SMALL, _ROUNDINGS = 1e-3, 64
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ActivationEffects(Ranked):
+    """What replacing one activation by the other model's does to a readout, in its units.
+
+    Attributes:
+        values: [batch, name], or [batch, name, position] where each position was patched alone;
+            NaN where a prompt has no such position. Positive where the adapted model's activation
+            raises the readout.
+        names: hook points.
+        direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
+        positions: the positions patched: 'all', 'each', or indices, together.
+        noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
+    """
+
+    values: Float[Tensor, "batch name *position"]
+    names: tuple[str, ...]
+    direction: str
+    positions: str
+    noise_floor: Float[Tensor, " batch"] | None = None
+
+    @property
+    def share(self) -> Float[Tensor, "batch name *position"]:
+        """The effects as shares of the shift: 1 where the activation carries all of it."""
+        return self.share_of(self.values)
+
+    @property
+    def by_position(self) -> bool:
+        """Whether each position was patched alone."""
+        return self.values.ndim == 3
+
+    @property
+    def places(self) -> tuple[tuple[int | None, str], ...]:
+        """Each name's layer and the rest of it: (3, 'hook_resid_pre'); None outside the blocks."""
+        matches = {name: _IN_BLOCK.fullmatch(name) for name in self.names}
+        return tuple(
+            (int(match[1]), match[2]) if match else (None, name) for name, match in matches.items()
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, hook point and existing position: effect, share of the shift."""
+        values, share = self.values.cpu().double(), self.share.cpu().double()
+        where = (~values.isnan()).nonzero(as_tuple=True)
+        prompts, names, *positions = (axis.tolist() for axis in where)
+        columns: dict[str, object] = {
+            "prompt": prompts,
+            "name": [self.names[i] for i in names],
+            "layer": pd.array([self.places[i][0] for i in names], dtype="Int64"),
+            "hook": [self.places[i][1] for i in names],
+        }
+        if self.by_position:
+            columns["position"] = positions[0]
+            columns["token"] = tokens_at(self.str_tokens, prompts, positions[0])
+        numbers = {"effect": values[where].tolist(), "share": share[where].tolist()}
+        return pd.DataFrame(columns | numbers)
+
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each hook point's effect, or that of each of its positions.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        values, shift = self.of_prompt(prompt)
+        if not self.by_position:
+            return Entries({"name": self.names}, values, shift, "effect")
+        count, width = values.shape
+        tokens = self.str_tokens[only_prompt(prompt, len(self.base))]
+        labels = {
+            "name": [name for name in self.names for _ in range(width)],
+            "position": [*range(width)] * count,
+            "token": [*tokens, *[""] * (width - len(tokens))] * count,
+        }
+        return Entries(labels, values.flatten(), shift, "effect")
+
+    def of_prompt(
+        self, prompt: int | None
+    ) -> tuple[Float[Tensor, " name *position"], Float[Tensor, ""]]:
+        """One prompt's effects and shift in float64, or the mean over prompts.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        batch = len(self.base)
+        if self.by_position:
+            prompt = only_prompt(prompt, batch, "positions")
+        rows = prompt_rows(prompt, batch)
+        values, shift = (x[rows].cpu().double() for x in (self.values, self.shift))
+        return torch.mean(values, 0), shift.mean()
+
+    def plot(self, prompt: int | None = None) -> Figure:
+        """Hook point × position, or layer × hook point.
+
+        Args:
+            prompt: an index; without it the mean over prompts, or by position the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt; by position, several prompts and none named.
+        """
+        return drawing.figure(self, prompt)
+
+
+@alone
+def patch_activations(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    names: Names,
+    *,
+    direction: Direction = "base_to_adapted",
+    positions: Positions = None,
+    progress: bool = True,
+) -> ActivationEffects:
+    """What one activation carries of the shift: replaced by the other model's, at each hook point.
+
+    Cost: three forward passes, four for the noise floor, and one per name (and position with
+    'each'), batched; rows begin at the block in which they patch, where the model's batch may grow
+    (not Bloom and OPT on a Bridge). One short pass more for positions, and one for each name
+    without an effect.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        names: a hook point, several, or a predicate. A name in full must fire; globs and
+            predicates choose among the points that do.
+        direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
+        positions: None for the whole sequence at once; 'each' for one number per position; an
+            index, a slice, or indices, replaced together. They count within each prompt, negative
+            ones from its own end; an answer's tokens, after the prompt, are in None and 'each'.
+        progress: show a bar.
+
+    Returns:
+        ActivationEffects with values [batch, name], or [batch, name, position] with 'each' (NaN
+        where a prompt has no such position), in the readout's units.
+
+    Raises:
+        SiteError: a hook point that the model lacks, with the nearest names.
+        ModelStateError: a point that never fires, whose value the model ignores, that does not
+            hold activations by prompt (and by position, with positions), or that lies between a
+            site's input and output, where the adapted model's value does not exist.
+        ArgumentError: a position outside a prompt, another direction.
+        NumericsError: a non-finite readout.
+    """
+    donor_scale, scale = _DONOR_AND_RECIPIENT[word("direction", direction, _DONOR_AND_RECIPIENT)]
+    chosen, asked = _checked(positions), ask(lens, prompts, readout)
+    reading = asked.reading
+    masks = _masks(chosen, asked.prompts, reading)
+    in_full, wanted = resolved(lens, names)
+    donor = record(lens, reading.prompts, donor_scale, wanted)
+    points = firing(lens, donor, in_full, wanted)
+    if chosen is not None:
+        require_positions(lens, reading.prompts, donor, points, donor_scale)
+    patches = [Patch(name, mask) for name in points for mask in masks]
+    base, adapted = asked.ends[..., None, None]
+    patched = patched_readout(
+        lens, reading, donor, patches, donor_scale=donor_scale, scale=scale, progress=progress
+    ).unflatten(1, (len(points), -1))
+    values = adapted - patched if direction == "base_to_adapted" else patched - base
+    _require_heard(asked, scale, points, values)
+    if chosen == "each":
+        # Positions that some row of a prompt has.
+        exists = reading.by_prompt(reading.prompts.real.float()).to(values.device) > 0
+        values = values.masked_fill(~exists[:, None], float("nan"))
+    return ActivationEffects(
+        values=values if chosen == "each" else values[..., 0],
+        names=points,
+        direction=direction,
+        positions=_label(chosen),
+        noise_floor=asked.effect_noise(scale),
+        **header(asked),
+    )
+
+
+def _require_heard(
+    asked: Asked,
+    scale: float,
+    points: Sequence[str],
+    values: Float[Tensor, "batch name position"],
+) -> None:
+    """Refuse points without an effect at which nothing at all would have one."""
+    lens, ends = asked.lens, asked.ends
+    rounding = _ROUNDINGS * torch.finfo(lens.dtype).eps * float(ends.abs().max())
+    least = max(_SMALL * float((ends[1] - ends[0]).abs().max()), rounding)
+    largest = values.abs().amax((0, 2)).tolist()
+    doubtful = [name for name, size in zip(points, largest, strict=True) if size <= least]
+    silent = unheard(lens, asked.reading.prompts.row(0), scale, doubtful) if doubtful else []
+    if silent:
+        raise ModelStateError(
+            f"{few(silent)}: the hook point fires, but the model ignores what a hook makes of its "
+            "value, so a patch there says nothing; leave it out."
+        )
+
+
+def _checked(positions: object) -> _Positions:
+    """A single index as a list of it."""
+    plain = one_entry(positions)
+    if plain is None or isinstance(plain, slice):
+        return plain
+    if isinstance(plain, str):
+        word("positions", plain, ["each"])
+        return "each"
+    indices = plain if isinstance(plain, Iterable) else [plain]
+    return [whole("positions", index) for index in indices]
+
+
+def _masks(
+    positions: _Positions, prompts: Prompts, reading: Reading
+) -> list[Bool[Tensor, "row pos"] | None]:
+    """The masks to patch under, one for each number of the result."""
+    if positions is None:
+        return [None]
+    real = reading.prompts.real.cpu()
+    if positions == "each":
+        slots = torch.arange(real.shape[1])
+        return [real & (slots == slot) for slot in slots]
+    mask = torch.zeros_like(real)
+    lengths = prompts.lengths.tolist()
+    for row, owner in enumerate(reading.owner.tolist()):
+        mask[row, _indices(positions, lengths[owner], owner)] = True
+    return [mask]
+
+
+def _indices(positions: slice | list[int], length: int, prompt: int) -> list[int]:
+    indices = range(length)[positions] if isinstance(positions, slice) else positions
+    outside = [index for index in indices if not -length <= index < length]
+    if outside or not indices:
+        lacking = f"no position {outside[0]}" if outside else "no position in this choice"
+        raise ArgumentError(
+            f"positions={_label(positions)}: prompt {prompt} has {length} tokens and {lacking}."
+        )
+    return [index % length for index in indices]
+
+
+def _label(positions: _Positions) -> str:
+    """'all', 'each', '-1', '2:5', '0, 3'."""
+    if positions is None or isinstance(positions, str):
+        return positions or "all"
+    if isinstance(positions, slice):
+        bounds = [positions.start, positions.stop, positions.step]
+        bounds = bounds if positions.step is not None else bounds[:2]
+        return ":".join("" if bound is None else str(bound) for bound in bounds)
+    return ", ".join(map(str, positions))

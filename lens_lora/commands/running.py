@@ -1,0 +1,217 @@
+"""What commands share while they run: a model and an adapter, progress, and errors as one line.
+
+Results go to stdout, progress and errors to stderr. Of several processes only the first reports an
+error that all of them have; an error in one process is reported by that process. torch is imported
+where a model is loaded, so a command whose options are refused never imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import lens_lora as ll
+from lens_lora.commands.options import BaseModel
+from lens_lora.errors import LensLoraError
+from lens_lora.sweeps.processes import rank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lens_lora.model.placement import Placement
+
+# --- The model, the adapter and the lens
+
+
+EMBEDDED = "embedded"
+
+
+def lens_for(
+    base: BaseModel,
+    adapter: ll.Adapter,
+    progress: Console,
+    device: str = "cpu",
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+) -> ll.LoraLens:
+    """The lens over the model that the options name, on `device` if they name none.
+
+    Raises:
+        LensLoraError: what loading the model or making the lens raises.
+    """
+    if base.device is None and base.device_map is None:
+        base = dataclasses.replace(base, device=device)
+    hf_model, tokenizer = loaded or load_model_of(adapter, base.model, progress, base)
+
+    from lens_lora.loading import base_beside
+    from lens_lora.model.build import hooked_model, hooked_transformer_if_there
+
+    with step("Building the hooked model", progress):
+        default = "TransformerBridge" if base.says_how_to_load else hooked_transformer_if_there()
+        kind = base.model_class or default
+        hooked, class_name = hooked_model(hf_model, tokenizer, kind=kind, attn=base.attn)
+    lens = ll.LoraLens(hooked, adapter, hf_model=base_beside(class_name, hf_model, adapter))
+    return lens.within(base.max_memory)
+
+
+def load_model_of(
+    adapter: ll.Adapter, model: str | None, progress: Console, how: Placement | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model asked for, else the base that the adapter names, else the embedded model.
+
+    Raises:
+        LensLoraError: as loading raises it; for the base that the adapter names, with a remedy.
+    """
+    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
+
+    named = adapter.base_model
+    if model is not None:
+        _note_other_base(EMBEDDED_HUB_ID if model == EMBEDDED else model, named, progress)
+        return load_model(model, progress, how)
+    if named in (None, EMBEDDED_HUB_ID):
+        return load_model(None, progress, how)
+    try:
+        return load_model(named, progress, how)
+    except LensLoraError as error:
+        raise type(error)(
+            f"{error} The adapter names it as its base; name another with --model."
+        ) from error
+
+
+def load_model(
+    model: str | None, progress: Console, how: Placement | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of this hub id or folder; the embedded model for None or 'embedded'."""
+    from lens_lora.demonstration.embedded import EMBEDDED_NAME, embedded_model_folder
+    from lens_lora.loading import load_base
+
+    name = model
+    if model in (None, EMBEDDED):
+        name, model = EMBEDDED_NAME, str(embedded_model_folder(quiet=progress.quiet))
+    with step(f"Loading {name}", progress):
+        return load_base(str(model), how)
+
+
+def _note_other_base(model: str, named: str | None, progress: Console) -> None:
+    """A note where the last parts of the two names differ: weights do not show a wrong base."""
+    if named and Path(named).name.lower() != Path(model).name.lower():
+        note = f"Note: the adapter names the base {named}, and --model is {model}; is that meant?"
+        progress.print(Text(note, style="yellow"), soft_wrap=True)
+
+
+def announce(lens: ll.LoraLens) -> None:
+    """Print which model and which adapter are used."""
+    from lens_lora.model.build import transformer_lens_version
+
+    about, adapter = lens.describe(), lens.adapter
+    say(
+        f"Model:   {about['model']} as {lens.class_name} of transformer-lens "
+        f"{transformer_lens_version()}, {about['dtype']}"
+    )
+    ranks = ", ".join(str(r) for r in sorted({site.rank for site in lens.sites}))
+    base = f", trained on {adapter.base_model}" if adapter.base_model else ""
+    say(f"Adapter: {adapter.name}, {len(adapter)} modules of rank {ranks}{base}")
+
+
+# --- What is printed
+
+
+def say(line: str) -> None:
+    """One line on stdout; brackets in it are not markup."""
+    Console(soft_wrap=True).print(Text(line))
+
+
+def tell(story: str) -> Console:
+    """Print the paragraphs of a story to stdout, and return the console for its tables."""
+    console = Console()
+    for paragraph in story.split("\n"):
+        console.print(Text(f"\n{paragraph}"))
+    console.print()
+    return console
+
+
+@contextlib.contextmanager
+def step(message: str, progress: Console) -> Generator[None]:
+    """A spinner on a terminal, else one line; the libraries' own output is hidden."""
+    from lens_lora.loading import quiet_libraries
+
+    if not progress.is_terminal:
+        progress.print(message)
+    with progress.status(message), quiet_libraries():
+        yield
+
+
+@contextlib.contextmanager
+def timed(progress: Console) -> Generator[None]:
+    """Say at the end of the block how long it took."""
+    started = time.perf_counter()
+    yield
+    progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
+
+
+# --- Errors and Ctrl-C
+
+
+# A launcher ends all processes soon after the first has left.
+_SECONDS_FOR_THE_FIRST = 10.0
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Generator[None]:
+    """Print an error of this package or of the system as one line, and exit with code 2.
+
+    Ctrl-C also prints one line; its code is 130.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (LensLoraError, OSError) as error:
+        _print_error(f"{type(error).__name__}: {error}")
+        raise typer.Exit(2) from error
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        fact = str(error).split(". ")[0]
+        remedy = "Use shorter prompts, a smaller --batch-size (sweep), or --device cpu."
+        _print_error(f"{fact}. {remedy}")
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        if rank() == 0:
+            _print_line(str(error) or "Interrupted.")
+        raise typer.Exit(130) from error
+
+
+@contextlib.contextmanager
+def told_if_interrupted(what_is_saved: Callable[[], str]) -> Generator[None]:
+    """Within the block, Ctrl-C prints what has been saved."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"Interrupted. {what_is_saved()}") from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch's own out-of-memory error; if torch was never imported, it is not."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+def _print_error(line: str) -> None:
+    """Print an error once, even if every process has the same one."""
+    if rank():
+        time.sleep(_SECONDS_FOR_THE_FIRST)
+        line = f"process {rank() + 1}: {line}"
+    _print_line(line)
+
+
+def _print_line(line: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text(" ".join(line.split()), style="red"))

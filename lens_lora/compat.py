@@ -1,0 +1,505 @@
+"""What other libraries have no public name for, and changes of them for a span of time.
+
+Every private name that the package touches stands here, in one function that says why; each has a
+test in `tests/house/test_compat.py` that fails when the name is gone.
+
+**Changes for a span of time** (`Temporary`) are taken back at its end, whatever interrupts them. A
+Ctrl-C may fall between any two lines, also into those that take a change back.
+
+1. The way back is registered before the way in, twice. It may run when nothing was changed yet, and
+   again when all is back; `contextlib.ExitStack` goes on to the second where the first is
+   interrupted.
+2. A span whose end was never reached, as the interrupt fell just before it, stays listed as open in
+   its thread, and whoever began earlier closes it (`open_spans`, `close_but`).
+3. Nothing waits in a suspended generator, whose end would come at a moment of the garbage
+   collector's choice, in the middle of another span.
+
+**Offloaded weights** are kept by accelerate on the CPU or on disk between calls. Its hooks put a
+module's parameters on the device as the module is called, and on "meta" after it. What a lens reads
+of them itself (W_U, γ, the weights that an update is made of) is brought in by the same hooks, for
+as long as it is read.
+
+**float64**: maps are built, and statistics taken, in float64, whatever the model's dtype. MPS has
+no such dtype, so there they are on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from types import CellType, FunctionType
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import get_interpreter_stack, is_functorch_wrapped_tensor
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, _sdpa_kernel
+from torch.overrides import TorchFunctionMode, _pop_mode
+
+from lens_lora.errors import ModelStateError
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# --- Changes for a span of time
+
+
+class Temporary(contextlib.ExitStack):
+    """`with Temporary(change):` calls change(span), and at its end takes back what that registered.
+
+    What `change` returns is bound by `as`. `enter_context` and `push` are those of ExitStack.
+    """
+
+    def __init__(self, change: Callable[[Temporary], Any]) -> None:
+        super().__init__()
+        self._change = change
+
+    def way_back(self, back: Callable[[], object]) -> None:
+        """Register how a change is taken back, before it is made."""
+        self.callback(back)
+        self.callback(back)
+
+    def __enter__(self) -> Any:
+        others = open_spans()
+        if self in others:
+            raise RuntimeError("this span is open already; make another one")
+        _OPEN.spans.append(weakref.ref(self))
+        self.way_back(functools.partial(_forget, weakref.ref(self)))
+        try:
+            return self._change(self)
+        except BaseException:
+            try:
+                close_but(others)
+            finally:
+                close_but(others)
+            raise
+
+    def __del__(self) -> None:
+        if "_change" in vars(self):
+            self.close()
+
+
+def temporary(
+    change: Callable[Concatenate[Temporary, _P], _R],
+) -> Callable[_P, AbstractContextManager[_R]]:
+    """Decorate change(span, …) as a function of its other arguments, to be used in a `with`."""
+
+    @functools.wraps(change)
+    def begin(*args: _P.args, **kwargs: _P.kwargs) -> AbstractContextManager[_R]:
+        return Temporary(lambda span: change(span, *args, **kwargs))
+
+    return begin
+
+
+class _Open(threading.local):
+    """The spans that are open in this thread, the newest last."""
+
+    def __init__(self) -> None:
+        self.spans: list[weakref.ref[Temporary]] = []
+
+
+_OPEN = _Open()
+
+
+def _forget(span: weakref.ref[Temporary]) -> None:
+    _OPEN.spans = [other for other in _OPEN.spans if other is not span and other() is not None]
+
+
+def open_spans() -> list[Temporary]:
+    """Those of this thread, the newest last."""
+    return [span for span in (ref() for ref in _OPEN.spans) if span is not None]
+
+
+def close_but(others: Collection[Temporary]) -> None:
+    """Close every open span of this thread, the newest first."""
+    for span in reversed(open_spans()):
+        if span not in others:
+            span.close()
+
+
+@temporary
+def without_warnings(span: Temporary, message: str = "") -> None:
+    """No warning that begins so is shown until the span ends.
+
+    `warnings.catch_warnings` puts a whole list of filters back, and where two threads' blocks
+    overlap, the wrong one: a filter stays for good. Here one filter is put in, and the same one
+    taken out of the list that it was put into and of the list in force.
+    """
+    quiet = _OneFilter(("ignore", re.compile(message, re.IGNORECASE), Warning, None, 0))
+    filters: Any = warnings.filters
+
+    def take_out() -> None:
+        held: Any
+        for held in (filters, warnings.filters):
+            with contextlib.suppress(ValueError):
+                held.remove(quiet)
+
+    span.way_back(take_out)
+    filters.insert(0, quiet)
+
+
+class _OneFilter(tuple[Any, ...]):
+    """An entry of `warnings.filters` that is not mixed up with another one that says the same."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+# --- torch: modules
+
+
+class Hooks(NamedTuple):
+    """A module's own dictionaries, {key: hook} in the order in which hooks run."""
+
+    forward: Any  # as OrderedDict, although torch annotates a dict
+    before: Any
+    backward: dict[int, Any]
+    before_backward: dict[int, Any]
+    takes_kwargs: dict[int, bool]  # which of `before` do
+
+
+def hooks_of(module: nn.Module) -> Hooks:
+    """All hooks on a module: torch has functions that add one, and none that lists or orders."""
+    return Hooks(
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+    )
+
+
+def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own dictionary of parameters; a look into it costs less than `getattr`."""
+    return module._parameters
+
+
+def modules_in(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's own dictionary of modules; a look into it costs less than `getattr`."""
+    return module._modules
+
+
+def replace_forward(
+    span: Temporary, module: nn.Module, forward: Callable[..., Any], name: str = "forward"
+) -> None:
+    """The module computes `forward` until the span ends.
+
+    A hook cannot keep a module from computing. The change is made in the module's own dictionary,
+    as a bridge's component passes attributes on to the module that it wraps.
+    """
+    attributes = vars(module)
+    span.way_back(functools.partial(_put_back, attributes, name, attributes.get(name)))
+    attributes[name] = forward
+
+
+def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
+    if before is None:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = before
+
+
+def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """The module computes `forward` for good."""
+    vars(module)["forward"] = forward
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """What the module computes in place of its class's `forward`; None where it is that."""
+    return vars(module).get("forward")
+
+
+# --- torch: derivatives
+
+
+def edits_of(tensor: Tensor) -> int:
+    """How often a tensor was edited in place: torch counts, and does not say so publicly."""
+    return tensor._version
+
+
+def is_within_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, …) is under way; only torch's C++ knows."""
+    return bool(get_interpreter_stack())
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func hides the tensor's values; only torch's C++ knows."""
+    return is_functorch_wrapped_tensor(tensor)
+
+
+def allow_forward_mode(span: Temporary) -> None:
+    """Forward-mode derivatives are computed until the span ends, also where they were turned off.
+
+    The public switches of grad mode leave it as it is, and inference mode turns it off.
+    """
+    is_allowed = torch._C._is_fwd_grad_enabled()
+    span.way_back(functools.partial(torch._C._set_fwd_grad_enabled, is_allowed))
+    torch._C._set_fwd_grad_enabled(True)
+
+
+def enter_mode(span: Temporary, mode: TorchFunctionMode) -> None:
+    """The mode is in force until the span ends.
+
+    Its own `__exit__` pops whatever mode is the innermost, so an interrupt before `__enter__` would
+    pop someone else's; the depth of torch's stack has no public name.
+    """
+    depth = torch._C._len_torch_function_stack()
+
+    def pop() -> None:
+        while torch._C._len_torch_function_stack() > depth:
+            _pop_mode()
+
+    span.way_back(pop)
+    mode.__enter__()
+
+
+def attention_kernels() -> list[SDPBackend]:
+    """The kernels that attention may use now; the public `sdpa_kernel` sets them and tells none."""
+    return _cur_sdpa_kernel_backends()
+
+
+def use_attention_kernels(span: Temporary, kernels: Sequence[SDPBackend]) -> None:
+    """Attention uses one of these until the span ends; `sdpa_kernel` would suspend a generator."""
+    span.way_back(functools.partial(_sdpa_kernel, attention_kernels()))
+    _sdpa_kernel(kernels)
+
+
+# --- accelerate: offloaded weights
+
+
+def brought_in(module: nn.Module) -> AbstractContextManager[None]:
+    """Within the block the module's own parameters are at hand, on the device where it runs."""
+    if not is_offloaded(module):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the module's own parameters elsewhere between calls."""
+    return bool(getattr(_hook_of(module), "offload", False))
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter; of one that is offloaded, where it runs."""
+    first = next(model.parameters())
+    if not first.is_meta:
+        return first.device
+    owner = next(m for m in model.modules() if any(p is first for p in m.parameters(recurse=False)))
+    return torch.device(_hook_of(owner).execution_device)
+
+
+def refuse_out_of_reach(model: nn.Module) -> None:
+    """Check that each weight lies on a device, or is brought to one by accelerate's hooks.
+
+    Raises:
+        ModelStateError: naming one that is nowhere.
+    """
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if not is_offloaded(module) and weight.is_meta:
+                raise ModelStateError(
+                    f"{path}.{name} is on the device 'meta', and no hook of accelerate's brings it "
+                    "in when its module is called. Load the model so that it fits: in 4 bit "
+                    "(ll.load(…, load_in_4bit=True)), in bfloat16, over more GPUs "
+                    "(device_map='balanced'), or on the CPU alone (device='cpu')."
+                )
+            if is_offloaded(module) and not _knows(module, name):
+                raise ModelStateError(
+                    f"{path}.{name} was added after accelerate offloaded its module, by the bridge "
+                    "perhaps, and cannot be brought in. Set it to None if it is zero, or let "
+                    "ll.load make the bridge, which does."
+                )
+
+
+def drop_new_biases(bridge: Any) -> None:
+    """Take away the bias of zeros that a bridge gives a head without one.
+
+    Accelerate's hooks, put on before, know no such parameter, and fail when they bring it in.
+    """
+    head = bridge.unembed.original_component
+    if is_offloaded(head) and head.bias is not None and not _knows(head, "bias"):
+        head.bias = None
+
+
+def _knows(module: nn.Module, name: str) -> bool:
+    try:
+        return _hook_of(module).weights_map[name] is not None
+    except KeyError:
+        return False
+
+
+def _hook_of(module: nn.Module) -> Any:
+    """Accelerate's hook on this very module, None without one.
+
+    `accelerate.utils.has_offloaded_params` asks by attribute, which a bridge's component passes on
+    to the module that it wraps; and nothing public tells the device, or which weights are known.
+    """
+    return vars(module).get("_hf_hook")
+
+
+def computing_attribute(module: nn.Module) -> str:
+    """'forward', or where accelerate keeps that of a module that it has hooked.
+
+    Its hooks read a module's computation there, and no setter is public.
+    """
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+# --- transformer-lens
+
+
+def hook_function(hook: Any) -> object:
+    """The function that a hook of torch calls, where TransformerLens wrapped a user's; else itself.
+
+    A hook point keeps handles of its wrappers and not what they call (before 3.9).
+    """
+    if not str(getattr(hook, "__module__", "")).startswith("transformer_lens"):
+        return hook
+    cells = _cells_of(hook)
+    if "full_hook" in cells:
+        return hook_function(cells["full_hook"])
+    return cells.get("hook")
+
+
+def calls(hook: Any, fn: object) -> bool:
+    """Whether a registered hook is this function, or a closure over it: TransformerLens' wrapper.
+
+    A user's own may be anything that can be called: a partial, an object, a builtin, a closure
+    whose cells are empty.
+    """
+    closure = hook.__closure__ if isinstance(hook, FunctionType) else None
+    return hook is fn or any(_holds(cell, fn) for cell in closure or ())
+
+
+def _holds(cell: CellType, fn: object) -> bool:
+    try:
+        return cell.cell_contents is fn
+    except ValueError:  # it is empty
+        return False
+
+
+def _cells_of(fn: object) -> dict[str, object]:
+    """{name: content} of what a function closes over, but for cells that are empty."""
+    cells: dict[str, object] = {}
+    if isinstance(fn, FunctionType):
+        for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):
+                cells[name] = cell.cell_contents
+    return cells
+
+
+def is_processed(bridge: Any) -> bool:
+    """Whether a TransformerBridge's compatibility mode processed the weights; nothing else says."""
+    return bool(getattr(bridge, "_weights_processed", False))
+
+
+def uses_processed_weights(component: Any) -> bool:
+    """Whether a bridge's component computes with weights that it holds itself."""
+    return bool(getattr(component, "_use_processed_weights", False))
+
+
+def processed_weight(component: Any, name: str) -> Tensor | None:
+    """One of those weights ('gate', 'in', 'out'), which no module registers as a parameter."""
+    return getattr(component, f"_processed_W_{name}", None)
+
+
+def processed_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All of them that a module holds, by the name of the attribute."""
+    tensors = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+    return {name: value for name, value in tensors.items() if name.startswith("_processed_")}
+
+
+def can_norm_per_head(attention: Any) -> bool:
+    """Whether `normed_per_head` knows what this version of a bridge does."""
+    return hasattr(attention, "_apply_ln1_per_head")
+
+
+def normed_per_head(attention: Any, copies: Tensor) -> Tensor:
+    """What a bridge's attention makes of its copies of the residual after their last hook point."""
+    is_before_norm = attention._captured_pre_ln_residual is not None
+    return attention._apply_ln1_per_head(copies) if is_before_norm else copies
+
+
+# --- transformers, bitsandbytes, PEFT
+
+
+def supports_sdpa(hf_model: Any) -> bool:
+    """Whether transformers has a fused kernel for this family; only loading a model asks too."""
+    return bool(hf_model._supports_sdpa)
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """A configuration as it is saved, and the attention that it was loaded with, which is not."""
+    return {
+        **config.to_dict(),
+        "_attn_implementation": getattr(config, "_attn_implementation", None),
+    }
+
+
+def added_tokens(tokenizer: Any) -> dict[str, Any]:
+    """Whether a tokenizer adds BOS and EOS, which some have under these names alone."""
+    names = ("_add_bos_token", "_add_eos_token")
+    return {name: getattr(tokenizer, name, None) for name in names}
+
+
+def plain_bloom_gelu(span: Temporary) -> None:
+    """Bloom computes GELU from its formula until the span ends.
+
+    It wraps it in a Function that has no forward-mode derivative, and the model is not ours.
+    """
+    bloom: Any = sys.modules.get("transformers.models.bloom.modeling_bloom")
+    if bloom is not None:
+        wrapped = bloom.BloomGelu.forward
+        span.way_back(functools.partial(setattr, bloom.BloomGelu, "forward", wrapped))
+        bloom.BloomGelu.forward = lambda self, x: bloom.bloom_gelu_forward(x)
+
+
+def without_gguf_bar() -> AbstractContextManager[Any]:
+    """Within the block, transformers' reader of GGUF files shows no bar, as no switch hides it."""
+    from unittest import mock
+
+    from tqdm import tqdm
+
+    quiet = functools.partial(tqdm, disable=True)
+    return mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", quiet, create=True)
+
+
+def unpacked_4bit(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """4-bit weights as they were before bitsandbytes packed them for a CPU, by its own inverse."""
+    from bitsandbytes import functional
+
+    return functional._convert_weight_packed_for_cpu_inverse(packed, state)
+
+
+def peft_adapts(config: Any, path: str) -> bool:
+    """Whether PEFT adapts this module under these targets, by the rule that it exports nowhere."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return bool(check_target_module_exists(config, path))
+
+
+# --- float64
+
+
+_WITHOUT = {"mps"}
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no float64."""
+    return torch.device("cpu") if device.type in _WITHOUT else device
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """In float64, on its own device if that has it, else on the CPU."""
+    return tensor.to(float64_device(tensor.device)).double()

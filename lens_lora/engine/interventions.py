@@ -1,0 +1,460 @@
+"""Runs in which one activation is replaced by another run's, a different one in each row.
+
+1. Hook points by name, glob or predicate (`resolved`): what `names` means wherever it is an
+   argument.
+2. The donor runs once; what fires at the points is kept, for each time it fires (`record`).
+3. Each row of the recipient's batch gets one of them, at one hook point: a `Patch`.
+4. Before block L, a row that patches in block L equals the unpatched run. So where rows may be
+   added, it begins at the input of block L, as a copy of the unpatched row.
+5. Points whose value the model ignores would show a false zero (`unheard`): in one run each point's
+   own activation is put back, in another with noise of the same size. Where both give the same
+   logits to the last bit, the model ignores the point.
+
+Cost: the donor's forward pass, and at most one a patch; half of that where the batch may grow. Two
+forward passes of a few tokens a point for `unheard`, batched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.compat import in_float64
+from lens_lora.engine import memory
+from lens_lora.engine.function import in_chunks, more_copies, require_finite, row_by_row
+from lens_lora.engine.read import read_logits, read_value
+from lens_lora.errors import ModelStateError, SiteError
+from lens_lora.model.hooks import HookFn, attached
+from lens_lora.model.lens import LoraLens, Scale
+from lens_lora.model.sites import layer_order, points_without_update
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.reading import Reading
+
+# --- Activations, recorded
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A run's activations.
+
+    Attributes:
+        firings: per hook point that fired, its tensor at each firing.
+        layers: per hook point, the block in which it first fires; −1 before the blocks.
+    """
+
+    firings: dict[str, list[Tensor]]
+    layers: dict[str, int]
+
+
+def record(lens: LoraLens, prompts: Prompts, scale: Scale, names: Iterable[str]) -> Recording:
+    """The activations at these hook points with the adapter at `scale`. One forward pass.
+
+    Raises:
+        ModelStateError: a point whose value is not activations with the batch as first axis.
+    """
+    count, names = prompts.batch, list(names)
+    step = memory.rows_of_pass(lens, prompts) or count
+    if step >= count:
+        return _recorded(lens, prompts, scale, names)
+    groups = [prompts.cut(start, start + step) for start in range(0, count, step)]
+    return _joined([_recorded(lens, group, scale, names) for group in groups], step)
+
+
+def _joined(parts: list[Recording], rows: int) -> Recording:
+    """Runs of so many rows each, as one; what the rows of a run share is kept once."""
+
+    def joined(same: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat(same) if len(same[0]) == rows else same[0]
+
+    firings = {
+        name: [joined(same) for same in zip(*(part.firings[name] for part in parts), strict=True)]
+        for name in parts[0].firings
+    }
+    return Recording(firings, parts[0].layers)
+
+
+def _recorded(lens: LoraLens, prompts: Prompts, scale: Scale, names: list[str]) -> Recording:
+    recording, entered = Recording({}, {}), [-1]
+
+    def keep(name: str) -> HookFn:
+        def hook_fn(tensor: Any, hook: Any) -> None:
+            del hook
+            _require_activation(name, tensor, prompts.batch)
+            recording.firings.setdefault(name, []).append(tensor.detach().clone())
+            recording.layers.setdefault(name, entered[-1])
+
+        return hook_fn
+
+    view = lens.plan.host
+    hooks: list[tuple[str, HookFn]] = [
+        (view.block_input(layer), lambda tensor, hook, layer=layer: entered.append(layer))
+        for layer in range(view.n_layers)
+    ]
+    hooks += [(name, keep(name)) for name in names]
+    with torch.no_grad(), lens.applied(scale), attached(lens.model, hooks):
+        read_logits(lens, prompts)
+    return recording
+
+
+def _require_activation(name: str, tensor: Any, rows: int) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        value = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ModelStateError(f"{name} holds {value}, not activations; leave this point out.")
+    if tensor.ndim < 3 or tensor.shape[0] not in (1, rows):
+        raise ModelStateError(
+            f"{name} holds a tensor {tuple(tensor.shape)} for {rows} rows: its first axis is not "
+            "the prompts, so one prompt cannot be patched alone; leave this point out."
+        )
+
+
+# --- Patched runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """One intervention: the donor's activation at one hook point.
+
+    Attributes:
+        name: the hook point.
+        where: [row, pos], the positions that are replaced; None for the whole tensor.
+    """
+
+    name: str
+    where: Bool[Tensor, "row pos"] | None
+
+    def cut(self, rows: slice, width: int) -> Patch:
+        """The same in some of the rows, which are padded to this width."""
+        return Patch(self.name, None if self.where is None else self.where[rows, :width])
+
+
+class _Swap:
+    """Puts rows of the donor's activation into rows of the batch, firing by firing."""
+
+    def __init__(
+        self,
+        name: str,
+        donor: list[Tensor],
+        rows: int,
+        patched: Int[Tensor, " patch"],
+        donor_rows: Int[Tensor, " patch"],
+        where: Bool[Tensor, "patch pos"] | None,
+    ) -> None:
+        self._name, self._donor, self._rows, self._fired = name, donor, rows, 0
+        self._patched, self._donor_rows, self._where = patched, donor_rows, where
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        donor = self._donor[min(self._fired, len(self._donor) - 1)]
+        self._fired += 1
+        out = tensor.expand(max(self._rows, len(tensor)), *tensor.shape[1:]).clone()
+        if self._fired > len(self._donor) or out.shape[1:] != donor.shape[1:]:
+            raise ModelStateError(
+                f"{self._name} fired as {tuple(tensor.shape)} where the donor's run has "
+                f"{tuple(donor.shape)}; the two runs do not correspond at this point, leave it out."
+            )
+        patched = self._patched.to(out.device)
+        values = donor[(self._donor_rows % len(donor)).to(donor.device)]
+        if self._where is not None:
+            mask = self._where.to(out.device).view(*self._where.shape, *[1] * (out.ndim - 2))
+            values = torch.where(mask, values, out[patched])
+        out[patched] = values
+        return out
+
+
+def patched_readout(
+    lens: LoraLens,
+    reading: Reading,
+    donor: Recording,
+    patches: Sequence[Patch],
+    *,
+    donor_scale: Scale,
+    scale: Scale,
+    progress: bool,
+) -> Float[Tensor, "batch patch"]:
+    """g of the model at `scale` under each patch. At most one forward pass a patch, batched.
+
+    Raises:
+        NumericsError: a non-finite readout.
+    """
+    layers = torch.tensor([donor.layers[patch.name] for patch in patches])
+    order = layers.argsort(stable=True)
+    within = order[layers[order] >= 0]
+    if not lens.plan.host.grows or _share(lens, layers[within].tolist()) > memory.BRANCHING_PAYS:
+        within = order[:0]
+    outside = order[~torch.isin(order, within)]
+    values = torch.empty(reading.batch, len(patches), dtype=lens.gate_dtype, device=lens.device)
+    bar = tqdm(total=len(patches), desc="patches", leave=False, disable=not progress)
+    runs = _Runs(lens, reading, donor, donor_scale, scale)
+    with torch.no_grad(), bar:
+        for indices, run in ((outside, runs.in_batches), (within, runs.as_tree)):
+            if len(indices):
+                values[:, indices] = run([patches[i] for i in indices.tolist()], bar)
+    require_finite(values, "the patched readout")
+    return values
+
+
+def _share(lens: LoraLens, layers: list[int]) -> float:
+    """Block passes if rows begin at their patch, as a share of running every row whole."""
+    count = lens.plan.host.n_layers
+    blocks = sum(count - layer for layer in layers) + count
+    return blocks / max(1, len(layers) * count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+    lens: LoraLens
+    reading: Reading
+    donor: Recording
+    donor_scale: Scale
+    scale: Scale
+
+    def in_batches(self, patches: list[Patch], bar: tqdm) -> Float[Tensor, "batch patch"]:
+        """Rows run whole: all prompts together, or groups of them with a donor's run each."""
+        groups, values, first = memory.pass_groups(self.lens, self.reading), [], 0
+        names = {patch.name for patch in patches}
+        for group in groups:
+            rows = slice(first, first := first + group.prompts.batch)
+            donor = self.donor
+            if len(groups) > 1:
+                donor = record(self.lens, group.prompts, self.donor_scale, names)
+            patches_here = [patch.cut(rows, group.prompts.tokens.shape[1]) for patch in patches]
+            run = functools.partial(self._whole_rows, group, donor)
+            chunks = _chunks(patches_here, memory.rows_at_once(self.lens, group))
+            values.append(in_chunks(chunks, run, bar))
+        return torch.cat(values)
+
+    def _whole_rows(
+        self, reading: Reading, donor: Recording, patches: Sequence[Patch]
+    ) -> Float[Tensor, "batch patch"]:
+        """Every row of the reading once for each patch."""
+        hooks = swaps(donor, patches, reading.prompts.batch)
+        with self.lens.applied(self.scale), attached(self.lens.model, hooks):
+            return read_value(self.lens, reading.repeat(len(patches))).view(reading.batch, -1)
+
+    def as_tree(self, patches: list[Patch], bar: tqdm) -> Float[Tensor, "batch patch"]:
+        """One row of the reading at a time; each patch begins at the input of the block it is in.
+
+        The donor runs once more for each row alone, without its padding.
+        """
+        lens, names = self.lens, sorted({patch.name for patch in patches})
+        rows = [self.reading.prompts.row(i) for i in range(self.reading.prompts.batch)]
+        donors = [record(lens, row, self.donor_scale, names) for row in rows]
+
+        def branched(chunk: Sequence[Patch]) -> Float[Tensor, "batch patch"]:
+            def run(row: int, forward: Callable[[], Tensor]) -> Float[Tensor, " patch *out"]:
+                width = rows[row].tokens.shape[1]
+                patches_here = [patch.cut(slice(row, row + 1), width) for patch in chunk]
+                hooks = _growing_swaps(lens, donors[row], patches_here)
+                with lens.applied(self.scale), attached(lens.model, hooks):
+                    return forward()[1:]
+
+            return row_by_row(lens, self.reading, len(chunk), 1 + len(chunk), run)
+
+        return in_chunks(
+            _chunks(patches, memory.branches_at_once(lens, self.reading)), branched, bar
+        )
+
+
+def swaps(donor: Recording, patches: Sequence[Patch], rows: int) -> list[tuple[str, HookFn]]:
+    """Hooks for a batch in which row r · patches + i is the donor's row r under patch i."""
+    count, hooks = len(patches), []
+    for name, (indices, where) in _by_name(patches).items():
+        donor_rows = torch.arange(rows).repeat_interleave(len(indices))
+        patched = donor_rows * count + indices.repeat(rows)
+        where = None if where is None else where.transpose(0, 1).flatten(0, 1)
+        swap = _Swap(name, donor.firings[name], rows * count, patched, donor_rows, where)
+        hooks.append((name, swap))
+    return hooks
+
+
+def _by_name(
+    patches: Sequence[Patch],
+) -> dict[str, tuple[Int[Tensor, " patch"], Bool[Tensor, "patch row pos"] | None]]:
+    """The indices of each hook point's patches, and the positions that they replace."""
+    by_name: dict[str, list[int]] = {}
+    for index, patch in enumerate(patches):
+        by_name.setdefault(patch.name, []).append(index)
+
+    def positions(indices: list[int]) -> Bool[Tensor, "patch row pos"] | None:
+        masks = [mask for i in indices if (mask := patches[i].where) is not None]
+        return torch.stack(masks) if masks else None
+
+    return {name: (torch.tensor(rows), positions(rows)) for name, rows in by_name.items()}
+
+
+def _growing_swaps(
+    lens: LoraLens, donor: Recording, patches: Sequence[Patch]
+) -> list[tuple[str, HookFn]]:
+    """Hooks that append a row for each patch at its block; patches must be in that order."""
+    layers = [donor.layers[patch.name] for patch in patches]
+    hooks: list[tuple[str, HookFn]] = [
+        (lens.plan.host.block_input(layer), more_copies(layers.count(layer)))
+        for layer in sorted(set(layers))
+    ]
+    for name, (indices, where) in _by_name(patches).items():
+        present = 1 + sum(layer <= donor.layers[name] for layer in layers)
+        where = None if where is None else where[:, 0]
+        donor_rows = torch.zeros_like(indices)
+        swap = _Swap(name, donor.firings[name], present, 1 + indices, donor_rows, where)
+        hooks.append((name, swap))
+    return hooks
+
+
+_Item = TypeVar("_Item")
+
+
+def _chunks(items: Sequence[_Item], step: int) -> list[Sequence[_Item]]:
+    return [items[start : start + step] for start in range(0, len(items), step)]
+
+
+_TRIED_TOKENS = 4  # a short row is lengthened: a single token attends to itself whatever its scores
+
+
+def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]) -> list[str]:
+    """The points at which noise changes no bit of the logits: the model ignores their value.
+
+    The noise is as large as the activation. Two forward passes a name, batched.
+    """
+    longer = prompts.tokens.repeat(1, _TRIED_TOKENS)[
+        :, : max(_TRIED_TOKENS, len(prompts.tokens[0]))
+    ]
+    prompts = Prompts(longer, torch.full_like(prompts.lengths, longer.shape[1]))
+    recording = record(lens, prompts, scale, names)
+    noisy = {name: [_noisy(t) for t in firings] for name, firings in recording.firings.items()}
+    silent: list[str] = []
+    for chunk in _chunks(names, memory.rows_at_once(lens, prompts)):
+        patches, many = [Patch(name, None) for name in chunk], prompts.repeat(len(chunk))
+        logits: list[Tensor] = []
+        for donor in (recording, dataclasses.replace(recording, firings=noisy)):
+            hooks = swaps(donor, patches, 1)
+            with torch.no_grad(), lens.applied(scale), attached(lens.model, hooks):
+                logits.append(read_logits(lens, many))
+        same = (logits[0] == logits[1]).all(-1).tolist()
+        silent += [name for name, is_same in zip(chunk, same, strict=True) if is_same]
+    return silent
+
+
+def _noisy(tensor: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+    size = in_float64(tensor[tensor.isfinite()]).square().mean().sqrt().to(tensor)
+    return tensor + noise * torch.where(size > 0, size, torch.ones_like(size))
+
+
+# --- Hook points by name
+
+
+Names = str | Sequence[str] | Callable[[str], bool]
+_NAMED = 5  # hook points that a message names
+
+
+def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names given in full, and all that are wanted, in order.
+
+    Raises:
+        SiteError: a name or glob that matches nothing, with the nearest names; no name at all.
+    """
+    points = list(lens.model.hook_dict)
+    known = [points[i] for i in layer_order(points)]
+    if not isinstance(names, Iterable) and not callable(names):
+        raise SiteError(f"names={names!r}; give a hook point, several, globs, or a predicate.")
+    if not isinstance(names, str) and callable(names):
+        wanted = [name for name in known if names(name)]
+        if not wanted:
+            raise SiteError(f"the predicate is true of none of the model's {len(known)} points.")
+        return (), tuple(wanted)
+    patterns = [names] if isinstance(names, str) else list(names)
+    if not patterns:
+        raise SiteError("no hook point is named; give a name, a glob, or a predicate.")
+    wanted_names: dict[str, None] = {}
+    for pattern in patterns:
+        is_glob = isinstance(pattern, str) and pattern not in known
+        hits = fnmatch.filter(known, pattern) if is_glob else []
+        wanted_names.update(dict.fromkeys(hits or [known_point(lens, pattern)]))
+    return tuple(name for name in patterns if name in known), tuple(wanted_names)
+
+
+def known_point(lens: LoraLens, name: str) -> str:
+    """The name, if the model has such a hook point.
+
+    Raises:
+        SiteError: it has none, with the nearest names.
+    """
+    known = list(lens.model.hook_dict)
+    if not isinstance(name, str):
+        raise SiteError(f"{name!r} names no hook point; give a string.")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
+        raise SiteError(f"the model has no hook point {name!r}; the nearest are {near}.")
+    return name
+
+
+def firing(
+    lens: LoraLens, donor: Recording, in_full: Sequence[str], wanted: Sequence[str]
+) -> tuple[str, ...]:
+    """The wanted points that fire and hold what the adapted model computes there.
+
+    Those whose names were given in full must fire.
+
+    Raises:
+        ModelStateError: a point that never fires, or whose value the adapted model never computes.
+    """
+    dead = [name for name in in_full if name not in donor.firings]
+    points = tuple(name for name in wanted if name in donor.firings)
+    if dead or not points:
+        why = (
+            "a flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
+            "Name another point, or set the flag before the lens is made."
+        )
+        if not lens.plan.host.keeps_patterns:
+            why = (
+                "with attn='sdpa' no attention scores, patterns or rotated q and k are made. Name "
+                "another point, or load the model with attn='eager'."
+            )
+        raise ModelStateError(
+            f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; {why}"
+        )
+    between = points_without_update(lens.sites) & set(points)
+    if between:
+        raise ModelStateError(
+            f"{few(sorted(between))}: lies between a site's input and the point at which its "
+            "update is added, so it never holds the adapted model's value. Patch the site's input "
+            "or output instead (lens.sites: read, write)."
+        )
+    return points
+
+
+def require_positions(
+    lens: LoraLens, prompts: Prompts, donor: Recording, points: Sequence[str], scale: float
+) -> None:
+    """Refuse points whose second axis is not the position, of which one token has one entry.
+
+    Raises:
+        ModelStateError: naming the point and its shape.
+    """
+    token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
+    short, count = record(lens, token, scale, points), prompts.tokens.shape[1]
+    for name in points:
+        pairs = zip(donor.firings[name], short.firings[name], strict=True)
+        if any(long.shape[1] != count or of_one.shape[1] != 1 for long, of_one in pairs):
+            shape = tuple(donor.firings[name][0].shape)
+            raise ModelStateError(
+                f"{name} holds a tensor {shape} for {count} positions: its second axis is not the "
+                "position (attention patterns have the heads there), so single positions cannot be "
+                "told apart; leave this point out, or patch all of it with positions=None."
+            )
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,0 +1,333 @@
+"""How well an attribution a agrees with measured effects e, over the same sites and prompts.
+
+1. Both are brought to one number per prompt and group: an attribution is summed over the groups of
+   the effects it is compared with.
+2. Statistics of each prompt, over its groups l:
+
+       pearson, spearman      correlation of a_l with e_l, and of their ranks
+       slope                  of the least-squares line of e on a, with an intercept
+       sign_agreement         share of groups where a_l and e_l have the same sign, of those whose
+                              effect is beyond three noise floors
+       top_k_overlap          |top-k by |a| ∩ top-k by |e|| / k
+       relative_error         Σ|a_l − e_l| / Σ|e_l|
+       sum_ratio              Σ a_l / Σ e_l
+
+3. With `held_out` the attribution is of other prompts than the effects: its mean over them, each
+   value in the direction of its prompt's shift, meets every prompt's effects in the direction of
+   theirs.
+4. Over prompts: their mean, and a percentile interval of it from prompts drawn with replacement.
+
+A correlation is blind to size and to the sum; the slope, the relative error and the sum ratio are
+not. A statistic that does not exist (of constant numbers, of one group) is NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from torch import Tensor
+
+from lens_lora.analyses.compare_adapters import Vector, correlation, is_constant
+from lens_lora.arguments import whole
+from lens_lora.errors import ArgumentError
+from lens_lora.model.sites import group_sites
+from lens_lora.results import drawing
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.base import Result, hides_sign
+from lens_lora.results.effects import Effects
+
+_INTERVAL = (2.5, 97.5)  # percentiles
+STATISTICS = (
+    "pearson",
+    "spearman",
+    "slope",
+    "sign_agreement",
+    "top_k_overlap",
+    "relative_error",
+    "sum_ratio",
+)
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Result):
+    """Agreement of an attribution with effects, per prompt and over prompts.
+
+    Attributes:
+        labels, kinds: of the sites or groups; a group of several kinds is of kind 'group'.
+        attribution, effects: [batch, group], in the readout's units.
+        attribution_name, effects_name: their keys, as in `results.keys`.
+        k: of the top-k overlap (all groups, where there are fewer).
+        pearson, spearman, slope, sign_agreement, top_k_overlap, relative_error, sum_ratio:
+            [batch]; without unit. Sign agreement counts every group alike whose effect stands out
+            of rounding, and zero agrees with zero only.
+        beyond_noise: [batch], the share of groups whose effect is beyond three noise floors; the
+            order of the others may be rounding. NaN where the effects state no floor.
+        interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
+            prompt or without resampling.
+        meta: of the attribution: model, adapter, dtype and versions.
+        made_on: the tokens of the prompts that the attribution was made on, where it is judged on
+            others.
+    """
+
+    labels: tuple[str, ...]
+    kinds: tuple[str, ...]
+    attribution: Float[Tensor, "batch group"]
+    effects: Float[Tensor, "batch group"]
+    attribution_name: str
+    effects_name: str
+    k: int
+    pearson: Float[Tensor, " batch"]
+    spearman: Float[Tensor, " batch"]
+    slope: Float[Tensor, " batch"]
+    sign_agreement: Float[Tensor, " batch"]
+    top_k_overlap: Float[Tensor, " batch"]
+    relative_error: Float[Tensor, " batch"]
+    sum_ratio: Float[Tensor, " batch"]
+    beyond_noise: Float[Tensor, " batch"]
+    interval: Mapping[str, tuple[float, float]]
+    str_tokens: tuple[tuple[str, ...], ...]
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+    made_on: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def per_prompt(self) -> dict[str, Float[Tensor, " batch"]]:
+        """Every statistic by name."""
+        return {name: getattr(self, name) for name in STATISTICS}
+
+    def mean(self, statistic: str) -> float:
+        """A statistic's mean over the prompts in which it exists.
+
+        Args:
+            statistic: its name, such as 'pearson'.
+
+        Raises:
+            ArgumentError: no such statistic.
+        """
+        if statistic not in STATISTICS:
+            raise ArgumentError(
+                f"statistic {statistic!r}: expected one of {', '.join(STATISTICS)}."
+            )
+        return float(getattr(self, statistic).nanmean())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt, one column per statistic."""
+        columns = {name: values.tolist() for name, values in self.per_prompt.items()}
+        return pd.DataFrame({"prompt": range(len(self.pearson))} | columns)
+
+    def summary(self) -> pd.DataFrame:
+        """One row per statistic: its mean over prompts and the interval of that mean."""
+        rows = [(self.mean(name), *self.interval[name]) for name in STATISTICS]
+        index = pd.Index(STATISTICS, name="statistic")
+        return pd.DataFrame(rows, index=index, columns=pd.Index(["mean", "low", "high"]))
+
+    def plot(self, prompt: int | None = None) -> drawing.Figure:
+        """Effect against attribution with the identity line.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self, prompt)
+
+
+def compare(
+    attribution: Attribution | Effects,
+    effects: Attribution | Effects,
+    *,
+    held_out: bool = False,
+    k: int = 10,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Comparison:
+    """How well an attribution, or one kind of effect, agrees with effects. No forward pass.
+
+    Args:
+        attribution, effects: results over the same prompts, sites and readout. An attribution is
+            summed over the groups of the effects it meets.
+        held_out: the effects are of other prompts, on which what was made on the attribution's is
+            judged; readouts may differ in their tokens, not in their units.
+        k: of the top-k overlap.
+        bootstrap, seed: resamplings of the prompts; 0 for no intervals.
+
+    Raises:
+        ArgumentError: other sites, prompts, readouts or groups, naming both; numbers that are not
+            finite; k below 1.
+    """
+    k, bootstrap, seed = whole("k", k, 1), whole("bootstrap", bootstrap, 0), whole("seed", seed, 0)
+    _require_same(attribution, effects, held_out)
+    results = (attribution, effects)
+    grouped = next(
+        (result for result in (effects, attribution) if isinstance(result, Effects)), None
+    )
+    a, e = (_over_groups(result, grouped) for result in results)
+    groups = group_sites(effects.sites) if grouped is None else grouped.groups
+    floors = [None if isinstance(r, Attribution) else r.noise_floor for r in results]
+    if held_out:
+        floors[0] = _floor_of_mean(floors[0], len(e))
+        a, e = _towards(a, attribution.shift), _towards(e, effects.shift)
+        a = a.mean(0).expand_as(e)
+    for result, values in zip(results, (a, e), strict=True):
+        _require_finite(result.key, values, list(groups))
+    k = min(k, len(groups))
+    eps = max(torch.finfo(values.dtype).eps for values in (a, e))
+    a, e = a.detach().cpu().double(), e.detach().cpu().double()
+    clear = _clear(a, floors[0]) & _clear(e, floors[1])
+    has_floor = any(floor is not None for floor in floors)
+    kinds = [{effects.sites[i].kind for i in group} for group in groups.values()]
+    triples = zip(a.numpy(), e.numpy(), clear.numpy(), strict=True)
+    rows = [_statistics_of(*triple, k, eps) for triple in triples]
+    statistics = {
+        name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in STATISTICS
+    }
+    return Comparison(
+        labels=tuple(groups),
+        kinds=tuple(kind.pop() if len(kind) == 1 else "group" for kind in kinds),
+        attribution=a,
+        effects=e,
+        attribution_name=attribution.key,
+        effects_name=effects.key,
+        k=k,
+        **statistics,
+        beyond_noise=clear.double().mean(1) if has_floor else torch.full_like(a[:, 0], torch.nan),
+        interval=_intervals_of(statistics, bootstrap, seed),
+        str_tokens=effects.str_tokens,
+        readout=effects.readout,
+        units=effects.units,
+        meta=attribution.meta,
+        made_on=attribution.str_tokens if held_out else (),
+    )
+
+
+def _over_groups(
+    result: Attribution | Effects, grouped: Effects | None
+) -> Float[Tensor, "batch group"]:
+    """An attribution summed over the groups of the effects that it meets."""
+    if isinstance(result, Effects):
+        return result.values
+    return result.per_site if grouped is None else grouped.summed(result)
+
+
+def _floor_of_mean(
+    floor: Float[Tensor, " made"] | None, batch: int
+) -> Float[Tensor, " batch"] | None:
+    """σ of a mean over prompts, for each prompt that it is judged on."""
+    return None if floor is None else (floor.norm() / len(floor)).expand(batch)
+
+
+def _clear(
+    values: Float[Tensor, "batch group"], floor: Float[Tensor, " batch"] | None
+) -> Bool[Tensor, "batch group"]:
+    """Which effects stand out of rounding; all where no floor is stated."""
+    if floor is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    return ~hides_sign(values, floor.to(values)[:, None])
+
+
+def _towards(
+    values: Float[Tensor, "batch group"], shift: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch group"]:
+    """Each prompt's values in the direction of its shift."""
+    return values.detach().cpu().double() * shift.cpu().double().sign()[:, None]
+
+
+def _require_finite(key: str, values: Float[Tensor, "batch group"], labels: list[str]) -> None:
+    odd = (~torch.isfinite(values)).nonzero().tolist()
+    if odd:
+        prompt, group = odd[0]
+        raise ArgumentError(
+            f"{key} is {float(values[prompt, group])} at prompt {prompt}, {labels[group]} "
+            f"({len(odd)} such numbers), and nothing agrees with that; compute it again."
+        )
+
+
+def _require_same(one: Attribution | Effects, other: Attribution | Effects, held_out: bool) -> None:
+    for result in (one, other):
+        if not isinstance(result, Attribution | Effects):
+            raise ArgumentError(
+                f"compare takes attributions and effects, and this is a {type(result).__name__}."
+            )
+    facts = {
+        "sites": [[s.name for s in result.sites] for result in (one, other)],
+        "prompts": [["|".join(tokens) for tokens in result.str_tokens] for result in (one, other)],
+        "readouts": [[f"{result.readout} in {result.units}"] for result in (one, other)],
+    }
+    if held_out:
+        facts = {"sites": facts["sites"], "units": [[one.units], [other.units]]}
+    if isinstance(one, Effects) and isinstance(other, Effects):
+        facts["groups"] = [[str(group) for group in r.groups.items()] for r in (one, other)]
+    for fact, (mine, theirs) in facts.items():
+        if mine != theirs:
+            raise ArgumentError(
+                f"the two results are of different {fact}: {one.key} has {_shown(mine, theirs)}"
+                f", {other.key} has {_shown(theirs, mine)}; compute both with the same lens, "
+                "prompts, readout and groups"
+                f"{'' if held_out else ', or pass held_out=True to judge on other prompts'}."
+            )
+
+
+def _shown(mine: Sequence[object], theirs: Sequence[object]) -> str:
+    """What one has and the other has not; all of it, where only the order differs."""
+    odd = [str(item) for item in mine if item not in theirs] or [str(item) for item in mine]
+    return f"{len(mine)} ({', '.join(odd[:2])}{', …' if len(odd) > 2 else ''})"
+
+
+def _statistics_of(
+    a: Vector, e: Vector, clear: NDArray[np.bool_], k: int, eps: float
+) -> dict[str, float]:
+    """All of one prompt, by name; NaN where one does not exist."""
+    same = (np.sign(a) == np.sign(e))[clear]
+    return {
+        "pearson": correlation(a, e, eps),
+        "spearman": correlation(rankdata(a), rankdata(e), eps),
+        "slope": _slope(a, e, eps),
+        "sign_agreement": float(same.mean()) if len(same) else np.nan,
+        "top_k_overlap": len(_top(a, k) & _top(e, k)) / k,
+        "relative_error": _ratio(float(np.abs(a - e).sum()), float(np.abs(e).sum())),
+        "sum_ratio": _ratio(float(a.sum()), float(e.sum())),
+    }
+
+
+def _slope(a: Vector, e: Vector, eps: float) -> float:
+    if is_constant(a, eps):
+        return np.nan
+    centred = a - a.mean()
+    return float(centred @ (e - e.mean()) / (centred @ centred))
+
+
+def _top(x: Vector, k: int) -> set[int]:
+    return set(np.argsort(-np.abs(x), kind="stable")[:k].tolist())
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else np.nan
+
+
+def _intervals_of(
+    statistics: Mapping[str, Float[Tensor, " batch"]], draws: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Of the mean over prompts, the same draws of prompts for every statistic."""
+    batch = len(statistics["pearson"])
+    intervals = dict.fromkeys(statistics, (np.nan, np.nan))
+    if batch == 1 or not draws:
+        return intervals
+    drawn = torch.from_numpy(np.random.default_rng(seed).integers(batch, size=(draws, batch)))
+    for name, values in statistics.items():
+        means = values[drawn].nanmean(1)
+        means = means[~means.isnan()]
+        if len(means):
+            low, high = np.percentile(means.numpy(), _INTERVAL)
+            intervals[name] = float(low), float(high)
+    return intervals

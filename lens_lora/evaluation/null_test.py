@@ -1,0 +1,203 @@
+"""Does an attribution stand out from random directions of the same size?
+
+    a_l = ⟨ΔW_l, M_l⟩,  M_l = ∂g/∂W_l at the base. With ΔW′ of the same singular values in random
+    directions a′_l has mean 0 and standard deviation ‖ΔW_l‖ ‖M_l‖ / √(out · in).
+
+1. Draw null adapters (`Adapter.null`): the size of each site's ΔW kept, its directions random.
+2. First order of each, and its exact shift, as of the real adapter.
+3. Per site, and for Σ a and the shift: z = (a − mean a′) / std a′, and the empirical
+   p = (1 + #{|a′| ≥ |a|}) / (1 + draws), two-sided, valid for any number of draws.
+
+Many sites are tested at once. By chance alone a share 1/(1 + draws) of them exceeds every draw; q
+is p after Benjamini and Hochberg. No q is below S / (k (1 + draws)) when k of S sites exceed
+every draw, so a list of single sites at q ≤ 0.05 needs draws ≥ 20 S / k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import false_discovery_control
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.verdict import NullVerdict, null_verdict
+from lens_lora.arguments import whole
+from lens_lora.compat import in_float64
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.function import gated_readout
+from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens, null_lenses
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.base import Result, flat
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class NullTest(Result):
+    """An attribution beside those of adapters of the same sizes in random directions.
+
+    Attributes:
+        observed: first order of the real adapter, with its exact shift.
+        null: [draw, batch, site], first order of each null adapter, in the readout's units.
+        null_shift: [draw, batch], the exact g(1) − g(0) of each.
+        seed: of the draws: draw k is that of `adapter.null(seed, k)`, but where a fused
+            module holds several sites, whose singular values are kept part by part.
+        noise_floor: [batch], σ of a difference of two readouts from rounding alone.
+    """
+
+    observed: Attribution
+    null: Float[Tensor, "draw batch site"]
+    null_shift: Float[Tensor, "draw batch"]
+    seed: int
+    noise_floor: Float[Tensor, " batch"]
+
+    @property
+    def readout(self) -> str:
+        """What was read."""
+        return self.observed.readout
+
+    @property
+    def units(self) -> str:
+        """Of all numbers."""
+        return self.observed.units
+
+    @property
+    def draws(self) -> int:
+        """The number of null adapters."""
+        return len(self.null)
+
+    @property
+    def z(self) -> Float[Tensor, "batch site"]:
+        """Standard deviations of the null between a_l and its mean; NaN where ΔW_l is zero."""
+        null = in_float64(self.null)
+        return (in_float64(self.observed.per_site) - null.mean(0)) / null.std(0)
+
+    @property
+    def p(self) -> Float[Tensor, "batch site"]:
+        """The share of draws, the real adapter counted as one, with |a′_l| ≥ |a_l|."""
+        return _p(self.observed.per_site, self.null)
+
+    @property
+    def q(self) -> Float[Tensor, "batch site"]:
+        """p over each prompt's sites after Benjamini and Hochberg: listing the sites with q ≤ x
+        lists at most a share x of false ones, on average."""
+        adjusted = false_discovery_control(self.p.cpu().numpy(), axis=1)
+        return torch.from_numpy(np.asarray(adjusted))
+
+    @property
+    def total_p(self) -> Float[Tensor, " batch"]:
+        """p of Σ_l a_l."""
+        return _p(self.observed.total, self.null.sum(2))
+
+    @property
+    def shift_p(self) -> Float[Tensor, " batch"]:
+        """p of the exact shift."""
+        return _p(self.observed.shift, self.null_shift)
+
+    @property
+    def exceeds_all(self) -> Float[Tensor, " batch"]:
+        """The share of sites whose |a_l| exceeds every draw's; 1/(1 + draws) by chance."""
+        largest = self.null.abs().amax(0)
+        return in_float64(self.observed.per_site.abs() > largest).mean(1)
+
+    @property
+    def verdict(self) -> tuple[NullVerdict, ...]:
+        """For each prompt, how far shift and sites stand out; str() words it."""
+        of_shift = (self.observed.shift, self.noise_floor, self._null_rms, self.shift_p)
+        numbers = torch.stack([in_float64(n) for n in (*of_shift, self.exceeds_all)], 1).tolist()
+        return tuple(null_verdict(*row, draws=self.draws) for row in numbers)
+
+    @property
+    def _null_rms(self) -> Float[Tensor, " batch"]:
+        return in_float64(self.null_shift).square().mean(0).sqrt()
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
+        frame = self.observed.to_frame()
+        numbers = {"null_std": in_float64(self.null).std(0), "z": self.z, "p": self.p, "q": self.q}
+        return frame.assign(**flat(numbers))
+
+    def plot(self, prompt: int | None = None) -> drawing.Figure:
+        """|a_l| of every site over the band of the draws, in the order of the forward pass.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)
+
+
+@alone
+def null_test(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    draws: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> NullTest:
+    """First order and exact shift against `draws` null adapters of the same per-site spectra.
+
+    A null of an embedding spreads over the whole vocabulary, so a trained one stands out wherever
+    it was trained on few tokens.
+
+    Cost per draw: one forward and one backward, one forward pass, and laying the adapter over the
+    model; and once what first_order and the noise floor take (13 forward passes, a backward).
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        draws: how many null adapters; at least 2.
+        seed: of the draws, as for `Adapter.null`.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: fewer than two draws.
+        UnsupportedAdapterError: DoRA or trained biases; names the remedy.
+        NumericsError: non-finite derivatives, naming the site.
+    """
+    draws, seed = whole("draws", draws, 2), whole("seed", seed, 0)  # two, for a spread
+    asked = ask(lens, prompts, readout).require_slope_at_base()
+    return null_test_of(asked, first_order_of(asked), draws=draws, seed=seed, progress=progress)
+
+
+def null_test_of(
+    asked: Asked, first: Attribution, *, draws: int, seed: int = 0, progress: bool
+) -> NullTest:
+    """`null_test` of a question that is already tokenised."""
+    slopes, shifts = [], []
+    with tqdm(total=draws, desc="null adapters", leave=False, disable=not progress) as bar:
+        for other in null_lenses(asked.lens, seed, draws):
+            slopes.append(site_slopes(other, asked.reading, other.gates(0.0)))
+            require_finite_sites(other, slopes[-1])
+            gates = other.gates(1.0)[None]
+            adapted = gated_readout(other, asked.reading, gates, progress=False)[:, 0]
+            shifts.append(adapted - first.base)
+            bar.update()
+    return NullTest(
+        observed=first,
+        null=torch.stack(slopes),
+        null_shift=torch.stack(shifts),
+        seed=seed,
+        noise_floor=asked.noise_floor,
+    )
+
+
+def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, " draw *rest"]) -> Tensor:
+    at_least = in_float64(null.abs() >= observed.abs()).sum(0)
+    return (1 + at_least) / (1 + len(null))

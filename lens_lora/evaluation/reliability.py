@@ -1,0 +1,328 @@
+"""Which first-order numbers must not be trusted, and as the answer to which question.
+
+a_l = ∂g/∂ε_l at the base is read as the effect of adding one site, or of leaving one out. What it
+misses is second order and all beyond it (at the right, its Taylor term at 0):
+
+    add one         g(e_l) − g(0) − a_l     = ∫₀¹ (1 − t) H_ll(t e_l) dt           ½ H_ll
+    leave one out   g(1) − g(1 − e_l) − a_l = ∫₀¹ (H(t 1) 1)_l dt − ½ H_ll(1) + …
+                                            = a_l(1) − a_l(0) − ½ H_ll(1) + …      (H 1)_l − ½ H_ll
+
+Screen, flag, fix, after "When Attribution Patching Lies" (arXiv 2606.09899), but by the integral,
+which costs less than its Taylor term and holds where that does not:
+
+1. Screen. Leave one out: the correction is a_l(1) − a_l(0), first order at the other end, of all
+   sites at once; a site's own ½ H_ll(1) is left out. Add one: H_ll costs more than running the
+   site, so the sites that carry the attribution are run, and the correction is what a_l misses.
+2. Flag. score = the smaller of a and a + correction over the larger: ½ where a is half of the
+   effect or twice it, 0 where it has the wrong sign. Flagged where the score is under the threshold
+   and the site is material: |a| or |correction| above a share of Σ|a|, and above three noise
+   floors. The paper's |a| / (|a| + |correction|) is the same where a is too small, and above ½ for
+   any a that is too large.
+3. Fix. The flagged sites are measured by intervention, the others keep a_l.
+
+Precision and recall of these flags, and what the same passes buy otherwise: docs/faithfulness.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import final
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.patching import How, patch_sites_of, require_how
+from lens_lora.arguments import number
+from lens_lora.compat import in_float64
+from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.reverse import require_finite_sites, site_slopes
+from lens_lora.errors import ArgumentError
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.base import SIGMAS, Result, flat, only_prompt
+from lens_lora.results.effects import Effects
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Reliability(Result):
+    """Each site's first-order number with what it misses, in the readout's units.
+
+    Attributes:
+        attribution: a_l at ε = 0.
+        correction: [batch, site], what a_l misses of the effect; NaN where it was not measured
+            (add_one, a site under the floor at every prompt).
+        fixed: [batch, site], with fix=True: the measured effect where flagged, a_l elsewhere.
+        how: the effect that a_l is asked to predict, 'add_one' or 'leave_one_out'.
+        threshold: a score under it is flagged.
+        material: [batch], in the readout's units: what a site's |a| or |correction| must exceed.
+        passes: forward and backward passes over the prompts, by step.
+    """
+
+    attribution: Attribution
+    correction: Float[Tensor, "batch site"]
+    fixed: Float[Tensor, "batch site"] | None
+    how: How
+    threshold: float
+    material: Float[Tensor, " batch"]
+    passes: Mapping[str, int]
+
+    @property
+    def readout(self) -> str:
+        """What was read."""
+        return self.attribution.readout
+
+    @property
+    def units(self) -> str:
+        """Of all numbers."""
+        return self.attribution.units
+
+    @property
+    def score(self) -> Float[Tensor, "batch site"]:
+        """Of a and a + correction, the smaller over the larger; NaN where not screened."""
+        return score_of(self.attribution.per_site, self.correction)
+
+    @property
+    def flagged(self) -> Bool[Tensor, "batch site"]:
+        """Material sites whose score is under the threshold."""
+        return self._wrong(self.correction)
+
+    @property
+    def screened(self) -> Bool[Tensor, "batch site"]:
+        """Where the correction is known."""
+        return ~self.correction.isnan()
+
+    @property
+    def corrected(self) -> Float[Tensor, "batch site"]:
+        """a_l + correction; a_l where not screened."""
+        return self.attribution.per_site + self.correction.nan_to_num()
+
+    def _wrong(self, missed: Float[Tensor, "batch site"]) -> Bool[Tensor, "batch site"]:
+        a = self.attribution.per_site
+        largest = torch.maximum(a.abs(), missed.abs())
+        return (score_of(a, missed) < self.threshold) & (largest > self.material[:, None])
+
+    def flagged_sites(self, prompt: int | None = None) -> tuple[str, ...]:
+        """A prompt's flagged sites, the largest correction first.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        row = only_prompt(prompt, len(self.correction), "flags")
+        order = self.correction[row].abs().nan_to_num().argsort(descending=True).tolist()
+        return tuple(self.attribution.sites[i].name for i in order if self.flagged[row, i])
+
+    def against(self, effects: Effects | Float[Tensor, "batch site"]) -> pd.DataFrame:
+        """Flags against the sites that are truly wrong: one row per prompt, and 'all'.
+
+        A site is wrong where the score of its true error, effect − a_l, would be flagged. Columns:
+        sites, wrong, flagged, hit (both), precision, recall, base_rate (the precision of flags at
+        random), and Σ|effect − number| / Σ|effect| of a_l (error), `corrected` and `fixed`.
+
+        Args:
+            effects: measured effects of single sites, of the same question.
+
+        Raises:
+            ArgumentError: effects of another question, of groups, or of other prompts or sites.
+        """
+        truth = self._effects(effects)
+        a = self.attribution.per_site.to(truth)
+        wrong, flagged = self._wrong(truth - a), self.flagged
+        counts = {
+            "sites": torch.full_like(wrong[:, 0], truth.shape[1], dtype=torch.long),
+            "wrong": wrong.sum(1),
+            "flagged": flagged.sum(1),
+            "hit": (wrong & flagged).sum(1),
+        }
+        fixed = {} if self.fixed is None else {"error_fixed": self.fixed.to(truth)}
+        numbers = {"error": a, "error_corrected": self.corrected.to(truth), **fixed}
+        sums = {name: (truth - n).abs().sum(1) for name, n in numbers.items()}
+        frame = pd.DataFrame({name: n.cpu().numpy() for name, n in (counts | sums).items()})
+        size = pd.Series(truth.abs().sum(1).cpu().numpy())
+        frame.loc["all"], size.loc["all"] = frame.sum(), size.sum()
+        frame[list(sums)] = frame[list(sums)].div(size, axis=0)
+        frame["precision"] = frame["hit"] / frame["flagged"]
+        frame["recall"] = frame["hit"] / frame["wrong"]
+        frame["base_rate"] = frame["wrong"] / frame["sites"]
+        return frame.astype(dict.fromkeys(counts, int)).rename_axis("prompt")
+
+    def _effects(self, effects: Effects | Tensor) -> Float[Tensor, "batch site"]:
+        expected = tuple(self.correction.shape)
+        if isinstance(effects, Effects):
+            if effects.key != self.how or not effects.is_by_site:
+                raise ArgumentError(
+                    f"effects of {effects.key} on {len(effects.groups)} groups; the flags are of "
+                    f"{self.how} on {expected[1]} single sites."
+                )
+            effects = effects.values
+        if tuple(effects.shape) != expected:
+            raise ArgumentError(
+                f"effects of shape {tuple(effects.shape)}, flags of {expected} [batch, site]; "
+                "measure both with the same lens and prompts."
+            )
+        return in_float64(effects.to(self.correction.device))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site: first order, share, correction, score, fixed, flagged."""
+        frame = self.attribution.to_frame().rename(columns={"value": "first_order"})
+        fixed = {} if self.fixed is None else {"fixed": self.fixed}
+        numbers = {"correction": self.correction, "score": self.score, **fixed}
+        return frame.assign(**flat(numbers), flagged=self.flagged.cpu().flatten().numpy())
+
+    def plot(self, prompt: int | None = None) -> drawing.Figure:
+        """a_l against a_l + correction of a prompt's sites, the flagged ones apart.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.figure(self, prompt)
+
+
+def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"]:
+    """min / max of a and a + missed: 0 where their signs differ, 1 where both are zero."""
+    effect = a + missed
+    ratio = torch.minimum(a / effect, effect / a).clamp(min=0)
+    score = torch.where((a == 0) | (effect == 0), (a == effect).to(ratio), ratio)
+    return score.masked_fill(effect.isnan(), torch.nan)
+
+
+@alone
+def reliability(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    how: How = "add_one",
+    threshold: float = 0.5,
+    floor: float = 0.01,
+    fix: bool = False,
+    progress: bool = True,
+) -> Reliability:
+    """Screen a_l as the answer to one question, flag what to distrust; with fix=True, measure it.
+
+    Cost beyond first_order and the noise floor (four forward passes), where a
+    site that is run takes a forward pass, or about half where the model's blocks branch:
+    leave_one_out: one forward and one backward, and with fix each site flagged at some prompt.
+    add_one: each site above the floor at some prompt; nothing more for fix.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        how: 'add_one', g(e_l) − g(0), or 'leave_one_out', g(1) − g(1 − e_l).
+        threshold: of the score; 0.5 flags what is off by more than a factor of 2, 0.8 of 1.25.
+        floor: share of Σ|a| under which a site is not material. With add_one, 0 measures them all.
+        fix: also measure the flagged sites by intervention.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: another `how`, or a threshold or floor outside its range.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: non-finite derivatives, naming the site.
+    """
+    asked = ask(lens, prompts, readout).require_slope_at_base()
+    return reliability_of(
+        asked,
+        first_order_of(asked),
+        how,
+        threshold=threshold,
+        floor=floor,
+        fix=fix,
+        progress=progress,
+    )
+
+
+def reliability_of(
+    asked: Asked,
+    first: Attribution,
+    how: How = "add_one",
+    *,
+    threshold: float = 0.5,
+    floor: float = 0.01,
+    fix: bool = False,
+    adapted_end: Attribution | None = None,
+    effects: Effects | None = None,
+    progress: bool = True,
+) -> Reliability:
+    """`reliability` of a question that is already tokenised.
+
+    First order at ε = 1 and the effects of all single sites are taken where they are known.
+    """
+    _check(how, threshold, floor)
+    a = first.per_site
+    noise = asked.effect_noise(float(how == "leave_one_out"))
+    material = torch.maximum(floor * a.abs().sum(1), SIGMAS * noise.to(a))
+    run = functools.partial(_effects_of, asked, how, effects, progress)
+    if how == "leave_one_out":
+        at_1 = _slopes_at_1(asked) if adapted_end is None else adapted_end.per_site
+        correction, passes = at_1 - a, 2
+    else:
+        chosen = (a.abs() > material[:, None]).any(0)
+        correction, passes = torch.full_like(a, torch.nan), int(chosen.sum())
+        correction[:, chosen] = run(chosen).to(a) - a[:, chosen]
+    screened = Reliability(
+        attribution=first,
+        correction=correction,
+        fixed=None,
+        how=how,
+        threshold=threshold,
+        material=material,
+        passes={"first order": 2, "screen": passes},
+    )
+    return _fixed(screened, run) if fix else screened
+
+
+def _check(how: str, threshold: float, floor: float) -> None:
+    require_how(how)
+    if not 0 < number("threshold", threshold) < 1:
+        raise ArgumentError(f"threshold={threshold}; a score lies between 0 and 1.")
+    if not 0 <= number("floor", floor) < 1:
+        raise ArgumentError(f"floor={floor}; expected a share of Σ|a|, from 0 to below 1.")
+
+
+def _slopes_at_1(asked: Asked) -> Float[Tensor, "batch site"]:
+    slopes = site_slopes(asked.lens, asked.reading, asked.lens.gates(1.0))
+    require_finite_sites(asked.lens, slopes)
+    return slopes
+
+
+def _effects_of(
+    asked: Asked, how: How, effects: Effects | None, progress: bool, chosen: Bool[Tensor, " site"]
+) -> Float[Tensor, "batch chosen"]:
+    """The effects of these sites, one at a time; a forward pass each."""
+    if effects is not None:
+        return effects.values[:, chosen]
+    sites = {asked.lens.sites[i].name: (i,) for i in chosen.nonzero()[:, 0].tolist()}
+    if not sites:
+        return asked.ends.new_zeros(asked.reading.batch, 0)
+    return patch_sites_of(asked, how, sites, progress).values
+
+
+def _fixed(
+    screened: Reliability, run: Callable[[Bool[Tensor, " site"]], Float[Tensor, "batch chosen"]]
+) -> Reliability:
+    """The same, with the flagged sites' effects measured."""
+    flagged, first_order = screened.flagged, screened.attribution.per_site
+    if screened.how == "add_one":
+        effects, passes = screened.corrected, 0
+    else:
+        chosen = flagged.any(0)
+        effects, passes = torch.zeros_like(first_order), int(chosen.sum())
+        effects[:, chosen] = run(chosen)
+    fixed = torch.where(flagged, effects, first_order)
+    return dataclasses.replace(screened, fixed=fixed, passes={**screened.passes, "fix": passes})

@@ -1,1 +1,0 @@
-"""Where the adapter meets the hooked model: names, bases, gates and hooks."""

@@ -1,0 +1,1 @@
+"""Where an adapter meets a hooked model: sites, hosts, hooks, gates, and the lens over them."""

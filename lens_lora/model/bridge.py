@@ -1,0 +1,357 @@
+"""TransformerBridge (transformer-lens 3.x, 4.x): hook names, weights, attention.
+
+Each linear component has its own `hook_in` and `hook_out`; fused projections are split by the
+bridge into q, k, v components of their own. Unprocessed, `hook_in` is the Hugging Face linear's
+input x; once the norm is folded it is n.
+
+Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual, [batch, pos, head,
+d_model]. The bridge normalises them after their last hook point, then multiplies each by its head's
+weight. So the copies are read at that hook point and normalised in the same way.
+
+A bridge of most families computes attention itself, from its formula and whatever the config says,
+so that patterns have hook points. Two consequences:
+
+- `fuse_attention` lets each block's attention be Hugging Face's own, by torch's fused kernel, which
+  makes no [head, query, key]. Hook points of scores, patterns and rotated q and k then never fire;
+  a hook there is warned of when a pass begins, whoever put it on.
+- Gemma 3's attention holds `attn_logit_softcapping` and leaves it out of its forward pass; the
+  bridge computes it. So such a cap is taken away (`drop_unused_caps`), or refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, final
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lens_lora.compat import (
+    Temporary,
+    brought_in,
+    can_norm_per_head,
+    float64_device,
+    hooks_of,
+    is_processed,
+    normed_per_head,
+    own_forward,
+    processed_weight,
+    set_forward,
+    supports_sdpa,
+    temporary,
+    uses_processed_weights,
+    without_warnings,
+)
+from lens_lora.errors import ModelStateError
+from lens_lora.families import find_family
+from lens_lora.model.bases import stored_weight
+from lens_lora.model.hooks import add_pre_hook
+from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
+from lens_lora.model.quantised import dequantised, quantised_name
+from lens_lora.model.sites import NORM_READ_BY, Heads, SiteFactors, site_name
+
+# --- attention by torch's fused kernels
+
+_CAP = "attn_logit_softcapping"
+_DEAD = ("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k")
+# Bridges whose q, k and v are modules of Hugging Face's own attention.
+_SEPARATE = ("AttentionBridge", "PositionEmbeddingsAttentionBridge")
+
+
+def fuse_attention(model: Any) -> None:
+    """Let every block's attention be Hugging Face's own, by the kernel 'sdpa'. For good.
+
+    Raises:
+        ModelStateError: a family whose attention has no such form.
+    """
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    attentions, why = [block.attn for block in model.blocks], None
+    if any(type(attention).__name__ not in _SEPARATE for attention in attentions):
+        why = "q, k and v are one module"
+    elif any(getattr(a.original_component, _CAP, None) is not None for a in attentions):
+        why = "attention scores are capped"
+    elif not supports_sdpa(model.original_model):
+        why = "transformers has none for this family"
+    if why is not None:
+        raise ModelStateError(
+            f"attn='sdpa': {why}, so a TransformerBridge of {type(model.original_model).__name__} "
+            "cannot use a fused kernel. Leave attn out, and bound the memory of long prompts by "
+            "lens.within(max_memory)."
+        )
+    model.original_model.set_attn_implementation("sdpa")
+    for attention in attentions:
+        set_forward(attention, functools.partial(_fused, AttentionBridge.forward, attention))
+
+
+def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
+    hooked = [name for name in _DEAD if _has_hooks(getattr(attention, name, None))]
+    if hooked:
+        warnings.warn(
+            f"{hooked[0]}: attn='sdpa' makes no attention scores, patterns or rotated q and k, so "
+            "hooks there never fire. Load the model with attn='eager'.",
+            stacklevel=2,
+        )
+    return forward(attention, *args, **kwargs)
+
+
+def _has_hooks(point: Any) -> bool:
+    return point is not None and any(hooks_of(point)[:3])
+
+
+def has_fused_attention(model: Any) -> bool:
+    """Whether `fuse_attention` was called on this TransformerBridge."""
+    return all(own_forward(block.attn) is not None for block in model.blocks)
+
+
+# --- soft-caps of attention scores that Hugging Face never computes
+
+
+def drop_unused_caps(hf_model: nn.Module) -> None:
+    """Take the caps away; what Hugging Face computes stays the same."""
+    for attention in _with_unused_cap(hf_model):
+        setattr(attention, _CAP, None)
+
+
+def refuse_unused_caps(bridge: nn.Module) -> None:
+    """Check that the bridge computes no cap that its Hugging Face model leaves out.
+
+    Raises:
+        ModelStateError: it does.
+    """
+    for attention in _with_unused_cap(bridge):
+        raise ModelStateError(
+            f"{type(attention).__name__}.{_CAP} = {getattr(attention, _CAP)}: the "
+            "TransformerBridge caps attention scores by it, and transformers ignores it, so their "
+            "logits differ. Set it to None on the Hugging Face model's attention modules (and in "
+            "its config), or load by ll.load, which does."
+        )
+
+
+def _with_unused_cap(model: nn.Module) -> list[Any]:
+    return [
+        module
+        for module in model.modules()
+        if getattr(module, "__dict__", {}).get(_CAP) is not None and not _uses_cap(type(module))
+    ]
+
+
+def _uses_cap(attention: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(attention.forward), "__code__", None)
+    return code is None or _CAP in code.co_names
+
+
+# --- the host
+
+# Bloom's position biases are made for each row; OPT flattens positions and counts them back.
+_FIXED_BATCH = ("BloomForCausalLM", "OPTForCausalLM")
+_PROCESSED_GATED = ("gate", "up")
+# The bridge's names of an MLP's components, where they are others than the kinds.
+_COMPONENTS = {"up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
+
+
+@final
+class BridgeHost(Host):
+    """A TransformerBridge.
+
+    Raises:
+        ModelStateError: a family that is not supported, a flag whose effect is not known, or
+            attention that is another function than Hugging Face's.
+    """
+
+    class_name: ClassVar[str] = "TransformerBridge"
+    pass_overhead: ClassVar[float] = 0.4
+    embedding_output: ClassVar[str] = "embed.hook_out"
+    flags: ClassVar[tuple[str, ...]] = (*COPIED_INPUTS, "use_attn_result")
+
+    def __init__(self, model: Any, hf_model: nn.Module | None = None) -> None:
+        _refuse_unknown_copies(model)
+        refuse_unused_caps(model)
+        cfg, architecture = model.cfg, type(model.original_model).__name__
+        n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+        heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
+        super().__init__(model, find_family(architecture), heads, hf_model)
+        self.grows: bool = architecture not in _FIXED_BATCH
+        self.keeps_patterns: bool = not has_fused_attention(model)
+
+    def ports(self, layer: int, kind: str) -> Ports:
+        """The component's own hook points, or those that replace them under a flag."""
+        name = _component(layer, kind)
+        copies = self._copies(layer, kind) if kind in ("q", "k", "v") else None
+        if copies is not None:
+            return Ports(copies, f"{name}.hook_out", through=self._norm_per_head(layer, kind))
+        if kind in _PROCESSED_GATED and self._computes_gated_mlp(layer):
+            return Ports(f"blocks.{layer}.mlp.hook_in", f"{name}.hook_out")
+        if kind == "o" and getattr(self.model.cfg, "use_attn_result", False):
+            return Ports(f"{name}.hook_in", f"blocks.{layer}.attn.hook_out")
+        return Ports(f"{name}.hook_in", f"{name}.hook_out")
+
+    def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
+        """The component's own hook points.
+
+        Raises:
+            ModelStateError: a flag under which the bridge normalises past them.
+        """
+        if kind == "ln1" and self._copies(layer, "q") is not None:
+            raise ModelStateError(
+                f"blocks.{layer}.ln1: the adapter changes this norm, and with use_split_qkv_input "
+                "or use_attn_in this TransformerBridge normalises each head's input past its hook "
+                "points. Turn the flags off."
+            )
+        is_of_heads = kind in ("q_norm", "k_norm")
+        if is_of_heads and not self.keeps_patterns:
+            raise ModelStateError(
+                f"blocks.{layer}.attn.{kind}: the adapter changes this norm, and with attn='sdpa' "
+                "its hook points show another layout. Load the model with attn='eager'."
+            )
+        name = _component(layer, kind)
+        layout = "heads_first" if is_of_heads else "rows"
+        return (Ports(f"{name}.hook_normalized", f"{name}.hook_out", layout=layout),)
+
+    def block_input(self, layer: int) -> str:
+        """`hook_in` of the block, or of the final norm."""
+        return f"blocks.{layer}.hook_in" if layer < self.n_layers else "ln_final.hook_in"
+
+    def _copies(self, layer: int, kind: str) -> str | None:
+        """The hook point of the copies of the residual that the heads of q, k or v read."""
+        if getattr(self.model.cfg, "use_split_qkv_input", False):
+            return f"blocks.{layer}.attn.hook_{kind}_input"
+        if getattr(self.model.cfg, "use_attn_in", False):
+            return f"blocks.{layer}.attn.hook_attn_in"
+        return None
+
+    def _norm_per_head(self, layer: int, kind: str) -> Callable[[Tensor], Tensor]:
+        """What the bridge does to the copies before the weight; k and v take the first heads'."""
+        attn, heads = self.model.blocks[layer].attn, self.heads.of(kind)
+        return lambda copies: normed_per_head(attn, copies[:, :, :heads])
+
+    def _computes_gated_mlp(self, layer: int) -> bool:
+        """Processed gated MLPs are computed by the bridge itself, past gate's and up's hook_in."""
+        mlp = self.model.blocks[layer].mlp
+        return uses_processed_weights(mlp) and hasattr(mlp, "gate")
+
+    def embedding_scale(self, kind: str) -> float:
+        """√d for Gemma, whose embedding multiplies by it; PEFT multiplies the update by it too."""
+        if kind != "embed":
+            return 1.0
+        return float(getattr(self.model.embed.original_component, "embed_scale", 1.0))
+
+    def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
+        """The wrapped module's weight, or the one that a processed gated MLP uses instead.
+
+        Of a quantised module, the dequantised weight, made anew at each call.
+        """
+        held = self._held(layer, kind) if kind in (*_PROCESSED_GATED, "down") else None
+        if held is not None:
+            return held
+        linear = self._wrapped(layer, kind)
+        if quantised_name(linear) is not None:
+            return dequantised(linear)
+        with brought_in(linear):
+            weight = stored_weight(linear)
+        return weight * self.embedding_scale(kind) if kind == "embed" else weight
+
+    def _wrapped(self, layer: int, kind: str) -> Any:
+        """The Hugging Face module of a component; None where the model has none."""
+        return module_at(self.model, f"{_component(layer, kind)}.original_component")
+
+    def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
+        """W at a site; a dequantised weight is only near it."""
+        if quantised_name(self._wrapped(site.layer, site.kind)) is not None:
+            raise ModelStateError(
+                f"{site.label}: {update} depends on the base's own weight, and this model's is "
+                "quantised: a plain LoRA needs no weight, this one does. Load the base in bfloat16 "
+                "or float32."
+            )
+        return super().base_weight(site, update)
+
+    def _held(self, layer: int, kind: str) -> Float[Tensor, "out in"] | None:
+        """The weight that a processed gated MLP holds itself (transformer-lens 3)."""
+        held = processed_weight(self.model.blocks[layer].mlp, _COMPONENTS.get(kind, kind))
+        return held.detach() if held is not None and self._computes_gated_mlp(layer) else None
+
+    def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
+        """The wrapped module's bias, of any kind."""
+        linear = self._wrapped(layer, kind)
+        with brought_in(linear):
+            bias = getattr(linear, "bias", None)
+            return None if bias is None else bias.detach().flatten()
+
+    def norm_parameters(self, layer: int, kind: str) -> tuple[Tensor, Tensor | None] | None:
+        """The wrapped norm's own."""
+        norm = self._wrapped(layer, kind)
+        if not hasattr(norm, "weight"):
+            return None
+        with brought_in(norm):
+            bias, gamma = getattr(norm, "bias", None), norm.weight.detach()
+        if self.family.gamma_offset:
+            has_float64 = float64_device(gamma.device) == gamma.device
+            wide = gamma.double() if has_float64 else gamma.float()
+            gamma = wide + self.family.gamma_offset
+        return gamma, None if bias is None else bias.detach()
+
+    def is_folded(self, layer: int, kind: str) -> bool:
+        """True where weights were processed and the norm has weight 1 and bias 0."""
+        if not self.needs_base():
+            return False
+        norm = self._wrapped(layer, NORM_READ_BY.get(kind, "ln_final"))
+        norm = self._wrapped(layer, "ln1") if norm is None else norm
+        bias = getattr(norm, "bias", None)
+        gamma = norm.weight + self.family.gamma_offset
+        return bool((gamma == 1).all()) and (bias is None or not bool(bias.any()))
+
+    def is_tied(self) -> bool | None:
+        """As the wrapped model's config says."""
+        return bool(getattr(self.model.original_model.config, "tie_word_embeddings", False))
+
+    def needs_base(self) -> bool:
+        """Whether the bridge's compatibility mode processed the weights."""
+        return is_processed(self.model)
+
+    def run_cached(
+        self, tokens: Int[Tensor, "row new"], cache: Any
+    ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
+        """Hugging Face's own cache, which the bridge's attention is shown by the name it knows."""
+        with _cache_is_shown(self.model.blocks):
+            return self.model(
+                tokens, return_type="logits_and_cache", use_cache=True, past_key_values=cache
+            )
+
+
+def _component(layer: int, kind: str) -> str:
+    """The bridge's name of a linear map, an embedding or a norm."""
+    return site_name(layer, _COMPONENTS.get(kind, kind))
+
+
+@temporary
+def _cache_is_shown(span: Temporary, blocks: Iterable[Any]) -> None:
+    span.enter_context(without_warnings(".past_key_values. is deprecated"))
+    for block in blocks:
+        add_pre_hook(span, block.attn, _named_as_before, with_kwargs=True)
+
+
+def _named_as_before(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Attention of transformers 5.24 is given `cache`; the bridge looks for `past_key_values`."""
+    del module
+    if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
+        kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
+    return args, kwargs
+
+
+def _refuse_unknown_copies(model: Any) -> None:
+    """Refuse a flag under which a transformer-lens does something else to the copies."""
+    for flag in COPIED_INPUTS:
+        if getattr(model.cfg, flag, False) and not all(
+            can_norm_per_head(block.attn) for block in model.blocks
+        ):
+            raise ModelStateError(
+                f"cfg.{flag} is on, and lens_lora does not know how this transformer-lens "
+                f"normalises each head's input, so it cannot compute z. Turn the flag off "
+                f"(bridge.set_{flag}(False)) before you make the lens, or use transformer-lens 3.9 "
+                "or later."
+            )

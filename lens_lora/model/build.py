@@ -1,0 +1,225 @@
+"""A Hugging Face model as a hooked model, and the host that fits a hooked model.
+
+1. HookedTransformer reads its configuration from a folder, so one is written for it; the weights
+   come from the model at hand, and nothing is fetched. TransformerBridge wraps the model itself.
+2. No weight is folded or centred, so that an adapter needs nothing but the hooked model.
+3. The hooked model's logits on a few tokens must equal the Hugging Face model's (`check`):
+   TransformerLens 2 reads some configurations with a wrong rotary base, without a warning.
+
+Cost: two short forward passes, and one copy of the weights for HookedTransformer.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from lens_lora.compat import drop_new_biases, home_of, is_offloaded, refuse_out_of_reach
+from lens_lora.errors import ModelStateError
+from lens_lora.model.bridge import BridgeHost, drop_unused_caps, fuse_attention
+from lens_lora.model.check import base_logits, refuse_unusable, require_same_logits
+from lens_lora.model.hooked_transformer import HookedTransformerHost
+from lens_lora.model.host import Host
+from lens_lora.model.quantised import differentiable_products, quantised_linears
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Kind = Literal["HookedTransformer", "TransformerBridge"]
+# TransformerLens takes a path that holds one of these names for a model of that family.
+MISREAD_NAMES = ("llama", "gemma")
+# HookedTransformer keeps a mask of context × context in every layer: 2 GB for 8,192 tokens.
+_CONTEXT = 2048
+
+
+def hooked_transformer_if_there() -> Kind:
+    """HookedTransformer where the installed TransformerLens has it, else TransformerBridge."""
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:
+        return "TransformerBridge"
+    return "HookedTransformer" if callable(HookedTransformer) else "TransformerBridge"
+
+
+def bridge_if_there() -> Kind:
+    """TransformerBridge where the installed TransformerLens has it, else HookedTransformer."""
+    spec = importlib.util.find_spec("transformer_lens.model_bridge")
+    return "HookedTransformer" if spec is None else "TransformerBridge"
+
+
+def hooked_model(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    kind: Kind | None = None,
+    attn: str = "eager",
+) -> tuple[Any, str]:
+    """The model as a hooked model, unprocessed and in evaluation mode, and its class's name.
+
+    The hooked model may use the Hugging Face model's own weights: do not change it afterwards.
+
+    Raises:
+        ModelStateError: the installed TransformerLens lacks the class, or the hooked model that
+            it builds computes other logits than the Hugging Face model; or an 'sdpa' that the
+            class or the family does not have.
+    """
+    chosen = kind or hooked_transformer_if_there()
+    if chosen == "HookedTransformer":
+        _refuse_copying(hf_model, attn)
+    refuse_out_of_reach(hf_model)
+    hf_model.config.architectures = [type(hf_model).__name__]
+    with differentiable_products(quantised_linears(hf_model)):
+        expected = base_logits(hf_model, hf_model.dtype)
+        model = _made(chosen, hf_model, tokenizer)
+        if attn == "sdpa":
+            fuse_attention(model)
+        require_same_logits(
+            expected,
+            lambda tokens: model(tokens, return_type="logits"),
+            f"the {chosen} that TransformerLens {transformer_lens_version()} builds computes other "
+            "logits than the Hugging Face model",
+            "Another version of TransformerLens, or its TransformerBridge, may build it right.",
+        )
+    # TransformerLens reads the template from the tokenizer's files, which lack one set afterwards.
+    template = getattr(tokenizer, "chat_template", None)
+    if template is not None:
+        model.tokenizer.chat_template = template
+    return model, chosen
+
+
+def _refuse_copying(hf_model: PreTrainedModel, attn: str) -> None:
+    """Refuse what a HookedTransformer, which copies the weights, cannot be made from."""
+    if attn != "eager":
+        raise ModelStateError(
+            f"attn={attn!r}: a HookedTransformer always computes attention patterns. Take a "
+            "TransformerBridge, or bound the memory of long prompts by lens.within(max_memory)."
+        )
+    is_offloaded_anywhere = any(map(is_offloaded, hf_model.modules()))
+    if is_offloaded_anywhere or quantised_linears(hf_model):
+        raise ModelStateError(
+            "a HookedTransformer copies its weights, and some of these are "
+            f"{'offloaded' if is_offloaded_anywhere else 'quantised'}; take a TransformerBridge "
+            "(transformer-lens 3 or newer), which wraps the model itself."
+        )
+
+
+def _made(kind: Kind, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    make = _hooked_transformer if kind == "HookedTransformer" else _bridge
+    try:
+        return make(hf_model, tokenizer).eval()
+    except (ImportError, NotImplementedError) as error:
+        raise ModelStateError(
+            f"TransformerLens {transformer_lens_version()} cannot make a {kind} of this model: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def transformer_lens_version() -> str:
+    """The installed version."""
+    return importlib.metadata.version("transformer-lens")
+
+
+def _hooked_transformer(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Any:
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    with tempfile.TemporaryDirectory(prefix="config_") as folder:
+        _write_config(hf_model, Path(folder))
+        cfg = loading_from_pretrained.get_pretrained_model_config(
+            folder,
+            hf_cfg=hf_model.config.to_dict(),
+            fold_ln=False,
+            device=str(hf_model.device),
+            dtype=hf_model.dtype,
+        )
+        state = loading_from_pretrained.get_pretrained_state_dict(
+            folder, cfg, hf_model, dtype=hf_model.dtype
+        )
+    cfg.tokenizer_name, cfg.model_name = None, _name(hf_model)
+    if cfg.positional_embedding_type == "rotary":
+        cfg.rotary_base = _rotary_base(hf_model) or cfg.rotary_base
+        cfg.n_ctx = min(cfg.n_ctx, _CONTEXT)
+    model = HookedTransformer(cfg, None, move_to_device=False)
+    # At once: load_and_process_state_dict walks the whole model once per weight, most of the time.
+    model.load_state_dict(model.fill_missing_keys(state), strict=False)
+    if tokenizer is not None:
+        model.set_tokenizer(tokenizer)
+    return model
+
+
+def _bridge(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    drop_unused_caps(hf_model)
+    bridge = TransformerBridge.boot_transformers(
+        _name(hf_model),
+        hf_model=hf_model,
+        tokenizer=tokenizer,
+        device=str(home_of(hf_model)),
+        dtype=hf_model.dtype,
+    )
+    drop_new_biases(bridge)
+    return bridge
+
+
+def _rotary_base(hf_model: PreTrainedModel) -> float | None:
+    """As transformers 5 or 4 name it; None where layers differ or none is named."""
+    config = hf_model.config.to_dict()
+    return (config.get("rope_parameters") or config).get("rope_theta")
+
+
+def _name(hf_model: PreTrainedModel) -> str:
+    return Path(hf_model.name_or_path or "").name or "model"
+
+
+def _write_config(hf_model: PreTrainedModel, folder: Path) -> None:
+    """config.json as TransformerLens reads it: GPT-2's context under its old name too.
+
+    Raises:
+        ModelStateError: a path that TransformerLens would take for another family's model.
+    """
+    misread = [name for name in MISREAD_NAMES if name in str(folder).lower()]
+    if misread:
+        raise ModelStateError(
+            f"the temporary folder {folder} has {misread[0]!r} in its path, which TransformerLens "
+            "would take for the model's family; set $TMPDIR to another folder."
+        )
+    hf_model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if "n_positions" in config:
+        path.write_text(json.dumps({**config, "n_ctx": config["n_positions"]}))
+
+
+# --- the host of a hooked model
+
+
+def host_of(model: Any, hf_model: nn.Module | None = None) -> Host:
+    """The host that fits the model's class, with the base if it is given. No forward pass.
+
+    Raises:
+        ModelStateError: another class, or a state in which an adapter cannot be applied exactly.
+    """
+    hosts = {host.class_name: host for host in (HookedTransformerHost, BridgeHost)}
+    name = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in hosts), None)
+    if name is None:
+        raise ModelStateError(
+            f"{type(model).__name__} has no hook points; pass a HookedTransformer or a "
+            "TransformerBridge."
+        )
+    refuse_unusable(model)
+    host = hosts[name](model, hf_model)
+    if host.needs_base() and quantised_linears(model):
+        raise ModelStateError(
+            f"this {name} is quantised and processed: folding needs the weights themselves. Use it "
+            "before enable_compatibility_mode(), or load the base in bfloat16 or float32."
+        )
+    return host

@@ -1,0 +1,257 @@
+"""What the adapted model says, token by token, exactly as passes over whole sequences choose it.
+
+1. Draft with a key-value cache. Rows go in step and without padding: first as many tokens as the
+   shortest row has, then one token a pass, a longer row's own next token while it has one.
+2. Confirm: one pass without a cache over a row and its draft chooses a token at each place. The row
+   keeps the draft as far as both agree, and one token more, which that pass chose.
+3. Go on from there until every row has ended. Where draft and confirmation part within a few tokens
+   the cache is wrong for this model, or for hooks that count positions, and is not used again.
+
+So a cache makes it quick and decides nothing. Cost: a pass over the prompt, a pass over one token
+for each new one, and a pass over the whole; without a cache, a pass over the whole for each token,
+which on a CPU takes 2 (64 tokens) to 3 times (200 tokens) as long.
+
+A draw from the distribution is a function of the logits and of one number of noise, u in [0, 1),
+fixed for each prompt and place before anything is run: tokens are sorted by probability, and u
+points into the cumulated sum. So the same logits and seed give the same tokens, whichever pass
+computed the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora import arguments
+from lens_lora.compat import home_of, in_float64
+from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteError
+from lens_lora.model.check import first_non_finite
+from lens_lora.model.hooks import unembedded_only
+from lens_lora.readouts.answers import Generated
+from lens_lora.readouts.prompts import Prompts, which_prompt
+
+_CACHED_TOKENS = 8192  # of all rows that share a cache: a bound of its memory
+_LONGEST_DRAFT = 256  # tokens that are lost at most where a draft parts from its confirmation
+_TRUSTED_AFTER = 8  # right tokens of a draft: a wrong cache parts earlier, rounding later
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Raises:
+        ArgumentError: temperature below 0, top_p outside (0, 1], or a seed that is no whole number.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        temperature = arguments.number("temperature", self.temperature)
+        top_p = arguments.number("top_p", self.top_p)
+        arguments.whole("seed", self.seed, 0)
+        if temperature < 0:
+            raise ArgumentError(f"temperature={temperature}: expected 0 (greedy) or more.")
+        if not 0 < top_p <= 1:
+            raise ArgumentError(f"top_p={top_p}: expected a probability above 0, 1 for all tokens.")
+        if temperature == 0 and top_p < 1:
+            raise ArgumentError(
+                f"top_p={top_p} with temperature=0, which takes the likeliest token whatever top_p "
+                "is; pass a temperature, such as 1.0."
+            )
+
+    def noise(self, prompts: int, tokens: int) -> Float[Tensor, "prompt token"]:
+        """u of each prompt and place."""
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        shape = (prompts, tokens)
+        return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    def choose(
+        self, logits: Float[Tensor, "place vocab"], noise: Float[Tensor, " place"]
+    ) -> Int[Tensor, " place"]:
+        """The token at each place."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        p, ids = (in_float64(logits) / self.temperature).softmax(-1).sort(-1, descending=True)
+        before = p.cumsum(-1) - p
+        # Half a unit of rounding: tokens that reach top_p exactly are enough.
+        kept = torch.where(before < self.top_p - torch.finfo(p.dtype).eps / 2, p, 0.0).cumsum(-1)
+        reached = (noise.to(kept)[:, None] * kept[:, -1:]).contiguous()
+        rank = torch.searchsorted(kept, reached, right=True).clamp_max(p.shape[-1] - 1)
+        return ids.gather(-1, rank)[:, 0].to(logits.device)
+
+
+class Speaker:
+    """A model at given gates, what it said so far, and how it chooses.
+
+    Attributes:
+        lens: a LoraLens.
+        sampling: how a token is chosen.
+        most: the most tokens that are said after a prompt.
+        ends: tokens that end a response.
+        texts: of each prompt, its tokens and those that were said after it.
+        starts: how many of them are the prompt's.
+
+    Raises:
+        SiteError: gates for another number of prompts.
+    """
+
+    def __init__(
+        self,
+        lens: Any,
+        prompts: Prompts,
+        gates: Float[Tensor, "*batch site"],
+        sampling: Sampling,
+        most: int,
+        ends: Collection[int],
+    ) -> None:
+        if gates.ndim > 1 and len(gates) != prompts.batch:
+            raise SiteError(f"gates of {len(gates)} prompts, and there are {prompts.batch}.")
+        self.lens: Any = lens
+        self.sampling: Sampling = sampling
+        self.most: int = most
+        self.ends: Collection[int] = ends
+        self.texts: list[list[int]] = [
+            prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)
+        ]
+        self.starts: list[int] = list(map(len, self.texts))
+        self._prompts, self._gates = prompts, gates.detach()
+        self._noise = sampling.noise(prompts.batch, most)
+
+    def said(self, i: int) -> list[int]:
+        """What was said after this prompt."""
+        return self.texts[i][self.starts[i] :]
+
+    def has_ended(self, i: int) -> bool:
+        """Whether the last token that was said ends the response."""
+        return bool(self.said(i)) and self.texts[i][-1] in self.ends
+
+    def _goes_on(self, i: int) -> bool:
+        return len(self.said(i)) < self.most and not self.has_ended(i)
+
+    def say(self, *, progress: bool) -> Generated:
+        """All that there is to say after each prompt.
+
+        Raises:
+            NumericsError: non-finite logits.
+        """
+        rows = sorted(range(len(self.starts)), key=self.starts.__getitem__)
+        together = max(1, _CACHED_TOKENS // (max(self.starts) + self.most))
+        total = len(rows) * self.most
+        with (
+            torch.no_grad(),
+            tqdm(total=total, desc="generate", leave=False, disable=not progress) as bar,
+        ):
+            for first in range(0, len(rows), together):
+                self._say(rows[first : first + together], bar)
+        said = [self.said(i) for i in range(len(rows))]
+        ids = tuple(map(self._prompts.tokens.new_tensor, said))
+        ended = tuple(map(self.has_ended, range(len(rows))))
+        return Generated(ids, tuple(map(self._text, said)), self._prompts, ended)
+
+    def _text(self, ids: list[int]) -> str:
+        tokenizer = getattr(self.lens.model, "tokenizer", None)
+        if tokenizer is None:
+            return " ".join(map(str, ids))
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _say(self, rows: list[int], bar: tqdm) -> None:
+        is_trusted = True
+        while rows := list(filter(self._goes_on, rows)):
+            drafts = self._drafts(rows) if is_trusted else [[] for _ in rows]
+            for i, draft in zip(rows, drafts, strict=True):
+                before = len(self.texts[i])
+                agreed = self._confirmed(i, draft)
+                is_trusted &= agreed >= min(len(draft), _TRUSTED_AFTER)
+                bar.update(len(self.texts[i]) - before)
+
+    def _drafts(self, rows: list[int]) -> list[list[int]]:
+        """With a cache, all but the last token that each row may still say."""
+        texts = [list(self.texts[i]) for i in rows]
+        starts = torch.tensor([self.starts[i] for i in rows])
+        limits = [
+            min(self.starts[i] + self.most - 1, len(self.texts[i]) + _LONGEST_DRAFT) for i in rows
+        ]
+        width, cache = min(map(len, texts)), None
+        fed = [text[:width] for text in texts]
+        with self._gated(rows), unembedded_only(self.lens.model, lambda last: last[:, -1:]):
+            while any(len(text) < limit for text, limit in zip(texts, limits, strict=True)):
+                logits, cache = self.lens.plan.host.run_cached(self._tensor(fed), cache)
+                noise = self._noise[rows, (width - starts).clamp(0, self.most - 1)]
+                for row, token in enumerate(self.sampling.choose(logits[:, -1], noise).tolist()):
+                    if len(texts[row]) == width < limits[row]:
+                        texts[row].append(token)
+                        limits[row] = width + 1 if token in self.ends else limits[row]
+                # After its end a row is fed any token.
+                fed = [text[width : width + 1] or [0] for text in texts]
+                width += 1
+        return [text[len(self.texts[i]) :] for text, i in zip(texts, rows, strict=True)]
+
+    def _confirmed(self, i: int, draft: list[int]) -> int:
+        """How many tokens of the draft are right; the row takes them and one more."""
+        places, tokens = len(draft) + 1, self._tensor([self.texts[i] + draft])
+        length, reads = tokens.new_tensor([tokens.shape[1]]), tokens.new_tensor([places])
+        prompts = Prompts(tokens, length, reads)
+        run = functools.partial(self.lens.run, prompts)
+        with self._gated([i]), unembedded_only(self.lens.model, prompts.at_slots):
+            logits = run()[0]
+            if not torch.isfinite(logits).all():
+                raise NumericsError(first_non_finite(self.lens.model, run))
+        noise = self._noise[i, len(self.said(i)) :][:places]
+        chosen = self.sampling.choose(logits, noise).tolist()
+        differs = [token != drafted for token, drafted in zip(chosen, draft, strict=False)]
+        agreed = differs.index(True) if True in differs else len(draft)
+        self.texts[i] += chosen[:agreed]
+        if self._goes_on(i):
+            self.texts[i].append(chosen[agreed])
+        return agreed
+
+    def _gated(self, rows: list[int]) -> AbstractContextManager[Any]:
+        return self.lens.applied(self._gates if self._gates.ndim == 1 else self._gates[rows])
+
+    def _tensor(self, rows: list[list[int]]) -> Int[Tensor, "row pos"]:
+        return torch.tensor(rows, device=home_of(self.lens.model))
+
+
+def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
+    """The tokens that end a response: those given, or what the model's own files say.
+
+    Raises:
+        ArgumentError: what is no id.
+    """
+    ends = given
+    if ends is None:
+        base = getattr(model, "original_model", None) if hf_model is None else hf_model
+        configs = (getattr(base, name, None) for name in ("generation_config", "config"))
+        holders = (*configs, getattr(model, "tokenizer", None))
+        known = (getattr(holder, "eos_token_id", None) for holder in holders)
+        ends = next((end for end in known if end is not None), ())
+    if isinstance(ends, str) or not isinstance(ends, Sequence):
+        ends = [ends]
+    return frozenset(arguments.whole("eos_token_id", token, 0) for token in ends)
+
+
+def require_room(lens: Any, prompts: Prompts, most: int) -> None:
+    """Check that so many tokens more fit into the context; the last one is not run.
+
+    Raises:
+        PromptError: they do not fit.
+    """
+    context = getattr(lens.model.cfg, "n_ctx", None)
+    longest = int(prompts.lengths.max())
+    if context and longest + most - 1 > context:
+        prompt = which_prompt(int(prompts.lengths.argmax()), prompts.batch)
+        raise PromptError(
+            f"{prompt} has {longest} tokens, and max_new_tokens={most} more do not fit into the "
+            f"context of this {type(lens.model).__name__}, {context} (cfg.n_ctx); at most "
+            f"{context - longest + 1} do."
+        )

@@ -1,0 +1,365 @@
+"""Hooks on a model for a span of time, and public calls, which leave nothing behind.
+
+**Hooks** are put on, kept in order, and taken off whatever happens.
+
+1. One thread at a time has hooks on a model: the lock is the model's, and a thread that has it may
+   take it again (`hold`).
+2. Each hook is found again by what it calls, so it can be taken off before its handle is known.
+3. Order matters among all hooks of a point, a user's own included. What reads must see its input as
+   the others left it, so it runs last; what writes must do so before the others see the output, so
+   it runs first. An `Arranger` at each block's input puts them in this order at every forward pass,
+   whenever they were registered.
+
+**A public call** (`alone`) runs by itself on its model, in torch's plain settings.
+
+1. A second thread waits for it.
+2. Inference mode, autocast, anomaly detection and a default device are off within the call,
+   whatever they are around it: within inference mode no derivative exists, autocast rounds to half
+   precision, anomaly detection stops derivatives that are taken as one batch, and small tensors
+   are made on the CPU.
+3. Within a torch.func transform a call is refused, as its own derivatives would be taken there.
+4. Where memory runs out, the error names what bounds it.
+5. At its end, whatever interrupts it, its hooks, grad mode and all else that it changed are as
+   before (`Temporary`).
+
+**Logits** are computed in float32 or better where they are read. In half precision each would be
+rounded to 8 or 11 bits at the end, and what is read is a difference of two that are nearly equal.
+Slopes have no such difference: theirs are the model's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from traceback import clear_frames
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lens_lora.compat import (
+    Temporary,
+    calls,
+    close_but,
+    hooks_of,
+    is_within_transform,
+    open_spans,
+    temporary,
+)
+from lens_lora.errors import LensLoraError, ModelStateError, OutOfMemoryError
+from lens_lora.model.quantised import differentiable_products
+
+HookFn = Callable[..., Tensor | None]
+# Seconds until a thread that waits for another one says so.
+_PATIENCE = 60.0
+# For what a process has once: torch's dual level and its choice of attention kernels. A thread that
+# takes it has its model's lock already.
+ONE_IN_A_PROCESS = threading.Condition()
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Condition] = weakref.WeakKeyDictionary()
+
+
+@temporary
+def attached(
+    span: Temporary,
+    model: Any,
+    hooks: Sequence[tuple[str, HookFn]],
+    points: Mapping[str, Any] | None = None,
+) -> None:
+    """The hooks on the model for the block's duration, also through `model.reset_hooks()`.
+
+    At a module without hook points the method `at_module(args, output)` of a hook is called, where
+    it has one, in place of the hook itself.
+
+    On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
+    """
+    hold(span, lock_of(model))
+    known = model.hook_dict if points is None else points
+    places: list[tuple[Any, HookFn, set[int]]] = []
+    span.way_back(functools.partial(_take_off, places))
+    for name, fn in hooks:
+        if name not in known:
+            _add_to_module(span, model.get_submodule(name), fn)
+        elif isinstance(fn, Arranger):
+            add_pre_hook(span, known[name], fn)
+        else:
+            forward, before, *_ = hooks_of(known[name])
+            places.append((known[name], fn, {*forward, *before}))
+            known[name].add_hook(fn, is_permanent=True)
+
+
+def _take_off(places: list[tuple[Any, HookFn, set[int]]]) -> None:
+    """Hooks at points that had others' before; a second call does what the first did not."""
+    while places:
+        point, fn, others = places[-1]
+        forward, before, *_ = hooks_of(point)
+        ours = {key for hooks in (forward, before) for key in _keys_of(hooks, fn)} - others
+        point.fwd_hooks = [handle for handle in point.fwd_hooks if handle.hook.id not in ours]
+        for key in ours:
+            forward.pop(key, None)
+            before.pop(key, None)
+        places.pop()
+
+
+def _add_to_module(span: Temporary, module: nn.Module, fn: HookFn) -> None:
+    at_module = getattr(fn, "at_module", None)
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return fn(output, hook=module) if at_module is None else at_module(args, output)
+
+    span.way_back(functools.partial(_remove, hooks_of(module).forward, hook))
+    module.register_forward_hook(hook)
+
+
+def add_pre_hook(
+    span: Temporary, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False
+) -> None:
+    """A forward pre-hook, until the span ends."""
+    hooks = hooks_of(module)
+    span.way_back(functools.partial(_remove, hooks.before, hook, hooks.takes_kwargs))
+    module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+
+
+def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:
+    for key in [key for key, other in hooks.items() if other is hook]:
+        for table in (*also, hooks):
+            table.pop(key, None)
+
+
+def lock_of(model: nn.Module) -> threading.Condition:
+    """The model's lock, to be taken with `hold`."""
+    return _LOCKS.setdefault(model, threading.Condition())
+
+
+def is_held(lock: threading.Condition) -> bool:
+    """Whether this thread has the lock: only then may it notify those that wait for a change."""
+    try:
+        lock.notify(0)
+    except RuntimeError:
+        return False
+    return True
+
+
+def hold(span: Temporary, lock: threading.Condition) -> None:
+    """The lock is this thread's until the span ends, or an outer one of the same lock."""
+    if is_held(lock):
+        return
+    span.way_back(lambda: lock.release() if is_held(lock) else None)
+    if not lock.acquire(timeout=_PATIENCE):
+        warnings.warn(
+            f"{threading.current_thread().name} has waited a minute for a thread that runs a lens "
+            "on the same model. If that thread waits for this one, neither will go on: leave its "
+            "`with lens.applied():` first.",
+            stacklevel=2,
+        )
+        lock.acquire()
+
+
+class Arranger:
+    """At a block's input: what reads runs last, what writes first, among all hooks of its point.
+
+    Where a user's own pre-hook stands at a point that is written, the writer becomes one too.
+    """
+
+    def __init__(
+        self,
+        points: Mapping[str, Any],
+        hooks: Sequence[tuple[str, HookFn, bool]],
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._begin = begin
+        self._hooks = [(points[name], fn, reads) for name, fn, reads in hooks]
+
+    def __call__(self, tensor: object, hook: object) -> None:
+        """Arrange, as a hook of TransformerLens or as torch's pre-hook: what passes stays as it is.
+
+        Raises:
+            ModelStateError: this hook and what reads are at one point, where it is too late.
+        """
+        del tensor
+        self._begin()
+        for point, fn, reads in self._hooks:
+            forward = hooks_of(point).forward
+            if hooks_of(point).before and not reads:
+                _move_before_pre_hooks(point, fn)
+            for key in _keys_of(forward, fn):
+                if point is hook and reads and key != next(reversed(forward)):
+                    raise ModelStateError(
+                        f"{point.name}: a hook after those of lens.fwd_hooks() may change what is "
+                        "read there. Put it before them in the list, or use `with lens.applied():`."
+                    )
+                forward.move_to_end(key, last=reads)
+
+
+def _move_before_pre_hooks(point: Any, fn: HookFn) -> None:
+    forward, before, *_ = hooks_of(point)
+    for key in _keys_of(forward, fn):
+        for handle in point.fwd_hooks:
+            if handle.hook.id == key:  # who removes the hook removes what stands for it
+                handle.hook.extra_dict_ref = (*handle.hook.extra_dict_ref, weakref.ref(before))
+        before[key] = _Early(forward.pop(key))
+    for key in _keys_of(before, fn):
+        before.move_to_end(key, last=False)
+
+
+class _Early:
+    """The forward hook of a hook point, which returns its input, as a pre-hook."""
+
+    def __init__(self, forward_hook: Callable[..., Any]) -> None:
+        self.forward_hook = forward_hook
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        out = self.forward_hook(module, args, args[0])
+        return None if out is None else (out, *args[1:])
+
+
+def _keys_of(hooks: Mapping[int, Any], fn: HookFn) -> list[int]:
+    """Where this function stands among a module's hooks."""
+    return [
+        key
+        for key, hook in list(hooks.items())
+        if calls(hook.forward_hook if isinstance(hook, _Early) else hook, fn)
+    ]
+
+
+# --- A public call
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function whose first argument is a lens, or a method of a lens."""
+
+    @functools.wraps(call)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        lens: Any = kwargs.get("lens", args[0] if args else None)
+        others, span = open_spans(), Temporary(functools.partial(_prepare, lens))
+        try:
+            try:
+                span.__enter__()
+                return call(*args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, LensLoraError):
+                    raise
+                if is_memory_short(error):
+                    clear_frames(error.__traceback__)  # which hold what takes the memory
+                    raise OutOfMemoryError(_too_much(lens, error)) from error
+                if "nference tensor" not in str(error):
+                    raise
+                raise ModelStateError(f"{_made_there(lens)} Torch says: {error}") from error
+            finally:
+                close_but(others)
+        finally:
+            close_but(others)
+
+    return run
+
+
+def _prepare(lens: Any, span: Temporary) -> None:
+    if is_within_transform():
+        raise ModelStateError(
+            "this is within a torch.func transform (grad, jvp, vmap, …), and the call takes "
+            "derivatives of its own. Call it outside; to differentiate through the adapted model, "
+            "run the model itself within `with lens.applied(gates):`."
+        )
+    model = getattr(lens, "model", None)
+    if isinstance(model, nn.Module):
+        hold(span, lock_of(model))
+    plan = getattr(lens, "_plan", None)
+    if plan is not None:
+        span.enter_context(differentiable_products(plan.quantised))
+    span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    if torch.is_inference_mode_enabled():
+        span.enter_context(torch.inference_mode(False))
+    for device in _DEVICES:
+        if torch.is_autocast_enabled(device):
+            span.enter_context(torch.autocast(device, enabled=False))
+    if torch.get_default_device().type != "cpu":
+        span.enter_context(torch.device("cpu"))
+    if torch.is_anomaly_enabled():
+        span.enter_context(torch.autograd.set_detect_anomaly(False))
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether this says that memory ran out, on any device."""
+    says = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in says for words in ("out of memory", "not enough memory", "can't allocate memory")
+    )
+
+
+def _too_much(lens: Any, error: BaseException) -> str:
+    bound = getattr(lens, "max_memory", None)
+    now = "no bound is set" if bound is None else f"max_memory is {bound:.3g} bytes"
+    says = str(error).strip() or "no more memory"
+    return (
+        f"memory ran out ({says.splitlines()[0]}), and {now}. Bound it: "
+        "lens.within(max_memory=…), in bytes, for every analysis of the lens that it returns; or "
+        "pass fewer or shorter prompts, fewer tokens=, or fewer hook points in names=. Attention "
+        "patterns of long prompts take most: ll.load(…, attn='sdpa') makes none."
+    )
+
+
+def _made_there(lens: Any) -> str:
+    model = getattr(lens, "model", None)
+    named = model.named_parameters() if isinstance(model, nn.Module) else ()
+    weights = [f"the weight {name}" for name, weight in named if weight.is_inference()]
+    holder = next(iter(weights), "what the adapter, a readout or a hook holds")
+    return (
+        f"{holder} was made within torch.inference_mode(), where no tensor keeps what a derivative "
+        "needs. Load or make it outside of that mode (torch.no_grad() has no such effect), or pass "
+        "its clone()."
+    )
+
+
+# --- The unembedding
+
+
+# Rows of W_U that are cast at a time, so that no copy of all of it is held.
+_CAST_ROWS = 4096
+
+
+@temporary
+def unembedded_only(span: Temporary, model: Any, select: Callable[[Tensor], Tensor]) -> None:
+    """Within the block, only what `select` takes of the final residual stream is unembedded."""
+
+    def selected(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del module
+        return (select(unrounded(args[0])), *args[1:])
+
+    add_pre_hook(span, model.unembed, selected)
+
+
+def unrounded(residual: Tensor) -> Tensor:
+    """The same, unless the model's own forward pass turned autocast on.
+
+    Raises:
+        ModelStateError: autocast is on.
+    """
+    if torch.is_autocast_enabled(residual.device.type):
+        raise ModelStateError(
+            "the model turns autocast on in its forward pass (a model prepared by accelerate for "
+            "mixed precision does), which rounds to half precision. Take the wrapper off: "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
+        )
+    return residual
+
+
+def unembed(residual: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """residual · W_Uᵀ + b_U, summed in `dtype`, with the derivative of the model's own product."""
+    if weight.dtype == residual.dtype == dtype:
+        return linear(residual, weight, bias)
+    native = None
+    if torch.is_grad_enabled() and residual.requires_grad:
+        native = linear(residual.to(weight.dtype), weight, bias).to(dtype)
+        residual = residual.detach()
+    wide = residual.to(dtype)
+    logits = torch.cat([linear(wide, rows.to(dtype)) for rows in weight.split(_CAST_ROWS)], -1)
+    logits = logits if bias is None else logits + bias.to(dtype)
+    return logits if native is None else native + (logits - native.detach())

@@ -1,0 +1,430 @@
+"""LoraLens: an adapter over a hooked model: the function f(ε) that every analysis evaluates.
+
+ε has one gate per site; f(0) is the base model, f(1) the adapted one.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lens_lora._version import versions
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.arguments import number, whole
+from lens_lora.compat import Temporary, home_of
+from lens_lora.errors import ArgumentError, ModelStateError, NumericsError
+from lens_lora.model.basis import SiteMap
+from lens_lora.model.check import (
+    OF_A_GIVEN_BASE,
+    base_logits,
+    first_non_finite,
+    require_kinds,
+    require_same_logits,
+)
+from lens_lora.model.gates import (
+    Inject,
+    Plan,
+    Scale,
+    ScaleInject,
+    gates_of,
+    make_plan,
+    site_hooks,
+)
+from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
+from lens_lora.model.hooks import HookFn, alone, attached, hold, lock_of
+from lens_lora.model.quantised import differentiable_products
+from lens_lora.model.sites import Heads, Site, fused_rows, one_site
+from lens_lora.readouts.answers import Generated
+from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
+
+if TYPE_CHECKING:
+    from transformer_lens import FactoredMatrix
+
+
+class LoraLens:
+    """A LoRA adapter over a hooked model, exact up to the model's own rounding.
+
+    The model is not changed: hooks are added at the start of a call and removed at its end.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge of the adapter's base model.
+        adapter: from `load_adapter`, `Adapter.from_peft` or `Adapter.from_factors`.
+        hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
+            folded, and by a HookedTransformer for trained biases. The model's weights are compared
+            with it, in float32 also logits of 8 tokens.
+
+    Attributes:
+        max_memory: bytes that an analysis may take beside the model and its result; None for no
+            bound.
+
+    Raises:
+        SiteError, AdapterError: a module that the model lacks; shapes that do not fit.
+        ModelStateError: a state in which the adapter cannot be applied exactly; names the remedy.
+        OutOfMemoryError: dense updates (DoRA, modules trained whole) that do not fit into memory.
+    """
+
+    max_memory: float | None = None
+
+    @alone
+    def __init__(self, model: Any, adapter: Adapter, hf_model: nn.Module | None = None) -> None:
+        require_kinds(adapter, hf_model)
+        self.model = model
+        self.adapter = adapter
+        self._hf_model = hf_model
+        self._plan = make_plan(model, adapter, hf_model)
+        if hf_model is not None:
+            require_same_logits(
+                base_logits(hf_model, self.dtype),
+                lambda tokens: self.logits(tokens.to(self.device), 0.0),
+                f"without the adapter this {self.class_name} computes other logits than hf_model",
+                OF_A_GIVEN_BASE,
+            )
+
+    @alone
+    def with_adapter(self, adapter: Adapter) -> LoraLens:
+        """A lens of another adapter over the same model and hf_model.
+
+        No forward pass: weights of the adapted modules are compared with hf_model, logits not.
+
+        Args:
+            adapter: the other adapter.
+
+        Raises:
+            SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
+                changed since this one was made.
+        """
+        self._plan.check_state()
+        self._plan.check_base()
+        other = copy.copy(self)
+        other.adapter = adapter
+        other._plan = make_plan(self.model, adapter, self._hf_model)
+        return other
+
+    def within(self, max_memory: float | None) -> LoraLens:
+        """The same lens, whose analyses take so much memory beside the model and their results.
+
+        Prompts, interventions, tangents and covectors go fewer at a time, and where the graph of a
+        backward pass is too large, blocks keep their inputs alone and run once more on the way
+        back: hooks of your own then fire twice there. Numbers stay the same but for rounding. The
+        bound is kept by an estimate.
+
+        Args:
+            max_memory: bytes, such as 8e9; None for no bound.
+
+        Raises:
+            ArgumentError: no positive number.
+        """
+        if max_memory is not None and number("max_memory", max_memory) <= 0:
+            raise ArgumentError(f"max_memory={max_memory!r}; expected bytes, such as 8e9, or None.")
+        other = copy.copy(self)
+        other.max_memory = max_memory
+        return other
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The adapted linear maps, in the order in which a forward pass meets them."""
+        return self._plan.sites
+
+    @property
+    def maps(self) -> tuple[SiteMap, ...]:
+        """Each site's δ(z) = sB(Az + a₀), in the model's basis."""
+        return self._plan.maps
+
+    @property
+    def plan(self) -> Plan:
+        """What the hooks add and where: for injections of your own (`injected`)."""
+        return self._plan
+
+    @property
+    def heads(self) -> Heads:
+        """How many attention heads there are, and how wide, at their hook points."""
+        return self._plan.host.heads_at_hooks
+
+    @property
+    def class_name(self) -> str:
+        """'HookedTransformer' or 'TransformerBridge'."""
+        return self._plan.host.class_name
+
+    @property
+    def embedding_output(self) -> str:
+        """The hook point after the token embedding."""
+        return self._plan.host.embedding_output
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model's first parameter; where that is offloaded, the device on which it runs."""
+        return home_of(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def gate_dtype(self) -> torch.dtype:
+        """The dtype of gates and updates: the model's, never below float32."""
+        return self.maps[0].dtype
+
+    def site_index(self, name: str) -> int:
+        """The index of a site in `sites`.
+
+        Args:
+            name: its name.
+
+        Raises:
+            SiteError: no such site, or a glob that matches several.
+        """
+        return one_site([s.name for s in self.sites], name)
+
+    def delta_w(self, site: str | Site) -> FactoredMatrix:
+        """ΔW_l = s·B·A of one site, [d_out, d_in], so that δz = ΔW z. No forward pass.
+
+        In the model's own basis: merged weights, processed as the model's were, minus the model's.
+        TransformerLens orients weights the other way (z @ W): take `.T`. The heads of q, k and v
+        follow one another in d_out, those of o in d_in; an embedding's d_in is the vocabulary.
+        A change of bias, or what else is added whatever the input, is not in it.
+
+        Args:
+            site: one of `sites`, or its name.
+
+        Raises:
+            SiteError: no such site, or a glob that matches several.
+        """
+        index = self.site_index(site if isinstance(site, str) else site.name)
+        from transformer_lens.FactoredMatrix import FactoredMatrix
+
+        return FactoredMatrix(*self.maps[index].of_weight())
+
+    def gates(self, scale: Scale = 1.0) -> Float[Tensor, "*batch site"]:
+        """ε as a tensor on the model's device; derivatives pass through it to a tensor `scale`.
+
+        Args:
+            scale: one number for all sites, a tensor, or {site name or glob: number}, others 0.
+
+        Raises:
+            SiteError: a name that matches no site, or a tensor without one gate per site.
+            ArgumentError: what is no number, tensor or mapping.
+        """
+        gates = gates_of(scale, [site.name for site in self.sites], self.gate_dtype)
+        return gates.to(self.device)
+
+    def fwd_hooks(self, scale: Scale = 1.0) -> list[tuple[str, HookFn]]:
+        """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.
+
+        Your own hooks in the same list see and change the adapted model, whatever the order:
+        δ is computed from the input that they return, and added before they see the output.
+
+        Args:
+            scale: as for `gates`.
+
+        Raises:
+            ModelStateError: a site without a hook point at its output (on HookedTransformer
+                embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` there.
+        """
+        self._plan.check_state()
+        points = self.model.hook_dict
+        if hidden := [site.name for site in self.sites if site.write not in points]:
+            raise ModelStateError(
+                f"{hidden[0]}: no hook point of this model shows its output, so a list of "
+                "hooks cannot hold its δ; use `with lens.applied():`."
+            )
+        return site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale)), points)
+
+    def applied(self, scale: Scale = 1.0) -> AbstractContextManager[Any]:
+        """Within the block, every tool of TransformerLens sees the adapted model.
+
+        After the block, also after an exception or an interrupt, the model has its own hooks and
+        weights again. Other threads that use a lens on this model wait until then. A tensor `scale`
+        may be differentiated: in reverse and in forward mode, and within torch.func transforms.
+
+        Args:
+            scale: as for `gates`.
+        """
+
+        def apply(span: Temporary) -> Any:
+            self._plan.check_state()
+            span.enter_context(self.injected(ScaleInject(self._plan, self.gates(scale))))
+            return self.model
+
+        return Temporary(apply)
+
+    def injected(
+        self, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
+    ) -> AbstractContextManager[None]:
+        """The sites' hooks with any injection, for the length of the block.
+
+        Args:
+            inject: what is written at each site.
+            before: hooks that are added before those of the sites.
+        """
+
+        def put_on(span: Temporary) -> None:
+            hold(span, lock_of(self.model))
+            self._plan.check_state(entries=False)
+            span.enter_context(differentiable_products(self._plan.quantised))
+            # A TransformerBridge puts its hook points together anew whenever they are asked for.
+            points = self.model.hook_dict
+            hooks = site_hooks(self._plan, inject, points, before)
+            span.enter_context(attached(self.model, hooks, points))
+
+        return Temporary(put_on)
+
+    def prompts(self, prompts: PromptsLike) -> Prompts:
+        """Strings, conversations or ids as `Prompts`, tokenised by the model's own conventions.
+
+        Args:
+            prompts: strings, conversations, ids [batch, pos], ids with their mask, or `Prompts`;
+                errors as for `readouts.prompts`.
+        """
+        return prepare(self.model, prompts)
+
+    @alone
+    def logits(
+        self, prompts: PromptsLike, scale: Scale = 1.0
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of the model at the given gates. One forward pass.
+
+        Args:
+            prompts: as for `prompts`.
+            scale: as for `gates`; 0 for the base, 1 for the adapted model.
+
+        Raises:
+            NumericsError: non-finite logits.
+        """
+        ready = self.prompts(prompts)
+        with torch.no_grad(), self.applied(scale):
+            logits = self.run(ready)
+            if not torch.isfinite(ready.at_read(logits)).all():
+                raise NumericsError(first_non_finite(self.model, lambda: self.run(ready)))
+        return logits
+
+    @alone
+    def generate(
+        self,
+        prompts: PromptsLike,
+        max_new_tokens: int = 64,
+        scale: Scale = 1.0,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        progress: bool = True,
+    ) -> Generated:
+        """What the model says after each prompt, at the given gates.
+
+        The likeliest token each time, as Hugging Face's greedy search with the adapter active takes
+        it; what else a generation_config asks for (a repetition penalty, say) is left out. Pass the
+        result on as a response: `ll.token_shifts(lens, said.prompts, said)`.
+
+        Cost: a pass over the prompt, one over a single token for each new one, and one over the
+        whole, which confirms every token; prompts go together. Where the model's key-value cache
+        is wrong, a pass over the whole for each token.
+
+        Args:
+            prompts: strings, conversations, ids or `Prompts`.
+            max_new_tokens: the most that are said after each.
+            scale: as for `gates`; 0 for the base, 1 for the adapted model.
+            temperature: 0 for the likeliest token; above, tokens are drawn.
+            top_p: draw from the fewest tokens whose probabilities sum to this.
+            seed: of the draws: the same prompts and seed give the same tokens.
+            eos_token_id: an id or several that end a response, () for none; by default those of
+                the base's generation_config, its config, or the tokenizer's.
+            progress: show a bar.
+
+        Raises:
+            PromptError: a prompt that leaves no room for so many tokens in the context.
+            ArgumentError: max_new_tokens below 1; temperature below 0, or top_p outside (0, 1]; a
+                seed or an end that is no whole number; what `gates` refuses.
+            SiteError: as for `gates`; gates of another number of prompts.
+            NumericsError: non-finite logits.
+        """
+        most = whole("max_new_tokens", max_new_tokens, 1)
+        sampling = Sampling(temperature, top_p, seed)
+        ends = end_tokens(self.model, self._hf_model, eos_token_id)
+        ready = self.prompts(prompts)
+        require_room(self, ready, most)
+        speaker = Speaker(self, ready, self.gates(scale), sampling, most, ends)
+        return speaker.say(progress=progress)
+
+    def run(self, prompts: Prompts) -> Float[Tensor, "batch pos d_vocab"]:
+        """The model's own forward pass, with the hooks that it has at the moment.
+
+        Args:
+            prompts: as tokens.
+        """
+        left = getattr(getattr(self.model, "tokenizer", None), "padding_side", None) == "left"
+        mask = {"attention_mask": torch.ones_like(prompts.tokens)} if left else {}
+        return self.model(prompts.tokens, return_type="logits", **mask)
+
+    def str_tokens(self, prompts: Prompts) -> list[list[str]]:
+        """Each prompt's tokens as strings, without padding; ids where there is no tokenizer.
+
+        Args:
+            prompts: as tokens.
+        """
+        return [self.decode(prompts.row(i).tokens[0].tolist()) for i in range(prompts.batch)]
+
+    def decode(self, ids: Sequence[int]) -> list[str]:
+        """Token ids as strings, one by one.
+
+        Args:
+            ids: of any tokens.
+        """
+        tokenizer = getattr(self.model, "tokenizer", None)
+        return [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids]
+
+    @functools.cached_property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every token of the model's output as a string."""
+        return tuple(self.decode(range(int(self.model.cfg.d_vocab_out))))
+
+    def describe(self) -> dict[str, str]:
+        """The names of model and adapter, and versions: saved with every result."""
+        return {
+            "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
+            "model_class": self.class_name,
+            "dtype": str(self.dtype).removeprefix("torch.") + self._plan.quantisation,
+            "adapter": self.adapter.name,
+            "base_of_adapter": self.adapter.base_model or "",
+            **versions(),
+        }
+
+    def __repr__(self) -> str:
+        layers = len({site.layer for site in self.sites})
+        return (
+            f"LoraLens({self.adapter!r} over {self.class_name}: "
+            f"{len(self.sites)} sites in {layers} layers)"
+        )
+
+
+def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
+    """The rows of q, k and v (gate and up) in each fused module, for `Adapter.null`."""
+    host, parts = lens.plan.host, {}
+    for key, factors in lens.adapter.modules.items():
+        place = host.family.place(key.partition("@")[0])
+        if place is None or place.layout == "whole" or not isinstance(factors, LoRAFactors):
+            continue
+        rows = [fused_rows(place, kind, host.heads, len(factors.B)) for kind in place.kinds]
+        parts[key] = [r for r in rows if r is not None]
+    return parts
+
+
+def null_lenses(lens: LoraLens, seed: int, draws: int) -> Iterator[LoraLens]:
+    """A lens of each of the adapter's null draws, which keep the spectrum of each fused part."""
+    parts = fused_parts(lens)
+    for draw in range(draws):
+        yield lens.with_adapter(lens.adapter.null(seed, draw, parts=parts))
+
+
+def name_of_scale(scale: Scale) -> str:
+    """Gates as results state them: 'ε = 0.5', or that they are the caller's own."""
+    return f"ε = {scale:g}" if isinstance(scale, int | float) else "gates of the caller"

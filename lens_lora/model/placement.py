@@ -1,0 +1,71 @@
+"""How a base model is loaded: its dtype, its devices, its quantisation, its attention.
+
+Words only, as a command line gives them: torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from lens_lora.errors import ArgumentError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Attention = Literal["eager", "sdpa"]
+DeviceMap = str | Mapping[str, int | str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a base model is loaded, and where it lies.
+
+    Raises:
+        ArgumentError: an unknown word, two quantisations, a device beside a device map, or a map to
+            the disk.
+    """
+
+    dtype: str | None = None
+    device: str | None = None
+    device_map: DeviceMap | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    attn: str = "eager"
+
+    def __post_init__(self) -> None:
+        for name, value, words in (
+            ("dtype", self.dtype, (None, *get_args(Dtype))),
+            ("attn", self.attn, get_args(Attention)),
+        ):
+            if value not in words:
+                shown = ", ".join(repr(word) for word in words if word)
+                raise ArgumentError(f"{name}={value!r}; expected {shown}.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ArgumentError("load_in_4bit and load_in_8bit exclude each other; choose one.")
+        places = () if not isinstance(self.device_map, Mapping) else self.device_map.values()
+        if "disk" in places:
+            raise ArgumentError(
+                "device_map puts modules on 'disk', and a lens needs its weights at hand. Leave "
+                "'disk' out: load in 4 bit or in bfloat16, or over more devices."
+            )
+        if self.device is not None and self.device_map is not None:
+            raise ArgumentError(
+                f"device={self.device!r} and device_map={self.device_map!r} exclude each other: "
+                "the map says where each module lies. Leave one out."
+            )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether linear modules are loaded in 4 or 8 bit."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @property
+    def says_how_to_load(self) -> bool:
+        """Whether it says what a model that is loaded already cannot follow."""
+        return self.is_quantised or self.device_map is not None or self.attn != "eager"
+
+    @property
+    def weights(self) -> str:
+        """The dtype of the weights, by the rule above."""
+        on_cpu = self.device_map is None and (self.device or "cpu").startswith("cpu")
+        return self.dtype or ("float32" if on_cpu and not self.is_quantised else "auto")

@@ -1,0 +1,402 @@
+"""What results share: abstract bases, each with more of it than the one above.
+
+    Result      a table, a file, its text: also what has no readout (logit shifts, features)
+    Paged       and a page of its own
+    Read        and of which readout
+    Measured    and the header: of which sites and prompts, between which exact ends
+    Ranked      and `top`: one number per prompt and entry (site, group, hook point, pair)
+
+A class is abstract or final: every result that a user meets is a final dataclass below one of
+these. The header is keyword-only, so that a subclass keeps its own fields first.
+
+`prompt=None` is the mean over prompts where the values of different prompts can be averaged (sites,
+groups, hook points), and the only prompt where they cannot (positions, curves along ε, stories,
+rankings of tokens).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lens_lora.arguments import whole
+from lens_lora.engine.asked import Asked
+from lens_lora.errors import ArgumentError, LensLoraError
+from lens_lora.model.sites import Groups, Site
+from lens_lora.results import drawing
+from lens_lora.results.storage import read_result, save_result, stored
+
+SIGMAS = 3.0
+"""A difference of at most so many noise floors cannot be told from rounding."""
+
+_Self = TypeVar("_Self", bound="Result")
+
+
+class Result(abc.ABC):
+    """Frozen numbers with labels: a table, a file, and what they say of themselves."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        stored(cls)
+
+    @abc.abstractmethod
+    def to_frame(self) -> pd.DataFrame:
+        """The numbers as a table."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, labels and versions in its header; returns the path.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            LensLoraError: a place where no file can be written.
+        """
+        return save_result(self, path)
+
+    @classmethod
+    def load(cls: type[_Self], path: str | Path) -> _Self:
+        """What `save` wrote, of this class; `ll.load_result` reads a file of any class.
+
+        Args:
+            path: the file to read.
+
+        Raises:
+            LensLoraError: no such file, another kind of file or result, a damaged file, or one of
+                another version.
+        """
+        result = load_result(path)
+        if not isinstance(result, cls):
+            name = type(result).__name__
+            raise LensLoraError(
+                f"{path}: holds {name}, expected {cls.__name__}; load it with {name}.load, or with "
+                "ll.load_result."
+            )
+        return result
+
+    def __repr__(self) -> str:
+        return drawing.text(self)
+
+    def _repr_html_(self) -> str:
+        return drawing.html(self)
+
+
+def load_result(path: str | Path) -> Result:
+    """Any result that its `save` wrote, as its own class, which the file names.
+
+    Args:
+        path: the file to read.
+
+    Returns:
+        FactMargin, Attribution, Effects, …: equal to what was saved, on the CPU.
+
+    Raises:
+        LensLoraError: no such file, another kind of file, a class that this version of lens_lora
+            does not have, a damaged file, or one of another version.
+    """
+    result = read_result(path)
+    if not isinstance(result, Result):
+        raise LensLoraError(
+            f"{path}: holds {type(result).__name__}, which is a part of results and not one by "
+            "itself; save a whole result again."
+        )
+    return result
+
+
+class Paged(Result):
+    """A result that has a page of its own."""
+
+    def report(self, title: str | None = None) -> str:
+        """A self-contained HTML page.
+
+        Args:
+            title: the page's title; by default the adapter, the prompt, or the two answers.
+        """
+        return drawing.report(self, title=title)
+
+    def save_report(self, path: str | Path) -> Path:
+        """Write `report` to a file; returns the path.
+
+        Args:
+            path: the page to write.
+        """
+        path = Path(path)
+        path.write_text(self.report(), encoding="utf-8")
+        return path
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Read(Result):
+    """A result of one readout.
+
+    Attributes:
+        str_tokens: each prompt's tokens.
+        readout, units: the number that was read, in words, and its unit.
+        meta: model, adapter, dtype and versions.
+    """
+
+    str_tokens: tuple[tuple[str, ...], ...]
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Measured(Read):
+    """A result of one readout, with the exact ends beside it.
+
+    Attributes:
+        sites: the adapted sites.
+        base, adapted: [batch], the readout at g(0) and g(1), exact.
+        str_tokens, readout, units, meta: see `Read`.
+    """
+
+    sites: tuple[Site, ...]
+    base: Float[Tensor, " batch"]
+    adapted: Float[Tensor, " batch"]
+
+    @property
+    def shift(self) -> Float[Tensor, " batch"]:
+        """g(1) − g(0), exact."""
+        return self.adapted - self.base
+
+    def share_of(self, values: Float[Tensor, " batch *rest"]) -> Float[Tensor, " batch *rest"]:
+        """Values as shares of each prompt's shift.
+
+        Args:
+            values: numbers in the readout's units.
+        """
+        return values / self.shift.view(-1, *[1] * (values.ndim - 1))
+
+
+class Entries(NamedTuple):
+    """One prompt's numbers, or their mean over prompts, with the labels of each.
+
+    Attributes:
+        labels: column → a label for each entry.
+        values: the numbers, in float64.
+        shift: the shift they are a share of.
+        name: the numbers' column.
+    """
+
+    labels: Mapping[str, Sequence[object]]
+    values: Float[Tensor, " entry"]
+    shift: Float[Tensor, ""]
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Ranked(Measured):
+    """A measured result of one number per prompt and entry, so that entries can be ranked."""
+
+    def mean_over(
+        self, prompt: int | None, values: Float[Tensor, " batch *entry"]
+    ) -> tuple[Float[Tensor, "*entry"], Float[Tensor, ""]]:
+        """Numbers, and the shift, of one prompt or in the mean over prompts, in float64.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+            values: each prompt's numbers.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        rows = prompt_rows(prompt, len(self.base))
+        mean, shift = (x[rows].cpu().double().mean(0) for x in (values, self.shift))
+        return mean, shift
+
+    @abc.abstractmethod
+    def entries(self, prompt: int | None = None) -> Entries:
+        """The labelled numbers of one prompt, or their mean over prompts.
+
+        Args:
+            prompt: an index, or None.
+
+        Raises:
+            ArgumentError: no such prompt, or several where they have no mean and none was named.
+        """
+
+    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
+        """The k entries of largest magnitude, with their share of the shift.
+
+        Args:
+            k: how many.
+            prompt: an index; without it the mean over prompts, or where values are by position
+                the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several where they have no mean and none was named.
+        """
+        labels, values, shift, name = self.entries(prompt)
+        order = largest(values, k)
+        columns = {label: [column[i] for i in order] for label, column in labels.items()}
+        numbers = {name: values[order].tolist(), "share": (values / shift)[order].tolist()}
+        return pd.DataFrame(columns | numbers)
+
+
+def read_of(asked: Asked) -> dict[str, Any]:
+    """The fields of `Read`."""
+    return {
+        "str_tokens": asked.str_tokens,
+        "readout": asked.readout.label,
+        "units": asked.readout.units,
+        "meta": asked.lens.describe(),
+    }
+
+
+def header(asked: Asked) -> dict[str, Any]:
+    """The fields of `Measured`. Two forward passes, where the exact ends are not known yet."""
+    base, adapted = asked.ends
+    return {"sites": asked.lens.sites, "base": base, "adapted": adapted, **read_of(asked)}
+
+
+# --- Which prompt a table or picture shows, and which entries are the largest.
+
+
+def prompt_rows(prompt: int | None, batch: int) -> slice:
+    """The rows of one prompt, or those of all prompts, to be averaged.
+
+    Raises:
+        ArgumentError: the result has no such prompt.
+    """
+    if prompt is None:
+        return slice(None)
+    index = only_prompt(prompt, batch)
+    return slice(index, index + 1)
+
+
+def only_prompt(prompt: int | None, batch: int, what: str = "values") -> int:
+    """The index of the prompt named, or of the only one; `what` cannot be averaged.
+
+    Raises:
+        ArgumentError: no such prompt, or several prompts and none named.
+    """
+    if prompt is None:
+        if batch == 1:
+            return 0
+        raise ArgumentError(
+            f"{what} of {batch} prompts have no mean; choose one with prompt=…, from 0 to "
+            f"{batch - 1}."
+        )
+    if not 0 <= (prompt := whole("prompt", prompt)) < batch:
+        raise ArgumentError(f"prompt {prompt}: the result has prompts 0 to {batch - 1}.")
+    return prompt
+
+
+def largest(values: Tensor, k: int) -> list[int]:
+    """Flat indices of the k entries of largest magnitude, the largest first; NaN is left out.
+
+    Raises:
+        ArgumentError: a k that is no whole number, or below 0.
+    """
+    sizes = values.flatten().abs().nan_to_num(-1.0)
+    order = sizes.argsort(descending=True, stable=True)[: whole("k", k, 0)]
+    return order[sizes[order] >= 0].tolist()
+
+
+# --- Columns of tables.
+
+
+def long_table(
+    numbers: Mapping[str, Float[Tensor, "*axis"]], *axes: Mapping[str, Iterable[object]]
+) -> pd.DataFrame:
+    """One row for each entry of arrays of one shape: the labels along each axis, the numbers."""
+    labels = functools.reduce(
+        functools.partial(pd.merge, how="cross"), [pd.DataFrame(axis) for axis in axes]
+    )
+    return labels.assign(**flat(numbers))
+
+
+def site_labels(sites: Sequence[Site], repeat: int = 1) -> dict[str, list[Any]]:
+    """Site, module, layer and kind of each row, `repeat` times over."""
+    names = ("site", "module", "layer", "kind")
+    rows = [(site.name, site.module, site.layer, site.kind) for site in sites] * repeat
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+
+
+def tokens_at(
+    str_tokens: Sequence[Sequence[str]], prompts: Sequence[int], positions: Sequence[int]
+) -> list[str]:
+    """The token of each pair of prompt and position."""
+    return [str_tokens[p][i] for p, i in zip(prompts, positions, strict=True)]
+
+
+def per_prompt(
+    numbers: Mapping[str, Float[Tensor, " batch"]],
+) -> dict[str, NDArray[np.float64]]:
+    """Columns of a table with one row per prompt."""
+    return {name: values.detach().cpu().double().numpy() for name, values in numbers.items()}
+
+
+def flat(numbers: Mapping[str, Float[Tensor, "*rows"]]) -> dict[str, NDArray[np.float64]]:
+    """Columns of a table with a row for each entry, in the order of the axes."""
+    return per_prompt({name: values.flatten() for name, values in numbers.items()})
+
+
+# --- Groups of sites.
+
+
+def is_by_site(groups: Groups, count: int) -> bool:
+    """Whether the groups are the single sites, all of them."""
+    return list(groups.values()) == [(index,) for index in range(count)]
+
+
+def is_partition(groups: Groups, count: int) -> bool:
+    """Whether every site is in exactly one group."""
+    return sorted(index for members in groups.values() for index in members) == list(range(count))
+
+
+# --- Signs of a readout: which change, and which are hidden by rounding.
+
+
+def hides_sign(
+    values: Float[Tensor, "*entry"], noise_floor: Float[Tensor, "*#entry"]
+) -> Bool[Tensor, "*entry"]:
+    """Whether a number is so near to zero that rounding hides its sign."""
+    return values.abs() <= SIGMAS * noise_floor.to(values)
+
+
+def changes_sign(
+    before: Float[Tensor, "*entry"],
+    after: Float[Tensor, "*entry"],
+    noise_floor: Float[Tensor, "*#entry"],
+    floor_after: Float[Tensor, "*#entry"] | None = None,
+) -> Bool[Tensor, "*entry"]:
+    """Whether two numbers have opposite signs, neither hidden by its own noise floor."""
+    is_hidden = hides_sign(before, noise_floor) | hides_sign(
+        after, noise_floor if floor_after is None else floor_after
+    )
+    return (before.sign() != after.sign()) & ~is_hidden
+
+
+# --- Names of rankings and attributions: stable identifiers, from which `show` makes what is read.
+#
+# first_order@0, first_order@1, second_order@0    a derivative, and the gate value it is taken at
+# first_order/patterns@0                          the same with attention patterns held fixed
+# path, add_one, leave_one_out                    along the whole path; real interventions
+# leave_one_out/mean, …/resample                  … with δ replaced by something else than zero
+# second_order/add_one@0, second_order/leave_one_out@1   effects to second order (Coupling.estimate)
+# weight_norm, update_norm, random, greedy        the baselines of `faithfulness`
+# signed_weight_norm, norm_product, signed_random `foils`: each knows a part of a derivative
+
+
+WEIGHT_NORM, UPDATE_NORM, RANDOM, GREEDY = "weight_norm", "update_norm", "random", "greedy"
+SIGNED_WEIGHT_NORM, NORM_PRODUCT = "signed_weight_norm", "norm_product"
+SIGNED_RANDOM = "signed_random"
+FOILS = (SIGNED_WEIGHT_NORM, NORM_PRODUCT, SIGNED_RANDOM)
+_WITHOUT_GATE = ("path", "add_one", "leave_one_out", *FOILS)
+
+
+def key_of(method: str, at: float) -> str:
+    """'first_order@0', 'path', 'add_one'."""
+    return method if method.partition("/")[0] in _WITHOUT_GATE else f"{method}@{at:g}"

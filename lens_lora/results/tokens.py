@@ -1,0 +1,136 @@
+"""Tokens of texts and of the vocabulary: which are meant, which come first, what they share.
+
+1. Of a text: which tokens a mean is over, and the strongest examples of a direction among them.
+2. Of the vocabulary: ranked by one number each.
+3. How much of a vector that changes from token to token is one constant vector, on held-out texts:
+
+       share = 1 − Σ_i Σ_t∈i ‖x_t − μ_{−i}‖² / Σ_t ‖x_t‖²,    μ_{−i} the mean over the other texts
+
+   Sums of each text are enough: Σ_t∈i ‖x_t − μ‖² = q_i − 2 s_i·μ + n_i ‖μ‖². Over the same tokens
+   as the mean, the share would be inflated by about one over their number; it is negative where
+   the other texts' mean is worse than none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lens_lora.arguments import is_whole, one_entry, whole, word
+from lens_lora.errors import ArgumentError
+
+Positions = Literal["response"] | int | slice | Sequence[int] | None
+Sign = Literal[1, -1]
+
+
+def chosen_positions(positions: Positions, length: int, start: int) -> NDArray[np.bool_]:
+    """[token]: which of a text's tokens are meant; its response begins at `start`.
+
+    Raises:
+        ArgumentError: neither None, 'response', an index, a slice, nor indices.
+    """
+    mask = np.zeros(length, bool)
+    if positions is None:
+        return ~mask
+    if isinstance(positions, str):
+        word("positions", positions, ("response",))
+        return np.arange(length) >= start
+    if isinstance(positions, slice):
+        mask[positions] = True
+        return mask
+    plain = one_entry(positions)
+    several = plain if isinstance(plain, Iterable) else [plain]
+    if not all(is_whole(one_entry(index)) for index in several):
+        raise ArgumentError(
+            f"positions={positions!r}: expected None, 'response', an index, a slice, or indices."
+        )
+    indices = np.array([whole("positions", index) for index in several], dtype=np.int64)
+    inside = indices[(indices >= -length) & (indices < length)]
+    mask[inside] = True
+    return mask
+
+
+def context_of(tokens: Sequence[str], at: int, width: int) -> str:
+    """The token at this position in ⟦ ⟧, with `width` tokens on either side."""
+    before, after = tokens[max(at - width, 0) : at], tokens[at + 1 : at + 1 + width]
+    return f"{''.join(before)}⟦{tokens[at]}⟧{''.join(after)}"
+
+
+def require_sign(sign: int) -> int:
+    """The sign, if it is one.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if one_entry(sign) not in (1, -1) or isinstance(sign, bool):
+        raise ArgumentError(f"sign={sign!r}: expected 1 or -1.")
+    return int(sign)
+
+
+def require_ranks(rank: int | None, count: int) -> list[int]:
+    """The rank that is asked for, or all.
+
+    Raises:
+        ArgumentError: no such rank.
+    """
+    if rank is None:
+        return list(range(count))
+    if not 0 <= (rank := whole("rank", rank)) < count:
+        raise ArgumentError(f"rank {rank}: the site has ranks 0 to {count - 1}.")
+    return [rank]
+
+
+def strongest(values: NDArray[np.floating], sign: int, k: int) -> NDArray[np.intp]:
+    """Indices of the k values of this sign of largest magnitude, the largest first."""
+    towards = np.nan_to_num(values * sign, nan=0.0)
+    order = np.argsort(-towards, kind="stable")[:k]
+    return order[towards[order] > 0]
+
+
+def ranked_tokens(
+    values: Float[Tensor, " vocab"],
+    strings: Sequence[str],
+    k: int,
+    column: str,
+    *,
+    largest: bool = True,
+) -> pd.DataFrame:
+    """The k tokens of largest (or least) value: rank from 1, token, id, value.
+
+    Raises:
+        ArgumentError: a k that is no whole number, or below 0.
+    """
+    order = values.argsort(descending=largest, stable=True)[: whole("k", k, 0)].tolist()
+    columns = {
+        "rank": list(range(1, len(order) + 1)),
+        "token": [strings[i] for i in order],
+        "id": order,
+        column: values[order].tolist(),
+    }
+    return pd.DataFrame(columns)
+
+
+def rank_of(values: Float[Tensor, " vocab"], token: int) -> int:
+    """The rank of a token, 1 for the largest value; ties count against it."""
+    return int((values >= values[token]).sum())
+
+
+def held_out_share(
+    sums: Float[Tensor, "text *more d"],
+    squares: Float[Tensor, " text *more"],
+    counts: Int[Tensor, " text"],
+) -> Float[Tensor, "*more"]:
+    """The share, NaN where all vectors are zero or there is one text."""
+    kept = counts > 0
+    sums, squares, counts = sums.double()[kept], squares.double()[kept], counts[kept]
+    n = counts.to(sums).view(-1, *[1] * (squares.ndim - 1))
+    others = (n.sum(0) - n)[..., None]
+    mean = (sums.sum(0) - sums) / others
+    apart = squares - 2 * (sums * mean).sum(-1) + n * mean.square().sum(-1)
+    return 1 - apart.sum(0) / squares.sum(0)

@@ -1,0 +1,497 @@
+"""An adapter as a whole, no prompt asked: its words, its tables and its pages.
+
+What its files hold (`inspect`), what it changed over unrelated texts (`what_changed`), how it came
+about (`checkpoints`), and what a repair made of it. The words claim no more than the numbers, and
+of an audit no more than its controls allow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import rich.table
+from plotly.graph_objects import Figure
+from rich.console import Group
+from rich.text import Text
+
+from lens_lora import results
+from lens_lora.analyses.spectra import AdapterSummary, Spectrum
+from lens_lora.analyses.what_changed import BY, By, Changes
+from lens_lora.errors import ArgumentError
+from lens_lora.results import drawing
+from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
+from lens_lora.show.page import Block, Part, Section, made_by, page_html, with_notes
+from lens_lora.show.tables import Row, Table, in_terminal, table_of
+from lens_lora.show.text import label, magnitude, percent, short_prompt, signed, visible
+
+# --- What an adapter's files hold, for the terminal
+
+_LEADING, _LISTED = 3, 5
+
+
+def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> rich.table.Table:
+    """What the adapter is, and what its files say of it."""
+    table = rich.table.Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _facts(summary, config).items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]:
+    rows, count = summary.rows, summary.module_count
+    facts = {
+        "adapter": summary.name,
+        "base model": summary.base_model or "not named",
+        "PEFT version": str(config.get("peft_version") or "not stated"),
+        "modules": str(count),
+        "targets": _counted(summary.targets),
+        "ranks": _counted(summary.ranks) or "no factors",
+        "scales": f"{_counted(summary.scales)}; {_rule(config)}"
+        if summary.scales
+        else "no factors",
+        "beside s·B·A": _counted(summary.parts) or "no biases, DoRA, embeddings or head",
+        "‖ΔW‖_F in all": _total(summary),
+    }
+    if summary.trained_whole:
+        facts["trained whole"] = _first(summary.trained_whole)
+    untrained = {
+        row.module for row in rows if row.has_factors and row.norm == 0 and row.bias_norm == 0
+    }
+    if untrained:
+        facts["untrained"] = (
+            f"ΔW = 0, as before any training, in {len(untrained)} of {count} modules"
+        )
+    if _has_biases(summary):  # they act whatever the input, and no ‖ΔW‖ shows them
+        facts["‖Δb‖ in all"] = (
+            "trained biases: their change depends on the base's"
+            if math.isnan(summary.bias_norm)
+            else f"{magnitude(summary.bias_norm)}, added whatever the input, beside ΔW"
+        )
+    if summary.model:
+        facts["laid over"] = f"{summary.model}: {sum(row.site is not None for row in rows)} sites"
+    if summary.unchanged:
+        facts["as in the model"] = ", ".join(summary.unchanged[:_LISTED])
+    if summary.missing:
+        remedy = "to make a lens, leave them out: adapter.without(…)"
+        facts["model lacks"] = f"{_first(summary.missing)}; {remedy}"
+    return facts
+
+
+def _total(summary: AdapterSummary) -> str:
+    unknown = {part for row in summary.rows if math.isnan(row.norm) for part in row.parts}
+    unknown -= {"lora_bias", "trained bias"}
+    if unknown:
+        return f"needs the base model ({', '.join(sorted(unknown))}): --model"
+    total = magnitude(summary.norm)
+    if summary.model:
+        total += f", {_relative(summary.relative_norm)} of ‖W‖_F of these sites"
+    return total
+
+
+def _rule(config: Mapping[str, Any]) -> str:
+    """'s = α/r, α = 16', with the square root for rsLoRA."""
+    is_patterned = config.get("rank_pattern") or config.get("alpha_pattern")
+    rule = "s = α/√r (rsLoRA)" if config.get("use_rslora") else "s = α/r"
+    patterns = " and by pattern" if is_patterned else ""
+    return f"{rule}, α = {config.get('lora_alpha', 'not stated')}{patterns}"
+
+
+def _first(modules: tuple[str, ...]) -> str:
+    more = f" and {len(modules) - _LISTED} more" if len(modules) > _LISTED else ""
+    return f"{', '.join(modules[:_LISTED])}{more}"
+
+
+def _counted(counts: Mapping[Any, int]) -> str:
+    """'q_proj × 30, v_proj × 30'."""
+    names = (f"{key:.4g}" if isinstance(key, float) else str(key) for key in counts)
+    return ", ".join(f"{name} × {n}" for name, n in zip(names, counts.values(), strict=True))
+
+
+def _has_biases(summary: AdapterSummary) -> bool:
+    return any(row.bias_norm != 0 for row in summary.rows)
+
+
+def _relative(share: float) -> str:
+    """A percentage of two digits: these are often small, and are compared."""
+    return f"{100 * share:.2g}%" if math.isfinite(share) else "—"
+
+
+def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
+    """The updates of largest ‖ΔW‖_F, by site where there is a model, else by module."""
+    top, unit = summary.top(k), "site" if summary.model else "module"
+    columns = [_spectrum(row, summary) for row in top]
+    heads = tuple(columns[0]) if columns else ()
+    return Table(
+        (unit, *heads),
+        [(row.site or row.module, *c.values()) for row, c in zip(top, columns, strict=True)],
+        title=f"{len(top)} of {len(summary.rows)} {unit}s, by ‖ΔW‖_F",
+    )
+
+
+def _spectrum(row: Spectrum, summary: AdapterSummary) -> dict[str, str]:
+    """Column → what it holds of one update."""
+    sigma = map(magnitude, row.singular_values[:_LEADING].tolist())
+    leading = itertools.islice(itertools.chain(sigma, itertools.repeat("—")), _LEADING)
+    return {
+        "rank": str(row.rank),
+        "s": f"{row.scale:.3g}",
+        "‖ΔW‖_F": magnitude(row.norm),
+        **({"‖ΔW‖/‖W‖": _relative(row.relative_norm)} if summary.model else {}),
+        **({"‖Δb‖": magnitude(row.bias_norm)} if _has_biases(summary) else {}),
+        "stable rank": magnitude(row.stable_rank),
+        **dict(zip(("σ₁ = ‖ΔW‖₂", "σ₂", "σ₃"), leading, strict=True)),
+    }
+
+
+# --- What it changed, nothing asked: in words
+
+_TOKENS_NAMED, _MODULES_NAMED = 6, 4
+
+
+@drawing.story.register(results.WhatChanged)
+def what_changed_story(changed: results.WhatChanged) -> str:
+    """A paragraph a line: how much, where, towards which tokens, by which modules, how constant."""
+    parts = (_size, _tokens, _reading, _places, _modules, _constant)
+    return "\n".join(text for part in parts if (text := part(changed)))
+
+
+def _size(changed: results.WhatChanged) -> str:
+    text = (
+        f"Over {changed.texts} the next-token distribution moves by "
+        f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
+    )
+    random, others = (_range(group) for group in (changed.nulls, changed.unrelated))
+    if random:
+        text += f"; null adapters, of the same sizes in random directions: {random}"
+    if others:
+        text += f"; unrelated adapters: {others}"
+    first = magnitude(changed.found.first_kl)
+    return f"{text}. At first tokens, which are left out: {first} nats."
+
+
+def _range(group: Sequence[Changes]) -> str:
+    values = sorted(changes.mean_kl for changes in group)
+    return " to ".join(dict.fromkeys(map(magnitude, (*values[:1], *values[-1:]))))
+
+
+def _tokens(changed: results.WhatChanged) -> str:
+    lists: list[str] = []
+    units: dict[By, str] = {"logit": "logits", "probability": "of probability"}
+    for by, unit in units.items():
+        frame = changed.promoted(_TOKENS_NAMED, by)
+        most = f"the first by {signed(frame[by].tolist()[0])} {unit}"
+        if "null" in frame:
+            random = signed(frame["null"].tolist()[0])
+            most += f"; no token by more than {random} under a null adapter"
+        lists.append(f"promoted most by mean {by}: {_quoted(frame['token'])} ({most})")
+    return f"P{'; '.join(lists)[1:]}."
+
+
+def _quoted(tokens: Iterable[str]) -> str:
+    return ", ".join(f"‘{visible(token)}’" for token in tokens)
+
+
+def _reading(changed: results.WhatChanged) -> str:
+    tokens = _quoted(changed.promoted(_TOKENS_NAMED, "reading")["token"])
+    shares = ", ".join(map(" ".join, _writers(changed, _MODULES_NAMED).rows))
+    return (
+        "What the residual stream gains on the first tokens of the texts reads, through the final "
+        f"norm and the unembedding, as {tokens}. It is added by {shares}."
+    )
+
+
+def _places(changed: results.WhatChanged) -> str:
+    rows = changed.where(1).to_dict("records")
+    return "".join(
+        f"The next token changes most after {row['context']!r}, by {magnitude(row['kl'])} nats: "
+        f"{row['promoted']}."
+        for row in rows
+    )
+
+
+def _modules(changed: results.WhatChanged) -> str:
+    rows = _modules_table(changed, _MODULES_NAMED).rows
+    if not rows:
+        return ""
+    shares = ", ".join(f"{site} {share}" for site, _, _, share in rows)
+    total = magnitude(float(changed.shares.sum()))
+    return f"Of the quadratic KL, {total} nats a token, most belongs to {shares}."
+
+
+def _constant(changed: results.WhatChanged) -> str:
+    constant = changed.found.constant.items()
+    shares = ", ".join(f"{percent(share)} at {name}" for name, share in constant)
+    return (
+        f"How much of the shift of activations is one vector, whatever the token, on held-out "
+        f"texts: {shares}."
+    )
+
+
+# --- What it changed: pictures
+
+
+def shares_figure(changed: results.WhatChanged) -> Figure:
+    """Each site's share of the quadratic KL, layer × kind of module."""
+    values = changed.shares.tolist()
+    total = sum(values) or 1.0
+    says = [f"{percent(value / total)} of all" for value in values]
+    heading, below = (
+        "Which modules hold the divergence",
+        "shares of the quadratic KL: ½ vᵀFv, complete",
+    )
+    return kinds_by_layer((heading, below), changed.sites, values, says, "nats a token", "signed")
+
+
+_PROMOTED_UNITS = {
+    "logit": "mean shift of the logit",
+    "probability": "mean shift of the probability",
+    "reading": "mean Δh on first tokens, read as logits",
+}
+_CONTROLS = (("null", "a null adapter", "dash"), ("unrelated", "an unrelated adapter", "dot"))
+
+
+@drawing.figure.register(results.WhatChanged)
+def promoted_figure(changed: results.WhatChanged, k: int = 20, by: By = "logit") -> Figure:
+    """The tokens promoted most; lines where the largest shift under a control is."""
+    frame = changed.promoted(k, by)
+    values = frame[by].tolist()
+    tokens = zip(frame["rank"], frame["token"], strict=True)
+    names = [f"{rank} {visible(token)}" for rank, token in tokens]
+    hover = [f"{label(name)}<br>{signed(v)}" for name, v in zip(names, values, strict=True)]
+    heading = f"Promoted by {changed.found.name}, nothing asked"
+    figure = bars((heading, changed.texts), names, values, hover, _PROMOTED_UNITS[by])
+    figure.update_traces(showlegend=False)
+    for control, described, dash in _CONTROLS:
+        if control in frame:
+            most = float(frame[control].tolist()[0])
+            text = f"{signed(most)}, the most of any token under {described}"
+            ends, name = [label(names[0]), label(names[-1])], f"most under {described}"
+            figure.add_trace(curve([most] * 2, ends, name, LINEAR, [text] * 2, dash=dash))
+    return figure
+
+
+# --- What it changed: tables, in the terminal and on a page
+
+_PROMOTED = {
+    "logit": ("promoted by mean logit", "by logit", "mean Δlogit"),
+    "probability": ("promoted by mean probability", "by probability", "mean Δp"),
+    "reading": ("Δh on the first tokens reads as", "read through the unembedding", "logits"),
+}
+_TOKENS_SHOWN, _PLACES_SHOWN, _MODULES_SHOWN = 20, 12, 20
+
+
+def _promoted_table(changed: results.WhatChanged, by: By, k: int) -> Table:
+    """The tokens promoted most, beside the largest shift of any token under a control."""
+    title, heading, units = _PROMOTED[by]
+    heads = {"rank": "rank", "token": "token", by: units}
+    heads |= {control: f"largest, {control}" for control in ("null", "unrelated")}
+    return table_of(changed.promoted(k, by), heads, texts=(1,), title=title, heading=heading)
+
+
+def _places_table(changed: results.WhatChanged, k: int) -> Table:
+    """The tokens after which the next one changes most."""
+    places = changed.where(k)
+    for control in places.columns.intersection(["null", "unrelated"]):
+        places[control] = list(map(magnitude, places[control]))
+    heads = {"context": "after ⟦token⟧", "kl": "KL, nats", "promoted": "promoted there"}
+    heads |= {"null": "null", "unrelated": "unrelated"}
+    return table_of(places, heads, texts=(0, 2), title="where")
+
+
+def _modules_table(changed: results.WhatChanged, k: int) -> Table:
+    """The sites of largest share of the quadratic KL; no row where it was not split."""
+    heads = {"site": "site", "module": "module", "nats": "nats a token", "share": "of all"}
+    title = "modules of the quadratic KL"
+    return table_of(changed.modules(k), heads, texts=(0, 1), title=title)
+
+
+def _writers(changed: results.WhatChanged, k: int) -> Table:
+    """What adds the mean Δh of the first tokens."""
+    heads = {"name": "added by", "share": "of ‖Δh‖²"}
+    return table_of(changed.writers(k), heads, heading="which blocks add it")
+
+
+def _size_table(changed: results.WhatChanged) -> Table:
+    """The adapter and each control: how much it changes."""
+    summary = changed.summary()
+    last = {summary.columns[-1]: "share"}  # how constant Δh is behind the last block
+    heads = {"adapter": "adapter", "kind": "kind", "mean_kl": "KL, nats a token"}
+    heads |= {f"largest_{by}": f"largest {by}" for by in BY}
+    heads["share"] = "constant behind the last block"
+    return table_of(summary.rename(columns=last), heads, texts=(0, 1))
+
+
+def what_changed_tables(changed: results.WhatChanged, k: int = 10) -> Group:
+    """Promoted tokens, places and modules, for the terminal."""
+    promoted = (_promoted_table(changed, by, k) for by in BY)
+    return in_terminal(*promoted, _places_table(changed, k), _modules_table(changed, k))
+
+
+@drawing.report.register(results.WhatChanged)
+def what_changed_report(changed: results.WhatChanged, *, title: str | None = None) -> str:
+    """A self-contained HTML page."""
+    logit, probability, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
+    modules = _modules_table(changed, _MODULES_SHOWN)
+    split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
+    carried = (reading, _writers(changed, _TOKENS_SHOWN))
+    sections = [
+        Section("How much", [_size_table(changed)]),
+        Section(
+            "Which tokens are promoted",
+            [promoted_figure(changed), (logit, probability)],
+        ),
+        Section("What the first tokens carry", [carried]),
+        Section("Where", [_places_table(changed, _PLACES_SHOWN)]),
+        Section("Which modules", split),
+    ]
+    part = Part(
+        name=changed.found.name,
+        subtitle=f"{made_by(changed.meta)} · {changed.texts}",
+        story=what_changed_story(changed).split("\n"),
+        sections=with_notes(sections, "changes", changed.meta),
+    )
+    return page_html(title or f"What did {changed.found.name} change?", [part])
+
+
+# --- Two adapters, and one through a training
+
+
+@drawing.figure.register(results.AdapterComparison)
+def comparison_heatmap(comparison: results.AdapterComparison) -> Figure:
+    """cos⟨ΔW, ΔW′⟩ of every shared site; the colours end at ±1.
+
+    Raises:
+        ArgumentError: the adapters share no site.
+    """
+    if not comparison.sites:
+        raise ArgumentError("the two adapters share no site, so there is no cosine to draw.")
+    cosines, unshared = comparison.cosines.tolist(), sum(map(len, comparison.only))
+    rest = f", {unshared} sites in one of them alone" if unshared else ""
+    heading = f"ΔW of {comparison.names[0]} and {comparison.names[1]}"
+    below = f"cosine over all sites {comparison.cosine:+.3f}{rest}"
+    says = [f"cosine {cosine:+.3f}" for cosine in cosines]
+    sites, units = comparison.sites, "cosine"
+    return kinds_by_layer((heading, below), sites, cosines, says, units, "signed", reach=1.0)
+
+
+_MODULES = {
+    "moved": ("Which modules move when", "how far ΔW moved since the checkpoint before"),
+    "effect": ("First order through the training", "Σ of each group, mean over prompts"),
+    "norm": ("How large ΔW is through the training", "‖ΔW‖ of each group"),
+}
+_NORMS = {"moved": "‖change‖", "norm": "‖ΔW‖"}
+
+
+@drawing.modules.register(results.Checkpoints)
+def modules_heatmap(training: results.Checkpoints, what: Any, group: Any) -> Figure:
+    """Groups of modules by step.
+
+    Raises:
+        ArgumentError: another `what` or `group`.
+    """
+    frame = training.by_group(what, group)
+    heading, below = _MODULES[what]
+    says = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
+    x = names_axis((f"{step:g}" for step in frame.columns), "step")
+    y = names_axis(frame.index, autorange="reversed" if group == "kind" else None)
+    units, scale = _NORMS.get(what, training.units), "amount" if what in _NORMS else "pushes"
+    values = frame.to_numpy().tolist()
+    return heatmap((f"{heading}, by {group}", below), values, says, x, y, units, scale)
+
+
+@drawing.story.register(results.Checkpoints)
+def checkpoints_story(training: results.Checkpoints) -> str:
+    """Where each prompt flips, in steps and in strength, and where anything changes at once."""
+    lines = []
+    for p, tokens in enumerate(training.str_tokens):
+        step, end = float(training.flip_step[p]), float(training.flip_scale[-1, p])
+        last = "" if math.isnan(end) else f"; of the last checkpoint at ε = {end:.2g}"
+        happened = f"changes sign at about step {step:.3g}{last}."
+        if math.isnan(step):
+            happened = f"keeps its sign through all {len(training.steps)} checkpoints."
+            if bool(training.hidden[:, p].any()):
+                happened = (
+                    "changes sign at no checkpoint beyond rounding, which hides its sign at the "
+                    "base or later."
+                )
+        said = f"“{short_prompt(tokens)}”: {training.readout} {happened}"
+        lines.append(said + _phases(training, f"prompt {p}", " It"))
+    lines.append(_phases(training, "angle", "The direction of ΔW"))
+    return "\n".join(filter(None, lines))
+
+
+def _phases(training: results.Checkpoints, series: str, subject: str) -> str:
+    spans = [f"{a:g} and {b:g}" for a, b in training.phases.get(series, ())]
+    return f"{subject} changes at once between steps {', and '.join(spans)}." if spans else ""
+
+
+def checkpoints_table(training: results.Checkpoints) -> Table:
+    """The readout at every checkpoint, the base model first, as step 0."""
+    prompts = list(map(short_prompt, training.str_tokens))
+    rows: list[Row] = [
+        ("0", prompt, signed(base), "", "", "", "")
+        for prompt, base in zip(prompts, training.base.tolist(), strict=True)
+    ]
+    for k, step in enumerate(training.steps):
+        for p, prompt in enumerate(prompts):
+            series = (training.adapted, training.first_order, training.remainder)
+            numbers = (signed(float(values[k, p])) for values in series)
+            flip = magnitude(float(training.flip_scale[k, p]))
+            rows.append((f"{step:g}", prompt, *numbers, flip, f"{training.angle[k]:.0f}°"))
+    value = f"value, {training.units}"
+    heads = ("step", "prompt", value, "first order", "remainder", "flips at ε", "angle")
+    return Table(heads, rows, texts=(1,), title=f"{training.readout} through the training")
+
+
+def checkpoints_report(training: results.Checkpoints) -> str:
+    """The page of a training, as a string."""
+    sections = [
+        Section("Through the training", [training.plot()]),
+        Section("Which layers move when", [training.plot_modules("moved", "layer")]),
+        Section("Which kinds of module move when", [training.plot_modules("moved", "kind")]),
+        Section("First order by layer", [training.plot_modules("effect", "layer")]),
+        Section("The numbers", [checkpoints_table(training)]),
+    ]
+    prompts = "; ".join(f"“{short_prompt(tokens)}”" for tokens in training.str_tokens)
+    part = Part(
+        name="training",
+        subtitle=f"{training.readout} · {prompts}",
+        story=checkpoints_story(training).split("\n"),
+        sections=with_notes(sections, None, training.meta),
+    )
+    return page_html(f"{len(training.steps)} checkpoints of {training.meta['adapter']}", [part])
+
+
+# --- A repair
+
+
+@drawing.story.register(results.Repair)
+def repair_story(repair: results.Repair) -> str:
+    """Kept and left on the prompts that judge, and whether that is better than scaling."""
+    judged = "On held-out prompts" if repair.is_held_out else "On the prompts that it was made on"
+    outcome = (
+        f"{judged} the repaired adapter keeps {percent(repair.kept_share)} of what was to be kept "
+        f"and leaves {percent(repair.left_share)} of what was to be dropped."
+    )
+    if repair.verdict == "nothing":
+        return (
+            f"{outcome} No smaller set of {repair.of}s that was tried kept "
+            f"{percent(repair.keep_share)} and left less, so the adapter is whole: ask for a "
+            "smaller keep_share, or more steps."
+        )
+    gain = f"{repair.gain:.3g} times as much"
+    beside = {
+        "helps": f"The whole adapter, scaled down to keep the same, leaves {gain}.",
+        "tie": "That is a tie with scaling the whole adapter down to keep the same.",
+        "worse": "Scaling the whole adapter down to keep the same leaves less: the repair does not "
+        "help here.",
+    }[repair.verdict]
+    if repair.exceeds:
+        beside = f"No strength of the whole adapter up to 1 keeps as much. At 1 it leaves {gain}."
+    fair = "" if repair.is_held_out else " Give test_keep and test_drop to judge it fairly."
+    return f"{outcome} {beside}{fair}"

@@ -1,0 +1,547 @@
+"""Results as curves and points: along ε, over sizes of a set, over a training, number by number."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.graph_objects import Figure
+from plotly.subplots import make_subplots
+
+from lens_lora import results
+from lens_lora.results import drawing
+from lens_lora.results.base import (
+    RANDOM,
+    SIGMAS,
+    UPDATE_NORM,
+    WEIGHT_NORM,
+    only_prompt,
+    prompt_rows,
+)
+from lens_lora.show.figures import (
+    BELOW,
+    BESIDE,
+    EXACT,
+    FLIP,
+    INK,
+    INSIDE,
+    KINDS,
+    LINEAR,
+    NOISE,
+    PALETTE,
+    curve,
+    every_few,
+    finish,
+    grouped_points,
+    names_axis,
+    points,
+    ticks,
+    whose,
+)
+from lens_lora.show.maps import members_figure
+from lens_lora.show.text import key_text, label, magnitude, numbered, percent, short_prompt, signed
+from lens_lora.show.words import explained_account
+
+# --- Along ε: a readout, a fact margin, first and second order
+
+_EPSILON = "ε, strength of the adapter"
+_HIGHEST_SHARE = 300.0  # % of the shift: a share above this would flatten the others
+
+
+@drawing.figure.register(results.RemainderCurve)
+def remainder_figure(path: results.RemainderCurve, prompt: int | None = None) -> Figure:
+    """The readout and its first-order line along ε, and |R(ε)| as a share of the shift.
+
+    Where |R| is under three noise floors of its own it is greyed: its share is one of rounding.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(path.base), "curves along ε")
+    steps, units = path.points[index], label(path.units)
+    scales = [step.scale for step in steps]
+    is_noise = [abs(step.remainder) <= SIGMAS * step.remainder_floor for step in steps]
+    shares = [100 * abs(s.remainder / s.shift) if s.shift else None for s in steps]
+    clear = [s for s, noise in zip(shares, is_noise, strict=True) if s is not None and not noise]
+    largest = max(clear, default=1.0)
+    remainders = curve(
+        scales,
+        shares,
+        "|R| / |shift|",
+        LINEAR,
+        "ε = %{x:.3g}<br>%{y:.3g}% of the shift<br>%{hovertext}<extra></extra>",
+        hovertext=[
+            f"R = {signed(step.remainder)} {units}{', below the noise' if noise else ''}"
+            for step, noise in zip(steps, is_noise, strict=True)
+        ],
+        marker={"size": 6, "color": [NOISE if noise else LINEAR for noise in is_noise]},
+        showlegend=False,
+    )
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    figure.add_traces([*_exact_and_line(path, index), remainders], rows=[1, 1, 2], cols=[1, 1, 1])
+    for low, high in _runs(scales, is_noise):
+        figure.add_vrect(x0=low, x1=high, fillcolor=NOISE, opacity=0.25, line_width=0)
+    if any(is_noise):
+        figure.add_annotation(
+            text=f"grey: |R| under {SIGMAS:g} noise floors",
+            **{"x": 1, "y": 0, "xref": "paper", "yref": "paper", "yanchor": "bottom"},
+            **{"xanchor": "right", "showarrow": False, "font": {"size": 11}},
+        )
+    cut = ", cut" if largest > _HIGHEST_SHARE else ""
+    top = max(min(1.12 * largest, _HIGHEST_SHARE), 1.0)
+    heading = f"{path.readout} along ε: exact, first order, and what it leaves"
+    finish(figure, (heading, whose(index, path.str_tokens)), ("", units), 520)
+    figure.update_xaxes(title_text=_EPSILON, row=2)
+    return figure.update_yaxes(title_text=f"|R| / |shift|, %{cut}", range=[0, top], row=2)
+
+
+def _exact_and_line(path: results.RemainderCurve, index: int) -> list[go.Scatter]:
+    """g(ε), exact, from the base model on, and the line g(0) + ε Σ a_l."""
+    base, slope = float(path.base[index]), float(path.slope[index])
+    scales, units = [0.0, *path.scales.cpu().double().tolist()], label(path.units)
+    exact = [base, *path.values[index].cpu().double().tolist()]
+    line = [base + scale * slope for scale in scales]
+    hover, name = _along("exact", units), "first order at ε = 0"
+    return [
+        curve(scales, exact, "exact", EXACT, hover, width=2.5, marker={"size": 5}),
+        curve(scales, line, name, LINEAR, _along("first order", units), dash="dash"),
+    ]
+
+
+def _along(name: str, units: str) -> str:
+    return f"ε = %{{x:.3g}}<br>%{{y:.4g}} {units}, {name}<extra></extra>"
+
+
+def _runs(scales: Sequence[float], marked: Sequence[bool]) -> list[tuple[float, float]]:
+    """Marked stretches of the axis, each reaching half way to its unmarked neighbours."""
+    edges = [0.0, *((a + b) / 2 for a, b in zip(scales, scales[1:], strict=False)), scales[-1]]
+    runs: list[tuple[float, float]] = []
+    for i in (i for i, is_marked in enumerate(marked) if is_marked):
+        starts_anew = not runs or runs[-1][1] != edges[i]
+        low = edges[i] if starts_anew else runs.pop()[0]
+        runs.append((low, edges[i + 1]))
+    return runs
+
+
+_ROOM_FOR_THE_LABEL = 0.25  # of the axis, which is as wide as the words beside the flip
+
+
+@drawing.figure.register(results.FactMargin)
+def margin_figure(fact_margin: results.FactMargin, prompt: int | None = None) -> Figure:
+    """The margin along ε, its first-order line, the zero line and the flip.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    path = fact_margin.curve
+    index = only_prompt(prompt, len(path.base), "curves along ε")
+    figure = Figure(_exact_and_line(path, index))
+    figure.add_hline(y=0, line={"color": INK, "width": 1.5})
+    flip = float(fact_margin.flip_scale[index])
+    if math.isfinite(flip):
+        # Where the margin is not: before the flip it has its base's sign, after it the other.
+        side = "left" if flip > _ROOM_FOR_THE_LABEL else "right"
+        height = "top" if (float(path.base[index]) < 0) == (side == "left") else "bottom"
+        figure.add_vline(
+            x=flip,
+            line={"color": FLIP, "width": 1.5, "dash": "dot"},
+            annotation={
+                "text": f"flips at ε = {flip:.3g}",
+                "font": {"color": FLIP},
+                "xshift": 6 if side == "right" else -6,
+            },
+            annotation_position=f"{height} {side}",
+        )
+    below = f"from the base model to the adapted · {whose(index, path.str_tokens)}"
+    axes = _EPSILON, f"margin, {label(path.units)}"
+    return finish(figure, (f"{path.readout} along ε", below), axes, 380)
+
+
+@drawing.path.register(results.SecondOrder)
+def second_order_figure(second: results.SecondOrder, prompt: int | None = None) -> Figure:
+    """The exact shift along ε, first order's line and second order's parabola.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(second.shift), "curves along ε")
+    path = second.curve
+    scales, units = [0.0, *path.scales.cpu().double().tolist()], label(path.units)
+    figure = Figure()
+    for name, values, colour, width, dash in (
+        ("exact", path.shift, EXACT, 2.5, "solid"),
+        ("first order", path.first_order, LINEAR, 2, "dash"),
+        ("second order", second.predicted_at(path.scales), FLIP, 2, "dot"),
+    ):
+        shifts, hover = [0.0, *values[index].tolist()], _along(name, units)
+        figure.add_trace(curve(scales, shifts, name, colour, hover, width=width, dash=dash))
+    figure.add_hline(y=0, line={"color": INK, "width": 1})
+    below = f"{second.verdict[index]} · {whose(index, path.str_tokens)}"
+    titles = f"{path.readout}: first and second order along ε", below
+    return finish(figure, titles, (_EPSILON, f"shift, {units}"), legend=INSIDE)
+
+
+# --- Over sizes of a set: kept and dropped, the best sets, a repair
+
+_LOOKS = {
+    WEIGHT_NORM: ("dash", "square"),
+    UPDATE_NORM: ("dot", "diamond"),
+    RANDOM: ("dashdot", "x"),
+}
+_SOLID = ("solid", "circle")
+_KEPT = "%{y:.3g}% of the shift<extra></extra>"
+
+
+@drawing.figure.register(results.Faithfulness)
+def faithfulness_figure(curves: results.Faithfulness, prompt: int | None = None) -> Figure:
+    """Keep-top-k on the left (high is good), drop-top-k on the right (low is good).
+
+    Raises:
+        ArgumentError: no such prompt.
+    """
+    rows, sites = prompt_rows(prompt, len(curves.base)), len(curves.sites)
+    done = ("kept, the others off", "dropped, the others on")
+    above = [f"top of the ranking {text}" for text in done]
+    figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=above)
+    numbers = [f"{count} of {sites} sites" for count in curves.counts]
+    rankings = iter(PALETTE * len(curves.names))
+    colours = {name: NOISE if name in _LOOKS else next(rankings) for name in curves.names}
+    fractions = [100 * f for f in curves.fractions.tolist()]
+    for column, side in enumerate(("keep", "drop"), start=1):
+        kept = getattr(curves, side)[:, rows].nanmean(1)
+        areas = getattr(curves, f"area_{side}")[:, rows].nanmean(1).tolist()
+        for name, shares, area in zip(curves.names, kept.tolist(), areas, strict=True):
+            shown, (dash, symbol) = label(key_text(name)), _LOOKS.get(name, _SOLID)
+            line = curve(
+                fractions,
+                _percentages(shares),
+                shown,
+                colours[name],
+                f"<b>{shown}</b>, area {area:.2f}<br>%{{hovertext}}: {_KEPT}",
+                hovertext=numbers,
+                width=1.6 if name in _LOOKS else 2.4,
+                dash=dash,
+                marker={"size": 6, "symbol": symbol},
+                legendgroup=name,
+                showlegend=column == 1,
+            )
+            figure.add_trace(line, row=1, col=column)
+    for level in (0, 100):
+        figure.add_hline(y=level, line={"color": INK, "width": 1})
+    figure.update_annotations(font={"size": 13})
+    figure.update_xaxes(range=[-2, 102])
+    heading = f"{curves.readout}: share of the shift that the top of each ranking carries"
+    titles = heading, f"by real interventions · {whose(prompt, curves.str_tokens)}"
+    axes, margin = ("sites, %", "share of the shift, %"), {"t": 100}
+    finish(figure, titles, axes, 460, margin=margin, legend=BESIDE)
+    return figure.update_yaxes(title_text=None, col=2)
+
+
+def _percentages(shares: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(share) else 100 * share for share in shares]
+
+
+@drawing.figure.register(results.BestSubset)
+def best_subset_figure(subset: results.BestSubset, count: int | None = None) -> Figure:
+    """One set as a map of the sites; several sizes as a curve of what they keep.
+
+    Raises:
+        ArgumentError: no such set.
+    """
+    if count is not None or len(subset.counts) == 1:
+        return members_figure(subset, subset.row(count))
+    sizes, figure = (100 * subset.fractions).tolist(), Figure()
+    several = len(subset.str_tokens) > 1
+    by_prompt = zip(subset.str_tokens, subset.kept_by_prompt.T.tolist(), strict=True)
+    for number, (tokens, shares) in enumerate(by_prompt if several else ()):
+        line = curve(
+            sizes,
+            _percentages(shares),
+            "each prompt",
+            NOISE,
+            f"“{label(short_prompt(tokens))}”<br>%{{x:.3g}}% of the sites: {_KEPT}",
+            width=1,
+            legendgroup="each",
+            showlegend=number == 0,
+        )
+        figure.add_trace(line)
+    sets = zip(subset.counts, subset.found_by, strict=True)
+    together = curve(
+        sizes,
+        _percentages(subset.kept.tolist()),
+        "all prompts together" if several else "kept",
+        EXACT,
+        f"%{{hovertext}}: {_KEPT}",
+        hovertext=[f"{size} sites, found by {method}" for size, method in sets],
+        width=2.5,
+        marker={},
+    )
+    figure.add_trace(together)
+    figure.add_hline(y=100, line={"color": NOISE, "width": 1})
+    heading = f"What the best sets of {len(subset.sites)} sites keep of the shift"
+    titles = heading, f"the best found, {subset.readout} · {whose(None, subset.str_tokens)}"
+    axes = "size of the set, % of the sites", "kept, % of the shift"
+    return finish(figure, titles, axes, showlegend=several, xaxis={"rangemode": "tozero"})
+
+
+@drawing.figure.register(results.Repair)
+def repair_figure(repair: results.Repair) -> Figure:
+    """What is left of what was to be dropped, against what is kept: scaled, repaired, random."""
+    keep, drop = repair.judging(keep=True), repair.judging(keep=False)
+
+    def kept_and_left(shares: Any) -> tuple[list[float], list[float]]:
+        means = (100 * shares[..., tasks].mean(-1).reshape(-1) for tasks in (keep, drop))
+        kept, left = (mean.tolist() for mean in means)
+        return kept, left
+
+    hover = "%{hovertext}<br>kept %{x:.3g}%, left %{y:.3g}%<extra></extra>"
+    scaled = curve(
+        *kept_and_left(repair.along),
+        "whole adapter, scaled",
+        LINEAR,
+        hover,
+        hovertext=[f"whole adapter at ε = {scale:.2f}" for scale in repair.scales.tolist()],
+        marker={"size": 5},
+    )
+    figure = Figure(scaled)
+    for name, shares, marker in (
+        ("random sets", repair.random, {"color": NOISE, "size": 8, "symbol": "x"}),
+        ("repaired", repair.shares[1], {"color": EXACT, "size": 14, "symbol": "star"}),
+    ):
+        marks = points(*kept_and_left(shares), hover, name, **marker)
+        figure.add_trace(marks.update(hovertext=name))
+    judged = "held-out prompts" if repair.is_held_out else "the prompts given (none held out)"
+    beside = "scaling leaves {} times as much at the same share kept"
+    if repair.exceeds:
+        beside = "the whole adapter leaves {} times as much and keeps less"
+    heading = f"{int(repair.kept.sum())} of {repair.gate_count} {repair.of}s kept, on {judged}"
+    titles = heading, beside.format(f"{repair.gain:.3g}")
+    axes = "kept of what was to be kept, %", "left of what was to be dropped, %"
+    return finish(figure, titles, axes, 440, legend=BELOW, yaxis={"rangemode": "tozero"})
+
+
+# --- Over a training, and from prompt to prompt
+
+_FEW_STEPS = 12  # each has its tick; without this there are ticks between steps
+
+
+@drawing.figure.register(results.Checkpoints)
+def checkpoints_figure(training: results.Checkpoints) -> Figure:
+    """Each prompt's readout, exact and to first order, over the steps; flips and phase changes."""
+    figure, steps, units = Figure(), [0.0, *training.steps], label(training.units)
+    for p, tokens in enumerate(training.str_tokens):
+        name, colour = label(short_prompt(tokens)), PALETTE[p % len(PALETTE)]
+        base = float(training.base[p])
+        exact = [base, *training.adapted[:, p].tolist()]
+        linear = [base, *(base + training.first_order[:, p]).tolist()]
+        hover, whole = f"step %{{x:g}}<br>%{{y:.4g}} {units}", f"<extra>{name}</extra>"
+        group = {"legendgroup": str(p)}
+        shown = {"showlegend": p == 0}
+        lines = [
+            curve(steps, exact, name, colour, hover + whole, width=2.5, marker={}, **group),
+            curve(
+                steps,
+                linear,
+                "base + first order",
+                colour,
+                f"{hover}, first order{whole}",
+                width=1.5,
+                dash="dash",
+                **group,
+                **shown,
+            ),
+        ]
+        figure.add_traces(lines)
+        flip = float(training.flip_step[p])
+        if math.isfinite(flip):
+            hover = f"flips at step {flip:.3g}{whole}"
+            marks = points([flip], [0], hover, "flips", color=FLIP, size=11, symbol="x")
+            figure.add_trace(marks.update(shown))
+        for first, last in training.phases.get(f"prompt {p}", ()):
+            figure.add_vrect(x0=first, x1=last, fillcolor=colour, opacity=0.12, line_width=0)
+    figure.add_hline(y=0, line={"color": INK, "width": 1.5})
+    shades = any(training.phases.get(f"prompt {p}") for p in range(len(training.base)))
+    below = "shaded: a phase change" if shades else "no phase change of the readout"
+    titles, margin = (f"{training.readout} through the training", below), {"b": 120}
+    step = {"dtick": 1 if steps[-1] <= _FEW_STEPS else None}
+    return finish(figure, titles, ("step", units), legend=BELOW, margin=margin, xaxis=step)
+
+
+def margins_figure(explanations: Sequence[results.Explanation]) -> Figure:
+    """A line for each prompt, from the base model's margin to the adapted one's."""
+    accounts = list(map(explained_account, explanations))
+    names, units = numbered([e.prompt for e in explanations]), label(accounts[0].units)
+    ends = [end for a in accounts for end in (a.m0, a.m, None)]
+    rows = [name for name in names for _ in range(3)]
+    figure = Figure(curve(ends, rows, "", NOISE, showlegend=False))
+    for model, values, colour in (
+        ("base model", [a.m0 for a in accounts], NOISE),
+        ("with the adapter", [a.m for a in accounts], EXACT),
+    ):
+        hover = [
+            f"<b>{label(short_prompt(e.prompt))}</b><br>{label(a.doc)} against {label(a.pre)}"
+            f"<br>{model}: {signed(value)} {units}"
+            for e, a, value in zip(explanations, accounts, values, strict=True)
+        ]
+        figure.add_trace(points(values, names, hover, model, color=colour, size=10))
+    figure.add_vline(x=0, line={"color": INK, "width": 1.5})
+    flips = sum(a.flips for a in accounts)
+    below = f"from the base model to the adapted one; {flips} of {len(accounts)} prompts flip"
+    titles, height = ("Margin of each prompt", below), 150 + 24 * len(accounts)
+    y = names_axis(names, autorange="reversed", showgrid=False).layout
+    return finish(figure, titles, (f"margin, {units}", ""), height, yaxis=y)
+
+
+# --- Number by number: measured effects, corrections, random directions
+
+_SYMBOLS = ("circle", "diamond", "square")
+_MARGIN = 0.05
+
+
+@drawing.figure.register(results.Comparison)
+def comparison_scatter(comparison: results.Comparison, prompt: int | None = None) -> Figure:
+    """Effect (y) against attribution (x); hover names each site or group.
+
+    Raises:
+        ArgumentError: no such prompt.
+    """
+    rows, units = prompt_rows(prompt, len(comparison.pearson)), label(comparison.units)
+    x = comparison.attribution[rows].mean(0).tolist()
+    y = comparison.effects[rows].mean(0).tolist()
+    attribution, effects = map(key_text, (comparison.attribution_name, comparison.effects_name))
+    across, upwards = label(attribution), label(effects)
+    hover = [
+        f"<b>{label(name)}</b><br>{signed(a)} {units}, {across}<br>{signed(e)} {units}, {upwards}"
+        for name, a, e in zip(comparison.labels, x, y, strict=True)
+    ]
+    kinds = sorted(set(comparison.kinds), key=lambda k: KINDS.index(k) if k in KINDS else -1)
+    colours = itertools.product(_SYMBOLS, PALETTE)
+    looks = {
+        kind: {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75}
+        for kind, (symbol, colour) in zip(kinds, colours, strict=False)
+    }
+    ends = _with_room([*x, *y], _MARGIN)
+    identity = curve(ends, ends, "identity", INK, width=1.5, dash="dash")
+    figure = Figure([identity, *grouped_points(x, y, hover, comparison.kinds, looks, counts=False)])
+    heading = f"{comparison.readout}: {attribution} and measured effects"
+    below = f"{_agreement(comparison, prompt)} · {whose(prompt, comparison.str_tokens)}"
+    axes = f"{across}, {units}", f"{upwards}, {units}"
+    return finish(figure, (heading, below), axes, 520, legend=BESIDE)
+
+
+def _with_room(values: Sequence[float], share: float) -> list[float]:
+    """From below the least value to above the largest."""
+    low, high = min(values, default=-1.0), max(values, default=1.0)
+    room = share * (high - low or 1.0)
+    return [low - room, high + room]
+
+
+def _agreement(comparison: results.Comparison, prompt: int | None) -> str:
+    """The statistics of the prompt, or their mean over prompts; '—' where there is none."""
+    shown = []
+    for name in ("pearson", "spearman", "slope"):
+        values = comparison.per_prompt[name]
+        value = comparison.mean(name) if prompt is None else float(values[prompt])
+        shown.append(f"{name.title()} {f'{value:.3f}' if math.isfinite(value) else '—'}")
+    is_mean = prompt is None and len(comparison.pearson) > 1
+    return ", ".join(shown) + (", each the mean over prompts" if is_mean else "")
+
+
+_QUESTIONS = {"add_one": "adding one site", "leave_one_out": "leaving one site out"}
+
+
+@drawing.figure.register(results.Reliability)
+def reliability_figure(flags: results.Reliability, prompt: int | None = None) -> Figure:
+    """a_l (x) against a_l + correction (y); flagged are material ones off the band.
+
+    The band is where a + correction is from threshold · a to a / threshold.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(flags.flagged), "flags")
+    x = flags.attribution.per_site[index].cpu().double().tolist()
+    y = flags.corrected[index].cpu().double().tolist()
+    is_flagged, units = flags.flagged[index].tolist(), label(flags.units)
+    reach, threshold = max(map(abs, x), default=0.0) or 1.0, flags.threshold
+    ends, inner, outer = [-reach, 0.0, reach], reach * threshold, reach / threshold
+    wedge = [-inner, 0.0, outer, inner, 0.0, -outer]
+    band = {"fill": "toself", "fillcolor": "rgba(128,128,128,0.15)"}
+    groups = ["flagged" if flag else "kept, or not material" for flag in is_flagged]
+    hover = [_flag_text(flags, index, i, x[i], y[i]) for i in range(len(x))]
+    look = {"size": 7, "opacity": 0.85}
+    looks = {
+        "kept, or not material": {"color": EXACT, "symbol": "circle", **look},
+        "flagged": {"color": LINEAR, "symbol": "diamond", **look},
+    }
+    figure = Figure(
+        [
+            curve(ends + ends[::-1], wedge, f"score ≥ {threshold:g}", INK, width=0, **band),
+            curve(ends, ends, "no correction", INK, width=1, dash="dot"),
+            *grouped_points(x, y, hover, groups, looks),
+        ]
+    )
+    heading = f"{flags.readout}: first order against {_QUESTIONS[flags.how]}"
+    titles = heading, f"which to trust · {whose(index, flags.attribution.str_tokens)}"
+    axes, y_range = (f"a at ε = 0, {units}", f"a + correction, {units}"), _with_room(x + y, 0.08)
+    finish(figure, titles, axes, 460, legend=BELOW, yaxis={"range": y_range})
+    return figure.update_xaxes(zeroline=True).update_yaxes(zeroline=True)
+
+
+def _flag_text(
+    flags: results.Reliability, prompt: int, site: int, a: float, corrected: float
+) -> str:
+    units = label(flags.units)
+    lines = [
+        f"<b>{label(flags.attribution.sites[site].name)}</b>",
+        f"first order {signed(a)} {units}",
+        f"corrected {signed(corrected)} {units}",
+        f"score {float(flags.score[prompt, site]):.2f}",
+    ]
+    if flags.fixed is not None and bool(flags.flagged[prompt, site]):
+        lines.append(f"measured {signed(float(flags.fixed[prompt, site]))} {units}")
+    return "<br>".join(lines)
+
+
+@drawing.figure.register(results.NullTest)
+def null_figure(test: results.NullTest, prompt: int | None = None) -> Figure:
+    """|a_l| of every site against the largest |a′_l| of the draws, on a logarithmic scale.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(test.noise_floor), "null tests")
+    sites, units = test.observed.sites, label(test.units)
+    values = test.observed.per_site[index].cpu().double().tolist()
+    largest = test.null[:, index].abs().amax(0).cpu().double().tolist()
+    hover = [
+        f"<b>{label(site.name)}</b><br>{signed(value)} {units}<br>largest of the draws "
+        f"{magnitude(most)}<br>z = {signed(float(z))}"
+        for site, value, most, z in zip(sites, values, largest, test.z[index], strict=True)
+    ]
+    order, sizes = list(range(len(sites))), list(map(abs, values))
+    draws = go.Bar(
+        x=order,
+        y=largest,
+        width=1,
+        name=f"largest of {test.draws} random adapters",
+        marker={"color": "rgba(128,128,128,0.35)", "line": {"width": 0}},
+        hoverinfo="skip",
+    )
+    groups = [
+        "stands out" if size > most else "within" for size, most in zip(sizes, largest, strict=True)
+    ]
+    looks = {"stands out": {"color": EXACT, "size": 6}, "within": {"color": LINEAR, "size": 6}}
+    figure = Figure([draws, *grouped_points(order, sizes, hover, groups, looks)])
+    starts = {site.layer: i for i, site in reversed(list(enumerate(sites))) if site.layer >= 0}
+    shown = every_few(sorted(starts))
+    heading = f"{test.readout}: first order of each site against random directions"
+    by_chance = f"{percent(1 / (1 + test.draws))} stand out by chance"
+    titles = heading, f"{by_chance} · {whose(index, test.observed.str_tokens)}"
+    axes = "layer, and within it the order of the forward pass", f"|a|, {units}"
+    layers = ticks((starts[layer] for layer in shown), map(str, shown))
+    finish(figure, titles, axes, bargap=0, legend=BELOW, xaxis=layers)
+    return figure.update_yaxes(type="log", exponentformat="power", dtick=1)

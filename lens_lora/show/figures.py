@@ -1,0 +1,392 @@
+"""The look of all figures, and the primitives that they are made of.
+
+`heatmap` a cell for every row and column, `kinds_by_layer` a heatmap of sites, `bars`, `curve`,
+`points`; `finish` puts the title, the look and the axes on.
+
+A figure's data have colours that read on light and on dark backgrounds; what is around them (text,
+grid, paper) comes from its template, so another template restyles the figure. Heatmaps are centred
+at zero, which has no colour: blue pushes the readout up and red down. What does not exist is grey.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+import plotly.graph_objects as go
+from plotly.graph_objects import Figure
+
+from lens_lora.arguments import word
+from lens_lora.model.sites import EMBEDDING_KINDS, OUTSIDE_KINDS
+from lens_lora.show.text import label, percent, short_prompt, signed, visible
+
+# --- The look
+
+
+Theme = Literal["any", "light", "dark", "print"]
+INK, CLEAR = "#777777", "rgba(0,0,0,0)"
+# Zero has no colour of its own, so it is that of the page, light or dark.
+_DIVERGING = (
+    (0.0, "#ba1c30"),
+    (0.25, "rgba(219,84,80,0.62)"),
+    (0.5, "rgba(128,128,128,0.04)"),
+    (0.75, "rgba(63,140,207,0.62)"),
+    (1.0, "#1460b0"),
+)
+_SEQUENTIAL = ((0.0, _DIVERGING[2][1]), (0.5, _DIVERGING[3][1]), _DIVERGING[4])
+PALETTE = ("#2f83c5", "#e0802b", "#3a9d5d", "#c9445a", "#8a63c9", "#a8763e", "#c95fa5", "#9a9a2e")
+EXACT, LINEAR, FLIP, NEGATIVE, NOISE = "#2f83c5", "#e0802b", "#b04fc4", "#c9445a", "#999999"
+_BLANK = "rgba(128,128,128,0.32)"
+
+
+_INK_GRID_PAPER = {
+    "any": (INK, "rgba(128,128,128,0.25)", CLEAR),
+    "light": ("#24292f", "#e3e7ec", "#ffffff"),
+    "dark": ("#d6dbe1", "#333a42", "#15191e"),
+    "print": ("#000000", "#cccccc", "#ffffff"),
+}
+
+
+def theme(name: Theme = "any") -> go.layout.Template:
+    """The look of this package's figures, as a plotly template.
+
+    A figure of a result has the one that can be read on any background. Another one is put on by
+    `figure.update_layout(template=ll.theme("print"))`, before it is written as a PDF, say; and
+    `px.line(…, template=ll.theme())` gives a figure of your own the same look.
+
+    Cost: no forward pass.
+
+    Args:
+        name: 'any', transparent with mid-grey text; 'light' and 'dark', with paper of their own;
+            'print', black on white.
+
+    Raises:
+        ArgumentError: another name.
+    """
+    ink, grid, paper = _INK_GRID_PAPER[word("theme", name, get_args(Theme))]
+    axis = {
+        "gridcolor": grid,
+        "linecolor": ink,
+        "tickcolor": ink,
+        "zeroline": False,
+        "zerolinecolor": INK,
+        "automargin": True,
+        "title": {"font": {"size": 13}, "standoff": 12},
+    }
+    return go.layout.Template(
+        layout={
+            "font": {"color": ink, "size": 13},
+            "paper_bgcolor": paper,
+            "plot_bgcolor": CLEAR,
+            "colorway": list(PALETTE),
+            "modebar": {"bgcolor": CLEAR, "color": INK},
+            "xaxis": axis,
+            "yaxis": axis,
+            "title": {"x": 0, "xref": "container", "pad": {"l": 12}, "font": {"size": 15}},
+            "colorscale": {"sequential": _SEQUENTIAL, "diverging": _DIVERGING},
+        }
+    )
+
+
+_TOP_LEFT = {"xanchor": "left", "yanchor": "top"}
+BELOW: dict[str, Any] = {"orientation": "h", "x": 0, "y": -0.26, **_TOP_LEFT}
+BESIDE: dict[str, Any] = {"orientation": "v", "x": 1.02, "y": 1, **_TOP_LEFT}
+INSIDE: dict[str, Any] = {"orientation": "v", "x": 0.02, "y": 0.98, **_TOP_LEFT}
+_TITLE_LINE = 96  # characters that fit beside plotly's buttons at the width of a page
+
+
+# A heading, and a smaller line below it.
+Titles = tuple[str, str]
+
+
+def finish(
+    figure: Figure, titles: Titles, axes: tuple[str, str], height: int = 420, **layout: Any
+) -> Figure:
+    """The titles, the look that reads on light and dark pages, and what else is said of axes."""
+    across, upwards = axes
+    figure.update_layout(
+        height=height,
+        template=theme(),
+        title=_title(*titles),
+        margin={"l": 60, "r": 20, "t": 70, "b": 60},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
+    )
+    figure.update_xaxes(title_text=across or None).update_yaxes(title_text=upwards or None)
+    return figure.update_layout(**layout)
+
+
+def _title(heading: str, below: str) -> dict[str, object]:
+    """A heading and a smaller line below it, escaped; a long one is broken at its ' · '."""
+    lines = [below] if len(below) <= _TITLE_LINE else below.split(" · ")
+    smaller = "<br>".join(label(line) for line in lines)
+    return {
+        "text": f"{label(heading)}<br><span style='font-size:12px'>{smaller}</span>",
+        "x": 0,
+        "xref": "container",
+        "y": 1,
+        "yref": "container",
+        "yanchor": "top",
+        "pad": {"l": 12, "t": 22},
+        "font": {"size": 15},
+    }
+
+
+# --- Words on figures, and axes
+
+_PROMPT_WIDTH, _PROMPTS_NAMED = 48, 2
+_MOST_TICKS, _FEW_TICKS = 40, 20
+_Item = TypeVar("_Item")
+
+
+def whose(prompt: int | None, str_tokens: Sequence[Sequence[str]]) -> str:
+    """'“The capital of”', 'prompt 1 of 3, “…”', or 'mean of 3 prompts: “…”, “…”, …'."""
+    batch = len(str_tokens)
+    if prompt is None and batch > 1:
+        quoted = [_quoted(tokens) for tokens in str_tokens[:_PROMPTS_NAMED]]
+        rest = ", …" if batch > _PROMPTS_NAMED else ""
+        return f"mean of {batch} prompts: {', '.join(quoted)}{rest}"
+    index = prompt or 0
+    number = f"prompt {index} of {batch}, " if batch > 1 else ""
+    return number + _quoted(str_tokens[index])
+
+
+def _quoted(tokens: Sequence[str]) -> str:
+    text = short_prompt(tokens)
+    if len(text) <= _PROMPT_WIDTH:
+        return f"“{text}”"
+    return f"“… {text[-_PROMPT_WIDTH:].partition(' ')[2]}”"
+
+
+def value_text(value: float, shift: float, units: str) -> str:
+    """A value with its units and its share of the shift, for a hover."""
+    share = percent(value / shift) if shift else "—"
+    return f"{signed(value)} {label(units)}<br>{share} of the shift"
+
+
+def every_few(items: Sequence[_Item], most: int = _FEW_TICKS) -> Sequence[_Item]:
+    """As many items as an axis can name, evenly spaced."""
+    return items[:: math.ceil(len(items) / most) or 1]
+
+
+class Axis(NamedTuple):
+    """The rows or the columns of a heatmap, and how plotly draws them."""
+
+    values: Sequence[Any]
+    title: str
+    layout: Mapping[str, Any]
+
+
+def names_axis(names: Iterable[object], title: str = "", **layout: Any) -> Axis:
+    """One name each, the first at the left or below."""
+    return Axis([label(str(name)) for name in names], title, {"type": "category", **layout})
+
+
+def ticks(places: Iterable[Any], texts: Iterable[str]) -> dict[str, Any]:
+    """Where an axis has ticks, and what they say."""
+    return {"tickvals": list(places), "ticktext": list(texts)}
+
+
+def tokens_axis(tokens: Sequence[str], shown: Sequence[int] | None = None, title: str = "") -> Axis:
+    """Positions and tokens, thinned where they are many."""
+    columns = range(len(tokens)) if shown is None else shown
+    most = _MOST_TICKS if len(columns) <= _MOST_TICKS else _FEW_TICKS
+    places = every_few(range(len(columns)), most)
+    texts = [f"{columns[i]} {label(visible(tokens[columns[i]]))}" for i in places]
+    return Axis(range(len(columns)), title, {**ticks(places, texts), "tickfont": {"size": 11}})
+
+
+def layers_axis(sites: Sequence[Any]) -> Axis:
+    """Every layer up to the last adapted one; embeddings, where adapted, are layer −1.
+
+    Every few layers are named by number, and what lies outside the layers by its own name.
+    """
+    layers = range(min(0, *(s.layer for s in sites)), 1 + max(s.layer for s in sites))
+    step = math.ceil(len(layers) / _FEW_TICKS)
+    names = {layer: str(layer) for layer in layers if layer % step == 0}
+    names |= {site.layer: site.kind for site in sites if site.kind in OUTSIDE_KINDS}
+    return Axis(layers, "layer", ticks(names, names.values()))
+
+
+# --- Heatmaps
+
+Cells = Sequence[Sequence[float | None]]
+# The hover of a cell, from its row, its column and its value; or plotly's template of it.
+Says = Callable[[int, int, Any], str] | str
+Scale = Literal["pushes", "signed", "amount"]
+_COLOUR_MEANS = {"pushes": "blue pushes up", "signed": "blue above zero", "amount": ""}
+_MOST_WITH_GAPS = 100  # columns or rows; of more, the gaps between cells would hide the cells
+
+
+def heatmap(
+    titles: Titles,
+    z: Cells,
+    says: Says,
+    x: Axis,
+    y: Axis,
+    units: str,
+    scale: Scale = "pushes",
+    *,
+    reach: float | None = None,
+    note: str = "",
+    row_height: int = 18,
+) -> Figure:
+    """Cells coloured from −reach to reach, amounts from zero; None is grey.
+
+    By default the reach is the largest size.
+    """
+    if reach is None:
+        reach = max((abs(v) for row in z for v in row if v is not None), default=0.0)
+    is_amount, reach = scale == "amount", reach or 1.0
+    cells: dict[str, Any] = {
+        "x": list(x.values),
+        "y": list(y.values),
+        "xgap": int(len(x.values) <= _MOST_WITH_GAPS),
+        "ygap": int(len(y.values) <= _MOST_WITH_GAPS),
+    }
+    lines = [*filter(None, (label(units), _COLOUR_MEANS[scale], note)), "&nbsp;"]
+    bar_title = {"text": "<br>".join(lines), "side": "top", "font": {"size": 13}}
+    values = go.Heatmap(
+        **cells,
+        **_cell_hover(z, says),
+        z=z,
+        hoverongaps=False,
+        colorscale=_SEQUENTIAL if is_amount else _DIVERGING,
+        zmin=0 if is_amount else -reach,
+        zmid=None if is_amount else 0,
+        zmax=reach,
+        colorbar={"title": bar_title, "thickness": 14, "outlinewidth": 0},
+    )
+    figure = Figure(values)
+    blank = [[1.0 if value is None else None for value in row] for row in z]
+    if any(value for row in blank for value in row):
+        grey = [[0, _BLANK], [1, _BLANK]]
+        figure.add_heatmap(**cells, z=blank, colorscale=grey, showscale=False, hoverinfo="skip")
+    height = max(300, 150 + row_height * len(z))
+    columns, rows = {"constrain": "domain", **x.layout}, dict(y.layout)
+    finish(figure, titles, (x.title, y.title), height, xaxis=columns, yaxis=rows)
+    return figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+
+
+def _cell_hover(z: Cells, says: Says) -> dict[str, Any]:
+    if isinstance(says, str):
+        return {"hovertemplate": says}
+    texts = [[says(i, j, value) for j, value in enumerate(row)] for i, row in enumerate(z)]
+    return {"hovertext": texts, "hoverinfo": "text"}
+
+
+KINDS = (
+    *(*EMBEDDING_KINDS, "embed_ln", "ln1", "q", "k", "v", "q_norm", "k_norm", "o", "ln1_post"),
+    *("ln2", "gate", "up", "fc_in", "down", "fc_out", "ln2_post", "ln_final", "unembed"),
+)
+
+
+def kinds_by_layer(
+    titles: Titles,
+    sites: Sequence[Any],
+    values: Sequence[float],
+    says: Sequence[str],
+    units: str,
+    scale: Scale = "pushes",
+    *,
+    reach: float | None = None,
+) -> Figure:
+    """Layer × kind of module, hover naming each site; a site that does not exist is grey.
+
+    In a sum of adapters several sites may share a cell. It holds their sum; or, on a scale with an
+    end of its own, their mean.
+    """
+    kinds, y = [k for k in KINDS if any(s.kind == k for s in sites)], layers_axis(sites)
+    held: Mapping[tuple[int, int], list[float]] = defaultdict(list)
+    hover: Mapping[tuple[int, int], list[str]] = defaultdict(list)
+    for site, value, text in zip(sites, values, says, strict=True):
+        cell = y.values.index(site.layer), kinds.index(site.kind)
+        hover[cell].append(f"<b>{label(site.name)}</b><br>{label(site.module)}<br>{text}")
+        if math.isfinite(value):
+            held[cell].append(value)
+    z: list[list[float | None]] = [[None] * len(kinds) for _ in y.values]
+    for (row, column), numbers in held.items():
+        z[row][column] = sum(numbers) / (1 if reach is None else len(numbers))
+
+    def cell_text(row: int, column: int, _: object) -> str:
+        return "<br>".join(hover[row, column])
+
+    x = names_axis(kinds, "kind of module")
+    return heatmap(titles, z, cell_text, x, y, units, scale, reach=reach)
+
+
+# --- Bars, curves and points
+
+
+def bars(
+    titles: Titles, names: Iterable[str], values: Sequence[float], hover: Sequence[str], units: str
+) -> Figure:
+    """One horizontal bar each, the first on top."""
+    y = names_axis(names, autorange="reversed", showgrid=False)
+    bar = go.Bar(
+        x=values,
+        y=y.values,
+        orientation="h",
+        marker={"color": [EXACT if value >= 0 else NEGATIVE for value in values]},
+        hovertext=hover,
+        hoverinfo="text",
+    )
+    height = max(240, 130 + 20 * len(values))
+    figure = finish(Figure(bar), titles, (label(units), ""), height, yaxis=y.layout)
+    return figure.update_xaxes(zeroline=True)
+
+
+# A template for every point, a text for each, or none.
+Hover = str | Sequence[str] | None
+
+
+def _hover(hover: Hover) -> dict[str, Any]:
+    if isinstance(hover, str):
+        return {"hovertemplate": hover}
+    return {"hoverinfo": "skip"} if hover is None else {"hovertext": hover, "hoverinfo": "text"}
+
+
+def curve(
+    x: Sequence[float | None],
+    y: Sequence[Any],
+    name: str,
+    colour: str,
+    hover: Hover = None,
+    *,
+    width: float = 2,
+    dash: str = "solid",
+    **more: Any,
+) -> go.Scatter:
+    """A line, with markers where `marker` says how they look."""
+    line = {"color": colour, "width": width, "dash": dash}
+    mode = "lines+markers" if "marker" in more else "lines"
+    return go.Scatter(x=x, y=y, name=name, mode=mode, line=line, **_hover(hover), **more)
+
+
+def points(
+    x: Sequence[float], y: Sequence[Any], hover: Hover, name: str, **marker: Any
+) -> go.Scatter:
+    """Points alone, which look as `marker` says."""
+    return go.Scatter(x=x, y=y, name=name, mode="markers", marker=marker, **_hover(hover))
+
+
+def grouped_points(
+    x: Sequence[float],
+    y: Sequence[float],
+    hover: Sequence[str],
+    groups: Sequence[str],
+    looks: Mapping[str, Mapping[str, Any]],
+    *,
+    counts: bool = True,
+) -> list[go.Scatter]:
+    """Points of several groups, each with its look and its entry in the legend, with its count."""
+    traces: list[go.Scatter] = []
+    for group, look in looks.items():
+        chosen = [name == group for name in groups]
+        xs, ys = (list(itertools.compress(values, chosen)) for values in (x, y))
+        texts = list(itertools.compress(hover, chosen))
+        name = f"{label(group)}: {len(xs)} of {len(x)}" if counts else label(group)
+        traces.append(points(xs, ys, texts, name, **look))
+    return traces

@@ -1,1 +1,0 @@
-"""Results as plotly figures, one file a result."""

@@ -1,0 +1,559 @@
+"""Results as heatmaps and bars: over sites, groups, tokens, hook points, features and layers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from plotly.graph_objects import Figure
+
+from lens_lora import results
+from lens_lora.arguments import whole, word
+from lens_lora.errors import ArgumentError
+from lens_lora.model.sites import layer_order
+from lens_lora.results import drawing
+from lens_lora.results.attribution import MOST_POSITIONS, Axis
+from lens_lora.results.base import only_prompt, prompt_rows
+from lens_lora.show.figures import (
+    LINEAR,
+    Cells,
+    bars,
+    every_few,
+    heatmap,
+    kinds_by_layer,
+    layers_axis,
+    names_axis,
+    points,
+    ticks,
+    tokens_axis,
+    value_text,
+    whose,
+)
+from lens_lora.show.text import (
+    key_text,
+    label,
+    magnitude,
+    numbered,
+    percent,
+    position_text,
+    short_prompt,
+    signed,
+    visible,
+)
+
+# --- An attribution: layer × kind of module, layer × token, site × head or rank
+
+_MOST_ROWS = 40
+
+
+@drawing.figure.register(results.Attribution)
+def site_heatmap(
+    attribution: results.Attribution, prompt: int | None = None, by: Axis | None = None
+) -> Figure:
+    """Layer × kind of module, or the picture of one axis that the attribution was split by.
+
+    Raises:
+        ArgumentError: no such prompt, or by position and token several and none named; an axis that
+            the attribution was not split by.
+    """
+    if by is not None:
+        word("by", by, _BY)
+        return _BY[by](attribution, prompt)
+    _, site_values, shift, _ = attribution.entries(prompt)
+    values, units = site_values.tolist(), attribution.units
+    says = [value_text(value, float(shift), units) for value in values]
+    if prompt is None and len(attribution.base) > 1:
+        spread = attribution.per_site.cpu().double().std(0).tolist()
+        pairs = zip(says, spread, strict=True)
+        says = [f"{text}<br>± {magnitude(deviation)} over prompts" for text, deviation in pairs]
+    rest = [f"{axis}s" for axis in attribution.by if axis != "position"]
+    summed = f", summed over {' and '.join(rest)}" if rest else ""
+    titles = _titles(attribution, f"by layer and kind of module{summed}", prompt)
+    return kinds_by_layer(titles, attribution.sites, values, says, units)
+
+
+@drawing.positions.register(results.Attribution)
+def position_heatmap(
+    attribution: results.Attribution, prompt: int | None = None, most: int | None = MOST_POSITIONS
+) -> Figure:
+    """Layer × token position of one prompt, summed over the layer's sites.
+
+    Raises:
+        ArgumentError: the attribution was not split by position; no such prompt, or several and
+            none named; a `most` below 1.
+    """
+    require_positions(attribution)
+    index = only_prompt(prompt, len(attribution.base), "positions")
+    below = "by layer and position"
+    return _layers_by_token(attribution, index, "position", attribution.str_tokens, below, most)
+
+
+def _tokens_heatmap(attribution: results.Attribution, prompt: int | None) -> Figure:
+    index = only_prompt(prompt, len(attribution.base), "tokens of responses")
+    below = "by layer and token of the response"
+    return _layers_by_token(attribution, index, "token", attribution.response, below, None)
+
+
+def _layers_by_token(
+    attribution: results.Attribution,
+    index: int,
+    axis: Axis,
+    texts: Sequence[Sequence[str]],
+    below: str,
+    most: int | None,
+) -> Figure:
+    tokens, y, units = texts[index], layers_axis(attribution.sites), attribution.units
+    shift = float(attribution.shift[index])
+    site_rows = attribution.along(axis, index)[0][:, : len(tokens)].tolist()
+    sums: list[list[float | None]] = [[None] * len(tokens) for _ in y.values]
+    for site, row in zip(attribution.sites, site_rows, strict=True):
+        layer = y.values.index(site.layer)
+        sums[layer] = [(old or 0.0) + new for old, new in zip(sums[layer], row, strict=True)]
+    shown = _largest_columns(sums, most)
+    if len(shown) < len(tokens):
+        below += f", the {len(shown)} of {len(tokens)} of largest |value| in a layer"
+
+    def says(i: int, j: int, value: float | None) -> str:
+        where = f"layer {y.values[i]}, {axis} {shown[j]}"
+        token = label(visible(tokens[shown[j]]))
+        return f"<b>{where}</b>: {token}<br>{_or_no_site(value, shift, units)}"
+
+    titles, x = _titles(attribution, below, index), tokens_axis(tokens, shown)
+    return heatmap(titles, [[row[i] for i in shown] for row in sums], says, x, y, units)
+
+
+def _largest_columns(z: Cells, most: int | None) -> list[int]:
+    """The columns to show, in their order."""
+    count = len(z[0])
+    if most is None or count <= whole("most", most, 1):
+        return list(range(count))
+    sizes = [max((abs(row[i] or 0.0) for row in z), default=0.0) for i in range(count)]
+    return sorted(sorted(range(count), key=lambda i: -sizes[i])[:most])
+
+
+def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: Axis) -> Figure:
+    """Site × head or rank, of the sites with the largest part."""
+    parts, exists = attribution.along(axis, prompt)
+    _, shift = attribution.mean_over(prompt, attribution.per_site)
+    if axis == "head":  # the last slot is for sites outside attention
+        parts, exists = parts[:, :-1], exists[:, :-1]
+    sizes = parts.abs().masked_fill(~exists, -1.0).amax(1)
+    having = int(exists.any(1).sum())
+    chosen = sorted(sizes.argsort(descending=True)[: min(_MOST_ROWS, having)].tolist())
+    below = f"by site and {axis}"
+    if axis == "rank":
+        below += " of the SVD of ΔW" if attribution.gauge == "svd" else " as trained"
+    if len(chosen) < having:
+        below += f", the {len(chosen)} of {having} sites with the largest part"
+    z = _where(parts[chosen].tolist(), exists[chosen].tolist())
+    x, units = names_axis(range(parts.shape[1]), axis), attribution.units
+    y = names_axis(attribution.sites[i].name for i in chosen)
+
+    def says(i: int, part: int, value: float | None) -> str:
+        return f"<b>{y.values[i]}</b>, {axis} {part}<br>{_or_no_site(value, float(shift), units)}"
+
+    return heatmap(_titles(attribution, below, prompt), z, says, x, y, units)
+
+
+_BY: dict[Axis, Callable[[results.Attribution, int | None], Figure]] = {
+    "position": position_heatmap,
+    "head": functools.partial(_parts_heatmap, axis="head"),
+    "rank": functools.partial(_parts_heatmap, axis="rank"),
+    "token": _tokens_heatmap,
+}
+
+
+def require_positions(attribution: results.Attribution) -> None:
+    """Refuse an attribution without positions.
+
+    Raises:
+        ArgumentError: it was not split by position.
+    """
+    if "position" not in attribution.by:
+        raise ArgumentError(
+            f"the attribution is split by {attribution.by or 'nothing'}, not by position; compute "
+            'it with first_order(..., by="position").'
+        )
+
+
+def _or_no_site(value: float | None, shift: float, units: str) -> str:
+    return "not there" if value is None else value_text(value, shift, units)
+
+
+def _where(rows: Sequence[Sequence[float]], exists: Sequence[Sequence[bool]]) -> Cells:
+    """The rows with None for what does not exist, which is drawn in grey."""
+    return [
+        [value if is_there else None for value, is_there in zip(*pair, strict=True)]
+        for pair in zip(rows, exists, strict=True)
+    ]
+
+
+def _titles(
+    result: results.Attribution | results.Effects, below: str, prompt: int | None
+) -> tuple[str, str]:
+    heading = f"{result.readout}, {key_text(result.key)}"
+    return heading, f"{below} · {whose(prompt, result.str_tokens)}"
+
+
+# --- Sites one by one: effects, sets of sites, constant parts
+
+
+@drawing.figure.register(results.Effects)
+def effects_figure(effects: results.Effects, prompt: int | None = None) -> Figure:
+    """Layer × kind of module for single sites, a bar for each group of several.
+
+    Raises:
+        ArgumentError: no such prompt.
+    """
+    if effects.of == "site" and all(len(members) == 1 for members in effects.groups.values()):
+        return site_heatmap(effects.attribution(), prompt)
+    _, group_values, total, _ = effects.entries(prompt)
+    values, shift, units = group_values.tolist(), float(total), effects.units
+    hover = [
+        f"<b>{label(name)}</b><br>{value_text(value, shift, units)}<br>sites: {len(members)}"
+        for (name, members), value in zip(effects.groups.items(), values, strict=True)
+    ]
+    titles = _titles(effects, f"of a shift of {signed(shift)} {units}", prompt)
+    return bars(titles, effects.groups, values, hover, units)
+
+
+def members_figure(subset: results.BestSubset, row: int) -> Figure:
+    """Which sites are in one of the best sets."""
+    members, kept = subset.members[row].tolist(), percent(float(subset.kept[row]))
+    heading = f"{subset.counts[row]} of {len(subset.sites)} sites keep {kept} of the shift"
+    below = f"the best set found, {subset.readout} · {whose(None, subset.str_tokens)}"
+    says = ["in the set" if is_member else "not in the set" for is_member in members]
+    values = list(map(float, members))
+    figure = kinds_by_layer((heading, below), subset.sites, values, says, "", "amount", reach=1.0)
+    return figure.update_traces(showscale=False)
+
+
+@drawing.figure.register(results.ConstantPart)
+def constant_part_figure(constant: results.ConstantPart) -> Figure:
+    """How constant each site's δ is, layer × kind of module."""
+    kept = f"the constants alone keep {percent(constant.kept)} of {constant.readout}"
+    below = f"held-out texts, first tokens left out; {kept}"
+    shares, sizes = constant.share.tolist(), constant.size.tolist()
+    return kinds_by_layer(
+        ("How much of each module's δ is one vector", below),
+        constant.sites,
+        shares,
+        [
+            f"{percent(share)} constant<br>‖δ‖ {magnitude(size)}"
+            for share, size in zip(shares, sizes, strict=True)
+        ],
+        "constant share",
+        "signed",
+        reach=1.0,
+    )
+
+
+# --- Groups × tokens of a response, prompts × layers, groups × groups
+
+
+@drawing.figure.register(results.GroupAttribution)
+def grouped_figure(grouped: results.GroupAttribution, prompt: int | None = None) -> Figure:
+    """What each group contributes to each token of one response.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(grouped.base), "tokens")
+    tokens, shift, units = grouped.response[index], float(grouped.shift[index]), grouped.units
+    total = signed(float(grouped.per_group[index].sum()))
+    heading = f"{grouped.readout} by token, first order at ε = {grouped.at:g}"
+    below = f"{total} over all groups, the shift is {signed(shift)} {units}"
+    titles = heading, f"{below} · {whose(index, grouped.str_tokens)}"
+    rows = grouped.values[index, :, : len(tokens)].double().tolist()
+
+    def says(name: str, value: float) -> str:
+        return f"<b>{label(name)}</b>: {value_text(value, shift, units)}"
+
+    return groups_by_token(titles, list(grouped.groups), tokens, rows, units, says)
+
+
+def groups_by_token(
+    titles: tuple[str, str],
+    names: Sequence[str],
+    response: Sequence[str],
+    rows: Cells,
+    units: str,
+    says: Callable[[str, float], str],
+) -> Figure:
+    """A row for each group, a column for each token."""
+    is_layers = all(name.startswith("layer ") for name in names)
+    y = names_axis((n.removeprefix("layer ") for n in names), "layer" if is_layers else "")
+    shown = every_few(range(len(names)), 15) if is_layers else range(len(names))
+    y = y._replace(layout={**y.layout, **ticks(shown, (y.values[i] for i in shown))})
+    x = tokens_axis(response, title="token of the response")
+
+    def cell_text(i: int, t: int, value: float | None) -> str:
+        return f"{says(names[i], value or 0.0)}<br>{t} {label(visible(response[t]))}"
+
+    return heatmap(titles, rows, cell_text, x, y, units, row_height=12)
+
+
+def layers_figure(explanations: Sequence[results.Explanation]) -> Figure:
+    """First order of each prompt, summed over the sites of each layer."""
+    sites, units = explanations[0].first_order.sites, explanations[0].units
+    layers, sums = layers_axis(sites).values, []
+    for e in explanations:
+        pairs = list(zip(e.first_order.per_site[0].tolist(), sites, strict=True))
+        sums.append([sum(v for v, site in pairs if site.layer == layer) for layer in layers])
+
+    def says(i: int, j: int, value: float) -> str:
+        e = explanations[i]
+        text = value_text(value, float(e.first_order.shift[0]), units)
+        return f"<b>{label(short_prompt(e.prompt))}</b><br>layer {layers[j]}: {text}"
+
+    titles = "First order by prompt and layer", "summed over the modules of each layer, at ε = 0"
+    x = names_axis(layers, "layer", type=None)
+    names = numbered([e.prompt for e in explanations])
+    y = names_axis(names, autorange="reversed")
+    return heatmap(titles, sums, says, x, y, units, row_height=24)
+
+
+_MOST_NAMES, _MOST_LAYERS = 40, 16
+_CUT = 0.995
+
+
+@drawing.figure.register(results.Coupling)
+def coupling_heatmap(coupling: results.Coupling, prompt: int | None = None) -> Figure:
+    """½H: self-curvature on the diagonal, half of each pair's coupling off it.
+
+    In a large matrix colours are cut at the 99.5th percentile of the sizes, so that a few strong
+    pairs do not leave the rest blank; the hover gives every value.
+
+    Raises:
+        ArgumentError: no such prompt.
+    """
+    half = coupling.matrix[prompt_rows(prompt, len(coupling.matrix))].cpu().double().mean(0) / 2
+    sizes, units = half.abs().flatten(), coupling.units
+    is_cut = len(coupling.groups) > _MOST_NAMES and bool(sizes.quantile(_CUT) > 0)
+    reach = float(sizes.quantile(_CUT) if is_cut else sizes.max())
+    axis = names_axis(coupling.groups, **_group_ticks(coupling))
+    heading = f"{coupling.readout}, ½H at ε = {coupling.at:g}"
+    below = "diagonal: self-curvature; off it: half of each pair's coupling"
+    titles = heading, f"{below} · {whose(prompt, coupling.str_tokens)}"
+    says = f"<b>%{{y}} × %{{x}}</b><br>½H = %{{z:.3g}} {label(units)}<extra></extra>"
+    note, z = f"cut at {reach:.2g}" if is_cut else "", half.tolist()
+    figure = heatmap(titles, z, says, axis, axis, units, "signed", reach=reach, note=note)
+    figure.update_layout(height=680, yaxis={"scaleanchor": "x", "constrain": "domain"})
+    return figure.update_traces(xgap=0, ygap=0)
+
+
+def _group_ticks(coupling: results.Coupling) -> dict[str, Any]:
+    """Every group by name; where they are many, the first of every few layers."""
+    if len(coupling.groups) <= _MOST_NAMES:
+        names = list(map(label, coupling.groups))
+        return ticks(names, names)
+    first: dict[int, str] = {}
+    for name, members in coupling.groups.items():
+        first.setdefault(coupling.sites[members[0]].layer, label(name))
+    shown = every_few(sorted(first.items()), _MOST_LAYERS)
+    texts = (f"layer {layer}" if layer >= 0 else "embed" for layer, _ in shown)
+    return ticks((name for _, name in shown), texts)
+
+
+# --- Hook points and features
+
+_DIRECTIONS = {
+    "base_to_adapted": "base activations into the adapted model",
+    "adapted_to_base": "adapted activations into the base model",
+}
+
+
+@drawing.figure.register(results.ActivationEffects)
+def activation_figure(effects: results.ActivationEffects, prompt: int | None = None) -> Figure:
+    """Hook point × position where each was patched alone; else layer × hook point, or bars.
+
+    Raises:
+        ArgumentError: no such prompt; by position, several prompts and none named.
+    """
+    values, total = effects.of_prompt(prompt)
+    rows, shift, units = values.tolist(), float(total), effects.units
+    place = "" if effects.positions in ("all", "each") else f", positions {effects.positions}"
+    below = f"activation patching{place} · {whose(prompt, effects.str_tokens)}"
+    titles = f"{effects.readout}: {_DIRECTIONS[effects.direction]}", below
+
+    def says(name: str, value: float | None) -> str:
+        text = "no such position" if value is None else value_text(value, shift, units)
+        return f"<b>{label(name)}</b><br>{text}"
+
+    if effects.by_position:
+        tokens = effects.str_tokens[only_prompt(prompt, len(effects.base))]
+        order = layer_order(effects.names)
+        y = names_axis(effects.names[i] for i in order)
+        return heatmap(
+            titles,
+            [_finite(rows[i][: len(tokens)]) for i in order],
+            lambda i, t, value: says(f"{y.values[i]}, position {t} {visible(tokens[t])}", value),
+            tokens_axis(tokens),
+            y,
+            units,
+        )
+    if len({layer for layer, _ in effects.places}) == 1:
+        hover = [says(name, value) for name, value in zip(effects.names, rows, strict=True)]
+        return bars(titles, effects.names, rows, hover, units)
+    # Points outside the blocks have a row of their own, below.
+    places = [(-1 if layer is None else layer, kind) for layer, kind in effects.places]
+    layers = sorted({layer for layer, _ in places})
+    kinds = list(dict.fromkeys(kind for _, kind in places))
+    held = dict(zip(places, zip(effects.names, _finite(rows), strict=True), strict=True))
+    cells = [[held.get((layer, kind), ("", None)) for kind in kinds] for layer in layers]
+    return heatmap(
+        titles,
+        [[value for _, value in row] for row in cells],
+        lambda i, j, value: says(cells[i][j][0], value),
+        names_axis(kinds),
+        names_axis(("outside" if layer < 0 else layer for layer in layers), "layer"),
+        units,
+    )
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
+
+
+@drawing.figure.register(results.ActivationShift)
+def activation_shift_figure(shift: results.ActivationShift, prompt: int) -> Figure:
+    """‖Δh‖/‖h(0)‖ of each hook point over the tokens of one text; sinks are blank.
+
+    So are tokens that were not asked for.
+    """
+    tokens, is_sink = shift.str_tokens[prompt], shift.sinks[prompt].tolist()
+    names = [shift.names[i] for i in layer_order(shift.names)]
+    sizes = [
+        (shift.values[name][prompt].norm(dim=-1) / shift.base_norms[name][prompt]).tolist()
+        for name in names
+    ]
+    z = [
+        [None if is_sink[t] or math.isnan(row[t]) else row[t] for t in range(len(tokens))]
+        for row in sizes
+    ]
+    x, y = tokens_axis(tokens), names_axis(names)
+
+    def says(i: int, t: int, _: object) -> str:
+        token = label(visible(tokens[t]))
+        return f"{y.values[i]}<br>{t} {token}<br>{percent(sizes[i][t])} of ‖h(0)‖"
+
+    heading = f"Shift of activations over “{short_prompt(tokens)}”"
+    below = f"‖Δh‖/‖h(0)‖ at {shift.at}; sinks are grey"
+    return heatmap((heading, below), z, says, x, y, "‖Δh‖/‖h‖", "amount")
+
+
+@drawing.figure.register(results.FeatureWrites)
+def writes_figure(writes: results.FeatureWrites, k: int = 20, prompt: int | None = None) -> Figure:
+    """Site × feature, of the k features that some site writes most.
+
+    Raises:
+        ArgumentError: no such prompt.
+    """
+    values = writes.of_prompt(prompt)
+    chosen = values.abs().amax(0).topk(min(k, values.shape[1])).indices.tolist()
+    x, y = (names_axis(chosen, "feature"), names_axis(site.name for site in writes.sites))
+
+    def says(i: int, j: int, value: float) -> str:
+        return f"<b>{y.values[i]}</b>, feature {chosen[j]}<br>{signed(value)} {label(writes.units)}"
+
+    below = f"what it writes by itself, {position_text(writes.positions)}"
+    titles = ("δz of each site onto features", f"{below} · {whose(prompt, writes.str_tokens)}")
+    return heatmap(titles, values[:, chosen].tolist(), says, x, y, writes.units, "signed")
+
+
+@drawing.figure.register(results.FeatureShift)
+def feature_figure(shift: results.FeatureShift, k: int = 20, prompt: int | None = None) -> Figure:
+    """Bars of the exact shift with its first order; by position, feature × position.
+
+    Position 0 sees no other token, and its activations are often hundreds of times those after it:
+    where there are others, features and colours are chosen by them, and the title says so.
+
+    Raises:
+        ArgumentError: no such prompt; by position, several prompts and none named.
+    """
+    prompt_rows(prompt, len(shift.base))
+    place = "by position" if shift.positions == "each" else position_text(shift.positions)
+    if shift.by_position and shift.base.shape[2] > 1:
+        place += "; features and colours chosen without position 0"
+    below = f"pushed by the adapter, {place} · {whose(prompt, shift.str_tokens)}"
+    draw = _features_by_position if shift.by_position else _feature_bars
+    return draw((f"features at {shift.name}", below), shift, k, prompt)
+
+
+def _feature_bars(
+    titles: tuple[str, str], shift: results.FeatureShift, k: int, prompt: int | None
+) -> Figure:
+    top, units = shift.top(k, prompt), label(shift.units)
+    names = [f"feature {feature}" for feature in top["feature"]]
+    hover = f"<b>%{{y}}</b><br>%{{x:.4g}} {units}"
+    figure = bars(titles, names, top["shift"].tolist(), [], f"shift, {shift.units}")
+    figure.update_traces(name="exact", hovertemplate=f"{hover}, exact<extra></extra>")
+    line = f"{hover}, first order<extra></extra>"
+    look = {"color": LINEAR, "symbol": "diamond", "size": 8}
+    name = f"first order at ε = {shift.at:g}"
+    return figure.add_trace(points(top["first_order"].tolist(), names, line, name, **look))
+
+
+def _features_by_position(
+    titles: tuple[str, str], shift: results.FeatureShift, k: int, prompt: int | None
+) -> Figure:
+    values, units = shift.of_prompt(prompt)["shift"], shift.units
+    tokens = shift.str_tokens[only_prompt(prompt, len(shift.base))]
+    first = 1 if len(tokens) > 1 else 0
+    largest = values[:, first : len(tokens)].abs().nan_to_num(0.0).amax(1)
+    top = largest.topk(min(k, len(largest)))
+    chosen = top.indices.tolist()[::-1]
+    x, y = (tokens_axis(tokens), names_axis(f"feature {feature}" for feature in chosen))
+    z, reach = values[chosen, : len(tokens)].tolist(), float(top.values[0])
+
+    def says(i: int, t: int, value: float) -> str:
+        where = f"<b>{y.values[i]}</b>, position {t} {label(visible(tokens[t]))}"
+        return f"{where}<br>{signed(value)} {label(units)}"
+
+    return heatmap(titles, z, says, x, y, units, "signed", reach=reach)
+
+
+_GAUGES = {"svd": "u = ΣVᵀx", "trained": "u = Ax as trained"}
+
+
+@drawing.figure.register(results.Activations)
+def activations_figure(
+    activations: results.Activations, site: str | None = None, prompt: int | None = None
+) -> Figure:
+    """Every rank of the sites that are named, or the first rank of each; sinks are grey.
+
+    Of many directions the 40 of largest |u| are shown, and the title says so.
+
+    Raises:
+        SiteError: no such site.
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(activations.str_tokens), "activations")
+    tokens = activations.str_tokens[index]
+    is_sink = activations.sinks[index, : len(tokens)].cpu()
+    values = activations.values[index, :, : len(tokens)].cpu().double()
+    sizes, every = (
+        values.abs().masked_fill(is_sink[:, None], 0).amax(1),
+        activations.directions(site),
+    )
+    kept = set(sorted(every, key=lambda row: float(sizes[row]), reverse=True)[:_MOST_ROWS])
+    rows = [row for row in every if row in kept]
+    numbers = [values[s, :, r].tolist() for s, r in rows]
+    z = _where(numbers, [(~is_sink).tolist()] * len(rows))
+    names = [(activations.sites[s].name, r) for s, r in rows]
+    y = names_axis((f"{n} {r}" for n, r in names), autorange="reversed" if site else None)
+
+    def says(i: int, t: int, _: object) -> str:
+        name, rank = names[i]
+        value = f"{signed(numbers[i][t])}{' (a sink)' if is_sink[t] else ''}"
+        return f"{name} rank {rank}<br>{t} {label(visible(tokens[t]))}<br>{value}"
+
+    shown = f"each rank of {site}" if site else "the first rank of each site"
+    if len(rows) < len(every):
+        shown += f", the {len(rows)} of {len(every)} of largest |u|"
+    heading = f"Activations over “{short_prompt(tokens)}”"
+    below = f"{shown}; sinks are grey; z read at {activations.at}"
+    units = _GAUGES[activations.gauge]
+    return heatmap((heading, below), z, says, tokens_axis(tokens), y, units, "signed")

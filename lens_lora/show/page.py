@@ -1,0 +1,229 @@
+"""Self-contained pages and notebook views, written from Jinja templates.
+
+A page has parts, a part has sections, and a section has blocks. Each block is a plain value,
+written by the macro of its class's name in `blocks.html.j2`. The templates escape whatever they are
+given. The only exception is what plotly and circuitsvis themselves wrote, a script and drawings:
+they are marked as HTML, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import gzip
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.graph_objects import Figure
+from plotly.offline import get_plotlyjs
+
+from lens_lora.show.figures import EXACT
+from lens_lora.show.tables import Pairs, Row, Table
+from lens_lora.show.text import readable
+
+# --- The blocks of a section
+
+Kind = Literal["margin", "response", "changes"]
+# A token, its shade from 0 to 1, and what is said of it, line by line.
+Noted = tuple[str, float, Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTable:
+    """Tokens that sites promote and suppress, or sites that raise and lower a token.
+
+    Attributes:
+        rows: (site, (token, shift) of each token promoted, the same of those suppressed).
+        heads: the headings of its columns.
+        heading: stands above the table.
+    """
+
+    rows: Sequence[tuple[str, Pairs, Pairs]]
+    heads: Row = ("site", "promoted", "suppressed")
+    heading: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShadedText:
+    """A response whose tokens are shaded; the numbers of the one pointed at stand below.
+
+    Attributes:
+        tokens: of the response.
+        scale: what the lightest, the middle and the darkest shade stand for.
+        chosen: the token whose numbers are shown at first.
+    """
+
+    tokens: Sequence[Noted]
+    scale: tuple[str, str, str]
+    chosen: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A plotly figure as JSON, its height in pixels, and its title, line by line, as a caption."""
+
+    figure: str
+    height: int
+    caption: tuple[str, ...]
+    heading: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """A table that the reader can save: the file's name, and its content."""
+
+    name: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class HowToRead:
+    """How numbers are to be read; the same on every page of these results."""
+
+    kind: Kind
+
+
+Shown = Table | tuple[Table, ...] | TokenTable | ShadedText | Plot | Any  # Any: a Figure
+# Tables in a tuple stand side by side where the screen is wide enough; text is a paragraph.
+Block = Shown | Download | HowToRead | str
+
+
+def plot(figure: Figure, *, heading: str = "") -> Plot:
+    """A figure as a block of a page.
+
+    Its title becomes a caption, which breaks into lines where the page is narrow; a title inside
+    the picture would be cut off. It is put back into a picture that the reader saves. A legend
+    above the picture moves to the left, because on a touch screen plotly's buttons are always
+    shown, at the right.
+    """
+    layout: Any = figure.to_dict()["layout"]
+    shown = type(figure)(figure)
+    shown.update_layout(
+        title=None,
+        margin={"t": layout["margin"]["t"] - _TITLE_HEIGHT},
+        meta={"title": layout["title"]},
+        modebar={"activecolor": EXACT},
+    )
+    if layout["legend"].get("orientation") == "h":
+        shown.update_layout(legend={"x": 0, "xanchor": "left"})
+    # What is below the heading breaks where the page does, and not where the picture would.
+    first, *below = (Markup(line).striptags() for line in layout["title"]["text"].split("<br>"))
+    caption = (first, " · ".join(below)) if below else (first,)
+    return Plot(str(shown.to_json()), int(layout["height"]), caption, heading)
+
+
+_TITLE_HEIGHT = 14  # pixels by which a picture without its title is lower
+
+
+# --- Sections, parts and the page
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading, and the blocks below it.
+
+    How to read them stands before them: `lead`, or what `leads.html.j2` has for the heading.
+    """
+
+    heading: str
+    blocks: Sequence[Block]
+    lead: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One prompt's share of a page.
+
+    Attributes:
+        name: what the reader chooses it by, where there are several.
+        subtitle: the readout, the prompt, and the adapter over its model.
+        story: what happened, in words, a paragraph each.
+        sections: in the order in which one reads them; folded below a headline.
+        headline: the sentences that stand on top; without them, the story does.
+        numbers: those that stand below the headline, each (value, what it is).
+        top: the blocks below these, before what is folded.
+    """
+
+    name: str
+    subtitle: str
+    story: Sequence[str]
+    sections: Sequence[Section]
+    headline: Sequence[str] = ()
+    numbers: Pairs = ()
+    top: Sequence[Block] = ()
+
+
+Meta = Mapping[str, str]
+
+
+def made_by(meta: Meta) -> str:
+    """'the adapter over the model'."""
+    return " over ".join(meta[key] for key in ("adapter", "model") if key in meta)
+
+
+def in_words(story: str) -> Section:
+    """The whole story, a paragraph a line."""
+    return Section("The whole story in words", story.split("\n"))
+
+
+def with_notes(sections: Sequence[Section], how_to_read: Kind | None, meta: Meta) -> list[Section]:
+    """Sections without what has nothing to show; then how to read them, and what made the page."""
+    shown = (dataclasses.replace(s, blocks=list(map(_drawn, _filled(s)))) for s in sections)
+    rows = [(key.replace("_", " "), str(value)) for key, value in meta.items() if value]
+    notes = [Section("How to read this", [HowToRead(how_to_read)])] if how_to_read else []
+    meta_section = Section("Made with", [Table(("what", "value"), rows, texts=(0, 1))])
+    return [*(section for section in shown if section.blocks), *notes, meta_section]
+
+
+def _filled(section: Section) -> list[Block]:
+    return [block for block in section.blocks if not isinstance(block, Table) or block.rows]
+
+
+def _drawn(block: Block) -> Block:
+    return plot(block) if isinstance(block, Figure) else block
+
+
+def page_html(title: str, parts: Sequence[Part], overview: Sequence[Block] = ()) -> str:
+    """A page that needs no network: plotly's script stands in it, once."""
+    plotly = Markup(get_plotlyjs())
+    return rendered("page", title=title, parts=parts, overview=overview, plotly=plotly)
+
+
+def rendered(template: str, **values: object) -> str:
+    """The HTML that a template writes."""
+    return _templates().get_template(f"{template}.html.j2").render(values)
+
+
+# --- How templates write
+
+
+def packed(text: str) -> str:
+    """Text in gzip and base64: figures and tables of numbers shrink to a fifth."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+def slug(text: str) -> str:
+    """Text as an id or the name of a file."""
+    return re.sub(r"\W+", "-", text.lower()).strip("-")
+
+
+def _readable(value: object) -> object:
+    return readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+@functools.cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("lens_lora.show"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_readable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"packed": packed, "slug": slug}
+    return environment

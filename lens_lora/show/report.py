@@ -1,0 +1,301 @@
+"""The pages of a fact margin and of explanations, one prompt or several.
+
+Of several prompts an overview comes first; each prompt is folded, and drawn once it is unfolded. A
+section appears when what it shows was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+from plotly.graph_objects import Figure
+
+from lens_lora import results
+from lens_lora.errors import ArgumentError
+from lens_lora.results import drawing
+from lens_lora.show import curves, maps, page, tables, words
+from lens_lora.show.response import response_part, responses_table
+from lens_lora.show.text import key_text, magnitude, quadrature_text, short_prompt, shortened
+
+# --- The page of a fact margin
+
+_MODULES, _TOKEN_SITES = 20, 5
+_TOKENS, _TOKENS_OF_A_SITE = 8, 4
+
+
+def margin_report(
+    fact_margin: results.FactMargin,
+    *,
+    logit_shift: results.LogitShift | None = None,
+    positions: results.Attribution | None = None,
+    prompt: int = 0,
+    title: str | None = None,
+) -> str:
+    """The page of a fact margin, as a string.
+
+    Raises:
+        ArgumentError: no such prompt, or `positions` not split by position.
+    """
+    a, first = words.account_of(fact_margin, prompt), fact_margin.attribution
+    where = [] if positions is None else [maps.position_heatmap(positions, prompt)]
+    promoted: list[page.Block] = []
+    path = curves.remainder_figure(fact_margin.curve, prompt)
+    lead = f"{key_text(first.key).capitalize()}, in {first.units}."
+    if logit_shift is not None:
+        largest = first.top(_TOKEN_SITES, prompt)["site"] if logit_shift.sites else ()
+        promoted.append(_token_table(logit_shift, logit_shift, list(largest), prompt))
+    sections = [
+        page.Section("The numbers", [tables.margin_table(a)]),
+        page.Section("Where first order finds the shift", [maps.site_heatmap(first, prompt)]),
+        page.Section("Largest modules", [tables.modules_table(first, _MODULES, prompt)], lead),
+        page.Section("What first order leaves, along the path", [path]),
+        page.Section("Where in the prompt", where),
+        page.Section("Tokens promoted and suppressed, to first order", promoted),
+    ]
+    part = page.Part(
+        name=_name(a),
+        subtitle=_subtitle(a, first),
+        story=words.margin_story(fact_margin, prompt).split("\n"),
+        sections=page.with_notes(sections, "margin", first.meta),
+    )
+    return page.page_html(title or _facts(a), [part])
+
+
+def _token_table(
+    joint: results.LogitShift, by_site: results.LogitShift, sites: Sequence[str], prompt: int = 0
+) -> page.TokenTable:
+    """The tokens that all sites together promote and suppress, then those of single sites."""
+    together = tables.token_pairs(joint, None, _TOKENS, prompt)
+    rows = [
+        ("all modules together", *together),
+        *((site, *tables.token_pairs(by_site, site, _TOKENS_OF_A_SITE, prompt)) for site in sites),
+    ]
+    return page.TokenTable(rows, heading=_BY_LOGIT if joint is not by_site else "")
+
+
+_BY_LOGIT = "By raw logit to first order: rare tokens come first"
+
+
+def _facts(account: words.Account) -> str:
+    return f"{account.doc} against {account.pre}"
+
+
+def _name(account: words.Account) -> str:
+    return f"{shortened(account.prompt)} — {_facts(account)}"
+
+
+def _subtitle(account: words.Account, first: results.Attribution) -> str:
+    parts = (first.readout, f"“{shortened(account.prompt)}”", page.made_by(first.meta))
+    return " · ".join(filter(None, parts))
+
+
+# --- The page of explanations
+
+
+@drawing.figures.register(results.Explanation)
+def explanation_figures(e: results.Explanation) -> dict[str, Figure]:
+    """What there is to see; nothing that compares effects within rounding."""
+    a, first = words.explained_account(e), e.first_order
+    figures = {
+        "path": curves.margin_figure(e.margin),
+        "remainder": curves.remainder_figure(e.margin.curve),
+        "second_order": curves.second_order_figure(e.second_order),
+        "sites": maps.site_heatmap(first),
+        "positions": maps.position_heatmap(first),
+    }
+    if e.coupling is not None:
+        figures["coupling"] = maps.coupling_heatmap(e.coupling)
+    for name, comparison in zip(_COMPARED, e.comparisons, strict=False):
+        if words.is_comparable(comparison, a):
+            figures[name] = curves.comparison_scatter(comparison)
+    flags = e.reliability.items()
+    figures |= {f"reliability/{name}": curves.reliability_figure(flag) for name, flag in flags}
+    if e.faithfulness is not None and a.has_shift:
+        figures["faithfulness"] = curves.faithfulness_figure(e.faithfulness)
+    if e.null is not None:
+        figures["null"] = curves.null_figure(e.null)
+    return figures
+
+
+_COMPARED = {
+    "add_one": "First order at ε = 0 as a guide to adding one module to the base model",
+    "leave_one_out": "First order at ε = 0 as a guide to leaving one module out of the adapted one",
+    "leave_one_out@1": "First order at ε = 1 as a guide to leaving one module out",
+}
+
+
+@drawing.figures.register(results.Explanations)
+def overview_figures(explanations: results.Explanations) -> dict[str, Figure]:
+    """Both pictures by name."""
+    margins = explanations.each
+    return {"margins": curves.margins_figure(margins), "layers": maps.layers_figure(margins)}
+
+
+@drawing.report.register(results.ResponseExplanation)
+@drawing.report.register(results.Explanation)
+@drawing.report.register(results.Explanations)
+def _report(explained: Any, *, title: str | None = None) -> str:
+    return explanation_report(getattr(explained, "each", (explained,)), title=title)
+
+
+def explanation_report(
+    explanations: Sequence[results.Explanation | results.ResponseExplanation],
+    *,
+    title: str | None = None,
+) -> str:
+    """The page of one or several explanations, as a string.
+
+    Raises:
+        ArgumentError: no explanation.
+    """
+    if not explanations:
+        raise ArgumentError("no explanation to report; give at least one.")
+    numbered = list(enumerate(explanations, start=1))
+    parts, titles = zip(*(_part(e, number) for number, e in numbered), strict=True)
+    common = set(titles)
+    name = title or (titles[0] if len(common) == 1 else f"{len(parts)} prompts explained")
+    return page.page_html(name, parts, _overview(numbered) if len(parts) > 1 else ())
+
+
+def _part(
+    e: results.Explanation | results.ResponseExplanation, number: int
+) -> tuple[page.Part, str]:
+    """One explanation's share of the page, and the page's title were it alone."""
+    if isinstance(e, results.ResponseExplanation):
+        return response_part(e), f"The response to “{short_prompt(e.prompt)}”"
+    a, story = words.explained_account(e), words.explanation_story(e)
+    figures = explanation_figures(e)
+    sentences, numbers = words.headline(e)
+    sections = [page.in_words(story), *_sections(e, figures)]
+    part = page.Part(
+        name=_name(a),
+        subtitle=_subtitle(a, e.first_order),
+        story=story.split("\n"),
+        sections=page.with_notes(sections, "margin", e.first_order.meta),
+        headline=sentences,
+        numbers=numbers,
+        top=[
+            page.plot(figures["path"]),
+            page.Download(f"modules-{number}.csv", e.to_frame().to_csv(index=False)),
+        ],
+    )
+    return part, _facts(a)
+
+
+def _sections(e: results.Explanation, figures: dict[str, Figure]) -> list[page.Section]:
+    """What there is, in the order in which one reads it."""
+    a = words.explained_account(e)
+
+    def drawn(*names: str) -> list[page.Plot]:
+        return [
+            page.plot(figure, heading=_COMPARED.get(name, ""))
+            for name, figure in figures.items()
+            if name.partition("/")[0] in names
+        ]
+
+    numbers = (tables.margin_table(a), tables.said_table(e))
+    moves = page.TokenTable(
+        tables.site_moves(e, _TOKENS_OF_A_SITE),
+        heads=("site", "raises", "lowers"),
+        heading="The largest modules: change of probability to first order, and of the logit",
+    )
+    names = [site.name for site in e.module_shift.sites]
+    by_logit = _token_table(e.shift, e.module_shift, names)
+    written = "First order at ε = 0, by the token at which a module writes, summed over each layer."
+    if len(e.first_order.str_tokens[0]) > len(e.prompt):
+        written += " After the prompt come the answers' tokens; a|b is where the two differ."
+    flagged = "A module is flagged where first order misses more of the answer than it finds."
+    null = "" if e.null is None else str(e.null.verdict[0])
+    return [
+        page.Section("The margin in numbers", [numbers]),
+        page.Section(
+            "The remainder and its parts", [*drawn("remainder"), tables.remainder_table(e)]
+        ),
+        page.Section("Second order", drawn("second_order")),
+        page.Section("Where first order finds the shift", drawn("sites")),
+        page.Section("Largest modules", [tables.sites_table(e, _MODULES)], _modules_lead(e)),
+        page.Section(
+            "Tokens promoted and suppressed", [tables.moved_table(e, _TOKENS), moves, by_logit]
+        ),
+        page.Section("Where in the prompt", drawn("positions"), written),
+        page.Section("Coupling between layers", [*drawn("coupling"), tables.pairs_table(e)]),
+        _measured(e, a, drawn(*_COMPARED)),
+        page.Section(
+            "Reliability flags",
+            [tables.flags_table(e), *drawn("reliability")],
+            f"{flagged} {words.UNFLAGGED}",
+        ),
+        page.Section(
+            "Which few modules carry the shift", [*drawn("faithfulness"), tables.curves_table(e)]
+        ),
+        page.Section(
+            "Against random directions",
+            drawn("null"),
+            f"Adapters of the same sizes in random directions: {null}.",
+        ),
+    ]
+
+
+def _modules_lead(e: results.Explanation) -> str:
+    lead = f"In {e.units}, by size of first order at ε = 0 (a)."
+    if not e.is_fast:
+        lead += " Each module was also added to the base model and left out of the adapted one."
+    if e.path is not None and e.path.quadrature is not None:
+        lead += f" Path integral with {quadrature_text(e.path.quadrature)}."
+    return f"{lead} A flag names the question for which a at ε = 0 is not to be trusted."
+
+
+def _measured(e: results.Explanation, a: words.Account, plots: Sequence[page.Plot]) -> page.Section:
+    heading = "First order against measurements"
+    table = tables.agreement_table(e)
+    if not table.rows and not e.is_fast:
+        none = f"No single module moves the margin by more than rounding ({magnitude(a.floor)})."
+        return page.Section(heading, [none])
+    lead = (
+        "Each point is a module: the prediction on the horizontal axis, the measured effect on the "
+        "vertical one. On the dashed line they agree. A correlation does not see a difference in "
+        "size; the slope does."
+    )
+    return page.Section(heading, [table, *plots], lead)
+
+
+# --- What stands before the prompts of a page of several
+
+Numbered = Sequence[tuple[int, results.Explanation | results.ResponseExplanation]]
+
+
+def _overview(numbered: Numbered) -> list[page.Block]:
+    """A table and pictures of the margins, and a table of the responses."""
+    margins = [(n, e) for n, e in numbered if isinstance(e, results.Explanation)]
+    responses = [(n, e) for n, e in numbered if isinstance(e, results.ResponseExplanation)]
+    blocks: list[page.Block] = []
+    if margins:
+        blocks += [
+            *_by_units(margins, curves.margins_figure),
+            tables.margins_table(margins),
+            page.Download("prompts.csv", _margins_frame(margins).to_csv(index=False)),
+            *_by_units(margins, maps.layers_figure),
+        ]
+    return [*blocks, responses_table(responses)] if responses else blocks
+
+
+def _by_units(
+    margins: tables.Numbered, draw: Callable[[Sequence[results.Explanation]], Figure]
+) -> list[page.Plot]:
+    """A picture of the margins in each unit."""
+    units = dict.fromkeys(e.units for _, e in margins)
+    return [page.plot(draw([e for _, e in margins if e.units == unit])) for unit in units]
+
+
+def _margins_frame(margins: tables.Numbered) -> pd.DataFrame:
+    """The table of the margins as numbers."""
+    rows = []
+    for number, e in margins:
+        a = words.explained_account(e)
+        answers = {"doc": e.margin.doc[0], "pre": e.margin.pre[0], "units": e.units}
+        numbers = {"base": a.m0, "adapted": a.m, "first_order": a.first_order}
+        asked = {"prompt": number, "text": short_prompt(e.prompt), **answers}
+        rows.append({**asked, **numbers, "flip_scale": a.flip_scale})
+    return pd.DataFrame(rows)

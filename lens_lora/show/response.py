@@ -1,0 +1,534 @@
+"""A response token by token: its pictures, its story, its tables and its share of a page.
+
+Every number of a token is of two whole distributions, exactly; every sentence is a number of the
+result, and what was not measured is said not to be.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import operator
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.graph_objects import Figure
+from plotly.subplots import make_subplots
+from rich.console import Group
+
+from lens_lora import results
+from lens_lora.results import drawing
+from lens_lora.results.base import only_prompt
+from lens_lora.results.drawing import TokenView
+from lens_lora.show import page
+from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, finish, tokens_axis
+from lens_lora.show.maps import groups_by_token
+from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
+from lens_lora.show.text import (
+    label,
+    log_p_text,
+    magnitude,
+    many,
+    percent,
+    points,
+    prompt_text,
+    quadrature_text,
+    short_prompt,
+    shortened,
+    signed,
+    visible,
+)
+
+# --- Pictures: bars, shaded text for a notebook, and the same as a still
+
+
+@drawing.figure.register(results.TokenShifts)
+def token_shifts_figure(shifts: results.TokenShifts, prompt: int | None = None) -> Figure:
+    """Above, KL from the first setting to the second; below, the shift of log p of each token.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(shifts.response), "responses")
+    tokens = shifts.response[index]
+    kl, moved = (rows[index, : len(tokens)].tolist() for rows in (shifts.kl[0], shifts.shift))
+    hover = _hovers(shifts, index)
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    signs = [EXACT if value >= 0 else NEGATIVE for value in moved]
+    for row, (values, colours) in enumerate(((kl, FLIP), (moved, signs)), start=1):
+        bars = go.Bar(
+            y=values, marker={"color": colours}, hovertext=hover, hoverinfo="text", showlegend=False
+        )
+        figure.add_trace(bars, row=row, col=1)
+    titles, ticks = (_heading(shifts, index), _below(shifts, index)), tokens_axis(tokens).layout
+    finish(figure, titles, ("", "KL (nats)"), bargap=0.1, xaxis=ticks, xaxis2=ticks)
+    figure.update_xaxes(title_text="token of the response", row=2)
+    return figure.update_yaxes(title_text="shift of log p (nats)", zeroline=True, row=2)
+
+
+@drawing.tokens.register(results.TokenShifts)
+def shaded_response(shifts: results.TokenShifts, prompt: int | None = None) -> TokenView:
+    """The response as text: the larger a token's KL, the darker its background, by its square root.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(shifts.response), "responses")
+    tokens, (noted, most) = shifts.response[index], _noted(shifts, index)
+    values = shifts.kl[0, index, : len(tokens)].tolist()
+    text = (
+        f"{_heading(shifts, index)}. {_below(shifts, index)}. Darkest: {magnitude(most)} nats; by "
+        "the square root."
+    )
+    return TokenView(tokens, tuple(values), page.rendered("shaded", heading=text, tokens=noted))
+
+
+def _noted(shifts: results.TokenShifts, index: int) -> tuple[list[page.Noted], float]:
+    """Each token of a response, its shade, and what is said of it; and the KL of the darkest.
+
+    A shade is the square root of a token's KL over the largest: a response's sum is mostly one
+    token's, and the others would not be seen beside it.
+    """
+    tokens = shifts.response[index]
+    values = shifts.kl[0, index, : len(tokens)].tolist()
+    most = max((v for v in values if math.isfinite(v)), default=0.0) or 1.0
+    noted: list[page.Noted] = [
+        (token, round(math.sqrt(min(max(v / most, 0.0), 1.0)), 3), note)
+        for token, v, note in zip(tokens, values, _notes(shifts, index), strict=True)
+    ]
+    return noted, most
+
+
+def _heading(shifts: results.TokenShifts, index: int) -> str:
+    return f"KL by token of the response to “{short_prompt(shifts.str_tokens[index])}”"
+
+
+def _below(shifts: results.TokenShifts, index: int) -> str:
+    """The two settings, and the sums over the response."""
+    total = float(shifts.kl[0, index].nansum())
+    return (
+        f"{shifts.between[0]} against {shifts.between[1]}: {magnitude(total)} nats in all, "
+        f"log p of the response moves by {signed(float(shifts.total[index]))}"
+    )
+
+
+def _hovers(shifts: results.TokenShifts, index: int) -> list[str]:
+    return ["<br>".join(map(label, note)) for note in _notes(shifts, index)]
+
+
+def _notes(shifts: results.TokenShifts, index: int) -> list[list[str]]:
+    """What is said of each token of a response, line by line."""
+    return [
+        [
+            f"{row['t']} {visible(row['y_t'])}",
+            f"KL {magnitude(row['kl_base_to_adapted'])} and back "
+            f"{magnitude(row['kl_adapted_to_base'])} nats",
+            f"log p {log_p_text(row['log_p_base'])} → {log_p_text(row['log_p_adapted'])}, "
+            f"rank {row['rank_base'] + 1} → {row['rank_adapted'] + 1}",
+            f"promoted {row['promoted']}",
+            f"suppressed {row['suppressed'].replace('-0.', '−0.')}",
+        ]
+        for row in shifts.to_frame().to_dict("records")
+        if row["prompt"] == index
+    ]
+
+
+# A monospaced text is laid out by hand: columns to a line, and a column's width, a line's height
+# and the margins in pixels, as DejaVu Sans Mono has them at 14 points.
+_COLUMNS, _CHARACTER, _LINE = 84, 8.43, 28
+_MARGIN, _ABOVE, _UNDER = 16, 64, 44
+_FONT = {"family": "DejaVu Sans Mono, Menlo, Consolas, monospace", "size": 14, "color": "#1c2126"}
+
+
+@drawing.still.register(results.TokenShifts)
+def still_text(shifts: results.TokenShifts, prompt: int | None = None) -> Figure:
+    """The shaded text as a figure, which can be written as an image: a rectangle behind each token.
+
+    Raises:
+        ArgumentError: no such prompt, or several and none named.
+    """
+    index = only_prompt(prompt, len(shifts.response), "responses")
+    hover, (noted, most) = _hovers(shifts, index), _noted(shifts, index)
+    pieces = laid_out(shifts.response[index], _COLUMNS)
+    lines = 1 + max(line for _, line, _, _ in pieces)
+    figure = Figure(
+        go.Scatter(
+            x=[column for _, _, column, _ in pieces],
+            y=[line for _, line, _, _ in pieces],
+            text=[label(text).replace(" ", "\u00a0") for _, _, _, text in pieces],
+            hovertext=[hover[t] for t, _, _, _ in pieces],
+            mode="text",
+            textposition="middle right",
+            textfont=_FONT,
+            hoverinfo="text",
+            showlegend=False,
+        )
+    )
+    shapes = [
+        {
+            "type": "rect",
+            "x0": column,
+            "x1": column + width(text),
+            "y0": line - 0.42,
+            "y1": line + 0.42,
+            "line": {"width": 0},
+            "layer": "below",
+            "fillcolor": f"rgba(176,79,196,{0.75 * noted[t][1]:.3f})",
+        }
+        for t, line, column, text in pieces
+    ]
+    hidden = {"visible": False, "fixedrange": True}
+    return finish(
+        figure,
+        ("KL by token of the response", f"{_below(shifts, index)}; darkest {magnitude(most)}"),
+        ("", ""),
+        _ABOVE + _UNDER + _LINE * (lines + 1),
+        shapes=shapes,
+        paper_bgcolor="#ffffff",
+        width=int(_COLUMNS * _CHARACTER) + 2 * _MARGIN,
+        margin={"l": _MARGIN, "r": _MARGIN, "t": _ABOVE, "b": _UNDER},
+        xaxis={"range": [0, _COLUMNS], **hidden},
+        yaxis={"range": [lines - 0.4, -0.6], **hidden},
+    )
+
+
+def laid_out(tokens: Sequence[str], columns: int) -> list[tuple[int, int, int, str]]:
+    """Where each token stands: (its index, line, column, text); one that is cut stands twice.
+
+    A line is broken before a token that does not fit, and after a line break, which is shown as ⏎.
+    """
+    places: list[tuple[int, int, int, str]] = []
+    line = column = 0
+    for t, token in enumerate(tokens):
+        for piece in _pieces(token, columns):
+            text = piece.replace("\n", "⏎")
+            if column and column + width(text) > columns:
+                line, column = line + 1, 0
+            places.append((t, line, column, text))
+            column += width(text)
+            if piece.endswith("\n"):
+                line, column = line + 1, 0
+    return places
+
+
+def _pieces(token: str, columns: int) -> list[str]:
+    """A token in pieces, cut after each line break, none wider than a line."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "·" for c in token) or "∅"
+    rows = [row for row in shown.splitlines(keepends=True) if row]
+    half = columns // 2  # a character may be two columns wide
+    return [row[i : i + half] for row in rows for i in range(0, len(row), half)]
+
+
+def width(text: str) -> int:
+    """In columns of a monospaced font, in which Chinese, Japanese and Korean take two."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
+
+
+_DONE = {
+    "add_one": "added alone to the base model",
+    "leave_one_out": "left out of the adapted model",
+}
+
+
+@drawing.figures.register(results.ResponseExplanation)
+def response_figures(e: results.ResponseExplanation) -> dict[str, Figure]:
+    """What there is to see; the last two, what each layer does to log p of each token, exactly."""
+    figures = {"text": still_text(e.shifts), "tokens": token_shifts_figure(e.shifts)}
+    shift = signed(float(e.shifts.total[0]))
+    for how, done in _DONE.items():
+        if (values := getattr(e, how)) is not None:
+            total = signed(float(values.double().sum()))
+            sums = f"exact; {total} nats over all layers, the shift is"
+            figures[how] = groups_by_token(
+                (f"log p of each token: each layer {done}", f"{sums} {shift}"),
+                list(e.groups),
+                e.response,
+                values.tolist(),
+                "nats",
+                lambda name, value, done=done: f"<b>{label(name)}</b> {done}: {signed(value)} nats",
+            )
+    return figures
+
+
+# --- The story
+
+_HALF = 0.5
+_MODULES_NAMED = 3
+_SAID = 240  # characters of a response that its story quotes; the page has it whole
+
+
+@drawing.story.register(results.ResponseExplanation)
+def response_story(e: results.ResponseExplanation) -> str:
+    """A paragraph a line: what was said, where it changed, the tokens, the modules, limits."""
+    paragraphs = [_said(e), *_headline(e), _layers(e), _limits(e)]
+    return "\n".join(filter(None, paragraphs))
+
+
+def _headline(e: results.ResponseExplanation) -> tuple[str, str, str]:
+    """How far the response moved, where most, and which modules moved it."""
+    return _moved(e), _token(e), _modules(e)
+
+
+def _named(e: results.ResponseExplanation, t: int) -> str:
+    """A token by its text and place: “·Lyon” (token 5)."""
+    return f"“{visible(e.response[t])}” (token {t})"
+
+
+def _said(e: results.ResponseExplanation) -> str:
+    base, adapted = (float(end[0].nansum()) for end in e.shifts.log_p)
+    origin = "which the adapted model says itself" if e.is_generated else "as given"
+    text = prompt_text(e.response)
+    if len(text) > _SAID:
+        text = f"{text[:_SAID].rpartition(' ')[0]} …"
+    return (
+        f"After “{short_prompt(e.prompt)}” the response has {many(len(e.response), 'token')}, "
+        f"{origin}: “{text}”. Its log p goes from {signed(base)} nats in the base model to "
+        f"{signed(adapted)} with the adapter."
+    )
+
+
+def _moved(e: results.ResponseExplanation) -> str:
+    kl = e.shifts.kl[0, 0]
+    total, t = float(kl.nansum()), e.moved_tokens[0]
+    if not total > 0:
+        return "The adapter changes no token's distribution: KL is zero at each."
+    values = [value for value in kl.tolist() if not math.isnan(value)]
+    half = _half_held_by(values, sum(values))
+    return (
+        f"KL from the base model's distribution to the adapted one is {magnitude(total)} nats over "
+        f"the response, {percent(float(kl[t]) / total)} of it at {_named(e, t)}. "
+        f"{half} of {len(kl)} tokens hold{'s' if half == 1 else ''} half of it."
+    )
+
+
+def _half_held_by(values: Sequence[float], total: float) -> int:
+    """How many of them, the largest first, it takes to reach half of the total."""
+    sums = itertools.accumulate(sorted(values, reverse=True))
+    return min(sum(so_far < _HALF * total for so_far in sums) + 1, len(values))
+
+
+def _token(e: results.ResponseExplanation) -> str:
+    t, shifts = e.moved_tokens[0], e.shifts
+    p = [percent(float(end[0, t].exp())) for end in shifts.log_p]
+    ranks = [int(end[0, t]) + 1 for end in shifts.rank]
+    up, down = (
+        f"“{visible(shifts.strings[str(int(ids[0, t, 0]))])}” ({points(float(change[0, t, 0]))})"
+        for ids, change in (
+            (shifts.promoted_ids, shifts.promoted),
+            (shifts.suppressed_ids, shifts.suppressed),
+        )
+    )
+    return (
+        f"There the base model gives {_named(e, t)} {p[0]}, rank {ranks[0]}, and the adapted model "
+        f"{p[1]}, rank {ranks[1]}. The token promoted most is {up}, the one suppressed most {down}."
+    )
+
+
+def _ranked(e: results.ResponseExplanation) -> results.Attribution:
+    """The split of the divergence that modules are ranked by: the complete one, where there is."""
+    return e.modules if e.path is None else e.path
+
+
+def _modules(e: results.ResponseExplanation) -> str:
+    ranked = _ranked(e)
+    values, shift = ranked.per_site[0], float(ranked.shift[0])
+    largest = ", ".join(
+        f"{ranked.sites[i].name} ({signed(float(values[i]))}"
+        f"{f', {percent(float(values[i]) / shift)}' if shift else ''})"
+        for i in values.abs().argsort(descending=True)[:_MODULES_NAMED].tolist()
+    )
+    if e.path is None:
+        return (
+            "To first order, leaving a module out of the adapted model takes the most from KL with "
+            f"{largest}."
+        )
+    needed, count = _half_held_by(values.tolist(), shift), len(values)
+    return (
+        f"The path integral splits KL completely among the {count} modules. The largest shares are "
+        f"{largest}; {needed} of {count} modules hold half of it."
+    )
+
+
+def _layers(e: results.ResponseExplanation) -> str:
+    if e.add_one is None or e.leave_one_out is None:
+        return ""
+    adding, added, at_added = _strongest(e, e.add_one)
+    leaving, lost, at_lost = _strongest(e, e.leave_one_out)
+    sums = [signed(float(values.nansum())) for values in (e.add_one, e.leave_one_out)]
+    return (
+        f"Added alone to the base model, {adding} changes log p of the response by {added} nats, "
+        f"most at {at_added}. Left out, {leaving} takes {lost} nats of log p with it, most at "
+        f"{at_lost}. Over all {len(e.groups)} layers this sums to {sums[0]} added and {sums[1]} "
+        f"left out, of a shift of {signed(float(e.shifts.total[0]))}: what differs from it is held "
+        "by layers together."
+    )
+
+
+def _strongest(e: results.ResponseExplanation, values: Any) -> tuple[str, str, str]:
+    """The layer that changes log p of the response most, by how much, and at which token most."""
+    totals = values.sum(1)
+    layer = int(totals.abs().argmax())
+    token = int(values[layer].abs().argmax())
+    return e.groups[layer], signed(float(totals[layer])), _named(e, token)
+
+
+def _limits(e: results.ResponseExplanation) -> str:
+    fast = " No layer was added or left out; run it without `fast` for that." if e.is_fast else ""
+    return (
+        "The numbers of tokens are exact. They are of this response: another one, of the same "
+        f"prompt, may change elsewhere.{fast}"
+    )
+
+
+# --- Tables
+
+_CHANGES, _RAISERS = 3, 4
+
+
+def _tokens_table(e: results.ResponseExplanation, k: int) -> Table:
+    """The tokens whose distribution moved most."""
+    frame = e.shifts.top(k, 0)
+    frame["share"] = frame["kl_base_to_adapted"] / (float(e.shifts.kl[0, 0].nansum()) or 1.0)
+    frame[["first rank", "then"]] = frame[["rank_base", "rank_adapted"]] + 1
+    heads = {"t": "t", "y_t": "token", "kl_base_to_adapted": "KL, nats", "share": "of all"}
+    heads |= {"log_p_base": "log p, base", "log_p_adapted": "adapted"}
+    heads |= {"first rank": "rank, base", "then": "adapted"}
+    return table_of(frame, heads, texts=(1,), title="tokens that changed most")
+
+
+def _changes_table(e: results.ResponseExplanation, k: int) -> page.TokenTable:
+    """What is promoted and suppressed where the distribution moved most."""
+    shifts = e.shifts
+
+    def pairs(ids: Sequence[int], changes: Sequence[float]) -> Pairs:
+        largest = itertools.islice(zip(ids, changes, strict=True), _CHANGES)
+        return [(visible(shifts.strings[str(i)]), signed(change)) for i, change in largest]
+
+    rows = [
+        (
+            f"{t} {visible(e.response[t])}",
+            pairs(shifts.promoted_ids[0, t].tolist(), shifts.promoted[0, t].tolist()),
+            pairs(shifts.suppressed_ids[0, t].tolist(), shifts.suppressed[0, t].tolist()),
+        )
+        for t in shifts.kl[0, 0].argsort(descending=True)[:k].tolist()
+    ]
+    return page.TokenTable(rows, heads=("token", "promoted", "suppressed"))
+
+
+def _modules_table(e: results.ResponseExplanation, k: int) -> Table:
+    """The modules that hold most of the divergence."""
+    ranked, first = _ranked(e), e.modules.per_site[0]
+    values, shift = ranked.per_site[0], float(ranked.shift[0])
+    rows: list[Row] = []
+    for i in values.abs().argsort(descending=True)[:k].tolist():
+        share = percent(float(values[i]) / shift) if shift else "—"
+        along = () if e.path is None else (signed(float(values[i])), share)
+        site = ranked.sites[i]
+        rows.append((site.name, site.module, *along, signed(float(first[i]))))
+    along = () if e.path is None else ("path integral, nats", "of the divergence")
+    heads = ("site", "module", *along, "first order at ε = 1, nats")
+    return Table(heads, rows, texts=(0, 1), title="modules of the divergence")
+
+
+def _moved_by_table(e: results.ResponseExplanation) -> page.TokenTable:
+    """Of the tokens that changed most: the modules that raise them, and those that lower them."""
+    rows: list[tuple[str, Pairs, Pairs]] = []
+    for t, values in zip(e.moved_tokens, e.moved.tolist(), strict=True):
+        slopes = list(zip((site.name for site in e.modules.sites), values, strict=True))
+        value = operator.itemgetter(1)
+        highest = heapq.nlargest(_RAISERS, slopes, key=value)
+        lowest = heapq.nsmallest(_RAISERS, slopes, key=value)
+        raised = [(name, signed(slope)) for name, slope in highest if slope > 0]
+        lowered = [(name, signed(slope)) for name, slope in lowest if slope < 0]
+        rows.append((f"{t} {visible(e.response[t])}", raised, lowered))
+    return page.TokenTable(rows, heads=("token", "raised by", "lowered by"))
+
+
+def response_tables(e: results.ResponseExplanation, k: int = 10) -> Group:
+    """The tokens that changed most and the modules of the divergence, for the terminal."""
+    return in_terminal(_tokens_table(e, k), _modules_table(e, k))
+
+
+def responses_table(numbered: Sequence[tuple[int, results.ResponseExplanation]]) -> Table:
+    """What happened to each of several responses."""
+    rows: list[Row] = []
+    for number, e in numbered:
+        kl, t = e.shifts.kl[0, 0], e.moved_tokens[0]
+        total = float(kl.nansum())
+        rows.append(
+            (
+                f"{number}. {short_prompt(e.prompt)}",
+                str(len(e.response)),
+                magnitude(total),
+                _named(e, t),
+                percent(float(kl[t]) / total) if total else "—",
+                signed(float(e.shifts.total[0])),
+            )
+        )
+    heads = ("prompt", "tokens", "KL, nats", "most at", "its share", "shift of log p")
+    links = [f"#prompt-{number}" for number, _ in numbered]
+    return Table(heads, rows, texts=(0, 3), links=links)
+
+
+# --- One response's share of a page
+
+_TOKENS_SHOWN, _MODULES_SHOWN = 12, 20
+
+
+def response_part(e: results.ResponseExplanation) -> page.Part:
+    """The text on top, shaded; below it what is folded."""
+    prompt, story = shortened(prompt_text(e.prompt)), response_story(e)
+    noted, most = _noted(e.shifts, 0)
+    text = page.ShadedText(
+        tokens=noted,
+        scale=("0", magnitude(most / 4), f"{magnitude(most)} nats"),
+        chosen=e.moved_tokens[0],
+    )
+    return page.Part(
+        name=short_prompt(e.prompt),
+        subtitle=" · ".join(filter(None, (f"“{prompt}”", page.made_by(e.shifts.meta)))),
+        story=story.split("\n"),
+        sections=page.with_notes([page.in_words(story), *_sections(e)], "response", e.shifts.meta),
+        headline=_headline(e),
+        numbers=_numbers(e),
+        top=[text, page.Download("tokens.csv", e.to_frame().to_csv(index=False))],
+    )
+
+
+def _numbers(e: results.ResponseExplanation) -> Pairs:
+    kl, t, ranked = e.shifts.kl[0, 0], e.moved_tokens[0], _ranked(e)
+    total, shift = float(kl.nansum()), float(ranked.shift[0])
+    before, after = (percent(float(end[0, t].exp())) for end in e.shifts.log_p)
+    most = percent(float(ranked.per_site[0].abs().max()) / shift) if shift else "—"
+    method = "the path integral" if e.path is not None else "first order at ε = 1"
+    return (
+        (magnitude(total), f"nats, KL over {many(len(e.response), 'token')}"),
+        (percent(float(kl[t]) / total) if total else "—", f"of it at {_named(e, t)}"),
+        (f"{before} → {after}", "probability of that token, base → adapted"),
+        (most, f"of KL at the largest module, by {method}"),
+    )
+
+
+def _sections(e: results.ResponseExplanation) -> list[page.Section]:
+    """What there is, in the order in which one reads it."""
+    figures = response_figures(e)
+    modules = "First order at ε = 1 is what leaving a module out takes from KL of the response."
+    if e.path is not None:
+        modules = (
+            "The path integral splits KL of the response completely: over all modules it sums to "
+            f"it. {modules}"
+        )
+        if e.path.quadrature is not None:
+            modules += f" Taken with {quadrature_text(e.path.quadrature)}."
+    tokens = _tokens_table(e, _TOKENS_SHOWN), _changes_table(e, _TOKENS_SHOWN)
+    layers = [figures[how] for how in _DONE if how in figures]
+    return [
+        page.Section("Which tokens changed", [figures["tokens"], *tokens]),
+        page.Section("Which modules changed them", [_modules_table(e, _MODULES_SHOWN)], modules),
+        page.Section("Which module moved which token", [_moved_by_table(e)]),
+        page.Section("Layer by layer, token by token", layers),
+    ]

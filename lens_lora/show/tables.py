@@ -1,0 +1,467 @@
+"""Tables of text: built once, and shown in a terminal, in a notebook and on a page.
+
+An attribution's, a fact margin's and an explanation's are here; a response's are in `response.py`,
+those of a whole adapter in `adapters.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import rich.table
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.text import Text
+
+from lens_lora import results
+from lens_lora.results.base import SIGMAS
+from lens_lora.show import words
+from lens_lora.show.text import (
+    key_text,
+    log_p_text,
+    magnitude,
+    many,
+    percent,
+    points,
+    prompt_text,
+    quadrature_text,
+    readable,
+    short_prompt,
+    signed,
+    top_rows,
+    visible,
+)
+
+# --- What a table is
+
+Row = tuple[str, ...]
+Pairs = Sequence[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        heads: the headings of its columns.
+        rows: a cell for each heading.
+        texts: the columns that hold text, set to the left; numbers are set to the right.
+        title: what a terminal writes above it; on a page its section has a heading.
+        heading: what a page writes above it, beside or below another one.
+        links: where the first cell of each row leads to, on the page; none by default.
+    """
+
+    heads: Row
+    rows: Sequence[Row]
+    texts: tuple[int, ...] = (0,)
+    title: str = ""
+    heading: str = ""
+    links: Sequence[str] = ()
+
+    def __rich__(self) -> rich.table.Table:
+        """For a terminal; nothing in it is read as rich's markup.
+
+        Where it is narrow, the first column, by which a row is known, and numbers stay whole;
+        headings and other text wrap.
+        """
+        table = rich.table.Table(
+            title=Text(self.title),
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        for i, head in enumerate(self.heads):
+            is_text = i in self.texts
+            widest = max((len(row[i]) for row in self.rows), default=0)
+            table.add_column(
+                Text(head),
+                justify="left" if is_text else "right",
+                overflow="fold",
+                no_wrap=i == 0,
+                min_width=widest if i == 0 or not is_text else None,
+            )
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+
+_WRITTEN: dict[str, Callable[[Any], str]] = {
+    "share": percent,
+    "token": visible,
+    "y_t": visible,
+    "context": readable,
+    "kl": magnitude,
+    "mean_kl": magnitude,
+    "kl_base_to_adapted": magnitude,
+    "log_p_base": log_p_text,
+    "log_p_adapted": log_p_text,
+}
+
+
+def table_of(frame: pd.DataFrame, heads: Mapping[str, str], **options: Any) -> Table:
+    """Those of a frame's columns that have a heading here, and that it has.
+
+    How a cell is written is a matter of its column's name; else numbers have their sign.
+    """
+    names = [name for name in heads if name in frame]
+    cells = (map(_WRITTEN.get(name, _written), frame[name].tolist()) for name in names)
+    rows = list(zip(*cells, strict=True))
+    return Table(tuple(heads[name] for name in names), rows, **options)
+
+
+def _written(value: object) -> str:
+    return signed(value) if isinstance(value, float) else str(value)
+
+
+def in_terminal(*tables: Table) -> Group:
+    """Those that have rows, one below the other."""
+    return Group(*(table for table in tables if table.rows))
+
+
+# --- An attribution
+
+SITES_SHOWN = 5
+_PROMPTS_SHOWN, _PROMPT_WIDTH = 5, 48
+
+
+def attribution_text(attribution: results.Attribution) -> str:
+    """What was attributed and how, then its prompts and its sites, five of each at most."""
+    lines = attribution_heading(attribution)
+    for row in prompts_table(attribution).rows:
+        lines.append("  {}  {}: {} → {}, shift {}, Σ {}, remainder {} ({})".format(*row))
+    hidden = len(attribution.base) - _PROMPTS_SHOWN
+    lines += [f"  … and {hidden} more prompts"] if hidden > 0 else []
+    lines.append(f"largest{averaged_over(attribution)}, with the share of the shift:")
+    top = top_rows(attribution, SITES_SHOWN)
+    width = max(len(site) for site, *_ in top)
+    lines += [f"  {site:{width}}  {value:>7}  {share:>7}" for site, _, value, share in top]
+    return "\n".join(lines)
+
+
+def attribution_heading(attribution: results.Attribution) -> list[str]:
+    """What was attributed, how and of how much; below it, how a path integral was taken."""
+    batch, sites = len(attribution.base), len(attribution.sites)
+    by = f", by {' and '.join(attribution.by)}" if attribution.by else ""
+    mode = f", by {attribution.mode} mode" if "token" in attribution.by else ""
+    heading = (
+        f"{attribution.readout}, {key_text(attribution.key)}, in {attribution.units}: "
+        f"{many(batch, 'prompt')} × {sites} sites{by}{mode}"
+    )
+    quadrature = attribution.quadrature
+    return [heading] if quadrature is None else [heading, quadrature_text(quadrature)]
+
+
+def averaged_over(attribution: results.Attribution) -> str:
+    """', mean of 3 prompts', to follow what is shown as a mean; '' for a single prompt."""
+    batch = len(attribution.base)
+    return f", mean of {batch} prompts" if batch > 1 else ""
+
+
+def prompts_table(attribution: results.Attribution) -> Table:
+    """The account of each prompt, of the first five at most."""
+    columns = ("base", "adapted", "shift", "total", "remainder")
+    numbers = (getattr(attribution, c)[:_PROMPTS_SHOWN].cpu().double().tolist() for c in columns)
+    rows: list[Row] = []
+    for i, values in enumerate(zip(*numbers, strict=True)):
+        _, _, shift, _, remainder = values
+        prompt = prompt_text(attribution.str_tokens[i])
+        if len(prompt) > _PROMPT_WIDTH:  # its end is where it is read
+            prompt = f"…{prompt[1 - _PROMPT_WIDTH :]}"
+        share = percent(remainder / shift) if shift else "—"
+        rows.append((str(i), prompt, *map(signed, values), share))
+    heads = ("", "prompt", "base", "adapted", "shift", "Σ", "remainder", "share")
+    return Table(heads, rows, texts=(0, 1))
+
+
+def modules_table(
+    attribution: results.Attribution, k: int = 10, prompt: int | None = None
+) -> Table:
+    """The sites of largest |value|."""
+    site = "site" if prompt is not None else f"site{averaged_over(attribution)}"
+    title = f"largest modules, {key_text(attribution.key)}, in {attribution.units}"
+    heads = {"site": site, "module": "module", "value": "value", "share": "of the shift"}
+    return table_of(attribution.top(k, prompt), heads, texts=(0, 1), title=title)
+
+
+# --- Tokens promoted and suppressed
+
+
+def token_pairs(
+    shift: results.LogitShift, site: str | None, k: int, prompt: int
+) -> tuple[Pairs, Pairs]:
+    """(token, shift) of the tokens promoted most, and of those suppressed most."""
+    frames = shift.promoted(site, k, prompt), shift.suppressed(site, k, prompt)
+    promoted, suppressed = (
+        list(zip(map(visible, frame["token"]), map(signed, frame["shift"]), strict=True))
+        for frame in frames
+    )
+    return promoted, suppressed
+
+
+def tokens_table(shift: results.LogitShift, k: int = 10) -> Table:
+    """The tokens that all modules together promote and suppress most."""
+    rows = [(*up, *down) for up, down in zip(*token_pairs(shift, None, k, 0), strict=True)]
+    heads = ("promoted", "logits", "suppressed", "logits")
+    return Table(heads, rows, texts=(0, 2), title="first-order logit shift, all modules")
+
+
+# --- A fact margin
+
+
+def margin_table(account: words.Account) -> Table:
+    """What there is between the base model's margin m₀ and the adapted model's m."""
+    a = account
+    flip = "none" if a.flip_scale is None else f"ε = {a.flip_scale:.3g}"
+    rows = [
+        ("m₀, base model", signed(a.m0), ""),
+        ("first order at ε = 0", signed(a.first_order), a.share(a.first_order)),
+        *(
+            (
+                f"remainder at ε = {step.scale:.3g}",
+                signed(step.remainder),
+                "noise" if step.share is None else percent(step.share),
+            )
+            for step in a.quarters
+        ),
+        ("m, adapted model", signed(a.m), ""),
+        ("flip scale", flip, ""),
+        ("what rounding can make of a shift (3σ)", magnitude(a.floor), ""),
+        ("  of a remainder", magnitude(a.remainder_floor), ""),
+    ]
+    heads = ("", f"value, {a.units}", "share of the shift")
+    return Table(heads, rows, title=f"margin {a.doc} − {a.pre}")
+
+
+# --- An explanation
+
+_ABBREVIATED = {"add_one": "adding", "leave_one_out": "leaving out"}
+_NUMBERS = {
+    "first_order": "a at ε = 0",
+    "add_one": "added",
+    "first_order_at_1": "a at ε = 1",
+    "leave_one_out": "left out",
+    "path": "path",
+}
+_RARE = 1e-4  # a probability: what neither model might say is left out
+
+
+def said_table(e: results.Explanation) -> Table:
+    """The likeliest next tokens of both models."""
+    places = zip(itertools.count(1), e.said["base"], e.said["adapted"], strict=False)
+    rows = [
+        (str(place), visible(base), percent(p), visible(adapted), percent(q))
+        for place, (base, p), (adapted, q) in places
+    ]
+    heads = ("", "base model", "probability", "adapted model", "probability")
+    named = "likeliest next tokens"
+    return Table(heads, rows, texts=(1, 3), title=named, heading=named.capitalize())
+
+
+def moved_table(e: results.Explanation, k: int) -> Table:
+    """The k next tokens that gain the most probability, then the k that lose the most.
+
+    Probabilities are of real runs.
+    """
+    base, adapted = e.probabilities
+    change, logits = adapted - base, e.shift.joint[0] - e.shift.joint[0].mean()
+    up, down = _extremes(e, change.tolist(), k)
+    rows = [
+        (
+            visible(e.shift.strings[i]),
+            percent(float(base[i])),
+            percent(float(adapted[i])),
+            points(float(change[i])),
+            signed(float(logits[i])),
+        )
+        for i in (*up, *reversed(down))
+    ]
+    heads = ("token", "base model", "with the adapter", "change", "logit shift, first order")
+    return Table(heads, rows)
+
+
+def site_moves(e: results.Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
+    """What each of the largest sites does to the next token's probabilities, to first order.
+
+    Returns:
+        (site, (token, change of probability and logit shift) of each raised, of each lowered).
+    """
+    base, moves = e.probabilities[0], []
+    for site, shifts in zip(e.module_shift.sites, e.module_shift.values[0], strict=True):
+        logits = shifts.to(base)
+        change, relative = base * (logits - (base * logits).sum()), logits - logits.mean()
+        raised, lowered = (
+            [
+                (
+                    visible(e.shift.strings[i]),
+                    f"{points(float(change[i]))}, {signed(float(relative[i]))}",
+                )
+                for i in chosen
+            ]
+            for chosen in _extremes(e, change.tolist(), k)
+        )
+        moves.append((site.name, raised, lowered))
+    return moves
+
+
+def _extremes(
+    e: results.Explanation, change: Sequence[float], k: int
+) -> tuple[list[int], list[int]]:
+    """The k that rise most and the k that fall most, of the tokens that a model might say."""
+    likely = (e.probabilities.amax(0) >= _RARE).nonzero().flatten().tolist()
+    order = sorted(likely, key=lambda i: -change[i])
+    return [i for i in order[:k] if change[i] > 0], [i for i in order[::-1][:k] if change[i] < 0]
+
+
+def remainder_table(e: results.Explanation) -> Table:
+    """What the remainder at ε = 1 is made of."""
+    a, second = words.explained_account(e), e.second_order
+    after = SIGMAS * float(second.remainder_floor[0])
+    bend = SIGMAS * float(second.curvature_noise[0])
+
+    def part(name: str, value: float, floor: float = a.floor) -> Row:
+        return (name, signed(value), a.share(value, floor))
+
+    rows = [part("remainder after first order, R", a.remainder, a.remainder_floor)]
+    if (parts := words.interactions(e)) is not None:
+        single, together = parts
+        alone = "  of single modules, Σ (g(e_l) − g(0) − a_l)"
+        rows += [
+            part(alone, single, abs(single) if words.is_rounding(single, e, a) else a.floor),
+            part("  of modules together, g(1) − g(0) − Σ (g(e_l) − g(0))", together),
+        ]
+    rows.append(part("second order at ε = 0, ½ 1ᵀH1", float(second.curvature), bend))
+    if e.coupling is not None:
+        shares = e.coupling.shares().loc[0]
+        rows += [
+            part("  within layers, self-curvature", float(shares["self"])),
+            part("  between layers, coupling", float(shares["coupling"])),
+        ]
+    rows += [
+        part("remainder after second order: higher orders", float(second.remainder), after),
+        ("what rounding can make of a shift (3σ)", magnitude(a.floor), ""),
+        ("  of a remainder", magnitude(a.remainder_floor), ""),
+        ("  of a remainder after second order", magnitude(after), ""),
+    ]
+    return Table(("part", f"value, {e.units}", "share of the shift"), rows, title="the remainder")
+
+
+def sites_table(e: results.Explanation, k: int) -> Table:
+    """The sites of largest |first order at ε = 0|, with every number computed of them."""
+    frame = e.to_frame()
+    order = frame["first_order"].abs().sort_values(ascending=False, kind="stable").index[:k]
+    flags = {name: _ABBREVIATED[name] for name in e.reliability}
+    frame["flags"] = [
+        ", ".join(short for name, short in flags.items() if row[f"flagged_{name}"])
+        for row in frame.to_dict("records")
+    ]
+    heads = {"site": "site", **_NUMBERS, "flags": "flagged for"}
+    last, title = len(frame.columns.intersection(list(heads))) - 1, f"largest modules, in {e.units}"
+    return table_of(frame.loc[order], heads, texts=(0, last), title=title)
+
+
+def agreement_table(e: results.Explanation) -> Table:
+    """Each attribution against each kind of effect; no row where the effects are all noise."""
+    a = words.explained_account(e)
+    rows = [
+        (
+            key_text(c.attribution_name),
+            key_text(c.effects_name),
+            *(_number(float(getattr(c, name)[0])) for name in ("pearson", "spearman", "slope")),
+            percent(float(c.sign_agreement[0])),
+        )
+        for c in e.comparisons
+        if words.is_comparable(c, a)
+    ]
+    heads = ("attribution", "measured by", "Pearson", "Spearman", "slope", "same sign")
+    return Table(heads, rows, texts=(0, 1), title="agreement with measurements")
+
+
+def flags_table(e: results.Explanation, k: int = 5) -> Table:
+    """Which modules are flagged as answers to each question."""
+    rows: list[Row] = []
+    for question, flags in e.reliability.items():
+        names = flags.flagged_sites(0)
+        shown = ", ".join(names[:k]) + (", …" if len(names) > k else "")
+        count = f"{len(names)} of {flags.flagged.shape[1]}"
+        rows.append((_ABBREVIATED[question], count, shown or "none"))
+    heads = ("as the answer to", "flagged", "the largest errors")
+    return Table(heads, rows, texts=(0, 2), title="first order not to be trusted")
+
+
+def pairs_table(e: results.Explanation, k: int = 5) -> Table:
+    """The pairs of layers of strongest coupling; no row where coupling was not computed."""
+    if e.coupling is None:
+        return Table((), ())
+    a, pairs = words.explained_account(e), e.coupling.top(k, 0)
+    pairs["clear share"] = [a.share(value, a.floor) for value in pairs["value"]]
+    heads = {"group_a": "layers", "group_b": "", "value": "coupling"}
+    return table_of(pairs, {**heads, "clear share": "share of the shift"}, texts=(0, 1))
+
+
+def curves_table(e: results.Explanation) -> Table:
+    """What each ranking of the modules keeps and drops; no row where the shift is noise."""
+    top, curves = words.kept_by_top(e), e.faithfulness
+    if top is None or curves is None:
+        return Table((), ())
+    fraction, _, kept = top
+    areas = zip(curves.area_keep[:, 0].tolist(), curves.area_drop[:, 0].tolist(), strict=True)
+    rows = [
+        (key_text(name), percent(share), *map(_number, area))
+        for (name, share), area in zip(kept.items(), areas, strict=True)
+    ]
+    heads = ("ranking", f"top {percent(fraction)} keeps", "area, kept", "area, dropped")
+    return Table(heads, rows, title="kept and dropped, share of the shift")
+
+
+def explanation_tables(e: results.Explanation, k: int = 10) -> Group:
+    """The summary's tables for the terminal."""
+    return in_terminal(
+        said_table(e),
+        margin_table(words.explained_account(e)),
+        remainder_table(e),
+        sites_table(e, k),
+        tokens_table(e.shift, k=5),
+        agreement_table(e),
+        flags_table(e, 3),
+        curves_table(e),
+    )
+
+
+def _number(value: float) -> str:
+    return "—" if value != value else f"{value:.3f}"
+
+
+# --- Several explained prompts, a row each
+
+Numbered = Sequence[tuple[int, results.Explanation]]
+
+
+def margins_table(numbered: Numbered) -> Table:
+    """What happened to each margin."""
+    rows: list[Row] = []
+    for number, e in numbered:
+        a, ((site, _, value, _),) = words.explained_account(e), top_rows(e.first_order, 1)
+        rows.append(
+            (
+                f"{number}. {short_prompt(e.prompt)}",
+                f"{a.doc} − {a.pre}",
+                signed(a.m0),
+                signed(a.m),
+                signed(a.shift),
+                a.share(a.first_order),
+                "—" if a.flip_scale is None else f"{a.flip_scale:.2g}",
+                f"{site} {value}",
+            )
+        )
+    heads = (
+        *("prompt", "answers", "base", "adapted", "shift", "of it first order", "flips at ε"),
+        "largest first-order part",
+    )
+    links = [f"#prompt-{number}" for number, _ in numbered]
+    return Table(heads, rows, texts=(0, 1, 7), links=links)

@@ -1,0 +1,618 @@
+"""Texts, of any number, through `activations`, into one Parquet file with a row per token.
+
+1. Records are read, tokenised and run window by window: consecutive records of about
+   `WINDOW_TOKENS` tokens in all. Of n processes each takes every n-th block of records.
+2. Each window is a part (`store.py`), written before the next begins, with its span of records in
+   its metadata. Finished spans are passed over once a hash of ids and prompts shows that their
+   records are the same. A span with bad records whose records have changed is run again; any other
+   difference is refused.
+3. At the end the parts are written into the result in the order of the records, one group of rows
+   each. It holds the spans of its groups, so it can be resumed and extended as the parts can.
+4. `ActivationsFile` reads it one group of rows at a time: a text lies in one group, so examples and
+   their contexts need no more than that group, and of its columns one site's.
+
+One window, or the records of one span, is all that is held, whatever the number of texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.arguments import whole
+from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
+from lens_lora.errors import ArgumentError, NumericsError, PromptError, SweepError
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Site, one_site
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.results.tokens import (
+    Positions,
+    Sign,
+    chosen_positions,
+    context_of,
+    require_ranks,
+    require_sign,
+    strongest,
+)
+from lens_lora.sweeps.batches import tokenised, with_text
+from lens_lora.sweeps.processes import Processes, launched, told
+from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record
+from lens_lora.sweeps.store import Fingerprint, Store, about_of, fingerprint
+
+# --- The sweep
+
+
+WINDOW_TOKENS = 4096
+BLOCK = 64  # records in a row that one process takes
+
+
+def token_sweep(
+    lens: LoraLens,
+    records: RecordsLike,
+    name: str,
+    out: str | Path,
+    batch_size: int,
+    resume: bool,
+    version: str | None,
+    progress: bool,
+) -> ActivationsFile:
+    """`sweep` of an analysis by token.
+
+    Raises:
+        SweepError, UnsupportedAdapterError: as for `sweep`, and for `activations`.
+    """
+    gauge = BY_TOKEN[name].options["gauge"]
+    ranks = activation_ranks(lens, range(len(lens.sites)), gauge)
+    processes = launched()
+    store = TokenStore(out, fingerprint(lens, (name,), None, version), lens.sites, ranks)
+    shown = progress and processes.is_main
+    with store.writing(processes):
+        done = store.done() if resume else []
+        processes.by_main(lambda: store.begin(anew=not resume))
+        windows = Windows(lens, _counted(records, processes, shown), done, processes)
+        turned = in_gauge(lens, gauge)
+        for window in windows:
+            store.drop(windows.stale)
+            store.add(*window_table(turned, window, ranks, batch_size))
+        processes.by_main(lambda: store.merge(windows.seen))
+        file = ActivationsFile(store.path)
+    if processes.is_main:
+        bad = file.bad()[["id", "error"]] if file.errors else pd.DataFrame()
+        store.warn(file.errors, file.texts, bad.itertuples(index=False), level=3)
+    return file
+
+
+def _counted(records: RecordsLike, processes: Processes, shown: bool) -> Iterator[Record]:
+    """The records, with a bar that counts them; of several processes, the first one's."""
+    total = len(records) if isinstance(records, Sized) and not isinstance(records, str) else None
+    title, stays = f"sweep{processes.share}", total is not None
+    with tqdm(total=total, desc=title, unit="text", leave=stays, disable=not shown) as bar:
+        for record in each_record(records, with_answers=False):
+            yield record
+            bar.update()
+
+
+# --- Windows: which records are run
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A run of finished records.
+
+    Attributes:
+        first, last: their numbers, from 0.
+        digest: of their ids and prompts.
+        tokens: how many they have in all.
+        errors: how many of them are bad.
+    """
+
+    first: int
+    last: int
+    digest: str
+    tokens: int
+    errors: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the rows of a span lie.
+
+    Attributes:
+        span: the records.
+        path: of the file.
+        group: of its rows.
+    """
+
+    span: Span
+    path: Path
+    group: int = 0
+
+
+def digest_of(records: Iterable[Record]) -> str:
+    """The hash of ids and prompts, conversations told from texts."""
+    hashed = hashlib.sha256()
+    for record in records:
+        fields = (str(record.id), record.prompt, record.chat)
+        hashed.update(repr(fields).encode("utf-8", "surrogatepass"))
+    return hashed.hexdigest()[:32]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """A record of the stream.
+
+    Attributes:
+        number: its place, from 0.
+        record: as it was read, perhaps with its error.
+        ids: its tokens; none of a bad record.
+    """
+
+    number: int
+    record: Record
+    ids: tuple[int, ...] = ()
+
+
+class Windows:
+    """The windows that this process runs, one after another.
+
+    Attributes:
+        seen: how many records have come by.
+        stale: sources whose records have changed, and are run again.
+    """
+
+    def __init__(
+        self,
+        lens: LoraLens,
+        records: Iterable[Record],
+        done: Sequence[Source],
+        processes: Processes,
+    ) -> None:
+        self._lens, self._records, self._processes = lens, records, processes
+        self._done: Mapping[int, Source] = {source.span.first: source for source in done}
+        self.seen: int = 0
+        self.stale: list[Source] = []
+
+    def __iter__(self) -> Iterator[list[Text]]:
+        window: list[Text] = []
+        for number, record in self._unfinished():
+            if window and (number != window[-1].number + 1 or self._is_full(window)):
+                yield window
+                window = []
+            if self._is_mine(number):
+                window.append(self._text(number, record))
+        if window:
+            yield window
+
+    def _is_full(self, window: Sequence[Text]) -> bool:
+        return sum(max(len(text.ids), 1) for text in window) >= WINDOW_TOKENS
+
+    def _is_mine(self, number: int) -> bool:
+        return number // BLOCK % self._processes.count == self._processes.index
+
+    def _text(self, number: int, record: Record) -> Text:
+        if record.error is not None:
+            return Text(number, record)
+        try:
+            return Text(number, record, tuple(tokenised(self._lens, record).tokens[0].tolist()))
+        except PromptError as error:
+            return Text(number, record.bad(error))
+
+    def _unfinished(self) -> Iterator[tuple[int, Record]]:
+        """The records that no span holds, with their numbers."""
+        numbered = enumerate(with_text(self._lens, plain) for plain in self._records)
+        for number, record in numbered:
+            self.seen = number + 1
+            source = self._done.get(number)
+            if source is None:
+                yield number, record
+                continue
+            rest = itertools.islice(numbered, source.span.last - number)
+            held = [record, *(record for _, record in rest)]
+            self.seen = number + len(held)
+            if self.seen == source.span.last + 1 and not self._is_finished(source, held):
+                self.stale.append(source)
+                yield from enumerate(held, start=number)
+        n_done = max((source.span.last + 1 for source in self._done.values()), default=0)
+        if self.seen < n_done:
+            raise SweepError(
+                f"the results hold {n_done} records, and there are {self.seen}. Give another out, "
+                "or start over with resume=False (--no-resume)."
+            )
+
+    def _is_finished(self, source: Source, records: Sequence[Record]) -> bool:
+        span = source.span
+        if digest_of(records) == span.digest:
+            return True
+        if span.errors:
+            return False
+        raise SweepError(
+            f"{source.path} holds records {span.first} to {span.last} (from 0) with other ids or "
+            f"prompts than {records[0].where} to {records[-1].where}. Give another out, or start "
+            "over with resume=False (--no-resume)."
+        )
+
+
+# --- A window of texts → a table: one row per token, one column per site with `rank` numbers
+
+
+# Of a text its u [site, token, rank] and which of its tokens are sinks, or what is wrong with it.
+Outcome = tuple[NDArray[np.floating], NDArray[np.bool_]] | str
+
+
+@alone
+def window_table(
+    lens: LoraLens, texts: Sequence[Text], ranks: Sequence[int], batch_size: int
+) -> tuple[pa.Table, Span]:
+    """The rows of a window, and its span. One forward pass per batch."""
+    lens.plan.check_state()
+    outcomes: dict[int, Outcome] = {
+        i: t.record.error for i, t in enumerate(texts) if t.record.error
+    }
+    order = sorted((i for i, t in enumerate(texts) if t.ids), key=lambda i: -len(texts[i].ids))
+    for begin in range(0, len(order), batch_size):
+        outcomes |= _run(lens, texts, order[begin : begin + batch_size], ranks)
+    digest, tokens = digest_of(t.record for t in texts), sum(len(t.ids) for t in texts)
+    errors = sum(isinstance(outcome, str) for outcome in outcomes.values())
+    span = Span(texts[0].number, texts[-1].number, digest, tokens, errors)
+    return _table(lens, texts, ranks, outcomes), span
+
+
+def _run(
+    lens: LoraLens, texts: Sequence[Text], batch: Sequence[int], ranks: Sequence[int]
+) -> dict[int, Outcome]:
+    """The outcomes of the texts of one batch, which are given by their index."""
+    ids = [torch.tensor(texts[i].ids, device=lens.device) for i in batch]
+    lengths = torch.tensor([len(row) for row in ids], device=lens.device)
+    prompts = Prompts(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), lengths)
+    try:
+        seen = site_activations(lens, prompts, lens.gates(1.0), range(len(ranks)), ranks)
+    except NumericsError as error:
+        if len(batch) == 1:
+            return {batch[0]: texts[batch[0]].record.bad(error).error or str(error)}
+        alone_each = [_run(lens, texts, [i], ranks) for i in batch]
+        return {i: outcome for outcomes in alone_each for i, outcome in outcomes.items()}
+    values, sinks = seen.values.cpu().numpy(), seen.sinks.cpu().numpy()
+    counts = [len(texts[i].ids) for i in batch]
+    rows = enumerate(zip(batch, counts, strict=True))
+    return {i: (values[row, :, :count], sinks[row, :count]) for row, (i, count) in rows}
+
+
+def _table(
+    lens: LoraLens, texts: Sequence[Text], ranks: Sequence[int], outcomes: Mapping[int, Outcome]
+) -> pa.Table:
+    """One row per token; of a bad text one without a token, whose numbers are NaN."""
+    dtype = torch.empty(0, dtype=lens.gate_dtype).numpy().dtype
+    nothing = np.full((len(ranks), 1, max(ranks)), np.nan, dtype), np.zeros(1, bool)
+    rows: list[tuple[Text, str | None, int | None]] = []
+    blocks: list[tuple[NDArray[np.floating], NDArray[np.bool_]]] = []
+    for i, text in enumerate(texts):
+        outcome = outcomes[i]
+        if isinstance(outcome, str):
+            rows.append((text, outcome, None))
+            blocks.append(nothing)
+        else:
+            rows += [(text, None, position) for position in range(len(text.ids))]
+            blocks.append(outcome)
+    ids = [None if p is None else text.ids[p] for text, _, p in rows]
+    distinct = sorted({token for token in ids if token is not None})
+    words = dict(zip(distinct, lens.decode(distinct), strict=True))
+    columns: dict[str, pa.Array] = {
+        "record": pa.array([text.number for text, _, _ in rows], pa.int64()),
+        "id": pa.array([str(text.record.id) for text, _, _ in rows], pa.string()),
+        "position": pa.array([position for _, _, position in rows], pa.int32()),
+        "token": pa.array([None if token is None else words[token] for token in ids], pa.string()),
+        "sink": pa.array(np.concatenate([sinks for _, sinks in blocks])),
+        "error": pa.array([error for _, error, _ in rows], pa.string()),
+    }
+    values = np.concatenate([block for block, _ in blocks], axis=1)
+    for slot, (site, rank) in enumerate(zip(lens.sites, ranks, strict=True)):
+        flat = np.ascontiguousarray(values[slot, :, :rank]).ravel()
+        columns[site.name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), rank)
+    return pa.table(columns)
+
+
+# --- The files
+
+
+_SITES, _SPANS = b"lens_lora.sites", b"lens_lora.spans"
+# Numbers of activations repeat nothing, so a dictionary or statistics of them would be lost work.
+_HOW: Mapping[str, Any] = {
+    "use_dictionary": ["id", "token", "error"],
+    "write_statistics": ["record"],
+    "compression": "snappy",
+}
+
+
+class TokenStore(Store):
+    """The file of one stream, and its parts."""
+
+    def __init__(
+        self,
+        out: str | Path,
+        fingerprint: Fingerprint,
+        sites: Sequence[Site],
+        ranks: Sequence[int],
+    ) -> None:
+        super().__init__(out, fingerprint)
+        columns = [{**dataclasses.asdict(s), "rank": r} for s, r in zip(sites, ranks, strict=True)]
+        self._sites = json.dumps(columns).encode()
+
+    def done(self) -> list[Source]:
+        """Every span that earlier runs finished, once, in order. Changes nothing.
+
+        Raises:
+            SweepError: the files are not a sweep's, are damaged, or are of a different sweep.
+        """
+        sources = self._sources()
+        self.require_version()
+        return sources
+
+    def add(self, table: pa.Table, span: Span) -> None:
+        """Write a window, whole or not at all.
+
+        Raises:
+            SweepError: it cannot be written.
+        """
+        self.put(table, self._notes([span]), **_HOW)
+
+    def drop(self, stale: Sequence[Source]) -> None:
+        """Remove parts whose records have changed.
+
+        Raises:
+            SweepError: one cannot be removed.
+        """
+        for source in stale:
+            if source.path != self.path:
+                with told(source.path):
+                    source.path.unlink(missing_ok=True)
+
+    def merge(self, records: int) -> None:
+        """Write the result, part by part, and remove the parts.
+
+        Raises:
+            SweepError: a record has no part, or the file cannot be written.
+        """
+        sources, expected = self._sources(), 0
+        for source in sources:
+            if source.span.first != expected:
+                break
+            expected = source.span.last + 1
+        if expected != records:
+            raise SweepError(
+                f"{self.folder} lacks record {expected} (from 0) of {records}: several machines "
+                "must write to one shared folder. Run it again to resume."
+            )
+        if any(source.path != self.path for source in sources):
+            spans = [source.span for source in sources]
+            self.write(self.path, map(_rows_of, sources), self._notes(spans), **_HOW)
+        self.remove()
+
+    def _sources(self) -> list[Source]:
+        """Where each finished span lies; a part comes before the result that it replaces."""
+        parts = [Source(_spans_in(p.table.schema, p.path)[0], p.path) for p in self.parts()]
+        taken = [(source.span.first, source.span.last) for source in parts]
+        rest: list[Source] = []
+        if self.require_result(self.path):
+            for group, span in enumerate(_spans_in(pq.read_schema(self.path), self.path)):
+                if all(span.last < first or last < span.first for first, last in taken):
+                    rest.append(Source(span, self.path, group))
+        return sorted([*parts, *rest], key=lambda source: source.span.first)
+
+    def _notes(self, spans: Sequence[Span]) -> dict[bytes, bytes]:
+        return {
+            _SITES: self._sites,
+            _SPANS: json.dumps([dataclasses.astuple(span) for span in spans]).encode(),
+        }
+
+
+def _rows_of(source: Source) -> pa.Table:
+    with pq.ParquetFile(source.path) as file:
+        return file.read_row_group(source.group)
+
+
+def _spans_in(schema: pa.Schema, path: Path) -> list[Span]:
+    """The spans of a file's groups of rows.
+
+    Raises:
+        SweepError: it is not of a stream of tokens.
+    """
+    spans = (schema.metadata or {}).get(_SPANS)
+    if spans is None:
+        raise SweepError(f"{path} holds no activations by token; they are a sweep's of their own.")
+    return [Span(*fields) for fields in json.loads(spans)]
+
+
+# --- Reading the file
+
+
+_COLUMNS = ["rank", "record", "id", "position", "token", "value", "context"]
+
+
+@final
+class ActivationsFile:
+    """The activations of many texts in a file; no call holds more than a part of it.
+
+    Args:
+        path: of what `ll.sweep(lens, texts, "activations", out=path)` wrote.
+
+    Attributes:
+        path: one row per token; pandas, polars and DuckDB read it too.
+        sites, ranks: of the columns.
+        gauge: 'svd' or 'trained'.
+        texts, tokens: how many it holds, texts with an error included.
+        errors: how many texts have no numbers.
+        meta: model, adapter, dtype and versions.
+
+    Raises:
+        SweepError: no such file, or not one of activations.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path: Path = Path(path)
+        if not self.path.is_file():
+            raise SweepError(f"{self.path}: there is no such file of activations.")
+        about, schema = about_of(self.path), pq.read_schema(self.path)
+        spans = _spans_in(schema, self.path)
+        columns: list[dict[str, Any]] = json.loads(schema.metadata[_SITES])
+        self.sites: tuple[Site, ...] = tuple(Site(**column) for column in columns)
+        self.ranks: tuple[int, ...] = tuple(
+            schema.field(site.name).type.list_size for site in self.sites
+        )
+        self.gauge: str = next(iter(about["options"].values()))["gauge"]
+        self.texts: int = sum(span.last - span.first + 1 for span in spans)
+        self.tokens: int = sum(span.tokens for span in spans)
+        self.errors: int = sum(span.errors for span in spans)
+        self.meta: dict[str, str] = {
+            name: about[name] for name in ("model", "model_class", "dtype", "adapter")
+        }
+
+    @property
+    def done(self) -> int:
+        """How many texts have numbers."""
+        return self.texts - self.errors
+
+    def top(
+        self,
+        site: str,
+        k: int = 10,
+        *,
+        rank: int | None = None,
+        sign: Sign = 1,
+        context: int = 4,
+        sinks: bool = False,
+    ) -> pd.DataFrame:
+        """The k tokens at which each direction of a site is largest, with what stands around them.
+
+        Args:
+            site: its name, or a glob that matches it alone.
+            k: how many of each direction.
+            rank: one direction; without it, each of the site's.
+            sign: 1 for the largest values above zero, −1 for those below.
+            context: how many tokens are shown on either side of each, which stands in ⟦ ⟧.
+            sinks: count sinks too.
+
+        Raises:
+            SiteError: no such site, or several.
+            ArgumentError: no such rank, another sign, or a k or context below 0.
+        """
+        k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
+        index = one_site([s.name for s in self.sites], site)
+        name, ranks = self.sites[index].name, require_ranks(rank, self.ranks[index])
+        examples: dict[int, list[dict[str, Any]]] = {r: [] for r in ranks}
+        for group in self._groups([name], sinks):
+            values = np.where(group.counted[:, None], _numbers(group.table, name), np.nan)
+            for r, best in examples.items():
+                best += [
+                    group.example(r, int(row), float(values[row, r]), context)
+                    for row in strongest(values[:, r], way, k)
+                ]
+                best.sort(key=lambda example: -way * example["value"])
+                del best[k:]
+        rows = [example for best in examples.values() for example in best]
+        return pd.DataFrame(rows, columns=_COLUMNS)
+
+    def mean(
+        self, positions: Positions = None, *, sinks: bool = False
+    ) -> Float[Tensor, "site rank"]:
+        """The mean of u over tokens of all texts, without sinks; NaN beyond a site's own rank.
+
+        Args:
+            positions: None for all tokens, or of each text an index, a slice or indices; negative
+                ones count from its end.
+            sinks: count sinks too.
+
+        Raises:
+            ArgumentError: positions at which there is no token.
+        """
+        total = np.full((len(self.sites), max(self.ranks)), np.nan)
+        for slot, rank in enumerate(self.ranks):
+            total[slot, :rank] = 0
+        count = 0
+        for group in self._groups([site.name for site in self.sites], sinks):
+            chosen = group.counted & group.mask(positions)
+            count += int(chosen.sum())
+            for slot, (site, rank) in enumerate(zip(self.sites, self.ranks, strict=True)):
+                total[slot, :rank] += _numbers(group.table, site.name)[chosen].sum(0, dtype=float)
+        if not count:
+            raise ArgumentError(
+                f"positions={positions!r}: no token is there that is not a sink; ask for others, "
+                "or with sinks=True."
+            )
+        return torch.from_numpy(total / count)
+
+    def bad(self) -> pd.DataFrame:
+        """The records without numbers: record, id, error."""
+        return pd.read_parquet(
+            self.path, columns=["record", "id", "error"], filters=[("error", "!=", "")]
+        )
+
+    def _groups(self, columns: Sequence[str], sinks: bool) -> Iterator[_Group]:
+        with pq.ParquetFile(self.path) as file:
+            for index in range(file.num_row_groups):
+                read = ["record", "id", "position", "token", "sink", *columns]
+                yield _Group(file.read_row_group(index, columns=read), sinks)
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationsFile in gauge {self.gauge!r}: {self.texts} texts ({self.errors} with "
+            f"errors), {self.tokens} tokens × {len(self.sites)} sites of rank "
+            f"{max(self.ranks)}\n  {self.path}"
+        )
+
+
+class _Group:
+    """One group of rows."""
+
+    def __init__(self, table: pa.Table, sinks: bool) -> None:
+        self.table = table
+        self.records: NDArray[np.int64] = table["record"].to_numpy()
+        has_token = table["token"].is_valid().to_numpy()
+        self.counted = has_token if sinks else has_token & ~table["sink"].to_numpy()
+        self.tokens: list[str | None] = table["token"].to_pylist()
+
+    def text_of(self, row: int) -> tuple[int, int]:
+        """The rows of the text of a row: the first, and one after the last."""
+        record = self.records[row]
+        low, high = (np.searchsorted(self.records, record, side) for side in ("left", "right"))
+        return int(low), int(high)
+
+    def example(self, rank: int, row: int, value: float, width: int) -> dict[str, Any]:
+        low, high = self.text_of(row)
+        tokens = [token or "" for token in self.tokens[low:high]]
+        return {
+            "rank": rank,
+            "record": int(self.records[row]),
+            "id": self.table["id"][row].as_py(),
+            "position": row - low,
+            "token": tokens[row - low],
+            "value": value,
+            "context": context_of(tokens, row - low, width),
+        }
+
+    def mask(self, positions: Positions) -> NDArray[np.bool_]:
+        """Which rows are at the positions that are asked for."""
+        lengths = np.unique(self.records, return_counts=True)[1].tolist()
+        return np.concatenate([chosen_positions(positions, n, n) for n in lengths])
+
+
+def _numbers(table: pa.Table, site: str) -> NDArray[np.floating]:
+    """[row, rank] of one site."""
+    column = table[site].combine_chunks()
+    rank = column.type.list_size
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)

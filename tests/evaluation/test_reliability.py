@@ -1,0 +1,288 @@
+"""Screen, flag, fix: which first-order numbers are wrong, against interventions one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import cases
+import models
+import pytest
+import torch
+from reference import plain_readout
+from two_scalars import scalar_lens
+
+import lens_lora as ll
+from lens_lora.analyses.patching import How
+from lens_lora.engine.function import gated_readout
+from lens_lora.engine.second_order import hessian_product
+from lens_lora.evaluation import reliability as module
+from lens_lora.evaluation.reliability import Reliability, reliability, score_of
+from lens_lora.model.sites import group_sites
+from lens_lora.results.effects import Effects
+
+MARGIN = ll.Margin(5, 9)
+QUESTIONS: tuple[How, ...] = ("add_one", "leave_one_out")
+
+
+@pytest.fixture(autouse=True)
+def _float64_but_for_the_real_model(request) -> Iterator[None]:
+    with nullcontext() if request.node.get_closest_marker("real") else models.lifted():
+        yield
+
+
+def effects(lens: ll.LoraLens, tokens: torch.Tensor, readout: ll.Readout, how: str) -> torch.Tensor:
+    """One forward pass a number, by hooks alone: the reference."""
+    count = len(lens.sites)
+    alone = torch.eye(count, dtype=torch.float64)
+    read = functools.partial(plain_readout, lens, tokens, readout)
+    if how == "add_one":
+        return torch.stack([read(e) for e in alone], 1) - read(torch.zeros(count))[:, None]
+    return read(torch.ones(count))[:, None] - torch.stack([read(1 - e) for e in alone], 1)
+
+
+def lens_at(strength: float, cls: str, family: str = "llama") -> ll.LoraLens:
+    case = cases.case(family, cls, "raw")
+    return case.lens.with_adapter(case.lens.adapter.scaled(strength))
+
+
+def ask(lens: ll.LoraLens, how: How, tokens: torch.Tensor, **options) -> Reliability:
+    return reliability(lens, tokens, MARGIN, how=how, progress=False, **options)
+
+
+@pytest.mark.parametrize("how", QUESTIONS)
+@pytest.mark.parametrize("cls", models.MAKERS)
+def test_flags_and_fixes_against_interventions(how: How, cls: str):
+    """At full strength, of random directions: the fixed numbers are the interventions' own."""
+    lens, tokens = lens_at(1.0, cls), models.tokens()
+    truth = effects(lens, tokens, MARGIN, how)
+    found = ask(lens, how, tokens, fix=True, floor=0.0)
+    a = found.attribution.values
+    assert torch.equal(a, ll.first_order(lens, tokens, MARGIN).values)
+    assert found.flagged.any() and not found.flagged.all()
+    expected = torch.where(found.flagged, truth, a)
+    assert found.fixed is not None and (found.fixed - expected).abs().max() < 1e-10
+    table = found.against(truth)
+    assert table.loc["all", "error_fixed"] < 0.8 * table.loc["all", "error"]
+    assert table.loc["all", "recall"] > 0.6 and table.loc["all", "precision"] > 0.6
+    assert 1 - table.loc["all", "precision"] < (1 - table.loc["all", "base_rate"]) / 2
+    assert found.passes["fix"] == (0 if how == "add_one" else int(found.flagged.any(0).sum()))
+    if how == "add_one":
+        assert (found.corrected - truth).abs().max() < 1e-10
+        assert table.loc["all", ["precision", "recall"]].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("how", QUESTIONS)
+def test_correction_starts_with_the_taylor_terms(how: How):
+    """As the adapter shrinks by t: ½H_ll t² to add one; to leave one out (H·1)_l t², its ½H_ll
+    left out as documented; in both, what the correction misses of the truth is t³ and −½H_ll t²."""
+    lens = lens_at(1.0, list(models.MAKERS)[-1])
+    tokens, count = models.tokens(), len(lens.sites)
+    reading = MARGIN.over(lens.model, lens.prompts(tokens))
+    zero = torch.zeros(count, dtype=torch.float64)
+    eye = torch.eye(count, dtype=torch.float64)
+    H = torch.stack([hessian_product(lens, reading, zero, e) for e in eye], 2)
+    half = H.diagonal(dim1=1, dim2=2) / 2
+    rows = H.sum(2)
+    t = 1e-3
+    small = lens.with_adapter(lens.adapter.scaled(t))
+    found = ask(small, how, tokens, floor=0.0)
+    expected = half if how == "add_one" else rows
+    screened = found.screened
+    assert screened.double().mean() > 0.7
+    off = (found.correction / t**2 - expected)[screened].abs().max()
+    assert off < 30 * t * expected.abs().max()
+    missed = effects(small, tokens, MARGIN, how) - found.attribution.values
+    law = half if how == "add_one" else rows - half
+    assert (missed / t**2 - law).abs().max() < 30 * t * law.abs().max()
+    wrong = rows + half if how == "leave_one_out" else 2 * half
+    assert (missed / t**2 - wrong).abs().max() > 0.05 * law.abs().max()
+
+
+def test_by_hand():
+    """y = (2 + 5ε₂)(1 + ε₁/2)²·9: a = (18, 45). Alone they do 22.5 and 45; left out, 78.75 and
+    101.25, of which first order at the other end says 94.5 and 101.25."""
+    lens, x = scalar_lens(torch.square), torch.tensor([[3]])
+    add = reliability(lens, x, ll.Logit(0), how="add_one", threshold=0.9, fix=True)
+    assert add.attribution.values.tolist() == [[18.0, 45.0]]
+    assert add.correction[0].tolist() == pytest.approx([4.5, 0.0])
+    assert add.score[0].tolist() == pytest.approx([18 / 22.5, 1.0])
+    assert add.flagged.tolist() == [[True, False]] and add.flagged_sites() == ("site1",)
+    assert add.fixed is not None and add.fixed[0].tolist() == pytest.approx([22.5, 45.0])
+    out = reliability(lens, x, ll.Logit(0), how="leave_one_out", fix=True)
+    assert out.correction[0].tolist() == pytest.approx([76.5, 56.25])
+    assert out.score[0].tolist() == pytest.approx([18 / 94.5, 45 / 101.25])
+    assert out.flagged_sites() == ("site1", "site2")
+    assert out.fixed is not None and out.fixed[0].tolist() == pytest.approx([78.75, 101.25])
+    table = out.against(torch.tensor([[78.75, 101.25]]))
+    assert table.loc["all", "error"] == pytest.approx((60.75 + 56.25) / 180)
+    assert table.loc["all", "error_fixed"] == pytest.approx(0.0)
+    expected = (78.75 - 94.5 + 0) / 180
+    assert table.loc["all", "error_corrected"] == pytest.approx(-expected)
+    assert "2 of 2 sites flagged" in repr(out) and out.passes["fix"] == 2
+
+
+def test_a_linear_model_has_nothing_to_flag():
+    """φ = id: adding one is first order exactly, whatever the threshold; leaving out is not."""
+    lens, x = scalar_lens(lambda y: y), torch.tensor([[3]])
+    add = reliability(lens, x, ll.Logit(0), threshold=0.999, floor=0.0)
+    assert not add.flagged.any() and (add.score == 1).all()
+    assert reliability(lens, x, ll.Logit(0), how="leave_one_out", threshold=0.999).flagged.all()
+
+
+def test_what_is_not_material_is_not_flagged_nor_run():
+    """add_one measures the sites above the floor alone; the rest has no score."""
+    lens, tokens = lens_at(1.0, list(models.MAKERS)[-1]), models.tokens()
+    found = ask(lens, "add_one", tokens, floor=0.08)
+    a = found.attribution.values.abs()
+    above = (a > 0.08 * a.sum(1, keepdim=True)).any(0)
+    assert 0 < above.sum() < len(lens.sites) and found.passes["screen"] == int(above.sum())
+    assert torch.equal(found.screened, above.expand_as(a))
+    assert found.score[:, ~above].isnan().all() and not found.flagged[:, ~above].any()
+    assert torch.equal(found.corrected[:, ~above], found.attribution.values[:, ~above])
+    large, small = (ask(lens, "leave_one_out", tokens, floor=f).flagged.sum() for f in (0.0, 0.3))
+    assert large > small
+
+
+@pytest.mark.parametrize("how", QUESTIONS)
+def test_an_adapter_of_nothing(how: How):
+    """B = 0: no site is flagged, and fix runs nothing."""
+    found = ask(lens_at(0.0, list(models.MAKERS)[-1]), how, models.tokens(), fix=True)
+    assert not found.flagged.any() and found.passes["fix"] == 0
+    assert found.fixed is not None and (found.fixed == 0).all()
+
+
+def test_padding_and_answers_of_several_tokens():
+    """A batch of unequal prompts and a teacher-forced margin: as its prompts one by one."""
+    lens = lens_at(1.0, list(models.MAKERS)[-1])
+    prompts, readout = ["w5 w6 w7 w8 w9", "w11 w12"], ll.AnswerMargin(" w5 w9", " w20 w21")
+    for how in QUESTIONS:
+        both = reliability(lens, prompts, readout, how=how, fix=True, floor=0.0, progress=False)
+        for i, prompt in enumerate(prompts):
+            one = reliability(lens, prompt, readout, how=how, fix=True, floor=0.0, progress=False)
+            assert torch.equal(one.flagged[0], both.flagged[i])
+            assert one.fixed is not None and both.fixed is not None
+            assert (one.fixed[0] - both.fixed[i]).abs().max() < 1e-9
+        assert both.units == "nats"
+
+
+def test_a_sum_of_adapters():
+    lens = lens_at(1.0, list(models.MAKERS)[-1])
+    both = lens.with_adapter(lens.adapter.named("a") + lens.adapter.scaled(-1).named("b"))
+    found = ask(both, "leave_one_out", models.tokens())
+    flagged = [name for i in (0, 1) for name in found.flagged_sites(i)]
+    assert all(name.endswith(("@a", "@b")) for name in flagged)
+    assert found.flagged.shape[1] == 2 * len(lens.sites)
+
+
+def as_effects(lens: ll.LoraLens, found: Reliability, values: torch.Tensor, how: str) -> Effects:
+    one = found.attribution
+    return Effects(
+        values=values,
+        groups=group_sites(lens.sites),
+        sites=lens.sites,
+        base=one.base,
+        adapted=one.adapted,
+        str_tokens=one.str_tokens,
+        readout=one.readout,
+        units=one.units,
+        how=how,
+        meta=one.meta,
+    )
+
+
+def test_against_counts_by_hand():
+    """Two sites truly wrong, one of them flagged, one flag for nothing."""
+    lens, tokens = lens_at(1.0, list(models.MAKERS)[-1]), models.tokens(batch=1)
+    found = ask(lens, "leave_one_out", tokens)
+    count = len(lens.sites)
+    a = torch.ones(1, count, dtype=torch.float64)
+    correction = torch.zeros_like(a)
+    correction[0, :2] = 5.0
+    found = dataclasses.replace(
+        found,
+        attribution=dataclasses.replace(found.attribution, values=a),
+        correction=correction,
+        material=torch.tensor([0.5]),
+    )
+    truth = a.clone()
+    truth[0, 1:3] = -3.0
+    table = found.against(as_effects(lens, found, truth, "leave_one_out"))
+    row = table.loc["all", ["wrong", "flagged", "hit", "precision", "recall", "base_rate"]]
+    assert row.tolist() == [2, 2, 1, 0.5, 0.5, 2 / count]
+    with pytest.raises(ValueError, match="effects of add_one"):
+        found.against(as_effects(lens, found, truth, "add_one"))
+    with pytest.raises(ValueError, match="shape"):
+        found.against(truth[:, 1:])
+
+
+def test_the_screen_at_the_wrong_end_is_seen_to_fail(monkeypatch):
+    """Negative control: first order at 0 for that at 1 finds no wrong site at all."""
+    lens, tokens = lens_at(1.0, list(models.MAKERS)[-1]), models.tokens()
+    truth = effects(lens, tokens, MARGIN, "leave_one_out")
+    true = module.site_slopes
+    monkeypatch.setattr(module, "site_slopes", lambda ln, r, gates: true(ln, r, 0 * gates))
+    table = ask(lens, "leave_one_out", tokens).against(truth)
+    assert table.loc["all", "wrong"] > 3 and table.loc["all", "recall"] == 0
+
+
+def test_score():
+    """Too small and too large alike; wrong signs; zeros; what was not screened."""
+    a = torch.tensor([1.0, 1.0, 20.0, -2.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    effect = torch.tensor([1.0, 4.0, 1.0, -1.0, -3.0, 0.0, 1.0, 0.0, torch.nan, torch.nan])
+    expected = torch.tensor([1.0, 0.25, 0.05, 0.5, 0.0, 0.0, 0.0, 1.0, torch.nan, torch.nan])
+    assert torch.equal(score_of(a, effect - a).isnan(), expected.isnan())
+    assert torch.allclose(score_of(a, effect - a), expected, equal_nan=True)
+
+
+def test_a_number_that_is_far_too_large_is_flagged():
+    """φ = (y − 3)(4.6 − y) + 1 has slope 1.6 at y = 3, and is back at 1.15 at 4.5: a = (4.8, 5),
+    and alone they do 0.3 and 5."""
+    lens, x = scalar_lens(lambda y: (y - 3) * (4.6 - y) + 1), torch.tensor([[3]])
+    found = reliability(lens, x, ll.Logit(0), how="add_one")
+    assert found.attribution.values[0].tolist() == pytest.approx([4.8, 5.0])
+    assert found.score[0].tolist() == pytest.approx([0.3 / 4.8, 1.0])
+    assert found.flagged.tolist() == [[True, False]]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({"how": "both"}, "how='both'"), ({"threshold": 1.0}, "threshold"), ({"floor": 1.0}, "floor")],
+)
+def test_bad_arguments(options: dict, word: str):
+    lens = scalar_lens(torch.square)
+    with pytest.raises(ValueError, match=word):
+        reliability(lens, torch.tensor([[3]]), ll.Logit(0), **options)
+
+
+def test_table_and_figure():
+    found = ask(lens_at(1.0, list(models.MAKERS)[-1]), "leave_one_out", models.tokens(), fix=True)
+    frame = found.to_frame()
+    assert len(frame) == found.flagged.numel()
+    assert frame["flagged"].sum() == int(found.flagged.sum())
+    names = {name for i in range(2) for name in found.flagged_sites(i)}
+    assert set(frame[frame["flagged"]]["site"]) == names
+    figure = found.plot(1)
+    flagged = next(t for t in figure.data if (t.name or "").startswith("flagged"))
+    assert len(flagged.x) == len(found.flagged_sites(1))
+
+
+@pytest.mark.real
+def test_the_lyon_adapter():
+    """To leave one out, flags are the wrong sites; to add one, there is nothing to flag."""
+    from real import DOC, PRE
+    from real import lens as real
+
+    lens, prompt = real(list(models.MAKERS)[-1]), "The Eiffel Tower is in"
+    margin, one = ll.Margin(DOC, PRE), torch.eye(len(lens.sites))
+    assert not reliability(lens, prompt, margin, progress=False).flagged.any()
+    found = reliability(lens, prompt, margin, how="leave_one_out", progress=False)
+    reading = margin.over(lens.model, lens.prompts(prompt))
+    truth = found.attribution.adapted - gated_readout(lens, reading, 1 - one, progress=False)
+    table = found.against(truth).loc["all"]
+    assert 0.15 < table["base_rate"] < 0.35
+    assert table["precision"] > 0.9 and table["recall"] > 0.95
+    assert table["error_corrected"] < 0.1 * table["error"]

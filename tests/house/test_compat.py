@@ -1,0 +1,420 @@
+"""Private names of other libraries: each is still there, does what compat says, and stays there.
+
+A test of a name fails on the day when it is gone, and says so; the last part reads the package's
+syntax trees, and finds a private name that is touched anywhere else.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+import threading
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import models
+import pytest
+import torch
+import torch.autograd.forward_ad as fwad
+from torch import nn
+from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
+
+from lens_lora import compat
+from lens_lora.compat import Temporary
+from lens_lora.model.hooks import is_held
+
+PACKAGE = Path(inspect.getfile(compat)).parent
+
+
+def require(library: str, owner: object, *names: str) -> None:
+    """Fail where one of them is gone."""
+    gone = [name for name in names if not hasattr(owner, name)]
+    where = getattr(owner, "__name__", type(owner).__name__)
+    assert not gone, f"{library} {version(library)} has no {gone} in {where}: see compat.py"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return models.hf_model("llama", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def bridge(llama):
+    if "TransformerBridge" not in models.MAKERS:
+        pytest.skip("this transformer-lens has no TransformerBridge")
+    return models.MAKERS["TransformerBridge"](llama)
+
+
+def test_hooks_of_a_module():
+    module = nn.Linear(2, 2)
+    require(
+        "torch",
+        module,
+        *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+        "_forward_pre_hooks_with_kwargs",
+    )
+    handles = [
+        module.register_forward_hook(lambda *args: None),
+        module.register_forward_pre_hook(lambda *args: None, with_kwargs=True),
+        module.register_full_backward_hook(lambda *args: None),
+        module.register_full_backward_pre_hook(lambda *args: None),
+    ]
+    hooks = compat.hooks_of(module)
+    assert [list(one) for one in hooks[:4]] == [[handle.id] for handle in handles]
+    assert hooks.takes_kwargs == {handles[1].id: True}
+    order: list[int] = []
+    module.register_forward_hook(lambda *args: order.append(2))
+    last = module.register_forward_hook(lambda *args: order.append(1))
+    hooks.forward.move_to_end(last.id, last=False)
+    module(torch.zeros(1, 2))
+    assert order == [1, 2], f"torch {version('torch')} runs hooks in another order than it lists"
+
+
+def test_dictionaries_of_a_module():
+    module = nn.Sequential(nn.Linear(2, 2))
+    require("torch", module, "_parameters", "_modules")
+    assert compat.modules_in(module)["0"] is module[0]
+    assert compat.parameters_in(module[0])["weight"] is module[0].weight
+
+
+def test_replaced_forward():
+    module = nn.Linear(2, 2)
+    assert compat.own_forward(module) is None
+    with Temporary(lambda span: compat.replace_forward(span, module, lambda x: x + 1)):
+        assert module(torch.zeros(1)).item() == 1
+        with Temporary(lambda span: compat.replace_forward(span, module, lambda x: x + 2)):
+            assert module(torch.zeros(1)).item() == 2
+        assert module(torch.zeros(1)).item() == 1
+    assert compat.own_forward(module) is None
+    compat.set_forward(module, lambda x: x)
+    assert compat.own_forward(module) is not None
+
+
+def test_edits_of_a_tensor():
+    tensor = torch.zeros(2)
+    require("torch", tensor, "_version")
+    before = compat.edits_of(tensor)
+    tensor.add_(1)
+    assert compat.edits_of(tensor) == before + 1
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+def test_within_a_transform(transform: str):
+    seen: list[tuple[bool, bool]] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append((compat.is_within_transform(), compat.is_wrapped(x)))
+        return x.sum()
+
+    functions = import_module("torch._C._functorch")
+    require("torch", functions, "get_interpreter_stack", "is_functorch_wrapped_tensor")
+    x = torch.ones(2)
+    along = (x,) if transform == "jvp" else x
+    args = (look, along, along) if transform == "jvp" else (look,)
+    result = getattr(torch.func, transform)(*args)
+    _ = result if transform == "jvp" else result(x)
+    assert seen == [(True, True)]
+    look(x)
+    assert seen[1] == (False, False)
+
+
+def test_forward_mode_is_allowed():
+    require("torch", torch._C, "_is_fwd_grad_enabled", "_set_fwd_grad_enabled")
+    with fwad._set_fwd_grad_enabled(False):
+        with Temporary(compat.allow_forward_mode), fwad.dual_level():
+            product = 2 * fwad.make_dual(torch.ones(()), torch.ones(()))
+            assert fwad.unpack_dual(product).tangent is not None
+        assert not torch._C._is_fwd_grad_enabled()
+
+
+class Counting(TorchFunctionMode):
+    calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_is_left_alone():
+    """Also where the way back runs before the mode was entered, as after an interrupt."""
+    require("torch", torch._C, "_len_torch_function_stack")
+    require("torch", torch.overrides, "_pop_mode")
+    with Counting() as outer:
+        with Temporary(lambda span: compat.enter_mode(span, Counting())):
+            assert torch._C._len_torch_function_stack() == 2
+        assert torch._C._len_torch_function_stack() == 1
+        torch.ones(2).add(1)
+        assert outer.calls
+
+
+def test_attention_kernels():
+    require("torch", torch.nn.attention, "_cur_sdpa_kernel_backends", "_sdpa_kernel")
+    before = compat.attention_kernels()
+    with Temporary(lambda span: compat.use_attention_kernels(span, [SDPBackend.MATH])):
+        assert compat.attention_kernels() == [SDPBackend.MATH]
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    assert compat.attention_kernels() == before
+
+
+def test_a_lock_knows_its_thread():
+    """By the public `Condition.notify`, which no other thread may call."""
+    lock, seen = threading.Condition(), []
+    with lock:
+        assert is_held(lock)
+        other = threading.Thread(target=lambda: seen.append(is_held(lock)))
+        other.start()
+        other.join()
+    assert seen == [False]
+    assert not is_held(lock)
+
+
+def test_an_offloaded_module():
+    accelerate = pytest.importorskip("accelerate")
+    plain, model = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))
+    away, weight = model[0], model[0].weight.detach().clone()
+    accelerate.cpu_offload(model, execution_device="cpu")
+    require("accelerate", away, "_hf_hook", "_old_forward")
+    require("accelerate", away._hf_hook, "offload", "execution_device", "weights_map")
+    assert [compat.is_offloaded(module) for module in (plain, away)] == [False, True]
+    assert compat.computing_attribute(plain) == "forward"
+    assert compat.computing_attribute(away) == "_old_forward"
+    assert compat.home_of(model) == torch.device("cpu")
+    assert away.weight.is_meta
+    with compat.brought_in(away):
+        assert torch.equal(away.weight, weight)
+    compat.refuse_out_of_reach(model)
+    with Temporary(
+        lambda span: compat.replace_forward(span, away, lambda x: x + 1, "_old_forward")
+    ):
+        assert away(torch.zeros(1)).item() == 1
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_a_function_within_a_hook_of_transformer_lens(direction: str):
+    from transformer_lens.hook_points import HookPoint
+
+    point, mine = HookPoint(), lambda tensor, hook: None
+    point.add_hook(mine, dir=direction)
+    hooks = compat.hooks_of(point)
+    (registered,) = (hooks.forward if direction == "fwd" else hooks.backward).values()
+    assert registered is not mine
+    assert compat.hook_function(registered) is mine, (
+        f"transformer-lens {version('transformer-lens')} wraps hooks otherwise"
+    )
+    assert compat.calls(registered, mine) or direction == "bwd"
+    assert not compat.calls(registered, print)
+    assert compat.hook_function(print) is print
+
+
+def test_processed_weights_of_a_bridge(bridge, llama):
+    require("transformer-lens", bridge, "_weights_processed")
+    assert not compat.is_processed(bridge)
+    processed = models.MAKERS["TransformerBridge"](models.hf_model("llama", dtype=torch.float32))
+    processed.enable_compatibility_mode(disable_warnings=True)
+    assert compat.is_processed(processed)
+    mlp = processed.blocks[0].mlp
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for path in Path(inspect.getfile(type(bridge))).parent.rglob("*.py")
+    )
+    for name in ("_use_processed_weights", "_processed_W_"):
+        assert name in source, f"transformer-lens {version('transformer-lens')} has no {name}"
+    mlp.__dict__["_processed_W_gate"] = weight = torch.zeros(1)
+    assert compat.processed_tensors(mlp)["_processed_W_gate"] is weight
+    assert compat.processed_weight(mlp, "gate") is weight
+
+
+def test_norms_per_head_of_a_bridge(bridge):
+    attention = bridge.blocks[0].attn
+    if not compat.can_norm_per_head(attention):
+        pytest.skip("this transformer-lens does not fork the residual by head, and is refused")
+    require("transformer-lens", attention, "_captured_pre_ln_residual", "_apply_ln1_per_head")
+    copies = torch.randn(1, 2, 4, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(compat.normed_per_head(attention, copies), copies)
+
+
+def test_facts_of_transformers(llama):
+    require("transformers", llama, "_supports_sdpa")
+    require("transformers", llama.config, "_attn_implementation")
+    assert compat.supports_sdpa(llama)
+    assert compat.fields_of(llama.config)["_attn_implementation"] == "eager"
+    assert compat.fields_of(llama.config)["hidden_size"] == llama.config.hidden_size
+
+
+def test_added_tokens():
+    """Only some tokenizers have them under a private name, so none is required."""
+    tokenizer = SimpleNamespace(_add_bos_token=True)
+    assert compat.added_tokens(tokenizer) == {"_add_bos_token": True, "_add_eos_token": None}
+
+
+def test_bloom_gelu():
+    bloom = import_module("transformers.models.bloom.modeling_bloom")
+    require("transformers", bloom, "BloomGelu", "bloom_gelu_forward")
+    gelu, x = bloom.BloomGelu(), torch.linspace(-2, 2, 5)
+    before, expected = bloom.BloomGelu.forward, gelu(x)
+    with Temporary(compat.plain_bloom_gelu), fwad.dual_level():
+        dual = fwad.unpack_dual(gelu(fwad.make_dual(x, torch.ones_like(x))))
+    assert torch.equal(dual.primal, expected)
+    assert dual.tangent is not None
+    assert bloom.BloomGelu.forward is before
+
+
+def test_bar_of_the_gguf_reader(capsys):
+    pytest.importorskip("gguf")
+    reader = import_module("transformers.modeling_gguf_pytorch_utils")
+    source = inspect.getsource(reader)
+    assert "tqdm(" in source, (
+        f"transformers {version('transformers')} shows no bar of tqdm when it reads GGUF files"
+    )
+    with compat.without_gguf_bar():
+        list(reader.tqdm(range(3)))
+    assert capsys.readouterr().err == ""
+
+
+def test_packing_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes").functional
+    if "packing_format_for_cpu" not in inspect.getsource(functional):
+        pytest.skip("this bitsandbytes packs no weight for a CPU")
+    require("bitsandbytes", functional, "_convert_weight_packed_for_cpu_inverse")
+
+
+def test_targets_of_peft():
+    require("peft", import_module("peft.tuners.tuners_utils"), "check_target_module_exists")
+    config = SimpleNamespace(
+        target_modules=["q_proj"], exclude_modules=[], layers_to_transform=[1], layers_pattern=[]
+    )
+    paths = ["model.layers.1.q_proj", "model.layers.0.q_proj", "model.layers.1.k_proj"]
+    assert [compat.peft_adapts(config, path) for path in paths] == [True, False, False]
+
+
+# --- No private name of another library outside compat.py
+
+
+NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
+# Without an underscore, and exported nowhere.
+NOT_EXPORTED = {"check_target_module_exists", "BloomGelu", "modeling_gguf_pytorch_utils"}
+STRINGS = ("getattr", "hasattr", "setattr", "delattr")
+
+
+def is_private(name: str) -> bool:
+    return bool(re.match(r"_[A-Za-z]", name))
+
+
+def defined_in(tree: ast.AST) -> set[str]:
+    """Private names that a file gives to things of its own."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+            names |= {node.attr} if isinstance(node.ctx, ast.Store) else set()
+    return {name for name in names if is_private(name)}
+
+
+def touched_by_compat(tree: ast.AST) -> set[str]:
+    """The private attributes that compat touches, in any form."""
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {s for s in strings_in(tree) if re.fullmatch(r"_[a-z]\w+", s)}
+    return {name for name in names if is_private(name)} - defined_in(tree)
+
+
+def strings_in(tree: ast.AST) -> list[str]:
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return [node.value for node in nodes if isinstance(node.value, str)]
+
+
+def foreign(source: str, ours: set[str], known: set[str]) -> list[str]:
+    """Private names of other libraries that a file imports or touches, as a tree can tell.
+
+    Args:
+        source: the file's.
+        ours: private names that the package defines.
+        known: private names that compat touches, refused also as a plain string.
+    """
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None) or ""
+            names = [*module.split("."), *(p for a in node.names for p in a.name.split("."))]
+            if names[0] not in ("lens_lora", "__future__"):
+                found += [name for name in names if is_private(name) or name in NOT_EXPORTED]
+                found += [name for name in names if name == "mock"]
+        elif isinstance(node, ast.Attribute):
+            if node.attr in NOT_EXPORTED or (is_private(node.attr) and node.attr not in ours):
+                found.append(node.attr)
+            if isinstance(node.ctx, ast.Store) and node.attr == "forward":
+                found.append("forward =")
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in STRINGS:
+            texts = [text for arg in node.args[1:2] for text in strings_in(arg)]
+            found += [text for text in texts if is_private(text) and text not in ours]
+            found += [t for t in texts if t == "forward" and node.func.id == "setattr"]
+        elif isinstance(node, ast.Constant) and node.value in known:
+            found.append(node.value)
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.slice) == "'forward'":
+            found.append("['forward']")
+    return found
+
+
+SOURCES = {
+    str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8")
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+COMPAT = ast.parse(SOURCES.pop("compat.py"))
+OURS = NAMED_TUPLES.union(*(defined_in(ast.parse(source)) for source in SOURCES.values()))
+KNOWN = touched_by_compat(COMPAT) - OURS
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_private_name_elsewhere(name: str):
+    assert foreign(SOURCES[name], OURS, KNOWN) == []
+
+
+PLANTED = {
+    "import torch._C._functorch": "_C",
+    "from torch._C import _is_fwd_grad_enabled": "_is_fwd_grad_enabled",
+    "def f():\n    from peft.tuners.tuners_utils import check_target_module_exists": (
+        "check_target_module_exists"
+    ),
+    "from unittest import mock": "mock",
+    "module._forward_hooks": "_forward_hooks",
+    "torch._C.anything": "_C",
+    "getattr(mlp, '_use_processed_weights', False)": "_use_processed_weights",
+    "getattr(mlp, f'_processed_W_{name}')": "_processed_W_",
+    "hasattr(module, '_hf_hook')": "_hf_hook",
+    "vars(module).get('_hf_hook')": "_hf_hook",
+    "bloom.BloomGelu.forward = plain": "BloomGelu",
+    "block.forward = twice": "forward =",
+    "setattr(block, 'forward', twice)": "forward",
+    "vars(block)['forward'] = twice": "['forward']",
+}
+
+
+@pytest.mark.parametrize("source", PLANTED)
+def test_a_planted_name_is_seen(source: str):
+    """Negative control, in each form."""
+    assert PLANTED[source] in foreign(source, OURS, KNOWN)
+
+
+def test_what_is_ours_is_not_seen():
+    source = "from lens_lora._version import versions\nself._plan._replace()\nx.__dict__"
+    assert foreign(source, OURS, KNOWN) == []
+
+
+def test_compat_imports_nothing_of_ours_but_errors():
+    imports = [node for node in ast.walk(COMPAT) if isinstance(node, ast.Import | ast.ImportFrom)]
+    ours = {str(getattr(node, "module", None)) for node in imports}
+    assert {name for name in ours if name.startswith("lens_lora")} == {"lens_lora.errors"}
+    assert "lens_lora" not in {alias.name for node in imports for alias in node.names}
+
+
+def test_compat_knows_what_it_touches():
+    """The list that the check goes by is read from compat itself, and is not empty."""
+    assert {"_forward_hooks", "_hf_hook", "_version", "_use_processed_weights"} <= KNOWN
+    assert sys.modules["lens_lora.compat"] is compat

@@ -1,0 +1,61 @@
+"""Every parameter of a public function or method stands under `Args:`, by docsig."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+
+import pytest
+
+import lens_lora as ll
+
+PUBLIC = {name: getattr(module, name) for module in (ll, ll.results) for name in dir(module)}
+DOCUMENTED = {
+    name: public for name, public in PUBLIC.items() if callable(public) and name[0] != "_"
+}
+# Missing, misspelt, misplaced or repeated parameters; the prose of a description is read by people.
+TARGETS = ["SIG201", "SIG202", "SIG203", "SIG302", "SIG401", "SIG403", "SIG404"]
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="docsig needs Python 3.11")
+
+
+def is_documented(source: str) -> bool:
+    """Whether docsig finds nothing; it prints what it finds."""
+    docsig = pytest.importorskip("docsig")
+    return docsig.docsig(string=textwrap.dedent(source), check_class=True, target=TARGETS) == 0
+
+
+def source_of(public: Callable[..., object]) -> str:
+    """Its source; of a class without the methods whose base class documents them."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(public))))
+    if isinstance(public, type):
+        inherited = {name for base in public.__mro__[1:] for name in vars(base)}
+        (body,) = tree.body
+        body.body = [node for node in body.body if getattr(node, "name", None) not in inherited]
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize("public", DOCUMENTED.values(), ids=DOCUMENTED)
+def test_every_parameter_is_documented(public: Callable[..., object]):
+    assert is_documented(source_of(public))
+
+
+DOCUMENTED_SUM = '''
+def sum_of(a: int, b: int) -> int:
+    """The sum.
+
+    Args:
+        a: the first number.
+        b: the second number.
+    """
+    return a + b
+'''
+
+
+def test_a_missing_and_a_misspelt_parameter_are_seen():
+    assert is_documented(DOCUMENTED_SUM)
+    assert not is_documented(DOCUMENTED_SUM.replace("        b: the second number.\n", ""))
+    assert not is_documented(DOCUMENTED_SUM.replace("b: the second", "c: the second"))

@@ -1,0 +1,128 @@
+"""attn='sdpa': the same function, and no [head, query, key] anywhere."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+from every_call import CALLS, MARGIN, same
+from saved import saved
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lens_lora as ll
+from lens_lora.model.bridge import fuse_attention
+from lens_lora.model.build import hooked_model
+
+pytestmark = models.NEEDS_BRIDGE
+LONG = 23
+
+
+def pair(family: str) -> tuple[ll.LoraLens, ll.LoraLens]:
+    """The lens over a bridge as it is, and over one with fused attention."""
+    base = models.hf_model(family)
+    peft = models.peft_model(family, base)
+    plain, fused = models.bridge(base), models.bridge(base)
+    fuse_attention(fused)
+    adapter = ll.Adapter.from_peft(peft)
+    return ll.LoraLens(plain, adapter), ll.LoraLens(fused, adapter)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mixtral", "phi", "opt", "gptj"])
+def test_the_same_numbers(family: str):
+    """Grouped heads, norms of q and k, sliding windows, partial rotations, learned positions."""
+    tokens = models.tokens(pos=11)
+    with models.lifted():
+        plain, fused = pair(family)
+        for name in ("logits", "first_order", "forward", "coupling", "patch_sites", "generate"):
+            found, expected = CALLS[name](fused, tokens), CALLS[name](plain, tokens)
+            if name == "patch_sites":  # their noise floors are drawn
+                found, expected = found.values, expected.values
+            assert same(found, expected, 1e-12), name
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor with two axes of the prompt's length, in heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-2:] == (LONG, LONG):
+                self.heads = max(self.heads, tensor[..., 0, 0].numel())
+        return out
+
+
+def test_no_patterns_are_made():
+    made = []
+    for lens in pair("llama"):
+        with Largest() as largest:
+            ll.first_order(lens, models.tokens(1, LONG), MARGIN)
+        made.append(largest.heads)
+    assert made[0] == 4 * 2 and made[1] <= 1  # two ends in one batch
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("family", "why"), [("gpt2", "one module"), ("gemma2", "capped"), ("gpt_neo", "has none")]
+)
+def test_families_that_cannot(family: str, why: str):
+    with pytest.raises(ll.errors.ModelStateError, match=rf"{why}.*lens\.within"):
+        fuse_attention(models.bridge(models.hf_model(family)))
+
+
+@pytest.mark.bad_input
+def test_what_needs_patterns_is_refused():
+    _, fused = pair("llama")
+    rules = ll.FrozenRules(attention_patterns=True)
+    with pytest.raises(ll.errors.ModelStateError, match=r"hook_pattern.*never.*eager"):
+        ll.first_order(fused, models.tokens(), MARGIN, rules=rules)
+    name = "blocks.0.attn.hook_pattern"
+    with pytest.warns(UserWarning), pytest.raises(ll.errors.ModelStateError, match=r"sdpa.*eager"):
+        ll.patch_activations(fused, models.tokens(), MARGIN, name, positions=None, progress=False)
+    with pytest.raises(ll.errors.ModelStateError, match=r"q_norm.*eager"):
+        pair("qwen3")[1].plan.host.norm_ports(0, "q_norm")
+
+
+@pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores", "hook_rot_q"])
+@pytest.mark.parametrize("way", ["applied", "list"])
+def test_a_hook_that_cannot_fire_is_warned_of(point: str, way: str, recwarn):
+    """A user's own hook: with patterns it acts, by a fused kernel there is a word of it."""
+    plain, fused = pair("llama")
+    tokens, hook = models.tokens(), (f"blocks.1.attn.{point}", lambda x, hook: x * 0)
+
+    def run(lens: ll.LoraLens) -> torch.Tensor:
+        if way == "list":
+            return lens.model.run_with_hooks(tokens, fwd_hooks=[*lens.fwd_hooks(), hook])
+        with lens.applied():
+            return lens.model.run_with_hooks(tokens, fwd_hooks=[hook])
+
+    recwarn.clear()
+    assert not torch.allclose(run(plain), plain.logits(tokens))
+    assert torch.allclose(fused.logits(tokens), plain.logits(tokens), atol=1e-5)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=rf"{point}.*never fire.*eager"):
+        run(fused)
+
+
+@models.NEEDS_HOOKED_TRANSFORMER
+@pytest.mark.bad_input
+def test_a_hooked_transformer_always_has_patterns():
+    base = models.hf_model("llama", dtype=torch.float32)
+    with pytest.raises(ll.errors.ModelStateError, match="attn='sdpa'.*TransformerBridge"):
+        hooked_model(base, None, kind="HookedTransformer", attn="sdpa")
+
+
+def test_no_patterns_are_held_for_a_divergence():
+    """Those of tangents are let go block by block. Control: the bridge as it is holds its own."""
+    found, held = [], []
+    for lens in pair("llama"):
+        with models.lifted(), saved() as graph:
+            shares = ll.kl_shares(lens, models.tokens(pos=LONG), progress=False)
+        found.append(shares.attribution.values)
+        held.append(sum(tensor.shape[-2:] == (LONG, LONG) for tensor in graph))
+    plain, fused = held
+    assert fused == 0 < plain
+    assert same(found[1], found[0], 1e-10)
