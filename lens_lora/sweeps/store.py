@@ -22,6 +22,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -439,12 +440,19 @@ def _plain(value: Any, own_code: list[object]) -> Any:
     if isinstance(value, functools.partial):
         return _plain([value.func, value.args, value.keywords], own_code)
     name = getattr(value, "__qualname__", type(value).__qualname__)
-    if _is_own(value):
-        own_code.append(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    is_own = _is_own(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not is_own:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return [name, _plain(fields, own_code)]
+    if is_own or _has_state(value):
+        own_code.append(value)
     return name
+
+
+def _has_state(code: Any) -> bool:
+    """Whether this is an object, or a method of one, such as a module with weights of its own."""
+    owner = code.__self__ if inspect.ismethod(code) else code
+    return not (inspect.isroutine(owner) or inspect.isclass(owner) or inspect.ismodule(owner))
 
 
 def tensor_digest(tensor: Tensor) -> bytes:

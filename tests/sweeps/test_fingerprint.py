@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 import lens_lora as ll
 from lens_lora.errors import SweepError
-from lens_lora.sweeps.store import digest
+from lens_lora.sweeps.store import digest, fingerprint_without_model
 
 PROMPTS = [{"prompt": "w5 w6 w7"}, {"prompt": "w9 w8"}]
 RECORDS = [{**record, "doc": "w8", "pre": "w9"} for record in PROMPTS]
@@ -286,6 +286,21 @@ def test_a_readout_of_ones_own_takes_a_version(float64, tmp_path, make):
     assert run(lens, PROMPTS, tmp_path, readout=make(), version="1").resumed == 2
     refused(lens, tmp_path, readout=make(), version="2", words="version '1' there, '2' here")
     refused(lens, tmp_path, readout=make(), words="version '1' there, None here")
+
+
+@pytest.mark.parametrize("method", [None, "forward"])
+def test_an_object_with_weights_takes_a_version(method):
+    """Of a library too; a function or a class of one is its name."""
+    module = torch.nn.Linear(4, 1)
+    read = module if method is None else getattr(module, method)
+    for stateful in (read, functools.partial(read)):
+        assert fingerprint_without_model(big_adapter(), [], ll.Readout.of(stateful))["own_code"]
+    for plain in (
+        torch.logsumexp,
+        torch.nn.functional.softmax,
+        functools.partial(torch.sum, dim=1),
+    ):
+        assert not fingerprint_without_model(big_adapter(), [], ll.Readout.of(plain))["own_code"]
 
 
 @pytest.mark.parametrize("name", ["first_order", "activations"])
