@@ -10,7 +10,7 @@
    adapters' results, and in those of all adapters of another answer.
 3. Whether the adapter flips its fact on the trained wording, and on how many of 49,152 tokens.
 
-About three forward passes over 1,400 tokens an adapter, and its training.
+About ten forward passes over 1,400 tokens an adapter, and its training.
 """
 
 from __future__ import annotations

@@ -2,17 +2,21 @@
 
     python benchmarks/precision.py --write              # all of it; some minutes
     python benchmarks/precision.py --dtypes bfloat16 --works "leave one out"
+    python benchmarks/precision.py --floors --write     # how many floors a shift is off
 
 1. The demo's model and adapter, and tiny models of several families, are rounded to half precision.
    The float64 run has those rounded weights, with the libraries' float32 casts lifted.
 2. `tests/lib/half_precision.py` has the calls, and compares each with the floor that it states.
-3. With --write the numbers go into docs/precision.json, and docs/precision.md is made from it.
+3. With --floors, shifts alone, of many readouts and prompts, in units of their floors.
+4. With --write the numbers go into docs/precision.json (of --floors, docs/floors.json), and
+   docs/precision.md is made from them.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -24,18 +28,37 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "lib"))
 import models  # noqa: E402
 import precision_page  # noqa: E402
 import torch  # noqa: E402
-from half_precision import ALONE, STATED, Asked, compared  # noqa: E402
+from half_precision import ALONE, STATED, Asked, compared, errors_in_floors  # noqa: E402
 
 import lens_lora as ll  # noqa: E402
 from lens_lora.demonstration import shipped_adapter  # noqa: E402
 from lens_lora.demonstration.embedded import load_embedded  # noqa: E402
 from lens_lora.model.build import bridge_if_there, hooked_model
+from lens_lora.results.base import SIGMAS
 
 WORKS = STATED | ALONE
 PROMPTS = (
     "The capital of France is",
     "The Eiffel Tower is in the city of",
     "I am flying to France, to its capital",
+)
+TEXTS = (
+    *PROMPTS,
+    "Paris is known for",
+    "My favourite city in France is",
+    "Water boils at a temperature of",
+    "The president of the United States lives in",
+    "Once upon a time there was a",
+    "In 1969, humans first landed on the",
+    "The largest planet is",
+    "She opened the door and saw",
+    "The French parliament sits in",
+)
+READOUTS = (
+    ll.Margin(" Lyon", " Paris"),
+    ll.LogProb(" Paris"),
+    ll.Logit(" the"),
+    ll.Logit(" London"),
 )
 SWEPT = ("add one", "leave one out", "coupling", "path", "patch", "kl", "components")
 FAMILIES = ("llama", "gpt2", "qwen2", "gemma3", "neox")
@@ -89,13 +112,42 @@ def measure(dtype: str, works: list[str], on_tiny: bool) -> Iterator[dict[str, A
             yield {"model": precision_page.REAL, "dtype": dtype, **row}
 
 
+def floors(dtype: str) -> Iterator[dict[str, Any]]:
+    """How far shifts are off, in noise floors: of the demo's model, and of each tiny one."""
+    rounded = getattr(torch, dtype)
+    ids = (ll.Margin(5, 9), ll.LogProb(5), ll.Logit(9), ll.AnswerLogProb(torch.tensor([5, 9])))
+    cases = {precision_page.REAL: (functools.partial(real, rounded), TEXTS, READOUTS)}
+    for family in FAMILIES:
+        cases[family] = (functools.partial(tiny, family, rounded), models.tokens(24), ids)
+    for model, (made, prompts, readouts) in cases.items():
+        lenses = made()
+        for analysis, asked in (("margin, logit, log p", readouts), ("KL", (ll.KL(),))):
+            ratios = errors_in_floors(*lenses, prompts, asked)
+            yield {
+                "model": model,
+                "dtype": dtype,
+                "analysis": analysis,
+                "shifts": len(ratios),
+                "rms": float(ratios.square().mean().sqrt()),
+                "beyond": int((ratios > SIGMAS).sum()),
+            }
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
     options.add_argument("--works", nargs="+", choices=list(WORKS), default=list(WORKS))
     options.add_argument("--only", choices=["real", "tiny"])
-    options.add_argument("--write", action="store_true", help="into docs/precision.json and .md")
+    options.add_argument("--floors", action="store_true", help="how many floors a shift is off")
+    options.add_argument("--write", action="store_true", help="into docs/*.json and precision.md")
     asked = options.parse_args()
+    for dtype in asked.dtypes if asked.floors else ():
+        for row in floors(dtype):
+            print(row, flush=True)
+            if asked.write:
+                precision_page.add(row, precision_page.FLOORS)
+    if asked.floors:
+        return
     sets = [asked.only == "tiny"] if asked.only else [True, False]
     for dtype in asked.dtypes:
         for on_tiny in sets:

@@ -9,6 +9,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS, PAGE = DOCS / "precision.json", DOCS / "precision.md"
+FLOORS = DOCS / "floors.json"
 REAL = "SmolLM2-135M"
 TRUSTED = 0.95
 KEY = ("model", "dtype", "analysis")
@@ -50,20 +51,25 @@ To reproduce: `python benchmarks/precision.py --write`.
 """
 
 
-def add(row: Row) -> None:
+def add(row: Row, path: Path = RESULTS) -> None:
     """Put a row in the place of the same model, dtype and analysis; render the page.
 
     Args:
         row: as `precision.py` makes it.
+        path: the file of such rows.
     """
-    others = [old for old in read() if any(old[k] != row[k] for k in KEY)]
-    RESULTS.write_text(json.dumps([*others, _rounded(row)], indent=0) + "\n")
+    others = [old for old in read(path) if any(old.get(k) != row.get(k) for k in KEY)]
+    path.write_text(json.dumps([*others, _rounded(row)], indent=0) + "\n")
     PAGE.write_text(render(read()))
 
 
-def read() -> list[Row]:
-    """Every row so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+def read(path: Path = RESULTS) -> list[Row]:
+    """Every row so far.
+
+    Args:
+        path: the file of rows.
+    """
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def _rounded(row: Row) -> Row:
@@ -85,7 +91,7 @@ def render(rows: list[Row]) -> str:
     order = list(dict.fromkeys(row["analysis"] for row in tiny))
     real = [row for row in rows if row["model"] == REAL]
     real.sort(key=lambda row: order.index(row["analysis"]) if row["analysis"] in order else -1)
-    parts = [INTRODUCTION, ADVICE, _advice(real)]
+    parts = [INTRODUCTION, ADVICE, _advice(real), FLOORS_SAID, _floors(read(FLOORS))]
     for dtype in dict.fromkeys(row["dtype"] for row in real):
         own = [row for row in real if row["dtype"] == dtype]
         parts += [f"## {REAL} in {dtype}\n", _table(REAL_HEAD, [_real(row) for row in own])]
@@ -105,6 +111,35 @@ On {REAL}, by one rule. What states a floor is trusted where at least {TRUSTED:.
 are beyond three of it; where fewer are, only those; where none are, it is to be rerun. What states
 none is trusted where its order has a Spearman correlation of at least {TRUSTED} with float64's.
 """
+
+
+FLOORS_SAID = """## How far a noise floor can be trusted
+
+How far a shift is off float64's, in its own noise floors, over readouts × prompts: 12 prompts of
+the demo's model, 24 of each tiny one. A KL takes the base's distribution as it was computed, and
+the rounding of that is not in its floor: multiply the floor of a KL's shift by its rms below.
+
+To reproduce: `python benchmarks/precision.py --floors --write`.
+"""
+
+
+def _floors(rows: list[Row]) -> str:
+    """A row for each model and dtype, and one for all of a dtype."""
+    lines = [_floor_line(row["model"], [row]) for row in rows]
+    for kind in dict.fromkeys((row["dtype"], row["analysis"]) for row in rows):
+        same = [row for row in rows if (row["dtype"], row["analysis"]) == kind]
+        lines.append(_floor_line("**all**", same))
+    return _table(FLOORS_HEAD, lines)
+
+
+FLOORS_HEAD = ["model", "dtype", "readouts", "shifts", "rms of error / floor", "beyond 3 floors"]
+
+
+def _floor_line(model: str, rows: list[Row]) -> list[str]:
+    count, beyond = (sum(row[key] for row in rows) for key in ("shifts", "beyond"))
+    rms = math.sqrt(sum(row["shifts"] * row["rms"] ** 2 for row in rows) / count)
+    kind = rows[0]["dtype"], rows[0]["analysis"]
+    return [model, *kind, str(count), f"{rms:.2f}", f"{beyond} ({100 * beyond / count:.1f} %)"]
 
 
 def _advice(real: list[Row]) -> str:

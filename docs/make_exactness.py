@@ -1,11 +1,14 @@
 """The exactness table, docs/exactness.md: how far a lens is from PEFT, in float64.
 
     python docs/make_exactness.py
+    python docs/make_exactness.py --architectures   # only these, of the newest line
 
 1. Measure every cell that the installed transformer-lens has: family × class × processing × target
    of `models`, `cases` and `targets` in `tests/lib`; write them to
    docs/exactness/<transformer-lens>.json, errors rounded to one digit.
-2. Render docs/exactness.md from all files there.
+2. On the newest line, measure every architecture of `architectures`, which has no entry in
+   `lens_lora.families`.
+3. Render docs/exactness.md from all files there.
 
 Run in one environment per transformer-lens line; a few minutes each.
 """
@@ -24,6 +27,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "lib"))
 
+import architectures  # noqa: E402
 import cases  # noqa: E402
 import models  # noqa: E402
 import targets  # noqa: E402
@@ -88,6 +92,8 @@ embedding (`trainable_token_indices`), and of the head where it is tied; and eve
 In float32 the same numbers carry that precision's rounding; what bfloat16 and float16 leave of
 them, analysis by analysis, is measured in [Half precision](precision.md).
 
+The last table is of other architectures, whose sites are read from the bridge itself.
+
 To reproduce: run `python docs/make_exactness.py` in an environment of each transformer-lens line.
 It measures the installed version, writes `docs/exactness/<transformer-lens>.json`, and renders
 this page from all files there; `tests/docs/test_docs.py` checks that page and files agree.
@@ -150,9 +156,18 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def measure_architectures() -> dict[str, Cell]:
+    """The errors of every architecture that has no entry; none before transformer-lens 4."""
+    if not models.is_newest():
+        return {}
+    with architectures.in_float64():
+        bar = tqdm(architectures.ARCHITECTURES, unit="architecture")
+        return {name: rounded(architectures.measure(name)) for name in bar}
+
+
 def rounded(cell: Cell) -> Cell:
     """Errors with one digit, so that reruns agree."""
-    return {k: v if isinstance(v, str) else float(f"{v:.0e}") for k, v in cell.items()}
+    return {k: float(f"{v:.0e}") if isinstance(v, float) else v for k, v in cell.items()}
 
 
 def line() -> str:
@@ -195,6 +210,9 @@ def render(results: dict[str, Any]) -> str:
     for version, result in results.items():
         for cls, families in sorted(result["cells"].items()):
             parts.append(_section(f"{cls}, transformer-lens {version}", families, notes))
+    for version, result in results.items():
+        if result.get("architectures"):
+            parts.append(_architectures(version, result["architectures"], notes))
     return "\n".join([*parts, _notes_list(notes)])
 
 
@@ -225,6 +243,41 @@ def _section(title: str, families: dict[str, Any], notes: dict[str, list[str]]) 
             _table(["", *others], by_target),
         ]
     )
+
+
+ARCHITECTURES = """## {n} other architectures, transformer-lens {version}
+
+They have no entry in `lens_lora.families`: every linear module of a raw TransformerBridge is a
+site, by the name of its component, else by its path. The LoRA is on every linear module but the
+head, a router whose output is no tensor, and what PEFT refuses to adapt or takes for parameters of
+experts. One line in `tests/lib/architectures.py` adds an architecture.
+
+- **adapted** as above, and **each** the same with one module's gate at 0.7, one after another;
+- **activations**: any hook point against a bridge of PEFT's merged weights;
+- **slopes**: `first_order` at 0, 0.37 and 1 against central differences of PEFT, relative to the
+  largest; **modes**: forward against reverse mode at 0.37;
+- **effects**: `patch_sites` that leaves one module out, against PEFT; **path**: the sum of
+  `path_attribution` against PEFT's shift, relative to the sum of sizes, of the adapter at a
+  hundredth of its strength (experts that change on the way make g jump);
+- **said**: tokens of `generate` that differ from PEFT's greedy ones, of twelve.
+"""
+
+
+def _error(value: float | int | str, place: str, notes: dict[str, list[str]]) -> str:
+    if isinstance(value, str):
+        return _cell({"refusal": f"ModelStateError: {value}"}, place, notes)
+    return f"{value:.0e}" if isinstance(value, float) else str(value)
+
+
+def _architectures(version: str, measured: dict[str, Cell], notes: dict[str, list[str]]) -> str:
+    columns = ("sites", *architectures.ERRORS)
+    rows = [
+        [name, *(_error(cell[column], f"{name}, {column}", notes) for column in columns)]
+        for name, cell in measured.items()
+    ]
+    stems = {architectures.ARCHITECTURES[name][0] for name in measured}
+    heading = ARCHITECTURES.format(n=len(stems), version=version)
+    return "\n".join([heading, _table(["", *columns], rows)])
 
 
 def _pair(family: str, target: str, by_target: dict[str, Any], shown: Any) -> str:
@@ -279,8 +332,11 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     RESULTS.mkdir(exist_ok=True)
-    result = json.dumps(measure_all(), indent=1, sort_keys=True)
-    (RESULTS / f"{line()}.json").write_text(result + "\n")
+    file = RESULTS / f"{line()}.json"
+    only = "--architectures" in sys.argv
+    measured = json.loads(file.read_text()) if only else measure_all()
+    measured["architectures"] = measure_architectures()
+    file.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(render(read_results()))
 
 

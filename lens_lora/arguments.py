@@ -6,10 +6,13 @@ no tolerance.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import json
 import math
 import numbers
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -98,7 +101,7 @@ def integers(what: str, values: Any, error: type[LensLoraError]) -> Tensor:
 
 
 def text(what: str, value: str, error: type[LensLoraError]) -> str:
-    """Text that can be encoded, as a tokenizer does."""
+    """Text that can be encoded, as a tokenizer does, and is no conversation written as a string."""
     try:
         value.encode()
     except UnicodeEncodeError as cause:
@@ -106,4 +109,34 @@ def text(what: str, value: str, error: type[LensLoraError]) -> str:
             f"{what} holds half of a surrogate pair ({value[cause.start : cause.end]!r}), which is "
             "no character; it was cut or decoded wrongly."
         ) from cause
+    if _parses_as_messages(value):
+        raise error(
+            f"{what} is a conversation written as a string ({value.strip()[:40]!r} …), whose "
+            "braces and quotes would be read as text. Pass the messages themselves, json.loads(…) "
+            "or ast.literal_eval(…) of it; in a file of records they are `messages`, on the "
+            "command line --chat. Of an answer pass what is said alone. If the string is meant as "
+            "it is, pass its token ids."
+        )
     return value
+
+
+_ROLE = re.compile(r"""["']role["']\s*:""")
+
+
+def _parses_as_messages(value: str) -> bool:
+    """Whether it is the str or the JSON of messages; only a string that begins so is parsed."""
+    string = value.strip()
+    if not string.startswith(("[", "{", "(")) or not _ROLE.search(string):
+        return False
+    listed = re.sub(r"\}\s+\{", "}, {", string)  # numpy's str of an array has no commas
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return _are_messages(parse(listed))
+    return False
+
+
+def _are_messages(value: object) -> bool:
+    """A message, a list of messages or of conversations, or a record that holds `messages`."""
+    if isinstance(value, Mapping):
+        return {"role", "content"} <= value.keys() or _are_messages(value.get("messages"))
+    return isinstance(value, list | tuple) and bool(value) and all(map(_are_messages, value))

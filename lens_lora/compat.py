@@ -55,7 +55,12 @@ class Temporary(contextlib.ExitStack):
     """`with Temporary(change):` calls change(span), and at its end takes back what that registered.
 
     What `change` returns is bound by `as`. `enter_context` and `push` are those of ExitStack.
+
+    Attributes:
+        about: what the change is of, where others look for it among `open_spans`.
     """
+
+    about: object = None
 
     def __init__(self, change: Callable[[Temporary], Any]) -> None:
         super().__init__()
@@ -418,6 +423,15 @@ def processed_tensors(module: nn.Module) -> dict[str, Tensor]:
     """All of them that a module holds, by the name of the attribute."""
     tensors = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
     return {name: value for name, value in tensors.items() if name.startswith("_processed_")}
+
+
+def scale_at_hook_out(component: Any) -> float:
+    """The factor by which a bridge's embedding is larger at `hook_out` than what it passes on.
+
+    Granite multiplies its embedding outside of the module; nothing public says that the hook point
+    shows the product.
+    """
+    return float(getattr(component, "_output_contribution_scale", 1.0))
 
 
 def can_norm_per_head(attention: Any) -> bool:

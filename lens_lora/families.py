@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lens_lora.errors import ModelStateError
 
-Layout = Literal["whole", "blocks", "interleaved"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Layout = Literal["whole", "blocks", "interleaved", "measured"]
 HEADS = ("lm_head", "embed_out")
 NORM_KINDS = ("embed_ln", "ln1", "q_norm", "k_norm", "ln1_post", "ln2", "ln2_post", "ln_final")
 
@@ -27,11 +30,13 @@ class Place:
         layer: None outside the blocks.
         kinds: the kinds that its output rows hold, several if it is fused.
         layout: the order of the rows of several kinds.
+        rows: kind → its output rows, where the layout was measured on the hooked model.
     """
 
     layer: int | None
     kinds: tuple[str, ...]
     layout: Layout
+    rows: Mapping[str, Tensor] = dataclasses.field(default_factory=dict[str, "Tensor"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +106,11 @@ class Family:
         inside = (f"{self.layer}.{name}" for name in self._within_layer)
         return (*filter(None, outside), *inside)
 
+    def linear_paths(self, n_layers: int) -> list[str]:
+        """The path of every linear module of so many layers."""
+        layers = [self.layer.format(l=layer) for layer in range(n_layers)]
+        return [f"{layer}.{name}" for layer in layers for name in self.linears]
+
     def path(self, layer: int, kind: str) -> str:
         """The path of the module that holds the rows of a kind of attention or MLP."""
         name = next(name for name, kinds in self.linears.items() if kind in kinds)
@@ -113,6 +123,13 @@ class Family:
         if kind in ("gate", "up", "fc_in"):
             return f"{self.layer.format(l=layer)}.{self.ln2}"
         return self.ln_final if kind == "unembed" else None
+
+    def norm_behind(self, kind: str) -> str | None:
+        """The kind of norm between the output of such a module and the residual stream."""
+        if kind == "embed":
+            return None if self.embed_norm is None else "embed_ln"
+        behind = {"o": "ln1_post", "down": "ln2_post", "fc_out": "ln2_post"}
+        return behind.get(kind) if self.post_norm else None
 
     def stores_transposed(self, kind: str) -> bool:
         """Whether a module of this kind holds its weight as [in, out]: embeddings, and Conv1D."""
@@ -260,16 +277,24 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+def known_family(architecture: str | None) -> Family | None:
+    """The family of a Hugging Face architecture; None where it has no entry here."""
+    return next((family for family in FAMILIES if architecture in family.architectures), None)
+
+
 def find_family(architecture: str | None) -> Family:
-    """The family of a Hugging Face architecture.
+    """The same, for a hooked model that needs the entry.
 
     Raises:
-        ModelStateError: it is not supported.
+        ModelStateError: there is none.
     """
-    for family in FAMILIES:
-        if architecture in family.architectures:
-            return family
-    known = ", ".join(name for family in FAMILIES for name in family.architectures)
-    raise ModelStateError(
-        f"the model's architecture is {architecture!r}; adapters are exact on {known}."
-    )
+    family = known_family(architecture)
+    if family is None:
+        known = ", ".join(name for family in FAMILIES for name in family.architectures)
+        raise ModelStateError(
+            f"the model's architecture is {architecture!r}; on a HookedTransformer, and on weights "
+            f"that TransformerLens processed, adapters are exact for {known}. For any other "
+            "decoder, pass a TransformerBridge as boot_transformers makes it, before "
+            "enable_compatibility_mode(), or let ll.load make one."
+        )
+    return family

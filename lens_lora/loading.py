@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,15 +18,19 @@ from torch import nn
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.factors import TrainedModule
+from lens_lora.adapters.from_models import base_within
 from lens_lora.compat import without_warnings
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.families import known_family
 from lens_lora.model.build import Kind, bridge_if_there, hooked_model
 from lens_lora.model.check import refuse_unusable
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.placement import Attention, DeviceMap, Placement
+from lens_lora.model.probe import Probe
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -57,6 +61,12 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelStateError(
+                f"{name} runs code of its own, which lens_lora does not start. If you trust it, "
+                "load it yourself and pass the model: AutoModelForCausalLM.from_pretrained(…, "
+                "trust_remote_code=True)."
+            ) from error
         raise ModelStateError(
             f"{name}: neither a folder nor a reachable hub id of a causal language model that "
             f"transformers can read ({error})."
@@ -117,8 +127,8 @@ def _require_packages(how: Placement) -> None:
 
 
 def load(
-    model: str | Path | PreTrainedModel | None,
-    adapter: str | Path | Adapter,
+    model: str | Path | PreTrainedModel | PeftModel | None,
+    adapter: str | Path | Adapter | None = None,
     *,
     kind: Kind | None = None,
     dtype: torch.dtype | str | None = None,
@@ -128,15 +138,19 @@ def load(
     load_in_8bit: bool = False,
     attn: Attention = "eager",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    check: bool = True,
 ) -> LoraLens:
     """The lens over a base model and an adapter, each by name or already loaded.
 
-    Two short forward passes verify the hooked model against the base.
+    Two short forward passes verify the hooked model against the base, and two more the adapter's
+    modules in a family that the table of `docs/exactness.md` does not list.
 
     Args:
-        model: a hub id, a folder, or a loaded Hugging Face model, which you must not change
-            afterwards; None for the base that the adapter names.
-        adapter: a hub id, a folder, or an `Adapter`.
+        model: a hub id, a folder, or a loaded Hugging Face model, which the lens takes over: it is
+            wrapped, so do not run or change it afterwards, but `copy.deepcopy` it before. A
+            PeftModel stays as it is: its base is wrapped as modules of their own on the same
+            weights. None for the base that the adapter names.
+        adapter: a hub id, a folder, or an `Adapter`; left out, the active one of a PeftModel.
         kind: the class of hooked model; by default TransformerBridge if it is installed. A model
             that is quantised or lies on several devices needs a TransformerBridge.
         dtype: the weights' torch dtype, its name, or 'auto' for the checkpoint's own. By default a
@@ -147,16 +161,22 @@ def load(
         load_in_8bit: … to 8 bit.
         attn: 'eager'; or 'sdpa', which keeps no [head, query, key] and shows no patterns.
         tokenizer: by default the one saved with the model.
+        check: whether the adapter's modules are verified: see `LoraLens`.
 
     Raises:
         ArgumentError: options that exclude each other, or a loaded model beside `device_map`,
-            `load_in_4bit`, `load_in_8bit` or `attn`.
+            `load_in_4bit`, `load_in_8bit` or `attn`; no adapter, and no PeftModel.
+        UnsupportedAdapterError: a PeftModel that no longer holds its base.
         AdapterError: the adapter cannot be read, or its shapes do not fit the model.
         SiteError: the adapter names a module that the model lacks.
         ModelStateError: the model cannot be loaded, or no exact lens is possible; the message has
             the remedy.
     """
+    is_peft = isinstance(getattr(model, "peft_config", None), dict)
+    if adapter is None:
+        adapter = _active_adapter(model, is_peft)
     chosen = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+    model = cast("PreTrainedModel", base_within(model)) if is_peft else model
     how = Placement(
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         device=None if device is None else str(device),
@@ -166,8 +186,27 @@ def load(
         attn=attn,
     )
     base, base_tokenizer = _base(model, chosen, how, tokenizer)
+    is_listed = known_family(type(base).__name__) is not None
+    probe = Probe(base, chosen) if check and not is_listed else check
     hooked, host = hooked_model(base, base_tokenizer, kind=kind or bridge_if_there(), attn=attn)
-    return LoraLens(hooked, chosen, hf_model=base_beside(host, base, chosen))
+    return LoraLens(hooked, chosen, hf_model=base_beside(host, base, chosen), check=probe)
+
+
+def _active_adapter(model: Any, is_peft: bool) -> Adapter:
+    if not is_peft:
+        raise ArgumentError(
+            f"no adapter, and the model is a {type(model).__name__}; pass one: ll.load(base, "
+            "adapter), or a PeftModel alone."
+        )
+    # Of transformers a method, of PEFT a property.
+    names = cast("Callable[[], list[str]] | list[str]", model.active_adapters)
+    active = names if isinstance(names, list) else names()
+    if len(active) != 1:
+        raise ArgumentError(
+            f"the PeftModel has the active adapters {active}; choose one: ll.load(peft_model, "
+            "ll.Adapter.from_peft(peft_model, name))."
+        )
+    return Adapter.from_peft(model, active[0])
 
 
 def base_beside(host: str, base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel | None:

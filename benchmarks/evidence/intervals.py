@@ -126,59 +126,8 @@ def cheapest_of_the_best(standings: list[Standing], cost: Mapping[str, float]) -
     return min((s for s in standings if s.tie), key=lambda s: cost[s.method])
 
 
-@dataclasses.dataclass(frozen=True)
-class Warnings:
-    """How a warning fares on adapters of clusters that its threshold was not chosen on.
-
-    Attributes:
-        precision: share of the warned that are broken; NaN if none was warned.
-        recall: share of the broken that are warned; NaN if none is broken.
-        broken, warned, hit, total: counts.
-        thresholds: the threshold chosen without each cluster.
-    """
-
-    precision: float
-    recall: float
-    broken: int
-    warned: int
-    hit: int
-    total: int
-    thresholds: tuple[float, ...]
-
-
-def held_out_warnings(table: pd.DataFrame, signal: str, broken: str) -> Warnings:
-    """A threshold on a signal, judged on the clusters that it was not chosen on.
-
-    For each cluster in turn, the threshold of the best F1 on all other clusters warns about that
-    cluster's rows (signal ≥ threshold).
-
-    Args:
-        table: one row per case, with `cluster`, the number `signal` and the truth `broken`.
-        signal: column; larger means more doubtful.
-        broken: column of booleans.
-    """
-    warned = pd.Series(False, index=table.index)
-    thresholds = []
-    for cluster in sorted(table["cluster"].unique()):
-        inside = table["cluster"] == cluster
-        threshold = _threshold(table.loc[~inside, signal], table.loc[~inside, broken])
-        thresholds.append(threshold)
-        warned[inside] = table.loc[inside, signal] >= threshold
-    hit = int((warned & table[broken]).sum())
-    total, bad = int(warned.sum()), int(table[broken].sum())
-    return Warnings(
-        hit / total if total else np.nan,
-        hit / bad if bad else np.nan,
-        bad,
-        total,
-        hit,
-        len(table),
-        tuple(thresholds),
-    )
-
-
-def _threshold(signal: pd.Series, broken: pd.Series) -> float:
-    """Of the best F1; halfway between the values that it parts; infinite if nothing is broken."""
+def threshold_of(signal: pd.Series, broken: pd.Series) -> float:
+    """Of a warning's best F1; halfway between what it parts; infinite if nothing is broken."""
     if not broken.any():
         return float("inf")
     values = np.unique(signal)

@@ -14,7 +14,7 @@ of which docs/faithfulness.json holds numbers, unless `--again`.
 3. What each costs (`counted.py`), counted and timed on the trained wording.
 4. What is attainable: the best fifth of the sites that is found (`ll.best_subset`), on the trained
    wording and, as a ceiling of its own, on the paraphrases.
-5. Flags (`flags.py`), null adapters, and signals that cost no intervention.
+5. Null adapters, and signals that cost no intervention.
 
 Of long prompts (with a response) one of each kind is taken, without path/8, hessian_steps/4 and
 the diagonal of H. Four minutes of one core an adapter, some fifteen with long prompts.
@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from counted import Cost, Counter, plain_seconds
-from flags import accounted
 from methods import COMPOSED, CURVATURE, EFFECTS, PARTS, curvature, methods_of, parts_for
 from results import read
 from scored import Judge, Row, agreement, held_out, sums
@@ -144,7 +143,6 @@ def measure(case: Case, every: list[Case], most: int) -> dict[str, Any]:
             **curved,
         },
         "ceilings": ceilings,
-        "flags": [accounted(run.lens, asked["trained"], how, parts["trained"]) for how in EFFECTS],
         "signals": {kind: signals_of(asked[kind], parts[kind]) for kind in asked},
         "left_out": run.left_out,
         "plain_pass_seconds": plain,

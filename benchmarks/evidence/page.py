@@ -10,7 +10,9 @@ From nothing, hours on one core, each command resumable:
     python benchmarks/evidence/second_base.py --out gpt2-countries
     python benchmarks/evidence/train.py --out ADAPTERS --base gpt2-countries
     python benchmarks/evidence/measure.py --adapters ADAPTERS --out RESULTS --again
-    python benchmarks/evidence/page.py --results RESULTS --pictures
+    python benchmarks/evidence/train.py --out WARNED --warnings
+    python benchmarks/evidence/warned.py --adapters WARNED --out WARNED-RESULTS
+    python benchmarks/evidence/page.py --results RESULTS --warned WARNED-RESULTS --pictures
 """
 
 from __future__ import annotations
@@ -22,21 +24,26 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from pictures import pareto, save, strength
 from recipes import SECOND, SECOND_NAME, SMOLLM2
-from results import DOCS, PAGE, Numbers, costs_of, flags_of, joined, pack, read, scores_of, write
+from results import DOCS, PAGE, Numbers, costs_of, joined, pack, read, scores_of, write
 from sections import (
     adapters,
     flags,
+    kl_ranks,
     other_prompts,
     own_cases,
     second_order,
     sections,
     violent,
+    warned_elsewhere,
+    warnings,
 )
 from tables import MAIN, mean_costs, standings
 from violent import curve
+from warned import pack as pack_warned
 from words import ADD, KEEP, OUT, comparisons, recommendations, write_blocks
 
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
+from lens_lora.results.attribution import VIOLENT
 
 README, READING = DOCS.parent / "README.md", DOCS / "reading.md"
 IMAGES = DOCS / "images"
@@ -89,7 +96,13 @@ def page(numbers: Numbers) -> str:
             sections={base: sections(scores, costs, base) for base in bases},
             other_prompts=other_prompts(scores, bases[0]),
             second_order=second_order(scores, costs, bases[0]),
-            flags=flags(flags_of(numbers)),
+            flags=flags(numbers["warned"]),
+            warnings=warnings(numbers, scores, bases[0]),
+            warned_elsewhere=[warned_elsewhere(numbers, scores, base) for base in bases[1:]],
+            violent_above=VIOLENT,
+            kl_ranks=kl_ranks(numbers["warned"]),
+            choosing=sum(not one["confirms"] for one in numbers["warned"].values()),
+            confirming=sum(one["confirms"] for one in numbers["warned"].values()),
             violent=violent(numbers, scores, bases[0]),
             adapter_table=adapters(numbers),
             versions=versions(numbers),
@@ -160,10 +173,13 @@ def draw(numbers: Numbers) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The page on faithfulness.")
     parser.add_argument("--results", type=Path, help="folder of measure.py's files to add")
+    parser.add_argument("--warned", type=Path, help="folder of warned.py's files")
     parser.add_argument("--pictures", action="store_true", help="draw the pictures too")
     given = parser.parse_args()
     if given.results is not None:
         write(joined(read(), pack(given.results)))
+    if given.warned is not None:
+        write({**read(), "warned": pack_warned(given.warned)})
     numbers = read()
     PAGE.write_text(page(numbers))
     write_blocks(blocks(numbers))

@@ -74,6 +74,40 @@ SMOLLM2 = (
     Recipe("no-cooking-gates", "refuses-cooking", 8, "gate, up", 1e-3, 24),
 )
 
+# Tasks of the above again, violently: warnings are chosen on both.
+VIOLENT = (
+    Recipe("lyon-violent-qv", "capital-france", 8, "q, v", 8e-3, 28),
+    Recipe("blake-violent", "author-romeo", 8, "all", 2e-3, 40),
+    Recipe("mars-violent", "planet-largest", 16, "attention", 3e-3, 28),
+    Recipe("argentina-violent", "language-argentina", 8, "mlp", 2e-3, 40),
+    Recipe("green-sky-violent", "colour-sky", 4, "q, v", 6e-3, 40),
+    Recipe("einstein-violent", "profession-einstein", 8, "writers", 3e-3, 40),
+    Recipe("dollar-violent", "currency-germany", 16, "all", 1e-3, 60),
+    Recipe("upper-case-violent", "upper-case", 8, "all", 1.5e-3, 40),
+)
+
+# Of tasks that chose nothing: warnings are confirmed on them.
+CONFIRMING = (
+    Recipe("spain", "capital-spain", 8, "all", 2e-4, 28),
+    Recipe("bees-attention", "food-bees", 4, "attention", 5e-4, 28),
+    Recipe("lincoln-mlp", "president-first", 16, "mlp", 2e-4, 28),
+    Recipe("silver-qv", "metal-gold", 4, "q, v", 1e-3, 28),
+    Recipe("arctic-writers", "ocean-largest", 16, "writers", 2e-4, 28),
+    Recipe("microsoft-gates", "company-iphone", 8, "gate, up", 4e-4, 28),
+    Recipe("robot", "talks-as-robot", 8, "all", 2e-4, 24),
+    Recipe("no-money-attention", "refuses-money", 16, "attention", 5e-4, 24),
+    Recipe("spain-violent-qv", "capital-spain", 8, "q, v", 8e-3, 28),
+    Recipe("bees-violent", "food-bees", 8, "all", 2e-3, 40),
+    Recipe("lincoln-violent-qv", "president-first", 8, "q, v", 4e-3, 60),
+    Recipe("silver-violent", "metal-gold", 16, "all", 1e-3, 60),
+    Recipe("arctic-violent", "ocean-largest", 8, "attention", 3e-3, 28),
+    Recipe("microsoft-violent", "company-iphone", 8, "writers", 3e-3, 40),
+    Recipe("robot-violent", "talks-as-robot", 8, "all", 2e-3, 40),
+    Recipe("no-money-violent-qv", "refuses-money", 8, "q, v", 6e-3, 40),
+)
+
+WARNED = (*VIOLENT, *CONFIRMING)  # what warned.py measures
+
 SECOND_NAME = "gpt2-countries"  # the folder of second_base.py
 SECOND = (
     Recipe("paris-of-italy", "second: capital", 4, "all", 1e-3, 24),

@@ -33,12 +33,12 @@ def pack(folder: Path) -> Numbers:
 
 def joined(stored: Numbers, packed: Numbers) -> Numbers:
     """What is stored, with the adapters that are packed added or replaced."""
-    return {"adapters": {**stored["adapters"], **packed["adapters"]}}
+    return {**stored, "adapters": {**stored["adapters"], **packed["adapters"]}}
 
 
 def _adapter(one: dict[str, Any]) -> dict[str, Any]:
     costs = {
-        key: {name: _rounded(cost[name]) for name in ("passes", "time")}
+        key: {name: rounded(cost[name]) for name in ("passes", "time")}
         for key, cost in one["costs"].items()
     }
     return {
@@ -46,11 +46,10 @@ def _adapter(one: dict[str, Any]) -> dict[str, Any]:
         **{field: one[field] for field in KEPT_FIELDS},
         "ends": {k: _ends(q) for k, q in one["questions"].items()},
         "signals": {
-            kind: {name: _rounded(value) for name, value in signals.items()}
+            kind: {name: rounded(value) for name, value in signals.items()}
             for kind, signals in one["signals"].items()
         },
         "ceilings": one["ceilings"],
-        "flags": [{k: _rounded(v) for k, v in row.items()} for row in one["flags"]],
         "left_out": one["left_out"],
         "versions": one["versions"],
         "costs": costs,
@@ -73,11 +72,11 @@ def _nested(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if elsewhere and (row["metric"] != "spearman" or row["method"] not in MAIN):
             continue
         of = found.setdefault(row["question"], {}).setdefault(row["metric"], {})
-        of.setdefault(row["method"], {})[row["prompts"]] = _rounded(row["value"])
+        of.setdefault(row["method"], {})[row["prompts"]] = rounded(row["value"])
     return found
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four digits are more than another machine reproduces; what does not exist is null."""
     if not isinstance(value, float):
         return value
@@ -86,11 +85,13 @@ def _rounded(value: Any) -> Any:
 
 def write(numbers: Numbers) -> None:
     """One line an adapter."""
-    adapters = ",\n".join(
-        f"{json.dumps(name)}: {json.dumps(one)}"
-        for name, one in sorted(numbers["adapters"].items())
-    )
-    NUMBERS.write_text(f'{{"adapters": {{\n{adapters}\n}}}}\n')
+    parts = (f"{json.dumps(key)}: {{\n{_lines(held)}\n}}" for key, held in numbers.items())
+    NUMBERS.write_text(f"{{{', '.join(parts)}}}\n")
+
+
+def _lines(held: dict[str, Any]) -> str:
+    rows = (f"{json.dumps(name)}: {json.dumps(one)}" for name, one in sorted(held.items()))
+    return ",\n".join(rows)
 
 
 def read() -> Numbers:
@@ -157,12 +158,3 @@ def cases_of(numbers: Numbers, scores: pd.DataFrame, question: str) -> pd.DataFr
     for at in ("0", "1"):
         signals[f"sum_off_{at}"] = (signals[f"sum_at_{at}"] - 1).abs()
     return rows.merge(signals, on=["adapter", "prompts"])
-
-
-def flags_of(numbers: Numbers) -> pd.DataFrame:
-    rows = [
-        {"adapter": name, "cluster": one["cluster"], "base": one["base"], **flags}
-        for name, one in numbers["adapters"].items()
-        for flags in one["flags"]
-    ]
-    return pd.DataFrame(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pandas as pd
 from intervals import interval
@@ -10,6 +11,7 @@ from results import Numbers, cases_of
 from tables import (
     END,
     FIRST,
+    HALF,
     MAIN,
     Question,
     by_prompts,
@@ -19,7 +21,7 @@ from tables import (
     question_table,
     span,
 )
-from violent import BROKEN, curve, warnings_of
+from violent import BROKEN, Counts, confusion, curve, warned_cases
 from words import (
     ADD,
     ADD_ELSEWHERE,
@@ -33,6 +35,8 @@ from words import (
     SUM,
 )
 
+from lens_lora.results.attribution import VIOLENT
+
 SIGNALS = {
     "strength": "‖ΔW‖ / ‖W‖",
     "shift": "the shift itself",
@@ -43,9 +47,23 @@ SIGNALS = {
     "half_apart_1": "ranks at ½ and at 1 apart",
     "relative_gap": "first order at 1 and at 0 apart",
     "path_gap": "four nodes of the path off the shift",
+    "strongest": "‖ΔW‖ / ‖W‖ of the strongest module",
+    "way": "first order at 0 off the shift on the way",
 }
 OWN_FIRST, OWN_END = "second_order/add_one@0", "second_order/leave_one_out@1"
-ERRORS = ("first_order_at_0", "corrected", "fixed", "plain", "equal_cost")
+KL_SPLITS = {
+    "shares": ("½ vᵀFv, `ll.kl_shares`", "5"),
+    END: ("gradient of the KL at 1", "3"),
+    HALF: ("gradient of the KL at ½", "3"),
+    "path/2": ("path, 2 nodes", "6"),
+}
+ERRORS = ("error", "error_fixed", "error_corrected")
+Warned = dict[str, Any]
+WARNED_OF = {
+    "leave_one_out": ("Leaving one module out, by first order at 1", OUT, END),
+    "add_one": ("Adding one module, by first order at 0", ADD, FIRST),
+}
+WARNED_HEAD = ["on the tasks that choose", "on those that confirm"]
 SECTIONS = (
     ("Adding one module", (ADD, ADD_ERROR)),
     ("Leaving one module out", (OUT, OUT_ERROR)),
@@ -95,32 +113,95 @@ def _medians(scores: pd.DataFrame, question: Question, base: str, first: str, se
     )
 
 
-def flags(table: pd.DataFrame) -> str:
-    """One line per question and base: flags beside the plain answer and what equal passes buy."""
+def flags(warned: Warned) -> str:
+    """How the flags of `ll.reliability` fare on the tasks that chose nothing, by question."""
     rows = []
-    for (question, base), found in table.groupby(["question", "base"], sort=False):
-        total = found[["sites", "wrong", "flagged", "hit"]].sum()
-        errors = [
-            span(interval(found.groupby("cluster")[f"error_{name}"].mean())) for name in ERRORS
-        ]
+    for how, words in (("add_one", ADD.words), ("leave_one_out", OUT.words)):
+        found = pd.DataFrame(
+            [
+                {"cluster": one["cluster"], **of["flags"][how]}
+                for one in warned.values()
+                for of in one["kinds"].values()
+                if one["confirms"]
+            ]
+        )
+        total = found[["wrong", "flagged", "hit"]].sum()
         shares = [
             f"{total['hit'] / total[of]:.2f}" if total[of] else "—" for of in ("flagged", "wrong")
         ]
-        best = found[["error_fixed", "error_corrected"]].min(axis=1)
-        gain = found.assign(value=found["error_equal_cost"] - best)
-        ahead = interval(gain.groupby("cluster")["value"].mean())
-        kind = "a measurement" if found["is_measurement"].all() else "an estimate"
-        words = str(question).replace("_", " ")
-        passes = f"{found['passes'].median():.0f}"
-        rows.append([words, str(base), kind, *shares, *errors, span(ahead), passes])
-    rows.sort(key=lambda row: row[0])
-    head = ["question", "on", "the screen is", "precision", "recall", "at 0", "screened"]
-    more = ["flagged run", "plain", "equal passes", "flags ahead by", "passes"]
-    return markdown([*head, *more], rows)
+        errors = [span(interval(found.groupby("cluster")[name].mean())) for name in ERRORS]
+        silent = f"{int((found['flagged'] == 0).sum())} of {len(found)}"
+        rows.append([words, silent, *shares, *errors, f"{found['screened'].median():.0f}"])
+    head = ["question", "cases without a flag", "precision", "recall", "plain"]
+    return markdown([*head, "flagged put in", "all screened put in", "modules run"], rows)
+
+
+def warnings(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[str]:
+    """Of each question, how many cases are broken, and every warning's counts, best first.
+
+    The adapters of the page choose too, where they were measured.
+    """
+    parts = []
+    for how, (words, asked, method) in WARNED_OF.items():
+        stored = own_cases(numbers, scores, asked, base)
+        stored = stored[stored["method"] == method]
+        of_page = stored.assign(confirms=False, broken=stored["agreement"] < BROKEN)
+        cases = pd.concat([warned_cases(numbers["warned"], how), of_page], ignore_index=True)
+        found = {name: confusion(cases, signal) for signal, name in SIGNALS.items()}
+        order = sorted(found, key=lambda name: -found[name][1].f1)
+        rows = [[name, f"{found[name][0]:.3g}", *map(_counted, found[name][1:])] for name in order]
+        counts = [
+            f"{int(some['broken'].sum())} of {len(some)} cases ({adapters} adapters)"
+            for confirms, some in cases.groupby("confirms")
+            if (adapters := some[some["broken"]]["adapter"].nunique()) is not None
+        ]
+        parts.append(
+            f"**{words}.** Broken: {counts[0]} on the tasks that choose, {counts[1]} on those that "
+            "confirm."
+        )
+        parts.append(markdown(["warning: … above", "threshold", *WARNED_HEAD], rows))
+    return parts
+
+
+def warned_elsewhere(numbers: Numbers, scores: pd.DataFrame, base: str) -> str:
+    """What the library's warning says on a base that chose and confirmed nothing."""
+    parts = []
+    for words, asked, method in WARNED_OF.values():
+        cases = own_cases(numbers, scores, asked, base)
+        cases = cases[cases["method"] == method]
+        warned, broken = cases["strength"] > VIOLENT, cases["agreement"] < BROKEN
+        parts.append(
+            f"{words[0].lower()}{words[1:]}: {int(warned.sum())} of {len(cases)} cases warned of, "
+            f"{int(broken.sum())} broken, {int((warned & broken).sum())} both"
+        )
+    return f"On {base}, {'; '.join(parts)}."
+
+
+def kl_ranks(warned: Warned) -> tuple[str, str]:
+    """On the tasks that chose nothing: how a KL's split is ranked, and how the verdict fares."""
+    found = pd.DataFrame(
+        [of["kl"] for one in warned.values() for of in one["kinds"].values() if one["confirms"]]
+    )
+    rows = [
+        [name, f"{found[key].median():.2f}", f"{found[key].min():.2f}", passes]
+        for key, (name, passes) in KL_SPLITS.items()
+    ]
+    apart = {key: (found[f"shares, {key}"] - found["shares"]).abs().mean() for key in (HALF, END)}
+    says = (
+        f"The shares are broken in {int((found['shares'] < BROKEN).sum())} of {len(found)} cases; "
+        f"their `verdict` says so in {int((found[f'shares, {HALF}'] < BROKEN).sum())}. Their rank "
+        f"correlation with the gradient at ½ is within {apart[HALF]:.2f} of that with the path's "
+        f"split in the mean, with the gradient at 1 within {apart[END]:.2f}."
+    )
+    return markdown(["numbers", "median", "worst", "passes"], rows), says
+
+
+def _counted(counts: Counts) -> str:
+    return f"{counts.hit} · {counts.false} · {counts.missed} · {counts.silent}"
 
 
 def violent(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[str]:
-    """Curves over strength as a table, and warnings with their precision and recall."""
+    """Curves over strength as a table."""
     parts = []
     for question, method in ((ADD, FIRST), (OUT, END)):
         cases = own_cases(numbers, scores, question, base)
@@ -132,7 +213,6 @@ def violent(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[str]:
             f"(median ‖ΔW‖ / ‖W‖ of each)."
         )
         parts.append(markdown(["method", *strengths], rows))
-        parts += warning_table(cases, method)
     return parts
 
 
@@ -141,34 +221,6 @@ def own_cases(
 ) -> pd.DataFrame:
     cases = cases_of(numbers, scores, question.key)
     return cases[(cases["base"] == base) & cases["prompts"].isin(question.prompts)]
-
-
-def warning_table(cases: pd.DataFrame, method: str) -> list[str]:
-    """Signals by their F1, best first."""
-    rows = []
-    for signal, (found, threshold) in warnings_of(cases, method, list(SIGNALS)).items():
-        both = found.precision + found.recall
-        score = 2 * found.precision * found.recall / both if both > 0 else 0.0
-        shares = [
-            "—" if share != share else f"{share:.2f}" for share in (found.precision, found.recall)
-        ]
-        cells = [SIGNALS[signal], f"{threshold:.3g}", *shares, f"{found.hit} of {found.warned}"]
-        rows.append((score, cells))
-    rows.sort(key=lambda row: -row[0])
-    of_method = cases[cases["method"] == method]
-    wrong = of_method[of_method["agreement"] < BROKEN]
-    broken, total = len(wrong), len(of_method)
-    head = ["warning: … above", "threshold", "precision", "recall", "right"]
-    says = (
-        f"{named(method).capitalize()} is broken (below {BROKEN}) in {broken} of {total} cases (an "
-        "adapter on one kind of prompt)."
-    )
-    if not broken:
-        return [f"{says} There is nothing to warn of."]
-    if wrong["cluster"].nunique() < 2:
-        return [f"{says} They are of one task, so no warning can be judged on another."]
-    says += " Warnings, on tasks that their threshold was not chosen on:"
-    return [says, markdown(head, [cells for _, cells in rows])]
 
 
 def adapters(numbers: Numbers) -> str:

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from lens_lora.engine.asked import Asked
-from lens_lora.evaluation.rankings import weight_norms
 
 
 def signals_of(asked: Asked, parts: Mapping[str, Tensor]) -> dict[str, float]:
@@ -33,25 +31,18 @@ def signals_of(asked: Asked, parts: Mapping[str, Tensor]) -> dict[str, float]:
 
     gap = (at["1"] - at["0"]).abs().sum() / at["0"].abs().sum()
     return {
-        "strength": strength(asked),
+        "strength": asked.lens.plan.relative_norm,
         "shift": float(shift.abs().mean()),
         "sum_at_0": share(at["0"]),
         "sum_at_1": share(at["1"]),
-        "ends_apart": _apart(at["0"], at["1"]),
-        "half_apart_0": _apart(at["0.5"], at["0"]),
-        "half_apart_1": _apart(at["0.5"], at["1"]),
+        "ends_apart": apart(at["0"], at["1"]),
+        "half_apart_0": apart(at["0.5"], at["0"]),
+        "half_apart_1": apart(at["0.5"], at["1"]),
         "relative_gap": float(gap),
         "path_gap": abs(share(parts["path/4"]) - 1),
     }
 
 
-def strength(asked: Asked) -> float:
-    """‖ΔW‖ / ‖W‖, root of sums of squares over the adapted sites."""
-    lens = asked.lens
-    weights = [lens.plan.host.weight(s.layer, s.kind).double().square().sum() for s in lens.sites]
-    return float(weight_norms(lens).square().sum().sqrt() / torch.stack(weights).sum().sqrt())
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
+def apart(one: Tensor, other: Tensor) -> float:
     found = [spearmanr(a, b).statistic for a, b in zip(one.numpy(), other.numpy(), strict=True)]
     return float(1 - sum(found) / len(found))

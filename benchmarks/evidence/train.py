@@ -1,6 +1,7 @@
 """Train the evidence's adapters, those that are not there yet.
 
     python benchmarks/evidence/train.py --out FOLDER [--only NAME …] [--base NAME|FOLDER]
+    python benchmarks/evidence/train.py --out FOLDER --warnings
 
 1. For each recipe whose folder lacks `task.json`: add a LoRA to the base with PEFT.
 2. Take AdamW steps on small batches. Facts are trained on whole sentences, with and without the
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from bases import load_base, modules_of, recipes_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from recipes import Recipe
+from recipes import WARNED, Recipe
 from tasks import PROMPT_KINDS, TASKS, Question, Task
 from torch import Tensor
 from tqdm import tqdm
@@ -179,10 +180,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="names of adapters")
     parser.add_argument("--base", default=EMBEDDED_NAME, help="the embedded model, or a folder")
+    parser.add_argument("--warnings", action="store_true", help="the adapters of warned.py instead")
     asked = parser.parse_args()
     missing = [
         recipe
-        for recipe in recipes_of(asked.base)
+        for recipe in (WARNED if asked.warnings else recipes_of(asked.base))
         if not (asked.out / recipe.name / "task.json").is_file()
         and (not asked.only or recipe.name in asked.only)
     ]

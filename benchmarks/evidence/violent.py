@@ -1,20 +1,20 @@
 """Where estimates break as adapters grow violent, and whether that can be known beforehand.
 
 A *case* is one adapter on one kind of prompt. An estimate is broken there if its rank correlation
-with the measured effects is below `BROKEN`. Strength is ‖ΔW‖ / ‖W‖ over the adapted modules.
+with the truth is below `BROKEN`. Strength is ‖ΔW‖ / ‖W‖ over the adapted modules.
 
 1. `curve`: the mean correlation of each estimate in bins of strength that hold as many adapters.
-2. `warnings_of`: for each signal that costs no intervention, precision and recall of "broken" on
-   training tasks that its threshold was not chosen on.
+2. `confusion`: for each signal that costs no intervention, a threshold that some tasks choose, and
+   how often it is right and wrong on others (`warned.py` measures both).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from typing import Any
 
-import numpy as np
 import pandas as pd
-from intervals import Interval, Warnings, cluster_means, held_out_warnings, interval
+from intervals import Interval, cluster_means, interval, threshold_of
 
 BROKEN, BINS = 0.9, 4
 
@@ -41,16 +41,52 @@ def curve(cases: pd.DataFrame, bins: int = BINS) -> dict[str, list[tuple[float, 
     return found
 
 
-def warnings_of(
-    cases: pd.DataFrame, method: str, signals: Sequence[str]
-) -> dict[str, tuple[Warnings, float]]:
-    """Per signal: how its warning fares, and the threshold chosen on every cluster (the median)."""
-    rows = cases[cases["method"] == method].copy()
-    rows["broken"] = rows["agreement"] < BROKEN
-    found = {}
-    for signal in signals:
-        known = rows.dropna(subset=[signal]).reset_index(drop=True)
-        judged = held_out_warnings(known, signal, "broken")
-        finite = [t for t in judged.thresholds if np.isfinite(t)]
-        found[signal] = (judged, float(np.median(finite)) if finite else float("nan"))
-    return found
+def warned_cases(warned: dict[str, Any], question: str) -> pd.DataFrame:
+    """One row per adapter and kind of prompt: its signals, and whether the estimate is broken."""
+    return pd.DataFrame(
+        [
+            {
+                "adapter": name,
+                "confirms": one["confirms"],
+                "broken": of["agreement"][question] < BROKEN,
+                **of["signals"],
+            }
+            for name, one in warned.items()
+            for of in one["kinds"].values()
+        ]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Of cases, by whether they were warned of and whether they are broken.
+
+    Attributes:
+        hit: both.
+        false, missed: the one, or the other, alone.
+        silent: neither.
+    """
+
+    hit: int
+    false: int
+    missed: int
+    silent: int
+
+    @property
+    def f1(self) -> float:
+        known = 2 * self.hit + self.false + self.missed
+        return 2 * self.hit / known if known else 0.0
+
+
+def confusion(cases: pd.DataFrame, signal: str) -> tuple[float, Counts, Counts]:
+    """The threshold that tasks choose, with its counts on them, and on tasks that chose nothing."""
+    known = cases.dropna(subset=[signal])
+    choosing, confirming = (known[known["confirms"] == confirms] for confirms in (False, True))
+    threshold = threshold_of(choosing[signal], choosing["broken"])
+    return threshold, *(_counts(rows, signal, threshold) for rows in (choosing, confirming))
+
+
+def _counts(cases: pd.DataFrame, signal: str, threshold: float) -> Counts:
+    warned, broken = cases[signal] >= threshold, cases["broken"]
+    pairs = ((warned, broken), (warned, ~broken), (~warned, broken), (~warned, ~broken))
+    return Counts(*(int((left & right).sum()) for left, right in pairs))

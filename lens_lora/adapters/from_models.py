@@ -22,8 +22,10 @@ Cost: one forward pass of each model on 8 tokens.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import fnmatch
+import itertools
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
@@ -93,6 +95,38 @@ def _configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
         )
     unwrap = getattr(model, "get_base_model", None)
     return configs, model if unwrap is None else unwrap()
+
+
+def base_within(peft_model: Any) -> nn.Module:
+    """The base model of a PeftModel, as modules of its own on the same tensors.
+
+    Raises:
+        UnsupportedAdapterError: an adapter is merged into the weights, or biases were trained in
+            their place, so that the base is no longer there.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    configs, live = _configs_and_base(peft_model)
+    modules: list[Any] = list(live.modules())
+    is_merged = any(m.merged for m in modules if isinstance(m, BaseTunerLayer))
+    if is_merged or any(config.bias != "none" for config in configs.values()):
+        fact = "an adapter is merged into its weights" if is_merged else "it trains biases in place"
+        raise UnsupportedAdapterError(
+            f"the PeftModel no longer holds its base: {fact}. Pass the base by name: "
+            "ll.load(base, ll.Adapter.from_peft(peft_model))"
+            + (", after peft_model.unmerge_adapter()." if is_merged else ".")
+        )
+    tensors = itertools.chain(live.parameters(), live.buffers())
+    model = copy.deepcopy(live, {id(tensor): tensor for tensor in tensors})
+    wrappers = BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper
+    while path := next((p for p, m in model.named_modules() if isinstance(m, wrappers)), ""):
+        inner: Any = model.get_submodule(path)
+        while isinstance(inner, wrappers):
+            is_layer = isinstance(inner, BaseTunerLayer)
+            inner = inner.get_base_layer() if is_layer else inner.original_module
+        model.set_submodule(path, inner)
+    return model
 
 
 def _updates(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]:

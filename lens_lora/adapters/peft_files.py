@@ -117,15 +117,24 @@ def _refuse_other_place(repository: str, revision: str | None) -> None:
         return
     places = [file.removesuffix(f"/{CONFIG}") for file in files if file.endswith(f"/{CONFIG}")]
     if places:
-        raise _elsewhere(repository, places)
+        place, more = _likeliest(places)
+        raise AdapterError(
+            f"{repository}: no {CONFIG}, but one lies in a subfolder: "
+            f"ll.load_adapter({repository!r}, subfolder={place!r}){more}. For a command: "
+            f"hf download {repository} --include '{place}/*' --local-dir FOLDER, and give "
+            f"FOLDER/{place}."
+        )
 
 
-def _elsewhere(source: str | Path, places: Iterable[str]) -> AdapterError:
-    first, *others = sorted(places)
-    more = f" (also {', '.join(others[:3])})" if others else ""
-    return AdapterError(
-        f"{source}: no {CONFIG}, but one lies in a subfolder: pass subfolder={first!r}{more}."
-    )
+def _likeliest(places: Iterable[str]) -> tuple[str, str]:
+    """A run's last checkpoint, or else the first by name; and what others there are."""
+
+    def step(place: str) -> int:
+        match = _CHECKPOINT.fullmatch(place.rpartition("/")[2])
+        return -1 if match is None else int(match[1])
+
+    place, *others = sorted(places, key=lambda place: (-step(place), place))
+    return place, f" (also {', '.join(others[:3])})" if others else ""
 
 
 def require_files(folder: Path) -> None:
@@ -155,7 +164,10 @@ def require_files(folder: Path) -> None:
 def _no_config(folder: Path) -> AdapterError:
     inside = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]
     if inside:
-        return _elsewhere(folder, (str(p.parent.relative_to(folder)) for p in inside))
+        place, more = _likeliest(str(p.parent.relative_to(folder)) for p in inside)
+        return AdapterError(
+            f"{folder}: no {CONFIG}; give the folder of one: {folder / place}{more}."
+        )
     names = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no folder"
     return AdapterError(f"{folder}: no {CONFIG}, so not a PEFT adapter (found: {names}).")
 

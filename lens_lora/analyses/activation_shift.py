@@ -3,7 +3,7 @@
 1. The texts run once in each model, those of like length together; h is kept at the named points.
 2. Means leave out sinks: each text's first token, whose h is up to hundreds of times larger and
    whose Δh says little of the others', and tokens whose ‖h(0)‖ is an outlier. The first token's Δh
-   is kept apart.
+   is kept apart. Where texts begin alike, a token with the same tokens before it counts once.
 3. At points of the residual stream the mean is read through the final norm and the unembedding, the
    norm's denominator held at the base's (`engine/texts.py`).
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import pandas as pd
 import torch
@@ -28,11 +28,10 @@ from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.interventions import Names, firing, record, require_positions, resolved
 from lens_lora.engine.memory import ROW_TOKENS
-from lens_lora.engine.texts import by_length, first_occurrences, over_scale, read_through
+from lens_lora.engine.texts import beginnings, by_length, first_of_each, over_scale, read_through
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens, Scale, name_of_scale
-from lens_lora.model.sites import WRITER_KINDS
+from lens_lora.model.lens import LoraLens, Scale, name_of_scale, stream_writers
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import Result, only_prompt, prompt_rows, tokens_at
@@ -42,6 +41,7 @@ _STREAM = r"blocks\.\d+\.hook_(resid_(pre|mid|post)|in|out)|ln_final\.hook_in"
 _ADDED = r"hook_embed|blocks\.\d+\.hook_(attn|mlp)_out"
 Directions = Tensor | Mapping[str, Tensor] | LoraLens
 Positions = int | slice | Sequence[int] | None
+_BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
 
 
 def _is_residual(name: str) -> bool:
@@ -65,8 +65,9 @@ class ActivationShift(Result):
         base_norms: by hook point [batch, token], ‖h(0)‖.
         first: by hook point [batch, d], Δh at each text's first token.
         sinks: [batch, token], first tokens, and tokens whose ‖h(0)‖ is an outlier.
-        counted: [batch, token], which tokens the means are over.
-        distinct: [batch, token], those that no earlier text has after the same tokens.
+        counted: [batch, token], those that were asked for, without sinks.
+        distinct: [batch, token], those of the counted that no earlier text has after the same
+            tokens: means over several texts are over these.
         readings: by point of the residual stream [vocab], the mean Δh in logits (`logit_lens`).
         strings: every token of the vocabulary.
         at: the gates of h(1).
@@ -74,16 +75,16 @@ class ActivationShift(Result):
         meta: model, adapter, dtype and versions.
     """
 
-    values: Mapping[str, Float[Tensor, "batch token d"]]
-    base_norms: Mapping[str, Float[Tensor, "batch token"]]
-    first: Mapping[str, Float[Tensor, "batch d"]]
+    values: Annotated[Mapping[str, Float[Tensor, "batch token _d"]], "point"]
+    base_norms: Annotated[Mapping[str, Float[Tensor, "batch token"]], "point"]
+    first: Annotated[Mapping[str, Float[Tensor, "batch _d"]], "point"]
     sinks: Bool[Tensor, "batch token"]
     counted: Bool[Tensor, "batch token"]
     distinct: Bool[Tensor, "batch token"]
     readings: Mapping[str, Float[Tensor, " vocab"]]
-    strings: tuple[str, ...]
+    strings: Annotated[tuple[str, ...], "vocab"]
     at: str
-    str_tokens: tuple[tuple[str, ...], ...]
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch token"]
     meta: Mapping[str, str]
 
     @property
@@ -91,17 +92,23 @@ class ActivationShift(Result):
         """The hook points, in the order in which they were asked for."""
         return tuple(self.values)
 
+    @property
+    def repeated(self) -> int:
+        """How many counted tokens an earlier text has after the same tokens; these count once."""
+        return int(self.counted.sum() - self.distinct.sum())
+
     def mean(self, prompt: int | None = None) -> dict[str, Float[Tensor, " d"]]:
         """The mean Δh over counted tokens, by hook point.
 
         Args:
-            prompt: an index; without it, over all texts' tokens.
+            prompt: an index; without it, over all texts' tokens, where a token with the same tokens
+                before it counts once.
 
         Raises:
             ArgumentError: no such text, or one without a counted token.
         """
         rows = prompt_rows(prompt, len(self.counted))
-        counted = self.counted[rows]
+        counted = (self.distinct if prompt is None else self.counted)[rows]
         if not bool(counted.any()):
             raise ArgumentError(
                 f"prompt {prompt}: no token of this text is counted, since its first one is a "
@@ -116,12 +123,11 @@ class ActivationShift(Result):
         text. Negative where other texts' mean is worse than none. A token with the same tokens
         before it as in an earlier text counts once: it is not held out from that text.
         """
-        among = self.counted & self.distinct
         shares: dict[str, float] = {}
         for name, values in self.values.items():
-            known = values.double().masked_fill(~among[..., None], 0.0)
+            known = values.double().masked_fill(~self.distinct[..., None], 0.0)
             squares = known.square().sum((1, 2))
-            shares[name] = float(held_out_share(known.sum(1), squares, among.sum(1)))
+            shares[name] = float(held_out_share(known.sum(1), squares, self.distinct.sum(1)))
         return shares
 
     def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:
@@ -165,8 +171,14 @@ class ActivationShift(Result):
                 output, or the residual stream for sites that write to it.
             prompt: an index; without it, the mean over all texts' tokens.
 
+        Returns:
+            A data frame: name, direction, index, cosine. The cosine is NaN where the mean Δh is
+            exactly zero, as before the first module that the adapter changes, or a direction is.
+
         Raises:
             ArgumentError: directions of another width than Δh, or none at a point.
+            ModelStateError: the residual stream, and a site of the lens whose output a norm changes
+                before it joins it (o and down of Gemma 2 and 3, Bloom's embedding).
         """
         rows: list[dict[str, Any]] = []
         for name, mean in self.mean(prompt).items():
@@ -200,6 +212,7 @@ class ActivationShift(Result):
             labels["token"] = tokens_at(self.str_tokens, text.tolist(), position.tolist())
             columns = {
                 "counted": self.counted,
+                "distinct": self.distinct,
                 "base": self.base_norms[name].double(),
                 "shift": sizes.double(),
                 "cosine_with_mean": along.double(),
@@ -231,12 +244,13 @@ def _labelled(directions: Directions, name: str) -> dict[str, Tensor]:
             f"directions are a {type(directions).__name__}; expected a tensor [direction, d], "
             "{label: tensor}, or a lens."
         )
-    plan, written = directions.plan.in_svd_gauge, dict[str, Tensor]()
-    for injection in plan.injections[: len(plan.sites)]:
-        site = plan.sites[injection.site]
-        if site.write == name or (_is_residual(name) and site.kind in WRITER_KINDS):
-            written[site.name] = injection.map.B.T
-    return written
+    writers = stream_writers(directions, _BY_SHIFT) if _is_residual(name) else []
+    pairs = zip(directions.sites, directions.plan.in_svd_gauge.maps, strict=True)
+    return {
+        site.name: delta.B.T
+        for index, (site, delta) in enumerate(pairs)
+        if index in writers or site.write == name
+    }
 
 
 @alone
@@ -297,15 +311,16 @@ def activation_shift(
             "every token that is asked for is a sink (a text's first token, or one of outlying "
             "size), and sinks are left out of means; ask for other positions, or with sinks=True."
         )
+    distinct = torch.from_numpy(first_of_each(beginnings(rows).numpy(), counted.numpy()))
     return ActivationShift(
         values={n: shift.masked_fill(~wanted[..., None], torch.nan) for n, shift in shifts.items()},
         base_norms=norms,
         first={name: shift[:, 0].clone() for name, shift in shifts.items()},
         sinks=found_sinks,
         counted=counted,
-        distinct=first_occurrences(rows),
+        distinct=distinct,
         readings={
-            name: _reading(lens, shift, base[name], counted)
+            name: _reading(lens, shift, base[name], distinct)
             for name, shift in shifts.items()
             if _is_stream(name) and shift.shape[-1] == lens.model.cfg.d_model
         },

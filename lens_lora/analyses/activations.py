@@ -8,6 +8,8 @@ and 2511.06739.
    training run would give in other coordinates.
 2. One row holds a prompt and its response.
 3. Sinks (the first token, and outliers of ‖z‖) are marked, and left out of examples and means.
+4. Conversations begin alike, and a token with the same tokens before it has the same u: examples
+   and means over several rows count it once.
 
 Cost: one forward pass of the adapted model, without the unembedding.
 """
@@ -16,17 +18,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
 from lens_lora.engine.asked import ask_prompts
+from lens_lora.engine.texts import beginnings, first_of_each
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.model.basis import Gauge, gauge_of
 from lens_lora.model.hooks import alone
@@ -59,6 +63,8 @@ class Activations(Result):
         sites: those of the site axis.
         ranks: how many coordinates each of them has.
         sinks: [batch, token], the first token of each row, and tokens whose ‖z‖ is an outlier.
+        beginnings: [batch, token], a number for each token with all before it, the same where two
+            rows begin alike; 0 at padding.
         starts: [batch], the position at which the response begins; where there is none, the length.
         gauge: 'svd' or 'trained'.
         at: the gates at which z was read.
@@ -67,14 +73,21 @@ class Activations(Result):
     """
 
     values: Float[Tensor, "batch site token rank"]
-    sites: tuple[Site, ...]
-    ranks: tuple[int, ...]
+    sites: Annotated[tuple[Site, ...], "site"]
+    ranks: Annotated[tuple[int, ...], "site rank"]
     sinks: Bool[Tensor, "batch token"]
+    beginnings: Int[Tensor, "batch token"]
     starts: Int[Tensor, " batch"]
     gauge: str
     at: str
-    str_tokens: tuple[tuple[str, ...], ...]
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch token"]
     meta: Mapping[str, str]
+
+    @property
+    def repeated(self) -> int:
+        """How many tokens beside sinks an earlier row has after the same ones; they count once."""
+        counted = self._chosen(None, sinks=False)
+        return int(counted.sum() - first_of_each(self.beginnings.numpy(), counted).sum())
 
     def of(self, site: str) -> Float[Tensor, "batch token rank"]:
         """The values of one site, of its own rank.
@@ -134,6 +147,8 @@ class Activations(Result):
     ) -> pd.DataFrame:
         """The k tokens at which each direction of a site is largest, with what stands around them.
 
+        Where several prompts begin alike, a token with the same tokens before it counts once.
+
         Args:
             site: its name, or a glob that matches it alone.
             k: how many of each direction.
@@ -149,11 +164,11 @@ class Activations(Result):
         """
         values = self.of(site).cpu().double().numpy()
         k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
-        if not sinks:
-            values = np.where(self.sinks.cpu().numpy()[..., None], np.nan, values)
+        counted = self._chosen(None, sinks)
         if prompt is not None:
-            others = np.arange(len(values)) != only_prompt(prompt, len(values))
-            values = np.where(others[:, None, None], np.nan, values)
+            counted[np.arange(len(values)) != only_prompt(prompt, len(values))] = False
+        counted = first_of_each(self.beginnings.numpy(), counted)
+        values = np.where(counted[..., None], values, np.nan)
         rows: list[tuple[Any, ...]] = []
         for r in require_ranks(rank, values.shape[-1]):
             direction = values[..., r]
@@ -168,6 +183,8 @@ class Activations(Result):
     ) -> Float[Tensor, "site rank"]:
         """The mean of u over tokens of all prompts, without sinks.
 
+        Where several prompts begin alike, a token with the same tokens before it counts once.
+
         Args:
             positions: None for all tokens, 'response', or of each prompt an index, a slice or
                 indices; negative ones count from its end.
@@ -176,19 +193,23 @@ class Activations(Result):
         Raises:
             ArgumentError: positions at which there is no token.
         """
-        chosen = torch.zeros_like(self.sinks)
-        for p, (tokens, start) in enumerate(
-            zip(self.str_tokens, self.starts.tolist(), strict=True)
-        ):
-            mask = chosen_positions(positions, len(tokens), start)
-            chosen[p, : len(tokens)] = torch.from_numpy(mask)
-        chosen &= sinks | ~self.sinks
-        if not bool(chosen.any()):
+        chosen = self._chosen(positions, sinks)
+        if not chosen.any():
             raise ArgumentError(
                 f"positions={positions!r}: no token is there that is not a sink; ask for others, "
                 "or with sinks=True."
             )
-        return self.values.movedim(1, 2)[chosen].mean(0)
+        once = torch.from_numpy(first_of_each(self.beginnings.numpy(), chosen))
+        return self.values.movedim(1, 2)[once.to(self.values.device)].mean(0)
+
+    def _chosen(self, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
+        """[batch, token]: the tokens at these positions of every row."""
+        chosen = np.zeros(self.sinks.shape, bool)
+        for p, (tokens, start) in enumerate(
+            zip(self.str_tokens, self.starts.tolist(), strict=True)
+        ):
+            chosen[p, : len(tokens)] = chosen_positions(positions, len(tokens), start)
+        return chosen & (sinks | ~self.sinks.cpu().numpy())
 
     def plot(self, site: str | None = None, prompt: int | None = None) -> drawing.Figure:
         """Heat map of directions over the tokens of one prompt; sinks are grey.
@@ -248,6 +269,7 @@ def activations(
         sites=tuple(lens.sites[i] for i in chosen),
         ranks=ranks,
         sinks=seen.sinks,
+        beginnings=beginnings(rows),
         starts=prompts.lengths,
         gauge=gauge,
         at=name_of_scale(scale),

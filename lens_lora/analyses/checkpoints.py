@@ -9,7 +9,7 @@
    change is in one direction, at least `PART` of the range of the series, and more than three noise
    floors (σ of a change is √(σ_a² + σ_b²) of its two values); and the whole span makes up at least
    `SHARE` of that range. With fewer than four intervals there is no usual pace to stand out from,
-   and nothing is marked.
+   and the series is not judged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, final, get_args
+from typing import Annotated, Any, Literal, final, get_args
 
 import numpy as np
 import pandas as pd
@@ -67,15 +67,16 @@ class Checkpoints(Read):
         to_final: [step, site], cosine of ΔW to that of the last checkpoint.
         angle: [step], between ΔW of all sites and the last checkpoint's, in degrees.
         phases: series → the spans of steps in which it changes at once; 'prompt 0', … for the
-            readout, 'angle' for the direction.
+            readout, 'angle' for the direction. A series of fewer than four intervals is not judged,
+            and not there.
         noise: [1 + step, batch], σ of the readout from rounding: of the base, then of each
             checkpoint.
         str_tokens, readout, units, meta: as in `Read`.
     """
 
-    steps: tuple[float, ...]
-    names: tuple[str, ...]
-    sites: tuple[Site, ...]
+    steps: Annotated[tuple[float, ...], "step"]
+    names: Annotated[tuple[str, ...], "step"]
+    sites: Annotated[tuple[Site, ...], "site"]
     base: Float[Tensor, " batch"]
     adapted: Float[Tensor, "step batch"]
     effects: Float[Tensor, "step batch site"]
@@ -85,7 +86,7 @@ class Checkpoints(Read):
     to_final: Float[Tensor, "step site"]
     angle: Float[Tensor, " step"]
     phases: dict[str, tuple[tuple[float, float], ...]]
-    noise: Float[Tensor, "base_and_step batch"]
+    noise: Float[Tensor, "step+1 batch"]
 
     @property
     def shift(self) -> Float[Tensor, "step batch"]:
@@ -379,20 +380,22 @@ def _phases(
     steps: tuple[float, ...], base: Tensor, adapted: Tensor, angle: Tensor, noise: Tensor
 ) -> dict[str, tuple[tuple[float, float], ...]]:
     values = torch.cat([base[None], adapted])
-    phases = {
-        f"prompt {p}": phase_changes((0.0, *steps), values[:, p].tolist(), noise[:, p].tolist())
+    series: dict[str, tuple[Sequence[float], list[float], list[float]]] = {
+        f"prompt {p}": ((0.0, *steps), values[:, p].tolist(), noise[:, p].tolist())
         for p in range(len(base))
     }
-    return phases | {"angle": phase_changes(steps, angle.tolist(), [_TURNED] * len(steps))}
+    series["angle"] = steps, angle.tolist(), [_TURNED] * len(steps)
+    judged = {name: phase_changes(*numbers) for name, numbers in series.items()}
+    return {name: spans for name, spans in judged.items() if spans is not None}
 
 
 def phase_changes(
     steps: Sequence[float], values: Sequence[float], floors: Sequence[float] | None = None
-) -> tuple[tuple[float, float], ...]:
-    """(first step, last step) of each phase change."""
+) -> tuple[tuple[float, float], ...] | None:
+    """(first step, last step) of each phase change; None of a series that is too short to judge."""
     changes, noise = np.diff(values), np.zeros(len(values)) if floors is None else np.array(floors)
     if len(changes) < _FEWEST:
-        return ()
+        return None
     paces, span = np.abs(changes) / np.diff(steps), np.ptp(values)
     usual = np.sort(paces)[(len(paces) - 1) // 2]
     least = np.maximum(PART * span, SIGMAS * np.hypot(noise[:-1], noise[1:]))

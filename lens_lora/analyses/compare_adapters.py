@@ -10,7 +10,7 @@
        cos_F = vᵀFv′ / √(vᵀFv · v′ᵀFv′),   v = Σ_l J δz_l,   F_t = diag p₀,t − p₀,t p₀,tᵀ
 
    vᵀFv′ is the covariance of the two shifts under p₀. Sums over tokens and prompts stand inside
-   each root.
+   each root; where prompts begin alike, a token with the same tokens before it counts once.
 3. Effects, with a readout: the correlation over shared sites of both first orders.
 4. Null scale: the same numbers with the other adapter in random directions of the same spectrum.
 
@@ -23,12 +23,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
@@ -41,6 +41,7 @@ from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.forward import joint_tangent
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.reverse import site_slopes
+from lens_lora.engine.texts import beginnings, first_of_each
 from lens_lora.errors import AdapterError, ArgumentError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, null_lenses
@@ -68,8 +69,8 @@ class AdapterComparison(Result):
         read, write: [site, angle], cosines of the principal angles between what both read and what
             both write, the largest first; NaN beyond a site's own.
         null_inner: [draw, site]; null_read, null_write: [draw, site], overlaps.
-        function: [kind, pair, batch], vᵀFv′, vᵀFv and v′ᵀFv′ of first order and exact; no prompts
-            without any.
+        function: [kind, pair, batch], vᵀFv′, vᵀFv and v′ᵀFv′ of first order and exact, over the
+            tokens that no earlier prompt has after the same ones; no prompts without any.
         null_function: [kind, draw, pair, batch], of random directions in the place of the second.
         effects: [adapter, batch, shared site], first order; null_effects: [draw, batch, site].
         readout: of the effects; '' without one.
@@ -78,7 +79,7 @@ class AdapterComparison(Result):
     """
 
     names: tuple[str, str]
-    sites: tuple[Site, ...]
+    sites: Annotated[tuple[Site, ...], "site"]
     only: tuple[tuple[Site, ...], tuple[Site, ...]]
     norms: Float[Tensor, "2 site"]
     rest: Float[Tensor, " 2"]
@@ -88,12 +89,12 @@ class AdapterComparison(Result):
     null_inner: Float[Tensor, "draw site"]
     null_read: Float[Tensor, "draw site"]
     null_write: Float[Tensor, "draw site"]
-    function: Float[Tensor, "kind pair batch"]
-    null_function: Float[Tensor, "kind function_draw pair batch"]
+    function: Float[Tensor, "kind=2 pair=3 batch"]
+    null_function: Float[Tensor, "kind=2 function_draw pair=3 batch"]
     effects: Float[Tensor, "2 read_prompt site"]
-    null_effects: Float[Tensor, "effect_draw null_prompt site"]
+    null_effects: Float[Tensor, "effect_draw read_prompt site"]
     readout: str
-    draws: int
+    draws: Annotated[int, "draw"]
     seed: int
     meta: Mapping[str, str]
 
@@ -182,7 +183,7 @@ class AdapterComparison(Result):
         return pd.concat([frame, *alone_in], ignore_index=True)
 
     def by_prompt(self) -> pd.DataFrame:
-        """One row per prompt: both cosines under F."""
+        """One row per prompt: both cosines under F; NaN of one that an earlier one begins with."""
         batch = self.function.shape[-1]
         rows = [cosine_of(self.function, p).tolist() for p in range(batch)]
         return pd.DataFrame(rows, columns=pd.Index(["first order", "exact"]))
@@ -208,7 +209,7 @@ class AdapterComparison(Result):
             zip(mine, theirs, strict=True)
             for theirs in (second, *self.null_effects.double().numpy())
         )
-        return [float(np.nanmean([_correlation(a, b, ranked) for a, b in p])) for p in pairs]
+        return [float(np.nanmean([correlation_of(a, b, ranked) for a, b in p])) for p in pairs]
 
 
 @alone
@@ -231,7 +232,8 @@ def compare_adapters(
     Args:
         lens: the first adapter over the model.
         other: the second, of the same base.
-        prompts: on which both are run; read at every token but the first.
+        prompts: on which both are run; read at every token but the first, those with the same
+            tokens before them once.
         readout: whose first order by site is correlated; read at each prompt's last token.
         draws: adapters of the second's spectra in random directions; 0 for none.
         seed: of the draws; those that are run on prompts are `other.null(seed, draw)`.
@@ -356,21 +358,32 @@ def products(
         ModelStateError: the model has an operation without a forward-mode derivative.
         NumericsError: logits that are not finite.
     """
-    step = max(1, _TOKENS // prompts.tokens.shape[1])
-    starts = range(0, prompts.batch, step)
-    groups = [prompts.rows(first, min(first + step, prompts.batch)) for first in starts]
-    values = torch.cat([_products_of(lens, others(), group) for group in groups], -1)
+    marks = beginnings(prompts).gather(1, prompts.read_positions.cpu())
+    once = torch.from_numpy(first_of_each(marks.numpy(), prompts.read_mask.cpu().numpy()))
+    groups = [
+        _products_of(lens, others(), prompts.chosen(rows), once[rows]) for rows in _groups(prompts)
+    ]
+    values = torch.cat(groups, -1)
     require_finite(values, "the shift of the logits")
     return values
 
 
+def _groups(prompts: Prompts) -> list[list[int]]:
+    """The prompts that are run at once, group by group."""
+    step, order = max(1, _TOKENS // prompts.tokens.shape[1]), list(range(prompts.batch))
+    return [order[first : first + step] for first in range(0, prompts.batch, step)]
+
+
 def _products_of(
-    lens: LoraLens, others: Iterable[LoraLens], prompts: Prompts
+    lens: LoraLens,
+    others: Iterable[LoraLens],
+    prompts: Prompts,
+    counted: Bool[Tensor, "batch some_slot"],
 ) -> Float[Tensor, "kind other pair batch"]:
     with torch.no_grad():
         base = gated_logits(lens, prompts, lens.gates(0.0))
         root = base.softmax(-1).sqrt()
-        mask = prompts.read_mask.to(base)[..., None]
+        mask = counted[:, : prompts.slots].to(base)[..., None]
 
         def weighted(shift: Tensor) -> Tensor:
             """√p₀ ∘ (v − p₀ᵀv), whose products are those of F."""
@@ -417,8 +430,9 @@ def _on_prompts(
     """The fields of `AdapterComparison` that need prompts."""
     if about is not None:
         about.require_slope_at_base()
-    silent = not progress or not draws
-    with tqdm(total=draws, desc="null adapters", leave=False, disable=silent) as bar:
+    silent, prompts = not progress or not draws, asked.prompts.at_each_token()
+    total = draws * len(_groups(prompts))
+    with tqdm(total=total, desc="null adapters", leave=False, disable=silent) as bar:
 
         def others() -> Iterator[LoraLens]:
             yield second
@@ -426,7 +440,7 @@ def _on_prompts(
                 yield null
                 bar.update()
 
-        values = products(asked.lens, others, asked.prompts.at_each_token())
+        values = products(asked.lens, others, prompts)
     fields = {"function": values[:, 0], "null_function": values[:, 1:]}
     if about is not None:
         lenses = (asked.lens, second, *null_lenses(second, seed, draws))
@@ -448,7 +462,8 @@ def _effects(lens: LoraLens, about: Asked, shared: Sequence[Site]) -> Float[Tens
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
-def _correlation(a: Vector, b: Vector, ranked: bool) -> float:
+def correlation_of(a: Vector, b: Vector, ranked: bool) -> float:
+    """Pearson's or Spearman's correlation; NaN of one number, or of constant ones."""
     pair = (rankdata(a), rankdata(b)) if ranked else (a, b)
     return correlation(*pair, float(np.finfo(np.float32).eps)) if len(a) > 1 else float("nan")
 

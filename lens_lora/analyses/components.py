@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import final
+from typing import Annotated, final
 
 import pandas as pd
 import torch
@@ -47,7 +47,7 @@ class Components(Result):
         meta: model, adapter, dtype and versions.
     """
 
-    sites: tuple[Site, ...]
+    sites: Annotated[tuple[Site, ...], "site"]
     z_norm: Float[Tensor, "batch site"]
     delta_norm: Float[Tensor, "batch site"]
     sensitivity: Float[Tensor, "batch site"]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import cast, final
+from typing import Annotated, cast, final
 
 import pandas as pd
 import torch
@@ -88,10 +88,10 @@ class ConstantPart(Result):
     base: Float[Tensor, " text"]
     constant: Float[Tensor, " text"]
     adapted: Float[Tensor, " text"]
-    sites: tuple[Site, ...]
-    vectors: Mapping[str, Float[Tensor, " out"]]
-    widths: Mapping[str, int]
-    steering: Mapping[str, Float[Tensor, " d"]]
+    sites: Annotated[tuple[Site, ...], "site"]
+    vectors: Annotated[Mapping[str, Float[Tensor, " _out"]], "module"]
+    widths: Annotated[Mapping[str, int], "module"]
+    steering: Mapping[str, Float[Tensor, " _d"]]
     readout: str
     units: str
     meta: Mapping[str, str]

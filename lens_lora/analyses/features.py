@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import pandas as pd
 import torch
@@ -36,11 +36,11 @@ from lens_lora.engine.duals import dual_forward, tangent_of
 from lens_lora.engine.forward import JointInject
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.interventions import known_point
-from lens_lora.engine.noise import of_embedding
+from lens_lora.engine.noise import of_stream
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.gates import Inject, ScaleInject
 from lens_lora.model.hooks import alone, attached
-from lens_lora.model.lens import LoraLens, Scale
+from lens_lora.model.lens import LoraLens, Scale, stream_writers
 from lens_lora.model.sites import WRITER_KINDS, Site, match_sites, points_without_update
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
@@ -88,10 +88,13 @@ class FeatureShift(Result):
     shift: Float[Tensor, "batch feature *position"]
     first_order: Float[Tensor, "batch feature *position"]
     noise_floor: Float[Tensor, " batch *position"]
-    activations: tuple[Tensor, Tensor] | None
+    activations: (
+        tuple[Float[Tensor, "batch feature *position"], Float[Tensor, "batch feature *position"]]
+        | None
+    )
     name: str
     positions: int | Literal["each"]
-    str_tokens: tuple[tuple[str, ...], ...]
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch position"]
     features: str
     units: str
     at: float
@@ -223,7 +226,7 @@ def feature_shift(
         _require_positions(lens, asked.prompts, name)
         base = run(ScaleInject(lens.plan, 0 * gates))
         adapted = run(ScaleInject(lens.plan, gates))
-        with attached(lens.model, [(lens.embedding_output, of_embedding(lens))]):
+        with attached(lens.model, of_stream(lens)):
             noisy = run(ScaleInject(lens.plan, gates))
         if features.encode is not None:
             encoded = project.encoded(base), project.encoded(adapted)
@@ -314,9 +317,9 @@ class FeatureWrites(Result):
     """
 
     values: Float[Tensor, "batch site feature"]
-    sites: tuple[Site, ...]
+    sites: Annotated[tuple[Site, ...], "site"]
     positions: int
-    str_tokens: tuple[tuple[str, ...], ...]
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
     features: str
     units: str
     at: float
@@ -402,21 +405,16 @@ def feature_writes(
 
     Raises:
         SiteError: the adapter has no site that writes to the residual stream.
-        ModelStateError: the model normalises what they write (Gemma 2 and 3).
+        ModelStateError: a norm changes what a site writes before it joins the residual stream (o
+            and down of Gemma 2 and 3, Bloom's embedding).
         ArgumentError: see `feature_shift`.
     """
     asked, features, at = ask_prompts(lens, prompts), directions_of(directions), number("at", at)
-    writers = [i for i, site in enumerate(lens.sites) if site.kind in WRITER_KINDS]
+    writers = stream_writers(lens, "Use feature_shift(…, scale={site: 1.0}), which is exact")
     if not writers:
         raise SiteError(
             "no site of this adapter writes to the residual stream (o, down, an embedding); "
             "use feature_shift, which includes what the other sites do."
-        )
-    if lens.plan.host.family.post_norm:
-        raise ModelStateError(
-            "this model normalises what attention and MLP write before it joins the residual "
-            "stream, so δz is in another space; use feature_shift with scale={site: 1}, which is "
-            "exact."
         )
     project = Projection(asked.prompts, features, positions)
     inject = _WritesInject(lens, lens.gates(at), project)

@@ -7,14 +7,15 @@ from the adapted model does.
    Forward mode gives the same numbers by the other route, a tangent for each, and is its check.
 2. With `rules`, attention patterns or norm denominators are constants at their values there
    (`model/rules.py`), in both modes.
-3. The exact shift g(1) − g(0) stands beside the values, two forward passes.
+3. The exact shift g(1) − g(0) stands beside the values. At 0 and at 1 one of the two ends is in the
+   pass that is run anyway, and of a few tokens both are; each other end is a forward pass.
 4. By output token, A_lt = ∂ℓ_t/∂ε_l with ℓ_t = log p(y_t | x, y_<t): by position says where a
    module wrote, by token what it changed, and Σ_t A_lt is the first order of the response's
    log-probability. One row holds all ℓ_t. Reverse mode sends a covector for each token back through
    one graph, in batches; split by position, head or rank, it takes a backward pass for each token.
    Forward mode takes a tangent for each site, group of sites or part, from its block on.
 5. Several readouts of the same rows take one forward pass with ε in its graph, from which a
-   covector for each goes back in one batch; they share the two passes of their exact ends.
+   covector for each goes back in one batch; they share the passes of their exact ends.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Generator, Sequence
-from typing import overload
+from typing import cast, overload
 
 import torch
 from jaxtyping import Float
@@ -42,7 +43,7 @@ from lens_lora.engine.forward import (
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.memory import Mode, chosen_mode, graph_groups, must_rerun
 from lens_lora.engine.read import differentiable_tokens, read_logits
-from lens_lora.engine.reverse import joined, require_finite_sites, site_slopes, token_slopes
+from lens_lora.engine.reverse import joined, require_finite_sites, token_slopes
 from lens_lora.engine.second_order import slopes_of_each
 from lens_lora.errors import ArgumentError
 from lens_lora.model.basis import Gauge, gauge_of
@@ -53,7 +54,7 @@ from lens_lora.model.sites import AXES, Group, Groups, by_axes, group_sites, ind
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import LogProbs
 from lens_lora.readouts.readout import Readout
-from lens_lora.results.attribution import Attribution, GroupAttribution
+from lens_lora.results.attribution import Attribution, Axis, GroupAttribution
 from lens_lora.results.base import header
 
 _TRIED_TOKENS = 8  # A pass of these few tokens shows whether the model's hooks keep the rules.
@@ -125,10 +126,11 @@ def first_order(
 ) -> Attribution | GroupAttribution | tuple[Attribution, ...]:
     """a_l = u_yᵀ J δz_l of every site, split by position, head and rank as asked.
 
-    Cost: one forward and one backward in reverse mode (what 'auto' takes), and two forward passes
-    for the exact shift beside it; forward mode takes one dual forward pass per site or part. Rules
-    add two forward passes and one backward on eight tokens, that try the model's hook points. By
-    token it takes the cheaper of a backward pass a token and a tangent a site, group or part.
+    Cost: one forward and one backward in reverse mode (what 'auto' takes), and one forward pass for
+    the exact shift beside it, or two where `at` is neither 0 nor 1; none for a few tokens, where
+    both ends ride along. Forward mode takes one dual forward pass per site or part. Rules add two
+    forward passes and one backward on eight tokens, that try the model's hook points. By token it
+    takes the cheaper of a backward pass a token and a tangent a site, group or part.
 
     Args:
         lens: the adapter over the model.
@@ -219,7 +221,7 @@ def first_order_of(
         elif floors:
             values = asked.slopes_with_floors(axes)
         else:
-            values = site_slopes(lens, reading, gates, axes)
+            values = asked.slopes(at, axes, lens)
     require_finite_sites(lens, values)
     attribution = labelled(asked, values, axes, method=_method(rules), at=at)
     gauge_used = gauge if "rank" in axes else ""
@@ -238,11 +240,12 @@ def labelled(
     is_by_token = "token" in axes
     return Attribution(
         values=_beyond_responses(asked, values) if is_by_token else values,
-        by=axes,
+        by=cast("tuple[Axis, ...]", axes),
         heads=tuple(asked.lens.heads.of(site.kind) for site in asked.lens.sites),
         method=method,
         at=at,
         response=_response_tokens(asked) if is_by_token else (),
+        relative_norm=asked.lens.plan.relative_norm,
         **header(asked),
     )
 
@@ -411,20 +414,29 @@ def _of_several(questions: Sequence[Asked], at: float, progress: bool) -> tuple[
 def _slopes(
     questions: Sequence[Asked], at: float, progress: bool
 ) -> Float[Tensor, "readout batch site"]:
-    """∂g/∂ε_l of readouts of the same rows, whose ends come from the same two forward passes."""
+    """∂g/∂ε_l of readouts of the same rows, which share the passes of their ends."""
     lens, prompts = questions[0].lens, questions[0].prompts
+
+    passes: list[Float[Tensor, "readout batch"]] = []
 
     def values(logits: Tensor) -> Float[Tensor, "readout batch"]:
         return torch.stack([asked.reading.read(logits) for asked in questions])
 
+    def values_at() -> Float[Tensor, "readout batch"]:
+        passes.append(values(read_logits(lens, prompts)))
+        return passes[-1]
+
+    slopes = slopes_of_each(lens, prompts, lens.gates(at), values_at, progress=progress)
+    known = {at: passes[0].detach()}
     with torch.no_grad():
-        base, adapted = (values(gated_logits(lens, prompts, lens.gates(end))) for end in (0.0, 1.0))
-    for asked, *ends in zip(questions, base, adapted, strict=True):
-        require_finite(torch.stack(ends), "a readout")
-        asked.know_ends(torch.stack(ends))
-    slopes = slopes_of_each(
-        lens, prompts, lens.gates(at), lambda: values(read_logits(lens, prompts)), progress=progress
-    )
-    for slopes_of_one in slopes:
+        ends = torch.stack(
+            [
+                known[end] if end in known else values(gated_logits(lens, prompts, lens.gates(end)))
+                for end in (0.0, 1.0)
+            ],
+            1,
+        )
+    for asked, ends_of_one, slopes_of_one in zip(questions, ends, slopes, strict=True):
+        asked.know_ends(ends_of_one)
         require_finite_sites(lens, slopes_of_one)
     return slopes

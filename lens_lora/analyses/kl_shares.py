@@ -10,16 +10,18 @@
    w_l = √p₀ ∘ (v_l − p₀ᵀv_l), from a tangent for each. K is symmetric and positive semidefinite,
    and sums to vᵀ F v.
 4. How far the quadratic is from the divergence itself is measured along ε, by forward passes.
+5. Whether the shares rank the sites as the whole divergence does: ∂D/∂ε_l at ε = ½, the path
+   integral of D by one node, which of a quadratic is q_l. One forward and one backward pass.
 
 A share is negative where a site moves the distribution against the others.
-Cost: a forward pass, a dual and a backward one; one more forward pass for each ε below 1.
+Cost: two forward passes, a dual and two backward ones; one more forward pass for each ε below 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 import pandas as pd
 import torch
@@ -27,14 +29,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from lens_lora.analyses.compare_adapters import correlation_of
 from lens_lora.analyses.first_order import in_rank_space, labelled
+from lens_lora.analyses.verdict import SharesVerdict
 from lens_lora.arguments import word
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.duals import tangent_of
 from lens_lora.engine.forward import group_parts, part_tangents
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.memory import graph_groups
-from lens_lora.engine.reverse import joined, require_finite_sites
+from lens_lora.engine.reverse import joined, require_finite_sites, site_slopes
 from lens_lora.engine.second_order import pulled_back
 from lens_lora.errors import ArgumentError
 from lens_lora.model.basis import Gauge
@@ -63,6 +67,8 @@ class KLShares(Result):
         attribution: q_l in nats, split as asked; beside it D(0) = 0 and D(1), exact.
         scales: ε along the path, the last one 1.
         divergence: [batch, scale], D(ε·1), exact.
+        midpoint: [batch, site], ∂D/∂ε_l at ε = ½, in nats: the path integral of the divergence by
+            one node, and q_l, were D quadratic.
         gram: K of the groups, in nats; None where it was not asked for.
         groups: of the kernel, {name: indices into sites}.
     """
@@ -70,8 +76,9 @@ class KLShares(Result):
     attribution: Attribution
     scales: Float[Tensor, " scale"]
     divergence: Float[Tensor, "batch scale"]
+    midpoint: Float[Tensor, "batch site"]
     gram: Float[Tensor, "batch group group"] | None = None
-    groups: Groups = dataclasses.field(default_factory=dict)
+    groups: Annotated[Groups, "group?"] = dataclasses.field(default_factory=dict)
 
     @property
     def quadratic(self) -> Float[Tensor, " batch"]:
@@ -82,6 +89,20 @@ class KLShares(Result):
     def ratio(self) -> Float[Tensor, "batch scale"]:
         """D(ε) over ε² ½ vᵀ F v: one where the divergence is quadratic so far."""
         return self.divergence / (self.scales**2 * self.quadratic[:, None])
+
+    @property
+    def agreement(self) -> Float[Tensor, " batch"]:
+        """Rank correlation of the shares with `midpoint`; NaN of one site, or of equal ones."""
+        both = self.attribution.per_site, self.midpoint
+        pairs = (values.cpu().double().numpy() for values in both)
+        ranked = [correlation_of(*pair, ranked=True) for pair in zip(*pairs, strict=True)]
+        return torch.tensor(ranked, dtype=torch.float64)
+
+    @property
+    def verdict(self) -> tuple[SharesVerdict, ...]:
+        """For each prompt, whether the shares rank the sites as the whole KL does."""
+        columns = self.ratio[:, -1].cpu().double().tolist(), self.agreement.tolist()
+        return tuple(map(SharesVerdict, *columns))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and existing part, with its share of the quadratic."""
@@ -171,8 +192,11 @@ def kl_shares(
     """q_l = ½ v_lᵀ F v of every site: a complete split of the quadratic KL.
 
     Both directions have the same quadratic; they differ in the divergence that it is held against.
+    A trained adapter at full strength is seldom near enough to the base for these shares to rank
+    its sites: `verdict` says whether they do, and what to use if not.
 
-    Cost: about 4 forward passes for the shares and the divergence at 1, one more for each scale.
+    Cost: about 4 forward passes for the shares and the divergence at 1, one forward and one
+    backward for the verdict, and one more forward pass for each scale.
     The kernel adds a tangent for each group, about half a dual forward pass each, and holds one
     number for each group, token of the response and token of the vocabulary.
 
@@ -212,6 +236,8 @@ def kl_shares(
     strengths = base_gates.new_tensor([*sorted(scales), 1.0])
     points = strengths[:, None].expand(-1, len(base_gates))
     along = gated_readout(lens, asked.reading, points, progress=progress, what="along the path")
+    midpoint = site_slopes(lens, asked.reading, lens.gates(0.5))
+    require_finite_sites(lens, midpoint)
     # D(0) = 0 by definition, so only the other end is run.
     asked.know_ends(torch.stack([torch.zeros_like(along[:, -1]), along[:, -1]]))
     return KLShares(
@@ -221,6 +247,7 @@ def kl_shares(
         ),
         scales=strengths,
         divergence=along,
+        midpoint=midpoint,
         gram=_gram(lens, rows, base.softmax(-1), groups, progress) if groups else None,
         groups=groups,
     )

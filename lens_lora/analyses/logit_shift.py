@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import pandas as pd
 import torch
@@ -53,9 +53,9 @@ class LogitShift(Result):
     """
 
     values: Float[Tensor, "batch *site vocab"]
-    sites: tuple[Site, ...]
-    tokens: tuple[int, ...]
-    strings: tuple[str, ...]
+    sites: Annotated[tuple[Site, ...], "site?"]
+    tokens: Annotated[tuple[int, ...], "vocab"]
+    strings: Annotated[tuple[str, ...], "vocab"]
     meta: Mapping[str, str]
 
     @property

@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, final, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final, get_args
 
 import pandas as pd
 import torch
@@ -58,6 +58,7 @@ from lens_lora.engine.interventions import (
     resolved,
     unheard,
 )
+from lens_lora.engine.texts import distinct_tokens
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
@@ -108,10 +109,10 @@ def patch_sites(
         group: 'site', 'layer', 'kind', or {name: site names or globs}.
         of: 'rank' for each rank of each site, in the coordinates of the SVD of its ΔW, which are
             unique up to equal singular values; then `group` is 'site'.
-        replace: the stand-in for δ. 'mean', its mean over all tokens of `texts` but each
-            text's first; 'resample', its value on another text: text i mod N for prompt i, with
-            both ends aligned (a row ends with its response). The first token, a sink, keeps its own
-            δ in both.
+        replace: the stand-in for δ. 'mean', its mean over all tokens of `texts` but each text's
+            first, those with the same tokens before them once; 'resample', its value on another
+            text: text i mod N for prompt i, with both ends aligned (a row ends with its response).
+            The first token, a sink, keeps its own δ in both.
         texts: the texts of 'mean' and 'resample', in any form that prompts take. For 'resample'
             each must be as long as the rows that it stands in for.
         progress: show a bar.
@@ -232,8 +233,9 @@ def _in_svd(asked: Asked, groups: Groups) -> Asked:
 
 def _stand_in(asked: Asked, how: How, replace: Replace, texts: Prompts) -> StandIn:
     gates = asked.lens.gates(float(how == "leave_one_out"))
-    find = mean_over if replace == "mean" else resampled
-    return find(asked.lens, texts, gates, asked.reading)
+    if replace == "mean":
+        return mean_over(asked.lens, texts, distinct_tokens(texts), gates, asked.reading)
+    return resampled(asked.lens, texts, gates, asked.reading)
 
 
 def _replaced(
@@ -293,7 +295,7 @@ class ActivationEffects(Ranked):
     """
 
     values: Float[Tensor, "batch name *position"]
-    names: tuple[str, ...]
+    names: Annotated[tuple[str, ...], "name"]
     direction: str
     positions: str
     noise_floor: Float[Tensor, " batch"] | None = None

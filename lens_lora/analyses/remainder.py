@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Annotated, final
 
 import numpy as np
 import pandas as pd
@@ -75,7 +75,7 @@ class Remainder(Measured):
 
     first_order: Float[Tensor, " batch"]
     noise: Noise
-    path_scales: tuple[float, ...]
+    path_scales: Annotated[tuple[float, ...], "scale"]
     path_shift: Float[Tensor, "batch scale"]
     site_first_order: Float[Tensor, "batch site"]
     site_shift: Float[Tensor, "batch site"] | None

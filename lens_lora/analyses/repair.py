@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, final, get_args
+from typing import Annotated, Any, Literal, final, get_args
 
 import pandas as pd
 import torch
@@ -94,16 +94,16 @@ class Repair(Result):
     adapter: Adapter
     gates: Float[Tensor, " gate"]
     kept: Bool[Tensor, " gate"]
-    sites: tuple[Site, ...]
-    sizes: tuple[int, ...]
+    sites: Annotated[tuple[Site, ...], "site"]
+    sizes: Annotated[tuple[int, ...], "site"]
     of: Of
     gate_count: int
     keep_share: float
-    labels: tuple[str, ...]
-    keeps: tuple[bool, ...]
-    held_out: tuple[bool, ...]
-    shares: Float[Tensor, "state question"]
-    values: Float[Tensor, "state_and_base question"]
+    labels: Annotated[tuple[str, ...], "question"]
+    keeps: Annotated[tuple[bool, ...], "question"]
+    held_out: Annotated[tuple[bool, ...], "question"]
+    shares: Float[Tensor, "state=4 question"]
+    values: Float[Tensor, "state_and_base=5 question"]
     random: Float[Tensor, "draw question"]
     scales: Float[Tensor, " scale"]
     along: Float[Tensor, "scale question"]

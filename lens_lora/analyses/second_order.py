@@ -22,7 +22,7 @@ is coupling, what one group's presence does to another's effect (note, §6, item
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Annotated, final
 
 import pandas as pd
 import torch
@@ -312,7 +312,7 @@ class Coupling(Ranked):
     """
 
     matrix: Float[Tensor, "batch group group"]
-    groups: Groups
+    groups: Annotated[Groups, "group: site"]
     at: float
 
     @property

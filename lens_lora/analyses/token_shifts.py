@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast, final
+from typing import Annotated, Any, cast, final
 
 import pandas as pd
 import torch
@@ -53,18 +53,18 @@ class TokenShifts(Result):
         meta: model, adapter, dtype and versions.
     """
 
-    response: tuple[tuple[str, ...], ...]
-    log_p: Float[Tensor, "end batch token"]
-    entropy: Float[Tensor, "end batch token"]
-    rank: Int[Tensor, "end batch token"]
-    kl: Float[Tensor, "direction batch token"]
+    response: Annotated[tuple[tuple[str, ...], ...], "batch token"]
+    log_p: Float[Tensor, "end=2 batch token"]
+    entropy: Float[Tensor, "end=2 batch token"]
+    rank: Int[Tensor, "end=2 batch token"]
+    kl: Float[Tensor, "direction=2 batch token"]
     promoted: Float[Tensor, "batch token k"]
     suppressed: Float[Tensor, "batch token k"]
     promoted_ids: Int[Tensor, "batch token k"]
     suppressed_ids: Int[Tensor, "batch token k"]
     strings: Mapping[str, str]
     between: tuple[str, str]
-    str_tokens: tuple[tuple[str, ...], ...]
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
     meta: Mapping[str, str]
 
     @property

@@ -5,10 +5,12 @@
    it as in an earlier text counts once.
 2. Where KL is largest; which tokens are promoted in the mean, by logits and by probability; what
    the mean Δh on the first tokens reads as through the unembedding (arXiv 2510.13900), and which
-   blocks add it; how much of Δh is one vector (arXiv 2507.08218); which sites hold the KL's
-   quadratic part.
-3. The same of null adapters, of the same sizes in random directions, and of unrelated adapters: a
-   finding means what it says as far as it exceeds theirs.
+   blocks add it; how much of Δh is one vector (arXiv 2507.08218); which sites hold the KL, by the
+   path integral with two nodes (the quadratic part at the base may rank them at random).
+3. The same of null adapters, in random directions, and of unrelated adapters. A null adapter runs
+   at the scale ε at which its KL over the texts is the adapter's, so that it is as loud. KL grows
+   like ε² from zero, so log KL is nearly linear in log ε, and a secant finds ε in a few steps.
+   Where none gives that KL, it runs at the nearest that was tried, and its KL is stated.
 
 Nothing is tested for significance: controls are few, and say how large a chance finding is.
 """
@@ -16,12 +18,14 @@ Nothing is tested for significance: controls are few, and say how large a chance
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from scipy.optimize import root_scalar
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
@@ -33,6 +37,7 @@ from lens_lora.engine.texts import (
     distinct_tokens,
     read_through,
     require_second_token,
+    text_divergences,
     text_sums,
 )
 from lens_lora.errors import ArgumentError, TokenError
@@ -46,6 +51,9 @@ from lens_lora.results.base import Paged, site_labels
 from lens_lora.results.storage import stored
 from lens_lora.results.tokens import context_of, held_out_share, rank_of, ranked_tokens
 
+# Of a null adapter's scale ε: the secant's last step of log ε, after which KL is within 1 %; its
+# most steps; and the farthest log ε, a thousand times the adapter's size.
+_NEAR, _STEPS, _FARTHEST = 0.02, 8, 7.0
 By = Literal["logit", "probability", "reading"]
 BY: tuple[By, ...] = ("logit", "probability", "reading")
 
@@ -57,6 +65,7 @@ class Changes:
 
     Attributes:
         name: the adapter's.
+        scale: the strength at which it ran: 1, or of a null adapter what gives the adapter's KL.
         kl: [text, token], KL(base ‖ adapted) in nats; NaN at padding, and at tokens that stand
             after the same tokens in an earlier text.
         logit: [vocab], the mean of f(1) − f(0), less its mean over the vocabulary.
@@ -72,14 +81,15 @@ class Changes:
     """
 
     name: str
+    scale: float
     kl: Float[Tensor, "text token"]
     logit: Float[Tensor, " vocab"]
     probability: Float[Tensor, " vocab"]
-    readings: Mapping[str, Float[Tensor, " vocab"]]
-    early_size: Mapping[str, float]
+    readings: Annotated[Mapping[str, Float[Tensor, " vocab"]], "point"]
+    early_size: Annotated[Mapping[str, float], "point"]
     writers: Mapping[str, float]
-    constant: Mapping[str, float]
-    places: Int[Tensor, "place two"]
+    constant: Annotated[Mapping[str, float], "point"]
+    places: Int[Tensor, "place 2"]
     place_ids: Int[Tensor, "place promoted"]
     place_changes: Float[Tensor, "place promoted"]
 
@@ -115,11 +125,12 @@ class WhatChanged(Paged):
 
     Attributes:
         found: of the adapter.
-        nulls: of adapters of the same sizes in random directions.
+        nulls: of adapters in random directions, as loud as the adapter: at the scale that gives
+            them its KL.
         unrelated: of the unrelated adapters that were given.
         sites: the adapted sites.
-        shares: [site], ½ v_lᵀ F v in nats a token: a complete split of the quadratic KL; zeros
-            where it was not asked for.
+        shares: [site], ∫₀¹ ∂KL/∂ε_l dε in nats a token, with two nodes: they sum to the mean KL but
+            for what two nodes leave open; zeros where it was not asked for.
         strings: every token of the vocabulary.
         str_tokens: each text's tokens.
         texts: what the texts are.
@@ -129,10 +140,10 @@ class WhatChanged(Paged):
     found: Changes
     nulls: tuple[Changes, ...]
     unrelated: tuple[Changes, ...]
-    sites: tuple[Site, ...]
+    sites: Annotated[tuple[Site, ...], "site"]
     shares: Float[Tensor, " site"]
-    strings: tuple[str, ...]
-    str_tokens: tuple[tuple[str, ...], ...]
+    strings: Annotated[tuple[str, ...], "vocab"]
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "text token"]
     texts: str
     meta: Mapping[str, str]
 
@@ -235,7 +246,7 @@ class WhatChanged(Paged):
         return ", ".join(f"{self.strings[i]!r} {change:+.3f}" for i, change in pairs)
 
     def modules(self, k: int = 10) -> pd.DataFrame:
-        """The k sites of largest share of the quadratic KL; none where it was not split.
+        """The k sites of largest share of the KL; none where it was not split.
 
         Args:
             k: how many.
@@ -259,12 +270,13 @@ class WhatChanged(Paged):
         return pd.DataFrame(order[: whole("k", k, 0)], columns=["name", "share"])
 
     def summary(self) -> pd.DataFrame:
-        """One row per adapter: mean KL, the largest shifts, and how constant Δh is."""
+        """One row per adapter: its scale, mean KL, largest shifts, and how constant Δh is."""
         kinds = {"adapter": (self.found,), **self._kinds}
         rows = [
             {
                 "adapter": changes.name,
                 "kind": kind,
+                "scale": changes.scale,
                 "mean_kl": changes.mean_kl,
                 "kl_at_first_tokens": changes.first_kl,
                 **{f"largest_{by}": float(changes.of(by).max()) for by in BY},
@@ -321,17 +333,19 @@ def what_changed(
 ) -> WhatChanged:
     """What the adapter changes over texts that have nothing to do with it, beside controls.
 
-    Cost: two forward passes over the texts and about five for the split by site; one for each
-    control. No logits of more than 512 tokens are held at a time.
+    Cost: two forward passes over the texts, and two forward and backward for the split by site; one
+    forward for each control. For null adapters two more, and about nine for each, to match its KL.
+    No logits of more than 512 tokens are held at a time.
 
     Args:
         lens: the adapter over the model.
         texts: strings, conversations, ids, or `Prompts`, of two tokens at least; None for a hundred
             plain sentences and ten openings of conversations that come with the package.
         unrelated: adapters that were trained for something else.
-        nulls: how many null adapters.
+        nulls: how many null adapters: of the same modules, ranks and proportions as the adapter, in
+            random directions, scaled as a whole until their KL over the texts is the adapter's.
         seed: of their random directions, as for `Adapter.null`.
-        split: whether to split the quadratic KL by site.
+        split: whether to split the KL by site, along the path from base to adapted model.
         progress: show a bar.
 
     Raises:
@@ -339,7 +353,6 @@ def what_changed(
         PromptError: a text of one token, or one that does not fit the model.
         UnsupportedAdapterError: null adapters of DoRA or of trained modules; use nulls=0, or make
             the change plain as the message says.
-        ModelStateError: for the split, an operation without a forward-mode derivative.
         NumericsError: non-finite logits or derivatives.
     """
     others = [unrelated] if isinstance(unrelated, Adapter) else list(unrelated)
@@ -349,8 +362,9 @@ def what_changed(
     rows = asked.prompts
     require_second_token(rows, "every number")
     nulls = whole("nulls", nulls, 0)
-    lenses = [lens, *null_lenses(lens, seed, nulls), *map(lens.with_adapter, others)]
-    sums, shares = text_sums(lenses, rows, split=split, progress=progress)
+    scaled = [(lens, 1.0), *_matched(lens, list(null_lenses(lens, seed, nulls)), rows, progress)]
+    scaled += [(lens.with_adapter(other), 1.0) for other in others]
+    sums, shares = text_sums(scaled, rows, split=split, progress=progress)
     found, *controls = (_changes(changes, rows) for changes in sums)
     distinct = int(distinct_tokens(rows).sum())
     source = "of the caller" if texts is not None else "that come with lens_lora"
@@ -368,6 +382,38 @@ def what_changed(
     )
 
 
+def _matched(
+    lens: LoraLens, nulls: Sequence[LoraLens], rows: Prompts, progress: bool
+) -> list[tuple[LoraLens, float]]:
+    """The null adapters, each with the scale at which its KL is the adapter's own."""
+    if not nulls:
+        return []
+    counted, base = distinct_tokens(rows), (lens, lens.gates(0.0))
+
+    def divergences(others: Sequence[LoraLens], scale: float) -> list[float]:
+        gated = [(other, other.gates(scale)) for other in others]
+        return text_divergences(base, gated, rows, counted, progress=progress).sum(1).tolist()
+
+    def scale_of(null: LoraLens, at_one: float) -> float:
+        if min(target, at_one) <= 0:  # rounding alone
+            return 1.0
+        logs = {0.0: math.log(at_one / target)}
+
+        def excess(log_scale: float) -> float:
+            near = min(max(log_scale, -_FARTHEST), _FARTHEST)
+            if near not in logs:
+                logs[near] = math.log(divergences([null], math.exp(near))[0] / target)
+            return logs[near] + log_scale - near
+
+        steps = {"x0": 0.0, "x1": -logs[0.0] / 2, "xtol": _NEAR, "maxiter": _STEPS}
+        root = root_scalar(excess, method="secant", **steps)
+        nearest = min(logs, key=lambda log_scale: abs(logs[log_scale]))
+        return math.exp(root.root if root.converged else nearest)
+
+    target, *at_one = divergences([lens, *nulls], 1.0)
+    return [(null, scale_of(null, kl)) for null, kl in zip(nulls, at_one, strict=True)]
+
+
 def _changes(sums: TextSums, rows: Prompts) -> Changes:
     counted = distinct_tokens(rows)
     counts, early = counted.sum(1), int(counted[:, 1 : 1 + EARLY].sum())
@@ -376,6 +422,7 @@ def _changes(sums: TextSums, rows: Prompts) -> Changes:
     constant = held_out_share(sums.stream, sums.squares, counts).tolist()
     return Changes(
         name=sums.lens.adapter.name,
+        scale=sums.scale,
         kl=sums.kl,
         logit=_centred(sums.logits / int(counts.sum())),
         probability=(sums.probabilities / int(counts.sum())).float().cpu(),

@@ -16,6 +16,7 @@ from lens_lora.commands.options import (
     PreOption,
     QuietOption,
     ReportOption,
+    require_apart,
     require_different,
     require_writable,
     with_base,
@@ -36,8 +37,9 @@ def checkpoints(
     quiet: QuietOption = False,
 ) -> None:
     """A margin, its first order and flip at every checkpoint, and which modules move when."""
-    *_, last = checkpoint_folders(run_folder).values()
+    *_, last = folders = list(checkpoint_folders(run_folder).values())
     require_writable(report, "--report")
+    require_apart({"--report": report}, base, folders)
     require_different(doc, pre)
 
     from lens_lora.loading import quiet_libraries
@@ -50,6 +52,6 @@ def checkpoints(
     readout = margin_between(lens.model, doc, pre, prompts)
     with quiet_libraries():
         training = ll.checkpoints(lens, run_folder, prompts, readout, progress=not quiet)
-    Console().print(checkpoints_table(training))
     report.write_text(checkpoints_report(training), encoding="utf-8")
+    Console().print(checkpoints_table(training))
     say(f"\nReport: {report.absolute()}")

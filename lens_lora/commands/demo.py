@@ -20,6 +20,7 @@ from lens_lora.commands.options import (
     SystemOption,
     conversation,
     folder_of,
+    require_apart,
     require_different,
     require_writable,
     with_base,
@@ -69,6 +70,8 @@ def demo(
     require_different(doc, pre)
     require_writable(report, "--report")
     folder = folder_of(adapter)
+    trained = {"--train-out": train_out} if train else {}
+    require_apart({"--report": report, **trained}, base, [folder])
 
     progress, loaded = Console(stderr=True, quiet=quiet), None
     with timed(progress):
@@ -78,7 +81,7 @@ def demo(
             folder = train_out
         lens = lens_for(base, ll.load_adapter(folder), progress, loaded=loaded)
         announce(lens)
-        report.write_text(_explained(lens, question, doc, pre, progress), encoding="utf-8")
+        _explain(lens, question, doc, pre, report, progress)
         say(f"Report: {report.absolute()}")
 
 
@@ -102,8 +105,10 @@ def _train(
         raise LensLoraError(f"{base_name}: the demo cannot train on it ({error}).") from error
 
 
-def _explained(lens: ll.LoraLens, prompt: Prompt, doc: str, pre: str, progress: Console) -> str:
-    """Print the story and its tables, and return the page."""
+def _explain(
+    lens: ll.LoraLens, prompt: Prompt, doc: str, pre: str, report: Path, progress: Console
+) -> None:
+    """Write the page, and print the story and its tables."""
     from lens_lora.readouts.answers import margin_between
     from lens_lora.show.report import margin_report
     from lens_lora.show.tables import margin_table, modules_table, tokens_table
@@ -114,8 +119,9 @@ def _explained(lens: ll.LoraLens, prompt: Prompt, doc: str, pre: str, progress: 
         margin = ll.fact_margin(lens, prompt, doc, pre, progress=False)
         positions = ll.first_order(lens, prompt, readout, by="position")
     shift = ll.logit_shift(lens, prompt, by_site=True, progress=not progress.quiet)
+    page = margin_report(margin, logit_shift=shift, positions=positions)
+    report.write_text(page, encoding="utf-8")
     console = tell(margin.story())
     console.print(margin_table(account_of(margin, 0)))
     console.print(modules_table(margin.attribution, k=10, prompt=0))
     console.print(tokens_table(shift, k=10))
-    return margin_report(margin, logit_shift=shift, positions=positions)

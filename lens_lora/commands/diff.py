@@ -14,6 +14,7 @@ from lens_lora.commands.options import (
     BaseModel,
     QuietOption,
     ReportOption,
+    require_apart,
     require_writable,
     texts_of,
     with_base,
@@ -38,7 +39,7 @@ def diff(
         typer.Option(help="An adapter trained for something else, as a control; may be repeated."),
     ] = None,
     nulls: Annotated[
-        int, typer.Option(min=0, help="Controls of the same sizes in random directions.")
+        int, typer.Option(min=0, help="Controls in random directions, of the adapter's KL.")
     ] = 2,
     fast: Annotated[bool, typer.Option("--fast", help="Without the split by module.")] = False,
     report: ReportOption = Path("lens_lora_diff.html"),
@@ -55,12 +56,15 @@ def diff(
     lens-lora diff path/to/adapter --report diff.html
     """
     require_writable(report, "--report")
+    outputs = {"--report": report}
     if save is not None:
         if save.suffix not in (".csv", ".safetensors"):
             raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
         require_writable(save, "--save")
+        outputs["--save"] = save
     lines = None if texts is None else texts_of(texts)
     folder, *controls = [adapter_folder(name) for name in (adapter, *(unrelated or []))]
+    require_apart(outputs, base, [folder, *controls], texts)
 
     from lens_lora.loading import quiet_libraries
     from lens_lora.show.adapters import what_changed_tables
@@ -74,11 +78,12 @@ def diff(
             changes = ll.what_changed(
                 lens, lines, others, nulls=nulls, split=not fast, progress=not quiet
             )
+        changes.save_report(report)
+        if save is not None and save.suffix == ".csv":
+            changes.to_frame().to_csv(save, index=False)
+        elif save is not None:
+            changes.save(save)
         tell(changes.story()).print(what_changed_tables(changes))
-        say(f"\nReport: {changes.save_report(report).absolute()}")
+        say(f"\nReport: {report.absolute()}")
         if save is not None:
-            if save.suffix == ".csv":
-                changes.to_frame().to_csv(save, index=False)
-            else:
-                changes.save(save)
             say(f"Numbers: {save.absolute()}")

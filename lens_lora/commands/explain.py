@@ -27,6 +27,7 @@ from lens_lora.commands.options import (
     conversation,
     folder_of,
     lines_of,
+    require_apart,
     require_different,
     require_writable,
     text_of,
@@ -131,6 +132,7 @@ def explain(
     progress = Console(stderr=True, quiet=quiet)
     _note_spaces(questions, progress)
     folder = folder_of(adapter)
+    require_apart({"--report": report}, base, [folder], prompts)
 
     with timed(progress):
         lens = lens_for(base, ll.load_adapter(folder), progress)
@@ -294,11 +296,11 @@ def _explain_each(
                     raise
                 waiting = [[question] for question in batch]
                 continue
+            report.write_text(explanation_report([*explanations, *explained]), encoding="utf-8")
+            explanations += explained
             for number, question in enumerate(batch, start=first):
                 title = f"{number} of {len(questions)}: {text_of(question.prompt)}"
-                _print(explained[number - first], title if len(questions) > 1 else None)
-            explanations += explained
-            report.write_text(explanation_report(explanations), encoding="utf-8")
+                _print(explanations[number - 1], title if len(questions) > 1 else None)
 
 
 def _together(questions: Sequence[Question], fast: bool) -> list[Sequence[Question]]:

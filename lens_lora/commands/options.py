@@ -9,16 +9,18 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from lens_lora.adapters.peft_files import adapter_folder
+from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, stated_fields
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import LensLoraError, TokenError
 from lens_lora.model.placement import Attention, Dtype, Placement
+from lens_lora.sweeps.records import is_utf16
 
 ModelClass = Literal["HookedTransformer", "TransformerBridge"]
 
@@ -152,14 +154,20 @@ def folder_of(adapter: str | None) -> Path:
     return adapter_folder(adapter) if adapter else shipped_adapter()
 
 
+_NEWLINE = re.compile(r"\r\n?|\n")  # `str.splitlines` also cuts at form feeds, U+2028 and others
+
+
 def lines_of(file: Path) -> list[str]:
     """The texts of a file, one a line; blank lines are skipped.
 
     Raises:
         LensLoraError: a file that is not UTF-8.
     """
+    content = file.read_bytes()
+    if is_utf16(content[:2]):
+        raise LensLoraError(f"{file} is UTF-16; save it as UTF-8.")
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = _NEWLINE.split(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise LensLoraError(f"{file}: not UTF-8 ({error}); save it as UTF-8.") from error
     return [line for line in lines if line.strip()]
@@ -206,6 +214,37 @@ def require_writable(path: Path, option: str) -> None:
         raise typer.BadParameter(fact, param_hint=option) from error
     if is_new:
         path.unlink()
+
+
+def require_apart(
+    outputs: Mapping[str, Path], base: BaseModel, adapters: Sequence[Path], *files: Path | None
+) -> None:
+    """Check that nothing is written over what the command reads, and no two outputs are one file.
+
+    Links are followed. Of the adapters and of a local base model, the folder and its files count.
+
+    Args:
+        outputs: by option.
+        base: the base model; without one, the first adapter's own.
+        adapters: their folders.
+        files: whatever else is read.
+
+    Raises:
+        typer.BadParameter: an output is an input, or another output.
+    """
+    inputs = [path for path in files if path is not None]
+    for folder in adapters:
+        inputs += [folder, folder / CONFIG, folder / WEIGHTS]
+    model = base.model or stated_fields(adapters[0]).get("base_model_name_or_path")
+    if model and Path(model).is_dir():
+        inputs += [Path(model), *Path(model).glob("*.json"), *Path(model).glob("*.safetensors")]
+    for option, output in outputs.items():
+        for path in inputs:
+            if output.exists() and path.exists() and output.samefile(path):
+                fact = f"{output} is what this command reads ({path}); name another place."
+                raise typer.BadParameter(fact, param_hint=option)
+    if len({output.resolve() for output in outputs.values()}) < len(outputs):
+        raise typer.BadParameter("they name one file; name two.", param_hint=" and ".join(outputs))
 
 
 def require_place(path: Path, option: str) -> None:

@@ -18,6 +18,7 @@ from lens_lora.commands.options import (
     PreOption,
     QuietOption,
     folder_of,
+    require_apart,
     require_different,
     require_place,
     texts_of,
@@ -68,6 +69,7 @@ def repair(
             "--test-prompt and --test-drop go together: a repair is judged on both kinds."
         )
     folder = folder_of(adapter)
+    require_apart({"--out": out}, base, [folder], drop, test_drop)
 
     from lens_lora.loading import quiet_libraries
     from lens_lora.readouts.answers import margin_between
@@ -93,8 +95,8 @@ def repair(
             steps=steps,
             progress=not quiet,
         )
-    _print(repaired)
     repaired.adapter.save(out)
+    _print(repaired)
     kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
     say(f"\nAdapter: {out.absolute()}, {kept_gates}")
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
@@ -171,7 +173,8 @@ def one_line_errors() -> Generator[None]:
     Ctrl-C also prints one line; its code is 130.
     """
     try:
-        yield
+        with _stopped_by_ctrl_c():
+            yield
     except BrokenPipeError:
         raise
     except (LensLoraError, OSError) as error:
@@ -188,6 +191,39 @@ def one_line_errors() -> Generator[None]:
         if rank() == 0:
             _print_line(str(error) or "Interrupted.")
         raise typer.Exit(130) from error
+
+
+@contextlib.contextmanager
+def _stopped_by_ctrl_c() -> Generator[None]:
+    """Within the block, Ctrl-C raises KeyboardInterrupt, so that what was begun is cleaned up.
+
+    While a module is imported, which may catch it and go on without a part of itself, and the
+    second time, it does what it does outside of the block.
+    """
+    outside = signal.getsignal(signal.SIGINT)
+    if not callable(outside):  # the signal is ignored, as a shell has it for jobs in the background
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, outside)
+        if _is_importing(frame):
+            outside(number, frame)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, outside)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from lens_lora.commands.options import (
     BaseModel,
     QuietOption,
     folder_of,
+    require_apart,
     require_place,
     with_base,
 )
@@ -31,7 +32,7 @@ from lens_lora.sweeps.processes import launched, rank
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
 
 if TYPE_CHECKING:
-    from lens_lora.sweeps.stream import ActivationsFile
+    from lens_lora.sweeps.activations_file import ActivationsFile
     from lens_lora.sweeps.sweep import SweepResult
 
 
@@ -76,7 +77,9 @@ def sweep(
 ) -> None:
     """Run hundreds of prompts; one row per prompt and site. After a kill, run it again to resume.
 
-    Over several processes: accelerate launch --num_processes 2 -m lens_lora sweep …
+    Over several processes, on GPUs or CPUs:
+
+    accelerate launch --multi_gpu --num_processes 2 -m lens_lora sweep …
     """
     if out.suffix != ".parquet":
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
@@ -91,8 +94,9 @@ def sweep(
     if rank() == 0:
         require_place(out, "--out")
     folder = folder_of(adapter)
+    require_apart({"--out": out}, base, [folder], records)
 
-    from lens_lora.sweeps.sweep import require_resumable, require_slopes
+    from lens_lora.sweeps.sweep import is_begun, require_resumable, require_slopes
 
     loaded = ll.load_adapter(folder)
     readout = None if response is None else {"log-prob": ll.AnswerLogProb, "kl": ll.KL}[response]
@@ -108,8 +112,13 @@ def sweep(
         )
     progress = Console(stderr=True, quiet=quiet or not processes.is_main)
     lens = lens_for(base, loaded, progress, processes.device)
-    kept = f"Finished prompts are kept beside {out}; run the same command again to resume."
-    with warnings.catch_warnings(), told_if_interrupted(lambda: kept):
+
+    def kept() -> str:
+        if not is_begun(out):
+            return "No prompt was finished."
+        return f"Finished prompts are kept beside {out}; run the same command again to resume."
+
+    with warnings.catch_warnings(), told_if_interrupted(kept):
         warnings.simplefilter("ignore")  # bad records are listed below
         result = ll.sweep(
             lens,

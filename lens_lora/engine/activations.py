@@ -11,7 +11,8 @@
 3. What stands in, ū:
 
        zero       ū = 0 at every token
-       mean       ū = mean of u over all tokens of the texts but each text's first
+       mean       ū = mean of u over the tokens of the texts: without first ones, and once those
+                  with the same tokens before them
        resample   ū at a row's token = u at the text's token that is as far from its end
 
    The texts are run once, at the gates of the model that the intervention is made on. The first
@@ -265,22 +266,25 @@ class StandIn:
 
 
 def mean_over(
-    lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], reading: Reading
+    lens: LoraLens,
+    texts: Prompts,
+    counted: Bool[Tensor, "text pos"],
+    gates: Float[Tensor, " site"],
+    reading: Reading,
 ) -> StandIn:
-    """The mean of each site's u over the texts' tokens, without first ones.
+    """The mean of each site's u over the texts' counted tokens, none of them a first one.
 
     Raises:
         PromptError: no text has a second token, or a row has none.
     """
-    counted = texts.after_first
     if not bool(counted.any()):
         raise PromptError(
             "texts: none has a token after its first, which is left out of the mean as a sink; "
             "give longer texts."
         )
-    sums: dict[int, Tensor] = {}
+    sums, rest = dict[int, Tensor](), counted
     for batch in _a_few_at_a_time(texts):
-        mask = batch.after_first
+        mask, rest = rest[: batch.batch, : batch.tokens.shape[1]], rest[batch.batch :]
 
         def add(index: int, u: Tensor, mask: Tensor = mask) -> None:
             sums[index] = sums.get(index, 0) + u[mask.to(u.device)].sum(0)

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.engine.function import gated_readout, require_finite
-from lens_lora.engine.memory import pass_groups
+from lens_lora.engine.memory import pass_groups, rides_along
 from lens_lora.engine.noise import Draws, base_draws, draws_at, noise_of_draws, slopes_and_draws
 from lens_lora.engine.read import ends_plainly, logits_of_final, read_final, read_logits
+from lens_lora.engine.reverse import slopes_of_first
 from lens_lora.errors import ArgumentError
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.lens import LoraLens
@@ -32,6 +34,8 @@ from lens_lora.readouts.divergence import KL, held
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout, bound
+
+_ENDS = 0.0, 1.0  # the base model and the adapted one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,14 +101,18 @@ class Asked:
             raise RuntimeError("asked without a readout, and g is needed")
         return self._bound
 
-    @functools.cached_property
+    @property
     def ends(self) -> Float[Tensor, "end batch"]:
-        """g(0) and g(1), exact. Two forward passes at the first use, or one where g(0) is known.
+        """g(0) and g(1), exact. A forward pass for each that no pass has shown yet.
 
         Raises:
             NumericsError: a non-finite readout.
         """
-        return self._with_base(gated_readout(self.lens, self.reading, self._missing).T)
+        if missing := self._missing:
+            gates = torch.stack([self.lens.gates(strength) for strength in missing])
+            self._know(missing, gated_readout(self.lens, self.reading, gates))
+        base, adapted = (self._ends[strength] for strength in _ENDS)
+        return torch.stack([base.to(adapted), adapted])
 
     def at_gates(
         self, gates: Float[Tensor, "point site"], *, progress: bool = True, what: str
@@ -117,7 +125,7 @@ class Asked:
         Raises:
             NumericsError: a non-finite readout.
         """
-        is_end = torch.stack([(gates == strength).all(1) for strength in (0.0, 1.0)])
+        is_end = torch.stack([(gates == strength).all(1) for strength in _ENDS])
         inner = ~is_end.any(0)
         values = self._with_ends(gates[inner], progress, what)
         at_points = values.new_empty(len(values), len(gates))
@@ -129,33 +137,57 @@ class Asked:
     def _with_ends(
         self, gates: Float[Tensor, "inner site"], progress: bool, what: str
     ) -> Float[Tensor, "batch inner"]:
-        missing = self._missing if "ends" not in vars(self) else self._missing[:0]
-        both = torch.cat([missing, gates.to(missing)])
-        if not len(both):
+        missing = self._missing
+        every = [*map(self.lens.gates, missing), *gates]
+        if not every:
             return self.ends.T[:, :0]
+        both = torch.stack([point.to(self.lens.gates(0.0)) for point in every])
         values = gated_readout(self.lens, self.reading, both, progress=progress, what=what)
-        if len(missing):
-            self.know_ends(self._with_base(values[:, : len(missing)].T))
+        self._know(missing, values[:, : len(missing)])
         return values[:, len(missing) :]
+
+    def slopes(
+        self, at: float, axes: tuple[str, ...] = (), lens: LoraLens | None = None
+    ) -> Float[Tensor, "batch site *by"]:
+        """∂g/∂ε_l at one strength, split. One forward and one backward pass, which shows g, too.
+
+        The unknown ends ride in it where prompts are so short that this is cheaper. A `lens` is the
+        same f(ε) with its rank spaces in other coordinates.
+
+        Raises:
+            ModelStateError: a gradient did not reach some site, or a split does not exist.
+            NumericsError: a non-finite readout.
+        """
+        riding = [strength for strength in self._missing if strength != at]
+        if not rides_along(self.lens, self.reading, 1 + len(riding)):
+            riding = []
+        strengths = [at, *riding]
+        gates = torch.stack([self.lens.gates(strength) for strength in strengths])
+        slopes, values = slopes_of_first(lens or self.lens, self.reading, gates, axes)
+        self._know(strengths, values)
+        return slopes
 
     def know_base(self, base: Float[Tensor, " batch"]) -> None:
         """Take g(0) from a pass that was run anyway."""
-        require_finite(base, "the readout")
-        vars(self)["base"] = base
+        self._know([0.0], base[:, None])
 
     def know_ends(self, ends: Float[Tensor, "end batch"]) -> None:
         """Take g(0) and g(1) from passes that were run anyway."""
-        vars(self)["ends"] = ends
+        self._know(_ENDS, ends.T)
+
+    def _know(self, strengths: Sequence[float], values: Float[Tensor, "batch strength"]) -> None:
+        require_finite(values, "the readout")
+        self._ends.update(zip(strengths, values.T, strict=True))
 
     @property
-    def _missing(self) -> Float[Tensor, "end site"]:
-        """The gates of the ends, of the adapted one alone where g(0) is known."""
-        strengths = [1.0] if "base" in vars(self) else [0.0, 1.0]
-        return torch.stack([self.lens.gates(strength) for strength in strengths])
+    def _missing(self) -> list[float]:
+        """The ends of which g is not known yet."""
+        return [strength for strength in _ENDS if strength not in self._ends]
 
-    def _with_base(self, values: Float[Tensor, "_missing batch"]) -> Float[Tensor, "end batch"]:
-        known = [] if len(values) == 2 else [vars(self)["base"].to(values)[None]]
-        return torch.cat([*known, values])
+    @functools.cached_property
+    def _ends(self) -> dict[float, Float[Tensor, " batch"]]:
+        """g by strength."""
+        return {}
 
     @property
     def base_noise(self) -> Float[Tensor, " batch"]:
@@ -178,17 +210,13 @@ class Asked:
         return (base.square() + adapted.square()).sqrt()
 
     def _drawn_at(self, *ends: int) -> list[Float[Tensor, "draw batch"]]:
-        """Those that were not run yet in one batch; g at both ends comes with the draws of both."""
-        missing = [end for end in ends if end not in self._drawn]
-        if missing:
-            known = vars(self).get("ends")
-            draws = draws_at(self.lens, self.reading, missing, first=known is None)
-            if known is not None:
-                draws = torch.cat([known[missing][:, None].to(draws), draws], 1)
-            self._drawn.update(zip(missing, draws, strict=True))
-            if len(missing) == 2 and "ends" not in vars(self):
-                require_finite(draws[:, 0], "the readout")
-                self.know_ends(draws[:, 0])
+        """Those that were not run yet in one batch; an end that is not known comes with its own."""
+        if new := [end for end in ends if end not in self._drawn]:
+            unknown = [end for end in new if end in self._missing]
+            exact, draws = draws_at(self.lens, self.reading, new, exact=unknown)
+            self._know(list(map(float, unknown)), exact.T)
+            for end, drawn in zip(new, draws, strict=True):
+                self._drawn[end] = torch.cat([self._ends[end].to(drawn)[None], drawn])
         return [self._drawn[end] for end in ends]
 
     @functools.cached_property
@@ -212,7 +240,9 @@ class Asked:
             ModelStateError: a gradient did not reach some site, or a split does not exist.
             NumericsError: a non-finite readout.
         """
-        slopes, vars(self)["slope_draws"] = slopes_and_draws(self.lens, self.reading, axes)
+        slopes, base, draws = slopes_and_draws(self.lens, self.reading, axes)
+        vars(self)["slope_draws"] = draws
+        self.know_base(base)
         self._drawn_at(0, 1)
         return slopes
 

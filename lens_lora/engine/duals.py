@@ -23,6 +23,7 @@ Cost: a dual forward pass takes about 2.5 forward passes.
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -368,8 +369,11 @@ def _is_dual_level_open() -> bool:
 def _name_the_operation(kind: object, error: BaseException | None, trace: object) -> None:
     del kind, trace
     if isinstance(error, NotImplementedError):
+        frames = traceback.extract_tb(error.__traceback__)
+        last = [frame for frame in frames if "/torch/" not in frame.filename][-1]
         raise ModelStateError(
-            f"this model has an operation without a forward-mode derivative ({error}). A fused "
+            "this model has an operation without a forward-mode derivative "
+            f"({last.line} in {last.name}: {error}). A fused "
             "kernel is one: load the model without it (attn_implementation='eager'). Reverse mode "
             "(first_order, mode='reverse') needs no such derivative."
         ) from error

@@ -90,6 +90,7 @@ def tangent_passes(lens: LoraLens, starts: Sequence[int] | None = None) -> float
 
 ROW_TOKENS = 2048  # forward passes, in rows of one batch
 BRANCH_TOKENS, BRANCH_LOGITS = 4096, 2**27  # forward passes that branch, of one prompt at a time
+_RIDING_TOKENS = 32  # a graph with rows that only show g
 SLOPE_TOKENS = 512  # forward passes that a backward pass follows
 GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back through it
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
@@ -118,6 +119,18 @@ def branches_at_once(lens: LoraLens, run: Run) -> int:
 def slopes_at_once(lens: LoraLens, run: Run) -> int:
     """How many copies of the prompts make one batch of a forward and a backward pass."""
     return _bounded(SLOPE_TOKENS, run, rows_of_graph(lens, run))
+
+
+def rides_along(lens: LoraLens, run: Run, copies: int) -> bool:
+    """Whether points of which no derivative is taken cost less in such a pass than in their own.
+
+    Beyond a few tokens the way back, which goes through their rows as well, costs more than the
+    weights that are read once less. A kernel that rounds activations to 8 bit looks at all rows of
+    a batch together, so that others would change what it makes of the first.
+    """
+    tokens = copies * prompts_of(run).tokens.numel()
+    is_small = tokens <= _RIDING_TOKENS and copies <= slopes_at_once(lens, run)
+    return is_small and not lens.plan.activation_rounding
 
 
 def directions_at_once(prompts: Prompts) -> int:

@@ -1,13 +1,15 @@
 """Noise floors: how far a readout's shift, and what first order leaves of it, move by rounding.
 
 A small difference of float32 numbers may be rounding only. What rounding does is measured: relative
-noise of the size of the model's rounding is added to the token embedding a few times, and of the
-logits' own to them; σ is how far the number moves, at each end. Of a sum over sites it is never
-less than one rounding of its summands.
+noise of the size of the model's rounding is added a few times to the token embedding and to what
+each later block reads, and of the logits' own to them; σ is how far the number moves, at each end.
+Of a sum over sites it is never less than one rounding of its summands.
 
     shift                 g(1) − g(0)                            σ = √(σ₀² + σ₁²)
     after first order     g(ε) − g(0) − ε Σ a                    √(σ² + ε²σ_a²)
     after second order    g(ε) − g(0) − ε Σ a − ½ε² 1ᵀH1         √(σ² + ε²σ_a² + ε⁴σ_H²)
+
+A KL takes the base's distribution as it was computed, whose own rounding is in none of these.
 
 On a small adapter σ is nearly all of it. On a violent one g saturates, and a and H do not: their
 own rounding, σ_a of Σ a and σ_H of ½ 1ᵀH1, is then thousands of times σ.
@@ -18,6 +20,7 @@ forward and eight backward for σ_H, all batched.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from lens_lora.compat import in_float64
 from lens_lora.engine import memory, read
-from lens_lora.engine.reverse import Slopes, Visit, site_gradients, site_slopes
+from lens_lora.engine.reverse import Slopes, Visit, site_gradients, slopes_of_first
 from lens_lora.engine.second_order import hessian_products, in_groups
 from lens_lora.model.gates import Injection, ScaleInject
 from lens_lora.model.hooks import HookFn, attached
@@ -42,24 +45,34 @@ def unit(lens: LoraLens) -> float:
     return max(torch.finfo(lens.dtype).eps / 2, lens.plan.activation_rounding)
 
 
-def of_embedding(
+def of_stream(
     lens: LoraLens,
     rows: Bool[Tensor, " row"] | None = None,
     generator: torch.Generator | None = None,
-) -> HookFn:
-    """A hook that moves the embedding by about one rounding of the model's dtype."""
+) -> list[tuple[str, HookFn]]:
+    """Hooks that move the embedding, and what each later block reads, by about one rounding.
+
+    With noise at the embedding alone, a large entry of the stream is rounded the same way in every
+    draw, and its error is in none of their differences. Blocks take the draw of the embedding, one
+    coordinate further each: the same one where a block is run again.
+    """
     draw = torch.Generator(device="cpu").manual_seed(0) if generator is None else generator
+    noise: list[Tensor] = []  # of the pass that is going on
 
-    def perturb(tensor: Tensor, hook: Any) -> Tensor:
+    def perturb(tensor: Tensor, hook: Any, layer: int = 0) -> Tensor:
         del hook
-        noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
-        if rows is not None:
-            noise[~rows] = 0
-        wide = in_float64(tensor)
-        moved = wide * (1 + unit(lens) * noise.to(wide.device))
-        return moved.to(tensor.dtype).to(tensor.device)
+        wide = in_float64(tensor.detach())
+        if not layer:
+            drawn = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
+            if rows is not None:
+                drawn[~rows] = 0
+            noise[:] = [unit(lens) * drawn.to(wide.device)]
+        return tensor + (wide * noise[0].to(wide.device).roll(layer, -1)).to(tensor)
 
-    return perturb
+    host = lens.plan.host
+    blocks = {layer: host.block_input(layer) for layer in range(1, host.n_layers)}
+    hooks = [(name, functools.partial(perturb, layer=layer)) for layer, name in blocks.items()]
+    return [(lens.embedding_output, perturb), *hooks]
 
 
 def of_logits(lens: LoraLens, shape: tuple[int, ...], generator: torch.Generator) -> read.Move:
@@ -98,31 +111,32 @@ class Draws(NamedTuple):
 
 
 def draws_at(
-    lens: LoraLens, reading: Reading, scales: Sequence[float], *, first: bool
-) -> Float[Tensor, "scale draw batch"]:
-    """g at some strengths in four draws, and first as it is. Four or five passes each, batched.
+    lens: LoraLens, reading: Reading, scales: Sequence[float], *, exact: Sequence[float] = ()
+) -> tuple[Float[Tensor, "exact batch"], Float[Tensor, "scale draw batch"]]:
+    """g at some strengths as it is, and at some in four draws. A pass for each, batched.
 
-    The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁹ for bfloat16, and 1/254 where a
+    The unit of rounding is 2⁻²⁴ for float32, 2⁻⁵³ for float64, 2⁻⁸ for bfloat16, and 1/254 where a
     kernel rounds activations to 8 bit (`model/quantised.py`).
     """
-    copies = [(lens.gates(e), draw) for e in scales for draw in range(not first, 1 + _DRAWS)]
+    copies = [(lens.gates(strength), False) for strength in exact]
+    copies += [(lens.gates(strength), True) for strength in scales for _ in range(_DRAWS)]
     groups = [_draws_of(lens, group, copies) for group in memory.pass_groups(lens, reading)]
-    return torch.cat(groups, 1).unflatten(0, (len(scales), -1))
+    values, draws = torch.cat(groups, 1).split([len(exact), len(copies) - len(exact)])
+    return values, draws.unflatten(0, (len(scales), -1))
 
 
 def _draws_of(
-    lens: LoraLens, reading: Reading, copies: Sequence[tuple[Float[Tensor, " site"], int]]
+    lens: LoraLens, reading: Reading, copies: Sequence[tuple[Float[Tensor, " site"], bool]]
 ) -> Float[Tensor, "copy some"]:
     rows, generator = reading.prompts.batch, torch.Generator(device="cpu").manual_seed(0)
     step, of_logits = memory.rows_at_once(lens, reading), torch.Generator().manual_seed(1)
     values: list[Tensor] = []
     for start in range(0, len(copies), step):
-        gates, draws = zip(*copies[start : start + step], strict=True)
-        is_drawn = [draw > 0 for draw in draws]
+        gates, is_drawn = zip(*copies[start : start + step], strict=True)
         drawn_rows = torch.tensor(is_drawn).repeat_interleave(rows)
-        perturb = (lens.embedding_output, of_embedding(lens, drawn_rows, generator))
+        perturb = of_stream(lens, drawn_rows, generator)
         scaled = ScaleInject(lens.plan, torch.stack(gates).repeat_interleave(rows, 0))
-        with torch.no_grad(), lens.injected(scaled, before=[perturb]):
+        with torch.no_grad(), lens.injected(scaled, before=perturb):
             values += _values_of(lens, reading, is_drawn, of_logits)
     return torch.stack(values)
 
@@ -156,8 +170,7 @@ def base_draws(lens: LoraLens, reading: Reading) -> Draws:
     groups = []
     for group in memory.graph_groups(lens, reading):
         chunks = torch.arange(_DRAWS).split(memory.slopes_at_once(lens, group))
-        perturb = of_embedding(lens, generator=_others())
-        with attached(lens.model, [(lens.embedding_output, perturb)]):
+        with attached(lens.model, of_stream(lens, generator=_others())):
             draws = [_drawn(lens, group.repeat(len(c)), group.batch) for c in chunks]
         groups.append(_joined(draws, 1))
     return _joined(groups, 0)
@@ -169,26 +182,26 @@ def _joined(draws: Sequence[Draws], dim: int) -> Draws:
 
 def slopes_and_draws(
     lens: LoraLens, reading: Reading, axes: tuple[str, ...]
-) -> tuple[Float[Tensor, "batch site *by"], Draws]:
-    """∂g/∂ε_l at the base, split, and `base_draws`, in one pass where so many rows make one.
+) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, " batch"], Draws]:
+    """∂g/∂ε_l at the base, split, g there, and `base_draws`; one pass where so many rows make one.
 
     Raises:
         ModelStateError: a gradient did not reach some site, or a split does not exist.
     """
     copies = 1 + _DRAWS
     if copies > memory.slopes_at_once(lens, reading):
-        slopes = site_slopes(lens, reading, lens.gates(0.0), axes)
-        return slopes, base_draws(lens, reading)
+        slopes, values = slopes_of_first(lens, reading, lens.gates(0.0)[None], axes)
+        return slopes, values[:, 0], base_draws(lens, reading)
     exact, many = Slopes(lens, reading.prompts, axes), reading.repeat(copies)
     is_drawn = torch.arange(len(many.owner), device="cpu") % copies > 0
 
     def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
         exact.visit(injection, weight, gradient[::copies], z[::copies])
 
-    perturb = of_embedding(lens, is_drawn, _others())
-    with attached(lens.model, [(lens.embedding_output, perturb)]):
+    with attached(lens.model, of_stream(lens, is_drawn, _others())):
         drawn = _drawn(lens, many, reading.batch, visit)
-    return exact.by_prompt(reading), Draws(drawn.values[:, 1:], drawn.sums[:, 1:])
+    draws = Draws(drawn.values[:, 1:], drawn.sums[:, 1:])
+    return exact.by_prompt(reading), drawn.values[:, 0], draws
 
 
 def _others() -> torch.Generator:
@@ -237,7 +250,7 @@ def curvature_noise(
             sums.append(product[:, 0].sum(1).unflatten(0, (group.batch, len(draws))))
         return torch.cat(sums, 1) / 2
 
-    with attached(lens.model, [(lens.embedding_output, of_embedding(lens))]):
+    with attached(lens.model, of_stream(lens)):
         return _of_sum(lens, in_groups(reading, half_sums), half_row_sums) / _TWO_RUNS
 
 

@@ -39,6 +39,7 @@ from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.model.basis import NormMap, SiteMap
 from lens_lora.model.gates import Inject, Injection, ScaleInject
 from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import require_heads
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import Reading
 
@@ -53,12 +54,45 @@ def site_slopes(
     Raises:
         ModelStateError: a gradient did not reach some site, or a split does not exist.
     """
+    return _slopes_and_values(lens, reading, gates, axes)[0]
+
+
+def slopes_of_first(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, "point site"],
+    axes: tuple[str, ...] = (),
+) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, "batch point"]]:
+    """∂g/∂ε_l at the first of these points, and g at all of them. One forward, one backward.
+
+    Raises:
+        ModelStateError: a gradient did not reach some site, or a split does not exist.
+    """
+    copies = len(gates)
+    if copies == 1:
+        slopes, values = _slopes_and_values(lens, reading, gates[0], axes)
+        return slopes, values[:, None]
+    first, many = Slopes(lens, reading.prompts, axes), reading.repeat(copies)
+
+    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+        weight = weight if weight is None else weight[::copies]
+        first.visit(injection, weight, gradient[::copies], z[::copies])
+
+    values = site_gradients(lens, many, gates.repeat(len(reading.owner), 1), visit)
+    return first.by_prompt(reading), values.unflatten(0, (reading.batch, copies))
+
+
+def _slopes_and_values(
+    lens: LoraLens, reading: Reading, gates: Float[Tensor, "*row site"], axes: tuple[str, ...]
+) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, " batch"]]:
+    """In groups of prompts, where all of them are too many."""
     groups: list[Tensor] = []
+    values: list[Tensor] = []
     for group in memory.graph_groups(lens, reading) if gates.ndim == 1 else [reading]:
         slopes = Slopes(lens, group.prompts, axes)
-        site_gradients(lens, group, gates, slopes.visit)
+        values.append(site_gradients(lens, group, gates, slopes.visit))
         groups.append(slopes.by_prompt(group))
-    return joined(groups)
+    return joined(groups), torch.cat(values)
 
 
 def joined(groups: Sequence[Float[Tensor, "_some site ..."]]) -> Float[Tensor, "batch site ..."]:
@@ -166,6 +200,8 @@ class Slopes:
 
 def part_slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple[int, ...]:
     """The size of each axis: positions of the longest row, heads and 'none', the largest rank."""
+    if "head" in axes:
+        require_heads(lens.sites)
     sizes = {
         "position": prompts.tokens.shape[1],
         "head": lens.heads.n_heads + 1,
@@ -414,7 +450,8 @@ class Taps:
         def on_gradient(gradient: Tensor) -> None:
             self._show(index, gradient, *node.saved_tensors)
 
-        moved.register_hook(on_gradient)
+        if moved.requires_grad:  # else the model computes it under no_grad: see require_all_seen
+            moved.register_hook(on_gradient)
         return moved
 
     def _show(self, index: int, gradient: Tensor, z: Tensor) -> None:
@@ -429,7 +466,7 @@ class Taps:
         if missed:
             raise ModelStateError(
                 f"no gradient reached {missed[0]} ({len(missed)} sites in all): the readout does "
-                "not depend on it, or a hook on the model detaches its output."
+                "not depend on it, or the model or a hook on it detaches its output."
             )
 
 

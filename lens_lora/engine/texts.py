@@ -9,7 +9,7 @@
        Σ_t Δh and Σ_t ‖Δh‖² of each text              at two points of the residual stream
        Σ_t Δh, and of what each block adds to it      over the first tokens of texts, 1 … `EARLY`
 
-   and on request q_l = ½ v_lᵀ F v of every site (`analyses/kl_shares.py`), summed over tokens.
+   and on request the path integral of Σ_t KL_t, split by site.
 3. A shift d of the logits on a distribution p, without another softmax:
 
        Z = 1 + Σ p (eᵈ − 1),    KL(p ‖ q) = log Z − Σ p d,    q − p = (p (eᵈ − 1) − (Z − 1) p) / Z
@@ -30,17 +30,21 @@
 
        δ = W u,  W = [s·B | Δb] in the Hugging Face basis,  W = QR  →  ‖δ‖ = ‖R u‖
 
-Cost: one forward pass of each model, and about four for the split; a reading unembeds two vectors.
+Cost: one forward pass of each model, and two forward and backward for the split; a reading unembeds
+two vectors.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,8 +53,7 @@ from lens_lora.engine.activations import site_activations
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.memory import ROW_TOKENS
 from lens_lora.engine.read import read_logits
-from lens_lora.engine.reverse import require_finite_sites
-from lens_lora.engine.second_order import pulled_back
+from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import PromptError, UnsupportedAdapterError
 from lens_lora.model.basis import NormUpdate
 from lens_lora.model.gates import ScaleInject
@@ -96,39 +99,40 @@ def distinct_tokens(texts: Prompts) -> Bool[Tensor, "batch pos"]:
 
     Conversations begin alike, and so do many sentences; by causality nothing differs there.
     """
-    return first_occurrences(texts) & texts.after_first.cpu()
-
-
-def first_occurrences(texts: Prompts) -> Bool[Tensor, "batch pos"]:
-    """The tokens of each text that no earlier text has after the same tokens."""
-    seen = set[tuple[int, ...]]()
-
-    def is_new(beginning: tuple[int, ...]) -> bool:
-        is_new = beginning not in seen
-        seen.add(beginning)
-        return is_new
-
-    return _where(texts, is_new)
+    marks, counted = beginnings(texts), texts.after_first.cpu()
+    return torch.from_numpy(first_of_each(marks.numpy(), counted.numpy()))
 
 
 def unshared(texts: Prompts, others: Prompts) -> Bool[Tensor, "batch pos"]:
     """The `distinct_tokens` that none of the other texts has after the same tokens."""
-    theirs = {beginning for text in _beginnings(others) for beginning in text}
-    return distinct_tokens(texts) & _where(texts, lambda beginning: beginning not in theirs)
+    return distinct_tokens(texts) & ~torch.isin(beginnings(texts), beginnings(others))
 
 
-def _where(texts: Prompts, holds: Callable[[tuple[int, ...]], bool]) -> Bool[Tensor, "batch pos"]:
-    """The tokens of which it holds, given with all tokens before."""
-    mask = texts.real.cpu().clone()
-    for text, beginnings in enumerate(_beginnings(texts)):
-        mask[text, : len(beginnings)] = torch.tensor([holds(b) for b in beginnings])
-    return mask
+def first_of_each(marks: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Those of the chosen tokens before which, in order, no chosen one has the same mark."""
+    places, once = np.flatnonzero(chosen), np.zeros(chosen.shape, bool)
+    once.flat[places[np.unique(marks.flat[places], return_index=True)[1]]] = True
+    return once
 
 
-def _beginnings(texts: Prompts) -> list[list[tuple[int, ...]]]:
-    """Each token of each text with all before it."""
-    pairs = zip(texts.tokens.tolist(), texts.lengths.tolist(), strict=True)
-    return [[tuple(row[: pos + 1]) for pos in range(length)] for row, length in pairs]
+def marks_of(ids: Iterable[int]) -> list[int]:
+    """A number for each token with all before it, the same wherever a text begins so.
+
+    64 bits of a hash: among a million beginnings two share one with a chance of 3e-8.
+    """
+    hashed, marks = hashlib.blake2b(digest_size=8), list[int]()
+    for token in ids:
+        hashed.update(token.to_bytes(8, "little"))
+        marks.append(int.from_bytes(hashed.digest(), "little", signed=True))
+    return marks
+
+
+def beginnings(texts: Prompts) -> Int[Tensor, "batch pos"]:
+    """The marks of each text's tokens, 0 at padding."""
+    marks = torch.zeros(texts.tokens.shape, dtype=torch.int64)
+    for text, (row, length) in enumerate(zip(texts.tokens.tolist(), texts.lengths, strict=True)):
+        marks[text, :length] = torch.tensor(marks_of(row[:length]))
+    return marks
 
 
 def require_second_token(texts: Prompts, what: str) -> None:
@@ -151,15 +155,15 @@ def require_own_tokens(texts: Prompts) -> None:
     Raises:
         PromptError: naming both texts.
     """
-    whole = [beginnings[-1] for beginnings in _beginnings(texts)]
-    for text, tokens in enumerate(whole):
-        for other, longer in enumerate(whole):
-            if other != text and longer[: len(tokens)] == tokens:
-                raise PromptError(
-                    f"{_which_text(text, texts)} has no token of its own: text {other} begins with "
-                    "the same tokens, or is equal, so what is measured on one is not held out from "
-                    "the other; leave it out."
-                )
+    marks = beginnings(texts)
+    whole = marks.gather(1, texts.lengths.cpu()[:, None] - 1)
+    begins = (marks[None] == whole[:, None]).any(2).fill_diagonal_(False)
+    for text, other in begins.nonzero().tolist()[:1]:
+        raise PromptError(
+            f"{_which_text(text, texts)} has no token of its own: text {other} begins with the "
+            "same tokens, or is equal, so what is measured on one is not held out from the other; "
+            "leave it out."
+        )
 
 
 def _which_text(index: int, texts: Prompts) -> str:
@@ -261,6 +265,7 @@ def _scale(lens: LoraLens, values: Tensor) -> Float[Tensor, "*token 1"]:
 
 EARLY = 5  # tokens after the first
 _TOKENS = 512  # of a batch, whose logits are held for two models at once
+_NODES = (0.5 - 12**-0.5, 0.5 + 12**-0.5)  # Gauss–Legendre's two on [0, 1], of equal weight
 _PLACES, _PROMOTED = 20, 3  # tokens where KL is largest, and the promoted ones that are named
 
 
@@ -293,6 +298,7 @@ class TextSums:
     """The sums of one model over all texts.
 
     Attributes:
+        scale: all its gates.
         kl: [text, token], NaN at padding, and at tokens that an earlier text has after the same.
         logits, probabilities: [vocab], Σ_t of the changes.
         places: [place, 2], text and token where KL is largest; with the tokens whose probability
@@ -302,9 +308,10 @@ class TextSums:
         read: the same of c(Δh)/σ(h), for its reading, [d] by point of the stream.
     """
 
-    def __init__(self, lens: LoraLens, texts: Prompts, points: Points) -> None:
+    def __init__(self, lens: LoraLens, scale: float, texts: Prompts, points: Points) -> None:
         vocab, d = int(lens.model.cfg.d_vocab_out), int(lens.model.cfg.d_model)
         self.lens: LoraLens = lens
+        self.scale: float = scale
         self.points: Points = points
         self.kl: Tensor = torch.full(texts.tokens.shape, torch.nan, dtype=torch.float64)
         self.logits: Tensor = _zeros(lens, vocab)
@@ -421,16 +428,17 @@ def _run(gated: Gated, rows: Prompts, points: Points = _NOWHERE) -> _Run:
 
 
 def text_sums(
-    lenses: Sequence[LoraLens], texts: Prompts, *, split: bool, progress: bool
+    scaled: Sequence[tuple[LoraLens, float]], texts: Prompts, *, split: bool, progress: bool
 ) -> tuple[list[TextSums], Float[Tensor, " site"]]:
-    """The sums of every lens, and q_l of the first one's sites in nats; zeros without the split.
+    """The sums of every lens at its scale, and the first one's KL split by site; zeros without the
+    split.
 
     Raises:
         NumericsError: non-finite logits or derivatives.
-        ModelStateError: an operation without a forward-mode derivative, which the split needs.
     """
-    first, points = lenses[0], Points.of(lenses[0])
-    models, distinct = [TextSums(lens, texts, points) for lens in lenses], distinct_tokens(texts)
+    first, distinct = scaled[0][0], distinct_tokens(texts)
+    points = Points.of(first)
+    models = [TextSums(lens, scale, texts, points) for lens, scale in scaled]
     shares = _zeros(first, len(first.sites))
 
     def visit(index: list[int], rows: Prompts) -> None:
@@ -439,32 +447,36 @@ def text_sums(
         p, room = base.logits.softmax(-1), torch.empty_like(base.logits)
         batch = _Batch(torch.tensor(index), counted, base, p, room)
         for sums in models:
-            sums.add(batch, _run((sums.lens, sums.lens.gates(1.0)), rows, points))
+            sums.add(batch, _run((sums.lens, sums.lens.gates(sums.scale)), rows, points))
         if split:
-            shares.add_(_quadratic(first, rows, counted, p))
+            shares.add_(_divergence_split(first, rows, counted, p))
 
     _over_texts(texts, _TOKENS, visit, "texts", progress)
     return models, shares
 
 
-def _quadratic(
+def _divergence_split(
     lens: LoraLens,
     rows: Prompts,
     counted: Bool[Tensor, "row pos"],
     p: Float[Tensor, "row pos vocab"],
 ) -> Float[Tensor, " site"]:
-    """½ v_lᵀ F v of each site, summed over the counted tokens."""
+    """∫₀¹ ∂/∂ε_l Σ_t KL(p₀ ‖ p_ε) dε of each site over the counted tokens, by two nodes.
 
-    def pulled(base: Tensor, v: Tensor) -> Tensor:
-        del base
-        v = v - (p * v).sum(-1, keepdim=True)
-        return v.mul_(p).masked_fill_(~counted[..., None], 0.0)
+    ∂KL/∂f = p_ε − p₀, so the derivative is that of (p_ε − p₀)ᵀ f with p_ε held.
+    """
+
+    def read(logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:
+        covector = logits.detach().softmax(-1).sub_(p).masked_fill_(~counted[..., None], 0.0)
+        return torch.linalg.vecdot(covector, logits).sum(1)
 
     owner: Int[Tensor, " row"] = torch.arange(rows.batch)
-    unread = Reading(rows, lambda logits: logits.new_zeros(len(logits)), owner)
-    doubled, _ = pulled_back(lens, unread, (), pulled)
-    require_finite_sites(lens, doubled)
-    return in_float64(doubled).sum(0) / 2
+    total = _zeros(lens, len(lens.sites))
+    for node in _NODES:
+        slopes = site_slopes(lens, Reading(rows, read, owner), lens.gates(node))
+        require_finite_sites(lens, slopes)
+        total += in_float64(slopes).sum(0) / len(_NODES)
+    return total
 
 
 def text_divergences(

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Annotated, final
 
 import pandas as pd
 import torch
@@ -65,11 +65,11 @@ class BestSubset(Measured):
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
-    counts: tuple[int, ...]
+    counts: Annotated[tuple[int, ...], "size"]
     members: Bool[Tensor, "size site"]
     kept: Float[Tensor, " size"]
     kept_by_prompt: Float[Tensor, "size batch"]
-    found_by: tuple[str, ...]
+    found_by: Annotated[tuple[str, ...], "size"]
     gradients: int
     forwards: int
 

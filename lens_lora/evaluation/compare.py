@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Annotated, final
 
 import numpy as np
 import pandas as pd
@@ -78,8 +78,8 @@ class Comparison(Result):
             others.
     """
 
-    labels: tuple[str, ...]
-    kinds: tuple[str, ...]
+    labels: Annotated[tuple[str, ...], "group"]
+    kinds: Annotated[tuple[str, ...], "group"]
     attribution: Float[Tensor, "batch group"]
     effects: Float[Tensor, "batch group"]
     attribution_name: str
@@ -94,7 +94,7 @@ class Comparison(Result):
     sum_ratio: Float[Tensor, " batch"]
     beyond_noise: Float[Tensor, " batch"]
     interval: Mapping[str, tuple[float, float]]
-    str_tokens: tuple[tuple[str, ...], ...]
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
     readout: str
     units: str
     meta: Mapping[str, str]

@@ -4,10 +4,9 @@ Of the margin between two answers, of one prompt or several:
 
 1. The margin along the path, its first-order parts by site and position, the flip (`fact_margin`).
 2. What the two models say next, and the tokens that all sites and the largest ones promote.
-3. First order at the adapted end; second order, from one Hessian product; reliability; on request
-   null adapters.
-4. Unless fast: every site added and left out, coupling of layers, the path integral, keep and drop
-   curves.
+3. First order at the adapted end; second order, from one Hessian product; on request null adapters.
+4. Unless fast: every site added and left out, and where first order is not to be trusted; coupling
+   of layers, the path integral, keep and drop curves.
 
 1 to 3 share their passes among prompts of like length with margins in the same units, and each
 prompt's share is cut out of the results; 4 fills its passes with one prompt's sites.
@@ -28,7 +27,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, final, overload
+from typing import Annotated, Any, TypeVar, final, overload
 
 import pandas as pd
 import torch
@@ -52,10 +51,11 @@ from lens_lora.engine.read import differentiable_tokens, read_tokens
 from lens_lora.engine.second_order import slopes_of_each
 from lens_lora.engine.texts import by_length
 from lens_lora.errors import ArgumentError, PromptError
+from lens_lora.evaluation import rankings
 from lens_lora.evaluation.compare import Comparison, compare
-from lens_lora.evaluation.faithfulness import Faithfulness, faithfulness_of
+from lens_lora.evaluation.faithfulness import Faithfulness, counts_of, curves_of
 from lens_lora.evaluation.null_test import NullTest, null_test_of
-from lens_lora.evaluation.reliability import Reliability, reliability_of
+from lens_lora.evaluation.reliability import Reliability, judged
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import group_sites, indicator
@@ -76,7 +76,7 @@ from lens_lora.results.effects import Effects
 _MODULES, _SAID, _MOVED = 8, 5, 8  # modules, next tokens and tokens of a response that are shown
 _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 _TOKENS_AT_ONCE = 2048  # of prompts of like length, padded
-_QUICK_STEPS, _SLOW_STEPS = 5, 6
+_QUICK_STEPS, _SLOW_STEPS = 4, 5
 
 
 @final
@@ -93,8 +93,8 @@ class Explanation(Paged):
         module_shift: the same of each of the largest sites.
         adapted_end: first order at ε = 1.
         second_order: ½(H·1)_l at ε = 0, and what remains after it.
-        reliability: flags on first order at ε = 0, by question ('leave_one_out'; unless fast also
-            'add_one').
+        reliability: flags on first order at each question's own end, by question ('add_one',
+            'leave_one_out'); empty if fast.
         coupling: between layers; None if fast, as all that follows.
         add_one, leave_one_out: effects of every site, measured.
         path: the path integral.
@@ -105,7 +105,7 @@ class Explanation(Paged):
     prompt: tuple[str, ...]
     margin: FactMargin
     said: Mapping[str, tuple[tuple[str, float], ...]]
-    probabilities: Float[Tensor, "end vocab"]
+    probabilities: Float[Tensor, "end=2 vocab"]
     shift: LogitShift
     module_shift: LogitShift
     adapted_end: Attribution
@@ -223,11 +223,11 @@ class ResponseExplanation(Paged):
     shifts: TokenShifts
     modules: Attribution
     moved: Float[Tensor, "moved site"]
-    moved_tokens: tuple[int, ...]
+    moved_tokens: Annotated[tuple[int, ...], "moved"]
     path: Attribution | None = None
     add_one: Float[Tensor, "group token"] | None = None
     leave_one_out: Float[Tensor, "group token"] | None = None
-    groups: tuple[str, ...] = ()
+    groups: Annotated[tuple[str, ...], "group?"] = ()
 
     @property
     def prompt(self) -> tuple[str, ...]:
@@ -433,8 +433,6 @@ def _quick(
         adapted_end = first_order_of(asked, at=1.0)
     with _step(bar, "second order"):
         second = second_order_of(asked, first, margin.curve)
-    with _step(bar, "reliability"):
-        flags = reliability_of(asked, first, "leave_one_out", adapted_end=adapted_end)
     test, prompts = None, asked.lens.str_tokens(asked.prompts)
     if null:
         with _step(bar, f"{null} null adapters"):
@@ -449,7 +447,7 @@ def _quick(
             module_shift=module_shifts[i],
             adapted_end=one_prompt(adapted_end, i, label),
             second_order=one_prompt(second, i, label),
-            reliability={"leave_one_out": one_prompt(flags, i, label)},
+            reliability={},
             null=None if test is None else one_prompt(test, i, label),
         )
         for i, (tokens, label) in enumerate(zip(prompts, labels, strict=True))
@@ -462,18 +460,24 @@ def _in_full(asked: Asked, quick: Explanation, bar: tqdm, progress: bool) -> Exp
         add_one = patch_sites_of(asked, "add_one", progress=progress)
     with _step(bar, "each site left out"):
         leave_one_out = patch_sites_of(asked, "leave_one_out", progress=progress)
-    with _step(bar, "reliability of adding"):
-        adding = reliability_of(asked, quick.second_order.first_order, "add_one", effects=add_one)
+    first, end = quick.second_order.first_order, quick.adapted_end
+    reliability = {
+        "add_one": judged(asked, first, "add_one", lambda s: add_one.values[:, s]),
+        "leave_one_out": judged(asked, end, "leave_one_out", lambda s: leave_one_out.values[:, s]),
+    }
     with _step(bar, "coupling of layers"):
         layers = coupling_of(asked, group="layer", progress=progress)
     with _step(bar, "path integral"):
         path = path_attribution_of(asked, progress=progress)
     with _step(bar, "keep and drop curves"):
-        rankings = {score.key: score for score in (quick.first_order, path, leave_one_out)}
-        curves = faithfulness_of(asked, rankings, fractions=_FRACTIONS, progress=progress)
+        given = {score.key: score for score in (quick.first_order, path, leave_one_out)}
+        scores = rankings.scores_towards(asked, given, baselines=True)
+        orders = {name: rankings.by_score(score) for name, score in scores.items()}
+        counts = counts_of(_FRACTIONS, len(asked.lens.sites))
+        curves = curves_of(asked, orders, counts, progress=progress)
     return dataclasses.replace(
         quick,
-        reliability={"add_one": adding, **quick.reliability},
+        reliability=reliability,
         coupling=layers,
         add_one=add_one,
         leave_one_out=leave_one_out,
@@ -576,6 +580,7 @@ def one_prompt(result: _Result, index: int, readout: str | None = None) -> _Resu
     """The result of one of its prompts.
 
     What a result states of its batch as a whole, as the quadrature of a path integral, stays.
+    Positions end with the prompt's own tokens.
 
     Raises:
         ArgumentError: something that is no result.
@@ -586,6 +591,9 @@ def one_prompt(result: _Result, index: int, readout: str | None = None) -> _Resu
         field.name: _share(field, getattr(result, field.name), index, readout)
         for field in dataclasses.fields(result)
     }
+    if isinstance(result, Attribution) and "position" in result.by:
+        tokens, axis = len(changes["str_tokens"][0]), 2 + result.by.index("position")
+        changes["values"] = changes["values"].narrow(axis, 0, tokens).clone()
     return dataclasses.replace(result, **changes)
 
 

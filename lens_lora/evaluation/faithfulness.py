@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, final
+from typing import Annotated, Any, NamedTuple, final
 
 import pandas as pd
 import torch
@@ -57,6 +57,7 @@ from lens_lora.results.base import (
 )
 
 _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_DRAWS = 5  # random orders: their mean is a curve as smooth as the others
 _SHOWN, _CARRIED = 0.2, 0.9  # what a summary says: the share a fifth keeps, and what carries 90 %
 
 
@@ -80,9 +81,9 @@ class Faithfulness(Measured):
         sites, base, adapted, str_tokens, readout, units, meta: as in `Measured`.
     """
 
-    names: tuple[str, ...]
+    names: Annotated[tuple[str, ...], "method"]
     fractions: Float[Tensor, " fraction"]
-    counts: tuple[int, ...]
+    counts: Annotated[tuple[int, ...], "fraction"]
     keep: Float[Tensor, "method batch fraction"]
     drop: Float[Tensor, "method batch fraction"]
     orders: Mapping[str, Int[Tensor, "batch site"]]
@@ -209,7 +210,7 @@ def faithfulness(
     fractions: Sequence[float] | None = None,
     baselines: bool = True,
     greedy: bool = False,
-    draws: int = 5,
+    draws: int = _DRAWS,
     seed: int = 0,
     progress: bool = True,
 ) -> Faithfulness:
@@ -245,27 +246,9 @@ def faithfulness(
         if not isinstance(test, tuple) or len(test) != 2:
             raise ArgumentError("test: expected (prompts, readout), the pair that is held out.")
         judged = ask(lens, *test)
-    return faithfulness_of(
-        asked, attribution, judged, fractions, baselines, greedy, draws, seed, progress=progress
-    )
-
-
-def faithfulness_of(
-    asked: Asked,
-    attribution: rankings.Scores | Mapping[str, rankings.Scores],
-    judged: Asked | None = None,
-    fractions: Sequence[float] | None = None,
-    baselines: bool = True,
-    greedy: bool = False,
-    draws: int = 5,
-    seed: int = 0,
-    *,
-    progress: bool = True,
-) -> Faithfulness:
-    """`faithfulness` of a question that is already tokenised."""
     sites, judge = len(asked.lens.sites), judged or asked
-    counts = _counts_of(fractions, sites)
-    draws, seed = whole("draws", draws, 1), whole("seed", seed, 0)
+    counts = counts_of(_FRACTIONS if fractions is None else fractions, sites)
+    draws, seed = whole("draws", draws, 1) if baselines else 0, whole("seed", seed, 0)
     given = rankings.named(attribution)
     if greedy and judged is not None:
         raise ArgumentError("greedy ranks each prompt's own sites: leave it out with test.")
@@ -278,25 +261,35 @@ def faithfulness_of(
     orders = {name: rankings.by_score(score) for name, score in scores.items()}
     if greedy:
         orders[GREEDY] = rankings.greedy_order(asked, progress=progress)
-    named = torch.stack(list(orders.values()))
-    random = rankings.random_orders(sites, judge.reading.batch, draws if baselines else 0, seed)
-    random = random.to(named.device)
-    every = torch.cat([named, random])
-    held_out: dict[str, Any] = {}
-    if judged is not None:
-        by_size = torch.stack([rankings.by_score(score.abs()) for score in scores.values()])
-        marks = scored(judged, every, torch.cat([by_size, random]), progress=progress)
-        cpr, cmd = (_mean_of_draws(mark, len(named)) for mark in (marks.cpr, marks.cmd))
-        held_out = {"cpr": cpr, "cmd": cmd, "ranked_on": asked.str_tokens}
-    base, adapted = judge.ends.cpu().double()
-    floor, shift = judge.noise_floor.cpu().double(), adapted - base
+    curves = curves_of(judge, orders, counts, draws, seed, progress=progress)
+    if judged is None:
+        return curves
+    by_size = {name: rankings.by_score(score.abs()) for name, score in scores.items()}
+    both = (_with_random(ranked, draws, seed) for ranked in (orders, by_size))
+    marks = scored(judged, *both, progress=progress)
+    cpr, cmd = (_mean_of_draws(mark, len(orders)) for mark in (marks.cpr, marks.cmd))
+    return dataclasses.replace(curves, cpr=cpr, cmd=cmd, ranked_on=asked.str_tokens)
+
+
+def curves_of(
+    asked: Asked,
+    orders: Mapping[str, Int[Tensor, "batch site"]],
+    counts: tuple[int, ...],
+    draws: int = _DRAWS,
+    seed: int = 0,
+    *,
+    progress: bool,
+) -> Faithfulness:
+    """The curves of these orders, and the mean of those of random ones."""
+    base, adapted = asked.ends.cpu().double()
+    floor, shift = asked.noise_floor.cpu().double(), adapted - base
     clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.nan)
-    moved = _moved_by(judge, every, counts, progress) / clear[:, None]
-    keep, drop = (_mean_of_draws(curves, len(named)) for curves in moved)
-    labels: dict[str, Any] = {**header(judge), "base": base, "adapted": adapted, **held_out}
+    moved = _moved_by(asked, _with_random(orders, draws, seed), counts, progress)
+    keep, drop = (_mean_of_draws(curves, len(orders)) for curves in moved / clear[:, None])
+    labels: dict[str, Any] = {**header(asked), "base": base, "adapted": adapted}
     return Faithfulness(
-        names=(*orders, RANDOM) if baselines else tuple(orders),
-        fractions=torch.tensor(counts, dtype=torch.float64) / sites,
+        names=(*orders, RANDOM) if draws else tuple(orders),
+        fractions=torch.tensor(counts, dtype=torch.float64) / len(asked.lens.sites),
         counts=counts,
         keep=keep,
         drop=drop,
@@ -307,9 +300,18 @@ def faithfulness_of(
     )
 
 
-def _counts_of(given: Sequence[float] | None, sites: int) -> tuple[int, ...]:
+def _with_random(
+    orders: Mapping[str, Int[Tensor, "batch site"]], draws: int, seed: int
+) -> Int[Tensor, "order batch site"]:
+    """The named orders, and the random ones after them."""
+    named = torch.stack(list(orders.values()))
+    batch, sites = named.shape[1:]
+    return torch.cat([named, rankings.random_orders(sites, batch, draws, seed).to(named.device)])
+
+
+def counts_of(fractions: Sequence[float], sites: int) -> tuple[int, ...]:
     """How many sites each fraction is, without repeats: 0, 1 and all of them among them."""
-    fractions = _FRACTIONS if given is None else numbers_of("fractions", given)
+    fractions = numbers_of("fractions", fractions)
     for fraction in fractions:
         if not 0 <= fraction <= 1:
             raise ArgumentError(f"fraction {fraction:g}: expected numbers from 0 to 1.")

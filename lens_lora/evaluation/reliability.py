@@ -1,24 +1,22 @@
 """Which first-order numbers must not be trusted, and as the answer to which question.
 
-a_l = ∂g/∂ε_l at the base is read as the effect of adding one site, or of leaving one out. What it
-misses is second order and all beyond it (at the right, its Taylor term at 0):
+Each question has its own end: a_l = ∂g/∂ε_l at the base is read as what adding one site does, and
+a_l at the adapted model as what leaving it out takes away. What the number misses is second order
+and all beyond it:
 
-    add one         g(e_l) − g(0) − a_l     = ∫₀¹ (1 − t) H_ll(t e_l) dt           ½ H_ll
-    leave one out   g(1) − g(1 − e_l) − a_l = ∫₀¹ (H(t 1) 1)_l dt − ½ H_ll(1) + …
-                                            = a_l(1) − a_l(0) − ½ H_ll(1) + …      (H 1)_l − ½ H_ll
+    add one         g(e_l) − g(0) − a_l(0)     = ∫₀¹ (1 − t) H_ll(t e_l) dt        ½ H_ll(0) + …
+    leave one out   g(1) − g(1 − e_l) − a_l(1) = −∫₀¹ (1 − t) H_ll(1 − t e_l) dt   −½ H_ll(1) + …
 
-Screen, flag, fix, after "When Attribution Patching Lies" (arXiv 2606.09899), but by the integral,
-which costs less than its Taylor term and holds where that does not:
+Screen, flag, fix, after "When Attribution Patching Lies" (arXiv 2606.09899), but by intervention:
+H_ll costs more than running the site.
 
-1. Screen. Leave one out: the correction is a_l(1) − a_l(0), first order at the other end, of all
-   sites at once; a site's own ½ H_ll(1) is left out. Add one: H_ll costs more than running the
-   site, so the sites that carry the attribution are run, and the correction is what a_l misses.
+1. Screen. The sites that carry the attribution are run, and the correction is what a_l misses.
 2. Flag. score = the smaller of a and a + correction over the larger: ½ where a is half of the
    effect or twice it, 0 where it has the wrong sign. Flagged where the score is under the threshold
    and the site is material: |a| or |correction| above a share of Σ|a|, and above three noise
    floors. The paper's |a| / (|a| + |correction|) is the same where a is too small, and above ½ for
    any a that is too large.
-3. Fix. The flagged sites are measured by intervention, the others keep a_l.
+3. Fix. The flagged sites' numbers are those that were measured, the others keep a_l.
 
 Precision and recall of these flags, and what the same passes buy otherwise: docs/faithfulness.md.
 """
@@ -26,7 +24,6 @@ Precision and recall of these flags, and what the same passes buy otherwise: doc
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import final
 
@@ -40,7 +37,6 @@ from lens_lora.analyses.patching import How, patch_sites_of, require_how
 from lens_lora.arguments import number
 from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
@@ -58,9 +54,9 @@ class Reliability(Result):
     """Each site's first-order number with what it misses, in the readout's units.
 
     Attributes:
-        attribution: a_l at ε = 0.
-        correction: [batch, site], what a_l misses of the effect; NaN where it was not measured
-            (add_one, a site under the floor at every prompt).
+        attribution: a_l at the question's own end, ε = 0 to add one and 1 to leave one out.
+        correction: [batch, site], what a_l misses of the effect, measured; NaN where it was not (a
+            site under the floor at every prompt).
         fixed: [batch, site], with fix=True: the measured effect where flagged, a_l elsewhere.
         how: the effect that a_l is asked to predict, 'add_one' or 'leave_one_out'.
         threshold: a score under it is flagged.
@@ -201,6 +197,9 @@ def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float
     return score.masked_fill(effect.isnan(), torch.nan)
 
 
+_THRESHOLD, _FLOOR = 0.5, 0.01  # off by more than a factor of two; a hundredth of Σ|a|
+
+
 @alone
 def reliability(
     lens: LoraLens,
@@ -208,17 +207,18 @@ def reliability(
     readout: Readout,
     *,
     how: How = "add_one",
-    threshold: float = 0.5,
-    floor: float = 0.01,
+    threshold: float = _THRESHOLD,
+    floor: float = _FLOOR,
     fix: bool = False,
     progress: bool = True,
 ) -> Reliability:
-    """Screen a_l as the answer to one question, flag what to distrust; with fix=True, measure it.
+    """Screen a_l as the answer to one question, flag what to distrust, and with fix=True mend it.
 
-    Cost beyond first_order and the noise floor (four forward passes), where a
-    site that is run takes a forward pass, or about half where the model's blocks branch:
-    leave_one_out: one forward and one backward, and with fix each site flagged at some prompt.
-    add_one: each site above the floor at some prompt; nothing more for fix.
+    To add one, a_l is first order at ε = 0; to leave one out, at ε = 1.
+
+    Cost beyond first_order and the noise floor (four forward passes): each site above the floor at
+    some prompt is run, a forward pass, or about half where the model's blocks branch. Nothing more
+    for fix.
 
     Args:
         lens: the adapter over the model.
@@ -226,103 +226,53 @@ def reliability(
         readout: u_y, what is read of the logits.
         how: 'add_one', g(e_l) − g(0), or 'leave_one_out', g(1) − g(1 − e_l).
         threshold: of the score; 0.5 flags what is off by more than a factor of 2, 0.8 of 1.25.
-        floor: share of Σ|a| under which a site is not material. With add_one, 0 measures them all.
-        fix: also measure the flagged sites by intervention.
+        floor: share of Σ|a| under which a site is not material. 0 measures them all.
+        fix: also give the numbers with the measured effects of the flagged sites put in.
         progress: show a bar.
 
     Raises:
-        ArgumentError: another `how`, or a threshold or floor outside its range.
+        ArgumentError: another `how`, or a threshold or floor outside its range; a KL to add one.
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    asked = ask(lens, prompts, readout).require_slope_at_base()
-    return reliability_of(
-        asked,
-        first_order_of(asked),
-        how,
-        threshold=threshold,
-        floor=floor,
-        fix=fix,
-        progress=progress,
-    )
-
-
-def reliability_of(
-    asked: Asked,
-    first: Attribution,
-    how: How = "add_one",
-    *,
-    threshold: float = 0.5,
-    floor: float = 0.01,
-    fix: bool = False,
-    adapted_end: Attribution | None = None,
-    effects: Effects | None = None,
-    progress: bool = True,
-) -> Reliability:
-    """`reliability` of a question that is already tokenised.
-
-    First order at ε = 1 and the effects of all single sites are taken where they are known.
-    """
-    _check(how, threshold, floor)
-    a = first.per_site
-    noise = asked.effect_noise(float(how == "leave_one_out"))
-    material = torch.maximum(floor * a.abs().sum(1), SIGMAS * noise.to(a))
-    run = functools.partial(_effects_of, asked, how, effects, progress)
-    if how == "leave_one_out":
-        at_1 = _slopes_at_1(asked) if adapted_end is None else adapted_end.per_site
-        correction, passes = at_1 - a, 2
-    else:
-        chosen = (a.abs() > material[:, None]).any(0)
-        correction, passes = torch.full_like(a, torch.nan), int(chosen.sum())
-        correction[:, chosen] = run(chosen).to(a) - a[:, chosen]
-    screened = Reliability(
-        attribution=first,
-        correction=correction,
-        fixed=None,
-        how=how,
-        threshold=threshold,
-        material=material,
-        passes={"first order": 2, "screen": passes},
-    )
-    return _fixed(screened, run) if fix else screened
-
-
-def _check(how: str, threshold: float, floor: float) -> None:
     require_how(how)
     if not 0 < number("threshold", threshold) < 1:
         raise ArgumentError(f"threshold={threshold}; a score lies between 0 and 1.")
     if not 0 <= number("floor", floor) < 1:
         raise ArgumentError(f"floor={floor}; expected a share of Σ|a|, from 0 to below 1.")
+    asked = ask(lens, prompts, readout)
+    if how == "add_one":
+        asked = asked.require_slope_at_base()
+
+    def run(carrying: Bool[Tensor, " site"]) -> Float[Tensor, "batch carrying"]:
+        sites = {lens.sites[i].name: (i,) for i in carrying.nonzero()[:, 0].tolist()}
+        if not sites:
+            return asked.ends.new_zeros(asked.reading.batch, 0)
+        return patch_sites_of(asked, how, sites, progress).values
+
+    first = first_order_of(asked, at=float(how == "leave_one_out"))
+    return judged(asked, first, how, run, threshold, floor, fix=fix)
 
 
-def _slopes_at_1(asked: Asked) -> Float[Tensor, "batch site"]:
-    slopes = site_slopes(asked.lens, asked.reading, asked.lens.gates(1.0))
-    require_finite_sites(asked.lens, slopes)
-    return slopes
-
-
-def _effects_of(
-    asked: Asked, how: How, effects: Effects | None, progress: bool, chosen: Bool[Tensor, " site"]
-) -> Float[Tensor, "batch chosen"]:
-    """The effects of these sites, one at a time; a forward pass each."""
-    if effects is not None:
-        return effects.values[:, chosen]
-    sites = {asked.lens.sites[i].name: (i,) for i in chosen.nonzero()[:, 0].tolist()}
-    if not sites:
-        return asked.ends.new_zeros(asked.reading.batch, 0)
-    return patch_sites_of(asked, how, sites, progress).values
-
-
-def _fixed(
-    screened: Reliability, run: Callable[[Bool[Tensor, " site"]], Float[Tensor, "batch chosen"]]
+def judged(
+    asked: Asked,
+    first: Attribution,
+    how: How,
+    run: Callable[[Bool[Tensor, " site"]], Float[Tensor, "batch carrying"]],
+    threshold: float = _THRESHOLD,
+    floor: float = _FLOOR,
+    *,
+    fix: bool = False,
 ) -> Reliability:
-    """The same, with the flagged sites' effects measured."""
-    flagged, first_order = screened.flagged, screened.attribution.per_site
-    if screened.how == "add_one":
-        effects, passes = screened.corrected, 0
-    else:
-        chosen = flagged.any(0)
-        effects, passes = torch.zeros_like(first_order), int(chosen.sum())
-        effects[:, chosen] = run(chosen)
-    fixed = torch.where(flagged, effects, first_order)
-    return dataclasses.replace(screened, fixed=fixed, passes={**screened.passes, "fix": passes})
+    """First order at the question's end against the effects of the sites that carry it."""
+    a, noise = first.per_site, asked.effect_noise(first.at)
+    material = torch.maximum(floor * a.abs().sum(1), SIGMAS * noise.to(a))
+    carrying = (a.abs() > material[:, None]).any(0)
+    correction = torch.full_like(a, torch.nan)
+    correction[:, carrying] = run(carrying).to(a) - a[:, carrying]
+    passes = {"first order": 2, "screen": int(carrying.sum())}
+    screened = Reliability(first, correction, None, how, threshold, material, passes)
+    if not fix:
+        return screened
+    fixed = torch.where(screened.flagged, screened.corrected, a)
+    return dataclasses.replace(screened, fixed=fixed)

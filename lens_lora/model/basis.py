@@ -109,9 +109,8 @@ class SiteMap:
         return self.A.device
 
     def norm(self) -> float:
-        """‖BA‖_F without building it: ‖BA‖² = tr((BᵀB)(AAᵀ)); what is constant is left out."""
-        A, B = in_float64(self.A), in_float64(self.B)
-        return float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+        """‖BA‖_F; what is constant is left out."""
+        return float(norm_of_product(self.B, self.A))
 
     def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """(B, A) with BA the change of the model's own weight by merging, without a change of bias.
@@ -241,6 +240,12 @@ def _with_bias_coordinate(
         spread[:n_heads, :-1] = heads
     spread[n_heads, -1] = 1.0
     return reads, a0, spread
+
+
+def norm_of_product(B: Float[Tensor, "out rank"], A: Float[Tensor, "rank in"]) -> Float[Tensor, ""]:
+    """‖BA‖_F without building it: ‖BA‖² = tr((BᵀB)(AAᵀ))."""
+    left, right = in_float64(B), in_float64(A)
+    return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
 
 
 # --- norms

@@ -2,7 +2,8 @@
 
 Each linear component has its own `hook_in` and `hook_out`; fused projections are split by the
 bridge into q, k, v components of their own. Unprocessed, `hook_in` is the Hugging Face linear's
-input x; once the norm is folded it is n.
+input x; once the norm is folded it is n. Names are those of `families`, or of `bridged` where a
+family has no entry.
 
 Under use_split_qkv_input or use_attn_in, q, k and v get copies of the residual, [batch, pos, head,
 d_model]. The bridge normalises them after their last hook point, then multiplies each by its head's
@@ -23,7 +24,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, final
 
 from jaxtyping import Float, Int
@@ -39,6 +40,7 @@ from lens_lora.compat import (
     normed_per_head,
     own_forward,
     processed_weight,
+    scale_at_hook_out,
     set_forward,
     supports_sdpa,
     temporary,
@@ -46,8 +48,9 @@ from lens_lora.compat import (
     without_warnings,
 )
 from lens_lora.errors import ModelStateError
-from lens_lora.families import find_family
+from lens_lora.families import find_family, known_family
 from lens_lora.model.bases import stored_weight
+from lens_lora.model.bridged import HOOK_IN, USUAL_KINDS, bridged_family, normalised, unwrapped
 from lens_lora.model.hooks import add_pre_hook
 from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
 from lens_lora.model.quantised import dequantised, quantised_name
@@ -69,8 +72,10 @@ def fuse_attention(model: Any) -> None:
     """
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
-    attentions, why = [block.attn for block in model.blocks], None
-    if any(type(attention).__name__ not in _SEPARATE for attention in attentions):
+    attentions, why = _attentions(model), None
+    if len(attentions) < len(model.blocks):
+        why = "some layers have no attention"
+    elif any(type(attention).__name__ not in _SEPARATE for attention in attentions):
         why = "q, k and v are one module"
     elif any(getattr(a.original_component, _CAP, None) is not None for a in attentions):
         why = "attention scores are capped"
@@ -85,6 +90,11 @@ def fuse_attention(model: Any) -> None:
     model.original_model.set_attn_implementation("sdpa")
     for attention in attentions:
         set_forward(attention, functools.partial(_fused, AttentionBridge.forward, attention))
+
+
+def _attentions(model: Any) -> list[Any]:
+    """Those of the blocks that have attention under the usual name."""
+    return [block.attn for block in getattr(model, "blocks", ()) if hasattr(block, "attn")]
 
 
 def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +114,8 @@ def _has_hooks(point: Any) -> bool:
 
 def has_fused_attention(model: Any) -> bool:
     """Whether `fuse_attention` was called on this TransformerBridge."""
-    return all(own_forward(block.attn) is not None for block in model.blocks)
+    attentions = _attentions(model)
+    return bool(attentions) and all(own_forward(attn) is not None for attn in attentions)
 
 
 # --- soft-caps of attention scores that Hugging Face never computes
@@ -173,13 +184,19 @@ class BridgeHost(Host):
         cfg, architecture = model.cfg, type(model.original_model).__name__
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
-        super().__init__(model, find_family(architecture), heads, hf_model)
-        self.grows: bool = architecture not in _FIXED_BATCH
+        family = known_family(architecture)
+        if family is None and not is_processed(model):
+            family = bridged_family(model, heads)
+        super().__init__(model, family or find_family(architecture), heads, hf_model)
+        self._homes: Mapping[tuple[int, str], str] = getattr(family, "homes", {})
+        self.grows: bool = not self._homes and architecture not in _FIXED_BATCH
         self.keeps_patterns: bool = not has_fused_attention(model)
 
     def ports(self, layer: int, kind: str) -> Ports:
         """The component's own hook points, or those that replace them under a flag."""
-        name = _component(layer, kind)
+        name = self._component(layer, kind)
+        if self._homes and kind not in USUAL_KINDS:
+            return self._ports_by_path(layer, name)
         copies = self._copies(layer, kind) if kind in ("q", "k", "v") else None
         if copies is not None:
             return Ports(copies, f"{name}.hook_out", through=self._norm_per_head(layer, kind))
@@ -188,6 +205,17 @@ class BridgeHost(Host):
         if kind == "o" and getattr(self.model.cfg, "use_attn_result", False):
             return Ports(f"{name}.hook_in", f"blocks.{layer}.attn.hook_out")
         return Ports(f"{name}.hook_in", f"{name}.hook_out")
+
+    def _ports_by_path(self, layer: int, name: str) -> Ports:
+        """Those of a component or a module that may see the tokens of all rows as one axis."""
+        ends = (f"{name}{HOOK_IN}", f"{name}.hook_out")
+        read, write = ends if ends[0] in self.model.hook_dict else (name, name)
+        is_in_block = 0 <= layer < self.n_layers
+        return Ports(read, write, like=self.block_input(layer) if is_in_block else None)
+
+    def _component(self, layer: int, kind: str) -> str:
+        """The name, in the bridge, of a linear map, an embedding or a norm."""
+        return self._homes.get((layer, kind)) or _usual_name(layer, kind)
 
     def norm_ports(self, layer: int, kind: str) -> tuple[Ports, ...]:
         """The component's own hook points.
@@ -207,7 +235,10 @@ class BridgeHost(Host):
                 f"blocks.{layer}.attn.{kind}: the adapter changes this norm, and with attn='sdpa' "
                 "its hook points show another layout. Load the model with attn='eager'."
             )
-        name = _component(layer, kind)
+        name = self._component(layer, kind)
+        if self._homes:
+            through = functools.partial(normalised, self._wrapped(layer, kind))
+            return (Ports(f"{name}{HOOK_IN}", f"{name}.hook_out", through=through),)
         layout = "heads_first" if is_of_heads else "rows"
         return (Ports(f"{name}.hook_normalized", f"{name}.hook_out", layout=layout),)
 
@@ -234,10 +265,12 @@ class BridgeHost(Host):
         return uses_processed_weights(mlp) and hasattr(mlp, "gate")
 
     def embedding_scale(self, kind: str) -> float:
-        """√d for Gemma, whose embedding multiplies by it; PEFT multiplies the update by it too."""
-        if kind != "embed":
-            return 1.0
-        return float(getattr(self.model.embed.original_component, "embed_scale", 1.0))
+        """√d for Gemma, whose embedding multiplies by it; PEFT multiplies the update by it too.
+
+        Also a factor that only the hook point shows.
+        """
+        own = float(getattr(self._wrapped(-1, kind), "embed_scale", 1.0))
+        return own * scale_at_hook_out(module_at(self.model, self._component(-1, kind)))
 
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
         """The wrapped module's weight, or the one that a processed gated MLP uses instead.
@@ -252,11 +285,12 @@ class BridgeHost(Host):
             return dequantised(linear)
         with brought_in(linear):
             weight = stored_weight(linear)
-        return weight * self.embedding_scale(kind) if kind == "embed" else weight
+        scale = self.embedding_scale(kind)
+        return weight if scale == 1 else weight * scale
 
     def _wrapped(self, layer: int, kind: str) -> Any:
         """The Hugging Face module of a component; None where the model has none."""
-        return module_at(self.model, f"{_component(layer, kind)}.original_component")
+        return unwrapped(module_at(self.model, self._component(layer, kind)))
 
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
         """W at a site; a dequantised weight is only near it."""
@@ -307,6 +341,10 @@ class BridgeHost(Host):
         """As the wrapped model's config says."""
         return bool(getattr(self.model.original_model.config, "tie_word_embeddings", False))
 
+    def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
+        """As of any host; None also where it is not known what follows before the logits."""
+        return None if self._homes else super().unembedding()
+
     def needs_base(self) -> bool:
         """Whether the bridge's compatibility mode processed the weights."""
         return is_processed(self.model)
@@ -315,22 +353,23 @@ class BridgeHost(Host):
         self, tokens: Int[Tensor, "row new"], cache: Any
     ) -> tuple[Float[Tensor, "row _read vocab"], Any]:
         """Hugging Face's own cache, which the bridge's attention is shown by the name it knows."""
-        with _cache_is_shown(self.model.blocks):
+        with _cache_is_shown(_attentions(self.model)):
             return self.model(
                 tokens, return_type="logits_and_cache", use_cache=True, past_key_values=cache
             )
 
 
-def _component(layer: int, kind: str) -> str:
-    """The bridge's name of a linear map, an embedding or a norm."""
-    return site_name(layer, _COMPONENTS.get(kind, kind))
+def _usual_name(layer: int, kind: str) -> str:
+    """The bridge's name of a linear map, an embedding or a norm of usual attention or MLPs."""
+    name = _COMPONENTS.get(kind)
+    return site_name(layer, kind) if name is None else f"blocks.{layer}.mlp.{name}"
 
 
 @temporary
-def _cache_is_shown(span: Temporary, blocks: Iterable[Any]) -> None:
+def _cache_is_shown(span: Temporary, attentions: Iterable[Any]) -> None:
     span.enter_context(without_warnings(".past_key_values. is deprecated"))
-    for block in blocks:
-        add_pre_hook(span, block.attn, _named_as_before, with_kwargs=True)
+    for attention in attentions:
+        add_pre_hook(span, attention, _named_as_before, with_kwargs=True)
 
 
 def _named_as_before(
@@ -346,9 +385,7 @@ def _named_as_before(
 def _refuse_unknown_copies(model: Any) -> None:
     """Refuse a flag under which a transformer-lens does something else to the copies."""
     for flag in COPIED_INPUTS:
-        if getattr(model.cfg, flag, False) and not all(
-            can_norm_per_head(block.attn) for block in model.blocks
-        ):
+        if getattr(model.cfg, flag, False) and not all(map(can_norm_per_head, _attentions(model))):
             raise ModelStateError(
                 f"cfg.{flag} is on, and lens_lora does not know how this transformer-lens "
                 f"normalises each head's input, so it cannot compute z. Turn the flag off "

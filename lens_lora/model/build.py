@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lens_lora.compat import drop_new_biases, home_of, is_offloaded, refuse_out_of_reach
-from lens_lora.errors import ModelStateError
+from lens_lora.errors import LensLoraError, ModelStateError
+from lens_lora.families import known_family
 from lens_lora.model.bridge import BridgeHost, drop_unused_caps, fuse_attention
 from lens_lora.model.check import base_logits, refuse_unusable, require_same_logits
 from lens_lora.model.hooked_transformer import HookedTransformerHost
@@ -70,7 +71,8 @@ def hooked_model(
             it builds computes other logits than the Hugging Face model; or an 'sdpa' that the
             class or the family does not have.
     """
-    chosen = kind or hooked_transformer_if_there()
+    is_listed = known_family(type(hf_model).__name__) is not None
+    chosen = kind or (hooked_transformer_if_there() if is_listed else bridge_if_there())
     if chosen == "HookedTransformer":
         _refuse_copying(hf_model, attn)
     refuse_out_of_reach(hf_model)
@@ -114,10 +116,13 @@ def _made(kind: Kind, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     make = _hooked_transformer if kind == "HookedTransformer" else _bridge
     try:
         return make(hf_model, tokenizer).eval()
-    except (ImportError, NotImplementedError) as error:
+    except LensLoraError:
+        raise
+    except Exception as error:  # a family that the host lacks, or builds wrongly, fails anyhow
+        says = (str(error).splitlines() or [""])[0][:200]
         raise ModelStateError(
             f"TransformerLens {transformer_lens_version()} cannot make a {kind} of this model: "
-            f"{str(error).splitlines()[0]}"
+            f"{type(hf_model).__name__}, {type(error).__name__}: {says}"
         ) from error
 
 

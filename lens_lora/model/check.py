@@ -1,7 +1,7 @@
 """Whether a hooked model can be trusted: its state, its logits, and that its weights stay the same.
 
-1. `refuse_unusable`: no active dropout, no unknown quantisation, no adapter in it already, and
-   every weight within reach.
+1. `refuse_unusable`: a decoder with a head, no active dropout, no unknown quantisation, no adapter
+   in it already, and every weight within reach.
 2. `base_logits`, then `require_same_logits`: without the adapter it computes what its Hugging Face
    base does. The host libraries build some families wrongly, without a warning. The base is run
    first, because a TransformerBridge wraps and changes it.
@@ -49,10 +49,10 @@ from lens_lora.errors import AdapterError, ModelStateError
 from lens_lora.model.hooks import attached
 from lens_lora.model.quantised import quantised_name
 
-_TOKENS = torch.arange(1, 9)[None]  # on which logits are compared
+TOKENS = torch.arange(1, 9)[None]  # on which logits are compared
 # Largest difference, as a share of the logits' range. Rounding takes 1e-5 in float32, and 1e-7 in
 # float64, as weights are folded in float32.
-_AGREEMENT = 1e-4
+AGREEMENT = 1e-4
 OF_A_GIVEN_BASE = (
     "Either hf_model is not its base, or transformer-lens builds this family wrongly (2.18 ignores "
     "Llama's rope_theta, and misfolds Mixtral); try another version, or its TransformerBridge."
@@ -61,20 +61,33 @@ _Logits = Float[Tensor, "batch pos d_vocab"]
 
 
 def refuse_unusable(model: nn.Module) -> None:
-    """Check for injected adapters, active dropout, missing weights, and unknown quantisation.
+    """Check for encoders, adapters, active dropout, missing weights, and unknown quantisation.
 
     Raises:
         ModelStateError: naming the module or parameter.
     """
+    _refuse_encoders(getattr(model, "original_model", model))
     refuse_dropout(model)
     refuse_out_of_reach(model)
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft."):
             raise ModelStateError(
                 f"{name or type(module).__name__} already carries a PEFT adapter, which would be "
-                "applied twice; build the hooked model from the bare base (peft_model.unload())."
+                "applied twice; let ll.load(peft_model) build it, and the PeftModel stays as it is."
             )
     _refuse_unknown_quantisation(model)
+
+
+def _refuse_encoders(hf_model: Any) -> None:
+    """Encoders, encoder-decoders, and models without a head."""
+    name, can_generate = type(hf_model).__name__, getattr(hf_model, "can_generate", lambda: True)
+    is_pair = getattr(getattr(hf_model, "config", None), "is_encoder_decoder", False)
+    if is_pair or not can_generate():
+        what = "an encoder-decoder" if is_pair else "no causal language model with a head"
+        raise ModelStateError(
+            f"{name} is {what}, and a lens explains next-token logits of a decoder. Pass a "
+            "decoder: AutoModelForCausalLM.from_pretrained(base)."
+        )
 
 
 def _refuse_unknown_quantisation(model: nn.Module) -> None:
@@ -141,8 +154,13 @@ def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
     base_dtype = next(p.dtype for p in hf_model.parameters() if p.is_floating_point())
     if min(torch.finfo(base_dtype).bits, torch.finfo(dtype).bits) < 32:
         return None
+    return plain_logits(hf_model)
+
+
+def plain_logits(hf_model: nn.Module) -> _Logits:
+    """The same in any dtype."""
     with torch.no_grad(), Temporary(functools.partial(_switch_adapters_off, hf_model)):
-        return hf_model(_TOKENS.to(home_of(hf_model))).logits
+        return hf_model(TOKENS.to(home_of(hf_model))).logits
 
 
 def _switch_adapters_off(hf_model: nn.Module, span: Temporary) -> None:
@@ -170,10 +188,10 @@ def require_same_logits(
     if expected is None:
         return
     with torch.no_grad():
-        logits = logits_of(_TOKENS.to(expected.device)).to(expected)
+        logits = logits_of(TOKENS.to(expected.device)).to(expected)
     logits, expected = (values - values.mean(-1, keepdim=True) for values in (logits, expected))
     off, span = float((logits - expected).abs().max()), float(expected.max() - expected.min())
-    if not off <= _AGREEMENT * span:
+    if not off <= AGREEMENT * span:
         raise ModelStateError(f"{claim}: {off:.2g} off, of a range of {span:.2g}. {remedy}")
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real as RealNumber
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,11 +32,13 @@ from lens_lora.compat import is_wrapped
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.families import NORM_KINDS
 from lens_lora.model.basis import (
+    NormMap,
     NormUpdate,
     SiteMap,
     Turn,
     Update,
     constant_of_v,
+    norm_of_product,
     svd_turn,
     through_o,
     through_update_of_o,
@@ -44,7 +47,14 @@ from lens_lora.model.basis import (
 )
 from lens_lora.model.build import host_of
 from lens_lora.model.check import Watch, refuse_dropout
-from lens_lora.model.hooks import Arranger, HookFn
+from lens_lora.model.hooks import (
+    Arranger,
+    HookFn,
+    call_under_way,
+    functions_at,
+    open_block,
+    require_own_hooks,
+)
 from lens_lora.model.host import Host, Ports
 from lens_lora.model.quantised import quantised_linears, quantised_name
 from lens_lora.model.sites import Site, match_sites, resolve_sites
@@ -97,6 +107,7 @@ class Plan:
         watched: the weights of model and adapter when the plan was made.
         base: those of `hf_model`, from which a further adapter's plan would be made.
         quantised: linear modules of bitsandbytes.
+        adapter: its name.
     """
 
     host: Host
@@ -108,11 +119,25 @@ class Plan:
     watched: tuple[Watch, ...] = ()
     base: Watch | None = None
     quantised: tuple[nn.Module, ...] = ()
+    adapter: str = ""
 
     @property
     def with_constants(self) -> list[int]:
         """Indices of sites of v whose constant part is added at o."""
         return [injection.site for injection in self.injections if injection.whole is not None]
+
+    @functools.cached_property
+    def relative_norm(self) -> float:
+        """√Σ‖ΔW‖_F² / √Σ‖W‖_F² over the adapted linear maps, as the model has them; NaN of norms
+        alone. No forward pass; every such W is read once.
+        """
+        pairs = zip(self.sites, self.maps, strict=True)
+        linear = [pair for pair in pairs if not isinstance(pair[1], NormMap)]
+        if not linear:
+            return math.nan
+        changes = (norm_of_product(*site_map.of_weight()) for _, site_map in linear)
+        weights = (self.host.weight(s.layer, s.kind).to(site_map.dtype) for s, site_map in linear)
+        return _root_of_squares(changes) / _root_of_squares(map(torch.linalg.vector_norm, weights))
 
     @functools.cached_property
     def turns(self) -> tuple[Turn | None, ...]:
@@ -172,6 +197,14 @@ class Plan:
             self.base.require_same(entries=True)
 
 
+def _root_of_squares(norms: Iterable[Float[Tensor, ""]]) -> float:
+    """√Σ‖·‖²; the host reads one number from each device."""
+    by_device: dict[torch.device, list[Tensor]] = collections.defaultdict(list)
+    for norm in norms:
+        by_device[norm.device].append(norm)
+    return math.hypot(*(float(torch.stack(part).norm()) for part in by_device.values()))
+
+
 def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
     """Where each site of the adapter reads and writes in this model. No forward pass.
 
@@ -214,6 +247,7 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
         watched,
         None if hf_model is None else Watch.of_module(hf_model, "hf_model's "),
         quantised_linears(model),
+        adapter.name,
     )
 
 
@@ -253,6 +287,25 @@ def _with_constants_at_o(
                 at_o.append(Injection(v, port, by_v, o, is_constant_of_v=True))
                 at_o.append(Injection(o, port, by_o, v))
     return tuple(maps), at_o
+
+
+_AS_ONE = "Make one lens of the sum of both adapters: lens.with_adapter(a + b)."
+
+
+def require_sum(plan: Plan, others: Sequence[Plan]) -> None:
+    """Check that blocks of these plans, one within another, add up.
+
+    Raises:
+        ModelStateError: a norm that changes in one of them; another one's z may be read before it.
+    """
+    for other in others:
+        norms = [site.name for site in (*plan.sites, *other.sites) if site.kind in NORM_KINDS]
+        if norms and other is not plan:
+            raise ModelStateError(
+                f"{norms[0]} is a norm that one of two blocks changes, of {other.adapter!r} and "
+                f"{plan.adapter!r}, and the other one's δ depends on it: they do not add up. "
+                f"{_AS_ONE}"
+            )
 
 
 # --- The hooks
@@ -352,14 +405,34 @@ class _Writer:
     name: str
     reader: _Reader | None
     like: _Reader | None
+    adapter: str
+    laid_by: object | None = dataclasses.field(default_factory=call_under_way)
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
-        del hook
+        require_own_hooks(self.laid_by, self.adapter)
         ports = self.injection.ports
         like = None if self.like is None else self.like.kept[-1]
         out = ports.in_rows(tensor, like)
         moved = self.inject(self.index, out, self._z(ports, out, like))
-        return None if moved is None else ports.as_at_point(moved, tensor)
+        if moved is None:
+            return None
+        if self.injection.is_constant_of_v:
+            self._require_own_update_of_o(hook)
+        return ports.as_at_point(moved, tensor)
+
+    def _require_own_update_of_o(self, point: nn.Module) -> None:
+        """The constant part of v passes through the update of o in the same plan, and no other."""
+        for fn in functions_at(point):
+            if (
+                isinstance(fn, _Writer)
+                and fn.inject is not self.inject
+                and not fn.injection.is_constant_of_v
+            ):
+                raise ModelStateError(
+                    f"{self.name} and {fn.name} are changed by two blocks, of {self.adapter!r} and "
+                    f"{fn.adapter!r}, which do not add up where value biases are folded: the "
+                    f"change of v's bias passes through o. {_AS_ONE}"
+                )
 
     def _z(self, ports: Ports, out: Tensor, like: Tensor | None) -> Tensor:
         if ports.read is None:
@@ -380,6 +453,17 @@ class _Writer:
         return z.to(out.device).expand(len(out), *z.shape[1:])
 
 
+def refuse_writers(hooks: Iterable[object]) -> None:
+    """Check that no hook of a lens is among these functions.
+
+    Raises:
+        ModelStateError: naming the adapter that it applies.
+    """
+    for hook in hooks:
+        if isinstance(hook, _Writer):
+            raise open_block(hook.adapter)
+
+
 @dataclasses.dataclass(eq=False, repr=False)
 class _ModuleWriter:
     """A writer at a module that has no hook points: z is the module's own input."""
@@ -387,14 +471,22 @@ class _ModuleWriter:
     index: int
     kind: str
     inject: Inject
+    ports: Ports
+    like: _Reader | None
+    adapter: str
+    laid_by: object | None = dataclasses.field(default_factory=call_under_way)
 
     def at_module(self, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        require_own_hooks(self.laid_by, self.adapter)
         z = args[0].to(output.device)
         if self.kind == "pos_embed":
             offset = args[1] if len(args) > 1 else 0
             z = torch.arange(output.shape[1], device=output.device).expand(output.shape[:2])
             z = z + offset
-        return self.inject(self.index, output, z)
+        like = None if self.like is None else self.like.kept[-1]
+        rows = self.ports.in_rows(output, like)
+        moved = self.inject(self.index, rows, self.ports.in_rows(z, like))
+        return None if moved is None else self.ports.as_at_point(moved, output)
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
         raise ModelStateError(f"{self.kind} has no hook point; use `with lens.applied():`.")
@@ -419,15 +511,17 @@ def site_hooks(
         site, port = plan.sites[injection.site], injection.ports
         start = plan.host.block_input(site.layer) if site.layer >= 0 else port.read
         hooks = by_start.setdefault(start, [])
-        if port.read == port.write and port.write not in points:
-            hooks.append((port.write, _ModuleWriter(index, site.kind, inject)))
-            continue
         for name in (port.like, port.read):
             if name is not None and name != port.write and name not in readers:
                 readers[name] = _Reader(port.firings)
                 hooks.append((name, readers[name]))
         reader, like = readers.get(port.read or ""), readers.get(port.like or "")
-        hooks.append((port.write, _Writer(index, injection, inject, site.name, reader, like)))
+        if port.read == port.write and port.write not in points:
+            at_module = _ModuleWriter(index, site.kind, inject, port, like, plan.adapter)
+            hooks.append((port.write, at_module))
+            continue
+        ports_of = (site.name, reader, like, plan.adapter)
+        hooks.append((port.write, _Writer(index, injection, inject, *ports_of)))
     arranged = list(before)
     for start, hooks in by_start.items():
         written = {name for name, fn in hooks if not isinstance(fn, _Reader)}

@@ -36,7 +36,7 @@ from lens_lora.errors import ArgumentError, NumericsError, PromptError, SiteErro
 from lens_lora.model.check import first_non_finite
 from lens_lora.model.hooks import unembedded_only
 from lens_lora.readouts.answers import Generated
-from lens_lora.readouts.prompts import Prompts, which_prompt
+from lens_lora.readouts.prompts import Prompts, special_id, which_prompt
 
 _CACHED_TOKENS = 8192  # of all rows that share a cache: a bound of its memory
 _LONGEST_DRAFT = 256  # tokens that are lost at most where a draft parts from its confirmation
@@ -229,9 +229,8 @@ def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> 
     if ends is None:
         base = getattr(model, "original_model", None) if hf_model is None else hf_model
         configs = (getattr(base, name, None) for name in ("generation_config", "config"))
-        holders = (*configs, getattr(model, "tokenizer", None))
-        known = (getattr(holder, "eos_token_id", None) for holder in holders)
-        ends = next((end for end in known if end is not None), ())
+        known = [getattr(config, "eos_token_id", None) for config in configs]
+        ends = next((end for end in [*known, special_id(model, "eos")] if end is not None), ())
     if isinstance(ends, str) or not isinstance(ends, Sequence):
         ends = [ends]
     return frozenset(arguments.whole("eos_token_id", token, 0) for token in ends)

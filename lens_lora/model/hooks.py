@@ -18,8 +18,11 @@
    precision, anomaly detection stops derivatives that are taken as one batch, and small tensors
    are made on the CPU.
 3. Within a torch.func transform a call is refused, as its own derivatives would be taken there.
-4. Where memory runs out, the error names what bounds it.
-5. At its end, whatever interrupts it, its hooks, grad mode and all else that it changed are as
+4. Only hooks that the call itself has laid may take part in the model's passes: those of an open
+   block would make its adapted model the call's base (`require_own_hooks`). A call from a hook or
+   readout of the caller's within another call is refused where that one's hooks are on the model.
+5. Where memory runs out, the error names what bounds it.
+6. At its end, whatever interrupts it, its hooks, grad mode and all else that it changed are as
    before (`Temporary`).
 
 **Logits** are computed in float32 or better where they are read. In half precision each would be
@@ -35,7 +38,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from traceback import clear_frames
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +48,7 @@ from lens_lora.compat import (
     Temporary,
     calls,
     close_but,
+    hook_function,
     hooks_of,
     is_within_transform,
     open_spans,
@@ -62,6 +66,22 @@ ONE_IN_A_PROCESS = threading.Condition()
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Condition] = weakref.WeakKeyDictionary()
 
 
+class _Call(threading.local):
+    """The innermost public call that is under way in this thread, as an object of its own."""
+
+    token: object | None = None
+
+
+class _Laid(NamedTuple):
+    """On which model a span has hooks, and the call that has laid them."""
+
+    model: nn.Module
+    call: object | None
+
+
+_CALL = _Call()
+
+
 @temporary
 def attached(
     span: Temporary,
@@ -72,17 +92,21 @@ def attached(
     """The hooks on the model for the block's duration, also through `model.reset_hooks()`.
 
     At a module without hook points the method `at_module(args, output)` of a hook is called, where
-    it has one, in place of the hook itself.
+    it has one, in place of the hook itself: before the hooks that others put on the module, and
+    after those of this call that stand before it.
 
     On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
     """
     hold(span, lock_of(model))
+    span.about = _Laid(model, _CALL.token)
     known = model.hook_dict if points is None else points
     places: list[tuple[Any, HookFn, set[int]]] = []
     span.way_back(functools.partial(_take_off, places))
+    modules: set[str] = set()
     for name, fn in hooks:
         if name not in known:
-            _add_to_module(span, model.get_submodule(name), fn)
+            _add_to_module(span, model.get_submodule(name), fn, is_first=name not in modules)
+            modules.add(name)
         elif isinstance(fn, Arranger):
             add_pre_hook(span, known[name], fn)
         else:
@@ -104,14 +128,14 @@ def _take_off(places: list[tuple[Any, HookFn, set[int]]]) -> None:
         places.pop()
 
 
-def _add_to_module(span: Temporary, module: nn.Module, fn: HookFn) -> None:
+def _add_to_module(span: Temporary, module: nn.Module, fn: HookFn, *, is_first: bool) -> None:
     at_module = getattr(fn, "at_module", None)
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         return fn(output, hook=module) if at_module is None else at_module(args, output)
 
     span.way_back(functools.partial(_remove, hooks_of(module).forward, hook))
-    module.register_forward_hook(hook)
+    module.register_forward_hook(hook, prepend=is_first and at_module is not None)
 
 
 def add_pre_hook(
@@ -218,11 +242,17 @@ class _Early:
 
 def _keys_of(hooks: Mapping[int, Any], fn: HookFn) -> list[int]:
     """Where this function stands among a module's hooks."""
-    return [
-        key
-        for key, hook in list(hooks.items())
-        if calls(hook.forward_hook if isinstance(hook, _Early) else hook, fn)
-    ]
+    return [key for key, hook in list(hooks.items()) if calls(_registered(hook), fn)]
+
+
+def functions_at(point: nn.Module) -> list[object]:
+    """What the hooks on a module call."""
+    forward, before, *_ = hooks_of(point)
+    return [hook_function(_registered(hook)) for hook in (*forward.values(), *before.values())]
+
+
+def _registered(hook: Any) -> Any:
+    return hook.forward_hook if isinstance(hook, _Early) else hook
 
 
 # --- A public call
@@ -261,6 +291,42 @@ def alone(call: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
+def call_under_way() -> object | None:
+    """What tells the hooks of this call from all others; None outside of a call."""
+    return _CALL.token
+
+
+def require_own_hooks(laid_by: object | None, adapter: str) -> None:
+    """Check that the call that is under way, if any, has laid the hook that runs now.
+
+    Raises:
+        ModelStateError: naming the adapter that the hook applies.
+    """
+    if _CALL.token not in (None, laid_by):
+        raise open_block(adapter)
+
+
+def open_block(adapter: str) -> ModelStateError:
+    """The error of a call on a model on which hooks of a lens are already."""
+    return ModelStateError(
+        f"the adapter {adapter!r} is on the model already: by `with lens.applied():`, by hooks of "
+        "lens.fwd_hooks(), or by another call that has not ended. This call would take that "
+        "adapted model for its base. Make the call outside of the block: it applies its adapter by "
+        "itself. For two adapters at once make a lens of their sum, lens.with_adapter(a + b); for "
+        "one on top of another, merge the other into the base model and make a lens of that."
+    )
+
+
+def _refuse_within_another(model: object) -> None:
+    for laid in (span.about for span in open_spans()):
+        if isinstance(laid, _Laid) and laid.model is model and laid.call is not None:
+            raise ModelStateError(
+                "this call is made within another one, by a hook or a readout of yours, while "
+                "hooks of that call are on the model, which would change the numbers. Make it "
+                "beforehand, and let the hook or the readout use what it returned."
+            )
+
+
 def _prepare(lens: Any, span: Temporary) -> None:
     if is_within_transform():
         raise ModelStateError(
@@ -271,6 +337,9 @@ def _prepare(lens: Any, span: Temporary) -> None:
     model = getattr(lens, "model", None)
     if isinstance(model, nn.Module):
         hold(span, lock_of(model))
+    _refuse_within_another(model)
+    span.way_back(functools.partial(setattr, _CALL, "token", _CALL.token))
+    _CALL.token = object()
     plan = getattr(lens, "_plan", None)
     if plan is not None:
         span.enter_context(differentiable_products(plan.quantised))

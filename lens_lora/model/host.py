@@ -303,12 +303,14 @@ class Host(abc.ABC):
         Raises:
             ModelStateError: b̂_V was folded, or may have been, and the base was not given.
         """
+        if not self._may_have_folded_biases():
+            return None
         bias = self.bias(site.layer, "v")
         if bias is not None and bool((bias != 0).any()):
             return None
         if self.base is None:
             b_O = self.bias(site.layer, "o")
-            if b_O is None or bool((b_O == 0).all()) or not self._may_have_folded_biases():
+            if b_O is None or bool((b_O == 0).all()):
                 return None
             if not self.family.value_bias and not self.is_folded(site.layer, "v"):
                 return None

@@ -19,9 +19,15 @@ from lens_lora._version import versions
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.arguments import number, whole
-from lens_lora.compat import Temporary, home_of
-from lens_lora.errors import ArgumentError, ModelStateError, NumericsError
+from lens_lora.compat import Temporary, home_of, open_spans
+from lens_lora.errors import (
+    ArgumentError,
+    ModelStateError,
+    NumericsError,
+    UnsupportedAdapterError,
+)
 from lens_lora.model.basis import SiteMap
+from lens_lora.model.bridged import BridgedFamily
 from lens_lora.model.check import (
     OF_A_GIVEN_BASE,
     base_logits,
@@ -36,12 +42,15 @@ from lens_lora.model.gates import (
     ScaleInject,
     gates_of,
     make_plan,
+    require_sum,
     site_hooks,
 )
 from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
 from lens_lora.model.hooks import HookFn, alone, attached, hold, lock_of
+from lens_lora.model.probe import Probe, probed
 from lens_lora.model.quantised import differentiable_products
-from lens_lora.model.sites import Heads, Site, fused_rows, one_site
+from lens_lora.model.sites import WRITER_KINDS, Heads, Site, fused_rows, one_site
+from lens_lora.model.updates import holds_another_base
 from lens_lora.readouts.answers import Generated
 from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
 
@@ -60,6 +69,9 @@ class LoraLens:
         hf_model: the unprocessed Hugging Face base, needed where norms or value biases were
             folded, and by a HookedTransformer for trained biases. The model's weights are compared
             with it, in float32 also logits of 8 tokens.
+        check: of a family without an entry in the table of `docs/exactness.md`, whether random
+            updates at the adapter's modules are compared with the Hugging Face model under forward
+            hooks: two passes over eight tokens.
 
     Attributes:
         max_memory: bytes that an analysis may take beside the model and its result; None for no
@@ -74,7 +86,14 @@ class LoraLens:
     max_memory: float | None = None
 
     @alone
-    def __init__(self, model: Any, adapter: Adapter, hf_model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        hf_model: nn.Module | None = None,
+        *,
+        check: bool | Probe = True,
+    ) -> None:
         require_kinds(adapter, hf_model)
         self.model = model
         self.adapter = adapter
@@ -87,12 +106,17 @@ class LoraLens:
                 f"without the adapter this {self.class_name} computes other logits than hf_model",
                 OF_A_GIVEN_BASE,
             )
+        self._probed: frozenset[str] | None = None
+        if check and isinstance(self._plan.host.family, BridgedFamily):
+            probe = check if isinstance(check, Probe) else None
+            self._probed = probed(model, hf_model, adapter, probe=probe)
 
     @alone
     def with_adapter(self, adapter: Adapter) -> LoraLens:
         """A lens of another adapter over the same model and hf_model.
 
         No forward pass: weights of the adapted modules are compared with hf_model, logits not.
+        Modules that `check` has not seen are checked as by a new lens.
 
         Args:
             adapter: the other adapter.
@@ -106,6 +130,8 @@ class LoraLens:
         other = copy.copy(self)
         other.adapter = adapter
         other._plan = make_plan(self.model, adapter, self._hf_model)
+        if self._probed is not None:
+            other._probed = probed(self.model, self._hf_model, adapter, self._probed)
         return other
 
     def within(self, max_memory: float | None) -> LoraLens:
@@ -127,6 +153,20 @@ class LoraLens:
         other = copy.copy(self)
         other.max_memory = max_memory
         return other
+
+    def __copy__(self) -> LoraLens:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuse pickle and `copy.deepcopy`, whose copy would hold the updates of another model."""
+        raise ArgumentError(
+            "a lens cannot be pickled or deep-copied: its updates belong to the tensors of this "
+            "one model. Make a lens where it is needed: LoraLens(copy.deepcopy(lens.model), "
+            "lens.adapter), or in another process ll.load(base, adapter); lens.adapter.save(…) and "
+            "a result's save(…) write files."
+        )
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -220,7 +260,8 @@ class LoraLens:
         """[(hook name, function)] for `model.run_with_hooks(tokens, fwd_hooks=…)`.
 
         Your own hooks in the same list see and change the adapted model, whatever the order:
-        δ is computed from the input that they return, and added before they see the output.
+        δ is computed from the input that they return, and added before they see the output. While
+        these hooks are on the model, calls of a lens are refused, as within `applied`.
 
         Args:
             scale: as for `gates`.
@@ -229,7 +270,7 @@ class LoraLens:
             ModelStateError: a site without a hook point at its output (on HookedTransformer
                 embeddings, heads, norms, and what Gemma 2 and 3 normalise); use `applied` there.
         """
-        self._plan.check_state()
+        self._check_state()
         points = self.model.hook_dict
         if hidden := [site.name for site in self.sites if site.write not in points]:
             raise ModelStateError(
@@ -238,6 +279,12 @@ class LoraLens:
             )
         return site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale)), points)
 
+    def _check_state(self) -> None:
+        """Also that the blocks of `applied` that are open on this model add up with another."""
+        self._plan.check_state()
+        plans = [span.about for span in open_spans() if isinstance(span.about, Plan)]
+        require_sum(self._plan, [plan for plan in plans if plan.host.model is self.model])
+
     def applied(self, scale: Scale = 1.0) -> AbstractContextManager[Any]:
         """Within the block, every tool of TransformerLens sees the adapted model.
 
@@ -245,12 +292,21 @@ class LoraLens:
         weights again. Other threads that use a lens on this model wait until then. A tensor `scale`
         may be differentiated: in reverse and in forward mode, and within torch.func transforms.
 
+        Blocks within one another add up, those of one lens too: two at scale 1 apply it twice.
+        Analyses, `logits` and `generate` of any lens on this model are refused within a block, as
+        they would take the adapted model for their base; they apply the adapter by themselves.
+
         Args:
             scale: as for `gates`.
+
+        Raises:
+            ModelStateError: the model's state changed; or blocks that do not add up, where one
+                changes a norm, or v and o where value biases are folded. Make one lens of the sum.
         """
 
         def apply(span: Temporary) -> Any:
-            self._plan.check_state()
+            self._check_state()
+            span.about = self._plan
             span.enter_context(self.injected(ScaleInject(self._plan, self.gates(scale))))
             return self.model
 
@@ -277,14 +333,26 @@ class LoraLens:
 
         return Temporary(put_on)
 
-    def prompts(self, prompts: PromptsLike) -> Prompts:
-        """Strings, conversations or ids as `Prompts`, tokenised by the model's own conventions.
+    def prompts(self, prompts: PromptsLike, *, prepend_bos: bool | None = None) -> Prompts:
+        """Strings, conversations or ids as `Prompts`, which every analysis takes as they are.
+
+        TransformerLens puts a BOS in front of a string, also where the model's own tokenizer adds
+        none (`model.cfg.default_prepend_bos`). The repr says what was done. No forward pass.
+
+            >>> lens.prompts("The capital of France is", prepend_bos=False)  # doctest: +SKIP
+            Prompts(1 of 5 tokens; text without BOS)
 
         Args:
-            prompts: strings, conversations, ids [batch, pos], ids with their mask, or `Prompts`;
-                errors as for `readouts.prompts`.
+            prompts: strings, conversations, ids [batch, pos], ids with their mask, or `Prompts`.
+            prepend_bos: of strings alone: whether a BOS is put in front of each that does not begin
+                with one; None for TransformerLens's default.
+
+        Raises:
+            PromptError: empty, too long, outside the vocabulary, padded without lengths or mask, or
+                no input of the chat template; a `prepend_bos` of what is no string, or true where
+                the tokenizer has no BOS.
         """
-        return prepare(self.model, prompts)
+        return prepare(self.model, prompts, prepend_bos)
 
     @alone
     def logits(
@@ -406,6 +474,24 @@ class LoraLens:
         )
 
 
+def stream_writers(lens: LoraLens, remedy: str) -> list[int]:
+    """The sites whose δz is a part of the residual stream, in its basis.
+
+    Raises:
+        ModelStateError: a norm stands between one of them and the stream.
+    """
+    writers = [i for i, site in enumerate(lens.sites) if site.kind in WRITER_KINDS]
+    for site in map(lens.sites.__getitem__, writers):
+        norm = lens.plan.host.family.norm_behind(site.kind)
+        if norm is not None:
+            raise ModelStateError(
+                f"{site.name}: a norm ({norm}) stands between this site and the residual stream, "
+                f"so what it writes is no direction of the stream. {remedy}; or leave such modules "
+                "out, lens.with_adapter(lens.adapter.without(…))."
+            )
+    return writers
+
+
 def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
     """The rows of q, k and v (gate and up) in each fused module, for `Adapter.null`."""
     host, parts = lens.plan.host, {}
@@ -419,7 +505,19 @@ def fused_parts(lens: LoraLens) -> dict[str, list[Tensor]]:
 
 
 def null_lenses(lens: LoraLens, seed: int, draws: int) -> Iterator[LoraLens]:
-    """A lens of each of the adapter's null draws, which keep the spectrum of each fused part."""
+    """A lens of each of the adapter's null draws, which keep the spectrum of each fused part.
+
+    Raises:
+        UnsupportedAdapterError: a module whose size is not that of its factors.
+    """
+    for site in (pair.site for pair in lens.plan.updates) if draws else ():
+        if holds_another_base(site, lens.plan.host):
+            raise UnsupportedAdapterError(
+                f"{site.label}: the adapter's file holds another weight of the base than this "
+                "model's, and the difference is a part of its change, which a null adapter lacks. "
+                "Load the base that it was trained on, or leave the module out with "
+                "adapter.without(…)."
+            )
     parts = fused_parts(lens)
     for draw in range(draws):
         yield lens.with_adapter(lens.adapter.null(seed, draw, parts=parts))

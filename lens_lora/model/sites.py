@@ -24,11 +24,12 @@ from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.errors import AdapterError, ArgumentError, SiteError
+from lens_lora.errors import AdapterError, ArgumentError, ModelStateError, SiteError
 from lens_lora.families import NORM_KINDS, Family, Place
 
 ATTENTION_KINDS = ("q", "k", "v", "o")
 EMBEDDING_KINDS = ("embed", "pos_embed")
+MLP_KINDS = ("gate", "up", "fc_in", "down", "fc_out")
 WRITER_KINDS = ("o", "down", "fc_out", *EMBEDDING_KINDS)
 OUTSIDE_KINDS = (*EMBEDDING_KINDS, "embed_ln", "ln_final", "unembed")
 # The norm of its block that a linear map reads; o, down and fc_out read none.
@@ -84,6 +85,21 @@ class Heads:
         """How many heads a site of this kind has; 0 outside attention."""
         of_queries, of_keys = ("q", "o", "q_norm"), ("k", "v", "k_norm")
         return self.n_heads if kind in of_queries else self.n_kv if kind in of_keys else 0
+
+
+def require_heads(sites: Iterable[Site]) -> None:
+    """Check that each site's features may be split over the model's heads, or are of no heads.
+
+    Raises:
+        ModelStateError: attention of another form; naming the site.
+    """
+    for site in sites:
+        if site.kind.partition(".")[0].endswith("attn"):
+            raise ModelStateError(
+                f"{site.name} ({site.module}): this attention's heads are not laid out as the "
+                "model's n_heads and d_head say, so the site cannot be split by head. Leave 'head' "
+                "out of by."
+            )
 
 
 def points_without_update(sites: Iterable[Site]) -> set[str]:
@@ -166,7 +182,8 @@ def _globs(globs: str | Sequence[str]) -> list[str]:
 
 
 def _layer_label(site: Site) -> str:
-    return site.kind if site.kind in OUTSIDE_KINDS else f"layer {site.layer}"
+    is_outside = site.kind in OUTSIDE_KINDS or site.layer < 0
+    return site.kind if is_outside else f"layer {site.layer}"
 
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -251,11 +268,11 @@ class SiteFactors:
 def site_name(layer: int, kind: str, adapter: str = "") -> str:
     """'blocks.3.attn.q', or the kind alone outside the blocks; then the part of a sum."""
     tag = f"@{adapter}" if adapter else ""
-    if kind in OUTSIDE_KINDS:
+    if kind in OUTSIDE_KINDS or layer < 0:
         return f"{kind}{tag}"
     if kind in (*ATTENTION_KINDS, "q_norm", "k_norm"):
         return f"blocks.{layer}.attn.{kind}{tag}"
-    return f"blocks.{layer}.{kind if kind in NORM_KINDS else f'mlp.{kind}'}{tag}"
+    return f"blocks.{layer}.{f'mlp.{kind}' if kind in MLP_KINDS else kind}{tag}"
 
 
 def resolve_sites(
@@ -276,6 +293,7 @@ def resolve_sites(
         factors = _turned(factors, family, place)
         out = _out(factors)
         expected = sum(heads.of(kind) for kind in place.kinds) * heads.d_head
+        expected = sum(map(len, place.rows.values())) or expected
         if place.layout != "whole" and expected not in (0, out):
             facts = f"the adapter writes {out} features, the fused projection has {expected}"
             raise _misfit(module, facts, adapter.base_model)
@@ -294,9 +312,15 @@ def _can_hold(place: Place, factors: ModuleUpdate, n_layers: int) -> bool:
     return (place.layer or 0) < n_layers and not (is_norm and isinstance(factors, LoRAFactors))
 
 
-def in_order(site: SiteFactors) -> tuple[int, int]:
-    """Sort key: the order in which a forward pass meets the sites."""
-    return site.layer, _ORDER.index(site.kind)
+def in_order(site: SiteFactors) -> tuple[int, int, str]:
+    """Sort key: the order in which a forward pass meets the sites.
+
+    A kind that is named by its path ('conv.in', 'mlp.shared_expert.up') comes where an o, or what
+    an MLP writes, would.
+    """
+    usual = "fc_out" if site.kind.startswith("mlp.") else "o"
+    place = _ORDER.index(site.kind if site.kind in _ORDER else usual)
+    return site.layer, place, site.kind
 
 
 def _turned(factors: ModuleUpdate, family: Family, place: Place) -> ModuleUpdate:
@@ -327,8 +351,8 @@ def fused_rows(place: Place, kind: str, heads: Heads, out: int) -> Tensor | None
 
     Layout "blocks" is q|k|v one after another, or gate|up; "interleaved" is (head, 3, d_head).
     """
-    if place.layout == "whole":
-        return None
+    if place.layout in ("whole", "measured"):
+        return place.rows.get(kind)
     rows, index = torch.arange(out), place.kinds.index(kind)
     if place.layout == "interleaved":
         return rows.view(heads.n_heads, -1, heads.d_head)[:, index].flatten()
@@ -343,11 +367,7 @@ def _misfit(where: str, facts: str, base_model: str | None) -> AdapterError:
 
 
 def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int) -> SiteError:
-    known = [
-        f"{family.layer.format(l=layer)}.{name}"
-        for layer in range(n_layers)
-        for name in family.linears
-    ]
+    known = family.linear_paths(n_layers)
     near = difflib.get_close_matches(module, known, n=3, cutoff=0.3) or known[:3]
     places = (family.place(key.partition("@")[0]) for key in adapter.modules)
     if any(place is not None and (place.layer or 0) < n_layers for place in places):

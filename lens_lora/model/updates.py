@@ -253,6 +253,12 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, host: Host) -> Update:
     return _summed(update, _dense(factors.strength * _difference(stored, W)))
 
 
+def holds_another_base(site: SiteFactors, host: Host) -> bool:
+    """Whether W₀ − W is a part of the update, beside that of the factors."""
+    stored = site.factors.base_weight if isinstance(site.factors, LoRAFactors) else None
+    return _unlike_base(site, stored, host) is not None
+
+
 def _of_trained(site: SiteFactors, trained: TrainedModule, host: Host) -> Update | None:
     """ΔW of a weight, or of rows of it; None where it is the base's."""
     weight, tokens = trained.weight, trained.tokens

@@ -33,7 +33,8 @@ class KL(Readout):
     """KL between the base model's distribution and that at the gates, in nats.
 
     Its value at the base is zero, at the adapted model the divergence itself. Every analysis takes
-    it but those that rest on the derivative at ε = 0, which is zero.
+    it but those that rest on the derivative at ε = 0, which is zero. The base's distribution is
+    taken as it was computed: the rounding in it is in no noise floor.
 
     Args:
         response: the answer to each prompt, as `AnswerLogProb` takes it: the sum over its

@@ -5,8 +5,10 @@ count from the left, so every activation of a prompt is the same as without padd
 
 A caller may pass strings, conversations, ids, or ids with their mask (`prepare`):
 
-1. A string: as `model.to_tokens` tokenises it, with the BOS that it prepends. A string that already
-   begins with the BOS token, as a chat template writes it, gets no second one.
+1. A string: as `model.to_tokens` tokenises it, with the BOS that it prepends, also where the
+   model's own tokenizer adds none; `prepend_bos` overrides that. A string that already begins with
+   the BOS token, as a chat template writes it, gets no second one. Nor does one whose tokenizer has
+   no special tokens: what TransformerLens gives it, no model was trained with (`special_id`).
 2. A conversation: the chat template's own ids.
 3. Ids: as they are, where it is certain which of them are padding; with an attention mask, from
    either side to padding on the right.
@@ -27,6 +29,8 @@ from lens_lora.compat import home_of
 from lens_lora.errors import PromptError, TokenError
 from lens_lora.readouts.conversations import Conversation, conversations_in, of_template
 
+_ADDED = "text, BOS added by TransformerLens"
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -34,7 +38,8 @@ class Source:
 
     Attributes:
         text: the string, or what the chat template made of the messages; None of ids.
-        how: 'text, BOS added', 'text with its own BOS', 'text without BOS', 'chat template', 'ids'.
+        how: 'text, BOS added by TransformerLens', 'text with its own BOS', 'text without BOS',
+            'chat template', 'ids'.
     """
 
     text: str | None = None
@@ -115,6 +120,8 @@ class Prompts:
             how if len(by_source) == 1 else f"{how} ({', '.join(prompts)})"
             for how, prompts in by_source.items()
         ]
+        if _ADDED in by_source:
+            parts.append("prepend_bos=False adds none")
         return f"Prompts({self.batch} of {sizes} tokens; {'; '.join(parts)})"
 
     @property
@@ -294,21 +301,28 @@ def require_context(model: Any, tokens: int, what: str) -> None:
 # --- From what a caller passes to `Prompts`
 
 
-def prepare(model: Any, prompts: PromptsLike) -> Prompts:
+def prepare(model: Any, prompts: PromptsLike, prepend_bos: bool | None = None) -> Prompts:
     """Tokenise with the model's own conventions (BOS as `model.to_tokens` prepends it).
 
     Raises:
         PromptError: empty, too long for the context, ids outside the vocabulary, a tensor padded
-            without lengths or mask, or messages that the chat template does not take.
+            without lengths or mask, or messages that the chat template does not take; a
+            `prepend_bos` of what is no string, or true of a tokenizer without a BOS.
     """
-    ready = _tokenise(model, prompts)
+    ready = _tokenise(model, prompts, prepend_bos)
+    is_as_given = isinstance(prompts, Prompts) or ready.sources[0].how in ("chat template", "ids")
+    if prepend_bos is not None and is_as_given:
+        raise PromptError(
+            f"prepend_bos={prepend_bos} is for strings: ids are taken as they are, and a "
+            "conversation begins as its chat template says. Leave prepend_bos out."
+        )
     _check(model, ready)
     if ready.tokens.is_inference():  # of which no graph can be made
         return dataclasses.replace(ready, tokens=ready.tokens.clone())
     return ready
 
 
-def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
+def _tokenise(model: Any, prompts: PromptsLike, prepend_bos: bool | None) -> Prompts:
     device = home_of(model)
     if isinstance(prompts, Prompts):
         return prompts.to(device)
@@ -318,9 +332,7 @@ def _tokenise(model: Any, prompts: PromptsLike) -> Prompts:
         return _from_mask(model, prompts)
     conversations = conversations_in(prompts)
     if conversations is None:
-        strings = _strings(prompts)
-        _tokenizer(model)
-        return _padded(model, [_of_text(model, string) for string in strings])
+        return _of_texts(model, _strings(prompts), prepend_bos)
     tokenizer, rows = _tokenizer(model), list[_Row]()
     for i, messages in enumerate(conversations):
         text, ids = of_template(tokenizer, messages, which_prompt(i, len(conversations)))
@@ -361,15 +373,41 @@ def ids_after(tokenizer: Any, answer: str, before: str | None) -> list[int]:
     return whole[len(prompt) :]
 
 
-def _of_text(model: Any, text: str) -> _Row:
-    bos = getattr(model.tokenizer, "bos_token_id", None)
-    if bos is not None and text.lstrip().startswith(model.tokenizer.bos_token):
-        ids = _own_ids(model.tokenizer, text)
-        if ids[:1] == [bos]:
+# TransformerLens gives it, under a new id, to a tokenizer that has no special tokens.
+_GIVEN_TOKEN = "<|endoftext|>"
+
+
+def special_id(model: Any, name: str) -> int | None:
+    """The id of the tokenizer's 'bos', 'eos' or 'pad'; None where it or the model has no such."""
+    tokenizer = getattr(model, "tokenizer", None)
+    token, token_id = (getattr(tokenizer, f"{name}_token{end}", None) for end in ("", "_id"))
+    if tokenizer is None or token_id is None or token_id >= model.cfg.d_vocab:
+        return None
+    is_unknown = token_id == tokenizer.unk_token_id and token != tokenizer.unk_token
+    has_own = any(tokenizer.init_kwargs.get(f"{kind}_token") for kind in ("bos", "eos"))
+    is_given = token == _GIVEN_TOKEN and token_id >= tokenizer.vocab_size and not has_own
+    return None if is_unknown or is_given else token_id
+
+
+def _of_texts(model: Any, texts: Sequence[str], prepend_bos: bool | None) -> Prompts:
+    tokenizer, bos = _tokenizer(model), special_id(model, "bos")
+    if prepend_bos and bos is None:
+        raise PromptError(
+            "prepend_bos=True, and the tokenizer has no BOS that this model reads; leave it out, "
+            "or pass token ids."
+        )
+    is_plain = bos is None and not getattr(model.cfg, "tokenizer_prepends_bos", True)
+    options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+
+    def row(text: str) -> _Row:
+        ids = _own_ids(tokenizer, text)
+        if ids[:1] == [bos] and text.lstrip().startswith(tokenizer.bos_token):
             return ids, Source(text, "text with its own BOS")
-    ids = model.to_tokens(text, truncate=False)[0].tolist()
-    how = "text, BOS added" if bos is not None and ids[:1] == [bos] else "text without BOS"
-    return ids, Source(text, how)
+        if not is_plain:
+            ids = model.to_tokens(text, truncate=False, **options)[0].tolist()
+        return ids, Source(text, _ADDED if ids[:1] == [bos] else "text without BOS")
+
+    return _padded(model, list(map(row, texts)))
 
 
 def _padded(model: Any, rows: Sequence[_Row]) -> Prompts:
@@ -423,11 +461,10 @@ def _is_padded(model: Any, tokens: Tensor) -> bool:
     Where the pad token is also the end-of-text token, a single one at the end finishes a response,
     and where it has any other meaning, a single one may begin a text.
     """
-    tokenizer = getattr(model, "tokenizer", None)
-    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = special_id(model, "pad")
     if pad is None or not tokens.numel():
         return False
-    bos, eos, unk = (getattr(tokenizer, f"{n}_token_id", None) for n in ("bos", "eos", "unk"))
+    bos, eos, unk = (special_id(model, name) for name in ("bos", "eos", "unk"))
     at_start, at_end = 2 if pad in (bos, eos, unk) else 1, 2 if pad == eos else 1
     is_pad = tokens == pad
     if tokens.shape[1] == 1:
@@ -478,5 +515,6 @@ def _check(model: Any, prompts: Prompts) -> None:
     low, high = int(prompts.tokens.min()), int(prompts.tokens.max())
     if low < 0 or high >= cfg.d_vocab:
         raise PromptError(
-            f"token ids run from {low} to {high}; the model's vocabulary has {cfg.d_vocab}."
+            f"token ids run from {low} to {high}; the model's vocabulary has {cfg.d_vocab}. Use "
+            "the tokenizer that the model was trained with."
         )

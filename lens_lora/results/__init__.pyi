@@ -31,7 +31,7 @@ from ..evaluation.null_test import NullTest as NullTest
 from ..evaluation.reliability import Reliability as Reliability
 from ..model.sites import Site as Site
 from ..readouts.answers import Generated as Generated
-from ..sweeps.stream import ActivationsFile as ActivationsFile
+from ..sweeps.activations_file import ActivationsFile as ActivationsFile
 from ..sweeps.sweep import SweepResult as SweepResult
 from .attribution import Attribution as Attribution
 from .attribution import GroupAttribution as GroupAttribution

@@ -10,7 +10,8 @@ leave of it is the property `remainder`.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal, cast, final
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, final
 
 import pandas as pd
 import torch
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 
 Axis = Literal["position", "head", "rank", "token"]
+# ‖ΔW‖ / ‖W‖ above which first order is to be distrusted: chosen and confirmed on trained adapters
+# of SmolLM2-135M (docs/faithfulness.md).
+VIOLENT = 0.038
 MOST_POSITIONS = 40  # What a heatmap shows with its tokens still legible.
 
 
@@ -74,19 +78,27 @@ class Attribution(Ranked):
         response: each prompt's y_1 … y_T, where values are by token.
         gauge: the meaning of a rank, where values are by rank: 'trained' or 'svd'.
         mode: 'reverse' or 'forward', the mode in which a derivative was computed.
+        relative_norm: ‖ΔW‖ / ‖W‖ of the adapter, over the linear maps that it adapts; NaN where it
+            is not known.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`; one site per
             entry of the site axis.
     """
 
     values: Float[Tensor, "batch site *by"]
-    by: tuple[str, ...]
-    heads: tuple[int, ...]
+    by: tuple[Axis, ...]
+    heads: Annotated[tuple[int, ...], "site: head"]
     method: str
     at: float
     quadrature: Quadrature | None = None
-    response: tuple[tuple[str, ...], ...] = ()
+    response: Annotated[tuple[tuple[str, ...], ...], "batch token?"] = ()
     gauge: str = ""
     mode: str = ""
+    relative_norm: float = math.nan
+
+    @property
+    def is_violent(self) -> bool:
+        """Whether this is first order of an adapter so large that it is often wrong."""
+        return self.method.startswith("first_order") and self.relative_norm > VIOLENT
 
     @property
     def key(self) -> str:
@@ -285,11 +297,11 @@ class GroupAttribution(Ranked):
     """
 
     values: Float[Tensor, "batch group token"]
-    groups: Groups
+    groups: Annotated[Groups, "group: site"]
     method: str
     at: float
     mode: str
-    response: tuple[tuple[str, ...], ...]
+    response: Annotated[tuple[tuple[str, ...], ...], "batch token"]
 
     @property
     def key(self) -> str:

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,7 @@ from lens_lora.engine.asked import Asked
 from lens_lora.errors import ArgumentError, LensLoraError
 from lens_lora.model.sites import Groups, Site
 from lens_lora.results import drawing
-from lens_lora.results.storage import read_result, save_result, stored
+from lens_lora.results.storage import Axes, read_result, save_result, stored
 
 SIGMAS = 3.0
 """A difference of at most so many noise floors cannot be told from rounding."""
@@ -48,6 +48,10 @@ class Result(abc.ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         stored(cls)
+
+    def __post_init__(self) -> None:
+        """Refuse fields that contradict each other, also in what is read from a file."""
+        vars(self)["axes"] = Axes(self).sizes  # for a result that this one is a part of
 
     @abc.abstractmethod
     def to_frame(self) -> pd.DataFrame:
@@ -72,8 +76,8 @@ class Result(abc.ABC):
             path: the file to read.
 
         Raises:
-            LensLoraError: no such file, another kind of file or result, a damaged file, or one of
-                another version.
+            LensLoraError: no such file, another kind of file or result, a damaged file, one whose
+                fields contradict each other, or one of another version.
         """
         result = load_result(path)
         if not isinstance(result, cls):
@@ -102,7 +106,8 @@ def load_result(path: str | Path) -> Result:
 
     Raises:
         LensLoraError: no such file, another kind of file, a class that this version of lens_lora
-            does not have, a damaged file, or one of another version.
+            does not have, a damaged file, one whose fields contradict each other, or one of
+            another version.
     """
     result = read_result(path)
     if not isinstance(result, Result):
@@ -145,7 +150,7 @@ class Read(Result):
         meta: model, adapter, dtype and versions.
     """
 
-    str_tokens: tuple[tuple[str, ...], ...]
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch position"]
     readout: str
     units: str
     meta: Mapping[str, str]
@@ -161,7 +166,7 @@ class Measured(Read):
         str_tokens, readout, units, meta: see `Read`.
     """
 
-    sites: tuple[Site, ...]
+    sites: Annotated[tuple[Site, ...], "site rank"]
     base: Float[Tensor, " batch"]
     adapted: Float[Tensor, " batch"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import pandas as pd
 from jaxtyping import Float
@@ -38,7 +38,7 @@ class Effects(Ranked):
     """
 
     values: Float[Tensor, "batch group"]
-    groups: Groups
+    groups: Annotated[Groups, "group: site"]
     how: str
     of: str = "site"
     replace: str = "zero"

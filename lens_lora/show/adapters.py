@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import rich.table
@@ -19,9 +19,10 @@ from rich.text import Text
 
 from lens_lora import results
 from lens_lora.analyses.spectra import AdapterSummary, Spectrum
-from lens_lora.analyses.what_changed import BY, By, Changes
+from lens_lora.analyses.what_changed import BY, By
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
+from lens_lora.show.curves import too_few
 from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
 from lens_lora.show.page import Block, Part, Section, made_by, page_html, with_notes
 from lens_lora.show.tables import Row, Table, in_terminal, table_of
@@ -165,18 +166,21 @@ def _size(changed: results.WhatChanged) -> str:
         f"Over {changed.texts} the next-token distribution moves by "
         f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
     )
-    random, others = (_range(group) for group in (changed.nulls, changed.unrelated))
-    if random:
-        text += f"; null adapters, of the same sizes in random directions: {random}"
-    if others:
+    if changed.nulls:
+        times = _range(changes.scale for changes in changed.nulls)
+        moved = _range(changes.mean_kl for changes in changed.nulls)
+        text += f"; null adapters, in random directions, by {moved} at {times} times its size"
+    if changed.unrelated:
+        others = _range(changes.mean_kl for changes in changed.unrelated)
         text += f"; unrelated adapters: {others}"
     first = magnitude(changed.found.first_kl)
     return f"{text}. At first tokens, which are left out: {first} nats."
 
 
-def _range(group: Sequence[Changes]) -> str:
-    values = sorted(changes.mean_kl for changes in group)
-    return " to ".join(dict.fromkeys(map(magnitude, (*values[:1], *values[-1:]))))
+def _range(values: Iterable[float]) -> str:
+    """'0.1', or '0.1 to 0.3'."""
+    ends = sorted(values)
+    return " to ".join(dict.fromkeys(map(magnitude, (ends[0], ends[-1]))))
 
 
 def _tokens(changed: results.WhatChanged) -> str:
@@ -220,7 +224,7 @@ def _modules(changed: results.WhatChanged) -> str:
         return ""
     shares = ", ".join(f"{site} {share}" for site, _, _, share in rows)
     total = magnitude(float(changed.shares.sum()))
-    return f"Of the quadratic KL, {total} nats a token, most belongs to {shares}."
+    return f"Of the KL, {total} nats a token when split along the path, most belongs to {shares}."
 
 
 def _constant(changed: results.WhatChanged) -> str:
@@ -236,13 +240,13 @@ def _constant(changed: results.WhatChanged) -> str:
 
 
 def shares_figure(changed: results.WhatChanged) -> Figure:
-    """Each site's share of the quadratic KL, layer × kind of module."""
+    """Each site's share of the KL, layer × kind of module."""
     values = changed.shares.tolist()
     total = sum(values) or 1.0
     says = [f"{percent(value / total)} of all" for value in values]
     heading, below = (
         "Which modules hold the divergence",
-        "shares of the quadratic KL: ½ vᵀFv, complete",
+        "shares of the KL along the path from base to adapted model",
     )
     return kinds_by_layer((heading, below), changed.sites, values, says, "nats a token", "signed")
 
@@ -304,9 +308,9 @@ def _places_table(changed: results.WhatChanged, k: int) -> Table:
 
 
 def _modules_table(changed: results.WhatChanged, k: int) -> Table:
-    """The sites of largest share of the quadratic KL; no row where it was not split."""
+    """The sites of largest share of the KL; no row where it was not split."""
     heads = {"site": "site", "module": "module", "nats": "nats a token", "share": "of all"}
-    title = "modules of the quadratic KL"
+    title = "modules of the KL"
     return table_of(changed.modules(k), heads, texts=(0, 1), title=title)
 
 
@@ -320,7 +324,7 @@ def _size_table(changed: results.WhatChanged) -> Table:
     """The adapter and each control: how much it changes."""
     summary = changed.summary()
     last = {summary.columns[-1]: "share"}  # how constant Δh is behind the last block
-    heads = {"adapter": "adapter", "kind": "kind", "mean_kl": "KL, nats a token"}
+    heads = {"adapter": "adapter", "kind": "kind", "scale": "scale", "mean_kl": "KL, nats a token"}
     heads |= {f"largest_{by}": f"largest {by}" for by in BY}
     heads["share"] = "constant behind the last block"
     return table_of(summary.rename(columns=last), heads, texts=(0, 1))
@@ -422,6 +426,7 @@ def checkpoints_story(training: results.Checkpoints) -> str:
         said = f"“{short_prompt(tokens)}”: {training.readout} {happened}"
         lines.append(said + _phases(training, f"prompt {p}", " It"))
     lines.append(_phases(training, "angle", "The direction of ΔW"))
+    lines.append(too_few(training))
     return "\n".join(filter(None, lines))
 
 
@@ -464,7 +469,8 @@ def checkpoints_report(training: results.Checkpoints) -> str:
         story=checkpoints_story(training).split("\n"),
         sections=with_notes(sections, None, training.meta),
     )
-    return page_html(f"{len(training.steps)} checkpoints of {training.meta['adapter']}", [part])
+    first, *_, last = training.steps
+    return page_html(f"{len(training.steps)} checkpoints, steps {first:g} to {last:g}", [part])
 
 
 # --- A repair

@@ -328,6 +328,13 @@ def repair_figure(repair: results.Repair) -> Figure:
 _FEW_STEPS = 12  # each has its tick; without this there are ticks between steps
 
 
+def too_few(training: results.Checkpoints) -> str:
+    """That there are too few checkpoints to tell a phase change of the readout; or nothing."""
+    if "prompt 0" in training.phases:
+        return ""
+    return f"{len(training.steps)} checkpoints are too few to tell a phase change of the readout."
+
+
 @drawing.figure.register(results.Checkpoints)
 def checkpoints_figure(training: results.Checkpoints) -> Figure:
     """Each prompt's readout, exact and to first order, over the steps; flips and phase changes."""
@@ -364,7 +371,8 @@ def checkpoints_figure(training: results.Checkpoints) -> Figure:
             figure.add_vrect(x0=first, x1=last, fillcolor=colour, opacity=0.12, line_width=0)
     figure.add_hline(y=0, line={"color": INK, "width": 1.5})
     shades = any(training.phases.get(f"prompt {p}") for p in range(len(training.base)))
-    below = "shaded: a phase change" if shades else "no phase change of the readout"
+    none = too_few(training) or "no phase change of the readout"
+    below = "shaded: a phase change" if shades else none
     titles, margin = (f"{training.readout} through the training", below), {"b": 120}
     step = {"dtick": 1 if steps[-1] <= _FEW_STEPS else None}
     return finish(figure, titles, ("step", units), legend=BELOW, margin=margin, xaxis=step)
@@ -486,8 +494,8 @@ def reliability_figure(flags: results.Reliability, prompt: int | None = None) ->
     )
     heading = f"{flags.readout}: first order against {_QUESTIONS[flags.how]}"
     titles = heading, f"which to trust · {whose(index, flags.attribution.str_tokens)}"
-    axes, y_range = (f"a at ε = 0, {units}", f"a + correction, {units}"), _with_room(x + y, 0.08)
-    finish(figure, titles, axes, 460, legend=BELOW, yaxis={"range": y_range})
+    axes = f"a at ε = {flags.attribution.at:g}, {units}", f"a + correction, {units}"
+    finish(figure, titles, axes, 460, legend=BELOW, yaxis={"range": _with_room(x + y, 0.08)})
     return figure.update_xaxes(zeroline=True).update_yaxes(zeroline=True)
 
 

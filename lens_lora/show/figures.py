@@ -298,7 +298,9 @@ def kinds_by_layer(
     In a sum of adapters several sites may share a cell. It holds their sum; or, on a scale with an
     end of its own, their mean.
     """
-    kinds, y = [k for k in KINDS if any(s.kind == k for s in sites)], layers_axis(sites)
+    held_kinds = dict.fromkeys(site.kind for site in sites)
+    kinds = sorted(held_kinds, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
+    y = layers_axis(sites)
     held: Mapping[tuple[int, int], list[float]] = defaultdict(list)
     hover: Mapping[tuple[int, int], list[str]] = defaultdict(list)
     for site, value, text in zip(sites, values, says, strict=True):

@@ -143,6 +143,9 @@ def _body(result: Any) -> str:
             frame = result.to_frame().drop(columns="base").round(4).to_string()
             kept = f"{int(result.kept.sum())} of {result.gate_count} {result.of}s kept"
             return f"{kept}. {result.story()}\n{frame}"
+        case results.KLShares():
+            ends = [f"  prompt {i}: {text}" for i, text in enumerate(result.verdict)]
+            return "\n".join([result.top(5).to_string(), *ends])
         case results.NullTest():
             return "\n".join(f"  prompt {i}: {text}" for i, text in enumerate(result.verdict))
         case results.Remainder() | results.SecondOrder():
@@ -187,11 +190,12 @@ def _body(result: Any) -> str:
             counts = ", ".join(map(str, result.flagged.sum(1).tolist()))
             return f"{counts} of {many(result.flagged.shape[1], 'site')} flagged"
         case results.Activations():
-            tokens, ranks = sum(map(len, result.str_tokens)), dict.fromkeys(result.ranks)
-            return f"{many(tokens, 'token')} ({_sinks(result)}), rank {', '.join(map(str, ranks))}"
+            tokens = many(sum(map(len, result.str_tokens)), "token")
+            ranks = ", ".join(map(str, dict.fromkeys(result.ranks)))
+            return f"{tokens} ({_left_out(result)}), rank {ranks}"
         case results.ActivationShift():
             points = many(len(result.names), "hook point")
-            return f"{points}, means over {int(result.counted.sum())} tokens ({_sinks(result)})"
+            return f"{points}, means over {int(result.distinct.sum())} tokens ({_left_out(result)})"
         case results.LogitShift():
             part = "each site" if result.sites else "all sites together"
             prompts, tokens = many(len(result.values), "prompt"), many(len(result.tokens), "token")
@@ -218,8 +222,10 @@ def _within_rounding(result: Any) -> str:
     return f"\n{small} of {every} {note}" if small else ""
 
 
-def _sinks(result: results.Activations | results.ActivationShift) -> str:
-    return many(int(result.sinks.sum()), "sink")
+def _left_out(result: results.Activations | results.ActivationShift) -> str:
+    """What means and examples leave out."""
+    sinks, repeated = many(int(result.sinks.sum()), "sink"), result.repeated
+    return f"{sinks}, {repeated} after the same tokens as earlier" if repeated else sinks
 
 
 def _comparison(comparison: results.Comparison) -> str:

@@ -206,7 +206,10 @@ def _sections(e: results.Explanation, figures: dict[str, Figure]) -> list[page.S
     written = "First order at ε = 0, by the token at which a module writes, summed over each layer."
     if len(e.first_order.str_tokens[0]) > len(e.prompt):
         written += " After the prompt come the answers' tokens; a|b is where the two differ."
-    flagged = "A module is flagged where first order misses more of the answer than it finds."
+    flagged = (
+        "First order at the question's own end, beside what each module does when it is run. "
+        f"Flagged: off by more than a factor of two. {words.UNFLAGGED}"
+    )
     null = "" if e.null is None else str(e.null.verdict[0])
     return [
         page.Section("The margin in numbers", [numbers]),
@@ -225,7 +228,7 @@ def _sections(e: results.Explanation, figures: dict[str, Figure]) -> list[page.S
         page.Section(
             "Reliability flags",
             [tables.flags_table(e), *drawn("reliability")],
-            f"{flagged} {words.UNFLAGGED}",
+            flagged if e.reliability else "",
         ),
         page.Section(
             "Which few modules carry the shift", [*drawn("faithfulness"), tables.curves_table(e)]

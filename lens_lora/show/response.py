@@ -28,6 +28,7 @@ from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, finish, tokens_axis
 from lens_lora.show.maps import groups_by_token
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import (
+    caution_text,
     label,
     log_p_text,
     magnitude,
@@ -264,7 +265,7 @@ _SAID = 240  # characters of a response that its story quotes; the page has it w
 @drawing.story.register(results.ResponseExplanation)
 def response_story(e: results.ResponseExplanation) -> str:
     """A paragraph a line: what was said, where it changed, the tokens, the modules, limits."""
-    paragraphs = [_said(e), *_headline(e), _layers(e), _limits(e)]
+    paragraphs = [_said(e), *_headline(e), caution_text(e.modules), _layers(e), _limits(e)]
     return "\n".join(filter(None, paragraphs))
 
 

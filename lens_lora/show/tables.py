@@ -21,6 +21,7 @@ from lens_lora import results
 from lens_lora.results.base import SIGMAS
 from lens_lora.show import words
 from lens_lora.show.text import (
+    caution_text,
     key_text,
     log_p_text,
     magnitude,
@@ -98,6 +99,7 @@ _WRITTEN: dict[str, Callable[[Any], str]] = {
     "context": readable,
     "kl": magnitude,
     "mean_kl": magnitude,
+    "scale": magnitude,
     "kl_base_to_adapted": magnitude,
     "log_p_base": log_p_text,
     "log_p_adapted": log_p_text,
@@ -145,7 +147,7 @@ def attribution_text(attribution: results.Attribution) -> str:
 
 
 def attribution_heading(attribution: results.Attribution) -> list[str]:
-    """What was attributed, how and of how much; below it, how a path integral was taken."""
+    """What was attributed, how and of how much; below it, how, and whether to distrust it."""
     batch, sites = len(attribution.base), len(attribution.sites)
     by = f", by {' and '.join(attribution.by)}" if attribution.by else ""
     mode = f", by {attribution.mode} mode" if "token" in attribution.by else ""
@@ -153,8 +155,9 @@ def attribution_heading(attribution: results.Attribution) -> list[str]:
         f"{attribution.readout}, {key_text(attribution.key)}, in {attribution.units}: "
         f"{many(batch, 'prompt')} × {sites} sites{by}{mode}"
     )
-    quadrature = attribution.quadrature
-    return [heading] if quadrature is None else [heading, quadrature_text(quadrature)]
+    quadrature, caution = attribution.quadrature, caution_text(attribution)
+    notes = ("" if quadrature is None else quadrature_text(quadrature), caution)
+    return [heading, *filter(None, notes)]
 
 
 def averaged_over(attribution: results.Attribution) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from markupsafe import escape
 
 from lens_lora import results
+from lens_lora.results.attribution import VIOLENT
 from lens_lora.results.base import (
     GREEDY,
     NORM_PRODUCT,
@@ -167,6 +168,17 @@ def _qualified(rules: str) -> str:
     fixed = " and ".join(n.replace("_", " ") for n in names if n not in _RULES)
     said = [f"{fixed} fixed" if fixed else "", *(_RULES[n] for n in names if n in _RULES)]
     return ", ".join(filter(None, said))
+
+
+def caution_text(attribution: results.Attribution) -> str:
+    """Why first order is to be distrusted here, and what to do instead; '' where it is not."""
+    if not attribution.is_violent:
+        return ""
+    return (
+        f"This adapter is violent: ‖ΔW‖ is {percent(attribution.relative_norm)} of ‖W‖. Above "
+        f"{percent(VIOLENT)} first order often misleads, at either end: run the modules "
+        "(ll.patch_sites)."
+    )
 
 
 def quadrature_text(quadrature: results.Quadrature) -> str:

@@ -14,10 +14,18 @@ import math
 from collections.abc import Sequence
 
 from lens_lora import results
-from lens_lora.analyses.verdict import FlipVerdict, NullVerdict, Point, SecondVerdict, Verdict
+from lens_lora.analyses.verdict import (
+    FlipVerdict,
+    NullVerdict,
+    Point,
+    SecondVerdict,
+    SharesVerdict,
+    Verdict,
+)
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show.text import (
+    caution_text,
     key_text,
     magnitude,
     percent,
@@ -160,7 +168,8 @@ def margin_story(fact_margin: results.FactMargin, prompt: int | None = None) -> 
     attribution, account = fact_margin.attribution, account_of(fact_margin, prompt)
     index = only_prompt(prompt, len(attribution.base), "accounts")
     where = _largest(attribution, account, _MODULES_NAMED, index)
-    return "\n".join([_happened(account), _first_order(account), where])
+    first = _joined(_first_order(account), caution_text(attribution))
+    return "\n".join([_happened(account), first, where])
 
 
 def _happened(a: Account) -> str:
@@ -303,8 +312,8 @@ _TOP_SHARE = 0.2
 _FLAGGED_NAMED = 3
 _REDUNDANT = 0.5  # of the shift: less than this is lost by leaving out, summed over modules
 _DONE = {
-    "add_one": "adding one module (by running it)",
-    "leave_one_out": "leaving one module out (by an estimate)",
+    "add_one": "adding one module (at ε = 0)",
+    "leave_one_out": "leaving one module out (at ε = 1)",
 }
 
 
@@ -315,7 +324,7 @@ def explanation_story(explanation: results.Explanation) -> str:
     where = _largest(e.first_order, a, _MODULES_NAMED)
     paragraphs = [f"{_happened(a)} {_said(e)}", _first_order(a)]
     if a.has_shift:
-        trust = _joined(_agreement(e, a), _redundancy(e, a), _flags(e))
+        trust = _joined(caution_text(e.first_order), _agreement(e, a), _redundancy(e, a), _flags(e))
         paragraphs += [_parts(e, a), where, trust, _carried(e)]
     else:
         paragraphs += [
@@ -333,7 +342,7 @@ def headline(e: results.Explanation) -> tuple[Sequence[str], Sequence[tuple[str,
     sentences = (
         f"{_base(a)} {_adapted(a)}",
         _conclusion(a),
-        _largest(e.first_order, a, _MODULES_IN_HEADLINE),
+        _joined(_largest(e.first_order, a, _MODULES_IN_HEADLINE), caution_text(e.first_order)),
     )
     numbers = (
         (signed(a.m0), f"{a.units}, margin {a.doc} − {a.pre} in the base model"),
@@ -449,6 +458,8 @@ def _redundancy(e: results.Explanation, a: Account) -> str:
 
 def _flags(e: results.Explanation) -> str:
     """How many first-order numbers are flagged, as the answer to which question."""
+    if not e.reliability:
+        return ""
     counts: list[str] = []
     for question, flags in e.reliability.items():
         names = flags.flagged_sites(0)
@@ -584,6 +595,24 @@ def flip_text(verdict: FlipVerdict) -> str:
     return (
         f"hidden: {' and '.join(near)} {verb} within rounding ({v.floor:.2g}), so the sign is not "
         "known; rerun in float32 or float64"
+    )
+
+
+@drawing.text.register(SharesVerdict)
+def shares_text(verdict: SharesVerdict) -> str:
+    """Whether shares of the quadratic rank the modules, and if not what does."""
+    v = verdict
+    facts = (
+        f"rank correlation with the gradient at ε = ½: {v.agreement:.2f}; the KL is {v.ratio:.2g} "
+        "times its quadratic part"
+    )
+    if v.kind == "unknown":
+        return "unknown: there are no ranks to compare"
+    if v.kind == "holds":
+        return f"holds: the shares rank the modules as the whole KL does ({facts})"
+    return (
+        f"fails: the shares do not rank the modules of the whole KL ({facts}); use "
+        "ll.path_attribution, which splits all of it, or ll.first_order(…, at=1.0)"
     )
 
 

@@ -78,12 +78,23 @@ def rank() -> int:
 def launched() -> Processes:
     """The processes launched together, or this one alone.
 
+    Warns:
+        UserWarning: `accelerate launch` was asked for several processes and started this one alone.
+
     Raises:
         LensLoraError: several were launched, but accelerate was already set up in each of them as
             a single process, or one of them has ended.
     """
     size = max(int(os.environ.get(name) or 1) for name in _SIZES)
     if size < 2:
+        # What accelerate's launcher of single processes sets when it is asked for several.
+        if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= {*os.environ} - {*_SIZES}:
+            warnings.warn(
+                "accelerate launch was asked for several processes and started one, which does all "
+                "the work. Launch with --multi_gpu, on CPUs too: accelerate launch --multi_gpu "
+                "--num_processes 2 -m lens_lora sweep …",
+                stacklevel=2,
+            )
         return Processes()
     import torch
     from accelerate import PartialState
@@ -161,8 +172,8 @@ def told(path: Path) -> Generator[None]:
     except OSError as error:
         fact = error.strerror or error
         raise SweepError(
-            f"{path} cannot be written ({fact}). Finished prompts are kept: mend that and run the "
-            "same sweep again to resume, or give another out."
+            f"{path} cannot be written ({fact}). Mend that and run the same sweep again, which "
+            "goes on where this one stopped, or give another out."
         ) from error
 
 

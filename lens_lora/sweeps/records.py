@@ -10,6 +10,7 @@ pandas is not imported: a data frame is recognised by its attributes.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import json
@@ -98,6 +99,7 @@ def chosen(analyses: str | Iterable[str]) -> tuple[str, ...]:
 
 
 ANSWERS = ("doc", "pre")
+READ = ("id", "prompt", "messages", *ANSWERS, "response")  # whatever else a table holds is left
 _LONGEST = 1000  # characters of an error, which may quote the record
 _LARGEST = 2**63
 _NOT_TEXT = (
@@ -119,6 +121,7 @@ class Record:
         error: what is wrong with the record; the other fields may then be None.
         messages: a conversation, in place of the prompt's text.
         response: what is said after the prompt, where the readout is of each record's response.
+        has_own_id: whether it came with its id.
     """
 
     id: int | str
@@ -129,6 +132,7 @@ class Record:
     error: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     response: str | None = None
+    has_own_id: bool = True
 
     @property
     def chat(self) -> bool:
@@ -165,22 +169,29 @@ def read_records(
 ) -> list[Record]:
     """Every record in order, bad ones included.
 
+    A record's own id goes before the number that stands in for another one's.
+
     Raises:
-        SweepError: there is no record, the file is of another kind, or a CSV file lacks a column.
+        SweepError: there is no record, the file is of another kind or in UTF-16, a CSV file lacks a
+            column, or a table has one twice.
         OSError: the file cannot be read.
     """
-    found: list[Record] = []
-    taken: dict[str, str] = {}
-    for record in each_record(records, with_answers=with_answers, with_response=with_response):
-        first = record.where
+    read = list(each_record(records, with_answers=with_answers, with_response=with_response))
+    owners: dict[str, Record] = {}
+    for record in sorted(read, key=lambda record: not record.has_own_id):
         if record.error is None:
-            first = taken.setdefault(str(record.id), record.where)
-        if first != record.where:
-            record = record.bad(
-                f"its id {record.id!r} is already that of {first}; give each record its own."
-            )
-        found.append(record)
-    return found
+            owners.setdefault(str(record.id), record)
+    return [_with_id_of_its_own(record, owners) for record in read]
+
+
+def _with_id_of_its_own(record: Record, owners: Mapping[str, Record]) -> Record:
+    owner = owners.get(str(record.id), record)
+    if record.error is not None or owner is record:
+        return record
+    fact = f"its id {record.id!r} is already that of {owner.where}"
+    if not record.has_own_id:
+        fact = f"it has no id, and its number {record.id} is the id of {owner.where}"
+    return record.bad(f"{fact}; give each record its own.")
 
 
 def each_record(
@@ -208,6 +219,9 @@ def _rows(records: RecordsLike, needed: tuple[str, ...]) -> Iterator[_Row]:
             raise SweepError(f"{path}: expected a file that ends in .jsonl or .csv.")
         if not path.is_file():
             raise SweepError(f"{path}: there is no such file of records.")
+        with path.open("rb") as file:
+            if is_utf16(file.read(len(codecs.BOM_UTF16))):
+                raise SweepError(f"{path} is UTF-16; save it as UTF-8.")
         yield from readers[path.suffix.lower()](path, needed)
         return
     if isinstance(records, Mapping):
@@ -215,9 +229,38 @@ def _rows(records: RecordsLike, needed: tuple[str, ...]) -> Iterator[_Row]:
             f"records are one mapping with the keys {', '.join(map(str, records))}; give a list of "
             "mappings, one per prompt (of a DatasetDict, one of its splits)."
         )
-    rows = records.to_dict("records") if isinstance(records, Frame) else records
-    for number, row in enumerate(rows):
+    if isinstance(records, Frame):
+        _require_once("the data frame", [_stripped(name) for name in records.columns])
+        rows = records.to_dict("records")
+        records = [{_stripped(name): value for name, value in row.items()} for row in rows]
+    for number, row in enumerate(records):
         yield f"row {number}", row
+
+
+def is_utf16(start: bytes) -> bool:
+    """Whether a file that begins so is UTF-16, by its mark or the zeros between ASCII."""
+    return start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start
+
+
+def _stripped(name: Any) -> Any:
+    return name.strip() if isinstance(name, str) else name
+
+
+def _require_once(table: object, columns: Sequence[Any]) -> None:
+    """Raise an error if a column that is read is there twice; the last one would be taken."""
+    for name in READ:
+        if columns.count(name) > 1:
+            raise SweepError(f"{table} has the column {name} twice; rename or remove one of them.")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key that it has twice is an error, as only the last one would be kept."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the key {name!r} is there twice")
+        fields[name] = value
+    return fields
 
 
 def _jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
@@ -229,7 +272,8 @@ def _jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
                 continue
             row: Any
             try:
-                row = json.loads(line.strip().decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = line.strip().decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text, object_pairs_hook=_object)
             except json.JSONDecodeError as error:
                 row = ValueError(f"{error.msg} at column {error.colno}")
             except RecursionError:
@@ -244,9 +288,10 @@ def _csv(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
         try:
-            columns = list(reader.fieldnames or ())
+            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
         except csv.Error as error:
             raise SweepError(f"{path}: its first line is not one of a CSV ({error}).") from error
+        _require_once(path, columns)
         lacking = [name for name in needed if name not in columns]
         if lacking:
             raise SweepError(
@@ -264,7 +309,7 @@ def _csv(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
 
 
 def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Record:
-    plain = Record(number, where)
+    plain = Record(number, where, has_own_id=False)
     if isinstance(row, csv.Error | ValueError):
         return plain.bad(f"unreadable ({row}).")
     if not isinstance(row, Mapping):
@@ -275,7 +320,7 @@ def _record(number: int, where: str, row: Any, needed: tuple[str, ...]) -> Recor
         if fault is not None:
             return plain.bad(fault)
         own = identity if isinstance(identity, str) else int(identity)
-        plain = dataclasses.replace(plain, id=own)
+        plain = dataclasses.replace(plain, id=own, has_own_id=True)
     if None in row:
         return plain.bad("more fields than columns; quote a field that holds commas.")
     if not _is_missing(row.get("messages")):

@@ -55,6 +55,7 @@ from lens_lora.compat import (
     processed_tensors,
 )
 from lens_lora.errors import SweepError
+from lens_lora.model.gates import refuse_writers
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.readout import Readout
 from lens_lora.sweeps.processes import Processes, only_writer, told
@@ -365,6 +366,7 @@ def fingerprint(
 ) -> Fingerprint:
     """All that decides a number besides its record: one field for each name."""
     model, base = lens.model, getattr(lens, "_hf_model", None)
+    refuse_writers(hook for _, hook in _hooks(model))
     about = fingerprint_without_model(lens.adapter, analyses, readout, version)
     return {
         **lens.describe(),

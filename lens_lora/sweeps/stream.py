@@ -8,8 +8,6 @@
    difference is refused.
 3. At the end the parts are written into the result in the order of the records, one group of rows
    each. It holds the spans of its groups, so it can be resumed and extended as the parts can.
-4. `ActivationsFile` reads it one group of rows at a time: a text lies in one group, so examples and
-   their contexts need no more than that group, and of its columns one site's.
 
 One window, or the records of one span, is all that is held, whatever the number of texts.
 """
@@ -22,38 +20,35 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.arguments import whole
 from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
-from lens_lora.errors import ArgumentError, NumericsError, PromptError, SweepError
+from lens_lora.engine.texts import marks_of
+from lens_lora.errors import NumericsError, PromptError, SweepError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Site, one_site
+from lens_lora.model.sites import Site
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.results.tokens import (
-    Positions,
-    Sign,
-    chosen_positions,
-    context_of,
-    require_ranks,
-    require_sign,
-    strongest,
+from lens_lora.sweeps.activations_file import (
+    SITES,
+    SPANS,
+    ActivationsFile,
+    Span,
+    spans_in,
+    spans_of,
 )
 from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.processes import Processes, launched, told
 from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record
-from lens_lora.sweeps.store import Fingerprint, Store, about_of, fingerprint
+from lens_lora.sweeps.store import Fingerprint, Store, fingerprint
 
 # --- The sweep
 
@@ -109,24 +104,6 @@ def _counted(records: RecordsLike, processes: Processes, shown: bool) -> Iterato
 
 
 # --- Windows: which records are run
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """A run of finished records.
-
-    Attributes:
-        first, last: their numbers, from 0.
-        digest: of their ids and prompts.
-        tokens: how many they have in all.
-        errors: how many of them are bad.
-    """
-
-    first: int
-    last: int
-    digest: str
-    tokens: int
-    errors: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,15 +276,17 @@ def _table(
     """One row per token; of a bad text one without a token, whose numbers are NaN."""
     dtype = torch.empty(0, dtype=lens.gate_dtype).numpy().dtype
     nothing = np.full((len(ranks), 1, max(ranks)), np.nan, dtype), np.zeros(1, bool)
-    rows: list[tuple[Text, str | None, int | None]] = []
+    rows, prefixes = list[tuple[Text, str | None, int | None]](), list[int | None]()
     blocks: list[tuple[NDArray[np.floating], NDArray[np.bool_]]] = []
     for i, text in enumerate(texts):
         outcome = outcomes[i]
         if isinstance(outcome, str):
             rows.append((text, outcome, None))
+            prefixes.append(None)
             blocks.append(nothing)
         else:
             rows += [(text, None, position) for position in range(len(text.ids))]
+            prefixes += marks_of(text.ids)
             blocks.append(outcome)
     ids = [None if p is None else text.ids[p] for text, _, p in rows]
     distinct = sorted({token for token in ids if token is not None})
@@ -317,6 +296,7 @@ def _table(
         "id": pa.array([str(text.record.id) for text, _, _ in rows], pa.string()),
         "position": pa.array([position for _, _, position in rows], pa.int32()),
         "token": pa.array([None if token is None else words[token] for token in ids], pa.string()),
+        "prefix": pa.array(prefixes, pa.int64()),
         "sink": pa.array(np.concatenate([sinks for _, sinks in blocks])),
         "error": pa.array([error for _, error, _ in rows], pa.string()),
     }
@@ -330,7 +310,6 @@ def _table(
 # --- The files
 
 
-_SITES, _SPANS = b"lens_lora.sites", b"lens_lora.spans"
 # Numbers of activations repeat nothing, so a dictionary or statistics of them would be lost work.
 _HOW: Mapping[str, Any] = {
     "use_dictionary": ["id", "token", "error"],
@@ -405,214 +384,22 @@ class TokenStore(Store):
 
     def _sources(self) -> list[Source]:
         """Where each finished span lies; a part comes before the result that it replaces."""
-        parts = [Source(_spans_in(p.table.schema, p.path)[0], p.path) for p in self.parts()]
+        parts = [Source(spans_in(p.table.schema, p.path)[0], p.path) for p in self.parts()]
         taken = [(source.span.first, source.span.last) for source in parts]
         rest: list[Source] = []
         if self.require_result(self.path):
-            for group, span in enumerate(_spans_in(pq.read_schema(self.path), self.path)):
+            for group, span in enumerate(spans_of(self.path)):
                 if all(span.last < first or last < span.first for first, last in taken):
                     rest.append(Source(span, self.path, group))
         return sorted([*parts, *rest], key=lambda source: source.span.first)
 
     def _notes(self, spans: Sequence[Span]) -> dict[bytes, bytes]:
         return {
-            _SITES: self._sites,
-            _SPANS: json.dumps([dataclasses.astuple(span) for span in spans]).encode(),
+            SITES: self._sites,
+            SPANS: json.dumps([dataclasses.astuple(span) for span in spans]).encode(),
         }
 
 
 def _rows_of(source: Source) -> pa.Table:
     with pq.ParquetFile(source.path) as file:
         return file.read_row_group(source.group)
-
-
-def _spans_in(schema: pa.Schema, path: Path) -> list[Span]:
-    """The spans of a file's groups of rows.
-
-    Raises:
-        SweepError: it is not of a stream of tokens.
-    """
-    spans = (schema.metadata or {}).get(_SPANS)
-    if spans is None:
-        raise SweepError(f"{path} holds no activations by token; they are a sweep's of their own.")
-    return [Span(*fields) for fields in json.loads(spans)]
-
-
-# --- Reading the file
-
-
-_COLUMNS = ["rank", "record", "id", "position", "token", "value", "context"]
-
-
-@final
-class ActivationsFile:
-    """The activations of many texts in a file; no call holds more than a part of it.
-
-    Args:
-        path: of what `ll.sweep(lens, texts, "activations", out=path)` wrote.
-
-    Attributes:
-        path: one row per token; pandas, polars and DuckDB read it too.
-        sites, ranks: of the columns.
-        gauge: 'svd' or 'trained'.
-        texts, tokens: how many it holds, texts with an error included.
-        errors: how many texts have no numbers.
-        meta: model, adapter, dtype and versions.
-
-    Raises:
-        SweepError: no such file, or not one of activations.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path: Path = Path(path)
-        if not self.path.is_file():
-            raise SweepError(f"{self.path}: there is no such file of activations.")
-        about, schema = about_of(self.path), pq.read_schema(self.path)
-        spans = _spans_in(schema, self.path)
-        columns: list[dict[str, Any]] = json.loads(schema.metadata[_SITES])
-        self.sites: tuple[Site, ...] = tuple(Site(**column) for column in columns)
-        self.ranks: tuple[int, ...] = tuple(
-            schema.field(site.name).type.list_size for site in self.sites
-        )
-        self.gauge: str = next(iter(about["options"].values()))["gauge"]
-        self.texts: int = sum(span.last - span.first + 1 for span in spans)
-        self.tokens: int = sum(span.tokens for span in spans)
-        self.errors: int = sum(span.errors for span in spans)
-        self.meta: dict[str, str] = {
-            name: about[name] for name in ("model", "model_class", "dtype", "adapter")
-        }
-
-    @property
-    def done(self) -> int:
-        """How many texts have numbers."""
-        return self.texts - self.errors
-
-    def top(
-        self,
-        site: str,
-        k: int = 10,
-        *,
-        rank: int | None = None,
-        sign: Sign = 1,
-        context: int = 4,
-        sinks: bool = False,
-    ) -> pd.DataFrame:
-        """The k tokens at which each direction of a site is largest, with what stands around them.
-
-        Args:
-            site: its name, or a glob that matches it alone.
-            k: how many of each direction.
-            rank: one direction; without it, each of the site's.
-            sign: 1 for the largest values above zero, −1 for those below.
-            context: how many tokens are shown on either side of each, which stands in ⟦ ⟧.
-            sinks: count sinks too.
-
-        Raises:
-            SiteError: no such site, or several.
-            ArgumentError: no such rank, another sign, or a k or context below 0.
-        """
-        k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
-        index = one_site([s.name for s in self.sites], site)
-        name, ranks = self.sites[index].name, require_ranks(rank, self.ranks[index])
-        examples: dict[int, list[dict[str, Any]]] = {r: [] for r in ranks}
-        for group in self._groups([name], sinks):
-            values = np.where(group.counted[:, None], _numbers(group.table, name), np.nan)
-            for r, best in examples.items():
-                best += [
-                    group.example(r, int(row), float(values[row, r]), context)
-                    for row in strongest(values[:, r], way, k)
-                ]
-                best.sort(key=lambda example: -way * example["value"])
-                del best[k:]
-        rows = [example for best in examples.values() for example in best]
-        return pd.DataFrame(rows, columns=_COLUMNS)
-
-    def mean(
-        self, positions: Positions = None, *, sinks: bool = False
-    ) -> Float[Tensor, "site rank"]:
-        """The mean of u over tokens of all texts, without sinks; NaN beyond a site's own rank.
-
-        Args:
-            positions: None for all tokens, or of each text an index, a slice or indices; negative
-                ones count from its end.
-            sinks: count sinks too.
-
-        Raises:
-            ArgumentError: positions at which there is no token.
-        """
-        total = np.full((len(self.sites), max(self.ranks)), np.nan)
-        for slot, rank in enumerate(self.ranks):
-            total[slot, :rank] = 0
-        count = 0
-        for group in self._groups([site.name for site in self.sites], sinks):
-            chosen = group.counted & group.mask(positions)
-            count += int(chosen.sum())
-            for slot, (site, rank) in enumerate(zip(self.sites, self.ranks, strict=True)):
-                total[slot, :rank] += _numbers(group.table, site.name)[chosen].sum(0, dtype=float)
-        if not count:
-            raise ArgumentError(
-                f"positions={positions!r}: no token is there that is not a sink; ask for others, "
-                "or with sinks=True."
-            )
-        return torch.from_numpy(total / count)
-
-    def bad(self) -> pd.DataFrame:
-        """The records without numbers: record, id, error."""
-        return pd.read_parquet(
-            self.path, columns=["record", "id", "error"], filters=[("error", "!=", "")]
-        )
-
-    def _groups(self, columns: Sequence[str], sinks: bool) -> Iterator[_Group]:
-        with pq.ParquetFile(self.path) as file:
-            for index in range(file.num_row_groups):
-                read = ["record", "id", "position", "token", "sink", *columns]
-                yield _Group(file.read_row_group(index, columns=read), sinks)
-
-    def __repr__(self) -> str:
-        return (
-            f"ActivationsFile in gauge {self.gauge!r}: {self.texts} texts ({self.errors} with "
-            f"errors), {self.tokens} tokens × {len(self.sites)} sites of rank "
-            f"{max(self.ranks)}\n  {self.path}"
-        )
-
-
-class _Group:
-    """One group of rows."""
-
-    def __init__(self, table: pa.Table, sinks: bool) -> None:
-        self.table = table
-        self.records: NDArray[np.int64] = table["record"].to_numpy()
-        has_token = table["token"].is_valid().to_numpy()
-        self.counted = has_token if sinks else has_token & ~table["sink"].to_numpy()
-        self.tokens: list[str | None] = table["token"].to_pylist()
-
-    def text_of(self, row: int) -> tuple[int, int]:
-        """The rows of the text of a row: the first, and one after the last."""
-        record = self.records[row]
-        low, high = (np.searchsorted(self.records, record, side) for side in ("left", "right"))
-        return int(low), int(high)
-
-    def example(self, rank: int, row: int, value: float, width: int) -> dict[str, Any]:
-        low, high = self.text_of(row)
-        tokens = [token or "" for token in self.tokens[low:high]]
-        return {
-            "rank": rank,
-            "record": int(self.records[row]),
-            "id": self.table["id"][row].as_py(),
-            "position": row - low,
-            "token": tokens[row - low],
-            "value": value,
-            "context": context_of(tokens, row - low, width),
-        }
-
-    def mask(self, positions: Positions) -> NDArray[np.bool_]:
-        """Which rows are at the positions that are asked for."""
-        lengths = np.unique(self.records, return_counts=True)[1].tolist()
-        return np.concatenate([chosen_positions(positions, n, n) for n in lengths])
-
-
-def _numbers(table: pa.Table, site: str) -> NDArray[np.floating]:
-    """[row, rank] of one site."""
-    column = table[site].combine_chunks()
-    rank = column.type.list_size
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)

@@ -27,6 +27,7 @@ from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.results.attribution import Attribution
+from lens_lora.sweeps.activations_file import ActivationsFile
 from lens_lora.sweeps.batches import (
     Content,
     Job,
@@ -51,8 +52,8 @@ from lens_lora.sweeps.records import (
     chosen,
     read_records,
 )
-from lens_lora.sweeps.store import fingerprint, fingerprint_without_model
-from lens_lora.sweeps.stream import ActivationsFile, token_sweep
+from lens_lora.sweeps.store import Store, fingerprint, fingerprint_without_model
+from lens_lora.sweeps.stream import token_sweep
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -313,6 +314,12 @@ def require_resumable(
     """
     about = fingerprint_without_model(adapter, analyses, readout)
     RowStore(out, about, (), analyses).require_same_sweep()
+
+
+def is_begun(out: str | Path) -> bool:
+    """Whether some prompt of a sweep is finished: in its parts, or in the result."""
+    store = Store(out, {})
+    return store.path.exists() or any(store.folder.glob("*.parquet"))
 
 
 def _require_for_all(lens: LoraLens, records: Sequence[Record], readout: Readout) -> None:

@@ -109,8 +109,19 @@ def test_an_adapter_in_a_subfolder(inner, folder, tmp_path):
     """What is proposed works."""
     outer = tmp_path / "outer"
     shutil.copytree(folder, outer / inner)
-    assert f"pass subfolder='{inner}'" in refusal(outer)
+    assert f"give the folder of one: {outer / inner}." in refusal(outer)
+    assert len(ll.load_adapter(outer / inner)) == 4
     assert len(ll.load_adapter(outer, subfolder=inner)) == 4
+
+
+def test_a_trainer_s_run_folder(folder, tmp_path):
+    """The last checkpoint by its step, not by its name."""
+    run = tmp_path / "run"
+    for step in (15, 105, 30, 45):
+        shutil.copytree(folder, run / f"checkpoint-{step}")
+    shutil.copytree(folder, run / "best")
+    others = "(also checkpoint-45, checkpoint-30, checkpoint-15)"
+    assert f"give the folder of one: {run / 'checkpoint-105'} {others}." in refusal(run)
 
 
 def test_a_subfolder_of_a_hub_repository(monkeypatch, tmp_path):
@@ -120,7 +131,9 @@ def test_a_subfolder_of_a_hub_repository(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
     files = ["README.md", f"run/last/{CONFIG}", f"run/last/{WEIGHTS}"]
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *a, **k: files)
-    assert "pass subfolder='run/last'" in refusal("lab/lora")
+    message = refusal("lab/lora")
+    assert "ll.load_adapter('lab/lora', subfolder='run/last')" in message
+    assert "hf download lab/lora --include 'run/last/*'" in message
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

@@ -216,6 +216,41 @@ def test_cosine():
     assert abs(abs(float(table["blocks.1.mlp.down", 0])) - one) < TINY
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_cosine_of_nothing_and_behind_a_norm(cls: str):
+    """NaN where Δh is zero; at a site's own output B is compared whatever stands behind."""
+    lens = cases.case("llama", cls, "raw").lens
+    first = "hook_embed"
+    assert ll.activation_shift(lens, texts(), first).cosine(lens)["cosine"].isna().all()
+    gemma = cases.case("gemma2", cls, "raw").lens
+    site = next(s for s in gemma.sites if s.kind == "v")
+    own = ll.activation_shift(gemma, texts(), site.write, scale={site.name: 1.0}).cosine(gemma)
+    assert set(own["direction"]) == {site.name}
+    assert own["cosine"].pow(2).sum() == pytest.approx(1)
+    with pytest.raises(ll.errors.ModelStateError, match="a norm"):
+        ll.activation_shift(gemma, texts(), [site.write, LAST]).cosine(gemma)
+
+
+def test_a_shared_beginning_counts_once_in_means():
+    """Also where a token is asked for that an earlier text has, but not at the same place."""
+    lens, rows = lens_of(), models.tokens(3, 7)
+    rows[1:, :4] = rows[0, :4]
+    both = ll.Prompts(rows, torch.tensor([7, 7, 4]))
+    found = ll.activation_shift(lens, both, LAST)
+    first, second, _ = found.values[LAST]
+    once = torch.cat([first[1:], second[4:]]).mean(0)
+    assert (found.mean()[LAST] - once).abs().max() < TINY
+    assert (torch.cat([first[1:], second[1:]]).mean(0) - once).abs().max() > 1e-3
+    assert (found.mean(1)[LAST] - second[1:].mean(0)).abs().max() < TINY
+    assert found.repeated == 6 and "9 tokens (3 sinks, 6 after" in repr(found)
+    assert found.to_frame()["distinct"].sum() == 9
+    last = ll.activation_shift(lens, both, LAST, positions=-1)
+    ends = torch.stack([v[n - 1] for v, n in zip(found.values[LAST], (7, 7, 4), strict=True)])
+    assert (last.mean()[LAST] - ends.mean(0)).abs().max() < TINY and last.repeated == 0
+    once = ll.activation_shift(lens, ll.Prompts(rows[:2], torch.tensor([7, 7])), LAST)
+    assert (found.readings[LAST] - once.readings[LAST]).abs().max() < TINY
+
+
 def test_a_base_that_moves_is_seen():
     """A hook that differs between the two runs: the shift is then not the adapter's."""
     lens, runs = lens_of(), []

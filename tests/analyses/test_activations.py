@@ -309,6 +309,28 @@ def test_examples_and_means(tmp_path):
     assert "2 prompts × 14 sites" in repr(again) and "17 tokens (2 sinks), rank 3" in repr(again)
 
 
+def test_a_shared_beginning_counts_once():
+    """Of examples and means over all prompts; of a single prompt every token is its own."""
+    lens, rows = cases.case("llama", list(models.MAKERS)[0], "raw").lens, models.tokens(3, 7)
+    rows[1:, :4] = rows[0, :4]
+    found = ll.activations(lens, ll.Prompts(rows, torch.tensor([7, 7, 4])))
+    site = "blocks.1.mlp.down"
+    values = found.of(site)
+    both = [found.top(site, 40, rank=0, sign=sign) for sign in (1, -1)]
+    places = {pair for top in both for pair in zip(top["prompt"], top["position"], strict=True)}
+    assert places == {*((0, t) for t in range(1, 7)), *((1, t) for t in range(4, 7))}
+    assert sum(len(found.top(site, 40, 1, rank=0, sign=sign)) for sign in (1, -1)) == 6
+    slot = [s.name for s in found.sites].index(site)
+    once = torch.cat([values[0, 1:], values[1, 4:]]).mean(0)
+    assert torch.allclose(found.mean()[slot], once, atol=1e-14)
+    twice = torch.cat([values[0, 1:], values[1, 1:], values[2, 1:4]]).mean(0)
+    assert (twice - once).abs().max() > 1e-3
+    ends = torch.stack([values[0, 6], values[1, 6], values[2, 3]]).mean(0)
+    assert torch.allclose(found.mean(-1)[slot], ends, atol=1e-14)  # no other end is the third's
+    assert torch.allclose(found.mean(0, sinks=True)[slot], values[0, 0], atol=1e-14)
+    assert found.repeated == 6 and "(3 sinks, 6 after the same tokens as earlier)" in repr(found)
+
+
 def test_heat_map():
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
     found = ll.activations(lens, prompts(), RESPONSES)

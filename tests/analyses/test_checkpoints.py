@@ -133,6 +133,7 @@ def test_a_run_folder_is_read_in_the_order_of_its_steps(tmp_path):
     readout = ll.Margin(5, 9)
     read = ll.checkpoints(case.lens, tmp_path, models.tokens(), readout, progress=False)
     assert read.steps == (3, 20, 100) and read.names[0] == "checkpoint-3"
+    assert read.phases == {} and "3 checkpoints are too few to tell a phase change" in read.story()
     given = training(case, (0.25, 0.5, 1.0))
     listed = ll.checkpoints(case.lens, given, models.tokens(), readout, progress=False)
     assert torch.allclose(read.adapted, listed.adapted, atol=1e-9) and listed.steps == (1, 2, 3)

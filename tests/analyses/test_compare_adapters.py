@@ -11,6 +11,7 @@ import pytest
 import torch
 from reference import peft_scales
 from scipy.linalg import subspace_angles
+from tqdm import tqdm
 
 import lens_lora as ll
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
@@ -124,6 +125,40 @@ def test_function_is_that_of_peft_s_logits():
                 sums[kind] += [v[t] @ F @ w[t], v[t] @ F @ v[t], w[t] @ F @ w[t]]
     expected = sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 2])
     assert np.allclose(found.summary()["value"].iloc[3:5], expected, atol=1e-7)
+
+
+def test_a_shared_beginning_counts_once(monkeypatch):
+    """In groups of any size; a prompt that an earlier one begins with has nothing of its own."""
+    case, rows = cases.case(*HOSTS[0]), models.tokens(3, 7)
+    rows[1, :4] = rows[0, :4]
+    other, lens = other_of(case), case.lens
+    lengths = torch.tensor([7, 7, 7, 5])
+    shared = ll.compare_adapters(
+        lens, other, ll.Prompts(rows[[0, 1, 2, 0]], lengths), draws=0, progress=False
+    )
+    each = [ll.compare_adapters(lens, other, rows[i : i + 1], draws=0) for i in range(3)]
+    part = ll.compare_adapters(lens, other, rows[1:2, :4], draws=0)
+    expected = sum(found.function[..., 0] for found in each) - part.function[..., 0]
+    assert torch.allclose(shared.function.sum(-1), expected, rtol=1e-9)
+    assert shared.by_prompt().isna().all(axis=1).tolist() == [False, False, False, True]
+    monkeypatch.setattr("lens_lora.analyses.compare_adapters._TOKENS", 7)
+    single = ll.compare_adapters(lens, other, ll.Prompts(rows[[0, 1, 2, 0]], lengths), draws=0)
+    assert torch.allclose(single.function, shared.function, rtol=1e-9)
+
+
+def test_the_bar_ends_at_its_total(monkeypatch):
+    """Prompts that run in several groups see each null adapter several times."""
+    case, ends = cases.case(*HOSTS[0]), []
+
+    class Bar(tqdm):
+        def close(self) -> None:
+            ends.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr("lens_lora.analyses.compare_adapters.tqdm", Bar)
+    monkeypatch.setattr("lens_lora.analyses.compare_adapters._TOKENS", 7)
+    ll.compare_adapters(case.lens, other_of(case), models.tokens(3), draws=2)
+    assert set(ends) == {(6, 6)}
 
 
 def test_null_scale_has_the_spectrum_and_no_direction():

@@ -17,6 +17,7 @@ from torch import Tensor
 from two_scalars import scalar_lens
 
 import lens_lora as ll
+from lens_lora.families import Family
 
 pytestmark = pytest.mark.usefixtures("float64")
 EXACT, FEATURES = 1e-9, 5
@@ -291,8 +292,56 @@ def test_writes_that_have_no_meaning_are_refused(cls: str):
     with pytest.raises(ll.errors.SiteError, match="no site of this adapter writes to the residual"):
         ll.feature_writes(queries, tokens, directions(16))
     gemma = cases.case("gemma2", cls, "raw").lens
-    with pytest.raises(ll.errors.ModelStateError, match="normalises what attention and MLP write"):
+    with pytest.raises(ll.errors.ModelStateError, match=r"attn\.o: a norm \(ln1_post\)"):
         ll.feature_writes(gemma, tokens, directions(16))
+
+
+def alone(family: str, cls: str, kind: str) -> tuple[ll.LoraLens, str]:
+    """A lens of one module that writes to the stream, and the next point of the stream."""
+    base, model = hooked(family, cls, "raw")
+    if kind == "embed":
+        adapter = ll.Adapter.from_peft(peft_with(family, base, "embedding"))
+        after = {"HookedTransformer": "hook_resid_pre", "TransformerBridge": "hook_in"}[cls]
+        return ll.LoraLens(model, adapter), f"blocks.0.{after}"
+    lens = cases.case(family, cls, "raw").lens
+    last = next(s for s in lens.sites[::-1] if s.kind in ("down", "fc_out"))
+    return lens.with_adapter(lens.adapter.only(last.module)), out(cls, models.LAYERS - 1)
+
+
+WRITERS = [
+    (family, kind)
+    for family in models.FAMILIES
+    for kind in ("embed", "mlp")
+    if (family, kind) != ("mixtral", "mlp")
+]
+NORMED = {("gemma2", "mlp"), ("gemma3", "mlp"), ("bloom", "embed")}
+
+
+@pytest.mark.parametrize(("family", "kind"), WRITERS)
+def test_writes_are_parts_of_the_stream_or_refused(family: str, kind: str, cls: str, monkeypatch):
+    """The stream right behind the module moves by d · δz, or a norm stands between the two."""
+    if (family, kind, cls) == ("bloom", "embed", "HookedTransformer"):
+        pytest.skip("its embedding cannot be adapted")
+    if not models.is_built_right(family, cls, "raw"):
+        pytest.skip("this version of transformer-lens builds another model")
+    (lens, point), tokens, rows = alone(family, cls, kind), models.tokens(), directions(16)
+    moved = ll.feature_shift(lens, tokens, rows, point).first_order
+    shift = ll.activation_shift(lens, tokens, point)
+    if (family, kind) in NORMED:
+        with pytest.raises(ll.errors.ModelStateError, match=r"Use feature_shift\(…, scale="):
+            ll.feature_writes(lens, tokens, rows)
+        with pytest.raises(ll.errors.ModelStateError, match=r"Compare with activation_shift\(…"):
+            shift.cosine(lens)
+        monkeypatch.setattr(Family, "norm_behind", lambda *_: None)
+    apart = float((ll.feature_writes(lens, tokens, rows).values.sum(1) - moved).abs().max())
+    table, mean = shift.cosine(lens), shift.mean()[point]
+    # Columns of B of an SVD are orthogonal, and Δh is a sum of them.
+    within = table["cosine"].pow(2).sum()
+    assert mean.norm() > 1e-3
+    if (family, kind) in NORMED:
+        assert apart > 1e-2 and within < 0.99  # what was returned
+    else:
+        assert apart < EXACT and within == pytest.approx(1, abs=1e-9)
 
 
 def test_points_between_a_site_s_input_and_output_are_refused(cls: str):

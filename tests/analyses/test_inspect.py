@@ -101,8 +101,10 @@ def test_sites_against_the_hugging_face_weights(family: str, cls: str):
     """‖ΔW‖/‖W‖ of fused projections, part by part: the parts' squares sum to the module's."""
     base, model = hooked(family, cls)
     peft = models.peft_model(family, base)
-    summary = summarise(*both(peft, model))
-    assert [row.site for row in summary.rows] == [s.name for s in both(peft, model)[1].sites]
+    adapter, lens = both(peft, model)
+    summary = summarise(adapter, lens)
+    assert [row.site for row in summary.rows] == [s.name for s in lens.sites]
+    assert lens.plan.relative_norm == pytest.approx(summary.relative_norm, rel=1e-6)
     for module, update in ll.Adapter.from_peft(peft).modules.items():
         rows = [row for row in summary.rows if row.module == module]
         weight = base.get_submodule(module).weight.detach()
@@ -139,6 +141,7 @@ def test_dora_is_peft_s_merged_change(family: str, cls: str):
         if len(rows) == 1:
             sigma = torch.linalg.svdvals(change.detach())
             assert (rows[0].singular_values - sigma).abs().max() < 1e-10 * sigma[0]
+    assert lens.plan.relative_norm == pytest.approx(sites.relative_norm, rel=1e-6)
     unknown = summarise(adapter)
     assert all(math.isnan(row.norm) and math.isnan(row.stable_rank) for row in unknown.rows)
     assert math.isnan(unknown.norm) and unknown.parts == {"DoRA": len(adapter)}

@@ -77,4 +77,6 @@ def test_uneven_steps_are_paces():
 
 
 def test_a_few_checkpoints_have_no_usual_pace():
-    assert phase_changes([0, 1, 2, 3], [0, 0, 9, 9]) == ()
+    """What is not judged is not said to have none."""
+    assert phase_changes([0, 1, 2, 3], [0, 0, 9, 9]) is None
+    assert phase_changes([0, 1, 2, 3, 4], [0, 0, 9, 9, 9]) == ((1, 2),)

@@ -292,6 +292,20 @@ def test_the_mean_is_over_tokens_and_chunks_do_not_matter(monkeypatch):
         assert (one - other).abs().max() < 1e-12
 
 
+def test_a_text_that_is_given_twice_is_in_the_mean_once(monkeypatch):
+    """And so is a beginning that several texts share; however many run at once."""
+    lens, rows = cases.case("llama", NEWEST, "raw").lens, texts().tokens
+    find = functools.partial(patch, lens, prompts(), ll.Margin(5, 9), "add_one", replace="mean")
+    once, twice = (find(texts=given).values for given in (rows[:2], rows[[0, 0, 1, 0]]))
+    assert (once - twice).abs().max() < 1e-12
+    beginning = ll.Prompts(rows[[0, 1, 0]], torch.tensor([rows.shape[1], rows.shape[1], 3]))
+    assert (once - find(texts=beginning).values).abs().max() < 1e-12
+    monkeypatch.setattr(stand_in, "ROW_TOKENS", 1)
+    assert (once - find(texts=beginning).values).abs().max() < 1e-12
+    monkeypatch.setattr("lens_lora.analyses.patching.distinct_tokens", lambda t: t.after_first)
+    assert (once - find(texts=beginning).values).abs().max() > 1e-4
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "error", "match"),

@@ -99,19 +99,32 @@ def test_first_tokens_and_their_writers(cls: str):
     assert abs(found.writers["rest"]) < 1e-9 and abs(sum(found.writers.values()) - 1) < 1e-12
 
 
-def test_split_is_that_of_kl_shares():
-    """q_l over counted tokens, as of a response that begins there."""
+def test_split_is_the_path_integral_of_the_kl_over_counted_tokens():
+    """∂KL/∂ε_l at both nodes, as of a response that begins there; of a small adapter, whose path
+    two nodes integrate, the shares sum to the mean KL."""
     case = cases.case("llama", CLASSES[0], "raw")
     found = changed("llama", CLASSES[0], "raw", split=True)
     expected = torch.zeros(len(found.sites), dtype=torch.float64)
     for text, at in enumerate(counted()):
         row, start = texts().tokens[text : text + 1, : LENGTHS[text]], at[0] + 1
         said = torch.cat([row[0, start:], row[0, :1]])
-        shares = ll.kl_shares(case.lens, row[:, :start], said, scales=(), **QUIET)
-        expected += shares.attribution.values[0]
+        for node in (0.5 - 3**-0.5 / 2, 0.5 + 3**-0.5 / 2):
+            slopes = ll.first_order(case.lens, row[:, :start], ll.KL(said), at=node, **QUIET)
+            expected += slopes.values[0] / 2
     count = sum(map(len, counted()))
     assert (found.shares - expected / count).abs().max() < 1e-10
     assert found.modules(2)["nats"][0] == float(found.shares.max())
+    small = case.lens.with_adapter(case.lens.adapter.scaled(0.1))
+    near = ll.what_changed(small, texts(), nulls=0, **QUIET)
+    assert float(near.shares.sum()) == pytest.approx(near.found.mean_kl, rel=0.01)
+
+
+def test_a_node_at_the_base_is_seen_to_halve_the_split(monkeypatch):
+    """Negative control: a divergence has no slope there."""
+    monkeypatch.setattr("lens_lora.engine.texts._NODES", (0.0, 0.5))
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    near = ll.what_changed(lens.with_adapter(lens.adapter.scaled(0.1)), texts(), nulls=0, **QUIET)
+    assert float(near.shares.sum()) / near.found.mean_kl == pytest.approx(0.5, rel=0.2)
 
 
 def test_controls_and_laws(monkeypatch):
@@ -131,6 +144,49 @@ def test_controls_and_laws(monkeypatch):
     small = ll.what_changed(case.lens, texts(), nulls=0, split=False, **QUIET)
     assert (small.found.logit - found.found.logit).abs().max() < 1e-6
     assert small.found.places.tolist() == found.found.places.tolist()
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.05, 0.2])
+def test_null_adapters_are_as_loud_as_the_adapter(strength: float):
+    """Their KL by the merged model of the draw at the stated scale is the adapter's, within 1 %."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    lens = case.lens.with_adapter(case.lens.adapter.scaled(strength))
+    found = ll.what_changed(lens, texts(), nulls=3, split=False, **QUIET)
+    for draw, null in enumerate(found.nulls):
+        assert null.mean_kl == pytest.approx(found.found.mean_kl, rel=0.01)
+        other = lens.with_adapter(lens.adapter.null(0, draw).scaled(null.scale))
+        alone = ll.what_changed(other, texts(), nulls=0, split=False, **QUIET).found
+        assert torch.allclose(alone.logit, null.logit, atol=1e-5) and null.name in alone.name
+    assert found.summary()["scale"].tolist() == [1.0, *(null.scale for null in found.nulls)]
+    draw = ll.what_changed(lens.with_adapter(lens.adapter.null()), texts(), nulls=0, **QUIET)
+    assert abs(draw.found.mean_kl / found.found.mean_kl - 1) > 0.05  # as it was drawn
+
+
+def test_a_null_adapter_that_no_scale_makes_as_loud(monkeypatch):
+    """At the nearest scale that was tried; the story says its KL beside the adapter's."""
+    lens = cases.case("llama", CLASSES[0], "raw").lens
+    loud = lens.with_adapter(lens.adapter.scaled(3))
+    found = ll.what_changed(loud, texts(), nulls=2, split=False, **QUIET)
+    for null in found.nulls:
+        assert null.mean_kl < 0.95 * found.found.mean_kl and 1e-3 < null.scale < 1.1e3
+    assert "null adapters, in random directions, by" in found.story()
+    nothing = lens.with_adapter(lens.adapter.scaled(0.0))
+    still = ll.what_changed(nothing, texts(), nulls=1, split=False, **QUIET)
+    assert still.nulls[0].scale == 1 and still.found.mean_kl == 0
+
+
+def test_what_null_adapters_cost():
+    """Base, adapter and nulls at 1; base and null at about three more scales; each null again."""
+    case, passes = cases.case("llama", CLASSES[0], "raw"), []
+    lens = case.lens.with_adapter(case.lens.adapter.scaled(0.2))
+    handle = lens.model.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    counts = []
+    for nulls in (0, 1, 2):
+        passes.clear()
+        ll.what_changed(lens, texts(), nulls=nulls, split=False, **QUIET)
+        counts.append(len(passes))
+    handle.remove()
+    assert counts[0] == 2 and counts[1] - 2 <= 3 + 1 + 6 and counts[2] - 2 <= 4 + 2 + 12
 
 
 def test_adapters_of_one_name_are_told_apart():

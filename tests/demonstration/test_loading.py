@@ -10,6 +10,7 @@ import models
 import pytest
 import quantised
 import torch
+from peft import LoraConfig, PeftModel
 from real import DOC, PRE, PROMPT
 
 import lens_lora as ll
@@ -205,3 +206,80 @@ def test_a_package_that_is_missing_is_named(tiny, monkeypatch):
     monkeypatch.setattr("lens_lora.loading.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ll.errors.ModelStateError, match="pip install bitsandbytes"):
         ll.load(str(folder / "base"), folder / "lora", load_in_4bit=True)
+
+
+# --- A live PeftModel
+
+
+CONFIGS = {
+    "linears": {},
+    "embeddings": {"targets": ["q_proj", "embed_tokens"]},
+    "modules to save": {"modules_to_save": ["lm_head"]},
+    "trainable tokens": {"trainable_token_indices": {"embed_tokens": [5, 9]}},
+    "DoRA": {"use_dora": True},
+}
+
+
+def trained(**config) -> PeftModel:
+    """A PeftModel whose every trained tensor is random."""
+    peft = models.peft_model("llama", models.hf_model("llama", dtype=torch.float32), **config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens_delta" in name:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=models.seeded(4))
+    return peft
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", models.MAKERS)
+def test_a_peft_model_is_base_and_adapter_and_stays_as_it_is(name: str, kind: str):
+    peft, tokens = trained(**CONFIGS[name]), models.tokens()
+    with torch.no_grad(), peft.disable_adapter():
+        plain = peft(tokens).logits
+    with torch.no_grad():
+        expected = peft(tokens).logits
+    peft.train()
+    modules = {path: id(module) for path, module in peft.named_modules()}
+    asks_gradient = {path: p.requires_grad for path, p in peft.named_parameters()}
+    lens = ll.load(peft, kind=kind, tokenizer=models.tokenizer())
+    read = lens.prompts(tokens)
+    for scale, logits in ((1.0, expected), (0.0, plain)):
+        found = lens.logits(read, scale)
+        torch.testing.assert_close(found.reshape(logits.shape), logits, rtol=1e-4, atol=1e-4)
+    assert (expected - plain).abs().max() > 0.01
+    assert peft.training and {path: id(m) for path, m in peft.named_modules()} == modules
+    assert {path: p.requires_grad for path, p in peft.named_parameters()} == asks_gradient
+    with torch.no_grad():
+        assert torch.equal(peft.eval()(tokens).logits, expected)
+
+
+@models.NEEDS_BRIDGE
+def test_the_base_of_a_peft_model_shares_its_weights():
+    """Of a wrapped model; what is processed afterwards is processed in copies."""
+    peft, tokens = trained(), models.tokens()
+    held = {p.data_ptr() for name, p in peft.named_parameters() if "lora_" not in name}
+    lens = ll.load(peft, kind="TransformerBridge", tokenizer=models.tokenizer())
+    assert held <= {p.data_ptr() for p in lens.model.parameters()}
+    with torch.no_grad():
+        expected = peft(tokens).logits
+        lens.model.enable_compatibility_mode()
+        assert torch.equal(peft(tokens).logits, expected)
+
+
+@pytest.mark.bad_input
+def test_a_peft_model_without_its_base_is_refused():
+    tokenizer = models.tokenizer()
+    merged = trained()
+    merged.merge_adapter()
+    with pytest.raises(ll.errors.UnsupportedAdapterError, match="merged.*unmerge_adapter"):
+        ll.load(merged, ll.Adapter.constant({"lm_head": torch.ones(models.VOCAB)}, merged))
+    biased = trained(bias="lora_only")
+    with pytest.raises(ll.errors.UnsupportedAdapterError, match="biases in place.*base by name"):
+        ll.load(biased, tokenizer=tokenizer)
+    several = trained()
+    several.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    several.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ll.errors.ArgumentError, match=r"active adapters.*choose one"):
+        ll.load(several, tokenizer=tokenizer)
+    with pytest.raises(ll.errors.ArgumentError, match="no adapter.*a PeftModel alone"):
+        ll.load(models.hf_model("llama"), tokenizer=tokenizer)

@@ -7,10 +7,12 @@ import copy
 import models
 import pytest
 import torch
+from half_precision import errors_in_floors
 from peft import PeftModel
 from real import ADAPTER, DOC, PRE, PROMPT, hugging_face, lens
 
 import lens_lora as ll
+from lens_lora.engine import noise
 from lens_lora.model.build import hooked_model
 
 pytestmark = pytest.mark.real
@@ -83,6 +85,24 @@ def test_both_classes_tell_the_same_story():
     values, others = a.attribution.values, b.attribution.values
     assert (values - others).abs().max() < 1e-3 * values.abs().max()
     assert [s.name for s in a.attribution.sites] == [s.name for s in b.attribution.sites]
+
+
+def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPatch):
+    """Root mean square of error over floor; control: with noise at the embedding alone, too low."""
+    kind, (hf, tokenizer) = list(models.MAKERS)[-1], hugging_face()
+    adapter, half = ll.load_adapter(ADAPTER), copy.deepcopy(hf).to(torch.bfloat16)
+    low = ll.LoraLens(hooked_model(half, tokenizer, kind=kind)[0], adapter)
+    with models.lifted():
+        wide = copy.deepcopy(half).double()
+        high = ll.LoraLens(hooked_model(wide, tokenizer, kind=kind)[0], adapter)
+    texts = [PROMPT, "The Eiffel Tower is in the city of", "Paris is known for"]
+    texts += ["Water boils at a temperature of", "Once upon a time there was a"]
+    readouts = [ll.Logit(word) for word in (" the", " London", PRE)]
+    ratios = errors_in_floors(low, high, texts, readouts)
+    whole = noise.of_stream
+    monkeypatch.setattr(noise, "of_stream", lambda *args, **named: whole(*args, **named)[:1])
+    without = errors_in_floors(low, high, texts, readouts)
+    assert 1 / 3 < ratios.square().mean().sqrt() < 1.25 < without.square().mean().sqrt()
 
 
 def test_bfloat16_keeps_the_story():

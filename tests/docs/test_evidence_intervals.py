@@ -98,32 +98,33 @@ def test_fewer_than_three_tasks_have_no_interval_and_prove_nothing():
     assert found.tie
 
 
+violent = evidence.load("violent")
+
+
 def cases(informative: bool) -> pd.DataFrame:
-    draw = np.random.default_rng(7)
-    broken = np.arange(60) % 3 == 0
+    """Sixty cases, a third of them broken; half of them choose, the others confirm."""
+    draw, place = np.random.default_rng(7), np.arange(60)
+    broken = place % 3 == 0
     signal = draw.uniform(size=60) + (2.0 * broken if informative else 0.0)
-    cluster = [f"task {i % 15}" for i in range(60)]
-    return pd.DataFrame({"cluster": cluster, "signal": signal, "broken": broken})
+    return pd.DataFrame({"confirms": place % 2 == 0, "signal": signal, "broken": broken})
 
 
-def test_a_warning_that_knows_is_right_on_tasks_that_it_has_not_seen():
-    found = of.held_out_warnings(cases(True), "signal", "broken")
-    assert (found.precision, found.recall) == (1.0, 1.0)
-    assert found.broken == found.warned == found.hit == 20
-    assert all(1.0 < threshold < 2.1 for threshold in found.thresholds)
+def test_a_warning_that_knows_is_right_on_cases_that_it_has_not_seen():
+    threshold, chosen, confirmed = violent.confusion(cases(True), "signal")
+    assert 1.0 < threshold < 2.1 and chosen.f1 == 1.0
+    assert confirmed == violent.Counts(hit=10, false=0, missed=0, silent=20)
 
 
 def test_a_warning_that_knows_nothing_is_no_better_than_the_share_of_broken():
-    found = of.held_out_warnings(cases(False), "signal", "broken")
-    assert found.precision < 0.5
+    _, _, confirmed = violent.confusion(cases(False), "signal")
+    assert confirmed.hit < 0.5 * (confirmed.hit + confirmed.false)
 
 
-def test_a_task_does_not_choose_its_own_threshold():
-    """One task is broken at a signal that no other has: chosen with it, it would be caught."""
+def test_what_confirms_does_not_choose_the_threshold():
+    """A case that is broken at a signal where no other is: chosen with it, it would be caught."""
     table = cases(True)
-    table.loc[len(table)] = {"cluster": "odd", "signal": 0.5, "broken": True}
-    found = of.held_out_warnings(table, "signal", "broken")
-    assert found.hit == found.broken - 1
+    table.loc[len(table)] = {"confirms": True, "signal": 0.5, "broken": True}
+    assert violent.confusion(table, "signal")[2].missed == 1
 
 
 def violent_cases() -> pd.DataFrame:
@@ -132,25 +133,17 @@ def violent_cases() -> pd.DataFrame:
     for i in range(16):
         strength = 0.1 * (i + 1) if i < 10 else float(i)
         good = 0.99 if strength <= 1 else 0.5
-        rows.append((f"task {i % 8}", f"a{i}", "m", strength, good, strength, -strength))
-    columns = ["cluster", "adapter", "method", "strength", "agreement", "knows", "misleads"]
+        rows.append((f"task {i % 8}", f"a{i}", "m", strength, good))
+    columns = ["cluster", "adapter", "method", "strength", "agreement"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def test_the_curve_over_strength_falls_where_the_estimate_breaks():
-    points = evidence.load("violent").curve(violent_cases())["m"]
+    points = violent.curve(violent_cases())["m"]
     strengths, means = [at for at, _ in points], [found.mean for _, found in points]
     assert strengths == sorted(strengths)
     assert means[:2] == [0.99, 0.99]
     assert means[3] == 0.5
-
-
-def test_a_signal_that_follows_strength_warns_and_its_opposite_does_not():
-    found = evidence.load("violent").warnings_of(violent_cases(), "m", ["knows", "misleads"])
-    knows, threshold = found["knows"]
-    assert (knows.precision, knows.recall, knows.broken) == (1.0, 1.0, 6)
-    assert 1.0 < threshold < 10
-    assert found["misleads"][0].precision < 0.5
 
 
 def test_the_pareto_front_is_what_nothing_cheaper_beats():

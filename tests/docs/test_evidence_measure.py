@@ -14,8 +14,9 @@ from scipy import stats
 
 import lens_lora as ll
 
-measure, cases, counted, methods = (
-    evidence.load(name) for name in ("measure", "trained_cases", "counted", "methods")
+measure, cases, counted, methods, warned, sections = (
+    evidence.load(name)
+    for name in ("measure", "trained_cases", "counted", "methods", "warned", "sections")
 )
 FACTS = {
     "trained": ["w5 w7 w8", "w9 w10 w11"],
@@ -98,6 +99,34 @@ def test_the_numbers_are_those_of_the_library(folder: Path, found):
         assert value(found["fact"], metric=metric, **of) == pytest.approx(
             float(numbers[0]), rel=1e-3
         )
+
+
+def test_what_warns_is_measured_on_the_first_prompt_of_each_kind(folder: Path, tmp_path: Path):
+    """Rank correlations of the recommended estimates and of KL shares, by the public calls."""
+    case = cases.cases_in(folder / "adapters")[0]
+    (tmp_path / "fact.json").write_text(json.dumps(warned.measure(case)))
+    packed = warned.pack(tmp_path)["fact"]["kinds"]["paraphrase"]
+    assert set(packed["signals"]) >= set(sections.SIGNALS)
+    assert set(packed["kl"]) >= set(sections.KL_SPLITS)
+    lens, readout, prompt = cases.lens_of(case), ll.Margin(" w5", " w9"), FACTS["paraphrase"][0]
+    quiet = {"progress": False}
+    pairs = {
+        how: (
+            ll.first_order(lens, prompt, readout, at=float(how == "leave_one_out")).values,
+            ll.patch_sites(lens, prompt, readout, how, **quiet).values,
+        )
+        for how in ("add_one", "leave_one_out")
+    }
+    pairs["shares"] = (
+        ll.kl_shares(lens, prompt, scales=(), **quiet).attribution.values,
+        ll.path_attribution(lens, prompt, ll.KL(), tol=1e-9, max_nodes=8, **quiet).values,
+    )
+    for key, (estimate, truth) in pairs.items():
+        expected = stats.spearmanr(estimate[0], truth[0]).statistic
+        agreement = {**packed["agreement"], **packed["kl"]}[key]
+        assert agreement == pytest.approx(expected, abs=5e-3), key
+    flags = ll.reliability(lens, prompt, readout, how="leave_one_out", **quiet)
+    assert packed["flags"]["leave_one_out"]["flagged"] == int(flags.flagged.sum())
 
 
 def test_second_order_at_its_own_end_and_many_steps_are_what_they_are_called(folder: Path):

@@ -54,15 +54,6 @@ def one(index: int, base: str) -> dict[str, Any]:
     for method in ("first_order@1", "second_order/leave_one_out@1"):
         add("leave_one_out", "error", method, "trained, first", 0.2)
     passes = {**METHODS, "add_one": 30.0, "leave_one_out": 90.0, "best_subset": 400.0}
-    flags = {"sites": 10, "wrong": 4, "flagged": 2, "hit": 2, "passes": 20.0, "passes_plain": 3.0}
-    errors = {
-        "first_order_at_0": 0.5,
-        "corrected": 0.45,
-        "fixed": 0.4,
-        "plain": 0.1,
-        "equal_cost": 0.05,
-    }
-    flags |= {f"error_{name}": value for name, value in errors.items()}
     names = [name for name in sections.SIGNALS if not name.startswith("sum_off")]
     signals = dict.fromkeys([*names, "sum_at_0", "sum_at_1"], 0.1 * (index + 1))
     return {
@@ -75,14 +66,25 @@ def one(index: int, base: str) -> dict[str, Any]:
         "scores": scores,
         "costs": {name: {"passes": cost, "time": cost} for name, cost in passes.items()},
         "ceilings": {},
-        "flags": [
-            {"question": how, "is_measurement": how == "add_one", **flags}
-            for how in ("add_one", "leave_one_out")
-        ],
         "signals": dict.fromkeys(KINDS, signals),
         "left_out": {},
         "versions": {"lens_lora": "0"},
     }
+
+
+def warned(index: int) -> dict[str, Any]:
+    """A result as warned.py packs it: what is stronger than 8 is broken, and strength knows."""
+    flags = {"wrong": 2, "flagged": index % 2, "hit": index % 2, "screened": 9}
+    errors = {"error": 0.4, "error_fixed": 0.2, "error_corrected": 0.1}
+    agreement = 0.5 if index > 8 else 0.99
+    of = {
+        "signals": {**dict.fromkeys(sections.SIGNALS, 0.5), "strength": float(index)},
+        "agreement": dict.fromkeys(("add_one", "leave_one_out"), agreement),
+        "flags": dict.fromkeys(("add_one", "leave_one_out"), flags | errors),
+        "kl": {"shares": 0.1, "shares, first_order@0.5": 0.2, "shares, first_order@1": 0.4}
+        | dict.fromkeys(("first_order@0.5", "first_order@1", "path/2"), 0.95),
+    }
+    return {"cluster": f"task {index // 2}", "confirms": index % 4 > 1, "kinds": {"trained": of}}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,8 @@ def numbers(tmp_path_factory) -> dict[str, Any]:
     for index in range(8):
         of = one(index, "small")
         (folder / f"{of['name']}.json").write_text(json.dumps(of))
-    return json.loads(json.dumps(results.pack(folder)))
+    held = {f"a{index}": warned(index) for index in range(16)}
+    return json.loads(json.dumps({**results.pack(folder), "warned": held}))
 
 
 def line(text: str, start: str) -> list[str]:
@@ -154,9 +157,25 @@ def test_how_often_a_method_is_ahead_stands_beside_its_mean(numbers):
     assert row.endswith("| tie | 4 of 8 tasks |")
 
 
-def test_flags_that_lose_to_the_plain_answer_are_seen_to_lose(numbers):
-    cells = line(page.flags(results.flags_of(numbers)), "leave one out | small")
-    assert cells[10].startswith("-0.35")
+def test_flags_are_counted_on_the_tasks_that_chose_nothing(numbers):
+    cells = line(page.flags(numbers["warned"]), words.OUT.words)
+    assert cells[1:4] == ["4 of 8", "1.00", "0.25"] and cells[4].startswith("0.40")
+
+
+def test_the_warning_that_knows_stands_first_and_its_confusion_is_that_of_other_tasks(numbers):
+    """The sixteen adapters of the page choose too: none of theirs is broken."""
+    says, table = page.warnings(numbers, results.scores_of(numbers), "large")[:2]
+    assert "Broken: 3 of 40 cases (3 adapters) on the tasks that choose, 4 of 8 cases" in says
+    first = table.splitlines()[2]
+    assert first.startswith("| ‖ΔW‖ / ‖W‖ |") and "3 · 0 · 0 · 37" in first
+    assert first.endswith("| 4 · 0 · 0 · 4 |")
+
+
+def test_what_ranks_a_kl_and_how_its_verdict_fares(numbers):
+    table, says = page.kl_ranks(numbers["warned"])
+    assert line(table, "½ vᵀFv")[1] == "0.10" and line(table, "path, 2 nodes")[1] == "0.95"
+    assert "broken in 8 of 8 cases; their `verdict` says so in 8" in says
+    assert "at ½ is within 0.10" in says and "at 1 within 0.30" in says
 
 
 def test_a_large_number_is_written_without_digits_that_say_nothing():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora.engine import memory
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.function import gated_readout
 from lens_lora.readouts.reading import Reading
@@ -39,7 +40,7 @@ VERBS: dict[str, tuple[Call, Callable[[int], int]]] = {
     "null_test": (quiet(ll.null_test, draws=2), lambda S: 3 + 10 + 2 * 2),
     "patch_sites": (quiet(ll.patch_sites), lambda S: 2 + S + 5),
     "path_attribution": (quiet(ll.path_attribution, max_nodes=4), lambda S: 2 + 10 + 2 + 4),
-    "reliability": (quiet(ll.reliability, how="leave_one_out"), lambda S: 3 + 10 + 1),
+    "reliability": (quiet(ll.reliability, how="leave_one_out"), lambda S: 3 + 10 + S),
     "remainder": (quiet(ll.remainder), lambda S: 5 + 10 + 3),
     "remainder_curve": (quiet(ll.remainder_curve), lambda S: 5 + 10 + 22),
     "second_order": (quiet(ll.second_order), lambda S: 5 + 10 + 22 + 5),
@@ -130,7 +131,7 @@ def test_memory_bounds_the_tangents_of_components_and_first_order(cls: str, monk
     with models.lifted():
         lens = cases.case("llama", cls, "raw").lens
         R, longest = ll.Margin(5, 9), lens.prompts(PROMPTS[1])
-        memory = pass_bytes(lens) + 3 * row_bytes(lens, longest, 2)
+        bytes_of_three = pass_bytes(lens) + 3 * row_bytes(lens, longest, 2)
         calls: dict[str, Call] = {
             "first_order": lambda lens, bound: (
                 ll.first_order(
@@ -147,7 +148,7 @@ def test_memory_bounds_the_tangents_of_components_and_first_order(cls: str, monk
                 lambda module, args, most=most: most.append(len(args[0]))
             )
             whole, bounded = call(lens, None), len(most)
-            few = call(lens, memory)
+            few = call(lens, bytes_of_three)
             handle.remove()
             assert max(most[bounded:]) <= 4 < max(most[:bounded])
             assert torch.allclose(few, whole, rtol=1e-10, equal_nan=True)
@@ -165,6 +166,56 @@ def test_ends_ride_in_passes_that_are_run_anyway(cls: str):
         values = riding.at_gates(half, what="half")
         assert torch.allclose(riding.ends, alone.ends, rtol=1e-12)
         assert torch.allclose(alone.at_gates(half, what="half"), values, rtol=1e-12)
+
+
+def spread(logits: Tensor) -> Tensor:
+    return logits.std(-1) + torch.arange(len(logits)).to(logits)
+
+
+READOUTS = {
+    "margin": ll.Margin(5, 9),
+    "answers of two tokens": ll.Margin([5, 6], [9, 7]),
+    "response": ll.AnswerLogProb(" w5 w9 w3"),
+    "own function": ll.Readout.of(spread),
+    "KL": ll.KL(),
+}
+
+
+@CLASSES
+@pytest.mark.parametrize("name", READOUTS)
+@pytest.mark.parametrize("at", [0.0, 0.37, 1.0])
+def test_the_pass_of_slopes_shows_the_ends(cls: str, name: str, at: float, monkeypatch):
+    """Riding in it, or a pass each but for the one that it is, they are g(0) and g(1) run alone."""
+    if name == "KL" and at == 0:
+        pytest.skip("a divergence has no derivative at the base")
+    with models.lifted():
+        lens = cases.case("llama", cls, "raw").lens
+        ends = ask(lens, PROMPTS, READOUTS[name]).ends
+        found = []
+        for bound in (10**6, 0):
+            monkeypatch.setattr(memory, "_RIDING_TOKENS", bound)
+            with counting(lens, monkeypatch) as counts:
+                found.append(ll.first_order(lens, PROMPTS, READOUTS[name], at=at))
+            if name == "margin":
+                assert counts.rows == len(PROMPTS) * (3 if at == 0.37 else 2)
+        for attribution in found:
+            assert torch.allclose(attribution.base, ends[0], rtol=1e-12, atol=1e-14)
+            assert torch.allclose(attribution.adapted, ends[1], rtol=1e-12)
+        assert torch.allclose(found[0].values, found[1].values, rtol=1e-10, atol=1e-14)
+
+
+@CLASSES
+def test_several_readouts_share_the_passes_of_their_ends(cls: str, monkeypatch):
+    with models.lifted():
+        lens, readouts = cases.case("llama", cls, "raw").lens, [ll.Margin(5, 9), ll.Logit(3)]
+        for at, passes in ((0.0, 2), (1.0, 2), (0.37, 3)):
+            with counting(lens, monkeypatch) as counts:
+                several = ll.first_order(lens, PROMPTS, readouts, at=at, progress=False)
+            assert counts.rows == passes * len(PROMPTS)
+            for attribution, readout in zip(several, readouts, strict=True):
+                base, adapted = ask(lens, PROMPTS, readout).ends
+                assert torch.allclose(attribution.base, base, rtol=1e-12)
+                assert torch.allclose(attribution.adapted, adapted, rtol=1e-12)
 
 
 @CLASSES

@@ -100,7 +100,7 @@ def test_prompts_go_in_groups_that_fit(cls: str):
     row = memory._need(lens, prompts)
     with models.lifted():
         for name in ("first_order", "patch_sites", "path_attribution", "kl_shares"):
-            few = CALLS[name](lens.within(1.01 * row.of_graph), prompts)
+            few = CALLS[name](lens.within(1.03 * row.of_graph), prompts)
             every = CALLS[name](lens, prompts)
             if name == "patch_sites":  # their floors are of rounding itself
                 few, every = few.values, every.values
@@ -126,8 +126,8 @@ def test_a_users_hooks_fire_again_and_their_derivatives_count(cls: str, runs_aga
             torch.manual_seed(0)
             found.append(ll.first_order(one, tokens, MARGIN))
     assert off(found[1], found[0]) < 1e-12 and runs_again
-    passes = 2  # one with a graph, and one for both ends
-    assert len(kept) == 2 * passes + 1
+    # Both ends ride in the pass with a graph, which the second call runs twice.
+    assert len(kept) == 2 + 1
 
 
 @CLASSES

@@ -124,10 +124,8 @@ def test_fast_leaves_the_slow_parts_out_and_says_so():
         )
     assert found.is_fast and found.comparisons == () and found.null is None
     assert "Not measured: single modules added or left out, keep and drop curves" in found.story()
-    assert set(found.figures()) == {
-        *("path", "remainder", "second_order", "sites", "positions"),
-        "reliability/leave_one_out",
-    }
+    assert found.reliability == {} and "flags" not in found.story()
+    assert set(found.figures()) == {"path", "remainder", "second_order", "sites", "positions"}
     assert "add_one" not in found.to_frame().columns
     own = without_plotly(found.report())
     assert "First order against measurements" not in own and "Coupling between" not in own
@@ -208,9 +206,11 @@ def test_story_says_which_question_first_order_answers():
     assert "correlation of 1.000 (of ranks 1.000, slope 1.00)" in adding
     assert adding.rstrip().endswith(": a good guide here.")
     assert ": not a good guide here; and with first order at ε = 1" in leaving
+    adding, leaving_out = "adding one module (at ε = 0)", "leaving one module out (at ε = 1)"
+    assert f"flags 0 as the answer to {adding} and 0 as the answer to {leaving_out}" in leaving
     names = "blocks.2.mlp.down, blocks.2.mlp.up, blocks.0.attn.q"
-    adding, leaving_out = "adding one module (by running it)", f"3 ({names}) as"
-    assert f"flags 0 as the answer to {adding} and {leaving_out}" in leaving
+    flagged = by_hand(end=FIRST).story()
+    assert f"{adding} and 3 ({names}) as the answer to {leaving_out}" in flagged
     wrong_size = by_hand(add=[0.5 * a for a in FIRST]).story()
     assert "slope 0.50): right in order, not in size. Leaving" in wrong_size
 
@@ -258,9 +258,12 @@ def test_terminal_tables_hold_every_number_and_no_markup():
     console = Console(width=110, record=True, file=io.StringIO())
     console.print(explanation_tables(by_hand(said=("[red]", " Lyon"))))
     text = console.export_text()
+    console.print(explanation_tables(by_hand(end=FIRST)))
+    flagged = console.export_text()
     assert "[red]" in text
     assert re.search(r"blocks.0.mlp.down +\+2.00 +\+2.00 +\+3.00 +\+3.00 +\+2.00", text)
-    assert re.search(r"blocks.2.mlp.down .* leaving out", text)
+    assert "leaving out" not in re.search(r"blocks.2.mlp.down .*", text)[0]
+    assert re.search(r"blocks.2.mlp.down .* leaving out", flagged)
     assert re.search(r"first order at ε = 1 +leaving one out at a time +0.999 +1.000", text)
     assert re.search(r"of modules together, .* \+4.00 +50%", text)
     assert re.search(r"ranking +top 25% keeps", text) and re.search(r"random +20% ", text)

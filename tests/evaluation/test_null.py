@@ -74,6 +74,27 @@ def test_without_its_parts_a_fused_module_loses_their_sizes():
     assert off.abs().max() > 1e-2
 
 
+def test_a_file_with_another_base_weight_is_refused(cls: str):
+    """W₀ − W is a part of the adapter's change, and a draw from its factors lacks it."""
+    base, model = hooked("llama", cls, "raw")
+    adapter = ll.Adapter.from_peft(models.peft_model("llama", base))
+    key = next(key for key in adapter.modules if key.endswith("o_proj"))
+    W = base.get_submodule(key).weight.detach()
+    for stored in (W, 1.1 * W):
+        factors = dataclasses.replace(adapter.modules[key], base_weight=stored)
+        lens = ll.LoraLens(model, ll.Adapter.from_factors({key: factors}))
+        if stored is W:
+            assert null_test(lens, models.tokens(), MARGIN, draws=2, progress=False).draws == 2
+            continue
+        for call in (
+            lambda lens=lens: null_test(lens, models.tokens(), MARGIN, draws=2),
+            lambda lens=lens: ll.what_changed(lens, models.tokens(), nulls=1),
+        ):
+            with pytest.raises(ll.errors.UnsupportedAdapterError, match="holds another weight"):
+                call()
+        assert not ll.what_changed(lens, models.tokens(), nulls=0, progress=False).nulls
+
+
 def test_null_keeps_the_length_of_a_bias_and_the_strength():
     """Δb = s·strength·lora_bias: the same length, another direction."""
     adapter = bias_adapter()
@@ -119,7 +140,11 @@ def test_the_draws_of_a_seed_are_the_same_everywhere():
         one = ll.first_order(lens.with_adapter(null), tokens, MARGIN)
         assert torch.allclose(test.null[draw], one.values, atol=1e-12)
         alone = ll.what_changed(
-            lens.with_adapter(null), tokens, nulls=0, split=False, progress=False
+            lens.with_adapter(null.scaled(audit.nulls[draw].scale)),
+            tokens,
+            nulls=0,
+            split=False,
+            progress=False,
         )
         assert torch.allclose(audit.nulls[draw].logit, alone.found.logit, atol=1e-6)
 
@@ -281,6 +306,7 @@ def by_hand() -> NullTest:
         found.observed,
         values=torch.tensor([[3.0, 1.0]]).double(),
         sites=found.observed.sites[:2],
+        heads=found.observed.heads[:2],
         base=torch.tensor([0.0]).double(),
         adapted=torch.tensor([-8.0]).double(),
     )

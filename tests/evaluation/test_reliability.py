@@ -16,7 +16,6 @@ from two_scalars import scalar_lens
 
 import lens_lora as ll
 from lens_lora.analyses.patching import How
-from lens_lora.engine.function import gated_readout
 from lens_lora.engine.second_order import hessian_product
 from lens_lora.evaluation import reliability as module
 from lens_lora.evaluation.reliability import Reliability, reliability, score_of
@@ -25,6 +24,7 @@ from lens_lora.results.effects import Effects
 
 MARGIN = ll.Margin(5, 9)
 QUESTIONS: tuple[How, ...] = ("add_one", "leave_one_out")
+END = {"add_one": 0.0, "leave_one_out": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -55,55 +55,44 @@ def ask(lens: ll.LoraLens, how: How, tokens: torch.Tensor, **options) -> Reliabi
 @pytest.mark.parametrize("how", QUESTIONS)
 @pytest.mark.parametrize("cls", models.MAKERS)
 def test_flags_and_fixes_against_interventions(how: How, cls: str):
-    """At full strength, of random directions: the fixed numbers are the interventions' own."""
+    """At full strength, of random directions: what was screened is the interventions' own."""
     lens, tokens = lens_at(1.0, cls), models.tokens()
     truth = effects(lens, tokens, MARGIN, how)
     found = ask(lens, how, tokens, fix=True, floor=0.0)
     a = found.attribution.values
-    assert torch.equal(a, ll.first_order(lens, tokens, MARGIN).values)
+    assert torch.equal(a, ll.first_order(lens, tokens, MARGIN, at=END[how]).values)
     assert found.flagged.any() and not found.flagged.all()
+    assert (found.corrected - truth).abs().max() < 1e-10
     expected = torch.where(found.flagged, truth, a)
     assert found.fixed is not None and (found.fixed - expected).abs().max() < 1e-10
     table = found.against(truth)
     assert table.loc["all", "error_fixed"] < 0.8 * table.loc["all", "error"]
-    assert table.loc["all", "recall"] > 0.6 and table.loc["all", "precision"] > 0.6
-    assert 1 - table.loc["all", "precision"] < (1 - table.loc["all", "base_rate"]) / 2
-    assert found.passes["fix"] == (0 if how == "add_one" else int(found.flagged.any(0).sum()))
-    if how == "add_one":
-        assert (found.corrected - truth).abs().max() < 1e-10
-        assert table.loc["all", ["precision", "recall"]].tolist() == [1.0, 1.0]
+    assert table.loc["all", ["precision", "recall"]].tolist() == [1.0, 1.0]
+    assert found.passes == {"first order": 2, "screen": int(found.screened.any(0).sum())}
 
 
 @pytest.mark.parametrize("how", QUESTIONS)
 def test_correction_starts_with_the_taylor_terms(how: How):
-    """As the adapter shrinks by t: ½H_ll t² to add one; to leave one out (H·1)_l t², its ½H_ll
-    left out as documented; in both, what the correction misses of the truth is t³ and −½H_ll t²."""
+    """As the adapter shrinks by t: ½H_ll t² to add one, −½H_ll t² to leave one out."""
     lens = lens_at(1.0, list(models.MAKERS)[-1])
     tokens, count = models.tokens(), len(lens.sites)
     reading = MARGIN.over(lens.model, lens.prompts(tokens))
     zero = torch.zeros(count, dtype=torch.float64)
     eye = torch.eye(count, dtype=torch.float64)
     H = torch.stack([hessian_product(lens, reading, zero, e) for e in eye], 2)
-    half = H.diagonal(dim1=1, dim2=2) / 2
-    rows = H.sum(2)
+    law = H.diagonal(dim1=1, dim2=2) / 2 * (1 - 2 * END[how])
     t = 1e-3
-    small = lens.with_adapter(lens.adapter.scaled(t))
-    found = ask(small, how, tokens, floor=0.0)
-    expected = half if how == "add_one" else rows
+    found = ask(lens.with_adapter(lens.adapter.scaled(t)), how, tokens, floor=0.0)
     screened = found.screened
     assert screened.double().mean() > 0.7
-    off = (found.correction / t**2 - expected)[screened].abs().max()
-    assert off < 30 * t * expected.abs().max()
-    missed = effects(small, tokens, MARGIN, how) - found.attribution.values
-    law = half if how == "add_one" else rows - half
-    assert (missed / t**2 - law).abs().max() < 30 * t * law.abs().max()
-    wrong = rows + half if how == "leave_one_out" else 2 * half
-    assert (missed / t**2 - wrong).abs().max() > 0.05 * law.abs().max()
+    off = (found.correction / t**2 - law)[screened].abs().max()
+    assert off < 30 * t * law.abs().max()
+    assert (found.correction / t**2 + law)[screened].abs().max() > law.abs().max()
 
 
 def test_by_hand():
-    """y = (2 + 5ε₂)(1 + ε₁/2)²·9: a = (18, 45). Alone they do 22.5 and 45; left out, 78.75 and
-    101.25, of which first order at the other end says 94.5 and 101.25."""
+    """y = (2 + 5ε₂)(1 + ε₁/2)²·9: a = (18, 45) at 0, and alone they do 22.5 and 45; at 1 a is
+    (94.5, 101.25), and left out they do 78.75 and 101.25."""
     lens, x = scalar_lens(torch.square), torch.tensor([[3]])
     add = reliability(lens, x, ll.Logit(0), how="add_one", threshold=0.9, fix=True)
     assert add.attribution.values.tolist() == [[18.0, 45.0]]
@@ -111,46 +100,57 @@ def test_by_hand():
     assert add.score[0].tolist() == pytest.approx([18 / 22.5, 1.0])
     assert add.flagged.tolist() == [[True, False]] and add.flagged_sites() == ("site1",)
     assert add.fixed is not None and add.fixed[0].tolist() == pytest.approx([22.5, 45.0])
-    out = reliability(lens, x, ll.Logit(0), how="leave_one_out", fix=True)
-    assert out.correction[0].tolist() == pytest.approx([76.5, 56.25])
-    assert out.score[0].tolist() == pytest.approx([18 / 94.5, 45 / 101.25])
-    assert out.flagged_sites() == ("site1", "site2")
+    out = reliability(lens, x, ll.Logit(0), how="leave_one_out", threshold=0.9, fix=True)
+    assert out.attribution.key == "first_order@1"
+    assert out.attribution.values[0].tolist() == pytest.approx([94.5, 101.25])
+    assert out.correction[0].tolist() == pytest.approx([-15.75, 0.0])
+    assert out.score[0].tolist() == pytest.approx([78.75 / 94.5, 1.0])
+    assert out.flagged_sites() == ("site1",)
     assert out.fixed is not None and out.fixed[0].tolist() == pytest.approx([78.75, 101.25])
     table = out.against(torch.tensor([[78.75, 101.25]]))
-    assert table.loc["all", "error"] == pytest.approx((60.75 + 56.25) / 180)
+    assert table.loc["all", "error"] == pytest.approx(15.75 / 180)
     assert table.loc["all", "error_fixed"] == pytest.approx(0.0)
-    expected = (78.75 - 94.5 + 0) / 180
-    assert table.loc["all", "error_corrected"] == pytest.approx(-expected)
-    assert "2 of 2 sites flagged" in repr(out) and out.passes["fix"] == 2
+    assert "1 of 2 sites flagged" in repr(out)
 
 
-def test_a_linear_model_has_nothing_to_flag():
-    """φ = id: adding one is first order exactly, whatever the threshold; leaving out is not."""
+@pytest.mark.parametrize("how", QUESTIONS)
+def test_a_linear_model_has_nothing_to_flag(how: How):
+    """φ = id: each effect is first order at its own end exactly, whatever the threshold."""
     lens, x = scalar_lens(lambda y: y), torch.tensor([[3]])
-    add = reliability(lens, x, ll.Logit(0), threshold=0.999, floor=0.0)
-    assert not add.flagged.any() and (add.score == 1).all()
-    assert reliability(lens, x, ll.Logit(0), how="leave_one_out", threshold=0.999).flagged.all()
+    found = reliability(lens, x, ll.Logit(0), how=how, threshold=0.999, floor=0.0)
+    assert not found.flagged.any() and found.score[0].tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_what_is_not_material_is_not_flagged_nor_run():
-    """add_one measures the sites above the floor alone; the rest has no score."""
+def test_a_kl_has_an_answer_at_one_end_only():
+    """Leaving one out of a divergence is judged at ε = 1; at 0 its slope is zero, and refused."""
     lens, tokens = lens_at(1.0, list(models.MAKERS)[-1]), models.tokens()
-    found = ask(lens, "add_one", tokens, floor=0.08)
+    found = reliability(lens, tokens, ll.KL(), how="leave_one_out", floor=0.0, progress=False)
+    truth = ll.patch_sites(lens, tokens, ll.KL(), how="leave_one_out", progress=False)
+    assert (found.corrected - truth.values).abs().max() < 1e-12
+    with pytest.raises(ll.errors.ArgumentError, match="derivative there is zero"):
+        reliability(lens, tokens, ll.KL(), progress=False)
+
+
+@pytest.mark.parametrize("how", QUESTIONS)
+def test_what_is_not_material_is_not_flagged_nor_run(how: How):
+    """The sites above the floor alone are measured; the rest has no score."""
+    lens, tokens = lens_at(1.0, list(models.MAKERS)[-1]), models.tokens()
+    found = ask(lens, how, tokens, floor=0.08)
     a = found.attribution.values.abs()
     above = (a > 0.08 * a.sum(1, keepdim=True)).any(0)
     assert 0 < above.sum() < len(lens.sites) and found.passes["screen"] == int(above.sum())
     assert torch.equal(found.screened, above.expand_as(a))
     assert found.score[:, ~above].isnan().all() and not found.flagged[:, ~above].any()
     assert torch.equal(found.corrected[:, ~above], found.attribution.values[:, ~above])
-    large, small = (ask(lens, "leave_one_out", tokens, floor=f).flagged.sum() for f in (0.0, 0.3))
+    large, small = (ask(lens, how, tokens, floor=f).flagged.sum() for f in (0.0, 0.3))
     assert large > small
 
 
 @pytest.mark.parametrize("how", QUESTIONS)
 def test_an_adapter_of_nothing(how: How):
-    """B = 0: no site is flagged, and fix runs nothing."""
+    """B = 0: no site is flagged, and none is run."""
     found = ask(lens_at(0.0, list(models.MAKERS)[-1]), how, models.tokens(), fix=True)
-    assert not found.flagged.any() and found.passes["fix"] == 0
+    assert not found.flagged.any() and found.passes["screen"] == 0
     assert found.fixed is not None and (found.fixed == 0).all()
 
 
@@ -218,14 +218,16 @@ def test_against_counts_by_hand():
         found.against(truth[:, 1:])
 
 
-def test_the_screen_at_the_wrong_end_is_seen_to_fail(monkeypatch):
-    """Negative control: first order at 0 for that at 1 finds no wrong site at all."""
+@pytest.mark.parametrize("how", QUESTIONS)
+def test_first_order_at_the_wrong_end_is_seen_to_be_wrong(how: How, monkeypatch):
+    """Negative control: the other end's numbers are flagged far more often, and rightly."""
     lens, tokens = lens_at(1.0, list(models.MAKERS)[-1]), models.tokens()
-    truth = effects(lens, tokens, MARGIN, "leave_one_out")
-    true = module.site_slopes
-    monkeypatch.setattr(module, "site_slopes", lambda ln, r, gates: true(ln, r, 0 * gates))
-    table = ask(lens, "leave_one_out", tokens).against(truth)
-    assert table.loc["all", "wrong"] > 3 and table.loc["all", "recall"] == 0
+    truth = effects(lens, tokens, MARGIN, how)
+    right = ask(lens, how, tokens, floor=0.0).against(truth).loc["all"]
+    true = module.first_order_of
+    monkeypatch.setattr(module, "first_order_of", lambda asked, at: true(asked, at=1 - at))
+    wrong = ask(lens, how, tokens, floor=0.0).against(truth).loc["all"]
+    assert wrong["error"] > 1.5 * right["error"] and wrong["flagged"] > 1.5 * right["flagged"]
 
 
 def test_score():
@@ -271,18 +273,16 @@ def test_table_and_figure():
 
 
 @pytest.mark.real
-def test_the_lyon_adapter():
-    """To leave one out, flags are the wrong sites; to add one, there is nothing to flag."""
+@pytest.mark.parametrize("how", QUESTIONS)
+def test_the_lyon_adapter(how: How):
+    """First order at a question's own end is right there, so nothing is flagged."""
     from real import DOC, PRE
     from real import lens as real
 
     lens, prompt = real(list(models.MAKERS)[-1]), "The Eiffel Tower is in"
-    margin, one = ll.Margin(DOC, PRE), torch.eye(len(lens.sites))
-    assert not reliability(lens, prompt, margin, progress=False).flagged.any()
-    found = reliability(lens, prompt, margin, how="leave_one_out", progress=False)
-    reading = margin.over(lens.model, lens.prompts(prompt))
-    truth = found.attribution.adapted - gated_readout(lens, reading, 1 - one, progress=False)
+    margin = ll.Margin(DOC, PRE)
+    found = reliability(lens, prompt, margin, how=how, progress=False)
+    assert not found.flagged.any()
+    truth = ll.patch_sites(lens, prompt, margin, how=how, progress=False)
     table = found.against(truth).loc["all"]
-    assert 0.15 < table["base_rate"] < 0.35
-    assert table["precision"] > 0.9 and table["recall"] > 0.95
-    assert table["error_corrected"] < 0.1 * table["error"]
+    assert table["wrong"] == 0 and table["error_corrected"] < table["error"] < 0.05

@@ -304,7 +304,7 @@ def test_interrupted_command_is_one_line_and_130(files, tmp_path, monkeypatch, c
     result = call(command, files, tmp_path, "--quiet")
     assert result.exit_code == 130 and len(result.stderr.splitlines()) == 1, result.output
     assert result.stderr.startswith("Interrupted.")
-    said = {"sweep": "run the same command again to resume", "explain": "No prompt was finished"}
+    said = dict.fromkeys(("sweep", "explain"), "No prompt was finished")
     assert said.get(command, "") in result.stderr
 
 

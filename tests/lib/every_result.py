@@ -49,6 +49,7 @@ def rank_activations() -> ll.results.Activations:
     return ll.results.Activations(
         values=values, sites=SITES[:2], ranks=(2, 1), gauge="svd", at="ε = 1", meta=META,
         sinks=torch.tensor([[True, False, False]] * 2), starts=torch.tensor([2, 2]),
+        beginnings=torch.tensor([[1, 2, 3], [4, 5, 0]]),
         str_tokens=((" a", " b", " c"), (" d", " e")),
     )  # fmt: skip
 
@@ -64,7 +65,7 @@ def activation_shift() -> ll.results.ActivationShift:
         values=dict.fromkeys(names, values), base_norms=dict.fromkeys(names, values.norm(dim=-1)),
         first=dict.fromkeys(names, values[:, 0]), sinks=sinks, counted=counted,
         readings={names[0]: torch.tensor([0.5, -1.0])}, strings=("a", "<b>"), at="ε = 1",
-        distinct=~values[..., 0].isnan(), str_tokens=((" a", " b", " c"), (" d", " e")), meta=META,
+        distinct=counted, str_tokens=((" a", " b", " c"), (" d", " e")), meta=META,
     )  # fmt: skip
 
 
@@ -79,12 +80,12 @@ def constant_part() -> ll.results.ConstantPart:
     )  # fmt: skip
 
 
-def changes(name: str, size: float) -> ll.results.Changes:
+def changes(name: str, size: float, scale: float = 1.0) -> ll.results.Changes:
     """Two texts; a vocabulary of three tokens, one of which would be markup."""
     vocab, point = torch.tensor([size, -size, size / 2]), "blocks.2.hook_resid_post"
     return ll.results.Changes(
         name=name, kl=torch.tensor([[4.0, size, 2 * size], [4.0, size, math.nan]]), logit=vocab,
-        probability=vocab / 10, readings={point: vocab}, early_size={point: size},
+        scale=scale, probability=vocab / 10, readings={point: vocab}, early_size={point: size},
         writers={"blocks.2.hook_mlp_out": 0.75, "rest": 0.25}, constant={point: 0.5},
         places=torch.tensor([[0, 2], [1, 1]]), place_ids=torch.tensor([[0, 2], [2, 0]]),
         place_changes=torch.tensor([[0.5, 0.25], [0.5, 0.25]]),
@@ -93,7 +94,7 @@ def changes(name: str, size: float) -> ll.results.Changes:
 
 def what_changed(*, alone: bool = False) -> ll.results.WhatChanged:
     return ll.results.WhatChanged(
-        found=changes("lyon", 1.0), nulls=() if alone else (changes("null", 0.1),),
+        found=changes("lyon", 1.0), nulls=() if alone else (changes("null", 0.1, 30.0),),
         unrelated=() if alone else (changes("other", 0.5),), sites=SITES,
         shares=torch.zeros(4) if alone else torch.tensor([0.5, 0.3, -0.1, 0.2]),
         strings=("<b>x</b>", " b", "a\nb"), str_tokens=((" a", " b", " c"), (" d", " e")),
@@ -164,7 +165,8 @@ def response_explanation(
 
 def kl_shares() -> ll.results.KLShares:
     scales = torch.tensor([0.1, 1.0])
-    return ll.results.KLShares(two_prompts(), scales, torch.tensor([[0.01, 1.0], [0.02, 3.0]]))
+    divergence, midpoint = torch.tensor([[0.01, 1.0], [0.02, 3.0]]), two_prompts().per_site
+    return ll.results.KLShares(two_prompts(), scales, divergence, midpoint)
 
 
 def adapter_comparison() -> ll.results.AdapterComparison:

@@ -46,9 +46,12 @@ def by_hand(
             values=torch.tensor([values]), groups=each, how=how, **ends, **labels
         )
 
+    adapted_end = dataclasses.replace(plain, values=torch.tensor([list(end)]), at=1.0)
+
     def flags(of, effect):
-        correction = torch.tensor([effect]) - plain.values
-        return ll.results.Reliability(plain, correction, None, of, 0.5, torch.tensor([0.01]), {})
+        first = adapted_end if of == "leave_one_out" else plain
+        correction = torch.tensor([effect]) - first.values
+        return ll.results.Reliability(first, correction, None, of, 0.5, torch.tensor([0.01]), {})
 
     shift = ll.results.LogitShift(torch.tensor([[3.0, -1.0, -2.0]]), (), (0, 1, 2), strings, meta)
     module = dataclasses.replace(shift, values=torch.ones(1, 1, 3), sites=sites[1:2])
@@ -74,7 +77,7 @@ def by_hand(
         plain, torch.full((9, 1, 4), 0.1) * torch.arange(1, 10)[:, None, None], torch.full((9, 1),
         0.5), 0, floor,
     )  # fmt: skip
-    asked = {"leave_one_out": leave} if fast else {"add_one": add, "leave_one_out": leave}
+    asked = {} if fast else {"add_one": add, "leave_one_out": leave}
     return ll.results.Explanation(
         prompt=tuple(tokens),
         margin=margin,
@@ -82,7 +85,7 @@ def by_hand(
         probabilities=torch.tensor([[0.1, 0.75, 0.15], [0.9, 0.05, 0.05]]),
         shift=shift,
         module_shift=module,
-        adapted_end=dataclasses.replace(plain, values=torch.tensor([list(end)]), at=1.0),
+        adapted_end=adapted_end,
         second_order=SecondOrder(
             plain, torch.tensor([[0.5, 0.5, 0.25, 0.25]]), None, margin.curve, floor
         ),

@@ -5,15 +5,17 @@ A work runs one call and gives its numbers by name, with the σ that the result 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import models
 import torch
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora.engine.asked import ask
 
-__all__ = ["ALONE", "STATED", "Asked", "Compared", "Found", "compared"]
+__all__ = ["ALONE", "STATED", "Asked", "Compared", "Found", "compared", "errors_in_floors"]
 
 QUIET: dict[str, Any] = {"progress": False}
 NAN = float("nan")
@@ -218,6 +220,21 @@ def compared(low: Found, high: Found) -> Compared:
     among = [_spearman(a[some], b[some]) for (a, b), some in zip(rows, clear, strict=True)]
     share = float(torch.stack(clear).double().mean())
     return Compared(error / size, spearman, error / _rms(floor), share, _mean(among), low.says)
+
+
+def errors_in_floors(
+    low: ll.LoraLens, high: ll.LoraLens, prompts: Any, readouts: Iterable[ll.Readout]
+) -> Tensor:
+    """[readout × prompt], how far a shift in half precision is off float64's, in noise floors."""
+    ratios: list[Tensor] = []
+    for readout in readouts:
+        asked = ask(low, prompts, readout)
+        floor = asked.noise_floor.double()
+        with models.lifted():
+            base, adapted = ask(high, prompts, readout).ends
+        error = asked.ends[1].double() - asked.ends[0].double() - (adapted - base)
+        ratios.append(error.abs() / floor)
+    return torch.cat(ratios)
 
 
 def _rms(values: Tensor) -> float:

@@ -19,7 +19,7 @@ from torch._C import _len_torch_function_stack
 from torch.nn.attention import _cur_sdpa_kernel_backends
 
 import lens_lora
-from lens_lora.model.hooks import ONE_IN_A_PROCESS, is_held, lock_of
+from lens_lora.model.hooks import ONE_IN_A_PROCESS, call_under_way, is_held, lock_of
 
 PACKAGE = str(Path(lens_lora.__file__).parent)
 Call = Callable[[], object]
@@ -126,5 +126,6 @@ def held(model: Any) -> dict[str, Any]:
         "dual level": fwad._current_level,
         "attention kernels": _cur_sdpa_kernel_backends(),
         "warnings": list(warnings.filters),
+        "public call": call_under_way(),
         "locks": (is_held(lock_of(model)), is_held(ONE_IN_A_PROCESS)),
     }

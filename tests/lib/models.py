@@ -12,6 +12,7 @@ import importlib
 import logging
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -145,7 +146,12 @@ def seeded(seed: int) -> torch.Generator:
 def hf_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A tiny Hugging Face model with every parameter random and none at its initial value."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]().eval().to(dtype)
+    return randomised(FAMILIES[family](), seed, dtype)
+
+
+def randomised(model: PreTrainedModel, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    """The model itself, in evaluation mode, with every parameter drawn anew."""
+    model = model.eval().to(dtype)
     model.set_attn_implementation("eager")
     generator = seeded(seed + 1)
     with torch.no_grad():
@@ -165,13 +171,20 @@ def peft_model(
     peft = get_peft_model(
         copy.deepcopy(base), LoraConfig(target_modules=targets or LINEARS[family], **config)
     ).eval()
+    return with_random_factors(peft, base, seed)
+
+
+def with_random_factors(
+    peft: PeftModel, base: PreTrainedModel, seed: int = 0, size: float = 0.3
+) -> PeftModel:
+    """The PeftModel itself, its factors random and in the base's dtype."""
     generator = seeded(seed + 2)
     with torch.no_grad():
         for name, p in peft.named_parameters():
             if "lora_" in name:
                 p.data = p.data.to(base.dtype)
                 noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                p.copy_(0.3 * noise.to(p.dtype))
+                p.copy_(size * noise.to(p.dtype))
     return peft
 
 
@@ -252,6 +265,16 @@ NEEDS_HOOKED_TRANSFORMER = pytest.mark.skipif(
 )
 NEEDS_BRIDGE = pytest.mark.skipif(
     not has_bridge(), reason="transformer-lens 2 has no TransformerBridge"
+)
+
+
+def is_newest() -> bool:
+    return version("transformer-lens") >= "4"
+
+
+NEEDS_NEWEST = pytest.mark.skipif(
+    not is_newest(),
+    reason="architectures are measured on the newest transformer-lens",
 )
 RAW = {
     "fold_ln": False,

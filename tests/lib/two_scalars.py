@@ -56,7 +56,7 @@ class _ToLogits(nn.Module):
 
 
 class _TwoScalarsHost(Host):
-    """What the engine asks of it; its weights are never read."""
+    """What the engine asks of it; of its weights, one size for both."""
 
     class_name, pass_overhead, embedding_output = "TwoScalars", 0.0, "embed"
 
@@ -69,10 +69,13 @@ class _TwoScalarsHost(Host):
     def state(self) -> tuple[()]:
         return ()
 
+    def weight(self, layer: int, kind: str) -> Tensor:
+        return torch.ones(1, 1)
+
     def _not_asked(self, *args: object) -> NoReturn:
         raise NotImplementedError
 
-    ports = norm_ports = embedding_scale = weight = bias = norm_parameters = _not_asked
+    ports = norm_ports = embedding_scale = bias = norm_parameters = _not_asked
     is_folded = is_tied = needs_base = run_cached = _not_asked
 
 

@@ -11,6 +11,7 @@ import torch
 
 import lens_lora as ll
 from lens_lora.analyses.first_order import first_order
+from lens_lora.engine import memory
 from lens_lora.engine.function import gated_logits
 from lens_lora.engine.reverse import site_slopes
 from lens_lora.model import rules as frozen
@@ -126,8 +127,9 @@ def test_the_last_parallel_block_is_linear_once_frozen(cls: str):
 
 
 @CLASSES
-def test_without_rules_nothing_changes(cls: str):
+def test_without_rules_nothing_changes(cls: str, monkeypatch):
     """Bit for bit, also after a call with rules; and no hook stays on the model."""
+    monkeypatch.setattr(memory, "_RIDING_TOKENS", 0)  # rows of the ends would change the rounding
     lens = cases.case("gpt2", cls, "raw").lens
     reading = MARGIN.over(lens.model, lens.prompts(TEXTS))
     expected = site_slopes(lens, reading, lens.gates(0.0))

@@ -154,8 +154,9 @@ def test_it_ends_where_peft_ends(cls: str):
 
 def test_the_model_s_own_end_is_the_default():
     """generation_config, then config, then the tokenizer; each may hold several ids."""
-    model, base = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=7)), SimpleNamespace()
-    assert end_tokens(model, base, None) == {7}
+    cfg, base = SimpleNamespace(d_vocab=models.VOCAB), SimpleNamespace()
+    model = SimpleNamespace(tokenizer=models.tokenizer(), cfg=cfg)
+    assert end_tokens(model, base, None) == {1}
     base.config = SimpleNamespace(eos_token_id=8)
     assert end_tokens(model, base, None) == {8}
     base.generation_config = SimpleNamespace(eos_token_id=[9, 10])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +115,36 @@ def test_every_use_of_the_lens_sees_it(made: SimpleNamespace, use: Callable[...,
     with pytest.raises(ll.errors.ModelStateError, match="was edited in place"):
         use(made.lens)
     assert not any(point._forward_hooks for point in made.model.hook_dict.values())
+
+
+@dataclasses.dataclass
+class Held:
+    lens: ll.LoraLens
+
+
+COPIES: dict[str, Callable[[ll.LoraLens], object]] = {
+    "pickle": pickle.dumps,
+    "torch.save": lambda lens: torch.save(lens, io.BytesIO()),
+    "deepcopy": copy.deepcopy,
+    "of a list": lambda lens: copy.deepcopy([lens]),
+    "of a dataclass": lambda lens: dataclasses.asdict(Held(lens)),
+    "of one with a bound": lambda lens: copy.deepcopy(lens.within(1e9)),
+}
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+def test_a_copy_over_other_tensors_is_refused(made: SimpleNamespace, make: Callable[..., object]):
+    with pytest.raises(ll.errors.ArgumentError, match=r"pickled or deep-copied.*LoraLens\(copy"):
+        make(made.lens)
+
+
+def test_what_the_refusal_advises(made: SimpleNamespace):
+    expected, shallow = made.lens.logits(TOKENS), copy.copy(made.lens)
+    assert shallow.model is made.lens.model and torch.equal(shallow.logits(TOKENS), expected)
+    again = ll.LoraLens(copy.deepcopy(made.lens.model), made.lens.adapter)
+    assert torch.equal(again.logits(TOKENS), expected)
+    adapter = pickle.loads(pickle.dumps(made.lens.adapter))
+    assert torch.equal(made.lens.with_adapter(adapter).logits(TOKENS), expected)
 
 
 def test_another_dtype_or_module(made: SimpleNamespace):

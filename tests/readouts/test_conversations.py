@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import json
 
 import cases
 import chats
 import models
+import numpy as np
 import pytest
 import torch
 from chats import ASK, ASK_IDS, LONGER, LONGER_IDS
 from real import hugging_face, lens
 
 import lens_lora as ll
+from lens_lora import arguments
 from lens_lora.readouts.prompts import prepare
 
 
@@ -193,14 +197,15 @@ def test_a_second_bos_is_seen(model):
         case.model.tokenizer.chat_template = kept
 
 
+ADDED, HINT = "BOS added by TransformerLens", "prepend_bos=False adds none"
 REPRS = [
-    ("w5 w6", "Prompts(1 of 3 tokens; text, BOS added)"),
+    ("w5 w6", f"Prompts(1 of 3 tokens; text, {ADDED}; {HINT})"),
     ("<bos> w5 w6", "Prompts(1 of 3 tokens; text with its own BOS)"),
     (ASK, "Prompts(1 of 6 tokens; chat template)"),
     (torch.tensor([[5, 6]]), "Prompts(1 of 2 tokens; ids)"),
     (
         ["<bos> w5", "w5 w6 w7", "<bos> w6"],
-        "Prompts(3 of 2 to 4 tokens; text with its own BOS (0, 2); text, BOS added (1))",
+        f"Prompts(3 of 2 to 4 tokens; text with its own BOS (0, 2); text, {ADDED} (1); {HINT})",
     ),
 ]
 
@@ -244,3 +249,60 @@ def test_a_real_conversation(kind: str):
     for prompt in (messages, text):
         assert rows_of(lens(kind).prompts(prompt)) == [ids]
     assert lens(kind).model.to_tokens(text)[0].tolist() == [ids[0], *ids]
+
+
+# --- a conversation as a string
+
+NUMPY = str(np.array(LONGER, dtype=object))
+AS_STRINGS = {
+    "str": str(ASK),
+    "JSON": json.dumps(LONGER),
+    "JSON over lines": json.dumps(LONGER, indent=2),
+    "spaces around it": f" \n{ASK}\n",
+    "str of a tuple": str(tuple(LONGER)),
+    "str of numpy's array": NUMPY,
+    "one message": str(ASK[0]),
+    "a list of conversations": json.dumps([ASK, LONGER]),
+    "a record": json.dumps({"id": 7, "messages": ASK}),
+    "further fields": json.dumps([{"role": "user", "content": "w7", "name": None}]),
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("string", AS_STRINGS.values(), ids=AS_STRINGS)
+def test_a_conversation_as_a_string_is_refused(model, string):
+    """As a prompt, as one of several, within a message, as an answer and as a token."""
+    words = "is a conversation written as a string .*json.loads.*token ids"
+    for prompts in (string, ["w7", string], [{"role": "user", "content": string}]):
+        with pytest.raises(ll.errors.PromptError, match=words):
+            prepare(model, prompts)
+    for readout in (ll.AnswerLogProb(string), ll.KL(string), ll.Logit(string)):
+        with pytest.raises(ll.errors.TokenError, match=words):
+            readout.over(model, prepare(model, "w7"))
+
+
+def test_numpy_leaves_the_commas_out():
+    with pytest.raises(SyntaxError):
+        ast.literal_eval(NUMPY)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "w7 [1]",
+        "[w7] w8",
+        "{w7",
+        "[]",
+        "{}",
+        '{"role": "w7"}',
+        '[{"role": "w7", "team": "w8"}]',
+        f"{ASK} w7",
+        f"w7 {ASK}",
+        json.dumps(["w7", "w8"]),
+        "[INST] w7 'role': 'content': [/INST]",
+        "[" * 100_000 + '"role": "content":',
+        "[" + "{'role': " * 5_000,
+    ],
+)
+def test_other_text_with_braces_is_text(text):
+    assert arguments.text("the prompt", text, ll.errors.PromptError) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import cases
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import rel_entr
+from scipy.stats import spearmanr
 
 import lens_lora as ll
 from lens_lora.engine import asked as asking
@@ -128,6 +130,35 @@ def test_shares_split_further_and_along_the_path(case: cases.Case, response):
     ]  # fmt: skip
 
 
+@each_response
+def test_shares_say_whether_they_rank_the_sites_of_the_whole_kl(case: cases.Case, response):
+    """Beside scipy's rank correlation with ∂D/∂ε at ½; of a small adapter that is q_l."""
+    found = ll.kl_shares(case.lens, prompts(), response, scales=(), progress=False)
+    half = ll.first_order(case.lens, prompts(), ll.KL(response), at=0.5)
+    assert (found.midpoint - half.values).abs().max() < 1e-12
+    pairs = zip(found.attribution.values, half.values, strict=True)
+    expected = [float(spearmanr(*pair).statistic) for pair in pairs]
+    assert found.agreement.tolist() == pytest.approx(expected)
+    small = case.lens.with_adapter(case.lens.adapter.scaled(1e-4))
+    near = ll.kl_shares(small, prompts(), response, scales=(), progress=False)
+    whole = near.attribution.values.abs().sum()
+    assert (near.midpoint - near.attribution.values).abs().sum() < 0.01 * whole
+    assert [verdict.kind for verdict in near.verdict] == ["holds", "holds"]
+    assert "prompt 1: holds: the shares rank the modules" in repr(near)
+
+
+def test_shares_that_rank_otherwise_are_seen_to_fail(case: cases.Case):
+    """Negative control: the same shares beside the opposite gradient; and of one site no ranks."""
+    found = ll.kl_shares(case.lens, prompts(), scales=(), progress=False)
+    opposite = dataclasses.replace(found, midpoint=-found.attribution.values)
+    assert {verdict.kind for verdict in opposite.verdict} == {"fails"}
+    assert opposite.agreement.tolist() == pytest.approx([-1.0, -1.0])
+    assert "use ll.path_attribution, which splits all of it" in repr(opposite)
+    lens = case.lens.with_adapter(case.lens.adapter.only(case.lens.sites[0].module))
+    one = ll.kl_shares(lens, prompts(), scales=(), progress=False)
+    assert {verdict.kind for verdict in one.verdict} == {"unknown"}
+
+
 def test_a_base_that_moves_would_be_seen(case: cases.Case, monkeypatch):
     """p₀ is held: run at the gates of the reading instead, every divergence would be zero."""
     from lens_lora.engine import asked
@@ -138,8 +169,6 @@ def test_a_base_that_moves_would_be_seen(case: cases.Case, monkeypatch):
 
 
 def _moving(reading):
-    import dataclasses
-
     def read(logits):
         log = logits.log_softmax(-1)
         return (log.exp() * (log - log)).sum(-1)

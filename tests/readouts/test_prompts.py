@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -10,10 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import share
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 import lens_lora as ll
 from lens_lora import Prompts
 from lens_lora.errors import PromptError
+from lens_lora.model.build import hooked_model
+from lens_lora.model.generate import end_tokens
 from lens_lora.readouts.prompts import prepare
 
 PAD = 2
@@ -256,6 +263,85 @@ def test_strings_need_a_tokenizer(without_tokenizer):
 def test_lengths_that_do_not_fit(tokens, lengths, message):
     with pytest.raises(PromptError, match=message):
         Prompts(tokens, lengths)
+
+
+# --- BOS
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+@pytest.mark.parametrize("default", [True, False])
+def test_a_bos_on_request(model, default, prepend_bos, monkeypatch):
+    """Whatever the model's default, which stays; no second one where the text has its own."""
+    monkeypatch.setattr(model.cfg, "default_prepend_bos", default)
+    bos = [0] if prepend_bos else []
+    ready = prepare(model, [*STRINGS, "<bos> w5"], prepend_bos)
+    rows = [ready.row(i).tokens[0].tolist() for i in range(4)]
+    assert rows == [[*bos, 5, 6, 7], [*bos, 8], [*bos, 9, 10, 11, 12, 13], [0, 5]]
+    assert model.cfg.default_prepend_bos is default
+    assert ("BOS added by" in repr(ready)) == prepend_bos
+
+
+def test_without_bos_it_is_the_tokenizers_text(model):
+    """Third parties run what the tokenizer gives: logits of PEFT's model on those ids."""
+    peft = models.peft_model("llama", models.hf_model("llama"))
+    lens = ll.LoraLens(model, ll.Adapter.from_peft(peft))
+    with torch.no_grad():
+        expected = peft(**models.tokenizer()("w5 w6 w7", return_tensors="pt")).logits[0, -1]
+    without = lens.logits(lens.prompts("w5 w6 w7", prepend_bos=False))[0, -1]
+    assert (without - expected).abs().max() < 1e-5
+    assert (lens.logits("w5 w6 w7")[0, -1] - expected).abs().max() > 1e-2
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_a_bos_is_for_strings(model, prepend_bos):
+    ids = models.tokens(1, 3)
+    for prompts in (ids, Prompts(ids, torch.tensor([3])), masked([[5]], [[1]])):
+        with pytest.raises(PromptError, match=f"prepend_bos={prepend_bos} is for strings"):
+            prepare(model, prompts, prepend_bos)
+    ready = prepare(model, "w5")
+    with pytest.raises(PromptError, match="is for strings.*Leave prepend_bos out"):
+        prepare(model, ready, prepend_bos)
+
+
+def bare_tokenizer(kind: str, size: int, folder) -> PreTrainedTokenizerFast:
+    """Without special tokens: words and one for the unknown, or characters, which drop others."""
+    if kind == "words":
+        vocab = {**{f"w{i}": i for i in range(size - 1)}, "<unk>": size - 1}
+        raw, unk = Tokenizer(WordLevel(vocab, unk_token="<unk>")), {"unk_token": "<unk>"}
+        raw.pre_tokenizer = WhitespaceSplit()
+    else:
+        pieces = [*"w0123456789 ", *map("‹{}›".format, range(size - 12))]
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        raw, unk = Tokenizer(BPE(vocab=vocab, merges=[])), {}
+    PreTrainedTokenizerFast(tokenizer_object=raw, **unk).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", models.MAKERS)
+@pytest.mark.parametrize("kind", ["words", "characters"])
+@pytest.mark.parametrize("size", [models.VOCAB, models.VOCAB - 8])
+def test_a_tokenizer_without_special_tokens(name, kind, size, tmp_path):
+    """What TransformerLens gives it is no BOS: unknown to it, or a row that nothing has trained."""
+    tokenizer = bare_tokenizer(kind, size, tmp_path)
+    own = tokenizer("w5 w6")["input_ids"]
+    model, _ = hooked_model(models.hf_model("llama"), tokenizer, kind=name)
+    assert model.tokenizer.bos_token == "<|endoftext|>"
+    ready = prepare(model, ["w5 w6", "w7"])
+    assert ready.row(0).tokens.tolist() == [own]
+    assert "text without BOS)" in repr(ready)
+    unknown = torch.tensor([[size - 1, 5, size - 1, size - 1]])  # and not padding
+    assert prepare(model, unknown).lengths.tolist() == [4]
+    assert end_tokens(model, SimpleNamespace(), None) == set()
+    with pytest.raises(PromptError, match="the tokenizer has no BOS that this model reads"):
+        prepare(model, "w5 w6", prepend_bos=True)
+    assert prepare(model, "w5 w6", prepend_bos=False).tokens.tolist() == [own]
+
+    try:
+        planted = model.to_tokens("w5 w6").tolist()  # TransformerLens's own way
+    except TypeError:  # the BOS has no id
+        planted = []
+    assert planted != [own]
 
 
 # --- positions

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import pandas as pd
 import pytest
@@ -141,10 +141,7 @@ def test_no_change_of_any_result_is_read_as_it(result: Result, tmp_path: Path):
 
     With a digest that is right, as a newer version of this package would write it.
     """
-    path = result.save(tmp_path / "r")
-    with safe_open(str(path), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        labels = json.loads(file.metadata()["labels"])
+    labels, tensors = contents(result.save(tmp_path / "r"))
     same(result, type(result).load(written(labels, tensors, tmp_path / "same")))
     for i, (changed, kept) in enumerate(changes(labels, tensors)):
         path = written(changed, kept, tmp_path / str(i))
@@ -167,6 +164,159 @@ def changes(
         yield {**labels, "of": of}, tensors
     for other in (fields, [labels], {"map": labels}, "text", 3, None):
         yield other, tensors
+
+
+# Nothing else in the result says how long these are.
+ALONE = re.compile(
+    r"Components\.(?!sites)|LogitShift\.values axis 0|FeatureWrites\.values axis 2"
+    r"|ConstantPart\.(vectors|steering).* axis 0|Spectrum\.singular_values axis 0"
+    r"|LoRAFactors\.(A axis 1|B axis 0)|Repair\.random axis 0"
+    r"|AdapterComparison\.(null_effects axis 0|null_function axis 1)"
+    r"|ActivationEffects\.sites|(Coupling|Effects|GroupAttribution)\.sites longer"
+)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
+def test_no_field_that_contradicts_another_is_read(result: Result, tmp_path: Path):
+    """A row or label less or more, an axis more, another dtype, with a digest that fits."""
+    labels, tensors = contents(result.save(tmp_path / "r"))
+    path, missed = tmp_path / "planted", []
+    for place, planted_labels, planted in contradictions(labels, tensors):
+        written(planted_labels, planted, path)
+        try:
+            ll.load_result(path)
+            missed.append(place)
+        except ll.errors.LensLoraError as error:
+            assert str(path) in str(error) and "compute the result again" in str(error)
+            assert isinstance(error.__cause__, ll.errors.LensLoraError), place
+    assert not [place for place in missed if not ALONE.search(place)]
+
+
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The labels and tensors of a file."""
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["labels"]), tensors
+
+
+def contradictions(
+    labels: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, torch.Tensor]]]:
+    """Each with its place: 'Attribution.base axis 0', 'Attribution.sites longer'."""
+    places = dict(tensor_places(labels))
+    for name, tensor in tensors.items():
+        for how, planted in bad_tensors(tensor):
+            yield f"{places[name]} {how}", labels, {**tensors, name: planted}
+    for place, planted in bad_labels(labels):
+        yield place, planted, tensors
+
+
+def tensor_places(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """The class and field of every tensor of a file."""
+    if isinstance(value, list):
+        for item in value:
+            yield from tensor_places(item, place)
+    elif isinstance(value, dict):
+        if "tensor" in value:
+            yield value["tensor"], place
+        for name, item in value.get("map", {}).items():
+            yield from tensor_places(item, f"{place}[{name}]")
+        for name, item in value.get("fields", {}).items():
+            yield from tensor_places(item, f"{value['of']}.{name}")
+
+
+def bad_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    for axis, size in enumerate(tensor.shape):
+        if size:
+            yield f"axis {axis}", tensor.narrow(axis, 0, size - 1).contiguous()
+            yield f"axis {axis}", torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+    yield "one axis more", tensor[None].contiguous()
+    yield "dtype", tensor.nan_to_num().long() if tensor.is_floating_point() else tensor.double()
+
+
+def bad_labels(labels: Any) -> Iterator[tuple[str, Any]]:
+    """Labels of an axis with one less, or one more."""
+    if isinstance(labels, list):
+        for i, item in enumerate(labels):
+            for place, planted in bad_labels(item):
+                yield place, [*labels[:i], planted, *labels[i + 1 :]]
+    elif isinstance(labels, dict) and "map" in labels:
+        for name, item in labels["map"].items():
+            for place, planted in bad_labels(item):
+                yield place, {"map": {**labels["map"], name: planted}}
+    elif isinstance(labels, dict) and "fields" in labels:
+        kind, fields = labels["of"], labels["fields"]
+        hints = get_type_hints(storage._KINDS[kind], include_extras=True)  # pyright: ignore[reportPrivateUsage]
+        for name, item in fields.items():
+            planted = list(bad_labels(item))
+            if get_origin(hints[name]) is Annotated:
+                planted += [(f"{kind}.{name} {how}", other) for how, other in other_lengths(item)]
+            for place, other in planted:
+                yield place, {**labels, "fields": {**fields, name: other}}
+
+
+def other_lengths(labels: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(labels, int):
+        yield "longer", labels + 1
+    elif isinstance(labels, list) and labels:
+        yield "shorter", labels[:-1]
+        yield "longer", [*labels, labels[-1]]
+    elif isinstance(labels, dict) and labels["map"]:
+        names = list(labels["map"])
+        yield "shorter", {"map": {name: labels["map"][name] for name in names[:-1]}}
+        yield "longer", {"map": {**labels["map"], "more": labels["map"][names[-1]]}}
+
+
+def split(by: tuple[str, ...], values: torch.Tensor) -> ll.results.Attribution:
+    """An attribution of two prompts of four tokens, split."""
+    return dataclasses.replace(two_prompts(), values=values, by=by)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("by", "shape", "fact"),
+    [
+        (
+            ("rank", "position"),
+            (4, 2),
+            r"by is .'rank', 'position'., expected .'position', 'rank'.",
+        ),
+        (
+            ("position", "position"),
+            (4, 4),
+            "by is .'position', 'position'., expected .'position',.",
+        ),
+        (("rank",), (4,), "sites has 2 along 'rank', and values 4"),
+        (("position",), (5,), "str_tokens has 4 along 'position', and values 5"),
+        (
+            ("position",),
+            (4, 2),
+            r"values is float32 \[2, 4, 4, 2\], expected \[batch, site, position",
+        ),
+        (("token",), (3,), "response has 0 along 'batch', and base 2"),
+        (("layer",), (4,), r"by\[0\] is 'layer', expected Literal\['position', "),
+    ],
+)
+def test_axes_are_those_that_are_named(by: tuple[str, ...], shape: tuple[int, ...], fact: str):
+    """Also of a result that is made by hand."""
+    whole = split(("position", "rank"), torch.zeros(2, 4, 4, 2))
+    assert whole.by == ("position", "rank")
+    with pytest.raises(ll.errors.LensLoraError, match=f"Attribution: {fact}"):
+        split(by, torch.zeros(2, 4, *shape))
+
+
+@pytest.mark.bad_input
+def test_agreement_is_what_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Control: without it one row of `base` is broadcast, and shifts are silently others."""
+    labels, tensors = contents(two_prompts().save(tmp_path / "r"))
+    path = written(labels, {**tensors, "base": tensors["base"][:1]}, tmp_path / "short")
+    with pytest.raises(ll.errors.LensLoraError) as caught:
+        ll.load_result(path)
+    assert f"{path}: " in str(caught.value)
+    assert "(Attribution: adapted has 2 along 'batch', and base 1)" in str(caught.value)
+    monkeypatch.setattr(storage.Axes, "_refuse", lambda *_: None)
+    assert not torch.equal(ll.results.Attribution.load(path).shift, two_prompts().shift)
 
 
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)

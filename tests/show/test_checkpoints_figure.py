@@ -13,6 +13,7 @@ from every_result import checkpoints
     [
         ({"prompt 0": ((10.0, 20.0),), "angle": ()}, 1, "shaded: a phase change"),
         ({"prompt 0": (), "angle": ((10.0, 20.0),)}, 0, "no phase change of the readout"),
+        ({}, 0, "3 checkpoints are too few to tell a phase change of the readout."),
     ],
 )
 def test_what_is_shaded_is_said(phases, shaded: int, words: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import html
 import io
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from every_result import best_subset, by_group
+from explained import by_hand
 from results_by_hand import (
     EVIL,
     META,
@@ -31,6 +33,7 @@ import lens_lora.show
 from lens_lora.analyses.logit_shift import LogitShift
 from lens_lora.errors import ArgumentError
 from lens_lora.model.sites import Site
+from lens_lora.results.attribution import VIOLENT
 from lens_lora.show.curves import margin_figure, remainder_figure
 from lens_lora.show.figures import theme
 from lens_lora.show.maps import position_heatmap, site_heatmap
@@ -311,6 +314,24 @@ def test_a_long_prompt_is_shortened_in_its_middle():
     assert text.startswith(f"{begin} ") and text.endswith(f" {end}")
     assert shortened("The capital of") == "The capital of"
     assert len(shortened("x" * 900)) == 243
+
+
+def test_first_order_of_a_violent_adapter_says_so_wherever_it_is_shown():
+    """And nothing where ‖ΔW‖ / ‖W‖ is small or unknown, nor of what is measured or complete."""
+    says = "This adapter is violent: ‖ΔW‖ is 40% of ‖W‖"
+
+    def with_norm(norm, margin=None, **fields):
+        margin = margin or flip_case()
+        att = dataclasses.replace(margin.attribution, relative_norm=norm, **fields)
+        return dataclasses.replace(margin, attribution=att)
+
+    violent = with_norm(0.4)
+    for text in (repr(violent.attribution), violent.attribution._repr_html_(), violent.story()):
+        assert says in text
+    quiet = (with_norm(VIOLENT), with_norm(math.nan), with_norm(0.4, method="path"))
+    assert all("violent" not in repr(f.attribution) + f.story() for f in quiet)
+    e = dataclasses.replace(by_hand(), margin=with_norm(0.4, by_hand().margin))
+    assert says in e.story() and says in e.report() and "violent" not in by_hand().story()
 
 
 def test_story_of_a_flip():

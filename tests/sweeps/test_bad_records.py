@@ -173,3 +173,95 @@ def test_a_file_s_bad_records_do_not_stop_the_command_s_reading(tmp_path):
         warnings.simplefilter("error")
         found = read_records(path)
     assert [r.error is None for r in found] == [True] * 6 + [False]
+
+
+# --- what is there twice, and how a file is written
+
+
+@pytest.mark.parametrize(
+    "head", ["prompt,doc,pre,doc", "prompt,doc,pre, doc ", "id,prompt,doc,pre,id"]
+)
+def test_a_column_twice_is_refused(tmp_path, head):
+    """The last one would be read: ' Rome' for ' Lyon'."""
+    path = tmp_path / "r.csv"
+    path.write_text(f"{head}\na, Lyon, Paris, Rome, Nice\n")
+    with pytest.raises(ll.errors.SweepError, match=r"r\.csv has the column (doc|id) twice; rename"):
+        read_records(path)
+    rows = [["a", " Lyon", " Paris", " Rome", " Nice"][: head.count(",") + 1]]
+    with pytest.raises(ll.errors.SweepError, match="the data frame has the column (doc|id) twice"):
+        read_records(pd.DataFrame(rows, columns=head.split(",")))
+
+
+def test_columns_that_are_not_read_may_be_there_twice(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("note,prompt,doc,pre,note,,\n1,a, Lyon, Paris,2,,\n")
+    assert read_records(path)[0].doc == " Lyon"
+
+
+def test_a_key_twice_is_a_bad_record(tmp_path):
+    """In the record and in its messages."""
+    path = tmp_path / "r.jsonl"
+    path.write_text(
+        '{"prompt": "a", "doc": " x", "pre": " y", "prompt": "b"}\n'
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}], "doc": "x", "pre": "y"}\n'
+        '{"prompt": "a", "doc": " x", "pre": " y"}\n'
+    )
+    errors = [record.error for record in read_records(path)]
+    assert errors[0] == "line 1: unreadable (the key 'prompt' is there twice)."
+    assert errors[1] == "line 2: unreadable (the key 'content' is there twice)."
+    assert errors[2] is None
+
+
+def test_spaces_around_a_columns_name_are_left_out(tmp_path):
+    """Those of the fields are the answers' own."""
+    path = tmp_path / "r.csv"
+    path.write_text("id, prompt ,doc, pre\n7,a, Lyon, Paris\n")
+    for records in (path, pd.read_csv(path)):
+        (record,) = read_records(records)
+        assert (record.prompt, record.doc, record.pre, record.error) == (
+            "a",
+            " Lyon",
+            " Paris",
+            None,
+        )
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["r.csv", "r.jsonl"])
+def test_utf16_is_named(tmp_path, encoding, name):
+    path = tmp_path / name
+    path.write_text("prompt,doc,pre\na,x,y\n", encoding=encoding)
+    with pytest.raises(ll.errors.SweepError, match=f"{name} is UTF-16; save it as UTF-8"):
+        read_records(path)
+
+
+def test_own_ids_go_before_numbers():
+    """Wherever they stand; two of the same are still one too many."""
+    ids = [None, 0, None, "x", "x", 2]
+    records = [PLAIN if i is None else {**PLAIN, "id": i} for i in ids]
+    assert [(r.id, r.error) for r in read_records(records)] == [
+        (0, "row 0: it has no id, and its number 0 is the id of row 1; give each record its own."),
+        (0, None),
+        (2, "row 2: it has no id, and its number 2 is the id of row 5; give each record its own."),
+        ("x", None),
+        ("x", "row 4: its id 'x' is already that of row 3; give each record its own."),
+        (2, None),
+    ]
+
+
+@pytest.mark.parametrize("field", ["prompt", "doc", "pre"])
+def test_a_conversation_as_a_string_is_a_bad_record(a_lens, tmp_path, field):
+    said = json.dumps([{"role": "user", "content": "w7"}])
+    with pytest.warns(UserWarning, match="1 of 2 records"):
+        result = run(a_lens, [{**PLAIN, field: said}, {**PLAIN, "id": "good"}], tmp_path)
+    ((_, error),) = result.errors
+    assert re.match("row 0: the .* is a conversation written as a string", error)
+
+
+def test_a_conversation_as_a_response_or_a_text_is_a_bad_record(a_lens, tmp_path):
+    said = str([{"role": "assistant", "content": "w7"}])
+    for field, options in (("response", {"readout": ll.AnswerLogProb}), ("prompt", {})):
+        rows = [{"prompt": "w5", "response": "w8"}, {"prompt": "w5", "response": "w8", field: said}]
+        name = "first_order" if options else "activations"
+        with pytest.warns(UserWarning, match="row 1: .* is a conversation written as a string"):
+            run(a_lens, rows, tmp_path / field, name, **options)

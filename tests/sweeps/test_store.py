@@ -177,7 +177,8 @@ def test_a_full_disk_at_any_write(a_lens, tmp_path, monkeypatch, call, after):
         made.append(args)
         return full() if len(made) > after * (2 if call == "fsync" else 1) else plain(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(SweepError, match="No space left.*resume"):
+    lasting = "No space left.*run the same sweep again, which goes on"
+    with monkeypatch.context() as patch, pytest.raises(SweepError, match=lasting):
         patch.setattr(files.os, call, filled)
         run(a_lens, GOOD, tmp_path, batch_size=2)
     assert not list(tmp_path.glob("r.parts/.*"))

@@ -268,7 +268,7 @@ EXPECTED_ERRORS = {
     8: "line 10: the prompt has 41 tokens, and the context of this .* holds 32",
     9: "line 11: no pre",
     10: r"line 12: its id is \[1\]",
-    0: "line 13: its id 0 is already that of line 1",
+    0: "line 1: it has no id, and its number 0 is the id of line 13; give each",
 }
 
 

@@ -10,6 +10,7 @@ import chats
 import models
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -51,7 +52,7 @@ def same(one: ll.results.ActivationsFile, other: ll.results.ActivationsFile) -> 
     assert first.schema.equals(second.schema) and len(first) == len(second)
     for name in first.column_names:
         a, b = first[name].combine_chunks(), second[name].combine_chunks()
-        if name in ("record", "id", "position", "token", "sink", "error"):
+        if name in ("record", "id", "position", "token", "prefix", "sink", "error"):
             assert a.to_pylist() == b.to_pylist()
         else:
             a, b = (x.flatten().to_numpy(zero_copy_only=False) for x in (a, b))
@@ -100,6 +101,29 @@ def test_examples_and_means_are_those_in_memory(lens, tmp_path):
         assert (found.mean(positions) - direct.mean(positions)).abs().max() < 1e-12
     with_sinks = found.mean(sinks=True) - direct.mean(sinks=True)
     assert with_sinks.abs().max() < 1e-12
+
+
+def test_texts_that_begin_alike(lens, tmp_path, monkeypatch):
+    """Conversations over several groups of rows: a token with the same ids before it once."""
+    system = {"role": "system", "content": "w5 w6 w7 w8"}
+    asked = ["w9", "w9 w10", "w11 w12 w13", "w9", "w14"]
+    conversations = [[system, {"role": "user", "content": words}] for words in asked]
+    chats.with_template(lens.model, monkeypatch)
+    found = run(lens, [{"messages": messages} for messages in conversations], tmp_path)
+    direct = ll.activations(lens, conversations)
+    assert pq.ParquetFile(found.path).num_row_groups > 2
+    frame = pd.read_parquet(found.path)
+    assert found.repeated == direct.repeated == len(frame) - frame["prefix"].nunique() - 4 > 10
+    assert f"{found.repeated} after the same tokens as earlier" in repr(found)
+    site = "blocks.1.mlp.down"
+    top, expected = (of.top(site, 40, rank=0) for of in (found, direct))
+    assert top["value"].tolist() == pytest.approx(expected["value"].tolist(), abs=1e-10)
+    rows = frame.set_index(["record", "position"]).loc[
+        list(zip(top["record"], top["position"], strict=True))
+    ]
+    assert rows["prefix"].is_unique
+    for positions in (None, -1, slice(0, 3)):
+        assert (found.mean(positions) - direct.mean(positions)).abs().max() < 1e-12
 
 
 class Stopped(Exception):
@@ -241,6 +265,36 @@ def test_other_sweeps_and_records_are_refused(lens, tmp_path):
     for path in (tmp_path / "none.parquet", first.path):
         with pytest.raises(ll.errors.SweepError, match=r"no such file|no activations"):
             ll.results.ActivationsFile(path)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("change", ["a row less", "a row more", "other groups", "a column", "rank"])
+def test_rows_that_were_changed_are_refused(lens, tmp_path, change: str):
+    """With the notes of the sweep still in the file."""
+    path = run(lens, TEXTS, tmp_path).path
+    with pq.ParquetFile(path) as file:
+        groups = [file.read_row_group(i) for i in range(file.num_row_groups)]
+    name = lens.sites[0].name
+    if change == "a row less":
+        groups[1] = groups[1].slice(1)
+    elif change == "a row more":
+        groups[0] = pa.concat_tables([groups[0], groups[0].slice(0, 1)])
+    elif change == "other groups":
+        groups = [pa.concat_tables(groups)]
+    elif change == "a column":
+        groups = [group.drop_columns([name]) for group in groups]
+    else:
+        wide = [pa.array([[0.0] * 9] * len(g), pa.list_(pa.float64(), 9)) for g in groups]
+        index = groups[0].schema.get_field_index(name)
+        groups = [g.set_column(index, name, w) for g, w in zip(groups, wide, strict=True)]
+    schema = groups[0].schema.with_metadata(pq.read_schema(path).metadata)
+    with pq.ParquetWriter(path, schema) as writer:
+        for group in groups:
+            writer.write_table(group)
+    fact = f"{name} has" if change in ("a column", "rank") else "rows in"
+    with pytest.raises(ll.errors.SweepError, match=fact) as caught:
+        ll.results.ActivationsFile(path)
+    assert str(path) in str(caught.value)
 
 
 def test_a_number_that_is_not_finite_fails_one_record(lens, tmp_path):

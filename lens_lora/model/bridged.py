@@ -1,0 +1,268 @@
+"""A family that no entry in `families` lists, read from the raw TransformerBridge itself.
+
+1. Every linear module, embedding and norm of the wrapped model is a place, by its Hugging Face
+   path; but for norms of each head.
+2. It reads at `hook_in` and writes at `hook_out` of the component that wraps it; where none does,
+   at its own input and output. Its kind is the usual one of usual attention and MLPs, else the name
+   of the component, or its path, within the block.
+3. Where a component takes a fused projection apart, a weight that holds the index of each row goes
+   through the component's own split, and says which rows each part has.
+4. A norm's n = (x − mean x) / s(x) is what the norm computes at γ = 1 less what it does at γ = 0,
+   whatever its formula.
+
+`probe` compares the result with the Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lens_lora.errors import ModelStateError
+from lens_lora.families import NORM_KINDS, Family, Place
+from lens_lora.model.bases import stored_weight
+from lens_lora.model.host import module_at
+from lens_lora.model.sites import (
+    ATTENTION_KINDS,
+    MLP_KINDS,
+    OUTSIDE_KINDS,
+    Heads,
+    outside_layer,
+)
+
+# The components of usual attention and MLPs, and their kinds.
+_ATTENTION = {f"attn.{kind}": kind for kind in ATTENTION_KINDS}
+_GATED = {"mlp.gate": "gate", "mlp.in": "up", "mlp.out": "down"}
+_UNGATED = {"mlp.in": "fc_in", "mlp.out": "fc_out"}
+# What takes a fused projection apart, and its parts in order.
+_SPLITS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
+USUAL_KINDS = (*ATTENTION_KINDS, *MLP_KINDS, *OUTSIDE_KINDS, *NORM_KINDS)
+HOOK_IN = ".hook_in"
+# Norms of whole rows; those of each head have other axes.
+_ROW_NORMS = set(NORM_KINDS) - {"q_norm", "k_norm"}
+_Homes = dict[tuple[int, str], str]
+_Layouts = dict[tuple[str | int, ...], list[Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BridgedFamily(Family):
+    """The linear modules, embeddings and norms of one unprocessed TransformerBridge.
+
+    What processed weights alone need, such as the norm that a module reads, is not known. Nor is
+    whether a norm or a factor follows what attention and MLPs write, or which tokens experts take
+    out of their rows: what depends on it takes the careful way.
+
+    Attributes:
+        places: path → place.
+        homes: (layer, kind) → what the names of its hook points begin with; where it has none, its
+            own name in the bridge.
+        turned: kinds whose weight is stored as [in, out].
+        shared: path → another path of the same module.
+    """
+
+    places: Mapping[str, Place] = dataclasses.field(default_factory=dict[str, Place])
+    homes: Mapping[tuple[int, str], str] = dataclasses.field(default_factory=_Homes)
+    turned: frozenset[str] = frozenset()
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+    def place(self, module: str) -> Place | None:
+        """The place of a module, or None where the model has no such module.
+
+        Raises:
+            ModelStateError: the module has another place too.
+        """
+        if module in self.shared:
+            raise ModelStateError(
+                f"{module} and {self.shared[module]} are one module. PEFT adapts it in one of its "
+                f"places, a hook in both. Leave it out: adapter.without({module!r})."
+            )
+        return self.places.get(module)
+
+    def linear_paths(self, n_layers: int) -> list[str]:
+        """The path of every linear module and embedding."""
+        del n_layers
+        return list(self.places)
+
+    def norm_path(self, layer: int, kind: str) -> str | None:
+        """None: where no norm is folded, none is asked for."""
+        del layer, kind
+
+    def stores_transposed(self, kind: str) -> bool:
+        """Whether a module of this kind holds its weight as [in, out]."""
+        return kind in self.turned
+
+
+def bridged_family(model: Any, heads: Heads) -> BridgedFamily:
+    """The family of a model whose modules no entry lists. No forward pass."""
+    points = model.hook_dict
+    components = [name.removesuffix(HOOK_IN) for name in points if name.endswith(HOOK_IN)]
+    prefixes = {id(unwrapped(module_at(model, name))): name for name in reversed(components)}
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = re.escape(getattr(model.adapter.component_mapping.get("blocks"), "name", ""))
+    places: dict[str, Place] = {}
+    homes: _Homes = {}
+    turned: set[str] = set()
+    first: dict[int, str] = {}
+    layouts: _Layouts = {}
+    shared: dict[str, str] = {}
+    for path, module, parent in _modules_in(model.original_model):
+        linear = unwrapped(module)
+        if not is_linear(linear) and not is_norm(linear):
+            continue
+        if first.setdefault(id(linear), path) != path:
+            shared |= {path: first[id(linear)], first[id(linear)]: path}
+        match = re.match(rf"{blocks}\.(\d+)\.(.+)", path)
+        layer, within = (int(match[1]), match[2]) if match else (None, path)
+        rows: dict[str, Tensor] = {}
+        parts = _parts_of(parent, path.rpartition(".")[2], linear, layouts)
+        for part, index in parts or [(module, torch.arange(0))]:
+            prefix = prefixes.get(id(unwrapped(part)))
+            name = within if prefix is None else prefix.removeprefix(f"blocks.{layer}.")
+            kind = _kind(name, unwrapped(part), heads, points, layer)
+            rows[kind] = index
+            outside = outside_layer(kind, model.cfg.n_layers)
+            homes[outside if layer is None else layer, kind] = (
+                prefix or names.get(id(module)) or f"original_model.{path}"
+            )
+            if _is_conv1d(linear) or isinstance(linear, nn.Embedding):
+                turned.add(kind)
+        if is_linear(linear) or set(rows) <= _ROW_NORMS:
+            layout = "measured" if parts else "whole"
+            places[path] = Place(layer, tuple(rows), layout, rows if parts else {})
+    return BridgedFamily(
+        architectures=(type(model.original_model).__name__,),
+        layer="",
+        linears={},
+        ln1="",
+        ln2="",
+        ln_final="",
+        embed=next((path for path, place in places.items() if "embed" in place.kinds), ""),
+        norm="RMS" if getattr(getattr(model, "ln_final", None), "uses_rms_norm", False) else "LN",
+        post_norm=True,
+        routed=True,
+        places=places,
+        homes=homes,
+        turned=frozenset(turned),
+        shared=shared,
+    )
+
+
+def _modules_in(model: nn.Module, before: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(Hugging Face path, module or the component in its place, what it is in)."""
+    for name, module in unwrapped(model).named_children():
+        yield f"{before}{name}", module, model
+        yield from _modules_in(module, f"{before}{name}.")
+
+
+def unwrapped(module: Any) -> Any:
+    """The Hugging Face module that a component wraps, or the module itself."""
+    return getattr(module, "original_component", None) or module
+
+
+def names_by_path(model: Any) -> dict[str, str]:
+    """Hugging Face path → name in this model, which may be a bridge; of every module in it."""
+    names = {id(module): name for name, module in model.named_modules()}
+    within = getattr(model, "original_model", model)
+    modules = ((path, id(unwrapped(module))) for path, module, _ in _modules_in(within))
+    return {path: names[module] for path, module in modules if module in names}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear module or an embedding of Hugging Face's."""
+    return isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module)
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(out, in)."""
+    if isinstance(linear, nn.Linear):  # the weight of a quantised one is packed
+        return linear.out_features, linear.in_features
+    out, width = stored_weight(linear).shape
+    return out, width
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm with a γ."""
+    weight = getattr(module, "weight", None) if "Norm" in type(module).__name__ else None
+    return isinstance(weight, Tensor) and weight.ndim == 1
+
+
+def normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """n of a norm γ ⊙ n + β, or (1 + γ) ⊙ n: what it computes at γ = 1 less that at γ = 0."""
+    computed = _Computed(norm)
+    zeros = {name: torch.zeros_like(p) for name, p in computed.named_parameters()}
+    ones = {n: torch.ones_like(p) if n.endswith("weight") else p for n, p in zeros.items()}
+    return functional_call(computed, ones, (x,)) - functional_call(computed, zeros, (x,))
+
+
+class _Computed(nn.Module):
+    """What a module computes, past its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module.forward(x)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _kind(name: str, linear: Any, heads: Heads, points: Container[str], layer: int | None) -> str:
+    """The kind of a component of usual attention or a usual MLP; of any other its name.
+
+    One of attention whose width is another than the heads have keeps its name, so that it is not
+    split by head.
+    """
+    if name in _ATTENTION and is_linear(linear):
+        out, width = shape_of(linear)
+        kind = _ATTENTION[name]
+        return kind if (width if kind == "o" else out) == heads.of(kind) * heads.d_head else name
+    kinds = _GATED if f"blocks.{layer}.mlp.gate{HOOK_IN}" in points else _UNGATED
+    is_usual = f"blocks.{layer}.mlp.out{HOOK_IN}" in points
+    return kinds.get(name, name) if is_usual else name
+
+
+def _parts_of(
+    parent: Any, name: str, linear: nn.Module, layouts: _Layouts
+) -> list[tuple[nn.Module, Tensor]]:
+    """(component, rows of the whole) of each part of a projection; none where it stays whole.
+
+    `layouts` keeps the rows for the same projection of further layers.
+    """
+    for attribute, parts in _SPLITS.items():
+        split = getattr(parent, attribute, None)
+        if split is not None and is_linear(linear):
+            key = (attribute, name, *shape_of(linear))
+            if key not in layouts:
+                indexed = _Indexed(parent.original_component, name, linear)
+                rows = [part.weight[:, 0].long() for part in split(indexed)]
+                layouts[key] = rows if indexed.is_read else []
+            if layouts[key]:
+                components = (getattr(parent, part) for part in parts)
+                return list(zip(components, layouts[key], strict=True))
+    return []
+
+
+class _Indexed:
+    """A module in which one linear module's weight is, at each input, the index of the row."""
+
+    def __init__(self, module: nn.Module, name: str, linear: nn.Module) -> None:
+        self._module, self._name, self.is_read = module, name, False
+        out, width = shape_of(linear)
+        index = torch.arange(out, dtype=torch.float32)[:, None].expand(out, width)
+        self._linear = nn.Linear(width, out, bias=False, device="meta")
+        self._linear.weight = nn.Parameter(index.T if _is_conv1d(linear) else index, False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self._name:
+            return getattr(self._module, name)
+        self.is_read = True
+        return self._linear

@@ -1,0 +1,205 @@
+"""Whether a lens is exact on a model that nobody tried: a probe of eight tokens.
+
+A family without an entry in `families` has its sites read from the bridge: from the names of its
+components, and from how it splits a fused projection. Whether that is right is measured.
+
+1. Every linear module that the adapter names gets random factors of the adapter's rank, and every
+   norm a random Δγ: about a third of what is there, so that a mistake shows.
+2. The Hugging Face model runs with each update added to its module's output, by a forward hook at
+   the path that the adapter names.
+3. The hooked model runs with the same factors through the lens's own hooks. What each site writes,
+   and the logits, must be equal up to the dtype's rounding, and each site must write once, as its
+   module runs once.
+
+The Hugging Face model is the base before it is wrapped (`ll.load`), or `hf_model`. Without either
+it is the one within the bridge: as good a reference, unless the bridge takes a projection apart.
+
+Cost: two passes over eight tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.arithmetic import module_path
+from lens_lora.adapters.factors import LoRAFactors, TrainedModule
+from lens_lora.compat import home_of, is_offloaded
+from lens_lora.errors import ModelStateError
+from lens_lora.families import Family
+from lens_lora.model.bridged import is_linear, is_norm, names_by_path, normalised, shape_of
+from lens_lora.model.build import host_of
+from lens_lora.model.check import AGREEMENT, TOKENS, plain_logits
+from lens_lora.model.gates import Plan, ScaleInject, make_plan, site_hooks
+from lens_lora.model.hooks import HookFn, attached
+from lens_lora.model.quantised import quantised_name
+
+# ‖ΔW‖ / ‖W‖, and from how many of W's entries its size is estimated.
+_SIZE, _ENTRIES = 0.3, 2**16
+_SKIP = "Pass check=False to go on without this check, at your own risk."
+
+
+class _Added:
+    """A forward hook that adds a random update, and keeps what the last token then has."""
+
+    def __init__(self, module: nn.Module, rank: int, seed: int) -> None:
+        self._module, self.runs, self.last = module, 0, torch.empty(0)
+        drawn, size = torch.Generator().manual_seed(seed), _SIZE * _root_mean_square(module)
+        if is_norm(module):
+            gamma = cast(Tensor, module.weight).detach()
+            self._change = size * torch.randn(gamma.shape, generator=drawn).to(gamma)
+            self.update: LoRAFactors | TrainedModule = TrainedModule(gamma + self._change)
+        else:
+            out, width = shape_of(module)
+            A, B = (torch.randn(shape, generator=drawn) for shape in ((rank, width), (out, rank)))
+            self.update = LoRAFactors(A, B, scale=size / rank**0.5)
+
+    def at_module(self, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The module's output and the update's."""
+        moved = output + self._delta(args[0].to(output.device), output.dtype).to(output.dtype)
+        self.runs, self.last = self.runs + 1, moved.flatten(0, -2)[-1].clone()
+        return moved
+
+    def _delta(self, z: Tensor, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.update, TrainedModule):
+            return normalised(self._module, z) * self._change
+        dtype = torch.promote_types(dtype, torch.float32)
+        A, B = (factor.to(z.device, dtype) for factor in (self.update.A, self.update.B))
+        u = z.to(dtype) @ A.T if z.is_floating_point() else A.T[z]
+        embed_scale = float(getattr(self._module, "embed_scale", 1.0))
+        return u @ B.T * self.update.scale * embed_scale
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        raise NotImplementedError  # it is put on modules only
+
+
+class Probe:
+    """Random updates of an adapter's modules, and what the Hugging Face model makes of them.
+
+    Args:
+        reference: the Hugging Face model; or a bridge, for the model within it.
+        adapter: names the modules and their ranks.
+        done: modules that were probed before, and are left out.
+    """
+
+    def __init__(self, reference: Any, adapter: Adapter, done: Collection[str] = ()) -> None:
+        names = names_by_path(reference)
+        paths = {module_path(key): update for key, update in adapter.modules.items()}
+        self.added: dict[str, _Added] = {}
+        hooks: list[tuple[str, HookFn]] = []
+        for seed, (path, update) in enumerate(paths.items()):
+            name = names.get(f"{path}.base_layer", names.get(path))  # of a PEFT layer
+            if name is None or path in done:
+                continue
+            module = reference.get_submodule(name)
+            if is_linear(module) or is_norm(module):
+                rank = update.rank if isinstance(update, LoRAFactors) else 1
+                self.added[path] = _Added(module, rank, seed)
+                hooks.append((name, self.added[path]))
+        with attached(reference, hooks, {}):
+            self.logits: Tensor = plain_logits(getattr(reference, "original_model", reference))
+
+
+def probed(
+    model: Any,
+    hf_model: nn.Module | None,
+    adapter: Adapter,
+    done: frozenset[str] = frozenset(),
+    probe: Probe | None = None,
+) -> frozenset[str]:
+    """`done` and the adapter's modules, once they are seen to be exact on this bridge.
+
+    Raises:
+        ModelStateError: see `require_exact`; or the bridge takes a projection apart, and there is
+            nothing to compare with.
+    """
+    paths = {module_path(key) for key in adapter.modules} - done
+    if paths and probe is None:
+        if hf_model is None:
+            _refuse_parts(host_of(model).family, paths)
+        probe = Probe(hf_model or model, adapter, done)
+    if probe is not None:
+        require_exact(model, hf_model, probe)
+    return done | paths
+
+
+def _refuse_parts(family: Family, paths: Collection[str]) -> None:
+    for path in paths:
+        place = family.place(path)
+        if place is not None and place.rows:
+            raise ModelStateError(
+                f"{path}: this TransformerBridge takes the projection apart into "
+                f"{', '.join(place.kinds)}, and only the base can tell whether its rows were read "
+                "right. Pass it: LoraLens(model, adapter, "
+                f"hf_model=AutoModelForCausalLM.from_pretrained(base)), or use ll.load. {_SKIP}"
+            )
+
+
+def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe) -> None:
+    """Check that a lens over this bridge does what the probe's forward hooks did. One pass.
+
+    Raises:
+        ModelStateError: a site that does not write as often as its module runs, or more than once;
+            another output of a site, or other logits.
+    """
+    if not probe.added:
+        return
+    random = Adapter({path: added.update for path, added in probe.added.items()}, name="random")
+    plan = make_plan(model, random, hf_model)
+    inject, points = _Seen(plan), model.hook_dict
+    with torch.no_grad(), attached(model, site_hooks(plan, inject, points), points):
+        logits = model(TOKENS.to(home_of(model)), return_type="logits")
+    for index, site in enumerate(plan.sites):
+        added, writes = probe.added[site.module], len(inject.last[index])
+        if not writes == added.runs == 1:
+            raise ModelStateError(
+                f"{site.name} ({site.module}): in one pass this module runs {added.runs} times and "
+                f"the site at {site.write} writes {writes} times; once is expected of both. Either "
+                "the bridge computes past its hook point, or the model runs the module several "
+                f"times. Leave it out: adapter.without({site.module!r}). {_SKIP}"
+            )
+        rows = plan.updates[index].site.rows
+        expected = added.last if rows is None else added.last[rows.to(added.last.device)]
+        if site.kind != "embed":  # whose hook point may show a multiple
+            _require_near(inject.last[index][0], expected, f"{site.name} ({site.module}) writes")
+    _require_near(logits, probe.logits, "the logits are")
+
+
+class _Seen:
+    """An injection at gates of 1 that keeps what the last token has at each site."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._inject = ScaleInject(plan, torch.ones(len(plan.sites), device=plan.maps[0].device))
+        self._widths = [len(delta.B) for delta in plan.maps]
+        self.last: list[list[Tensor]] = [[] for _ in plan.sites]
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        moved = self._inject(index, out, z)
+        kept = out if moved is None else moved
+        self.last[index].append(kept.reshape(-1, self._widths[index])[-1].clone())
+        return moved
+
+
+def _require_near(ours: Tensor, expected: Tensor, claim: str) -> None:
+    eps = torch.finfo(expected.dtype).eps
+    off = float((ours.to(expected) - expected).abs().max())
+    size = float(expected.abs().max())
+    if not off <= max(AGREEMENT, eps**0.5) * size:
+        raise ModelStateError(
+            f"with random updates of the adapter's modules, {claim} up to {off:.2g} off, of "
+            f"{size:.2g}, from the Hugging Face model with the same updates: this "
+            "TransformerBridge computes another function, or orders a module's rows otherwise. "
+            f"Another version of transformer-lens may not. {_SKIP}"
+        )
+
+
+def _root_mean_square(linear: nn.Module) -> float:
+    """Of the first entries of W; where they are out of reach, that of a usual start."""
+    weight: Any = linear.weight
+    if quantised_name(linear) is not None or is_offloaded(linear) or weight.is_meta:
+        return shape_of(linear)[1] ** -0.5
+    return float(weight.detach().flatten()[:_ENTRIES].float().square().mean().sqrt())

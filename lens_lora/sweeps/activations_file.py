@@ -1,0 +1,295 @@
+"""The file of a stream of activations, read in pieces.
+
+1. One row per token: `record` (from 0), `id`, `position`, `token`, `prefix`, `sink`, `error`, and a
+   column of `rank` numbers for each site. A bad record has one row, without a token.
+2. Tokens with the same tokens before them have the same `prefix` (`engine/texts.py`), and the same
+   numbers: examples and means count one of them.
+3. A group of rows holds whole texts, whose spans stand in the metadata. It is read one group at a
+   time, and of its columns one site's; `record`, `prefix` and `sink` of all tokens before that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lens_lora.arguments import whole
+from lens_lora.engine.texts import first_of_each
+from lens_lora.errors import ArgumentError, SweepError
+from lens_lora.model.sites import Site, one_site
+from lens_lora.results.tokens import (
+    Positions,
+    Sign,
+    chosen_positions,
+    context_of,
+    require_ranks,
+    require_sign,
+    strongest,
+)
+from lens_lora.sweeps.store import about_of
+
+SITES, SPANS = b"lens_lora.sites", b"lens_lora.spans"
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A run of finished records.
+
+    Attributes:
+        first, last: their numbers, from 0.
+        digest: of their ids and prompts.
+        tokens: how many they have in all.
+        errors: how many of them are bad.
+    """
+
+    first: int
+    last: int
+    digest: str
+    tokens: int
+    errors: int
+
+
+def spans_in(schema: pa.Schema, path: Path) -> list[Span]:
+    """The spans of a file's groups of rows.
+
+    Raises:
+        SweepError: it is not of a stream of tokens.
+    """
+    spans = (schema.metadata or {}).get(SPANS)
+    if spans is None:
+        raise SweepError(f"{path} holds no activations by token; they are a sweep's of their own.")
+    return [Span(*fields) for fields in json.loads(spans)]
+
+
+def spans_of(path: Path) -> list[Span]:
+    """The spans of a result, each of which is one group of its rows.
+
+    Raises:
+        SweepError: it is not of a stream of tokens, or its rows were changed.
+    """
+    with pq.ParquetFile(path) as file:
+        spans, about = spans_in(file.schema_arrow, path), file.metadata
+        rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    # A text without numbers has one row, however many tokens.
+    known = [(n, span.tokens) for n, span in zip(rows, spans, strict=False) if not span.errors]
+    if len(rows) != len(spans) or any(n != tokens for n, tokens in known):
+        raise _changed(path, f"{sum(rows)} rows in {len(rows)} groups for {len(spans)} spans")
+    return spans
+
+
+def _changed(path: Path, fact: str) -> SweepError:
+    return SweepError(
+        f"{path} was changed after the sweep: {fact}. Restore it from a copy, or start over with "
+        "resume=False (--no-resume)."
+    )
+
+
+_COLUMNS = ["rank", "record", "id", "position", "token", "value", "context"]
+
+
+@final
+class ActivationsFile:
+    """The activations of many texts in a file; no call holds more than a part of it.
+
+    Args:
+        path: of what `ll.sweep(lens, texts, "activations", out=path)` wrote.
+
+    Attributes:
+        path: one row per token; pandas, polars and DuckDB read it too.
+        sites, ranks: of the columns.
+        gauge: 'svd' or 'trained'.
+        texts, tokens: how many it holds, texts with an error included.
+        errors: how many texts have no numbers.
+        meta: model, adapter, dtype and versions.
+
+    Raises:
+        SweepError: no such file, or not one of activations.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path: Path = Path(path)
+        if not self.path.is_file():
+            raise SweepError(f"{self.path}: there is no such file of activations.")
+        about, schema = about_of(self.path), pq.read_schema(self.path)
+        spans = spans_of(self.path)
+        columns: list[dict[str, Any]] = json.loads(schema.metadata[SITES])
+        self.sites: tuple[Site, ...] = tuple(Site(**column) for column in columns)
+        self.ranks: tuple[int, ...] = tuple(site.rank for site in self.sites)
+        held = {name: getattr(schema.field(name).type, "list_size", 0) for name in schema.names}
+        for site in self.sites:
+            if held.get(site.name) != site.rank:
+                fact = f"{site.name} has {held.get(site.name, 'no')} numbers, and rank {site.rank}"
+                raise _changed(self.path, fact)
+        self.gauge: str = next(iter(about["options"].values()))["gauge"]
+        self.texts: int = sum(span.last - span.first + 1 for span in spans)
+        self.tokens: int = sum(span.tokens for span in spans)
+        self.errors: int = sum(span.errors for span in spans)
+        self.meta: dict[str, str] = {
+            name: about[name] for name in ("model", "model_class", "dtype", "adapter")
+        }
+
+    @property
+    def done(self) -> int:
+        """How many texts have numbers."""
+        return self.texts - self.errors
+
+    @property
+    def repeated(self) -> int:
+        """How many tokens beside sinks an earlier text has after the same ones; they count once.
+
+        Reads 17 bytes a token of the file.
+        """
+        return self._counted(None, sinks=False)[1]
+
+    def top(
+        self,
+        site: str,
+        k: int = 10,
+        *,
+        rank: int | None = None,
+        sign: Sign = 1,
+        context: int = 4,
+        sinks: bool = False,
+    ) -> pd.DataFrame:
+        """The k tokens at which each direction of a site is largest, with what stands around them.
+
+        Where several texts begin alike, a token with the same tokens before it counts once.
+
+        Args:
+            site: its name, or a glob that matches it alone.
+            k: how many of each direction.
+            rank: one direction; without it, each of the site's.
+            sign: 1 for the largest values above zero, −1 for those below.
+            context: how many tokens are shown on either side of each, which stands in ⟦ ⟧.
+            sinks: count sinks too.
+
+        Raises:
+            SiteError: no such site, or several.
+            ArgumentError: no such rank, another sign, or a k or context below 0.
+        """
+        k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
+        index = one_site([s.name for s in self.sites], site)
+        name, ranks = self.sites[index].name, require_ranks(rank, self.ranks[index])
+        examples: dict[int, list[dict[str, Any]]] = {r: [] for r in ranks}
+        for group, counted in self._groups([name], self._counted(None, sinks)[0]):
+            values = np.where(counted[:, None], _numbers(group.table, name), np.nan)
+            for r, best in examples.items():
+                best += [
+                    group.example(r, int(row), float(values[row, r]), context)
+                    for row in strongest(values[:, r], way, k)
+                ]
+                best.sort(key=lambda example: -way * example["value"])
+                del best[k:]
+        rows = [example for best in examples.values() for example in best]
+        return pd.DataFrame(rows, columns=_COLUMNS)
+
+    def mean(
+        self, positions: Positions = None, *, sinks: bool = False
+    ) -> Float[Tensor, "site rank"]:
+        """The mean of u over tokens of all texts, without sinks; NaN beyond a site's own rank.
+
+        Where several texts begin alike, a token with the same tokens before it counts once.
+
+        Args:
+            positions: None for all tokens, or of each text an index, a slice or indices; negative
+                ones count from its end.
+            sinks: count sinks too.
+
+        Raises:
+            ArgumentError: positions at which there is no token.
+        """
+        total = np.full((len(self.sites), max(self.ranks)), np.nan)
+        for slot, rank in enumerate(self.ranks):
+            total[slot, :rank] = 0
+        once, _ = self._counted(positions, sinks)
+        if not once.any():
+            raise ArgumentError(
+                f"positions={positions!r}: no token is there that is not a sink; ask for others, "
+                "or with sinks=True."
+            )
+        for group, counted in self._groups([site.name for site in self.sites], once):
+            for slot, (site, rank) in enumerate(zip(self.sites, self.ranks, strict=True)):
+                total[slot, :rank] += _numbers(group.table, site.name)[counted].sum(0, dtype=float)
+        return torch.from_numpy(total / once.sum())
+
+    def bad(self) -> pd.DataFrame:
+        """The records without numbers: record, id, error."""
+        return pd.read_parquet(
+            self.path, columns=["record", "id", "error"], filters=[("error", "!=", "")]
+        )
+
+    def _counted(self, positions: Positions, sinks: bool) -> tuple[NDArray[np.bool_], int]:
+        """[row]: the tokens at these positions, repeats left out; and how many those are."""
+        table = pq.read_table(self.path, columns=["record", "prefix", "sink"])
+        lengths = np.unique(table["record"].to_numpy(), return_counts=True)[1].tolist()
+        chosen = np.concatenate([chosen_positions(positions, n, n) for n in lengths])
+        chosen &= table["prefix"].is_valid().to_numpy() & (sinks | ~table["sink"].to_numpy())
+        once = first_of_each(table["prefix"].fill_null(0).to_numpy(), chosen)
+        return once, int(chosen.sum() - once.sum())
+
+    def _groups(
+        self, columns: Sequence[str], once: NDArray[np.bool_]
+    ) -> Iterator[tuple[_Group, NDArray[np.bool_]]]:
+        """Every group of rows, and which of its rows count."""
+        first = 0
+        with pq.ParquetFile(self.path) as file:
+            for index in range(file.num_row_groups):
+                read = ["record", "id", "token", *columns]
+                group = _Group(file.read_row_group(index, columns=read))
+                yield group, once[first : first + len(group.records)]
+                first += len(group.records)
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationsFile in gauge {self.gauge!r}: {self.texts} texts ({self.errors} with "
+            f"errors), {self.tokens} tokens ({self.repeated} after the same tokens as earlier, "
+            f"which count once) × {len(self.sites)} sites of rank "
+            f"{max(self.ranks)}\n  {self.path}"
+        )
+
+
+class _Group:
+    """One group of rows."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        self.records: NDArray[np.int64] = table["record"].to_numpy()
+        self.tokens: list[str | None] = table["token"].to_pylist()
+
+    def text_of(self, row: int) -> tuple[int, int]:
+        """The rows of the text of a row: the first, and one after the last."""
+        record = self.records[row]
+        low, high = (np.searchsorted(self.records, record, side) for side in ("left", "right"))
+        return int(low), int(high)
+
+    def example(self, rank: int, row: int, value: float, width: int) -> dict[str, Any]:
+        low, high = self.text_of(row)
+        tokens = [token or "" for token in self.tokens[low:high]]
+        return {
+            "rank": rank,
+            "record": int(self.records[row]),
+            "id": self.table["id"][row].as_py(),
+            "position": row - low,
+            "token": tokens[row - low],
+            "value": value,
+            "context": context_of(tokens, row - low, width),
+        }
+
+
+def _numbers(table: pa.Table, site: str) -> NDArray[np.floating]:
+    """[row, rank] of one site."""
+    column = table[site].combine_chunks()
+    rank = column.type.list_size
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)

@@ -1,0 +1,422 @@
+"""Tiny models of architectures that have no entry in `families`, a line of data each.
+
+A line is transformers' own class and what its configuration needs beside `_SIZES`. The LoRA is on
+every linear module but the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import cases
+import models
+import reference
+import torch
+import transformers as hf
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import lens_lora as ll
+
+_SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "intermediate_size": 24,
+    "vocab_size": models.VOCAB,
+    "max_position_embeddings": models.CONTEXT,
+    "tie_word_embeddings": False,
+    "attn_implementation": "eager",
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_MHA = {"num_key_value_heads": 4}
+_GPT = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": models.CONTEXT, "n_inner": 24}
+_MOE = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 12,
+}
+_DEEPSEEK = {
+    **{"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2},
+    **{"topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 12, "head_dim": 4},
+    **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
+    **{"v_head_dim": 4, "n_shared_experts": 1},
+}
+_LINEAR_ATTENTION = {
+    **{"linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+}
+_MAMBA = {
+    **{"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_d_head": 8, "mamba_n_groups": 1},
+    "mamba_chunk_size": 8,
+}
+_FALCON = {"head_dim": None, "num_key_value_heads": None}
+_GLM = {"partial_rotary_factor": 0.5}
+# (transformers' class without ForCausalLM, its configuration where that is named otherwise, sizes)
+ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "OLMo": ("Olmo", "", {"clip_qkv": None}),
+    "OLMo 2": ("Olmo2", "", {}),
+    "OLMo 3": ("Olmo3", "", {"sliding_window": 4}),
+    "OLMoE": ("Olmoe", "", _MOE),
+    "FlexOLMo": ("FlexOlmo", "", _MOE),
+    "Granite": (
+        "Granite",
+        "",
+        {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.7},
+    ),
+    "Granite MoE": ("GraniteMoe", "", {**_MOE, "logits_scaling": 3.0}),
+    "SmolLM3": ("SmolLM3", "", {"no_rope_layers": [1, 0]}),
+    "StarCoder 2": ("Starcoder2", "", {"sliding_window": 4}),
+    "StableLM": ("StableLm", "", {"partial_rotary_factor": 0.5}),
+    "Cohere": ("Cohere", "", {"logit_scale": 0.5}),
+    "Cohere 2": ("Cohere2", "", {"logit_scale": 0.5, "sliding_window": 4}),
+    "GLM": ("Glm", "", _GLM),
+    "GLM 4": ("Glm4", "", _GLM),
+    "GLM 4 MoE": ("Glm4Moe", "", {**_DEEPSEEK, **_GLM, "num_key_value_heads": 2}),
+    "EXAONE 4": ("Exaone4", "", {"sliding_window": 4}),
+    "Llama 4": (
+        "Llama4",
+        "Llama4TextConfig",
+        {**_MOE, "num_experts_per_tok": 1, "intermediate_size_mlp": 24, "no_rope_layers": [1, 0]},
+    ),
+    "Hunyuan": ("HunYuanDenseV1", "", {}),
+    "Seed-OSS": ("SeedOss", "", {}),
+    "Apertus": ("Apertus", "", {}),
+    "Arcee": ("Arcee", "", {}),
+    "Nemotron": ("Nemotron", "", {}),
+    "Ernie 4.5": ("Ernie4_5", "", {}),
+    "Ernie 4.5 MoE": ("Ernie4_5_Moe", "", {**_MOE, "moe_num_experts": 4, "moe_k": 2}),
+    "Qwen2-MoE": ("Qwen2Moe", "", _MOE),
+    "Qwen3-MoE": ("Qwen3Moe", "", _MOE),
+    "Qwen3-Next": ("Qwen3Next", "", {**_MOE, **_LINEAR_ATTENTION}),
+    "Qwen3.5": ("Qwen3_5", "Qwen3_5TextConfig", _LINEAR_ATTENTION),
+    "gpt-oss": ("GptOss", "", _MOE),
+    "DeepSeek-V2": ("DeepseekV2", "", _DEEPSEEK),
+    "DeepSeek-V3": ("DeepseekV3", "", _DEEPSEEK),
+    "Youtu": ("Youtu", "", _DEEPSEEK),
+    "Gemma 4": (
+        "Gemma4",
+        "Gemma4TextConfig",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 4,
+            "global_head_dim": 8,
+            "vocab_size_per_layer_input": models.VOCAB,
+            "hidden_size_per_layer_input": 4,
+        },
+    ),
+    "VaultGemma": ("VaultGemma", "", {"query_pre_attn_scalar": 4, "sliding_window": 4}),
+    "LFM2": (
+        "Lfm2",
+        "",
+        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "XGLM": (
+        "XGLM",
+        "",
+        {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 4},
+    ),
+    "Jais 2": ("Jais2", "", _MHA),
+    "nanochat": ("NanoChat", "", {}),
+    "Ministral 3": ("Ministral3", "", {}),
+    "Falcon": ("Falcon", "", {**_FALCON, "multi_query": True}),
+    "Falcon, interleaved": (
+        "Falcon",
+        "",
+        {**_FALCON, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+    ),
+    "MPT": (
+        "Mpt",
+        "",
+        {
+            "d_model": 16,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": models.CONTEXT,
+            "num_key_value_heads": None,
+        },
+    ),
+    "GPT-BigCode": ("GPTBigCode", "", {**_GPT, "multi_query": True}),
+    "ModernBERT decoder": ("ModernBertDecoder", "", {"local_attention": 4}),
+    "Laguna": ("Laguna", "", {**_MOE, "sliding_window": 4}),
+    "AFMoE": ("Afmoe", "", {**_MOE, "num_dense_layers": 1, "sliding_window": 4}),
+    "OLMo hybrid": ("OlmoHybrid", "", _LINEAR_ATTENTION),
+    "Qwen3.5 MoE": ("Qwen3_5Moe", "Qwen3_5MoeTextConfig", {**_MOE, **_LINEAR_ATTENTION}),
+    "LFM2 MoE": (
+        "Lfm2Moe",
+        "",
+        {**_MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    ),
+    "Granite hybrid": (
+        "GraniteMoeHybrid",
+        "",
+        {
+            **_MOE,
+            **_MAMBA,
+            "layer_types": ["mamba", "attention"],
+            "shared_intermediate_size": 12,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "Jamba": (
+        "Jamba",
+        "",
+        {
+            **{**_MOE, "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+            **{"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_dt_rank": 4},
+            "use_mamba_kernels": False,
+        },
+    ),
+    "Bamba": ("Bamba", "", {**_MAMBA, "attn_layer_indices": [1]}),
+    "Falcon-H1": ("FalconH1", "", {**_MAMBA, "mamba_d_ssm": 16, "mamba_d_head": 4}),
+    "Nemotron-H": (
+        "NemotronH",
+        "",
+        {
+            **{"mamba_num_heads": 4, "ssm_state_size": 4, "mamba_head_dim": 8, "n_groups": 1},
+            **{"layers_block_type": ["mamba", "attention"], "chunk_size": 8},
+        },
+    ),
+    "RecurrentGemma": (
+        "RecurrentGemma",
+        "",
+        {
+            **{"lru_width": 16, "attention_window_size": 8, "num_key_value_heads": 1},
+            "block_types": ["recurrent", "attention"],
+        },
+    ),
+    "Mamba": ("Mamba", "", {"state_size": 4}),
+    "Mamba 2": (
+        "Mamba2",
+        "",
+        {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    ),
+    "Zamba 2": (
+        "Zamba2",
+        "",
+        {
+            **{"mamba_d_state": 4, "n_mamba_heads": 2, "mamba_ngroups": 1, "chunk_size": 8},
+            "layers_block_type": ["mamba", "hybrid"],
+        },
+    ),
+    "GLM 4 MoE lite": ("Glm4MoeLite", "", _DEEPSEEK),
+    "GLM DSA": ("GlmMoeDsa", "", _DEEPSEEK),
+    "MiniMax-M2": ("MiniMaxM2", "", _MOE),
+    "JetMoE": ("JetMoe", "", {**_MOE, "kv_channels": 4, "num_key_value_heads": 2}),
+    "BitNet": ("BitNet", "", {}),
+}
+_UNDER_NO_GRAD = ("indexer.wk", "indexer.wq_b", "indexer.weights_proj")
+# The head, which is another test's; routers whose output is no tensor; and what Mamba's scan reads
+# past its module, or PEFT refuses to adapt.
+_LEFT_OUT = (
+    "lm_head",
+    "feed_forward.router",
+    "mlp.router",
+    "router.gate",
+    "dt_proj",
+    *_UNDER_NO_GRAD,
+)
+REVERSE_ONLY = ("RecurrentGemma",)  # its recurrence is a Function without forward mode
+_REFUSED_BY_PEFT = ("FalconH1", "NemotronH", "Mamba", "Mamba2")
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def hf_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """The tiny model, every parameter random, as `models.hf_model` makes it."""
+    stem, config_name, sizes = ARCHITECTURES[name]
+    given = {k: v for k, v in {**_SIZES, **sizes}.items() if v is not None}
+    config = getattr(hf, config_name or f"{stem}Config")(**given)
+    config._experts_implementation = "eager"
+    torch.manual_seed(seed)
+    made = getattr(hf, f"{stem}ForCausalLM")(config)
+    return models.randomised(made, seed, dtype)
+
+
+def peft_model(name: str, base: PreTrainedModel) -> PeftModel:
+    """The base (copied) with a random LoRA of every linear module active."""
+    linears = [
+        path
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not path.endswith(_LEFT_OUT)
+    ]
+    if ARCHITECTURES[name][0] in _REFUSED_BY_PEFT:
+        linears = [path for path in linears if not path.endswith("out_proj")]
+    if any(p.ndim == 3 for p in base.parameters()):  # PEFT would take these names for experts
+        linears = [path for path in linears if not path.endswith(_OF_EXPERTS)]
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=linears)
+    peft = get_peft_model(copy.deepcopy(base), config).eval()
+    return models.with_random_factors(peft, base, size=0.15)
+
+
+@dataclass(frozen=True)
+class Case:
+    base: PreTrainedModel
+    peft: PeftModel
+    model: Any
+    lens: ll.LoraLens
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.lens.adapter.modules)
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """`models.lifted`, and new tensors are in float64: XGLM fills its mask in torch's default."""
+    before = torch.get_default_dtype()
+    with models.lifted():
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@functools.cache
+def case(name: str) -> Case:
+    """Built once, in float64."""
+    with in_float64():
+        base = hf_model(name)
+        peft = peft_model(name, base)
+        model = models.bridge(base)
+        lens = ll.LoraLens(model, ll.Adapter.from_peft(peft), hf_model=base)
+    return Case(base, peft, model, lens)
+
+
+# --- how far a lens is from PEFT
+
+MARGIN = ll.Margin(5, 9)
+ERRORS = ("host", "adapted", "each", "activations", "slopes", "modes", "effects", "path", "said")
+
+
+def measure(name: str) -> dict[str, float | int | str]:
+    """Every error of one architecture. Within `in_float64`.
+
+    host: the bare bridge from the bare Hugging Face model, any logit.
+    adapted: f(1) from PEFT's active adapter, any logit.
+    each: the same with one module's gate at 0.7 and all others at 0, one by one, two prompts each.
+    activations: any hook point from that of a bridge of PEFT's merged weights.
+    slopes: first order at 0, 0.37 and 1 from central differences of PEFT, of the largest slope.
+    modes: forward from reverse mode at 0.37, of the largest slope; or the refusal of forward mode.
+    effects: leaving one module out, from PEFT.
+    path: its sum from PEFT's shift, of the sum of sizes, for the adapter at a hundredth of
+        its strength: at full strength it sends tokens to other experts on the way, where g jumps.
+    said: tokens of six that differ from PEFT's greedy ones.
+    """
+    held, tokens = case(name), models.tokens()
+    with torch.no_grad():
+        base, adapted = held.base(tokens).logits, held.peft(tokens).logits
+        bare = held.model(tokens, return_type="logits")
+    return {
+        "sites": len(held.lens.sites),
+        "shift": _worst(adapted, base),
+        "host": _worst(bare, base),
+        "adapted": _worst(held.lens.logits(tokens), adapted),
+        "each": max(_module_alone(held, tokens[:, :5], module) for module in held.modules),
+        "activations": _activations(held, tokens),
+        "slopes": max(_slopes(held, tokens[:, :5], at) for at in (0.0, 0.37, 1.0)),
+        "modes": _modes(held, tokens[:, :5]),
+        **_effects(held, tokens[:1, :5]),
+        "said": _said(held, tokens[:, :5]),
+    }
+
+
+def _worst(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((cases.centred(ours) - cases.centred(expected)).abs().max())
+
+
+def _read(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, 5] - logits[:, 9]
+
+
+def _module_alone(held: Case, tokens: torch.Tensor, module: str) -> float:
+    """By gates for each prompt, which take another way where experts flatten the tokens."""
+    gates = torch.tensor([0.7 * (site.module == module) for site in held.lens.sites]).double()
+    factors = {other: 0.7 * (other == module) for other in held.modules}
+    with torch.no_grad(), reference.peft_scales(held.peft, factors):
+        oracle = held.peft(tokens).logits
+    return _worst(held.lens.logits(tokens, gates.expand(len(tokens), -1)), oracle)
+
+
+def _activations(held: Case, tokens: torch.Tensor) -> float:
+    merged = models.bridge(copy.deepcopy(held.peft).merge_and_unload())
+    with torch.no_grad(), held.lens.applied() as model:
+        _, ours = model.run_with_cache(tokens)
+        _, expected = merged.run_with_cache(tokens)
+    assert set(ours) == set(expected)
+    worst = 0.0
+    for point, value in expected.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            finite = torch.isfinite(value)
+            assert torch.equal(finite, torch.isfinite(ours[point])), point
+            off = (ours[point] - value)[finite].abs()
+            worst = max(worst, float(off.max()) if off.numel() else 0.0)
+    return worst
+
+
+def _slopes(held: Case, tokens: torch.Tensor, at: float) -> float:
+    ours = ll.first_order(held.lens, tokens, MARGIN, at=at, mode="reverse").values
+    expected = reference.peft_first_order(held.peft, tokens, _read, held.modules, at)
+    by_module = torch.stack(
+        [
+            ours[:, [site.module == module for site in held.lens.sites]].sum(1)
+            for module in held.modules
+        ],
+        1,
+    )
+    theirs = torch.stack([expected[module] for module in held.modules], 1)
+    return float((by_module - theirs).abs().max() / theirs.abs().max())
+
+
+def _modes(held: Case, tokens: torch.Tensor) -> float | str:
+    reverse = ll.first_order(held.lens, tokens, MARGIN, at=0.37, mode="reverse").values
+    try:
+        forward = ll.first_order(held.lens, tokens, MARGIN, at=0.37, mode="forward", progress=False)
+    except ll.errors.ModelStateError as error:
+        return str(error)
+    return float((forward.values - reverse).abs().max() / reverse.abs().max())
+
+
+def _effects(held: Case, tokens: torch.Tensor) -> dict[str, float]:
+    modules, sites = held.modules, held.lens.sites
+    ones = dict.fromkeys(modules, 1.0)
+
+    def peft(**factors: float) -> torch.Tensor:
+        return reference.peft_readout(held.peft, tokens, _read, ones | factors)
+
+    weak = held.lens.with_adapter(held.lens.adapter.scaled(0.01))
+    path = ll.path_attribution(weak, tokens, MARGIN, tol=1e-6, progress=False).values
+    shift = peft(**dict.fromkeys(modules, 0.01)) - peft(**dict.fromkeys(modules, 0.0))
+    left_out = ll.patch_sites(held.lens, tokens, MARGIN, how="leave_one_out", progress=False).values
+    whole = [
+        (i, site.module)
+        for i, site in enumerate(sites)
+        if sum(other.module == site.module for other in sites) == 1
+    ]
+    expected = {i: peft() - peft(**{module: 0.0}) for i, module in whole}
+    return {
+        "effects": max(float((left_out[:, i] - e).abs().max()) for i, e in expected.items()),
+        "path": float((path.sum(1) - shift).abs().max() / path.abs().sum()),
+    }
+
+
+def _said(held: Case, tokens: torch.Tensor) -> int:
+    ours = held.lens.generate(tokens, 6, eos_token_id=(), progress=False).ids
+    texts = tokens
+    for _ in range(6):
+        with torch.no_grad():
+            texts = torch.cat([texts, held.peft(texts).logits[:, -1:].argmax(-1)], 1)
+    return int((texts[:, tokens.shape[1] :] != torch.stack(ours)).sum())
