@@ -251,8 +251,9 @@ class _Crossing:
 
     @property
     def is_narrow(self) -> bool:
+        """Whether nothing is left to look for; also where g is exactly zero at a neighbour."""
         low, high = self.step
-        return high - low <= _PRECISION
+        return high - low <= _PRECISION or not self.values[self.low : self.low + 2].all()
 
     @property
     def root(self) -> float:
@@ -264,10 +265,12 @@ class _Crossing:
 
     @property
     def probes(self) -> tuple[float, float]:
-        """Either side of that root, by about what it may be off, within the step."""
+        """Either side of that root, by about what it may be off, and apart from the neighbours."""
         (low, high), root = self.step, self.root
         reach = max(0.4 * _PRECISION, (high - low) ** 2 / 8)
-        return max(root - reach, (low + root) / 2), min(root + reach, (high + root) / 2)
+        gap = min(reach, high - low) / 8
+        left = min(max(root - reach, low + gap), high - 2 * gap)
+        return left, min(max(root + reach, left + gap), high - gap)
 
     def narrowed(self, between: NDArray[np.float64]) -> _Crossing:
         """The part of the step with the first change, g being known at the probes as well."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import cases
 import models
+import numpy as np
 import pytest
 import torch
 
@@ -58,3 +59,22 @@ def test_a_batch_flips_where_each_prompt_alone_does(
         if i not in STAYING:
             rows = lens.logits(prompts.row(i), float(found.flip_scale[i]))[0, -1]
             assert (rows[doc[i]] - rows[pre[i]]).abs() < 1e-5
+
+
+@pytest.mark.parametrize("values", [[-1e-17, 1.0, 3.0], [-3.0, 1e-17, 1.0], [-1.0, 1.0, 3.0]])
+def test_probes_are_distinct_wherever_the_root_is(values: list[float]):
+    """At a neighbour, where a polynomial would have one point twice, as in the middle."""
+    crossing = module._Crossing(np.array([0.0, 0.5, 1.0]), np.array(values), 0)
+    for _ in range(module._MOST_PASSES):
+        if crossing.is_narrow:
+            break
+        low, high = crossing.step
+        left, right = crossing.probes
+        assert low < left < right < high
+        crossing = crossing.narrowed(np.interp([left, right], [0.0, 0.5, 1.0], values))
+    assert abs(np.interp(crossing.root, [0.0, 0.5, 1.0], values)) < 1e-4
+
+
+def test_a_margin_that_is_exactly_zero_is_the_flip():
+    crossing = module._Crossing(np.array([0.0, 0.5, 1.0]), np.array([-1.0, 0.0, 2.0]), 0)
+    assert crossing.is_narrow and crossing.root == 0.5
