@@ -97,26 +97,38 @@ def _configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
     return configs, model if unwrap is None else unwrap()
 
 
+# Initialisations of LoRA under which PEFT leaves the base's weights as they are.
+_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+
+
 def base_within(peft_model: Any) -> nn.Module:
     """The base model of a PeftModel, as modules of its own on the same tensors.
 
     Raises:
-        UnsupportedAdapterError: an adapter is merged into the weights, or biases were trained in
-            their place, so that the base is no longer there.
+        UnsupportedAdapterError: the base is no longer there: an adapter is merged into the weights,
+            trained biases stand in their place, or PEFT took a part out of them (PiSSA, LoftQ).
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     configs, live = _configs_and_base(peft_model)
     modules: list[Any] = list(live.modules())
-    is_merged = any(m.merged for m in modules if isinstance(m, BaseTunerLayer))
-    if is_merged or any(config.bias != "none" for config in configs.values()):
-        fact = "an adapter is merged into its weights" if is_merged else "it trains biases in place"
-        raise UnsupportedAdapterError(
-            f"the PeftModel no longer holds its base: {fact}. Pass the base by name: "
-            "ll.load(base, ll.Adapter.from_peft(peft_model))"
-            + (", after peft_model.unmerge_adapter()." if is_merged else ".")
+    if any(module.merged for module in modules if isinstance(module, BaseTunerLayer)):
+        raise _without_base(
+            "an adapter is merged into its weights. Take it out: peft_model.unmerge_adapter()."
         )
+    for name, config in configs.items():
+        if getattr(config, "bias", "none") != "none":
+            raise _without_base(
+                f"{name!r} trains biases in place. Pass the base by name: ll.load(base, "
+                "ll.Adapter.from_peft(peft_model))."
+            )
+        start = getattr(config, "init_lora_weights", True)
+        if start not in _KEEP_THE_BASE:
+            raise _without_base(
+                f"init_lora_weights={start!r} of {name!r} changed its weights. Compare with the "
+                "true base: ll.load(base, ll.Adapter.between(base, peft_model.merge_and_unload()))."
+            )
     tensors = itertools.chain(live.parameters(), live.buffers())
     model = copy.deepcopy(live, {id(tensor): tensor for tensor in tensors})
     wrappers = BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper
@@ -127,6 +139,10 @@ def base_within(peft_model: Any) -> nn.Module:
             inner = inner.get_base_layer() if is_layer else inner.original_module
         model.set_submodule(path, inner)
     return model
+
+
+def _without_base(why: str) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(f"the PeftModel no longer holds its base: {why}")
 
 
 def _updates(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]:

@@ -159,8 +159,8 @@ def fact_margin(
 ) -> FactMargin:
     """m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
-    Cost: five forward and backward passes and 31 forward passes, along the path and for the noise
-    floors, batched, and about ten forward more if any prompt flips.
+    Cost: five forward and backward passes and 30 forward passes, along the path and for the noise
+    floors, batched, and mostly two or three more, of two points each, if any prompt flips.
 
     Args:
         lens: the adapter over the model.

@@ -133,7 +133,7 @@ def remainder(
 ) -> Remainder:
     """R_y of all sites together and, with by_site, u_yᵀ r_l of each site alone.
 
-    Cost: five forward and backward passes and 13 forward passes, batched, most of them for the
+    Cost: five forward and backward passes and 12 forward passes, batched, most of them for the
     noise floors; and one per site with by_site.
 
     Args:
@@ -265,7 +265,7 @@ def remainder_curve(
 ) -> RemainderCurve:
     """R_y(ε) = g(ε·1) − g(0) − ε Σ_l a_l along the path from base to adapted model.
 
-    Cost: five forward and backward passes and ten forward passes, most of them for the noise
+    Cost: five forward and backward passes and nine forward passes, most of them for the noise
     floors, beside a forward pass per scale below 1 (21 by default), batched.
 
     Args:

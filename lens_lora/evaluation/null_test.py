@@ -156,7 +156,7 @@ def null_test(
     it was trained on few tokens.
 
     Cost per draw: one forward and one backward, one forward pass, and laying the adapter over the
-    model; and once what first_order and the noise floor take (13 forward passes, a backward).
+    model; and once what first_order and the noise floor take (ten forward passes, one backward).
 
     Args:
         lens: the adapter over the model.

@@ -276,6 +276,9 @@ def test_a_peft_model_without_its_base_is_refused():
     biased = trained(bias="lora_only")
     with pytest.raises(ll.errors.UnsupportedAdapterError, match="biases in place.*base by name"):
         ll.load(biased, tokenizer=tokenizer)
+    started = trained(init_lora_weights="pissa")
+    with pytest.raises(ll.errors.UnsupportedAdapterError, match="pissa.*Adapter.between"):
+        ll.load(started, tokenizer=tokenizer)
     several = trained()
     several.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
     several.base_model.set_adapter(["default", "other"])
