@@ -445,10 +445,10 @@ class Taps:
             moved = moved + self._leaves[-1]
         held = fwad.unpack_dual(z).primal.detach()
         kept: Any = _Kept.apply(held.new_zeros((), dtype=out.dtype).requires_grad_(), held)
-        node = kept.grad_fn
 
         def on_gradient(gradient: Tensor) -> None:
-            self._show(index, gradient, *node.saved_tensors)
+            # Through `kept`: torch 2.6 clears what a node saved once its tensor is gone.
+            self._show(index, gradient, *kept.grad_fn.saved_tensors)
 
         if moved.requires_grad:  # else the model computes it under no_grad: see require_all_seen
             moved.register_hook(on_gradient)

@@ -328,7 +328,8 @@ def _is_a(value: Any, hint: Any) -> bool:
     if hint in (int, float):  # an int passes for a float, a bool for neither
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     if _is_array(hint):
-        return isinstance(value, hint.dtype[hint.array_type, "..."])
+        name = str(getattr(value, "dtype", "")).rpartition(".")[2]  # jaxtyping's names of dtypes
+        return isinstance(value, hint.array_type) and name in hint.dtypes
     return isinstance(value, origin or hint)
 
 
