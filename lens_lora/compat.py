@@ -223,6 +223,26 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
     return vars(module).get("forward")
 
 
+# --- transformers: experts
+
+
+def gated(experts: nn.Module, hidden: Tensor) -> Tensor:
+    """act(gate) · up of what the first stack makes: each family's own, called by no public name."""
+    apply: Callable[[Tensor], Tensor] = experts._apply_gate  # pyright: ignore[reportAssignmentType]
+    return apply(hidden)
+
+
+def experts_implementation(experts: Any) -> str | None:
+    """By which kernel experts are computed: there is a public way to set it, and none to ask."""
+    kernel: str | None = experts.config._experts_implementation
+    return kernel
+
+
+def is_split_over_processes(experts: nn.Module) -> bool:
+    """Whether each process holds some of the experts; the flag is set by transformers alone."""
+    return bool(getattr(experts, "_is_expert_parallel", False))
+
+
 # --- torch: derivatives
 
 

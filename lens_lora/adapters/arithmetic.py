@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, base_part
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, base_part, expert_factors
 from lens_lora.errors import AdapterError
 
 
@@ -68,6 +68,12 @@ def stacked(
 
 
 def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
+    experts = {part.experts for part in parts}
+    if len(experts) > 1:
+        raise AdapterError(f"{path}: the adapters have {experts} experts; the base has one number.")
+    if max(experts) > 1:
+        each = zip(*(part.by_expert() for part in parts), strict=True)
+        return expert_factors([_stack(path, expert) for expert in each])
     dtypes = (tensor.dtype for part in parts for tensor in (part.A, part.B))
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     shapes = sorted({(len(part.B), part.A.shape[1]) for part in parts})
@@ -83,7 +89,8 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
         for part in parts
         if part.lora_bias is not None
     ]
-    return LoRAFactors(A, B, lora_bias=torch.stack(biases).sum(0) if biases else None)
+    bias = torch.stack(biases).sum(0) if biases else None
+    return LoRAFactors(A, B, lora_bias=bias, experts=max(experts))
 
 
 def _additive(path: str, update: ModuleUpdate) -> LoRAFactors:

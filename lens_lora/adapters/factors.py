@@ -17,12 +17,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lens_lora.compat import in_float64
 from lens_lora.errors import AdapterError, ArgumentError
@@ -51,6 +52,10 @@ class LoRAFactors:
         base_weight: the base's weight as the adapter saw it, where the file holds it, stored as
             Hugging Face does. Its difference from the base is a part of the update.
         strength: multiplies the whole update.
+        experts: how many experts a parameter holds that is one tensor of all of them
+            (`target_parameters`): ΔW_e = scale · B_e A_e, with the ranks of one expert after
+            another's. 1 for a parameter of a module that is no linear one (a router); 0 for a
+            linear module.
 
     Raises:
         AdapterError: A and B disagree on the rank, are not matrices, are not finite, or are so
@@ -65,6 +70,7 @@ class LoRAFactors:
     magnitude: Float[Tensor, " out"] | None = None
     base_weight: Tensor | None = None
     strength: float = 1.0
+    experts: int = 0
 
     def __post_init__(self) -> None:
         tensors = {"A": self.A, "B": self.B, **_tensors(self, (*_VECTORS, "base_weight"))}
@@ -81,6 +87,8 @@ class LoRAFactors:
                 f"A is {tuple(self.A.shape)} and B is {tuple(self.B.shape)}; "
                 "expected A [rank, in] and B [out, rank] with the same rank."
             )
+        if self.experts < 0 or (self.experts and self.rank % self.experts):
+            raise AdapterError(f"{self.rank} ranks for {self.experts} experts; each has as many.")
         if 0 in self.A.shape or 0 in self.B.shape:
             raise AdapterError(f"empty factors: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}.")
         for name, vector in _tensors(self, _VECTORS).items():
@@ -93,6 +101,14 @@ class LoRAFactors:
     def rank(self) -> int:
         """r, the number of A's rows and of B's columns."""
         return self.A.shape[0]
+
+    def by_expert(self) -> list[LoRAFactors]:
+        """The factors of each expert; of any other map, these."""
+        if self.experts < 2:
+            return [self]
+        As, Bs = self.A.chunk(self.experts), self.B.chunk(self.experts, 1)
+        pairs = zip(As, Bs, strict=True)
+        return [dataclasses.replace(self, A=A, B=B, experts=0) for A, B in pairs]
 
     @property
     def width(self) -> int | None:
@@ -125,7 +141,7 @@ class LoRAFactors:
         return dataclasses.replace(self, **cut, base_weight=None)
 
     def materialise(self, weight: Float[Tensor, "out in"] | None = None) -> Float[Tensor, "out in"]:
-        """ΔW, dense; biases are no part of it.
+        """ΔW, dense; biases are no part of it. Of experts [ΔW_1 … ΔW_E], [out, expert · in].
 
         Args:
             weight: the base's W, which DoRA's ΔW depends on.
@@ -133,6 +149,8 @@ class LoRAFactors:
         Raises:
             AdapterError: DoRA without the weight.
         """
+        if self.experts > 1:
+            return torch.cat([each.materialise() for each in self.by_expert()], 1)
         dtype = torch.promote_types(self.A.dtype, self.B.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
         plain = self.scale * (self.B.to(dtype) @ self.A.to(dtype))
@@ -154,6 +172,8 @@ class LoRAFactors:
         """
         if self.magnitude is not None:
             raise AdapterError("DoRA's ΔW depends on the base model's weight: use materialise.")
+        if self.experts > 1:
+            return math.hypot(*(each.norm() for each in self.by_expert()))
         A, B = in_float64(self.A), in_float64(self.B)
         squared = max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0)
         return abs(self.scale * self.strength) * math.sqrt(squared)
@@ -287,6 +307,15 @@ def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
     if out <= inputs:
         return LoRAFactors(delta, torch.eye(out, dtype=delta.dtype, device=delta.device))
     return LoRAFactors(torch.eye(inputs, dtype=delta.dtype, device=delta.device), delta)
+
+
+def expert_factors(parts: Sequence[LoRAFactors]) -> LoRAFactors:
+    """The factors of each expert as those of the stack; shorter ones are filled up with zeros."""
+    rank = max(part.rank for part in parts)
+    As = [functional.pad(part.A, (0, 0, 0, rank - part.rank)) for part in parts]
+    Bs = [part.scale * part.strength * part.B for part in parts]
+    Bs = [functional.pad(B, (0, rank - B.shape[1])) for B in Bs]
+    return LoRAFactors(torch.cat(As), torch.cat(Bs, 1), experts=len(parts))
 
 
 def constant_factors(

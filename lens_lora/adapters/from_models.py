@@ -45,6 +45,9 @@ from lens_lora.adapters.peft_read import (
     head_follows,
     located,
     lora_factors,
+    of_experts,
+    parameter_holder,
+    parameter_path,
     renamed,
     saved_keys,
     trained_module,
@@ -146,7 +149,7 @@ def _without_base(why: str) -> UnsupportedAdapterError:
 
 
 def _updates(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]:
-    state, scales, ids = _live_state(base, name, config.bias)
+    state, scales, ids, experts = _live_state(base, name, config.bias)
     state, _ = saved_keys({PREFIX + key: _copy(tensor) for key, tensor in state.items()})
     modules, left_over = by_module(state)
     if left_over:
@@ -157,7 +160,8 @@ def _updates(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]
     for path, roles in modules.items():
         with located(f"module {path}"):
             if path in scales:
-                updates[path] = lora_factors(roles, scales[path])
+                factors = lora_factors(roles, scales[path])
+                updates[path] = of_experts(factors, experts[path]) if path in experts else factors
             else:
                 tokens = torch.tensor(ids[path]) if path in ids else None
                 tied = path in ids and head_follows(path, ids)
@@ -167,17 +171,22 @@ def _updates(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]
 
 def _live_state(
     base: nn.Module, name: str, bias: str
-) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[int]]]:
-    """The adapter's tensors by key, s of each LoRA layer, and the ids of trained rows."""
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[int]], dict[str, int]]:
+    """The adapter's tensors by key; s of LoRA layers, ids of trained rows, and experts, by path."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     state: dict[str, Tensor] = _biases(base) if bias == "all" else {}
     scales: dict[str, float] = {}
     ids: dict[str, list[int]] = {}
+    experts: dict[str, int] = {}
     module: Any
     for path, module in base.named_modules():
         tensors: Mapping[str, Tensor] = {}
+        if isinstance(module, ParamWrapper):
+            path = parameter_path(parameter_holder(path), module.parameter_name)
+            experts[path] = module.num_experts
         if isinstance(module, LoraLayer) and name in (*module.lora_A, *module.lora_embedding_A):
             tensors, scales[path] = _layer_state(module, name, bias), module.scaling[name]
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
@@ -189,7 +198,7 @@ def _live_state(
                 tensors = {f"token_adapter.trainable_tokens_delta.{name}": deltas[name]}
                 ids[path] = rows.token_indices[name]
         state |= {f"{path}.{key}": tensor for key, tensor in tensors.items()}
-    return state, scales, ids
+    return state, scales, ids, experts
 
 
 def _layer_state(layer: Any, name: str, bias: str) -> dict[str, Tensor]:

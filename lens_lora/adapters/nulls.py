@@ -20,7 +20,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, base_part
+from lens_lora.adapters.factors import (
+    LoRAFactors,
+    ModuleUpdate,
+    TrainedModule,
+    base_part,
+    expert_factors,
+)
 from lens_lora.errors import UnsupportedAdapterError
 
 Parts = Mapping[str, Sequence[Int[Tensor, " row"]]]
@@ -45,6 +51,8 @@ def draw_seeds(seed: int, draws: int) -> list[int]:
 def _null(
     factors: LoRAFactors, parts: Sequence[Tensor] | None, generator: torch.Generator
 ) -> LoRAFactors:
+    if factors.experts > 1:
+        return expert_factors([_null(each, parts, generator) for each in factors.by_expert()])
     A, B = factors.A.cpu().double(), factors.B.cpu().double()
     size = factors.scale * factors.strength
     _, right = torch.linalg.qr(A.T)
@@ -58,7 +66,7 @@ def _null(
         if bias is not None and factors.lora_bias is not None:
             length = size * factors.lora_bias.cpu().double()[rows].norm()
             bias[rows] = length * orthonormal(len(rows), 1, generator)[:, 0]
-    return LoRAFactors(reads.T.contiguous(), writes, lora_bias=bias)
+    return LoRAFactors(reads.T.contiguous(), writes, lora_bias=bias, experts=factors.experts)
 
 
 def _known(key: str, update: ModuleUpdate) -> LoRAFactors:

@@ -311,12 +311,6 @@ _REFUSALS: tuple[_Refusal, ...] = (
         lambda v: v not in (None, "none", "lora_only", "all"),
         "PEFT knows bias='none', 'lora_only' and 'all'.",
     ),
-    (
-        "target_parameters",
-        bool,
-        "No hook point of transformer-lens shows an expert's own input (the tokens routed to it), "
-        "so LoRA on bare expert parameters cannot be laid over it; target linear modules.",
-    ),
     ("alora_invocation_tokens", bool, "aLoRA depends on the position; train a plain LoRA."),
     ("use_qalora", bool, "QA-LoRA pools the input of A; train with use_qalora=False."),
     ("layer_replication", bool, "Replicated layers change the base model; train without them."),

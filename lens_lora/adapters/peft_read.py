@@ -9,7 +9,9 @@
    of the paths. If all modules belong to a model without its head (AutoModel), the name that the
    causal language model puts before them is put in.
 4. Factors: s = α/r, or α/√r for rsLoRA, with r and α from the config's patterns.
-5. A module that `modules_to_save` names is a copy of its own. A parameter that it does not name is
+5. A parameter of `target_parameters` has factors of its own. PEFT stores those of one module as
+   wrappers within one another, the first parameter innermost, and columns of B expert by expert.
+6. A module that `modules_to_save` names is a copy of its own. A parameter that it does not name is
    loaded by PEFT into the base's own (an embedding stored whole, a bias): what the base ties to it
    changes too. The ids of trained rows stand in the config alone (`trainable_token_indices`); PEFT
    lets a tied head follow the embedding's rows, unless the config gives the head other ids.
@@ -126,6 +128,7 @@ def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Mod
         AdapterError: config and tensors do not say the same.
     """
     modules, left_over = by_module(state)
+    modules, parameters = _with_parameters(config, modules)
     paths = model_paths(modules)
     trained = {path: roles for path, roles in modules.items() if not _FACTORS & set(roles)}
     factors = {path: roles for path, roles in modules.items() if path not in trained}
@@ -136,11 +139,12 @@ def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Mod
     if not modules:
         raise AdapterError("no lora_A / lora_B tensors.")
     patterns = Patterns(config)
-    _require_targets(config, patterns.untargeted(factors))
+    _require_targets(config, patterns.untargeted(p for p in factors if p not in parameters))
     updates: dict[str, ModuleUpdate] = {}
     for path, roles in factors.items():
         with located(f"module {path}"):
-            updates[path] = _file_factors(config, patterns, path, roles)
+            parameter = parameters.get(path)
+            updates[path] = _file_factors(config, patterns, path, roles, parameter)
     copied = {paths[path] for path, roles in trained.items() if {"weight", "bias"} & set(roles)}
     _require_copies(config, [*paths.values()], copied)
     return updates | _trained_modules(config, trained)
@@ -323,7 +327,76 @@ def lora_factors(roles: Roles, scale: float) -> LoRAFactors:
     return LoRAFactors(**fields)
 
 
-def _file_factors(config: Any, patterns: Patterns, path: str, roles: Roles) -> LoRAFactors:
+# The parameters that PEFT may find in one module, in the order in which transformers defines them.
+_IN_ORDER = ("gate_up_proj", "up_proj", "down_proj")
+WRAPPED = ".base_layer"
+
+
+def _with_parameters(
+    config: Any, modules: Mapping[str, Roles]
+) -> tuple[dict[str, Roles], dict[str, str]]:
+    """Modules, with parameters of `target_parameters` by their own paths; and {path: parameter}.
+
+    A router's `weight` has the path of its module.
+
+    Raises:
+        AdapterError: another number of factors than of parameters that the config names.
+    """
+    targets = config.target_parameters or ()
+    holders: dict[str, list[str]] = {}
+    for path in modules:
+        holders.setdefault(parameter_holder(path), []).append(path)
+    named: dict[str, Roles] = {}
+    parameters: dict[str, str] = {}
+    for holder, paths in holders.items():
+        leaves = {t.rpartition(".")[2] for t in targets if _holds_target(holder, t)}
+        if not leaves:
+            named |= {path: modules[path] for path in paths}
+            continue
+        ordered = sorted(leaves, key=lambda leaf: (*_IN_ORDER, leaf).index(leaf))
+        if len(paths) != len(leaves) or (len(leaves) > 1 and not leaves <= set(_IN_ORDER)):
+            raise AdapterError(
+                f"{holder}: the file has factors of {len(paths)} of its parameters, and "
+                f"target_parameters names {', '.join(ordered)}; which belong to which is not known."
+            )
+        for leaf, path in zip(ordered, sorted(paths, key=len, reverse=True), strict=True):
+            own = parameter_path(holder, leaf)
+            named[own], parameters[own] = modules[path], f"{holder}.{leaf}"
+    return named, parameters
+
+
+def parameter_holder(path: str) -> str:
+    """The module of a path, without PEFT's wrappers of its parameters."""
+    while path.endswith(WRAPPED):
+        path = path.removesuffix(WRAPPED)
+    return path
+
+
+def _holds_target(holder: str, target: str) -> bool:
+    """Whether a target, an end of a parameter's path, is a parameter of this module."""
+    module = target.rpartition(".")[0]
+    return bool(module) and f".{holder}".endswith(f".{module}")
+
+
+def parameter_path(holder: str, parameter: str) -> str:
+    """The path by which an adapter names a parameter: `weight` is that of its module."""
+    return holder if parameter == "weight" else f"{holder}.{parameter}"
+
+
+def of_experts(factors: LoRAFactors, experts: int) -> LoRAFactors:
+    """PEFT's factors of a parameter, with B's columns, (rank, expert), one expert after another.
+
+    Raises:
+        AdapterError: ranks that the experts do not share.
+    """
+    factors = dataclasses.replace(factors, experts=experts)
+    B = factors.B.unflatten(1, (-1, experts)).mT.flatten(1)
+    return dataclasses.replace(factors, B=B)
+
+
+def _file_factors(
+    config: Any, patterns: Patterns, path: str, roles: Roles, parameter: str | None
+) -> LoRAFactors:
     factors = lora_factors(roles, 1.0)
     for field, role, key in (
         ("use_dora", "magnitude", "lora_magnitude_vector"),
@@ -335,13 +408,15 @@ def _file_factors(config: Any, patterns: Patterns, path: str, roles: Roles) -> L
                 f"{field}={getattr(config, field)}, and the file {has} {key}; the two files do not "
                 "belong together."
             )
-    rank = patterns.value("rank_pattern", path, config.r)
-    if rank != factors.rank:
+    rank = patterns.value("rank_pattern", parameter or path, config.r)
+    if parameter is not None and isinstance(rank, int) and rank > 0 and factors.rank % rank == 0:
+        factors = of_experts(factors, factors.rank // rank)
+    elif rank != factors.rank:
         raise AdapterError(
             f"the config says rank {rank}, the tensors have rank {factors.rank}; one of the two "
             "files belongs to another adapter."
         )
-    alpha = patterns.value("alpha_pattern", path, config.lora_alpha)
+    alpha = patterns.value("alpha_pattern", parameter or path, config.lora_alpha)
     return dataclasses.replace(factors, scale=_scale(alpha, rank, config.use_rslora))
 
 

@@ -35,6 +35,7 @@ from lens_lora.adapters.peft_read import (
     LORA_KEYS,
     PREFIX,
     ROW_KEYS,
+    WRAPPED,
     located,
     updates_of,
 )
@@ -162,15 +163,18 @@ def _config(
 ) -> LoraConfig:
     from peft import LoraConfig
 
-    ranks = {module: factors.rank for module, factors in modules.items()}
-    alphas = {module: _alpha(factors) for module, factors in modules.items()}
+    parameters = {module: name for module, f in modules.items() if (name := _parameter(module, f))}
+    names = {module: parameters.get(module, module) for module in modules}
+    ranks = {names[module]: _peft_rank(factors) for module, factors in modules.items()}
+    alphas = {names[module]: _alpha(factors) for module, factors in modules.items()}
     # PEFT's own default of both, where there are no factors.
     rank, alpha = (Counter(d.values() or [8]).most_common(1)[0][0] for d in (ranks, alphas))
     return LoraConfig(
         base_model_name_or_path=base_model,
         task_type="CAUSAL_LM",
         inference_mode=True,
-        target_modules=list(modules) or _NO_TARGETS,
+        target_modules=[module for module in modules if module not in parameters] or _NO_TARGETS,
+        target_parameters=list(parameters.values()) or None,
         r=int(rank),
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  # PEFT divides it, whole or not
         rank_pattern={module: r for module, r in ranks.items() if r != rank},
@@ -202,20 +206,45 @@ def _is_copy(update: TrainedModule) -> bool:
     return update.weight is not None and update.tokens is None and not update.tied
 
 
+def _parameter(module: str, factors: LoRAFactors) -> str:
+    """The parameter that PEFT targets, by its path; '' where it targets the module."""
+    if not factors.experts:
+        return ""
+    return module if factors.experts > 1 else f"{module}.weight"
+
+
+def _peft_rank(factors: LoRAFactors) -> int:
+    """r: that of one expert."""
+    return factors.rank // max(factors.experts, 1)
+
+
 def _alpha(factors: LoRAFactors) -> float:
     """α with α/r = s; a whole number where that is exact."""
-    alpha = factors.scale * factors.rank
-    return round(alpha) if round(alpha) / factors.rank == factors.scale else alpha
+    rank = _peft_rank(factors)
+    alpha = factors.scale * rank
+    return round(alpha) if round(alpha) / rank == factors.scale else alpha
 
 
 def _tensors(modules: Mapping[str, ModuleUpdate]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    holders = [module.rpartition(".")[0] for module, update in modules.items() if _is_stack(update)]
     for module, update in modules.items():
+        path = module
+        if isinstance(update, LoRAFactors) and _is_stack(update):
+            path, _, parameter = module.rpartition(".")
+            is_inner = holders.count(path) > 1 and parameter != "down_proj"
+            path += WRAPPED if is_inner else ""
+            by_rank = update.B.unflatten(1, (update.experts, -1)).mT.flatten(1)
+            update = dataclasses.replace(update, B=by_rank)
         for role, suffix in _keys(module, update).items():
             tensor = getattr(update, "weight" if role == "token_rows" else role)
             if tensor is not None:
-                tensors[PREFIX + module + suffix] = tensor.detach().cpu().clone().contiguous()
+                tensors[PREFIX + path + suffix] = tensor.detach().cpu().clone().contiguous()
     return tensors
+
+
+def _is_stack(update: ModuleUpdate) -> bool:
+    return isinstance(update, LoRAFactors) and update.experts > 1
 
 
 def _keys(module: str, update: ModuleUpdate) -> dict[str, str]:

@@ -146,7 +146,8 @@ def squared_norms(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
         kept = (read if lens.sites[injection.site].kind == "unembed" else real).to(delta.device)
         delta, gradient = delta * kept, gradient.to(delta.dtype) * kept
         # An embedding's input is one-hot.
-        inputs = z.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
+        held = injection.map.inputs(z)
+        inputs = held.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
         copies = z.shape[2] if z.ndim == 4 else 1
         sums = {"z": (inputs.flatten(2) * kept).flatten(1).square().sum(1) / copies}
         # What waits for a partner's gate is nothing at the base model.

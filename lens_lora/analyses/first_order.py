@@ -124,7 +124,8 @@ def first_order(
     max_memory: float | None = None,
     progress: bool = True,
 ) -> Attribution | GroupAttribution | tuple[Attribution, ...]:
-    """a_l = u_yᵀ J δz_l of every site, split by position, head and rank as asked.
+    """a_l = u_yᵀ J δz_l of every site, split by position, head, expert and rank as
+    asked.
 
     Cost: one forward and one backward in reverse mode (what 'auto' takes), and one forward pass for
     the exact shift beside it, or two where `at` is neither 0 nor 1; none for a few tokens, where
@@ -140,8 +141,8 @@ def first_order(
         at: the gate value at which the derivative is taken: 0 base, 1 adapted.
         mode: 'reverse' or 'forward'; 'auto' takes the cheaper one, which is reverse but for many
             tokens. The result names it.
-        by: any of 'position', 'head', 'rank'; with AnswerLogProb also 'token', which token of the
-            response is moved.
+        by: any of 'position', 'head', 'expert' (of a stack of them) and 'rank'; with AnswerLogProb
+            also 'token', which token of the response is moved.
         group: with by='token', sums over 'layer', 'kind' or {name: site names or globs}, which
             take fewer tangents than single sites.
         gauge: the meaning of a rank: 'trained', the ranks of the file, whose parts another (GA,

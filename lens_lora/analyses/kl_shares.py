@@ -204,7 +204,7 @@ def kl_shares(
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         response: what is said after each prompt; None for the next token alone.
-        by: any of 'position', 'head', 'rank'.
+        by: any of 'position', 'head', 'expert', 'rank'.
         gauge: of the parts by rank, as for `first_order`.
         direction: of the divergence along ε.
         scales: ε at which it is measured, beside 1; () for none.

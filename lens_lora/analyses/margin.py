@@ -167,7 +167,7 @@ def fact_margin(
         prompts: strings, conversations, ids, or `Prompts`.
         doc, pre: a string each (with its leading space), token id or ids, or one of each per
             prompt. Answers of several tokens are teacher-forced and their margin is in nats.
-        by: also split the attribution by 'position', 'head', 'rank'.
+        by: also split the attribution by 'position', 'head', 'expert', 'rank'.
         progress: show a bar.
 
     Raises:

@@ -54,7 +54,7 @@ def path_attribution(
     max_nodes: int = 64,
     progress: bool = True,
 ) -> Attribution:
-    """c_l of every site, split by position, head and rank as asked: they sum to the shift.
+    """c_l of every site, split by position, head, expert and rank as asked: they sum to the shift.
 
     Where the tolerance cannot be met (rounding, kinks of ReLU models, experts that switch) the
     values are those of the last rule, and `quadrature` says what was reached and probably why.
@@ -67,7 +67,7 @@ def path_attribution(
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         tol: the completeness error allowed to every prompt, as a share of its shift.
-        by: any of 'position', 'head', 'rank'.
+        by: any of 'position', 'head', 'expert', 'rank'.
         max_nodes: most nodes of a rule; the last rule has 4, 8, 16, … of them.
         progress: show a bar.
 

@@ -8,21 +8,24 @@
 2. Noise floors say what of the shift, and what of the remainder, is rounding.
 3. At ε = 1 the two may agree by coincidence, so the verdict also looks at ε = 0.25, 0.5 and 0.75:
    at the same strengths for every result, so that no two can disagree on one remainder.
-4. The order is the slope of log|R| on log ε, over the first decade of strengths at which R stands
+4. Where a model routes tokens to experts, g jumps at strengths where a token changes them, which no
+   derivative shows. So the tokens whose experts differ between the two ends are counted, by layer.
+5. The order is the slope of log|R| on log ε, over the first decade of strengths at which R stands
    out of the noise: 2 for a smooth model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, final
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.verdict import (
@@ -36,13 +39,16 @@ from lens_lora.analyses.verdict import (
     verdict_of,
 )
 from lens_lora.arguments import numbers_of
-from lens_lora.compat import in_float64
+from lens_lora.compat import Temporary, in_float64, temporary
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
+from lens_lora.engine.read import run_without_logits
 from lens_lora.errors import ArgumentError
-from lens_lora.model.hooks import alone
+from lens_lora.model.experts import experts_by_layer
+from lens_lora.model.gates import ScaleInject
+from lens_lora.model.hooks import add_pre_hook, alone
 from lens_lora.model.lens import LoraLens
-from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
@@ -70,6 +76,8 @@ class Remainder(Measured):
         path_shift: [batch, scale], g(ε) − g(0) at each of them.
         site_first_order: [batch, site], a_l.
         site_shift: [batch, site], g(e_l) − g(0); only with by_site.
+        rerouted: {'layer 3': [batch], the tokens that go to other experts at ε = 1 than at
+            0}; empty where the model has no stacks of experts.
         sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
     """
 
@@ -79,6 +87,7 @@ class Remainder(Measured):
     path_shift: Float[Tensor, "batch scale"]
     site_first_order: Float[Tensor, "batch site"]
     site_shift: Float[Tensor, "batch site"] | None
+    rerouted: dict[str, Float[Tensor, " batch"]] = dataclasses.field(default_factory=dict)
 
     @property
     def remainder(self) -> Float[Tensor, " batch"]:
@@ -116,9 +125,14 @@ class Remainder(Measured):
         return tuple(map(verdict_of, ends, ways))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt: shift, first order, remainder, both floors, the verdict's kind."""
+        """One row per prompt: shift, first order, remainder, both floors, the verdict's kind.
+
+        With experts also `rerouted`, in how many layers' choices of a token one or more differ.
+        """
         names = ("shift", "first_order", "remainder", "noise_floor", "remainder_floor")
         frame = pd.DataFrame(per_prompt({name: getattr(self, name) for name in names}))
+        if self.rerouted:
+            frame["rerouted"] = torch.stack(list(self.rerouted.values())).sum(0).int().tolist()
         return frame.assign(verdict=[verdict.kind for verdict in self.verdict])
 
 
@@ -134,7 +148,7 @@ def remainder(
     """R_y of all sites together and, with by_site, u_yᵀ r_l of each site alone.
 
     Cost: five forward and backward passes and 12 forward passes, batched, most of them for the
-    noise floors; and one per site with by_site.
+    noise floors; and one per site with by_site. Two more forward passes of a model with experts.
 
     Args:
         lens: the adapter over the model.
@@ -163,8 +177,51 @@ def remainder(
         path_shift=path - attribution.base[:, None],
         site_first_order=attribution.per_site,
         site_shift=site_shift,
+        rerouted=rerouted_tokens(asked),
         **header(asked),
     )
+
+
+def rerouted_tokens(asked: Asked) -> dict[str, Float[Tensor, " batch"]]:
+    """How many tokens of each prompt have other experts at ε = 1 than at 0, by layer of experts.
+
+    Two forward passes; none where the model has no stacks of experts.
+    """
+    lens, rows = asked.lens, asked.reading.prompts
+    stacks = experts_by_layer(lens.model)
+    if not stacks:
+        return {}
+    base, adapted = (_chosen(lens, rows, scale, stacks) for scale in (0.0, 1.0))
+    real = rows.real.to(lens.device)
+    return {
+        f"layer {layer}": asked.reading.by_prompt(
+            ((base[layer] != adapted[layer]).any(-1).view(real.shape) & real).sum(1).double()
+        )
+        for layer in stacks
+    }
+
+
+def _chosen(
+    lens: LoraLens, rows: Prompts, scale: float, stacks: Mapping[int, nn.Module]
+) -> dict[int, Int[Tensor, "token slot"]]:
+    """The experts of every token at this strength, in order."""
+    chosen: dict[int, Tensor] = {}
+    inject = ScaleInject(lens.plan, lens.gates(scale))
+    with torch.no_grad(), _recorded(stacks, chosen), lens.injected(inject):
+        run_without_logits(lens, rows)
+    return chosen
+
+
+@temporary
+def _recorded(
+    span: Temporary, stacks: Mapping[int, nn.Module], chosen: dict[int, Int[Tensor, "token slot"]]
+) -> None:
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, layer: int) -> None:
+        index = args[1] if len(args) > 1 else kwargs["top_k_index"]
+        chosen[layer] = index.sort(-1).values
+
+    for number, module in stacks.items():
+        add_pre_hook(span, module, functools.partial(keep, layer=number), with_kwargs=True)
 
 
 @final

@@ -116,8 +116,10 @@ class Spectrum:
 def singular_values(factors: LoRAFactors) -> Float[Tensor, " direction"]:
     """Those of s·B·A that can be nonzero, min(rank, in, out) of them, descending, in float64.
 
-    Biases, and DoRA's magnitude, are no part of it.
+    Biases, and DoRA's magnitude, are no part of it. Of experts those of each, in one order.
     """
+    if factors.experts > 1:
+        return torch.cat(list(map(singular_values, factors.by_expert()))).sort(descending=True)[0]
     reads, writes = (
         torch.linalg.qr(in_float64(matrix), mode="r").R for matrix in (factors.A.T, factors.B)
     )
@@ -270,7 +272,8 @@ def _site_spectra(lens: LoraLens) -> tuple[Spectrum, ...]:
             weight, bias = _base_weight(host, site), update.bias
             sigma = update.A.new_zeros(1, dtype=torch.float64)
             if len(update.A):
-                sigma = singular_values(LoRAFactors(update.A, update.B, update.scale))
+                plain = LoRAFactors(update.A, update.B, update.scale, experts=update.experts)
+                sigma = singular_values(plain)
         row = _module_spectrum(site.key, lens.adapter.modules[site.key])
         norms = {"weight_norm": size_of(weight), "bias_norm": size_of(bias)}
         rows.append(dataclasses.replace(row, site=site.name, singular_values=sigma, **norms))

@@ -91,7 +91,9 @@ def _reduced(update: ModuleUpdate, parts: Sequence[SitePart], of: str) -> LoRAFa
         reads, writes = reads.new_zeros(1, reads.shape[1]), writes.new_zeros(len(writes), 1)
     dtype = _stored_dtype(update)
     lora_bias = bias.to(dtype) if bool(bias.any()) else None
-    return LoRAFactors(reads.to(dtype).contiguous(), writes.to(dtype), lora_bias=lora_bias)
+    experts = update.experts if isinstance(update, LoRAFactors) else 0
+    reads = reads.to(dtype).contiguous()
+    return LoRAFactors(reads, writes.to(dtype), lora_bias=lora_bias, experts=experts)
 
 
 def _directions(
@@ -101,6 +103,8 @@ def _directions(
     update = cast(Update, site_update.update)  # a norm has neither ranks nor several sites
     reads, writes, sigma = svd_factors(update)
     keep = sigma > 0 if of == "site" else mask[: len(sigma)]
+    if update.experts:  # each has as many ranks: those that go are zero
+        writes, keep = writes * keep, torch.ones_like(keep)
     out = output_count(module, reads.shape[1])
     rows = slice(None) if site_update.site.rows is None else site_update.site.rows.cpu()
     placed, bias = writes.new_zeros(out, int(keep.sum())), writes.new_zeros(out)

@@ -46,7 +46,7 @@ from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.engine.memory import ROW_TOKENS
 from lens_lora.engine.read import read_value, run_without_logits
 from lens_lora.errors import ArgumentError, ModelStateError, PromptError, UnsupportedAdapterError
-from lens_lora.model.basis import Gauge, NormUpdate, gauge_of
+from lens_lora.model.basis import ExpertMap, Gauge, NormUpdate, gauge_of
 from lens_lora.model.gates import Inject, Injection, ScaleInject, weight_of, write
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.updates import SiteUpdate
@@ -167,7 +167,8 @@ class _Keep:
             self._size(z)
             if slot is not None:
                 whole = u if injection.whole is None else injection.whole.coordinates(z)
-                self._keep(slot, _of_one_input(self._lens, injection.site, whole))
+                by_token = injection.map.by_token(whole)
+                self._keep(slot, _of_one_input(self._lens, injection.site, by_token))
         elif slot is not None and injection.partner is not None and not injection.is_constant_of_v:
             # What an update of v adds to the input of o, where it is not in z.
             gate = self._gates[..., injection.partner].to(u.device, u.dtype)
@@ -375,7 +376,18 @@ def _run(
     gates: Float[Tensor, " site"],
     keep: Callable[[int, Tensor], None],
 ) -> None:
-    """Run the texts at these gates, and hand each injection's u to `keep`."""
+    """Run the texts at these gates, and hand each injection's u to `keep`.
+
+    Raises:
+        UnsupportedAdapterError: a stack of experts, of which other tokens reach others.
+    """
+    for site, delta in zip(lens.sites, lens.maps, strict=True):
+        if isinstance(delta, ExpertMap):
+            raise UnsupportedAdapterError(
+                f"{site.name} ({site.module}): another token's experts are not this one's, so "
+                "nothing can stand in for what they write. Use replace='zero', or leave the "
+                "experts out with adapter.without(…)."
+            )
     scaled = ScaleInject(lens.plan, gates)
 
     def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:

@@ -374,8 +374,9 @@ def _name_the_operation(kind: object, error: BaseException | None, trace: object
         raise ModelStateError(
             "this model has an operation without a forward-mode derivative "
             f"({last.line} in {last.name}: {error}). A fused "
-            "kernel is one: load the model without it (attn_implementation='eager'). Reverse mode "
-            "(first_order, mode='reverse') needs no such derivative."
+            "kernel is one: load the model without it (attn_implementation='eager', and of a "
+            "mixture of experts experts_implementation='eager'). Reverse mode (first_order, "
+            "mode='reverse') needs no such derivative."
         ) from error
 
 

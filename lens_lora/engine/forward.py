@@ -77,13 +77,14 @@ class Part:
 
     Attributes:
         site: its index.
-        position, head, rank: the only one that is moved; None for all of them.
+        position, head, expert, rank: the only one that is moved; None for all of them.
         others: sites that are moved with it, none of them in an earlier block.
     """
 
     site: int
     position: int | None = None
     head: int | None = None
+    expert: int | None = None
     rank: int | None = None
     others: tuple[int, ...] = ()
 
@@ -216,8 +217,8 @@ class _PartsInject:
             same = read.to(device)[rows] == position[:, None]
             slot = torch.where(same.any(1), same.int().argmax(1), -2)
             position = torch.where(position == -1, -1, slot)
-        head, rank = ([getattr(part, axis) for _, part in moved] for axis in ("head", "rank"))
-        return rows, Slots(position, _slot(head, device), _slot(rank, device))
+        others = ([getattr(part, axis) for _, part in moved] for axis in ("head", "expert", "rank"))
+        return rows, Slots(position, *(_slot(slots, device) for slots in others))
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
         moved = self._scaled(index, out, z)
@@ -348,8 +349,9 @@ def all_parts(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> list[P
             "position": range(prompts.tokens.shape[1]),
             # One slot more where a bias belongs to none of the heads.
             "head": range(heads if by_head is None else len(by_head)) if heads else [None],
+            "expert": range(site.experts) if site.experts else [None],
             "rank": range(site.rank),
         }
         options = [slots if axis in axes else [None] for axis, slots in ranges.items()]
-        parts += [Part(index, p, h, r) for p, h, r in itertools.product(*options)]
+        parts += [Part(index, p, h, e, r) for p, h, e, r in itertools.product(*options)]
     return parts

@@ -36,7 +36,7 @@ from lens_lora.engine.function import require_finite
 from lens_lora.engine.memory import Run, prompts_of
 from lens_lora.engine.read import differentiable_tokens, read_for_slopes
 from lens_lora.errors import ModelStateError, NumericsError
-from lens_lora.model.basis import NormMap, SiteMap
+from lens_lora.model.basis import ExpertMap, NormMap, SiteMap
 from lens_lora.model.gates import Inject, Injection, ScaleInject
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import require_heads
@@ -192,19 +192,23 @@ class Slopes:
         if kind == "unembed" and "position" in axes:
             values = _at_read_positions(self._prompts, values)
         slots: list[int | slice] = [slice(None), site]
+        without = {"head": not heads, "expert": not injection.map.experts}
         for axis, size in zip(axes, values.shape[1:], strict=True):
-            whole = axis == "head" and not heads
+            whole = without.get(axis, False)
             slots.append(slice(-1, None) if whole else slice(0, size))
         self.by_row[tuple(slots)] += values
 
 
 def part_slots(lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> tuple[int, ...]:
-    """The size of each axis: positions of the longest row, heads and 'none', the largest rank."""
+    """The size of each axis: positions of the longest row, heads or experts and 'none', the largest
+    rank.
+    """
     if "head" in axes:
         require_heads(lens.sites)
     sizes = {
         "position": prompts.tokens.shape[1],
         "head": lens.heads.n_heads + 1,
+        "expert": max(s.experts for s in lens.sites) + 1,
         "rank": max(s.rank for s in lens.sites),
     }
     return tuple(sizes[axis] for axis in axes)
@@ -281,14 +285,17 @@ def parts(
         return (site.back(gradient) * site.coordinates(z)).sum((1, 2))
     else:
         split = (site.back(gradient) * site.coordinates(z))[:, :, None]
-    summed = [axis for axis, name in ((1, "position"), (2, "head"), (3, "rank")) if name not in by]
+    if "expert" in by:
+        split = split.unflatten(3, (max(site.experts, 1), -1)).sum(4)
+    last = "expert" if "expert" in by else "rank"
+    summed = [axis for axis, name in ((1, "position"), (2, "head"), (3, last)) if name not in by]
     return split.sum(summed) if summed else split
 
 
 def _by_head(
     site: SiteMap, kind: str, heads: int, gradient: Tensor, z: Tensor
 ) -> Float[Tensor, "batch pos head rank"]:
-    if isinstance(site, NormMap):
+    if isinstance(site, NormMap | ExpertMap):
         return site.by_head(gradient, z, heads)
     if kind == "o":
         return (gradient @ site.B)[:, :, None] * input_by_head(site, heads, z)
@@ -310,6 +317,7 @@ class Slots:
 
     position: Int[Tensor, " row"] | None = None
     head: Int[Tensor, " row"] | None = None
+    expert: Int[Tensor, " row"] | None = None
     rank: Int[Tensor, " row"] | None = None
 
 
@@ -328,8 +336,11 @@ def part_deltas(
     if slots.head is not None and kind == "o":
         by_head = input_by_head(site, heads, z)
         u = einsum(by_head, kept(slots.head, by_head.shape[2], u), "b p h r, b h -> b p r")
-    if slots.rank is not None:
-        mask = kept(slots.rank, u.shape[-1], u)
+    masks = [] if slots.rank is None else [kept(slots.rank, u.shape[-1], u)]
+    if slots.expert is not None and site.experts:
+        each = kept(slots.expert, site.experts, u)
+        masks.append(each.repeat_interleave(site.rank // site.experts, 1))
+    for mask in masks:
         u = u * mask.view(len(mask), *[1] * (u.ndim - 2), -1)
     if slots.head is not None and site.B_by_head is not None:
         B = einsum(kept(slots.head, len(site.B_by_head), u), site.B_by_head, "b h, h d r -> b d r")

@@ -588,6 +588,11 @@ def _writes(site_update: SiteUpdate) -> Float[Tensor, "out rank"]:
             f"{site.name} ({site.module}): a norm's update Δγ ⊙ n + Δβ has no constant of its own; "
             "leave the norms out with adapter.without(…)."
         )
+    if update.experts:
+        raise UnsupportedAdapterError(
+            f"{site.name} ({site.module}): each expert writes into a space of its own, so a stack "
+            "of them has no constant; leave it out with adapter.without(…)."
+        )
     B = update.B.detach().cpu().double() * update.scale
     bias = update.bias
     return B if bias is None else torch.cat([B, bias.detach().cpu().double()[:, None]], 1)

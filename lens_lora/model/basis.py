@@ -60,6 +60,7 @@ from torch import Tensor
 
 from lens_lora.arguments import word
 from lens_lora.compat import float64_device, in_float64
+from lens_lora.model.experts import ID_COLUMNS, expert_of
 from lens_lora.model.sites import Heads
 
 Gauge = Literal["svd", "trained"]
@@ -94,6 +95,11 @@ class SiteMap:
         return self.A.shape[0]
 
     @property
+    def experts(self) -> int:
+        """How many maps share the rank space; 0 where this is one map."""
+        return 0
+
+    @property
     def width(self) -> int:
         """The number of features of z."""
         return self.A.shape[1]
@@ -119,6 +125,18 @@ class SiteMap:
         """
         A = self.A if self.A_behind_gamma is None else self.A_behind_gamma
         return self.B[:, : len(A)], A
+
+    def weight_norm(self) -> Float[Tensor, ""]:
+        """‖ΔW‖_F of the change of the model's own weight; see `of_weight`."""
+        return norm_of_product(*self.of_weight())
+
+    def inputs(self, z: Input) -> Input:
+        """What z holds beside the number of an expert."""
+        return z
+
+    def by_token(self, u: Float[Tensor, "batch pos *slot rank"]) -> Float[Tensor, "batch pos rank"]:
+        """u of each token, whatever reads it in several slots."""
+        return u
 
     def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
         """u = Az + a₀; of token ids, each id picks a column of A."""
@@ -150,12 +168,22 @@ class Update:
         B: writes.
         scale: s, with the adapter's strength and the model's own factor of an embedding.
         bias: Δb, if the adapter changes the bias.
+        experts: of a stack of experts how many it has, each with as many ranks, one expert's after
+            another's.
     """
 
     A: Float[Tensor, "rank in"]
     B: Float[Tensor, "out rank"]
     scale: float
     bias: Float[Tensor, " out"] | None = None
+    experts: int = 0
+
+    def by_expert(self) -> list[Update]:
+        """The update of each expert; of any other map itself."""
+        if not self.experts:
+            return [self]
+        As, Bs = self.A.chunk(self.experts), self.B.chunk(self.experts, 1)
+        return [Update(A, B, self.scale) for A, B in zip(As, Bs, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -246,6 +274,76 @@ def norm_of_product(B: Float[Tensor, "out rank"], A: Float[Tensor, "rank in"]) -
     """‖BA‖_F without building it: ‖BA‖² = tr((BᵀB)(AAᵀ))."""
     left, right = in_float64(B), in_float64(A)
     return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
+
+
+# --- experts
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertMap(SiteMap):
+    """δ(x, e) = s·B_e A_e x of a stack of experts.
+
+    Rank space is that of all experts, one after another; for expert e, u is zero but for its ranks.
+
+    Attributes:
+        count: of experts.
+    """
+
+    count: int = 1
+
+    @property
+    def experts(self) -> int:
+        """How many maps share the rank space."""
+        return self.count
+
+    def inputs(self, z: Input) -> Input:
+        """x of z = (x, e)."""
+        return z[..., :-ID_COLUMNS]
+
+    def by_token(self, u: Float[Tensor, "batch pos *slot rank"]) -> Float[Tensor, "batch pos rank"]:
+        """The sum over slots: each of a token's experts has ranks of its own."""
+        return u.sum(2)
+
+    def norm(self) -> float:
+        """√Σ_e ‖B_e A_e‖_F²."""
+        return float(self.weight_norm())
+
+    def weight_norm(self) -> Float[Tensor, ""]:
+        """√Σ_e ‖B_e A_e‖_F²."""
+        pairs = zip(self.B.chunk(self.experts, 1), self.A.chunk(self.experts), strict=True)
+        return torch.stack([norm_of_product(*pair) for pair in pairs]).norm()
+
+    def of_weight(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+        """(B, A) of [W_1 … W_E], [out, expert · in]."""
+        return self.B, torch.block_diag(*self.A.chunk(self.experts))
+
+    def coordinates(self, z: Input) -> Float[Tensor, "... rank"]:
+        """A x at the ranks of expert e, and 0 at all others."""
+        owners = torch.arange(self.rank, device=z.device) // (self.rank // self.experts)
+        return (self.inputs(z).to(self.dtype) @ self.A.T) * (owners == expert_of(z)[..., None])
+
+    def write(self, u: Float[Tensor, "... rank"]) -> Float[Tensor, "... out"]:
+        """δ = Bu of each slot, one slot's features after another's."""
+        delta = u @ self.B.T
+        return delta.flatten(2) if u.ndim == 4 else delta
+
+    def by_head(
+        self,
+        gradient: Float[Tensor, "batch pos slot_and_out"],
+        z: Float[Tensor, "batch pos slot in"],
+        heads: int,
+    ) -> Float[Tensor, "batch pos 1 rank"]:
+        """⟨G, δ⟩ by coordinate, summed over slots; experts have no heads."""
+        del heads
+        gradient = gradient.unflatten(-1, (z.shape[2], -1))
+        return (self.back(gradient) * self.coordinates(z)).sum(2, keepdim=True)
+
+
+def expert_map(update: Update, dtype: torch.dtype, device: torch.device) -> ExpertMap:
+    """δ of a stack of experts, where the model lies."""
+    factors = (in_float64(update.A), in_float64(update.B) * update.scale)
+    reads, writes = (factor.to(dtype).to(device) for factor in factors)
+    return ExpertMap(reads, writes, None, count=update.experts)
 
 
 # --- norms
@@ -441,7 +539,11 @@ def gauge_of(gauge: Gauge) -> Gauge:
 
 
 def svd_turn(update: Update) -> Turn:
-    """The SVD of sBA as a change of coordinates."""
+    """The SVD of sBA as a change of coordinates; of experts, that of each."""
+    if update.experts:
+        turns = [svd_turn(each) for each in update.by_expert()]
+        us, Bs, sigmas = zip(*((turn.u, turn.B, turn.sigma) for turn in turns), strict=True)
+        return Turn(torch.block_diag(*us), torch.block_diag(*Bs), torch.cat(sigmas))
     A = in_float64(update.A)
     B = in_float64(update.B).to(A.device) * update.scale
     rank, few = len(A), min(len(A), len(B), A.shape[1])
@@ -482,7 +584,8 @@ def turned(site: SiteMap, turn: Turn) -> SiteMap:
         exact = in_float64(left).to(u.device) @ in_float64(right).to(u.device)
         return exact.to(site.dtype).to(site.device)
 
-    return SiteMap(
+    return dataclasses.replace(
+        site,
         A=cast(Tensor, product(u, site.A)),
         B=cast(Tensor, product(site.B, back)),
         a0=product(site.a0, u.T),

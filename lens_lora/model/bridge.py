@@ -25,8 +25,9 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, TypeVar, final
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -51,10 +52,13 @@ from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family, known_family
 from lens_lora.model.bases import stored_weight
 from lens_lora.model.bridged import HOOK_IN, USUAL_KINDS, bridged_family, normalised, unwrapped
+from lens_lora.model.experts import as_one_map, each_shape, is_experts, refuse_without_float64
 from lens_lora.model.hooks import add_pre_hook
 from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
 from lens_lora.model.quantised import dequantised, quantised_name
 from lens_lora.model.sites import NORM_READ_BY, Heads, SiteFactors, site_name
+
+_R = TypeVar("_R")
 
 # --- attention by torch's fused kernels
 
@@ -181,11 +185,12 @@ class BridgeHost(Host):
     def __init__(self, model: Any, hf_model: nn.Module | None = None) -> None:
         _refuse_unknown_copies(model)
         refuse_unused_caps(model)
+        refuse_without_float64(model)
         cfg, architecture = model.cfg, type(model.original_model).__name__
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
         family = known_family(architecture)
-        if family is None and not is_processed(model):
+        if not is_processed(model) and (family is None or any(map(is_experts, model.modules()))):
             family = bridged_family(model, heads)
         super().__init__(model, family or find_family(architecture), heads, hf_model)
         self._homes: Mapping[tuple[int, str], str] = getattr(family, "homes", {})
@@ -208,10 +213,13 @@ class BridgeHost(Host):
 
     def _ports_by_path(self, layer: int, name: str) -> Ports:
         """Those of a component or a module that may see the tokens of all rows as one axis."""
+        like = self.block_input(layer) if 0 <= layer < self.n_layers else None
+        weight = module_at(self.model, name)
+        if isinstance(weight, nn.Parameter):
+            return Ports(name, name, like=like, layout="slots" if weight.ndim == 3 else "rows")
         ends = (f"{name}{HOOK_IN}", f"{name}.hook_out")
         read, write = ends if ends[0] in self.model.hook_dict else (name, name)
-        is_in_block = 0 <= layer < self.n_layers
-        return Ports(read, write, like=self.block_input(layer) if is_in_block else None)
+        return Ports(read, write, like=like)
 
     def _component(self, layer: int, kind: str) -> str:
         """The name, in the bridge, of a linear map, an embedding or a norm."""
@@ -281,6 +289,8 @@ class BridgeHost(Host):
         if held is not None:
             return held
         linear = self._wrapped(layer, kind)
+        if isinstance(linear, nn.Parameter):
+            return self._of_parameter(layer, kind, as_one_map)
         if quantised_name(linear) is not None:
             return dequantised(linear)
         with brought_in(linear):
@@ -288,8 +298,31 @@ class BridgeHost(Host):
         scale = self.embedding_scale(kind)
         return weight if scale == 1 else weight * scale
 
+    def _of_parameter(self, layer: int, kind: str, look: Callable[[nn.Module, Tensor], _R]) -> _R:
+        """What `look` makes of a module and its weight, where no linear module holds it."""
+        name, _, parameter = self._component(layer, kind).rpartition(".")
+        owner = module_at(self.model, name)
+        with brought_in(owner):
+            return look(owner, owner.get_parameter(parameter))
+
+    def shape(self, layer: int, kind: str) -> tuple[int, int]:
+        """(out, in) of the weight; of a stack of experts that of each."""
+        is_parameter = isinstance(self._wrapped(layer, kind), nn.Parameter)
+        return (
+            self._of_parameter(layer, kind, each_shape)
+            if is_parameter
+            else super().shape(layer, kind)
+        )
+
+    def device(self, layer: int, kind: str) -> torch.device:
+        """Where the weight lies when the model runs."""
+        is_parameter = isinstance(self._wrapped(layer, kind), nn.Parameter)
+        if is_parameter:
+            return self._of_parameter(layer, kind, lambda _, weight: weight.device)
+        return super().device(layer, kind)
+
     def _wrapped(self, layer: int, kind: str) -> Any:
-        """The Hugging Face module of a component; None where the model has none."""
+        """The Hugging Face module of a component, or the parameter; None where it has none."""
         return unwrapped(module_at(self.model, self._component(layer, kind)))
 
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:

@@ -7,7 +7,9 @@
    of the component, or its path, within the block.
 3. Where a component takes a fused projection apart, a weight that holds the index of each row goes
    through the component's own split, and says which rows each part has.
-4. A norm's n = (x − mean x) / s(x) is what the norm computes at γ = 1 less what it does at γ = 0,
+4. A stack of experts, and the weight of a router, is a place by the path of the parameter
+   (`experts`).
+5. A norm's n = (x − mean x) / s(x) is what the norm computes at γ = 1 less what it does at γ = 0,
    whatever its formula.
 
 `probe` compares the result with the Hugging Face model.
@@ -27,6 +29,7 @@ from torch.func import functional_call
 from lens_lora.errors import ModelStateError
 from lens_lora.families import NORM_KINDS, Family, Place
 from lens_lora.model.bases import stored_weight
+from lens_lora.model.experts import is_experts, is_router, stacks_of
 from lens_lora.model.host import module_at
 from lens_lora.model.sites import (
     ATTENTION_KINDS,
@@ -113,12 +116,16 @@ def bridged_family(model: Any, heads: Heads) -> BridgedFamily:
     shared: dict[str, str] = {}
     for path, module, parent in _modules_in(model.original_model):
         linear = unwrapped(module)
+        match = re.match(rf"{blocks}\.(\d+)\.(.+)", path)
+        layer, within = (int(match[1]), match[2]) if match else (None, path)
         if not is_linear(linear) and not is_norm(linear):
+            if layer is not None and id(linear) in names:
+                for kind, parameter in _parameters_of(linear, within).items():
+                    places[path.removesuffix(within) + kind] = Place(layer, (kind,), "whole")
+                    homes[layer, kind] = f"{names[id(linear)]}.{parameter}"
             continue
         if first.setdefault(id(linear), path) != path:
             shared |= {path: first[id(linear)], first[id(linear)]: path}
-        match = re.match(rf"{blocks}\.(\d+)\.(.+)", path)
-        layer, within = (int(match[1]), match[2]) if match else (None, path)
         rows: dict[str, Tensor] = {}
         parts = _parts_of(parent, path.rpartition(".")[2], linear, layouts)
         for part, index in parts or [(module, torch.arange(0))]:
@@ -151,6 +158,13 @@ def bridged_family(model: Any, heads: Heads) -> BridgedFamily:
         turned=frozenset(turned),
         shared=shared,
     )
+
+
+def _parameters_of(module: Any, within: str) -> dict[str, str]:
+    """{kind: parameter} of a module whose parameters are linear maps, by its path in the block."""
+    if is_experts(module):
+        return {f"{within}.{name}": name for name in stacks_of(module)}
+    return {within: "weight"} if is_router(module) else {}
 
 
 def _modules_in(model: nn.Module, before: str = "") -> Iterator[tuple[str, nn.Module, nn.Module]]:

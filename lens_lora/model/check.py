@@ -46,6 +46,7 @@ from lens_lora.compat import (
     refuse_out_of_reach,
 )
 from lens_lora.errors import AdapterError, ModelStateError
+from lens_lora.model.experts import refuse_without_float64
 from lens_lora.model.hooks import attached
 from lens_lora.model.quantised import quantised_name
 
@@ -159,6 +160,7 @@ def base_logits(hf_model: nn.Module, dtype: torch.dtype) -> _Logits | None:
 
 def plain_logits(hf_model: nn.Module) -> _Logits:
     """The same in any dtype."""
+    refuse_without_float64(hf_model)
     with torch.no_grad(), Temporary(functools.partial(_switch_adapters_off, hf_model)):
         return hf_model(TOKENS.to(home_of(hf_model))).logits
 

@@ -38,7 +38,6 @@ from lens_lora.model.basis import (
     Turn,
     Update,
     constant_of_v,
-    norm_of_product,
     svd_turn,
     through_o,
     through_update_of_o,
@@ -135,7 +134,7 @@ class Plan:
         linear = [pair for pair in pairs if not isinstance(pair[1], NormMap)]
         if not linear:
             return math.nan
-        changes = (norm_of_product(*site_map.of_weight()) for _, site_map in linear)
+        changes = (site_map.weight_norm() for _, site_map in linear)
         weights = (self.host.weight(s.layer, s.kind).to(site_map.dtype) for s, site_map in linear)
         return _root_of_squares(changes) / _root_of_squares(map(torch.linalg.vector_norm, weights))
 
@@ -261,7 +260,7 @@ def _tensors_of(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 def _site(pair: SiteUpdate, port: Ports, delta: SiteMap) -> Site:
     site, read = pair.site, port.read or port.write
     names = (site.name, site.module, site.layer, site.kind)
-    return Site(*names, read=read, write=port.write, rank=delta.rank, adapter=site.adapter)
+    return Site(*names, read, port.write, delta.rank, site.adapter, delta.experts)
 
 
 def _with_constants_at_o(

@@ -55,6 +55,7 @@ from lens_lora.compat import (
     temporary,
 )
 from lens_lora.errors import LensLoraError, ModelStateError, OutOfMemoryError
+from lens_lora.model.experts import is_weight, write_at
 from lens_lora.model.quantised import differentiable_products
 
 HookFn = Callable[..., Tensor | None]
@@ -93,7 +94,8 @@ def attached(
 
     At a module without hook points the method `at_module(args, output)` of a hook is called, where
     it has one, in place of the hook itself: before the hooks that others put on the module, and
-    after those of this call that stand before it.
+    after those of this call that stand before it. At a parameter it is called with what the map of
+    that weight reads and makes (`experts`).
 
     On leaving, whatever happened, each hook point holds what others put there and nothing of ours.
     """
@@ -105,6 +107,11 @@ def attached(
     modules: set[str] = set()
     for name, fn in hooks:
         if name not in known:
+            owner, _, parameter = name.rpartition(".")
+            if is_weight(model, owner, parameter):
+                at_module: Any = getattr(fn, "at_module", fn)
+                write_at(span, model.get_submodule(owner), parameter, at_module)
+                continue
             _add_to_module(span, model.get_submodule(name), fn, is_first=name not in modules)
             modules.add(name)
         elif isinstance(fn, Arranger):

@@ -25,13 +25,22 @@ from lens_lora.compat import in_float64
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.families import Family, Place
 from lens_lora.model.bases import BaseWeights, Processing, infer_processing, is_centred
-from lens_lora.model.basis import Basis, NormMap, NormUpdate, SiteMap, Update, site_map
+from lens_lora.model.basis import (
+    Basis,
+    NormMap,
+    NormUpdate,
+    SiteMap,
+    Update,
+    expert_map,
+    site_map,
+)
 from lens_lora.model.sites import WRITER_KINDS, Heads, SiteFactors, fused_rows
 
 # Flags under which q, k and v read copies of the residual stream.
 COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
-# How the axes lie at a norm of each head: [row, head, pos, d], or [row · pos · head, d].
-Layout = Literal["rows", "heads_first", "flat"]
+# How the axes lie at a norm of each head: [row, head, pos, d], or [row · pos · head, d]; and at
+# experts: [row · pos, slot, d].
+Layout = Literal["rows", "heads_first", "flat", "slots"]
 
 
 def _as_read(tensor: Tensor) -> Tensor:
@@ -50,7 +59,7 @@ class Ports:
         through: computes z from the tensor that was read, while the block runs, where no hook point
             shows z itself.
         layout: how the axes lie at both points.
-        like: hook point that fires before both and has the axes [row, pos, …]; for `flat`.
+        like: hook point that fires before both and has the axes [row, pos, …], where they do not.
         repeats: how often, in all its places, the model adds this site's δ to the same z.
     """
 
@@ -67,6 +76,8 @@ class Ports:
         """A tensor at one of the points as [row, pos, feature], the heads one after another."""
         if self.layout == "heads_first":
             return tensor.transpose(1, 2).flatten(2)
+        if self.layout == "slots" and like is not None:
+            return tensor.unflatten(0, like.shape[:2])
         return tensor.reshape(*like.shape[:2], -1) if like is not None else tensor
 
     def as_at_point(self, rows: Tensor, tensor: Tensor) -> Tensor:
@@ -141,6 +152,15 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
         """The model's own weight of this kind, heads flattened."""
+
+    def shape(self, layer: int, kind: str) -> tuple[int, int]:
+        """(out, in) of the weight; of a stack of experts that of each."""
+        out, width = self.weight(layer, kind).shape
+        return out, width
+
+    def device(self, layer: int, kind: str) -> torch.device:
+        """Where the weight lies when the model runs."""
+        return self.weight(layer, kind).device
 
     @abc.abstractmethod
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
@@ -373,6 +393,8 @@ class Host(abc.ABC):
         Raises:
             ModelStateError: the base is needed and was not given, or is another model's.
         """
+        if update.experts:
+            return expert_map(update, self.working_dtype, self.device(site.layer, site.kind))
         weight = self.weight(site.layer, site.kind)
         done = self._processing(site, weight)
         gamma, beta = (None, None) if behind_norm else self._affine(site, done.folded)

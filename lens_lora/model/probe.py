@@ -6,7 +6,7 @@ components, and from how it splits a fused projection. Whether that is right is 
 1. Every linear module that the adapter names gets random factors of the adapter's rank, and every
    norm a random Δγ: about a third of what is there, so that a mistake shows.
 2. The Hugging Face model runs with each update added to its module's output, by a forward hook at
-   the path that the adapter names.
+   the path that the adapter names; of a parameter, with W + ΔW in its place for that call.
 3. The hooked model runs with the same factors through the lens's own hooks. What each site writes,
    and the logits, must be equal up to the dtype's rounding, and each site must write once, as its
    module runs once.
@@ -19,21 +19,32 @@ Cost: two passes over eight tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.arithmetic import module_path
 from lens_lora.adapters.factors import LoRAFactors, TrainedModule
-from lens_lora.compat import home_of, is_offloaded
+from lens_lora.compat import (
+    Temporary,
+    home_of,
+    is_offloaded,
+    own_forward,
+    replace_forward,
+    temporary,
+)
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family
 from lens_lora.model.bridged import is_linear, is_norm, names_by_path, normalised, shape_of
 from lens_lora.model.build import host_of
 from lens_lora.model.check import AGREEMENT, TOKENS, plain_logits
+from lens_lora.model.experts import each_shape, is_experts, is_router
 from lens_lora.model.gates import Plan, ScaleInject, make_plan, site_hooks
 from lens_lora.model.hooks import HookFn, attached
 from lens_lora.model.quantised import quantised_name
@@ -48,15 +59,14 @@ class _Added:
 
     def __init__(self, module: nn.Module, rank: int, seed: int) -> None:
         self._module, self.runs, self.last = module, 0, torch.empty(0)
-        drawn, size = torch.Generator().manual_seed(seed), _SIZE * _root_mean_square(module)
+        size = _SIZE * _root_mean_square(module, cast(Tensor, module.weight))
         if is_norm(module):
             gamma = cast(Tensor, module.weight).detach()
+            drawn = torch.Generator().manual_seed(seed)
             self._change = size * torch.randn(gamma.shape, generator=drawn).to(gamma)
             self.update: LoRAFactors | TrainedModule = TrainedModule(gamma + self._change)
         else:
-            out, width = shape_of(module)
-            A, B = (torch.randn(shape, generator=drawn) for shape in ((rank, width), (out, rank)))
-            self.update = LoRAFactors(A, B, scale=size / rank**0.5)
+            self.update = _random_factors(*shape_of(module), rank, size, seed)
 
     def at_module(self, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The module's output and the update's."""
@@ -77,6 +87,68 @@ class _Added:
         raise NotImplementedError  # it is put on modules only
 
 
+def _random_factors(
+    out: int, width: int, rank: int, size: float, seed: int, experts: int = 0
+) -> LoRAFactors:
+    drawn, each = torch.Generator().manual_seed(seed), rank // max(experts, 1)
+    A, B = (torch.randn(shape, generator=drawn) for shape in ((rank, width), (out, rank)))
+    return LoRAFactors(A, B, scale=size / each**0.5, experts=experts)
+
+
+class _Changed:
+    """A parameter with a random update in it, for as long as its module runs."""
+
+    def __init__(self, module: nn.Module, name: str, rank: int, seed: int) -> None:
+        self._module, self._name, self.runs = module, name, 0
+        weight = module.get_parameter(name)
+        size = _SIZE * _root_mean_square(module, weight)
+        shape, experts = each_shape(module, weight), len(weight) if weight.ndim == 3 else 1
+        self.update = _random_factors(*shape, rank, size, seed, experts)
+
+    def __call__(self) -> Tensor:
+        """W + ΔW, as the module stores it."""
+        self.runs += 1
+        weight = self._module.get_parameter(self._name).detach()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        A, B = (factor.to(weight.device, dtype) for factor in (self.update.A, self.update.B))
+        parts = dataclasses.replace(self.update, A=A, B=B).by_expert()
+        changes = torch.stack([part.materialise() for part in parts])
+        is_turned = weight.ndim == 3 and bool(cast(Any, self._module).is_transposed)
+        return (weight + (changes.mT if is_turned else changes)).to(weight).view(weight.shape)
+
+
+class _Shell(nn.Module):
+    """A module by what it computes, so that a call with other parameters passes `forward` by."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._computes = own_forward(module) or functools.partial(type(module).forward, module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._computes(*args, **kwargs)
+
+
+@temporary
+def _changed(span: Temporary, model: nn.Module, weights: Mapping[str, _Changed]) -> None:
+    """Each module of these parameters computes with others in their place."""
+    by_owner: dict[str, dict[str, _Changed]] = {}
+    for name, change in weights.items():
+        owner, _, parameter = name.rpartition(".")
+        by_owner.setdefault(owner, {})[parameter] = change
+    for owner, changes in by_owner.items():
+        module = model.get_submodule(owner)
+        shell = _Shell(module)
+
+        def forward(
+            *args: Any, _shell: _Shell = shell, _of: Mapping[str, _Changed] = changes, **kwargs: Any
+        ) -> Any:
+            parameters = {f"module.{name}": change() for name, change in _of.items()}
+            return functional_call(_shell, parameters, args, kwargs)
+
+        replace_forward(span, module, forward)
+
+
 class Probe:
     """Random updates of an adapter's modules, and what the Hugging Face model makes of them.
 
@@ -89,19 +161,38 @@ class Probe:
     def __init__(self, reference: Any, adapter: Adapter, done: Collection[str] = ()) -> None:
         names = names_by_path(reference)
         paths = {module_path(key): update for key, update in adapter.modules.items()}
-        self.added: dict[str, _Added] = {}
+        self.added: dict[str, _Added | _Changed] = {}
         hooks: list[tuple[str, HookFn]] = []
+        weights: dict[str, _Changed] = {}
         for seed, (path, update) in enumerate(paths.items()):
-            name = names.get(f"{path}.base_layer", names.get(path))  # of a PEFT layer
-            if name is None or path in done:
+            if path in done:
                 continue
-            module = reference.get_submodule(name)
-            if is_linear(module) or is_norm(module):
-                rank = update.rank if isinstance(update, LoRAFactors) else 1
-                self.added[path] = _Added(module, rank, seed)
-                hooks.append((name, self.added[path]))
-        with attached(reference, hooks, {}):
+            rank = update.rank if isinstance(update, LoRAFactors) else 1
+            held = _parameter_at(reference, names, path)
+            if held is not None:
+                module, name = held
+                weights[name] = _Changed(module, name.rpartition(".")[2], rank, seed)
+                self.added[path] = weights[name]
+                continue
+            name = names.get(f"{path}.base_layer", names.get(path))  # of a PEFT layer
+            module = None if name is None else reference.get_submodule(name)
+            if name is not None and module is not None and (is_linear(module) or is_norm(module)):
+                added = self.added[path] = _Added(module, rank, seed)
+                hooks.append((name, added))
+        with attached(reference, hooks, {}), _changed(reference, weights):
             self.logits: Tensor = plain_logits(getattr(reference, "original_model", reference))
+
+
+def _parameter_at(
+    reference: nn.Module, names: Mapping[str, str], path: str
+) -> tuple[nn.Module, str] | None:
+    """(module, name of its parameter) where the path is that of a stack of experts or a router."""
+    owner, _, leaf = path.rpartition(".")
+    for place, parameter, is_held in ((owner, leaf, is_experts), (path, "weight", is_router)):
+        module = reference.get_submodule(names[place]) if place in names else None
+        if module is not None and is_held(module):
+            return module, f"{names[place]}.{parameter}"
+    return None
 
 
 def probed(
@@ -162,6 +253,8 @@ def require_exact(model: Any, hf_model: nn.Module | None, probe: Probe) -> None:
                 "the bridge computes past its hook point, or the model runs the module several "
                 f"times. Leave it out: adapter.without({site.module!r}). {_SKIP}"
             )
+        if isinstance(added, _Changed):
+            continue
         rows = plan.updates[index].site.rows
         expected = added.last if rows is None else added.last[rows.to(added.last.device)]
         if site.kind != "embed":  # whose hook point may show a multiple
@@ -197,9 +290,10 @@ def _require_near(ours: Tensor, expected: Tensor, claim: str) -> None:
         )
 
 
-def _root_mean_square(linear: nn.Module) -> float:
+def _root_mean_square(module: nn.Module, weight: Tensor) -> float:
     """Of the first entries of W; where they are out of reach, that of a usual start."""
-    weight: Any = linear.weight
-    if quantised_name(linear) is not None or is_offloaded(linear) or weight.is_meta:
-        return shape_of(linear)[1] ** -0.5
+    if quantised_name(module) is not None:
+        return shape_of(module)[1] ** -0.5
+    if is_offloaded(module) or weight.is_meta:
+        return max(weight.shape) ** -0.5
     return float(weight.detach().flatten()[:_ENTRIES].float().square().mean().sqrt())

@@ -37,7 +37,7 @@ NORM_READ_BY: dict[str, str] = {
     **dict.fromkeys(("q", "k", "v"), "ln1"),
     **dict.fromkeys(("gate", "up", "fc_in"), "ln2"),
 }
-AXES = ("position", "head", "rank")
+AXES = ("position", "head", "expert", "rank")
 Group = Literal["site", "layer", "kind"] | Mapping[str, str | Sequence[str]]
 Groups = dict[str, tuple[int, ...]]
 
@@ -55,6 +55,7 @@ class Site:
         write: hook point, or module, at which s·B·A·z is added.
         rank: of the update: of ΔW, one more for a change of bias; of a norm its features.
         adapter: which part of a sum of adapters; the name then ends in '@' and this.
+        experts: how many share the ranks, one after another; 0 where the weight is no stack.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Site:
     write: str
     rank: int
     adapter: str = ""
+    experts: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,12 +205,17 @@ def by_axes(by: tuple[str, ...] | str, axes: tuple[str, ...] = AXES) -> tuple[st
     """`by` in canonical order.
 
     Raises:
-        ArgumentError: any other axis.
+        ArgumentError: any other axis, or both 'expert' and 'rank'.
     """
     wanted = tuple(by) if isinstance(by, Iterable) and not isinstance(by, str) else (by,)
     unknown = [axis for axis in wanted if axis not in axes]
     if unknown:
         raise ArgumentError(f"by={by!r}: expected any of {axes}.")
+    if {"expert", "rank"} <= set(wanted):
+        raise ArgumentError(
+            f"by={by!r}: the ranks of a stack of experts are those of one expert after another, so "
+            "'rank' alone tells both."
+        )
     return tuple(axis for axis in axes if axis in wanted)
 
 
@@ -222,6 +229,9 @@ _ORDER = (
     *("ln2", "gate", "up", "fc_in", "down", "fc_out", "ln2_post"),
     *("ln_final", "unembed"),
 )
+
+
+_OF_STACKS = {"gate_up_proj": "up", "up_proj": "up", "down_proj": "down"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,9 +326,10 @@ def in_order(site: SiteFactors) -> tuple[int, int, str]:
     """Sort key: the order in which a forward pass meets the sites.
 
     A kind that is named by its path ('conv.in', 'mlp.shared_expert.up') comes where an o, or what
-    an MLP writes, would.
+    an MLP writes, would; a stack of experts where up and down are.
     """
     usual = "fc_out" if site.kind.startswith("mlp.") else "o"
+    usual = _OF_STACKS.get(site.kind.rpartition(".")[2], usual)
     place = _ORDER.index(site.kind if site.kind in _ORDER else usual)
     return site.layer, place, site.kind
 

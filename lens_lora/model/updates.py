@@ -125,7 +125,7 @@ def _require_fit(host: Host, sites: Sequence[SiteFactors]) -> None:
     for site in sites:
         if site.kind in NORM_KINDS:
             continue
-        out, width = host.weight(site.layer, site.kind).shape
+        out, width = host.shape(site.layer, site.kind)
         for theirs in _shapes(site, (out, width)):
             if theirs != (out, width):
                 maps = f"{theirs[1]}→{theirs[0]}, the model {width}→{out}"
@@ -238,7 +238,8 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, host: Host) -> Update:
     stored = _unlike_base(site, factors.base_weight, host)
     width = factors.width or host.weight(site.layer, site.kind).shape[1]
     A = factors.A if factors.width else factors.A.new_zeros(factors.rank, width)
-    update = Update(A, factors.B, factors.scale * factors.strength)
+    experts = factors.experts if factors.experts > 1 else 0
+    update = Update(A, factors.B, factors.scale * factors.strength, experts=experts)
     if stored is None and not factors.needs_base_weight:
         return update
     named = "DoRA's ΔW" if factors.needs_base_weight else "ΔW of a stored weight"

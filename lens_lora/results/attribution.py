@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-Axis = Literal["position", "head", "rank", "token"]
+Axis = Literal["position", "head", "expert", "rank", "token"]
+_WITH_NONE = ("head", "expert")  # axes whose last slot is for sites that have none
 # ‖ΔW‖ / ‖W‖ above which first order is to be distrusted: chosen and confirmed on trained adapters
 # of SmolLM2-135M (docs/faithfulness.md).
 VIOLENT = 0.038
@@ -69,8 +70,8 @@ class Attribution(Ranked):
     Attributes:
         values: [batch, site, *by]. Slots that do not exist (padding, ranks beyond a site's own)
             hold zero, tokens beyond a response's own NaN, and tables leave them out. On the head
-            axis the last slot is for sites outside attention.
-        by: the axes after site, in the order position, head, rank, token.
+            axis the last slot is for sites outside attention, on that of experts for all others.
+        by: the axes after site, in the order position, head, expert, rank, token.
         heads: how many heads each site has (0 outside attention).
         method: how it was computed: 'first_order', 'path', 'second_order', 'add_one', ….
         at: the gate value at which it was taken; NaN along a path.
@@ -182,14 +183,14 @@ class Attribution(Ranked):
             columns["y_t"] = tokens_at(self.response, prompts, columns["t"])
         if "position" in self.by:
             columns["token"] = tokens_at(self.str_tokens, prompts, columns["position"])
-        if "head" in self.by:
-            outside = self.values.shape[2 + self.by.index("head")] - 1
-            columns["head"] = [pd.NA if h == outside else h for h in columns["head"]]
+        parts = [name for name in _WITH_NONE if name in self.by]
+        for name in parts:
+            outside = self.values.shape[2 + self.by.index(name)] - 1
+            columns[name] = [pd.NA if slot == outside else slot for slot in columns[name]]
         values = self.values.cpu()[tuple(index.T)].double()
         columns["value"] = values.tolist()
         columns["share"] = (values / self.shift.cpu().double()[index[:, 0]]).tolist()
-        frame = pd.DataFrame(columns)
-        return frame.astype({"head": "Int64"}) if "head" in self.by else frame
+        return pd.DataFrame(columns).astype(dict.fromkeys(parts, "Int64"))
 
     @property
     def exists(self) -> Bool[Tensor, "batch site *by"]:
@@ -198,15 +199,16 @@ class Attribution(Ranked):
             "position": [len(tokens) for tokens in self.str_tokens],
             "token": [len(tokens) for tokens in self.response],
             "head": self.heads,
+            "expert": [site.experts for site in self.sites],
             "rank": [site.rank for site in self.sites],
         }
         exists = torch.ones(self.values.shape, dtype=torch.bool)
         for axis, name in enumerate(self.by, start=2):
             count, slots = torch.tensor(counts[name])[:, None], torch.arange(exists.shape[axis])
             mask = slots < count
-            if name == "head":
+            if name in _WITH_NONE:
                 mask |= (count == 0) & (slots == slots[-1])
-            owner = 1 if name in ("head", "rank") else 0
+            owner = 1 if name in (*_WITH_NONE, "rank") else 0
             shape = [1] * exists.ndim
             shape[owner], shape[axis] = mask.shape
             exists &= mask.view(shape)
@@ -242,8 +244,8 @@ class Attribution(Ranked):
         Args:
             prompt: an index; without it, the mean over prompts, whose spread the hover gives. By
                 position and token, without it the only prompt.
-            by: None, or an axis that the attribution was split by: 'head' and 'rank' of the 40
-                sites with the largest part, 'position' and 'token' layer by layer.
+            by: None, or an axis that the attribution was split by: 'head', 'expert' and 'rank' of
+                the 40 sites with the largest part, 'position' and 'token' layer by layer.
 
         Raises:
             ArgumentError: no such prompt, or several and none named; the attribution was not split

@@ -134,10 +134,10 @@ def _largest_columns(z: Cells, most: int | None) -> list[int]:
 
 
 def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: Axis) -> Figure:
-    """Site × head or rank, of the sites with the largest part."""
+    """Site × head, expert or rank, of the sites with the largest part."""
     parts, exists = attribution.along(axis, prompt)
     _, shift = attribution.mean_over(prompt, attribution.per_site)
-    if axis == "head":  # the last slot is for sites outside attention
+    if axis in ("head", "expert"):  # the last slot is for sites without
         parts, exists = parts[:, :-1], exists[:, :-1]
     sizes = parts.abs().masked_fill(~exists, -1.0).amax(1)
     having = int(exists.any(1).sum())
@@ -160,6 +160,7 @@ def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: A
 _BY: dict[Axis, Callable[[results.Attribution, int | None], Figure]] = {
     "position": position_heatmap,
     "head": functools.partial(_parts_heatmap, axis="head"),
+    "expert": functools.partial(_parts_heatmap, axis="expert"),
     "rank": functools.partial(_parts_heatmap, axis="rank"),
     "token": _tokens_heatmap,
 }

@@ -92,6 +92,10 @@ CONFIGS = {
     ),
     "regex targets": ("llama", {"targets": r".*\.1\.mlp\..*_proj"}),
     "all-linear": ("llama", {"targets": "all-linear"}),
+    "a bare weight": (
+        "llama",
+        {"targets": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
+    ),
     "Conv1D": ("gpt2", {"targets": ["c_attn"]}),
     "Conv1D patterns": ("gpt2", {"rank_pattern": {"mlp.c_proj": 5}, "use_rslora": True}),
     "rank 1": ("llama", {"r": 1, "lora_alpha": 16}),
@@ -459,10 +463,6 @@ VARIANTS = {
         ["alora_invocation_tokens=[5, 6]", "position", "plain LoRA"],
     ),
     "replicated layers": ({"layer_replication": [(0, 2), (1, 2)]}, ["layer_replication=", "base"]),
-    "bare parameters": (
-        {"targets": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
-        ["target_parameters=['mlp.up_proj.weight']", "linear modules"],
-    ),
 }
 
 

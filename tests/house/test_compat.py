@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import architectures
 import models
 import pytest
 import torch
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from lens_lora import compat
 from lens_lora.compat import Temporary
+from lens_lora.model.experts import _FLAGS
 from lens_lora.model.hooks import is_held
 
 PACKAGE = Path(inspect.getfile(compat)).parent
@@ -48,6 +50,23 @@ def bridge(llama):
     if "TransformerBridge" not in models.MAKERS:
         pytest.skip("this transformer-lens has no TransformerBridge")
     return models.MAKERS["TransformerBridge"](llama)
+
+
+def test_experts_of_transformers():
+    """What a stack of experts states about itself, and the kernel and gate that it is given."""
+    if not models.is_newest():
+        pytest.skip("a stack of experts is made by transformers 5")
+    base = architectures.hf_model("Qwen3-MoE", dtype=torch.float32)
+    experts = base.model.layers[0].mlp.experts
+    require("transformers", experts, "_apply_gate", "_is_expert_parallel", *_FLAGS)
+    require("transformers", base.config, "_experts_implementation")
+    hidden = torch.randn(3, 24)
+    gate, up = hidden.chunk(2, -1)
+    assert torch.equal(compat.gated(experts, hidden), experts.act_fn(gate) * up)
+    assert compat.experts_implementation(experts) == "eager"
+    assert not compat.is_split_over_processes(experts)
+    experts._is_expert_parallel = True
+    assert compat.is_split_over_processes(experts)
 
 
 def test_hooks_of_a_module():

@@ -99,6 +99,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Nemotron": ("Nemotron", "", {}),
     "Ernie 4.5": ("Ernie4_5", "", {}),
     "Ernie 4.5 MoE": ("Ernie4_5_Moe", "", {**_MOE, "moe_num_experts": 4, "moe_k": 2}),
+    "Mixtral": ("Mixtral", "", _MOE),
     "Qwen2-MoE": ("Qwen2Moe", "", _MOE),
     "Qwen3-MoE": ("Qwen3Moe", "", _MOE),
     "Qwen3-Next": ("Qwen3Next", "", {**_MOE, **_LINEAR_ATTENTION}),
@@ -229,6 +230,8 @@ _LEFT_OUT = (
     "dt_proj",
     *_UNDER_NO_GRAD,
 )
+# Stacks of experts that are not in the form of `transformers.integrations.moe`.
+_OTHER_STACKS = ("Llama4", "JetMoe")
 REVERSE_ONLY = ("RecurrentGemma",)  # its recurrence is a Function without forward mode
 _REFUSED_BY_PEFT = ("FalconH1", "NemotronH", "Mamba", "Mamba2")
 _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
@@ -245,6 +248,17 @@ def hf_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Pr
     return models.randomised(made, seed, dtype)
 
 
+def expert_parameters(base: nn.Module) -> list[str]:
+    """Every stack of experts, and the weight of every router that is no linear module."""
+    return [
+        f"{path}.{name}"
+        for path, module in base.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if (parameter.ndim == 3 and name.endswith("_proj"))
+        or (parameter.ndim == 2 and "Router" in type(module).__name__)
+    ]
+
+
 def peft_model(name: str, base: PreTrainedModel) -> PeftModel:
     """The base (copied) with a random LoRA of every linear module active."""
     linears = [
@@ -256,7 +270,10 @@ def peft_model(name: str, base: PreTrainedModel) -> PeftModel:
         linears = [path for path in linears if not path.endswith("out_proj")]
     if any(p.ndim == 3 for p in base.parameters()):  # PEFT would take these names for experts
         linears = [path for path in linears if not path.endswith(_OF_EXPERTS)]
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=linears)
+    parameters = [] if ARCHITECTURES[name][0] in _OTHER_STACKS else expert_parameters(base)
+    config = LoraConfig(
+        r=2, lora_alpha=3, target_modules=linears, target_parameters=parameters or None
+    )
     peft = get_peft_model(copy.deepcopy(base), config).eval()
     return models.with_random_factors(peft, base, size=0.15)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -22,7 +23,7 @@ Read = Callable[[Tensor], Tensor]
 @contextlib.contextmanager
 def peft_scales(peft: PeftModel, factors: dict[str, float]) -> Iterator[None]:
     """PEFT's s of each module times a factor."""
-    layers = {m: peft.base_model.model.get_submodule(m) for m in factors}
+    layers = {m: lora_layer(peft, m) for m in factors}
     old = {m: layer.scaling["default"] for m, layer in layers.items()}
     try:
         for m, factor in factors.items():
@@ -31,6 +32,18 @@ def peft_scales(peft: PeftModel, factors: dict[str, float]) -> Iterator[None]:
     finally:
         for m, layer in layers.items():
             layer.scaling["default"] = old[m]
+
+
+def lora_layer(peft: PeftModel, path: str) -> Any:
+    """PEFT's layer of a module; of a parameter, the wrapper that has its name."""
+    held: Any = peft.base_model.model
+    owner, _, parameter = path.rpartition(".")
+    with contextlib.suppress(AttributeError):
+        held, parameter = held.get_submodule(path), "weight"
+    layer = held if parameter == "weight" else held.get_submodule(owner)
+    while getattr(layer, "parameter_name", parameter) != parameter:
+        layer = layer.base_layer
+    return layer
 
 
 def peft_readout(peft: PeftModel, tokens: Tensor, read: Read, factors: dict[str, float]) -> Tensor:

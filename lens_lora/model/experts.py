@@ -1,0 +1,231 @@
+"""Where a site reads and writes when its weight is a parameter: stacks of experts, and routers.
+
+A layer of experts holds one tensor for all of them, W [expert, out, in], and the router sends each
+token to k of them. What expert e computes for a token in its slot j is W_e x, so an update is a
+site like any other, with
+
+    z = (x, e)  [row, pos, slot, in + 2],     δ(z) = s·B_e A_e x  [row, pos, slot · out].
+
+transformers computes W_e x within one call that has no hook points. So for the span of a lens's
+hooks the module computes the same, W_e x for every token and slot at once, by the flags that its
+class states (`transformers.integrations.moe`): gated or not, transposed or not, with biases or
+without. That is exact in every dtype, with derivatives in both modes, whatever
+`experts_implementation` says.
+
+A router is one linear map, W [expert, in], within a module of its own. It is computed by the
+module's own code, in which what `F.linear` makes of W is the place to write.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from lens_lora.compat import (
+    Temporary,
+    brought_in,
+    experts_implementation,
+    gated,
+    is_split_over_processes,
+    own_forward,
+    replace_forward,
+)
+from lens_lora.errors import ModelStateError
+
+# What an expert's number is stored in, beside x: float types are exact up to 256.
+_DIGIT = 256
+ID_COLUMNS = 2
+Writer = Callable[[tuple[Tensor, ...], Tensor], Tensor | None]
+_CASTS = (Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.type_as)
+_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+
+
+def is_experts(module: object) -> bool:
+    """Whether it holds a stack of experts, in the form that transformers has for all families."""
+    if not isinstance(module, nn.Module) or not all(hasattr(module, flag) for flag in _FLAGS):
+        return False
+    return "down_proj" in dict(module.named_parameters(recurse=False))
+
+
+def is_router(module: object) -> bool:
+    """Whether it holds the weight of a linear map, and is no linear module."""
+    if not isinstance(module, nn.Module) or isinstance(module, nn.Linear | nn.Embedding):
+        return False
+    weight = getattr(module, "weight", None)
+    is_matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2
+    return is_matrix and type(module).__name__ != "Conv1D"
+
+
+def refuse_without_float64(model: nn.Module) -> None:
+    """Check that no stack of experts in float64 is computed by a kernel that lacks it.
+
+    Raises:
+        ModelStateError: one is.
+    """
+    for experts in filter(is_experts, model.modules()):
+        kernel = experts_implementation(experts)
+        if kernel == "grouped_mm" and next(experts.parameters()).dtype == torch.float64:
+            raise ModelStateError(
+                f"the experts of {type(experts).__name__} are in float64 and computed by "
+                f"{kernel!r}, which has no float64. Load the Hugging Face model with "
+                "experts_implementation='eager', or call "
+                "hf_model.set_experts_implementation('eager')."
+            )
+
+
+def stacks_of(experts: Any) -> tuple[str, str]:
+    """The names of its stacks of weights, in the order of a forward pass."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def as_one_map(owner: Any, weight: Tensor) -> Float[Tensor, "out in"]:
+    """[W_1 … W_E] of a stack, [out, expert · in], as a copy; a router's weight as it is."""
+    weights = weight.detach()
+    if weights.ndim == 2:
+        return weights
+    weights = weights.mT if owner.is_transposed else weights
+    return weights.transpose(0, 1).flatten(1)
+
+
+def each_shape(owner: Any, weight: Tensor) -> tuple[int, int]:
+    """(out, in) of each expert's map, or of a router's."""
+    out, width = weight.shape[-2:]
+    return (width, out) if weight.ndim == 3 and owner.is_transposed else (out, width)
+
+
+def with_expert(
+    x: Float[Tensor, "token slot in"], expert: Int[Tensor, "token slot"]
+) -> Float[Tensor, "token slot in_and_expert"]:
+    """z = (x, e)."""
+    digits = torch.stack([expert // _DIGIT, expert % _DIGIT], -1)
+    return torch.cat([x, digits.to(x.dtype)], -1)
+
+
+def expert_of(z: Float[Tensor, "... in_and_expert"]) -> Int[Tensor, "..."]:
+    """e of z = (x, e)."""
+    high, low = z.detach()[..., -ID_COLUMNS:].long().unbind(-1)
+    return high * _DIGIT + low
+
+
+class _Written:
+    """What a module computes for a span of time, with writers at its parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.before: Callable[..., Any] | None = own_forward(module)
+        self.writers: list[tuple[str, Writer]] = []
+
+    def written(self, name: str, z: Tensor, out: Tensor) -> Tensor:
+        """The output of the map, after all writers at this parameter."""
+        for parameter, writer in self.writers:
+            moved = writer((z,), out) if parameter == name else None
+            out = out if moved is None else moved
+        return out
+
+
+class _Experts(_Written):
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        experts: Any = self.module
+        into, out_of = stacks_of(experts)
+        with brought_in(experts):
+            x = hidden_states[:, None].expand(*top_k_index.shape, -1)
+            hidden = self._mapped(into, x, top_k_index)
+            inner = gated(experts, hidden) if experts.has_gate else experts.act_fn(hidden)
+            outs = self._mapped(out_of, inner, top_k_index)
+        if experts.has_post_expert_norm:
+            outs = experts.post_expert_norm(outs)
+        return (outs * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+
+    def _mapped(self, name: str, x: Tensor, index: Int[Tensor, "token slot"]) -> Tensor:
+        """W_e x of every token and slot, one product for each expert."""
+        experts: Any = self.module
+        stack, biases = getattr(experts, name), getattr(experts, f"{name}_bias", None)
+        order = index.flatten().argsort(stable=True)
+        counts = torch.bincount(index.flatten(), minlength=experts.num_experts).tolist()
+        outs = [
+            linear(rows, stack[e].T if experts.is_transposed else stack[e], _row(biases, e))
+            for e, rows in enumerate(x.flatten(0, 1)[order].split(counts))
+            if len(rows)
+        ]
+        out = torch.cat(outs)[order.argsort()].unflatten(0, index.shape)
+        if not any(parameter == name for parameter, _ in self.writers):
+            return out
+        return self.written(name, with_expert(x, index), out)
+
+
+def _row(biases: Tensor | None, expert: int) -> Tensor | None:
+    return None if biases is None else biases[expert]
+
+
+class _Router(_Written):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.before or functools.partial(type(self.module).forward, self.module)
+        with brought_in(self.module), _AtWeight(self.module.get_parameter("weight"), self.written):
+            return forward(*args, **kwargs)
+
+
+class _AtWeight(TorchFunctionMode):
+    """Within the block, what `F.linear` makes of a weight, in any dtype, goes through `write`."""
+
+    def __init__(self, weight: Tensor, write: Callable[[str, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._forms, self._write = [weight], write
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        if func in _CASTS and any(args[0] is form for form in self._forms):
+            self._forms.append(result)
+        if func is linear and any(args[1] is form for form in self._forms):
+            return self._write("weight", args[0], result)
+        return result
+
+
+def is_weight(model: nn.Module, owner: str, name: str) -> bool:
+    """Whether a module of this path holds a parameter of this name."""
+    return isinstance(getattr(model.get_submodule(owner), name, None), nn.Parameter)
+
+
+def write_at(span: Temporary, module: nn.Module, name: str, writer: Writer) -> None:
+    """The writer sees z and changes the output of the map of this parameter, until the span ends.
+
+    Raises:
+        ModelStateError: experts that are spread over processes.
+    """
+    if is_split_over_processes(module):
+        raise ModelStateError(
+            f"{name}: the experts of {type(module).__name__} are spread over processes, so no "
+            "process has all of them. Load the model without expert parallelism."
+        )
+    own = own_forward(module)
+    if not isinstance(own, _Written):
+        own = _Experts(module) if is_experts(module) else _Router(module)
+        replace_forward(span, module, own)
+    entry = name, writer
+    span.way_back(functools.partial(_drop, own.writers, entry))
+    own.writers.append(entry)
+
+
+def _drop(writers: list[tuple[str, Writer]], entry: tuple[str, Writer]) -> None:
+    writers[:] = [held for held in writers if held is not entry]
+
+
+def experts_by_layer(model: nn.Module) -> dict[int, nn.Module]:
+    """{layer: its stack of experts}; a layer's number is the first in the module's name."""
+    stacks = ((name, module) for name, module in model.named_modules() if is_experts(module))
+    numbered = ((re.search(r"\.(\d+)\.", name), module) for name, module in stacks)
+    return {int(match[1]): module for match, module in numbered if match}
