@@ -23,6 +23,7 @@ from lens_lora.compat import without_warnings
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.families import known_family
+from lens_lora.model.bridged import on_stacks
 from lens_lora.model.build import Kind, bridge_if_there, hooked_model
 from lens_lora.model.check import refuse_unusable
 from lens_lora.model.lens import LoraLens
@@ -187,7 +188,7 @@ def load(
     )
     base, base_tokenizer = _base(model, chosen, how, tokenizer)
     is_listed = known_family(type(base).__name__) is not None
-    probe = Probe(base, chosen) if check and not is_listed else check
+    probe = Probe(base, on_stacks(chosen, base)) if check and not is_listed else check
     hooked, host = hooked_model(base, base_tokenizer, kind=kind or bridge_if_there(), attn=attn)
     return LoraLens(hooked, chosen, hf_model=base_beside(host, base, chosen), check=probe)
 

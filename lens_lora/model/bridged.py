@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lens_lora.errors import ModelStateError
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, base_part, expert_factors
+from lens_lora.errors import AdapterError, ModelStateError
 from lens_lora.families import NORM_KINDS, Family, Place
 from lens_lora.model.bases import stored_weight
-from lens_lora.model.experts import is_experts, is_router, stacks_of
+from lens_lora.model.experts import each_shape, is_experts, is_router, stacks_of
 from lens_lora.model.host import module_at
 from lens_lora.model.sites import (
     ATTENTION_KINDS,
@@ -172,6 +174,83 @@ def _modules_in(model: nn.Module, before: str = "") -> Iterator[tuple[str, nn.Mo
     for name, module in unwrapped(model).named_children():
         yield f"{before}{name}", module, model
         yield from _modules_in(module, f"{before}{name}.")
+
+
+# --- adapters that name each expert
+
+
+# As transformers 4 named them: (stack, which of its two halves).
+_OF_EXPERT = {
+    **{"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)},
+    **{"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1)},
+    **{"down_proj": ("down_proj", 0), "w2": ("down_proj", 0)},
+}
+_EXPERT = re.compile(rf"(.*\.\d+\.).*experts\.(\d+)\.({'|'.join(_OF_EXPERT)})(@.*)?")
+_Halves = dict[int, dict[int, LoRAFactors]]
+
+
+def on_stacks(adapter: Adapter, model: Any) -> Adapter:
+    """The adapter, with factors of single experts as those of the stack that this model has.
+
+    What an adapter of transformers 4 holds for one expert's gate and up becomes, as in PEFT,
+    A = [A_gate; A_up] and B = diag(B_gate, B_up); an expert without factors gets none.
+
+    Raises:
+        AdapterError: an expert that the model lacks, or an update that is no plain s·B·A.
+    """
+    of_experts = {key: match for key in adapter.modules if (match := _EXPERT.fullmatch(key))}
+    names = names_by_path(model) if of_experts else {}
+    of_stacks = {p: m for p, n in names.items() if is_experts(m := model.get_submodule(n))}
+    groups: dict[str, _Halves] = {}
+    moved: set[str] = set()
+    for key, (layer, expert, name, tag) in ((k, m.groups()) for k, m in of_experts.items()):
+        stack, half = _OF_EXPERT[name]
+        path = next((path for path in of_stacks if path.startswith(layer)), None)
+        if path is None or key.partition("@")[0] in names:
+            continue
+        halves = groups.setdefault(f"{path}.{stack}{tag or ''}", {})
+        halves.setdefault(int(expert), {})[half] = _plain_factors(key, adapter.modules[key])
+        moved.add(key)
+    modules = {key: update for key, update in adapter.modules.items() if key not in moved}
+    for path, halves in groups.items():
+        owner, _, stack = path.partition("@")[0].rpartition(".")
+        modules[path] = _as_stack(path, halves, of_stacks[owner], stack)
+    return dataclasses.replace(adapter, modules=modules) if moved else adapter
+
+
+def _plain_factors(key: str, update: ModuleUpdate) -> LoRAFactors:
+    if isinstance(update, LoRAFactors) and base_part(update) is None and update.lora_bias is None:
+        return update
+    raise AdapterError(
+        f"{key}: this model holds its experts as one tensor, which takes a plain s·B·A, and the "
+        f"adapter has {base_part(update) or 'a bias'} there."
+    )
+
+
+def _as_stack(path: str, halves: _Halves, experts: Any, stack: str) -> LoRAFactors:
+    out, width = each_shape(experts, experts.get_parameter(stack))
+    if max(halves) >= experts.num_experts:
+        raise AdapterError(
+            f"{path}: the adapter has factors of expert {max(halves)}, and the model's "
+            f"{type(experts).__name__} has {experts.num_experts} of them. Was it trained on "
+            "another base model?"
+        )
+    like = next(iter(next(iter(halves.values())).values()))
+    rows = torch.arange(out)[None]
+    if stack == "gate_up_proj":  # one half after the other, or in turn
+        rows = rows.view(2, -1) if experts.is_concatenated else rows.view(-1, 2).T
+    parts: list[LoRAFactors] = []
+    for expert in range(experts.num_experts):
+        held = halves.get(expert, {})
+        As, Bs = [like.A.new_zeros(0, width)], [like.B.new_zeros(out, 0)]
+        for half, factors in held.items():
+            placed = like.B.new_zeros(out, factors.rank)
+            placed[rows[half]] = factors.scale * factors.strength * factors.B
+            As, Bs = [*As, factors.A], [*Bs, placed]
+        if not held:
+            As, Bs = [like.A.new_zeros(1, width)], [like.B.new_zeros(out, 1)]
+        parts.append(LoRAFactors(torch.cat(As), torch.cat(Bs, 1)))
+    return expert_factors(parts)
 
 
 def unwrapped(module: Any) -> Any:

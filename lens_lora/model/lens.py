@@ -27,7 +27,7 @@ from lens_lora.errors import (
     UnsupportedAdapterError,
 )
 from lens_lora.model.basis import SiteMap
-from lens_lora.model.bridged import BridgedFamily
+from lens_lora.model.bridged import BridgedFamily, on_stacks
 from lens_lora.model.check import (
     OF_A_GIVEN_BASE,
     base_logits,
@@ -95,6 +95,7 @@ class LoraLens:
         check: bool | Probe = True,
     ) -> None:
         require_kinds(adapter, hf_model)
+        adapter = on_stacks(adapter, model)
         self.model = model
         self.adapter = adapter
         self._hf_model = hf_model
@@ -127,6 +128,7 @@ class LoraLens:
         """
         self._plan.check_state()
         self._plan.check_base()
+        adapter = on_stacks(adapter, self.model)
         other = copy.copy(self)
         other.adapter = adapter
         other._plan = make_plan(self.model, adapter, self._hf_model)

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 
 import lens_lora as ll
@@ -259,6 +260,55 @@ def test_patterns_of_parameters_are_read(case, tmp_path):
         alpha_pattern={r".*0.*experts.gate_up_proj": 7},
     )
     assert off(case.lens.with_adapter(ll.load_adapter(tmp_path)), peft) < 1e-13
+
+
+OLD_NAMES = {
+    "Mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "Qwen3-MoE": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_factors_of_single_experts_are_laid_on_stacks(name: str, tmp_path):
+    """As transformers 4 named them, against PEFT's own rewriting; one expert has none."""
+    block, *names = OLD_NAMES[name]
+    with architectures.in_float64():
+        case, drawn = architectures.case(name), models.seeded(7)
+        inner = case.base.model.layers[1].mlp.experts.down_proj.shape[-1]
+        shapes = dict(zip(names, [(inner, 16), (inner, 16), (16, inner)], strict=True))
+        tensors = {}
+        for expert in (0, 1, 3):
+            for linear, (out, width) in shapes.items():
+                key = f"base_model.model.model.layers.1.{block}.experts.{expert}.{linear}"
+                for half, shape in (("A", (RANK, width)), ("B", (out, RANK))):
+                    values = torch.randn(shape, generator=drawn, dtype=torch.float64)
+                    tensors[f"{key}.lora_{half}.weight"] = 0.3 * values
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 3}
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps(config | {"target_modules": names})
+        )
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        adapter = ll.load_adapter(tmp_path)
+        lens = case.lens.with_adapter(adapter)
+        assert {site.name for site in lens.sites} == {
+            f"blocks.1.mlp.experts.{stack}" for stack in ("gate_up_proj", "down_proj")
+        }
+        whole = adapter.modules[f"model.layers.1.{block}.experts.3.{names[2]}"].materialise()
+        parts = lens.adapter.modules["model.layers.1.mlp.experts.down_proj"].by_expert()
+        assert float((parts[3].materialise() - whole).abs().max()) < 1e-15
+        assert not parts[2].materialise().any()
+        full = {k.replace("experts.1", "experts.2"): v.clone() for k, v in tensors.items()}
+        save_file(
+            full | tensors, tmp_path / "adapter_model.safetensors"
+        )  # PEFT's needs every expert
+        peft = PeftModel.from_pretrained(copy.deepcopy(case.base), str(tmp_path)).eval().double()
+        assert off(case.lens.with_adapter(ll.load_adapter(tmp_path)), peft) < 1e-13
+        key = f"model.layers.1.{block}.experts.4.{names[2]}"
+        more = ll.Adapter.from_factors(
+            {key: ll.LoRAFactors(torch.ones(1, inner), torch.ones(16, 1))}
+        )
+        with pytest.raises(AdapterError, match="factors of expert 4, and .* has 4 of them"):
+            case.lens.with_adapter(more)
 
 
 def test_peft_reads_what_is_saved(case, tmp_path):
