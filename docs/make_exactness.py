@@ -247,10 +247,11 @@ def _section(title: str, families: dict[str, Any], notes: dict[str, list[str]]) 
 
 ARCHITECTURES = """## {n} other architectures, transformer-lens {version}
 
-They have no entry in `lens_lora.families`: every linear module of a raw TransformerBridge is a
-site, by the name of its component, else by its path. The LoRA is on every linear module but the
-head, a router whose output is no tensor, and what PEFT refuses to adapt or takes for parameters of
-experts. One line in `tests/lib/architectures.py` adds an architecture.
+They have no entry in `lens_lora.families`, or hold experts: every linear module of a raw
+TransformerBridge is a site, by the name of its component, else by its path, and so is every stack
+of experts and every router. The LoRA is on all of them but the head, and what PEFT refuses to
+adapt; the stacks of Llama 4 and JetMoE have a form of their own, and are left out. One line in
+`tests/lib/architectures.py` adds an architecture.
 
 - **adapted** as above, and **each** the same with one module's gate at 0.7, one after another;
 - **activations**: any hook point against a bridge of PEFT's merged weights;
