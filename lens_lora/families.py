@@ -62,6 +62,7 @@ class Family:
         post_norm: whether the outputs of attention and MLP pass one more norm before they are added
             to the residual stream.
         routed: whether experts take tokens out of their rows.
+        stacks: path of a parameter that holds experts, or a router's weight, in one model → place.
     """
 
     architectures: tuple[str, ...]
@@ -81,9 +82,17 @@ class Family:
     value_bias: bool = True
     post_norm: bool = False
     routed: bool = False
+    stacks: Mapping[str, Place] = dataclasses.field(default_factory=dict[str, Place])
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether places were read from the model, so that a lens is compared with its base."""
+        return bool(self.stacks)
 
     def place(self, module: str) -> Place | None:
         """The place of a module, or None where this family has no such module."""
+        if module in self.stacks:
+            return self.stacks[module]
         outside = {self.embed: "embed", self.pos_embed: "pos_embed", self.ln_final: "ln_final"}
         outside |= {self.embed_norm: "embed_ln", **dict.fromkeys(HEADS, "unembed")}
         if module in outside:
@@ -109,7 +118,7 @@ class Family:
     def linear_paths(self, n_layers: int) -> list[str]:
         """The path of every linear module of so many layers."""
         layers = [self.layer.format(l=layer) for layer in range(n_layers)]
-        return [f"{layer}.{name}" for layer in layers for name in self.linears]
+        return [*(f"{layer}.{name}" for layer in layers for name in self.linears), *self.stacks]
 
     def path(self, layer: int, kind: str) -> str:
         """The path of the module that holds the rows of a kind of attention or MLP."""

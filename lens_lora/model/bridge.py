@@ -21,6 +21,7 @@ so that patterns have hook points. Two consequences:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -49,9 +50,16 @@ from lens_lora.compat import (
     without_warnings,
 )
 from lens_lora.errors import ModelStateError
-from lens_lora.families import find_family, known_family
+from lens_lora.families import Family, find_family, known_family
 from lens_lora.model.bases import stored_weight
-from lens_lora.model.bridged import HOOK_IN, USUAL_KINDS, bridged_family, normalised, unwrapped
+from lens_lora.model.bridged import (
+    HOOK_IN,
+    USUAL_KINDS,
+    BridgedFamily,
+    bridged_family,
+    normalised,
+    unwrapped,
+)
 from lens_lora.model.experts import as_one_map, each_shape, is_experts, refuse_without_float64
 from lens_lora.model.hooks import add_pre_hook
 from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
@@ -189,12 +197,11 @@ class BridgeHost(Host):
         cfg, architecture = model.cfg, type(model.original_model).__name__
         n_kv = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         heads = Heads(cfg.n_heads, n_kv, cfg.d_head)
-        family = known_family(architecture)
-        if not is_processed(model) and (family is None or any(map(is_experts, model.modules()))):
-            family = bridged_family(model, heads)
-        super().__init__(model, family or find_family(architecture), heads, hf_model)
-        self._homes: Mapping[tuple[int, str], str] = getattr(family, "homes", {})
-        self.grows: bool = not self._homes and architecture not in _FIXED_BATCH
+        family, homes = _family_of(model, architecture, heads)
+        super().__init__(model, family, heads, hf_model)
+        self._homes: Mapping[tuple[int, str], str] = homes
+        self._is_listed: bool = not isinstance(family, BridgedFamily)
+        self.grows: bool = self._is_listed and architecture not in _FIXED_BATCH
         self.keeps_patterns: bool = not has_fused_attention(model)
 
     def ports(self, layer: int, kind: str) -> Ports:
@@ -244,7 +251,7 @@ class BridgeHost(Host):
                 "its hook points show another layout. Load the model with attn='eager'."
             )
         name = self._component(layer, kind)
-        if self._homes:
+        if not self._is_listed:
             through = functools.partial(normalised, self._wrapped(layer, kind))
             return (Ports(f"{name}{HOOK_IN}", f"{name}.hook_out", through=through),)
         layout = "heads_first" if is_of_heads else "rows"
@@ -376,7 +383,7 @@ class BridgeHost(Host):
 
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Tensor | None] | None:
         """As of any host; None also where it is not known what follows before the logits."""
-        return None if self._homes else super().unembedding()
+        return super().unembedding() if self._is_listed else None
 
     def needs_base(self) -> bool:
         """Whether the bridge's compatibility mode processed the weights."""
@@ -390,6 +397,30 @@ class BridgeHost(Host):
             return self.model(
                 tokens, return_type="logits_and_cache", use_cache=True, past_key_values=cache
             )
+
+
+def _family_of(
+    model: Any, architecture: str, heads: Heads
+) -> tuple[Family, Mapping[tuple[int, str], str]]:
+    """The family, and the names of what was read from the model: all of it where none is listed,
+    stacks of experts and routers where one is.
+
+    Raises:
+        ModelStateError: processed weights of a family that is not listed.
+    """
+    listed = known_family(architecture)
+    if is_processed(model) or (listed is not None and not any(map(is_experts, model.modules()))):
+        return listed or find_family(architecture), {}
+    read = bridged_family(model, heads)
+    if listed is None:
+        return read, read.homes
+    homes = {
+        key: name
+        for key, name in read.homes.items()
+        if isinstance(module_at(model, name), nn.Parameter)
+    }
+    stacks = {p: place for p, place in read.places.items() if (place.layer, *place.kinds) in homes}
+    return dataclasses.replace(listed, stacks=stacks), homes
 
 
 def _usual_name(layer: int, kind: str) -> str:

@@ -76,6 +76,11 @@ class BridgedFamily(Family):
     turned: frozenset[str] = frozenset()
     shared: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
+    @property
+    def is_probed(self) -> bool:
+        """All of its places were read from the model."""
+        return True
+
     def place(self, module: str) -> Place | None:
         """The place of a module, or None where the model has no such module.
 

@@ -27,7 +27,7 @@ from lens_lora.errors import (
     UnsupportedAdapterError,
 )
 from lens_lora.model.basis import SiteMap
-from lens_lora.model.bridged import BridgedFamily, on_stacks
+from lens_lora.model.bridged import on_stacks
 from lens_lora.model.check import (
     OF_A_GIVEN_BASE,
     base_logits,
@@ -108,7 +108,7 @@ class LoraLens:
                 OF_A_GIVEN_BASE,
             )
         self._probed: frozenset[str] | None = None
-        if check and isinstance(self._plan.host.family, BridgedFamily):
+        if check and self._plan.host.family.is_probed:
             probe = check if isinstance(check, Probe) else None
             self._probed = probed(model, hf_model, adapter, probe=probe)
 
