@@ -2,12 +2,13 @@
 
     python docs/make_exactness.py
     python docs/make_exactness.py --architectures   # only these, of the newest line
+    python docs/make_exactness.py --methods   # only PEFT's methods; AdaMSS needs scikit-learn
 
 1. Measure every cell that the installed transformer-lens has: family × class × processing × target
    of `models`, `cases` and `targets` in `tests/lib`; write them to
    docs/exactness/<transformer-lens>.json, errors rounded to one digit.
 2. On the newest line, measure every architecture of `architectures`, which has no entry in
-   `lens_lora.families`.
+   `lens_lora.families`, and every method of PEFT of `tuners`.
 3. Render docs/exactness.md from all files there.
 
 Run in one environment per transformer-lens line; a few minutes each.
@@ -32,6 +33,7 @@ import cases  # noqa: E402
 import models  # noqa: E402
 import targets  # noqa: E402
 import torch  # noqa: E402
+import tuners  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lens_lora as ll  # noqa: E402
@@ -92,7 +94,8 @@ embedding (`trainable_token_indices`), and of the head where it is tied; and eve
 In float32 the same numbers carry that precision's rounding; what bfloat16 and float16 leave of
 them, analysis by analysis, is measured in [Half precision](precision.md).
 
-The last table is of other architectures, whose sites are read from the bridge itself.
+Two more tables are of other architectures, whose sites are read from the bridge itself, and of
+every method of PEFT.
 
 To reproduce: run `python docs/make_exactness.py` in an environment of each transformer-lens line.
 It measures the installed version, writes `docs/exactness/<transformer-lens>.json`, and renders
@@ -165,6 +168,18 @@ def measure_architectures() -> dict[str, Cell]:
         return {name: rounded(architectures.measure(name)) for name in bar}
 
 
+def measure_methods() -> dict[str, Any]:
+    """The errors of every method by what it adapts, or its refusal; none before version 4."""
+    if not models.is_newest():
+        return {}
+    found: dict[str, Any] = {name: tuners.refusal(name) for name in tuners.REFUSED}
+    with tuners.in_float64():
+        for name in tqdm(tuners.EXACT, unit="method"):
+            places = tuners.places(name)
+            found[name] = {place: rounded(tuners.measure(name, place)) for place in places}
+    return found
+
+
 def rounded(cell: Cell) -> Cell:
     """Errors with one digit, so that reruns agree."""
     return {k: float(f"{v:.0e}") if isinstance(v, float) else v for k, v in cell.items()}
@@ -213,6 +228,9 @@ def render(results: dict[str, Any]) -> str:
     for version, result in results.items():
         if result.get("architectures"):
             parts.append(_architectures(version, result["architectures"], notes))
+    for version, result in results.items():
+        if result.get("methods"):
+            parts.append(_methods(version, result["versions"]["peft"], result["methods"]))
     return "\n".join([*parts, _notes_list(notes)])
 
 
@@ -281,6 +299,34 @@ def _architectures(version: str, measured: dict[str, Cell], notes: dict[str, lis
     return "\n".join([heading, _table(["", *columns], rows)])
 
 
+METHODS = """## PEFT's {n} methods, transformer-lens {version}
+
+One row for each folder of `peft.tuners` in PEFT {peft}. The ΔW of all but LoRA is measured by
+running PEFT's own layers ([What an adapter may hold](formats.md#other-methods)). The adapter is
+random, on a tiny Llama or GPT-2 (Conv1D, LayerNorm), read from the live model and from its folder
+over the base. Where a kind of module is missing, PEFT itself does not adapt it.
+
+- **exact**: the largest difference of `lens.logits` from PEFT, of both readings, at the gates 0.37
+  and 1, where PEFT's own layers add that share of what they add;
+- **slopes**: the sum of `first_order` at 0 against central differences of PEFT, relative.
+"""
+
+
+def _methods(version: str, peft: str, measured: dict[str, Any]) -> str:
+    rows = [[name, *_method(measured[name])] for name in sorted(measured)]
+    heading = METHODS.format(n=len(rows), version=version, peft=peft)
+    return "\n".join([heading, _table(["method", "adapts", "exact", "slopes"], rows)])
+
+
+def _method(cell: str | dict[str, Cell]) -> list[str]:
+    if isinstance(cell, str):
+        sentence, _, _ = cell.partition(". ")
+        return [f"refused: {sentence.rpartition(': ')[2]}", "", ""]
+    exact = max(max(errors["live"], errors["folder"]) for errors in cell.values())
+    slopes = max(errors["slopes"] for errors in cell.values())
+    return [", ".join(cell), f"{exact:.0e}", f"{slopes:.0e}"]
+
+
 def _pair(family: str, target: str, by_target: dict[str, Any], shown: Any) -> str:
     """'raw / processed' of a target, '—' where the family has none such."""
     if target not in by_target:
@@ -334,9 +380,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{line()}.json"
-    only = "--architectures" in sys.argv
-    measured = json.loads(file.read_text()) if only else measure_all()
-    measured["architectures"] = measure_architectures()
+    asked = sys.argv[1:]
+    measured = json.loads(file.read_text()) if asked else measure_all()
+    parts = {"architectures": measure_architectures, "methods": measure_methods}
+    measured |= {name: part() for name, part in parts.items() if not asked or f"--{name}" in asked}
     file.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(render(read_results()))
 

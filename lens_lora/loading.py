@@ -7,6 +7,7 @@ command line and `hooked_model` build a HookedTransformer if the installed versi
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Generator
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.adapters.adapter import Adapter, load_adapter, read_adapter
 from lens_lora.adapters.factors import TrainedModule
 from lens_lora.adapters.from_models import base_within
 from lens_lora.compat import without_warnings
@@ -151,7 +152,8 @@ def load(
             wrapped, so do not run or change it afterwards, but `copy.deepcopy` it before. A
             PeftModel stays as it is: its base is wrapped as modules of their own on the same
             weights. None for the base that the adapter names.
-        adapter: a hub id, a folder, or an `Adapter`; left out, the active one of a PeftModel.
+        adapter: a hub id, a folder, or an `Adapter`; left out, the active one of a PeftModel. The
+            ΔW of a method other than LoRA is measured over the base first (`load_adapter`).
         kind: the class of hooked model; by default TransformerBridge if it is installed. A model
             that is quantised or lies on several devices needs a TransformerBridge.
         dtype: the weights' torch dtype, its name, or 'auto' for the checkpoint's own. By default a
@@ -176,7 +178,6 @@ def load(
     is_peft = isinstance(getattr(model, "peft_config", None), dict)
     if adapter is None:
         adapter = _active_adapter(model, is_peft)
-    chosen = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
     model = cast("PreTrainedModel", base_within(model)) if is_peft else model
     how = Placement(
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
@@ -186,11 +187,18 @@ def load(
         load_in_8bit=load_in_8bit,
         attn=attn,
     )
-    base, base_tokenizer = _base(model, chosen, how, tokenizer)
+
+    @functools.cache
+    def loaded(named: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return _base(model, named, how, tokenizer)
+
+    if not isinstance(adapter, Adapter):
+        adapter = read_adapter(adapter, lambda named: loaded(named)[0])
+    base, base_tokenizer = loaded(adapter.base_model)
     is_listed = known_family(type(base).__name__) is not None
-    probe = Probe(base, on_stacks(chosen, base)) if check and not is_listed else check
+    probe = Probe(base, on_stacks(adapter, base)) if check and not is_listed else check
     hooked, host = hooked_model(base, base_tokenizer, kind=kind or bridge_if_there(), attn=attn)
-    return LoraLens(hooked, chosen, hf_model=base_beside(host, base, chosen), check=probe)
+    return LoraLens(hooked, adapter, hf_model=base_beside(host, base, adapter), check=probe)
 
 
 def _active_adapter(model: Any, is_peft: bool) -> Adapter:
@@ -264,7 +272,7 @@ def quiet_libraries() -> Generator[None]:
 
 def _base(
     model: Any,
-    adapter: Adapter,
+    named: str | None,
     how: Placement,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -272,7 +280,7 @@ def _base(
     if isinstance(model, str | Path):
         return load_base(str(model), how)
     if model is None:
-        return _named_base(adapter, how)
+        return _named_base(named, how)
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise ModelStateError(
             f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "
@@ -291,14 +299,12 @@ def _base(
 
 
 def _named_base(
-    adapter: Adapter, how: Placement
+    named: str | None, how: Placement
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if adapter.base_model is None:
-        raise ModelStateError(
-            f"the adapter {adapter.name} names no base model; pass it as the first argument."
-        )
+    if named is None:
+        raise ModelStateError("the adapter names no base model; pass it as the first argument.")
     try:
-        return load_base(adapter.base_model, how)
+        return load_base(named, how)
     except ModelStateError as error:
         raise ModelStateError(
             f"{error} The adapter names it as its base; pass another as the first argument."

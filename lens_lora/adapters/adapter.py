@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from lens_lora.adapters.arithmetic import module_path, natural, refuse_dora_twice, stacked, tagged
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, constant_factors
 from lens_lora.adapters.from_models import change_between, live_updates
+from lens_lora.adapters.methods import measured_updates, updates_over_base
 from lens_lora.adapters.nulls import Parts, null_updates
+from lens_lora.adapters.peft_files import adapter_folder, is_plain_lora, read_config
 from lens_lora.adapters.peft_read import read_folder
 from lens_lora.adapters.peft_write import save_adapter
 from lens_lora.arguments import number, whole
@@ -27,6 +29,7 @@ from lens_lora.errors import AdapterError, ArgumentError, SiteError
 if TYPE_CHECKING:
     from pandas import DataFrame
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,16 +113,23 @@ class Adapter:
     def from_peft(cls, peft_model: PeftModel, adapter_name: str = "default") -> Adapter:
         """The named adapter of a live PeftModel, as its layers apply it now; copied.
 
+        LoRA is read from its tensors. The ΔW of other methods is measured, each layer run in
+        float64 on every unit vector, and rounded once, to float32 or the base's dtype; what is a
+        function of the input, and no ΔW, is refused by name. The model stays as it is.
+
         Args:
             peft_model: a PeftModel, or a transformers model with adapters of its own.
             adapter_name: the name of one of its adapters.
 
+        Cost: none for LoRA; for other methods see `load_adapter`.
+
         Raises:
             ArgumentError: a model without an adapter.
             AdapterError: no such adapter, or its tensors are inconsistent.
-            UnsupportedAdapterError: not plain LoRA, or a PeftMixedModel.
+            UnsupportedAdapterError: a variant of LoRA that s·B·A would misread, a method without
+                ΔW, one that is merged into the weights, or a PeftMixedModel.
         """
-        modules, base = live_updates(peft_model, adapter_name)
+        modules, base = live_updates(peft_model, adapter_name, measured_updates)
         return cls(modules, name=adapter_name, base_model=base)
 
     @classmethod
@@ -381,14 +391,27 @@ class Adapter:
 
 
 def load_adapter(
-    path: str | Path, *, revision: str | None = None, subfolder: str | None = None
+    path: str | Path,
+    *,
+    base: PreTrainedModel | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
 ) -> Adapter:
-    """Read a LoRA adapter that PEFT saved: a local folder, or a hub id (fetched only if named).
+    """Read an adapter that PEFT saved: a local folder, or a hub id (fetched only if named).
+
+    LoRA is read from its two files. The ΔW of other methods (VeRA, LoHa, OFT, IA3, …) is measured:
+    PEFT lays the folder over the base, and each layer is run on every unit vector in float64. A
+    method whose layer is a function of the input, and no ΔW, is refused by name.
 
     Args:
         path: folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id.
+        base: the Hugging Face model that the adapter was trained on, for methods other than LoRA;
+            in the dtype of the training, as some draw matrices from a seed. It stays as it is.
         revision: branch, tag or commit of the hub repository.
         subfolder: the adapter's folder within the folder or repository.
+
+    Cost: none for LoRA. For other methods a pass of each adapted module over as many tokens as it
+        has inputs, two forward passes on 8 tokens, and a copy of the largest module in float64.
 
     Warns:
         UserWarning: module paths of a wrapped or headless model are read as the language model's;
@@ -396,8 +419,25 @@ def load_adapter(
 
     Raises:
         AdapterError: files missing, pickled, truncated, of another format; tensors left over,
-            missing, or not in the config; ranks that disagree; NaN.
-        UnsupportedAdapterError: a variant that s·B·A would misread; the message has the remedy.
+            missing, or not in the config; ranks that disagree; NaN; another base.
+        UnsupportedAdapterError: a variant that s·B·A would misread, a method without ΔW, or one
+            that needs the base; the message has the remedy.
+        ArgumentError: a base that is no Hugging Face model, or one that PEFT has changed.
     """
-    modules, base, name = read_folder(path, revision, subfolder)
-    return Adapter(modules, name=name, base_model=base)
+    return read_adapter(path, None if base is None else lambda _: base, revision, subfolder)
+
+
+def read_adapter(
+    path: str | Path,
+    base_for: Callable[[str | None], nn.Module] | None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Adapter:
+    """As `load_adapter`; the base is asked for, by the name in the config, if it is needed."""
+    folder = adapter_folder(path, revision, subfolder)
+    config = read_config(folder)
+    if base_for is None or is_plain_lora(config):
+        modules, base, name = read_folder(path, revision, subfolder)
+        return Adapter(modules, name=name, base_model=base)
+    modules, base = updates_over_base(folder, config, base_for)
+    return Adapter(modules, name=folder.name or str(path), base_model=base)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
-from lens_lora.adapters.peft_files import refuse_variants
+from lens_lora.adapters.peft_files import is_plain_lora, refuse_variants
 from lens_lora.adapters.peft_read import (
     PREFIX,
     base_of,
@@ -58,15 +58,20 @@ from lens_lora.families import FAMILIES, NORM_KINDS
 # --- The adapter of a live model
 
 
-def live_updates(model: Any, adapter_name: str) -> tuple[dict[str, ModuleUpdate], str | None]:
+def live_updates(
+    model: Any, adapter_name: str, measured: Callable[[Any, str, Any], dict[str, ModuleUpdate]]
+) -> tuple[dict[str, ModuleUpdate], str | None]:
     """(updates by module path, the base it names) of one adapter of a live model; copies.
+
+    LoRA is read from its tensors; what other methods add is measured.
 
     Raises:
         ArgumentError: the model has no adapters.
         AdapterError: no adapter of this name, or its tensors are inconsistent.
-        UnsupportedAdapterError: not plain LoRA, or a PeftMixedModel.
+        UnsupportedAdapterError: a variant of LoRA that s·B·A would misread, a method without ΔW, or
+            a PeftMixedModel.
     """
-    configs, base = _configs_and_base(model)
+    configs, base = configs_and_base(model)
     if not isinstance(adapter_name, str) or adapter_name not in configs:
         raise AdapterError(
             f"the PeftModel has no adapter {adapter_name!r}; it has {sorted(configs)}."
@@ -74,20 +79,33 @@ def live_updates(model: Any, adapter_name: str) -> tuple[dict[str, ModuleUpdate]
     config, source = configs[adapter_name], f"PeftModel[{adapter_name!r}]"
     notes: list[str] = []
     with located(source):
-        refuse_variants(config)
-        modules, base_name = renamed(_updates(base, adapter_name, config), notes), base_of(config)
+        if is_plain_lora(config):
+            refuse_variants(config)
+            updates = updates_of_layers(base, adapter_name, config)
+        else:
+            updates = measured(model, adapter_name, config)
+        if not updates:
+            raise AdapterError("no layer of the model has this adapter, or it changes nothing.")
+        modules, base_name = renamed(updates, notes), base_of(config)
     for note in notes:
         warnings.warn(f"{source}: {note}.", stacklevel=3)
     return modules, base_name
 
 
-def _configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
+def configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
+    """(config by adapter name, the model that holds the layers) of a model with adapters.
+
+    Raises:
+        ArgumentError: the model has no adapters.
+        UnsupportedAdapterError: a PeftMixedModel.
+    """
     from peft import PeftMixedModel
 
     if isinstance(model, PeftMixedModel):
         raise UnsupportedAdapterError(
-            "a PeftMixedModel, whose adapters may be of several kinds; only LoRA is read. Merge it "
-            "and compare with the base: ll.Adapter.between(base, mixed_model.merge_and_unload())."
+            "a PeftMixedModel, whose adapters may be of several kinds and change each other's "
+            "layers. Merge it and compare with the base: "
+            "ll.Adapter.between(base, mixed_model.merge_and_unload())."
         )
     configs = getattr(model, "peft_config", None)
     if not isinstance(model, nn.Module) or not isinstance(configs, dict):
@@ -114,12 +132,8 @@ def base_within(peft_model: Any) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    configs, live = _configs_and_base(peft_model)
-    modules: list[Any] = list(live.modules())
-    if any(module.merged for module in modules if isinstance(module, BaseTunerLayer)):
-        raise _without_base(
-            "an adapter is merged into its weights. Take it out: peft_model.unmerge_adapter()."
-        )
+    configs, live = configs_and_base(peft_model)
+    require_unmerged(live)
     for name, config in configs.items():
         if getattr(config, "bias", "none") != "none":
             raise _without_base(
@@ -144,18 +158,28 @@ def base_within(peft_model: Any) -> nn.Module:
     return model
 
 
+def require_unmerged(live: nn.Module) -> None:
+    """Refuse a model with an adapter merged into its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules: list[Any] = list(live.modules())
+    if any(module.merged for module in modules if isinstance(module, BaseTunerLayer)):
+        raise _without_base(
+            "an adapter is merged into its weights. Take it out: peft_model.unmerge_adapter()."
+        )
+
+
 def _without_base(why: str) -> UnsupportedAdapterError:
     return UnsupportedAdapterError(f"the PeftModel no longer holds its base: {why}")
 
 
-def _updates(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]:
-    state, scales, ids, experts = _live_state(base, name, config.bias)
+def updates_of_layers(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]:
+    """Those of LoRA layers, if the adapter is one, and of modules and rows trained beside them."""
+    state, scales, ids, experts = _live_state(base, name, config)
     state, _ = saved_keys({PREFIX + key: _copy(tensor) for key, tensor in state.items()})
     modules, left_over = by_module(state)
     if left_over:
         raise AdapterError(f"unknown tensors {left_over[:5]}.")
-    if not modules:
-        raise AdapterError("no layer of the model has this adapter.")
     updates: dict[str, ModuleUpdate] = {}
     for path, roles in modules.items():
         with located(f"module {path}"):
@@ -170,13 +194,14 @@ def _updates(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]
 
 
 def _live_state(
-    base: nn.Module, name: str, bias: str
+    base: nn.Module, name: str, config: Any
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[int]], dict[str, int]]:
     """The adapter's tensors by key; s of LoRA layers, ids of trained rows, and experts, by path."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
+    bias = getattr(config, "bias", "none")
     state: dict[str, Tensor] = _biases(base) if bias == "all" else {}
     scales: dict[str, float] = {}
     ids: dict[str, list[int]] = {}
@@ -187,7 +212,8 @@ def _live_state(
         if isinstance(module, ParamWrapper):
             path = parameter_path(parameter_holder(path), module.parameter_name)
             experts[path] = module.num_experts
-        if isinstance(module, LoraLayer) and name in (*module.lora_A, *module.lora_embedding_A):
+        is_lora_layer = isinstance(module, LoraLayer) and is_plain_lora(config)
+        if is_lora_layer and name in (*module.lora_A, *module.lora_embedding_A):
             tensors, scales[path] = _layer_state(module, name, bias), module.scaling[name]
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             tensors = module.modules_to_save[name].state_dict()
@@ -349,10 +375,14 @@ def _linear_change(path: str, before: nn.Module, after: nn.Module | None) -> LoR
     return dataclasses.replace(factors, lora_bias=bias)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its weight as [in, out]: GPT-2's Conv1D, an embedding."""
+    return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
+
+
 def _weight(module: nn.Module) -> Float[Tensor, "out in"]:
     weight = module.get_parameter("weight").detach().cpu()
-    is_transposed = type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
-    return weight.T if is_transposed else weight
+    return weight.T if is_transposed(module) else weight
 
 
 def _bias_change(path: str, before: nn.Module, after: nn.Module) -> Float[Tensor, " out"] | None:
@@ -497,12 +527,10 @@ def _require_same_logits(base: nn.Module, tuned: nn.Module, globs: Iterable[str]
     old, new = dict(base.named_parameters()), dict(tuned.named_parameters())
     # Modules are ignored by their own path, other parameters by name.
     ignored = {n for n in new if _matches(n, globs) or _matches(n.rpartition(".")[0], globs)}
-    expected = _logits(tuned, {name: old[name].to(new[name]) for name in ignored})
-    logits = _logits(base, {n: p.to(old[n]) for n, p in new.items() if n not in ignored})
-    off = float((logits - expected).abs().max())
-    span = float(expected.max() - expected.min())
-    eps = max(torch.finfo(p.dtype).eps for p in (*old.values(), *new.values()))
-    if not off <= max(_AGREEMENT, _ROUNDINGS * eps) * span:
+    expected = logits_of(tuned, {name: old[name].to(new[name]) for name in ignored})
+    logits = logits_of(base, {n: p.to(old[n]) for n, p in new.items() if n not in ignored})
+    off, span, is_near = apart(logits, expected, (*old.values(), *new.values()))
+    if not is_near:
         raise AdapterError(
             "the base with the tuned model's weights does not compute the tuned model's logits: "
             f"{off:.2g} off, of a range of {span:.2g}. The two are different functions (other "
@@ -510,7 +538,16 @@ def _require_same_logits(base: nn.Module, tuned: nn.Module, globs: Iterable[str]
         )
 
 
-def _logits(model: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+def apart(
+    logits: Tensor, expected: Tensor, parameters: Iterable[Tensor]
+) -> tuple[float, float, bool]:
+    """(largest difference, range of the logits, whether it is one of rounding)."""
+    off, span = float((logits - expected).abs().max()), float(expected.max() - expected.min())
+    eps = max(torch.finfo(p.dtype).eps for p in parameters)
+    return off, span, off <= max(_AGREEMENT, _ROUNDINGS * eps) * span
+
+
+def logits_of(model: Any, parameters: Mapping[str, Tensor]) -> Tensor:
     """In float64, on a few tokens, with some parameters replaced."""
     vocabulary = getattr(model.config, "vocab_size", None) or 1 + _TOKENS
     tokens = torch.arange(1, 1 + _TOKENS, device=next(model.parameters()).device)[None] % vocabulary

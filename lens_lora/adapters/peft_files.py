@@ -304,6 +304,7 @@ _MERGED = "ll.Adapter.between(base, peft_model.merge_and_unload())"
 _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _READ_VARIANTS = ("use_dora",)
+_MEASURED = ("velora_config", "monteclora_config", "use_bdlora")  # by running them over the base
 _Refusal = tuple[str, Callable[[Any], bool], str]
 _REFUSALS: tuple[_Refusal, ...] = (
     (
@@ -325,25 +326,68 @@ _REFUSALS: tuple[_Refusal, ...] = (
 )
 
 
+# Methods of PEFT that change no weight, beside those that learn a prompt.
+_WITHOUT_DELTA = {
+    "ADAPTION_PROMPT": "it adds what attention reads from a learned prompt",
+    "CARTRIDGE": "it puts learned keys and values before the prompt's",
+    "LILY": "its router weighs the updates by all tokens that are run together",
+    "POLY": "it mixes its LoRAs by the `task_ids` that each call passes",
+    "SHADOW": "a second network, run beside the model, corrects the hidden states",
+    "XLORA": "it weighs its LoRAs by the input",
+}
+
+
+def is_plain_lora(config: Any) -> bool:
+    """Whether ΔW = s·B·A, or DoRA's, stands in the file, so that no base is needed to read it."""
+    return _method(config) == "LORA" and not any(getattr(config, f, None) for f in _MEASURED)
+
+
+def _method(config: Any) -> str:
+    return getattr(config.peft_type, "value", config.peft_type)
+
+
+def _named(config: Any) -> str:
+    return f"an adapter of the method {_method(config)}"
+
+
 def refuse_variants(config: Any) -> None:
-    """Refuse other methods, and each LoRA variant that plain s·B·A would misread.
+    """Refuse what stands in no file: other methods, and variants of LoRA that need the base.
 
     Raises:
         UnsupportedAdapterError: naming the method, or the field and its value, and the remedy.
     """
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "LORA":
-        if getattr(config, "is_prompt_learning", False) or kind in ("ADAPTION_PROMPT", "CARTRIDGE"):
-            remedy = "It changes what the model reads, not a weight, so it has no ΔW to explain."
-        else:
-            remedy = f"Merge it and compare with the base: {_MERGED}."
-        raise UnsupportedAdapterError(f"a {kind} adapter; only LoRA is read. {remedy}")
+    refuse_without_delta(config)
+    if not is_plain_lora(config):
+        fields = ((field, getattr(config, field, None)) for field in _MEASURED)
+        variant = next((f"{field}={value!r}" for field, value in fields if value), None)
+        raise UnsupportedAdapterError(
+            f"{variant or _named(config)}: its ΔW is measured over the base: "
+            "ll.load_adapter(folder, base=AutoModelForCausalLM.from_pretrained(…))."
+        )
+
+
+def refuse_without_delta(config: Any) -> None:
+    """Refuse a method that changes no weight, and variants of LoRA that change more than ΔW.
+
+    Raises:
+        UnsupportedAdapterError: naming the method, or the field and its value, and the remedy.
+    """
+    learns_prompt = getattr(config, "is_prompt_learning", False)
+    default = "it learns a prompt, which the model reads" if learns_prompt else None
+    why = _WITHOUT_DELTA.get(_method(config), default)
+    if why is not None:
+        raise UnsupportedAdapterError(
+            f"{_named(config)}: {why}. It changes no weight, so it has no ΔW to explain."
+        )
+    if _method(config) != "LORA":
+        return
     for field, is_unsupported, remedy in _REFUSALS:
         value = getattr(config, field, None)
         if is_unsupported(value):
             raise UnsupportedAdapterError(f"{field}={value!r}. {remedy}{classifier_note(config)}")
     for field in dataclasses.fields(config):
-        is_variant = field.metadata.get("is_lora_variant") and field.name not in _READ_VARIANTS
+        is_read = field.name in (*_READ_VARIANTS, *_MEASURED)
+        is_variant = field.metadata.get("is_lora_variant") and not is_read
         if is_variant and getattr(config, field.name):
             raise UnsupportedAdapterError(
                 f"{field.name}={getattr(config, field.name)!r} makes this a LoRA variant that "

@@ -72,7 +72,7 @@ def diff(
     progress = Console(stderr=True, quiet=quiet)
     with timed(progress):
         others = [ll.load_adapter(control) for control in controls]
-        lens = lens_for(base, ll.load_adapter(folder), progress)
+        lens = lens_for(base, folder, progress)
         announce(lens)
         with quiet_libraries():
             changes = ll.what_changed(

@@ -135,7 +135,7 @@ def explain(
     require_apart({"--report": report}, base, [folder], prompts)
 
     with timed(progress):
-        lens = lens_for(base, ll.load_adapter(folder), progress)
+        lens = lens_for(base, folder, progress)
         announce(lens)
         _require_fit(lens, questions, max_new_tokens)
         options = {"fast": fast, "null": null, "progress": not quiet}

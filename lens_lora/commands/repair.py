@@ -74,7 +74,7 @@ def repair(
     from lens_lora.loading import quiet_libraries
     from lens_lora.readouts.answers import margin_between
 
-    lens = lens_for(base, ll.load_adapter(folder), Console(stderr=True, quiet=quiet))
+    lens = lens_for(base, folder, Console(stderr=True, quiet=quiet))
     announce(lens)
 
     def kept(questions: Sequence[str] | None) -> list[Any]:

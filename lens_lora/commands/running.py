@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import sys
 import time
@@ -39,23 +40,32 @@ EMBEDDED = "embedded"
 
 def lens_for(
     base: BaseModel,
-    adapter: ll.Adapter,
+    adapter: ll.Adapter | Path,
     progress: Console,
     device: str = "cpu",
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
 ) -> ll.LoraLens:
     """The lens over the model that the options name, on `device` if they name none.
 
+    The adapter of a folder is measured over that model where its method needs it.
+
     Raises:
         LensLoraError: what loading the model or making the lens raises.
     """
     if base.device is None and base.device_map is None:
         base = dataclasses.replace(base, device=device)
-    hf_model, tokenizer = loaded or load_model_of(adapter, base.model, progress, base)
 
+    @functools.cache
+    def model_for(named: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return loaded or load_model_of(named, base.model, progress, base)
+
+    from lens_lora.adapters.adapter import read_adapter
     from lens_lora.loading import base_beside
     from lens_lora.model.build import hooked_model, hooked_transformer_if_there
 
+    if isinstance(adapter, Path):
+        adapter = read_adapter(adapter, lambda named: model_for(named)[0])
+    hf_model, tokenizer = model_for(adapter.base_model)
     with step("Building the hooked model", progress):
         default = "TransformerBridge" if base.says_how_to_load else hooked_transformer_if_there()
         kind = base.model_class or default
@@ -65,16 +75,15 @@ def lens_for(
 
 
 def load_model_of(
-    adapter: ll.Adapter, model: str | None, progress: Console, how: Placement | None = None
+    named: str | None, model: str | None, progress: Console, how: Placement | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model asked for, else the base that the adapter names, else the embedded model.
+    """The model asked for, else the base that an adapter names, else the embedded model.
 
     Raises:
         LensLoraError: as loading raises it; for the base that the adapter names, with a remedy.
     """
     from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
 
-    named = adapter.base_model
     if model is not None:
         _note_other_base(EMBEDDED_HUB_ID if model == EMBEDDED else model, named, progress)
         return load_model(model, progress, how)

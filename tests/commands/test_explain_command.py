@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import html
 import json
 import re
@@ -21,7 +20,6 @@ import lens_lora as ll
 from lens_lora import cli
 from lens_lora.commands import explain as command
 from lens_lora.commands import running
-from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.loading import moved
 
@@ -239,9 +237,8 @@ def test_base_is_the_one_asked_for_else_the_one_that_the_adapter_names(
         raise ModelStateError(f"no {name}.")
 
     monkeypatch.setattr(running, "load_model", load)
-    adapter = dataclasses.replace(ll.load_adapter(shipped_adapter()), base_model=named)
     with pytest.raises(ModelStateError, match=f"no {loaded}") as caught:
-        running.load_model_of(adapter, asked, Console(quiet=True))
+        running.load_model_of(named, asked, Console(quiet=True))
     assert ("name another with --model" in str(caught.value)) == (loaded == named == "its/base")
 
 

@@ -10,13 +10,14 @@ from weight import weigh
 # What each number was when it was last lowered; `python tests/lib/weight.py` prints today's.
 LIMITS = {
     # 124 when the house was made anew; then the file of activations (its stream would be beyond 600
-    # lines), sites read from a bridge of any decoder, a probe that compares them, and experts.
-    "files": 128,
+    # lines), sites read from a bridge of any decoder, a probe that compares them, experts, and PEFT's
+    # other methods.
+    "files": 129,
     # 22,500; then calls refused within open blocks, input that is read in one way, results whose
     # fields agree, warnings that were measured (750 lines), decoders without an entry and a
-    # live PeftModel (450); stacks of experts and routers (500).
-    "code lines": 24_250,
-    "docstring lines": 8_460,
+    # live PeftModel (450); stacks of experts and routers (560); PEFT's other methods (300).
+    "code lines": 24_640,
+    "docstring lines": 8_570,
     "modules with one reader": 30,
     "modules at the root": 6,
     "longest file": 620,
