@@ -41,7 +41,7 @@ from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.gates import Inject, ScaleInject
 from lens_lora.model.hooks import alone, attached
 from lens_lora.model.lens import LoraLens, Scale, stream_writers
-from lens_lora.model.sites import WRITER_KINDS, Site, match_sites, points_without_update
+from lens_lora.model.sites import WRITER_KINDS, Site, match_sites
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import (
@@ -291,12 +291,7 @@ def _point(lens: LoraLens, name: str | None) -> str:
     if name is None:
         raise ArgumentError("these directions belong to no hook point; name one with name=….")
     known_point(lens, name)
-    if name in points_without_update(lens.sites):
-        raise ModelStateError(
-            f"{name}: lies between a site's input and the point at which its update is added, so "
-            "it never holds the adapted model's value. Use the site's input or output instead "
-            "(lens.sites: read, write)."
-        )
+    lens.plan.require_update([name])
     return name
 
 

@@ -261,12 +261,15 @@ def tangents(
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
-        ModelStateError: the model has an operation without a forward-mode derivative.
+        ModelStateError: the model has an operation without a forward-mode derivative, or a point
+            named in full never holds the adapted model's value (other names leave it out).
         ArgumentError: a scale or `at` that is no number, or tangents beyond the bound.
     """
     asked, at = ask_prompts(lens, prompts, max_memory), number("at", at)
     points = lens.model.hook_dict
-    wanted = list(points) if names is None else resolved(lens, names)[1]
+    in_full, wanted = ((), tuple(points)) if names is None else resolved(lens, names)
+    lens.plan.require_update(in_full)
+    wanted = [name for name in wanted if name not in lens.plan.points_without_update]
     aliases: dict[int, list[str]] = {}
     for name in wanted:
         aliases.setdefault(id(points[name]), []).append(name)

@@ -68,7 +68,7 @@ from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.base import Entries, Ranked, header, only_prompt, prompt_rows, tokens_at
-from lens_lora.results.effects import Effects
+from lens_lora.results.effects import Effects, patching_result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -373,6 +373,25 @@ class ActivationEffects(Ranked):
         rows = prompt_rows(prompt, batch)
         values, shift = (x[rows].cpu().double() for x in (self.values, self.shift))
         return torch.mean(values, 0), shift.mean()
+
+    def to_patching_result(self) -> Any:
+        """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.
+
+        Its `values` are the patched readout, [name, batch] or [name, pos, batch] (NaN where a
+        prompt has no such position), and its `baseline` the readout before: `effect()` is `values`
+        here from adapted to base, and their negative from base to adapted. `normalized(…)` of the
+        readout at the other end is `share`.
+
+        Raises:
+            LensLoraError: the installed transformer-lens has no such class (4.3 has).
+        """
+        layers, hooks = zip(*self.places, strict=True)
+        columns = {"layer": pd.array(layers, dtype="Int64"), "hook": hooks}
+        index, axes = pd.DataFrame({"name": self.names, **columns}), list[str]()
+        if self.by_position:
+            index = index.merge(pd.DataFrame({"pos": range(self.values.shape[2])}), how="cross")
+            axes = ["name", "pos"]
+        return patching_result(self, self.direction == "adapted_to_base", index, axes)
 
     def plot(self, prompt: int | None = None) -> Figure:
         """Hook point × position, or layer × hook point.

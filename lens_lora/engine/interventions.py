@@ -35,7 +35,7 @@ from lens_lora.engine.read import read_logits, read_value
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.model.hooks import HookFn, attached
 from lens_lora.model.lens import LoraLens, Scale
-from lens_lora.model.sites import layer_order, points_without_update
+from lens_lora.model.sites import layer_order
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import Reading
 
@@ -423,13 +423,7 @@ def firing(
         raise ModelStateError(
             f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; {why}"
         )
-    between = points_without_update(lens.sites) & set(points)
-    if between:
-        raise ModelStateError(
-            f"{few(sorted(between))}: lies between a site's input and the point at which its "
-            "update is added, so it never holds the adapted model's value. Patch the site's input "
-            "or output instead (lens.sites: read, write)."
-        )
+    lens.plan.require_update(points)
     return points
 
 

@@ -49,14 +49,17 @@ from lens_lora.model.check import Watch, refuse_dropout
 from lens_lora.model.hooks import (
     Arranger,
     HookFn,
+    Unread,
     call_under_way,
     functions_at,
     open_block,
+    refuse_backward_hooks,
     require_own_hooks,
+    without_update,
 )
 from lens_lora.model.host import Host, Ports
 from lens_lora.model.quantised import quantised_linears, quantised_name
-from lens_lora.model.sites import Site, match_sites, resolve_sites
+from lens_lora.model.sites import Site, match_sites, points_between, resolve_sites
 from lens_lora.model.updates import SiteUpdate, site_updates
 
 # --- The plan: an adapter on one hooked model
@@ -176,15 +179,31 @@ class Plan:
         Raises:
             ModelStateError: naming what changed.
         """
+        self.check_flags()
+        refuse_dropout(self.host.model)
+        for watch in self.watched:
+            watch.require_same(entries=entries)
+
+    def check_flags(self) -> None:
+        """The part of `check_state` that each pass repeats: a tool may set flags by itself."""
         for (name, then), (_, now) in zip(self.state, self.host.state(), strict=True):
             if then != now:
                 raise ModelStateError(
                     f"{name} was {then} when the lens was made and is {now}; make a new LoraLens, "
-                    "or set it back."
+                    "or set it back. For a tool that changes it by itself, set it so before you "
+                    "make the lens."
                 )
-        refuse_dropout(self.host.model)
-        for watch in self.watched:
-            watch.require_same(entries=entries)
+
+    @functools.cached_property
+    def points_without_update(self) -> tuple[str, ...]:
+        """Hook points between a site's input and the point at which its δ is added."""
+        return points_between((self.sites[i.site], i.ports.write) for i in self.injections)
+
+    def require_update(self, points: Iterable[str]) -> None:
+        """Refuse hook points that never hold the adapted model's value."""
+        for name in self.points_without_update:
+            if name in points:
+                raise without_update(name, self.adapter)
 
     def check_base(self) -> None:
         """Check that `hf_model` is as it was when the plan was made.
@@ -387,11 +406,15 @@ def write(out: Tensor, site_map: SiteMap, u: Tensor, gate: Tensor) -> Tensor:
 class _Reader:
     """Keeps the last firings of a read point until the next block begins."""
 
-    def __init__(self, firings: int) -> None:
+    def __init__(self, firings: int, name: str, point: nn.Module | None) -> None:
         self.kept: collections.deque[Tensor] = collections.deque(maxlen=firings)
+        self.site, self._name, self._point = "", name, point
+        self._laid_by = call_under_way()
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         del hook
+        if self.site and self._laid_by is None and tensor.requires_grad:
+            refuse_backward_hooks(self._point, self._name, self.site)
         self.kept.append(tensor)
 
 
@@ -501,7 +524,8 @@ def site_hooks(
     by_start: dict[str | None, list[tuple[str, HookFn]]] = {}
     readers: dict[str, _Reader] = {}
 
-    def let_go() -> None:
+    def begin() -> None:
+        plan.check_flags()
         for reader in readers.values():
             reader.kept.clear()
 
@@ -512,8 +536,10 @@ def site_hooks(
         hooks = by_start.setdefault(start, [])
         for name in (port.like, port.read):
             if name is not None and name != port.write and name not in readers:
-                readers[name] = _Reader(port.firings)
+                readers[name] = _Reader(port.firings, name, points.get(name))
                 hooks.append((name, readers[name]))
+        if port.read in readers:
+            readers[port.read].site = site.name
         reader, like = readers.get(port.read or ""), readers.get(port.like or "")
         if port.read == port.write and port.write not in points:
             at_module = _ModuleWriter(index, site.kind, inject, port, like, plan.adapter)
@@ -521,13 +547,15 @@ def site_hooks(
             continue
         ports_of = (site.name, reader, like, plan.adapter)
         hooks.append((port.write, _Writer(index, injection, inject, *ports_of)))
-    arranged = list(before)
+    unread = [name for name in plan.points_without_update if name in points]
+    guards = [(name, Unread(points[name], name, plan.adapter)) for name in unread]
+    arranged = [*before, *guards]
     for start, hooks in by_start.items():
         written = {name for name, fn in hooks if not isinstance(fn, _Reader)}
         first = [(name, fn) for name, fn in reversed(before) if name in written]
         ours = [(n, fn, isinstance(fn, _Reader)) for n, fn in [*hooks, *first] if n in points]
         if start is not None and start in points:
-            arranged.append((start, Arranger(points, ours, let_go)))
+            arranged.append((start, Arranger(points, ours, begin)))
         arranged.extend(hooks)
     return arranged
 

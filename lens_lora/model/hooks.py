@@ -262,6 +262,49 @@ def _registered(hook: Any) -> Any:
     return hook.forward_hook if isinstance(hook, _Early) else hook
 
 
+# --- Hooks of others that would be shown a wrong number
+
+_MERGED = "run the tool on a model of the merged weights (peft_model.merge_and_unload())"
+
+
+def refuse_backward_hooks(point: nn.Module | None, name: str, site: str) -> None:
+    """Refuse backward hooks where a site reads its input.
+
+    Torch wraps a module's output for them after all forward hooks: theirs would be the gradient of
+    what the model itself makes of it, without that of δ.
+    """
+    if point is not None and any(hooks_of(point)[2:4]):
+        raise ModelStateError(
+            f"{name}: a backward hook is on the point at which {site} reads its input, and its "
+            "gradient would lack what passes through the update. Keep the tensor by a forward hook "
+            "that also returns it, and use torch.autograd.grad; leave this point out; or "
+            f"{_MERGED}."
+        )
+
+
+def without_update(name: str, adapter: str) -> ModelStateError:
+    """The error of a hook point that never holds the adapted model's value."""
+    return ModelStateError(
+        f"{name}: lies between a site's input and the point at which the update of {adapter!r} is "
+        "added, so it never holds the adapted model's value. Leave it out (names_filter=…), use "
+        f"the site's input or output instead (lens.sites: read, write), or {_MERGED}."
+    )
+
+
+class Unread:
+    """At such a point: refuses all hooks but its own kind."""
+
+    def __init__(self, point: nn.Module, name: str, adapter: str) -> None:
+        self._point, self._name, self._adapter = point, name, adapter
+
+    def __call__(self, tensor: Tensor, hook: object) -> None:
+        """Raise an error if there is another hook."""
+        del tensor, hook
+        others = [fn for fn in functions_at(self._point) if not isinstance(fn, Unread)]
+        if others or any(hooks_of(self._point)[2:4]):
+            raise without_update(self._name, self._adapter)
+
+
 # --- A public call
 
 

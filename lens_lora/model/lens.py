@@ -279,7 +279,11 @@ class LoraLens:
                 f"{hidden[0]}: no hook point of this model shows its output, so a list of "
                 "hooks cannot hold its δ; use `with lens.applied():`."
             )
-        return site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale)), points)
+        hooks = site_hooks(self._plan, ScaleInject(self._plan, self.gates(scale)), points)
+        # TransformerLens refuses, or warns of, a hook at a point that a flag keeps silent.
+        fires = getattr(self.model.cfg, "use_attn_result", False)
+        silent = () if fires else self._plan.points_without_update
+        return [(name, fn) for name, fn in hooks if name not in silent]
 
     def _check_state(self) -> None:
         """Also that the blocks of `applied` that are open on this model add up with another."""

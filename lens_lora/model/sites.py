@@ -104,9 +104,20 @@ def require_heads(sites: Iterable[Site]) -> None:
             )
 
 
-def points_without_update(sites: Iterable[Site]) -> set[str]:
-    """Hook points that show W z of an adapted site before its δ is added."""
-    return {f"blocks.{site.layer}.attn.hook_result" for site in sites if site.kind == "o"}
+def points_between(writers: Iterable[tuple[Site, str]]) -> tuple[str, ...]:
+    """Hook points between a site's input and the point at which its δ is added.
+
+    hook_result holds z W_O by head; where o's δ is added after the sum of the heads,
+    hook_hidden_states holds that sum before.
+    """
+    points: dict[str, None] = {}
+    for site, write in writers:
+        attention = f"blocks.{site.layer}.attn."
+        if site.kind == "o":
+            points[f"{attention}hook_result"] = None
+        if write == f"{attention}hook_out":
+            points[f"{attention}hook_hidden_states"] = None
+    return tuple(points)
 
 
 def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, final
 
 import pandas as pd
@@ -10,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, LensLoraError
 from lens_lora.model.sites import Groups, Site, indicator
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
@@ -152,6 +154,29 @@ class Effects(Ranked):
         values, shift = self.mean_over(prompt, self.values)
         return Entries({"group": list(self.groups)}, values, shift, "effect")
 
+    def to_patching_result(self) -> Any:
+        """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.
+
+        Its `values` are the readout with each group switched, [group, batch], and its `baseline`
+        the readout before: `effect()` is `values` here for add one, and their negative for leave
+        one out. `normalized(…)` of the readout at the other end is `share`.
+
+        Raises:
+            LensLoraError: the installed transformer-lens has no such class (4.3 has).
+            ArgumentError: add one with δ replaced, where each group has a baseline of its own.
+        """
+        adds = self.how == "add_one"
+        if adds and self.replace != "zero":
+            raise ArgumentError(
+                f"effects of add_one with replace={self.replace!r} have a baseline for each group, "
+                "and a PatchingResult has one for all; use replace='zero' or 'leave_one_out'."
+            )
+        columns: dict[str, list[Any]] = {"group": list(self.groups)}
+        if all(len(members) == 1 for members in self.groups.values()):
+            sites = [self.sites[index] for (index,) in self.groups.values()]
+            columns |= {"layer": [s.layer for s in sites], "kind": [s.kind for s in sites]}
+        return patching_result(self, adds, pd.DataFrame(columns))
+
     def plot(self, prompt: int | None = None) -> Figure:
         """Heatmap layer × kind of single sites; bars of groups.
 
@@ -162,3 +187,28 @@ class Effects(Ranked):
             ArgumentError: no such prompt.
         """
         return drawing.figure(self, prompt)
+
+
+def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequence[str] = ()) -> Any:
+    """Effects as TransformerLens's own class: patched readouts, and the run that was patched.
+
+    Effects that add to the base are patched − g(0); all others g(1) − patched.
+
+    Raises:
+        LensLoraError: the installed transformer-lens has no such class.
+    """
+    cls = getattr(importlib.import_module("transformer_lens.patching"), "PatchingResult", None)
+    if cls is None:
+        raise LensLoraError(
+            "the installed transformer-lens has no PatchingResult, which 4.3 has; use to_frame()."
+        )
+    cells = effects.values.movedim(0, -1)
+    baseline = effects.base if adds else effects.adapted
+    return cls(
+        values=baseline + cells if adds else baseline - cells,
+        axis_names=list(axes),
+        index_df=index,
+        metric_names=[effects.readout],
+        reduced=False,
+        baseline=baseline,
+    )

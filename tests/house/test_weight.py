@@ -15,9 +15,10 @@ LIMITS = {
     "files": 129,
     # 22,500; then calls refused within open blocks, input that is read in one way, results whose
     # fields agree, warnings that were measured (750 lines), decoders without an entry and a
-    # live PeftModel (450); stacks of experts and routers (560); PEFT's other methods (300).
-    "code lines": 24_640,
-    "docstring lines": 8_570,
+    # live PeftModel (450); stacks of experts and routers (600), PEFT's other methods (300), what
+    # tools of TransformerLens would be shown wrongly (80).
+    "code lines": 24_725,
+    "docstring lines": 8_615,
     "modules with one reader": 30,
     "modules at the root": 6,
     "longest file": 620,

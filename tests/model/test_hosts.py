@@ -1,7 +1,6 @@
-"""TransformerLens's own types and tools on the adapted model, circuitsvis, and generation.
+"""TransformerLens's own types on the adapted model, circuitsvis, and generation.
 
-What a tool computes from activations equals what it computes on a model of the merged weights;
-what it computes from weights it computes from the base's, and that is seen here too.
+Its tools are in `test_host_tools`.
 """
 
 from __future__ import annotations
@@ -20,24 +19,19 @@ from model_state import merged_model
 from peft import PeftModel
 from targets import hooked, peft_with
 from torch import Tensor
-from transformer_lens import patching
 from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.FactoredMatrix import FactoredMatrix
 
 import lens_lora as ll
 
 pytestmark = pytest.mark.usefixtures("float64")
-EXACT, FLOAT32, SEEN = 1e-9, 1e-5, 1e-2
+EXACT, SEEN = 1e-9, 1e-2
 MARGIN = ll.Margin(5, 9)
 
 
 @pytest.fixture(params=models.MAKERS)
 def cls(request) -> str:
     return request.param
-
-
-def metric(logits: Tensor) -> Tensor:
-    return (logits[:, -1, 5] - logits[:, -1, 9]).mean()
 
 
 def on_base_adapted_merged(
@@ -130,103 +124,6 @@ def test_delta_w_meets_other_factored_matrices(cls: str):
         lens.delta_w("blocks.*.attn.q")
     with pytest.raises(ll.errors.SiteError, match="matches no site"):
         lens.delta_w("blocks.9.attn.q")
-
-
-PATCHES = [
-    "resid_pre",
-    "resid_mid",
-    "attn_out",
-    "mlp_out",
-    "attn_head_out_all_pos",
-    "attn_head_v_all_pos",
-    "attn_head_pattern_all_pos",
-    "block_every",
-]
-
-
-@pytest.mark.parametrize(("family", "flags"), [("llama", "raw"), ("gpt2", "processed")])
-def test_transformer_lens_s_patching(family: str, flags: str, cls: str):
-    """get_act_patch_* on the adapted model is that of the merged one, to its float32 result."""
-    lens, merged = cases.case(family, cls, flags).lens, merged_model(family, cls, flags)
-    clean, corrupted = models.tokens(batch=1, pos=5), models.tokens(batch=1, pos=5, seed=8)
-    for name in PATCHES:
-
-        def patched(model: Any, name: str = name) -> Tensor:
-            with torch.no_grad():
-                cache = model.run_with_cache(clean)[1]
-                return getattr(patching, f"get_act_patch_{name}")(model, corrupted, cache, metric)
-
-        base, adapted, expected = on_base_adapted_merged(lens, merged, patched)
-        assert (adapted - expected).abs().max() < FLOAT32, name
-        assert (base - expected).abs().max() > SEEN, name
-
-
-def analyses() -> dict[str, tuple[Callable[[Any], Tensor], bool]]:
-    """Tool of transformer_lens.tools.analysis → (run, whether it reads W_O)."""
-    from transformer_lens.tools import analysis
-
-    clean, corrupted = models.tokens(batch=1, pos=5), models.tokens(batch=1, pos=5, seed=8)
-
-    def direct(unit: str) -> Callable[[Any], Tensor]:
-        def run(model: Any) -> Tensor:
-            with torch.no_grad():
-                tool = analysis.direct_logit_attribution
-                return tool(model, clean, 5, 9, unit=unit).attribution
-
-        return run
-
-    def attribution_patch(model: Any) -> Tensor:
-        result = analysis.attribution_patch(model, clean, corrupted, metric)
-        return torch.tensor(list(result.node_scores.values()), dtype=torch.float64)
-
-    def logit_lens(model: Any) -> Tensor:
-        with torch.no_grad():
-            return analysis.logit_lens(model, clean, vocab=[5, 9]).values
-
-    tools = {
-        "component": (direct("component"), False),
-        "layer": (direct("layer"), False),
-        "head": (direct("head"), True),
-        "attribution_patch": (attribution_patch, True),
-    }
-    if hasattr(analysis, "logit_lens"):  # from 4 on
-        tools["logit_lens"] = (logit_lens, False)
-    return tools
-
-
-@pytest.mark.skipif(not models.has_bridge(), reason="transformer-lens 2 has no tools.analysis")
-@pytest.mark.parametrize("tool", analyses() if models.has_bridge() else ["none"])
-def test_transformer_lens_s_analysis(tool: str, cls: str):
-    """Exact on the adapted model where the tool reads activations; where it reads W_O, not with o.
-
-    Without o in the adapter the base's W_O is the adapted one's, and the tool is exact again.
-    """
-    case = cases.case("gpt2", cls, "processed")
-    run, reads_weights = analyses()[tool]
-    merged = merged_model("gpt2", cls, "processed")
-    base, adapted, expected = on_base_adapted_merged(case.lens, merged, run)
-    assert (base - expected).abs().max() > SEEN
-    if not reads_weights:
-        assert (adapted - expected).abs().max() < EXACT
-        return
-    assert (adapted - expected).abs().max() > SEEN
-    merged = merged_model_without_o(cls)
-    lens = case.lens.with_adapter(case.lens.adapter.without("*.attn.c_proj"))
-    base, adapted, expected = on_base_adapted_merged(lens, merged, run)
-    assert (base - expected).abs().max() > SEEN
-    assert (adapted - expected).abs().max() < FLOAT32
-
-
-def merged_model_without_o(cls: str) -> Any:
-    """The processed hooked model of the merged weights, o left as it was."""
-    case = cases.case("gpt2", cls, "processed")
-    peft = copy.deepcopy(case.peft)
-    for name, module in peft.named_modules():
-        if name.endswith("attn.c_proj"):
-            module.scaling["default"] = 0.0
-    merged = peft.merge_and_unload()
-    merged.config.architectures = case.base.config.architectures
-    return models.MAKERS[cls](merged, **models.PROCESSED)
 
 
 def greedy(peft: PeftModel, tokens: Tensor, count: int) -> Tensor:
