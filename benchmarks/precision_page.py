@@ -116,8 +116,9 @@ none is trusted where its order has a Spearman correlation of at least {TRUSTED}
 FLOORS_SAID = """## How far a noise floor can be trusted
 
 How far a shift is off float64's, in its own noise floors, over readouts × prompts: 12 prompts of
-the demo's model, 24 of each tiny one. A KL takes the base's distribution as it was computed, and
-the rounding of that is not in its floor: multiply the floor of a KL's shift by its rms below.
+the demo's model, 24 of each tiny one. A KL moves with the rounding of both distributions, and its
+floor has draws of both. The floor of what one module adds to a KL is that of the KL of all modules
+together, and so is too large for weak modules.
 
 To reproduce: `python benchmarks/precision.py --floors --write`.
 """

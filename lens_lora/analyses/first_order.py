@@ -206,10 +206,10 @@ def first_order_of(
     by: tuple[str, ...] | str = (),
     gauge: Gauge = "trained",
     rules: FrozenRules | None = None,
-    floors: bool = False,
+    along: Sequence[float] | None = None,
     progress: bool = True,
 ) -> Attribution:
-    """`first_order` of one readout. With `floors`, noise floors at the base share its passes."""
+    """`first_order` of one readout. Noise floors, and g along some strengths, share its passes."""
     axes = by_axes(by, (*AXES, "token"))
     lens, reading = in_rank_space(asked.lens, axes, gauge), asked.reading
     used_mode, gates = chosen_mode(mode, lens, 1), lens.gates(at)
@@ -219,8 +219,8 @@ def first_order_of(
             values, used_mode = _by_token(turned, gates, axes[:-1], mode, progress)
         elif used_mode == "forward":
             values = tangent_slopes(lens, reading, gates, axes, progress=progress)
-        elif floors:
-            values = asked.slopes_with_floors(axes)
+        elif along is not None:
+            values = asked.slopes_with_floors(axes, along, progress)
         else:
             values = asked.slopes(at, axes, lens)
     require_finite_sites(lens, values)

@@ -22,7 +22,7 @@ from scipy.optimize import root_scalar
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.remainder import RemainderCurve, remainder_curve_of
+from lens_lora.analyses.remainder import USUAL_SCALES, RemainderCurve, remainder_curve_of
 from lens_lora.analyses.verdict import FlipVerdict, Verdict, flip_verdict, points_at_end, verdict_of
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.function import gated_readout
@@ -160,7 +160,8 @@ def fact_margin(
     """m = m₀ + first order + R_m between the document's fact and the pretrained one.
 
     Cost: five forward and backward passes and 30 forward passes, along the path and for the noise
-    floors, batched, and mostly two or three more, of two points each, if any prompt flips.
+    floors, in two batches for up to 17 tokens; mostly two or three more, of two points each, if
+    any prompt flips.
 
     Args:
         lens: the adapter over the model.
@@ -184,7 +185,7 @@ def fact_margin_of(
 ) -> FactMargin:
     """The margin that `asked` reads, between these answers."""
     lens = asked.lens
-    attribution = first_order_of(asked, by=by, floors=True)
+    attribution = first_order_of(asked, by=by, along=USUAL_SCALES, progress=progress)
     curve = remainder_curve_of(asked, attribution, progress=progress)
     batch, texts = asked.prompts.batch, asked.prompts.texts
     docs, pres = (answer_ids(lens.model, answer, batch, texts) for answer in (doc, pre))

@@ -41,7 +41,6 @@ from lens_lora.analyses.verdict import (
 from lens_lora.arguments import numbers_of
 from lens_lora.compat import Temporary, in_float64, temporary
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.function import gated_readout
 from lens_lora.engine.read import run_without_logits
 from lens_lora.errors import ArgumentError
 from lens_lora.model.experts import experts_by_layer
@@ -58,7 +57,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 # Small strengths for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25, … 1.
-_USUAL_SCALES = (
+USUAL_SCALES = (
     *np.geomspace(1e-4, 8e-2, 10).tolist(),
     *sorted({*np.linspace(0.1, 1.0, 10).round(3).tolist(), *CHECKPOINTS}),
 )
@@ -162,9 +161,8 @@ def remainder(
         NumericsError: a readout or derivative that is not finite.
     """
     asked = ask(lens, prompts, readout).require_slope_at_base()
-    attribution = first_order_of(asked, floors=True)
-    steps = torch.stack([lens.gates(scale) for scale in CHECKPOINTS])
-    path = gated_readout(lens, asked.reading, steps, progress=progress)
+    attribution = first_order_of(asked, along=CHECKPOINTS, progress=progress)
+    path = asked.along(CHECKPOINTS, progress)
     site_shift = None
     if by_site:
         single = torch.eye(len(lens.sites), dtype=lens.gate_dtype)
@@ -337,25 +335,23 @@ def remainder_curve(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a readout or derivative that is not finite.
     """
-    strengths = _USUAL_SCALES if scales is None else numbers_of("scales", scales)
+    strengths = USUAL_SCALES if scales is None else numbers_of("scales", scales)
     if not strengths:
         raise ArgumentError("no scales: give at least one strength ε, or None for the usual ones.")
     asked = ask(lens, prompts, readout)
-    return remainder_curve_of(asked, first_order_of(asked, floors=True), strengths, progress)
+    first = first_order_of(asked, along=strengths, progress=progress)
+    return remainder_curve_of(asked, first, strengths, progress)
 
 
 def remainder_curve_of(
     asked: Asked,
     attribution: Attribution,
-    strengths: Sequence[float] = _USUAL_SCALES,
+    strengths: Sequence[float] = USUAL_SCALES,
     progress: bool = True,
 ) -> RemainderCurve:
     """The curve at these ε, beside first order at the base."""
-    lens, noise = asked.lens, noise_of(asked, attribution)
-    scales = torch.tensor(sorted(strengths), dtype=lens.gate_dtype)
-    gates = scales[:, None].expand(-1, len(lens.sites))
-    values = asked.at_gates(gates, progress=progress, what="along the path")
-    scales = scales.to(values.device)
+    noise, values = noise_of(asked, attribution), asked.along(sorted(strengths), progress)
+    scales = torch.tensor(sorted(strengths), dtype=asked.lens.gate_dtype, device=values.device)
     rest = values - attribution.base[:, None] - scales * attribution.total[:, None]
     return RemainderCurve(
         scales=scales,

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.patching import How, require_how
-from lens_lora.analyses.remainder import RemainderCurve, orders, remainder_curve_of
+from lens_lora.analyses.remainder import USUAL_SCALES, RemainderCurve, orders, remainder_curve_of
 from lens_lora.analyses.verdict import SecondVerdict, points_at_end, second_verdict
 from lens_lora.arguments import number
 from lens_lora.compat import in_float64
@@ -256,7 +256,7 @@ def second_order(
         NumericsError: a derivative that is not finite, naming the site.
     """
     asked = ask(lens, prompts, readout)
-    first = first_order_of(asked, floors=True)
+    first = first_order_of(asked, along=USUAL_SCALES, progress=progress)
     curve = remainder_curve_of(asked, first, progress=progress)
     diagonal = _self_curvature(asked, progress) if self_curvature else None
     return second_order_of(asked, first, curve, diagonal)

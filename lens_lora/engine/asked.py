@@ -16,21 +16,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.function import gated_readout, require_finite
-from lens_lora.engine.memory import pass_groups, rides_along
-from lens_lora.engine.noise import Draws, base_draws, draws_at, noise_of_draws, slopes_and_draws
+from lens_lora.engine.function import gated_readout, pays, require_finite
+from lens_lora.engine.memory import pass_groups, rides_along, shares_pass
+from lens_lora.engine.noise import (
+    DRAWS,
+    Draws,
+    base_draws,
+    draws_at,
+    noise_of_draws,
+    slopes_and_draws,
+)
 from lens_lora.engine.read import ends_plainly, logits_of_final, read_final, read_logits
 from lens_lora.engine.reverse import slopes_of_first
 from lens_lora.errors import ArgumentError
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.lens import LoraLens
-from lens_lora.readouts.divergence import KL, held
+from lens_lora.readouts.divergence import KL, Divergence, held
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout, bound
@@ -60,7 +67,8 @@ class Asked:
         """
         reading = bound(readout, self.lens.model, self.prompts)
         if isinstance(readout, KL):
-            return self.compared_with(readout, reading, base_logits(self.lens, readout, reading))
+            base = held_logits(self.lens, reading, functools.partial(held, readout, reading), 0.0)
+            return self.compared_with(readout, reading, base)
         return Asked(self.lens, self.prompts, (readout, reading))
 
     def compared_with(
@@ -108,11 +116,22 @@ class Asked:
         Raises:
             NumericsError: a non-finite readout.
         """
-        if missing := self._missing:
-            gates = torch.stack([self.lens.gates(strength) for strength in missing])
-            self._know(missing, gated_readout(self.lens, self.reading, gates))
-        base, adapted = (self._ends[strength] for strength in _ENDS)
-        return torch.stack([base.to(adapted), adapted])
+        return self.along(_ENDS).T
+
+    def along(
+        self, strengths: Sequence[float], progress: bool = True
+    ) -> Float[Tensor, "batch scale"]:
+        """g(ε·1) at several strengths. A forward pass for each that no pass has shown yet, batched.
+
+        Raises:
+            NumericsError: a non-finite readout.
+        """
+        if missing := self._unknown(strengths):
+            gates, what = self._gates(missing), "along the path"
+            values = gated_readout(self.lens, self.reading, gates, progress=progress, what=what)
+            self._know(missing, values)
+        values = [self._known[strength] for strength in strengths]
+        return torch.stack([value.to(values[-1]) for value in values], 1)
 
     def at_gates(
         self, gates: Float[Tensor, "point site"], *, progress: bool = True, what: str
@@ -137,7 +156,7 @@ class Asked:
     def _with_ends(
         self, gates: Float[Tensor, "inner site"], progress: bool, what: str
     ) -> Float[Tensor, "batch inner"]:
-        missing = self._missing
+        missing = self._unknown(_ENDS)
         every = [*map(self.lens.gates, missing), *gates]
         if not every:
             return self.ends.T[:, :0]
@@ -158,11 +177,11 @@ class Asked:
             ModelStateError: a gradient did not reach some site, or a split does not exist.
             NumericsError: a non-finite readout.
         """
-        riding = [strength for strength in self._missing if strength != at]
+        riding = [strength for strength in self._unknown(_ENDS) if strength != at]
         if not rides_along(self.lens, self.reading, 1 + len(riding)):
             riding = []
         strengths = [at, *riding]
-        gates = torch.stack([self.lens.gates(strength) for strength in strengths])
+        gates = self._gates(strengths)
         slopes, values = slopes_of_first(lens or self.lens, self.reading, gates, axes)
         self._know(strengths, values)
         return slopes
@@ -177,21 +196,26 @@ class Asked:
 
     def _know(self, strengths: Sequence[float], values: Float[Tensor, "batch strength"]) -> None:
         require_finite(values, "the readout")
-        self._ends.update(zip(strengths, values.T, strict=True))
+        self._known.update(zip(strengths, values.T, strict=True))
 
-    @property
-    def _missing(self) -> list[float]:
-        """The ends of which g is not known yet."""
-        return [strength for strength in _ENDS if strength not in self._ends]
+    def _unknown(self, strengths: Iterable[float]) -> list[float]:
+        """Those at which g is not known yet."""
+        return [strength for strength in strengths if strength not in self._known]
+
+    def _gates(self, strengths: Sequence[float]) -> Float[Tensor, "point site"]:
+        return torch.stack([self.lens.gates(strength) for strength in strengths])
 
     @functools.cached_property
-    def _ends(self) -> dict[float, Float[Tensor, " batch"]]:
+    def _known(self) -> dict[float, Float[Tensor, " batch"]]:
         """g by strength."""
         return {}
 
     @property
     def base_noise(self) -> Float[Tensor, " batch"]:
-        """σ of g(0) from rounding alone. Five forward passes at first, or four if it is known."""
+        """σ of g(0) from rounding alone; of a KL, σ of D(1) from the rounding of p₀.
+
+        Five forward passes at first, or four if the end is known.
+        """
         return noise_of_draws(self._drawn_at(0)[0])
 
     @property
@@ -209,15 +233,38 @@ class Asked:
         base, adapted = map(noise_of_draws, self._drawn_at(0, 1))
         return (base.square() + adapted.square()).sqrt()
 
-    def _drawn_at(self, *ends: int) -> list[Float[Tensor, "draw batch"]]:
-        """Those that were not run yet in one batch; an end that is not known comes with its own."""
+    def _drawn_at(
+        self, *ends: int, beside: Sequence[float] = (), progress: bool = False
+    ) -> list[Float[Tensor, "draw batch"]]:
+        """g and its draws at these ends. What was not run yet is one batch, with g beside them."""
+        read = self.reading.read
+        if isinstance(read, Divergence) and 0 in ends and 0 not in self._drawn:
+            self._drawn[0] = self._draws_of_held(read)
         if new := [end for end in ends if end not in self._drawn]:
-            unknown = [end for end in new if end in self._missing]
-            exact, draws = draws_at(self.lens, self.reading, new, exact=unknown)
-            self._know(list(map(float, unknown)), exact.T)
+            exact = self._unknown(dict.fromkeys([*map(float, new), *beside]))
+            if exact and not self._share_with_draws(exact):
+                self.along(exact, progress)
+                exact = []
+            values, draws = draws_at(self.lens, self.reading, new, exact=exact, progress=progress)
+            self._know(exact, values)
             for end, drawn in zip(new, draws, strict=True):
-                self._drawn[end] = torch.cat([self._ends[end].to(drawn)[None], drawn])
+                self._drawn[end] = torch.cat([self._known[end].to(drawn)[None], drawn])
         return [self._drawn[end] for end in ends]
+
+    def _share_with_draws(self, strengths: Sequence[float]) -> bool:
+        """Whether g there is to be in the batch of the draws, and not in a tree of its own."""
+        is_tree = pays(self.lens, self._gates(strengths))
+        return not is_tree and shares_pass(self.lens, self.reading, len(strengths) + 2 * DRAWS)
+
+    def _draws_of_held(self, read: Divergence) -> Float[Tensor, "draw batch"]:
+        """D(1), and then draws of it in which p₀ is the one that moves."""
+
+        def hold(logits: Tensor) -> Reading:
+            return dataclasses.replace(self.reading, read=read.turned(logits))
+
+        turned = hold(held_logits(self.lens, self.reading, hold, 1.0))
+        _, (drawn,) = draws_at(self.lens, turned, [0.0])
+        return torch.cat([self.ends[1].to(drawn)[None], drawn])
 
     @functools.cached_property
     def _drawn(self) -> dict[int, Float[Tensor, "draw batch"]]:
@@ -233,8 +280,10 @@ class Asked:
         """Draws of first order at the base. Four forward and backward passes."""
         return base_draws(self.lens, self.reading)
 
-    def slopes_with_floors(self, axes: tuple[str, ...]) -> Float[Tensor, "batch site *by"]:
-        """∂g/∂ε_l at the base, split, in one pass with `slope_draws`; the ends with their floors.
+    def slopes_with_floors(
+        self, axes: tuple[str, ...], along: Sequence[float], progress: bool
+    ) -> Float[Tensor, "batch site *by"]:
+        """∂g/∂ε_l at the base, split, with `slope_draws`; g along the path beside its floors.
 
         Raises:
             ModelStateError: a gradient did not reach some site, or a split does not exist.
@@ -243,11 +292,14 @@ class Asked:
         slopes, base, draws = slopes_and_draws(self.lens, self.reading, axes)
         vars(self)["slope_draws"] = draws
         self.know_base(base)
-        self._drawn_at(0, 1)
+        self._drawn_at(0, 1, beside=along, progress=progress)
         return slopes
 
     def effect_noise(self, scale: float) -> Float[Tensor, " batch"]:
-        """σ of what an intervention does, from rounding alone: a difference of two g at one end."""
+        """σ of what an intervention does, from rounding alone: a difference of two g at one end.
+
+        Of a KL at the base it is that of the whole D(1), which is more than a weak module needs.
+        """
         return 2**0.5 * (self.adapted_noise if scale else self.base_noise)
 
     @functools.cached_property
@@ -288,8 +340,10 @@ def ask_prompts(lens: LoraLens, prompts: PromptsLike, max_memory: float | None =
     return Asked(bounded, lens.prompts(prompts))
 
 
-def base_logits(lens: LoraLens, readout: KL, reading: Reading) -> Float[Tensor, "row *slot vocab"]:
-    """f(0) of each row, in `lens.gate_dtype`: the base distribution that a divergence holds.
+def held_logits(
+    lens: LoraLens, reading: Reading, hold: Callable[[Tensor], Reading], strength: float
+) -> Float[Tensor, "row *slot vocab"]:
+    """f at this strength, in `lens.gate_dtype`: the distribution that a divergence is to hold.
 
     As many rows are run at a time as there is memory for beside what is held, and are unembedded
     some tokens at a time, straight to where they stay. One forward pass.
@@ -302,9 +356,9 @@ def base_logits(lens: LoraLens, readout: KL, reading: Reading) -> Float[Tensor, 
     shape = len(prompts.tokens), *slots, int(lens.model.cfg.d_vocab_out)
     logits = torch.empty(shape, dtype=lens.gate_dtype, device=lens.device)
     first = 0
-    at_base = ScaleInject(lens.plan, lens.gates(0.0))
-    with torch.no_grad(), lens.injected(at_base):
-        for group in pass_groups(lens, held(readout, reading, logits)):
+    scaled = ScaleInject(lens.plan, lens.gates(strength))
+    with torch.no_grad(), lens.injected(scaled):
+        for group in pass_groups(lens, hold(logits)):
             rows = logits[first : (first := first + len(group.owner))]
             # What is beyond a group's slots is read by nothing, and stays as it is.
             rows = rows[:, : group.prompts.slots] if slots else rows

@@ -135,9 +135,12 @@ class _Passes:
         return row_by_row(self.lens, self.reading, len(gates), branches.width, run, self.read)
 
     def _bar(self, gates: Tensor) -> tqdm:
-        points = gates.shape[-2]
-        silent = not self.progress or points < _SLOW
-        return tqdm(total=points, desc=self.what, leave=False, disable=silent)
+        return bar_of(gates.shape[-2], self.progress, self.what)
+
+
+def bar_of(points: int, progress: bool, what: str) -> tqdm:
+    """A bar over so many points, silent where they are few."""
+    return tqdm(total=points, desc=what, leave=False, disable=not progress or points < _SLOW)
 
 
 def in_chunks(

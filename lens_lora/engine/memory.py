@@ -91,6 +91,7 @@ def tangent_passes(lens: LoraLens, starts: Sequence[int] | None = None) -> float
 ROW_TOKENS = 2048  # forward passes, in rows of one batch
 BRANCH_TOKENS, BRANCH_LOGITS = 4096, 2**27  # forward passes that branch, of one prompt at a time
 _RIDING_TOKENS = 32  # a graph with rows that only show g
+_SHARED_TOKENS = 512  # one forward pass instead of two: more of them do not fit into the caches
 SLOPE_TOKENS = 512  # forward passes that a backward pass follows
 GRAPH_TOKENS = 512  # a graph that is kept, and the directions that go back through it
 TANGENT_TOKENS, COVECTOR_TOKENS = 2048, 512
@@ -130,6 +131,15 @@ def rides_along(lens: LoraLens, run: Run, copies: int) -> bool:
     """
     tokens = copies * prompts_of(run).tokens.numel()
     is_small = tokens <= _RIDING_TOKENS and copies <= slopes_at_once(lens, run)
+    return is_small and not lens.plan.activation_rounding
+
+
+def shares_pass(lens: LoraLens, run: Run, copies: int) -> bool:
+    """Whether so many copies of the prompts cost less in one forward pass than in two.
+
+    Not where a kernel that rounds to 8 bit would let them change one another (`rides_along`).
+    """
+    is_small = copies * prompts_of(run).tokens.numel() <= _SHARED_TOKENS
     return is_small and not lens.plan.activation_rounding
 
 
@@ -347,7 +357,7 @@ def _need(lens: LoraLens, run: Run) -> _Need:
         of_graph=of_token * host.n_layers * (8 * wide + kept * pattern) + graphed,
         of_rerun=of_token * (host.n_layers * width + 8 * wide + 7 * pattern) + graphed,
         of_duals=lens.gate_dtype.itemsize * longest * _DUAL_ROW * (wide + any_pattern),
-        always=read.base.nbytes if isinstance(read, Divergence) else 0,
+        always=read.held_bytes if isinstance(read, Divergence) else 0,
         picked=_LOGITS * of_logits * min(picks, 2 * PICKS),
         graphed=_LOGITS_OF_GRAPH * of_logits * min(picks, PICKS),
     )

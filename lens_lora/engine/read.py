@@ -30,7 +30,8 @@ from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import PICKS, Columns, LogProbs, Picks, Reading, at_some
 
-Move = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
+# What logits are multiplied by, at these places or, without places, all of them.
+Factor = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 _Unembedding = tuple[Tensor, Tensor | None]
 
 
@@ -61,17 +62,26 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]:
     computed a few tokens at a time, unless a hook is on the unembedding or the whole model, or
     something (a soft-cap) changes the logits after it.
     """
-    if isinstance(reading.read, Picks):
-        return reading.read.of(_terms(lens, reading.prompts, reading.read))
-    unembedding = _plain_unembedding(lens)
-    if unembedding is None or not isinstance(reading.read, Columns):
-        return reading.read(read_logits(lens, reading.prompts))
-    weight, bias = unembedding
-    final = read_final(lens, reading.prompts).to(lens.gate_dtype)
-    ids = reading.read.ids.to(weight.device)
+    read = reading.read
+    if _plain_unembedding(lens) is None or not isinstance(read, Picks | Columns):
+        return read(read_logits(lens, reading.prompts))
+    return value_of_final(lens, read, read_final(lens, reading.prompts))
+
+
+def value_of_final(
+    lens: LoraLens,
+    read: Picks | Columns,
+    final: Float[Tensor, "row *slot d"],
+    factor: Factor | None = None,
+) -> Float[Tensor, " batch"]:
+    """g from the final residual stream, if only W_U and b_U come after it. No forward pass."""
+    if isinstance(read, Picks):
+        return read.of(terms_of_final(lens, read, final, factor))
+    weight, bias = cast(_Unembedding, _plain_unembedding(lens))
+    ids, final = read.ids.to(weight.device), final.to(weight.device, lens.gate_dtype)
     few = torch.einsum("rd,rkd->rk", final, weight[ids].to(final))
     few = few if bias is None else few + bias[ids.to(bias.device)].to(final)
-    return reading.read.of(few)
+    return read.of(few if factor is None else few * factor(few, ()).gather(-1, ids))
 
 
 def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"]:
@@ -90,7 +100,7 @@ def _terms(lens: LoraLens, prompts: Prompts, read: Picks) -> Float[Tensor, " pic
 
 
 def terms_of_final(
-    lens: LoraLens, read: Picks, final: Float[Tensor, "row *slot d"], move: Move | None = None
+    lens: LoraLens, read: Picks, final: Float[Tensor, "row *slot d"], factor: Factor | None = None
 ) -> Float[Tensor, " pick"]:
     """A few picks at a time; on the way back the logits of those are computed once more.
 
@@ -102,7 +112,9 @@ def terms_of_final(
 
     def terms(residual: Tensor, picks: Tensor) -> Tensor:
         logits = unembed(residual, weight, bias, lens.gate_dtype)
-        return read.terms(logits if move is None else move(logits, at_some(places, picks)), picks)
+        if factor is not None:
+            logits = logits * factor(logits, at_some(places, picks))
+        return read.terms(logits, picks)
 
     is_graphed = torch.is_grad_enabled()
     chunks = _picks(read).split(PICKS if is_graphed else 2 * PICKS)

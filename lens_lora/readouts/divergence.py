@@ -34,7 +34,7 @@ class KL(Readout):
 
     Its value at the base is zero, at the adapted model the divergence itself. Every analysis takes
     it but those that rest on the derivative at ε = 0, which is zero. The base's distribution is
-    taken as it was computed: the rounding in it is in no noise floor.
+    computed once and held; the rounding in it is part of the noise floors.
 
     Args:
         response: the answer to each prompt, as `AnswerLogProb` takes it: the sum over its
@@ -114,12 +114,24 @@ class Divergence(Picks):
         base: f₀ of every row that is held.
         held_rows: the held row with which each pick is compared.
         is_from_base: whether KL(p₀‖p) is read, else KL(p‖p₀).
+        beside: the logits that another reading holds meanwhile; None without one.
     """
 
     by_pick: ClassVar[tuple[str, ...]] = (*Picks.by_pick, "held_rows")
     base: Float[Tensor, "held *slot vocab"]
     held_rows: Int[Tensor, " pick"]
     is_from_base: bool
+    beside: Float[Tensor, "held *slot vocab"] | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of all logits that are held."""
+        return self.base.nbytes + (0 if self.beside is None else self.beside.nbytes)
+
+    def turned(self, logits: Float[Tensor, "held *slot vocab"]) -> Divergence:
+        """The same divergence with the other side held: read from f₀, beside these logits."""
+        is_from_base = not self.is_from_base
+        return dataclasses.replace(self, base=logits, is_from_base=is_from_base, beside=self.base)
 
     def terms(
         self, logits: Float[Tensor, "some vocab"], picks: Int[Tensor, " some"]

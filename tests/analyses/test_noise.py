@@ -186,3 +186,18 @@ def test_draws_are_run_in_portions(tokens: int, monkeypatch: pytest.MonkeyPatch)
     found = engine_noise.first_order_noise(low, draws, first.base[None], first.per_site)
     assert sum(runs) == 8 and max(runs) == min(8, 2 * tokens // 7)
     assert all((floor > 0).all() for floor in found)
+
+
+def test_rows_that_ride_take_no_draw():
+    """Rows without noise stay as they are, bit by bit, and leave the others their draws."""
+    (cls, *_) = models.MAKERS
+    low, _ = lenses("llama", cls)
+    stream = torch.randn(5, 7, 16)
+    rows = torch.tensor([False, True, False, True, True])
+    alone, beside = (
+        [hook(part, None) for _, hook in engine_noise.of_stream(low, moved)]
+        for part, moved in ((stream[rows], None), (stream, rows))
+    )
+    for drawn, both in zip(alone, beside, strict=True):
+        assert torch.equal(both[rows], drawn) and torch.equal(both[~rows], stream[~rows])
+        assert (drawn != stream[rows]).any(-1).all()

@@ -12,6 +12,7 @@ from half_precision import STATED, Asked, compared, errors_in_floors
 from peft import LoraConfig, get_peft_model
 
 import lens_lora as ll
+from lens_lora.engine import asked as asking
 from lens_lora.engine import noise as rounding
 from lens_lora.engine.asked import ask
 from lens_lora.model.hooks import unembed
@@ -63,6 +64,46 @@ def test_few_shifts_are_beyond_three_floors(dtype: torch.dtype):
     every = torch.cat(ratios)
     assert (every > SIGMAS).double().mean() <= 0.01
     assert 1 / FACTOR < every.square().mean().sqrt() < 1.2
+
+
+def divergences(dtype: torch.dtype) -> torch.Tensor:
+    """Of the next token, both ways round, and of a response, how many floors D(1) is off."""
+    readouts = ll.KL(), ll.KL(direction="adapted_to_base"), ll.KL(ASKED.response)
+    families = ("llama", "gpt2", "qwen2", "neox")
+    return torch.cat(
+        [errors_in_floors(*lenses(family, dtype), ASKED.prompts, readouts) for family in families]
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_few_divergences_are_beyond_three_floors(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """At most one in a hundred; many, if the rounding of p₀ is left out (control)."""
+    every = divergences(dtype)
+    assert (every > SIGMAS).double().mean() <= 0.01
+    assert 1 / FACTOR < every.square().mean().sqrt() < 1.2
+    still = functools.partialmethod(lambda self, _: self.ends[1].expand(5, -1))
+    monkeypatch.setattr(asking.Asked, "_draws_of_held", still)
+    without = divergences(dtype)
+    assert (without > SIGMAS).double().mean() > 0.03
+    assert without.square().mean().sqrt() > 1.5
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_what_a_module_adds_to_a_divergence_has_a_floor(family: str, dtype: torch.dtype):
+    """D moves in first order with p₀, which draws of D(0) alone do not show."""
+    low, high = lenses(family, dtype)
+    found = ll.patch_sites(low, ASKED.prompts, ll.KL(), "add_one", progress=False)
+    with models.lifted():
+        exact = ll.patch_sites(high, ASKED.prompts, ll.KL(), "add_one", progress=False).values
+    error = (found.values.double() - exact).abs()
+    assert found.noise_floor is not None
+    assert (error > SIGMAS * found.noise_floor[:, None]).double().mean() <= 0.02
+    around_zero = rounding.draws_at(low, ask(low, ASKED.prompts, ll.KL()).reading, [0.0])[1][0]
+    naive = 2**0.5 * around_zero.square().mean(0).sqrt()
+    assert (error > SIGMAS * naive[:, None]).double().mean() > 0.2  # control
 
 
 def test_a_floor_of_another_precision_is_seen(monkeypatch: pytest.MonkeyPatch):

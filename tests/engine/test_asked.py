@@ -246,6 +246,41 @@ def test_an_end_among_the_points_is_not_run_again(
         assert torch.allclose(values[:, 1:2], half, rtol=1e-12)
 
 
+@CLASSES
+@pytest.mark.parametrize("case", ["all sites", "last block", "8 bit"])
+def test_the_path_and_the_draws_share_a_pass(cls: str, case: str, monkeypatch):
+    """Not where points share their blocks, nor where rows of a batch change one another."""
+    run: list[int] = []
+    plain = ll.LoraLens.run
+
+    def counted(lens: ll.LoraLens, rows: ll.Prompts) -> Tensor:
+        run.append(rows.batch)
+        return plain(lens, rows)
+
+    with models.lifted():
+        lens = cases.case("llama", cls, "raw").lens
+        if case == "last block":
+            lens = lens.with_adapter(lens.adapter.only("*layers.1.*"))
+        asked = ask(lens, PROMPTS, ll.Margin(5, 9))
+        scales = [0.1, 0.25, 0.5]
+        gates = torch.stack([lens.gates(scale) for scale in scales])
+        expected = gated_readout(lens, asked.reading, gates)
+        if case == "8 bit":
+            monkeypatch.setattr(type(lens.plan), "activation_rounding", 2.0**-52)
+        monkeypatch.setattr(ll.LoraLens, "run", counted)
+        curve = ll.remainder_curve(lens, PROMPTS, ll.Margin(5, 9), scales, progress=False)
+    batches = {
+        "all sites": [5, 1 + 8 + 3],  # slopes and their draws; g(1), eight draws, the path
+        "8 bit": [1, 4, 1 + 3, 8],
+    }
+    if case == "last block":
+        assert run[0] == 2 * 5 and run[-1] == 2 * 8
+        assert run[1:-1] == [1, 1]  # a tree of each prompt
+    else:
+        assert run == [2 * rows for rows in batches[case]]
+    assert torch.allclose(curve.values, expected, rtol=1e-12)
+
+
 def test_what_needs_a_readout_says_so():
     lens = cases.case("llama", list(models.MAKERS)[-1], "raw").lens
     asked = ask_prompts(lens, PROMPTS)

@@ -10,15 +10,15 @@ from weight import weigh
 # What each number was when it was last lowered; `python tests/lib/weight.py` prints today's.
 LIMITS = {
     # 124 when the house was made anew; then the file of activations (its stream would be beyond 600
-    # lines), sites read from a bridge of any decoder, a probe that compares them, experts, and PEFT's
-    # other methods.
+    # lines), sites read from a bridge of any decoder, a probe that compares them, experts, and
+    # PEFT's other methods.
     "files": 129,
     # 22,500; then calls refused within open blocks, input that is read in one way, results whose
     # fields agree, warnings that were measured (750 lines), decoders without an entry and a
     # live PeftModel (450); stacks of experts and routers (600), PEFT's other methods (300), what
-    # tools of TransformerLens would be shown wrongly (80).
-    "code lines": 24_725,
-    "docstring lines": 8_615,
+    # tools of TransformerLens would be shown wrongly (80), floors of KL, riding rows (60).
+    "code lines": 24_785,
+    "docstring lines": 8_640,
     "modules with one reader": 30,
     "modules at the root": 6,
     "longest file": 620,
