@@ -272,7 +272,13 @@ class Asked:
 
     @property
     def base_draws(self) -> Float[Tensor, "draw batch"]:
-        """g(0), and then draws of it with noise at the embedding. As `base_noise`."""
+        """g(0), and then draws of it with noise at the embedding. As `base_noise`.
+
+        Of a KL without them: where ε is small, what counts is how far D(0) itself moves, which the
+        draws of the slopes show.
+        """
+        if isinstance(self.reading.read, Divergence):
+            return self.ends[:1]
         return self._drawn_at(0)[0]
 
     @functools.cached_property

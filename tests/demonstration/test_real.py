@@ -102,7 +102,8 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
     whole = noise.of_stream
     monkeypatch.setattr(noise, "of_stream", lambda *args, **named: whole(*args, **named)[:1])
     without = errors_in_floors(low, high, texts, readouts)
-    assert 1 / 3 < ratios.square().mean().sqrt() < 1.25 < without.square().mean().sqrt()
+    assert 1 / 3 < ratios.square().mean().sqrt() < 1.25
+    assert (without / ratios).median() > 1.25
 
 
 def test_bfloat16_keeps_the_story():
