@@ -8,11 +8,13 @@ __version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a number depends on."""
-    found = {"lens_lora": __version__}
-    for package in ("transformer-lens", "torch", "transformers", "peft"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Versions of the packages that a number depends on, from their metadata: none is imported."""
+    packages = ("transformer-lens", "torch", "transformers", "peft")
+    return {"lens_lora": __version__, **{package: _installed(package) for package in packages}}
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

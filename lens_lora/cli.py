@@ -10,11 +10,12 @@ does the work once they are good.
 from __future__ import annotations
 
 import logging
+import platform
 from typing import Annotated
 
 import typer
 
-from lens_lora._version import __version__
+from lens_lora._version import versions
 from lens_lora.commands.checkpoints import checkpoints
 from lens_lora.commands.demo import demo
 from lens_lora.commands.diff import diff
@@ -29,9 +30,10 @@ app: typer.Typer = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_versions(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lens-lora {__version__}")
+        system = {"Python": platform.python_version(), "platform": platform.platform()}
+        typer.echo("\n".join(map(" ".join, {**versions(), **system}.items())))
         raise typer.Exit
 
 
@@ -40,7 +42,7 @@ def main(
     version: Annotated[
         bool | None,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version", callback=_print_versions, is_eager=True, help="Print all versions."
         ),
     ] = False,
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import platform
 import re
+import sys
 from pathlib import Path
 
 import models
@@ -43,9 +45,35 @@ def test_help_lists_the_commands():
         assert option in options
 
 
-def test_version():
+REPORTED = ("lens_lora", "torch", "transformer-lens", "transformers", "peft", "Python", "platform")
+
+
+def printed_versions():
+    """{package: version} of `lens-lora --version`, one a line."""
     result = run(cli.app, ["--version"])
-    assert (result.exit_code, result.output) == (0, f"lens-lora {cli.__version__}\n")
+    assert result.exit_code == 0
+    return dict(line.split(" ", 1) for line in result.output.splitlines())
+
+
+def test_version_is_all_that_a_number_depends_on():
+    printed = printed_versions()
+    assert sorted(printed) == sorted(REPORTED)
+    assert printed["lens_lora"] == ll.__version__
+    assert printed["Python"] == ".".join(map(str, sys.version_info[:3]))
+    assert printed["platform"] == platform.platform()
+    for package in ("torch", "transformer-lens", "transformers", "peft"):
+        assert printed[package] == importlib.metadata.version(package)
+
+
+def test_version_names_a_package_that_is_missing(monkeypatch):
+    def version(package):
+        if package == "peft":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.2"
+
+    monkeypatch.setattr("lens_lora._version.version", version)
+    printed = printed_versions()
+    assert (printed["peft"], printed["torch"]) == ("not installed", "1.2")
 
 
 def test_wrong_adapter_folder_is_one_line_and_exit_code_2(tmp_path):
