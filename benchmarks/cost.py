@@ -10,7 +10,7 @@ With transformer-lens 4.3 its own attribution patching is timed beside. `--growt
 adapters and ranks of several sizes instead, `--stream 200000` a stream of so many tokens through
 activations, `--texts 100` audits over so many texts, `--allocator` a few calls with freed memory
 given back and kept, and `--responses` whole responses, all cells or some groups of them. With
-`--write`, what is printed goes into benchmarks/RESULTS.md and README.
+`--write`, what is printed goes into benchmarks/RESULTS.md and docs/performance.md.
 
 What is printed says whether glibc kept freed memory (benchmarks/cost_allocator.py).
 """
@@ -249,7 +249,7 @@ def main() -> None:
     options.add_argument("--growth", action="store_true")
     options.add_argument("--allocator", action="store_true", help="glibc's, of two kinds, alone")
     options.add_argument("--responses", nargs="*", choices=list(GROUPS), default=None)
-    options.add_argument("--write", action="store_true", help="into RESULTS.md and README.md")
+    options.add_argument("--write", action="store_true", help="into RESULTS.md and performance.md")
     asked = options.parse_args()
     with contextlib.redirect_stdout(Kept()) as kept:
         measured(asked)

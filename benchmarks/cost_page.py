@@ -1,7 +1,7 @@
-"""What `benchmarks/cost.py` printed, as it stands in benchmarks/RESULTS.md and README.md.
+"""What `benchmarks/cost.py` printed, as it stands in benchmarks/RESULTS.md and docs/performance.md.
 
 docs/costs.json holds the output of each command and transformer-lens line. It is put between the
-marks of RESULTS.md that name them; README's short table is taken from one of them.
+marks of RESULTS.md that name them; the short table of performance.md is taken from one of them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TypedDict
 
 ROOT = Path(__file__).parents[1]
-HELD, PAGE, README = (
+HELD, PAGE, PERFORMANCE = (
     ROOT / "docs" / "costs.json",
     Path(__file__).parent / "RESULTS.md",
-    ROOT / "README.md",
+    ROOT / "docs" / "performance.md",
 )
 SHORT = "3.9 · --class TransformerBridge --batch 1"
 SHOWN = {
@@ -29,7 +29,7 @@ SHOWN = {
 }
 SIZES = ("1 × 8", "1 × 64")
 _BLOCK = re.compile(r"(<!-- cost: ([^\n]+) -->\n).*?(<!-- end of cost -->)", re.DOTALL)
-_SHORT = re.compile(r"(<!-- costs -->\n).*?(<!-- end of costs -->)", re.DOTALL)
+_SHORT = re.compile(r"(<!-- short costs -->\n).*?(<!-- end of short costs -->)", re.DOTALL)
 
 
 class Printed(TypedDict):
@@ -53,7 +53,7 @@ def add(key: str, printed: Printed) -> None:
     """Put what a command printed in the place of what it printed before; render both documents."""
     held = {**read(), key: printed}
     HELD.write_text(json.dumps(held, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    for path, made in ((PAGE, page), (README, readme)):
+    for path, made in ((PAGE, page), (PERFORMANCE, performance)):
         path.write_text(made(path.read_text(encoding="utf-8"), held), encoding="utf-8")
 
 
@@ -73,8 +73,8 @@ def _block(key: str, held: dict[str, Printed]) -> str:
     return f"{head}{one['body'].strip()}"
 
 
-def readme(text: str, held: dict[str, Printed]) -> str:
-    """README.md, with its short table."""
+def performance(text: str, held: dict[str, Printed]) -> str:
+    """docs/performance.md, with its short table."""
     return _SHORT.sub(lambda found: f"{found[1]}{_short(held[SHORT]['body'])}\n{found[2]}", text)
 
 

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 # --- A base model by name
 
 
+# Without it transformers asks at a terminal, and starts a model's own code on "y".
+_NO_CODE = {"trust_remote_code": False}
+
+
 def load_base(
     name: str, how: Placement | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -61,7 +65,7 @@ def load_base(
             # At one attempt; transformers makes several for each file.
             huggingface_hub.snapshot_download(name, allow_patterns=["config.json"])
         model = AutoModelForCausalLM.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **_NO_CODE)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ModelStateError(
@@ -94,6 +98,7 @@ def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | No
 def _options(how: Placement) -> dict[str, Any]:
     dtype = how.weights
     options: dict[str, Any] = {
+        **_NO_CODE,
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         "attn_implementation": how.attn,
     }
@@ -316,7 +321,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
     name = str(model.config.name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **_NO_CODE)
     except (OSError, ValueError) as error:
         raise ModelStateError(
             f"no tokenizer was saved with the model {name!r}; pass one: load(…, tokenizer=…)."

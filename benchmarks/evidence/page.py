@@ -45,7 +45,7 @@ from words import ADD, KEEP, OUT, comparisons, recommendations, write_blocks
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.results.attribution import VIOLENT
 
-README, READING = DOCS.parent / "README.md", DOCS / "reading.md"
+READING = DOCS / "reading.md"
 IMAGES = DOCS / "images"
 PARETO, STRENGTH = IMAGES / "faithfulness_cost.png", IMAGES / "faithfulness_strength.png"
 ENOUGH = 10  # tasks, below which a bootstrap interval is plainly too narrow
@@ -130,7 +130,7 @@ def missing(numbers: Numbers) -> str:
 
 
 def block(numbers: Numbers) -> str:
-    """The recommendations of every base, for each document that repeats them."""
+    """The recommendations of every base."""
     scores, costs = scores_of(numbers), costs_of(numbers)
     found = pd.DataFrame(numbers["adapters"].values())
     parts = []
@@ -152,7 +152,7 @@ def helps(numbers: Numbers) -> str:
 
 def blocks(numbers: Numbers) -> dict[Path, str]:
     """What stands between the marks of each document."""
-    return {README: block(numbers), READING: helps(numbers)}
+    return {READING: helps(numbers)}
 
 
 def draw(numbers: Numbers) -> None:

@@ -1,4 +1,4 @@
-"""Recommendations, written from the stored numbers: for the page, README and docs/reading.md.
+"""Recommendations, written from the stored numbers: for the page and docs/reading.md.
 
 Per question: the cheapest method within the interval of the best, and what measuring costs instead.
 Each block stands between two marks in its document and is replaced by `write_blocks`.

@@ -36,15 +36,15 @@ def test_the_tables_of_memory_are_what_the_cells_render_to():
 
 
 def test_costs_are_what_their_commands_printed():
-    held, page, readme = costs.read(), costs.PAGE.read_text(), costs.README.read_text()
+    held, page, short = costs.read(), costs.PAGE.read_text(), costs.PERFORMANCE.read_text()
     assert costs.page(page, held) == page
-    assert costs.readme(readme, held) == readme
+    assert costs.performance(short, held) == short
     assert set(held) == set(re.findall(r"<!-- cost: (.+) -->", page))
     changed = {
         key: {**one, "body": one["body"].replace(" F |", " FB |")} for key, one in held.items()
     }
     assert costs.page(page, changed) != page
-    assert costs.readme(readme, changed) != readme
+    assert costs.performance(short, changed) != short
 
 
 @pytest.mark.parametrize("name", ["repair", "compare_adapters"])

@@ -23,7 +23,8 @@ import lens_lora as ll
 ROOT = Path(__file__).parents[2]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "lens_lora"
 PAGES = sorted(DOCS.rglob("*.md"))
-READ = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+README = ROOT / "README.md"
+READ = [*PAGES, README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 ids = {"ids": lambda path: str(path.relative_to(ROOT))}
 
 
@@ -180,6 +181,17 @@ def test_the_gallery_shows_every_notebook_that_draws():
         assert text.startswith("# ") and all(f"({name})" in text for name in found)
 
 
+def test_the_figure_below_readme_s_cell_is_what_it_draws():
+    """The stored output of the same two calls on docs/first_adapter.md."""
+    text = README.read_text()
+    cell, shown = re.search(
+        r'```python\n(.*?)```\n\n<img [^>]*src="docs/outputs/(.+?)"', text, re.S
+    ).groups()
+    drawn = {output["picture"]: output["source"] for output in json.loads(stored("first_adapter"))}
+    assert len(cell.splitlines()) <= 6
+    assert cell.splitlines()[-1] == drawn[shown].strip() == "margin.attribution.plot()"
+
+
 def test_the_badge_leads_to_the_repository_that_is_named():
     """And there is none before that: README has no link that leads nowhere."""
     badge = makers["badge"]
@@ -216,7 +228,7 @@ def missing_files(text: str) -> list[str]:
 def broken_links(path: Path, text: str) -> list[str]:
     """Relative links to files or headings that are not there."""
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+    for target in re.findall(r"(?:\]\(|src(?:set)?=\")([^)\s\"]+)", without_code(text)):
         if re.match(r"[a-z]+:", target):
             continue
         file, _, anchor = target.partition("#")
@@ -248,6 +260,13 @@ def test_what_does_not_exist_is_seen():
     assert missing_files("`calculus/nothing.py`") == ["calculus/nothing.py"]
     wrong = "[a](nowhere.md) [b](faq.md#no-such) [c](faq.md#tokens-and-prompts)"
     assert broken_links(page, wrong) == ["nowhere.md", "faq.md#no-such"]
+    assert broken_links(page, '<img alt="a" src="images/no.png">') == ["images/no.png"]
+
+
+@pytest.mark.parametrize("path", [README, *PAGES], **ids)
+def test_nothing_is_installed_by_a_name_that_no_index_has(path: Path):
+    """CONTRIBUTING.md has what to write here once there is a release."""
+    assert not re.search(r"pip install [^`\n]*\blens[-_]lora", path.read_text())
 
 
 def test_the_navigation_holds_every_page_and_no_other():

@@ -175,7 +175,9 @@ def test_another_size_of_the_family_is_refused():
         ll.LoraLens(model, adapter, hf_model=base)
 
 
-def test_remote_code_is_not_started(tmp_path):
+def test_remote_code_is_not_started(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Nor is anybody asked, as transformers would at a terminal."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     config = {
         "model_type": "nobody",
         "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"},
