@@ -213,6 +213,24 @@ def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
         attributes[name] = before
 
 
+def refuse_reading(
+    span: Temporary, module: nn.Module, names: Sequence[str], why: Exception
+) -> None:
+    """Attributes of these names raise an error until the span ends.
+
+    No hook sees that a weight is read. A module's class is made another one for a while, as a
+    property stands in a class; a bridge's component hands attributes on to what it wraps.
+    """
+
+    def refuse(_: object) -> None:
+        raise why
+
+    kind = type(module)
+    guarded = type(kind.__name__, (kind,), {name: property(refuse) for name in names})
+    span.way_back(functools.partial(object.__setattr__, module, "__class__", kind))
+    object.__setattr__(module, "__class__", guarded)
+
+
 def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """The module computes `forward` for good."""
     vars(module)["forward"] = forward

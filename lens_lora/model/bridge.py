@@ -25,7 +25,7 @@ import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, final
 
 import torch
@@ -42,6 +42,7 @@ from lens_lora.compat import (
     normed_per_head,
     own_forward,
     processed_weight,
+    refuse_reading,
     scale_at_hook_out,
     set_forward,
     supports_sdpa,
@@ -61,10 +62,10 @@ from lens_lora.model.bridged import (
     unwrapped,
 )
 from lens_lora.model.experts import as_one_map, each_shape, is_experts, refuse_without_float64
-from lens_lora.model.hooks import add_pre_hook
+from lens_lora.model.hooks import add_pre_hook, of_the_base
 from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
 from lens_lora.model.quantised import dequantised, quantised_name
-from lens_lora.model.sites import NORM_READ_BY, Heads, SiteFactors, site_name
+from lens_lora.model.sites import MLP_KINDS, NORM_READ_BY, Heads, Site, SiteFactors, site_name
 
 _R = TypeVar("_R")
 
@@ -172,6 +173,8 @@ def _uses_cap(attention: type[nn.Module]) -> bool:
 # Bloom's position biases are made for each row; OPT flattens positions and counts them back.
 _FIXED_BATCH = ("BloomForCausalLM", "OPTForCausalLM")
 _PROCESSED_GATED = ("gate", "up")
+# Under which names tools read a component's parameters.
+_READ_AS = {"weight": ("weight", "W_E", "W_U", "W_pos"), "bias": ("bias", "b_U")}
 # The bridge's names of an MLP's components, where they are others than the kinds.
 _COMPONENTS = {"up": "in", "fc_in": "in", "down": "out", "fc_out": "out"}
 
@@ -327,6 +330,17 @@ class BridgeHost(Host):
         if is_parameter:
             return self._of_parameter(layer, kind, lambda _, weight: weight.device)
         return super().device(layer, kind)
+
+    def refuse_reading(self, span: Temporary, site: Site, parameters: Sequence[str]) -> None:
+        """A component computes by the module that it wraps; its own `weight` is for tools. But a
+        processed gated MLP reads those of its parts in every pass, where nothing is refused.
+        """
+        if site.kind in MLP_KINDS and self._computes_gated_mlp(site.layer):
+            return
+        component = module_at(self.model, self._component(site.layer, site.kind))
+        if isinstance(component, nn.Module) and unwrapped(component) is not component:
+            names = [name for parameter in parameters for name in _READ_AS[parameter]]
+            refuse_reading(span, component, names, of_the_base(site.name))
 
     def _wrapped(self, layer: int, kind: str) -> Any:
         """The Hugging Face module of a component, or the parameter; None where it has none."""

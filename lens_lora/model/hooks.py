@@ -367,6 +367,16 @@ def open_block(adapter: str) -> ModelStateError:
     )
 
 
+def of_the_base(site: str) -> ModelStateError:
+    """The error of a tool that reads a parameter which the adapter on the model changes."""
+    return ModelStateError(
+        f"{site}: within lens.applied() the model's weights and biases are still the base's, and "
+        "what reads them here would be without the adapter. Give the tool a hooked model of "
+        "peft_model.merge_and_unload() (docs/your_model.md). The change itself is "
+        f"lens.delta_w({site!r}); the base's weight can be read outside of the block."
+    )
+
+
 def _refuse_within_another(model: object) -> None:
     for laid in (span.about for span in open_spans()):
         if isinstance(laid, _Laid) and laid.model is model and laid.call is not None:

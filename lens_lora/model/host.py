@@ -14,14 +14,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_lora.compat import in_float64
+from lens_lora.compat import Temporary, in_float64
 from lens_lora.errors import ModelStateError, SiteError
 from lens_lora.families import Family, Place
 from lens_lora.model.bases import BaseWeights, Processing, infer_processing, is_centred
@@ -34,7 +34,7 @@ from lens_lora.model.basis import (
     expert_map,
     site_map,
 )
-from lens_lora.model.sites import WRITER_KINDS, Heads, SiteFactors, fused_rows
+from lens_lora.model.sites import WRITER_KINDS, Heads, Site, SiteFactors, fused_rows
 
 # Flags under which q, k and v read copies of the residual stream.
 COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
@@ -161,6 +161,12 @@ class Host(abc.ABC):
     def device(self, layer: int, kind: str) -> torch.device:
         """Where the weight lies when the model runs."""
         return self.weight(layer, kind).device
+
+    def refuse_reading(self, span: Temporary, site: Site, parameters: Sequence[str]) -> None:
+        """Until the span ends, these parameters of a site are not read of the model, where it has a
+        place to refuse it.
+        """
+        del span, site, parameters
 
     @abc.abstractmethod
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +27,7 @@ from lens_lora.errors import (
     NumericsError,
     UnsupportedAdapterError,
 )
-from lens_lora.model.basis import SiteMap
+from lens_lora.model.basis import SiteMap, Update
 from lens_lora.model.bridged import on_stacks
 from lens_lora.model.check import (
     OF_A_GIVEN_BASE,
@@ -301,6 +302,8 @@ class LoraLens:
         Blocks within one another add up, those of one lens too: two at scale 1 apply it twice.
         Analyses, `logits` and `generate` of any lens on this model are refused within a block, as
         they would take the adapted model for their base; they apply the adapter by themselves.
+        Weights stay the base's. Of a TransformerBridge those that the adapter changes cannot be
+        read within the block, so that no tool takes them for the adapted model's.
 
         Args:
             scale: as for `gates`.
@@ -314,6 +317,8 @@ class LoraLens:
             self._check_state()
             span.about = self._plan
             span.enter_context(self.injected(ScaleInject(self._plan, self.gates(scale))))
+            for site, parameters in _changed_parameters(self._plan):
+                self._plan.host.refuse_reading(span, site, parameters)
             return self.model
 
         return Temporary(apply)
@@ -527,6 +532,17 @@ def null_lenses(lens: LoraLens, seed: int, draws: int) -> Iterator[LoraLens]:
     parts = fused_parts(lens)
     for draw in range(draws):
         yield lens.with_adapter(lens.adapter.null(seed, draw, parts=parts))
+
+
+def _changed_parameters(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
+    """Parameters of linear sites that the adapter changes; of o also the bias into which an update
+    of v would be folded.
+    """
+    for site, pair in zip(plan.sites, plan.updates, strict=True):
+        if isinstance(pair.update, Update):
+            yield site, ("weight",) if pair.update.bias is None else ("weight", "bias")
+    for index in plan.with_constants:
+        yield dataclasses.replace(plan.sites[index], kind="o"), ("bias",)
 
 
 def name_of_scale(scale: Scale) -> str:

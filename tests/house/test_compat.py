@@ -52,6 +52,22 @@ def bridge(llama):
     return models.MAKERS["TransformerBridge"](llama)
 
 
+def test_what_is_not_to_be_read_is_there_again_afterwards():
+    """Of one module alone, also in spans within one another; it computes as before."""
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    kind, before = type(module), module(torch.ones(2))
+
+    def refused(span: Temporary) -> None:
+        compat.refuse_reading(span, module, ["in_features"], ValueError("the base's"))
+
+    with Temporary(refused), Temporary(refused):
+        with pytest.raises(ValueError, match="the base's"):
+            _ = module.in_features
+        assert other.in_features == 2 and isinstance(module, kind)
+        assert torch.equal(module(torch.ones(2)), before)
+    assert type(module) is kind and module.in_features == 2
+
+
 def test_experts_of_transformers():
     """What a stack of experts states about itself, and the kernel and gate that it is given."""
     if not models.is_newest():
