@@ -130,7 +130,7 @@ class SiteMap:
         """‖ΔW‖_F of the change of the model's own weight; see `of_weight`."""
         return norm_of_product(*self.of_weight())
 
-    def inputs(self, z: Input) -> Input:
+    def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
         """What z holds beside the number of an expert."""
         return z
 
@@ -296,7 +296,7 @@ class ExpertMap(SiteMap):
         """How many maps share the rank space."""
         return self.count
 
-    def inputs(self, z: Input) -> Input:
+    def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
         """x of z = (x, e)."""
         return z[..., :-ID_COLUMNS]
 
