@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -134,11 +135,11 @@ class _Passes:
 
         return row_by_row(self.lens, self.reading, len(gates), branches.width, run, self.read)
 
-    def _bar(self, gates: Tensor) -> tqdm:
+    def _bar(self, gates: Tensor) -> AbstractContextManager[Any]:
         return bar_of(gates.shape[-2], self.progress, self.what)
 
 
-def bar_of(points: int, progress: bool, what: str) -> tqdm:
+def bar_of(points: int, progress: bool, what: str) -> AbstractContextManager[Any]:
     """A bar over so many points, silent where they are few."""
     return tqdm(total=points, desc=what, leave=False, disable=not progress or points < _SLOW)
 
