@@ -65,7 +65,7 @@ from lens_lora.model.experts import as_one_map, each_shape, is_experts, refuse_w
 from lens_lora.model.hooks import add_pre_hook, of_the_base
 from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
 from lens_lora.model.quantised import dequantised, quantised_name
-from lens_lora.model.sites import MLP_KINDS, NORM_READ_BY, Heads, Site, SiteFactors, site_name
+from lens_lora.model.sites import MLP_KINDS, NORM_READ_BY, Heads, SiteFactors, site_name
 
 _R = TypeVar("_R")
 
@@ -331,7 +331,7 @@ class BridgeHost(Host):
             return self._of_parameter(layer, kind, lambda _, weight: weight.device)
         return super().device(layer, kind)
 
-    def refuse_reading(self, span: Temporary, site: Site, parameters: Sequence[str]) -> None:
+    def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
         """A component computes by the module that it wraps; its own `weight` is for tools. But a
         processed gated MLP reads those of its parts in every pass, where nothing is refused.
         """

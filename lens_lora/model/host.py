@@ -34,7 +34,7 @@ from lens_lora.model.basis import (
     expert_map,
     site_map,
 )
-from lens_lora.model.sites import WRITER_KINDS, Heads, Site, SiteFactors, fused_rows
+from lens_lora.model.sites import WRITER_KINDS, Heads, SiteFactors, fused_rows
 
 # Flags under which q, k and v read copies of the residual stream.
 COPIED_INPUTS = ("use_split_qkv_input", "use_attn_in")
@@ -162,7 +162,7 @@ class Host(abc.ABC):
         """Where the weight lies when the model runs."""
         return self.weight(layer, kind).device
 
-    def refuse_reading(self, span: Temporary, site: Site, parameters: Sequence[str]) -> None:
+    def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
         """Until the span ends, these parameters of a site are not read of the model, where it has a
         place to refuse it.
         """

@@ -50,7 +50,7 @@ from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
 from lens_lora.model.hooks import HookFn, alone, attached, hold, lock_of
 from lens_lora.model.probe import Probe, probed
 from lens_lora.model.quantised import differentiable_products
-from lens_lora.model.sites import WRITER_KINDS, Heads, Site, fused_rows, one_site
+from lens_lora.model.sites import WRITER_KINDS, Heads, Site, SiteFactors, fused_rows, one_site
 from lens_lora.model.updates import holds_another_base
 from lens_lora.readouts.answers import Generated
 from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
@@ -534,15 +534,15 @@ def null_lenses(lens: LoraLens, seed: int, draws: int) -> Iterator[LoraLens]:
         yield lens.with_adapter(lens.adapter.null(seed, draw, parts=parts))
 
 
-def _changed_parameters(plan: Plan) -> Iterator[tuple[Site, tuple[str, ...]]]:
+def _changed_parameters(plan: Plan) -> Iterator[tuple[SiteFactors, tuple[str, ...]]]:
     """Parameters of linear sites that the adapter changes; of o also the bias into which an update
     of v would be folded.
     """
-    for site, pair in zip(plan.sites, plan.updates, strict=True):
+    for pair in plan.updates:
         if isinstance(pair.update, Update):
-            yield site, ("weight",) if pair.update.bias is None else ("weight", "bias")
+            yield pair.site, ("weight",) if pair.update.bias is None else ("weight", "bias")
     for index in plan.with_constants:
-        yield dataclasses.replace(plan.sites[index], kind="o"), ("bias",)
+        yield dataclasses.replace(plan.updates[index].site, kind="o"), ("bias",)
 
 
 def name_of_scale(scale: Scale) -> str:
