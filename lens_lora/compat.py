@@ -214,16 +214,16 @@ def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
 
 
 def refuse_reading(
-    span: Temporary, module: nn.Module, names: Sequence[str], why: Exception
+    span: Temporary, module: nn.Module, names: Sequence[str], why: Callable[[], Exception]
 ) -> None:
-    """Attributes of these names raise an error until the span ends.
+    """Attributes of these names raise this error until the span ends.
 
     No hook sees that a weight is read. A module's class is made another one for a while, as a
     property stands in a class; a bridge's component hands attributes on to what it wraps.
     """
 
     def refuse(_: object) -> None:
-        raise why
+        raise why()
 
     kind = type(module)
     guarded = type(kind.__name__, (kind,), {name: property(refuse) for name in names})

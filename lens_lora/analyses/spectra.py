@@ -367,13 +367,15 @@ class Thin:
 
     Attributes:
         U: what is written.
-        sigma: the largest first.
+        sigma: the largest first; of a stack of experts those of each, one after another.
         V: what is read; None of a norm, whose σ is Δγ itself.
+        parts: of a stack, each expert's own; U and V are None, as experts share no space.
     """
 
     U: Float[Tensor, "out few"] | None
     sigma: Float[Tensor, " few"]
     V: Float[Tensor, "in few"] | None
+    parts: tuple[Thin, ...] = ()
 
 
 class Pair(NamedTuple):
@@ -398,13 +400,24 @@ def thin_updates(lens: LoraLens) -> dict[str, Thin]:
 def _thin(update: Update | NormUpdate) -> Thin:
     if isinstance(update, NormUpdate):
         return Thin(None, update.gamma.detach().cpu().double(), None)
+    if update.experts:
+        parts = tuple(map(_thin, update.by_expert()))
+        return Thin(None, torch.cat([part.sigma for part in parts]), None, parts)
     reads, writes, sigma = svd_factors(update)
     kept = sigma > 0
     return Thin(writes[:, kept], sigma[kept], reads[kept].T / sigma[kept])
 
 
 def compared(mine: Thin, theirs: Thin, generator: torch.Generator | None = None) -> Pair:
-    """Inner product and principal angles; with a generator of `theirs` in random directions."""
+    """Inner product and principal angles; with a generator of `theirs` in random directions.
+
+    Of stacks, the sum over experts, and the angles of each expert with the same one.
+    """
+    if mine.parts:
+        pairs = [compared(*both, generator) for both in zip(mine.parts, theirs.parts, strict=True)]
+        inner, *angles = zip(*pairs, strict=True)
+        read, write = (torch.cat(cosines).sort(descending=True).values for cosines in angles)
+        return Pair(math.fsum(inner), read, write)
     if mine.U is None or mine.V is None or theirs.U is None or theirs.V is None:
         is_known = mine.U is None and theirs.U is None and generator is None
         inner = float(mine.sigma @ theirs.sigma) if is_known else math.nan

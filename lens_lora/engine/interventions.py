@@ -100,7 +100,7 @@ def _recorded(lens: LoraLens, prompts: Prompts, scale: Scale, names: list[str]) 
         for layer in range(view.n_layers)
     ]
     hooks += [(name, keep(name)) for name in names]
-    with torch.no_grad(), lens.applied(scale), attached(lens.model, hooks):
+    with torch.no_grad(), lens.adapted(scale), attached(lens.model, hooks):
         read_logits(lens, prompts)
     return recording
 
@@ -237,7 +237,7 @@ class _Runs:
     ) -> Float[Tensor, "batch patch"]:
         """Every row of the reading once for each patch."""
         hooks = swaps(donor, patches, reading.prompts.batch)
-        with self.lens.applied(self.scale), attached(self.lens.model, hooks):
+        with self.lens.adapted(self.scale), attached(self.lens.model, hooks):
             return read_value(self.lens, reading.repeat(len(patches))).view(reading.batch, -1)
 
     def as_tree(self, patches: list[Patch], bar: tqdm) -> Float[Tensor, "batch patch"]:
@@ -254,7 +254,7 @@ class _Runs:
                 width = rows[row].tokens.shape[1]
                 patches_here = [patch.cut(slice(row, row + 1), width) for patch in chunk]
                 hooks = _growing_swaps(lens, donors[row], patches_here)
-                with lens.applied(self.scale), attached(lens.model, hooks):
+                with lens.adapted(self.scale), attached(lens.model, hooks):
                     return forward()[1:]
 
             return row_by_row(lens, self.reading, len(chunk), 1 + len(chunk), run)
@@ -336,7 +336,7 @@ def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]
         logits: list[Tensor] = []
         for donor in (recording, dataclasses.replace(recording, firings=noisy)):
             hooks = swaps(donor, patches, 1)
-            with torch.no_grad(), lens.applied(scale), attached(lens.model, hooks):
+            with torch.no_grad(), lens.adapted(scale), attached(lens.model, hooks):
                 logits.append(read_logits(lens, many))
         same = (logits[0] == logits[1]).all(-1).tolist()
         silent += [name for name, is_same in zip(chunk, same, strict=True) if is_same]

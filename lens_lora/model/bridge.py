@@ -28,7 +28,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, final
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -317,19 +316,16 @@ class BridgeHost(Host):
 
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
         """(out, in) of the weight; of a stack of experts that of each."""
-        is_parameter = isinstance(self._wrapped(layer, kind), nn.Parameter)
-        return (
-            self._of_parameter(layer, kind, each_shape)
-            if is_parameter
-            else super().shape(layer, kind)
-        )
+        if isinstance(self._wrapped(layer, kind), nn.Parameter):
+            return self._of_parameter(layer, kind, each_shape)
+        return super().shape(layer, kind)
 
-    def device(self, layer: int, kind: str) -> torch.device:
-        """Where the weight lies when the model runs."""
-        is_parameter = isinstance(self._wrapped(layer, kind), nn.Parameter)
-        if is_parameter:
-            return self._of_parameter(layer, kind, lambda _, weight: weight.device)
-        return super().device(layer, kind)
+    def stack(self, layer: int, kind: str) -> Tensor | None:
+        """The parameter of a module of experts."""
+        weight = self._wrapped(layer, kind)
+        if not isinstance(weight, nn.Parameter) or weight.ndim != 3:
+            return None
+        return self._of_parameter(layer, kind, lambda _, stack: stack.detach())
 
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
         """A component computes by the module that it wraps; its own `weight` is for tools. But a
@@ -340,7 +336,7 @@ class BridgeHost(Host):
         component = module_at(self.model, self._component(site.layer, site.kind))
         if isinstance(component, nn.Module) and unwrapped(component) is not component:
             names = [name for parameter in parameters for name in _READ_AS[parameter]]
-            refuse_reading(span, component, names, of_the_base(site.name))
+            refuse_reading(span, component, names, functools.partial(of_the_base, site.name))
 
     def _wrapped(self, layer: int, kind: str) -> Any:
         """The Hugging Face module of a component, or the parameter; None where it has none."""

@@ -190,7 +190,7 @@ _OF_EXPERT = {
     **{"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1)},
     **{"down_proj": ("down_proj", 0), "w2": ("down_proj", 0)},
 }
-_EXPERT = re.compile(rf"(.*\.\d+\.).*experts\.(\d+)\.({'|'.join(_OF_EXPERT)})(@.*)?")
+_EXPERT = re.compile(rf"(.*\.\d+\.)(?:.*\.)?experts\.(\d+)\.({'|'.join(_OF_EXPERT)})(@.*)?")
 _Halves = dict[int, dict[int, LoRAFactors]]
 
 
@@ -198,7 +198,8 @@ def on_stacks(adapter: Adapter, model: Any) -> Adapter:
     """The adapter, with factors of single experts as those of the stack that this model has.
 
     What an adapter of transformers 4 holds for one expert's gate and up becomes, as in PEFT,
-    A = [A_gate; A_up] and B = diag(B_gate, B_up); an expert without factors gets none.
+    A = [A_gate; A_up] and B = diag(B_gate, B_up); an expert without factors gets none. Where a
+    layer has no such stack, or several, the adapter's names stay, and are refused as unknown.
 
     Raises:
         AdapterError: an expert that the model lacks, or an update that is no plain s·B·A.
@@ -210,9 +211,11 @@ def on_stacks(adapter: Adapter, model: Any) -> Adapter:
     moved: set[str] = set()
     for key, (layer, expert, name, tag) in ((k, m.groups()) for k, m in of_experts.items()):
         stack, half = _OF_EXPERT[name]
-        path = next((path for path in of_stacks if path.startswith(layer)), None)
-        if path is None or key.partition("@")[0] in names:
+        paths = [path for path in of_stacks if path.startswith(layer)]
+        is_there = key.partition("@")[0] in names  # as a module of its own
+        if is_there or len(paths) != 1 or stack not in stacks_of(of_stacks[paths[0]]):
             continue
+        (path,) = paths
         halves = groups.setdefault(f"{path}.{stack}{tag or ''}", {})
         halves.setdefault(int(expert), {})[half] = _plain_factors(key, adapter.modules[key])
         moved.add(key)

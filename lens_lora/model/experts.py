@@ -187,12 +187,20 @@ class _AtWeight(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         del types
-        result = func(*args, **(kwargs or {}))
-        if func in _CASTS and any(args[0] is form for form in self._forms):
+        named = kwargs or {}
+        result = func(*args, **named)
+        if func in _CASTS and self._is_weight(args[0]):
             self._forms.append(result)
-        if func is linear and any(args[1] is form for form in self._forms):
-            return self._write("weight", args[0], result)
+        if func is linear:
+            inputs, weight, *_ = (
+                *args,
+                *(named[key] for key in ("input", "weight") if key in named),
+            )
+            return self._write("weight", inputs, result) if self._is_weight(weight) else result
         return result
+
+    def _is_weight(self, tensor: object) -> bool:
+        return any(tensor is form for form in self._forms)
 
 
 def is_weight(model: nn.Module, owner: str, name: str) -> bool:
@@ -211,13 +219,13 @@ def write_at(span: Temporary, module: nn.Module, name: str, writer: Writer) -> N
             f"{name}: the experts of {type(module).__name__} are spread over processes, so no "
             "process has all of them. Load the model without expert parallelism."
         )
-    own = own_forward(module)
-    if not isinstance(own, _Written):
-        own = _Experts(module) if is_experts(module) else _Router(module)
-        replace_forward(span, module, own)
+    written = own_forward(module)
+    if not isinstance(written, _Written):
+        written = _Experts(module) if is_experts(module) else _Router(module)
+        replace_forward(span, module, written)
     entry = name, writer
-    span.way_back(functools.partial(_drop, own.writers, entry))
-    own.writers.append(entry)
+    span.way_back(functools.partial(_drop, written.writers, entry))
+    written.writers.append(entry)
 
 
 def _drop(writers: list[tuple[str, Writer]], entry: tuple[str, Writer]) -> None:

@@ -213,7 +213,7 @@ class Speaker:
         return agreed
 
     def _gated(self, rows: list[int]) -> AbstractContextManager[Any]:
-        return self._lens.applied(self._gates if self._gates.ndim == 1 else self._gates[rows])
+        return self._lens.adapted(self._gates if self._gates.ndim == 1 else self._gates[rows])
 
     def _tensor(self, rows: list[list[int]]) -> Int[Tensor, "row pos"]:
         return torch.tensor(rows, device=home_of(self._lens.model))

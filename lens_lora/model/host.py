@@ -158,9 +158,9 @@ class Host(abc.ABC):
         out, width = self.weight(layer, kind).shape
         return out, width
 
-    def device(self, layer: int, kind: str) -> torch.device:
-        """Where the weight lies when the model runs."""
-        return self.weight(layer, kind).device
+    def stack(self, layer: int, kind: str) -> Tensor | None:
+        """The weights of all experts of a layer, one after another; None of any other kind."""
+        del layer, kind
 
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
         """Until the span ends, these parameters of a site are not read of the model, where it has a
@@ -399,8 +399,9 @@ class Host(abc.ABC):
         Raises:
             ModelStateError: the base is needed and was not given, or is another model's.
         """
-        if update.experts:
-            return expert_map(update, self.working_dtype, self.device(site.layer, site.kind))
+        stack = self.stack(site.layer, site.kind)
+        if stack is not None:
+            return expert_map(update, self.working_dtype, stack.device)
         weight = self.weight(site.layer, site.kind)
         done = self._processing(site, weight)
         gamma, beta = (None, None) if behind_norm else self._affine(site, done.folded)

@@ -233,7 +233,8 @@ class LoraLens:
         In the model's own basis: merged weights, processed as the model's were, minus the model's.
         TransformerLens orients weights the other way (z @ W): take `.T`. The heads of q, k and v
         follow one another in d_out, those of o in d_in; an embedding's d_in is the vocabulary.
-        A change of bias, or what else is added whatever the input, is not in it.
+        A change of bias, or what else is added whatever the input, is not in it. That of a stack of
+        experts is [ΔW_1 … ΔW_E], [d_out, expert · d_in].
 
         Args:
             site: one of `sites`, or its name.
@@ -314,11 +315,24 @@ class LoraLens:
         """
 
         def apply(span: Temporary) -> Any:
+            span.enter_context(self.adapted(scale))
+            for site, parameters in _changed_parameters(self._plan):
+                self._plan.host.refuse_reading(span, site, parameters)
+            return self.model
+
+        return Temporary(apply)
+
+    def adapted(self, scale: Scale) -> AbstractContextManager[Any]:
+        """As `applied`, for code that reads no weight of the model.
+
+        Args:
+            scale: as for `gates`.
+        """
+
+        def apply(span: Temporary) -> Any:
             self._check_state()
             span.about = self._plan
             span.enter_context(self.injected(ScaleInject(self._plan, self.gates(scale))))
-            for site, parameters in _changed_parameters(self._plan):
-                self._plan.host.refuse_reading(span, site, parameters)
             return self.model
 
         return Temporary(apply)
@@ -379,7 +393,7 @@ class LoraLens:
             NumericsError: non-finite logits.
         """
         ready = self.prompts(prompts)
-        with torch.no_grad(), self.applied(scale):
+        with torch.no_grad(), self.adapted(scale):
             logits = self.run(ready)
             if not torch.isfinite(ready.at_read(logits)).all():
                 raise NumericsError(first_non_finite(self.model, lambda: self.run(ready)))

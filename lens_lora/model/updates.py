@@ -130,6 +130,17 @@ def _require_fit(host: Host, sites: Sequence[SiteFactors]) -> None:
             if theirs != (out, width):
                 maps = f"{theirs[1]}→{theirs[0]}, the model {width}→{out}"
                 raise site.misfit(f"the adapter maps {maps}")
+        stack = host.stack(site.layer, site.kind)
+        experts = 0 if stack is None else len(stack)
+        if experts != _experts_of(site.factors):
+            counts = f"{_experts_of(site.factors)} experts, the model's stack {experts}"
+            raise site.misfit(f"the adapter's factors are of {counts}")
+
+
+def _experts_of(update: ModuleUpdate) -> int:
+    """How many experts share the ranks; 0 where this is one map."""
+    experts = update.experts if isinstance(update, LoRAFactors) else 0
+    return experts if experts > 1 else 0
 
 
 def _shapes(site: SiteFactors, ours: tuple[int, int]) -> Iterator[tuple[int, int]]:
@@ -238,8 +249,8 @@ def _of_factors(site: SiteFactors, factors: LoRAFactors, host: Host) -> Update:
     stored = _unlike_base(site, factors.base_weight, host)
     width = factors.width or host.weight(site.layer, site.kind).shape[1]
     A = factors.A if factors.width else factors.A.new_zeros(factors.rank, width)
-    experts = factors.experts if factors.experts > 1 else 0
-    update = Update(A, factors.B, factors.scale * factors.strength, experts=experts)
+    scale = factors.scale * factors.strength
+    update = Update(A, factors.B, scale, experts=_experts_of(factors))
     if stored is None and not factors.needs_base_weight:
         return update
     named = "DoRA's ΔW" if factors.needs_base_weight else "ΔW of a stored weight"

@@ -58,7 +58,7 @@ def test_what_is_not_to_be_read_is_there_again_afterwards():
     kind, before = type(module), module(torch.ones(2))
 
     def refused(span: Temporary) -> None:
-        compat.refuse_reading(span, module, ["in_features"], ValueError("the base's"))
+        compat.refuse_reading(span, module, ["in_features"], lambda: ValueError("the base's"))
 
     with Temporary(refused), Temporary(refused):
         with pytest.raises(ValueError, match="the base's"):

@@ -15,10 +15,10 @@ LIMITS = {
     "files": 129,
     # 22,500; then calls refused within open blocks, input that is read in one way, results whose
     # fields agree, warnings that were measured (750 lines), decoders without an entry and a
-    # live PeftModel (450); stacks of experts and routers (600), PEFT's other methods (300), what
+    # live PeftModel (450); stacks of experts and routers (630), PEFT's other methods (300), what
     # tools of TransformerLens would be shown wrongly (120), floors of KL, riding rows (60).
-    "code lines": 24_825,
-    "docstring lines": 8_660,
+    "code lines": 24_855,
+    "docstring lines": 8_670,
     "modules with one reader": 30,
     "modules at the root": 6,
     "longest file": 620,

@@ -1,6 +1,6 @@
 """LoRA on stacks of experts and on routers equals PEFT's active adapter.
 
-`test_architectures` runs twenty mixtures of experts; here are the parts, the files and the limits.
+`test_architectures` runs every mixture of experts; here are the parts, the files and the limits.
 """
 
 from __future__ import annotations
@@ -21,9 +21,15 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.adapters.factors import expert_factors
-from lens_lora.analyses.spectra import summarise
+from lens_lora.analyses.spectra import compared, summarise, thin_updates
 from lens_lora.compat import own_forward
-from lens_lora.errors import AdapterError, ArgumentError, ModelStateError, UnsupportedAdapterError
+from lens_lora.errors import (
+    AdapterError,
+    ArgumentError,
+    ModelStateError,
+    SiteError,
+    UnsupportedAdapterError,
+)
 from lens_lora.model import experts
 
 pytestmark = models.NEEDS_NEWEST
@@ -353,6 +359,35 @@ def test_sums_mixtures_and_nulls(case):
         adapter.mixed(ll.Adapter.from_factors({key: fewer}), 0.5)
 
 
+def test_two_stacks_are_compared_expert_by_expert(case):
+    """⟨ΔW, ΔW′⟩ of the whole tensors; products of different experts are no part of it."""
+    lens, other = case.lens, case.lens.adapter.null(5)
+    mixed = case.lens.adapter.mixed(other, 0.3)
+    updates, others = thin_updates(lens), thin_updates(lens.with_adapter(mixed))
+    for index in stacks(lens):
+        site = lens.sites[index]
+        ours, theirs = (a.modules[site.module] for a in (lens.adapter, mixed))
+        pair = compared(updates[site.name], others[site.name])
+        expected = float((ours.materialise() * theirs.materialise()).sum())
+        across = float(((ours.B.T @ theirs.B) * (ours.A @ theirs.A.T)).sum())
+        across *= ours.scale * theirs.scale
+        assert abs(pair.inner - expected) < 1e-12 < 1e-3 < abs(across - expected)
+        assert len(pair.read) == len(pair.write) == EXPERTS * RANK
+        assert float((pair.read - 1).abs().max()) < 1e-6  # the mixture reads all that this reads
+    random = ll.compare_adapters(lens, mixed, draws=4, progress=False).null_inner
+    assert bool((random != 0).all())
+
+
+def test_a_checkpoint_at_half_strength_has_turned_by_nothing(case):
+    half = case.lens.adapter.scaled(0.5).named("half")
+    run = ll.checkpoints(
+        case.lens, [half, case.lens.adapter], models.tokens(), MARGIN, progress=False
+    )
+    norms = [case.lens.adapter.modules[site.module].norm() for site in case.lens.sites]
+    assert float((run.moved[1] - torch.tensor(norms) / 2).abs().max()) < 1e-6
+    assert float(run.angle.abs().max()) < 1e-5
+
+
 def test_factors_by_expert_and_back(case):
     factors = case.lens.adapter.modules[case.lens.sites[stacks(case.lens)[0]].module]
     again = expert_factors(factors.by_expert())
@@ -363,6 +398,40 @@ def test_factors_by_expert_and_back(case):
 
 
 # --- what is refused
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_an_adapter_of_another_number_of_experts_is_refused(case, count: int):
+    """Whose factors would fit, and reach the wrong experts, or none."""
+    key = case.lens.sites[stacks(case.lens)[0]].module
+    parts = case.lens.adapter.modules[key].by_expert()
+    factors = expert_factors((parts + parts)[:count])
+    with pytest.raises(AdapterError, match=f"are of {count} experts, the model's stack 4"):
+        case.lens.with_adapter(ll.Adapter.from_factors({key: factors}))
+    one = ll.LoRAFactors(parts[0].A, parts[0].B)  # of a linear module
+    with pytest.raises(AdapterError, match="are of 0 experts, the model's stack 4"):
+        case.lens.with_adapter(ll.Adapter.from_factors({key: one}))
+
+
+def test_factors_of_a_shared_expert_are_laid_on_no_stack(case):
+    """Whatever stands before `experts` in the name."""
+    factors = ll.LoRAFactors(torch.ones(1, 16), torch.ones(12, 1))
+    key = "model.layers.1.mlp.shared_experts.0.gate_proj"
+    with pytest.raises(SiteError, match="shared_experts"):
+        case.lens.with_adapter(ll.Adapter.from_factors({key: factors}))
+
+
+def test_a_router_may_name_the_arguments_of_its_product(monkeypatch: pytest.MonkeyPatch):
+    base = architectures.hf_model("Qwen3-MoE", dtype=torch.float32)
+    peft = architectures.peft_model("Qwen3-MoE", base)
+    router = type(base.model.layers[0].mlp.gate)
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr(
+        f"{router.__module__}.F.linear",
+        lambda x, weight, bias=None: plain(input=x, weight=weight, bias=bias),
+    )
+    lens = ll.load(base, ll.Adapter.from_peft(peft).only("*.gate"), tokenizer=models.tokenizer())
+    assert {site.kind for site in lens.sites} == {"mlp.gate"}
 
 
 def test_another_token_s_experts_stand_in_for_none(case):
