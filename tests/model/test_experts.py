@@ -198,7 +198,7 @@ def test_tokens_that_change_experts_are_counted(case):
 
 
 def test_a_path_is_complete_where_no_token_changes_experts(case):
-    """The remainder of the path is what g jumps by."""
+    """What it lacks is what g jumps by; none of these prompts changes experts and changes back."""
     tokens = models.tokens(batch=6, pos=4)
     remainder = ll.remainder(case.lens, tokens, MARGIN, progress=False)
     path = ll.path_attribution(case.lens, tokens, MARGIN, tol=1e-9, progress=False)
