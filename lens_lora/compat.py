@@ -214,19 +214,29 @@ def _put_back(attributes: dict[str, Any], name: str, before: object) -> None:
 
 
 def refuse_reading(
-    span: Temporary, module: nn.Module, names: Sequence[str], why: Callable[[], Exception]
+    span: Temporary,
+    module: nn.Module,
+    names: Sequence[str],
+    why: Callable[[], Exception],
+    unless: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Attributes of these names raise this error until the span ends.
+    """Attributes of these names raise this error until the span ends, `unless` a pass reads them.
 
     No hook sees that a weight is read. A module's class is made another one for a while, as a
     property stands in a class; a bridge's component hands attributes on to what it wraps.
     """
 
-    def refuse(_: object) -> None:
-        raise why()
+    def guard(name: str) -> property:
+        def read(component: nn.Module) -> Any:
+            if not unless():
+                raise why()
+            of_class = getattr(kind, name, None)  # K and V of grouped heads are properties
+            return of_class.__get__(component) if of_class else component.__getattr__(name)
+
+        return property(read)
 
     kind = type(module)
-    guarded = type(kind.__name__, (kind,), {name: property(refuse) for name in names})
+    guarded = type(kind.__name__, (kind,), {name: guard(name) for name in names})
     span.way_back(functools.partial(object.__setattr__, module, "__class__", kind))
     object.__setattr__(module, "__class__", guarded)
 

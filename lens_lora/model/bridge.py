@@ -61,7 +61,7 @@ from lens_lora.model.bridged import (
     unwrapped,
 )
 from lens_lora.model.experts import as_one_map, each_shape, is_experts, refuse_without_float64
-from lens_lora.model.hooks import add_pre_hook, of_the_base
+from lens_lora.model.hooks import add_pre_hook, computes, of_the_base
 from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
 from lens_lora.model.quantised import dequantised, quantised_name
 from lens_lora.model.sites import MLP_KINDS, NORM_READ_BY, Heads, SiteFactors, site_name
@@ -328,15 +328,19 @@ class BridgeHost(Host):
         return self._of_parameter(layer, kind, lambda _, stack: stack.detach())
 
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
-        """A component computes by the module that it wraps; its own `weight` is for tools. But a
-        processed gated MLP reads those of its parts in every pass, where nothing is refused.
+        """A component computes by the module that it wraps; its own `weight` is for tools, and for
+        the passes of a processed gated MLP (transformer-lens 4).
         """
-        if site.kind in MLP_KINDS and self._computes_gated_mlp(site.layer):
-            return
         component = module_at(self.model, self._component(site.layer, site.kind))
-        if isinstance(component, nn.Module) and unwrapped(component) is not component:
-            names = [name for parameter in parameters for name in _READ_AS[parameter]]
-            refuse_reading(span, component, names, functools.partial(of_the_base, site.name))
+        if not isinstance(component, nn.Module) or unwrapped(component) is component:
+            return
+        names = [name for parameter in parameters for name in _READ_AS[parameter]]
+        why = functools.partial(of_the_base, site.name)
+        if site.kind in MLP_KINDS and self._computes_gated_mlp(site.layer):
+            passes = computes(span, self.model.blocks[site.layer].mlp)
+            refuse_reading(span, component, names, why, unless=passes)
+        else:
+            refuse_reading(span, component, names, why)
 
     def _wrapped(self, layer: int, kind: str) -> Any:
         """The Hugging Face module of a component, or the parameter; None where it has none."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, ClassVar, final
 
@@ -18,9 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_lora.compat import in_float64
+from lens_lora.compat import Temporary, in_float64, refuse_reading
 from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
+from lens_lora.model.hooks import computes, of_the_base
 from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
 from lens_lora.model.sites import NORM_READ_BY, OUTSIDE_KINDS, Heads, SiteFactors, site_name
 
@@ -31,6 +33,7 @@ _WEIGHTS = {
     "embed": "embed.W_E",
     "pos_embed": "pos_embed.W_pos",
     "unembed": "unembed.W_U",
+    **{kind: f"attn.W_{kind.upper()}" for kind in "qkvo"},
     "gate": "mlp.W_gate",
     **dict.fromkeys(("up", "fc_in"), "mlp.W_in"),
     **dict.fromkeys(("down", "fc_out"), "mlp.W_out"),
@@ -190,6 +193,15 @@ class HookedTransformerHost(Host):
         if kind in ("q", "k", "v"):
             return _ungrouped(owner.attn, f"W_{kind.upper()}").transpose(1, 2).flatten(0, 1)
         return attrgetter(_WEIGHTS[kind])(owner).detach().T
+
+    def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
+        """W_Q and b_Q of an attention, say, which its own passes go on to read."""
+        path, _, weight = _WEIGHTS[site.kind].rpartition(".")
+        owner = self.model if site.kind in OUTSIDE_KINDS else self.model.blocks[site.layer]
+        module = owner.get_submodule(path)
+        names = [weight if parameter == "weight" else f"b{weight[1:]}" for parameter in parameters]
+        why = functools.partial(of_the_base, site.name)
+        refuse_reading(span, module, names, why, unless=computes(span, module))
 
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
         """b_V, b_O or b_U."""

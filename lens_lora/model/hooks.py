@@ -52,6 +52,7 @@ from lens_lora.compat import (
     hooks_of,
     is_within_transform,
     open_spans,
+    replace_forward,
     temporary,
 )
 from lens_lora.errors import LensLoraError, ModelStateError, OutOfMemoryError
@@ -152,6 +153,22 @@ def add_pre_hook(
     hooks = hooks_of(module)
     span.way_back(functools.partial(_remove, hooks.before, hook, hooks.takes_kwargs))
     module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+
+
+def computes(span: Temporary, module: nn.Module) -> Callable[[], bool]:
+    """Whether the module is within its own pass, to be asked until the span ends."""
+    passes: list[nn.Module] = []
+    forward = module.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        passes.append(module)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            passes.pop()
+
+    replace_forward(span, module, counted)
+    return lambda: bool(passes)
 
 
 def _remove(hooks: dict[int, Any], hook: object, *also: dict[int, Any]) -> None:

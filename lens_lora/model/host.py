@@ -162,11 +162,9 @@ class Host(abc.ABC):
         """The weights of all experts of a layer, one after another; None of any other kind."""
         del layer, kind
 
+    @abc.abstractmethod
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
-        """Until the span ends, these parameters of a site are not read of the model, where it has a
-        place to refuse it.
-        """
-        del span, site, parameters
+        """Until the span ends, passes alone read these parameters of a site."""
 
     @abc.abstractmethod
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:

@@ -303,8 +303,8 @@ class LoraLens:
         Blocks within one another add up, those of one lens too: two at scale 1 apply it twice.
         Analyses, `logits` and `generate` of any lens on this model are refused within a block, as
         they would take the adapted model for their base; they apply the adapter by themselves.
-        Weights stay the base's. Of a TransformerBridge those that the adapter changes cannot be
-        read within the block, so that no tool takes them for the adapted model's.
+        Weights stay the base's. Reading one that the adapter changes is refused within the block,
+        so that no tool takes it for the adapted model's.
 
         Args:
             scale: as for `gates`.
