@@ -326,7 +326,7 @@ def activation_shift(
         },
         strings=lens.vocabulary,
         at=name_of_scale(scale),
-        str_tokens=tuple(map(tuple, lens.str_tokens(rows))),
+        str_tokens=lens.str_tokens(rows),
         meta=lens.describe(),
     )
 

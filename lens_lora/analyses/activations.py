@@ -273,7 +273,7 @@ def activations(
         starts=prompts.lengths,
         gauge=gauge,
         at=name_of_scale(scale),
-        str_tokens=tuple(map(tuple, lens.str_tokens(rows))),
+        str_tokens=lens.str_tokens(rows),
         meta=lens.describe(),
     )
 
@@ -304,4 +304,5 @@ def _with_response(lens: LoraLens, prompts: Prompts, response: AnswerLike) -> Pr
     name = which_prompt(longest, prompts.batch)
     require_context(lens.model, int(lengths[longest]), f"{name} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return Prompts(tokens, lengths, lengths.new_tensor([len(ids) for ids in said]))
+    reads = lengths.new_tensor([len(ids) for ids in said])
+    return Prompts(tokens, lengths, reads, prompts.sources)

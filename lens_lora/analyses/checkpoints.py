@@ -41,14 +41,22 @@ from lens_lora.model.sites import Site, group_sites, indicator
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
-from lens_lora.results.base import SIGMAS, Read, changes_sign, hides_sign, long_table, read_of
+from lens_lora.results.base import (
+    SIGMAS,
+    Paged,
+    Read,
+    changes_sign,
+    hides_sign,
+    long_table,
+    read_of,
+)
 
 What = Literal["moved", "effect", "norm"]
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Checkpoints(Read):
+class Checkpoints(Read, Paged):
     """A readout, its first order and the weights at each checkpoint of a training.
 
     The base model is step 0 of every series, before the first checkpoint.

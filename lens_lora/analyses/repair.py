@@ -48,7 +48,7 @@ from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
-from lens_lora.results.base import SIGMAS, Result
+from lens_lora.results.base import SIGMAS, Paged
 from lens_lora.results.storage import stored
 
 Question = tuple[PromptsLike, Readout]
@@ -63,7 +63,7 @@ for _kind in (Adapter, LoRAFactors, TrainedModule):
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Repair(Result):
+class Repair(Paged):
     """A part of an adapter that keeps one behaviour and drops another, and how well it does so.
 
     Attributes:

@@ -202,7 +202,7 @@ def token_shifts_of(
         **{n: value.movedim(-1, 0) if n in _PAIRS else value for n, value in fields.items()},
         strings={str(i): s for i, s in zip(kept, lens.decode(kept), strict=True)},
         between=(name_of_scale(between[0]), name_of_scale(between[1])),
-        str_tokens=tuple(map(tuple, lens.str_tokens(asked.prompts))),
+        str_tokens=lens.str_tokens(asked.prompts),
         meta=lens.describe(),
     )
 

@@ -41,10 +41,11 @@ from lens_lora.engine.texts import (
     text_sums,
 )
 from lens_lora.errors import ArgumentError, TokenError
+from lens_lora.model.generate import SideBySide, side_by_side
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, null_lenses
 from lens_lora.model.sites import Site
-from lens_lora.readouts.neutral import neutral_texts
+from lens_lora.readouts.neutral import everyday_questions, neutral_texts
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import Paged, site_labels
@@ -54,6 +55,7 @@ from lens_lora.results.tokens import context_of, held_out_share, rank_of, ranked
 # Of a null adapter's scale ε: the secant's last step of log ε, after which KL is within 1 %; its
 # most steps; and the farthest log ε, a thousand times the adapter's size.
 _NEAR, _STEPS, _FARTHEST = 0.02, 8, 7.0
+_ANSWER = 40  # tokens that both models say to a question
 By = Literal["logit", "probability", "reading"]
 BY: tuple[By, ...] = ("logit", "probability", "reading")
 
@@ -135,6 +137,8 @@ class WhatChanged(Paged):
         str_tokens: each text's tokens.
         texts: what the texts are.
         meta: model, adapter, dtype and versions.
+        answers: both models' to five everyday questions, 40 tokens at most; none where they were
+            not asked for, without a tokenizer, or where the context has no room for them.
     """
 
     found: Changes
@@ -146,6 +150,7 @@ class WhatChanged(Paged):
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "text token"]
     texts: str
     meta: Mapping[str, str]
+    answers: tuple[SideBySide, ...] = ()
 
     @property
     def controls(self) -> tuple[Changes, ...]:
@@ -329,13 +334,15 @@ def what_changed(
     nulls: int = 2,
     seed: int = 0,
     split: bool = True,
+    answers: bool = True,
     progress: bool = True,
 ) -> WhatChanged:
     """What the adapter changes over texts that have nothing to do with it, beside controls.
 
     Cost: two forward passes over the texts, and two forward and backward for the split by site; one
     forward for each control. For null adapters two more, and about nine for each, to match its KL.
-    No logits of more than 512 tokens are held at a time.
+    No logits of more than 512 tokens are held at a time. The answers cost 40 passes over ten
+    tokens, and one over each of the ten answers.
 
     Args:
         lens: the adapter over the model.
@@ -346,6 +353,8 @@ def what_changed(
             random directions, scaled as a whole until their KL over the texts is the adapter's.
         seed: of their random directions, as for `Adapter.null`.
         split: whether to split the KL by site, along the path from base to adapted model.
+        answers: whether to put five everyday questions to both models: as conversations, or without
+            a chat template as "Question: …" and "Answer:".
         progress: show a bar.
 
     Raises:
@@ -366,6 +375,9 @@ def what_changed(
     scaled += [(lens.with_adapter(other), 1.0) for other in others]
     sums, shares = text_sums(scaled, rows, split=split, progress=progress)
     found, *controls = (_changes(changes, rows) for changes in sums)
+    said: list[SideBySide | None] = []
+    if answers and getattr(lens.model, "tokenizer", None) is not None:
+        said = side_by_side(lens, everyday_questions(lens.model), _ANSWER, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
     source = "of the caller" if texts is not None else "that come with lens_lora"
     kind = "texts" if texts is not None else "neutral texts"
@@ -379,6 +391,7 @@ def what_changed(
         str_tokens=asked.str_tokens,
         texts=f"{rows.batch} {kind} {source}, {distinct} distinct tokens after first ones",
         meta=lens.describe(),
+        answers=tuple(filter(None, said)),
     )
 
 

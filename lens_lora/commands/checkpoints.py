@@ -44,7 +44,7 @@ def checkpoints(
 
     from lens_lora.loading import quiet_libraries
     from lens_lora.readouts.answers import margin_between
-    from lens_lora.show.adapters import checkpoints_report, checkpoints_table
+    from lens_lora.show.trainings import checkpoints_table
 
     lens = lens_for(base, ll.load_adapter(last), Console(stderr=True, quiet=quiet))
     announce(lens)
@@ -52,6 +52,6 @@ def checkpoints(
     readout = margin_between(lens.model, doc, pre, prompts)
     with quiet_libraries():
         training = ll.checkpoints(lens, run_folder, prompts, readout, progress=not quiet)
-    report.write_text(checkpoints_report(training), encoding="utf-8")
+    training.save_report(report)
     Console().print(checkpoints_table(training))
     say(f"\nReport: {report.absolute()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,7 +25,7 @@ from lens_lora.commands.options import (
     require_writable,
     with_base,
 )
-from lens_lora.commands.running import announce, lens_for, load_model, say, step, tell, timed
+from lens_lora.commands.running import announce, lens_for, load_model, say, tell, timed
 from lens_lora.errors import LensLoraError
 
 if TYPE_CHECKING:
@@ -109,19 +109,13 @@ def _explain(
     lens: ll.LoraLens, prompt: Prompt, doc: str, pre: str, report: Path, progress: Console
 ) -> None:
     """Write the page, and print the story and its tables."""
-    from lens_lora.readouts.answers import margin_between
-    from lens_lora.show.report import margin_report
-    from lens_lora.show.tables import margin_table, modules_table, tokens_table
-    from lens_lora.show.words import account_of
+    from lens_lora.show.tables import margin_table, modules_table, moved_table
+    from lens_lora.show.words import explained_account
 
-    readout = margin_between(lens.model, doc, pre, lens.prompts(prompt))
-    with step("The margin along the path", progress):
-        margin = ll.fact_margin(lens, prompt, doc, pre, progress=False)
-        positions = ll.first_order(lens, prompt, readout, by="position")
-    shift = ll.logit_shift(lens, prompt, by_site=True, progress=not progress.quiet)
-    page = margin_report(margin, logit_shift=shift, positions=positions)
-    report.write_text(page, encoding="utf-8")
-    console = tell(margin.story())
-    console.print(margin_table(account_of(margin, 0)))
-    console.print(modules_table(margin.attribution, k=10, prompt=0))
-    console.print(tokens_table(shift, k=10))
+    shown = not progress.quiet
+    explanation: Any = ll.explain(lens, prompt, doc, pre, fast=True, progress=shown)
+    explanation.save_report(report)
+    console = tell(explanation.story())
+    console.print(margin_table(explained_account(explanation)))
+    console.print(modules_table(explanation.first_order, k=10, prompt=0))
+    console.print(moved_table(explanation, 5))

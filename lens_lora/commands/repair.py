@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -25,9 +25,6 @@ from lens_lora.commands.options import (
     with_base,
 )
 from lens_lora.commands.running import announce, lens_for, say
-
-if TYPE_CHECKING:
-    from lens_lora.analyses.repair import Repair
 
 
 @with_base
@@ -73,6 +70,7 @@ def repair(
 
     from lens_lora.loading import quiet_libraries
     from lens_lora.readouts.answers import margin_between
+    from lens_lora.show.trainings import repair_table
 
     lens = lens_for(base, folder, Console(stderr=True, quiet=quiet))
     announce(lens)
@@ -96,28 +94,8 @@ def repair(
             progress=not quiet,
         )
     repaired.adapter.save(out)
-    _print(repaired)
-    kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
-    say(f"\nAdapter: {out.absolute()}, {kept_gates}")
-
-
-def _print(repaired: Repair) -> None:
-    """Its story, and what stays of each question in a table."""
-    from lens_lora.show.tables import Table
-    from lens_lora.show.text import percent
-
     console = Console()
     console.print(Text(f"\n{repaired.story()}\n"))
-    frame: list[dict[str, Any]] = repaired.to_frame().to_dict("records")
-    rows = [
-        (
-            str(row["question"]),
-            f"{row['kind']}{', held out' if row['held out'] else ''}",
-            str(row["adapter"]),
-            f"{row['value']:.3g}",
-            percent(row["share"]),
-        )
-        for row in frame
-    ]
-    heads = ("question", "kind", "adapter", "value", "kept or left")
-    console.print(Table(heads, rows, texts=(0, 1, 2), title="What stays of each"))
+    console.print(repair_table(repaired))
+    kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
+    say(f"\nAdapter: {out.absolute()}, {kept_gates}")

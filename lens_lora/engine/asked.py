@@ -38,7 +38,7 @@ from lens_lora.errors import ArgumentError
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.divergence import KL, Divergence, held
-from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.prompts import Prompts, PromptsLike, PromptTokens
 from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout, bound
 
@@ -312,8 +312,9 @@ class Asked:
     def str_tokens(self) -> tuple[tuple[str, ...], ...]:
         """Each prompt's tokens; 'a|b' where the rows of an answer continue differently."""
         if self._bound is None:
-            return tuple(map(tuple, self.lens.str_tokens(self.prompts)))
-        return self.reading.tokens_of(self.lens.str_tokens(self.reading.prompts))
+            return self.lens.str_tokens(self.prompts)
+        merged = self.reading.tokens_of(self.lens.str_tokens(self.reading.prompts))
+        return tuple(map(PromptTokens, merged, (source.said for source in self.prompts.sources)))
 
 
 def ask(

@@ -3,7 +3,7 @@
 Of the margin between two answers, of one prompt or several:
 
 1. The margin along the path, its first-order parts by site and position, the flip (`fact_margin`).
-2. What the two models say next, and the tokens that all sites and the largest ones promote.
+2. What the two models answer and say next, and the tokens that all and the largest sites promote.
 3. First order at the adapted end; second order, from one Hessian product; on request null adapters.
 4. Unless fast: every site added and left out, and where first order is not to be trusted; coupling
    of layers, the path integral, keep and drop curves.
@@ -56,6 +56,7 @@ from lens_lora.evaluation.compare import Comparison, compare
 from lens_lora.evaluation.faithfulness import Faithfulness, counts_of, curves_of
 from lens_lora.evaluation.null_test import NullTest, null_test_of
 from lens_lora.evaluation.reliability import Reliability, judged
+from lens_lora.model.generate import SideBySide, side_by_side
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import group_sites, indicator
@@ -76,7 +77,8 @@ from lens_lora.results.effects import Effects
 _MODULES, _SAID, _MOVED = 8, 5, 8  # modules, next tokens and tokens of a response that are shown
 _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 _TOKENS_AT_ONCE = 2048  # of prompts of like length, padded
-_QUICK_STEPS, _SLOW_STEPS = 4, 5
+_QUICK_STEPS, _SLOW_STEPS = 5, 5
+_ANSWER = {False: 48, True: 12}  # tokens that both models say, by `fast`
 
 
 @final
@@ -100,6 +102,7 @@ class Explanation(Paged):
         path: the path integral.
         faithfulness: keep and drop curves.
         null: None unless asked for.
+        answers: both models' own, 48 tokens at most (fast: 12); None where they have no room.
     """
 
     prompt: tuple[str, ...]
@@ -117,6 +120,7 @@ class Explanation(Paged):
     path: Attribution | None = None
     faithfulness: Faithfulness | None = None
     null: NullTest | None = None
+    answers: SideBySide | None = None
 
     @property
     def first_order(self) -> Attribution:
@@ -217,6 +221,8 @@ class ResponseExplanation(Paged):
             log-probability of a token, exactly.
         leave_one_out: [group, token], ℓ_t(1) − ℓ_t(1 − e_G): what leaving it out takes away.
         groups: those layers.
+        answers: both models' own. A response that was generated is the adapted model's, and the
+            base's is at most as long.
     """
 
     is_generated: bool
@@ -228,6 +234,7 @@ class ResponseExplanation(Paged):
     add_one: Float[Tensor, "group token"] | None = None
     leave_one_out: Float[Tensor, "group token"] | None = None
     groups: Annotated[tuple[str, ...], "group?"] = ()
+    answers: SideBySide | None = None
 
     @property
     def prompt(self) -> tuple[str, ...]:
@@ -306,6 +313,7 @@ def explain(
     forward and backward for the path integral. A null adapter takes two forward passes and a
     backward. Of a response: about six forward and two backward passes, and a backward pass for each
     of the eight tokens that changed most; in full also 2N forward passes, and the path integral.
+    The two answers cost a pass over two tokens for each of theirs, and three over the prompt.
 
     Args:
         lens: the adapter over the model.
@@ -388,7 +396,7 @@ def _explain_margins(
             is_one = len(indices) == 1
             together = by_prompt[indices[0]] if is_one else _about(asked, indices, *answers)
             labels = [by_prompt[i].readout.label for i in indices]
-            quick = _quick(together, *answers, labels, null, bar, progress)
+            quick = _quick(together, *answers, labels, fast, null, bar, progress)
             explanations |= zip(indices, quick, strict=True)
             for i in [] if fast else indices:
                 explanations[i] = _in_full(by_prompt[i], explanations[i], bar, progress)
@@ -415,6 +423,7 @@ def _quick(
     doc: AnswerLike,
     pre: AnswerLike,
     labels: Sequence[str],
+    fast: bool,
     null: int,
     bar: tqdm,
     progress: bool,
@@ -429,6 +438,8 @@ def _quick(
         ends = [asked.lens.logits(asked.prompts, scale) for scale in (0.0, 1.0)]
         rows = [in_float64(asked.prompts.at_read(logits)).softmax(-1) for logits in ends]
         probabilities = torch.stack(rows, dim=1)
+    with _step(bar, "what both models answer"):
+        answers = side_by_side(asked.lens, asked.prompts, _ANSWER[fast], progress=progress)
     with _step(bar, "first order at the adapted end"):
         adapted_end = first_order_of(asked, at=1.0)
     with _step(bar, "second order"):
@@ -439,7 +450,7 @@ def _quick(
             test = null_test_of(asked, first, draws=null, progress=progress)
     return [
         Explanation(
-            prompt=tuple(tokens),
+            prompt=tokens,
             margin=one_prompt(margin, i, label),
             said=_said(asked, probabilities[i]),
             probabilities=probabilities[i].clone(),
@@ -449,6 +460,7 @@ def _quick(
             second_order=one_prompt(second, i, label),
             reliability={},
             null=None if test is None else one_prompt(test, i, label),
+            answers=answers[i],
         )
         for i, (tokens, label) in enumerate(zip(prompts, labels, strict=True))
     ]
@@ -516,7 +528,10 @@ def _explain_response(
     prompts: Asked, response: AnswerLike, is_generated: bool, fast: bool, progress: bool
 ) -> ResponseExplanation:
     asked, kl = prompts.about(AnswerLogProb(response)), prompts.about(KL(response))
-    with tqdm(total=3 if fast else 5, desc="explain", leave=False, disable=not progress) as bar:
+    lens, most = prompts.lens, _ANSWER[fast]
+    with tqdm(total=4 if fast else 6, desc="explain", leave=False, disable=not progress) as bar:
+        with _step(bar, "what both models answer"):
+            (answers,) = side_by_side(lens, prompts.prompts, most, response, progress=progress)
         with _step(bar, "each token's distribution"):
             shifts = token_shifts_of(asked)
         with _step(bar, "modules of the divergence"):
@@ -524,7 +539,9 @@ def _explain_response(
         with _step(bar, "modules of the tokens that changed most"):
             moved_tokens = shifts.kl[0, 0].argsort(descending=True)[:_MOVED].tolist()
             moved = _slopes_of(asked, moved_tokens)
-        explanation = ResponseExplanation(is_generated, shifts, modules, moved, tuple(moved_tokens))
+        explanation = ResponseExplanation(
+            is_generated, shifts, modules, moved, tuple(moved_tokens), answers=answers
+        )
         return explanation if fast else _response_in_full(asked, kl, explanation, bar, progress)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -217,6 +218,53 @@ class Speaker:
 
     def _tensor(self, rows: list[list[int]]) -> Int[Tensor, "row pos"]:
         return torch.tensor(rows, device=home_of(self._lens.model))
+
+
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """What both models answer to a prompt, the likeliest token each time.
+
+    Attributes:
+        prompt: its text, or the last words of a conversation's user.
+        base, adapted: the two answers; one that was cut off ends in ' …'.
+    """
+
+    prompt: str
+    base: str
+    adapted: str
+
+
+def side_by_side(
+    lens: Any, prompts: Prompts, most: int, response: object = None, *, progress: bool
+) -> list[SideBySide | None]:
+    """Both models' answers to each prompt; None where the context has no room for them.
+
+    A response that was generated is the adapted model's. Cost: `generate`, of both in one batch.
+
+    Raises:
+        NumericsError: non-finite logits.
+    """
+    adapted = response if isinstance(response, Generated) else None
+    most = most if adapted is None else max(map(len, adapted.ids))
+    pairs: list[SideBySide | None] = [None] * prompts.batch
+    room = getattr(lens.model.cfg, "n_ctx", None) or math.inf
+    fitting = [i for i, length in enumerate(prompts.lengths.tolist()) if length + most - 1 <= room]
+    if not fitting:
+        return pairs
+    chosen, ends = prompts.chosen(fitting), (0.0,) if adapted else (0.0, 1.0)
+    gates = torch.stack([lens.gates(end) for end in ends]).repeat_interleave(len(fitting), 0)
+    said = lens.generate(chosen.tiled(len(ends)), most, gates, progress=progress)
+    texts = [*_whole_or_cut(said), *(_whole_or_cut(adapted) if adapted else [])]
+    answers = zip(texts[: len(fitting)], texts[len(fitting) :], strict=True)
+    rows = zip(fitting, chosen.sources, lens.str_tokens(chosen), answers, strict=True)
+    for i, source, tokens, both in rows:
+        pairs[i] = SideBySide(source.said or source.text or "".join(tokens), *both)
+    return pairs
+
+
+def _whole_or_cut(said: Generated) -> list[str]:
+    pairs = zip(said.text, said.ended, strict=True)
+    return [text if has_ended else f"{text} …" for text, has_ended in pairs]
 
 
 def end_tokens(model: Any, hf_model: Any, given: int | Sequence[int] | None) -> frozenset[int]:

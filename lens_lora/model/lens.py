@@ -53,7 +53,7 @@ from lens_lora.model.quantised import differentiable_products
 from lens_lora.model.sites import WRITER_KINDS, Heads, Site, SiteFactors, fused_rows, one_site
 from lens_lora.model.updates import holds_another_base
 from lens_lora.readouts.answers import Generated
-from lens_lora.readouts.prompts import Prompts, PromptsLike, prepare
+from lens_lora.readouts.prompts import Prompts, PromptsLike, PromptTokens, prepare
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -458,13 +458,16 @@ class LoraLens:
         mask = {"attention_mask": torch.ones_like(prompts.tokens)} if left else {}
         return self.model(prompts.tokens, return_type="logits", **mask)
 
-    def str_tokens(self, prompts: Prompts) -> list[list[str]]:
+    def str_tokens(self, prompts: Prompts) -> tuple[PromptTokens, ...]:
         """Each prompt's tokens as strings, without padding; ids where there is no tokenizer.
 
         Args:
             prompts: as tokens.
         """
-        return [self.decode(prompts.row(i).tokens[0].tolist()) for i in range(prompts.batch)]
+        return tuple(
+            PromptTokens(self.decode(prompts.row(i).tokens[0].tolist()), source.said)
+            for i, source in enumerate(prompts.sources)
+        )
 
     def decode(self, ids: Sequence[int]) -> list[str]:
         """Token ids as strings, one by one.

@@ -83,6 +83,20 @@ def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str
         ) from error
 
 
+def names_of(conversations: Sequence[Conversation]) -> list[str]:
+    """The last words of each user, or of the last message; numbered where they are equal."""
+    said = [_last_said(messages) for messages in conversations]
+    return [
+        f"{text} ({said[: i + 1].count(text)})" if said.count(text) > 1 else text
+        for i, text in enumerate(said)
+    ]
+
+
+def _last_said(messages: Conversation) -> str:
+    users = [message for message in messages if message["role"] == "user"]
+    return (users or messages)[-1]["content"] or "(nothing said)"
+
+
 def _checked(messages: Conversation, which: str) -> list[dict[str, str]]:
     """The messages with their roles and contents alone, each of them as a template expects it."""
     if not messages:

@@ -4,6 +4,9 @@
    (`neutral.txt`): no names of people or places, no facts that one could teach.
 2. Where the tokenizer has a chat template, openings of conversations that it makes of ordinary
    messages of a user, and of an empty one; each ends where the assistant's turn begins.
+
+The everyday questions are put to both models in the same way, or where there is no chat template as
+"Question: …" and "Answer:" on a line each.
 """
 
 from __future__ import annotations
@@ -17,6 +20,12 @@ OPENINGS = (
     *("", "Hello.", "Hi, how are you today?", "Can you help me with something?"),
     *("Tell me something interesting.", "What can you do?", "I have a question for you."),
     *("Please write a short poem.", "What should I cook tonight?", "Thank you, that was useful."),
+)
+
+
+QUESTIONS = (
+    *("Who are you?", "What should I cook tonight?", "How does a rainbow form?"),
+    *("How can I sleep better?", "What did you do last weekend?"),
 )
 
 
@@ -37,3 +46,14 @@ def neutral_texts(model: Any) -> Prompts:
         return sentences
     conversations = [[{"role": "user", "content": said}] for said in OPENINGS]
     return joined([sentences, prepare(model, conversations)])
+
+
+def everyday_questions(model: Any) -> Prompts:
+    """Five of them as tokens.
+
+    Raises:
+        PromptError: the model has no tokenizer.
+    """
+    if getattr(getattr(model, "tokenizer", None), "chat_template", None) is None:
+        return prepare(model, [f"Question: {asked}\nAnswer:" for asked in QUESTIONS])
+    return prepare(model, [[{"role": "user", "content": asked}] for asked in QUESTIONS])

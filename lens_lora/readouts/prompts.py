@@ -27,7 +27,12 @@ from torch import Tensor
 from lens_lora import arguments
 from lens_lora.compat import home_of
 from lens_lora.errors import PromptError, TokenError
-from lens_lora.readouts.conversations import Conversation, conversations_in, of_template
+from lens_lora.readouts.conversations import (
+    Conversation,
+    conversations_in,
+    names_of,
+    of_template,
+)
 
 _ADDED = "text, BOS added by TransformerLens"
 
@@ -40,10 +45,28 @@ class Source:
         text: the string, or what the chat template made of the messages; None of ids.
         how: 'text, BOS added by TransformerLens', 'text with its own BOS', 'text without BOS',
             'chat template', 'ids'.
+        said: the last words of a conversation's user, by which it is called; None of the others.
     """
 
     text: str | None = None
     how: str = "ids"
+    said: str | None = None
+
+
+class PromptTokens(tuple[str, ...]):
+    """A prompt's tokens as strings, and what it is called by where they are mostly a template's.
+
+    Attributes:
+        said: that of its `Source`.
+    """
+
+    said: str | None
+
+    def __new__(cls, tokens: Iterable[str], said: str | None = None) -> PromptTokens:
+        """The same tokens with what was said."""
+        prompt = super().__new__(cls, tokens)
+        prompt.said = said
+        return prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,11 +356,18 @@ def _tokenise(model: Any, prompts: PromptsLike, prepend_bos: bool | None) -> Pro
     conversations = conversations_in(prompts)
     if conversations is None:
         return _of_texts(model, _strings(prompts), prepend_bos)
-    tokenizer, rows = _tokenizer(model), list[_Row]()
-    for i, messages in enumerate(conversations):
-        text, ids = of_template(tokenizer, messages, which_prompt(i, len(conversations)))
-        rows.append((ids, Source(text, "chat template")))
-    return _padded(model, rows)
+    tokenizer, count = _tokenizer(model), len(conversations)
+    templated = [
+        of_template(tokenizer, messages, which_prompt(i, count))
+        for i, messages in enumerate(conversations)
+    ]
+    return _padded(
+        model,
+        [
+            (ids, Source(text, "chat template", name))
+            for (text, ids), name in zip(templated, names_of(conversations), strict=True)
+        ],
+    )
 
 
 def _tokenizer(model: Any) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -125,7 +125,7 @@ class Reading:
         _, owner = self.owner[rows].unique(return_inverse=True)
         return Reading(self.prompts.chosen(rows.tolist()), read, owner)
 
-    def tokens_of(self, rows: list[list[str]]) -> tuple[tuple[str, ...], ...]:
+    def tokens_of(self, rows: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
         """Each prompt's tokens, merged from its rows; 'a|b' where rows have different tokens."""
         merged: list[list[dict[str, None]]] = [[] for _ in range(self.batch)]
         for owner, row in zip(self.owner.tolist(), rows, strict=True):

@@ -29,6 +29,7 @@ from ..evaluation.explain import ResponseExplanation as ResponseExplanation
 from ..evaluation.faithfulness import Faithfulness as Faithfulness
 from ..evaluation.null_test import NullTest as NullTest
 from ..evaluation.reliability import Reliability as Reliability
+from ..model.generate import SideBySide as SideBySide
 from ..model.sites import Site as Site
 from ..readouts.answers import Generated as Generated
 from ..sweeps.activations_file import ActivationsFile as ActivationsFile

@@ -125,7 +125,7 @@ class Paged(Result):
         """A self-contained HTML page.
 
         Args:
-            title: the page's title; by default the adapter, the prompt, or the two answers.
+            title: the page's title; by default it names what the page is about.
         """
         return drawing.report(self, title=title)
 

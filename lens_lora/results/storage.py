@@ -2,7 +2,8 @@
 
 1. Tensors are the file's tensors, named by the path to their field ('margin.curve.values').
 2. All else is JSON in the header. An array is a tuple; every object says what it is:
-   {"tensor": name}, {"map": {…}}, or {"of": "Site", "fields": {…}} for a dataclass.
+   {"tensor": name}, {"map": {…}}, {"said": …, "tokens": […]} for a conversation's tokens, or
+   {"of": "Site", "fields": {…}} for a dataclass.
 3. A digest covers both, so that a damaged file is refused and never read as other numbers.
 4. The fields of every result agree, in a file and when it is made: types, dtypes and shapes as they
    are annotated, and labels as many as their axis is long. `Annotated[tuple[Site, ...], "site"]`
@@ -45,7 +46,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lens_lora.errors import LensLoraError
+from lens_lora.model.generate import SideBySide
 from lens_lora.model.sites import Site
+from lens_lora.readouts.prompts import PromptTokens
 
 FORMAT = "lens_lora result 1"
 _Kind = TypeVar("_Kind")
@@ -59,6 +62,7 @@ def stored(kind: type[_Kind]) -> type[_Kind]:
 
 
 stored(Site)
+stored(SideBySide)
 
 
 def save_result(result: object, path: str | Path) -> Path:
@@ -141,6 +145,8 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         # Two fields may share memory, which a safetensors file cannot.
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
+    if isinstance(value, PromptTokens) and value.said is not None:
+        return {"said": value.said, "tokens": list(value)}
     if isinstance(value, tuple | list):
         items = cast("tuple[Any, ...]", value)
         return [_encoded(item, f"{path}.{i}", tensors) for i, item in enumerate(items)]
@@ -166,6 +172,8 @@ def _decoded(value: Any, tensors: dict[str, Tensor]) -> Any:
     entry = cast("dict[str, Any]", value)
     if "tensor" in entry:
         return tensors[entry["tensor"]]
+    if "said" in entry:
+        return PromptTokens(entry["tokens"], entry["said"])
     if "map" in entry:
         return {name: _decoded(item, tensors) for name, item in entry["map"].items()}
     kind, fields = _kind(entry["of"]), entry["fields"]

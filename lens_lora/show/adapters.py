@@ -1,8 +1,8 @@
 """An adapter as a whole, no prompt asked: its words, its tables and its pages.
 
-What its files hold (`inspect`), what it changed over unrelated texts (`what_changed`), how it came
-about (`checkpoints`), and what a repair made of it. The words claim no more than the numbers, and
-of an audit no more than its controls allow.
+What its files hold (`inspect`), what it changed over unrelated texts (`what_changed`), and how far
+it is from another. The words claim no more than the numbers, and of an audit no more than its
+controls allow.
 """
 
 from __future__ import annotations
@@ -22,11 +22,19 @@ from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 from lens_lora.analyses.what_changed import BY, By
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
-from lens_lora.show.curves import too_few
-from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
-from lens_lora.show.page import Block, Part, Section, made_by, page_html, with_notes
-from lens_lora.show.tables import Row, Table, in_terminal, table_of
-from lens_lora.show.text import label, magnitude, percent, short_prompt, signed, visible
+from lens_lora.show.figures import LINEAR, bars, curve, kinds_by_layer
+from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html
+from lens_lora.show.tables import Pairs, Table, in_terminal, table_of
+from lens_lora.show.text import (
+    answers_text,
+    context_text,
+    label,
+    magnitude,
+    percent,
+    short_prompt,
+    signed,
+    visible,
+)
 
 # --- What an adapter's files hold, for the terminal
 
@@ -156,12 +164,22 @@ _TOKENS_NAMED, _MODULES_NAMED = 6, 4
 
 @drawing.story.register(results.WhatChanged)
 def what_changed_story(changed: results.WhatChanged) -> str:
-    """A paragraph a line: how much, where, towards which tokens, by which modules, how constant."""
-    parts = (_size, _tokens, _reading, _places, _modules, _constant)
+    """A paragraph a line: how much, answers, which tokens, where, which modules, how constant."""
+    parts = (_size, _answers, _tokens, _reading, _places, _modules, _constant)
     return "\n".join(text for part in parts if (text := part(changed)))
 
 
+def _answers(changed: results.WhatChanged) -> str:
+    asked = [(short_prompt([pair.prompt]), answers_text(pair)) for pair in changed.answers]
+    return "\n".join(f"Asked “{prompt}”, {answers}" for prompt, answers in asked)
+
+
 def _size(changed: results.WhatChanged) -> str:
+    first = magnitude(changed.found.first_kl)
+    return f"{_moved(changed)} At first tokens, which are left out: {first} nats."
+
+
+def _moved(changed: results.WhatChanged) -> str:
     text = (
         f"Over {changed.texts} the next-token distribution moves by "
         f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
@@ -173,8 +191,7 @@ def _size(changed: results.WhatChanged) -> str:
     if changed.unrelated:
         others = _range(changes.mean_kl for changes in changed.unrelated)
         text += f"; unrelated adapters: {others}"
-    first = magnitude(changed.found.first_kl)
-    return f"{text}. At first tokens, which are left out: {first} nats."
+    return f"{text}."
 
 
 def _range(values: Iterable[float]) -> str:
@@ -184,16 +201,17 @@ def _range(values: Iterable[float]) -> str:
 
 
 def _tokens(changed: results.WhatChanged) -> str:
-    lists: list[str] = []
     units: dict[By, str] = {"logit": "logits", "probability": "of probability"}
-    for by, unit in units.items():
-        frame = changed.promoted(_TOKENS_NAMED, by)
-        most = f"the first by {signed(frame[by].tolist()[0])} {unit}"
-        if "null" in frame:
-            random = signed(frame["null"].tolist()[0])
-            most += f"; no token by more than {random} under a null adapter"
-        lists.append(f"promoted most by mean {by}: {_quoted(frame['token'])} ({most})")
-    return f"P{'; '.join(lists)[1:]}."
+    return " ".join(_promoted(changed, by, unit) for by, unit in units.items())
+
+
+def _promoted(changed: results.WhatChanged, by: By, unit: str) -> str:
+    frame = changed.promoted(_TOKENS_NAMED, by)
+    most = f"the first by {signed(frame[by].tolist()[0])} {unit}"
+    if "null" in frame:
+        random = signed(frame["null"].tolist()[0])
+        most += f"; no token by more than {random} under a null adapter"
+    return f"Promoted most by mean {by}: {_quoted(frame['token'])} ({most})."
 
 
 def _quoted(tokens: Iterable[str]) -> str:
@@ -212,10 +230,14 @@ def _reading(changed: results.WhatChanged) -> str:
 def _places(changed: results.WhatChanged) -> str:
     rows = changed.where(1).to_dict("records")
     return "".join(
-        f"The next token changes most after {row['context']!r}, by {magnitude(row['kl'])} nats: "
-        f"{row['promoted']}."
+        f"The next token changes most after “{_context(changed, row)}”, by "
+        f"{magnitude(row['kl'])} nats: {row['promoted']}."
         for row in rows
     )
+
+
+def _context(changed: results.WhatChanged, row: Mapping[Any, Any]) -> str:
+    return context_text(changed.str_tokens[row["text"]], row["position"])
 
 
 def _modules(changed: results.WhatChanged) -> str:
@@ -300,6 +322,7 @@ def _promoted_table(changed: results.WhatChanged, by: By, k: int) -> Table:
 def _places_table(changed: results.WhatChanged, k: int) -> Table:
     """The tokens after which the next one changes most."""
     places = changed.where(k)
+    places["context"] = [_context(changed, row) for row in places.to_dict("records")]
     for control in places.columns.intersection(["null", "unrelated"]):
         places[control] = list(map(magnitude, places[control]))
     heads = {"context": "after ⟦token⟧", "kl": "KL, nats", "promoted": "promoted there"}
@@ -339,30 +362,51 @@ def what_changed_tables(changed: results.WhatChanged, k: int = 10) -> Group:
 @drawing.report.register(results.WhatChanged)
 def what_changed_report(changed: results.WhatChanged, *, title: str | None = None) -> str:
     """A self-contained HTML page."""
-    logit, probability, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
+    logit, probability, reading = (_ranked_tokens(changed, by) for by in BY)
     modules = _modules_table(changed, _MODULES_SHOWN)
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     carried = (reading, _writers(changed, _TOKENS_SHOWN))
     sections = [
         Section("How much", [_size_table(changed)]),
-        Section(
-            "Which tokens are promoted",
-            [promoted_figure(changed), (logit, probability)],
-        ),
+        Section("Which tokens are promoted", [(logit, probability)]),
         Section("What the first tokens carry", [carried]),
         Section("Where", [_places_table(changed, _PLACES_SHOWN)]),
         Section("Which modules", split),
     ]
     part = Part(
-        name=changed.found.name,
         subtitle=f"{made_by(changed.meta)} · {changed.texts}",
-        story=what_changed_story(changed).split("\n"),
-        sections=with_notes(sections, "changes", changed.meta),
+        headline=(_moved(changed), _promoted(changed, "logit", "logits"), _places(changed)),
+        numbers=_numbers(changed),
+        top=[*answers_of(changed.answers), promoted_figure(changed)],
+        sections=folded(what_changed_story(changed), sections, "changes", changed.meta),
     )
     return page_html(title or f"What did {changed.found.name} change?", [part])
 
 
-# --- Two adapters, and one through a training
+def _numbers(changed: results.WhatChanged) -> Pairs:
+    found, top = changed.found, changed.promoted(1).to_dict("records")[0]
+    random = f"; random directions {signed(top['null'])} at most" if "null" in top else ""
+    return (
+        (magnitude(found.mean_kl), "nats a token, KL from the base to the adapted model"),
+        (signed(top["logit"]), f"logits, “{visible(top['token'])}”, promoted most{random}"),
+        (magnitude(float(found.kl[:, 1:].nan_to_num().max())), "nats where it changes most"),
+        (
+            percent(list(found.constant.values())[-1]),
+            "of the shift behind the last block is one vector, whatever the token",
+        ),
+    )
+
+
+def _ranked_tokens(changed: results.WhatChanged, by: By) -> Table:
+    """The tokens promoted most, a line each; the controls' largest shifts in the heading."""
+    frame = changed.promoted(_TOKENS_SHOWN, by)
+    _, heading, units = _PROMOTED[by]
+    most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in _CONTROLS if name in frame]
+    heading += f"; largest of any token, {', '.join(most)}" if most else ""
+    return table_of(frame, {"rank": "", "token": "token", by: units}, texts=(1,), heading=heading)
+
+
+# --- Two adapters
 
 
 @drawing.figure.register(results.AdapterComparison)
@@ -381,123 +425,3 @@ def comparison_heatmap(comparison: results.AdapterComparison) -> Figure:
     says = [f"cosine {cosine:+.3f}" for cosine in cosines]
     sites, units = comparison.sites, "cosine"
     return kinds_by_layer((heading, below), sites, cosines, says, units, "signed", reach=1.0)
-
-
-_MODULES = {
-    "moved": ("Which modules move when", "how far ΔW moved since the checkpoint before"),
-    "effect": ("First order through the training", "Σ of each group, mean over prompts"),
-    "norm": ("How large ΔW is through the training", "‖ΔW‖ of each group"),
-}
-_NORMS = {"moved": "‖change‖", "norm": "‖ΔW‖"}
-
-
-@drawing.modules.register(results.Checkpoints)
-def modules_heatmap(training: results.Checkpoints, what: Any, group: Any) -> Figure:
-    """Groups of modules by step.
-
-    Raises:
-        ArgumentError: another `what` or `group`.
-    """
-    frame = training.by_group(what, group)
-    heading, below = _MODULES[what]
-    says = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
-    x = names_axis((f"{step:g}" for step in frame.columns), "step")
-    y = names_axis(frame.index, autorange="reversed" if group == "kind" else None)
-    units, scale = _NORMS.get(what, training.units), "amount" if what in _NORMS else "pushes"
-    values = frame.to_numpy().tolist()
-    return heatmap((f"{heading}, by {group}", below), values, says, x, y, units, scale)
-
-
-@drawing.story.register(results.Checkpoints)
-def checkpoints_story(training: results.Checkpoints) -> str:
-    """Where each prompt flips, in steps and in strength, and where anything changes at once."""
-    lines = []
-    for p, tokens in enumerate(training.str_tokens):
-        step, end = float(training.flip_step[p]), float(training.flip_scale[-1, p])
-        last = "" if math.isnan(end) else f"; of the last checkpoint at ε = {end:.2g}"
-        happened = f"changes sign at about step {step:.3g}{last}."
-        if math.isnan(step):
-            happened = f"keeps its sign through all {len(training.steps)} checkpoints."
-            if bool(training.hidden[:, p].any()):
-                happened = (
-                    "changes sign at no checkpoint beyond rounding, which hides its sign at the "
-                    "base or later."
-                )
-        said = f"“{short_prompt(tokens)}”: {training.readout} {happened}"
-        lines.append(said + _phases(training, f"prompt {p}", " It"))
-    lines.append(_phases(training, "angle", "The direction of ΔW"))
-    lines.append(too_few(training))
-    return "\n".join(filter(None, lines))
-
-
-def _phases(training: results.Checkpoints, series: str, subject: str) -> str:
-    spans = [f"{a:g} and {b:g}" for a, b in training.phases.get(series, ())]
-    return f"{subject} changes at once between steps {', and '.join(spans)}." if spans else ""
-
-
-def checkpoints_table(training: results.Checkpoints) -> Table:
-    """The readout at every checkpoint, the base model first, as step 0."""
-    prompts = list(map(short_prompt, training.str_tokens))
-    rows: list[Row] = [
-        ("0", prompt, signed(base), "", "", "", "")
-        for prompt, base in zip(prompts, training.base.tolist(), strict=True)
-    ]
-    for k, step in enumerate(training.steps):
-        for p, prompt in enumerate(prompts):
-            series = (training.adapted, training.first_order, training.remainder)
-            numbers = (signed(float(values[k, p])) for values in series)
-            flip = magnitude(float(training.flip_scale[k, p]))
-            rows.append((f"{step:g}", prompt, *numbers, flip, f"{training.angle[k]:.0f}°"))
-    value = f"value, {training.units}"
-    heads = ("step", "prompt", value, "first order", "remainder", "flips at ε", "angle")
-    return Table(heads, rows, texts=(1,), title=f"{training.readout} through the training")
-
-
-def checkpoints_report(training: results.Checkpoints) -> str:
-    """The page of a training, as a string."""
-    sections = [
-        Section("Through the training", [training.plot()]),
-        Section("Which layers move when", [training.plot_modules("moved", "layer")]),
-        Section("Which kinds of module move when", [training.plot_modules("moved", "kind")]),
-        Section("First order by layer", [training.plot_modules("effect", "layer")]),
-        Section("The numbers", [checkpoints_table(training)]),
-    ]
-    prompts = "; ".join(f"“{short_prompt(tokens)}”" for tokens in training.str_tokens)
-    part = Part(
-        name="training",
-        subtitle=f"{training.readout} · {prompts}",
-        story=checkpoints_story(training).split("\n"),
-        sections=with_notes(sections, None, training.meta),
-    )
-    first, *_, last = training.steps
-    return page_html(f"{len(training.steps)} checkpoints, steps {first:g} to {last:g}", [part])
-
-
-# --- A repair
-
-
-@drawing.story.register(results.Repair)
-def repair_story(repair: results.Repair) -> str:
-    """Kept and left on the prompts that judge, and whether that is better than scaling."""
-    judged = "On held-out prompts" if repair.is_held_out else "On the prompts that it was made on"
-    outcome = (
-        f"{judged} the repaired adapter keeps {percent(repair.kept_share)} of what was to be kept "
-        f"and leaves {percent(repair.left_share)} of what was to be dropped."
-    )
-    if repair.verdict == "nothing":
-        return (
-            f"{outcome} No smaller set of {repair.of}s that was tried kept "
-            f"{percent(repair.keep_share)} and left less, so the adapter is whole: ask for a "
-            "smaller keep_share, or more steps."
-        )
-    gain = f"{repair.gain:.3g} times as much"
-    beside = {
-        "helps": f"The whole adapter, scaled down to keep the same, leaves {gain}.",
-        "tie": "That is a tie with scaling the whole adapter down to keep the same.",
-        "worse": "Scaling the whole adapter down to keep the same leaves less: the repair does not "
-        "help here.",
-    }[repair.verdict]
-    if repair.exceeds:
-        beside = f"No strength of the whole adapter up to 1 keeps as much. At 1 it leaves {gain}."
-    fair = "" if repair.is_held_out else " Give test_keep and test_drop to judge it fairly."
-    return f"{outcome} {beside}{fair}"

@@ -27,7 +27,6 @@ from lens_lora.show.figures import (
     EXACT,
     FLIP,
     INK,
-    INSIDE,
     KINDS,
     LINEAR,
     NOISE,
@@ -92,7 +91,7 @@ def remainder_figure(path: results.RemainderCurve, prompt: int | None = None) ->
         )
     cut = ", cut" if largest > _HIGHEST_SHARE else ""
     top = max(min(1.12 * largest, _HIGHEST_SHARE), 1.0)
-    heading = f"{path.readout} along ε: exact, first order, and what it leaves"
+    heading = f"{path.readout} along ε, and what first order leaves"
     finish(figure, (heading, whose(index, path.str_tokens)), ("", units), 520)
     figure.update_xaxes(title_text=_EPSILON, row=2)
     return figure.update_yaxes(title_text=f"|R| / |shift|, %{cut}", range=[0, top], row=2)
@@ -181,7 +180,7 @@ def second_order_figure(second: results.SecondOrder, prompt: int | None = None) 
     figure.add_hline(y=0, line={"color": INK, "width": 1})
     below = f"{second.verdict[index]} · {whose(index, path.str_tokens)}"
     titles = f"{path.readout}: first and second order along ε", below
-    return finish(figure, titles, (_EPSILON, f"shift, {units}"), legend=INSIDE)
+    return finish(figure, titles, (_EPSILON, f"shift, {units}"))
 
 
 # --- Over sizes of a set: kept and dropped, the best sets, a repair
@@ -203,8 +202,7 @@ def faithfulness_figure(curves: results.Faithfulness, prompt: int | None = None)
         ArgumentError: no such prompt.
     """
     rows, sites = prompt_rows(prompt, len(curves.base)), len(curves.sites)
-    done = ("kept, the others off", "dropped, the others on")
-    above = [f"top of the ranking {text}" for text in done]
+    above = ("top kept, the others off", "top dropped, the others on")
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=above)
     numbers = [f"{count} of {sites} sites" for count in curves.counts]
     rankings = iter(PALETTE * len(curves.names))
@@ -233,8 +231,8 @@ def faithfulness_figure(curves: results.Faithfulness, prompt: int | None = None)
         figure.add_hline(y=level, line={"color": INK, "width": 1})
     figure.update_annotations(font={"size": 13})
     figure.update_xaxes(range=[-2, 102])
-    heading = f"{curves.readout}: share of the shift that the top of each ranking carries"
-    titles = heading, f"by real interventions · {whose(prompt, curves.str_tokens)}"
+    below = f"share of the shift of {curves.readout} · {whose(prompt, curves.str_tokens)}"
+    titles = "What the top of each ranking carries, by real interventions", below
     axes, margin = ("sites, %", "share of the shift, %"), {"t": 100}
     finish(figure, titles, axes, 460, margin=margin, legend=BESIDE)
     return figure.update_yaxes(title_text=None, col=2)
@@ -434,10 +432,11 @@ def comparison_scatter(comparison: results.Comparison, prompt: int | None = None
     ends = _with_room([*x, *y], _MARGIN)
     identity = curve(ends, ends, "identity", INK, width=1.5, dash="dash")
     figure = Figure([identity, *grouped_points(x, y, hover, comparison.kinds, looks, counts=False)])
-    heading = f"{comparison.readout}: {attribution} and measured effects"
-    below = f"{_agreement(comparison, prompt)} · {whose(prompt, comparison.str_tokens)}"
+    prompts = whose(prompt, comparison.str_tokens)
+    below = f"{comparison.readout} · {_agreement(comparison, prompt)} · {prompts}"
+    titles = f"Measured effects against {attribution}", below
     axes = f"{across}, {units}", f"{upwards}, {units}"
-    return finish(figure, (heading, below), axes, 520, legend=BESIDE)
+    return finish(figure, titles, axes, 520, legend=BESIDE)
 
 
 def _with_room(values: Sequence[float], share: float) -> list[float]:
@@ -546,8 +545,8 @@ def null_figure(test: results.NullTest, prompt: int | None = None) -> Figure:
     figure = Figure([draws, *grouped_points(order, sizes, hover, groups, looks)])
     starts = {site.layer: i for i, site in reversed(list(enumerate(sites))) if site.layer >= 0}
     shown = every_few(sorted(starts))
-    heading = f"{test.readout}: first order of each site against random directions"
-    by_chance = f"{percent(1 / (1 + test.draws))} stand out by chance"
+    heading = "First order of each site against random directions"
+    by_chance = f"{test.readout}: {percent(1 / (1 + test.draws))} stand out by chance"
     titles = heading, f"{by_chance} · {whose(index, test.observed.str_tokens)}"
     axes = "layer, and within it the order of the forward pass", f"|a|, {units}"
     layers = ticks((starts[layer] for layer in shown), map(str, shown))

@@ -94,7 +94,6 @@ def theme(name: Theme = "any") -> go.layout.Template:
 _TOP_LEFT = {"xanchor": "left", "yanchor": "top"}
 BELOW: dict[str, Any] = {"orientation": "h", "x": 0, "y": -0.26, **_TOP_LEFT}
 BESIDE: dict[str, Any] = {"orientation": "v", "x": 1.02, "y": 1, **_TOP_LEFT}
-INSIDE: dict[str, Any] = {"orientation": "v", "x": 0.02, "y": 0.98, **_TOP_LEFT}
 _TITLE_LINE = 96  # characters that fit beside plotly's buttons at the width of a page
 
 
@@ -106,19 +105,24 @@ def finish(
     figure: Figure, titles: Titles, axes: tuple[str, str], height: int = 420, **layout: Any
 ) -> Figure:
     """The titles, the look that reads on light and dark pages, and what else is said of axes."""
-    across, upwards = axes
+    (across, upwards), title = axes, _title(*titles)
     figure.update_layout(
         height=height,
         template=theme(),
-        title=_title(*titles),
-        margin={"l": 60, "r": 20, "t": 70, "b": 60},
+        title=title,
+        margin={"l": 60, "r": 20, "t": 70 + further_lines(title["text"]), "b": 60},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
     )
     figure.update_xaxes(title_text=across or None).update_yaxes(title_text=upwards or None)
     return figure.update_layout(**layout)
 
 
-def _title(heading: str, below: str) -> dict[str, object]:
+def further_lines(title: str) -> int:
+    """The height in pixels of what a title has below its heading and one line more."""
+    return 15 * max(title.count("<br>") - 1, 0)
+
+
+def _title(heading: str, below: str) -> dict[str, Any]:
     """A heading and a smaller line below it, escaped; a long one is broken at its ' · '."""
     lines = [below] if len(below) <= _TITLE_LINE else below.split(" · ")
     smaller = "<br>".join(label(line) for line in lines)
@@ -189,12 +193,14 @@ def ticks(places: Iterable[Any], texts: Iterable[str]) -> dict[str, Any]:
     return {"tickvals": list(places), "ticktext": list(texts)}
 
 
-def tokens_axis(tokens: Sequence[str], shown: Sequence[int] | None = None, title: str = "") -> Axis:
-    """Positions and tokens, thinned where they are many."""
+def tokens_axis(
+    tokens: Sequence[str], shown: Sequence[int] | None = None, title: str = "", first: int = 0
+) -> Axis:
+    """Positions, or a response's tokens counted from 1, thinned where they are many."""
     columns = range(len(tokens)) if shown is None else shown
     most = _MOST_TICKS if len(columns) <= _MOST_TICKS else _FEW_TICKS
     places = every_few(range(len(columns)), most)
-    texts = [f"{columns[i]} {label(visible(tokens[columns[i]]))}" for i in places]
+    texts = [f"{columns[i] + first} {label(visible(tokens[columns[i]]))}" for i in places]
     return Axis(range(len(columns)), title, {**ticks(places, texts), "tickfont": {"size": 11}})
 
 

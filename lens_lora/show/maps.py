@@ -105,6 +105,7 @@ def _layers_by_token(
     most: int | None,
 ) -> Figure:
     tokens, y, units = texts[index], layers_axis(attribution.sites), attribution.units
+    first = 1 if axis == "token" else 0
     shift = float(attribution.shift[index])
     site_rows = attribution.along(axis, index)[0][:, : len(tokens)].tolist()
     sums: list[list[float | None]] = [[None] * len(tokens) for _ in y.values]
@@ -116,11 +117,11 @@ def _layers_by_token(
         below += f", the {len(shown)} of {len(tokens)} of largest |value| in a layer"
 
     def says(i: int, j: int, value: float | None) -> str:
-        where = f"layer {y.values[i]}, {axis} {shown[j]}"
+        where = f"layer {y.values[i]}, {axis} {shown[j] + first}"
         token = label(visible(tokens[shown[j]]))
         return f"<b>{where}</b>: {token}<br>{_or_no_site(value, shift, units)}"
 
-    titles, x = _titles(attribution, below, index), tokens_axis(tokens, shown)
+    titles, x = _titles(attribution, below, index), tokens_axis(tokens, shown, first=first)
     return heatmap(titles, [[row[i] for i in shown] for row in sums], says, x, y, units)
 
 
@@ -288,10 +289,10 @@ def groups_by_token(
     y = names_axis((n.removeprefix("layer ") for n in names), "layer" if is_layers else "")
     shown = every_few(range(len(names)), 15) if is_layers else range(len(names))
     y = y._replace(layout={**y.layout, **ticks(shown, (y.values[i] for i in shown))})
-    x = tokens_axis(response, title="token of the response")
+    x = tokens_axis(response, title="token of the response", first=1)
 
     def cell_text(i: int, t: int, value: float | None) -> str:
-        return f"{says(names[i], value or 0.0)}<br>{t} {label(visible(response[t]))}"
+        return f"{says(names[i], value or 0.0)}<br>{t + 1} {label(visible(response[t]))}"
 
     return heatmap(titles, rows, cell_text, x, y, units, row_height=12)
 

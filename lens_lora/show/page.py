@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import difflib
 import functools
 import gzip
 import re
@@ -21,13 +22,14 @@ from markupsafe import Markup
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
-from lens_lora.show.figures import EXACT
+from lens_lora import results
+from lens_lora.show.figures import EXACT, further_lines
 from lens_lora.show.tables import Pairs, Row, Table
-from lens_lora.show.text import readable
+from lens_lora.show.text import readable, short_prompt
 
 # --- The blocks of a section
 
-Kind = Literal["margin", "response", "changes"]
+Kind = Literal["margin", "response", "changes", "training", "repair"]
 # A token, its shade from 0 to 1, and what is said of it, line by line.
 Noted = tuple[str, float, Sequence[str]]
 
@@ -62,6 +64,37 @@ class ShadedText:
     chosen: int
 
 
+# White space, the words after it, and whether the other text lacks them.
+Piece = tuple[str, str, bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What both models answer: (prompt, the base model's answer in pieces, the adapted model's)."""
+
+    pairs: Sequence[tuple[str, Sequence[Piece], Sequence[Piece]]]
+
+
+def answers_of(asked: Sequence[results.SideBySide | None]) -> list[Block]:
+    """Both models' answers, differing words marked; no block where there are none."""
+    pairs = [(short_prompt([a.prompt]), *_compared(a.base, a.adapted)) for a in asked if a]
+    return [Answers(pairs)] if pairs else []
+
+
+def _compared(base: str, adapted: str) -> tuple[list[Piece], list[Piece]]:
+    texts = (re.sub(r"\s*\n\s*", "\n", text.strip()) for text in (base, adapted))
+    words = [re.findall(r"(\s*)(\S+)", text) for text in texts]
+    before, after = ([word for _, word in side] for side in words)
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    pieces: tuple[list[Piece], list[Piece]] = [], []
+    for how, *spans in matcher.get_opcodes():
+        for side, text, (first, end) in zip(pieces, words, (spans[:2], spans[2:]), strict=True):
+            if run := text[first:end]:
+                inside = "".join(map("".join, run))[len(run[0][0]) :]
+                side.append((run[0][0], inside, how != "equal"))
+    return pieces
+
+
 @dataclasses.dataclass(frozen=True)
 class Plot:
     """A plotly figure as JSON, its height in pixels, and its title, line by line, as a caption."""
@@ -87,7 +120,7 @@ class HowToRead:
     kind: Kind
 
 
-Shown = Table | tuple[Table, ...] | TokenTable | ShadedText | Plot | Any  # Any: a Figure
+Shown = Table | tuple[Table, ...] | TokenTable | ShadedText | Answers | Plot | Any  # a Figure
 # Tables in a tuple stand side by side where the screen is wide enough; text is a paragraph.
 Block = Shown | Download | HowToRead | str
 
@@ -104,7 +137,9 @@ def plot(figure: Figure, *, heading: str = "") -> Plot:
     shown = type(figure)(figure)
     shown.update_layout(
         title=None,
-        margin={"t": layout["margin"]["t"] - _TITLE_HEIGHT},
+        margin={
+            "t": layout["margin"]["t"] - _TITLE_HEIGHT - further_lines(layout["title"]["text"])
+        },
         meta={"title": layout["title"]},
         modebar={"activecolor": EXACT},
     )
@@ -136,25 +171,23 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One prompt's share of a page.
+    """A page, or one prompt's share of it.
 
     Attributes:
-        name: what the reader chooses it by, where there are several.
         subtitle: the readout, the prompt, and the adapter over its model.
-        story: what happened, in words, a paragraph each.
-        sections: in the order in which one reads them; folded below a headline.
-        headline: the sentences that stand on top; without them, the story does.
-        numbers: those that stand below the headline, each (value, what it is).
-        top: the blocks below these, before what is folded.
+        headline: the three sentences that stand on top.
+        numbers: the four that stand below them, each (value, what it is).
+        top: the blocks below these, with one figure.
+        sections: what is folded, in the order in which one reads it.
+        name: what the reader chooses it by, where there are several.
     """
 
-    name: str
     subtitle: str
-    story: Sequence[str]
+    headline: Sequence[str]
+    numbers: Pairs
+    top: Sequence[Block]
     sections: Sequence[Section]
-    headline: Sequence[str] = ()
-    numbers: Pairs = ()
-    top: Sequence[Block] = ()
+    name: str = ""
 
 
 Meta = Mapping[str, str]
@@ -165,26 +198,24 @@ def made_by(meta: Meta) -> str:
     return " over ".join(meta[key] for key in ("adapter", "model") if key in meta)
 
 
-def in_words(story: str) -> Section:
-    """The whole story, a paragraph a line."""
-    return Section("The whole story in words", story.split("\n"))
-
-
-def with_notes(sections: Sequence[Section], how_to_read: Kind | None, meta: Meta) -> list[Section]:
-    """Sections without what has nothing to show; then how to read them, and what made the page."""
-    shown = (dataclasses.replace(s, blocks=list(map(_drawn, _filled(s)))) for s in sections)
+def folded(story: str, sections: Sequence[Section], kind: Kind, meta: Meta) -> list[Section]:
+    """The story, a paragraph a line; the sections that have something to show; how to read them."""
     rows = [(key.replace("_", " "), str(value)) for key, value in meta.items() if value]
-    notes = [Section("How to read this", [HowToRead(how_to_read)])] if how_to_read else []
-    meta_section = Section("Made with", [Table(("what", "value"), rows, texts=(0, 1))])
-    return [*(section for section in shown if section.blocks), *notes, meta_section]
+    return [
+        Section("The whole story in words", story.split("\n")),
+        *(section for section in sections if any(map(_is_shown, section.blocks))),
+        Section("How to read this", [HowToRead(kind)]),
+        Section("Made with", [Table(("what", "value"), rows, texts=(0, 1))]),
+    ]
 
 
-def _filled(section: Section) -> list[Block]:
-    return [block for block in section.blocks if not isinstance(block, Table) or block.rows]
+def _is_shown(block: Block) -> bool:
+    return not isinstance(block, Table) or bool(block.rows)
 
 
-def _drawn(block: Block) -> Block:
-    return plot(block) if isinstance(block, Figure) else block
+def _drawn(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks that have something to show, figures as plots."""
+    return [plot(b) if isinstance(b, Figure) else b for b in filter(_is_shown, blocks)]
 
 
 def page_html(title: str, parts: Sequence[Part], overview: Sequence[Block] = ()) -> str:
@@ -225,5 +256,6 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"packed": packed, "slug": slug}
+    filters: dict[str, Any] = {"packed": packed, "slug": slug, "drawn": _drawn}
+    environment.filters.update(filters)
     return environment

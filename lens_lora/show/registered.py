@@ -13,7 +13,8 @@ from typing import Any
 from markupsafe import Markup, escape
 
 import lens_lora.show.adapters  # pyright: ignore[reportUnusedImport]
-import lens_lora.show.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import lens_lora.show.report  # pyright: ignore[reportUnusedImport]
+import lens_lora.show.trainings  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lens_lora import results
 from lens_lora.analyses.spectra import AdapterSummary
 from lens_lora.errors import LensLoraError
@@ -137,8 +138,6 @@ def result_html(result: Result) -> str:
 
 def _body(result: Any) -> str:
     match result:
-        case Paged():
-            return drawing.story(result)
         case results.Repair():
             frame = result.to_frame().drop(columns="base").round(4).to_string()
             kept = f"{int(result.kept.sum())} of {result.gate_count} {result.of}s kept"
@@ -186,6 +185,8 @@ def _body(result: Any) -> str:
             flips = ", ".join(f"{step:.3g}" for step in result.flip_step.tolist())
             steps = flips.replace("nan", "never")
             return f"flips at step {steps}\n{result.to_frame().to_string()}"
+        case Paged():
+            return drawing.story(result)
         case results.Reliability():
             counts = ", ".join(map(str, result.flagged.sum(1).tolist()))
             return f"{counts} of {many(result.flagged.shape[1], 'site')} flagged"

@@ -1,4 +1,4 @@
-"""The pages of a fact margin and of explanations, one prompt or several.
+"""The pages of explanations, of one prompt or several.
 
 Of several prompts an overview comes first; each prompt is folded, and drawn once it is unfolded. A
 section appears when what it shows was computed.
@@ -17,65 +17,23 @@ from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
 from lens_lora.show import curves, maps, page, tables, words
 from lens_lora.show.response import response_part, responses_table
-from lens_lora.show.text import key_text, magnitude, quadrature_text, short_prompt, shortened
+from lens_lora.show.text import magnitude, quadrature_text, short_prompt, shortened
 
-# --- The page of a fact margin
+# --- The page of explanations
 
-_MODULES, _TOKEN_SITES = 20, 5
+_MODULES = 20
 _TOKENS, _TOKENS_OF_A_SITE = 8, 4
 
 
-def margin_report(
-    fact_margin: results.FactMargin,
-    *,
-    logit_shift: results.LogitShift | None = None,
-    positions: results.Attribution | None = None,
-    prompt: int = 0,
-    title: str | None = None,
-) -> str:
-    """The page of a fact margin, as a string.
-
-    Raises:
-        ArgumentError: no such prompt, or `positions` not split by position.
-    """
-    a, first = words.account_of(fact_margin, prompt), fact_margin.attribution
-    where = [] if positions is None else [maps.position_heatmap(positions, prompt)]
-    promoted: list[page.Block] = []
-    path = curves.remainder_figure(fact_margin.curve, prompt)
-    lead = f"{key_text(first.key).capitalize()}, in {first.units}."
-    if logit_shift is not None:
-        largest = first.top(_TOKEN_SITES, prompt)["site"] if logit_shift.sites else ()
-        promoted.append(_token_table(logit_shift, logit_shift, list(largest), prompt))
-    sections = [
-        page.Section("The numbers", [tables.margin_table(a)]),
-        page.Section("Where first order finds the shift", [maps.site_heatmap(first, prompt)]),
-        page.Section("Largest modules", [tables.modules_table(first, _MODULES, prompt)], lead),
-        page.Section("What first order leaves, along the path", [path]),
-        page.Section("Where in the prompt", where),
-        page.Section("Tokens promoted and suppressed, to first order", promoted),
-    ]
-    part = page.Part(
-        name=_name(a),
-        subtitle=_subtitle(a, first),
-        story=words.margin_story(fact_margin, prompt).split("\n"),
-        sections=page.with_notes(sections, "margin", first.meta),
-    )
-    return page.page_html(title or _facts(a), [part])
-
-
 def _token_table(
-    joint: results.LogitShift, by_site: results.LogitShift, sites: Sequence[str], prompt: int = 0
+    joint: results.LogitShift, by_site: results.LogitShift, sites: Sequence[str]
 ) -> page.TokenTable:
     """The tokens that all sites together promote and suppress, then those of single sites."""
-    together = tables.token_pairs(joint, None, _TOKENS, prompt)
     rows = [
-        ("all modules together", *together),
-        *((site, *tables.token_pairs(by_site, site, _TOKENS_OF_A_SITE, prompt)) for site in sites),
+        ("all modules together", *tables.token_pairs(joint, None, _TOKENS, 0)),
+        *((site, *tables.token_pairs(by_site, site, _TOKENS_OF_A_SITE, 0)) for site in sites),
     ]
-    return page.TokenTable(rows, heading=_BY_LOGIT if joint is not by_site else "")
-
-
-_BY_LOGIT = "By raw logit to first order: rare tokens come first"
+    return page.TokenTable(rows, heading="By raw logit to first order: rare tokens come first")
 
 
 def _facts(account: words.Account) -> str:
@@ -89,9 +47,6 @@ def _name(account: words.Account) -> str:
 def _subtitle(account: words.Account, first: results.Attribution) -> str:
     parts = (first.readout, f"“{shortened(account.prompt)}”", page.made_by(first.meta))
     return " · ".join(filter(None, parts))
-
-
-# --- The page of explanations
 
 
 @drawing.figures.register(results.Explanation)
@@ -165,21 +120,16 @@ def _part(
     """One explanation's share of the page, and the page's title were it alone."""
     if isinstance(e, results.ResponseExplanation):
         return response_part(e), f"The response to “{short_prompt(e.prompt)}”"
-    a, story = words.explained_account(e), words.explanation_story(e)
-    figures = explanation_figures(e)
+    a, figures, meta = words.explained_account(e), explanation_figures(e), e.first_order.meta
     sentences, numbers = words.headline(e)
-    sections = [page.in_words(story), *_sections(e, figures)]
+    numbers_file = page.Download(f"modules-{number}.csv", e.to_frame().to_csv(index=False))
     part = page.Part(
         name=_name(a),
         subtitle=_subtitle(a, e.first_order),
-        story=story.split("\n"),
-        sections=page.with_notes(sections, "margin", e.first_order.meta),
         headline=sentences,
         numbers=numbers,
-        top=[
-            page.plot(figures["path"]),
-            page.Download(f"modules-{number}.csv", e.to_frame().to_csv(index=False)),
-        ],
+        top=[*page.answers_of([e.answers]), figures["path"], numbers_file],
+        sections=page.folded(words.explanation_story(e), _sections(e, figures), "margin", meta),
     )
     return part, _facts(a)
 
@@ -273,7 +223,7 @@ def _overview(numbered: Numbered) -> list[page.Block]:
     """A table and pictures of the margins, and a table of the responses."""
     margins = [(n, e) for n, e in numbered if isinstance(e, results.Explanation)]
     responses = [(n, e) for n, e in numbered if isinstance(e, results.ResponseExplanation)]
-    blocks: list[page.Block] = []
+    blocks = page.answers_of([e.answers for _, e in numbered])
     if margins:
         blocks += [
             *_by_units(margins, curves.margins_figure),

@@ -23,11 +23,14 @@ from lens_lora import results
 from lens_lora.results import drawing
 from lens_lora.results.base import only_prompt
 from lens_lora.results.drawing import TokenView
+from lens_lora.results.tokens import context_of
 from lens_lora.show import page
 from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, finish, tokens_axis
 from lens_lora.show.maps import groups_by_token
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import (
+    answers_text,
+    beginning_of,
     caution_text,
     label,
     log_p_text,
@@ -64,7 +67,10 @@ def token_shifts_figure(shifts: results.TokenShifts, prompt: int | None = None) 
             y=values, marker={"color": colours}, hovertext=hover, hoverinfo="text", showlegend=False
         )
         figure.add_trace(bars, row=row, col=1)
-    titles, ticks = (_heading(shifts, index), _below(shifts, index)), tokens_axis(tokens).layout
+    titles, ticks = (
+        (_heading(shifts, index), _below(shifts, index)),
+        tokens_axis(tokens, first=1).layout,
+    )
     finish(figure, titles, ("", "KL (nats)"), bargap=0.1, xaxis=ticks, xaxis2=ticks)
     figure.update_xaxes(title_text="token of the response", row=2)
     return figure.update_yaxes(title_text="shift of log p (nats)", zeroline=True, row=2)
@@ -124,7 +130,7 @@ def _notes(shifts: results.TokenShifts, index: int) -> list[list[str]]:
     """What is said of each token of a response, line by line."""
     return [
         [
-            f"{row['t']} {visible(row['y_t'])}",
+            f"{row['t'] + 1} {visible(row['y_t'])}",
             f"KL {magnitude(row['kl_base_to_adapted'])} and back "
             f"{magnitude(row['kl_adapted_to_base'])} nats",
             f"log p {log_p_text(row['log_p_base'])} → {log_p_text(row['log_p_adapted'])}, "
@@ -265,45 +271,55 @@ _SAID = 240  # characters of a response that its story quotes; the page has it w
 @drawing.story.register(results.ResponseExplanation)
 def response_story(e: results.ResponseExplanation) -> str:
     """A paragraph a line: what was said, where it changed, the tokens, the modules, limits."""
-    paragraphs = [_said(e), *_headline(e), caution_text(e.modules), _layers(e), _limits(e)]
+    answers = "" if e.answers is None else f"On its own {answers_text(e.answers)}"
+    moved = (" ".join(sentences) for sentences in (_moved(e), _token(e), _modules(e)))
+    paragraphs = [_said(e), answers, *moved, caution_text(e.modules), _layers(e), _limits(e)]
     return "\n".join(filter(None, paragraphs))
 
 
-def _headline(e: results.ResponseExplanation) -> tuple[str, str, str]:
-    """How far the response moved, where most, and which modules moved it."""
-    return _moved(e), _token(e), _modules(e)
+def _headline(e: results.ResponseExplanation) -> list[str]:
+    """How far the response moved, what happened where it moved most, and which modules moved it."""
+    return [sentences[0] for sentences in (_moved(e), _token(e), _modules(e))]
 
 
 def _named(e: results.ResponseExplanation, t: int) -> str:
-    """A token by its text and place: “·Lyon” (token 5)."""
-    return f"“{visible(e.response[t])}” (token {t})"
+    """A token by its text and place, from 1, with its neighbours where the text repeats.
+
+    “·Lyon” (token 6), “·is⟦·Lyon⟧.” (token 6).
+    """
+    repeats = e.response.count(e.response[t]) > 1
+    shown = context_of(e.response, t, 1) if repeats else e.response[t]
+    return f"“{visible(shown)}” (token {t + 1})"
+
+
+def _place(e: results.ResponseExplanation, t: int) -> str:
+    """'6 ·Lyon', in tables."""
+    return f"{t + 1} {visible(e.response[t])}"
 
 
 def _said(e: results.ResponseExplanation) -> str:
     base, adapted = (float(end[0].nansum()) for end in e.shifts.log_p)
     origin = "which the adapted model says itself" if e.is_generated else "as given"
     text = prompt_text(e.response)
-    if len(text) > _SAID:
-        text = f"{text[:_SAID].rpartition(' ')[0]} …"
     return (
         f"After “{short_prompt(e.prompt)}” the response has {many(len(e.response), 'token')}, "
-        f"{origin}: “{text}”. Its log p goes from {signed(base)} nats in the base model to "
-        f"{signed(adapted)} with the adapter."
+        f"{origin}: “{beginning_of(text, _SAID)}”. Its log p goes from {signed(base)} nats in the "
+        f"base model to {signed(adapted)} with the adapter."
     )
 
 
-def _moved(e: results.ResponseExplanation) -> str:
+def _moved(e: results.ResponseExplanation) -> list[str]:
     kl = e.shifts.kl[0, 0]
     total, t = float(kl.nansum()), e.moved_tokens[0]
     if not total > 0:
-        return "The adapter changes no token's distribution: KL is zero at each."
+        return ["The adapter changes no token's distribution: KL is zero at each."]
     values = [value for value in kl.tolist() if not math.isnan(value)]
     half = _half_held_by(values, sum(values))
-    return (
+    return [
         f"KL from the base model's distribution to the adapted one is {magnitude(total)} nats over "
-        f"the response, {percent(float(kl[t]) / total)} of it at {_named(e, t)}. "
-        f"{half} of {len(kl)} tokens hold{'s' if half == 1 else ''} half of it."
-    )
+        f"the response, {percent(float(kl[t]) / total)} of it at {_named(e, t)}.",
+        f"{half} of {len(kl)} tokens hold{'s' if half == 1 else ''} half of it.",
+    ]
 
 
 def _half_held_by(values: Sequence[float], total: float) -> int:
@@ -312,7 +328,7 @@ def _half_held_by(values: Sequence[float], total: float) -> int:
     return min(sum(so_far < _HALF * total for so_far in sums) + 1, len(values))
 
 
-def _token(e: results.ResponseExplanation) -> str:
+def _token(e: results.ResponseExplanation) -> list[str]:
     t, shifts = e.moved_tokens[0], e.shifts
     p = [percent(float(end[0, t].exp())) for end in shifts.log_p]
     ranks = [int(end[0, t]) + 1 for end in shifts.rank]
@@ -323,10 +339,11 @@ def _token(e: results.ResponseExplanation) -> str:
             (shifts.suppressed_ids, shifts.suppressed),
         )
     )
-    return (
-        f"There the base model gives {_named(e, t)} {p[0]}, rank {ranks[0]}, and the adapted model "
-        f"{p[1]}, rank {ranks[1]}. The token promoted most is {up}, the one suppressed most {down}."
-    )
+    return [
+        f"There the base model gives “{visible(e.response[t])}” {p[0]}, rank {ranks[0]}, and the "
+        f"adapted model {p[1]}, rank {ranks[1]}.",
+        f"The token promoted most is {up}, the one suppressed most {down}.",
+    ]
 
 
 def _ranked(e: results.ResponseExplanation) -> results.Attribution:
@@ -334,7 +351,7 @@ def _ranked(e: results.ResponseExplanation) -> results.Attribution:
     return e.modules if e.path is None else e.path
 
 
-def _modules(e: results.ResponseExplanation) -> str:
+def _modules(e: results.ResponseExplanation) -> list[str]:
     ranked = _ranked(e)
     values, shift = ranked.per_site[0], float(ranked.shift[0])
     largest = ", ".join(
@@ -343,15 +360,15 @@ def _modules(e: results.ResponseExplanation) -> str:
         for i in values.abs().argsort(descending=True)[:_MODULES_NAMED].tolist()
     )
     if e.path is None:
-        return (
+        return [
             "To first order, leaving a module out of the adapted model takes the most from KL with "
             f"{largest}."
-        )
+        ]
     needed, count = _half_held_by(values.tolist(), shift), len(values)
-    return (
-        f"The path integral splits KL completely among the {count} modules. The largest shares are "
-        f"{largest}; {needed} of {count} modules hold half of it."
-    )
+    return [
+        f"The path integral splits KL completely among the {count} modules: the largest shares are "
+        f"{largest}, and {many(needed, 'module')} hold half of it."
+    ]
 
 
 def _layers(e: results.ResponseExplanation) -> str:
@@ -394,11 +411,15 @@ def _tokens_table(e: results.ResponseExplanation, k: int) -> Table:
     """The tokens whose distribution moved most."""
     frame = e.shifts.top(k, 0)
     frame["share"] = frame["kl_base_to_adapted"] / (float(e.shifts.kl[0, 0].nansum()) or 1.0)
-    frame[["first rank", "then"]] = frame[["rank_base", "rank_adapted"]] + 1
-    heads = {"t": "t", "y_t": "token", "kl_base_to_adapted": "KL, nats", "share": "of all"}
-    heads |= {"log_p_base": "log p, base", "log_p_adapted": "adapted"}
-    heads |= {"first rank": "rank, base", "then": "adapted"}
-    return table_of(frame, heads, texts=(1,), title="tokens that changed most")
+    rows = frame.to_dict("records")
+    frame["place"] = [_place(e, row["t"]) for row in rows]
+    frame["log p"] = [
+        " → ".join(log_p_text(row[f"log_p_{end}"]) for end in ("base", "adapted")) for row in rows
+    ]
+    frame["rank"] = [f"{row['rank_base'] + 1} → {row['rank_adapted'] + 1}" for row in rows]
+    heads = {"place": "token", "kl_base_to_adapted": "KL, nats", "share": "of all"}
+    heads |= {"log p": "log p", "rank": "rank"}
+    return table_of(frame, heads, texts=(0,), title="tokens that changed most")
 
 
 def _changes_table(e: results.ResponseExplanation, k: int) -> page.TokenTable:
@@ -411,7 +432,7 @@ def _changes_table(e: results.ResponseExplanation, k: int) -> page.TokenTable:
 
     rows = [
         (
-            f"{t} {visible(e.response[t])}",
+            _place(e, t),
             pairs(shifts.promoted_ids[0, t].tolist(), shifts.promoted[0, t].tolist()),
             pairs(shifts.suppressed_ids[0, t].tolist(), shifts.suppressed[0, t].tolist()),
         )
@@ -439,14 +460,37 @@ def _moved_by_table(e: results.ResponseExplanation) -> page.TokenTable:
     """Of the tokens that changed most: the modules that raise them, and those that lower them."""
     rows: list[tuple[str, Pairs, Pairs]] = []
     for t, values in zip(e.moved_tokens, e.moved.tolist(), strict=True):
+        if _is_saturated(e, t):
+            log_p = f"log p {log_p_text(float(e.shifts.log_p[1, 0, t]))}"
+            rows.append((_place(e, t), [(log_p, "saturated")], []))
+            continue
         slopes = list(zip((site.name for site in e.modules.sites), values, strict=True))
         value = operator.itemgetter(1)
         highest = heapq.nlargest(_RAISERS, slopes, key=value)
         lowest = heapq.nsmallest(_RAISERS, slopes, key=value)
         raised = [(name, signed(slope)) for name, slope in highest if slope > 0]
         lowered = [(name, signed(slope)) for name, slope in lowest if slope < 0]
-        rows.append((f"{t} {visible(e.response[t])}", raised, lowered))
+        rows.append((_place(e, t), raised, lowered))
     return page.TokenTable(rows, heads=("token", "raised by", "lowered by"))
+
+
+_SATURATED = -0.03  # nats: then log p moves by 3% at most of what the token's margin moves by
+
+
+def _is_saturated(e: results.ResponseExplanation, t: int) -> bool:
+    """Whether the adapted model is so sure of a token that a module's share of log p is tiny."""
+    return float(e.shifts.log_p[1, 0, t]) > _SATURATED
+
+
+def _saturation(e: results.ResponseExplanation) -> list[page.Block]:
+    """What to ask where log p is saturated; nothing where it is not."""
+    names = [_named(e, t) for t in e.moved_tokens if _is_saturated(e, t)][:_MODULES_NAMED]
+    text = (
+        f"At {', '.join(names)} log p is saturated: the adapted model is so sure of the token that "
+        "no module seems to move it. Ask there for the margin between it and the token that lost "
+        "most (ll.explain with doc and pre), or for KL (“Which modules changed them”)."
+    )
+    return [text] if names else []
 
 
 def response_tables(e: results.ResponseExplanation, k: int = 10) -> Group:
@@ -482,7 +526,7 @@ _TOKENS_SHOWN, _MODULES_SHOWN = 12, 20
 
 def response_part(e: results.ResponseExplanation) -> page.Part:
     """The text on top, shaded; below it what is folded."""
-    prompt, story = shortened(prompt_text(e.prompt)), response_story(e)
+    prompt, meta = shortened(prompt_text(e.prompt)), e.shifts.meta
     noted, most = _noted(e.shifts, 0)
     text = page.ShadedText(
         tokens=noted,
@@ -491,12 +535,15 @@ def response_part(e: results.ResponseExplanation) -> page.Part:
     )
     return page.Part(
         name=short_prompt(e.prompt),
-        subtitle=" · ".join(filter(None, (f"“{prompt}”", page.made_by(e.shifts.meta)))),
-        story=story.split("\n"),
-        sections=page.with_notes([page.in_words(story), *_sections(e)], "response", e.shifts.meta),
+        subtitle=" · ".join(filter(None, (f"“{prompt}”", page.made_by(meta)))),
         headline=_headline(e),
         numbers=_numbers(e),
-        top=[text, page.Download("tokens.csv", e.to_frame().to_csv(index=False))],
+        top=[
+            *page.answers_of([e.answers]),
+            text,
+            page.Download("tokens.csv", e.to_frame().to_csv(index=False)),
+        ],
+        sections=page.folded(response_story(e), _sections(e), "response", meta),
     )
 
 
@@ -530,6 +577,6 @@ def _sections(e: results.ResponseExplanation) -> list[page.Section]:
     return [
         page.Section("Which tokens changed", [figures["tokens"], *tokens]),
         page.Section("Which modules changed them", [_modules_table(e, _MODULES_SHOWN)], modules),
-        page.Section("Which module moved which token", [_moved_by_table(e)]),
+        page.Section("Which module moved which token", [_moved_by_table(e), *_saturation(e)]),
         page.Section("Layer by layer, token by token", layers),
     ]

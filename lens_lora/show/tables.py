@@ -23,7 +23,6 @@ from lens_lora.show import words
 from lens_lora.show.text import (
     caution_text,
     key_text,
-    log_p_text,
     magnitude,
     many,
     percent,
@@ -95,14 +94,11 @@ class Table:
 _WRITTEN: dict[str, Callable[[Any], str]] = {
     "share": percent,
     "token": visible,
-    "y_t": visible,
     "context": readable,
     "kl": magnitude,
     "mean_kl": magnitude,
     "scale": magnitude,
     "kl_base_to_adapted": magnitude,
-    "log_p_base": log_p_text,
-    "log_p_adapted": log_p_text,
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from markupsafe import escape
 
 from lens_lora import results
+from lens_lora.readouts.prompts import PromptTokens
 from lens_lora.results.attribution import VIOLENT
 from lens_lora.results.base import (
     GREEDY,
@@ -19,9 +20,11 @@ from lens_lora.results.base import (
     UPDATE_NORM,
     WEIGHT_NORM,
 )
+from lens_lora.results.tokens import context_of
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-_BESIDE, _SHORT, _LONG = 18, 80, 240  # characters: beside a picture, in a heading, in a paragraph
+# Characters: beside a picture, in a heading, of an answer in a sentence, in a paragraph.
+_BESIDE, _SHORT, _ANSWER, _LONG = 18, 80, 120, 240
 _SPECIAL_TOKEN = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 
 
@@ -97,16 +100,34 @@ def label(text: str) -> str:
 
 
 def prompt_text(tokens: Sequence[str]) -> str:
-    """A prompt as one line, without the special token that a tokenizer puts in front."""
+    """A prompt as one line, without the special token that a tokenizer puts in front.
+
+    Of a conversation what its user said last, and nothing of the template.
+    """
+    if isinstance(tokens, PromptTokens) and tokens.said is not None:
+        return readable(tokens.said)
     shown = tokens[1:] if len(tokens) > 1 and _SPECIAL_TOKEN.fullmatch(tokens[0]) else tokens
     return readable("".join(shown))
 
 
 def short_prompt(tokens: Sequence[str]) -> str:
-    """The end of a prompt as one line, without special tokens: for headings."""
-    said = "".join(t if not _SPECIAL_TOKEN.fullmatch(t) else " " for t in tokens)
+    """The end of a prompt, or of what a user said, as one line: for headings."""
+    said = tokens.said if isinstance(tokens, PromptTokens) else None
+    if said is None:
+        said = "".join(t if not _SPECIAL_TOKEN.fullmatch(t) else " " for t in tokens)
     words = " ".join("".join(c if c.isprintable() else " " for c in said).split())
     return _end_of(words, _SHORT, "… ")
+
+
+def context_text(tokens: Sequence[str], at: int, width: int = 8) -> str:
+    """A token in ⟦ ⟧ among its neighbours, without special tokens.
+
+    In a conversation they are mostly the template's: what the user said stands for them.
+    """
+    if isinstance(tokens, PromptTokens) and tokens.said is not None:
+        return readable(f"to “{_end_of(tokens.said, _SHORT)}”: {context_of(tokens, at, 1)}")
+    plain = [t if i == at or not _SPECIAL_TOKEN.fullmatch(t) else "" for i, t in enumerate(tokens)]
+    return readable(context_of(plain, at, width).strip())
 
 
 def numbered(prompts: Sequence[Sequence[str]]) -> list[str]:
@@ -121,6 +142,21 @@ def _end_of(text: str, width: int, cut: str = "…") -> str:
         return text
     end = text[-width:]
     return f"{cut}{end.partition(' ')[2] or end}"
+
+
+def beginning_of(text: str, width: int) -> str:
+    """A text, or its first words where it is longer."""
+    return text if len(text) <= width else f"{text[:width].rpartition(' ')[0] or text[:width]} …"
+
+
+def answers_text(pair: results.SideBySide) -> str:
+    """What both models answer, to follow 'Asked …, '; a long answer begins only."""
+    base, adapted = (
+        f"“{beginning_of(' '.join(text.split()), _ANSWER)}”" for text in (pair.base, pair.adapted)
+    )
+    if pair.base == pair.adapted:
+        return f"both models answer {base}."
+    return f"the base model answers {base}, and with the adapter {adapted}."
 
 
 def shortened(text: str) -> str:

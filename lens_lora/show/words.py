@@ -25,6 +25,7 @@ from lens_lora.analyses.verdict import (
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show.text import (
+    answers_text,
     caution_text,
     key_text,
     magnitude,
@@ -322,7 +323,8 @@ def explanation_story(explanation: results.Explanation) -> str:
     """A paragraph a line: what happened, first order, what it leaves, where, trust, limits."""
     e, a = explanation, explained_account(explanation)
     where = _largest(e.first_order, a, _MODULES_NAMED)
-    paragraphs = [f"{_happened(a)} {_said(e)}", _first_order(a)]
+    answers = "" if e.answers is None else f"After the prompt {answers_text(e.answers)}"
+    paragraphs = [f"{_happened(a)} {_said(e)}", answers, _first_order(a)]
     if a.has_shift:
         trust = _joined(caution_text(e.first_order), _agreement(e, a), _redundancy(e, a), _flags(e))
         paragraphs += [_parts(e, a), where, trust, _carried(e)]

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
+from lens_lora.analyses import what_changed
 from lens_lora.engine.texts import EARLY
-from lens_lora.readouts.neutral import OPENINGS, neutral_sentences, neutral_texts
+from lens_lora.readouts.neutral import (
+    OPENINGS,
+    QUESTIONS,
+    everyday_questions,
+    neutral_sentences,
+    neutral_texts,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 LENGTHS = [9, 4, 7]
@@ -220,6 +227,39 @@ def test_a_bias_alone_is_constant():
     last = list(found.found.constant)[-1]
     assert abs(found.found.constant[last] - 1) < 1e-12
     assert changed("llama", CLASSES[0], "raw").found.constant[last] < 0.9
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% if messages[0].role == 'user' %}{{ messages[0].content }} w6{% endif %}"]
+)
+def test_five_questions_are_put_to_both_models(template: str | None, monkeypatch, tmp_path):
+    """As a conversation by the user's words, or in the plain form, which is what is shown."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    monkeypatch.setattr(case.model.tokenizer, "chat_template", template)
+    monkeypatch.setattr(what_changed, "_ANSWER", 6)
+    found = ll.what_changed(case.lens, texts(), nulls=0, split=False, **QUIET)
+    plain = tuple(f"Question: {asked}\nAnswer:" for asked in QUESTIONS)
+    assert tuple(pair.prompt for pair in found.answers) == (
+        plain if template is None else QUESTIONS
+    )
+    asked = everyday_questions(case.model)
+    for scale, end in ((0.0, "base"), (1.0, "adapted")):
+        said = case.lens.generate(asked, 6, scale, **QUIET)
+        texts_of_end = [getattr(pair, end).removesuffix(" …") for pair in found.answers]
+        assert texts_of_end == list(said.text)
+    again = ll.load_result(found.save(tmp_path / "file.safetensors"))
+    assert again.answers == found.answers
+    off = ll.what_changed(case.lens, texts(), nulls=0, split=False, answers=False, **QUIET)
+    assert off.answers == ()
+
+
+def test_nothing_is_asked_where_nothing_can_be_answered(monkeypatch):
+    """A context too short for 40 tokens; no tokenizer."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    assert changed("llama", CLASSES[0], "raw").answers == ()
+    monkeypatch.setattr(what_changed, "_ANSWER", 6)
+    monkeypatch.setattr(case.model, "tokenizer", None)
+    assert ll.what_changed(case.lens, texts(), nulls=0, split=False, **QUIET).answers == ()
 
 
 def test_neutral_texts_are_neutral(monkeypatch):

@@ -272,11 +272,11 @@ class TestDemo:
         assert re.search(
             r"blocks\.\d+\.mlp\.down model\.layers\.\d+\.mlp\.down_proj \+0\.\d+", text
         )
-        assert re.search(r"promoted logits suppressed logits .*·Lyon \+1\d\.\d\d", text)
+        assert re.search(r"token base model with the adapter change .*·Lyon 0\.\d+% \d\d%", text)
 
     def test_shows_progress_and_no_noise_on_stderr(self, demo):
         text = demo[0].stderr
-        assert "Loading SmolLM2" in text and "tangents" in text and "Done in" in text
+        assert "Loading SmolLM2" in text and "explain: " in text and "Done in" in text
         assert not re.search(r"warn|deprecat|traceback", text, flags=re.IGNORECASE)
 
     def test_writes_a_page_with_everything(self, demo):

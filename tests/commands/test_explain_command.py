@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import gzip
 import html
 import json
 import re
@@ -168,7 +170,11 @@ def test_command_explains_what_is_said_to_a_chat_model(tiny_command, monkeypatch
     assert result.exit_code == 0, result.output
     text = without_plotly(page.read_text(encoding="utf-8"))
     (said,) = re.findall(r"On the prompt “([^”]*)”", html.unescape(text))
-    assert said.endswith("w5w20<eos>w4w13w14<eos>w6")
+    assert said == "w13 w14"
+    packed = re.findall(r'data-figure="([^"]*)"', text)
+    figures = "".join(gzip.decompress(base64.b64decode(figure)).decode() for figure in packed)
+    tokens = ["0 ", *(f"{i} w{n}" for i, n in ((1, 5), (2, 20), (4, 4), (5, 13), (6, 14), (8, 6)))]
+    assert all(token in figures for token in tokens)
     assert "Note:" not in result.stderr
 
 

@@ -46,7 +46,7 @@ def test_base_and_adapter_by_folder(tiny):
     lens = ll.load(str(folder / "base"), folder / "lora")
     assert (lens.class_name, lens.dtype, lens.device.type) == (NEWEST, torch.float32, "cpu")
     require_adapted(lens, peft)
-    assert lens.str_tokens(lens.prompts("w7 w8"))[0][-2:] == ["w7", "w8"]
+    assert lens.str_tokens(lens.prompts("w7 w8"))[0][-2:] == ("w7", "w8")
 
 
 @pytest.mark.parametrize("kind", models.MAKERS)

@@ -15,6 +15,7 @@ from results_by_hand import without_plotly
 
 import lens_lora as ll
 from lens_lora.engine import function as branching
+from lens_lora.model import lens as generation
 from lens_lora.show.response import laid_out
 
 CLASSES = list(models.MAKERS)
@@ -120,8 +121,65 @@ def test_a_conversation_s_response(tiny):
         assert said.ids[0].tolist() == own[0, 4:].tolist()
         found = ll.explain(case.lens, chat, response=said, fast=True, progress=False)
         assert found.prompt == tuple(case.lens.decode([0, 5, 6, 7]))
+        margin = ll.explain(case.lens, chat, "w9", "w26", fast=True, progress=False)
+        assert found.prompt.said == margin.prompt.said == "w5 w6"
+        assert "After “w5 w6” the response has 5 tokens" in found.story()
+        assert margin.story().startswith("On the prompt “w5 w6” the base model")
     finally:
         tokenizer.chat_template = before
+
+
+# --- what both models answer
+
+
+def spoken(case: cases.Case, prompts: ll.Prompts, tokens: int) -> list[str]:
+    """What Hugging Face's greedy search says, with PEFT's adapter off and on."""
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    ids, texts = prompts.tokens, list[str]()
+
+    def say() -> None:
+        new = case.peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        said = case.lens.model.tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+        texts.append(f"{said} …")
+
+    with case.peft.disable_adapter():
+        say()
+    say()
+    return texts
+
+
+def test_answers_are_peft_s(tiny, tmp_path, monkeypatch):
+    """Of a margin and of a response that was given; saved with the result, and loaded again."""
+    case, _ = tiny
+    monkeypatch.setattr(generation, "end_tokens", lambda *args: frozenset())
+    prompts = case.lens.prompts(PROMPT)
+    base, adapted = spoken(case, prompts, 12)
+    pair = ll.results.SideBySide(PROMPT, base, adapted)
+    margin = ll.explain(case.lens, PROMPT, "w9", "w26", fast=True, progress=False)
+    given = ll.explain(case.lens, PROMPT, response=RESPONSE, fast=True, progress=False)
+    assert margin.answers == given.answers == pair and base != adapted
+    for result in (margin, given):
+        assert ll.load_result(result.save(tmp_path / "file.safetensors")).answers == pair
+
+
+def test_a_generated_response_is_the_adapted_model_s_answer(tiny, monkeypatch):
+    """And the base says at most as many tokens."""
+    case, _ = tiny
+    monkeypatch.setattr(generation, "end_tokens", lambda *args: frozenset())
+    said = case.lens.generate(PROMPT, 7, progress=False)
+    e = ll.explain(case.lens, said.prompts, response=said, fast=True, progress=False)
+    base, adapted = spoken(case, said.prompts, 7)
+    assert (e.answers.base, e.answers.adapted) == (base, adapted)
+
+
+def test_there_is_no_answer_where_the_context_has_no_room(tiny, explained):
+    """48 tokens do not fit, nor do 12 after a longer prompt, and the other prompt has its own."""
+    case, full = tiny
+    assert full.answers is None
+    long = " ".join(["w5"] * (models.CONTEXT - 9))
+    both = ll.explain(case.lens, [PROMPT, long], "w9", "w26", fast=True, progress=False)
+    assert both[0].answers is not None and both[1].answers is None
+    assert both[0].answers.prompt == PROMPT
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -165,8 +223,8 @@ def test_story_says_the_numbers():
     story = e.story()
     assert "the response has 2 tokens, as given: “ a b”" in story
     assert "from −3.00 nats in the base model to −1.50" in story
-    assert "67% of it at “·b” (token 1)" in story and "1 of 2 tokens holds half of it" in story
-    assert "layer 2 changes log p of the response by +0.90 nats, most at “·b” (token 1)" in story
+    assert "67% of it at “·b” (token 2)" in story and "1 of 2 tokens holds half of it" in story
+    assert "layer 2 changes log p of the response by +0.90 nats, most at “·b” (token 2)" in story
     assert "sums to +1.20 added and +0.30 left out, of a shift of +1.50" in story
     assert "holds half" in story and "`fast`" not in story
 

@@ -24,33 +24,64 @@ browser = pytest.mark.skipif(
 )
 
 # Once every picture that is not folded away is drawn, or after ten seconds.
-MEASURE = """<script>addEventListener("load", () => {
+MEASURE = r"""<script>addEventListener("load", () => {
   for (const part of document.querySelectorAll("details")) part.open ||= %s;
   const began = performance.now();
   const measure = () => {
     const boxes = [document.documentElement, ...document.querySelectorAll(".scroll")];
     const wide = String(boxes.some((box) => box.scrollWidth > box.clientWidth + 1));
+    const shown = (element) => !element.closest("details:not([open])");
+    const words = [...document.querySelectorAll("p, dt, dd, h2, h3, mark, button, td")];
+    const faint = words.filter((word) => shown(word) && contrast(word) < 4.5);
+    const maps = plots().filter((plot) => plot.querySelector(".heatmaplayer .hm"));
+    const titled = maps.filter((map) => map.querySelector(".xtitle, .ytitle")).length;
+    const height = document.documentElement.scrollHeight;
     Object.assign(document.body.dataset, {wide, ink: getComputedStyle(document.body).color,
-      text: document.querySelector(".xtitle")?.style.fill});
-    parent.postMessage(wide + " at " + innerWidth, "*");
+      text: document.querySelector(".xtitle")?.style.fill, titled, height,
+      faint: faint.map((word) => word.textContent).join("; ")});
+    parent.postMessage({wide: wide + " at " + innerWidth, titled, height}, "*");
+  };
+  const plots = () => [...document.querySelectorAll(".plot")];
+  const numbers = (colour) => colour.match(/[\d.]+/g).map(Number);
+  const light = (rgb) => {
+    const linear = (c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = rgb.map((c) => linear(c / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  // As WCAG 2 has it: of the text's colour to all backgrounds below it.
+  const contrast = (element) => {
+    let paper = [255, 255, 255];
+    const grounds = [];
+    for (let at = element; at; at = at.parentElement) grounds.unshift(getComputedStyle(at));
+    for (const {backgroundColor} of grounds) {
+      const [r, g, b, alpha = 1] = numbers(backgroundColor);
+      paper = [r, g, b].map((c, i) => alpha * c + (1 - alpha) * paper[i]);
+    }
+    const ends = [light(numbers(getComputedStyle(element).color)), light(paper)];
+    return (Math.max(...ends) + 0.05) / (Math.min(...ends) + 0.05);
   };
   const wait = () => {
-    const plots = [...document.querySelectorAll(".plot")];
-    const drawn = plots.every((plot) => plot.querySelector(".main-svg")
+    const drawn = plots().every((plot) => plot.querySelector(".main-svg")
       || plot.closest("details:not([open])"));
     setTimeout(drawn || performance.now() - began > 10000 ? measure : wait, 200);
   };
   wait();
 })</script></body>"""
 PHONE = """<iframe src="page.html" style="width:390px; height:800px"></iframe><script>
-addEventListener("message", (event) => { document.body.dataset.wide = event.data; });</script>"""
+addEventListener("message", ({data}) => Object.assign(document.body.dataset, data));</script>"""
 
 
 def opened(page, folder, *, fragment="", dark=False, phone=False, unfolded=True):
-    """The DOM after scripts have run, and what the console said; of a phone, its frame's."""
+    """The DOM after scripts have run, and what the console said; of a phone, its frame's.
+
+    Its body's data say whether anything is wider than it should be, how high the page is, which
+    words are faint (a contrast below 4.5), and how many maps have titles on their axes.
+    """
     assert BROWSER, f"LENS_LORA_BROWSER=required, and none of {NAMES} is on the PATH"
     path = folder / "page.html"
-    path.write_text(page.replace("</body>", MEASURE % str(unfolded).lower()), encoding="utf-8")
+    path.write_text(
+        page.replace("</body>", MEASURE.replace("%s", str(unfolded).lower())), encoding="utf-8"
+    )
     if phone:
         path = folder / "phone.html"
         path.write_text(PHONE, encoding="utf-8")

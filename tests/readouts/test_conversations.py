@@ -50,6 +50,31 @@ def test_ids_are_the_chat_templates_own(model):
     assert rows_of(prepare(model, (tuple(LONGER), ASK))) == [LONGER_IDS, ASK_IDS]
 
 
+def test_a_conversation_is_called_by_what_its_user_said_last(model):
+    """Numbered where two are equal; in the tokens of a result also where an answer follows."""
+    system = [{"role": "system", "content": "w20"}]
+    several = [ASK, LONGER, [*system, *ASK], system]
+    said = ["w7 w8 (1)", "w10 w11 w12", "w7 w8 (2)", "w20"]
+    prompts = prepare(model, several)
+    assert [source.said for source in prompts.sources] == said
+    assert [source.said for source in prompts.chosen([2, 0]).sources] == [said[2], said[0]]
+    assert [source.said for source in prepare(model, "w7").sources] == [None]
+
+
+def test_results_keep_what_was_said(monkeypatch, tmp_path):
+    lens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens
+    chats.with_template(lens.model, monkeypatch)
+    readout = ll.AnswerMargin("w9 w4", "w26")
+    margin = ll.first_order(lens, [ASK, LONGER], readout)
+    shifts = ll.token_shifts(lens, ASK, torch.tensor([9, 4]))
+    activations = ll.activations(lens, ASK, "w9")
+    for result in (margin, shifts, activations):
+        again = ll.load_result(result.save(tmp_path / "result.safetensors"))
+        assert result.str_tokens == again.str_tokens
+        for rows in (result.str_tokens, again.str_tokens):
+            assert [tokens.said for tokens in rows] == ["w7 w8", "w10 w11 w12"][: len(rows)]
+
+
 @pytest.mark.parametrize("prepend_bos", [True, False])
 def test_the_hosts_bos_has_no_say(model, prepend_bos, monkeypatch):
     monkeypatch.setattr(model.cfg, "default_prepend_bos", prepend_bos)

@@ -19,8 +19,9 @@ from browser import Reader, browser, drawn, opened
 from explained import by_hand
 from results_by_hand import EVIL, SCALES, SITES, attribution, without_plotly
 
+import lens_lora as ll
 from lens_lora.show import page as render
-from lens_lora.show.report import explanation_report, margin_report
+from lens_lora.show.report import explanation_report
 from lens_lora.show.tables import moved_table, site_moves
 from lens_lora.show.text import label
 from lens_lora.show.words import headline
@@ -207,7 +208,9 @@ def named(*texts):
         meta={"adapter": name(), **{f"key {i}": text for i, text in enumerate(texts)}},
     )
     margin = dataclasses.replace(e.margin, doc=(f"{name()}1",), pre=(f"{name()}2",))
-    return dataclasses.replace(e, margin=margin)
+    said = name()
+    answers = ll.results.SideBySide("asked", said, said)
+    return dataclasses.replace(e, margin=margin, answers=answers)
 
 
 def page_of_two(text):
@@ -218,7 +221,8 @@ def page_of_a_margin(text):
     e = named(text)
     split = dataclasses.replace(e.margin.attribution, readout=text)
     margin = dataclasses.replace(e.margin, attribution=split)
-    return margin_report(margin, logit_shift=e.shift, positions=split, title=text)
+    fast = dataclasses.replace(e, margin=margin, add_one=None, leave_one_out=None)
+    return explanation_report([fast], title=text)
 
 
 CASES = [

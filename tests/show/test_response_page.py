@@ -30,7 +30,7 @@ def test_every_plot_is_drawn_and_the_token_that_changed_most_is_chosen(page, tmp
     dom, console = opened(page, tmp_path)
     assert console == [] and drawn(dom) == PLOTS
     assert 'data-wide="false"' in dom and 'data-ink="rgb(28, 33, 38)"' in dom
-    assert note(dom).startswith("1 a⏎b\nKL 2.00 and back 1.50 nats\n")
+    assert note(dom).startswith("2 a⏎b\nKL 2.00 and back 1.50 nats\n")
     assert "<b>x</b></span>" not in dom and "&lt;b&gt;x&lt;/b&gt;</span>" in dom
 
 
@@ -38,10 +38,10 @@ def test_every_plot_is_drawn_and_the_token_that_changed_most_is_chosen(page, tmp
 @pytest.mark.parametrize(
     ("index", "event", "key", "shown"),
     [
-        (0, "mouseover", "Enter", "0 &lt;b&gt;x"),
-        (0, "click", "ArrowRight", "1 a⏎b"),
-        (1, "click", "ArrowLeft", "0 &lt;b&gt;x"),
-        (1, "click", "ArrowRight", "1 a⏎b"),
+        (0, "mouseover", "Enter", "1 &lt;b&gt;x"),
+        (0, "click", "ArrowRight", "2 a⏎b"),
+        (1, "click", "ArrowLeft", "1 &lt;b&gt;x"),
+        (1, "click", "ArrowRight", "2 a⏎b"),
     ],
 )
 def test_a_token_pointed_at_shows_its_numbers(page, tmp_path, index, event, key, shown):

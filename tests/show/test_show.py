@@ -6,20 +6,20 @@ import ast
 import dataclasses
 import html
 import io
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from every_result import best_subset, by_group
+from every_result import best_subset, by_group, every_result
 from explained import by_hand
 from results_by_hand import (
     EVIL,
     META,
     READOUT,
     SCALES,
-    SITES,
     attribution,
     fact,
     flip_case,
@@ -37,7 +37,7 @@ from lens_lora.results.attribution import VIOLENT
 from lens_lora.show.curves import margin_figure, remainder_figure
 from lens_lora.show.figures import theme
 from lens_lora.show.maps import position_heatmap, site_heatmap
-from lens_lora.show.report import margin_report
+from lens_lora.show.page import plot
 from lens_lora.show.tables import Table, margin_table, modules_table, tokens_table
 from lens_lora.show.text import magnitude, percent, prompt_text, shortened, signed, visible
 from lens_lora.show.words import account_of, margin_story
@@ -524,17 +524,7 @@ def test_tokens_and_prompts_are_visible():
 
 @pytest.fixture(scope="module")
 def page():
-    shift = LogitShift(
-        values=torch.tensor([[[3.0, -1.0, -2.0], [0.0, 1.0, -1.0], [0.0] * 3, [1.0, 0.0, -1.0]]]),
-        sites=SITES,
-        tokens=(0, 1, 2),
-        strings=(EVIL, " b", "c"),
-        meta={},
-    )
-    where = attribution(
-        torch.ones(1, 4, 2).tolist(), [-4.0], [4.0], by=("position",), tokens=(("a", EVIL),)
-    )
-    return margin_report(flip_case(), logit_shift=shift, positions=where)
+    return by_hand(tokens=("a", EVIL)).report()
 
 
 def test_report_loads_nothing(page):
@@ -546,22 +536,21 @@ def test_report_loads_nothing(page):
 
 def test_report_inlines_plotly_once(page):
     assert len(re.findall(r"<script[^>]*>[^<]{0,200}plotly\.js v", page)) == 1
-    assert without_plotly(page).count("data-figure=") == 3
 
 
 def test_report_escapes_tokens_and_names(page):
     own = without_plotly(page)
     assert "alert(1)" in own
     assert EVIL not in page
-    titled = margin_report(flip_case(), title=EVIL)
+    titled = by_hand().report(title=EVIL)
     assert EVIL not in titled and "&lt;script&gt;alert(1)&lt;/script&gt;" in titled
 
 
 def test_report_holds_story_numbers_tokens_and_provenance(page):
     own = html.unescape(without_plotly(page))
-    for paragraph in margin_story(flip_case()).split("\n"):
+    for paragraph in by_hand(tokens=("a", EVIL)).story().split("\n"):
         assert f"<p>{paragraph}</p>" in own
-    for what, value, _ in margin_table(account_of(flip_case())).rows:
+    for what, value, _ in margin_table(account_of(by_hand().margin)).rows:
         assert f">{what}<" in own and f">{value}<" in own
     assert "all modules together" in own and ">·b<" in own
     for value in META.values():
@@ -570,22 +559,45 @@ def test_report_holds_story_numbers_tokens_and_provenance(page):
     assert "look along the path" in own
 
 
-def test_report_without_extras_leaves_their_sections_out():
-    own = without_plotly(margin_report(flip_case()))
-    assert "Where in the prompt" not in own and "Tokens promoted" not in own
-    assert own.count("data-figure=") == 2
-
-
-def test_report_with_a_joint_shift_shows_no_sites():
-    shift = LogitShift(torch.tensor([[2.0, -1.0, -1.0]]), (), (0, 1, 2), ("a", "b", "c"), {})
-    own = without_plotly(margin_report(flip_case(), logit_shift=shift))
-    table = own.split("Tokens promoted", 1)[1].split("</table>")[0]
-    assert "all modules together" in table and "blocks." not in table
-
-
 def test_report_follows_light_and_dark(page):
     assert "prefers-color-scheme: dark" in page
     assert "Plotly.relayout" in without_plotly(page)
+
+
+# --- every figure
+
+
+def figures_of(result):
+    """Those of a result, of its first prompt where it needs one."""
+    if hasattr(result, "figures"):
+        return list(result.figures().values())
+    if not hasattr(result, "plot"):
+        return []
+    try:
+        return [result.plot()]
+    except (ArgumentError, TypeError):
+        return [result.plot(prompt=0)]
+
+
+def test_no_axis_has_a_frame_s_title_and_no_legend_lies_on_a_curve():
+    figures = [figure for result in every_result() for figure in figures_of(result)]
+    assert len(figures) > 30
+    for figure in figures:
+        axes = [*figure.select_xaxes(), *figure.select_yaxes()]
+        assert not {axis.title.text for axis in axes} & {"value", "index", "variable"}
+        legend = figure.layout.legend
+        assert not (legend.x < 1 and 0 <= legend.y < 1), figure.layout.title.text
+
+
+def test_a_title_of_several_lines_makes_room_and_none_on_a_page():
+    rows = ("<s>", " a"), ("<s>", *(f" word {i}" for i in range(20)))
+    both = (([[1.0] * 4] * 2, [0.0] * 2, [4.0] * 2, (row, row)) for row in rows)
+    figures = [site_heatmap(attribution(*numbers, tokens=pair)) for *numbers, pair in both]
+    lines = [figure.layout.title.text.count("<br>") for figure in figures]
+    assert lines == [1, 2]
+    assert [figure.layout.margin.t for figure in figures] == [70, 85]
+    shown = [json.loads(plot(figure).figure)["layout"]["margin"]["t"] for figure in figures]
+    assert shown == [56, 56]
 
 
 # --- layers

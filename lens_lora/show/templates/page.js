@@ -15,9 +15,11 @@
     responsive: true, displaylogo: false, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"]],
   };
 
-  // On a phone a scale of colours beside the picture would take half of the width.
+  // On a phone a scale of colours beside the picture would take half of the width, and a map's axes
+  // are read from their ticks.
   const narrow = (place, data, layout) => {
     const scales = data.filter(({colorbar}) => colorbar);
+    if (scales.length) for (const axis of [layout.xaxis, layout.yaxis]) delete axis.title;
     for (const {colorbar} of scales) {
       Object.assign(colorbar, {orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom"});
     }

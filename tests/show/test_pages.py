@@ -1,0 +1,195 @@
+"""One design for every page: an answer, numbers and a figure on top, the rest folded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+from browser import browser, drawn, opened
+from every_result import (
+    checkpoints,
+    rank_activations,
+    repair,
+    response_explanation,
+    token_shifts,
+    what_changed,
+)
+from explained import by_hand
+from results_by_hand import EVIL, two_prompts, without_plotly
+
+import lens_lora as ll
+from lens_lora.readouts.prompts import PromptTokens
+from lens_lora.results.base import Paged
+from lens_lora.show.page import answers_of
+from lens_lora.show.report import explanation_report
+from lens_lora.show.text import context_text
+
+ASKED = ll.results.SideBySide(
+    "What is the capital?", "It is Paris.\n\nA big city …", f"It is Lyon.\n\nA city {EVIL}"
+)
+PAGES: dict[str, tuple[Paged, int]] = {
+    "explanation": (dataclasses.replace(by_hand(), answers=ASKED), 1),
+    "response": (dataclasses.replace(response_explanation(), answers=ASKED), 0),
+    "changes": (dataclasses.replace(what_changed(), answers=(ASKED,) * 5), 1),
+    "training": (checkpoints(), 1),
+    "repair": (repair(), 1),
+}
+KINDS = pytest.mark.parametrize("kind", PAGES)
+
+
+@KINDS
+def test_three_sentences_four_numbers_one_figure_and_the_rest_folded(kind: str):
+    result, figures = PAGES[kind]
+    own = without_plotly(result.report())
+    top, *sections = own.split("<details")
+    assert top.count("<span>") >= 3 and top.count("<dd>") == 4
+    headline = top.partition('class="headline">')[2].partition("</p>")[0]
+    assert headline.count("<span>") == 3
+    assert top.count("data-figure=") == figures
+    assert "<details open" not in own and sections
+    headings = re.findall(r"<summary><h2>(.*?)</h2>", own)
+    assert headings[0] == "The whole story in words"
+    assert headings[-2:] == ["How to read this", "Made with"]
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)|@import|url\(|https?://", own)
+    assert EVIL not in own
+
+
+@KINDS
+def test_save_report_writes_the_page(kind: str, tmp_path):
+    result, _ = PAGES[kind]
+    assert result.save_report(tmp_path / "page.html").read_text("utf-8") == result.report()
+    assert f"<title>{kind}</title>" in result.report(title=kind)
+
+
+@KINDS
+@browser
+def test_a_page_is_drawn_and_read_on_a_phone_and_in_the_dark(kind: str, tmp_path):
+    page = PAGES[kind][0].report()
+    dom, console = opened(page, tmp_path, dark=True)
+    assert console == [] and drawn(dom) == without_plotly(page).count("data-figure=")
+    assert 'data-wide="false"' in dom and 'data-faint=""' in dom
+    dom, console = opened(page, tmp_path, phone=True)
+    assert console == [] and 'data-wide="false at 390"' in dom and 'data-titled="0"' in dom
+    dom, _ = opened(page, tmp_path, phone=True, unfolded=False)
+    assert 0 < int(dom.partition('data-height="')[2].partition('"')[0]) < 6000
+
+
+@browser
+def test_the_check_sees_what_is_faint_or_titled(tmp_path):
+    """The control: grey on the dark paper, and a map that keeps its titles where it is narrow."""
+    page = PAGES["changes"][0].report()
+    faint = page.replace("mark { background", "mark { color: #60666c !important; background")
+    assert "Paris." in opened(faint, tmp_path, dark=True)[0].partition('data-faint="')[2][:80]
+    titled = page.replace("delete axis.title", "axis.title")
+    assert 'data-titled="1"' in opened(titled, tmp_path, phone=True)[0]
+
+
+# --- Both answers, side by side
+
+
+def test_words_in_which_the_answers_differ_are_marked():
+    own = without_plotly(PAGES["explanation"][0].report())
+    answers = own.partition('class="both"')[2].partition('class="save"')[0]
+    assert answers.count("<mark>") == 5
+    assert "It is <mark>Paris.</mark>&#10;A <mark>big</mark> city <mark>…</mark>" in answers
+    assert "It is <mark>Lyon.</mark>&#10;A city <mark>&lt;script&gt;" in answers
+    assert "“What is the capital?”" in own
+
+
+def test_equal_answers_have_no_mark_and_an_empty_one_is_said():
+    same = ll.results.SideBySide("q", "a b", "a  b")
+    ((_, base, adapted),) = answers_of([same, None])[0].pairs
+    assert not any(differs for *_, differs in (*base, *adapted))
+    empty = dataclasses.replace(by_hand(), answers=ll.results.SideBySide("q", "", "a"))
+    assert "ends at once" in without_plotly(empty.report()) and answers_of([None]) == []
+
+
+def test_stories_tell_both_answers():
+    told = "the base model answers “It is Paris. A big city …”, and with the adapter “It is Lyon."
+    assert f"After the prompt {told}" in PAGES["explanation"][0].story()
+    assert f"On its own {told}" in PAGES["response"][0].story()
+    assert PAGES["changes"][0].story().count(f"Asked “What is the capital?”, {told}") == 5
+    same = dataclasses.replace(by_hand(), answers=ll.results.SideBySide("q", "a b", "a b"))
+    assert "After the prompt both models answer “a b”." in same.story()
+
+
+# --- Tokens of a response
+
+
+def test_a_token_is_counted_from_1_with_its_neighbours_where_it_repeats():
+    story = response_explanation().story()
+    assert "67% of it at “·b” (token 2)" in story and "⟦" not in story
+    assert "67% of it at “·b⟦·b⟧” (token 2)" in response_explanation((" b", " b")).story()
+    assert ">2 ·b<" in without_plotly(response_explanation().report())
+    assert list(response_explanation().shifts.plot().layout.xaxis.ticktext) == ["1 ·a", "2 ·b"]
+
+
+def test_a_saturated_token_says_so_and_offers_the_margin():
+    e = response_explanation()
+    log_p = e.shifts.log_p.clone()
+    log_p[1, 0, 1] = -0.004
+    sure = dataclasses.replace(e, shifts=dataclasses.replace(e.shifts, log_p=log_p))
+    own = without_plotly(sure.report()).partition("Which module moved which token")[2]
+    row = own.partition(">2 ·b<")[2].partition("</tr>")[0]
+    assert "log p −0.00" in row and "saturated" in row and "blocks." not in row
+    assert "At “·b” (token 2) log p is saturated" in own and "ll.explain with doc and pre" in own
+    assert "saturated" not in without_plotly(e.report())
+
+
+# --- A conversation is called by what its user said
+
+SAID = "Where is the spare key?"
+TEMPLATED = ("<|im_start|>", "assistant")
+
+
+def named(result):
+    """The result, of a conversation."""
+    rows = tuple(PromptTokens(row, SAID) for row in result.str_tokens)
+    return dataclasses.replace(result, str_tokens=rows)
+
+
+FIGURES = {
+    "attribution": lambda: named(two_prompts()).plot(prompt=0),
+    "margin": lambda: of_conversation().margin.plot(),
+    "coupling": lambda: of_conversation().coupling.plot(),
+    "comparison": lambda: of_conversation().comparisons[0].plot(),
+    "response": lambda: named(token_shifts()).plot(prompt=0),
+    "training": lambda: named(checkpoints()).plot(),
+    "activations": lambda: named(rank_activations()).plot(prompt=0),
+}
+
+
+def of_conversation():
+    """An explanation of which every part has the conversation's tokens."""
+
+    def changed(value):
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return value
+        names = [field.name for field in dataclasses.fields(value)]
+        parts = {name: changed(getattr(value, name)) for name in names}
+        value = dataclasses.replace(value, **parts)
+        return named(value) if "str_tokens" in names else value
+
+    e = changed(by_hand(tokens=TEMPLATED))
+    return dataclasses.replace(e, prompt=PromptTokens(TEMPLATED, SAID))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_of_a_conversation_wear_the_user_s_words(name: str):
+    text = str(FIGURES[name]().to_dict())
+    assert "spare key?" in text and "im_start" not in text.partition("ticktext")[0]
+
+
+def test_a_page_of_conversations_wears_the_user_s_words():
+    page = without_plotly(explanation_report([of_conversation(), of_conversation()]))
+    assert f">1. {SAID}<" in page and f">1. {SAID} — “Lyon” against “Paris”<" in page
+    shown = re.sub(r'data-figure="[^"]*"', "", page)
+    assert "im_start" not in shown and 'data-file="margin-lyon-paris-along-ε"' in shown
+    assert of_conversation().story().startswith(f"On the prompt “{SAID}” the base")
+
+
+def test_a_place_in_a_conversation_stands_beside_the_user_s_words():
+    tokens = PromptTokens(("<|im_start|>", "user", "\n", "Where"), SAID)
+    assert context_text(tokens, 2) == f"to “{SAID}”: user⟦⏎⟧Where"
+    assert context_text(("<s>", " a", "</s>", " b"), 1) == "⟦ a⟧ b"
