@@ -6,7 +6,7 @@ Adapter folders, result files, records, the files of half-finished sweeps, promp
 and hooks of users, from a seed: the same number gives the same case. Each runs within 10 seconds
 and 1 GB, with sockets, processes and unpickling trapped; what is read is compared with PEFT and
 Hugging Face in float64. The cases themselves are in tests/lib/fuzz*.py, and a few hundred of them
-run in the test suite. `--write` puts the table into docs/robustness.md; the exit code is 1 if there
+run in the test suite. `--write` puts the table into docs/precision.md; the exit code is 1 if there
 is a fault.
 """
 
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "robustness.md"
+PAGE = ROOT / "docs" / "precision.md"
 BEGIN, END = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
 
 
@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--shown", type=int, default=20, help="faults that are shown in full")
-    parser.add_argument("--write", action="store_true", help="into docs/robustness.md")
+    parser.add_argument("--write", action="store_true", help="into docs/precision.md")
     return parser.parse_args()
 
 

@@ -1,4 +1,8 @@
-"""docs/precision.md from docs/precision.json: the rows that `benchmarks/precision.py` measured."""
+"""The tables of docs/precision.md: the rows that `benchmarks/precision.py` measured.
+
+docs/precision.json holds those of the analyses, docs/floors.json those of noise floors. Each table
+stands between two marks, and what is said about it is written by hand.
+"""
 
 from __future__ import annotations
 
@@ -16,41 +20,6 @@ KEY = ("model", "dtype", "analysis")
 Row = dict[str, Any]
 
 
-INTRODUCTION = """# Half precision
-
-In float64 a lens is exact to 1e-9 ([Exactness](exactness.md)). Here is what bfloat16 and float16
-leave of each analysis, beside a float64 run of the *same* rounded weights.
-
-- **error**: root mean square over prompts and entries, as a share of the shift (for numbers that
-  split or leave a part of it) or of the largest value.
-- **Spearman**: of the entries (modules, mostly) with those of float64, the mean over prompts.
-- **error / floor**: over the noise floor that the result itself states; 1 is the truth.
-- **beyond 3 floors**: the share of entries that stand out of the noise, and Spearman among them.
-
-The demo's model has three prompts, and the first alone for interventions and other sweeps; the tiny
-models have 24, random weights, and an adapter as strong as they are.
-
-## What to do
-
-1. **Rank modules by derivatives.** They are sums of products, without a difference of nearly equal
-   numbers: half precision ranks as float64 does.
-2. **Trust differences of two runs above three floors.** A shift of the whole adapter mostly is;
-   what a single module does mostly is not, and what a layer does is in part. `noise_floor` stands
-   in the result, and its text says how many effects are within three floors.
-3. **Rerun in float32** what is within them: the weak modules of `patch_sites` and
-   `patch_activations`, remainders whose verdict is "below the noise", margins whose
-   `flip_verdict` is "hidden", and a path integral that says `met=False` because completeness
-   cannot be measured. `compare` leaves signs within the floors out, and says how many effects
-   are within them.
-
-Logits that are read are summed in float32, unless the head is adapted or a soft-cap or hook
-follows it, and so are δ = BAz, slopes over positions and path integrals; only the model's own
-layers round. What they round no later sum can bring back.
-
-To reproduce: `python benchmarks/precision.py --write`.
-"""
-
-
 def add(row: Row, path: Path = RESULTS) -> None:
     """Put a row in the place of the same model, dtype and analysis; render the page.
 
@@ -60,7 +29,7 @@ def add(row: Row, path: Path = RESULTS) -> None:
     """
     others = [old for old in read(path) if any(old.get(k) != row.get(k) for k in KEY)]
     path.write_text(json.dumps([*others, _rounded(row)], indent=0) + "\n")
-    PAGE.write_text(render(read()))
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), read()), encoding="utf-8")
 
 
 def read(path: Path = RESULTS) -> list[Row]:
@@ -81,47 +50,39 @@ def _rounded(row: Row) -> Row:
     return {key: short(value) for key, value in row.items()}
 
 
-def render(rows: list[Row]) -> str:
-    """The page.
+def render(text: str, rows: list[Row]) -> str:
+    """The page with its tables put in.
 
     Args:
+        text: the page.
         rows: of docs/precision.json.
     """
     tiny = [row for row in rows if row["model"] != REAL]
     order = list(dict.fromkeys(row["analysis"] for row in tiny))
     real = [row for row in rows if row["model"] == REAL]
     real.sort(key=lambda row: order.index(row["analysis"]) if row["analysis"] in order else -1)
-    parts = [INTRODUCTION, ADVICE, _advice(real), FLOORS_SAID, _floors(read(FLOORS))]
+    parts = []
     for dtype in dict.fromkeys(row["dtype"] for row in real):
-        own = [row for row in real if row["dtype"] == dtype]
-        parts += [f"## {REAL} in {dtype}\n", _table(REAL_HEAD, [_real(row) for row in own])]
+        lines = [_real(row) for row in real if row["dtype"] == dtype]
+        parts += [f"### {REAL} in {dtype}\n", _table(REAL_HEAD, lines)]
     families = ", ".join(dict.fromkeys(row["model"] for row in tiny))
-    names = dict.fromkeys(row["analysis"] for row in tiny)
-    lines = [_tiny(name, [row for row in tiny if row["analysis"] == name]) for name in names]
-    missing = [name for name in names if name not in {row["analysis"] for row in real}]
+    lines = [_tiny(name, [row for row in tiny if row["analysis"] == name]) for name in order]
+    missing = [name for name in order if name not in {row["analysis"] for row in real}]
     if missing:
         parts.append(f"Not run on {REAL}: {'; '.join(missing)}.\n")
-    parts += [f"## Tiny models: {families}\n", _table(TINY_HEAD, lines)]
-    return "\n".join(parts)
-
-
-ADVICE = f"""## Which to trust
-
-On {REAL}, by one rule. What states a floor is trusted where at least {TRUSTED:.0%} of its numbers
-are beyond three of it; where fewer are, only those; where none are, it is to be rerun. What states
-none is trusted where its order has a Spearman correlation of at least {TRUSTED} with float64's.
-"""
-
-
-FLOORS_SAID = """## How far a noise floor can be trusted
-
-How far a shift is off float64's, in its own noise floors, over readouts × prompts: 12 prompts of
-the demo's model, 24 of each tiny one. A KL moves with the rounding of both distributions, and its
-floor has draws of both. The floor of what one module adds to a KL is that of the KL of all modules
-together, and so is too large for weak modules.
-
-To reproduce: `python benchmarks/precision.py --floors --write`.
-"""
+    parts += [f"### Tiny models: {families}\n", _table(TINY_HEAD, lines)]
+    tables = {
+        "which to trust": _advice(real),
+        "floors": _floors(read(FLOORS)),
+        "errors": "\n".join(parts),
+    }
+    for name, body in tables.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        if not end:
+            raise ValueError(f"the page lacks the marks of {name!r}")
+        text = f"{before}{mark}\n{body}{end}{after}"
+    return text
 
 
 def _floors(rows: list[Row]) -> str:

@@ -9,7 +9,7 @@
 2. Each piece of work runs once, between two plain forward passes (F) of the same tokens, whose mean
    its time is divided by: on the CPU processor time. Its peak is memory beyond the model, the
    adapter and the lens: resident memory on the CPU, what torch allocates on a GPU.
-3. With --write the cells go into docs/shapes.json, and docs/shapes.md is made from it.
+3. With --write the cells go into docs/shapes.json, and docs/performance.md is made from it.
 4. `--sizes` counts what weights and factors take, without making them.
 """
 

@@ -1,4 +1,4 @@
-"""docs/shapes.md from docs/shapes.json: the rows that `benchmarks/shapes.py` measured."""
+"""The tables by size of model in docs/performance.md, from docs/shapes.json (`shapes.py`)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,9 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
-RESULTS, PAGE = DOCS / "shapes.json", DOCS / "shapes.md"
+RESULTS, PAGE = DOCS / "shapes.json", DOCS / "performance.md"
 KEY = ("machine", "dtype", "shape", "rank")
 Row = dict[str, Any]
-INTRODUCTION = """# Cost by size of model
-
-What the weights take, counted; 4 bit is NF4 with quantised scales on the blocks' linear modules,
-and bfloat16 for the rest. A lens holds the factors of its adapter in float32, once in the adapter
-and once in the model's basis.
-"""
-MEASURED = """The rest is measured: random weights in these shapes, a random LoRA on every linear
-module of the blocks, a TransformerBridge with eager attention. Times are in F, one plain forward
-pass of the same tokens with all positions unembedded. Beside them stands the peak in MiB of memory
-beyond weights, adapter and lens. FB is a plain forward and backward pass of the base, which reads
-one margin. The prompt has 64 tokens; the response 512 more, and its F is a pass of all 576. Each
-cell was run once, on the CPU in processor time.
-
-`first_order` is FB and the two exact ends, g(0) and g(1): passes that unembed one position. The
-smaller the vocabulary's share of the model, the nearer these two are to 2 F.
-
-    python benchmarks/shapes.py Gemma-3-270M Qwen2.5-0.5B --ranks 1 16 64 --write
-    python benchmarks/shapes.py Qwen2.5-7B Qwen2.5-14B --device cuda --dtype bfloat16 --write
-"""
 
 
 def add(row: Row) -> None:
@@ -57,7 +38,7 @@ def add_sizes(sizes: list[Row]) -> None:
 
 def _write(held: dict[str, list[Row]]) -> None:
     RESULTS.write_text(json.dumps(held, indent=1) + "\n")
-    PAGE.write_text(render(held))
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), held), encoding="utf-8")
 
 
 def read() -> dict[str, list[Row]]:
@@ -71,18 +52,25 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def render(held: dict[str, list[Row]]) -> str:
-    """The page: sizes, a table for each machine and dtype, and what was not run.
+def render(text: str, held: dict[str, list[Row]]) -> str:
+    """The page with its tables put in: sizes, one for each machine and dtype, and what was not run.
 
     Args:
+        text: the page.
         held: docs/shapes.json.
     """
-    rows = held["rows"]
-    parts = [INTRODUCTION, sizes_table(held["sizes"]), MEASURED]
+    rows, parts = held["rows"], []
     for where in dict.fromkeys((row["machine"], row["dtype"]) for row in rows):
         here = [row for row in rows if (row["machine"], row["dtype"]) == where]
-        parts += [f"## {where[1]} on {where[0]}\n", _table(here)]
-    return "\n".join([*parts, not_run(rows, [size["shape"] for size in held["sizes"]])])
+        parts += [f"**{where[1]} on {where[0]}**\n", _table(here)]
+    parts.append(not_run(rows, [size["shape"] for size in held["sizes"]]))
+    for name, body in {"sizes": sizes_table(held["sizes"]), "shapes": "\n".join(parts)}.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        if not end:
+            raise ValueError(f"the page lacks the marks of {name!r}")
+        text = f"{before}{mark}\n{body}{end}{after}"
+    return text
 
 
 def sizes_table(sizes: list[Row]) -> str:
@@ -142,5 +130,5 @@ def not_run(rows: list[Row], shapes: list[str]) -> str:
     missing = ", ".join(shape for shape in shapes if shape not in seen)
     said = [f"Not run: {missing}."] if missing else []
     if all(row["machine"].startswith("CPU") for row in rows):
-        said.append("Nothing was run on a GPU, as none was at hand; the second command does it.")
-    return "## What was not run\n\n" + " ".join(said or ["Nothing."]) + "\n"
+        said.append("Nothing was run on a GPU; the second command does it.")
+    return " ".join(said) + "\n"

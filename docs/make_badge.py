@@ -1,9 +1,9 @@
-"""Writes the README's Binder badge, once it is known where the repository is public.
+"""Writes the Binder badges of README and the gallery's notebooks, once the repository is public.
 
     python docs/make_badge.py https://github.com/ORGANISATION/REPOSITORY
 
-The badge stands below `<!-- badge -->` and opens the first notebook in a server of its own, which
-.binder/ describes. Without an address there is no badge, and no link that leads nowhere.
+Each stands below its mark (`MARK`) and opens that notebook, README's the first, in a server of its
+own, which .binder/ describes. Until then there is no badge, and no link that leads nowhere.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import sys
 from pathlib import Path
 from urllib.parse import quote, urlparse
 
+import nbformat
+from site_notebooks import DEMOS, GALLERY
+
 README = Path(__file__).parents[1] / "README.md"
-MARK = "<!-- badge -->"
-BINDER, NOTEBOOK = "https://mybinder.org", "demos/first_look.ipynb"
+MARK = "<!-- Binder badge: works once the repository is public (docs/make_badge.py) -->"
+BINDER = "https://mybinder.org"
 PROVIDERS = {"github.com": "gh", "gitlab.com": "gl"}
 
 
-def badge(address: str) -> str:
+def badge(address: str, notebook: str) -> str:
     """The badge as Markdown, for a repository at GitHub, GitLab or any other host."""
     url = urlparse(address.removesuffix("/").removesuffix(".git"))
     if url.scheme != "https" or url.path.count("/") < 2:
@@ -27,20 +30,27 @@ def badge(address: str) -> str:
     path = url.path.strip("/")
     provider = PROVIDERS.get(url.netloc, "git")
     where = {"gh": path, "gl": quote(path, safe="")}.get(provider, quote(address, safe=""))
-    target = f"{BINDER}/v2/{provider}/{where}/HEAD?labpath={quote(NOTEBOOK, safe='')}"
-    return f"[![Open the notebooks in a browser]({BINDER}/badge_logo.svg)]({target})"
+    target = f"{BINDER}/v2/{provider}/{where}/HEAD?labpath={quote(f'demos/{notebook}', safe='')}"
+    return f"[![Open this in a browser, on Binder]({BINDER}/badge_logo.svg)]({target})"
 
 
-def with_badge(readme: str, address: str) -> str:
-    """The README with the badge, in place of an older one."""
-    return re.sub(rf"{MARK}\n(\[!\[.*\n)?", f"{MARK}\n{badge(address)}\n", readme)
+def with_badge(text: str, address: str, notebook: str = f"{GALLERY[0]}.ipynb") -> str:
+    """The text with the badge below its mark, in place of an older one."""
+    pattern = rf"{re.escape(MARK)}(\n\[!\[.*)?"
+    return re.sub(pattern, f"{MARK}\n{badge(address, notebook)}", text)
 
 
 def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    text = README.read_text(encoding="utf-8")
-    README.write_text(with_badge(text, sys.argv[1]), encoding="utf-8")
+    address = sys.argv[1]
+    README.write_text(with_badge(README.read_text(encoding="utf-8"), address), encoding="utf-8")
+    for stem in GALLERY:
+        path = DEMOS / f"{stem}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        first = notebook.cells[0]
+        first.source = with_badge(first.source, address, path.name)
+        nbformat.write(notebook, path)
 
 
 if __name__ == "__main__":

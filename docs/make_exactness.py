@@ -65,37 +65,37 @@ NAMES = {
 }
 INTRODUCTION = f"""# Exactness
 
-How far a `LoraLens` is from PEFT's active adapter on the Hugging Face model. Measured on tiny
-models of every family with random weights, norms, biases and factors, in float64, with the
-float32 casts of the host libraries lifted. Every cell has three errors:
+How far is the adapted model of a `LoraLens` from PEFT's own? At most {BOUND:.0e} in every cell of
+these tables, except where the hooked model without any adapter is already further from the Hugging
+Face model than {HOST_EXACT:.0e}. There, that error of the host library stands in brackets.
 
+Measured in float64 on tiny models of every family, with random weights, norms, biases and factors,
+and with the float32 casts of the host libraries lifted. Each cell was measured in three ways:
+
+- **adapted**, which the tables show: `lens.logits(scale=1)` against the Hugging Face model with
+  PEFT's adapter active;
 - **host**: logits of the bare hooked model against the bare Hugging Face model;
-- **adapted**: `lens.logits(scale=1)` against the Hugging Face model with PEFT's adapter active;
-- **modes**: `first_order(at=1)` by forward mode against reverse mode, relative to the largest
-  site.
+- **modes**: `first_order(at=1)` by forward mode against reverse mode, relative to the largest site.
 
 The first two are the largest difference of any logit at any position, up to the constant that a
-centred unembedding removes (the largest logits are 4 to 8). The tables show **adapted**. If the
-host itself is off by more than {HOST_EXACT:.0e}, its own error follows in brackets; no other cell
-is above {BOUND:.0e}. A number in square brackets refers to a message at the end of the page: next
-to the name of an error it is a refusal by `lens_lora`, next to *host* a fault of the host
-library, which cannot build the model.
+centred unembedding removes; the largest logits are 4 to 8. A number in square brackets refers to a
+message at the end of the page. Beside the name of an error it is a refusal by `lens_lora`; beside
+*host* it is a fault of the host library, which cannot build the model.
 
-Processing is that of transformer-lens: none (raw), each flag alone, or all four. A
-TransformerBridge is processed by `enable_compatibility_mode`. In the tables by processing, the
-LoRA is on every linear module of the blocks.
+The processing is that of transformer-lens: none (raw), each flag alone, or all four. A
+TransformerBridge is processed by `enable_compatibility_mode`. In the tables by processing, the LoRA
+is on every linear module of the blocks.
 
-The targets, all beside a LoRA on linear modules: a LoRA on the head, on an embedding, or on the
-position embedding; biases of the LoRA's own (`lora_bias`), or of its modules (`lora_only`); DoRA;
-`modules_to_save` of head, embedding (not Bloom's) and the MLP's output; of every norm; rows of the
-embedding (`trainable_token_indices`), and of the head where it is tied; and every bias
-(`bias="all"`). Where norms are folded, a change of γ or β is refused.
+In the tables by target, these are added to a LoRA on linear modules: a LoRA on the head, on an
+embedding, or on the position embedding; biases of the LoRA itself (`lora_bias`) or of its modules
+(`lora_only`); DoRA; `modules_to_save` of head, embedding (not Bloom's) and the MLP's output;
+`modules_to_save` of every norm; trained rows of the embedding (`trainable_token_indices`), and of
+the head where it is tied; and every bias (`bias="all"`). Where norms are folded, a change of γ or β
+is refused.
 
-In float32 the same numbers carry that precision's rounding; what bfloat16 and float16 leave of
-them, analysis by analysis, is measured in [Half precision](precision.md).
-
-Two more tables are of other architectures, whose sites are read from the bridge itself, and of
-every method of PEFT.
+[Precision and robustness](precision.md) has what bfloat16 and float16 leave of each analysis. Two
+more tables on this page are of other architectures, whose sites are read from the bridge itself,
+and of every method of PEFT.
 
 To reproduce: run `python docs/make_exactness.py` in an environment of each transformer-lens line.
 It measures the installed version, writes `docs/exactness/<transformer-lens>.json`, and renders
@@ -265,20 +265,20 @@ def _section(title: str, families: dict[str, Any], notes: dict[str, list[str]]) 
 
 ARCHITECTURES = """## {n} other architectures, transformer-lens {version}
 
-They have no entry in `lens_lora.families`, or hold experts: every linear module of a raw
-TransformerBridge is a site, by the name of its component, else by its path, and so is every stack
-of experts and every router. The LoRA is on all of them but the head, and what PEFT refuses to
-adapt; the stacks of Llama 4 and JetMoE have a form of their own, and are left out. One line in
+These have no entry in `lens_lora.families`, or hold experts. On a raw TransformerBridge every
+linear module is a site, and so is every stack of experts and every router; a site is named by its
+component, else by its path. The LoRA is on all of them except the head and what PEFT refuses to
+adapt; the stacks of Llama 4 and JetMoE have a form of their own and are left out. One line in
 `tests/lib/architectures.py` adds an architecture.
 
-- **adapted** as above, and **each** the same with one module's gate at 0.7, one after another;
-- **activations**: any hook point against a bridge of PEFT's merged weights;
+- **adapted** as above; **each**: the same with one module's gate at 0.7, one after another;
+- **activations**: every hook point against a bridge of PEFT's merged weights;
 - **slopes**: `first_order` at 0, 0.37 and 1 against central differences of PEFT, relative to the
   largest; **modes**: forward against reverse mode at 0.37;
-- **effects**: `patch_sites` that leaves one module out, against PEFT; **path**: the sum of
-  `path_attribution` against PEFT's shift, relative to the sum of sizes, of the adapter at a
-  hundredth of its strength (experts that change on the way make g jump);
-- **said**: tokens of `generate` that differ from PEFT's greedy ones, of twelve.
+- **effects**: `patch_sites` that leaves one module out, against PEFT;
+- **path**: the sum of `path_attribution` against PEFT's shift, relative to the sum of sizes, for
+  the adapter at a hundredth of its strength (experts that change on the way make g jump);
+- **said**: how many of twelve tokens of `generate` differ from PEFT's greedy ones.
 """
 
 
@@ -301,13 +301,13 @@ def _architectures(version: str, measured: dict[str, Cell], notes: dict[str, lis
 
 METHODS = """## PEFT's {n} methods, transformer-lens {version}
 
-One row for each folder of `peft.tuners` in PEFT {peft}. The ΔW of all but LoRA is measured by
-running PEFT's own layers ([What an adapter may hold](formats.md#other-methods)). The adapter is
-random, on a tiny Llama or GPT-2 (Conv1D, LayerNorm), read from the live model and from its folder
-over the base. Where a kind of module is missing, PEFT itself does not adapt it.
+One row for each folder of `peft.tuners` in PEFT {peft}. Except for LoRA, ΔW is measured by running
+PEFT's own layers ([Adapter formats](formats.md#other-methods)). The adapter is random, on a tiny
+Llama or GPT-2 (Conv1D, LayerNorm), read from the live model and from its folder over the base. A
+kind of module that is missing here is one that PEFT itself does not adapt.
 
-- **exact**: the largest difference of `lens.logits` from PEFT, of both readings, at the gates 0.37
-  and 1, where PEFT's own layers add that share of what they add;
+- **exact**: the largest difference of `lens.logits` from PEFT, for both readings, at the gates 0.37
+  and 1; at 0.37, PEFT's own layers add that share of what they add;
 - **slopes**: the sum of `first_order` at 0 against central differences of PEFT, relative.
 """
 

@@ -1,6 +1,6 @@
 """Runs the snippets of pages and stores what they show, for the site to put below each.
 
-    python docs/make_outputs.py [docs/remainder.md …]
+    python docs/make_outputs.py [docs/reading.md …]
 
 Each page runs in a fresh kernel, as one program; by default those in `PAGES`. Text goes to
 docs/outputs/PAGE.json, pictures beside it. Where a snippet has changed since, the site leaves out
@@ -25,11 +25,8 @@ DOCS = Path(__file__).parent
 PAGES = (
     "first_adapter",
     "chat_model",
-    "own_readout",
-    "remainder",
+    "reading",
     "examples",
-    "responses",
-    "activations",
     "sweep",
     "auditing",
     "two_adapters",

@@ -15,17 +15,37 @@ from site_outputs import fenced
 
 DEMOS = Path(__file__).parents[1] / "demos"
 FOLDER = "notebooks"
+# By question: what a first visit shows, and what one looks up.
+GALLERY = (
+    "first_look",
+    "what_was_it_taught",
+    "what_does_it_say",
+    "what_first_order_misses",
+    "repairing_an_adapter",
+    "how_a_fact_is_learnt",
+)
+MORE = (
+    "reading_one_adapter",
+    "fact_margin_and_flip",
+    "against_activation_patching",
+    "pruning_an_adapter",
+    "just_a_steering_vector",
+    "rank_one_adapter",
+    "two_adapters_one_fact",
+    "full_fine_tune_as_adapter",
+    "two_classes_side_by_side",
+)
 _HEADING = re.compile(r"^# (.+)$", re.MULTILINE)
+_QUESTION = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
+_BADGE = re.compile(r"<!-- Binder badge.*-->\n(\[!\[.*\n)?\n?")  # whose picture would be fetched
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 Cell = dict
 
 
-@functools.cache
 def paths() -> tuple[Path, ...]:
-    """The notebooks, that for a first look first."""
-    found = sorted(DEMOS.glob("*.ipynb"), key=lambda path: (path.stem != "first_look", path.stem))
-    return tuple(found)
+    """Those of the gallery, then the others."""
+    return tuple(DEMOS / f"{stem}.ipynb" for stem in (*GALLERY, *MORE))
 
 
 @functools.cache
@@ -40,13 +60,24 @@ def title(path: Path) -> str:
     return found[1] if found else path.stem.replace("_", " ")
 
 
+def question(path: Path) -> str:
+    """What it asks, in bold in its first cell."""
+    found = _QUESTION.search("".join(cells(path)[0]["source"]))
+    return found[1] if found else ""
+
+
+def target(path: Path) -> str:
+    """Its page on the site."""
+    return f"{FOLDER}/{path.stem}.md"
+
+
 def page(path: Path) -> tuple[str, dict[str, bytes]]:
     """A notebook as Markdown, and its pictures by name."""
     parts, pictures = [], {}
     for cell in cells(path):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(_BADGE.sub("", source))
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
@@ -72,15 +103,15 @@ def _shown(output: Cell) -> tuple[str, bytes | None]:
 
 
 def gallery() -> str:
-    """A card for each notebook: its last picture, which mostly is its answer, and its question."""
-    cards = []
+    """A card for each of the gallery, with its last picture, mostly its answer; then the others."""
+    cards, others = [], []
     for path in paths():
         _, pictures = page(path)
-        *_, name = pictures or [""]
-        if name:
-            target = f"{FOLDER}/{path.stem}.md"
-            cards.append(
-                f"-   [![{title(path)}]({FOLDER}/{name}){{ loading=lazy }}]({target})\n\n"
-                f"    [{title(path)}]({target})"
-            )
-    return '<div class="grid cards gallery" markdown>\n\n' + "\n\n".join(cards) + "\n\n</div>"
+        if path.stem in MORE:
+            others.append(f"- [{title(path)}]({target(path)}): {question(path)}")
+        else:
+            picture = f"![{title(path)}]({FOLDER}/{[*pictures][-1]}){{ loading=lazy }}"
+            link = f"[{title(path)}]({target(path)})"
+            cards.append(f"-   [{picture}]({target(path)})\n\n    {link}")
+    grid = '<div class="grid cards gallery" markdown>\n\n' + "\n\n".join(cards) + "\n\n</div>"
+    return f"{grid}\n\n### More notebooks\n\n" + "\n".join(others)

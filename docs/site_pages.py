@@ -2,7 +2,7 @@
 
 1. The comments in `lens_lora.__all__` group its names. Each group becomes a page of the API
    reference, which mkdocstrings fills from the docstrings: each function, and after it the results
-   that it alone returns. Results of several functions, and errors, have pages of their own.
+   that it alone returns. All other results, and errors, have pages of their own.
 2. `<!-- costs -->` becomes a table of the cost that each public function's docstring states.
 3. A mark such as `<!-- demo-command -->` becomes the code block that follows it in the README.
 4. A code span that begins with `ll.` and a public name links to that name's reference.
@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import re
 import sys
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import site_outputs  # noqa: E402
 PACKAGE = ROOT / "lens_lora"
 _SPAN = re.compile(r"(?<![`\[])`ll\.((?:results\.|errors\.)?\w+)([^`]*)`(?!`)")
 _NAMESPACES = ("errors", "results")
-_SHARED, _ERRORS = "Results of several functions", "Errors"
+_SHARED, _ERRORS = "Results", "Errors"
 _COMMAND = re.compile(r"<!-- (\w+-command) -->")
 _MATHJAX = "mathjax/static/mathjax/es5/tex-svg.js"
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -38,18 +39,38 @@ _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 @functools.cache
 def groups() -> dict[str, tuple[str, ...]]:
-    """The pages of the reference: {title: names below `lens_lora`}."""
-    results = homes("results")
+    """The pages of the reference: {title: names below `lens_lora`}.
+
+    Of each group the functions first, each with the results that it alone returns after it; then
+    what is passed to them.
+    """
+    public = _public()
+    functions = [name for names in public.values() for name in names if name.islower()]
+    returned = {name: _returned(name) for name in functions}
+    counts = Counter(result for results in returned.values() for result in results)
     pages: dict[str, list[str]] = {}
-    for title, names in _public().items():
-        pages[title] = []
-        for name in names:
-            beside = [r for r, module in results.items() if module == homes()[name]]
-            pages[title] += [name, *(f"results.{r}" for r in beside if r in results)]
-            results = {r: module for r, module in results.items() if r not in beside}
-    pages[_SHARED] = [f"results.{name}" for name in results]
+    for title, names in public.items():
+        ordered = sorted(names, key=lambda name: not name.islower())
+        pages[title] = [
+            entry
+            for name in ordered
+            for entry in (name, *(f"results.{r}" for r in returned.get(name, ()) if counts[r] == 1))
+        ]
+    shared = [f"results.{name}" for name in homes("results") if counts[name] != 1]
+    pages.setdefault(_SHARED, []).extend(shared)
     pages[_ERRORS] = [f"errors.{name}" for name in _errors()]
     return {title: tuple(names) for title, names in pages.items()}
+
+
+def _returned(name: str) -> list[str]:
+    """The results that a public function's return annotations name, in the order of their stub."""
+    named = {
+        part
+        for node in _functions(homes()[name])
+        if node.name == name and node.returns is not None
+        for part in re.findall(r"\w+", ast.unparse(node.returns))
+    }
+    return [result for result in homes("results") if result in named]
 
 
 def _public() -> dict[str, list[str]]:
@@ -127,16 +148,22 @@ def costs() -> dict[str, str]:
 
 @functools.cache
 def _costs_in(module: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for node in _functions(module):
+        paragraphs = (ast.get_docstring(node) or "").split("\n\n")
+        stated = [p for p in paragraphs if p.startswith("Cost")]
+        if stated:
+            found[node.name] = " ".join(stated[0].removeprefix("Cost:").split())
+    return found
+
+
+@functools.cache
+def _functions(module: str) -> list[ast.FunctionDef]:
+    """The functions of a module, each overload by itself."""
     path = ROOT.joinpath(*module.split("."))
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    found: dict[str, str] = {}
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef):
-            paragraphs = (ast.get_docstring(node) or "").split("\n\n")
-            stated = [p for p in paragraphs if p.startswith("Cost")]
-            if stated:
-                found[node.name] = " ".join(stated[0].removeprefix("Cost:").split())
-    return found
+    body = ast.parse(source.read_text(encoding="utf-8")).body
+    return [node for node in body if isinstance(node, ast.FunctionDef)]
 
 
 def costs_table() -> str:
@@ -185,10 +212,11 @@ def on_config(config):
     _entries(config.nav, "API reference").extend(
         {title: f"api/{slug(title)}"} for title in groups()
     )
-    _entries(config.nav, "Notebooks").extend(
-        {site_notebooks.title(path): f"{site_notebooks.FOLDER}/{path.stem}.md"}
-        for path in site_notebooks.paths()
-    )
+    listed = [
+        {site_notebooks.title(path): site_notebooks.target(path)} for path in site_notebooks.paths()
+    ]
+    shown = len(site_notebooks.GALLERY)
+    _entries(config.nav, "Notebooks").extend([*listed[:shown], {"More": listed[shown:]}])
     return config
 
 
@@ -199,7 +227,7 @@ def on_files(files, config):
     made: dict[str, str | bytes] = {f"api/{slug(t)}": reference_page(t) for t in groups()}
     for path in site_notebooks.paths():
         text, pictures = site_notebooks.page(path)
-        made[f"{site_notebooks.FOLDER}/{path.stem}.md"] = text
+        made[site_notebooks.target(path)] = text
         made |= {f"{site_notebooks.FOLDER}/{name}": png for name, png in pictures.items()}
     made["assets/tex-svg.js"] = mathjax()
     for where, content in made.items():

@@ -1,4 +1,4 @@
-"""lens_lora: what did this LoRA do to this model, on this prompt, where, and how far to trust it?
+"""What did this fine-tune change in this model, which parts of it did, and can I trust the answer?
 
     import lens_lora as ll
 

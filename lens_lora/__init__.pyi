@@ -66,12 +66,12 @@ __all__ = [
     "first_order",
     "logit_shift",
     "tangents",
-    # rank space
+    # activations
     "activations",
-    # whole responses
+    # responses
     "kl_shares",
     "token_shifts",
-    # the remainder and the margin
+    # remainder and margin
     "fact_margin",
     "remainder",
     "remainder_curve",
@@ -80,7 +80,7 @@ __all__ = [
     "path_attribution",
     "reliability",
     "second_order",
-    # real interventions, and what agrees with them
+    # interventions
     "best_subset",
     "compare",
     "faithfulness",
@@ -88,24 +88,24 @@ __all__ = [
     "null_test",
     "patch_activations",
     "patch_sites",
-    # two adapters, one through its training, and the part of one that is kept
+    # two adapters
     "checkpoints",
     "compare_adapters",
     "repair",
-    # all of one prompt
+    # one prompt
     "explain",
-    # features: directions, sparse autoencoders
+    # features
     "feature_shift",
     "feature_writes",
-    # nothing asked
+    # auditing
     "activation_shift",
     "constant_part",
     "what_changed",
-    # the look of figures
+    # figures
     "theme",
-    # many prompts
+    # sweeps
     "sweep",
-    # results and errors, by name; any result from its file
+    # results
     "errors",
     "load_result",
     "results",

@@ -46,7 +46,8 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """What did this LoRA do to this model, on this prompt, where, and how far to trust it?"""
+    """What did this fine-tune change in this model, which parts of it did that,
+    and can I trust the answer?"""
     # PEFT imports it, and it speaks of a faster kernel that could be installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -40,12 +40,11 @@ from sections import (
 from tables import MAIN, mean_costs, standings
 from violent import curve
 from warned import pack as pack_warned
-from words import ADD, KEEP, OUT, comparisons, recommendations, write_blocks
+from words import ADD, KEEP, OUT, comparisons, opening, recommendations
 
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.results.attribution import VIOLENT
 
-READING = DOCS / "reading.md"
 IMAGES = DOCS / "images"
 PARETO, STRENGTH = IMAGES / "faithfulness_cost.png", IMAGES / "faithfulness_strength.png"
 ENOUGH = 10  # tasks, below which a bootstrap interval is plainly too narrow
@@ -91,6 +90,7 @@ def page(numbers: Numbers) -> str:
             few=[base for base in bases if tasks[base] < ENOUGH],
             enough=ENOUGH,
             missing=missing(numbers),
+            opening=opening(numbers, bases),
             recommendations=block(numbers),
             comparisons=helps(numbers),
             sections={base: sections(scores, costs, base) for base in bases},
@@ -150,11 +150,6 @@ def helps(numbers: Numbers) -> str:
     return "\n\n".join(parts)
 
 
-def blocks(numbers: Numbers) -> dict[Path, str]:
-    """What stands between the marks of each document."""
-    return {READING: helps(numbers)}
-
-
 def draw(numbers: Numbers) -> None:
     """Both pictures, on the base of the most adapters."""
     scores, costs = scores_of(numbers), costs_of(numbers)
@@ -182,7 +177,6 @@ def main() -> None:
         write({**read(), "warned": pack_warned(given.warned)})
     numbers = read()
     PAGE.write_text(page(numbers))
-    write_blocks(blocks(numbers))
     if given.pictures:
         draw(numbers)
 

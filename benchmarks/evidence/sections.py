@@ -15,6 +15,7 @@ from tables import (
     MAIN,
     Question,
     by_prompts,
+    cost_table,
     markdown,
     named,
     of_question,
@@ -73,12 +74,10 @@ SECTIONS = (
 )
 
 
-def sections(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> list[tuple[str, list[str]]]:
-    """Title and tables of each question."""
-    return [
-        (title, [question_table(scores, costs, question, base) for question in questions])
-        for title, questions in SECTIONS
-    ]
+def sections(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> list[tuple[str, str]]:
+    """Title and table of each question, and what every method costs."""
+    asked = [(title, question_table(scores, questions, base)) for title, questions in SECTIONS]
+    return [*asked, ("Costs", cost_table(costs, base))]
 
 
 def other_prompts(scores: pd.DataFrame, base: str) -> list[tuple[str, str]]:
@@ -95,7 +94,7 @@ def second_order(
     found = []
     for question, first, second in ((ADD_ERROR, FIRST, OWN_FIRST), (OUT_ERROR, END, OWN_END)):
         one = dataclasses.replace(question, prompts=("trained, first",))
-        table = question_table(scores, costs, one, base)
+        table = question_table(scores, [one], base, costs)
         found.append((question.words, table, _medians(scores, one, base, first, second)))
     return found
 

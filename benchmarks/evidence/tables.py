@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 from intervals import Interval, Standing, cluster_means, interval, ranked
@@ -123,37 +123,60 @@ def cost_in_words(cost: float | None) -> str:
     return f"{cost:.2g}" if cost < 10 else f"{cost:.0f}"
 
 
-def question_table(scores: pd.DataFrame, costs: pd.DataFrame, question: Question, base: str) -> str:
-    """One line per method: its score, how far behind the best, and its cost."""
-    prices = [mean_costs(costs, base, of) for of in ("passes", "time")]
-    every = standings(scores, question, base)
+def question_table(
+    scores: pd.DataFrame,
+    questions: Sequence[Question],
+    base: str,
+    costs: pd.DataFrame | None = None,
+) -> str:
+    """One line per method, in the order of the first metric: scores, how far behind, cost."""
+    columns = [_scored(scores, question, base) for question in questions]
+    prices = [] if costs is None else [mean_costs(costs, base, of) for of in ("passes", "time")]
+    names = dict.fromkeys(name for column in columns for name in column)
     rows = [
         [
-            named(s.method),
+            label,
+            *(cell for column in columns for cell in column.get((method, label), ("—", "—"))),
+            *(cost_in_words(price.get(method)) for price in prices),
+        ]
+        for method, label in names
+    ]
+    head = [word for question in questions for word in (question.metric, "behind the best")]
+    return markdown(["method", *head, *(["passes", "F"] if prices else [])], rows)
+
+
+def _scored(
+    scores: pd.DataFrame, question: Question, base: str
+) -> dict[tuple[str, str], tuple[str, str]]:
+    """{(method, its name): (score, how far behind the best)}, the best first.
+
+    Methods that were run on some training tasks only come last, compared with the best on those.
+    """
+    every, means = standings(scores, question, base), means_of(scores, question, base)
+    found = {
+        (s.method, named(s.method)): (
             span(s.score),
             "best" if i == 0 else "tie" if s.tie else span(s.behind, 3),
-            *(cost_in_words(price.get(s.method)) for price in prices),
-        ]
+        )
         for i, s in enumerate(every)
-    ]
-    rows += _on_fewer(means_of(scores, question, base), question, every[0].method, prices)
-    return markdown(["method", question.metric, "behind the best", "passes", "F"], rows)
-
-
-def _on_fewer(
-    means: pd.DataFrame, question: Question, best: str, prices: Sequence[Mapping[str, float]]
-) -> list[list[str]]:
-    """Methods that were run on some training tasks only, compared with the best on those."""
-    rows = []
+    }
+    sign = 1 if question.larger else -1
     for method in means.columns[means.isna().any()]:
-        found = interval(means[method])
-        sign = 1 if question.larger else -1
-        behind = interval(sign * (means[method] - means[best]))
-        name = f"{named(method)} ({found.clusters} of {len(means)} tasks)"
-        said = "tie" if behind.tie else span(behind, 3)
-        cells = [cost_in_words(price.get(method)) for price in prices]
-        rows.append([name, span(found), said, *cells])
-    return rows
+        score, behind = (
+            interval(values)
+            for values in (means[method], sign * (means[method] - means[every[0].method]))
+        )
+        label = f"{named(method)} ({score.clusters} of {len(means)} tasks)"
+        found[method, label] = (span(score), "tie" if behind.tie else span(behind, 3))
+    return found
+
+
+def cost_table(costs: pd.DataFrame, base: str) -> str:
+    """Passes and time of every method that the page names, the dearest first."""
+    passes, time = (mean_costs(costs, base, of) for of in ("passes", "time"))
+    order = sorted((m for m in passes if named(m) != m), key=lambda method: -time[method])
+    rows = [[named(m), cost_in_words(passes[m]), cost_in_words(time[m])] for m in order]
+    return markdown(["method", "passes", "F"], rows)
 
 
 def by_prompts(scores: pd.DataFrame, question: Question, base: str, methods: Sequence[str]) -> str:

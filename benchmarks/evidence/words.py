@@ -1,17 +1,17 @@
-"""Recommendations, written from the stored numbers: for the page and docs/reading.md.
+"""Recommendations, written from the stored numbers.
 
-Per question: the cheapest method within the interval of the best, and what measuring costs instead.
-Each block stands between two marks in its document and is replaced by `write_blocks`.
+Per question: the cheapest method within the interval of the best, and what measuring costs instead;
+how often it is right, and on which adapters it is not.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
 import pandas as pd
 from intervals import Standing, cheapest_of_the_best, cluster_means, difference
+from results import Numbers, costs_of, scores_of
 from tables import (
     END,
     FIRST,
@@ -29,9 +29,10 @@ from tables import (
     span,
     standings,
 )
+from violent import BROKEN
 
-ROOT = Path(__file__).parents[2]
-BEGIN, FINISH = "<!-- evidence -->", "<!-- end of evidence -->"
+from lens_lora.results.attribution import VIOLENT
+
 MEASURED = ("add_one", "leave_one_out")
 OWN = ("trained", "paraphrase")
 ADD = Question("add_one", "spearman", True, OWN, "What would adding this module to the base do?")
@@ -61,6 +62,20 @@ SUM = Question(
 ASKED = (ADD, OUT, SUM, KEEP, FEW)
 CHEAP = 30.0  # F, up to which the advice for one prompt is to measure
 ONE = ("trained, first",)
+# A metric's bound, and what is within it; a share of the shift has none.
+RIGHT = {
+    "spearman": (BROKEN, "modules in the measured order (Spearman ≥ 0.9)"),
+    "incompleteness": (0.1, "a sum within 10 % of the shift"),
+    "of the best found": (0.9, "≥ 90 % of what the best fifth keeps"),
+}
+WORST = 3  # adapters that are named
+ENDS = "the result calls {violent} of these {off} violent; `ll.reliability` flags modules"
+NOTICED = {
+    ADD: ENDS,
+    OUT: ENDS,
+    SUM: "the result states its error: `completeness_error`, `quadrature.met`",
+    FEW: "`ll.faithfulness` runs the chosen modules, `ll.best_subset` says what could be kept",
+}
 # Question, method, what it would replace.
 COMPARED = (
     (KEEP, PATH, HALF),
@@ -151,6 +166,46 @@ def comparisons(scores: pd.DataFrame, base: str) -> str:
     return markdown(["does …", "beat …", "at", "mean difference", "answer", "ahead on"], rows)
 
 
+def opening(numbers: Numbers, bases: list[str]) -> tuple[str, str]:
+    """The page in short: on how many adapters each recommended estimate is right, and where not.
+
+    The estimate is that of the first base, on all of them.
+    """
+    scores, costs = scores_of(numbers), costs_of(numbers)
+    rows, wrong = [], []
+    for question in ASKED:
+        best = advice(scores, costs, question, bases[0])
+        method, (bound, meant) = best.cheapest.method, RIGHT.get(question.metric, (None, "—"))
+        each = {base: _by_adapter(scores, question, base, method) for base in bases}
+        if bound is None:
+            cells = [f"{e.mean():.2f} ({e.min():.2f} to {e.max():.2f})" for e in each.values()]
+        else:
+            off = {b: e[e < bound if question.larger else e > bound] for b, e in each.items()}
+            cells = [f"{len(each[base]) - len(off[base])} of {len(each[base])}" for base in bases]
+            named_off = "; ".join(_worst(off[b], question.larger, b) for b in bases if len(off[b]))
+            names = [name for rest in off.values() for name in rest.index]
+            strengths = [numbers["adapters"][n]["signals"]["trained"]["strength"] for n in names]
+            violent = sum(strength > VIOLENT for strength in strengths)
+            noticed = NOTICED[question].format(violent=violent, off=len(names)) if names else "—"
+            wrong.append([question.words, named_off or "right on all", noticed])
+        rows.append([question.words, named(method), meant, *cells, _measuring(question, best.cost)])
+    head = ["your question", "the estimate", "right means", *bases, "or measure it"]
+    return markdown(head, rows), markdown([head[0], "not right on", "how you notice"], wrong)
+
+
+def _by_adapter(scores: pd.DataFrame, question: Question, base: str, method: str) -> pd.Series:
+    rows = of_question(scores, question, base)
+    return rows[rows["method"] == method].groupby("adapter")["value"].mean()
+
+
+def _worst(off: pd.Series, larger: bool, base: str) -> str:
+    """The adapters on which an estimate is furthest off, by name and score."""
+    ordered = off.sort_values(ascending=larger)
+    names = [f"{name} ({value:.2f})" for name, value in ordered.head(WORST).items()]
+    more = len(ordered) - len(names)
+    return f"{base}: {', '.join(names)}{f' and {more} more' if more else ''}"
+
+
 def _measuring(question: Question, cost: Mapping[str, float]) -> str:
     if question.key in MEASURED and question.key in cost:
         said = f"exact, {cost_in_words(cost[question.key])} F"
@@ -158,17 +213,3 @@ def _measuring(question: Question, cost: Mapping[str, float]) -> str:
     if question.key == "sum" or "best_subset" not in cost:
         return "—"
     return f"`best_subset`, {cost_in_words(cost['best_subset'])} F"
-
-
-def replaced(text: str, block: str) -> str:
-    """A document with the block between its marks replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, mark, after = rest.partition(FINISH)
-    if not mark:
-        raise ValueError(f"a document lacks {BEGIN} … {FINISH}")
-    return f"{before}{BEGIN}\n{block}\n{FINISH}{after}"
-
-
-def write_blocks(blocks: Mapping[Path, str]) -> None:
-    for file, block in blocks.items():
-        file.write_text(replaced(file.read_text(), block))

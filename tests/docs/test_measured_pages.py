@@ -26,8 +26,15 @@ memory, costs = _load("memory_page"), _load("cost_page")
 
 
 def test_the_pages_are_what_the_numbers_render_to():
-    assert precision.PAGE.read_text() == precision.render(precision.read())
-    assert shapes.PAGE.read_text() == shapes.render(shapes.read())
+    for of in (precision, shapes):
+        text = of.PAGE.read_text()
+        assert of.render(text, of.read()) == text
+        with pytest.raises(ValueError, match="lacks the marks"):
+            of.render("no marks", of.read())
+    rows = [{**row, "error": 2 * row["error"]} for row in precision.read()]
+    assert precision.render(precision.PAGE.read_text(), rows) != precision.PAGE.read_text()
+    sizes = {**shapes.read(), "sizes": []}
+    assert shapes.render(shapes.PAGE.read_text(), sizes) != shapes.PAGE.read_text()
 
 
 def test_the_tables_of_memory_are_what_the_cells_render_to():

@@ -11,6 +11,7 @@ import json
 import operator
 import re
 import sys
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,7 +25,17 @@ ROOT = Path(__file__).parents[2]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "lens_lora"
 PAGES = sorted(DOCS.rglob("*.md"))
 README = ROOT / "README.md"
-READ = [*PAGES, README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+ROOT_PAGES = [ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")]
+READ = [*PAGES, README, *ROOT_PAGES, ROOT / "benchmarks" / "RESULTS.md"]
+NOTEBOOKS = sorted((ROOT / "demos").glob("*.ipynb"))
+SOURCES = [
+    path
+    for folder in ("lens_lora", "tests", "benchmarks", "docs", ".github", ".ci")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".pyi", ".yml", ".jinja", ".txt", "")
+    and path.is_file()
+    and path != Path(__file__)
+]
 ids = {"ids": lambda path: str(path.relative_to(ROOT))}
 
 
@@ -92,9 +103,17 @@ def test_every_public_name_has_something_to_say(name: str):
 
 
 def test_a_result_stands_after_the_function_that_returns_it():
-    margin = site.groups()["The remainder and the margin"]
-    assert margin[margin.index("fact_margin") + 1] == "results.FactMargin"
-    assert "results.Attribution" in site.groups()["Results of several functions"]
+    """Of two functions of one module each has its own; what both return has a page of results."""
+    second = site.groups()["Beyond first order"]
+    assert second[second.index("coupling") + 1] == "results.Coupling"
+    assert second[second.index("second_order") + 1] == "results.SecondOrder"
+    assert "results.Attribution" in site.groups()["Results"]
+
+
+def test_the_reference_has_short_names_and_begins_with_functions():
+    for title, names in site.groups().items():
+        assert len(title) <= 20, title
+        assert names[0].islower() or title in ("Readouts", "Errors"), title
 
 
 def test_costs_are_those_of_the_docstrings():
@@ -172,9 +191,14 @@ def test_every_public_call_has_an_example():
         assert name == "load" or "{ .text .output" in example or "![" in example, name
 
 
-def test_the_gallery_shows_every_notebook_that_draws():
-    cards = re.findall(r"\[!\[([^\]]+)\]\((notebooks/[^)]+\.png)\)", notebooks.gallery())
-    assert len(cards) == len(notebooks.paths())
+def test_the_gallery_shows_six_notebooks_and_lists_the_others():
+    """Every notebook of demos/ in one of the two, and each of the others with its question."""
+    shown = notebooks.gallery()
+    cards = re.findall(r"\[!\[([^\]]+)\]\((notebooks/[^)]+\.png)\)", shown)
+    others = re.findall(r"^- \[[^\]]+\]\(notebooks/\w+\.md\): .*\?", shown, re.M)
+    assert len(cards) == len(notebooks.GALLERY) == 6
+    assert len(others) == len(notebooks.MORE)
+    assert set(notebooks.paths()) == set(notebooks.DEMOS.glob("*.ipynb"))
     for path in notebooks.paths():
         text, found = notebooks.page(path)
         assert found and all(png.startswith(b"\x89PNG") for png in found.values())
@@ -192,17 +216,33 @@ def test_the_figure_below_readme_s_cell_is_what_it_draws():
     assert cell.splitlines()[-1] == drawn[shown].strip() == "margin.attribution.plot()"
 
 
-def test_the_badge_leads_to_the_repository_that_is_named():
-    """And there is none before that: README has no link that leads nowhere."""
+def test_badges_lead_to_the_repository_that_is_named():
+    """And there is none before that: README and notebooks have no link that leads nowhere."""
     badge = makers["badge"]
-    assert badge.MARK in badge.README.read_text() and badge.BINDER not in badge.README.read_text()
+    first_cells = [first_cell(path) for path in notebooks.paths()[:6]]
+    for text in (badge.README.read_text(), *first_cells):
+        assert badge.MARK in text and badge.BINDER not in text
+    assert "works once the repository is public" in badge.MARK
     once = badge.with_badge(f"# x\n\n{badge.MARK}\n\ntext\n", "https://github.com/a/b.git")
     assert "(https://mybinder.org/v2/gh/a/b/HEAD?labpath=demos%2Ffirst_look.ipynb)" in once
-    twice = badge.with_badge(once, "https://gitlab.com/a/c/b/")
-    assert "/v2/gl/a%2Fc%2Fb/HEAD" in twice and "/gh/" not in twice and twice.endswith("\n\ntext\n")
+    twice = badge.with_badge(once, "https://gitlab.com/a/c/b/", "other.ipynb")
+    assert "/v2/gl/a%2Fc%2Fb/HEAD?labpath=demos%2Fother.ipynb" in twice
+    assert "/gh/" not in twice and twice.endswith("\n\ntext\n")
     with pytest.raises(SystemExit, match="expected https"):
-        badge.badge("github.com/a/b")
-    assert (ROOT / "demos" / "first_look.ipynb").is_file() and (ROOT / ".binder").is_dir()
+        badge.badge("github.com/a/b", "first_look.ipynb")
+    assert (ROOT / ".binder").is_dir()
+
+
+def test_the_site_leaves_badges_out(monkeypatch):
+    """Their picture would be fetched."""
+    first = {"cell_type": "markdown", "source": makers["badge"].MARK + "\n\n**What?**"}
+    for source in (first["source"], makers["badge"].with_badge(first["source"], "https://x.y/a/b")):
+        monkeypatch.setattr(notebooks, "cells", lambda path, s=source: ({**first, "source": s},))
+        assert notebooks.page(Path("a.ipynb"))[0].startswith("**What?**")
+
+
+def first_cell(path: Path) -> str:
+    return "".join(notebooks.cells(path)[0]["source"])
 
 
 # --- what the pages say
@@ -220,13 +260,13 @@ def is_public(name: str) -> bool:
 
 
 def missing_files(text: str) -> list[str]:
-    """Source files in code spans that are not there."""
-    paths = re.findall(r"`((?:\w+/)*\w+\.py)`", text)
+    """Files in code spans that are not there."""
+    paths = re.findall(r"`((?:[\w.]+/)*\w+\.(?:py|md|ipynb))`", text)
     return [p for p in paths if not any((base / p).is_file() for base in (ROOT, PACKAGE))]
 
 
 def broken_links(path: Path, text: str) -> list[str]:
-    """Relative links to files or headings that are not there."""
+    """Relative links to files or headings that are not there, or from the site to what it lacks."""
     broken = []
     for target in re.findall(r"(?:\]\(|src(?:set)?=\")([^)\s\"]+)", without_code(text)):
         if re.match(r"[a-z]+:", target):
@@ -237,8 +277,29 @@ def broken_links(path: Path, text: str) -> list[str]:
         is_there = found.is_file() and (
             not anchor or not is_page or anchor in anchors(found.read_text())
         )
-        broken += [] if is_there else [target]
+        is_served = on_site(found) or not on_site(path)
+        broken += [] if is_there and is_served else [target]
     return broken
+
+
+def on_site(path: Path) -> bool:
+    """Whether mkdocs copies a file: it lies in docs/, and `exclude_docs` does not leave it out."""
+    if not path.is_relative_to(DOCS):
+        return False
+    name, patterns = f"/{path.relative_to(DOCS).as_posix()}", config()["exclude_docs"].split()
+    if f"!{name}" in patterns:
+        return True
+    return not any(fnmatch(name, f"{p}*" if p.endswith("/") else p) for p in patterns)
+
+
+def dead_references(text: str) -> list[str]:
+    """Pages that a source names, `docs/page.md#heading`, and that are not there."""
+    dead = []
+    for page, anchor in re.findall(r"\bdocs/(\w+\.md)(?:#([\w-]+))?", text):
+        found = DOCS / page
+        is_there = found.is_file() and (not anchor or anchor in anchors(found.read_text()))
+        dead += [] if is_there else [page]
+    return dead
 
 
 def anchors(text: str) -> set[str]:
@@ -254,6 +315,22 @@ def test_names_files_and_links_exist(path: Path):
     assert broken_links(path, text) == []
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, **ids)
+def test_what_notebooks_name_exists(path: Path):
+    cells = [cell for cell in notebooks.cells(path) if cell["cell_type"] == "markdown"]
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    assert unknown_names(text) == set()
+    assert missing_files(text) == []
+    assert broken_links(path, text) == []
+
+
+def test_pages_that_sources_name_exist():
+    """In docstrings, comments, messages and commands."""
+    dead = {str(path.relative_to(ROOT)): dead_references(path.read_text()) for path in SOURCES}
+    assert len(dead) > 200
+    assert {path: pages for path, pages in dead.items() if pages} == {}
+
+
 def test_what_does_not_exist_is_seen():
     page = DOCS / "index.md"
     assert unknown_names("`ll.second_ordre`") == {"second_ordre"}
@@ -261,6 +338,15 @@ def test_what_does_not_exist_is_seen():
     wrong = "[a](nowhere.md) [b](faq.md#no-such) [c](faq.md#tokens-and-prompts)"
     assert broken_links(page, wrong) == ["nowhere.md", "faq.md#no-such"]
     assert broken_links(page, '<img alt="a" src="images/no.png">') == ["images/no.png"]
+    unserved = "[a](../README.md) [b](costs.json) [c](site_pages.py) [d](faithfulness.json)"
+    assert broken_links(page, unserved) == ["../README.md", "costs.json", "site_pages.py"]
+    assert broken_links(README, "[a](docs/costs.json)") == []
+    assert missing_files("`docs/no_page.md`, `demos/none.ipynb`") == [
+        "docs/no_page.md",
+        "demos/none.ipynb",
+    ]
+    named = "see docs/no_page.md, docs/faq.md#no-such and docs/faq.md#tokens-and-prompts"
+    assert dead_references(named) == ["no_page.md", "faq.md"]
 
 
 @pytest.mark.parametrize("path", [README, *PAGES], **ids)
@@ -270,8 +356,17 @@ def test_nothing_is_installed_by_a_name_that_no_index_has(path: Path):
 
 
 def test_the_navigation_holds_every_page_and_no_other():
+    """At most 18 beside the reference; what examples.md has stands in the reference."""
     paths = nav_paths(config()["nav"])
-    assert sorted(paths) == sorted(str(p.relative_to(DOCS)) for p in PAGES)
+    assert sorted(paths) == sorted(str(p.relative_to(DOCS)) for p in PAGES if on_site(p))
+    assert [p.name for p in PAGES if not on_site(p)] == ["examples.md"]
+    assert len([path for path in paths if not path.startswith("api/")]) <= 18
+
+
+def test_the_run_builds_the_site_with_its_warnings_counted():
+    """With -q mkdocs counts none, and --strict lets a dead link pass."""
+    options = re.search(r'mkdocs" build (.*)', (ROOT / ".ci" / "run").read_text())[1]
+    assert "--strict" in options and not re.search(r" (-q|--quiet)\b", options)
 
 
 @cache
