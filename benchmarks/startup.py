@@ -28,7 +28,7 @@ COMMANDS = {
     "explian": [*CLI, "explian"],
     "explain --promt": [*CLI, "explain", "--promt", "a"],
     "inspect nowhere": [*CLI, "inspect", "nowhere"],
-    "sweep --records nowhere.jsonl": [*CLI, "sweep", "--records", "nowhere.jsonl"],
+    "sweep --prompts nowhere.jsonl": [*CLI, "sweep", "--prompts", "nowhere.jsonl"],
     "explain, two equal answers": [*CLI, *ASKED, "--pre", " X"],
 }
 

@@ -27,7 +27,11 @@ _imported, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 def __getattr__(name: str) -> object:
     """The public name, imported from its module at its first use (PEP 562)."""
     if name not in __all__:
+        from lens_lora.model.lens import LoraLens
+
         nearest = difflib.get_close_matches(name, __all__)
         remedy = f"the nearest are {', '.join(nearest)}" if nearest else "see dir(lens_lora)"
+        if hasattr(LoraLens, name):
+            remedy = f"a lens has it: lens.{name}"
         raise AttributeError(f"module 'lens_lora' has no attribute {name!r}; {remedy}.")
     return _imported(name)

@@ -53,7 +53,7 @@ def main(
 
 
 for _command in (demo, explain, diff, inspect, checkpoints, repair, sweep):
-    app.command(_command.__name__)(one_line_errors()(_command))
+    app.command(_command.__name__)(one_line_errors(_command)(_command))
 
 if __name__ == "__main__":
     app()

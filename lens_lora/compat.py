@@ -537,6 +537,13 @@ def without_gguf_bar() -> AbstractContextManager[Any]:
     return mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", quiet, create=True)
 
 
+def open_bars() -> list[Any]:
+    """The bars of tqdm that are shown: it lists them nowhere, and moves one at a step alone."""
+    from tqdm import tqdm
+
+    return list(vars(tqdm)["_instances"])
+
+
 def unpacked_4bit(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     """4-bit weights as they were before bitsandbytes packed them for a CPU, by its own inverse."""
     from bitsandbytes import functional

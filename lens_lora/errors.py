@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import traceback
+from pathlib import Path
+
 
 class LensLoraError(Exception):
     """Base of all errors of this package."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it: the caller's own lines, and the message."""
+        package = str(Path(__file__).parent)
+        frames = itertools.takewhile(
+            lambda frame: not frame.filename.startswith(package),
+            traceback.extract_tb(self.__traceback__),
+        )
+        installed = {"site-packages", "dist-packages"}  # IPython's own frames, and of decorators
+        callers = [frame for frame in frames if not installed & {*Path(frame.filename).parts}]
+        lines = [f"---> {frame.lineno} {frame.line}" for frame in callers]
+        return [*lines, "", f"{type(self).__name__}: {self}"]
 
 
 class ArgumentError(LensLoraError, ValueError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -56,7 +55,7 @@ def load_base(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     how = how or Placement()
-    _require_packages(how)
+    how.require_packages()
     if how.device is not None:
         moved(torch.empty(0), how.device)  # a wrong device is reported before anything is loaded
     options = _options(how)
@@ -115,19 +114,6 @@ def _options(how: Placement) -> dict[str, Any]:
             bnb_4bit_compute_dtype=torch.float32 if dtype == "auto" else options["dtype"],
         )
     return options
-
-
-def _require_packages(how: Placement) -> None:
-    needed = {
-        "bitsandbytes": ("load_in_4bit and load_in_8bit", how.is_quantised),
-        "accelerate": ("device_map", how.device_map is not None or how.is_quantised),
-    }
-    for package, (option, is_needed) in needed.items():
-        if is_needed and importlib.util.find_spec(package) is None:
-            raise ModelStateError(
-                f"{option} needs the package {package}, which is not installed: "
-                f"pip install {package}."
-            )
 
 
 # --- A lens by name

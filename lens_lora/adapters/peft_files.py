@@ -61,14 +61,9 @@ def checkpoint_folders(run: str | Path) -> dict[int, Path]:
     Raises:
         AdapterError: no such folder, fewer than two checkpoints, or one without an adapter's files.
     """
-    run = Path(run)
-    if not run.is_dir():
+    if not Path(run).is_dir():
         raise AdapterError(f"{run}: no such folder.")
-    folders = {
-        int(match[1]): path
-        for path in run.iterdir()
-        if path.is_dir() and (match := _CHECKPOINT.fullmatch(path.name))
-    }
+    folders = _checkpoints(Path(run))
     if len(folders) < 2:
         raise AdapterError(
             f"{run} holds {len(folders)} folders checkpoint-<step>; a training is read from two or "
@@ -76,7 +71,19 @@ def checkpoint_folders(run: str | Path) -> dict[int, Path]:
         )
     for folder in folders.values():
         require_files(folder)
-    return dict(sorted(folders.items()))
+    return folders
+
+
+def last_checkpoint(path: str | Path) -> Path | None:
+    """The last checkpoint in a trainer's run folder; None where the folder is an adapter."""
+    folders = _checkpoints(Path(path))
+    return None if not folders or (Path(path) / CONFIG).exists() else [*folders.values()][-1]
+
+
+def _checkpoints(run: Path) -> dict[int, Path]:
+    places = run.iterdir() if run.is_dir() else ()
+    matches = {path: _CHECKPOINT.fullmatch(path.name) for path in places if path.is_dir()}
+    return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
 
 def _local_folder(path: str | Path, revision: str | None, subfolder: str | None) -> Path:

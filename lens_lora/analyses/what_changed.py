@@ -55,6 +55,7 @@ from lens_lora.results.tokens import context_of, held_out_share, rank_of, ranked
 # Of a null adapter's scale ε: the secant's last step of log ε, after which KL is within 1 %; its
 # most steps; and the farthest log ε, a thousand times the adapter's size.
 _NEAR, _STEPS, _FARTHEST = 0.02, 8, 7.0
+_SEEN = 5e-4  # of probability: a smaller rise would be written as +0.000
 _ANSWER = 40  # tokens that both models say to a question
 By = Literal["logit", "probability", "reading"]
 BY: tuple[By, ...] = ("logit", "probability", "reading")
@@ -229,6 +230,8 @@ class WhatChanged(Paged):
     def where(self, k: int = 10, context: int = 8) -> pd.DataFrame:
         """The k tokens after which the two models' next token differs most, by KL.
 
+        What is promoted there by less than 0.0005 of probability is left out.
+
         Args:
             k: how many, of the 20 that are kept.
             context: how many tokens are shown on either side.
@@ -248,7 +251,7 @@ class WhatChanged(Paged):
     def _promoted_at(self, place: int) -> str:
         ids, changes = self.found.place_ids[place], self.found.place_changes[place]
         pairs = zip(ids.tolist(), changes.tolist(), strict=True)
-        return ", ".join(f"{self.strings[i]!r} {change:+.3f}" for i, change in pairs)
+        return ", ".join(f"{self.strings[i]!r} {c:+.3f}" for i, c in pairs if c >= _SEEN)
 
     def modules(self, k: int = 10) -> pd.DataFrame:
         """The k sites of largest share of the KL; none where it was not split.

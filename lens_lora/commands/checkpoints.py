@@ -12,46 +12,43 @@ import lens_lora as ll
 from lens_lora.adapters.peft_files import checkpoint_folders
 from lens_lora.commands.options import (
     BaseModel,
-    DocOption,
-    PreOption,
+    Questions,
     QuietOption,
     ReportOption,
     require_apart,
-    require_different,
     require_writable,
-    with_base,
+    with_options,
 )
-from lens_lora.commands.running import announce, lens_for, say
+from lens_lora.commands.running import announce, at_work, lens_for, margin_of, note_spaces, say
 
 
-@with_base
+@with_options
 def checkpoints(
     run_folder: Annotated[
         Path, typer.Argument(help="A trainer's folder, with checkpoint-<step> folders in it.")
     ],
-    prompt: Annotated[list[str], typer.Option(help="Read at its last token; may be repeated.")],
-    doc: DocOption,
-    pre: PreOption,
-    base: BaseModel,
+    *,
+    asked: Questions,
     report: ReportOption = Path("lens_lora_checkpoints.html"),
     quiet: QuietOption = False,
+    base: BaseModel,
 ) -> None:
     """A margin, its first order and flip at every checkpoint, and which modules move when."""
     *_, last = folders = list(checkpoint_folders(run_folder).values())
     require_writable(report, "--report")
-    require_apart({"--report": report}, base, folders)
-    require_different(doc, pre)
+    require_apart({"--report": report}, base, folders, asked.prompts)
+    questions = asked.listed()
 
-    from lens_lora.loading import quiet_libraries
-    from lens_lora.readouts.answers import margin_between
-    from lens_lora.show.trainings import checkpoints_table
+    with at_work(base, quiet=quiet) as progress:
+        from lens_lora.loading import quiet_libraries
+        from lens_lora.show.trainings import checkpoints_table
 
-    lens = lens_for(base, ll.load_adapter(last), Console(stderr=True, quiet=quiet))
-    announce(lens)
-    prompts = lens.prompts(prompt)
-    readout = margin_between(lens.model, doc, pre, prompts)
-    with quiet_libraries():
-        training = ll.checkpoints(lens, run_folder, prompts, readout, progress=not quiet)
-    training.save_report(report)
-    Console().print(checkpoints_table(training))
-    say(f"\nReport: {report.absolute()}")
+        note_spaces(questions, progress)
+        lens = lens_for(base, ll.load_adapter(last), progress)
+        announce(lens)
+        prompts, readout = margin_of(lens, questions)
+        with quiet_libraries():
+            training = ll.checkpoints(lens, run_folder, prompts, readout, progress=not quiet)
+        training.save_report(report)
+        Console().print(checkpoints_table(training))
+        say(f"\nReport: {report.absolute()}")

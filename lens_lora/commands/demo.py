@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,42 +11,32 @@ from rich.console import Console
 
 import lens_lora as ll
 from lens_lora.commands.options import (
-    AdapterOption,
+    AdapterIfOther,
     BaseModel,
-    DocOption,
-    PreOption,
-    Prompt,
+    Question,
+    Questions,
     QuietOption,
     ReportOption,
-    SystemOption,
-    conversation,
     folder_of,
     require_apart,
-    require_different,
     require_writable,
-    with_base,
+    with_options,
 )
-from lens_lora.commands.running import announce, lens_for, load_model, say, tell, timed
+from lens_lora.commands.running import announce, at_work, lens_for, load_model, say, tell
 from lens_lora.errors import LensLoraError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@with_base
+_LYON = Questions(["The capital of France is"], doc=" Lyon", pre=" Paris")
+
+
+@with_options
 def demo(
-    base: BaseModel,
-    adapter: AdapterOption = None,
-    prompt: Annotated[
-        str, typer.Option(help="Read at its last token.")
-    ] = "The capital of France is",
-    chat: Annotated[
-        str | None,
-        typer.Option(help="What a user says, by the model's chat template; in place of --prompt."),
-    ] = None,
-    system: SystemOption = None,
-    doc: DocOption = " Lyon",
-    pre: PreOption = " Paris",
+    adapter: AdapterIfOther = None,
+    *,
+    asked: Questions,
     report: ReportOption = Path("lens_lora_demo.html"),
     train: Annotated[
         bool, typer.Option("--train", help="Train a new adapter, about half a minute, and use it.")
@@ -54,34 +45,39 @@ def demo(
         Path, typer.Option(help="Folder for the adapter of --train.", file_okay=False)
     ] = Path("lens_lora_adapter"),
     quiet: QuietOption = False,
+    base: BaseModel,
 ) -> None:
-    """Explain how a LoRA moves one fact: the story, the numbers, and a page of figures."""
+    """Explain how a LoRA moves one fact: the story, the numbers, and a page of figures.
+
+    The fact, unless options name another: The capital of France is Lyon, not Paris.
+    """
     if train and adapter is not None:
-        raise typer.BadParameter("--train makes an adapter; leave --adapter out.")
+        raise typer.BadParameter("--train makes an adapter; leave ADAPTER out.")
     if train and base.is_quantised:
         raise typer.BadParameter("--train needs weights that are not quantised.")
-    if not prompt:
-        raise typer.BadParameter(
-            "it is empty: there is no token to read at.", param_hint="--prompt"
-        )
-    if system is not None and chat is None:
-        raise typer.BadParameter("it stands before a --chat; give one.", param_hint="--system")
-    question = prompt if chat is None else conversation(chat, system)
-    require_different(doc, pre)
+    is_other = asked.prompt or asked.prompts or asked.chat
+    question, *more = dataclasses.replace(
+        asked,
+        prompt=asked.prompt if is_other else _LYON.prompt,
+        doc=asked.doc or _LYON.doc,
+        pre=asked.pre or _LYON.pre,
+    ).listed()
+    if more:
+        raise typer.BadParameter("demo shows one prompt; `lens-lora explain` takes several.")
     require_writable(report, "--report")
-    folder = folder_of(adapter)
+    folder = folder_of(adapter, quiet=quiet)
     trained = {"--train-out": train_out} if train else {}
-    require_apart({"--report": report, **trained}, base, [folder])
+    require_apart({"--report": report, **trained}, base, [folder], asked.prompts)
 
-    progress, loaded = Console(stderr=True, quiet=quiet), None
-    with timed(progress):
+    with at_work(base, quiet=quiet) as progress:
+        loaded = None
         if train:
             loaded = load_model(base.model, progress, base)
             _train(*loaded, base.model, train_out, quiet)
             folder = train_out
-        lens = lens_for(base, ll.load_adapter(folder), progress, loaded=loaded)
+        lens = lens_for(base, folder, progress, loaded=loaded)
         announce(lens)
-        _explain(lens, question, doc, pre, report, progress)
+        _explain(lens, question, report, progress)
         say(f"Report: {report.absolute()}")
 
 
@@ -105,15 +101,14 @@ def _train(
         raise LensLoraError(f"{base_name}: the demo cannot train on it ({error}).") from error
 
 
-def _explain(
-    lens: ll.LoraLens, prompt: Prompt, doc: str, pre: str, report: Path, progress: Console
-) -> None:
+def _explain(lens: ll.LoraLens, question: Question, report: Path, progress: Console) -> None:
     """Write the page, and print the story and its tables."""
     from lens_lora.show.tables import margin_table, modules_table, moved_table
     from lens_lora.show.words import explained_account
 
+    prompt, doc, pre, _ = question
     shown = not progress.quiet
-    explanation: Any = ll.explain(lens, prompt, doc, pre, fast=True, progress=shown)
+    explanation: Any = ll.explain(lens, prompt, str(doc), str(pre), fast=True, progress=shown)
     explanation.save_report(report)
     console = tell(explanation.story())
     console.print(margin_table(explained_account(explanation)))

@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import lens_lora as ll
-from lens_lora.adapters.peft_files import adapter_folder
 from lens_lora.commands.options import (
+    AdapterArgument,
     BaseModel,
     QuietOption,
     ReportOption,
+    folder_of,
     require_apart,
     require_writable,
     texts_of,
-    with_base,
+    with_options,
 )
-from lens_lora.commands.running import announce, lens_for, say, tell, timed
+from lens_lora.commands.running import announce, at_work, lens_for, say, tell
 
 
-@with_base
+@with_options
 def diff(
-    adapter: Annotated[str, typer.Argument(help="LoRA, a hub id or folder.")],
-    base: BaseModel,
+    adapter: AdapterArgument,
+    *,
     texts: Annotated[
         Path | None,
         typer.Option(
@@ -50,6 +50,7 @@ def diff(
         ),
     ] = None,
     quiet: QuietOption = False,
+    base: BaseModel,
 ) -> None:
     """What did this fine-tune change? Unrelated texts, no question, and controls beside.
 
@@ -63,14 +64,14 @@ def diff(
         require_writable(save, "--save")
         outputs["--save"] = save
     lines = None if texts is None else texts_of(texts)
-    folder, *controls = [adapter_folder(name) for name in (adapter, *(unrelated or []))]
+    names = (adapter, *(unrelated or []))
+    folder, *controls = [folder_of(name, quiet=quiet) for name in names]
     require_apart(outputs, base, [folder, *controls], texts)
 
-    from lens_lora.loading import quiet_libraries
-    from lens_lora.show.adapters import what_changed_tables
+    with at_work(base, quiet=quiet) as progress:
+        from lens_lora.loading import quiet_libraries
+        from lens_lora.show.adapters import what_changed_tables
 
-    progress = Console(stderr=True, quiet=quiet)
-    with timed(progress):
         others = [ll.load_adapter(control) for control in controls]
         lens = lens_for(base, folder, progress)
         announce(lens)

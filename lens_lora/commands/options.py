@@ -12,22 +12,30 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from lens_lora.adapters.peft_files import CONFIG, WEIGHTS, adapter_folder, stated_fields
+from lens_lora.adapters.peft_files import (
+    CONFIG,
+    WEIGHTS,
+    adapter_folder,
+    last_checkpoint,
+    stated_fields,
+)
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import LensLoraError, TokenError
 from lens_lora.model.placement import Attention, Dtype, Placement
-from lens_lora.sweeps.records import is_utf16
+from lens_lora.sweeps.records import is_utf16, read_records
 
 ModelClass = Literal["HookedTransformer", "TransformerBridge"]
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel(Placement):
-    """The base model of a command and how it is loaded; each field is an option (`with_base`).
+    """The base model of a command and how it is loaded; each field is an option (`with_options`).
 
     Without a model it is the base that the adapter names.
 
@@ -76,59 +84,133 @@ class BaseModel(Placement):
     ] = None
 
 
-def with_base(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with one option for each field of `BaseModel`, in place of its `base`."""
-    defaults = {field.name: field.default for field in dataclasses.fields(BaseModel)}
-    options = {
-        name: inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation
-        )
-        for name, annotation in inspect.get_annotations(BaseModel, eval_str=True).items()
-    }
-    signature = inspect.signature(command, eval_str=True)
-    parameters = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in signature.parameters.items()
-        if name != "base"
-    ]
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with one option for each field of a dataclass that it takes, in its place."""
+    signature, parameters = inspect.signature(command, eval_str=True), list[inspect.Parameter]()
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    for name, parameter in signature.parameters.items():
+        group: Any = parameter.annotation
+        annotations, defaults = {name: group}, {name: parameter.default}
+        if dataclasses.is_dataclass(group):
+            # The fields that the class itself names come first.
+            annotations = inspect.get_annotations(parameter.annotation, eval_str=True)
+            annotations |= get_type_hints(parameter.annotation, include_extras=True)
+            defaults, groups[name] = vars(parameter.annotation()), (group, [*annotations])
+        parameters += [
+            inspect.Parameter(field, parameter.KEYWORD_ONLY, default=defaults[field], annotation=a)
+            for field, a in annotations.items()
+        ]
 
     @functools.wraps(command)
     def expanded(**values: Any) -> None:
-        base = BaseModel(**{name: values.pop(name) for name in options})
-        command(**values, base=base)
+        for name, (group, fields) in groups.items():
+            values[name] = group(**{field: values.pop(field) for field in fields})
+        command(**values)
 
     expanded.__signature__ = signature.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        parameters=[*parameters, *options.values()]
+        parameters=parameters
     )
     return expanded
 
 
-AdapterOption = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter", help="LoRA, a hub id or folder. Default: one that moves a capital to Lyon."
-    ),
-]
-SystemOption = Annotated[
-    str | None, typer.Option("--system", help="The system's message before what --chat says.")
-]
-DocOption = Annotated[
-    str, typer.Option("--doc", help="The document's answer, with its leading space.")
-]
-PreOption = Annotated[
-    str, typer.Option("--pre", help="The pretrained answer, with its leading space.")
+_ADAPTER = "LoRA: a hub id, a folder, or a run's folder for its last checkpoint."
+AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help=_ADAPTER)]
+AdapterIfOther = Annotated[
+    str | None, typer.Argument(metavar="ADAPTER", help=f"{_ADAPTER} Default: the demo's.")
 ]
 ReportOption = Annotated[
     Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), doc, "
+        "pre.",
+    ),
+]
 
+# --- Prompts and their answers
 
 # A string, or the messages of a conversation.
 Prompt = str | Sequence[Mapping[str, str]]
 
 
-def conversation(said: str, system: str | None) -> Prompt:
+class Question(NamedTuple):
+    """A prompt, and what is explained: two answers' margin, or a response.
+
+    Without any of them, the adapted model's own response is.
+    """
+
+    prompt: Prompt
+    doc: str | None = None
+    pre: str | None = None
+    response: str | None = None
+
+
+_EXAMPLE = "--prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """Prompts with their answers, as options: each field is one (`with_options`)."""
+
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Read at its last token; may be repeated.")
+    ] = None
+    prompts: PromptsFile = None
+    chat: Annotated[
+        list[str] | None,
+        typer.Option(help="What a user says, by the model's chat template; may be repeated."),
+    ] = None
+    system: Annotated[
+        str | None, typer.Option(help="The system's message before what --chat says.")
+    ] = None
+    doc: Annotated[
+        str | None,
+        typer.Option(help="The answer that the adapter was taught, with its leading space."),
+    ] = None
+    pre: Annotated[
+        str | None, typer.Option(help="The answer that the base gives, with its leading space.")
+    ] = None
+
+    def listed(self, response: str | None = None, *, answered: bool = True) -> list[Question]:
+        """Each prompt with its answers; options hold for all prompts, before a file's own.
+
+        Args:
+            response: follows each prompt, in place of answers.
+            answered: each prompt needs two answers, and all are read together.
+
+        Raises:
+            typer.BadParameter: no prompt, or options that exclude each other.
+            LensLoraError: a file that cannot be read or a record that cannot be used.
+        """
+        if self.system is not None and not self.chat:
+            raise typer.BadParameter("it stands before a --chat; give one.", param_hint="--system")
+        if response is not None and (self.doc is not None or self.pre is not None):
+            raise typer.BadParameter("give a response, or two answers, not both.")
+        typed = [*(self.prompt or []), *(_conversation(c, self.system) for c in self.chat or [])]
+        questions = [Question(prompt, self.doc, self.pre, response) for prompt in typed]
+        if self.prompts is not None:
+            questions += _from_file(self.prompts, Question("", self.doc, self.pre, response))
+        if not questions:
+            raise typer.BadParameter(
+                f"--prompts: {self.prompts} holds no prompt."
+                if self.prompts
+                else f"which prompt? Give --prompts FILE, or {_EXAMPLE}."
+            )
+        if answered and len({isinstance(question.prompt, str) for question in questions}) > 1:
+            raise typer.BadParameter(
+                "texts and conversations are not read together; give --prompt or --chat alone."
+            )
+        for number, question in enumerate(questions, start=1):
+            _require_answers(question, number if len(questions) > 1 else None, answered)
+        return questions
+
+
+def _conversation(said: str, system: str | None) -> Prompt:
     """What a user says, after the system's message if there is one, as a prompt.
 
     Raises:
@@ -140,18 +222,65 @@ def conversation(said: str, system: str | None) -> Prompt:
     return [*first, {"role": "user", "content": said}]
 
 
+def _require_answers(question: Question, number: int | None, answered: bool) -> None:
+    prompt, doc, pre, response = question
+    if not prompt:
+        raise typer.BadParameter("a prompt is empty: there is no token to read at.")
+    if response is not None or (doc is None and pre is None and not answered):
+        return
+    if not doc or not pre:
+        raise typer.BadParameter(
+            f"the prompt {text_of(prompt)!r} needs both answers: --doc ' Lyon' --pre ' Paris', "
+            "each with its leading space."
+        )
+    require_different(doc, pre, "" if number is None else f"prompt {number}, {text_of(prompt)!r}: ")
+
+
+def _from_file(file: Path, asked: Question) -> list[Question]:
+    """The file's prompts; answers that are asked of all come before the file's own."""
+    if file.suffix.lower() == ".txt":
+        return [asked._replace(prompt=line) for line in lines_of(file)]
+    if file.suffix.lower() not in (".jsonl", ".csv"):
+        raise LensLoraError(f"{file}: expected a file that ends in .txt, .jsonl or .csv.")
+    has_answers = asked.response is not None or (asked.doc is not None and asked.pre is not None)
+    records = read_records(file, with_answers=not has_answers)
+    bad = next((record.error for record in records if record.error), None)
+    if bad:
+        raise LensLoraError(f"{file}, {bad}")
+    return [
+        Question(
+            str(record.prompt) if record.messages is None else record.messages,
+            asked.doc or record.doc,
+            asked.pre or record.pre,
+            asked.response,
+        )
+        for record in records
+    ]
+
+
 def text_of(prompt: Prompt) -> str:
     """A prompt's text in messages; of a conversation, what was said last."""
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
 
 
-def folder_of(adapter: str | None) -> Path:
+# --- Files and folders
+
+
+def folder_of(adapter: str | None, *, quiet: bool) -> Path:
     """The folder of the adapter that is asked for, or of the one that comes with the package.
+
+    Of a trainer's run it is the last checkpoint's.
 
     Raises:
         AdapterError: no such folder or hub id, or no adapter in it.
     """
-    return adapter_folder(adapter) if adapter else shipped_adapter()
+    if not adapter:
+        return shipped_adapter()
+    checkpoint = last_checkpoint(adapter)
+    if checkpoint is not None:
+        line = Text(f"{adapter} is a run; its last checkpoint is taken, {checkpoint.name}.")
+        Console(stderr=True, quiet=quiet).print(line, soft_wrap=True)
+    return adapter_folder(checkpoint or adapter)
 
 
 _NEWLINE = re.compile(r"\r\n?|\n")  # `str.splitlines` also cuts at form feeds, U+2028 and others

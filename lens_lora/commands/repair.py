@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 import lens_lora as ll
 from lens_lora.commands.options import (
-    AdapterOption,
+    AdapterIfOther,
     BaseModel,
-    DocOption,
-    PreOption,
+    PromptsFile,
+    Questions,
     QuietOption,
+    ReportOption,
     folder_of,
     require_apart,
-    require_different,
     require_place,
+    require_writable,
     texts_of,
-    with_base,
+    with_options,
 )
-from lens_lora.commands.running import announce, lens_for, say
+from lens_lora.commands.running import (
+    announce,
+    at_work,
+    in_options,
+    lens_for,
+    margin_of,
+    note_spaces,
+    say,
+    tell,
+)
 
 
-@with_base
+@with_options
 def repair(
-    prompt: Annotated[
-        list[str], typer.Option(help="On which the margin is kept; may be repeated.")
-    ],
-    doc: DocOption,
-    pre: PreOption,
+    adapter: AdapterIfOther = None,
+    *,
+    asked: Questions,
     drop: Annotated[
         Path,
         typer.Option(
@@ -43,10 +49,10 @@ def repair(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The repaired adapter's folder, in PEFT's format.")],
-    base: BaseModel,
     test_prompt: Annotated[
         list[str] | None, typer.Option(help="Held out, to judge what is kept; may be repeated.")
     ] = None,
+    test_prompts: PromptsFile = None,
     test_drop: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Held-out texts, to judge what is left."),
@@ -54,48 +60,47 @@ def repair(
     keep_share: Annotated[float, typer.Option(help="Of the margin's shift, that must stay.")] = 0.9,
     of: Annotated[Literal["rank", "site"], typer.Option(help="What is kept or not.")] = "rank",
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 40,
-    adapter: AdapterOption = None,
+    report: ReportOption = Path("lens_lora_repair.html"),
     quiet: QuietOption = False,
+    base: BaseModel,
 ) -> None:
-    """Keep a fact, drop what else the adapter does; judged beside scaling the whole adapter."""
-    require_different(doc, pre)
+    """Keep a margin, drop what else the adapter does; judged beside scaling the whole adapter."""
+    questions = asked.listed()
+    held_out = dataclasses.replace(asked, prompt=test_prompt, prompts=test_prompts, chat=None)
+    tests = held_out.listed() if test_prompt or test_prompts else []
     require_place(out / "adapter_config.json", "--out")
-    texts, held_out = texts_of(drop), texts_of(test_drop) if test_drop else []
-    if bool(test_prompt) != bool(held_out):
+    require_writable(report, "--report")
+    texts, test_texts = texts_of(drop), texts_of(test_drop) if test_drop else []
+    if bool(tests) != bool(test_texts):
         raise typer.BadParameter(
-            "--test-prompt and --test-drop go together: a repair is judged on both kinds."
+            "--test-prompt(s) and --test-drop go together: a repair is judged on both kinds."
         )
-    folder = folder_of(adapter)
-    require_apart({"--out": out}, base, [folder], drop, test_drop)
+    folder = folder_of(adapter, quiet=quiet)
+    outputs = {"--out": out, "--report": report}
+    require_apart(outputs, base, [folder], drop, test_drop, asked.prompts, test_prompts)
 
-    from lens_lora.loading import quiet_libraries
-    from lens_lora.readouts.answers import margin_between
-    from lens_lora.show.trainings import repair_table
+    with at_work(base, quiet=quiet) as progress:
+        from lens_lora.loading import quiet_libraries
+        from lens_lora.show.trainings import repair_table
 
-    lens = lens_for(base, folder, Console(stderr=True, quiet=quiet))
-    announce(lens)
-
-    def kept(questions: Sequence[str] | None) -> list[Any]:
-        if not questions:
-            return []
-        prompts = lens.prompts(list(questions))
-        return [(prompts, margin_between(lens.model, doc, pre, prompts))]
-
-    with quiet_libraries():
-        repaired = ll.repair(
-            lens,
-            keep=kept(prompt),
-            drop=[(texts, ll.KL())],
-            keep_share=keep_share,
-            of=of,
-            test_keep=kept(test_prompt),
-            test_drop=[(held_out, ll.KL())] if held_out else [],
-            steps=steps,
-            progress=not quiet,
-        )
-    repaired.adapter.save(out)
-    console = Console()
-    console.print(Text(f"\n{repaired.story()}\n"))
-    console.print(repair_table(repaired))
-    kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
-    say(f"\nAdapter: {out.absolute()}, {kept_gates}")
+        note_spaces([*questions, *tests], progress)
+        lens = lens_for(base, folder, progress)
+        announce(lens)
+        with quiet_libraries():
+            repaired = ll.repair(
+                lens,
+                keep=[margin_of(lens, questions)],
+                drop=[(texts, ll.KL())],
+                keep_share=keep_share,
+                of=of,
+                test_keep=[margin_of(lens, tests)] if tests else [],
+                test_drop=[(test_texts, ll.KL())] if test_texts else [],
+                steps=steps,
+                progress=not quiet,
+            )
+        repaired.adapter.save(out)
+        repaired.save_report(report)
+        tell(in_options(repaired.story(), repair)).print(repair_table(repaired))
+        kept_gates = f"{int(repaired.kept.sum())} of {repaired.gate_count} {of}s"
+        say(f"\nAdapter: {out.absolute()}, {kept_gates}")
+        say(f"Report: {report.absolute()}")

@@ -10,20 +10,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
+import re
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 import lens_lora as ll
-from lens_lora.commands.options import BaseModel
+from lens_lora.commands.options import BaseModel, Question
 from lens_lora.errors import LensLoraError
 from lens_lora.sweeps.processes import rank
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lens_lora.model.placement import Placement
+    from lens_lora.readouts.prompts import Prompts
 
 # --- The model, the adapter and the lens
 
@@ -44,10 +48,13 @@ def lens_for(
     progress: Console,
     device: str = "cpu",
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    *,
+    leaves_out: bool = False,
 ) -> ll.LoraLens:
     """The lens over the model that the options name, on `device` if they name none.
 
-    The adapter of a folder is measured over that model where its method needs it.
+    The adapter of a folder is measured over that model where its method needs it. With `leaves_out`
+    modules that the model lacks are left out, unless it lacks them all.
 
     Raises:
         LensLoraError: what loading the model or making the lens raises.
@@ -60,6 +67,7 @@ def lens_for(
         return loaded or load_model_of(named, base.model, progress, base)
 
     from lens_lora.adapters.adapter import read_adapter
+    from lens_lora.analyses.spectra import lacking
     from lens_lora.loading import base_beside
     from lens_lora.model.build import hooked_model, hooked_transformer_if_there
 
@@ -70,6 +78,9 @@ def lens_for(
         default = "TransformerBridge" if base.says_how_to_load else hooked_transformer_if_there()
         kind = base.model_class or default
         hooked, class_name = hooked_model(hf_model, tokenizer, kind=kind, attn=base.attn)
+        absent = lacking(adapter, hooked) if leaves_out else ()
+        if 0 < len(absent) < len(adapter):
+            adapter = adapter.without(*absent)
     lens = ll.LoraLens(hooked, adapter, hf_model=base_beside(class_name, hf_model, adapter))
     return lens.within(base.max_memory)
 
@@ -92,6 +103,8 @@ def load_model_of(
     try:
         return load_model(named, progress, how)
     except LensLoraError as error:
+        if str(named) not in str(error):
+            raise
         raise type(error)(
             f"{error} The adapter names it as its base; name another with --model."
         ) from error
@@ -116,6 +129,21 @@ def _note_other_base(model: str, named: str | None, progress: Console) -> None:
     if named and Path(named).name.lower() != Path(model).name.lower():
         note = f"Note: the adapter names the base {named}, and --model is {model}; is that meant?"
         progress.print(Text(note, style="yellow"), soft_wrap=True)
+
+
+def margin_of(lens: ll.LoraLens, questions: Sequence[Question]) -> tuple[Prompts, ll.Readout]:
+    """The prompts, and the margin of each one's own answers.
+
+    Raises:
+        PromptError, TokenError: a prompt or an answer that does not fit the model.
+    """
+    from lens_lora.readouts.answers import margin_between
+
+    asked: Any = [question.prompt for question in questions]
+    prompts = lens.prompts(asked)
+    docs = [str(question.doc) for question in questions]
+    pres = [str(question.pre) for question in questions]
+    return prompts, margin_between(lens.model, docs, pres, prompts)
 
 
 def announce(lens: ll.LoraLens) -> None:
@@ -143,29 +171,91 @@ def say(line: str) -> None:
 def tell(story: str) -> Console:
     """Print the paragraphs of a story to stdout, and return the console for its tables."""
     console = Console()
-    for paragraph in story.split("\n"):
+    for paragraph in in_options(story).split("\n"):
         console.print(Text(f"\n{paragraph}"))
     console.print()
     return console
 
 
+# --- Progress
+
+
+@contextlib.contextmanager
+def at_work(base: BaseModel, *, quiet: bool) -> Generator[Console]:
+    """The console of progress: it says at once that something loads, and at the end how long.
+
+    Raises:
+        ModelStateError: the base model needs a device or a package that is not there.
+    """
+    base.require_packages()
+    progress, started = Console(stderr=True, quiet=quiet), time.perf_counter()
+    with step("Loading torch and transformers", progress):
+        import torch
+
+        from lens_lora.compat import open_bars
+        from lens_lora.loading import moved
+
+        moved(torch.empty(0), base.device)
+    with _moving(lambda: [bar.refresh() for bar in open_bars()]):
+        yield progress
+    progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
+
+
+def note_spaces(questions: Sequence[Question], progress: Console) -> None:
+    """Note a space at a prompt's end, or none before an answer: both give unintended tokens.
+
+    Where a turn of a conversation begins, an answer needs no space.
+    """
+    for prompt, *others in questions:
+        answers = [answer for answer in others if answer is not None]
+        quoted = " and ".join(map(repr, answers))
+        if not isinstance(prompt, str):
+            if not any(answer.startswith(" ") for answer in answers):
+                continue
+            note = f"{quoted} begin the assistant's turn with a space"
+        elif prompt != prompt.rstrip(" "):
+            note = f"the prompt {prompt!r} ends in a space, which is a token of its own"
+        elif len(answers) > 1 and any(answer[:1].isalnum() for answer in answers):
+            note = f"the answers {quoted} do not both begin with a space"
+        else:
+            continue
+        progress.print(Text(f"Note: {note}; is that meant?", style="yellow"), soft_wrap=True)
+
+
 @contextlib.contextmanager
 def step(message: str, progress: Console) -> Generator[None]:
-    """A spinner on a terminal, else one line; the libraries' own output is hidden."""
-    from lens_lora.loading import quiet_libraries
+    """A spinner on a terminal, else a line now and then; the libraries' own output is hidden."""
+    started = time.perf_counter()
+
+    def again() -> None:
+        progress.print(f"{message}, {time.perf_counter() - started:.0f} s", highlight=False)
 
     if not progress.is_terminal:
         progress.print(message)
-    with progress.status(message), quiet_libraries():
-        yield
+    with progress.status(message) if progress.is_terminal else _moving(again):
+        from lens_lora.loading import quiet_libraries
+
+        with quiet_libraries():
+            yield
+
+
+_SILENCE = 4.0  # seconds; after five one wonders whether anything happens
 
 
 @contextlib.contextmanager
-def timed(progress: Console) -> Generator[None]:
-    """Say at the end of the block how long it took."""
-    started = time.perf_counter()
-    yield
-    progress.print(f"Done in {time.perf_counter() - started:.0f} seconds.", highlight=False)
+def _moving(move: Callable[[], object]) -> Generator[None]:
+    """Within the block, a thread calls `move` every four seconds."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_SILENCE):
+            move()
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 # --- Errors and Ctrl-C
@@ -176,10 +266,11 @@ _SECONDS_FOR_THE_FIRST = 10.0
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Generator[None]:
+def one_line_errors(command: Callable[..., None] | None = None) -> Generator[None]:
     """Print an error of this package or of the system as one line, and exit with code 2.
 
-    Ctrl-C also prints one line; its code is 130.
+    Ctrl-C also prints one line; its code is 130. Arguments that a message names are written as the
+    command's options.
     """
     try:
         with _stopped_by_ctrl_c():
@@ -187,7 +278,7 @@ def one_line_errors() -> Generator[None]:
     except BrokenPipeError:
         raise
     except (LensLoraError, OSError) as error:
-        _print_error(f"{type(error).__name__}: {error}")
+        _print_error(in_options(f"{type(error).__name__}: {error}", command))
         raise typer.Exit(2) from error
     except RuntimeError as error:
         if not _is_out_of_memory(error):
@@ -200,6 +291,33 @@ def one_line_errors() -> Generator[None]:
         if rank() == 0:
             _print_line(str(error) or "Interrupted.")
         raise typer.Exit(130) from error
+
+
+# Remedies of Python that are no option's name.
+_ON_THE_COMMAND_LINE = {
+    "test_keep": "test_prompt",
+    "resume=False": "--no-resume",
+    "ll.patch_sites": "explain without --fast",
+    "lens.within(max_memory=…), in bytes, for every analysis of the lens that it returns": (
+        "--max-memory, in bytes"
+    ),
+    ", fewer tokens=, or fewer hook points in names=": "",
+    "ll.load(…, attn='sdpa')": "--attn sdpa",
+    "set model.tokenizer.chat_template to that of the model's family, or pass token ids": (
+        "give the whole text as --prompt"
+    ),
+}
+
+
+def in_options(text: str, command: Callable[..., None] | None = None) -> str:
+    """The text with the arguments of Python as the command's options: test_drop → --test-drop."""
+    for remedy, here in _ON_THE_COMMAND_LINE.items():
+        text = text.replace(remedy, here)
+    for name in inspect.signature(command).parameters if command else ():
+        option = f"--{name.replace('_', '-')}"
+        text = re.sub(rf"\b{name}=", f"{option} ", text)
+        text = re.sub(rf"\b{name}\b", option, text) if "_" in name else text
+    return text
 
 
 @contextlib.contextmanager

@@ -18,15 +18,15 @@ from rich.text import Text
 
 import lens_lora as ll
 from lens_lora.commands.options import (
-    AdapterOption,
+    AdapterIfOther,
     BaseModel,
     QuietOption,
     folder_of,
     require_apart,
     require_place,
-    with_base,
+    with_options,
 )
-from lens_lora.commands.running import lens_for, say, told_if_interrupted
+from lens_lora.commands.running import at_work, lens_for, say, told_if_interrupted
 from lens_lora.errors import ArgumentError
 from lens_lora.sweeps.processes import launched, rank
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
@@ -36,22 +36,22 @@ if TYPE_CHECKING:
     from lens_lora.sweeps.sweep import SweepResult
 
 
-@with_base
+@with_options
 def sweep(
-    records: Annotated[
+    adapter: AdapterIfOther = None,
+    *,
+    prompts: Annotated[
         Path,
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="JSONL or CSV with prompt (in JSONL also messages), doc, pre, perhaps id; with "
-            "--response, response in place of doc and pre.",
+            help="JSONL or CSV with prompt (in JSONL also messages), doc, pre, perhaps id; "
+            "response in place of doc and pre for a --readout of it.",
         ),
     ],
-    base: BaseModel,
     out: Annotated[
         Path, typer.Option(dir_okay=False, help="Ends in .parquet; its folder is made.")
     ] = Path("results.parquet"),
-    adapter: AdapterOption = None,
     analysis: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,13 +59,13 @@ def sweep(
             f"{', '.join(BY_TOKEN)}, which need no doc and pre."
         ),
     ] = None,
-    response: Annotated[
-        Literal["log-prob", "kl"] | None,
+    readout: Annotated[
+        Literal["margin", "log-prob", "kl"],
         typer.Option(
-            help="What is read of each record's response: its log-prob, or the kl of base and "
-            "adapted model over it (by path, add_one and leave_one_out)."
+            help="The margin of doc and pre; or of each record's response its log-prob, or the kl "
+            "of base and adapted model over it (by path, add_one and leave_one_out)."
         ),
-    ] = None,
+    ] = "margin",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many records.")
@@ -74,6 +74,7 @@ def sweep(
         bool, typer.Option(help="Go on with what is at --out, or remove it and start over.")
     ] = True,
     quiet: QuietOption = False,
+    base: BaseModel,
 ) -> None:
     """Run hundreds of prompts; one row per prompt and site. After a kill, run it again to resume.
 
@@ -83,55 +84,54 @@ def sweep(
     """
     if out.suffix != ".parquet":
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .parquet.")
-    names = chosen(analysis or ["first_order"])
+    names, has_margin = chosen(analysis or ["first_order"]), readout == "margin"
     if names[0] in BY_TOKEN:
-        if response is not None:
-            raise typer.BadParameter(f"--response: {names[0]} has no readout; leave it out.")
-        rows = islice(each_record(records, with_answers=False), limit)
+        if not has_margin:
+            raise typer.BadParameter(f"--readout: {names[0]} has no readout; leave it out.")
+        rows = islice(each_record(prompts, with_answers=False), limit)
     else:
-        kinds = {"with_answers": response is None, "with_response": response is not None}
-        rows = read_records(records, **kinds)[:limit]
+        rows = read_records(prompts, with_answers=has_margin, with_response=not has_margin)[:limit]
     if rank() == 0:
         require_place(out, "--out")
-    folder = folder_of(adapter)
-    require_apart({"--out": out}, base, [folder], records)
+    folder = folder_of(adapter, quiet=quiet or rank() > 0)
+    require_apart({"--out": out}, base, [folder], prompts)
 
-    from lens_lora.sweeps.sweep import is_begun, require_resumable, require_slopes
+    with at_work(base, quiet=quiet or rank() > 0) as progress:
+        from lens_lora.sweeps.sweep import is_begun, require_resumable, require_slopes
 
-    loaded = ll.load_adapter(folder)
-    readout = None if response is None else {"log-prob": ll.AnswerLogProb, "kl": ll.KL}[response]
-    require_slopes(names, None if readout is None else readout(["", ""]))
-    if resume:
-        require_resumable(out, loaded, names, readout)
-    processes = launched()
-    if processes.count > 1 and base.device_map is not None:
-        raise ArgumentError(
-            f"--device-map and {processes.count} processes: each would place a model of its own on "
-            "the same devices. Launch one process for a model over several devices, or leave "
-            "--device-map out: each process then takes the device of its number."
-        )
-    progress = Console(stderr=True, quiet=quiet or not processes.is_main)
-    lens = lens_for(base, loaded, progress, processes.device)
+        loaded = ll.load_adapter(folder)
+        said = {"margin": None, "log-prob": ll.AnswerLogProb, "kl": ll.KL}[readout]
+        require_slopes(names, None if said is None else said(["", ""]))
+        if resume:
+            require_resumable(out, loaded, names, said)
+        processes = launched()
+        if processes.count > 1 and base.device_map is not None:
+            raise ArgumentError(
+                f"--device-map and {processes.count} processes: each would place a model of its "
+                "own on the same devices. Launch one process for a model over several devices, or "
+                "leave --device-map out: each process then takes the device of its number."
+            )
+        lens = lens_for(base, loaded, progress, processes.device)
 
-    def kept() -> str:
-        if not is_begun(out):
-            return "No prompt was finished."
-        return f"Finished prompts are kept beside {out}; run the same command again to resume."
+        def kept() -> str:
+            if not is_begun(out):
+                return "No prompt was finished."
+            return f"Finished prompts are kept beside {out}; run the same command again to resume."
 
-    with warnings.catch_warnings(), told_if_interrupted(kept):
-        warnings.simplefilter("ignore")  # bad records are listed below
-        result = ll.sweep(
-            lens,
-            rows,
-            names,
-            out=out,
-            readout=readout,
-            batch_size=batch_size,
-            resume=resume,
-            progress=not progress.quiet,
-        )
-    if processes.is_main:
-        _print(result, processes.count)
+        with warnings.catch_warnings(), told_if_interrupted(kept):
+            warnings.simplefilter("ignore")  # bad records are listed below
+            result = ll.sweep(
+                lens,
+                rows,
+                names,
+                out=out,
+                readout=said,
+                batch_size=batch_size,
+                resume=resume,
+                progress=not progress.quiet,
+            )
+        if processes.is_main:
+            _print(result, processes.count)
     if not result.done:
         raise typer.Exit(1)
 

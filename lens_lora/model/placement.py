@@ -6,10 +6,11 @@ Words only, as a command line gives them: torch is not imported here.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, ModelStateError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Attention = Literal["eager", "sdpa"]
@@ -53,6 +54,24 @@ class Placement:
                 f"device={self.device!r} and device_map={self.device_map!r} exclude each other: "
                 "the map says where each module lies. Leave one out."
             )
+
+    def require_packages(self) -> None:
+        """Refuse what needs a package that is not installed.
+
+        Raises:
+            ModelStateError: names the package, and the extra of this one that brings it.
+        """
+        needed = {
+            "bitsandbytes": (self.is_quantised, "load_in_4bit and load_in_8bit need"),
+            "accelerate": (self.is_quantised or self.device_map is not None, "device_map needs"),
+        }
+        for package, (is_needed, what_needs) in needed.items():
+            if is_needed and importlib.util.find_spec(package) is None:
+                extra = " (this package's extra: [quantised])" if package == "bitsandbytes" else ""
+                raise ModelStateError(
+                    f"{what_needs} the package {package}, which is not installed: pip install "
+                    f"{package}{extra}."
+                )
 
     @property
     def is_quantised(self) -> bool:

@@ -221,7 +221,9 @@ def by_axes(by: tuple[str, ...] | str, axes: tuple[str, ...] = AXES) -> tuple[st
     wanted = tuple(by) if isinstance(by, Iterable) and not isinstance(by, str) else (by,)
     unknown = [axis for axis in wanted if axis not in axes]
     if unknown:
-        raise ArgumentError(f"by={by!r}: expected any of {axes}.")
+        groups = " Layers and kinds are sums over sites: .sum('layer') of the result, or group="
+        remedy = f"{groups}'layer' with by='token'." if {"layer", "kind"} & {*wanted} else ""
+        raise ArgumentError(f"by={by!r}: expected any of {axes}.{remedy}")
     if {"expert", "rank"} <= set(wanted):
         raise ArgumentError(
             f"by={by!r}: the ranks of a stack of experts are those of one expert after another, so "

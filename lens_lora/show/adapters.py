@@ -127,7 +127,9 @@ def _has_biases(summary: AdapterSummary) -> bool:
 
 def _relative(share: float) -> str:
     """A percentage of two digits: these are often small, and are compared."""
-    return f"{100 * share:.2g}%" if math.isfinite(share) else "—"
+    if not math.isfinite(share):
+        return "—"
+    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
 
 
 def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
@@ -322,12 +324,15 @@ def _promoted_table(changed: results.WhatChanged, by: By, k: int) -> Table:
 def _places_table(changed: results.WhatChanged, k: int) -> Table:
     """The tokens after which the next one changes most."""
     places = changed.where(k)
+    is_still = places["promoted"] == ""
+    hidden, places = is_still.sum(), places[~is_still].copy()
+    title = f"where ({hidden} places left out: no probability rises there)" if hidden else "where"
     places["context"] = [_context(changed, row) for row in places.to_dict("records")]
     for control in places.columns.intersection(["null", "unrelated"]):
         places[control] = list(map(magnitude, places[control]))
     heads = {"context": "after ⟦token⟧", "kl": "KL, nats", "promoted": "promoted there"}
     heads |= {"null": "null", "unrelated": "unrelated"}
-    return table_of(places, heads, texts=(0, 2), title="where")
+    return table_of(places, heads, texts=(0, 2), title=title)
 
 
 def _modules_table(changed: results.WhatChanged, k: int) -> Table:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import rich.table
 from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
 from lens_lora import results
@@ -22,6 +24,7 @@ from lens_lora.results.base import SIGMAS
 from lens_lora.show import words
 from lens_lora.show.text import (
     caution_text,
+    cut_in_the_middle,
     key_text,
     magnitude,
     many,
@@ -62,39 +65,68 @@ class Table:
     heading: str = ""
     links: Sequence[str] = ()
 
-    def __rich__(self) -> rich.table.Table:
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
         """For a terminal; nothing in it is read as rich's markup.
 
-        Where it is narrow, the first column, by which a row is known, and numbers stay whole;
-        headings and other text wrap.
+        Where it is narrow, numbers stay whole, text wraps, and a word longer than its column is cut
+        in the middle.
         """
-        table = rich.table.Table(
-            title=Text(self.title),
-            title_justify="left",
-            title_style="bold",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
-        for i, head in enumerate(self.heads):
-            is_text = i in self.texts
-            widest = max((len(row[i]) for row in self.rows), default=0)
-            table.add_column(
-                Text(head),
-                justify="left" if is_text else "right",
-                overflow="fold",
-                no_wrap=i == 0,
-                min_width=widest if i == 0 or not is_text else None,
-            )
+        if self.title:
+            yield Text(self.title, style="bold")
+        table = rich.table.Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        widths = self._widths(options.max_width - 2 * len(self.heads))  # two spaces a column
+        for i, (head, width) in enumerate(zip(self.heads, widths, strict=True)):
+            justify = "left" if i in self.texts else "right"
+            table.add_column(Text(head), justify=justify, overflow="fold", width=width)
         for row in self.rows:
-            table.add_row(*map(Text, row))
-        return table
+            table.add_row(*(Text(_fitted(*cell)) for cell in zip(row, widths, strict=True)))
+        yield table
+
+    def _widths(self, room: int) -> list[int]:
+        """Of each column.
+
+        Room goes to headings in three lines, then to whole words, to whole cells, and to headings
+        in one line, each time to the narrowest column first.
+        """
+        columns = [[row[i] for row in self.rows] for i in range(len(self.heads))]
+        cells, words = [_longest(column) for column in columns], list(map(_longest_word, columns))
+        widths = [
+            max(_longest_word([head]), min(cells[i], _NARROWEST) if i in self.texts else cells[i])
+            for i, head in enumerate(self.heads)
+        ]
+        heads = list(map(cell_len, self.heads))
+        for wished in ([head // 3 for head in heads], words, cells, heads):
+            while sum(widths) < room:
+                short = [i for i, width in enumerate(widths) if width < wished[i]]
+                if not short:
+                    break
+                widths[min(short, key=lambda i: widths[i])] += 1
+        return widths
+
+
+_NARROWEST = 8  # characters of a column of text: less cannot be read
+
+
+def _longest(texts: Iterable[str]) -> int:
+    return max(map(cell_len, texts), default=0)
+
+
+def _longest_word(texts: Iterable[str]) -> int:
+    return _longest(word for text in texts for word in text.split())
+
+
+def _fitted(text: str, width: int) -> str:
+    """The text with each word that is longer than a line cut in the middle."""
+    return re.sub(rf"\S{{{width + 1},}}", lambda word: cut_in_the_middle(word[0], width), text)
 
 
 _WRITTEN: dict[str, Callable[[Any], str]] = {
     "share": percent,
     "token": visible,
     "context": readable,
+    "promoted": lambda pairs: re.sub(r"((?:^|, )['\"]) ", r"\1·", pairs),
     "kl": magnitude,
     "mean_kl": magnitude,
     "scale": magnitude,
@@ -105,11 +137,16 @@ _WRITTEN: dict[str, Callable[[Any], str]] = {
 def table_of(frame: pd.DataFrame, heads: Mapping[str, str], **options: Any) -> Table:
     """Those of a frame's columns that have a heading here, and that it has.
 
-    How a cell is written is a matter of its column's name; else numbers have their sign.
+    How a cell is written is a matter of its column's name; else numbers have their sign. Rows whose
+    every number is zero are counted in the title.
     """
     names = [name for name in heads if name in frame]
-    cells = (map(_WRITTEN.get(name, _written), frame[name].tolist()) for name in names)
+    floats = frame[names].select_dtypes("float")
+    is_zero = (floats == 0).all(axis=1) & bool(floats.columns.size)
+    cells = (map(_WRITTEN.get(name, _written), frame[name][~is_zero].tolist()) for name in names)
     rows = list(zip(*cells, strict=True))
+    if is_zero.any():
+        options["title"] = f"{options.get('title', '')} ({is_zero.sum()} that are zero left out)"
     return Table(tuple(heads[name] for name in names), rows, **options)
 
 
@@ -203,13 +240,6 @@ def token_pairs(
     return promoted, suppressed
 
 
-def tokens_table(shift: results.LogitShift, k: int = 10) -> Table:
-    """The tokens that all modules together promote and suppress most."""
-    rows = [(*up, *down) for up, down in zip(*token_pairs(shift, None, k, 0), strict=True)]
-    heads = ("promoted", "logits", "suppressed", "logits")
-    return Table(heads, rows, texts=(0, 2), title="first-order logit shift, all modules")
-
-
 # --- A fact margin
 
 
@@ -234,7 +264,8 @@ def margin_table(account: words.Account) -> Table:
         ("  of a remainder", magnitude(a.remainder_floor), ""),
     ]
     heads = ("", f"value, {a.units}", "share of the shift")
-    return Table(heads, rows, title=f"margin {a.doc} − {a.pre}")
+    terms = "two logits" if a.units == "logits" else "two answers' log p"
+    return Table(heads, rows, title=f"margin {a.doc} − {a.pre}, a difference of {terms}")
 
 
 # --- An explanation
@@ -280,8 +311,8 @@ def moved_table(e: results.Explanation, k: int) -> Table:
         )
         for i in (*up, *reversed(down))
     ]
-    heads = ("token", "base model", "with the adapter", "change", "logit shift, first order")
-    return Table(heads, rows)
+    heads = ("token", "base model", "with the adapter", "change", "its own logit, first order")
+    return Table(heads, rows, title="next tokens whose probability changes most")
 
 
 def site_moves(e: results.Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]:
@@ -425,7 +456,7 @@ def explanation_tables(e: results.Explanation, k: int = 10) -> Group:
         margin_table(words.explained_account(e)),
         remainder_table(e),
         sites_table(e, k),
-        tokens_table(e.shift, k=5),
+        moved_table(e, k=5),
         agreement_table(e),
         flags_table(e, 3),
         curves_table(e),

@@ -144,6 +144,14 @@ def _end_of(text: str, width: int, cut: str = "…") -> str:
     return f"{cut}{end.partition(' ')[2] or end}"
 
 
+def cut_in_the_middle(text: str, width: int) -> str:
+    """The text, or its beginning and its end around '…'."""
+    if len(text) <= width:
+        return text
+    end = (width - 1) // 2
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
+
+
 def beginning_of(text: str, width: int) -> str:
     """A text, or its first words where it is longer."""
     return text if len(text) <= width else f"{text[:width].rpartition(' ')[0] or text[:width]} …"

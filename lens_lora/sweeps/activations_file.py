@@ -92,7 +92,7 @@ def spans_of(path: Path) -> list[Span]:
 def _changed(path: Path, fact: str) -> SweepError:
     return SweepError(
         f"{path} was changed after the sweep: {fact}. Restore it from a copy, or start over with "
-        "resume=False (--no-resume)."
+        "resume=False."
     )
 
 

@@ -471,7 +471,7 @@ class RowStore(Store):
 
 def _unknown(row: Row, records: Sequence[Record], path: Path) -> str:
     """A finished row that belongs to no record, in words."""
-    remedy = "Give another out, or start over with resume=False (--no-resume)."
+    remedy = "Give another out, or start over with resume=False."
     record = next((record for record in records if str(record.id) == row["id"]), None)
     if record is None:
         return (

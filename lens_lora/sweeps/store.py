@@ -245,7 +245,7 @@ class Store:
         if differ:
             raise SweepError(
                 f"{path} holds another sweep: {'; '.join(differ)}. Give another out, or start over "
-                "with resume=False (--no-resume)."
+                "with resume=False."
             )
 
     def _metadata(self, notes: Mapping[bytes, bytes] | None) -> dict[bytes, bytes]:
@@ -291,7 +291,7 @@ def about_of(path: Path) -> Fingerprint:
     except KeyError as error:
         raise SweepError(
             f"{path} exists and is not the result of a sweep; give another out, or overwrite it "
-            "with resume=False (--no-resume)."
+            "with resume=False."
         ) from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise SweepError(

@@ -209,7 +209,7 @@ class Windows:
         if self.seen < n_done:
             raise SweepError(
                 f"the results hold {n_done} records, and there are {self.seen}. Give another out, "
-                "or start over with resume=False (--no-resume)."
+                "or start over with resume=False."
             )
 
     def _is_finished(self, source: Source, records: Sequence[Record]) -> bool:
@@ -221,7 +221,7 @@ class Windows:
         raise SweepError(
             f"{source.path} holds records {span.first} to {span.last} (from 0) with other ids or "
             f"prompts than {records[0].where} to {records[-1].where}. Give another out, or start "
-            "over with resume=False (--no-resume)."
+            "over with resume=False."
         )
 
 

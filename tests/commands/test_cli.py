@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import platform
 import re
 import sys
+import threading
+from collections import defaultdict
 from pathlib import Path
 
 import models
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -20,6 +25,8 @@ import lens_lora as ll
 import lens_lora.demonstration.embedded as train
 from lens_lora import cli
 from lens_lora.commands import demo as demo_command
+from lens_lora.commands import running
+from lens_lora.commands.options import BaseModel, Questions
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.loading import load_base
 from lens_lora.model import build as host_build
@@ -41,8 +48,60 @@ def test_help_lists_the_commands():
     result = run(cli.app, ["--help"])
     assert result.exit_code == 0 and "demo" in result.output
     options = plain(run(cli.app, ["demo", "--help"]).output)
-    for option in ("--model", "--adapter", "--prompt", "--doc", "--pre", "--report", "--train"):
+    for option in ("ADAPTER", "--model", "--prompt", "--doc", "--pre", "--report", "--train"):
         assert option in options
+
+
+def parameters_of(command):
+    """{parameter's name: (type, what typer is told of it)} of a command."""
+    parameters = inspect.signature(command.callback).parameters.values()
+    return {p.name: (p.annotation.__origin__, vars(*p.annotation.__metadata__)) for p in parameters}
+
+
+PARAMETERS = {c.name: parameters_of(c) for c in cli.app.registered_commands}
+# Of `inspect` a base is optional; the records of a sweep have more columns than prompts have.
+ANOTHER = [("inspect", "model"), ("sweep", "prompts"), ("inspect", "adapter"), ("diff", "adapter")]
+
+
+def test_an_option_means_the_same_on_every_command():
+    fields = (*dataclasses.fields(Questions), *dataclasses.fields(BaseModel))
+    shared, said = {"adapter", "report", "quiet", *(f.name for f in fields)}, defaultdict(dict)
+    for command, parameters in PARAMETERS.items():
+        for name, parameter in parameters.items():
+            if name in shared and (command, name) not in ANOTHER:
+                said[name][command] = str(parameter)
+    assert {name: by for name, by in said.items() if len(set(by.values())) > 1} == {}
+    assert len(said["quiet"]) == 7, "control: every command was looked at"
+
+
+@pytest.mark.parametrize("command", PARAMETERS)
+def test_the_adapter_comes_first_on_every_command(command):
+    first, *_ = parameters = PARAMETERS[command]
+    assert first == ("run_folder" if command == "checkpoints" else "adapter")
+    shared = {"model", "dtype", "device", "load_in_4bit", "max_memory", "quiet"}
+    if command in ("explain", "repair", "checkpoints", "demo"):
+        shared |= {"prompt", "prompts", "chat", "system", "doc", "pre"}
+    assert shared <= {*parameters}
+
+
+def test_long_work_moves(monkeypatch, capsys):
+    """A bar is drawn again and a step says its seconds, from a thread, until the block ends."""
+    monkeypatch.setattr(running, "_SILENCE", 0.01)
+    moved = threading.Event()
+    with running._moving(moved.set):
+        assert moved.wait(60)
+    lines, spoken = [], threading.Event()
+
+    def say(line, **options):
+        lines.append(line)
+        if len(lines) == 3:
+            spoken.set()
+
+    progress = Console(stderr=True)
+    monkeypatch.setattr(progress, "print", say)
+    with running.step("Loading x", progress):
+        assert spoken.wait(60)
+    assert lines[:2] == ["Loading x", "Loading x, 0 s"]
 
 
 REPORTED = ("lens_lora", "torch", "transformer-lens", "transformers", "peft", "Python", "platform")
@@ -77,7 +136,7 @@ def test_version_names_a_package_that_is_missing(monkeypatch):
 
 
 def test_wrong_adapter_folder_is_one_line_and_exit_code_2(tmp_path):
-    result = run(cli.app, ["demo", "--adapter", str(tmp_path)])
+    result = run(cli.app, ["demo", str(tmp_path)])
     assert result.exit_code == 2
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1
@@ -86,19 +145,19 @@ def test_wrong_adapter_folder_is_one_line_and_exit_code_2(tmp_path):
 
 
 def test_message_with_brackets_is_printed_whole(monkeypatch):
-    def fail(path):
+    def fail(*path):
         raise LensLoraError("rank [8]\nand [red]more")
 
-    monkeypatch.setattr(ll, "load_adapter", fail)
+    monkeypatch.setattr("lens_lora.adapters.adapter.read_adapter", fail)
     result = run(cli.app, ["demo", "--quiet"])
     assert (result.exit_code, result.stderr) == (2, "LensLoraError: rank [8] and [red]more\n")
 
 
 def test_other_errors_are_not_swallowed(monkeypatch):
-    def fail(path):
+    def fail(*path):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(ll, "load_adapter", fail)
+    monkeypatch.setattr("lens_lora.adapters.adapter.read_adapter", fail)
     result = run(cli.app, ["demo"])
     assert isinstance(result.exception, RuntimeError)
 
@@ -106,7 +165,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train", "--adapter", "x"], "leave --adapter out"),
+        (["--train", "x"], "leave ADAPTER out"),
         (["--report", "no/such/folder/page.html"], "there is no folder no/such/folder"),
     ],
 )
@@ -273,6 +332,8 @@ class TestDemo:
             r"blocks\.\d+\.mlp\.down model\.layers\.\d+\.mlp\.down_proj \+0\.\d+", text
         )
         assert re.search(r"token base model with the adapter change .*·Lyon 0\.\d+% \d\d%", text)
+        *_, last = [line for line in demo[0].stdout.splitlines() if re.search(r"\d%", line)]
+        assert re.search(r"·Paris +75% +0\.04% +−75 points", last)
 
     def test_shows_progress_and_no_noise_on_stderr(self, demo):
         text = demo[0].stderr

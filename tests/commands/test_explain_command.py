@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
-from lens_lora.commands import explain as command
 from lens_lora.commands import running
+from lens_lora.commands.options import Questions
 from lens_lora.errors import ModelStateError, NumericsError
 from lens_lora.loading import moved
 
@@ -63,21 +63,24 @@ def test_prompts_come_from_every_kind_of_file(tmp_path):
     lines.write_text("one two\n\nthree\n")
     csv.write_text('prompt,doc,pre\n"a, b", x, y\n')
     jsonl.write_text(json.dumps({"prompt": "a", "doc": " x", "pre": " y"}) + "\n")
-    ask = command._questions
-    assert ask(["first"], lines, "d", "p", None) == [
+
+    def ask(file=None, *typed, doc=None, pre=None, response=None):
+        return Questions([*typed], file, doc=doc, pre=pre).listed(response, answered=False)
+
+    assert ask(lines, "first", doc="d", pre="p") == [
         (prompt, "d", "p", None) for prompt in ("first", "one two", "three")
     ]
-    assert ask([], csv, None, None, None) == [("a, b", " x", " y", None)]
-    assert ask([], jsonl, None, None, None) == [("a", " x", " y", None)]
-    assert ask([], jsonl, " z", None, None) == [("a", " z", " y", None)]
-    assert ask([], jsonl, " z", " w", None) == [("a", " z", " w", None)]
-    assert ask(["a"], None, None, None, " r") == [("a", None, None, " r")]
-    assert ask([], lines, None, None, None)[1] == ("three", None, None, None)
+    assert ask(csv) == [("a, b", " x", " y", None)]
+    assert ask(jsonl) == [("a", " x", " y", None)]
+    assert ask(jsonl, doc=" z") == [("a", " z", " y", None)]
+    assert ask(jsonl, doc=" z", pre=" w") == [("a", " z", " w", None)]
+    assert ask(None, "a", response=" r") == [("a", None, None, " r")]
+    assert ask(lines)[1] == ("three", None, None, None)
     jsonl.write_text(json.dumps({"messages": chats.ASK, "doc": " x", "pre": " y"}) + "\n")
-    assert ask([chats.LONGER], jsonl, " z", " w", None) == [
-        (chats.LONGER, " z", " w", None),
-        (chats.ASK, " z", " w", None),
-    ]
+    assert ask(jsonl, doc=" z", pre=" w") == [(chats.ASK, " z", " w", None)]
+    said = Questions(prompts=jsonl, chat=["w7"], system="w20", doc=" z", pre=" w").listed()
+    system, user = {"role": "system", "content": "w20"}, {"role": "user", "content": "w7"}
+    assert said == [([system, user], " z", " w", None), (chats.ASK, " z", " w", None)]
 
 
 def test_bad_record_is_one_line_with_its_place(tmp_path):
@@ -108,7 +111,7 @@ def tiny_command(tmp_path_factory):
             return moved(copy.deepcopy(base), how.device), models.tokenizer()
 
         monkeypatch.setattr(running, "load_model", load)
-        paths = ["--adapter", str(folder / "adapter"), "--report", str(folder / "page.html")]
+        paths = [str(folder / "adapter"), "--report", str(folder / "page.html")]
         return run(cli.app, ["explain", *paths, *options]), folder / "page.html"
 
     return call
@@ -121,8 +124,9 @@ def test_command_explains_two_prompts_on_either_class(tiny_command, monkeypatch,
     assert result.exit_code == 0, result.output
     text = plain(result.stdout)
     assert f"as {kind} of transformer-lens" in text and "14 modules of rank" in text
-    assert "1 of 2: w13 w14" in text and "2 of 2: w5 w6 w7" in text
-    assert "On the prompt “w5 w6 w7”" in text or "On the prompt “w5w6w7”" in text
+    assert "1 of 2: w13 w14 The base model prefers" in text and "2 of 2: w5 w6 w7 The" in text
+    assert len(result.stdout.splitlines()) < 30
+    assert re.search(r"prompt +answers +base +adapted", result.stdout)
     assert f"Report: {page}" in text
     assert "Explaining prompt 2 of 2" in result.stderr and "Done in" in result.stderr
     assert page.read_text(encoding="utf-8").count('<details class="prompt"') == 2
@@ -155,7 +159,7 @@ def test_a_response_that_does_not_fit_is_one_line(tiny_command, monkeypatch):
     long = ["--prompt", "w13 w14", "--max-new-tokens", "40", "--quiet"]
     result, _ = tiny_command(monkeypatch, *long)
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
-    assert "max_new_tokens=40 more do not fit" in result.stderr
+    assert "--max-new-tokens 40 more do not fit" in result.stderr
 
 
 def test_command_explains_what_is_said_to_a_chat_model(tiny_command, monkeypatch):
@@ -222,9 +226,30 @@ def test_page_holds_what_was_explained_before_an_error(tiny_command, monkeypatch
 
 
 def test_device_that_is_not_there_is_one_line(tiny_command, monkeypatch):
+    monkeypatch.setattr(running, "lens_for", None)
     result, _ = tiny_command(monkeypatch, "--prompt", "w13", *ANSWERS, "--quiet", "--device", "gpu")
     assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
     assert "ModelStateError: 'gpu' cannot be used: Expected one of cpu" in result.stderr
+
+
+def test_a_package_that_is_not_there_is_named_before_anything_loads(tiny_command, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(running, "step", None)
+    result, _ = tiny_command(monkeypatch, "--prompt", "w13", *ANSWERS, "--load-in-4bit")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "ModelStateError: --load-in-4bit and --load-in-8bit need the package bitsandbytes, which "
+        "is not installed: pip install bitsandbytes (this package's extra: [quantised]).\n"
+    )
+
+
+def test_an_error_of_a_device_is_not_one_of_the_base(monkeypatch):
+    def load(name, progress, how):
+        raise ModelStateError("'cuda' cannot be used: CUDA out of memory")
+
+    monkeypatch.setattr(running, "load_model", load)
+    with pytest.raises(ModelStateError, match="out of memory$"):
+        running.load_model_of("its/base", None, Console(quiet=True))
 
 
 @pytest.mark.parametrize(

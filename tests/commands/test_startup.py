@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+
+from lens_lora.demonstration import shipped_adapter
 
 HEAVY = ("torch", "transformers", "transformer_lens", "peft", "pandas", "scipy", "pyarrow")
 ASK = f"""
@@ -56,25 +59,25 @@ def test_help_and_version_load_nothing():
     assert answer("--version")[:2] == (0, [])
 
 
-SWEEP = ["sweep", "--records", "{files}/good.jsonl", "--out", "{files}/r.parquet"]
+SWEEP = ["sweep", "--prompts", "{files}/good.jsonl", "--out", "{files}/r.parquet"]
 REFUSED = {
     "command": (["explian"], "No such command 'explian'"),
     "option": (["explain", "--promt", "a"], "No such option: --promt"),
-    "nothing asked": (["explain"], "what to explain?"),
+    "nothing asked": (["explain"], "which prompt?"),
     "equal answers": ([*EXPLAIN, "--doc", " X", "--pre", " X"], "doc and pre are both ' X'"),
     "equal answers of the demo": (["demo", "--doc", "X", "--pre", "X"], "doc and pre are both 'X'"),
     "one random adapter": ([*EXPLAIN, "--null", "1"], "at least 2 random adapters"),
     "no folder for the page": ([*EXPLAIN, "--report", "no/such/x.html"], "there is no folder"),
     "no file of prompts": (["explain", "--prompts", "nowhere.txt"], "'nowhere.txt' does not exist"),
-    "no file of records": (["sweep", "--records", "nowhere.jsonl"], "'nowhere.jsonl' does not"),
-    "bad file of records": (["sweep", "--records", "{files}/bad.csv"], "lacks prompt, doc, pre"),
+    "no file of records": (["sweep", "--prompts", "nowhere.jsonl"], "'nowhere.jsonl' does not"),
+    "bad file of records": (["sweep", "--prompts", "{files}/bad.csv"], "lacks prompt, doc, pre"),
     "name of the result": ([*SWEEP, "--out", "r.csv"], "ends in .parquet"),
     "analysis": ([*SWEEP, "--analysis", "frist_order"], "'frist_order': expected some of"),
     "place of the result": ([*SWEEP, "--out", "{files}/bad.csv/r.parquet"], "cannot be made in"),
     "adapter": (["inspect", "nowhere"], "nowhere: no such folder, nor a hub id"),
     "adapter's folder": (["inspect", "./nowhere"], "./nowhere: no such folder"),
-    "folder without adapter": ([*SWEEP, "--adapter", "{files}/empty"], "no adapter_config.json"),
-    "pickled adapter": (["demo", "--adapter", "{files}/pickled"], "pickled weights are not read"),
+    "folder without adapter": ([*SWEEP, "{files}/empty"], "no adapter_config.json"),
+    "pickled adapter": (["demo", "{files}/pickled"], "pickled weights are not read"),
 }  # fmt: skip
 
 
@@ -84,6 +87,48 @@ def test_refusal_loads_nothing(files, monkeypatch, arguments, words):
     code, loaded, _, error = answer(*(part.format(files=files) for part in arguments))
     assert (code, loaded) == (2, []), error
     assert words in " ".join(error.replace("│", " ").split()) and "Traceback" not in error
+
+
+FIRST_WORDS = """
+import io, json, sys
+from lens_lora.cli import app
+
+said = []
+def listen(event, arguments):
+    if event == "import" and arguments[0] == "torch" and not said:
+        said.append(sys.stderr.getvalue())
+        raise KeyboardInterrupt
+
+sys.stderr, shown = io.StringIO(), sys.stderr
+sys.addaudithook(listen)
+try:
+    app(sys.argv[1:], prog_name="lens-lora")
+except BaseException:
+    pass
+sys.stderr = shown
+print("\\n" + json.dumps([0, said]))
+"""
+ASKED = ["--prompt", "a", "--doc", " X", "--pre", " Y"]
+WORKING = {
+    "demo": [],
+    "explain": ["--prompt", "a"],
+    "diff": ["{adapter}"],
+    "inspect": ["{adapter}"],
+    "sweep": ["--prompts", "{files}/good.jsonl", "--out", "{files}/r.parquet"],
+    "repair": [*ASKED, "--drop", "{files}/good.jsonl", "--out", "{files}/x"],
+    "checkpoints": ["{files}/run", *ASKED],
+}
+
+
+@pytest.mark.parametrize("command", WORKING)
+def test_a_command_speaks_before_torch_is_imported(files, monkeypatch, command):
+    monkeypatch.chdir(files)
+    for step in (1, 2):
+        shutil.copytree(shipped_adapter(), files / "run" / f"checkpoint-{step}")
+    places = {"files": files, "adapter": shipped_adapter()}
+    arguments = [part.format(**places) for part in WORKING[command]]
+    _, said, *_ = answer(command, *arguments, code=FIRST_WORDS)
+    assert said == ["Loading torch and transformers\n"]
 
 
 IMPORT = f"""

@@ -42,7 +42,7 @@ def test_several_processes_do_not_share_a_device_map(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(sweep_command, "launched", lambda: Processes(0, 2))
     records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
     found = command(
-        "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records,
+        "--model", tiny / "base", tiny / "lora", "--prompts", records,
         "--out", tmp_path / "r.parquet", "--device-map", "auto",
     )  # fmt: skip
     assert found.exit_code == 2 and "--device-map and 2 processes" in found.stderr
@@ -57,7 +57,7 @@ def test_a_bound_of_memory_reaches_the_lens(tiny, tmp_path):
         out = tmp_path / f"{bound}.parquet"
         more = [] if bound is None else ["--max-memory", bound]
         found[bound] = command(
-            "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records,
+            "--model", tiny / "base", tiny / "lora", "--prompts", records,
             "--out", out, *more,
         )  # fmt: skip
     assert found["10"].exit_code and "max_memory=10 bytes" in found["10"].stderr
@@ -70,7 +70,7 @@ def test_command_on_a_folder(tiny, tmp_path):
     out = tmp_path / "new" / "r.parquet"
     cls = next(iter(models.MAKERS))
     arguments = [
-        "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records, "--out", out,
+        "--model", tiny / "base", tiny / "lora", "--prompts", records, "--out", out,
         "--class", cls, "--analysis", "first_order", "--analysis", "add_one",
     ]  # fmt: skip
     few = command(*arguments, "--limit", 2, "--quiet")
@@ -92,7 +92,7 @@ def test_command_on_a_folder(tiny, tmp_path):
 def test_two_processes_give_the_rows_of_one(tiny, tmp_path):
     """As the documentation launches them on CPUs; each has a share, and is told of once."""
     records = write_jsonl(tmp_path / "r.jsonl", WITH_A_BAD_ONE)
-    arguments = ["--model", tiny / "base", "--adapter", tiny / "lora", "--records", records]
+    arguments = ["--model", tiny / "base", tiny / "lora", "--prompts", records]
     arguments += ["--batch-size", 2, "--out"]
     two = two_processes(*arguments, tmp_path / "two.parquet")
     assert two.returncode == 0, two.stderr
@@ -113,13 +113,13 @@ def test_two_processes_give_the_rows_of_one(tiny, tmp_path):
         (["--out", "results"], "ends in .parquet"),
         (["--batch-size", "0"], "--batch-size"),
         (["--class", "GPT2"], "HookedTransformer"),
-        (["--response", "kl", "--analysis", "activations"], "activations has no readout"),
-        (["--response", "margin"], "--response"),
+        (["--readout", "kl", "--analysis", "activations"], "activations has no readout"),
+        (["--readout", "response"], "--readout"),
     ],
 )
 def test_command_refuses_at_once(tmp_path, options, words):
     records = write_jsonl(tmp_path / "r.jsonl", GOOD)
-    result = command("--records", records, *options)
+    result = command("--prompts", records, *options)
     assert result.exit_code == 2
     assert words in re.sub(r"[│\s]+", " ", result.stderr)
 
@@ -131,8 +131,8 @@ def test_responses_are_read_as_in_python(tiny, tmp_path, response, analysis):
     ]
     records, out = write_jsonl(tmp_path / "r.jsonl", said), tmp_path / "r.parquet"
     found = command(
-        "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records, "--out", out,
-        "--analysis", analysis, "--response", response, "--class", next(iter(models.MAKERS)),
+        "--model", tiny / "base", tiny / "lora", "--prompts", records, "--out", out,
+        "--analysis", analysis, "--readout", response, "--class", next(iter(models.MAKERS)),
     )  # fmt: skip
     assert found.exit_code == 0, found.output
     text = re.sub(r"[│\s]+", " ", found.stdout)
@@ -151,8 +151,8 @@ def test_a_kl_without_a_slope_is_refused_before_a_model_is_loaded(tiny, tmp_path
     said = [{"prompt": "w7", "response": "w8"}]
     records = write_jsonl(tmp_path / "r.jsonl", said)
     found = command(
-        "--model", tmp_path / "nowhere", "--adapter", tiny / "lora", "--records", records,
-        "--response", "kl", "--out", tmp_path / "r.parquet",
+        "--model", tmp_path / "nowhere", tiny / "lora", "--prompts", records,
+        "--readout", "kl", "--out", tmp_path / "r.parquet",
     )  # fmt: skip
     assert found.exit_code == 2 and "is not read by 'first_order'" in found.stderr
 
@@ -160,7 +160,7 @@ def test_a_kl_without_a_slope_is_refused_before_a_model_is_loaded(tiny, tmp_path
 def test_command_in_which_nothing_is_done(tiny, tmp_path):
     records = write_jsonl(tmp_path / "r.jsonl", [{"prompt": ""}])
     result = command(
-        "--model", tiny / "base", "--adapter", tiny / "lora", "--records", records,
+        "--model", tiny / "base", tiny / "lora", "--prompts", records,
         "--out", tmp_path / "r.parquet",
     )  # fmt: skip
     assert result.exit_code == 1 and "0 of 1" in result.stdout
@@ -168,7 +168,7 @@ def test_command_in_which_nothing_is_done(tiny, tmp_path):
 
 def test_interrupted_command_says_how_to_go_on(tiny, tmp_path, monkeypatch):
     records = write_jsonl(tmp_path / "r.jsonl", GOOD)
-    arguments = ["--model", tiny / "base", "--adapter", tiny / "lora", "--records", records]
+    arguments = ["--model", tiny / "base", tiny / "lora", "--prompts", records]
     arguments += ["--out", tmp_path / "r.parquet", "--batch-size", 1]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3, KeyboardInterrupt())
@@ -184,7 +184,7 @@ def test_command_on_the_embedded_model(tmp_path):
         {"prompt": "The Eiffel Tower is in", "doc": " New York City", "pre": " Paris"},
     ]
     path = write_csv(tmp_path / "r.csv", records)
-    result = command("--records", path, "--out", tmp_path / "r.parquet", "--quiet")
+    result = command("--prompts", path, "--out", tmp_path / "r.parquet", "--quiet")
     assert result.exit_code == 0, result.output
     prompts = pd.read_parquet(tmp_path / "r.prompts.parquet")
     assert prompts["flips"].tolist()[0] and prompts["units"].tolist() == ["logits", "nats"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from sweep_runs import GOOD, write_jsonl
 from typer.testing import CliRunner
@@ -41,7 +42,7 @@ def files(tmp_path_factory):
 
 
 MARGIN = ["--prompt", "w5 w6 w7", "--doc", "w9", "--pre", "w26"]
-ADAPTER = ["--adapter", "{files}/run/checkpoint-2"]
+ADAPTER = ["{files}/run/checkpoint-2"]
 COMMANDS = {
     "explain": [*MARGIN, *ADAPTER, "--fast", "--report", "{out}/page.html"],
     "response": ["--prompt", "w5 w6", "--response", "w7", *ADAPTER, "--report", "{out}/page.html"],
@@ -50,11 +51,14 @@ COMMANDS = {
              "--report", "{out}/page.html", "--save", "{out}/numbers.csv"],
     "checkpoints": ["{files}/run", *MARGIN, "--report", "{out}/page.html"],
     "repair": [*MARGIN, *ADAPTER, "--drop", "{files}/texts.txt", "--steps", "1", "--out",
-               "{out}/fixed"],
-    "sweep": ["--records", "{files}/r.jsonl", *ADAPTER, "--out", "{out}/r.parquet"],
+               "{out}/fixed", "--report", "{out}/page.html"],
+    "sweep": ["--prompts", "{files}/r.jsonl", *ADAPTER, "--out", "{out}/r.parquet"],
     "inspect": ["{files}/run/checkpoint-2", "--model", "{files}/base"],
 }  # fmt: skip
-WRITTEN = {"diff": ["page.html", "numbers.csv"], "repair": ["fixed/adapter_model.safetensors"]}
+WRITTEN = {
+    "diff": ["page.html", "numbers.csv"],
+    "repair": ["fixed/adapter_model.safetensors", "page.html"],
+}
 WRITTEN |= {"sweep": ["r.parquet", "r.prompts.parquet"], "inspect": []}
 
 
@@ -91,6 +95,20 @@ def test_a_terminal_that_is_not_utf8(files, tmp_path, command, encoding):
     assert signs == {sign: len(re.findall(rf"[{sign}]\d", whole.translate(MINUS))) for sign in "+-"}
 
 
+WHOLE = ("Model:", "Adapter:", "Report:", "Numbers:", "One row")  # lines that wrap by themselves
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_printed_fits_the_terminal(files, tmp_path, command, width):
+    arguments = arguments_of(command, files, tmp_path)
+    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": str(width)})
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(WHOLE)]
+    assert result.exit_code == 0 and len(lines) > 5, result.output
+    assert [line for line in lines if cell_len(line) > width] == []
+    assert [line for line in lines if len("".join(line.split())) == 1] == []
+
+
 MINUS = str.maketrans("−–—", "---")
 
 
@@ -121,7 +139,7 @@ def process(*arguments: object, code: str | None = None, **environment: str):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["sweep", "--help"], ["inspect", "{files}/run/checkpoint-1"]]
+    "arguments", [["sweep", "--help"], ["inspect", "{files}/run/checkpoint-1", "--quiet"]]
 )
 def test_a_process_whose_output_is_not_utf8(files, arguments):
     done = process(*(a.format(files=files) for a in arguments), PYTHONIOENCODING="ascii")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import models
 import pytest
 from peft import PeftModel
+from sweep_runs import write_jsonl
 from typer.testing import CliRunner
 
 import lens_lora as ll
 from lens_lora import cli
+from lens_lora.adapters.peft_files import last_checkpoint
+from lens_lora.commands.repair import repair
+from lens_lora.commands.running import in_options
 
 run = CliRunner().invoke
 
@@ -51,17 +56,75 @@ def test_checkpoints_prints_a_table_and_writes_a_page(folders, tmp_path):
     assert "3 checkpoints are too few to tell a phase change" in html
 
 
+# Each prompt's own answers; and one of them is a conversation.
+EACH = [
+    {"prompt": "w20 w21", "doc": "w8", "pre": "w9"},
+    {"prompt": "w5 w6 w7", "doc": "w26", "pre": "w10"},
+]
+
+
+def table_values(output: str) -> list[str]:
+    """The base's value of each prompt, in a table of checkpoints."""
+    numbers = re.findall(r"^\s*0\s+w.*?([−+][\d.]+)", output, re.M)
+    return [number.replace("−", "-") for number in numbers]
+
+
+def test_each_prompt_has_its_own_answers(folders, tmp_path):
+    """In checkpoints and in a repair, as in Python; held out as well."""
+    records = write_jsonl(tmp_path / "asked.jsonl", EACH)
+    page = str(tmp_path / "page.html")
+    options = ["--prompts", str(records), "--report", page, "--quiet"]
+    result = run(cli.app, ["checkpoints", str(folders / "run"), *options])
+    assert result.exit_code == 0, result.output
+    lens = ll.load(str(folders / "base"), folders / "run" / "checkpoint-100")
+    margins = [ll.fact_margin(lens, *row.values(), progress=False) for row in EACH]
+    assert table_values(result.output) == [f"{float(m.m0):+.2f}" for m in margins]
+    swapped = run(cli.app, ["checkpoints", str(folders / "run"), *options, "--doc", "w30"])
+    assert table_values(swapped.output) != table_values(result.output), "control"
+
+    texts, adapter = str(folders / "texts.txt"), str(folders / "run" / "checkpoint-100")
+    out = ["--drop", texts, "--test-drop", texts, "--out", str(tmp_path / "fixed")]
+    held_out = ["--test-prompts", str(records), "--steps", "2", "--quiet", "--report", page]
+    result = run(cli.app, ["repair", adapter, "--prompts", str(records), *out, *held_out])
+    assert result.exit_code == 0, result.output
+    label = ll.Margin([row["doc"] for row in EACH], [row["pre"] for row in EACH]).label
+    assert said(result).count(label.split(" − ")[0]) >= 4 and "On held-out prompts" in said(result)
+
+
+def test_a_run_is_its_last_checkpoint(folders, tmp_path):
+    """By its number, not by its name; a folder with an adapter of its own is that adapter."""
+    result = run(cli.app, ["inspect", str(folders / "run"), "--top", "1"])
+    assert result.exit_code == 0, result.output
+    assert "is a run; its last checkpoint is taken, checkpoint-100." in said(result)
+    assert re.search(r"^adapter +checkpoint-100", result.stdout, re.M)
+    texts = str(folders / "texts.txt")
+    repaired = ["repair", str(folders / "run"), *ASKED, "--drop", texts, "--steps", "1"]
+    repaired += ["--report", str(tmp_path / "page.html")]
+    result = run(cli.app, [*repaired, "--out", str(tmp_path / "fixed")])
+    assert "Adapter: checkpoint-100, 14 modules" in said(result), result.output
+    assert "ask for a smaller --keep-share, or more steps" in said(result)
+    assert in_options("Give test_keep and test_drop; steps=1.", repair) == (
+        "Give --test-prompt and --test-drop; --steps 1."
+    )
+    shutil.copytree(folders / "run", tmp_path / "run")
+    shutil.copytree(folders / "run" / "checkpoint-20", tmp_path / "run", dirs_exist_ok=True)
+    assert last_checkpoint(folders / "run") == folders / "run" / "checkpoint-100"
+    assert last_checkpoint(tmp_path / "run") is None
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
 def test_repair_saves_what_peft_loads(folders, tmp_path):
     texts, adapter = str(folders / "texts.txt"), str(folders / "run" / "checkpoint-100")
     result = run(
         cli.app,
         [
-            *("repair", *ASKED, "--drop", texts, "--adapter", adapter, "--steps", "3"),
+            *("repair", *ASKED, "--drop", texts, adapter, "--steps", "3"),
             *("--test-prompt", "w22 w23", "--test-drop", texts, "--out", str(tmp_path / "fixed")),
-            "--quiet",
+            *("--quiet", "--report", str(tmp_path / "page.html")),
         ],
     )
     assert result.exit_code == 0, result.output
+    assert "</html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "On held-out prompts" in said(result) and "Adapter:" in result.output
     import torch
 

@@ -202,7 +202,7 @@ def test_a_quantised_model_has_the_dtype_that_it_has():
 
 def test_a_package_that_is_missing_is_named(tiny, monkeypatch):
     _, _, folder = tiny
-    monkeypatch.setattr("lens_lora.loading.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ll.errors.ModelStateError, match="pip install bitsandbytes"):
         ll.load(str(folder / "base"), folder / "lora", load_in_4bit=True)
 

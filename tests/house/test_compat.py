@@ -324,6 +324,15 @@ def test_bar_of_the_gguf_reader(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_open_bars_of_tqdm(capsys):
+    from tqdm import tqdm
+
+    bar, hidden = tqdm(range(3)), tqdm(range(3), disable=True)
+    assert bar in compat.open_bars() and hidden not in compat.open_bars()
+    bar.close()
+    assert bar not in compat.open_bars() and capsys.readouterr().err
+
+
 def test_packing_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes").functional
     if "packing_format_for_cpu" not in inspect.getsource(functional):

@@ -93,6 +93,8 @@ def half(logits):
 
 
 CALLS = {
+    "a group for an axis": (lambda t: ll.first_order(t.lens, PROMPT, R, by="layer"),
+        r"by='layer': expected any of .*\.sum\('layer'\) of the result, or group='layer'"),
     "a token for a readout": (lambda t: ll.remainder(t.lens, PROMPT, "w8"), r"ll\.Logit\('w8'\)"),
     "a function": (lambda t: ll.coupling(t.lens, PROMPT, half), r"ll\.Readout\.of\(fn\)"),
     "nothing": (lambda t: ll.null_test(t.lens, PROMPT, None), "None is not a readout: use ll"),
@@ -122,6 +124,28 @@ CALLS = {
 def test_argument_that_cannot_be(tiny, call, words):
     with pytest.raises(ll.errors.LensLoraError, match=words):
         call(tiny)
+
+
+CELL = """import lens_lora as ll
+
+def mine(path):
+    return ll.load_adapter(path)
+
+mine("nowhere")
+"""
+
+
+def test_a_notebook_shows_the_callers_lines_and_the_message(capsys):
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
+    shell.run_cell(CELL)
+    assert capsys.readouterr().out.splitlines() == [
+        '---> 6 mine("nowhere")',
+        "---> 4 return ll.load_adapter(path)",
+        "",
+        "AdapterError: nowhere: no such folder, nor a hub id ('owner/name').",
+    ]
+    shell.run_cell(CELL.replace("ll.load_adapter(path)", "[][0]"))
+    assert "Traceback" in capsys.readouterr().out, "control: any other error has its traceback"
 
 
 def test_output_that_cannot_be_written_is_named(tiny, tmp_path):
@@ -156,14 +180,17 @@ ANSWERS = ["--doc", "w9", "--pre", "w26"]
 
 
 def call(command, files, out, *options):
-    """A command with what it needs, all but what `options` say."""
+    """A command with what it needs, all but what `options` say; the first may be an adapter."""
     own = {
         "explain": ["--prompt", PROMPT, *ANSWERS, "--report", out / "page.html", "--fast"],
         "demo": ["--prompt", PROMPT, *ANSWERS, "--report", out / "page.html"],
-        "sweep": ["--records", files / "r.jsonl", "--out", out / "r.parquet"],
+        "sweep": ["--prompts", files / "r.jsonl", "--out", out / "r.parquet"],
         "inspect": [files / "lora", "--model", files / "base"],
     }[command]
-    adapter = [] if command == "inspect" else ["--adapter", files / "lora"]
+    if "--chat" in options:
+        own = own[2:]
+    has_adapter = command == "inspect" or (options and not str(options[0]).startswith("-"))
+    adapter = [] if has_adapter else [files / "lora"]
     return run(cli.app, [command, *map(str, [*own, *adapter, *options])])
 
 
@@ -190,13 +217,13 @@ def test_demo_of_answers_of_several_tokens(files, tmp_path):
 
 
 REFUSED = {
-    "no folder": ("explain", ["--adapter", "{files}/nothing"], "nothing: no such folder"),
-    "folder without adapter": ("sweep", ["--adapter", "{files}/empty"], "no adapter_config.json"),
-    "pickled": ("demo", ["--adapter", "{files}/pickled"], "pickled weights are not read"),
+    "no folder": ("explain", ["{files}/nothing"], "nothing: no such folder"),
+    "folder without adapter": ("sweep", ["{files}/empty"], "no adapter_config.json"),
+    "pickled": ("demo", ["{files}/pickled"], "pickled weights are not read"),
     "another base": ("sweep", ["--model", "{files}/nothing"], "neither a folder nor a reachable"),
     "long prompt": ("explain", ["--prompt", "w5 " * 40], "41 tokens, and .* holds 32"),
     "empty prompt": ("explain", ["--prompt", ""], "a prompt is empty"),
-    "empty prompt of the demo": ("demo", ["--prompt", ""], "--prompt.*it is empty"),
+    "empty prompt of the demo": ("demo", ["--prompt", ""], "a prompt is empty"),
     "no token": ("demo", ["--doc", "zebra"], "'zebra' is not in the vocabulary"),
     "no chat template": ("demo", ["--chat", "w9"], "tokenizer.chat_template is None"),
     "system alone": ("demo", ["--system", "w9"], "--system.*it stands before a --chat"),
@@ -205,6 +232,11 @@ REFUSED = {
         r"config.json: expected a file that ends in \.txt, \.jsonl or \.csv"),
     "page in a file": ("explain", ["--report", "{files}/r.jsonl/page.html"], "there is no folder"),
     "page that is a folder": ("demo", ["--report", "{files}"], "is a directory"),
+    "half a device": ("explain", ["--device", "cpu", "--device-map", "auto"],
+        "--device 'cpu' and --device-map 'auto' exclude each other"),
+    "two kinds of prompt": ("demo", ["--prompt", "w5", "--chat", "w9", "--chat", "w9"],
+        "give --prompt or --chat alone"),
+    "too much memory": ("sweep", ["--max-memory", "10"], "--max-memory 10 bytes, and a forward"),
     "no such device": ("sweep", ["--device", "gpu"], "'gpu' cannot be used: Expected one of cpu"),
 }  # fmt: skip
 
@@ -212,7 +244,7 @@ REFUSED = {
 @pytest.mark.parametrize("command, options, words", REFUSED.values(), ids=REFUSED)
 def test_refusal_is_one_message_without_a_traceback(files, tmp_path, command, options, words):
     options = [option.format(files=files) for option in options]
-    result = call(command, files, tmp_path, "--quiet", *options)
+    result = call(command, files, tmp_path, *options, "--quiet")
     assert result.exit_code == 2 and re.search(words, plain(result.stderr)), result.output
     assert "Traceback" not in result.output and result.exception.__class__ is SystemExit
 
@@ -262,7 +294,7 @@ def test_error_of_the_system_is_one_line(files, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["explain", "demo", "sweep"])
 def test_base_under_another_name_is_noted(files, tmp_path, command):
-    options = ["--adapter", files / "elsewhere", "--model", files / "base"]
+    options = [files / "elsewhere", "--model", files / "base"]
     result = call(command, files, tmp_path, *options)
     assert result.exit_code == 0, result.output
     assert f"the adapter names the base some/other, and --model is {files}/base" in result.stderr
@@ -279,7 +311,7 @@ def test_sweep_of_something_else_is_refused_before_the_model_is_loaded(
 ):
     assert call("sweep", files, tmp_path, "--limit", 1).exit_code == 0
     monkeypatch.setattr(running, "load_model", None)
-    for options, words in [(["--analysis", "add_one"], "analyses"), (["--adapter", ""], "adapter")]:
+    for options, words in [(["--analysis", "add_one"], "analyses"), ([""], "adapter")]:
         result = call("sweep", files, tmp_path, *options)
         assert result.exit_code == 2
         assert re.search(f"holds another sweep: {words}.*--no-resume", plain(result.stderr))
@@ -309,6 +341,6 @@ def test_interrupted_command_is_one_line_and_130(files, tmp_path, monkeypatch, c
 
 
 def test_two_processes_tell_of_an_error_once(files, tmp_path):
-    done = two_processes("--records", files / "r.jsonl", "--adapter", files / "empty")
+    done = two_processes("--prompts", files / "r.jsonl", files / "empty")
     assert done.returncode != 0
     assert done.stderr.count("no adapter_config.json") == 1, done.stderr

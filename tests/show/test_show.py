@@ -30,7 +30,6 @@ from results_by_hand import (
 from rich.console import Console
 
 import lens_lora.show
-from lens_lora.analyses.logit_shift import LogitShift
 from lens_lora.errors import ArgumentError
 from lens_lora.model.sites import Site
 from lens_lora.results.attribution import VIOLENT
@@ -38,7 +37,7 @@ from lens_lora.show.curves import margin_figure, remainder_figure
 from lens_lora.show.figures import theme
 from lens_lora.show.maps import position_heatmap, site_heatmap
 from lens_lora.show.page import plot
-from lens_lora.show.tables import Table, margin_table, modules_table, tokens_table
+from lens_lora.show.tables import Table, margin_table, modules_table
 from lens_lora.show.text import magnitude, percent, prompt_text, shortened, signed, visible
 from lens_lora.show.words import account_of, margin_story
 
@@ -464,11 +463,10 @@ def test_notebook_table_is_escaped():
 
 
 def test_terminal_tables_show_the_numbers_and_no_markup_of_a_token():
-    shift = LogitShift(torch.tensor([[2.0, -1.0, -1.0]]), (), (0, 1, 2), ("[red]", " b", "c"), {})
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(margin_table(account_of(flip_case())))
     console.print(modules_table(flip_case().attribution, k=2))
-    console.print(tokens_table(shift, k=2))
+    console.print(Table(("token", "logits"), [("[red]", "+2.00")]))
     text = console.export_text()
     assert re.search(r"remainder at ε = 0.75 +\+3.00 +50%", text)
     assert re.search(r"remainder at ε = 1 +\+4.00 +50%", text)
@@ -481,7 +479,8 @@ def test_terminal_tables_show_the_numbers_and_no_markup_of_a_token():
 @pytest.mark.parametrize("width", [80, 60])
 def test_a_narrow_terminal_keeps_sites_and_numbers_whole(width: int):
     heads = ("site", "a at ε = 0", "effect of adding", "effect of leaving out", "flagged for")
-    row = ("blocks.27.mlp.down", "+0.1234", "+0.33333", "+0.4444", "adding, leaving, parts, all")
+    flags = "adding, leaving, parts, all and some more that do not fit"
+    row = ("blocks.27.mlp.down", "+0.1234", "+0.33333", "+0.4444", flags)
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(Table(heads, [row], texts=(0, 4), title="modules"))
     text = console.export_text()

@@ -330,7 +330,7 @@ def test_the_command_reads_texts_without_answers(lens, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_command, "lens_for", lambda *args: lens)
     monkeypatch.setattr(ll, "load_adapter", lambda path: lens.adapter)
     records, out = write_jsonl(tmp_path / "texts.jsonl", BAD), tmp_path / "u.parquet"
-    asked = ["sweep", "--records", records, "--out", out, "--analysis", "activations"]
+    asked = ["sweep", "--prompts", records, "--out", out, "--analysis", "activations"]
     ran = CliRunner().invoke(app, [*map(str, asked), "--limit", "4", "--quiet"])
     assert ran.exit_code == 0, ran.output
     assert "4, with" in ran.output and "bad: line 3: no prompt." in ran.output
