@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import lens_lora as ll
+from lens_lora.engine.edges import edge_values
 from lens_lora.engine.forward import joint_tangent
 from lens_lora.engine.function import gated_logits
 from lens_lora.engine.memory import slopes_at_once
@@ -81,6 +82,10 @@ def slopes(*axes: str) -> Run:
     )
 
 
+def edges(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    edge_values(lens, MARGIN.over(lens.model, prompts), lens.gates(0.0), progress=False)
+
+
 def tokens(count: int) -> Run:
     """The logits of so many tokens, every site, by reverse."""
     return lambda lens, prompts: ll.logit_shift(
@@ -132,6 +137,7 @@ QUICK = [
         "FB",
         "≤ 1.45 FB",
     ),
+    Work("all edges of 61 readers", edges, target="≤ 1 FB + 3 F"),
     Work("2 tokens, all sites", tokens(2), target="≤ 3.1 F"),
     Work("8 tokens, all sites", tokens(8), target="≤ 8.5 F"),
     Work("16 tokens, all sites", tokens(16), target="≤ 15.7 F"),

@@ -11,6 +11,7 @@ from .analyses.checkpoints import checkpoints
 from .analyses.compare_adapters import compare_adapters
 from .analyses.components import components
 from .analyses.constant_part import constant_part
+from .analyses.edges import edges, patch_edges
 from .analyses.features import feature_shift, feature_writes
 from .analyses.first_order import first_order
 from .analyses.kl_shares import kl_shares
@@ -28,7 +29,6 @@ from .evaluation.compare import compare
 from .evaluation.explain import explain
 from .evaluation.faithfulness import faithfulness
 from .evaluation.null_test import null_test
-from .evaluation.rankings import foils
 from .evaluation.reliability import reliability
 from .loading import demo, load
 from .model.lens import LoraLens
@@ -38,7 +38,6 @@ from .readouts.divergence import KL
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.base import load_result
-from .show.figures import theme
 from .sweeps.sweep import sweep
 
 __all__ = [
@@ -63,6 +62,7 @@ __all__ = [
     # first order
     "FrozenRules",
     "components",
+    "edges",
     "first_order",
     "logit_shift",
     "tangents",
@@ -84,9 +84,9 @@ __all__ = [
     "best_subset",
     "compare",
     "faithfulness",
-    "foils",
     "null_test",
     "patch_activations",
+    "patch_edges",
     "patch_sites",
     # two adapters
     "checkpoints",
@@ -101,8 +101,6 @@ __all__ = [
     "activation_shift",
     "constant_part",
     "what_changed",
-    # figures
-    "theme",
     # sweeps
     "sweep",
     # results

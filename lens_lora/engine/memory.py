@@ -162,6 +162,25 @@ def pass_groups(lens: LoraLens, reading: Reading) -> list[Reading]:
     return _groups(reading, rows_of_pass(lens, reading))
 
 
+def edge_groups(lens: LoraLens, reading: Reading, rows: int, heads: int) -> list[Reading]:
+    """The prompts in groups of which so many copies make one dual pass, within the bound of the
+    lens together with the gradients at every reader: an MLP, and attention by so many heads.
+
+    Raises:
+        ArgumentError: one prompt takes more.
+    """
+    cfg, host, longest = lens.model.cfg, lens.plan.host, prompts_of(reading).tokens.shape[1]
+    gradients = lens.gate_dtype.itemsize * longest * int(cfg.d_model) * host.n_layers * (1 + heads)
+
+    def sizes(need: _Need) -> tuple[float, float]:
+        of_one = max(min(need.of_rerun, need.of_graph), 2 * need.of_duals)
+        return of_one + gradients, max(need.always + need.graphed, pass_bytes(lens))
+
+    fitting = _rows(lens, reading, sizes, "the edges of one prompt")
+    tokens = FINAL_TOKENS // rows
+    return reading.groups(tokens if fitting is None else min(tokens, fitting * longest))
+
+
 def _groups(reading: Reading, rows: int | None) -> list[Reading]:
     if rows is None or rows >= len(reading.owner):
         return [reading]

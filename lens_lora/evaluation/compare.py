@@ -36,6 +36,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from lens_lora.analyses.compare_adapters import Vector, correlation, is_constant
+from lens_lora.analyses.edges import Edges
 from lens_lora.arguments import whole
 from lens_lora.errors import ArgumentError
 from lens_lora.model.sites import group_sites
@@ -144,7 +145,7 @@ class Comparison(Result):
 
 
 def compare(
-    attribution: Attribution | Effects,
+    attribution: Attribution | Effects | Edges,
     effects: Attribution | Effects,
     *,
     held_out: bool = False,
@@ -156,7 +157,8 @@ def compare(
 
     Args:
         attribution, effects: results over the same prompts, sites and readout. An attribution is
-            summed over the groups of the effects it meets.
+            summed over the groups of the effects it meets; of `Edges`, those are taken that
+            `patch_edges` measured.
         held_out: the effects are of other prompts, on which what was made on the attribution's is
             judged; readouts may differ in their tokens, not in their units.
         k: of the top-k overlap.
@@ -167,6 +169,8 @@ def compare(
             finite; k below 1.
     """
     k, bootstrap, seed = whole("k", k, 1), whole("bootstrap", bootstrap, 0), whole("seed", seed, 0)
+    if isinstance(attribution, Edges):
+        attribution = attribution.along(effects)
     _require_same(attribution, effects, held_out)
     results = (attribution, effects)
     grouped = next(

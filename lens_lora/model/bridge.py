@@ -263,6 +263,22 @@ class BridgeHost(Host):
         """`hook_in` of the block, or of the final norm."""
         return f"blocks.{layer}.hook_in" if layer < self.n_layers else "ln_final.hook_in"
 
+    def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
+        """Every module of the block that has weights, by the component that it is or is within."""
+        block = self.model.blocks[layer]
+        parts = {name: set(part.modules()) for name, part in block.named_children()}
+        parts.pop("_original_component")
+        readers: dict[str, nn.Module] = {}
+        norms: list[nn.Module] = []
+        for path, module in unwrapped(block).named_children():
+            if "Norm" in type(unwrapped(module)).__name__:
+                norms.append(module)
+            elif next(module.parameters(), None) is not None:
+                name = next((name for name, held in parts.items() if module in held), path)
+                # What an MLP that is no module of its own reads, its first weight does.
+                readers.setdefault(f"blocks.{layer}.{name}", module)
+        return readers, norms
+
     def _copies(self, layer: int, kind: str) -> str | None:
         """The hook point of the copies of the residual that the heads of q, k or v read."""
         if getattr(self.model.cfg, "use_split_qkv_input", False):

@@ -180,6 +180,15 @@ class HookedTransformerHost(Host):
         """`hook_resid_pre` of the block, or the scale of the final norm."""
         return f"blocks.{layer}.hook_resid_pre" if layer < self.n_layers else "ln_final.hook_scale"
 
+    def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
+        """The norm of each branch, which no other one reads."""
+        block, norms = self.model.blocks[layer], {"attn": "ln1", "mlp": "ln2"}
+        readers = {branch: getattr(block, norm, None) for branch, norm in norms.items()}
+        held = {
+            f"blocks.{layer}.{name}": norm for name, norm in readers.items() if norm is not None
+        }
+        return held, []
+
     def embedding_scale(self, kind: str) -> float:
         """√d for Gemma's token embedding, as W_E contains that factor."""
         is_scaled = kind == "embed" and self.family.gamma_offset

@@ -113,7 +113,7 @@ def attached(
                 at_module: Any = getattr(fn, "at_module", fn)
                 write_at(span, model.get_submodule(owner), parameter, at_module)
                 continue
-            _add_to_module(span, model.get_submodule(name), fn, is_first=name not in modules)
+            add_to_module(span, model.get_submodule(name), fn, is_first=name not in modules)
             modules.add(name)
         elif isinstance(fn, Arranger):
             add_pre_hook(span, known[name], fn)
@@ -136,7 +136,8 @@ def _take_off(places: list[tuple[Any, HookFn, set[int]]]) -> None:
         places.pop()
 
 
-def _add_to_module(span: Temporary, module: nn.Module, fn: HookFn, *, is_first: bool) -> None:
+def add_to_module(span: Temporary, module: nn.Module, fn: Any, *, is_first: bool) -> None:
+    """A forward hook, until the span ends; `attached` says what of it is called."""
     at_module = getattr(fn, "at_module", None)
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:

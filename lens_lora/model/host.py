@@ -108,6 +108,8 @@ class Host(abc.ABC):
             may if the other inputs of a block (masks, positions) are the same for each row.
         keeps_patterns: whether attention makes its pattern, [head, query, key] in each row.
         keeps_rows: whether a batch keeps its rows throughout; experts take tokens out of it.
+        read_through: what reads the residual stream, by name → its norm, None where it has none; of
+            the readers that a pass has shown so far.
     """
 
     class_name: ClassVar[str]
@@ -128,6 +130,7 @@ class Host(abc.ABC):
         self.base: BaseWeights | None = None if hf_model is None else BaseWeights(hf_model, family)
         self.n_layers: int = model.cfg.n_layers
         self.keeps_rows: bool = not family.routed
+        self.read_through: dict[str, nn.Module | None] = {}
 
     # --- hook points
 
@@ -146,6 +149,12 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def block_input(self, layer: int) -> str:
         """The first hook point of a block, or of what comes after the last."""
+
+    @abc.abstractmethod
+    def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
+        """What reads the residual stream of a block, by name, in modules whose input that is; and
+        the block's norms, where a module may read the output of one of these instead.
+        """
 
     # --- the model's own weights and state
 

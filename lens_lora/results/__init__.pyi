@@ -6,6 +6,7 @@ from ..analyses.checkpoints import Checkpoints as Checkpoints
 from ..analyses.compare_adapters import AdapterComparison as AdapterComparison
 from ..analyses.components import Components as Components
 from ..analyses.constant_part import ConstantPart as ConstantPart
+from ..analyses.edges import Edges as Edges
 from ..analyses.features import FeatureShift as FeatureShift
 from ..analyses.features import FeatureWrites as FeatureWrites
 from ..analyses.kl_shares import KLShares as KLShares
@@ -28,6 +29,7 @@ from ..evaluation.explain import Explanations as Explanations
 from ..evaluation.explain import ResponseExplanation as ResponseExplanation
 from ..evaluation.faithfulness import Faithfulness as Faithfulness
 from ..evaluation.null_test import NullTest as NullTest
+from ..evaluation.rankings import foils as foils
 from ..evaluation.reliability import Reliability as Reliability
 from ..model.generate import SideBySide as SideBySide
 from ..model.sites import Site as Site

@@ -96,6 +96,7 @@ class TokenView:
 figure: Drawing[Figure] = Drawing("figure")
 figures: Drawing[dict[str, Figure]] = Drawing("figures")
 positions: Drawing[Figure] = Drawing("positions")
+graph: Drawing[Figure] = Drawing("graph")
 modules: Drawing[Figure] = Drawing("modules")
 path: Drawing[Figure] = Drawing("path")
 still: Drawing[Figure] = Drawing("still")

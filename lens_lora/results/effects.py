@@ -32,7 +32,8 @@ class Effects(Ranked):
         groups: {name: indices into sites}; single sites carry their own name.
         how: 'add_one', g(e_G) − g(0), or 'leave_one_out', g(1) − g(1 − e_G).
         of: 'site', or 'rank' where each group is one rank of its only site, as 'blocks.0.attn.q[2]'
-            names it, in the coordinates of the SVD of ΔW.
+            names it, in the coordinates of the SVD of ΔW; or 'edge', where one reader alone sees
+            what the site writes, as 'blocks.0.attn.o → blocks.1.mlp' names it.
         replace: the stand-in for δ_G: 'zero', 'mean' or 'resample'.
         texts: the number of texts that the stand-in came from.
         noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
@@ -65,7 +66,7 @@ class Effects(Ranked):
             ArgumentError: the groups overlap or leave sites out, are ranks, or were replaced by
                 something else than zero, so that their sum means nothing.
         """
-        if self.of == "rank" or self.replace != "zero":
+        if self.of != "site" or self.replace != "zero":
             raise ArgumentError(
                 f"the sum of effects of {self.of}s replaced by {self.replace} cannot be compared "
                 "with the shift; use of='site', replace='zero'."
@@ -91,9 +92,10 @@ class Effects(Ranked):
         Raises:
             ArgumentError: it is of other sites, or the groups are single ranks.
         """
-        if self.of == "rank":
+        if self.of != "site":
             raise ArgumentError(
-                "effects of single ranks cannot be compared with sites; use of='site'."
+                f"effects of single {self.of}s cannot be compared with sites; use of='site', with "
+                "ll.patch_sites."
             )
         names = [site.name for site in self.sites]
         if [site.name for site in attribution.sites] != names:
@@ -112,8 +114,11 @@ class Effects(Ranked):
         Raises:
             ArgumentError: the effects are of groups of several sites.
         """
-        if any(len(members) > 1 for members in self.groups.values()):
-            raise ArgumentError("effects of groups say nothing of single sites; use group='site'.")
+        if self.of == "edge" or any(len(members) > 1 for members in self.groups.values()):
+            raise ArgumentError(
+                "effects of groups, or of edges, say nothing of single sites; use group='site', "
+                "with ll.patch_sites."
+            )
         chosen = dict.fromkeys(index for (index,) in self.groups.values())
         sites, is_by_rank = tuple(self.sites[index] for index in chosen), self.of == "rank"
         names = {field.name for field in dataclasses.fields(Measured)} - {"sites"}

@@ -14,19 +14,18 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import plotly.graph_objects as go
+import plotly.io as pio
 from plotly.graph_objects import Figure
 
-from lens_lora.arguments import word
 from lens_lora.model.sites import EMBEDDING_KINDS, OUTSIDE_KINDS
 from lens_lora.show.text import label, percent, short_prompt, signed, visible
 
 # --- The look
 
 
-Theme = Literal["any", "light", "dark", "print"]
 INK, CLEAR = "#777777", "rgba(0,0,0,0)"
 # Zero has no colour of its own, so it is that of the page, light or dark.
 _DIVERGING = (
@@ -43,30 +42,14 @@ _BLANK = "rgba(128,128,128,0.32)"
 
 
 _INK_GRID_PAPER = {
-    "any": (INK, "rgba(128,128,128,0.25)", CLEAR),
-    "light": ("#24292f", "#e3e7ec", "#ffffff"),
-    "dark": ("#d6dbe1", "#333a42", "#15191e"),
-    "print": ("#000000", "#cccccc", "#ffffff"),
+    "": (INK, "rgba(128,128,128,0.25)", CLEAR),
+    ".light": ("#24292f", "#e3e7ec", "#ffffff"),
+    ".dark": ("#d6dbe1", "#333a42", "#15191e"),
+    ".print": ("#000000", "#cccccc", "#ffffff"),
 }
 
 
-def theme(name: Theme = "any") -> go.layout.Template:
-    """The look of this package's figures, as a plotly template.
-
-    A figure of a result has the one that can be read on any background. Another one is put on by
-    `figure.update_layout(template=ll.theme("print"))`, before it is written as a PDF, say; and
-    `px.line(…, template=ll.theme())` gives a figure of your own the same look.
-
-    Cost: no forward pass.
-
-    Args:
-        name: 'any', transparent with mid-grey text; 'light' and 'dark', with paper of their own;
-            'print', black on white.
-
-    Raises:
-        ArgumentError: another name.
-    """
-    ink, grid, paper = _INK_GRID_PAPER[word("theme", name, get_args(Theme))]
+def _template(ink: str, grid: str, paper: str) -> go.layout.Template:
     axis = {
         "gridcolor": grid,
         "linecolor": ink,
@@ -91,6 +74,13 @@ def theme(name: Theme = "any") -> go.layout.Template:
     )
 
 
+# Plotly has them by name, for figures of one's own as well, once this module is imported: the look
+# of this package's figures, which can be read on any background, and three with a paper.
+LOOK = "lens_lora"
+for _name, _colours in _INK_GRID_PAPER.items():
+    pio.templates[f"{LOOK}{_name}"] = _template(*_colours)
+
+
 _TOP_LEFT = {"xanchor": "left", "yanchor": "top"}
 BELOW: dict[str, Any] = {"orientation": "h", "x": 0, "y": -0.26, **_TOP_LEFT}
 BESIDE: dict[str, Any] = {"orientation": "v", "x": 1.02, "y": 1, **_TOP_LEFT}
@@ -108,7 +98,7 @@ def finish(
     (across, upwards), title = axes, _title(*titles)
     figure.update_layout(
         height=height,
-        template=theme(),
+        template=LOOK,
         title=title,
         margin={"l": 60, "r": 20, "t": 70 + further_lines(title["text"]), "b": 60},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},

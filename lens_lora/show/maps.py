@@ -193,7 +193,7 @@ def _where(rows: Sequence[Sequence[float]], exists: Sequence[Sequence[bool]]) ->
 
 
 def _titles(
-    result: results.Attribution | results.Effects, below: str, prompt: int | None
+    result: results.Attribution | results.Effects | results.Edges, below: str, prompt: int | None
 ) -> tuple[str, str]:
     heading = f"{result.readout}, {key_text(result.key)}"
     return heading, f"{below} · {whose(prompt, result.str_tokens)}"
@@ -319,6 +319,7 @@ def layers_figure(explanations: Sequence[results.Explanation]) -> Figure:
 
 _MOST_NAMES, _MOST_LAYERS = 40, 16
 _CUT = 0.995
+_GREY = "grey: not downstream"
 
 
 @drawing.figure.register(results.Coupling)
@@ -332,21 +333,47 @@ def coupling_heatmap(coupling: results.Coupling, prompt: int | None = None) -> F
         ArgumentError: no such prompt.
     """
     half = coupling.matrix[prompt_rows(prompt, len(coupling.matrix))].cpu().double().mean(0) / 2
-    sizes, units = half.abs().flatten(), coupling.units
-    is_cut = len(coupling.groups) > _MOST_NAMES and bool(sizes.quantile(_CUT) > 0)
-    reach = float(sizes.quantile(_CUT) if is_cut else sizes.max())
     axis = names_axis(coupling.groups, **_group_ticks(coupling))
     heading = f"{coupling.readout}, ½H at ε = {coupling.at:g}"
     below = "diagonal: self-curvature; off it: half of each pair's coupling"
-    titles = heading, f"{below} · {whose(prompt, coupling.str_tokens)}"
+    titles, units = (heading, f"{below} · {whose(prompt, coupling.str_tokens)}"), coupling.units
     says = f"<b>%{{y}} × %{{x}}</b><br>½H = %{{z:.3g}} {label(units)}<extra></extra>"
-    note, z = f"cut at {reach:.2g}" if is_cut else "", half.tolist()
-    figure = heatmap(titles, z, says, axis, axis, units, "signed", reach=reach, note=note)
+    cut = _cut(half)
+    figure = heatmap(titles, half.tolist(), says, axis, axis, units, "signed", **cut)
     figure.update_layout(height=680, yaxis={"scaleanchor": "x", "constrain": "domain"})
     return figure.update_traces(xgap=0, ygap=0)
 
 
-def _group_ticks(coupling: results.Coupling) -> dict[str, Any]:
+def _cut(values: Any) -> dict[str, Any]:
+    """Where a heatmap's colours end, and the note that says so."""
+    sizes = values.abs().flatten()
+    is_cut = max(values.shape) > _MOST_NAMES and bool(sizes.quantile(_CUT) > 0)
+    reach = float(sizes.quantile(_CUT) if is_cut else sizes.max())
+    return {"reach": reach, "note": f"cut at {reach:.2g}" if is_cut else ""}
+
+
+@drawing.figure.register(results.Edges)
+def edges_heatmap(edges: results.Edges, prompt: int | None = None) -> Figure:
+    """Writer × reader in the order of a forward pass, so that what exists is a triangle.
+
+    Raises:
+        ArgumentError: no such prompt.
+    """
+    values, _ = edges.mean_over(prompt, edges.per_edge)
+    firsts = dict[str, str]()  # the first reader of each block
+    for name in edges.readers:
+        firsts.setdefault(name if name.count(".") < 2 else name.split(".")[1], name)
+    layers = every_few(list(firsts.items()), _MOST_LAYERS)
+    x = names_axis(edges.readers, "layer of the reader")
+    x = x._replace(layout={**x.layout, **ticks((name for _, name in layers), dict(layers))})
+    y = names_axis(edges.groups, "writer", **_group_ticks(edges))
+    titles = _titles(edges, f"what each reader makes of each write · {_GREY}", prompt)
+    says = f"<b>%{{y}} → %{{x}}</b><br>%{{z:+.3g}} {label(edges.units)}<extra></extra>"
+    cells, height = _where(values.tolist(), edges.exists.tolist()), 600 // len(values)
+    return heatmap(titles, cells, says, x, y, edges.units, row_height=height, **_cut(values))
+
+
+def _group_ticks(coupling: results.Coupling | results.Edges) -> dict[str, Any]:
     """Every group by name; where they are many, the first of every few layers."""
     if len(coupling.groups) <= _MOST_NAMES:
         names = list(map(label, coupling.groups))

@@ -189,7 +189,7 @@ _KEYS = {
 }
 _REPLACED = {"mean": ", replaced by its mean", "resample": ", replaced by another text's"}
 _RULES = {"identity": "identity rule", "half": "half rule"}
-_GATED = re.compile(r"(first_order|second_order|curvature)(?:/([a-z_+]+))?@(.+)")
+_GATED = re.compile(r"(first_order|second_order|curvature|edges)(?:/([a-z_+]+))?@(.+)")
 
 
 def key_text(key: str) -> str:

@@ -65,6 +65,7 @@ CALLS = {
     "compare_adapters": lambda t, folder, **o: ll.compare_adapters(
         t.lens, t.lens.adapter.scaled(0.5), PROMPT, R, draws=2, **o
     ),
+    "edges": lambda t, folder, **o: ll.edges(t.lens, [LONG] * 600, R, **o),
     "explain": lambda t, folder, **o: ll.explain(t.lens, PROMPT, "w8", "w9", null=2, **o),
     "fact_margin": lambda t, folder, **o: ll.fact_margin(t.deep, PROMPT, "w8", "w9", **o),
     "faithfulness": _faithful,
@@ -72,6 +73,9 @@ CALLS = {
     "logit_shift": lambda t, folder, **o: ll.logit_shift(t.lens, PROMPT, **o),
     "null_test": lambda t, folder, **o: ll.null_test(t.lens, PROMPT, R, draws=2, **o),
     "patch_activations": _points,
+    "patch_edges": lambda t, folder, **o: ll.patch_edges(
+        t.deep, PROMPT, R, [(site.name, "logits") for site in t.deep.sites], **o
+    ),
     "patch_sites": lambda t, folder, **o: ll.patch_sites(t.deep, PROMPT, R, how="add_one", **o),
     "path_attribution": lambda t, folder, **o: ll.path_attribution(t.lens, PROMPT, R, **o),
     "reliability": lambda t, folder, **o: ll.reliability(
@@ -99,13 +103,12 @@ SHORT = {
     "feature_shift": lambda t: ll.feature_shift(
         t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"
     ),
-    "foils": lambda t: ll.foils(t.lens, PROMPT, R),
     "feature_writes": lambda t: ll.feature_writes(t.lens, PROMPT, torch.eye(16)),
     "tangents": lambda t: ll.tangents(t.lens, PROMPT),
     "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
 }
-DEEP = {"fact_margin", "patch_sites", "reliability", "remainder"}
-NO_PASS = {"compare", "demo", "load", "load_adapter", "load_result", "theme"}
+DEEP = {"fact_margin", "patch_edges", "patch_sites", "reliability", "remainder"}
+NO_PASS = {"compare", "demo", "load", "load_adapter", "load_result"}
 
 
 def is_python(member) -> bool:

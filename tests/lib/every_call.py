@@ -104,7 +104,11 @@ CALLS: dict[str, Call] = {
         lens, t, MARGIN, k=2, steps=2, starts=_score(lens), **QUIET
     ),
     "foils": lambda lens, t: torch.stack(
-        [one.values for one in ll.foils(lens, t, MARGIN).values()]
+        [one.values for one in ll.results.foils(lens, t, MARGIN).values()]
+    ),
+    "edges": lambda lens, t: ll.edges(lens, t, MARGIN, "head", **QUIET),
+    "patch_edges": lambda lens, t: ll.patch_edges(
+        lens, t, MARGIN, [(lens.sites[0].name, "logits")], "leave_one_out", **QUIET
     ),
     "reliability": lambda lens, t: ll.reliability(lens, t, MARGIN, **QUIET),
     "null_test": lambda lens, t: ll.null_test(lens, t, MARGIN, draws=2, **QUIET),

@@ -137,6 +137,18 @@ def by_group() -> ll.results.GroupAttribution:
     )  # fmt: skip
 
 
+def edges(*, by_position: bool = True) -> ll.results.Edges:
+    """Four sites in layers 0 and 2, of which the last one writes to the logits alone."""
+    readers = ("blocks.0.attn", "blocks.0.mlp", "blocks.2.attn", "blocks.2.mlp", "logits")
+    exists = torch.tensor([[0, 1, 1, 1, 1]] * 2 + [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    values = torch.arange(-20.0, 20.0).view(2, 4, 5) * exists
+    return ll.results.Edges(
+        values=values[..., None].expand(-1, -1, -1, 4).clone() / 4 if by_position else values,
+        groups={site.name: (i,) for i, site in enumerate(SITES)}, readers=readers, exists=exists,
+        at=0.0, by=("position",) if by_position else (), **HEADER,
+    )  # fmt: skip
+
+
 def response_explanation(
     tokens: tuple[str, str] = (" a", " b"), *, fast: bool = False
 ) -> ll.results.ResponseExplanation:
@@ -239,7 +251,7 @@ def every_result() -> list[Result]:
     )
     found = [
         two_prompts(), rank_activations(), activation_shift(), constant_part(), what_changed(),
-        activations(by_position=True),
+        activations(by_position=True), edges(),
         features(by_position=True), writes,
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(),
         ll.results.Explanations((e, by_hand(fast=True))), by_group(),

@@ -7,6 +7,7 @@ its scale s turned up and down. `autograd_*` differentiate g(ε) with ε in the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,3 +93,155 @@ def plain_readout(lens: ll.LoraLens, tokens: Tensor, readout: ll.Readout, gates:
             )
         found.append(readout.bind(lens.model, 1)(logits[:, -1])[0])
     return torch.stack(found)
+
+
+# --- Edges, from Hugging Face and PEFT alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Where the branches of a Hugging Face model read and write, by the paths of its modules.
+
+    Attributes:
+        layer: path of a layer, with '{l}'.
+        final: path of the final norm.
+        attn, mlp: (the branch, the norm that it reads or '', what makes its output).
+        is_parallel: whether both branches read the same.
+    """
+
+    layer: str
+    final: str
+    attn: tuple[str, str, str]
+    mlp: tuple[str, str, str]
+    is_parallel: bool = False
+
+    def readers(self, layers: int) -> list[tuple[str, str, str]]:
+        """(name, the module that reads, its norm), in the order of a forward pass."""
+        named = []
+        for layer in range(layers):
+            before = f"{self.layer.format(l=layer)}."
+            for name, (branch, norm, _) in (("attn", self.attn), ("mlp", self.mlp)):
+                path = f"{before}{norm}" if norm else ""
+                named.append((f"blocks.{layer}.{name}", f"{before}{branch}", path))
+        return [*named, ("logits", self.final, "")]
+
+    def writer(self, module: str, layers: int) -> tuple[int, str, str]:
+        """The layer of a module, the branch that it is in, and what makes that branch's output."""
+        for layer in range(layers):
+            before = f"{self.layer.format(l=layer)}."
+            for name, (branch, _, out) in (("attn", self.attn), ("mlp", self.mlp)):
+                if module.startswith(f"{before}{branch}"):
+                    return layer, name, f"{before}{out}"
+        raise LookupError(module)
+
+    def is_downstream(self, layer: int, branch: str, reader: str) -> bool:
+        """Whether a reader sees what a branch of a layer writes."""
+        if reader == "logits" or int(reader.split(".")[1]) > layer:
+            return True
+        same = reader == f"blocks.{layer}.mlp" and branch == "attn"
+        return same and not self.is_parallel
+
+
+@contextlib.contextmanager
+def adding(
+    peft: PeftModel, stream: Stream, added: dict[str, Tensor], layers: int
+) -> Iterator[None]:
+    """Each named reader reads x + what is added to it, before its norm, and no other one does."""
+    model: Any = peft.base_model.model
+    read: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(path: str) -> Callable[..., None]:
+        return lambda module, args: read.__setitem__(path, args[0])
+
+    def replaced(name: str, norm: str) -> Callable[..., Any]:
+        def hook(module: Any, args: Any, kwargs: Any) -> Any:
+            x = read[norm] if norm else (args[0] if args else kwargs["hidden_states"])
+            x = x + added[name]
+            x = model.get_submodule(norm).forward(x) if norm else x
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+        return hook
+
+    for name, path, norm in stream.readers(layers):
+        if norm:
+            handles.append(model.get_submodule(norm).register_forward_pre_hook(keep(norm)))
+        if name in added:
+            hook = replaced(name, norm)
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def branch_output(peft: PeftModel, tokens: Tensor, path: str, factors: dict[str, float]) -> Tensor:
+    """What a branch adds to the stream at these gates."""
+    outs: list[Any] = []
+    module = peft.base_model.model.get_submodule(path)
+    handle = module.register_forward_hook(lambda module, args, out: outs.append(out))
+    try:
+        with torch.no_grad(), peft_scales(peft, factors):
+            peft(tokens)
+    finally:
+        handle.remove()
+    return outs[0][0] if isinstance(outs[0], tuple) else outs[0]
+
+
+def peft_edges(
+    peft: PeftModel,
+    tokens: Tensor,
+    read: Read,
+    stream: Stream,
+    modules: list[str],
+    at: float,
+    step: float = 1e-4,
+) -> tuple[list[str], Tensor]:
+    """Readers, and ⟨δ_l, G_m⟩ [batch, module, reader]: zeros before each reader's norm, and central
+    differences of order four of each branch's output.
+    """
+    layers = peft.config.num_hidden_layers
+    names = [name for name, _, _ in stream.readers(layers)]
+    width = peft.get_input_embeddings().weight.shape[1]
+    zeros = {name: torch.zeros(*tokens.shape, width, requires_grad=True) for name in names}
+    gates = dict.fromkeys(modules, at)
+    with adding(peft, stream, zeros, layers), peft_scales(peft, gates):
+        value = read(peft(tokens).logits[:, -1]).sum()
+        gradients = torch.autograd.grad(value, list(zeros.values()))
+    edges = torch.zeros(len(tokens), len(modules), len(names))
+    for column, module in enumerate(modules):
+        layer, branch, out = stream.writer(module, layers)
+
+        def write(eps: float, module: str = module, out: str = out) -> Tensor:
+            return branch_output(peft, tokens, out, gates | {module: at + eps})
+
+        near, far = write(step) - write(-step), write(2 * step) - write(-2 * step)
+        delta = (8 * near - far) / (12 * step)
+        for m, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
+            if stream.is_downstream(layer, branch, name):
+                edges[:, column, m] = (delta * gradient).sum((1, 2))
+    return names, edges
+
+
+def peft_path_patch(
+    peft: PeftModel,
+    tokens: Tensor,
+    read: Read,
+    stream: Stream,
+    modules: list[str],
+    pair: tuple[str, str],
+    how: str,
+) -> Tensor:
+    """The effect of one edge: the reader alone sees the branch's change, and all else follows."""
+    scale, (module, reader) = float(how == "leave_one_out"), pair
+    layers = peft.config.num_hidden_layers
+    gates = dict.fromkeys(modules, scale)
+    _, _, out = stream.writer(module, layers)
+    switched = gates | {module: 1 - scale}
+    delta = branch_output(peft, tokens, out, switched) - branch_output(peft, tokens, out, gates)
+    plain = peft_readout(peft, tokens, read, gates)
+    with adding(peft, stream, {reader: delta}, layers):
+        patched = peft_readout(peft, tokens, read, gates)
+    return plain - patched if scale else patched - plain

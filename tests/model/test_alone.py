@@ -181,6 +181,7 @@ def test_within_a_transform_calls_are_refused(transform: str, cls: str):
 REFUSED = {
     *("feature_shift", "explain", "kl_shares", "by token and layer"),
     "compare_adapters",
+    "edges",
 }
 
 

@@ -34,7 +34,6 @@ from lens_lora.errors import ArgumentError
 from lens_lora.model.sites import Site
 from lens_lora.results.attribution import VIOLENT
 from lens_lora.show.curves import margin_figure, remainder_figure
-from lens_lora.show.figures import theme
 from lens_lora.show.maps import position_heatmap, site_heatmap
 from lens_lora.show.page import plot
 from lens_lora.show.tables import Table, margin_table, modules_table
@@ -264,7 +263,7 @@ def test_zero_has_the_colour_of_the_page_and_what_is_not_there_is_grey():
 
 
 def test_a_theme_is_put_on_afterwards():
-    figure = site_heatmap(two_prompts()).update_layout(template=theme("print"))
+    figure = site_heatmap(two_prompts()).update_layout(template="lens_lora.print")
     look = figure.layout.template.layout
     assert look.font.color == "#000000" and look.paper_bgcolor == "#ffffff"
     assert figure.layout.font.color is None and figure.layout.paper_bgcolor is None
@@ -275,8 +274,6 @@ def test_words_that_name_no_picture_are_refused():
     att = attribution([[1.0] * 4], [0.0], [1.0])
     with pytest.raises(ArgumentError, match="by='site'"):
         att.plot(by="site")
-    with pytest.raises(ArgumentError, match="theme='sepia'"):
-        theme("sepia")
 
 
 def test_results_call_the_figures():

@@ -1,0 +1,341 @@
+"""Edges: which reader makes what of a site's write, and path patching, their intervention.
+
+    a_l = Σ_m ⟨δ_l, G_m⟩      m: attention and MLP of every block downstream, the final norm last
+
+δ_l is the derivative, by ε_l, of what the site's own branch (attention, or the MLP) adds to the
+residual stream; G_m the gradient of g by the input of reader m alone, before its norm. So an edge
+⟨δ_l, G_m⟩ is the part of first order that goes from site l straight to m, and from there on by
+whatever way. 'logits' is what no block reads any more.
+
+1. `edges` gives all of them at one gate value, from one backward pass for G and one pass of dual
+   numbers for δ (`engine/edges.py`). They sum to first order, which each call checks.
+2. By head, attention is split into what each head's q, k and v reads. By position, an edge is split
+   over the tokens at which it is read.
+3. `patch_edges` measures them: one reader alone sees what switching a site on, or off, makes of its
+   branch, and all that follows from what this reader does differently is run.
+
+An edge says nothing of what two modules do together: that is `coupling`, another number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, final, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lens_lora.analyses.patching import How, require_how
+from lens_lora.arguments import number, word
+from lens_lora.engine.asked import ask
+from lens_lora.engine.edges import LOGITS, edge_values, head_readers, patched_edges, reader_layer
+from lens_lora.engine.function import require_finite
+from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import Group, Groups, by_axes, group_sites, indicator
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.readout import Readout
+from lens_lora.results import drawing
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.base import Entries, Measured, Ranked, header, key_of, tokens_at
+from lens_lora.results.effects import Effects
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+Readers = Literal["block", "head"]
+_ARROW = " → "
+_DRAWN = 30  # edges of a graph that a person can still follow
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Edges(Ranked):
+    """What each reader makes of what each site, or group of sites, writes, in the readout's units.
+
+    Attributes:
+        values: [batch, group, reader], or with a last axis of positions; zero where the reader is
+            not downstream. Summed over readers, first order.
+        groups: {name: indices into sites}; single sites carry their own name.
+        readers: 'blocks.5.attn', 'blocks.5.mlp', …, 'logits'; by head 'blocks.5.attn.3.q', where k
+            and v count the heads of keys and values.
+        exists: [group, reader], whether the reader is downstream of a site of the group.
+        at: the gate value at which first order is split.
+        by: () or ('position',), where the reader reads it.
+        sites, base, adapted, str_tokens, readout, units, meta: see `Measured`.
+    """
+
+    values: Float[Tensor, "batch group reader *position"]
+    groups: Annotated[Groups, "group: site"]
+    readers: Annotated[tuple[str, ...], "reader"]
+    exists: Bool[Tensor, "group reader"]
+    at: float
+    by: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """'edges@0': its stable name."""
+        return key_of("edges", self.at)
+
+    @property
+    def per_edge(self) -> Float[Tensor, "batch group reader"]:
+        """The values, summed over positions."""
+        return self.values.sum(3) if self.by else self.values
+
+    @property
+    def first_order(self) -> Float[Tensor, "batch group"]:
+        """Σ_m: first order of each group."""
+        return self.per_edge.sum(2)
+
+    def entries(self, prompt: int | None = None) -> Entries:
+        """Each edge's value, summed over positions; mean over prompts, or one prompt.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        values, shift = self.mean_over(prompt, self.per_edge)
+        writers, readers = (axis.tolist() for axis in self.exists.nonzero(as_tuple=True))
+        names = list(self.groups)
+        labels = {
+            "writer": [names[i] for i in writers],
+            "reader": [self.readers[i] for i in readers],
+        }
+        return Entries(labels, values[writers, readers], shift, "value")
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and edge (and position): writer, reader, value, share of the shift."""
+        is_there = self.exists.expand(len(self.values), -1, -1)
+        if self.by:
+            lengths = torch.tensor([len(tokens) for tokens in self.str_tokens])
+            slots = torch.arange(self.values.shape[3])
+            is_there = is_there[..., None] & (slots < lengths[:, None])[:, None, None]
+        where = is_there.nonzero(as_tuple=True)
+        prompts, writers, readers, *positions = (axis.tolist() for axis in where)
+        names, values = list(self.groups), self.values.cpu().double()
+        columns: dict[str, object] = {
+            "prompt": prompts,
+            "writer": [names[i] for i in writers],
+            "reader": [self.readers[i] for i in readers],
+        }
+        if positions:
+            columns["position"] = positions[0]
+            columns["token"] = tokens_at(self.str_tokens, prompts, positions[0])
+        share = self.share_of(self.values).cpu().double()
+        return pd.DataFrame(
+            columns | {"value": values[where].tolist(), "share": share[where].tolist()}
+        )
+
+    def along(self, effects: Attribution | Effects) -> Effects:
+        """The edges that `patch_edges` measured, in its order: what `compare` holds beside them.
+
+        Args:
+            effects: of `patch_edges`.
+
+        Raises:
+            ArgumentError: other effects; an edge that is not among these, naming it.
+        """
+        if not isinstance(effects, Effects) or effects.of != "edge":
+            raise ArgumentError(
+                f"edges agree with effects of edges, and {effects.key} has none; measure them with "
+                "ll.patch_edges."
+            )
+        values, per_edge = list[Tensor](), self.per_edge
+        for name in effects.groups:
+            writer, reader = name.split(_ARROW)
+            if writer not in self.groups or reader not in self.readers:
+                raise ArgumentError(
+                    f"{name} is not among these edges; compute them by site, with readers='head' "
+                    "where a head was patched."
+                )
+            row = list(self.groups).index(writer)
+            values.append(per_edge[:, row, self.readers.index(reader)])
+        labels = {field.name: getattr(self, field.name) for field in dataclasses.fields(Measured)}
+        return Effects(
+            values=torch.stack(values, 1),
+            groups=effects.groups,
+            how=self.key,
+            of="edge",
+            **labels,
+        )
+
+    def plot(self, prompt: int | None = None) -> Figure:
+        """Heatmap writer × reader, in the order of a forward pass; grey where there is no edge.
+
+        Args:
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        return drawing.figure(self, prompt)
+
+    def plot_graph(self, k: int = _DRAWN, prompt: int | None = None) -> Figure:
+        """The k strongest edges, from the writer's layer to the reader's.
+
+        Args:
+            k: how many.
+            prompt: an index; without it, the mean over prompts.
+
+        Raises:
+            ArgumentError: no such prompt; k below 1.
+        """
+        return drawing.graph(self, k, prompt)
+
+
+@alone
+def edges(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    readers: Readers = "block",
+    *,
+    at: float = 0.0,
+    by: tuple[str, ...] | str = (),
+    group: Group = "site",
+    progress: bool = True,
+) -> Edges:
+    """First order of each site, split by who reads what it writes.
+
+    Cost: one forward and one backward pass and, for all edges together, about three forward passes;
+    by head about nine more. The exact shift beside it takes one forward pass, or two where `at` is
+    not 0. A dual pass of the prompts has a row for each site of attention, or of the MLP.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        readers: 'block' for attention and MLP of each block, or 'head', where attention is split
+            into each head's q, k and v.
+        at: the gate value at which first order is taken: 0 base, 1 adapted.
+        by: 'position', the token at which it is read.
+        group: sums over 'layer', 'kind' or {name: site names or globs} of writers.
+        progress: show a bar over groups of prompts.
+
+    Returns:
+        Edges with values [batch, site, reader], in the readout's units; their sum over readers is
+        first order.
+
+    Raises:
+        ArgumentError: other readers, another axis or group, a KL at 0, less memory than one prompt
+            takes.
+        SiteError: a glob of a group that matches no site.
+        ModelStateError: a model whose edges do not sum to first order, naming the site; heads that
+            are not known; an operation without a forward-mode derivative.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: non-finite derivatives.
+    """
+    word("readers", readers, get_args(Readers))
+    at, axes = number("at", at), by_axes(by, ("position",))
+    asked = ask(lens, prompts, readout)
+    if at == 0:
+        asked = asked.require_slope_at_base()
+    groups = group_sites(asked.lens.sites, group)
+    split = edge_values(
+        asked.lens,
+        asked.reading,
+        asked.lens.gates(at),
+        by_head=readers == "head",
+        by_position=bool(axes),
+        progress=progress,
+    )
+    require_finite(split.values, "an edge")
+    if at == 0:
+        asked.know_base(split.value)
+    members = indicator(groups, len(asked.lens.sites)).to(split.values)
+    return Edges(
+        values=torch.einsum("gs,bs...->bg...", members, split.values),
+        groups=groups,
+        readers=split.readers,
+        exists=(members.cpu() @ split.exists.to(members.dtype)) > 0,
+        at=at,
+        by=axes,
+        **header(asked),
+    )
+
+
+@alone
+def patch_edges(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    pairs: Iterable[Sequence[str]],
+    how: How = "add_one",
+    *,
+    progress: bool = True,
+) -> Effects:
+    """What one reader does with what one site writes, exactly: path patching.
+
+    With 'add_one' the base model runs, and to the input of the reader, before its norm, is added
+    what switching the site on makes of its branch's output. No other reader sees it. With
+    'leave_one_out' the adapted model runs, and what switching the site off takes away is missing
+    for that reader alone.
+
+    Cost: two forward passes, four for the noise floor, and one per pair, batched.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        pairs: (site, reader) by name, such as ('blocks.3.attn.o', 'blocks.5.mlp'), a reader
+            'blocks.5.attn.3.q', or 'logits'; `edges(…).top(20)[["writer", "reader"]].values` gives
+            the strongest.
+        how: 'add_one', on the base model, or 'leave_one_out', in the adapted model.
+        progress: show a bar.
+
+    Returns:
+        Effects of edges with values [batch, pair], in the readout's units, positive where the edge
+        raises the readout.
+
+    Raises:
+        SiteError: a site or a reader that the model lacks, with the nearest.
+        ArgumentError: a reader that is not downstream of the site, no pairs, another `how`.
+        ModelStateError: heads that are not known.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a non-finite readout.
+    """
+    require_how(how)
+    asked = ask(lens, prompts, readout)
+    sites, adds = _pairs(asked.lens, pairs), how == "add_one"
+    indices, scale = [(site, reader) for (_, reader), site in sites.items()], float(not adds)
+    moved = patched_edges(asked.lens, asked.reading, indices, scale=scale, progress=progress)
+    return Effects(
+        values=moved if adds else -moved,
+        groups={_ARROW.join(pair): (site,) for pair, site in sites.items()},
+        how=how,
+        of="edge",
+        noise_floor=asked.effect_noise(scale),
+        **header(asked),
+    )
+
+
+def _pairs(lens: LoraLens, pairs: Iterable[Sequence[str]]) -> dict[tuple[str, str], int]:
+    """(site, reader) → index of the site, after their names and directions were checked."""
+    try:
+        names = [(site, reader) for site, reader in pairs]
+    except (TypeError, ValueError):
+        names = []
+    if not names:
+        raise ArgumentError(
+            f"pairs={pairs!r}: expected pairs of names, such as [('blocks.0.attn.o', 'logits')]."
+        )
+    blocks = map(lens.plan.host.stream_readers, range(lens.plan.host.n_layers))
+    readers = [name for held, _ in blocks for name in held] + [LOGITS]
+    readers += [head for name in readers for head in head_readers(lens, name) if head != name]
+    for site, reader in names:
+        if reader not in readers:
+            near = difflib.get_close_matches(str(reader), readers, n=3, cutoff=0.3) or readers[:3]
+            raise SiteError(f"{reader!r} reads nothing in this model; the nearest are {near}.")
+        if reader_layer(lens, reader) < lens.sites[lens.site_index(site)].layer:
+            raise ArgumentError(
+                f"{site}{_ARROW}{reader}: the reader comes before the site, and what a site writes "
+                "is read downstream."
+            )
+    return {pair: lens.site_index(pair[0]) for pair in names}

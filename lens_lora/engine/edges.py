@@ -1,0 +1,621 @@
+"""Edges: ∂g/∂ε_l by what reads δ_l of the residual stream, and runs in which one reader sees it.
+
+    a_l = Σ_m ⟨δ_l, G_m⟩      m: attention and MLP of every block downstream, the final norm last
+
+δ_l is the derivative, by ε_l, of what the site's own branch adds to the stream x, at fixed x; G_m
+is the gradient of g by a zero that is added to x for reader m alone, before its norm.
+
+1. Readers are shown by one function, (name, x) → what it reads instead (`readers_shown`). Where a
+   norm feeds several modules, each gets a run of the norm of its own.
+2. One backward pass gives every G_m, and every a_l (`_Gradients`). By head, the gradients at the
+   outputs of q, k and v go back to x in a forward pass that keeps a graph of a norm and these maps
+   alone, one attention block after another (`_by_head`).
+3. One dual pass gives every δ_l (`_Writers`). Each site has a tangent from its output on, in a row
+   of the batch. A reader's x loses its tangents, so nothing moves but the branch of the site, and
+   so does the stream at each block's input, where they are complete. All rows have the same values,
+   which are computed once.
+4. Σ_m is compared with a_l. What a model does beyond x + branch(norm(x)), a norm in the stream
+   itself, a reader of another form, or a hook in between leaves a gap, and is refused.
+5. `patched_edges` has a difference in place of the derivative. Of the rows of a prompt the first is
+   plain. In each other one the gate of a site differs; what this makes of its branch is taken off
+   the stream again, and added to what one reader reads.
+
+Cost: one forward and one backward pass for G, and a dual pass in which no more than the rest of
+each branch has tangents; by head, one more forward pass and one way back through q, k and v for
+each head. Patched: a forward pass a pair, batched.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwad
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lens_lora.compat import Temporary, temporary
+from lens_lora.engine import memory
+from lens_lora.engine.duals import dual_forward
+from lens_lora.engine.function import bar_of, in_chunks, require_finite
+from lens_lora.engine.read import read_for_slopes, read_value, run_without_logits
+from lens_lora.engine.reverse import Slopes, joined, tapped
+from lens_lora.errors import ArgumentError, ModelStateError
+from lens_lora.model.bridged import is_linear, unwrapped
+from lens_lora.model.gates import ScaleInject
+from lens_lora.model.hooks import HookFn, add_pre_hook, add_to_module, attached
+from lens_lora.model.host import COPIED_INPUTS, Ports
+from lens_lora.model.lens import LoraLens
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.reading import Reading
+
+LOGITS = "logits"
+_QKV, _LATER = ("q", "k", "v"), ("ln2", "ln2_post")
+# What ran last among the norms of a block: (output, norm, x). Two run before the first branch where
+# each branch has its own, and one of them once more for a reader.
+_Runs = collections.deque[tuple[Tensor, nn.Module, Tensor]]
+_LAST_RUNS = 3
+
+
+# --- Readers
+
+
+@temporary
+def readers_shown(span: Temporary, lens: LoraLens, read: Callable[[str, Tensor], Tensor]) -> None:
+    """Until the span ends, every reader of the residual stream x reads `read(name, x)`.
+
+    In the first pass a norm that feeds a reader runs once more, on what `read` returns, as it may
+    feed others too. The host keeps which norm that was, and from then on what a norm reads for a
+    single reader is changed instead.
+
+    Raises:
+        ModelStateError: q, k and v read copies of the stream.
+    """
+    model, host, begun = lens.model, lens.plan.host, set[str]()
+    for flag in COPIED_INPUTS:
+        if getattr(model.cfg, flag, False):
+            raise ModelStateError(
+                f"cfg.{flag} is on, and each head reads a copy of the residual stream. Turn it off "
+                "before you make the lens; readers='head' needs no such flag."
+            )
+
+    def show(name: str, place: nn.Module, runs: _Runs) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+            tensor = args[0] if args else kwargs.get("hidden_states")
+            norm, x = next(((norm, x) for out, norm, x in runs if out is tensor), (None, tensor))
+            # A linear map that reads no norm is a part of something else, and some models norm the
+            # embedding by the same module as the end.
+            is_part = norm is None and is_linear(unwrapped(module))
+            if not isinstance(x, Tensor) or is_part or (name == LOGITS and not begun):
+                return None
+            begun.add(name)
+            host.read_through.setdefault(name, norm)
+            seen = read(name, x)
+            seen = seen if norm is None else norm(seen)
+            if args:
+                return (seen, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": seen}
+
+        add_pre_hook(span, place, hook, with_kwargs=True)
+
+    feeds = collections.Counter(host.read_through.values())
+    for layer in range(host.n_layers):
+        readers, norms = host.stream_readers(layer)
+        alone, runs = {norm for norm in norms if feeds[norm] == 1}, _Runs(maxlen=_LAST_RUNS)
+        for norm in set(norms) - alone:
+            add_to_module(span, norm, _Keep(norm, runs), is_first=False)
+        for name, module in readers.items():
+            norm = host.read_through.get(name)
+            show(name, norm if norm is not None and norm in alone else module, runs)
+    show(LOGITS, model.ln_final, _Runs())
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class _Keep:
+    """A forward hook of a norm."""
+
+    norm: nn.Module
+    runs: _Runs
+
+    def at_module(self, args: tuple[Any, ...], output: Tensor) -> None:
+        self.runs.append((output, self.norm, args[0]))
+
+
+def block_reader(name: str) -> str:
+    """'blocks.5.attn' of 'blocks.5.attn.3.q'; the name itself of any other reader."""
+    return ".".join(name.split(".")[:3])
+
+
+def reader_layer(lens: LoraLens, name: str) -> int:
+    """The block that a reader is in; the number of blocks for the logits."""
+    return lens.plan.host.n_layers if name == LOGITS else int(name.split(".")[1])
+
+
+def head_readers(lens: LoraLens, name: str) -> list[str]:
+    """The readers that one is split into by head: itself, if it is no attention."""
+    if name.rpartition(".")[2] != "attn":
+        return [name]
+    return [f"{name}.{head}.{kind}" for kind in _QKV for head in range(lens.heads.of(kind))]
+
+
+def _head_hooks(
+    lens: LoraLens, change: Callable[[str, str, Float[Tensor, "row pos head d"]], Tensor]
+) -> list[tuple[str, HookFn]]:
+    """Hooks where q, k and v of every block are complete: (attention, kind, tensor) → tensor.
+
+    Raises:
+        ModelStateError: heads that are not laid out as the model's n_heads and d_head say.
+    """
+
+    def hook_fn(name: str, kind: str, ports: Ports, tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        rows, heads = ports.in_rows(tensor).flatten(2), lens.heads.of(kind)
+        if rows.shape[-1] != heads * lens.heads.d_head:
+            raise _unknown_heads(name)
+        changed = change(name, kind, rows.unflatten(2, (heads, -1)))
+        return ports.as_at_point(changed.flatten(2), tensor)
+
+    hooks: list[tuple[str, HookFn]] = []
+    for layer, kind in itertools.product(range(lens.plan.host.n_layers), _QKV):
+        ports = lens.plan.host.ports(layer, kind)
+        if ports.write in lens.model.hook_dict:
+            hook = functools.partial(hook_fn, f"blocks.{layer}.attn", kind, ports)
+            hooks.append((ports.write, hook))
+    return hooks
+
+
+def _unknown_heads(name: str) -> ModelStateError:
+    return ModelStateError(
+        f"{name}: this attention has no q, k and v with the model's n_heads and d_head at their "
+        "hook points, so it cannot be split by head. Use readers='block'."
+    )
+
+
+# --- Values
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgeValues:
+    """All edges of some prompts.
+
+    Attributes:
+        readers: their names, in the order of a forward pass.
+        values: ⟨δ_l, G_m⟩, zero where the reader is not downstream.
+        exists: whether the reader is downstream of the site.
+        value: g at the gates.
+    """
+
+    readers: tuple[str, ...]
+    values: Float[Tensor, "batch site reader *position"]
+    exists: Bool[Tensor, "site reader"]
+    value: Float[Tensor, " batch"]
+
+
+def edge_values(
+    lens: LoraLens,
+    reading: Reading,
+    gates: Float[Tensor, " site"],
+    *,
+    by_head: bool = False,
+    by_position: bool = False,
+    progress: bool = True,
+) -> EdgeValues:
+    """⟨δ_l, G_m⟩ of every site and reader. One forward and one backward pass, and a dual pass.
+
+    Raises:
+        ModelStateError: a model of another form, an operation without a forward-mode derivative,
+            or a gradient that did not reach some site.
+        ArgumentError: less memory than one prompt takes.
+    """
+    heads = sum(map(lens.heads.of, _QKV)) if by_head else 1
+    groups = memory.edge_groups(lens, reading, _rows_needed(lens), heads)
+    with bar_of(len(groups), progress, "edges") as bar:
+        parts: list[EdgeValues] = []
+        for group in groups:
+            parts.append(_of_group(lens, group, gates, by_head, by_position))
+            bar.update(1)
+    values, value = joined([part.values for part in parts]), [part.value for part in parts]
+    return dataclasses.replace(parts[0], values=values, value=torch.cat(value))
+
+
+def _of_group(
+    lens: LoraLens, reading: Reading, gates: Tensor, by_head: bool, by_position: bool
+) -> EdgeValues:
+    back = _Gradients(lens, reading.prompts, ("position",) if by_position else ())
+    value = back.run(reading, gates, by_head)
+    gradients = _by_head(lens, reading.prompts, gates, back) if by_head else back.readers
+    writers = _Writers(lens, reading.prompts, gradients, by_position)
+    writers.run(gates, _rows_needed(lens, back.parallel))
+    values, first = reading.by_prompt(writers.values), back.slopes.by_prompt(reading)
+    # The final norm and the unembedding write to the logits.
+    after = [i for i, site in enumerate(lens.sites) if site.layer >= lens.plan.host.n_layers]
+    values[:, after, -1] = first[:, after]
+    writers.exists[after, -1] = True
+    _require_sum(lens, *((values.sum(3), first.sum(2)) if by_position else (values, first)))
+    return EdgeValues(tuple(gradients), values, writers.exists, value)
+
+
+# Of a site whose numbers are less than this share of the largest, rounding may be all.
+_SMALL = 1e-3
+
+
+def _require_sum(
+    lens: LoraLens, values: Float[Tensor, "batch site reader"], first: Float[Tensor, "batch site"]
+) -> None:
+    """Check that Σ_m ⟨δ_l, G_m⟩ = a_l."""
+    sums, size = values.sum(2), values.abs().sum(2) + first.abs()
+    size = torch.maximum(size, _SMALL * size.amax(1, keepdim=True))
+    eps = max(torch.finfo(dtype).eps for dtype in (lens.dtype, torch.float32))
+    apart = (~((sums - first).abs() <= eps**0.5 * size)).nonzero().tolist()
+    if apart:
+        row, site = apart[0]
+        raise ModelStateError(
+            f"{lens.sites[site].name}: its edges sum to {float(sums[row, site]):.6g}, and its "
+            f"first order is {float(first[row, site]):.6g}: something reads or changes the "
+            f"residual stream beside attention, MLP and final norm, in this model's "
+            f"{type(lens.model.blocks[0]).__name__} or in a hook of yours. Take such hooks off, "
+            "or use ll.first_order."
+        )
+
+
+def _rows_needed(lens: LoraLens, parallel: Collection[int] = ()) -> int:
+    """How many sites write at a time: those of attention, or of the MLP that reads what it wrote;
+    all of a block where it does not.
+    """
+    counts: collections.Counter[tuple[int, bool]] = collections.Counter()
+    for site in lens.sites:
+        if site.layer < lens.plan.host.n_layers:
+            is_later = site.kind in _LATER or ".mlp." in site.name
+            counts[site.layer, is_later and site.layer not in parallel] += 1
+    return max(counts.values(), default=1)
+
+
+class _Gradients:
+    """G_m of every reader, in the order of a forward pass, and what shows a_l beside them.
+
+    Attributes:
+        readers: G_m.
+        heads: (attention, kind) → the gradient where q, k or v is complete.
+        parallel: blocks in which two readers read the same.
+        slopes: a_l.
+    """
+
+    def __init__(self, lens: LoraLens, prompts: Prompts, axes: tuple[str, ...]) -> None:
+        self._lens, self._shape = lens, prompts.tokens.shape
+        self.readers: dict[str, Tensor] = {}
+        self.heads: dict[tuple[str, str], Tensor] = {}
+        self.parallel: set[int] = set()
+        self.slopes = Slopes(lens, prompts, axes)
+        self._last: tuple[str, Tensor] = LOGITS, torch.empty(0)
+
+    def run(self, reading: Reading, gates: Tensor, by_head: bool) -> Float[Tensor, " batch"]:
+        """One forward and one backward pass; returns g."""
+        lens = self._lens
+        hooks = _head_hooks(lens, self._of_head) if by_head else []
+        with (
+            tapped(lens, reading, gates) as (tap, leaves),
+            readers_shown(lens, self._of_reader),
+            attached(lens.model, hooks),
+        ):
+            values = read_for_slopes(lens, reading)
+            tap.visit = self.slopes.visit
+            torch.autograd.grad(values, leaves, torch.ones_like(values))
+        tap.require_all_seen()
+        return values.detach()
+
+    def _of_reader(self, name: str, x: Tensor) -> Tensor:
+        last, before = self._last
+        layer = reader_layer(self._lens, name)
+        if name != last and reader_layer(self._lens, last) == layer and torch.equal(x, before):
+            self.parallel.add(layer)
+        self._last = name, x.detach()
+        return self._watched(self.readers, name, x)
+
+    def _of_head(self, name: str, kind: str, out: Tensor) -> Tensor:
+        return self._watched(self.heads, (name, kind), out.flatten(2)).view_as(out)
+
+    def _watched(self, gradients: dict[Any, Tensor], key: Any, x: Tensor) -> Tensor:
+        """x as a reader of its own, whose gradient is added up."""
+        gradients.setdefault(key, x.new_zeros(()).expand(*self._shape, x.shape[-1]))
+        if not x.requires_grad:
+            return x  # nothing that is adapted lies before it
+        seen = x.view_as(x)
+
+        def add(gradient: Tensor) -> None:
+            gradients[key] = gradients[key] + gradient.view(*self._shape, -1)
+
+        seen.register_hook(add)
+        return seen
+
+
+def _by_head(
+    lens: LoraLens, prompts: Prompts, gates: Float[Tensor, " site"], back: _Gradients
+) -> dict[str, Tensor]:
+    """G_m of each head's q, k and v in place of attention's. One forward pass, and a way back
+    through the norm and the map for each head.
+
+    Raises:
+        ModelStateError: attention whose heads are not known.
+    """
+    split: dict[str, Tensor] = {}
+    read: dict[str, list[Tensor]] = {}
+    for name, gradient in back.readers.items():
+        heads = head_readers(lens, name)
+        split |= dict.fromkeys(heads, gradient)
+        if heads != [name] and any((name, kind) not in back.heads for kind in _QKV):
+            raise _unknown_heads(name)
+
+    def begin(name: str, x: Tensor) -> Tensor:
+        if name in split:
+            return x
+        torch.set_grad_enabled(True)
+        read.setdefault(name, []).append(x.detach().requires_grad_())
+        return read[name][-1]
+
+    def end(name: str, kind: str, out: Float[Tensor, "row pos head d"]) -> Tensor:
+        covectors = back.heads[name, kind].view_as(out)
+        for head in range(out.shape[2]):
+            only = torch.zeros_like(out)
+            only[:, :, head] = covectors[:, :, head]
+            # A HookedTransformer reads x three times, once for each of q, k and v.
+            parts = torch.autograd.grad(
+                out, read[name], only, retain_graph=True, materialize_grads=True
+            )
+            split[f"{name}.{head}.{kind}"] = (
+                torch.stack(parts).sum(0).view(*prompts.tokens.shape, -1)
+            )
+        if kind == _QKV[-1]:
+            torch.set_grad_enabled(False)
+            read[name].clear()
+        return out.detach()
+
+    with (
+        torch.no_grad(),
+        lens.injected(ScaleInject(lens.plan, gates)),
+        readers_shown(lens, begin),
+        attached(lens.model, _head_hooks(lens, end)),
+    ):
+        run_without_logits(lens, prompts)
+    return split
+
+
+class _Writers:
+    """Dual passes in which each site has a tangent up to the end of its block, in a row.
+
+    Attributes:
+        values: ⟨δ_l, G_m⟩, [row, site, reader], or with a last axis of positions.
+        exists: [site, reader], whether the reader is downstream of the site.
+    """
+
+    def __init__(
+        self, lens: LoraLens, prompts: Prompts, gradients: Mapping[str, Tensor], by_position: bool
+    ) -> None:
+        self._lens, self._prompts, self._by_position = lens, prompts, by_position
+        self._blocks = list(map(block_reader, gradients))
+        self._layers = [reader_layer(lens, name) for name in self._blocks]
+        held = [gradient.to(lens.device, lens.gate_dtype) for gradient in gradients.values()]
+        self._gradients = torch.stack(held)
+        batch, longest = prompts.tokens.shape
+        shape = (batch, len(lens.sites), len(gradients), *[longest] * by_position)
+        self.values: Tensor = self._gradients.new_zeros(shape)
+        self.exists: Tensor = torch.zeros(shape[1:3], dtype=torch.bool)
+
+    def run(self, gates: Float[Tensor, " site"], rows: int) -> None:
+        """As many passes as it takes until each site had a row; so many rows, or what fits."""
+        lens, host, layers = self._lens, self._lens.plan.host, range(self._lens.plan.host.n_layers)
+        begin = [(host.block_input(i), functools.partial(self._end, i)) for i in layers]
+        rows = min(rows, memory.tangents_at_once(lens, self._prompts, read=0))
+        many = self._prompts.tiled(rows)
+        waiting = {i for i, site in enumerate(lens.sites) if site.layer < host.n_layers}
+        while waiting:
+            with dual_forward() as products:
+                if host.keeps_rows:
+                    products.rows = rows
+                    products.alike = len(many.tokens), many.tokens.numel()
+                self._tangents = _RowInject(lens, gates, rows, waiting)
+                hooks = lens.injected(self._tangents, before=begin)
+                with hooks, readers_shown(lens, self._read):
+                    run_without_logits(lens, many)
+            # A site that never writes here would wait for ever: its sum is refused.
+            waiting = waiting - self._tangents.served if self._tangents.served else set[int]()
+
+    def _end(self, layer: int, stream: Tensor, hook: Any) -> Tensor:
+        """At a block's input: the tangents are complete, and end here."""
+        del hook
+        self._contract(stream, sum(other < layer for other in self._layers), len(self._layers))
+        self._tangents.begin()
+        return fwad.unpack_dual(stream).primal
+
+    def _read(self, name: str, x: Tensor) -> Tensor:
+        """A reader within the block sees what was written so far, and passes none of it on."""
+        first = self._blocks.index(name)
+        self._contract(x, first, first + self._blocks.count(name))
+        return fwad.unpack_dual(x).primal
+
+    def _contract(self, x: Tensor, first: int, end: int) -> None:
+        tangent = fwad.unpack_dual(x).tangent
+        if tangent is None:
+            return
+        by_row = tangent.view(-1, *self._prompts.tokens.shape, tangent.shape[-1])
+        sites, deltas = self._tangents.deltas(by_row)
+        gradients = self._gradients[first:end]
+        pair = [some.transpose(0, 1) for some in (deltas.to(gradients), gradients)]
+        if self._by_position:
+            values = torch.einsum("brpd,bmpd->brmp", *pair)
+        else:
+            values = pair[0].flatten(2) @ pair[1].flatten(2).mT
+        self.values[:, sites, first:end] = values
+        self.exists[sites, first:end] = True
+
+
+class _RowInject:
+    """out + ε_l ΔW_l z_l, where a site that waits has a tangent in a row of its own.
+
+    A row is free again once a reader within the block has seen what was written in it: what is
+    written there later is the rest of the row's tangent.
+    """
+
+    def __init__(self, lens: LoraLens, gates: Tensor, rows: int, waiting: set[int]) -> None:
+        self._scaled, self._plan = ScaleInject(lens.plan, gates), lens.plan
+        self._at, self._rows, self._waiting = gates.tolist(), rows, waiting
+        self.served: set[int] = set()
+        self.begin()
+
+    def begin(self) -> None:
+        """At a block's input nothing is written."""
+        self._row: dict[int, int] = {}  # of each site whose tangent no reader has seen
+        self._before: Tensor | None = None
+        self._seen: dict[int, Tensor] = {}
+
+    def deltas(
+        self, tangent: Float[Tensor, "row b p d"]
+    ) -> tuple[list[int], Float[Tensor, "site b p d"]]:
+        """The sites of this block whose δ is in the tangent, and δ of each."""
+        new = tangent if self._before is None else tangent - self._before
+        there = new.flatten(1).any(1).tolist()
+        if any(there):
+            self._seen |= {site: new[row] for site, row in self._row.items() if there[row]}
+            self._row = {site: row for site, row in self._row.items() if not there[row]}
+            self._before = tangent
+        return list(self._seen), torch.stack([new[0], *self._seen.values()])[1:]
+
+    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        """The same as in a scaled run, with the tangent of δ in the site's row."""
+        moved = self._scaled(index, out, z)
+        injection = self._plan.injections[index]
+        weight = 1.0 if injection.partner is None else self._at[injection.partner]
+        row = self._row_of(injection.site)
+        if row is None or not weight:
+            return moved
+        batch = len(out) // self._rows
+        rows = slice(row * batch, (row + 1) * batch)
+        delta = injection.map.write(injection.map.coordinates(fwad.unpack_dual(z).primal[rows]))
+        primal, tangent = fwad.unpack_dual(out if moved is None else moved)
+        tangent = torch.zeros_like(primal) if tangent is None else tangent.clone()
+        tangent[rows] += (weight * delta).to(out.dtype).view(tangent[rows].shape)
+        return fwad.make_dual(primal, tangent)
+
+    def _row_of(self, site: int) -> int | None:
+        free = set(range(self._rows)) - set(self._row.values())
+        if free and site in self._waiting - self.served:
+            self._row[site] = min(free)
+            self.served.add(site)
+        return self._row.get(site)
+
+
+# --- Path patching
+
+
+def patched_edges(
+    lens: LoraLens,
+    reading: Reading,
+    pairs: Sequence[tuple[int, str]],
+    *,
+    scale: float,
+    progress: bool = True,
+) -> Float[Tensor, "batch pair"]:
+    """How g at this scale changes where one reader alone sees what a switch of one site's gate
+    makes of its branch, for pairs (site, reader). At most a forward pass a pair, batched.
+
+    Raises:
+        ArgumentError: a reader that is not downstream of the site.
+        SiteError: a reader that the model lacks.
+        NumericsError: a non-finite readout.
+    """
+    groups, values = memory.pass_groups(lens, reading), []
+    with bar_of(len(pairs) * len(groups), progress, "path patches") as bar:
+        for group in groups:
+            step = max(1, memory.rows_at_once(lens, group) - 1)
+            chunks = (pairs[start : start + step] for start in range(0, len(pairs), step))
+            runs = (_Paths(lens, group, chunk, scale) for chunk in chunks)
+            values.append(in_chunks(runs, _Paths.effects, bar))
+    return torch.cat(values)
+
+
+class _Paths:
+    """One run: of n rows of each prompt the first is plain, each other one has a pair."""
+
+    def __init__(
+        self, lens: LoraLens, reading: Reading, pairs: Sequence[tuple[int, str]], scale: float
+    ) -> None:
+        self._lens, self._reading = lens, reading
+        self._gates = lens.gates(scale).repeat(1 + len(pairs), 1)
+        for row, (site, _) in enumerate(pairs, 1):
+            self._gates[row, site] = 1 - scale
+        # (row, site, reader, the site's block)
+        self._rows = [(r, s, name, lens.sites[s].layer) for r, (s, name) in enumerate(pairs, 1)]
+        self._deltas: dict[int, Tensor] = {}
+        self._reached: set[int] = set()  # rows whose reader has seen something
+
+    def effects(self) -> Float[Tensor, "batch pair"]:
+        """g of each pair's row less that of the plain one. One forward pass of each row."""
+        lens, host, layers = self._lens, self._lens.plan.host, range(self._lens.plan.host.n_layers)
+        gates = self._gates.repeat(len(self._reading.owner), 1)
+        begin = [(host.block_input(i), functools.partial(self._end, i)) for i in layers]
+        is_by_head = any(block_reader(name) != name for _, _, name, _ in self._rows)
+        with (
+            torch.no_grad(),
+            lens.injected(ScaleInject(lens.plan, gates), before=begin),
+            readers_shown(lens, self._read),
+            attached(lens.model, _head_hooks(lens, self._only_head) if is_by_head else []),
+        ):
+            values = read_value(lens, self._reading.repeat(len(self._gates)))
+        require_finite(values, "the patched readout")
+        missed = [row for row in self._rows if row[0] not in self._reached]
+        if missed:
+            raise ArgumentError(
+                f"{lens.sites[missed[0][1]].name} → {missed[0][2]}: nothing that the site writes "
+                "reaches this reader; ll.edges(…).to_frame() has the readers of each site."
+            )
+        values = values.unflatten(0, (self._reading.batch, -1))
+        return values[:, 1:] - values[:, :1]
+
+    def _by_row(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (-1, len(self._gates))).clone()
+
+    def _end(self, layer: int, stream: Tensor, hook: Any) -> Tensor:
+        """At a block's input: what the switch made of the branch is taken off the stream."""
+        del hook
+        return self._taken_off(layer, self._by_row(stream)).flatten(0, 1)
+
+    def _taken_off(self, layer: int, x: Tensor) -> Tensor:
+        for row, _, _, start in self._rows:
+            if start == layer - 1:  # it is known where a reader of the same block has seen it
+                x[:, row] -= self._deltas.setdefault(row, x[:, row] - x[:, 0])
+        return x
+
+    def _read(self, name: str, stream: Tensor) -> Tensor:
+        layer, x = reader_layer(self._lens, name), self._by_row(stream)
+        x = self._taken_off(layer, x) if name == LOGITS else x
+        for row, _, reader, start in self._rows:
+            is_it, delta = block_reader(reader) == name, x[:, row] - x[:, 0]
+            if start == layer and name != LOGITS:
+                if is_it and bool(delta.any()):
+                    self._deltas[row] = delta
+                elif not is_it:
+                    x[:, row] = x[:, 0]
+            elif is_it and start < layer:
+                x[:, row] += self._deltas[row]
+            if is_it and (
+                row in self._deltas or start == layer == reader_layer(self._lens, LOGITS)
+            ):
+                self._reached |= {row} if reader == name else set()
+        return x.flatten(0, 1)
+
+    def _only_head(self, name: str, kind: str, out: Tensor) -> Tensor:
+        """Of q, k and v of a reader that is one head, the plain ones but for that head."""
+        by_row = self._by_row(out)
+        for row, _, reader, _ in self._rows:
+            if reader != name and block_reader(reader) == name:
+                head, of_kind = reader.split(".")[3:]
+                own = by_row[:, row].clone()
+                by_row[:, row] = by_row[:, 0]
+                if kind == of_kind:
+                    by_row[:, row, :, int(head)] = own[:, :, int(head)]
+                    self._reached.add(row)
+        return by_row.flatten(0, 1)
