@@ -30,6 +30,7 @@ PAGES = (
     "sweep",
     "auditing",
     "two_adapters",
+    "edges",
 )
 SNIPPET = re.compile(
     r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
