@@ -72,9 +72,6 @@ def readers_shown(span: Temporary, lens: LoraLens, read: Callable[[str, Tensor],
     In the first pass a norm that feeds a reader runs once more, on what `read` returns, as it may
     feed others too. The host keeps which norm that was, and from then on what a norm reads for a
     single reader is changed instead.
-
-    Raises:
-        ModelStateError: q, k and v read copies of the stream.
     """
     model, host, begun = lens.model, lens.plan.host, set[str]()
     for flag in COPIED_INPUTS:
@@ -146,11 +143,7 @@ def head_readers(lens: LoraLens, name: str) -> list[str]:
 def _head_hooks(
     lens: LoraLens, change: Callable[[str, str, Float[Tensor, "row pos head d"]], Tensor]
 ) -> list[tuple[str, HookFn]]:
-    """Hooks where q, k and v of every block are complete: (attention, kind, tensor) → tensor.
-
-    Raises:
-        ModelStateError: heads that are not laid out as the model's n_heads and d_head say.
-    """
+    """Hooks where q, k and v of every block are complete: (attention, kind, tensor) → tensor."""
 
     def hook_fn(name: str, kind: str, ports: Ports, tensor: Tensor, hook: Any) -> Tensor:
         del hook
@@ -205,13 +198,7 @@ def edge_values(
     by_position: bool = False,
     progress: bool = True,
 ) -> EdgeValues:
-    """⟨δ_l, G_m⟩ of every site and reader. One forward and one backward pass, and a dual pass.
-
-    Raises:
-        ModelStateError: a model of another form, an operation without a forward-mode derivative,
-            or a gradient that did not reach some site.
-        ArgumentError: less memory than one prompt takes.
-    """
+    """⟨δ_l, G_m⟩ of every site and reader. One forward and one backward pass, and a dual pass."""
     heads = sum(map(lens.heads.of, _QKV)) if by_head else 1
     groups = memory.edge_groups(lens, reading, _rows_needed(lens), heads)
     with bar_of(len(groups), progress, "edges") as bar:
@@ -338,9 +325,6 @@ def _by_head(
 ) -> dict[str, Tensor]:
     """G_m of each head's q, k and v in place of attention's. One forward pass, and a way back
     through the norm and the map for each head.
-
-    Raises:
-        ModelStateError: attention whose heads are not known.
     """
     split: dict[str, Tensor] = {}
     read: dict[str, list[Tensor]] = {}
