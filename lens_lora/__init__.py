@@ -15,6 +15,7 @@ torch nor transformers.
 from __future__ import annotations
 
 import difflib
+import sys
 
 import lazy_loader
 
@@ -27,11 +28,11 @@ _imported, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 def __getattr__(name: str) -> object:
     """The public name, imported from its module at its first use (PEP 562)."""
     if name not in __all__:
-        from lens_lora.model.lens import LoraLens
-
         nearest = difflib.get_close_matches(name, __all__)
         remedy = f"the nearest are {', '.join(nearest)}" if nearest else "see dir(lens_lora)"
-        if hasattr(LoraLens, name):
+        # Who has a lens has this module; to import it here would be a circle within the package.
+        lens = getattr(sys.modules.get("lens_lora.model.lens"), "LoraLens", None)
+        if lens is not None and hasattr(lens, name):
             remedy = f"a lens has it: lens.{name}"
         raise AttributeError(f"module 'lens_lora' has no attribute {name!r}; {remedy}.")
     return _imported(name)

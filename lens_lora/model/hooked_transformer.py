@@ -12,14 +12,13 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Sequence
-from operator import attrgetter
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_lora.compat import Temporary, in_float64, refuse_reading
+from lens_lora.compat import Temporary, in_float64, parameters_in, refuse_reading
 from lens_lora.errors import ModelStateError
 from lens_lora.families import find_family
 from lens_lora.model.hooks import computes, of_the_base
@@ -74,7 +73,7 @@ class HookedTransformerHost(Host):
     def _refuse_refactored(self) -> None:
         """A refactored attention's W_O is a rotation: every head's rows are orthonormal."""
         for layer, block in enumerate(self.model.blocks):
-            heads = in_float64(block.attn.W_O.detach())
+            heads = in_float64(_held(block.attn, "W_O"))
             gram = heads @ heads.transpose(1, 2)
             identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             if gram.shape[-1] > 1 and bool(((gram - identity).abs().amax() < 1e-4).item()):
@@ -194,29 +193,30 @@ class HookedTransformerHost(Host):
         is_scaled = kind == "embed" and self.family.gamma_offset
         return self.model.cfg.d_model**0.5 if is_scaled else 1.0
 
+    def _parameter(self, layer: int, kind: str) -> tuple[nn.Module, str]:
+        """The module that holds a weight, and the weight's name there."""
+        path, _, name = _WEIGHTS[kind].rpartition(".")
+        owner = self.model if kind in OUTSIDE_KINDS else self.model.blocks[layer]
+        return owner.get_submodule(path), name
+
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
         """The parameter of this kind, turned to [out, in]; a grouped model's own heads only."""
-        owner = self.model if kind in OUTSIDE_KINDS else self.model.blocks[layer]
-        if kind == "o":
-            return owner.attn.W_O.detach().flatten(0, 1).T
+        held = _held(*self._parameter(layer, kind))
         if kind in ("q", "k", "v"):
-            return _ungrouped(owner.attn, f"W_{kind.upper()}").transpose(1, 2).flatten(0, 1)
-        return attrgetter(_WEIGHTS[kind])(owner).detach().T
+            return held.transpose(1, 2).flatten(0, 1)
+        return held.flatten(0, -2).T
 
     def refuse_reading(self, span: Temporary, site: SiteFactors, parameters: Sequence[str]) -> None:
         """W_Q and b_Q of an attention, say, which its own passes go on to read."""
-        path, _, weight = _WEIGHTS[site.kind].rpartition(".")
-        owner = self.model if site.kind in OUTSIDE_KINDS else self.model.blocks[site.layer]
-        module = owner.get_submodule(path)
+        module, weight = self._parameter(site.layer, site.kind)
         names = [weight if parameter == "weight" else f"b{weight[1:]}" for parameter in parameters]
         why = functools.partial(of_the_base, site.name)
         refuse_reading(span, module, names, why, unless=computes(span, module))
 
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
         """b_V, b_O or b_U."""
-        if kind == "unembed":
-            return self.model.unembed.b_U.detach()
-        return _ungrouped(self.model.blocks[layer].attn, f"b_{kind.upper()}").flatten()
+        module, weight = self._parameter(layer, kind)
+        return _held(module, f"b{weight[1:]}").flatten()
 
     def base_bias(self, site: SiteFactors) -> Tensor | None:
         """None also for a head of an unprocessed model whose b_U is zero.
@@ -226,7 +226,7 @@ class HookedTransformerHost(Host):
                 were processed.
         """
         is_raw = self.base is None and not self.needs_base()
-        if is_raw and site.kind == "unembed" and not bool(self.model.unembed.b_U.any()):
+        if is_raw and site.kind == "unembed" and not bool(_held(self.model.unembed, "b_U").any()):
             return None
         return super().base_bias(site)
 
@@ -259,10 +259,11 @@ class HookedTransformerHost(Host):
         return str(self.model.cfg.normalization_type).endswith("Pre")
 
 
-def _ungrouped(attn: Any, name: str) -> Tensor:
-    """A weight by head; of a grouped-query model K and V are repeated for each head of Q."""
-    repeated = getattr(attn, "repeat_kv_heads", 1) if name[-1] in "KV" else 1
-    return getattr(attn, name).detach()[::repeated]
+def _held(module: nn.Module, name: str) -> Tensor:
+    """A parameter, within an open block, too; K and V of grouped heads without their copies."""
+    parameters = parameters_in(module)
+    parameter = parameters[name if name in parameters else f"_{name}"]
+    return cast("Tensor", parameter).detach()
 
 
 @functools.cache
