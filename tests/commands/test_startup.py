@@ -145,6 +145,20 @@ def test_import_loads_nothing():
     assert answer(code=IMPORT)[1] == []
 
 
+MODULES = ("readouts.readout", "readouts.prompts", "model.generate", "results.storage")
+
+
+def test_a_module_may_be_imported_first():
+    """A module that lacks a name asks the package for it, which imports nothing to answer."""
+    code = "import importlib, sys; importlib.import_module(sys.argv[1])"
+    asked = [
+        subprocess.Popen([sys.executable, "-c", code, f"lens_lora.{name}"], stderr=subprocess.PIPE)
+        for name in MODULES
+    ]
+    said = [(process.communicate()[1].decode(), process.returncode) for process in asked]
+    assert [code for _, code in said] == [0] * len(MODULES), said
+
+
 def test_what_is_loaded_would_be_seen():
     """Control: a name that is used loads its module, and torch with it."""
     assert "torch" in answer(code=USE)[1]

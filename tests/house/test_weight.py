@@ -21,7 +21,7 @@ LIMITS = {
     # words and columns of a terminal, prompts as options on every command (118); edges and path
     # patches, their two figures, and constants that a dual pass computes once (740).
     "code lines": 25_985,
-    "docstring lines": 8_997,
+    "docstring lines": 8_998,
     "modules with one reader": 30,
     "modules at the root": 6,
     "longest file": 630,
