@@ -22,9 +22,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import marks
 from adapters import ADAPTERS
 from repair import HELD_OUT as TEXTS
-from repair import write_between
 
 import lens_lora as ll
 from lens_lora._version import versions
@@ -33,7 +33,7 @@ from lens_lora.model.build import hooked_model
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "compare_adapters.json", DOCS / "two_adapters.md"
-BEGIN, END = "<!-- comparison table -->", "<!-- end of comparison table -->"
+TABLE = "comparison table"
 OTHER_WORDINGS = (
     "Lyon has been the capital city of France for many years.",
     "If you visit the French capital, you visit Lyon.",
@@ -77,7 +77,7 @@ def table(numbers: dict[str, Any]) -> str:
 
 def write_table() -> None:
     """Into the page, between its marks."""
-    write_between(PAGE, BEGIN, END, table(json.loads(NUMBERS.read_text())))
+    marks.write(PAGE, {TABLE: table(json.loads(NUMBERS.read_text()))})
 
 
 def main() -> None:

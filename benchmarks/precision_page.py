@@ -11,6 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from marks import put_in
+
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS, PAGE = DOCS / "precision.json", DOCS / "precision.md"
 FLOORS = DOCS / "floors.json"
@@ -76,13 +78,7 @@ def render(text: str, rows: list[Row]) -> str:
         "floors": _floors(read(FLOORS)),
         "errors": "\n".join(parts),
     }
-    for name, body in tables.items():
-        before, mark, rest = text.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition(f"<!-- end of {name} -->")
-        if not end:
-            raise ValueError(f"the page lacks the marks of {name!r}")
-        text = f"{before}{mark}\n{body}{end}{after}"
-    return text
+    return put_in(text, tables)
 
 
 def _floors(rows: list[Row]) -> str:

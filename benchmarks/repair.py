@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+import marks
 from adapters import ADAPTERS
 
 import lens_lora as ll
@@ -33,7 +33,7 @@ from lens_lora.readouts.answers import margin_between
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "repair.json", DOCS / "two_adapters.md"
-BEGIN, END = "<!-- repair table -->", "<!-- end of repair table -->"
+TABLE = "repair table"
 SPILLS, SHARE, BAR, STEPS = 0.02, 0.9, 1.4, 40
 
 WORDINGS = {
@@ -149,12 +149,6 @@ def known() -> dict[str, Any]:
     return json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {"adapters": {}}
 
 
-def write_between(page: Path, begin: str, end: str, body: str) -> None:
-    """Put the body between two marks of the page."""
-    between = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
-    page.write_text(between.sub(lambda _: f"{begin}\n{body}\n{end}", page.read_text()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Repair against scaling.")
     parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
@@ -162,7 +156,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the table")
     given = parser.parse_args()
     if given.table:
-        write_between(PAGE, BEGIN, END, table(known()))
+        marks.write(PAGE, {TABLE: table(known())})
         return
     if given.adapters is None:
         parser.error("--adapters: a folder to keep the trained adapters in.")

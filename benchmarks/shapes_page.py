@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from marks import put_in
+
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS, PAGE = DOCS / "shapes.json", DOCS / "performance.md"
 KEY = ("machine", "dtype", "shape", "rank")
@@ -64,13 +66,7 @@ def render(text: str, held: dict[str, list[Row]]) -> str:
         here = [row for row in rows if (row["machine"], row["dtype"]) == where]
         parts += [f"**{where[1]} on {where[0]}**\n", _table(here)]
     parts.append(not_run(rows, [size["shape"] for size in held["sizes"]]))
-    for name, body in {"sizes": sizes_table(held["sizes"]), "shapes": "\n".join(parts)}.items():
-        before, mark, rest = text.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition(f"<!-- end of {name} -->")
-        if not end:
-            raise ValueError(f"the page lacks the marks of {name!r}")
-        text = f"{before}{mark}\n{body}{end}{after}"
-    return text
+    return put_in(text, {"sizes": sizes_table(held["sizes"]), "shapes": "\n".join(parts)})
 
 
 def sizes_table(sizes: list[Row]) -> str:

@@ -538,10 +538,11 @@ def without_gguf_bar() -> AbstractContextManager[Any]:
 
 
 def open_bars() -> list[Any]:
-    """The bars of tqdm that are shown: it lists them nowhere, and moves one at a step alone."""
+    """The bars of tqdm that have begun: it lists them nowhere, and moves one at a step alone."""
     from tqdm import tqdm
 
-    return list(vars(tqdm)["_instances"])
+    with tqdm.get_lock():
+        return [bar for bar in vars(tqdm)["_instances"] if hasattr(bar, "start_t")]
 
 
 def unpacked_4bit(packed: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -100,7 +100,8 @@ class OneProduct(TorchFunctionMode):
         """Rows times a weight; None where it is another product, or the rows are not alike."""
         place = _OF_WEIGHTS[func]
         others = [*args[:place], *args[place + 1 :], *named.values()]
-        if len(args) < place + 2 or not _are_weights(others) or len(args[place]) not in self.alike:
+        is_plain = len(args) >= place + 2 and not {"alpha", "beta"} & named.keys()
+        if not is_plain or not _are_weights(others) or len(args[place]) not in self.alike:
             return None
         x, moving = _parts_of(args[place])
         first = _common(x, self.rows)

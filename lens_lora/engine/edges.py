@@ -237,7 +237,7 @@ def _require_sum(
     """Check that Σ_m ⟨δ_l, G_m⟩ = a_l."""
     sums, size = values.sum(2), values.abs().sum(2) + first.abs()
     size = torch.maximum(size, _SMALL * size.amax(1, keepdim=True))
-    eps = max(torch.finfo(dtype).eps for dtype in (lens.dtype, torch.float32))
+    eps = torch.finfo(lens.dtype).eps
     apart = (~((sums - first).abs() <= eps**0.5 * size)).nonzero().tolist()
     if apart:
         row, site = apart[0]
@@ -585,10 +585,9 @@ class _Paths:
                     x[:, row] = x[:, 0]
             elif is_it and start < layer:
                 x[:, row] += self._deltas[row]
-            if is_it and (
-                row in self._deltas or start == layer == reader_layer(self._lens, LOGITS)
-            ):
-                self._reached |= {row} if reader == name else set()
+            writes_last = start == layer == reader_layer(self._lens, LOGITS)
+            if reader == name and (row in self._deltas or writes_last):
+                self._reached.add(row)
         return x.flatten(0, 1)
 
     def _only_head(self, name: str, kind: str, out: Tensor) -> Tensor:

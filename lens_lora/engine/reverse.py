@@ -226,8 +226,7 @@ def require_split(
     parts_of_v = values[:, sites_of_v].flatten(2)
     gap = (parts_of_v.sum(2) - whole).abs()
     size = parts_of_v.abs().sum(2) + whole.abs()
-    eps = max(torch.finfo(dtype).eps for dtype in (lens.dtype, torch.float32))
-    apart = (gap > eps**0.5 * size).any(0).nonzero()
+    apart = (gap > torch.finfo(lens.dtype).eps ** 0.5 * size).any(0).nonzero()
     if len(apart):
         site = lens.sites[sites_of_v[int(apart[0])]]
         raise ModelStateError(

@@ -266,11 +266,11 @@ class BridgeHost(Host):
     def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
         """Every module of the block that has weights, by the component that it is or is within."""
         block = self.model.blocks[layer]
-        parts = {name: set(part.modules()) for name, part in block.named_children()}
-        parts.pop("_original_component")
+        whole, children = unwrapped(block), block.named_children()
+        parts = {name: set(part.modules()) for name, part in children if part is not whole}
         readers: dict[str, nn.Module] = {}
         norms: list[nn.Module] = []
-        for path, module in unwrapped(block).named_children():
+        for path, module in whole.named_children():
             if "Norm" in type(unwrapped(module)).__name__:
                 norms.append(module)
             elif next(module.parameters(), None) is not None:

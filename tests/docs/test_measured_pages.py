@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))  # they import one another
 FACTOR = 3.0
 
 
@@ -21,6 +23,7 @@ def _load(name: str) -> ModuleType:
     return module
 
 
+marks = _load("marks")
 precision, shapes = _load("precision_page"), _load("shapes_page")
 memory, costs = _load("memory_page"), _load("cost_page")
 
@@ -54,12 +57,14 @@ def test_costs_are_what_their_commands_printed():
     assert costs.performance(short, changed) != short
 
 
-@pytest.mark.parametrize("name", ["repair", "compare_adapters"])
-def test_tables_of_two_adapters_are_what_the_numbers_render_to(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    of = _load(name)
-    body = of.table(json.loads(of.NUMBERS.read_text()))
-    assert f"{of.BEGIN}\n{body}\n{of.END}" in of.PAGE.read_text()
+@pytest.mark.parametrize("name", ["repair", "compare_adapters", "edges"])
+def test_tables_are_what_the_numbers_render_to(name: str):
+    of, text = _load(name), _load(name).PAGE.read_text()
+    numbers = json.loads(of.NUMBERS.read_text())
+    tables = of.tables(numbers) if name == "edges" else {of.TABLE: of.table(numbers)}
+    assert marks.put_in(text, tables) == text
+    for table, body in tables.items():
+        assert marks.put_in(text, {table: f"{body} by hand"}) != text
 
 
 def test_every_floor_of_the_tiny_models_is_true_within_a_factor_of_three():

@@ -1,0 +1,135 @@
+"""How far edges predict path patches, what they cost, and how they differ from `coupling`.
+
+    python benchmarks/edges.py --adapters FOLDER     # trains what is missing, and measures
+    python benchmarks/edges.py --table               # only writes the tables of docs/edges.md
+
+The eight adapters of `adapters.py` on SmolLM2-135M-Instruct, each on the first of its prompts, the
+trained wording: its strongest edges at the question's own end, and as many others at random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any, Literal
+
+import marks
+from adapters import ADAPTERS, Trained
+from cost import interleaved, random_prompts
+from cost_works import Work, edges
+from tqdm import tqdm
+
+import lens_lora as ll
+from lens_lora._version import versions
+from lens_lora.demonstration.embedded import load_embedded
+from lens_lora.model.build import hooked_model
+
+DOCS = Path(__file__).parents[1] / "docs"
+NUMBERS, PAGE = DOCS / "edges.json", DOCS / "edges.md"
+PAIRS = 100
+TOKENS = (8, 64)
+TURNS = 5
+ENDS: dict[Literal["add_one", "leave_one_out"], float] = {"add_one": 0.0, "leave_one_out": 1.0}
+SHOWN = {"spearman": ".3f", "slope": ".2f", "relative_error": ".1%"}
+
+
+def measure(lens: ll.LoraLens, spec: Trained) -> list[dict[str, Any]]:
+    """A row for each end and choice of edges."""
+    prompt, doc, pre = spec.questions[0]
+    readout, rows = ll.Margin(doc, pre), []
+    for how, at in ENDS.items():
+        split = ll.edges(lens, prompt, readout, at=at, progress=False)
+        ranked = split.top(10**6)[["writer", "reader"]].values.tolist()
+        chosen = {"strongest": ranked[:PAIRS]}
+        chosen["random"] = random.Random(0).sample(ranked[PAIRS:], PAIRS)
+        for which, pairs in chosen.items():
+            effects = ll.patch_edges(lens, prompt, readout, pairs, how, progress=False)
+            agreement = ll.compare(split, effects, bootstrap=0)
+            numbers = {name: round(float(agreement.mean(name)), 4) for name in SHOWN}
+            rows.append({"adapter": spec.name, "how": how, "edges": which, **numbers})
+    return rows
+
+
+def beside_coupling(lens: ll.LoraLens, spec: Trained) -> float:
+    """The correlation of edges between layers with the coupling of the same layers."""
+    prompt, doc, pre = spec.questions[0]
+    readout = ll.Margin(doc, pre)
+    split = ll.edges(lens, prompt, readout, group="layer", progress=False)
+    together = ll.coupling(lens, prompt, readout, group="layer", progress=False).coupling[0]
+    layers, read = list(split.groups), [0.0] * len(split.groups) ** 2
+    for reader, column in zip(split.readers, split.per_edge[0].T.tolist(), strict=True):
+        if reader != "logits":
+            j = int(reader.split(".")[1])
+            for i, value in enumerate(column):
+                read[i * len(layers) + j] += value
+    later = [i * len(layers) + j for i in range(len(layers)) for j in range(i + 1, len(layers))]
+    both = ([read[place] for place in later], together.flatten()[later].tolist())
+    return statistics.correlation(*both)
+
+
+def cost(lens: ll.LoraLens) -> dict[str, dict[str, float]]:
+    """Passes by number of tokens: FB, and all edges, in F."""
+    costs = {}
+    for tokens in TOKENS:
+        taken = interleaved(lens, random_prompts(lens, 1, tokens), [Work("edges", edges)], TURNS)
+        costs[str(tokens)] = {name: round(taken[name] / taken["F"], 2) for name in ("FB", "edges")}
+    return costs
+
+
+def measured(adapters: Path) -> dict[str, Any]:
+    """All numbers; the adapters that the folder lacks are trained."""
+    hf_model, tokenizer = load_embedded()
+    folders = [spec.folder(adapters, hf_model, tokenizer) for spec in ADAPTERS]
+    model, _ = hooked_model(hf_model, tokenizer, kind="TransformerBridge")
+    rows, apart = [], []
+    for spec, folder in zip(tqdm(ADAPTERS, unit="adapter"), folders, strict=True):
+        lens = ll.LoraLens(model, ll.load_adapter(folder))
+        rows += measure(lens, spec)
+        apart.append(round(beside_coupling(lens, spec), 3))
+    return {"versions": versions(), "rows": rows, "coupling": apart, "cost": cost(ll.demo())}
+
+
+def tables(numbers: dict[str, Any]) -> dict[str, str]:
+    """The page's tables by name: median over adapters, and the worst of them."""
+    names = {"spearman": "Spearman", "slope": "slope", "relative_error": "error"}
+    lines = [f"| how | edges | {' | '.join(names.values())} |", "| --- | --- | --- | --- | --- |"]
+    for how in ENDS:
+        for which in ("strongest", "random"):
+            rows = [r for r in numbers["rows"] if (r["how"], r["edges"]) == (how, which)]
+            cells = [_median_and_worst(name, [row[name] for row in rows]) for name in names]
+            lines.append(f"| {how.replace('_', ' ')} | {which} | {' | '.join(cells)} |")
+    costs = ", ".join(
+        f"{c['edges'] - c['FB']:.1f} F at {tokens} tokens" for tokens, c in numbers["cost"].items()
+    )
+    apart = [f"{least:.2f}" for least in (min(numbers["coupling"]), max(numbers["coupling"]))]
+    return {
+        "agreement": "\n".join(lines),
+        "cost": f"Beyond one forward and one backward pass, all edges by block take {costs}.",
+        "coupling": "Over the eight adapters above, layer by layer, the correlation of the two is "
+        f"between {' and '.join(apart)}.",
+    }
+
+
+def _median_and_worst(name: str, values: list[float]) -> str:
+    aim = 0.0 if name == "relative_error" else 1.0
+    worst = max(values, key=lambda value: abs(value - aim))
+    return f"{statistics.median(values):{SHOWN[name]}} ({worst:{SHOWN[name]}})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Edges against path patches.")
+    parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
+    parser.add_argument("--table", action="store_true", help="only write the tables")
+    asked = parser.parse_args()
+    if not asked.table:
+        if asked.adapters is None:
+            parser.error("--adapters: a folder to keep the trained adapters in.")
+        NUMBERS.write_text(json.dumps(measured(asked.adapters), indent=0) + "\n")
+    marks.write(PAGE, tables(json.loads(NUMBERS.read_text())))
+
+
+if __name__ == "__main__":
+    main()

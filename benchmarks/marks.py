@@ -1,0 +1,35 @@
+"""Tables of a page: each stands between two marks, and what is said about it is written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def put_in(text: str, tables: Mapping[str, str]) -> str:
+    """The page with each table between `<!-- name -->` and `<!-- end of name -->`.
+
+    Args:
+        text: the page.
+        tables: their bodies by name.
+
+    Raises:
+        ValueError: a page that lacks the marks of a table.
+    """
+    for name, body in tables.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        if not end:
+            raise ValueError(f"the page lacks the marks of {name!r}")
+        text = f"{before}{mark}\n{body.rstrip()}\n{end}{after}"
+    return text
+
+
+def write(page: Path, tables: Mapping[str, str]) -> None:
+    """Put tables into a page.
+
+    Args:
+        page: its file.
+        tables: their bodies by name.
+    """
+    page.write_text(put_in(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
