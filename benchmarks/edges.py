@@ -26,6 +26,7 @@ import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.demonstration.embedded import load_embedded
 from lens_lora.model.build import hooked_model
+from lens_lora.readouts.answers import margin_between
 
 DOCS = Path(__file__).parents[1] / "docs"
 NUMBERS, PAGE = DOCS / "edges.json", DOCS / "edges.md"
@@ -36,10 +37,16 @@ ENDS: dict[Literal["add_one", "leave_one_out"], float] = {"add_one": 0.0, "leave
 SHOWN = {"spearman": ".3f", "slope": ".2f", "relative_error": ".1%"}
 
 
+def asked(lens: ll.LoraLens, spec: Trained) -> tuple[ll.Prompts, ll.Readout]:
+    """The trained wording, and the margin of its answers."""
+    prompt, doc, pre = spec.questions[0]
+    prompts = lens.prompts(prompt)
+    return prompts, margin_between(lens.model, doc, pre, prompts)
+
+
 def measure(lens: ll.LoraLens, spec: Trained) -> list[dict[str, Any]]:
     """A row for each end and choice of edges."""
-    prompt, doc, pre = spec.questions[0]
-    readout, rows = ll.Margin(doc, pre), []
+    (prompt, readout), rows = asked(lens, spec), list[dict[str, Any]]()
     for how, at in ENDS.items():
         split = ll.edges(lens, prompt, readout, at=at, progress=False)
         ranked = split.top(10**6)[["writer", "reader"]].values.tolist()
@@ -55,8 +62,7 @@ def measure(lens: ll.LoraLens, spec: Trained) -> list[dict[str, Any]]:
 
 def beside_coupling(lens: ll.LoraLens, spec: Trained) -> float:
     """The correlation of edges between layers with the coupling of the same layers."""
-    prompt, doc, pre = spec.questions[0]
-    readout = ll.Margin(doc, pre)
+    prompt, readout = asked(lens, spec)
     split = ll.edges(lens, prompt, readout, group="layer", progress=False)
     together = ll.coupling(lens, prompt, readout, group="layer", progress=False).coupling[0]
     layers, read = list(split.groups), [0.0] * len(split.groups) ** 2
@@ -123,11 +129,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Edges against path patches.")
     parser.add_argument("--adapters", type=Path, help="folder of the trained adapters")
     parser.add_argument("--table", action="store_true", help="only write the tables")
-    asked = parser.parse_args()
-    if not asked.table:
-        if asked.adapters is None:
+    options = parser.parse_args()
+    if not options.table:
+        if options.adapters is None:
             parser.error("--adapters: a folder to keep the trained adapters in.")
-        NUMBERS.write_text(json.dumps(measured(asked.adapters), indent=0) + "\n")
+        NUMBERS.write_text(json.dumps(measured(options.adapters), indent=0) + "\n")
     marks.write(PAGE, tables(json.loads(NUMBERS.read_text())))
 
 

@@ -56,8 +56,8 @@ def checkpoints_story(training: results.Checkpoints) -> str:
 def _fate(training: results.Checkpoints, p: int) -> str:
     """When a prompt's readout changes sign."""
     step, end = float(training.flip_step[p]), float(training.flip_scale[-1, p])
-    last = "" if math.isnan(end) else f"; of the last checkpoint at ε = {end:.2g}"
-    happened = f"changes sign at about step {step:.3g}{last}."
+    last = "does not flip" if math.isnan(end) else f"flips at ε = {end:.2g}"
+    happened = f"changes sign at about step {step:.3g}; the last checkpoint {last}."
     if math.isnan(step):
         happened = f"keeps its sign through all {len(training.steps)} checkpoints."
         if bool(training.hidden[:, p].any()):
@@ -171,11 +171,8 @@ def _judged(repair: results.Repair) -> tuple[str, str, str]:
     }[repair.verdict]
     if repair.exceeds:
         beside = f"No strength of the whole adapter up to 1 keeps as much. At 1 it leaves {gain}."
-    return (
-        outcome,
-        beside,
-        "" if repair.is_held_out else "Give test_keep and test_drop to judge it fairly.",
-    )
+    fair = "" if repair.is_held_out else "Give test_keep and test_drop to judge it fairly."
+    return outcome, beside, fair
 
 
 def repair_table(repair: results.Repair) -> Table:
@@ -192,6 +189,7 @@ def repair_report(repair: results.Repair, *, title: str | None = None) -> str:
     """The page of a repair, as a string."""
     kept = f"{int(repair.kept.sum())} of {repair.gate_count}"
     outcome, beside, _ = _judged(repair)
+    scaled = "which keeps less" if repair.exceeds else "scaled to keep this"
     sections = [Section("What stays of each", [repair_table(repair)])]
     part = Part(
         subtitle=made_by(repair.meta),
@@ -200,7 +198,7 @@ def repair_report(repair: results.Repair, *, title: str | None = None) -> str:
             (percent(repair.kept_share), "of what was to be kept stays"),
             (percent(repair.left_share), "of what was to be dropped is left"),
             (kept, f"{repair.of}s kept"),
-            (f"{repair.gain:.3g} ×", "as much is left by the whole adapter, scaled to keep this"),
+            (f"{repair.gain:.3g} ×", f"as much is left by the whole adapter, {scaled}"),
         ),
         top=[repair.plot()],
         sections=folded(repair_story(repair), sections, "repair", repair.meta),

@@ -20,7 +20,7 @@ LIMITS = {
     # pages of every result, both models' answers, what conversations are called by (220); first
     # words and columns of a terminal, prompts as options on every command (118); edges and path
     # patches, their two figures, and constants that a dual pass computes once (740).
-    "code lines": 25_985,
+    "code lines": 25_983,
     "docstring lines": 8_998,
     "modules with one reader": 30,
     "modules at the root": 6,
