@@ -9,11 +9,10 @@ from .analyses.activation_shift import activation_shift
 from .analyses.activations import activations
 from .analyses.checkpoints import checkpoints
 from .analyses.compare_adapters import compare_adapters
-from .analyses.components import components
 from .analyses.constant_part import constant_part
 from .analyses.edges import edges, patch_edges
-from .analyses.features import feature_shift, feature_writes
-from .analyses.first_order import first_order
+from .analyses.features import feature_shift
+from .analyses.first_order import components, first_order
 from .analyses.kl_shares import kl_shares
 from .analyses.logit_shift import logit_shift, tangents
 from .analyses.margin import fact_margin
@@ -96,7 +95,6 @@ __all__ = [
     "explain",
     # features
     "feature_shift",
-    "feature_writes",
     # auditing
     "activation_shift",
     "constant_part",

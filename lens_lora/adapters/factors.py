@@ -420,3 +420,12 @@ def _require_products(sizes: Mapping[str, float], dtype: torch.dtype) -> None:
                 f"norms beyond {limit:.2g} overflow in {dtype}. The training diverged, or the file "
                 "is damaged."
             )
+
+
+def output_count(module: ModuleUpdate, inputs: int) -> int:
+    """How many features the whole module writes; a site of a fused one has some of these rows."""
+    if isinstance(module, LoRAFactors):
+        return len(module.B)
+    if module.weight is None:
+        return 0 if module.bias is None else len(module.bias)
+    return module.weight.numel() // inputs  # stored as [out, in] or [in, out]

@@ -34,7 +34,7 @@ from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, Scale, name_of_scale, stream_writers
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
-from lens_lora.results.base import Result, only_prompt, prompt_rows, tokens_at
+from lens_lora.results.base import Drawn, only_prompt, prompt_rows, tokens_at
 from lens_lora.results.tokens import chosen_positions, held_out_share, ranked_tokens
 
 _STREAM = r"blocks\.\d+\.hook_(resid_(pre|mid|post)|in|out)|ln_final\.hook_in"
@@ -56,7 +56,7 @@ def _is_stream(name: str) -> bool:
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class ActivationShift(Result):
+class ActivationShift(Drawn):
     """Δh = h(1) − h(0) at hook points, exact up to the model's rounding.
 
     Attributes:
@@ -222,14 +222,7 @@ class ActivationShift(Result):
         return pd.concat(frames, ignore_index=True)
 
     def plot(self, prompt: int | None = None) -> drawing.Figure:
-        """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are grey.
-
-        Args:
-            prompt: an index; without it, the only text.
-
-        Raises:
-            ArgumentError: no such text, or several and none named.
-        """
+        """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are grey."""
         return drawing.figure(self, only_prompt(prompt, len(self.str_tokens), "positions"))
 
 

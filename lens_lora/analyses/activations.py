@@ -31,11 +31,11 @@ from lens_lora.arguments import whole
 from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.texts import beginnings, first_of_each
-from lens_lora.errors import ArgumentError, SiteError
-from lens_lora.model.basis import Gauge, gauge_of
+from lens_lora.errors import ArgumentError
+from lens_lora.model.basis import Gauge
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, Scale, name_of_scale
-from lens_lora.model.sites import Site, match_sites, one_site
+from lens_lora.model.sites import Site, chosen_sites, match_sites, one_site
 from lens_lora.readouts.answers import AnswerLike, response_ids
 from lens_lora.readouts.prompts import Prompts, PromptsLike, require_context, which_prompt
 from lens_lora.results import drawing
@@ -260,10 +260,11 @@ def activations(
         NumericsError: non-finite activations.
     """
     prompts = ask_prompts(lens, prompts).prompts
-    chosen = _chosen_sites(lens, sites)
-    ranks = activation_ranks(lens, chosen, gauge_of(gauge))
+    chosen = chosen_sites(lens.sites, sites)
+    turned = in_gauge(lens, gauge)
+    ranks = activation_ranks(lens, chosen, gauge)
     rows = prompts if response is None else _with_response(lens, prompts, response)
-    seen = site_activations(in_gauge(lens, gauge), rows, lens.gates(scale), chosen, ranks)
+    seen = site_activations(turned, rows, lens.gates(scale), chosen, ranks)
     return Activations(
         values=seen.values,
         sites=tuple(lens.sites[i] for i in chosen),
@@ -276,20 +277,6 @@ def activations(
         str_tokens=lens.str_tokens(rows),
         meta=lens.describe(),
     )
-
-
-def _chosen_sites(lens: LoraLens, sites: str | Sequence[str] | None) -> tuple[int, ...]:
-    """Indices of the sites that are named, in their own order; all for None.
-
-    Raises:
-        SiteError: no name at all, or one that matches no site.
-    """
-    if sites is None:
-        return tuple(range(len(lens.sites)))
-    patterns = [sites] if isinstance(sites, str) else list(sites)
-    if not patterns:
-        raise SiteError("sites=[] chooses nothing; give site names or globs, or None for all.")
-    return tuple(sorted(match_sites([s.name for s in lens.sites], dict.fromkeys(patterns, True))))
 
 
 def _with_response(lens: LoraLens, prompts: Prompts, response: AnswerLike) -> Prompts:

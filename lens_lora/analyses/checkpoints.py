@@ -62,8 +62,8 @@ class Checkpoints(Read, Paged):
     The base model is step 0 of every series, before the first checkpoint.
 
     Attributes:
-        steps: of the checkpoints, increasing.
-        names: of their adapters.
+        steps: the checkpoints' steps, increasing.
+        names: their adapters' names.
         sites: that every checkpoint adapts.
         base: [batch], g(0): the readout of the base model.
         adapted: [step, batch], g(1) of each checkpoint, exact.

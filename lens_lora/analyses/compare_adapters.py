@@ -60,7 +60,7 @@ class AdapterComparison(Result):
     """Two adapters beside one another, and beside random directions.
 
     Attributes:
-        names: of the two adapters.
+        names: the two adapters' names.
         sites: that both adapt.
         only: sites that the first, and that the second alone adapts.
         norms: [adapter, site], ‖ΔW‖_F of the shared sites; of all others `rest`.
@@ -74,7 +74,7 @@ class AdapterComparison(Result):
         null_function: [kind, draw, pair, batch], of random directions in the place of the second.
         effects: [adapter, batch, shared site], first order; null_effects: [draw, batch, site].
         readout: of the effects; '' without one.
-        draws, seed: of the random directions.
+        draws, seed: how many random directions, and their seed.
         meta: model, first adapter, dtype and versions.
     """
 
@@ -352,12 +352,7 @@ _TOKENS = 512  # read at once: each holds its logits and four shifts
 def products(
     lens: LoraLens, others: Callable[[], Iterable[LoraLens]], prompts: Prompts
 ) -> Float[Tensor, "kind other pair batch"]:
-    """vᵀFv′, vᵀFv and v′ᵀFv′ of each prompt, in nats: first order, then exact.
-
-    Raises:
-        ModelStateError: the model has an operation without a forward-mode derivative.
-        NumericsError: logits that are not finite.
-    """
+    """vᵀFv′, vᵀFv and v′ᵀFv′ of each prompt, in nats: first order, then exact."""
     marks = beginnings(prompts).gather(1, prompts.read_positions.cpu())
     once = torch.from_numpy(first_of_each(marks.numpy(), prompts.read_mask.cpu().numpy()))
     groups = [

@@ -30,18 +30,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.factors import constant_factors
-from lens_lora.analyses.sub_adapter import output_count
+from lens_lora.adapters.factors import constant_factors, output_count
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.function import gated_readout
 from lens_lora.engine.texts import (
     UpdateSums,
+    beginnings,
     distinct_tokens,
     require_own_tokens,
     require_second_token,
     text_divergences,
-    unshared,
     update_sums,
 )
 from lens_lora.errors import PromptError
@@ -207,7 +206,8 @@ def _apart(rows: Prompts) -> Bool[Tensor, "text pos"]:
     halves = [rows.chosen(range(rows.batch)[half]) for half in _HALVES]
     apart = torch.zeros(rows.tokens.shape, dtype=torch.bool)
     for half, texts, others in zip(_HALVES, halves, halves[::-1], strict=True):
-        kept = unshared(texts, others)
+        # None that any of the other texts has after the same tokens.
+        kept = distinct_tokens(texts) & ~torch.isin(beginnings(texts), beginnings(others))
         apart[half, : kept.shape[1]] = kept
     return apart
 

@@ -22,14 +22,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, final, get_args
+from typing import Annotated, Literal, final, get_args
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lens_lora.analyses.patching import How, require_how
+from lens_lora.analyses.patching import How
 from lens_lora.arguments import number, word
 from lens_lora.engine.asked import ask
 from lens_lora.engine.edges import LOGITS, edge_values, head_readers, patched_edges, reader_layer
@@ -45,9 +45,6 @@ from lens_lora.results.attribution import Attribution
 from lens_lora.results.base import Entries, Measured, Ranked, header, key_of, tokens_at
 from lens_lora.results.effects import Effects
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
 Readers = Literal["block", "head"]
 _ARROW = " → "
 _DRAWN = 30  # edges of a graph that a person can still follow
@@ -57,6 +54,8 @@ _DRAWN = 30  # edges of a graph that a person can still follow
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Edges(Ranked):
     """What each reader makes of what each site, or group of sites, writes, in the readout's units.
+
+    `plot` is a heatmap writer × reader, in the order of a forward pass; grey where there is none.
 
     Attributes:
         values: [batch, group, reader], or with a last axis of positions; zero where the reader is
@@ -93,22 +92,14 @@ class Edges(Ranked):
         return self.per_edge.sum(2)
 
     def entries(self, prompt: int | None = None) -> Entries:
-        """Each edge's value, summed over positions; mean over prompts, or one prompt.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        values, shift = self.mean_over(prompt, self.per_edge)
+        """Each edge's value, summed over positions."""
         writers, readers = (axis.tolist() for axis in self.exists.nonzero(as_tuple=True))
         names = list(self.groups)
         labels = {
             "writer": [names[i] for i in writers],
             "reader": [self.readers[i] for i in readers],
         }
-        return Entries(labels, values[writers, readers], shift, "value")
+        return Entries(labels, *self.mean_over(prompt, self.per_edge[:, writers, readers]), "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and edge (and position): writer, reader, value, share of the shift."""
@@ -166,18 +157,7 @@ class Edges(Ranked):
             **labels,
         )
 
-    def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap writer × reader, in the order of a forward pass; grey where there is no edge.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        return drawing.figure(self, prompt)
-
-    def plot_graph(self, k: int = _DRAWN, prompt: int | None = None) -> Figure:
+    def plot_graph(self, k: int = _DRAWN, prompt: int | None = None) -> drawing.Figure:
         """The k strongest edges, from the writer's layer to the reader's.
 
         Args:
@@ -301,7 +281,7 @@ def patch_edges(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: a non-finite readout.
     """
-    require_how(how)
+    word("how", how, get_args(How))
     asked = ask(lens, prompts, readout)
     sites, adds = _pairs(asked.lens, pairs), how == "add_one"
     indices, scale = [(site, reader) for (_, reader), site in sites.items()], float(not adds)

@@ -8,7 +8,7 @@ pre-activation moves by W_encᵀ Δh, exactly.
 
     shift           d·(h(1) − h(0))              `feature_shift`, at one hook point
     first order     d·∂h/∂t along the adapter
-    write           d·δz_l                       `feature_writes`, of each site, before any later
+    write           d·δz_l                       by='site', before any later
                                                  module has seen it
 
 1. h of the base and of the adapted model: a forward pass each, kept at the hook point.
@@ -23,15 +23,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal, final, overload
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.arguments import is_whole, number, one_entry
-from lens_lora.engine.asked import ask_prompts
+from lens_lora.arguments import is_whole, number, one_entry, word
+from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.duals import dual_forward, tangent_of
 from lens_lora.engine.forward import JointInject
 from lens_lora.engine.function import require_finite
@@ -53,10 +53,6 @@ from lens_lora.results.base import (
     site_labels,
     tokens_at,
 )
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
 
 # --- How far each feature moves at a hook point.
 
@@ -163,7 +159,7 @@ class FeatureShift(Result):
             columns["token"] = tokens_at(self.str_tokens, columns["prompt"], columns["position"])
         return pd.DataFrame(columns | {n: v[where].tolist() for n, v in self.columns().items()})
 
-    def plot(self, k: int = 20, prompt: int | None = None) -> Figure:
+    def plot(self, k: int = 20, prompt: int | None = None) -> drawing.Figure:
         """The k features of largest |shift|: bars with their first order, or feature × position.
 
         Args:
@@ -176,6 +172,28 @@ class FeatureShift(Result):
         return drawing.figure(self, k, prompt)
 
 
+@overload
+def feature_shift(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    directions: Any,
+    name: str | None = None,
+    *,
+    scale: Scale = ...,
+    at: float = ...,
+    positions: int | Literal["each"] = ...,
+    by: None = None,
+) -> FeatureShift: ...
+@overload
+def feature_shift(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    directions: Any,
+    *,
+    at: float = ...,
+    positions: int = ...,
+    by: Literal["site"],
+) -> FeatureWrites: ...
 @alone
 def feature_shift(
     lens: LoraLens,
@@ -183,14 +201,19 @@ def feature_shift(
     directions: Any,
     name: str | None = None,
     *,
-    scale: Scale = 1.0,
+    scale: Scale | None = None,
     at: float = 0.0,
     positions: int | Literal["each"] = -1,
-) -> FeatureShift:
+    by: Literal["site"] | None = None,
+) -> FeatureShift | FeatureWrites:
     """How far the adapter moves each feature at a hook point: exactly, and to first order.
 
+    With by='site', what each site that writes to the residual stream writes to each feature itself,
+    d·δz_l, without what later modules make of it. q, k, v, gate and up do not write to the stream
+    and are left out.
+
     Cost: three forward passes, a dual one and one of a single token (about 6 F), however many
-    features.
+    features; by site one forward pass.
 
     Args:
         lens: the adapter over the model.
@@ -199,25 +222,41 @@ def feature_shift(
             autoencoder with W_enc (SAELens's, or any with such attributes).
         name: the hook point where d·h is read; with heads their last two axes are laid flat. An
             autoencoder brings its own.
-        scale: the sites and their strength: the shift is h(scale) − h(0).
+        scale: the sites and their strength, 1 by default: the shift is h(scale) − h(0).
         at: where on the way the derivative is taken: ε = at·scale, 0 the base, 1 the adapted end.
+            By site, the gates at which z is read.
         positions: an index within each prompt, negative ones from its own end; 'each' for every
             position: values are [batch, feature, position].
+        by: 'site' for what each site writes; directions are then as wide as the residual stream,
+            and there is no `name` and no `scale`.
 
     Returns:
-        FeatureShift; an autoencoder's activations at both ends stand beside the pre-activations'
-        shift, since a feature that is off at both ends moves nothing downstream of it.
+        FeatureShift, or by site FeatureWrites. An autoencoder's activations at both ends stand
+        beside the pre-activations' shift, since a feature that is off at both ends moves nothing
+        downstream of it.
 
     Raises:
-        SiteError: a hook point that the model lacks, with the nearest names.
+        SiteError: a hook point that the model lacks, with the nearest names; by site, an adapter
+            without a site that writes to the residual stream.
         ModelStateError: a point that never fires, holds no activations by position, or lies
-            between a site's input and output; an operation without a forward-mode derivative.
+            between a site's input and output; an operation without a forward-mode derivative. By
+            site, a norm that changes what a site writes before it joins the residual stream (o and
+            down of Gemma 2 and 3, Bloom's embedding).
         ArgumentError: directions of another width, an autoencoder that is not linear up to its
-            pre-activations, a position outside a prompt.
+            pre-activations, a position outside a prompt; a name or a scale beside by='site'.
         NumericsError: non-finite activations.
     """
     asked, features = ask_prompts(lens, prompts), directions_of(directions)
-    gates, at = lens.gates(scale), number("at", at)
+    at = number("at", at)
+    if by is not None:
+        word("by", by, ["site"])
+        if name is not None or scale is not None or one_entry(positions) == "each":
+            raise ArgumentError(
+                "by='site' is what each site writes to the residual stream at one position, at the "
+                "gates `at`; leave out name= and scale=, and give positions an index, such as -1."
+            )
+        return _by_site(asked, features, at, positions)
+    gates = lens.gates(1.0 if scale is None else scale)
     name = _point(lens, name or features.hook_name)
     project = Projection(asked.prompts, features, positions)
     run = functools.partial(_activation, lens, asked.prompts, name)
@@ -353,7 +392,7 @@ class FeatureWrites(Result):
         axes = {"prompt": range(batch)}, sites, {"feature": range(features)}
         return long_table({"write": self.values}, *axes)
 
-    def plot(self, k: int = 20, prompt: int | None = None) -> Figure:
+    def plot(self, k: int = 20, prompt: int | None = None) -> drawing.Figure:
         """Site × feature, of the k features that are written most.
 
         Args:
@@ -377,39 +416,16 @@ class FeatureWrites(Result):
         return self.values[prompt_rows(prompt, len(self.values))].cpu().double().mean(0)
 
 
-@alone
-def feature_writes(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    directions: Any,
-    *,
-    at: float = 0.0,
-    positions: int = -1,
+def _by_site(
+    asked: Asked, features: Directions, at: float, positions: int | Literal["each"]
 ) -> FeatureWrites:
-    """d·δz_l: what each site that writes to the residual stream writes to each feature.
-
-    This is the direct part alone; `feature_shift` has what later modules make of it. q, k, v, gate
-    and up do not write to the residual stream and are left out. One forward pass.
-
-    Args:
-        lens: the adapter over the model.
-        prompts: strings, conversations, ids, or `Prompts`.
-        directions: see `feature_shift`; as wide as the residual stream.
-        at: the gates at which z is read: 0 in the base model, 1 in the adapted one.
-        positions: an index within each prompt, negative ones from its own end.
-
-    Raises:
-        SiteError: the adapter has no site that writes to the residual stream.
-        ModelStateError: a norm changes what a site writes before it joins the residual stream (o
-            and down of Gemma 2 and 3, Bloom's embedding).
-        ArgumentError: see `feature_shift`.
-    """
-    asked, features, at = ask_prompts(lens, prompts), directions_of(directions), number("at", at)
+    """d·δz_l at the gates `at`. One forward pass."""
+    lens = asked.lens
     writers = stream_writers(lens, "Use feature_shift(…, scale={site: 1.0}), which is exact")
     if not writers:
         raise SiteError(
             "no site of this adapter writes to the residual stream (o, down, an embedding); "
-            "use feature_shift, which includes what the other sites do."
+            "leave out by='site': the shift includes what the other sites do."
         )
     project = Projection(asked.prompts, features, positions)
     inject = _WritesInject(lens, lens.gates(at), project)
@@ -577,9 +593,7 @@ def _indices(prompts: Prompts, index: object) -> Int[Tensor, " batch"]:
     """The position in each prompt."""
     index = one_entry(index)
     if not is_whole(index):
-        raise ArgumentError(
-            f"positions={index!r}: expected an index, such as -1, or in feature_shift 'each'."
-        )
+        raise ArgumentError(f"positions={index!r}: expected an index, such as -1, or 'each'.")
     lengths = prompts.lengths
     outside = ((index >= lengths) | (index < -lengths)).nonzero().flatten().tolist()
     if outside:

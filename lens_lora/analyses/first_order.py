@@ -16,6 +16,15 @@ from the adapted model does.
    Forward mode takes a tangent for each site, group of sites or part, from its block on.
 5. Several readouts of the same rows take one forward pass with ε in its graph, from which a
    covector for each goes back in one batch; they share the passes of their exact ends.
+6. `components`: what makes a_l large or small (note, §3, after Prop. 1),
+
+       a_l = ‖δz_l‖ · ‖Jᵀu_y‖ · cos(δz_l, Jᵀu_y),   and the gain ‖J δz_l‖ / ‖δz_l‖.
+
+   One backward pass shows z, δz and Jᵀu_y of every site; their squares and products are summed over
+   a prompt's real positions (of every row that the readout reads) and the site's features (for v on
+   a model with folded value biases, over both places where its update is added). The gain takes
+   each site's whole-vocabulary tangent at the read position, less its mean, so that it does not
+   depend on the constant that a centred unembedding removes.
 """
 
 from __future__ import annotations
@@ -23,17 +32,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Sequence
-from typing import cast, overload
+from collections.abc import Generator, Mapping, Sequence
+from typing import Annotated, cast, final, overload
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import number
 from lens_lora.engine.activations import in_gauge
-from lens_lora.engine.asked import Asked, ask_prompts
+from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.duals import tangent_of
 from lens_lora.engine.forward import (
+    Part,
     TokenTangents,
     all_parts,
     group_parts,
@@ -43,19 +55,20 @@ from lens_lora.engine.forward import (
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.memory import Mode, chosen_mode, graph_groups, must_rerun
 from lens_lora.engine.read import differentiable_tokens, read_logits
-from lens_lora.engine.reverse import joined, require_finite_sites, token_slopes
+from lens_lora.engine.reverse import joined, require_finite_sites, site_gradients, token_slopes
 from lens_lora.engine.second_order import slopes_of_each
 from lens_lora.errors import ArgumentError
-from lens_lora.model.basis import Gauge, gauge_of
+from lens_lora.model.basis import Gauge
+from lens_lora.model.gates import Injection
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.rules import FrozenRules, held_fixed, require_held
-from lens_lora.model.sites import AXES, Group, Groups, by_axes, group_sites, indicator
+from lens_lora.model.sites import AXES, Group, Groups, Site, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import LogProbs
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution, Axis, GroupAttribution
-from lens_lora.results.base import header
+from lens_lora.results.base import Result, header, long_table, site_labels
 
 _TRIED_TOKENS = 8  # A pass of these few tokens shows whether the model's hooks keep the rules.
 
@@ -261,14 +274,13 @@ def in_rank_space(lens: LoraLens, axes: tuple[str, ...], gauge: Gauge) -> LoraLe
     Raises:
         ArgumentError: another gauge, or 'svd' where nothing is split by rank.
     """
-    if gauge_of(gauge) == "trained":
-        return lens
-    if "rank" not in axes:
+    turned = in_gauge(lens, gauge)
+    if turned is not lens and "rank" not in axes:
         raise ArgumentError(
             f"gauge={gauge!r} decides what a rank is, and by={axes!r} has none; ask for by='rank' "
             "too, or leave the gauge out."
         )
-    return in_gauge(lens, gauge)
+    return turned
 
 
 @contextlib.contextmanager
@@ -299,13 +311,14 @@ def _by_token(
     """A_lt of every site (or group, without axes) and token, and the mode, which is the cheaper."""
     _response(asked)
     lens, reading = asked.lens, asked.reading
-    used_mode = chosen_mode(mode, lens, int(reading.prompts.slots), _starts(asked, axes, groups))
+    parts = all_parts(lens, reading.prompts, axes) if groups is None else group_parts(lens, groups)
+    starts = [lens.sites[part.site].layer for part in parts]  # of each tangent of forward mode
+    used_mode = chosen_mode(mode, lens, int(reading.prompts.slots), starts)
     if used_mode == "forward":
         tokens = TokenTangents(lens, reading)
         if groups is None:
             values = tangent_slopes(lens, reading, gates, axes, tokens=tokens, progress=progress)
         else:
-            parts = group_parts(lens, groups)
             values = part_tangents(
                 lens, reading.prompts, gates, parts, tokens, final=tokens.final, progress=progress
             )
@@ -327,14 +340,6 @@ def _by_token(
         members = indicator(groups, len(lens.sites)).to(values)
         values = torch.einsum("gs,bst->bgt", members, values)
     return values, used_mode
-
-
-def _starts(asked: Asked, axes: tuple[str, ...], groups: Groups | None) -> list[int]:
-    """The layer at which each tangent of forward mode starts."""
-    layers = [site.layer for site in asked.lens.sites]
-    if groups is not None:
-        return [min(layers[i] for i in members) for members in groups.values()]
-    return [layers[part.site] for part in all_parts(asked.lens, asked.reading.prompts, axes)]
 
 
 def _by_group(
@@ -441,3 +446,138 @@ def _slopes(
         asked.know_ends(ends_of_one)
         require_finite_sites(lens, slopes_of_one)
     return slopes
+
+
+# --- The three components
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Components(Result):
+    """Per prompt and site, at the base model: what makes a first-order shift large or small.
+
+    Attributes:
+        sites: along the site axis.
+        z_norm, delta_norm: ‖z‖ and ‖δz‖.
+        sensitivity: ‖Jᵀu_y‖, how much the readout listens to the site's output.
+        cosine: cos(δz, Jᵀu_y); NaN where either is zero.
+        gain: ‖J δz‖ / ‖δz‖ over the whole vocabulary; NaN where δz is zero.
+        meta: model, adapter, dtype and versions.
+    """
+
+    sites: Annotated[tuple[Site, ...], "site"]
+    z_norm: Float[Tensor, "batch site"]
+    delta_norm: Float[Tensor, "batch site"]
+    sensitivity: Float[Tensor, "batch site"]
+    cosine: Float[Tensor, "batch site"]
+    gain: Float[Tensor, "batch site"]
+    meta: Mapping[str, str]
+
+    @property
+    def first_order(self) -> Float[Tensor, "batch site"]:
+        """a_l, as the product of its three components."""
+        product = self.delta_norm * self.sensitivity * self.cosine
+        return torch.where(self.cosine.isnan(), torch.zeros_like(product), product)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and site."""
+        labels = site_labels(self.sites)
+        sites = {name: labels[name] for name in ("site", "layer", "kind")}
+        fields = ("z_norm", "delta_norm", "sensitivity", "cosine", "gain", "first_order")
+        numbers = {name: getattr(self, name) for name in fields}
+        return long_table(numbers, {"prompt": range(len(self.z_norm))}, sites)
+
+
+@alone
+def components(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    *,
+    max_memory: float | None = None,
+    progress: bool = True,
+) -> Components:
+    """‖z‖, ‖δz‖, ‖Jᵀu_y‖, cosine and gain of every site, at the base model.
+
+    Cost: one forward and one backward, and for the gain one dual forward pass per site.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: u_y, what is read of the logits.
+        max_memory: bytes that a pass of tangents may take beside the model. It sets how many sites
+            go at once, and does not change the numbers.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: less memory than one site takes.
+        ModelStateError: the model has an operation without a forward-mode derivative.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+    """
+    asked = ask(lens, prompts, readout, max_memory).require_slope_at_base()
+    lens, reading = asked.lens, asked.reading
+    squares = {name: reading.by_prompt(rows) for name, rows in squared_norms(asked).items()}
+    z, delta, gradient = (squares[name].sqrt() for name in ("z", "delta", "gradient"))
+    parts = [Part(index) for index in range(len(lens.sites))]
+
+    def centred_square(rows: Float[Tensor, "row site *slot vocab"]) -> Float[Tensor, "row site"]:
+        tangent = tangent_of(rows)
+        square = (tangent - tangent.mean(-1, keepdim=True)).square().sum(-1)
+        return torch.stack([reading.prompts.over_slots(part) for part in square.unbind(1)], 1)
+
+    base = lens.gates(0.0)
+    moved = part_tangents(lens, reading.prompts, base, parts, centred_square, progress=progress)
+    nan = torch.full_like(delta, float("nan"))
+    return Components(
+        sites=lens.sites,
+        z_norm=z,
+        delta_norm=delta,
+        sensitivity=gradient,
+        cosine=torch.where(delta * gradient > 0, squares["inner"] / (delta * gradient), nan),
+        gain=torch.where(delta > 0, reading.by_prompt(moved).sqrt() / delta, nan),
+        meta=lens.describe(),
+    )
+
+
+def squared_norms(asked: Asked) -> dict[str, Float[Tensor, "row site"]]:
+    """‖z‖², ‖δz‖², ‖Jᵀu_y‖² and ⟨δz, Jᵀu_y⟩ of every row, by name. One forward and one backward."""
+    lens, reading = asked.lens, asked.reading
+    real, read = (mask[..., None] for mask in (reading.prompts.real, reading.prompts.read_mask))
+    shape = (len(reading.owner), len(lens.sites))
+    squares = {
+        name: torch.zeros(shape, dtype=lens.gate_dtype, device=lens.device)
+        for name in ("z", "delta", "gradient", "inner")
+    }
+    repeated: dict[int, tuple[Injection, Tensor | None, Tensor, Tensor]] = {}
+
+    def visit(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+        if injection.ports.repeats == 1:
+            add(injection, weight, gradient, z)
+            return
+        # A norm that the model runs several times adds the same δ each time.
+        if injection.site in repeated:
+            gradient = gradient + repeated[injection.site][2]
+        repeated[injection.site] = (injection, weight, gradient, z)
+
+    def add(injection: Injection, weight: Tensor | None, gradient: Tensor, z: Tensor) -> None:
+        delta = injection.map(z)
+        # The unembedding is run at the positions that are read alone.
+        kept = (read if lens.sites[injection.site].kind == "unembed" else real).to(delta.device)
+        delta, gradient = delta * kept, gradient.to(delta.dtype) * kept
+        # An embedding's input is one-hot.
+        held = injection.map.inputs(z)
+        inputs = held.to(delta.dtype) if z.is_floating_point() else torch.ones_like(kept * 1.0)
+        copies = z.shape[2] if z.ndim == 4 else 1
+        sums = {"z": (inputs.flatten(2) * kept).flatten(1).square().sum(1) / copies}
+        # What waits for a partner's gate is nothing at the base model.
+        if weight is None:
+            sums["delta"] = delta.flatten(1).square().sum(1)
+            sums["gradient"] = gradient.flatten(1).square().sum(1)
+            sums["inner"] = (gradient * delta).flatten(1).sum(1)
+        for name, total in sums.items():
+            squares[name][:, injection.site] += total.to(lens.device)
+
+    site_gradients(lens, reading, lens.gates(0.0), visit)
+    for once in repeated.values():
+        add(*once)
+    return squares

@@ -52,7 +52,7 @@ from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import bound
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import Result, long_table, prompt_rows
+from lens_lora.results.base import Drawn, long_table, prompt_rows
 
 _KERNELS = ("site", "layer", "kind")
 _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
@@ -60,7 +60,7 @@ _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class KLShares(Result):
+class KLShares(Drawn):
     """Which site made the base and adapted distributions differ, to second order in ε.
 
     Attributes:
@@ -164,14 +164,7 @@ class KLShares(Result):
         return self.attribution.top(k, prompt).drop(columns="share")
 
     def plot(self, prompt: int | None = None) -> drawing.Figure:
-        """Heatmap layer × kind of module.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
+        """Heatmap layer × kind of module."""
         return drawing.figure(self.attribution, prompt)
 
 
@@ -206,7 +199,7 @@ def kl_shares(
         response: what is said after each prompt; None for the next token alone.
         by: any of 'position', 'head', 'expert', 'rank'.
         gauge: of the parts by rank, as for `first_order`.
-        direction: of the divergence along ε.
+        direction: the direction of the divergence along ε.
         scales: ε at which it is measured, beside 1; () for none.
         kernel: also K between sites, layers or kinds, which `.kernel(group)` of the result shows.
         max_memory: bytes beside the model and the result, as for `lens.within`, whose bound it
@@ -261,20 +254,17 @@ def _quadratic(
     base: list[Tensor] = []
     for group in graph_groups(lens, reading):
         rows = group.prompts
-        doubled, f = pulled_back(
-            lens, group, axes, lambda f, v, rows=rows: _pulled(f.softmax(-1), v, rows)
-        )
+
+        def pulled(f: Tensor, v: Tensor, rows: Prompts = rows) -> Tensor:
+            """F v = p₀ ∘ (v − p₀ᵀv) at each slot that holds a token, zero elsewhere."""
+            p = f.softmax(-1)
+            return p * _centred(p, v) * _mask(rows, v)
+
+        doubled, f = pulled_back(lens, group, axes, pulled)
         values.append(doubled / 2)
         more = reading.prompts.slots - rows.slots
         base.append(f if f.ndim == 2 else functional.pad(f, (0, 0, 0, more)))
     return joined(values), torch.cat(base)
-
-
-def _pulled(
-    p: Float[Tensor, "row *slot vocab"], v: Float[Tensor, "row *slot vocab"], rows: Prompts
-) -> Float[Tensor, "row *slot vocab"]:
-    """F v = p₀ ∘ (v − p₀ᵀv) at each slot that holds a token, zero elsewhere."""
-    return p * _centred(p, v) * _mask(rows, v)
 
 
 def _centred(p: Tensor, v: Tensor) -> Tensor:

@@ -184,12 +184,7 @@ def logit_shift(
     else:
         parts = [Part(index) for index in range(len(lens.sites))]
         values = part_tangents(
-            lens,
-            prompts,
-            gates,
-            parts,
-            lambda rows: tangent_of(rows)[..., columns],
-            progress=progress,
+            lens, prompts, gates, parts, lambda x: tangent_of(x)[..., columns], progress=progress
         )
     strings = lens.vocabulary if tokens is None else tuple(lens.decode(ids))
     return _labelled(lens, values, lens.sites if by_site else (), ids, strings)

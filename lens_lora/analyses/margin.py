@@ -10,7 +10,7 @@ The document's fact overtakes the pretrained one iff the first-order sum exceeds
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, final
+from typing import Annotated, final
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.remainder import USUAL_SCALES, RemainderCurve, remainder_curve_of
-from lens_lora.analyses.verdict import FlipVerdict, Verdict, flip_verdict, points_at_end, verdict_of
+from lens_lora.analyses.verdict import FlipVerdict, Verdict, points_at_end, verdict_of
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.function import gated_readout
 from lens_lora.model.hooks import alone
@@ -32,16 +32,15 @@ from lens_lora.readouts.answers import AnswerLike, answer_ids, margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import Result, changes_sign, per_prompt
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+from lens_lora.results.base import SIGMAS, Drawn, changes_sign, per_prompt
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class FactMargin(Result):
+class FactMargin(Drawn):
     """Does the document's fact overtake the pretrained one, where on the way, because of what?
+
+    `plot` is the margin along ε, its first-order line, and the flip.
 
     Attributes:
         attribution: the first-order shift of the margin, by site (at ε = 0).
@@ -105,7 +104,7 @@ class FactMargin(Result):
     def flip_verdict(self) -> tuple[FlipVerdict, ...]:
         """For each prompt, whether the margin flips, or rounding hides it."""
         rows = torch.stack([self.m0, self.m, self.noise_floor.to(self.m)], 1).cpu().double()
-        return tuple(flip_verdict(*row) for row in rows.tolist())
+        return tuple(FlipVerdict(m0, m, SIGMAS * floor) for m0, m, floor in rows.tolist())
 
     @property
     def verdict(self) -> tuple[Verdict, ...]:
@@ -134,17 +133,6 @@ class FactMargin(Result):
             ArgumentError: no such prompt, or several and none named.
         """
         return drawing.story(self, prompt)
-
-    def plot(self, prompt: int | None = None) -> Figure:
-        """The margin along ε, its first-order line, and the flip.
-
-        Args:
-            prompt: an index; without it, the only prompt.
-
-        Raises:
-            ArgumentError: no such prompt, or several and none named.
-        """
-        return drawing.figure(self, prompt)
 
 
 @alone

@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, final, get_args
+from typing import Annotated, Any, Literal, final, get_args
 
 import pandas as pd
 import torch
@@ -62,16 +62,12 @@ from lens_lora.engine.texts import distinct_tokens
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Group, Groups, group_sites, indicator, match_sites
+from lens_lora.model.sites import Group, Groups, chosen_sites, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout
-from lens_lora.results import drawing
-from lens_lora.results.base import Entries, Ranked, header, only_prompt, prompt_rows, tokens_at
+from lens_lora.results.base import Entries, Ranked, header, only_prompt, tokens_at
 from lens_lora.results.effects import Effects, patching_result
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 How = Literal["add_one", "leave_one_out"]
 Of = Literal["site", "rank"]
@@ -129,7 +125,7 @@ def patch_sites(
             none where they are, or ranks of groups or of norms.
     """
     replacing = None if texts is None else lens.prompts(texts)
-    require_how(how)
+    word("how", how, get_args(How))
     word("of", of, get_args(Of))
     _require_texts(replace, replacing)
     asked = ask(lens, prompts, readout)
@@ -139,7 +135,9 @@ def patch_sites(
     turned = asked
     if of == "rank":
         groups, ranks = _single_ranks(asked.lens, groups, group)
-        turned = _in_svd(asked, groups)
+        require_ranks(asked.lens, sorted({index for (index,) in groups.values()}))
+        turned = dataclasses.replace(asked, lens=in_gauge(asked.lens, "svd"))
+        turned.know_ends(asked.ends)
     stand_in = None if replacing is None else _stand_in(turned, how, replace, replacing)
     values = _replaced(turned, groups, ranks, how, stand_in, progress)
     count = 0 if replacing is None else replacing.batch
@@ -167,15 +165,6 @@ def _labelled(
     return Effects(values=values, **labels, **options)
 
 
-def require_how(how: str) -> None:
-    """Check the word for the intervention.
-
-    Raises:
-        ArgumentError: any other word.
-    """
-    word("how", how, get_args(How))
-
-
 def _require_texts(replace: str, texts: Prompts | None) -> None:
     word("replace", replace, get_args(Replace))
     if replace == "zero" and texts is not None:
@@ -194,14 +183,11 @@ def _chosen(lens: LoraLens, sites: str | Sequence[str] | None, group: Group) -> 
     groups = group_sites(lens.sites, group)
     if sites is None:
         return groups
-    patterns = [sites] if isinstance(sites, str) else list(sites)
-    if not patterns:
-        raise SiteError("sites=[] chooses nothing; give site names or globs, or None for all.")
-    chosen = match_sites([site.name for site in lens.sites], dict.fromkeys(patterns, 1.0))
+    chosen = chosen_sites(lens.sites, sites)
     kept = {name: tuple(i for i in members if i in chosen) for name, members in groups.items()}
     empty = [name for name, members in kept.items() if not members]
     if empty and isinstance(group, Mapping):
-        raise SiteError(f"group {empty[0]!r} holds none of the sites chosen by {patterns}.")
+        raise SiteError(f"group {empty[0]!r} holds none of the sites chosen by {sites}.")
     return {name: members for name, members in kept.items() if members}
 
 
@@ -221,14 +207,6 @@ def _single_ranks(lens: LoraLens, groups: Groups, group: Group) -> tuple[Groups,
         for rank in range(lens.sites[index].rank)
     }
     return {name: (index,) for (index, _), name in names.items()}, [rank for _, rank in names]
-
-
-def _in_svd(asked: Asked, groups: Groups) -> Asked:
-    """The same question, with each rank space in the coordinates of its SVD."""
-    require_ranks(asked.lens, sorted({index for (index,) in groups.values()}))
-    turned = dataclasses.replace(asked, lens=in_gauge(asked.lens, "svd"))
-    turned.know_ends(asked.ends)
-    return turned
 
 
 def _stand_in(asked: Asked, how: How, replace: Replace, texts: Prompts) -> StandIn:
@@ -283,6 +261,8 @@ _SMALL, _ROUNDINGS = 1e-3, 64
 class ActivationEffects(Ranked):
     """What replacing one activation by the other model's does to a readout, in its units.
 
+    `plot` is hook point × position, or layer × hook point.
+
     Attributes:
         values: [batch, name], or [batch, name, position] where each position was patched alone;
             NaN where a prompt has no such position. Positive where the adapted model's activation
@@ -336,14 +316,7 @@ class ActivationEffects(Ranked):
         return pd.DataFrame(columns | numbers)
 
     def entries(self, prompt: int | None = None) -> Entries:
-        """Each hook point's effect, or that of each of its positions.
-
-        Args:
-            prompt: an index; without it the mean over prompts, or by position the only prompt.
-
-        Raises:
-            ArgumentError: no such prompt; by position, several prompts and none named.
-        """
+        """Each hook point's effect, or that of each of its positions."""
         values, shift = self.of_prompt(prompt)
         if not self.by_position:
             return Entries({"name": self.names}, values, shift, "effect")
@@ -367,12 +340,9 @@ class ActivationEffects(Ranked):
         Raises:
             ArgumentError: no such prompt; by position, several prompts and none named.
         """
-        batch = len(self.base)
         if self.by_position:
-            prompt = only_prompt(prompt, batch, "positions")
-        rows = prompt_rows(prompt, batch)
-        values, shift = (x[rows].cpu().double() for x in (self.values, self.shift))
-        return torch.mean(values, 0), shift.mean()
+            prompt = only_prompt(prompt, len(self.base), "positions")
+        return self.mean_over(prompt, self.values)
 
     def to_patching_result(self) -> Any:
         """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.
@@ -392,17 +362,6 @@ class ActivationEffects(Ranked):
             index = index.merge(pd.DataFrame({"pos": range(self.values.shape[2])}), how="cross")
             axes = ["name", "pos"]
         return patching_result(self, self.direction == "adapted_to_base", index, axes)
-
-    def plot(self, prompt: int | None = None) -> Figure:
-        """Hook point × position, or layer × hook point.
-
-        Args:
-            prompt: an index; without it the mean over prompts, or by position the only prompt.
-
-        Raises:
-            ArgumentError: no such prompt; by position, several prompts and none named.
-        """
-        return drawing.figure(self, prompt)
 
 
 @alone

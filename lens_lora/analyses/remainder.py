@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, final
+from typing import Annotated, Any, final
 
 import numpy as np
 import pandas as pd
@@ -49,12 +49,8 @@ from lens_lora.model.hooks import add_pre_hook, alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import Measured, Read, header, long_table, per_prompt, read_of
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+from lens_lora.results.base import Drawn, Measured, Read, header, long_table, per_prompt, read_of
 
 # Small strengths for the order, even ones for the story: 0.0001 … 0.08, 0.1, 0.2, 0.25, … 1.
 USUAL_SCALES = (
@@ -224,8 +220,10 @@ def _recorded(
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class RemainderCurve(Read):
+class RemainderCurve(Read, Drawn):
     """g, first order and remainder along ε from 0 to 1, in the readout's units.
+
+    `plot` is the readout and its first-order line along ε, and the remainder's share of the shift.
 
     Attributes:
         scales: [scale], the ε at which g was run.
@@ -296,17 +294,6 @@ class RemainderCurve(Read):
         inner = [point for point in self.points[prompt] if 0 < point.scale < 1]
         near = [min(inner, key=lambda point: abs(point.scale - c)) for c in CHECKPOINTS if inner]
         return list(dict.fromkeys(near))
-
-    def plot(self, prompt: int | None = None) -> Figure:
-        """The readout and its first-order line along ε, and the remainder's share of the shift.
-
-        Args:
-            prompt: an index; without it, the only prompt.
-
-        Raises:
-            ArgumentError: no such prompt, or several and none named.
-        """
-        return drawing.figure(self, prompt)
 
 
 @alone

@@ -13,10 +13,14 @@
    The price takes out what does nothing on these prompts.
 3. Rounding: the gates above each of some thresholds are kept whole. Of the sets that keep the share
    of every question the one that leaves least is taken; the whole adapter where none does.
-4. The kept part becomes an adapter (`analyses/sub_adapter.py`). It is judged on the questions given
-   and on those held out, beside random sets of as many gates and the whole adapter scaled down
-   until it keeps the same share: the first strength on the way up, refined by bisection on exact
-   forward passes; 1 where none up to 1 keeps as much.
+4. The kept part becomes an adapter, which PEFT's format holds: ΔW′ = Σ_{j kept} σ_j u_j v_jᵀ of
+   each site's ΔW = UΣVᵀ, in the Hugging Face basis. A′ holds the kept rows of ΣVᵀ and B′ the kept
+   columns of U; in a fused module each site fills its own output rows. A module whose sites
+   are all kept whole stays as it is; DoRA only where every module does, as PEFT's format does not
+   mix the two kinds. A module of which nothing is kept is left out.
+5. It is judged on the questions given and on those held out, beside random sets of as many gates
+   and the whole adapter scaled down until it keeps the same share: the first strength on the way
+   up, refined by bisection on exact forward passes; 1 where none up to 1 keeps as much.
 
 A scaled-down adapter leaves less the less it keeps, so the two are compared at the same kept share:
 the gain is what scaling leaves over what the repair leaves.
@@ -26,7 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, final, get_args
+from typing import Annotated, Any, Literal, cast, final, get_args
 
 import pandas as pd
 import torch
@@ -35,15 +39,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.factors import LoRAFactors, TrainedModule
-from lens_lora.analyses.sub_adapter import require_expressible, sub_adapter
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, output_count
 from lens_lora.arguments import number, whole, word
 from lens_lora.engine.activations import GateLayout, Of, layout_of, value_at
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.errors import ArgumentError
+from lens_lora.errors import ArgumentError, UnsupportedAdapterError
+from lens_lora.model.basis import Update, svd_factors
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import Site
+from lens_lora.model.updates import SiteUpdate
 from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
@@ -70,9 +75,9 @@ class Repair(Paged):
         adapter: the kept part: lay it over the model, or save it for PEFT.
         gates: [gate], optimised, before rounding; site after site.
         kept: [gate], which are kept.
-        sites: of the whole adapter.
+        sites: the whole adapter's.
         sizes: how many gates each site has: one each for `of='site'`, else its ranks.
-        of: what a gate is of.
+        of: 'rank' or 'site', each of which has a gate.
         gate_count: how many gates move anything; of ranks those with σ > 0.
         keep_share: that was asked for.
         labels, keeps, held_out: of each question: its readout, whether it is to be kept, whether it
@@ -223,11 +228,11 @@ def repair(
         of: 'rank', each singular direction of each site's ΔW, or 'site'.
         test_keep, test_drop: held-out questions of both kinds, which judge. Without both, the
             questions given judge, which is optimistic; the result says so.
-        steps: of Adam.
+        steps: how many steps Adam takes.
         rate: how far a gate moves in a step.
         price: of all gates at one, as a share of what is to be dropped.
         draws: random sets of as many gates, to compare with.
-        seed: of the random sets.
+        seed: the seed of the random sets.
         progress: show a bar.
 
     Raises:
@@ -241,7 +246,12 @@ def repair(
     word("of", of, get_args(Of))
     keep_share, rate = number("keep_share", keep_share), number("rate", rate)
     price = number("price", price)
-    _require_settings(keep_share, rate, price)
+    if not 0 < keep_share <= 1:
+        raise ArgumentError(f"keep_share={keep_share:g}: expected a share above 0, at most 1.")
+    if rate <= 0 or price < 0:
+        raise ArgumentError(
+            f"rate={rate:g}, price={price:g}: expected a rate above 0, a price ≥ 0."
+        )
     steps, draws, seed = whole("steps", steps, 1), whole("draws", draws, 1), whole("seed", seed, 0)
     layout = layout_of(lens, of)
     require_expressible(layout)
@@ -268,15 +278,6 @@ def repair(
         meta={**lens.describe(), RANDOM: str(seed)},
         **_judged(goals, kept, draws, seed),
     )
-
-
-def _require_settings(keep_share: float, rate: float, price: float) -> None:
-    if not 0 < keep_share <= 1:
-        raise ArgumentError(f"keep_share={keep_share:g}: expected a share above 0, at most 1.")
-    if rate <= 0 or price < 0:
-        raise ArgumentError(
-            f"rate={rate:g}, price={price:g}: expected a rate above 0, a price ≥ 0."
-        )
 
 
 # --- questions
@@ -366,6 +367,94 @@ def _rounding(asked: Asked, keep: bool) -> float:
         return float(asked.noise_floor.double().sum())
     ends = asked.ends.double()
     return torch.finfo(asked.ends.dtype).eps * float((1 + ends.abs()).sum())
+
+
+# --- the kept part as an adapter
+
+
+SitePart = tuple[SiteUpdate, Bool[Tensor, " gate"]]
+
+
+def require_expressible(layout: GateLayout) -> None:
+    """Refuse, before a long run, an adapter of which a part cannot be written as an adapter.
+
+    Raises:
+        UnsupportedAdapterError: tied modules, or ranks of modules that were trained whole.
+    """
+    adapter = layout.lens.adapter
+    for update in layout.lens.plan.updates:
+        site = update.site
+        if site.path != site.module:
+            raise UnsupportedAdapterError(
+                f"{site.name} follows {site.module}, to which the base ties it, so no adapter can "
+                "switch one of them alone. Leave the module out: adapter.without(…)."
+            )
+        if layout.of == "rank" and isinstance(adapter.modules[site.key], TrainedModule):
+            raise UnsupportedAdapterError(
+                f"{site.name} ({site.module}) was trained whole, so its ranks are as many as the "
+                "model is wide; use of='site', or make it low-rank first: Adapter.between(base, "
+                "merged, rank=…)."
+            )
+
+
+def sub_adapter(layout: GateLayout, kept: Bool[Tensor, " gate"], name: str) -> Adapter:
+    """The adapter with the kept gates at one and all others at zero."""
+    adapter = layout.lens.adapter
+    parts: dict[str, list[SitePart]] = {}
+    cut: set[str] = set()
+    by_site = zip(layout.by_site(kept), layout.by_site(layout.alive), strict=True)
+    for update, (mask, alive) in zip(layout.lens.plan.updates, by_site, strict=True):
+        parts.setdefault(update.site.key, []).append((update, mask))
+        if not bool(mask[alive].all()):
+            cut.add(update.site.key)
+    used = {key for key, sites in parts.items() if any(bool(mask.any()) for _, mask in sites)}
+    whole = set(parts) - cut
+    if used & cut:
+        factors = ((k, u) for k, u in adapter.modules.items() if isinstance(u, LoRAFactors))
+        whole -= {key for key, update in factors if update.needs_base_weight}
+    modules = {
+        key: adapter.modules[key]
+        if key in whole
+        else _reduced(adapter.modules[key], sites, layout.of)
+        for key, sites in parts.items()
+        if key in whole | used
+    }
+    return Adapter(modules, name=name, base_model=adapter.base_model)
+
+
+def _reduced(update: ModuleUpdate, parts: Sequence[SitePart], of: str) -> LoRAFactors:
+    """The kept directions of a module's sites, in its own rows."""
+    kept = [_directions(update, *part, of) for part in parts if bool(part[1].any())]
+    reads = torch.cat([reads for reads, _, _ in kept])
+    writes = torch.cat([writes for _, writes, _ in kept], 1)
+    bias = torch.stack([bias for _, _, bias in kept]).sum(0)
+    if not len(reads):  # a change of bias alone, and factors cannot be empty
+        reads, writes = reads.new_zeros(1, reads.shape[1]), writes.new_zeros(len(writes), 1)
+    held = (getattr(update, field.name) for field in dataclasses.fields(update))
+    floating = [t.dtype for t in held if isinstance(t, Tensor) and t.is_floating_point()]
+    dtype = torch.promote_types(floating[0], torch.float32)
+    lora_bias = bias.to(dtype) if bool(bias.any()) else None
+    experts = update.experts if isinstance(update, LoRAFactors) else 0
+    reads = reads.to(dtype).contiguous()
+    return LoRAFactors(reads, writes.to(dtype), lora_bias=lora_bias, experts=experts)
+
+
+def _directions(
+    module: ModuleUpdate, site_update: SiteUpdate, mask: Bool[Tensor, " gate"], of: str
+) -> tuple[Float[Tensor, "kept in"], Float[Tensor, "out kept"], Float[Tensor, " out"]]:
+    """Kept rows of ΣVᵀ, columns of U and Δb of one site, in float64 on the CPU."""
+    update = cast(Update, site_update.update)  # a norm has neither ranks nor several sites
+    reads, writes, sigma = svd_factors(update)
+    keep = sigma > 0 if of == "site" else mask[: len(sigma)]
+    if update.experts:  # each has as many ranks: those that go are zero
+        writes, keep = writes * keep, torch.ones_like(keep)
+    out = output_count(module, reads.shape[1])
+    rows = slice(None) if site_update.site.rows is None else site_update.site.rows.cpu()
+    placed, bias = writes.new_zeros(out, int(keep.sum())), writes.new_zeros(out)
+    placed[rows] = writes[:, keep]
+    if update.bias is not None and bool(mask[-1]):
+        bias[rows] = update.bias.cpu().double()
+    return reads[keep], placed, bias
 
 
 # --- which gates to keep

@@ -22,7 +22,7 @@ is coupling, what one group's presence does to another's effect (note, §6, item
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, final
+from typing import Annotated, final, get_args
 
 import pandas as pd
 import torch
@@ -30,10 +30,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.patching import How, require_how
+from lens_lora.analyses.patching import How
 from lens_lora.analyses.remainder import USUAL_SCALES, RemainderCurve, orders, remainder_curve_of
 from lens_lora.analyses.verdict import SecondVerdict, points_at_end, second_verdict
-from lens_lora.arguments import number
+from lens_lora.arguments import number, word
 from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.noise import curvature_noise
@@ -49,9 +49,9 @@ from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.base import (
     SIGMAS,
+    Drawn,
     Entries,
     Ranked,
-    Result,
     header,
     is_by_site,
     is_partition,
@@ -59,13 +59,10 @@ from lens_lora.results.base import (
     per_prompt,
 )
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class SecondOrder(Result):
+class SecondOrder(Drawn):
     """Second order at ε = 0 beside first order and the exact shift, in the readout's units.
 
     Attributes:
@@ -204,18 +201,11 @@ class SecondOrder(Result):
         kinds = [verdict.kind for verdict in self.verdict]
         return pd.DataFrame(per_prompt(columns)).assign(verdict=kinds)
 
-    def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap of ½(H1)_l, layer × kind of module.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
+    def plot(self, prompt: int | None = None) -> drawing.Figure:
+        """Heatmap of ½(H1)_l, layer × kind of module."""
         return drawing.figure(self._as_attribution(self.half_row_sums, "curvature"), prompt)
 
-    def plot_path(self, prompt: int | None = None) -> Figure:
+    def plot_path(self, prompt: int | None = None) -> drawing.Figure:
         """The exact shift along ε, first order's line and second order's parabola.
 
         Args:
@@ -304,6 +294,8 @@ def _self_curvature(asked: Asked, progress: bool) -> Float[Tensor, "batch site"]
 class Coupling(Ranked):
     """The matrix H between groups of sites, in the readout's units.
 
+    `plot` is a heatmap of ½H, whose cells add up to the second-order shift of a partition.
+
     Attributes:
         matrix: [batch, group, group], H_GM as computed: symmetric up to rounding (`asymmetry`).
         groups: {name: indices into sites}; single sites carry their own name.
@@ -376,39 +368,20 @@ class Coupling(Ranked):
         return pd.DataFrame(per_prompt(numbers)).rename_axis(index="prompt")
 
     def entries(self, prompt: int | None = None) -> Entries:
-        """½(H_GM + H_MG) of each pair of different groups: the pair's part of the shift.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        half, shift = self.mean_over(prompt, self.coupling)
-        a, b = torch.triu_indices(*half.shape, offset=1)
-        names = list(self.groups)
+        """½(H_GM + H_MG) of each pair of different groups: the pair's part of the shift."""
+        half, names = in_float64(self.coupling), list(self.groups)
+        a, b = torch.triu_indices(*half.shape[1:], offset=1)
         labels = {
             "group_a": [names[i] for i in a.tolist()],
             "group_b": [names[i] for i in b.tolist()],
         }
-        return Entries(labels, (half + half.T)[a, b], shift, "value")
+        return Entries(labels, *self.mean_over(prompt, (half + half.mT)[:, a, b]), "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and ordered pair of groups: H_GM."""
         names, prompts = list(self.groups), range(len(self.matrix))
         axes = {"prompt": prompts}, {"group_a": names}, {"group_b": names}
         return long_table({"value": self.matrix}, *axes)
-
-    def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap of ½H, whose cells add up to the second-order shift where groups partition.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        return drawing.figure(self, prompt)
 
     def estimate(self, first: Attribution, how: How) -> Attribution:
         """Effects of single sites to second order, from this matrix and first order at its gates.
@@ -427,7 +400,7 @@ class Coupling(Ranked):
         Raises:
             ArgumentError: a matrix of groups of sites; a first order of something else.
         """
-        require_how(how)
+        word("how", how, get_args(How))
         self._require_of_sites(first)
         curvature = self.self_curvature
         if how == "add_one":

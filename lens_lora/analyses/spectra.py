@@ -161,14 +161,12 @@ class AdapterSummary(Result):
     @property
     def ranks(self) -> dict[int, int]:
         """Rank → how many modules have factors of it."""
-        ranks = Counter(row.rank for row in self._modules() if row.has_factors)
-        return dict(sorted(ranks.items()))
+        return self._counted("rank")
 
     @property
     def scales(self) -> dict[float, int]:
         """s → how many modules have factors of it."""
-        scales = Counter(row.scale for row in self._modules() if row.has_factors)
-        return dict(sorted(scales.items()))
+        return self._counted("scale")
 
     @property
     def parts(self) -> dict[str, int]:
@@ -223,6 +221,10 @@ class AdapterSummary(Result):
             for row in self.rows
         ]
         return pd.DataFrame(rows)
+
+    def _counted(self, name: str) -> dict[Any, int]:
+        counts = Counter(getattr(row, name) for row in self._modules() if row.has_factors)
+        return dict(sorted(counts.items()))
 
     def _modules(self) -> list[Spectrum]:
         """One row of each module, however many sites it has, in the order of their names."""

@@ -30,14 +30,16 @@ from lens_lora.model.lens import LoraLens, Scale, name_of_scale
 from lens_lora.readouts.answers import AnswerLike, AnswerLogProb
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
-from lens_lora.results.base import Result, only_prompt
+from lens_lora.results.base import Drawn, only_prompt
 from lens_lora.results.drawing import TokenView
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TokenShifts(Result):
+class TokenShifts(Drawn):
     """Of each token of a response: how its distribution moved. NaN beyond a response's own tokens.
+
+    `plot` is KL and the shift of log p, token by token.
 
     Attributes:
         response: each prompt's y_1 … y_T.
@@ -79,27 +81,26 @@ class TokenShifts(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and token of the response; the first setting is called base."""
-        lengths = enumerate(map(len, self.response))
-        return pd.DataFrame([self._row(p, t) for p, length in lengths for t in range(length)])
-
-    def _row(self, prompt: int, t: int) -> dict[str, Any]:
-        place = (prompt, t)
-        return {
-            "prompt": prompt,
-            "t": t,
-            "y_t": self.response[prompt][t],
-            "log_p_base": float(self.log_p[0][place]),
-            "log_p_adapted": float(self.log_p[1][place]),
-            "shift": float(self.shift[place]),
-            "kl_base_to_adapted": float(self.kl[0][place]),
-            "kl_adapted_to_base": float(self.kl[1][place]),
-            "entropy_base": float(self.entropy[0][place]),
-            "entropy_adapted": float(self.entropy[1][place]),
-            "rank_base": int(self.rank[0][place]),
-            "rank_adapted": int(self.rank[1][place]),
-            "promoted": self._named(self.promoted_ids[place], self.promoted[place]),
-            "suppressed": self._named(self.suppressed_ids[place], self.suppressed[place]),
+        places = [(p, t) for p, row in enumerate(self.response) for t in range(len(row))]
+        numbers = {
+            "log_p_base": self.log_p[0],
+            "log_p_adapted": self.log_p[1],
+            "shift": self.shift,
+            "kl_base_to_adapted": self.kl[0],
+            "kl_adapted_to_base": self.kl[1],
+            "entropy_base": self.entropy[0],
+            "entropy_adapted": self.entropy[1],
+            "rank_base": self.rank[0],
+            "rank_adapted": self.rank[1],
         }
+        frame = pd.DataFrame(places, columns=["prompt", "t"])
+        frame["y_t"] = [self.response[p][t] for p, t in places]
+        where = tuple(torch.tensor(places).T)
+        frame = frame.assign(**{name: values[where].tolist() for name, values in numbers.items()})
+        for name in ("promoted", "suppressed"):
+            ids, changes = getattr(self, f"{name}_ids"), getattr(self, name)
+            frame[name] = [self._named(ids[place], changes[place]) for place in places]
+        return frame
 
     def _named(self, ids: Tensor, changes: Tensor) -> str:
         pairs = zip(ids.tolist(), changes.tolist(), strict=True)
@@ -121,17 +122,6 @@ class TokenShifts(Result):
             frame = frame[frame["prompt"] == chosen]
         order = frame["kl_base_to_adapted"].argsort()[::-1][:k]
         return frame.iloc[order].reset_index(drop=True)
-
-    def plot(self, prompt: int | None = None) -> drawing.Figure:
-        """KL and the shift of log p, token by token.
-
-        Args:
-            prompt: an index; without it, the only prompt.
-
-        Raises:
-            ArgumentError: no such prompt, or several and none named.
-        """
-        return drawing.figure(self, prompt)
 
     def plot_text(self, prompt: int | None = None) -> drawing.Figure:
         """The shaded text of `token_view` as a still picture: `.write_image("tokens.svg")`.

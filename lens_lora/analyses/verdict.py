@@ -312,11 +312,6 @@ class FlipVerdict(_Worded):
         return "flips" if self.m0 * self.m < 0 else "keeps"
 
 
-def flip_verdict(m0: float, m: float, noise_floor: float) -> FlipVerdict:
-    """The verdict on one prompt's flip."""
-    return FlipVerdict(m0, m, SIGMAS * noise_floor)
-
-
 @final
 @dataclasses.dataclass(frozen=True)
 class SharesVerdict(_Worded):

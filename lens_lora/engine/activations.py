@@ -35,18 +35,19 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.adapters.factors import LoRAFactors
+from lens_lora.arguments import word
 from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.engine.memory import ROW_TOKENS
 from lens_lora.engine.read import read_value, run_without_logits
 from lens_lora.errors import ArgumentError, ModelStateError, PromptError, UnsupportedAdapterError
-from lens_lora.model.basis import ExpertMap, Gauge, NormUpdate, gauge_of
+from lens_lora.model.basis import ExpertMap, Gauge, NormUpdate
 from lens_lora.model.gates import Inject, Injection, ScaleInject, weight_of, write
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.updates import SiteUpdate
@@ -78,7 +79,7 @@ def in_gauge(lens: LoraLens, gauge: Gauge) -> LoraLens:
     Raises:
         ArgumentError: another gauge.
     """
-    if gauge_of(gauge) == "trained":
+    if word("gauge", gauge, get_args(Gauge)) == "trained":
         return lens
     other = copy.copy(lens)
     other._plan = lens.plan.in_svd_gauge

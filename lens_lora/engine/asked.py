@@ -57,6 +57,9 @@ class Asked:
     lens: LoraLens
     prompts: Prompts
     _bound: tuple[Readout, Reading] | None = None
+    # g by strength, and with its draws at each end.
+    _known: dict[float, Tensor] = dataclasses.field(default_factory=dict, init=False)
+    _drawn: dict[int, Tensor] = dataclasses.field(default_factory=dict, init=False)
 
     def about(self, readout: Readout) -> Asked:
         """The same prompts, with a readout. One forward pass of a KL, for the base distribution.
@@ -111,21 +114,13 @@ class Asked:
 
     @property
     def ends(self) -> Float[Tensor, "end batch"]:
-        """g(0) and g(1), exact. A forward pass for each that no pass has shown yet.
-
-        Raises:
-            NumericsError: a non-finite readout.
-        """
+        """g(0) and g(1), exact. A forward pass for each that no pass has shown yet."""
         return self.along(_ENDS).T
 
     def along(
         self, strengths: Sequence[float], progress: bool = True
     ) -> Float[Tensor, "batch scale"]:
-        """g(ε·1) at several strengths. A forward pass for each that no pass has shown yet, batched.
-
-        Raises:
-            NumericsError: a non-finite readout.
-        """
+        """g(ε·1) at several strengths. A forward pass for each that is not known yet, batched."""
         if missing := self._unknown(strengths):
             gates, what = self._gates(missing), "along the path"
             values = gated_readout(self.lens, self.reading, gates, progress=progress, what=what)
@@ -140,9 +135,6 @@ class Asked:
 
         At most as many forward passes as points, and two for the ends; a point that is one of the
         ends is not run again.
-
-        Raises:
-            NumericsError: a non-finite readout.
         """
         is_end = torch.stack([(gates == strength).all(1) for strength in _ENDS])
         inner = ~is_end.any(0)
@@ -172,10 +164,6 @@ class Asked:
 
         The unknown ends ride in it where prompts are so short that this is cheaper. A `lens` is the
         same f(ε) with its rank spaces in other coordinates.
-
-        Raises:
-            ModelStateError: a gradient did not reach some site, or a split does not exist.
-            NumericsError: a non-finite readout.
         """
         riding = [strength for strength in self._unknown(_ENDS) if strength != at]
         if not rides_along(self.lens, self.reading, 1 + len(riding)):
@@ -205,11 +193,6 @@ class Asked:
     def _gates(self, strengths: Sequence[float]) -> Float[Tensor, "point site"]:
         return torch.stack([self.lens.gates(strength) for strength in strengths])
 
-    @functools.cached_property
-    def _known(self) -> dict[float, Float[Tensor, " batch"]]:
-        """g by strength."""
-        return {}
-
     @property
     def base_noise(self) -> Float[Tensor, " batch"]:
         """σ of g(0) from rounding alone; of a KL, σ of D(1) from the rounding of p₀.
@@ -225,11 +208,7 @@ class Asked:
 
     @property
     def noise_floor(self) -> Float[Tensor, " batch"]:
-        """σ of g(1) − g(0) from rounding alone. Ten forward passes at first, ends included.
-
-        Raises:
-            NumericsError: a non-finite readout.
-        """
+        """σ of g(1) − g(0) from rounding alone. Ten forward passes at first, ends included."""
         base, adapted = map(noise_of_draws, self._drawn_at(0, 1))
         return (base.square() + adapted.square()).sqrt()
 
@@ -242,7 +221,9 @@ class Asked:
             self._drawn[0] = self._draws_of_held(read)
         if new := [end for end in ends if end not in self._drawn]:
             exact = self._unknown(dict.fromkeys([*map(float, new), *beside]))
-            if exact and not self._share_with_draws(exact):
+            # Beside the draws only where they are no tree of their own, and the batch stays small.
+            shares = shares_pass(self.lens, self.reading, len(exact) + 2 * DRAWS)
+            if exact and (pays(self.lens, self._gates(exact)) or not shares):
                 self.along(exact, progress)
                 exact = []
             values, draws = draws_at(self.lens, self.reading, new, exact=exact, progress=progress)
@@ -250,11 +231,6 @@ class Asked:
             for end, drawn in zip(new, draws, strict=True):
                 self._drawn[end] = torch.cat([self._known[end].to(drawn)[None], drawn])
         return [self._drawn[end] for end in ends]
-
-    def _share_with_draws(self, strengths: Sequence[float]) -> bool:
-        """Whether g there is to be in the batch of the draws, and not in a tree of its own."""
-        is_tree = pays(self.lens, self._gates(strengths))
-        return not is_tree and shares_pass(self.lens, self.reading, len(strengths) + 2 * DRAWS)
 
     def _draws_of_held(self, read: Divergence) -> Float[Tensor, "draw batch"]:
         """D(1), and then draws of it in which p₀ is the one that moves."""
@@ -265,10 +241,6 @@ class Asked:
         turned = hold(held_logits(self.lens, self.reading, hold, 1.0))
         _, (drawn,) = draws_at(self.lens, turned, [0.0])
         return torch.cat([self.ends[1].to(drawn)[None], drawn])
-
-    @functools.cached_property
-    def _drawn(self) -> dict[int, Float[Tensor, "draw batch"]]:
-        return {}
 
     @property
     def base_draws(self) -> Float[Tensor, "draw batch"]:
@@ -289,12 +261,7 @@ class Asked:
     def slopes_with_floors(
         self, axes: tuple[str, ...], along: Sequence[float], progress: bool
     ) -> Float[Tensor, "batch site *by"]:
-        """∂g/∂ε_l at the base, split, with `slope_draws`; g along the path beside its floors.
-
-        Raises:
-            ModelStateError: a gradient did not reach some site, or a split does not exist.
-            NumericsError: a non-finite readout.
-        """
+        """∂g/∂ε_l at the base, split, with `slope_draws`; g along the path beside its floors."""
         slopes, base, draws = slopes_and_draws(self.lens, self.reading, axes)
         vars(self)["slope_draws"] = draws
         self.know_base(base)

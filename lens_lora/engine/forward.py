@@ -58,11 +58,7 @@ class JointInject(ScaleInject):
 def joint_tangent(
     lens: LoraLens, prompts: Prompts, at: Float[Tensor, " site"], direction: Float[Tensor, " site"]
 ) -> Float[Tensor, "batch *slot vocab"]:
-    """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass.
-
-    Raises:
-        ModelStateError: the model uses an operation without a forward-mode derivative.
-    """
+    """Σ_l direction_l ∂f/∂ε_l: the tangent of all sites together. One dual forward pass."""
     with dual_forward(), lens.injected(JointInject(lens, at, direction)):
         return tangent_of(read_logits(lens, prompts))
 
@@ -261,11 +257,6 @@ def tangent_slopes(
     """∂g/∂ε_l at these gates, as `site_slopes` gives it, or by token on a last axis.
 
     At most a dual forward pass a part.
-
-    Raises:
-        ArgumentError: less memory than one part takes.
-        ModelStateError: an operation without a forward-mode derivative, or a split that does not
-            exist.
     """
     prompts = reading.prompts
     shape = (reading.batch, len(lens.sites), *part_slots(lens, prompts, axes))

@@ -119,7 +119,9 @@ class _Passes:
 
     def as_tree(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "batch point *out"]:
         """One row of the reading at a time, as its own tree: aligned, without padding."""
-        order = neighbours_first(self.lens, gates)
+        # Points that share their first blocks are neighbours.
+        _, ranks = torch.unique(gates[:, sum(_columns(self.lens), [])], dim=0, return_inverse=True)
+        order = ranks.argsort(stable=True)
         chunks = gates[order].split(memory.branches_at_once(self.lens, self.reading))
         with self._bar(gates) as bar:
             return in_chunks(chunks, self._branched, bar)[:, order.argsort()]
@@ -266,12 +268,6 @@ def pays(lens: LoraLens, gates: Float[Tensor, "point site"]) -> bool:
     if not bool((gates[:, embeddings] == gates[:1, embeddings]).all()):
         return False
     return Tree.of(lens, gates).cost < memory.BRANCHING_PAYS
-
-
-def neighbours_first(lens: LoraLens, gates: Float[Tensor, "point site"]) -> Int[Tensor, " point"]:
-    """An order in which points that share their first blocks are neighbours."""
-    _, ranks = torch.unique(gates[:, sum(_columns(lens), [])], dim=0, return_inverse=True)
-    return ranks.argsort(stable=True)
 
 
 def _columns(lens: LoraLens) -> list[list[int]]:

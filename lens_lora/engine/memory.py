@@ -268,11 +268,8 @@ def rows_of_pass(lens: LoraLens, run: Run) -> int | None:
     Raises:
         ArgumentError: not even one.
     """
-
-    def sizes(need: _Need) -> tuple[float, float]:
-        return need.in_pass, need.always + need.picked
-
-    return _rows(lens, run, sizes, "a forward pass of one prompt")
+    what = "a forward pass of one prompt"
+    return _rows(lens, run, lambda need: (need.in_pass, need.always + need.picked), what)
 
 
 def rows_of_graph(lens: LoraLens, run: Run) -> int | None:

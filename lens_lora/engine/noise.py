@@ -198,11 +198,7 @@ def _joined(draws: Sequence[Draws], dim: int) -> Draws:
 def slopes_and_draws(
     lens: LoraLens, reading: Reading, axes: tuple[str, ...]
 ) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, " batch"], Draws]:
-    """∂g/∂ε_l at the base, split, g there, and `base_draws`; one pass where so many rows make one.
-
-    Raises:
-        ModelStateError: a gradient did not reach some site, or a split does not exist.
-    """
+    """∂g/∂ε_l at the base, split, g there, and `base_draws`; in one pass where they are few."""
     copies = 1 + DRAWS
     if lens.plan.activation_rounding or copies > memory.slopes_at_once(lens, reading):
         slopes, values = slopes_of_first(lens, reading, lens.gates(0.0)[None], axes)

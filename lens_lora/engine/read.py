@@ -90,13 +90,9 @@ def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"
     Zero beyond a prompt's own tokens. The reading must be of one response a prompt.
     """
     read = cast(LogProbs, reading.read)
-    return read.by_token(_terms(lens, reading.prompts, read))
-
-
-def _terms(lens: LoraLens, prompts: Prompts, read: Picks) -> Float[Tensor, " pick"]:
-    if _plain_unembedding(lens) is not None:
-        return terms_of_final(lens, read, read_final(lens, prompts))
-    return read.terms_in(read_logits(lens, prompts))
+    if _plain_unembedding(lens) is None:
+        return read.by_token(read.terms_in(read_logits(lens, reading.prompts)))
+    return read.by_token(terms_of_final(lens, read, read_final(lens, reading.prompts)))
 
 
 def terms_of_final(
@@ -215,14 +211,10 @@ def _plain_unembedding(lens: LoraLens) -> _Unembedding | None:
 def _changes_logits(lens: LoraLens) -> bool:
     """Whether something on the unembedding, or a hook on the whole model, may change the logits."""
     whole = (lens.model, getattr(lens.model, "original_model", lens.model))
-    hooked = any(hooks_of(module).forward for module in whole)
-    return hooked or any(map(_is_changed, lens.model.unembed.modules()))
-
-
-def _is_changed(module: torch.nn.Module) -> bool:
-    """Whether the module has hooks, or a replaced forward (accelerate does that)."""
-    hooks = hooks_of(module)
-    return bool(hooks.forward or hooks.before) or own_forward(module) is not None
+    parts = list(lens.model.unembed.modules())
+    hooked = any(hooks_of(module).forward for module in (*whole, *parts))
+    # Accelerate replaces the forward of a module.
+    return hooked or any(hooks_of(m).before or own_forward(m) is not None for m in parts)
 
 
 def _no_unembedding(lens: LoraLens) -> AbstractContextManager[None]:

@@ -63,11 +63,7 @@ def slopes_of_first(
     gates: Float[Tensor, "point site"],
     axes: tuple[str, ...] = (),
 ) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, "batch point"]]:
-    """∂g/∂ε_l at the first of these points, and g at all of them. One forward, one backward.
-
-    Raises:
-        ModelStateError: a gradient did not reach some site, or a split does not exist.
-    """
+    """∂g/∂ε_l at the first of these points, and g at all of them. One forward, one backward."""
     copies = len(gates)
     if copies == 1:
         slopes, values = _slopes_and_values(lens, reading, gates[0], axes)
@@ -109,11 +105,7 @@ def joined(groups: Sequence[Float[Tensor, "_some site ..."]]) -> Float[Tensor, "
 def token_slopes(
     lens: LoraLens, reading: Reading, gates: Float[Tensor, " site"], axes: tuple[str, ...]
 ) -> Float[Tensor, "batch site *by_and_token"]:
-    """∂ℓ_t/∂ε_l of each token t of a response, split. One forward and a backward pass a token.
-
-    Raises:
-        ModelStateError: a gradient did not reach some site, or a split does not exist.
-    """
+    """∂ℓ_t/∂ε_l of each token t of a response, split. One forward and a backward pass a token."""
     tokens = slopes_by_value(
         lens, reading, gates, lambda: differentiable_tokens(lens, reading), axes
     )
@@ -127,11 +119,7 @@ def slopes_by_value(
     read: Callable[[], Float[Tensor, "row value"]],
     axes: tuple[str, ...] = (),
 ) -> list[Slopes]:
-    """Those of each value that is read of a row. One forward and a backward pass a value.
-
-    Raises:
-        ModelStateError: a gradient did not reach some site.
-    """
+    """Those of each value that is read of a row. One forward and a backward pass a value."""
     with tapped(lens, run, gates) as (tap, leaves):
         values = read()
         columns = [Slopes(lens, prompts_of(run), axes) for _ in range(values.shape[1])]

@@ -112,9 +112,6 @@ def slopes_of_each(
 
     Cost: one forward pass, and a backward pass for each value; where blocks run twice, with one
     more forward pass for each.
-
-    Raises:
-        ArgumentError: the bound of the lens is less than one value takes.
     """
     prompts = prompts_of(run)
     if memory.must_rerun(lens, run):
@@ -139,9 +136,6 @@ def hessian_product(
     """H v per prompt and site, in the readout's units.
 
     Cost: one forward and two backward passes, about 2 FB. Memory: the graph of a group of prompts.
-
-    Raises:
-        NumericsError: a product that is not finite, naming the site.
     """
 
     def product(group: Reading) -> Float[Tensor, "batch site"]:

@@ -103,11 +103,6 @@ def distinct_tokens(texts: Prompts) -> Bool[Tensor, "batch pos"]:
     return torch.from_numpy(first_of_each(marks.numpy(), counted.numpy()))
 
 
-def unshared(texts: Prompts, others: Prompts) -> Bool[Tensor, "batch pos"]:
-    """The `distinct_tokens` that none of the other texts has after the same tokens."""
-    return distinct_tokens(texts) & ~torch.isin(beginnings(texts), beginnings(others))
-
-
 def first_of_each(marks: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Those of the chosen tokens before which, in order, no chosen one has the same mark."""
     places, once = np.flatnonzero(chosen), np.zeros(chosen.shape, bool)
@@ -432,9 +427,6 @@ def text_sums(
 ) -> tuple[list[TextSums], Float[Tensor, " site"]]:
     """The sums of every lens at its scale, and the first one's KL split by site; zeros without the
     split.
-
-    Raises:
-        NumericsError: non-finite logits or derivatives.
     """
     first, distinct = scaled[0][0], distinct_tokens(texts)
     points = Points.of(first)
@@ -487,11 +479,7 @@ def text_divergences(
     *,
     progress: bool,
 ) -> Float[Tensor, "other text"]:
-    """Σ_t KL(reference ‖ other) over the counted tokens, in nats. A forward pass of each model.
-
-    Raises:
-        NumericsError: non-finite logits.
-    """
+    """Σ_t KL(reference ‖ other) over the counted tokens, in nats. A forward pass of each model."""
     sums = torch.zeros(len(others), texts.batch, dtype=torch.float64)
 
     def visit(index: list[int], rows: Prompts) -> None:
@@ -550,13 +538,7 @@ class UpdateSums:
 
 
 def update_sums(lens: LoraLens, texts: Prompts, apart: Bool[Tensor, "text pos"]) -> UpdateSums:
-    """One forward pass of the adapted model.
-
-    Raises:
-        UnsupportedAdapterError: a norm that the adapter changes.
-        ModelStateError: a site that did not run.
-        NumericsError: non-finite activations.
-    """
+    """One forward pass of the adapted model."""
     writes = tuple(map(_writes, lens.plan.updates))
     roots = tuple(torch.linalg.qr(W, mode="r").R for W in writes)
     ranks = [W.shape[1] for W in writes]

@@ -156,7 +156,7 @@ def best_subset(
         k: in place of size, the number of sites, or several.
         starts: of these prompts and this readout: attributions, effects, tensors, or {name: any of
             these}, whose tops (in the mean over prompts) the search also begins at.
-        steps: of the optimised gates.
+        steps: how often the gates are moved.
         progress: show a bar.
 
     Raises:

@@ -40,9 +40,8 @@ from lens_lora.analyses.edges import Edges
 from lens_lora.arguments import whole
 from lens_lora.errors import ArgumentError
 from lens_lora.model.sites import group_sites
-from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import Result, hides_sign
+from lens_lora.results.base import Drawn, hides_sign
 from lens_lora.results.effects import Effects
 
 _INTERVAL = (2.5, 97.5)  # percentiles
@@ -59,8 +58,10 @@ STATISTICS = (
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Comparison(Result):
+class Comparison(Drawn):
     """Agreement of an attribution with effects, per prompt and over prompts.
+
+    `plot` is effect against attribution, with the identity line.
 
     Attributes:
         labels, kinds: of the sites or groups; a group of several kinds is of kind 'group'.
@@ -74,7 +75,7 @@ class Comparison(Result):
             order of the others may be rounding. NaN where the effects state no floor.
         interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
             prompt or without resampling.
-        meta: of the attribution: model, adapter, dtype and versions.
+        meta: the attribution's model, adapter, dtype and versions.
         made_on: the tokens of the prompts that the attribution was made on, where it is judged on
             others.
     """
@@ -132,17 +133,6 @@ class Comparison(Result):
         index = pd.Index(STATISTICS, name="statistic")
         return pd.DataFrame(rows, index=index, columns=pd.Index(["mean", "low", "high"]))
 
-    def plot(self, prompt: int | None = None) -> drawing.Figure:
-        """Effect against attribution with the identity line.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        return drawing.figure(self, prompt)
-
 
 def compare(
     attribution: Attribution | Effects | Edges,
@@ -161,7 +151,7 @@ def compare(
             `patch_edges` measured.
         held_out: the effects are of other prompts, on which what was made on the attribution's is
             judged; readouts may differ in their tokens, not in their units.
-        k: of the top-k overlap.
+        k: how many count as the top.
         bootstrap, seed: resamplings of the prompts; 0 for no intervals.
 
     Raises:
@@ -180,7 +170,8 @@ def compare(
     groups = group_sites(effects.sites) if grouped is None else grouped.groups
     floors = [None if isinstance(r, Attribution) else r.noise_floor for r in results]
     if held_out:
-        floors[0] = _floor_of_mean(floors[0], len(e))
+        made_on = floors[0]  # the floor of a mean over prompts is the same for each judged
+        floors[0] = None if made_on is None else (made_on.norm() / len(made_on)).expand(len(e))
         a, e = _towards(a, attribution.shift), _towards(e, effects.shift)
         a = a.mean(0).expand_as(e)
     for result, values in zip(results, (a, e), strict=True):
@@ -222,13 +213,6 @@ def _over_groups(
     if isinstance(result, Effects):
         return result.values
     return result.per_site if grouped is None else grouped.summed(result)
-
-
-def _floor_of_mean(
-    floor: Float[Tensor, " made"] | None, batch: int
-) -> Float[Tensor, " batch"] | None:
-    """σ of a mean over prompts, for each prompt that it is judged on."""
-    return None if floor is None else (floor.norm() / len(floor)).expand(batch)
 
 
 def _clear(

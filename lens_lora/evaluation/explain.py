@@ -538,21 +538,18 @@ def _explain_response(
             modules = first_order_of(kl, at=1.0)
         with _step(bar, "modules of the tokens that changed most"):
             moved_tokens = shifts.kl[0, 0].argsort(descending=True)[:_MOVED].tolist()
-            moved = _slopes_of(asked, moved_tokens)
+            # ∂ℓ_t/∂ε_l at ε = 1: a covector for each of these tokens, through one graph.
+            moved = slopes_of_each(
+                lens,
+                asked.reading,
+                lens.gates(1.0),
+                lambda: differentiable_tokens(lens, asked.reading)[:, moved_tokens].T,
+                progress=False,
+            )[:, 0]
         explanation = ResponseExplanation(
             is_generated, shifts, modules, moved, tuple(moved_tokens), answers=answers
         )
         return explanation if fast else _response_in_full(asked, kl, explanation, bar, progress)
-
-
-def _slopes_of(asked: Asked, tokens: list[int]) -> Float[Tensor, "moved site"]:
-    """∂ℓ_t/∂ε_l at ε = 1 of some tokens: a covector each, through one graph."""
-    lens, reading = asked.lens, asked.reading
-
-    def log_p() -> Float[Tensor, "moved batch"]:
-        return differentiable_tokens(lens, reading)[:, tokens].T
-
-    return slopes_of_each(lens, reading, lens.gates(1.0), log_p, progress=False)[:, 0]
 
 
 def _response_in_full(

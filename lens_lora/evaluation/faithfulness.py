@@ -44,11 +44,11 @@ from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results import drawing
 from lens_lora.results.base import (
     GREEDY,
     RANDOM,
     SIGMAS,
+    Drawn,
     Measured,
     header,
     long_table,
@@ -63,13 +63,15 @@ _SHOWN, _CARRIED = 0.2, 0.9  # what a summary says: the share a fifth keeps, and
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Faithfulness(Measured):
+class Faithfulness(Measured, Drawn):
     """Share of the shift that remains where the top of a ranking is kept, or dropped.
+
+    `plot` is both curves, one colour a ranking.
 
     Attributes:
         names: the rankings' keys: 'first_order@0', 'path', 'weight_norm', 'random', …, or names
             that the caller gave.
-        fractions: of the sites, from 0 to 1.
+        fractions: shares of the sites, from 0 to 1.
         counts: how many sites each fraction is.
         keep, drop: [method, batch, fraction], shares of the prompt's shift; NaN for a prompt whose
             shift is within three noise floors.
@@ -107,8 +109,8 @@ class Faithfulness(Measured):
         """Share of the shift that the top `fraction` of the sites keeps, at the nearest one run.
 
         Args:
-            name: of the ranking.
-            fraction: of the sites.
+            name: the ranking's key.
+            fraction: the share of the sites.
 
         Raises:
             ArgumentError: no such ranking, or a fraction outside 0 to 1.
@@ -119,8 +121,8 @@ class Faithfulness(Measured):
         """The smallest fraction run that keeps at least `share` of the shift; NaN for none.
 
         Args:
-            name: of the ranking.
-            share: of the shift.
+            name: the ranking's key.
+            share: the share of the shift.
 
         Raises:
             ArgumentError: no such ranking.
@@ -133,8 +135,8 @@ class Faithfulness(Measured):
         """The top sites of one prompt, in order, as `adapter.only` takes them: site and module.
 
         Args:
-            name: of the ranking.
-            fraction: of the sites, at the nearest one run.
+            name: the ranking's key.
+            fraction: the share of the sites, at the nearest one run.
             prompt: an index; without it, the only prompt.
 
         Raises:
@@ -176,17 +178,6 @@ class Faithfulness(Measured):
             },
             index=pd.Index(self.names, name="method"),
         )
-
-    def plot(self, prompt: int | None = None) -> drawing.Figure:
-        """Both curves, one colour a ranking.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        return drawing.figure(self, prompt)
 
     def _index(self, name: str) -> int:
         if name not in self.names:
@@ -233,7 +224,7 @@ def faithfulness(
         baselines: also rank by ‖ΔW‖, by ‖δz‖ at the base model, and at random.
         greedy: also add at each step the site that moves the readout furthest towards g(1).
         draws: random orders whose mean is the random curve.
-        seed: of the random orders.
+        seed: the seed of the random orders.
         progress: show a bar.
 
     Raises:

@@ -37,15 +37,16 @@ from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, null_lenses
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import Result, flat
+from lens_lora.results.base import Drawn, flat
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class NullTest(Result):
+class NullTest(Drawn):
     """An attribution beside those of adapters of the same sizes in random directions.
+
+    `plot` is |a_l| of every site over the band of the draws, in the order of the forward pass.
 
     Attributes:
         observed: first order of the real adapter, with its exact shift.
@@ -114,30 +115,16 @@ class NullTest(Result):
     @property
     def verdict(self) -> tuple[NullVerdict, ...]:
         """For each prompt, how far shift and sites stand out; str() words it."""
-        of_shift = (self.observed.shift, self.noise_floor, self._null_rms, self.shift_p)
+        null_rms = in_float64(self.null_shift).square().mean(0).sqrt()
+        of_shift = (self.observed.shift, self.noise_floor, null_rms, self.shift_p)
         numbers = torch.stack([in_float64(n) for n in (*of_shift, self.exceeds_all)], 1).tolist()
         return tuple(null_verdict(*row, draws=self.draws) for row in numbers)
-
-    @property
-    def _null_rms(self) -> Float[Tensor, " batch"]:
-        return in_float64(self.null_shift).square().mean(0).sqrt()
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and site: value, share, the null's standard deviation, z, p, q."""
         frame = self.observed.to_frame()
         numbers = {"null_std": in_float64(self.null).std(0), "z": self.z, "p": self.p, "q": self.q}
         return frame.assign(**flat(numbers))
-
-    def plot(self, prompt: int | None = None) -> drawing.Figure:
-        """|a_l| of every site over the band of the draws, in the order of the forward pass.
-
-        Args:
-            prompt: an index; without it, the only prompt.
-
-        Raises:
-            ArgumentError: no such prompt, or several and none named.
-        """
-        return drawing.figure(self, prompt)
 
 
 @alone
@@ -163,7 +150,7 @@ def null_test(
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
         draws: how many null adapters; at least 2.
-        seed: of the draws, as for `Adapter.null`.
+        seed: the seed of the draws, as for `Adapter.null`.
         progress: show a bar.
 
     Raises:

@@ -25,8 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_lora.analyses.components import squared_norms
-from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.first_order import first_order_of, squared_norms
 from lens_lora.arguments import whole
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.engine.asked import Asked, ask
@@ -231,7 +230,7 @@ def foils(
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: u_y, what is read of the logits.
-        seed: of the random sizes.
+        seed: the seed of the random sizes.
 
     Returns:
         'signed_weight_norm', 'norm_product' and 'signed_random', each with values [batch, site].

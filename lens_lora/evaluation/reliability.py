@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import final
+from typing import final, get_args
 
 import pandas as pd
 import torch
@@ -33,8 +33,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.patching import How, patch_sites_of, require_how
-from lens_lora.arguments import number
+from lens_lora.analyses.patching import How, patch_sites_of
+from lens_lora.arguments import number, word
 from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
@@ -42,16 +42,17 @@ from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import SIGMAS, Result, flat, only_prompt
+from lens_lora.results.base import SIGMAS, Drawn, flat, only_prompt
 from lens_lora.results.effects import Effects
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Reliability(Result):
+class Reliability(Drawn):
     """Each site's first-order number with what it misses, in the readout's units.
+
+    `plot` is a_l against a_l + correction of a prompt's sites, the flagged ones apart.
 
     Attributes:
         attribution: a_l at the question's own end, ε = 0 to add one and 1 to leave one out.
@@ -177,17 +178,6 @@ class Reliability(Result):
         numbers = {"correction": self.correction, "score": self.score, **fixed}
         return frame.assign(**flat(numbers), flagged=self.flagged.cpu().flatten().numpy())
 
-    def plot(self, prompt: int | None = None) -> drawing.Figure:
-        """a_l against a_l + correction of a prompt's sites, the flagged ones apart.
-
-        Args:
-            prompt: an index; without it, the only prompt.
-
-        Raises:
-            ArgumentError: no such prompt, or several and none named.
-        """
-        return drawing.figure(self, prompt)
-
 
 def score_of(a: Float[Tensor, "*rest"], missed: Float[Tensor, "*rest"]) -> Float[Tensor, "*rest"]:
     """min / max of a and a + missed: 0 where their signs differ, 1 where both are zero."""
@@ -235,7 +225,7 @@ def reliability(
         TokenError, PromptError: a readout or prompt that does not fit the model.
         NumericsError: non-finite derivatives, naming the site.
     """
-    require_how(how)
+    word("how", how, get_args(How))
     if not 0 < number("threshold", threshold) < 1:
         raise ArgumentError(f"threshold={threshold}; a score lies between 0 and 1.")
     if not 0 <= number("floor", floor) < 1:

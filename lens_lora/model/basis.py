@@ -51,14 +51,13 @@ No forward pass.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.arguments import word
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.model.experts import ID_COLUMNS, expert_of
 from lens_lora.model.sites import Heads
@@ -526,16 +525,6 @@ class Turn:
     u: Float[Tensor, "rank rank"]
     B: Float[Tensor, "rank rank"]
     sigma: Float[Tensor, " rank"]
-
-
-def gauge_of(gauge: Gauge) -> Gauge:
-    """The gauge, if it is one.
-
-    Raises:
-        ArgumentError: another word.
-    """
-    word("gauge", gauge, get_args(Gauge))
-    return gauge
 
 
 def svd_turn(update: Update) -> Turn:

@@ -295,21 +295,23 @@ def is_norm(module: nn.Module) -> bool:
 
 def normalised(norm: nn.Module, x: Tensor) -> Tensor:
     """n of a norm γ ⊙ n + β, or (1 + γ) ⊙ n: what it computes at γ = 1 less that at γ = 0."""
-    computed = _Computed(norm)
+    computed = Shell(norm)
     zeros = {name: torch.zeros_like(p) for name, p in computed.named_parameters()}
     ones = {n: torch.ones_like(p) if n.endswith("weight") else p for n, p in zeros.items()}
     return functional_call(computed, ones, (x,)) - functional_call(computed, zeros, (x,))
 
 
-class _Computed(nn.Module):
-    """What a module computes, past its hooks."""
+class Shell(nn.Module):
+    """What a module computes, past its hooks: a call with other parameters passes `forward` by."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self._computes = module.forward
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module.forward(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, as it was when this was made."""
+        return self._computes(*args, **kwargs)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

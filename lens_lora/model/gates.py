@@ -205,15 +205,6 @@ class Plan:
             if name in points:
                 raise without_update(name, self.adapter)
 
-    def check_base(self) -> None:
-        """Check that `hf_model` is as it was when the plan was made.
-
-        Raises:
-            ModelStateError: naming the weight that changed.
-        """
-        if self.base is not None:
-            self.base.require_same(entries=True)
-
 
 def _root_of_squares(norms: Iterable[Float[Tensor, ""]]) -> float:
     """√Σ‖·‖²; the host reads one number from each device."""
@@ -367,7 +358,8 @@ class ScaleInject:
         if not self.is_active(index):
             return None
         injection = self._injections[index]
-        return add(out, injection.map, z, weight_of(injection, self._on(injection.map.device)))
+        u, gates = injection.map.coordinates(z), self._on(injection.map.device)
+        return write(out, injection.map, u, weight_of(injection, gates))
 
     def _on(self, device: torch.device) -> Tensor:
         """The gates, moved once to each device."""
@@ -388,16 +380,11 @@ def _is_differentiated(gates: Tensor) -> bool:
     return gates.requires_grad or is_wrapped(gates) or is_dual
 
 
-def add(out: Tensor, site_map: SiteMap, z: Tensor, gate: Tensor) -> Tensor:
+def write(out: Tensor, site_map: SiteMap, u: Tensor, gate: Tensor) -> Tensor:
     """out + B(gate · u), computed at its own precision and cast to the model's.
 
     The gate multiplies u and not δ = Bu: u has only `rank` numbers, and so has its derivative.
     """
-    return write(out, site_map, site_map.coordinates(z), gate)
-
-
-def write(out: Tensor, site_map: SiteMap, u: Tensor, gate: Tensor) -> Tensor:
-    """out + B(gate · u), with u already computed."""
     gate = gate.to(u.device, u.dtype)
     scaled = site_map.write(u * (gate.view(-1, *[1] * (u.ndim - 1)) if gate.ndim else gate))
     return out + scaled.to(out.dtype).view(out.shape)

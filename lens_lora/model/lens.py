@@ -128,7 +128,8 @@ class LoraLens:
                 changed since this one was made.
         """
         self._plan.check_state()
-        self._plan.check_base()
+        if self._plan.base is not None:
+            self._plan.base.require_same(entries=True)
         adapter = on_stacks(adapter, self.model)
         other = copy.copy(self)
         other.adapter = adapter

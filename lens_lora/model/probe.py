@@ -20,7 +20,6 @@ Cost: two passes over eight tokens.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
@@ -35,13 +34,12 @@ from lens_lora.compat import (
     Temporary,
     home_of,
     is_offloaded,
-    own_forward,
     replace_forward,
     temporary,
 )
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family
-from lens_lora.model.bridged import is_linear, is_norm, names_by_path, normalised, shape_of
+from lens_lora.model.bridged import Shell, is_linear, is_norm, names_by_path, normalised, shape_of
 from lens_lora.model.build import host_of
 from lens_lora.model.check import AGREEMENT, TOKENS, plain_logits
 from lens_lora.model.experts import each_shape, is_experts, is_router
@@ -117,18 +115,6 @@ class _Changed:
         return (weight + (changes.mT if is_turned else changes)).to(weight).view(weight.shape)
 
 
-class _Shell(nn.Module):
-    """A module by what it computes, so that a call with other parameters passes `forward` by."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self._computes = own_forward(module) or functools.partial(type(module).forward, module)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._computes(*args, **kwargs)
-
-
 @temporary
 def _changed(span: Temporary, model: nn.Module, weights: Mapping[str, _Changed]) -> None:
     """Each module of these parameters computes with others in their place."""
@@ -138,10 +124,10 @@ def _changed(span: Temporary, model: nn.Module, weights: Mapping[str, _Changed])
         by_owner.setdefault(owner, {})[parameter] = change
     for owner, changes in by_owner.items():
         module = model.get_submodule(owner)
-        shell = _Shell(module)
+        shell = Shell(module)
 
         def forward(
-            *args: Any, _shell: _Shell = shell, _of: Mapping[str, _Changed] = changes, **kwargs: Any
+            *args: Any, _shell: Shell = shell, _of: Mapping[str, _Changed] = changes, **kwargs: Any
         ) -> Any:
             parameters = {f"module.{name}": change() for name, change in _of.items()}
             return functional_call(_shell, parameters, args, kwargs)

@@ -316,19 +316,14 @@ def _require_mlps(host: Host, run: _Run) -> None:
                     f"{name}: this {host.class_name} of a {host.family.architectures[0]} ignores "
                     f"what a hook returns there. {_REFUSED}"
                 )
-            if name != mlp.inputs[0]:
-                _require_product(mlp, slope, value, post)
-
-
-def _require_product(mlp: _Mlp, slope: Tensor, factor: Tensor, post: Tensor) -> None:
-    """∂p/∂u · u is p."""
-    error = float((slope * factor - post).detach().abs().max())
-    largest = float(post.detach().abs().max())
-    if not error <= torch.finfo(post.dtype).eps ** 0.5 * largest:
-        raise ModelStateError(
-            f"{mlp.post} is not act({mlp.inputs[0]}) · {mlp.inputs[1]} ({error:.2g} off). "
-            f"{_REFUSED}"
-        )
+            # ∂p/∂u · u is p.
+            error = float((slope * value - post).detach().abs().max())
+            room = torch.finfo(post.dtype).eps ** 0.5 * float(post.detach().abs().max())
+            if name != mlp.inputs[0] and not error <= room:
+                raise ModelStateError(
+                    f"{mlp.post} is not act({mlp.inputs[0]}) · {mlp.inputs[1]} ({error:.2g} off). "
+                    f"{_REFUSED}"
+                )
 
 
 def _require_points(host: Host, rules: FrozenRules, names: list[str]) -> None:

@@ -74,8 +74,8 @@ class Heads:
     """The model's attention heads.
 
     Attributes:
-        n_heads: of queries.
-        n_kv: of keys and values.
+        n_heads: how many of queries.
+        n_kv: how many of keys and values.
         d_head: their width.
     """
 
@@ -140,6 +140,20 @@ def match_sites(names: Iterable[str], values: Mapping[str, Any]) -> dict[int, An
             raise SiteError(f"{pattern!r} matches no site; the nearest are {near or names[:3]}.")
         chosen.update({index[name]: value for name in hits})
     return chosen
+
+
+def chosen_sites(sites: Sequence[Site], names: str | Sequence[str] | None) -> tuple[int, ...]:
+    """Indices of the sites that are named, in their own order; all for None.
+
+    Raises:
+        SiteError: no name at all, or one that matches no site.
+    """
+    if names is None:
+        return tuple(range(len(sites)))
+    patterns = [names] if isinstance(names, str) else list(names)
+    if not patterns:
+        raise SiteError("sites=[] chooses nothing; give site names or globs, or None for all.")
+    return tuple(sorted(match_sites([s.name for s in sites], dict.fromkeys(patterns, True))))
 
 
 def one_site(names: Iterable[str], name: str) -> int:

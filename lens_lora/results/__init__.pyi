@@ -4,11 +4,11 @@ from ..analyses.activation_shift import ActivationShift as ActivationShift
 from ..analyses.activations import Activations as Activations
 from ..analyses.checkpoints import Checkpoints as Checkpoints
 from ..analyses.compare_adapters import AdapterComparison as AdapterComparison
-from ..analyses.components import Components as Components
 from ..analyses.constant_part import ConstantPart as ConstantPart
 from ..analyses.edges import Edges as Edges
 from ..analyses.features import FeatureShift as FeatureShift
 from ..analyses.features import FeatureWrites as FeatureWrites
+from ..analyses.first_order import Components as Components
 from ..analyses.kl_shares import KLShares as KLShares
 from ..analyses.logit_shift import LogitShift as LogitShift
 from ..analyses.margin import FactMargin as FactMargin

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, final
+from typing import Annotated, Any, Literal, cast, final
 
 import pandas as pd
 import torch
@@ -25,10 +25,6 @@ from lens_lora.results import drawing
 from lens_lora.results.base import Entries, Ranked, key_of, prompt_rows, site_labels, tokens_at
 from lens_lora.results.drawing import TokenView
 from lens_lora.results.storage import stored
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
 
 Axis = Literal["position", "head", "expert", "rank", "token"]
 _WITH_NONE = ("head", "expert")  # axes whose last slot is for sites that have none
@@ -157,16 +153,8 @@ class Attribution(Ranked):
         return summed.rename_axis(index=group, columns="prompt")
 
     def entries(self, prompt: int | None = None) -> Entries:
-        """Each site's value, summed over the other axes; mean over prompts, or one prompt.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        values, shift = self.mean_over(prompt, self.per_site)
-        return Entries(site_labels(self.sites), values, shift, "value")
+        """Each site's value, summed over the other axes."""
+        return Entries(site_labels(self.sites), *self.mean_over(prompt, self.per_site), "value")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and existing part: labels, token, value, share of the shift.
@@ -238,7 +226,7 @@ class Attribution(Ranked):
                 values, exists = values.nansum(dim), exists.any(dim)
         return values, exists
 
-    def plot(self, prompt: int | None = None, by: Axis | None = None) -> Figure:
+    def plot(self, prompt: int | None = None, by: Axis | None = None) -> drawing.Figure:
         """Heatmap layer × kind of module, hover naming each site; or of the parts along an axis.
 
         Args:
@@ -255,7 +243,7 @@ class Attribution(Ranked):
 
     def plot_positions(
         self, prompt: int | None = None, most: int | None = MOST_POSITIONS
-    ) -> Figure:
+    ) -> drawing.Figure:
         """Heatmap layer × position over one prompt's tokens; needs by=('position', …).
 
         Args:
@@ -287,6 +275,8 @@ class Attribution(Ranked):
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GroupAttribution(Ranked):
     """What each group of sites contributes to each token of a response, in the readout's units.
+
+    `plot` is a heatmap group × token of one response.
 
     Attributes:
         values: [batch, group, token]; NaN beyond a response's own tokens.
@@ -339,24 +329,6 @@ class GroupAttribution(Ranked):
         return pd.DataFrame(rows)
 
     def entries(self, prompt: int | None = None) -> Entries:
-        """Each group's value, summed over tokens; mean over prompts, or one prompt.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        values, shift = self.mean_over(prompt, self.per_group)
-        return Entries({"group": list(self.groups)}, values, shift, "value")
-
-    def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap group × token of one response.
-
-        Args:
-            prompt: an index; without it, the only prompt.
-
-        Raises:
-            ArgumentError: no such prompt, or several and none named.
-        """
-        return drawing.figure(self, prompt)
+        """Each group's value, summed over tokens."""
+        groups = {"group": list(self.groups)}
+        return Entries(groups, *self.mean_over(prompt, self.per_group), "value")

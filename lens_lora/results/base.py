@@ -1,6 +1,7 @@
 """What results share: abstract bases, each with more of it than the one above.
 
     Result      a table, a file, its text: also what has no readout (logit shifts, features)
+    Drawn       and a picture of one prompt, or of the mean over prompts
     Paged       and a page of its own
     Read        and of which readout
     Measured    and the header: of which sites and prompts, between which exact ends
@@ -118,6 +119,22 @@ def load_result(path: str | Path) -> Result:
     return result
 
 
+class Drawn(Result):
+    """A result with a picture; the docstring of each class says of what."""
+
+    def plot(self, prompt: int | None = None) -> drawing.Figure:
+        """The picture of one prompt, or of the mean over prompts where there is one.
+
+        Args:
+            prompt: an index; without it, the mean over prompts, or where they have none (by
+                position or token, along ε) the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several where they have no mean and none was named.
+        """
+        return drawing.figure(self, prompt)
+
+
 class Paged(Result):
     """A result that has a page of its own."""
 
@@ -201,7 +218,7 @@ class Entries(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Ranked(Measured):
+class Ranked(Measured, Drawn):
     """A measured result of one number per prompt and entry, so that entries can be ranked."""
 
     def mean_over(
@@ -225,7 +242,8 @@ class Ranked(Measured):
         """The labelled numbers of one prompt, or their mean over prompts.
 
         Args:
-            prompt: an index, or None.
+            prompt: an index; without it the mean over prompts, or where values are by position
+                the only prompt.
 
         Raises:
             ArgumentError: no such prompt, or several where they have no mean and none was named.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, final
+from typing import Annotated, Any, final
 
 import pandas as pd
 from jaxtyping import Float
@@ -13,19 +13,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lens_lora.errors import ArgumentError, LensLoraError
-from lens_lora.model.sites import Groups, Site, indicator
-from lens_lora.results import drawing
+from lens_lora.model.sites import Groups, indicator
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.base import Entries, Measured, Ranked, is_by_site, is_partition, long_table
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Effects(Ranked):
     """What intervening on each group of sites does to a readout, exactly, in its units.
+
+    `plot` is a heatmap layer × kind of single sites, or bars of groups.
 
     Attributes:
         values: [batch, group]. Positive where the group raises the readout.
@@ -123,8 +121,12 @@ class Effects(Ranked):
         sites, is_by_rank = tuple(self.sites[index] for index in chosen), self.of == "rank"
         names = {field.name for field in dataclasses.fields(Measured)} - {"sites"}
         labels: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values = self.values
+        if is_by_rank:
+            by_site = list(values.T.split([site.rank for site in sites]))
+            values = pad_sequence(by_site, batch_first=True).permute(2, 0, 1)
         return Attribution(
-            values=self._by_rank(sites) if is_by_rank else self.values,
+            values=values,
             by=("rank",) if is_by_rank else (),
             sites=sites,
             heads=(0,) * len(sites),
@@ -133,10 +135,6 @@ class Effects(Ranked):
             gauge="svd" if is_by_rank else "",
             **labels,
         )
-
-    def _by_rank(self, sites: tuple[Site, ...]) -> Float[Tensor, "batch site rank"]:
-        by_site = list(self.values.T.split([site.rank for site in sites]))
-        return pad_sequence(by_site, batch_first=True).permute(2, 0, 1)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and group: number of sites, effect, share of the shift."""
@@ -148,16 +146,9 @@ class Effects(Ranked):
         )
 
     def entries(self, prompt: int | None = None) -> Entries:
-        """Each group's effect; mean over prompts, or one prompt.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        values, shift = self.mean_over(prompt, self.values)
-        return Entries({"group": list(self.groups)}, values, shift, "effect")
+        """Each group's effect."""
+        groups = {"group": list(self.groups)}
+        return Entries(groups, *self.mean_over(prompt, self.values), "effect")
 
     def to_patching_result(self) -> Any:
         """TransformerLens's `PatchingResult`: its standard errors, intervals and p-values.
@@ -181,17 +172,6 @@ class Effects(Ranked):
             sites = [self.sites[index] for (index,) in self.groups.values()]
             columns |= {"layer": [s.layer for s in sites], "kind": [s.kind for s in sites]}
         return patching_result(self, adds, pd.DataFrame(columns))
-
-    def plot(self, prompt: int | None = None) -> Figure:
-        """Heatmap layer × kind of single sites; bars of groups.
-
-        Args:
-            prompt: an index; without it, the mean over prompts.
-
-        Raises:
-            ArgumentError: no such prompt.
-        """
-        return drawing.figure(self, prompt)
 
 
 def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequence[str] = ()) -> Any:

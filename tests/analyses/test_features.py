@@ -246,7 +246,7 @@ def test_writes_against_peft_s_own_layers(cls: str):
     """d · s·B·A·z from PEFT's layers of the base (at=0) and of the adapted model (at=1)."""
     case, tokens, rows = cases.case("llama", cls, "raw"), models.tokens(), directions(16)
     for at in (0.0, 1.0):
-        found = ll.feature_writes(case.lens, tokens, rows, at=at, positions=-2)
+        found = ll.feature_shift(case.lens, tokens, rows, at=at, positions=-2, by="site")
         assert [s.kind for s in found.sites] == ["o", "down"] * models.LAYERS
         for column, site in enumerate(found.sites):
             layer = case.peft.base_model.model.get_submodule(site.module)
@@ -261,14 +261,16 @@ def test_writes_against_peft_s_own_layers(cls: str):
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             delta = layer.scaling["default"] * z[0][:, -2] @ A.T @ B.T
             assert (found.values[:, column] - delta @ rows.T).abs().max() < EXACT, site.name
-    assert (found.values - ll.feature_writes(case.lens, tokens, rows).values).abs().min() > 1e-6
+    assert (
+        found.values - ll.feature_shift(case.lens, tokens, rows, by="site").values
+    ).abs().min() > 1e-6
 
 
 @pytest.mark.parametrize(("family", "flags"), [("gpt2", "processed"), ("neox", "raw")])
 def test_writes_are_the_shift_at_the_site_s_output(family: str, flags: str, cls: str):
     """With one site on, nothing but its own write moves at its output, folded biases included."""
     lens, tokens, rows = cases.case(family, cls, flags).lens, models.tokens(), directions(16)
-    found = ll.feature_writes(lens, tokens, rows)
+    found = ll.feature_shift(lens, tokens, rows, by="site")
     for column, site in enumerate(found.sites):
         own = ll.feature_shift(lens, tokens, rows, site.write, scale={site.name: 1.0})
         assert (found.values[:, column] - own.shift).abs().max() < EXACT, site.name
@@ -278,7 +280,7 @@ def test_writes_of_an_embedding(cls: str):
     base, model = hooked("gpt2", cls, "raw")
     peft = peft_with("gpt2", base, "embedding")
     lens, tokens = ll.LoraLens(model, ll.Adapter.from_peft(peft)), models.tokens()
-    found, rows = ll.feature_writes(lens, tokens, directions(16)), directions(16)
+    found, rows = ll.feature_shift(lens, tokens, directions(16), by="site"), directions(16)
     layer = peft.base_model.model.get_submodule(lens.sites[0].module)
     delta = layer.get_delta_weight("default")[tokens[:, -1]]
     assert (found.values[:, 0] - delta @ rows.T).abs().max() < EXACT
@@ -290,10 +292,20 @@ def test_writes_that_have_no_meaning_are_refused(cls: str):
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
     queries = lens.with_adapter(lens.adapter.only("*.q_proj"))
     with pytest.raises(ll.errors.SiteError, match="no site of this adapter writes to the residual"):
-        ll.feature_writes(queries, tokens, directions(16))
+        ll.feature_shift(queries, tokens, directions(16), by="site")
     gemma = cases.case("gemma2", cls, "raw").lens
     with pytest.raises(ll.errors.ModelStateError, match=r"attn\.o: a norm \(ln1_post\)"):
-        ll.feature_writes(gemma, tokens, directions(16))
+        ll.feature_shift(gemma, tokens, directions(16), by="site")
+
+
+@pytest.mark.bad_input
+def test_by_site_takes_a_position_and_nothing_of_another_point(cls: str):
+    lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    for odd in ({"name": out(cls)}, {"scale": 0.5}, {"positions": "each"}):
+        with pytest.raises(ll.errors.ArgumentError, match=r"leave out name= and scale="):
+            ll.feature_shift(lens, tokens, directions(16), by="site", **odd)
+    with pytest.raises(ll.errors.ArgumentError, match="by='layer': expected 'site'"):
+        ll.feature_shift(lens, tokens, directions(16), by="layer")
 
 
 def alone(family: str, cls: str, kind: str) -> tuple[ll.LoraLens, str]:
@@ -329,11 +341,13 @@ def test_writes_are_parts_of_the_stream_or_refused(family: str, kind: str, cls: 
     shift = ll.activation_shift(lens, tokens, point)
     if (family, kind) in NORMED:
         with pytest.raises(ll.errors.ModelStateError, match=r"Use feature_shift\(…, scale="):
-            ll.feature_writes(lens, tokens, rows)
+            ll.feature_shift(lens, tokens, rows, by="site")
         with pytest.raises(ll.errors.ModelStateError, match=r"Compare with activation_shift\(…"):
             shift.cosine(lens)
         monkeypatch.setattr(Family, "norm_behind", lambda *_: None)
-    apart = float((ll.feature_writes(lens, tokens, rows).values.sum(1) - moved).abs().max())
+    apart = float(
+        (ll.feature_shift(lens, tokens, rows, by="site").values.sum(1) - moved).abs().max()
+    )
     table, mean = shift.cosine(lens), shift.mean()[point]
     # Columns of B of an SVD are orthogonal, and Δh is a sum of them.
     within = table["cosine"].pow(2).sum()
@@ -393,7 +407,10 @@ def test_bad_input_is_named(cls: str):
             shift(lens, prompts, wrong, out(cls))
     with pytest.raises(ValueError, match="directions are a list; expected a tensor"):
         shift(lens, prompts, [1.0], out(cls))
-    found, writes = shift(lens, prompts, rows, out(cls)), ll.feature_writes(lens, prompts, rows)
+    found, writes = (
+        shift(lens, prompts, rows, out(cls)),
+        ll.feature_shift(lens, prompts, rows, by="site"),
+    )
     for wrong in (lambda: found.top(prompt=2), lambda: writes.top(prompt=-1)):
         with pytest.raises(ValueError, match="the result has prompts 0 to 1"):
             wrong()
@@ -408,7 +425,7 @@ def test_the_model_is_left_as_it_was(cls: str):
     before = state(lens.model)
     try:
         ll.feature_shift(lens, tokens, directions(16), out(cls))
-        ll.feature_writes(lens, tokens, directions(16))
+        ll.feature_shift(lens, tokens, directions(16), by="site")
         assert same(before, state(lens.model))
         sae = autoencoder(16, out(cls))
         sae.encode = lambda h: 1 / 0
@@ -441,7 +458,7 @@ def test_the_results_tell_and_draw(cls: str):
     drawn = each.plot(prompt=1).data[0]
     assert sorted(drawn.y) == [f"feature {i}" for i in range(FEATURES)]
     assert largest(drawn.z) == each.shift[1].abs().max()
-    writes = ll.feature_writes(lens, tokens, rows)
+    writes = ll.feature_shift(lens, tokens, rows, by="site")
     assert len(writes.to_frame()) == writes.values.numel()
     assert writes.to_frame()["write"].tolist() == writes.values.flatten().tolist()
     assert set(writes.top(writes.sites[0].name, 4)["site"]) == {writes.sites[0].name}

@@ -16,7 +16,7 @@ from reference import peft_scales
 from scipy.special import rel_entr
 
 import lens_lora as ll
-from lens_lora.analyses.sub_adapter import sub_adapter
+from lens_lora.analyses.repair import sub_adapter
 from lens_lora.engine.activations import layout_of, value_at
 from lens_lora.errors import (
     ArgumentError,

@@ -183,7 +183,9 @@ AT: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
     "feature_shift": lambda lens, at: ll.feature_shift(
         lens, TOKENS, torch.eye(16)[:2], "blocks.0.hook_resid_post", at=at
     ),
-    "feature_writes": lambda lens, at: ll.feature_writes(lens, TOKENS, torch.eye(16)[:2], at=at),
+    "feature_shift by site": lambda lens, at: ll.feature_shift(
+        lens, TOKENS, torch.eye(16)[:2], at=at, by="site"
+    ),
 }
 NO_NUMBERS = {
     "text": "0.5", "truth": True, "None": None, "list": [0.5], "several": torch.tensor([0.5, 1.0]),
@@ -389,7 +391,8 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
         lambda lens: ll.first_order(lens, TOKENS, [MARGIN, MARGIN], by="token", group="layer"),
         "group= takes one readout"),
     "directions of NaN": (
-        lambda lens: ll.feature_writes(lens, TOKENS, torch.full((1, 16), NAN)), "NaN or infinite"),
+        lambda lens: ll.feature_shift(lens, TOKENS, torch.full((1, 16), NAN), by="site"),
+        "NaN or infinite"),
     "a function": (lambda lens: ll.Readout.of("entropy"), "cannot be called"),
     "a label": (lambda lens: ll.Readout.of(len, 3), "label=3"),
     "the model": (lambda lens: ll.first_order(lens.model, TOKENS, MARGIN), "ll.LoraLens.model"),

@@ -100,10 +100,10 @@ CALLS = {
 SHORT = {
     "activation_shift": lambda t: ll.activation_shift(t.lens, PROMPT, "blocks.0.hook_resid_post"),
     "activations": lambda t: ll.activations(t.lens, PROMPT, "w5 w6"),
-    "feature_shift": lambda t: ll.feature_shift(
-        t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"
+    "feature_shift": lambda t: (
+        ll.feature_shift(t.lens, PROMPT, torch.eye(16), "blocks.0.hook_resid_post"),
+        ll.feature_shift(t.lens, PROMPT, torch.eye(16), by="site"),
     ),
-    "feature_writes": lambda t: ll.feature_writes(t.lens, PROMPT, torch.eye(16)),
     "tangents": lambda t: ll.tangents(t.lens, PROMPT),
     "token_shifts": lambda t: ll.token_shifts(t.lens, PROMPT, "w5 w6"),
 }

@@ -115,7 +115,9 @@ CALLS: dict[str, Call] = {
     "feature_shift": lambda lens, t: ll.feature_shift(
         lens, t, _directions(lens), lens.plan.host.block_input(1)
     ),
-    "feature_writes": lambda lens, t: ll.feature_writes(lens, t, _directions(lens)),
+    "feature_shift by site": lambda lens, t: ll.feature_shift(
+        lens, t, _directions(lens), by="site"
+    ),
     "compare_adapters": lambda lens, t: ll.compare_adapters(
         lens, lens.adapter.scaled(0.5), t, MARGIN, draws=0, **QUIET
     ),

@@ -24,7 +24,7 @@ NAMES = (
     *("kl_shares", "path of a KL", "patch_sites, a KL"),
     *("token_shifts", "activations", "components", "logit_shift", "tangents", "remainder"),
     *("second_order", "coupling", "patch_sites", "ranks, to the mean", "patch_activations"),
-    *("feature_shift", "feature_writes"),
+    *("feature_shift", "feature_shift by site"),
 )
 EVERYTHING = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
 PLACES = {"model.embed_tokens": 0, "model.layers.0": 0, "model.rotary_emb": 0}
