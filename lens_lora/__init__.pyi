@@ -14,7 +14,7 @@ from .analyses.edges import edges, patch_edges
 from .analyses.features import feature_shift
 from .analyses.first_order import components, first_order
 from .analyses.kl_shares import kl_shares
-from .analyses.logit_shift import logit_shift, tangents
+from .analyses.logit_shift import gradients, logit_shift, tangents
 from .analyses.margin import fact_margin
 from .analyses.patching import patch_activations, patch_sites
 from .analyses.path import path_attribution
@@ -63,6 +63,7 @@ __all__ = [
     "components",
     "edges",
     "first_order",
+    "gradients",
     "logit_shift",
     "tangents",
     # activations

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.analyses.first_order import squared_norms
-from lens_lora.analyses.first_order import first_order_of
+from lens_lora.analyses.first_order import first_order_of, squared_norms
 from lens_lora.analyses.patching import patch_sites_of
 from lens_lora.analyses.second_order import coupling_of
 from lens_lora.engine.asked import Asked

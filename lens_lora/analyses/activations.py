@@ -31,13 +31,12 @@ from lens_lora.arguments import whole
 from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.texts import beginnings, first_of_each
-from lens_lora.errors import ArgumentError
 from lens_lora.model.basis import Gauge
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, Scale, name_of_scale
 from lens_lora.model.sites import Site, chosen_sites, match_sites, one_site
-from lens_lora.readouts.answers import AnswerLike, response_ids
-from lens_lora.readouts.prompts import Prompts, PromptsLike, require_context, which_prompt
+from lens_lora.readouts.answers import AnswerLike, continued
+from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import Result, only_prompt, site_labels, tokens_at
 from lens_lora.results.tokens import (
@@ -47,6 +46,8 @@ from lens_lora.results.tokens import (
     context_of,
     require_ranks,
     require_sign,
+    require_some,
+    spread_of,
     strongest,
 )
 
@@ -193,14 +194,72 @@ class Activations(Result):
         Raises:
             ArgumentError: positions at which there is no token.
         """
-        chosen = self._chosen(positions, sinks)
-        if not chosen.any():
-            raise ArgumentError(
-                f"positions={positions!r}: no token is there that is not a sink; ask for others, "
-                "or with sinks=True."
-            )
-        once = torch.from_numpy(first_of_each(self.beginnings.numpy(), chosen))
-        return self.values.movedim(1, 2)[once.to(self.values.device)].mean(0)
+        return self.values.movedim(1, 2)[self._once(positions, sinks)].mean(0)
+
+    def matrix(
+        self, positions: Positions = None, *, sinks: bool = False
+    ) -> Float[Tensor, "row direction"]:
+        """A row for each token, a column for each direction, to fit a sparse autoencoder on.
+
+        Columns are those of `directions("*")`, rows those of `contexts` with the same arguments.
+
+        Args:
+            positions, sinks: as for `mean`; repeated tokens count once here as well.
+
+        Raises:
+            ArgumentError: positions at which there is no token.
+        """
+        rows = self.values.movedim(1, 2)[self._once(positions, sinks)]
+        site, rank = torch.tensor(self.directions("*"), device=rows.device).T
+        return rows[:, site, rank]
+
+    def contexts(
+        self, positions: Positions = None, *, sinks: bool = False, context: int = 4
+    ) -> pd.DataFrame:
+        """Where each row of `matrix` stands: prompt, position, token, context.
+
+        Args:
+            positions, sinks: as for `matrix`.
+            context: how many tokens are shown on either side of each, which stands in ⟦ ⟧.
+
+        Raises:
+            ArgumentError: positions at which there is no token, or a context below 0.
+        """
+        width = whole("context", context, 0)
+        rows = [
+            (p, t, self.str_tokens[p][t], context_of(self.str_tokens[p], t, width))
+            for p, t in self._once(positions, sinks).nonzero().tolist()
+        ]
+        return pd.DataFrame(rows, columns=["prompt", "position", "token", "context"])
+
+    def spread(self, site: str | None = None) -> pd.DataFrame:
+        """How each direction's values are spread over the tokens of all prompts, sinks left out.
+
+        A row for each direction: site, rank, mean, rms, least, lower and upper quarter, median,
+        largest. A token that several prompts share with all before it counts once.
+
+        Args:
+            site: a name or glob: every rank of these. Without it, the first rank of each site.
+
+        Raises:
+            SiteError: no such site.
+            ArgumentError: no token that is not a sink.
+        """
+        rows = self.values.movedim(1, 2)[self._once(None, sinks=False)].cpu().double().numpy()
+        names = [(self.sites[index].name, r) for index, r in self.directions(site)]
+        values = [spread_of(rows[:, index, r]) for index, r in self.directions(site)]
+        labels = ({"site": name, "rank": r} for name, r in names)
+        return pd.DataFrame([both | row for both, row in zip(labels, values, strict=True)])
+
+    def _once(self, positions: Positions, sinks: bool) -> Bool[Tensor, "batch token"]:
+        """The tokens at these positions, each with all before it once.
+
+        Raises:
+            ArgumentError: none.
+        """
+        chosen = require_some(positions, self._chosen(positions, sinks))
+        once = first_of_each(self.beginnings.numpy(), chosen)
+        return torch.from_numpy(once).to(self.values.device)
 
     def _chosen(self, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
         """[batch, token]: the tokens at these positions of every row."""
@@ -214,15 +273,16 @@ class Activations(Result):
     def plot(self, site: str | None = None, prompt: int | None = None) -> drawing.Figure:
         """Heat map of directions over the tokens of one prompt; sinks are grey.
 
-        Of more than 40 directions those of largest |u| are shown, and the title says so.
+        Of several prompts at once, how each direction is spread over their tokens (`spread`). Of
+        more than 40 directions those of largest |u| are shown, and the title says so.
 
         Args:
             site: a name or glob: every rank of these. Without it, the first rank of each site.
-            prompt: an index; without it, the only prompt.
+            prompt: an index; without it, the only prompt, or all.
 
         Raises:
             SiteError: no such site.
-            ArgumentError: no such prompt, or several and none named.
+            ArgumentError: no such prompt.
         """
         return drawing.figure(self, site, prompt)
 
@@ -263,7 +323,7 @@ def activations(
     chosen = chosen_sites(lens.sites, sites)
     turned = in_gauge(lens, gauge)
     ranks = activation_ranks(lens, chosen, gauge)
-    rows = prompts if response is None else _with_response(lens, prompts, response)
+    rows = prompts if response is None else continued(lens.model, prompts, response)
     seen = site_activations(turned, rows, lens.gates(scale), chosen, ranks)
     return Activations(
         values=seen.values,
@@ -277,19 +337,3 @@ def activations(
         str_tokens=lens.str_tokens(rows),
         meta=lens.describe(),
     )
-
-
-def _with_response(lens: LoraLens, prompts: Prompts, response: AnswerLike) -> Prompts:
-    """Prompt and response in one row, read at each of the response's tokens."""
-    said = response_ids(lens.model, response, prompts)
-    rows = [
-        torch.cat([prompts.row(i).tokens[0], prompts.tokens.new_tensor(ids)])
-        for i, ids in enumerate(said)
-    ]
-    lengths = prompts.lengths.new_tensor([len(row) for row in rows])
-    longest = int(lengths.argmax())
-    name = which_prompt(longest, prompts.batch)
-    require_context(lens.model, int(lengths[longest]), f"{name} with its answer")
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    reads = lengths.new_tensor([len(ids) for ids in said])
-    return Prompts(tokens, lengths, reads, prompts.sources)

@@ -3,7 +3,8 @@
 1. Checkpoints: adapters in order, or a trainer's run folder with `checkpoint-<step>` in it.
 2. At each: the readout and its first order by site, the readout along ε, and where it flips there.
 3. Of the weights, from thin factors: ‖ΔW_k‖, how far ΔW moved since the checkpoint before, its
-   cosine to the last one's, site by site and over all of them.
+   cosine to the last one's, site by site and over all of them; and how far what it reads and what
+   it writes turned since the checkpoint before (arXiv 2506.11613).
 4. Phase changes: a series changes at once over a span of consecutive steps if, in each of its
    intervals, the change per step is more than `TIMES` times the median over all intervals, and the
    change is in one direction, at least `PART` of the range of the series, and more than three noise
@@ -31,7 +32,7 @@ from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.peft_files import checkpoint_folders
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.margin import flip_scales
-from lens_lora.analyses.spectra import Thin, compared, thin_updates
+from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import numbers_of, word
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.errors import ArgumentError
@@ -51,7 +52,7 @@ from lens_lora.results.base import (
     read_of,
 )
 
-What = Literal["moved", "effect", "norm"]
+What = Literal["moved", "effect", "norm", "read", "write"]
 
 
 @final
@@ -72,7 +73,11 @@ class Checkpoints(Read, Paged):
             NaN where it does not.
         norms: [step, site], ‖ΔW‖_F.
         moved: [step, site], ‖ΔW_k − ΔW_{k−1}‖_F since the checkpoint before, or since zero.
-        to_final: [step, site], cosine of ΔW to that of the last checkpoint.
+        to_final: [step, site], cosine of ΔW to that of the last checkpoint. Of a rank-1 site it is
+            the product of the cosine of what is read and of what is written: it mixes both.
+        read_angle, write_angle: [step, site], in degrees, between what ΔW reads (its row space), or
+            writes (its column space), and what it did at the checkpoint before: acos √(mean cos²)
+            of the principal angles. NaN at the first checkpoint, and of a norm.
         angle: [step], between ΔW of all sites and the last checkpoint's, in degrees.
         phases: series → the spans of steps in which it changes at once; 'prompt 0', … for the
             readout, 'angle' for the direction. A series of fewer than four intervals is not judged,
@@ -92,6 +97,8 @@ class Checkpoints(Read, Paged):
     norms: Float[Tensor, "step site"]
     moved: Float[Tensor, "step site"]
     to_final: Float[Tensor, "step site"]
+    read_angle: Float[Tensor, "step site"]
+    write_angle: Float[Tensor, "step site"]
     angle: Float[Tensor, " step"]
     phases: dict[str, tuple[tuple[float, float], ...]]
     noise: Float[Tensor, "step+1 batch"]
@@ -175,7 +182,7 @@ class Checkpoints(Read, Paged):
 
         Args:
             what: 'moved' and 'norm', roots of sums of squares; 'effect', the sum of first order,
-                mean over prompts.
+                mean over prompts; 'read' and 'write', the mean angle to the checkpoint before.
             group: 'site', 'layer' or 'kind'.
 
         Raises:
@@ -186,6 +193,10 @@ class Checkpoints(Read, Paged):
         members = indicator(groups, len(self.sites)).double()
         if what == "effect":
             values = self.effects.cpu().double().mean(1) @ members.T
+        elif what in ("read", "write"):
+            angles = (self.read_angle if what == "read" else self.write_angle).cpu().double()
+            counted = (~angles.isnan()).double() @ members.T
+            values = angles.nan_to_num() @ members.T / counted
         else:
             sizes = self.moved if what == "moved" else self.norms
             values = (sizes.cpu().double().square() @ members.T).sqrt()
@@ -356,8 +367,9 @@ def _measured(asked: Asked) -> dict[str, Tensor]:
 def _weights(updates: Sequence[Mapping[str, Thin]]) -> dict[str, Tensor]:
     """Norms, moves and cosines of every site at every checkpoint."""
     norms = torch.stack([torch.stack([u.sigma.norm() for u in held.values()]) for held in updates])
-    with_last = torch.stack([_inner(held, updates[-1]) for held in updates])
-    before = torch.stack([_inner(later, prior) for prior, later in itertools.pairwise(updates)])
+    with_last = _inner([_pairs(held, updates[-1]) for held in updates])
+    since = [_pairs(later, prior) for prior, later in itertools.pairwise(updates)]
+    before = _inner(since)
     squares = norms.square()
     steps = squares[1:] + squares[:-1] - 2 * before
     moved = torch.cat([norms[:1], steps.clamp(min=0).sqrt()])
@@ -367,13 +379,25 @@ def _weights(updates: Sequence[Mapping[str, Thin]]) -> dict[str, Tensor]:
         "norms": norms,
         "moved": moved,
         "to_final": with_last / (norms * norms[-1]),
+        "read_angle": _turned([[pair.read for pair in pairs] for pairs in since]),
+        "write_angle": _turned([[pair.write for pair in pairs] for pairs in since]),
         "angle": torch.rad2deg(cosines.acos()),
     }
 
 
-def _inner(mine: Mapping[str, Thin], theirs: Mapping[str, Thin]) -> Float[Tensor, " site"]:
-    products = [compared(update, theirs[name]).inner for name, update in mine.items()]
-    return torch.tensor(products, dtype=torch.float64)
+def _pairs(mine: Mapping[str, Thin], theirs: Mapping[str, Thin]) -> list[Pair]:
+    return [compared(update, theirs[name]) for name, update in mine.items()]
+
+
+def _inner(pairs: Sequence[Sequence[Pair]]) -> Float[Tensor, "step site"]:
+    return torch.tensor([[pair.inner for pair in row] for row in pairs], dtype=torch.float64)
+
+
+def _turned(cosines: Sequence[Sequence[Tensor]]) -> Float[Tensor, "step site"]:
+    """acos √(mean cos²), in degrees, beneath a row of NaN for the first checkpoint."""
+    shared = torch.stack([torch.stack([site.square().mean() for site in row]) for row in cosines])
+    angles = torch.rad2deg(shared.clamp(max=1).sqrt().acos())
+    return torch.cat([torch.full_like(angles[:1], torch.nan), angles])
 
 
 # --- phase changes

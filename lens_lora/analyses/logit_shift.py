@@ -1,10 +1,13 @@
-"""First-order changes of what the model computes: J δz_l at the logits (note, Prop. 1), Δh inside.
+"""First-order changes of what the model computes: J δz_l at the logits (note, Prop. 1), Δh inside;
+and the other way about, ∂g/∂h.
 
 1. `logit_shift`, every token and site. In forward mode a tangent for each site gives the whole
    vocabulary; in reverse mode a covector for each token gives every site. `engine/memory.py` says
    which is cheaper, and how many go at once. All sites together are one tangent.
 2. `tangents`, every hook point. One dual forward pass, every gate moving along `scale`; at each
    hook point asked for, the derivative that the dual activation carries is kept.
+3. `gradients`, every hook point. One forward and one backward pass: ⟨∂g/∂h, ∂h⟩ over a point that
+   all of some sites' updates pass is what these sites have of first order.
 """
 
 from __future__ import annotations
@@ -19,20 +22,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import number, whole
-from lens_lora.engine.asked import Asked, ask_prompts
+from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.duals import dual_forward, tangent_of
 from lens_lora.engine.forward import JointInject, Part, joint_tangent, part_tangents
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.interventions import Names, resolved
-from lens_lora.engine.memory import Mode, chosen_mode, require_tangents
-from lens_lora.engine.read import read_logits
+from lens_lora.engine.memory import Mode, chosen_mode, require_graph, require_tangents
+from lens_lora.engine.read import read_for_slopes, read_logits
 from lens_lora.engine.second_order import slopes_of_each
-from lens_lora.errors import ArgumentError, SiteError, TokenError
-from lens_lora.model.hooks import alone, attached
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError, TokenError
+from lens_lora.model.gates import ScaleInject
+from lens_lora.model.hooks import HookFn, alone, attached
 from lens_lora.model.lens import LoraLens, Scale
 from lens_lora.model.sites import Site, one_site
 from lens_lora.readouts.prompts import Prompts, PromptsLike
-from lens_lora.readouts.readout import token_ids
+from lens_lora.readouts.readout import Readout, token_ids
 from lens_lora.results.base import Result, long_table, only_prompt
 
 if TYPE_CHECKING:
@@ -261,29 +265,129 @@ def tangents(
         ArgumentError: a scale or `at` that is no number, or tangents beyond the bound.
     """
     asked, at = ask_prompts(lens, prompts, max_memory), number("at", at)
-    points = lens.model.hook_dict
-    in_full, wanted = ((), tuple(points)) if names is None else resolved(lens, names)
+    in_full, wanted = _points(lens, names)
     lens.plan.require_update(in_full)
     wanted = [name for name in wanted if name not in lens.plan.points_without_update]
-    aliases: dict[int, list[str]] = {}
-    for name in wanted:
-        aliases.setdefault(id(points[name]), []).append(name)
-    require_tangents(asked.lens, asked.prompts, [names[0] for names in aliases.values()])
+    require_tangents(asked.lens, asked.prompts, [names[0] for names in _aliases(lens, wanted)])
     kept: dict[str, Tensor] = {}
 
-    def keep(names: list[str]) -> Callable[..., None]:
-        def hook_fn(tensor: Any, hook: Any) -> None:
+    def keep(names: list[str], tensor: Tensor) -> None:
+        kept.update(dict.fromkeys(names, tangent_of(tensor)))
+
+    with dual_forward():
+        inject = JointInject(lens, lens.gates(at), lens.gates(scale))
+        with lens.injected(inject), attached(lens.model, _seen_by(keep, _aliases(lens, wanted))):
+            lens.run(asked.prompts)
+    return _cache(lens, wanted, kept)
+
+
+@alone
+def gradients(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    readout: Readout,
+    names: Names | None = None,
+    *,
+    at: float = 0.0,
+    max_memory: float | None = None,
+) -> ActivationCache:
+    """∂g/∂h of every hooked activation, at ε = at. One forward and one backward pass.
+
+    What is held within memory is the whole graph, and a tensor for each hook point.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: of one row a prompt: any but `AnswerMargin`. With a response, a row is the prompt
+            and the response without its last token, after which nothing is read.
+        names: a hook point, several, globs, or a predicate; None for every one.
+        at: the gate value at which the model runs: 0 the base, 1 the adapted model.
+        max_memory: bytes for graph and gradients; by default the bound of the lens, if it has one.
+
+    Returns:
+        ActivationCache of gradients, in the readout's units per unit of the activation, shaped as
+        the activations are; zero at padding. Points of which g is no function are not in it; one
+        that fires several times in a pass (ln1 for q, k and v) has the sum.
+
+    Raises:
+        SiteError: a hook point that the model lacks, with the nearest names.
+        ModelStateError: g does not depend on what a point named in full shows.
+        ArgumentError: a KL at 0, where its gradient is zero, two rows a prompt, an `at` that is no
+            number, or a graph or gradients beyond the bound.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+        NumericsError: a gradient that is not finite.
+    """
+    asked, at = ask(lens, prompts, readout, max_memory), number("at", at)
+    reading, rows = (asked if at else asked.require_slope_at_base()).reading, asked.prompts.batch
+    if len(reading.owner) != rows:
+        raise ArgumentError(
+            f"{readout.label} reads {len(reading.owner)} rows of {rows} prompts, and a gradient is "
+            "that of one row a prompt; take the gradients of ll.AnswerLogProb of either answer."
+        )
+    in_full, wanted = _points(lens, names)
+    aliases = _aliases(lens, wanted)
+    require_tangents(asked.lens, reading.prompts, [names[0] for names in aliases])
+    require_graph(asked.lens, reading)
+    seen: list[tuple[list[str], Tensor]] = []
+
+    def keep(names: list[str], tensor: Tensor) -> Tensor:
+        # A node of its own: what reads the tensor past this point counts elsewhere. Where nothing
+        # before it has a gradient, the graph begins here.
+        is_graphed = tensor.requires_grad
+        moved = tensor.view_as(tensor) if is_graphed else tensor.detach().requires_grad_()
+        seen.append((names, moved))
+        return moved
+
+    inject, hooks = ScaleInject(lens.plan, lens.gates(at)), _seen_by(keep, aliases)
+    with torch.enable_grad(), lens.injected(inject), attached(lens.model, hooks):
+        values = read_for_slopes(lens, reading)
+    points = [tensor for _, tensor in seen]
+    slopes = torch.autograd.grad(values.sum(), points, allow_unused=True)
+    kept: dict[str, Tensor] = {}
+    for (names, _), slope in zip(seen, slopes, strict=True):
+        if slope is not None:  # the sum, where a point fires more than once: ln1, for q, k and v
+            kept.update({name: kept[name] + slope if name in kept else slope for name in names})
+    for name in in_full:
+        if name not in kept:
+            raise ModelStateError(
+                f"{name}: {readout.label} does not depend on the tensor that this point shows (a "
+                "copy, or not on the way to what is read); name another point."
+            )
+    for name, slope in kept.items():
+        require_finite(slope, f"the gradient at {name}")
+    return _cache(lens, wanted, kept)
+
+
+def _points(lens: LoraLens, names: Names | None) -> tuple[tuple[str, ...], Sequence[str]]:
+    """The names given in full, and all that are wanted."""
+    return ((), tuple(lens.model.hook_dict)) if names is None else resolved(lens, names)
+
+
+def _aliases(lens: LoraLens, names: Sequence[str]) -> list[list[str]]:
+    """The names of each hook point."""
+    aliases: dict[int, list[str]] = {}
+    for name in names:
+        aliases.setdefault(id(lens.model.hook_dict[name]), []).append(name)
+    return list(aliases.values())
+
+
+def _seen_by(
+    see: Callable[[list[str], Tensor], Tensor | None], aliases: Sequence[list[str]]
+) -> list[tuple[str, HookFn]]:
+    """Hooks that show what is a number at each point, with all names of that point."""
+
+    def hook_of(names: list[str]) -> HookFn:
+        def hook_fn(tensor: Any, hook: Any) -> Tensor | None:
             del hook
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                kept.update(dict.fromkeys(names, tangent_of(tensor)))
+            is_number = isinstance(tensor, Tensor) and tensor.is_floating_point()
+            return see(names, tensor) if is_number else None
 
         return hook_fn
 
-    hooks = [(names[0], keep(names)) for names in aliases.values()]
-    with dual_forward():
-        inject = JointInject(lens, lens.gates(at), lens.gates(scale))
-        with lens.injected(inject), attached(lens.model, hooks):
-            lens.run(asked.prompts)
+    return [(names[0], hook_of(names)) for names in aliases]
+
+
+def _cache(lens: LoraLens, names: Sequence[str], kept: Mapping[str, Tensor]) -> ActivationCache:
     from transformer_lens.ActivationCache import ActivationCache
 
-    return ActivationCache({name: kept[name] for name in wanted if name in kept}, lens.model)
+    return ActivationCache({name: kept[name] for name in names if name in kept}, lens.model)

@@ -299,6 +299,20 @@ def require_rows_of_graph(lens: LoraLens, run: Run) -> None:
         )
 
 
+def require_graph(lens: LoraLens, run: Run) -> None:
+    """Check that a graph of all rows, whose blocks do not run again, is within the bound.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    require_rows_of_graph(lens, run)
+    if must_rerun(lens, run):
+        raise ArgumentError(
+            f"max_memory={lens.max_memory:.3g} bytes, and the graph of these rows, which is kept "
+            "whole, takes more; pass fewer or shorter prompts at a time, or allow more."
+        )
+
+
 def require_second_order(lens: LoraLens, run: Run) -> None:
     """Check that the graph of a second derivative, which is kept whole, is within the bound.
 

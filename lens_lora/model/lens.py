@@ -52,7 +52,7 @@ from lens_lora.model.probe import Probe, probed
 from lens_lora.model.quantised import differentiable_products
 from lens_lora.model.sites import WRITER_KINDS, Heads, Site, SiteFactors, fused_rows, one_site
 from lens_lora.model.updates import holds_another_base
-from lens_lora.readouts.answers import Generated
+from lens_lora.readouts.answers import AnswerLike, Generated, continued
 from lens_lora.readouts.prompts import Prompts, PromptsLike, PromptTokens, prepare
 
 if TYPE_CHECKING:
@@ -359,7 +359,13 @@ class LoraLens:
 
         return Temporary(put_on)
 
-    def prompts(self, prompts: PromptsLike, *, prepend_bos: bool | None = None) -> Prompts:
+    def prompts(
+        self,
+        prompts: PromptsLike,
+        response: AnswerLike | None = None,
+        *,
+        prepend_bos: bool | None = None,
+    ) -> Prompts:
         """Strings, conversations or ids as `Prompts`, which every analysis takes as they are.
 
         TransformerLens puts a BOS in front of a string, also where the model's own tokenizer adds
@@ -370,6 +376,8 @@ class LoraLens:
 
         Args:
             prompts: strings, conversations, ids [batch, pos], ids with their mask, or `Prompts`.
+            response: what is said after each: a string, ids, or one of these per prompt. Both are
+                then one row, which is read at each token of the response.
             prepend_bos: of strings alone: whether a BOS is put in front of each that does not begin
                 with one; None for TransformerLens's default.
 
@@ -377,8 +385,10 @@ class LoraLens:
             PromptError: empty, too long, outside the vocabulary, padded without lengths or mask, or
                 no input of the chat template; a `prepend_bos` of what is no string, or true where
                 the tokenizer has no BOS.
+            TokenError: a response that does not fit the model.
         """
-        return prepare(self.model, prompts, prepend_bos)
+        ready = prepare(self.model, prompts, prepend_bos)
+        return ready if response is None else continued(self.model, ready, response)
 
     @alone
     def logits(

@@ -241,6 +241,22 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
     return answers
 
 
+def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
+    """Prompt and response in one row, read at each of the response's tokens."""
+    said = response_ids(model, response, prompts)
+    rows = [
+        torch.cat([prompts.row(i).tokens[0], prompts.tokens.new_tensor(ids)])
+        for i, ids in enumerate(said)
+    ]
+    lengths = prompts.lengths.new_tensor([len(row) for row in rows])
+    longest = int(lengths.argmax())
+    name = which_prompt(longest, prompts.batch)
+    require_context(model, int(lengths[longest]), f"{name} with its answer")
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    reads = lengths.new_tensor([len(ids) for ids in said])
+    return Prompts(tokens, lengths, reads, prompts.sources)
+
+
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:
     """`Margin` of two tokens, or `AnswerMargin` where an answer has several after some prompt.
 

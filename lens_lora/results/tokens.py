@@ -62,6 +62,30 @@ def context_of(tokens: Sequence[str], at: int, width: int) -> str:
     return f"{''.join(before)}⟦{tokens[at]}⟧{''.join(after)}"
 
 
+_QUARTERS = {"least": 0.0, "lower": 0.25, "median": 0.5, "upper": 0.75, "largest": 1.0}
+
+
+def spread_of(values: NDArray[np.floating]) -> dict[str, float]:
+    """How one direction's values are spread over tokens, of which there is at least one."""
+    quarters = np.quantile(values, list(_QUARTERS.values())).tolist()
+    sizes = {"mean": float(values.mean()), "rms": float(np.sqrt(np.square(values).mean()))}
+    return sizes | dict(zip(_QUARTERS, quarters, strict=True))
+
+
+def require_some(positions: Positions, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The tokens that are meant, if there are any.
+
+    Raises:
+        ArgumentError: none.
+    """
+    if not chosen.any():
+        raise ArgumentError(
+            f"positions={positions!r}: no token is there that is not a sink; ask for others, or "
+            "with sinks=True."
+        )
+    return chosen
+
+
 def require_sign(sign: int) -> int:
     """The sign, if it is one.
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from plotly.graph_objects import Figure
+import pandas as pd
+from plotly.graph_objects import Box, Figure
 
 from lens_lora import results
 from lens_lora.arguments import whole, word
@@ -17,10 +18,12 @@ from lens_lora.results import drawing
 from lens_lora.results.attribution import MOST_POSITIONS, Axis
 from lens_lora.results.base import only_prompt, prompt_rows
 from lens_lora.show.figures import (
+    EXACT,
     LINEAR,
     Cells,
     bars,
     every_few,
+    finish,
     heatmap,
     kinds_by_layer,
     layers_axis,
@@ -544,6 +547,28 @@ def _features_by_position(
     return heatmap(titles, z, says, x, y, units, "signed", reach=reach)
 
 
+def _shown(site: str | None, drawn: int, count: int) -> str:
+    shown = f"each rank of {site}" if site else "the first rank of each site"
+    return shown if drawn == count else f"{shown}, the {drawn} of {count} of largest |u|"
+
+
+@drawing.spread.register(pd.DataFrame)
+def spread_figure(frame: pd.DataFrame, tokens: str, site: str | None, gauge: str) -> Figure:
+    """A box for each direction: the quarters of its values over tokens, and the ends of all."""
+    largest = frame[["least", "largest"]].abs().max(axis=1).nlargest(_MOST_ROWS).index
+    rows = frame.loc[sorted(largest)]
+    y = names_axis(f"{name} {rank}" for name, rank in zip(rows["site"], rows["rank"], strict=True))
+    quarters = {"q1": "lower", "median": "median", "q3": "upper", "mean": "mean"}
+    ends = {"lowerfence": "least", "upperfence": "largest"}
+    numbers = {key: rows[column] for key, column in (quarters | ends).items()}
+    box = Box(y=y.values, orientation="h", line={"color": EXACT, "width": 1}, **numbers)
+    below = f"{_shown(site, len(rows), len(frame))}; sinks are left out"
+    titles = f"Activations over the tokens of {tokens}", below
+    height = 120 + 18 * max(len(rows), 8)
+    figure = finish(Figure(box), titles, (_GAUGES[gauge], ""), height)
+    return figure.update_yaxes(autorange="reversed", **y.layout)
+
+
 _GAUGES = {"svd": "u = ΣVᵀx", "trained": "u = Ax as trained"}
 
 
@@ -557,9 +582,13 @@ def activations_figure(
 
     Raises:
         SiteError: no such site.
-        ArgumentError: no such prompt, or several and none named.
+        ArgumentError: no such prompt.
     """
-    index = only_prompt(prompt, len(activations.str_tokens), "activations")
+    count = len(activations.str_tokens)
+    if prompt is None and count > 1:
+        frame = activations.spread(site)
+        return drawing.spread(frame, f"{count} prompts", site, activations.gauge)
+    index = only_prompt(prompt, count, "activations")
     tokens = activations.str_tokens[index]
     is_sink = activations.sinks[index, : len(tokens)].cpu()
     values = activations.values[index, :, : len(tokens)].cpu().double()
@@ -579,9 +608,7 @@ def activations_figure(
         value = f"{signed(numbers[i][t])}{' (a sink)' if is_sink[t] else ''}"
         return f"{name} rank {rank}<br>{t} {label(visible(tokens[t]))}<br>{value}"
 
-    shown = f"each rank of {site}" if site else "the first rank of each site"
-    if len(rows) < len(every):
-        shown += f", the {len(rows)} of {len(every)} of largest |u|"
+    shown = _shown(site, len(rows), len(every))
     heading = f"Activations over “{short_prompt(tokens)}”"
     below = f"{shown}; sinks are grey; z read at {activations.at}"
     units = _GAUGES[activations.gauge]

@@ -22,8 +22,10 @@ _MODULES = {
     "moved": ("Which modules move when", "how far ΔW moved since the checkpoint before"),
     "effect": ("First order through the training", "Σ of each group, mean over prompts"),
     "norm": ("How large ΔW is through the training", "‖ΔW‖ of each group"),
+    "read": ("How far what ΔW reads turns", "mean angle to the checkpoint before"),
+    "write": ("How far what ΔW writes turns", "mean angle to the checkpoint before"),
 }
-_NORMS = {"moved": "‖change‖", "norm": "‖ΔW‖"}
+_AMOUNTS = {"moved": "‖change‖", "norm": "‖ΔW‖", "read": "degrees", "write": "degrees"}
 
 
 @drawing.modules.register(results.Checkpoints)
@@ -38,7 +40,8 @@ def modules_heatmap(training: results.Checkpoints, what: Any, group: Any) -> Fig
     says = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
     x = names_axis((f"{step:g}" for step in frame.columns), "step")
     y = names_axis(frame.index, autorange="reversed" if group == "kind" else None)
-    units, scale = _NORMS.get(what, training.units), "amount" if what in _NORMS else "pushes"
+    is_amount = what in _AMOUNTS
+    units, scale = _AMOUNTS.get(what, training.units), "amount" if is_amount else "pushes"
     values = frame.to_numpy().tolist()
     return heatmap((f"{heading}, by {group}", below), values, says, x, y, units, scale)
 

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from lens_lora.arguments import whole
 from lens_lora.engine.texts import first_of_each
-from lens_lora.errors import ArgumentError, SweepError
-from lens_lora.model.sites import Site, one_site
+from lens_lora.errors import SweepError
+from lens_lora.model.sites import Site, match_sites, one_site
+from lens_lora.results import drawing
 from lens_lora.results.tokens import (
     Positions,
     Sign,
@@ -36,6 +37,8 @@ from lens_lora.results.tokens import (
     context_of,
     require_ranks,
     require_sign,
+    require_some,
+    spread_of,
     strongest,
 )
 from lens_lora.sweeps.store import about_of
@@ -213,16 +216,47 @@ class ActivationsFile:
         total = np.full((len(self.sites), max(self.ranks)), np.nan)
         for slot, rank in enumerate(self.ranks):
             total[slot, :rank] = 0
-        once, _ = self._counted(positions, sinks)
-        if not once.any():
-            raise ArgumentError(
-                f"positions={positions!r}: no token is there that is not a sink; ask for others, "
-                "or with sinks=True."
-            )
+        once = require_some(positions, self._counted(positions, sinks)[0])
         for group, counted in self._groups([site.name for site in self.sites], once):
             for slot, (site, rank) in enumerate(zip(self.sites, self.ranks, strict=True)):
                 total[slot, :rank] += _numbers(group.table, site.name)[counted].sum(0, dtype=float)
         return torch.from_numpy(total / once.sum())
+
+    def spread(self, site: str | None = None) -> pd.DataFrame:
+        """How each direction's values are spread over the tokens of all texts.
+
+        As `Activations.spread`. Reads one site's numbers at a time.
+
+        Args:
+            site: a name or glob: every rank of these. Without it, the first rank of each site.
+
+        Raises:
+            SiteError: no such site.
+            ArgumentError: no token that is not a sink.
+        """
+        once = require_some(None, self._counted(None, sinks=False)[0])
+        names = [s.name for s in self.sites]
+        rows = []
+        for index in sorted(match_sites(names, {site or "*": True})):
+            column = pq.read_table(self.path, columns=[names[index]])
+            values = _numbers(column, names[index])[once]
+            for r in range(1 if site is None else self.ranks[index]):
+                rows.append({"site": names[index], "rank": r} | spread_of(values[:, r]))
+        return pd.DataFrame(rows)
+
+    def plot(self, site: str | None = None) -> drawing.Figure:
+        """How each direction is spread over the tokens of all texts, as `spread` has it.
+
+        Of more than 40 directions those of largest |u| are shown, and the title says so.
+
+        Args:
+            site: a name or glob: every rank of these. Without it, the first rank of each site.
+
+        Raises:
+            SiteError: no such site.
+            ArgumentError: no token that is not a sink.
+        """
+        return drawing.spread(self.spread(site), f"{self.texts} texts", site, self.gauge)
 
     def bad(self) -> pd.DataFrame:
         """The records without numbers: record, id, error."""

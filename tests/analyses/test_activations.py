@@ -331,6 +331,32 @@ def test_a_shared_beginning_counts_once():
     assert found.repeated == 6 and "(3 sinks, 6 after the same tokens as earlier)" in repr(found)
 
 
+def test_a_row_for_each_token_and_what_stands_there():
+    """For an autoencoder of one's own: a column for each direction; repeated tokens count once."""
+    lens, rows = cases.case("llama", list(models.MAKERS)[0], "raw").lens, models.tokens(2, 7)
+    rows[1, :4] = rows[0, :4]
+    found = ll.activations(lens, rows)
+    matrix, contexts, directions = found.matrix(), found.contexts(context=1), found.directions("*")
+    assert matrix.shape == (len(contexts), len(directions)) and len(contexts) == 6 + 3
+    for row, (p, t) in zip(
+        matrix, contexts[["prompt", "position"]].itertuples(index=False), strict=True
+    ):
+        assert row.tolist() == [float(found.values[p, s, t, r]) for s, r in directions]
+    assert contexts["context"][6].endswith(f"⟦{found.str_tokens[1][4]}⟧{found.str_tokens[1][5]}")
+    assert torch.allclose(found.matrix(-1).mean(0)[0], found.mean(-1)[0, 0])
+    spread = found.spread("*.mlp.down")
+    column = matrix[:, directions.index((6, 1))].numpy()
+    row = spread.set_index(["site", "rank"]).loc["blocks.0.mlp.down", 1]
+    numbers = [column.mean(), column.min(), *np.quantile(column, [0.25, 0.5, 0.75]), column.max()]
+    names = ["mean", "least", "lower", "median", "upper", "largest"]
+    assert np.allclose(row[names].astype(float), numbers)
+    assert row["rms"] == pytest.approx(float(np.sqrt((column**2).mean())))
+    drawn = found.plot("*.mlp.down").data[0]
+    assert list(drawn.median) == list(spread["median"]) and len(drawn.y) == len(spread) == 6
+    with pytest.raises(ll.errors.ArgumentError, match="no token is there"):
+        found.matrix(0)
+
+
 def test_heat_map():
     lens = cases.case("llama", list(models.MAKERS)[0], "raw").lens
     found = ll.activations(lens, prompts(), RESPONSES)
@@ -340,7 +366,7 @@ def test_heat_map():
     assert drawn.z[4][2] == float(found.values[1, slot, 2, 1]) and drawn.z[4][0] is None
     assert len(found.plot(prompt=0).data[0].y) == len(found.sites)
     with pytest.raises(ll.errors.ArgumentError, match="prompt"):
-        found.plot()
+        found.plot(prompt=2)
 
 
 @pytest.mark.bad_input

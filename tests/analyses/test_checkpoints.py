@@ -77,6 +77,8 @@ def test_the_direction_is_the_final_one_throughout(found):
     assert torch.allclose(result.to_final, torch.ones_like(result.to_final))
     assert result.angle.max() < 1e-4 and result.phases["angle"] == ()  # what differs is rounding
     ratio = result.norms / result.norms[-1]
+    assert bool(result.read_angle[0].isnan().all()) and result.read_angle[1:].max() < 1e-3
+    assert bool(result.write_angle[0].isnan().all()) and result.write_angle[1:].max() < 1e-3
     assert torch.allclose(ratio, torch.tensor(STRENGTHS)[:, None].expand_as(ratio).double())
     steps = torch.tensor(STRENGTHS).diff(prepend=torch.zeros(1)).double()
     assert torch.allclose(result.moved, steps[:, None] * result.norms[-1], atol=1e-6)
@@ -122,6 +124,42 @@ def test_a_turn_of_the_direction_is_an_angle_and_a_phase():
     result = ll.checkpoints(case.lens, run, models.tokens(), ll.Margin(5, 9), progress=False)
     assert result.phases["angle"] == ((7.0, 8.0),)
     assert result.angle[6] > 80 and result.angle[7] < 10 and result.angle[-1] == 0
+
+
+@pytest.mark.parametrize("turned", ["read", "write"])
+def test_what_is_read_turns_apart_from_what_is_written(turned: str):
+    """Rank 1, of which one factor alone turns by 30°: one angle is 30°, the other 0, for each site;
+    `to_final` says cos 30° of either."""
+    lens, seed = cases.case("llama", HOSTS[0], "raw").lens, torch.Generator().manual_seed(5)
+
+    def orthonormal(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        frame = torch.linalg.qr(torch.randn(width, 2, generator=seed, dtype=torch.float64)).Q
+        return frame[:, 0], frame[:, 1]
+
+    widths = {s.module: lens.adapter.modules[s.module] for s in lens.sites}
+    frames = {m: (orthonormal(f.A.shape[1]), orthonormal(f.B.shape[0])) for m, f in widths.items()}
+
+    def at(degrees: float) -> ll.Adapter:
+        cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        angles = {"read": ((cos, sin), (1, 0)), "write": ((1, 0), (cos, sin))}[turned]
+        vectors = {
+            module: [c * x + s * y for (c, s), (x, y) in zip(angles, frame, strict=True)]
+            for module, frame in frames.items()
+        }
+        return ll.Adapter.from_factors(
+            {m: ll.LoRAFactors(a[None], b[:, None], 0.1) for m, (a, b) in vectors.items()}
+        )
+
+    run = [at(0), at(30), at(60)]
+    result = ll.checkpoints(lens, run, models.tokens(), ll.Margin(5, 9), progress=False)
+    angles = {"read": result.read_angle[1:], "write": result.write_angle[1:]}
+    for side, degrees in angles.items():
+        expected = torch.full_like(degrees, 30.0 if side == turned else 0.0)
+        assert torch.allclose(degrees, expected, atol=1e-3), side
+    assert torch.allclose(result.to_final[1], torch.full_like(result.to_final[1], 0.75**0.5))
+    by_layer = result.by_group(turned)
+    assert by_layer[1].isna().all() and np.allclose(by_layer[[2, 3]], 30, atol=1e-3)
+    assert result.plot_modules(turned).data[0].z is not None
 
 
 def test_a_run_folder_is_read_in_the_order_of_its_steps(tmp_path):

@@ -204,6 +204,7 @@ def checkpoints() -> ll.results.Checkpoints:
         base=torch.tensor([-2.0, -3.0]),
         adapted=torch.tensor([[-1.0, -3.0], [1.0, -2.0], [2.0, -1.0]]),
         effects=torch.full((3, 2, 4), 0.5), norms=each, moved=each, to_final=each,
+        read_angle=30 * each, write_angle=10 * each,
         flip_scale=torch.tensor([[math.nan, math.nan], [0.7, math.nan], [0.5, math.nan]]),
         angle=torch.tensor([40.0, 20.0, 0.0]), phases={"prompt 0": ((10.0, 20.0),), "angle": ()},
         noise=torch.full((4, 2), 1e-6), str_tokens=TOKENS, readout="y", units="logits",

@@ -47,6 +47,17 @@ def run(
     return found
 
 
+def test_the_spread_is_that_of_all_tokens(lens, tmp_path):
+    file, direct = run(lens, BAD, tmp_path), ll.activations(lens, WORDS)
+    for site in (None, "*.attn.o"):
+        frame, expected = file.spread(site), direct.spread(site)
+        assert frame[["site", "rank"]].equals(expected[["site", "rank"]])
+        numbers = [table.select_dtypes("float").to_numpy() for table in (frame, expected)]
+        np.testing.assert_allclose(*numbers, rtol=1e-9, atol=1e-9)
+    drawn = file.plot().data[0]
+    assert len(drawn.y) == len(lens.sites) and list(drawn.q3) == list(file.spread()["upper"])
+
+
 def same(one: ll.results.ActivationsFile, other: ll.results.ActivationsFile) -> None:
     first, second = (pq.read_table(found.path) for found in (one, other))
     assert first.schema.equals(second.schema) and len(first) == len(second)
