@@ -55,7 +55,7 @@ def text_table(lens: ll.LoraLens, texts: int, turns: int, tokens: int = 64) -> N
         print(f"| {name} | {target} | {least[name]:.2f} F |")
     each = (least["… and with two controls"] - least["… without the split by site"]) / 2
     print(f"| a control | ≤ 1.2 F | {each:.2f} F |", flush=True)
-    _cosine_lines(lens, rows.rows(0, min(8, texts)), turns)
+    _cosine_lines(lens, rows.chosen(range(min(8, texts))), turns)
 
 
 def _cosine_lines(lens: ll.LoraLens, rows: ll.Prompts, turns: int) -> None:

@@ -32,8 +32,7 @@ from .evaluation.reliability import reliability
 from .loading import demo, load
 from .model.lens import LoraLens
 from .model.rules import FrozenRules
-from .readouts.answers import AnswerLogProb, AnswerMargin
-from .readouts.divergence import KL
+from .readouts.answers import KL, AnswerLogProb, AnswerMargin
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.base import load_result

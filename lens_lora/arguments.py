@@ -32,11 +32,7 @@ def one_entry(value: object) -> object:
 
 
 def number(name: str, value: object) -> float:
-    """A finite real number.
-
-    Raises:
-        ArgumentError: a word, a truth value, a complex number, NaN, an infinity, or several.
-    """
+    """A finite real number."""
     plain = one_entry(value)
     if isinstance(plain, _BOOLEAN) or not isinstance(plain, numbers.Real):
         raise ArgumentError(f"{name}={value!r}: expected a number.")
@@ -47,11 +43,7 @@ def number(name: str, value: object) -> float:
 
 
 def numbers_of(name: str, values: object) -> list[float]:
-    """Several finite real numbers, in a list, a tuple, an array or a tensor.
-
-    Raises:
-        ArgumentError: a single value, or an entry that `number` refuses.
-    """
+    """Several finite real numbers, in a list, a tuple, an array or a tensor."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise ArgumentError(f"{name}={values!r}: expected a list of numbers.")
     if isinstance(values, Tensor | np.ndarray) and values.ndim != 1:
@@ -65,11 +57,7 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def whole(name: str, value: object, least: int | None = None) -> int:
-    """A whole number.
-
-    Raises:
-        ArgumentError: no whole number, or a smaller one.
-    """
+    """A whole number."""
     plain = one_entry(value)
     if not is_whole(plain):
         raise ArgumentError(f"{name}={value!r}: expected a whole number.")
@@ -79,11 +67,7 @@ def whole(name: str, value: object, least: int | None = None) -> int:
 
 
 def word(name: str, value: object, known: Iterable[str]) -> str:
-    """One of some words.
-
-    Raises:
-        ArgumentError: anything else.
-    """
+    """One of some words."""
     if isinstance(value, str) and value in known:
         return value
     *others, last = map(repr, known)

@@ -34,7 +34,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -353,11 +353,7 @@ def home_of(model: nn.Module) -> torch.device:
 
 
 def refuse_out_of_reach(model: nn.Module) -> None:
-    """Check that each weight lies on a device, or is brought to one by accelerate's hooks.
-
-    Raises:
-        ModelStateError: naming one that is nowhere.
-    """
+    """Check that each weight lies on a device, or is brought to one by accelerate's hooks."""
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
             if not is_offloaded(module) and weight.is_meta:
@@ -431,15 +427,7 @@ def calls(hook: Any, fn: object) -> bool:
     A user's own may be anything that can be called: a partial, an object, a builtin, a closure
     whose cells are empty.
     """
-    closure = hook.__closure__ if isinstance(hook, FunctionType) else None
-    return hook is fn or any(_holds(cell, fn) for cell in closure or ())
-
-
-def _holds(cell: CellType, fn: object) -> bool:
-    try:
-        return cell.cell_contents is fn
-    except ValueError:  # it is empty
-        return False
+    return hook is fn or any(content is fn for content in _cells_of(hook).values())
 
 
 def _cells_of(fn: object) -> dict[str, object]:

@@ -177,6 +177,17 @@ _GPT2_LIKE = Family(
     norm="LN",
     conv1d=True,
 )
+_NEOX = Family(
+    architectures=("GPTNeoXForCausalLM",),
+    layer="gpt_neox.layers.{l}",
+    linears=_fused_attention("attention.query_key_value", "attention.dense") | _NEOX_MLP,
+    ln1="input_layernorm",
+    ln2="post_attention_layernorm",
+    ln_final="gpt_neox.final_layer_norm",
+    embed="gpt_neox.embed_in",
+    norm="LN",
+    fused="interleaved",
+)
 _LLAMA_LIKE = Family(
     architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"),
     layer="model.layers.{l}",
@@ -218,29 +229,16 @@ FAMILIES: tuple[Family, ...] = (
         conv1d=False,
         value_bias=False,
     ),
-    Family(
-        architectures=("GPTNeoXForCausalLM",),
-        layer="gpt_neox.layers.{l}",
-        linears=_fused_attention("attention.query_key_value", "attention.dense") | _NEOX_MLP,
-        ln1="input_layernorm",
-        ln2="post_attention_layernorm",
-        ln_final="gpt_neox.final_layer_norm",
-        embed="gpt_neox.embed_in",
-        norm="LN",
-        fused="interleaved",
-    ),
-    Family(
+    _NEOX,
+    dataclasses.replace(
+        _NEOX,
         architectures=("BloomForCausalLM",),
         layer="transformer.h.{l}",
         linears=_fused_attention("self_attention.query_key_value", "self_attention.dense")
         | _NEOX_MLP,
-        ln1="input_layernorm",
-        ln2="post_attention_layernorm",
         ln_final="transformer.ln_f",
         embed="transformer.word_embeddings",
-        norm="LN",
         embed_norm="transformer.word_embeddings_layernorm",
-        fused="interleaved",
     ),
     Family(
         architectures=("OPTForCausalLM",),
@@ -253,14 +251,12 @@ FAMILIES: tuple[Family, ...] = (
         pos_embed=None,
         norm="LN",
     ),
-    Family(
+    dataclasses.replace(
+        _LLAMA_LIKE,
         architectures=("PhiForCausalLM",),
-        layer="model.layers.{l}",
         linears=_split_attention("self_attn", "self_attn.dense") | _mlp("mlp.fc1", "mlp.fc2"),
-        ln1="input_layernorm",
         ln2="input_layernorm",
         ln_final="model.final_layernorm",
-        embed="model.embed_tokens",
         norm="LN",
     ),
     _LLAMA_LIKE,
@@ -292,11 +288,7 @@ def known_family(architecture: str | None) -> Family | None:
 
 
 def find_family(architecture: str | None) -> Family:
-    """The same, for a hooked model that needs the entry.
-
-    Raises:
-        ModelStateError: there is none.
-    """
+    """The same, for a hooked model that needs the entry."""
     family = known_family(architecture)
     if family is None:
         known = ", ".join(name for family in FAMILIES for name in family.architectures)

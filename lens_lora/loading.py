@@ -45,12 +45,7 @@ _NO_CODE = {"trust_remote_code": False}
 def load_base(
     name: str, how: Placement | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in evaluation mode, and its tokenizer.
-
-    Raises:
-        ModelStateError: no such folder, id or device, a model that transformers cannot read, or
-            bitsandbytes or accelerate is needed and not installed.
-    """
+    """A causal language model in evaluation mode, and its tokenizer."""
     import huggingface_hub
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,11 +75,7 @@ def load_base(
 
 
 def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | None = None) -> Any:
-    """The model itself, on this device and in this dtype.
-
-    Raises:
-        ModelStateError: this machine has no such device, or the model cannot be moved.
-    """
+    """The model itself, on this device and in this dtype."""
     if device is None and dtype is None:
         return model
     try:
@@ -270,8 +261,15 @@ def _base(
     """The base model, in evaluation mode, and its tokenizer."""
     if isinstance(model, str | Path):
         return load_base(str(model), how)
+    if model is None and named is None:
+        raise ModelStateError("the adapter names no base model; pass it as the first argument.")
     if model is None:
-        return _named_base(named, how)
+        try:
+            return load_base(str(named), how)
+        except ModelStateError as error:
+            raise ModelStateError(
+                f"{error} The adapter names it as its base; pass another as the first argument."
+            ) from error
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise ModelStateError(
             f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "
@@ -287,19 +285,6 @@ def _base(
     refuse_unusable(base)
     dtype = None if how.dtype in (None, "auto") else getattr(torch, how.dtype)
     return moved(base, how.device, dtype), tokenizer or _tokenizer_of(base)
-
-
-def _named_base(
-    named: str | None, how: Placement
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if named is None:
-        raise ModelStateError("the adapter names no base model; pass it as the first argument.")
-    try:
-        return load_base(named, how)
-    except ModelStateError as error:
-        raise ModelStateError(
-            f"{error} The adapter names it as its base; pass another as the first argument."
-        ) from error
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.adapters.arithmetic import module_path, natural, refuse_dora_twice, stacked, tagged
+from lens_lora.adapters import arithmetic
+from lens_lora.adapters.arithmetic import Parts, module_path
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, constant_factors
 from lens_lora.adapters.from_models import change_between, live_updates
 from lens_lora.adapters.methods import measured_updates, updates_over_base
-from lens_lora.adapters.nulls import Parts, null_updates
 from lens_lora.adapters.peft_files import adapter_folder, is_plain_lora, read_config
 from lens_lora.adapters.peft_read import read_folder
 from lens_lora.adapters.peft_write import save_adapter
@@ -70,7 +70,8 @@ class Adapter:
                     f"{self.name}: {path!r} → {type(update).__name__}; expected a module path → "
                     "ll.LoRAFactors(A, B, scale) or ll.TrainedModule(weight)."
                 )
-        object.__setattr__(self, "modules", dict(sorted(self.modules.items(), key=natural)))
+        in_order = sorted(self.modules.items(), key=arithmetic.natural)
+        object.__setattr__(self, "modules", dict(in_order))
 
     @classmethod
     def from_factors(cls, modules: Mapping[str, ModuleUpdate], *, name: str = "adapter") -> Adapter:
@@ -106,8 +107,11 @@ class Adapter:
             ArgumentError: no vectors by module path.
             AdapterError: a value that is no vector, or a module that `like` lacks.
         """
-        modules = constant_factors(vectors, like.modules if isinstance(like, Adapter) else like)
-        return cls(modules, name=name)
+        if isinstance(like, Adapter):
+            factors = {path: u for path, u in like.modules.items() if isinstance(u, LoRAFactors)}
+            widths = {path: update.A.shape[1] for path, update in factors.items()}
+            return cls(constant_factors(vectors, widths), name=name)
+        return cls(constant_factors(vectors, like), name=name)
 
     @classmethod
     def from_peft(cls, peft_model: PeftModel, adapter_name: str = "default") -> Adapter:
@@ -241,10 +245,11 @@ class Adapter:
                 ΔW is not additive).
         """
         base = self._common_base(other, "+")
-        left, right = tagged(self.modules, self.name), tagged(other.modules, other.name)
+        left = arithmetic.tagged(self.modules, self.name)
+        right = arithmetic.tagged(other.modules, other.name)
         if self.name == other.name or set(left) & set(right):
             raise AdapterError(f"both adapters are called {self.name!r}; rename one: named('…').")
-        refuse_dora_twice({**left, **right})
+        arithmetic.refuse_dora_twice({**left, **right})
         errors = {**self.truncation_error, **other.truncation_error}
         return Adapter({**left, **right}, f"{self.name} + {other.name}", base, errors)
 
@@ -260,7 +265,7 @@ class Adapter:
                 trained whole, a trained bias).
         """
         base = self._common_base(other, "-")
-        modules = stacked([(self.modules, 1.0), (other.modules, -1.0)])
+        modules = arithmetic.stacked([(self.modules, 1.0), (other.modules, -1.0)])
         return Adapter(modules, f"{self.name} - {other.name}", base)
 
     def mixed(self, other: Adapter, weight: SupportsFloat = 0.5) -> Adapter:
@@ -276,7 +281,7 @@ class Adapter:
                 trained whole, a trained bias).
         """
         base, share = self._common_base(other, "mixed with"), number("weight", weight)
-        modules = stacked([(self.modules, 1 - share), (other.modules, share)])
+        modules = arithmetic.stacked([(self.modules, 1 - share), (other.modules, share)])
         return Adapter(modules, f"{1 - share:g} {self.name} + {share:g} {other.name}", base)
 
     def null(self, seed: int = 0, draw: int = 0, *, parts: Parts | None = None) -> Adapter:
@@ -298,7 +303,7 @@ class Adapter:
                 base.
         """
         seed, draw = whole("seed", seed, 0), whole("draw", draw, 0)
-        modules = null_updates(self.modules, seed, draw, parts or {})
+        modules = arithmetic.null_updates(self.modules, seed, draw, parts or {})
         label = f"{draw}" if seed == 0 else f"{seed}.{draw}"
         return Adapter(modules, name=f"null {label} of {self.name}", base_model=self.base_model)
 
@@ -331,11 +336,7 @@ class Adapter:
             raise ArgumentError(
                 f"{glob!r} names no modules; expected a glob of module paths, like '*.q_proj'."
             )
-        keys = {
-            key
-            for key in self.modules
-            if fnmatch.fnmatch(key, glob) or fnmatch.fnmatch(module_path(key), glob)
-        }
+        keys = {k for k in self.modules if any(fnmatch.filter((k, module_path(k)), glob))}
         if not keys:
             raise SiteError(
                 f"{glob!r} matches no module of {self.name}, whose modules are "
@@ -437,7 +438,7 @@ def read_adapter(
     folder = adapter_folder(path, revision, subfolder)
     config = read_config(folder)
     if base_for is None or is_plain_lora(config):
-        modules, base, name = read_folder(path, revision, subfolder)
-        return Adapter(modules, name=name, base_model=base)
-    modules, base = updates_over_base(folder, config, base_for)
+        modules, base = read_folder(folder, config)
+    else:
+        modules, base = updates_over_base(folder, config, base_for)
     return Adapter(modules, name=folder.name or str(path), base_model=base)

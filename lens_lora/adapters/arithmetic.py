@@ -1,4 +1,4 @@
-"""Several updates of one module as one, and what does not add up.
+"""Adapters made of adapters: sums, differences, mixtures, and nulls of random directions.
 
     a + b                   both at once; the parts stay apart, as 'path@name'
     a − b, a.mixed(b, w)    one adapter: ΔW_a − ΔW_b,  (1 − w) ΔW_a + w ΔW_b
@@ -6,6 +6,18 @@
 In one adapter the factors of a module that both adapt are stacked along the rank, which is exact
 (PEFT's `add_weighted_adapter` calls that "cat"); changes of bias are summed. DoRA rescales whatever
 W it finds, and a trained module or bias replaces the base's: these do not add up.
+
+Null adapters have the same sizes and ranks, in random directions:
+
+    ΔW = s B A = Q_B K Q_Aᵀ,   K = s R_B R_Aᵀ   [rank, rank]          (QR of B and of Aᵀ)
+    ΔW′ = Q′_B K Q′_Aᵀ,        Q′ orthonormal, at random
+
+1. K holds every singular value of ΔW, and is kept: so are rank, spectral and Frobenius norm. The
+   dense ΔW is never built.
+2. Q′_A and Q′_B are the Q of Gaussian matrices, signs fixed: uniform over orthonormal frames.
+3. Where several sites share a module (a fused q, k, v), each part of B's rows has its own Q_B and
+   Q′_B, so that each part's singular values are kept, and the whole's with them.
+4. A change of bias becomes a random vector of its length, part by part.
 """
 
 from __future__ import annotations
@@ -15,13 +27,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, base_part, expert_factors
-from lens_lora.errors import AdapterError
+from lens_lora.adapters.factors import (
+    LoRAFactors,
+    ModuleUpdate,
+    TrainedModule,
+    Updates,
+    base_part,
+    expert_factors,
+)
+from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
 
-def tagged(modules: Mapping[str, ModuleUpdate], name: str) -> dict[str, ModuleUpdate]:
+def tagged(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
     """The modules under 'path@name', those of a sum under the names they have."""
     return {key if "@" in key else f"{key}@{name}": update for key, update in modules.items()}
 
@@ -31,12 +53,8 @@ def module_path(key: str) -> str:
     return key.partition("@")[0]
 
 
-def refuse_dora_twice(modules: Mapping[str, ModuleUpdate]) -> None:
-    """Refuse DoRA on a module that has another update too.
-
-    Raises:
-        AdapterError: naming the module.
-    """
+def refuse_dora_twice(modules: Updates) -> None:
+    """Refuse DoRA on a module that has another update too."""
     counts = Counter(map(module_path, modules))
     for key, update in modules.items():
         path = module_path(key)
@@ -47,15 +65,10 @@ def refuse_dora_twice(modules: Mapping[str, ModuleUpdate]) -> None:
             )
 
 
-def stacked(
-    weighted: Sequence[tuple[Mapping[str, ModuleUpdate], float]],
-) -> dict[str, ModuleUpdate]:
+def stacked(weighted: Sequence[tuple[Updates, float]]) -> dict[str, ModuleUpdate]:
     """Σ weight · update of each module as one update; factors are stacked along the rank.
 
     Parts of a sum, 'path@name', are updates of one module too.
-
-    Raises:
-        AdapterError: a module with several updates that do not add up.
     """
     updates: dict[str, list[ModuleUpdate]] = {}
     for modules, weight in weighted:
@@ -108,3 +121,69 @@ def _additive(path: str, update: ModuleUpdate) -> LoRAFactors:
 def natural(item: tuple[str, Any]) -> list[tuple[int, int, str]]:
     """Sort key: 'layers.2' before 'layers.10'."""
     return [(0, len(p), p) if p.isdigit() else (1, 0, p) for p in item[0].split(".")]
+
+
+# --- Null adapters: the same sizes and ranks, random directions
+
+
+Parts = Mapping[str, Sequence[Int[Tensor, " row"]]]
+
+
+def null_updates(modules: Updates, seed: int, draw: int, parts: Parts) -> dict[str, LoRAFactors]:
+    """The draw-th update of each module in random directions, in float64; see `Adapter.null`."""
+    generator = torch.Generator().manual_seed(draw_seeds(seed, draw + 1)[draw])
+    return {
+        key: _null(_known(key, update), parts.get(key), generator)
+        for key, update in modules.items()
+    }
+
+
+def draw_seeds(seed: int, draws: int) -> list[int]:
+    """The generator's seed of each draw; more draws begin with the same ones."""
+    return np.random.SeedSequence(seed).generate_state(draws).tolist()
+
+
+def _null(
+    factors: LoRAFactors, parts: Sequence[Tensor] | None, generator: torch.Generator
+) -> LoRAFactors:
+    if factors.experts > 1:
+        return expert_factors([_null(each, parts, generator) for each in factors.by_expert()])
+    A, B = factors.A.cpu().double(), factors.B.cpu().double()
+    size = factors.scale * factors.strength
+    _, right = torch.linalg.qr(A.T)
+    reads = orthonormal(A.shape[1], len(right), generator)
+    writes = B.new_empty(len(B), len(right))
+    bias = None if factors.lora_bias is None else B.new_empty(len(B))
+    for rows in parts or [torch.arange(len(B))]:
+        _, left = torch.linalg.qr(B[rows])
+        frame = orthonormal(len(rows), len(left), generator)
+        writes[rows] = frame @ (size * left @ right.T)
+        if bias is not None and factors.lora_bias is not None:
+            length = size * factors.lora_bias.cpu().double()[rows].norm()
+            bias[rows] = length * orthonormal(len(rows), 1, generator)[:, 0]
+    return LoRAFactors(reads.T.contiguous(), writes, lora_bias=bias, experts=factors.experts)
+
+
+def _known(key: str, update: ModuleUpdate) -> LoRAFactors:
+    """The factors, if nothing beside them depends on the base model."""
+    part = base_part(update)
+    if isinstance(update, LoRAFactors) and part is None:
+        return update
+    if isinstance(update, TrainedModule) and update.weight is not None and update.weight.ndim == 1:
+        raise UnsupportedAdapterError(
+            f"{key}: a norm's γ and β have no directions to draw at random; leave such modules out "
+            "with adapter.without(…)."
+        )
+    raise UnsupportedAdapterError(
+        f"{key}: {part} makes its change depend on the base model, so its size is not known here. "
+        "Make the change plain first: Adapter.between(base, peft_model.merge_and_unload())."
+    )
+
+
+def orthonormal(
+    rows: int, columns: int, generator: torch.Generator
+) -> Float[Tensor, "rows columns"]:
+    """Uniform over orthonormal frames: the signs of R's diagonal would favour some."""
+    gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    frame, triangle = torch.linalg.qr(gaussian)
+    return frame * triangle.diagonal().sign()

@@ -290,6 +290,7 @@ class TrainedModule:
 
 
 ModuleUpdate: TypeAlias = LoRAFactors | TrainedModule
+Updates = Mapping[str, ModuleUpdate]  # by Hugging Face module path
 
 
 def base_part(update: ModuleUpdate) -> str | None:
@@ -320,17 +321,13 @@ def expert_factors(parts: Sequence[LoRAFactors]) -> LoRAFactors:
 
 def constant_factors(
     vectors: Mapping[str, Float[Tensor, " out"]],
-    like: nn.Module | Mapping[str, ModuleUpdate] | Mapping[str, int] | None,
+    like: nn.Module | Mapping[str, int] | None,
 ) -> dict[str, LoRAFactors]:
     """Factors that add each vector to its module's output, whatever the input: ΔW = 0, and Δb.
 
     In PEFT's format a LoRA with A = 0, B = 0 and a bias of B's own (`lora_bias`). A has as many
-    columns as the module has inputs, which `like` tells: the base, updates of the same modules, or
-    widths. Without it A has one column, which fits every module (`LoRAFactors.width`).
-
-    Raises:
-        ArgumentError: no vectors by path, or a `like` of another type.
-        AdapterError: a value that is no vector, or a module that `like` lacks.
+    columns as the module has inputs, which `like` tells: the base, or widths by path. Without it A
+    has one column, which fits every module (`LoRAFactors.width`).
     """
     if not isinstance(vectors, Mapping) or not all(isinstance(path, str) for path in vectors):
         raise ArgumentError(
@@ -353,12 +350,9 @@ def _constant(path: str, vector: Any, like: Any) -> LoRAFactors:
 
 def _input_width(path: str, like: Any) -> int:
     if isinstance(like, Mapping):
-        update = like.get(path)
-        if isinstance(update, int):
-            return update
-        if not isinstance(update, LoRAFactors):
+        if path not in like:
             raise AdapterError(f"{path}: `like` holds no factors of this module.")
-        return update.A.shape[1]
+        return like[path]
     if not isinstance(like, nn.Module):
         raise ArgumentError(
             f"like is a {type(like).__name__}; expected the base model or an adapter of the same "

@@ -36,22 +36,9 @@ from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lens_lora.adapters import peft_read
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
 from lens_lora.adapters.peft_files import is_plain_lora, refuse_variants
-from lens_lora.adapters.peft_read import (
-    PREFIX,
-    base_of,
-    by_module,
-    head_follows,
-    located,
-    lora_factors,
-    of_experts,
-    parameter_holder,
-    parameter_path,
-    renamed,
-    saved_keys,
-    trained_module,
-)
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES, NORM_KINDS
 
@@ -64,12 +51,6 @@ def live_updates(
     """(updates by module path, the base it names) of one adapter of a live model; copies.
 
     LoRA is read from its tensors; what other methods add is measured.
-
-    Raises:
-        ArgumentError: the model has no adapters.
-        AdapterError: no adapter of this name, or its tensors are inconsistent.
-        UnsupportedAdapterError: a variant of LoRA that s·B·A would misread, a method without ΔW, or
-            a PeftMixedModel.
     """
     configs, base = configs_and_base(model)
     if not isinstance(adapter_name, str) or adapter_name not in configs:
@@ -78,7 +59,7 @@ def live_updates(
         )
     config, source = configs[adapter_name], f"PeftModel[{adapter_name!r}]"
     notes: list[str] = []
-    with located(source):
+    with peft_read.located(source):
         if is_plain_lora(config):
             refuse_variants(config)
             updates = updates_of_layers(base, adapter_name, config)
@@ -86,19 +67,14 @@ def live_updates(
             updates = measured(model, adapter_name, config)
         if not updates:
             raise AdapterError("no layer of the model has this adapter, or it changes nothing.")
-        modules, base_name = renamed(updates, notes), base_of(config)
+        modules, base_name = peft_read.renamed(updates, notes), peft_read.base_of(config)
     for note in notes:
         warnings.warn(f"{source}: {note}.", stacklevel=3)
     return modules, base_name
 
 
 def configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
-    """(config by adapter name, the model that holds the layers) of a model with adapters.
-
-    Raises:
-        ArgumentError: the model has no adapters.
-        UnsupportedAdapterError: a PeftMixedModel.
-    """
+    """(config by adapter name, the model that holds the layers) of a model with adapters."""
     from peft import PeftMixedModel
 
     if isinstance(model, PeftMixedModel):
@@ -123,12 +99,7 @@ _KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def base_within(peft_model: Any) -> nn.Module:
-    """The base model of a PeftModel, as modules of its own on the same tensors.
-
-    Raises:
-        UnsupportedAdapterError: the base is no longer there: an adapter is merged into the weights,
-            trained biases stand in their place, or PEFT took a part out of them (PiSSA, LoftQ).
-    """
+    """The base model of a PeftModel, as modules of its own on the same tensors."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -176,20 +147,23 @@ def _without_base(why: str) -> UnsupportedAdapterError:
 def updates_of_layers(base: nn.Module, name: str, config: Any) -> dict[str, ModuleUpdate]:
     """Those of LoRA layers, if the adapter is one, and of modules and rows trained beside them."""
     state, scales, ids, experts = _live_state(base, name, config)
-    state, _ = saved_keys({PREFIX + key: _copy(tensor) for key, tensor in state.items()})
-    modules, left_over = by_module(state)
+    copies = {peft_read.PREFIX + key: _copy(tensor) for key, tensor in state.items()}
+    state, _ = peft_read.saved_keys(copies)
+    modules, left_over = peft_read.by_module(state)
     if left_over:
         raise AdapterError(f"unknown tensors {left_over[:5]}.")
     updates: dict[str, ModuleUpdate] = {}
     for path, roles in modules.items():
-        with located(f"module {path}"):
-            if path in scales:
-                factors = lora_factors(roles, scales[path])
-                updates[path] = of_experts(factors, experts[path]) if path in experts else factors
+        with peft_read.located(f"module {path}"):
+            if path in experts:
+                factors = peft_read.lora_factors(roles, scales[path])
+                updates[path] = peft_read.of_experts(factors, experts[path])
+            elif path in scales:
+                updates[path] = peft_read.lora_factors(roles, scales[path])
             else:
                 tokens = torch.tensor(ids[path]) if path in ids else None
-                tied = path in ids and head_follows(path, ids)
-                updates[path] = trained_module(roles, tokens, tied=tied)
+                tied = path in ids and peft_read.head_follows(path, ids)
+                updates[path] = peft_read.trained_module(roles, tokens, tied=tied)
     return updates
 
 
@@ -210,7 +184,7 @@ def _live_state(
     for path, module in base.named_modules():
         tensors: Mapping[str, Tensor] = {}
         if isinstance(module, ParamWrapper):
-            path = parameter_path(parameter_holder(path), module.parameter_name)
+            path = peft_read.parameter_path(peft_read.parameter_holder(path), module.parameter_name)
             experts[path] = module.num_experts
         is_lora_layer = isinstance(module, LoraLayer) and is_plain_lora(config)
         if is_lora_layer and name in (*module.lora_A, *module.lora_embedding_A):
@@ -267,12 +241,7 @@ def change_between(
     ignore: str | Iterable[str],
     progress: bool,
 ) -> tuple[dict[str, ModuleUpdate], dict[str, float]]:
-    """(updates, truncation error) by module path; see `Adapter.between`.
-
-    Raises:
-        AdapterError: see `Adapter.between`.
-        ArgumentError: see `Adapter.between`.
-    """
+    """(updates, truncation error) by module path; see `Adapter.between`."""
     globs = _globs(ignore)
     _require_models(base, tuned)
     if rank is not None and (not isinstance(rank, int) or rank < 1):
@@ -395,24 +364,22 @@ def _bias_change(path: str, before: nn.Module, after: nn.Module) -> Float[Tensor
 
 
 def _truncate(factors: LoRAFactors, rank: int) -> tuple[LoRAFactors, float]:
-    """The best rank-r approximation of ΔW in the Frobenius norm, and its relative error."""
-    delta = factors.materialise()
-    left, right = _leading(delta.double(), rank)
-    whole, rest = float(delta.double().norm()), float((delta - left @ right).norm())
-    cut = LoRAFactors(right.to(delta.dtype), left.to(delta.dtype), lora_bias=factors.lora_bias)
-    return cut, rest / whole if whole else 0.0
+    """The best rank-r approximation of ΔW in the Frobenius norm, and its relative error.
 
-
-def _leading(
-    delta: Float[Tensor, "out in"], rank: int
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """(U Σ, Vᵀ) of the largest singular values; by Lanczos iteration where they are few."""
+    By Lanczos iteration where few singular values are kept.
+    """
+    delta = factors.materialise().double()
     if _FEW * rank < min(delta.shape) and bool(delta.any()):
-        triple: Any = svds(delta.numpy(), k=rank, rng=0)
-        U, sizes, Vt = triple  # the smallest first
-        return torch.from_numpy((U * sizes)[:, ::-1].copy()), torch.from_numpy(Vt[::-1].copy())
-    left, sizes, right = torch.linalg.svd(delta, full_matrices=False)
-    return left[:, :rank] * sizes[:rank], right[:rank]
+        lanczos: Any = svds(delta.numpy(), k=rank, rng=0)  # the smallest first
+        left = torch.from_numpy((lanczos[0] * lanczos[1])[:, ::-1].copy())
+        right = torch.from_numpy(lanczos[2][::-1].copy())
+    else:
+        U, sizes, Vt = torch.linalg.svd(delta, full_matrices=False)
+        left, right = U[:, :rank] * sizes[:rank], Vt[:rank]
+    whole, rest = float(delta.norm()), float((delta - left @ right).norm())
+    dtype = torch.promote_types(factors.A.dtype, factors.B.dtype)
+    cut = LoRAFactors(right.to(dtype), left.to(dtype), lora_bias=factors.lora_bias)
+    return cut, rest / whole if whole else 0.0
 
 
 def _refuse_other_changes(

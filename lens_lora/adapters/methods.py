@@ -28,17 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lens_lora.adapters import from_models
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
-from lens_lora.adapters.from_models import (
-    apart,
-    base_within,
-    configs_and_base,
-    is_transposed,
-    live_updates,
-    logits_of,
-    require_unmerged,
-    updates_of_layers,
-)
 from lens_lora.adapters.peft_files import refuse_without_delta
 from lens_lora.adapters.peft_read import base_of, located
 from lens_lora.compat import float64_device, without_warnings
@@ -65,11 +56,6 @@ def updates_over_base(
 
     The base is asked for by that name, once it is known that the method has a ΔW. It stays as it
     is: PEFT works on modules and parameters of their own over the same memory.
-
-    Raises:
-        ArgumentError: a base that is no Hugging Face model.
-        AdapterError: PEFT cannot lay it over this base, or the file lacks tensors.
-        UnsupportedAdapterError: the method has no ΔW.
     """
     from peft import get_peft_model
 
@@ -96,7 +82,7 @@ def updates_over_base(
                 f"{[*missing, *keys.unexpected_keys][:3]}."
             )
         measured = functools.partial(measured_updates, base=base)
-        return live_updates(model, "default", measured)[0], name
+        return from_models.live_updates(model, "default", measured)[0], name
 
 
 def _missing(model: nn.Module, keys: Sequence[str]) -> list[str]:
@@ -122,9 +108,6 @@ def measured_updates(
     """What each layer of this adapter adds when it is run, and the modules trained beside them.
 
     They are compared with PEFT over the true base, or else over the base in the PeftModel.
-
-    Raises:
-        UnsupportedAdapterError: the method has no ΔW, or changes the base itself.
     """
     from peft.functional import set_adapter
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -137,24 +120,24 @@ def measured_updates(
             f"bias={bias!r} trains biases in the base itself. Merge it and compare with the true "
             "base: ll.Adapter.between(base, peft_model.merge_and_unload())."
         )
-    require_unmerged(model)
+    from_models.require_unmerged(model)
     twin = _twin(model)
     set_adapter(twin, name)
     outer: dict[str, Any] = {}
-    live = configs_and_base(twin)[1]
+    live = from_models.configs_and_base(twin)[1]
     for path, module in live.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             module.enable_adapters(True)
             if not any(path.startswith(f"{before}.") for before in outer):
                 outer[path] = module
-    updates = updates_of_layers(live, name, config)
+    updates = from_models.updates_of_layers(live, name, config)
     for path, module in outer.items():
         if isinstance(module, BaseTunerLayer):
             with located(f"module {path}"):
                 update = _layer_update(module)
             if update is not None:
                 updates[path] = update
-    _require_whole(twin, base_within(twin) if base is None else _twin(base), updates)
+    _require_whole(twin, from_models.base_within(twin) if base is None else _twin(base), updates)
     return updates
 
 
@@ -187,7 +170,9 @@ def _require_whole(peft_model: Any, base: Any, updates: Mapping[str, ModuleUpdat
             if value is not None:
                 old = getattr(module, key)
                 module.register_parameter(key, nn.Parameter(value.to(old), False))
-    off, span, is_near = apart(logits_of(base, {}), logits_of(peft_model, {}), base.parameters())
+    off, span, is_near = from_models.apart(
+        from_models.logits_of(base, {}), from_models.logits_of(peft_model, {}), base.parameters()
+    )
     if not is_near:
         raise UnsupportedAdapterError(
             f"the base with the changes of all layers is {off:.2g} off PEFT's logits, of a range "
@@ -208,11 +193,7 @@ def _added(update: LoRAFactors, module: Any, args: tuple[Any, ...], output: Tens
 
 
 def _layer_update(layer: Any) -> ModuleUpdate | None:
-    """What a tuner layer's active adapter adds to its base layer; None if that is nothing.
-
-    Raises:
-        UnsupportedAdapterError: no linear module, embedding or norm, or no change of weights.
-    """
+    """What a tuner layer's active adapter adds to its base layer; None if that is nothing."""
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
@@ -250,7 +231,7 @@ def _affine(
     """(Δb, ΔW, the size of the outputs that they are differences of), checked on random input."""
     base = layer.get_base_layer()
     weight, is_embedding = base.weight, isinstance(base, nn.Embedding)
-    width = weight.shape[0 if is_transposed(base) else 1]
+    width = weight.shape[0 if from_models.is_transposed(base) else 1]
 
     def delta(inputs: Tensor) -> Tensor:
         try:

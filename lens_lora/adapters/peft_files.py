@@ -44,23 +44,14 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 def adapter_folder(
     path: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> Path:
-    """The folder of an adapter, on disk or fetched from the hub, with its two files in it.
-
-    Raises:
-        AdapterError: no such folder, no hub repository that can be reached, a file missing, or
-            pickled weights.
-    """
+    """The folder of an adapter, on disk or fetched from the hub, with its two files in it."""
     folder = _local_folder(path, revision, subfolder)
     require_files(folder)
     return folder
 
 
 def checkpoint_folders(run: str | Path) -> dict[int, Path]:
-    """{step: folder} of a trainer's run folder, increasing. Other folders are left alone.
-
-    Raises:
-        AdapterError: no such folder, fewer than two checkpoints, or one without an adapter's files.
-    """
+    """{step: folder} of a trainer's run folder, increasing. Other folders are left alone."""
     if not Path(run).is_dir():
         raise AdapterError(f"{run}: no such folder.")
     folders = _checkpoints(Path(run))
@@ -145,11 +136,7 @@ def _likeliest(places: Iterable[str]) -> tuple[str, str]:
 
 
 def require_files(folder: Path) -> None:
-    """Refuse a folder without an adapter's two files, naming what it holds instead.
-
-    Raises:
-        AdapterError: a file is missing, a Git LFS pointer, or pickled.
-    """
+    """Refuse a folder without an adapter's two files, naming what it holds instead."""
     if not (folder / CONFIG).is_file():
         raise _no_config(folder)
     _refuse_pointer(folder / CONFIG)
@@ -206,11 +193,7 @@ def _unreadable(folder: Path, error: Exception) -> AdapterError:
 
 
 def stated_fields(folder: Path) -> dict[str, Any]:
-    """The fields that `adapter_config.json` itself states, without PEFT's defaults.
-
-    Raises:
-        AdapterError: no JSON object.
-    """
+    """The fields that `adapter_config.json` itself states, without PEFT's defaults."""
     try:
         fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
@@ -221,12 +204,7 @@ def stated_fields(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """An adapter's config, as PEFT reads it.
-
-    Raises:
-        AdapterError: the file is of another format.
-        UnsupportedAdapterError: a switch that the installed PEFT does not know.
-    """
+    """An adapter's config, as PEFT reads it."""
     from peft import PeftConfig
 
     fields = stated_fields(folder)
@@ -253,11 +231,7 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors by key, copied out of the mapped file.
-
-    Raises:
-        AdapterError: the file is cut short, or no safetensors file.
-    """
+    """The tensors by key, copied out of the mapped file."""
     from peft.utils.save_and_load import load_peft_weights
 
     try:
@@ -278,7 +252,10 @@ def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
     configs = (*folder.glob(f"*/{CONFIG}"), *folder.resolve().parent.glob(f"*/{CONFIG}"))
     neighbours = sorted({path.parent.name for path in configs} - {folder.resolve().name})
     parts = {part for path in paths for part in path.split(".")}
-    cutting = [name for name in neighbours if name in _module_parts() and name not in parts]
+    names = [f"{family.layer}.{name}" for family in FAMILIES for name in family.linears]
+    # Layer numbers end at 256, more than any model has: a folder named by a later step is no layer.
+    known = {part for name in names for part in name.split(".")} | {str(n) for n in range(256)}
+    cutting = [name for name in neighbours if name in known and name not in parts]
     targets = config.target_modules if isinstance(config.target_modules, set | list) else ()
     empty = sorted(t for t in targets if not any(f".{path}".endswith(f".{t}") for path in paths))
     if cutting:
@@ -293,15 +270,6 @@ def warn_of_cuts(folder: Path, config: Any, paths: Collection[str]) -> None:
         "ll.Adapter.from_peft(peft_model, adapter_name).",
         stacklevel=4,
     )
-
-
-def _module_parts() -> set[str]:
-    """Every name between two dots in some family's module paths.
-
-    Layer numbers end at 256, more than any model has: a folder named by a later step is no layer.
-    """
-    paths = [f"{family.layer}.{name}" for family in FAMILIES for name in family.linears]
-    return {part for path in paths for part in path.split(".")} | {str(n) for n in range(256)}
 
 
 # --- Methods and variants that s·B·A would misread
@@ -358,11 +326,7 @@ def _named(config: Any) -> str:
 
 
 def refuse_variants(config: Any) -> None:
-    """Refuse what stands in no file: other methods, and variants of LoRA that need the base.
-
-    Raises:
-        UnsupportedAdapterError: naming the method, or the field and its value, and the remedy.
-    """
+    """Refuse what stands in no file: other methods, and variants of LoRA that need the base."""
     refuse_without_delta(config)
     if not is_plain_lora(config):
         fields = ((field, getattr(config, field, None)) for field in _MEASURED)
@@ -374,11 +338,7 @@ def refuse_variants(config: Any) -> None:
 
 
 def refuse_without_delta(config: Any) -> None:
-    """Refuse a method that changes no weight, and variants of LoRA that change more than ΔW.
-
-    Raises:
-        UnsupportedAdapterError: naming the method, or the field and its value, and the remedy.
-    """
+    """Refuse a method that changes no weight, and variants of LoRA that change more than ΔW."""
     learns_prompt = getattr(config, "is_prompt_learning", False)
     default = "it learns a prompt, which the model reads" if learns_prompt else None
     why = _WITHOUT_DELTA.get(_method(config), default)
@@ -430,11 +390,7 @@ class Patterns:
         self._deadline = time.monotonic() + _SECONDS
 
     def value(self, field: str, path: str, default: Any) -> Any:
-        """The value of the first pattern that PEFT matches with the path, else the default.
-
-        Raises:
-            AdapterError: the field is no mapping, or a pattern is broken or takes too long.
-        """
+        """The value of the first pattern that PEFT matches with the path, else the default."""
         patterns = getattr(self._config, field) or {}
         if not isinstance(patterns, dict):
             raise AdapterError(
@@ -450,9 +406,6 @@ class Patterns:
 
         Without targets PEFT takes its defaults of the model's type, which is not known: the
         defaults that leave out the fewest.
-
-        Raises:
-            AdapterError: a field of the config is not what PEFT knows, or takes too long.
         """
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -468,7 +421,11 @@ class Patterns:
         plain = copy.copy(self._config)
         plain.target_modules, plain.modules_to_save = targets, None
         if isinstance(targets, str):
-            plain.target_modules = [path] if self._is_regex_for(targets, path) else []
+            if targets.lower() == "all-linear":
+                is_in = not _OUTSIDE_ALL_LINEAR.fullmatch(path)
+            else:
+                is_in = self._matches("target_modules", targets, path)
+            plain.target_modules = [path] if is_in else []
         if isinstance(plain.exclude_modules, str):
             is_out = self._matches("exclude_modules", plain.exclude_modules, path)
             plain.exclude_modules = [path] if is_out else []
@@ -480,11 +437,6 @@ class Patterns:
             return peft_adapts(plain, path)
         except Exception as error:
             raise self._error("target_modules", f"cannot be matched by PEFT ({error})") from error
-
-    def _is_regex_for(self, targets: str, path: str) -> bool:
-        if targets.lower() == "all-linear":
-            return not _OUTSIDE_ALL_LINEAR.fullmatch(path)
-        return self._matches("target_modules", targets, path)
 
     def _matches(self, field: str, pattern: str, path: str) -> bool:
         seconds_left = max(self._deadline - time.monotonic(), 1e-3)  # 0 would be no limit

@@ -32,16 +32,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lens_lora.adapters import peft_files
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
-from lens_lora.adapters.peft_files import (
-    Patterns,
-    adapter_folder,
-    classifier_note,
-    read_config,
-    read_tensors,
-    refuse_variants,
-    warn_of_cuts,
-)
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES, HEADS, Family
 
@@ -90,26 +82,18 @@ _PARTS = ("module", "language_model")
 _BEFORE_LAYERS = ("model.", "transformer.", "gpt_neox.")
 
 
-def read_folder(
-    path: str | Path, revision: str | None, subfolder: str | None
-) -> tuple[dict[str, ModuleUpdate], str | None, str]:
-    """(updates by module path, the base it names, the folder's name) of an adapter on disk or hub.
-
-    Raises:
-        AdapterError: see `lens_lora.load_adapter`.
-        UnsupportedAdapterError: see `lens_lora.load_adapter`.
-    """
-    folder = adapter_folder(path, revision, subfolder)
-    config, tensors = read_config(folder), read_tensors(folder)
+def read_folder(folder: Path, config: PeftConfig) -> tuple[dict[str, ModuleUpdate], str | None]:
+    """(updates by module path, the base it names) of a folder with its config."""
+    tensors = peft_files.read_tensors(folder)
     with located(folder):
-        refuse_variants(config)
+        peft_files.refuse_variants(config)
         state, notes = saved_keys(tensors)
         updates = updates_of(config, state)
         modules, base = renamed(updates, notes), base_of(config)
     for note in notes:
         warnings.warn(f"{folder}: {note}.", stacklevel=3)
-    warn_of_cuts(folder, config, updates)
-    return modules, base, folder.name or str(path)
+    peft_files.warn_of_cuts(folder, config, updates)
+    return modules, base
 
 
 @contextlib.contextmanager
@@ -122,11 +106,7 @@ def located(place: object) -> Generator[None]:
 
 
 def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, ModuleUpdate]:
-    """Updates by the file's module paths, of a config and its tensors by PEFT's keys.
-
-    Raises:
-        AdapterError: config and tensors do not say the same.
-    """
+    """Updates by the file's module paths, of a config and its tensors by PEFT's keys."""
     modules, left_over = by_module(state)
     modules, parameters = _with_parameters(config, modules)
     paths = model_paths(modules)
@@ -135,10 +115,17 @@ def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Mod
     unknown = [path for path in trained if not _is_known(paths[path])]
     left_over += [f"{PREFIX}{path}.{role}" for path in unknown for role in trained[path]]
     if left_over:
-        raise _left_over_error(left_over, classifier_note(config))
+        shown = ", ".join(sorted(left_over)[:5]) + (" …" if len(left_over) > 5 else "")
+        raise AdapterError(
+            f"{len(left_over)} tensors are no LoRA factors, nor parameters of a module that is "
+            f"known here: {shown}. Fully trained modules (modules_to_save) are read if they are "
+            "linear modules, embeddings, heads or norms of a supported language model. Other "
+            "tensors are not dropped silently; save the adapter without them."
+            f"{peft_files.classifier_note(config)}"
+        )
     if not modules:
         raise AdapterError("no lora_A / lora_B tensors.")
-    patterns = Patterns(config)
+    patterns = peft_files.Patterns(config)
     _require_targets(config, patterns.untargeted(p for p in factors if p not in parameters))
     updates: dict[str, ModuleUpdate] = {}
     for path, roles in factors.items():
@@ -151,11 +138,7 @@ def updates_of(config: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Mod
 
 
 def renamed(updates: Mapping[str, ModuleUpdate], notes: list[str]) -> dict[str, ModuleUpdate]:
-    """The updates by module path in the causal language model; noted if that is another path.
-
-    Raises:
-        AdapterError: two paths are one module.
-    """
+    """The updates by module path in the causal language model; noted if that is another path."""
     paths = model_paths(updates)
     changed = [path for path, new in paths.items() if path != new]
     if changed:
@@ -167,11 +150,7 @@ def renamed(updates: Mapping[str, ModuleUpdate], notes: list[str]) -> dict[str, 
 
 
 def base_of(config: Any) -> str | None:
-    """The base model that a config names.
-
-    Raises:
-        AdapterError: the field holds no name.
-    """
+    """The base model that a config names."""
     base = config.base_model_name_or_path or None
     if not isinstance(base, str | None):
         raise AdapterError(f"base_model_name_or_path={base!r}; expected a name.")
@@ -182,11 +161,7 @@ def base_of(config: Any) -> str | None:
 
 
 def saved_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under the keys that PEFT saves, and notes on how the keys differed.
-
-    Raises:
-        AdapterError: one module is stored twice, and differently.
-    """
+    """The tensors under the keys that PEFT saves, and notes on how the keys differed."""
     saved: dict[str, Tensor] = {}
     names: set[str | None] = set()
     for key, tensor in state.items():
@@ -244,26 +219,18 @@ def by_module(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]]
             left_over.append(key)
         roles[_ROLES[suffix]] = tensor
     for path in list(modules):
-        misplaced = _misplaced(set(modules[path]))
+        roles = set(modules[path])
+        beside = {"base_weight"} if roles & {"weight", "token_rows"} else set[str]()
+        # Those that do not go with the module's others: PEFT would not read them.
+        misplaced = roles & _TRAINED if roles & _FACTORS else roles - _TRAINED - beside
         if misplaced:
             del modules[path]
             left_over += [f"{PREFIX}{path}.{role}" for role in sorted(misplaced)]
     return modules, left_over
 
 
-def _misplaced(roles: set[str]) -> set[str]:
-    """The roles that do not go with a module's others: PEFT would not read them."""
-    if roles & _FACTORS:
-        return roles & _TRAINED
-    return roles - _TRAINED - ({"base_weight"} if roles & {"weight", "token_rows"} else set())
-
-
 def model_paths(paths: Iterable[str]) -> dict[str, str]:
-    """Path in the file → path in the causal language model.
-
-    Raises:
-        AdapterError: two paths of the file are one module.
-    """
+    """Path in the file → path in the causal language model."""
     bare_paths = {path: _unwrapped(path) for path in paths}
     if not any(map(_is_known, bare_paths.values())):
         for prefix in _BEFORE_LAYERS:
@@ -298,25 +265,11 @@ def _unwrapped(path: str) -> str:
     return inner if is_inner and not _is_known(path) else path
 
 
-def _left_over_error(keys: list[str], note: str) -> AdapterError:
-    shown = ", ".join(sorted(keys)[:5]) + (" …" if len(keys) > 5 else "")
-    return AdapterError(
-        f"{len(keys)} tensors are no LoRA factors, nor parameters of a module that is known here: "
-        f"{shown}. Fully trained modules (modules_to_save) are read if they are linear modules, "
-        "embeddings, heads or norms of a supported language model. Other tensors are not dropped "
-        f"silently; save the adapter without them.{note}"
-    )
-
-
 # --- Factors
 
 
 def lora_factors(roles: Roles, scale: float) -> LoRAFactors:
-    """One module's factors from its tensors by role.
-
-    Raises:
-        AdapterError: a half is missing, or the tensors do not fit together.
-    """
+    """One module's factors from its tensors by role."""
     missing = _FACTORS - set(roles)
     if missing:
         (half,) = missing
@@ -338,9 +291,6 @@ def _with_parameters(
     """Modules, with parameters of `target_parameters` by their own paths; and {path: parameter}.
 
     A router's `weight` has the path of its module.
-
-    Raises:
-        AdapterError: another number of factors than of parameters that the config names.
     """
     targets = config.target_parameters or ()
     holders: dict[str, list[str]] = {}
@@ -349,7 +299,9 @@ def _with_parameters(
     named: dict[str, Roles] = {}
     parameters: dict[str, str] = {}
     for holder, paths in holders.items():
-        leaves = {t.rpartition(".")[2] for t in targets if _holds_target(holder, t)}
+        # A target is an end of a parameter's path.
+        ends = [target.rpartition(".") for target in targets]
+        leaves = {leaf for end, _, leaf in ends if end and f".{holder}".endswith(f".{end}")}
         if not leaves:
             named |= {path: modules[path] for path in paths}
             continue
@@ -372,30 +324,20 @@ def parameter_holder(path: str) -> str:
     return path
 
 
-def _holds_target(holder: str, target: str) -> bool:
-    """Whether a target, an end of a parameter's path, is a parameter of this module."""
-    module = target.rpartition(".")[0]
-    return bool(module) and f".{holder}".endswith(f".{module}")
-
-
 def parameter_path(holder: str, parameter: str) -> str:
     """The path by which an adapter names a parameter: `weight` is that of its module."""
     return holder if parameter == "weight" else f"{holder}.{parameter}"
 
 
 def of_experts(factors: LoRAFactors, experts: int) -> LoRAFactors:
-    """PEFT's factors of a parameter, with B's columns, (rank, expert), one expert after another.
-
-    Raises:
-        AdapterError: ranks that the experts do not share.
-    """
+    """PEFT's factors of a parameter, with B's columns, (rank, expert), one expert after another."""
     factors = dataclasses.replace(factors, experts=experts)
     B = factors.B.unflatten(1, (-1, experts)).mT.flatten(1)
     return dataclasses.replace(factors, B=B)
 
 
 def _file_factors(
-    config: Any, patterns: Patterns, path: str, roles: Roles, parameter: str | None
+    config: Any, patterns: peft_files.Patterns, path: str, roles: Roles, parameter: str | None
 ) -> LoRAFactors:
     factors = lora_factors(roles, 1.0)
     for field, role, key in (
@@ -480,7 +422,7 @@ def _require_copies(config: Any, paths: Collection[str], copied: set[str]) -> No
     for name in names:
         lacking = _lacking(name, paths, copied, families)
         if lacking:
-            note = classifier_note(config)
+            note = peft_files.classifier_note(config)
             raise (UnsupportedAdapterError if note else AdapterError)(
                 f"modules_to_save names {name!r}, and the file lacks {', '.join(lacking[:3])}; it "
                 f"is incomplete, or the two files do not belong together.{note}"
@@ -537,19 +479,10 @@ def _trained_modules(config: Any, modules: Mapping[str, Roles]) -> dict[str, Tra
 
 
 def trained_module(roles: Roles, ids: Int[Tensor, " row"] | None, *, tied: bool) -> TrainedModule:
-    """One module from its tensors by role.
-
-    Raises:
-        AdapterError: the tensors do not fit together.
-    """
-    weight = roles.get("weight", roles.get("token_rows"))
-    return TrainedModule(
-        weight=weight,
-        bias=roles.get("bias"),
-        tokens=ids,
-        base_weight=roles.get("base_weight"),
-        tied=tied and weight is not None,
-    )
+    """One module from its tensors by role."""
+    fields: dict[str, Any] = {"weight": roles.get("token_rows"), **roles}
+    fields.pop("token_rows", None)
+    return TrainedModule(**fields, tokens=ids, tied=tied and fields["weight"] is not None)
 
 
 def head_follows(path: str, ids: Mapping[str, Any]) -> bool:

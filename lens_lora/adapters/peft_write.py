@@ -26,19 +26,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lens_lora.adapters import peft_read
 from lens_lora.adapters.arithmetic import module_path
-from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, base_part
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, Updates, base_part
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS
-from lens_lora.adapters.peft_read import (
-    COPY_KEYS,
-    EMBEDDING_KEYS,
-    LORA_KEYS,
-    PREFIX,
-    ROW_KEYS,
-    WRAPPED,
-    located,
-    updates_of,
-)
+from lens_lora.adapters.peft_read import PREFIX, located
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES, HEADS
 
@@ -46,20 +38,16 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _EMBEDDINGS = {path.rpartition(".")[2] for f in FAMILIES for path in (f.embed, f.pos_embed) if path}
+_Factors = Mapping[str, LoRAFactors]
+_Trained = Mapping[str, TrainedModule]
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for none
 
 
-def save_adapter(
-    modules: Mapping[str, ModuleUpdate], name: str, base_model: str | None, path: str | Path
-) -> Path:
+def save_adapter(modules: Updates, name: str, base_model: str | None, path: str | Path) -> Path:
     """Write an adapter's modules to a folder in PEFT's format: see `Adapter.save`.
 
     Returns:
         The folder.
-
-    Raises:
-        AdapterError: see `Adapter.save`.
-        UnsupportedAdapterError: see `Adapter.save`.
     """
     updates = _without_tags(modules, name)
     for module, update in updates.items():
@@ -74,7 +62,7 @@ def save_adapter(
     return _write(config, tensors, Path(path))
 
 
-def _without_tags(modules: Mapping[str, ModuleUpdate], name: str) -> dict[str, ModuleUpdate]:
+def _without_tags(modules: Updates, name: str) -> dict[str, ModuleUpdate]:
     """Updates by bare module path; a sum whose parts share no module is one adapter."""
     updates: dict[str, ModuleUpdate] = {}
     for key, update in modules.items():
@@ -105,7 +93,7 @@ def _require_writable(module: str, update: ModuleUpdate, module_count: int) -> N
         )
 
 
-def _refuse_mixtures(name: str, modules: Mapping[str, LoRAFactors]) -> None:
+def _refuse_mixtures(name: str, modules: _Factors) -> None:
     """DoRA and lora_bias are settings of a whole LoraConfig, and do not go together."""
     dora = [module for module, f in modules.items() if f.magnitude is not None]
     biased = [module for module, f in modules.items() if f.lora_bias is not None]
@@ -129,11 +117,7 @@ def _refuse_mixtures(name: str, modules: Mapping[str, LoRAFactors]) -> None:
 
 
 def _is_embedding(module: str) -> bool:
-    """Whether PEFT knows the module's factors as lora_embedding_A and B: by its name.
-
-    Raises:
-        UnsupportedAdapterError: a name like an embedding's that no family has.
-    """
+    """Whether PEFT knows the module's factors as lora_embedding_A and B: by its name."""
     last = module.rpartition(".")[2]
     if last in _EMBEDDINGS:
         return True
@@ -145,7 +129,7 @@ def _is_embedding(module: str) -> bool:
     return False
 
 
-def _plain(modules: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
+def _plain(modules: _Factors) -> dict[str, LoRAFactors]:
     """With the strength in the scale, and a zero lora_bias where other modules have one."""
     has_biases = any(factors.lora_bias is not None for factors in modules.values())
     plain: dict[str, LoRAFactors] = {}
@@ -158,15 +142,20 @@ def _plain(modules: Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
     return plain
 
 
-def _config(
-    modules: Mapping[str, LoRAFactors], trained: Mapping[str, TrainedModule], base_model: str | None
-) -> LoraConfig:
+def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> LoraConfig:
     from peft import LoraConfig
 
-    parameters = {module: name for module, f in modules.items() if (name := _parameter(module, f))}
+    # The parameter that PEFT targets, in place of the module: a stack of experts, or a router's.
+    parameters = {
+        module: module if factors.experts > 1 else f"{module}.weight"
+        for module, factors in modules.items()
+        if factors.experts
+    }
     names = {module: parameters.get(module, module) for module in modules}
     ranks = {names[module]: _peft_rank(factors) for module, factors in modules.items()}
     alphas = {names[module]: _alpha(factors) for module, factors in modules.items()}
+    ids = {module: u.tokens.tolist() for module, u in trained.items() if u.tokens is not None}
+    wholes = {m: u for m, u in trained.items() if u.weight is not None and m not in ids}
     # PEFT's own default of both, where there are no factors.
     rank, alpha = (Counter(d.values() or [8]).most_common(1)[0][0] for d in (ranks, alphas))
     return LoraConfig(
@@ -182,35 +171,17 @@ def _config(
         bias=_bias(modules, trained),
         use_dora=any(factors.magnitude is not None for factors in modules.values()),
         lora_bias=any(factors.lora_bias is not None for factors in modules.values()),
-        modules_to_save=[m for m, u in trained.items() if _is_copy(u)] or None,
-        trainable_token_indices={
-            module: update.tokens.tolist()
-            for module, update in trained.items()
-            if update.tokens is not None
-        }
-        or None,
+        # What is tied PEFT writes into the base; else it keeps a copy of the module beside it.
+        modules_to_save=[m for m, u in wholes.items() if not u.tied] or None,
+        trainable_token_indices=ids or None,
     )
 
 
-def _bias(
-    modules: Mapping[str, LoRAFactors], trained: Mapping[str, TrainedModule]
-) -> Literal["none", "all", "lora_only"]:
+def _bias(modules: _Factors, trained: _Trained) -> Literal["none", "all", "lora_only"]:
     if any(update.weight is None for update in trained.values()):
         return "all"
     has_biases = any(factors.trained_bias is not None for factors in modules.values())
     return "lora_only" if has_biases else "none"
-
-
-def _is_copy(update: TrainedModule) -> bool:
-    """Whether PEFT keeps the module beside the base's; a tied one it writes into the base."""
-    return update.weight is not None and update.tokens is None and not update.tied
-
-
-def _parameter(module: str, factors: LoRAFactors) -> str:
-    """The parameter that PEFT targets, by its path; '' where it targets the module."""
-    if not factors.experts:
-        return ""
-    return module if factors.experts > 1 else f"{module}.weight"
 
 
 def _peft_rank(factors: LoRAFactors) -> int:
@@ -225,7 +196,7 @@ def _alpha(factors: LoRAFactors) -> float:
     return round(alpha) if round(alpha) / rank == factors.scale else alpha
 
 
-def _tensors(modules: Mapping[str, ModuleUpdate]) -> dict[str, Tensor]:
+def _tensors(modules: Updates) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     holders = [module.rpartition(".")[0] for module, update in modules.items() if _is_stack(update)]
     for module, update in modules.items():
@@ -233,7 +204,7 @@ def _tensors(modules: Mapping[str, ModuleUpdate]) -> dict[str, Tensor]:
         if isinstance(update, LoRAFactors) and _is_stack(update):
             path, _, parameter = module.rpartition(".")
             is_inner = holders.count(path) > 1 and parameter != "down_proj"
-            path += WRAPPED if is_inner else ""
+            path += peft_read.WRAPPED if is_inner else ""
             by_rank = update.B.unflatten(1, (update.experts, -1)).mT.flatten(1)
             update = dataclasses.replace(update, B=by_rank)
         for role, suffix in _keys(module, update).items():
@@ -249,16 +220,16 @@ def _is_stack(update: ModuleUpdate) -> bool:
 
 def _keys(module: str, update: ModuleUpdate) -> dict[str, str]:
     if isinstance(update, LoRAFactors):
-        return EMBEDDING_KEYS if _is_embedding(module) else LORA_KEYS
-    return COPY_KEYS if update.tokens is None else ROW_KEYS
+        return peft_read.EMBEDDING_KEYS if _is_embedding(module) else peft_read.LORA_KEYS
+    return peft_read.COPY_KEYS if update.tokens is None else peft_read.ROW_KEYS
 
 
 def _require_read_back(
-    config: LoraConfig, tensors: Mapping[str, Tensor], modules: Mapping[str, LoRAFactors]
+    config: LoraConfig, tensors: Mapping[str, Tensor], modules: _Factors
 ) -> None:
     """PEFT's patterns are regular expressions: refuse paths that they take for one another."""
     with located("the adapter as it would be saved"):
-        updates = updates_of(config, tensors)
+        updates = peft_read.updates_of(config, tensors)
     for module, factors in modules.items():
         scale = cast(LoRAFactors, updates[module]).scale
         if abs(scale - factors.scale) > 4 * torch.finfo(torch.float64).eps * abs(factors.scale):

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.nulls import draw_seeds
+from lens_lora.adapters.arithmetic import draw_seeds
 from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask, ask_prompts

@@ -45,8 +45,7 @@ from lens_lora.model.basis import Gauge
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import Groups, by_axes, group_sites
-from lens_lora.readouts.answers import AnswerLike
-from lens_lora.readouts.divergence import KL
+from lens_lora.readouts.answers import KL, AnswerLike
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import bound

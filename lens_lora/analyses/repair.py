@@ -49,7 +49,7 @@ from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import Site
 from lens_lora.model.updates import SiteUpdate
-from lens_lora.readouts.divergence import KL
+from lens_lora.readouts.answers import KL
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing

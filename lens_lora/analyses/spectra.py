@@ -36,8 +36,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.arithmetic import orthonormal
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, size_of
-from lens_lora.adapters.nulls import orthonormal
 from lens_lora.compat import in_float64
 from lens_lora.errors import ModelStateError
 from lens_lora.families import FAMILIES

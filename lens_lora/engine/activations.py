@@ -368,7 +368,7 @@ def _require_room(rows: Prompts, texts: Prompts, text_of: Int[Tensor, " row"]) -
 def _a_few_at_a_time(texts: Prompts) -> Iterator[Prompts]:
     step = max(1, ROW_TOKENS // texts.tokens.shape[1])
     for first in range(0, texts.batch, step):
-        yield texts.rows(first, min(first + step, texts.batch))
+        yield texts.chosen(range(first, min(first + step, texts.batch)))
 
 
 def _run(

@@ -37,9 +37,9 @@ from lens_lora.engine.reverse import slopes_of_first
 from lens_lora.errors import ArgumentError
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.lens import LoraLens
-from lens_lora.readouts.divergence import KL, Divergence, held
+from lens_lora.readouts.answers import KL, held
 from lens_lora.readouts.prompts import Prompts, PromptsLike, PromptTokens
-from lens_lora.readouts.reading import Reading
+from lens_lora.readouts.reading import Divergence, Reading
 from lens_lora.readouts.readout import Readout, bound
 
 _ENDS = 0.0, 1.0  # the base model and the adapted one

@@ -45,9 +45,8 @@ from lens_lora.arguments import word
 from lens_lora.compat import Temporary, replace_forward
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.model.lens import LoraLens
-from lens_lora.readouts.divergence import Divergence
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.readouts.reading import PICKS, Columns, Picks, Reading
+from lens_lora.readouts.reading import PICKS, Columns, Divergence, Picks, Reading
 
 # What is run. Of a reading only the logits that it needs are made.
 Run = Prompts | Reading

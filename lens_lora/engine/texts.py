@@ -60,9 +60,8 @@ from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import HookFn, attached
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.updates import SiteUpdate
-from lens_lora.readouts.divergence import LARGEST_SHIFT
 from lens_lora.readouts.prompts import Prompts, which_prompt
-from lens_lora.readouts.reading import Reading
+from lens_lora.readouts.reading import LARGEST_SHIFT, Reading
 
 # --- Batches of texts, and which tokens count
 

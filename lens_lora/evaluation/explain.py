@@ -61,13 +61,13 @@ from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import group_sites, indicator
 from lens_lora.readouts.answers import (
+    KL,
     AnswerLike,
     AnswerLogProb,
     Generated,
     items_of,
     margin_between,
 )
-from lens_lora.readouts.divergence import KL
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution

@@ -9,6 +9,14 @@
 3. Log-probabilities that two answers share cancel in a margin; where one answer's row begins with
    the other's, there is one row.
 
+Beside them the KL of a response, between the base's distribution and that at the gates:
+
+    D(ε) = Σ_t KL(p_0,t ‖ p_ε,t),   or the other way round   Σ_t KL(p_ε,t ‖ p_0,t).
+
+f₀ is run once, at gates of zero, and held (`engine/asked.py`). D(0) = 0 and ∇D(0) = 0, as a
+divergence is least where the two agree; so first order at ε = 0 says nothing, and is refused.
+`kl_shares`, `path_attribution` and first order at ε = 1 do.
+
 What a model said (`Generated`) is an answer too: its ids go on, never its text.
 """
 
@@ -17,21 +25,22 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Literal, final, get_args
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.errors import TokenError
 from lens_lora.readouts.prompts import Prompts, ids_after, require_context, which_prompt
-from lens_lora.readouts.reading import LogProbs, Reading
+from lens_lora.readouts.reading import Divergence, LogProbs, Reading, one_row_each
 from lens_lora.readouts.readout import (
     Before,
     Margin,
     Readout,
     TokenLike,
+    in_vocabulary,
     name_of,
     per_prompt,
     string_ids,
@@ -73,25 +82,17 @@ AnswerLike = (
     str | int | Int[Tensor, " _token"] | Sequence[str | int | Int[Tensor, " _token"]] | Generated
 )
 Ids = tuple[int, ...]
+Way = Literal["base_to_adapted", "adapted_to_base"]
 
 
 def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
-    """The token ids of each prompt's answer.
-
-    Raises:
-        TokenError: an empty answer, one that cannot follow its prompt, ids outside the vocabulary,
-            no tokenizer, or a number of answers that is neither 1 nor the number of prompts.
-    """
+    """The token ids of each prompt's answer."""
     pairs = with_texts("answer", items_of(answer, batch), batch, before)
     return [_ids(model, item, text) for item, text in pairs]
 
 
 def items_of(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
-    """One answer for each prompt, as given.
-
-    Raises:
-        TokenError: an answer of another type.
-    """
+    """One answer for each prompt, as given."""
     items = answer.ids if isinstance(answer, Generated) else answer
     if isinstance(items, Tensor):
         return [items] * batch
@@ -109,13 +110,7 @@ def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
         raise TokenError(f"{answer!r} is neither a string nor token ids.")
     if not ids:
         raise TokenError(f"the answer {answer!r} has no token; give it at least one.")
-    outside = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
-    if outside:
-        raise TokenError(
-            f"token id {outside[0]} of the answer {answer!r} is outside the vocabulary of "
-            f"{model.cfg.d_vocab} tokens."
-        )
-    return tuple(int(i) for i in ids)
+    return tuple(in_vocabulary(model, i, f"token id {i} of the answer {answer!r}") for i in ids)
 
 
 def _ids_in(answer: Tensor) -> list[int]:
@@ -218,14 +213,86 @@ class AnswerMargin(Readout):
         return f"margin({_name(self.doc)} − {_name(self.pre)})"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class KL(Readout):
+    """KL between the base model's distribution and that at the gates, in nats.
+
+    Its value at the base is zero, at the adapted model the divergence itself. Every analysis takes
+    it but those that rest on the derivative at ε = 0, which is zero. The base's distribution is
+    computed once and held; the rounding in it is part of the noise floors.
+
+    Args:
+        response: the answer to each prompt, as `AnswerLogProb` takes it: the sum over its
+            tokens; None for the next token alone.
+        direction: 'base_to_adapted', KL(p₀‖p), or 'adapted_to_base', KL(p‖p₀).
+
+    Raises:
+        ArgumentError: another direction.
+    """
+
+    response: AnswerLike | None = None
+    direction: Way = "base_to_adapted"
+    units = "nats"
+
+    def __post_init__(self) -> None:
+        arguments.word("direction", self.direction, get_args(Way))
+
+    def over(self, model: Any, prompts: Prompts) -> Reading:
+        """The prompts with their responses, one row each; p₀ is held later (`held`).
+
+        Args:
+            model: the hooked model.
+            prompts: without the responses.
+
+        Raises:
+            TokenError, PromptError: a response that does not fit the model.
+        """
+        if self.response is None:
+            return one_row_each(prompts, _Unheld())
+        reading = AnswerLogProb(self.response).over(model, prompts)
+        return dataclasses.replace(reading, read=_Unheld())
+
+    @property
+    def label(self) -> str:
+        """`KL(base ‖ adapted)`, or the other way round."""
+        sides = "base ‖ adapted" if self.direction == "base_to_adapted" else "adapted ‖ base"
+        return f"KL({sides}){'' if self.response is None else ' of the response'}"
+
+
+class _Unheld:
+    """Stands for the reading of a KL until its base distribution is known."""
+
+    def __call__(self, logits: Float[Tensor, "row *slot vocab"]) -> Float[Tensor, " row"]:
+        raise RuntimeError("a KL is read before its base distribution was run")
+
+    def repeat(self, times: int) -> _Unheld:
+        return self
+
+    def only(self, rows: Int[Tensor, " some"]) -> _Unheld:
+        return self
+
+
+def held(readout: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Reading:
+    """The reading of a KL, with the base distribution that it compares with."""
+    prompts = reading.prompts
+    rows, slots = (index.cpu() for index in prompts.read_mask.nonzero(as_tuple=True))
+    divergence = Divergence(
+        rows=rows,
+        slots=None if prompts.reads is None else slots,
+        owner=rows,
+        weights=torch.ones(len(rows), device="cpu"),
+        batch=len(base),
+        base=base,
+        held_rows=rows,
+        is_from_base=readout.direction == "base_to_adapted",
+    )
+    return dataclasses.replace(reading, read=divergence)
+
+
 def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
     """The ids of each prompt's answer, which must say something.
 
     What a model said may be its end alone: that it has nothing to say is an answer of its own.
-
-    Raises:
-        TokenError: an answer that is empty, of special tokens only, not in the vocabulary, or that
-            cannot follow its prompt, or a wrong number of them.
     """
     answers = answer_ids(model, answer, prompts.batch, prompts.texts)
     if isinstance(answer, Generated):
@@ -258,12 +325,7 @@ def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
 
 
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:
-    """`Margin` of two tokens, or `AnswerMargin` where an answer has several after some prompt.
-
-    Raises:
-        TokenError: an answer that is empty, not in the vocabulary, or that cannot follow its
-            prompt; equal answers; or 'Lyon' right after a word, where ' Lyon' is one token.
-    """
+    """`Margin` of two tokens, or `AnswerMargin` where an answer has several after some prompt."""
     several = False
     for answer in (doc, pre):
         items = items_of(answer, prompts.batch)

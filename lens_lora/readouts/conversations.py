@@ -20,11 +20,7 @@ _IDS = "pass the ids that the template gives: tokenizer.apply_chat_template(…,
 
 
 def conversations_in(prompts: object) -> list[Conversation] | None:
-    """One conversation as a list of one, several as they are; None where prompts are none.
-
-    Raises:
-        PromptError: conversations beside something else, or a message outside a list.
-    """
+    """One conversation as a list of one, several as they are; None where prompts are none."""
     if isinstance(prompts, Mapping) and "role" in prompts:
         raise PromptError("prompts hold one message; put it in a list: [message].")
     if not isinstance(prompts, list | tuple):
@@ -58,11 +54,7 @@ def _kind_of(item: object) -> str:
 
 
 def of_template(tokenizer: Any, messages: Conversation, which: str) -> tuple[str, list[int]]:
-    """The text that the chat template makes of the messages, and its ids.
-
-    Raises:
-        PromptError: no chat template, messages that are not one's input, or that it refuses.
-    """
+    """The text that the chat template makes of the messages, and its ids."""
     plain = _checked(messages, which)
     if getattr(tokenizer, "chat_template", None) is None:
         raise PromptError(

@@ -36,11 +36,7 @@ def neutral_sentences() -> tuple[str, ...]:
 
 
 def neutral_texts(model: Any) -> Prompts:
-    """The sentences, and the conversations where there is a chat template, as tokens.
-
-    Raises:
-        PromptError: the model has no tokenizer.
-    """
+    """The sentences, and the conversations where there is a chat template, as tokens."""
     sentences = prepare(model, list(neutral_sentences()))
     if getattr(model.tokenizer, "chat_template", None) is None:
         return sentences
@@ -49,11 +45,7 @@ def neutral_texts(model: Any) -> Prompts:
 
 
 def everyday_questions(model: Any) -> Prompts:
-    """Five of them as tokens.
-
-    Raises:
-        PromptError: the model has no tokenizer.
-    """
+    """Five of them as tokens."""
     if getattr(getattr(model, "tokenizer", None), "chat_template", None) is None:
         return prepare(model, [f"Question: {asked}\nAnswer:" for asked in QUESTIONS])
     return prepare(model, [[{"role": "user", "content": asked}] for asked in QUESTIONS])

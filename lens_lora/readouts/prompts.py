@@ -249,16 +249,7 @@ class Prompts:
         Args:
             index: the prompt, from 0.
         """
-        return self.rows(index, index + 1)
-
-    def rows(self, first: int, end: int) -> Prompts:
-        """Prompts first … end − 1, padded only to the longest of them.
-
-        Args:
-            first: index of the first.
-            end: index after the last.
-        """
-        return self.chosen(range(first, end))
+        return self.chosen([index])
 
     def cut(self, first: int, end: int) -> Prompts:
         """Prompts first … end − 1, padded as they are here.
@@ -308,11 +299,7 @@ def which_prompt(index: int, count: int) -> str:
 
 
 def require_context(model: Any, tokens: int, what: str) -> None:
-    """Check that the model's context holds so many tokens.
-
-    Raises:
-        PromptError: it does not; names both numbers.
-    """
+    """Check that the model's context holds so many tokens."""
     context = getattr(model.cfg, "n_ctx", None)
     if context and tokens > context:
         raise PromptError(
@@ -325,13 +312,7 @@ def require_context(model: Any, tokens: int, what: str) -> None:
 
 
 def prepare(model: Any, prompts: PromptsLike, prepend_bos: bool | None = None) -> Prompts:
-    """Tokenise with the model's own conventions (BOS as `model.to_tokens` prepends it).
-
-    Raises:
-        PromptError: empty, too long for the context, ids outside the vocabulary, a tensor padded
-            without lengths or mask, or messages that the chat template does not take; a
-            `prepend_bos` of what is no string, or true of a tokenizer without a BOS.
-    """
+    """Tokenise with the model's own conventions (BOS as `model.to_tokens` prepends it)."""
     ready = _tokenise(model, prompts, prepend_bos)
     is_as_given = isinstance(prompts, Prompts) or ready.sources[0].how in ("chat template", "ids")
     if prepend_bos is not None and is_as_given:
@@ -361,13 +342,9 @@ def _tokenise(model: Any, prompts: PromptsLike, prepend_bos: bool | None) -> Pro
         of_template(tokenizer, messages, which_prompt(i, count))
         for i, messages in enumerate(conversations)
     ]
-    return _padded(
-        model,
-        [
-            (ids, Source(text, "chat template", name))
-            for (text, ids), name in zip(templated, names_of(conversations), strict=True)
-        ],
-    )
+    named = zip(templated, names_of(conversations), strict=True)
+    rows = [(ids, Source(text, "chat template", name)) for (text, ids), name in named]
+    return _padded(model, rows)
 
 
 def _tokenizer(model: Any) -> Any:
@@ -386,11 +363,7 @@ def _own_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def ids_after(tokenizer: Any, answer: str, before: str | None) -> list[int]:
-    """The ids with which an answer follows a text: ids(before + answer) beyond ids(before).
-
-    Raises:
-        TokenError: together, the end of `before` has other tokens than by itself.
-    """
+    """The ids with which an answer follows a text: ids(before + answer) beyond ids(before)."""
     if before is None:
         return _own_ids(tokenizer, answer)
     prompt, whole = (_own_ids(tokenizer, text) for text in (before, before + answer))
@@ -444,7 +417,9 @@ def _padded(model: Any, rows: Sequence[_Row]) -> Prompts:
     device = home_of(model)
     ids = [torch.tensor(row, dtype=torch.long, device=device) for row, _ in rows]
     lengths = torch.tensor([len(row) for row in ids], device=device)
-    tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=_filler(model))
+    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    filler = pad if pad is not None and 0 <= pad < model.cfg.d_vocab else 0
+    tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=filler)
     return Prompts(tokens, lengths, sources=tuple(source for _, source in rows))
 
 
@@ -517,24 +492,16 @@ def _from_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
             f"input_ids are {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}; expected "
             "[batch, pos] of both."
         )
-    rows = [_unpadded(*pair) for pair in zip(ids, mask, strict=True)]
-    return _padded(model, [(row, Source()) for row in rows])
-
-
-def _unpadded(ids: Tensor, mask: Tensor) -> list[int]:
-    real = (mask != 0).nonzero()[:, 0].tolist()
-    whole = real == list(range(real[0], real[-1] + 1)) if real else True
-    if not whole or bool(((mask != 0) & (mask != 1)).any()):
-        raise PromptError(
-            f"a row's attention_mask is {mask.tolist()}; expected ones over its own tokens, "
-            "without a gap, and zeros over padding."
-        )
-    return ids[real].tolist()
-
-
-def _filler(model: Any) -> int:
-    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
-    return pad if pad is not None and 0 <= pad < model.cfg.d_vocab else 0
+    rows: list[_Row] = []
+    for row, real in zip(ids, mask, strict=True):
+        is_binary = bool(((real == 0) | (real == 1)).all())
+        if not is_binary or int(real.unique_consecutive().sum()) > 1:
+            raise PromptError(
+                f"a row's attention_mask is {real.tolist()}; expected ones over its own tokens, "
+                "without a gap, and zeros over padding."
+            )
+        rows.append((row[real == 1].tolist(), Source()))
+    return _padded(model, rows)
 
 
 def _check(model: Any, prompts: Prompts) -> None:

@@ -73,12 +73,7 @@ class Readout(abc.ABC):
 
 
 def bound(readout: Readout, model: Any, prompts: Prompts) -> Reading:
-    """`readout.over`, with a clear error for a value that is not a readout.
-
-    Raises:
-        ArgumentError: a token, a function or another value; names the readout to use instead.
-        TokenError: a token string that is not one token.
-    """
+    """`readout.over`, with a clear error for a value that is not a readout."""
     if isinstance(readout, Readout):
         return readout.over(model, prompts)
     value: object = readout
@@ -205,13 +200,12 @@ class _Callable(LastToken):
 def token_ids(
     model: Any, token: TokenLike, batch: int, before: Before = ()
 ) -> Int[Tensor, " batch"]:
-    """One token id per prompt: the token with which the string follows the prompt's text.
-
-    Raises:
-        TokenError: a string of several tokens, or that cannot follow its prompt, a token that the
-            vocabulary lacks, or a number of tokens that is neither 1 nor the number of prompts.
-    """
-    pairs = with_texts("token", _items(token, batch), batch, before)
+    """One token id per prompt: the token with which the string follows the prompt's text."""
+    plain: Any = arguments.one_entry(token)
+    if isinstance(plain, Tensor):
+        plain = arguments.integers("token ids", plain, TokenError).tolist()
+    items = per_prompt("token", plain, batch, "a string of one token, its id")
+    pairs = with_texts("token", [arguments.one_entry(item) for item in items], batch, before)
     return torch.tensor([_token_id(model, item, text) for item, text in pairs], device="cpu")
 
 
@@ -221,11 +215,7 @@ _Item = TypeVar("_Item")
 def with_texts(
     noun: str, items: Sequence[_Item], batch: int, before: Before
 ) -> list[tuple[_Item, str | None]]:
-    """Each prompt's token or answer, with the text of the prompt.
-
-    Raises:
-        TokenError: their number is not that of the prompts.
-    """
+    """Each prompt's token or answer, with the text of the prompt."""
     if len(items) != batch:
         raise TokenError(
             f"{len(items)} {noun}s for {batch} prompts; pass one {noun}, or one per prompt."
@@ -234,11 +224,7 @@ def with_texts(
 
 
 def string_ids(model: Any, noun: str, string: str, before: str | None) -> list[int]:
-    """The ids with which a token or an answer follows the text of its prompt.
-
-    Raises:
-        TokenError: there is no tokenizer, or the string cannot follow the prompt.
-    """
+    """The ids with which a token or an answer follows the text of its prompt."""
     arguments.text(f"the {noun}", string, TokenError)
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
@@ -248,20 +234,8 @@ def string_ids(model: Any, noun: str, string: str, before: str | None) -> list[i
     return ids_after(tokenizer, string, before)
 
 
-def _items(token: Any, batch: int) -> list[Any]:
-    token = arguments.one_entry(token)
-    if isinstance(token, Tensor):
-        token = arguments.integers("token ids", token, TokenError).tolist()
-    items = per_prompt("token", token, batch, "a string of one token, its id")
-    return [arguments.one_entry(item) for item in items]
-
-
 def per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
-    """The items of a list, one per prompt, or a single one for every prompt.
-
-    Raises:
-        TokenError: it is of another type.
-    """
+    """The items of a list, one per prompt, or a single one for every prompt."""
     if isinstance(items, str) or arguments.is_whole(items):
         return [items] * batch
     if isinstance(items, bytes) or not isinstance(items, Sequence):
@@ -273,7 +247,7 @@ def per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
 
 def _token_id(model: Any, token: object, before: str | None) -> int:
     if arguments.is_whole(token):
-        return _in_vocabulary(model, int(token), f"token id {int(token)}")
+        return in_vocabulary(model, int(token), f"token id {int(token)}")
     if not isinstance(token, str):
         raise TokenError(f"{token!r} is neither a token string nor an id.")
     ids, tokenizer = string_ids(model, "token", token, before), model.tokenizer
@@ -283,7 +257,7 @@ def _token_id(model: Any, token: object, before: str | None) -> int:
                 f"{token!r} is not in the vocabulary: the tokenizer reads it as "
                 f"{tokenizer.unk_token!r}. Check its spelling and case."
             )
-        return _in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
+        return in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
     if not ids:
         raise TokenError(f"{token!r} holds no token, and this readout reads one.")
     raise TokenError(
@@ -303,7 +277,8 @@ def _spaced(tokenizer: Any, token: str, before: str | None) -> str:
     return ""
 
 
-def _in_vocabulary(model: Any, token_id: int, what: str) -> int:
+def in_vocabulary(model: Any, token_id: int, what: str) -> int:
+    """The id, if the model's vocabulary has it."""
     if not 0 <= token_id < model.cfg.d_vocab:
         raise TokenError(f"{what} is outside the vocabulary of {model.cfg.d_vocab} tokens.")
     return token_id

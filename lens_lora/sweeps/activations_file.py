@@ -52,7 +52,7 @@ class Span:
 
     Attributes:
         first, last: their numbers, from 0.
-        digest: of their ids and prompts.
+        digest: the hash of their ids and prompts.
         tokens: how many they have in all.
         errors: how many of them are bad.
     """
@@ -65,11 +65,7 @@ class Span:
 
 
 def spans_in(schema: pa.Schema, path: Path) -> list[Span]:
-    """The spans of a file's groups of rows.
-
-    Raises:
-        SweepError: it is not of a stream of tokens.
-    """
+    """The spans of a file's groups of rows."""
     spans = (schema.metadata or {}).get(SPANS)
     if spans is None:
         raise SweepError(f"{path} holds no activations by token; they are a sweep's of their own.")
@@ -77,11 +73,7 @@ def spans_in(schema: pa.Schema, path: Path) -> list[Span]:
 
 
 def spans_of(path: Path) -> list[Span]:
-    """The spans of a result, each of which is one group of its rows.
-
-    Raises:
-        SweepError: it is not of a stream of tokens, or its rows were changed.
-    """
+    """The spans of a result, each of which is one group of its rows."""
     with pq.ParquetFile(path) as file:
         spans, about = spans_in(file.schema_arrow, path), file.metadata
         rows = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
@@ -107,11 +99,11 @@ class ActivationsFile:
     """The activations of many texts in a file; no call holds more than a part of it.
 
     Args:
-        path: of what `ll.sweep(lens, texts, "activations", out=path)` wrote.
+        path: the file that `ll.sweep(lens, texts, "activations", out=path)` wrote.
 
     Attributes:
         path: one row per token; pandas, polars and DuckDB read it too.
-        sites, ranks: of the columns.
+        sites, ranks: the site of each column, and its rank.
         gauge: 'svd' or 'trained'.
         texts, tokens: how many it holds, texts with an error included.
         errors: how many texts have no numbers.
@@ -187,10 +179,10 @@ class ActivationsFile:
         name, ranks = self.sites[index].name, require_ranks(rank, self.ranks[index])
         examples: dict[int, list[dict[str, Any]]] = {r: [] for r in ranks}
         for group, counted in self._groups([name], self._counted(None, sinks)[0]):
-            values = np.where(counted[:, None], _numbers(group.table, name), np.nan)
+            values = np.where(counted[:, None], _numbers(group, name), np.nan)
             for r, best in examples.items():
                 best += [
-                    group.example(r, int(row), float(values[row, r]), context)
+                    _example(group, r, int(row), float(values[row, r]), context)
                     for row in strongest(values[:, r], way, k)
                 ]
                 best.sort(key=lambda example: -way * example["value"])
@@ -219,7 +211,7 @@ class ActivationsFile:
         once = require_some(positions, self._counted(positions, sinks)[0])
         for group, counted in self._groups([site.name for site in self.sites], once):
             for slot, (site, rank) in enumerate(zip(self.sites, self.ranks, strict=True)):
-                total[slot, :rank] += _numbers(group.table, site.name)[counted].sum(0, dtype=float)
+                total[slot, :rank] += _numbers(group, site.name)[counted].sum(0, dtype=float)
         return torch.from_numpy(total / once.sum())
 
     def spread(self, site: str | None = None) -> pd.DataFrame:
@@ -275,15 +267,14 @@ class ActivationsFile:
 
     def _groups(
         self, columns: Sequence[str], once: NDArray[np.bool_]
-    ) -> Iterator[tuple[_Group, NDArray[np.bool_]]]:
+    ) -> Iterator[tuple[pa.Table, NDArray[np.bool_]]]:
         """Every group of rows, and which of its rows count."""
         first = 0
         with pq.ParquetFile(self.path) as file:
             for index in range(file.num_row_groups):
-                read = ["record", "id", "token", *columns]
-                group = _Group(file.read_row_group(index, columns=read))
-                yield group, once[first : first + len(group.records)]
-                first += len(group.records)
+                group = file.read_row_group(index, columns=["record", "id", "token", *columns])
+                yield group, once[first : first + len(group)]
+                first += len(group)
 
     def __repr__(self) -> str:
         return (
@@ -294,32 +285,19 @@ class ActivationsFile:
         )
 
 
-class _Group:
-    """One group of rows."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table
-        self.records: NDArray[np.int64] = table["record"].to_numpy()
-        self.tokens: list[str | None] = table["token"].to_pylist()
-
-    def text_of(self, row: int) -> tuple[int, int]:
-        """The rows of the text of a row: the first, and one after the last."""
-        record = self.records[row]
-        low, high = (np.searchsorted(self.records, record, side) for side in ("left", "right"))
-        return int(low), int(high)
-
-    def example(self, rank: int, row: int, value: float, width: int) -> dict[str, Any]:
-        low, high = self.text_of(row)
-        tokens = [token or "" for token in self.tokens[low:high]]
-        return {
-            "rank": rank,
-            "record": int(self.records[row]),
-            "id": self.table["id"][row].as_py(),
-            "position": row - low,
-            "token": tokens[row - low],
-            "value": value,
-            "context": context_of(tokens, row - low, width),
-        }
+def _example(group: pa.Table, rank: int, row: int, value: float, width: int) -> dict[str, Any]:
+    records = group["record"].to_numpy()
+    low, high = (int(np.searchsorted(records, records[row], side)) for side in ("left", "right"))
+    tokens = [token or "" for token in group["token"].slice(low, high - low).to_pylist()]
+    return {
+        "rank": rank,
+        "record": int(records[row]),
+        "id": group["id"][row].as_py(),
+        "position": row - low,
+        "token": tokens[row - low],
+        "value": value,
+        "context": context_of(tokens, row - low, width),
+    }
 
 
 def _numbers(table: pa.Table, site: str) -> NDArray[np.floating]:

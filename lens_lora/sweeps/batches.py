@@ -17,10 +17,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -48,42 +50,34 @@ from lens_lora.sweeps.store import Fingerprint, Store
 # --- How each column is computed
 
 
-# (lens, prompts, readout) → one number per prompt and site, in the readout's units.
-Values = Callable[[LoraLens, Prompts, Readout], Float[Tensor, "batch site"]]
+SiteValues = Float[Tensor, "batch site"]  # in the readout's units
 
 
-def _slopes(name: str) -> Values:
-    def values(lens: LoraLens, prompts: Prompts, readout: Readout) -> Float[Tensor, "batch site"]:
-        gates = lens.gates(ANALYSES[name].at)
-        slopes = site_slopes(lens, readout.over(lens.model, prompts), gates)
-        require_finite_sites(lens, slopes)
-        return slopes
-
-    return values
+def _slopes(lens: LoraLens, prompts: Prompts, readout: Readout, *, name: str) -> SiteValues:
+    gates = lens.gates(ANALYSES[name].at)
+    slopes = site_slopes(lens, readout.over(lens.model, prompts), gates)
+    require_finite_sites(lens, slopes)
+    return slopes
 
 
-def _called(analysis: Callable[..., Any], name: str) -> Values:
-    def values(lens: LoraLens, prompts: Prompts, readout: Readout) -> Float[Tensor, "batch site"]:
-        options = ANALYSES[name].options
-        return analysis(lens, prompts, readout, **options, progress=False).values
-
-    return values
-
-
-def _second_order(
-    lens: LoraLens, prompts: Prompts, readout: Readout
-) -> Float[Tensor, "batch site"]:
+def _second_order(lens: LoraLens, prompts: Prompts, readout: Readout) -> SiteValues:
     """½(H·1)_l."""
     reading = readout.over(lens.model, prompts)
     return 0.5 * hessian_product(lens, reading, lens.gates(0.0), lens.gates(1.0))
 
 
-VALUES: dict[str, Values] = {
-    "first_order": _slopes("first_order"),
-    "first_order_at_1": _slopes("first_order_at_1"),
-    "path": _called(path_attribution, "path"),
-    "add_one": _called(patch_sites, "add_one"),
-    "leave_one_out": _called(patch_sites, "leave_one_out"),
+def _of_analysis(
+    lens: LoraLens, prompts: Prompts, readout: Readout, *, call: Callable[..., Any], name: str
+) -> SiteValues:
+    return call(lens, prompts, readout, **ANALYSES[name].options, progress=False).values
+
+
+VALUES: dict[str, Callable[[LoraLens, Prompts, Readout], SiteValues]] = {
+    "first_order": partial(_slopes, name="first_order"),
+    "first_order_at_1": partial(_slopes, name="first_order_at_1"),
+    "path": partial(_of_analysis, call=path_attribution, name="path"),
+    "add_one": partial(_of_analysis, call=patch_sites, name="add_one"),
+    "leave_one_out": partial(_of_analysis, call=patch_sites, name="leave_one_out"),
     "second_order": _second_order,
 }
 
@@ -104,10 +98,10 @@ class Job:
     """A good record, ready to run.
 
     Attributes:
-        record: as it was read.
+        record: the record that was read.
         prompt: its prompt, tokenised, on the CPU.
         readout: its own margin or response, or the readout given for all records.
-        make: of one response a prompt their readout, where each record has a response.
+        make: makes a readout of one response a prompt, where each record has a response.
     """
 
     record: Record
@@ -139,11 +133,7 @@ def prepare(lens: LoraLens, record: Record, readout: Readout | Make | None) -> J
 
 
 def tokenised(lens: LoraLens, record: Record) -> Prompts:
-    """The prompt of a good record. No forward pass.
-
-    Raises:
-        PromptError: it does not fit the model.
-    """
+    """The prompt of a good record. No forward pass."""
     return lens.prompts(record.prompt or "" if record.messages is None else record.messages)
 
 
@@ -219,6 +209,7 @@ def _measure(lens: LoraLens, jobs: Sequence[Job], analyses: Sequence[str]) -> li
             units=job.readout.units,
             base=float(base[i]),
             adapted=float(adapted[i]),
+            shift=float(adapted[i] - base[i]),
             flips=flips[i],
             **{name: by_prompt[i] for name, by_prompt in values.items()},
         )
@@ -230,11 +221,6 @@ def _values(lens: LoraLens, jobs: Sequence[Job], name: str) -> Vector:
     batches = [[job] for job in jobs] if ANALYSES[name].alone else [jobs]
     values = torch.cat([VALUES[name](lens, *_question(lens, batch)) for batch in batches])
     require_finite(values, name)
-    if values.shape != (len(jobs), len(lens.sites)):
-        raise RuntimeError(
-            f"analysis {name!r} gave {tuple(values.shape)} numbers for {len(jobs)} prompts × "
-            f"{len(lens.sites)} sites."
-        )
     return _numbers(values)
 
 
@@ -282,6 +268,7 @@ FIELDS = {
     "units": _TEXT,
     "base": _NUMBER,  # g(0), exact
     "adapted": _NUMBER,  # g(1), exact
+    "shift": _NUMBER,  # g(1) − g(0)
     # Of a margin; not where either end is within three noise floors of zero. Else null.
     "flips": pa.bool_(),
     "error": _TEXT,
@@ -290,21 +277,17 @@ _PROMPTS_AT_ONCE = 256  # in one group of rows of the table of sites
 
 
 def _prompts_table(rows: Sequence[Row], analyses: Sequence[str], ids: pa.Array) -> pa.Table:
-    """One row per prompt, with its shift, and of each analysis the sum and what it leaves."""
-    columns: dict[str, pa.Array] = {
-        name: pa.array([row.get(name) for row in rows], kind) for name, kind in FIELDS.items()
-    }
-    columns["id"], error, flips = ids, columns.pop("error"), columns.pop("flips")
-    shifts = [None if row["error"] else row["adapted"] - row["base"] for row in rows]
-    columns |= {"shift": pa.array(shifts, _NUMBER), "flips": flips}
+    """One row per prompt; of each analysis also the sum, and what that leaves of the shift."""
+    frame = pd.DataFrame(rows, columns=[*FIELDS, *analyses])
+    table = pa.Table.from_pandas(frame[[*FIELDS]], pa.schema(FIELDS), preserve_index=False)
+    table = table.set_column(0, "id", ids).drop_columns("error")
     for name in analyses:
-        sums = [None if row["error"] else float(row[name].sum()) for row in rows]
-        columns[f"{name}_sum"] = pa.array(sums, _NUMBER)
+        sums = frame[name].map(np.sum, na_action="ignore").astype(float)
+        table = table.append_column(f"{name}_sum", pa.array(sums, from_pandas=True))
         if ANALYSES[name].has_remainder:
-            both = zip(shifts, sums, strict=True)
-            left = [None if s is None or t is None else s - t for s, t in both]
-            columns[f"{name}_remainder"] = pa.array(left, _NUMBER)
-    return pa.table(columns | {"error": error})
+            left = pa.array(frame["shift"].astype(float) - sums, from_pandas=True)
+            table = table.append_column(f"{name}_remainder", left)
+    return table.append_column("error", pa.array(frame["error"], _TEXT))
 
 
 def _sites_table(
@@ -328,11 +311,7 @@ def _sites_table(
 
 
 def _rows_of_results(prompts: pa.Table, sites: pa.Table, analyses: Sequence[str]) -> list[Row]:
-    """The prompts without an error, from the two tables that were written together.
-
-    Raises:
-        ValueError: the tables are not of the same prompts.
-    """
+    """The prompts without an error, from the two tables that were written together."""
     plain = prompts.select(list(FIELDS)).to_pylist()
     rows = [{**row, "id": str(row["id"])} for row in plain if row["error"] is None]
     for name in analyses if rows else ():
@@ -386,12 +365,7 @@ class RowStore(Store):
         self._schema = pa.schema(FIELDS | dict.fromkeys(analyses, pa.list_(_NUMBER)))
 
     def done(self, records: Sequence[Record]) -> Mapping[Content, Row]:
-        """What earlier runs finished without an error, by prompt and answers. Changes nothing.
-
-        Raises:
-            SweepError: the files are not a sweep's, are damaged, or are those of a different sweep
-                or of other records.
-        """
+        """What earlier runs finished without an error, by prompt and answers. Changes nothing."""
         rows = [row for row in [*self._in_results(), *self._in_parts()] if row["error"] is None]
         self.require_version()
         contents = set(map(content, records))
@@ -401,19 +375,11 @@ class RowStore(Store):
         return {content(row): row for row in rows}
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Write a part with all of these rows; if that is interrupted, none of them is kept.
-
-        Raises:
-            SweepError: it cannot be written.
-        """
-        self.put(pa.Table.from_pylist(list(rows), self._schema))
+        """Write a part with all of these rows; if that is interrupted, none of them is kept."""
+        self.write([pa.Table.from_pylist(list(rows), self._schema)], {})
 
     def merge(self, records: Sequence[Record], before: Mapping[Content, Row]) -> None:
-        """Write both result files, in the order of the records, and remove the parts.
-
-        Raises:
-            SweepError: a record has no part, or a file cannot be written.
-        """
+        """Write both result files, in the order of the records, and remove the parts."""
         if before and self.path.exists():
             self.add(list(before.values()))
         good_last = sorted(self._in_parts(), key=lambda row: row["error"] is None)
@@ -428,15 +394,11 @@ class RowStore(Store):
         self._write(rows, [record.id for record in records])
         self.remove()
 
-    def prompts(self) -> list[dict[str, Any]]:
-        """The rows of the merged table, one per prompt."""
-        return _read(self.prompts_path).to_pylist()
-
     def _in_parts(self) -> list[Row]:
         return [
             row | {name: np.array(row[name]) for name in self._analyses}
-            for part in self.parts()
-            for row in part.table.to_pylist()
+            for _, table in self.parts()
+            for row in table.to_pylist()
         ]
 
     def _in_results(self) -> list[Row]:
@@ -444,7 +406,7 @@ class RowStore(Store):
         present = [self.require_result(path) for path in self.results]
         if not all(present):
             return []
-        sites, prompts = map(_read, self.results)
+        sites, prompts = map(read, self.results)
         mark, other = (table.schema.metadata.get(_MARK) for table in (prompts, sites))
         if mark != other:
             return []
@@ -465,8 +427,8 @@ class RowStore(Store):
             _sites_table(rows[span], self._analyses, column[span], self._sites) for span in spans
         )
         notes = {_MARK: _mark(rows, self._analyses)}
-        self.write(self.path, by_site, notes)
-        self.write(self.prompts_path, [_prompts_table(rows, self._analyses, column)], notes)
+        self.write(by_site, notes, self.path)
+        self.write([_prompts_table(rows, self._analyses, column)], notes, self.prompts_path)
 
 
 def _unknown(row: Row, records: Sequence[Record], path: Path) -> str:
@@ -485,12 +447,8 @@ def _unknown(row: Row, records: Sequence[Record], path: Path) -> str:
     )
 
 
-def _read(path: Path) -> pa.Table:
-    """The file alone: folders named 'a=b' add no columns.
-
-    Raises:
-        SweepError: it is damaged.
-    """
+def read(path: Path) -> pa.Table:
+    """The file alone: folders named 'a=b' add no columns."""
     try:
         return pq.ParquetFile(path).read()
     except (pa.ArrowException, OSError, ValueError) as error:

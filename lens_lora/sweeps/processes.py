@@ -80,10 +80,6 @@ def launched() -> Processes:
 
     Warns:
         UserWarning: `accelerate launch` was asked for several processes and started this one alone.
-
-    Raises:
-        LensLoraError: several were launched, but accelerate was already set up in each of them as
-            a single process, or one of them has ended.
     """
     size = max(int(os.environ.get(name) or 1) for name in _SIZES)
     if size < 2:
@@ -138,11 +134,7 @@ def _together() -> Generator[None]:
 
 @contextlib.contextmanager
 def only_writer(out: Path) -> Generator[None]:
-    """Within the block, no other sweep can write to this output.
-
-    Raises:
-        SweepError: another process writes there, or the folder cannot be made.
-    """
+    """Within the block, no other sweep can write to this output."""
     path = out.with_name(f".{out.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,11 +154,7 @@ def only_writer(out: Path) -> Generator[None]:
 
 @contextlib.contextmanager
 def told(path: Path) -> Generator[None]:
-    """Within the block, an error of the system becomes one of the sweep.
-
-    Raises:
-        SweepError: in place of an OSError.
-    """
+    """Within the block, an error of the system becomes one of the sweep."""
     try:
         yield
     except OSError as error:

@@ -34,7 +34,7 @@ class Analysis:
         many: takes tens of passes a prompt, so that each prompt is a batch, and kept once it is
             done: what a kill loses is one prompt's work.
         has_remainder: its sum over sites estimates the shift, so the table has shift − sum too.
-        options: what it is called with besides lens, prompts and readout.
+        options: arguments that it is called with besides lens, prompts and readout.
     """
 
     at: float = 0.0
@@ -74,11 +74,7 @@ BY_TOKEN: dict[str, Analysis] = {
 
 
 def chosen(analyses: str | Iterable[str]) -> tuple[str, ...]:
-    """The names, each once, in the order given.
-
-    Raises:
-        SweepError: no name, one that is not in the tables, or one by token beside others.
-    """
+    """The names, each once, in the order given."""
     names = tuple(dict.fromkeys([analyses] if isinstance(analyses, str) else analyses))
     unknown = [name for name in names if name not in ANALYSES | BY_TOKEN]
     if unknown or not names:
@@ -118,9 +114,9 @@ class Record:
         prompt: read at its last token; of a conversation, what the chat template makes of it, which
             is known once the model is.
         doc, pre: the two answers; None where one readout is given for all records.
-        error: what is wrong with the record; the other fields may then be None.
+        error: the fault of a bad record, whose other fields may be None; else None.
         messages: a conversation, in place of the prompt's text.
-        response: what is said after the prompt, where the readout is of each record's response.
+        response: the text said after the prompt, where the readout is of each record's response.
         has_own_id: whether it came with its id.
     """
 
@@ -170,59 +166,47 @@ def read_records(
     """Every record in order, bad ones included.
 
     A record's own id goes before the number that stands in for another one's.
-
-    Raises:
-        SweepError: there is no record, the file is of another kind or in UTF-16, a CSV file lacks a
-            column, or a table has one twice.
-        OSError: the file cannot be read.
     """
     read = list(each_record(records, with_answers=with_answers, with_response=with_response))
     owners: dict[str, Record] = {}
     for record in sorted(read, key=lambda record: not record.has_own_id):
         if record.error is None:
             owners.setdefault(str(record.id), record)
-    return [_with_id_of_its_own(record, owners) for record in read]
-
-
-def _with_id_of_its_own(record: Record, owners: Mapping[str, Record]) -> Record:
-    owner = owners.get(str(record.id), record)
-    if record.error is not None or owner is record:
-        return record
-    fact = f"its id {record.id!r} is already that of {owner.where}"
-    if not record.has_own_id:
-        fact = f"it has no id, and its number {record.id} is the id of {owner.where}"
-    return record.bad(f"{fact}; give each record its own.")
+    for number, record in enumerate(read):
+        owner = owners.get(str(record.id), record)
+        if record.error is None and owner is not record:
+            fact = f"its id {record.id!r} is already that of {owner.where}"
+            if not record.has_own_id:
+                fact = f"it has no id, and its number {record.id} is the id of {owner.where}"
+            read[number] = record.bad(f"{fact}; give each record its own.")
+    return read
 
 
 def each_record(
     records: RecordsLike, *, with_answers: bool = True, with_response: bool = False
 ) -> Iterator[Record]:
-    """As `read_records`, one after another; whether an id occurs twice is not looked at.
-
-    Raises:
-        SweepError, OSError: as for `read_records`.
-    """
+    """As `read_records`, one after another; whether an id occurs twice is not looked at."""
     answers, said = ANSWERS if with_answers else (), ("response",) if with_response else ()
     needed, number = ("prompt", *answers, *said), -1
     for number, (where, row) in enumerate(_rows(records, needed)):
         record = row if isinstance(row, Record) else _record(number, where, row, needed)
         yield _storable(record)
     if number < 0:
-        raise SweepError(f"{_name(records)}: no record found; each needs {', '.join(needed)}.")
+        name = str(records) if isinstance(records, str | Path) else "the records"
+        raise SweepError(f"{name}: no record found; each needs {', '.join(needed)}.")
 
 
 def _rows(records: RecordsLike, needed: tuple[str, ...]) -> Iterator[_Row]:
     if isinstance(records, str | Path):
-        path = Path(records)
-        readers = {".jsonl": _jsonl, ".csv": _csv}
-        if path.suffix.lower() not in readers:
+        path, kind = Path(records), Path(records).suffix.lower()
+        if kind not in (".jsonl", ".csv"):
             raise SweepError(f"{path}: expected a file that ends in .jsonl or .csv.")
         if not path.is_file():
             raise SweepError(f"{path}: there is no such file of records.")
         with path.open("rb") as file:
             if is_utf16(file.read(len(codecs.BOM_UTF16))):
                 raise SweepError(f"{path} is UTF-16; save it as UTF-8.")
-        yield from readers[path.suffix.lower()](path, needed)
+        yield from _jsonl(path) if kind == ".jsonl" else _csv(path, needed)
         return
     if isinstance(records, Mapping):
         raise SweepError(
@@ -263,9 +247,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _jsonl(path: Path, needed: tuple[str, ...]) -> Iterator[_Row]:
+def _jsonl(path: Path) -> Iterator[_Row]:
     """Line by line; a line that is not JSON yields its error. Blank lines are skipped."""
-    del needed
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -370,14 +353,13 @@ def _fault_of_id(identity: Any) -> str | None:
 
 def _storable(record: Record) -> Record:
     """The record; bad, and with its text escaped, where some of it is not text."""
-    texts = {name: getattr(record, name) for name in ("prompt", *ANSWERS, "response")}
-    odd = {name: text for name, text in texts.items() if text is not None and not _is_text(text)}
-    if not odd:
-        return record
-    name, text = next(iter(odd.items()))
-    escaped = dataclasses.replace(record, **{name: _escaped(text) for name, text in odd.items()})
-    fault = f"its {name} is {text!r}, {_NOT_TEXT}"
-    return escaped if record.error is not None else escaped.bad(fault)
+    for name in ("prompt", *ANSWERS, "response"):
+        text = getattr(record, name)
+        if text is not None and not _is_text(text):
+            escaped = dataclasses.replace(record, **{name: _escaped(text)})
+            fault = f"its {name} is {text!r}, {_NOT_TEXT}"
+            record = escaped if record.error is not None else escaped.bad(fault)
+    return record
 
 
 def _is_text(text: str) -> bool:
@@ -392,7 +374,3 @@ def _escaped(text: str) -> str:
 def _is_missing(value: Any) -> bool:
     is_nan = isinstance(value, float) and value != value
     return value is None or is_nan or (isinstance(value, str) and value == "")
-
-
-def _name(records: RecordsLike) -> str:
-    return str(records) if isinstance(records, str | Path) else "the records"

@@ -33,7 +33,7 @@ import time
 import uuid
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FunctionType
@@ -45,15 +45,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from lens_lora import compat
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.compat import (
-    added_tokens,
-    brought_in,
-    fields_of,
-    hook_function,
-    hooks_of,
-    processed_tensors,
-)
 from lens_lora.errors import SweepError
 from lens_lora.model.gates import refuse_writers
 from lens_lora.model.lens import LoraLens
@@ -70,28 +63,23 @@ _SHOWN = 10  # bad records or damaged parts in a warning
 _PART_NAME = re.compile(r"\d+-([0-9a-f]{32})\.parquet")  # when it was written, and its hash
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A finished batch: its file, its rows, and what its numbers were computed with."""
-
-    path: Path
-    table: pa.Table
-    about: Fingerprint
-
-
 class Store:
     """The files of one sweep.
 
     Attributes:
         path: the result.
-        folder: of the parts, until they are merged.
+        folder: the parts lie in it until they are merged.
         results: every file that is written at the end.
-        fingerprint: as it is read from a file.
+        fingerprint: what its numbers depend on besides the records, as JSON holds it.
         damaged: the parts that could not be read, and why.
     """
 
     def __init__(self, out: str | Path, fingerprint: Fingerprint) -> None:
-        self.path: Path = result_path(out)
+        self.path: Path = Path(out)
+        if self.path.suffix != ".parquet":
+            raise SweepError(f"out={str(out)!r}: expected a name that ends in .parquet.")
+        if self.path.is_dir():
+            raise SweepError(f"out={str(out)!r} is a folder; name a file in it.")
         self.folder: Path = self.path.with_suffix(".parts")
         self.results: tuple[Path, ...] = (self.path,)
         self.damaged: dict[Path, str] = {}
@@ -99,11 +87,7 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, processes: Processes) -> Generator[None]:
-        """Within the block no other sweep writes here, and every process runs this one.
-
-        Raises:
-            SweepError: another sweep writes here, or a process runs another one.
-        """
+        """Within the block no other sweep writes here, and every process runs this one."""
         with only_writer(self.path) if processes.is_main else contextlib.nullcontext():
             differ = differences(processes.gather(self.fingerprint)[0], self.fingerprint)
             if differ:
@@ -116,49 +100,33 @@ class Store:
             processes.wait()  # the main process lets no other sweep write before all have read
 
     def require_same_sweep(self) -> None:
-        """Check that what is there agrees with the fields that `fingerprint` has. Changes nothing.
-
-        Raises:
-            SweepError: a result is not a sweep's, or it or the first part is of another sweep.
-        """
+        """Check that what is there agrees with the fields of `fingerprint`. Changes nothing."""
         abouts = {path: about_of(path) for path in self.results if path.exists()}
-        parts = map(_read_part, self._part_paths())
-        first = next((part for part in parts if isinstance(part, Part)), None)
-        abouts |= {} if first is None else {first.path: first.about}
+        whole = ((path, _read_part(path)) for path in self._part_paths())
+        first = ((path, _about_in(t.schema)) for path, t in whole if not isinstance(t, str))
+        abouts |= itertools.islice(first, 1)
         for path, about in abouts.items():
             known = {key: about.get(key) for key in self.fingerprint}
             self._require_same(known, path)
 
-    def parts(self) -> Iterator[Part]:
-        """Every part in the order in which they were written; `damaged` lists the others.
-
-        Raises:
-            SweepError: one belongs to another sweep.
-        """
+    def parts(self) -> Iterator[tuple[Path, pa.Table]]:
+        """(file, rows) of every part in the order of writing; `damaged` lists the others."""
         for path in self._part_paths():
-            part = _read_part(path)
-            if isinstance(part, str):
-                self.damaged[path] = part
+            table = _read_part(path)
+            if isinstance(table, str):
+                self.damaged[path] = table
             else:
-                self._require_same(part.about, self.folder)
-                yield part
+                self._require_same(_about_in(table.schema), self.folder)
+                yield path, table
 
     def require_result(self, path: Path) -> bool:
-        """Whether a result is there; if it is, it belongs to this sweep.
-
-        Raises:
-            SweepError: it is not a sweep's, or of another sweep.
-        """
+        """Whether a result is there; if it is, it belongs to this sweep."""
         if path.exists():
             self._require_same(about_of(path), path)
         return path.exists()
 
     def require_version(self) -> None:
-        """Check that this sweep may go on with what is there, which is known to be its own.
-
-        Raises:
-            SweepError: code of the caller's takes part, and it has no version.
-        """
+        """Check that this sweep may go on with what is there, which is known to be its own."""
         own_code, version = self.fingerprint["own_code"], self.fingerprint["version"]
         is_there = self._part_paths() or any(path.exists() for path in self.results)
         if is_there and own_code and version is None:
@@ -169,11 +137,7 @@ class Store:
             )
 
     def begin(self, *, anew: bool) -> None:
-        """Make the folder of parts, without the damaged ones.
-
-        Raises:
-            SweepError: the folder cannot be made, or an old file cannot be removed.
-        """
+        """Make the folder of parts, without the damaged ones."""
         with told(self.path):
             if anew:
                 for path in self.results:
@@ -186,40 +150,34 @@ class Store:
                 if path.exists():
                     path.rename(path.with_name(f"{path.name}.damaged"))
 
-    def put(self, table: pa.Table, notes: Mapping[bytes, bytes] | None = None, **how: Any) -> None:
-        """Write a table as one part, in one group of rows, whole or not at all.
-
-        Raises:
-            SweepError: it cannot be written.
-        """
-        table, sink = table.replace_schema_metadata(self._metadata(notes)), pa.BufferOutputStream()
-        pq.write_table(table, sink, row_group_size=max(len(table), 1), **how)
-        content = sink.getvalue()
-        path = self.folder / f"{time.time_ns()}-{_hash(content)}.parquet"
-        self._write_whole(path, lambda unfinished: unfinished.write_bytes(content))
-
     def write(
         self,
-        path: Path,
         tables: Iterable[pa.Table],
-        notes: Mapping[bytes, bytes] | None = None,
+        notes: Mapping[bytes, bytes],
+        path: Path | None = None,
         **how: Any,
     ) -> None:
-        """Write tables as one result, a group of rows each, one in memory at a time.
+        """Write tables as a result, or as one part, whole or not at all.
 
-        Raises:
-            SweepError: it cannot be written.
+        Each is a group of rows, and one is in memory at a time. They are written under a temporary
+        name, which is changed once the file is complete and on the disk.
         """
-
-        def write_each(unfinished: Path) -> None:
-            rest = iter(tables)
-            first = next(rest)
-            schema = first.schema.with_metadata(self._metadata(notes))
-            with pq.ParquetWriter(unfinished, schema, **how) as writer:
-                for table in itertools.chain([first], rest):
-                    writer.write_table(table, row_group_size=max(len(table), 1))
-
-        self._write_whole(path, write_each)
+        unfinished, rest = self.folder / f".{uuid.uuid4().hex}", iter(tables)
+        first = next(rest)
+        schema = first.schema.with_metadata({_ABOUT: _as_json(self.fingerprint), **notes})
+        try:
+            with told(path or self.folder):
+                with pq.ParquetWriter(unfinished, schema, **how) as writer:
+                    for table in itertools.chain([first], rest):
+                        writer.write_table(table, row_group_size=max(len(table), 1))
+                with unfinished.open("rb") as file:
+                    os.fsync(file.fileno())
+                    part = path or self.folder / f"{time.time_ns()}-{_hash(file.read())}.parquet"
+                os.replace(unfinished, part)
+                _keep_name(part.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the parts once all is in the results, as far as that can be done."""
@@ -248,44 +206,9 @@ class Store:
                 "with resume=False."
             )
 
-    def _metadata(self, notes: Mapping[bytes, bytes] | None) -> dict[bytes, bytes]:
-        return {_ABOUT: _as_json(self.fingerprint), **(notes or {})}
-
-    def _write_whole(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write under a temporary name, and rename once the file is complete and on the disk."""
-        unfinished = self.folder / f".{uuid.uuid4().hex}"
-        try:
-            with told(path):
-                write(unfinished)
-                with unfinished.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(unfinished, path)
-                _keep_name(path.parent)
-        finally:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-
-
-def result_path(out: str | Path) -> Path:
-    """The path of the result.
-
-    Raises:
-        SweepError: it does not end in .parquet, or is a folder.
-    """
-    path = Path(out)
-    if path.suffix != ".parquet":
-        raise SweepError(f"out={str(out)!r}: expected a name that ends in .parquet.")
-    if path.is_dir():
-        raise SweepError(f"out={str(out)!r} is a folder; name a file in it.")
-    return path
-
 
 def about_of(path: Path) -> Fingerprint:
-    """The fingerprint in a result file.
-
-    Raises:
-        SweepError: not a Parquet file, or not a sweep's.
-    """
+    """The fingerprint in a result file."""
     try:
         return _about_in(pq.read_schema(path))
     except KeyError as error:
@@ -308,8 +231,8 @@ def _about_in(schema: pa.Schema) -> Fingerprint:
     return json.loads((schema.metadata or {})[_ABOUT])
 
 
-def _read_part(path: Path) -> Part | str:
-    """The part, or what is wrong with it."""
+def _read_part(path: Path) -> pa.Table | str:
+    """The rows of a part, or what is wrong with it."""
     name = _PART_NAME.fullmatch(path.name)
     if name is None:
         return "not a part that a sweep wrote"
@@ -318,7 +241,8 @@ def _read_part(path: Path) -> Part | str:
         if _hash(content) != name[1]:
             return "damaged, its contents do not match the hash in its name"
         table = pq.read_table(pa.BufferReader(content))
-        return Part(path, table, _about_in(table.schema))
+        _about_in(table.schema)
+        return table
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         return f"damaged ({error})"
 
@@ -446,15 +370,11 @@ def _plain(value: Any, own_code: list[object]) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and not is_own:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return [name, _plain(fields, own_code)]
-    if is_own or _has_state(value):
+    owner = value.__self__ if inspect.ismethod(value) else value
+    is_plain = inspect.isroutine(owner) or inspect.isclass(owner) or inspect.ismodule(owner)
+    if is_own or not is_plain:  # an object may have a state of its own, as a module has weights
         own_code.append(value)
     return name
-
-
-def _has_state(code: Any) -> bool:
-    """Whether this is an object, or a method of one, such as a module with weights of its own."""
-    owner = code.__self__ if inspect.ismethod(code) else code
-    return not (inspect.isroutine(owner) or inspect.isclass(owner) or inspect.ismodule(owner))
 
 
 def tensor_digest(tensor: Tensor) -> bytes:
@@ -467,18 +387,16 @@ def tensor_digest(tensor: Tensor) -> bytes:
 
 
 def _is_own(code: Any) -> bool:
-    """Whether a function, a class or the class of an object is the caller's own."""
-    return _home(code).partition(".")[0] not in _LIBRARIES
+    """Whether a function, a class or the class of an object is the caller's own.
 
-
-def _home(code: Any) -> str:
-    """The module in which code stands; of a wrapper its own, not that of what it wraps."""
+    A wrapper counts by the module in which it stands itself, not by that of what it wraps.
+    """
     if isinstance(code, functools.partial):
-        return _home(code.func)
+        return _is_own(code.func)
     code = getattr(code, "__func__", code)
-    if isinstance(code, FunctionType):
-        return str(code.__globals__.get("__name__"))
-    return str(getattr(code, "__module__", None))
+    is_function = isinstance(code, FunctionType)
+    home = code.__globals__.get("__name__") if is_function else getattr(code, "__module__", None)
+    return str(home).partition(".")[0] not in _LIBRARIES
 
 
 # --- What is looked at
@@ -503,7 +421,7 @@ def _configuration(model: Any) -> dict[str, Any]:
     fields = dict(vars(model.cfg))
     inner = getattr(getattr(model, "original_model", None), "config", None)
     if inner is not None:
-        fields |= {f"config.{name}": value for name, value in fields_of(inner).items()}
+        fields |= {f"config.{name}": value for name, value in compat.fields_of(inner).items()}
     return {
         f"configuration {name}": _as_field(value)
         for name, value in sorted(fields.items())
@@ -571,9 +489,9 @@ def _hooks(model: nn.Module) -> list[tuple[str, Any]]:
     A bridge puts hooks of its own on its parts at the first pass; they are left out.
     """
     hooks = [
-        (place, hook_function(hook))
+        (place, compat.hook_function(hook))
         for place, module in model.named_modules()
-        for registered in hooks_of(module)[:4]  # the fifth says which of them take keywords
+        for registered in compat.hooks_of(module)[:4]  # the fifth says which of them take keywords
         for hook in registered.values()
     ]
     return [(place, hook) for place, hook in hooks if hook is not None]
@@ -584,7 +502,7 @@ def _tokenizer(tokenizer: Any) -> str | None:
     if tokenizer is None:
         return None
     special = {name: getattr(tokenizer, name, None) for name in _TOKENIZER}
-    special |= {**added_tokens(tokenizer), **tokenizer.special_tokens_map}
+    special |= {**compat.added_tokens(tokenizer), **tokenizer.special_tokens_map}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return digest([special, tokenizer.get_vocab()])
@@ -597,7 +515,9 @@ def _weights(model: nn.Module) -> str:
     named: dict[str, Tensor] = dict(model.named_parameters())
     named |= dict(model.named_buffers())
     for place, module in model.named_modules():
-        named |= {f"{place}.{name}": tensor for name, tensor in processed_tensors(module).items()}
+        named |= {
+            f"{place}.{name}": tensor for name, tensor in compat.processed_tensors(module).items()
+        }
     away = _offloaded(model)
     present = {name: tensor for name, tensor in named.items() if id(tensor) not in away}
     with ThreadPoolExecutor() as pool:
@@ -613,6 +533,6 @@ def _offloaded(model: nn.Module) -> dict[int, bytes]:
     digests: dict[int, bytes] = {}
     for module in model.modules():
         ids = {name: id(p) for name, p in module.named_parameters(recurse=False) if p.is_meta}
-        with brought_in(module):
+        with compat.brought_in(module):
             digests |= {key: tensor_digest(getattr(module, name)) for name, key in ids.items()}
     return digests

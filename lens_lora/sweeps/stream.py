@@ -37,14 +37,8 @@ from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import Site
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.sweeps.activations_file import (
-    SITES,
-    SPANS,
-    ActivationsFile,
-    Span,
-    spans_in,
-    spans_of,
-)
+from lens_lora.sweeps import activations_file
+from lens_lora.sweeps.activations_file import ActivationsFile, Span
 from lens_lora.sweeps.batches import tokenised, with_text
 from lens_lora.sweeps.processes import Processes, launched, told
 from lens_lora.sweeps.records import BY_TOKEN, Record, RecordsLike, each_record
@@ -67,18 +61,16 @@ def token_sweep(
     version: str | None,
     progress: bool,
 ) -> ActivationsFile:
-    """`sweep` of an analysis by token.
-
-    Raises:
-        SweepError, UnsupportedAdapterError: as for `sweep`, and for `activations`.
-    """
+    """`sweep` of an analysis by token."""
     gauge = BY_TOKEN[name].options["gauge"]
     ranks = activation_ranks(lens, range(len(lens.sites)), gauge)
     processes = launched()
     store = TokenStore(out, fingerprint(lens, (name,), None, version), lens.sites, ranks)
     shown = progress and processes.is_main
     with store.writing(processes):
-        done = store.done() if resume else []
+        done = store.sources() if resume else []
+        if resume:
+            store.require_version()
         processes.by_main(lambda: store.begin(anew=not resume))
         windows = Windows(lens, _counted(records, processes, shown), done, processes)
         turned = in_gauge(lens, gauge)
@@ -112,8 +104,8 @@ class Source:
 
     Attributes:
         span: the records.
-        path: of the file.
-        group: of its rows.
+        path: the file.
+        group: the number of the group of its rows in that file.
     """
 
     span: Span
@@ -136,7 +128,7 @@ class Text:
 
     Attributes:
         number: its place, from 0.
-        record: as it was read, perhaps with its error.
+        record: the record that was read, perhaps with its error.
         ids: its tokens; none of a bad record.
     """
 
@@ -168,19 +160,14 @@ class Windows:
     def __iter__(self) -> Iterator[list[Text]]:
         window: list[Text] = []
         for number, record in self._unfinished():
-            if window and (number != window[-1].number + 1 or self._is_full(window)):
+            is_full = sum(max(len(text.ids), 1) for text in window) >= WINDOW_TOKENS
+            if window and (is_full or number != window[-1].number + 1):
                 yield window
                 window = []
-            if self._is_mine(number):
+            if number // BLOCK % self._processes.count == self._processes.index:
                 window.append(self._text(number, record))
         if window:
             yield window
-
-    def _is_full(self, window: Sequence[Text]) -> bool:
-        return sum(max(len(text.ids), 1) for text in window) >= WINDOW_TOKENS
-
-    def _is_mine(self, number: int) -> bool:
-        return number // BLOCK % self._processes.count == self._processes.index
 
     def _text(self, number: int, record: Record) -> Text:
         if record.error is not None:
@@ -199,30 +186,26 @@ class Windows:
             if source is None:
                 yield number, record
                 continue
-            rest = itertools.islice(numbered, source.span.last - number)
+            span = source.span
+            rest = itertools.islice(numbered, span.last - number)
             held = [record, *(record for _, record in rest)]
             self.seen = number + len(held)
-            if self.seen == source.span.last + 1 and not self._is_finished(source, held):
-                self.stale.append(source)
-                yield from enumerate(held, start=number)
+            if self.seen <= span.last or digest_of(held) == span.digest:
+                continue
+            if not span.errors:
+                raise SweepError(
+                    f"{source.path} holds records {span.first} to {span.last} (from 0) with other "
+                    f"ids or prompts than {held[0].where} to {held[-1].where}. Give another out, "
+                    "or start over with resume=False."
+                )
+            self.stale.append(source)
+            yield from enumerate(held, start=number)
         n_done = max((source.span.last + 1 for source in self._done.values()), default=0)
         if self.seen < n_done:
             raise SweepError(
                 f"the results hold {n_done} records, and there are {self.seen}. Give another out, "
                 "or start over with resume=False."
             )
-
-    def _is_finished(self, source: Source, records: Sequence[Record]) -> bool:
-        span = source.span
-        if digest_of(records) == span.digest:
-            return True
-        if span.errors:
-            return False
-        raise SweepError(
-            f"{source.path} holds records {span.first} to {span.last} (from 0) with other ids or "
-            f"prompts than {records[0].where} to {records[-1].where}. Give another out, or start "
-            "over with resume=False."
-        )
 
 
 # --- A window of texts → a table: one row per token, one column per site with `rank` numbers
@@ -332,42 +315,20 @@ class TokenStore(Store):
         columns = [{**dataclasses.asdict(s), "rank": r} for s, r in zip(sites, ranks, strict=True)]
         self._sites = json.dumps(columns).encode()
 
-    def done(self) -> list[Source]:
-        """Every span that earlier runs finished, once, in order. Changes nothing.
-
-        Raises:
-            SweepError: the files are not a sweep's, are damaged, or are of a different sweep.
-        """
-        sources = self._sources()
-        self.require_version()
-        return sources
-
     def add(self, table: pa.Table, span: Span) -> None:
-        """Write a window, whole or not at all.
-
-        Raises:
-            SweepError: it cannot be written.
-        """
-        self.put(table, self._notes([span]), **_HOW)
+        """Write a window, whole or not at all."""
+        self.write([table], self._notes([span]), **_HOW)
 
     def drop(self, stale: Sequence[Source]) -> None:
-        """Remove parts whose records have changed.
-
-        Raises:
-            SweepError: one cannot be removed.
-        """
+        """Remove parts whose records have changed."""
         for source in stale:
             if source.path != self.path:
                 with told(source.path):
                     source.path.unlink(missing_ok=True)
 
     def merge(self, records: int) -> None:
-        """Write the result, part by part, and remove the parts.
-
-        Raises:
-            SweepError: a record has no part, or the file cannot be written.
-        """
-        sources, expected = self._sources(), 0
+        """Write the result, part by part, and remove the parts."""
+        sources, expected = self.sources(), 0
         for source in sources:
             if source.span.first != expected:
                 break
@@ -379,24 +340,29 @@ class TokenStore(Store):
             )
         if any(source.path != self.path for source in sources):
             spans = [source.span for source in sources]
-            self.write(self.path, map(_rows_of, sources), self._notes(spans), **_HOW)
+            self.write(map(_rows_of, sources), self._notes(spans), self.path, **_HOW)
         self.remove()
 
-    def _sources(self) -> list[Source]:
-        """Where each finished span lies; a part comes before the result that it replaces."""
-        parts = [Source(spans_in(p.table.schema, p.path)[0], p.path) for p in self.parts()]
+    def sources(self) -> list[Source]:
+        """Where each finished span lies, in order; a part goes before what it replaces."""
+        parts = [
+            Source(activations_file.spans_in(table.schema, path)[0], path)
+            for path, table in self.parts()
+        ]
         taken = [(source.span.first, source.span.last) for source in parts]
         rest: list[Source] = []
         if self.require_result(self.path):
-            for group, span in enumerate(spans_of(self.path)):
+            for group, span in enumerate(activations_file.spans_of(self.path)):
                 if all(span.last < first or last < span.first for first, last in taken):
                     rest.append(Source(span, self.path, group))
         return sorted([*parts, *rest], key=lambda source: source.span.first)
 
     def _notes(self, spans: Sequence[Span]) -> dict[bytes, bytes]:
         return {
-            SITES: self._sites,
-            SPANS: json.dumps([dataclasses.astuple(span) for span in spans]).encode(),
+            activations_file.SITES: self._sites,
+            activations_file.SPANS: json.dumps(
+                [dataclasses.astuple(span) for span in spans]
+            ).encode(),
         }
 
 

@@ -23,26 +23,14 @@ from lens_lora.adapters.adapter import Adapter
 from lens_lora.errors import PromptError, SweepError, TokenError
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import Site
-from lens_lora.readouts.divergence import KL
+from lens_lora.readouts.answers import KL
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout, bound
 from lens_lora.results.attribution import Attribution
+from lens_lora.sweeps import batches
 from lens_lora.sweeps.activations_file import ActivationsFile
-from lens_lora.sweeps.batches import (
-    Content,
-    Job,
-    Make,
-    Row,
-    RowStore,
-    content,
-    is_make,
-    make_batches,
-    measure,
-    prepare,
-    tokenised,
-    with_text,
-)
-from lens_lora.sweeps.processes import Processes, launched
+from lens_lora.sweeps.batches import Job, Make, content, prepare
+from lens_lora.sweeps.processes import launched
 from lens_lora.sweeps.records import (
     ANALYSES,
     BY_TOKEN,
@@ -126,10 +114,8 @@ class SweepResult:
         column = pd.read_parquet(self.path, columns=[analysis])[analysis].to_numpy(copy=True)
         prompts = self.prompts()
         prompts = prompts[prompts["error"].isna()]
-        base, adapted = (
-            torch.tensor(prompts[name].tolist(), dtype=torch.float64)
-            for name in ("base", "adapted")
-        )
+        ends = [prompts[name].tolist() for name in ("base", "adapted")]
+        base, adapted = torch.tensor(ends, dtype=torch.float64)
         return Attribution(
             values=torch.from_numpy(column).view(-1, len(self.sites)),
             by=(),
@@ -260,27 +246,31 @@ def sweep(
         if readout is not None:
             raise SweepError(f"{names[0]!r} has no readout; leave readout out.")
         return token_sweep(lens, records, names[0], out, batch_size, resume, version, progress)
-    has_response = is_make(readout)
+    has_response = batches.is_make(readout)
     plain = read_records(records, with_answers=readout is None, with_response=has_response)
-    rows = [with_text(lens, record) for record in plain]
+    rows = [batches.with_text(lens, record) for record in plain]
     if readout is not None and not has_response:
         _require_for_all(lens, rows, cast(Readout, readout))
     require_slopes(names, readout)
     processes = launched()
     about = fingerprint(lens, names, readout, version)
-    store, shown = RowStore(out, about, lens.sites, names), progress and processes.is_main
+    store, shown = batches.RowStore(out, about, lens.sites, names), progress and processes.is_main
     with store.writing(processes):
         before = store.done(rows) if resume else {}
-        prepared = _prepare(lens, rows, readout, before, shown)
+        reading = tqdm(rows, "reading records", leave=False, disable=not shown, unit="record")
+        with reading as bar:
+            prepared = [r if content(r) in before else prepare(lens, r, readout) for r in bar]
         processes.by_main(lambda: store.begin(anew=not resume))
         jobs = [job for job in prepared if isinstance(job, Job)]
         checked = [job.record if isinstance(job, Job) else job for job in prepared]
         resumed = sum(r.error is None and content(r) in before for r in checked)
         size = 1 if any(ANALYSES[name].many for name in names) else batch_size
-        own_share = make_batches(jobs, size)[processes.index :: processes.count]
-        with _bar(own_share, resumed, processes, shown) as bar:
+        own_share = batches.make_batches(jobs, size)[processes.index :: processes.count]
+        begun = 0 if processes.count > 1 else resumed
+        total, title = begun + sum(map(len, own_share)), f"sweep{processes.share}"
+        with tqdm(total=total, initial=begun, desc=title, unit="prompt", disable=not shown) as bar:
             for batch in own_share:
-                store.add(measure(lens, batch, names))
+                store.add(batches.measure(lens, batch, names))
                 bar.update(len(batch))
         processes.by_main(lambda: store.merge(checked, before))
         result = _result(lens, store, names, resumed, readout)
@@ -290,12 +280,8 @@ def sweep(
 
 
 def require_slopes(names: Sequence[str], readout: Readout | Make | None) -> None:
-    """Refuse the derivatives of a KL, which has none at ε = 0; its base is not held here.
-
-    Raises:
-        SweepError: naming the analysis, and those that read a KL.
-    """
-    read = readout(["", ""]) if is_make(readout) else readout
+    """Refuse the derivatives of a KL, which has none at ε = 0; its base is not held here."""
+    read = readout(["", ""]) if batches.is_make(readout) else readout
     without = sorted({"first_order", "second_order", "first_order_at_1"}.intersection(names))
     if isinstance(read, KL) and without:
         raise SweepError(
@@ -307,13 +293,9 @@ def require_slopes(names: Sequence[str], readout: Readout | Make | None) -> None
 def require_resumable(
     out: str | Path, adapter: Adapter, analyses: Sequence[str], readout: Readout | Make | None
 ) -> None:
-    """Check, before a model is loaded, that results at `out` belong to the same sweep.
-
-    Raises:
-        SweepError: `out` holds results of another adapter, choice of analyses or readout.
-    """
+    """Check, before a model is loaded, that results at `out` belong to the same sweep."""
     about = fingerprint_without_model(adapter, analyses, readout)
-    RowStore(out, about, (), analyses).require_same_sweep()
+    batches.RowStore(out, about, (), analyses).require_same_sweep()
 
 
 def is_begun(out: str | Path) -> bool:
@@ -323,16 +305,12 @@ def is_begun(out: str | Path) -> bool:
 
 
 def _require_for_all(lens: LoraLens, records: Sequence[Record], readout: Readout) -> None:
-    """Check that the readout fits some prompt, and no list of them: batches regroup the prompts.
-
-    Raises:
-        TokenError: the readout has one token per prompt, or a token that no prompt can read.
-    """
+    """Check that the readout fits some prompt, and no list of them: batches regroup the prompts."""
     token = torch.ones(1, 1, dtype=torch.long, device=lens.device)
     prompt, first = Prompts(token, token[:, 0]), None
     for record in records:
         try:
-            prompt = tokenised(lens, record) if record.error is None else prompt
+            prompt = batches.tokenised(lens, record) if record.error is None else prompt
             for count in (1, 2):
                 bound(readout, lens.model, prompt.repeat(count))
             return
@@ -344,37 +322,17 @@ def _require_for_all(lens: LoraLens, records: Sequence[Record], readout: Readout
         raise first
 
 
-def _prepare(
-    lens: LoraLens,
-    records: Sequence[Record],
-    readout: Readout | Make | None,
-    done: Mapping[Content, Row],
-    shown: bool,
-) -> list[Job | Record]:
-    """Each record as a job; finished and bad records as they are."""
-    with tqdm(records, "reading records", leave=False, disable=not shown, unit="record") as bar:
-        return [r if content(r) in done else prepare(lens, r, readout) for r in bar]
-
-
-def _bar(batches: Sequence[list[Job]], resumed: int, processes: Processes, shown: bool) -> tqdm:
-    """A bar that counts prompts; with several processes, those of the first."""
-    begun = 0 if processes.count > 1 else resumed
-    total = begun + sum(map(len, batches))
-    title = f"sweep{processes.share}"
-    return tqdm(total=total, initial=begun, desc=title, unit="prompt", disable=not shown)
-
-
 def _result(
     lens: LoraLens,
-    store: RowStore,
+    store: batches.RowStore,
     analyses: tuple[str, ...],
     resumed: int,
     readout: Readout | Make | None,
 ) -> SweepResult:
-    rows = store.prompts()
+    rows = batches.read(store.prompts_path).to_pylist()
     good = [row for row in rows if row["error"] is None]
     readouts, units = ({row[name] for row in good} for name in ("readout", "units"))
-    several = readout(["", ""]).label if is_make(readout) else "margin(doc − pre)"
+    several = readout(["", ""]).label if batches.is_make(readout) else "margin(doc − pre)"
     return SweepResult(
         path=store.path,
         prompts_path=store.prompts_path,

@@ -17,7 +17,7 @@ import lens_lora as ll
 from lens_lora.engine import asked as asking
 from lens_lora.engine import read as reads
 from lens_lora.readouts import reading as readings
-from lens_lora.readouts.divergence import Divergence
+from lens_lora.readouts.reading import Divergence
 from lens_lora.readouts.readout import bound
 
 pytestmark = pytest.mark.usefixtures("float64")
