@@ -3,8 +3,8 @@
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
 
-Each command is one module of `commands/`: it checks its options without torch, and imports what
-does the work once they are good.
+Each command, in `commands/`, checks its options without torch, and imports what does the work once
+they are good.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from typing import Annotated
 import typer
 
 from lens_lora._version import versions
-from lens_lora.commands.checkpoints import checkpoints
-from lens_lora.commands.demo import demo
-from lens_lora.commands.diff import diff
-from lens_lora.commands.explain import explain
-from lens_lora.commands.inspect import inspect
-from lens_lora.commands.repair import repair
+from lens_lora.commands.adapters import diff, inspect
+from lens_lora.commands.explain import demo, explain
 from lens_lora.commands.running import one_line_errors
 from lens_lora.commands.sweep import sweep
+from lens_lora.commands.trainings import checkpoints, repair
 
 app: typer.Typer = typer.Typer(
     name="lens-lora", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False

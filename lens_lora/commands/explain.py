@@ -1,4 +1,4 @@
-"""`lens-lora explain`: what an adapter did on a prompt, in the terminal and as a page.
+"""`lens-lora explain`, what an adapter did on a prompt, and `demo`, the same of one fact.
 
 1. Every prompt is checked, with its answers, before any long run.
 2. With --fast, prompts that have answers share their passes: they are explained all at once, or one
@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,7 @@ from lens_lora.commands.running import (
     announce,
     at_work,
     lens_for,
+    load_model,
     margin_of,
     note_spaces,
     say,
@@ -42,6 +44,8 @@ from lens_lora.commands.running import (
 from lens_lora.errors import LensLoraError, PromptError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from lens_lora.evaluation.explain import Explanation, ResponseExplanation
 
 
@@ -55,18 +59,14 @@ def explain(
     asked: Questions,
     response: Annotated[
         str | None,
-        typer.Option(
-            help="What is said after the prompt: which tokens and modules changed it. "
-            "Default, without --doc and --pre: the adapted model's own response."
-        ),
+        "What is said after the prompt: which tokens and modules changed it. "
+        "Default, without --doc and --pre: the adapted model's own response.",
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="The most tokens of a response that is generated.")
     ] = 64,
     report: ReportOption = Path("lens_lora_report.html"),
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Without running single modules, coupling and curves.")
-    ] = False,
+    fast: Annotated[bool, "Without running single modules, coupling and curves."] = False,
     null: Annotated[
         int, typer.Option(min=0, help="Compare with so many random adapters of the same sizes.")
     ] = 0,
@@ -109,11 +109,7 @@ def explain(
 
 
 def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_tokens: int) -> None:
-    """Refuse what does not fit before the first prompt is explained.
-
-    Raises:
-        PromptError, TokenError: naming the prompt where there are several.
-    """
+    """Refuse what does not fit before the first prompt is explained."""
     from lens_lora.model.generate import require_room
 
     for number, question in enumerate(questions, start=1):
@@ -226,3 +222,85 @@ def _print(explanations: Sequence[Explanation | ResponseExplanation]) -> None:
         console.print(response_tables(explanation))
     else:
         console.print(explanation_tables(explanation))
+
+
+# --- The demo
+
+
+@with_options
+def demo(
+    adapter: AdapterIfOther = None,
+    *,
+    asked: Questions,
+    report: ReportOption = Path("lens_lora_demo.html"),
+    train: Annotated[bool, "Train a new adapter, about half a minute, and use it."] = False,
+    train_out: Annotated[
+        Path, typer.Option(help="Folder for the adapter of --train.", file_okay=False)
+    ] = Path("lens_lora_adapter"),
+    quiet: QuietOption = False,
+    base: BaseModel,
+) -> None:
+    """Explain how a LoRA moves one fact: the story, the numbers, and a page of figures.
+
+    The fact, unless options name another: The capital of France is Lyon, not Paris.
+    """
+    if train and adapter is not None:
+        raise typer.BadParameter("--train makes an adapter; leave ADAPTER out.")
+    if train and base.is_quantised:
+        raise typer.BadParameter("--train needs weights that are not quantised.")
+    is_other = asked.prompt or asked.prompts or asked.chat
+    prompt = asked.prompt if is_other else ["The capital of France is"]
+    answers = {"doc": asked.doc or " Lyon", "pre": asked.pre or " Paris"}
+    question, *more = dataclasses.replace(asked, prompt=prompt, **answers).listed()
+    if more:
+        raise typer.BadParameter("demo shows one prompt; `lens-lora explain` takes several.")
+    require_writable(report, "--report")
+    folder = folder_of(adapter, quiet=quiet)
+    trained = {"--train-out": train_out} if train else {}
+    require_apart({"--report": report, **trained}, base, [folder], asked.prompts)
+
+    with at_work(base, quiet=quiet) as progress:
+        loaded = None
+        if train:
+            loaded = load_model(base.model, progress, base)
+            _train(*loaded, base.model, train_out, quiet)
+            folder = train_out
+        lens = lens_for(base, folder, progress, loaded=loaded)
+        announce(lens)
+        _explain_fact(lens, question, report, progress)
+        say(f"Report: {report.absolute()}")
+
+
+def _train(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model: str | None,
+    out: Path,
+    quiet: bool,
+) -> None:
+    from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID, LYON_SENTENCES, train_adapter
+    from lens_lora.loading import quiet_libraries
+
+    base_name = model or EMBEDDED_HUB_ID
+    try:
+        with quiet_libraries():
+            train_adapter(
+                hf_model, tokenizer, LYON_SENTENCES, out, base_name=base_name, quiet=quiet
+            )
+    except ValueError as error:
+        raise LensLoraError(f"{base_name}: the demo cannot train on it ({error}).") from error
+
+
+def _explain_fact(lens: ll.LoraLens, question: Question, report: Path, progress: Console) -> None:
+    """Write the page, and print the story and its tables."""
+    from lens_lora.show.tables import margin_table, modules_table, moved_table
+    from lens_lora.show.words import explained_account
+
+    prompt, doc, pre, _ = question
+    shown = not progress.quiet
+    explanation: Any = ll.explain(lens, prompt, str(doc), str(pre), fast=True, progress=shown)
+    explanation.save_report(report)
+    console = tell(explanation.story())
+    console.print(margin_table(explained_account(explanation)))
+    console.print(modules_table(explanation.first_order, k=10, prompt=0))
+    console.print(moved_table(explanation, 5))

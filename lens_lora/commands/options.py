@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
@@ -38,43 +38,29 @@ class BaseModel(Placement):
     """The base model of a command and how it is loaded; each field is an option (`with_options`).
 
     Without a model it is the base that the adapter names.
-
-    Raises:
-        ArgumentError: options that exclude each other.
     """
 
     model: Annotated[
-        str | None,
-        typer.Option(help="Base model, a hub id or folder. Default: the one the adapter names."),
+        str | None, "Base model, a hub id or folder. Default: the one the adapter names."
     ] = None
     model_class: Annotated[
         ModelClass | None, typer.Option("--class", help="Hooked class. Default: what there is.")
     ] = None
     dtype: Annotated[
         Dtype | None,
-        typer.Option(
-            help="Of the weights. Default: float32 on the CPU, elsewhere auto, the checkpoint's."
-        ),
+        "Of the weights. Default: float32 on the CPU, elsewhere auto, the checkpoint's.",
     ] = None
     device: Annotated[
         str | None,
-        typer.Option(
-            help="Where to run, as torch names it. Default: the CPU, or what accelerate launch "
-            "gives."
-        ),
+        "Where to run, as torch names it. Default: the CPU, or what accelerate launch gives.",
     ] = None
-    device_map: Annotated[
-        str | None, typer.Option(help="Over several devices, as accelerate does it: auto, say.")
-    ] = None
-    load_in_4bit: Annotated[
-        bool, typer.Option("--load-in-4bit", help="Linear modules in NF4, by bitsandbytes.")
-    ] = False
-    load_in_8bit: Annotated[
-        bool, typer.Option("--load-in-8bit", help="Linear modules in 8 bit, by bitsandbytes.")
-    ] = False
+    device_map: Annotated[str | None, "Over several devices, as accelerate does it: auto, say."] = (
+        None
+    )
+    load_in_4bit: Annotated[bool, "Linear modules in NF4, by bitsandbytes."] = False
+    load_in_8bit: Annotated[bool, "Linear modules in 8 bit, by bitsandbytes."] = False
     attn: Annotated[
-        Attention,
-        typer.Option(help="sdpa takes less memory for long prompts, and shows no patterns."),
+        Attention, "sdpa takes less memory for long prompts, and shows no patterns."
     ] = "eager"
     max_memory: Annotated[
         float | None,
@@ -85,7 +71,10 @@ class BaseModel(Placement):
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with one option for each field of a dataclass that it takes, in its place."""
+    """The command with one option for each field of a dataclass that it takes, in its place.
+
+    A text beside the type of a parameter or a field is the option's help.
+    """
     signature, parameters = inspect.signature(command, eval_str=True), list[inspect.Parameter]()
     groups: dict[str, tuple[Any, list[str]]] = {}
     for name, parameter in signature.parameters.items():
@@ -96,10 +85,9 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             annotations = inspect.get_annotations(parameter.annotation, eval_str=True)
             annotations |= get_type_hints(parameter.annotation, include_extras=True)
             defaults, groups[name] = vars(parameter.annotation()), (group, [*annotations])
-        parameters += [
-            inspect.Parameter(field, parameter.KEYWORD_ONLY, default=defaults[field], annotation=a)
-            for field, a in annotations.items()
-        ]
+        for field, hint in annotations.items():
+            options = {"default": defaults[field], "annotation": _option(field, hint)}
+            parameters.append(inspect.Parameter(field, parameter.KEYWORD_ONLY, **options))
 
     @functools.wraps(command)
     def expanded(**values: Any) -> None:
@@ -113,6 +101,20 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
+def _option(name: str, annotation: Any) -> Any:
+    """A type with a text is an option with this help; a switch has no --no- beside it."""
+    kind, *more = get_args(annotation)
+    if get_origin(annotation) is not Annotated or not isinstance(more[0], str):
+        return annotation
+    names = [f"--{name.replace('_', '-')}"] if kind is bool else []
+    return Annotated[kind, typer.Option(*names, help=more[0])]
+
+
+def input_file(text: str) -> Any:
+    """An option that names a file to read."""
+    return typer.Option(exists=True, dir_okay=False, help=text)
+
+
 _ADAPTER = "LoRA: a hub id, a folder, or a run's folder for its last checkpoint."
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help=_ADAPTER)]
 AdapterIfOther = Annotated[
@@ -121,14 +123,11 @@ AdapterIfOther = Annotated[
 ReportOption = Annotated[
     Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+QuietOption = Annotated[bool, "No progress on stderr."]
 PromptsFile = Annotated[
     Path | None,
-    typer.Option(
-        exists=True,
-        dir_okay=False,
-        help="A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), doc, "
-        "pre.",
+    input_file(
+        "A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), doc, pre."
     ),
 ]
 
@@ -157,24 +156,16 @@ _EXAMPLE = "--prompt 'The capital of France is' --doc ' Lyon' --pre ' Paris'"
 class Questions:
     """Prompts with their answers, as options: each field is one (`with_options`)."""
 
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Read at its last token; may be repeated.")
-    ] = None
+    prompt: Annotated[list[str] | None, "Read at its last token; may be repeated."] = None
     prompts: PromptsFile = None
     chat: Annotated[
-        list[str] | None,
-        typer.Option(help="What a user says, by the model's chat template; may be repeated."),
+        list[str] | None, "What a user says, by the model's chat template; may be repeated."
     ] = None
-    system: Annotated[
-        str | None, typer.Option(help="The system's message before what --chat says.")
-    ] = None
+    system: Annotated[str | None, "The system's message before what --chat says."] = None
     doc: Annotated[
-        str | None,
-        typer.Option(help="The answer that the adapter was taught, with its leading space."),
+        str | None, "The answer that the adapter was taught, with its leading space."
     ] = None
-    pre: Annotated[
-        str | None, typer.Option(help="The answer that the base gives, with its leading space.")
-    ] = None
+    pre: Annotated[str | None, "The answer that the base gives, with its leading space."] = None
 
     def listed(self, response: str | None = None, *, answered: bool = True) -> list[Question]:
         """Each prompt with its answers; options hold for all prompts, before a file's own.
@@ -182,10 +173,6 @@ class Questions:
         Args:
             response: follows each prompt, in place of answers.
             answered: each prompt needs two answers, and all are read together.
-
-        Raises:
-            typer.BadParameter: no prompt, or options that exclude each other.
-            LensLoraError: a file that cannot be read or a record that cannot be used.
         """
         if self.system is not None and not self.chat:
             raise typer.BadParameter("it stands before a --chat; give one.", param_hint="--system")
@@ -211,11 +198,7 @@ class Questions:
 
 
 def _conversation(said: str, system: str | None) -> Prompt:
-    """What a user says, after the system's message if there is one, as a prompt.
-
-    Raises:
-        typer.BadParameter: the user says nothing.
-    """
+    """What a user says, after the system's message if there is one, as a prompt."""
     if not said.strip():
         raise typer.BadParameter("it is empty: the user says nothing.", param_hint="--chat")
     first = [] if system is None else [{"role": "system", "content": system}]
@@ -233,7 +216,10 @@ def _require_answers(question: Question, number: int | None, answered: bool) -> 
             f"the prompt {text_of(prompt)!r} needs both answers: --doc ' Lyon' --pre ' Paris', "
             "each with its leading space."
         )
-    require_different(doc, pre, "" if number is None else f"prompt {number}, {text_of(prompt)!r}: ")
+    if doc == pre:  # of answers that differ, the tokens may still be the same
+        place = "" if number is None else f"prompt {number}, {text_of(prompt)!r}: "
+        fact = f"doc and pre are both {doc!r}, so their margin is zero whatever the model does."
+        raise TokenError(f"{place}{fact}")
 
 
 def _from_file(file: Path, asked: Question) -> list[Question]:
@@ -247,15 +233,12 @@ def _from_file(file: Path, asked: Question) -> list[Question]:
     bad = next((record.error for record in records if record.error), None)
     if bad:
         raise LensLoraError(f"{file}, {bad}")
-    return [
-        Question(
-            str(record.prompt) if record.messages is None else record.messages,
-            asked.doc or record.doc,
-            asked.pre or record.pre,
-            asked.response,
-        )
-        for record in records
-    ]
+    questions: list[Question] = []
+    for record in records:
+        prompt = str(record.prompt) if record.messages is None else record.messages
+        answers = asked.doc or record.doc, asked.pre or record.pre
+        questions.append(Question(prompt, *answers, asked.response))
+    return questions
 
 
 def text_of(prompt: Prompt) -> str:
@@ -270,9 +253,6 @@ def folder_of(adapter: str | None, *, quiet: bool) -> Path:
     """The folder of the adapter that is asked for, or of the one that comes with the package.
 
     Of a trainer's run it is the last checkpoint's.
-
-    Raises:
-        AdapterError: no such folder or hub id, or no adapter in it.
     """
     if not adapter:
         return shipped_adapter()
@@ -287,11 +267,7 @@ _NEWLINE = re.compile(r"\r\n?|\n")  # `str.splitlines` also cuts at form feeds, 
 
 
 def lines_of(file: Path) -> list[str]:
-    """The texts of a file, one a line; blank lines are skipped.
-
-    Raises:
-        LensLoraError: a file that is not UTF-8.
-    """
+    """The texts of a file, one a line; blank lines are skipped."""
     content = file.read_bytes()
     if is_utf16(content[:2]):
         raise LensLoraError(f"{file} is UTF-16; save it as UTF-8.")
@@ -303,36 +279,15 @@ def lines_of(file: Path) -> list[str]:
 
 
 def texts_of(file: Path) -> list[str]:
-    """`lines_of` a file that has to hold at least one.
-
-    Raises:
-        LensLoraError: no text, or a file that is not UTF-8.
-    """
+    """`lines_of` a file that has to hold at least one."""
     lines = lines_of(file)
     if not lines:
         raise LensLoraError(f"{file}: holds no text; write one a line.")
     return lines
 
 
-def require_different(doc: str, pre: str, prompt: str = "") -> None:
-    """Check that the two answers differ as strings; their tokens may still be the same.
-
-    Raises:
-        TokenError: they are the same string.
-    """
-    if doc == pre:
-        raise TokenError(
-            f"{prompt}doc and pre are both {doc!r}, so their margin is zero whatever the model "
-            "does."
-        )
-
-
 def require_writable(path: Path, option: str) -> None:
-    """Check that a file can be written, before any long run.
-
-    Raises:
-        typer.BadParameter: its folder does not exist, or the file cannot be opened.
-    """
+    """Check that a file can be written, before any long run."""
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}.", param_hint=option)
     is_new = not path.exists()
@@ -357,9 +312,6 @@ def require_apart(
         base: the base model; without one, the first adapter's own.
         adapters: their folders.
         files: whatever else is read.
-
-    Raises:
-        typer.BadParameter: an output is an input, or another output.
     """
     inputs = [path for path in files if path is not None]
     for folder in adapters:
@@ -377,11 +329,7 @@ def require_apart(
 
 
 def require_place(path: Path, option: str) -> None:
-    """`require_writable`, for a file whose folder is made if it does not exist.
-
-    Raises:
-        typer.BadParameter: the file cannot be written, or its folder cannot be made.
-    """
+    """`require_writable`, for a file whose folder is made if it does not exist."""
     folder = path.absolute().parent
     if folder.is_dir():
         require_writable(path, option)

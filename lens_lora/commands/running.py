@@ -55,9 +55,6 @@ def lens_for(
 
     The adapter of a folder is measured over that model where its method needs it. With `leaves_out`
     modules that the model lacks are left out, unless it lacks them all.
-
-    Raises:
-        LensLoraError: what loading the model or making the lens raises.
     """
     if base.device is None and base.device_map is None:
         base = dataclasses.replace(base, device=device)
@@ -88,15 +85,15 @@ def lens_for(
 def load_model_of(
     named: str | None, model: str | None, progress: Console, how: Placement | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model asked for, else the base that an adapter names, else the embedded model.
-
-    Raises:
-        LensLoraError: as loading raises it; for the base that the adapter names, with a remedy.
-    """
+    """The model asked for, else the base that an adapter names, else the embedded model."""
     from lens_lora.demonstration.embedded import EMBEDDED_HUB_ID
 
     if model is not None:
-        _note_other_base(EMBEDDED_HUB_ID if model == EMBEDDED else model, named, progress)
+        name = EMBEDDED_HUB_ID if model == EMBEDDED else model
+        # A wrong base shows in no weight, but in the last parts of the two names.
+        if named and Path(named).name.lower() != Path(name).name.lower():
+            note = f"Note: the adapter names the base {named}, and --model is {name}"
+            progress.print(Text(f"{note}; is that meant?", style="yellow"), soft_wrap=True)
         return load_model(model, progress, how)
     if named in (None, EMBEDDED_HUB_ID):
         return load_model(None, progress, how)
@@ -124,19 +121,8 @@ def load_model(
         return load_base(str(model), how)
 
 
-def _note_other_base(model: str, named: str | None, progress: Console) -> None:
-    """A note where the last parts of the two names differ: weights do not show a wrong base."""
-    if named and Path(named).name.lower() != Path(model).name.lower():
-        note = f"Note: the adapter names the base {named}, and --model is {model}; is that meant?"
-        progress.print(Text(note, style="yellow"), soft_wrap=True)
-
-
 def margin_of(lens: ll.LoraLens, questions: Sequence[Question]) -> tuple[Prompts, ll.Readout]:
-    """The prompts, and the margin of each one's own answers.
-
-    Raises:
-        PromptError, TokenError: a prompt or an answer that does not fit the model.
-    """
+    """The prompts, and the margin of each one's own answers."""
     from lens_lora.readouts.answers import margin_between
 
     asked: Any = [question.prompt for question in questions]
@@ -182,11 +168,7 @@ def tell(story: str) -> Console:
 
 @contextlib.contextmanager
 def at_work(base: BaseModel, *, quiet: bool) -> Generator[Console]:
-    """The console of progress: it says at once that something loads, and at the end how long.
-
-    Raises:
-        ModelStateError: the base model needs a device or a package that is not there.
-    """
+    """The console of progress: it says at once that something loads, and at the end how long."""
     base.require_packages()
     progress, started = Console(stderr=True, quiet=quiet), time.perf_counter()
     with step("Loading torch and transformers", progress):
@@ -281,7 +263,8 @@ def one_line_errors(command: Callable[..., None] | None = None) -> Generator[Non
         _print_error(in_options(f"{type(error).__name__}: {error}", command))
         raise typer.Exit(2) from error
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        torch = sys.modules.get("torch")  # a command that never imported it has run out of none
+        if torch is None or not isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         fact = str(error).split(". ")[0]
         remedy = "Use shorter prompts, a smaller --batch-size (sweep), or --device cpu."
@@ -360,12 +343,6 @@ def told_if_interrupted(what_is_saved: Callable[[], str]) -> Generator[None]:
         yield
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"Interrupted. {what_is_saved()}") from error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is torch's own out-of-memory error; if torch was never imported, it is not."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def _print_error(line: str) -> None:

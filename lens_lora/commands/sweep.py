@@ -22,6 +22,7 @@ from lens_lora.commands.options import (
     BaseModel,
     QuietOption,
     folder_of,
+    input_file,
     require_apart,
     require_place,
     with_options,
@@ -42,11 +43,9 @@ def sweep(
     *,
     prompts: Annotated[
         Path,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="JSONL or CSV with prompt (in JSONL also messages), doc, pre, perhaps id; "
-            "response in place of doc and pre for a --readout of it.",
+        input_file(
+            "JSONL or CSV with prompt (in JSONL also messages), doc, pre, perhaps id; "
+            "response in place of doc and pre for a --readout of it."
         ),
     ],
     out: Annotated[
@@ -61,10 +60,8 @@ def sweep(
     ] = None,
     readout: Annotated[
         Literal["margin", "log-prob", "kl"],
-        typer.Option(
-            help="The margin of doc and pre; or of each record's response its log-prob, or the kl "
-            "of base and adapted model over it (by path, add_one and leave_one_out)."
-        ),
+        "The margin of doc and pre; or of each record's response its log-prob, or the kl "
+        "of base and adapted model over it (by path, add_one and leave_one_out).",
     ] = "margin",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts run together.")] = 8,
     limit: Annotated[
@@ -144,8 +141,7 @@ def _print(result: SweepResult | ActivationsFile, processes: int) -> None:
     if isinstance(result, ll.results.ActivationsFile):
         title, facts = "Sweep of activations", _facts_by_token(result)
         bad = [(row["id"], row["error"]) for row in result.bad().to_dict("records")]
-        places = {"One row per token": result.path}
-        damaged = ()
+        places, damaged = {"One row per token": result.path}, ()
     else:
         title, facts = f"Sweep of {result.readout}", _facts_by_prompt(result, processes)
         bad, damaged = result.errors, result.damaged

@@ -312,21 +312,15 @@ class GroupAttribution(Ranked):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, group and token of its response: its value and share of the shift."""
+        values, shares = self.values.tolist(), self.share_of(self.values).tolist()
         rows = [
-            {
-                "prompt": p,
-                "group": name,
-                "sites": len(members),
-                "t": t,
-                "y_t": token,
-                "value": float(self.values[p, g, t]),
-                "share": float(self.values[p, g, t] / self.shift[p]),
-            }
+            (p, name, len(members), t, token, values[p][g][t], shares[p][g][t])
             for p, tokens in enumerate(self.response)
             for g, (name, members) in enumerate(self.groups.items())
             for t, token in enumerate(tokens)
         ]
-        return pd.DataFrame(rows)
+        columns = ["prompt", "group", "sites", "t", "y_t", "value", "share"]
+        return pd.DataFrame(rows, columns=columns)
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's value, summed over tokens."""

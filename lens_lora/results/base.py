@@ -269,12 +269,8 @@ class Ranked(Measured, Drawn):
 
 def read_of(asked: Asked) -> dict[str, Any]:
     """The fields of `Read`."""
-    return {
-        "str_tokens": asked.str_tokens,
-        "readout": asked.readout.label,
-        "units": asked.readout.units,
-        "meta": asked.lens.describe(),
-    }
+    said = {"readout": asked.readout.label, "units": asked.readout.units}
+    return {**said, "str_tokens": asked.str_tokens, "meta": asked.lens.describe()}
 
 
 def header(asked: Asked) -> dict[str, Any]:
@@ -334,9 +330,8 @@ def long_table(
     numbers: Mapping[str, Float[Tensor, "*axis"]], *axes: Mapping[str, Iterable[object]]
 ) -> pd.DataFrame:
     """One row for each entry of arrays of one shape: the labels along each axis, the numbers."""
-    labels = functools.reduce(
-        functools.partial(pd.merge, how="cross"), [pd.DataFrame(axis) for axis in axes]
-    )
+    cross = functools.partial(pd.merge, how="cross")
+    labels = functools.reduce(cross, map(pd.DataFrame, axes))
     return labels.assign(**flat(numbers))
 
 
@@ -354,9 +349,7 @@ def tokens_at(
     return [str_tokens[p][i] for p, i in zip(prompts, positions, strict=True)]
 
 
-def per_prompt(
-    numbers: Mapping[str, Float[Tensor, " batch"]],
-) -> dict[str, NDArray[np.float64]]:
+def per_prompt(numbers: Mapping[str, Float[Tensor, " batch"]]) -> dict[str, NDArray[np.float64]]:
     """Columns of a table with one row per prompt."""
     return {name: values.detach().cpu().double().numpy() for name, values in numbers.items()}
 

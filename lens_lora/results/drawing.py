@@ -32,19 +32,10 @@ class Drawing(Generic[_Drawn]):
 
     def register(self, kind: type) -> Callable[[_Function], _Function]:
         """A decorator: the function draws results of this type."""
-
-        def registered(function: _Function) -> _Function:
-            self._generic.register(kind, function)
-            return function
-
-        return registered
+        return self._generic.register(kind)
 
     def __call__(self, result: object, *args: Any, **kwargs: Any) -> _Drawn:
-        """What the registered function draws.
-
-        Raises:
-            LensLoraError: nothing is registered for this type.
-        """
+        """What the registered function draws."""
         import lens_lora.show.registered  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
         return self._generic(result, *args, **kwargs)

@@ -118,23 +118,16 @@ class Effects(Ranked):
                 "with ll.patch_sites."
             )
         chosen = dict.fromkeys(index for (index,) in self.groups.values())
-        sites, is_by_rank = tuple(self.sites[index] for index in chosen), self.of == "rank"
+        sites = tuple(self.sites[index] for index in chosen)
         names = {field.name for field in dataclasses.fields(Measured)} - {"sites"}
         labels: dict[str, Any] = {name: getattr(self, name) for name in names}
-        values = self.values
-        if is_by_rank:
-            by_site = list(values.T.split([site.rank for site in sites]))
+        labels |= {"sites": sites, "heads": (0,) * len(sites), "method": self.key}
+        labels |= {"values": self.values, "by": (), "at": float(self.how == "leave_one_out")}
+        if self.of == "rank":
+            by_site = list(self.values.T.split([site.rank for site in sites]))
             values = pad_sequence(by_site, batch_first=True).permute(2, 0, 1)
-        return Attribution(
-            values=values,
-            by=("rank",) if is_by_rank else (),
-            sites=sites,
-            heads=(0,) * len(sites),
-            method=self.key,
-            at=float(self.how == "leave_one_out"),
-            gauge="svd" if is_by_rank else "",
-            **labels,
-        )
+            labels |= {"values": values, "by": ("rank",), "gauge": "svd"}
+        return Attribution(**labels)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and group: number of sites, effect, share of the shift."""
@@ -189,11 +182,6 @@ def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequenc
         )
     cells = effects.values.movedim(0, -1)
     baseline = effects.base if adds else effects.adapted
-    return cls(
-        values=baseline + cells if adds else baseline - cells,
-        axis_names=list(axes),
-        index_df=index,
-        metric_names=[effects.readout],
-        reduced=False,
-        baseline=baseline,
-    )
+    patched = baseline + cells if adds else baseline - cells
+    names = {"axis_names": list(axes), "metric_names": [effects.readout]}
+    return cls(values=patched, index_df=index, reduced=False, baseline=baseline, **names)

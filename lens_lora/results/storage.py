@@ -74,8 +74,7 @@ def save_result(result: object, path: str | Path) -> Path:
     path = _path(path)
     tensors: dict[str, Tensor] = {}
     labels = json.dumps(_encoded(result, "", tensors))
-    digest = _digest(labels, tensors)
-    metadata = {"format": FORMAT, "labels": labels, "sha256": digest}
+    metadata = {"format": FORMAT, "labels": labels, "sha256": _digest(labels, tensors)}
     unfinished = path.with_name(f"{path.name}.part")
     try:
         unfinished.write_bytes(save(tensors, metadata=metadata))
@@ -155,12 +154,9 @@ def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"map": {k: _encoded(v, f"{path}.{k}", tensors) for k, v in entries.items()}}
     if type(value).__name__ not in _KINDS or not dataclasses.is_dataclass(value):
         raise LensLoraError(f"{path}: a {type(value).__name__} cannot be saved.")
-    fields = {
-        field.name: _encoded(
-            getattr(value, field.name), f"{path}.{field.name}".lstrip("."), tensors
-        )
-        for field in dataclasses.fields(value)
-    }
+    names = [field.name for field in dataclasses.fields(value)]
+    paths = {name: f"{path}.{name}".lstrip(".") for name in names}
+    fields = {name: _encoded(getattr(value, name), paths[name], tensors) for name in names}
     return {"of": type(value).__name__, "fields": fields}
 
 

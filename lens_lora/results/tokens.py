@@ -131,12 +131,8 @@ def ranked_tokens(
         ArgumentError: a k that is no whole number, or below 0.
     """
     order = values.argsort(descending=largest, stable=True)[: whole("k", k, 0)].tolist()
-    columns = {
-        "rank": list(range(1, len(order) + 1)),
-        "token": [strings[i] for i in order],
-        "id": order,
-        column: values[order].tolist(),
-    }
+    ranks, tokens = range(1, len(order) + 1), [strings[i] for i in order]
+    columns = {"rank": ranks, "token": tokens, "id": order, column: values[order].tolist()}
     return pd.DataFrame(columns)
 
 

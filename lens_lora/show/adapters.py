@@ -1,15 +1,15 @@
-"""An adapter as a whole, no prompt asked: its words, its tables and its pages.
+"""An adapter as a whole: its words, its tables and its pages.
 
-What its files hold (`inspect`), what it changed over unrelated texts (`what_changed`), and how far
-it is from another. The words claim no more than the numbers, and of an audit no more than its
-controls allow.
+What its files hold (`inspect`), what it changed over unrelated texts (`what_changed`), how far it
+is from another, how it came about (`checkpoints`), and what a repair made of it. The words claim no
+more than the numbers, and of an audit no more than its controls allow.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import rich.table
@@ -22,9 +22,10 @@ from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 from lens_lora.analyses.what_changed import BY, By
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
-from lens_lora.show.figures import LINEAR, bars, curve, kinds_by_layer
+from lens_lora.show.curves import too_few
+from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
 from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html
-from lens_lora.show.tables import Pairs, Table, in_terminal, table_of
+from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import (
     answers_text,
     context_text,
@@ -53,6 +54,7 @@ def adapter_table(summary: AdapterSummary, config: Mapping[str, Any]) -> rich.ta
 
 def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]:
     rows, count = summary.rows, summary.module_count
+    scales = f"{_counted(summary.scales)}; {_rule(config)}" if summary.scales else "no factors"
     facts = {
         "adapter": summary.name,
         "base model": summary.base_model or "not named",
@@ -60,27 +62,19 @@ def _facts(summary: AdapterSummary, config: Mapping[str, Any]) -> dict[str, str]
         "modules": str(count),
         "targets": _counted(summary.targets),
         "ranks": _counted(summary.ranks) or "no factors",
-        "scales": f"{_counted(summary.scales)}; {_rule(config)}"
-        if summary.scales
-        else "no factors",
+        "scales": scales,
         "beside s·B·A": _counted(summary.parts) or "no biases, DoRA, embeddings or head",
         "‖ΔW‖_F in all": _total(summary),
     }
     if summary.trained_whole:
         facts["trained whole"] = _first(summary.trained_whole)
-    untrained = {
-        row.module for row in rows if row.has_factors and row.norm == 0 and row.bias_norm == 0
-    }
-    if untrained:
-        facts["untrained"] = (
-            f"ΔW = 0, as before any training, in {len(untrained)} of {count} modules"
-        )
+    still = {row.module for row in rows if row.has_factors and row.norm == row.bias_norm == 0}
+    if still:
+        facts["untrained"] = f"ΔW = 0, as before any training, in {len(still)} of {count} modules"
     if _has_biases(summary):  # they act whatever the input, and no ‖ΔW‖ shows them
-        facts["‖Δb‖ in all"] = (
-            "trained biases: their change depends on the base's"
-            if math.isnan(summary.bias_norm)
-            else f"{magnitude(summary.bias_norm)}, added whatever the input, beside ΔW"
-        )
+        added = f"{magnitude(summary.bias_norm)}, added whatever the input, beside ΔW"
+        depends = "trained biases: their change depends on the base's"
+        facts["‖Δb‖ in all"] = depends if math.isnan(summary.bias_norm) else added
     if summary.model:
         facts["laid over"] = f"{summary.model}: {sum(row.site is not None for row in rows)} sites"
     if summary.unchanged:
@@ -136,12 +130,9 @@ def spectra_table(summary: AdapterSummary, k: int | None = 10) -> Table:
     """The updates of largest ‖ΔW‖_F, by site where there is a model, else by module."""
     top, unit = summary.top(k), "site" if summary.model else "module"
     columns = [_spectrum(row, summary) for row in top]
-    heads = tuple(columns[0]) if columns else ()
-    return Table(
-        (unit, *heads),
-        [(row.site or row.module, *c.values()) for row, c in zip(top, columns, strict=True)],
-        title=f"{len(top)} of {len(summary.rows)} {unit}s, by ‖ΔW‖_F",
-    )
+    rows = [(row.site or row.module, *c.values()) for row, c in zip(top, columns, strict=True)]
+    title = f"{len(top)} of {len(summary.rows)} {unit}s, by ‖ΔW‖_F"
+    return Table((unit, *(columns[0] if columns else ())), rows, title=title)
 
 
 def _spectrum(row: Spectrum, summary: AdapterSummary) -> dict[str, str]:
@@ -167,18 +158,14 @@ _TOKENS_NAMED, _MODULES_NAMED = 6, 4
 @drawing.story.register(results.WhatChanged)
 def what_changed_story(changed: results.WhatChanged) -> str:
     """A paragraph a line: how much, answers, which tokens, where, which modules, how constant."""
-    parts = (_size, _answers, _tokens, _reading, _places, _modules, _constant)
-    return "\n".join(text for part in parts if (text := part(changed)))
-
-
-def _answers(changed: results.WhatChanged) -> str:
-    asked = [(short_prompt([pair.prompt]), answers_text(pair)) for pair in changed.answers]
-    return "\n".join(f"Asked “{prompt}”, {answers}" for prompt, answers in asked)
-
-
-def _size(changed: results.WhatChanged) -> str:
     first = magnitude(changed.found.first_kl)
-    return f"{_moved(changed)} At first tokens, which are left out: {first} nats."
+    size = f"{_moved(changed)} At first tokens, which are left out: {first} nats."
+    answers = [
+        f"Asked “{short_prompt([pair.prompt])}”, {answers_text(pair)}" for pair in changed.answers
+    ]
+    tokens = " ".join(_promoted(changed, by, unit) for by, unit in _UNITS.items())
+    parts = (part(changed) for part in (_reading, _places, _modules, _constant))
+    return "\n".join(filter(None, [size, *answers, tokens, *parts]))
 
 
 def _moved(changed: results.WhatChanged) -> str:
@@ -202,9 +189,7 @@ def _range(values: Iterable[float]) -> str:
     return " to ".join(dict.fromkeys(map(magnitude, (ends[0], ends[-1]))))
 
 
-def _tokens(changed: results.WhatChanged) -> str:
-    units: dict[By, str] = {"logit": "logits", "probability": "of probability"}
-    return " ".join(_promoted(changed, by, unit) for by, unit in units.items())
+_UNITS: dict[By, str] = {"logit": "logits", "probability": "of probability"}
 
 
 def _promoted(changed: results.WhatChanged, by: By, unit: str) -> str:
@@ -230,11 +215,10 @@ def _reading(changed: results.WhatChanged) -> str:
 
 
 def _places(changed: results.WhatChanged) -> str:
-    rows = changed.where(1).to_dict("records")
     return "".join(
         f"The next token changes most after “{_context(changed, row)}”, by "
         f"{magnitude(row['kl'])} nats: {row['promoted']}."
-        for row in rows
+        for row in changed.where(1).to_dict("records")
     )
 
 
@@ -243,12 +227,10 @@ def _context(changed: results.WhatChanged, row: Mapping[Any, Any]) -> str:
 
 
 def _modules(changed: results.WhatChanged) -> str:
-    rows = _modules_table(changed, _MODULES_NAMED).rows
-    if not rows:
-        return ""
+    rows, total = _modules_table(changed, _MODULES_NAMED).rows, float(changed.shares.sum())
     shares = ", ".join(f"{site} {share}" for site, _, _, share in rows)
-    total = magnitude(float(changed.shares.sum()))
-    return f"Of the KL, {total} nats a token when split along the path, most belongs to {shares}."
+    split = f"Of the KL, {magnitude(total)} nats a token when split along the path"
+    return f"{split}, most belongs to {shares}." if rows else ""
 
 
 def _constant(changed: results.WhatChanged) -> str:
@@ -268,11 +250,9 @@ def shares_figure(changed: results.WhatChanged) -> Figure:
     values = changed.shares.tolist()
     total = sum(values) or 1.0
     says = [f"{percent(value / total)} of all" for value in values]
-    heading, below = (
-        "Which modules hold the divergence",
-        "shares of the KL along the path from base to adapted model",
-    )
-    return kinds_by_layer((heading, below), changed.sites, values, says, "nats a token", "signed")
+    below = "shares of the KL along the path from base to adapted model"
+    titles = "Which modules hold the divergence", below
+    return kinds_by_layer(titles, changed.sites, values, says, "nats a token", "signed")
 
 
 _PROMOTED_UNITS = {
@@ -288,8 +268,7 @@ def promoted_figure(changed: results.WhatChanged, k: int = 20, by: By = "logit")
     """The tokens promoted most; lines where the largest shift under a control is."""
     frame = changed.promoted(k, by)
     values = frame[by].tolist()
-    tokens = zip(frame["rank"], frame["token"], strict=True)
-    names = [f"{rank} {visible(token)}" for rank, token in tokens]
+    names = [f"{rank} {visible(token)}" for rank, token in frame[["rank", "token"]].to_numpy()]
     hover = [f"{label(name)}<br>{signed(v)}" for name, v in zip(names, values, strict=True)]
     heading = f"Promoted by {changed.found.name}, nothing asked"
     figure = bars((heading, changed.texts), names, values, hover, _PROMOTED_UNITS[by])
@@ -317,7 +296,7 @@ def _promoted_table(changed: results.WhatChanged, by: By, k: int) -> Table:
     """The tokens promoted most, beside the largest shift of any token under a control."""
     title, heading, units = _PROMOTED[by]
     heads = {"rank": "rank", "token": "token", by: units}
-    heads |= {control: f"largest, {control}" for control in ("null", "unrelated")}
+    heads |= {control: f"largest, {control}" for control, *_ in _CONTROLS}
     return table_of(changed.promoted(k, by), heads, texts=(1,), title=title, heading=heading)
 
 
@@ -370,11 +349,10 @@ def what_changed_report(changed: results.WhatChanged, *, title: str | None = Non
     logit, probability, reading = (_ranked_tokens(changed, by) for by in BY)
     modules = _modules_table(changed, _MODULES_SHOWN)
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
-    carried = (reading, _writers(changed, _TOKENS_SHOWN))
     sections = [
         Section("How much", [_size_table(changed)]),
         Section("Which tokens are promoted", [(logit, probability)]),
-        Section("What the first tokens carry", [carried]),
+        Section("What the first tokens carry", [(reading, _writers(changed, _TOKENS_SHOWN))]),
         Section("Where", [_places_table(changed, _PLACES_SHOWN)]),
         Section("Which modules", split),
     ]
@@ -404,8 +382,7 @@ def _numbers(changed: results.WhatChanged) -> Pairs:
 
 def _ranked_tokens(changed: results.WhatChanged, by: By) -> Table:
     """The tokens promoted most, a line each; the controls' largest shifts in the heading."""
-    frame = changed.promoted(_TOKENS_SHOWN, by)
-    _, heading, units = _PROMOTED[by]
+    frame, (_, heading, units) = changed.promoted(_TOKENS_SHOWN, by), _PROMOTED[by]
     most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in _CONTROLS if name in frame]
     heading += f"; largest of any token, {', '.join(most)}" if most else ""
     return table_of(frame, {"rank": "", "token": "token", by: units}, texts=(1,), heading=heading)
@@ -416,17 +393,198 @@ def _ranked_tokens(changed: results.WhatChanged, by: By) -> Table:
 
 @drawing.figure.register(results.AdapterComparison)
 def comparison_heatmap(comparison: results.AdapterComparison) -> Figure:
-    """cos⟨ΔW, ΔW′⟩ of every shared site; the colours end at ±1.
-
-    Raises:
-        ArgumentError: the adapters share no site.
-    """
+    """cos⟨ΔW, ΔW′⟩ of every shared site; the colours end at ±1."""
     if not comparison.sites:
         raise ArgumentError("the two adapters share no site, so there is no cosine to draw.")
     cosines, unshared = comparison.cosines.tolist(), sum(map(len, comparison.only))
     rest = f", {unshared} sites in one of them alone" if unshared else ""
-    heading = f"ΔW of {comparison.names[0]} and {comparison.names[1]}"
     below = f"cosine over all sites {comparison.cosine:+.3f}{rest}"
+    titles, sites = (f"ΔW of {' and '.join(comparison.names)}", below), comparison.sites
     says = [f"cosine {cosine:+.3f}" for cosine in cosines]
-    sites, units = comparison.sites, "cosine"
-    return kinds_by_layer((heading, below), sites, cosines, says, units, "signed", reach=1.0)
+    return kinds_by_layer(titles, sites, cosines, says, "cosine", "signed", reach=1.0)
+
+
+# --- A training
+
+_MOVES = {
+    "moved": ("Which modules move when", "how far ΔW moved since the checkpoint before"),
+    "effect": ("First order through the training", "Σ of each group, mean over prompts"),
+    "norm": ("How large ΔW is through the training", "‖ΔW‖ of each group"),
+    "read": ("How far what ΔW reads turns", "mean angle to the checkpoint before"),
+    "write": ("How far what ΔW writes turns", "mean angle to the checkpoint before"),
+}
+_AMOUNTS = {"moved": "‖change‖", "norm": "‖ΔW‖", "read": "degrees", "write": "degrees"}
+
+
+@drawing.modules.register(results.Checkpoints)
+def modules_heatmap(training: results.Checkpoints, what: Any, group: Any) -> Figure:
+    """Groups of modules by step."""
+    frame = training.by_group(what, group)
+    heading, below = _MOVES[what]
+    says = "<b>%{y}</b>, step %{x}<br>%{z:.3g}<extra></extra>"
+    x = names_axis((f"{step:g}" for step in frame.columns), "step")
+    y = names_axis(frame.index, autorange="reversed" if group == "kind" else None)
+    is_amount = what in _AMOUNTS
+    units, scale = _AMOUNTS.get(what, training.units), "amount" if is_amount else "pushes"
+    values = frame.to_numpy().tolist()
+    return heatmap((f"{heading}, by {group}", below), values, says, x, y, units, scale)
+
+
+@drawing.story.register(results.Checkpoints)
+def checkpoints_story(training: results.Checkpoints) -> str:
+    """Where each prompt flips, in steps and in strength, and where anything changes at once."""
+    prompts = range(len(training.str_tokens))
+    lines = [_fate(training, p) + _phases(training, f"prompt {p}", " It") for p in prompts]
+    lines.append(_phases(training, "angle", "The direction of ΔW"))
+    lines.append(too_few(training))
+    return "\n".join(filter(None, lines))
+
+
+def _fate(training: results.Checkpoints, p: int) -> str:
+    """When a prompt's readout changes sign."""
+    step, end = float(training.flip_step[p]), float(training.flip_scale[-1, p])
+    last = "does not flip" if math.isnan(end) else f"flips at ε = {end:.2g}"
+    happened = f"changes sign at about step {step:.3g}; the last checkpoint {last}."
+    if math.isnan(step) and bool(training.hidden[:, p].any()):
+        rounding = "beyond rounding, which hides its sign at the base or later"
+        happened = f"changes sign at no checkpoint {rounding}."
+    elif math.isnan(step):
+        happened = f"keeps its sign through all {len(training.steps)} checkpoints."
+    return f"“{short_prompt(training.str_tokens[p])}”: {training.readout} {happened}"
+
+
+def _phases(training: results.Checkpoints, series: str, subject: str) -> str:
+    spans = [f"{a:g} and {b:g}" for a, b in training.phases.get(series, ())]
+    return f"{subject} changes at once between steps {', and '.join(spans)}." if spans else ""
+
+
+def checkpoints_table(training: results.Checkpoints) -> Table:
+    """The readout at every checkpoint, the base model first, as step 0."""
+    prompts = list(map(short_prompt, training.str_tokens))
+    rows: list[Row] = [
+        ("0", prompt, signed(base), "", "", "", "")
+        for prompt, base in zip(prompts, training.base.tolist(), strict=True)
+    ]
+    series = (training.adapted, training.first_order, training.remainder)
+    for (k, step), (p, prompt) in itertools.product(enumerate(training.steps), enumerate(prompts)):
+        numbers = (signed(float(values[k, p])) for values in series)
+        flip = magnitude(float(training.flip_scale[k, p]))
+        rows.append((f"{step:g}", prompt, *numbers, flip, f"{training.angle[k]:.0f}°"))
+    value = f"value, {training.units}"
+    heads = ("step", "prompt", value, "first order", "remainder", "flips at ε", "angle")
+    return Table(heads, rows, texts=(1,), title=f"{training.readout} through the training")
+
+
+@drawing.report.register(results.Checkpoints)
+def checkpoints_report(training: results.Checkpoints, *, title: str | None = None) -> str:
+    """The page of a training, as a string."""
+    sections = [
+        Section("Which layers move when", [training.plot_modules("moved", "layer")]),
+        Section("Which kinds of module move when", [training.plot_modules("moved", "kind")]),
+        Section("First order by layer", [training.plot_modules("effect", "layer")]),
+        Section("The numbers", [checkpoints_table(training)]),
+    ]
+    prompts = "; ".join(f"“{short_prompt(tokens)}”" for tokens in training.str_tokens)
+    part = Part(
+        subtitle=f"{training.readout} · {prompts}",
+        headline=_training_headline(training),
+        numbers=_training_numbers(training),
+        top=[training.plot()],
+        sections=folded(checkpoints_story(training), sections, "training", training.meta),
+    )
+    first, *_, last = training.steps
+    name = f"{len(training.steps)} checkpoints, steps {first:g} to {last:g}"
+    return page_html(title or name, [part])
+
+
+def _training_headline(training: results.Checkpoints) -> Sequence[str]:
+    """When the readout flips, whether anything changes at once, and where ΔW is in the end."""
+    flips, count = training.flip_step.nan_to_num(math.inf), len(training.base)
+    first = int(flips.argmin())
+    several = f"{int(flips.isfinite().sum())} of {count} prompts change sign. " if count > 1 else ""
+    at_once = _phases(training, f"prompt {first}", "It") or too_few(training)
+    none = "It changes at no step at once."
+    effect, norm = (training.by_group(what, "layer").iloc[:, -1] for what in ("effect", "norm"))
+    where = (
+        f"At the last checkpoint first order is largest in {effect.abs().idxmax()} "
+        f"({signed(effect[effect.abs().idxmax()])} {training.units}), and ΔW in {norm.idxmax()} "
+        f"(‖ΔW‖ = {magnitude(norm.max())})."
+    )
+    return several + _fate(training, first), at_once or none, where
+
+
+def _training_numbers(training: results.Checkpoints) -> Pairs:
+    count, first = len(training.base), int(training.flip_step.nan_to_num(math.inf).argmin())
+    mean = f", mean of {count} prompts" if count > 1 else ""
+    step, scale = float(training.flip_step[first]), float(training.flip_scale[-1, first])
+    return (
+        (signed(float(training.base.mean())), f"{training.units}, the base model{mean}"),
+        (signed(float(training.adapted[-1].mean())), f"{training.units}, the last checkpoint"),
+        (f"{step:.3g}" if math.isfinite(step) else "never", "step of the first change of sign"),
+        (f"ε = {scale:.2g}" if math.isfinite(scale) else "—", "where the last checkpoint flips"),
+    )
+
+
+# --- A repair
+
+
+@drawing.story.register(results.Repair)
+def repair_story(repair: results.Repair) -> str:
+    """Kept and left on the prompts that judge, and whether that is better than scaling."""
+    return " ".join(filter(None, _judged(repair)))
+
+
+def _judged(repair: results.Repair) -> tuple[str, str, str]:
+    judged = "On held-out prompts" if repair.is_held_out else "On the prompts that it was made on"
+    outcome = (
+        f"{judged} the repaired adapter keeps {percent(repair.kept_share)} of what was to be kept "
+        f"and leaves {percent(repair.left_share)} of what was to be dropped."
+    )
+    if repair.verdict == "nothing":
+        none = (
+            f"No smaller set of {repair.of}s that was tried kept {percent(repair.keep_share)} and "
+            "left less, so the adapter is whole: ask for a smaller keep_share, or more steps."
+        )
+        return outcome, none, ""
+    gain = f"{repair.gain:.3g} times as much"
+    beside = {
+        "helps": f"The whole adapter, scaled down to keep the same, leaves {gain}.",
+        "tie": "That is a tie with scaling the whole adapter down to keep the same.",
+        "worse": "Scaling the whole adapter down to keep the same leaves less: the repair does not "
+        "help here.",
+    }[repair.verdict]
+    if repair.exceeds:
+        beside = f"No strength of the whole adapter up to 1 keeps as much. At 1 it leaves {gain}."
+    fair = "" if repair.is_held_out else "Give test_keep and test_drop to judge it fairly."
+    return outcome, beside, fair
+
+
+def repair_table(repair: results.Repair) -> Table:
+    """What stays of each question, by adapter."""
+    frame = repair.to_frame()
+    frame.loc[frame["held out"], "kind"] += ", held out"
+    heads = {name: name for name in ("question", "kind", "adapter", "value")}
+    heads["share"] = "kept or left"
+    return table_of(frame, heads, texts=(0, 1, 2), title="What stays of each")
+
+
+@drawing.report.register(results.Repair)
+def repair_report(repair: results.Repair, *, title: str | None = None) -> str:
+    """The page of a repair, as a string."""
+    kept = f"{int(repair.kept.sum())} of {repair.gate_count}"
+    outcome, beside, _ = _judged(repair)
+    scaled = "which keeps less" if repair.exceeds else "scaled to keep this"
+    sections = [Section("What stays of each", [repair_table(repair)])]
+    part = Part(
+        subtitle=made_by(repair.meta),
+        headline=(outcome, beside, f"{kept} {repair.of}s of the adapter are kept."),
+        numbers=(
+            (percent(repair.kept_share), "of what was to be kept stays"),
+            (percent(repair.left_share), "of what was to be dropped is left"),
+            (kept, f"{repair.of}s kept"),
+            (f"{repair.gain:.3g} ×", f"as much is left by the whole adapter, {scaled}"),
+        ),
+        top=[repair.plot()],
+        sections=folded(repair_story(repair), sections, "repair", repair.meta),
+    )
+    return page_html(title or f"What a repair left of {repair.meta.get('adapter', 'it')}", [part])

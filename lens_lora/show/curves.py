@@ -1,4 +1,4 @@
-"""Results as curves and points: along ε, over sizes of a set, over a training, number by number."""
+"""Results as curves and points: along ε, over sizes, over a training; edges as a graph."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from plotly.graph_objects import Figure
 from plotly.subplots import make_subplots
 
 from lens_lora import results
+from lens_lora.arguments import whole
 from lens_lora.results import drawing
-from lens_lora.results.base import (
-    RANDOM,
-    SIGMAS,
-    UPDATE_NORM,
-    WEIGHT_NORM,
-    only_prompt,
-    prompt_rows,
-)
+from lens_lora.results.base import SIGMAS, only_prompt, prompt_rows
 from lens_lora.show.figures import (
     BELOW,
     BESIDE,
@@ -29,6 +23,7 @@ from lens_lora.show.figures import (
     INK,
     KINDS,
     LINEAR,
+    NEGATIVE,
     NOISE,
     PALETTE,
     curve,
@@ -38,6 +33,7 @@ from lens_lora.show.figures import (
     names_axis,
     points,
     ticks,
+    value_text,
     whose,
 )
 from lens_lora.show.maps import members_figure
@@ -55,9 +51,6 @@ def remainder_figure(path: results.RemainderCurve, prompt: int | None = None) ->
     """The readout and its first-order line along ε, and |R(ε)| as a share of the shift.
 
     Where |R| is under three noise floors of its own it is greyed: its share is one of rounding.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
     """
     index = only_prompt(prompt, len(path.base), "curves along ε")
     steps, units = path.points[index], label(path.units)
@@ -66,19 +59,14 @@ def remainder_figure(path: results.RemainderCurve, prompt: int | None = None) ->
     shares = [100 * abs(s.remainder / s.shift) if s.shift else None for s in steps]
     clear = [s for s, noise in zip(shares, is_noise, strict=True) if s is not None and not noise]
     largest = max(clear, default=1.0)
-    remainders = curve(
-        scales,
-        shares,
-        "|R| / |shift|",
-        LINEAR,
-        "ε = %{x:.3g}<br>%{y:.3g}% of the shift<br>%{hovertext}<extra></extra>",
-        hovertext=[
-            f"R = {signed(step.remainder)} {units}{', below the noise' if noise else ''}"
-            for step, noise in zip(steps, is_noise, strict=True)
-        ],
-        marker={"size": 6, "color": [NOISE if noise else LINEAR for noise in is_noise]},
-        showlegend=False,
-    )
+    said = "ε = %{x:.3g}<br>%{y:.3g}% of the shift<br>%{hovertext}<extra></extra>"
+    texts = [
+        f"R = {signed(step.remainder)} {units}{', below the noise' if noise else ''}"
+        for step, noise in zip(steps, is_noise, strict=True)
+    ]
+    marker = {"size": 6, "color": [NOISE if noise else LINEAR for noise in is_noise]}
+    remainders = curve(scales, shares, "|R| / |shift|", LINEAR, said, marker=marker)
+    remainders.update(hovertext=texts, showlegend=False)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     figure.add_traces([*_exact_and_line(path, index), remainders], rows=[1, 1, 2], cols=[1, 1, 1])
     for low, high in _runs(scales, is_noise):
@@ -130,11 +118,7 @@ _ROOM_FOR_THE_LABEL = 0.25  # of the axis, which is as wide as the words beside 
 
 @drawing.figure.register(results.FactMargin)
 def margin_figure(fact_margin: results.FactMargin, prompt: int | None = None) -> Figure:
-    """The margin along ε, its first-order line, the zero line and the flip.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
-    """
+    """The margin along ε, its first-order line, the zero line and the flip."""
     path = fact_margin.curve
     index = only_prompt(prompt, len(path.base), "curves along ε")
     figure = Figure(_exact_and_line(path, index))
@@ -144,16 +128,10 @@ def margin_figure(fact_margin: results.FactMargin, prompt: int | None = None) ->
         # Where the margin is not: before the flip it has its base's sign, after it the other.
         side = "left" if flip > _ROOM_FOR_THE_LABEL else "right"
         height = "top" if (float(path.base[index]) < 0) == (side == "left") else "bottom"
-        figure.add_vline(
-            x=flip,
-            line={"color": FLIP, "width": 1.5, "dash": "dot"},
-            annotation={
-                "text": f"flips at ε = {flip:.3g}",
-                "font": {"color": FLIP},
-                "xshift": 6 if side == "right" else -6,
-            },
-            annotation_position=f"{height} {side}",
-        )
+        words = {"text": f"flips at ε = {flip:.3g}", "font": {"color": FLIP}}
+        words |= {"xshift": 6 if side == "right" else -6}
+        line, place = {"color": FLIP, "width": 1.5, "dash": "dot"}, f"{height} {side}"
+        figure.add_vline(x=flip, line=line, annotation=words, annotation_position=place)
     below = f"from the base model to the adapted · {whose(index, path.str_tokens)}"
     axes = _EPSILON, f"margin, {label(path.units)}"
     return finish(figure, (f"{path.readout} along ε", below), axes, 380)
@@ -161,11 +139,7 @@ def margin_figure(fact_margin: results.FactMargin, prompt: int | None = None) ->
 
 @drawing.path.register(results.SecondOrder)
 def second_order_figure(second: results.SecondOrder, prompt: int | None = None) -> Figure:
-    """The exact shift along ε, first order's line and second order's parabola.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
-    """
+    """The exact shift along ε, first order's line and second order's parabola."""
     index = only_prompt(prompt, len(second.shift), "curves along ε")
     path = second.curve
     scales, units = [0.0, *path.scales.cpu().double().tolist()], label(path.units)
@@ -186,9 +160,9 @@ def second_order_figure(second: results.SecondOrder, prompt: int | None = None) 
 # --- Over sizes of a set: kept and dropped, the best sets, a repair
 
 _LOOKS = {
-    WEIGHT_NORM: ("dash", "square"),
-    UPDATE_NORM: ("dot", "diamond"),
-    RANDOM: ("dashdot", "x"),
+    "weight_norm": ("dash", "square"),
+    "update_norm": ("dot", "diamond"),
+    "random": ("dashdot", "x"),
 }
 _SOLID = ("solid", "circle")
 _KEPT = "%{y:.3g}% of the shift<extra></extra>"
@@ -196,11 +170,7 @@ _KEPT = "%{y:.3g}% of the shift<extra></extra>"
 
 @drawing.figure.register(results.Faithfulness)
 def faithfulness_figure(curves: results.Faithfulness, prompt: int | None = None) -> Figure:
-    """Keep-top-k on the left (high is good), drop-top-k on the right (low is good).
-
-    Raises:
-        ArgumentError: no such prompt.
-    """
+    """Keep-top-k on the left (high is good), drop-top-k on the right (low is good)."""
     rows, sites = prompt_rows(prompt, len(curves.base)), len(curves.sites)
     above = ("top kept, the others off", "top dropped, the others on")
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=above)
@@ -213,19 +183,11 @@ def faithfulness_figure(curves: results.Faithfulness, prompt: int | None = None)
         areas = getattr(curves, f"area_{side}")[:, rows].nanmean(1).tolist()
         for name, shares, area in zip(curves.names, kept.tolist(), areas, strict=True):
             shown, (dash, symbol) = label(key_text(name)), _LOOKS.get(name, _SOLID)
-            line = curve(
-                fractions,
-                _percentages(shares),
-                shown,
-                colours[name],
-                f"<b>{shown}</b>, area {area:.2f}<br>%{{hovertext}}: {_KEPT}",
-                hovertext=numbers,
-                width=1.6 if name in _LOOKS else 2.4,
-                dash=dash,
-                marker={"size": 6, "symbol": symbol},
-                legendgroup=name,
-                showlegend=column == 1,
-            )
+            said = f"<b>{shown}</b>, area {area:.2f}<br>%{{hovertext}}: {_KEPT}"
+            marker, width = {"size": 6, "symbol": symbol}, 1.6 if name in _LOOKS else 2.4
+            drawn = fractions, _percentages(shares), shown, colours[name], said
+            line = curve(*drawn, width=width, dash=dash, marker=marker, hovertext=numbers)
+            line.update(legendgroup=name, showlegend=column == 1)
             figure.add_trace(line, row=1, col=column)
     for level in (0, 100):
         figure.add_hline(y=level, line={"color": INK, "width": 1})
@@ -244,40 +206,21 @@ def _percentages(shares: Sequence[float]) -> list[float | None]:
 
 @drawing.figure.register(results.BestSubset)
 def best_subset_figure(subset: results.BestSubset, count: int | None = None) -> Figure:
-    """One set as a map of the sites; several sizes as a curve of what they keep.
-
-    Raises:
-        ArgumentError: no such set.
-    """
+    """One set as a map of the sites; several sizes as a curve of what they keep."""
     if count is not None or len(subset.counts) == 1:
         return members_figure(subset, subset.row(count))
     sizes, figure = (100 * subset.fractions).tolist(), Figure()
     several = len(subset.str_tokens) > 1
     by_prompt = zip(subset.str_tokens, subset.kept_by_prompt.T.tolist(), strict=True)
     for number, (tokens, shares) in enumerate(by_prompt if several else ()):
-        line = curve(
-            sizes,
-            _percentages(shares),
-            "each prompt",
-            NOISE,
-            f"“{label(short_prompt(tokens))}”<br>%{{x:.3g}}% of the sites: {_KEPT}",
-            width=1,
-            legendgroup="each",
-            showlegend=number == 0,
-        )
-        figure.add_trace(line)
+        said = f"“{label(short_prompt(tokens))}”<br>%{{x:.3g}}% of the sites: {_KEPT}"
+        line = curve(sizes, _percentages(shares), "each prompt", NOISE, said, width=1)
+        figure.add_trace(line.update(legendgroup="each", showlegend=number == 0))
     sets = zip(subset.counts, subset.found_by, strict=True)
-    together = curve(
-        sizes,
-        _percentages(subset.kept.tolist()),
-        "all prompts together" if several else "kept",
-        EXACT,
-        f"%{{hovertext}}: {_KEPT}",
-        hovertext=[f"{size} sites, found by {method}" for size, method in sets],
-        width=2.5,
-        marker={},
-    )
-    figure.add_trace(together)
+    texts = [f"{size} sites, found by {method}" for size, method in sets]
+    kept, name = _percentages(subset.kept.tolist()), "all prompts together" if several else "kept"
+    together = curve(sizes, kept, name, EXACT, f"%{{hovertext}}: {_KEPT}", width=2.5, marker={})
+    figure.add_trace(together.update(hovertext=texts))
     figure.add_hline(y=100, line={"color": NOISE, "width": 1})
     heading = f"What the best sets of {len(subset.sites)} sites keep of the shift"
     titles = heading, f"the best found, {subset.readout} · {whose(None, subset.str_tokens)}"
@@ -296,15 +239,10 @@ def repair_figure(repair: results.Repair) -> Figure:
         return kept, left
 
     hover = "%{hovertext}<br>kept %{x:.3g}%, left %{y:.3g}%<extra></extra>"
-    scaled = curve(
-        *kept_and_left(repair.along),
-        "whole adapter, scaled",
-        LINEAR,
-        hover,
-        hovertext=[f"whole adapter at ε = {scale:.2f}" for scale in repair.scales.tolist()],
-        marker={"size": 5},
-    )
-    figure = Figure(scaled)
+    name, marker = "whole adapter, scaled", {"size": 5}
+    scaled = curve(*kept_and_left(repair.along), name, LINEAR, hover, marker=marker)
+    texts = [f"whole adapter at ε = {scale:.2f}" for scale in repair.scales.tolist()]
+    figure = Figure(scaled.update(hovertext=texts))
     for name, shares, marker in (
         ("random sets", repair.random, {"color": NOISE, "size": 8, "symbol": "x"}),
         ("repaired", repair.shares[1], {"color": EXACT, "size": 14, "symbol": "star"}),
@@ -343,23 +281,11 @@ def checkpoints_figure(training: results.Checkpoints) -> Figure:
         exact = [base, *training.adapted[:, p].tolist()]
         linear = [base, *(base + training.first_order[:, p]).tolist()]
         hover, whole = f"step %{{x:g}}<br>%{{y:.4g}} {units}", f"<extra>{name}</extra>"
-        group = {"legendgroup": str(p)}
-        shown = {"showlegend": p == 0}
-        lines = [
-            curve(steps, exact, name, colour, hover + whole, width=2.5, marker={}, **group),
-            curve(
-                steps,
-                linear,
-                "base + first order",
-                colour,
-                f"{hover}, first order{whole}",
-                width=1.5,
-                dash="dash",
-                **group,
-                **shown,
-            ),
-        ]
-        figure.add_traces(lines)
+        shown, said = {"showlegend": p == 0}, f"{hover}, first order{whole}"
+        line = curve(steps, exact, name, colour, hover + whole, width=2.5, marker={})
+        dashed = curve(steps, linear, "base + first order", colour, said, width=1.5, dash="dash")
+        for trace in (line, dashed.update(shown)):
+            figure.add_trace(trace.update(legendgroup=str(p)))
         flip = float(training.flip_step[p])
         if math.isfinite(flip):
             hover = f"flips at step {flip:.3g}{whole}"
@@ -409,11 +335,7 @@ _MARGIN = 0.05
 
 @drawing.figure.register(results.Comparison)
 def comparison_scatter(comparison: results.Comparison, prompt: int | None = None) -> Figure:
-    """Effect (y) against attribution (x); hover names each site or group.
-
-    Raises:
-        ArgumentError: no such prompt.
-    """
+    """Effect (y) against attribution (x); hover names each site or group."""
     rows, units = prompt_rows(prompt, len(comparison.pearson)), label(comparison.units)
     x = comparison.attribution[rows].mean(0).tolist()
     y = comparison.effects[rows].mean(0).tolist()
@@ -465,9 +387,6 @@ def reliability_figure(flags: results.Reliability, prompt: int | None = None) ->
     """a_l (x) against a_l + correction (y); flagged are material ones off the band.
 
     The band is where a + correction is from threshold · a to a / threshold.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
     """
     index = only_prompt(prompt, len(flags.flagged), "flags")
     x = flags.attribution.per_site[index].cpu().double().tolist()
@@ -484,13 +403,9 @@ def reliability_figure(flags: results.Reliability, prompt: int | None = None) ->
         "kept, or not material": {"color": EXACT, "symbol": "circle", **look},
         "flagged": {"color": LINEAR, "symbol": "diamond", **look},
     }
-    figure = Figure(
-        [
-            curve(ends + ends[::-1], wedge, f"score ≥ {threshold:g}", INK, width=0, **band),
-            curve(ends, ends, "no correction", INK, width=1, dash="dot"),
-            *grouped_points(x, y, hover, groups, looks),
-        ]
-    )
+    wide = curve(ends + ends[::-1], wedge, f"score ≥ {threshold:g}", INK, width=0, **band)
+    middle = curve(ends, ends, "no correction", INK, width=1, dash="dot")
+    figure = Figure([wide, middle, *grouped_points(x, y, hover, groups, looks)])
     heading = f"{flags.readout}: first order against {_QUESTIONS[flags.how]}"
     titles = heading, f"which to trust · {whose(index, flags.attribution.str_tokens)}"
     axes = f"a at ε = {flags.attribution.at:g}, {units}", f"a + correction, {units}"
@@ -501,25 +416,17 @@ def reliability_figure(flags: results.Reliability, prompt: int | None = None) ->
 def _flag_text(
     flags: results.Reliability, prompt: int, site: int, a: float, corrected: float
 ) -> str:
-    units = label(flags.units)
-    lines = [
-        f"<b>{label(flags.attribution.sites[site].name)}</b>",
-        f"first order {signed(a)} {units}",
-        f"corrected {signed(corrected)} {units}",
-        f"score {float(flags.score[prompt, site]):.2f}",
-    ]
-    if flags.fixed is not None and bool(flags.flagged[prompt, site]):
-        lines.append(f"measured {signed(float(flags.fixed[prompt, site]))} {units}")
-    return "<br>".join(lines)
+    units, name = label(flags.units), label(flags.attribution.sites[site].name)
+    said = f"first order {signed(a)} {units}<br>corrected {signed(corrected)} {units}"
+    text = f"<b>{name}</b><br>{said}<br>score {float(flags.score[prompt, site]):.2f}"
+    if flags.fixed is None or not bool(flags.flagged[prompt, site]):
+        return text
+    return f"{text}<br>measured {signed(float(flags.fixed[prompt, site]))} {units}"
 
 
 @drawing.figure.register(results.NullTest)
 def null_figure(test: results.NullTest, prompt: int | None = None) -> Figure:
-    """|a_l| of every site against the largest |a′_l| of the draws, on a logarithmic scale.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
-    """
+    """|a_l| of every site against the largest |a′_l| of the draws, on a logarithmic scale."""
     index = only_prompt(prompt, len(test.noise_floor), "null tests")
     sites, units = test.observed.sites, label(test.units)
     values = test.observed.per_site[index].cpu().double().tolist()
@@ -530,17 +437,11 @@ def null_figure(test: results.NullTest, prompt: int | None = None) -> Figure:
         for site, value, most, z in zip(sites, values, largest, test.z[index], strict=True)
     ]
     order, sizes = list(range(len(sites))), list(map(abs, values))
-    draws = go.Bar(
-        x=order,
-        y=largest,
-        width=1,
-        name=f"largest of {test.draws} random adapters",
-        marker={"color": "rgba(128,128,128,0.35)", "line": {"width": 0}},
-        hoverinfo="skip",
-    )
-    groups = [
-        "stands out" if size > most else "within" for size, most in zip(sizes, largest, strict=True)
-    ]
+    look = {"color": "rgba(128,128,128,0.35)", "line": {"width": 0}}
+    name = f"largest of {test.draws} random adapters"
+    draws = go.Bar(x=order, y=largest, width=1, name=name, marker=look, hoverinfo="skip")
+    is_out = (size > most for size, most in zip(sizes, largest, strict=True))
+    groups = ["stands out" if out else "within" for out in is_out]
     looks = {"stands out": {"color": EXACT, "size": 6}, "within": {"color": LINEAR, "size": 6}}
     figure = Figure([draws, *grouped_points(order, sizes, hover, groups, looks)])
     starts = {site.layer: i for i, site in reversed(list(enumerate(sites))) if site.layer >= 0}
@@ -552,3 +453,55 @@ def null_figure(test: results.NullTest, prompt: int | None = None) -> Figure:
     layers = ticks((starts[layer] for layer in shown), map(str, shown))
     finish(figure, titles, axes, bargap=0, legend=BELOW, xaxis=layers)
     return figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+
+
+# --- Edges, as a graph from layer to layer
+
+_READS = ("attention reads", "logits", "MLP reads")
+_LATER, _WRITES = 0.5, 0.25  # where in its layer an MLP reads, and how far on a branch writes
+_WIDEST, _BENDS = 7.0, 16
+
+
+@drawing.graph.register(results.Edges)
+def edges_graph(edges: results.Edges, k: int, prompt: int | None = None) -> Figure:
+    """The strongest edges, from the lane of the writer's kind to that of the reader's branch."""
+    rows = edges.top(whole("k", k, 1), prompt).values.tolist()
+    starts = [_writer_place(edges, writer) for writer, *_ in rows]
+    ends = [_reader_place(edges, reader) for _, reader, *_ in rows]
+    kinds = sorted({kind for _, kind in starts}, key=lambda kind: (*KINDS, kind).index(kind))
+    above = [kind for kind in kinds if kind in KINDS[: KINDS.index("ln2")]]
+    lanes = [*above, *_READS, *(kind for kind in kinds if kind not in above)][::-1]
+    largest, total = (f(map(abs, edges.entries(prompt).values.tolist())) for f in (max, sum))
+    figure, steps = Figure(), [step / _BENDS for step in range(_BENDS + 1)]
+    for (writer, reader, value, _), (x, lane), (end, to) in zip(rows, starts, ends, strict=True):
+        y, rise = lanes.index(lane), lanes.index(to) - lanes.index(lane)
+        said = value_text(value, float(edges.mean_over(prompt, edges.base)[1]), edges.units)
+        xs, ys = [x + (end - x) * t for t in steps], [y + rise * t * t * (3 - 2 * t) for t in steps]
+        colour, width = EXACT if value >= 0 else NEGATIVE, _WIDEST * abs(value) / (largest or 1.0)
+        hover = [f"<b>{label(writer)} → {label(reader)}</b><br>{said}"] * len(steps)
+        figure.add_trace(curve(xs, ys, "", colour, hover, width=max(1.0, width), opacity=0.6))
+    for places, symbol in ((starts, "circle"), (ends, "square")):
+        xs, ys = [x for x, _ in places], [lanes.index(lane) for _, lane in places]
+        figure.add_trace(points(xs, ys, None, "", color=INK, size=7, symbol=symbol))
+    shown = sum(abs(value) for *_, value, _ in rows) / (total or 1.0)
+    below = f"the strongest {len(rows)}, {percent(shown)} of Σ|edge|; blue pushes up, red down"
+    heading = f"{edges.readout}, {key_text(edges.key)}"
+    titles = heading, f"{below} · {whose(prompt, edges.str_tokens)}"
+    y = ticks(range(len(lanes)), lanes)
+    return finish(figure, titles, ("layer", ""), 480, showlegend=False, yaxis=y)
+
+
+def _writer_place(edges: results.Edges, writer: str) -> tuple[float, str]:
+    """How far on in the pass, and the lane."""
+    sites = [edges.sites[i] for i in edges.groups[writer]]
+    kinds, is_later = {site.kind for site in sites}, sites[0].kind in KINDS[KINDS.index("ln2") :]
+    kind = kinds.pop() if len(kinds) == 1 else "several kinds"
+    return sites[0].layer + _LATER * is_later + _WRITES, kind
+
+
+def _reader_place(edges: results.Edges, reader: str) -> tuple[float, str]:
+    if reader == _READS[1]:
+        return float(edges.readers[-2].split(".")[1]) + 4 * _LATER, reader
+    _, layer, branch, *_ = reader.split(".")
+    is_later = "mlp" in branch or "moe" in branch
+    return int(layer) + _LATER * is_later, _READS[2 * is_later]

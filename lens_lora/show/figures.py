@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.graph_objects import Figure
@@ -50,15 +50,9 @@ _INK_GRID_PAPER = {
 
 
 def _template(ink: str, grid: str, paper: str) -> go.layout.Template:
-    axis = {
-        "gridcolor": grid,
-        "linecolor": ink,
-        "tickcolor": ink,
-        "zeroline": False,
-        "zerolinecolor": INK,
-        "automargin": True,
-        "title": {"font": {"size": 13}, "standoff": 12},
-    }
+    lines = {"gridcolor": grid, "linecolor": ink, "tickcolor": ink, "zerolinecolor": INK}
+    axis_title = {"font": {"size": 13}, "standoff": 12}
+    axis = {**lines, "zeroline": False, "automargin": True, "title": axis_title}
     return go.layout.Template(
         layout={
             "font": {"color": ink, "size": 13},
@@ -96,13 +90,9 @@ def finish(
 ) -> Figure:
     """The titles, the look that reads on light and dark pages, and what else is said of axes."""
     (across, upwards), title = axes, _title(*titles)
-    figure.update_layout(
-        height=height,
-        template=LOOK,
-        title=title,
-        margin={"l": 60, "r": 20, "t": 70 + further_lines(title["text"]), "b": 60},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
-    )
+    margin = {"l": 60, "r": 20, "t": 70 + further_lines(title["text"]), "b": 60}
+    legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"}
+    figure.update_layout(height=height, template=LOOK, title=title, margin=margin, legend=legend)
     figure.update_xaxes(title_text=across or None).update_yaxes(title_text=upwards or None)
     return figure.update_layout(**layout)
 
@@ -116,16 +106,9 @@ def _title(heading: str, below: str) -> dict[str, Any]:
     """A heading and a smaller line below it, escaped; a long one is broken at its ' · '."""
     lines = [below] if len(below) <= _TITLE_LINE else below.split(" · ")
     smaller = "<br>".join(label(line) for line in lines)
-    return {
-        "text": f"{label(heading)}<br><span style='font-size:12px'>{smaller}</span>",
-        "x": 0,
-        "xref": "container",
-        "y": 1,
-        "yref": "container",
-        "yanchor": "top",
-        "pad": {"l": 12, "t": 22},
-        "font": {"size": 15},
-    }
+    text = f"{label(heading)}<br><span style='font-size:12px'>{smaller}</span>"
+    place = {"x": 0, "xref": "container", "y": 1, "yref": "container", "yanchor": "top"}
+    return {"text": text, **place, "pad": {"l": 12, "t": 22}, "font": {"size": 15}}
 
 
 # --- Words on figures, and axes
@@ -154,8 +137,10 @@ def _quoted(tokens: Sequence[str]) -> str:
     return f"“… {text[-_PROMPT_WIDTH:].partition(' ')[2]}”"
 
 
-def value_text(value: float, shift: float, units: str) -> str:
+def value_text(value: float | None, shift: float, units: str) -> str:
     """A value with its units and its share of the shift, for a hover."""
+    if value is None or math.isnan(value):
+        return "not there"
     share = percent(value / shift) if shift else "—"
     return f"{signed(value)} {label(units)}<br>{share} of the shift"
 
@@ -229,33 +214,24 @@ def heatmap(
     note: str = "",
     row_height: int = 18,
 ) -> Figure:
-    """Cells coloured from −reach to reach, amounts from zero; None is grey.
+    """Cells coloured from −reach to reach, amounts from zero; None and NaN are grey.
 
     By default the reach is the largest size.
     """
+    hover = _cell_hover(z, says)
+    z = [[None if v is None or not math.isfinite(v) else v for v in row] for row in z]
     if reach is None:
         reach = max((abs(v) for row in z for v in row if v is not None), default=0.0)
     is_amount, reach = scale == "amount", reach or 1.0
-    cells: dict[str, Any] = {
-        "x": list(x.values),
-        "y": list(y.values),
-        "xgap": int(len(x.values) <= _MOST_WITH_GAPS),
-        "ygap": int(len(y.values) <= _MOST_WITH_GAPS),
-    }
+    cells: dict[str, Any] = {"x": list(x.values), "y": list(y.values)}
+    cells |= {f"{side}gap": int(len(cells[side]) <= _MOST_WITH_GAPS) for side in "xy"}
     lines = [*filter(None, (label(units), _COLOUR_MEANS[scale], note)), "&nbsp;"]
     bar_title = {"text": "<br>".join(lines), "side": "top", "font": {"size": 13}}
-    values = go.Heatmap(
-        **cells,
-        **_cell_hover(z, says),
-        z=z,
-        hoverongaps=False,
-        colorscale=_SEQUENTIAL if is_amount else _DIVERGING,
-        zmin=0 if is_amount else -reach,
-        zmid=None if is_amount else 0,
-        zmax=reach,
-        colorbar={"title": bar_title, "thickness": 14, "outlinewidth": 0},
-    )
-    figure = Figure(values)
+    colours = {"colorscale": _DIVERGING, "zmin": -reach, "zmid": 0, "zmax": reach}
+    if is_amount:
+        colours = {"colorscale": _SEQUENTIAL, "zmin": 0, "zmax": reach}
+    bar = {"title": bar_title, "thickness": 14, "outlinewidth": 0}
+    figure = Figure().add_heatmap(z=z, hoverongaps=False, colorbar=bar, **cells, **hover, **colours)
     blank = [[1.0 if value is None else None for value in row] for row in z]
     if any(value for row in blank for value in row):
         grey = [[0, _BLANK], [1, _BLANK]]
@@ -268,9 +244,8 @@ def heatmap(
 
 def _cell_hover(z: Cells, says: Says) -> dict[str, Any]:
     if isinstance(says, str):
-        return {"hovertemplate": says}
-    texts = [[says(i, j, value) for j, value in enumerate(row)] for i, row in enumerate(z)]
-    return {"hovertext": texts, "hoverinfo": "text"}
+        return _hover(says)
+    return _hover([[says(i, j, cell) for j, cell in enumerate(row)] for i, row in enumerate(z)])
 
 
 KINDS = (
@@ -297,19 +272,19 @@ def kinds_by_layer(
     held_kinds = dict.fromkeys(site.kind for site in sites)
     kinds = sorted(held_kinds, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
     y = layers_axis(sites)
-    held: Mapping[tuple[int, int], list[float]] = defaultdict(list)
-    hover: Mapping[tuple[int, int], list[str]] = defaultdict(list)
-    for site, value, text in zip(sites, values, says, strict=True):
-        cell = y.values.index(site.layer), kinds.index(site.kind)
-        hover[cell].append(f"<b>{label(site.name)}</b><br>{label(site.module)}<br>{text}")
-        if math.isfinite(value):
-            held[cell].append(value)
-    z: list[list[float | None]] = [[None] * len(kinds) for _ in y.values]
-    for (row, column), numbers in held.items():
-        z[row][column] = sum(numbers) / (1 if reach is None else len(numbers))
+    hover = [
+        f"<b>{label(site.name)}</b><br>{label(site.module)}<br>{text}"
+        for site, text in zip(sites, says, strict=True)
+    ]
+    held: Any = pd.DataFrame({"value": values, "hover": hover}).groupby(
+        [[site.layer for site in sites], [site.kind for site in sites]]
+    )
+    numbers = held["value"].sum(min_count=1) if reach is None else held["value"].mean()
+    z = numbers.unstack().reindex(index=y.values, columns=kinds).to_numpy().tolist()
+    texts = held["hover"].agg("<br>".join)
 
     def cell_text(row: int, column: int, _: object) -> str:
-        return "<br>".join(hover[row, column])
+        return texts.get((y.values[row], kinds[column]), "")
 
     x = names_axis(kinds, "kind of module")
     return heatmap(titles, z, cell_text, x, y, units, scale, reach=reach)
@@ -323,21 +298,15 @@ def bars(
 ) -> Figure:
     """One horizontal bar each, the first on top."""
     y = names_axis(names, autorange="reversed", showgrid=False)
-    bar = go.Bar(
-        x=values,
-        y=y.values,
-        orientation="h",
-        marker={"color": [EXACT if value >= 0 else NEGATIVE for value in values]},
-        hovertext=hover,
-        hoverinfo="text",
-    )
+    marker = {"color": [EXACT if value >= 0 else NEGATIVE for value in values]}
+    bar = go.Bar(x=values, y=y.values, orientation="h", marker=marker, **_hover(hover))
     height = max(240, 130 + 20 * len(values))
     figure = finish(Figure(bar), titles, (label(units), ""), height, yaxis=y.layout)
     return figure.update_xaxes(zeroline=True)
 
 
-# A template for every point, a text for each, or none.
-Hover = str | Sequence[str] | None
+# A template for every point, a text for each (of a heatmap, row by row), or none.
+Hover = str | Sequence[str] | Sequence[Sequence[str]] | None
 
 
 def _hover(hover: Hover) -> dict[str, Any]:

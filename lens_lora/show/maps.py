@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 from plotly.graph_objects import Box, Figure
@@ -55,15 +54,16 @@ _MOST_ROWS = 40
 def site_heatmap(
     attribution: results.Attribution, prompt: int | None = None, by: Axis | None = None
 ) -> Figure:
-    """Layer × kind of module, or the picture of one axis that the attribution was split by.
-
-    Raises:
-        ArgumentError: no such prompt, or by position and token several and none named; an axis that
-            the attribution was not split by.
-    """
+    """Layer × kind of module, or the picture of one axis that the attribution was split by."""
     if by is not None:
-        word("by", by, _BY)
-        return _BY[by](attribution, prompt)
+        word("by", by, get_args(Axis))
+        if by == "position":
+            return position_heatmap(attribution, prompt)
+        if by != "token":
+            return _parts_heatmap(attribution, prompt, by)
+        index = only_prompt(prompt, len(attribution.base), "tokens of responses")
+        below = "by layer and token of the response"
+        return _layers_by_token(attribution, index, by, attribution.response, below, None)
     _, site_values, shift, _ = attribution.entries(prompt)
     values, units = site_values.tolist(), attribution.units
     says = [value_text(value, float(shift), units) for value in values]
@@ -81,22 +81,11 @@ def site_heatmap(
 def position_heatmap(
     attribution: results.Attribution, prompt: int | None = None, most: int | None = MOST_POSITIONS
 ) -> Figure:
-    """Layer × token position of one prompt, summed over the layer's sites.
-
-    Raises:
-        ArgumentError: the attribution was not split by position; no such prompt, or several and
-            none named; a `most` below 1.
-    """
+    """Layer × token position of one prompt, summed over the layer's sites."""
     require_positions(attribution)
     index = only_prompt(prompt, len(attribution.base), "positions")
     below = "by layer and position"
     return _layers_by_token(attribution, index, "position", attribution.str_tokens, below, most)
-
-
-def _tokens_heatmap(attribution: results.Attribution, prompt: int | None) -> Figure:
-    index = only_prompt(prompt, len(attribution.base), "tokens of responses")
-    below = "by layer and token of the response"
-    return _layers_by_token(attribution, index, "token", attribution.response, below, None)
 
 
 def _layers_by_token(
@@ -110,37 +99,27 @@ def _layers_by_token(
     tokens, y, units = texts[index], layers_axis(attribution.sites), attribution.units
     first = 1 if axis == "token" else 0
     shift = float(attribution.shift[index])
-    site_rows = attribution.along(axis, index)[0][:, : len(tokens)].tolist()
-    sums: list[list[float | None]] = [[None] * len(tokens) for _ in y.values]
-    for site, row in zip(attribution.sites, site_rows, strict=True):
-        layer = y.values.index(site.layer)
-        sums[layer] = [(old or 0.0) + new for old, new in zip(sums[layer], row, strict=True)]
-    shown = _largest_columns(sums, most)
+    values, layers = attribution.along(axis, index)[0], [site.layer for site in attribution.sites]
+    by_site: Any = pd.DataFrame(values[:, : len(tokens)].numpy(), index=layers)
+    sums = by_site.groupby(level=0).sum().reindex(y.values)
+    count = len(tokens) if most is None else whole("most", most, 1)
+    shown: list[int] = sorted(sums.abs().max().nlargest(count).index.tolist())
     if len(shown) < len(tokens):
         below += f", the {len(shown)} of {len(tokens)} of largest |value| in a layer"
 
     def says(i: int, j: int, value: float | None) -> str:
         where = f"layer {y.values[i]}, {axis} {shown[j] + first}"
         token = label(visible(tokens[shown[j]]))
-        return f"<b>{where}</b>: {token}<br>{_or_no_site(value, shift, units)}"
+        return f"<b>{where}</b>: {token}<br>{value_text(value, shift, units)}"
 
     titles, x = _titles(attribution, below, index), tokens_axis(tokens, shown, first=first)
-    return heatmap(titles, [[row[i] for i in shown] for row in sums], says, x, y, units)
-
-
-def _largest_columns(z: Cells, most: int | None) -> list[int]:
-    """The columns to show, in their order."""
-    count = len(z[0])
-    if most is None or count <= whole("most", most, 1):
-        return list(range(count))
-    sizes = [max((abs(row[i] or 0.0) for row in z), default=0.0) for i in range(count)]
-    return sorted(sorted(range(count), key=lambda i: -sizes[i])[:most])
+    return heatmap(titles, sums[shown].to_numpy().tolist(), says, x, y, units)
 
 
 def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: Axis) -> Figure:
     """Site × head, expert or rank, of the sites with the largest part."""
     parts, exists = attribution.along(axis, prompt)
-    _, shift = attribution.mean_over(prompt, attribution.per_site)
+    _, shift = attribution.mean_over(prompt, attribution.base)
     if axis in ("head", "expert"):  # the last slot is for sites without
         parts, exists = parts[:, :-1], exists[:, :-1]
     sizes = parts.abs().masked_fill(~exists, -1.0).amax(1)
@@ -151,48 +130,23 @@ def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: A
         below += " of the SVD of ΔW" if attribution.gauge == "svd" else " as trained"
     if len(chosen) < having:
         below += f", the {len(chosen)} of {having} sites with the largest part"
-    z = _where(parts[chosen].tolist(), exists[chosen].tolist())
+    z = parts.masked_fill(~exists, math.nan)[chosen].tolist()
     x, units = names_axis(range(parts.shape[1]), axis), attribution.units
     y = names_axis(attribution.sites[i].name for i in chosen)
 
     def says(i: int, part: int, value: float | None) -> str:
-        return f"<b>{y.values[i]}</b>, {axis} {part}<br>{_or_no_site(value, float(shift), units)}"
+        return f"<b>{y.values[i]}</b>, {axis} {part}<br>{value_text(value, float(shift), units)}"
 
     return heatmap(_titles(attribution, below, prompt), z, says, x, y, units)
 
 
-_BY: dict[Axis, Callable[[results.Attribution, int | None], Figure]] = {
-    "position": position_heatmap,
-    "head": functools.partial(_parts_heatmap, axis="head"),
-    "expert": functools.partial(_parts_heatmap, axis="expert"),
-    "rank": functools.partial(_parts_heatmap, axis="rank"),
-    "token": _tokens_heatmap,
-}
-
-
 def require_positions(attribution: results.Attribution) -> None:
-    """Refuse an attribution without positions.
-
-    Raises:
-        ArgumentError: it was not split by position.
-    """
+    """Refuse an attribution without positions."""
     if "position" not in attribution.by:
         raise ArgumentError(
             f"the attribution is split by {attribution.by or 'nothing'}, not by position; compute "
             'it with first_order(..., by="position").'
         )
-
-
-def _or_no_site(value: float | None, shift: float, units: str) -> str:
-    return "not there" if value is None else value_text(value, shift, units)
-
-
-def _where(rows: Sequence[Sequence[float]], exists: Sequence[Sequence[bool]]) -> Cells:
-    """The rows with None for what does not exist, which is drawn in grey."""
-    return [
-        [value if is_there else None for value, is_there in zip(*pair, strict=True)]
-        for pair in zip(rows, exists, strict=True)
-    ]
 
 
 def _titles(
@@ -207,11 +161,7 @@ def _titles(
 
 @drawing.figure.register(results.Effects)
 def effects_figure(effects: results.Effects, prompt: int | None = None) -> Figure:
-    """Layer × kind of module for single sites, a bar for each group of several.
-
-    Raises:
-        ArgumentError: no such prompt.
-    """
+    """Layer × kind of module for single sites, a bar for each group of several."""
     if effects.of == "site" and all(len(members) == 1 for members in effects.groups.values()):
         return site_heatmap(effects.attribution(), prompt)
     _, group_values, total, _ = effects.entries(prompt)
@@ -240,19 +190,13 @@ def constant_part_figure(constant: results.ConstantPart) -> Figure:
     """How constant each site's δ is, layer × kind of module."""
     kept = f"the constants alone keep {percent(constant.kept)} of {constant.readout}"
     below = f"held-out texts, first tokens left out; {kept}"
+    titles, units = ("How much of each module's δ is one vector", below), "constant share"
     shares, sizes = constant.share.tolist(), constant.size.tolist()
-    return kinds_by_layer(
-        ("How much of each module's δ is one vector", below),
-        constant.sites,
-        shares,
-        [
-            f"{percent(share)} constant<br>‖δ‖ {magnitude(size)}"
-            for share, size in zip(shares, sizes, strict=True)
-        ],
-        "constant share",
-        "signed",
-        reach=1.0,
-    )
+    says = [
+        f"{percent(share)} constant<br>‖δ‖ {magnitude(size)}"
+        for share, size in zip(shares, sizes, strict=True)
+    ]
+    return kinds_by_layer(titles, constant.sites, shares, says, units, "signed", reach=1.0)
 
 
 # --- Groups × tokens of a response, prompts × layers, groups × groups
@@ -260,11 +204,7 @@ def constant_part_figure(constant: results.ConstantPart) -> Figure:
 
 @drawing.figure.register(results.GroupAttribution)
 def grouped_figure(grouped: results.GroupAttribution, prompt: int | None = None) -> Figure:
-    """What each group contributes to each token of one response.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
-    """
+    """What each group contributes to each token of one response."""
     index = only_prompt(prompt, len(grouped.base), "tokens")
     tokens, shift, units = grouped.response[index], float(grouped.shift[index]), grouped.units
     total = signed(float(grouped.per_group[index].sum()))
@@ -303,10 +243,9 @@ def groups_by_token(
 def layers_figure(explanations: Sequence[results.Explanation]) -> Figure:
     """First order of each prompt, summed over the sites of each layer."""
     sites, units = explanations[0].first_order.sites, explanations[0].units
-    layers, sums = layers_axis(sites).values, []
-    for e in explanations:
-        pairs = list(zip(e.first_order.per_site[0].tolist(), sites, strict=True))
-        sums.append([sum(v for v, site in pairs if site.layer == layer) for layer in layers])
+    layers = layers_axis(sites).values
+    by_layer = (e.first_order.sum("layer")[0].reindex(layers, fill_value=0.0) for e in explanations)
+    sums = [values.tolist() for values in by_layer]
 
     def says(i: int, j: int, value: float) -> str:
         e = explanations[i]
@@ -315,8 +254,7 @@ def layers_figure(explanations: Sequence[results.Explanation]) -> Figure:
 
     titles = "First order by prompt and layer", "summed over the modules of each layer, at ε = 0"
     x = names_axis(layers, "layer", type=None)
-    names = numbered([e.prompt for e in explanations])
-    y = names_axis(names, autorange="reversed")
+    y = names_axis(numbered([e.prompt for e in explanations]), autorange="reversed")
     return heatmap(titles, sums, says, x, y, units, row_height=24)
 
 
@@ -331,9 +269,6 @@ def coupling_heatmap(coupling: results.Coupling, prompt: int | None = None) -> F
 
     In a large matrix colours are cut at the 99.5th percentile of the sizes, so that a few strong
     pairs do not leave the rest blank; the hover gives every value.
-
-    Raises:
-        ArgumentError: no such prompt.
     """
     half = coupling.matrix[prompt_rows(prompt, len(coupling.matrix))].cpu().double().mean(0) / 2
     axis = names_axis(coupling.groups, **_group_ticks(coupling))
@@ -357,11 +292,7 @@ def _cut(values: Any) -> dict[str, Any]:
 
 @drawing.figure.register(results.Edges)
 def edges_heatmap(edges: results.Edges, prompt: int | None = None) -> Figure:
-    """Writer × reader in the order of a forward pass, so that what exists is a triangle.
-
-    Raises:
-        ArgumentError: no such prompt.
-    """
+    """Writer × reader in the order of a forward pass, so that what exists is a triangle."""
     values, _ = edges.mean_over(prompt, edges.per_edge)
     firsts = dict[str, str]()  # the first reader of each block
     for name in edges.readers:
@@ -372,7 +303,7 @@ def edges_heatmap(edges: results.Edges, prompt: int | None = None) -> Figure:
     y = names_axis(edges.groups, "writer", **_group_ticks(edges))
     titles = _titles(edges, f"what each reader makes of each write · {_GREY}", prompt)
     says = f"<b>%{{y}} → %{{x}}</b><br>%{{z:+.3g}} {label(edges.units)}<extra></extra>"
-    cells, height = _where(values.tolist(), edges.exists.tolist()), 600 // len(values)
+    cells, height = values.masked_fill(~edges.exists, math.nan).tolist(), 600 // len(values)
     return heatmap(titles, cells, says, x, y, edges.units, row_height=height, **_cut(values))
 
 
@@ -399,11 +330,7 @@ _DIRECTIONS = {
 
 @drawing.figure.register(results.ActivationEffects)
 def activation_figure(effects: results.ActivationEffects, prompt: int | None = None) -> Figure:
-    """Hook point × position where each was patched alone; else layer × hook point, or bars.
-
-    Raises:
-        ArgumentError: no such prompt; by position, several prompts and none named.
-    """
+    """Hook point × position where each was patched alone; else layer × hook point, or bars."""
     values, total = effects.of_prompt(prompt)
     rows, shift, units = values.tolist(), float(total), effects.units
     place = "" if effects.positions in ("all", "each") else f", positions {effects.positions}"
@@ -411,21 +338,20 @@ def activation_figure(effects: results.ActivationEffects, prompt: int | None = N
     titles = f"{effects.readout}: {_DIRECTIONS[effects.direction]}", below
 
     def says(name: str, value: float | None) -> str:
-        text = "no such position" if value is None else value_text(value, shift, units)
+        is_there = value is not None and not math.isnan(value)
+        text = value_text(value, shift, units) if is_there else "no such position"
         return f"<b>{label(name)}</b><br>{text}"
 
     if effects.by_position:
         tokens = effects.str_tokens[only_prompt(prompt, len(effects.base))]
         order = layer_order(effects.names)
-        y = names_axis(effects.names[i] for i in order)
-        return heatmap(
-            titles,
-            [_finite(rows[i][: len(tokens)]) for i in order],
-            lambda i, t, value: says(f"{y.values[i]}, position {t} {visible(tokens[t])}", value),
-            tokens_axis(tokens),
-            y,
-            units,
-        )
+        x, y = tokens_axis(tokens), names_axis(effects.names[i] for i in order)
+        z = [rows[i][: len(tokens)] for i in order]
+
+        def said(i: int, t: int, value: float | None) -> str:
+            return says(f"{y.values[i]}, position {t} {visible(tokens[t])}", value)
+
+        return heatmap(titles, z, said, x, y, units)
     if len({layer for layer, _ in effects.places}) == 1:
         hover = [says(name, value) for name, value in zip(effects.names, rows, strict=True)]
         return bars(titles, effects.names, rows, hover, units)
@@ -433,20 +359,12 @@ def activation_figure(effects: results.ActivationEffects, prompt: int | None = N
     places = [(-1 if layer is None else layer, kind) for layer, kind in effects.places]
     layers = sorted({layer for layer, _ in places})
     kinds = list(dict.fromkeys(kind for _, kind in places))
-    held = dict(zip(places, zip(effects.names, _finite(rows), strict=True), strict=True))
+    held = dict(zip(places, zip(effects.names, rows, strict=True), strict=True))
     cells = [[held.get((layer, kind), ("", None)) for kind in kinds] for layer in layers]
-    return heatmap(
-        titles,
-        [[value for _, value in row] for row in cells],
-        lambda i, j, value: says(cells[i][j][0], value),
-        names_axis(kinds),
-        names_axis(("outside" if layer < 0 else layer for layer in layers), "layer"),
-        units,
-    )
-
-
-def _finite(values: Sequence[float]) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values]
+    z = [[value for _, value in row] for row in cells]
+    x = names_axis(kinds)
+    y = names_axis(("outside" if layer < 0 else layer for layer in layers), "layer")
+    return heatmap(titles, z, lambda i, j, value: says(cells[i][j][0], value), x, y, units)
 
 
 @drawing.figure.register(results.ActivationShift)
@@ -455,21 +373,20 @@ def activation_shift_figure(shift: results.ActivationShift, prompt: int) -> Figu
 
     So are tokens that were not asked for.
     """
-    tokens, is_sink = shift.str_tokens[prompt], shift.sinks[prompt].tolist()
+    tokens = shift.str_tokens[prompt]
     names = [shift.names[i] for i in layer_order(shift.names)]
     sizes = [
-        (shift.values[name][prompt].norm(dim=-1) / shift.base_norms[name][prompt]).tolist()
-        for name in names
+        shift.values[name][prompt].norm(dim=-1) / shift.base_norms[name][prompt] for name in names
     ]
     z = [
-        [None if is_sink[t] or math.isnan(row[t]) else row[t] for t in range(len(tokens))]
-        for row in sizes
+        size.masked_fill(shift.sinks[prompt].to(size.device), math.nan)[: len(tokens)].tolist()
+        for size in sizes
     ]
     x, y = tokens_axis(tokens), names_axis(names)
 
     def says(i: int, t: int, _: object) -> str:
         token = label(visible(tokens[t]))
-        return f"{y.values[i]}<br>{t} {token}<br>{percent(sizes[i][t])} of ‖h(0)‖"
+        return f"{y.values[i]}<br>{t} {token}<br>{percent(float(sizes[i][t]))} of ‖h(0)‖"
 
     heading = f"Shift of activations over “{short_prompt(tokens)}”"
     below = f"‖Δh‖/‖h(0)‖ at {shift.at}; sinks are grey"
@@ -478,11 +395,7 @@ def activation_shift_figure(shift: results.ActivationShift, prompt: int) -> Figu
 
 @drawing.figure.register(results.FeatureWrites)
 def writes_figure(writes: results.FeatureWrites, k: int = 20, prompt: int | None = None) -> Figure:
-    """Site × feature, of the k features that some site writes most.
-
-    Raises:
-        ArgumentError: no such prompt.
-    """
+    """Site × feature, of the k features that some site writes most."""
     values = writes.of_prompt(prompt)
     chosen = values.abs().amax(0).topk(min(k, values.shape[1])).indices.tolist()
     x, y = (names_axis(chosen, "feature"), names_axis(site.name for site in writes.sites))
@@ -501,9 +414,6 @@ def feature_figure(shift: results.FeatureShift, k: int = 20, prompt: int | None 
 
     Position 0 sees no other token, and its activations are often hundreds of times those after it:
     where there are others, features and colours are chosen by them, and the title says so.
-
-    Raises:
-        ArgumentError: no such prompt; by position, several prompts and none named.
     """
     prompt_rows(prompt, len(shift.base))
     place = "by position" if shift.positions == "each" else position_text(shift.positions)
@@ -533,9 +443,8 @@ def _features_by_position(
 ) -> Figure:
     values, units = shift.of_prompt(prompt)["shift"], shift.units
     tokens = shift.str_tokens[only_prompt(prompt, len(shift.base))]
-    first = 1 if len(tokens) > 1 else 0
-    largest = values[:, first : len(tokens)].abs().nan_to_num(0.0).amax(1)
-    top = largest.topk(min(k, len(largest)))
+    chosen_by = values[:, min(1, len(tokens) - 1) : len(tokens)].abs().nan_to_num(0.0).amax(1)
+    top = chosen_by.topk(min(k, len(chosen_by)))
     chosen = top.indices.tolist()[::-1]
     x, y = (tokens_axis(tokens), names_axis(f"feature {feature}" for feature in chosen))
     z, reach = values[chosen, : len(tokens)].tolist(), float(top.values[0])
@@ -579,10 +488,6 @@ def activations_figure(
     """Every rank of the sites that are named, or the first rank of each; sinks are grey.
 
     Of many directions the 40 of largest |u| are shown, and the title says so.
-
-    Raises:
-        SiteError: no such site.
-        ArgumentError: no such prompt.
     """
     count = len(activations.str_tokens)
     if prompt is None and count > 1:
@@ -592,20 +497,17 @@ def activations_figure(
     tokens = activations.str_tokens[index]
     is_sink = activations.sinks[index, : len(tokens)].cpu()
     values = activations.values[index, :, : len(tokens)].cpu().double()
-    sizes, every = (
-        values.abs().masked_fill(is_sink[:, None], 0).amax(1),
-        activations.directions(site),
-    )
+    clear, every = values.masked_fill(is_sink[:, None], math.nan), activations.directions(site)
+    sizes = clear.nan_to_num().abs().amax(1)
     kept = set(sorted(every, key=lambda row: float(sizes[row]), reverse=True)[:_MOST_ROWS])
     rows = [row for row in every if row in kept]
-    numbers = [values[s, :, r].tolist() for s, r in rows]
-    z = _where(numbers, [(~is_sink).tolist()] * len(rows))
+    z = [clear[s, :, r].tolist() for s, r in rows]
     names = [(activations.sites[s].name, r) for s, r in rows]
     y = names_axis((f"{n} {r}" for n, r in names), autorange="reversed" if site else None)
 
     def says(i: int, t: int, _: object) -> str:
-        name, rank = names[i]
-        value = f"{signed(numbers[i][t])}{' (a sink)' if is_sink[t] else ''}"
+        (name, rank), value = names[i], signed(float(values[rows[i][0], t, rows[i][1]]))
+        value += " (a sink)" if is_sink[t] else ""
         return f"{name} rank {rank}<br>{t} {label(visible(tokens[t]))}<br>{value}"
 
     shown = _shown(site, len(rows), len(every))

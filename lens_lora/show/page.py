@@ -135,14 +135,9 @@ def plot(figure: Figure, *, heading: str = "") -> Plot:
     """
     layout: Any = figure.to_dict()["layout"]
     shown = type(figure)(figure)
-    shown.update_layout(
-        title=None,
-        margin={
-            "t": layout["margin"]["t"] - _TITLE_HEIGHT - further_lines(layout["title"]["text"])
-        },
-        meta={"title": layout["title"]},
-        modebar={"activecolor": EXACT},
-    )
+    top = layout["margin"]["t"] - _TITLE_HEIGHT - further_lines(layout["title"]["text"])
+    meta, bar = {"title": layout["title"]}, {"activecolor": EXACT}
+    shown.update_layout(title=None, margin={"t": top}, meta=meta, modebar=bar)
     if layout["legend"].get("orientation") == "h":
         shown.update_layout(legend={"x": 0, "xanchor": "left"})
     # What is below the heading breaks where the page does, and not where the picture would.

@@ -11,44 +11,26 @@ from __future__ import annotations
 from typing import Any
 
 from markupsafe import Markup, escape
-from plotly.graph_objects import Figure
 
 import lens_lora.show.adapters  # pyright: ignore[reportUnusedImport]
-import lens_lora.show.report  # pyright: ignore[reportUnusedImport]
-import lens_lora.show.trainings  # noqa: F401  # pyright: ignore[reportUnusedImport]
+import lens_lora.show.report  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lens_lora import results
 from lens_lora.analyses.spectra import AdapterSummary
-from lens_lora.arguments import whole
 from lens_lora.errors import LensLoraError
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS, Paged, Ranked, Result, only_prompt
 from lens_lora.results.drawing import TokenView
-from lens_lora.show.figures import (
-    EXACT,
-    INK,
-    KINDS,
-    NEGATIVE,
-    curve,
-    finish,
-    points,
-    ticks,
-    value_text,
-    whose,
-)
 from lens_lora.show.maps import require_positions
 from lens_lora.show.page import rendered
 from lens_lora.show.tables import (
     SITES_SHOWN,
     attribution_heading,
-    attribution_text,
     modules_table,
     prompts_table,
 )
-from lens_lora.show.text import key_text, label, many, percent, signed
+from lens_lora.show.text import key_text, many, percent, signed
 
 # --- An attribution
-
-drawing.text.register(results.Attribution)(attribution_text)
 
 
 @drawing.html.register(results.Attribution)
@@ -65,21 +47,22 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
 
     circuitsvis writes tokens into the page as HTML, so they are escaped first; its script is
     written into the page, and nothing is fetched.
-
-    Raises:
-        ArgumentError: the attribution was not split by position; no such prompt, or several and
-            none named.
-        LensLoraError: circuitsvis is not installed.
     """
     require_positions(attribution)
     index = only_prompt(prompt, len(attribution.base), "positions")
+    try:
+        from circuitsvis.tokens import colored_tokens  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise LensLoraError(
+            "token_view draws with circuitsvis, which is not installed; pip install circuitsvis, "
+            "or use attribution.plot_positions(), which needs nothing more."
+        ) from error
     tokens = attribution.str_tokens[index]
     others = [axis for axis, name in enumerate(attribution.by, start=1) if name != "position"]
     values = attribution.values[index].cpu().double().nansum([0, *others])[: len(tokens)].tolist()
     reach = max(map(abs, values), default=0.0) or 1.0
-    drawn = _circuitsvis().colored_tokens(
-        [str(escape(token)) for token in tokens], values, min_value=-reach, max_value=reach
-    )
+    escaped = [str(escape(token)) for token in tokens]
+    drawn: Any = colored_tokens(escaped, values, min_value=-reach, max_value=reach)
     # The div is written as if it closed itself, which HTML does not know: it would swallow the
     # rest of the page.
     picture = drawn.local_src.replace("/>", "></div>", 1)
@@ -89,79 +72,6 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
     )
     html = rendered("captioned", caption=caption, picture=Markup(picture))
     return TokenView(tokens, tuple(values), html)
-
-
-def _circuitsvis() -> Any:
-    try:
-        from circuitsvis import tokens  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise LensLoraError(
-            "token_view draws with circuitsvis, which is not installed; pip install circuitsvis, "
-            "or use attribution.plot_positions(), which needs nothing more."
-        ) from error
-    return tokens
-
-
-# --- Edges, as a graph from layer to layer
-
-_READS = ("attention reads", "logits", "MLP reads")
-_LATER, _WRITES = 0.5, 0.25  # where in its layer an MLP reads, and how far on a branch writes
-_WIDEST, _BENDS = 7.0, 16
-
-
-@drawing.graph.register(results.Edges)
-def edges_graph(edges: results.Edges, k: int, prompt: int | None = None) -> Figure:
-    """The strongest edges, from the lane of the writer's kind to that of the reader's branch.
-
-    Raises:
-        ArgumentError: no such prompt; k below 1.
-    """
-    rows = edges.top(whole("k", k, 1), prompt).values.tolist()
-    starts = [_writer_place(edges, writer) for writer, *_ in rows]
-    ends = [_reader_place(edges, reader) for _, reader, *_ in rows]
-    kinds = sorted({kind for _, kind in starts}, key=lambda kind: (*KINDS, kind).index(kind))
-    above = [kind for kind in kinds if kind in KINDS[: KINDS.index("ln2")]]
-    lanes = [*above, *_READS, *(kind for kind in kinds if kind not in above)][::-1]
-    largest, total = (f(map(abs, edges.entries(prompt).values.tolist())) for f in (max, sum))
-    figure, steps = Figure(), [step / _BENDS for step in range(_BENDS + 1)]
-    for (writer, reader, value, _), (x, lane), (end, to) in zip(rows, starts, ends, strict=True):
-        y, rise = lanes.index(lane), lanes.index(to) - lanes.index(lane)
-        said = value_text(value, float(edges.mean_over(prompt, edges.base)[1]), edges.units)
-        line = curve(
-            [x + (end - x) * t for t in steps],
-            [y + rise * t * t * (3 - 2 * t) for t in steps],
-            "",
-            EXACT if value >= 0 else NEGATIVE,
-            [f"<b>{label(writer)} → {label(reader)}</b><br>{said}"] * len(steps),
-            width=max(1.0, _WIDEST * abs(value) / (largest or 1.0)),
-            opacity=0.6,
-        )
-        figure.add_trace(line)
-    for places, symbol in ((starts, "circle"), (ends, "square")):
-        xs, ys = [x for x, _ in places], [lanes.index(lane) for _, lane in places]
-        figure.add_trace(points(xs, ys, None, "", color=INK, size=7, symbol=symbol))
-    shown = sum(abs(value) for *_, value, _ in rows) / (total or 1.0)
-    below = f"the strongest {len(rows)}, {percent(shown)} of Σ|edge|; blue pushes up, red down"
-    heading = f"{edges.readout}, {key_text(edges.key)}"
-    titles = heading, f"{below} · {whose(prompt, edges.str_tokens)}"
-    y = ticks(range(len(lanes)), lanes)
-    return finish(figure, titles, ("layer", ""), 480, showlegend=False, yaxis=y)
-
-
-def _writer_place(edges: results.Edges, writer: str) -> tuple[float, str]:
-    """How far on in the pass, and the lane."""
-    sites = [edges.sites[i] for i in edges.groups[writer]]
-    kinds, is_later = {site.kind for site in sites}, sites[0].kind in KINDS[KINDS.index("ln2") :]
-    kind = kinds.pop() if len(kinds) == 1 else "several kinds"
-    return sites[0].layer + _LATER * is_later + _WRITES, kind
-
-
-def _reader_place(edges: results.Edges, reader: str) -> tuple[float, str]:
-    if reader == _READS[1]:
-        return float(edges.readers[-2].split(".")[1]) + 4 * _LATER, reader
-    _, layer, branch, *_ = reader.split(".")
-    is_later = "mlp" in branch or "moe" in branch
-    return int(layer) + _LATER * is_later, _READS[2 * is_later]
 
 
 # --- Every other result
@@ -190,12 +100,9 @@ def result_text(result: Result) -> str:
         if (values := getattr(result, name, None)) is not None and len(values)
     ]
     parts = (getattr(result, name, None) for name in ("attribution", "first_order"))
-    read = next((part for part in (result, *parts) if hasattr(part, "readout")), result)
-    about = "".join(
-        f"{before}{text}"
-        for name, before in (("readout", " of "), ("units", ", in "))
-        if (text := getattr(read, name, None)) is not None
-    )
+    read: Any = next((part for part in (result, *parts) if hasattr(part, "readout")), result)
+    about = f" of {read.readout}" if hasattr(read, "readout") else ""
+    about += f", in {read.units}" if hasattr(read, "units") else ""
     detail = "; ".join(filter(None, (" × ".join(sizes), ", ".join(stated))))
     return f"{type(result).__name__}{about}: {detail}".rstrip() + f"\n{_body(result)}"
 
@@ -249,8 +156,6 @@ def _body(result: Any) -> str:
             prompt = 0 if result.by_position and len(result.base) > 1 else None
             shown = "" if prompt is None else f"prompt 0 of {len(result.base)}:\n"
             return f"{shown}{result.top(5, prompt).to_string()}{_within_rounding(result)}"
-        case results.FeatureWrites():
-            return result.top(k=5).to_string()
         case results.ConstantPart():
             return (
                 f"held out, {percent(result.total_share)} of Σ‖δ‖² is constant, and the constants "
@@ -279,8 +184,8 @@ def _body(result: Any) -> str:
             return f"{prompts}, {tokens}, {part}"
         case results.Components():
             return many(len(result.z_norm), "prompt")
-        case Ranked():
-            return f"{result.top(5).to_string()}{_within_rounding(result)}"
+        case Ranked() | results.FeatureWrites():
+            return f"{result.top(k=5).to_string()}{_within_rounding(result)}"
         case _:
             return result.to_frame().to_string()
 

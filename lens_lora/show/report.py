@@ -25,30 +25,6 @@ _MODULES = 20
 _TOKENS, _TOKENS_OF_A_SITE = 8, 4
 
 
-def _token_table(
-    joint: results.LogitShift, by_site: results.LogitShift, sites: Sequence[str]
-) -> page.TokenTable:
-    """The tokens that all sites together promote and suppress, then those of single sites."""
-    rows = [
-        ("all modules together", *tables.token_pairs(joint, None, _TOKENS, 0)),
-        *((site, *tables.token_pairs(by_site, site, _TOKENS_OF_A_SITE, 0)) for site in sites),
-    ]
-    return page.TokenTable(rows, heading="By raw logit to first order: rare tokens come first")
-
-
-def _facts(account: words.Account) -> str:
-    return f"{account.doc} against {account.pre}"
-
-
-def _name(account: words.Account) -> str:
-    return f"{shortened(account.prompt)} — {_facts(account)}"
-
-
-def _subtitle(account: words.Account, first: results.Attribution) -> str:
-    parts = (first.readout, f"“{shortened(account.prompt)}”", page.made_by(first.meta))
-    return " · ".join(filter(None, parts))
-
-
 @drawing.figures.register(results.Explanation)
 def explanation_figures(e: results.Explanation) -> dict[str, Figure]:
     """What there is to see; nothing that compares effects within rounding."""
@@ -100,18 +76,13 @@ def explanation_report(
     *,
     title: str | None = None,
 ) -> str:
-    """The page of one or several explanations, as a string.
-
-    Raises:
-        ArgumentError: no explanation.
-    """
+    """The page of one or several explanations, as a string."""
     if not explanations:
         raise ArgumentError("no explanation to report; give at least one.")
     numbered = list(enumerate(explanations, start=1))
     parts, titles = zip(*(_part(e, number) for number, e in numbered), strict=True)
-    common = set(titles)
-    name = title or (titles[0] if len(common) == 1 else f"{len(parts)} prompts explained")
-    return page.page_html(name, parts, _overview(numbered) if len(parts) > 1 else ())
+    name = titles[0] if len(set(titles)) == 1 else f"{len(parts)} prompts explained"
+    return page.page_html(title or name, parts, _overview(numbered) if len(parts) > 1 else ())
 
 
 def _part(
@@ -120,18 +91,20 @@ def _part(
     """One explanation's share of the page, and the page's title were it alone."""
     if isinstance(e, results.ResponseExplanation):
         return response_part(e), f"The response to “{short_prompt(e.prompt)}”"
-    a, figures, meta = words.explained_account(e), explanation_figures(e), e.first_order.meta
+    a, figures, first = words.explained_account(e), explanation_figures(e), e.first_order
     sentences, numbers = words.headline(e)
+    facts, prompt = f"{a.doc} against {a.pre}", shortened(a.prompt)
     numbers_file = page.Download(f"modules-{number}.csv", e.to_frame().to_csv(index=False))
+    story, sections = words.explanation_story(e), _sections(e, figures)
     part = page.Part(
-        name=_name(a),
-        subtitle=_subtitle(a, e.first_order),
+        name=f"{prompt} — {facts}",
+        subtitle=" · ".join(filter(None, (first.readout, f"“{prompt}”", page.made_by(first.meta)))),
         headline=sentences,
         numbers=numbers,
         top=[*page.answers_of([e.answers]), figures["path"], numbers_file],
-        sections=page.folded(words.explanation_story(e), _sections(e, figures), "margin", meta),
+        sections=page.folded(story, sections, "margin", first.meta),
     )
-    return part, _facts(a)
+    return part, facts
 
 
 def _sections(e: results.Explanation, figures: dict[str, Figure]) -> list[page.Section]:
@@ -139,11 +112,8 @@ def _sections(e: results.Explanation, figures: dict[str, Figure]) -> list[page.S
     a = words.explained_account(e)
 
     def drawn(*names: str) -> list[page.Plot]:
-        return [
-            page.plot(figure, heading=_COMPARED.get(name, ""))
-            for name, figure in figures.items()
-            if name.partition("/")[0] in names
-        ]
+        chosen = (name for name in figures if name.partition("/")[0] in names)
+        return [page.plot(figures[name], heading=_COMPARED.get(name, "")) for name in chosen]
 
     numbers = (tables.margin_table(a), tables.said_table(e))
     moves = page.TokenTable(
@@ -151,43 +121,36 @@ def _sections(e: results.Explanation, figures: dict[str, Figure]) -> list[page.S
         heads=("site", "raises", "lowers"),
         heading="The largest modules: change of probability to first order, and of the logit",
     )
-    names = [site.name for site in e.module_shift.sites]
-    by_logit = _token_table(e.shift, e.module_shift, names)
+    by_site, joint = e.module_shift, tables.token_pairs(e.shift, None, _TOKENS, 0)
+    tokens = [
+        (site.name, *tables.token_pairs(by_site, site.name, _TOKENS_OF_A_SITE, 0))
+        for site in by_site.sites
+    ]
+    by_logit = page.TokenTable(
+        [("all modules together", *joint), *tokens],
+        heading="By raw logit to first order: rare tokens come first",
+    )
     written = "First order at ε = 0, by the token at which a module writes, summed over each layer."
     if len(e.first_order.str_tokens[0]) > len(e.prompt):
         written += " After the prompt come the answers' tokens; a|b is where the two differ."
-    flagged = (
-        "First order at the question's own end, beside what each module does when it is run. "
-        f"Flagged: off by more than a factor of two. {words.UNFLAGGED}"
-    )
     null = "" if e.null is None else str(e.null.verdict[0])
+    remainder = [*drawn("remainder"), tables.remainder_table(e)]
+    changed_most = [tables.moved_table(e, _TOKENS), moves, by_logit]
+    random = f"Adapters of the same sizes in random directions: {null}."
+    kept = [*drawn("faithfulness"), tables.curves_table(e)]
     return [
         page.Section("The margin in numbers", [numbers]),
-        page.Section(
-            "The remainder and its parts", [*drawn("remainder"), tables.remainder_table(e)]
-        ),
+        page.Section("The remainder and its parts", remainder),
         page.Section("Second order", drawn("second_order")),
         page.Section("Where first order finds the shift", drawn("sites")),
         page.Section("Largest modules", [tables.sites_table(e, _MODULES)], _modules_lead(e)),
-        page.Section(
-            "Tokens promoted and suppressed", [tables.moved_table(e, _TOKENS), moves, by_logit]
-        ),
+        page.Section("Tokens promoted and suppressed", changed_most),
         page.Section("Where in the prompt", drawn("positions"), written),
         page.Section("Coupling between layers", [*drawn("coupling"), tables.pairs_table(e)]),
         _measured(e, a, drawn(*_COMPARED)),
-        page.Section(
-            "Reliability flags",
-            [tables.flags_table(e), *drawn("reliability")],
-            flagged if e.reliability else "",
-        ),
-        page.Section(
-            "Which few modules carry the shift", [*drawn("faithfulness"), tables.curves_table(e)]
-        ),
-        page.Section(
-            "Against random directions",
-            drawn("null"),
-            f"Adapters of the same sizes in random directions: {null}.",
-        ),
+        page.Section("Reliability flags", [tables.flags_table(e), *drawn("reliability")]),
+        page.Section("Which few modules carry the shift", kept),
+        page.Section("Against random directions", drawn("null"), random),
     ]
 
 
@@ -201,17 +164,16 @@ def _modules_lead(e: results.Explanation) -> str:
 
 
 def _measured(e: results.Explanation, a: words.Account, plots: Sequence[page.Plot]) -> page.Section:
-    heading = "First order against measurements"
     table = tables.agreement_table(e)
     if not table.rows and not e.is_fast:
         none = f"No single module moves the margin by more than rounding ({magnitude(a.floor)})."
-        return page.Section(heading, [none])
+        return page.Section("First order against measurements", [none])
     lead = (
         "Each point is a module: the prediction on the horizontal axis, the measured effect on the "
         "vertical one. On the dashed line they agree. A correlation does not see a difference in "
         "size; the slope does."
     )
-    return page.Section(heading, [table, *plots], lead)
+    return page.Section("First order against measurements", [table, *plots], lead)
 
 
 # --- What stands before the prompts of a page of several
@@ -231,7 +193,7 @@ def _overview(numbered: Numbered) -> list[page.Block]:
             page.Download("prompts.csv", _margins_frame(margins).to_csv(index=False)),
             *_by_units(margins, maps.layers_figure),
         ]
-    return [*blocks, responses_table(responses)] if responses else blocks
+    return [*blocks, responses_table(responses)]
 
 
 def _by_units(
@@ -246,9 +208,8 @@ def _margins_frame(margins: tables.Numbered) -> pd.DataFrame:
     """The table of the margins as numbers."""
     rows = []
     for number, e in margins:
-        a = words.explained_account(e)
+        a, asked = words.explained_account(e), {"prompt": number, "text": short_prompt(e.prompt)}
         answers = {"doc": e.margin.doc[0], "pre": e.margin.pre[0], "units": e.units}
         numbers = {"base": a.m0, "adapted": a.m, "first_order": a.first_order}
-        asked = {"prompt": number, "text": short_prompt(e.prompt), **answers}
-        rows.append({**asked, **numbers, "flip_scale": a.flip_scale})
+        rows.append({**asked, **answers, **numbers, "flip_scale": a.flip_scale})
     return pd.DataFrame(rows)

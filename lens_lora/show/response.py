@@ -6,17 +6,14 @@ result, and what was not measured is said not to be.
 
 from __future__ import annotations
 
-import heapq
 import itertools
-import math
-import operator
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-import plotly.graph_objects as go
+import pandas as pd
 from plotly.graph_objects import Figure
 from plotly.subplots import make_subplots
+from rich.cells import cell_len
 from rich.console import Group
 
 from lens_lora import results
@@ -43,6 +40,7 @@ from lens_lora.show.text import (
     short_prompt,
     shortened,
     signed,
+    top_rows,
     visible,
 )
 
@@ -51,26 +49,17 @@ from lens_lora.show.text import (
 
 @drawing.figure.register(results.TokenShifts)
 def token_shifts_figure(shifts: results.TokenShifts, prompt: int | None = None) -> Figure:
-    """Above, KL from the first setting to the second; below, the shift of log p of each token.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
-    """
+    """Above, KL from the first setting to the second; below, the shift of log p of each token."""
     index = only_prompt(prompt, len(shifts.response), "responses")
     tokens = shifts.response[index]
     kl, moved = (rows[index, : len(tokens)].tolist() for rows in (shifts.kl[0], shifts.shift))
-    hover = _hovers(shifts, index)
+    hover = {"hovertext": _hovers(shifts, index), "hoverinfo": "text", "showlegend": False}
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     signs = [EXACT if value >= 0 else NEGATIVE for value in moved]
     for row, (values, colours) in enumerate(((kl, FLIP), (moved, signs)), start=1):
-        bars = go.Bar(
-            y=values, marker={"color": colours}, hovertext=hover, hoverinfo="text", showlegend=False
-        )
-        figure.add_trace(bars, row=row, col=1)
-    titles, ticks = (
-        (_heading(shifts, index), _below(shifts, index)),
-        tokens_axis(tokens, first=1).layout,
-    )
+        figure.add_bar(y=values, marker={"color": colours}, **hover, row=row, col=1)
+    titles = _heading(shifts, index), _below(shifts, index)
+    ticks = tokens_axis(tokens, first=1).layout
     finish(figure, titles, ("", "KL (nats)"), bargap=0.1, xaxis=ticks, xaxis2=ticks)
     figure.update_xaxes(title_text="token of the response", row=2)
     return figure.update_yaxes(title_text="shift of log p (nats)", zeroline=True, row=2)
@@ -78,11 +67,7 @@ def token_shifts_figure(shifts: results.TokenShifts, prompt: int | None = None) 
 
 @drawing.tokens.register(results.TokenShifts)
 def shaded_response(shifts: results.TokenShifts, prompt: int | None = None) -> TokenView:
-    """The response as text: the larger a token's KL, the darker its background, by its square root.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
-    """
+    """The response as text: the larger a token's KL, the darker its background (`_noted`)."""
     index = only_prompt(prompt, len(shifts.response), "responses")
     tokens, (noted, most) = shifts.response[index], _noted(shifts, index)
     values = shifts.kl[0, index, : len(tokens)].tolist()
@@ -100,13 +85,10 @@ def _noted(shifts: results.TokenShifts, index: int) -> tuple[list[page.Noted], f
     token's, and the others would not be seen beside it.
     """
     tokens = shifts.response[index]
-    values = shifts.kl[0, index, : len(tokens)].tolist()
-    most = max((v for v in values if math.isfinite(v)), default=0.0) or 1.0
-    noted: list[page.Noted] = [
-        (token, round(math.sqrt(min(max(v / most, 0.0), 1.0)), 3), note)
-        for token, v, note in zip(tokens, values, _notes(shifts, index), strict=True)
-    ]
-    return noted, most
+    kl = shifts.kl[0, index, : len(tokens)].double().nan_to_num(0.0, 0.0)
+    most = float(kl.max()) or 1.0
+    shades = [round(shade, 3) for shade in (kl / most).clamp(0, 1).sqrt().tolist()]
+    return list(zip(tokens, shades, _notes(shifts, index), strict=True)), most
 
 
 def _heading(shifts: results.TokenShifts, index: int) -> str:
@@ -152,41 +134,21 @@ _FONT = {"family": "DejaVu Sans Mono, Menlo, Consolas, monospace", "size": 14, "
 
 @drawing.still.register(results.TokenShifts)
 def still_text(shifts: results.TokenShifts, prompt: int | None = None) -> Figure:
-    """The shaded text as a figure, which can be written as an image: a rectangle behind each token.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
-    """
+    """The shaded text as a figure, which can be written as an image; a rectangle behind a token."""
     index = only_prompt(prompt, len(shifts.response), "responses")
     hover, (noted, most) = _hovers(shifts, index), _noted(shifts, index)
     pieces = laid_out(shifts.response[index], _COLUMNS)
     lines = 1 + max(line for _, line, _, _ in pieces)
-    figure = Figure(
-        go.Scatter(
-            x=[column for _, _, column, _ in pieces],
-            y=[line for _, line, _, _ in pieces],
-            text=[label(text).replace(" ", "\u00a0") for _, _, _, text in pieces],
-            hovertext=[hover[t] for t, _, _, _ in pieces],
-            mode="text",
-            textposition="middle right",
-            textfont=_FONT,
-            hoverinfo="text",
-            showlegend=False,
-        )
-    )
-    shapes = [
-        {
-            "type": "rect",
-            "x0": column,
-            "x1": column + width(text),
-            "y0": line - 0.42,
-            "y1": line + 0.42,
-            "line": {"width": 0},
-            "layer": "below",
-            "fillcolor": f"rgba(176,79,196,{0.75 * noted[t][1]:.3f})",
-        }
-        for t, line, column, text in pieces
-    ]
+    indices, ys, xs, texts = map(list, zip(*pieces, strict=True))
+    shown = [label(text).replace(" ", "\u00a0") for text in texts]
+    said = {"hovertext": [hover[t] for t in indices], "hoverinfo": "text", "showlegend": False}
+    look = {"mode": "text", "textposition": "middle right", "textfont": _FONT}
+    figure, shapes = Figure().add_scatter(x=xs, y=ys, text=shown, **look, **said), []
+    for t, line, column, text in pieces:
+        corners = {"x0": column, "x1": column + cell_len(text)}
+        corners |= {"y0": line - 0.42, "y1": line + 0.42}
+        shade = {"fillcolor": f"rgba(176,79,196,{0.75 * noted[t][1]:.3f})", "line": {"width": 0}}
+        shapes.append({"type": "rect", "layer": "below", **corners, **shade})
     hidden = {"visible": False, "fixedrange": True}
     return finish(
         figure,
@@ -212,10 +174,10 @@ def laid_out(tokens: Sequence[str], columns: int) -> list[tuple[int, int, int, s
     for t, token in enumerate(tokens):
         for piece in _pieces(token, columns):
             text = piece.replace("\n", "⏎")
-            if column and column + width(text) > columns:
+            if column and column + cell_len(text) > columns:
                 line, column = line + 1, 0
             places.append((t, line, column, text))
-            column += width(text)
+            column += cell_len(text)
             if piece.endswith("\n"):
                 line, column = line + 1, 0
     return places
@@ -227,12 +189,6 @@ def _pieces(token: str, columns: int) -> list[str]:
     rows = [row for row in shown.splitlines(keepends=True) if row]
     half = columns // 2  # a character may be two columns wide
     return [row[i : i + half] for row in rows for i in range(0, len(row), half)]
-
-
-def width(text: str) -> int:
-    """In columns of a monospaced font, in which Chinese, Japanese and Korean take two."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
 
 
 _DONE = {
@@ -249,15 +205,14 @@ def response_figures(e: results.ResponseExplanation) -> dict[str, Figure]:
     for how, done in _DONE.items():
         if (values := getattr(e, how)) is not None:
             total = signed(float(values.double().sum()))
-            sums = f"exact; {total} nats over all layers, the shift is"
-            figures[how] = groups_by_token(
-                (f"log p of each token: each layer {done}", f"{sums} {shift}"),
-                list(e.groups),
-                e.response,
-                values.tolist(),
-                "nats",
-                lambda name, value, done=done: f"<b>{label(name)}</b> {done}: {signed(value)} nats",
-            )
+            below = f"exact; {total} nats over all layers, the shift is {shift}"
+            titles = f"log p of each token: each layer {done}", below
+
+            def says(name: str, value: float, done: str = done) -> str:
+                return f"<b>{label(name)}</b> {done}: {signed(value)} nats"
+
+            z, names = values.tolist(), list(e.groups)
+            figures[how] = groups_by_token(titles, names, e.response, z, "nats", says)
     return figures
 
 
@@ -275,11 +230,6 @@ def response_story(e: results.ResponseExplanation) -> str:
     moved = (" ".join(sentences) for sentences in (_moved(e), _token(e), _modules(e)))
     paragraphs = [_said(e), answers, *moved, caution_text(e.modules), _layers(e), _limits(e)]
     return "\n".join(filter(None, paragraphs))
-
-
-def _headline(e: results.ResponseExplanation) -> list[str]:
-    """How far the response moved, what happened where it moved most, and which modules moved it."""
-    return [sentences[0] for sentences in (_moved(e), _token(e), _modules(e))]
 
 
 def _named(e: results.ResponseExplanation, t: int) -> str:
@@ -309,15 +259,14 @@ def _said(e: results.ResponseExplanation) -> str:
 
 
 def _moved(e: results.ResponseExplanation) -> list[str]:
-    kl = e.shifts.kl[0, 0]
-    total, t = float(kl.nansum()), e.moved_tokens[0]
+    kl, (total, share) = e.shifts.kl[0, 0], _kl_and_most(e)
     if not total > 0:
         return ["The adapter changes no token's distribution: KL is zero at each."]
-    values = [value for value in kl.tolist() if not math.isnan(value)]
+    values = kl[~kl.isnan()].tolist()
     half = _half_held_by(values, sum(values))
     return [
         f"KL from the base model's distribution to the adapted one is {magnitude(total)} nats over "
-        f"the response, {percent(float(kl[t]) / total)} of it at {_named(e, t)}.",
+        f"the response, {share} of it at {_named(e, e.moved_tokens[0])}.",
         f"{half} of {len(kl)} tokens hold{'s' if half == 1 else ''} half of it.",
     ]
 
@@ -332,12 +281,10 @@ def _token(e: results.ResponseExplanation) -> list[str]:
     t, shifts = e.moved_tokens[0], e.shifts
     p = [percent(float(end[0, t].exp())) for end in shifts.log_p]
     ranks = [int(end[0, t]) + 1 for end in shifts.rank]
+    ends = (shifts.promoted_ids, shifts.promoted), (shifts.suppressed_ids, shifts.suppressed)
     up, down = (
         f"“{visible(shifts.strings[str(int(ids[0, t, 0]))])}” ({points(float(change[0, t, 0]))})"
-        for ids, change in (
-            (shifts.promoted_ids, shifts.promoted),
-            (shifts.suppressed_ids, shifts.suppressed),
-        )
+        for ids, change in ends
     )
     return [
         f"There the base model gives “{visible(e.response[t])}” {p[0]}, rank {ranks[0]}, and the "
@@ -355,15 +302,12 @@ def _modules(e: results.ResponseExplanation) -> list[str]:
     ranked = _ranked(e)
     values, shift = ranked.per_site[0], float(ranked.shift[0])
     largest = ", ".join(
-        f"{ranked.sites[i].name} ({signed(float(values[i]))}"
-        f"{f', {percent(float(values[i]) / shift)}' if shift else ''})"
-        for i in values.abs().argsort(descending=True)[:_MODULES_NAMED].tolist()
+        f"{site} ({value}{f', {share}' if shift else ''})"
+        for site, _, value, share in top_rows(ranked, _MODULES_NAMED, 0)
     )
     if e.path is None:
-        return [
-            "To first order, leaving a module out of the adapted model takes the most from KL with "
-            f"{largest}."
-        ]
+        done = "leaving a module out of the adapted model takes the most from KL with"
+        return [f"To first order, {done} {largest}."]
     needed, count = _half_held_by(values.tolist(), shift), len(values)
     return [
         f"The path integral splits KL completely among the {count} modules: the largest shares are "
@@ -426,30 +370,24 @@ def _changes_table(e: results.ResponseExplanation, k: int) -> page.TokenTable:
     """What is promoted and suppressed where the distribution moved most."""
     shifts = e.shifts
 
-    def pairs(ids: Sequence[int], changes: Sequence[float]) -> Pairs:
-        largest = itertools.islice(zip(ids, changes, strict=True), _CHANGES)
+    def pairs(ids: Any, changes: Any, t: int) -> Pairs:
+        largest = zip(*(x[0, t, :_CHANGES].tolist() for x in (ids, changes)), strict=True)
         return [(visible(shifts.strings[str(i)]), signed(change)) for i, change in largest]
 
-    rows = [
-        (
-            _place(e, t),
-            pairs(shifts.promoted_ids[0, t].tolist(), shifts.promoted[0, t].tolist()),
-            pairs(shifts.suppressed_ids[0, t].tolist(), shifts.suppressed[0, t].tolist()),
-        )
-        for t in shifts.kl[0, 0].argsort(descending=True)[:k].tolist()
-    ]
+    ends = (shifts.promoted_ids, shifts.promoted), (shifts.suppressed_ids, shifts.suppressed)
+    order = shifts.kl[0, 0].argsort(descending=True)[:k].tolist()
+    rows = [(_place(e, t), pairs(*ends[0], t), pairs(*ends[1], t)) for t in order]
     return page.TokenTable(rows, heads=("token", "promoted", "suppressed"))
 
 
 def _modules_table(e: results.ResponseExplanation, k: int) -> Table:
     """The modules that hold most of the divergence."""
     ranked, first = _ranked(e), e.modules.per_site[0]
-    values, shift = ranked.per_site[0], float(ranked.shift[0])
+    values, shift = ranked.per_site[0], ranked.shift[0]
     rows: list[Row] = []
     for i in values.abs().argsort(descending=True)[:k].tolist():
-        share = percent(float(values[i]) / shift) if shift else "—"
+        share, site = percent(float(values[i] / shift)), ranked.sites[i]
         along = () if e.path is None else (signed(float(values[i])), share)
-        site = ranked.sites[i]
         rows.append((site.name, site.module, *along, signed(float(first[i]))))
     along = () if e.path is None else ("path integral, nats", "of the divergence")
     heads = ("site", "module", *along, "first order at ε = 1, nats")
@@ -464,13 +402,10 @@ def _moved_by_table(e: results.ResponseExplanation) -> page.TokenTable:
             log_p = f"log p {log_p_text(float(e.shifts.log_p[1, 0, t]))}"
             rows.append((_place(e, t), [(log_p, "saturated")], []))
             continue
-        slopes = list(zip((site.name for site in e.modules.sites), values, strict=True))
-        value = operator.itemgetter(1)
-        highest = heapq.nlargest(_RAISERS, slopes, key=value)
-        lowest = heapq.nsmallest(_RAISERS, slopes, key=value)
-        raised = [(name, signed(slope)) for name, slope in highest if slope > 0]
-        lowered = [(name, signed(slope)) for name, slope in lowest if slope < 0]
-        rows.append((_place(e, t), raised, lowered))
+        slopes: Any = pd.Series(values, [site.name for site in e.modules.sites])
+        raised = slopes[slopes > 0].nlargest(_RAISERS).map(signed)
+        lowered = slopes[slopes < 0].nsmallest(_RAISERS).map(signed)
+        rows.append((_place(e, t), list(raised.items()), list(lowered.items())))
     return page.TokenTable(rows, heads=("token", "raised by", "lowered by"))
 
 
@@ -502,18 +437,10 @@ def responses_table(numbered: Sequence[tuple[int, results.ResponseExplanation]])
     """What happened to each of several responses."""
     rows: list[Row] = []
     for number, e in numbered:
-        kl, t = e.shifts.kl[0, 0], e.moved_tokens[0]
-        total = float(kl.nansum())
-        rows.append(
-            (
-                f"{number}. {short_prompt(e.prompt)}",
-                str(len(e.response)),
-                magnitude(total),
-                _named(e, t),
-                percent(float(kl[t]) / total) if total else "—",
-                signed(float(e.shifts.total[0])),
-            )
-        )
+        asked = (f"{number}. {short_prompt(e.prompt)}", str(len(e.response)))
+        total, share = _kl_and_most(e)
+        moved = signed(float(e.shifts.total[0]))
+        rows.append((*asked, magnitude(total), _named(e, e.moved_tokens[0]), share, moved))
     heads = ("prompt", "tokens", "KL, nats", "most at", "its share", "shift of log p")
     links = [f"#prompt-{number}" for number, _ in numbered]
     return Table(heads, rows, texts=(0, 3), links=links)
@@ -528,34 +455,34 @@ def response_part(e: results.ResponseExplanation) -> page.Part:
     """The text on top, shaded; below it what is folded."""
     prompt, meta = shortened(prompt_text(e.prompt)), e.shifts.meta
     noted, most = _noted(e.shifts, 0)
-    text = page.ShadedText(
-        tokens=noted,
-        scale=("0", magnitude(most / 4), f"{magnitude(most)} nats"),
-        chosen=e.moved_tokens[0],
-    )
+    scale = ("0", magnitude(most / 4), f"{magnitude(most)} nats")
+    numbers_file = page.Download("tokens.csv", e.to_frame().to_csv(index=False))
+    shaded = page.ShadedText(noted, scale, chosen=e.moved_tokens[0])
     return page.Part(
         name=short_prompt(e.prompt),
         subtitle=" · ".join(filter(None, (f"“{prompt}”", page.made_by(meta)))),
-        headline=_headline(e),
+        headline=[sentences[0] for sentences in (_moved(e), _token(e), _modules(e))],
         numbers=_numbers(e),
-        top=[
-            *page.answers_of([e.answers]),
-            text,
-            page.Download("tokens.csv", e.to_frame().to_csv(index=False)),
-        ],
+        top=[*page.answers_of([e.answers]), shaded, numbers_file],
         sections=page.folded(response_story(e), _sections(e), "response", meta),
     )
 
 
+def _kl_and_most(e: results.ResponseExplanation) -> tuple[float, str]:
+    """KL over the response, and the share of it at the token that moved most."""
+    kl = e.shifts.kl[0, 0].double()
+    return float(kl.nansum()), percent(float(kl[e.moved_tokens[0]] / kl.nansum()))
+
+
 def _numbers(e: results.ResponseExplanation) -> Pairs:
-    kl, t, ranked = e.shifts.kl[0, 0], e.moved_tokens[0], _ranked(e)
-    total, shift = float(kl.nansum()), float(ranked.shift[0])
+    t, ranked = e.moved_tokens[0], _ranked(e)
+    total, share = _kl_and_most(e)
     before, after = (percent(float(end[0, t].exp())) for end in e.shifts.log_p)
-    most = percent(float(ranked.per_site[0].abs().max()) / shift) if shift else "—"
+    most = percent(float(ranked.per_site[0].abs().max() / ranked.shift[0]))
     method = "the path integral" if e.path is not None else "first order at ε = 1"
     return (
         (magnitude(total), f"nats, KL over {many(len(e.response), 'token')}"),
-        (percent(float(kl[t]) / total) if total else "—", f"of it at {_named(e, t)}"),
+        (share, f"of it at {_named(e, t)}"),
         (f"{before} → {after}", "probability of that token, base → adapted"),
         (most, f"of KL at the largest module, by {method}"),
     )
@@ -566,10 +493,8 @@ def _sections(e: results.ResponseExplanation) -> list[page.Section]:
     figures = response_figures(e)
     modules = "First order at ε = 1 is what leaving a module out takes from KL of the response."
     if e.path is not None:
-        modules = (
-            "The path integral splits KL of the response completely: over all modules it sums to "
-            f"it. {modules}"
-        )
+        splits = "The path integral splits KL of the response completely: over all modules it sums"
+        modules = f"{splits} to it. {modules}"
         if e.path.quadrature is not None:
             modules += f" Taken with {quadrature_text(e.path.quadrature)}."
     tokens = _tokens_table(e, _TOKENS_SHOWN), _changes_table(e, _TOKENS_SHOWN)

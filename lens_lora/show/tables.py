@@ -7,7 +7,6 @@ those of a whole adapter in `adapters.py`.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,11 +19,13 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.text import Text
 
 from lens_lora import results
+from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS
 from lens_lora.show import words
 from lens_lora.show.text import (
     caution_text,
     cut_in_the_middle,
+    first_of,
     key_text,
     magnitude,
     many,
@@ -127,10 +128,7 @@ _WRITTEN: dict[str, Callable[[Any], str]] = {
     "token": visible,
     "context": readable,
     "promoted": lambda pairs: re.sub(r"((?:^|, )['\"]) ", r"\1·", pairs),
-    "kl": magnitude,
-    "mean_kl": magnitude,
-    "scale": magnitude,
-    "kl_base_to_adapted": magnitude,
+    **dict.fromkeys(("kl", "mean_kl", "kl_base_to_adapted", "scale"), magnitude),
 }
 
 
@@ -165,6 +163,7 @@ SITES_SHOWN = 5
 _PROMPTS_SHOWN, _PROMPT_WIDTH = 5, 48
 
 
+@drawing.text.register(results.Attribution)
 def attribution_text(attribution: results.Attribution) -> str:
     """What was attributed and how, then its prompts and its sites, five of each at most."""
     lines = attribution_heading(attribution)
@@ -202,15 +201,14 @@ def averaged_over(attribution: results.Attribution) -> str:
 def prompts_table(attribution: results.Attribution) -> Table:
     """The account of each prompt, of the first five at most."""
     columns = ("base", "adapted", "shift", "total", "remainder")
-    numbers = (getattr(attribution, c)[:_PROMPTS_SHOWN].cpu().double().tolist() for c in columns)
+    numbers = (getattr(attribution, c)[:_PROMPTS_SHOWN].cpu().double() for c in columns)
     rows: list[Row] = []
     for i, values in enumerate(zip(*numbers, strict=True)):
-        _, _, shift, _, remainder = values
         prompt = prompt_text(attribution.str_tokens[i])
         if len(prompt) > _PROMPT_WIDTH:  # its end is where it is read
             prompt = f"…{prompt[1 - _PROMPT_WIDTH :]}"
-        share = percent(remainder / shift) if shift else "—"
-        rows.append((str(i), prompt, *map(signed, values), share))
+        share = percent(float(values[-1] / values[2]))
+        rows.append((str(i), prompt, *map(signed, map(float, values)), share))
     heads = ("", "prompt", "base", "adapted", "shift", "Σ", "remainder", "share")
     return Table(heads, rows, texts=(0, 1))
 
@@ -233,11 +231,10 @@ def token_pairs(
 ) -> tuple[Pairs, Pairs]:
     """(token, shift) of the tokens promoted most, and of those suppressed most."""
     frames = shift.promoted(site, k, prompt), shift.suppressed(site, k, prompt)
-    promoted, suppressed = (
-        list(zip(map(visible, frame["token"]), map(signed, frame["shift"]), strict=True))
-        for frame in frames
+    up, down = (
+        list(zip(map(visible, f["token"]), map(signed, f["shift"]), strict=True)) for f in frames
     )
-    return promoted, suppressed
+    return up, down
 
 
 # --- A fact margin
@@ -247,25 +244,28 @@ def margin_table(account: words.Account) -> Table:
     """What there is between the base model's margin m₀ and the adapted model's m."""
     a = account
     flip = "none" if a.flip_scale is None else f"ε = {a.flip_scale:.3g}"
+    quarters = (0.25, 0.5, 0.75, 1.0)
+    steps = [min(a.steps, key=lambda step: abs(step.scale - quarter)) for quarter in quarters]
+    along = [
+        (f"remainder at ε = {step.scale:.3g}", signed(step.remainder), step.share)
+        for step in dict.fromkeys(steps)
+    ]
     rows = [
         ("m₀, base model", signed(a.m0), ""),
         ("first order at ε = 0", signed(a.first_order), a.share(a.first_order)),
-        *(
-            (
-                f"remainder at ε = {step.scale:.3g}",
-                signed(step.remainder),
-                "noise" if step.share is None else percent(step.share),
-            )
-            for step in a.quarters
-        ),
+        *((*left, "noise" if share is None else percent(share)) for *left, share in along),
         ("m, adapted model", signed(a.m), ""),
         ("flip scale", flip, ""),
-        ("what rounding can make of a shift (3σ)", magnitude(a.floor), ""),
-        ("  of a remainder", magnitude(a.remainder_floor), ""),
+        *_roundings(a),
     ]
     heads = ("", f"value, {a.units}", "share of the shift")
     terms = "two logits" if a.units == "logits" else "two answers' log p"
     return Table(heads, rows, title=f"margin {a.doc} − {a.pre}, a difference of {terms}")
+
+
+def _roundings(a: words.Account) -> tuple[Row, Row]:
+    shift = ("what rounding can make of a shift (3σ)", magnitude(a.floor), "")
+    return shift, ("  of a remainder", magnitude(a.remainder_floor), "")
 
 
 # --- An explanation
@@ -283,10 +283,10 @@ _RARE = 1e-4  # a probability: what neither model might say is left out
 
 def said_table(e: results.Explanation) -> Table:
     """The likeliest next tokens of both models."""
-    places = zip(itertools.count(1), e.said["base"], e.said["adapted"], strict=False)
+    pairs = enumerate(zip(e.said["base"], e.said["adapted"], strict=False), start=1)
     rows = [
         (str(place), visible(base), percent(p), visible(adapted), percent(q))
-        for place, (base, p), (adapted, q) in places
+        for place, ((base, p), (adapted, q)) in pairs
     ]
     heads = ("", "base model", "probability", "adapted model", "probability")
     named = "likeliest next tokens"
@@ -301,16 +301,11 @@ def moved_table(e: results.Explanation, k: int) -> Table:
     base, adapted = e.probabilities
     change, logits = adapted - base, e.shift.joint[0] - e.shift.joint[0].mean()
     up, down = _extremes(e, change.tolist(), k)
-    rows = [
-        (
-            visible(e.shift.strings[i]),
-            percent(float(base[i])),
-            percent(float(adapted[i])),
-            points(float(change[i])),
-            signed(float(logits[i])),
-        )
-        for i in (*up, *reversed(down))
-    ]
+    rows: list[Row] = []
+    for i in (*up, *reversed(down)):
+        said = map(percent, (float(base[i]), float(adapted[i])))
+        moved = (points(float(change[i])), signed(float(logits[i])))
+        rows.append((visible(e.shift.strings[i]), *said, *moved))
     heads = ("token", "base model", "with the adapter", "change", "its own logit, first order")
     return Table(heads, rows, title="next tokens whose probability changes most")
 
@@ -325,17 +320,13 @@ def site_moves(e: results.Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]
     for site, shifts in zip(e.module_shift.sites, e.module_shift.values[0], strict=True):
         logits = shifts.to(base)
         change, relative = base * (logits - (base * logits).sum()), logits - logits.mean()
-        raised, lowered = (
-            [
-                (
-                    visible(e.shift.strings[i]),
-                    f"{points(float(change[i]))}, {signed(float(relative[i]))}",
-                )
-                for i in chosen
-            ]
-            for chosen in _extremes(e, change.tolist(), k)
-        )
-        moves.append((site.name, raised, lowered))
+
+        def said(i: int, change: Any = change, relative: Any = relative) -> tuple[str, str]:
+            moved = f"{points(float(change[i]))}, {signed(float(relative[i]))}"
+            return visible(e.shift.strings[i]), moved
+
+        up, down = _extremes(e, change.tolist(), k)
+        moves.append((site.name, list(map(said, up)), list(map(said, down))))
     return moves
 
 
@@ -374,8 +365,7 @@ def remainder_table(e: results.Explanation) -> Table:
         ]
     rows += [
         part("remainder after second order: higher orders", float(second.remainder), after),
-        ("what rounding can make of a shift (3σ)", magnitude(a.floor), ""),
-        ("  of a remainder", magnitude(a.remainder_floor), ""),
+        *_roundings(a),
         ("  of a remainder after second order", magnitude(after), ""),
     ]
     return Table(("part", f"value, {e.units}", "share of the shift"), rows, title="the remainder")
@@ -400,9 +390,8 @@ def agreement_table(e: results.Explanation) -> Table:
     a = words.explained_account(e)
     rows = [
         (
-            key_text(c.attribution_name),
-            key_text(c.effects_name),
-            *(_number(float(getattr(c, name)[0])) for name in ("pearson", "spearman", "slope")),
+            *map(key_text, (c.attribution_name, c.effects_name)),
+            *(_number(float(values[0])) for values in (c.pearson, c.spearman, c.slope)),
             percent(float(c.sign_agreement[0])),
         )
         for c in e.comparisons
@@ -417,9 +406,8 @@ def flags_table(e: results.Explanation, k: int = 5) -> Table:
     rows: list[Row] = []
     for question, flags in e.reliability.items():
         names = flags.flagged_sites(0)
-        shown = ", ".join(names[:k]) + (", …" if len(names) > k else "")
         count = f"{len(names)} of {flags.flagged.shape[1]}"
-        rows.append((_ABBREVIATED[question], count, shown or "none"))
+        rows.append((_ABBREVIATED[question], count, first_of(names, k) or "none"))
     heads = ("as the answer to", "flagged", "the largest errors")
     return Table(heads, rows, texts=(0, 2), title="first order not to be trusted")
 
@@ -440,10 +428,10 @@ def curves_table(e: results.Explanation) -> Table:
     if top is None or curves is None:
         return Table((), ())
     fraction, _, kept = top
-    areas = zip(curves.area_keep[:, 0].tolist(), curves.area_drop[:, 0].tolist(), strict=True)
+    areas = curves.area_keep[:, 0].tolist(), curves.area_drop[:, 0].tolist()
     rows = [
-        (key_text(name), percent(share), *map(_number, area))
-        for (name, share), area in zip(kept.items(), areas, strict=True)
+        (key_text(name), percent(kept[name]), *map(_number, area))
+        for name, *area in zip(curves.names, *areas, strict=True)
     ]
     heads = ("ranking", f"top {percent(fraction)} keeps", "area, kept", "area, dropped")
     return Table(heads, rows, title="kept and dropped, share of the shift")
@@ -451,16 +439,9 @@ def curves_table(e: results.Explanation) -> Table:
 
 def explanation_tables(e: results.Explanation, k: int = 10) -> Group:
     """The summary's tables for the terminal."""
-    return in_terminal(
-        said_table(e),
-        margin_table(words.explained_account(e)),
-        remainder_table(e),
-        sites_table(e, k),
-        moved_table(e, k=5),
-        agreement_table(e),
-        flags_table(e, 3),
-        curves_table(e),
-    )
+    margin = margin_table(words.explained_account(e)), remainder_table(e), sites_table(e, k)
+    checks = agreement_table(e), flags_table(e, 3), curves_table(e)
+    return in_terminal(said_table(e), *margin, moved_table(e, k=5), *checks)
 
 
 def _number(value: float) -> str:
@@ -477,21 +458,11 @@ def margins_table(numbered: Numbered) -> Table:
     rows: list[Row] = []
     for number, e in numbered:
         a, ((site, _, value, _),) = words.explained_account(e), top_rows(e.first_order, 1)
-        rows.append(
-            (
-                f"{number}. {short_prompt(e.prompt)}",
-                f"{a.doc} − {a.pre}",
-                signed(a.m0),
-                signed(a.m),
-                signed(a.shift),
-                a.share(a.first_order),
-                "—" if a.flip_scale is None else f"{a.flip_scale:.2g}",
-                f"{site} {value}",
-            )
-        )
-    heads = (
-        *("prompt", "answers", "base", "adapted", "shift", "of it first order", "flips at ε"),
-        "largest first-order part",
-    )
+        asked = (f"{number}. {short_prompt(e.prompt)}", f"{a.doc} − {a.pre}")
+        flip = "—" if a.flip_scale is None else f"{a.flip_scale:.2g}"
+        numbers = (*map(signed, (a.m0, a.m, a.shift)), a.share(a.first_order), flip)
+        rows.append((*asked, *numbers, f"{site} {value}"))
+    about = ("base", "adapted", "shift", "of it first order", "flips at ε")
+    heads = ("prompt", "answers", *about, "largest first-order part")
     links = [f"#prompt-{number}" for number, _ in numbered]
     return Table(heads, rows, texts=(0, 1, 7), links=links)

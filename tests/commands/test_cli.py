@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import lens_lora as ll
 import lens_lora.demonstration.embedded as train
 from lens_lora import cli
-from lens_lora.commands import demo as demo_command
+from lens_lora.commands import explain as explain_command
 from lens_lora.commands import running
 from lens_lora.commands.options import BaseModel, Questions
 from lens_lora.errors import LensLoraError, ModelStateError
@@ -183,7 +183,7 @@ def test_training_writes_where_it_is_told_and_names_its_base(tmp_path, monkeypat
         calls.append((hf_model, sentences, out, base_name, quiet))
 
     monkeypatch.setattr(train, "train_adapter", fake)
-    demo_command._train("base", "tokenizer", "some/base", tmp_path, True)
+    explain_command._train("base", "tokenizer", "some/base", tmp_path, True)
     assert calls == [("base", train.LYON_SENTENCES, tmp_path, "some/base", True)]
 
 
@@ -194,7 +194,7 @@ def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "train_adapter", fail)
     with pytest.raises(LensLoraError, match="some/base: .*Target modules not found"):
-        demo_command._train(None, None, "some/base", tmp_path, True)
+        explain_command._train(None, None, "some/base", tmp_path, True)
 
 
 # --- hooked models

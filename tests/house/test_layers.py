@@ -129,9 +129,9 @@ def test_a_planted_import_is_seen(form: str, place: str, tmp_path: Path):
 def test_a_computed_name_is_seen(tmp_path: Path):
     """Negative control: what cannot be read may be anything."""
     source = "import importlib\nimportlib.import_module(name)"
-    package = planted(tmp_path, engine__reverse=source, commands__demo=source)
+    package = planted(tmp_path, engine__reverse=source, commands__explain=source)
     assert upward(package, "lens_lora.engine.reverse") == [COMPUTED]
-    assert upward(package, "lens_lora.commands.demo") == []
+    assert upward(package, "lens_lora.commands.explain") == []
 
 
 def test_a_circle_through_the_door_is_none(tmp_path: Path):

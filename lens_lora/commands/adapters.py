@@ -1,19 +1,23 @@
-"""`lens-lora diff`: what an adapter changed, with nothing asked: a summary, and a page."""
+"""`lens-lora inspect` and `diff`: what an adapter is, and what it changed with nothing asked."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 import lens_lora as ll
+from lens_lora.adapters.peft_files import stated_fields
 from lens_lora.commands.options import (
     AdapterArgument,
     BaseModel,
     QuietOption,
     ReportOption,
     folder_of,
+    input_file,
     require_apart,
     require_writable,
     texts_of,
@@ -22,26 +26,57 @@ from lens_lora.commands.options import (
 from lens_lora.commands.running import announce, at_work, lens_for, say, tell
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelBeside(BaseModel):
+    """A base model that is loaded only if it is named."""
+
+    model: Annotated[
+        str | None,
+        "Base model, a folder or hub id, or 'embedded' for SmolLM2-135M-Instruct: adds "
+        "the sites and ‖ΔW‖/‖W‖. Default: none.",
+    ] = None
+
+
+@with_options
+def inspect(
+    adapter: AdapterArgument,
+    *,
+    top: Annotated[int, typer.Option(min=1, help="How many of the largest to list.")] = 10,
+    every: Annotated[bool, typer.Option("--all", help="List every one.")] = False,
+    quiet: QuietOption = False,
+    base: ModelBeside,
+) -> None:
+    """What an adapter is: its targets, ranks and scales, and the spectrum of each update."""
+    folder = folder_of(adapter, quiet=quiet)
+    with at_work(base, quiet=quiet) as progress:
+        from lens_lora.analyses.spectra import summarise
+        from lens_lora.show.adapters import adapter_table, spectra_table
+
+        loaded, lens = ll.load_adapter(folder), None
+        if base.model is not None:
+            lens = lens_for(base, loaded, progress, leaves_out=True)
+        summary = summarise(loaded, lens)
+    console = Console()
+    console.print(adapter_table(summary, stated_fields(folder)))
+    console.print()
+    console.print(spectra_table(summary, None if every else top))
+
+
 @with_options
 def diff(
     adapter: AdapterArgument,
     *,
     texts: Annotated[
         Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="A .txt file with a text a line. Default: neutral sentences and conversations.",
-        ),
+        input_file("A .txt file with a text a line. Default: neutral sentences and conversations."),
     ] = None,
     unrelated: Annotated[
-        list[str] | None,
-        typer.Option(help="An adapter trained for something else, as a control; may be repeated."),
+        list[str] | None, "An adapter trained for something else, as a control; may be repeated."
     ] = None,
     nulls: Annotated[
         int, typer.Option(min=0, help="Controls in random directions, of the adapter's KL.")
     ] = 2,
-    fast: Annotated[bool, typer.Option("--fast", help="Without the split by module.")] = False,
+    fast: Annotated[bool, "Without the split by module."] = False,
     report: ReportOption = Path("lens_lora_diff.html"),
     save: Annotated[
         Path | None,

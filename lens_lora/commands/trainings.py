@@ -1,4 +1,4 @@
-"""`lens-lora repair`: the part of an adapter that keeps one fact and drops what it spills."""
+"""`lens-lora checkpoints`, a fine-tune through its training, and `repair`, what stays of a fact."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 import lens_lora as ll
+from lens_lora.adapters.peft_files import checkpoint_folders
 from lens_lora.commands.options import (
     AdapterIfOther,
     BaseModel,
@@ -17,6 +19,7 @@ from lens_lora.commands.options import (
     QuietOption,
     ReportOption,
     folder_of,
+    input_file,
     require_apart,
     require_place,
     require_writable,
@@ -36,29 +39,53 @@ from lens_lora.commands.running import (
 
 
 @with_options
+def checkpoints(
+    run_folder: Annotated[
+        Path, typer.Argument(help="A trainer's folder, with checkpoint-<step> folders in it.")
+    ],
+    *,
+    asked: Questions,
+    report: ReportOption = Path("lens_lora_checkpoints.html"),
+    quiet: QuietOption = False,
+    base: BaseModel,
+) -> None:
+    """A margin, its first order and flip at every checkpoint, and which modules move when."""
+    *_, last = folders = list(checkpoint_folders(run_folder).values())
+    require_writable(report, "--report")
+    require_apart({"--report": report}, base, folders, asked.prompts)
+    questions = asked.listed()
+
+    with at_work(base, quiet=quiet) as progress:
+        from lens_lora.loading import quiet_libraries
+        from lens_lora.show.adapters import checkpoints_table
+
+        note_spaces(questions, progress)
+        lens = lens_for(base, ll.load_adapter(last), progress)
+        announce(lens)
+        prompts, readout = margin_of(lens, questions)
+        with quiet_libraries():
+            training = ll.checkpoints(lens, run_folder, prompts, readout, progress=not quiet)
+        training.save_report(report)
+        Console().print(checkpoints_table(training))
+        say(f"\nReport: {report.absolute()}")
+
+
+@with_options
 def repair(
     adapter: AdapterIfOther = None,
     *,
     asked: Questions,
     drop: Annotated[
-        Path,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="A file with a text a line, on which the model is to stay the base.",
-        ),
+        Path, input_file("A file with a text a line, on which the model is to stay the base.")
     ],
-    out: Annotated[Path, typer.Option(help="The repaired adapter's folder, in PEFT's format.")],
+    out: Annotated[Path, "The repaired adapter's folder, in PEFT's format."],
     test_prompt: Annotated[
-        list[str] | None, typer.Option(help="Held out, to judge what is kept; may be repeated.")
+        list[str] | None, "Held out, to judge what is kept; may be repeated."
     ] = None,
     test_prompts: PromptsFile = None,
-    test_drop: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Held-out texts, to judge what is left."),
-    ] = None,
-    keep_share: Annotated[float, typer.Option(help="Of the margin's shift, that must stay.")] = 0.9,
-    of: Annotated[Literal["rank", "site"], typer.Option(help="What is kept or not.")] = "rank",
+    test_drop: Annotated[Path | None, input_file("Held-out texts, to judge what is left.")] = None,
+    keep_share: Annotated[float, "Of the margin's shift, that must stay."] = 0.9,
+    of: Annotated[Literal["rank", "site"], "What is kept or not."] = "rank",
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 40,
     report: ReportOption = Path("lens_lora_repair.html"),
     quiet: QuietOption = False,
@@ -81,7 +108,7 @@ def repair(
 
     with at_work(base, quiet=quiet) as progress:
         from lens_lora.loading import quiet_libraries
-        from lens_lora.show.trainings import repair_table
+        from lens_lora.show.adapters import repair_table
 
         note_spaces([*questions, *tests], progress)
         lens = lens_for(base, folder, progress)
