@@ -342,8 +342,7 @@ def gradients(
     with torch.enable_grad(), lens.injected(inject), attached(lens.model, hooks):
         values = read_for_slopes(lens, reading)
     points = [tensor for _, tensor in seen]
-    slopes: tuple[Tensor | None, ...]
-    slopes = torch.autograd.grad(values.sum(), points, allow_unused=True)
+    slopes: Any = torch.autograd.grad(values.sum(), points, allow_unused=True)
     kept: dict[str, Tensor] = {}
     for (names, _), slope in zip(seen, slopes, strict=True):
         if slope is not None:  # the sum, where a point fires more than once: ln1, for q, k and v
