@@ -21,13 +21,20 @@ import lazy_loader
 
 from lens_lora._version import __version__ as __version__
 
-# Which names there are, and where they live, is written in __init__.pyi.
-_imported, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+# Which names there are, and where they live, is written in __init__.pyi. What these two hold is not
+# typed every day, and is found in them: lens_lora.results, lens_lora.errors.
+_MODULES = "errors", "results"
+_imported, _, _names = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [name for name in _names if name not in (*_MODULES, "__version__")]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> object:
     """The public name, imported from its module at its first use (PEP 562)."""
-    if name not in __all__:
+    if name not in (*__all__, *_MODULES):
         nearest = difflib.get_close_matches(name, __all__)
         remedy = f"the nearest are {', '.join(nearest)}" if nearest else "see dir(lens_lora)"
         # Who has a lens has this module; to import it here would be a circle within the package.

@@ -2,9 +2,9 @@
 
 from . import errors as errors
 from . import results as results
-from ._version import __version__
+from ._version import __version__ as __version__
 from .adapters.adapter import Adapter, load_adapter
-from .adapters.factors import LoRAFactors, TrainedModule
+from .adapters.factors import LoRAFactors
 from .analyses.activation_shift import activation_shift
 from .analyses.activations import activations
 from .analyses.checkpoints import checkpoints
@@ -42,7 +42,6 @@ __all__ = [
     # adapters
     "Adapter",
     "LoRAFactors",
-    "TrainedModule",
     "load_adapter",
     # the lens
     "LoraLens",
@@ -102,8 +101,5 @@ __all__ = [
     # sweeps
     "sweep",
     # results
-    "errors",
     "load_result",
-    "results",
-    "__version__",
 ]

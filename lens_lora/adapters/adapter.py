@@ -68,7 +68,7 @@ class Adapter:
             if not isinstance(path, str) or not isinstance(update, LoRAFactors | TrainedModule):
                 raise ArgumentError(
                     f"{self.name}: {path!r} → {type(update).__name__}; expected a module path → "
-                    "ll.LoRAFactors(A, B, scale) or ll.TrainedModule(weight)."
+                    "ll.LoRAFactors(A, B, scale) or ll.results.TrainedModule(weight)."
                 )
         in_order = sorted(self.modules.items(), key=arithmetic.natural)
         object.__setattr__(self, "modules", dict(in_order))

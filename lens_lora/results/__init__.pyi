@@ -1,5 +1,6 @@
 """Every class of results, and where it lives: what `lens_lora/results/__init__.py` imports."""
 
+from ..adapters.factors import TrainedModule as TrainedModule
 from ..analyses.activation_shift import ActivationShift as ActivationShift
 from ..analyses.activations import Activations as Activations
 from ..analyses.checkpoints import Checkpoints as Checkpoints

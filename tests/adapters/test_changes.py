@@ -333,7 +333,9 @@ def test_a_full_fine_tune_with_its_norms(family: str, cls: str, tmp_path):
             expected = cases.centred(model(tokens).logits)
         assert (cases.centred(lens.logits(tokens, gate)) - expected).abs().max() < limit
     cut = ll.Adapter.between(base, tuned, rank=2, progress=False)
-    norms = [path for path, update in cut.modules.items() if isinstance(update, ll.TrainedModule)]
+    norms = [
+        path for path, update in cut.modules.items() if isinstance(update, ll.results.TrainedModule)
+    ]
     assert norms and all(cut.truncation_error[path] == 0 for path in norms)
 
 

@@ -381,7 +381,7 @@ def test_modules_trained_beside_the_method_are_read_too(tmp_path):
         ll.Adapter.from_peft(model),
         ll.load_adapter(saved(model, tmp_path), base=base),
     ):
-        assert isinstance(adapter.modules["lm_head"], ll.TrainedModule)
+        assert isinstance(adapter.modules["lm_head"], ll.results.TrainedModule)
         require_exact(adapter, base, model)
 
 

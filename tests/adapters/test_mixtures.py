@@ -124,7 +124,7 @@ def test_what_does_not_add_up_is_refused(two):
     odd = {
         "DoRA": dataclasses.replace(held, magnitude=torch.ones(16)),
         "bias": dataclasses.replace(held, trained_bias=torch.ones(16)),
-        "whole": ll.TrainedModule(torch.ones(16, 16)),
+        "whole": ll.results.TrainedModule(torch.ones(16, 16)),
     }
     for word, update in odd.items():
         with pytest.raises(AdapterError, match=rf"{path}.*{word}"):

@@ -50,7 +50,7 @@ def test_what_an_adapter_holds(everything, tmp_path):
     for path, update in live.modules.items():
         other = read.modules[path]
         assert type(update) is type(other)
-        if isinstance(update, ll.TrainedModule):
+        if isinstance(update, ll.results.TrainedModule):
             assert torch.equal(update.weight, other.weight) and update.tied == other.tied
     body = model.base_model.model.model
     rows = live.modules["model.embed_tokens"]
@@ -313,7 +313,7 @@ def test_what_needs_the_base_says_so(everything):
     with pytest.raises(ll.errors.AdapterError, match=r"lens\.delta_w"):
         head.norm()
     assert head.bias_norm() == 0.0
-    assert math.isnan(ll.TrainedModule(bias=torch.ones(3).double()).bias_norm())
+    assert math.isnan(ll.results.TrainedModule(bias=torch.ones(3).double()).bias_norm())
     with pytest.raises(ll.errors.UnsupportedAdapterError, match="trained whole"):
         adapter.null(0)
 
@@ -336,4 +336,4 @@ def test_what_needs_the_base_says_so(everything):
 )
 def test_tensors_that_do_not_fit_together(fields, needle):
     with pytest.raises(ll.errors.AdapterError, match=needle):
-        ll.TrainedModule(**fields)
+        ll.results.TrainedModule(**fields)

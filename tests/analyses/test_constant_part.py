@@ -239,7 +239,7 @@ def test_a_fused_module_that_was_trained_whole():
     change = 0.3 * torch.randn(W.shape, generator=models.seeded(6), dtype=torch.float64)
     factors = ll.LoRAFactors(torch.eye(len(W)).double(), change.T.contiguous())
     lens = ll.LoraLens(models.MAKERS[CLASSES[-1]](base), ll.Adapter.from_factors({name: factors}))
-    trained = ll.Adapter.from_factors({name: ll.TrainedModule(W + change)})
+    trained = ll.Adapter.from_factors({name: ll.results.TrainedModule(W + change)})
     expected = ll.constant_part(lens, texts())
     found = ll.constant_part(lens.with_adapter(trained), texts())
     assert found.vectors[name].shape == W.shape[1:]
@@ -274,7 +274,7 @@ def test_refusals():
     with pytest.raises(ll.errors.PromptError, match=f"{models.CONTEXT + 1} tokens"):
         ll.constant_part(lens, models.tokens(2, models.CONTEXT + 1))
     norm = ll.Adapter.from_factors(
-        {"model.norm": ll.TrainedModule(torch.ones(16, dtype=torch.float64))}
+        {"model.norm": ll.results.TrainedModule(torch.ones(16, dtype=torch.float64))}
     )
     with pytest.raises(ll.errors.UnsupportedAdapterError, match="norm's update"):
         ll.constant_part(lens.with_adapter(norm), texts())

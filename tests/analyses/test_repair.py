@@ -182,7 +182,7 @@ def test_a_part_of_a_fused_module_that_was_trained_whole(turned_on, changed):
         W = base.get_submodule(name).weight.detach()
         change = 0.3 * torch.randn(W.shape, generator=models.seeded(6), dtype=torch.float64)
         change[:, 16:32] *= changed == "all"
-        trained[name] = ll.TrainedModule(W + change)
+        trained[name] = ll.results.TrainedModule(W + change)
     lens = ll.LoraLens(models.MAKERS[HOSTS[-1]](base), ll.Adapter.from_factors(trained))
     layout = layout_of(lens, "site")
     mask = torch.zeros(layout.count, dtype=torch.bool)
@@ -339,7 +339,7 @@ def test_what_has_no_rank_gates_is_refused():
     processed = cases.case("gpt2", HOSTS[0], "processed").lens
     with pytest.raises(ModelStateError, match="of='site'"):
         ll.repair(processed, *asked, progress=False)
-    trained = ll.TrainedModule(base.transformer.h[0].mlp.c_fc.weight.detach() * 1.1)
+    trained = ll.results.TrainedModule(base.transformer.h[0].mlp.c_fc.weight.detach() * 1.1)
     lens = ll.LoraLens(
         models.MAKERS[HOSTS[0]](base),
         ll.Adapter.from_factors({"transformer.h.0.mlp.c_fc": trained}),

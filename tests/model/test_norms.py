@@ -292,9 +292,9 @@ def test_norms_that_the_model_lacks(cls: str):
     adapter = ll.Adapter.from_peft(models.peft_model("llama", models.hf_model("llama")))
     hooked = models.MAKERS[cls](models.hf_model("llama"))
     for path, update, error in (
-        ("model.layers.0.self_attn.q_norm", ll.TrainedModule(vector), ll.errors.SiteError),
-        ("model.norm", ll.TrainedModule(vector, bias=vector), ll.errors.AdapterError),
-        ("model.norm", ll.TrainedModule(vector[:15]), ll.errors.AdapterError),
+        ("model.layers.0.self_attn.q_norm", ll.results.TrainedModule(vector), ll.errors.SiteError),
+        ("model.norm", ll.results.TrainedModule(vector, bias=vector), ll.errors.AdapterError),
+        ("model.norm", ll.results.TrainedModule(vector[:15]), ll.errors.AdapterError),
     ):
         odd = ll.Adapter.from_factors({**adapter.modules, path: update})
         with pytest.raises(error, match="no such linear module, embedding or norm|another base"):

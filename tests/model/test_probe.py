@@ -109,14 +109,14 @@ def test_a_trained_norm_is_a_site(name: str):
     """Whatever formula the norm has, and whether or not it stores γ − 1."""
     base = architectures.hf_model(name, dtype=torch.float64)
     moved, drawn = copy.deepcopy(base), models.seeded(5)
-    changes: dict[str, ll.TrainedModule] = {}
+    changes: dict[str, ll.results.TrainedModule] = {}
     for path, module in moved.named_modules():
         if (
             path.endswith(("layernorm", "model.norm"))
             and getattr(module, "weight", None) is not None
         ):
             module.weight.data += 0.3 * torch.randn(module.weight.shape, generator=drawn).double()
-            changes[path] = ll.TrainedModule(module.weight.detach().clone())
+            changes[path] = ll.results.TrainedModule(module.weight.detach().clone())
     assert changes
     lens = ll.LoraLens(models.bridge(base), ll.Adapter.from_factors(changes), hf_model=base)
     tokens = models.tokens()
