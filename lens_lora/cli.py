@@ -1,4 +1,5 @@
-"""The command line: `demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`, `sweep`.
+"""The command line: `demo`, `explain`, `diff`, `inspect`, `checkpoints`, `repair`,
+`verify`, `sweep`.
 
 Results go to stdout, progress and errors to stderr. An error of this package or of the system is
 one red line and exit code 2; Ctrl-C is one line and exit code 130.
@@ -21,6 +22,7 @@ from lens_lora.commands.explain import demo, explain
 from lens_lora.commands.running import one_line_errors
 from lens_lora.commands.sweep import sweep
 from lens_lora.commands.trainings import checkpoints, repair
+from lens_lora.commands.verify import verify
 
 app: typer.Typer = typer.Typer(
     name="lens-lora", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
@@ -49,7 +51,7 @@ def main(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-for _command in (demo, explain, diff, inspect, checkpoints, repair, sweep):
+for _command in (demo, explain, diff, inspect, checkpoints, repair, verify, sweep):
     app.command(_command.__name__)(one_line_errors(_command)(_command))
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from ..evaluation.faithfulness import Faithfulness as Faithfulness
 from ..evaluation.null_test import NullTest as NullTest
 from ..evaluation.rankings import foils as foils
 from ..evaluation.reliability import Reliability as Reliability
+from ..evaluation.verify import Verification as Verification
 from ..model.generate import SideBySide as SideBySide
 from ..model.sites import Site as Site
 from ..readouts.answers import Generated as Generated

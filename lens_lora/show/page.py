@@ -29,7 +29,7 @@ from lens_lora.show.text import readable, short_prompt
 
 # --- The blocks of a section
 
-Kind = Literal["margin", "response", "changes", "training", "repair"]
+Kind = Literal["margin", "response", "changes", "training", "repair", "verification"]
 # A token, its shade from 0 to 1, and what is said of it, line by line.
 Noted = tuple[str, float, Sequence[str]]
 

@@ -54,6 +54,7 @@ COMMANDS = {
                "{out}/fixed", "--report", "{out}/page.html"],
     "sweep": ["--prompts", "{files}/r.jsonl", *ADAPTER, "--out", "{out}/r.parquet"],
     "inspect": ["{files}/run/checkpoint-2", "--model", "{files}/base"],
+    "verify": ["{files}/run/checkpoint-2", "--report", "{out}/page.html"],
 }  # fmt: skip
 WRITTEN = {
     "diff": ["page.html", "numbers.csv"],

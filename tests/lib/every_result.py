@@ -12,6 +12,7 @@ from results_by_hand import META, SITES, two_prompts
 import lens_lora as ll
 from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 from lens_lora.analyses.verdict import Noise
+from lens_lora.evaluation.verify import Check, MergedTensor
 from lens_lora.results.base import Measured, Result
 
 HEADER = {f.name: getattr(two_prompts(), f.name) for f in dataclasses.fields(Measured)}
@@ -236,6 +237,20 @@ def best_subset() -> ll.results.BestSubset:
     )  # fmt: skip
 
 
+def verification() -> ll.results.Verification:
+    """A check that failed beside others, and a merged tensor that is twice what it should be."""
+    checks = (
+        Check("loads on the base", "passed", "2 modules, 2 sites"),
+        Check("KL on neutral texts", "not asked", "0.1 nats per token", value=0.1),
+        Check("merged folder", "failed", "1 of 2 tensors: base + 2.00 ΔW", "base + ΔW", "m.q_proj"),
+    )
+    tensors = (
+        MergedTensor("m.q_proj.weight", "failed", "base + 2.00 ΔW", 2.0, 1.0),
+        MergedTensor("m.norm.weight", "passed", "the base's"),
+    )
+    return ll.results.Verification("lyon", checks, tensors, META)
+
+
 def summary() -> AdapterSummary:
     spectrum = Spectrum(
         "m.q_proj", None, "q_proj", ("DoRA",), 2, 0.5, torch.empty(0), math.nan, 0.0
@@ -257,6 +272,7 @@ def every_result() -> list[Result]:
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(),
         ll.results.Explanations((e, by_hand(fast=True))), by_group(),
         adapter_comparison(), checkpoints(), repair(), best_subset(),
+        verification(),
         summary(), e, e.margin, e.margin.curve, e.shift, e.second_order,
         e.reliability["leave_one_out"], e.coupling, e.add_one, e.faithfulness, e.null,
         e.comparisons[0],

@@ -13,6 +13,7 @@ from every_result import (
     repair,
     response_explanation,
     token_shifts,
+    verification,
     what_changed,
 )
 from explained import by_hand
@@ -34,6 +35,7 @@ PAGES: dict[str, tuple[Paged, int]] = {
     "changes": (dataclasses.replace(what_changed(), answers=(ASKED,) * 5), 1),
     "training": (checkpoints(), 1),
     "repair": (repair(), 1),
+    "verification": (verification(), 0),
 }
 KINDS = pytest.mark.parametrize("kind", PAGES)
 

@@ -1,0 +1,275 @@
+"""Adapters and merges that silently do nothing, or something else: each is made, and verified.
+
+Each mistake is made as people make it: with PEFT, on a tiny model in a folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import models
+import torch
+from adapter_files import WEIGHTS, rename_keys, set_config
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+VLLM = "https://github.com/vllm-project/vllm/issues"
+UNSLOTH = "https://github.com/unslothai/unsloth/issues"
+
+
+class NoOp(NamedTuple):
+    """A mistake.
+
+    Attributes:
+        what: in words, for a table.
+        make: writes it into the folder of a shipment, and returns what `verify` is called with.
+        code: the exit code that is expected.
+        says: a part of what is said.
+    """
+
+    what: str
+    make: Callable[[Path], list[str]]
+    code: int
+    says: str
+
+
+def ship(
+    out: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    *,
+    tied: bool = False,
+    size: float = 0.3,
+    **config,
+) -> Path:
+    """A base in float32, an adapter of it, and PEFT's merge in this dtype, in three folders.
+
+    The base's weights are bfloat16 numbers, as a checkpoint's often are.
+    """
+    base = models.hf_model(family, dtype=torch.bfloat16).to(torch.float32)
+    base.config.tie_word_embeddings |= tied
+    base.tie_weights()
+    base.save_pretrained(out / "base")
+    models.tokenizer().save_pretrained(out / "base")
+    peft = models.peft_model(family, base, **config)
+    models.with_random_factors(peft, base, size=size)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens_delta" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=models.seeded(7))
+    peft.peft_config["default"].base_model_name_or_path = str(out / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.save_pretrained(out / "adapter")
+    merge(out, dtype)
+    return out
+
+
+def merge(out: Path, dtype: torch.dtype = torch.float32, times: int = 1, **options) -> Path:
+    """PEFT's merge of the adapter's folder into the base's."""
+    model = copy.deepcopy(base_of(out)).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(times):
+            model = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload()
+        shutil.rmtree(out / "merged", ignore_errors=True)
+        model.save_pretrained(out / "merged", **options)
+    return out / "merged"
+
+
+def base_of(out: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+
+
+def _edited(out: Path, edit: Callable[[dict[str, torch.Tensor]], dict]) -> None:
+    """The adapter's tensors, edited."""
+    file = out / "adapter" / WEIGHTS
+    save_file(edit(load_file(file)), file)
+
+
+def _zero(out: Path, part: str) -> list[str]:
+    def edit(state):
+        return {k: v * 0 if "lora_B" in k and part in k else v for k, v in state.items()}
+
+    _edited(out, edit)
+    return []
+
+
+def _without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in state.items() if part not in name}
+
+
+def _prefixes(out: Path, after: str) -> list[str]:
+    rename_keys(out / "adapter", lambda key: key.replace("base_model.model.model.", after))
+    return []
+
+
+def _misread(out: Path, **fields) -> list[str]:
+    """Merged with another config than the adapter's own."""
+    config = out / "adapter" / "adapter_config.json"
+    kept = config.read_text()
+    set_config(out / "adapter", **fields)
+    merge(out)
+    config.write_text(kept)
+    return _merged(out)
+
+
+def _merged(out: Path) -> list[str]:
+    return ["--merged", str(out / "merged")]
+
+
+def _other_size(out: Path) -> list[str]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields = models.FAMILIES["llama"]().config.to_dict()
+    config = LlamaConfig(**{**fields, "hidden_size": 32, "head_dim": 8})
+    LlamaForCausalLM(config).save_pretrained(out / "large")
+    models.tokenizer().save_pretrained(out / "large")
+    return ["--model", str(out / "large")]
+
+
+def _nothing_merged(out: Path) -> list[str]:
+    shutil.copytree(out / "base", out / "merged", dirs_exist_ok=True)
+    return _merged(out)
+
+
+def _half(out: Path) -> list[str]:
+    folder = merge(out, max_shard_size="6KB")
+    for shard in sorted(folder.glob("*.safetensors"))[::2]:
+        shard.unlink()
+    return _merged(out)
+
+
+def _half_without_index(out: Path) -> list[str]:
+    file = out / "merged" / "model.safetensors"
+    save_file(_without(load_file(file), "layers.1."), file, metadata={"format": "pt"})
+    return _merged(out)
+
+
+def _some(out: Path) -> list[str]:
+    """The MLPs are the base's."""
+    file, base = out / "merged" / "model.safetensors", load_file(out / "base/model.safetensors")
+    state = {k: base[k] if "mlp" in k else v for k, v in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    return _merged(out)
+
+
+def _unmerged(out: Path) -> list[str]:
+    peft = PeftModel.from_pretrained(base_of(out), out / "adapter")
+    state = {k: v.contiguous() for k, v in peft.base_model.model.state_dict().items()}
+    save_file(state, out / "merged" / "model.safetensors", metadata={"format": "pt"})
+    return _merged(out)
+
+
+def _other_adapter(out: Path) -> list[str]:
+    kept = (out / "adapter" / WEIGHTS).read_bytes()
+    _edited(out, lambda state: {k: v.flip(0).contiguous() for k, v in state.items()})
+    merge(out)
+    (out / "adapter" / WEIGHTS).write_bytes(kept)
+    return _merged(out)
+
+
+def _rounded_away(out: Path) -> list[str]:
+    _edited(out, lambda state: {k: v * (0.001 if "lora_B" in k else 1) for k, v in state.items()})
+    merge(out, torch.bfloat16)
+    return _merged(out)
+
+
+def _no_base(out: Path) -> list[str]:
+    set_config(out / "adapter", base_model_name_or_path=str(out / "gone"))
+    return []
+
+
+def _tied_head(out: Path) -> list[str]:
+    shutil.rmtree(out)
+    ship(out, tied=True, targets=["q_proj", "lm_head"])
+    return _merged(out)
+
+
+def _lost_head(out: Path) -> list[str]:
+    """A trained copy of a tied head, and a config that ties it again."""
+    shutil.rmtree(out)
+    ship(out, tied=True, modules_to_save=["lm_head"])
+    config = out / "merged" / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "tie_word_embeddings": True}))
+    return _merged(out)
+
+
+def _rslora(out: Path) -> list[str]:
+    shutil.rmtree(out)
+    ship(out, use_rslora=True)
+    return _misread(out, use_rslora=False)
+
+
+NO_OPS = {
+    "prefix": NoOp(
+        f"module prefixes that match nothing ([vLLM 34186]({VLLM}/34186))",
+        lambda out: _prefixes(out, "base_model.model.decoder."), 1, "has no such linear module",
+    ),
+    "wrapped": NoOp(
+        f"paths of another wrapper of the same model ([vLLM 48019]({VLLM}/48019))",
+        lambda out: _prefixes(out, "base_model.model.language_model.model."), 3, "language_model",
+    ),
+    "zero B": NoOp("B is zero everywhere", lambda out: _zero(out, ""), 1, "0 of 14 do"),
+    "zero B of one": NoOp(
+        "B is zero in one module", lambda out: _zero(out, "1.mlp.down"), 1, "1.mlp.down_proj",
+    ),
+    "other size": NoOp("another size of the same family", _other_size, 1, "16→16, the model 32→"),
+    "base": NoOp(
+        f"a merge that is the base, byte for byte ([unsloth 869]({UNSLOTH}/869))",
+        _nothing_merged, 1, "14 of 14 tensors: the base (nothing was merged)",
+    ),
+    "α lost": NoOp(
+        "a merge without α (s = 1)", lambda out: _misread(out, lora_alpha=3), 1,
+        "base + 0.60 ΔW (α is lost, s = 1)",
+    ),
+    "α doubled": NoOp(
+        "a merge with α doubled", lambda out: _misread(out, lora_alpha=10), 1,
+        "base + 2.00 ΔW (merged twice, or α doubled)",
+    ),
+    "twice": NoOp(
+        "a merge done twice", lambda out: ["--merged", str(merge(out, times=2))], 1,
+        "base + 2.00 ΔW (merged twice, or α doubled)",
+    ),
+    "rsLoRA": NoOp(
+        "rsLoRA read as LoRA", _rslora, 1, "base + 0.58 ΔW (rsLoRA read as LoRA, α/r for α/√r)",
+    ),
+    "some": NoOp(
+        "only attention is merged", _some, 1, "6 of 14 tensors: the base (nothing was merged)",
+    ),
+    "unmerged": NoOp(
+        f"saved without merging ([unsloth 611]({UNSLOTH}/611))", _unmerged, 1,
+        "28 of 49 tensors: the adapter's own: saved without merging it",
+    ),
+    "other adapter": NoOp(
+        "another adapter is merged", _other_adapter, 1, "neither base nor base + ΔW",
+    ),
+    "half of the shards": NoOp(
+        "half of the shards are not there", _half, 2, "missing: model-00001-of",
+    ),
+    "half of the tensors": NoOp(
+        "half of the tensors are in no shard", _half_without_index, 1,
+        "9 of 21 tensors: not in the folder",
+    ),
+    "tied head": NoOp(
+        "a LoRA on a tied head, merged: the embedding changes with it", _tied_head, 1,
+        "the base ties it to lm_head.weight: a merge changes both",
+    ),
+    "lost head": NoOp(
+        "a trained head, and a config that ties it to the embedding", _lost_head, 1,
+        "config.json ties the two: loading loses it",
+    ),
+    "rounded away": NoOp(
+        "a merge in bfloat16 that rounds ΔW away", _rounded_away, 3, "rounding to bfloat16 leaves",
+    ),
+    "no base": NoOp("the base is not at hand", _no_base, 3, "no base at hand"),
+}  # fmt: skip
