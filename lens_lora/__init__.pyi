@@ -10,6 +10,8 @@ from .analyses.activations import activations
 from .analyses.checkpoints import checkpoints
 from .analyses.compare_adapters import compare_adapters
 from .analyses.constant_part import constant_part
+from .analyses.contrast import contrast
+from .analyses.directions import alignment, intruders, patchscope
 from .analyses.edges import edges, patch_edges
 from .analyses.features import feature_shift
 from .analyses.first_order import components, first_order
@@ -92,8 +94,12 @@ __all__ = [
     "repair",
     # one prompt
     "explain",
-    # features
+    # directions
+    "alignment",
+    "contrast",
     "feature_shift",
+    "intruders",
+    "patchscope",
     # auditing
     "activation_shift",
     "constant_part",

@@ -10,20 +10,27 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lens_lora.adapters import arithmetic
 from lens_lora.adapters.arithmetic import Parts, module_path
+from lens_lora.adapters.directions import (
+    Side,
+    directions_of,
+    projected,
+    truncated,
+    writes_to_stream,
+)
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, constant_factors
 from lens_lora.adapters.from_models import change_between, live_updates
 from lens_lora.adapters.methods import measured_updates, updates_over_base
 from lens_lora.adapters.peft_files import adapter_folder, is_plain_lora, read_config
 from lens_lora.adapters.peft_read import read_folder
 from lens_lora.adapters.peft_write import save_adapter
-from lens_lora.arguments import number, whole
+from lens_lora.arguments import number, whole, word
 from lens_lora.errors import AdapterError, ArgumentError, SiteError
 
 if TYPE_CHECKING:
@@ -220,6 +227,65 @@ class Adapter:
         """
         drop: set[str] = set().union(*map(self._matching, globs))
         return self._with({path: f for path, f in self.modules.items() if path not in drop})
+
+    def without_direction(
+        self, directions: Any, side: Side = "write", sites: str | Iterable[str] = "*"
+    ) -> Adapter:
+        """The adapter that writes, or reads, nothing along a direction v of length 1.
+
+        ΔW and Δb become (I − vvᵀ)ΔW and (I − vvᵀ)Δb, or of what is read ΔW(I − vvᵀ), in the
+        Hugging Face basis. A module reads its own input, behind a norm: of a direction v of the
+        residual stream pass γ ⊙ v there. `lens.without` takes a direction out of activations.
+
+        Args:
+            directions: [d], [direction, d], {label: either}, a Contrast of one hook point, or
+                (autoencoder, indices).
+            side: 'write' for outputs, 'read' for inputs.
+            sites: globs of module paths. Of '*' those that write to the residual stream (o, down,
+                an embedding), or those that read it (q, k, v, gate, up, the head).
+
+        Raises:
+            SiteError: a glob matches nothing; '*' where no module is one of these, or a module is
+                of no known family.
+            AdapterError: directions of another width than a module writes or reads.
+            ArgumentError: another side, a direction of zeros, what is no direction.
+            UnsupportedAdapterError: DoRA, trained modules or biases.
+        """
+        word("side", side, get_args(Side))
+        keys = set[str]().union(*map(self._matching, [sites] if isinstance(sites, str) else sites))
+        if sites == "*":
+            writes = {key: writes_to_stream(module_path(key)) for key in keys}
+            unknown = [key for key in writes if writes[key] is None]
+            keys = {key for key in keys if writes[key] is (side == "write")}
+            if unknown or not keys:
+                first = [*unknown, *writes][0]
+                verb = "read" if side == "read" else "write to"
+                raise SiteError(
+                    f"{first} is no module that is known to {verb} the residual stream; name the "
+                    "modules that the direction belongs to with sites=…, such as '*.down_proj'."
+                )
+        V = directions_of(directions).basis()
+        changed = {key: projected(key, self.modules[key], V, side) for key in keys}
+        return self._with({**self.modules, **changed})
+
+    def truncated(self, rank: int) -> Adapter:
+        """Each ΔW cut to its best approximation of this rank; updates of a lower rank stay.
+
+        Args:
+            rank: at least 1; of a stack of experts that of each.
+
+        Returns:
+            The adapter, with the relative errors in `truncation_error`.
+
+        Raises:
+            ArgumentError: a rank that is no whole number, or below 1.
+            UnsupportedAdapterError: DoRA, trained modules or biases.
+        """
+        rank = whole("rank", rank, 1)
+        cuts = {path: truncated(path, update, rank) for path, update in self.modules.items()}
+        errors = {path: error for path, (_, error) in cuts.items()}
+        modules = {path: update for path, (update, _) in cuts.items()}
+        return dataclasses.replace(self, modules=modules, truncation_error=errors)
 
     def scaled(self, factor: SupportsFloat) -> Adapter:
         """Every ΔW and Δb multiplied by a number.

@@ -13,7 +13,6 @@ Cost: two forward passes, and two vectors unembedded for each point.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, final
 
@@ -23,35 +22,24 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from lens_lora.adapters.directions import Directions, directions_of, is_residual, is_stream
 from lens_lora.engine.activations import sinks_among
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.interventions import Names, firing, record, require_positions, resolved
+from lens_lora.engine.interventions import record, require_positions
 from lens_lora.engine.memory import ROW_TOKENS
 from lens_lora.engine.texts import beginnings, by_length, first_of_each, over_scale, read_through
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, Scale, name_of_scale, stream_writers
+from lens_lora.model.sites import Names, firing, resolved
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import Drawn, only_prompt, prompt_rows, tokens_at
 from lens_lora.results.tokens import chosen_positions, held_out_share, ranked_tokens
 
-_STREAM = r"blocks\.\d+\.hook_(resid_(pre|mid|post)|in|out)|ln_final\.hook_in"
-_ADDED = r"hook_embed|blocks\.\d+\.hook_(attn|mlp)_out"
-Directions = Tensor | Mapping[str, Tensor] | LoraLens
 Positions = int | slice | Sequence[int] | None
 _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
-
-
-def _is_residual(name: str) -> bool:
-    """Whether a hook point holds the residual stream, or what is added to it."""
-    return _is_stream(name) or re.fullmatch(_ADDED, name) is not None
-
-
-def _is_stream(name: str) -> bool:
-    """Whether this hook point is the residual stream, whose size the final norm divides by."""
-    return re.fullmatch(_STREAM, name) is not None
 
 
 @final
@@ -91,6 +79,11 @@ class ActivationShift(Drawn):
     def names(self) -> tuple[str, ...]:
         """The hook points, in the order in which they were asked for."""
         return tuple(self.values)
+
+    @property
+    def by_point(self) -> dict[str, Float[Tensor, " _d"]]:
+        """The mean Δh by hook point, as a direction wherever one is taken."""
+        return self.mean()
 
     @property
     def repeated(self) -> int:
@@ -148,27 +141,16 @@ class ActivationShift(Drawn):
             SiteError: no such point here, or one outside the residual stream.
             ArgumentError: several points and none named.
         """
-        if name is None and len(self.readings) == 1:
-            name = next(iter(self.readings))
-        if name is None and self.readings:
-            raise ArgumentError(
-                f"{len(self.readings)} points have readings; choose one with name=…, such as "
-                f"{next(iter(self.readings))!r}."
-            )
-        if name is None or name not in self.readings:
-            raise SiteError(
-                f"{name!r} has no reading; the points of the residual stream among those asked "
-                f"for are {list(self.readings)}."
-            )
-        return ranked_tokens(self.readings[name], self.strings, k, "logit", largest=largest)
+        return ranked_reading(self.readings, self.strings, k, name, largest=largest)
 
-    def cosine(self, directions: Directions, prompt: int | None = None) -> pd.DataFrame:
+    def cosine(self, directions: Any, prompt: int | None = None) -> pd.DataFrame:
         """The cosine of the mean Δh with directions: one row per hook point and direction.
 
         Args:
-            directions: [direction, d] or [d]; the same by label; or a lens, for what its sites
-                write (the columns of B, those of the SVD of ΔW) at each hook point: a site's own
-                output, or the residual stream for sites that write to it.
+            directions: [d], [direction, d], {label: either}, a Contrast, a sparse autoencoder,
+                alone or as (autoencoder, indices); or a lens, for what its sites write (the columns
+                of B, those of the SVD of ΔW) at each hook point: a site's own output, or the
+                residual stream for sites that write to it.
             prompt: an index; without it, the mean over all texts' tokens.
 
         Returns:
@@ -180,26 +162,7 @@ class ActivationShift(Drawn):
             ModelStateError: the residual stream, and a site of the lens whose output a norm changes
                 before it joins it (o and down of Gemma 2 and 3, Bloom's embedding).
         """
-        rows: list[dict[str, Any]] = []
-        for name, mean in self.mean(prompt).items():
-            for label, vectors in _labelled(directions, name).items():
-                vectors = torch.atleast_2d(vectors).to(mean)
-                if vectors.shape[-1] != len(mean):
-                    raise ArgumentError(
-                        f"directions of {vectors.shape[-1]} numbers, and Δh at {name} has "
-                        f"{len(mean)}; name the hook points that they belong to."
-                    )
-                cosines = functional.cosine_similarity(vectors, mean[None], eps=0.0)
-                rows += [
-                    {"name": name, "direction": label, "index": i, "cosine": value}
-                    for i, value in enumerate(cosines.tolist())
-                ]
-        if not rows:
-            raise ArgumentError(
-                f"no site of the lens writes at {list(self.names)}; name a site's output "
-                "(lens.sites: write) or a point of the residual stream."
-            )
-        return pd.DataFrame(rows)
+        return cosine_table(self.mean(prompt), directions)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per text, hook point and token asked for, with the sizes of h(0) and Δh."""
@@ -226,24 +189,72 @@ class ActivationShift(Drawn):
         return drawing.figure(self, only_prompt(prompt, len(self.str_tokens), "positions"))
 
 
-def _labelled(directions: Directions, name: str) -> dict[str, Tensor]:
-    """The directions for one hook point, [direction, d] each."""
-    if isinstance(directions, Tensor):
-        return {"given": directions}
-    if isinstance(directions, Mapping):
-        return dict(directions)
-    if not isinstance(directions, LoraLens):
+def ranked_reading(
+    readings: Mapping[str, Tensor],
+    strings: Sequence[str],
+    k: int,
+    name: str | None,
+    *,
+    largest: bool,
+) -> pd.DataFrame:
+    """The k tokens of the reading at one point, or at the only one.
+
+    Raises:
+        SiteError: no such point here, or one outside the residual stream.
+        ArgumentError: several points and none named.
+    """
+    if name is None and len(readings) == 1:
+        name = next(iter(readings))
+    if name is None and readings:
         raise ArgumentError(
-            f"directions are a {type(directions).__name__}; expected a tensor [direction, d], "
-            "{label: tensor}, or a lens."
+            f"{len(readings)} points have readings; choose one with name=…, such as "
+            f"{next(iter(readings))!r}."
         )
-    writers = stream_writers(directions, _BY_SHIFT) if _is_residual(name) else []
-    pairs = zip(directions.sites, directions.plan.in_svd_gauge.maps, strict=True)
-    return {
+    if name is None or name not in readings:
+        raise SiteError(
+            f"{'the point' if name is None else repr(name)} has no reading; the points of the "
+            f"residual stream among those asked for are {list(readings)}."
+        )
+    return ranked_tokens(readings[name], strings, k, "logit", largest=largest)
+
+
+def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd.DataFrame:
+    """The cosine of the vector at each hook point with directions.
+
+    Raises:
+        ArgumentError: directions of another width or space, or none at a point.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, vector in vectors.items():
+        if isinstance(source, LoraLens):
+            directions = _written(source, name)
+        else:
+            directions = directions_of(source, name).at(name, len(vector))
+        if directions is None:
+            continue
+        cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
+        rows += [
+            {"name": name, "direction": label, "index": i, "cosine": value}
+            for (label, i), value in zip(directions.labels, cosines.tolist(), strict=True)
+        ]
+    if not rows:
+        raise ArgumentError(
+            f"no site of the lens writes at {list(vectors)}; name a site's output "
+            "(lens.sites: write) or a point of the residual stream."
+        )
+    return pd.DataFrame(rows)
+
+
+def _written(lens: LoraLens, name: str) -> Directions | None:
+    """What the sites of a lens write at a hook point, the columns of B."""
+    writers = stream_writers(lens, _BY_SHIFT) if is_residual(name) else []
+    pairs = zip(lens.sites, lens.plan.in_svd_gauge.maps, strict=True)
+    columns = {
         site.name: delta.B.T
         for index, (site, delta) in enumerate(pairs)
         if index in writers or site.write == name
     }
+    return directions_of(columns) if columns else None
 
 
 @alone
@@ -285,12 +296,12 @@ def activation_shift(
     shifts: dict[str, Tensor] = {}
     for index, batch in by_length(rows, ROW_TOKENS):
         before, after = (record(lens, batch, gates, named) for gates in (0.0, scale))
-        points = firing(lens, before, in_full, named)
+        points = firing(lens, before.firings, in_full, named)
         if not shifts:
             require_positions(lens, batch, before, points, 0.0)
         for name in points:
-            firings = (run.firings[name][-1] for run in (before, after))
-            h, moved = (_flat(end, name, batch.real.cpu(), lens.gate_dtype) for end in firings)
+            ends, real = (run.firings[name][-1] for run in (before, after)), batch.real.cpu()
+            h, moved = (flat_activation(end, name, real, lens.gate_dtype) for end in ends)
             for kept, values in ((base, h), (shifts, moved - h)):
                 if name not in kept:
                     kept[name] = h.new_full((*rows.tokens.shape, h.shape[-1]), torch.nan)
@@ -315,7 +326,7 @@ def activation_shift(
         readings={
             name: _reading(lens, shift, base[name], distinct)
             for name, shift in shifts.items()
-            if _is_stream(name) and shift.shape[-1] == lens.model.cfg.d_model
+            if is_stream(name) and shift.shape[-1] == lens.model.cfg.d_model
         },
         strings=lens.vocabulary,
         at=name_of_scale(scale),
@@ -340,7 +351,7 @@ def _wanted(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
     return wanted
 
 
-def _flat(
+def flat_activation(
     h: Tensor, name: str, real: Bool[Tensor, "text token"], dtype: torch.dtype
 ) -> Float[Tensor, "text token d"]:
     """Activations at one point with heads laid flat, NaN at padding."""

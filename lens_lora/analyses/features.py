@@ -1,10 +1,7 @@
 """Which features does this adapter push, and which of its sites write them?
 
-A feature is a direction d in the space of an activation h; its value is d·h. Directions are rows of
-a tensor, or the encoder of a sparse autoencoder, which is known by its attributes (SAELens's: W_enc
-[d, feature], W_dec [feature, d], and a cfg that names its hook point); nothing of SAELens is
-imported. A feature's direction is its column of W_enc, since that is what the encoder reads: its
-pre-activation moves by W_encᵀ Δh, exactly.
+A feature is a direction d in the space of an activation h (`adapters/directions.py`); its value is
+d·h.
 
     shift           d·(h(1) − h(0))              `feature_shift`, at one hook point
     first order     d·∂h/∂t along the adapter
@@ -30,18 +27,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora.adapters.directions import STREAM, Directions, directions_of
 from lens_lora.arguments import is_whole, number, one_entry, word
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.duals import dual_forward, tangent_of
 from lens_lora.engine.forward import JointInject
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.interventions import known_point
 from lens_lora.engine.noise import of_stream
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.gates import Inject, ScaleInject
 from lens_lora.model.hooks import alone, attached
 from lens_lora.model.lens import LoraLens, Scale, stream_writers
-from lens_lora.model.sites import WRITER_KINDS, Site, match_sites
+from lens_lora.model.sites import WRITER_KINDS, Site, known_point, match_sites
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import (
@@ -218,8 +215,9 @@ def feature_shift(
     Args:
         lens: the adapter over the model.
         prompts: strings, conversations, ids, or `Prompts`.
-        directions: [feature, d], used as they are (normalise them to read lengths); or a sparse
-            autoencoder with W_enc (SAELens's, or any with such attributes).
+        directions: [d], [feature, d], {label: either} or a Contrast, used as they are (normalise
+            them to read lengths); or a sparse autoencoder with W_enc (SAELens's, or any with such
+            attributes), alone or as (autoencoder, indices).
         name: the hook point where d·h is read; with heads their last two axes are laid flat. An
             autoencoder brings its own.
         scale: the sites and their strength, 1 by default: the shift is h(scale) − h(0).
@@ -246,7 +244,7 @@ def feature_shift(
             pre-activations, a position outside a prompt; a name or a scale beside by='site'.
         NumericsError: non-finite activations.
     """
-    asked, features = ask_prompts(lens, prompts), directions_of(directions)
+    asked, features = ask_prompts(lens, prompts), directions_of(directions, name)
     at = number("at", at)
     if by is not None:
         word("by", by, ["site"])
@@ -258,6 +256,7 @@ def feature_shift(
         return _by_site(asked, features, at, positions)
     gates = lens.gates(1.0 if scale is None else scale)
     name = _point(lens, name or features.hook_name)
+    features = features.at(name)
     project = Projection(asked.prompts, features, positions)
     run = functools.partial(_activation, lens, asked.prompts, name)
     encoded = None
@@ -421,6 +420,7 @@ def _by_site(
 ) -> FeatureWrites:
     """d·δz_l at the gates `at`. One forward pass."""
     lens = asked.lens
+    features = features.at(STREAM, int(lens.model.cfg.d_model))
     writers = stream_writers(lens, "Use feature_shift(…, scale={site: 1.0}), which is exact")
     if not writers:
         raise SiteError(
@@ -462,92 +462,7 @@ class _WritesInject:
         return self._scaled(index, out, z)
 
 
-# --- Directions, and activations projected onto them.
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Directions:
-    """Directions, and what else is known of them.
-
-    Attributes:
-        rows: [feature, d].
-        kind: 'directions' or 'encoder'.
-        units: the unit of a projection onto them.
-        hook_name: where they belong, if that is known.
-        encode: h to an autoencoder's own activations.
-        by_head: whether `encode` takes h as [..., head, d_head].
-    """
-
-    rows: Float[Tensor, "feature d"]
-    kind: str
-    units: str
-    hook_name: str | None = None
-    encode: Callable[[Tensor], Tensor] | None = None
-    by_head: bool = False
-
-
-def directions_of(source: Any) -> Directions:
-    """A tensor [feature, d] as it is, or an autoencoder's encoder.
-
-    Raises:
-        ArgumentError: neither, numbers that are not finite, or an autoencoder whose
-            pre-activations are not linear in h.
-    """
-    if isinstance(source, Tensor):
-        if source.ndim != 2 or not source.is_floating_point() or not source.numel():
-            raise ArgumentError(
-                f"directions are {source.dtype} {tuple(source.shape)}; expected floating-point "
-                "[feature, d] (one direction d: d[None])."
-            )
-        return Directions(_finite(source), "directions", "units of h · d")
-    W_enc = getattr(source, "W_enc", None)
-    if not isinstance(W_enc, Tensor) or W_enc.ndim != 2:
-        raise ArgumentError(
-            f"directions are a {type(source).__name__}; expected a tensor [feature, d] or a sparse "
-            "autoencoder with W_enc [d, feature]."
-        )
-    cfg = getattr(source, "cfg", None)
-    _require_linear(cfg)
-    return Directions(
-        rows=_finite(W_enc).T,
-        kind="encoder",
-        units="pre-activation",
-        hook_name=_setting(cfg, "hook_name"),
-        encode=getattr(source, "encode", None),
-        by_head=bool(getattr(source, "hook_z_reshaping_mode", False)),
-    )
-
-
-def _finite(rows: Tensor) -> Tensor:
-    if not torch.isfinite(rows).all():
-        raise ArgumentError("the directions hold NaN or infinite numbers.")
-    return rows.detach()
-
-
-def _require_linear(cfg: Any) -> None:
-    """Refuse an encoder that normalises its input, or reads one head of it."""
-    normalised = _setting(cfg, "normalize_activations")
-    if normalised not in (None, "none"):
-        raise ArgumentError(
-            f"this autoencoder normalises its input (normalize_activations={normalised!r}), so its "
-            "pre-activations are not linear in h. If the factor is a constant, fold it first "
-            "(sae.fold_activation_norm_scaling_factor); else pass directions: sae.W_enc.T."
-        )
-    head = _setting(cfg, "hook_head_index")
-    if head is not None:
-        raise ArgumentError(
-            f"this autoencoder reads head {head} alone; pass its directions as a tensor with zeros "
-            "at the other heads."
-        )
-
-
-def _setting(cfg: Any, name: str) -> Any:
-    """cfg.name, or cfg.metadata's (SAELens 6), or None."""
-    for place in (cfg, getattr(cfg, "metadata", None)):
-        value = place.get(name) if isinstance(place, Mapping) else getattr(place, name, None)
-        if value is not None:
-            return value
-    return None
+# --- Activations projected onto directions.
 
 
 class Projection:

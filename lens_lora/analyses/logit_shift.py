@@ -26,7 +26,6 @@ from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.duals import dual_forward, tangent_of
 from lens_lora.engine.forward import JointInject, Part, joint_tangent, part_tangents
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.interventions import Names, resolved
 from lens_lora.engine.memory import Mode, chosen_mode, require_graph, require_tangents
 from lens_lora.engine.read import read_for_slopes, read_logits
 from lens_lora.engine.second_order import slopes_of_each
@@ -34,7 +33,7 @@ from lens_lora.errors import ArgumentError, ModelStateError, SiteError, TokenErr
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import HookFn, alone, attached
 from lens_lora.model.lens import LoraLens, Scale
-from lens_lora.model.sites import Site, one_site
+from lens_lora.model.sites import Names, Site, one_site, resolved
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout, token_ids
 from lens_lora.results.base import Result, long_table, only_prompt

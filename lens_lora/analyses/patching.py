@@ -48,21 +48,27 @@ from lens_lora.engine.activations import (
 )
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.interventions import (
-    Names,
     Patch,
-    few,
-    firing,
     patched_readout,
     record,
     require_positions,
-    resolved,
     unheard,
 )
 from lens_lora.engine.texts import distinct_tokens
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import Group, Groups, chosen_sites, group_sites, indicator
+from lens_lora.model.sites import (
+    Group,
+    Groups,
+    Names,
+    chosen_sites,
+    few,
+    firing,
+    group_sites,
+    indicator,
+    resolved,
+)
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout
@@ -412,7 +418,7 @@ def patch_activations(
     masks = _masks(chosen, asked.prompts, reading)
     in_full, wanted = resolved(lens, names)
     donor = record(lens, reading.prompts, donor_scale, wanted)
-    points = firing(lens, donor, in_full, wanted)
+    points = firing(lens, donor.firings, in_full, wanted)
     if chosen is not None:
         require_positions(lens, reading.prompts, donor, points, donor_scale)
     patches = [Patch(name, mask) for name in points for mask in masks]

@@ -1,12 +1,10 @@
 """Runs in which one activation is replaced by another run's, a different one in each row.
 
-1. Hook points by name, glob or predicate (`resolved`): what `names` means wherever it is an
-   argument.
-2. The donor runs once; what fires at the points is kept, for each time it fires (`record`).
-3. Each row of the recipient's batch gets one of them, at one hook point: a `Patch`.
-4. Before block L, a row that patches in block L equals the unpatched run. So where rows may be
+1. The donor runs once; what fires at the points is kept, for each time it fires (`record`).
+2. Each row of the recipient's batch gets one of them, at one hook point: a `Patch`.
+3. Before block L, a row that patches in block L equals the unpatched run. So where rows may be
    added, it begins at the input of block L, as a copy of the unpatched row.
-5. Points whose value the model ignores would show a false zero (`unheard`): in one run each point's
+4. Points whose value the model ignores would show a false zero (`unheard`): in one run each point's
    own activation is put back, in another with noise of the same size. Where both give the same
    logits to the last bit, the model ignores the point.
 
@@ -17,8 +15,6 @@ forward passes of a few tokens a point for `unheard`, batched.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -32,10 +28,9 @@ from lens_lora.compat import in_float64
 from lens_lora.engine import memory
 from lens_lora.engine.function import in_chunks, more_copies, require_finite, row_by_row
 from lens_lora.engine.read import read_logits, read_value
-from lens_lora.errors import ModelStateError, SiteError
+from lens_lora.errors import ModelStateError
 from lens_lora.model.hooks import HookFn, attached
 from lens_lora.model.lens import LoraLens, Scale
-from lens_lora.model.sites import layer_order
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import Reading
 
@@ -350,81 +345,7 @@ def _noisy(tensor: Tensor) -> Tensor:
     return tensor + noise * torch.where(size > 0, size, torch.ones_like(size))
 
 
-# --- Hook points by name
-
-
-Names = str | Sequence[str] | Callable[[str], bool]
-_NAMED = 5  # hook points that a message names
-
-
-def resolved(lens: LoraLens, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names given in full, and all that are wanted, in order.
-
-    Raises:
-        SiteError: a name or glob that matches nothing, with the nearest names; no name at all.
-    """
-    points = list(lens.model.hook_dict)
-    known = [points[i] for i in layer_order(points)]
-    if not isinstance(names, Iterable) and not callable(names):
-        raise SiteError(f"names={names!r}; give a hook point, several, globs, or a predicate.")
-    if not isinstance(names, str) and callable(names):
-        wanted = [name for name in known if names(name)]
-        if not wanted:
-            raise SiteError(f"the predicate is true of none of the model's {len(known)} points.")
-        return (), tuple(wanted)
-    patterns = [names] if isinstance(names, str) else list(names)
-    if not patterns:
-        raise SiteError("no hook point is named; give a name, a glob, or a predicate.")
-    wanted_names: dict[str, None] = {}
-    for pattern in patterns:
-        is_glob = isinstance(pattern, str) and pattern not in known
-        hits = fnmatch.filter(known, pattern) if is_glob else []
-        wanted_names.update(dict.fromkeys(hits or [known_point(lens, pattern)]))
-    return tuple(name for name in patterns if name in known), tuple(wanted_names)
-
-
-def known_point(lens: LoraLens, name: str) -> str:
-    """The name, if the model has such a hook point.
-
-    Raises:
-        SiteError: it has none, with the nearest names.
-    """
-    known = list(lens.model.hook_dict)
-    if not isinstance(name, str):
-        raise SiteError(f"{name!r} names no hook point; give a string.")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
-        raise SiteError(f"the model has no hook point {name!r}; the nearest are {near}.")
-    return name
-
-
-def firing(
-    lens: LoraLens, donor: Recording, in_full: Sequence[str], wanted: Sequence[str]
-) -> tuple[str, ...]:
-    """The wanted points that fire and hold what the adapted model computes there.
-
-    Those whose names were given in full must fire.
-
-    Raises:
-        ModelStateError: a point that never fires, or whose value the adapted model never computes.
-    """
-    dead = [name for name in in_full if name not in donor.firings]
-    points = tuple(name for name in wanted if name in donor.firings)
-    if dead or not points:
-        why = (
-            "a flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
-            "Name another point, or set the flag before the lens is made."
-        )
-        if not lens.plan.host.keeps_patterns:
-            why = (
-                "with attn='sdpa' no attention scores, patterns or rotated q and k are made. Name "
-                "another point, or load the model with attn='eager'."
-            )
-        raise ModelStateError(
-            f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; {why}"
-        )
-    lens.plan.require_update(points)
-    return points
+# --- Hook points without positions
 
 
 def require_positions(
@@ -446,9 +367,3 @@ def require_positions(
                 "position (attention patterns have the heads there), so single positions cannot be "
                 "told apart; leave this point out, or patch all of it with positions=None."
             )
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

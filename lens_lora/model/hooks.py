@@ -32,6 +32,7 @@ Slopes have no such difference: theirs are the model's own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import warnings
@@ -44,6 +45,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lens_lora.adapters.directions import Directions, directions_of, is_residual
 from lens_lora.compat import (
     Temporary,
     calls,
@@ -55,9 +57,10 @@ from lens_lora.compat import (
     replace_forward,
     temporary,
 )
-from lens_lora.errors import LensLoraError, ModelStateError, OutOfMemoryError
+from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, OutOfMemoryError
 from lens_lora.model.experts import is_weight, write_at
 from lens_lora.model.quantised import differentiable_products
+from lens_lora.model.sites import Names, few, firing, resolved
 
 HookFn = Callable[..., Tensor | None]
 # Seconds until a thread that waits for another one says so.
@@ -278,6 +281,67 @@ def functions_at(point: nn.Module) -> list[object]:
 
 def _registered(hook: Any) -> Any:
     return hook.forward_hook if isinstance(hook, _Early) else hook
+
+
+# --- A direction taken away
+
+
+@dataclasses.dataclass(frozen=True)
+class Removed:
+    """What an open block of `lens.without` takes from a model."""
+
+    model: nn.Module
+    says: str
+
+
+def take_away(span: Temporary, lens: Any, source: Any, names: Names) -> Any:
+    """h − V Vᵀ h at hook points, until the span ends. One forward pass of one token.
+
+    The hooks are a user's own for every call: they see the adapted model's h, and what reads h
+    sees what they leave of it.
+    """
+    hold(span, lock_of(lens.model))
+    in_full, wanted = resolved(lens, names)
+    widths: dict[str, int] = {}
+
+    def measure(name: str, tensor: Any, hook: Any) -> None:
+        del hook
+        if not isinstance(tensor, Tensor) or tensor.ndim < 3 or tensor.shape[:2] != (1, 1):
+            raise ModelStateError(f"{name} holds no activations by position; leave this point out.")
+        widths[name] = tensor.shape[2:].numel()
+
+    hooks = [(name, functools.partial(measure, name)) for name in wanted]
+    with torch.no_grad(), attached(lens.model, hooks):
+        lens.run(lens.prompts(torch.zeros(1, 1, dtype=torch.long, device=lens.device)))
+    points = firing(lens, widths, in_full, wanted)
+    taken = [
+        (name, _take(lens, directions_of(source, name), name, widths[name])) for name in points
+    ]
+    span.enter_context(attached(lens.model, taken))
+    directions = len(directions_of(source, points[0]).rows)
+    span.about = Removed(lens.model, f"{directions} of {type(source).__name__} at {few(points)}")
+    return lens.model
+
+
+def _take(lens: Any, directions: Directions, name: str, width: int) -> HookFn:
+    directions = directions.at(name, width)
+    is_own = directions.hook_name is None and width == int(lens.model.cfg.d_model)
+    if is_own and not is_residual(name):
+        raise ArgumentError(
+            f"{name} is as wide as the residual stream and holds another space (heads, a norm's "
+            "output, or what comes before one), so a direction of the stream means nothing there. "
+            "Name points such as 'blocks.*.hook_resid_pre' or 'blocks.*.hook_attn_out', or pass a "
+            "Contrast of this point."
+        )
+    V = directions.basis(centred=is_residual(name) and lens.plan.host.centres_stream)
+
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        basis, h = V.to(tensor.device, wide), tensor.flatten(2).to(wide)
+        return (h - (h @ basis) @ basis.T).to(tensor.dtype).reshape(tensor.shape)
+
+    return hook_fn
 
 
 # --- Hooks of others that would be shown a wrong number

@@ -318,6 +318,12 @@ class Host(abc.ABC):
 
     # --- what processing did to the model
 
+    @functools.cached_property
+    def centres_stream(self) -> bool:
+        """Whether what is written to the residual stream was centred, so that it has no mean."""
+        is_known = self.family.norm == "LN" and not self.family.is_probed
+        return is_known and is_centred(self.weight(0, "o"))
+
     def is_centred(self, kind: str, weight: Float[Tensor, "out in"]) -> bool:
         """Whether processing centred what this weight writes to the residual stream."""
         return self._may_be_centred(kind) and is_centred(weight)

@@ -47,10 +47,18 @@ from lens_lora.model.gates import (
     site_hooks,
 )
 from lens_lora.model.generate import Sampling, Speaker, end_tokens, require_room
-from lens_lora.model.hooks import HookFn, alone, attached, hold, lock_of
+from lens_lora.model.hooks import HookFn, Removed, alone, attached, hold, lock_of, take_away
 from lens_lora.model.probe import Probe, probed
 from lens_lora.model.quantised import differentiable_products
-from lens_lora.model.sites import WRITER_KINDS, Heads, Site, SiteFactors, fused_rows, one_site
+from lens_lora.model.sites import (
+    WRITER_KINDS,
+    Heads,
+    Names,
+    Site,
+    SiteFactors,
+    fused_rows,
+    one_site,
+)
 from lens_lora.model.updates import holds_another_base
 from lens_lora.readouts.answers import AnswerLike, Generated, continued
 from lens_lora.readouts.prompts import Prompts, PromptsLike, PromptTokens, prepare
@@ -338,6 +346,30 @@ class LoraLens:
 
         return Temporary(apply)
 
+    def without(
+        self, directions: Any, names: Names = "blocks.*.hook_resid_*"
+    ) -> AbstractContextManager[Any]:
+        """Within the block, h has nothing along some directions: h − v vᵀh at hook points.
+
+        The base as well as the adapted model, for every call, `generate`, and tools of
+        TransformerLens; derivatives pass through it. After the block, also after an exception or an
+        interrupt, the model is as before. Entering it runs one token. In the model's basis: where
+        processing centred the residual stream, directions of it are centred first. On a
+        TransformerBridge hook_resid_mid is what the MLP's norm reads, not the stream itself.
+
+        Args:
+            directions: [d], [direction, d], {label: either}, a Contrast (at each of its points its
+                own), or a sparse autoencoder, alone or as (autoencoder, indices); of any length.
+            names: hook points, globs or a predicate; by default all of the residual stream.
+
+        Raises:
+            SiteError: a hook point that the model lacks, with the nearest names.
+            ModelStateError: a point that never fires, holds no activations by position, or lies
+                between a site's input and output.
+            ArgumentError: directions of another width or space, a direction of zeros or NaN.
+        """
+        return Temporary(lambda span: take_away(span, self, directions, names))
+
     def injected(
         self, inject: Inject, before: Sequence[tuple[str, HookFn]] = ()
     ) -> AbstractContextManager[None]:
@@ -496,12 +528,15 @@ class LoraLens:
 
     def describe(self) -> dict[str, str]:
         """The names of model and adapter, and versions: saved with every result."""
+        spans = [span.about for span in open_spans() if isinstance(span.about, Removed)]
+        removed = [about.says for about in spans if about.model is self.model]
         return {
             "model": str(getattr(self.model.cfg, "model_name", "") or "unnamed"),
             "model_class": self.class_name,
             "dtype": str(self.dtype).removeprefix("torch.") + self._plan.quantisation,
             "adapter": self.adapter.name,
             "base_of_adapter": self.adapter.base_model or "",
+            **({"without": "; ".join(removed)} if removed else {}),
             **versions(),
         }
 

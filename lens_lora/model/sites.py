@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -420,3 +420,85 @@ def _unknown_module(module: str, adapter: Adapter, family: Family, n_layers: int
         f"linear module, embedding or norm that can be adapted here; the nearest are "
         f"{', '.join(near)}. The adapter names the base {adapter.base_model!r}; {remedy}"
     )
+
+
+# --- Hook points by name
+
+Names = str | Sequence[str] | Callable[[str], bool]
+_NAMED = 5  # hook points that a message names
+
+
+def resolved(lens: Any, names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names given in full, and all that are wanted, in order.
+
+    Raises:
+        SiteError: a name or glob that matches nothing, with the nearest names; no name at all.
+    """
+    points = list(lens.model.hook_dict)
+    known = [points[i] for i in layer_order(points)]
+    if not isinstance(names, Iterable) and not callable(names):
+        raise SiteError(f"names={names!r}; give a hook point, several, globs, or a predicate.")
+    if not isinstance(names, str) and callable(names):
+        wanted = [name for name in known if names(name)]
+        if not wanted:
+            raise SiteError(f"the predicate is true of none of the model's {len(known)} points.")
+        return (), tuple(wanted)
+    patterns = [names] if isinstance(names, str) else list(names)
+    if not patterns:
+        raise SiteError("no hook point is named; give a name, a glob, or a predicate.")
+    wanted_names: dict[str, None] = {}
+    for pattern in patterns:
+        is_glob = isinstance(pattern, str) and pattern not in known
+        hits = fnmatch.filter(known, pattern) if is_glob else []
+        wanted_names.update(dict.fromkeys(hits or [known_point(lens, pattern)]))
+    return tuple(name for name in patterns if name in known), tuple(wanted_names)
+
+
+def known_point(lens: Any, name: str) -> str:
+    """The name, if the model has such a hook point.
+
+    Raises:
+        SiteError: it has none, with the nearest names.
+    """
+    known = list(lens.model.hook_dict)
+    if not isinstance(name, str):
+        raise SiteError(f"{name!r} names no hook point; give a string.")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
+        raise SiteError(f"the model has no hook point {name!r}; the nearest are {near}.")
+    return name
+
+
+def firing(
+    lens: Any, fired: Container[str], in_full: Sequence[str], wanted: Sequence[str]
+) -> tuple[str, ...]:
+    """The wanted points that fire and hold what the adapted model computes there.
+
+    Those whose names were given in full must fire.
+
+    Raises:
+        ModelStateError: a point that never fires, or whose value the adapted model never computes.
+    """
+    dead = [name for name in in_full if name not in fired]
+    points = tuple(name for name in wanted if name in fired)
+    if dead or not points:
+        why = (
+            "a flag of the model (use_attn_result, use_hook_mlp_in, …) or its class bypasses it. "
+            "Name another point, or set the flag before the lens is made."
+        )
+        if not lens.plan.host.keeps_patterns:
+            why = (
+                "with attn='sdpa' no attention scores, patterns or rotated q and k are made. Name "
+                "another point, or load the model with attn='eager'."
+            )
+        raise ModelStateError(
+            f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; {why}"
+        )
+    lens.plan.require_update(points)
+    return points
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

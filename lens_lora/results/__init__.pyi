@@ -6,6 +6,10 @@ from ..analyses.activations import Activations as Activations
 from ..analyses.checkpoints import Checkpoints as Checkpoints
 from ..analyses.compare_adapters import AdapterComparison as AdapterComparison
 from ..analyses.constant_part import ConstantPart as ConstantPart
+from ..analyses.contrast import Contrast as Contrast
+from ..analyses.directions import Alignment as Alignment
+from ..analyses.directions import Intruders as Intruders
+from ..analyses.directions import Patchscope as Patchscope
 from ..analyses.edges import Edges as Edges
 from ..analyses.features import FeatureShift as FeatureShift
 from ..analyses.features import FeatureWrites as FeatureWrites

@@ -18,9 +18,12 @@ from lens_lora.results.attribution import MOST_POSITIONS, Axis
 from lens_lora.results.base import only_prompt, prompt_rows
 from lens_lora.show.figures import (
     EXACT,
+    INK,
     LINEAR,
+    NEGATIVE,
     Cells,
     bars,
+    curve,
     every_few,
     finish,
     heatmap,
@@ -37,6 +40,7 @@ from lens_lora.show.text import (
     key_text,
     label,
     magnitude,
+    many,
     numbered,
     percent,
     position_text,
@@ -515,3 +519,59 @@ def activations_figure(
     below = f"{shown}; sinks are grey; z read at {activations.at}"
     units = _GAUGES[activations.gauge]
     return heatmap((heading, below), z, says, tokens_axis(tokens), y, units, "signed")
+
+
+# --- Directions
+
+
+@drawing.figure.register(results.Contrast)
+def contrast_figure(contrast: results.Contrast) -> Figure:
+    """Held-out AUC and the direction's size by hook point, beside what chance gives."""
+    names = [contrast.names[i] for i in layer_order(contrast.names)]
+    share = dict(contrast.to_frame()[["name", "share"]].values.tolist())
+    lines = {
+        "held-out AUC": (contrast.auc, EXACT, "solid"),
+        "95 % of shuffled labels": (contrast.chance, INK, "dot"),
+        "‖μ₊ − μ₋‖ / ‖h‖": (share, NEGATIVE, "solid"),
+    }
+    figure, places = Figure(), list(map(float, range(len(names))))
+    for name, (values, colour, dash) in lines.items():
+        numbers, marker = [values[point] for point in names], {"size": 6}
+        pairs = zip(names, numbers, strict=True)
+        hover = [f"<b>{point}</b><br>{label(name)}: {value:.3f}" for point, value in pairs]
+        figure.add_trace(curve(places, numbers, name, colour, hover, dash=dash, marker=marker))
+    positive, negative = contrast.counts
+    titles = "Contrast of two sets of texts", f"{positive} against {negative}; AUC ½ is chance"
+    x = ticks(places, names)
+    return finish(figure, titles, ("hook point", ""), 420, xaxis=x)
+
+
+@drawing.figure.register(results.Alignment)
+def alignment_figure(alignment: results.Alignment, index: int) -> Figure:
+    """Layer × kind of module, of one direction."""
+    values, limits = alignment.values[:, index].tolist(), alignment.quantile.tolist()
+    expected = f"random: {alignment.expected:.3f}, 99 % below"
+    says = [
+        f"{side}s {percent(value)} of ‖ΔW‖ along it<br>{expected} {limit:.3f}"
+        for side, value, limit in zip(alignment.sides, values, limits, strict=True)
+    ]
+    titles = f"ΔW along {alignment.directions[index]!r}", f"written or read; {expected}"
+    return kinds_by_layer(titles, alignment.sites, values, says, "‖vᵀΔW‖/‖ΔW‖", "amount")
+
+
+@drawing.figure.register(results.Intruders)
+def intruders_figure(intruders: results.Intruders, index: int | None = None) -> Figure:
+    """How many intruders each site has, layer × kind; or the overlaps of one site."""
+    k = intruders.sigma.shape[1]
+    if index is not None:
+        x, y = (names_axis(range(k), title) for title in ("direction of W", "of W + ΔW"))
+        says = "W + ΔW %{y}, W %{x}<br>|cosine| %{z:.3f}<extra></extra>"
+        rows = intruders.overlap[index].tolist()
+        cells = [[None if math.isnan(v) else v for v in row] for row in rows]
+        titles = intruders.sites[index].name, f"the leading {k} directions of W and of W + ΔW"
+        return heatmap(titles, cells, says, x, y, "|cosine|", "amount", reach=1.0)
+    counts = intruders.counts.tolist()
+    below = f"largest |cosine| with W below {intruders.threshold:g}"
+    says = [f"{count} of {k} leading directions: {below}" for count in counts]
+    titles = f"{many(sum(counts), 'intruder')} among the leading {k} directions of each site", below
+    return kinds_by_layer(titles, intruders.sites, counts, says, "directions", "amount")

@@ -168,6 +168,12 @@ def _body(result: Any) -> str:
             return f"flips at step {steps}\n{result.to_frame().to_string()}"
         case Paged():
             return drawing.story(result)
+        case results.Alignment() | results.Patchscope():
+            return result.top(5).to_string()
+        case results.Intruders():
+            found, every = int(result.counts.sum()), int((result.nearest >= 0).sum())
+            of_sites = many(len(result.sites), "site")
+            return f"{found} intruders among {every} leading directions of {of_sites}"
         case results.Reliability():
             counts = ", ".join(map(str, result.flagged.sum(1).tolist()))
             return f"{counts} of {many(result.flagged.shape[1], 'site')} flagged"

@@ -9,7 +9,8 @@ import cases
 import models
 import pytest
 import torch
-from torch import Tensor, nn
+from reference import seen
+from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.model.sites import layer_order
@@ -23,20 +24,6 @@ CLASSES = list(models.MAKERS)
 
 def texts() -> ll.Prompts:
     return ll.Prompts(models.tokens(), torch.tensor(LENGTHS))
-
-
-def seen(model: nn.Module, module: str, row: Tensor) -> Tensor:
-    """What a Hugging Face module reads, [token, d]."""
-    kept: list[Tensor] = []
-
-    def keep(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        kept.append(args[0] if args else kwargs["hidden_states"])
-
-    handle = model.get_submodule(module).register_forward_pre_hook(keep, with_kwargs=True)
-    with torch.no_grad():
-        model(row)
-    handle.remove()
-    return kept[0][0]
 
 
 def by_peft(case: cases.Case, module: str, of: Callable[[Tensor], Tensor]) -> list[tuple]:

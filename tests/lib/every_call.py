@@ -22,6 +22,11 @@ def _applied(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
         return model(tokens)
 
 
+def _without(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
+    with torch.no_grad(), lens.without(_directions(lens)) as model:
+        return model(tokens)
+
+
 def _listed(lens: ll.LoraLens, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         return lens.model.run_with_hooks(tokens, fwd_hooks=lens.fwd_hooks())
@@ -112,6 +117,14 @@ CALLS: dict[str, Call] = {
     ),
     "reliability": lambda lens, t: ll.reliability(lens, t, MARGIN, **QUIET),
     "null_test": lambda lens, t: ll.null_test(lens, t, MARGIN, draws=2, **QUIET),
+    "contrast": lambda lens, t: ll.contrast(
+        lens, t, t.roll(1, 1), "blocks.*.hook_resid_post"
+    ).values["blocks.0.hook_resid_post"],
+    "patchscope": lambda lens, t: (
+        ll.patchscope(
+            lens, _directions(lens), "blocks.1.hook_resid_pre", prompt="w5 w6", placeholder="w6"
+        ).probabilities
+    ),
     "feature_shift": lambda lens, t: ll.feature_shift(
         lens, t, _directions(lens), lens.plan.host.block_input(1)
     ),
@@ -134,7 +147,7 @@ CALLS: dict[str, Call] = {
     "sweep": _swept,
 }
 # A person's own run of the model: settings around it are theirs.
-OWN: dict[str, Call] = {"applied": _applied, "fwd_hooks": _listed}
+OWN: dict[str, Call] = {"applied": _applied, "fwd_hooks": _listed, "without": _without}
 
 
 def numbers(result: Any) -> list[Tensor]:

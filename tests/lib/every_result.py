@@ -251,6 +251,45 @@ def verification() -> ll.results.Verification:
     return ll.results.Verification("lyon", checks, tensors, META)
 
 
+def contrast() -> ll.results.Contrast:
+    """At two points of the residual stream."""
+    names = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+    numbers = dict.fromkeys(names, 0.75)
+    return ll.results.Contrast(
+        values={name: torch.tensor([1.0, -2.0]) for name in names},
+        errors={name: torch.tensor([0.5, 0.25]) for name in names},
+        sizes=numbers, auc=numbers, chance=numbers,
+        readings={name: torch.tensor([0.5, -1.0]) for name in names}, strings=("a", "<b>"),
+        modules={names[0]: "m.down_proj"}, widths={"m.down_proj": 4}, counts=(3, 4),
+        positions="response", at="ε = 1", meta=META,
+    )  # fmt: skip
+
+
+def of_directions() -> list[Result]:
+    """Along two directions, one of which needs escaping."""
+    count, names = len(SITES), ("a", "<b>")
+    sides = tuple("read" if i else "write" for i in range(count))
+    values, leading = torch.full((count, 2), 0.25), torch.tensor([[0.9, 0.1]] * count)
+    p = torch.full((2, 1, 2), 0.5)
+    return [
+        ll.results.Alignment(
+            values=values, sides=sides, directions=names, expected=0.1,
+            quantile=torch.full((count,), 0.2), sites=SITES, meta=META,
+        ),
+        ll.results.Intruders(
+            sigma=leading, cosine=leading, nearest=torch.zeros(count, 2, dtype=torch.int64),
+            overlap=torch.full((count, 2, 2), 0.5), threshold=0.5, sites=SITES, meta=META,
+        ),
+        ll.results.Patchscope(
+            ids=torch.tensor([[[0, 1]], [[1, 0]]]), probabilities=p,
+            plain=torch.tensor([0.75, 0.25]),
+            continuations=(("a a",), ("<b>",)), strings=names, directions=names, scales=(1.0,),
+            size=3.0, name="blocks.0.hook_resid_post", prompt=("a", "<b>"), position=1, at=0.0,
+            meta=META,
+        ),
+    ]  # fmt: skip
+
+
 def summary() -> AdapterSummary:
     spectrum = Spectrum(
         "m.q_proj", None, "q_proj", ("DoRA",), 2, 0.5, torch.empty(0), math.nan, 0.0
@@ -269,6 +308,7 @@ def every_result() -> list[Result]:
         two_prompts(), rank_activations(), activation_shift(), constant_part(), what_changed(),
         activations(by_position=True), edges(),
         features(by_position=True), writes,
+        contrast(), *of_directions(),
         components(), remainder(), token_shifts(), response_explanation(), kl_shares(),
         ll.results.Explanations((e, by_hand(fast=True))), by_group(),
         adapter_comparison(), checkpoints(), repair(), best_subset(),

@@ -95,6 +95,20 @@ def plain_readout(lens: ll.LoraLens, tokens: Tensor, readout: ll.Readout, gates:
     return torch.stack(found)
 
 
+def seen(model: torch.nn.Module, module: str, row: Tensor) -> Tensor:
+    """What a Hugging Face module reads, [token, d]."""
+    kept: list[Tensor] = []
+
+    def keep(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        kept.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = model.get_submodule(module).register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        model(row)
+    handle.remove()
+    return kept[0][0]
+
+
 # --- Edges, from Hugging Face and PEFT alone
 
 

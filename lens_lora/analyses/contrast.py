@@ -1,0 +1,370 @@
+"""The direction between two sets of answers, within one model, and whether it tells new ones apart.
+
+1. Each text is one vector at each hook point, m_i: the mean of h over the positions asked for. So a
+   long text counts as much as a short one, and texts are what is independent.
+2. The direction is μ₊ − μ₋, the difference of the two sets' means. Its standard errors are those of
+   a difference of means over texts, √(s₊²/n₊ + s₋²/n₋); with no difference at all ‖μ₊ − μ₋‖² would
+   be Σ se² on average.
+3. Held out: of every pair of a positive and a negative text, the direction of all others is
+
+       d_ij = μ₊ without i − μ₋ without j,       and the pair is told apart if d_ij·(m_i − m_j) > 0
+
+   The share of such pairs is an AUC of texts that had no part in their direction, ½ by chance. It
+   needs only the products m_i·m_j. Beside it stands its 95 % quantile with the labels shuffled.
+4. At points of the residual stream the direction is read through the final norm and the
+   unembedding, the norm's denominator that of the texts' means, averaged (`engine/texts.py`).
+
+Cost: one forward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, final
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.directions import is_stream
+from lens_lora.adapters.factors import constant_factors
+from lens_lora.analyses.activation_shift import cosine_table, flat_activation, ranked_reading
+from lens_lora.arguments import number
+from lens_lora.engine.asked import ask_prompts
+from lens_lora.engine.interventions import record, require_positions
+from lens_lora.engine.memory import ROW_TOKENS
+from lens_lora.engine.texts import by_length, over_scale, read_through
+from lens_lora.errors import ArgumentError, SiteError
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens, Scale, name_of_scale
+from lens_lora.model.sites import Names, firing, resolved
+from lens_lora.readouts.answers import continued
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.results import drawing
+from lens_lora.results.base import Result
+from lens_lora.results.tokens import Positions, chosen_positions
+
+_HELD_OUT = 128  # texts of each set, evenly spread; all pairs of more take long
+_SHUFFLES, _LEVEL = 200, 0.95
+_MODULE_BEHIND = {"attn": ("o",), "mlp": ("down", "fc_out")}
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Contrast(Result):
+    """μ₊ − μ₋ at hook points: a direction wherever one is taken.
+
+    Attributes:
+        values: by hook point [d], μ₊ − μ₋, heads laid flat.
+        errors: by hook point [d], standard errors; NaN where a set has one text.
+        sizes: by hook point, the mean ‖m_i‖ over all texts.
+        auc: by hook point, the share of held-out pairs that is told apart; NaN where a set has one
+            text.
+        chance: by hook point, the 95 % quantile of `auc` with the labels shuffled.
+        readings: by point of the residual stream [vocab], the direction in logits (`logit_lens`).
+        strings: every token of the vocabulary.
+        modules: by hook point, the Hugging Face module whose output joins the residual stream
+            there, where a constant can be added (`adapter`).
+        widths: by module, the features that it reads.
+        counts: how many texts the positive and the negative set have, each different one once.
+        positions: those that a text's mean is over.
+        at: the gates of the model.
+        meta: model, adapter, dtype and versions.
+    """
+
+    values: Annotated[Mapping[str, Float[Tensor, " _d"]], "point"]
+    errors: Annotated[Mapping[str, Float[Tensor, " _d"]], "point"]
+    sizes: Annotated[Mapping[str, float], "point"]
+    auc: Annotated[Mapping[str, float], "point"]
+    chance: Annotated[Mapping[str, float], "point"]
+    readings: Mapping[str, Float[Tensor, " vocab"]]
+    strings: Annotated[tuple[str, ...], "vocab"]
+    modules: Mapping[str, str]
+    widths: Mapping[str, int]
+    counts: tuple[int, int]
+    positions: str
+    at: str
+    meta: Mapping[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The hook points, in the order in which they were asked for."""
+        return tuple(self.values)
+
+    @property
+    def by_point(self) -> Mapping[str, Float[Tensor, " _d"]]:
+        """The direction by hook point, wherever one is taken."""
+        return self.values
+
+    def cosine(self, other: Any) -> pd.DataFrame:
+        """The cosine with other directions: one row per hook point and direction.
+
+        Args:
+            other: a Contrast or ActivationShift, point by point; [d], [direction, d], {label:
+                either}, a sparse autoencoder, alone or as (autoencoder, indices); or a lens, for
+                what its sites write.
+
+        Returns:
+            A data frame: name, direction, index, cosine.
+
+        Raises:
+            ArgumentError: directions of another width or space, or none at a point.
+            ModelStateError: a lens, of which a norm changes what a site writes to the stream.
+        """
+        return cosine_table(self.values, other)
+
+    def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:
+        """The k tokens that the direction reads as, through the model's own norm and unembedding.
+
+        Args:
+            k: how many.
+            name: a point of the residual stream; without it, the only one.
+            largest: False for the tokens that it lowers most.
+
+        Returns:
+            A data frame: rank, token, id, logit.
+
+        Raises:
+            SiteError: no such point here, or one outside the residual stream.
+            ArgumentError: several points and none named.
+        """
+        return ranked_reading(self.readings, self.strings, k, name, largest=largest)
+
+    def adapter(self, name: str, coefficient: float = 1.0) -> Adapter:
+        """Steering as an adapter: `coefficient` times the direction is added at the hook point.
+
+        At every position, as a change of bias of the module that writes there. At coefficient 1 the
+        negative set's mean moves to the positive one's.
+
+        Args:
+            name: a point of the residual stream among these, or what attention or an MLP adds.
+            coefficient: a finite number; negative ones steer away.
+
+        Raises:
+            SiteError: a point that is not here, or at which no linear module writes.
+            ArgumentError: a coefficient that is no finite number.
+        """
+        path = self.modules.get(name)
+        if path is None:
+            raise SiteError(
+                f"{name!r}: no linear module writes straight to such a point, or it is not among "
+                f"{list(self.values)[:4]}; a constant can be added at {list(self.modules)[:4]}."
+            )
+        vectors = {path: number("coefficient", coefficient) * self.values[name]}
+        return Adapter(constant_factors(vectors, self.widths), name=f"{coefficient:g} at {name}")
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per hook point: ‖μ₊ − μ₋‖, its noise √Σse², its share of ‖m‖, AUC and chance."""
+        columns = {
+            "size": [float(value.double().norm()) for value in self.values.values()],
+            "noise": [float(error.double().norm()) for error in self.errors.values()],
+        }
+        pairs = zip(columns["size"], self.sizes.values(), strict=True)
+        share = [size / whole for size, whole in pairs]
+        held_out = {"auc": list(self.auc.values()), "chance": list(self.chance.values())}
+        return pd.DataFrame({"name": self.names, **columns, "share": share, **held_out})
+
+    def plot(self) -> drawing.Figure:
+        """Held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives."""
+        return drawing.figure(self)
+
+
+@alone
+def contrast(
+    lens: LoraLens,
+    positive: Any,
+    negative: Any,
+    names: Names,
+    positions: Positions | Literal["last"] = "response",
+    scale: Scale = 1.0,
+) -> Contrast:
+    """The mean difference of activations between two sets of texts, within one model.
+
+    Cost: one forward pass of every text. Holds one vector for each text and hook point.
+
+    Args:
+        lens: the adapter over the model.
+        positive: texts as every analysis takes prompts, or a tuple (prompts, responses), as
+            `ll.activations` takes them. A text that is there twice counts once.
+        negative: the other set; the direction points away from it.
+        names: a hook point, several, globs, or a predicate. A name in full must fire; globs and
+            predicates choose among the points that do.
+        positions: what a text's mean is over: 'response', the tokens of the response, or of a text
+            without one all but its first (a sink); 'last', an index, a slice or indices; None for
+            all tokens.
+        scale: the gates of the model, as for `LoraLens.gates`: 0 for the base, 1 for the adapted.
+
+    Raises:
+        SiteError: a hook point that the model lacks, with the nearest names.
+        ModelStateError: a point that never fires, holds no activations by position, or lies between
+            a site's input and output.
+        ArgumentError: a text that is in both sets; positions at which a text has no token.
+        TokenError, PromptError: a text or response that does not fit the model; an empty set.
+        NumericsError: non-finite activations.
+    """
+    positions = -1 if isinstance(positions, str) and positions == "last" else positions
+    sets = {"positive": _distinct(lens, positive), "negative": _distinct(lens, negative)}
+    _require_apart(sets)
+    in_full, wanted = resolved(lens, names)
+    (plus, minus) = (
+        _means(lens, rows, _chosen(rows, starts, positions, what), scale, in_full, wanted)
+        for what, (rows, starts) in sets.items()
+    )
+    values = {name: plus[name].mean(0) - minus[name].mean(0) for name in plus}
+    both = {name: torch.cat([plus[name], minus[name]]) for name in plus}
+    tests = {name: _held_out(plus[name], minus[name]) for name in plus}
+    modules = {name: found for name in plus if (found := _module_at(lens, name)) is not None}
+    d_model = int(lens.model.cfg.d_model)
+    return Contrast(
+        values={name: value.to(lens.gate_dtype) for name, value in values.items()},
+        errors={name: _errors(plus[name], minus[name]).to(lens.gate_dtype) for name in plus},
+        sizes={name: float(h.norm(dim=1).mean()) for name, h in both.items()},
+        auc={name: auc for name, (auc, _) in tests.items()},
+        chance={name: chance for name, (_, chance) in tests.items()},
+        readings={
+            name: read_through(lens, over_scale(lens, values[name].expand_as(h), h).mean(0)).cpu()
+            for name, h in both.items()
+            if is_stream(name) and h.shape[1] == d_model
+        },
+        strings=lens.vocabulary,
+        modules={name: path for name, (path, _) in modules.items()},
+        widths=dict(modules.values()),
+        counts=(len(plus[next(iter(plus))]), len(minus[next(iter(minus))])),
+        positions="last" if positions == -1 else "all" if positions is None else str(positions),
+        at=name_of_scale(scale),
+        meta=lens.describe(),
+    )
+
+
+def _distinct(lens: LoraLens, texts: Any) -> tuple[Prompts, Int[Tensor, " text"]]:
+    """Each different text once, and where what was said in it begins."""
+    if isinstance(texts, tuple) and len(texts) == 2:
+        prompts = lens.prompts(texts[0])
+        rows, starts = continued(lens.model, prompts, texts[1]), prompts.lengths
+    else:
+        rows = ask_prompts(lens, texts).prompts
+        starts = torch.ones_like(rows.lengths)
+    first = {key: i for i, key in reversed(list(enumerate(_keys(rows, starts))))}
+    kept = sorted(first.values())
+    return rows.chosen(kept), starts[kept]
+
+
+def _keys(rows: Prompts, starts: Int[Tensor, " text"]) -> list[tuple[int, ...]]:
+    pairs = zip(rows.tokens.tolist(), rows.lengths.tolist(), starts.tolist(), strict=True)
+    return [(start, *ids[:length]) for ids, length, start in pairs]
+
+
+def _require_apart(sets: Mapping[str, tuple[Prompts, Int[Tensor, " text"]]]) -> None:
+    positive, negative = ({k: i for i, k in enumerate(_keys(*texts))} for texts in sets.values())
+    for key in filter(negative.__contains__, positive):
+        raise ArgumentError(
+            f"text {positive[key]} of the positive set is text {negative[key]} of the negative "
+            "one; what is in both sets belongs to neither side, leave it out."
+        )
+
+
+def _chosen(
+    rows: Prompts, starts: Int[Tensor, " text"], positions: Any, what: str
+) -> Bool[Tensor, "text token"]:
+    """The tokens that each text's mean is over.
+
+    Raises:
+        ArgumentError: a text without one.
+    """
+    chosen = torch.zeros_like(rows.real, device="cpu")
+    for text, (length, start) in enumerate(
+        zip(rows.lengths.tolist(), starts.tolist(), strict=True)
+    ):
+        chosen[text, :length] = torch.from_numpy(chosen_positions(positions, length, start))
+    empty = (~chosen.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ArgumentError(
+            f"positions={positions!r}: text {empty[0]} of the {what} set has "
+            f"{int(rows.lengths[empty[0]])} tokens and none of these; of a text without a "
+            "response, 'response' is all but its first token."
+        )
+    return chosen
+
+
+def _means(
+    lens: LoraLens,
+    rows: Prompts,
+    chosen: Bool[Tensor, "text token"],
+    scale: Scale,
+    in_full: tuple[str, ...],
+    wanted: tuple[str, ...],
+) -> dict[str, Float[Tensor, "text _d"]]:
+    """The mean of h over each text's chosen tokens, in float64 on the CPU."""
+    means: dict[str, Tensor] = {}
+    for index, batch in by_length(rows, ROW_TOKENS):
+        seen = record(lens, batch, scale, wanted)
+        points = firing(lens, seen.firings, in_full, wanted)
+        if not means:
+            require_positions(lens, batch, seen, points, 0.0)
+        weights = chosen[index, : batch.tokens.shape[1]].double()
+        weights = weights / weights.sum(1, keepdim=True)
+        for name in points:
+            h = flat_activation(seen.firings[name][-1], name, batch.real.cpu(), lens.gate_dtype)
+            mean = torch.einsum("bt,btd->bd", weights, h.double().nan_to_num())
+            means.setdefault(name, mean.new_zeros(rows.batch, mean.shape[1]))[index] = mean
+    return means
+
+
+def _errors(plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]) -> Float[Tensor, " d"]:
+    """√(s₊²/n₊ + s₋²/n₋), NaN of one text."""
+    if min(len(plus), len(minus)) < 2:
+        return torch.full_like(plus[0], torch.nan)
+    return (plus.var(0) / len(plus) + minus.var(0) / len(minus)).sqrt()
+
+
+def _held_out(
+    plus: Float[Tensor, "text d"], minus: Float[Tensor, "other d"]
+) -> tuple[float, float]:
+    """The AUC of held-out pairs, and its quantile with the labels shuffled."""
+    evenly = (torch.linspace(0, len(h) - 1, min(len(h), _HELD_OUT)).long() for h in (plus, minus))
+    plus, minus = (h[index] for h, index in zip((plus, minus), evenly, strict=True))
+    n, m = len(plus), len(minus)
+    if min(n, m) < 2:
+        return math.nan, math.nan
+    both = torch.cat([plus, minus])
+    both = both - both.mean(0)
+    products, generator = both @ both.T, torch.Generator().manual_seed(0)
+    orders = [torch.randperm(n + m, generator=generator) for _ in range(_SHUFFLES)]
+    shuffled = torch.tensor([_auc(products, order[:n], order[n:]) for order in orders])
+    every = torch.arange(n + m)
+    return _auc(products, every[:n], every[n:]), float(shuffled.quantile(_LEVEL))
+
+
+def _auc(
+    products: Float[Tensor, "text text"], plus: Int[Tensor, " some"], minus: Int[Tensor, " other"]
+) -> float:
+    """The share of pairs with d_ij·(m_i − m_j) > 0, from the products of all texts."""
+    between, own = products[plus][:, minus], products.diagonal()
+    n, m = len(plus) - 1, len(minus) - 1
+    to_plus, to_minus = products[:, plus].sum(1), products[:, minus].sum(1)
+    of_plus = (to_plus[plus] - own[plus]) / n - to_minus[plus] / m
+    of_minus = to_plus[minus] / n - (to_minus[minus] - own[minus]) / m
+    margins = of_plus[:, None] - of_minus + between * (1 / n + 1 / m)
+    return float(((margins.sign() + 1) / 2).mean())
+
+
+def _module_at(lens: LoraLens, name: str) -> tuple[str, int] | None:
+    """(path, width) of the linear module whose output is added last before a hook point."""
+    host = lens.plan.host
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(.*)", name)
+    layer, point = (int(match[1]), match[2]) if match else (host.n_layers, name)
+    if point in ("resid_pre", "in", "ln_final.hook_in"):
+        layer, point = layer - 1, "resid_post"
+    branch = {"resid_mid": "attn", "attn_out": "attn", "resid_post": "mlp"}
+    branch = {**branch, "out": "mlp", "mlp_out": "mlp"}.get(point)
+    family = host.family
+    if branch is None or not 0 <= layer < host.n_layers or family.is_probed or family.post_norm:
+        return None
+    held = [kind for kinds in family.linears.values() for kind in kinds]
+    kind = next((kind for kind in _MODULE_BEHIND[branch] if kind in held), None)
+    return None if kind is None else (family.path(layer, kind), host.shape(layer, kind)[1])

@@ -1,0 +1,522 @@
+"""Directions: which weight changes lie along them, which are new, and what the model calls one.
+
+1. `alignment`, from weights alone. A site that writes to the residual stream has ‖vᵀΔW‖ / ‖ΔW‖ of
+   its change along a direction v of length 1, one that reads it ‖ΔW v‖ / ‖ΔW‖. The norm in between
+   counts by its γ, its denominator held, so that raw and processed models agree:
+
+       read    ΔW diag(γ)      write, where a norm stands behind the site    diag(γ) ΔW
+
+   LayerNorm takes the mean of v off, so v and ΔW are centred first. The squares over an orthonormal
+   basis sum to 1: of a random v the root mean square is 1/√d, whatever ΔW is. The spread is not, so
+   the 99 % quantile is of random directions for each site.
+2. `intruders` (arXiv 2410.21228): with W = UΣVᵀ and W + ΔW = U'Σ'V'ᵀ, the leading directions u'_j
+   whose largest |cosine| with any of W's own u_i is small. The base does not write there.
+3. `patchscope` (arXiv 2401.06102): v takes the place of h at one token of a prompt that repeats
+   what stands there, "cat -> cat; 135 -> 135; hello -> hello; ? ->", and the model goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, final
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_lora.adapters.directions import STREAM, directions_of, is_stream
+from lens_lora.arguments import number, numbers_of, whole
+from lens_lora.compat import in_float64
+from lens_lora.engine.function import require_finite
+from lens_lora.engine.interventions import record
+from lens_lora.engine.read import read_logits
+from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.model.basis import NormMap, Update
+from lens_lora.model.hooks import alone, attached
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import WRITER_KINDS, Site, chosen_sites, firing, known_point, one_site
+from lens_lora.readouts.prompts import Prompts, require_context
+from lens_lora.results import drawing
+from lens_lora.results.base import Result, long_table, site_labels
+
+_DRAWS, QUANTILE = 2000, 0.99
+IDENTITY = "cat -> cat; 135 -> 135; hello -> hello; ? ->"
+_DEFAULT_SCALES = (0.5, 1.0, 2.0, 4.0)
+
+
+# --- How much of each weight change lies along a direction
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Alignment(Result):
+    """‖vᵀΔW‖/‖ΔW‖ of sites that write to the residual stream, ‖ΔW v‖/‖ΔW‖ of those that read it.
+
+    Attributes:
+        values: [site, direction], between 0 and 1; NaN where ΔW is zero.
+        sides: of each site, 'write' or 'read'.
+        directions: their names.
+        expected: the root mean square over random directions, 1/√d.
+        quantile: [site], the 99 % quantile over random directions.
+        sites: those with a weight that writes to the residual stream or reads it.
+        meta: model, adapter, dtype and versions.
+    """
+
+    values: Float[Tensor, "site direction"]
+    sides: Annotated[tuple[str, ...], "site"]
+    directions: Annotated[tuple[str, ...], "direction"]
+    expected: float
+    quantile: Float[Tensor, " site"]
+    sites: Annotated[tuple[Site, ...], "site"]
+    meta: Mapping[str, str]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per site and direction: value, and the random directions' mean and quantile."""
+        labels = {**site_labels(self.sites), "side": list(self.sides)}
+        labels |= {"quantile": self.quantile.tolist()}
+        table = long_table({"value": self.values}, labels, {"direction": self.directions})
+        return table.assign(expected=self.expected)
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The k pairs of site and direction furthest beyond random directions.
+
+        Args:
+            k: how many.
+
+        Raises:
+            ArgumentError: a k that is no whole number, or below 0.
+        """
+        table, k = self.to_frame().drop(columns="module"), whole("k", k, 0)
+        order = (table["value"] / table["quantile"]).sort_values(ascending=False).index[:k]
+        return table.loc[order].reset_index(drop=True)
+
+    def plot(self, direction: str | None = None) -> drawing.Figure:
+        """Layer × kind of module, of one direction.
+
+        Args:
+            direction: its name; without it, the first.
+
+        Raises:
+            ArgumentError: no such direction.
+        """
+        direction = self.directions[0] if direction is None else direction
+        if direction not in self.directions:
+            raise ArgumentError(f"direction={direction!r}; these are {list(self.directions)[:6]}.")
+        return drawing.figure(self, self.directions.index(direction))
+
+
+@alone
+def alignment(lens: LoraLens, directions: Any) -> Alignment:
+    """How much of each weight change writes, or reads, along directions of the residual stream.
+
+    From weights alone: no forward pass. Norms, and changes of bias, are left out.
+
+    Args:
+        lens: the adapter over the model.
+        directions: [d], [direction, d], {label: either}, a Contrast of one hook point, or a sparse
+            autoencoder of the residual stream, alone or as (autoencoder, indices); of any length.
+
+    Returns:
+        Alignment with values [site, direction]; a value above `quantile` is one that 1 % of random
+        directions have, so of many sites some have it by chance.
+
+    Raises:
+        ArgumentError: directions of another width or space, a direction of zeros or NaN.
+        ModelStateError: a model outside the table of `docs/exactness.md`, of which it is not known
+            which norm a module reads.
+        SiteError: no site with a weight.
+    """
+    host = lens.plan.host
+    if host.family.is_probed:
+        raise ModelStateError(
+            f"{host.family.architectures[0]} is not in the table of docs/exactness.md, so it is "
+            "not known which norm stands between its modules and the residual stream; use "
+            "ll.feature_shift, which runs the model."
+        )
+    d, centred = int(lens.model.cfg.d_model), host.family.norm == "LN"
+    found = directions_of(directions)
+    rows = found.at(STREAM, d).unit(centred=centred)
+    chosen = [i for i, delta in enumerate(lens.maps) if not isinstance(delta, NormMap)]
+    if not chosen:
+        raise SiteError("the adapter changes norms alone, and no weight.")
+    drawn = torch.randn(_DRAWS, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = directions_of(drawn).unit(centred=centred)
+    values: list[Tensor] = []
+    quantiles: list[Tensor] = []
+    for index in chosen:
+        to_stream, other = _to_stream(lens, index, centred=centred)
+        shares = _shares(torch.cat([rows, drawn]), to_stream, other)
+        values.append(shares[: len(rows)])
+        quantiles.append(shares[len(rows) :].quantile(QUANTILE))
+    sites = tuple(lens.sites[i] for i in chosen)
+    return Alignment(
+        values=torch.stack(values).to(lens.gate_dtype),
+        sides=tuple("write" if site.kind in WRITER_KINDS else "read" for site in sites),
+        directions=found.names,
+        expected=(d - centred) ** -0.5,
+        quantile=torch.stack(quantiles).to(lens.gate_dtype),
+        sites=sites,
+        meta=lens.describe(),
+    )
+
+
+def _shares(
+    rows: Float[Tensor, "direction d"],
+    to_stream: Float[Tensor, "d rank"],
+    other: Float[Tensor, "wide rank"],
+) -> Float[Tensor, " direction"]:
+    """‖vᵀ X Yᵀ‖ / ‖X Yᵀ‖ with X on the side of the stream."""
+    along, gram = rows @ to_stream, other.T @ other
+    squares = ((along @ gram) * along).sum(1)
+    return (squares / ((to_stream.T @ to_stream) * gram).sum()).clamp(min=0).sqrt()
+
+
+def _to_stream(
+    lens: LoraLens, index: int, *, centred: bool
+) -> tuple[Float[Tensor, "d rank"], Float[Tensor, "wide rank"]]:
+    """The two factors of ΔW, that on the side of the residual stream first, γ in it."""
+    host, site, delta = lens.plan.host, lens.sites[index], lens.maps[index]
+    writes = site.kind in WRITER_KINDS
+    near, far = (delta.B, delta.A.T) if writes else (delta.A.T, delta.B)
+    near, far = (in_float64(factor).cpu() for factor in (near, far))
+    kind = host.family.norm_behind(site.kind) if writes else _norm_read(lens, index)
+    if kind is not None:
+        affine = host.norm_parameters(site.layer, kind)
+        if affine is None:
+            raise ModelStateError(f"{site.name}: the model has no norm {kind} that this site uses.")
+        near = near - near.mean(0) if centred and writes else near
+        near = in_float64(affine[0]).cpu()[:, None] * near
+    return (near - near.mean(0) if centred else near), far
+
+
+def _norm_read(lens: LoraLens, index: int) -> str | None:
+    """The kind of norm whose γ a site's map does not hold yet."""
+    host, site = lens.plan.host, lens.sites[index]
+    if lens.maps[index].A_behind_gamma is not None or host.is_folded(site.layer, site.kind):
+        return None
+    place = host.family.place(host.family.norm_path(site.layer, site.kind) or "")
+    return None if place is None else place.kinds[0]
+
+
+# --- Directions that the base's weight has not
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Intruders(Result):
+    """The leading singular directions of W + ΔW, and how near W's own come to each.
+
+    Attributes:
+        sigma: [site, direction], singular values of W + ΔW, the largest first; NaN beyond the
+            weight's size, and so below.
+        cosine: the largest |cosine| of each with a left singular direction of W.
+        nearest: the index of that one; −1 beyond the weight's size.
+        overlap: [site, direction, direction of W], |cosine| of the leading directions of both.
+        threshold: below it a direction is an intruder.
+        sites: those with a weight of its own.
+        meta: model, adapter, dtype and versions.
+    """
+
+    sigma: Float[Tensor, "site direction"]
+    cosine: Float[Tensor, "site direction"]
+    nearest: Int[Tensor, "site direction"]
+    overlap: Float[Tensor, "site direction direction"]
+    threshold: float
+    sites: Annotated[tuple[Site, ...], "site"]
+    meta: Mapping[str, str]
+
+    @property
+    def counts(self) -> Int[Tensor, " site"]:
+        """How many of each site's leading directions are intruders."""
+        return (self.cosine < self.threshold).sum(1)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per site and direction."""
+        labels = {name: site_labels(self.sites)[name] for name in ("site", "layer", "kind")}
+        numbers = {"sigma": self.sigma, "cosine": self.cosine}
+        table = long_table(numbers, labels, {"direction": range(self.sigma.shape[1])})
+        nearest = self.nearest.flatten().tolist()
+        table = table.assign(nearest=nearest, intruder=table["cosine"] < self.threshold)
+        return table.dropna(subset=["sigma"]).reset_index(drop=True)
+
+    def overlaps(self, site: str) -> pd.DataFrame:
+        """|cosine| of one site's leading directions of W + ΔW (rows) and of W (columns).
+
+        Args:
+            site: its name.
+        """
+        index = one_site([s.name for s in self.sites], site)
+        return pd.DataFrame(self.overlap[index].cpu().double().numpy())
+
+    def plot(self, site: str | None = None) -> drawing.Figure:
+        """How many intruders each site has, layer × kind; or the overlaps of one site.
+
+        Args:
+            site: its name.
+
+        Raises:
+            SiteError: no such site.
+        """
+        index = None if site is None else one_site([s.name for s in self.sites], site)
+        return drawing.figure(self, index)
+
+
+@alone
+def intruders(
+    lens: LoraLens,
+    k: int = 10,
+    threshold: float = 0.5,
+    *,
+    sites: str | Sequence[str] | None = None,
+    progress: bool = True,
+) -> Intruders:
+    """The leading singular directions of W + ΔW that are none of W's own (arXiv 2410.21228).
+
+    In the Hugging Face basis, of the left singular directions, which a module writes along. No
+    forward pass; two dense SVDs a site in float64. Norms and experts are left out.
+
+    Args:
+        lens: the adapter over the model.
+        k: how many leading directions of each site.
+        threshold: a direction whose largest |cosine| with W's is below it is an intruder.
+        sites: names or globs; only these. Without it, all.
+        progress: show a bar.
+
+    Raises:
+        ArgumentError: a k below 1, or a threshold outside (0, 1].
+        SiteError: a name that matches no site, or no site with a weight.
+        ModelStateError: a processed or quantised model without `hf_model`.
+    """
+    k, threshold = whole("k", k, 1), number("threshold", threshold)
+    if not 0 < threshold <= 1:
+        raise ArgumentError(f"threshold={threshold}: expected a cosine above 0, at most 1.")
+    chosen = [
+        (lens.sites[i], lens.plan.updates[i].site, update)
+        for i in chosen_sites(lens.sites, sites)
+        if isinstance(update := lens.plan.updates[i].update, Update) and not update.experts
+    ]
+    if not chosen:
+        raise SiteError("norms and experts alone were chosen, and no weight of a module.")
+    rows: list[tuple[Tensor, ...]] = []
+    for _, factors, update in tqdm(chosen, desc="intruders", leave=False, disable=not progress):
+        W = in_float64(lens.plan.host.base_weight(factors, "the SVD of W + ΔW"))
+        A, B = (in_float64(factor).to(W) for factor in (update.A, update.B))
+        rows.append(_compared(W, update.scale * B @ A, k))
+    sigma, cosine, nearest, overlap = map(torch.stack, zip(*rows, strict=True))
+    return Intruders(
+        sigma=sigma,
+        cosine=cosine,
+        nearest=nearest.long(),
+        overlap=overlap,
+        threshold=threshold,
+        sites=tuple(site for site, *_ in chosen),
+        meta=lens.describe(),
+    )
+
+
+def _compared(
+    W: Float[Tensor, "out in"], delta: Float[Tensor, "out in"], k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """σ, largest cosine, its index, and overlaps of the first k directions of W + ΔW."""
+    base, _, _ = torch.linalg.svd(W, full_matrices=False)
+    tuned, sizes, _ = torch.linalg.svd(W + delta, full_matrices=False)
+    cosines, few = (base.T @ tuned[:, :k]).abs().clamp(max=1.0).cpu(), min(k, len(sizes))
+    largest, nearest = cosines.max(0)
+    sigma, cosine = (torch.full((k,), torch.nan, dtype=torch.float64) for _ in range(2))
+    overlap, index = torch.full((k, k), torch.nan, dtype=torch.float64), torch.full((k,), -1)
+    sigma[:few], cosine[:few], index[:few] = sizes[:few].cpu(), largest, nearest
+    overlap[:few, :few] = cosines[:few].T
+    return sigma, cosine, index, overlap
+
+
+# --- What the model says a vector is
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Patchscope(Result):
+    """What the model goes on with when a vector stands in the place of a token.
+
+    Attributes:
+        ids: [direction, scale, rank], the likeliest next tokens.
+        probabilities: theirs.
+        plain: [vocab], the probabilities of the next token with nothing put in place.
+        continuations: by direction and scale, the likeliest tokens one after another.
+        strings: every token of the vocabulary.
+        directions: their names.
+        scales: the sizes of the vector, in mean sizes of h at the other tokens.
+        size: that mean ‖h‖, the first token left out.
+        name: the hook point.
+        prompt: the tokens of the prompt.
+        position: the token whose place is taken.
+        at: the gates of the model.
+        meta: model, adapter, dtype and versions.
+    """
+
+    ids: Int[Tensor, "direction scale rank"]
+    probabilities: Float[Tensor, "direction scale rank"]
+    plain: Float[Tensor, " vocab"]
+    continuations: Annotated[tuple[tuple[str, ...], ...], "direction"]
+    strings: Annotated[tuple[str, ...], "vocab"]
+    directions: Annotated[tuple[str, ...], "direction"]
+    scales: Annotated[tuple[float, ...], "scale"]
+    size: float
+    name: str
+    prompt: tuple[str, ...]
+    position: int
+    at: float
+    meta: Mapping[str, str]
+
+    def top(self, k: int = 5) -> pd.DataFrame:
+        """One row per direction and scale: the k likeliest tokens, and the continuation.
+
+        Args:
+            k: how many tokens.
+
+        Raises:
+            ArgumentError: a k that is no whole number, or below 0.
+        """
+        k = whole("k", k, 0)
+        rows = [
+            (label, scale, [self.strings[i] for i in self.ids[d, s, :k].tolist()], text[s])
+            for d, (label, text) in enumerate(zip(self.directions, self.continuations, strict=True))
+            for s, scale in enumerate(self.scales)
+        ]
+        return pd.DataFrame(rows, columns=["direction", "scale", "tokens", "continuation"])
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per direction, scale and token."""
+        axes = {"direction": self.directions}, {"scale": self.scales}
+        ranks = {"rank": range(1, self.ids.shape[2] + 1)}
+        numbers = {"probability": self.probabilities, "unpatched": self.plain[self.ids]}
+        table = long_table(numbers, *axes, ranks)
+        ids = self.ids.flatten().tolist()
+        return table.assign(token=[self.strings[i] for i in ids], id=ids)
+
+
+@alone
+def patchscope(
+    lens: LoraLens,
+    vector: Any,
+    name: str,
+    scales: Sequence[float] = _DEFAULT_SCALES,
+    *,
+    prompt: str = IDENTITY,
+    placeholder: str = "?",
+    at: float = 0.0,
+    k: int = 10,
+    max_new_tokens: int = 5,
+) -> Patchscope:
+    """What the model calls a vector: put in the place of one token's h, at several sizes.
+
+    Cost: one forward pass of the prompt for each vector, scale and new token, batched.
+
+    Args:
+        lens: the adapter over the model.
+        vector: [d], [direction, d], {label: either}, a Contrast or ActivationShift with this hook
+            point, (autoencoder, indices), or a column of B (`lens.delta_w(site).U.T`).
+        name: a point of the residual stream.
+        scales: sizes of the vector there, in mean ‖h‖ of the prompt's other tokens; negative ones
+            turn it round.
+        prompt: a text that makes the model say what stands at the placeholder.
+        placeholder: its last token that contains this is the one whose place is taken.
+        at: the gates of the model, 0 for the base, 1 for the adapted.
+        k: how many of the likeliest tokens are kept.
+        max_new_tokens: the length of the continuations, the likeliest token each time.
+
+    Returns:
+        Patchscope; `plain` says which tokens the prompt alone makes likely.
+
+    Raises:
+        SiteError: a hook point that the model lacks, or one outside the residual stream.
+        ArgumentError: vectors of another width or space, zeros or NaN, no scales, a prompt without
+            the placeholder or with it as its first token, k or max_new_tokens below 1.
+        ModelStateError: a point that never fires.
+        PromptError: a prompt that does not fit the model.
+        NumericsError: non-finite logits.
+    """
+    k, most = whole("k", k, 1), whole("max_new_tokens", max_new_tokens, 1)
+    if not is_stream(known_point(lens, name)):
+        raise SiteError(
+            f"{name} does not hold the residual stream, in which a token's whole h can be "
+            "replaced; name a point such as 'blocks.3.hook_resid_post'."
+        )
+    sizes, gate = numbers_of("scales", scales), lens.gates(number("at", at))
+    if not sizes:
+        raise ArgumentError("scales=[]; give at least one size.")
+    found = directions_of(vector, name).at(name, int(lens.model.cfg.d_model))
+    unit = found.unit(centred=lens.plan.host.centres_stream)
+    if not isinstance(prompt, str):
+        raise ArgumentError(f"prompt={prompt!r}: expected one text that holds the placeholder.")
+    row = lens.prompts(prompt)
+    said = lens.str_tokens(row)[0]
+    place = _place(said, placeholder)
+    seen = record(lens, row, gate, [name]).firings
+    firing(lens, seen, [name], [name])
+    others = [i for i in range(1, len(said)) if i != place] or [place]
+    size = float(seen[name][-1][0, others].cpu().double().norm(dim=-1).mean())
+    vectors = (unit[:, None] * torch.tensor(sizes, dtype=unit.dtype)[:, None]).flatten(0, 1) * size
+    require_context(lens.model, len(said) + most - 1, "the prompt with its continuation")
+
+    def put(tensor: Tensor, hook: Any) -> Tensor:
+        del hook
+        out = tensor.clone()
+        out[:, place] = vectors.to(out)
+        return out
+
+    with torch.no_grad(), lens.adapted(gate):
+        plain = read_logits(lens, row)[0].softmax(-1)
+        with attached(lens.model, [(name, put)]):
+            logits, tokens = _continued(lens, row, len(vectors), most)
+    require_finite(logits, "a logit")
+    p = logits.softmax(-1)
+    best = p.topk(min(k, p.shape[-1]))
+    shape = len(unit), len(sizes), -1
+    texts = [_text(lens, ids) for ids in tokens.tolist()]
+    return Patchscope(
+        ids=best.indices.view(shape),
+        probabilities=best.values.view(shape),
+        plain=plain,
+        continuations=tuple(
+            tuple(texts[i : i + len(sizes)]) for i in range(0, len(texts), len(sizes))
+        ),
+        strings=lens.vocabulary,
+        directions=found.names,
+        scales=tuple(sizes),
+        size=size,
+        name=name,
+        prompt=tuple(said),
+        position=place,
+        at=number("at", at),
+        meta=lens.describe(),
+    )
+
+
+def _place(tokens: Sequence[str], placeholder: str) -> int:
+    """The position of the last token that contains the placeholder."""
+    places = [i for i, token in enumerate(tokens) if placeholder in token]
+    if not places or not places[-1]:
+        raise ArgumentError(
+            f"placeholder={placeholder!r}: none of the tokens {list(tokens)} after the first "
+            "contains it; the vector takes the place of that token."
+        )
+    return places[-1]
+
+
+def _continued(
+    lens: LoraLens, row: Prompts, count: int, most: int
+) -> tuple[Float[Tensor, "row vocab"], Int[Tensor, "row new"]]:
+    """The first next token's logits of so many copies of a row, and the likeliest tokens."""
+    tokens, logits = row.tokens.repeat(count, 1), list[Tensor]()
+    for step in range(most):
+        logits.append(read_logits(lens, Prompts(tokens, row.lengths.repeat(count) + step)))
+        tokens = torch.cat([tokens, logits[-1].argmax(-1)[:, None].to(tokens)], 1)
+    return logits[0], tokens[:, -most:]
+
+
+def _text(lens: LoraLens, ids: list[int]) -> str:
+    tokenizer = getattr(lens.model, "tokenizer", None)
+    return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)

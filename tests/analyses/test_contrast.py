@@ -1,0 +1,171 @@
+"""The direction between two sets, by hand over the activations of Hugging Face's own modules."""
+
+from __future__ import annotations
+
+import cases
+import models
+import pytest
+import torch
+from reference import seen
+from torch import Tensor
+
+import lens_lora as ll
+
+pytestmark = pytest.mark.usefixtures("float64")
+TINY = 1e-10
+CLASSES = list(models.MAKERS)
+LAST = f"blocks.{models.LAYERS - 1}.hook_resid_post"
+FINAL_NORM = {
+    "llama": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "neox": "gpt_neox.final_layer_norm",
+}
+SETS = models.tokens(4, 7, seed=1), models.tokens(5, 7, seed=2)
+LENGTHS = [7, 4, 5, 6], [3, 7, 6, 7, 5]
+CASES = [(f, c, flags) for f in FINAL_NORM for c in CLASSES for flags in ("raw", "processed")]
+
+
+def built(family: str, cls: str, flags: str) -> cases.Case:
+    if not models.is_built_right(family, cls, flags):
+        pytest.skip("this version of transformer-lens builds another model")
+    return cases.case(family, cls, flags)
+
+
+def texts(which: int) -> ll.Prompts:
+    from lens_lora.readouts.prompts import Prompts
+
+    return Prompts(SETS[which], torch.tensor(LENGTHS[which]))
+
+
+def means(case: cases.Case, flags: str, family: str, which: int, at: float, take: slice) -> Tensor:
+    """m_i of each text, from the input of the final norm."""
+    rows, model = list[Tensor](), case.peft.base_model.model
+    for tokens, length in zip(SETS[which], LENGTHS[which], strict=True):
+        row = tokens[None, :length]
+        if at:
+            h = seen(model, FINAL_NORM[family], row)
+        else:
+            with case.peft.disable_adapter():
+                h = seen(model, FINAL_NORM[family], row)
+        if flags == "processed" and family != "llama":
+            h = h - h.mean(-1, keepdim=True)
+        rows.append(h[take].mean(0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), CASES)
+def test_means_errors_and_held_out_pairs_by_hand(family: str, cls: str, flags: str):
+    case = built(family, cls, flags)
+    some = slice(1, 3)
+    takes = [("response", slice(1, None), 1.0), ("last", slice(-1, None), 0.0), (some, some, 1.0)]
+    for positions, take, at in takes:
+        found = ll.contrast(case.lens, texts(0), texts(1), LAST, positions, scale=at)
+        plus, minus = (means(case, flags, family, i, at, take) for i in (0, 1))
+        assert (found.values[LAST] - (plus.mean(0) - minus.mean(0))).abs().max() < TINY
+        errors = (plus.var(0) / 4 + minus.var(0) / 5).sqrt()
+        assert (found.errors[LAST] - errors).abs().max() < TINY
+        told = 0
+        for i in range(4):
+            for j in range(5):
+                rest = (torch.arange(4) != i, torch.arange(5) != j)
+                d = plus[rest[0]].mean(0) - minus[rest[1]].mean(0)
+                told += float(d @ (plus[i] - minus[j])) > 0
+        assert found.auc[LAST] == pytest.approx(told / 20)
+        assert 0.5 < found.chance[LAST] <= 1
+        assert found.counts == (4, 5)
+
+
+def test_responses_count_from_their_first_token():
+    case = cases.case("llama", CLASSES[-1], "raw")
+    prompts, said = SETS[0][:, :4], [row.tolist() for row in SETS[0][:, 4:]]
+    responses = [torch.tensor(ids) for ids in said]
+    others = [torch.tensor([9, 8]), torch.tensor([9, 7]), torch.tensor([9]), torch.tensor([8, 9])]
+    found = ll.contrast(case.lens, (prompts, responses), (prompts, others), LAST)
+    model, sides = case.peft.base_model.model, []
+    for answers in (responses, others):
+        rows = [
+            seen(model, FINAL_NORM["llama"], torch.cat([prompt, ids])[None])[4:].mean(0)
+            for prompt, ids in zip(prompts, answers, strict=True)
+        ]
+        sides.append(torch.stack(rows).mean(0))
+    assert (found.values[LAST] - (sides[0] - sides[1])).abs().max() < TINY
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), CASES)
+def test_steering_adds_the_direction(family: str, cls: str, flags: str):
+    """At the point itself, and in the logits of the base with the vector added by a hook."""
+    case = built(family, cls, flags)
+    for name in ("blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.0.hook_attn_out"):
+        found = ll.contrast(case.lens, texts(0), texts(1), name)
+        steered = case.lens.with_adapter(found.adapter(name, 2.5))
+        moved = ll.activation_shift(steered, texts(0), name, sinks=True)
+        expected = 2.5 * found.values[name]
+        real = texts(0).real
+        assert (moved.values[name][real] - expected).abs().max() < TINY, name
+    with pytest.raises(ll.errors.SiteError, match="no linear module writes"):
+        found.adapter("hook_embed")
+
+
+def test_planted_difference_is_told_and_none_is_not():
+    """A set against itself shuffled has an AUC of chance; a planted one has 1."""
+    case = cases.case("llama", CLASSES[-1], "raw")
+    half = models.tokens(40, 5, seed=4)
+    same = ll.contrast(case.lens, half[:20], half[20:], LAST)
+    assert same.auc[LAST] < same.chance[LAST]
+    marked = half.clone()
+    marked[:20, -1], marked[20:, -1] = 5, 9
+    first = "blocks.0.hook_resid_pre"
+    told = ll.contrast(case.lens, marked[:20], marked[20:], first, "last")
+    assert told.auc[first] == 1 > told.chance[first]
+    table = told.to_frame()
+    assert float(table["size"][0]) > 3 * float(table["noise"][0])
+
+
+def test_reading_cosine_and_every_taker():
+    case = cases.case("llama", CLASSES[-1], "raw")
+    lens = case.lens
+    found = ll.contrast(lens, texts(0), texts(1), "blocks.*.hook_resid_post")
+    for name, vector in found.values.items():
+        table = found.cosine(found)
+        assert table[table["name"] == name]["cosine"].iloc[0] == pytest.approx(1)
+        assert table[table["name"] == name]["direction"].iloc[0] == name
+        h = torch.cat([means(case, "raw", "llama", i, 1.0, slice(1, None)) for i in (0, 1)])
+        if name == LAST:
+            scale = (h.square().mean(-1) + case.model.cfg.eps).rsqrt().mean()
+            norm = case.base.get_submodule(FINAL_NORM["llama"])
+            read = (norm.weight * vector * scale) @ case.base.get_output_embeddings().weight.T
+            assert (found.readings[name] - read).abs().max() < 1e-9
+            assert found.logit_lens(3, name)["id"].tolist() == read.topk(3).indices.tolist()
+    shift = ll.activation_shift(lens, texts(0), LAST)
+    assert len(shift.cosine(found)) == 1 and len(found.cosine(shift)) == 2
+    by_tensor = ll.feature_shift(lens, SETS[0], found.values[LAST], LAST)
+    assert torch.equal(ll.feature_shift(lens, SETS[0], found, LAST).shift, by_tensor.shift)
+    single = ll.contrast(lens, texts(0), texts(1), LAST)
+    assert ll.alignment(lens, single).directions == (LAST,)
+    said = ll.patchscope(lens, found, LAST, prompt="w3 w4 w5", placeholder="w4")
+    assert said.directions == (LAST,)
+    with lens.without(found, "blocks.*.hook_resid_post"):
+        gone = ll.contrast(lens, texts(0), texts(1), "blocks.*.hook_resid_post")
+    for name, vector in gone.values.items():
+        assert abs(float(vector @ found.values[name])) < TINY
+
+
+@pytest.mark.bad_input
+def test_refuses():
+    lens = cases.case("llama", CLASSES[-1], "raw").lens
+    with pytest.raises(ll.errors.ArgumentError, match="text 0 of the positive set is text 0"):
+        ll.contrast(lens, texts(0), texts(0), LAST)
+    with pytest.raises(ll.errors.ArgumentError, match="of the negative set has 3 tokens and none"):
+        ll.contrast(lens, texts(0), texts(1), LAST, slice(3, None))
+    with pytest.raises(ll.errors.ArgumentError, match="expected"):
+        ll.contrast(lens, texts(0), texts(1), LAST, "first")
+    with pytest.raises(ll.errors.SiteError, match="the nearest are"):
+        ll.contrast(lens, texts(0), texts(1), "blocks.7.hook_resid_post")
+    with pytest.raises(ll.errors.ModelStateError, match="hook_pattern"):
+        ll.contrast(lens, texts(0), texts(1), "blocks.0.attn.hook_pattern")
+    with pytest.raises(ll.errors.PromptError):
+        ll.contrast(lens, [], texts(1), LAST)
+    one = ll.contrast(lens, SETS[0][:1], texts(1), LAST)
+    assert one.errors[LAST].isnan().all() and one.auc[LAST] != one.auc[LAST]
+    twice = ll.contrast(lens, torch.cat([SETS[0], SETS[0]]), texts(1), LAST)
+    assert twice.counts == (4, 5)
