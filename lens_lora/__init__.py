@@ -25,7 +25,9 @@ from lens_lora._version import __version__ as __version__
 # typed every day, and is found in them: lens_lora.results, lens_lora.errors.
 _MODULES = "errors", "results"
 _imported, _, _names = lazy_loader.attach_stub(__name__, __file__)
-__all__: list[str] = [name for name in _names if name not in (*_MODULES, "__version__")]
+__all__: list[str] = [  # pyright: ignore[reportUnsupportedDunderAll]
+    name for name in _names if name not in (*_MODULES, "__version__")
+]
 
 
 def __dir__() -> list[str]:
