@@ -180,6 +180,9 @@ AT: dict[str, Callable[[ll.LoraLens, Any], Any]] = {
     "logit_shift": lambda lens, at: ll.logit_shift(lens, TOKENS, tokens=[5], at=at),
     "coupling": lambda lens, at: ll.coupling(lens, TOKENS, MARGIN, group="kind", at=at),
     "tangents": lambda lens, at: ll.tangents(lens, TOKENS, "blocks.0.hook_resid_post", at=at),
+    "gradients": lambda lens, at: ll.gradients(
+        lens, TOKENS, MARGIN, "blocks.0.hook_resid_post", at=at
+    ),
     "feature_shift": lambda lens, at: ll.feature_shift(
         lens, TOKENS, torch.eye(16)[:2], "blocks.0.hook_resid_post", at=at
     ),

@@ -90,6 +90,7 @@ CALLS: dict[str, Call] = {
     "logit_shift": lambda lens, t: ll.logit_shift(lens, t, **QUIET),
     "joint": lambda lens, t: ll.logit_shift(lens, t, by_site=False),
     "tangents": lambda lens, t: ll.tangents(lens, t),
+    "gradients": lambda lens, t: ll.gradients(lens, t, MARGIN),
     "remainder": lambda lens, t: ll.remainder(lens, t, MARGIN, by_site=True, **QUIET),
     "remainder_curve": lambda lens, t: ll.remainder_curve(lens, t, MARGIN, **QUIET),
     "fact_margin": lambda lens, t: ll.fact_margin(lens, t, 5, 9, **QUIET),

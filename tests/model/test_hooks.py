@@ -24,6 +24,7 @@ ANALYSES = {
     "logit_shift": lambda lens, t: ll.logit_shift(lens, t, progress=False),
     "joint": lambda lens, t: ll.logit_shift(lens, t, by_site=False),
     "tangents": lambda lens, t: ll.tangents(lens, t),
+    "gradients": lambda lens, t: ll.gradients(lens, t, MARGIN),
     "remainder": lambda lens, t: ll.remainder(lens, t, MARGIN, by_site=True, progress=False),
     "curve": lambda lens, t: ll.remainder_curve(lens, t, MARGIN, progress=False),
     "margin": lambda lens, t: ll.fact_margin(lens, t, 5, 9, progress=False),
