@@ -30,7 +30,6 @@ import site_outputs  # noqa: E402
 
 PACKAGE = ROOT / "lens_lora"
 _SPAN = re.compile(r"(?<![`\[])`ll\.((?:results\.|errors\.)?\w+)([^`]*)`(?!`)")
-_NAMESPACES = ("errors", "results")
 _SHARED, _ERRORS = "Results", "Errors"
 _COMMAND = re.compile(r"<!-- (\w+-command) -->")
 _MATHJAX = "mathjax/static/mathjax/es5/tex-svg.js"
@@ -81,8 +80,8 @@ def _public() -> dict[str, list[str]]:
     for line in map(str.strip, lines):
         if line.startswith("#"):
             names = grouped.setdefault(_title(line), [])
-        elif (name := line.strip('",')) not in ("__version__", *_NAMESPACES):
-            names.append(name)
+        else:
+            names.append(line.strip('",'))
     return {title: names for title, names in grouped.items() if names}
 
 
