@@ -6,31 +6,27 @@ from ._version import __version__ as __version__
 from .adapters.adapter import Adapter, load_adapter
 from .adapters.factors import LoRAFactors
 from .analyses.activation_shift import activation_shift
-from .analyses.activations import activations
+from .analyses.activations import activations, constant_part
 from .analyses.checkpoints import checkpoints
 from .analyses.compare_adapters import compare_adapters
-from .analyses.constant_part import constant_part
 from .analyses.contrast import contrast
 from .analyses.directions import alignment, intruders, patchscope
+from .analyses.divergence import kl_shares, token_shifts
 from .analyses.edges import edges, patch_edges
 from .analyses.features import feature_shift
 from .analyses.first_order import components, first_order
-from .analyses.kl_shares import kl_shares
 from .analyses.logit_shift import gradients, logit_shift, tangents
 from .analyses.margin import fact_margin
 from .analyses.patching import patch_activations, patch_sites
-from .analyses.path import path_attribution
-from .analyses.remainder import remainder, remainder_curve
+from .analyses.path import path_attribution, remainder, remainder_curve
 from .analyses.repair import repair
 from .analyses.second_order import coupling, second_order
-from .analyses.token_shifts import token_shifts
 from .analyses.what_changed import what_changed
-from .evaluation.best_subset import best_subset
-from .evaluation.compare import compare
+from .evaluation.compare import compare, reliability
 from .evaluation.explain import explain
 from .evaluation.faithfulness import faithfulness
 from .evaluation.null_test import null_test
-from .evaluation.reliability import reliability
+from .evaluation.rankings import best_subset
 from .loading import demo, load
 from .model.lens import LoraLens
 from .model.rules import FrozenRules

@@ -36,7 +36,7 @@ from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.patching import How
 from lens_lora.engine.asked import Asked, ask
 from lens_lora.engine.function import gated_readout
-from lens_lora.evaluation.reliability import judged
+from lens_lora.evaluation.compare import judged
 
 FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps")
 KINDS = ("trained", "paraphrase")

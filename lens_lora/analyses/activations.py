@@ -1,7 +1,7 @@
-"""Rank activations: u_l = A_l z_l of each token, the coordinates of δz_l = B_l u_l.
+"""What a site adds at each token: rank activations u_l = A_l z_l, and the constant part of B_l u_l.
 
-For an adapter of rank 1 it is one number per site and token, the "LoRA neuron" of arXiv 2506.11618
-and 2511.06739.
+Rank activations (`activations`). For an adapter of rank 1 it is one number per site and token, the
+"LoRA neuron" of arXiv 2506.11618 and 2511.06739.
 
 1. Gauge 'svd': u = ΣVᵀx of sBA = UΣVᵀ, of each site in the Hugging Face basis; unique up to equal
    singular values, and ‖u‖ = ‖ΔWx‖. Gauge 'trained': the unscaled Ax of the file, which another
@@ -12,13 +12,32 @@ and 2511.06739.
    and means over several rows count it once.
 
 Cost: one forward pass of the adapted model, without the unembedding.
+
+The constant part (`constant_part`): a steering vector for each module, whatever the input.
+
+    δ_lt = μ_l + (δ_lt − μ_l),     share_l = 1 − Σ‖δ_lt − μ̂_l‖² / Σ‖δ_lt‖²
+
+1. u of every site and token in one forward pass of the adapted model, so that δ is that of the
+   Hugging Face modules (`engine/activations.py`).
+2. Of each text, μ̂_l is the mean over the *other* texts: in sample the share would be inflated. The
+   first token is left out, a sink whose δ is another one, and its size is shown apart. A token with
+   the same tokens before it as in an earlier text counts once: it is not held out from that text.
+3. What the constants alone do: the texts are cut in two halves, and the constants of each are
+   applied, as an adapter and at every token, to the other half. A beginning that texts of both
+   halves share is in neither half's constants. By KL, over the same tokens,
+
+       kept = 1 − Σ KL(adapted ‖ constant) / Σ KL(adapted ‖ base)
+
+   and of a readout Σ (g_constant − g₀) / Σ (g₁ − g₀).
+
+A large share of δ need not carry what the adapter does, so both are measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, final
+from typing import Annotated, Any, cast, final
 
 import numpy as np
 import pandas as pd
@@ -27,29 +46,26 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.factors import constant_factors, output_count
 from lens_lora.arguments import whole
+from lens_lora.engine import texts as corpus
 from lens_lora.engine.activations import activation_ranks, in_gauge, site_activations
-from lens_lora.engine.asked import ask_prompts
-from lens_lora.engine.texts import beginnings, first_of_each
-from lens_lora.model.basis import Gauge
+from lens_lora.engine.asked import Asked, ask_prompts
+from lens_lora.engine.function import gated_readout
+from lens_lora.engine.texts import beginnings, distinct_tokens, first_of_each, text_divergences
+from lens_lora.errors import PromptError
+from lens_lora.model.basis import Gauge, Update
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, Scale, name_of_scale
 from lens_lora.model.sites import Site, chosen_sites, match_sites, one_site
 from lens_lora.readouts.answers import AnswerLike, continued
-from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.prompts import Prompts, PromptsLike
+from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
+from lens_lora.results import tokens as text_tokens
 from lens_lora.results.base import Result, only_prompt, site_labels, tokens_at
-from lens_lora.results.tokens import (
-    Positions,
-    Sign,
-    chosen_positions,
-    context_of,
-    require_ranks,
-    require_sign,
-    require_some,
-    spread_of,
-    strongest,
-)
+from lens_lora.results.tokens import Positions, Sign, context_of, held_out_share, require_sign
 
 _EXAMPLE = ["rank", "prompt", "position", "token", "value", "context"]
 
@@ -171,9 +187,9 @@ class Activations(Result):
         counted = first_of_each(self.beginnings.numpy(), counted)
         values = np.where(counted[..., None], values, np.nan)
         rows: list[tuple[Any, ...]] = []
-        for r in require_ranks(rank, values.shape[-1]):
+        for r in text_tokens.require_ranks(rank, values.shape[-1]):
             direction = values[..., r]
-            for flat_index in strongest(direction.ravel(), way, k):
+            for flat_index in text_tokens.strongest(direction.ravel(), way, k):
                 p, t = (int(i) for i in np.unravel_index(flat_index, direction.shape))
                 tokens, value = self.str_tokens[p], float(direction[p, t])
                 rows.append((r, p, t, tokens[t], value, context_of(tokens, t, context)))
@@ -247,7 +263,7 @@ class Activations(Result):
         """
         rows = self.values.movedim(1, 2)[self._once(None, sinks=False)].cpu().double().numpy()
         names = [(self.sites[index].name, r) for index, r in self.directions(site)]
-        values = [spread_of(rows[:, index, r]) for index, r in self.directions(site)]
+        values = [text_tokens.spread_of(rows[:, index, r]) for index, r in self.directions(site)]
         labels = ({"site": name, "rank": r} for name, r in names)
         return pd.DataFrame([both | row for both, row in zip(labels, values, strict=True)])
 
@@ -257,17 +273,16 @@ class Activations(Result):
         Raises:
             ArgumentError: none.
         """
-        chosen = require_some(positions, self._chosen(positions, sinks))
+        chosen = text_tokens.require_some(positions, self._chosen(positions, sinks))
         once = first_of_each(self.beginnings.numpy(), chosen)
         return torch.from_numpy(once).to(self.values.device)
 
     def _chosen(self, positions: Positions, sinks: bool) -> NDArray[np.bool_]:
         """[batch, token]: the tokens at these positions of every row."""
         chosen = np.zeros(self.sinks.shape, bool)
-        for p, (tokens, start) in enumerate(
-            zip(self.str_tokens, self.starts.tolist(), strict=True)
-        ):
-            chosen[p, : len(tokens)] = chosen_positions(positions, len(tokens), start)
+        rows = zip(self.str_tokens, self.starts.tolist(), strict=True)
+        for p, (tokens, start) in enumerate(rows):
+            chosen[p, : len(tokens)] = text_tokens.chosen_positions(positions, len(tokens), start)
         return chosen & (sinks | ~self.sinks.cpu().numpy())
 
     def plot(self, site: str | None = None, prompt: int | None = None) -> drawing.Figure:
@@ -337,3 +352,216 @@ def activations(
         str_tokens=lens.str_tokens(rows),
         meta=lens.describe(),
     )
+
+
+# --- The constant part of δ.
+
+_HALVES = (slice(0, None, 2), slice(1, None, 2))
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ConstantPart(Result):
+    """How much of an adapter is the same whatever the input.
+
+    Attributes:
+        share: [site], 1 − Σ‖δ − μ̂‖² / Σ‖δ‖², μ̂ the mean over the other texts: 1 where δ is one
+            vector, 0 where its mean says nothing of it, below where another text's misleads. NaN
+            where δ is zero.
+        size: [site], the root mean square of ‖δ‖ over tokens after first ones.
+        mean_size: [site], ‖μ‖.
+        first_size: [site], the mean ‖δ‖ at the texts' first tokens, no part of the others.
+        base, constant, adapted: [text], the readout of the base model, with the constants of the
+            other half of the texts alone, and of the adapted model. By KL: Σ_t KL(adapted ‖ it).
+        sites: the adapted sites.
+        vectors: μ by module path, as the Hugging Face module writes it.
+        widths: how many features each module reads.
+        steering: what the constants add by hook point, in the hooked model's basis, heads laid
+            flat: steering vectors.
+        readout, units: by which the model is compared.
+        meta: model, adapter, dtype and versions.
+    """
+
+    share: Float[Tensor, " site"]
+    size: Float[Tensor, " site"]
+    mean_size: Float[Tensor, " site"]
+    first_size: Float[Tensor, " site"]
+    base: Float[Tensor, " text"]
+    constant: Float[Tensor, " text"]
+    adapted: Float[Tensor, " text"]
+    sites: Annotated[tuple[Site, ...], "site"]
+    vectors: Annotated[Mapping[str, Float[Tensor, " _out"]], "module"]
+    widths: Annotated[Mapping[str, int], "module"]
+    steering: Mapping[str, Float[Tensor, " _d"]]
+    readout: str
+    units: str
+    meta: Mapping[str, str]
+
+    @property
+    def adapter(self) -> Adapter:
+        """The constants alone, over all texts, as an adapter: applied, saved, compared as any."""
+        return _constants(self.vectors, self.widths)
+
+    @property
+    def kept(self) -> float:
+        """How much of the adapter's effect the constants alone keep on held-out texts.
+
+        Σ (constant − base) / Σ (adapted − base) over texts; by KL, 1 − Σ KL(adapted ‖ constant) /
+        Σ KL(adapted ‖ base), negative where the constants lead away from the adapted model.
+        """
+        return float((self.constant - self.base).sum() / (self.adapted - self.base).sum())
+
+    @property
+    def total_share(self) -> float:
+        """The share of Σ_l ‖δ_l‖² over all sites."""
+        weights = self.size.square()
+        return float((self.share.nan_to_num() * weights).sum() / weights.sum())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per site: the share, and the sizes of δ, of its mean, and at first tokens."""
+        columns = site_labels(self.sites)
+        for name in ("share", "size", "mean_size", "first_size"):
+            columns[name] = getattr(self, name).double().tolist()
+        return pd.DataFrame(columns)
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The k sites of largest ‖μ‖.
+
+        Args:
+            k: how many.
+        """
+        order = self.mean_size.argsort(descending=True)[: whole("k", k, 0)].tolist()
+        return self.to_frame().iloc[order].reset_index(drop=True)
+
+    def plot(self) -> drawing.Figure:
+        """The share of each site, layer × kind of module."""
+        return drawing.figure(self)
+
+
+@alone
+def constant_part(
+    lens: LoraLens,
+    texts: PromptsLike,
+    readout: Readout | None = None,
+    *,
+    progress: bool = True,
+) -> ConstantPart:
+    """How much of each site's δ is one vector, on held-out texts, and what the vectors alone do.
+
+    Cost: four forward passes over the texts, five with a readout.
+
+    Args:
+        lens: the adapter over the model.
+        texts: strings, conversations, ids, or `Prompts`; two at least, of two tokens at least.
+        readout: what of the adapter's effect the constants are to keep, at each text's end; None
+            for all of it, by KL at every token.
+        progress: show a bar.
+
+    Raises:
+        PromptError: one text alone, a text of one token, or one that another text begins with.
+        UnsupportedAdapterError: the adapter changes norms.
+        ArgumentError, TokenError: a readout that does not fit the model.
+        NumericsError: non-finite activations or logits.
+    """
+    asked = ask_prompts(lens, texts)
+    rows = asked.prompts
+    corpus.require_second_token(rows, "constants")
+    if rows.batch < 2:
+        raise PromptError("constants are judged on other texts than their own; give two or more.")
+    corpus.require_own_tokens(rows)
+    if readout is not None:
+        asked = asked.about(readout)
+    sums = corpus.update_sums(lens, rows, _apart(rows))
+    vectors, widths = _by_module(lens, sums)
+    # The constants of each half are judged on the other.
+    judged = [
+        lens.with_adapter(_constants(*_by_module(lens, sums, half))) for half in _HALVES[::-1]
+    ]
+    ends_of = _by_kl if readout is None else _by_readout
+    base, constant, adapted = ends_of(asked, judged, progress)
+    count = int(sums.counts.sum())
+    return ConstantPart(
+        share=held_out_share(sums.euclidean(), sums.squares, sums.counts),
+        size=(sums.squares.sum(0) / count).sqrt(),
+        mean_size=torch.stack([mean.norm() for mean in sums.means()]),
+        first_size=sums.first.mean(0),
+        base=base,
+        constant=constant,
+        adapted=adapted,
+        sites=lens.sites,
+        vectors=vectors,
+        widths=widths,
+        steering=_steering(lens.with_adapter(_constants(vectors, widths))),
+        readout="KL(adapted ‖ ·)" if readout is None else readout.label,
+        units="nats" if readout is None else readout.units,
+        meta=lens.describe(),
+    )
+
+
+def _constants(vectors: Mapping[str, Float[Tensor, " out"]], widths: Mapping[str, int]) -> Adapter:
+    """The adapter that adds these vectors."""
+    return Adapter.from_factors(constant_factors(vectors, widths), name="constant part")
+
+
+def _apart(rows: Prompts) -> Bool[Tensor, "text pos"]:
+    """The tokens of each half that no text of the other has after the same ones."""
+    halves = [rows.chosen(range(rows.batch)[half]) for half in _HALVES]
+    apart = torch.zeros(rows.tokens.shape, dtype=torch.bool)
+    for half, texts, others in zip(_HALVES, halves, halves[::-1], strict=True):
+        # None that any of the other texts has after the same tokens.
+        kept = distinct_tokens(texts) & ~torch.isin(beginnings(texts), beginnings(others))
+        apart[half, : kept.shape[1]] = kept
+    return apart
+
+
+Ends = tuple[Float[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]
+
+
+def _by_kl(asked: Asked, judged: Sequence[LoraLens], progress: bool) -> Ends:
+    """Σ_t KL of the adapted model from the base, from the constants, and from itself."""
+    lens, rows = asked.lens, asked.prompts
+    sums, counted = torch.zeros(3, rows.batch, dtype=torch.float64), distinct_tokens(rows)
+    adapted = (lens, lens.gates(1.0))
+    for half, constant in zip(_HALVES, judged, strict=True):
+        both = [(lens, lens.gates(0.0)), (constant, constant.gates(1.0))]
+        index = list(range(rows.batch)[half])
+        texts = rows.chosen(index)
+        sums[:2, index] = text_divergences(adapted, both, texts, counted[index], progress=progress)
+    return sums[0], sums[1], sums[2]
+
+
+def _by_readout(asked: Asked, judged: Sequence[LoraLens], progress: bool) -> Ends:
+    """g of base, constant and adapted model; each text by the constants of the other half."""
+    base, adapted = asked.ends.cpu().double()
+    constant = torch.empty_like(base)
+    for half, lens in zip(_HALVES, judged, strict=True):
+        values = gated_readout(lens, asked.reading, lens.gates(1.0)[None], progress=progress)
+        constant[half] = values[half, 0].cpu().double()
+    return base, constant, adapted
+
+
+def _by_module(
+    lens: LoraLens, sums: corpus.UpdateSums, half: slice | None = None
+) -> tuple[dict[str, Float[Tensor, " out"]], dict[str, int]]:
+    """μ of each module as its Hugging Face module writes it, and the width that it reads."""
+    vectors, widths = dict[str, Tensor](), dict[str, int]()
+    for site_update, mean in zip(lens.plan.updates, sums.means(half), strict=True):
+        site = site_update.site
+        key = site.path + site.key.removeprefix(site.module)
+        widths[key] = cast(Update, site_update.update).A.shape[1]
+        rows, out = slice(None), len(mean)
+        if site.rows is not None:
+            rows, out = site.rows, output_count(lens.adapter.modules[site.key], widths[key])
+        vectors.setdefault(key, mean.new_zeros(out))[rows] = mean
+    dtype = lens.gate_dtype
+    return {key: vector.to(dtype) for key, vector in vectors.items()}, widths
+
+
+def _steering(lens: LoraLens) -> dict[str, Float[Tensor, " d"]]:
+    """What a lens of constants adds at each hook point, in the model's basis, heads laid flat."""
+    added: dict[str, Tensor] = {}
+    for injection in lens.plan.injections:
+        zero = injection.map.A.new_zeros(1, 1, injection.map.width)
+        vector, name = injection.map(zero).flatten().cpu(), injection.ports.write
+        added[name] = added[name] + vector if name in added else vector
+    return added

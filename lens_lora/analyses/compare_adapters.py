@@ -140,11 +140,9 @@ class AdapterComparison(Result):
         rows = {
             "cosine of ΔW": (self.cosine, self.null_inner.nansum(1) / self._sizes.prod()),
             "overlap of what is read": (self.read_overlap.nanmean(), self.null_read.nanmean(1)),
-            "overlap of what is written": (
-                self.write_overlap.nanmean(),
-                self.null_write.nanmean(1),
-            ),
         }
+        written = self.write_overlap.nanmean(), self.null_write.nanmean(1)
+        rows["overlap of what is written"] = written
         if self.function.shape[-1]:
             pairs = zip(cosine_of(self.function), cosine_of(self.null_function), strict=True)
             names = ("cosine under F, first order", "cosine under F, exact")

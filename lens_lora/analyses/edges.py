@@ -42,7 +42,7 @@ from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import Entries, Measured, Ranked, header, key_of, tokens_at
+from lens_lora.results.base import Entries, Measured, Ranked, header, key_of, long_table, tokens_at
 from lens_lora.results.effects import Effects
 
 Readers = Literal["block", "head"]
@@ -104,25 +104,19 @@ class Edges(Ranked):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and edge (and position): writer, reader, value, share of the shift."""
         is_there = self.exists.expand(len(self.values), -1, -1)
+        groups, readers = {"writer": list(self.groups)}, {"reader": self.readers}
+        axes = [{"prompt": range(len(self.values))}, groups, readers]
         if self.by:
             lengths = torch.tensor([len(tokens) for tokens in self.str_tokens])
             slots = torch.arange(self.values.shape[3])
             is_there = is_there[..., None] & (slots < lengths[:, None])[:, None, None]
-        where = is_there.nonzero(as_tuple=True)
-        prompts, writers, readers, *positions = (axis.tolist() for axis in where)
-        names, values = list(self.groups), self.values.cpu().double()
-        columns: dict[str, object] = {
-            "prompt": prompts,
-            "writer": [names[i] for i in writers],
-            "reader": [self.readers[i] for i in readers],
-        }
-        if positions:
-            columns["position"] = positions[0]
-            columns["token"] = tokens_at(self.str_tokens, prompts, positions[0])
-        share = self.share_of(self.values).cpu().double()
-        return pd.DataFrame(
-            columns | {"value": values[where].tolist(), "share": share[where].tolist()}
-        )
+            axes += [{"position": slots.tolist()}]
+        numbers = {"value": self.values, "share": self.share_of(self.values)}
+        frame = long_table(numbers, *axes).loc[is_there.flatten().numpy()].reset_index(drop=True)
+        if self.by:
+            tokens = tokens_at(self.str_tokens, frame["prompt"], frame["position"])
+            frame.insert(4, "token", tokens)
+        return frame
 
     def along(self, effects: Attribution | Effects) -> Effects:
         """The edges that `patch_edges` measured, in its order: what `compare` holds beside them.
@@ -150,11 +144,7 @@ class Edges(Ranked):
             values.append(per_edge[:, row, self.readers.index(reader)])
         labels = {field.name: getattr(self, field.name) for field in dataclasses.fields(Measured)}
         return Effects(
-            values=torch.stack(values, 1),
-            groups=effects.groups,
-            how=self.key,
-            of="edge",
-            **labels,
+            values=torch.stack(values, 1), groups=effects.groups, how=self.key, of="edge", **labels
         )
 
     def plot_graph(self, k: int = _DRAWN, prompt: int | None = None) -> drawing.Figure:
@@ -217,19 +207,15 @@ def edges(
     asked = ask(lens, prompts, readout)
     if at == 0:
         asked = asked.require_slope_at_base()
-    groups = group_sites(asked.lens.sites, group)
+    lens, reading, gates = asked.lens, asked.reading, asked.lens.gates(at)
+    groups = group_sites(lens.sites, group)
     split = edge_values(
-        asked.lens,
-        asked.reading,
-        asked.lens.gates(at),
-        by_head=readers == "head",
-        by_position=bool(axes),
-        progress=progress,
+        lens, reading, gates, by_head=readers == "head", by_position=bool(axes), progress=progress
     )
     require_finite(split.values, "an edge")
     if at == 0:
         asked.know_base(split.value)
-    members = indicator(groups, len(asked.lens.sites)).to(split.values)
+    members = indicator(groups, len(lens.sites)).to(split.values)
     return Edges(
         values=torch.einsum("gs,bs...->bg...", members, split.values),
         groups=groups,

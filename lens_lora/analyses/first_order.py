@@ -33,7 +33,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Generator, Mapping, Sequence
-from typing import Annotated, cast, final, overload
+from typing import TYPE_CHECKING, Annotated, TypedDict, cast, final, overload
 
 import pandas as pd
 import torch
@@ -41,17 +41,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import number
+from lens_lora.engine import forward
 from lens_lora.engine.activations import in_gauge
 from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.duals import tangent_of
-from lens_lora.engine.forward import (
-    Part,
-    TokenTangents,
-    all_parts,
-    group_parts,
-    part_tangents,
-    tangent_slopes,
-)
+from lens_lora.engine.forward import all_parts, group_parts, part_tangents, tangent_slopes
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.memory import Mode, chosen_mode, graph_groups, must_rerun
 from lens_lora.engine.read import differentiable_tokens, read_logits
@@ -70,58 +64,39 @@ from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution, Axis, GroupAttribution
 from lens_lora.results.base import Result, header, long_table, site_labels
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _TRIED_TOKENS = 8  # A pass of these few tokens shows whether the model's hooks keep the rules.
 
 
+class _Options(TypedDict, total=False):
+    at: float
+    mode: Mode
+    by: tuple[str, ...] | str
+    gauge: Gauge
+    rules: FrozenRules | None
+    max_memory: float | None
+    progress: bool
+
+
 @overload
 def first_order(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Readout,
-    *,
-    at: float = 0.0,
-    mode: Mode = "auto",
-    by: tuple[str, ...] | str = (),
-    group: None = None,
-    gauge: Gauge = "trained",
-    rules: FrozenRules | None = None,
-    max_memory: float | None = None,
-    progress: bool = True,
+    lens: LoraLens, prompts: PromptsLike, readout: Readout, **options: Unpack[_Options]
 ) -> Attribution: ...
-
-
 @overload
 def first_order(
     lens: LoraLens,
     prompts: PromptsLike,
     readout: Readout,
     *,
-    at: float = 0.0,
-    mode: Mode = "auto",
-    by: tuple[str, ...] | str,
     group: Group,
-    rules: FrozenRules | None = None,
-    max_memory: float | None = None,
-    progress: bool = True,
+    **options: Unpack[_Options],
 ) -> GroupAttribution: ...
-
-
 @overload
 def first_order(
-    lens: LoraLens,
-    prompts: PromptsLike,
-    readout: Sequence[Readout],
-    *,
-    at: float = 0.0,
-    mode: Mode = "auto",
-    by: tuple[str, ...] | str = (),
-    gauge: Gauge = "trained",
-    rules: FrozenRules | None = None,
-    max_memory: float | None = None,
-    progress: bool = True,
+    lens: LoraLens, prompts: PromptsLike, readout: Sequence[Readout], **options: Unpack[_Options]
 ) -> tuple[Attribution, ...]: ...
-
-
 @alone
 def first_order(
     lens: LoraLens,
@@ -186,7 +161,15 @@ def first_order(
     if at == 0:
         questions = [asked.require_slope_at_base() for asked in questions]
     if group is not None:
-        _require_alone(readouts, by, gauge, group)
+        if len(readouts) > 1:
+            raise ArgumentError(
+                f"group= takes one readout, and these are {len(readouts)}: call it for each."
+            )
+        if by_axes(by, (*AXES, "token")) != ("token",) or gauge != "trained":
+            raise ArgumentError(
+                f"group={group!r} sums the sites of by='token' alone, and by={by!r}, "
+                f"gauge={gauge!r}; without tokens use .sum('layer') of the result."
+            )
         groups = group_sites(lens.sites, group)
         return _by_group(questions[0], groups, at, mode, rules, progress)
     take = functools.partial(
@@ -315,7 +298,7 @@ def _by_token(
     starts = [lens.sites[part.site].layer for part in parts]  # of each tangent of forward mode
     used_mode = chosen_mode(mode, lens, int(reading.prompts.slots), starts)
     if used_mode == "forward":
-        tokens = TokenTangents(lens, reading)
+        tokens = forward.TokenTangents(lens, reading)
         if groups is None:
             values = tangent_slopes(lens, reading, gates, axes, tokens=tokens, progress=progress)
         else:
@@ -330,11 +313,7 @@ def _by_token(
         values = joined([token_slopes(lens, rows, gates, axes) for rows in few_prompts])
     else:
         values = slopes_of_each(
-            lens,
-            reading,
-            gates,
-            lambda: differentiable_tokens(lens, reading).T,
-            progress=progress,
+            lens, reading, gates, lambda: differentiable_tokens(lens, reading).T, progress=progress
         ).permute(1, 2, 0)
     if groups is not None:
         members = indicator(groups, len(lens.sites)).to(values)
@@ -358,20 +337,6 @@ def _by_group(
         response=_response_tokens(asked),
         **header(asked),
     )
-
-
-def _require_alone(
-    readouts: Sequence[Readout], by: tuple[str, ...] | str, gauge: Gauge, group: Group
-) -> None:
-    if len(readouts) > 1:
-        raise ArgumentError(
-            f"group= takes one readout, and these are {len(readouts)}: call it for each."
-        )
-    if by_axes(by, (*AXES, "token")) != ("token",) or gauge != "trained":
-        raise ArgumentError(
-            f"group={group!r} sums the sites of by='token' alone, and by={by!r}, gauge={gauge!r}; "
-            "without tokens use .sum('layer') of the result."
-        )
 
 
 def _beyond_responses(
@@ -518,7 +483,7 @@ def components(
     lens, reading = asked.lens, asked.reading
     squares = {name: reading.by_prompt(rows) for name, rows in squared_norms(asked).items()}
     z, delta, gradient = (squares[name].sqrt() for name in ("z", "delta", "gradient"))
-    parts = [Part(index) for index in range(len(lens.sites))]
+    parts = [forward.Part(index) for index in range(len(lens.sites))]
 
     def centred_square(rows: Float[Tensor, "row site *slot vocab"]) -> Float[Tensor, "row site"]:
         tangent = tangent_of(rows)
@@ -527,14 +492,13 @@ def components(
 
     base = lens.gates(0.0)
     moved = part_tangents(lens, reading.prompts, base, parts, centred_square, progress=progress)
-    nan = torch.full_like(delta, float("nan"))
     return Components(
         sites=lens.sites,
         z_norm=z,
         delta_norm=delta,
         sensitivity=gradient,
-        cosine=torch.where(delta * gradient > 0, squares["inner"] / (delta * gradient), nan),
-        gain=torch.where(delta > 0, reading.by_prompt(moved).sqrt() / delta, nan),
+        cosine=torch.where(delta * gradient > 0, squares["inner"] / (delta * gradient), torch.nan),
+        gain=torch.where(delta > 0, reading.by_prompt(moved).sqrt() / delta, torch.nan),
         meta=lens.describe(),
     )
 

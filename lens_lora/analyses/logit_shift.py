@@ -114,14 +114,9 @@ class LogitShift(Result):
         row = self._row(site, only_prompt(prompt, len(self.values), "rankings of tokens"))
         count = min(whole("k", k, 0), len(row))
         values, index = (row - row.mean()).topk(count, largest=largest)
-        order = index.tolist()
-        return pd.DataFrame(
-            {
-                "token": [self.strings[i] for i in order],
-                "id": [self.tokens[i] for i in order],
-                "shift": values.cpu().double().tolist(),
-            }
-        )
+        pairs = [(self.strings[i], self.tokens[i]) for i in index.tolist()]
+        frame = pd.DataFrame(pairs, columns=pd.Index(["token", "id"]))
+        return frame.assign(shift=values.cpu().double().tolist())
 
     def _row(self, site: str | None, prompt: int) -> Float[Tensor, " vocab"]:
         if site is None:
@@ -171,23 +166,18 @@ def logit_shift(
     asked = ask_prompts(lens, prompts, max_memory)
     lens, prompts, at = asked.lens, asked.prompts, number("at", at)
     ids, gates = _ids(lens, tokens, prompts), lens.gates(at)
-    columns = torch.tensor(ids, device=lens.device)
+    index = torch.tensor(ids, device=lens.device)
     cheaper = chosen_mode(mode, lens, len(ids))
     if not by_site:
-        values = joint_tangent(lens, prompts, gates, torch.ones_like(gates))[:, columns]
+        values = joint_tangent(lens, prompts, gates, torch.ones_like(gates))[:, index]
     elif cheaper == "reverse":
-        slopes = slopes_of_each(
-            lens,
-            prompts,
-            gates,
-            lambda: read_logits(lens, prompts)[:, columns].T,
-            progress=progress,
-        )
-        values = slopes.permute(1, 2, 0)
+        values = slopes_of_each(
+            lens, prompts, gates, lambda: read_logits(lens, prompts)[:, index].T, progress=progress
+        ).permute(1, 2, 0)
     else:
-        parts = [Part(index) for index in range(len(lens.sites))]
+        parts = [Part(site) for site in range(len(lens.sites))]
         values = part_tangents(
-            lens, prompts, gates, parts, lambda x: tangent_of(x)[..., columns], progress=progress
+            lens, prompts, gates, parts, lambda x: tangent_of(x)[..., index], progress=progress
         )
     strings = lens.vocabulary if tokens is None else tuple(lens.decode(ids))
     return _labelled(lens, values, lens.sites if by_site else (), ids, strings)

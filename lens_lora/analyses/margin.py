@@ -2,7 +2,7 @@
 
 The document's fact overtakes the pretrained one iff the first-order sum exceeds −m₀ − R_m.
 
-1. First order of the margin, and the margin itself along ε·Δ (`analyses/remainder.py`).
+1. First order of the margin, and the margin itself along ε·Δ (`analyses/path.py`).
 2. Where the curve changes sign, the scale is found for all prompts together: g is run on either
    side of the root of a polynomial through the nearest points, until the step is narrow.
 """
@@ -22,7 +22,7 @@ from scipy.optimize import root_scalar
 from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
-from lens_lora.analyses.remainder import USUAL_SCALES, RemainderCurve, remainder_curve_of
+from lens_lora.analyses.path import USUAL_SCALES, RemainderCurve, remainder_curve_of
 from lens_lora.analyses.verdict import FlipVerdict, Verdict, points_at_end, verdict_of
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.function import gated_readout

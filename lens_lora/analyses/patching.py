@@ -37,42 +37,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_lora.arguments import one_entry, whole, word
-from lens_lora.engine.activations import (
-    Points,
-    StandIn,
-    in_gauge,
-    mean_over,
-    replaced_readout,
-    require_ranks,
-    resampled,
-)
+from lens_lora.engine import activations, interventions
+from lens_lora.engine.activations import mean_over, replaced_readout
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.interventions import (
-    Patch,
-    patched_readout,
-    record,
-    require_positions,
-    unheard,
-)
+from lens_lora.engine.interventions import unheard
 from lens_lora.engine.texts import distinct_tokens
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
+from lens_lora.model import sites as model_sites
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
-from lens_lora.model.sites import (
-    Group,
-    Groups,
-    Names,
-    chosen_sites,
-    few,
-    firing,
-    group_sites,
-    indicator,
-    resolved,
-)
+from lens_lora.model.sites import Group, Groups, Names, chosen_sites, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout
-from lens_lora.results.base import Entries, Ranked, header, only_prompt, tokens_at
+from lens_lora.results.base import Entries, Ranked, header, long_table, only_prompt, tokens_at
 from lens_lora.results.effects import Effects, patching_result
 
 How = Literal["add_one", "leave_one_out"]
@@ -141,8 +119,8 @@ def patch_sites(
     turned = asked
     if of == "rank":
         groups, ranks = _single_ranks(asked.lens, groups, group)
-        require_ranks(asked.lens, sorted({index for (index,) in groups.values()}))
-        turned = dataclasses.replace(asked, lens=in_gauge(asked.lens, "svd"))
+        activations.require_ranks(asked.lens, sorted({index for (index,) in groups.values()}))
+        turned = dataclasses.replace(asked, lens=activations.in_gauge(asked.lens, "svd"))
         turned.know_ends(asked.ends)
     stand_in = None if replacing is None else _stand_in(turned, how, replace, replacing)
     values = _replaced(turned, groups, ranks, how, stand_in, progress)
@@ -167,8 +145,7 @@ def _labelled(
     asked: Asked, values: Float[Tensor, "batch group"], groups: Groups, how: How, **options: Any
 ) -> Effects:
     noise_floor = asked.effect_noise(float(how == "leave_one_out"))
-    labels = {"groups": groups, "how": how, "noise_floor": noise_floor, **header(asked)}
-    return Effects(values=values, **labels, **options)
+    return Effects(values, groups, how, noise_floor=noise_floor, **header(asked), **options)
 
 
 def _require_texts(replace: str, texts: Prompts | None) -> None:
@@ -215,11 +192,11 @@ def _single_ranks(lens: LoraLens, groups: Groups, group: Group) -> tuple[Groups,
     return {name: (index,) for (index, _), name in names.items()}, [rank for _, rank in names]
 
 
-def _stand_in(asked: Asked, how: How, replace: Replace, texts: Prompts) -> StandIn:
+def _stand_in(asked: Asked, how: How, replace: Replace, texts: Prompts) -> activations.StandIn:
     gates = asked.lens.gates(float(how == "leave_one_out"))
     if replace == "mean":
         return mean_over(asked.lens, texts, distinct_tokens(texts), gates, asked.reading)
-    return resampled(asked.lens, texts, gates, asked.reading)
+    return activations.resampled(asked.lens, texts, gates, asked.reading)
 
 
 def _replaced(
@@ -227,19 +204,19 @@ def _replaced(
     groups: Groups,
     ranks: list[int] | None,
     how: How,
-    stand_in: StandIn | None,
+    stand_in: activations.StandIn | None,
     progress: bool,
 ) -> Float[Tensor, "batch group"]:
     """g with each group's own δ, less g with what stands in for it."""
     lens, adds, is_by_rank = asked.lens, how == "add_one", ranks is not None
 
-    def run(points: Points, what: str) -> Float[Tensor, "batch group"]:
+    def run(points: activations.Points, what: str) -> Float[Tensor, "batch group"]:
         return replaced_readout(lens, asked.reading, points, stand_in, progress=progress, what=what)
 
     members = indicator(groups, len(lens.sites)).to(lens.device, lens.gate_dtype)
     about = 2.0 + torch.tensor(ranks or [0] * len(groups))[:, None]
     states = torch.where(members > 0, about.to(members), 0.0 if adds else 1.0)
-    points = Points(states, is_by_rank, alone=adds and is_by_rank, replaced=True)
+    points = activations.Points(states, is_by_rank, alone=adds and is_by_rank, replaced=True)
     if not adds:
         return asked.ends[1][:, None] - run(points, "replaced")
     if is_by_rank:
@@ -306,20 +283,20 @@ class ActivationEffects(Ranked):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, hook point and existing position: effect, share of the shift."""
-        values, share = self.values.cpu().double(), self.share.cpu().double()
-        where = (~values.isnan()).nonzero(as_tuple=True)
-        prompts, names, *positions = (axis.tolist() for axis in where)
-        columns: dict[str, object] = {
-            "prompt": prompts,
-            "name": [self.names[i] for i in names],
-            "layer": pd.array([self.places[i][0] for i in names], dtype="Int64"),
-            "hook": [self.places[i][1] for i in names],
-        }
+        axes = [{"prompt": range(len(self.values))}, self._labels]
         if self.by_position:
-            columns["position"] = positions[0]
-            columns["token"] = tokens_at(self.str_tokens, prompts, positions[0])
-        numbers = {"effect": values[where].tolist(), "share": share[where].tolist()}
-        return pd.DataFrame(columns | numbers)
+            axes.append({"position": range(self.values.shape[2])})
+        frame = long_table({"effect": self.values, "share": self.share}, *axes)
+        frame = frame.dropna(subset="effect", ignore_index=True)
+        if self.by_position:
+            tokens = tokens_at(self.str_tokens, frame["prompt"], frame["position"])
+            frame.insert(5, "token", tokens)
+        return frame
+
+    @property
+    def _labels(self) -> dict[str, Any]:
+        layers, hooks = zip(*self.places, strict=True)
+        return {"name": self.names, "layer": pd.array(layers, dtype="Int64"), "hook": hooks}
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each hook point's effect, or that of each of its positions."""
@@ -361,9 +338,7 @@ class ActivationEffects(Ranked):
         Raises:
             LensLoraError: the installed transformer-lens has no such class (4.3 has).
         """
-        layers, hooks = zip(*self.places, strict=True)
-        columns = {"layer": pd.array(layers, dtype="Int64"), "hook": hooks}
-        index, axes = pd.DataFrame({"name": self.names, **columns}), list[str]()
+        index, axes = pd.DataFrame(self._labels), list[str]()
         if self.by_position:
             index = index.merge(pd.DataFrame({"pos": range(self.values.shape[2])}), how="cross")
             axes = ["name", "pos"]
@@ -416,14 +391,14 @@ def patch_activations(
     chosen, asked = _checked(positions), ask(lens, prompts, readout)
     reading = asked.reading
     masks = _masks(chosen, asked.prompts, reading)
-    in_full, wanted = resolved(lens, names)
-    donor = record(lens, reading.prompts, donor_scale, wanted)
-    points = firing(lens, donor.firings, in_full, wanted)
+    in_full, wanted = model_sites.resolved(lens, names)
+    donor = interventions.record(lens, reading.prompts, donor_scale, wanted)
+    points = model_sites.firing(lens, donor.firings, in_full, wanted)
     if chosen is not None:
-        require_positions(lens, reading.prompts, donor, points, donor_scale)
-    patches = [Patch(name, mask) for name in points for mask in masks]
+        interventions.require_positions(lens, reading.prompts, donor, points, donor_scale)
+    patches = [interventions.Patch(name, mask) for name in points for mask in masks]
     base, adapted = asked.ends[..., None, None]
-    patched = patched_readout(
+    patched = interventions.patched_readout(
         lens, reading, donor, patches, donor_scale=donor_scale, scale=scale, progress=progress
     ).unflatten(1, (len(points), -1))
     values = adapted - patched if direction == "base_to_adapted" else patched - base
@@ -443,10 +418,7 @@ def patch_activations(
 
 
 def _require_heard(
-    asked: Asked,
-    scale: float,
-    points: Sequence[str],
-    values: Float[Tensor, "batch name position"],
+    asked: Asked, scale: float, points: Sequence[str], values: Float[Tensor, "batch name position"]
 ) -> None:
     """Refuse points without an effect at which nothing at all would have one."""
     lens, ends = asked.lens, asked.ends
@@ -457,8 +429,8 @@ def _require_heard(
     silent = unheard(lens, asked.reading.prompts.row(0), scale, doubtful) if doubtful else []
     if silent:
         raise ModelStateError(
-            f"{few(silent)}: the hook point fires, but the model ignores what a hook makes of its "
-            "value, so a patch there says nothing; leave it out."
+            f"{model_sites.few(silent)}: the hook point fires, but the model ignores what a hook "
+            "makes of its value, so a patch there says nothing; leave it out."
         )
 
 

@@ -175,10 +175,6 @@ class Repair(Paged):
         ]
         return pd.DataFrame(rows)
 
-    def story(self) -> str:
-        """What was kept and left, beside scaling, in plain words."""
-        return drawing.story(self)
-
     def plot(self) -> drawing.Figure:
         """What is left against what is kept: the repair beside scaling and random sets."""
         return drawing.figure(self)
@@ -255,14 +251,11 @@ def repair(
     steps, draws, seed = whole("steps", steps, 1), whole("draws", draws, 1), whole("seed", seed, 0)
     layout = layout_of(lens, of)
     require_expressible(layout)
-    given = [*_goals(layout, lens, keep, "keep"), *_goals(layout, lens, drop, "drop")]
-    tests = [
-        *_goals(layout, lens, test_keep, "test_keep"),
-        *_goals(layout, lens, test_drop, "test_drop"),
-    ]
+    asked = {"keep": keep, "drop": drop, "test_keep": test_keep, "test_drop": test_drop}
+    goals = [goal for name, questions in asked.items() for goal in _goals(layout, questions, name)]
+    given = [goal for goal in goals if not goal.held_out]
     gates = _optimised(given, keep_share, steps, rate, price, progress=progress)
     kept = _rounded(given, gates, keep_share)
-    goals = given + tests
     return Repair(
         adapter=sub_adapter(layout, kept.cpu(), f"{lens.adapter.name} repaired"),
         gates=gates,
@@ -288,16 +281,16 @@ class _Goal:
     """One question bound to the lens.
 
     Attributes:
+        tokens: how many tokens a KL is read at, 1 for other readouts.
         keep: whether it is to be kept, or dropped.
         held_out: whether it only judges.
-        tokens: how many tokens a KL is read at, 1 for other readouts.
     """
 
     layout: GateLayout
     asked: Asked
+    tokens: int
     keep: bool
     held_out: bool
-    tokens: int
 
     @property
     def label(self) -> str:
@@ -325,9 +318,7 @@ class _Goal:
         return values.sum() / self.tokens if self.tokens > 1 else values.mean()
 
 
-def _goals(
-    layout: GateLayout, lens: LoraLens, questions: Sequence[Question], name: str
-) -> list[_Goal]:
+def _goals(layout: GateLayout, questions: Sequence[Question], name: str) -> list[_Goal]:
     """The questions of the argument of this name."""
     held_out = name.startswith("test")
     if not isinstance(questions, list | tuple) or not (questions or held_out):
@@ -335,8 +326,10 @@ def _goals(
             f"{name}={questions!r}: expected [(prompts, readout), …], at least one pair."
         )
     keep = name.endswith("keep")
-    bound = [_bound(lens, question, f"{name}[{i}]", keep) for i, question in enumerate(questions)]
-    return [_Goal(layout, asked, keep, held_out, tokens) for asked, tokens in bound]
+    return [
+        _Goal(layout, *_bound(layout.lens, question, f"{name}[{i}]", keep), keep, held_out)
+        for i, question in enumerate(questions)
+    ]
 
 
 def _bound(lens: LoraLens, question: Any, name: str, keep: bool) -> tuple[Asked, int]:

@@ -6,7 +6,7 @@
 Σ_{l∈G, m∈M} H_lm: the diagonal is what a group's own strength does to its effect; off the diagonal
 is coupling, what one group's presence does to another's effect (note, §6, item 4).
 
-1. First order, and the exact g along the path (`analyses/remainder.py`).
+1. First order, and the exact g along the path (`analyses/path.py`).
 2. H·1 from one Hessian product; ½H_ll on request, and H between groups, from a product for each
    site or group, batched (`engine/second_order.py`) and summed over groups at once.
 3. The verdict says of each prompt whether second order is nearer to the exact shift at ε = 1 than
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.patching import How
-from lens_lora.analyses.remainder import USUAL_SCALES, RemainderCurve, orders, remainder_curve_of
+from lens_lora.analyses.path import USUAL_SCALES, RemainderCurve, orders, remainder_curve_of
 from lens_lora.analyses.verdict import SecondVerdict, points_at_end, second_verdict
 from lens_lora.arguments import number, word
 from lens_lora.compat import in_float64
@@ -45,19 +45,10 @@ from lens_lora.model.sites import Group, Groups, group_sites, indicator
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import Readout
+from lens_lora.results import base as results_base
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import (
-    SIGMAS,
-    Drawn,
-    Entries,
-    Ranked,
-    header,
-    is_by_site,
-    is_partition,
-    long_table,
-    per_prompt,
-)
+from lens_lora.results.base import SIGMAS, Drawn, Entries, Ranked, header, long_table, per_prompt
 
 
 @final
@@ -188,16 +179,9 @@ class SecondOrder(Drawn):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt: shift, first and second order, what remains of each, its kind."""
-        columns = {
-            "shift": self.shift,
-            "first_order": self.first_order.total,
-            "curvature": self.curvature,
-            "predicted": self.predicted,
-            "first_order_remainder": self.first_order_remainder,
-            "remainder": self.remainder,
-            "noise_floor": self.noise_floor,
-            "remainder_floor": self.remainder_floor,
-        }
+        parts = {"first_order": self.first_order.total, "curvature": self.curvature}
+        rest = ("predicted", "first_order_remainder", "remainder", "noise_floor", "remainder_floor")
+        columns = {"shift": self.shift} | parts | {name: getattr(self, name) for name in rest}
         kinds = [verdict.kind for verdict in self.verdict]
         return pd.DataFrame(per_prompt(columns)).assign(verdict=kinds)
 
@@ -248,7 +232,7 @@ def second_order(
     asked = ask(lens, prompts, readout)
     first = first_order_of(asked, along=USUAL_SCALES, progress=progress)
     curve = remainder_curve_of(asked, first, progress=progress)
-    diagonal = _self_curvature(asked, progress) if self_curvature else None
+    diagonal = coupling_of(asked, progress=progress).self_curvature if self_curvature else None
     return second_order_of(asked, first, curve, diagonal)
 
 
@@ -268,22 +252,6 @@ def second_order_of(
         curve=curve,
         curvature_noise=curvature_noise(asked.lens, asked.reading, half),
     )
-
-
-def _self_curvature(asked: Asked, progress: bool) -> Float[Tensor, "batch site"]:
-    """½H_ll, out of H e_l of every site."""
-    lens, single_sites = asked.lens, torch.eye(len(asked.lens.sites))
-
-    def curvatures(reading: Reading) -> Float[Tensor, "batch site"]:
-        base, diagonal, done = lens.gates(0.0), [], 0
-        for product in hessian_products(
-            lens, reading, base, single_sites, progress=progress, what="self-curvature"
-        ):
-            diagonal.append(product.diagonal(offset=done, dim1=1, dim2=2))
-            done += product.shape[1]
-        return torch.cat(diagonal, 1)
-
-    return in_groups(asked.reading, curvatures) / 2
 
 
 # --- H between sites, layers, kinds of module or named groups.
@@ -320,7 +288,7 @@ class Coupling(Ranked):
     @property
     def is_partition(self) -> bool:
         """Whether every site is in exactly one group."""
-        return is_partition(self.groups, len(self.sites))
+        return results_base.is_partition(self.groups, len(self.sites))
 
     @property
     def row_sums(self) -> Float[Tensor, "batch group"]:
@@ -329,7 +297,13 @@ class Coupling(Ranked):
         Raises:
             ArgumentError: the groups overlap or leave sites out.
         """
-        self._require_partition()
+        if not self.is_partition:
+            count = sum(map(len, self.groups.values()))
+            raise ArgumentError(
+                f"these {len(self.groups)} groups hold {count} sites of {len(self.sites)}, some "
+                "twice or not at all, so their rows do not add up to H·1; use group='site', "
+                "'layer' or 'kind', or name every site once. `matrix` itself is right."
+            )
         return self.matrix.sum(2)
 
     @property
@@ -371,10 +345,8 @@ class Coupling(Ranked):
         """½(H_GM + H_MG) of each pair of different groups: the pair's part of the shift."""
         half, names = in_float64(self.coupling), list(self.groups)
         a, b = torch.triu_indices(*half.shape[1:], offset=1)
-        labels = {
-            "group_a": [names[i] for i in a.tolist()],
-            "group_b": [names[i] for i in b.tolist()],
-        }
+        pairs = {"group_a": a.tolist(), "group_b": b.tolist()}
+        labels = {side: [names[i] for i in members] for side, members in pairs.items()}
         return Entries(labels, *self.mean_over(prompt, (half + half.mT)[:, a, b]), "value")
 
     def to_frame(self) -> pd.DataFrame:
@@ -410,7 +382,7 @@ class Coupling(Ranked):
         return dataclasses.replace(first, values=values, by=(), method=f"second_order/{how}")
 
     def _require_of_sites(self, first: Attribution) -> None:
-        if not is_by_site(self.groups, len(self.sites)):
+        if not results_base.is_by_site(self.groups, len(self.sites)):
             raise ArgumentError(
                 f"this matrix has {len(self.groups)} groups; effects of single sites are "
                 "estimated from coupling(group='site')."
@@ -429,15 +401,6 @@ class Coupling(Ranked):
                     f"first order and the matrix differ in their {fact}{shown}; compute both with "
                     f"the same lens, prompts and readout: first_order(…, at={self.at:g})."
                 )
-
-    def _require_partition(self) -> None:
-        if not self.is_partition:
-            count = sum(map(len, self.groups.values()))
-            raise ArgumentError(
-                f"these {len(self.groups)} groups hold {count} sites of {len(self.sites)}, some "
-                "twice or not at all, so their rows do not add up to H·1; use group='site', "
-                "'layer' or 'kind', or name every site once. `matrix` itself is right."
-            )
 
 
 @alone

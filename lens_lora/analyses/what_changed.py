@@ -30,16 +30,9 @@ from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.arguments import is_whole, whole, word
+from lens_lora.engine import texts as corpus
 from lens_lora.engine.asked import ask_prompts
-from lens_lora.engine.texts import (
-    EARLY,
-    TextSums,
-    distinct_tokens,
-    read_through,
-    require_second_token,
-    text_divergences,
-    text_sums,
-)
+from lens_lora.engine.texts import distinct_tokens, text_divergences
 from lens_lora.errors import ArgumentError, TokenError
 from lens_lora.model.generate import SideBySide, side_by_side
 from lens_lora.model.hooks import alone
@@ -314,10 +307,6 @@ class WhatChanged(Paged):
         ]
         return pd.concat(frames).reindex(columns=columns).reset_index(drop=True)
 
-    def story(self) -> str:
-        """What was found, in plain words, a paragraph a line."""
-        return drawing.story(self)
-
     def plot(self, k: int = 20, by: By = "logit") -> drawing.Figure:
         """The k tokens promoted most, with the largest shift under a control.
 
@@ -372,18 +361,17 @@ def what_changed(
         raise ArgumentError("unrelated: expected an ll.Adapter, or several.")
     asked = ask_prompts(lens, neutral_texts(lens.model) if texts is None else texts)
     rows = asked.prompts
-    require_second_token(rows, "every number")
+    corpus.require_second_token(rows, "every number")
     nulls = whole("nulls", nulls, 0)
     scaled = [(lens, 1.0), *_matched(lens, list(null_lenses(lens, seed, nulls)), rows, progress)]
     scaled += [(lens.with_adapter(other), 1.0) for other in others]
-    sums, shares = text_sums(scaled, rows, split=split, progress=progress)
+    sums, shares = corpus.text_sums(scaled, rows, split=split, progress=progress)
     found, *controls = (_changes(changes, rows) for changes in sums)
     said: list[SideBySide | None] = []
     if answers and getattr(lens.model, "tokenizer", None) is not None:
         said = side_by_side(lens, everyday_questions(lens.model), _ANSWER, progress=progress)
     distinct = int(distinct_tokens(rows).sum())
-    source = "of the caller" if texts is not None else "that come with lens_lora"
-    kind = "texts" if texts is not None else "neutral texts"
+    source = "neutral texts that come with lens_lora" if texts is None else "texts of the caller"
     return WhatChanged(
         found=found,
         nulls=tuple(controls[:nulls]),
@@ -392,7 +380,7 @@ def what_changed(
         shares=(shares / distinct).cpu(),
         strings=lens.vocabulary,
         str_tokens=asked.str_tokens,
-        texts=f"{rows.batch} {kind} {source}, {distinct} distinct tokens after first ones",
+        texts=f"{rows.batch} {source}, {distinct} distinct tokens after first ones",
         meta=lens.describe(),
         answers=tuple(filter(None, said)),
     )
@@ -430,9 +418,9 @@ def _matched(
     return [(null, scale_of(null, kl)) for null, kl in zip(nulls, at_one, strict=True)]
 
 
-def _changes(sums: TextSums, rows: Prompts) -> Changes:
+def _changes(sums: corpus.TextSums, rows: Prompts) -> Changes:
     counted = distinct_tokens(rows)
-    counts, early = counted.sum(1), int(counted[:, 1 : 1 + EARLY].sum())
+    counts, early = counted.sum(1), int(counted[:, 1 : 1 + corpus.EARLY].sum())
     mean = {name: value / early for name, value in sums.early.items()}
     stream = sums.points.stream
     constant = held_out_share(sums.stream, sums.squares, counts).tolist()
@@ -443,7 +431,7 @@ def _changes(sums: TextSums, rows: Prompts) -> Changes:
         logit=_centred(sums.logits / int(counts.sum())),
         probability=(sums.probabilities / int(counts.sum())).float().cpu(),
         readings={
-            name: _centred(read_through(sums.lens, value / early).double())
+            name: _centred(corpus.read_through(sums.lens, value / early).double())
             for name, value in sums.read.items()
         },
         early_size={name: float(mean[name].norm()) for name in stream},

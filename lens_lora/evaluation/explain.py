@@ -35,13 +35,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from lens_lora.analyses.divergence import TokenShifts, token_shifts_of
 from lens_lora.analyses.first_order import first_order_of
 from lens_lora.analyses.logit_shift import LogitShift, joint_logit_shift
 from lens_lora.analyses.margin import FactMargin, fact_margin_of
 from lens_lora.analyses.patching import patch_sites_of
 from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.second_order import Coupling, SecondOrder, coupling_of, second_order_of
-from lens_lora.analyses.token_shifts import TokenShifts, token_shifts_of
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask_prompts
@@ -52,22 +52,15 @@ from lens_lora.engine.second_order import slopes_of_each
 from lens_lora.engine.texts import by_length
 from lens_lora.errors import ArgumentError, PromptError
 from lens_lora.evaluation import rankings
-from lens_lora.evaluation.compare import Comparison, compare
+from lens_lora.evaluation.compare import Comparison, Reliability, compare, judged
 from lens_lora.evaluation.faithfulness import Faithfulness, counts_of, curves_of
 from lens_lora.evaluation.null_test import NullTest, null_test_of
-from lens_lora.evaluation.reliability import Reliability, judged
 from lens_lora.model.generate import SideBySide, side_by_side
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import group_sites, indicator
-from lens_lora.readouts.answers import (
-    KL,
-    AnswerLike,
-    AnswerLogProb,
-    Generated,
-    items_of,
-    margin_between,
-)
+from lens_lora.readouts import answers as readouts
+from lens_lora.readouts.answers import AnswerLike, items_of, margin_between
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
@@ -162,10 +155,6 @@ class Explanation(Paged):
         flags = {f"flagged_{how}": r.flagged[0].tolist() for how, r in self.reliability.items()}
         return pd.DataFrame({**labels, **numbers, **flags})
 
-    def story(self) -> str:
-        """The explanation in plain words, a paragraph a line, claiming no more than the numbers."""
-        return drawing.story(self)
-
     def figures(self) -> dict[str, drawing.Figure]:
         """The report's pictures by key: `"path"`, `"positions"`, `"reliability/add_one"`, …."""
         return drawing.figures(self)
@@ -199,10 +188,6 @@ class Explanations(Paged):
     def figures(self) -> dict[str, drawing.Figure]:
         """Pictures of all prompts: `"margins"`, and `"layers"`, first order by layer."""
         return drawing.figures(self)
-
-    def story(self) -> str:
-        """A sentence or more of each prompt, a prompt a line."""
-        return drawing.story(self)
 
 
 @final
@@ -259,10 +244,6 @@ class ResponseExplanation(Paged):
                 rows = zip(self.groups, values.cpu().double().tolist(), strict=True)
                 frame = frame.assign(**{f"{how}, {name}": row for name, row in rows})
         return frame
-
-    def story(self) -> str:
-        """The explanation in plain words, a paragraph a line, claiming no more than the numbers."""
-        return drawing.story(self)
 
     def figures(self) -> dict[str, drawing.Figure]:
         """The report's pictures by key: `"text"`, `"tokens"`, `"add_one"`, `"leave_one_out"`."""
@@ -345,7 +326,7 @@ def explain(
         raise ArgumentError(f"null={null}; expected 0 for none, or at least 2 null adapters.")
     if doc is None or pre is None:
         _require_response_only(doc, pre, null, batch)
-        is_generated = response is None or isinstance(response, Generated)
+        is_generated = response is None or isinstance(response, readouts.Generated)
         if response is None:
             response = lens.generate(asked.prompts, progress=progress)
         return _explain_response(asked, response, is_generated, fast, progress)
@@ -527,7 +508,8 @@ def _said(
 def _explain_response(
     prompts: Asked, response: AnswerLike, is_generated: bool, fast: bool, progress: bool
 ) -> ResponseExplanation:
-    asked, kl = prompts.about(AnswerLogProb(response)), prompts.about(KL(response))
+    asked = prompts.about(readouts.AnswerLogProb(response))
+    kl = prompts.about(readouts.KL(response))
     lens, most = prompts.lens, _ANSWER[fast]
     with tqdm(total=4 if fast else 6, desc="explain", leave=False, disable=not progress) as bar:
         with _step(bar, "what both models answer"):
@@ -563,13 +545,9 @@ def _response_in_full(
     added = indicator(groups, len(lens.sites))
     ends = torch.zeros_like(added[:1]), torch.ones_like(added[:1])
     points = torch.cat([*ends, added, 1 - added]).to(lens.device, lens.gate_dtype)
+    what = "each layer added and left out"
     values = gated_readout(
-        lens,
-        asked.reading,
-        points,
-        progress=progress,
-        what="each layer added and left out",
-        read=read_tokens,
+        lens, asked.reading, points, progress=progress, what=what, read=read_tokens
     )[0]
     base, adapted, alone, without = values.split([1, 1, len(groups), len(groups)])
     bar.update()

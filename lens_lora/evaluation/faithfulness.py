@@ -44,17 +44,8 @@ from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results.base import (
-    GREEDY,
-    RANDOM,
-    SIGMAS,
-    Drawn,
-    Measured,
-    header,
-    long_table,
-    only_prompt,
-    site_labels,
-)
+from lens_lora.results import base as results_base
+from lens_lora.results.base import Drawn, Measured, header, long_table, only_prompt, site_labels
 
 _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _DRAWS = 5  # random orders: their mean is a curve as smooth as the others
@@ -251,7 +242,7 @@ def faithfulness(
         scores = {name: score.mean(0).expand(batch, -1) for name, score in scores.items()}
     orders = {name: rankings.by_score(score) for name, score in scores.items()}
     if greedy:
-        orders[GREEDY] = rankings.greedy_order(asked, progress=progress)
+        orders[results_base.GREEDY] = rankings.greedy_order(asked, progress=progress)
     curves = curves_of(judge, orders, counts, draws, seed, progress=progress)
     if judged is None:
         return curves
@@ -274,12 +265,12 @@ def curves_of(
     """The curves of these orders, and the mean of those of random ones."""
     base, adapted = asked.ends.cpu().double()
     floor, shift = asked.noise_floor.cpu().double(), adapted - base
-    clear = torch.where(shift.abs() > SIGMAS * floor, shift, torch.nan)
+    clear = torch.where(shift.abs() > results_base.SIGMAS * floor, shift, torch.nan)
     moved = _moved_by(asked, _with_random(orders, draws, seed), counts, progress)
     keep, drop = (_mean_of_draws(curves, len(orders)) for curves in moved / clear[:, None])
     labels: dict[str, Any] = {**header(asked), "base": base, "adapted": adapted}
     return Faithfulness(
-        names=(*orders, RANDOM) if draws else tuple(orders),
+        names=(*orders, results_base.RANDOM) if draws else tuple(orders),
         fractions=torch.tensor(counts, dtype=torch.float64) / len(asked.lens.sites),
         counts=counts,
         keep=keep,
@@ -374,7 +365,7 @@ def scored(
     known = torch.cat([nothing, moved / size, nothing + 1], 1)
     every = (0, *inner, sites)
     shares = known[:, [every.index(count) for count in counts]]
-    if size <= SIGMAS * noise:
+    if size <= results_base.SIGMAS * noise:
         shares = torch.full_like(shares, float("nan"))
     sizes = torch.tensor(MIB_SIZES, dtype=torch.float64)
     kept, matched = shares.split([len(signed), len(by_magnitude)])

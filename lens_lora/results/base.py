@@ -136,7 +136,7 @@ class Drawn(Result):
 
 
 class Paged(Result):
-    """A result that has a page of its own."""
+    """A result that has a page of its own, and a story."""
 
     def report(self, title: str | None = None) -> str:
         """A self-contained HTML page.
@@ -145,6 +145,10 @@ class Paged(Result):
             title: the page's title; by default it names what the page is about.
         """
         return drawing.report(self, title=title)
+
+    def story(self) -> str:
+        """What it says in plain words, a paragraph a line, claiming no more than the numbers."""
+        return drawing.story(self)
 
     def save_report(self, path: str | Path) -> Path:
         """Write `report` to a file; returns the path.
@@ -343,7 +347,7 @@ def site_labels(sites: Sequence[Site], repeat: int = 1) -> dict[str, list[Any]]:
 
 
 def tokens_at(
-    str_tokens: Sequence[Sequence[str]], prompts: Sequence[int], positions: Sequence[int]
+    str_tokens: Sequence[Sequence[str]], prompts: Iterable[int], positions: Iterable[int]
 ) -> list[str]:
     """The token of each pair of prompt and position."""
     return [str_tokens[p][i] for p, i in zip(prompts, positions, strict=True)]

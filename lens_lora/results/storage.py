@@ -24,20 +24,10 @@ import os
 import reprlib
 import sys
 import types
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NoReturn,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin
 
 import torch
 from jaxtyping import AbstractArray
@@ -314,7 +304,7 @@ class Axes:
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     """The annotation of each field."""
-    hints = get_type_hints(kind, include_extras=True)
+    hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 

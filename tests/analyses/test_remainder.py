@@ -10,7 +10,7 @@ import torch
 from two_scalars import scalar_lens
 
 import lens_lora as ll
-from lens_lora.analyses.remainder import orders
+from lens_lora.analyses.path import orders
 from lens_lora.analyses.verdict import Noise
 
 MARGIN = ll.Margin(5, 9)

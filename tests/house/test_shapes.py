@@ -8,7 +8,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 import lens_lora as ll
-from lens_lora.analyses.remainder import fitted_order
+from lens_lora.analyses.path import fitted_order
 
 CHECKED = pytest.mark.skipif(
     not shapes.CHECKED, reason="shapes are checked where LENS_LORA_SHAPES=checked"

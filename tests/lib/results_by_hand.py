@@ -8,7 +8,7 @@ import re
 import torch
 
 from lens_lora.analyses.margin import FactMargin
-from lens_lora.analyses.remainder import RemainderCurve
+from lens_lora.analyses.path import RemainderCurve
 from lens_lora.analyses.verdict import Noise
 from lens_lora.model.sites import Site
 from lens_lora.results.attribution import Attribution

@@ -1,11 +1,22 @@
-"""The quadratic part of a KL, split exactly: q_l = ½ v_lᵀ F v.
+"""How far an adapter moved the distribution of a response: token by token, and site by site.
+
+Of each token (`token_shifts`), exactly:
+
+    ℓ_t = log p(y_t | x, y_<t),   KL_t = Σ_v p₀,t(v) log(p₀,t(v) / p₁,t(v)) and the other way round
+
+One row holds prompt and response, as no token attends to a later one. It is run at two settings of
+the gates, by default the base model and the adapted one; every number is of these two distributions
+over the whole vocabulary, without an approximation. Cost: two forward passes, unembedded at the
+response's tokens only, in chunks.
+
+Of each site (`kl_shares`), the quadratic part of a KL, split exactly: q_l = ½ v_lᵀ F v.
 
     v_l = J δz_l at every token of the response,   v = Σ_l v_l,   F_t = diag p₀,t − p₀,t p₀,tᵀ
     D(ε·1) = ½ ε² Σ_t vᵀ F_t v + O(ε³),   Σ_l q_l = ½ vᵀ F v
 
 1. One dual forward pass gives p₀ and v, the joint tangent of all sites; it keeps the graph of p₀.
 2. The covector F v goes back through it: ∂/∂ε_l of (Fv)ᵀf is v_lᵀ F v, and its parts by position,
-   head and rank come as those of any readout (`engine/pulled_back.py`).
+   head and rank come as those of any readout (`engine/second_order.py`).
 3. On request the kernel between sites or groups, K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m with
    w_l = √p₀ ∘ (v_l − p₀ᵀv_l), from a tangent for each. K is symmetric and positive semidefinite,
    and sums to vᵀ F v.
@@ -20,12 +31,12 @@ Cost: two forward passes, a dual and two backward ones; one more forward pass fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Annotated, Literal, final
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, cast, final
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,25 +44,243 @@ from lens_lora.analyses.compare_adapters import correlation_of
 from lens_lora.analyses.first_order import in_rank_space, labelled
 from lens_lora.analyses.verdict import SharesVerdict
 from lens_lora.arguments import word
-from lens_lora.engine.asked import ask_prompts
+from lens_lora.compat import in_float64
+from lens_lora.engine.asked import Asked, ask, ask_prompts
 from lens_lora.engine.duals import tangent_of
 from lens_lora.engine.forward import group_parts, part_tangents
-from lens_lora.engine.function import gated_readout
-from lens_lora.engine.memory import graph_groups
+from lens_lora.engine.function import gated_logits, gated_readout, require_finite
+from lens_lora.engine.memory import graph_groups, rows_of_pass
 from lens_lora.engine.reverse import joined, require_finite_sites, site_slopes
 from lens_lora.engine.second_order import pulled_back
 from lens_lora.errors import ArgumentError
 from lens_lora.model.basis import Gauge
 from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens
+from lens_lora.model.lens import LoraLens, Scale, name_of_scale
 from lens_lora.model.sites import Groups, by_axes, group_sites
-from lens_lora.readouts.answers import KL, AnswerLike
+from lens_lora.readouts.answers import KL, AnswerLike, AnswerLogProb
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import bound
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import Drawn, long_table, prompt_rows
+from lens_lora.results.base import Drawn, long_table, only_prompt, prompt_rows
+from lens_lora.results.drawing import TokenView
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TokenShifts(Drawn):
+    """Of each token of a response: how its distribution moved. NaN beyond a response's own tokens.
+
+    `plot` is KL and the shift of log p, token by token.
+
+    Attributes:
+        response: each prompt's y_1 … y_T.
+        log_p: [end, batch, token], log p(y_t | x, y_<t) at both settings, in nats.
+        entropy: [end, batch, token], of the distribution of that token, in nats.
+        rank: [end, batch, token], how many tokens are more probable than y_t; −1 beyond.
+        kl: [direction, batch, token], KL(p₀‖p₁) and KL(p₁‖p₀), in nats.
+        promoted, suppressed: [batch, token, k], the largest rises and falls of a probability.
+        promoted_ids, suppressed_ids: [batch, token, k], of which tokens.
+        strings: those tokens, by id.
+        between: the two settings of the gates.
+        str_tokens: each prompt's tokens.
+        meta: model, adapter, dtype and versions.
+    """
+
+    response: Annotated[tuple[tuple[str, ...], ...], "batch token"]
+    log_p: Float[Tensor, "end=2 batch token"]
+    entropy: Float[Tensor, "end=2 batch token"]
+    rank: Int[Tensor, "end=2 batch token"]
+    kl: Float[Tensor, "direction=2 batch token"]
+    promoted: Float[Tensor, "batch token k"]
+    suppressed: Float[Tensor, "batch token k"]
+    promoted_ids: Int[Tensor, "batch token k"]
+    suppressed_ids: Int[Tensor, "batch token k"]
+    strings: Mapping[str, str]
+    between: tuple[str, str]
+    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
+    meta: Mapping[str, str]
+
+    @property
+    def shift(self) -> Float[Tensor, "batch token"]:
+        """ℓ_t at the second setting minus ℓ_t at the first, in nats."""
+        return self.log_p[1] - self.log_p[0]
+
+    @property
+    def total(self) -> Float[Tensor, " batch"]:
+        """Σ_t of the shift: that of the response's log-probability."""
+        return self.shift.nansum(1)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per prompt and token of the response; the first setting is called base."""
+        places = [(p, t) for p, row in enumerate(self.response) for t in range(len(row))]
+        numbers: dict[str, Tensor] = {"log_p_base": self.log_p[0], "log_p_adapted": self.log_p[1]}
+        numbers["shift"] = self.shift
+        numbers |= zip(("kl_base_to_adapted", "kl_adapted_to_base"), self.kl, strict=True)
+        numbers |= zip(("entropy_base", "entropy_adapted"), self.entropy, strict=True)
+        numbers |= zip(("rank_base", "rank_adapted"), self.rank, strict=True)
+        frame = pd.DataFrame(places, columns=["prompt", "t"])
+        frame["y_t"] = [self.response[p][t] for p, t in places]
+        where = tuple(torch.tensor(places).T)
+        frame = frame.assign(**{name: values[where].tolist() for name, values in numbers.items()})
+        for name in ("promoted", "suppressed"):
+            ids, changes = getattr(self, f"{name}_ids"), getattr(self, name)
+            frame[name] = [self._named(ids[place], changes[place]) for place in places]
+        return frame
+
+    def _named(self, ids: Tensor, changes: Tensor) -> str:
+        pairs = zip(ids.tolist(), changes.tolist(), strict=True)
+        return ", ".join(f"{self.strings[str(i)]!r} {change:+.3f}" for i, change in pairs)
+
+    def top(self, k: int = 10, prompt: int | None = None) -> pd.DataFrame:
+        """The k tokens whose distribution moved most, by KL from base to adapted.
+
+        Args:
+            k: how many.
+            prompt: an index; without it, of all prompts.
+
+        Raises:
+            ArgumentError: no such prompt.
+        """
+        frame = self.to_frame()
+        if prompt is not None:
+            chosen = only_prompt(prompt, len(self.response))
+            frame = frame[frame["prompt"] == chosen]
+        order = frame["kl_base_to_adapted"].argsort()[::-1][:k]
+        return frame.iloc[order].reset_index(drop=True)
+
+    def plot_text(self, prompt: int | None = None) -> drawing.Figure:
+        """The shaded text of `token_view` as a still picture: `.write_image("tokens.svg")`.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.still(self, prompt)
+
+    def token_view(self, prompt: int | None = None) -> TokenView:
+        """The response as text, each token shaded by its KL; hover for the numbers.
+
+        Args:
+            prompt: an index; without it, the only prompt.
+
+        Raises:
+            ArgumentError: no such prompt, or several and none named.
+        """
+        return drawing.tokens(self, prompt)
+
+
+@alone
+def token_shifts(
+    lens: LoraLens,
+    prompts: PromptsLike,
+    response: AnswerLike,
+    *,
+    between: tuple[Scale, Scale] = (0.0, 1.0),
+    k: int = 5,
+) -> TokenShifts:
+    """How the distribution of each token of a response moved. Two forward passes.
+
+    Args:
+        lens: the adapter over the model.
+        prompts: strings, conversations, ids, or `Prompts`.
+        response: what is said after each prompt: a string, ids, or one of these per prompt; or
+            what `LoraLens.generate` returned.
+        between: two settings of the gates, each as for `LoraLens.gates`.
+        k: how many promoted and suppressed tokens are kept at each place.
+
+    Raises:
+        ArgumentError: k below 1, `between` without two settings, or a bound of memory that the
+            logits of a response are beyond.
+        TokenError, PromptError: a response or prompt that does not fit the model.
+        NumericsError: non-finite logits.
+    """
+    if not isinstance(k, int) or k < 1 or not isinstance(between, tuple) or len(between) != 2:
+        raise ArgumentError(f"k={k!r}, between={between!r}: expected at least 1, and two settings.")
+    return token_shifts_of(ask(lens, prompts, AnswerLogProb(response)), between=between, k=k)
+
+
+def token_shifts_of(
+    asked: Asked, *, between: tuple[Scale, Scale] = (0.0, 1.0), k: int = 5
+) -> TokenShifts:
+    """`token_shifts` of a question that is already tokenised, about one response a prompt."""
+    lens, read = asked.lens, cast(Any, asked.reading.read)
+    gates = torch.stack([lens.gates(scale) for scale in between])
+    responses = [read.tokens[read.owner == prompt] for prompt in range(read.batch)]
+    rows = [_of_one(asked, prompt, ids, gates, k) for prompt, ids in enumerate(responses)]
+    fields = {name: _padded([row[name] for row in rows]) for name in rows[0]}
+    kept = torch.cat([fields["promoted_ids"], fields["suppressed_ids"]]).unique()
+    kept = kept[kept >= 0].tolist()
+    return TokenShifts(
+        response=tuple(tuple(lens.decode(ids.tolist())) for ids in responses),
+        **{n: value.movedim(-1, 0) if n in _PAIRS else value for n, value in fields.items()},
+        strings={str(i): s for i, s in zip(kept, lens.decode(kept), strict=True)},
+        between=(name_of_scale(between[0]), name_of_scale(between[1])),
+        str_tokens=lens.str_tokens(asked.prompts),
+        meta=lens.describe(),
+    )
+
+
+_PAIRS = ("log_p", "entropy", "rank", "kl")
+_AT_ONCE = 32  # tokens whose distributions are compared at a time, in float64
+
+
+def _of_one(
+    asked: Asked, prompt: int, ids: Int[Tensor, " token"], gates: Float[Tensor, "end site"], k: int
+) -> dict[str, Tensor]:
+    """What is known of one prompt's response, [token, …]; a pair of ends on the last axis."""
+    lens, row = asked.lens, asked.reading.prompts.row(prompt)
+    rows_of_pass(lens, row)  # refuses what is beyond the bound
+    with torch.no_grad():
+        logits = [gated_logits(lens, row, end)[0] for end in gates]
+        require_finite(torch.stack([end.amax() for end in logits]), "a logit")
+        parts = [tensor.split(_AT_ONCE) for tensor in (*logits, ids.to(logits[0].device))]
+        chunks = [
+            _of_tokens(base, adapted, tokens, min(k, base.shape[-1]))
+            for base, adapted, tokens in zip(*parts, strict=True)
+        ]
+    return {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}
+
+
+def _of_tokens(
+    base: Float[Tensor, "token vocab"],
+    adapted: Float[Tensor, "token vocab"],
+    ids: Int[Tensor, " token"],
+    k: int,
+) -> dict[str, Tensor]:
+    logs = [in_float64(end).log_softmax(-1) for end in (base, adapted)]
+    p = [log.exp() for log in logs]
+    log_p = [log.gather(1, ids[:, None].to(log.device)) for log in logs]
+    change = p[1] - p[0]
+    up, down = change.topk(k), change.topk(k, largest=False)
+    apart = logs[0] - logs[1]
+    return {
+        "log_p": torch.cat(log_p, 1),
+        "entropy": torch.stack([_expected(q, -log) for q, log in zip(p, logs, strict=True)], 1),
+        "rank": torch.stack([(log > y).sum(1) for log, y in zip(logs, log_p, strict=True)], 1),
+        "kl": torch.stack([_expected(p[0], apart), _expected(p[1], -apart)], 1),
+        "promoted": up.values,
+        "promoted_ids": up.indices,
+        "suppressed": down.values,
+        "suppressed_ids": down.indices,
+    }
+
+
+def _expected(p: Tensor, values: Tensor) -> Float[Tensor, " token"]:
+    """Σ_v p(v) values(v); what has no probability counts for nothing."""
+    return torch.where(p > 0, p * values, 0.0).sum(-1)
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """[batch, token, …]; beyond a row's tokens NaN, of integers −1."""
+    filler = float("nan") if rows[0].is_floating_point() else -1
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+
+
+# --- The quadratic part of a KL, site by site.
 
 _KERNELS = ("site", "layer", "kind")
 _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
@@ -280,9 +509,7 @@ def _gram(
     """K, from w of every group."""
     root = (p * _mask(rows, p)).sqrt()[:, None]
 
-    def read(
-        logits: Float[Tensor, "row group *slot vocab"],
-    ) -> Float[Tensor, "row group *slot vocab"]:
+    def read(logits: Tensor) -> Float[Tensor, "row group *slot vocab"]:
         return root * _centred(p[:, None], tangent_of(logits))
 
     parts = group_parts(lens, groups)
