@@ -32,14 +32,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_lora.adapters.factors import (
-    LoRAFactors,
-    ModuleUpdate,
-    TrainedModule,
-    Updates,
-    base_part,
-    expert_factors,
-)
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, Updates, base_part, expert_factors
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 
 
@@ -96,12 +89,9 @@ def _stack(path: str, parts: Sequence[LoRAFactors]) -> LoRAFactors:
             f"{path}: one adapter maps {first}, the other {second}; were they trained on one base?"
         )
     A = torch.cat([part.A.to(dtype) for part in parts])
-    B = torch.cat([part.scale * part.strength * part.B.to(dtype) for part in parts], 1)
-    biases = [
-        part.scale * part.strength * part.lora_bias.to(dtype)
-        for part in parts
-        if part.lora_bias is not None
-    ]
+    scaled = [(part.scale * part.strength, part) for part in parts]
+    B = torch.cat([scale * part.B.to(dtype) for scale, part in scaled], 1)
+    biases = [s * p.lora_bias.to(dtype) for s, p in scaled if p.lora_bias is not None]
     bias = torch.stack(biases).sum(0) if biases else None
     return LoRAFactors(A, B, lora_bias=bias, experts=max(experts))
 
@@ -169,7 +159,8 @@ def _known(key: str, update: ModuleUpdate) -> LoRAFactors:
     part = base_part(update)
     if isinstance(update, LoRAFactors) and part is None:
         return update
-    if isinstance(update, TrainedModule) and update.weight is not None and update.weight.ndim == 1:
+    is_factors = isinstance(update, LoRAFactors)
+    if not is_factors and update.weight is not None and update.weight.ndim == 1:
         raise UnsupportedAdapterError(
             f"{key}: a norm's γ and β have no directions to draw at random; leave such modules out "
             "with adapter.without(…)."

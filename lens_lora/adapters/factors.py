@@ -320,8 +320,7 @@ def expert_factors(parts: Sequence[LoRAFactors]) -> LoRAFactors:
 
 
 def constant_factors(
-    vectors: Mapping[str, Float[Tensor, " out"]],
-    like: nn.Module | Mapping[str, int] | None,
+    vectors: Mapping[str, Float[Tensor, " out"]], like: nn.Module | Mapping[str, int] | None
 ) -> dict[str, LoRAFactors]:
     """Factors that add each vector to its module's output, whatever the input: ΔW = 0, and Δb.
 

@@ -155,11 +155,9 @@ def updates_of_layers(base: nn.Module, name: str, config: Any) -> dict[str, Modu
     updates: dict[str, ModuleUpdate] = {}
     for path, roles in modules.items():
         with peft_read.located(f"module {path}"):
-            if path in experts:
-                factors = peft_read.lora_factors(roles, scales[path])
-                updates[path] = peft_read.of_experts(factors, experts[path])
-            elif path in scales:
-                updates[path] = peft_read.lora_factors(roles, scales[path])
+            if path in scales:
+                factors, count = peft_read.lora_factors(roles, scales[path]), experts.get(path)
+                updates[path] = peft_read.of_experts(factors, count) if count else factors
             else:
                 tokens = torch.tensor(ids[path]) if path in ids else None
                 tied = path in ids and peft_read.head_follows(path, ids)
@@ -203,11 +201,9 @@ def _live_state(
 
 def _layer_state(layer: Any, name: str, bias: str) -> dict[str, Tensor]:
     """One LoRA layer's tensors of this adapter, and its module's bias if that was trained."""
-    state = {
-        key: tensor
-        for key, tensor in layer.state_dict().items()
-        if key.startswith("lora_") and key.split(".")[1] == name
-    }
+    held = layer.state_dict()
+    keys = [key for key in held if key.startswith("lora_") and key.split(".")[1] == name]
+    state = {key: held[key] for key in keys}
     trained_bias = getattr(layer.get_base_layer(), "bias", None)
     if bias in ("lora_only", "all") and trained_bias is not None:
         state["base_layer.bias"] = trained_bias
@@ -235,11 +231,7 @@ _FEW = 4  # beyond a quarter of the smaller side, a whole SVD is as fast as Lanc
 
 
 def change_between(
-    base: nn.Module,
-    tuned: nn.Module,
-    rank: int | None,
-    ignore: str | Iterable[str],
-    progress: bool,
+    base: nn.Module, tuned: nn.Module, rank: int | None, ignore: str | Iterable[str], progress: bool
 ) -> tuple[dict[str, ModuleUpdate], dict[str, float]]:
     """(updates, truncation error) by module path; see `Adapter.between`."""
     globs = _globs(ignore)
@@ -392,13 +384,8 @@ def _refuse_other_changes(
             f"the two models have different parameters ({', '.join(unpaired[:3])}); both must have "
             "the same architecture."
         )
-    changed = [
-        name
-        for name, p in old.items()
-        if name not in covered
-        and not _matches(name, globs)
-        and not torch.equal(p.cpu(), new[name].cpu())
-    ]
+    others = [name for name in old if name not in covered and not _matches(name, globs)]
+    changed = [name for name in others if not torch.equal(old[name].cpu(), new[name].cpu())]
     if changed:
         raise AdapterError(
             f"{len(changed)} parameters changed that belong to no linear module, embedding or "
@@ -414,36 +401,16 @@ _TOKENS = 8
 # Two runs of one function agree to 1e-4 of the logits' range, or to 8 roundings of a coarse dtype.
 _AGREEMENT, _ROUNDINGS = 1e-4, 8
 _NO_FUNCTION = (
-    "_name_or_path",
-    "*architectures",
-    "*auto_map",
-    "transformers_version",
-    "*dtype",
-    "use_cache",
-    "*_token_id",
-    "*_token",
-    "*dropout*",
-    "*pdrop",
-    "*drop_rate",
-    "initializer_*",
-    "*attn_implementation*",
-    "*experts_implementation*",
-    "*id2label",
-    "*label2id",
-    "num_labels",
-    "problem_type",
-    "return_dict*",
-    "output_*",
-    "tie_word_embeddings",
-    "pretraining_tp",
-    "quantization_config",
-    "task_specific_params",
-    "torchscript",
-    "gradient_checkpointing",
-    "router_aux_loss_coef",
-    "summary_*",
-    "chat_template",
-    "unsloth*",
+    # names, versions and tokens
+    *("_name_or_path", "*architectures", "*auto_map", "transformers_version", "unsloth*"),
+    *("*_token_id", "*_token", "chat_template"),
+    # how it is stored, computed and given back
+    *("*dtype", "tie_word_embeddings", "quantization_config", "torchscript", "pretraining_tp"),
+    *("*attn_implementation*", "*experts_implementation*", "use_cache", "return_dict*", "output_*"),
+    # training, and heads of other tasks
+    *("*dropout*", "*pdrop", "*drop_rate", "initializer_*", "gradient_checkpointing"),
+    *("*id2label", "*label2id", "num_labels", "problem_type", "task_specific_params"),
+    *("router_aux_loss_coef", "summary_*"),
 )
 
 

@@ -156,9 +156,8 @@ def _require_whole(peft_model: Any, base: Any, updates: Mapping[str, ModuleUpdat
     Layers may be all that a method changes, or not. Trained rows and stored embeddings, which a
     tied head may follow, are PEFT's own wrappers and are not compared.
     """
-    if any(
-        isinstance(u, TrainedModule) and (u.tied or u.tokens is not None) for u in updates.values()
-    ):
+    trained = (update for update in updates.values() if isinstance(update, TrainedModule))
+    if any(update.tied or update.tokens is not None for update in trained):
         return
     for path, update in updates.items():
         module = base.get_submodule(path)
@@ -181,12 +180,15 @@ def _require_whole(peft_model: Any, base: Any, updates: Mapping[str, ModuleUpdat
 
 
 def _added(update: LoRAFactors, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    (inputs,) = args
-    A, B = (factor.to(output) for factor in (update.A, update.B))
-    u = inputs.to(output) @ A.T if inputs.is_floating_point() else A.T[inputs]
-    scale = update.scale * float(getattr(module, "embed_scale", 1.0))
-    change = u @ B.T * scale
+    change = lora_output(update, module, args[0].to(output.device), output.dtype)
     return output + (change if update.lora_bias is None else change + update.lora_bias.to(output))
+
+
+def lora_output(update: LoRAFactors, module: Any, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """s·BA of a module's input, which is multiplied as the module's own output is."""
+    A, B = (factor.to(inputs.device, dtype) for factor in (update.A, update.B))
+    u = inputs.to(dtype) @ A.T if inputs.is_floating_point() else A.T[inputs]
+    return u @ B.T * (update.scale * float(getattr(module, "embed_scale", 1.0)))
 
 
 # --- A layer
@@ -225,9 +227,7 @@ def _in_float64(layer: Any) -> Any:
     return twin.eval()
 
 
-def _affine(
-    layer: Any,
-) -> tuple[Float[Tensor, " out"], Float[Tensor, "out in"], float]:
+def _affine(layer: Any) -> tuple[Float[Tensor, " out"], Float[Tensor, "out in"], float]:
     """(Δb, ΔW, the size of the outputs that they are differences of), checked on random input."""
     base = layer.get_base_layer()
     weight, is_embedding = base.weight, isinstance(base, nn.Embedding)

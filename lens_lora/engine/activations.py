@@ -138,49 +138,49 @@ def site_activations(
     return Seen(keep.values, sinks_among(keep.sizes, real) & real)
 
 
+@dataclasses.dataclass(eq=False)
 class _Keep:
     """Adds ε ΔW z at every site, and keeps u of the chosen ones."""
 
-    def __init__(
-        self,
-        lens: LoraLens,
-        prompts: Prompts,
-        gates: Tensor,
-        sites: Sequence[int],
-        ranks: Sequence[int],
-    ) -> None:
-        self._lens, self._gates = lens, gates
-        self._scaled = ScaleInject(lens.plan, gates)
-        self._slot = {site: slot for slot, site in enumerate(sites)}
-        self._ranks, self._real = ranks, prompts.real.to(lens.device)
+    lens: LoraLens
+    prompts: Prompts
+    gates: Tensor
+    sites: Sequence[int]
+    ranks: Sequence[int]
+
+    def __post_init__(self) -> None:
+        lens = self.lens
+        self._scaled = ScaleInject(lens.plan, self.gates)
+        self._slot = {site: slot for slot, site in enumerate(self.sites)}
+        self._real = self.prompts.real.to(lens.device)
         self._seen: set[int] = set()
         self.sizes: list[Float[Tensor, "batch pos"]] = []
         self._added: dict[int, Tensor] = {}
         self._last: Tensor | None = None
-        batch, pos = prompts.tokens.shape
-        shape = batch, len(sites), pos, max(ranks)
+        batch, pos = self.prompts.tokens.shape
+        shape = batch, len(self.sites), pos, max(self.ranks)
         self.values = torch.full(shape, torch.nan, dtype=lens.gate_dtype, device=lens.device)
 
     def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        injection = self._lens.plan.injections[index]
+        injection = self.lens.plan.injections[index]
         u, slot = injection.map.coordinates(z), self._slot.get(injection.site)
-        if index < len(self._lens.sites):
+        if index < len(self.lens.sites):
             self._size(z)
             if slot is not None:
                 whole = u if injection.whole is None else injection.whole.coordinates(z)
                 by_token = injection.map.by_token(whole)
-                self._keep(slot, _of_one_input(self._lens, injection.site, by_token))
+                self._keep(slot, _of_one_input(self.lens, injection.site, by_token))
         elif slot is not None and injection.partner is not None and not injection.is_constant_of_v:
             # What an update of v adds to the input of o, where it is not in z.
-            gate = self._gates[..., injection.partner].to(u.device, u.dtype)
+            gate = self.gates[..., injection.partner].to(u.device, u.dtype)
             self._added[slot] = u * (gate.view(-1, 1, 1) if gate.ndim else gate)
         if not self._scaled.is_active(index):
             return None
-        return write(out, injection.map, u, weight_of(injection, self._gates))
+        return write(out, injection.map, u, weight_of(injection, self.gates))
 
     def _keep(self, slot: int, u: Float[Tensor, "batch pos rank"]) -> None:
         self._seen.add(slot)
-        rank = self._ranks[slot]
+        rank = self.ranks[slot]
         self.values[:, slot, :, :rank] = u[..., :rank]
 
     def _size(self, z: Tensor) -> None:
@@ -196,24 +196,24 @@ class _Keep:
     def finish(self) -> None:
         """Add what is kept apart, as hooks of one point may fire in any order."""
         for slot, added in self._added.items():
-            rank = self._ranks[slot]
+            rank = self.ranks[slot]
             self.values[:, slot, :, :rank] += added[..., :rank].to(self.values.device)
 
     def require_finite(self) -> None:
         """Raise NumericsError where a token has an activation that is not finite."""
-        ranks = torch.tensor(self._ranks, device=self.values.device)
+        ranks = torch.tensor(self.ranks, device=self.values.device)
         slots = torch.arange(self.values.shape[-1], device=self.values.device)
         lacking = (slots >= ranks[:, None])[:, None] | ~self._real[:, None, :, None]
         broken = ~(torch.isfinite(self.values) | lacking).all(-1).all(-1).all(0)
         for slot in broken.nonzero().flatten().tolist():
-            site = list(self._slot)[slot]
-            require_finite(torch.tensor(torch.nan), f"u of {self._lens.sites[site].name}")
+            name = self.lens.sites[self.sites[slot]].name
+            require_finite(torch.tensor(torch.nan), f"u of {name}")
 
     def require_all_seen(self) -> None:
         """Raise ModelStateError where a chosen site did not run."""
         missed = [site for site, slot in self._slot.items() if slot not in self._seen]
         if missed:
-            name = self._lens.sites[missed[0]].name
+            name = self.lens.sites[missed[0]].name
             raise ModelStateError(
                 f"{name} did not run ({len(missed)} sites in all): a hook or a flag of the model "
                 "leaves its module out."
@@ -371,12 +371,10 @@ def _a_few_at_a_time(texts: Prompts) -> Iterator[Prompts]:
         yield texts.chosen(range(first, min(first + step, texts.batch)))
 
 
-def _run(
-    lens: LoraLens,
-    texts: Prompts,
-    gates: Float[Tensor, " site"],
-    keep: Callable[[int, Tensor], None],
-) -> None:
+_Keeper = Callable[[int, Tensor], None]
+
+
+def _run(lens: LoraLens, texts: Prompts, gates: Float[Tensor, " site"], keep: _Keeper) -> None:
     """Run the texts at these gates, and hand each injection's u to `keep`.
 
     Raises:

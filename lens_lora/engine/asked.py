@@ -22,16 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_lora.engine import noise
 from lens_lora.engine.function import gated_readout, pays, require_finite
 from lens_lora.engine.memory import pass_groups, rides_along, shares_pass
-from lens_lora.engine.noise import (
-    DRAWS,
-    Draws,
-    base_draws,
-    draws_at,
-    noise_of_draws,
-    slopes_and_draws,
-)
 from lens_lora.engine.read import ends_plainly, logits_of_final, read_final, read_logits
 from lens_lora.engine.reverse import slopes_of_first
 from lens_lora.errors import ArgumentError
@@ -199,17 +192,17 @@ class Asked:
 
         Five forward passes at first, or four if the end is known.
         """
-        return noise_of_draws(self._drawn_at(0)[0])
+        return noise.noise_of_draws(self._drawn_at(0)[0])
 
     @property
     def adapted_noise(self) -> Float[Tensor, " batch"]:
         """σ of g(1) from rounding alone. Five forward passes at first, or four if it is known."""
-        return noise_of_draws(self._drawn_at(1)[0])
+        return noise.noise_of_draws(self._drawn_at(1)[0])
 
     @property
     def noise_floor(self) -> Float[Tensor, " batch"]:
         """σ of g(1) − g(0) from rounding alone. Ten forward passes at first, ends included."""
-        base, adapted = map(noise_of_draws, self._drawn_at(0, 1))
+        base, adapted = map(noise.noise_of_draws, self._drawn_at(0, 1))
         return (base.square() + adapted.square()).sqrt()
 
     def _drawn_at(
@@ -222,11 +215,13 @@ class Asked:
         if new := [end for end in ends if end not in self._drawn]:
             exact = self._unknown(dict.fromkeys([*map(float, new), *beside]))
             # Beside the draws only where they are no tree of their own, and the batch stays small.
-            shares = shares_pass(self.lens, self.reading, len(exact) + 2 * DRAWS)
+            shares = shares_pass(self.lens, self.reading, len(exact) + 2 * noise.DRAWS)
             if exact and (pays(self.lens, self._gates(exact)) or not shares):
                 self.along(exact, progress)
                 exact = []
-            values, draws = draws_at(self.lens, self.reading, new, exact=exact, progress=progress)
+            values, draws = noise.draws_at(
+                self.lens, self.reading, new, exact=exact, progress=progress
+            )
             self._know(exact, values)
             for end, drawn in zip(new, draws, strict=True):
                 self._drawn[end] = torch.cat([self._known[end].to(drawn)[None], drawn])
@@ -239,7 +234,7 @@ class Asked:
             return dataclasses.replace(self.reading, read=read.turned(logits))
 
         turned = hold(held_logits(self.lens, self.reading, hold, 1.0))
-        _, (drawn,) = draws_at(self.lens, turned, [0.0])
+        _, (drawn,) = noise.draws_at(self.lens, turned, [0.0])
         return torch.cat([self.ends[1].to(drawn)[None], drawn])
 
     @property
@@ -254,15 +249,15 @@ class Asked:
         return self._drawn_at(0)[0]
 
     @functools.cached_property
-    def slope_draws(self) -> Draws:
+    def slope_draws(self) -> noise.Draws:
         """Draws of first order at the base. Four forward and backward passes."""
-        return base_draws(self.lens, self.reading)
+        return noise.base_draws(self.lens, self.reading)
 
     def slopes_with_floors(
         self, axes: tuple[str, ...], along: Sequence[float], progress: bool
     ) -> Float[Tensor, "batch site *by"]:
         """∂g/∂ε_l at the base, split, with `slope_draws`; g along the path beside its floors."""
-        slopes, base, draws = slopes_and_draws(self.lens, self.reading, axes)
+        slopes, base, draws = noise.slopes_and_draws(self.lens, self.reading, axes)
         vars(self)["slope_draws"] = draws
         self.know_base(base)
         self._drawn_at(0, 1, beside=along, progress=progress)

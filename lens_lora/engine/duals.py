@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -35,14 +35,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lens_lora.compat import (
-    Temporary,
-    allow_forward_mode,
-    attention_kernels,
-    enter_mode,
-    plain_bloom_gelu,
-    use_attention_kernels,
-)
+from lens_lora import compat
 from lens_lora.errors import ModelStateError
 from lens_lora.model.hooks import ONE_IN_A_PROCESS, hold
 
@@ -75,16 +68,9 @@ class OneProduct(TorchFunctionMode):
         super().__init__()
         self.rows: int = 1
         self.alike: tuple[int, ...] = ()
-        self._kernels: list[SDPBackend] = attention_kernels()
+        self._kernels: list[SDPBackend] = compat.attention_kernels()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: _Args = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         result = None
@@ -125,7 +111,6 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, value: Tensor) -> Tensor:
-        del x
         ctx.save_for_backward(weight)
         return value.clone()
 
@@ -143,7 +128,6 @@ def _pointwise(rule: _Pointwise) -> _Rule:
     """The rule, of a dual number and a constant; None where neither or both are dual."""
 
     def applied(rows: int, *args: Any, **factors: Any) -> Tensor | None:
-        del rows
         if factors or len(args) != 2:
             return None
         (a, da), (b, db) = map(_parts_of, args)
@@ -253,7 +237,6 @@ def _softmax(
     **other: Any,
 ) -> Tensor | None:
     """P along `dim`; None where torch has to do it."""
-    del _stacklevel
     x, dx = _parts_of(input)
     if rest or other or dx is None or dim is None or dim % x.ndim == 0:
         return None
@@ -356,10 +339,10 @@ def dual_forward() -> AbstractContextManager[OneProduct]:
         ModelStateError: a dual level is open outside; the model uses an operation without a
             forward-mode derivative.
     """
-    return Temporary(_begin_dual)
+    return compat.Temporary(_begin_dual)
 
 
-def _begin_dual(span: Temporary) -> OneProduct:
+def _begin_dual(span: compat.Temporary) -> OneProduct:
     hold(span, ONE_IN_A_PROCESS)
     if _is_dual_level_open():
         raise ModelStateError(
@@ -369,23 +352,23 @@ def _begin_dual(span: Temporary) -> OneProduct:
     span.push(_name_the_operation)
     products = OneProduct()
     attention_from_formula(span)
-    plain_bloom_gelu(span)
+    compat.plain_bloom_gelu(span)
     span.way_back(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
     torch.set_grad_enabled(False)
-    allow_forward_mode(span)
+    compat.allow_forward_mode(span)
     span.way_back(_leave_dual_level)
     fwad.enter_dual_level()
-    enter_mode(span, products)
+    compat.enter_mode(span, products)
     return products
 
 
-def attention_from_formula(span: Temporary) -> None:
+def attention_from_formula(span: compat.Temporary) -> None:
     """Scaled-dot-product attention from its formula until the span ends, by no fused kernel.
 
     A fused kernel has neither forward-mode nor second derivatives.
     """
     hold(span, ONE_IN_A_PROCESS)
-    use_attention_kernels(span, [SDPBackend.MATH])
+    compat.use_attention_kernels(span, [SDPBackend.MATH])
 
 
 def _leave_dual_level() -> None:
@@ -403,7 +386,6 @@ def _is_dual_level_open() -> bool:
 
 
 def _name_the_operation(kind: object, error: BaseException | None, trace: object) -> None:
-    del kind, trace
     if isinstance(error, NotImplementedError):
         frames = traceback.extract_tb(error.__traceback__)
         last = [frame for frame in frames if "/torch/" not in frame.filename][-1]

@@ -146,7 +146,6 @@ def _head_hooks(
     """Hooks where q, k and v of every block are complete: (attention, kind, tensor) → tensor."""
 
     def hook_fn(name: str, kind: str, ports: Ports, tensor: Tensor, hook: Any) -> Tensor:
-        del hook
         rows, heads = ports.in_rows(tensor).flatten(2), lens.heads.of(kind)
         if rows.shape[-1] != heads * lens.heads.d_head:
             raise _unknown_heads(name)
@@ -350,9 +349,8 @@ def _by_head(
             parts = torch.autograd.grad(
                 out, read[name], only, retain_graph=True, materialize_grads=True
             )
-            split[f"{name}.{head}.{kind}"] = (
-                torch.stack(parts).sum(0).view(*prompts.tokens.shape, -1)
-            )
+            together = torch.stack(parts).sum(0)
+            split[f"{name}.{head}.{kind}"] = together.view(*prompts.tokens.shape, -1)
         if kind == _QKV[-1]:
             torch.set_grad_enabled(False)
             read[name].clear()
@@ -410,7 +408,6 @@ class _Writers:
 
     def _end(self, layer: int, stream: Tensor, hook: Any) -> Tensor:
         """At a block's input: the tangents are complete, and end here."""
-        del hook
         self._contract(stream, sum(other < layer for other in self._layers), len(self._layers))
         self._tangents.begin()
         return fwad.unpack_dual(stream).primal
@@ -495,13 +492,11 @@ class _RowInject:
 # --- Path patching
 
 
+_Pair = tuple[int, str]  # a site's index, and a reader
+
+
 def patched_edges(
-    lens: LoraLens,
-    reading: Reading,
-    pairs: Sequence[tuple[int, str]],
-    *,
-    scale: float,
-    progress: bool = True,
+    lens: LoraLens, reading: Reading, pairs: Sequence[_Pair], *, scale: float, progress: bool = True
 ) -> Float[Tensor, "batch pair"]:
     """How g at this scale changes where one reader alone sees what a switch of one site's gate
     makes of its branch, for pairs (site, reader). At most a forward pass a pair, batched.
@@ -525,7 +520,7 @@ class _Paths:
     """One run: of n rows of each prompt the first is plain, each other one has a pair."""
 
     def __init__(
-        self, lens: LoraLens, reading: Reading, pairs: Sequence[tuple[int, str]], scale: float
+        self, lens: LoraLens, reading: Reading, pairs: Sequence[_Pair], scale: float
     ) -> None:
         self._lens, self._reading = lens, reading
         self._gates = lens.gates(scale).repeat(1 + len(pairs), 1)
@@ -564,7 +559,6 @@ class _Paths:
 
     def _end(self, layer: int, stream: Tensor, hook: Any) -> Tensor:
         """At a block's input: what the switch made of the branch is taken off the stream."""
-        del hook
         return self._taken_off(layer, self._by_row(stream)).flatten(0, 1)
 
     def _taken_off(self, layer: int, x: Tensor) -> Tensor:

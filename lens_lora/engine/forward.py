@@ -139,7 +139,6 @@ class _Passes:
 
     def in_rows(self, parts: Sequence[Part], products: OneProduct) -> _Logits:
         """Every part of every prompt in a row of one batch, from the embeddings on."""
-        del products
         batch, count = self.prompts.batch, len(parts)
         rows = [(b * count + j, part) for b in range(batch) for j, part in enumerate(parts)]
         many = self.prompts.repeat(count)
@@ -176,7 +175,6 @@ class _Passes:
         blocks = [min(self.lens.sites[part.site].layer, host.n_layers - 1) for part in parts]
 
         def tell(tensor: Tensor, hook: Any) -> None:
-            del hook
             products.rows = len(tensor)  # all of which have the same primal
 
         for layer in sorted(set(blocks)):

@@ -114,7 +114,7 @@ class _Passes:
                 values = self.read(self.lens, reading.repeat(count))
             return values.unflatten(0, (reading.batch, -1))
 
-        with self._bar(gates) as bar:
+        with bar_of(gates.shape[-2], self.progress, self.what) as bar:
             return in_chunks(gates.split(memory.rows_at_once(self.lens, reading), 1), run, bar)
 
     def as_tree(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "batch point *out"]:
@@ -123,7 +123,7 @@ class _Passes:
         _, ranks = torch.unique(gates[:, sum(_columns(self.lens), [])], dim=0, return_inverse=True)
         order = ranks.argsort(stable=True)
         chunks = gates[order].split(memory.branches_at_once(self.lens, self.reading))
-        with self._bar(gates) as bar:
+        with bar_of(gates.shape[-2], self.progress, self.what) as bar:
             return in_chunks(chunks, self._branched, bar)[:, order.argsort()]
 
     def _branched(self, gates: Float[Tensor, "point site"]) -> Float[Tensor, "batch point *out"]:
@@ -136,9 +136,6 @@ class _Passes:
             return branches.run(self.lens, forward, inject)
 
         return row_by_row(self.lens, self.reading, len(gates), branches.width, run, self.read)
-
-    def _bar(self, gates: Tensor) -> AbstractContextManager[Any]:
-        return bar_of(gates.shape[-2], self.progress, self.what)
 
 
 def bar_of(points: int, progress: bool, what: str) -> AbstractContextManager[Any]:
@@ -285,18 +282,9 @@ def more_copies(count: int) -> HookFn:
     If the batch is dual, the first row must have no tangent.
     """
 
-    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
-        del hook
-        return torch.cat([tensor, tensor[:1].expand(count, *tensor.shape[1:])])
-
-    return hook_fn
+    return lambda tensor, hook: torch.cat([tensor, tensor[:1].expand(count, *tensor.shape[1:])])
 
 
 def _continued(parent: Int[Tensor, " row"]) -> HookFn:
     """A hook after which each row continues its parent."""
-
-    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:
-        del hook
-        return tensor[parent.to(tensor.device)]
-
-    return hook_fn
+    return lambda tensor, hook: tensor[parent.to(tensor.device)]

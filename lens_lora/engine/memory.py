@@ -128,9 +128,8 @@ def rides_along(lens: LoraLens, run: Run, copies: int) -> bool:
     weights that are read once less. A kernel that rounds activations to 8 bit looks at all rows of
     a batch together, so that others would change what it makes of the first.
     """
-    tokens = copies * prompts_of(run).tokens.numel()
-    is_small = tokens <= _RIDING_TOKENS and copies <= slopes_at_once(lens, run)
-    return is_small and not lens.plan.activation_rounding
+    is_small = copies * prompts_of(run).tokens.numel() <= _RIDING_TOKENS
+    return is_small and copies <= slopes_at_once(lens, run) and not lens.plan.activation_rounding
 
 
 def shares_pass(lens: LoraLens, run: Run, copies: int) -> bool:
@@ -346,12 +345,11 @@ def require_tangents(lens: LoraLens, prompts: Prompts, names: Sequence[str]) -> 
         )
 
 
+_Sizes = Callable[[_Need], tuple[float, float]]
+
+
 def _rows(
-    lens: LoraLens,
-    run: Run,
-    sizes: Callable[[_Need], tuple[float, float]],
-    what: str,
-    remedy: str = "pass shorter prompts",
+    lens: LoraLens, run: Run, sizes: _Sizes, what: str, remedy: str = "pass shorter prompts"
 ) -> int | None:
     """How many rows fit, from the bytes of one and of what comes to all; None without a bound."""
     bound = lens.max_memory

@@ -62,7 +62,6 @@ def of_stream(
     noise: list[Tensor] = []  # of the pass that is going on
 
     def perturb(tensor: Tensor, hook: Any, layer: int = 0) -> Tensor:
-        del hook
         moved = torch.arange(len(tensor), device="cpu") if rows is None else rows.nonzero()[:, 0]
         moved = moved.to(tensor.device)
         values = tensor.detach()[moved].to(lens.gate_dtype)
@@ -97,6 +96,7 @@ def of_logits(lens: LoraLens, shape: tuple[int, ...], generator: torch.Generator
 # --- Draws of g, of Σ a and of ½ 1ᵀH1
 
 
+_ByPrompt = Float[Tensor, " batch"]
 DRAWS = 4  # As few as tell the size of a floor; each costs a pass.
 _TWO_RUNS = 2**0.5  # A draw and the run that it is compared with are both rounded.
 
@@ -172,7 +172,7 @@ def _values_of(
     return [reads(logits if by is None else logits * by(logits, ())) for logits, by in pairs]
 
 
-def noise_of_draws(values: Float[Tensor, "draw batch"]) -> Float[Tensor, " batch"]:
+def noise_of_draws(values: Float[Tensor, "draw batch"]) -> _ByPrompt:
     """σ of g at one strength, in the readout's units, from g without noise and then its draws.
 
     The ends may differ: log p of a token that is as good as certain has no room to move.
@@ -197,7 +197,7 @@ def _joined(draws: Sequence[Draws], dim: int) -> Draws:
 
 def slopes_and_draws(
     lens: LoraLens, reading: Reading, axes: tuple[str, ...]
-) -> tuple[Float[Tensor, "batch site *by"], Float[Tensor, " batch"], Draws]:
+) -> tuple[Float[Tensor, "batch site *by"], _ByPrompt, Draws]:
     """∂g/∂ε_l at the base, split, g there, and `base_draws`; in one pass where they are few."""
     copies = 1 + DRAWS
     if lens.plan.activation_rounding or copies > memory.slopes_at_once(lens, reading):
@@ -240,7 +240,7 @@ def first_order_noise(
     draws: Draws,
     values: Float[Tensor, "draw batch"],
     slopes: Float[Tensor, "batch site"],
-) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+) -> tuple[_ByPrompt, _ByPrompt]:
     """σ of g(ε) − g(0) near the base, and σ_a. No pass."""
     base, drawn = values[0], torch.cat([draws.values, values[1:].T], 1)
     of_base = _moved(drawn, base, unit(lens) * base.abs())
@@ -249,7 +249,7 @@ def first_order_noise(
 
 def curvature_noise(
     lens: LoraLens, reading: Reading, half_row_sums: Float[Tensor, "batch site"]
-) -> Float[Tensor, " batch"]:
+) -> _ByPrompt:
     """σ_H of ½ 1ᵀH1 at the base. Four forward and eight backward passes."""
     base = lens.gates(0.0)
 
@@ -267,16 +267,12 @@ def curvature_noise(
 
 def _of_sum(
     lens: LoraLens, drawn: Float[Tensor, "batch draw"], summands: Float[Tensor, "batch site"]
-) -> Float[Tensor, " batch"]:
+) -> _ByPrompt:
     """σ of a sum over sites; never less than one rounding of its summands."""
     return _moved(drawn, summands.sum(1), unit(lens) * summands.norm(dim=1))
 
 
-def _moved(
-    drawn: Float[Tensor, "batch draw"],
-    computed: Float[Tensor, " batch"],
-    least: Float[Tensor, " batch"],
-) -> Float[Tensor, " batch"]:
+def _moved(drawn: Float[Tensor, "batch draw"], computed: _ByPrompt, least: _ByPrompt) -> _ByPrompt:
     """How far the draws lie from what was computed, at least one rounding.
 
     Their mean is nearer to the truth than one run is, so a run that lies far from them has a large

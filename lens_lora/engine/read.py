@@ -33,6 +33,7 @@ from lens_lora.readouts.reading import PICKS, Columns, LogProbs, Picks, Reading,
 # What logits are multiplied by, at these places or, without places, all of them.
 Factor = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 _Unembedding = tuple[Tensor, Tensor | None]
+_Final = Float[Tensor, "row *slot d"]
 
 
 def read_logits(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot vocab"]:
@@ -69,10 +70,7 @@ def read_value(lens: LoraLens, reading: Reading) -> Float[Tensor, " batch"]:
 
 
 def value_of_final(
-    lens: LoraLens,
-    read: Picks | Columns,
-    final: Float[Tensor, "row *slot d"],
-    factor: Factor | None = None,
+    lens: LoraLens, read: Picks | Columns, final: _Final, factor: Factor | None = None
 ) -> Float[Tensor, " batch"]:
     """g from the final residual stream, if only W_U and b_U come after it. No forward pass."""
     if isinstance(read, Picks):
@@ -96,7 +94,7 @@ def read_tokens(lens: LoraLens, reading: Reading) -> Float[Tensor, "batch token"
 
 
 def terms_of_final(
-    lens: LoraLens, read: Picks, final: Float[Tensor, "row *slot d"], factor: Factor | None = None
+    lens: LoraLens, read: Picks, final: _Final, factor: Factor | None = None
 ) -> Float[Tensor, " pick"]:
     """A few picks at a time; on the way back the logits of those are computed once more.
 
@@ -120,9 +118,7 @@ def terms_of_final(
     return torch.cat([terms(picked[chunk], chunk) for chunk in chunks])
 
 
-def logits_of_final(
-    lens: LoraLens, final: Float[Tensor, "row *slot d"], out: Float[Tensor, "row *slot vocab"]
-) -> None:
+def logits_of_final(lens: LoraLens, final: _Final, out: Float[Tensor, "row *slot vocab"]) -> None:
     """The logits of all that is read, made some at a time, if the model `ends_plainly`."""
     weight, bias = cast(_Unembedding, _plain_unembedding(lens))
     flat = final.flatten(0, -2)
@@ -136,7 +132,7 @@ def _picks(read: Picks) -> Int[Tensor, " pick"]:
     return torch.arange(len(read.rows), device="cpu")
 
 
-def read_final(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot d"]:
+def read_final(lens: LoraLens, prompts: Prompts) -> _Final:
     """One forward pass under the hooks now on the model: the unembedding's input where it is read.
 
     That is each row's last token, or its slots.
@@ -147,8 +143,8 @@ def read_final(lens: LoraLens, prompts: Prompts) -> Float[Tensor, "row *slot d"]
 
 
 def token_covectors(
-    lens: LoraLens, reading: Reading, final: Float[Tensor, "row *slot d"]
-) -> tuple[Float[Tensor, "row *slot d"], Float[Tensor, " pick"]]:
+    lens: LoraLens, reading: Reading, final: _Final
+) -> tuple[_Final, Float[Tensor, " pick"]]:
     """c_t = ∂ℓ_t/∂x_t, of the final residual stream x where it is read, and the ℓ_t themselves.
 
     Only of a model that `ends_plainly`. No forward pass.

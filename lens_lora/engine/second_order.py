@@ -187,13 +187,11 @@ def hessian_products(
 
 
 _Logits = Float[Tensor, "row *slot vocab"]
+_Covector = Callable[[_Logits, _Logits], _Logits]  # from f(0) and v
 
 
 def pulled_back(
-    lens: LoraLens,
-    reading: Reading,
-    axes: tuple[str, ...],
-    covector: Callable[[_Logits, _Logits], _Logits],
+    lens: LoraLens, reading: Reading, axes: tuple[str, ...], covector: _Covector
 ) -> tuple[Float[Tensor, "batch site *by"], _Logits]:
     """wᵀ J δz_l of every site and its parts, and f(0). One dual forward and one backward pass.
 

@@ -39,7 +39,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,13 +78,10 @@ def by_length(texts: Prompts, most: int) -> Iterator[tuple[list[int], Prompts]]:
         yield batch, texts.chosen(batch)
 
 
-def _over_texts(
-    texts: Prompts,
-    most: int,
-    visit: Callable[[list[int], Prompts], None],
-    what: str,
-    progress: bool,
-) -> None:
+_Visit = Callable[[list[int], Prompts], None]
+
+
+def _over_texts(texts: Prompts, most: int, visit: _Visit, what: str, progress: bool) -> None:
     """Show every batch of texts of like length, read at each token, with their indices."""
     with tqdm(total=texts.batch, desc=what, leave=False, disable=not progress) as bar:
         for index, batch in by_length(texts, most):
@@ -167,6 +163,9 @@ def _which_text(index: int, texts: Prompts) -> str:
 # --- A shift of the logits
 
 
+_Rows = Float[Tensor, "*row vocab"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DistributionShift:
     """KL(p ‖ q) in nats, and q − p, which is built for the rows that are asked for.
@@ -179,8 +178,8 @@ class DistributionShift:
     """
 
     kl: Float[Tensor, "*row"]
-    p: Float[Tensor, "*row vocab"]
-    grown: Float[Tensor, "*row vocab"]
+    p: _Rows
+    grown: _Rows
     rest: Float[Tensor, "*row"]
 
     def at(self, *index: Tensor) -> Float[Tensor, "some vocab"]:
@@ -195,11 +194,7 @@ class DistributionShift:
         return by_row @ self.grown.flatten(0, -2) - (by_row * rest) @ self.p.flatten(0, -2)
 
 
-def distribution_shift(
-    base: Float[Tensor, "*row vocab"],
-    p: Float[Tensor, "*row vocab"],
-    shift: Float[Tensor, "*row vocab"],
-) -> DistributionShift:
+def distribution_shift(base: _Rows, p: _Rows, shift: _Rows) -> DistributionShift:
     """KL and q − p of a shift of the logits.
 
     Raises:
@@ -217,9 +212,7 @@ def distribution_shift(
     return DistributionShift(rest.log1p() - linear, p, grown, rest)
 
 
-def _mean(
-    p: Float[Tensor, "*row vocab"], shift: Float[Tensor, "*row vocab"]
-) -> Float[Tensor, "*row"]:
+def _mean(p: _Rows, shift: _Rows) -> Float[Tensor, "*row"]:
     return torch.linalg.vecdot(p.flatten(0, -2), shift.flatten(0, -2)).view(p.shape[:-1])
 
 
@@ -281,11 +274,8 @@ class Points:
         layers = lens.plan.host.n_layers
         names = [f"blocks.{i}.hook_{part}_out" for i in range(layers) for part in ("attn", "mlp")]
         blocks = sorted({(layers - 1) // 2, layers - 1})
-        known = lens.model.hook_dict
-        return cls(
-            tuple(f"blocks.{i}.hook_resid_post" for i in blocks),
-            tuple(name for name in names if name in known),
-        )
+        known, stream = lens.model.hook_dict, [f"blocks.{i}.hook_resid_post" for i in blocks]
+        return cls(tuple(stream), tuple(name for name in names if name in known))
 
 
 class TextSums:
@@ -406,11 +396,7 @@ def _run(gated: Gated, rows: Prompts, points: Points = _NOWHERE) -> _Run:
     held: dict[str, Tensor] = {}
 
     def keep(name: str, only: slice) -> HookFn:
-        def hook_fn(tensor: Tensor, hook: Any) -> None:
-            del hook
-            held[name] = tensor[:, only].detach().clone()
-
-        return hook_fn
+        return lambda tensor, hook: held.update({name: tensor[:, only].detach().clone()})
 
     hooks = [(name, keep(name, slice(None))) for name in points.stream]
     hooks += [(name, keep(name, slice(1, 1 + EARLY))) for name in points.writers]

@@ -79,6 +79,7 @@ class SiteMap:
         a0_by_head: a₀ split over the heads of an input that has them (o).
         B_by_head: B split over heads that write to one output (the constant part of v, seen at o).
         A_behind_gamma: A without γ, where the model itself applies γ after the hook point of z.
+        experts: how many maps share the rank space; 0 where this is one map.
     """
 
     A: Float[Tensor, "rank in"]
@@ -87,16 +88,12 @@ class SiteMap:
     a0_by_head: Float[Tensor, "head rank"] | None = None
     B_by_head: Float[Tensor, "head out rank"] | None = None
     A_behind_gamma: Float[Tensor, "of_weight in"] | None = None
+    experts: int = 0
 
     @property
     def rank(self) -> int:
         """The number of coordinates of u."""
         return self.A.shape[0]
-
-    @property
-    def experts(self) -> int:
-        """How many maps share the rank space; 0 where this is one map."""
-        return 0
 
     @property
     def width(self) -> int:
@@ -283,17 +280,7 @@ class ExpertMap(SiteMap):
     """δ(x, e) = s·B_e A_e x of a stack of experts.
 
     Rank space is that of all experts, one after another; for expert e, u is zero but for its ranks.
-
-    Attributes:
-        count: of experts.
     """
-
-    count: int = 1
-
-    @property
-    def experts(self) -> int:
-        """How many maps share the rank space."""
-        return self.count
 
     def inputs(self, z: Input) -> Float[Tensor, "... _read"] | Int[Tensor, "..."]:
         """x of z = (x, e)."""
@@ -333,7 +320,6 @@ class ExpertMap(SiteMap):
         heads: int,
     ) -> Float[Tensor, "batch pos 1 rank"]:
         """⟨G, δ⟩ by coordinate, summed over slots; experts have no heads."""
-        del heads
         gradient = gradient.unflatten(-1, (z.shape[2], -1))
         return (self.back(gradient) * self.coordinates(z)).sum(2, keepdim=True)
 
@@ -342,7 +328,7 @@ def expert_map(update: Update, dtype: torch.dtype, device: torch.device) -> Expe
     """δ of a stack of experts, where the model lies."""
     factors = (in_float64(update.A), in_float64(update.B) * update.scale)
     reads, writes = (factor.to(dtype).to(device) for factor in factors)
-    return ExpertMap(reads, writes, None, count=update.experts)
+    return ExpertMap(reads, writes, None, experts=update.experts)
 
 
 # --- norms

@@ -31,35 +31,12 @@ from typing import Any, ClassVar, TypeVar, final
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lens_lora.compat import (
-    Temporary,
-    brought_in,
-    can_norm_per_head,
-    float64_device,
-    hooks_of,
-    is_processed,
-    normed_per_head,
-    own_forward,
-    processed_weight,
-    refuse_reading,
-    scale_at_hook_out,
-    set_forward,
-    supports_sdpa,
-    temporary,
-    uses_processed_weights,
-    without_warnings,
-)
+from lens_lora import compat
+from lens_lora.compat import Temporary
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family, find_family, known_family
+from lens_lora.model import bridged
 from lens_lora.model.bases import stored_weight
-from lens_lora.model.bridged import (
-    HOOK_IN,
-    USUAL_KINDS,
-    BridgedFamily,
-    bridged_family,
-    normalised,
-    unwrapped,
-)
 from lens_lora.model.experts import as_one_map, each_shape, is_experts, refuse_without_float64
 from lens_lora.model.hooks import add_pre_hook, computes, of_the_base
 from lens_lora.model.host import COPIED_INPUTS, Host, Ports, module_at
@@ -91,7 +68,7 @@ def fuse_attention(model: Any) -> None:
         why = "q, k and v are one module"
     elif any(getattr(a.original_component, _CAP, None) is not None for a in attentions):
         why = "attention scores are capped"
-    elif not supports_sdpa(model.original_model):
+    elif not compat.supports_sdpa(model.original_model):
         why = "transformers has none for this family"
     if why is not None:
         raise ModelStateError(
@@ -101,7 +78,7 @@ def fuse_attention(model: Any) -> None:
         )
     model.original_model.set_attn_implementation("sdpa")
     for attention in attentions:
-        set_forward(attention, functools.partial(_fused, AttentionBridge.forward, attention))
+        compat.set_forward(attention, functools.partial(_fused, AttentionBridge.forward, attention))
 
 
 def _attentions(model: Any) -> list[Any]:
@@ -121,13 +98,13 @@ def _fused(forward: Callable[..., Any], attention: Any, *args: Any, **kwargs: An
 
 
 def _has_hooks(point: Any) -> bool:
-    return point is not None and any(hooks_of(point)[:3])
+    return point is not None and any(compat.hooks_of(point)[:3])
 
 
 def has_fused_attention(model: Any) -> bool:
     """Whether `fuse_attention` was called on this TransformerBridge."""
     attentions = _attentions(model)
-    return bool(attentions) and all(own_forward(attn) is not None for attn in attentions)
+    return bool(attentions) and all(compat.own_forward(attn) is not None for attn in attentions)
 
 
 # --- soft-caps of attention scores that Hugging Face never computes
@@ -202,14 +179,14 @@ class BridgeHost(Host):
         family, homes = _family_of(model, architecture, heads)
         super().__init__(model, family, heads, hf_model)
         self._homes: Mapping[tuple[int, str], str] = homes
-        self._is_listed: bool = not isinstance(family, BridgedFamily)
+        self._is_listed: bool = not isinstance(family, bridged.BridgedFamily)
         self.grows: bool = self._is_listed and architecture not in _FIXED_BATCH
         self.keeps_patterns: bool = not has_fused_attention(model)
 
     def ports(self, layer: int, kind: str) -> Ports:
         """The component's own hook points, or those that replace them under a flag."""
         name = self._component(layer, kind)
-        if self._homes and kind not in USUAL_KINDS:
+        if self._homes and kind not in bridged.USUAL_KINDS:
             return self._ports_by_path(layer, name)
         copies = self._copies(layer, kind) if kind in ("q", "k", "v") else None
         if copies is not None:
@@ -226,7 +203,7 @@ class BridgeHost(Host):
         weight = module_at(self.model, name)
         if isinstance(weight, nn.Parameter):
             return Ports(name, name, like=like, layout="slots" if weight.ndim == 3 else "rows")
-        ends = (f"{name}{HOOK_IN}", f"{name}.hook_out")
+        ends = (f"{name}{bridged.HOOK_IN}", f"{name}.hook_out")
         read, write = ends if ends[0] in self.model.hook_dict else (name, name)
         return Ports(read, write, like=like)
 
@@ -254,8 +231,8 @@ class BridgeHost(Host):
             )
         name = self._component(layer, kind)
         if not self._is_listed:
-            through = functools.partial(normalised, self._wrapped(layer, kind))
-            return (Ports(f"{name}{HOOK_IN}", f"{name}.hook_out", through=through),)
+            through = functools.partial(bridged.normalised, self._wrapped(layer, kind))
+            return (Ports(f"{name}{bridged.HOOK_IN}", f"{name}.hook_out", through=through),)
         layout = "heads_first" if is_of_heads else "rows"
         return (Ports(f"{name}.hook_normalized", f"{name}.hook_out", layout=layout),)
 
@@ -266,12 +243,12 @@ class BridgeHost(Host):
     def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
         """Every module of the block that has weights, by the component that it is or is within."""
         block = self.model.blocks[layer]
-        whole, children = unwrapped(block), block.named_children()
+        whole, children = bridged.unwrapped(block), block.named_children()
         parts = {name: set(part.modules()) for name, part in children if part is not whole}
         readers: dict[str, nn.Module] = {}
         norms: list[nn.Module] = []
         for path, module in whole.named_children():
-            if "Norm" in type(unwrapped(module)).__name__:
+            if "Norm" in type(bridged.unwrapped(module)).__name__:
                 norms.append(module)
             elif next(module.parameters(), None) is not None:
                 name = next((name for name, held in parts.items() if module in held), path)
@@ -290,12 +267,12 @@ class BridgeHost(Host):
     def _norm_per_head(self, layer: int, kind: str) -> Callable[[Tensor], Tensor]:
         """What the bridge does to the copies before the weight; k and v take the first heads'."""
         attn, heads = self.model.blocks[layer].attn, self.heads.of(kind)
-        return lambda copies: normed_per_head(attn, copies[:, :, :heads])
+        return lambda copies: compat.normed_per_head(attn, copies[:, :, :heads])
 
     def _computes_gated_mlp(self, layer: int) -> bool:
         """Processed gated MLPs are computed by the bridge itself, past gate's and up's hook_in."""
         mlp = self.model.blocks[layer].mlp
-        return uses_processed_weights(mlp) and hasattr(mlp, "gate")
+        return compat.uses_processed_weights(mlp) and hasattr(mlp, "gate")
 
     def embedding_scale(self, kind: str) -> float:
         """√d for Gemma, whose embedding multiplies by it; PEFT multiplies the update by it too.
@@ -303,7 +280,7 @@ class BridgeHost(Host):
         Also a factor that only the hook point shows.
         """
         own = float(getattr(self._wrapped(-1, kind), "embed_scale", 1.0))
-        return own * scale_at_hook_out(module_at(self.model, self._component(-1, kind)))
+        return own * compat.scale_at_hook_out(module_at(self.model, self._component(-1, kind)))
 
     def weight(self, layer: int, kind: str) -> Float[Tensor, "out in"]:
         """The wrapped module's weight, or the one that a processed gated MLP uses instead.
@@ -318,7 +295,7 @@ class BridgeHost(Host):
             return self._of_parameter(layer, kind, as_one_map)
         if quantised_name(linear) is not None:
             return dequantised(linear)
-        with brought_in(linear):
+        with compat.brought_in(linear):
             weight = stored_weight(linear)
         scale = self.embedding_scale(kind)
         return weight if scale == 1 else weight * scale
@@ -327,7 +304,7 @@ class BridgeHost(Host):
         """What `look` makes of a module and its weight, where no linear module holds it."""
         name, _, parameter = self._component(layer, kind).rpartition(".")
         owner = module_at(self.model, name)
-        with brought_in(owner):
+        with compat.brought_in(owner):
             return look(owner, owner.get_parameter(parameter))
 
     def shape(self, layer: int, kind: str) -> tuple[int, int]:
@@ -348,19 +325,19 @@ class BridgeHost(Host):
         the passes of a processed gated MLP (transformer-lens 4).
         """
         component = module_at(self.model, self._component(site.layer, site.kind))
-        if not isinstance(component, nn.Module) or unwrapped(component) is component:
+        if not isinstance(component, nn.Module) or bridged.unwrapped(component) is component:
             return
         names = [name for parameter in parameters for name in _READ_AS[parameter]]
         why = functools.partial(of_the_base, site.name)
         if site.kind in MLP_KINDS and self._computes_gated_mlp(site.layer):
             passes = computes(span, self.model.blocks[site.layer].mlp)
-            refuse_reading(span, component, names, why, unless=passes)
+            compat.refuse_reading(span, component, names, why, unless=passes)
         else:
-            refuse_reading(span, component, names, why)
+            compat.refuse_reading(span, component, names, why)
 
     def _wrapped(self, layer: int, kind: str) -> Any:
         """The Hugging Face module of a component, or the parameter; None where it has none."""
-        return unwrapped(module_at(self.model, self._component(layer, kind)))
+        return bridged.unwrapped(module_at(self.model, self._component(layer, kind)))
 
     def base_weight(self, site: SiteFactors, update: str) -> Float[Tensor, "out in"]:
         """W at a site; a dequantised weight is only near it."""
@@ -374,13 +351,13 @@ class BridgeHost(Host):
 
     def _held(self, layer: int, kind: str) -> Float[Tensor, "out in"] | None:
         """The weight that a processed gated MLP holds itself (transformer-lens 3)."""
-        held = processed_weight(self.model.blocks[layer].mlp, _COMPONENTS.get(kind, kind))
+        held = compat.processed_weight(self.model.blocks[layer].mlp, _COMPONENTS.get(kind, kind))
         return held.detach() if held is not None and self._computes_gated_mlp(layer) else None
 
     def bias(self, layer: int, kind: str) -> Float[Tensor, " out"] | None:
         """The wrapped module's bias, of any kind."""
         linear = self._wrapped(layer, kind)
-        with brought_in(linear):
+        with compat.brought_in(linear):
             bias = getattr(linear, "bias", None)
             return None if bias is None else bias.detach().flatten()
 
@@ -389,10 +366,10 @@ class BridgeHost(Host):
         norm = self._wrapped(layer, kind)
         if not hasattr(norm, "weight"):
             return None
-        with brought_in(norm):
+        with compat.brought_in(norm):
             bias, gamma = getattr(norm, "bias", None), norm.weight.detach()
         if self.family.gamma_offset:
-            has_float64 = float64_device(gamma.device) == gamma.device
+            has_float64 = compat.float64_device(gamma.device) == gamma.device
             wide = gamma.double() if has_float64 else gamma.float()
             gamma = wide + self.family.gamma_offset
         return gamma, None if bias is None else bias.detach()
@@ -417,7 +394,7 @@ class BridgeHost(Host):
 
     def needs_base(self) -> bool:
         """Whether the bridge's compatibility mode processed the weights."""
-        return is_processed(self.model)
+        return compat.is_processed(self.model)
 
     def run_cached(
         self, tokens: Int[Tensor, "row new"], cache: Any
@@ -439,9 +416,10 @@ def _family_of(
         ModelStateError: processed weights of a family that is not listed.
     """
     listed = known_family(architecture)
-    if is_processed(model) or (listed is not None and not any(map(is_experts, model.modules()))):
+    has_experts = any(map(is_experts, model.modules()))
+    if compat.is_processed(model) or (listed is not None and not has_experts):
         return listed or find_family(architecture), {}
-    read = bridged_family(model, heads)
+    read = bridged.bridged_family(model, heads)
     if listed is None:
         return read, read.homes
     homes = {
@@ -459,9 +437,9 @@ def _usual_name(layer: int, kind: str) -> str:
     return site_name(layer, kind) if name is None else f"blocks.{layer}.mlp.{name}"
 
 
-@temporary
+@compat.temporary
 def _cache_is_shown(span: Temporary, attentions: Iterable[Any]) -> None:
-    span.enter_context(without_warnings(".past_key_values. is deprecated"))
+    span.enter_context(compat.without_warnings(".past_key_values. is deprecated"))
     for attention in attentions:
         add_pre_hook(span, attention, _named_as_before, with_kwargs=True)
 
@@ -470,7 +448,6 @@ def _named_as_before(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Attention of transformers 5.24 is given `cache`; the bridge looks for `past_key_values`."""
-    del module
     if kwargs.get("past_key_values") is None and kwargs.get("cache") is not None:
         kwargs = {**kwargs, "past_key_values": kwargs["cache"]}
     return args, kwargs
@@ -479,7 +456,8 @@ def _named_as_before(
 def _refuse_unknown_copies(model: Any) -> None:
     """Refuse a flag under which a transformer-lens does something else to the copies."""
     for flag in COPIED_INPUTS:
-        if getattr(model.cfg, flag, False) and not all(map(can_norm_per_head, _attentions(model))):
+        is_known = all(map(compat.can_norm_per_head, _attentions(model)))
+        if getattr(model.cfg, flag, False) and not is_known:
             raise ModelStateError(
                 f"cfg.{flag} is on, and lens_lora does not know how this transformer-lens "
                 f"normalises each head's input, so it cannot compute z. Turn the flag off "

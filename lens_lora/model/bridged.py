@@ -33,13 +33,7 @@ from lens_lora.families import NORM_KINDS, Family, Place
 from lens_lora.model.bases import stored_weight
 from lens_lora.model.experts import each_shape, is_experts, is_router, stacks_of
 from lens_lora.model.host import module_at
-from lens_lora.model.sites import (
-    ATTENTION_KINDS,
-    MLP_KINDS,
-    OUTSIDE_KINDS,
-    Heads,
-    outside_layer,
-)
+from lens_lora.model.sites import ATTENTION_KINDS, MLP_KINDS, OUTSIDE_KINDS, Heads, outside_layer
 
 # The components of usual attention and MLPs, and their kinds.
 _ATTENTION = {f"attn.{kind}": kind for kind in ATTENTION_KINDS}
@@ -96,12 +90,10 @@ class BridgedFamily(Family):
 
     def linear_paths(self, n_layers: int) -> list[str]:
         """The path of every linear module and embedding."""
-        del n_layers
         return list(self.places)
 
     def norm_path(self, layer: int, kind: str) -> str | None:
         """None: where no norm is folded, none is asked for."""
-        del layer, kind
 
     def stores_transposed(self, kind: str) -> bool:
         """Whether a module of this kind holds its weight as [in, out]."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,15 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from lens_lora.compat import (
-    Temporary,
-    brought_in,
-    experts_implementation,
-    gated,
-    is_split_over_processes,
-    own_forward,
-    replace_forward,
-)
+from lens_lora import compat
 from lens_lora.errors import ModelStateError
 
 # What an expert's number is stored in, beside x: float types are exact up to 256.
@@ -71,7 +63,7 @@ def refuse_without_float64(model: nn.Module) -> None:
         ModelStateError: one is.
     """
     for experts in filter(is_experts, model.modules()):
-        kernel = experts_implementation(experts)
+        kernel = compat.experts_implementation(experts)
         if kernel == "grouped_mm" and next(experts.parameters()).dtype == torch.float64:
             raise ModelStateError(
                 f"the experts of {type(experts).__name__} are in float64 and computed by "
@@ -120,7 +112,7 @@ class _Written:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.before: Callable[..., Any] | None = own_forward(module)
+        self.before: Callable[..., Any] | None = compat.own_forward(module)
         self.writers: list[tuple[str, Writer]] = []
 
     def written(self, name: str, z: Tensor, out: Tensor) -> Tensor:
@@ -135,10 +127,10 @@ class _Experts(_Written):
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts: Any = self.module
         into, out_of = stacks_of(experts)
-        with brought_in(experts):
+        with compat.brought_in(experts):
             x = hidden_states[:, None].expand(*top_k_index.shape, -1)
             hidden = self._mapped(into, x, top_k_index)
-            inner = gated(experts, hidden) if experts.has_gate else experts.act_fn(hidden)
+            inner = compat.gated(experts, hidden) if experts.has_gate else experts.act_fn(hidden)
             outs = self._mapped(out_of, inner, top_k_index)
         if experts.has_post_expert_norm:
             outs = experts.post_expert_norm(outs)
@@ -167,8 +159,9 @@ def _row(biases: Tensor | None, expert: int) -> Tensor | None:
 
 class _Router(_Written):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self.before or functools.partial(type(self.module).forward, self.module)
-        with brought_in(self.module), _AtWeight(self.module.get_parameter("weight"), self.written):
+        module = self.module
+        forward = self.before or functools.partial(type(module).forward, module)
+        with compat.brought_in(module), _AtWeight(module.get_parameter("weight"), self.written):
             return forward(*args, **kwargs)
 
 
@@ -179,23 +172,14 @@ class _AtWeight(TorchFunctionMode):
         super().__init__()
         self._forms, self._write = [weight], write
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         result = func(*args, **named)
         if func in _CASTS and self._is_weight(args[0]):
             self._forms.append(result)
         if func is linear:
-            inputs, weight, *_ = (
-                *args,
-                *(named[key] for key in ("input", "weight") if key in named),
-            )
+            operands = [*args, *(named[key] for key in ("input", "weight") if key in named)]
+            inputs, weight = operands[:2]
             return self._write("weight", inputs, result) if self._is_weight(weight) else result
         return result
 
@@ -208,21 +192,21 @@ def is_weight(model: nn.Module, owner: str, name: str) -> bool:
     return isinstance(getattr(model.get_submodule(owner), name, None), nn.Parameter)
 
 
-def write_at(span: Temporary, module: nn.Module, name: str, writer: Writer) -> None:
+def write_at(span: compat.Temporary, module: nn.Module, name: str, writer: Writer) -> None:
     """The writer sees z and changes the output of the map of this parameter, until the span ends.
 
     Raises:
         ModelStateError: experts that are spread over processes.
     """
-    if is_split_over_processes(module):
+    if compat.is_split_over_processes(module):
         raise ModelStateError(
             f"{name}: the experts of {type(module).__name__} are spread over processes, so no "
             "process has all of them. Load the model without expert parallelism."
         )
-    written = own_forward(module)
+    written = compat.own_forward(module)
     if not isinstance(written, _Written):
         written = _Experts(module) if is_experts(module) else _Router(module)
-        replace_forward(span, module, written)
+        compat.replace_forward(span, module, written)
     entry = name, writer
     span.way_back(functools.partial(_drop, written.writers, entry))
     written.writers.append(entry)

@@ -31,32 +31,11 @@ from lens_lora.arguments import number, one_entry
 from lens_lora.compat import is_wrapped
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.families import NORM_KINDS
-from lens_lora.model.basis import (
-    NormMap,
-    NormUpdate,
-    SiteMap,
-    Turn,
-    Update,
-    constant_of_v,
-    svd_turn,
-    through_o,
-    through_update_of_o,
-    turned,
-    without_constant,
-)
+from lens_lora.model import basis, hooks
+from lens_lora.model.basis import NormMap, NormUpdate, SiteMap, Update
 from lens_lora.model.build import host_of
 from lens_lora.model.check import Watch, refuse_dropout
-from lens_lora.model.hooks import (
-    Arranger,
-    HookFn,
-    Unread,
-    call_under_way,
-    functions_at,
-    open_block,
-    refuse_backward_hooks,
-    require_own_hooks,
-    without_update,
-)
+from lens_lora.model.hooks import HookFn
 from lens_lora.model.host import Host, Ports
 from lens_lora.model.quantised import quantised_linears, quantised_name
 from lens_lora.model.sites import Site, match_sites, points_between, resolve_sites
@@ -142,10 +121,10 @@ class Plan:
         return _root_of_squares(changes) / _root_of_squares(map(torch.linalg.vector_norm, weights))
 
     @functools.cached_property
-    def turns(self) -> tuple[Turn | None, ...]:
+    def turns(self) -> tuple[basis.Turn | None, ...]:
         """Each site's own change to the coordinates of its SVD; None of a norm."""
         updates = (pair.update for pair in self.updates)
-        return tuple(svd_turn(u) if isinstance(u, Update) else None for u in updates)
+        return tuple(basis.svd_turn(u) if isinstance(u, Update) else None for u in updates)
 
     @functools.cached_property
     def in_svd_gauge(self) -> Plan:
@@ -153,7 +132,7 @@ class Plan:
 
         def in_svd(site: int, delta: SiteMap | None) -> SiteMap | None:
             turn = self.turns[site]
-            return delta if delta is None or turn is None else turned(delta, turn)
+            return delta if delta is None or turn is None else basis.turned(delta, turn)
 
         injections = tuple(
             dataclasses.replace(i, map=in_svd(i.site, i.map), whole=in_svd(i.site, i.whole))
@@ -203,7 +182,7 @@ class Plan:
         """Refuse hook points that never hold the adapted model's value."""
         for name in self.points_without_update:
             if name in points:
-                raise without_update(name, self.adapter)
+                raise hooks.without_update(name, self.adapter)
 
 
 def _root_of_squares(norms: Iterable[Float[Tensor, ""]]) -> float:
@@ -246,17 +225,11 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
         Injection(i, port, part, whole=None if part is delta else delta)
         for i, (port, part, delta) in enumerate(zip(ports, maps, deltas, strict=True))
     ]
+    sites, placed = tuple(map(_site, updates, ports, deltas)), (*injections, *elsewhere, *at_o)
+    base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
+    quantised = quantised_linears(model)
     return Plan(
-        host,
-        tuple(map(_site, updates, ports, deltas)),
-        maps,
-        (*injections, *elsewhere, *at_o),
-        host.state(),
-        updates,
-        watched,
-        None if hf_model is None else Watch.of_module(hf_model, "hf_model's "),
-        quantised_linears(model),
-        adapter.name,
+        host, sites, maps, placed, host.state(), updates, watched, base, quantised, adapter.name
     )
 
 
@@ -283,16 +256,16 @@ def _with_constants_at_o(
             continue
         has_bias = isinstance(update, Update) and update.bias is not None
         norm_folded = host.is_folded(site.layer, "v")
-        constant = constant_of_v(maps[v], heads, norm_folded=norm_folded, has_bias=has_bias)
+        constant = basis.constant_of_v(maps[v], heads, norm_folded=norm_folded, has_bias=has_bias)
         if constant is None or host.folded_value_bias(site) is None:
             continue
-        maps[v] = without_constant(maps[v], constant)
+        maps[v] = basis.without_constant(maps[v], constant)
         port = Ports(None, host.ports(site.layer, "o").write)
-        through = through_o(constant, host.weight(site.layer, "o"), heads)
+        through = basis.through_o(constant, host.weight(site.layer, "o"), heads)
         at_o.append(Injection(v, port, through, is_constant_of_v=True))
         for o, other in enumerate(pair.site for pair in updates):
             if other.kind == "o" and other.layer == site.layer:
-                by_v, by_o = through_update_of_o(constant, maps[o], heads)
+                by_v, by_o = basis.through_update_of_o(constant, maps[o], heads)
                 at_o.append(Injection(v, port, by_v, o, is_constant_of_v=True))
                 at_o.append(Injection(o, port, by_o, v))
     return tuple(maps), at_o
@@ -396,12 +369,11 @@ class _Reader:
     def __init__(self, firings: int, name: str, point: nn.Module | None) -> None:
         self.kept: collections.deque[Tensor] = collections.deque(maxlen=firings)
         self.site, self._name, self._point = "", name, point
-        self._laid_by = call_under_way()
+        self._laid_by = hooks.call_under_way()
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
-        del hook
         if self.site and self._laid_by is None and tensor.requires_grad:
-            refuse_backward_hooks(self._point, self._name, self.site)
+            hooks.refuse_backward_hooks(self._point, self._name, self.site)
         self.kept.append(tensor)
 
 
@@ -415,10 +387,10 @@ class _Writer:
     reader: _Reader | None
     like: _Reader | None
     adapter: str
-    laid_by: object | None = dataclasses.field(default_factory=call_under_way)
+    laid_by: object | None = dataclasses.field(default_factory=hooks.call_under_way)
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
-        require_own_hooks(self.laid_by, self.adapter)
+        hooks.require_own_hooks(self.laid_by, self.adapter)
         ports = self.injection.ports
         like = None if self.like is None else self.like.kept[-1]
         out = ports.in_rows(tensor, like)
@@ -431,12 +403,8 @@ class _Writer:
 
     def _require_own_update_of_o(self, point: nn.Module) -> None:
         """The constant part of v passes through the update of o in the same plan, and no other."""
-        for fn in functions_at(point):
-            if (
-                isinstance(fn, _Writer)
-                and fn.inject is not self.inject
-                and not fn.injection.is_constant_of_v
-            ):
+        for fn in (fn for fn in hooks.functions_at(point) if isinstance(fn, _Writer)):
+            if fn.inject is not self.inject and not fn.injection.is_constant_of_v:
                 raise ModelStateError(
                     f"{self.name} and {fn.name} are changed by two blocks, of {self.adapter!r} and "
                     f"{fn.adapter!r}, which do not add up where value biases are folded: the "
@@ -462,15 +430,15 @@ class _Writer:
         return z.to(out.device).expand(len(out), *z.shape[1:])
 
 
-def refuse_writers(hooks: Iterable[object]) -> None:
+def refuse_writers(functions: Iterable[object]) -> None:
     """Check that no hook of a lens is among these functions.
 
     Raises:
         ModelStateError: naming the adapter that it applies.
     """
-    for hook in hooks:
-        if isinstance(hook, _Writer):
-            raise open_block(hook.adapter)
+    for fn in functions:
+        if isinstance(fn, _Writer):
+            raise hooks.open_block(fn.adapter)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -483,10 +451,10 @@ class _ModuleWriter:
     ports: Ports
     like: _Reader | None
     adapter: str
-    laid_by: object | None = dataclasses.field(default_factory=call_under_way)
+    laid_by: object | None = dataclasses.field(default_factory=hooks.call_under_way)
 
     def at_module(self, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        require_own_hooks(self.laid_by, self.adapter)
+        hooks.require_own_hooks(self.laid_by, self.adapter)
         z = args[0].to(output.device)
         if self.kind == "pos_embed":
             offset = args[1] if len(args) > 1 else 0
@@ -502,10 +470,7 @@ class _ModuleWriter:
 
 
 def site_hooks(
-    plan: Plan,
-    inject: Inject,
-    points: Mapping[str, Any],
-    before: Sequence[tuple[str, HookFn]] = (),
+    plan: Plan, inject: Inject, points: Mapping[str, Any], before: Sequence[tuple[str, HookFn]] = ()
 ) -> list[tuple[str, HookFn]]:
     """[(hook name, function)] for one or more forward passes with this injection."""
     by_start: dict[str | None, list[tuple[str, HookFn]]] = {}
@@ -520,30 +485,30 @@ def site_hooks(
         injection = plan.injections[index]
         site, port = plan.sites[injection.site], injection.ports
         start = plan.host.block_input(site.layer) if site.layer >= 0 else port.read
-        hooks = by_start.setdefault(start, [])
+        placed = by_start.setdefault(start, [])
         for name in (port.like, port.read):
             if name is not None and name != port.write and name not in readers:
                 readers[name] = _Reader(port.firings, name, points.get(name))
-                hooks.append((name, readers[name]))
+                placed.append((name, readers[name]))
         if port.read in readers:
             readers[port.read].site = site.name
         reader, like = readers.get(port.read or ""), readers.get(port.like or "")
         if port.read == port.write and port.write not in points:
             at_module = _ModuleWriter(index, site.kind, inject, port, like, plan.adapter)
-            hooks.append((port.write, at_module))
+            placed.append((port.write, at_module))
             continue
         ports_of = (site.name, reader, like, plan.adapter)
-        hooks.append((port.write, _Writer(index, injection, inject, *ports_of)))
+        placed.append((port.write, _Writer(index, injection, inject, *ports_of)))
     unread = [name for name in plan.points_without_update if name in points]
-    guards = [(name, Unread(points[name], name, plan.adapter)) for name in unread]
+    guards = [(name, hooks.Unread(points[name], name, plan.adapter)) for name in unread]
     arranged = [*before, *guards]
-    for start, hooks in by_start.items():
-        written = {name for name, fn in hooks if not isinstance(fn, _Reader)}
+    for start, placed in by_start.items():
+        written = {name for name, fn in placed if not isinstance(fn, _Reader)}
         first = [(name, fn) for name, fn in reversed(before) if name in written]
-        ours = [(n, fn, isinstance(fn, _Reader)) for n, fn in [*hooks, *first] if n in points]
+        ours = [(n, fn, isinstance(fn, _Reader)) for n, fn in [*placed, *first] if n in points]
         if start is not None and start in points:
-            arranged.append((start, Arranger(points, ours, begin)))
-        arranged.extend(hooks)
+            arranged.append((start, hooks.Arranger(points, ours, begin)))
+        arranged.extend(placed)
     return arranged
 
 

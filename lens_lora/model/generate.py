@@ -91,11 +91,14 @@ class Sampling:
         return ids.gather(-1, rank)[:, 0].to(logits.device)
 
 
+@dataclasses.dataclass(eq=False)
 class Speaker:
     """A model at given gates, what it said so far, and how it chooses.
 
     Attributes:
         lens: a LoraLens.
+        prompts: what it goes on from.
+        gates: of all prompts, or of each.
         sampling: how a token is chosen.
         most: the most tokens that are said after a prompt.
         ends: tokens that end a response.
@@ -106,24 +109,21 @@ class Speaker:
         SiteError: gates for another number of prompts.
     """
 
-    def __init__(
-        self,
-        lens: Any,
-        prompts: Prompts,
-        gates: Float[Tensor, "*batch site"],
-        sampling: Sampling,
-        most: int,
-        ends: Collection[int],
-    ) -> None:
-        if gates.ndim > 1 and len(gates) != prompts.batch:
-            raise SiteError(f"gates of {len(gates)} prompts, and there are {prompts.batch}.")
-        self._lens, self._sampling, self._most, self._ends = lens, sampling, most, ends
-        self.texts: list[list[int]] = [
-            prompts.row(i).tokens[0].tolist() for i in range(prompts.batch)
-        ]
+    lens: Any
+    prompts: Prompts
+    gates: Float[Tensor, "*batch site"]
+    sampling: Sampling
+    most: int
+    ends: Collection[int]
+
+    def __post_init__(self) -> None:
+        batch, self.gates = self.prompts.batch, self.gates.detach()
+        if self.gates.ndim > 1 and len(self.gates) != batch:
+            raise SiteError(f"gates of {len(self.gates)} prompts, and there are {batch}.")
+        rows = (self.prompts.row(i).tokens[0] for i in range(batch))
+        self.texts: list[list[int]] = [row.tolist() for row in rows]
         self.starts: list[int] = list(map(len, self.texts))
-        self._prompts, self._gates = prompts, gates.detach()
-        self._noise = sampling.noise(prompts.batch, most)
+        self._noise = self.sampling.noise(batch, self.most)
 
     def said(self, i: int) -> list[int]:
         """What was said after this prompt."""
@@ -131,10 +131,10 @@ class Speaker:
 
     def has_ended(self, i: int) -> bool:
         """Whether the last token that was said ends the response."""
-        return bool(self.said(i)) and self.texts[i][-1] in self._ends
+        return bool(self.said(i)) and self.texts[i][-1] in self.ends
 
     def _goes_on(self, i: int) -> bool:
-        return len(self.said(i)) < self._most and not self.has_ended(i)
+        return len(self.said(i)) < self.most and not self.has_ended(i)
 
     def say(self, *, progress: bool) -> Generated:
         """All that there is to say after each prompt.
@@ -143,8 +143,8 @@ class Speaker:
             NumericsError: non-finite logits.
         """
         rows = sorted(range(len(self.starts)), key=self.starts.__getitem__)
-        together = max(1, _CACHED_TOKENS // (max(self.starts) + self._most))
-        total = len(rows) * self._most
+        together = max(1, _CACHED_TOKENS // (max(self.starts) + self.most))
+        total = len(rows) * self.most
         with (
             torch.no_grad(),
             tqdm(total=total, desc="generate", leave=False, disable=not progress) as bar,
@@ -152,12 +152,12 @@ class Speaker:
             for first in range(0, len(rows), together):
                 self._say(rows[first : first + together], bar)
         said = [self.said(i) for i in range(len(rows))]
-        ids = tuple(map(self._prompts.tokens.new_tensor, said))
+        ids = tuple(map(self.prompts.tokens.new_tensor, said))
         ended = tuple(map(self.has_ended, range(len(rows))))
-        return Generated(ids, tuple(map(self._text, said)), self._prompts, ended)
+        return Generated(ids, tuple(map(self._text, said)), self.prompts, ended)
 
     def _text(self, ids: list[int]) -> str:
-        tokenizer = getattr(self._lens.model, "tokenizer", None)
+        tokenizer = getattr(self.lens.model, "tokenizer", None)
         if tokenizer is None:
             return " ".join(map(str, ids))
         return tokenizer.decode(ids, skip_special_tokens=True)
@@ -177,18 +177,18 @@ class Speaker:
         texts = [list(self.texts[i]) for i in rows]
         starts = torch.tensor([self.starts[i] for i in rows])
         limits = [
-            min(self.starts[i] + self._most - 1, len(self.texts[i]) + _LONGEST_DRAFT) for i in rows
+            min(self.starts[i] + self.most - 1, len(self.texts[i]) + _LONGEST_DRAFT) for i in rows
         ]
         width, cache = min(map(len, texts)), None
         fed = [text[:width] for text in texts]
-        with self._gated(rows), unembedded_only(self._lens.model, lambda last: last[:, -1:]):
+        with self._gated(rows), unembedded_only(self.lens.model, lambda last: last[:, -1:]):
             while any(len(text) < limit for text, limit in zip(texts, limits, strict=True)):
-                logits, cache = self._lens.plan.host.run_cached(self._tensor(fed), cache)
-                noise = self._noise[rows, (width - starts).clamp(0, self._most - 1)]
-                for row, token in enumerate(self._sampling.choose(logits[:, -1], noise).tolist()):
+                logits, cache = self.lens.plan.host.run_cached(self._tensor(fed), cache)
+                noise = self._noise[rows, (width - starts).clamp(0, self.most - 1)]
+                for row, token in enumerate(self.sampling.choose(logits[:, -1], noise).tolist()):
                     if len(texts[row]) == width < limits[row]:
                         texts[row].append(token)
-                        limits[row] = width + 1 if token in self._ends else limits[row]
+                        limits[row] = width + 1 if token in self.ends else limits[row]
                 # After its end a row is fed any token.
                 fed = [text[width : width + 1] or [0] for text in texts]
                 width += 1
@@ -199,13 +199,13 @@ class Speaker:
         places, tokens = len(draft) + 1, self._tensor([self.texts[i] + draft])
         length, reads = tokens.new_tensor([tokens.shape[1]]), tokens.new_tensor([places])
         prompts = Prompts(tokens, length, reads)
-        run = functools.partial(self._lens.run, prompts)
-        with self._gated([i]), unembedded_only(self._lens.model, prompts.at_slots):
+        run = functools.partial(self.lens.run, prompts)
+        with self._gated([i]), unembedded_only(self.lens.model, prompts.at_slots):
             logits = run()[0]
             if not torch.isfinite(logits).all():
-                raise NumericsError(first_non_finite(self._lens.model, run))
+                raise NumericsError(first_non_finite(self.lens.model, run))
         noise = self._noise[i, len(self.said(i)) :][:places]
-        chosen = self._sampling.choose(logits, noise).tolist()
+        chosen = self.sampling.choose(logits, noise).tolist()
         differs = [token != drafted for token, drafted in zip(chosen, draft, strict=False)]
         agreed = differs.index(True) if True in differs else len(draft)
         self.texts[i] += chosen[:agreed]
@@ -214,10 +214,10 @@ class Speaker:
         return agreed
 
     def _gated(self, rows: list[int]) -> AbstractContextManager[Any]:
-        return self._lens.adapted(self._gates if self._gates.ndim == 1 else self._gates[rows])
+        return self.lens.adapted(self.gates if self.gates.ndim == 1 else self.gates[rows])
 
     def _tensor(self, rows: list[list[int]]) -> Int[Tensor, "row pos"]:
-        return torch.tensor(rows, device=home_of(self._lens.model))
+        return torch.tensor(rows, device=home_of(self.lens.model))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,11 +182,8 @@ class HookedTransformerHost(Host):
     def stream_readers(self, layer: int) -> tuple[dict[str, nn.Module], list[nn.Module]]:
         """The norm of each branch, which no other one reads."""
         block, norms = self.model.blocks[layer], {"attn": "ln1", "mlp": "ln2"}
-        readers = {branch: getattr(block, norm, None) for branch, norm in norms.items()}
-        held = {
-            f"blocks.{layer}.{name}": norm for name, norm in readers.items() if norm is not None
-        }
-        return held, []
+        held = [branch for branch, norm in norms.items() if hasattr(block, norm)]
+        return {f"blocks.{layer}.{branch}": getattr(block, norms[branch]) for branch in held}, []
 
     def embedding_scale(self, kind: str) -> float:
         """√d for Gemma's token embedding, as W_E contains that factor."""
@@ -251,7 +248,6 @@ class HookedTransformerHost(Host):
 
     def is_folded(self, layer: int, kind: str) -> bool:
         """All norms are folded, or none."""
-        del layer, kind
         return self.needs_base()
 
     def needs_base(self) -> bool:

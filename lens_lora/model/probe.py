@@ -30,13 +30,8 @@ from torch.func import functional_call
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.arithmetic import module_path
 from lens_lora.adapters.factors import LoRAFactors, TrainedModule
-from lens_lora.compat import (
-    Temporary,
-    home_of,
-    is_offloaded,
-    replace_forward,
-    temporary,
-)
+from lens_lora.adapters.methods import lora_output
+from lens_lora.compat import Temporary, home_of, is_offloaded, replace_forward, temporary
 from lens_lora.errors import ModelStateError
 from lens_lora.families import Family
 from lens_lora.model.bridged import Shell, is_linear, is_norm, names_by_path, normalised, shape_of
@@ -76,10 +71,7 @@ class _Added:
         if isinstance(self.update, TrainedModule):
             return normalised(self._module, z) * self._change
         dtype = torch.promote_types(dtype, torch.float32)
-        A, B = (factor.to(z.device, dtype) for factor in (self.update.A, self.update.B))
-        u = z.to(dtype) @ A.T if z.is_floating_point() else A.T[z]
-        embed_scale = float(getattr(self._module, "embed_scale", 1.0))
-        return u @ B.T * self.update.scale * embed_scale
+        return lora_output(self.update, self._module, z, dtype)
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         raise NotImplementedError  # it is put on modules only

@@ -25,13 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lens_lora.compat import (
-    Temporary,
-    computing_attribute,
-    replace_forward,
-    temporary,
-    unpacked_4bit,
-)
+from lens_lora import compat
 
 _NAMES = {"Linear4bit": "4 bit", "Linear8bitLt": "8 bit"}
 
@@ -55,18 +49,18 @@ def dequantised(module: nn.Module, dtype: torch.dtype | None = None) -> Float[Te
     return of(module, dtype)
 
 
-@temporary
-def differentiable_products(span: Temporary, modules: tuple[nn.Module, ...]) -> None:
+@compat.temporary
+def differentiable_products(span: compat.Temporary, modules: tuple[nn.Module, ...]) -> None:
     """Within the block these modules have derivatives of every order, and values as above."""
     for module in modules:
-        name = computing_attribute(module)
+        name = compat.computing_attribute(module)
         native = getattr(module, name)
         if isinstance(native, functools.partial) and native.func in (_product, _straight_through):
             continue
         product = functools.partial(_product, module)
         if quantised_name(module) == "8 bit":
             product = functools.partial(_straight_through, module, native)
-        replace_forward(span, module, product, name)
+        compat.replace_forward(span, module, product, name)
 
 
 def _product(module: Any, x: Tensor) -> Tensor:
@@ -81,18 +75,13 @@ def _product(module: Any, x: Tensor) -> Tensor:
 
 def _straight_through(module: Any, native: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The kernel's value; where a derivative is asked for, with that of x Ŵᵀ + b."""
-    primal, tangent = _parts(x)
+    primal, tangent = fwad.unpack_dual(x)
     value = native(primal.detach())
     if tangent is None and not (torch.is_grad_enabled() and x.requires_grad):
         return value
     bias = None if module.bias is None else module.bias.to(x.dtype)
     smooth = linear(x, _of_8bit(module, x.dtype), bias)
-    return value + (smooth - _parts(smooth)[0].detach())
-
-
-def _parts(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    primal, tangent = fwad.unpack_dual(x)
-    return primal, tangent
+    return value + (smooth - fwad.unpack_dual(smooth).primal.detach())
 
 
 def _of_4bit(module: Any, dtype: torch.dtype | None) -> Float[Tensor, "out in"]:
@@ -103,7 +92,7 @@ def _of_4bit(module: Any, dtype: torch.dtype | None) -> Float[Tensor, "out in"]:
     if getattr(state, "packing_format_for_cpu", False):
         # The scales of blocks stay as they were packed: transposed, in bfloat16, and not nested.
         state.original_nested = False
-        packed, state = unpacked_4bit(packed, state)
+        packed, state = compat.unpacked_4bit(packed, state)
         state.absmax = held.absmax.T.reshape(-1).float()
     target = dtype or state.dtype
     state.dtype = torch.float32 if target == torch.float64 else target

@@ -144,7 +144,6 @@ def held_fixed(span: Temporary, host: Host, rules: FrozenRules) -> None:
 
 def _without_derivative(tensor: Tensor, hook: Any) -> Tensor:
     """The same value. Zero gradients go on to q and k, so that none of them seems unreached."""
-    del hook
     primal = fwad.unpack_dual(tensor).primal
     primal = primal.view_as(primal)
     if primal.requires_grad:
@@ -196,7 +195,6 @@ def _mlp_hooks(host: Host, mlp: _Mlp, rules: FrozenRules) -> list[tuple[str, Hoo
     inputs: dict[str, Tensor] = {}
 
     def at_post(post: Tensor, hook: Any) -> Tensor | None:
-        del hook
         ruled = _ruled(post, [inputs[name] for name in mlp.inputs], rules) if inputs else None
         inputs.clear()
         return ruled
@@ -210,7 +208,6 @@ def _mlp_hooks(host: Host, mlp: _Mlp, rules: FrozenRules) -> list[tuple[str, Hoo
 
 
 def _keep(inputs: dict[str, Tensor], name: str, tensor: Tensor, hook: Any) -> None:
-    del hook
     inputs[name] = tensor
 
 
@@ -284,7 +281,6 @@ def _probed(host: Host, names: Iterable[str], run: _Run) -> tuple[Tensor, dict[s
 
 
 def _add_zeros(firings: list[Tensor], tensor: Tensor, hook: Any) -> Tensor:
-    del hook
     firings.append(tensor + torch.zeros_like(tensor).detach().requires_grad_())
     return firings[-1]
 

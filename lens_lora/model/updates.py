@@ -29,14 +29,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_lora import errors
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
 from lens_lora.compat import float64_device, in_float64
-from lens_lora.errors import (
-    AdapterError,
-    ModelStateError,
-    OutOfMemoryError,
-    UnsupportedAdapterError,
-)
+from lens_lora.errors import AdapterError, ModelStateError, UnsupportedAdapterError
 from lens_lora.families import NORM_KINDS
 from lens_lora.model.bases import is_same
 from lens_lora.model.basis import NormUpdate, Update
@@ -206,7 +202,7 @@ def _require_memory(host: Host, sites: Sequence[SiteFactors]) -> None:
     for device, size in needed.items():
         free = free_bytes(device)
         if free is not None and size > free:
-            raise OutOfMemoryError(
+            raise errors.OutOfMemoryError(
                 f"DoRA and modules that were trained whole have a dense ΔW: for these {len(dense)} "
                 f"modules about {size:.3g} bytes on {device}, where {free:.3g} are free. Take some "
                 "of the modules, adapter.only('*.layers.1?.*'), or fine-tune by a plain LoRA."

@@ -33,19 +33,10 @@ from torch import Tensor
 
 from lens_lora import arguments
 from lens_lora.errors import TokenError
+from lens_lora.readouts import readout
 from lens_lora.readouts.prompts import Prompts, ids_after, require_context, which_prompt
 from lens_lora.readouts.reading import Divergence, LogProbs, Reading, one_row_each
-from lens_lora.readouts.readout import (
-    Before,
-    Margin,
-    Readout,
-    TokenLike,
-    in_vocabulary,
-    name_of,
-    per_prompt,
-    string_ids,
-    with_texts,
-)
+from lens_lora.readouts.readout import Before, Margin, Readout, in_vocabulary
 
 
 @final
@@ -87,7 +78,7 @@ Way = Literal["base_to_adapted", "adapted_to_base"]
 
 def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
     """The token ids of each prompt's answer."""
-    pairs = with_texts("answer", items_of(answer, batch), batch, before)
+    pairs = readout.with_texts("answer", items_of(answer, batch), batch, before)
     return [_ids(model, item, text) for item, text in pairs]
 
 
@@ -96,12 +87,12 @@ def items_of(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
     items = answer.ids if isinstance(answer, Generated) else answer
     if isinstance(items, Tensor):
         return [items] * batch
-    return per_prompt("answer", items, batch, "a string with its leading space, a token id")
+    return readout.per_prompt("answer", items, batch, "a string with its leading space, a token id")
 
 
 def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
     if isinstance(answer, str):
-        ids = string_ids(model, "answer", answer, before)
+        ids = readout.string_ids(model, "answer", answer, before)
     elif arguments.is_whole(answer):
         ids = [int(answer)]
     elif isinstance(answer, Tensor):
@@ -272,7 +263,7 @@ class _Unheld:
         return self
 
 
-def held(readout: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Reading:
+def held(kl: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Reading:
     """The reading of a KL, with the base distribution that it compares with."""
     prompts = reading.prompts
     rows, slots = (index.cpu() for index in prompts.read_mask.nonzero(as_tuple=True))
@@ -284,7 +275,7 @@ def held(readout: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) 
         batch=len(base),
         base=base,
         held_rows=rows,
-        is_from_base=readout.direction == "base_to_adapted",
+        is_from_base=kl.direction == "base_to_adapted",
     )
     return dataclasses.replace(reading, read=divergence)
 
@@ -311,17 +302,22 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
 def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
     """Prompt and response in one row, read at each of the response's tokens."""
     said = response_ids(model, response, prompts)
-    rows = [
-        torch.cat([prompts.row(i).tokens[0], prompts.tokens.new_tensor(ids)])
-        for i, ids in enumerate(said)
-    ]
+    begun = (prompts.row(i).tokens[0] for i in range(prompts.batch))
+    rows = [torch.cat([row, row.new_tensor(ids)]) for row, ids in zip(begun, said, strict=True)]
+    ready = _padded(model, prompts, rows, range(prompts.batch), list(map(len, said)))
+    return dataclasses.replace(ready, sources=prompts.sources)
+
+
+def _padded(
+    model: Any, prompts: Prompts, rows: list[Tensor], owner: Sequence[int], reads: list[int]
+) -> Prompts:
+    """Rows of prompts with answers, which the context must hold."""
     lengths = prompts.lengths.new_tensor([len(row) for row in rows])
     longest = int(lengths.argmax())
-    name = which_prompt(longest, prompts.batch)
+    name = which_prompt(owner[longest], prompts.batch)
     require_context(model, int(lengths[longest]), f"{name} with its answer")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    reads = lengths.new_tensor([len(ids) for ids in said])
-    return Prompts(tokens, lengths, reads, prompts.sources)
+    return Prompts(tokens, lengths, lengths.new_tensor(reads))
 
 
 def margin_between(model: Any, doc: AnswerLike, pre: AnswerLike, prompts: Prompts) -> Readout:
@@ -353,7 +349,7 @@ def _require_no_lost_space(model: Any, answer: str, ids: Ids, prompt: Prompts) -
         )
 
 
-def _token(answer: AnswerLike) -> TokenLike:
+def _token(answer: AnswerLike) -> readout.TokenLike:
     if isinstance(answer, str | int):
         return answer
     if isinstance(answer, Tensor | numbers.Integral):
@@ -376,12 +372,6 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
         rows += [torch.cat([mine, mine.new_tensor(whole)]) for whole in longest]
         reads += [len(whole) + 1 for whole in longest]
         owner += [prompt] * len(longest)
-    device = prompts.tokens.device
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    most = int(lengths.argmax())
-    longest_prompt = which_prompt(owner[most], prompts.batch)
-    require_context(model, int(lengths[most]), f"{longest_prompt} with its answer")
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     owners = torch.tensor(owner, device="cpu")
     *indices, weights = zip(*picks, strict=True)
     pick_rows, slots, ids = (torch.tensor(index, device="cpu") for index in indices)
@@ -393,7 +383,7 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
         batch=prompts.batch,
         tokens=ids,
     )
-    return Reading(Prompts(tokens, lengths, torch.tensor(reads, device=device)), read, owners)
+    return Reading(_padded(model, prompts, rows, owner, reads), read, owners)
 
 
 def _longest(prefixes: list[Ids]) -> list[Ids]:
@@ -419,4 +409,4 @@ def _name(answer: AnswerLike) -> str:
     if isinstance(answer, Generated):
         first, *others = answer.text
         answer = [first, *others] if others else first
-    return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else name_of(answer)
+    return f"ids {answer.tolist()}" if isinstance(answer, Tensor) else readout.name_of(answer)

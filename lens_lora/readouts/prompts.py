@@ -27,12 +27,7 @@ from torch import Tensor
 from lens_lora import arguments
 from lens_lora.compat import home_of
 from lens_lora.errors import PromptError, TokenError
-from lens_lora.readouts.conversations import (
-    Conversation,
-    conversations_in,
-    names_of,
-    of_template,
-)
+from lens_lora.readouts.conversations import Conversation, conversations_in, names_of, of_template
 
 _ADDED = "text, BOS added by TransformerLens"
 
@@ -505,13 +500,11 @@ def _from_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
 
 
 def _check(model: Any, prompts: Prompts) -> None:
-    cfg = model.cfg
-    require_context(
-        model, prompts.tokens.shape[1], which_prompt(int(prompts.lengths.argmax()), prompts.batch)
-    )
+    longest = which_prompt(int(prompts.lengths.argmax()), prompts.batch)
+    require_context(model, prompts.tokens.shape[1], longest)
     low, high = int(prompts.tokens.min()), int(prompts.tokens.max())
-    if low < 0 or high >= cfg.d_vocab:
+    if low < 0 or high >= model.cfg.d_vocab:
         raise PromptError(
-            f"token ids run from {low} to {high}; the model's vocabulary has {cfg.d_vocab}. Use "
-            "the tokenizer that the model was trained with."
+            f"token ids run from {low} to {high}; the model's vocabulary has {model.cfg.d_vocab}. "
+            "Use the tokenizer that the model was trained with."
         )

@@ -171,7 +171,6 @@ class _Callable(LastToken):
     units = "units of the readout"
 
     def bind(self, model: Any, batch: int, before: Before = ()) -> Bound:
-        del model, batch, before
         return self._checked
 
     def _checked(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:

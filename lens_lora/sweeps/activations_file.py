@@ -29,18 +29,7 @@ from lens_lora.arguments import whole
 from lens_lora.engine.texts import first_of_each
 from lens_lora.errors import SweepError
 from lens_lora.model.sites import Site, match_sites, one_site
-from lens_lora.results import drawing
-from lens_lora.results.tokens import (
-    Positions,
-    Sign,
-    chosen_positions,
-    context_of,
-    require_ranks,
-    require_sign,
-    require_some,
-    spread_of,
-    strongest,
-)
+from lens_lora.results import drawing, tokens
 from lens_lora.sweeps.store import about_of
 
 SITES, SPANS = b"lens_lora.sites", b"lens_lora.spans"
@@ -154,7 +143,7 @@ class ActivationsFile:
         k: int = 10,
         *,
         rank: int | None = None,
-        sign: Sign = 1,
+        sign: tokens.Sign = 1,
         context: int = 4,
         sinks: bool = False,
     ) -> pd.DataFrame:
@@ -174,16 +163,16 @@ class ActivationsFile:
             SiteError: no such site, or several.
             ArgumentError: no such rank, another sign, or a k or context below 0.
         """
-        k, context, way = whole("k", k, 0), whole("context", context, 0), require_sign(sign)
+        k, context, way = whole("k", k, 0), whole("context", context, 0), tokens.require_sign(sign)
         index = one_site([s.name for s in self.sites], site)
-        name, ranks = self.sites[index].name, require_ranks(rank, self.ranks[index])
+        name, ranks = self.sites[index].name, tokens.require_ranks(rank, self.ranks[index])
         examples: dict[int, list[dict[str, Any]]] = {r: [] for r in ranks}
         for group, counted in self._groups([name], self._counted(None, sinks)[0]):
             values = np.where(counted[:, None], _numbers(group, name), np.nan)
             for r, best in examples.items():
                 best += [
                     _example(group, r, int(row), float(values[row, r]), context)
-                    for row in strongest(values[:, r], way, k)
+                    for row in tokens.strongest(values[:, r], way, k)
                 ]
                 best.sort(key=lambda example: -way * example["value"])
                 del best[k:]
@@ -191,7 +180,7 @@ class ActivationsFile:
         return pd.DataFrame(rows, columns=_COLUMNS)
 
     def mean(
-        self, positions: Positions = None, *, sinks: bool = False
+        self, positions: tokens.Positions = None, *, sinks: bool = False
     ) -> Float[Tensor, "site rank"]:
         """The mean of u over tokens of all texts, without sinks; NaN beyond a site's own rank.
 
@@ -208,7 +197,7 @@ class ActivationsFile:
         total = np.full((len(self.sites), max(self.ranks)), np.nan)
         for slot, rank in enumerate(self.ranks):
             total[slot, :rank] = 0
-        once = require_some(positions, self._counted(positions, sinks)[0])
+        once = tokens.require_some(positions, self._counted(positions, sinks)[0])
         for group, counted in self._groups([site.name for site in self.sites], once):
             for slot, (site, rank) in enumerate(zip(self.sites, self.ranks, strict=True)):
                 total[slot, :rank] += _numbers(group, site.name)[counted].sum(0, dtype=float)
@@ -226,14 +215,14 @@ class ActivationsFile:
             SiteError: no such site.
             ArgumentError: no token that is not a sink.
         """
-        once = require_some(None, self._counted(None, sinks=False)[0])
+        once = tokens.require_some(None, self._counted(None, sinks=False)[0])
         names = [s.name for s in self.sites]
         rows = []
         for index in sorted(match_sites(names, {site or "*": True})):
             column = pq.read_table(self.path, columns=[names[index]])
             values = _numbers(column, names[index])[once]
             for r in range(1 if site is None else self.ranks[index]):
-                rows.append({"site": names[index], "rank": r} | spread_of(values[:, r]))
+                rows.append({"site": names[index], "rank": r} | tokens.spread_of(values[:, r]))
         return pd.DataFrame(rows)
 
     def plot(self, site: str | None = None) -> drawing.Figure:
@@ -256,11 +245,11 @@ class ActivationsFile:
             self.path, columns=["record", "id", "error"], filters=[("error", "!=", "")]
         )
 
-    def _counted(self, positions: Positions, sinks: bool) -> tuple[NDArray[np.bool_], int]:
+    def _counted(self, positions: tokens.Positions, sinks: bool) -> tuple[NDArray[np.bool_], int]:
         """[row]: the tokens at these positions, repeats left out; and how many those are."""
         table = pq.read_table(self.path, columns=["record", "prefix", "sink"])
         lengths = np.unique(table["record"].to_numpy(), return_counts=True)[1].tolist()
-        chosen = np.concatenate([chosen_positions(positions, n, n) for n in lengths])
+        chosen = np.concatenate([tokens.chosen_positions(positions, n, n) for n in lengths])
         chosen &= table["prefix"].is_valid().to_numpy() & (sinks | ~table["sink"].to_numpy())
         once = first_of_each(table["prefix"].fill_null(0).to_numpy(), chosen)
         return once, int(chosen.sum() - once.sum())
@@ -288,15 +277,15 @@ class ActivationsFile:
 def _example(group: pa.Table, rank: int, row: int, value: float, width: int) -> dict[str, Any]:
     records = group["record"].to_numpy()
     low, high = (int(np.searchsorted(records, records[row], side)) for side in ("left", "right"))
-    tokens = [token or "" for token in group["token"].slice(low, high - low).to_pylist()]
+    words = [token or "" for token in group["token"].slice(low, high - low).to_pylist()]
     return {
         "rank": rank,
         "record": int(records[row]),
         "id": group["id"][row].as_py(),
         "position": row - low,
-        "token": tokens[row - low],
+        "token": words[row - low],
         "value": value,
-        "context": context_of(tokens, row - low, width),
+        "context": tokens.context_of(words, row - low, width),
     }
 
 

@@ -395,11 +395,8 @@ class RowStore(Store):
         self.remove()
 
     def _in_parts(self) -> list[Row]:
-        return [
-            row | {name: np.array(row[name]) for name in self._analyses}
-            for _, table in self.parts()
-            for row in table.to_pylist()
-        ]
+        rows = (row for _, table in self.parts() for row in table.to_pylist())
+        return [row | {name: np.array(row[name]) for name in self._analyses} for row in rows]
 
     def _in_results(self) -> list[Row]:
         """Rows of the two results; none if one was deleted, or not yet written."""

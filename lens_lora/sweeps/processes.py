@@ -202,7 +202,6 @@ def _lock(file: int, path: Path, out: Path) -> None:
 
 
 def _is_at(path: Path, file: int) -> bool:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.stat(path), os.fstat(file))
-    except FileNotFoundError:
-        return False
+    return False

@@ -137,6 +137,7 @@ class Text:
     ids: tuple[int, ...] = ()
 
 
+@dataclasses.dataclass(eq=False)
 class Windows:
     """The windows that this process runs, one after another.
 
@@ -145,17 +146,12 @@ class Windows:
         stale: sources whose records have changed, and are run again.
     """
 
-    def __init__(
-        self,
-        lens: LoraLens,
-        records: Iterable[Record],
-        done: Sequence[Source],
-        processes: Processes,
-    ) -> None:
-        self._lens, self._records, self._processes = lens, records, processes
-        self._done: Mapping[int, Source] = {source.span.first: source for source in done}
-        self.seen: int = 0
-        self.stale: list[Source] = []
+    lens: LoraLens
+    records: Iterable[Record]
+    done: Sequence[Source]
+    processes: Processes
+    seen: int = 0
+    stale: list[Source] = dataclasses.field(default_factory=list[Source])
 
     def __iter__(self) -> Iterator[list[Text]]:
         window: list[Text] = []
@@ -164,7 +160,7 @@ class Windows:
             if window and (is_full or number != window[-1].number + 1):
                 yield window
                 window = []
-            if number // BLOCK % self._processes.count == self._processes.index:
+            if number // BLOCK % self.processes.count == self.processes.index:
                 window.append(self._text(number, record))
         if window:
             yield window
@@ -173,16 +169,17 @@ class Windows:
         if record.error is not None:
             return Text(number, record)
         try:
-            return Text(number, record, tuple(tokenised(self._lens, record).tokens[0].tolist()))
+            return Text(number, record, tuple(tokenised(self.lens, record).tokens[0].tolist()))
         except PromptError as error:
             return Text(number, record.bad(error))
 
     def _unfinished(self) -> Iterator[tuple[int, Record]]:
         """The records that no span holds, with their numbers."""
-        numbered = enumerate(with_text(self._lens, plain) for plain in self._records)
+        done = {source.span.first: source for source in self.done}
+        numbered = enumerate(with_text(self.lens, plain) for plain in self.records)
         for number, record in numbered:
             self.seen = number + 1
-            source = self._done.get(number)
+            source = done.get(number)
             if source is None:
                 yield number, record
                 continue
@@ -200,7 +197,7 @@ class Windows:
                 )
             self.stale.append(source)
             yield from enumerate(held, start=number)
-        n_done = max((source.span.last + 1 for source in self._done.values()), default=0)
+        n_done = max((source.span.last + 1 for source in self.done), default=0)
         if self.seen < n_done:
             raise SweepError(
                 f"the results hold {n_done} records, and there are {self.seen}. Give another out, "
@@ -305,11 +302,7 @@ class TokenStore(Store):
     """The file of one stream, and its parts."""
 
     def __init__(
-        self,
-        out: str | Path,
-        fingerprint: Fingerprint,
-        sites: Sequence[Site],
-        ranks: Sequence[int],
+        self, out: str | Path, fingerprint: Fingerprint, sites: Sequence[Site], ranks: Sequence[int]
     ) -> None:
         super().__init__(out, fingerprint)
         columns = [{**dataclasses.asdict(s), "rank": r} for s, r in zip(sites, ranks, strict=True)]
@@ -358,12 +351,8 @@ class TokenStore(Store):
         return sorted([*parts, *rest], key=lambda source: source.span.first)
 
     def _notes(self, spans: Sequence[Span]) -> dict[bytes, bytes]:
-        return {
-            activations_file.SITES: self._sites,
-            activations_file.SPANS: json.dumps(
-                [dataclasses.astuple(span) for span in spans]
-            ).encode(),
-        }
+        rows = json.dumps([dataclasses.astuple(span) for span in spans])
+        return {activations_file.SITES: self._sites, activations_file.SPANS: rows.encode()}
 
 
 def _rows_of(source: Source) -> pa.Table:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, overload
+from typing import cast, overload
 
 import pandas as pd
 import torch
@@ -26,25 +26,15 @@ from lens_lora.model.sites import Site
 from lens_lora.readouts.answers import KL
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.readout import Readout, bound
+from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.sweeps import batches
 from lens_lora.sweeps.activations_file import ActivationsFile
 from lens_lora.sweeps.batches import Job, Make, content, prepare
 from lens_lora.sweeps.processes import launched
-from lens_lora.sweeps.records import (
-    ANALYSES,
-    BY_TOKEN,
-    ByToken,
-    Record,
-    RecordsLike,
-    chosen,
-    read_records,
-)
+from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, ByToken, RecordsLike, chosen, read_records
 from lens_lora.sweeps.store import Store, fingerprint, fingerprint_without_model
 from lens_lora.sweeps.stream import token_sweep
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,7 +121,7 @@ class SweepResult:
             meta=self.meta,
         )
 
-    def plot(self, analysis: str | None = None) -> Figure:
+    def plot(self, analysis: str | None = None) -> drawing.Figure:
         """Heatmap layer × kind of module of one analysis: its mean over prompts.
 
         Args:
@@ -140,14 +130,11 @@ class SweepResult:
         return self.attribution(analysis or self.analyses[0]).plot()
 
     def __repr__(self) -> str:
-        lines = [
+        return (
             f"SweepResult: {self.done} of {self.records} prompts × {len(self.sites)} sites, "
             f"{', '.join(self.analyses)} of {self.readout} in {self.units}; {self.flips} flip, "
-            f"{len(self.errors)} with errors",
-            f"  {self.path}",
-            f"  {self.prompts_path}",
-        ]
-        return "\n".join(lines)
+            f"{len(self.errors)} with errors\n  {self.path}\n  {self.prompts_path}"
+        )
 
 
 # --- The sweep
@@ -304,7 +291,7 @@ def is_begun(out: str | Path) -> bool:
     return store.path.exists() or any(store.folder.glob("*.parquet"))
 
 
-def _require_for_all(lens: LoraLens, records: Sequence[Record], readout: Readout) -> None:
+def _require_for_all(lens: LoraLens, records: Sequence[batches.Record], readout: Readout) -> None:
     """Check that the readout fits some prompt, and no list of them: batches regroup the prompts."""
     token = torch.ones(1, 1, dtype=torch.long, device=lens.device)
     prompt, first = Prompts(token, token[:, 0]), None

@@ -192,7 +192,7 @@ def test_gates_that_are_dropped_after_the_first_token_show(cls: str, monkeypatch
 
     def dropped(self: Speaker, rows):
         asked.append(len(rows))
-        return gated(self, rows) if len(asked) == 1 else self._lens.applied(0.0)
+        return gated(self, rows) if len(asked) == 1 else self.lens.applied(0.0)
 
     monkeypatch.setattr(Speaker, "_gated", dropped)
     assert lists(case.lens.generate(prompts(), NEW, **QUIET)) != by_peft(case)

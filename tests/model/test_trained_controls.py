@@ -110,7 +110,7 @@ def test_a_bias_of_a_folded_value(cls: str, monkeypatch):
     """bias="all" on v without a LoRA: its constant part is added at o."""
 
     def plant():
-        monkeypatch.setattr(gates, "constant_of_v", lambda *args, **kwargs: None)
+        monkeypatch.setattr(gates.basis, "constant_of_v", lambda *args, **kwargs: None)
 
     base = models.hf_model("qwen2")
     model = trained("qwen2", base, targets=["q_proj"], bias="all")
