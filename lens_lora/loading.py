@@ -161,14 +161,9 @@ def load(
     if adapter is None:
         adapter = _active_adapter(model, is_peft)
     model = cast("PreTrainedModel", base_within(model)) if is_peft else model
-    how = Placement(
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        device=None if device is None else str(device),
-        device_map=device_map,
-        load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit,
-        attn=attn,
-    )
+    place = None if device is None else str(device)
+    weights = None if dtype is None else str(dtype).removeprefix("torch.")
+    how = Placement(weights, place, device_map, load_in_4bit, load_in_8bit, attn)
 
     @functools.cache
     def loaded(named: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

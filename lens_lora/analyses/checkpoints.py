@@ -53,6 +53,7 @@ from lens_lora.results.base import (
 )
 
 What = Literal["moved", "effect", "norm", "read", "write"]
+GroupName = Literal["site", "layer", "kind"]
 
 
 @final
@@ -175,9 +176,7 @@ class Checkpoints(Read, Paged):
         frame = long_table(numbers, {"step": self.steps}, {"prompt": range(len(self.base))})
         return frame.astype({"flips": bool, "hidden": bool})
 
-    def by_group(
-        self, what: What = "moved", group: Literal["site", "layer", "kind"] = "layer"
-    ) -> pd.DataFrame:
+    def by_group(self, what: What = "moved", group: GroupName = "layer") -> pd.DataFrame:
         """Rows of groups, columns of steps.
 
         Args:
@@ -210,9 +209,7 @@ class Checkpoints(Read, Paged):
         """The readout of each prompt over the steps, its first order, flips and phase changes."""
         return drawing.figure(self)
 
-    def plot_modules(
-        self, what: What = "moved", group: Literal["site", "layer", "kind"] = "layer"
-    ) -> drawing.Figure:
+    def plot_modules(self, what: What = "moved", group: GroupName = "layer") -> drawing.Figure:
         """Which modules move when: heatmap of groups by step.
 
         Args:

@@ -11,23 +11,11 @@ from rich.console import Console
 
 import lens_lora as ll
 from lens_lora.adapters.peft_files import stated_fields
-from lens_lora.commands.options import (
-    AdapterArgument,
-    BaseModel,
-    QuietOption,
-    ReportOption,
-    folder_of,
-    input_file,
-    require_apart,
-    require_writable,
-    texts_of,
-    with_options,
-)
-from lens_lora.commands.running import announce, at_work, lens_for, say, tell
+from lens_lora.commands import options, running
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelBeside(BaseModel):
+class ModelBeside(options.BaseModel):
     """A base model that is loaded only if it is named."""
 
     model: Annotated[
@@ -37,24 +25,24 @@ class ModelBeside(BaseModel):
     ] = None
 
 
-@with_options
+@options.with_options
 def inspect(
-    adapter: AdapterArgument,
+    adapter: options.AdapterArgument,
     *,
     top: Annotated[int, typer.Option(min=1, help="How many of the largest to list.")] = 10,
     every: Annotated[bool, typer.Option("--all", help="List every one.")] = False,
-    quiet: QuietOption = False,
+    quiet: options.QuietOption = False,
     base: ModelBeside,
 ) -> None:
     """What an adapter is: its targets, ranks and scales, and the spectrum of each update."""
-    folder = folder_of(adapter, quiet=quiet)
-    with at_work(base, quiet=quiet) as progress:
+    folder = options.folder_of(adapter, quiet=quiet)
+    with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.analyses.spectra import summarise
         from lens_lora.show.adapters import adapter_table, spectra_table
 
         loaded, lens = ll.load_adapter(folder), None
         if base.model is not None:
-            lens = lens_for(base, loaded, progress, leaves_out=True)
+            lens = running.lens_for(base, loaded, progress, leaves_out=True)
         summary = summarise(loaded, lens)
     console = Console()
     console.print(adapter_table(summary, stated_fields(folder)))
@@ -62,13 +50,15 @@ def inspect(
     console.print(spectra_table(summary, None if every else top))
 
 
-@with_options
+@options.with_options
 def diff(
-    adapter: AdapterArgument,
+    adapter: options.AdapterArgument,
     *,
     texts: Annotated[
         Path | None,
-        input_file("A .txt file with a text a line. Default: neutral sentences and conversations."),
+        options.input_file(
+            "A .txt file with a text a line. Default: neutral sentences and conversations."
+        ),
     ] = None,
     unrelated: Annotated[
         list[str] | None, "An adapter trained for something else, as a control; may be repeated."
@@ -77,39 +67,38 @@ def diff(
         int, typer.Option(min=0, help="Controls in random directions, of the adapter's KL.")
     ] = 2,
     fast: Annotated[bool, "Without the split by module."] = False,
-    report: ReportOption = Path("lens_lora_diff.html"),
+    report: options.ReportOption = Path("lens_lora_diff.html"),
     save: Annotated[
         Path | None,
         typer.Option(
             dir_okay=False, help="Also the numbers: a table (.csv), or all of them (.safetensors)."
         ),
     ] = None,
-    quiet: QuietOption = False,
-    base: BaseModel,
+    quiet: options.QuietOption = False,
+    base: options.BaseModel,
 ) -> None:
     """What did this fine-tune change? Unrelated texts, no question, and controls beside.
 
     lens-lora diff path/to/adapter --report diff.html
     """
-    require_writable(report, "--report")
+    options.require_writable(report, "--report")
     outputs = {"--report": report}
     if save is not None:
         if save.suffix not in (".csv", ".safetensors"):
             raise typer.BadParameter(f"{save}: a .csv or .safetensors file.", param_hint="--save")
-        require_writable(save, "--save")
+        options.require_writable(save, "--save")
         outputs["--save"] = save
-    lines = None if texts is None else texts_of(texts)
+    lines = None if texts is None else options.texts_of(texts)
     names = (adapter, *(unrelated or []))
-    folder, *controls = [folder_of(name, quiet=quiet) for name in names]
-    require_apart(outputs, base, [folder, *controls], texts)
+    folder, *controls = [options.folder_of(name, quiet=quiet) for name in names]
+    options.require_apart(outputs, base, [folder, *controls], texts)
 
-    with at_work(base, quiet=quiet) as progress:
+    with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.loading import quiet_libraries
         from lens_lora.show.adapters import what_changed_tables
 
         others = [ll.load_adapter(control) for control in controls]
-        lens = lens_for(base, folder, progress)
-        announce(lens)
+        lens = running.announced(running.lens_for(base, folder, progress))
         with quiet_libraries():
             changes = ll.what_changed(
                 lens, lines, others, nulls=nulls, split=not fast, progress=not quiet
@@ -119,7 +108,7 @@ def diff(
             changes.to_frame().to_csv(save, index=False)
         elif save is not None:
             changes.save(save)
-        tell(changes.story()).print(what_changed_tables(changes))
-        say(f"\nReport: {report.absolute()}")
+        running.tell(changes.story()).print(what_changed_tables(changes))
+        running.say(f"\nReport: {report.absolute()}")
         if save is not None:
-            say(f"Numbers: {save.absolute()}")
+            running.say(f"Numbers: {save.absolute()}")

@@ -17,30 +17,8 @@ import typer
 from rich.console import Console
 
 import lens_lora as ll
-from lens_lora.commands.options import (
-    AdapterIfOther,
-    BaseModel,
-    Question,
-    Questions,
-    QuietOption,
-    ReportOption,
-    folder_of,
-    require_apart,
-    require_writable,
-    text_of,
-    with_options,
-)
-from lens_lora.commands.running import (
-    announce,
-    at_work,
-    lens_for,
-    load_model,
-    margin_of,
-    note_spaces,
-    say,
-    tell,
-    told_if_interrupted,
-)
+from lens_lora.commands import options, running
+from lens_lora.commands.options import Question, text_of
 from lens_lora.errors import LensLoraError, PromptError
 
 if TYPE_CHECKING:
@@ -52,11 +30,11 @@ if TYPE_CHECKING:
 _LARGEST_PAGE = 16  # prompts, each with a dozen interactive figures
 
 
-@with_options
+@options.with_options
 def explain(
-    adapter: AdapterIfOther = None,
+    adapter: options.AdapterIfOther = None,
     *,
-    asked: Questions,
+    asked: options.Questions,
     response: Annotated[
         str | None,
         "What is said after the prompt: which tokens and modules changed it. "
@@ -65,13 +43,13 @@ def explain(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="The most tokens of a response that is generated.")
     ] = 64,
-    report: ReportOption = Path("lens_lora_report.html"),
+    report: options.ReportOption = Path("lens_lora_report.html"),
     fast: Annotated[bool, "Without running single modules, coupling and curves."] = False,
     null: Annotated[
         int, typer.Option(min=0, help="Compare with so many random adapters of the same sizes.")
     ] = 0,
-    quiet: QuietOption = False,
-    base: BaseModel,
+    quiet: options.QuietOption = False,
+    base: options.BaseModel,
 ) -> None:
     """Explain what a LoRA did to two answers' margin, or to a response: a summary, and a page.
 
@@ -81,7 +59,7 @@ def explain(
 
     lens-lora explain --prompt 'The capital of France is'
     """
-    require_writable(report, "--report")
+    options.require_writable(report, "--report")
     if null == 1:
         raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
     questions = asked.listed(response, answered=False)
@@ -94,18 +72,17 @@ def explain(
         raise typer.BadParameter(
             "--null: random adapters are compared on a margin, --doc and --pre."
         )
-    folder = folder_of(adapter, quiet=quiet)
-    require_apart({"--report": report}, base, [folder], asked.prompts)
+    folder = options.folder_of(adapter, quiet=quiet)
+    options.require_apart({"--report": report}, base, [folder], asked.prompts)
 
-    with at_work(base, quiet=quiet) as progress:
-        note_spaces(questions, progress)
-        lens = lens_for(base, folder, progress)
-        announce(lens)
+    with running.at_work(base, quiet=quiet) as progress:
+        running.note_spaces(questions, progress)
+        lens = running.announced(running.lens_for(base, folder, progress))
         _require_fit(lens, questions, max_new_tokens)
-        options = {"fast": fast, "null": null, "progress": not quiet}
-        explanations = _explain_each(lens, questions, report, progress, max_new_tokens, options)
+        settings = {"fast": fast, "null": null, "progress": not quiet}
+        explanations = _explain_each(lens, questions, report, progress, max_new_tokens, settings)
         _print(explanations)
-        say(f"\nReport: {report.absolute()}")
+        running.say(f"\nReport: {report.absolute()}")
 
 
 def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_tokens: int) -> None:
@@ -116,7 +93,7 @@ def _require_fit(lens: ll.LoraLens, questions: Sequence[Question], max_new_token
         try:
             prompts = lens.prompts(question.prompt)
             if question.doc is not None:
-                margin_of(lens, [question])[1].over(lens.model, prompts)
+                running.margin_of(lens, [question])[1].over(lens.model, prompts)
             elif question.response is not None:
                 ll.AnswerLogProb(question.response).over(lens.model, prompts)
             else:
@@ -133,15 +110,15 @@ def _explain_each(
     report: Path,
     progress: Console,
     max_new_tokens: int,
-    options: dict[str, Any],
+    settings: dict[str, Any],
 ) -> list[Explanation | ResponseExplanation]:
     """Each question explained; after each the page is written, and of several a line printed."""
     from lens_lora.loading import quiet_libraries
     from lens_lora.show.report import explanation_report
 
     explanations: list[Explanation | ResponseExplanation] = []
-    waiting = _together(questions, options["fast"])
-    with told_if_interrupted(lambda: _kept(report, len(explanations), len(questions))):
+    waiting = _together(questions, settings["fast"])
+    with running.told_if_interrupted(lambda: _kept(report, len(explanations), len(questions))):
         while waiting:
             batch = waiting.pop(0)
             first, last = len(explanations) + 1, len(explanations) + len(batch)
@@ -149,7 +126,7 @@ def _explain_each(
             progress.print(f"Explaining prompt {numbers} of {len(questions)}", highlight=False)
             try:
                 with quiet_libraries():
-                    explained = _explained(lens, batch, max_new_tokens, options)
+                    explained = _explained(lens, batch, max_new_tokens, settings)
             except LensLoraError:
                 if len(batch) == 1:
                     raise
@@ -160,7 +137,7 @@ def _explain_each(
             if len(questions) > 1:
                 for number, question in enumerate(batch, start=first):
                     title = f"{number} of {len(questions)}: {text_of(question.prompt)}"
-                    say(f"{title}\n  {_happened(explanations[number - 1])}")
+                    running.say(f"{title}\n  {_happened(explanations[number - 1])}")
     return explanations
 
 
@@ -179,21 +156,21 @@ def _kept(report: Path, done: int, count: int) -> str:
 
 
 def _explained(
-    lens: ll.LoraLens, questions: Sequence[Question], max_new_tokens: int, options: dict[str, Any]
+    lens: ll.LoraLens, questions: Sequence[Question], max_new_tokens: int, settings: dict[str, Any]
 ) -> list[Explanation | ResponseExplanation]:
     """Several questions have answers; one may ask for a response."""
     docs = [question.doc for question in questions if question.doc is not None]
     pres = [question.pre for question in questions if question.pre is not None]
     if docs and pres:
         prompts: Any = [question.prompt for question in questions]
-        explained = ll.explain(lens, prompts, docs, pres, **options)
+        explained = ll.explain(lens, prompts, docs, pres, **settings)
         return list(explained) if isinstance(explained, ll.results.Explanations) else [explained]
     ((prompt, _, _, response),) = questions
-    options = {name: options[name] for name in ("fast", "progress")}
+    settings = {name: settings[name] for name in ("fast", "progress")}
     if response is None:
-        said = lens.generate(prompt, max_new_tokens, progress=options["progress"])
-        return [ll.explain(lens, said.prompts, response=said, **options)]
-    return [ll.explain(lens, prompt, response=response, **options)]
+        said = lens.generate(prompt, max_new_tokens, progress=settings["progress"])
+        return [ll.explain(lens, said.prompts, response=said, **settings)]
+    return [ll.explain(lens, prompt, response=response, **settings)]
 
 
 def _happened(explanation: Explanation | ResponseExplanation) -> str:
@@ -217,7 +194,7 @@ def _print(explanations: Sequence[Explanation | ResponseExplanation]) -> None:
         Console().print(in_terminal(margins_table(margins), responses_table(responses)))
         return
     (explanation,) = explanations
-    console = tell(explanation.story())
+    console = running.tell(explanation.story())
     if isinstance(explanation, ll.results.ResponseExplanation):
         console.print(response_tables(explanation))
     else:
@@ -227,18 +204,18 @@ def _print(explanations: Sequence[Explanation | ResponseExplanation]) -> None:
 # --- The demo
 
 
-@with_options
+@options.with_options
 def demo(
-    adapter: AdapterIfOther = None,
+    adapter: options.AdapterIfOther = None,
     *,
-    asked: Questions,
-    report: ReportOption = Path("lens_lora_demo.html"),
+    asked: options.Questions,
+    report: options.ReportOption = Path("lens_lora_demo.html"),
     train: Annotated[bool, "Train a new adapter, about half a minute, and use it."] = False,
     train_out: Annotated[
         Path, typer.Option(help="Folder for the adapter of --train.", file_okay=False)
     ] = Path("lens_lora_adapter"),
-    quiet: QuietOption = False,
-    base: BaseModel,
+    quiet: options.QuietOption = False,
+    base: options.BaseModel,
 ) -> None:
     """Explain how a LoRA moves one fact: the story, the numbers, and a page of figures.
 
@@ -254,21 +231,20 @@ def demo(
     question, *more = dataclasses.replace(asked, prompt=prompt, **answers).listed()
     if more:
         raise typer.BadParameter("demo shows one prompt; `lens-lora explain` takes several.")
-    require_writable(report, "--report")
-    folder = folder_of(adapter, quiet=quiet)
+    options.require_writable(report, "--report")
+    folder = options.folder_of(adapter, quiet=quiet)
     trained = {"--train-out": train_out} if train else {}
-    require_apart({"--report": report, **trained}, base, [folder], asked.prompts)
+    options.require_apart({"--report": report, **trained}, base, [folder], asked.prompts)
 
-    with at_work(base, quiet=quiet) as progress:
+    with running.at_work(base, quiet=quiet) as progress:
         loaded = None
         if train:
-            loaded = load_model(base.model, progress, base)
+            loaded = running.load_model(base.model, progress, base)
             _train(*loaded, base.model, train_out, quiet)
             folder = train_out
-        lens = lens_for(base, folder, progress, loaded=loaded)
-        announce(lens)
+        lens = running.announced(running.lens_for(base, folder, progress, loaded=loaded))
         _explain_fact(lens, question, report, progress)
-        say(f"Report: {report.absolute()}")
+        running.say(f"Report: {report.absolute()}")
 
 
 def _train(
@@ -300,7 +276,7 @@ def _explain_fact(lens: ll.LoraLens, question: Question, report: Path, progress:
     shown = not progress.quiet
     explanation: Any = ll.explain(lens, prompt, str(doc), str(pre), fast=True, progress=shown)
     explanation.save_report(report)
-    console = tell(explanation.story())
+    console = running.tell(explanation.story())
     console.print(margin_table(explained_account(explanation)))
     console.print(modules_table(explanation.first_order, k=10, prompt=0))
     console.print(moved_table(explanation, 5))

@@ -18,13 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lens_lora.adapters.peft_files import (
-    CONFIG,
-    WEIGHTS,
-    adapter_folder,
-    last_checkpoint,
-    stated_fields,
-)
+from lens_lora.adapters import peft_files
 from lens_lora.demonstration import shipped_adapter
 from lens_lora.errors import LensLoraError, TokenError
 from lens_lora.model.placement import Attention, Dtype, Placement
@@ -256,11 +250,11 @@ def folder_of(adapter: str | None, *, quiet: bool) -> Path:
     """
     if not adapter:
         return shipped_adapter()
-    checkpoint = last_checkpoint(adapter)
+    checkpoint = peft_files.last_checkpoint(adapter)
     if checkpoint is not None:
         line = Text(f"{adapter} is a run; its last checkpoint is taken, {checkpoint.name}.")
         Console(stderr=True, quiet=quiet).print(line, soft_wrap=True)
-    return adapter_folder(checkpoint or adapter)
+    return peft_files.adapter_folder(checkpoint or adapter)
 
 
 _NEWLINE = re.compile(r"\r\n?|\n")  # `str.splitlines` also cuts at form feeds, U+2028 and others
@@ -315,8 +309,8 @@ def require_apart(
     """
     inputs = [path for path in files if path is not None]
     for folder in adapters:
-        inputs += [folder, folder / CONFIG, folder / WEIGHTS]
-    model = base.model or stated_fields(adapters[0]).get("base_model_name_or_path")
+        inputs += [folder, folder / peft_files.CONFIG, folder / peft_files.WEIGHTS]
+    model = base.model or peft_files.stated_fields(adapters[0]).get("base_model_name_or_path")
     if model and Path(model).is_dir():
         inputs += [Path(model), *Path(model).glob("*.json"), *Path(model).glob("*.safetensors")]
     for option, output in outputs.items():

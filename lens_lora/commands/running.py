@@ -132,8 +132,8 @@ def margin_of(lens: ll.LoraLens, questions: Sequence[Question]) -> tuple[Prompts
     return prompts, margin_between(lens.model, docs, pres, prompts)
 
 
-def announce(lens: ll.LoraLens) -> None:
-    """Print which model and which adapter are used."""
+def announced(lens: ll.LoraLens) -> ll.LoraLens:
+    """The lens itself, once it is printed which model and which adapter are used."""
     from lens_lora.model.build import transformer_lens_version
 
     about, adapter = lens.describe(), lens.adapter
@@ -144,6 +144,7 @@ def announce(lens: ll.LoraLens) -> None:
     ranks = ", ".join(str(r) for r in sorted({site.rank for site in lens.sites}))
     base = f", trained on {adapter.base_model}" if adapter.base_model else ""
     say(f"Adapter: {adapter.name}, {len(adapter)} modules of rank {ranks}{base}")
+    return lens
 
 
 # --- What is printed

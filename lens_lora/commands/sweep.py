@@ -17,17 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import lens_lora as ll
-from lens_lora.commands.options import (
-    AdapterIfOther,
-    BaseModel,
-    QuietOption,
-    folder_of,
-    input_file,
-    require_apart,
-    require_place,
-    with_options,
-)
-from lens_lora.commands.running import at_work, lens_for, say, told_if_interrupted
+from lens_lora.commands import options, running
 from lens_lora.errors import ArgumentError
 from lens_lora.sweeps.processes import launched, rank
 from lens_lora.sweeps.records import ANALYSES, BY_TOKEN, chosen, each_record, read_records
@@ -37,13 +27,13 @@ if TYPE_CHECKING:
     from lens_lora.sweeps.sweep import SweepResult
 
 
-@with_options
+@options.with_options
 def sweep(
-    adapter: AdapterIfOther = None,
+    adapter: options.AdapterIfOther = None,
     *,
     prompts: Annotated[
         Path,
-        input_file(
+        options.input_file(
             "JSONL or CSV with prompt (in JSONL also messages), doc, pre, perhaps id; "
             "response in place of doc and pre for a --readout of it."
         ),
@@ -70,8 +60,8 @@ def sweep(
     resume: Annotated[
         bool, typer.Option(help="Go on with what is at --out, or remove it and start over.")
     ] = True,
-    quiet: QuietOption = False,
-    base: BaseModel,
+    quiet: options.QuietOption = False,
+    base: options.BaseModel,
 ) -> None:
     """Run hundreds of prompts; one row per prompt and site. After a kill, run it again to resume.
 
@@ -89,11 +79,11 @@ def sweep(
     else:
         rows = read_records(prompts, with_answers=has_margin, with_response=not has_margin)[:limit]
     if rank() == 0:
-        require_place(out, "--out")
-    folder = folder_of(adapter, quiet=quiet or rank() > 0)
-    require_apart({"--out": out}, base, [folder], prompts)
+        options.require_place(out, "--out")
+    folder = options.folder_of(adapter, quiet=quiet or rank() > 0)
+    options.require_apart({"--out": out}, base, [folder], prompts)
 
-    with at_work(base, quiet=quiet or rank() > 0) as progress:
+    with running.at_work(base, quiet=quiet or rank() > 0) as progress:
         from lens_lora.sweeps.sweep import is_begun, require_resumable, require_slopes
 
         loaded = ll.load_adapter(folder)
@@ -108,14 +98,14 @@ def sweep(
                 "own on the same devices. Launch one process for a model over several devices, or "
                 "leave --device-map out: each process then takes the device of its number."
             )
-        lens = lens_for(base, loaded, progress, processes.device)
+        lens = running.lens_for(base, loaded, progress, processes.device)
 
         def kept() -> str:
             if not is_begun(out):
                 return "No prompt was finished."
             return f"Finished prompts are kept beside {out}; run the same command again to resume."
 
-        with warnings.catch_warnings(), told_if_interrupted(kept):
+        with warnings.catch_warnings(), running.told_if_interrupted(kept):
             warnings.simplefilter("ignore")  # bad records are listed below
             result = ll.sweep(
                 lens,
@@ -152,13 +142,13 @@ def _print(result: SweepResult | ActivationsFile, processes: int) -> None:
         table.add_row(name, Text(fact))
     Console().print(table)
     for identity, error in bad[:_SHOWN_ERRORS]:
-        say(f"  {identity}: {error}")
+        running.say(f"  {identity}: {error}")
     if len(bad) > _SHOWN_ERRORS:
-        say(f"  … and {len(bad) - _SHOWN_ERRORS} more, in the column 'error'")
+        running.say(f"  … and {len(bad) - _SHOWN_ERRORS} more, in the column 'error'")
     for damage in damaged:
-        say(f"  run again, as its file could not be read: {damage}")
+        running.say(f"  run again, as its file could not be read: {damage}")
     for name, path in places.items():
-        say(f"{name}: {path.absolute()}")
+        running.say(f"{name}: {path.absolute()}")
 
 
 def _facts_by_token(file: ActivationsFile) -> dict[str, str]:

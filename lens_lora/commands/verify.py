@@ -19,19 +19,8 @@ from xml.etree import ElementTree
 
 import typer
 
-import lens_lora as ll
 from lens_lora.adapters.peft_files import stated_fields
-from lens_lora.commands.options import (
-    AdapterArgument,
-    BaseModel,
-    QuietOption,
-    folder_of,
-    input_file,
-    require_apart,
-    require_writable,
-    with_options,
-)
-from lens_lora.commands.running import announce, at_work, lens_for, load_model_of, say, tell
+from lens_lora.commands import options, running
 from lens_lora.errors import LensLoraError, ModelStateError
 from lens_lora.sweeps.records import read_records
 
@@ -44,15 +33,15 @@ _EXPECT = "A .jsonl file: prompt (or messages), doc, pre, and flips or margin_at
 _to_write = functools.partial(typer.Option, dir_okay=False)
 
 
-@with_options
+@options.with_options
 def verify(
-    adapter: AdapterArgument,
+    adapter: options.AdapterArgument,
     *,
     merged: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="A folder, to be base plus adapter."),
     ] = None,
-    expect: Annotated[Path | None, input_file(_EXPECT)] = None,
+    expect: Annotated[Path | None, options.input_file(_EXPECT)] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(min=0, help="The largest mean KL on neutral texts, in nats per token."),
@@ -60,8 +49,8 @@ def verify(
     json_file: Annotated[Path | None, _to_write("--json", help="The checks as JSON.")] = None,
     junit: Annotated[Path | None, _to_write(help="The checks as JUnit's XML.")] = None,
     report: Annotated[Path | None, _to_write(help="HTML page to write.")] = None,
-    quiet: QuietOption = False,
-    base: BaseModel,
+    quiet: options.QuietOption = False,
+    base: options.BaseModel,
 ) -> None:
     """Did this adapter ship as trained? Exit 0 passed, 1 failed, 2 unreadable, 3 undecided.
 
@@ -70,12 +59,12 @@ def verify(
     wanted = {"--json": json_file, "--junit": junit, "--report": report}
     outputs = {option: path for option, path in wanted.items() if path is not None}
     for option, path in outputs.items():
-        require_writable(path, option)
+        options.require_writable(path, option)
     expectations = [] if expect is None else _read(expect)
-    folder = folder_of(adapter, quiet=quiet)
-    require_apart(outputs, base, [folder], expect, *(merged.iterdir() if merged else ()))
+    folder = options.folder_of(adapter, quiet=quiet)
+    options.require_apart(outputs, base, [folder], expect, *(merged.iterdir() if merged else ()))
 
-    with at_work(base, quiet=quiet) as progress:
+    with running.at_work(base, quiet=quiet) as progress:
         from lens_lora.adapters.adapter import read_adapter
         from lens_lora.evaluation.verify import Expectation
         from lens_lora.evaluation.verify import verify as verification_of
@@ -87,7 +76,7 @@ def verify(
         loaded, why = None, "the adapter names none; name it with --model"
         try:
             if named or base.model:
-                loaded = load_model_of(named, base.model, progress, placed)
+                loaded = running.load_model_of(named, base.model, progress, placed)
         except ModelStateError as error:
             if base.model is not None:
                 raise
@@ -96,16 +85,11 @@ def verify(
             warnings.simplefilter("always", UserWarning)
             read = read_adapter(folder, None if loaded is None else lambda _: loaded[0])
 
-        def lens_over() -> ll.LoraLens:
-            lens = lens_for(placed, read, progress, loaded=loaded)
-            announce(lens)
-            return lens
-
         with quiet_libraries():
             verification = verification_of(
                 read,
                 why if loaded is None else loaded[0],
-                lens_over,
+                lambda: running.announced(running.lens_for(placed, read, progress, loaded=loaded)),
                 merged=merged,
                 expectations=[Expectation(*row) for row in expectations],
                 max_kl=max_kl,
@@ -118,9 +102,9 @@ def verify(
             _junit(verification).write(junit, encoding="utf-8", xml_declaration=True)
         if report is not None:
             verification.save_report(report)
-        tell(verification.story()).print(verification_table(verification))
+        running.tell(verification.story()).print(verification_table(verification))
         for option, path in outputs.items():
-            say(f"{option.strip('-').capitalize()}: {path.absolute()}")
+            running.say(f"{option.strip('-').capitalize()}: {path.absolute()}")
     raise typer.Exit(verification.exit_code)
 
 

@@ -22,20 +22,12 @@ from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 from lens_lora.analyses.what_changed import BY, By
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
+from lens_lora.show import text
 from lens_lora.show.curves import too_few
 from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
 from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
-from lens_lora.show.text import (
-    answers_text,
-    context_text,
-    label,
-    magnitude,
-    percent,
-    short_prompt,
-    signed,
-    visible,
-)
+from lens_lora.show.text import magnitude, percent, signed, visible
 
 # --- What an adapter's files hold, for the terminal
 
@@ -161,7 +153,8 @@ def what_changed_story(changed: results.WhatChanged) -> str:
     first = magnitude(changed.found.first_kl)
     size = f"{_moved(changed)} At first tokens, which are left out: {first} nats."
     answers = [
-        f"Asked “{short_prompt([pair.prompt])}”, {answers_text(pair)}" for pair in changed.answers
+        f"Asked “{text.short_prompt([pair.prompt])}”, {text.answers_text(pair)}"
+        for pair in changed.answers
     ]
     tokens = " ".join(_promoted(changed, by, unit) for by, unit in _UNITS.items())
     parts = (part(changed) for part in (_reading, _places, _modules, _constant))
@@ -169,18 +162,18 @@ def what_changed_story(changed: results.WhatChanged) -> str:
 
 
 def _moved(changed: results.WhatChanged) -> str:
-    text = (
+    moves = (
         f"Over {changed.texts} the next-token distribution moves by "
         f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
     )
     if changed.nulls:
         times = _range(changes.scale for changes in changed.nulls)
         moved = _range(changes.mean_kl for changes in changed.nulls)
-        text += f"; null adapters, in random directions, by {moved} at {times} times its size"
+        moves += f"; null adapters, in random directions, by {moved} at {times} times its size"
     if changed.unrelated:
         others = _range(changes.mean_kl for changes in changed.unrelated)
-        text += f"; unrelated adapters: {others}"
-    return f"{text}."
+        moves += f"; unrelated adapters: {others}"
+    return f"{moves}."
 
 
 def _range(values: Iterable[float]) -> str:
@@ -223,7 +216,7 @@ def _places(changed: results.WhatChanged) -> str:
 
 
 def _context(changed: results.WhatChanged, row: Mapping[Any, Any]) -> str:
-    return context_text(changed.str_tokens[row["text"]], row["position"])
+    return text.context_text(changed.str_tokens[row["text"]], row["position"])
 
 
 def _modules(changed: results.WhatChanged) -> str:
@@ -269,16 +262,16 @@ def promoted_figure(changed: results.WhatChanged, k: int = 20, by: By = "logit")
     frame = changed.promoted(k, by)
     values = frame[by].tolist()
     names = [f"{rank} {visible(token)}" for rank, token in frame[["rank", "token"]].to_numpy()]
-    hover = [f"{label(name)}<br>{signed(v)}" for name, v in zip(names, values, strict=True)]
+    hover = [f"{text.label(name)}<br>{signed(v)}" for name, v in zip(names, values, strict=True)]
     heading = f"Promoted by {changed.found.name}, nothing asked"
     figure = bars((heading, changed.texts), names, values, hover, _PROMOTED_UNITS[by])
     figure.update_traces(showlegend=False)
     for control, described, dash in _CONTROLS:
         if control in frame:
             most = float(frame[control].tolist()[0])
-            text = f"{signed(most)}, the most of any token under {described}"
-            ends, name = [label(names[0]), label(names[-1])], f"most under {described}"
-            figure.add_trace(curve([most] * 2, ends, name, LINEAR, [text] * 2, dash=dash))
+            said = f"{signed(most)}, the most of any token under {described}"
+            ends, name = [text.label(names[0]), text.label(names[-1])], f"most under {described}"
+            figure.add_trace(curve([most] * 2, ends, name, LINEAR, [said] * 2, dash=dash))
     return figure
 
 
@@ -450,7 +443,7 @@ def _fate(training: results.Checkpoints, p: int) -> str:
         happened = f"changes sign at no checkpoint {rounding}."
     elif math.isnan(step):
         happened = f"keeps its sign through all {len(training.steps)} checkpoints."
-    return f"“{short_prompt(training.str_tokens[p])}”: {training.readout} {happened}"
+    return f"“{text.short_prompt(training.str_tokens[p])}”: {training.readout} {happened}"
 
 
 def _phases(training: results.Checkpoints, series: str, subject: str) -> str:
@@ -460,7 +453,7 @@ def _phases(training: results.Checkpoints, series: str, subject: str) -> str:
 
 def checkpoints_table(training: results.Checkpoints) -> Table:
     """The readout at every checkpoint, the base model first, as step 0."""
-    prompts = list(map(short_prompt, training.str_tokens))
+    prompts = list(map(text.short_prompt, training.str_tokens))
     rows: list[Row] = [
         ("0", prompt, signed(base), "", "", "", "")
         for prompt, base in zip(prompts, training.base.tolist(), strict=True)
@@ -484,7 +477,7 @@ def checkpoints_report(training: results.Checkpoints, *, title: str | None = Non
         Section("First order by layer", [training.plot_modules("effect", "layer")]),
         Section("The numbers", [checkpoints_table(training)]),
     ]
-    prompts = "; ".join(f"“{short_prompt(tokens)}”" for tokens in training.str_tokens)
+    prompts = "; ".join(f"“{text.short_prompt(tokens)}”" for tokens in training.str_tokens)
     part = Part(
         subtitle=f"{training.readout} · {prompts}",
         headline=_training_headline(training),

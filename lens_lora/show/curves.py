@@ -15,27 +15,8 @@ from lens_lora import results
 from lens_lora.arguments import whole
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS, only_prompt, prompt_rows
-from lens_lora.show.figures import (
-    BELOW,
-    BESIDE,
-    EXACT,
-    FLIP,
-    INK,
-    KINDS,
-    LINEAR,
-    NEGATIVE,
-    NOISE,
-    PALETTE,
-    curve,
-    every_few,
-    finish,
-    grouped_points,
-    names_axis,
-    points,
-    ticks,
-    value_text,
-    whose,
-)
+from lens_lora.show import figures
+from lens_lora.show.figures import BELOW, EXACT, INK, KINDS, LINEAR, NOISE, curve, finish, whose
 from lens_lora.show.maps import members_figure
 from lens_lora.show.text import key_text, label, magnitude, numbered, percent, short_prompt, signed
 from lens_lora.show.words import explained_account
@@ -128,9 +109,9 @@ def margin_figure(fact_margin: results.FactMargin, prompt: int | None = None) ->
         # Where the margin is not: before the flip it has its base's sign, after it the other.
         side = "left" if flip > _ROOM_FOR_THE_LABEL else "right"
         height = "top" if (float(path.base[index]) < 0) == (side == "left") else "bottom"
-        words = {"text": f"flips at ε = {flip:.3g}", "font": {"color": FLIP}}
+        words = {"text": f"flips at ε = {flip:.3g}", "font": {"color": figures.FLIP}}
         words |= {"xshift": 6 if side == "right" else -6}
-        line, place = {"color": FLIP, "width": 1.5, "dash": "dot"}, f"{height} {side}"
+        line, place = {"color": figures.FLIP, "width": 1.5, "dash": "dot"}, f"{height} {side}"
         figure.add_vline(x=flip, line=line, annotation=words, annotation_position=place)
     below = f"from the base model to the adapted · {whose(index, path.str_tokens)}"
     axes = _EPSILON, f"margin, {label(path.units)}"
@@ -147,7 +128,7 @@ def second_order_figure(second: results.SecondOrder, prompt: int | None = None) 
     for name, values, colour, width, dash in (
         ("exact", path.shift, EXACT, 2.5, "solid"),
         ("first order", path.first_order, LINEAR, 2, "dash"),
-        ("second order", second.predicted_at(path.scales), FLIP, 2, "dot"),
+        ("second order", second.predicted_at(path.scales), figures.FLIP, 2, "dot"),
     ):
         shifts, hover = [0.0, *values[index].tolist()], _along(name, units)
         figure.add_trace(curve(scales, shifts, name, colour, hover, width=width, dash=dash))
@@ -175,7 +156,7 @@ def faithfulness_figure(curves: results.Faithfulness, prompt: int | None = None)
     above = ("top kept, the others off", "top dropped, the others on")
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=above)
     numbers = [f"{count} of {sites} sites" for count in curves.counts]
-    rankings = iter(PALETTE * len(curves.names))
+    rankings = iter(figures.PALETTE * len(curves.names))
     colours = {name: NOISE if name in _LOOKS else next(rankings) for name in curves.names}
     fractions = [100 * f for f in curves.fractions.tolist()]
     for column, side in enumerate(("keep", "drop"), start=1):
@@ -196,7 +177,7 @@ def faithfulness_figure(curves: results.Faithfulness, prompt: int | None = None)
     below = f"share of the shift of {curves.readout} · {whose(prompt, curves.str_tokens)}"
     titles = "What the top of each ranking carries, by real interventions", below
     axes, margin = ("sites, %", "share of the shift, %"), {"t": 100}
-    finish(figure, titles, axes, 460, margin=margin, legend=BESIDE)
+    finish(figure, titles, axes, 460, margin=margin, legend=figures.BESIDE)
     return figure.update_yaxes(title_text=None, col=2)
 
 
@@ -247,7 +228,7 @@ def repair_figure(repair: results.Repair) -> Figure:
         ("random sets", repair.random, {"color": NOISE, "size": 8, "symbol": "x"}),
         ("repaired", repair.shares[1], {"color": EXACT, "size": 14, "symbol": "star"}),
     ):
-        marks = points(*kept_and_left(shares), hover, name, **marker)
+        marks = figures.points(*kept_and_left(shares), hover, name, **marker)
         figure.add_trace(marks.update(hovertext=name))
     judged = "held-out prompts" if repair.is_held_out else "the prompts given (none held out)"
     beside = "scaling leaves {} times as much at the same share kept"
@@ -276,7 +257,7 @@ def checkpoints_figure(training: results.Checkpoints) -> Figure:
     """Each prompt's readout, exact and to first order, over the steps; flips and phase changes."""
     figure, steps, units = Figure(), [0.0, *training.steps], label(training.units)
     for p, tokens in enumerate(training.str_tokens):
-        name, colour = label(short_prompt(tokens)), PALETTE[p % len(PALETTE)]
+        name, colour = label(short_prompt(tokens)), figures.PALETTE[p % len(figures.PALETTE)]
         base = float(training.base[p])
         exact = [base, *training.adapted[:, p].tolist()]
         linear = [base, *(base + training.first_order[:, p]).tolist()]
@@ -289,7 +270,8 @@ def checkpoints_figure(training: results.Checkpoints) -> Figure:
         flip = float(training.flip_step[p])
         if math.isfinite(flip):
             hover = f"flips at step {flip:.3g}{whole}"
-            marks = points([flip], [0], hover, "flips", color=FLIP, size=11, symbol="x")
+            look = {"color": figures.FLIP, "size": 11, "symbol": "x"}
+            marks = figures.points([flip], [0], hover, "flips", **look)
             figure.add_trace(marks.update(shown))
         for first, last in training.phases.get(f"prompt {p}", ()):
             figure.add_vrect(x0=first, x1=last, fillcolor=colour, opacity=0.12, line_width=0)
@@ -318,12 +300,12 @@ def margins_figure(explanations: Sequence[results.Explanation]) -> Figure:
             f"<br>{model}: {signed(value)} {units}"
             for e, a, value in zip(explanations, accounts, values, strict=True)
         ]
-        figure.add_trace(points(values, names, hover, model, color=colour, size=10))
+        figure.add_trace(figures.points(values, names, hover, model, color=colour, size=10))
     figure.add_vline(x=0, line={"color": INK, "width": 1.5})
     flips = sum(a.flips for a in accounts)
     below = f"from the base model to the adapted one; {flips} of {len(accounts)} prompts flip"
     titles, height = ("Margin of each prompt", below), 150 + 24 * len(accounts)
-    y = names_axis(names, autorange="reversed", showgrid=False).layout
+    y = figures.names_axis(names, autorange="reversed", showgrid=False).layout
     return finish(figure, titles, (f"margin, {units}", ""), height, yaxis=y)
 
 
@@ -346,19 +328,20 @@ def comparison_scatter(comparison: results.Comparison, prompt: int | None = None
         for name, a, e in zip(comparison.labels, x, y, strict=True)
     ]
     kinds = sorted(set(comparison.kinds), key=lambda k: KINDS.index(k) if k in KINDS else -1)
-    colours = itertools.product(_SYMBOLS, PALETTE)
+    colours = itertools.product(_SYMBOLS, figures.PALETTE)
     looks = {
         kind: {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75}
         for kind, (symbol, colour) in zip(kinds, colours, strict=False)
     }
     ends = _with_room([*x, *y], _MARGIN)
     identity = curve(ends, ends, "identity", INK, width=1.5, dash="dash")
-    figure = Figure([identity, *grouped_points(x, y, hover, comparison.kinds, looks, counts=False)])
+    marks = figures.grouped_points(x, y, hover, comparison.kinds, looks, counts=False)
+    figure = Figure([identity, *marks])
     prompts = whose(prompt, comparison.str_tokens)
     below = f"{comparison.readout} · {_agreement(comparison, prompt)} · {prompts}"
     titles = f"Measured effects against {attribution}", below
     axes = f"{across}, {units}", f"{upwards}, {units}"
-    return finish(figure, titles, axes, 520, legend=BESIDE)
+    return finish(figure, titles, axes, 520, legend=figures.BESIDE)
 
 
 def _with_room(values: Sequence[float], share: float) -> list[float]:
@@ -405,7 +388,7 @@ def reliability_figure(flags: results.Reliability, prompt: int | None = None) ->
     }
     wide = curve(ends + ends[::-1], wedge, f"score ≥ {threshold:g}", INK, width=0, **band)
     middle = curve(ends, ends, "no correction", INK, width=1, dash="dot")
-    figure = Figure([wide, middle, *grouped_points(x, y, hover, groups, looks)])
+    figure = Figure([wide, middle, *figures.grouped_points(x, y, hover, groups, looks)])
     heading = f"{flags.readout}: first order against {_QUESTIONS[flags.how]}"
     titles = heading, f"which to trust · {whose(index, flags.attribution.str_tokens)}"
     axes = f"a at ε = {flags.attribution.at:g}, {units}", f"a + correction, {units}"
@@ -443,14 +426,14 @@ def null_figure(test: results.NullTest, prompt: int | None = None) -> Figure:
     is_out = (size > most for size, most in zip(sizes, largest, strict=True))
     groups = ["stands out" if out else "within" for out in is_out]
     looks = {"stands out": {"color": EXACT, "size": 6}, "within": {"color": LINEAR, "size": 6}}
-    figure = Figure([draws, *grouped_points(order, sizes, hover, groups, looks)])
+    figure = Figure([draws, *figures.grouped_points(order, sizes, hover, groups, looks)])
     starts = {site.layer: i for i, site in reversed(list(enumerate(sites))) if site.layer >= 0}
-    shown = every_few(sorted(starts))
+    shown = figures.every_few(sorted(starts))
     heading = "First order of each site against random directions"
     by_chance = f"{test.readout}: {percent(1 / (1 + test.draws))} stand out by chance"
     titles = heading, f"{by_chance} · {whose(index, test.observed.str_tokens)}"
     axes = "layer, and within it the order of the forward pass", f"|a|, {units}"
-    layers = ticks((starts[layer] for layer in shown), map(str, shown))
+    layers = figures.ticks((starts[layer] for layer in shown), map(str, shown))
     finish(figure, titles, axes, bargap=0, legend=BELOW, xaxis=layers)
     return figure.update_yaxes(type="log", exponentformat="power", dtick=1)
 
@@ -475,19 +458,20 @@ def edges_graph(edges: results.Edges, k: int, prompt: int | None = None) -> Figu
     figure, steps = Figure(), [step / _BENDS for step in range(_BENDS + 1)]
     for (writer, reader, value, _), (x, lane), (end, to) in zip(rows, starts, ends, strict=True):
         y, rise = lanes.index(lane), lanes.index(to) - lanes.index(lane)
-        said = value_text(value, float(edges.mean_over(prompt, edges.base)[1]), edges.units)
+        said = figures.value_text(value, float(edges.mean_over(prompt, edges.base)[1]), edges.units)
         xs, ys = [x + (end - x) * t for t in steps], [y + rise * t * t * (3 - 2 * t) for t in steps]
-        colour, width = EXACT if value >= 0 else NEGATIVE, _WIDEST * abs(value) / (largest or 1.0)
+        colour = EXACT if value >= 0 else figures.NEGATIVE
+        width = _WIDEST * abs(value) / (largest or 1.0)
         hover = [f"<b>{label(writer)} → {label(reader)}</b><br>{said}"] * len(steps)
         figure.add_trace(curve(xs, ys, "", colour, hover, width=max(1.0, width), opacity=0.6))
     for places, symbol in ((starts, "circle"), (ends, "square")):
         xs, ys = [x for x, _ in places], [lanes.index(lane) for _, lane in places]
-        figure.add_trace(points(xs, ys, None, "", color=INK, size=7, symbol=symbol))
+        figure.add_trace(figures.points(xs, ys, None, "", color=INK, size=7, symbol=symbol))
     shown = sum(abs(value) for *_, value, _ in rows) / (total or 1.0)
     below = f"the strongest {len(rows)}, {percent(shown)} of Σ|edge|; blue pushes up, red down"
     heading = f"{edges.readout}, {key_text(edges.key)}"
     titles = heading, f"{below} · {whose(prompt, edges.str_tokens)}"
-    y = ticks(range(len(lanes)), lanes)
+    y = figures.ticks(range(len(lanes)), lanes)
     return finish(figure, titles, ("layer", ""), 480, showlegend=False, yaxis=y)
 
 

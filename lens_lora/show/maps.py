@@ -16,38 +16,9 @@ from lens_lora.model.sites import layer_order
 from lens_lora.results import drawing
 from lens_lora.results.attribution import MOST_POSITIONS, Axis
 from lens_lora.results.base import only_prompt, prompt_rows
-from lens_lora.show.figures import (
-    EXACT,
-    INK,
-    LINEAR,
-    NEGATIVE,
-    Cells,
-    bars,
-    curve,
-    every_few,
-    finish,
-    heatmap,
-    kinds_by_layer,
-    layers_axis,
-    names_axis,
-    points,
-    ticks,
-    tokens_axis,
-    value_text,
-    whose,
-)
-from lens_lora.show.text import (
-    key_text,
-    label,
-    magnitude,
-    many,
-    numbered,
-    percent,
-    position_text,
-    short_prompt,
-    signed,
-    visible,
-)
+from lens_lora.show import figures, text
+from lens_lora.show.figures import heatmap, names_axis, value_text, whose
+from lens_lora.show.text import label, magnitude, percent, short_prompt, signed, visible
 
 # --- An attribution: layer × kind of module, layer × token, site × head or rank
 
@@ -74,11 +45,11 @@ def site_heatmap(
     if prompt is None and len(attribution.base) > 1:
         spread = attribution.per_site.cpu().double().std(0).tolist()
         pairs = zip(says, spread, strict=True)
-        says = [f"{text}<br>± {magnitude(deviation)} over prompts" for text, deviation in pairs]
+        says = [f"{said}<br>± {magnitude(deviation)} over prompts" for said, deviation in pairs]
     rest = [f"{axis}s" for axis in attribution.by if axis != "position"]
     summed = f", summed over {' and '.join(rest)}" if rest else ""
     titles = _titles(attribution, f"by layer and kind of module{summed}", prompt)
-    return kinds_by_layer(titles, attribution.sites, values, says, units)
+    return figures.kinds_by_layer(titles, attribution.sites, values, says, units)
 
 
 @drawing.positions.register(results.Attribution)
@@ -100,7 +71,7 @@ def _layers_by_token(
     below: str,
     most: int | None,
 ) -> Figure:
-    tokens, y, units = texts[index], layers_axis(attribution.sites), attribution.units
+    tokens, y, units = texts[index], figures.layers_axis(attribution.sites), attribution.units
     first = 1 if axis == "token" else 0
     shift = float(attribution.shift[index])
     values, layers = attribution.along(axis, index)[0], [site.layer for site in attribution.sites]
@@ -116,7 +87,7 @@ def _layers_by_token(
         token = label(visible(tokens[shown[j]]))
         return f"<b>{where}</b>: {token}<br>{value_text(value, shift, units)}"
 
-    titles, x = _titles(attribution, below, index), tokens_axis(tokens, shown, first=first)
+    titles, x = _titles(attribution, below, index), figures.tokens_axis(tokens, shown, first=first)
     return heatmap(titles, sums[shown].to_numpy().tolist(), says, x, y, units)
 
 
@@ -156,7 +127,7 @@ def require_positions(attribution: results.Attribution) -> None:
 def _titles(
     result: results.Attribution | results.Effects | results.Edges, below: str, prompt: int | None
 ) -> tuple[str, str]:
-    heading = f"{result.readout}, {key_text(result.key)}"
+    heading = f"{result.readout}, {text.key_text(result.key)}"
     return heading, f"{below} · {whose(prompt, result.str_tokens)}"
 
 
@@ -175,7 +146,7 @@ def effects_figure(effects: results.Effects, prompt: int | None = None) -> Figur
         for (name, members), value in zip(effects.groups.items(), values, strict=True)
     ]
     titles = _titles(effects, f"of a shift of {signed(shift)} {units}", prompt)
-    return bars(titles, effects.groups, values, hover, units)
+    return figures.bars(titles, effects.groups, values, hover, units)
 
 
 def members_figure(subset: results.BestSubset, row: int) -> Figure:
@@ -185,7 +156,9 @@ def members_figure(subset: results.BestSubset, row: int) -> Figure:
     below = f"the best set found, {subset.readout} · {whose(None, subset.str_tokens)}"
     says = ["in the set" if is_member else "not in the set" for is_member in members]
     values = list(map(float, members))
-    figure = kinds_by_layer((heading, below), subset.sites, values, says, "", "amount", reach=1.0)
+    figure = figures.kinds_by_layer(
+        (heading, below), subset.sites, values, says, "", "amount", reach=1.0
+    )
     return figure.update_traces(showscale=False)
 
 
@@ -200,7 +173,7 @@ def constant_part_figure(constant: results.ConstantPart) -> Figure:
         f"{percent(share)} constant<br>‖δ‖ {magnitude(size)}"
         for share, size in zip(shares, sizes, strict=True)
     ]
-    return kinds_by_layer(titles, constant.sites, shares, says, units, "signed", reach=1.0)
+    return figures.kinds_by_layer(titles, constant.sites, shares, says, units, "signed", reach=1.0)
 
 
 # --- Groups × tokens of a response, prompts × layers, groups × groups
@@ -227,16 +200,16 @@ def groups_by_token(
     titles: tuple[str, str],
     names: Sequence[str],
     response: Sequence[str],
-    rows: Cells,
+    rows: figures.Cells,
     units: str,
     says: Callable[[str, float], str],
 ) -> Figure:
     """A row for each group, a column for each token."""
     is_layers = all(name.startswith("layer ") for name in names)
     y = names_axis((n.removeprefix("layer ") for n in names), "layer" if is_layers else "")
-    shown = every_few(range(len(names)), 15) if is_layers else range(len(names))
-    y = y._replace(layout={**y.layout, **ticks(shown, (y.values[i] for i in shown))})
-    x = tokens_axis(response, title="token of the response", first=1)
+    shown = figures.every_few(range(len(names)), 15) if is_layers else range(len(names))
+    y = y._replace(layout={**y.layout, **figures.ticks(shown, (y.values[i] for i in shown))})
+    x = figures.tokens_axis(response, title="token of the response", first=1)
 
     def cell_text(i: int, t: int, value: float | None) -> str:
         return f"{says(names[i], value or 0.0)}<br>{t + 1} {label(visible(response[t]))}"
@@ -247,18 +220,18 @@ def groups_by_token(
 def layers_figure(explanations: Sequence[results.Explanation]) -> Figure:
     """First order of each prompt, summed over the sites of each layer."""
     sites, units = explanations[0].first_order.sites, explanations[0].units
-    layers = layers_axis(sites).values
+    layers = figures.layers_axis(sites).values
     by_layer = (e.first_order.sum("layer")[0].reindex(layers, fill_value=0.0) for e in explanations)
     sums = [values.tolist() for values in by_layer]
 
     def says(i: int, j: int, value: float) -> str:
         e = explanations[i]
-        text = value_text(value, float(e.first_order.shift[0]), units)
-        return f"<b>{label(short_prompt(e.prompt))}</b><br>layer {layers[j]}: {text}"
+        said = value_text(value, float(e.first_order.shift[0]), units)
+        return f"<b>{label(short_prompt(e.prompt))}</b><br>layer {layers[j]}: {said}"
 
     titles = "First order by prompt and layer", "summed over the modules of each layer, at ε = 0"
     x = names_axis(layers, "layer", type=None)
-    y = names_axis(numbered([e.prompt for e in explanations]), autorange="reversed")
+    y = names_axis(text.numbered([e.prompt for e in explanations]), autorange="reversed")
     return heatmap(titles, sums, says, x, y, units, row_height=24)
 
 
@@ -301,9 +274,9 @@ def edges_heatmap(edges: results.Edges, prompt: int | None = None) -> Figure:
     firsts = dict[str, str]()  # the first reader of each block
     for name in edges.readers:
         firsts.setdefault(name if name.count(".") < 2 else name.split(".")[1], name)
-    layers = every_few(list(firsts.items()), _MOST_LAYERS)
+    layers = figures.every_few(list(firsts.items()), _MOST_LAYERS)
     x = names_axis(edges.readers, "layer of the reader")
-    x = x._replace(layout={**x.layout, **ticks((name for _, name in layers), dict(layers))})
+    x = x._replace(layout={**x.layout, **figures.ticks((name for _, name in layers), dict(layers))})
     y = names_axis(edges.groups, "writer", **_group_ticks(edges))
     titles = _titles(edges, f"what each reader makes of each write · {_GREY}", prompt)
     says = f"<b>%{{y}} → %{{x}}</b><br>%{{z:+.3g}} {label(edges.units)}<extra></extra>"
@@ -315,13 +288,13 @@ def _group_ticks(coupling: results.Coupling | results.Edges) -> dict[str, Any]:
     """Every group by name; where they are many, the first of every few layers."""
     if len(coupling.groups) <= _MOST_NAMES:
         names = list(map(label, coupling.groups))
-        return ticks(names, names)
+        return figures.ticks(names, names)
     first: dict[int, str] = {}
     for name, members in coupling.groups.items():
         first.setdefault(coupling.sites[members[0]].layer, label(name))
-    shown = every_few(sorted(first.items()), _MOST_LAYERS)
+    shown = figures.every_few(sorted(first.items()), _MOST_LAYERS)
     texts = (f"layer {layer}" if layer >= 0 else "embed" for layer, _ in shown)
-    return ticks((name for _, name in shown), texts)
+    return figures.ticks((name for _, name in shown), texts)
 
 
 # --- Hook points and features
@@ -343,13 +316,13 @@ def activation_figure(effects: results.ActivationEffects, prompt: int | None = N
 
     def says(name: str, value: float | None) -> str:
         is_there = value is not None and not math.isnan(value)
-        text = value_text(value, shift, units) if is_there else "no such position"
-        return f"<b>{label(name)}</b><br>{text}"
+        said = value_text(value, shift, units) if is_there else "no such position"
+        return f"<b>{label(name)}</b><br>{said}"
 
     if effects.by_position:
         tokens = effects.str_tokens[only_prompt(prompt, len(effects.base))]
         order = layer_order(effects.names)
-        x, y = tokens_axis(tokens), names_axis(effects.names[i] for i in order)
+        x, y = figures.tokens_axis(tokens), names_axis(effects.names[i] for i in order)
         z = [rows[i][: len(tokens)] for i in order]
 
         def said(i: int, t: int, value: float | None) -> str:
@@ -358,7 +331,7 @@ def activation_figure(effects: results.ActivationEffects, prompt: int | None = N
         return heatmap(titles, z, said, x, y, units)
     if len({layer for layer, _ in effects.places}) == 1:
         hover = [says(name, value) for name, value in zip(effects.names, rows, strict=True)]
-        return bars(titles, effects.names, rows, hover, units)
+        return figures.bars(titles, effects.names, rows, hover, units)
     # Points outside the blocks have a row of their own, below.
     places = [(-1 if layer is None else layer, kind) for layer, kind in effects.places]
     layers = sorted({layer for layer, _ in places})
@@ -386,7 +359,7 @@ def activation_shift_figure(shift: results.ActivationShift, prompt: int) -> Figu
         size.masked_fill(shift.sinks[prompt].to(size.device), math.nan)[: len(tokens)].tolist()
         for size in sizes
     ]
-    x, y = tokens_axis(tokens), names_axis(names)
+    x, y = figures.tokens_axis(tokens), names_axis(names)
 
     def says(i: int, t: int, _: object) -> str:
         token = label(visible(tokens[t]))
@@ -407,7 +380,7 @@ def writes_figure(writes: results.FeatureWrites, k: int = 20, prompt: int | None
     def says(i: int, j: int, value: float) -> str:
         return f"<b>{y.values[i]}</b>, feature {chosen[j]}<br>{signed(value)} {label(writes.units)}"
 
-    below = f"what it writes by itself, {position_text(writes.positions)}"
+    below = f"what it writes by itself, {text.position_text(writes.positions)}"
     titles = ("δz of each site onto features", f"{below} · {whose(prompt, writes.str_tokens)}")
     return heatmap(titles, values[:, chosen].tolist(), says, x, y, writes.units, "signed")
 
@@ -420,7 +393,7 @@ def feature_figure(shift: results.FeatureShift, k: int = 20, prompt: int | None 
     where there are others, features and colours are chosen by them, and the title says so.
     """
     prompt_rows(prompt, len(shift.base))
-    place = "by position" if shift.positions == "each" else position_text(shift.positions)
+    place = "by position" if shift.positions == "each" else text.position_text(shift.positions)
     if shift.by_position and shift.base.shape[2] > 1:
         place += "; features and colours chosen without position 0"
     below = f"pushed by the adapter, {place} · {whose(prompt, shift.str_tokens)}"
@@ -434,12 +407,12 @@ def _feature_bars(
     top, units = shift.top(k, prompt), label(shift.units)
     names = [f"feature {feature}" for feature in top["feature"]]
     hover = f"<b>%{{y}}</b><br>%{{x:.4g}} {units}"
-    figure = bars(titles, names, top["shift"].tolist(), [], f"shift, {shift.units}")
+    figure = figures.bars(titles, names, top["shift"].tolist(), [], f"shift, {shift.units}")
     figure.update_traces(name="exact", hovertemplate=f"{hover}, exact<extra></extra>")
     line = f"{hover}, first order<extra></extra>"
-    look = {"color": LINEAR, "symbol": "diamond", "size": 8}
+    look = {"color": figures.LINEAR, "symbol": "diamond", "size": 8}
     name = f"first order at ε = {shift.at:g}"
-    return figure.add_trace(points(top["first_order"].tolist(), names, line, name, **look))
+    return figure.add_trace(figures.points(top["first_order"].tolist(), names, line, name, **look))
 
 
 def _features_by_position(
@@ -450,7 +423,7 @@ def _features_by_position(
     chosen_by = values[:, min(1, len(tokens) - 1) : len(tokens)].abs().nan_to_num(0.0).amax(1)
     top = chosen_by.topk(min(k, len(chosen_by)))
     chosen = top.indices.tolist()[::-1]
-    x, y = (tokens_axis(tokens), names_axis(f"feature {feature}" for feature in chosen))
+    x, y = (figures.tokens_axis(tokens), names_axis(f"feature {feature}" for feature in chosen))
     z, reach = values[chosen, : len(tokens)].tolist(), float(top.values[0])
 
     def says(i: int, t: int, value: float) -> str:
@@ -474,11 +447,11 @@ def spread_figure(frame: pd.DataFrame, tokens: str, site: str | None, gauge: str
     quarters = {"q1": "lower", "median": "median", "q3": "upper", "mean": "mean"}
     ends = {"lowerfence": "least", "upperfence": "largest"}
     numbers = {key: rows[column] for key, column in (quarters | ends).items()}
-    box = Box(y=y.values, orientation="h", line={"color": EXACT, "width": 1}, **numbers)
+    box = Box(y=y.values, orientation="h", line={"color": figures.EXACT, "width": 1}, **numbers)
     below = f"{_shown(site, len(rows), len(frame))}; sinks are left out"
     titles = f"Activations over the tokens of {tokens}", below
     height = 120 + 18 * max(len(rows), 8)
-    figure = finish(Figure(box), titles, (_GAUGES[gauge], ""), height)
+    figure = figures.finish(Figure(box), titles, (_GAUGES[gauge], ""), height)
     return figure.update_yaxes(autorange="reversed", **y.layout)
 
 
@@ -518,7 +491,7 @@ def activations_figure(
     heading = f"Activations over “{short_prompt(tokens)}”"
     below = f"{shown}; sinks are grey; z read at {activations.at}"
     units = _GAUGES[activations.gauge]
-    return heatmap((heading, below), z, says, tokens_axis(tokens), y, units, "signed")
+    return heatmap((heading, below), z, says, figures.tokens_axis(tokens), y, units, "signed")
 
 
 # --- Directions
@@ -530,20 +503,22 @@ def contrast_figure(contrast: results.Contrast) -> Figure:
     names = [contrast.names[i] for i in layer_order(contrast.names)]
     share = dict(contrast.to_frame()[["name", "share"]].values.tolist())
     lines = {
-        "held-out AUC": (contrast.auc, EXACT, "solid"),
-        "95 % of shuffled labels": (contrast.chance, INK, "dot"),
-        "‖μ₊ − μ₋‖ / ‖h‖": (share, NEGATIVE, "solid"),
+        "held-out AUC": (contrast.auc, figures.EXACT, "solid"),
+        "95 % of shuffled labels": (contrast.chance, figures.INK, "dot"),
+        "‖μ₊ − μ₋‖ / ‖h‖": (share, figures.NEGATIVE, "solid"),
     }
     figure, places = Figure(), list(map(float, range(len(names))))
     for name, (values, colour, dash) in lines.items():
         numbers, marker = [values[point] for point in names], {"size": 6}
         pairs = zip(names, numbers, strict=True)
         hover = [f"<b>{point}</b><br>{label(name)}: {value:.3f}" for point, value in pairs]
-        figure.add_trace(curve(places, numbers, name, colour, hover, dash=dash, marker=marker))
+        figure.add_trace(
+            figures.curve(places, numbers, name, colour, hover, dash=dash, marker=marker)
+        )
     positive, negative = contrast.counts
     titles = "Contrast of two sets of texts", f"{positive} against {negative}; AUC ½ is chance"
-    x = ticks(places, names)
-    return finish(figure, titles, ("hook point", ""), 420, xaxis=x)
+    x = figures.ticks(places, names)
+    return figures.finish(figure, titles, ("hook point", ""), 420, xaxis=x)
 
 
 @drawing.figure.register(results.Alignment)
@@ -556,7 +531,7 @@ def alignment_figure(alignment: results.Alignment, index: int) -> Figure:
         for side, value, limit in zip(alignment.sides, values, limits, strict=True)
     ]
     titles = f"ΔW along {alignment.directions[index]!r}", f"written or read; {expected}"
-    return kinds_by_layer(titles, alignment.sites, values, says, "‖vᵀΔW‖/‖ΔW‖", "amount")
+    return figures.kinds_by_layer(titles, alignment.sites, values, says, "‖vᵀΔW‖/‖ΔW‖", "amount")
 
 
 @drawing.figure.register(results.Intruders)
@@ -573,5 +548,6 @@ def intruders_figure(intruders: results.Intruders, index: int | None = None) -> 
     counts = intruders.counts.tolist()
     below = f"largest |cosine| with W below {intruders.threshold:g}"
     says = [f"{count} of {k} leading directions: {below}" for count in counts]
-    titles = f"{many(sum(counts), 'intruder')} among the leading {k} directions of each site", below
-    return kinds_by_layer(titles, intruders.sites, counts, says, "directions", "amount")
+    intruding = text.many(sum(counts), "intruder")
+    titles = f"{intruding} among the leading {k} directions of each site", below
+    return figures.kinds_by_layer(titles, intruders.sites, counts, says, "directions", "amount")

@@ -16,16 +16,9 @@ from plotly.graph_objects import Figure
 from lens_lora import results
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
-from lens_lora.show import curves, maps, page, tables, words
+from lens_lora.show import curves, maps, page, tables, text, words
 from lens_lora.show.response import response_part, responses_table
-from lens_lora.show.text import (
-    beginning_of,
-    magnitude,
-    percent,
-    quadrature_text,
-    short_prompt,
-    shortened,
-)
+from lens_lora.show.text import beginning_of, magnitude, short_prompt
 
 # --- The page of explanations
 
@@ -101,7 +94,7 @@ def _part(
         return response_part(e), f"The response to “{short_prompt(e.prompt)}”"
     a, figures, first = words.explained_account(e), explanation_figures(e), e.first_order
     sentences, numbers = words.headline(e)
-    facts, prompt = f"{a.doc} against {a.pre}", shortened(a.prompt)
+    facts, prompt = f"{a.doc} against {a.pre}", text.shortened(a.prompt)
     numbers_file = page.Download(f"modules-{number}.csv", e.to_frame().to_csv(index=False))
     story, sections = words.explanation_story(e), _sections(e, figures)
     part = page.Part(
@@ -167,7 +160,7 @@ def _modules_lead(e: results.Explanation) -> str:
     if not e.is_fast:
         lead += " Each module was also added to the base model and left out of the adapted one."
     if e.path is not None and e.path.quadrature is not None:
-        lead += f" Path integral with {quadrature_text(e.path.quadrature)}."
+        lead += f" Path integral with {text.quadrature_text(e.path.quadrature)}."
     return f"{lead} A flag names the question for which a at ε = 0 is not to be trusted."
 
 
@@ -244,7 +237,7 @@ def verification_story(verification: results.Verification) -> str:
     lines = [f"{check.name}: {check.facts}." for check in due]
     kept = min((t.kept for t in verification.tensors if t.outcome == "passed"), default=1.0)
     if kept < _KEPT:
-        lost = f"Rounding to its dtype takes up to {percent(1 - kept)} of a tensor's ΔW away"
+        lost = f"Rounding to its dtype takes up to {text.percent(1 - kept)} of a tensor's ΔW away"
         lines.append(f"{lost}, as c in the table says: merge in float32, or ship the adapter.")
     return "\n".join([f"{verification.name} {_SAYS[verification.outcome]}", *lines])
 

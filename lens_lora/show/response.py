@@ -7,7 +7,7 @@ result, and what was not measured is said not to be.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,28 +21,11 @@ from lens_lora.results import drawing
 from lens_lora.results.base import only_prompt
 from lens_lora.results.drawing import TokenView
 from lens_lora.results.tokens import context_of
-from lens_lora.show import page
+from lens_lora.show import page, text
 from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, finish, tokens_axis
 from lens_lora.show.maps import groups_by_token
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
-from lens_lora.show.text import (
-    answers_text,
-    beginning_of,
-    caution_text,
-    label,
-    log_p_text,
-    magnitude,
-    many,
-    percent,
-    points,
-    prompt_text,
-    quadrature_text,
-    short_prompt,
-    shortened,
-    signed,
-    top_rows,
-    visible,
-)
+from lens_lora.show.text import magnitude, many, percent, points, short_prompt, signed, visible
 
 # --- Pictures: bars, shaded text for a notebook, and the same as a still
 
@@ -71,11 +54,11 @@ def shaded_response(shifts: results.TokenShifts, prompt: int | None = None) -> T
     index = only_prompt(prompt, len(shifts.response), "responses")
     tokens, (noted, most) = shifts.response[index], _noted(shifts, index)
     values = shifts.kl[0, index, : len(tokens)].tolist()
-    text = (
+    heading = (
         f"{_heading(shifts, index)}. {_below(shifts, index)}. Darkest: {magnitude(most)} nats; by "
         "the square root."
     )
-    return TokenView(tokens, tuple(values), page.rendered("shaded", heading=text, tokens=noted))
+    return TokenView(tokens, tuple(values), page.rendered("shaded", heading=heading, tokens=noted))
 
 
 def _noted(shifts: results.TokenShifts, index: int) -> tuple[list[page.Noted], float]:
@@ -105,7 +88,7 @@ def _below(shifts: results.TokenShifts, index: int) -> str:
 
 
 def _hovers(shifts: results.TokenShifts, index: int) -> list[str]:
-    return ["<br>".join(map(label, note)) for note in _notes(shifts, index)]
+    return ["<br>".join(map(text.label, note)) for note in _notes(shifts, index)]
 
 
 def _notes(shifts: results.TokenShifts, index: int) -> list[list[str]]:
@@ -115,14 +98,17 @@ def _notes(shifts: results.TokenShifts, index: int) -> list[list[str]]:
             f"{row['t'] + 1} {visible(row['y_t'])}",
             f"KL {magnitude(row['kl_base_to_adapted'])} and back "
             f"{magnitude(row['kl_adapted_to_base'])} nats",
-            f"log p {log_p_text(row['log_p_base'])} → {log_p_text(row['log_p_adapted'])}, "
-            f"rank {row['rank_base'] + 1} → {row['rank_adapted'] + 1}",
+            f"log p {_log_ps(row)}, rank {row['rank_base'] + 1} → {row['rank_adapted'] + 1}",
             f"promoted {row['promoted']}",
             f"suppressed {row['suppressed'].replace('-0.', '−0.')}",
         ]
         for row in shifts.to_frame().to_dict("records")
         if row["prompt"] == index
     ]
+
+
+def _log_ps(row: Mapping[Any, Any]) -> str:
+    return " → ".join(text.log_p_text(row[f"log_p_{end}"]) for end in ("base", "adapted"))
 
 
 # A monospaced text is laid out by hand: columns to a line, and a column's width, a line's height
@@ -140,12 +126,12 @@ def still_text(shifts: results.TokenShifts, prompt: int | None = None) -> Figure
     pieces = laid_out(shifts.response[index], _COLUMNS)
     lines = 1 + max(line for _, line, _, _ in pieces)
     indices, ys, xs, texts = map(list, zip(*pieces, strict=True))
-    shown = [label(text).replace(" ", "\u00a0") for text in texts]
+    shown = [text.label(piece).replace(" ", "\u00a0") for piece in texts]
     said = {"hovertext": [hover[t] for t in indices], "hoverinfo": "text", "showlegend": False}
     look = {"mode": "text", "textposition": "middle right", "textfont": _FONT}
     figure, shapes = Figure().add_scatter(x=xs, y=ys, text=shown, **look, **said), []
-    for t, line, column, text in pieces:
-        corners = {"x0": column, "x1": column + cell_len(text)}
+    for t, line, column, piece in pieces:
+        corners = {"x0": column, "x1": column + cell_len(piece)}
         corners |= {"y0": line - 0.42, "y1": line + 0.42}
         shade = {"fillcolor": f"rgba(176,79,196,{0.75 * noted[t][1]:.3f})", "line": {"width": 0}}
         shapes.append({"type": "rect", "layer": "below", **corners, **shade})
@@ -173,11 +159,11 @@ def laid_out(tokens: Sequence[str], columns: int) -> list[tuple[int, int, int, s
     line = column = 0
     for t, token in enumerate(tokens):
         for piece in _pieces(token, columns):
-            text = piece.replace("\n", "⏎")
-            if column and column + cell_len(text) > columns:
+            shown = piece.replace("\n", "⏎")
+            if column and column + cell_len(shown) > columns:
                 line, column = line + 1, 0
-            places.append((t, line, column, text))
-            column += cell_len(text)
+            places.append((t, line, column, shown))
+            column += cell_len(shown)
             if piece.endswith("\n"):
                 line, column = line + 1, 0
     return places
@@ -209,7 +195,7 @@ def response_figures(e: results.ResponseExplanation) -> dict[str, Figure]:
             titles = f"log p of each token: each layer {done}", below
 
             def says(name: str, value: float, done: str = done) -> str:
-                return f"<b>{label(name)}</b> {done}: {signed(value)} nats"
+                return f"<b>{text.label(name)}</b> {done}: {signed(value)} nats"
 
             z, names = values.tolist(), list(e.groups)
             figures[how] = groups_by_token(titles, names, e.response, z, "nats", says)
@@ -226,9 +212,9 @@ _SAID = 240  # characters of a response that its story quotes; the page has it w
 @drawing.story.register(results.ResponseExplanation)
 def response_story(e: results.ResponseExplanation) -> str:
     """A paragraph a line: what was said, where it changed, the tokens, the modules, limits."""
-    answers = "" if e.answers is None else f"On its own {answers_text(e.answers)}"
+    answers = "" if e.answers is None else f"On its own {text.answers_text(e.answers)}"
     moved = (" ".join(sentences) for sentences in (_moved(e), _token(e), _modules(e)))
-    paragraphs = [_said(e), answers, *moved, caution_text(e.modules), _layers(e), _limits(e)]
+    paragraphs = [_said(e), answers, *moved, text.caution_text(e.modules), _layers(e), _limits(e)]
     return "\n".join(filter(None, paragraphs))
 
 
@@ -250,10 +236,10 @@ def _place(e: results.ResponseExplanation, t: int) -> str:
 def _said(e: results.ResponseExplanation) -> str:
     base, adapted = (float(end[0].nansum()) for end in e.shifts.log_p)
     origin = "which the adapted model says itself" if e.is_generated else "as given"
-    text = prompt_text(e.response)
+    said = text.beginning_of(text.prompt_text(e.response), _SAID)
     return (
         f"After “{short_prompt(e.prompt)}” the response has {many(len(e.response), 'token')}, "
-        f"{origin}: “{beginning_of(text, _SAID)}”. Its log p goes from {signed(base)} nats in the "
+        f"{origin}: “{said}”. Its log p goes from {signed(base)} nats in the "
         f"base model to {signed(adapted)} with the adapter."
     )
 
@@ -303,7 +289,7 @@ def _modules(e: results.ResponseExplanation) -> list[str]:
     values, shift = ranked.per_site[0], float(ranked.shift[0])
     largest = ", ".join(
         f"{site} ({value}{f', {share}' if shift else ''})"
-        for site, _, value, share in top_rows(ranked, _MODULES_NAMED, 0)
+        for site, _, value, share in text.top_rows(ranked, _MODULES_NAMED, 0)
     )
     if e.path is None:
         done = "leaving a module out of the adapted model takes the most from KL with"
@@ -357,9 +343,7 @@ def _tokens_table(e: results.ResponseExplanation, k: int) -> Table:
     frame["share"] = frame["kl_base_to_adapted"] / (float(e.shifts.kl[0, 0].nansum()) or 1.0)
     rows = frame.to_dict("records")
     frame["place"] = [_place(e, row["t"]) for row in rows]
-    frame["log p"] = [
-        " → ".join(log_p_text(row[f"log_p_{end}"]) for end in ("base", "adapted")) for row in rows
-    ]
+    frame["log p"] = list(map(_log_ps, rows))
     frame["rank"] = [f"{row['rank_base'] + 1} → {row['rank_adapted'] + 1}" for row in rows]
     heads = {"place": "token", "kl_base_to_adapted": "KL, nats", "share": "of all"}
     heads |= {"log p": "log p", "rank": "rank"}
@@ -399,7 +383,7 @@ def _moved_by_table(e: results.ResponseExplanation) -> page.TokenTable:
     rows: list[tuple[str, Pairs, Pairs]] = []
     for t, values in zip(e.moved_tokens, e.moved.tolist(), strict=True):
         if _is_saturated(e, t):
-            log_p = f"log p {log_p_text(float(e.shifts.log_p[1, 0, t]))}"
+            log_p = f"log p {text.log_p_text(float(e.shifts.log_p[1, 0, t]))}"
             rows.append((_place(e, t), [(log_p, "saturated")], []))
             continue
         slopes: Any = pd.Series(values, [site.name for site in e.modules.sites])
@@ -420,12 +404,12 @@ def _is_saturated(e: results.ResponseExplanation, t: int) -> bool:
 def _saturation(e: results.ResponseExplanation) -> list[page.Block]:
     """What to ask where log p is saturated; nothing where it is not."""
     names = [_named(e, t) for t in e.moved_tokens if _is_saturated(e, t)][:_MODULES_NAMED]
-    text = (
+    advice = (
         f"At {', '.join(names)} log p is saturated: the adapted model is so sure of the token that "
         "no module seems to move it. Ask there for the margin between it and the token that lost "
         "most (ll.explain with doc and pre), or for KL (“Which modules changed them”)."
     )
-    return [text] if names else []
+    return [advice] if names else []
 
 
 def response_tables(e: results.ResponseExplanation, k: int = 10) -> Group:
@@ -453,7 +437,7 @@ _TOKENS_SHOWN, _MODULES_SHOWN = 12, 20
 
 def response_part(e: results.ResponseExplanation) -> page.Part:
     """The text on top, shaded; below it what is folded."""
-    prompt, meta = shortened(prompt_text(e.prompt)), e.shifts.meta
+    prompt, meta = text.shortened(text.prompt_text(e.prompt)), e.shifts.meta
     noted, most = _noted(e.shifts, 0)
     scale = ("0", magnitude(most / 4), f"{magnitude(most)} nats")
     numbers_file = page.Download("tokens.csv", e.to_frame().to_csv(index=False))
@@ -496,7 +480,7 @@ def _sections(e: results.ResponseExplanation) -> list[page.Section]:
         splits = "The path integral splits KL of the response completely: over all modules it sums"
         modules = f"{splits} to it. {modules}"
         if e.path.quadrature is not None:
-            modules += f" Taken with {quadrature_text(e.path.quadrature)}."
+            modules += f" Taken with {text.quadrature_text(e.path.quadrature)}."
     tokens = _tokens_table(e, _TOKENS_SHOWN), _changes_table(e, _TOKENS_SHOWN)
     layers = [figures[how] for how in _DONE if how in figures]
     return [

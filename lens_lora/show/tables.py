@@ -21,24 +21,7 @@ from rich.text import Text
 from lens_lora import results
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS
-from lens_lora.show import words
-from lens_lora.show.text import (
-    caution_text,
-    cut_in_the_middle,
-    first_of,
-    key_text,
-    magnitude,
-    many,
-    percent,
-    points,
-    prompt_text,
-    quadrature_text,
-    readable,
-    short_prompt,
-    signed,
-    top_rows,
-    visible,
-)
+from lens_lora.show import text, words
 
 # --- What a table is
 
@@ -114,21 +97,21 @@ def _longest(texts: Iterable[str]) -> int:
     return max(map(cell_len, texts), default=0)
 
 
-def _longest_word(texts: Iterable[str]) -> int:
-    return _longest(word for text in texts for word in text.split())
+def _longest_word(cells: Iterable[str]) -> int:
+    return _longest(word for cell in cells for word in cell.split())
 
 
-def _fitted(text: str, width: int) -> str:
+def _fitted(cell: str, width: int) -> str:
     """The text with each word that is longer than a line cut in the middle."""
-    return re.sub(rf"\S{{{width + 1},}}", lambda word: cut_in_the_middle(word[0], width), text)
+    return re.sub(rf"\S{{{width + 1},}}", lambda word: text.cut_in_the_middle(word[0], width), cell)
 
 
 _WRITTEN: dict[str, Callable[[Any], str]] = {
-    "share": percent,
-    "token": visible,
-    "context": readable,
+    "share": text.percent,
+    "token": text.visible,
+    "context": text.readable,
     "promoted": lambda pairs: re.sub(r"((?:^|, )['\"]) ", r"\1·", pairs),
-    **dict.fromkeys(("kl", "mean_kl", "kl_base_to_adapted", "scale"), magnitude),
+    **dict.fromkeys(("kl", "mean_kl", "kl_base_to_adapted", "scale"), text.magnitude),
 }
 
 
@@ -149,7 +132,7 @@ def table_of(frame: pd.DataFrame, heads: Mapping[str, str], **options: Any) -> T
 
 
 def _written(value: object) -> str:
-    return signed(value) if isinstance(value, float) else str(value)
+    return text.signed(value) if isinstance(value, float) else str(value)
 
 
 def in_terminal(*tables: Table) -> Group:
@@ -172,7 +155,7 @@ def attribution_text(attribution: results.Attribution) -> str:
     hidden = len(attribution.base) - _PROMPTS_SHOWN
     lines += [f"  … and {hidden} more prompts"] if hidden > 0 else []
     lines.append(f"largest{averaged_over(attribution)}, with the share of the shift:")
-    top = top_rows(attribution, SITES_SHOWN)
+    top = text.top_rows(attribution, SITES_SHOWN)
     width = max(len(site) for site, *_ in top)
     lines += [f"  {site:{width}}  {value:>7}  {share:>7}" for site, _, value, share in top]
     return "\n".join(lines)
@@ -184,11 +167,11 @@ def attribution_heading(attribution: results.Attribution) -> list[str]:
     by = f", by {' and '.join(attribution.by)}" if attribution.by else ""
     mode = f", by {attribution.mode} mode" if "token" in attribution.by else ""
     heading = (
-        f"{attribution.readout}, {key_text(attribution.key)}, in {attribution.units}: "
-        f"{many(batch, 'prompt')} × {sites} sites{by}{mode}"
+        f"{attribution.readout}, {text.key_text(attribution.key)}, in {attribution.units}: "
+        f"{text.many(batch, 'prompt')} × {sites} sites{by}{mode}"
     )
-    quadrature, caution = attribution.quadrature, caution_text(attribution)
-    notes = ("" if quadrature is None else quadrature_text(quadrature), caution)
+    quadrature, caution = attribution.quadrature, text.caution_text(attribution)
+    notes = ("" if quadrature is None else text.quadrature_text(quadrature), caution)
     return [heading, *filter(None, notes)]
 
 
@@ -204,11 +187,11 @@ def prompts_table(attribution: results.Attribution) -> Table:
     numbers = (getattr(attribution, c)[:_PROMPTS_SHOWN].cpu().double() for c in columns)
     rows: list[Row] = []
     for i, values in enumerate(zip(*numbers, strict=True)):
-        prompt = prompt_text(attribution.str_tokens[i])
+        prompt = text.prompt_text(attribution.str_tokens[i])
         if len(prompt) > _PROMPT_WIDTH:  # its end is where it is read
             prompt = f"…{prompt[1 - _PROMPT_WIDTH :]}"
-        share = percent(float(values[-1] / values[2]))
-        rows.append((str(i), prompt, *map(signed, map(float, values)), share))
+        share = text.percent(float(values[-1] / values[2]))
+        rows.append((str(i), prompt, *map(text.signed, map(float, values)), share))
     heads = ("", "prompt", "base", "adapted", "shift", "Σ", "remainder", "share")
     return Table(heads, rows, texts=(0, 1))
 
@@ -218,7 +201,7 @@ def modules_table(
 ) -> Table:
     """The sites of largest |value|."""
     site = "site" if prompt is not None else f"site{averaged_over(attribution)}"
-    title = f"largest modules, {key_text(attribution.key)}, in {attribution.units}"
+    title = f"largest modules, {text.key_text(attribution.key)}, in {attribution.units}"
     heads = {"site": site, "module": "module", "value": "value", "share": "of the shift"}
     return table_of(attribution.top(k, prompt), heads, texts=(0, 1), title=title)
 
@@ -232,7 +215,8 @@ def token_pairs(
     """(token, shift) of the tokens promoted most, and of those suppressed most."""
     frames = shift.promoted(site, k, prompt), shift.suppressed(site, k, prompt)
     up, down = (
-        list(zip(map(visible, f["token"]), map(signed, f["shift"]), strict=True)) for f in frames
+        list(zip(map(text.visible, f["token"]), map(text.signed, f["shift"]), strict=True))
+        for f in frames
     )
     return up, down
 
@@ -247,14 +231,14 @@ def margin_table(account: words.Account) -> Table:
     quarters = (0.25, 0.5, 0.75, 1.0)
     steps = [min(a.steps, key=lambda step: abs(step.scale - quarter)) for quarter in quarters]
     along = [
-        (f"remainder at ε = {step.scale:.3g}", signed(step.remainder), step.share)
+        (f"remainder at ε = {step.scale:.3g}", text.signed(step.remainder), step.share)
         for step in dict.fromkeys(steps)
     ]
     rows = [
-        ("m₀, base model", signed(a.m0), ""),
-        ("first order at ε = 0", signed(a.first_order), a.share(a.first_order)),
-        *((*left, "noise" if share is None else percent(share)) for *left, share in along),
-        ("m, adapted model", signed(a.m), ""),
+        ("m₀, base model", text.signed(a.m0), ""),
+        ("first order at ε = 0", text.signed(a.first_order), a.share(a.first_order)),
+        *((*left, "noise" if share is None else text.percent(share)) for *left, share in along),
+        ("m, adapted model", text.signed(a.m), ""),
         ("flip scale", flip, ""),
         *_roundings(a),
     ]
@@ -264,8 +248,8 @@ def margin_table(account: words.Account) -> Table:
 
 
 def _roundings(a: words.Account) -> tuple[Row, Row]:
-    shift = ("what rounding can make of a shift (3σ)", magnitude(a.floor), "")
-    return shift, ("  of a remainder", magnitude(a.remainder_floor), "")
+    shift = ("what rounding can make of a shift (3σ)", text.magnitude(a.floor), "")
+    return shift, ("  of a remainder", text.magnitude(a.remainder_floor), "")
 
 
 # --- An explanation
@@ -285,7 +269,7 @@ def said_table(e: results.Explanation) -> Table:
     """The likeliest next tokens of both models."""
     pairs = enumerate(zip(e.said["base"], e.said["adapted"], strict=False), start=1)
     rows = [
-        (str(place), visible(base), percent(p), visible(adapted), percent(q))
+        (str(place), text.visible(base), text.percent(p), text.visible(adapted), text.percent(q))
         for place, ((base, p), (adapted, q)) in pairs
     ]
     heads = ("", "base model", "probability", "adapted model", "probability")
@@ -303,9 +287,9 @@ def moved_table(e: results.Explanation, k: int) -> Table:
     up, down = _extremes(e, change.tolist(), k)
     rows: list[Row] = []
     for i in (*up, *reversed(down)):
-        said = map(percent, (float(base[i]), float(adapted[i])))
-        moved = (points(float(change[i])), signed(float(logits[i])))
-        rows.append((visible(e.shift.strings[i]), *said, *moved))
+        said = map(text.percent, (float(base[i]), float(adapted[i])))
+        moved = (text.points(float(change[i])), text.signed(float(logits[i])))
+        rows.append((text.visible(e.shift.strings[i]), *said, *moved))
     heads = ("token", "base model", "with the adapter", "change", "its own logit, first order")
     return Table(heads, rows, title="next tokens whose probability changes most")
 
@@ -322,8 +306,8 @@ def site_moves(e: results.Explanation, k: int) -> list[tuple[str, Pairs, Pairs]]
         change, relative = base * (logits - (base * logits).sum()), logits - logits.mean()
 
         def said(i: int, change: Any = change, relative: Any = relative) -> tuple[str, str]:
-            moved = f"{points(float(change[i]))}, {signed(float(relative[i]))}"
-            return visible(e.shift.strings[i]), moved
+            moved = f"{text.points(float(change[i]))}, {text.signed(float(relative[i]))}"
+            return text.visible(e.shift.strings[i]), moved
 
         up, down = _extremes(e, change.tolist(), k)
         moves.append((site.name, list(map(said, up)), list(map(said, down))))
@@ -346,7 +330,7 @@ def remainder_table(e: results.Explanation) -> Table:
     bend = SIGMAS * float(second.curvature_noise[0])
 
     def part(name: str, value: float, floor: float = a.floor) -> Row:
-        return (name, signed(value), a.share(value, floor))
+        return (name, text.signed(value), a.share(value, floor))
 
     rows = [part("remainder after first order, R", a.remainder, a.remainder_floor)]
     if (parts := words.interactions(e)) is not None:
@@ -366,7 +350,7 @@ def remainder_table(e: results.Explanation) -> Table:
     rows += [
         part("remainder after second order: higher orders", float(second.remainder), after),
         *_roundings(a),
-        ("  of a remainder after second order", magnitude(after), ""),
+        ("  of a remainder after second order", text.magnitude(after), ""),
     ]
     return Table(("part", f"value, {e.units}", "share of the shift"), rows, title="the remainder")
 
@@ -390,9 +374,9 @@ def agreement_table(e: results.Explanation) -> Table:
     a = words.explained_account(e)
     rows = [
         (
-            *map(key_text, (c.attribution_name, c.effects_name)),
+            *map(text.key_text, (c.attribution_name, c.effects_name)),
             *(_number(float(values[0])) for values in (c.pearson, c.spearman, c.slope)),
-            percent(float(c.sign_agreement[0])),
+            text.percent(float(c.sign_agreement[0])),
         )
         for c in e.comparisons
         if words.is_comparable(c, a)
@@ -407,7 +391,7 @@ def flags_table(e: results.Explanation, k: int = 5) -> Table:
     for question, flags in e.reliability.items():
         names = flags.flagged_sites(0)
         count = f"{len(names)} of {flags.flagged.shape[1]}"
-        rows.append((_ABBREVIATED[question], count, first_of(names, k) or "none"))
+        rows.append((_ABBREVIATED[question], count, text.first_of(names, k) or "none"))
     heads = ("as the answer to", "flagged", "the largest errors")
     return Table(heads, rows, texts=(0, 2), title="first order not to be trusted")
 
@@ -430,10 +414,10 @@ def curves_table(e: results.Explanation) -> Table:
     fraction, _, kept = top
     areas = curves.area_keep[:, 0].tolist(), curves.area_drop[:, 0].tolist()
     rows = [
-        (key_text(name), percent(kept[name]), *map(_number, area))
+        (text.key_text(name), text.percent(kept[name]), *map(_number, area))
         for name, *area in zip(curves.names, *areas, strict=True)
     ]
-    heads = ("ranking", f"top {percent(fraction)} keeps", "area, kept", "area, dropped")
+    heads = ("ranking", f"top {text.percent(fraction)} keeps", "area, kept", "area, dropped")
     return Table(heads, rows, title="kept and dropped, share of the shift")
 
 
@@ -457,10 +441,10 @@ def margins_table(numbered: Numbered) -> Table:
     """What happened to each margin."""
     rows: list[Row] = []
     for number, e in numbered:
-        a, ((site, _, value, _),) = words.explained_account(e), top_rows(e.first_order, 1)
-        asked = (f"{number}. {short_prompt(e.prompt)}", f"{a.doc} − {a.pre}")
+        a, ((site, _, value, _),) = words.explained_account(e), text.top_rows(e.first_order, 1)
+        asked = (f"{number}. {text.short_prompt(e.prompt)}", f"{a.doc} − {a.pre}")
         flip = "—" if a.flip_scale is None else f"{a.flip_scale:.2g}"
-        numbers = (*map(signed, (a.m0, a.m, a.shift)), a.share(a.first_order), flip)
+        numbers = (*map(text.signed, (a.m0, a.m, a.shift)), a.share(a.first_order), flip)
         rows.append((*asked, *numbers, f"{site} {value}"))
     about = ("base", "adapted", "shift", "of it first order", "flips at ε")
     heads = ("prompt", "answers", *about, "largest first-order part")

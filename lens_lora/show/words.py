@@ -25,20 +25,8 @@ from lens_lora.analyses.verdict import (
 )
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
-from lens_lora.show.text import (
-    answers_text,
-    caution_text,
-    first_of,
-    key_text,
-    magnitude,
-    percent,
-    prompt_text,
-    share_text,
-    short_prompt,
-    signed,
-    top_rows,
-    visible,
-)
+from lens_lora.show import text
+from lens_lora.show.text import caution_text, magnitude, percent, share_text, signed, visible
 
 # --- One prompt of a fact margin as plain numbers
 
@@ -115,7 +103,7 @@ def account_of(fact_margin: results.FactMargin, prompt: int | None = None) -> Ac
     margins = [float(curve.base[i]), *curve.values[i].tolist()]
     signs = [m > 0 for m in margins if abs(m) > verdict.floor]
     return Account(
-        prompt_text(attribution.str_tokens[i]),
+        text.prompt_text(attribution.str_tokens[i]),
         *_fact_names(fact_margin.doc[i], fact_margin.pre[i]),
         units=attribution.units,
         **{name: row[name] for name in _FROM_THE_TABLE},
@@ -129,7 +117,7 @@ def account_of(fact_margin: results.FactMargin, prompt: int | None = None) -> Ac
 def explained_account(explanation: results.Explanation) -> Account:
     """The margin's account, with the prompt alone: without what is teacher-forced after it."""
     account = account_of(explanation.margin)
-    return dataclasses.replace(account, prompt=prompt_text(explanation.prompt))
+    return dataclasses.replace(account, prompt=text.prompt_text(explanation.prompt))
 
 
 def _fact_names(doc: str, pre: str) -> tuple[str, str]:
@@ -275,7 +263,7 @@ def _unconfirmed(a: Account, value: float) -> str:
 
 
 def _largest(attribution: results.Attribution, a: Account, k: int, prompt: int = 0) -> str:
-    rows, sites = top_rows(attribution, k, prompt), len(attribution.sites)
+    rows, sites = text.top_rows(attribution, k, prompt), len(attribution.sites)
     named, unsure = "", ""
     if a.has_shift:
         named = ", with their share of the shift"
@@ -302,7 +290,7 @@ def explanation_story(explanation: results.Explanation) -> str:
     """A paragraph a line: what happened, first order, what it leaves, where, trust, limits."""
     e, a = explanation, explained_account(explanation)
     where = _largest(e.first_order, a, _MODULES_NAMED)
-    answers = "" if e.answers is None else f"After the prompt {answers_text(e.answers)}"
+    answers = "" if e.answers is None else f"After the prompt {text.answers_text(e.answers)}"
     more = [where, _NO_SHARES]
     if a.has_shift:
         trust = _joined(caution_text(e.first_order), _agreement(e, a), _redundancy(e, a), _flags(e))
@@ -339,7 +327,7 @@ def headline(e: results.Explanation) -> tuple[Sequence[str], Sequence[tuple[str,
 def explanations_story(explanations: results.Explanations) -> str:
     """Each prompt by number, with its headline."""
     return "\n".join(
-        f"{n}. “{short_prompt(e.prompt)}”: {' '.join(headline(e)[0])}"
+        f"{n}. “{text.short_prompt(e.prompt)}”: {' '.join(headline(e)[0])}"
         for n, e in enumerate(explanations, start=1)
     )
 
@@ -347,7 +335,7 @@ def explanations_story(explanations: results.Explanations) -> str:
 def _said(e: results.Explanation) -> str:
     answers = (e.margin.doc[0], e.margin.pre[0])
     (base, base_share), (adapted, adapted_share) = (e.said[m][0] for m in ("base", "adapted"))
-    text = (
+    likeliest = (
         f"The likeliest next token is “{visible(base)}” ({percent(base_share)}) for the base model "
         f"and “{visible(adapted)}” ({percent(adapted_share)}) with the adapter."
     )
@@ -355,11 +343,11 @@ def _said(e: results.Explanation) -> str:
         not (token and any(a.startswith(token) for a in answers)) for token in (base, adapted)
     ]
     if not any(is_apart):
-        return text
+        return likeliest
     begins = "Neither begins one of the two answers"
     if not all(is_apart):
         begins = f"That of the {'base' if is_apart[0] else 'adapted'} model begins neither answer"
-    return f"{text} {begins}, so the margin is not about what would be said first."
+    return f"{likeliest} {begins}, so the margin is not about what would be said first."
 
 
 def interactions(e: results.Explanation) -> tuple[float, float] | None:
@@ -442,7 +430,7 @@ def _flags(e: results.Explanation) -> str:
     counts: list[str] = []
     for question, flags in e.reliability.items():
         names = flags.flagged_sites(0)
-        listed = f" ({first_of(names, _FLAGGED_NAMED)})" if names else ""
+        listed = f" ({text.first_of(names, _FLAGGED_NAMED)})" if names else ""
         counts.append(f"{len(names)}{listed} as the answer to {_DONE[question]}")
     return (
         f"Of {len(e.first_order.sites)} first-order numbers, reliability flags "
@@ -473,7 +461,7 @@ def _carried(e: results.Explanation) -> str:
         return ""
     fraction, count, kept = top
     shares = ", ".join(
-        f"{percent(share)} {'at random' if name == RANDOM else f'by {key_text(name)}'}"
+        f"{percent(share)} {'at random' if name == RANDOM else f'by {text.key_text(name)}'}"
         for name, share in kept.items()
     )
     return (

@@ -120,9 +120,8 @@ class ActivationsFile:
         self.texts: int = sum(span.last - span.first + 1 for span in spans)
         self.tokens: int = sum(span.tokens for span in spans)
         self.errors: int = sum(span.errors for span in spans)
-        self.meta: dict[str, str] = {
-            name: about[name] for name in ("model", "model_class", "dtype", "adapter")
-        }
+        labels = ("model", "model_class", "dtype", "adapter")
+        self.meta: dict[str, str] = {name: about[name] for name in labels}
 
     @property
     def done(self) -> int:
@@ -166,7 +165,7 @@ class ActivationsFile:
         k, context, way = whole("k", k, 0), whole("context", context, 0), tokens.require_sign(sign)
         index = one_site([s.name for s in self.sites], site)
         name, ranks = self.sites[index].name, tokens.require_ranks(rank, self.ranks[index])
-        examples: dict[int, list[dict[str, Any]]] = {r: [] for r in ranks}
+        examples: dict[int, list[tuple[Any, ...]]] = {r: [] for r in ranks}
         for group, counted in self._groups([name], self._counted(None, sinks)[0]):
             values = np.where(counted[:, None], _numbers(group, name), np.nan)
             for r, best in examples.items():
@@ -174,7 +173,7 @@ class ActivationsFile:
                     _example(group, r, int(row), float(values[row, r]), context)
                     for row in tokens.strongest(values[:, r], way, k)
                 ]
-                best.sort(key=lambda example: -way * example["value"])
+                best.sort(key=lambda example: -way * example[_COLUMNS.index("value")])
                 del best[k:]
         rows = [example for best in examples.values() for example in best]
         return pd.DataFrame(rows, columns=_COLUMNS)
@@ -274,19 +273,12 @@ class ActivationsFile:
         )
 
 
-def _example(group: pa.Table, rank: int, row: int, value: float, width: int) -> dict[str, Any]:
+def _example(group: pa.Table, rank: int, row: int, value: float, width: int) -> tuple[Any, ...]:
     records = group["record"].to_numpy()
     low, high = (int(np.searchsorted(records, records[row], side)) for side in ("left", "right"))
-    words = [token or "" for token in group["token"].slice(low, high - low).to_pylist()]
-    return {
-        "rank": rank,
-        "record": int(records[row]),
-        "id": group["id"][row].as_py(),
-        "position": row - low,
-        "token": words[row - low],
-        "value": value,
-        "context": tokens.context_of(words, row - low, width),
-    }
+    text = [token or "" for token in group["token"].slice(low, high - low).to_pylist()]
+    place = int(records[row]), group["id"][row].as_py(), row - low, text[row - low]
+    return (rank, *place, value, tokens.context_of(text, row - low, width))
 
 
 def _numbers(table: pa.Table, site: str) -> NDArray[np.floating]:

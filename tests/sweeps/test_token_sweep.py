@@ -336,9 +336,9 @@ def test_the_command_reads_texts_without_answers(lens, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from lens_lora.cli import app
-    from lens_lora.commands import sweep as sweep_command
+    from lens_lora.commands import running
 
-    monkeypatch.setattr(sweep_command, "lens_for", lambda *args: lens)
+    monkeypatch.setattr(running, "lens_for", lambda *args: lens)
     monkeypatch.setattr(ll, "load_adapter", lambda path: lens.adapter)
     records, out = write_jsonl(tmp_path / "texts.jsonl", BAD), tmp_path / "u.parquet"
     asked = ["sweep", "--prompts", records, "--out", out, "--analysis", "activations"]
