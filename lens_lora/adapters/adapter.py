@@ -17,13 +17,7 @@ from torch import Tensor, nn
 
 from lens_lora.adapters import arithmetic
 from lens_lora.adapters.arithmetic import Parts, module_path
-from lens_lora.adapters.directions import (
-    Side,
-    directions_of,
-    projected,
-    truncated,
-    writes_to_stream,
-)
+from lens_lora.adapters.directions import Side, directions_of, is_writer, projected, truncated
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, constant_factors
 from lens_lora.adapters.from_models import change_between, live_updates
 from lens_lora.adapters.methods import measured_updates, updates_over_base
@@ -115,8 +109,8 @@ class Adapter:
             AdapterError: a value that is no vector, or a module that `like` lacks.
         """
         if isinstance(like, Adapter):
-            factors = {path: u for path, u in like.modules.items() if isinstance(u, LoRAFactors)}
-            widths = {path: update.A.shape[1] for path, update in factors.items()}
+            modules = like.modules.items()
+            widths = {key: u.A.shape[1] for key, u in modules if isinstance(u, LoRAFactors)}
             return cls(constant_factors(vectors, widths), name=name)
         return cls(constant_factors(vectors, like), name=name)
 
@@ -254,7 +248,7 @@ class Adapter:
         word("side", side, get_args(Side))
         keys = set[str]().union(*map(self._matching, [sites] if isinstance(sites, str) else sites))
         if sites == "*":
-            writes = {key: writes_to_stream(module_path(key)) for key in keys}
+            writes = {key: is_writer(module_path(key)) for key in keys}
             unknown = [key for key in writes if writes[key] is None]
             keys = {key for key in keys if writes[key] is (side == "write")}
             if unknown or not keys:

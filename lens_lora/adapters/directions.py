@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -142,16 +143,19 @@ def directions_of(source: Any, name: str | None = None) -> Directions:
             for which a Contrast has none, an index that an autoencoder lacks, or an autoencoder
             whose pre-activations are not linear in h.
     """
-    if isinstance(source, Tensor):
-        return _of_tensors({"given": source})
-    if isinstance(source, Mapping):
-        return _of_tensors(source)
+    if isinstance(source, Tensor | Mapping):
+        return _of_tensors({"given": source} if isinstance(source, Tensor) else source)
     by_point = getattr(source, "by_point", None)
     if isinstance(by_point, Mapping):
-        return _at_point(by_point, name)
-    if isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "W_enc"):
-        return _of_autoencoder(*source)
-    return _of_autoencoder(source, None)
+        point = name if name in by_point else next(iter(by_point)) if len(by_point) == 1 else None
+        if point is None:
+            raise ArgumentError(
+                f"there are directions at {list(by_point)[:4]}, and none at {name!r}; name one of "
+                "these hook points, or pass one vector of by_point."
+            )
+        return dataclasses.replace(_of_tensors({point: by_point[point]}), hook_name=point)
+    is_pair = isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "W_enc")
+    return _of_autoencoder(*source) if is_pair else _of_autoencoder(source, None)
 
 
 def _of_tensors(tensors: Mapping[Any, Any]) -> Directions:
@@ -170,22 +174,24 @@ def _of_tensors(tensors: Mapping[Any, Any]) -> Directions:
     return Directions(torch.cat([value.to(first) for value in rows.values()]), labels)
 
 
-def _at_point(by_point: Mapping[str, Tensor], name: str | None) -> Directions:
-    point = name if name in by_point else next(iter(by_point)) if len(by_point) == 1 else None
-    if point is None:
-        raise ArgumentError(
-            f"there are directions at {list(by_point)[:4]}, and none at {name!r}; name one of "
-            "these hook points, or pass one vector of by_point."
-        )
-    return dataclasses.replace(_of_tensors({point: by_point[point]}), hook_name=point)
-
-
 def _of_autoencoder(source: Any, indices: Any) -> Directions:
     W_enc = getattr(source, "W_enc", None)
     if not isinstance(W_enc, Tensor) or W_enc.ndim != 2:
         raise ArgumentError(f"directions are a {type(source).__name__}; {_EXPECTED}.")
     cfg, count = getattr(source, "cfg", None), W_enc.shape[1]
-    _require_linear(cfg)
+    normalised = _setting(cfg, "normalize_activations")
+    if normalised not in (None, "none"):
+        raise ArgumentError(
+            f"this autoencoder normalises its input (normalize_activations={normalised!r}), so its "
+            "pre-activations are not linear in h. If the factor is a constant, fold it first "
+            "(sae.fold_activation_norm_scaling_factor); else pass directions: sae.W_enc.T."
+        )
+    head = _setting(cfg, "hook_head_index")
+    if head is not None:
+        raise ArgumentError(
+            f"this autoencoder reads head {head} alone; pass its directions as a tensor with zeros "
+            "at the other heads."
+        )
     encode = getattr(source, "encode", None)
     features: list[Any] = list(range(count))
     if indices is not None:
@@ -212,23 +218,6 @@ def _finite(rows: Tensor) -> Tensor:
     return rows.detach()
 
 
-def _require_linear(cfg: Any) -> None:
-    """Refuse an encoder that normalises its input, or reads one head of it."""
-    normalised = _setting(cfg, "normalize_activations")
-    if normalised not in (None, "none"):
-        raise ArgumentError(
-            f"this autoencoder normalises its input (normalize_activations={normalised!r}), so its "
-            "pre-activations are not linear in h. If the factor is a constant, fold it first "
-            "(sae.fold_activation_norm_scaling_factor); else pass directions: sae.W_enc.T."
-        )
-    head = _setting(cfg, "hook_head_index")
-    if head is not None:
-        raise ArgumentError(
-            f"this autoencoder reads head {head} alone; pass its directions as a tensor with zeros "
-            "at the other heads."
-        )
-
-
 def _setting(cfg: Any, name: str) -> Any:
     """cfg.name, or cfg.metadata's (SAELens 6), or None."""
     for place in (cfg, getattr(cfg, "metadata", None)):
@@ -241,7 +230,7 @@ def _setting(cfg: Any, name: str) -> Any:
 # --- Updates without a direction, and of a lower rank
 
 
-def writes_to_stream(module: str) -> bool | None:
+def is_writer(module: str) -> bool | None:
     """Whether a module writes to the residual stream; None where no family has such a module."""
     places = (family.place(module) for family in FAMILIES)
     kinds = next((place.kinds for place in places if place is not None), None)
@@ -258,20 +247,21 @@ def projected(
         AdapterError: another width.
     """
     factors = _plain(path, update)
-    A, B, bias = in_float64(factors.A), in_float64(factors.B), factors.lora_bias
-    width = len(B) if side == "write" else A.shape[1]
+    width = len(factors.B) if side == "write" else factors.A.shape[1]
     if width != len(V):
         raise AdapterError(
             f"{path} {side}s {width} features, and the direction has {len(V)}; name the modules "
             "that it belongs to with sites=…, such as '*.down_proj'."
         )
-    basis = V.to(A)
+
+    def rest(rows: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
+        wide = in_float64(rows)
+        return (wide - (wide @ V.to(wide)) @ V.to(wide).T).to(rows)
+
     if side == "read":
-        return dataclasses.replace(factors, A=(A - (A @ basis) @ basis.T).to(factors.A))
-    if bias is not None:
-        wide = in_float64(bias)
-        bias = (wide - basis @ (basis.T @ wide)).to(bias)
-    return dataclasses.replace(factors, B=(B - basis @ (basis.T @ B)).to(factors.B), lora_bias=bias)
+        return dataclasses.replace(factors, A=rest(factors.A))
+    bias = None if factors.lora_bias is None else rest(factors.lora_bias)
+    return dataclasses.replace(factors, B=rest(factors.B.T).T.contiguous(), lora_bias=bias)
 
 
 def truncated(path: str, update: ModuleUpdate, rank: int) -> tuple[LoRAFactors, float]:
@@ -282,26 +272,18 @@ def truncated(path: str, update: ModuleUpdate, rank: int) -> tuple[LoRAFactors, 
     """
     factors = _plain(path, update)
     if factors.experts > 1:
-        parts = [truncated(path, part, rank) for part in factors.by_expert()]
-        sizes = torch.tensor([part.norm() for part in factors.by_expert()], dtype=torch.float64)
-        errors = torch.tensor([error for _, error in parts], dtype=torch.float64)
-        whole = float(sizes.norm())
-        return expert_factors([p for p, _ in parts]), float((sizes * errors).norm()) / (
-            whole or 1.0
-        )
+        parts = factors.by_expert()
+        cuts, errors = zip(*(truncated(path, part, rank) for part in parts), strict=True)
+        lost = math.hypot(*(p.norm() * error for p, error in zip(parts, errors, strict=True)))
+        return expert_factors(cuts), lost / (factors.norm() or 1.0)
     if factors.rank <= rank:
         return factors, 0.0
-    (Q_B, R_B), (Q_A, R_A) = (
-        torch.linalg.qr(in_float64(factors.B)),
-        torch.linalg.qr(in_float64(factors.A).T),
-    )
+    ends = in_float64(factors.B), in_float64(factors.A).T
+    (Q_B, R_B), (Q_A, R_A) = map(torch.linalg.qr, ends)
     U, sizes, Vt = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    reads = ((Q_A @ Vt.T[:, :rank]) * sizes[:rank]).T
-    whole = float(sizes.norm())
-    cut = dataclasses.replace(
-        factors, A=reads.to(factors.A).contiguous(), B=(Q_B @ U[:, :rank]).to(factors.B)
-    )
-    return cut, float(sizes[rank:].norm()) / (whole or 1.0)
+    A = ((Q_A @ Vt.T[:, :rank]) * sizes[:rank]).T.to(factors.A).contiguous()
+    cut = dataclasses.replace(factors, A=A, B=(Q_B @ U[:, :rank]).to(factors.B))
+    return cut, float(sizes[rank:].norm()) / (float(sizes.norm()) or 1.0)
 
 
 def _plain(path: str, update: ModuleUpdate) -> LoRAFactors:

@@ -13,12 +13,12 @@ Cost: two forward passes, and two vectors unembedded for each point.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, final
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,16 +35,70 @@ from lens_lora.model.lens import LoraLens, Scale, name_of_scale, stream_writers
 from lens_lora.model.sites import Names, firing, resolved
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
-from lens_lora.results.base import Drawn, only_prompt, prompt_rows, tokens_at
+from lens_lora.results.base import Drawn, Result, only_prompt, prompt_rows, tokens_at
 from lens_lora.results.tokens import chosen_positions, held_out_share, ranked_tokens
 
 Positions = int | slice | Sequence[int] | None
 _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Readable(Result):
+    """A vector at each hook point, read in logits at those of the residual stream.
+
+    Attributes:
+        values: by hook point.
+        readings: by point of the residual stream [vocab], the vector in logits.
+        strings: every token of the vocabulary.
+        meta: model, adapter, dtype and versions.
+    """
+
+    values: Annotated[Mapping[str, Float[Tensor, "*any"]], "point"]
+    readings: Mapping[str, Float[Tensor, " vocab"]]
+    strings: Annotated[tuple[str, ...], "vocab"]
+    meta: Mapping[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The hook points, in the order in which they were asked for."""
+        return tuple(self.values)
+
+    def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:
+        """The k tokens that the vector reads as, through the model's own norm and unembedding.
+
+        The layers after the point are left out. The norm's denominator is held, that of the base
+        model token by token or of the texts' means, so that the reading is linear.
+
+        Args:
+            k: how many.
+            name: a point of the residual stream; without it, the only one.
+            largest: False for the tokens that it lowers most.
+
+        Returns:
+            A data frame: rank, token, id, logit.
+
+        Raises:
+            SiteError: no such point here, or one outside the residual stream.
+            ArgumentError: several points and none named.
+        """
+        if name is None and len(self.readings) == 1:
+            name = next(iter(self.readings))
+        if name is None and self.readings:
+            raise ArgumentError(
+                f"{len(self.readings)} points have readings; choose one with name=…, such as "
+                f"{next(iter(self.readings))!r}."
+            )
+        if name is None or name not in self.readings:
+            raise SiteError(
+                f"{'the point' if name is None else repr(name)} has no reading; the points of the "
+                f"residual stream among those asked for are {list(self.readings)}."
+            )
+        return ranked_tokens(self.readings[name], self.strings, k, "logit", largest=largest)
+
+
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class ActivationShift(Drawn):
+class ActivationShift(Readable, Drawn):
     """Δh = h(1) − h(0) at hook points, exact up to the model's rounding.
 
     Attributes:
@@ -56,11 +110,9 @@ class ActivationShift(Drawn):
         counted: [batch, token], those that were asked for, without sinks.
         distinct: [batch, token], those of the counted that no earlier text has after the same
             tokens: means over several texts are over these.
-        readings: by point of the residual stream [vocab], the mean Δh in logits (`logit_lens`).
-        strings: every token of the vocabulary.
         at: the gates of h(1).
         str_tokens: each text's tokens.
-        meta: model, adapter, dtype and versions.
+        readings, strings, meta: of the mean Δh, see `Readable`.
     """
 
     values: Annotated[Mapping[str, Float[Tensor, "batch token _d"]], "point"]
@@ -69,16 +121,8 @@ class ActivationShift(Drawn):
     sinks: Bool[Tensor, "batch token"]
     counted: Bool[Tensor, "batch token"]
     distinct: Bool[Tensor, "batch token"]
-    readings: Mapping[str, Float[Tensor, " vocab"]]
-    strings: Annotated[tuple[str, ...], "vocab"]
     at: str
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch token"]
-    meta: Mapping[str, str]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The hook points, in the order in which they were asked for."""
-        return tuple(self.values)
 
     @property
     def by_point(self) -> dict[str, Float[Tensor, " _d"]]:
@@ -123,26 +167,6 @@ class ActivationShift(Drawn):
             shares[name] = float(held_out_share(known.sum(1), squares, self.distinct.sum(1)))
         return shares
 
-    def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:
-        """The k tokens that the mean Δh reads as, through the model's own norm and unembedding.
-
-        The layers after the point are left out, and the norm's denominator is that of the base
-        model, token by token, so that the reading is linear in Δh.
-
-        Args:
-            k: how many.
-            name: a point of the residual stream; without it, the only one.
-            largest: False for the tokens that it lowers most.
-
-        Returns:
-            A data frame: rank, token, id, logit.
-
-        Raises:
-            SiteError: no such point here, or one outside the residual stream.
-            ArgumentError: several points and none named.
-        """
-        return ranked_reading(self.readings, self.strings, k, name, largest=largest)
-
     def cosine(self, directions: Any, prompt: int | None = None) -> pd.DataFrame:
         """The cosine of the mean Δh with directions: one row per hook point and direction.
 
@@ -173,13 +197,8 @@ class ActivationShift(Drawn):
             text, position = (~sizes.isnan()).nonzero().T
             labels = {"prompt": text.tolist(), "name": name, "position": position.tolist()}
             labels["token"] = tokens_at(self.str_tokens, text.tolist(), position.tolist())
-            columns = {
-                "counted": self.counted,
-                "distinct": self.distinct,
-                "base": self.base_norms[name].double(),
-                "shift": sizes.double(),
-                "cosine_with_mean": along.double(),
-            }
+            columns = {"counted": self.counted, "distinct": self.distinct}
+            columns |= {"base": self.base_norms[name], "shift": sizes, "cosine_with_mean": along}
             numbers = {key: column[text, position].tolist() for key, column in columns.items()}
             frames.append(pd.DataFrame(labels | numbers))
         return pd.concat(frames, ignore_index=True)
@@ -187,35 +206,6 @@ class ActivationShift(Drawn):
     def plot(self, prompt: int | None = None) -> drawing.Figure:
         """‖Δh‖/‖h(0)‖ of one text, hook point × token; sinks are grey."""
         return drawing.figure(self, only_prompt(prompt, len(self.str_tokens), "positions"))
-
-
-def ranked_reading(
-    readings: Mapping[str, Tensor],
-    strings: Sequence[str],
-    k: int,
-    name: str | None,
-    *,
-    largest: bool,
-) -> pd.DataFrame:
-    """The k tokens of the reading at one point, or at the only one.
-
-    Raises:
-        SiteError: no such point here, or one outside the residual stream.
-        ArgumentError: several points and none named.
-    """
-    if name is None and len(readings) == 1:
-        name = next(iter(readings))
-    if name is None and readings:
-        raise ArgumentError(
-            f"{len(readings)} points have readings; choose one with name=…, such as "
-            f"{next(iter(readings))!r}."
-        )
-    if name is None or name not in readings:
-        raise SiteError(
-            f"{'the point' if name is None else repr(name)} has no reading; the points of the "
-            f"residual stream among those asked for are {list(readings)}."
-        )
-    return ranked_tokens(readings[name], strings, k, "logit", largest=largest)
 
 
 def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd.DataFrame:
@@ -226,12 +216,12 @@ def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd
     """
     rows: list[dict[str, Any]] = []
     for name, vector in vectors.items():
-        if isinstance(source, LoraLens):
-            directions = _written(source, name)
-        else:
-            directions = directions_of(source, name).at(name, len(vector))
-        if directions is None:
+        found = (
+            _written(source, name) if isinstance(source, LoraLens) else directions_of(source, name)
+        )
+        if found is None:
             continue
+        directions = found.at(name, len(vector))
         cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
         rows += [
             {"name": name, "direction": label, "index": i, "cosine": value}
@@ -291,21 +281,13 @@ def activation_shift(
     """
     rows = ask_prompts(lens, texts).prompts
     wanted = _wanted(positions, rows)
-    in_full, named = resolved(lens, names)
     base: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
-    for index, batch in by_length(rows, ROW_TOKENS):
-        before, after = (record(lens, batch, gates, named) for gates in (0.0, scale))
-        points = firing(lens, before.firings, in_full, named)
-        if not shifts:
-            require_positions(lens, batch, before, points, 0.0)
-        for name in points:
-            ends, real = (run.firings[name][-1] for run in (before, after)), batch.real.cpu()
-            h, moved = (flat_activation(end, name, real, lens.gate_dtype) for end in ends)
-            for kept, values in ((base, h), (shifts, moved - h)):
-                if name not in kept:
-                    kept[name] = h.new_full((*rows.tokens.shape, h.shape[-1]), torch.nan)
-                kept[name][index, : h.shape[1]] = values
+    for index, name, (h, moved) in activations_at(lens, rows, names, (0.0, scale)):
+        for kept, values in ((base, h), (shifts, moved - h)):
+            if name not in kept:
+                kept[name] = h.new_full((*rows.tokens.shape, h.shape[-1]), torch.nan)
+            kept[name][index, : h.shape[1]] = values
     real = rows.real.cpu()
     norms = {name: h.norm(dim=-1) for name, h in base.items()}
     found_sinks = sinks_among(list(norms.values()), real) & real
@@ -323,15 +305,9 @@ def activation_shift(
         sinks=found_sinks,
         counted=counted,
         distinct=distinct,
-        readings={
-            name: _reading(lens, shift, base[name], distinct)
-            for name, shift in shifts.items()
-            if is_stream(name) and shift.shape[-1] == lens.model.cfg.d_model
-        },
-        strings=lens.vocabulary,
+        **readable(lens, ((name, h[distinct], base[name][distinct]) for name, h in shifts.items())),
         at=name_of_scale(scale),
         str_tokens=lens.str_tokens(rows),
-        meta=lens.describe(),
     )
 
 
@@ -340,28 +316,49 @@ def _wanted(positions: Positions, rows: Prompts) -> Bool[Tensor, "batch token"]:
         raise ArgumentError(
             f"positions={positions!r}: expected None, an index, a slice, or indices."
         )
-    wanted = torch.zeros_like(rows.real, device="cpu")
-    for text, length in enumerate(rows.lengths.tolist()):
-        wanted[text, :length] = torch.from_numpy(chosen_positions(positions, length, length))
+    wanted = positions_in(rows, positions, rows.lengths)
     if not bool(wanted.any()):
-        longest = int(rows.lengths.max())
         raise ArgumentError(
-            f"positions={positions!r}: no text has a token there; the longest has {longest}."
+            f"positions={positions!r}: no text has a token there; the longest has "
+            f"{int(rows.lengths.max())}."
         )
     return wanted
 
 
-def flat_activation(
-    h: Tensor, name: str, real: Bool[Tensor, "text token"], dtype: torch.dtype
-) -> Float[Tensor, "text token d"]:
-    """Activations at one point with heads laid flat, NaN at padding."""
-    h = h.cpu().to(dtype).flatten(2).expand(len(real), -1, -1)
-    require_finite(h[real], f"the activation at {name}")
-    return h.masked_fill(~real[..., None], torch.nan)
+def positions_in(
+    rows: Prompts, positions: Any, starts: Int[Tensor, " text"]
+) -> Bool[Tensor, "text token"]:
+    """The tokens of each text that are meant; what was said in it begins at `starts`."""
+    chosen = torch.zeros_like(rows.real, device="cpu")
+    for row, length, start in zip(chosen, rows.lengths.tolist(), starts.tolist(), strict=True):
+        row[:length] = torch.from_numpy(chosen_positions(positions, length, start))
+    return chosen
 
 
-def _reading(
-    lens: LoraLens, shift: Tensor, base: Tensor, counted: Bool[Tensor, "batch token"]
-) -> Float[Tensor, " vocab"]:
-    mean = over_scale(lens, shift[counted], base[counted]).double().mean(0)
-    return read_through(lens, mean.to(shift)).cpu()
+def activations_at(
+    lens: LoraLens, rows: Prompts, names: Names, scales: Sequence[Scale]
+) -> Iterator[tuple[list[int], str, list[Float[Tensor, "text token d"]]]]:
+    """Texts, a hook point, and h there at each scale: heads laid flat, NaN at padding."""
+    in_full, named = resolved(lens, names)
+    for number, (index, batch) in enumerate(by_length(rows, ROW_TOKENS)):
+        runs, real = [record(lens, batch, scale, named) for scale in scales], batch.real.cpu()
+        points = firing(lens, runs[0].firings, in_full, named)
+        if number == 0:
+            require_positions(lens, batch, runs[0], points, 0.0)
+        for name in points:
+            held = [run.firings[name][-1].cpu().to(lens.gate_dtype).flatten(2) for run in runs]
+            ends = [h.expand(len(real), -1, -1) for h in held]
+            for h in ends:
+                require_finite(h[real], f"the activation at {name}")
+            yield index, name, [h.masked_fill(~real[..., None], torch.nan) for h in ends]
+
+
+def readable(lens: LoraLens, points: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, Any]:
+    """The fields of `Readable`; of each point Δh [token, d], and the h whose norm divides it."""
+    d_model = int(lens.model.cfg.d_model)
+    readings = {
+        name: read_through(lens, over_scale(lens, shift, h).double().mean(0).to(shift)).cpu()
+        for name, shift, h in points
+        if is_stream(name) and h.shape[1] == d_model
+    }
+    return {"readings": readings, "strings": lens.vocabulary, "meta": lens.describe()}

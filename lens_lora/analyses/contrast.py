@@ -31,32 +31,30 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_lora.adapters.adapter import Adapter
-from lens_lora.adapters.directions import is_stream
 from lens_lora.adapters.factors import constant_factors
-from lens_lora.analyses.activation_shift import cosine_table, flat_activation, ranked_reading
+from lens_lora.analyses import activation_shift
 from lens_lora.arguments import number
 from lens_lora.engine.asked import ask_prompts
-from lens_lora.engine.interventions import record, require_positions
-from lens_lora.engine.memory import ROW_TOKENS
-from lens_lora.engine.texts import by_length, over_scale, read_through
 from lens_lora.errors import ArgumentError, SiteError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens, Scale, name_of_scale
-from lens_lora.model.sites import Names, firing, resolved
+from lens_lora.model.sites import Names
 from lens_lora.readouts.answers import continued
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.results import drawing
-from lens_lora.results.base import Result
-from lens_lora.results.tokens import Positions, chosen_positions
+from lens_lora.results.tokens import Positions
 
 _HELD_OUT = 128  # texts of each set, evenly spread; all pairs of more take long
 _SHUFFLES, _LEVEL = 200, 0.95
-_MODULE_BEHIND = {"attn": ("o",), "mlp": ("down", "fc_out")}
+_KINDS_BEHIND: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("resid_mid", "attn_out"), ("o",)),
+    **dict.fromkeys(("resid_post", "out", "mlp_out"), ("down", "fc_out")),
+}
 
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Contrast(Result):
+class Contrast(activation_shift.Readable):
     """μ₊ − μ₋ at hook points: a direction wherever one is taken.
 
     Attributes:
@@ -66,15 +64,13 @@ class Contrast(Result):
         auc: by hook point, the share of held-out pairs that is told apart; NaN where a set has one
             text.
         chance: by hook point, the 95 % quantile of `auc` with the labels shuffled.
-        readings: by point of the residual stream [vocab], the direction in logits (`logit_lens`).
-        strings: every token of the vocabulary.
         modules: by hook point, the Hugging Face module whose output joins the residual stream
             there, where a constant can be added (`adapter`).
         widths: by module, the features that it reads.
         counts: how many texts the positive and the negative set have, each different one once.
         positions: those that a text's mean is over.
         at: the gates of the model.
-        meta: model, adapter, dtype and versions.
+        readings, strings, meta: see `Readable`.
     """
 
     values: Annotated[Mapping[str, Float[Tensor, " _d"]], "point"]
@@ -82,19 +78,11 @@ class Contrast(Result):
     sizes: Annotated[Mapping[str, float], "point"]
     auc: Annotated[Mapping[str, float], "point"]
     chance: Annotated[Mapping[str, float], "point"]
-    readings: Mapping[str, Float[Tensor, " vocab"]]
-    strings: Annotated[tuple[str, ...], "vocab"]
     modules: Mapping[str, str]
     widths: Mapping[str, int]
     counts: tuple[int, int]
     positions: str
     at: str
-    meta: Mapping[str, str]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The hook points, in the order in which they were asked for."""
-        return tuple(self.values)
 
     @property
     def by_point(self) -> Mapping[str, Float[Tensor, " _d"]]:
@@ -116,24 +104,7 @@ class Contrast(Result):
             ArgumentError: directions of another width or space, or none at a point.
             ModelStateError: a lens, of which a norm changes what a site writes to the stream.
         """
-        return cosine_table(self.values, other)
-
-    def logit_lens(self, k: int = 10, name: str | None = None, *, largest: bool = True) -> Any:
-        """The k tokens that the direction reads as, through the model's own norm and unembedding.
-
-        Args:
-            k: how many.
-            name: a point of the residual stream; without it, the only one.
-            largest: False for the tokens that it lowers most.
-
-        Returns:
-            A data frame: rank, token, id, logit.
-
-        Raises:
-            SiteError: no such point here, or one outside the residual stream.
-            ArgumentError: several points and none named.
-        """
-        return ranked_reading(self.readings, self.strings, k, name, largest=largest)
+        return activation_shift.cosine_table(self.values, other)
 
     def adapter(self, name: str, coefficient: float = 1.0) -> Adapter:
         """Steering as an adapter: `coefficient` times the direction is added at the hook point.
@@ -160,14 +131,11 @@ class Contrast(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per hook point: ‖μ₊ − μ₋‖, its noise √Σse², its share of ‖m‖, AUC and chance."""
-        columns = {
-            "size": [float(value.double().norm()) for value in self.values.values()],
-            "noise": [float(error.double().norm()) for error in self.errors.values()],
-        }
-        pairs = zip(columns["size"], self.sizes.values(), strict=True)
-        share = [size / whole for size, whole in pairs]
-        held_out = {"auc": list(self.auc.values()), "chance": list(self.chance.values())}
-        return pd.DataFrame({"name": self.names, **columns, "share": share, **held_out})
+        lengths = {"size": self.values, "noise": self.errors}
+        numbers = {k: [float(v.double().norm()) for v in vs.values()] for k, vs in lengths.items()}
+        table = pd.DataFrame({"name": self.names, **numbers})
+        table = table.assign(share=table["size"] / list(self.sizes.values()))
+        return table.assign(auc=list(self.auc.values()), chance=list(self.chance.values()))
 
     def plot(self) -> drawing.Figure:
         """Held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives."""
@@ -210,34 +178,28 @@ def contrast(
     positions = -1 if isinstance(positions, str) and positions == "last" else positions
     sets = {"positive": _distinct(lens, positive), "negative": _distinct(lens, negative)}
     _require_apart(sets)
-    in_full, wanted = resolved(lens, names)
-    (plus, minus) = (
-        _means(lens, rows, _chosen(rows, starts, positions, what), scale, in_full, wanted)
+    plus, minus = (
+        _means(lens, rows, _chosen(rows, starts, positions, what), scale, names)
         for what, (rows, starts) in sets.items()
     )
     values = {name: plus[name].mean(0) - minus[name].mean(0) for name in plus}
     both = {name: torch.cat([plus[name], minus[name]]) for name in plus}
     tests = {name: _held_out(plus[name], minus[name]) for name in plus}
     modules = {name: found for name in plus if (found := _module_at(lens, name)) is not None}
-    d_model = int(lens.model.cfg.d_model)
     return Contrast(
         values={name: value.to(lens.gate_dtype) for name, value in values.items()},
         errors={name: _errors(plus[name], minus[name]).to(lens.gate_dtype) for name in plus},
         sizes={name: float(h.norm(dim=1).mean()) for name, h in both.items()},
         auc={name: auc for name, (auc, _) in tests.items()},
         chance={name: chance for name, (_, chance) in tests.items()},
-        readings={
-            name: read_through(lens, over_scale(lens, values[name].expand_as(h), h).mean(0)).cpu()
-            for name, h in both.items()
-            if is_stream(name) and h.shape[1] == d_model
-        },
-        strings=lens.vocabulary,
+        **activation_shift.readable(
+            lens, ((n, values[n].expand_as(h), h) for n, h in both.items())
+        ),
         modules={name: path for name, (path, _) in modules.items()},
         widths=dict(modules.values()),
         counts=(len(plus[next(iter(plus))]), len(minus[next(iter(minus))])),
         positions="last" if positions == -1 else "all" if positions is None else str(positions),
         at=name_of_scale(scale),
-        meta=lens.describe(),
     )
 
 
@@ -276,11 +238,7 @@ def _chosen(
     Raises:
         ArgumentError: a text without one.
     """
-    chosen = torch.zeros_like(rows.real, device="cpu")
-    for text, (length, start) in enumerate(
-        zip(rows.lengths.tolist(), starts.tolist(), strict=True)
-    ):
-        chosen[text, :length] = torch.from_numpy(chosen_positions(positions, length, start))
+    chosen = activation_shift.positions_in(rows, positions, starts)
     empty = (~chosen.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ArgumentError(
@@ -292,26 +250,15 @@ def _chosen(
 
 
 def _means(
-    lens: LoraLens,
-    rows: Prompts,
-    chosen: Bool[Tensor, "text token"],
-    scale: Scale,
-    in_full: tuple[str, ...],
-    wanted: tuple[str, ...],
+    lens: LoraLens, rows: Prompts, chosen: Bool[Tensor, "text token"], scale: Scale, names: Names
 ) -> dict[str, Float[Tensor, "text _d"]]:
     """The mean of h over each text's chosen tokens, in float64 on the CPU."""
     means: dict[str, Tensor] = {}
-    for index, batch in by_length(rows, ROW_TOKENS):
-        seen = record(lens, batch, scale, wanted)
-        points = firing(lens, seen.firings, in_full, wanted)
-        if not means:
-            require_positions(lens, batch, seen, points, 0.0)
-        weights = chosen[index, : batch.tokens.shape[1]].double()
+    for index, name, (h,) in activation_shift.activations_at(lens, rows, names, [scale]):
+        weights = chosen[index, : h.shape[1]].double()
         weights = weights / weights.sum(1, keepdim=True)
-        for name in points:
-            h = flat_activation(seen.firings[name][-1], name, batch.real.cpu(), lens.gate_dtype)
-            mean = torch.einsum("bt,btd->bd", weights, h.double().nan_to_num())
-            means.setdefault(name, mean.new_zeros(rows.batch, mean.shape[1]))[index] = mean
+        mean = torch.einsum("bt,btd->bd", weights, h.double().nan_to_num())
+        means.setdefault(name, mean.new_zeros(rows.batch, mean.shape[1]))[index] = mean
     return means
 
 
@@ -334,10 +281,10 @@ def _held_out(
     both = torch.cat([plus, minus])
     both = both - both.mean(0)
     products, generator = both @ both.T, torch.Generator().manual_seed(0)
-    orders = [torch.randperm(n + m, generator=generator) for _ in range(_SHUFFLES)]
-    shuffled = torch.tensor([_auc(products, order[:n], order[n:]) for order in orders])
-    every = torch.arange(n + m)
-    return _auc(products, every[:n], every[n:]), float(shuffled.quantile(_LEVEL))
+    orders = [torch.arange(n + m)]
+    orders += [torch.randperm(n + m, generator=generator) for _ in range(_SHUFFLES)]
+    auc, *shuffled = (_auc(products, *order.split([n, m])) for order in orders)
+    return auc, float(torch.tensor(shuffled).quantile(_LEVEL))
 
 
 def _auc(
@@ -360,11 +307,9 @@ def _module_at(lens: LoraLens, name: str) -> tuple[str, int] | None:
     layer, point = (int(match[1]), match[2]) if match else (host.n_layers, name)
     if point in ("resid_pre", "in", "ln_final.hook_in"):
         layer, point = layer - 1, "resid_post"
-    branch = {"resid_mid": "attn", "attn_out": "attn", "resid_post": "mlp"}
-    branch = {**branch, "out": "mlp", "mlp_out": "mlp"}.get(point)
     family = host.family
-    if branch is None or not 0 <= layer < host.n_layers or family.is_probed or family.post_norm:
+    if not 0 <= layer < host.n_layers or family.is_probed or family.post_norm:
         return None
     held = [kind for kinds in family.linears.values() for kind in kinds]
-    kind = next((kind for kind in _MODULE_BEHIND[branch] if kind in held), None)
+    kind = next((kind for kind in _KINDS_BEHIND.get(point, ()) if kind in held), None)
     return None if kind is None else (family.path(layer, kind), host.shape(layer, kind)[1])

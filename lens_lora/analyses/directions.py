@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from lens_lora.adapters.directions import STREAM, directions_of, is_stream
@@ -35,7 +36,7 @@ from lens_lora.engine.interventions import record
 from lens_lora.engine.read import read_logits
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.basis import NormMap, Update
-from lens_lora.model.hooks import alone, attached
+from lens_lora.model.hooks import HookFn, alone, attached
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import WRITER_KINDS, Site, chosen_sites, firing, known_point, one_site
 from lens_lora.readouts.prompts import Prompts, require_context
@@ -75,8 +76,7 @@ class Alignment(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site and direction: value, and the random directions' mean and quantile."""
-        labels = {**site_labels(self.sites), "side": list(self.sides)}
-        labels |= {"quantile": self.quantile.tolist()}
+        labels = {**site_labels(self.sites), "side": self.sides, "quantile": self.quantile.tolist()}
         table = long_table({"value": self.values}, labels, {"direction": self.directions})
         return table.assign(expected=self.expected)
 
@@ -144,40 +144,25 @@ def alignment(lens: LoraLens, directions: Any) -> Alignment:
         raise SiteError("the adapter changes norms alone, and no weight.")
     drawn = torch.randn(_DRAWS, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = directions_of(drawn).unit(centred=centred)
-    values: list[Tensor] = []
-    quantiles: list[Tensor] = []
-    for index in chosen:
-        to_stream, other = _to_stream(lens, index, centred=centred)
-        shares = _shares(torch.cat([rows, drawn]), to_stream, other)
-        values.append(shares[: len(rows)])
-        quantiles.append(shares[len(rows) :].quantile(QUANTILE))
+    every = torch.cat([rows, drawn])
+    shares = torch.stack([_shares(lens, index, every, centred=centred) for index in chosen])
+    values, by_chance = shares.split([len(rows), _DRAWS], 1)
     sites = tuple(lens.sites[i] for i in chosen)
     return Alignment(
-        values=torch.stack(values).to(lens.gate_dtype),
+        values=values.to(lens.gate_dtype),
         sides=tuple("write" if site.kind in WRITER_KINDS else "read" for site in sites),
         directions=found.names,
         expected=(d - centred) ** -0.5,
-        quantile=torch.stack(quantiles).to(lens.gate_dtype),
+        quantile=by_chance.quantile(QUANTILE, 1).to(lens.gate_dtype),
         sites=sites,
         meta=lens.describe(),
     )
 
 
 def _shares(
-    rows: Float[Tensor, "direction d"],
-    to_stream: Float[Tensor, "d rank"],
-    other: Float[Tensor, "wide rank"],
+    lens: LoraLens, index: int, rows: Float[Tensor, "direction d"], *, centred: bool
 ) -> Float[Tensor, " direction"]:
-    """‖vᵀ X Yᵀ‖ / ‖X Yᵀ‖ with X on the side of the stream."""
-    along, gram = rows @ to_stream, other.T @ other
-    squares = ((along @ gram) * along).sum(1)
-    return (squares / ((to_stream.T @ to_stream) * gram).sum()).clamp(min=0).sqrt()
-
-
-def _to_stream(
-    lens: LoraLens, index: int, *, centred: bool
-) -> tuple[Float[Tensor, "d rank"], Float[Tensor, "wide rank"]]:
-    """The two factors of ΔW, that on the side of the residual stream first, γ in it."""
+    """‖vᵀ X Yᵀ‖ / ‖X Yᵀ‖ of a site's ΔW, X with γ on the side of the residual stream."""
     host, site, delta = lens.plan.host, lens.sites[index], lens.maps[index]
     writes = site.kind in WRITER_KINDS
     near, far = (delta.B, delta.A.T) if writes else (delta.A.T, delta.B)
@@ -189,7 +174,10 @@ def _to_stream(
             raise ModelStateError(f"{site.name}: the model has no norm {kind} that this site uses.")
         near = near - near.mean(0) if centred and writes else near
         near = in_float64(affine[0]).cpu()[:, None] * near
-    return (near - near.mean(0) if centred else near), far
+    near = near - near.mean(0) if centred else near
+    along, gram = rows @ near, far.T @ far
+    squares = ((along @ gram) * along).sum(1)
+    return (squares / ((near.T @ near) * gram).sum()).clamp(min=0).sqrt()
 
 
 def _norm_read(lens: LoraLens, index: int) -> str | None:
@@ -235,12 +223,11 @@ class Intruders(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per site and direction."""
-        labels = {name: site_labels(self.sites)[name] for name in ("site", "layer", "kind")}
-        numbers = {"sigma": self.sigma, "cosine": self.cosine}
-        table = long_table(numbers, labels, {"direction": range(self.sigma.shape[1])})
+        numbers, ranks = {"sigma": self.sigma, "cosine": self.cosine}, range(self.sigma.shape[1])
+        table = long_table(numbers, site_labels(self.sites), {"direction": ranks})
         nearest = self.nearest.flatten().tolist()
         table = table.assign(nearest=nearest, intruder=table["cosine"] < self.threshold)
-        return table.dropna(subset=["sigma"]).reset_index(drop=True)
+        return table.drop(columns="module").dropna(subset=["sigma"]).reset_index(drop=True)
 
     def overlaps(self, site: str) -> pd.DataFrame:
         """|cosine| of one site's leading directions of W + ΔW (rows) and of W (columns).
@@ -300,16 +287,14 @@ def intruders(
     ]
     if not chosen:
         raise SiteError("norms and experts alone were chosen, and no weight of a module.")
-    rows: list[tuple[Tensor, ...]] = []
-    for _, factors, update in tqdm(chosen, desc="intruders", leave=False, disable=not progress):
-        W = in_float64(lens.plan.host.base_weight(factors, "the SVD of W + ΔW"))
-        A, B = (in_float64(factor).to(W) for factor in (update.A, update.B))
-        rows.append(_compared(W, update.scale * B @ A, k))
+    host, bar = lens.plan.host, tqdm(chosen, desc="intruders", leave=False, disable=not progress)
+    weights = ((host.base_weight(site, "the SVD of W + ΔW"), update) for _, site, update in bar)
+    rows = [_compared(W, update, k) for W, update in weights]
     sigma, cosine, nearest, overlap = map(torch.stack, zip(*rows, strict=True))
     return Intruders(
         sigma=sigma,
         cosine=cosine,
-        nearest=nearest.long(),
+        nearest=nearest,
         overlap=overlap,
         threshold=threshold,
         sites=tuple(site for site, *_ in chosen),
@@ -318,18 +303,18 @@ def intruders(
 
 
 def _compared(
-    W: Float[Tensor, "out in"], delta: Float[Tensor, "out in"], k: int
+    weight: Float[Tensor, "out in"], update: Update, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """σ, largest cosine, its index, and overlaps of the first k directions of W + ΔW."""
+    W = in_float64(weight)
+    A, B = (in_float64(factor).to(W) for factor in (update.A, update.B))
     base, _, _ = torch.linalg.svd(W, full_matrices=False)
-    tuned, sizes, _ = torch.linalg.svd(W + delta, full_matrices=False)
-    cosines, few = (base.T @ tuned[:, :k]).abs().clamp(max=1.0).cpu(), min(k, len(sizes))
-    largest, nearest = cosines.max(0)
-    sigma, cosine = (torch.full((k,), torch.nan, dtype=torch.float64) for _ in range(2))
-    overlap, index = torch.full((k, k), torch.nan, dtype=torch.float64), torch.full((k,), -1)
-    sigma[:few], cosine[:few], index[:few] = sizes[:few].cpu(), largest, nearest
-    overlap[:few, :few] = cosines[:few].T
-    return sigma, cosine, index, overlap
+    tuned, sizes, _ = torch.linalg.svd(W + update.scale * B @ A, full_matrices=False)
+    cosines = (base.T @ tuned[:, :k]).abs().clamp(max=1.0).cpu()
+    (largest, nearest), beyond = cosines.max(0), (0, k - cosines.shape[1])
+    sigma, cosine = (pad(x, beyond, value=torch.nan) for x in (sizes[:k].cpu(), largest))
+    overlap = pad(cosines[:k].T, 2 * beyond, value=torch.nan)
+    return sigma, cosine, pad(nearest, beyond, value=-1), overlap
 
 
 # --- What the model says a vector is
@@ -461,27 +446,23 @@ def patchscope(
     vectors = (unit[:, None] * torch.tensor(sizes, dtype=unit.dtype)[:, None]).flatten(0, 1) * size
     require_context(lens.model, len(said) + most - 1, "the prompt with its continuation")
 
-    def put(tensor: Tensor, hook: Any) -> Tensor:
-        del hook
-        out = tensor.clone()
-        out[:, place] = vectors.to(out)
-        return out
-
+    hooks: list[tuple[str, HookFn]] = [
+        (name, lambda h, hook: h.select_scatter(vectors.to(h), 1, place))
+    ]
     with torch.no_grad(), lens.adapted(gate):
         plain = read_logits(lens, row)[0].softmax(-1)
-        with attached(lens.model, [(name, put)]):
+        with attached(lens.model, hooks):
             logits, tokens = _continued(lens, row, len(vectors), most)
     require_finite(logits, "a logit")
     p = logits.softmax(-1)
     best = p.topk(min(k, p.shape[-1]))
     shape = len(unit), len(sizes), -1
-    texts = [_text(lens, ids) for ids in tokens.tolist()]
     return Patchscope(
         ids=best.indices.view(shape),
         probabilities=best.values.view(shape),
         plain=plain,
         continuations=tuple(
-            tuple(texts[i : i + len(sizes)]) for i in range(0, len(texts), len(sizes))
+            tuple(_text(lens, ids) for ids in by_scale) for by_scale in tokens.view(shape).tolist()
         ),
         strings=lens.vocabulary,
         directions=found.names,

@@ -38,7 +38,7 @@ from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.gates import Inject, ScaleInject
 from lens_lora.model.hooks import alone, attached
 from lens_lora.model.lens import LoraLens, Scale, stream_writers
-from lens_lora.model.sites import WRITER_KINDS, Site, known_point, match_sites
+from lens_lora.model.sites import Site, chosen_sites, known_point
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
 from lens_lora.results.base import (
@@ -52,6 +52,9 @@ from lens_lora.results.base import (
 )
 
 # --- How far each feature moves at a hook point.
+
+
+_Values = Float[Tensor, "batch feature *position"]
 
 
 @final
@@ -81,10 +84,7 @@ class FeatureShift(Result):
     shift: Float[Tensor, "batch feature *position"]
     first_order: Float[Tensor, "batch feature *position"]
     noise_floor: Float[Tensor, " batch *position"]
-    activations: (
-        tuple[Float[Tensor, "batch feature *position"], Float[Tensor, "batch feature *position"]]
-        | None
-    )
+    activations: tuple[_Values, _Values] | None
     name: str
     positions: int | Literal["each"]
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch position"]
@@ -255,13 +255,18 @@ def feature_shift(
             )
         return _by_site(asked, features, at, positions)
     gates = lens.gates(1.0 if scale is None else scale)
-    name = _point(lens, name or features.hook_name)
-    features = features.at(name)
-    project = Projection(asked.prompts, features, positions)
+    name = name or features.hook_name
+    if name is None:
+        raise ArgumentError("these directions belong to no hook point; name one with name=….")
+    lens.plan.require_update([known_point(lens, name)])
+    project = Projection(asked.prompts, features.at(name), positions)
     run = functools.partial(_activation, lens, asked.prompts, name)
+    token = Prompts(asked.prompts.tokens[:1, :1], torch.ones_like(asked.prompts.lengths[:1]))
     encoded = None
     with torch.no_grad():
-        _require_positions(lens, asked.prompts, name)
+        # Along an axis of positions, one token has one entry.
+        probe = _activation(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
+        features.at(name, probe[0, 0].numel())
         base = run(ScaleInject(lens.plan, 0 * gates))
         adapted = run(ScaleInject(lens.plan, gates))
         with attached(lens.model, of_stream(lens)):
@@ -279,12 +284,14 @@ def feature_shift(
         activations=encoded,
         name=name,
         positions="each" if positions == "each" else int(positions),
-        str_tokens=asked.str_tokens,
-        features=features.kind,
-        units=features.units,
         at=at,
-        meta=lens.describe(),
+        **_labels(asked, features),
     )
+
+
+def _labels(asked: Asked, features: Directions) -> dict[str, Any]:
+    said = {"features": features.kind, "units": features.units}
+    return {**said, "str_tokens": asked.str_tokens, "meta": asked.lens.describe()}
 
 
 def _activation(
@@ -316,21 +323,6 @@ def _activation(
         )
     require_finite(kept[-1][prompts.real], f"the activation at {name}, or its tangent,")
     return kept[-1]
-
-
-def _require_positions(lens: LoraLens, prompts: Prompts, name: str) -> None:
-    """Refuse a point without an axis of positions, of which one token has one entry."""
-    token = Prompts(prompts.tokens[:1, :1], torch.ones_like(prompts.lengths[:1]))
-    _activation(lens, token, name, ScaleInject(lens.plan, lens.gates(0.0)))
-
-
-def _point(lens: LoraLens, name: str | None) -> str:
-    """A hook point of the model at which the adapted model's activation exists."""
-    if name is None:
-        raise ArgumentError("these directions belong to no hook point; name one with name=….")
-    known_point(lens, name)
-    lens.plan.require_update([name])
-    return name
 
 
 # --- Which site writes to which feature.
@@ -370,26 +362,18 @@ class FeatureWrites(Result):
             SiteError: no site that writes has this name.
             ArgumentError: no such prompt.
         """
-        chosen = list(range(len(self.sites)))
-        if site is not None:
-            chosen = list(match_sites([s.name for s in self.sites], {site: 0}))
+        chosen = list(chosen_sites(self.sites, site))
         values = self.of_prompt(prompt)[chosen]
         order, width = largest(values, k), values.shape[1]
-        return pd.DataFrame(
-            {
-                "site": [self.sites[chosen[i // width]].name for i in order],
-                "feature": [i % width for i in order],
-                "write": values.flatten()[order].tolist(),
-            }
-        )
+        columns: dict[str, Any] = {"site": [self.sites[chosen[i // width]].name for i in order]}
+        columns["feature"] = [i % width for i in order]
+        return pd.DataFrame(columns | {"write": values.flatten()[order].tolist()})
 
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt, site and feature."""
         batch, _, features = self.values.shape
-        labels = site_labels(self.sites)
-        sites = {name: labels[name] for name in ("site", "layer", "kind")}
-        axes = {"prompt": range(batch)}, sites, {"feature": range(features)}
-        return long_table({"write": self.values}, *axes)
+        axes = {"prompt": range(batch)}, site_labels(self.sites), {"feature": range(features)}
+        return long_table({"write": self.values}, *axes).drop(columns="module")
 
     def plot(self, k: int = 20, prompt: int | None = None) -> drawing.Figure:
         """Site × feature, of the k features that are written most.
@@ -427,39 +411,28 @@ def _by_site(
             "no site of this adapter writes to the residual stream (o, down, an embedding); "
             "leave out by='site': the shift includes what the other sites do."
         )
-    project = Projection(asked.prompts, features, positions)
-    inject = _WritesInject(lens, lens.gates(at), project)
+    project, gates = Projection(asked.prompts, features, positions), lens.gates(at)
+    scaled, written = ScaleInject(lens.plan, gates), dict[int, Tensor]()
+
+    def inject(index: int, out: Tensor, z: Tensor) -> Tensor | None:
+        injection = lens.plan.injections[index]
+        if injection.site in writers:
+            weight = 1.0 if injection.partner is None else float(gates[injection.partner])
+            write = weight * project(injection.map(z))
+            written[injection.site] = written.get(injection.site, 0.0) + write
+        return scaled(index, out, z)
+
     with torch.no_grad(), lens.injected(inject):
         lens.run(asked.prompts)
-    values = torch.stack([inject.writes[i].to(lens.device) for i in writers], 1)
+    values = torch.stack([written[i].to(lens.device) for i in writers], 1)
     require_finite(values, "a site's δz")
     return FeatureWrites(
         values=values,
         sites=tuple(lens.sites[i] for i in writers),
         positions=int(positions),
-        str_tokens=asked.str_tokens,
-        features=features.kind,
-        units=features.units,
         at=at,
-        meta=lens.describe(),
+        **_labels(asked, features),
     )
-
-
-class _WritesInject:
-    """Runs at the gates, and keeps each writer's projected ∂(its output)/∂ε."""
-
-    def __init__(self, lens: LoraLens, gates: Float[Tensor, " site"], project: Projection) -> None:
-        self._injections, self._sites, self._gates = lens.plan.injections, lens.sites, gates
-        self._scaled, self._project = ScaleInject(lens.plan, gates), project
-        self.writes: dict[int, Tensor] = {}
-
-    def __call__(self, index: int, out: Tensor, z: Tensor) -> Tensor | None:
-        injection = self._injections[index]
-        if self._sites[injection.site].kind in WRITER_KINDS:
-            weight = 1.0 if injection.partner is None else float(self._gates[injection.partner])
-            write = weight * self._project(injection.map(z))
-            self.writes[injection.site] = self.writes.get(injection.site, 0.0) + write
-        return self._scaled(index, out, z)
 
 
 # --- Activations projected onto directions.
@@ -477,11 +450,6 @@ class Projection:
     def __call__(self, h: Float[Tensor, "batch pos *d"]) -> Float[Tensor, "batch feature *pos"]:
         """d·h, at float32 or better; NaN at padding where every position is wanted."""
         rows, h = self._features.rows, h.flatten(2)
-        if h.shape[-1] != rows.shape[-1]:
-            raise ArgumentError(
-                f"directions of {rows.shape[-1]} numbers, and activations of {h.shape[-1]}; is the "
-                "autoencoder for another model, or for another hook point?"
-            )
         dtype = torch.promote_types(torch.promote_types(h.dtype, rows.dtype), torch.float32)
         return self._laid_out(self._read(h).to(dtype) @ rows.to(h.device, dtype).T)
 

@@ -66,35 +66,28 @@ def record(lens: LoraLens, prompts: Prompts, scale: Scale, names: Iterable[str])
 
 def _joined(parts: list[Recording], rows: int) -> Recording:
     """Runs of so many rows each, as one; what the rows of a run share is kept once."""
-
-    def joined(same: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat(same) if len(same[0]) == rows else same[0]
-
-    firings = {
-        name: [joined(same) for same in zip(*(part.firings[name] for part in parts), strict=True)]
-        for name in parts[0].firings
-    }
+    firings: dict[str, list[Tensor]] = {}
+    for name in parts[0].firings:
+        by_run = zip(*(part.firings[name] for part in parts), strict=True)
+        firings[name] = [torch.cat(run) if len(run[0]) == rows else run[0] for run in by_run]
     return Recording(firings, parts[0].layers)
 
 
 def _recorded(lens: LoraLens, prompts: Prompts, scale: Scale, names: list[str]) -> Recording:
     recording, entered = Recording({}, {}), [-1]
 
-    def keep(name: str) -> HookFn:
-        def hook_fn(tensor: Any, hook: Any) -> None:
-            del hook
-            _require_activation(name, tensor, prompts.batch)
-            recording.firings.setdefault(name, []).append(tensor.detach().clone())
-            recording.layers.setdefault(name, entered[-1])
-
-        return hook_fn
+    def keep(name: str, tensor: Any, hook: Any) -> None:
+        del hook
+        _require_activation(name, tensor, prompts.batch)
+        recording.firings.setdefault(name, []).append(tensor.detach().clone())
+        recording.layers.setdefault(name, entered[-1])
 
     view = lens.plan.host
     hooks: list[tuple[str, HookFn]] = [
         (view.block_input(layer), lambda tensor, hook, layer=layer: entered.append(layer))
         for layer in range(view.n_layers)
     ]
-    hooks += [(name, keep(name)) for name in names]
+    hooks += [(name, functools.partial(keep, name)) for name in names]
     with torch.no_grad(), lens.adapted(scale), attached(lens.model, hooks):
         read_logits(lens, prompts)
     return recording
@@ -131,35 +124,32 @@ class Patch:
         return Patch(self.name, None if self.where is None else self.where[rows, :width])
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class _Swap:
     """Puts rows of the donor's activation into rows of the batch, firing by firing."""
 
-    def __init__(
-        self,
-        name: str,
-        donor: list[Tensor],
-        rows: int,
-        patched: Int[Tensor, " patch"],
-        donor_rows: Int[Tensor, " patch"],
-        where: Bool[Tensor, "patch pos"] | None,
-    ) -> None:
-        self._name, self._donor, self._rows, self._fired = name, donor, rows, 0
-        self._patched, self._donor_rows, self._where = patched, donor_rows, where
+    name: str
+    donor: list[Tensor]
+    rows: int
+    patched: Int[Tensor, " patch"]
+    donor_rows: Int[Tensor, " patch"]
+    where: Bool[Tensor, "patch pos"] | None
+    fired: int = 0
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
         del hook
-        donor = self._donor[min(self._fired, len(self._donor) - 1)]
-        self._fired += 1
-        out = tensor.expand(max(self._rows, len(tensor)), *tensor.shape[1:]).clone()
-        if self._fired > len(self._donor) or out.shape[1:] != donor.shape[1:]:
+        donor = self.donor[min(self.fired, len(self.donor) - 1)]
+        self.fired += 1
+        out = tensor.expand(max(self.rows, len(tensor)), *tensor.shape[1:]).clone()
+        if self.fired > len(self.donor) or out.shape[1:] != donor.shape[1:]:
             raise ModelStateError(
-                f"{self._name} fired as {tuple(tensor.shape)} where the donor's run has "
+                f"{self.name} fired as {tuple(tensor.shape)} where the donor's run has "
                 f"{tuple(donor.shape)}; the two runs do not correspond at this point, leave it out."
             )
-        patched = self._patched.to(out.device)
-        values = donor[(self._donor_rows % len(donor)).to(donor.device)]
-        if self._where is not None:
-            mask = self._where.to(out.device).view(*self._where.shape, *[1] * (out.ndim - 2))
+        patched = self.patched.to(out.device)
+        values = donor[(self.donor_rows % len(donor)).to(donor.device)]
+        if self.where is not None:
+            mask = self.where.to(out.device).view(*self.where.shape, *[1] * (out.ndim - 2))
             values = torch.where(mask, values, out[patched])
         out[patched] = values
         return out
@@ -183,7 +173,9 @@ def patched_readout(
     layers = torch.tensor([donor.layers[patch.name] for patch in patches])
     order = layers.argsort(stable=True)
     within = order[layers[order] >= 0]
-    if not lens.plan.host.grows or _share(lens, layers[within].tolist()) > memory.BRANCHING_PAYS:
+    count = lens.plan.host.n_layers
+    blocks = int((count - layers[within]).sum()) + count  # that run if rows begin at their patch
+    if not lens.plan.host.grows or blocks > memory.BRANCHING_PAYS * len(within) * count:
         within = order[:0]
     outside = order[~torch.isin(order, within)]
     values = torch.empty(reading.batch, len(patches), dtype=lens.gate_dtype, device=lens.device)
@@ -195,13 +187,6 @@ def patched_readout(
                 values[:, indices] = run([patches[i] for i in indices.tolist()], bar)
     require_finite(values, "the patched readout")
     return values
-
-
-def _share(lens: LoraLens, layers: list[int]) -> float:
-    """Block passes if rows begin at their patch, as a share of running every row whole."""
-    count = lens.plan.host.n_layers
-    blocks = sum(count - layer for layer in layers) + count
-    return blocks / max(1, len(layers) * count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,31 +244,20 @@ class _Runs:
         )
 
 
-def swaps(donor: Recording, patches: Sequence[Patch], rows: int) -> list[tuple[str, HookFn]]:
+def swaps(donor: Recording, patches: Sequence[Patch], rows: int) -> list[tuple[str, _Swap]]:
     """Hooks for a batch in which row r · patches + i is the donor's row r under patch i."""
-    count, hooks = len(patches), []
-    for name, (indices, where) in _by_name(patches).items():
-        donor_rows = torch.arange(rows).repeat_interleave(len(indices))
-        patched = donor_rows * count + indices.repeat(rows)
-        where = None if where is None else where.transpose(0, 1).flatten(0, 1)
-        swap = _Swap(name, donor.firings[name], rows * count, patched, donor_rows, where)
-        hooks.append((name, swap))
-    return hooks
-
-
-def _by_name(
-    patches: Sequence[Patch],
-) -> dict[str, tuple[Int[Tensor, " patch"], Bool[Tensor, "patch row pos"] | None]]:
-    """The indices of each hook point's patches, and the positions that they replace."""
     by_name: dict[str, list[int]] = {}
     for index, patch in enumerate(patches):
         by_name.setdefault(patch.name, []).append(index)
-
-    def positions(indices: list[int]) -> Bool[Tensor, "patch row pos"] | None:
+    count, hooks = len(patches), list[tuple[str, _Swap]]()
+    for name, indices in by_name.items():
         masks = [mask for i in indices if (mask := patches[i].where) is not None]
-        return torch.stack(masks) if masks else None
-
-    return {name: (torch.tensor(rows), positions(rows)) for name, rows in by_name.items()}
+        where = torch.stack(masks, 1).flatten(0, 1) if masks else None
+        donor_rows = torch.arange(rows).repeat_interleave(len(indices))
+        patched = donor_rows * count + torch.tensor(indices).repeat(rows)
+        swap = _Swap(name, donor.firings[name], rows * count, patched, donor_rows, where)
+        hooks.append((name, swap))
+    return hooks
 
 
 def _growing_swaps(
@@ -295,12 +269,9 @@ def _growing_swaps(
         (lens.plan.host.block_input(layer), more_copies(layers.count(layer)))
         for layer in sorted(set(layers))
     ]
-    for name, (indices, where) in _by_name(patches).items():
+    for name, swap in swaps(donor, patches, 1):
         present = 1 + sum(layer <= donor.layers[name] for layer in layers)
-        where = None if where is None else where[:, 0]
-        donor_rows = torch.zeros_like(indices)
-        swap = _Swap(name, donor.firings[name], present, 1 + indices, donor_rows, where)
-        hooks.append((name, swap))
+        hooks.append((name, dataclasses.replace(swap, rows=present, patched=1 + swap.patched)))
     return hooks
 
 
@@ -319,10 +290,9 @@ def unheard(lens: LoraLens, prompts: Prompts, scale: Scale, names: Sequence[str]
 
     The noise is as large as the activation. Two forward passes a name, batched.
     """
-    longer = prompts.tokens.repeat(1, _TRIED_TOKENS)[
-        :, : max(_TRIED_TOKENS, len(prompts.tokens[0]))
-    ]
-    prompts = Prompts(longer, torch.full_like(prompts.lengths, longer.shape[1]))
+    width = max(_TRIED_TOKENS, prompts.tokens.shape[1])
+    longer = prompts.tokens.repeat(1, _TRIED_TOKENS)[:, :width]
+    prompts = Prompts(longer, torch.full_like(prompts.lengths, width))
     recording = record(lens, prompts, scale, names)
     noisy = {name: [_noisy(t) for t in firings] for name, firings in recording.firings.items()}
     silent: list[str] = []

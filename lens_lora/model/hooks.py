@@ -32,7 +32,6 @@ Slopes have no such difference: theirs are the model's own.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 import warnings
@@ -45,18 +44,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lens_lora import compat
 from lens_lora.adapters.directions import Directions, directions_of, is_residual
-from lens_lora.compat import (
-    Temporary,
-    calls,
-    close_but,
-    hook_function,
-    hooks_of,
-    is_within_transform,
-    open_spans,
-    replace_forward,
-    temporary,
-)
+from lens_lora.compat import Temporary, close_but, hooks_of, open_spans, temporary
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError, OutOfMemoryError
 from lens_lora.model.experts import is_weight, write_at
 from lens_lora.model.quantised import differentiable_products
@@ -171,7 +161,7 @@ def computes(span: Temporary, module: nn.Module) -> Callable[[], bool]:
         finally:
             passes.pop()
 
-    replace_forward(span, module, counted)
+    compat.replace_forward(span, module, counted)
     return lambda: bool(passes)
 
 
@@ -270,13 +260,15 @@ class _Early:
 
 def _keys_of(hooks: Mapping[int, Any], fn: HookFn) -> list[int]:
     """Where this function stands among a module's hooks."""
-    return [key for key, hook in list(hooks.items()) if calls(_registered(hook), fn)]
+    return [key for key, hook in list(hooks.items()) if compat.calls(_registered(hook), fn)]
 
 
 def functions_at(point: nn.Module) -> list[object]:
     """What the hooks on a module call."""
     forward, before, *_ = hooks_of(point)
-    return [hook_function(_registered(hook)) for hook in (*forward.values(), *before.values())]
+    return [
+        compat.hook_function(_registered(hook)) for hook in (*forward.values(), *before.values())
+    ]
 
 
 def _registered(hook: Any) -> Any:
@@ -286,8 +278,7 @@ def _registered(hook: Any) -> Any:
 # --- A direction taken away
 
 
-@dataclasses.dataclass(frozen=True)
-class Removed:
+class Removed(NamedTuple):
     """What an open block of `lens.without` takes from a model."""
 
     model: nn.Module
@@ -314,18 +305,16 @@ def take_away(span: Temporary, lens: Any, source: Any, names: Names) -> Any:
     with torch.no_grad(), attached(lens.model, hooks):
         lens.run(lens.prompts(torch.zeros(1, 1, dtype=torch.long, device=lens.device)))
     points = firing(lens, widths, in_full, wanted)
-    taken = [
-        (name, _take(lens, directions_of(source, name), name, widths[name])) for name in points
-    ]
+    found = {name: directions_of(source, name).at(name, widths[name]) for name in points}
+    taken = [(name, _take(lens, directions, name)) for name, directions in found.items()]
     span.enter_context(attached(lens.model, taken))
-    directions = len(directions_of(source, points[0]).rows)
-    span.about = Removed(lens.model, f"{directions} of {type(source).__name__} at {few(points)}")
+    said = f"{len(found[points[0]].rows)} of {type(source).__name__} at {few(points)}"
+    span.about = Removed(lens.model, said)
     return lens.model
 
 
-def _take(lens: Any, directions: Directions, name: str, width: int) -> HookFn:
-    directions = directions.at(name, width)
-    is_own = directions.hook_name is None and width == int(lens.model.cfg.d_model)
+def _take(lens: Any, directions: Directions, name: str) -> HookFn:
+    is_own = directions.hook_name is None and directions.rows.shape[1] == lens.model.cfg.d_model
     if is_own and not is_residual(name):
         raise ArgumentError(
             f"{name} is as wide as the residual stream and holds another space (heads, a norm's "
@@ -470,7 +459,7 @@ def _refuse_within_another(model: object) -> None:
 
 
 def _prepare(lens: Any, span: Temporary) -> None:
-    if is_within_transform():
+    if compat.is_within_transform():
         raise ModelStateError(
             "this is within a torch.func transform (grad, jvp, vmap, …), and the call takes "
             "derivatives of its own. Call it outside; to differentiate through the adapted model, "

@@ -178,11 +178,7 @@ def group_sites(sites: Sequence[Site], group: Group = "site") -> Groups:
     if isinstance(group, Mapping):
         if not group:
             raise ArgumentError("group={} holds no group; name at least one.")
-        names = [site.name for site in sites]
-        return {
-            name: tuple(sorted(match_sites(names, dict.fromkeys(_globs(globs), 1.0))))
-            for name, globs in group.items()
-        }
+        return {name: chosen_sites(sites, _globs(globs)) for name, globs in group.items()}
     labels = {"site": attrgetter("name"), "layer": _layer_label, "kind": attrgetter("kind")}
     if not isinstance(group, str) or group not in labels:
         raise ArgumentError(
@@ -209,8 +205,7 @@ def _globs(globs: str | Sequence[str]) -> list[str]:
 
 
 def _layer_label(site: Site) -> str:
-    is_outside = site.kind in OUTSIDE_KINDS or site.layer < 0
-    return site.kind if is_outside else f"layer {site.layer}"
+    return site.kind if site.kind in OUTSIDE_KINDS or site.layer < 0 else f"layer {site.layer}"
 
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")

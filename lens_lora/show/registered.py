@@ -22,12 +22,7 @@ from lens_lora.results.base import SIGMAS, Paged, Ranked, Result, only_prompt
 from lens_lora.results.drawing import TokenView
 from lens_lora.show.maps import require_positions
 from lens_lora.show.page import rendered
-from lens_lora.show.tables import (
-    SITES_SHOWN,
-    attribution_heading,
-    modules_table,
-    prompts_table,
-)
+from lens_lora.show.tables import SITES_SHOWN, attribution_heading, modules_table, prompts_table
 from lens_lora.show.text import key_text, many, percent, signed
 
 # --- An attribution
@@ -168,8 +163,6 @@ def _body(result: Any) -> str:
             return f"flips at step {steps}\n{result.to_frame().to_string()}"
         case Paged():
             return drawing.story(result)
-        case results.Alignment() | results.Patchscope():
-            return result.top(5).to_string()
         case results.Intruders():
             found, every = int(result.counts.sum()), int((result.nearest >= 0).sum())
             of_sites = many(len(result.sites), "site")
@@ -190,7 +183,7 @@ def _body(result: Any) -> str:
             return f"{prompts}, {tokens}, {part}"
         case results.Components():
             return many(len(result.z_norm), "prompt")
-        case Ranked() | results.FeatureWrites():
+        case Ranked() | results.FeatureWrites() | results.Alignment() | results.Patchscope():
             return f"{result.top(k=5).to_string()}{_within_rounding(result)}"
         case _:
             return result.to_frame().to_string()

@@ -395,7 +395,7 @@ def test_bad_input_is_named(cls: str):
         ll.errors.ModelStateError, match="hook_pattern holds .* no activation by prompt"
     ):
         shift(lens, prompts, rows, "blocks.0.attn.hook_pattern")
-    with pytest.raises(ValueError, match="directions of 15 numbers, and activations of 16"):
+    with pytest.raises(ValueError, match="directions of 15 numbers, and blocks.* has 16"):
         shift(lens, prompts, rows[:, 1:], out(cls))
     for position in (2, -3):
         with pytest.raises(ValueError, match=f"positions={position}: prompt 1 has 2 tokens"):

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lens_lora as ll
-from lens_lora.engine import interventions as swap
 from lens_lora.engine import memory, read, reverse
 from lens_lora.model import bases as processing
 from lens_lora.model import gates
@@ -300,7 +299,7 @@ def test_interventions_on_more_prompts_than_fit(
         widest.append(len(some.tokens) * memory._need(lens, some).in_pass)
         return own(self, some)
 
-    monkeypatch.setattr(swap, "_share", lambda *_: 1.0)  # whole rows, not begun at their patch
+    monkeypatch.setattr(memory, "BRANCHING_PAYS", 0.0)  # whole rows, not begun at their patch
     with models.lifted():
         for name, call in calls.items():
             expected = call(lens)
