@@ -179,13 +179,13 @@ def contrast(
     sets = {"positive": _distinct(lens, positive), "negative": _distinct(lens, negative)}
     _require_apart(sets)
     plus, minus = (
-        _means(lens, rows, _chosen(rows, starts, positions, what), scale, names)
-        for what, (rows, starts) in sets.items()
+        _means(lens, rows, _chosen(rows, starts, positions, side), scale, names)
+        for side, (rows, starts) in sets.items()
     )
     values = {name: plus[name].mean(0) - minus[name].mean(0) for name in plus}
     both = {name: torch.cat([plus[name], minus[name]]) for name in plus}
     tests = {name: _held_out(plus[name], minus[name]) for name in plus}
-    modules = {name: found for name in plus if (found := _module_at(lens, name)) is not None}
+    modules = {name: place for name in plus if (place := _module_at(lens, name)) is not None}
     return Contrast(
         values={name: value.to(lens.gate_dtype) for name, value in values.items()},
         errors={name: _errors(plus[name], minus[name]).to(lens.gate_dtype) for name in plus},
@@ -291,11 +291,11 @@ def _auc(
     products: Float[Tensor, "text text"], plus: Int[Tensor, " some"], minus: Int[Tensor, " other"]
 ) -> float:
     """The share of pairs with d_ij·(m_i − m_j) > 0, from the products of all texts."""
-    between, own = products[plus][:, minus], products.diagonal()
+    between, squares = products[plus][:, minus], products.diagonal()
     n, m = len(plus) - 1, len(minus) - 1
     to_plus, to_minus = products[:, plus].sum(1), products[:, minus].sum(1)
-    of_plus = (to_plus[plus] - own[plus]) / n - to_minus[plus] / m
-    of_minus = to_plus[minus] / n - (to_minus[minus] - own[minus]) / m
+    of_plus = (to_plus[plus] - squares[plus]) / n - to_minus[plus] / m
+    of_minus = to_plus[minus] / n - (to_minus[minus] - squares[minus]) / m
     margins = of_plus[:, None] - of_minus + between * (1 / n + 1 / m)
     return float(((margins.sign() + 1) / 2).mean())
 

@@ -137,8 +137,8 @@ def alignment(lens: LoraLens, directions: Any) -> Alignment:
             "ll.feature_shift, which runs the model."
         )
     d, centred = int(lens.model.cfg.d_model), host.family.norm == "LN"
-    found = directions_of(directions)
-    rows = found.at(STREAM, d).unit(centred=centred)
+    source = directions_of(directions)
+    rows = source.at(STREAM, d).unit(centred=centred)
     chosen = [i for i, delta in enumerate(lens.maps) if not isinstance(delta, NormMap)]
     if not chosen:
         raise SiteError("the adapter changes norms alone, and no weight.")
@@ -151,7 +151,7 @@ def alignment(lens: LoraLens, directions: Any) -> Alignment:
     return Alignment(
         values=values.to(lens.gate_dtype),
         sides=tuple("write" if site.kind in WRITER_KINDS else "read" for site in sites),
-        directions=found.names,
+        directions=source.names,
         expected=(d - centred) ** -0.5,
         quantile=by_chance.quantile(QUANTILE, 1).to(lens.gate_dtype),
         sites=sites,
@@ -432,8 +432,8 @@ def patchscope(
     sizes, gate = numbers_of("scales", scales), lens.gates(number("at", at))
     if not sizes:
         raise ArgumentError("scales=[]; give at least one size.")
-    found = directions_of(vector, name).at(name, int(lens.model.cfg.d_model))
-    unit = found.unit(centred=lens.plan.host.centres_stream)
+    source = directions_of(vector, name).at(name, int(lens.model.cfg.d_model))
+    unit = source.unit(centred=lens.plan.host.centres_stream)
     if not isinstance(prompt, str):
         raise ArgumentError(f"prompt={prompt!r}: expected one text that holds the placeholder.")
     row = lens.prompts(prompt)
@@ -465,7 +465,7 @@ def patchscope(
             tuple(_text(lens, ids) for ids in by_scale) for by_scale in tokens.view(shape).tolist()
         ),
         strings=lens.vocabulary,
-        directions=found.names,
+        directions=source.names,
         scales=tuple(sizes),
         size=size,
         name=name,

@@ -494,7 +494,7 @@ def _compared(name: str, W: Tensor, M: Tensor, after: _After | None) -> MergedTe
         looks = f"neither base nor base + ΔW: off by {float((R - D).norm()) / size**0.5:.2g} ‖ΔW‖"
     else:
         near = spread + _CLOSE
-        mistakes = [what for c, what in _mistakes(after.update) if abs(ratio - c) <= near]
+        mistakes = [mistake for c, mistake in _mistakes(after.update) if abs(ratio - c) <= near]
         looks = f"base + {ratio:.2f} ΔW" if abs(ratio) > near else "the base"
         looks += f" ({'; or '.join(mistakes)})" if mistakes else ""
     return MergedTensor(name, outcome, looks, ratio, kept)

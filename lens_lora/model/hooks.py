@@ -305,10 +305,10 @@ def take_away(span: Temporary, lens: Any, source: Any, names: Names) -> Any:
     with torch.no_grad(), attached(lens.model, hooks):
         lens.run(lens.prompts(torch.zeros(1, 1, dtype=torch.long, device=lens.device)))
     points = firing(lens, widths, in_full, wanted)
-    found = {name: directions_of(source, name).at(name, widths[name]) for name in points}
-    taken = [(name, _take(lens, directions, name)) for name, directions in found.items()]
+    by_point = {name: directions_of(source, name).at(name, widths[name]) for name in points}
+    taken = [(name, _take(lens, directions, name)) for name, directions in by_point.items()]
     span.enter_context(attached(lens.model, taken))
-    said = f"{len(found[points[0]].rows)} of {type(source).__name__} at {few(points)}"
+    said = f"{len(by_point[points[0]].rows)} of {type(source).__name__} at {few(points)}"
     span.about = Removed(lens.model, said)
     return lens.model
 

@@ -59,8 +59,11 @@ def parameters_of(command):
 
 
 PARAMETERS = {c.name: parameters_of(c) for c in cli.app.registered_commands}
-# Of `inspect` a base is optional; the records of a sweep have more columns than prompts have.
-ANOTHER = [("inspect", "model"), ("sweep", "prompts"), ("inspect", "adapter"), ("diff", "adapter")]
+# Of `inspect` a base is optional, of `verify` a page; the records of a sweep have more columns than prompts have.
+ANOTHER = [
+    *(("inspect", "model"), ("sweep", "prompts"), ("verify", "report")),
+    *((command, "adapter") for command in ("inspect", "diff", "verify")),
+]
 
 
 def test_an_option_means_the_same_on_every_command():
@@ -71,7 +74,7 @@ def test_an_option_means_the_same_on_every_command():
             if name in shared and (command, name) not in ANOTHER:
                 said[name][command] = str(parameter)
     assert {name: by for name, by in said.items() if len(set(by.values())) > 1} == {}
-    assert len(said["quiet"]) == 7, "control: every command was looked at"
+    assert len(said["quiet"]) == 8, "control: every command was looked at"
 
 
 @pytest.mark.parametrize("command", PARAMETERS)
