@@ -59,7 +59,7 @@ def parameters_of(command):
 
 
 PARAMETERS = {c.name: parameters_of(c) for c in cli.app.registered_commands}
-# Of `inspect` a base is optional, of `verify` a page; the records of a sweep have more columns than prompts have.
+# Of `inspect` a base is optional, of `verify` a page; a sweep's records have more columns.
 ANOTHER = [
     *(("inspect", "model"), ("sweep", "prompts"), ("verify", "report")),
     *((command, "adapter") for command in ("inspect", "diff", "verify")),
