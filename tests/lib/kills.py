@@ -53,7 +53,7 @@ class Broken(AssertionError):
 
 def logged(log: Path) -> None:
     """Write down which prompt is begun, and which is kept, in one line each."""
-    module = sys.modules["lens_lora.sweeps.sweep"]
+    module = sys.modules["lens_lora.sweeps.batches"]
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def note(word: str, prompts: Sequence[str | None]) -> None:
