@@ -90,8 +90,8 @@ class Readable(Result):
             )
         if name is None or name not in self.readings:
             raise SiteError(
-                f"{'the point' if name is None else repr(name)} has no reading; the points of the "
-                f"residual stream among those asked for are {list(self.readings)}."
+                f"{name or self.names[0]!r} has no reading, as it is no point of the residual "
+                f"stream that was asked for; these are {list(self.readings)}."
             )
         return ranked_tokens(self.readings[name], self.strings, k, "logit", largest=largest)
 

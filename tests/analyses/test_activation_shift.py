@@ -274,7 +274,7 @@ def test_refusals():
     found = ll.activation_shift(lens, texts(), [LAST, MIDDLE])
     with pytest.raises(ll.errors.ArgumentError, match="choose one"):
         found.logit_lens()
-    with pytest.raises(ll.errors.SiteError, match="no reading"):
+    with pytest.raises(ll.errors.SiteError, match=r"'blocks\.0\.attn\.hook_z' has no reading"):
         found.logit_lens(name="blocks.0.attn.hook_z")
     with pytest.raises(ll.errors.ArgumentError, match="3 numbers"):
         found.cosine(torch.ones(3))
