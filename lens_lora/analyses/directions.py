@@ -75,7 +75,7 @@ class Alignment(Result):
     meta: Mapping[str, str]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per site and direction: value, and the random directions' mean and quantile."""
+        """One row per site and direction: value, and random directions' 1/√d and quantile."""
         labels = {**site_labels(self.sites), "side": self.sides, "quantile": self.quantile.tolist()}
         table = long_table({"value": self.values}, labels, {"direction": self.directions})
         return table.assign(expected=self.expected)
@@ -125,16 +125,16 @@ def alignment(lens: LoraLens, directions: Any) -> Alignment:
 
     Raises:
         ArgumentError: directions of another width or space, a direction of zeros or NaN.
-        ModelStateError: a model outside the table of `docs/exactness.md`, of which it is not known
-            which norm a module reads.
+        ModelStateError: a model without an entry in `families.py`, of which it is not known which
+            norm a module reads.
         SiteError: no site with a weight.
     """
     host = lens.plan.host
     if host.family.is_probed:
         raise ModelStateError(
-            f"{host.family.architectures[0]} is not in the table of docs/exactness.md, so it is "
-            "not known which norm stands between its modules and the residual stream; use "
-            "ll.feature_shift, which runs the model."
+            f"{host.family.architectures[0]} as a TransformerBridge is read from the model and has "
+            "no entry in lens_lora/families.py, so it is not known which norm stands between its "
+            "modules and the residual stream; use ll.feature_shift, which runs the model."
         )
     d, centred = int(lens.model.cfg.d_model), host.family.norm == "LN"
     source = directions_of(directions)

@@ -33,7 +33,7 @@ from lens_lora.errors import ArgumentError, ModelStateError, SiteError, TokenErr
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import HookFn, alone, attached
 from lens_lora.model.lens import LoraLens, Scale
-from lens_lora.model.sites import Names, Site, one_site, resolved
+from lens_lora.model.sites import Names, Site, one_site, require_fired, resolved
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout, token_ids
 from lens_lora.results.base import Result, long_table, only_prompt
@@ -300,7 +300,7 @@ def gradients(
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
-        ModelStateError: g does not depend on what a point named in full shows.
+        ModelStateError: a point named in full never fires, or g does not depend on what it shows.
         ArgumentError: a KL at 0, where its gradient is zero, two rows a prompt, an `at` that is no
             number, or a graph or gradients beyond the bound.
         TokenError, PromptError: a readout or prompt that does not fit the model.
@@ -315,27 +315,30 @@ def gradients(
         )
     in_full, wanted = _points(lens, names)
     aliases = _aliases(lens, wanted)
-    require_tangents(asked.lens, reading.prompts, [names[0] for names in aliases])
+    require_tangents(asked.lens, reading.prompts, [known_as[0] for known_as in aliases])
     require_graph(asked.lens, reading)
     seen: list[tuple[list[str], Tensor]] = []
 
-    def keep(names: list[str], tensor: Tensor) -> Tensor:
+    def keep(known_as: list[str], tensor: Tensor) -> Tensor:
         # A node of its own: what reads the tensor past this point counts elsewhere. Where nothing
         # before it has a gradient, the graph begins here.
         is_graphed = tensor.requires_grad
         moved = tensor.view_as(tensor) if is_graphed else tensor.detach().requires_grad_()
-        seen.append((names, moved))
+        seen.append((known_as, moved))
         return moved
 
     inject, hooks = ScaleInject(lens.plan, lens.gates(at)), _seen_by(keep, aliases)
     with torch.enable_grad(), lens.injected(inject), attached(lens.model, hooks):
         values = read_for_slopes(lens, reading)
-    points = [tensor for _, tensor in seen]
-    slopes: Any = torch.autograd.grad(values.sum(), points, allow_unused=True)
+    fired = [name for known_as, _ in seen for name in known_as]
+    require_fired(lens, fired, in_full, wanted)
+    points, slopes = [tensor for _, tensor in seen], list[Any]()
+    if values.requires_grad:  # else g depends on none of them
+        slopes = list(torch.autograd.grad(values.sum(), points, allow_unused=True))
     kept: dict[str, Tensor] = {}
-    for (names, _), slope in zip(seen, slopes, strict=True):
+    for (known_as, _), slope in zip(seen, slopes, strict=False):
         if slope is not None:  # the sum, where a point fires more than once: ln1, for q, k and v
-            kept.update({name: kept[name] + slope if name in kept else slope for name in names})
+            kept.update({name: kept[name] + slope if name in kept else slope for name in known_as})
     for name in in_full:
         if name not in kept:
             raise ModelStateError(

@@ -104,7 +104,7 @@ def verify(
             verification.save_report(report)
         running.tell(verification.story()).print(verification_table(verification))
         for option, path in outputs.items():
-            running.say(f"{option.strip('-').capitalize()}: {path.absolute()}")
+            running.say(f"{option.strip('-')}: {path.absolute()}")
     raise typer.Exit(verification.exit_code)
 
 

@@ -254,7 +254,7 @@ def _neutral_checks(lens: LoraLens, max_kl: float | None, progress: bool) -> lis
     largest, floor = (float((kl / counts)[counts > 0].max()) for kl in (sums, floors))
     mean, mean_floor = (float(kl.sum() / counts.sum()) for kl in (sums, floors))
     outcome: Outcome = "passed" if largest > floor else "undecided"
-    facts = f"KL up to {largest:.2g} nats per token", f"above {floor:.1g}, as rounding makes"
+    facts = f"KL up to {largest:.2g} nats per token", f"above rounding, {floor:.1g}"
     effect, measured = Check(EFFECT, outcome, *facts, value=largest), f"{mean:.3g} nats per token"
     if max_kl is None:
         return [effect, Check(KL, "not asked", measured, value=mean)]

@@ -474,6 +474,19 @@ def firing(
     Raises:
         ModelStateError: a point that never fires, or whose value the adapted model never computes.
     """
+    points = require_fired(lens, fired, in_full, wanted)
+    lens.plan.require_update(points)
+    return points
+
+
+def require_fired(
+    lens: Any, fired: Container[str], in_full: Sequence[str], wanted: Sequence[str]
+) -> tuple[str, ...]:
+    """The wanted points that fire, among them all whose names were given in full.
+
+    Raises:
+        ModelStateError: one that never fires.
+    """
     dead = [name for name in in_full if name not in fired]
     points = tuple(name for name in wanted if name in fired)
     if dead or not points:
@@ -489,7 +502,6 @@ def firing(
         raise ModelStateError(
             f"{few(dead or wanted)}: the hook point exists but never fires in a forward pass; {why}"
         )
-    lens.plan.require_update(points)
     return points
 
 

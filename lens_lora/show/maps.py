@@ -525,12 +525,14 @@ def contrast_figure(contrast: results.Contrast) -> Figure:
 def alignment_figure(alignment: results.Alignment, index: int) -> Figure:
     """Layer × kind of module, of one direction."""
     values, limits = alignment.values[:, index].tolist(), alignment.quantile.tolist()
-    expected = f"random: {alignment.expected:.3f}, 99 % below"
     says = [
-        f"{side}s {percent(value)} of ‖ΔW‖ along it<br>{expected} {limit:.3f}"
+        f"{side}s {percent(value)} of ‖ΔW‖ along it<br>99 % of random directions: below {limit:.3f}"
         for side, value, limit in zip(alignment.sides, values, limits, strict=True)
     ]
-    titles = f"ΔW along {alignment.directions[index]!r}", f"written or read; {expected}"
+    below = (
+        f"what each writes or reads along it, of ‖ΔW‖; random directions: {alignment.expected:.3f}"
+    )
+    titles = f"ΔW along {alignment.directions[index]!r}", below
     return figures.kinds_by_layer(titles, alignment.sites, values, says, "‖vᵀΔW‖/‖ΔW‖", "amount")
 
 

@@ -46,7 +46,7 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
     require_positions(attribution)
     index = only_prompt(prompt, len(attribution.base), "positions")
     try:
-        from circuitsvis import tokens as drawing_of  # pyright: ignore[reportMissingImports]
+        from circuitsvis import tokens as circuitsvis_tokens  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise LensLoraError(
             "token_view draws with circuitsvis, which is not installed; pip install circuitsvis, "
@@ -57,7 +57,9 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
     values = attribution.values[index].cpu().double().nansum([0, *others])[: len(tokens)].tolist()
     reach = max(map(abs, values), default=0.0) or 1.0
     escaped = [str(escape(token)) for token in tokens]
-    drawn: Any = drawing_of.colored_tokens(escaped, values, min_value=-reach, max_value=reach)
+    drawn: Any = circuitsvis_tokens.colored_tokens(
+        escaped, values, min_value=-reach, max_value=reach
+    )
     # The div is written as if it closed itself, which HTML does not know: it would swallow the
     # rest of the page.
     picture = drawn.local_src.replace("/>", "></div>", 1)

@@ -261,7 +261,9 @@ def verification_table(verification: results.Verification, *, every: bool = Fals
 def verification_report(verification: results.Verification, *, title: str | None = None) -> str:
     """The page of a verification, as a string."""
     measured = [c for c in verification.checks if c.value == c.value and c.outcome != "failed"]
-    lines = verification.story().split("\n") + [f"{c.name}: {c.measured}." for c in measured]
+    lines = verification.story().split("\n") + [
+        f"{c.name[0].upper()}{c.name[1:]}: {c.measured}." for c in measured
+    ]
     counts = Counter(check.outcome for check in verification.checks)
     numbers = [(str(counts[outcome]), f"checks {outcome}") for outcome in _OUTCOMES]
     merged = [tensor for tensor in verification.tensors if tensor.ratio == tensor.ratio]

@@ -137,10 +137,22 @@ def test_what_is_refused(cls: str):
 
 
 @pytest.mark.parametrize("cls", models.MAKERS)
-def test_a_point_that_shows_a_copy_is_refused(cls: str):
-    """The control: a hook that cuts the graph behind a point leaves nothing to say there."""
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_point_that_never_fires_is_named(cls: str, is_frozen: bool):
+    """Whether or not the model's weights would have a gradient of their own."""
     lens, tokens = cases.case("llama", cls, "raw").lens, models.tokens()
+    never = "blocks.0.attn.hook_result"
+    assert never in lens.model.hook_dict
     first, last = block_inputs(lens)
-    cut = attached(lens.model, [(last, lambda tensor, hook: tensor.detach())])
-    with cut, pytest.raises(ll.errors.ModelStateError, match="does not depend"):
-        ll.gradients(lens, tokens, MARGIN, first)
+    weights = [p for p in lens.model.parameters() if p.requires_grad] if is_frozen else []
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        with pytest.raises(ll.errors.ModelStateError, match="hook_result.* never fires"):
+            ll.gradients(lens, tokens, MARGIN, [first, never])
+        cut = attached(lens.model, [(last, lambda tensor, hook: tensor.detach())])
+        with cut, pytest.raises(ll.errors.ModelStateError, match="does not depend"):
+            ll.gradients(lens, tokens, MARGIN, first)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)

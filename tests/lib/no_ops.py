@@ -204,6 +204,11 @@ def _lost_head(out: Path) -> list[str]:
     return _merged(out)
 
 
+def _zero_alpha(out: Path) -> list[str]:
+    set_config(out / "adapter", lora_alpha=0)
+    return []
+
+
 def _rslora(out: Path) -> list[str]:
     shutil.rmtree(out)
     ship(out, use_rslora=True)
@@ -223,6 +228,7 @@ NO_OPS = {
     "zero B of one": NoOp(
         "B is zero in one module", lambda out: _zero(out, "1.mlp.down"), 1, "1.mlp.down_proj",
     ),
+    "zero α": NoOp("α is zero", _zero_alpha, 2, "lora_alpha is 0"),
     "other size": NoOp("another size of the same family", _other_size, 1, "16→16, the model 32→"),
     "base": NoOp(
         f"a merge that is the base, byte for byte ([unsloth 869]({UNSLOTH}/869))",
