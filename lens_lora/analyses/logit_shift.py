@@ -332,9 +332,9 @@ def gradients(
         values = read_for_slopes(lens, reading)
     fired = [name for known_as, _ in seen for name in known_as]
     require_fired(lens, fired, in_full, wanted)
-    points, slopes = [tensor for _, tensor in seen], list[Any]()
+    points, slopes = [tensor for _, tensor in seen], tuple[Tensor | None, ...]()
     if values.requires_grad:  # else g depends on none of them
-        slopes = list(torch.autograd.grad(values.sum(), points, allow_unused=True))
+        slopes += torch.autograd.grad(values.sum(), points, allow_unused=True)
     kept: dict[str, Tensor] = {}
     for (known_as, _), slope in zip(seen, slopes, strict=False):
         if slope is not None:  # the sum, where a point fires more than once: ln1, for q, k and v
