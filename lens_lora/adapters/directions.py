@@ -213,8 +213,8 @@ def _of_autoencoder(source: Any, indices: Any) -> Directions:
 
 
 def _finite(rows: Tensor) -> Tensor:
-    if not torch.isfinite(rows).all():
-        raise ArgumentError("the directions hold NaN or infinite numbers.")
+    if rows.is_meta or not torch.isfinite(rows).all():
+        raise ArgumentError("the directions hold NaN or infinite numbers, or none (device meta).")
     return rows.detach()
 
 

@@ -103,8 +103,9 @@ def verify(
         if report is not None:
             verification.save_report(report)
         running.tell(verification.story()).print(verification_table(verification))
-        for option, path in outputs.items():
-            running.say(f"{option.strip('-')}: {path.absolute()}")
+        for label, path in zip(("JSON", "JUnit", "Report"), wanted.values(), strict=True):
+            if path is not None:
+                running.say(f"{label}: {path.absolute()}")
     raise typer.Exit(verification.exit_code)
 
 

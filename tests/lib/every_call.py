@@ -118,7 +118,7 @@ CALLS: dict[str, Call] = {
     ),
     "reliability": lambda lens, t: ll.reliability(lens, t, MARGIN, **QUIET),
     "null_test": lambda lens, t: ll.null_test(lens, t, MARGIN, draws=2, **QUIET),
-    "alignment": lambda lens, t: ll.alignment(lens, torch.eye(lens.model.cfg.d_model)[:2]),
+    "alignment": lambda lens, t: ll.alignment(lens, _directions(lens)),
     "intruders": lambda lens, t: ll.intruders(lens, k=2, **QUIET),
     "contrast": lambda lens, t: ll.contrast(
         lens, t, t.roll(1, 1), "blocks.*.hook_resid_post"
