@@ -14,6 +14,7 @@ from real import ADAPTER, DOC, PRE, PROMPT, hugging_face, lens
 import lens_lora as ll
 from lens_lora.engine import noise
 from lens_lora.model.build import hooked_model
+from lens_lora.readouts.neutral import neutral_sentences
 
 pytestmark = pytest.mark.real
 
@@ -95,9 +96,9 @@ def test_a_floor_counts_the_rounding_of_every_block(monkeypatch: pytest.MonkeyPa
     with models.lifted():
         wide = copy.deepcopy(half).double()
         high = ll.LoraLens(hooked_model(wide, tokenizer, kind=kind)[0], adapter)
-    texts = [PROMPT, "The Eiffel Tower is in the city of", "Paris is known for"]
-    texts += ["Water boils at a temperature of", "Once upon a time there was a"]
-    readouts = [ll.Logit(word) for word in (" the", " London", PRE)]
+    # Readouts of one text err together, and a floor of four draws is itself uncertain: many texts.
+    texts = [" ".join(text.split()[:5]) for text in neutral_sentences()[:16]]
+    readouts = [ll.Logit(PRE)]
     ratios = errors_in_floors(low, high, texts, readouts)
     whole = noise.of_stream
     monkeypatch.setattr(noise, "of_stream", lambda *args, **named: whole(*args, **named)[:1])

@@ -25,7 +25,7 @@ LIMITS = {
     # 1,780 went (imports of whole modules, results from named parts, pictures and commands that say
     # each thing once), and gradients, spreads of directions (170), verify (590) and directions,
     # contrast and what is done with them (810) came.
-    "code lines": 25_776,
+    "code lines": 25_777,
     "docstring lines": 8_793,
     "modules with one reader": 25,
     "modules at the root": 6,
