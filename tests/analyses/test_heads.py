@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from functools import partial
 
 import architectures
@@ -12,6 +10,7 @@ import cases
 import models
 import pytest
 import torch
+from heads import features, margin, swapped
 from torch import Tensor
 
 import lens_lora as ll
@@ -21,21 +20,6 @@ ROUND_OFF = 1e-9
 MARGIN, TOKENS = ll.Margin(5, 9), models.tokens()
 DIRECTIONS = ("base_to_adapted", "adapted_to_base")
 EACH = {"heads": "each", "progress": False}
-_SPLIT = {"qkvz"[i]: f"self_attn.{name}_proj" for i, name in enumerate("qkvo")}
-_LLAMA = ("model.layers.{}", _SPLIT)
-LAYERS = {
-    **dict.fromkeys(("llama", "gemma2", "Qwen3-MoE", "gpt-oss", "OLMo 2"), _LLAMA),
-    "gpt2": ("transformer.h.{}.attn", dict.fromkeys("qkv", "c_attn") | {"z": "c_proj"}),
-    "neox": (
-        "gpt_neox.layers.{}.attention",
-        dict.fromkeys("qkv", "query_key_value") | {"z": "dense"},
-    ),
-    "Falcon": (
-        "transformer.h.{}.self_attention",
-        dict.fromkeys("qkv", "query_key_value") | {"z": "dense"},
-    ),
-}
-WIDTH = 4
 
 
 @pytest.fixture
@@ -47,55 +31,12 @@ def _float64():
 pytestmark = pytest.mark.usefixtures("_float64")
 
 
-def features(family: str, kind: str, head: int, heads: int) -> slice:
-    """Where a head of q, k, v or z is, in what the module that holds it makes or reads."""
-    start = head
-    if family == "gpt2" and kind != "z":  # q | k | v
-        start += heads * "qkv".index(kind)
-    if family == "Falcon" and kind != "z":  # four of q, one of k, one of v
-        start += {"q": 0, "k": 4, "v": 5}[kind]
-    if family == "neox" and kind != "z":  # q, k, v of one head after another
-        start = 3 * head + "qkv".index(kind)
-    return slice(start * WIDTH, (start + 1) * WIDTH)
-
-
-@contextlib.contextmanager
-def touched(module: torch.nn.Module, kind: str, change) -> Iterator[None]:
-    """Within the block `change` maps what holds the heads: an output, or the input of o."""
-    if kind == "z":
-        handle = module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
-    else:
-        handle = module.register_forward_hook(lambda _, args, out: change(out))
-    with contextlib.closing(contextlib.ExitStack()) as stack:
-        stack.callback(handle.remove)
-        yield
-
-
-def margin(peft, tokens: Tensor, adapted: bool) -> Tensor:
-    with torch.no_grad(), contextlib.nullcontext() if adapted else peft.disable_adapter():
-        logits = peft(tokens).logits[:, -1]
-    return logits[:, 5] - logits[:, 9]
-
-
-def expected(peft, family: str, layer: int, kind: str, where, direction: str) -> Tensor:
-    """What features of one module do, from two runs of PEFT's model and nothing of ours."""
-    prefix, names = LAYERS[family]
-    path = f"{prefix.format(layer)}.{names[kind]}"
-    module, is_donor = peft.base_model.model.get_submodule(path), direction == "adapted_to_base"
-    kept: list[Tensor] = []
-    with touched(module, kind, lambda x: (kept.append(x.clone()), x)[1]):
-        margin(peft, TOKENS, is_donor)
-
-    def put(x: Tensor) -> Tensor:
-        x = x.clone()
-        for part in where:
-            x[..., part] = kept[0][..., part]
-        return x
-
-    with touched(module, kind, put):
-        patched = margin(peft, TOKENS, not is_donor)
-    plain = margin(peft, TOKENS, not is_donor)
-    return patched - plain if is_donor else plain - patched
+def expected(peft, family: str, where, direction: str) -> Tensor:
+    """What (layer, kind, features) do, from runs of PEFT's model and nothing of ours."""
+    into = "adapted" if direction == "base_to_adapted" else "base"
+    plain = margin(peft, TOKENS, adapted=into == "adapted")
+    patched = swapped(peft, family, TOKENS, where, into=into)
+    return plain - patched if into == "adapted" else patched - plain
 
 
 CASES = [
@@ -129,8 +70,8 @@ def held_against_peft(held, family: str, kinds: str, direction: str) -> None:
     largest = 0.0
     for layer, (kind, heads) in itertools.product((0, 1), counts.items()):
         for head in range(heads):
-            where = [features(family, kind, head, heads)]
-            truth = expected(held.peft, family, layer, kind, where, direction)
+            where = [(layer, kind, features(family, kind, head, heads))]
+            truth = expected(held.peft, family, where, direction)
             ours = rows[f"blocks.{layer}.attn.hook_{kind}[{head}]"]
             assert (ours - truth).abs().max() < ROUND_OFF, (layer, kind, head)
             largest = max(largest, float(truth.abs().max()))
@@ -151,8 +92,8 @@ def test_the_oracle_sees_another_head(cls: str):
     held = cases.case("llama", cls, "raw")
     effects = ll.patch_activations(held.lens, TOKENS, MARGIN, "blocks.0.attn.hook_z", **EACH)
     whole = ll.patch_activations(held.lens, TOKENS, MARGIN, "blocks.0.attn.hook_z", progress=False)
-    truth = partial(expected, held.peft, "llama", 0, "z", direction="base_to_adapted")
-    parts = [features("llama", "z", head, 4) for head in range(4)]
+    truth = partial(expected, held.peft, "llama", direction="base_to_adapted")
+    parts = [(0, "z", features("llama", "z", head, 4)) for head in range(4)]
     assert (whole.values[:, 0] - truth(where=parts)).abs().max() < ROUND_OFF
     for head in range(4):
         for other in ([parts[head - 1]], parts):
