@@ -233,7 +233,7 @@ Positions = Literal["each"] | int | slice | Sequence[int] | None
 Direction = Literal["base_to_adapted", "adapted_to_base"]
 _Positions = Literal["each"] | slice | list[int] | None
 _DONOR_AND_RECIPIENT = {"base_to_adapted": (0.0, 1.0), "adapted_to_base": (1.0, 0.0)}
-_IN_BLOCK, _HEAD = re.compile(r"blocks\.(\d+)\.(.+)"), re.compile(r"\[(\d+)\]$")
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 # An effect below a thousandth of the shift, or below 64 roundings of the readout, may be none at
 # all: then the point is tried with noise.
 _SMALL, _ROUNDINGS = 1e-3, 64
@@ -291,15 +291,13 @@ class ActivationEffects(Ranked):
         frame = frame.dropna(subset="effect", ignore_index=True)
         if self.by_position:
             tokens = tokens_at(self.str_tokens, frame["prompt"], frame["position"])
-            frame.insert(list(frame).index("position") + 1, "token", tokens)
+            frame.insert(5, "token", tokens)
         return frame
 
     @property
     def _labels(self) -> dict[str, Any]:
         layers, hooks = zip(*self.places, strict=True)
-        labels = {"name": self.names, "layer": pd.array(layers, dtype="Int64"), "hook": hooks}
-        heads = [_HEAD.search(name) for name in self.names]
-        return labels | ({"head": [int(head[1]) for head in heads if head]} if all(heads) else {})
+        return {"name": self.names, "layer": pd.array(layers, dtype="Int64"), "hook": hooks}
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each hook point's effect, or that of each of its positions."""
@@ -396,8 +394,6 @@ def patch_activations(
         NumericsError: a non-finite readout.
     """
     donor_scale, scale = _DONOR_AND_RECIPIENT[word("direction", direction, _DONOR_AND_RECIPIENT)]
-    if heads is not None:
-        word("heads", heads, ["each"])
     chosen, asked = _checked(positions), ask(lens, prompts, readout)
     reading = asked.reading
     masks = _masks(chosen, asked.prompts, reading)
@@ -407,7 +403,7 @@ def patch_activations(
     if chosen is not None:
         interventions.require_positions(lens, reading.prompts, donor, points, donor_scale)
     rows: list[tuple[str, str, Tensor | None]] = [(name, name, None) for name in points]
-    if heads is not None:
+    if heads is not None and word("heads", heads, ["each"]):
         parts = interventions.head_parts(lens, donor, points).items()
         rows = [(f"{n}[{i}]", n, part) for n, split in parts for i, part in enumerate(split)]
     patches = [
@@ -442,10 +438,9 @@ def _require_heard(
     lens, ends = asked.lens, asked.ends
     rounding = _ROUNDINGS * torch.finfo(lens.dtype).eps * float(ends.abs().max())
     least = max(_SMALL * float((ends[1] - ends[0]).abs().max()), rounding)
-    largest = dict.fromkeys(points, 0.0)
-    for name, size in zip(points, values.abs().amax((0, 2)).tolist(), strict=True):
-        largest[name] = max(largest[name], size)
-    doubtful = [name for name, size in largest.items() if size <= least]
+    is_heard = (values.abs().amax((0, 2)) > least).tolist()
+    heard = {name for name, is_it in zip(points, is_heard, strict=True) if is_it}
+    doubtful = [name for name in dict.fromkeys(points) if name not in heard]
     silent = unheard(lens, asked.reading.prompts.row(0), scale, doubtful) if doubtful else []
     if silent:
         raise ModelStateError(

@@ -149,8 +149,7 @@ def _head_hooks(
         rows, heads = tensor.flatten(2), lens.heads.of(kind)
         if rows.shape[-1] != heads * lens.heads.d_head:
             raise _unknown_heads(name)
-        changed = change(name, kind, rows.unflatten(2, (heads, -1)))
-        return changed.reshape(tensor.shape)
+        return change(name, kind, rows.unflatten(2, (heads, -1))).reshape(tensor.shape)
 
     points = head_points(lens, _QKV)
     return [(at, functools.partial(hook_fn, block_reader(at), kind)) for at, kind in points.items()]

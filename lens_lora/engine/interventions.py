@@ -346,7 +346,7 @@ def require_positions(
 
 
 def head_parts(
-    lens: LoraLens, donor: Recording, points: Sequence[str]
+    lens: LoraLens, donor: Recording, points: Iterable[str]
 ) -> dict[str, list[Bool[Tensor, "row 1 feature"]]]:
     """Of each hook point where each head is, for `Patch`.
 
@@ -360,10 +360,10 @@ def head_parts(
         count = lens.plan.host.heads_at_hooks.of(kinds.get(id(hooked[name]), ""))
         shape = donor.firings[name][0].shape
         if not count or shape[2:].numel() != count * width:
-            why = f"not {count} heads of {width}" if count else "is none of q, k, v and z"
             raise ModelStateError(
-                f"{name} holds a tensor {tuple(shape)} and {why}, so it cannot be split by head; "
-                f"name others ({', '.join(list(known)[:4])}, …), or patch all of it: heads=None."
+                f"{name} holds a tensor {tuple(shape)}, which is not all heads of q, k, v or z, of "
+                f"width {width} each, so it cannot be split by head; name points such as "
+                f"{', '.join(list(known)[:4])}, or patch all of it: heads=None."
             )
         owner = torch.arange(count * width).expand(shape[0], 1, -1) // width
         parts[name] = [owner == head for head in range(count)]
@@ -384,31 +384,31 @@ def head_points(lens: LoraLens, kinds: Iterable[str] = "qkvo") -> dict[str, str]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadMasks:
-    """g of the base where each head's z is moved to the adapted model's: z + m_h (z(1) − z).
-
-    Attributes:
-        heads: of each hook point of z how many it holds; a mask has them one after another.
-    """
+    """g of the base where each head's z is moved to the adapted model's: z + m_h (z(1) − z)."""
 
     lens: LoraLens
     reading: Reading
-    heads: dict[str, int]
 
-    @classmethod
-    def of(cls, lens: LoraLens, reading: Reading) -> HeadMasks:
-        """Over the heads of every block with attention. One forward pass of a prompt.
+    @functools.cached_property
+    def _runs(self) -> list[tuple[Reading, Recording]]:
+        """The prompts in groups, with the adapted model's z of each."""
+        groups, points = memory.graph_groups(self.lens, self.reading), head_points(self.lens, "o")
+        return [(group, record(self.lens, group.prompts, 1.0, points)) for group in groups]
+
+    @functools.cached_property
+    def _heads(self) -> dict[str, int]:
+        """Of each hook point of z how many it holds; a mask has them one after another."""
+        donor = self._runs[0][1]
+        return {n: len(p) for n, p in head_parts(self.lens, donor, donor.firings).items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """'blocks.3.attn.hook_z[5]', in the order of a mask.
 
         Raises:
             ModelStateError: a block whose heads are laid out otherwise.
         """
-        donor = record(lens, reading.prompts.row(0), 1.0, head_points(lens, "o"))
-        parts = head_parts(lens, donor, list(donor.firings))
-        return cls(lens, reading, {name: len(split) for name, split in parts.items()})
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """'blocks.3.attn.hook_z[5]', in the order of a mask."""
-        return tuple(f"{name}[{i}]" for name, count in self.heads.items() for i in range(count))
+        return tuple(f"{name}[{i}]" for name, count in self._heads.items() for i in range(count))
 
     def values(self, masks: Float[Tensor, "point head"]) -> Float[Tensor, "batch point"]:
         """g under each mask. At most a forward pass a mask, batched.
@@ -451,17 +451,10 @@ class HeadMasks:
         width = self.lens.heads.d_head
 
         def move(held: Tensor, mask: Tensor, tensor: Tensor, hook: Any) -> Tensor:
-            del hook
             weights = mask.to(tensor).repeat_interleave(width, 1).view(-1, 1, *tensor.shape[2:])
             others = held.repeat_interleave(len(tensor) // len(held), 0)
             return tensor.lerp(others, weights.expand_as(tensor))
 
-        parts = zip(self.heads, masks.split(list(self.heads.values()), 1), strict=True)
+        parts = zip(self._heads, masks.split(list(self._heads.values()), 1), strict=True)
         held = {name: firings[-1] for name, firings in donor.firings.items()}
         return [(name, functools.partial(move, held[name], mask)) for name, mask in parts]
-
-    @functools.cached_property
-    def _runs(self) -> list[tuple[Reading, Recording]]:
-        """The prompts in groups, with the adapted model's z of each."""
-        groups = memory.graph_groups(self.lens, self.reading)
-        return [(group, record(self.lens, group.prompts, 1.0, self.heads)) for group in groups]

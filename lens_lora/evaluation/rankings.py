@@ -55,7 +55,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lens_lora.analyses.first_order import first_order_of, squared_norms
-from lens_lora.analyses.patching import ActivationEffects
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.engine.asked import Asked, ask
@@ -75,7 +74,7 @@ from lens_lora.results.attribution import Attribution
 from lens_lora.results.base import SIGMAS, Measured, header, site_labels
 from lens_lora.results.effects import Effects
 
-Scores = Attribution | Effects | ActivationEffects | Float[Tensor, "*batch site"]
+Scores = Attribution | Effects | Float[Tensor, "*batch site"]
 Over = Literal["sites", "heads"]
 MOST_GREEDY = 40  # sites: 820 forward passes a prompt
 
@@ -90,8 +89,6 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
         return {attribution.key: attribution}
     if isinstance(attribution, Tensor):
         return {"given": attribution}
-    if isinstance(attribution, ActivationEffects):
-        return {"patch_activations": attribution}
     if not isinstance(attribution, Mapping):
         raise ArgumentError(
             f"{attribution!r} ranks nothing; pass an Attribution, Effects, a tensor [site], or "
@@ -108,62 +105,48 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
 
 
 def scores_towards(
-    asked: Asked,
-    given: Mapping[str, Scores],
-    *,
-    baselines: bool,
-    names: Sequence[str] | None = None,
+    asked: Asked, given: Mapping[str, Scores], *, baselines: bool
 ) -> dict[str, Float[Tensor, "batch site"]]:
     """Each score · sign(shift), so that the largest pushes furthest the way the adapter moved g.
-
-    The scores are of the sites, or of what else has these names.
 
     Raises:
         ArgumentError: scores of something else.
     """
     base, adapted = asked.ends
     towards = (adapted - base).sign()[:, None].to(float64_device(asked.lens.device))
-    names = [site.name for site in asked.lens.sites] if names is None else names
-    scores = {
-        name: _values_of(name, score, asked, names) * towards for name, score in given.items()
-    }
+    scores = {name: _values_of(name, score, asked) * towards for name, score in given.items()}
     if baselines:
         scores[keys.WEIGHT_NORM] = weight_norms(asked.lens).expand(asked.reading.batch, -1)
         scores[keys.UPDATE_NORM] = update_norms(asked)
     return scores
 
 
-def _values_of(
-    name: str, score: Scores, asked: Asked, names: Sequence[str]
-) -> Float[Tensor, "batch site"]:
-    """The score as one number per prompt and site, or what else has the names.
+def _values_of(name: str, score: Scores, asked: Asked) -> Float[Tensor, "batch site"]:
+    """The score as one number per prompt and site.
 
     Raises:
-        ArgumentError: it is of others, of other prompts or another readout, or not finite.
+        ArgumentError: it is of other sites, prompts or of another readout, or not finite.
     """
-    if not isinstance(score, Tensor):
-        score = score.attribution() if isinstance(score, Effects) else score
-        _require_of(name, score, asked, names)
-        score = score.values if isinstance(score, ActivationEffects) else score.per_site
-    batch, count = asked.reading.batch, len(names)
-    if score.shape not in ((count,), (batch, count)):
+    if isinstance(score, Effects):
+        score = score.attribution()
+    if isinstance(score, Attribution):
+        _require_of(name, score, asked)
+        score = score.per_site
+    batch, sites = asked.reading.batch, len(asked.lens.sites)
+    if score.shape not in ((sites,), (batch, sites)):
         raise ArgumentError(
-            f"{name}: scores {tuple(score.shape)}; expected [{count}], or [{batch}, {count}], one "
-            f"for each of {names[0]}, … in this order."
+            f"{name}: scores {tuple(score.shape)}; expected [{sites}], or [{batch}, {sites}], one "
+            "per site in the order of lens.sites."
         )
     if not torch.isfinite(score).all():
         raise ArgumentError(f"{name}: scores are not all finite, so they rank nothing.")
-    return in_float64(score.detach().to(asked.lens.device)).expand(batch, count)
+    return in_float64(score.detach().to(asked.lens.device)).expand(batch, sites)
 
 
-def _require_of(
-    name: str, score: Attribution | ActivationEffects, asked: Asked, names: Sequence[str]
-) -> None:
+def _require_of(name: str, score: Attribution, asked: Asked) -> None:
     texts = [["".join(tokens) for tokens in result.str_tokens] for result in (score, asked)]
-    by_head = isinstance(score, ActivationEffects)
-    scored = list(score.names) if by_head else [site.name for site in score.sites]
     facts = {
-        "names": (scored, list(names)),
+        "sites": ([s.name for s in score.sites], [s.name for s in asked.lens.sites]),
         "prompts": texts,
         "readout": (score.readout, asked.readout.label),
     }
@@ -391,10 +374,9 @@ class BestSubset(Measured):
         return drawing.figure(self, count)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per size: how many, what they keep (also held out), and what found them."""
+        """One row per size: how many, what they keep, held out as well, and what found them."""
         columns = {"count": self.counts, "kept": self.kept.tolist()}
-        columns |= {"held_out": self.kept_held_out.tolist()} if self.held_out else {}
-        columns |= {"found_by": self.found_by}
+        columns |= {"kept_held_out": self.kept_held_out.tolist(), "found_by": self.found_by}
         return pd.DataFrame({"fraction": self.fractions.tolist(), **columns})
 
 
@@ -429,9 +411,8 @@ def best_subset(
         over: 'sites', whose updates the base gets; or 'heads', whose z it gets from the adapted
             model at all positions, of every block with attention.
         held_out: indices of prompts that the search does not see: `kept_held_out` judges on them.
-        starts: of these prompts and this readout: attributions, effects (by head those of
-            `patch_activations` from adapted to base), tensors, or {name: any of these}, whose tops
-            (in the mean over prompts) the search also begins at.
+        starts: of sites, these prompts and this readout: attributions, effects, tensors, or {name:
+            any of these}, whose tops (in the mean over prompts) the search also begins at.
         steps: how often the gates are moved.
         progress: show a bar.
 
@@ -449,7 +430,9 @@ def best_subset(
     counts = _counts(over, len(names), size, k)
     _require_shift(asked, search_on)
     given = {} if starts is None else named(starts)
-    scores = scores_towards(asked, given, baselines=False, names=names)
+    if given and over == "heads":
+        raise ArgumentError("starts are scores of sites; leave them out with over='heads'.")
+    scores = scores_towards(asked, given, baselines=False)
     total = steps * len(counts)
     with tqdm(total=total, desc="best subset", leave=False, disable=not progress) as bar:
         search = _Search(asked, over, search_on, steps, bar)
@@ -550,9 +533,9 @@ _Runs = Callable[[Tensor], Tensor]  # gates → g, or its slopes, of each prompt
 
 
 def _gates_of(lens: LoraLens, reading: Reading, over: Over) -> tuple[tuple[str, ...], _Runs, _Runs]:
-    """What has a gate, g of many gate vectors, and the slopes at one."""
+    """What has a gate; of each prompt, g at many gate vectors, and the slopes at one."""
     if over == "heads":
-        masks = HeadMasks.of(lens, reading)
+        masks = HeadMasks(lens, reading)
         return masks.names, masks.values, masks.slopes
     return (
         tuple(site.name for site in lens.sites),

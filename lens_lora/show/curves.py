@@ -203,8 +203,7 @@ def best_subset_figure(subset: results.BestSubset, count: int | None = None) -> 
     together = curve(sizes, kept, name, EXACT, f"%{{hovertext}}: {_KEPT}", width=2.5, marker={})
     figure.add_trace(together.update(hovertext=texts))
     if subset.held_out:
-        shares = _percentages(subset.kept_held_out.tolist())
-        said = f"held out, %{{x:.3g}}% of the {subset.over}: {_KEPT}"
+        shares, said = _percentages(subset.kept_held_out.tolist()), f"held out: {_KEPT}"
         figure.add_trace(curve(sizes, shares, "held-out prompts", LINEAR, said, marker={}))
     figure.add_hline(y=100, line={"color": NOISE, "width": 1})
     heading = f"What the best sets of {len(subset.names)} {subset.over} keep of the shift"

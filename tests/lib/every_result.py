@@ -67,6 +67,7 @@ def activation_shift() -> ll.results.ActivationShift:
         first=dict.fromkeys(names, values[:, 0]), sinks=sinks, counted=counted,
         readings={names[0]: torch.tensor([0.5, -1.0])}, strings=("a", "<b>"), at="ε = 1",
         distinct=counted, str_tokens=((" a", " b", " c"), (" d", " e")), meta=META,
+        token_readings={names[0]: values[..., :2]},
     )  # fmt: skip
 
 
@@ -283,7 +284,7 @@ def of_directions() -> list[Result]:
         ),
         ll.results.Patchscope(
             ids=torch.tensor([[[0, 1]], [[1, 0]]]), probabilities=p,
-            plain=torch.tensor([0.75, 0.25]),
+            plain=torch.tensor([0.75, 0.25]), readings=torch.tensor([[0.5, -1.0]] * 2),
             continuations=(("a a",), ("<b>",)), strings=names, directions=names, scales=(1.0,),
             size=3.0, name="blocks.0.hook_resid_post", prompt=("a", "<b>"), position=1, at=0.0,
             meta=META,
