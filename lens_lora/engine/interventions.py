@@ -31,6 +31,7 @@ from lens_lora.engine import memory
 from lens_lora.engine.function import in_chunks, more_copies, require_finite, row_by_row
 from lens_lora.engine.read import read_for_slopes, read_logits, read_value
 from lens_lora.errors import ModelStateError
+from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import HookFn, attached
 from lens_lora.model.lens import LoraLens, Scale
 from lens_lora.readouts.prompts import Prompts
@@ -420,8 +421,7 @@ class HeadMasks:
         for group, donor in self._runs:
             chunks: list[Tensor] = []
             for few in masks.split(memory.rows_at_once(lens, group)):
-                hooks = self._hooks(donor, few.repeat(len(group.owner), 1))
-                with torch.no_grad(), lens.adapted(0.0), attached(lens.model, hooks):
+                with torch.no_grad(), self._moved(donor, few.repeat(len(group.owner), 1)):
                     by_row = read_value(lens, group.repeat(len(few)))
                 chunks.append(by_row.unflatten(0, (group.batch, -1)))
             values.append(torch.cat(chunks, 1))
@@ -439,16 +439,15 @@ class HeadMasks:
             by_row = mask.repeat(len(group.owner), 1).requires_grad_()
             is_long = memory.must_rerun(lens, group)
             rerun = memory.blocks_rerun(lens) if is_long else contextlib.nullcontext()
-            hooks = attached(lens.model, self._hooks(donor, by_row))
-            with torch.enable_grad(), rerun, lens.adapted(0.0), hooks:
+            with torch.enable_grad(), rerun, self._moved(donor, by_row):
                 value = read_for_slopes(lens, group)
                 slopes.append(group.by_prompt(torch.autograd.grad(value.sum(), by_row)[0]))
         require_finite(torch.cat(slopes), "the slope of a head")
         return torch.cat(slopes)
 
-    def _hooks(self, donor: Recording, masks: Tensor) -> list[tuple[str, HookFn]]:
+    def _moved(self, donor: Recording, masks: Tensor) -> contextlib.AbstractContextManager[None]:
         """Rows r0 r0 … r1 r1 …, each under a mask of its own."""
-        width = self.lens.heads.d_head
+        width, plan = self.lens.heads.d_head, self.lens.plan
 
         def move(held: Tensor, mask: Tensor, tensor: Tensor, hook: Any) -> Tensor:
             weights = mask.to(tensor).repeat_interleave(width, 1).view(-1, 1, *tensor.shape[2:])
@@ -457,4 +456,5 @@ class HeadMasks:
 
         parts = zip(self._heads, masks.split(list(self._heads.values()), 1), strict=True)
         held = {name: firings[-1] for name, firings in donor.firings.items()}
-        return [(name, functools.partial(move, held[name], mask)) for name, mask in parts]
+        hooks = [(name, functools.partial(move, held[name], mask)) for name, mask in parts]
+        return self.lens.injected(ScaleInject(plan, self.lens.gates(0.0)), before=hooks)
