@@ -86,6 +86,32 @@ def edges(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
     edge_values(lens, MARGIN.over(lens.model, prompts), lens.gates(0.0), progress=False)
 
 
+def contrast(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    """These prompts against as many others of the same length."""
+    others = ll.Prompts(prompts.tokens.roll(1, 1), prompts.lengths)
+    ll.contrast(lens, prompts, others, "blocks.15.hook_resid_post")
+
+
+def path_patches(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    """Twenty pairs, with writers in all layers."""
+    sites = lens.sites[:: max(1, len(lens.sites) // 20)][:20]
+    pairs = [(site.name, "logits") for site in sites]
+    ll.patch_edges(lens, prompts, MARGIN, pairs, progress=False)
+
+
+def patchscope(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    """A vector for each prompt, at four sizes and five new tokens, in a text of as many tokens."""
+    vectors = torch.eye(int(lens.model.cfg.d_model))[: prompts.batch]
+    text = f"cat{' cat' * (prompts.tokens.shape[1] - 3)} ? ->"
+    ll.patchscope(lens, vectors, "blocks.15.hook_resid_post", prompt=text)
+
+
+def heads(lens: ll.LoraLens, prompts: ll.Prompts) -> None:
+    """Each head of z of one block in three: 90 patches."""
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(0, 30, 3)]
+    ll.patch_activations(lens, prompts, MARGIN, names, heads="each", progress=False)
+
+
 def tokens(count: int) -> Run:
     """The logits of so many tokens, every site, by reverse."""
     return lambda lens, prompts: ll.logit_shift(
@@ -138,6 +164,10 @@ QUICK = [
         "≤ 1.45 FB",
     ),
     Work("all edges of 61 readers", edges, target="≤ 1 FB + 3 F"),
+    Work("patch_edges, a pair of 20", path_patches, target="≤ 1.2 F", share=0.05),
+    Work("gradients, every hook point", lambda lens, p: ll.gradients(lens, p, MARGIN), "FB"),
+    Work("contrast, as many prompts on each side", contrast),
+    Work("patchscope, a size and new token of 20", patchscope, share=0.05),
     Work("2 tokens, all sites", tokens(2), target="≤ 3.1 F"),
     Work("8 tokens, all sites", tokens(8), target="≤ 8.5 F"),
     Work("16 tokens, all sites", tokens(16), target="≤ 15.7 F"),
@@ -166,5 +196,6 @@ SLOW = [
         lambda lens, p: ll.fact_margin(lens, p, " Lyon", " Paris", progress=False),
         target="≤ 13 F at 8",
     ),
+    Work("a head of z, of 90 patched alone", heads, target="≤ 1 F", share=1 / 90),
     Work("the whole H", hessian, "FB", "≤ 60 FB at 8, ≤ 185 FB at 64"),
 ]

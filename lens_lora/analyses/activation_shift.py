@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, final
+from typing import Annotated, Any, Literal, final
 
 import pandas as pd
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lens_lora.adapters.directions import Directions, directions_of, is_residual, is_stream
+from lens_lora.arguments import word
 from lens_lora.engine.activations import sinks_among
 from lens_lora.engine.asked import ask_prompts
 from lens_lora.engine.function import require_finite
@@ -39,6 +40,7 @@ from lens_lora.results.base import Drawn, Result, only_prompt, prompt_rows, toke
 from lens_lora.results.tokens import chosen_positions, held_out_share, ranked_tokens
 
 Positions = int | slice | Sequence[int] | None
+By = Literal["position"] | None
 _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
 
 
@@ -81,6 +83,11 @@ class Readable(Result):
             SiteError: no such point here, or one outside the residual stream.
             ArgumentError: several points and none named.
         """
+        row = self.readings[self._read_at(name)]
+        return ranked_tokens(row, self.strings, k, "logit", largest=largest)
+
+    def _read_at(self, name: str | None) -> str:
+        """The point of this name, or the only one, if it has a reading."""
         if name is None and len(self.readings) == 1:
             name = next(iter(self.readings))
         if name is None and self.readings:
@@ -93,7 +100,7 @@ class Readable(Result):
                 f"{name or self.names[0]!r} has no reading, as it is no point of the residual "
                 f"stream that was asked for; these are {list(self.readings)}."
             )
-        return ranked_tokens(self.readings[name], self.strings, k, "logit", largest=largest)
+        return name
 
 
 @final
@@ -112,6 +119,8 @@ class ActivationShift(Readable, Drawn):
             tokens: means over several texts are over these.
         at: the gates of h(1).
         str_tokens: each text's tokens.
+        token_readings: by point of the residual stream [batch, token, vocab], Δh of each token in
+            logits; empty where it was not asked for.
         readings, strings, meta: of the mean Δh, see `Readable`.
     """
 
@@ -123,6 +132,42 @@ class ActivationShift(Readable, Drawn):
     distinct: Bool[Tensor, "batch token"]
     at: str
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch token"]
+    token_readings: Mapping[str, Float[Tensor, "batch token vocab"]]
+
+    def logit_lens(
+        self, k: int = 10, name: str | None = None, *, largest: bool = True, by: By = None
+    ) -> pd.DataFrame:
+        """The k tokens that the mean Δh reads as, as `Readable.logit_lens`; or Δh of each token.
+
+        Args:
+            k: how many.
+            name: a point of the residual stream; without it, the only one.
+            largest: False for the tokens that it lowers most.
+            by: 'position' for k tokens at each position of each text, sinks as well.
+
+        Returns:
+            A data frame: rank, token, id, logit; by position, before them prompt, position and
+            `at`, the text's own token there.
+
+        Raises:
+            SiteError: no such point here, or one outside the residual stream.
+            ArgumentError: several points and none named; by position, a shift that was computed
+                without it; another `by`.
+        """
+        if by is None:
+            return super().logit_lens(k, name, largest=largest)
+        if word("by", by, ["position"]) and not self.token_readings:
+            raise ArgumentError(
+                "Δh of single tokens was not read here; use activation_shift(…, by='position')."
+            )
+        read, strings = self.token_readings[self._read_at(name)], self.strings
+        rows = [
+            {"prompt": prompt, "position": i, "at": token, **row}
+            for prompt, tokens in enumerate(self.str_tokens)
+            for i, (token, x) in enumerate(zip(tokens, read[prompt], strict=False))
+            for row in ranked_tokens(x, strings, k, "logit", largest=largest).to_dict("records")
+        ]
+        return pd.DataFrame(rows).dropna(ignore_index=True)
 
     @property
     def by_point(self) -> dict[str, Float[Tensor, " _d"]]:
@@ -256,6 +301,7 @@ def activation_shift(
     positions: Positions = None,
     scale: Scale = 1.0,
     sinks: bool = False,
+    by: By = None,
 ) -> ActivationShift:
     """Δh at hook points, of each token of each text and in the mean. Two forward passes.
 
@@ -270,16 +316,18 @@ def activation_shift(
             count from its end, and those beyond a text are not there.
         scale: the gates of h(1), as for `LoraLens.gates`.
         sinks: count sinks in the means too.
+        by: 'position' to read Δh of each token in logits, too, at points of the residual stream:
+            an unembedding, and a logit of every token of the vocabulary, for each.
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
         ModelStateError: a point that never fires, holds no activations by position, or lies between
             a site's input and output.
-        ArgumentError: positions at which no text has a token that is counted.
+        ArgumentError: positions at which no text has a token that is counted, another axis.
         PromptError: a text that does not fit the model.
         NumericsError: non-finite activations.
     """
-    rows = ask_prompts(lens, texts).prompts
+    rows, by_token = ask_prompts(lens, texts).prompts, by and word("by", by, ["position"])
     wanted = _wanted(positions, rows)
     base: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
@@ -298,14 +346,20 @@ def activation_shift(
             "size), and sinks are left out of means; ask for other positions, or with sinks=True."
         )
     distinct = torch.from_numpy(first_of_each(beginnings(rows).numpy(), counted.numpy()))
+    shown = {n: shift.masked_fill(~wanted[..., None], torch.nan) for n, shift in shifts.items()}
     return ActivationShift(
-        values={n: shift.masked_fill(~wanted[..., None], torch.nan) for n, shift in shifts.items()},
+        values=shown,
         base_norms=norms,
         first={name: shift[:, 0].clone() for name, shift in shifts.items()},
         sinks=found_sinks,
         counted=counted,
         distinct=distinct,
         **readable(lens, ((name, h[distinct], base[name][distinct]) for name, h in shifts.items())),
+        token_readings={
+            name: read_through(lens, over_scale(lens, h, base[name])).cpu()
+            for name, h in shown.items()
+            if by_token and is_stream(name)
+        },
         at=name_of_scale(scale),
         str_tokens=lens.str_tokens(rows),
     )

@@ -34,6 +34,7 @@ from lens_lora.compat import in_float64
 from lens_lora.engine.function import require_finite
 from lens_lora.engine.interventions import record
 from lens_lora.engine.read import read_logits
+from lens_lora.engine.texts import over_scale, read_through
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.basis import NormMap, Update
 from lens_lora.model.hooks import HookFn, alone, attached
@@ -42,6 +43,7 @@ from lens_lora.model.sites import WRITER_KINDS, Site, chosen_sites, firing, know
 from lens_lora.readouts.prompts import Prompts, require_context
 from lens_lora.results import drawing
 from lens_lora.results.base import Result, long_table, site_labels
+from lens_lora.results.tokens import ranked_tokens
 
 _DRAWS, QUANTILE = 2000, 0.99
 IDENTITY = "cat -> cat; 135 -> 135; hello -> hello; ? ->"
@@ -102,10 +104,14 @@ class Alignment(Result):
         Raises:
             ArgumentError: no such direction.
         """
-        direction = self.directions[0] if direction is None else direction
-        if direction not in self.directions:
-            raise ArgumentError(f"direction={direction!r}; these are {list(self.directions)[:6]}.")
-        return drawing.figure(self, self.directions.index(direction))
+        return drawing.figure(self, _direction(self.directions, direction))
+
+
+def _direction(names: Sequence[str], name: str | None) -> int:
+    """The index of a direction; without a name of the first."""
+    if name is not None and name not in names:
+        raise ArgumentError(f"direction={name!r}; these are {list(names)[:6]}.")
+    return 0 if name is None else names.index(name)
 
 
 @alone
@@ -330,6 +336,7 @@ class Patchscope(Result):
         probabilities: theirs.
         plain: [vocab], the probabilities of the next token with nothing put in place.
         continuations: by direction and scale, the likeliest tokens one after another.
+        readings: [direction, vocab], what each vector says by itself, in logits (`logit_lens`).
         strings: every token of the vocabulary.
         directions: their names.
         scales: the sizes of the vector, in mean sizes of h at the other tokens.
@@ -345,6 +352,7 @@ class Patchscope(Result):
     probabilities: Float[Tensor, "direction scale rank"]
     plain: Float[Tensor, " vocab"]
     continuations: Annotated[tuple[tuple[str, ...], ...], "direction"]
+    readings: Float[Tensor, "direction vocab"]
     strings: Annotated[tuple[str, ...], "vocab"]
     directions: Annotated[tuple[str, ...], "direction"]
     scales: Annotated[tuple[float, ...], "scale"]
@@ -371,6 +379,28 @@ class Patchscope(Result):
             for s, scale in enumerate(self.scales)
         ]
         return pd.DataFrame(rows, columns=["direction", "scale", "tokens", "continuation"])
+
+    def logit_lens(
+        self, k: int = 10, direction: str | None = None, *, largest: bool = True
+    ) -> pd.DataFrame:
+        """The k tokens that a vector reads as, with the layers after the point left out.
+
+        It alone goes through the final norm, by its own size, and the unembedding; no bias counts.
+
+        Args:
+            k: how many.
+            direction: its name; without it, the first.
+            largest: False for the tokens that it lowers most, or that a singular vector, whose sign
+                is free, reads as the other way round.
+
+        Returns:
+            A data frame: rank, token, id, logit.
+
+        Raises:
+            ArgumentError: no such direction; a k that is no whole number, or below 0.
+        """
+        row = self.readings[_direction(self.directions, direction)]
+        return ranked_tokens(row, self.strings, k, "logit", largest=largest)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per direction, scale and token."""
@@ -402,7 +432,8 @@ def patchscope(
     Args:
         lens: the adapter over the model.
         vector: [d], [direction, d], {label: either}, a Contrast or ActivationShift with this hook
-            point, (autoencoder, indices), or a column of B (`lens.delta_w(site).U.T`).
+            point, (autoencoder, indices), or what a site writes: `lens.delta_w(site).U.T`, the
+            left singular vectors of its ΔW, the first of the largest.
         name: a point of the residual stream.
         scales: sizes of the vector there, in mean ‖h‖ of the prompt's other tokens; negative ones
             turn it round.
@@ -461,6 +492,7 @@ def patchscope(
         ids=best.indices.view(shape),
         probabilities=best.values.view(shape),
         plain=plain,
+        readings=read_through(lens, over_scale(lens, unit * size, unit * size)),
         continuations=tuple(
             tuple(_text(lens, ids) for ids in by_scale) for by_scale in tokens.view(shape).tolist()
         ),

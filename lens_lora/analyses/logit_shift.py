@@ -357,9 +357,10 @@ def _points(lens: LoraLens, names: Names | None) -> tuple[tuple[str, ...], Seque
 
 def _aliases(lens: LoraLens, names: Sequence[str]) -> list[list[str]]:
     """The names of each hook point."""
-    aliases: dict[int, list[str]] = {}
+    # A TransformerBridge puts its hook points together anew whenever they are asked for.
+    points, aliases = lens.model.hook_dict, dict[int, list[str]]()
     for name in names:
-        aliases.setdefault(id(lens.model.hook_dict[name]), []).append(name)
+        aliases.setdefault(id(points[name]), []).append(name)
     return list(aliases.values())
 
 

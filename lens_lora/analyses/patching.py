@@ -16,10 +16,10 @@
    with the texts run on the base, or on the adapted model (`engine/activations.py`). The same for
    one rank of a site, σ_j u_j v_jᵀx of the SVD of its ΔW (`model/basis.py`).
 3. An activation h comes from the other model, the donor, which runs once. The recipient runs once
-   for each patch, as rows of a batch: at one hook point, and one position, several of them, or all
-   (`engine/interventions.py`). In an adapted recipient the updates stay live: a patch at or before
-   a site's input changes its δ, and a patch at its output replaces W z + δ, as in a model of the
-   merged weights.
+   for each patch, as rows of a batch: at one hook point, or one head of q, k, v or z there, and one
+   position, several of them, or all (`engine/interventions.py`). In an adapted recipient the
+   updates stay live: a patch at or before a site's input changes its δ, and a patch at its output
+   replaces W z + δ, as in a model of the merged weights.
 4. Points without an effect are tried with noise: where that has none either, the model ignores the
    value that a hook leaves there, and the call raises an error.
 """
@@ -244,13 +244,14 @@ _SMALL, _ROUNDINGS = 1e-3, 64
 class ActivationEffects(Ranked):
     """What replacing one activation by the other model's does to a readout, in its units.
 
-    `plot` is hook point × position, or layer × hook point.
+    `plot` is hook point × position, or layer × hook point, or layer × head.
 
     Attributes:
         values: [batch, name], or [batch, name, position] where each position was patched alone;
             NaN where a prompt has no such position. Positive where the adapted model's activation
             raises the readout.
-        names: hook points.
+        names: hook points; where each head was patched alone 'blocks.3.attn.hook_z[5]', with the
+            heads of keys and values at k and v.
         direction: 'base_to_adapted', g(1) − g(patched), or 'adapted_to_base', g(patched) − g(0).
         positions: the positions patched: 'all', 'each', or indices, together.
         noise_floor: [batch], σ of an effect from rounding alone; None where it was not measured.
@@ -282,7 +283,7 @@ class ActivationEffects(Ranked):
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per prompt, hook point and existing position: effect, share of the shift."""
+        """One row per prompt, hook point (or head of it) and existing position: effect, share."""
         axes = [{"prompt": range(len(self.values))}, self._labels]
         if self.by_position:
             axes.append({"position": range(self.values.shape[2])})
@@ -354,13 +355,14 @@ def patch_activations(
     *,
     direction: Direction = "base_to_adapted",
     positions: Positions = None,
+    heads: Literal["each"] | None = None,
     progress: bool = True,
 ) -> ActivationEffects:
     """What one activation carries of the shift: replaced by the other model's, at each hook point.
 
-    Cost: three forward passes, four for the noise floor, and one per name (and position with
-    'each'), batched; rows begin at the block in which they patch, where the model's batch may grow
-    (not Bloom and OPT on a Bridge). One short pass more for positions, and one for each name
+    Cost: three forward passes, four for the noise floor, and one per name (and position, and head,
+    with 'each'), batched; rows begin at the block in which they patch, where the model's batch may
+    grow (not Bloom and OPT on a Bridge). One short pass more for positions, and one for each name
     without an effect.
 
     Args:
@@ -373,18 +375,22 @@ def patch_activations(
         positions: None for the whole sequence at once; 'each' for one number per position; an
             index, a slice, or indices, replaced together. They count within each prompt, negative
             ones from its own end; an answer's tokens, after the prompt, are in None and 'each'.
+        heads: 'each' for one number per head, at hook points of q, k, v and z. The other heads keep
+            what they have; with grouped queries k and v have as many heads as there are groups.
         progress: show a bar.
 
     Returns:
-        ActivationEffects with values [batch, name], or [batch, name, position] with 'each' (NaN
-        where a prompt has no such position), in the readout's units.
+        ActivationEffects with values [batch, name], or [batch, name, position] with 'each' position
+        (NaN where a prompt has no such position), in the readout's units; with heads a name for
+        each head.
 
     Raises:
         SiteError: a hook point that the model lacks, with the nearest names.
         ModelStateError: a point that never fires, whose value the model ignores, that does not
             hold activations by prompt (and by position, with positions), or that lies between a
-            site's input and output, where the adapted model's value does not exist.
-        ArgumentError: a position outside a prompt, another direction.
+            site's input and output, where the adapted model's value does not exist; with heads, one
+            that is none of q, k, v and z, or whose heads are laid out otherwise.
+        ArgumentError: a position outside a prompt, another direction, other heads.
         NumericsError: a non-finite readout.
     """
     donor_scale, scale = _DONOR_AND_RECIPIENT[word("direction", direction, _DONOR_AND_RECIPIENT)]
@@ -396,20 +402,28 @@ def patch_activations(
     points = model_sites.firing(lens, donor.firings, in_full, wanted)
     if chosen is not None:
         interventions.require_positions(lens, reading.prompts, donor, points, donor_scale)
-    patches = [interventions.Patch(name, mask) for name in points for mask in masks]
+    rows: list[tuple[str, str, Tensor | None]] = [(name, name, None) for name in points]
+    if heads is not None and word("heads", heads, ["each"]):
+        parts = interventions.head_parts(lens, donor, points).items()
+        rows = [(f"{n}[{i}]", n, part) for n, split in parts for i, part in enumerate(split)]
+    patches = [
+        interventions.Patch(name, mask if part is None else part if mask is None else mask & part)
+        for _, name, part in rows
+        for mask in masks
+    ]
     base, adapted = asked.ends[..., None, None]
     patched = interventions.patched_readout(
         lens, reading, donor, patches, donor_scale=donor_scale, scale=scale, progress=progress
-    ).unflatten(1, (len(points), -1))
+    ).unflatten(1, (len(rows), -1))
     values = adapted - patched if direction == "base_to_adapted" else patched - base
-    _require_heard(asked, scale, points, values)
+    _require_heard(asked, scale, [name for _, name, _ in rows], values)
     if chosen == "each":
         # Positions that some row of a prompt has.
         exists = reading.by_prompt(reading.prompts.real.float()).to(values.device) > 0
         values = values.masked_fill(~exists[:, None], float("nan"))
     return ActivationEffects(
         values=values if chosen == "each" else values[..., 0],
-        names=points,
+        names=tuple(label for label, _, _ in rows),
         direction=direction,
         positions=_label(chosen),
         noise_floor=asked.effect_noise(scale),
@@ -424,8 +438,9 @@ def _require_heard(
     lens, ends = asked.lens, asked.ends
     rounding = _ROUNDINGS * torch.finfo(lens.dtype).eps * float(ends.abs().max())
     least = max(_SMALL * float((ends[1] - ends[0]).abs().max()), rounding)
-    largest = values.abs().amax((0, 2)).tolist()
-    doubtful = [name for name, size in zip(points, largest, strict=True) if size <= least]
+    is_heard = (values.abs().amax((0, 2)) > least).tolist()
+    heard = {name for name, is_it in zip(points, is_heard, strict=True) if is_it}
+    doubtful = [name for name in dict.fromkeys(points) if name not in heard]
     silent = unheard(lens, asked.reading.prompts.row(0), scale, doubtful) if doubtful else []
     if silent:
         raise ModelStateError(
@@ -448,19 +463,19 @@ def _checked(positions: object) -> _Positions:
 
 def _masks(
     positions: _Positions, prompts: Prompts, reading: Reading
-) -> list[Bool[Tensor, "row pos"] | None]:
+) -> list[Bool[Tensor, "row pos 1"] | None]:
     """The masks to patch under, one for each number of the result."""
     if positions is None:
         return [None]
     real = reading.prompts.real.cpu()
     if positions == "each":
         slots = torch.arange(real.shape[1])
-        return [real & (slots == slot) for slot in slots]
+        return [(real & (slots == slot))[..., None] for slot in slots]
     mask = torch.zeros_like(real)
     lengths = prompts.lengths.tolist()
     for row, owner in enumerate(reading.owner.tolist()):
         mask[row, _indices(positions, lengths[owner], owner)] = True
-    return [mask]
+    return [mask[..., None]]
 
 
 def _indices(positions: slice | list[int], length: int, prompt: int) -> list[int]:

@@ -30,7 +30,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -43,13 +42,14 @@ from lens_lora.compat import Temporary, temporary
 from lens_lora.engine import memory
 from lens_lora.engine.duals import dual_forward
 from lens_lora.engine.function import bar_of, in_chunks, require_finite
+from lens_lora.engine.interventions import head_points
 from lens_lora.engine.read import read_for_slopes, read_value, run_without_logits
 from lens_lora.engine.reverse import Slopes, joined, tapped
 from lens_lora.errors import ArgumentError, ModelStateError
 from lens_lora.model.bridged import is_linear, unwrapped
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import HookFn, add_pre_hook, add_to_module, attached
-from lens_lora.model.host import COPIED_INPUTS, Ports
+from lens_lora.model.host import COPIED_INPUTS
 from lens_lora.model.lens import LoraLens
 from lens_lora.readouts.prompts import Prompts
 from lens_lora.readouts.reading import Reading
@@ -145,20 +145,14 @@ def _head_hooks(
 ) -> list[tuple[str, HookFn]]:
     """Hooks where q, k and v of every block are complete: (attention, kind, tensor) → tensor."""
 
-    def hook_fn(name: str, kind: str, ports: Ports, tensor: Tensor, hook: Any) -> Tensor:
-        rows, heads = ports.in_rows(tensor).flatten(2), lens.heads.of(kind)
+    def hook_fn(name: str, kind: str, tensor: Tensor, hook: Any) -> Tensor:
+        rows, heads = tensor.flatten(2), lens.heads.of(kind)
         if rows.shape[-1] != heads * lens.heads.d_head:
             raise _unknown_heads(name)
-        changed = change(name, kind, rows.unflatten(2, (heads, -1)))
-        return ports.as_at_point(changed.flatten(2), tensor)
+        return change(name, kind, rows.unflatten(2, (heads, -1))).reshape(tensor.shape)
 
-    hooks: list[tuple[str, HookFn]] = []
-    for layer, kind in itertools.product(range(lens.plan.host.n_layers), _QKV):
-        ports = lens.plan.host.ports(layer, kind)
-        if ports.write in lens.model.hook_dict:
-            hook = functools.partial(hook_fn, f"blocks.{layer}.attn", kind, ports)
-            hooks.append((ports.write, hook))
-    return hooks
+    points = head_points(lens, _QKV)
+    return [(at, functools.partial(hook_fn, block_reader(at), kind)) for at, kind in points.items()]
 
 
 def _unknown_heads(name: str) -> ModelStateError:

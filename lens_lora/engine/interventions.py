@@ -14,8 +14,10 @@ forward passes of a few tokens a point for `unheard`, batched.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -27,8 +29,9 @@ from tqdm import tqdm
 from lens_lora.compat import in_float64
 from lens_lora.engine import memory
 from lens_lora.engine.function import in_chunks, more_copies, require_finite, row_by_row
-from lens_lora.engine.read import read_logits, read_value
+from lens_lora.engine.read import read_for_slopes, read_logits, read_value
 from lens_lora.errors import ModelStateError
+from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import HookFn, attached
 from lens_lora.model.lens import LoraLens, Scale
 from lens_lora.readouts.prompts import Prompts
@@ -113,11 +116,12 @@ class Patch:
 
     Attributes:
         name: the hook point.
-        where: [row, pos], the positions that are replaced; None for the whole tensor.
+        where: the positions, and the features (last axes laid flat), that are replaced; an axis of
+            one entry stands for all. None for the whole tensor.
     """
 
     name: str
-    where: Bool[Tensor, "row pos"] | None
+    where: Bool[Tensor, "row _pos _feature"] | None
 
     def cut(self, rows: slice, width: int) -> Patch:
         """The same in some of the rows, which are padded to this width."""
@@ -133,7 +137,7 @@ class _Swap:
     rows: int
     patched: Int[Tensor, " patch"]
     donor_rows: Int[Tensor, " patch"]
-    where: Bool[Tensor, "patch pos"] | None
+    where: Bool[Tensor, "patch _pos _feature"] | None
     fired: int = 0
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
@@ -149,8 +153,8 @@ class _Swap:
         patched = self.patched.to(out.device)
         values = donor[(self.donor_rows % len(donor)).to(donor.device)]
         if self.where is not None:
-            mask = self.where.to(out.device).view(*self.where.shape, *[1] * (out.ndim - 2))
-            values = torch.where(mask, values, out[patched])
+            sides = values.flatten(2), out[patched].flatten(2)
+            values = torch.where(self.where.to(out.device), *sides).view(values.shape)
         out[patched] = values
         return out
 
@@ -337,3 +341,120 @@ def require_positions(
                 "position (attention patterns have the heads there), so single positions cannot be "
                 "told apart; leave this point out, or patch all of it with positions=None."
             )
+
+
+# --- Heads
+
+
+def head_parts(
+    lens: LoraLens, donor: Recording, points: Iterable[str]
+) -> dict[str, list[Bool[Tensor, "row 1 feature"]]]:
+    """Of each hook point where each head is, for `Patch`.
+
+    Raises:
+        ModelStateError: a point that is none of q, k, v and z, or of heads laid out otherwise.
+    """
+    hooked, known, width = lens.model.hook_dict, head_points(lens), lens.heads.d_head
+    kinds = {id(hooked[point]): kind for point, kind in known.items()}
+    parts: dict[str, list[Tensor]] = {}
+    for name in points:
+        count = lens.plan.host.heads_at_hooks.of(kinds.get(id(hooked[name]), ""))
+        shape = donor.firings[name][0].shape
+        if not count or shape[2:].numel() != count * width:
+            raise ModelStateError(
+                f"{name} holds a tensor {tuple(shape)}, which is not all heads of q, k, v or z, of "
+                f"width {width} each, so it cannot be split by head; name points such as "
+                f"{', '.join(list(known)[:4])}, or patch all of it: heads=None."
+            )
+        owner = torch.arange(count * width).expand(shape[0], 1, -1) // width
+        parts[name] = [owner == head for head in range(count)]
+    return parts
+
+
+def head_points(lens: LoraLens, kinds: Iterable[str] = "qkvo") -> dict[str, str]:
+    """The hook points of q, k, v and z ('o', which reads it) → the kind of module."""
+    points, host, known = dict[str, str](), lens.plan.host, lens.model.hook_dict
+    for layer, kind in itertools.product(range(host.n_layers), kinds):
+        ports = host.ports(layer, kind)
+        point = (ports.read if kind == "o" else ports.write) or ""
+        usual = f"blocks.{layer}.attn.hook_{'z' if kind == 'o' else kind}"
+        if point in known:
+            points[usual if known.get(usual) is known[point] else point] = kind
+    return points
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadMasks:
+    """g of the base where each head's z is moved to the adapted model's: z + m_h (z(1) − z)."""
+
+    lens: LoraLens
+    reading: Reading
+
+    @functools.cached_property
+    def _runs(self) -> list[tuple[Reading, Recording]]:
+        """The prompts in groups, with the adapted model's z of each."""
+        groups, points = memory.graph_groups(self.lens, self.reading), head_points(self.lens, "o")
+        return [(group, record(self.lens, group.prompts, 1.0, points)) for group in groups]
+
+    @functools.cached_property
+    def _heads(self) -> dict[str, int]:
+        """Of each hook point of z how many it holds; a mask has them one after another."""
+        donor = self._runs[0][1]
+        return {n: len(p) for n, p in head_parts(self.lens, donor, donor.firings).items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """'blocks.3.attn.hook_z[5]', in the order of a mask.
+
+        Raises:
+            ModelStateError: a block whose heads are laid out otherwise.
+        """
+        return tuple(f"{name}[{i}]" for name, count in self._heads.items() for i in range(count))
+
+    def values(self, masks: Float[Tensor, "point head"]) -> Float[Tensor, "batch point"]:
+        """g under each mask. At most a forward pass a mask, batched.
+
+        Raises:
+            NumericsError: a non-finite readout.
+        """
+        lens, values = self.lens, list[Tensor]()
+        for group, donor in self._runs:
+            chunks: list[Tensor] = []
+            for few in masks.split(memory.rows_at_once(lens, group)):
+                with torch.no_grad(), self._moved(donor, few.repeat(len(group.owner), 1)):
+                    by_row = read_value(lens, group.repeat(len(few)))
+                chunks.append(by_row.unflatten(0, (group.batch, -1)))
+            values.append(torch.cat(chunks, 1))
+        require_finite(torch.cat(values), "the patched readout")
+        return torch.cat(values)
+
+    def slopes(self, mask: Float[Tensor, " head"]) -> Float[Tensor, "batch head"]:
+        """∂g/∂m. One forward and one backward pass.
+
+        Raises:
+            NumericsError: a slope that is not finite.
+        """
+        lens, slopes = self.lens, list[Tensor]()
+        for group, donor in self._runs:
+            by_row = mask.repeat(len(group.owner), 1).requires_grad_()
+            is_long = memory.must_rerun(lens, group)
+            rerun = memory.blocks_rerun(lens) if is_long else contextlib.nullcontext()
+            with torch.enable_grad(), rerun, self._moved(donor, by_row):
+                value = read_for_slopes(lens, group)
+                slopes.append(group.by_prompt(torch.autograd.grad(value.sum(), by_row)[0]))
+        require_finite(torch.cat(slopes), "the slope of a head")
+        return torch.cat(slopes)
+
+    def _moved(self, donor: Recording, masks: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Rows r0 r0 … r1 r1 …, each under a mask of its own."""
+        width, plan = self.lens.heads.d_head, self.lens.plan
+
+        def move(held: Tensor, mask: Tensor, tensor: Tensor, hook: Any) -> Tensor:
+            weights = mask.to(tensor).repeat_interleave(width, 1).view(-1, 1, *tensor.shape[2:])
+            others = held.repeat_interleave(len(tensor) // len(held), 0)
+            return tensor.lerp(others, weights.expand_as(tensor))
+
+        parts = zip(self._heads, masks.split(list(self._heads.values()), 1), strict=True)
+        held = {name: firings[-1] for name, firings in donor.firings.items()}
+        hooks = [(name, functools.partial(move, held[name], mask)) for name, mask in parts]
+        return self.lens.injected(ScaleInject(plan, self.lens.gates(0.0)), before=hooks)

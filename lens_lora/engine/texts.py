@@ -226,14 +226,15 @@ def over_scale(
     return _centred(lens, shift) / _scale(lens, base)
 
 
-def read_through(lens: LoraLens, mean: Float[Tensor, " d"]) -> Float[Tensor, " vocab"]:
-    """W_U γ ⊙ m of a mean m of `over_scale`, in logits."""
-    both = torch.stack([mean, torch.zeros_like(mean)])[None].to(lens.device, lens.dtype)
+def read_through(lens: LoraLens, mean: Float[Tensor, "*token d"]) -> Float[Tensor, "*token vocab"]:
+    """W_U γ ⊙ m of a mean m of `over_scale`, or of several, in logits."""
+    rows = mean.reshape(-1, mean.shape[-1])
+    both = torch.stack([rows, torch.zeros_like(rows)]).to(lens.device, lens.dtype)
     with torch.no_grad():
-        normed, zero = lens.model.ln_final(both)[0]
-        final = (normed - zero) * _scale(lens, mean).to(normed)
-        read, bias = lens.model.unembed(torch.stack([final, torch.zeros_like(final)])[None])[0]
-    return (read - bias).to(lens.gate_dtype)
+        normed, zero = lens.model.ln_final(both)
+        final = (normed - zero) * _scale(lens, rows).to(normed)
+        read, bias = lens.model.unembed(torch.stack([final, torch.zeros_like(final)]))
+    return (read - bias).to(lens.gate_dtype).view(*mean.shape[:-1], -1)
 
 
 def _centred(lens: LoraLens, values: Tensor) -> Tensor:

@@ -194,18 +194,21 @@ def best_subset_figure(subset: results.BestSubset, count: int | None = None) -> 
     several = len(subset.str_tokens) > 1
     by_prompt = zip(subset.str_tokens, subset.kept_by_prompt.T.tolist(), strict=True)
     for number, (tokens, shares) in enumerate(by_prompt if several else ()):
-        said = f"“{label(short_prompt(tokens))}”<br>%{{x:.3g}}% of the sites: {_KEPT}"
+        said = f"“{label(short_prompt(tokens))}”<br>%{{x:.3g}}% of the {subset.over}: {_KEPT}"
         line = curve(sizes, _percentages(shares), "each prompt", NOISE, said, width=1)
         figure.add_trace(line.update(legendgroup="each", showlegend=number == 0))
     sets = zip(subset.counts, subset.found_by, strict=True)
-    texts = [f"{size} sites, found by {method}" for size, method in sets]
+    texts = [f"{size} {subset.over}, found by {method}" for size, method in sets]
     kept, name = _percentages(subset.kept.tolist()), "all prompts together" if several else "kept"
     together = curve(sizes, kept, name, EXACT, f"%{{hovertext}}: {_KEPT}", width=2.5, marker={})
     figure.add_trace(together.update(hovertext=texts))
+    if subset.held_out:
+        shares, said = _percentages(subset.kept_held_out.tolist()), f"held out: {_KEPT}"
+        figure.add_trace(curve(sizes, shares, "held-out prompts", LINEAR, said, marker={}))
     figure.add_hline(y=100, line={"color": NOISE, "width": 1})
-    heading = f"What the best sets of {len(subset.sites)} sites keep of the shift"
+    heading = f"What the best sets of {len(subset.names)} {subset.over} keep of the shift"
     titles = heading, f"the best found, {subset.readout} · {whose(None, subset.str_tokens)}"
-    axes = "size of the set, % of the sites", "kept, % of the shift"
+    axes = f"size of the set, % of the {subset.over}", "kept, % of the shift"
     return finish(figure, titles, axes, showlegend=several, xaxis={"rangemode": "tozero"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -150,16 +151,23 @@ def effects_figure(effects: results.Effects, prompt: int | None = None) -> Figur
 
 
 def members_figure(subset: results.BestSubset, row: int) -> Figure:
-    """Which sites are in one of the best sets."""
+    """Which sites, or heads, are in one of the best sets."""
     members, kept = subset.members[row].tolist(), percent(float(subset.kept[row]))
-    heading = f"{subset.counts[row]} of {len(subset.sites)} sites keep {kept} of the shift"
+    heading = f"{subset.counts[row]} of {len(subset.names)} {subset.over} keep {kept} of the shift"
+    if subset.held_out:
+        heading += f", held out {percent(float(subset.kept_held_out[row]))}"
     below = f"the best set found, {subset.readout} · {whose(None, subset.str_tokens)}"
     says = ["in the set" if is_member else "not in the set" for is_member in members]
     values = list(map(float, members))
-    figure = figures.kinds_by_layer(
-        (heading, below), subset.sites, values, says, "", "amount", reach=1.0
-    )
+    places = subset.sites if subset.over == "sites" else list(map(_of_head, subset.names))
+    figure = figures.kinds_by_layer((heading, below), places, values, says, "", "amount", reach=1.0)
     return figure.update_traces(showscale=False)
+
+
+def _of_head(name: str) -> types.SimpleNamespace:
+    """'blocks.3.attn.hook_z[5]' as if it were a site."""
+    _, layer, rest = name.split(".", 2)
+    return types.SimpleNamespace(name=name, module="z of one head", layer=int(layer), kind=rest)
 
 
 @drawing.figure.register(results.ConstantPart)

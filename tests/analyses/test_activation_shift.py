@@ -94,6 +94,52 @@ def test_shift_and_reading_are_hugging_face_s(family: str, cls: str, flags: str)
     assert gap.abs().max() < 1e-9
 
 
+@pytest.mark.parametrize(("family", "cls", "flags"), CASES)
+def test_the_reading_of_each_token_is_hugging_face_s(family: str, cls: str, flags: str):
+    """γ, ‖h(0)‖ and the head of the base; at the positions asked for, and nowhere else."""
+    case, is_ln = built(family, cls, flags), family != "llama"
+    found = ll.activation_shift(case.lens, texts(), [LAST, MIDDLE], by="position")
+    last = ll.activation_shift(case.lens, texts(), LAST, by="position", positions=-1)
+    norm, head = case.base.get_submodule(FINAL_NORM[family]), case.base.get_output_embeddings()
+    assert set(found.token_readings) == {LAST, MIDDLE}
+    frame = found.logit_lens(3, LAST, by="position")
+    for text, (base, adapted) in enumerate(by_peft(case, FINAL_NORM[family], lambda h: h)):
+        if is_ln:
+            base, adapted = (h - h.mean(-1, keepdim=True) for h in (base, adapted))
+        sigma = (base.square().mean(-1, keepdim=True) + case.model.cfg.eps).sqrt()
+        expected = ((norm.weight * (adapted - base) / sigma) @ head.weight.T).detach()
+        length = LENGTHS[text]
+        read = found.token_readings[LAST][text]
+        gap = cases.centred(read[:length]) - cases.centred(expected)
+        assert gap.abs().max() < 1e-9 and read[length:].isnan().all()
+        shifted = cases.centred(read[: length - 1]) - cases.centred(expected[1:])
+        assert shifted.abs().max() > 1e-3  # a position off
+        for i in range(length):
+            rows = frame[(frame["prompt"] == text) & (frame["position"] == i)]
+            assert rows["id"].tolist() == expected[i].argsort(descending=True)[:3].tolist()
+            assert set(rows["at"]) == {found.str_tokens[text][i]}
+        only = last.token_readings[LAST][text]
+        assert torch.equal(only[length - 1], read[length - 1]) and only[: length - 1].isnan().all()
+    assert len(frame) == 3 * sum(LENGTHS)
+    assert last.logit_lens(2, by="position")["position"].tolist() == [6, 6, 3, 3]
+    assert list(frame) == ["prompt", "position", "at", "rank", "token", "id", "logit"]
+
+
+@pytest.mark.bad_input
+def test_readings_by_position_are_asked_for():
+    lens = lens_of()
+    without = ll.activation_shift(lens, texts(), LAST)
+    with pytest.raises(ll.errors.ArgumentError, match=r"activation_shift\(…, by='position'\)"):
+        without.logit_lens(by="position")
+    assert not without.token_readings
+    for call in (without.logit_lens, lambda by: ll.activation_shift(lens, texts(), LAST, by=by)):
+        with pytest.raises(ll.errors.ArgumentError, match="by='rank': expected 'position'"):
+            call(by="rank")
+    elsewhere = ll.activation_shift(lens, texts(), [LAST, "blocks.0.hook_mlp_out"], by="position")
+    with pytest.raises(ll.errors.SiteError, match="hook_mlp_out' has no reading"):
+        elsewhere.logit_lens(name="blocks.0.hook_mlp_out", by="position")
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_sites_own_outputs(cls: str):
     """At a site's output, of heads and of hidden layers; several points by a glob."""

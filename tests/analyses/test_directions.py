@@ -437,6 +437,45 @@ def test_patchscope_is_a_hook_on_hugging_face(family: str, cls: str, flags: str,
             assert said.continuations[d][s] == expected
 
 
+FINAL_NORM = {
+    "llama": "model.norm",
+    "gpt2": "transformer.ln_f",
+    "neox": "gpt_neox.final_layer_norm",
+    "gemma2": "model.norm",
+}
+
+
+@pytest.mark.parametrize(("family", "cls", "flags"), BUILT)
+def test_what_an_update_writes_is_read_as_tokens(family: str, cls: str, flags: str):
+    """Left singular vectors of PEFT's own ΔW through the final norm and the head of the base."""
+    case = cases.case(family, cls, flags)
+    is_ln, lens = family in ("gpt2", "neox"), case.lens
+    (site,) = (s for s in lens.sites if s.layer == 1 and s.kind == "o")
+    change = held_by(case).get_submodule(site.module).get_delta_weight("default")
+    change = change.T if family == "gpt2" else change
+    centred = is_ln and flags == "processed"
+    U = torch.linalg.svd(change - change.mean(0) if centred else change)[0][:, :2]
+    columns, name = lens.delta_w(site).U.T[:2], "blocks.1.hook_resid_pre"
+    asked = {"prompt": "w3 w4 w5", "placeholder": "w4", "max_new_tokens": 1}
+    said = ll.patchscope(lens, columns, name, [1.0], **asked)
+    norm, head = case.base.get_submodule(FINAL_NORM[family]), case.base.get_output_embeddings()
+    gamma = 1 + norm.weight if family == "gemma2" else norm.weight
+    for i, (mine, direction) in enumerate(zip(columns, said.directions, strict=True)):
+        u = U[:, i] * (U[:, i] @ mine).sign() * said.size
+        u = u - u.mean() if is_ln else u
+        expected = head.weight @ (gamma * u / (u.square().mean() + lens.model.cfg.eps).sqrt())
+        expected = expected.detach()
+        assert (cases.centred(said.readings[i]) - cases.centred(expected)).abs().max() < TINY
+        largest, least = (said.logit_lens(5, direction, largest=side) for side in (True, False))
+        assert largest["id"].tolist() == expected.argsort(descending=True)[:5].tolist()
+        assert least["id"].tolist() == expected.argsort()[:5].tolist()
+        flat = head.weight @ u / (u.square().mean() + lens.model.cfg.eps).sqrt()  # without γ
+        assert (cases.centred(flat) - cases.centred(expected)).abs().max() > 1e-3
+    assert said.logit_lens(3).equals(said.logit_lens(3, said.directions[0]))
+    with pytest.raises(ll.errors.ArgumentError, match="direction='z'; these are"):
+        said.logit_lens(3, "z")
+
+
 @pytest.mark.bad_input
 def test_patchscope_refuses():
     lens, v = cases.case("llama", CLASSES[-1], "raw").lens, drawn(16)

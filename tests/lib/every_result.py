@@ -67,6 +67,7 @@ def activation_shift() -> ll.results.ActivationShift:
         first=dict.fromkeys(names, values[:, 0]), sinks=sinks, counted=counted,
         readings={names[0]: torch.tensor([0.5, -1.0])}, strings=("a", "<b>"), at="ε = 1",
         distinct=counted, str_tokens=((" a", " b", " c"), (" d", " e")), meta=META,
+        token_readings={names[0]: values[..., :2]},
     )  # fmt: skip
 
 
@@ -232,6 +233,7 @@ def best_subset() -> ll.results.BestSubset:
     """Two sizes of four sites, on two prompts, of which one has no shift above the noise."""
     return ll.results.BestSubset(
         counts=(1, 2), members=torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]]).bool(),
+        names=tuple(site.name for site in SITES), over="sites", held_out=(1,),
         kept=torch.tensor([0.5, 0.75]), kept_by_prompt=torch.tensor([[0.5, math.nan]] * 2),
         found_by=("gates", "first_order@0+swaps"), gradients=40, forwards=200, **HEADER,
     )  # fmt: skip
@@ -282,7 +284,7 @@ def of_directions() -> list[Result]:
         ),
         ll.results.Patchscope(
             ids=torch.tensor([[[0, 1]], [[1, 0]]]), probabilities=p,
-            plain=torch.tensor([0.75, 0.25]),
+            plain=torch.tensor([0.75, 0.25]), readings=torch.tensor([[0.5, -1.0]] * 2),
             continuations=(("a a",), ("<b>",)), strings=names, directions=names, scales=(1.0,),
             size=3.0, name="blocks.0.hook_resid_post", prompt=("a", "<b>"), position=1, at=0.0,
             meta=META,
