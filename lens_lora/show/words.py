@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 
 from lens_lora import results
+from lens_lora.analyses.activations import BY_KL
 from lens_lora.analyses.verdict import (
     FlipVerdict,
     NullVerdict,
@@ -437,6 +438,14 @@ def _flags(e: results.Explanation) -> str:
         f"{' and '.join(counts)}. An unflagged module is not necessarily right: modules too small "
         "to matter are not checked."
     )
+
+
+def kept_by_constants(constant: results.ConstantPart) -> str:
+    """Of the readout, where one was given, and of the KL."""
+    by_kl = f"{percent(constant.kept_kl)} of {BY_KL}"
+    if constant.readout == BY_KL:
+        return by_kl
+    return f"{percent(constant.kept)} of {constant.readout}, and {by_kl}"
 
 
 def kept_by_top(e: results.Explanation) -> tuple[float, int, dict[str, float]] | None:
