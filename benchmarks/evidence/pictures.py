@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
-from intervals import Interval, Standing
+from intervals import Standing, Summary
 from plotly.subplots import make_subplots
 from tables import named
 
@@ -58,7 +58,7 @@ def pareto(panels: Mapping[str, tuple[list[Standing], Mapping[str, float]]]) -> 
     shown: set[str] = set()
     for column, (standings, cost) in enumerate(panels.values(), start=1):
         priced = [s for s in standings if cost.get(s.method, 0.0) > 0]
-        points = [(cost[s.method], s.score.mean) for s in priced]
+        points = [(cost[s.method], s.score.median) for s in priced]
         on_front = front(points)
         figure.add_trace(_line([points[i] for i in on_front]), 1, column)
         before = Counter[float]()
@@ -98,12 +98,12 @@ def _point(
     score, colour = standing.score, COLOURS[list(FAMILIES.values()).index(kind)]
     return go.Scatter(
         x=[cost],
-        y=[score.mean],
+        y=[score.median],
         error_y={
             "type": "data",
             "symmetric": False,
-            "array": [score.high - score.mean],
-            "arrayminus": [score.mean - score.low],
+            "array": [score.high - score.median],
+            "arrayminus": [score.median - score.low],
             "thickness": 0.8,
             "width": 0,
             "color": colour,
@@ -123,8 +123,8 @@ def _point(
     )
 
 
-def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Interval]]]]) -> go.Figure:
-    """One panel per question: mean agreement in bins of strength, with intervals over tasks."""
+def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Summary]]]]) -> go.Figure:
+    """One panel per question: median agreement in bins of strength, with intervals over tasks."""
     figure = make_subplots(
         rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.07
     )
@@ -133,12 +133,12 @@ def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Interval]]]]) -
             figure.add_trace(
                 go.Scatter(
                     x=[at for at, _ in points],
-                    y=[found.mean for _, found in points],
+                    y=[found.median for _, found in points],
                     error_y={
                         "type": "data",
                         "symmetric": False,
-                        "array": [found.high - found.mean for _, found in points],
-                        "arrayminus": [found.mean - found.low for _, found in points],
+                        "array": [found.high - found.median for _, found in points],
+                        "arrayminus": [found.median - found.low for _, found in points],
                         "thickness": 0.8,
                         "width": 0,
                     },

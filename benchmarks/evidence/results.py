@@ -8,17 +8,22 @@ over days and machines.
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tables import MAIN
+from tables import CALLED, MAIN
+
+import lens_lora as ll
 
 DOCS = Path(__file__).parents[2] / "docs"
 NUMBERS, PAGE = DOCS / "faithfulness.json", DOCS / "faithfulness.md"
 KEPT_FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps", "dora", "rslora", "sites")
 CEILING = {"trained": "best_subset", "paraphrase": "best_subset/paraphrase"}
+RULES = ("path/2", "path/4", "path/8")
+TOL = inspect.signature(ll.path_attribution).parameters["tol"].default
 Numbers = dict[str, Any]
 
 
@@ -98,6 +103,11 @@ def read() -> Numbers:
     return json.loads(NUMBERS.read_text())
 
 
+def bases_of(numbers: Numbers) -> list[str]:
+    """Bases, that of the most adapters first."""
+    return list(pd.Series([a["base"] for a in numbers["adapters"].values()]).value_counts().index)
+
+
 def scores_of(numbers: Numbers) -> pd.DataFrame:
     """One row per adapter, kind of prompt, question, metric and method; derived metrics too."""
     rows = [
@@ -111,6 +121,7 @@ def scores_of(numbers: Numbers) -> pd.DataFrame:
     ]
     columns = ["adapter", "cluster", "base", "prompts", "question", "metric", "method", "value"]
     scores = pd.DataFrame(rows, columns=columns)
+    scores = pd.concat([scores, _as_called(scores)], ignore_index=True)
     return pd.concat([scores, _of_the_best(scores), _incomplete(scores)], ignore_index=True)
 
 
@@ -127,6 +138,30 @@ def _of_the_best(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)
 
 
+def sums_of_rules(scores: pd.DataFrame) -> pd.DataFrame:
+    """Σ / shift by each rule of the path [adapter, kind of prompt; rule], where 8 nodes were run."""
+    rows = scores[(scores["metric"] == "sum") & scores["method"].isin(RULES)]
+    index = ["adapter", "cluster", "base", "prompts"]
+    wide = rows.pivot_table(index=index, columns="method", values="value")
+    return wide.reindex(columns=list(RULES)).dropna()
+
+
+def is_met(total: pd.Series | float) -> Any:
+    """Whether a sum is within the tolerance of `ll.path_attribution`, to the digits stored."""
+    return abs(round(total - 1, 4)) <= TOL
+
+
+def _as_called(scores: pd.DataFrame) -> pd.DataFrame:
+    """The rule at which `ll.path_attribution` would stop, of those stored: 4 nodes, or 8.
+
+    The call asks each prompt for the tolerance, and what is stored is the sum over the prompts of a
+    kind, so it never stops earlier than here.
+    """
+    rules = sums_of_rules(scores)
+    total = rules["path/4"].where(is_met(rules["path/4"]), rules["path/8"]).rename("value")
+    return total.reset_index().assign(question="sum", metric="sum", method=CALLED)
+
+
 def _incomplete(scores: pd.DataFrame) -> pd.DataFrame:
     """How far a method's sum is from the shift: |Σ / shift − 1|."""
     sums = scores[scores["question"] == "sum"].copy()
@@ -139,9 +174,18 @@ def costs_of(numbers: Numbers) -> pd.DataFrame:
     rows = [
         (name, one["cluster"], one["base"], method, cost["passes"], cost["time"])
         for name, one in numbers["adapters"].items()
-        for method, cost in one["costs"].items()
+        for method, cost in {**one["costs"], **_cost_as_called(one)}.items()
     ]
     return pd.DataFrame(rows, columns=["adapter", "cluster", "base", "method", "passes", "time"])
+
+
+def _cost_as_called(one: Numbers) -> Numbers:
+    """Of the rules that the call runs one after the other, on the trained wording."""
+    if not set(RULES) <= set(one["costs"]):
+        return {}
+    is_final = is_met(one["scores"]["sum"]["sum"]["path/4"]["trained"])
+    rules = [one["costs"][rule] for rule in (RULES[:2] if is_final else RULES)]
+    return {CALLED: {of: sum(rule[of] for rule in rules) for of in ("passes", "time")}}
 
 
 def cases_of(numbers: Numbers, scores: pd.DataFrame, question: str) -> pd.DataFrame:
