@@ -176,9 +176,7 @@ def tied(means: pd.DataFrame, *, larger_is_better: bool = True) -> list[str]:
     return [str(method) for method in words.index[words != "worse"]]
 
 
-def choice(
-    means: pd.DataFrame, cost: Mapping[str, float], *, larger_is_better: bool = True
-) -> str:
+def choice(means: pd.DataFrame, cost: Mapping[str, float], *, larger_is_better: bool = True) -> str:
     """The cheapest method of the tie; of equal cost (in tenths), that of the better median."""
     sign = -1 if larger_is_better else 1
     return min(

@@ -42,7 +42,7 @@ from sections import (
 from tables import MAIN, median_costs, standings
 from violent import curve
 from warned import pack as pack_warned
-from words import ADD, KEEP, OUT, comparisons, opening, path_called, recommendations
+from words import ADD, KEEP, OUT, comparisons, floors, opening, path_called, recommendations
 
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.results.attribution import VIOLENT
@@ -83,10 +83,11 @@ def page(numbers: Numbers) -> str:
             tasks=tasks,
             missing=missing(numbers),
             opening=opening(numbers, bases),
+            floors=floors(scores, bases[0]),
             recommendations=recommendations(numbers, bases[0]),
             coverage=coverage(numbers["resampled"]),
             resampled=numbers["resampled"]["how"],
-            path_called=path_called(numbers, bases[0]),
+            path_called=path_called(scores, bases[0]),
             comparisons={base: comparisons(scores, base) for base in bases},
             sections={base: sections(scores, costs, base) for base in bases},
             other_prompts=other_prompts(scores, bases[0]),

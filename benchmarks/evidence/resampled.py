@@ -1,4 +1,4 @@
-"""What resampling training tasks shows: how often an interval covers, how often a choice is the same.
+"""What resampling training tasks shows: how often an interval covers, how stable a choice is.
 
     python benchmarks/evidence/resampled.py      # a minute or two, into docs/faithfulness.json
 
@@ -24,7 +24,7 @@ from results import Numbers, bases_of, costs_of, read, scores_of, write
 from scipy import stats
 from tables import means_of
 from tqdm import tqdm
-from words import ASKED, ERRORS, estimates
+from words import ASKED, ERRORS, as_run, estimates
 
 DRAWS, BOOTSTRAP, SEED, SIZES = 2000, 999, 0, (17, 6)
 
@@ -41,9 +41,9 @@ def study(numbers: Numbers, draws: int = DRAWS) -> dict[str, Any]:
             choice(sample, passes, larger_is_better=larger) for sample in resamples(means, draws)
         ]
         choices[question.label] = {m: n / draws for m, n in Counter(picked).most_common()}
-        method = choice(means, passes, larger_is_better=larger)
+        method = as_run(question, choice(means, passes, larger_is_better=larger))
         for asked in filter(None, (question, ERRORS.get(question))):
-            values = means_of(scores, asked, base)[method].to_numpy()
+            values = means_of(scores, asked, base)[method].dropna().to_numpy()
             covered = {str(size): coverages(values, size, draws) for size in SIZES}
             coverage[asked.label] = {"method": method, **covered}
     return {

@@ -113,7 +113,7 @@ def scores_of(numbers: Numbers) -> pd.DataFrame:
     rows = [
         (name, one["cluster"], one["base"], kind, question, metric, method, value)
         for name, one in numbers["adapters"].items()
-        for question, metrics in one["scores"].items()
+        for question, metrics in _as_called(one)["scores"].items()
         for metric, methods in metrics.items()
         for method, kinds in methods.items()
         for kind, value in kinds.items()
@@ -121,7 +121,6 @@ def scores_of(numbers: Numbers) -> pd.DataFrame:
     ]
     columns = ["adapter", "cluster", "base", "prompts", "question", "metric", "method", "value"]
     scores = pd.DataFrame(rows, columns=columns)
-    scores = pd.concat([scores, _as_called(scores)], ignore_index=True)
     return pd.concat([scores, _of_the_best(scores), _incomplete(scores)], ignore_index=True)
 
 
@@ -138,28 +137,26 @@ def _of_the_best(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def sums_of_rules(scores: pd.DataFrame) -> pd.DataFrame:
-    """Σ / shift by each rule of the path [adapter, kind of prompt; rule], where 8 nodes were run."""
-    rows = scores[(scores["metric"] == "sum") & scores["method"].isin(RULES)]
-    index = ["adapter", "cluster", "base", "prompts"]
-    wide = rows.pivot_table(index=index, columns="method", values="value")
-    return wide.reindex(columns=list(RULES)).dropna()
-
-
-def is_met(total: pd.Series | float) -> Any:
+def is_met(total: float) -> bool:
     """Whether a sum is within the tolerance of `ll.path_attribution`, to the digits stored."""
     return abs(round(total - 1, 4)) <= TOL
 
 
-def _as_called(scores: pd.DataFrame) -> pd.DataFrame:
-    """The rule at which `ll.path_attribution` would stop, of those stored: 4 nodes, or 8.
+def _as_called(one: Numbers) -> Numbers:
+    """An adapter's numbers with `ll.path_attribution`, as far as its rules were run.
 
-    The call asks each prompt for the tolerance, and what is stored is the sum over the prompts of a
-    kind, so it never stops earlier than here.
+    It stops at 4 nodes where their sum meets its tolerance, and else at 8. The call asks that of
+    each prompt, and what is stored is the sum over a kind's, so it never stops earlier than here.
     """
-    rules = sums_of_rules(scores)
-    total = rules["path/4"].where(is_met(rules["path/4"]), rules["path/8"]).rename("value")
-    return total.reset_index().assign(question="sum", metric="sum", method=CALLED)
+    sums, costs = one["scores"].get("sum", {}).get("sum", {}), one["costs"]
+    if not {*RULES} <= {*sums}:
+        return one
+    four, eight = sums["path/4"], sums["path/8"]
+    last = {kind: four[kind] if is_met(four[kind]) else eight[kind] for kind in eight}
+    rules = [costs[rule] for rule in RULES[: 2 if is_met(four["trained"]) else 3]]
+    cost = {of: sum(rule[of] for rule in rules) for of in rules[0]}
+    scores = {**one["scores"], "sum": {"sum": {**sums, CALLED: last}}}
+    return {**one, "scores": scores, "costs": {**costs, CALLED: cost}}
 
 
 def _incomplete(scores: pd.DataFrame) -> pd.DataFrame:
@@ -174,18 +171,9 @@ def costs_of(numbers: Numbers) -> pd.DataFrame:
     rows = [
         (name, one["cluster"], one["base"], method, cost["passes"], cost["time"])
         for name, one in numbers["adapters"].items()
-        for method, cost in {**one["costs"], **_cost_as_called(one)}.items()
+        for method, cost in _as_called(one)["costs"].items()
     ]
     return pd.DataFrame(rows, columns=["adapter", "cluster", "base", "method", "passes", "time"])
-
-
-def _cost_as_called(one: Numbers) -> Numbers:
-    """Of the rules that the call runs one after the other, on the trained wording."""
-    if not set(RULES) <= set(one["costs"]):
-        return {}
-    is_final = is_met(one["scores"]["sum"]["sum"]["path/4"]["trained"])
-    rules = [one["costs"][rule] for rule in (RULES[:2] if is_final else RULES)]
-    return {CALLED: {of: sum(rule[of] for rule in rules) for of in ("passes", "time")}}
 
 
 def cases_of(numbers: Numbers, scores: pd.DataFrame, question: str) -> pd.DataFrame:

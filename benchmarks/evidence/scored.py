@@ -28,12 +28,7 @@ from lens_lora.results.base import header
 
 Row = dict[str, Any]
 DRAWS, SEED, FIFTH = 3, 0, 0.2
-STATISTICS = {
-    "spearman": "spearman",
-    "pearson": "pearson",
-    "slope": "slope",
-    "relative_error": "error",
-}
+STATISTICS = {of: of for of in ("spearman", "pearson", "slope")} | {"relative_error": "error"}
 OF_SIZE = ("slope", "error")
 # Scores that are in no unit: only what does not depend on their size is asked of them.
 WITHOUT_UNIT = (

@@ -121,7 +121,9 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """Above a hundred without digits."""
+    """Above a hundred without digits, and next to zero with one that says something."""
+    if 0 < abs(value) < 0.5 * 10**-digits:
+        return f"{value:.1g}"
     return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
 
 
@@ -179,26 +181,17 @@ def _cells(standing: Standing | None) -> tuple[str, str, str]:
 
 def cost_table(costs: pd.DataFrame, base: str) -> str:
     """Passes and time of every method that the page names, the dearest first."""
-    here = costs[costs["base"] == base]
-    passes, time = (cluster_means(here, of) for of in ("passes", "time"))
-    rows = []
-    for method in time.median().sort_values(ascending=False, kind="stable").index:
-        if named(str(method)) != method:
-            found = [summary(of[method], larger_is_better=False) for of in (passes, time)]
-            cells = [cost_in_words(c) for f in found for c in (f.median, f.worst)]
-            rows.append([named(str(method)), str(found[0].tasks), *cells])
-    return markdown(["method", "tasks", "passes", "most", "F", "most"], rows)
+    passes, time = (median_costs(costs, base, of) for of in ("passes", "time"))
+    order = sorted((m for m in passes if named(m) != m), key=lambda method: -time[method])
+    rows = [[named(m), cost_in_words(passes[m]), cost_in_words(time[m])] for m in order]
+    return markdown(["method", "passes", "F"], rows)
 
 
 def by_prompts(scores: pd.DataFrame, question: Question, base: str, methods: Sequence[str]) -> str:
     """The chosen methods by kind of prompt: the median over clusters, and the worst."""
-    rows: list[list[str]] = []
-    tasks = dict.fromkeys(KINDS, 0)
+    rows, kinds = [], [k for k in KINDS if k in set(of_question(scores, question, base)["prompts"])]
     for method in methods:
-        found = {
-            kind: summary_of(scores, dataclasses.replace(question, prompts=(kind,)), base, method)
-            for kind in KINDS
-        }
-        tasks = {kind: max(tasks[kind], of.tasks) for kind, of in found.items()}
-        rows.append([named(method), *map(with_worst, found.values())])
-    return markdown(["method", *(f"{kind}, {tasks[kind]} tasks" for kind in KINDS)], rows)
+        asked = (dataclasses.replace(question, prompts=(kind,)) for kind in kinds)
+        found = [summary_of(scores, of, base, method) for of in asked]
+        rows.append([named(method), str(found[0].tasks), *map(with_worst, found)])
+    return markdown(["method", "tasks", *kinds], rows)

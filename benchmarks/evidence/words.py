@@ -8,11 +8,13 @@ which adapters it is not, and what its numbers are worth on other prompts.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from intervals import Summary, choice, cluster_means, summary, tied, verdicts
-from results import Numbers, costs_of, is_met, scores_of, sums_of_rules
+from results import Numbers, costs_of, is_met, scores_of
 from tables import (
     CALLED,
     END,
@@ -43,16 +45,13 @@ OWN = ("trained", "paraphrase")
 ADD = Question(
     "add_one", "spearman", True, OWN, "What would adding this module to the base do?", "adding one"
 )
-ADD_ERROR = dataclasses.replace(ADD, metric="error", larger=False)
-OUT = Question(
-    "leave_one_out",
-    "spearman",
-    True,
-    OWN,
-    "What would removing it from the adapted model do?",
-    "leaving one out",
+OUT = dataclasses.replace(
+    ADD,
+    key="leave_one_out",
+    words="What would removing it from the adapted model do?",
+    short="leaving one out",
 )
-OUT_ERROR = dataclasses.replace(OUT, metric="error", larger=False)
+ADD_ERROR, OUT_ERROR = (dataclasses.replace(q, metric="error", larger=False) for q in (ADD, OUT))
 ADD_ELSEWHERE, OUT_ELSEWHERE = (
     dataclasses.replace(
         question,
@@ -68,18 +67,10 @@ CLOSE = dataclasses.replace(
     KEEP, metric="cmd", larger=False, words="Which modules reproduce the adapted model's readout?"
 )
 FEW = dataclasses.replace(
-    KEEP,
-    metric="of the best found",
-    words="Which fifth of the modules keeps most?",
-    short="the best fifth",
+    KEEP, metric="of the best found", words="Which fifth keeps most?", short="the best fifth"
 )
 SUM = Question(
-    "sum",
-    "incompleteness",
-    False,
-    OWN,
-    "How is the whole shift divided among the modules?",
-    "dividing it",
+    "sum", "incompleteness", False, OWN, "How is the whole shift divided?", "dividing it"
 )
 ASKED = (ADD, OUT, SUM, KEEP, FEW)
 ERRORS = {ADD: ADD_ERROR, OUT: OUT_ERROR}
@@ -88,20 +79,8 @@ FLOORS = ("random", "signed_weight_norm")
 CHEAP = 30.0  # F, up to which the advice for one prompt is to measure
 STABLE = 0.8  # of the resamples of tasks that must choose a method before it is recommended
 ONE = ("trained, first",)
-# A metric's bound, and what is within it; a share of the shift has none.
-RIGHT = {
-    "spearman": (BROKEN, "the order of modules is right to Spearman ≥ 0.9"),
-    "incompleteness": (0.1, "the sum is within 10 % of the shift"),
-    "of the best found": (0.9, "the fifth keeps ≥ 90 % of what the best fifth keeps"),
-}
+RIGHT = {"spearman": BROKEN, "incompleteness": 0.1, "of the best found": 0.9}  # by metric
 WORST = 3  # adapters that are named
-ENDS = "the result calls {violent} of these {off} violent; `ll.reliability` flags modules"
-NOTICED = {
-    ADD: ENDS,
-    OUT: ENDS,
-    SUM: "the result states its error: `completeness_error`, `quadrature.met`",
-    FEW: "`ll.faithfulness` runs the chosen modules, `ll.best_subset` says what could be kept",
-}
 # Question, method, what it would replace.
 COMPARED = (
     (KEEP, PATH, HALF),
@@ -127,9 +106,10 @@ class Advice:
     """What the tables say about one question.
 
     Attributes:
-        method: the cheapest of the tie with the best.
+        method: the cheapest of the tie with the best, as a call runs it.
         members: the whole tie.
-        shares: of the resamples of tasks, by what they choose.
+        shares: of the resamples of tasks, by what they choose, the most first.
+        chosen: of them that choose this method.
         cost: F of every method, by process time.
     """
 
@@ -137,16 +117,13 @@ class Advice:
     method: str
     members: list[str]
     shares: Mapping[str, float]
+    chosen: float
     cost: Mapping[str, float]
 
-    @property
-    def is_stable(self) -> bool:
-        return self.shares.get(self.method, 0.0) >= STABLE
 
-    @property
-    def answer(self) -> str:
-        """The method as a call runs it, and as it was measured: a rule of the path is one of it."""
-        return CALLED if self.question == SUM and self.method.startswith("path/") else self.method
+def as_run(question: Question, method: str) -> str:
+    """A rule of the path is one of those that `ll.path_attribution` runs."""
+    return CALLED if question == SUM and method.startswith("path/") else method
 
 
 def is_estimate(method: str) -> bool:
@@ -171,29 +148,27 @@ def advice(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[Advice]:
         chosen = choice(means, passes, larger_is_better=question.larger)
         members = tied(means, larger_is_better=question.larger)
         shares = numbers["resampled"]["choices"][question.label]
-        found.append(
-            Advice(question, chosen, members, shares, median_costs(costs, base, "time"))
-        )
+        method, share = as_run(question, chosen), shares.get(chosen, 0.0)
+        time = median_costs(costs, base, "time")
+        found.append(Advice(question, method, members, shares, share, time))
     return found
 
 
-def recommendations(numbers: Numbers, base: str) -> str:
-    """One line per question, then each tie by name."""
+def recommendations(numbers: Numbers, base: str) -> tuple[str, list[str]]:
+    """One line per question, and each tie by name."""
     scores, rows, ties = scores_of(numbers), [], []
     for found in advice(numbers, scores, base):
-        question, shares = found.question, found.shares
-        score = summary_of(scores, question, base, found.answer)
-        told = [number(score.worst), str(score.tasks), cost_in_words(found.cost[found.answer])]
-        word = "recommended" if found.is_stable else f"a tie of {len(found.members)}"
-        chosen = f"{100 * shares.get(found.method, 0.0):.0f} %"
-        rows.append([question.label, named(found.answer), chosen, word, span(score), *told])
-        if not found.is_stable:
-            often = {named(m): f"{100 * share:.0f} %" for m, share in shares.items()}
-            won = ", ".join(f"{name} {share}" for name, share in list(often.items())[:4])
-            members = ", ".join(map(named, found.members))
-            ties.append(f"- **{question.label}** Tied: {members}. Chosen most often: {won}.")
-    head = ["question", "cheapest of the tie", "chosen", "so", "median", "worst", "tasks", "F"]
-    return "\n\n".join([markdown(head, rows), "\n".join(ties)]).strip()
+        question, score = found.question, summary_of(scores, found.question, base, found.method)
+        tie = f"a tie of {len(found.members)}"
+        word = "recommended" if found.chosen >= STABLE else tie
+        told = [f"{found.chosen:.0%}", word, span(score), number(score.worst), str(score.tasks)]
+        rows.append([question.label, named(found.method), *told])
+        if word == tie:
+            won = [f"{named(m)} {share:.0%}" for m, share in list(found.shares.items())[:4]]
+            members = "; ".join(map(named, found.members))
+            ties.append(f"**{question.label}**: {members}. Chosen most: {'; '.join(won)}.")
+    head = ["question", "cheapest of the tie", "chosen", "so", "median", "worst", "tasks"]
+    return markdown(head, rows), ties
 
 
 def comparisons(scores: pd.DataFrame, base: str) -> str:
@@ -207,9 +182,9 @@ def comparisons(scores: pd.DataFrame, base: str) -> str:
             found = summary(difference, larger_is_better=question.larger)
             cells.append([named(method), named(other), question.label, _signed(found)])
     apart = pd.DataFrame(columns)
-    words = verdicts(apart)
     ahead = (f"{(apart[row] > 0).sum()} of {apart[row].count()}" for row in apart)
-    rows = [[*cell, word, of] for cell, word, of in zip(cells, words, ahead, strict=True)]
+    told = zip(cells, verdicts(apart), ahead, strict=True)
+    rows = [[*cell, word, of] for cell, word, of in told]
     head = ["does …", "beat …", "at", "difference", "answer", "ahead on"]
     return markdown(head, rows)
 
@@ -218,85 +193,67 @@ def _signed(found: Summary) -> str:
     return f"{found.median:+.3f} ({number(found.worst, 3)})"
 
 
-def opening(numbers: Numbers, bases: list[str]) -> tuple[str, list[str]]:
-    """The page in short: a line for each question, and when each is not right.
-
-    The estimate is that of the first base, on all of them.
-    """
-    scores, rows, notes = scores_of(numbers), [], []
-    for place, found in enumerate(advice(numbers, scores, bases[0]), start=1):
-        question = found.question
-        each = {base: _by_adapter(scores, question, base, found.answer) for base in bases}
-        bound, meant = RIGHT.get(question.metric, (None, ""))
-        off = {
-            base: values[values < bound if question.larger else values > bound]
-            for base, values in each.items()
-            if bound is not None
-        }
-        right = ", ".join(f"{len(each[b]) - len(off[b])} of {len(each[b])}" for b in off) or "—"
-        score = with_worst(summary_of(scores, question, bases[0], found.answer))
-        answer, cost = _answer(found)
-        worth = _worth(scores, question, bases[0], found.answer)
-        rows.append([f"{place}. {question.words}", answer, score, right, worth, cost])
-        parts = [f"Right means that {meant}."] if meant else []
-        parts += [_not_right(numbers, question, off)] if off else []
-        parts += _beside(scores, question, bases[0], found.answer)
-        notes.append(f"{place}. **{question.short.capitalize()}.** {' '.join(parts)}")
-    head = ["your question", "answer", "median (worst task)", "right on", "other wordings, unrelated"]
-    return markdown([*head, "F"], rows), notes
+def opening(numbers: Numbers, bases: list[str]) -> dict[str, dict[str, Any]]:
+    """What the first page says of each question; the estimate is that of the first base."""
+    scores = scores_of(numbers)
+    every = advice(numbers, scores, bases[0])
+    return {found.question.short: _line(numbers, scores, found, bases) for found in every}
 
 
-def _answer(found: Advice) -> tuple[str, str]:
-    """What to do, and what it costs."""
-    measured = found.question.key
-    name = named(found.answer).removesuffix(", up to 8 nodes")
-    estimate, cost = name if found.is_stable else f"{name}, in a tie", found.cost[found.answer]
-    if measured in found.cost and found.cost[measured] <= CHEAP:
-        both = f"{cost_in_words(found.cost[measured])}; {cost_in_words(cost)}"
-        return f"**measure it**; else {estimate}", both
-    return estimate, cost_in_words(cost)
+def _line(
+    numbers: Numbers, scores: pd.DataFrame, found: Advice, bases: list[str]
+) -> dict[str, Any]:
+    question, method, base = found.question, found.method, bases[0]
+    each = {base: _by_adapter(scores, question, base, method) for base in bases}
+    bound = RIGHT.get(question.metric)
+    off = {b: _off(values, bound, question.larger) for b, values in each.items()}
+    strengths = [
+        numbers["adapters"][name]["signals"]["trained"]["strength"]
+        for values in off.values()
+        for name in values.index
+    ]
+    counted = ", ".join(f"{len(v) - len(off[b])} of {len(v)}" for b, v in each.items())
+    error = summary_of(scores, ERRORS.get(question, question), base, method)
+    exact, cost = found.cost.get(question.key, math.inf), cost_in_words(found.cost[method])
+    estimate = named(method).removesuffix(", up to 8 nodes")
+    estimate += "" if found.chosen >= STABLE else ", in a tie"
+    is_cheap = exact <= CHEAP
+    return {
+        "words": question.words,
+        "answer": f"**measure it**; else {estimate}" if is_cheap else estimate,
+        "cost": f"{cost_in_words(exact)}; {cost}" if is_cheap else cost,
+        "score": with_worst(summary_of(scores, question, base, method)),
+        "right": counted if bound else "—",
+        "elsewhere": _elsewhere(scores, question, base, method),
+        "off": "; ".join(_worst(v, question.larger, b) for b, v in off.items() if len(v)) or "none",
+        "count": len(strengths),
+        "violent": sum(strength > VIOLENT for strength in strengths),
+        "error": with_worst(error),
+        "factor": number(1 / (1 - error.worst), 1) if error.worst < 1 else "any size",
+        "above": f"{(each[base] > 1).sum()} of {len(each[base])}",
+        "most": number(each[base].max()),
+    }
 
 
-def _worth(scores: pd.DataFrame, question: Question, base: str, method: str) -> str:
+def _off(values: pd.Series, bound: float | None, larger: bool) -> pd.Series:
+    """The adapters beyond the bound; of a share of the shift, which has none, nothing."""
+    return values[:0] if bound is None else values[values < bound if larger else values > bound]
+
+
+def floors(scores: pd.DataFrame, base: str) -> str:
+    """What cpr is without knowing anything, and with signs and sizes alone."""
+    each = {method: summary_of(scores, KEEP, base, method) for method in FLOORS}
+    return ", ".join(f"{named(method)} {with_worst(found)}" for method, found in each.items())
+
+
+def _elsewhere(scores: pd.DataFrame, question: Question, base: str, method: str) -> str:
     """What the numbers of the trained wording are worth on paraphrases and on unrelated text."""
     if question not in ELSEWHERE:
-        return "own prompt only"
+        return "—"
     kinds = ("paraphrase", "unrelated")
     asked = (dataclasses.replace(ELSEWHERE[question], prompts=(kind,)) for kind in kinds)
     found = [summary_of(scores, of, base, method) for of in asked]
     return ", ".join(number(of.median) if of.tasks else "—" for of in found)
-
-
-def _not_right(numbers: Numbers, question: Question, off: Mapping[str, pd.Series]) -> str:
-    names = [name for rest in off.values() for name in rest.index]
-    if not names:
-        return "It is right on all."
-    strengths = [numbers["adapters"][n]["signals"]["trained"]["strength"] for n in names]
-    violent = sum(strength > VIOLENT for strength in strengths)
-    told = "; ".join(_worst(off[b], question.larger, b) for b in off if len(off[b]))
-    noticed = NOTICED[question].format(violent=violent, off=len(names))
-    return f"*Not right on* {told}. *You notice:* {noticed}."
-
-
-def _beside(scores: pd.DataFrame, question: Question, base: str, method: str) -> list[str]:
-    """Sizes beside ranks; a share of the shift beside its floors, and where it is above one."""
-    if question in ERRORS:
-        error = summary_of(scores, ERRORS[question], base, method)
-        return [
-            f"*Sizes* are worse than ranks: Σ|effect − number| / Σ|effect| is {with_worst(error)}, "
-            f"and {number(error.worst)} is what numbers too small by a factor of "
-            f"{1 / (1 - error.worst):.1f} would have."
-        ]
-    if question == KEEP:
-        floors = (f"{named(m)} {with_worst(summary_of(scores, KEEP, base, m))}" for m in FLOORS)
-        values = _by_adapter(scores, KEEP, base, method)
-        return [
-            f"cpr has no bound: *its floor* is {', '.join(floors)}. It overshoots, as some modules "
-            f"work against the rest: {(values > 1).sum()} of {len(values)} adapters are above 1, "
-            f"the range is {number(values.min())} to {number(values.max())}; "
-            "cmd counts that as an error."
-        ]
-    return []
 
 
 def _by_adapter(scores: pd.DataFrame, question: Question, base: str, method: str) -> pd.Series:
@@ -312,12 +269,13 @@ def _worst(off: pd.Series, larger: bool, base: str) -> str:
     return f"{base}: {', '.join(names)}{f' and {more} more' if more else ''}"
 
 
-def path_called(numbers: Numbers, base: str) -> str:
+def path_called(scores: pd.DataFrame, base: str) -> str:
     """Where `ll.path_attribution` would stop, as far as its rules were run."""
-    rules = sums_of_rules(scores_of(numbers)).xs(base, level="base")
-    met = is_met(rules).groupby("adapter").all()
-    four, eight = met["path/4"], ~met["path/4"] & met["path/8"]
+    sums = scores[(scores["metric"] == "sum") & (scores["base"] == base)]
+    met = sums.pivot_table(index=["adapter", "prompts"], columns="method", values="value")
+    met = met[["path/4", "path/8"]].dropna().map(is_met).groupby("adapter").all()
+    four, eight = met["path/4"].sum(), (met["path/8"] & ~met["path/4"]).sum()
     return (
-        f"of {len(met)} adapters with all three rules it would stop at 4 nodes on {four.sum()}, at "
-        f"8 on {eight.sum()}, and go on beyond 8 on {(~four & ~eight).sum()}"
+        f"of {len(met)} adapters with all three it would stop at 4 nodes on {four} at most, at 8 on "
+        f"{eight}, and go on beyond 8 on {len(met) - four - eight}"
     )
