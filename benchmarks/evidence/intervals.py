@@ -122,15 +122,13 @@ class Standing:
 
     Attributes:
         behind: the median paired difference from the best, negative if worse.
-        verdict: best, tie, worse, or no verdict.
-        is_partial: run on some tasks only, and compared with the best on those.
+        verdict: best, tie, worse, or none; better of a method that was run on some tasks only.
     """
 
     method: str
     score: Summary
     behind: float
     verdict: str
-    is_partial: bool
 
     @property
     def tie(self) -> bool:
@@ -154,7 +152,6 @@ def ranked(means: pd.DataFrame, *, larger_is_better: bool = True) -> list[Standi
             summary(means[method], larger_is_better=larger_is_better),
             float(apart[method].median()),
             words[method],
-            bool(partial[method]),
         )
         for method in sorted(medians.index, key=lambda method: bool(partial[method]))
     ]

@@ -38,7 +38,8 @@ def study(numbers: Numbers, draws: int = DRAWS) -> dict[str, Any]:
         means, passes = estimates(scores, costs, question, base)
         larger = question.larger
         picked = [
-            choice(sample, passes, larger_is_better=larger) for sample in resamples(means, draws)
+            as_run(question, choice(sample, passes, larger_is_better=larger))
+            for sample in resamples(means, draws)
         ]
         choices[question.label] = {m: n / draws for m, n in Counter(picked).most_common()}
         method = as_run(question, choice(means, passes, larger_is_better=larger))

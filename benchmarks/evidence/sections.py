@@ -64,7 +64,7 @@ WARNED_OF = {
     "leave_one_out": ("Leaving one module out, by first order at 1", OUT, END),
     "add_one": ("Adding one module, by first order at 0", ADD, FIRST),
 }
-WAYS = {"median": "order statistics", "mean": "bootstrap of the mean"}
+WAYS = {"median": "median", "mean": "bootstrapped mean"}
 WARNED_HEAD = ["on the tasks that choose", "on those that confirm"]
 SECTIONS = (
     ("Adding one module", (ADD, ADD_ERROR)),
@@ -218,7 +218,7 @@ def coverage(resampled: Numbers) -> str:
         [asked, named(of["method"]), *(f"{of[n][key]:.3f}" for key in WAYS for n in ("17", "6"))]
         for asked, of in resampled["coverage"].items()
     ]
-    head = [f"{words}, {n} tasks" for words in WAYS.values() for n in ("17", "6")]
+    head = [f"{words}, {n}" for words in WAYS.values() for n in ("17", "6")]
     return markdown(["number", "method", *head], rows)
 
 

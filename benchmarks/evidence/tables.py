@@ -189,9 +189,11 @@ def cost_table(costs: pd.DataFrame, base: str) -> str:
 
 def by_prompts(scores: pd.DataFrame, question: Question, base: str, methods: Sequence[str]) -> str:
     """The chosen methods by kind of prompt: the median over clusters, and the worst."""
-    rows, kinds = [], [k for k in KINDS if k in set(of_question(scores, question, base)["prompts"])]
+    every = of_question(scores, dataclasses.replace(question, prompts=KINDS), base)
+    rows, kinds = [], [kind for kind in KINDS if kind in set(every["prompts"])]
     for method in methods:
         asked = (dataclasses.replace(question, prompts=(kind,)) for kind in kinds)
         found = [summary_of(scores, of, base, method) for of in asked]
-        rows.append([named(method), str(found[0].tasks), *map(with_worst, found)])
+        tasks = max((of.tasks for of in found), default=0)
+        rows.append([named(method), str(tasks), *map(with_worst, found)])
     return markdown(["method", "tasks", *kinds], rows)

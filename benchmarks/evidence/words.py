@@ -109,7 +109,6 @@ class Advice:
         method: the cheapest of the tie with the best, as a call runs it.
         members: the whole tie.
         shares: of the resamples of tasks, by what they choose, the most first.
-        chosen: of them that choose this method.
         cost: F of every method, by process time.
     """
 
@@ -117,8 +116,12 @@ class Advice:
     method: str
     members: list[str]
     shares: Mapping[str, float]
-    chosen: float
     cost: Mapping[str, float]
+
+    @property
+    def chosen(self) -> float:
+        """Of the resamples, the share that chooses this method."""
+        return self.shares.get(self.method, 0.0)
 
 
 def as_run(question: Question, method: str) -> str:
@@ -148,9 +151,8 @@ def advice(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[Advice]:
         chosen = choice(means, passes, larger_is_better=question.larger)
         members = tied(means, larger_is_better=question.larger)
         shares = numbers["resampled"]["choices"][question.label]
-        method, share = as_run(question, chosen), shares.get(chosen, 0.0)
-        time = median_costs(costs, base, "time")
-        found.append(Advice(question, method, members, shares, share, time))
+        method, time = as_run(question, chosen), median_costs(costs, base, "time")
+        found.append(Advice(question, method, members, shares, time))
     return found
 
 
@@ -159,16 +161,20 @@ def recommendations(numbers: Numbers, base: str) -> tuple[str, list[str]]:
     scores, rows, ties = scores_of(numbers), [], []
     for found in advice(numbers, scores, base):
         question, score = found.question, summary_of(scores, found.question, base, found.method)
-        tie = f"a tie of {len(found.members)}"
-        word = "recommended" if found.chosen >= STABLE else tie
-        told = [f"{found.chosen:.0%}", word, span(score), number(score.worst), str(score.tasks)]
+        is_stable, many = found.chosen >= STABLE, len(found.members)
+        word = "recommended" if is_stable else f"a tie of {many}" if many > 1 else "unstable"
+        told = [_percent(found.chosen), word, span(score), number(score.worst), str(score.tasks)]
         rows.append([question.label, named(found.method), *told])
-        if word == tie:
-            won = [f"{named(m)} {share:.0%}" for m, share in list(found.shares.items())[:4]]
+        if not is_stable:
+            won = [f"{named(m)} {_percent(share)}" for m, share in list(found.shares.items())[:4]]
             members = "; ".join(map(named, found.members))
             ties.append(f"**{question.label}**: {members}. Chosen most: {'; '.join(won)}.")
     head = ["question", "cheapest of the tie", "chosen", "so", "median", "worst", "tasks"]
     return markdown(head, rows), ties
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def comparisons(scores: pd.DataFrame, base: str) -> str:
@@ -276,6 +282,6 @@ def path_called(scores: pd.DataFrame, base: str) -> str:
     met = met[["path/4", "path/8"]].dropna().map(is_met).groupby("adapter").all()
     four, eight = met["path/4"].sum(), (met["path/8"] & ~met["path/4"]).sum()
     return (
-        f"of {len(met)} adapters with all three it would stop at 4 nodes on {four} at most, at 8 on "
-        f"{eight}, and go on beyond 8 on {len(met) - four - eight}"
+        f"of {len(met)} adapters with all three it would stop at 4 nodes on {four} at most, at 8 "
+        f"on {eight}, and go on beyond 8 on {len(met) - four - eight}"
     )

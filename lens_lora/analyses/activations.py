@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, cast, final
+from typing import Annotated, Any, ClassVar, cast, final
 
 import numpy as np
 import pandas as pd
@@ -358,7 +358,6 @@ def activations(
 # --- The constant part of δ.
 
 _HALVES = (slice(0, None, 2), slice(1, None, 2))
-BY_KL = "KL(adapted ‖ ·)"
 
 
 @final
@@ -384,6 +383,8 @@ class ConstantPart(Result):
         readout, units: by which the model is compared.
         meta: model, adapter, dtype and versions.
     """
+
+    BY_KL: ClassVar[str] = "KL(adapted ‖ ·)"
 
     share: Float[Tensor, " site"]
     size: Float[Tensor, " site"]
@@ -504,7 +505,7 @@ def constant_part(
         vectors=vectors,
         widths=widths,
         steering=_steering(lens.with_adapter(_constants(vectors, widths))),
-        readout=BY_KL if readout is None else readout.label,
+        readout=ConstantPart.BY_KL if readout is None else readout.label,
         units="nats" if readout is None else readout.units,
         meta=lens.describe(),
     )

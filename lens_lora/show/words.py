@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 
 from lens_lora import results
-from lens_lora.analyses.activations import BY_KL
 from lens_lora.analyses.verdict import (
     FlipVerdict,
     NullVerdict,
@@ -442,8 +441,8 @@ def _flags(e: results.Explanation) -> str:
 
 def kept_by_constants(constant: results.ConstantPart) -> str:
     """Of the readout, where one was given, and of the KL."""
-    by_kl = f"{percent(constant.kept_kl)} of {BY_KL}"
-    if constant.readout == BY_KL:
+    by_kl = f"{percent(constant.kept_kl)} of {constant.BY_KL}"
+    if constant.readout == constant.BY_KL:
         return by_kl
     return f"{percent(constant.kept)} of {constant.readout}, and {by_kl}"
 
