@@ -21,6 +21,7 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from intervals import ranked
 from jinja2 import Environment, StrictUndefined
 from pictures import pareto, save, strength
 from recipes import SECOND, SECOND_NAME, SMOLLM2
@@ -39,7 +40,7 @@ from sections import (
     warned_elsewhere,
     warnings,
 )
-from tables import MAIN, median_costs, standings
+from tables import MAIN, means_of, median_costs
 from violent import curve
 from warned import pack as pack_warned
 from words import ADD, KEEP, OUT, comparisons, floors, opening, path_called, recommendations
@@ -131,7 +132,10 @@ def draw(numbers: Numbers) -> None:
     base = bases_of(numbers)[0]
     cost = median_costs(costs, base)
     titles = {"adding one: spearman": ADD, "leaving one out: spearman": OUT, "kept: cpr": KEEP}
-    panels = {title: (standings(scores, q, base), cost) for title, q in titles.items()}
+    panels = {
+        title: (ranked(means_of(scores, q, base).dropna(axis=1)), cost)
+        for title, q in titles.items()
+    }
     save(pareto(panels), PARETO, 1500, 640)
     curves = {}
     for title, question in (("adding one module", ADD), ("leaving one module out", OUT)):

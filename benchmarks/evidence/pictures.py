@@ -23,16 +23,17 @@ FAMILIES = {  # the first pattern that a method's key begins with; a colour for 
     r".*": "foils and nulls",
 }
 ASIDE = 1.045
+LEAST = 0.005  # by which a dearer method must be better to stand on the front
 PLACES = ("bottom right", "top left", "top center", "top right")  # of names on the front, by cost
 STRENGTHS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats at lower or equal cost, by cost."""
+    """Indices of the points that are better than all at lower or equal cost, by cost."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     kept, best = [], float("-inf")
     for i in order:
-        if points[i][1] > best:
+        if points[i][1] > best + LEAST:
             kept.append(i)
             best = points[i][1]
     return kept
@@ -129,10 +130,12 @@ def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Summary]]]]) ->
         rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.07
     )
     for column, curves in enumerate(panels.values(), start=1):
-        for colour, (method, points) in zip(COLOURS, curves.items(), strict=False):
+        for place, (colour, (method, points)) in enumerate(
+            zip(COLOURS, curves.items(), strict=False)
+        ):
             figure.add_trace(
                 go.Scatter(
-                    x=[at for at, _ in points],
+                    x=[at * ASIDE**place for at, _ in points],
                     y=[found.median for _, found in points],
                     error_y={
                         "type": "data",

@@ -30,6 +30,7 @@ from words import (
     ADD_ERROR,
     CLOSE,
     FEW,
+    FLOORS,
     KEEP,
     OUT,
     OUT_ELSEWHERE,
@@ -82,9 +83,11 @@ def sections(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> list[tuple
 
 
 def other_prompts(scores: pd.DataFrame, base: str) -> list[tuple[str, str]]:
+    """The main methods by kind of prompt; where modules are kept, beside their floors."""
+    main = dict.fromkeys((ADD, ADD_ELSEWHERE, OUT, OUT_ELSEWHERE), MAIN)
     return [
-        (f"{question.words} ({question.metric})", by_prompts(scores, question, base, MAIN))
-        for question in (ADD, ADD_ELSEWHERE, OUT, OUT_ELSEWHERE, KEEP, CLOSE)
+        (f"{question.words} ({question.metric})", by_prompts(scores, question, base, methods))
+        for question, methods in {**main, KEEP: (*MAIN, *FLOORS), CLOSE: (*MAIN, *FLOORS)}.items()
     ]
 
 

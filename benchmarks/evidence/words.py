@@ -222,7 +222,8 @@ def _line(
     error = summary_of(scores, ERRORS.get(question, question), base, method)
     exact, cost = found.cost.get(question.key, math.inf), cost_in_words(found.cost[method])
     estimate = named(method).removesuffix(", up to 8 nodes")
-    estimate += "" if found.chosen >= STABLE else ", in a tie"
+    if found.chosen < STABLE:
+        estimate = f"a tie of {len(found.members)}; cheapest: {estimate}"
     is_cheap = exact <= CHEAP
     return {
         "words": question.words,
