@@ -1,6 +1,6 @@
 """docs/faithfulness.md and its pictures from stored results.
 
-    python benchmarks/evidence/page.py --results FOLDER   # add measure.py's files, then render
+    python benchmarks/evidence/page.py --results FOLDER   # add measure.py's files, resample, render
     python benchmarks/evidence/page.py                    # render from docs/faithfulness.json
     python benchmarks/evidence/page.py --pictures         # … and draw (needs kaleido and Chromium)
 

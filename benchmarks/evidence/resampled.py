@@ -1,6 +1,6 @@
 """What resampling training tasks shows: how often an interval covers, how stable a choice is.
 
-    python benchmarks/evidence/resampled.py      # a minute or two, into docs/faithfulness.json
+    python benchmarks/evidence/resampled.py      # minutes, into docs/faithfulness.json
 
 The tasks of the first base stand for all tasks: samples of them are drawn with replacement.
 
@@ -62,34 +62,19 @@ def resamples(means: pd.DataFrame, draws: int) -> list[pd.DataFrame]:
 
 def coverages(values: Float[np.ndarray, " task"], size: int, draws: int) -> dict[str, float]:
     """Of samples of this size: how often each interval holds the number of all tasks."""
-    indices = np.random.default_rng(SEED).integers(0, len(values), (draws, size))
-    samples = values[indices]
-    each = [summary(sample) for sample in samples]
-    low, high = np.array([(found.low, found.high) for found in each]).T
-    return {
-        "median": float(((low <= np.median(values)) & (np.median(values) <= high)).mean()),
-        "mean": bootstrap_coverage(values, samples),
-    }
-
-
-def bootstrap_coverage(
-    values: Float[np.ndarray, " task"], samples: Float[np.ndarray, "draw task"]
-) -> float:
-    """Of the BCa interval of the mean; of equal numbers it is that number."""
+    samples = values[np.random.default_rng(SEED).integers(0, len(values), (draws, size))]
+    middle = [summary(sample) for sample in samples]
+    how = {"n_resamples": BOOTSTRAP, "batch": 50, "confidence_level": LEVEL, "rng": SEED}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ends = stats.bootstrap(
-            (samples,),
-            np.mean,
-            axis=-1,
-            n_resamples=BOOTSTRAP,
-            batch=50,
-            confidence_level=LEVEL,
-            rng=SEED,
-        ).confidence_interval
-    equal = np.isnan(ends.low) | np.isnan(ends.high)
-    low, high = (np.where(equal, samples.mean(1), end) for end in ends)
-    return float(((low <= values.mean()) & (values.mean() <= high)).mean())
+        low, high = stats.bootstrap((samples,), np.mean, axis=-1, **how).confidence_interval
+    # It has no interval of equal numbers, which are their own.
+    low, high = (np.where(np.isnan(end), samples.mean(1), end) for end in (low, high))
+    covers = (low <= values.mean()) & (values.mean() <= high)
+    return {
+        "median": float(np.mean([one.low <= np.median(values) <= one.high for one in middle])),
+        "mean": float(covers.mean()),
+    }
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, cast, final
+from typing import Annotated, Any, cast, final
 
 import numpy as np
 import pandas as pd
@@ -384,7 +384,7 @@ class ConstantPart(Result):
         meta: model, adapter, dtype and versions.
     """
 
-    BY_KL: ClassVar[str] = "KL(adapted ‖ ·)"
+    BY_KL = "KL(adapted ‖ ·)"
 
     share: Float[Tensor, " site"]
     size: Float[Tensor, " site"]
