@@ -1,6 +1,6 @@
 """docs/faithfulness.md and its pictures from stored results.
 
-    python benchmarks/evidence/page.py --results FOLDER   # add measure.py's files, then render
+    python benchmarks/evidence/page.py --results FOLDER   # add measure.py's files, resample, render
     python benchmarks/evidence/page.py                    # render from docs/faithfulness.json
     python benchmarks/evidence/page.py --pictures         # … and draw (needs kaleido and Chromium)
 
@@ -21,12 +21,15 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from intervals import ranked
 from jinja2 import Environment, StrictUndefined
 from pictures import pareto, save, strength
 from recipes import SECOND, SECOND_NAME, SMOLLM2
-from results import DOCS, PAGE, Numbers, costs_of, joined, pack, read, scores_of, write
+from resampled import study
+from results import DOCS, PAGE, Numbers, bases_of, costs_of, joined, pack, read, scores_of, write
 from sections import (
     adapters,
+    coverage,
     flags,
     kl_ranks,
     other_prompts,
@@ -37,29 +40,19 @@ from sections import (
     warned_elsewhere,
     warnings,
 )
-from tables import MAIN, mean_costs, standings
+from tables import MAIN, means_of, median_costs
 from violent import curve
 from warned import pack as pack_warned
-from words import ADD, KEEP, OUT, comparisons, opening, recommendations
+from words import ADD, KEEP, OUT, comparisons, floors, opening, path_called, recommendations
 
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.results.attribution import VIOLENT
 
 IMAGES = DOCS / "images"
 PARETO, STRENGTH = IMAGES / "faithfulness_cost.png", IMAGES / "faithfulness_strength.png"
-ENOUGH = 10  # tasks, below which a bootstrap interval is plainly too narrow
 EVERY = {EMBEDDED_NAME: SMOLLM2, SECOND_NAME: SECOND}
 ABOUT = {SECOND_NAME: "a small GPT-2 that was trained from nothing on facts of countries"}
 TEMPLATE = Path(__file__).with_name("faithfulness.md.jinja")
-
-
-def bases_of(numbers: Numbers) -> list[str]:
-    """Bases, that of the most adapters first."""
-    return list(pd.Series([a["base"] for a in numbers["adapters"].values()]).value_counts().index)
-
-
-def described(base: str) -> str:
-    return f"{base} ({ABOUT[base]})" if base in ABOUT else base
 
 
 def counted_bases(numbers: Numbers) -> str:
@@ -67,7 +60,8 @@ def counted_bases(numbers: Numbers) -> str:
     parts = []
     for base in bases_of(numbers):
         here = rows[rows["base"] == base]
-        parts.append(f"{base} ({here['cluster'].nunique()} tasks, {len(here)} adapters)")
+        counted = f"{here['cluster'].nunique()} tasks, {len(here)} adapters"
+        parts.append(f"{base} ({'; '.join(filter(None, [ABOUT.get(base), counted]))})")
     return " and ".join(parts)
 
 
@@ -75,7 +69,7 @@ def page(numbers: Numbers) -> str:
     """docs/faithfulness.md, of docs/faithfulness.json."""
     scores, costs = scores_of(numbers), costs_of(numbers)
     bases, rows = bases_of(numbers), pd.DataFrame(numbers["adapters"].values())
-    tasks = rows.groupby("base")["cluster"].nunique()
+    tasks = rows.groupby("base")["cluster"].nunique().to_dict()
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
         TEMPLATE.read_text()
     )
@@ -87,12 +81,15 @@ def page(numbers: Numbers) -> str:
             ranks=(rows["rank"].min(), rows["rank"].max()),
             targets=rows["targets"].nunique(),
             bases=bases,
-            few=[base for base in bases if tasks[base] < ENOUGH],
-            enough=ENOUGH,
+            tasks=tasks,
             missing=missing(numbers),
             opening=opening(numbers, bases),
-            recommendations=block(numbers),
-            comparisons=helps(numbers),
+            floors=floors(scores, bases[0]),
+            recommendations=recommendations(numbers, bases[0]),
+            coverage=coverage(numbers["resampled"]),
+            resampled=numbers["resampled"]["how"],
+            path_called=path_called(scores, bases[0]),
+            comparisons={base: comparisons(scores, base) for base in bases},
             sections={base: sections(scores, costs, base) for base in bases},
             other_prompts=other_prompts(scores, bases[0]),
             second_order=second_order(scores, costs, bases[0]),
@@ -129,34 +126,16 @@ def missing(numbers: Numbers) -> str:
     return f"Not measured yet: {' and '.join(parts)}." if parts else ""
 
 
-def block(numbers: Numbers) -> str:
-    """The recommendations of every base."""
-    scores, costs = scores_of(numbers), costs_of(numbers)
-    found = pd.DataFrame(numbers["adapters"].values())
-    parts = []
-    for base in bases_of(numbers):
-        rows = found[found["base"] == base]
-        parts.append(
-            f"On {described(base)}, {len(rows)} adapters of {rows['cluster'].nunique()} training "
-            f"tasks:\n\n{recommendations(scores, costs, base)}"
-        )
-    return "\n\n".join([*parts, *filter(None, [missing(numbers)])])
-
-
-def helps(numbers: Numbers) -> str:
-    """The comparisons of every base."""
-    scores = scores_of(numbers)
-    parts = [f"On {base}:\n\n{comparisons(scores, base)}" for base in bases_of(numbers)]
-    return "\n\n".join(parts)
-
-
 def draw(numbers: Numbers) -> None:
     """Both pictures, on the base of the most adapters."""
     scores, costs = scores_of(numbers), costs_of(numbers)
     base = bases_of(numbers)[0]
-    cost = mean_costs(costs, base)
+    cost = median_costs(costs, base)
     titles = {"adding one: spearman": ADD, "leaving one out: spearman": OUT, "kept: cpr": KEEP}
-    panels = {title: (standings(scores, q, base), cost) for title, q in titles.items()}
+    panels = {
+        title: (ranked(means_of(scores, q, base).dropna(axis=1)), cost)
+        for title, q in titles.items()
+    }
     save(pareto(panels), PARETO, 1500, 640)
     curves = {}
     for title, question in (("adding one module", ADD), ("leaving one module out", OUT)):
@@ -175,6 +154,8 @@ def main() -> None:
         write(joined(read(), pack(given.results)))
     if given.warned is not None:
         write({**read(), "warned": pack_warned(given.warned)})
+    if given.results is not None:
+        write({**read(), "resampled": study(read())})
     numbers = read()
     PAGE.write_text(page(numbers))
     if given.pictures:

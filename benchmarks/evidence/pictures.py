@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
-from intervals import Interval, Standing
+from intervals import Standing, Summary
 from plotly.subplots import make_subplots
 from tables import named
 
@@ -23,16 +23,17 @@ FAMILIES = {  # the first pattern that a method's key begins with; a colour for 
     r".*": "foils and nulls",
 }
 ASIDE = 1.045
+LEAST = 0.005  # by which a dearer method must be better to stand on the front
 PLACES = ("bottom right", "top left", "top center", "top right")  # of names on the front, by cost
 STRENGTHS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats at lower or equal cost, by cost."""
+    """Indices of the points that are better than all at lower or equal cost, by cost."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     kept, best = [], float("-inf")
     for i in order:
-        if points[i][1] > best:
+        if points[i][1] > best + LEAST:
             kept.append(i)
             best = points[i][1]
     return kept
@@ -58,7 +59,7 @@ def pareto(panels: Mapping[str, tuple[list[Standing], Mapping[str, float]]]) -> 
     shown: set[str] = set()
     for column, (standings, cost) in enumerate(panels.values(), start=1):
         priced = [s for s in standings if cost.get(s.method, 0.0) > 0]
-        points = [(cost[s.method], s.score.mean) for s in priced]
+        points = [(cost[s.method], s.score.median) for s in priced]
         on_front = front(points)
         figure.add_trace(_line([points[i] for i in on_front]), 1, column)
         before = Counter[float]()
@@ -98,12 +99,12 @@ def _point(
     score, colour = standing.score, COLOURS[list(FAMILIES.values()).index(kind)]
     return go.Scatter(
         x=[cost],
-        y=[score.mean],
+        y=[score.median],
         error_y={
             "type": "data",
             "symmetric": False,
-            "array": [score.high - score.mean],
-            "arrayminus": [score.mean - score.low],
+            "array": [score.high - score.median],
+            "arrayminus": [score.median - score.low],
             "thickness": 0.8,
             "width": 0,
             "color": colour,
@@ -123,22 +124,24 @@ def _point(
     )
 
 
-def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Interval]]]]) -> go.Figure:
-    """One panel per question: mean agreement in bins of strength, with intervals over tasks."""
+def strength(panels: Mapping[str, Mapping[str, list[tuple[float, Summary]]]]) -> go.Figure:
+    """One panel per question: median agreement in bins of strength, with intervals over tasks."""
     figure = make_subplots(
         rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.07
     )
     for column, curves in enumerate(panels.values(), start=1):
-        for colour, (method, points) in zip(COLOURS, curves.items(), strict=False):
+        for place, (colour, (method, points)) in enumerate(
+            zip(COLOURS, curves.items(), strict=False)
+        ):
             figure.add_trace(
                 go.Scatter(
-                    x=[at for at, _ in points],
-                    y=[found.mean for _, found in points],
+                    x=[at * ASIDE**place for at, _ in points],
+                    y=[found.median for _, found in points],
                     error_y={
                         "type": "data",
                         "symmetric": False,
-                        "array": [found.high - found.mean for _, found in points],
-                        "arrayminus": [found.mean - found.low for _, found in points],
+                        "array": [found.high - found.median for _, found in points],
+                        "arrayminus": [found.median - found.low for _, found in points],
                         "thickness": 0.8,
                         "width": 0,
                     },

@@ -8,17 +8,22 @@ over days and machines.
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tables import MAIN
+from tables import CALLED, MAIN
+
+import lens_lora as ll
 
 DOCS = Path(__file__).parents[2] / "docs"
 NUMBERS, PAGE = DOCS / "faithfulness.json", DOCS / "faithfulness.md"
 KEPT_FIELDS = ("cluster", "kind", "rank", "targets", "lr", "steps", "dora", "rslora", "sites")
 CEILING = {"trained": "best_subset", "paraphrase": "best_subset/paraphrase"}
+RULES = ("path/2", "path/4", "path/8")
+TOL = inspect.signature(ll.path_attribution).parameters["tol"].default
 Numbers = dict[str, Any]
 
 
@@ -98,12 +103,17 @@ def read() -> Numbers:
     return json.loads(NUMBERS.read_text())
 
 
+def bases_of(numbers: Numbers) -> list[str]:
+    """Bases, that of the most adapters first."""
+    return list(pd.Series([a["base"] for a in numbers["adapters"].values()]).value_counts().index)
+
+
 def scores_of(numbers: Numbers) -> pd.DataFrame:
     """One row per adapter, kind of prompt, question, metric and method; derived metrics too."""
     rows = [
         (name, one["cluster"], one["base"], kind, question, metric, method, value)
         for name, one in numbers["adapters"].items()
-        for question, metrics in one["scores"].items()
+        for question, metrics in _as_called(one)["scores"].items()
         for metric, methods in metrics.items()
         for method, kinds in methods.items()
         for kind, value in kinds.items()
@@ -127,6 +137,28 @@ def _of_the_best(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)
 
 
+def is_met(total: float) -> bool:
+    """Whether a sum is within the tolerance of `ll.path_attribution`, to the digits stored."""
+    return abs(round(total - 1, 4)) <= TOL
+
+
+def _as_called(one: Numbers) -> Numbers:
+    """An adapter's numbers with `ll.path_attribution`, as far as its rules were run.
+
+    It stops at 4 nodes where their sum meets its tolerance, and else at 8. The call asks that of
+    each prompt, and what is stored is the sum over a kind's, so it never stops earlier than here.
+    """
+    sums, costs = one["scores"].get("sum", {}).get("sum", {}), one["costs"]
+    if not {*RULES} <= {*sums}:
+        return one
+    four, eight = sums["path/4"], sums["path/8"]
+    last = {kind: four[kind] if is_met(four[kind]) else eight[kind] for kind in eight}
+    rules = [costs[rule] for rule in RULES[: 2 if is_met(four["trained"]) else 3]]
+    cost = {of: sum(rule[of] for rule in rules) for of in rules[0]}
+    scores = {**one["scores"], "sum": {"sum": {**sums, CALLED: last}}}
+    return {**one, "scores": scores, "costs": {**costs, CALLED: cost}}
+
+
 def _incomplete(scores: pd.DataFrame) -> pd.DataFrame:
     """How far a method's sum is from the shift: |Σ / shift − 1|."""
     sums = scores[scores["question"] == "sum"].copy()
@@ -139,7 +171,7 @@ def costs_of(numbers: Numbers) -> pd.DataFrame:
     rows = [
         (name, one["cluster"], one["base"], method, cost["passes"], cost["time"])
         for name, one in numbers["adapters"].items()
-        for method, cost in one["costs"].items()
+        for method, cost in _as_called(one)["costs"].items()
     ]
     return pd.DataFrame(rows, columns=["adapter", "cluster", "base", "method", "passes", "time"])
 

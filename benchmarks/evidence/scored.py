@@ -1,7 +1,7 @@
 """How well scores answer the questions, as rows of a long table.
 
 add_one, leave_one_out    each prompt's own scores against its measured effects: Spearman,
-                          Pearson, Σ|error| / Σ|effect|; means over prompts
+                          Pearson, slope, Σ|error| / Σ|effect|; means over prompts
 … /held_out               scores made on the trained wording, in the mean over its prompts,
                           against the effects on other prompts
 keep                      ranked on the trained wording, judged on these prompts: CPR, CMD, and
@@ -28,7 +28,8 @@ from lens_lora.results.base import header
 
 Row = dict[str, Any]
 DRAWS, SEED, FIFTH = 3, 0, 0.2
-STATISTICS = {"spearman": "spearman", "pearson": "pearson", "relative_error": "error"}
+STATISTICS = {of: of for of in ("spearman", "pearson", "slope")} | {"relative_error": "error"}
+OF_SIZE = ("slope", "error")
 # Scores that are in no unit: only what does not depend on their size is asked of them.
 WITHOUT_UNIT = (
     "weight_norm",
@@ -80,7 +81,7 @@ def agreement(
 
 def _statistics(asked: Asked, values: Tensor, key: str, measured: Attribution) -> dict[str, float]:
     found = ll.compare(attribution_of(asked, values.double(), key), measured, bootstrap=0)
-    chosen = {k: v for k, v in STATISTICS.items() if key not in WITHOUT_UNIT or v != "error"}
+    chosen = {k: v for k, v in STATISTICS.items() if key not in WITHOUT_UNIT or v not in OF_SIZE}
     return {name: found.mean(statistic) for statistic, name in chosen.items()}
 
 

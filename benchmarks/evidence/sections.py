@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pandas as pd
-from intervals import interval
+from intervals import summary
 from results import Numbers, cases_of
 from tables import (
     END,
@@ -18,9 +18,10 @@ from tables import (
     cost_table,
     markdown,
     named,
-    of_question,
+    number,
     question_table,
     span,
+    with_worst,
 )
 from violent import BROKEN, Counts, confusion, curve, warned_cases
 from words import (
@@ -29,6 +30,7 @@ from words import (
     ADD_ERROR,
     CLOSE,
     FEW,
+    FLOORS,
     KEEP,
     OUT,
     OUT_ELSEWHERE,
@@ -51,7 +53,6 @@ SIGNALS = {
     "strongest": "‖ΔW‖ / ‖W‖ of the strongest module",
     "way": "first order at 0 off the shift on the way",
 }
-OWN_FIRST, OWN_END = "second_order/add_one@0", "second_order/leave_one_out@1"
 KL_SPLITS = {
     "shares": ("½ vᵀFv, `ll.kl_shares`", "5"),
     END: ("gradient of the KL at 1", "3"),
@@ -64,6 +65,7 @@ WARNED_OF = {
     "leave_one_out": ("Leaving one module out, by first order at 1", OUT, END),
     "add_one": ("Adding one module, by first order at 0", ADD, FIRST),
 }
+WAYS = {"median": "median", "mean": "bootstrapped mean"}
 WARNED_HEAD = ["on the tasks that choose", "on those that confirm"]
 SECTIONS = (
     ("Adding one module", (ADD, ADD_ERROR)),
@@ -81,41 +83,24 @@ def sections(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> list[tuple
 
 
 def other_prompts(scores: pd.DataFrame, base: str) -> list[tuple[str, str]]:
+    """The main methods by kind of prompt; where modules are kept, beside their floors."""
+    main = dict.fromkeys((ADD, ADD_ELSEWHERE, OUT, OUT_ELSEWHERE), MAIN)
     return [
-        (f"{question.words} ({question.metric})", by_prompts(scores, question, base, MAIN))
-        for question in (ADD, ADD_ELSEWHERE, OUT, OUT_ELSEWHERE, KEEP, CLOSE)
+        (f"{question.words} ({question.metric})", by_prompts(scores, question, base, methods))
+        for question, methods in {**main, KEEP: (*MAIN, *FLOORS), CLOSE: (*MAIN, *FLOORS)}.items()
     ]
 
 
-def second_order(
-    scores: pd.DataFrame, costs: pd.DataFrame, base: str
-) -> list[tuple[str, str, str]]:
-    """Errors on the first trained prompt, where the diagonal of H was computed, and medians."""
-    found = []
-    for question, first, second in ((ADD_ERROR, FIRST, OWN_FIRST), (OUT_ERROR, END, OWN_END)):
-        one = dataclasses.replace(question, prompts=("trained, first",))
-        table = question_table(scores, [one], base, costs)
-        found.append((question.words, table, _medians(scores, one, base, first, second)))
-    return found
-
-
-def _medians(scores: pd.DataFrame, question: Question, base: str, first: str, second: str) -> str:
-    """On how many adapters second order is nearer, as a mean may be that of one adapter."""
-    rows = of_question(scores, question, base)
-    each = rows.pivot_table(index="adapter", columns="method", values="value")[[first, second]]
-    each = each.dropna()
-    nearer, medians = int((each[second] < each[first]).sum()), each.median()
-    return (
-        f"{named(second)} is nearer than {named(first)} on {nearer} of {len(each)} adapters: its "
-        f"median error is {medians[second]:.2g}, beside {medians[first]:.2g}. It errs most on "
-        f"{each[second].idxmax()}, by {each[second].max():.2g}."
-    )
+def second_order(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> list[tuple[str, str]]:
+    """Errors on the first trained prompt, where the diagonal of H was computed."""
+    asked = [dataclasses.replace(of, prompts=("trained, first",)) for of in (ADD_ERROR, OUT_ERROR)]
+    return [(one.words, question_table(scores, [one], base, costs)) for one in asked]
 
 
 def flags(warned: Warned) -> str:
     """How the flags of `ll.reliability` fare on the tasks that chose nothing, by question."""
     rows = []
-    for how, words in (("add_one", ADD.words), ("leave_one_out", OUT.words)):
+    for how, words in (("add_one", ADD.short), ("leave_one_out", OUT.short)):
         found = pd.DataFrame(
             [
                 {"cluster": one["cluster"], **of["flags"][how]}
@@ -128,11 +113,13 @@ def flags(warned: Warned) -> str:
         shares = [
             f"{total['hit'] / total[of]:.2f}" if total[of] else "—" for of in ("flagged", "wrong")
         ]
-        errors = [span(interval(found.groupby("cluster")[name].mean())) for name in ERRORS]
+        means = found.groupby("cluster")[list(ERRORS)].mean()
+        errors = [with_worst(summary(means[e], larger_is_better=False)) for e in ERRORS]
         silent = f"{int((found['flagged'] == 0).sum())} of {len(found)}"
-        rows.append([words, silent, *shares, *errors, f"{found['screened'].median():.0f}"])
-    head = ["question", "cases without a flag", "precision", "recall", "plain"]
-    return markdown([*head, "flagged put in", "all screened put in", "modules run"], rows)
+        run = f"{found['screened'].median():.0f}"
+        rows.append([words, str(len(means)), silent, *shares, *errors, run])
+    head = ["question", "tasks", "no flag", "precision", "recall", "plain", "flagged", "all", "run"]
+    return markdown(head, rows)
 
 
 def warnings(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[str]:
@@ -179,10 +166,16 @@ def warned_elsewhere(numbers: Numbers, scores: pd.DataFrame, base: str) -> str:
 def kl_ranks(warned: Warned) -> tuple[str, str]:
     """On the tasks that chose nothing: how a KL's split is ranked, and how the verdict fares."""
     found = pd.DataFrame(
-        [of["kl"] for one in warned.values() for of in one["kinds"].values() if one["confirms"]]
+        [
+            {"cluster": one["cluster"], **of["kl"]}
+            for one in warned.values()
+            for of in one["kinds"].values()
+            if one["confirms"]
+        ]
     )
+    each = {key: summary(values) for key, values in found.groupby("cluster").mean().items()}
     rows = [
-        [name, f"{found[key].median():.2f}", f"{found[key].min():.2f}", passes]
+        [name, str(each[key].tasks), span(each[key]), number(each[key].worst), passes]
         for key, (name, passes) in KL_SPLITS.items()
     ]
     apart = {key: (found[f"shares, {key}"] - found["shares"]).abs().mean() for key in (HALF, END)}
@@ -192,7 +185,7 @@ def kl_ranks(warned: Warned) -> tuple[str, str]:
         f"correlation with the gradient at ½ is within {apart[HALF]:.2f} of that with the path's "
         f"split in the mean, with the gradient at 1 within {apart[END]:.2f}."
     )
-    return markdown(["numbers", "median", "worst", "passes"], rows), says
+    return markdown(["numbers", "tasks", "median", "worst", "passes"], rows), says
 
 
 def _counted(counts: Counts) -> str:
@@ -205,7 +198,7 @@ def violent(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[str]:
     for question, method in ((ADD, FIRST), (OUT, END)):
         cases = own_cases(numbers, scores, question, base)
         curves = curve(cases[cases["method"].isin(MAIN)])
-        strengths = [f"{at:.2g}" for at, _ in curves[method]]
+        strengths = [f"{at:.2g}, {found.tasks} tasks" for at, found in curves[method]]
         rows = [[named(m), *(span(found) for _, found in curves[m])] for m in MAIN if m in curves]
         parts.append(
             f"**{question.words}** Rank correlation in quarters of the adapters, by strength "
@@ -220,6 +213,16 @@ def own_cases(
 ) -> pd.DataFrame:
     cases = cases_of(numbers, scores, question.key)
     return cases[(cases["base"] == base) & cases["prompts"].isin(question.prompts)]
+
+
+def coverage(resampled: Numbers) -> str:
+    """How often each interval holds the number of all tasks, by how many a sample has."""
+    rows = [
+        [asked, named(of["method"]), *(f"{of[n][key]:.3f}" for key in WAYS for n in ("17", "6"))]
+        for asked, of in resampled["coverage"].items()
+    ]
+    head = [f"{words}, {n}" for words in WAYS.values() for n in ("17", "6")]
+    return markdown(["number", "method", *head], rows)
 
 
 def adapters(numbers: Numbers) -> str:

@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 
 import pandas as pd
-from intervals import Interval, Standing, cluster_means, interval, ranked
+from intervals import TOO_FEW, Standing, Summary, cluster_means, ranked, summary
 
 FIRST, HALF, END, PATH = "first_order@0", "first_order@0.5", "first_order@1", "path/4"
+CALLED = "path_attribution"
 HELD, RELP = "patterns+norm_scales", "patterns+norm_scales+identity+half"
 RELP_LIVE = "norm_scales+identity+half"
 NAMES = {
@@ -23,6 +24,7 @@ NAMES = {
     "path/2": "path, 2 nodes",
     PATH: "path, 4 nodes",
     "path/8": "path, 8 nodes",
+    CALLED: "`ll.path_attribution`, up to 8 nodes",
     f"first_order/{HELD}@0": "first order at 0, patterns and norms held",
     f"first_order/{RELP}@0": "RelP's rules at 0",
     f"first_order/{RELP}@1": "RelP's rules at 1",
@@ -60,6 +62,7 @@ class Question:
         larger: whether a larger score is better.
         prompts: the kinds of prompt that the score is of.
         words: the question, in words.
+        short: the same in a table.
     """
 
     key: str
@@ -67,6 +70,11 @@ class Question:
     larger: bool
     prompts: tuple[str, ...]
     words: str
+    short: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.short}: {self.metric}"
 
 
 def named(method: str) -> str:
@@ -90,15 +98,21 @@ def means_of(scores: pd.DataFrame, question: Question, base: str) -> pd.DataFram
 
 
 def standings(scores: pd.DataFrame, question: Question, base: str) -> list[Standing]:
-    """Every method that was measured on all clusters of a base, best first."""
-    means = means_of(scores, question, base).dropna(axis=1, how="any")
-    return ranked(means, larger_is_better=question.larger)
+    """Every method, those that were measured on some clusters of a base only last."""
+    return ranked(means_of(scores, question, base), larger_is_better=question.larger)
 
 
-def mean_costs(costs: pd.DataFrame, base: str, of: str = "passes") -> dict[str, float]:
-    """Of each method, the mean over clusters, as scores are."""
-    means = cluster_means(costs[costs["base"] == base], of).mean()
-    return {str(method): float(value) for method, value in means.items()}
+def summary_of(scores: pd.DataFrame, question: Question, base: str, method: str) -> Summary:
+    """One method over the tasks of a base."""
+    means = means_of(scores, question, base)
+    values = means[method] if method in means else pd.Series(dtype=float)
+    return summary(values, larger_is_better=question.larger)
+
+
+def median_costs(costs: pd.DataFrame, base: str, of: str = "passes") -> dict[str, float]:
+    """Of each method, the median over clusters, as of scores."""
+    medians = cluster_means(costs[costs["base"] == base], of).median()
+    return {str(method): float(value) for method, value in medians.items()}
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -106,15 +120,23 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def span(found: Interval, digits: int = 2) -> str:
-    """`0.98 [0.96, 0.99]`; what is above a hundred in whole numbers."""
+def number(value: float, digits: int = 2) -> str:
+    """Above a hundred without digits, and next to zero with one that says something."""
+    if 0 < abs(value) < 0.5 * 10**-digits:
+        return f"{value:.1g}"
+    return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
 
-    def written(value: float) -> str:
-        return f"{value:.{digits}f}" if abs(value) < 100 else f"{value:.0f}"
 
+def span(found: Summary) -> str:
+    """`0.98 [0.96, 0.99]`, the median and its interval."""
     if found.low != found.low:
-        return written(found.mean)
-    return f"{written(found.mean)} [{written(found.low)}, {written(found.high)}]"
+        return number(found.median) if found.tasks else "—"
+    return f"{number(found.median)} [{number(found.low)}, {number(found.high)}]"
+
+
+def with_worst(found: Summary) -> str:
+    """`0.98 (0.75)`, the median and the worst task."""
+    return f"{number(found.median)} ({number(found.worst)})" if found.tasks else "—"
 
 
 def cost_in_words(cost: float | None) -> str:
@@ -129,64 +151,49 @@ def question_table(
     base: str,
     costs: pd.DataFrame | None = None,
 ) -> str:
-    """One line per method, in the order of the first metric: scores, how far behind, cost."""
-    columns = [_scored(scores, question, base) for question in questions]
-    prices = [] if costs is None else [mean_costs(costs, base, of) for of in ("passes", "time")]
-    names = dict.fromkeys(name for column in columns for name in column)
+    """One line per method, in the order of the first metric: tasks, scores, verdicts, cost."""
+    columns = [{s.method: s for s in standings(scores, question, base)} for question in questions]
+    prices = [] if costs is None else [median_costs(costs, base, of) for of in ("passes", "time")]
+    told = any(s.verdict not in ("best", TOO_FEW) for column in columns for s in column.values())
+    width = 3 if told else 2
+    methods = dict.fromkeys(method for column in columns for method in column)
     rows = [
         [
-            label,
-            *(cell for column in columns for cell in column.get((method, label), ("—", "—"))),
+            named(method),
+            str(next(column[method] for column in columns if method in column).score.tasks),
+            *(cell for column in columns for cell in _cells(column.get(method))[:width]),
             *(cost_in_words(price.get(method)) for price in prices),
         ]
-        for method, label in names
+        for method in methods
     ]
-    head = [word for question in questions for word in (question.metric, "behind the best")]
-    return markdown(["method", *head, *(["passes", "F"] if prices else [])], rows)
+    head = [word for q in questions for word in (q.metric, "worst", "behind the best")[:width]]
+    return markdown(["method", "tasks", *head, *(["passes", "F"] if prices else [])], rows)
 
 
-def _scored(
-    scores: pd.DataFrame, question: Question, base: str
-) -> dict[tuple[str, str], tuple[str, str]]:
-    """{(method, its name): (score, how far behind the best)}, the best first.
-
-    Methods that were run on some training tasks only come last, compared with the best on those.
-    """
-    every, means = standings(scores, question, base), means_of(scores, question, base)
-    found = {
-        (s.method, named(s.method)): (
-            span(s.score),
-            "best" if i == 0 else "tie" if s.tie else span(s.behind, 3),
-        )
-        for i, s in enumerate(every)
-    }
-    sign = 1 if question.larger else -1
-    for method in means.columns[means.isna().any()]:
-        score, behind = (
-            interval(values)
-            for values in (means[method], sign * (means[method] - means[every[0].method]))
-        )
-        label = f"{named(method)} ({score.clusters} of {len(means)} tasks)"
-        found[method, label] = (span(score), "tie" if behind.tie else span(behind, 3))
-    return found
+def _cells(standing: Standing | None) -> tuple[str, str, str]:
+    """The score, the worst task, and how far behind the best in the median, unless it is a tie."""
+    if standing is None:
+        return "—", "—", "—"
+    is_worse = standing.verdict == "worse"
+    told = number(standing.behind, 3) if is_worse else standing.verdict
+    return span(standing.score), number(standing.score.worst), told
 
 
 def cost_table(costs: pd.DataFrame, base: str) -> str:
     """Passes and time of every method that the page names, the dearest first."""
-    passes, time = (mean_costs(costs, base, of) for of in ("passes", "time"))
+    passes, time = (median_costs(costs, base, of) for of in ("passes", "time"))
     order = sorted((m for m in passes if named(m) != m), key=lambda method: -time[method])
     rows = [[named(m), cost_in_words(passes[m]), cost_in_words(time[m])] for m in order]
     return markdown(["method", "passes", "F"], rows)
 
 
 def by_prompts(scores: pd.DataFrame, question: Question, base: str, methods: Sequence[str]) -> str:
-    """The chosen methods by kind of prompt, means over clusters."""
-    rows = []
+    """The chosen methods by kind of prompt: the median over clusters, and the worst."""
+    every = of_question(scores, dataclasses.replace(question, prompts=KINDS), base)
+    rows, kinds = [], [kind for kind in KINDS if kind in set(every["prompts"])]
     for method in methods:
-        cells = [named(method)]
-        for kind in KINDS:
-            asked = dataclasses.replace(question, prompts=(kind,))
-            means = cluster_means(of_question(scores, asked, base))
-            cells.append(f"{means[method].mean():.2f}" if method in means else "—")
-        rows.append(cells)
-    return markdown(["method", *KINDS], rows)
+        asked = (dataclasses.replace(question, prompts=(kind,)) for kind in kinds)
+        found = [summary_of(scores, of, base, method) for of in asked]
+        tasks = max((of.tasks for of in found), default=0)
+        rows.append([named(method), str(tasks), *map(with_worst, found)])
+    return markdown(["method", "tasks", *kinds], rows)

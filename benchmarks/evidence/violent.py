@@ -3,7 +3,7 @@
 A *case* is one adapter on one kind of prompt. An estimate is broken there if its rank correlation
 with the truth is below `BROKEN`. Strength is ‖ΔW‖ / ‖W‖ over the adapted modules.
 
-1. `curve`: the mean correlation of each estimate in bins of strength that hold as many adapters.
+1. `curve`: the median correlation of each estimate in bins of strength that hold as many adapters.
 2. `confusion`: for each signal that costs no intervention, a threshold that some tasks choose, and
    how often it is right and wrong on others (`warned.py` measures both).
 """
@@ -14,7 +14,7 @@ import dataclasses
 from typing import Any
 
 import pandas as pd
-from intervals import Interval, cluster_means, interval, threshold_of
+from intervals import Summary, cluster_means, summary, threshold_of
 
 BROKEN, BINS = 0.9, 4
 
@@ -27,16 +27,16 @@ def binned(cases: pd.DataFrame, bins: int = BINS) -> pd.Series:
     return cases["adapter"].map(bin_of)
 
 
-def curve(cases: pd.DataFrame, bins: int = BINS) -> dict[str, list[tuple[float, Interval]]]:
-    """Per method: for each bin, its median strength and the mean correlation over clusters."""
-    found: dict[str, list[tuple[float, Interval]]] = {}
+def curve(cases: pd.DataFrame, bins: int = BINS) -> dict[str, list[tuple[float, Summary]]]:
+    """Per method: for each bin, its median strength and the correlation over clusters."""
+    found: dict[str, list[tuple[float, Summary]]] = {}
     of_bin = binned(cases, bins)
     for method, rows in cases.groupby("method", sort=False):
         points = []
         for _, inside in rows.groupby(of_bin.loc[rows.index]):
             means = cluster_means(inside, "agreement")
             strength = float(inside.groupby("adapter")["strength"].first().median())
-            points.append((strength, interval(means[str(method)])))
+            points.append((strength, summary(means[str(method)])))
         found[str(method)] = points
     return found
 

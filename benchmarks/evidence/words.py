@@ -1,18 +1,22 @@
-"""Recommendations, written from the stored numbers.
+"""The page in short, and its recommendations, written from the stored numbers.
 
-Per question: the cheapest method within the interval of the best, and what measuring costs instead;
-how often it is right, and on which adapters it is not.
+Per question: the cheapest estimate that cannot be told from the best; whether other tasks would
+have chosen it too (`resampled.py`), and what measuring costs instead; how often it is right, on
+which adapters it is not, and what its numbers are worth on other prompts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
-from intervals import Standing, cheapest_of_the_best, cluster_means, difference
-from results import Numbers, costs_of, scores_of
+from intervals import Summary, choice, cluster_means, summary, tied, verdicts
+from results import Numbers, costs_of, is_met, scores_of
 from tables import (
+    CALLED,
     END,
     FIRST,
     HALF,
@@ -23,11 +27,14 @@ from tables import (
     Question,
     cost_in_words,
     markdown,
-    mean_costs,
+    means_of,
+    median_costs,
     named,
+    number,
     of_question,
     span,
-    standings,
+    summary_of,
+    with_worst,
 )
 from violent import BROKEN
 
@@ -35,12 +42,16 @@ from lens_lora.results.attribution import VIOLENT
 
 MEASURED = ("add_one", "leave_one_out")
 OWN = ("trained", "paraphrase")
-ADD = Question("add_one", "spearman", True, OWN, "What would adding this module to the base do?")
-ADD_ERROR = dataclasses.replace(ADD, metric="error", larger=False)
-OUT = Question(
-    "leave_one_out", "spearman", True, OWN, "What would removing it from the adapted model do?"
+ADD = Question(
+    "add_one", "spearman", True, OWN, "What would adding this module to the base do?", "adding one"
 )
-OUT_ERROR = dataclasses.replace(OUT, metric="error", larger=False)
+OUT = dataclasses.replace(
+    ADD,
+    key="leave_one_out",
+    words="What would removing it from the adapted model do?",
+    short="leaving one out",
+)
+ADD_ERROR, OUT_ERROR = (dataclasses.replace(q, metric="error", larger=False) for q in (ADD, OUT))
 ADD_ELSEWHERE, OUT_ELSEWHERE = (
     dataclasses.replace(
         question,
@@ -49,33 +60,27 @@ ADD_ELSEWHERE, OUT_ELSEWHERE = (
     )
     for question in (ADD, OUT)
 )
-KEEP = Question("keep", "cpr", True, ("paraphrase",), "Which modules carry the shift?")
-CLOSE = Question(
-    "keep", "cmd", False, ("paraphrase",), "Which modules reproduce the adapted model's readout?"
+KEEP = Question(
+    "keep", "cpr", True, ("paraphrase",), "Which modules carry the shift?", "what carries it"
 )
-FEW = Question(
-    "keep", "of the best found", True, ("paraphrase",), "Which fifth of the modules keeps most?"
+CLOSE = dataclasses.replace(
+    KEEP, metric="cmd", larger=False, words="Which modules reproduce the adapted model's readout?"
+)
+FEW = dataclasses.replace(
+    KEEP, metric="of the best found", words="Which fifth keeps most?", short="the best fifth"
 )
 SUM = Question(
-    "sum", "incompleteness", False, OWN, "How is the whole shift divided among the modules?"
+    "sum", "incompleteness", False, OWN, "How is the whole shift divided?", "dividing it"
 )
 ASKED = (ADD, OUT, SUM, KEEP, FEW)
+ERRORS = {ADD: ADD_ERROR, OUT: OUT_ERROR}
+ELSEWHERE = {ADD: ADD_ELSEWHERE, OUT: OUT_ELSEWHERE, KEEP: KEEP, FEW: FEW}
+FLOORS = ("random", "signed_weight_norm")
 CHEAP = 30.0  # F, up to which the advice for one prompt is to measure
+STABLE = 0.8  # of the resamples of tasks that must choose a method before it is recommended
 ONE = ("trained, first",)
-# A metric's bound, and what is within it; a share of the shift has none.
-RIGHT = {
-    "spearman": (BROKEN, "modules in the measured order (Spearman ≥ 0.9)"),
-    "incompleteness": (0.1, "a sum within 10 % of the shift"),
-    "of the best found": (0.9, "≥ 90 % of what the best fifth keeps"),
-}
+RIGHT = {"spearman": BROKEN, "incompleteness": 0.1, "of the best found": 0.9}  # by metric
 WORST = 3  # adapters that are named
-ENDS = "the result calls {violent} of these {off} violent; `ll.reliability` flags modules"
-NOTICED = {
-    ADD: ENDS,
-    OUT: ENDS,
-    SUM: "the result states its error: `completeness_error`, `quadrature.met`",
-    FEW: "`ll.faithfulness` runs the chosen modules, `ll.best_subset` says what could be kept",
-}
 # Question, method, what it would replace.
 COMPARED = (
     (KEEP, PATH, HALF),
@@ -98,18 +103,30 @@ COMPARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """What the table says about one question on one base.
+    """What the tables say about one question.
 
     Attributes:
-        best: the method of the best mean.
-        cheapest: of those that tie with it, the one of least cost.
+        method: the cheapest of the tie with the best, as a call runs it.
+        members: the whole tie.
+        shares: of the resamples of tasks, by what they choose, the most first.
         cost: F of every method, by process time.
     """
 
     question: Question
-    best: Standing
-    cheapest: Standing
+    method: str
+    members: list[str]
+    shares: Mapping[str, float]
     cost: Mapping[str, float]
+
+    @property
+    def chosen(self) -> float:
+        """Of the resamples, the share that chooses this method."""
+        return self.shares.get(self.method, 0.0)
+
+
+def as_run(question: Question, method: str) -> str:
+    """A rule of the path is one of those that `ll.path_attribution` runs."""
+    return CALLED if question == SUM and method.startswith("path/") else method
 
 
 def is_estimate(method: str) -> bool:
@@ -117,80 +134,133 @@ def is_estimate(method: str) -> bool:
     return not any(word in method for word in (*MEASURED, "best_subset", "null_adapter"))
 
 
-def advice(scores: pd.DataFrame, costs: pd.DataFrame, question: Question, base: str) -> Advice:
-    """The best estimate, and the cheapest within its interval."""
-    passes, cost = (mean_costs(costs, base, of) for of in ("passes", "time"))
-    priced = scores["method"].isin(list(passes)) & scores["method"].map(is_estimate)
-    found = standings(scores[priced], question, base)
-    return Advice(question, found[0], cheapest_of_the_best(found, passes), cost)
+def estimates(
+    scores: pd.DataFrame, costs: pd.DataFrame, question: Question, base: str
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """[cluster, method] of all that a recommendation may choose among, and their passes."""
+    passes = median_costs(costs, base)
+    means = means_of(scores, question, base)
+    return means[[m for m in means if m in passes and is_estimate(m)]], passes
 
 
-def recommendations(scores: pd.DataFrame, costs: pd.DataFrame, base: str) -> str:
-    """One line per question."""
-    rows = []
+def advice(numbers: Numbers, scores: pd.DataFrame, base: str) -> list[Advice]:
+    """Of each question."""
+    costs, found = costs_of(numbers), []
     for question in ASKED:
-        found = advice(scores, costs, question, base)
-        cheap, best = found.cheapest, found.best
-        beside = "itself" if cheap.method == best.method else named(best.method)
-        rows.append(
-            [
-                question.words,
-                named(cheap.method),
-                f"{question.metric} {span(cheap.score)}",
-                cost_in_words(found.cost[cheap.method]),
-                f"{beside}, {span(best.score)}",
-                _measuring(question, found.cost),
-            ]
-        )
-    head = ["your question", "cheapest within the interval of the best", "its score"]
-    return markdown([*head, "F", "the best estimate", "or measure it"], rows)
+        means, passes = estimates(scores, costs, question, base)
+        chosen = choice(means, passes, larger_is_better=question.larger)
+        members = tied(means, larger_is_better=question.larger)
+        shares = numbers["resampled"]["choices"][question.label]
+        method, time = as_run(question, chosen), median_costs(costs, base, "time")
+        found.append(Advice(question, method, members, shares, time))
+    return found
+
+
+def recommendations(numbers: Numbers, base: str) -> tuple[str, list[str]]:
+    """One line per question, and each tie by name."""
+    scores, rows, ties = scores_of(numbers), [], []
+    for found in advice(numbers, scores, base):
+        question, score = found.question, summary_of(scores, found.question, base, found.method)
+        is_stable, many = found.chosen >= STABLE, len(found.members)
+        word = "recommended" if is_stable else f"a tie of {many}" if many > 1 else "unstable"
+        told = [_percent(found.chosen), word, span(score), number(score.worst), str(score.tasks)]
+        rows.append([question.label, named(found.method), *told])
+        if not is_stable:
+            won = [f"{named(m)} {_percent(share)}" for m, share in list(found.shares.items())[:4]]
+            members = "; ".join(map(named, found.members))
+            ties.append(f"**{question.label}**: {members}. Chosen most: {'; '.join(won)}.")
+    head = ["question", "cheapest of the tie", "chosen", "so", "median", "worst", "tasks"]
+    return markdown(head, rows), ties
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def comparisons(scores: pd.DataFrame, base: str) -> str:
-    """One line per pair of methods: the paired difference, better, worse or tie, and how often.
-
-    A mean may be that of one task; on how many tasks the method is ahead is not.
-    """
-    rows = []
-    for question, method, other in COMPARED:
+    """One line per pair of methods: the paired difference, the verdict, and how often ahead."""
+    columns, cells = {}, []
+    for row, (question, method, other) in enumerate(COMPARED):
         means = cluster_means(of_question(scores, question, base))
-        if method not in means or other not in means:
-            continue
-        found = difference(means, method, other)
-        better = (found.mean > 0) == question.larger
-        verdict = "tie" if found.tie else "better" if better else "worse"
-        cells = [named(method), named(other), f"{question.words} ({question.metric})"]
-        apart = (means[method] - means[other]).dropna() * (1 if question.larger else -1)
-        ahead = f"{int((apart > 0).sum())} of {found.clusters} tasks"
-        rows.append([*cells, span(found, 3), verdict, ahead])
-    return markdown(["does …", "beat …", "at", "mean difference", "answer", "ahead on"], rows)
+        if method in means and other in means:
+            difference = means[method] - means[other]
+            columns[row] = difference if question.larger else -difference
+            found = summary(difference, larger_is_better=question.larger)
+            cells.append([named(method), named(other), question.label, _signed(found)])
+    apart = pd.DataFrame(columns)
+    ahead = (f"{(apart[row] > 0).sum()} of {apart[row].count()}" for row in apart)
+    told = zip(cells, verdicts(apart), ahead, strict=True)
+    rows = [[*cell, word, of] for cell, word, of in told]
+    head = ["does …", "beat …", "at", "difference", "answer", "ahead on"]
+    return markdown(head, rows)
 
 
-def opening(numbers: Numbers, bases: list[str]) -> tuple[str, str]:
-    """The page in short: on how many adapters each recommended estimate is right, and where not.
+def _signed(found: Summary) -> str:
+    return f"{found.median:+.3f} ({number(found.worst, 3)})"
 
-    The estimate is that of the first base, on all of them.
-    """
-    scores, costs = scores_of(numbers), costs_of(numbers)
-    rows, wrong = [], []
-    for question in ASKED:
-        best = advice(scores, costs, question, bases[0])
-        method, (bound, meant) = best.cheapest.method, RIGHT.get(question.metric, (None, "—"))
-        each = {base: _by_adapter(scores, question, base, method) for base in bases}
-        if bound is None:
-            cells = [f"{e.mean():.2f} ({e.min():.2f} to {e.max():.2f})" for e in each.values()]
-        else:
-            off = {b: e[e < bound if question.larger else e > bound] for b, e in each.items()}
-            cells = [f"{len(each[base]) - len(off[base])} of {len(each[base])}" for base in bases]
-            named_off = "; ".join(_worst(off[b], question.larger, b) for b in bases if len(off[b]))
-            names = [name for rest in off.values() for name in rest.index]
-            strengths = [numbers["adapters"][n]["signals"]["trained"]["strength"] for n in names]
-            violent = sum(strength > VIOLENT for strength in strengths)
-            noticed = NOTICED[question].format(violent=violent, off=len(names)) if names else "—"
-            wrong.append([question.words, named_off or "right on all", noticed])
-        rows.append([question.words, named(method), meant, *cells, _measuring(question, best.cost)])
-    head = ["your question", "the estimate", "right means", *bases, "or measure it"]
-    return markdown(head, rows), markdown([head[0], "not right on", "how you notice"], wrong)
+
+def opening(numbers: Numbers, bases: list[str]) -> dict[str, dict[str, Any]]:
+    """What the first page says of each question; the estimate is that of the first base."""
+    scores = scores_of(numbers)
+    every = advice(numbers, scores, bases[0])
+    return {found.question.short: _line(numbers, scores, found, bases) for found in every}
+
+
+def _line(
+    numbers: Numbers, scores: pd.DataFrame, found: Advice, bases: list[str]
+) -> dict[str, Any]:
+    question, method, base = found.question, found.method, bases[0]
+    each = {base: _by_adapter(scores, question, base, method) for base in bases}
+    bound = RIGHT.get(question.metric)
+    off = {b: _off(values, bound, question.larger) for b, values in each.items()}
+    strengths = [
+        numbers["adapters"][name]["signals"]["trained"]["strength"]
+        for values in off.values()
+        for name in values.index
+    ]
+    counted = ", ".join(f"{len(v) - len(off[b])} of {len(v)}" for b, v in each.items())
+    error = summary_of(scores, ERRORS.get(question, question), base, method)
+    exact, cost = found.cost.get(question.key, math.inf), cost_in_words(found.cost[method])
+    estimate = named(method).removesuffix(", up to 8 nodes")
+    if found.chosen < STABLE:
+        estimate = f"a tie of {len(found.members)}; cheapest: {estimate}"
+    is_cheap = exact <= CHEAP
+    return {
+        "words": question.words,
+        "answer": f"**measure it**; else {estimate}" if is_cheap else estimate,
+        "cost": f"{cost_in_words(exact)}; {cost}" if is_cheap else cost,
+        "score": with_worst(summary_of(scores, question, base, method)),
+        "right": counted if bound else "—",
+        "elsewhere": _elsewhere(scores, question, base, method),
+        "off": "; ".join(_worst(v, question.larger, b) for b, v in off.items() if len(v)) or "none",
+        "count": len(strengths),
+        "violent": sum(strength > VIOLENT for strength in strengths),
+        "error": with_worst(error),
+        "factor": number(1 / (1 - error.worst), 1) if error.worst < 1 else "any size",
+        "above": f"{(each[base] > 1).sum()} of {len(each[base])}",
+        "most": number(each[base].max()),
+    }
+
+
+def _off(values: pd.Series, bound: float | None, larger: bool) -> pd.Series:
+    """The adapters beyond the bound; of a share of the shift, which has none, nothing."""
+    return values[:0] if bound is None else values[values < bound if larger else values > bound]
+
+
+def floors(scores: pd.DataFrame, base: str) -> str:
+    """What cpr is without knowing anything, and with signs and sizes alone."""
+    each = {method: summary_of(scores, KEEP, base, method) for method in FLOORS}
+    return ", ".join(f"{named(method)} {with_worst(found)}" for method, found in each.items())
+
+
+def _elsewhere(scores: pd.DataFrame, question: Question, base: str, method: str) -> str:
+    """What the numbers of the trained wording are worth on paraphrases and on unrelated text."""
+    if question not in ELSEWHERE:
+        return "—"
+    kinds = ("paraphrase", "unrelated")
+    asked = (dataclasses.replace(ELSEWHERE[question], prompts=(kind,)) for kind in kinds)
+    found = [summary_of(scores, of, base, method) for of in asked]
+    return ", ".join(number(of.median) if of.tasks else "—" for of in found)
 
 
 def _by_adapter(scores: pd.DataFrame, question: Question, base: str, method: str) -> pd.Series:
@@ -206,10 +276,13 @@ def _worst(off: pd.Series, larger: bool, base: str) -> str:
     return f"{base}: {', '.join(names)}{f' and {more} more' if more else ''}"
 
 
-def _measuring(question: Question, cost: Mapping[str, float]) -> str:
-    if question.key in MEASURED and question.key in cost:
-        said = f"exact, {cost_in_words(cost[question.key])} F"
-        return f"**measure it**: {said}" if cost[question.key] <= CHEAP else said
-    if question.key == "sum" or "best_subset" not in cost:
-        return "—"
-    return f"`best_subset`, {cost_in_words(cost['best_subset'])} F"
+def path_called(scores: pd.DataFrame, base: str) -> str:
+    """Where `ll.path_attribution` would stop, as far as its rules were run."""
+    sums = scores[(scores["metric"] == "sum") & (scores["base"] == base)]
+    met = sums.pivot_table(index=["adapter", "prompts"], columns="method", values="value")
+    met = met[["path/4", "path/8"]].dropna().map(is_met).groupby("adapter").all()
+    four, eight = met["path/4"].sum(), (met["path/8"] & ~met["path/4"]).sum()
+    return (
+        f"of {len(met)} adapters with all three it would stop at 4 nodes on {four} at most, at 8 "
+        f"on {eight}, and go on beyond 8 on {len(met) - four - eight}"
+    )

@@ -30,7 +30,8 @@ The constant part (`constant_part`): a steering vector for each module, whatever
 
    and of a readout Σ (g_constant − g₀) / Σ (g₁ − g₀).
 
-A large share of δ need not carry what the adapter does, so both are measured.
+A large share of δ need not carry what the adapter does, so both are measured. Nor need constants
+that keep most of the KL keep a fact's margin, so with a readout there are both numbers.
 """
 
 from __future__ import annotations
@@ -373,6 +374,7 @@ class ConstantPart(Result):
         first_size: [site], the mean ‖δ‖ at the texts' first tokens, no part of the others.
         base, constant, adapted: [text], the readout of the base model, with the constants of the
             other half of the texts alone, and of the adapted model. By KL: Σ_t KL(adapted ‖ it).
+        base_kl, constant_kl: [text], Σ_t KL(adapted ‖ it) in nats, whatever the readout.
         sites: the adapted sites.
         vectors: μ by module path, as the Hugging Face module writes it.
         widths: how many features each module reads.
@@ -382,6 +384,8 @@ class ConstantPart(Result):
         meta: model, adapter, dtype and versions.
     """
 
+    BY_KL = "KL(adapted ‖ ·)"
+
     share: Float[Tensor, " site"]
     size: Float[Tensor, " site"]
     mean_size: Float[Tensor, " site"]
@@ -389,6 +393,8 @@ class ConstantPart(Result):
     base: Float[Tensor, " text"]
     constant: Float[Tensor, " text"]
     adapted: Float[Tensor, " text"]
+    base_kl: Float[Tensor, " text"]
+    constant_kl: Float[Tensor, " text"]
     sites: Annotated[tuple[Site, ...], "site"]
     vectors: Annotated[Mapping[str, Float[Tensor, " _out"]], "module"]
     widths: Annotated[Mapping[str, int], "module"]
@@ -410,6 +416,11 @@ class ConstantPart(Result):
         Σ KL(adapted ‖ base), negative where the constants lead away from the adapted model.
         """
         return float((self.constant - self.base).sum() / (self.adapted - self.base).sum())
+
+    @property
+    def kept_kl(self) -> float:
+        """The same by KL, whatever the readout: it may be large where a fact's margin is lost."""
+        return 1 - float(self.constant_kl.sum() / self.base_kl.sum())
 
     @property
     def total_share(self) -> float:
@@ -448,13 +459,13 @@ def constant_part(
 ) -> ConstantPart:
     """How much of each site's δ is one vector, on held-out texts, and what the vectors alone do.
 
-    Cost: four forward passes over the texts, five with a readout.
+    Cost: four forward passes over the texts, seven with a readout.
 
     Args:
         lens: the adapter over the model.
         texts: strings, conversations, ids, or `Prompts`; two at least, of two tokens at least.
-        readout: what of the adapter's effect the constants are to keep, at each text's end; None
-            for all of it, by KL at every token.
+        readout: what of the adapter's effect the constants are to keep, at each text's end, beside
+            all of it by KL at every token; None for the KL alone.
         progress: show a bar.
 
     Raises:
@@ -477,8 +488,8 @@ def constant_part(
     judged = [
         lens.with_adapter(_constants(*_by_module(lens, sums, half))) for half in _HALVES[::-1]
     ]
-    ends_of = _by_kl if readout is None else _by_readout
-    base, constant, adapted = ends_of(asked, judged, progress)
+    by_kl = _by_kl(asked, judged, progress)
+    base, constant, adapted = by_kl if readout is None else _by_readout(asked, judged, progress)
     count = int(sums.counts.sum())
     return ConstantPart(
         share=held_out_share(sums.euclidean(), sums.squares, sums.counts),
@@ -488,11 +499,13 @@ def constant_part(
         base=base,
         constant=constant,
         adapted=adapted,
+        base_kl=by_kl[0],
+        constant_kl=by_kl[1],
         sites=lens.sites,
         vectors=vectors,
         widths=widths,
         steering=_steering(lens.with_adapter(_constants(vectors, widths))),
-        readout="KL(adapted ‖ ·)" if readout is None else readout.label,
+        readout=ConstantPart.BY_KL if readout is None else readout.label,
         units="nats" if readout is None else readout.units,
         meta=lens.describe(),
     )

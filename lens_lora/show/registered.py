@@ -24,6 +24,7 @@ from lens_lora.show.maps import require_positions
 from lens_lora.show.page import rendered
 from lens_lora.show.tables import SITES_SHOWN, attribution_heading, modules_table, prompts_table
 from lens_lora.show.text import key_text, many, percent, signed
+from lens_lora.show.words import kept_by_constants
 
 # --- An attribution
 
@@ -156,7 +157,7 @@ def _body(result: Any) -> str:
         case results.ConstantPart():
             return (
                 f"held out, {percent(result.total_share)} of Σ‖δ‖² is constant, and the constants "
-                f"alone keep {percent(result.kept)} of {result.readout}\n"
+                f"alone keep {kept_by_constants(result)}\n"
                 f"{result.top(5).to_string()}"
             )
         case results.Checkpoints():

@@ -439,6 +439,14 @@ def _flags(e: results.Explanation) -> str:
     )
 
 
+def kept_by_constants(constant: results.ConstantPart) -> str:
+    """Of the readout, where one was given, and of the KL."""
+    by_kl = f"{percent(constant.kept_kl)} of {constant.BY_KL}"
+    if constant.readout == constant.BY_KL:
+        return by_kl
+    return f"{percent(constant.kept)} of {constant.readout}, and {by_kl}"
+
+
 def kept_by_top(e: results.Explanation) -> tuple[float, int, dict[str, float]] | None:
     """What the top of each ranking keeps of the shift, at the run size nearest to a fifth.
 

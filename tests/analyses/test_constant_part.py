@@ -232,6 +232,54 @@ def test_a_readout():
     assert found.top(1)["mean_size"][0] == float(found.mean_size.max())
 
 
+def test_a_readout_has_both_numbers():
+    """The margin's share by hand from PEFT's logits, the KL's as without a readout; in words."""
+    case, by_kl = cases.case("llama", CLASSES[0], "raw"), found_of("llama", CLASSES[0], "raw")
+    found = ll.constant_part(case.lens, texts(), ll.Margin(5, 9))
+    margins = torch.zeros(3, 3, dtype=torch.float64)  # [base, constant, adapted; text]
+    for text, length in enumerate(LENGTHS):
+        row = texts().tokens[text : text + 1, :length]
+        half = [kept for i, kept in enumerate(deltas("llama")) if i % 2 != text % 2]
+        means = {m: torch.cat([kept[m][1:] for kept in half]).mean(0) for m in half[0]}
+        with torch.no_grad():
+            adapted = case.peft(row).logits
+            with case.peft.disable_adapter():
+                base = case.peft(row).logits
+        constant = with_constants("llama", means, row)
+        logits = torch.cat([base, constant, adapted])[:, -1]
+        margins[:, text] = logits[:, 5] - logits[:, 9]
+    base, constant, adapted = margins.sum(1)
+    assert abs(found.kept - float((constant - base) / (adapted - base))) < 1e-9
+    assert abs(found.kept_kl - by_kl.kept) < 1e-12 and abs(by_kl.kept_kl - by_kl.kept) < 1e-12
+    assert abs(found.kept - found.kept_kl) > 1e-3  # one in the place of the other would be seen
+    kept, kl = (f"{100 * share:.0f}% of" for share in (found.kept, found.kept_kl))
+    for shown in (str(found), found.plot().layout.title.text):
+        assert f"{kept} {found.readout}, and {kl} KL" in shown
+    assert f"alone keep {kl} KL" in str(by_kl)
+
+
+def test_a_constant_that_keeps_the_kl_and_loses_the_margin():
+    """Planted: a vector moves every token's logits alike, a fact the margin at each text's end."""
+    case = cases.case("llama", CLASSES[0], "raw")
+    lens, rows, head = case.lens, texts(), case.base.lm_head.weight.detach()
+    margin = head[5] - head[9]
+    write = margin / margin.square().sum()
+    vector = torch.randn(16, generator=models.seeded(7), dtype=torch.float64)
+    vector = vector - (vector @ margin) * write
+    point = next(s.read for s in lens.sites if s.module == DOWN)
+    with torch.no_grad():
+        z = lens.model.run_with_cache(rows.tokens, names_filter=point)[1][point]
+    ends = torch.stack([z[t, length - 1] for t, length in enumerate(LENGTHS)])
+    others = torch.cat([z[t, : length - 1] for t, length in enumerate(LENGTHS)])
+    reads = ends - ends @ torch.linalg.pinv(others) @ others  # zero before each text's end
+    A = torch.linalg.pinv(reads @ reads.mT) @ reads
+    B = write[:, None].expand(-1, len(A)).contiguous()
+    fact = ll.Adapter.from_factors({DOWN: ll.LoRAFactors(A, B)}).named("fact")
+    adapter = fact + ll.Adapter.constant({DOWN: 4 * vector}).named("style")
+    found = ll.constant_part(lens.with_adapter(adapter), rows, ll.Margin(5, 9))
+    assert found.kept_kl > 0.5 > found.kept
+
+
 def test_a_fused_module_that_was_trained_whole():
     """μ has all rows of the module, which GPT-2 stores as [in, out]; as factors it is the same."""
     base, name = models.hf_model("gpt2"), "transformer.h.0.attn.c_attn"

@@ -10,15 +10,17 @@ import evidence
 import numpy as np
 import pytest
 
-page, results, sections, tables, words = (
-    evidence.load(name) for name in ("page", "results", "sections", "tables", "words")
+page, resampled, results, sections, tables, words = (
+    evidence.load(name) for name in ("page", "resampled", "results", "sections", "tables", "words")
 )
 KINDS = ("trained", "paraphrase", "neighbour", "unrelated")
 METHODS = {
     "first_order@0": 3.0,
     "first_order@0.5": 3.0,
     "first_order@1": 3.0,
+    "path/2": 12.0,
     "path/4": 24.0,
+    "path/8": 48.0,
     "random": 0.0,
 }
 BEST = {"add_one": "first_order@0", "leave_one_out": "first_order@1", "keep": "path/4"}
@@ -45,7 +47,7 @@ def one(index: int, base: str) -> dict[str, Any]:
                 for metric in metrics:
                     add(question, metric, method, kind, score)
                 add(question, "cmd" if question == "keep" else "error", method, kind, 1 - score)
-            total = 1.0 if method == "path/4" else 0.5
+            total = 1.0 if method.startswith("path") else 0.5
             if method != "random":
                 add("sum", "sum", method, kind, total + 0.001 * (-1) ** index)
         add("keep", "kept", "best_subset/paraphrase", kind, 1.9)
@@ -96,8 +98,8 @@ def numbers(tmp_path_factory) -> dict[str, Any]:
     for index in range(8):
         of = one(index, "small")
         (folder / f"{of['name']}.json").write_text(json.dumps(of))
-    held = {f"a{index}": warned(index) for index in range(16)}
-    return json.loads(json.dumps({**results.pack(folder), "warned": held}))
+    packed = {**results.pack(folder), "warned": {f"a{i}": warned(i) for i in range(16)}}
+    return json.loads(json.dumps({**packed, "resampled": resampled.study(packed, 30)}))
 
 
 def line(text: str, start: str) -> list[str]:
@@ -107,19 +109,35 @@ def line(text: str, start: str) -> list[str]:
 
 
 def test_the_recommendation_is_the_planted_best_or_its_cheaper_tie(numbers):
-    block = page.block(numbers)
-    assert line(block, words.ADD.words)[1] == "first order at 0"
-    assert line(block, words.OUT.words)[1] == "first order at 1"
-    keep = line(block, words.KEEP.words)
-    assert keep[1] == "first order at ½"
-    assert keep[4].startswith("path, 4 nodes")
-    assert "90 F" in line(block, words.OUT.words)[5]
+    table, ties = words.recommendations(numbers, "large")
+    assert line(table, words.ADD.label)[1:4] == ["first order at 0", "100 %", "recommended"]
+    assert line(table, words.OUT.label)[1:4] == ["first order at 1", "100 %", "recommended"]
+    assert line(table, words.KEEP.label)[1::2][:2] == ["first order at ½", "recommended"]
+    assert ties == []
+    said = page.opening(numbers, ["large", "small"])["leaving one out"]
+    assert (said["answer"], said["cost"]) == ("first order at 1", "3")
+    assert page.opening(numbers, ["large", "small"])["adding one"]["cost"] == "30; 3"
+
+
+def test_what_other_tasks_would_not_choose_is_a_tie_with_its_members(numbers):
+    """Planted: the same choice in 79 % of the resamples, and in 80 %."""
+    for share, so in ((0.79, "a tie of 2"), (0.8, "recommended")):
+        choices = {"first_order@0.5": share, "path/4": 1 - share}
+        held = {"choices": {**numbers["resampled"]["choices"], words.KEEP.label: choices}}
+        table, ties = words.recommendations({**numbers, "resampled": held}, "large")
+        assert line(table, words.KEEP.label)[3] == so
+        assert [tie.split(". ")[0] for tie in ties] == (
+            [f"**{words.KEEP.label}**: first order at ½; path, 4 nodes"] if share < 0.8 else []
+        )
 
 
 def test_bases_are_not_mixed(numbers):
-    block = page.block(numbers)
-    assert "On large, 16 adapters of 8 training tasks" in block
-    assert "On small, 8 adapters of 4 training tasks" in block
+    """Eight tasks of the one have verdicts, four of the other do not."""
+    large, small = (words.comparisons(results.scores_of(numbers), b) for b in ("large", "small"))
+    assert "of 8 |" in large and "too few tasks" not in large
+    assert "of 4 |" in small and small.count("too few tasks") == small.count("of 4 |")
+    text = page.page(numbers)
+    assert "large (8 tasks, 16 adapters) and small (4 tasks, 8 adapters)" in text
 
 
 def test_of_the_best_found_is_a_share_of_the_set_found_on_those_prompts(numbers):
@@ -146,20 +164,36 @@ def test_what_is_packed_joins_what_is_stored(numbers, tmp_path):
     assert page.versions(joined) == "lens_lora 1; lens_lora 0"
 
 
-def test_how_often_a_method_is_ahead_stands_beside_its_mean(numbers):
-    """On every planted adapter second order's error is 0.2 beside 0.2, and 0.1 beside 0.1."""
-    text = page.page(numbers)
-    assert "a + ½H_ll, at 0 is nearer than first order at 0 on 0 of 16 adapters" in text
-    assert "its median error is 0.1, beside 0.1" in text
-    row = next(
-        row for row in text.splitlines() if row.startswith("| path, 4 nodes | first order at ½")
-    )
-    assert row.endswith("| tie | 4 of 8 tasks |")
+def test_how_often_a_method_is_ahead_stands_beside_the_verdict(numbers):
+    text = words.comparisons(results.scores_of(numbers), "large")
+    row = line(text, "path, 4 nodes | first order at ½")
+    assert row[4:] == ["tie", "4 of 8"]
+    assert line(text, "a + ½H_ll, at 0")[3:] == ["+0.000 (0.000)", "tie", "0 of 8"]
+
+
+def test_a_call_of_the_path_stops_where_its_tolerance_is_met(numbers):
+    """Planted: a sum within 0.1 % at four nodes, at eight, and at neither."""
+    rows = {"path/4": [1.001, 1.02, 1.3], "path/8": [1.5, 0.9995, 1.1], "path/2": [1.0] * 3}
+    held: dict[str, Any] = {"adapters": {}}
+    for index, name in enumerate(("first", "second", "third")):
+        one = numbers["adapters"][f"large-{index}"]
+        sums = {rule: {"trained": values[index]} for rule, values in rows.items()}
+        costs = {**one["costs"], **{f"path/{k}": {"passes": k, "time": k} for k in (2, 4, 8)}}
+        scores = {**one["scores"], "sum": {"sum": sums}}
+        held["adapters"][name] = {**one, "costs": costs, "scores": scores}
+    scores, costs = results.scores_of(held), results.costs_of(held)
+    called = scores[(scores["method"] == tables.CALLED) & (scores["metric"] == "sum")]
+    assert called["value"].tolist() == [1.001, 0.9995, 1.1]
+    passes = costs[costs["method"] == tables.CALLED]["passes"].tolist()
+    assert passes == [6, 14, 14]
+    says = words.path_called(scores, "large")
+    assert says.startswith("of 3 adapters") and "4 nodes on 1 at most, at 8 on 1" in says
+    assert says.endswith("beyond 8 on 1")
 
 
 def test_flags_are_counted_on_the_tasks_that_chose_nothing(numbers):
-    cells = line(page.flags(numbers["warned"]), words.OUT.words)
-    assert cells[1:4] == ["4 of 8", "1.00", "0.25"] and cells[4].startswith("0.40")
+    cells = line(page.flags(numbers["warned"]), words.OUT.short)
+    assert cells[1:6] == ["4", "4 of 8", "1.00", "0.25", "0.40 (0.40)"]
 
 
 def test_the_warning_that_knows_stands_first_and_its_confusion_is_that_of_other_tasks(numbers):
@@ -173,22 +207,53 @@ def test_the_warning_that_knows_stands_first_and_its_confusion_is_that_of_other_
 
 def test_what_ranks_a_kl_and_how_its_verdict_fares(numbers):
     table, says = page.kl_ranks(numbers["warned"])
-    assert line(table, "½ vᵀFv")[1] == "0.10" and line(table, "path, 2 nodes")[1] == "0.95"
+    assert line(table, "½ vᵀFv")[1:4] == ["4", "0.10", "0.10"]
+    assert line(table, "path, 2 nodes")[2] == "0.95"
     assert "broken in 8 of 8 cases; their `verdict` says so in 8" in says
     assert "at ½ is within 0.10" in says and "at 1 within 0.30" in says
 
 
-def test_a_large_number_is_written_without_digits_that_say_nothing():
-    Interval = evidence.load("intervals").Interval
-    assert tables.span(Interval(2880.75, 33.341, 16961.8, 17)) == "2881 [33.34, 16962]"
-    assert tables.span(Interval(0.5, 0.25, 0.75, 9)) == "0.50 [0.25, 0.75]"
-    assert tables.span(Interval(-120.4, float("nan"), float("nan"), 2)) == "-120"
+def test_a_number_is_written_with_the_digits_that_say_something():
+    Summary = evidence.load("intervals").Summary
+    assert tables.span(Summary(2880.75, 33.341, 16961.8, 9e4, 17)) == "2881 [33.34, 16962]"
+    assert tables.span(Summary(0.5, 0.0004, 0.75, 1.0, 9)) == "0.50 [0.0004, 0.75]"
+    assert tables.span(Summary(-120.4, float("nan"), float("nan"), -130.0, 2)) == "-120"
+    assert tables.with_worst(Summary(0.5, 0.25, 0.75, 0.0, 9)) == "0.50 (0.00)"
+
+
+def test_every_table_of_methods_has_the_median_the_worst_task_and_how_many(numbers):
+    table = tables.question_table(results.scores_of(numbers), [words.ADD, words.ADD_ERROR], "large")
+    assert line(table, "method")[1:5] == ["tasks", "spearman", "worst", "behind the best"]
+    assert line(table, "first order at 0")[1:5] == ["8", "0.95 [0.95, 0.95]", "0.95", "best"]
+    far = line(table, "first order at ½")
+    assert far[4].startswith("-0.6") and float(far[3]) < 0.31
+    small = tables.question_table(results.scores_of(numbers), [words.ADD], "small")
+    assert line(small, "method") == ["method", "tasks", "spearman", "worst"]
 
 
 def test_the_opening_counts_the_adapters_on_which_each_estimate_is_right(numbers):
     """0.95 on every adapter of the question's own method; half of the best fifth on each."""
-    right, wrong = words.opening(numbers, page.bases_of(numbers))
-    assert line(right, words.ADD.words)[3:5] == ["16 of 16", "8 of 8"]
-    assert line(right, words.FEW.words)[3:5] == ["0 of 16", "0 of 8"]
-    assert line(wrong, words.ADD.words)[1:3] == ["right on all", "—"]
-    assert "and 13 more; small: " in line(wrong, words.FEW.words)[1]
+    said = words.opening(numbers, results.bases_of(numbers))
+    assert said["adding one"]["right"] == "16 of 16, 8 of 8"
+    assert said["the best fifth"]["right"] == "0 of 16, 0 of 8"
+    assert (said["adding one"]["off"], said["adding one"]["count"]) == ("none", 0)
+    assert "and 13 more; small: " in said["the best fifth"]["off"]
+    assert said["what carries it"]["right"] == "—" and said["what carries it"]["above"] == "0 of 16"
+
+
+def test_the_opening_has_sizes_and_other_wordings_beside_ranks(numbers):
+    """Planted: an error of 0.5 on one task, numbers half as large; 0.2 on unrelated text."""
+    held = json.loads(json.dumps(numbers))
+    for name, one in held["adapters"].items():
+        if name in ("large-0", "large-1"):
+            one["scores"]["add_one"]["error"]["first_order@0"] = dict.fromkeys(KINDS, 0.5)
+        elsewhere = {"paraphrase": 0.8, "unrelated": 0.2}
+        one["scores"]["add_one/held_out"] = {"spearman": {"first_order@0": elsewhere}}
+    said = words.opening(held, ["large", "small"])["adding one"]
+    assert (said["error"], said["factor"], said["elsewhere"]) == (
+        "0.05 (0.50)",
+        "2.0",
+        "0.80, 0.20",
+    )
+    text = page.page(held)
+    assert "numbers 2.0 times too small would" in text and "| 0.80, 0.20 |" in text

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
+from collections import defaultdict
+from typing import Any
+
 import evidence
+import numpy as np
 import pytest
+from scipy import stats
 
 page, results = (evidence.load(name) for name in ("page", "results"))
 
@@ -31,3 +38,126 @@ def test_adapters_differ_as_the_page_says(numbers):
 def test_pictures_of_the_page_are_there():
     assert page.PARETO.is_file()
     assert page.STRENGTH.is_file()
+
+
+# --- Cells again, from the JSON by plain Python and numpy: none of the page's functions
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+OWN = ("trained", "paraphrase")
+Of = tuple[str, str, str]  # question, metric and method
+
+
+def by_task(numbers: dict[str, Any], of: Of, kinds=OWN, base: str = SMOLLM2) -> dict[str, float]:
+    """{task: mean over its adapters of each adapter's mean over kinds of prompts}."""
+    question, metric, method = of
+    tasks: dict[str, list[float]] = defaultdict(list)
+    for one in numbers["adapters"].values():
+        stored = one["scores"].get(question, {})
+        if metric == "incompleteness":
+            held = {k: abs(v - 1) for k, v in stored["sum"].get(method, {}).items()}
+        else:
+            held = stored.get(metric, {}).get(method, {})
+        values = [held[kind] for kind in kinds if held.get(kind) is not None]
+        if one["base"] == base and values:
+            tasks[one["cluster"]].append(sum(values) / len(values))
+    return {task: sum(values) / len(values) for task, values in tasks.items()}
+
+
+def section(heading: str) -> list[list[str]]:
+    """Cells of the table lines below a heading, up to the next heading."""
+    text = results.PAGE.read_text().split(f"\n{heading}\n")[1].split("\n#")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_a_median_its_interval_and_the_worst_task(numbers):
+    """First order at 1 for leaving one out: the ninth, fifth, thirteenth and first of seventeen."""
+    found = by_task(numbers, ("leave_one_out", "spearman", "first_order@1"))
+    low_to_high = sorted(found.values())
+    assert len(low_to_high) == 17
+    middle = f"{low_to_high[8]:.2f} [{low_to_high[4]:.2f}, {low_to_high[12]:.2f}]"
+    rows = {row[0]: row for row in section("### Leaving one module out")}
+    assert rows["first order at 1"][1:5] == ["17", middle, f"{low_to_high[0]:.2f}", "best"]
+
+
+def test_six_tasks_have_their_range_and_no_verdict(numbers):
+    found = by_task(numbers, ("leave_one_out", "error", "first_order@1"), base="gpt2-countries")
+    low_to_high = sorted(found.values())
+    assert len(low_to_high) == 6
+    low, *_, high = low_to_high
+    middle = f"{statistics.median(low_to_high):.2f} [{low:.2f}, {high:.2f}]"
+    text = results.PAGE.read_text().split("## Every method, on gpt2-countries")[1]
+    row = next(r for r in text.split("### Leaving")[1].splitlines() if "| first order at 1 |" in r)
+    assert f"| {middle} | {high:.2f} |" in row and "tie" not in row and "best" not in row
+
+
+def test_verdicts_are_those_of_all_signs_and_holm_s_steps(numbers):
+    """Every row of the comparisons on the first base, all 2^17 or 2^12 patterns one by one."""
+    compared = evidence.load("words").COMPARED
+    rows = [row for row in section("## Does it help?") if row[0] != "---"][1 : 1 + len(compared)]
+    p, ahead = [], []
+    for (question, method, other), row in zip(compared, rows, strict=True):
+        asked = (question.key, question.metric)
+        mine, its = (by_task(numbers, (*asked, of), question.prompts) for of in (method, other))
+        apart = np.array([mine[task] - its[task] for task in mine if task in its])
+        signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(apart))))
+        p.append(float((np.abs(signs @ apart) >= abs(apart.sum()) * (1 - 1e-9)).mean()))
+        ahead.append("better" if (apart.sum() > 0) == question.larger else "worse")
+        assert row[3].split(" ")[0] == f"{np.median(apart):+.3f}"
+    assert len(p) == len(compared) == 15
+    steps, corrected = 0.0, {}
+    for rank, index in enumerate(sorted(range(15), key=lambda i: p[i])):
+        steps = max(steps, (15 - rank) * p[index])
+        corrected[index] = steps
+    said = [ahead[i] if corrected[i] < 0.05 else "tie" for i in range(15)]
+    assert [row[4] for row in rows] == said
+    assert {"worse", "tie"} <= set(said)
+
+
+def test_on_how_many_adapters_the_first_estimate_is_right(numbers):
+    """Spearman of first order at 0 with adding each module, by adapter and base."""
+    right = {SMOLLM2: [0, 0], "gpt2-countries": [0, 0]}
+    for one in numbers["adapters"].values():
+        values = one["scores"]["add_one"]["spearman"]["first_order@0"]
+        right[one["base"]][0] += statistics.mean(values[kind] for kind in OWN) >= 0.9
+        right[one["base"]][1] += 1
+    row = next(r for r in results.PAGE.read_text().splitlines() if r.startswith("| 1. "))
+    assert f"| {', '.join(f'{good} of {every}' for good, every in right.values())} |" in row
+
+
+def test_stored_coverage_is_what_binomials_say(numbers):
+    """Of order statistics, from a population of the tasks themselves; all cover what they say."""
+    stored = numbers["resampled"]
+    error = 4 * np.sqrt(0.05 * 0.95 / stored["how"]["draws"])
+    asked = {
+        "adding one: spearman": ("add_one", "spearman", "first_order@0"),
+        "leaving one out: error": ("leave_one_out", "error", "first_order@1"),
+    }
+    for label, of in asked.items():
+        assert stored["coverage"][label]["method"] == of[2]
+        values = np.array(list(by_task(numbers, of).values()))
+        for size, k in ((17, 5), (6, 1)):
+            sides = [(values <= np.median(values)).mean(), (values >= np.median(values)).mean()]
+            expected = 1 - sum(stats.binom.cdf(k - 1, size, side) for side in sides)
+            assert abs(stored["coverage"][label][str(size)]["median"] - expected) < error
+    every = [one[n]["median"] for one in stored["coverage"].values() for n in ("17", "6")]
+    assert min(every) >= 0.93
+
+
+def test_the_choice_that_is_stored_is_that_of_the_seed(numbers):
+    """Of a tenth of the draws, as far as chance allows; rules of the path are one choice."""
+    stored = numbers["resampled"]
+    for shares in stored["choices"].values():
+        assert sum(shares.values()) == pytest.approx(1.0)
+    scores, costs = results.scores_of(numbers), results.costs_of(numbers)
+    resampled, words, intervals = (
+        evidence.load(name) for name in ("resampled", "words", "intervals")
+    )
+    for question in (words.SUM, words.FEW):
+        means, passes = words.estimates(scores, costs, question, SMOLLM2)
+        picked = [
+            words.as_run(question, intervals.choice(s, passes, larger_is_better=question.larger))
+            for s in resampled.resamples(means, 100)
+        ]
+        for method, share in stored["choices"][question.label].items():
+            assert abs(picked.count(method) / 100 - share) < 0.2

@@ -76,6 +76,7 @@ def constant_part() -> ll.results.ConstantPart:
     return ll.results.ConstantPart(
         share=each, size=each.nan_to_num().abs(), mean_size=each.nan_to_num().abs(),
         first_size=each.nan_to_num(), base=text, constant=text / 4, adapted=0 * text, sites=SITES,
+        base_kl=text, constant_kl=text / 4,
         vectors={"m.q_proj": torch.ones(3)}, widths={"m.q_proj": 2},
         steering={"blocks.0.attn.hook_q": torch.ones(3)}, readout="KL(adapted ‖ ·)", units="nats",
         meta=META,
