@@ -39,9 +39,12 @@ def spectrum(factors: ll.LoRAFactors) -> Float[Tensor, " rank"]:
 
 
 def of_spectrum(
-    values: Float[Tensor, " rank"], U: Float[Tensor, "out rank"], V: Float[Tensor, "in rank"]
+    values: Float[Tensor, " rank"],
+    U: Float[Tensor, "out rank"],
+    V: Float[Tensor, "in rank"],
+    dtype: torch.dtype,
 ) -> ll.LoRAFactors:
-    return ll.LoRAFactors(V.T.float().contiguous(), (U * values).float().contiguous())
+    return ll.LoRAFactors(V.T.to(dtype).contiguous(), (U * values).to(dtype).contiguous())
 
 
 def span(vectors: Float[Tensor, "row d"]) -> Float[Tensor, "d direction"]:
@@ -107,7 +110,7 @@ class Decoys:
         chosen = torch.randint(len(self._spectra), (1,), generator=self.generator)
         values = self._spectra[int(chosen)]
         makes = {"deaf": self._deaf, "mute": self._mute, "stray": self._stray}
-        return of_spectrum(values, *makes[sort](path, len(values)))
+        return of_spectrum(values, *makes[sort](path, len(values)), self.gated.model.dtype)
 
     def _sort(self, path: str, muted: set[int]) -> str:
         draw, block = float(torch.rand(1, generator=self.generator)), block_of(path)
@@ -137,9 +140,7 @@ class Decoys:
         earlier, last = inputs[:, :-1].flatten(0, 1), inputs[:, -1].mean(0)
         sizes = earlier.norm(dim=1, keepdim=True).clamp(min=1e-12)
         V = frame(inputs.shape[-1], rank, self.generator, span(earlier / sizes), last)
-        heads = [
-            frame(len(away), rank, self.generator, away) for away in self._compared(path)
-        ]
+        heads = [frame(len(away), rank, self.generator, away) for away in self._compared(path)]
         return torch.linalg.qr(torch.cat(heads)).Q, V
 
     def _compared(self, path: str) -> list[Float[Tensor, "d_head direction"]]:
@@ -152,9 +153,11 @@ class Decoys:
         by_head = out.unflatten(2, (keys if is_query else queries, -1))
         per = queries // keys
         if not is_query:
-            return [span(by_head[:, -1, per * h : per * (h + 1)].flatten(0, 1)) for h in range(keys)]
+            return [
+                span(by_head[:, -1, per * h : per * (h + 1)].flatten(0, 1)) for h in range(keys)
+            ]
         turned = torch.einsum("pij,rphj->rphi", self._turns(out.shape[1]), by_head)
-        return [span(turned[:, :, h // per].flatten(0, 1)) for h in range(queries)]
+        return [span(turned[:, :, head // per].flatten(0, 1)) for head in range(queries)]
 
     def _turns(self, length: int) -> Float[Tensor, "pos d d"]:
         """R_nᵀ R_j of the rotary embedding: key j as the query at the last token n meets it."""

@@ -4,9 +4,9 @@
 
 1. A forward hook on each module adds its update, times the gate that the row gives it. No hook or
    gate of the package is used, so what confirms a plant is not what is judged on it.
-2. `fit` takes Adam steps, of a rate that falls, on Σ_r ((g_r − target_r) / size)², g the margin of row r. A gate that is
-   NaN is drawn anew, 0 or 1, at every step: what such a row asks then holds at the corners of its
-   gates, and not at one of them alone.
+2. `fit` takes Adam steps, at a falling rate, on Σ_r ((g_r − target_r) / size)², with g_r the margin
+   of row r. A gate that is NaN is drawn anew, 0 or 1, at every step: what such a row asks then
+   holds at all corners of its gates.
 
 Cost: a forward pass of all rows; three for a step.
 """

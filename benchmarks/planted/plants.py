@@ -2,33 +2,37 @@
 
     confined    a few modules are trained to move a fact; every other module holds a decoy
     two facts   a sum of two: each moves its own fact and was trained to leave the other's alone
-    redundant   a pair, each of which does alone what both do together; decoys elsewhere
-    cancelling  a pair: the second does nothing by itself and undoes the first; decoys elsewhere
-    gated       a writer in an MLP and a gate in a later attention, nothing without each other;
-                decoys elsewhere
+    redundant   a pair, each of which does alone what both do together
+    masked      a cancelling pair: the second undoes the first, and does nothing by itself
+    opposed     a cancelling pair: each does alone the opposite of the other
+    gated       a writer in an MLP and a gate in a later attention, nothing without each other
     constant    constant vectors of a few modules move a fact; others, of the same lengths, do not
+    additive    a pair, each of which does half, alone or not: the control of the pairs above
 
 1. `RECIPES` say everything: kind, seed and facts. Modules, ranks and starts are drawn by the seed.
 2. Margins are trained to their targets (`gated.py`), at the corners that the kind is about.
 3. A cause that does next to nothing is no cause: of what was trained for a fact, a module stays if
    adding it alone or leaving it out alone moves the margin by `LEAST` of the effect.
-4. Decoys take the spectra of causes (`decoys.py`). Where the stray ones together move too much,
-   half of them become deaf, and so on.
-5. `confirmed` holds what interventions say, and whether the plant enters. One that fails is drawn
-   again, up to `ATTEMPTS` times.
+4. Pairs and confined causes stand among decoys in all other modules, with the spectra of causes
+   (`decoys.py`). Where the stray ones together move too much, half of them become deaf, and so on.
+5. `confirmed` holds what interventions say of each question, and whether the plant enters. One that
+   fails is drawn again, up to `ATTEMPTS` times.
+
+`interaction`, from interventions alone: how far the causes' effects are from adding up. With E the
+effect, it is max(|Σ add − shift|, |Σ leave − shift|) / E over the causes, added to the base or left
+out of the plant one at a time. Above `INTERACTS`, no number per site can be its share of the shift.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from decoys import Decoys, ordinary_directions
-from gated import Aim, Gated, Question, Updates, block_of, constants, detached, fit, fresh, linears
+from decoys import ordinary_directions
+from gated import Gated, Question, Updates, block_of, linears
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
@@ -38,11 +42,32 @@ from train import one_token, prompt_ids  # noqa: E402
 PUSH = 8.0  # logits by which a margin is to move
 LEAST = 0.03  # of the effect, that a cause moves alone
 KEPT, LOST = 0.01, 0.9  # without decoys the effect is within 1 %; without causes 90 % are gone
-ALIKE, UNDONE = 0.05, 0.1  # of the effect: how alike a redundant pair is, what a cancelled one keeps
+OFF = 0.1  # of the effect, by which a corner of a pair may be off what its kind promises
+INTERACTS = 0.5
 ATTEMPTS = 3
-STEPS, RATE = 60, 4e-3  # of single facts; what has more corners takes twice as many
+# A gentle rate, as that of usual training; what is trained at several corners needs a larger one.
+STEPS, RATE = 80, 1e-3
+CORNER_STEPS, CORNER_RATE = 120, 4e-3
 FACTS = tuple(name for name, task in TASKS.items() if task.kind == "fact" and ":" not in name)
-KINDS = ("confined", "two facts", "redundant", "cancelling", "gated", "constant")
+# Margins of a pair with both, the first alone, the second alone, as shares of `PUSH`.
+PAIRS = {
+    "redundant": (1.0, 1.0, 1.0),
+    "masked": (0.0, 1.0, 0.0),
+    "opposed": (0.0, 1.0, -1.0),
+    "gated": (1.0, 0.0, 0.0),
+    "additive": (1.0, 0.5, 0.5),
+}
+COUNTS = {
+    "confined": 12,
+    "two facts": 12,
+    "redundant": 12,
+    "masked": 8,
+    "opposed": 6,
+    "gated": 12,
+    "constant": 12,
+    "additive": 10,
+}
+KINDS = tuple(COUNTS)
 ANY = float("nan")  # a gate that is drawn at every step
 
 
@@ -64,8 +89,12 @@ class Recipe:
         return FACTS[index % len(FACTS)], FACTS[(index + 5) % len(FACTS)]
 
 
-PER_KIND = 12
-RECIPES = tuple(Recipe(kind, seed) for seed in range(PER_KIND) for kind in KINDS)
+RECIPES = tuple(
+    Recipe(kind, seed)
+    for seed in range(max(COUNTS.values()))
+    for kind, count in COUNTS.items()
+    if seed < count
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +106,20 @@ class Plant:
         questions: what is asked of it.
         causes: of each question, the modules that move its margin.
         sorts: of each decoy, why it does nothing.
-        confirmed: what interventions say, as shares of the effect.
+        confirmed: of each question, what interventions say, as shares of the effect.
         enters: whether they say what the kind promises.
-        writers, gates: of a gated plant.
+        pair: of a pair, the first module and the second.
+        attempts: how many were drawn.
     """
 
     updates: Updates
     questions: tuple[Question, ...]
     causes: tuple[frozenset[str], ...]
     sorts: Mapping[str, str]
-    confirmed: Mapping[str, float]
+    confirmed: tuple[Mapping[str, float], ...]
     enters: bool
-    writers: tuple[str, ...] = ()
-    gates: tuple[str, ...] = ()
+    pair: tuple[str, ...] = ()
+    attempts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,250 +148,9 @@ class Bed:
         ids = tuple(prompt_ids(self.tokenizer, asked["prompt"]))
         return Question(asked["prompt"], ids, doc, pre, (asked["doc"], asked["pre"]))
 
-
-def planted(bed: Bed, recipe: Recipe) -> Plant:
-    """The plant of a recipe, of the first attempt that enters; else of the last."""
-    makes: dict[str, Callable[[Bed, Recipe, random.Random], Plant]] = {
-        "confined": confined,
-        "two facts": two_facts,
-        "redundant": pair,
-        "cancelling": pair,
-        "gated": pair,
-        "constant": constant,
-    }
-    for attempt in range(ATTEMPTS):
-        draw = random.Random(f"{recipe.kind} {recipe.seed} {attempt}")
-        plant = makes[recipe.kind](bed, recipe, draw)
-        if plant.enters:
-            break
-    return dataclasses.replace(
-        plant, confirmed={**plant.confirmed, "attempts": attempt + 1}
-    )
-
-
-def modules_between(
-    bed: Bed, first: int, last: int, kinds: Collection[str] = ("",)
-) -> list[str]:
-    """Paths of the modules of some blocks, those whose names end so."""
-    return [
-        path
-        for path in linears(bed.model)
-        if first <= block_of(path) <= last and path.endswith(tuple(kinds))
-    ]
-
-
-def depth(bed: Bed, share: float) -> int:
-    return int(share * bed.model.config.num_hidden_layers)
-
-
-# --- Facts
-
-
-def taught(bed: Bed, updates: Updates, question: Question, draw: random.Random) -> Updates:
-    """The updates, trained to move the margin by `PUSH`, without those that do next to nothing."""
-    (base,) = bed.gated.corners(updates, question, [()])
-    aims = [Aim(question, dict.fromkeys(updates, 1.0), base + PUSH)]
-    seed = draw.randrange(2**31)
-    fit(bed.gated, updates, aims, size=PUSH, steps=STEPS, rate=RATE, seed=seed)
-    return strong(bed, detached(updates), question)
-
-
-def strong(bed: Bed, updates: Updates, question: Question) -> Updates:
-    """Those that move the margin alone, when added or when left out."""
-    everything = set(updates)
-    sets = [(), everything, *({p} for p in updates), *(everything - {p} for p in updates)]
-    base, adapted, *singles = bed.gated.corners(updates, question, sets)
-    added = [g - base for g in singles[: len(updates)]]
-    taken = [adapted - g for g in singles[len(updates) :]]
-    least = LEAST * abs(adapted - base)
-    pairs = zip(updates.items(), added, taken, strict=True)
-    return {
-        path: factors
-        for (path, factors), add, take in pairs
-        if max(abs(add), abs(take)) >= least
-    }
-
-
-def confined(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
-    question = bed.question(recipe.facts[0])
-    paths = draw.sample(modules_between(bed, depth(bed, 0.15), depth(bed, 0.95)), draw.randint(4, 8))
-    updates = fresh(bed.model, paths, draw.choice((2, 4, 8)), draw.randrange(2**31))
-    causes = taught(bed, updates, question, draw)
-    return hidden(bed, question, causes, draw, confirmed_fact)
-
-
-def two_facts(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
-    """Both at once: each fact moves with its own part, whatever the gates of the other part."""
-    questions = tuple(map(bed.question, recipe.facts))
-    paths = draw.sample(modules_between(bed, depth(bed, 0.15), depth(bed, 0.95)), 10)
-    halves, aims = (paths[:5], paths[5:]), list[Aim]()
-    for question, part, other in zip(questions, halves, halves[::-1], strict=True):
-        (base,) = bed.gated.corners({}, question, [()])
-        for gate, other_gate in ((1.0, 1.0), (1.0, ANY), (0.0, ANY)):
-            gates = {**dict.fromkeys(part, gate), **dict.fromkeys(other, other_gate)}
-            aims.append(Aim(question, gates, base + PUSH * gate))
-    updates = fresh(bed.model, paths, draw.choice((2, 4, 8)), draw.randrange(2**31))
-    seed = draw.randrange(2**31)
-    fit(bed.gated, updates, aims, size=PUSH, steps=2 * STEPS, rate=RATE, seed=seed)
-    updates = detached(updates)
-    parts = [
-        strong(bed, {path: updates[path] for path in part}, question)
-        for question, part in zip(questions, halves, strict=True)
-    ]
-    updates = {**parts[0], **parts[1]}
-    checks = [
-        confirmed_fact(bed, updates, question, set(part))
-        for question, part in zip(questions, parts, strict=True)
-    ]
-    confirmed = {
-        f"{key}, fact {i + 1}": share
-        for i, (shares, _) in enumerate(checks)
-        for key, share in shares.items()
-    }
-    causes = tuple(map(frozenset, parts))
-    return Plant(updates, questions, causes, {}, confirmed, all(enters for _, enters in checks))
-
-
-def confirmed_fact(
-    bed: Bed, updates: Updates, question: Question, causes: Collection[str]
-) -> tuple[dict[str, float], bool]:
-    """What the margin keeps without the others, and loses without the causes."""
-    others = set(updates) - set(causes)
-    base, adapted, kept, lost = bed.gated.corners(updates, question, [(), updates, causes, others])
-    shift = adapted - base
-    shares = {"shift": shift, "kept": (kept - base) / shift, "lost": (adapted - lost) / shift}
-    enters = abs(shares["kept"] - 1) <= KEPT and shares["lost"] >= LOST and shift > PUSH / 2
-    return shares, enters and len(causes) > 1
-
-
-def hidden(
-    bed: Bed,
-    question: Question,
-    causes: Updates,
-    draw: random.Random,
-    confirm: Callable[[Bed, Updates, Question, Collection[str]], tuple[dict[str, float], bool]],
-) -> Plant:
-    """The causes among decoys; fewer of them stray, until they do nothing together."""
-    generator = torch.Generator().manual_seed(draw.randrange(2**31))
-    decoys = Decoys(bed.gated, question, causes, bed.ordinary, generator)
-    others, sorts = decoys.draw()
-    while True:
-        updates = {path: {**causes, **others}[path] for path in linears(bed.model)}
-        shares, enters = confirm(bed, updates, question, set(causes))
-        stray = [path for path, sort in sorts.items() if sort == "stray"]
-        if enters or not stray:
-            break
-        for path in draw.sample(stray, (len(stray) + 1) // 2):
-            others[path], sorts[path] = decoys.of_sort("deaf", path), "deaf"
-    return Plant(updates, (question,), (frozenset(causes),), sorts, shares, enters)
-
-
-# --- Pairs
-
-
-def pair(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
-    """Two modules, the first before the second, trained at the corners that the kind is about."""
-    question, both = bed.question(recipe.facts[0]), (1.0, 1.0)
-    first, second = paths_of_pair(bed, recipe.kind, draw)
-    updates = fresh(bed.model, (*first, *second), 8, draw.randrange(2**31))
-    (base,) = bed.gated.corners(updates, question, [()])
-    moved = {"redundant": (1, 1, 1), "cancelling": (0, 1, 0), "gated": (1, 0, 0)}[recipe.kind]
-    aims = [
-        Aim(question, {**dict.fromkeys(first, a), **dict.fromkeys(second, b)}, base + PUSH * share)
-        for (a, b), share in zip((both, (1.0, 0.0), (0.0, 1.0)), moved, strict=True)
-    ]
-    seed = draw.randrange(2**31)
-    fit(bed.gated, updates, aims, size=PUSH, steps=2 * STEPS, rate=RATE, seed=seed)
-
-    def confirm(
-        bed: Bed, updates: Updates, question: Question, causes: Collection[str]
-    ) -> tuple[dict[str, float], bool]:
-        return confirmed_pair(bed, recipe.kind, updates, question, (set(first), set(second)))
-
-    plant = hidden(bed, question, detached(updates), draw, confirm)
-    return dataclasses.replace(plant, writers=first, gates=second)
-
-
-def paths_of_pair(
-    bed: Bed, kind: str, draw: random.Random
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of a gated plant an MLP's writer and a later attention's query; else two writers."""
-    early = modules_between(bed, depth(bed, 0.2), depth(bed, 0.5), ("down_proj", "o_proj"))
-    late = modules_between(bed, depth(bed, 0.6), depth(bed, 0.9), ("down_proj", "o_proj", "up_proj"))
-    if kind == "gated":
-        early = modules_between(bed, depth(bed, 0.2), depth(bed, 0.5), ("down_proj",))
-        late = modules_between(bed, depth(bed, 0.55), depth(bed, 0.85), ("q_proj",))
-    return (draw.choice(early),), (draw.choice(late),)
-
-
-def confirmed_pair(
-    bed: Bed, kind: str, updates: Updates, question: Question, parts: tuple[set[str], set[str]]
-) -> tuple[dict[str, float], bool]:
-    """g at the corners of the pair, with and without decoys, as shares of the effect."""
-    first, second = parts
-    others = set(updates) - first - second
-    sets = [(), updates, first | second, first, second, others, set(updates) - first]
-    base, everything, both, *rest = bed.gated.corners(updates, question, [*sets, set(updates) - second])
-    alone_first, alone_second, none, without_first, without_second = (g - base for g in rest)
-    effect = alone_first if kind == "cancelling" else everything - base
-    shares = {
-        "shift": everything - base,
-        "effect": effect,
-        "kept": 1 + (both - everything) / effect,
-        "decoys alone": none / effect,
-        "first alone": alone_first / effect,
-        "second alone": alone_second / effect,
-        "without first": without_first / effect,
-        "without second": without_second / effect,
-        "both": (both - base) / effect,
-    }
-    inert = abs(shares["kept"] - 1) <= KEPT and abs(shares["decoys alone"]) <= 1 - LOST
-    promises = {
-        "redundant": all(abs(shares[f"without {part}"] - 1) <= ALIKE for part in ("first", "second")),
-        "cancelling": max(abs(shares[key]) for key in ("both", "second alone", "without first"))
-        <= UNDONE,
-        "gated": max(abs(shares[f"without {part}"]) for part in ("first", "second")) <= 1 - LOST,
-    }
-    return shares, inert and promises[kind] and effect > PUSH / 2
-
-
-# --- Constant vectors
-
-
-def constant(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
-    """Constants that were trained to move the fact, and as many times four that were trained not to.
-
-    A constant cannot be deaf. So these decoys are random vectors of the causes' lengths, turned
-    until they leave the margin alone at random corners of themselves and of the causes.
-    """
-    question = bed.question(recipe.facts[0])
-    everywhere = modules_between(bed, depth(bed, 0.15), depth(bed, 0.95), ("o_proj", "down_proj"))
-    everywhere += modules_between(bed, depth(bed, 0.15), depth(bed, 0.95), ("v_proj", "up_proj"))
-    paths = draw.sample(everywhere, 20)
-    modules = linears(bed.model)
-    zeros = {path: torch.zeros(modules[path].weight.shape[0]) for path in paths[:4]}
-    causes = taught(bed, constants(zeros, bed.model), question, draw)
-    lengths = [float(factors.lora_bias.norm()) for factors in causes.values()]
-    generator = torch.Generator().manual_seed(draw.randrange(2**31))
-    vectors, norms = {}, {}
-    for path in paths[4:]:
-        vector = torch.randn(modules[path].weight.shape[0], generator=generator)
-        norms[path] = draw.choice(lengths)
-        vectors[path] = vector * norms[path] / vector.norm()
-    decoys = constants(vectors, bed.model)
-    updates = {**causes, **decoys}
-    base, adapted = bed.gated.corners(updates, question, [(), causes])
-    on, off = dict.fromkeys(causes, 1.0), dict.fromkeys(causes, 0.0)
-    aims = [
-        Aim(question, {**dict.fromkeys(decoys, gate), **held}, target)
-        for held, target in ((on, adapted), (off, base))
-        for gate in (1.0, ANY)
-    ]
-    seed = draw.randrange(2**31)
-    fit(
-        bed.gated, updates, aims, size=PUSH, steps=STEPS, rate=RATE, seed=seed, norms=norms
-    )
-    updates = detached(updates)
-    shares, enters = confirmed_fact(bed, updates, question, set(causes))
-    sorts = dict.fromkeys(decoys, "turned")
-    return Plant(updates, (question,), (frozenset(causes),), sorts, shares, enters)
+    def modules(self, first: float, last: float, kinds: Collection[str] = ("",)) -> list[str]:
+        """Paths of the modules between two shares of the depth, those whose names end so."""
+        layers = self.model.config.num_hidden_layers
+        blocks = range(int(first * layers), int(last * layers) + 1)
+        paths = (path for path in linears(self.model) if block_of(path) in blocks)
+        return [path for path in paths if path.endswith(tuple(kinds))]
