@@ -18,6 +18,7 @@ From nothing, hours on one core, each command resumable:
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -44,6 +45,9 @@ from words import ADD, KEEP, OUT, comparisons, opening, recommendations
 
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.results.attribution import VIOLENT
+
+sys.path.append(str(Path(__file__).parents[1] / "planted"))
+import told  # noqa: E402
 
 IMAGES = DOCS / "images"
 PARETO, STRENGTH = IMAGES / "faithfulness_cost.png", IMAGES / "faithfulness_strength.png"
@@ -104,6 +108,7 @@ def page(numbers: Numbers) -> str:
             choosing=sum(not one["confirms"] for one in numbers["warned"].values()),
             confirming=sum(one["confirms"] for one in numbers["warned"].values()),
             violent=violent(numbers, scores, bases[0]),
+            planted=told.section(told.read()),
             adapter_table=adapters(numbers),
             versions=versions(numbers),
         )

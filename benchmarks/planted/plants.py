@@ -43,7 +43,6 @@ PUSH = 8.0  # logits by which a margin is to move
 LEAST = 0.03  # of the effect, that a cause moves alone
 KEPT, LOST = 0.01, 0.9  # without decoys the effect is within 1 %; without causes 90 % are gone
 OFF = 0.1  # of the effect, by which a corner of a pair may be off what its kind promises
-INTERACTS = 0.5
 ATTEMPTS = 3
 # A gentle rate, as that of usual training; what is trained at several corners needs a larger one.
 STEPS, RATE = 80, 1e-3

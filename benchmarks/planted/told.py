@@ -10,67 +10,30 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from alarms import INTERACTS, KINDS, Plants, entered, shipped, warnings
 from jinja2 import Environment, StrictUndefined
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
 from intervals import Interval, interval  # noqa: E402
 from tables import markdown, named  # noqa: E402
-from violent import Counts, confusion  # noqa: E402
 
 NUMBERS = Path(__file__).parents[2] / "docs" / "planted.json"
 TEMPLATE = Path(__file__).with_name("planted.md.jinja")
-Plants = Mapping[str, Mapping[str, Any]]
-INTERACTS, GOAL = 0.5, 0.95
-KINDS = {
-    "confined": "(a) confined",
-    "two facts": "(b) two facts",
-    "redundant": "(c) redundant",
-    "masked": "(d) masked",
-    "opposed": "(d) opposed",
-    "gated": "(e) gate and writer",
-    "constant": "(f) constants",
-    "additive": "control: additive",
-}
+GOAL = 0.95
 AIMED = ("confined", "two facts", "gated", "constant")
+FIRST = {"first_order@0": "0", "first_order@0.5": "½", "first_order@1": "1"}
 PAIRED = ("redundant", "masked", "opposed")
 METHODS = {
-    "path": "path integral, that is IG over the gates",
+    "path": "path integral (IG over the gates, to 1 % or 16 nodes)",
     "hessian@0": "H1 at 0 alone",
     "kl_shares": "`kl_shares`",
     "gradient": "‖Jᵀu‖, the gradient alone",
     "change": "‖ΔW‖ (of constants ‖Δb‖)",
 }
-SIGNALS = {
-    "ends_off": "Σ first order at 0 or at 1 off the shift, beside Σ|a|",
-    "gap": "first order at 1 and at 0 apart, beside the larger Σ|a|",
-    "relative_gap": "first order at 1 and at 0 apart, beside Σ|a| at 0",
-    "sum_off_0": "Σ first order at 0 off the shift, beside the shift",
-    "sum_off_1": "Σ first order at 1 off the shift, beside the shift",
-    "way": "first order at 0 off the shift on the way",
-    "curvature": "½ Σ|H1| at 0 beside Σ|a|",
-    "ends_apart": "ranks at 0 and at 1 apart",
-    "half_apart_0": "ranks at ½ and at 0 apart",
-    "half_apart_1": "ranks at ½ and at 1 apart",
-    "path_gap": "four nodes of the path off the shift",
-    "strength": "‖ΔW‖ / ‖W‖",
-    "shift": "the shift itself",
-}
-SAYS = {
-    "remainder": (
-        "`ll.remainder`: large, uneven or a coincidence",
-        {"large", "uneven", "coincidence"},
-    ),
-    "kl": ("`ll.kl_shares`: fails", {"fails"}),
-}
 
 
 def read() -> dict[str, Any]:
     return json.loads(NUMBERS.read_text())
-
-
-def entered(plants: Plants) -> dict[str, Mapping[str, Any]]:
-    """The plants that interventions confirmed."""
-    return {name: plant for name, plant in plants.items() if plant["enters"]}
 
 
 def auroc(places: Sequence[float], sites: int) -> float:
@@ -179,6 +142,23 @@ def reached(plants: Plants) -> list[tuple[str, list[str]]]:
     ]
 
 
+def pairs(plants: Plants) -> list[str]:
+    """Of each kind of pair, what first order recovers, and the scores that recover most."""
+    by_kind = scored(plants, recovery).groupby("kind")
+    sentences = []
+    for kind in PAIRED:
+        means = by_kind.get_group(kind).drop(columns="kind").mean()
+        first = ", ".join(f"{means[key]:.2f} at {words}" for key, words in FIRST.items())
+        seen = [
+            f"{label(m)} ({v:.2f})"
+            for m, v in means.sort_values(ascending=False).items()
+            if v >= GOAL
+        ]
+        found = "; ".join(seen) if seen else "none"
+        sentences.append(f"{KINDS[kind]}: first order recovers {first}. At least {GOAL}: {found}.")
+    return sentences
+
+
 def edges(plants: Plants) -> str:
     """Of gated plants, where the edge from writer to gate stands, by the gate value."""
     there = [plant["edges"] for plant in entered(plants).values() if "edges" in plant]
@@ -204,89 +184,6 @@ def edges(plants: Plants) -> str:
     return markdown(head, rows)
 
 
-# --- Warnings
-
-
-def cases(plants: Plants) -> pd.DataFrame:
-    """One row per plant and question: signals, what the package says, whether it interacts."""
-    return pd.DataFrame(
-        [
-            {
-                "plant": name,
-                "kind": plant["kind"],
-                "confirms": plant["seed"] % 2 == 1,
-                "broken": check["interaction"] > INTERACTS,
-                **case["signals"],
-                **{key: float(case["says"][key] in words) for key, (_, words) in SAYS.items()},
-                "violent": float(case["says"]["violent"]),
-                "flags": float(any(case["says"]["flags"].values())),
-            }
-            for name, plant in entered(plants).items()
-            for case, check in zip(plant["cases"], plant["confirmed"], strict=True)
-        ]
-    )
-
-
-def counted(counts: Counts) -> str:
-    return f"{counts.hit} · {counts.false} · {counts.missed} · {counts.silent}"
-
-
-def warnings(plants: Plants) -> str:
-    """Thresholds chosen on half of the plants and confirmed on the other half, best first."""
-    rows = cases(plants)
-    results = {signal: confusion(rows, signal) for signal in SIGNALS}
-    order = sorted(results, key=lambda signal: -results[signal][1].f1)
-    lines = [
-        [
-            SIGNALS[signal],
-            f"{results[signal][0]:.3g}",
-            *map(counted, results[signal][1:]),
-            shares(results[signal][2]),
-        ]
-        for signal in order
-    ]
-    head = [
-        "warning: … above",
-        "threshold",
-        "on the half that chooses",
-        "on the half that confirms",
-    ]
-    return markdown([*head, "flagged, false alarms"], lines)
-
-
-def shares(counts: Counts) -> str:
-    """Of a half: the share of broken cases that is flagged, and of the others that is too."""
-    broken, sound = counts.hit + counts.missed, counts.false + counts.silent
-    return f"{counts.hit / broken:.0%}, {counts.false / sound:.0%}"
-
-
-def shipped(plants: Plants) -> str:
-    """What the package says as it ships, on all plants, by kind."""
-    rows, lines = cases(plants), []
-    best = chosen(rows)
-    threshold = confusion(rows, best)[0]
-    rows["chosen"] = (rows[best] >= threshold).astype(float)
-    named_says = {
-        **{key: words for key, (words, _) in SAYS.items()},
-        "violent": "`is_violent`",
-        "flags": "`ll.reliability` flags a module, for adding or leaving out",
-        "chosen": f"{SIGNALS[best]}: above {threshold:.2g}, both halves",
-    }
-    groups = [(kind, rows[rows["kind"] == kind]) for kind in KINDS]
-    groups = [(kind, group) for kind, group in groups if len(group)]
-    interact = ["interacts, by interventions"]
-    interact += [f"{int(group['broken'].sum())} of {len(group)}" for _, group in groups]
-    lines.append(interact)
-    for key, words in named_says.items():
-        lines.append([words, *(f"{int(group[key].sum())} of {len(group)}" for _, group in groups)])
-    return markdown(["", *(KINDS[kind] for kind, _ in groups)], lines)
-
-
-def chosen(rows: pd.DataFrame) -> str:
-    """The signal of the best F1 on the half that chooses."""
-    return max(SIGNALS, key=lambda signal: confusion(rows, signal)[1].f1)
-
-
 def section(numbers: Mapping[str, Any]) -> str:
     """The whole section, as markdown."""
     plants: Plants = numbers["plants"]
@@ -303,6 +200,7 @@ def section(numbers: Mapping[str, Any]) -> str:
         reached=reached(plants),
         goal=GOAL,
         edges=edges(plants),
+        pairs=pairs(plants),
         warnings=warnings(plants),
         shipped=shipped(plants),
         interacts=INTERACTS,

@@ -18,8 +18,8 @@ import lens_lora as ll
 from lens_lora.model.build import hooked_model
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "planted"))
-decoys, gated, judged, kinds, plants, told = map(
-    load, ("decoys", "gated", "judged", "kinds", "plants", "told")
+alarms, decoys, gated, judged, kinds, plants, told = map(
+    load, ("alarms", "decoys", "gated", "judged", "kinds", "plants", "told")
 )
 PAGE = told.NUMBERS.with_name("faithfulness.md")
 
@@ -94,8 +94,8 @@ def test_alarms_are_counted_right():
         if plant["enters"] and plant["kind"] == "redundant"
         for case in plant["cases"]
     ]
-    words = told.SAYS["remainder"][0]
-    cells = row_of(told.shipped(numbers), words)
+    words = alarms.SAYS["remainder"][0]
+    cells = row_of(alarms.shipped(numbers), words)
     assert f"{sum(flagged)} of {len(flagged)}" in cells
 
 
