@@ -40,16 +40,15 @@ SIGNALS = {
     "ends_apart": "ranks at 0 and at 1 apart",
     "half_apart_0": "ranks at ½ and at 0 apart",
     "half_apart_1": "ranks at ½ and at 1 apart",
-    "path_gap": "four nodes of the path off the shift",
     "strength": "‖ΔW‖ / ‖W‖",
     "shift": "the shift itself",
 }
+REMAINDERS = ("large", "uneven", "coincidence")
 SAYS = {
-    "remainder": (
-        "`ll.remainder`: large, uneven or a coincidence",
-        {"large", "uneven", "coincidence"},
-    ),
-    "kl": ("`ll.kl_shares`: fails", {"fails"}),
+    "remainder": "`ll.remainder`: large, uneven or a coincidence",
+    "flags": "`ll.reliability` flags a module, for adding or for leaving out",
+    "kl": "`ll.kl_shares`: fails",
+    "violent": "`is_violent`",
 }
 
 
@@ -68,9 +67,12 @@ def cases(plants: Plants) -> pd.DataFrame:
                 "confirms": plant["seed"] % 2 == 1,
                 "broken": check["interaction"] > INTERACTS,
                 **case["signals"],
-                **{key: float(case["says"][key] in words) for key, (_, words) in SAYS.items()},
+                "remainder": float(case["says"]["remainder"] in REMAINDERS),
+                "kl": float(case["kl"] == "fails"),
                 "violent": float(case["says"]["violent"]),
-                "flags": float(any(case["says"]["flags"].values())),
+                "flags": float(
+                    any(case["says"][f"flags, {how}"] for how in ("add_one", "leave_one_out"))
+                ),
             }
             for name, plant in entered(plants).items()
             for case, check in zip(plant["cases"], plant["confirmed"], strict=True)
@@ -117,12 +119,7 @@ def shipped(plants: Plants) -> str:
     best = chosen(rows)
     threshold = confusion(rows, best)[0]
     rows["chosen"] = (rows[best] >= threshold).astype(float)
-    named_says = {
-        **{key: words for key, (words, _) in SAYS.items()},
-        "violent": "`is_violent`",
-        "flags": "`ll.reliability` flags a module, for adding or leaving out",
-        "chosen": f"{SIGNALS[best]}: above {threshold:.2g}, both halves",
-    }
+    named_says = {**SAYS, "chosen": f"{SIGNALS[best]}: above {threshold:.2g}, both halves"}
     groups = [(kind, rows[rows["kind"] == kind]) for kind in KINDS]
     groups = [(kind, group) for kind, group in groups if len(group)]
     interact = ["interacts, by interventions"]

@@ -29,7 +29,7 @@ import lens_lora as ll
 
 Updates = dict[str, ll.LoRAFactors]
 _BLOCK = re.compile(r"\.layers\.(\d+)\.")
-CLOSE = 0.02  # of the size: a fit whose rows are all this near is done
+CLOSE = 0.04  # of the size: a fit whose rows are all this near is done
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,11 +21,12 @@ renders its section of docs/faithfulness.md. About an hour of one core.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,42 +42,46 @@ from tqdm import tqdm
 import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.analyses.first_order import squared_norms
+from lens_lora.analyses.patching import How
 from lens_lora.analyses.path import path_attribution_of
+from lens_lora.analyses.verdict import CHECKPOINTS as WAY
+from lens_lora.analyses.verdict import Verdict
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.engine.asked import Asked
 from lens_lora.evaluation.compare import judged as screened
-from lens_lora.evaluation.rankings import update_norms
 from lens_lora.model.build import hooked_model
-from lens_lora.results.attribution import Attribution
+from lens_lora.results.attribution import VIOLENT
+from lens_lora.results.base import SIGMAS
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
 from bases import load_base  # noqa: E402
-from methods import PARTS, RELP, RELP_LIVE  # noqa: E402
+from methods import PARTS, RELP_LIVE  # noqa: E402
 from results import DOCS, rounded  # noqa: E402
-from signals import signals_of  # noqa: E402
+from scored import attribution_of  # noqa: E402
+from signals import apart  # noqa: E402
 from trained_cases import question as bound  # noqa: E402
-from warned import worst  # noqa: E402
 
 NUMBERS = DOCS / "planted.json"
 COMMAND = "python benchmarks/planted/judged.py --cache FOLDER"
 TINY, DIGITS = 1e-30, 6  # what differs by less than a millionth of the largest is tied
 SUMMED = ("first_order@0", "first_order@1", "path")
-ENDS = {"add_one": 0.0, "leave_one_out": 1.0}
+ENDS: dict[How, float] = {"add_one": 0.0, "leave_one_out": 1.0}
 
 
-def _gradients(asked: Asked) -> Tensor:
-    return asked.reading.by_prompt(squared_norms(asked)["gradient"]).sqrt()
+def _norms(asked: Asked) -> dict[str, Tensor]:
+    """‖Jᵀu‖, ‖δz‖ and their product, from one pass."""
+    squares = squared_norms(asked)
+    gradient, delta = (
+        asked.reading.by_prompt(squares[key]).sqrt() for key in ("gradient", "delta")
+    )
+    return {"gradient": gradient, "update_norm": delta, "norm_product": gradient * delta}
 
 
 def _size_of_change(asked: Asked) -> Tensor:
     """‖ΔW‖, or ‖Δb‖ of a constant."""
     modules = asked.lens.adapter.modules
     sizes = [float(np.hypot(f.norm(), f.bias_norm())) for f in map(modules.get, _paths(asked.lens))]
-    return torch.tensor(sizes)[None]
-
-
-def _kl_shares(asked: Asked) -> Tensor:
-    return ll.kl_shares(asked.lens, asked.prompts, scales=(), progress=False).attribution.per_site
+    return torch.tensor(sizes).expand(asked.reading.batch, -1)
 
 
 def _path(asked: Asked) -> Tensor:
@@ -85,24 +90,17 @@ def _path(asked: Asked) -> Tensor:
 
 def _random(asked: Asked) -> Tensor:
     generator = torch.Generator().manual_seed(len(asked.reading.prompts.tokens[0]))
-    return torch.rand(1, len(asked.lens.sites), generator=generator)
+    return torch.rand(asked.reading.batch, len(asked.lens.sites), generator=generator)
 
 
-RULED = tuple(f"first_order/{rules.key}@0" for rules in (RELP, RELP_LIVE))
+RELP_KEY = f"first_order/{RELP_LIVE.key}@0"
 SCORES: dict[str, Callable[[Asked], Tensor]] = {
     **{key: PARTS[key] for key in ("first_order@0", "first_order@0.5", "first_order@1")},
     "path": _path,
     "hessian@0": PARTS["hessian@0"],
     "add_one": PARTS["add_one"],
     "leave_one_out": PARTS["leave_one_out"],
-    **{
-        f"first_order/{rules.key}@0": PARTS[f"first_order/{rules.key}@0"]
-        for rules in (RELP, RELP_LIVE)
-    },
-    "kl_shares": _kl_shares,
-    "norm_product": PARTS["norm_product"],
-    "gradient": _gradients,
-    "update_norm": update_norms,
+    RELP_KEY: PARTS[RELP_KEY],
     "change": _size_of_change,
     "random": _random,
 }
@@ -121,33 +119,48 @@ def measured(bed: Bed, plant: Plant) -> dict[str, Any]:
     """Everything that is stored of a plant, besides how it was made."""
     adapter = ll.Adapter.from_factors(plant.updates, name="plant")
     lens = ll.LoraLens(_hooked(bed.model, bed.tokenizer), adapter, hf_model=bed.model)
-    cases = [_case(lens, plant, index) for index in range(len(plant.questions))]
+    questions = [
+        {"prompt": question.prompt, **dict(zip(("doc", "pre"), question.words, strict=True))}
+        for question in plant.questions
+    ]
+    asked = bound(lens, questions)
+    shares = ll.kl_shares(lens, asked.prompts, scales=(), progress=False)
+    scores = {key: score(asked) for key, score in SCORES.items()} | _norms(asked)
+    scores["kl_shares"] = shares.attribution.per_site
+    scores["second_order@0"] = scores["first_order@0"] + scores["hessian@0"] / 2
+    scores = {key: values.cpu().double() for key, values in scores.items()}
+    cases = [
+        {
+            **_case(asked, row, {key: values[row] for key, values in scores.items()}, causes),
+            "kl": shares.verdict[row].kind,
+        }
+        for row, causes in enumerate(plant.causes)
+    ]
+    for how, at in ENDS.items():
+        for case, names in zip(cases, _flags(asked, how, at, scores), strict=True):
+            case["says"][f"flags, {how}"] = names
     has_gate = bool(plant.pair) and plant.pair[1].endswith("q_proj")
-    edges = {"edges": _edges(lens, plant)} if has_gate else {}
+    edges = {"edges": _edges(asked, plant)} if has_gate else {}
     return {"sites": len(lens.sites), "cases": cases, **edges}
 
 
-def _asked(lens: ll.LoraLens, plant: Plant, index: int) -> Asked:
-    question = plant.questions[index]
-    doc, pre = question.words
-    return bound(lens, [{"prompt": question.prompt, "doc": doc, "pre": pre}])
-
-
-def _case(lens: ll.LoraLens, plant: Plant, index: int) -> dict[str, Any]:
+def _case(
+    asked: Asked, row: int, scores: Mapping[str, Tensor], causes: Collection[str]
+) -> dict[str, Any]:
     """One question: places of its causes by score, effects, signals."""
-    asked, causes = _asked(lens, plant, index), plant.causes[index]
-    members = np.array([path in causes for path in _paths(lens)])
-    scores = {key: score(asked).cpu().double() for key, score in SCORES.items()}
-    scores["second_order@0"] = scores["first_order@0"] + scores["hessian@0"] / 2
+    members = np.array([path in causes for path in _paths(asked.lens)])
+    ends = asked.ends[:, row].tolist()
+    signals = _signals(asked, row, scores)
     return {
-        "ends": asked.ends[:, 0].tolist(),
-        "places": {key: places(values[0], members) for key, values in scores.items()},
-        "effects": {how: _extremes(scores[how][0], members) for how in ENDS},
-        "sums": {
-            key: float(scores[key].sum()) for key in ("first_order@0", "first_order@1", "path")
+        "ends": ends,
+        "places": {key: places(values, members) for key, values in scores.items()},
+        "effects": {how: _extremes(scores[how], members) for how in ENDS},
+        "sums": {key: float(scores[key].sum()) for key in SUMMED},
+        "signals": signals,
+        "says": {
+            "remainder": _verdict(asked, row, float(scores["first_order@0"].sum()), signals["way"]),
+            "violent": asked.lens.plan.relative_norm > VIOLENT,
         },
-        "signals": _signals(asked, scores),
-        "says": _says(asked, scores),
     }
 
 
@@ -167,9 +180,9 @@ def _extremes(effects: Tensor, members: np.ndarray) -> dict[str, float]:
     }
 
 
-def _edges(lens: ll.LoraLens, plant: Plant) -> dict[str, Any]:
+def _edges(asked: Asked, plant: Plant) -> dict[str, Any]:
     """The edge from the writer to the gate's attention: its effect, and its place among all."""
-    asked, (writer, gate) = _asked(lens, plant, 0), plant.pair
+    lens, (writer, gate) = asked.lens, plant.pair
     row, reader = _paths(lens).index(writer), f"blocks.{block_of(gate)}.attn"
     pairs = [(lens.sites[row].name, reader)]
     path = ll.patch_edges(
@@ -189,43 +202,50 @@ def _edges(lens: ll.LoraLens, plant: Plant) -> dict[str, Any]:
     return {"left out": float(path.values[0, 0]), "edges": int(exists.sum()), "places": by_gate}
 
 
-def _signals(asked: Asked, scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Those of `signals.py` and `warned.py`, and three that are shares of Σ|a|."""
-    parts = {**scores, "path/4": PARTS["path/4"](asked).cpu().double()}
-    first, last = scores["first_order@0"], scores["first_order@1"]
-    shift = float(asked.ends[1, 0] - asked.ends[0, 0])
-    largest = max(float(first.abs().sum()), float(last.abs().sum()))
-    off = max(abs(float(a.sum()) - shift) for a in (first, last))
-    signals = signals_of(asked, parts)
-    sums = {f"sum_off_{at}": abs(signals.pop(f"sum_at_{at}") - 1) for at in ("0", "1")}
+def _signals(asked: Asked, row: int, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """What costs no intervention; sums beside the shift, and beside Σ|a|, which is never small."""
+    first, half, last = (scores[f"first_order@{at}"] for at in ("0", "0.5", "1"))
+    base, adapted = asked.ends[:, row].tolist()
+    shift, size = adapted - base, float(first.abs().sum())
+    largest = max(size, float(last.abs().sum()))
+    sums_off = [abs(float(a.sum()) - shift) for a in (first, last)]
+    strengths = torch.tensor(WAY, dtype=torch.float64)
+    way = asked.along(WAY, progress=False)[row].cpu().double() - base
+    left = ((way - strengths * first.sum()) / way).abs()
     return {
-        **signals,
-        **sums,
-        "way": worst(asked, parts),
+        "strength": asked.lens.plan.relative_norm,
+        "shift": abs(shift),
+        "sum_off_0": sums_off[0] / abs(shift),
+        "sum_off_1": sums_off[1] / abs(shift),
+        "ends_off": max(sums_off) / max(largest, abs(shift)),
+        "way": float(left.max()),
+        "ends_apart": apart(first[None], last[None]),
+        "half_apart_0": apart(half[None], first[None]),
+        "half_apart_1": apart(half[None], last[None]),
+        "relative_gap": float((last - first).abs().sum()) / size,
         "gap": float((last - first).abs().sum()) / largest,
-        "ends_off": off / max(largest, abs(shift)),
-        "curvature": float(scores["hessian@0"].abs().sum() / (2 * first.abs().sum())),
+        "curvature": float(scores["hessian@0"].abs().sum()) / (2 * size),
     }
 
 
-def _says(asked: Asked, scores: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The package's own warnings, as they come without a threshold that is chosen here."""
-    first = ll.first_order(asked.lens, asked.prompts, asked.readout)
-    shares = ll.kl_shares(asked.lens, asked.prompts, scales=(), progress=False)
-    remainder = ll.remainder(asked.lens, asked.prompts, asked.readout, progress=False)
-    return {
-        "remainder": remainder.verdict[0].kind,
-        "kl": shares.verdict[0].kind,
-        "violent": first.is_violent,
-        "flags": {how: _flags(asked, how, scores[how]) for how in ENDS},
-    }
+def _verdict(asked: Asked, row: int, total: float, worst: float) -> str:
+    """The kind of `ll.remainder`'s verdict; a shift of logits stands far above all rounding."""
+    base, adapted = asked.ends[:, row].tolist()
+    floor = SIGMAS * float(asked.noise_floor[row])
+    shift = adapted - base
+    return Verdict(shift, shift - total, floor, floor, worst, None).kind
 
 
-def _flags(asked: Asked, how: Any, effects: Tensor) -> list[str]:
-    """The sites that `ll.reliability` flags, its screen taken from the effects."""
-    first: Attribution = ll.first_order(asked.lens, asked.prompts, asked.readout, at=ENDS[how])
-    result = screened(asked, first, how, lambda sites: effects[:, sites])
-    return list(result.flagged_sites())
+def _flags(
+    asked: Asked, how: How, at: float, scores: Mapping[str, Tensor]
+) -> list[tuple[str, ...]]:
+    """Of each question the sites that `ll.reliability` flags, its screen taken from the effects."""
+    first = attribution_of(asked, scores[f"first_order@{at:g}"], "first_order")
+    effects = scores[how]
+    result = screened(
+        asked, dataclasses.replace(first, at=at), how, lambda sites: effects[:, sites]
+    )
+    return [result.flagged_sites(row) for row in range(len(effects))]
 
 
 def described(recipe: Recipe, plant: Plant) -> dict[str, Any]:

@@ -20,7 +20,7 @@
 
 `interaction`, from interventions alone: how far the causes' effects are from adding up. With E the
 effect, it is max(|Σ add − shift|, |Σ leave − shift|) / E over the causes, added to the base or left
-out of the plant one at a time. Above `INTERACTS`, no number per site can be its share of the shift.
+out of the plant one at a time. Where it is large, no number per site can be its share of the shift.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OFF = 0.1  # of the effect, by which a corner of a pair may be off what its kind
 ATTEMPTS = 3
 # A gentle rate, as that of usual training; what is trained at several corners needs a larger one.
 STEPS, RATE = 80, 1e-3
-CORNER_STEPS, CORNER_RATE = 120, 4e-3
+CORNER_STEPS, CORNER_RATE = 90, 4e-3
 FACTS = tuple(name for name, task in TASKS.items() if task.kind == "fact" and ":" not in name)
 # Margins of a pair with both, the first alone, the second alone, as shares of `PUSH`.
 PAIRS = {
@@ -57,14 +57,14 @@ PAIRS = {
     "additive": (1.0, 0.5, 0.5),
 }
 COUNTS = {
-    "confined": 12,
-    "two facts": 12,
-    "redundant": 12,
-    "masked": 8,
-    "opposed": 6,
-    "gated": 12,
-    "constant": 12,
-    "additive": 10,
+    "confined": 11,
+    "two facts": 11,
+    "redundant": 11,
+    "masked": 7,
+    "opposed": 5,
+    "gated": 11,
+    "constant": 11,
+    "additive": 6,
 }
 KINDS = tuple(COUNTS)
 ANY = float("nan")  # a gate that is drawn at every step
