@@ -1,8 +1,8 @@
 """Updates of a given spectrum that do nothing on a question, each for a reason that is built in.
 
 deaf     A is orthogonal to every input of the module on the question (with the causes at gates of
-         0, ¼, ½, ¾ and 1), and to the leading directions of its inputs on ordinary sentences:
-         δz = 0 there, and almost 0 elsewhere.
+         0, ¼, ½, ¾ and 1, and of a pair with each alone), and to the leading directions of its
+         inputs on ordinary sentences: δz = 0 there, and almost 0 elsewhere.
 mute     of q or k. It is as loud as a cause at the last token and reads nothing before it. A
          query's change is orthogonal to every key that it is compared with, a key's to the queries
          that read it, after the rotary embedding: no attention score moves.
@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 import lens_lora as ll
 
 GATES = (0.0, 0.25, 0.5, 0.75, 1.0)
-ENDS = (0, 2, 4)  # the gates, among these, at which a mute one is exact
 ORDINARY = 64  # directions of ordinary inputs that a deaf one does not hear
 MUTE, STRAY = 0.5, 0.15  # shares of the decoys, of q or k in a block, and of the other modules
 _RELATIVE = 1e-5  # of the largest singular value, below which a direction is rounding
@@ -91,7 +90,12 @@ class Decoys:
 
     def __post_init__(self) -> None:
         self._modules = linears(self.gated.model)
-        self._seen = self.gated.recorded(self.causes, self.question, self._modules, GATES)
+        count = len(self.causes)
+        gates = torch.tensor(GATES)[:, None].expand(-1, count)
+        if count == 2:
+            gates = torch.cat([gates, torch.eye(2)])
+        self._corners = ((gates == 0) | (gates == 1)).all(1)  # where a mute one is exact
+        self._seen = self.gated.recorded(self.causes, self.question, self._modules, gates)
         self._spectra = [spectrum(factors) for factors in self.causes.values()]
 
     def draw(self) -> tuple[Updates, dict[str, str]]:
@@ -149,7 +153,7 @@ class Decoys:
         queries, keys = config.num_attention_heads, config.num_key_value_heads
         is_query = path.endswith("q_proj")
         partner = path.replace("q_proj", "k_proj") if is_query else path.replace("k_", "q_")
-        out = self._seen[partner][1][list(ENDS)].double()
+        out = self._seen[partner][1][self._corners].double()
         by_head = out.unflatten(2, (keys if is_query else queries, -1))
         per = queries // keys
         if not is_query:
@@ -179,7 +183,7 @@ def ordinary_directions(
     gated, inputs = Gated(model), dict[str, list[Tensor]]()
     for ids in rows:
         question = Question("", tuple(ids), 0, 0, ("", ""))
-        for path, (z, _) in gated.recorded({}, question, linears(model), (0.0,)).items():
+        for path, (z, _) in gated.recorded({}, question, linears(model), torch.zeros(1, 0)).items():
             inputs.setdefault(path, []).append(z[0])
     return {path: _leading(torch.cat(parts), few) for path, parts in inputs.items()}
 

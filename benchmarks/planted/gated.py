@@ -149,17 +149,16 @@ class Gated:
         updates: Updates,
         question: Question,
         paths: Iterable[str],
-        gates: Sequence[float],
+        gates: Float[Tensor, "row module"],
     ) -> dict[str, tuple[Float[Tensor, "row pos in"], Float[Tensor, "row pos out"]]]:
-        """Input and output of modules, with all updates at each of the gates."""
+        """Input and output of modules, with the updates at each row of gates."""
         kept: dict[str, tuple[Tensor, Tensor]] = {}
         modules = linears(self.model)
 
         def keep(path: str, module: Any, args: tuple[Tensor], out: Tensor) -> None:
             kept[path] = (args[0].detach(), out.detach())
 
-        by_row = torch.tensor(gates)[:, None].expand(-1, len(updates))
-        with torch.no_grad(), self._hooked(updates, by_row), contextlib.ExitStack() as stack:
+        with torch.no_grad(), self._hooked(updates, gates), contextlib.ExitStack() as stack:
             for path in paths:
                 hook = functools.partial(keep, path)
                 stack.callback(modules[path].register_forward_hook(hook).remove)

@@ -46,12 +46,14 @@ def planted(bed: Bed, recipe: Recipe) -> Plant:
 # --- Facts
 
 
-def taught(bed: Bed, updates: Updates, question: Question, draw: random.Random) -> Updates:
+def taught(
+    bed: Bed, updates: Updates, question: Question, draw: random.Random, rate: float
+) -> Updates:
     """The updates, trained to move the margin by `PUSH`, without those that do next to nothing."""
     (base,) = bed.gated.corners(updates, question, [()])
     aims = [Aim(question, dict.fromkeys(updates, 1.0), base + PUSH)]
     seed = draw.randrange(2**31)
-    fit(bed.gated, updates, aims, size=PUSH, steps=STEPS, rate=RATE, seed=seed)
+    fit(bed.gated, updates, aims, size=PUSH, steps=STEPS, rate=rate, seed=seed)
     return strong(bed, detached(updates), question)
 
 
@@ -73,7 +75,7 @@ def confined(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
     question = bed.question(recipe.facts[0])
     paths = draw.sample(bed.modules(0.15, 0.95), draw.randint(4, 8))
     updates = fresh(bed.model, paths, draw.choice((2, 4, 8)), draw.randrange(2**31))
-    causes = taught(bed, updates, question, draw)
+    causes = taught(bed, updates, question, draw, RATE)
     return hidden(bed, question, causes, draw, confirmed_fact)
 
 
@@ -228,7 +230,7 @@ def constant(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
     paths = draw.sample(everywhere, 20)
     modules = linears(bed.model)
     zeros = {path: torch.zeros(modules[path].weight.shape[0]) for path in paths[:4]}
-    causes = taught(bed, constants(zeros, bed.model), question, draw)
+    causes = taught(bed, constants(zeros, bed.model), question, draw, CORNER_RATE)
     lengths = [float(factors.lora_bias.norm()) for factors in causes.values()]
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
     vectors, norms = {}, {}

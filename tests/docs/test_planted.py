@@ -132,7 +132,7 @@ def question():
 @pytest.fixture
 def causes(bed, question, monkeypatch):
     """Three modules that were trained to move the margin, with the real code."""
-    for name, value in (("PUSH", 1.0), ("RATE", 5e-3), ("STEPS", 30)):
+    for name, value in (("PUSH", 1.0), ("STEPS", 30)):
         monkeypatch.setattr(kinds, name, value)
     paths = [path for path in gated.linears(bed.model) if path.endswith("0.mlp.down_proj")]
     paths += [
@@ -141,7 +141,7 @@ def causes(bed, question, monkeypatch):
         if path.endswith(("1.self_attn.o_proj", "2.mlp.up_proj"))
     ]
     updates = gated.fresh(bed.model, paths, 2, 0)
-    return kinds.taught(bed, updates, question, random.Random(0))
+    return kinds.taught(bed, updates, question, random.Random(0), 5e-3)
 
 
 def made(bed, question, causes, sort: str):
@@ -174,7 +174,8 @@ def test_decoys_do_nothing_and_look_like_causes(float64, bed, question, causes, 
     for path, factors in others.items():
         values = torch.linalg.svdvals(factors.materialise())[:2]
         assert any(torch.allclose(values, spectrum) for spectrum in spectra), path
-    written = bed.gated.recorded(others, question, others, (0.0, 1.0))
+    gates = torch.tensor([0.0, 1.0])[:, None].expand(-1, len(others))
+    written = bed.gated.recorded(others, question, others, gates)
     loud = [float((out[1] - out[0])[-1].norm() / out[0, -1].norm()) for _, out in written.values()]
     assert (max(loud) < 1e-6) == (sort == "deaf")
     assert (min(loud) > 1e-3) == (sort == "mute")
