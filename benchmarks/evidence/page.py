@@ -12,6 +12,7 @@ From nothing, hours on one core, each command resumable:
     python benchmarks/evidence/measure.py --adapters ADAPTERS --out RESULTS --again
     python benchmarks/evidence/train.py --out WARNED --warnings
     python benchmarks/evidence/warned.py --adapters WARNED --out WARNED-RESULTS
+    python benchmarks/planted/judged.py --cache PLANTS
     python benchmarks/evidence/page.py --results RESULTS --warned WARNED-RESULTS --pictures
 """
 

@@ -201,12 +201,8 @@ def fit(
     steps: int,
     rate: float,
     seed: int,
-    norms: Mapping[str, float] | None = None,
 ) -> float:
-    """Train the updates in place; the largest miss of a row at the last step, as a share of `size`.
-
-    `norms` holds the lengths that constant vectors are brought back to after each step.
-    """
+    """Train the updates in place; the largest miss of a row at the end, as a share of `size`."""
     generator = torch.Generator().manual_seed(seed)
     tensors = [
         tensor
@@ -230,13 +226,4 @@ def fit(
         off.square().sum().backward()
         optimizer.step()
         falling.step()
-        _restore(updates, norms or {})
     return miss
-
-
-def _restore(updates: Updates, norms: Mapping[str, float]) -> None:
-    with torch.no_grad():
-        for path, norm in norms.items():
-            vector = updates[path].lora_bias
-            if vector is not None:
-                vector.mul_(norm / vector.norm())

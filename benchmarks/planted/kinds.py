@@ -27,6 +27,7 @@ from plants import (
     Recipe,
 )
 
+CANDIDATES, QUIET = 48, 16  # random constants, and how many of them are kept
 Confirm = Callable[[Bed, Updates, Question, Collection[str]], tuple[dict[str, float], bool]]
 
 
@@ -219,38 +220,46 @@ def confirmed_pair(
 
 
 def constant(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
-    """Constants that were trained to move the fact, and four times as many trained not to.
+    """Constants that were trained to move the fact, among the quietest of many random ones.
 
-    A constant cannot be deaf. So these decoys are random vectors of the causes' lengths, turned
-    until they leave the margin alone at random corners of themselves and of the causes.
+    A constant cannot be deaf. So random vectors of the causes' lengths are added alone, to the base
+    and beside the causes, and the quietest are kept, each with the sign that balances the others.
     """
     question = bed.question(recipe.facts[0])
-    everywhere = bed.modules(0.15, 0.95, ("o_proj", "down_proj"))
-    everywhere += bed.modules(0.15, 0.95, ("v_proj", "up_proj"))
-    paths = draw.sample(everywhere, 20)
+    kinds = ("o_proj", "down_proj", "v_proj", "up_proj")
+    paths = draw.sample(bed.modules(0.15, 0.95, kinds), 4 + CANDIDATES)
     modules = linears(bed.model)
     zeros = {path: torch.zeros(modules[path].weight.shape[0]) for path in paths[:4]}
     causes = taught(bed, constants(zeros, bed.model), question, draw, CORNER_RATE)
     lengths = [float(factors.lora_bias.norm()) for factors in causes.values()]
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
-    vectors, norms = {}, {}
+    vectors = {}
     for path in paths[4:]:
         vector = torch.randn(modules[path].weight.shape[0], generator=generator)
-        norms[path] = draw.choice(lengths)
-        vectors[path] = vector * norms[path] / vector.norm()
-    decoys = constants(vectors, bed.model)
-    updates = {**causes, **decoys}
-    base, adapted = bed.gated.corners(updates, question, [(), causes])
-    on, off = dict.fromkeys(causes, 1.0), dict.fromkeys(causes, 0.0)
-    aims = [
-        Aim(question, {**dict.fromkeys(decoys, gate), **held}, target)
-        for held, target in ((on, adapted), (off, base))
-        for gate in (1.0, ANY)
-    ]
-    seed = draw.randrange(2**31)
-    options = {"steps": CORNER_STEPS // 2, "rate": CORNER_RATE, "seed": seed, "norms": norms}
-    fit(bed.gated, updates, aims, size=PUSH, **options)
-    updates = detached(updates)
+        vectors[path] = vector * draw.choice(lengths) / vector.norm()
+    kept = quietest(bed, question, causes, vectors)
+    updates = {**causes, **detached(constants(kept, bed.model))}
     shares, enters = confirmed_fact(bed, updates, question, set(causes))
-    sorts = dict.fromkeys(decoys, "turned")
+    sorts = dict.fromkeys(kept, "quiet")
     return Plant(updates, (question,), (frozenset(causes),), sorts, (shares,), enters)
+
+
+def quietest(
+    bed: Bed, question: Question, causes: Updates, vectors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Constants that move the margin least; signs are chosen in the order of their effects."""
+    updates = {**causes, **detached(constants(vectors, bed.model))}
+    sets = [(), set(causes), *({path} for path in vectors), *({path, *causes} for path in vectors)]
+    base, adapted, *rest = bed.gated.corners(updates, question, sets)
+    alone, beside = rest[: len(vectors)], rest[len(vectors) :]
+    effects = {
+        path: ((a - base) / (adapted - base), (b - adapted) / (adapted - base))
+        for path, a, b in zip(vectors, alone, beside, strict=True)
+    }
+    quiet = sorted(effects, key=lambda path: max(map(abs, effects[path])))[:QUIET]
+    total, kept = 0.0, dict[str, torch.Tensor]()
+    for path in sorted(quiet, key=lambda path: -abs(sum(effects[path]))):
+        sign = -1.0 if total * sum(effects[path]) > 0 else 1.0
+        total += sign * sum(effects[path])
+        kept[path] = sign * vectors[path]
+    return kept

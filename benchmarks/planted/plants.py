@@ -6,7 +6,7 @@
     masked      a cancelling pair: the second undoes the first, and does nothing by itself
     opposed     a cancelling pair: each does alone the opposite of the other
     gated       a writer in an MLP and a gate in a later attention, nothing without each other
-    constant    constant vectors of a few modules move a fact; others, of the same lengths, do not
+    constant    constant vectors of a few modules move a fact; those of others, as long, do not
     additive    a pair, each of which does half, alone or not: the control of the pairs above
 
 1. `RECIPES` say everything: kind, seed and facts. Modules, ranks and starts are drawn by the seed.
