@@ -30,13 +30,13 @@ KINDS = {
     "additive": "control: additive",
 }
 SIGNALS = {
-    "ends_off": "Σ first order at 0 or at 1 off the shift, beside Σ|a|",
-    "gap": "first order at 1 and at 0 apart, beside the larger Σ|a|",
-    "relative_gap": "first order at 1 and at 0 apart, beside Σ|a| at 0",
-    "sum_off_0": "Σ first order at 0 off the shift, beside the shift",
-    "sum_off_1": "Σ first order at 1 off the shift, beside the shift",
+    "ends_off": "Σ first order at 0 or at 1 off the shift, by the larger sum of sizes",
+    "gap": "first order at 1 and at 0 apart, by the larger sum of sizes",
+    "relative_gap": "first order at 1 and at 0 apart, by the sum of sizes at 0",
+    "sum_off_0": "Σ first order at 0 off the shift, by the shift",
+    "sum_off_1": "Σ first order at 1 off the shift, by the shift",
     "way": "first order at 0 off the shift on the way",
-    "curvature": "½ Σ|H1| at 0 beside Σ|a|",
+    "curvature": "½ H1 at 0, sum of sizes, by first order's",
     "ends_apart": "ranks at 0 and at 1 apart",
     "half_apart_0": "ranks at ½ and at 0 apart",
     "half_apart_1": "ranks at ½ and at 1 apart",
@@ -133,3 +133,19 @@ def shipped(plants: Plants) -> str:
 def chosen(rows: pd.DataFrame) -> str:
     """The signal of the best F1 on the half that chooses."""
     return max(SIGNALS, key=lambda signal: confusion(rows, signal)[1].f1)
+
+
+def confirmed(plants: Plants) -> str:
+    """How the chosen signal fares on the half that chose nothing, in a sentence."""
+    rows = cases(plants)
+    best = chosen(rows)
+    half = rows[rows["confirms"]]
+    flagged = half[best] >= confusion(rows, best)[0]
+    groups = {
+        "redundant pairs": half["kind"] == "redundant",
+        "masked pairs": half["kind"] == "masked",
+        "opposed pairs, whose effects add up,": half["kind"] == "opposed",
+        "all questions that do not interact": ~half["broken"],
+    }
+    parts = [f"{int(flagged[of].sum())} of {int(of.sum())} {words}" for words, of in groups.items()]
+    return f"On the half that confirms, the best signal flags {', '.join(parts)}."

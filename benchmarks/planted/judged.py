@@ -3,8 +3,7 @@
     python benchmarks/planted/judged.py --cache FOLDER [--only NAME …]
 
 One file a plant, FOLDER/<name>.json; those that are there are left alone, so a run may be
-interrupted. Then docs/planted.json is written from all of them, and `benchmarks/evidence/page.py`
-renders its section of docs/faithfulness.md. About an hour of one core.
+interrupted. Then docs/planted.json is written from all of them. About half an hour of one core.
 
 1. Every score of `SCORES` is computed on the plant's questions, by `benchmarks/evidence/methods.py`
    where that has it. Sites are ranked by magnitude.
@@ -64,7 +63,6 @@ from trained_cases import question as bound  # noqa: E402
 NUMBERS = DOCS / "planted.json"
 COMMAND = "python benchmarks/planted/judged.py --cache FOLDER"
 TINY, DIGITS = 1e-30, 6  # what differs by less than a millionth of the largest is tied
-SUMMED = ("first_order@0", "first_order@1", "path")
 ENDS: dict[How, float] = {"add_one": 0.0, "leave_one_out": 1.0}
 
 
@@ -149,13 +147,11 @@ def _case(
 ) -> dict[str, Any]:
     """One question: places of its causes by score, effects, signals."""
     members = np.array([path in causes for path in _paths(asked.lens)])
-    ends = asked.ends[:, row].tolist()
     signals = _signals(asked, row, scores)
     return {
-        "ends": ends,
+        "ends": asked.ends[:, row].tolist(),
         "places": {key: places(values, members) for key, values in scores.items()},
         "effects": {how: _extremes(scores[how], members) for how in ENDS},
-        "sums": {key: float(scores[key].sum()) for key in SUMMED},
         "signals": signals,
         "says": {
             "remainder": _verdict(asked, row, float(scores["first_order@0"].sum()), signals["way"]),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from alarms import INTERACTS, KINDS, Plants, entered, shipped, warnings
+from alarms import INTERACTS, KINDS, Plants, confirmed, entered, shipped, warnings
 from jinja2 import Environment, StrictUndefined
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
@@ -184,6 +184,16 @@ def edges(plants: Plants) -> str:
     return markdown(head, rows)
 
 
+def way(plants: Plants) -> tuple[float, float]:
+    """The share of the effect that leaving out a direct edge costs: median, and most."""
+    costs = [
+        abs(plant["edges"]["left out"] / plant["confirmed"][0]["effect"])
+        for plant in entered(plants).values()
+        if "edges" in plant
+    ]
+    return float(np.median(costs)), max(costs)
+
+
 def section(numbers: Mapping[str, Any]) -> str:
     """The whole section, as markdown."""
     plants: Plants = numbers["plants"]
@@ -200,8 +210,10 @@ def section(numbers: Mapping[str, Any]) -> str:
         reached=reached(plants),
         goal=GOAL,
         edges=edges(plants),
+        way=way(plants),
         pairs=pairs(plants),
         warnings=warnings(plants),
+        confirmed=confirmed(plants),
         shipped=shipped(plants),
         interacts=INTERACTS,
         command=numbers["about"]["command"],

@@ -77,9 +77,9 @@ def test_plants_are_as_many_as_promised_and_confirmed():
     assert set(numbers) == {recipe.name for recipe in plants.RECIPES}
     there = [plant for plant in numbers.values() if plant["enters"]]
     assert len(there) >= 60
-    groups = [{"masked", "opposed"}, *({kind} for kind in plants.KINDS if kind[0] not in "mo")]
-    for group in groups:
-        assert sum(plant["kind"] in group for plant in there) >= 8
+    for group in (("masked", "opposed"), *((kind,) for kind in told.KINDS)):
+        wanted = 10 if len(group) == 2 or group[0] in (*told.AIMED, "redundant") else 4
+        assert sum(plant["kind"] in group for plant in there) >= wanted
     for plant in there:
         for check in plant["confirmed"]:
             assert abs(check["kept"] - 1) <= 0.0101
