@@ -12,12 +12,14 @@ From nothing, hours on one core, each command resumable:
     python benchmarks/evidence/measure.py --adapters ADAPTERS --out RESULTS --again
     python benchmarks/evidence/train.py --out WARNED --warnings
     python benchmarks/evidence/warned.py --adapters WARNED --out WARNED-RESULTS
+    python benchmarks/planted/judged.py --cache PLANTS
     python benchmarks/evidence/page.py --results RESULTS --warned WARNED-RESULTS --pictures
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -47,6 +49,9 @@ from words import ADD, KEEP, OUT, comparisons, floors, opening, path_called, rec
 
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.results.attribution import VIOLENT
+
+sys.path.append(str(Path(__file__).parents[1] / "planted"))
+import told  # noqa: E402
 
 IMAGES = DOCS / "images"
 PARETO, STRENGTH = IMAGES / "faithfulness_cost.png", IMAGES / "faithfulness_strength.png"
@@ -101,6 +106,7 @@ def page(numbers: Numbers) -> str:
             choosing=sum(not one["confirms"] for one in numbers["warned"].values()),
             confirming=sum(one["confirms"] for one in numbers["warned"].values()),
             violent=violent(numbers, scores, bases[0]),
+            planted=told.section(told.read()),
             adapter_table=adapters(numbers),
             versions=versions(numbers),
         )

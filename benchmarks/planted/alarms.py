@@ -1,0 +1,151 @@
+"""Who warns of plants whose effects do not add up: counts of right and false alarms, from numbers.
+
+A question of a plant is *broken* where its interaction, which interventions measured, is above
+`INTERACTS`. Thresholds are chosen on plants of even seeds and confirmed on those of odd seeds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+sys.path.append(str(Path(__file__).parents[1] / "evidence"))
+from tables import markdown  # noqa: E402
+from violent import Counts, confusion  # noqa: E402
+
+Plants = Mapping[str, Mapping[str, Any]]
+INTERACTS = 0.5
+KINDS = {
+    "confined": "(a) confined",
+    "two facts": "(b) two facts",
+    "redundant": "(c) redundant",
+    "masked": "(d) masked",
+    "opposed": "(d) opposed",
+    "gated": "(e) gate and writer",
+    "constant": "(f) constants",
+    "additive": "control: additive",
+}
+SIGNALS = {
+    "ends_off": "Σ first order at 0 or at 1 off the shift, by the larger sum of sizes",
+    "gap": "first order at 1 and at 0 apart, by the larger sum of sizes",
+    "relative_gap": "first order at 1 and at 0 apart, by the sum of sizes at 0",
+    "sum_off_0": "Σ first order at 0 off the shift, by the shift",
+    "sum_off_1": "Σ first order at 1 off the shift, by the shift",
+    "way": "first order at 0 off the shift on the way",
+    "curvature": "½ H1 at 0, sum of sizes, by first order's",
+    "ends_apart": "ranks at 0 and at 1 apart",
+    "half_apart_0": "ranks at ½ and at 0 apart",
+    "half_apart_1": "ranks at ½ and at 1 apart",
+    "strength": "‖ΔW‖ / ‖W‖",
+    "shift": "the shift itself",
+}
+REMAINDERS = ("large", "uneven", "coincidence")
+SAYS = {
+    "remainder": "`ll.remainder`: large, uneven or a coincidence",
+    "flags": "`ll.reliability` flags a module, for adding or for leaving out",
+    "kl": "`ll.kl_shares`: fails",
+    "violent": "`is_violent`",
+}
+
+
+def entered(plants: Plants) -> dict[str, Mapping[str, Any]]:
+    """The plants that interventions confirmed."""
+    return {name: plant for name, plant in plants.items() if plant["enters"]}
+
+
+def cases(plants: Plants) -> pd.DataFrame:
+    """One row per plant and question: signals, what the package says, whether it interacts."""
+    return pd.DataFrame(
+        [
+            {
+                "plant": name,
+                "kind": plant["kind"],
+                "confirms": plant["seed"] % 2 == 1,
+                "broken": check["interaction"] > INTERACTS,
+                **case["signals"],
+                "remainder": float(case["says"]["remainder"] in REMAINDERS),
+                "kl": float(case["kl"] == "fails"),
+                "violent": float(case["says"]["violent"]),
+                "flags": float(
+                    any(case["says"][f"flags, {how}"] for how in ("add_one", "leave_one_out"))
+                ),
+            }
+            for name, plant in entered(plants).items()
+            for case, check in zip(plant["cases"], plant["confirmed"], strict=True)
+        ]
+    )
+
+
+def counted(counts: Counts) -> str:
+    return f"{counts.hit} · {counts.false} · {counts.missed} · {counts.silent}"
+
+
+def warnings(plants: Plants) -> str:
+    """Thresholds chosen on half of the plants and confirmed on the other half, best first."""
+    rows = cases(plants)
+    results = {signal: confusion(rows, signal) for signal in SIGNALS}
+    order = sorted(results, key=lambda signal: -results[signal][1].f1)
+    lines = [
+        [
+            SIGNALS[signal],
+            f"{results[signal][0]:.3g}",
+            *map(counted, results[signal][1:]),
+            shares(results[signal][2]),
+        ]
+        for signal in order
+    ]
+    head = [
+        "warning: … above",
+        "threshold",
+        "on the half that chooses",
+        "on the half that confirms",
+    ]
+    return markdown([*head, "flagged, false alarms"], lines)
+
+
+def shares(counts: Counts) -> str:
+    """Of a half: the share of broken cases that is flagged, and of the others that is too."""
+    broken, sound = counts.hit + counts.missed, counts.false + counts.silent
+    return f"{counts.hit / broken:.0%}, {counts.false / sound:.0%}"
+
+
+def shipped(plants: Plants) -> str:
+    """What the package says as it ships, on all plants, by kind."""
+    rows, lines = cases(plants), []
+    best = chosen(rows)
+    threshold = confusion(rows, best)[0]
+    rows["chosen"] = (rows[best] >= threshold).astype(float)
+    named_says = {**SAYS, "chosen": f"{SIGNALS[best]}: above {threshold:.2g}, both halves"}
+    groups = [(kind, rows[rows["kind"] == kind]) for kind in KINDS]
+    groups = [(kind, group) for kind, group in groups if len(group)]
+    interact = ["interacts, by interventions"]
+    interact += [f"{int(group['broken'].sum())} of {len(group)}" for _, group in groups]
+    lines.append(interact)
+    for key, words in named_says.items():
+        lines.append([words, *(f"{int(group[key].sum())} of {len(group)}" for _, group in groups)])
+    return markdown(["", *(KINDS[kind] for kind, _ in groups)], lines)
+
+
+def chosen(rows: pd.DataFrame) -> str:
+    """The signal of the best F1 on the half that chooses."""
+    return max(SIGNALS, key=lambda signal: confusion(rows, signal)[1].f1)
+
+
+def confirmed(plants: Plants) -> str:
+    """How the chosen signal fares on the half that chose nothing, in a sentence."""
+    rows = cases(plants)
+    best = chosen(rows)
+    half = rows[rows["confirms"]]
+    flagged = half[best] >= confusion(rows, best)[0]
+    groups = {
+        "redundant pairs": half["kind"] == "redundant",
+        "masked pairs": half["kind"] == "masked",
+        "opposed pairs, whose effects add up,": half["kind"] == "opposed",
+        "all questions that do not interact": ~half["broken"],
+    }
+    parts = [f"{int(flagged[of].sum())} of {int(of.sum())} {words}" for words, of in groups.items()]
+    return f"On the half that confirms, the best signal flags {', '.join(parts)}."

@@ -1,0 +1,195 @@
+"""Updates of a given spectrum that do nothing on a question, each for a reason that is built in.
+
+deaf     A is orthogonal to every input of the module on the question (with the causes at gates of
+         0, ¼, ½, ¾ and 1, and of a pair with each alone), and to the leading directions of its
+         inputs on ordinary sentences: δz = 0 there, and almost 0 elsewhere.
+mute     of q or k. It is as loud as a cause at the last token and reads nothing before it. A
+         query's change is orthogonal to every key that it is compared with, a key's to the queries
+         that read it, after the rotary embedding: no attention score moves.
+stray    random directions, as of a null adapter: small effects of either sign.
+
+The singular values are those of a cause, so neither ‖ΔW‖ nor any other norm of ΔW tells which is
+which. ‖δz‖ tells the deaf ones only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from gated import Gated, Question, Updates, block_of, linears
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import lens_lora as ll
+
+GATES = (0.0, 0.25, 0.5, 0.75, 1.0)
+ORDINARY = 64  # directions of ordinary inputs that a deaf one does not hear
+MUTE, STRAY = 0.5, 0.15  # shares of the decoys, of q or k in a block, and of the other modules
+_RELATIVE = 1e-5  # of the largest singular value, below which a direction is rounding
+
+
+def spectrum(factors: ll.LoRAFactors) -> Float[Tensor, " rank"]:
+    """Singular values of ΔW, from the factors."""
+    R_A, R_B = (torch.linalg.qr(m.double()).R for m in (factors.A.T, factors.B))
+    return abs(factors.scale) * torch.linalg.svdvals(R_B @ R_A.T)
+
+
+def of_spectrum(
+    values: Float[Tensor, " rank"],
+    U: Float[Tensor, "out rank"],
+    V: Float[Tensor, "in rank"],
+    dtype: torch.dtype,
+) -> ll.LoRAFactors:
+    return ll.LoRAFactors(V.T.to(dtype).contiguous(), (U * values).to(dtype).contiguous())
+
+
+def span(vectors: Float[Tensor, "row d"]) -> Float[Tensor, "d direction"]:
+    """An orthonormal basis of the rows."""
+    _, sizes, Vh = torch.linalg.svd(vectors.double(), full_matrices=False)
+    return Vh[sizes > _RELATIVE * sizes[0]].T
+
+
+def frame(
+    width: int,
+    rank: int,
+    generator: torch.Generator,
+    away: Float[Tensor, "d direction"] | None = None,
+    first: Float[Tensor, " d"] | None = None,
+) -> Float[Tensor, "d rank"]:
+    """Random orthonormal columns, orthogonal to a basis, the first one along a vector."""
+    columns = torch.randn(width, rank, generator=generator, dtype=torch.float64)
+    if first is not None:
+        columns[:, 0] = first.double()
+    for _ in range(2 if away is not None else 0):  # twice is enough
+        columns = columns - away @ (away.T @ columns)
+    if away is not None and away.shape[1] + rank > width:
+        raise ValueError(f"{away.shape[1]} directions of {width} leave no room for rank {rank}")
+    return torch.linalg.qr(columns).Q
+
+
+@dataclasses.dataclass
+class Decoys:
+    """Makes decoys on one question.
+
+    Attributes:
+        gated: the model.
+        question: where they do nothing.
+        causes: the updates that are there already.
+        ordinary: by module, leading directions of its inputs on ordinary sentences, [d, few].
+        generator: of all draws.
+    """
+
+    gated: Gated
+    question: Question
+    causes: Updates
+    ordinary: Mapping[str, Tensor]
+    generator: torch.Generator
+
+    def __post_init__(self) -> None:
+        self._modules = linears(self.gated.model)
+        count = len(self.causes)
+        gates = torch.tensor(GATES)[:, None].expand(-1, count)
+        if count == 2:
+            gates = torch.cat([gates, torch.eye(2)])
+        self._corners = ((gates == 0) | (gates == 1)).all(1)  # where a mute one is exact
+        self._seen = self.gated.recorded(self.causes, self.question, self._modules, gates)
+        self._spectra = [spectrum(factors) for factors in self.causes.values()]
+
+    def draw(self) -> tuple[Updates, dict[str, str]]:
+        """A decoy for every module that is no cause, and its sort."""
+        decoys: Updates = {}
+        sorts: dict[str, str] = {}
+        muted: set[int] = set()
+        for path in self._modules:
+            if path not in self.causes:
+                sorts[path] = self._sort(path, muted)
+                decoys[path] = self.of_sort(sorts[path], path)
+        return decoys, sorts
+
+    def of_sort(self, sort: str, path: str) -> ll.LoRAFactors:
+        """One decoy, with the spectrum of a cause that is drawn."""
+        chosen = torch.randint(len(self._spectra), (1,), generator=self.generator)
+        values = self._spectra[int(chosen)]
+        makes = {"deaf": self._deaf, "mute": self._mute, "stray": self._stray}
+        return of_spectrum(values, *makes[sort](path, len(values)), self.gated.model.dtype)
+
+    def _sort(self, path: str, muted: set[int]) -> str:
+        draw, block = float(torch.rand(1, generator=self.generator)), block_of(path)
+        # Queries and keys that both change would meet in a product, so a block has one of the two.
+        partner = path.replace("q_proj", "k_proj") if "q_proj" in path else path
+        if path.endswith(("q_proj", "k_proj")):
+            is_free = block not in muted and partner not in self.causes
+            if is_free and path.replace("k_proj", "q_proj") not in self.causes and draw < MUTE:
+                muted.add(block)
+                return "mute"
+            return "deaf"
+        return "stray" if draw < STRAY else "deaf"
+
+    def _deaf(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
+        heard = self._seen[path][0].flatten(0, 1)
+        sizes = heard.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        away = span(torch.cat([(heard / sizes).double(), self.ordinary[path].T.double()]))
+        out, width = self._modules[path].weight.shape
+        return frame(out, rank, self.generator), frame(width, rank, self.generator, away)
+
+    def _stray(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
+        out, width = self._modules[path].weight.shape
+        return frame(out, rank, self.generator), frame(width, rank, self.generator)
+
+    def _mute(self, path: str, rank: int) -> tuple[Tensor, Tensor]:
+        inputs = self._seen[path][0]
+        earlier, last = inputs[:, :-1].flatten(0, 1), inputs[:, -1].mean(0)
+        sizes = earlier.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        V = frame(inputs.shape[-1], rank, self.generator, span(earlier / sizes), last)
+        heads = [frame(len(away), rank, self.generator, away) for away in self._compared(path)]
+        return torch.linalg.qr(torch.cat(heads)).Q, V
+
+    def _compared(self, path: str) -> list[Float[Tensor, "d_head direction"]]:
+        """Of each head, what its query or key at the last token is multiplied with."""
+        config = self.gated.model.config
+        queries, keys = config.num_attention_heads, config.num_key_value_heads
+        is_query = path.endswith("q_proj")
+        partner = path.replace("q_proj", "k_proj") if is_query else path.replace("k_", "q_")
+        out = self._seen[partner][1][self._corners].double()
+        by_head = out.unflatten(2, (keys if is_query else queries, -1))
+        per = queries // keys
+        if not is_query:
+            return [
+                span(by_head[:, -1, per * h : per * (h + 1)].flatten(0, 1)) for h in range(keys)
+            ]
+        turned = torch.einsum("pij,rphj->rphi", self._turns(out.shape[1]), by_head)
+        return [span(turned[:, :, head // per].flatten(0, 1)) for head in range(queries)]
+
+    def _turns(self, length: int) -> Float[Tensor, "pos d d"]:
+        """R_nᵀ R_j of the rotary embedding: key j as the query at the last token n meets it."""
+        model = self.gated.model
+        rotary: nn.Module = model.base_model.rotary_emb
+        positions = torch.arange(length)[None]
+        cos, sin = (part[0].double() for part in rotary(torch.zeros(1), positions))
+        half = cos.shape[1] // 2
+        swap = torch.zeros(2 * half, 2 * half, dtype=torch.float64)
+        swap[:half, half:], swap[half:, :half] = -torch.eye(half), torch.eye(half)
+        turns = torch.diag_embed(cos) + sin[:, :, None] * swap
+        return turns[-1].T @ turns
+
+
+def ordinary_directions(
+    model: PreTrainedModel, rows: list[list[int]], few: int = ORDINARY
+) -> dict[str, Float[Tensor, "d few"]]:
+    """Leading directions of each module's inputs on ordinary text."""
+    gated, inputs = Gated(model), dict[str, list[Tensor]]()
+    for ids in rows:
+        question = Question("", tuple(ids), 0, 0, ("", ""))
+        for path, (z, _) in gated.recorded({}, question, linears(model), torch.zeros(1, 0)).items():
+            inputs.setdefault(path, []).append(z[0])
+    return {path: _leading(torch.cat(parts), few) for path, parts in inputs.items()}
+
+
+def _leading(inputs: Float[Tensor, "token d"], few: int) -> Float[Tensor, "d few"]:
+    """The first tokens' inputs, often far larger than all others, count as one token each."""
+    unit = inputs / inputs.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    _, _, Vh = torch.linalg.svd(unit, full_matrices=False)
+    return Vh[:few].T

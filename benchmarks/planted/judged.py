@@ -1,0 +1,301 @@
+"""Plant, confirm and judge: where each attribution puts the causes of a plant, and what warns.
+
+    python benchmarks/planted/judged.py --cache FOLDER [--only NAME …]
+
+One file a plant, FOLDER/<name>.json; those that are there are left alone, so a run may be
+interrupted. Then docs/planted.json is written from all of them. About half an hour of one core.
+
+1. Every score of `SCORES` is computed on the plant's questions, by `benchmarks/evidence/methods.py`
+   where that has it. Sites are ranked by magnitude.
+2. Kept of a ranking are the *places* of the causes, 1 the first, ties at their mean. With n sites
+   and k causes
+
+       AUROC = 1 − (Σ places − k(k + 1)/2) / (k(n − k)),    recovery = share of places ≤ k
+
+3. Of a gated plant the edge from its writer to the block of its gate is sought among all edges, and
+   measured by path patching.
+4. Signals that cost no intervention, the package's own verdicts and flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gated import block_of
+from kinds import planted
+from plants import RECIPES, Bed, Plant, Recipe
+from scipy.stats import rankdata
+from torch import Tensor
+from tqdm import tqdm
+
+import lens_lora as ll
+from lens_lora._version import versions
+from lens_lora.analyses.first_order import squared_norms
+from lens_lora.analyses.patching import How
+from lens_lora.analyses.path import path_attribution_of
+from lens_lora.analyses.verdict import CHECKPOINTS as WAY
+from lens_lora.analyses.verdict import Verdict
+from lens_lora.demonstration.embedded import EMBEDDED_NAME
+from lens_lora.engine.asked import Asked
+from lens_lora.evaluation.compare import judged as screened
+from lens_lora.model.build import hooked_model
+from lens_lora.results.attribution import VIOLENT
+from lens_lora.results.base import SIGMAS
+
+sys.path.append(str(Path(__file__).parents[1] / "evidence"))
+from bases import load_base  # noqa: E402
+from methods import PARTS, RELP_LIVE  # noqa: E402
+from results import DOCS, rounded  # noqa: E402
+from scored import attribution_of  # noqa: E402
+from signals import apart  # noqa: E402
+from trained_cases import question as bound  # noqa: E402
+
+NUMBERS = DOCS / "planted.json"
+COMMAND = "python benchmarks/planted/judged.py --cache FOLDER"
+TINY, DIGITS = 1e-30, 6  # what differs by less than a millionth of the largest is tied
+ENDS: dict[How, float] = {"add_one": 0.0, "leave_one_out": 1.0}
+
+
+def _norms(asked: Asked) -> dict[str, Tensor]:
+    """‖Jᵀu‖, ‖δz‖ and their product, from one pass."""
+    squares = squared_norms(asked)
+    gradient, delta = (
+        asked.reading.by_prompt(squares[key]).sqrt() for key in ("gradient", "delta")
+    )
+    return {"gradient": gradient, "update_norm": delta, "norm_product": gradient * delta}
+
+
+def _size_of_change(asked: Asked) -> Tensor:
+    """‖ΔW‖, or ‖Δb‖ of a constant."""
+    modules = asked.lens.adapter.modules
+    sizes = [float(np.hypot(f.norm(), f.bias_norm())) for f in map(modules.get, _paths(asked.lens))]
+    return torch.tensor(sizes).expand(asked.reading.batch, -1)
+
+
+def _path(asked: Asked) -> Tensor:
+    return path_attribution_of(asked, progress=False).per_site
+
+
+def _random(asked: Asked) -> Tensor:
+    generator = torch.Generator().manual_seed(len(asked.reading.prompts.tokens[0]))
+    return torch.rand(asked.reading.batch, len(asked.lens.sites), generator=generator)
+
+
+RELP_KEY = f"first_order/{RELP_LIVE.key}@0"
+SCORES: dict[str, Callable[[Asked], Tensor]] = {
+    **{key: PARTS[key] for key in ("first_order@0", "first_order@0.5", "first_order@1")},
+    "path": _path,
+    "hessian@0": PARTS["hessian@0"],
+    "add_one": PARTS["add_one"],
+    "leave_one_out": PARTS["leave_one_out"],
+    RELP_KEY: PARTS[RELP_KEY],
+    "change": _size_of_change,
+    "random": _random,
+}
+
+
+def _paths(lens: ll.LoraLens) -> list[str]:
+    return [site.module for site in lens.sites]
+
+
+@functools.lru_cache(maxsize=1)
+def _hooked(model: Any, tokenizer: Any) -> Any:
+    return hooked_model(model, tokenizer)[0]
+
+
+def measured(bed: Bed, plant: Plant) -> dict[str, Any]:
+    """Everything that is stored of a plant, besides how it was made."""
+    adapter = ll.Adapter.from_factors(plant.updates, name="plant")
+    lens = ll.LoraLens(_hooked(bed.model, bed.tokenizer), adapter, hf_model=bed.model)
+    questions = [
+        {"prompt": question.prompt, **dict(zip(("doc", "pre"), question.words, strict=True))}
+        for question in plant.questions
+    ]
+    asked = bound(lens, questions)
+    shares = ll.kl_shares(lens, asked.prompts, scales=(), progress=False)
+    scores = {key: score(asked) for key, score in SCORES.items()} | _norms(asked)
+    scores["kl_shares"] = shares.attribution.per_site
+    scores["second_order@0"] = scores["first_order@0"] + scores["hessian@0"] / 2
+    scores = {key: values.cpu().double() for key, values in scores.items()}
+    cases = [
+        {
+            **_case(asked, row, {key: values[row] for key, values in scores.items()}, causes),
+            "kl": shares.verdict[row].kind,
+        }
+        for row, causes in enumerate(plant.causes)
+    ]
+    for how, at in ENDS.items():
+        for case, names in zip(cases, _flags(asked, how, at, scores), strict=True):
+            case["says"][f"flags, {how}"] = names
+    has_gate = bool(plant.pair) and plant.pair[1].endswith("q_proj")
+    edges = {"edges": _edges(asked, plant)} if has_gate else {}
+    return {"sites": len(lens.sites), "cases": cases, **edges}
+
+
+def _case(
+    asked: Asked, row: int, scores: Mapping[str, Tensor], causes: Collection[str]
+) -> dict[str, Any]:
+    """One question: places of its causes by score, effects, signals."""
+    members = np.array([path in causes for path in _paths(asked.lens)])
+    signals = _signals(asked, row, scores)
+    return {
+        "ends": asked.ends[:, row].tolist(),
+        "places": {key: places(values, members) for key, values in scores.items()},
+        "effects": {how: _extremes(scores[how], members) for how in ENDS},
+        "signals": signals,
+        "says": {
+            "remainder": _verdict(asked, row, float(scores["first_order@0"].sum()), signals["way"]),
+            "violent": asked.lens.plan.relative_norm > VIOLENT,
+        },
+    }
+
+
+def places(values: Tensor, members: np.ndarray) -> list[float]:
+    """Where the members stand when sites are ordered by magnitude, the largest first."""
+    sizes = values.abs().numpy()
+    rounded_sizes = np.round(sizes / max(float(sizes.max()), TINY), DIGITS)
+    return sorted(rankdata(-rounded_sizes)[members].tolist())
+
+
+def _extremes(effects: Tensor, members: np.ndarray) -> dict[str, float]:
+    """The smallest effect of a cause, and the largest of any other site, in logits."""
+    sizes = effects.abs().numpy()
+    return {
+        "weakest cause": float(sizes[members].min()),
+        "strongest other": float(sizes[~members].max()),
+    }
+
+
+def _edges(asked: Asked, plant: Plant) -> dict[str, Any]:
+    """The edge from the writer to the gate's attention: its effect, and its place among all."""
+    lens, (writer, gate) = asked.lens, plant.pair
+    row, reader = _paths(lens).index(writer), f"blocks.{block_of(gate)}.attn"
+    pairs = [(lens.sites[row].name, reader)]
+    path = ll.patch_edges(
+        lens, asked.prompts, asked.readout, pairs, "leave_one_out", progress=False
+    )
+    by_gate: dict[str, Any] = {}
+    for at in (0.0, 0.5, 1.0):
+        edges = ll.edges(lens, asked.prompts, asked.readout, at=at, progress=False)
+        values, exists = edges.per_edge[0].cpu(), edges.exists.cpu()
+        members = torch.zeros_like(exists)
+        members[row, edges.readers.index(reader)] = True
+        readers = exists[row]
+        by_gate[f"{at:g}"] = {
+            "among all": places(values[exists], members[exists].numpy())[0],
+            "of its writer": places(values[row, readers], members[row, readers].numpy())[0],
+        }
+    return {"left out": float(path.values[0, 0]), "edges": int(exists.sum()), "places": by_gate}
+
+
+def _signals(asked: Asked, row: int, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """What costs no intervention; sums beside the shift, and beside Σ|a|, which is never small."""
+    first, half, last = (scores[f"first_order@{at}"] for at in ("0", "0.5", "1"))
+    base, adapted = asked.ends[:, row].tolist()
+    shift, size = adapted - base, float(first.abs().sum())
+    largest = max(size, float(last.abs().sum()))
+    sums_off = [abs(float(a.sum()) - shift) for a in (first, last)]
+    strengths = torch.tensor(WAY, dtype=torch.float64)
+    way = asked.along(WAY, progress=False)[row].cpu().double() - base
+    left = ((way - strengths * first.sum()) / way).abs()
+    return {
+        "strength": asked.lens.plan.relative_norm,
+        "shift": abs(shift),
+        "sum_off_0": sums_off[0] / abs(shift),
+        "sum_off_1": sums_off[1] / abs(shift),
+        "ends_off": max(sums_off) / max(largest, abs(shift)),
+        "way": float(left.max()),
+        "ends_apart": apart(first[None], last[None]),
+        "half_apart_0": apart(half[None], first[None]),
+        "half_apart_1": apart(half[None], last[None]),
+        "relative_gap": float((last - first).abs().sum()) / size,
+        "gap": float((last - first).abs().sum()) / largest,
+        "curvature": float(scores["hessian@0"].abs().sum()) / (2 * size),
+    }
+
+
+def _verdict(asked: Asked, row: int, total: float, worst: float) -> str:
+    """The kind of `ll.remainder`'s verdict; a shift of logits stands far above all rounding."""
+    base, adapted = asked.ends[:, row].tolist()
+    floor = SIGMAS * float(asked.noise_floor[row])
+    shift = adapted - base
+    return Verdict(shift, shift - total, floor, floor, worst, None).kind
+
+
+def _flags(
+    asked: Asked, how: How, at: float, scores: Mapping[str, Tensor]
+) -> list[tuple[str, ...]]:
+    """Of each question the sites that `ll.reliability` flags, its screen taken from the effects."""
+    first = attribution_of(asked, scores[f"first_order@{at:g}"], "first_order")
+    effects = scores[how]
+    result = screened(
+        asked, dataclasses.replace(first, at=at), how, lambda sites: effects[:, sites]
+    )
+    return [result.flagged_sites(row) for row in range(len(effects))]
+
+
+def described(recipe: Recipe, plant: Plant) -> dict[str, Any]:
+    """How it was made, and what interventions say."""
+    sorts = list(plant.sorts.values())
+    return {
+        "kind": recipe.kind,
+        "seed": recipe.seed,
+        "facts": recipe.facts[: len(plant.questions)],
+        "prompts": [question.prompt for question in plant.questions],
+        "causes": [sorted(paths) for paths in plant.causes],
+        "ranks": sorted({plant.updates[path].rank for paths in plant.causes for path in paths}),
+        "decoys": {sort: sorts.count(sort) for sort in sorted(set(sorts))},
+        "attempts": plant.attempts,
+        "enters": plant.enters,
+        "confirmed": plant.confirmed,
+    }
+
+
+def short(value: Any) -> Any:
+    """Every number to four digits."""
+    if isinstance(value, Mapping):
+        return {key: short(part) for key, part in value.items()}
+    return [short(part) for part in value] if isinstance(value, list | tuple) else rounded(value)
+
+
+def write(folder: Path) -> None:
+    """docs/planted.json, one line a plant."""
+    files = {recipe.name: folder / f"{recipe.name}.json" for recipe in RECIPES}
+    there = ((name, file.read_text().strip()) for name, file in files.items() if file.is_file())
+    lines = ",\n".join(f"{json.dumps(name)}: {line}" for name, line in there)
+    about = json.dumps({"command": COMMAND, **versions()})
+    NUMBERS.write_text(f'{{"about": {about}, "plants": {{\n{lines}\n}}}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Plant, confirm and judge.")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of results, one a plant")
+    parser.add_argument("--only", nargs="*", help="names of plants")
+    asked = parser.parse_args()
+    asked.cache.mkdir(parents=True, exist_ok=True)
+    chosen = [r for r in RECIPES if not asked.only or r.name in asked.only]
+    left = [r for r in chosen if not (asked.cache / f"{r.name}.json").is_file()]
+    bed = Bed.of(*load_base(EMBEDDED_NAME)) if left else None
+    for recipe in tqdm(left, desc="plants"):
+        start = time.process_time()
+        plant = planted(bed, recipe)
+        result = {**described(recipe, plant), **(measured(bed, plant) if plant.enters else {})}
+        result["seconds"] = time.process_time() - start
+        unfinished = asked.cache / f"{recipe.name}.part"
+        unfinished.write_text(json.dumps(short(result)) + "\n")
+        unfinished.rename(asked.cache / f"{recipe.name}.json")
+    write(asked.cache)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""How each kind of plant is made, and what confirms it; see `plants.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Collection
+
+import torch
+from decoys import Decoys
+from gated import Aim, Question, Updates, constants, detached, fit, fresh, linears
+from plants import (
+    ANY,
+    ATTEMPTS,
+    CORNER_RATE,
+    CORNER_STEPS,
+    KEPT,
+    LEAST,
+    LOST,
+    OFF,
+    PAIRS,
+    PUSH,
+    RATE,
+    STEPS,
+    Bed,
+    Plant,
+    Recipe,
+)
+
+CANDIDATES, QUIET = 48, 16  # random constants, and how many of them are kept
+Confirm = Callable[[Bed, Updates, Question, Collection[str]], tuple[dict[str, float], bool]]
+
+
+def planted(bed: Bed, recipe: Recipe) -> Plant:
+    """The plant of a recipe, of the first attempt that enters; else of the last."""
+    make = {"confined": confined, "two facts": two_facts, "constant": constant}.get(
+        recipe.kind, pair
+    )
+    for attempt in range(ATTEMPTS):
+        draw = random.Random(f"{recipe.kind} {recipe.seed} {attempt}")
+        plant = make(bed, recipe, draw)
+        if plant.enters:
+            break
+    return dataclasses.replace(plant, attempts=attempt + 1)
+
+
+# --- Facts
+
+
+def taught(
+    bed: Bed, updates: Updates, question: Question, draw: random.Random, rate: float
+) -> Updates:
+    """The updates, trained to move the margin by `PUSH`, without those that do next to nothing."""
+    (base,) = bed.gated.corners(updates, question, [()])
+    aims = [Aim(question, dict.fromkeys(updates, 1.0), base + PUSH)]
+    seed = draw.randrange(2**31)
+    fit(bed.gated, updates, aims, size=PUSH, steps=STEPS, rate=rate, seed=seed)
+    return strong(bed, detached(updates), question)
+
+
+def strong(bed: Bed, updates: Updates, question: Question) -> Updates:
+    """Those that move the margin alone, when added or when left out."""
+    everything = set(updates)
+    sets = [(), everything, *({p} for p in updates), *(everything - {p} for p in updates)]
+    base, adapted, *singles = bed.gated.corners(updates, question, sets)
+    added = [g - base for g in singles[: len(updates)]]
+    taken = [adapted - g for g in singles[len(updates) :]]
+    least = LEAST * abs(adapted - base)
+    pairs = zip(updates.items(), added, taken, strict=True)
+    return {
+        path: factors for (path, factors), add, take in pairs if max(abs(add), abs(take)) >= least
+    }
+
+
+def confined(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
+    question = bed.question(recipe.facts[0])
+    paths = draw.sample(bed.modules(0.15, 0.95), draw.randint(4, 8))
+    updates = fresh(bed.model, paths, draw.choice((2, 4, 8)), draw.randrange(2**31))
+    causes = taught(bed, updates, question, draw, RATE)
+    return hidden(bed, question, causes, draw, confirmed_fact)
+
+
+def two_facts(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
+    """Both at once: each fact moves with its own part, whatever the gates of the other part."""
+    questions = tuple(map(bed.question, recipe.facts))
+    paths = draw.sample(bed.modules(0.15, 0.95), 10)
+    halves, aims = (paths[:5], paths[5:]), list[Aim]()
+    for question, part, other in zip(questions, halves, halves[::-1], strict=True):
+        (base,) = bed.gated.corners({}, question, [()])
+        for gate in (1.0, 0.0):
+            gates = {**dict.fromkeys(part, gate), **dict.fromkeys(other, ANY)}
+            aims.append(Aim(question, gates, base + PUSH * gate))
+    updates = fresh(bed.model, paths, draw.choice((2, 4, 8)), draw.randrange(2**31))
+    seed = draw.randrange(2**31)
+    fit(bed.gated, updates, aims, size=PUSH, steps=CORNER_STEPS, rate=CORNER_RATE, seed=seed)
+    updates = detached(updates)
+    parts = [
+        strong(bed, {path: updates[path] for path in part}, question)
+        for question, part in zip(questions, halves, strict=True)
+    ]
+    updates = {**parts[0], **parts[1]}
+    checks = [
+        confirmed_fact(bed, updates, question, set(part))
+        for question, part in zip(questions, parts, strict=True)
+    ]
+    confirmed, enters = zip(*checks, strict=True)
+    return Plant(updates, questions, tuple(map(frozenset, parts)), {}, confirmed, all(enters))
+
+
+def confirmed_fact(
+    bed: Bed, updates: Updates, question: Question, causes: Collection[str]
+) -> tuple[dict[str, float], bool]:
+    """What the margin keeps without the others, and loses without the causes."""
+    everything = set(updates)
+    ends = [(), everything, set(causes), everything - set(causes)]
+    singles = [*({path} for path in causes), *(everything - {path} for path in causes)]
+    base, adapted, kept, lost, *alone = bed.gated.corners(updates, question, [*ends, *singles])
+    shift, count = adapted - base, len(causes)
+    added = sum(g - base for g in alone[:count])
+    left = sum(adapted - g for g in alone[count:])
+    shares = {
+        "shift": shift,
+        "effect": shift,
+        "kept": (kept - base) / shift,
+        "lost": (adapted - lost) / shift,
+        "interaction": max(abs(added - shift), abs(left - shift)) / abs(shift),
+    }
+    return shares, is_inert(shares) and shift > PUSH / 2 and count > 1
+
+
+def is_inert(shares: dict[str, float]) -> bool:
+    """Whether what is no cause does nothing, beside the causes and without them."""
+    return abs(shares["kept"] - 1) <= KEPT and abs(shares["lost"] - 1) <= 1 - LOST
+
+
+def hidden(
+    bed: Bed,
+    question: Question,
+    causes: Updates,
+    draw: random.Random,
+    confirm: Confirm,
+) -> Plant:
+    """The causes among decoys; fewer of them stray, until they do nothing together."""
+    generator = torch.Generator().manual_seed(draw.randrange(2**31))
+    decoys = Decoys(bed.gated, question, causes, bed.ordinary, generator)
+    others, sorts = decoys.draw()
+    while True:
+        updates = {path: {**causes, **others}[path] for path in linears(bed.model)}
+        shares, enters = confirm(bed, updates, question, set(causes))
+        stray = [path for path, sort in sorts.items() if sort == "stray"]
+        if enters or not stray:
+            break
+        for path in draw.sample(stray, (len(stray) + 1) // 2):
+            others[path], sorts[path] = decoys.of_sort("deaf", path), "deaf"
+    return Plant(updates, (question,), (frozenset(causes),), sorts, (shares,), enters)
+
+
+# --- Pairs
+
+
+def pair(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
+    """Two modules, the first before the second, trained at the corners that the kind is about."""
+    question = bed.question(recipe.facts[0])
+    first, second = paths_of_pair(bed, recipe.kind, draw)
+    updates = fresh(bed.model, (first, second), 8, draw.randrange(2**31))
+    (base,) = bed.gated.corners(updates, question, [()])
+    aims = [
+        Aim(question, {first: a, second: b}, base + PUSH * share)
+        for (a, b), share in zip(((1, 1), (1, 0), (0, 1)), PAIRS[recipe.kind], strict=True)
+    ]
+    seed = draw.randrange(2**31)
+    fit(bed.gated, updates, aims, size=PUSH, steps=CORNER_STEPS, rate=CORNER_RATE, seed=seed)
+
+    def confirm(
+        bed: Bed, updates: Updates, question: Question, causes: Collection[str]
+    ) -> tuple[dict[str, float], bool]:
+        return confirmed_pair(bed, recipe.kind, updates, question, (first, second))
+
+    plant = hidden(bed, question, detached(updates), draw, confirm)
+    return dataclasses.replace(plant, pair=(first, second))
+
+
+def paths_of_pair(bed: Bed, kind: str, draw: random.Random) -> tuple[str, str]:
+    """Of a gated plant an MLP's writer and a later attention's query; else two writers."""
+    firsts, seconds = ("down_proj", "o_proj"), ("down_proj", "o_proj", "up_proj")
+    if kind == "gated":
+        firsts, seconds = ("down_proj",), ("q_proj",)
+    early = bed.modules(0.2, 0.5, firsts)
+    late = bed.modules(0.6, 0.85, seconds)
+    return draw.choice(early), draw.choice(late)
+
+
+def confirmed_pair(
+    bed: Bed, kind: str, updates: Updates, question: Question, pair: tuple[str, str]
+) -> tuple[dict[str, float], bool]:
+    """g at the corners of the pair, without decoys and among them, as shares of the effect."""
+    first, second = pair
+    everything = set(updates)
+    sets = [set(pair), {first}, {second}, everything, everything - {second}, everything - {first}]
+    base, none, *corners = bed.gated.corners(updates, question, [(), everything - set(pair), *sets])
+    both, one_first, one_second, *among = (g - base for g in corners)
+    effect = one_first if kind in ("masked", "opposed") else among[0]
+    added, left = one_first + one_second, 2 * among[0] - among[1] - among[2]
+    shares = {
+        "shift": among[0],
+        "effect": effect,
+        "kept": 1 + (both - among[0]) / effect,
+        "lost": 1 - (none - base) / effect,
+        "first alone": one_first / effect,
+        "second alone": one_second / effect,
+        "second left out": among[1] / effect,
+        "first left out": among[2] / effect,
+        "interaction": max(abs(added - among[0]), abs(left - among[0])) / abs(effect),
+    }
+    off = [abs(g / effect - share) for g, share in zip(among, PAIRS[kind], strict=True)]
+    return shares, is_inert(shares) and max(off) <= OFF and effect > PUSH / 2
+
+
+# --- Constant vectors
+
+
+def constant(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
+    """Constants that were trained to move the fact, among the quietest of many random ones.
+
+    A constant cannot be deaf. So random vectors of the causes' lengths are added alone, to the base
+    and beside the causes, and the quietest are kept, each with the sign that balances the others.
+    """
+    question = bed.question(recipe.facts[0])
+    kinds = ("o_proj", "down_proj", "v_proj", "up_proj")
+    paths = draw.sample(bed.modules(0.15, 0.95, kinds), 4 + CANDIDATES)
+    modules = linears(bed.model)
+    zeros = {path: torch.zeros(modules[path].weight.shape[0]) for path in paths[:4]}
+    causes = taught(bed, constants(zeros, bed.model), question, draw, CORNER_RATE)
+    lengths = [float(factors.lora_bias.norm()) for factors in causes.values()]
+    generator = torch.Generator().manual_seed(draw.randrange(2**31))
+    vectors = {}
+    for path in paths[4:]:
+        vector = torch.randn(modules[path].weight.shape[0], generator=generator)
+        vectors[path] = vector * draw.choice(lengths) / vector.norm()
+    kept = quietest(bed, question, causes, vectors)
+    updates = {**causes, **detached(constants(kept, bed.model))}
+    shares, enters = confirmed_fact(bed, updates, question, set(causes))
+    sorts = dict.fromkeys(kept, "quiet")
+    return Plant(updates, (question,), (frozenset(causes),), sorts, (shares,), enters)
+
+
+def quietest(
+    bed: Bed, question: Question, causes: Updates, vectors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Constants that move the margin least; signs are chosen in the order of their effects."""
+    updates = {**causes, **detached(constants(vectors, bed.model))}
+    sets = [(), set(causes), *({path} for path in vectors), *({path, *causes} for path in vectors)]
+    base, adapted, *rest = bed.gated.corners(updates, question, sets)
+    alone, beside = rest[: len(vectors)], rest[len(vectors) :]
+    effects = {
+        path: ((a - base) / (adapted - base), (b - adapted) / (adapted - base))
+        for path, a, b in zip(vectors, alone, beside, strict=True)
+    }
+    quiet = sorted(effects, key=lambda path: max(map(abs, effects[path])))[:QUIET]
+    total, kept = 0.0, dict[str, torch.Tensor]()
+    for path in sorted(quiet, key=lambda path: -abs(sum(effects[path]))):
+        sign = -1.0 if total * sum(effects[path]) > 0 else 1.0
+        total += sign * sum(effects[path])
+        kept[path] = sign * vectors[path]
+    return kept

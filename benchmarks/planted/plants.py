@@ -1,0 +1,155 @@
+"""PlantedLoRA: adapters whose cause is known, as it was put there.
+
+    confined    a few modules are trained to move a fact; every other module holds a decoy
+    two facts   a sum of two: each moves its own fact and was trained to leave the other's alone
+    redundant   a pair, each of which does alone what both do together
+    masked      a cancelling pair: the second undoes the first, and does nothing by itself
+    opposed     a cancelling pair: each does alone the opposite of the other
+    gated       a writer in an MLP and a gate in a later attention, nothing without each other
+    constant    constant vectors of a few modules move a fact; those of others, as long, do not
+    additive    a pair, each of which does half, alone or not: the control of the pairs above
+
+1. `RECIPES` say everything: kind, seed and facts. Modules, ranks and starts are drawn by the seed.
+2. Margins are trained to their targets (`gated.py`), at the corners that the kind is about.
+3. A cause that does next to nothing is no cause: of what was trained for a fact, a module stays if
+   adding it alone or leaving it out alone moves the margin by `LEAST` of the effect.
+4. Pairs and confined causes stand among decoys in all other modules, with the spectra of causes
+   (`decoys.py`). Where the stray ones together move too much, half of them become deaf, and so on.
+5. `confirmed` holds what interventions say of each question, and whether the plant enters. One that
+   fails is drawn again, up to `ATTEMPTS` times.
+
+`interaction`, from interventions alone: how far the causes' effects are from adding up. With E the
+effect, it is max(|Σ add − shift|, |Σ leave − shift|) / E over the causes, added to the base or left
+out of the plant one at a time. Where it is large, no number per site can be its share of the shift.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from decoys import ordinary_directions
+from gated import Gated, Question, Updates, block_of, linears
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.append(str(Path(__file__).parents[1] / "evidence"))
+from tasks import TASKS  # noqa: E402
+from train import one_token, prompt_ids  # noqa: E402
+
+PUSH = 8.0  # logits by which a margin is to move
+LEAST = 0.03  # of the effect, that a cause moves alone
+KEPT, LOST = 0.01, 0.9  # without decoys the effect is within 1 %; without causes 90 % are gone
+OFF = 0.1  # of the effect, by which a corner of a pair may be off what its kind promises
+ATTEMPTS = 3
+# A gentle rate, as that of usual training; what is trained at several corners needs a larger one.
+STEPS, RATE = 80, 1e-3
+CORNER_STEPS, CORNER_RATE = 90, 4e-3
+FACTS = tuple(name for name, task in TASKS.items() if task.kind == "fact" and ":" not in name)
+# Margins of a pair with both, the first alone, the second alone, as shares of `PUSH`.
+PAIRS = {
+    "redundant": (1.0, 1.0, 1.0),
+    "masked": (0.0, 1.0, 0.0),
+    "opposed": (0.0, 1.0, -1.0),
+    "gated": (1.0, 0.0, 0.0),
+    "additive": (1.0, 0.5, 0.5),
+}
+COUNTS = {
+    "confined": 11,
+    "two facts": 11,
+    "redundant": 11,
+    "masked": 7,
+    "opposed": 5,
+    "gated": 11,
+    "constant": 11,
+    "additive": 6,
+}
+KINDS = tuple(COUNTS)
+ANY = float("nan")  # a gate that is drawn at every step
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One plant."""
+
+    kind: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind.replace(' ', '-')}-{self.seed}"
+
+    @property
+    def facts(self) -> tuple[str, str]:
+        """The task whose fact moves, and another one; each kind goes through all of them."""
+        index = self.seed + 3 * KINDS.index(self.kind)
+        return FACTS[index % len(FACTS)], FACTS[(index + 5) % len(FACTS)]
+
+
+RECIPES = tuple(
+    Recipe(kind, seed)
+    for seed in range(max(COUNTS.values()))
+    for kind, count in COUNTS.items()
+    if seed < count
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plant:
+    """An adapter and its cause.
+
+    Attributes:
+        updates: by module.
+        questions: what is asked of it.
+        causes: of each question, the modules that move its margin.
+        sorts: of each decoy, why it does nothing.
+        confirmed: of each question, what interventions say, as shares of the effect.
+        enters: whether they say what the kind promises.
+        pair: of a pair, the first module and the second.
+        attempts: how many were drawn.
+    """
+
+    updates: Updates
+    questions: tuple[Question, ...]
+    causes: tuple[frozenset[str], ...]
+    sorts: Mapping[str, str]
+    confirmed: tuple[Mapping[str, float], ...]
+    enters: bool
+    pair: tuple[str, ...] = ()
+    attempts: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Bed:
+    """Where plants are planted: the model, and what its modules hear in ordinary sentences."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    ordinary: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Bed:
+        model.requires_grad_(False)
+        texts = [TASKS[name].texts[0] for name in FACTS]
+        rows = [prompt_ids(tokenizer, text) for text in texts]
+        return cls(model, tokenizer, ordinary_directions(model, rows))
+
+    @property
+    def gated(self) -> Gated:
+        return Gated(self.model)
+
+    def question(self, fact: str) -> Question:
+        """The first trained wording of a fact."""
+        asked = TASKS[fact].prompts["trained"][0]
+        doc, pre = (one_token(self.tokenizer, asked[key]) for key in ("doc", "pre"))
+        ids = tuple(prompt_ids(self.tokenizer, asked["prompt"]))
+        return Question(asked["prompt"], ids, doc, pre, (asked["doc"], asked["pre"]))
+
+    def modules(self, first: float, last: float, kinds: Collection[str] = ("",)) -> list[str]:
+        """Paths of the modules between two shares of the depth, those whose names end so."""
+        layers = self.model.config.num_hidden_layers
+        blocks = range(int(first * layers), int(last * layers) + 1)
+        paths = (path for path in linears(self.model) if block_of(path) in blocks)
+        return [path for path in paths if path.endswith(tuple(kinds))]

@@ -1,0 +1,220 @@
+"""The section on planted causes of docs/faithfulness.md, from docs/planted.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from alarms import INTERACTS, KINDS, Plants, confirmed, entered, shipped, warnings
+from jinja2 import Environment, StrictUndefined
+
+sys.path.append(str(Path(__file__).parents[1] / "evidence"))
+from intervals import Interval, interval  # noqa: E402
+from tables import markdown, named  # noqa: E402
+
+NUMBERS = Path(__file__).parents[2] / "docs" / "planted.json"
+TEMPLATE = Path(__file__).with_name("planted.md.jinja")
+GOAL = 0.95
+AIMED = ("confined", "two facts", "gated", "constant")
+FIRST = {"first_order@0": "0", "first_order@0.5": "½", "first_order@1": "1"}
+PAIRED = ("redundant", "masked", "opposed")
+METHODS = {
+    "path": "path integral (IG over the gates, to 1 % or 16 nodes)",
+    "hessian@0": "H1 at 0 alone",
+    "kl_shares": "`kl_shares`",
+    "gradient": "‖Jᵀu‖, the gradient alone",
+    "change": "‖ΔW‖ (of constants ‖Δb‖)",
+}
+
+
+def read() -> dict[str, Any]:
+    return json.loads(NUMBERS.read_text())
+
+
+def auroc(places: Sequence[float], sites: int) -> float:
+    """The share of pairs of a cause and another site in which the cause stands first."""
+    count = len(places)
+    return 1 - (sum(places) - count * (count + 1) / 2) / (count * (sites - count))
+
+
+def recovery(places: Sequence[float], sites: int) -> float:
+    """The share of the k causes among the first k sites."""
+    del sites
+    return sum(place <= len(places) for place in places) / len(places)
+
+
+def scored(plants: Plants, measure: Any) -> pd.DataFrame:
+    """[plant, method], the mean over a plant's questions; and its kind."""
+    rows = {}
+    for name, plant in entered(plants).items():
+        cases = [case["places"] for case in plant["cases"]]
+        rows[name] = {
+            "kind": plant["kind"],
+            **{
+                method: float(np.mean([measure(case[method], plant["sites"]) for case in cases]))
+                for method in cases[0]
+            },
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def cell(values: pd.Series) -> str:
+    mean: Interval = interval(values)
+    return f"{mean.mean:.2f} [{mean.low:.2f}, {mean.high:.2f}] · {values.min():.2f}"
+
+
+def table(plants: Plants, measure: Any) -> str:
+    """One line a method, best on the kinds of the goal first: mean, interval and worst plant."""
+    scores = scored(plants, measure)
+    by_kind = scores.groupby("kind")
+    kinds = [kind for kind in KINDS if kind in by_kind.groups]
+    means = by_kind.mean()
+    order = means.loc[[kind for kind in AIMED if kind in kinds]].mean().sort_values(ascending=False)
+    rows = [
+        [label(method), *(cell(by_kind.get_group(kind)[method]) for kind in kinds)]
+        for method in order.index
+    ]
+    return markdown(["score", *(KINDS[kind] for kind in kinds)], rows)
+
+
+def label(method: str) -> str:
+    return METHODS.get(method, named(method))
+
+
+def confirmation(plants: Plants) -> str:
+    """One line a kind: how many entered, and the worst that interventions say of those."""
+    rows = []
+    for kind, words in KINDS.items():
+        drawn = {name: plant for name, plant in plants.items() if plant["kind"] == kind}
+        there = entered(drawn).values()
+        if not there:
+            continue
+        checks = pd.DataFrame([check for plant in there for check in plant["confirmed"]])
+        extremes = [case["effects"] for plant in there for case in plant["cases"]]
+        sizes = [abs(check["effect"]) for plant in there for check in plant["confirmed"]]
+        others = [
+            max(extreme[how]["strongest other"] for how in extreme) / size
+            for extreme, size in zip(extremes, sizes, strict=True)
+        ]
+        count = [len(paths) for plant in there for paths in plant["causes"]]
+        rows.append(
+            [
+                words,
+                f"{len(there)} of {len(drawn)}",
+                f"{min(count)} to {max(count)}" if min(count) < max(count) else str(count[0]),
+                f"{(checks['kept'] - 1).abs().max():.1%}",
+                f"{checks['lost'].min():.1%}",
+                f"{max(others):.0%}",
+                f"{checks['interaction'].median():.2f}, {checks['interaction'].max():.2f}",
+            ]
+        )
+    head = [
+        "kind",
+        "entered",
+        "causes",
+        "off without the others, at most",
+        "lost without the causes, at least",
+    ]
+    return markdown(
+        [*head, "largest effect of any other site", "interaction: median, largest"], rows
+    )
+
+
+def reached(plants: Plants) -> list[tuple[str, list[str]]]:
+    """Of each kind of the goal, the scores whose interval lies above it."""
+    by_kind = scored(plants, auroc).groupby("kind")
+    return [
+        (
+            KINDS[kind],
+            [
+                label(method)
+                for method in by_kind.get_group(kind).columns.drop("kind")
+                if interval(by_kind.get_group(kind)[method]).low >= GOAL
+            ],
+        )
+        for kind in AIMED
+        if kind in by_kind.groups
+    ]
+
+
+def pairs(plants: Plants) -> list[str]:
+    """Of each kind of pair, what first order recovers, and the scores that recover most."""
+    by_kind = scored(plants, recovery).groupby("kind")
+    sentences = []
+    for kind in PAIRED:
+        means = by_kind.get_group(kind).drop(columns="kind").mean()
+        first = ", ".join(f"{means[key]:.2f} at {words}" for key, words in FIRST.items())
+        seen = [
+            f"{label(m)} ({v:.2f})"
+            for m, v in means.sort_values(ascending=False).items()
+            if v >= GOAL
+        ]
+        found = "; ".join(seen) if seen else "none"
+        sentences.append(f"{KINDS[kind]}: first order recovers {first}. At least {GOAL}: {found}.")
+    return sentences
+
+
+def edges(plants: Plants) -> str:
+    """Of gated plants, where the edge from writer to gate stands, by the gate value."""
+    there = [plant["edges"] for plant in entered(plants).values() if "edges" in plant]
+    rows = []
+    for at, words in (("0", "0"), ("0.5", "½"), ("1", "1")):
+        ranks = pd.DataFrame([plant["places"][at] for plant in there])
+        everywhere, writers = ranks["among all"], ranks["of its writer"]
+        scores = [
+            auroc([place], plant["edges"]) for place, plant in zip(everywhere, there, strict=True)
+        ]
+        rows.append(
+            [
+                f"edges at {words}",
+                cell(pd.Series(scores)),
+                *(
+                    f"{int((places == 1).sum())} of {len(places)}"
+                    for places in (everywhere, writers)
+                ),
+                f"{everywhere.median():.0f}",
+            ]
+        )
+    head = ["", "AUROC", "first of all edges", "first of its writer's", "median place"]
+    return markdown(head, rows)
+
+
+def way(plants: Plants) -> tuple[float, float]:
+    """The share of the effect that leaving out a direct edge costs: median, and most."""
+    costs = [
+        abs(plant["edges"]["left out"] / plant["confirmed"][0]["effect"])
+        for plant in entered(plants).values()
+        if "edges" in plant
+    ]
+    return float(np.median(costs)), max(costs)
+
+
+def section(numbers: Mapping[str, Any]) -> str:
+    """The whole section, as markdown."""
+    plants: Plants = numbers["plants"]
+    template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
+        TEMPLATE.read_text()
+    )
+    there = entered(plants)
+    return template.render(
+        drawn=len(plants),
+        entered=len(there),
+        confirmation=confirmation(plants),
+        aurocs=table(plants, auroc),
+        recoveries=table(plants, recovery),
+        reached=reached(plants),
+        goal=GOAL,
+        edges=edges(plants),
+        way=way(plants),
+        pairs=pairs(plants),
+        warnings=warnings(plants),
+        confirmed=confirmed(plants),
+        shipped=shipped(plants),
+        interacts=INTERACTS,
+        command=numbers["about"]["command"],
+    )
