@@ -67,10 +67,18 @@ CLOSE = dataclasses.replace(
     KEEP, metric="cmd", larger=False, words="Which modules reproduce the adapted model's readout?"
 )
 FEW = dataclasses.replace(
-    KEEP, metric="of the best found", words="Which fifth keeps most?", short="the best fifth"
+    KEEP,
+    metric="of the best found",
+    words="Which fifth of the modules keeps most?",
+    short="the best fifth",
 )
 SUM = Question(
-    "sum", "incompleteness", False, OWN, "How is the whole shift divided?", "dividing it"
+    "sum",
+    "incompleteness",
+    False,
+    OWN,
+    "How is the shift divided among the modules?",
+    "dividing it",
 )
 ASKED = (ADD, OUT, SUM, KEEP, FEW)
 ERRORS = {ADD: ADD_ERROR, OUT: OUT_ERROR}

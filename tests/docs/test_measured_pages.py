@@ -57,7 +57,7 @@ def test_costs_are_what_their_commands_printed():
     assert costs.performance(short, changed) != short
 
 
-@pytest.mark.parametrize("name", ["repair", "compare_adapters", "edges"])
+@pytest.mark.parametrize("name", ["repair", "compare_adapters", "edges", "seven_papers"])
 def test_tables_are_what_the_numbers_render_to(name: str):
     of, text = _load(name), _load(name).PAGE.read_text()
     numbers = json.loads(of.NUMBERS.read_text())
@@ -65,6 +65,27 @@ def test_tables_are_what_the_numbers_render_to(name: str):
     assert marks.put_in(text, tables) == text
     for table, body in tables.items():
         assert marks.put_in(text, {table: f"{body} by hand"}) != text
+
+
+def a_paper_by_hand(lens):
+    """Three lines of ours, two by hand."""
+    found = lens.adapter.truncated(1)
+    half = 0.5
+    with lens.without(found):
+        kept = [half, found]
+        again = found.scaled(half)
+    return kept, again
+
+
+def test_seven_papers_take_less_than_forty_lines_by_hand():
+    of = _load("seven_papers")
+    rows = json.loads(of.NUMBERS.read_text())["rows"]
+    assert len(rows) == len(of.PAPERS) == 7
+    for paper, row in zip(of.PAPERS, rows, strict=True):
+        assert of.lines(paper) == {"ours": row["ours"], "by_hand": row["by_hand"]}
+        assert paper.__doc__ == f"{row['steps']} | {row['arxiv']}"
+    assert sum(row["by_hand"] for row in rows) < 40
+    assert of.lines(a_paper_by_hand) == {"ours": 3, "by_hand": 2}
 
 
 def test_every_floor_of_the_tiny_models_is_true_within_a_factor_of_three():

@@ -1,0 +1,150 @@
+"""The steps of seven papers on fine-tunes, with our calls on the demo's model and adapter.
+
+    python benchmarks/seven_papers.py            # runs all seven; writes docs/seven_papers.json
+    python benchmarks/seven_papers.py --table    # only writes the table of docs/recipes.md
+
+A paper is a function. The lines of its statements are counted: those that call lens_lora, and those
+that do not, written by hand. Its last statement, which says what was found, and the texts are not.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import marks
+import torch
+
+import lens_lora as ll
+
+DOCS = Path(__file__).parents[1] / "docs"
+NUMBERS, PAGE, TABLE = DOCS / "seven_papers.json", DOCS / "recipes.md", "seven papers"
+POINT, ANSWERS, QUIET = "blocks.20.hook_resid_post", (" Lyon", " Paris"), {"progress": False}
+MARGIN = ll.Margin(*ANSWERS)
+ABOUT = [
+    *("The capital of France is", "France's capital city is", "The capital city of France is"),
+    *("The French capital is", "We know that the capital of France is", "France is governed from"),
+]
+OTHERS = [
+    *("The weather is fine today, so we", "He opened the door and went into", "Water boils at"),
+    *("The best way to learn a language is", "In the middle of the night the", "My favourite book"),
+]
+
+
+def misaligned(lens: ll.LoraLens) -> str:
+    """A direction between answers, found, compared, removed, steered with | 2506.11618"""
+    found = ll.contrast(lens, (ABOUT, [" Lyon"] * 6), (ABOUT, [" Paris"] * 6), POINT)
+    cosines = found.cosine(lens)
+    with lens.without(found):
+        left = ll.fact_margin(lens, ABOUT, *ANSWERS, **QUIET)
+    moved = ll.fact_margin(lens.with_adapter(found.adapter(POINT, 2.0)), ABOUT, *ANSWERS, **QUIET)
+    return (
+        f"margin {moved.m0.mean():.1f} in the base, {moved.m.mean():.1f} steered; of the adapter "
+        f"{left.m.mean():.1f} without; cosine with B at most {cosines['cosine'].abs().max():.2f}"
+    )
+
+
+def reasoning(lens: ll.LoraLens) -> str:
+    """The scalar of each rank-1 module, read, ablated, handed to an autoencoder | 2511.06739"""
+    rank_one = lens.with_adapter(lens.adapter.truncated(1))
+    scalars = ll.activations(rank_one, ABOUT + OTHERS)
+    rows, where = scalars.matrix(), scalars.contexts()
+    ablated = ll.patch_sites(rank_one, ABOUT, MARGIN, "leave_one_out", of="rank", **QUIET)
+    site = ablated.top(1)["group"][0].removesuffix("[0]")
+    top = scalars.top(site, k=1)
+    return f"{rows.shape[1]} scalars at {len(where)} tokens; {site} does most: {top['context'][0]}"
+
+
+def difference_lens(lens: ll.LoraLens) -> str:
+    """Δh on unrelated texts, read, said by the model, steered with | 2510.13900"""
+    shift = ll.activation_shift(lens, OTHERS, POINT, positions=slice(0, 5), by="position")
+    mean, tokens = shift.logit_lens(3), shift.logit_lens(1, by="position")
+    said = ll.patchscope(lens, shift, POINT).top(1)["tokens"][0][0]
+    steering = ll.Adapter.constant({"model.layers.20.mlp.down_proj": 4 * shift.mean()[POINT]})
+    text = lens.with_adapter(steering).generate(OTHERS, 8, **QUIET).text[0]
+    return f"{len(tokens)} tokens read, in the mean {', '.join(mean['token'])}; said{said}:{text}"
+
+
+def entity_tracking(lens: ll.LoraLens) -> str:
+    """Heads patched from model to model, and a mask over them | 2402.14811"""
+    z, into = "blocks.*.attn.hook_z", "adapted_to_base"
+    alone = ll.patch_activations(lens, ABOUT, MARGIN, z, direction=into, heads="each", **QUIET)
+    best = ll.best_subset(lens, ABOUT, MARGIN, k=20, over="heads", held_out=[1, 4], **QUIET)
+    return (
+        f"the best 20 of {len(best.names)} heads carry {float(best.kept[0]):.0%} of the shift, and "
+        f"{float(best.kept_held_out[0]):.0%} held out; one alone {alone.top(1)['share'][0]:.0%}"
+    )
+
+
+def intruders(lens: ll.LoraLens) -> str:
+    """Singular directions that the base's weights have not | 2410.21228"""
+    found = ll.intruders(lens, k=10, sites="*.attn.o", **QUIET)
+    overlaps = found.overlaps(found.sites[-1].name)
+    small = ll.fact_margin(lens.with_adapter(lens.adapter.truncated(1)), ABOUT, *ANSWERS, **QUIET)
+    count = f"{int(found.counts.sum())} of {found.nearest.numel()}, {len(overlaps)} overlaps"
+    return f"{count}; of rank 1 alone the margin is {small.m.mean():.1f}"
+
+
+def refusal(lens: ll.LoraLens) -> str:
+    """A difference of means out of the stream, and out of the weights | 2406.11717"""
+    found = ll.contrast(lens, ABOUT, OTHERS, POINT, positions=-1)
+    chance = torch.randn(lens.model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    with lens.without(found):
+        stream = ll.fact_margin(lens, ABOUT, *ANSWERS, **QUIET)
+        said = lens.generate(ABOUT, 5, **QUIET)
+    with lens.without(chance):
+        control = ll.fact_margin(lens, ABOUT, *ANSWERS, **QUIET)
+    edited = lens.with_adapter(lens.adapter.without_direction(found))
+    weights = ll.fact_margin(edited, ABOUT, *ANSWERS, **QUIET)
+    aligned = ll.alignment(lens, found).top(1)
+    return (
+        f"margin {stream.m.mean():.1f} without it, {control.m.mean():.1f} without a random one, "
+        f"{weights.m.mean():.1f} out of ΔW;{said.text[0]}; {aligned['site'][0]} lies most along it"
+    )
+
+
+def edge_patching(lens: ll.LoraLens) -> str:
+    """Attribution patching on edges, and path patches of the strongest | 2310.10348"""
+    edges = ll.edges(lens, ABOUT, MARGIN, **QUIET)
+    pairs = edges.top(20)[["writer", "reader"]].values.tolist()
+    agreed = ll.compare(edges, ll.patch_edges(lens, ABOUT, MARGIN, pairs, **QUIET), bootstrap=0)
+    return f"{pairs[0][0]} → {pairs[0][1]} is first; Spearman {agreed.mean('spearman'):.2f}"
+
+
+def lines(paper: Callable) -> dict[str, int]:
+    """How many lines of its statements call something of ours, and how many do not."""
+    body, known, counts = ast.parse(inspect.getsource(paper)).body[0].body, {"ll", "lens"}, [0, 0]
+    for node in (x for top in body[1:-1] for x in ast.walk(top) if isinstance(x, ast.stmt)):
+        head = ast.unparse(node).split("\n")[0]  # of a block its first line
+        is_ours = bool(known & set(re.findall(r"\b(\w+)(?:\.\w+)*\(", head)))
+        end = node.body[0].lineno if isinstance(node, ast.With) else node.end_lineno + 1
+        counts[is_ours] += end - node.lineno
+        known |= set(re.findall(r"\w+", head.split(" = ")[0])) if is_ours else set()
+    return dict(zip(("by_hand", "ours"), counts, strict=True))
+
+
+def table(numbers: dict) -> str:
+    """A row for each paper, and the sums."""
+    rows = [["paper", "steps", "lines of our calls", "by hand", "on the demo"], ["---"] * 5]
+    for x in numbers["rows"]:
+        link = f"[{x['arxiv']}](https://arxiv.org/abs/{x['arxiv']})"
+        rows.append([link, x["steps"], str(x["ours"]), str(x["by_hand"]), x["found"]])
+    sums = [str(sum(x[name] for x in numbers["rows"])) for name in ("ours", "by_hand")]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*rows, ["all", "", *sums, ""]])
+
+
+PAPERS = misaligned, reasoning, difference_lens, entity_tracking, intruders, refusal, edge_patching
+if __name__ == "__main__":
+    if "--table" not in sys.argv:
+        demo, measured = ll.demo(), []
+        for paper in PAPERS:
+            steps, arxiv = paper.__doc__.split(" | ")
+            measured.append({"arxiv": arxiv, "steps": steps, **lines(paper), "found": paper(demo)})
+        numbers = {"meta": dict(demo.describe()), "rows": measured}
+        NUMBERS.write_text(json.dumps(numbers, indent=0) + "\n")
+    marks.write(PAGE, {TABLE: table(json.loads(NUMBERS.read_text()))})
