@@ -25,6 +25,7 @@ import functools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,6 @@ def _size_of_change(asked: Asked) -> Tensor:
     return torch.tensor(sizes).expand(asked.reading.batch, -1)
 
 
-def _path(asked: Asked) -> Tensor:
-    return path_attribution_of(asked, progress=False).per_site
-
-
 def _random(asked: Asked) -> Tensor:
     generator = torch.Generator().manual_seed(len(asked.reading.prompts.tokens[0]))
     return torch.rand(asked.reading.batch, len(asked.lens.sites), generator=generator)
@@ -94,7 +91,7 @@ def _random(asked: Asked) -> Tensor:
 RELP_KEY = f"first_order/{RELP_LIVE.key}@0"
 SCORES: dict[str, Callable[[Asked], Tensor]] = {
     **{key: PARTS[key] for key in ("first_order@0", "first_order@0.5", "first_order@1")},
-    "path": _path,
+    "path": lambda asked: path_attribution_of(asked, progress=False).per_site,
     "hessian@0": PARTS["hessian@0"],
     "add_one": PARTS["add_one"],
     "leave_one_out": PARTS["leave_one_out"],
@@ -250,7 +247,6 @@ def _sums_off(asked: Asked, row: int, numbers: list[Tensor]) -> float:
 
 def described(recipe: Recipe, plant: Plant) -> dict[str, Any]:
     """How it was made, and what interventions say."""
-    sorts = list(plant.sorts.values())
     return {
         "kind": recipe.kind,
         "seed": recipe.seed,
@@ -258,7 +254,7 @@ def described(recipe: Recipe, plant: Plant) -> dict[str, Any]:
         "prompts": [question.prompt for question in plant.questions],
         "causes": [sorted(paths) for paths in plant.causes],
         "ranks": sorted({plant.updates[path].rank for paths in plant.causes for path in paths}),
-        "decoys": {sort: sorts.count(sort) for sort in sorted(set(sorts))},
+        "decoys": Counter(plant.sorts.values()),
         "attempts": plant.attempts,
         "enters": plant.enters,
         "confirmed": plant.confirmed,
