@@ -30,6 +30,7 @@ KINDS = {
     "additive": "control: additive",
 }
 SIGNALS = {
+    "screened": "Σ of what `ll.reliability` corrects off the shift, by the larger sum of sizes",
     "ends_off": "Σ first order at 0 or at 1 off the shift, by the larger sum of sizes",
     "gap": "first order at 1 and at 0 apart, by the larger sum of sizes",
     "relative_gap": "first order at 1 and at 0 apart, by the sum of sizes at 0",
@@ -144,8 +145,8 @@ def confirmed(plants: Plants) -> str:
     groups = {
         "redundant pairs": half["kind"] == "redundant",
         "masked pairs": half["kind"] == "masked",
-        "opposed pairs, whose effects add up,": half["kind"] == "opposed",
-        "all questions that do not interact": ~half["broken"],
+        "opposed pairs, whose effects add up": half["kind"] == "opposed",
+        "questions that do not interact": ~half["broken"],
     }
     parts = [f"{int(flagged[of].sum())} of {int(of.sum())} {words}" for words, of in groups.items()]
     return f"On the half that confirms, the best signal flags {', '.join(parts)}."

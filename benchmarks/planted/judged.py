@@ -25,6 +25,7 @@ import functools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from lens_lora.analyses.verdict import CHECKPOINTS as WAY
 from lens_lora.analyses.verdict import Verdict
 from lens_lora.demonstration.embedded import EMBEDDED_NAME
 from lens_lora.engine.asked import Asked
-from lens_lora.evaluation.compare import judged as screened
+from lens_lora.evaluation.compare import Reliability, judged
 from lens_lora.model.build import hooked_model
 from lens_lora.results.attribution import VIOLENT
 from lens_lora.results.base import SIGMAS
@@ -82,10 +83,6 @@ def _size_of_change(asked: Asked) -> Tensor:
     return torch.tensor(sizes).expand(asked.reading.batch, -1)
 
 
-def _path(asked: Asked) -> Tensor:
-    return path_attribution_of(asked, progress=False).per_site
-
-
 def _random(asked: Asked) -> Tensor:
     generator = torch.Generator().manual_seed(len(asked.reading.prompts.tokens[0]))
     return torch.rand(asked.reading.batch, len(asked.lens.sites), generator=generator)
@@ -94,7 +91,7 @@ def _random(asked: Asked) -> Tensor:
 RELP_KEY = f"first_order/{RELP_LIVE.key}@0"
 SCORES: dict[str, Callable[[Asked], Tensor]] = {
     **{key: PARTS[key] for key in ("first_order@0", "first_order@0.5", "first_order@1")},
-    "path": _path,
+    "path": lambda asked: path_attribution_of(asked, progress=False).per_site,
     "hessian@0": PARTS["hessian@0"],
     "add_one": PARTS["add_one"],
     "leave_one_out": PARTS["leave_one_out"],
@@ -134,9 +131,10 @@ def measured(bed: Bed, plant: Plant) -> dict[str, Any]:
         }
         for row, causes in enumerate(plant.causes)
     ]
-    for how, at in ENDS.items():
-        for case, names in zip(cases, _flags(asked, how, at, scores), strict=True):
-            case["says"][f"flags, {how}"] = names
+    screens = {how: _screened(asked, how, at, scores) for how, at in ENDS.items()}
+    for row, case in enumerate(cases):
+        case["says"] |= {f"flags, {how}": s.flagged_sites(row) for how, s in screens.items()}
+        case["signals"]["screened"] = _sums_off(asked, row, [s.corrected for s in screens.values()])
     has_gate = bool(plant.pair) and plant.pair[1].endswith("q_proj")
     edges = {"edges": _edges(asked, plant)} if has_gate else {}
     return {"sites": len(lens.sites), "cases": cases, **edges}
@@ -204,16 +202,16 @@ def _signals(asked: Asked, row: int, scores: Mapping[str, Tensor]) -> dict[str, 
     base, adapted = asked.ends[:, row].tolist()
     shift, size = adapted - base, float(first.abs().sum())
     largest = max(size, float(last.abs().sum()))
-    sums_off = [abs(float(a.sum()) - shift) for a in (first, last)]
+    off = [abs(float(a.sum()) - shift) / abs(shift) for a in (first, last)]
     strengths = torch.tensor(WAY, dtype=torch.float64)
     way = asked.along(WAY, progress=False)[row].cpu().double() - base
     left = ((way - strengths * first.sum()) / way).abs()
     return {
         "strength": asked.lens.plan.relative_norm,
         "shift": abs(shift),
-        "sum_off_0": sums_off[0] / abs(shift),
-        "sum_off_1": sums_off[1] / abs(shift),
-        "ends_off": max(sums_off) / max(largest, abs(shift)),
+        "sum_off_0": off[0],
+        "sum_off_1": off[1],
+        "ends_off": max(off) * abs(shift) / max(largest, abs(shift)),
         "way": float(left.max()),
         "ends_apart": apart(first[None], last[None]),
         "half_apart_0": apart(half[None], first[None]),
@@ -232,21 +230,23 @@ def _verdict(asked: Asked, row: int, total: float, worst: float) -> str:
     return Verdict(shift, shift - total, floor, floor, worst, None).kind
 
 
-def _flags(
-    asked: Asked, how: How, at: float, scores: Mapping[str, Tensor]
-) -> list[tuple[str, ...]]:
-    """Of each question the sites that `ll.reliability` flags, its screen taken from the effects."""
+def _screened(asked: Asked, how: How, at: float, scores: Mapping[str, Tensor]) -> Reliability:
+    """`ll.reliability`, its screen taken from the effects that were measured anyway."""
     first = attribution_of(asked, scores[f"first_order@{at:g}"], "first_order")
-    effects = scores[how]
-    result = screened(
-        asked, dataclasses.replace(first, at=at), how, lambda sites: effects[:, sites]
-    )
-    return [result.flagged_sites(row) for row in range(len(effects))]
+    ended = dataclasses.replace(first, at=at)
+    return judged(asked, ended, how, lambda sites: scores[how][:, sites])
+
+
+def _sums_off(asked: Asked, row: int, numbers: list[Tensor]) -> float:
+    """How far the worse of two sums is from the shift, by the largest sum of sizes."""
+    shift = float(asked.ends[1, row] - asked.ends[0, row])
+    off = max(abs(float(values[row].sum()) - shift) for values in numbers)
+    sizes = [float(values[row].abs().sum()) for values in numbers]
+    return off / max(*sizes, abs(shift))
 
 
 def described(recipe: Recipe, plant: Plant) -> dict[str, Any]:
     """How it was made, and what interventions say."""
-    sorts = list(plant.sorts.values())
     return {
         "kind": recipe.kind,
         "seed": recipe.seed,
@@ -254,7 +254,7 @@ def described(recipe: Recipe, plant: Plant) -> dict[str, Any]:
         "prompts": [question.prompt for question in plant.questions],
         "causes": [sorted(paths) for paths in plant.causes],
         "ranks": sorted({plant.updates[path].rank for paths in plant.causes for path in paths}),
-        "decoys": {sort: sorts.count(sort) for sort in sorted(set(sorts))},
+        "decoys": Counter(plant.sorts.values()),
         "attempts": plant.attempts,
         "enters": plant.enters,
         "confirmed": plant.confirmed,
