@@ -22,11 +22,11 @@ from .analyses.path import path_attribution, remainder, remainder_curve
 from .analyses.repair import repair
 from .analyses.second_order import coupling, second_order
 from .analyses.what_changed import what_changed
-from .evaluation.best_subset import best_subset
 from .evaluation.compare import compare, reliability
 from .evaluation.explain import explain
 from .evaluation.faithfulness import faithfulness
 from .evaluation.null_test import null_test
+from .evaluation.rankings import best_subset
 from .loading import demo, load
 from .model.lens import LoraLens
 from .model.rules import FrozenRules

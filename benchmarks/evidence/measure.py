@@ -55,7 +55,7 @@ import lens_lora as ll
 from lens_lora._version import versions
 from lens_lora.engine.asked import Asked
 from lens_lora.errors import LensLoraError
-from lens_lora.evaluation.best_subset import best_subset
+from lens_lora.evaluation.rankings import best_subset
 
 CEILINGS, FIFTH = ("trained", "paraphrase"), 0.2
 _CURVED = 1  # prompts of the diagonal of H

@@ -27,7 +27,6 @@ from ..analyses.second_order import SecondOrder as SecondOrder
 from ..analyses.spectra import AdapterSummary as AdapterSummary
 from ..analyses.what_changed import Changes as Changes
 from ..analyses.what_changed import WhatChanged as WhatChanged
-from ..evaluation.best_subset import BestSubset as BestSubset
 from ..evaluation.compare import Comparison as Comparison
 from ..evaluation.compare import Reliability as Reliability
 from ..evaluation.explain import Explanation as Explanation
@@ -35,6 +34,7 @@ from ..evaluation.explain import Explanations as Explanations
 from ..evaluation.explain import ResponseExplanation as ResponseExplanation
 from ..evaluation.faithfulness import Faithfulness as Faithfulness
 from ..evaluation.null_test import NullTest as NullTest
+from ..evaluation.rankings import BestSubset as BestSubset
 from ..evaluation.rankings import foils as foils
 from ..evaluation.verify import Verification as Verification
 from ..model.generate import SideBySide as SideBySide

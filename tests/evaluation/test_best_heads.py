@@ -17,7 +17,7 @@ import lens_lora as ll
 from lens_lora.engine import interventions
 from lens_lora.engine.asked import ask
 from lens_lora.engine.interventions import HeadMasks
-from lens_lora.evaluation.best_subset import BestSubset
+from lens_lora.evaluation.rankings import BestSubset
 
 MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-9
 FAMILIES = ("llama", "gpt2", "neox", "gemma2")
@@ -77,7 +77,7 @@ def test_without_the_search_fewer_are_found(cls: str, monkeypatch: pytest.Monkey
     held, tokens = cases.case("llama", cls, "raw"), models.tokens(2, 5)
     right = HeadMasks.slopes
     monkeypatch.setattr(HeadMasks, "slopes", lambda self, mask: -right(self, mask))
-    monkeypatch.setattr("lens_lora.evaluation.best_subset._swapped", lambda search, start: start)
+    monkeypatch.setattr("lens_lora.evaluation.rankings._swapped", lambda search, start: start)
     worse = best(held.lens, tokens, MARGIN, k=2, steps=1)
     assert float(worse.kept[0]) < every_set("llama", 2)[-1] - 1e-2
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import lens_lora as ll
 from lens_lora.engine.function import gated_logits
-from lens_lora.evaluation import best_subset as subset_search
-from lens_lora.evaluation.best_subset import BestSubset, best_subset
+from lens_lora.evaluation import rankings as subset_search
+from lens_lora.evaluation.rankings import BestSubset, best_subset
 
 best_module = sys.modules[best_subset.__module__]
 pytestmark = pytest.mark.usefixtures("float64")
