@@ -27,6 +27,8 @@ GALLERY = (
 MORE = (
     "reading_one_adapter",
     "fact_margin_and_flip",
+    "who_reads_what",
+    "what_is_a_direction_worth",
     "against_activation_patching",
     "pruning_an_adapter",
     "just_a_steering_vector",

@@ -154,7 +154,7 @@ class Judge:
         batch, sites = judged.reading.batch, len(judged.lens.sites)
         signed = torch.stack([rankings.by_score(mean) for mean in means.values()])
         sized = torch.stack([rankings.by_score(mean.abs()) for mean in means.values()])
-        random = rankings.random_orders(sites, 1, DRAWS, SEED)[:, 0]
+        random = circuit_metrics.random_orders(sites, 1, DRAWS, SEED)[:, 0]
         orders, by_size = (
             torch.cat([some, random])[:, None].expand(-1, batch, -1) for some in (signed, sized)
         )

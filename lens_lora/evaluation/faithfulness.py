@@ -21,6 +21,9 @@
    0 for no site, and s the sign of the prompt's shift. MIB has no s: its readouts all move one way.
    Without it, shifts of two signs would cancel.
 
+6. The greedy oracle: from g(0), add at each step the site that moves the readout furthest towards
+   g(1), by running every one of those left.
+
 Source of 5: Mueller et al., "MIB: A Mechanistic Interpretability Benchmark" (arXiv 2504.13151).
 """
 
@@ -34,6 +37,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.engine.asked import Asked, ask
@@ -48,6 +52,7 @@ from lens_lora.results import base as results_base
 from lens_lora.results.base import Drawn, Measured, header, long_table, only_prompt, site_labels
 
 _FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+MOST_GREEDY = 40  # sites: 820 forward passes a prompt
 _DRAWS = 5  # random orders: their mean is a curve as smooth as the others
 _SHOWN, _CARRIED = 0.2, 0.9  # what a summary says: the share a fifth keeps, and what carries 90 %
 
@@ -235,14 +240,14 @@ def faithfulness(
     if greedy and judged is not None:
         raise ArgumentError("greedy ranks each prompt's own sites: leave it out with test.")
     if greedy:
-        rankings.refuse_greedy(sites)
+        _refuse_greedy(sites)
     scores = rankings.scores_towards(asked, given, baselines=baselines)
     if judged is not None:
         batch = judged.reading.batch
         scores = {name: score.mean(0).expand(batch, -1) for name, score in scores.items()}
     orders = {name: rankings.by_score(score) for name, score in scores.items()}
     if greedy:
-        orders[results_base.GREEDY] = rankings.greedy_order(asked, progress=progress)
+        orders[results_base.GREEDY] = _greedy_order(asked, progress=progress)
     curves = curves_of(judge, orders, counts, draws, seed, progress=progress)
     if judged is None:
         return curves
@@ -288,7 +293,7 @@ def _with_random(
     """The named orders, and the random ones after them."""
     named = torch.stack(list(orders.values()))
     batch, sites = named.shape[1:]
-    return torch.cat([named, rankings.random_orders(sites, batch, draws, seed).to(named.device)])
+    return torch.cat([named, random_orders(sites, batch, draws, seed).to(named.device)])
 
 
 def counts_of(fractions: Sequence[float], sites: int) -> tuple[int, ...]:
@@ -309,7 +314,7 @@ def _moved_by(
     moved = base.new_zeros(2, len(base), len(orders), len(counts))
     moved[0, ..., -1] = moved[1, ..., 0] = (adapted - base)[:, None]
     if inner:
-        on = torch.stack([rankings.switched_on(order, inner) for order in orders])
+        on = torch.stack([_switched_on(order, inner) for order in orders])
         gates = torch.stack([on, 1 - on]).movedim(2, 0)  # batch, side, method, count, site
         flat_gates, what = gates.flatten(1, 3), "keep and drop"
         values = gated_readout(asked.lens, asked.reading, flat_gates, progress=progress, what=what)
@@ -379,7 +384,7 @@ def _mean_moved(
     """The mean over prompts of g(e_T) − g(0), each in the direction of its own shift."""
     if not counts:
         return torch.zeros(len(orders), 0, dtype=torch.float64)
-    on = torch.stack([rankings.switched_on(order, counts) for order in orders], 1).flatten(1, 2)
+    on = torch.stack([_switched_on(order, counts) for order in orders], 1).flatten(1, 2)
     values = _of_distinct(asked, on, progress).cpu().double()
     base, adapted = asked.ends.cpu().double()[..., None]
     moved = (values - base) * (adapted - base).sign()
@@ -395,3 +400,55 @@ def _of_distinct(
         return gated_readout(lens, reading, gates, progress=progress, what=what)
     distinct, index = torch.unique(gates[0], dim=0, return_inverse=True)
     return gated_readout(lens, reading, distinct, progress=progress, what=what)[:, index]
+
+
+def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, "draw batch site"]:
+    """A random order for each draw and prompt, the same on every device."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    noise = torch.rand(draws, batch, sites, generator=generator, dtype=torch.float64)
+    return noise.argsort(-1)
+
+
+def _switched_on(
+    order: Int[Tensor, "batch site"], counts: tuple[int, ...]
+) -> Float[Tensor, "batch count site"]:
+    """Gates with the first `count` sites of the order at 1 and the others at 0."""
+    rank = order.argsort(-1)[:, None]
+    return (rank < torch.tensor(counts, device=order.device)[:, None]).float()
+
+
+# --- The greedy oracle
+
+
+def _refuse_greedy(sites: int) -> None:
+    """Check that the greedy oracle, S(S+1)/2 forward passes a prompt, is affordable.
+
+    Raises:
+        ArgumentError: more than `MOST_GREEDY` sites; names the cost.
+    """
+    if sites > MOST_GREEDY:
+        raise ArgumentError(
+            f"greedy on {sites} sites takes {sites * (sites + 1) // 2} forward passes a prompt; it "
+            f"is for at most {MOST_GREEDY}. Make a lens of fewer modules: "
+            "LoraLens(model, adapter.only(attribution.top(20)))."
+        )
+
+
+def _greedy_order(asked: Asked, *, progress: bool) -> Int[Tensor, "batch site"]:
+    """Each prompt's greedy order. S(S+1)/2 forward passes, batched."""
+    lens, reading = asked.lens, asked.reading
+    base, adapted = asked.ends
+    towards = (adapted - base).sign()
+    batch, sites = reading.batch, len(lens.sites)
+    rows = torch.arange(batch, device=lens.device)
+    on = torch.zeros(batch, sites, dtype=lens.gate_dtype, device=lens.device)
+    order: list[Tensor] = []
+    with tqdm(range(sites, 0, -1), desc="greedy", leave=False, disable=not progress) as bar:
+        for left in bar:
+            free = (on == 0).nonzero()[:, 1].view(batch, left)
+            tried = on[:, None].expand(batch, left, sites).scatter(2, free[..., None], 1.0)
+            values = gated_readout(lens, reading, tried, progress=False, what="greedy")
+            best = free[rows, (values * towards[:, None]).argmax(1)]
+            on[rows, best] = 1.0
+            order.append(best)
+    return torch.stack(order, 1)

@@ -6,9 +6,7 @@ Rankings:
    keep the sites' order.
 2. Baselines know no readout: ‖ΔW_l‖_F, from the factors, and ‖δz_l‖ at the base model, recorded in
    one forward pass.
-3. The greedy oracle: from g(0), add at each step the site that moves the readout furthest towards
-   g(1), by running every one of those left.
-4. Foils know a part of what first order knows, and are to be beaten before it is believed:
+3. Foils know a part of what first order knows, and are to be beaten before it is believed:
 
        sign(a_l) · ‖ΔW_l‖_F       the sign of first order, and the size of the weight change
        s ‖δz_l‖ · ‖Jᵀu_y‖         both norms of a_l, without the cosine between them
@@ -35,10 +33,9 @@ with s_p the sign of prompt p's shift: one set for all prompts, judged by the ra
 3. Where there are few exchanges of one pair, all of them are run before a set is called the best.
 
 With prompts held out, the search sees the others alone, and each set is run on both. Every value is
-one of an exact run at the corner itself, so none is above what is attainable. It is
-the best set that was found, not provably the best there is; on ten sites or fewer a search of all
-sets rarely finds another one. A ranking's own share, as a share of this, is how much of what is
-attainable it keeps.
+one of an exact run at the corner itself, so none is above what is attainable. It is the best set
+found, not provably the best there is; on ten sites or fewer a search of all sets rarely finds
+another. A ranking's own share, as a share of this, is how much of what is attainable it keeps.
 """
 
 from __future__ import annotations
@@ -76,7 +73,6 @@ from lens_lora.results.effects import Effects
 
 Scores = Attribution | Effects | Float[Tensor, "*batch site"]
 Over = Literal["sites", "heads"]
-MOST_GREEDY = 40  # sites: 820 forward passes a prompt
 
 
 def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
@@ -164,21 +160,6 @@ def by_score(scores: Float[Tensor, "*batch site"]) -> Int[Tensor, "*batch site"]
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
-def switched_on(
-    order: Int[Tensor, "batch site"], counts: tuple[int, ...]
-) -> Float[Tensor, "batch count site"]:
-    """Gates with the first `count` sites of the order at 1 and the others at 0."""
-    rank = order.argsort(-1)[:, None]
-    return (rank < torch.tensor(counts, device=order.device)[:, None]).float()
-
-
-def random_orders(sites: int, batch: int, draws: int, seed: int) -> Int[Tensor, "draw batch site"]:
-    """A random order for each draw and prompt, the same on every device."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    noise = torch.rand(draws, batch, sites, generator=generator, dtype=torch.float64)
-    return noise.argsort(-1)
-
-
 def weight_norms(lens: LoraLens) -> Float[Tensor, " site"]:
     """‖ΔW_l‖_F in the model's basis, biases left out; of a norm ‖Δγ‖. No forward pass."""
     norms = [site_map.norm() for site_map in lens.maps]
@@ -206,40 +187,6 @@ def update_norms(asked: Asked) -> Float[Tensor, "batch site"]:
     with torch.no_grad(), lens.injected(record):
         read_logits(lens, reading.prompts)
     return reading.by_prompt(squares).sqrt()
-
-
-def refuse_greedy(sites: int) -> None:
-    """Check that the greedy oracle, S(S+1)/2 forward passes a prompt, is affordable.
-
-    Raises:
-        ArgumentError: more than `MOST_GREEDY` sites; names the cost.
-    """
-    if sites > MOST_GREEDY:
-        raise ArgumentError(
-            f"greedy on {sites} sites takes {sites * (sites + 1) // 2} forward passes a prompt; it "
-            f"is for at most {MOST_GREEDY}. Make a lens of fewer modules: "
-            "LoraLens(model, adapter.only(attribution.top(20)))."
-        )
-
-
-def greedy_order(asked: Asked, *, progress: bool) -> Int[Tensor, "batch site"]:
-    """Each prompt's greedy order. S(S+1)/2 forward passes, batched."""
-    lens, reading = asked.lens, asked.reading
-    base, adapted = asked.ends
-    towards = (adapted - base).sign()
-    batch, sites = reading.batch, len(lens.sites)
-    rows = torch.arange(batch, device=lens.device)
-    on = torch.zeros(batch, sites, dtype=lens.gate_dtype, device=lens.device)
-    order: list[Tensor] = []
-    with tqdm(range(sites, 0, -1), desc="greedy", leave=False, disable=not progress) as bar:
-        for left in bar:
-            free = (on == 0).nonzero()[:, 1].view(batch, left)
-            tried = on[:, None].expand(batch, left, sites).scatter(2, free[..., None], 1.0)
-            values = gated_readout(lens, reading, tried, progress=False, what="greedy")
-            best = free[rows, (values * towards[:, None]).argmax(1)]
-            on[rows, best] = 1.0
-            order.append(best)
-    return torch.stack(order, 1)
 
 
 @alone

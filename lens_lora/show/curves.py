@@ -199,7 +199,7 @@ def best_subset_figure(subset: results.BestSubset, count: int | None = None) -> 
         figure.add_trace(line.update(legendgroup="each", showlegend=number == 0))
     sets = zip(subset.counts, subset.found_by, strict=True)
     texts = [f"{size} {subset.over}, found by {method}" for size, method in sets]
-    kept, name = _percentages(subset.kept.tolist()), "all prompts together" if several else "kept"
+    kept, name = _percentages(subset.kept.tolist()), "together" if several else "kept"
     together = curve(sizes, kept, name, EXACT, f"%{{hovertext}}: {_KEPT}", width=2.5, marker={})
     figure.add_trace(together.update(hovertext=texts))
     if subset.held_out:

@@ -14,12 +14,12 @@ from heads import features, margin, swapped
 from torch import Tensor
 
 import lens_lora as ll
-from lens_lora.engine import interventions
+from lens_lora.engine import interventions, memory
 from lens_lora.engine.asked import ask
 from lens_lora.engine.interventions import HeadMasks
 from lens_lora.evaluation.rankings import BestSubset
 
-MARGIN, ROUND_OFF = ll.Margin(5, 9), 1e-9
+MARGIN, ROUND_OFF, IDS = ll.Margin(5, 9), 1e-9, torch.tensor
 FAMILIES = ("llama", "gpt2", "neox", "gemma2")
 HEADS = list(itertools.product((0, 1), range(4)))
 best = functools.partial(ll.best_subset, over="heads", progress=False)
@@ -103,10 +103,14 @@ def test_slopes_are_central_differences(readout: ll.Readout, cls: str):
     differences = (values[:, :8] - values[:, 8:]) / 2e-5
     assert slopes.shape == (3, 8)
     assert (slopes - differences).abs().max() < 1e-7 * slopes.abs().max()
-    for bound in (2e5, 8e4):
+    groups, reruns = set[int](), set[bool]()
+    for bound in (2e5, 1e5, 6e4, 4e4):
         few = HeadMasks(lens.within(bound), reading)
         assert (few.slopes(mask) - slopes).abs().max() < 1e-10 * slopes.abs().max()
         assert (few.values(mask[None]) - masks.values(mask[None])).abs().max() < 1e-10
+        groups.add(len(few._runs))
+        reruns |= {memory.must_rerun(few.lens, group) for group, _ in few._runs}
+    assert max(groups) > 1 and reruns == {True, False}
     with pytest.raises(ll.errors.ArgumentError, match="max_memory"):
         HeadMasks(lens.within(1e3), reading).values(mask[None])
 
@@ -136,6 +140,23 @@ def test_held_out_prompts_are_not_searched_on(over: str, readout: ll.Readout):
             assert float(found.kept_held_out[row]) == pytest.approx(kept, abs=ROUND_OFF)
     assert found.to_frame()["kept_held_out"].tolist() == found.kept_held_out.tolist()
     assert alone.kept_held_out.isnan().all()
+
+
+@pytest.mark.parametrize("over", ["heads", "sites"])
+def test_held_out_prompts_of_other_readouts(over: str):
+    """Of a KL, whose logits are held, and of answers, some of which take two rows."""
+    lens, tokens = cases.case("llama", next(iter(models.MAKERS)), "raw").lens, models.tokens(3, 5)
+    doc, pre = [IDS([5, 9]), 11, 7], [4, IDS([6, 8]), 12]
+    for readout, others in (
+        (ll.KL(), ll.KL()),
+        (ll.AnswerMargin(doc, pre), ll.AnswerMargin(doc[::2], pre[::2])),
+        (ll.AnswerLogProb(doc), ll.AnswerLogProb(doc[::2])),
+    ):
+        few = functools.partial(ll.best_subset, lens, over=over, k=2, steps=4, progress=False)
+        found, alone = few(tokens, readout, held_out=[1]), few(tokens[::2], others)
+        assert torch.equal(found.members, alone.members)
+        assert (found.kept - alone.kept).abs().max() < ROUND_OFF
+        assert (found.kept_held_out - found.kept_by_prompt[:, 1]).abs().max() < ROUND_OFF
 
 
 def test_starts_of_held_out_prompts_do_not_leak():

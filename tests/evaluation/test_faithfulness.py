@@ -16,7 +16,7 @@ from two_scalars import scalar_lens
 import lens_lora as ll
 from lens_lora.engine.asked import ask
 from lens_lora.evaluation import rankings
-from lens_lora.evaluation.faithfulness import Faithfulness, faithfulness
+from lens_lora.evaluation.faithfulness import Faithfulness, faithfulness, random_orders
 from lens_lora.model.sites import group_sites
 from lens_lora.results.effects import Effects
 from lens_lora.show.text import key_text
@@ -84,7 +84,7 @@ def test_curves_against_one_run_a_point(lens: ll.LoraLens):
 def test_random_curve_is_the_mean_of_its_draws(one_lens: ll.LoraLens):
     tokens = models.tokens()
     result = run(one_lens, fractions=(0.5,), draws=2, seed=4)
-    orders = rankings.random_orders(len(one_lens.sites), 2, 2, 4)
+    orders = random_orders(len(one_lens.sites), 2, 2, 4)
     for i in range(2):
         slow = [slow_curves(one_lens, order[i], result.counts, tokens[i]) for order in orders]
         found = torch.stack([result.keep[-1, i], result.drop[-1, i]]).numpy()
@@ -433,6 +433,6 @@ def test_bad_arguments_say_what_to_do(one_lens: ll.LoraLens):
 
 
 def test_greedy_on_many_sites_is_refused_with_its_cost(one_lens: ll.LoraLens, monkeypatch):
-    monkeypatch.setattr(rankings, "MOST_GREEDY", 13)
+    monkeypatch.setattr("lens_lora.evaluation.faithfulness.MOST_GREEDY", 13)
     with pytest.raises(ValueError, match=r"14 sites takes 105 forward passes.*only\(attribution"):
         run(one_lens, greedy=True)

@@ -369,6 +369,15 @@ WRONG: dict[str, tuple[Callable[[ll.LoraLens], Any], str]] = {
     "a mask for positions": (
         lambda lens: ll.patch_activations(
             lens, TOKENS, MARGIN, "*", positions=torch.tensor([True, False])), "positions="),
+    "heads": (
+        lambda lens: ll.patch_activations(lens, TOKENS, MARGIN, "*hook_z", heads=["each"]),
+        "heads="),
+    "over": (lambda lens: ll.best_subset(lens, TOKENS, MARGIN, over=["heads"]), "over="),
+    "a mask for held out": (
+        lambda lens: ll.best_subset(
+            lens, TOKENS, MARGIN, held_out=torch.tensor([True, False])), "held_out="),
+    "an axis of a shift": (
+        lambda lens: ll.activation_shift(lens, TOKENS, "*resid_post", by=["position"]), "by="),
     "a float for a position": (
         lambda lens: ll.patch_activations(lens, TOKENS, MARGIN, "*", positions=[1.0]),
         "positions=1.0"),

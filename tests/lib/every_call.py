@@ -104,10 +104,16 @@ CALLS: dict[str, Call] = {
     "patch_activations": lambda lens, t: ll.patch_activations(
         lens, t, MARGIN, [lens.sites[0].write, lens.sites[-1].write], **QUIET
     ),
+    "single heads": lambda lens, t: ll.patch_activations(
+        lens, t, MARGIN, "blocks.*.attn.hook_z", heads="each", **QUIET
+    ),
     "faithfulness": lambda lens, t: ll.faithfulness(lens, t, MARGIN, _score(lens), **QUIET),
     "relp": lambda lens, t: ll.first_order(lens, t, MARGIN, rules=ll.FrozenRules.relp()),
     "best_subset": lambda lens, t: ll.best_subset(
         lens, t, MARGIN, k=2, steps=2, starts=_score(lens), **QUIET
+    ),
+    "best heads": lambda lens, t: ll.best_subset(
+        lens, t, MARGIN, k=2, steps=2, over="heads", **QUIET
     ),
     "foils": lambda lens, t: torch.stack(
         [one.values for one in ll.results.foils(lens, t, MARGIN).values()]
