@@ -288,11 +288,14 @@ def test_results_call_the_figures():
 def test_a_best_set_is_a_map_and_several_are_a_curve():
     found = best_subset()
     curve = found.plot()
-    assert [list(line.y) for line in curve.data] == [[50.0, 50.0], [None, None], [50.0, 75.0]]
-    assert [line.showlegend for line in curve.data] == [True, False, None]
+    lines = [[50.0, 50.0], [None, None], [50.0, 75.0], [50.0, 50.0]]
+    assert [list(line.y) for line in curve.data] == lines
+    assert [line.showlegend for line in curve.data] == [True, False, None, None]
+    assert curve.data[-1].name == "held-out prompts"
+    assert len(dataclasses.replace(found, held_out=()).plot().data) == 3
     assert list(curve.data[-1].x) == [25.0, 50.0]
     members = found.plot(2)
-    assert "2 of 4 sites keep 75% of the shift" in members.layout.title.text
+    assert "2 of 4 sites keep 75% of the shift, held out 50%" in members.layout.title.text
     inside = [v for row in members.data[0].z for v in row if v is not None]
     assert sorted(inside) == [0.0, 0.0, 1.0, 1.0]
     with pytest.raises(ArgumentError, match=r"count=3.*\(1, 2\)"):
