@@ -12,9 +12,8 @@ interrupted. Then docs/planted.json is written from all of them. About half an h
 
        AUROC = 1 − (Σ places − k(k + 1)/2) / (k(n − k)),    recovery = share of places ≤ k
 
-3. Of a gated plant the edge from its writer to the block of its gate is sought among all edges, and
-   measured by path patching.
-4. Signals that cost no intervention, the package's own verdicts and flags.
+3. Of a gated plant, the place and the effect of the edge from its writer to its gate's attention.
+4. Signals, of derivatives and of what `ll.reliability` measures; the package's own warnings.
 """
 
 from __future__ import annotations

@@ -87,12 +87,12 @@ def two_facts(bed: Bed, recipe: Recipe, draw: random.Random) -> Plant:
     halves, aims = (paths[:5], paths[5:]), list[Aim]()
     for question, part, other in zip(questions, halves, halves[::-1], strict=True):
         (base,) = bed.gated.corners({}, question, [()])
-        for gate in (1.0, 0.0):
-            gates = {**dict.fromkeys(part, gate), **dict.fromkeys(other, ANY)}
+        for gate, other_gate in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (1.0, ANY), (0.0, ANY)):
+            gates = {**dict.fromkeys(part, gate), **dict.fromkeys(other, other_gate)}
             aims.append(Aim(question, gates, base + PUSH * gate))
     updates = fresh(bed.model, paths, draw.choice((2, 4, 8)), draw.randrange(2**31))
     seed = draw.randrange(2**31)
-    fit(bed.gated, updates, aims, size=PUSH, steps=CORNER_STEPS, rate=CORNER_RATE, seed=seed)
+    fit(bed.gated, updates, aims, size=PUSH, steps=STEPS, rate=CORNER_RATE, seed=seed)
     updates = detached(updates)
     parts = [
         strong(bed, {path: updates[path] for path in part}, question)

@@ -57,13 +57,13 @@ PAIRS = {
     "additive": (1.0, 0.5, 0.5),
 }
 COUNTS = {
-    "confined": 11,
-    "two facts": 11,
-    "redundant": 11,
+    "confined": 10,
+    "two facts": 12,
+    "redundant": 10,
     "masked": 7,
     "opposed": 5,
-    "gated": 11,
-    "constant": 11,
+    "gated": 10,
+    "constant": 12,
     "additive": 6,
 }
 KINDS = tuple(COUNTS)

@@ -155,7 +155,7 @@ def pairs(plants: Plants) -> list[str]:
             if v >= GOAL
         ]
         found = "; ".join(seen) if seen else "none"
-        sentences.append(f"{KINDS[kind]}: first order recovers {first}. At least {GOAL}: {found}.")
+        sentences.append(f"{KINDS[kind]}: first order recovers {first}; {found}.")
     return sentences
 
 
