@@ -140,7 +140,7 @@ def confirmed(plants: Plants) -> str:
     """How the chosen signal fares on the half that chose nothing, in a sentence."""
     rows = cases(plants)
     best = chosen(rows)
-    half = rows[rows["confirms"]]
+    half = rows[rows["confirms"]].dropna(subset=[best])
     flagged = half[best] >= confusion(rows, best)[0]
     groups = {
         "redundant pairs": half["kind"] == "redundant",
