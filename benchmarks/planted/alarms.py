@@ -119,7 +119,7 @@ def shipped(plants: Plants) -> str:
     rows, lines = cases(plants), []
     best = chosen(rows)
     threshold = confusion(rows, best)[0]
-    rows["chosen"] = (rows[best] >= threshold).astype(float)
+    rows["chosen"] = (rows[best] >= threshold).astype(float).where(rows[best].notna())
     named_says = {**SAYS, "chosen": f"{SIGNALS[best]}: above {threshold:.2g}, both halves"}
     groups = [(kind, rows[rows["kind"] == kind]) for kind in KINDS]
     groups = [(kind, group) for kind, group in groups if len(group)]
@@ -127,7 +127,8 @@ def shipped(plants: Plants) -> str:
     interact += [f"{int(group['broken'].sum())} of {len(group)}" for _, group in groups]
     lines.append(interact)
     for key, words in named_says.items():
-        lines.append([words, *(f"{int(group[key].sum())} of {len(group)}" for _, group in groups)])
+        counts = [(int(group[key].sum()), int(group[key].count())) for _, group in groups]
+        lines.append([words, *(f"{flagged} of {known}" for flagged, known in counts)])
     return markdown(["", *(KINDS[kind] for kind, _ in groups)], lines)
 
 
@@ -140,7 +141,7 @@ def confirmed(plants: Plants) -> str:
     """How the chosen signal fares on the half that chose nothing, in a sentence."""
     rows = cases(plants)
     best = chosen(rows)
-    half = rows[rows["confirms"]]
+    half = rows[rows["confirms"]].dropna(subset=[best])
     flagged = half[best] >= confusion(rows, best)[0]
     groups = {
         "redundant pairs": half["kind"] == "redundant",
