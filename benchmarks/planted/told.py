@@ -14,7 +14,7 @@ from alarms import INTERACTS, KINDS, Plants, confirmed, entered, shipped, warnin
 from jinja2 import Environment, StrictUndefined
 
 sys.path.append(str(Path(__file__).parents[1] / "evidence"))
-from intervals import Interval, interval  # noqa: E402
+from intervals import summary  # noqa: E402
 from tables import markdown, named  # noqa: E402
 
 NUMBERS = Path(__file__).parents[2] / "docs" / "planted.json"
@@ -64,12 +64,12 @@ def scored(plants: Plants, measure: Any) -> pd.DataFrame:
 
 
 def cell(values: pd.Series) -> str:
-    mean: Interval = interval(values)
-    return f"{mean.mean:.2f} [{mean.low:.2f}, {mean.high:.2f}] · {values.min():.2f}"
+    told = summary(values)
+    return f"{told.median:.2f} [{told.low:.2f}, {told.high:.2f}] · {told.worst:.2f}"
 
 
 def table(plants: Plants, measure: Any) -> str:
-    """One line a method, best on the kinds of the goal first: mean, interval and worst plant."""
+    """One line a method, best on the kinds of the goal first: median, interval and worst plant."""
     scores = scored(plants, measure)
     by_kind = scores.groupby("kind")
     kinds = [kind for kind in KINDS if kind in by_kind.groups]
@@ -134,7 +134,7 @@ def reached(plants: Plants) -> list[tuple[str, list[str]]]:
             [
                 label(method)
                 for method in by_kind.get_group(kind).columns.drop("kind")
-                if interval(by_kind.get_group(kind)[method]).low >= GOAL
+                if summary(by_kind.get_group(kind)[method]).low >= GOAL
             ],
         )
         for kind in AIMED
