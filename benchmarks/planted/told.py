@@ -65,7 +65,8 @@ def scored(plants: Plants, measure: Any) -> pd.DataFrame:
 
 def cell(values: pd.Series) -> str:
     told = summary(values)
-    return f"{told.median:.2f} [{told.low:.2f}, {told.high:.2f}] · {told.worst:.2f}"
+    span = f" [{told.low:.2f}, {told.high:.2f}]" if np.isfinite(told.low) else ""
+    return f"{told.median:.2f}{span} · {told.worst:.2f}"
 
 
 def table(plants: Plants, measure: Any) -> str:
