@@ -58,12 +58,12 @@ PAIRS = {
 }
 COUNTS = {
     "confined": 10,
-    "two facts": 12,
+    "two facts": 11,
     "redundant": 10,
     "masked": 7,
     "opposed": 5,
     "gated": 10,
-    "constant": 12,
+    "constant": 11,
     "additive": 6,
 }
 KINDS = tuple(COUNTS)
