@@ -34,6 +34,7 @@ from .readouts.answers import KL, AnswerLogProb, AnswerMargin
 from .readouts.prompts import Prompts
 from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.base import load_result
+from .sweeps.bank import bank, load_bank
 from .sweeps.sweep import sweep
 
 __all__ = [
@@ -101,6 +102,8 @@ __all__ = [
     "constant_part",
     "what_changed",
     # sweeps
+    "bank",
+    "load_bank",
     "sweep",
     # results
     "load_result",

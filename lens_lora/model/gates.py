@@ -193,16 +193,27 @@ def _root_of_squares(norms: Iterable[Float[Tensor, ""]]) -> float:
     return math.hypot(*(float(torch.stack(part).norm()) for part in by_device.values()))
 
 
-def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
+def make_plan(
+    model: Any, adapter: Adapter, hf_model: nn.Module | None, earlier: Plan | None = None
+) -> Plan:
     """Where each site of the adapter reads and writes in this model. No forward pass.
+
+    `earlier` is another adapter's plan, with the model seen to be as it was then: what that plan
+    knows of the model is not looked up again.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.
         AdapterError: its shapes do not fit the model's.
         ModelStateError: the model was processed and needs `hf_model`, or no exact lens is possible.
     """
-    host = host_of(model, hf_model)
-    watched = (Watch.of_module(model, "the model's "), Watch(_tensors_of(adapter)))
+    if earlier is None:
+        host, quantised = host_of(model, hf_model), quantised_linears(model)
+        of_model = Watch.of_module(model, "the model's ")
+        base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
+    else:
+        host, quantised, base = earlier.host, earlier.quantised, earlier.base
+        of_model, *_ = earlier.watched
+    watched = (of_model, Watch(_tensors_of(adapter)))
     resolved = resolve_sites(adapter, host.family, host.heads, host.n_layers)
     updates = site_updates(host, resolved)
     changed_norms = {u.site.path for u in updates if u.site.kind in NORM_KINDS}
@@ -226,8 +237,6 @@ def make_plan(model: Any, adapter: Adapter, hf_model: nn.Module | None) -> Plan:
         for i, (port, part, delta) in enumerate(zip(ports, maps, deltas, strict=True))
     ]
     sites, placed = tuple(map(_site, updates, ports, deltas)), (*injections, *elsewhere, *at_o)
-    base = None if hf_model is None else Watch.of_module(hf_model, "hf_model's ")
-    quantised = quantised_linears(model)
     return Plan(
         host, sites, maps, placed, host.state(), updates, watched, base, quantised, adapter.name
     )

@@ -131,6 +131,7 @@ class Host(abc.ABC):
         self.n_layers: int = model.cfg.n_layers
         self.keeps_rows: bool = not family.routed
         self.read_through: dict[str, nn.Module | None] = {}
+        self._bases: dict[tuple[int, str, bool], Basis] = {}
 
     # --- hook points
 
@@ -415,24 +416,28 @@ class Host(abc.ABC):
         stack = self.stack(site.layer, site.kind)
         if stack is not None:
             return expert_map(update, self.working_dtype, stack.device)
+        # A host is kept for as long as the model stays as it is: its weights are compared once.
+        key = site.layer, site.kind, behind_norm
+        if key not in self._bases:
+            self._bases[key] = self._basis(site, behind_norm)
+        scale = update.scale * self.embedding_scale(site.kind)
+        return site_map(dataclasses.replace(update, scale=scale), self._bases[key])
+
+    def _basis(self, site: SiteFactors, behind_norm: bool) -> Basis:
         weight = self.weight(site.layer, site.kind)
         done = self._processing(site, weight)
         gamma, beta = (None, None) if behind_norm else self._affine(site, done.folded)
-        scale = update.scale * self.embedding_scale(site.kind)
-        return site_map(
-            dataclasses.replace(update, scale=scale),
-            Basis(
-                dtype=self.working_dtype,
-                device=weight.device,
-                gamma=gamma,
-                gamma_is_own=not done.folded,
-                beta=beta,
-                centre_read=done.folded and self.family.norm == "LN",
-                centre_write=done.centred,
-                n_heads=self.heads.n_heads if site.kind == "o" else 0,
-                kv_copies=self.kv_copies if site.kind in ("k", "v") else 1,
-                d_head=self.heads.d_head,
-            ),
+        return Basis(
+            dtype=self.working_dtype,
+            device=weight.device,
+            gamma=gamma,
+            gamma_is_own=not done.folded,
+            beta=beta,
+            centre_read=done.folded and self.family.norm == "LN",
+            centre_write=done.centred,
+            n_heads=self.heads.n_heads if site.kind == "o" else 0,
+            kv_copies=self.kv_copies if site.kind in ("k", "v") else 1,
+            d_head=self.heads.d_head,
         )
 
     def _affine(self, site: SiteFactors, folded: bool) -> tuple[Tensor | None, Tensor | None]:

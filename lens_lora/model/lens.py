@@ -141,7 +141,7 @@ class LoraLens:
         adapter = on_stacks(adapter, self.model)
         other = copy.copy(self)
         other.adapter = adapter
-        other._plan = make_plan(self.model, adapter, self._hf_model)
+        other._plan = make_plan(self.model, adapter, self._hf_model, self._plan)
         if self._probed is not None:
             other._probed = probed(self.model, self._hf_model, adapter, self._probed)
         return other

@@ -1,0 +1,245 @@
+"""The base's half of first order, kept: z and ∂g/∂(output) of every map that an adapter may target.
+
+At ε = 0 the two do not depend on the adapter,
+
+    a_l = ⟨G_l, s_l B_l A_l z_l⟩        z_l what the map reads, G_l = ∂g/∂(its output)
+
+so they are recorded once, and each adapter is contracted with them.
+
+1. A stand-in adapter that adds nothing, on every linear map, embedding, norm, stack of experts and
+   head (`stand_ins`), is laid over the model, and one forward and one backward pass shows the z and
+   the G of each place where an adapter of these modules reads and writes (`record`).
+2. What an adapter adds at each place, in the model's own basis, is its plan's, as for any lens:
+   constants of folded value biases, heads, ranks and experts too. Its injections see the recorded
+   G and z in place of a pass (`Half.slopes`).
+3. A norm that changes moves the place at which the maps behind it read, so both are recorded.
+
+Cost: one forward and one backward pass for each readout, two where norms move places; none for an
+adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_lora.adapters.adapter import Adapter
+from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule
+from lens_lora.engine.read import differentiable_tokens, read_for_slopes
+from lens_lora.engine.reverse import Slopes, Visit, go_back
+from lens_lora.errors import LensLoraError, SiteError
+from lens_lora.families import HEADS, NORM_KINDS
+from lens_lora.model.gates import Injection
+from lens_lora.model.host import Host
+from lens_lora.model.lens import LoraLens
+from lens_lora.model.sites import outside_layer
+from lens_lora.readouts.prompts import Prompts
+from lens_lora.readouts.reading import Reading
+
+# --- What an adapter may target
+
+
+def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
+    """Adapters that add nothing at gates 0: on every linear map and norm that can be a site, and on
+    the linear maps alone, which then read before the norms' own outputs.
+
+    Raises:
+        SiteError: no module matches the globs.
+    """
+    updates = dict(_stand_ins(host, globs))
+    linear = {path: u for path, u in updates.items() if isinstance(u, LoRAFactors)}
+    if not updates:
+        raise SiteError(
+            f"{', '.join(globs)}: no module of this model matches; the model has modules such as "
+            f"{', '.join(_paths(host)[:3])}."
+        )
+    return [Adapter(maps, name="bank") for maps in (updates, linear) if maps]
+
+
+def _paths(host: Host) -> list[str]:
+    """Every module that an adapter may name."""
+    family, layers = host.family, range(host.n_layers)
+    head = HEADS[0] if host.base is None else host.base.head
+    usual = [path for path in family.every_path() if path not in HEADS or path == head]
+    paths = (path.format(l=layer) for path in usual for layer in layers)
+    return list(dict.fromkeys([*paths, *family.linear_paths(host.n_layers)]))
+
+
+def _stand_ins(host: Host, globs: Sequence[str]) -> Iterator[tuple[str, ModuleUpdate]]:
+    for path in _paths(host):
+        if not any(fnmatch.fnmatch(path, glob) for glob in globs):
+            continue
+        try:
+            update = _stand_in(host, path)
+        except LensLoraError:  # no exact site: an adapter of this module is refused by its lens
+            continue
+        if update is not None:
+            yield path, update
+
+
+def _stand_in(host: Host, path: str) -> ModuleUpdate | None:
+    """None where the model has no such module, or has it folded."""
+    place = host.family.place(path)
+    if place is None:
+        return None
+    (kind, *_), layer = place.kinds, place.layer
+    layer = outside_layer(kind, host.n_layers) if layer is None else layer
+    if kind in NORM_KINDS:
+        affine = host.norm_parameters(layer, kind)
+        if affine is None or host.is_norm_folded(layer, kind):
+            return None
+        host.norm_ports(layer, kind)
+        return TrainedModule(affine[0] + 1)
+    shapes = [host.shape(layer, kind) for kind in place.kinds]
+    for kind in place.kinds:
+        host.ports(layer, kind)
+    stack = host.stack(layer, kind)
+    ranks, width = 1 if stack is None else len(stack), shapes[0][1]
+    A, B = torch.zeros(ranks, width), torch.zeros(sum(out for out, _ in shapes), ranks)
+    return LoRAFactors(A, B, experts=0 if stack is None else ranks)
+
+
+# --- What is kept
+
+
+_Pairs = dict[str, tuple[tuple[str, str], ...]]
+
+
+class Once:
+    """Tensors by name, equal ones under one: q, k and v read the same z.
+
+    Attributes:
+        tensors: by name.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[tuple[Any, ...], list[str]] = {}
+
+    def name_of(self, tensor: Tensor) -> str:
+        """The name of a tensor with these entries, which is kept if there is none yet."""
+        alike = (tensor.shape, tensor.dtype, tensor.device, float(tensor.sum()))
+        names = self._names.setdefault(alike, [])
+        for name in names:
+            if torch.equal(self.tensors[name], tensor):
+                return name
+        names.append(str(len(self.tensors)))
+        self.tensors[names[-1]] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        return names[-1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Half:
+    """The base's half over some rows.
+
+    Attributes:
+        tokens, lengths, reads: of the rows, as in `Prompts`.
+        owner: the index of each row's prompt.
+        columns: place → the names of each G and z there; one of g, or one of each token's log p.
+    """
+
+    tokens: Int[Tensor, "row pos"]
+    lengths: Int[Tensor, " row"]
+    reads: Int[Tensor, " row"] | None
+    owner: Int[Tensor, " row"]
+    columns: tuple[_Pairs, ...]
+
+    def slopes(
+        self, lens: LoraLens, tensors: Mapping[str, Tensor], axes: tuple[str, ...] = ()
+    ) -> Float[Tensor, "batch site *by"]:
+        """∂g/∂ε_l at 0 of the lens's adapter, split. No forward pass.
+
+        Raises:
+            SiteError: a module whose z and G were not recorded.
+        """
+        prompts = Prompts(self.tokens, self.lengths, self.reads)
+        reading = Reading(prompts, _no_read, self.owner)
+        by_column: list[Tensor] = []
+        for column in self.columns:
+            slopes = Slopes(lens, prompts, tuple(axis for axis in axes if axis != "token"))
+            for injection in lens.plan.injections:
+                if injection.partner is None:  # what waits for a partner's gate is 0
+                    for gradient, z in _recorded(lens, injection, column, tensors):
+                        slopes.visit(injection, None, gradient, z)
+            by_column.append(slopes.by_prompt(reading))
+        return torch.stack(by_column, -1) if "token" in axes else torch.stack(by_column).sum(0)
+
+
+def _recorded(
+    lens: LoraLens, injection: Injection, column: _Pairs, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """G and z of one injection. The constant part of v needs no z, and is added where o writes."""
+    site, ports = lens.sites[injection.site], injection.ports
+    place = _place(lens, injection)
+    if ports.read is None:
+        place = next((p for p in column if p.startswith("o ") and f" {ports.write} " in p), "")
+    if place not in column:
+        lacking = (
+            "this module" if ports.read else "the o of this layer, into whose bias v's is folded"
+        )
+        raise SiteError(
+            f"{site.name} ({site.module}): the bank lacks {lacking}, and what it lacks is not "
+            "counted as zero. Make a bank of more modules (modules=), or leave this one out: "
+            f"adapter.without({site.module!r})."
+        )
+    for gradient, z in ((tensors[g], tensors[z]) for g, z in column[place]):
+        is_constant = ports.read is None
+        shape = (*gradient.shape[:2], injection.map.width)
+        yield gradient, gradient.new_zeros(shape) if is_constant else z
+
+
+def _no_read(logits: Tensor) -> Tensor:
+    raise RuntimeError("what is read of the logits is in the gradients already")
+
+
+def _place(lens: LoraLens, injection: Injection) -> str:
+    """Where a site reads and writes, and which firing of its read point is its own."""
+    ports = injection.ports
+    return f"{lens.sites[injection.site].kind} {ports.read} {ports.write} {ports.firing}"
+
+
+def record(lenses: Sequence[LoraLens], reading: Reading, once: Once, *, by_token: bool) -> Half:
+    """The base's half at every place of these lenses.
+
+    A forward and a backward pass for each lens that has places of its own, and one backward pass
+    more for each further token where each token's log p goes back by itself.
+    """
+    columns: list[_Pairs] = []
+    for lens in lenses:
+        places = {_place(lens, i) for i in lens.plan.injections if i.ports.read is not None}
+        if not columns or places - columns[0].keys():
+            seen = _seen(lens, reading, once, by_token)
+            known = columns or [{} for _ in seen]
+            columns = [{**new, **old} for new, old in zip(seen, known, strict=True)]
+    prompts = reading.prompts
+    rows = prompts.tokens, prompts.lengths, prompts.reads, reading.owner
+    return Half(*rows, tuple(columns))
+
+
+def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[_Pairs]:
+    """What goes by at each place of one lens, for each value that is read."""
+    columns: list[_Pairs] = []
+
+    def read() -> Float[Tensor, "row value"]:
+        if by_token:
+            return differentiable_tokens(lens, reading)
+        return read_for_slopes(lens, reading)[:, None]
+
+    def visit_of(column: int) -> Visit:
+        columns.append({})
+
+        def visit(injection: Injection, weight: Any, gradient: Tensor, z: Tensor) -> None:
+            if injection.ports.read is not None:
+                place, pair = _place(lens, injection), (once.name_of(gradient), once.name_of(z))
+                columns[column][place] = (*columns[column].get(place, ()), pair)
+
+        return visit
+
+    go_back(lens, reading, lens.gates(0.0), read, visit_of)
+    return columns

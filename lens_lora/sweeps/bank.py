@@ -1,0 +1,565 @@
+"""Many adapters over one base: the base's half of first order once, then each adapter at once.
+
+    bank = ll.bank(model, prompts, readout)
+    bank.first_order(adapter)                # equal to ll.first_order
+    bank.scan("folder/of/adapters")          # one after another, resumable
+
+1. `bank` records z and G of every module that an adapter may target, at ε = 0 (`engine/bank.py`).
+2. An adapter is laid over the same model, whose weights, flags and hooks must be those that were
+   recorded; a_l is contracted from its factors and the bank. No pass is run.
+3. A saved bank holds the fingerprint of the model, its dtype and its tokenizer, as a sweep's files
+   do, and is read only beside the same model.
+4. `scan` streams: one adapter is in memory at a time, what cannot be read is a row that says why,
+   and every few adapters are on the disk before the next begin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lens_lora.adapters.adapter import Adapter, load_adapter
+from lens_lora.adapters.peft_files import CONFIG
+from lens_lora.analyses.first_order import in_rank_space, readouts_of, response_tokens
+from lens_lora.arguments import whole, word
+from lens_lora.engine.asked import Asked, ask_prompts
+from lens_lora.engine.bank import Half, Once, record, stand_ins
+from lens_lora.engine.function import gated_readout
+from lens_lora.engine.memory import graph_groups
+from lens_lora.engine.reverse import joined, require_finite_sites
+from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
+from lens_lora.model.basis import Gauge
+from lens_lora.model.build import host_of
+from lens_lora.model.check import require_kinds
+from lens_lora.model.hooks import alone
+from lens_lora.model.lens import LoraLens, null_lenses
+from lens_lora.model.sites import AXES, by_axes, group_sites, indicator
+from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.readout import Readout
+from lens_lora.results.attribution import Attribution
+from lens_lora.results.base import long_table
+from lens_lora.results.storage import read_result, save_result, stored
+from lens_lora.sweeps.processes import launched
+from lens_lora.sweeps.store import Store, differences, digest, fingerprint, settings
+
+Adapters = str | Path | Iterable[str | Path | Adapter]
+GroupName = Literal["site", "layer", "kind"]
+_AT_ONCE = 16  # adapters in one part of a scan: what a kill loses at most
+
+stored(Half)
+
+
+@stored
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldReadout:
+    """One readout of a bank.
+
+    Attributes:
+        halves: the base's half, of one group of prompts after another.
+        base: g(0) of each prompt.
+        str_tokens: each prompt's tokens.
+        response: each prompt's y_1 … y_T, of a bank by token.
+        readout, units: the number that is read, in words, and its unit.
+    """
+
+    halves: tuple[Half, ...]
+    base: Float[Tensor, " batch"]
+    str_tokens: tuple[tuple[str, ...], ...]
+    response: tuple[tuple[str, ...], ...]
+    readout: str
+    units: str
+
+
+@stored
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldBank:
+    """What a bank's file holds.
+
+    Attributes:
+        tensors: z and G by name.
+        questions: the readouts.
+        several: whether they came as a list.
+        modules: globs of the modules that were recorded.
+        about: the model's fingerprint as JSON, once it is saved.
+    """
+
+    tensors: dict[str, Tensor]
+    questions: tuple[HeldReadout, ...]
+    several: bool
+    modules: tuple[str, ...]
+    about: str = ""
+
+
+class Bank:
+    """The base's half of first order at ε = 0, over one model: made by `ll.bank`.
+
+    Attributes:
+        model: the hooked model of the base.
+    """
+
+    def __init__(self, lens: LoraLens, held: HeldBank, asked: tuple[Asked, ...] = ()) -> None:
+        self.model: Any = lens.model
+        self._lens, self._held, self._asked = lens, held, asked
+        self._settings = settings(lens.model)
+
+    @property
+    def readouts(self) -> tuple[str, ...]:
+        """What is read, in words."""
+        return tuple(question.readout for question in self._held.questions)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of all z and gradients."""
+        return sum(tensor.nbytes for tensor in self._held.tensors.values())
+
+    def __repr__(self) -> str:
+        modules, first = len(self._lens.adapter), self._held.questions[0]
+        return (
+            f"Bank({len(first.base)} prompts, {', '.join(self.readouts)}; {modules} modules, "
+            f"{self.nbytes / 1e6:.3g} MB)"
+        )
+
+    @alone
+    def first_order(
+        self,
+        adapter: Adapter,
+        *,
+        by: tuple[str, ...] | str = (),
+        gauge: Gauge = "trained",
+        exact: bool = False,
+    ) -> Attribution | tuple[Attribution, ...]:
+        """a_l of every site of an adapter at ε = 0, equal to `ll.first_order`.
+
+        Cost: no pass: a product of the factors with each z and each gradient. One forward pass for
+        each readout with `exact`.
+
+        Args:
+            adapter: of the bank's base.
+            by: any of 'position', 'head', 'expert' and 'rank'; of a bank by token also 'token'.
+            gauge: the meaning of a rank, as for `ll.first_order`.
+            exact: whether the adapted model is run for the exact shift, which is NaN otherwise.
+
+        Returns:
+            Attribution as `ll.first_order` returns it; of several readouts one for each.
+
+        Raises:
+            SiteError: a module that the bank lacks, or that the model lacks.
+            AdapterError, ModelStateError: as for a new LoraLens; the model is not as it was when
+                the bank was made.
+            ArgumentError: another axis or gauge; 'token' of a bank that is not by token; `exact` of
+                a bank that was read from a file.
+            NumericsError: non-finite derivatives, naming the site.
+        """
+        self._require_same_model()
+        axes = by_axes(by, (*AXES, "token"))
+        lens = in_rank_space(self._over(adapter), axes, gauge)
+        if exact and not self._asked:
+            raise ArgumentError(
+                "exact=True: this bank was read from a file, which does not hold the readout "
+                "itself; take the shift from ll.fact_margin or ll.remainder."
+            )
+        results: list[Attribution] = []
+        for number, question in enumerate(self._held.questions):
+            adapted = torch.full_like(question.base, torch.nan)
+            if exact:
+                reading, gates = self._asked[number].reading, lens.gates(1.0)[None]
+                adapted = gated_readout(lens, reading, gates, progress=False)[:, 0]
+            attribution = Attribution(
+                values=self._values(lens, question, axes),
+                by=axes,  # pyright: ignore[reportArgumentType]
+                heads=tuple(lens.heads.of(site.kind) for site in lens.sites),
+                method="first_order",
+                at=0.0,
+                response=question.response if "token" in axes else (),
+                gauge=gauge if "rank" in axes else "",
+                mode="reverse",
+                relative_norm=lens.plan.relative_norm,
+                sites=lens.sites,
+                base=question.base,
+                adapted=adapted,
+                str_tokens=question.str_tokens,
+                readout=question.readout,
+                units=question.units,
+                meta=lens.describe(),
+            )
+            results.append(attribution)
+        return tuple(results) if self._held.several else results[0]
+
+    @alone
+    def scan(
+        self,
+        adapters: Adapters,
+        *,
+        group: GroupName = "layer",
+        out: str | Path | None = None,
+        resume: bool = True,
+        progress: bool = True,
+    ) -> pd.DataFrame:
+        """First order of many adapters, one in memory at a time.
+
+        Under `accelerate launch` every process calls this with its own bank and takes its share,
+        if `out` is given.
+
+        Cost: no pass: reading each adapter, and what `first_order` costs.
+
+        Args:
+            adapters: a folder, in which every folder with an adapter_config.json is one; or
+                folders, hub ids and `Adapter`s, in a list or one after another.
+            group: 'site', 'layer' or 'kind', over which values are summed.
+            out: a .parquet file, written part by part, so that the same call goes on after an
+                interruption; None to keep it in memory.
+            resume: go on with what is at `out`; False removes it and starts over.
+            progress: show a bar.
+
+        Returns:
+            One row per adapter, readout, prompt and group: value, in the readout's units; total,
+            the sum over all sites; rank, the adapter's place by |total| among all, 1 the largest;
+            and error, which of an adapter that cannot be used says why, in its only row.
+
+        Raises:
+            ArgumentError: another group, or a folder without adapters.
+            SweepError: `out` holds the scan of another bank or group, or cannot be written.
+            ModelStateError: the model is not as it was when the bank was made.
+        """
+        word("group", group, get_args(GroupName))
+        self._require_same_model()
+        named, total = _named(adapters)
+        if out is None:
+            with tqdm(named, "scan", total, unit="adapter", disable=not progress) as bar:
+                return _ranked([self._rows(*each, group) for each in bar])
+        processes = launched()
+        about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
+        store, names = Store(out, about), list[str]()
+        with store.writing(processes):
+            known = _frames(store) if resume else {}
+            processes.by_main(lambda: store.begin(anew=not resume))
+            share = itertools.islice(named, processes.index, None, processes.count)
+            shown = progress and processes.is_main
+            with tqdm(share, "scan", total, unit="adapter", disable=not shown) as bar:
+                while chunk := [*itertools.islice(bar, _AT_ONCE)]:
+                    names += [name for name, _ in chunk]
+                    rows = [
+                        frame for each in chunk if len(frame := self._rows(*each, group, known))
+                    ]
+                    if rows:
+                        store.write([_table(pd.concat(rows))], {})
+            every = [name for part in processes.gather(names) for name in part]
+            processes.by_main(lambda: _merge(store, every))
+        return _typed(pd.read_parquet(store.path))
+
+    @alone
+    def null(
+        self, adapter: Adapter, *, draws: int = 1000, seed: int = 0, progress: bool = True
+    ) -> tuple[Float[Tensor, "draw batch site"], ...]:
+        """First order of null adapters of the same sizes in random directions, for each readout.
+
+        Cost: no pass: drawing each, and what `first_order` costs.
+
+        Args:
+            adapter: whose sizes they keep, as for `ll.null_test`.
+            draws: how many, at least 1.
+            seed: the seed of the draws, as for `Adapter.null`.
+            progress: show a bar.
+
+        Raises:
+            UnsupportedAdapterError: DoRA or trained biases; names the remedy.
+            SiteError, ModelStateError: as for `first_order`.
+        """
+        self._require_same_model()
+        draws, questions = whole("draws", draws, 1), self._held.questions
+        lenses = null_lenses(self._over(adapter), whole("seed", seed, 0), draws)
+        with tqdm(lenses, "null adapters", draws, leave=False, disable=not progress) as bar:
+            drawn = [[self._values(lens, question) for question in questions] for lens in bar]
+        return tuple(torch.stack(values) for values in zip(*drawn, strict=True))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the bank as one safetensors file, with the model's fingerprint; returns the path.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            ModelStateError: the model is not as it was when the bank was made, or runs code of
+                your own, which no file can hold.
+            LensLoraError: a place where no file can be written.
+        """
+        self._require_same_model()
+        about = fingerprint(self._lens, (), None)
+        if about["own_code"]:
+            raise ModelStateError(
+                f"the model runs code of your own, {', '.join(about['own_code'])}, and a file "
+                "cannot tell later whether that has changed; make the bank anew in each session."
+            )
+        return save_result(dataclasses.replace(self._held, about=json.dumps(about)), path)
+
+    def _require_same_model(self) -> None:
+        try:
+            self._lens.plan.check_state()
+            differ = differences(self._settings, settings(self.model))
+        except ModelStateError as error:
+            raise ModelStateError(f"{error} {_ANEW}") from error
+        if differ:
+            raise ModelStateError(
+                f"the model is not as it was when the bank was made: {'; '.join(differ)}. Set it "
+                f"back, and take hooks of your own off. {_ANEW}"
+            )
+
+    def _over(self, adapter: Adapter) -> LoraLens:
+        require_kinds(adapter, None)
+        return self._lens.with_adapter(adapter)
+
+    def _values(
+        self, lens: LoraLens, question: HeldReadout, axes: tuple[str, ...] = ()
+    ) -> Float[Tensor, "batch site *by"]:
+        """First order; NaN beyond a response's own tokens."""
+        if "token" in axes and not question.response:
+            raise ArgumentError(
+                "by='token': the bank holds one gradient for a whole readout; make it with "
+                "ll.bank(…, by_token=True)."
+            )
+        values = joined([half.slopes(lens, self._held.tensors, axes) for half in question.halves])
+        require_finite_sites(lens, values)
+        if "token" not in axes:
+            return values
+        lengths = torch.tensor([len(tokens) for tokens in question.response], device=values.device)
+        exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
+        exists = exists.view(len(lengths), *[1] * (values.ndim - 2), -1)
+        return torch.where(exists, values, torch.nan)
+
+    def _rows(
+        self,
+        name: str,
+        source: str | Path | Adapter,
+        group: GroupName,
+        known: Mapping[str, pd.DataFrame] | None = None,
+    ) -> pd.DataFrame:
+        """An adapter's rows; none if they are known; of one that cannot be used what is wrong."""
+        weights = None
+        try:
+            adapter = source if isinstance(source, Adapter) else load_adapter(source)
+            if known is not None:
+                weights = digest(adapter.modules)
+                if name in known and known[name]["weights"].iloc[0] == weights:
+                    return pd.DataFrame()
+            lens = self._over(adapter)
+            groups = group_sites(lens.sites, group)
+            members = indicator(groups, len(lens.sites))
+            frames: list[pd.DataFrame] = []
+            for question in self._held.questions:
+                values = self._values(lens, question).cpu().double()
+                sums = values @ members.T
+                total = values.sum(1, keepdim=True).expand_as(sums)
+                prompts = {"prompt": range(len(values))}
+                numbers = {"value": sums, "total": total}
+                frame = long_table(numbers, prompts, {group: list(groups)})
+                frames.append(frame.assign(readout=question.readout))
+            rows = pd.concat(frames).assign(error=None)
+        except (LensLoraError, OSError) as error:
+            empty = dict.fromkeys(("readout", "prompt", group, "value", "total"))
+            rows = pd.DataFrame([{**empty, "error": f"{type(error).__name__}: {error}"}])
+        return _typed(rows.assign(adapter=name, weights=weights))
+
+
+_ANEW = "A bank holds what the model computed before: make it anew, ll.bank(…)."
+
+
+# --- Making and reading a bank
+
+
+def bank(
+    model: Any,
+    prompts: PromptsLike,
+    readout: Readout | Sequence[Readout],
+    *,
+    hf_model: nn.Module | None = None,
+    modules: str | Iterable[str] = "*",
+    by_token: bool = False,
+    max_memory: float | None = None,
+    progress: bool = True,
+) -> Bank:
+    """The base's half of first order, for any number of adapters of this model.
+
+    Its memory, for each token and readout, is that of the inputs and outputs of all modules.
+
+    Cost: for each readout two forward passes and one backward, and as much again where the model's
+    norms can change; of a bank by token one backward pass for each token.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge of the base, raw or processed, without
+            hooks of your own.
+        prompts: strings, conversations, ids, or `Prompts`.
+        readout: what is read of the logits, or several readouts.
+        hf_model: the unprocessed Hugging Face base, needed where LoraLens needs it.
+        modules: globs of Hugging Face module paths that adapters will target; by default every
+            linear map, embedding, norm, stack of experts and the head. An adapter of any other
+            module is refused.
+        by_token: of `ll.AnswerLogProb`, whether each token's gradient is kept, for by='token'.
+        max_memory: bytes beside the model that recording may take, as for `lens.within`.
+        progress: show a bar.
+
+    Raises:
+        SiteError: globs that match no module.
+        ModelStateError: hooks of your own on the model; as for a new LoraLens.
+        ArgumentError: a readout without a derivative at the base, or by_token of one that is no
+            response.
+        TokenError, PromptError: a readout or prompt that does not fit the model.
+    """
+    globs = (modules,) if isinstance(modules, str) else tuple(modules)
+    lens, *others = _lenses(model, hf_model, globs)
+    if hooked := settings(model)["hooks"]:
+        raise ModelStateError(
+            f"hooks of your own are on the model ({', '.join(hooked[:3])}), and a bank holds what "
+            "the model alone computes: take them off (model.reset_hooks()), or use ll.first_order."
+        )
+    return _recorded(lens, others, prompts, readout, globs, by_token, max_memory, progress)
+
+
+def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None) -> Bank:
+    """A bank that its `save` wrote, over the same model. No forward pass.
+
+    Args:
+        path: the file to read.
+        model: the hooked model, with the weights, dtype, settings and tokenizer of that time.
+        hf_model: as for `ll.bank`.
+
+    Raises:
+        LensLoraError: no such file, another kind of file, or a damaged one.
+        ModelStateError: another base, dtype, tokenizer or version of a library, which is named.
+    """
+    held = read_result(path)
+    if not isinstance(held, HeldBank):
+        raise LensLoraError(f"{path}: holds {type(held).__name__} and no bank; use ll.load_result.")
+    lens, *_ = _lenses(model, hf_model, held.modules)
+    differ = differences(
+        json.loads(held.about), json.loads(json.dumps(fingerprint(lens, (), None)))
+    )
+    if differ:
+        raise ModelStateError(
+            f"{path} is the bank of another model than this one: {'; '.join(differ)}. Load that "
+            "model, or make a bank of this one: ll.bank(…)."
+        )
+    tensors = {name: tensor.to(lens.device) for name, tensor in held.tensors.items()}
+    questions = (dataclasses.replace(q, base=q.base.to(lens.device)) for q in held.questions)
+    return Bank(lens, dataclasses.replace(held, tensors=tensors, questions=tuple(questions)))
+
+
+def _lenses(model: Any, hf_model: nn.Module | None, globs: tuple[str, ...]) -> list[LoraLens]:
+    """Over the stand-ins."""
+    first, *others = stand_ins(host_of(model, hf_model), globs)
+    lens = LoraLens(model, first, hf_model)
+    return [lens, *map(lens.with_adapter, others)]
+
+
+@alone
+def _recorded(
+    lens: LoraLens,
+    others: Sequence[LoraLens],
+    prompts: PromptsLike,
+    readout: Readout | Sequence[Readout],
+    globs: tuple[str, ...],
+    by_token: bool,
+    max_memory: float | None,
+    progress: bool,
+) -> Bank:
+    readouts, once = readouts_of(readout), Once()
+    rows = ask_prompts(lens, prompts, max_memory)
+    asked = tuple(rows.about(each).require_slope_at_base() for each in readouts)
+    lenses = [rows.lens, *(other.within(max_memory) for other in others)]
+    questions: list[HeldReadout] = []
+    with tqdm(asked, "bank", leave=False, disable=not progress) as bar:
+        for each in bar:
+            response = response_tokens(each) if by_token else ()
+            groups = graph_groups(each.lens, each.reading)
+            halves = [record(lenses, group, once, by_token=by_token) for group in groups]
+            base, said = each.along((0.0,))[:, 0], each.readout
+            labels = each.str_tokens, response, said.label, said.units
+            questions.append(HeldReadout(tuple(halves), base, *labels))
+    several = not isinstance(readout, Readout)
+    return Bank(lens, HeldBank(once.tensors, tuple(questions), several, globs), asked)
+
+
+# --- The adapters of a scan, and its table
+
+
+def _named(
+    adapters: Adapters,
+) -> tuple[Iterator[tuple[str, str | Path | Adapter]], int | None]:
+    """Each adapter under a name of its own, and how many there are if that is known."""
+    if isinstance(adapters, str | Path):
+        folder = Path(adapters)
+        paths = sorted(file.parent for file in folder.rglob(CONFIG))
+        if not paths:
+            raise ArgumentError(
+                f"{folder}: a folder with adapters is expected, and none in it has an {CONFIG}. "
+                "Pass hub ids as a list."
+            )
+        names = (path.relative_to(folder).as_posix() for path in paths)
+        return zip(names, paths, strict=False), len(paths)
+    if not isinstance(adapters, Iterable):
+        raise ArgumentError(f"the adapters are a {type(adapters).__name__}; expected a list.")
+    return _each_named(adapters), len(adapters) if isinstance(adapters, Sized) else None
+
+
+def _each_named(
+    adapters: Iterable[str | Path | Adapter],
+) -> Iterator[tuple[str, str | Path | Adapter]]:
+    counts: Counter[str] = Counter()
+    for adapter in adapters:
+        name = adapter.name if isinstance(adapter, Adapter) else str(adapter)
+        counts[name] += 1
+        yield (name if counts[name] == 1 else f"{name} #{counts[name]}"), adapter
+
+
+def _table(frame: pd.DataFrame) -> pa.Table:
+    return pa.Table.from_pandas(frame, preserve_index=False)
+
+
+def _frames(store: Store) -> dict[str, pd.DataFrame]:
+    """Each adapter's rows, the last that were written."""
+    tables = [table for _, table in store.parts()]
+    if store.require_result(store.path):
+        tables.insert(0, pq.read_table(store.path))
+    frames = (table.to_pandas() for table in tables)
+    return {str(name): rows for frame in frames for name, rows in frame.groupby("adapter")}
+
+
+def _merge(store: Store, names: Sequence[str]) -> None:
+    frames = _frames(store)
+    table = _ranked([_typed(frames[name]) for name in names])
+    store.write([_table(table)], {}, store.path)
+    store.remove()
+
+
+_KINDS = {"prompt": "Int64", "value": float, "total": float}
+_TEXTS = ("adapter", "readout", "site", "layer", "kind", "error", "weights")
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns of one kind whatever is missing in them."""
+    texts = dict.fromkeys((name for name in _TEXTS if name in frame), "string")
+    return frame.astype({**texts, **_KINDS})
+
+
+def _ranked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """All rows with the rank of each adapter's total, and without what is only for resuming."""
+    frame = pd.concat(frames, ignore_index=True).drop(columns="rank", errors="ignore")
+    keys = ["adapter", "readout", "prompt"]
+    totals = frame.drop_duplicates(keys)[[*keys, "total"]]
+    places = totals["total"].abs().groupby([totals[key] for key in keys[1:]])
+    totals = totals.assign(rank=places.rank(ascending=False, method="min").astype("Int64"))
+    frame = frame.merge(totals.drop(columns="total"), on=keys, how="left")
+    first = [*keys, *(c for c in ("site", "layer", "kind") if c in frame), "value", "total", "rank"]
+    return frame[[*first, "error", "weights"]]
