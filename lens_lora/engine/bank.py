@@ -20,6 +20,7 @@ adapter.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,12 +53,16 @@ def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
     Raises:
         SiteError: no module matches the globs.
     """
-    updates = dict(_stand_ins(host, globs))
+    updates: dict[str, ModuleUpdate] = {}
+    paths = _paths(host)
+    for path in (p for p in paths if any(fnmatch.fnmatch(p, glob) for glob in globs)):
+        # A module that can be no exact site is left out: a lens refuses adapters of it.
+        with contextlib.suppress(LensLoraError):
+            updates.update(_stand_in(host, path))
     linear = {path: u for path, u in updates.items() if isinstance(u, LoRAFactors)}
     if not updates:
         raise SiteError(
-            f"{', '.join(globs)}: no module of this model matches; the model has modules such as "
-            f"{', '.join(_paths(host)[:3])}."
+            f"modules={globs}: no module of this model matches; it has {', '.join(paths[:3])}, …"
         )
     return [Adapter(maps, name="bank") for maps in (updates, linear) if maps]
 
@@ -71,38 +76,23 @@ def _paths(host: Host) -> list[str]:
     return list(dict.fromkeys([*paths, *family.linear_paths(host.n_layers)]))
 
 
-def _stand_ins(host: Host, globs: Sequence[str]) -> Iterator[tuple[str, ModuleUpdate]]:
-    for path in _paths(host):
-        if not any(fnmatch.fnmatch(path, glob) for glob in globs):
-            continue
-        try:
-            update = _stand_in(host, path)
-        except LensLoraError:  # no exact site: an adapter of this module is refused by its lens
-            continue
-        if update is not None:
-            yield path, update
-
-
-def _stand_in(host: Host, path: str) -> ModuleUpdate | None:
-    """None where the model has no such module, or has it folded."""
+def _stand_in(host: Host, path: str) -> dict[str, ModuleUpdate]:
+    """Nothing where the model has no such module, or has it folded."""
     place = host.family.place(path)
     if place is None:
-        return None
+        return {}
     (kind, *_), layer = place.kinds, place.layer
     layer = outside_layer(kind, host.n_layers) if layer is None else layer
     if kind in NORM_KINDS:
         affine = host.norm_parameters(layer, kind)
-        if affine is None or host.is_norm_folded(layer, kind):
-            return None
-        host.norm_ports(layer, kind)
-        return TrainedModule(affine[0] + 1)
-    shapes = [host.shape(layer, kind) for kind in place.kinds]
-    for kind in place.kinds:
-        host.ports(layer, kind)
+        if affine is None or host.is_norm_folded(layer, kind) or not host.norm_ports(layer, kind):
+            return {}
+        return {path: TrainedModule(affine[0] + 1)}  # at gates 0 its size is nothing
+    shapes = [host.shape(layer, kind) for kind in place.kinds if host.ports(layer, kind)]
     stack = host.stack(layer, kind)
-    ranks, width = 1 if stack is None else len(stack), shapes[0][1]
-    A, B = torch.zeros(ranks, width), torch.zeros(sum(out for out, _ in shapes), ranks)
-    return LoRAFactors(A, B, experts=0 if stack is None else ranks)
+    ranks = 1 if stack is None else len(stack)
+    A, B = torch.zeros(ranks, shapes[0][1]), torch.zeros(sum(out for out, _ in shapes), ranks)
+    return {path: LoRAFactors(A, B, experts=0 if stack is None else ranks)}
 
 
 # --- What is kept

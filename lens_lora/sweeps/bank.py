@@ -16,15 +16,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
@@ -50,7 +51,6 @@ from lens_lora.model.sites import AXES, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import long_table
 from lens_lora.results.storage import read_result, save_result, stored
 from lens_lora.sweeps.processes import launched
 from lens_lora.sweeps.store import Store, differences, digest, fingerprint, settings
@@ -115,22 +115,12 @@ class Bank:
         self._lens, self._held, self._asked = lens, held, asked
         self._settings = settings(lens.model)
 
-    @property
-    def readouts(self) -> tuple[str, ...]:
-        """What is read, in words."""
-        return tuple(question.readout for question in self._held.questions)
-
-    @property
-    def nbytes(self) -> int:
-        """The memory of all z and gradients."""
-        return sum(tensor.nbytes for tensor in self._held.tensors.values())
-
     def __repr__(self) -> str:
-        modules, first = len(self._lens.adapter), self._held.questions[0]
-        return (
-            f"Bank({len(first.base)} prompts, {', '.join(self.readouts)}; {modules} modules, "
-            f"{self.nbytes / 1e6:.3g} MB)"
-        )
+        held = self._held
+        readouts = ", ".join(question.readout for question in held.questions)
+        size = sum(tensor.nbytes for tensor in held.tensors.values()) / 1e6
+        prompts, modules = len(held.questions[0].base), len(self._lens.adapter)
+        return f"Bank({prompts} prompts, {readouts}; {modules} modules, {size:.3g} MB)"
 
     @alone
     def first_order(
@@ -236,29 +226,30 @@ class Bank:
         """
         word("group", group, get_args(GroupName))
         self._require_same_model()
-        named, total = _named(adapters)
+        named, bar = _named(adapters), functools.partial(tqdm, desc="scan", unit="adapter")
         if out is None:
-            with tqdm(named, "scan", total, unit="adapter", disable=not progress) as bar:
-                return _ranked([self._rows(*each, group) for each in bar])
-        processes = launched()
+            with bar(named, disable=not progress) as shown:
+                tables = [self._table(*each, group) for each in shown]
+            return _ranked(tables).to_pandas()
+        processes, done = launched(), list[str]()
         about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
-        store, names = Store(out, about), list[str]()
+        store = Store(out, about)
         with store.writing(processes):
-            known = _frames(store) if resume else {}
+            known = _tables(store) if resume else {}
             processes.by_main(lambda: store.begin(anew=not resume))
             share = itertools.islice(named, processes.index, None, processes.count)
-            shown = progress and processes.is_main
-            with tqdm(share, "scan", total, unit="adapter", disable=not shown) as bar:
-                while chunk := [*itertools.islice(bar, _AT_ONCE)]:
-                    names += [name for name, _ in chunk]
-                    rows = [
-                        frame for each in chunk if len(frame := self._rows(*each, group, known))
-                    ]
-                    if rows:
-                        store.write([_table(pd.concat(rows))], {})
-            every = [name for part in processes.gather(names) for name in part]
+            with bar(share, disable=not (progress and processes.is_main)) as shown:
+                while chunk := [*itertools.islice(shown, _AT_ONCE)]:
+                    tables = {
+                        _keys(t)[0].as_py(): t
+                        for t in (self._table(*e, group, known) for e in chunk)
+                    }
+                    done += tables
+                    if new := [table for key, table in tables.items() if key not in known]:
+                        store.write(new, {})
+            every = [key for part in processes.gather(done) for key in part]
             processes.by_main(lambda: _merge(store, every))
-        return _typed(pd.read_parquet(store.path))
+        return pd.read_parquet(store.path)
 
     @alone
     def null(
@@ -310,11 +301,11 @@ class Bank:
             self._lens.plan.check_state()
             differ = differences(self._settings, settings(self.model))
         except ModelStateError as error:
-            raise ModelStateError(f"{error} {_ANEW}") from error
+            differ = [str(error)]
         if differ:
             raise ModelStateError(
-                f"the model is not as it was when the bank was made: {'; '.join(differ)}. Set it "
-                f"back, and take hooks of your own off. {_ANEW}"
+                f"the model is not as it was when the bank was made: {'; '.join(differ)} Set it "
+                "back (hooks of your own off), or make the bank anew: ll.bank(…)."
             )
 
     def _over(self, adapter: Adapter) -> LoraLens:
@@ -339,41 +330,35 @@ class Bank:
         exists = exists.view(len(lengths), *[1] * (values.ndim - 2), -1)
         return torch.where(exists, values, torch.nan)
 
-    def _rows(
+    def _table(
         self,
         name: str,
         source: str | Path | Adapter,
         group: GroupName,
-        known: Mapping[str, pd.DataFrame] | None = None,
-    ) -> pd.DataFrame:
-        """An adapter's rows; none if they are known; of one that cannot be used what is wrong."""
-        weights = None
+        known: Mapping[str, pa.Table] | None = None,
+    ) -> pa.Table:
+        """An adapter's rows, those that are known if there are; or what is wrong with it."""
+        rows: list[dict[str, Any]] = []
         try:
             adapter = source if isinstance(source, Adapter) else load_adapter(source)
-            if known is not None:
-                weights = digest(adapter.modules)
-                if name in known and known[name]["weights"].iloc[0] == weights:
-                    return pd.DataFrame()
+            weights = None if known is None else digest(adapter.modules)
+            if known and f"{name}#{weights}" in known:
+                return known[f"{name}#{weights}"]
             lens = self._over(adapter)
             groups = group_sites(lens.sites, group)
             members = indicator(groups, len(lens.sites))
-            frames: list[pd.DataFrame] = []
             for question in self._held.questions:
-                values = self._values(lens, question).cpu().double()
-                sums = values @ members.T
-                total = values.sum(1, keepdim=True).expand_as(sums)
-                prompts = {"prompt": range(len(values))}
-                numbers = {"value": sums, "total": total}
-                frame = long_table(numbers, prompts, {group: list(groups)})
-                frames.append(frame.assign(readout=question.readout))
-            rows = pd.concat(frames).assign(error=None)
+                sums = self._values(lens, question).cpu().double() @ members.T
+                rows += [
+                    {"prompt": p, "readout": question.readout, "weights": weights, group: label}
+                    | {"value": value, "total": sum(values)}
+                    for p, values in enumerate(sums.tolist())
+                    for label, value in zip(groups, values, strict=True)
+                ]
         except (LensLoraError, OSError) as error:
-            empty = dict.fromkeys(("readout", "prompt", group, "value", "total"))
-            rows = pd.DataFrame([{**empty, "error": f"{type(error).__name__}: {error}"}])
-        return _typed(rows.assign(adapter=name, weights=weights))
-
-
-_ANEW = "A bank holds what the model computed before: make it anew, ll.bank(…)."
+            rows = [{"error": f"{type(error).__name__}: {error}"}]
+        columns = {group if key == "group" else key: kind for key, kind in _COLUMNS.items()}
+        return pa.Table.from_pylist([{"adapter": name, **row} for row in rows], pa.schema(columns))
 
 
 # --- Making and reading a bank
@@ -494,10 +479,8 @@ def _recorded(
 # --- The adapters of a scan, and its table
 
 
-def _named(
-    adapters: Adapters,
-) -> tuple[Iterator[tuple[str, str | Path | Adapter]], int | None]:
-    """Each adapter under a name of its own, and how many there are if that is known."""
+def _named(adapters: Adapters) -> Iterable[tuple[str, str | Path | Adapter]]:
+    """Each adapter, and its name."""
     if isinstance(adapters, str | Path):
         folder = Path(adapters)
         paths = sorted(file.parent for file in folder.rglob(CONFIG))
@@ -506,60 +489,53 @@ def _named(
                 f"{folder}: a folder with adapters is expected, and none in it has an {CONFIG}. "
                 "Pass hub ids as a list."
             )
-        names = (path.relative_to(folder).as_posix() for path in paths)
-        return zip(names, paths, strict=False), len(paths)
-    if not isinstance(adapters, Iterable):
-        raise ArgumentError(f"the adapters are a {type(adapters).__name__}; expected a list.")
-    return _each_named(adapters), len(adapters) if isinstance(adapters, Sized) else None
+        return [(path.relative_to(folder).as_posix(), path) for path in paths]
+    return ((a.name if isinstance(a, Adapter) else str(a), a) for a in adapters)
 
 
-def _each_named(
-    adapters: Iterable[str | Path | Adapter],
-) -> Iterator[tuple[str, str | Path | Adapter]]:
-    counts: Counter[str] = Counter()
-    for adapter in adapters:
-        name = adapter.name if isinstance(adapter, Adapter) else str(adapter)
-        counts[name] += 1
-        yield (name if counts[name] == 1 else f"{name} #{counts[name]}"), adapter
+_COLUMNS = {
+    "adapter": pa.string(),
+    "readout": pa.string(),
+    "prompt": pa.int64(),
+    "group": pa.string(),
+    "value": pa.float64(),
+    "total": pa.float64(),
+    "error": pa.string(),
+    "weights": pa.string(),  # the hash of its factors, by which a resumed scan knows the adapter
+}
 
 
-def _table(frame: pd.DataFrame) -> pa.Table:
-    return pa.Table.from_pandas(frame, preserve_index=False)
+def _keys(table: pa.Table) -> pa.ChunkedArray:
+    """What a resumed scan knows each row's adapter by: its name, and its hash if it was read."""
+    weights = pc.fill_null(table["weights"], "")
+    return pc.binary_join_element_wise(table["adapter"], weights, "#")
 
 
-def _frames(store: Store) -> dict[str, pd.DataFrame]:
-    """Each adapter's rows, the last that were written."""
+def _tables(store: Store) -> dict[str, pa.Table]:
+    """Each adapter's rows by its key, the last that were written."""
     tables = [table for _, table in store.parts()]
     if store.require_result(store.path):
-        tables.insert(0, pq.read_table(store.path))
-    frames = (table.to_pandas() for table in tables)
-    return {str(name): rows for frame in frames for name, rows in frame.groupby("adapter")}
+        tables.insert(0, pq.read_table(store.path).drop_columns("rank"))
+    keyed = ((_keys(table), table) for table in tables)
+    return {
+        key: table.filter(pc.equal(keys, key))
+        for keys, table in keyed
+        for key in keys.unique().to_pylist()
+    }
 
 
-def _merge(store: Store, names: Sequence[str]) -> None:
-    frames = _frames(store)
-    table = _ranked([_typed(frames[name]) for name in names])
-    store.write([_table(table)], {}, store.path)
+def _merge(store: Store, keys: Sequence[str]) -> None:
+    tables = _tables(store)
+    store.write([_ranked([tables[key] for key in keys])], {}, store.path)
     store.remove()
 
 
-_KINDS = {"prompt": "Int64", "value": float, "total": float}
-_TEXTS = ("adapter", "readout", "site", "layer", "kind", "error", "weights")
-
-
-def _typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns of one kind whatever is missing in them."""
-    texts = dict.fromkeys((name for name in _TEXTS if name in frame), "string")
-    return frame.astype({**texts, **_KINDS})
-
-
-def _ranked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """All rows with the rank of each adapter's total, and without what is only for resuming."""
-    frame = pd.concat(frames, ignore_index=True).drop(columns="rank", errors="ignore")
-    keys = ["adapter", "readout", "prompt"]
-    totals = frame.drop_duplicates(keys)[[*keys, "total"]]
-    places = totals["total"].abs().groupby([totals[key] for key in keys[1:]])
-    totals = totals.assign(rank=places.rank(ascending=False, method="min").astype("Int64"))
-    frame = frame.merge(totals.drop(columns="total"), on=keys, how="left")
-    first = [*keys, *(c for c in ("site", "layer", "kind") if c in frame), "value", "total", "rank"]
-    return frame[[*first, "error", "weights"]]
+def _ranked(tables: Sequence[pa.Table]) -> pa.Table:
+    """All rows, with each adapter's place by |total|."""
+    if not tables:
+        raise ArgumentError("no adapter was given.")
+    whole_table = pa.concat_tables(tables)
+    frame = cast(pd.DataFrame, whole_table.select(["readout", "prompt", "total"]).to_pandas())
+    asked = frame["total"].abs().groupby([frame["readout"], frame["prompt"]])
+    places = asked.rank(method="dense", ascending=False)
+    return whole_table.add_column(6, "rank", pa.array(places, pa.int64(), from_pandas=True))
