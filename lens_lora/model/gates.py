@@ -117,8 +117,14 @@ class Plan:
         if not linear:
             return math.nan
         changes = (site_map.weight_norm() for _, site_map in linear)
-        weights = (self.host.weight(s.layer, s.kind).to(site_map.dtype) for s, site_map in linear)
-        return _root_of_squares(changes) / _root_of_squares(map(torch.linalg.vector_norm, weights))
+        weights = (self._weight_norm(site, delta.dtype) for site, delta in linear)
+        return _root_of_squares(changes) / _root_of_squares(weights)
+
+    def _weight_norm(self, site: Site, dtype: torch.dtype) -> Float[Tensor, ""]:
+        def norm() -> Tensor:
+            return torch.linalg.vector_norm(self.host.weight(site.layer, site.kind).to(dtype))
+
+        return self.host.known("norm", site.layer, site.kind, dtype, make=norm)
 
     @functools.cached_property
     def turns(self) -> tuple[basis.Turn | None, ...]:
@@ -227,7 +233,9 @@ def make_plan(
             elsewhere += [Injection(index, other, delta) for other in others]
         else:
             is_behind = host.family.norm_path(site.layer, site.kind) in changed_norms
-            port = (host.ports_behind_norm if is_behind else host.ports)(site.layer, site.kind)
+            ports_of = host.ports_behind_norm if is_behind else host.ports
+            place = site.layer, site.kind
+            port = host.known("ports", *place, is_behind, make=functools.partial(ports_of, *place))
             delta = host.map_of(site, update, behind_norm=is_behind)
         ports.append(port)
         deltas.append(delta)
