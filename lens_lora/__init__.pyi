@@ -36,6 +36,7 @@ from .readouts.readout import Logit, LogProb, Margin, Readout
 from .results.base import load_result
 from .sweeps.bank import bank, load_bank
 from .sweeps.sweep import sweep
+from .sweeps.training import ShiftCallback
 
 __all__ = [
     # adapters
@@ -102,6 +103,7 @@ __all__ = [
     "constant_part",
     "what_changed",
     # sweeps
+    "ShiftCallback",
     "bank",
     "load_bank",
     "sweep",

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lens_lora.adapters.adapter import Adapter, load_adapter
-from lens_lora.adapters.peft_files import CONFIG
+from lens_lora.adapters.peft_files import folders_in
 from lens_lora.analyses.first_order import in_rank_space, readouts_of, response_tokens
 from lens_lora.arguments import whole, word
 from lens_lora.engine.asked import Asked, ask_prompts
@@ -69,18 +69,13 @@ class HeldReadout:
 
     Attributes:
         halves: the base's half, of one group of prompts after another.
-        base: g(0) of each prompt.
-        str_tokens: each prompt's tokens.
         response: each prompt's y_1 … y_T, of a bank by token.
-        readout, units: the number that is read, in words, and its unit.
+        labels: base, which is g(0) of each prompt, str_tokens, readout and units.
     """
 
     halves: tuple[Half, ...]
-    base: Float[Tensor, " batch"]
-    str_tokens: tuple[tuple[str, ...], ...]
     response: tuple[tuple[str, ...], ...]
-    readout: str
-    units: str
+    labels: dict[str, Any]
 
 
 @stored
@@ -90,14 +85,14 @@ class HeldBank:
 
     Attributes:
         tensors: z and G by name.
-        questions: the readouts.
+        readouts: what is read, and the base's half of each.
         several: whether they came as a list.
         modules: globs of the modules that were recorded.
         about: the model's fingerprint as JSON, once it is saved.
     """
 
     tensors: dict[str, Tensor]
-    questions: tuple[HeldReadout, ...]
+    readouts: tuple[HeldReadout, ...]
     several: bool
     modules: tuple[str, ...]
     about: str = ""
@@ -108,19 +103,29 @@ class Bank:
 
     Attributes:
         model: the hooked model of the base.
+        several: whether it holds a list of readouts, so that what it returns is a tuple.
     """
 
     def __init__(self, lens: LoraLens, held: HeldBank, asked: tuple[Asked, ...] = ()) -> None:
         self.model: Any = lens.model
+        self.several: bool = held.several
         self._lens, self._held, self._asked = lens, held, asked
         self._settings = settings(lens.model)
 
+    @property
+    def readout(self) -> str:
+        """What is read, in words."""
+        return ", ".join(held.labels["readout"] for held in self._held.readouts)
+
+    @property
+    def units(self) -> str:
+        """Of what is read."""
+        return ", ".join(held.labels["units"] for held in self._held.readouts)
+
     def __repr__(self) -> str:
-        held = self._held
-        readouts = ", ".join(question.readout for question in held.questions)
-        size = sum(tensor.nbytes for tensor in held.tensors.values()) / 1e6
-        prompts, modules = len(held.questions[0].base), len(self._lens.adapter)
-        return f"Bank({prompts} prompts, {readouts}; {modules} modules, {size:.3g} MB)"
+        size = sum(tensor.nbytes for tensor in self._held.tensors.values()) / 1e6
+        prompts, modules = len(self._held.readouts[0].labels["base"]), len(self._lens.adapter)
+        return f"Bank({prompts} prompts, {self.readout}; {modules} modules, {size:.3g} MB)"
 
     @alone
     def first_order(
@@ -161,32 +166,29 @@ class Bank:
                 "exact=True: this bank was read from a file, which does not hold the readout "
                 "itself; take the shift from ll.fact_margin or ll.remainder."
             )
-        results: list[Attribution] = []
-        for number, question in enumerate(self._held.questions):
-            adapted = torch.full_like(question.base, torch.nan)
+        attributions: list[Attribution] = []
+        for number, held in enumerate(self._held.readouts):
+            adapted = torch.full_like(held.labels["base"], torch.nan)
             if exact:
                 reading, gates = self._asked[number].reading, lens.gates(1.0)[None]
                 adapted = gated_readout(lens, reading, gates, progress=False)[:, 0]
             attribution = Attribution(
-                values=self._values(lens, question, axes),
+                values=self._values(lens, held, axes),
                 by=axes,  # pyright: ignore[reportArgumentType]
                 heads=tuple(lens.heads.of(site.kind) for site in lens.sites),
                 method="first_order",
                 at=0.0,
-                response=question.response if "token" in axes else (),
+                response=held.response if "token" in axes else (),
                 gauge=gauge if "rank" in axes else "",
                 mode="reverse",
                 relative_norm=lens.plan.relative_norm,
                 sites=lens.sites,
-                base=question.base,
                 adapted=adapted,
-                str_tokens=question.str_tokens,
-                readout=question.readout,
-                units=question.units,
                 meta=lens.describe(),
+                **held.labels,
             )
-            results.append(attribution)
-        return tuple(results) if self._held.several else results[0]
+            attributions.append(attribution)
+        return tuple(attributions) if self.several else attributions[0]
 
     @alone
     def scan(
@@ -220,7 +222,8 @@ class Bank:
             and error, which of an adapter that cannot be used says why, in its only row.
 
         Raises:
-            ArgumentError: another group, or a folder without adapters.
+            ArgumentError: another group, or no adapter at all.
+            AdapterError: a folder without adapters.
             SweepError: `out` holds the scan of another bank or group, or cannot be written.
             ModelStateError: the model is not as it was when the bank was made.
         """
@@ -270,10 +273,10 @@ class Bank:
             SiteError, ModelStateError: as for `first_order`.
         """
         self._require_same_model()
-        draws, questions = whole("draws", draws, 1), self._held.questions
+        draws, readouts = whole("draws", draws, 1), self._held.readouts
         lenses = null_lenses(self._over(adapter), whole("seed", seed, 0), draws)
         with tqdm(lenses, "null adapters", draws, leave=False, disable=not progress) as bar:
-            drawn = [[self._values(lens, question) for question in questions] for lens in bar]
+            drawn = [[self._values(lens, held) for held in readouts] for lens in bar]
         return tuple(torch.stack(values) for values in zip(*drawn, strict=True))
 
     def save(self, path: str | Path) -> Path:
@@ -313,19 +316,19 @@ class Bank:
         return self._lens.with_adapter(adapter)
 
     def _values(
-        self, lens: LoraLens, question: HeldReadout, axes: tuple[str, ...] = ()
+        self, lens: LoraLens, held: HeldReadout, axes: tuple[str, ...] = ()
     ) -> Float[Tensor, "batch site *by"]:
         """First order; NaN beyond a response's own tokens."""
-        if "token" in axes and not question.response:
+        if "token" in axes and not held.response:
             raise ArgumentError(
                 "by='token': the bank holds one gradient for a whole readout; make it with "
                 "ll.bank(…, by_token=True)."
             )
-        values = joined([half.slopes(lens, self._held.tensors, axes) for half in question.halves])
+        values = joined([half.slopes(lens, self._held.tensors, axes) for half in held.halves])
         require_finite_sites(lens, values)
         if "token" not in axes:
             return values
-        lengths = torch.tensor([len(tokens) for tokens in question.response], device=values.device)
+        lengths = torch.tensor([len(tokens) for tokens in held.response], device=values.device)
         exists = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
         exists = exists.view(len(lengths), *[1] * (values.ndim - 2), -1)
         return torch.where(exists, values, torch.nan)
@@ -347,10 +350,15 @@ class Bank:
             lens = self._over(adapter)
             groups = group_sites(lens.sites, group)
             members = indicator(groups, len(lens.sites))
-            for question in self._held.questions:
-                sums = self._values(lens, question).cpu().double() @ members.T
+            for held in self._held.readouts:
+                sums = self._values(lens, held).cpu().double() @ members.T
                 rows += [
-                    {"prompt": p, "readout": question.readout, "weights": weights, group: label}
+                    {
+                        "prompt": p,
+                        "readout": held.labels["readout"],
+                        "weights": weights,
+                        group: label,
+                    }
                     | {"value": value, "total": sum(values)}
                     for p, values in enumerate(sums.tolist())
                     for label, value in zip(groups, values, strict=True)
@@ -437,8 +445,9 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
             "model, or make a bank of this one: ll.bank(…)."
         )
     tensors = {name: tensor.to(lens.device) for name, tensor in held.tensors.items()}
-    questions = (dataclasses.replace(q, base=q.base.to(lens.device)) for q in held.questions)
-    return Bank(lens, dataclasses.replace(held, tensors=tensors, questions=tuple(questions)))
+    for readout in held.readouts:
+        readout.labels["base"] = readout.labels["base"].to(lens.device)
+    return Bank(lens, dataclasses.replace(held, tensors=tensors))
 
 
 def _lenses(model: Any, hf_model: nn.Module | None, globs: tuple[str, ...]) -> list[LoraLens]:
@@ -463,17 +472,17 @@ def _recorded(
     rows = ask_prompts(lens, prompts, max_memory)
     asked = tuple(rows.about(each).require_slope_at_base() for each in readouts)
     lenses = [rows.lens, *(other.within(max_memory) for other in others)]
-    questions: list[HeldReadout] = []
+    recorded: list[HeldReadout] = []
     with tqdm(asked, "bank", leave=False, disable=not progress) as bar:
         for each in bar:
             response = response_tokens(each) if by_token else ()
             groups = graph_groups(each.lens, each.reading)
-            halves = [record(lenses, group, once, by_token=by_token) for group in groups]
-            base, said = each.along((0.0,))[:, 0], each.readout
-            labels = each.str_tokens, response, said.label, said.units
-            questions.append(HeldReadout(tuple(halves), base, *labels))
+            halves = tuple(record(lenses, group, once, by_token=by_token) for group in groups)
+            said = {"readout": each.readout.label, "units": each.readout.units}
+            said |= {"base": each.along((0.0,))[:, 0], "str_tokens": each.str_tokens}
+            recorded.append(HeldReadout(halves, response, said))
     several = not isinstance(readout, Readout)
-    return Bank(lens, HeldBank(once.tensors, tuple(questions), several, globs), asked)
+    return Bank(lens, HeldBank(once.tensors, tuple(recorded), several, globs), asked)
 
 
 # --- The adapters of a scan, and its table
@@ -482,14 +491,7 @@ def _recorded(
 def _named(adapters: Adapters) -> Iterable[tuple[str, str | Path | Adapter]]:
     """Each adapter, and its name."""
     if isinstance(adapters, str | Path):
-        folder = Path(adapters)
-        paths = sorted(file.parent for file in folder.rglob(CONFIG))
-        if not paths:
-            raise ArgumentError(
-                f"{folder}: a folder with adapters is expected, and none in it has an {CONFIG}. "
-                "Pass hub ids as a list."
-            )
-        return [(path.relative_to(folder).as_posix(), path) for path in paths]
+        return list(folders_in(adapters).items())
     return ((a.name if isinstance(a, Adapter) else str(a), a) for a in adapters)
 
 
