@@ -129,14 +129,12 @@ class Half:
     """The base's half over some rows.
 
     Attributes:
-        tokens, lengths, reads: of the rows, as in `Prompts`.
+        prompts: the rows.
         owner: the index of each row's prompt.
         columns: place → the names of each G and z there; one of g, or one of each token's log p.
     """
 
-    tokens: Int[Tensor, "row pos"]
-    lengths: Int[Tensor, " row"]
-    reads: Int[Tensor, " row"] | None
+    prompts: Prompts
     owner: Int[Tensor, " row"]
     columns: tuple[_Pairs, ...]
 
@@ -148,11 +146,10 @@ class Half:
         Raises:
             SiteError: a module whose z and G were not recorded.
         """
-        prompts = Prompts(self.tokens, self.lengths, self.reads)
-        reading = Reading(prompts, _no_read, self.owner)
+        reading = Reading(self.prompts, _no_read, self.owner)
         by_column: list[Tensor] = []
         for column in self.columns:
-            slopes = Slopes(lens, prompts, tuple(axis for axis in axes if axis != "token"))
+            slopes = Slopes(lens, self.prompts, tuple(axis for axis in axes if axis != "token"))
             for injection in lens.plan.injections:
                 if injection.partner is None:  # what waits for a partner's gate is 0
                     for gradient, z in _recorded(lens, injection, column, tensors):
@@ -207,9 +204,7 @@ def record(lenses: Sequence[LoraLens], reading: Reading, once: Once, *, by_token
             seen = _seen(lens, reading, once, by_token)
             known = columns or [{} for _ in seen]
             columns = [{**new, **old} for new, old in zip(seen, known, strict=True)]
-    prompts = reading.prompts
-    rows = prompts.tokens, prompts.lengths, prompts.reads, reading.owner
-    return Half(*rows, tuple(columns))
+    return Half(reading.prompts, reading.owner, tuple(columns))
 
 
 def _seen(lens: LoraLens, reading: Reading, once: Once, by_token: bool) -> list[_Pairs]:

@@ -135,6 +135,7 @@ class LoraLens:
             SiteError, AdapterError, ModelStateError: as for a new LoraLens, or the model's state
                 changed since this one was made.
         """
+        require_kinds(adapter, None)
         self._plan.check_state()
         if self._plan.base is not None:
             self._plan.base.require_same(entries=True)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from lens_lora.adapters.adapter import Adapter, load_adapter
 from lens_lora.adapters.peft_files import folders_in
 from lens_lora.analyses.first_order import in_rank_space, readouts_of, response_tokens
-from lens_lora.arguments import whole, word
+from lens_lora.arguments import word
 from lens_lora.engine.asked import Asked, ask_prompts
 from lens_lora.engine.bank import Half, Once, record, stand_ins
 from lens_lora.engine.function import gated_readout
@@ -44,11 +44,10 @@ from lens_lora.engine.reverse import joined, require_finite_sites
 from lens_lora.errors import ArgumentError, LensLoraError, ModelStateError
 from lens_lora.model.basis import Gauge
 from lens_lora.model.build import host_of
-from lens_lora.model.check import require_kinds
 from lens_lora.model.hooks import alone
-from lens_lora.model.lens import LoraLens, null_lenses
+from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import AXES, by_axes, group_sites, indicator
-from lens_lora.readouts.prompts import PromptsLike
+from lens_lora.readouts.prompts import Prompts, PromptsLike, Source
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.storage import read_result, save_result, stored
@@ -60,6 +59,8 @@ GroupName = Literal["site", "layer", "kind"]
 _AT_ONCE = 16  # adapters in one part of a scan: what a kill loses at most
 
 stored(Half)
+stored(Prompts)
+stored(Source)
 
 
 @stored
@@ -160,7 +161,7 @@ class Bank:
         """
         self._require_same_model()
         axes = by_axes(by, (*AXES, "token"))
-        lens = in_rank_space(self._over(adapter), axes, gauge)
+        lens = in_rank_space(self._lens.with_adapter(adapter), axes, gauge)
         if exact and not self._asked:
             raise ArgumentError(
                 "exact=True: this bank was read from a file, which does not hold the readout "
@@ -254,31 +255,6 @@ class Bank:
             processes.by_main(lambda: _merge(store, every))
         return pd.read_parquet(store.path)
 
-    @alone
-    def null(
-        self, adapter: Adapter, *, draws: int = 1000, seed: int = 0, progress: bool = True
-    ) -> tuple[Float[Tensor, "draw batch site"], ...]:
-        """First order of null adapters of the same sizes in random directions, for each readout.
-
-        Cost: no pass: drawing each, and what `first_order` costs.
-
-        Args:
-            adapter: whose sizes they keep, as for `ll.null_test`.
-            draws: how many, at least 1.
-            seed: the seed of the draws, as for `Adapter.null`.
-            progress: show a bar.
-
-        Raises:
-            UnsupportedAdapterError: DoRA or trained biases; names the remedy.
-            SiteError, ModelStateError: as for `first_order`.
-        """
-        self._require_same_model()
-        draws, readouts = whole("draws", draws, 1), self._held.readouts
-        lenses = null_lenses(self._over(adapter), whole("seed", seed, 0), draws)
-        with tqdm(lenses, "null adapters", draws, leave=False, disable=not progress) as bar:
-            drawn = [[self._values(lens, held) for held in readouts] for lens in bar]
-        return tuple(torch.stack(values) for values in zip(*drawn, strict=True))
-
     def save(self, path: str | Path) -> Path:
         """Write the bank as one safetensors file, with the model's fingerprint; returns the path.
 
@@ -311,10 +287,6 @@ class Bank:
                 "back (hooks of your own off), or make the bank anew: ll.bank(…)."
             )
 
-    def _over(self, adapter: Adapter) -> LoraLens:
-        require_kinds(adapter, None)
-        return self._lens.with_adapter(adapter)
-
     def _values(
         self, lens: LoraLens, held: HeldReadout, axes: tuple[str, ...] = ()
     ) -> Float[Tensor, "batch site *by"]:
@@ -341,32 +313,33 @@ class Bank:
         known: Mapping[str, pa.Table] | None = None,
     ) -> pa.Table:
         """An adapter's rows, those that are known if there are; or what is wrong with it."""
-        rows: list[dict[str, Any]] = []
+        rows: list[tuple[Any, ...]] = []
         try:
             adapter = source if isinstance(source, Adapter) else load_adapter(source)
             weights = None if known is None else digest(adapter.modules)
             if known and f"{name}#{weights}" in known:
                 return known[f"{name}#{weights}"]
-            lens = self._over(adapter)
+            lens = self._lens.with_adapter(adapter)
             groups = group_sites(lens.sites, group)
             members = indicator(groups, len(lens.sites))
             for held in self._held.readouts:
-                sums = self._values(lens, held).cpu().double() @ members.T
+                sums = (self._values(lens, held).cpu().double() @ members.T).tolist()
                 rows += [
-                    {
-                        "prompt": p,
-                        "readout": held.labels["readout"],
-                        "weights": weights,
-                        group: label,
-                    }
-                    | {"value": value, "total": sum(values)}
-                    for p, values in enumerate(sums.tolist())
+                    (name, held.labels["readout"], p, label, value, sum(values), None, weights)
+                    for p, values in enumerate(sums)
                     for label, value in zip(groups, values, strict=True)
                 ]
         except (LensLoraError, OSError) as error:
-            rows = [{"error": f"{type(error).__name__}: {error}"}]
-        columns = {group if key == "group" else key: kind for key, kind in _COLUMNS.items()}
-        return pa.Table.from_pylist([{"adapter": name, **row} for row in rows], pa.schema(columns))
+            rows = [(name, None, None, None, None, None, f"{type(error).__name__}: {error}", None)]
+        columns = zip(zip(*rows, strict=True), _KINDS, strict=True)
+        names = ["adapter", "readout", "prompt", group, "value", "total", "error", "weights"]
+        return pa.table([pa.array(column, kind) for column, kind in columns], names)
+
+
+# An adapter's name, the readout, the prompt, the group; value, total; what is wrong with it, and
+# the hash of its factors, by which a resumed scan knows it.
+_TEXT, _NUMBER = pa.string(), pa.float64()
+_KINDS = [_TEXT, _TEXT, pa.int64(), _TEXT, _NUMBER, _NUMBER, _TEXT, _TEXT]
 
 
 # --- Making and reading a bank
@@ -411,13 +384,30 @@ def bank(
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
     globs = (modules,) if isinstance(modules, str) else tuple(modules)
-    lens, *others = _lenses(model, hf_model, globs)
+    lenses = _lenses(model, hf_model, globs, max_memory)
     if hooked := settings(model)["hooks"]:
         raise ModelStateError(
             f"hooks of your own are on the model ({', '.join(hooked[:3])}), and a bank holds what "
             "the model alone computes: take them off (model.reset_hooks()), or use ll.first_order."
         )
-    return _recorded(lens, others, prompts, readout, globs, by_token, max_memory, progress)
+
+    @alone
+    def recorded(lens: LoraLens) -> Bank:
+        rows, once = ask_prompts(lens, prompts), Once()
+        asked = tuple(rows.about(r).require_slope_at_base() for r in readouts_of(readout))
+        readouts: list[HeldReadout] = []
+        with tqdm(asked, "bank", leave=False, disable=not progress) as bar:
+            for each in bar:
+                response = response_tokens(each) if by_token else ()
+                groups = graph_groups(lens, each.reading)
+                halves = tuple(record(lenses, group, once, by_token=by_token) for group in groups)
+                said = {"readout": each.readout.label, "units": each.readout.units}
+                said |= {"base": each.along((0.0,))[:, 0], "str_tokens": each.str_tokens}
+                readouts.append(HeldReadout(halves, response, said))
+        several = not isinstance(readout, Readout)
+        return Bank(lens, HeldBank(once.tensors, tuple(readouts), several, globs), asked)
+
+    return recorded(lenses[0])
 
 
 def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None) -> Bank:
@@ -450,39 +440,13 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
     return Bank(lens, dataclasses.replace(held, tensors=tensors))
 
 
-def _lenses(model: Any, hf_model: nn.Module | None, globs: tuple[str, ...]) -> list[LoraLens]:
+def _lenses(
+    model: Any, hf_model: nn.Module | None, globs: Sequence[str], max_memory: float | None = None
+) -> list[LoraLens]:
     """Over the stand-ins."""
     first, *others = stand_ins(host_of(model, hf_model), globs)
-    lens = LoraLens(model, first, hf_model)
+    lens = LoraLens(model, first, hf_model).within(max_memory)
     return [lens, *map(lens.with_adapter, others)]
-
-
-@alone
-def _recorded(
-    lens: LoraLens,
-    others: Sequence[LoraLens],
-    prompts: PromptsLike,
-    readout: Readout | Sequence[Readout],
-    globs: tuple[str, ...],
-    by_token: bool,
-    max_memory: float | None,
-    progress: bool,
-) -> Bank:
-    readouts, once = readouts_of(readout), Once()
-    rows = ask_prompts(lens, prompts, max_memory)
-    asked = tuple(rows.about(each).require_slope_at_base() for each in readouts)
-    lenses = [rows.lens, *(other.within(max_memory) for other in others)]
-    recorded: list[HeldReadout] = []
-    with tqdm(asked, "bank", leave=False, disable=not progress) as bar:
-        for each in bar:
-            response = response_tokens(each) if by_token else ()
-            groups = graph_groups(each.lens, each.reading)
-            halves = tuple(record(lenses, group, once, by_token=by_token) for group in groups)
-            said = {"readout": each.readout.label, "units": each.readout.units}
-            said |= {"base": each.along((0.0,))[:, 0], "str_tokens": each.str_tokens}
-            recorded.append(HeldReadout(halves, response, said))
-    several = not isinstance(readout, Readout)
-    return Bank(lens, HeldBank(once.tensors, tuple(recorded), several, globs), asked)
 
 
 # --- The adapters of a scan, and its table
@@ -493,18 +457,6 @@ def _named(adapters: Adapters) -> Iterable[tuple[str, str | Path | Adapter]]:
     if isinstance(adapters, str | Path):
         return list(folders_in(adapters).items())
     return ((a.name if isinstance(a, Adapter) else str(a), a) for a in adapters)
-
-
-_COLUMNS = {
-    "adapter": pa.string(),
-    "readout": pa.string(),
-    "prompt": pa.int64(),
-    "group": pa.string(),
-    "value": pa.float64(),
-    "total": pa.float64(),
-    "error": pa.string(),
-    "weights": pa.string(),  # the hash of its factors, by which a resumed scan knows the adapter
-}
 
 
 def _keys(table: pa.Table) -> pa.ChunkedArray:
