@@ -385,11 +385,6 @@ def bank(
     """
     globs = (modules,) if isinstance(modules, str) else tuple(modules)
     lenses = _lenses(model, hf_model, globs, max_memory)
-    if hooked := settings(model)["hooks"]:
-        raise ModelStateError(
-            f"hooks of your own are on the model ({', '.join(hooked[:3])}), and a bank holds what "
-            "the model alone computes: take them off (model.reset_hooks()), or use ll.first_order."
-        )
 
     @alone
     def recorded(lens: LoraLens) -> Bank:
@@ -444,7 +439,13 @@ def _lenses(
     model: Any, hf_model: nn.Module | None, globs: Sequence[str], max_memory: float | None = None
 ) -> list[LoraLens]:
     """Over the stand-ins."""
-    first, *others = stand_ins(host_of(model, hf_model), globs)
+    host = host_of(model, hf_model)
+    if hooked := settings(model)["hooks"]:
+        raise ModelStateError(
+            f"hooks of your own are on the model ({', '.join(hooked[:3])}), and a bank holds what "
+            "the model alone computes: take them off (model.reset_hooks()), or use ll.first_order."
+        )
+    first, *others = stand_ins(host, globs)
     lens = LoraLens(model, first, hf_model).within(max_memory)
     return [lens, *map(lens.with_adapter, others)]
 
