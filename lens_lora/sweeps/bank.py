@@ -445,9 +445,9 @@ def _lenses(
             f"hooks of your own are on the model ({', '.join(hooked[:3])}), and a bank holds what "
             "the model alone computes: take them off (model.reset_hooks()), or use ll.first_order."
         )
-    first, *others = stand_ins(host, globs)
-    lens = LoraLens(model, first, hf_model).within(max_memory)
-    return [lens, *map(lens.with_adapter, others)]
+    adapters = stand_ins(host, globs)
+    lenses = [LoraLens(model, adapter, hf_model, check=None) for adapter in adapters]
+    return [lens.within(max_memory) for lens in lenses]
 
 
 # --- The adapters of a scan, and its table

@@ -102,7 +102,7 @@ def test_equals_differences_of_peft(family: str, cls: str, flags: str):
 
 
 @models.NEEDS_NEWEST
-@pytest.mark.parametrize("name", ["OLMo 2", "OLMoE", "Granite MoE", "Falcon"])
+@pytest.mark.parametrize("name", ["OLMoE", "Granite MoE", "Falcon", "XGLM", "Mamba"])
 def test_decoders_that_no_table_lists(name: str):
     """Sites read from the bridge: stacks of experts, routers, projections taken apart."""
     with architectures.in_float64():
