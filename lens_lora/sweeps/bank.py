@@ -234,7 +234,7 @@ class Bank:
         if out is None:
             with bar(named, disable=not progress) as shown:
                 tables = [self._table(*each, group) for each in shown]
-            return _ranked(tables).to_pandas()
+            return _ranked(tables).drop_columns("weights").to_pandas()
         processes, done = launched(), list[str]()
         about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
         store = Store(out, about)
@@ -253,7 +253,7 @@ class Bank:
                         store.write(new, {})
             every = [key for part in processes.gather(done) for key in part]
             processes.by_main(lambda: _merge(store, every))
-        return pd.read_parquet(store.path)
+        return pd.read_parquet(store.path).drop(columns="weights")
 
     def save(self, path: str | Path) -> Path:
         """Write the bank as one safetensors file, with the model's fingerprint; returns the path.

@@ -186,7 +186,7 @@ def test_a_scan_streams(scene):
 def test_a_scan_goes_on_after_an_interruption(scene, tmp_path: Path, monkeypatch):
     """What was finished is not computed again; what has changed is; the result is the same."""
     bank, folder, adapter = scene
-    whole = bank.scan(folder, progress=False).drop(columns="weights")
+    whole = bank.scan(folder, progress=False)
     monkeypatch.setattr(bank_module, "_AT_ONCE", 1)
     table, done = bank_module.Bank._table, []
 
@@ -208,7 +208,7 @@ def test_a_scan_goes_on_after_an_interruption(scene, tmp_path: Path, monkeypatch
     assert done == NAMES[:-1] and not out.exists()
     monkeypatch.setattr(bank_module.Bank, "_table", counted)
     done.clear()
-    found = bank.scan(folder, out=out, progress=False).drop(columns="weights")
+    found = bank.scan(folder, out=out, progress=False)
     pd.testing.assert_frame_equal(found, whole)
     assert done == ["runs/a3"] or done == [*NAMES[:2], "runs/a3"]  # bad ones are tried again
     assert out.exists() and not out.with_suffix(".parts").exists()
@@ -243,10 +243,10 @@ def test_a_scan_of_another_bank_is_not_mixed_in(scene, tmp_path: Path):
 def test_processes_share_a_scan(scene, tmp_path: Path, monkeypatch):
     """Each takes every second adapter; the first one merges what both have written."""
     bank, folder, _ = scene
-    alone = bank.scan(folder, progress=False).drop(columns="weights")
+    alone = bank.scan(folder, progress=False)
     out, names = tmp_path / "scan.parquet", []
     monkeypatch.setattr(bank_module, "_merge", lambda store, keys: None)
-    monkeypatch.setattr(bank_module.pd, "read_parquet", lambda path: None)
+    monkeypatch.setattr(bank_module.pd, "read_parquet", lambda path: pd.DataFrame({"weights": []}))
     plain_begin = bank_module.Store.begin
     begun = itertools.count()
 
@@ -266,7 +266,7 @@ def test_processes_share_a_scan(scene, tmp_path: Path, monkeypatch):
         bank.scan(folder, out=out, resume=False, progress=False)
     monkeypatch.undo()
     assert [len(part) for part in names] == [3, 2]
-    found = bank.scan(folder, out=out, progress=False).drop(columns="weights")
+    found = bank.scan(folder, out=out, progress=False)
     pd.testing.assert_frame_equal(found, alone)
 
 
