@@ -51,11 +51,7 @@ def adapter_folder(
 
 
 def folders_in(folder: str | Path) -> dict[str, Path]:
-    """Every adapter's folder below one, by its path from there.
-
-    Raises:
-        AdapterError: none of them has an adapter_config.json.
-    """
+    """Every adapter's folder below one, by its path from there; AdapterError if there is none."""
     paths = sorted(file.parent for file in Path(folder).rglob(CONFIG))
     if not paths:
         raise AdapterError(

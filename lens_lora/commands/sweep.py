@@ -166,10 +166,9 @@ def scan(
             model, class_name = running.hooked_by(base, hf_model, tokenizer)
         beside = hf_model if class_name == "HookedTransformer" else None
         prompts, readout = running.margin_of(model, questions)
-        how = {"hf_model": beside, "max_memory": base.max_memory, "progress": not quiet}
         kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
         with quiet_libraries(), running.told_if_interrupted(lambda: kept):
-            bank = ll.bank(model, prompts, readout, **how)
+            bank = ll.bank(model, prompts, readout, hf_model=beside, max_memory=base.max_memory)
             table = bank.scan(folder, group=group, out=out, resume=resume, progress=not quiet)
         if processes.is_main:
             _print_scan(table, out)
@@ -179,9 +178,10 @@ def scan(
 
 def _print_scan(table: pd.DataFrame, out: Path) -> None:
     """The adapters of largest Σ a, those that cannot be used, and where all numbers are."""
-    totals = table.groupby("adapter")["total"].mean().dropna().sort_values(key=abs, ascending=False)
+    totals = table.groupby("adapter", as_index=False)["total"].mean().dropna()
     running.say(f"Σ a, mean over prompts, of {len(totals)} adapters; the largest:")
-    for name, total in totals.head(_SHOWN_ERRORS).items():
+    largest = totals.sort_values("total", key=abs, ascending=False).head(_SHOWN_ERRORS)
+    for name, total in zip(largest["adapter"], largest["total"], strict=True):
         running.say(f"  {total:+9.3g}  {name}")
     bad = table[table["error"].notna()]
     for name, error in zip(bad["adapter"][:_SHOWN_ERRORS], bad["error"], strict=False):

@@ -1,21 +1,14 @@
-"""The base's half of first order, kept: z and ∂g/∂(output) of every map that an adapter may target.
+"""The base's half of first order, kept: at ε = 0 it does not depend on the adapter.
 
-At ε = 0 the two do not depend on the adapter,
+    a_l = ⟨G_l, s_l B_l A_l z_l⟩        z_l what a map reads, G_l = ∂g/∂(its output)
 
-    a_l = ⟨G_l, s_l B_l A_l z_l⟩        z_l what the map reads, G_l = ∂g/∂(its output)
-
-so they are recorded once, and each adapter is contracted with them.
-
-1. A stand-in adapter that adds nothing, on every linear map, embedding, norm, stack of experts and
-   head (`stand_ins`), is laid over the model, and one forward and one backward pass shows the z and
-   the G of each place where an adapter of these modules reads and writes (`record`).
-2. What an adapter adds at each place, in the model's own basis, is its plan's, as for any lens:
-   constants of folded value biases, heads, ranks and experts too. Its injections see the recorded
-   G and z in place of a pass (`Half.slopes`).
-3. A norm that changes moves the place at which the maps behind it read, so both are recorded.
-
-Cost: one forward and one backward pass for each readout, two where norms move places; none for an
-adapter.
+1. A stand-in adapter that adds nothing, on every module that an adapter may target (`stand_ins`),
+   is laid over the model; one forward and one backward pass shows z and G of each place where an
+   adapter of these modules reads and writes (`record`). A norm that changes moves the place at
+   which the maps behind it read, so both places are recorded.
+2. What an adapter adds at each place, in the model's basis, is its plan's, as for any lens:
+   constants of folded value biases, heads, ranks and experts too. Its injections are shown the
+   recorded G and z in place of a pass (`Half.slopes`).
 """
 
 from __future__ import annotations
@@ -47,8 +40,7 @@ from lens_lora.readouts.reading import Reading
 
 
 def stand_ins(host: Host, globs: Sequence[str] = ("*",)) -> list[Adapter]:
-    """Adapters that add nothing at gates 0: on every linear map and norm that can be a site, and on
-    the linear maps alone, which then read before the norms' own outputs.
+    """Adapters that add nothing at gates 0: of every module that can be a site; without norms.
 
     Raises:
         SiteError: no module matches the globs.
@@ -91,7 +83,8 @@ def _stand_in(host: Host, path: str) -> dict[str, ModuleUpdate]:
     shapes = [host.shape(layer, kind) for kind in place.kinds if host.ports(layer, kind)]
     stack = host.stack(layer, kind)
     ranks = 1 if stack is None else len(stack)
-    A, B = torch.zeros(ranks, shapes[0][1]), torch.zeros(sum(out for out, _ in shapes), ranks)
+    A = torch.zeros(ranks, shapes[0][1], device="cpu")
+    B = torch.zeros(sum(out for out, _ in shapes), ranks, device="cpu")
     return {path: LoRAFactors(A, B, experts=0 if stack is None else ranks)}
 
 
@@ -102,11 +95,7 @@ _Pairs = dict[str, tuple[tuple[str, str], ...]]
 
 
 class Once:
-    """Tensors by name, equal ones under one: q, k and v read the same z.
-
-    Attributes:
-        tensors: by name.
-    """
+    """Tensors by name, equal ones under one name: q, k and v read the same z."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -129,9 +118,8 @@ class Half:
     """The base's half over some rows.
 
     Attributes:
-        prompts: the rows.
-        owner: the index of each row's prompt.
-        columns: place → the names of each G and z there; one of g, or one of each token's log p.
+        prompts, owner: the rows, and the index of each one's prompt.
+        columns: place → the names of each G and z there; of g, or of each token's log p.
     """
 
     prompts: Prompts
@@ -192,11 +180,7 @@ def _place(lens: LoraLens, injection: Injection) -> str:
 
 
 def record(lenses: Sequence[LoraLens], reading: Reading, once: Once, *, by_token: bool) -> Half:
-    """The base's half at every place of these lenses.
-
-    A forward and a backward pass for each lens that has places of its own, and one backward pass
-    more for each further token where each token's log p goes back by itself.
-    """
+    """The base's half at every place of these lenses; each that has a new place is run once."""
     columns: list[_Pairs] = []
     for lens in lenses:
         places = {_place(lens, i) for i in lens.plan.injections if i.ports.read is not None}

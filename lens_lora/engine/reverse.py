@@ -395,10 +395,7 @@ def go_back(
     read: Callable[[], Float[Tensor, "row value"]],
     visit_of: Callable[[int], Visit],
 ) -> tuple[Float[Tensor, "row value"], Taps]:
-    """The values that are read of each row, each of which goes back past a visitor of its own.
-
-    One forward pass, and a backward pass a value.
-    """
+    """What is read of each row. One forward pass, and a backward pass a value, past its visitor."""
     with tapped(lens, run, gates) as (tap, leaves):
         values = read()
         for column in range(values.shape[1]):

@@ -204,8 +204,7 @@ def make_plan(
 ) -> Plan:
     """Where each site of the adapter reads and writes in this model. No forward pass.
 
-    `earlier` is another adapter's plan, with the model seen to be as it was then: what that plan
-    knows of the model is not looked up again.
+    What `earlier`, another adapter's plan of the unchanged model, knows of it is taken from there.
 
     Raises:
         SiteError: the adapter names a module that the model lacks.

@@ -135,9 +135,7 @@ class Host(abc.ABC):
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def known(self, fact: str, *of_what: Any, make: Callable[[], _Fact]) -> _Fact:
-        """A fact of the model, looked up once: a host is kept for as long as the model stays as it
-        is, whatever the adapters.
-        """
+        """A fact of the model, looked up once: a host is kept while the model stays as it is."""
         key = fact, *of_what
         if key not in self._known:
             self._known[key] = make()

@@ -5,12 +5,10 @@
     bank.scan("folder/of/adapters")          # one after another, resumable
 
 1. `bank` records z and G of every module that an adapter may target, at ε = 0 (`engine/bank.py`).
-2. An adapter is laid over the same model, whose weights, flags and hooks must be those that were
-   recorded; a_l is contracted from its factors and the bank. No pass is run.
-3. A saved bank holds the fingerprint of the model, its dtype and its tokenizer, as a sweep's files
-   do, and is read only beside the same model.
-4. `scan` streams: one adapter is in memory at a time, what cannot be read is a row that says why,
-   and every few adapters are on the disk before the next begin.
+2. An adapter is laid over the same model, whose weights, settings and hooks must be those that were
+   recorded, and a_l is contracted from its factors and the bank. No pass is run.
+3. A saved bank has the fingerprint of model and tokenizer that a sweep's files have.
+4. `scan` holds one adapter at a time; every few of them are on the disk before the next begin.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from typing import Any, Literal, cast, get_args
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
@@ -86,8 +83,7 @@ class HeldBank:
 
     Attributes:
         tensors: z and G by name.
-        readouts: what is read, and the base's half of each.
-        several: whether they came as a list.
+        readouts, several: what is read, and whether it came as a list.
         modules: globs of the modules that were recorded.
         about: the model's fingerprint as JSON, once it is saved.
     """
@@ -103,8 +99,7 @@ class Bank:
     """The base's half of first order at ε = 0, over one model: made by `ll.bank`.
 
     Attributes:
-        model: the hooked model of the base.
-        several: whether it holds a list of readouts, so that what it returns is a tuple.
+        model, several: the hooked model; whether readouts came as a list, and results do.
     """
 
     def __init__(self, lens: LoraLens, held: HeldBank, asked: tuple[Asked, ...] = ()) -> None:
@@ -113,20 +108,11 @@ class Bank:
         self._lens, self._held, self._asked = lens, held, asked
         self._settings = settings(lens.model)
 
-    @property
-    def readout(self) -> str:
-        """What is read, in words."""
-        return ", ".join(held.labels["readout"] for held in self._held.readouts)
-
-    @property
-    def units(self) -> str:
-        """Of what is read."""
-        return ", ".join(held.labels["units"] for held in self._held.readouts)
-
     def __repr__(self) -> str:
+        labels = [held.labels for held in self._held.readouts]
         size = sum(tensor.nbytes for tensor in self._held.tensors.values()) / 1e6
-        prompts, modules = len(self._held.readouts[0].labels["base"]), len(self._lens.adapter)
-        return f"Bank({prompts} prompts, {self.readout}; {modules} modules, {size:.3g} MB)"
+        said = f"{len(labels[0]['base'])} prompts, {', '.join(each['readout'] for each in labels)}"
+        return f"Bank({said}; {len(self._lens.adapter)} modules, {size:.3g} MB)"
 
     @alone
     def first_order(
@@ -139,8 +125,7 @@ class Bank:
     ) -> Attribution | tuple[Attribution, ...]:
         """a_l of every site of an adapter at ε = 0, equal to `ll.first_order`.
 
-        Cost: no pass: a product of the factors with each z and each gradient. One forward pass for
-        each readout with `exact`.
+        Cost: no pass; with `exact` one forward pass for each readout.
 
         Args:
             adapter: of the bank's base.
@@ -149,14 +134,12 @@ class Bank:
             exact: whether the adapted model is run for the exact shift, which is NaN otherwise.
 
         Returns:
-            Attribution as `ll.first_order` returns it; of several readouts one for each.
+            Attribution as of `ll.first_order`; of several readouts a tuple with one for each.
 
         Raises:
             SiteError: a module that the bank lacks, or that the model lacks.
-            AdapterError, ModelStateError: as for a new LoraLens; the model is not as it was when
-                the bank was made.
-            ArgumentError: another axis or gauge; 'token' of a bank that is not by token; `exact` of
-                a bank that was read from a file.
+            AdapterError, ModelStateError: as for a new LoraLens; a model that has changed since.
+            ArgumentError: another axis or gauge; `exact` of a bank that was read from a file.
             NumericsError: non-finite derivatives, naming the site.
         """
         self._require_same_model()
@@ -201,39 +184,34 @@ class Bank:
         resume: bool = True,
         progress: bool = True,
     ) -> pd.DataFrame:
-        """First order of many adapters, one in memory at a time.
+        """First order of many adapters, one in memory at a time. No pass.
 
-        Under `accelerate launch` every process calls this with its own bank and takes its share,
-        if `out` is given.
-
-        Cost: no pass: reading each adapter, and what `first_order` costs.
+        With `out`, every process of `accelerate launch` calls this and takes its share.
 
         Args:
             adapters: a folder, in which every folder with an adapter_config.json is one; or
                 folders, hub ids and `Adapter`s, in a list or one after another.
             group: 'site', 'layer' or 'kind', over which values are summed.
-            out: a .parquet file, written part by part, so that the same call goes on after an
-                interruption; None to keep it in memory.
+            out: a .parquet file, written part by part, with which the same call resumes.
             resume: go on with what is at `out`; False removes it and starts over.
             progress: show a bar.
 
         Returns:
             One row per adapter, readout, prompt and group: value, in the readout's units; total,
-            the sum over all sites; rank, the adapter's place by |total| among all, 1 the largest;
-            and error, which of an adapter that cannot be used says why, in its only row.
+            the sum over all sites; rank, the adapter's place by |total|, 1 the largest; error, in
+            the only row of an adapter that cannot be used.
 
         Raises:
-            ArgumentError: another group, or no adapter at all.
-            AdapterError: a folder without adapters.
+            AdapterError, ArgumentError: no adapter at all; another group.
             SweepError: `out` holds the scan of another bank or group, or cannot be written.
-            ModelStateError: the model is not as it was when the bank was made.
+            ModelStateError: a model that has changed since the bank was made.
         """
         word("group", group, get_args(GroupName))
         self._require_same_model()
         named, bar = _named(adapters), functools.partial(tqdm, desc="scan", unit="adapter")
         if out is None:
             with bar(named, disable=not progress) as shown:
-                tables = [self._table(*each, group) for each in shown]
+                tables = [self._table(name, adapter, group) for name, adapter in shown]
             return _ranked(tables).drop_columns("weights").to_pandas()
         processes, done = launched(), list[str]()
         about = {"bank": digest(self._held), "group": group, "own_code": [], "version": None}
@@ -244,26 +222,24 @@ class Bank:
             share = itertools.islice(named, processes.index, None, processes.count)
             with bar(share, disable=not (progress and processes.is_main)) as shown:
                 while chunk := [*itertools.islice(shown, _AT_ONCE)]:
-                    tables = {
-                        _keys(t)[0].as_py(): t
-                        for t in (self._table(*e, group, known) for e in chunk)
-                    }
-                    done += tables
-                    if new := [table for key, table in tables.items() if key not in known]:
+                    rows = [self._table(name, adapter, group, known) for name, adapter in chunk]
+                    keys = [_keys(table)[0] for table in rows]
+                    pairs = zip(keys, rows, strict=True)
+                    if new := [table for key, table in pairs if table is not known.get(key)]:
                         store.write(new, {})
+                    done += keys
             every = [key for part in processes.gather(done) for key in part]
             processes.by_main(lambda: _merge(store, every))
         return pd.read_parquet(store.path).drop(columns="weights")
 
     def save(self, path: str | Path) -> Path:
-        """Write the bank as one safetensors file, with the model's fingerprint; returns the path.
+        """Write one safetensors file, with the model's fingerprint; returns the path.
 
         Args:
             path: the file to write.
 
         Raises:
-            ModelStateError: the model is not as it was when the bank was made, or runs code of
-                your own, which no file can hold.
+            ModelStateError: a model that has changed since, or that runs code of your own.
             LensLoraError: a place where no file can be written.
         """
         self._require_same_model()
@@ -358,29 +334,25 @@ def bank(
 ) -> Bank:
     """The base's half of first order, for any number of adapters of this model.
 
-    Its memory, for each token and readout, is that of the inputs and outputs of all modules.
-
-    Cost: for each readout two forward passes and one backward, and as much again where the model's
-    norms can change; of a bank by token one backward pass for each token.
+    Cost: two forward passes and one backward for each readout, and as much again where the model's
+    norms can change; by token a backward pass for each token. Memory, for each token and readout:
+    the inputs and outputs of all modules.
 
     Args:
-        model: a HookedTransformer or a TransformerBridge of the base, raw or processed, without
-            hooks of your own.
+        model: a HookedTransformer or a TransformerBridge, raw or processed, without other hooks.
         prompts: strings, conversations, ids, or `Prompts`.
         readout: what is read of the logits, or several readouts.
         hf_model: the unprocessed Hugging Face base, needed where LoraLens needs it.
-        modules: globs of Hugging Face module paths that adapters will target; by default every
-            linear map, embedding, norm, stack of experts and the head. An adapter of any other
-            module is refused.
-        by_token: of `ll.AnswerLogProb`, whether each token's gradient is kept, for by='token'.
+        modules: globs of Hugging Face module paths that adapters may target; by default all linear
+            maps, embeddings, norms, stacks of experts and the head.
+        by_token: whether each token's gradient of a response is kept, for by='token'.
         max_memory: bytes beside the model that recording may take, as for `lens.within`.
         progress: show a bar.
 
     Raises:
         SiteError: globs that match no module.
         ModelStateError: hooks of your own on the model; as for a new LoraLens.
-        ArgumentError: a readout without a derivative at the base, or by_token of one that is no
-            response.
+        ArgumentError: a readout without a derivative at the base; by_token of no response.
         TokenError, PromptError: a readout or prompt that does not fit the model.
     """
     globs = (modules,) if isinstance(modules, str) else tuple(modules)
@@ -460,10 +432,10 @@ def _named(adapters: Adapters) -> Iterable[tuple[str, str | Path | Adapter]]:
     return ((a.name if isinstance(a, Adapter) else str(a), a) for a in adapters)
 
 
-def _keys(table: pa.Table) -> pa.ChunkedArray:
-    """What a resumed scan knows each row's adapter by: its name, and its hash if it was read."""
-    weights = pc.fill_null(table["weights"], "")
-    return pc.binary_join_element_wise(table["adapter"], weights, "#")
+def _keys(table: pa.Table) -> list[str]:
+    """What a resumed scan knows each row's adapter by."""
+    names, weights = (table[column].to_pylist() for column in ("adapter", "weights"))
+    return [f"{name}#{mark}" for name, mark in zip(names, weights, strict=True)]
 
 
 def _tables(store: Store) -> dict[str, pa.Table]:
@@ -471,17 +443,18 @@ def _tables(store: Store) -> dict[str, pa.Table]:
     tables = [table for _, table in store.parts()]
     if store.require_result(store.path):
         tables.insert(0, pq.read_table(store.path).drop_columns("rank"))
-    keyed = ((_keys(table), table) for table in tables)
-    return {
-        key: table.filter(pc.equal(keys, key))
-        for keys, table in keyed
-        for key in keys.unique().to_pylist()
-    }
+    by_key: dict[str, pa.Table] = {}
+    for table in tables:
+        keys = _keys(table)
+        starts = [i for i, key in enumerate(keys) if not i or key != keys[i - 1]]
+        for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
+            by_key[keys[start]] = table.slice(start, end - start)
+    return by_key
 
 
 def _merge(store: Store, keys: Sequence[str]) -> None:
     tables = _tables(store)
-    store.write([_ranked([tables[key] for key in keys])], {}, store.path)
+    store.write([_ranked([tables[key] for key in dict.fromkeys(keys)])], {}, store.path)
     store.remove()
 
 

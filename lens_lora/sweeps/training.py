@@ -1,11 +1,8 @@
 """First order while an adapter is trained: a bank of the base, read every few steps.
 
-1. The live adapter's factors are copied and contracted with the bank's z and gradients. The model
-   in training is not run, and neither its modes nor any random state is touched, so the training
-   is bit for bit what it is without.
-2. Every `exact_every` steps the bank's own hooked model is run with the adapter for the exact
-   readout, by which one sees how far first order can be trusted at that step.
-3. Each step's numbers go to the trainer's log, or to any function, and are kept as a table.
+The live adapter's factors are copied and contracted with the bank's z and gradients. The model in
+training is not run, and neither its modes nor any random state is touched, so the training is bit
+for bit what it is without. For the exact readout the bank's own hooked model is run.
 """
 
 from __future__ import annotations
@@ -30,20 +27,16 @@ class ShiftCallback(TrainerCallback):
 
     Without a Trainer, call `measure(step, peft_model)` in the loop.
 
-    Cost: copying the adapter's factors and about ten milliseconds for each hundred modules, at
-    each measured step; one forward pass of the bank's prompts where the exact readout is run.
-
     Args:
         bank: of the base, with a single readout.
-        every: steps between two measurements.
+        every: steps between two measurements, each a `bank.first_order`.
         exact_every: steps between two exact readouts, a multiple of `every`; None for none.
         adapter_name: the adapter that is trained.
         log: called with each step's numbers, such as `trainer.log`, which TensorBoard and W&B see;
             by default they go into the trainer's log history alone.
 
     Raises:
-        ArgumentError: numbers of steps that are no whole numbers above 0, or an `exact_every` at
-            which nothing is measured; what is no bank, or one of several readouts.
+        ArgumentError: a bank of several readouts, or numbers of steps that do not fit.
     """
 
     def __init__(
@@ -68,17 +61,15 @@ class ShiftCallback(TrainerCallback):
                 "are measured."
             )
         self._rows: list[dict[str, float]] = []
+        self._said = "", ""
 
     def measure(self, step: int, peft_model: Any) -> dict[str, float]:
-        """This step's numbers, means over prompts, which are kept for `to_frame` too.
+        """This step's numbers, means over prompts: first_order, Σ_l a_l; layer_3, … of each layer;
+        where it was run, the exact shift and readout, g(1). They are kept for `to_frame`.
 
         Args:
             step: how many were done.
             peft_model: the model in training.
-
-        Returns:
-            first_order, Σ_l a_l; layer_3, …, the same of each layer (−1: embeddings); and where the
-            exact readout was run, shift, g(1) − g(0), and readout, g(1).
 
         Raises:
             AdapterError, SiteError, ModelStateError: as for `Bank.first_order`.
@@ -86,6 +77,7 @@ class ShiftCallback(TrainerCallback):
         adapter = Adapter.from_peft(peft_model, self._name)
         is_exact = self._exact_every is not None and step % self._exact_every == 0
         attribution = cast(Attribution, self._bank.first_order(adapter, exact=is_exact))
+        self._said = attribution.readout, attribution.units
         means = {"first_order": attribution.total, "shift": attribution.shift}
         means |= {"readout": attribution.adapted}
         numbers = {name: float(values.mean()) for name, values in means.items()}
@@ -113,18 +105,14 @@ class ShiftCallback(TrainerCallback):
         return pd.DataFrame(self._rows)
 
     def plot(self) -> Figure:
-        """Σ a over the steps, and the exact shift where it was run.
-
-        Raises:
-            ArgumentError: no step was measured yet.
-        """
+        """Σ a over the steps, and the exact shift where it was run; an error before any step."""
         if not self._rows:
             raise ArgumentError(f"no step was measured yet; the first is step {self._every}.")
-        frame, units = self.to_frame(), self._bank.units
-        exact = frame.dropna(subset=["shift"])
+        frame, (readout, units) = self.to_frame(), self._said
+        steps, first, shift = (frame[c].tolist() for c in ("step", "first_order", "shift"))
         lines = [
-            curve(frame["step"], frame["first_order"], "first order", LINEAR, "%{y:.4g}"),
-            curve(exact["step"], exact["shift"], "exact shift", EXACT, "%{y:.4g}", marker={}),
+            curve(steps, first, "first order", LINEAR, "%{y:.4g}"),
+            curve(steps, shift, "exact shift", EXACT, "%{y:.4g}", marker={}, connectgaps=True),
         ]
-        titles = f"{self._bank.readout} while training", "mean over prompts, at ε = 0"
+        titles = f"{readout} while training", "mean over prompts, at ε = 0"
         return finish(Figure(lines), titles, ("step", units), legend=BELOW)
