@@ -8,6 +8,8 @@ numbers. Results at `--out` of another sweep are refused before the model is loa
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -168,7 +170,14 @@ def scan(
         prompts, readout = running.margin_of(model, questions)
         kept = f"Finished adapters are kept beside {out}; run the same command again to resume."
         with quiet_libraries(), running.told_if_interrupted(lambda: kept):
-            bank = ll.bank(model, prompts, readout, hf_model=beside, max_memory=base.max_memory)
+            bank = ll.bank(
+                model,
+                prompts,
+                readout,
+                hf_model=beside,
+                max_memory=base.max_memory,
+                progress=not quiet,
+            )
             table = bank.scan(folder, group=group, out=out, resume=resume, progress=not quiet)
         if processes.is_main:
             _print_scan(table, out)
@@ -178,11 +187,14 @@ def scan(
 
 def _print_scan(table: pd.DataFrame, out: Path) -> None:
     """The adapters of largest Σ a, those that cannot be used, and where all numbers are."""
-    totals = table.groupby("adapter", as_index=False)["total"].mean().dropna()
-    running.say(f"Σ a, mean over prompts, of {len(totals)} adapters; the largest:")
-    largest = totals.sort_values("total", key=abs, ascending=False).head(_SHOWN_ERRORS)
-    for name, total in zip(largest["adapter"], largest["total"], strict=True):
-        running.say(f"  {total:+9.3g}  {name}")
+    totals: dict[str, list[float]] = {}
+    for name, total in zip(table["adapter"], table["total"], strict=True):
+        if not math.isnan(total):
+            totals.setdefault(name, []).append(total)
+    means = {name: statistics.fmean(values) for name, values in totals.items()}
+    running.say(f"Σ a, mean over prompts, of {len(means)} adapters; the largest:")
+    for name in sorted(means, key=lambda name: -abs(means[name]))[:_SHOWN_ERRORS]:
+        running.say(f"  {means[name]:+9.3g}  {name}")
     bad = table[table["error"].notna()]
     for name, error in zip(bad["adapter"][:_SHOWN_ERRORS], bad["error"], strict=False):
         running.say(f"  {name}: {error}")

@@ -83,7 +83,7 @@ class HeldBank:
 
     Attributes:
         tensors: z and G by name.
-        readouts, several: what is read, and whether it came as a list.
+        readouts, several: the readouts, and whether they came as a list.
         modules: globs of the modules that were recorded.
         about: the model's fingerprint as JSON, once it is saved.
     """
@@ -128,7 +128,7 @@ class Bank:
         Cost: no pass; with `exact` one forward pass for each readout.
 
         Args:
-            adapter: of the bank's base.
+            adapter: any adapter of the bank's base.
             by: any of 'position', 'head', 'expert' and 'rank'; of a bank by token also 'token'.
             gauge: the meaning of a rank, as for `ll.first_order`.
             exact: whether the adapted model is run for the exact shift, which is NaN otherwise.
@@ -138,7 +138,7 @@ class Bank:
 
         Raises:
             SiteError: a module that the bank lacks, or that the model lacks.
-            AdapterError, ModelStateError: as for a new LoraLens; a model that has changed since.
+            AdapterError, ModelStateError: a model that has changed since; as for a new LoraLens.
             ArgumentError: another axis or gauge; `exact` of a bank that was read from a file.
             NumericsError: non-finite derivatives, naming the site.
         """
@@ -341,7 +341,7 @@ def bank(
     Args:
         model: a HookedTransformer or a TransformerBridge, raw or processed, without other hooks.
         prompts: strings, conversations, ids, or `Prompts`.
-        readout: what is read of the logits, or several readouts.
+        readout: a readout of the logits, or a list of several.
         hf_model: the unprocessed Hugging Face base, needed where LoraLens needs it.
         modules: globs of Hugging Face module paths that adapters may target; by default all linear
             maps, embeddings, norms, stacks of experts and the head.
@@ -383,7 +383,7 @@ def load_bank(path: str | Path, model: Any, *, hf_model: nn.Module | None = None
     Args:
         path: the file to read.
         model: the hooked model, with the weights, dtype, settings and tokenizer of that time.
-        hf_model: as for `ll.bank`.
+        hf_model: the base that `ll.bank` was given, if any.
 
     Raises:
         LensLoraError: no such file, another kind of file, or a damaged one.

@@ -28,7 +28,7 @@ class ShiftCallback(TrainerCallback):
     Without a Trainer, call `measure(step, peft_model)` in the loop.
 
     Args:
-        bank: of the base, with a single readout.
+        bank: a bank of the base, with a single readout.
         every: steps between two measurements, each a `bank.first_order`.
         exact_every: steps between two exact readouts, a multiple of `every`; None for none.
         adapter_name: the adapter that is trained.
@@ -72,7 +72,7 @@ class ShiftCallback(TrainerCallback):
             peft_model: the model in training.
 
         Raises:
-            AdapterError, SiteError, ModelStateError: as for `Bank.first_order`.
+            AdapterError, SiteError, ModelStateError: the errors of `Bank.first_order`.
         """
         adapter = Adapter.from_peft(peft_model, self._name)
         is_exact = self._exact_every is not None and step % self._exact_every == 0
@@ -90,7 +90,7 @@ class ShiftCallback(TrainerCallback):
         """Measure at every k-th step.
 
         Args:
-            args, state, control, kwargs: as transformers passes them.
+            args, state, control, kwargs: transformers' own.
         """
         if state.global_step % self._every == 0:
             measured = self.measure(state.global_step, kwargs["model"])
