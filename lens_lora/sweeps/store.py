@@ -290,7 +290,6 @@ def fingerprint(
 ) -> Fingerprint:
     """All that decides a number besides its record: one field for each name."""
     model, base = lens.model, getattr(lens, "_hf_model", None)
-    refuse_writers(hook for _, hook in _hooks(model))
     about = fingerprint_without_model(lens.adapter, analyses, readout, version)
     return {
         **lens.describe(),
@@ -416,6 +415,7 @@ def _readout(readout: Any) -> tuple[str, list[str]]:
 
 def settings(model: Any) -> dict[str, Any]:
     """All that decides a model's numbers besides its weights: configuration, attributes, hooks."""
+    refuse_writers(hook for _, hook in _hooks(model))
     hooks = [f"{place}: {json.dumps(_plain(hook, []))}" for place, hook in _hooks(model)]
     return {**_configuration(model), **_attributes(model), "hooks": hooks}
 
