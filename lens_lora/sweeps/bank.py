@@ -67,8 +67,7 @@ class HeldReadout:
 
     Attributes:
         halves: the base's half, of one group of prompts after another.
-        response: each prompt's y_1 … y_T, of a bank by token.
-        labels: base, which is g(0) of each prompt, str_tokens, readout and units.
+        response, labels: as in `Attribution`; base, str_tokens, readout and units.
     """
 
     halves: tuple[Half, ...]
@@ -334,9 +333,8 @@ def bank(
 ) -> Bank:
     """The base's half of first order, for any number of adapters of this model.
 
-    Cost: two forward passes and one backward for each readout, and as much again where the model's
-    norms can change; by token a backward pass for each token. Memory, for each token and readout:
-    the inputs and outputs of all modules.
+    Cost: two forward passes and one backward for each readout (more where norms can change, and a
+    backward pass for each token by token). It holds the inputs and outputs of all modules.
 
     Args:
         model: a HookedTransformer or a TransformerBridge, raw or processed, without other hooks.
