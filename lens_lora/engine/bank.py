@@ -126,6 +126,7 @@ class Half:
     owner: Int[Tensor, " row"]
     columns: tuple[_Pairs, ...]
 
+    @torch.no_grad()
     def slopes(
         self, lens: LoraLens, tensors: Mapping[str, Tensor], axes: tuple[str, ...] = ()
     ) -> Float[Tensor, "batch site *by"]:
@@ -163,10 +164,11 @@ def _recorded(
             "counted as zero. Make a bank of more modules (modules=), or leave this one out: "
             f"adapter.without({site.module!r})."
         )
-    for gradient, z in ((tensors[g], tensors[z]) for g, z in column[place]):
-        is_constant = ports.read is None
-        shape = (*gradient.shape[:2], injection.map.width)
-        yield gradient, gradient.new_zeros(shape) if is_constant else z
+    for names in column[place]:
+        gradient, z = (tensors[name].to(injection.map.device) for name in names)
+        if ports.read is None:
+            z = gradient.new_zeros(*gradient.shape[:2], injection.map.width)
+        yield gradient, z
 
 
 def _no_read(logits: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class ShiftCallback(TrainerCallback):
         Args:
             args, state, control, kwargs: transformers' own.
         """
-        if state.global_step % self._every == 0:
+        if state.is_world_process_zero and state.global_step % self._every == 0:
             measured = self.measure(state.global_step, kwargs["model"])
             numbers = {f"lens_lora/{name}": value for name, value in measured.items()}
             if self._log is None:

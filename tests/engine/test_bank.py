@@ -174,6 +174,18 @@ def test_the_exact_shift_is_run_only_where_it_is_asked_for():
     assert found.relative_norm == expected.relative_norm and "remainder" in repr(found)
 
 
+def test_live_factors_leave_no_graph():
+    """Those of an adapter in training require gradients; its numbers do not."""
+    lens = cases.case("llama", BRIDGE, "raw").lens
+    live = ll.Adapter.from_factors({
+        key: dataclasses.replace(update, A=update.A.clone().requires_grad_())
+        for key, update in lens.adapter.modules.items()
+    })  # fmt: skip
+    found = bank_of(lens).first_order(live).values
+    assert not found.requires_grad
+    assert torch.equal(found, bank_of(lens).first_order(lens.adapter).values)
+
+
 # --- What a bank lacks, and what has changed
 
 

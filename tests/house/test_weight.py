@@ -27,7 +27,7 @@ LIMITS = {
     # each thing once), and gradients, spreads of directions (170), verify (590) and directions,
     # contrast and what is done with them (810) came. Then the bank, in files, its scans, their
     # command and a training's callback (630).
-    "code lines": 26_404,
+    "code lines": 26_406,
     "docstring lines": 9_000,
     "modules with one reader": 27,
     "modules at the root": 6,
