@@ -196,7 +196,7 @@ def _root_of_squares(norms: Iterable[Float[Tensor, ""]]) -> float:
     by_device: dict[torch.device, list[Tensor]] = collections.defaultdict(list)
     for norm in norms:
         by_device[norm.device].append(norm)
-    return math.hypot(*(float(torch.stack(part).norm()) for part in by_device.values()))
+    return math.hypot(*(float(torch.stack(part).detach().norm()) for part in by_device.values()))
 
 
 def make_plan(
