@@ -124,9 +124,7 @@ def test_biases_beside_copies(tmp_path):
             assert off(logits(lens_of(base, adapter, **flags)), logits(model)) < EXACT
     tensors[f"{q}.modules_to_save.bias"] += 1
     save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(
-        ll.errors.AdapterError, match="one tensor of one module.*two different ones"
-    ):
+    with pytest.raises(ll.errors.AdapterError, match="one tensor, and differ in the file"):
         ll.load_adapter(tmp_path)
 
 
