@@ -202,10 +202,9 @@ class Adapter:
             SiteError: a glob matches nothing, or a table names a module that is not here.
             ArgumentError: a table without a column 'module', or neither glob nor table.
         """
-        items: tuple[Any, ...] = which
-        keep: set[str] = set().union(
-            *(self._in_table(i) if hasattr(i, "columns") else self._matching(i) for i in items)
-        )
+        keep = set[str]()
+        for item in which:
+            keep |= self._in_table(item) if hasattr(item, "columns") else self._matching(item)
         return self._with({path: f for path, f in self.modules.items() if path in keep})
 
     def without(self, *globs: str) -> Adapter:
@@ -393,18 +392,14 @@ class Adapter:
     def _matching(self, glob: Any) -> set[str]:
         """The keys that match the glob, with or without the name of their part of a sum."""
         if not isinstance(glob, str):
-            raise ArgumentError(
-                f"{glob!r} names no modules; expected a glob of module paths, like '*.q_proj'."
-            )
+            raise ArgumentError(f"{glob!r}: expected a glob of module paths, like '*.q_proj'.")
         keys = {k for k in self.modules if any(fnmatch.filter((k, module_path(k)), glob))}
         if not keys:
-            raise SiteError(
-                f"{glob!r} matches no module of {self.name}, whose modules are "
-                f"{', '.join([*self.modules][:4])}, …"
-            )
+            shown = ", ".join([*self.modules][:4])
+            raise SiteError(f"{glob!r} matches no module of {self.name}, which has {shown}, …")
         return keys
 
-    def _in_table(self, table: DataFrame) -> set[str]:
+    def _in_table(self, table: Any) -> set[str]:
         """The keys of a table's modules, of a sum the parts that its sites name."""
         if "module" not in table.columns:
             raise ArgumentError(

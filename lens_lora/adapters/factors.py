@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lens_lora.compat import in_float64
-from lens_lora.errors import AdapterError, ArgumentError
+from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
 
 _VECTORS = ("lora_bias", "trained_bias", "magnitude")
 _TRAINED = ("weight", "bias", "base_weight")
@@ -93,9 +93,8 @@ class LoRAFactors:
             raise AdapterError(f"empty factors: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}.")
         for name, vector in _tensors(self, _VECTORS).items():
             if vector.shape != self.B.shape[:1]:
-                raise AdapterError(
-                    f"{name} is {tuple(vector.shape)} and B writes {self.B.shape[0]} features."
-                )
+                shape = tuple(vector.shape)
+                raise AdapterError(f"{name} is {shape} and B writes {len(self.B)} features.")
 
     @property
     def rank(self) -> int:
@@ -222,9 +221,8 @@ class TrainedModule:
         if self.weight is None and self.bias is None:
             raise AdapterError("a trained module has a weight or a bias, and this one has neither.")
         if self.weight is not None and (self.weight.ndim not in (1, 2) or 0 in self.weight.shape):
-            raise AdapterError(
-                f"weight is {tuple(self.weight.shape)}; expected a matrix, or a norm's vector."
-            )
+            shape = tuple(self.weight.shape)
+            raise AdapterError(f"weight is {shape}; expected a matrix, or a norm's vector.")
         if self.bias is not None and (self.bias.ndim != 1 or not len(self.bias)):
             raise AdapterError(f"bias is {tuple(self.bias.shape)}; expected a vector.")
         self._require_tokens()
@@ -240,7 +238,7 @@ class TrainedModule:
         ids, shape = self.tokens.tolist(), () if self.weight is None else self.weight.shape
         if self.tokens.ndim != 1 or len(shape) != 2 or len(ids) not in shape:
             raise AdapterError(
-                f"tokens are {ids}, and weight is {tuple(shape)}; expected one row each."
+                f"tokens are {ids}, weight is {tuple(shape)}; expected one row each."
             )
         if len(set(ids)) < len(ids) or min(ids) < 0:
             raise AdapterError(f"tokens are {ids}; expected ids from 0 on, each once.")
@@ -279,10 +277,7 @@ class TrainedModule:
         Raises:
             AdapterError: always: ΔW depends on the base model's weight.
         """
-        raise AdapterError(
-            "ΔW of a trained module depends on the base model's weight; lens.delta_w(site) of a "
-            "LoraLens returns it."
-        )
+        raise AdapterError("a trained module's ΔW depends on the base; see lens.delta_w(site).")
 
     def bias_norm(self) -> float:
         """‖Δb‖; NaN where a bias was trained, as that needs the base's."""
@@ -300,6 +295,21 @@ def base_part(update: ModuleUpdate) -> str | None:
     if update.magnitude is not None:
         return "DoRA's magnitude"
     return None if update.trained_bias is None else "a trained bias"
+
+
+def plain(path: str, update: ModuleUpdate) -> LoRAFactors:
+    """The update, if it is sBA and a change of bias that the file holds.
+
+    Raises:
+        UnsupportedAdapterError: DoRA, a trained module or bias.
+    """
+    part = base_part(update)
+    if isinstance(update, LoRAFactors) and part is None and update.base_weight is None:
+        return update
+    raise UnsupportedAdapterError(
+        f"{path}: the adapter holds {part or 'a weight of the base'}, so its ΔW depends on the "
+        "base model. Make it plain first: Adapter.between(base, peft_model.merge_and_unload())."
+    )
 
 
 def dense_factors(delta: Float[Tensor, "out in"]) -> LoRAFactors:
@@ -340,11 +350,8 @@ def _constant(path: str, vector: Any, like: Any) -> LoRAFactors:
     if not isinstance(vector, Tensor) or vector.ndim != 1 or not vector.is_floating_point():
         shown = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise AdapterError(f"{path}: {shown}; expected a vector of floating point, [out].")
-    vector = vector.detach().clone()
-    width = 1 if like is None else _input_width(path, like)
-    return LoRAFactors(
-        vector.new_zeros(1, width), vector.new_zeros(len(vector), 1), lora_bias=vector
-    )
+    A = vector.new_zeros(1, 1 if like is None else _input_width(path, like))
+    return LoRAFactors(A, vector.new_zeros(len(vector), 1), lora_bias=vector.detach().clone())
 
 
 def _input_width(path: str, like: Any) -> int:
@@ -353,20 +360,17 @@ def _input_width(path: str, like: Any) -> int:
             raise AdapterError(f"{path}: `like` holds no factors of this module.")
         return like[path]
     if not isinstance(like, nn.Module):
-        raise ArgumentError(
-            f"like is a {type(like).__name__}; expected the base model or an adapter of the same "
-            "modules."
-        )
+        raise ArgumentError(f"like is a {type(like).__name__}; expected the base or an adapter.")
     try:
         module: Any = like.get_submodule(path)
     except AttributeError as error:
         raise AdapterError(f"{path}: the model in `like` has no such module.") from error
     width = getattr(module, "in_features", None) or getattr(module, "nx", None)
     if width is None:
-        raise AdapterError(
-            f"{path}: a {type(module).__name__} is no linear module, and PEFT's format holds "
-            "constants of linear modules only."
+        fact = (
+            f"a {type(module).__name__}, and PEFT's format holds constants of linear modules only"
         )
+        raise AdapterError(f"{path}: {fact}.")
     return int(width)
 
 
@@ -409,9 +413,9 @@ def _require_products(sizes: Mapping[str, float], dtype: torch.dtype) -> None:
     for name, size in sizes.items():
         if not size <= limit:
             raise AdapterError(
-                f"{name} is too large to compute with: its norm is {size:.2g}, and products of "
-                f"norms beyond {limit:.2g} overflow in {dtype}. The training diverged, or the file "
-                "is damaged."
+                f"{name} is too large to compute with: its norm is {size:.2g}, and beyond "
+                f"{limit:.2g} products overflow in {dtype}. The training diverged, or the file is "
+                "damaged."
             )
 
 

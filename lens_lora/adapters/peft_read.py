@@ -343,8 +343,8 @@ def _file_factors(
         factors = of_experts(factors, factors.rank // rank)
     elif rank != factors.rank:
         raise AdapterError(
-            f"the config says rank {rank}, the tensors have rank {factors.rank}; is one of the files "
-            "another adapter's?"
+            f"the config says rank {rank}, the tensors have rank {factors.rank}; one of the two "
+            "files belongs to another adapter."
         )
     alpha = patterns.value("alpha_pattern", parameter or path, config.lora_alpha)
     return dataclasses.replace(factors, scale=_scale(alpha, rank, config.use_rslora))
