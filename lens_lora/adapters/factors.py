@@ -367,10 +367,8 @@ def _input_width(path: str, like: Any) -> int:
         raise AdapterError(f"{path}: the model in `like` has no such module.") from error
     width = getattr(module, "in_features", None) or getattr(module, "nx", None)
     if width is None:
-        fact = (
-            f"a {type(module).__name__}, and PEFT's format holds constants of linear modules only"
-        )
-        raise AdapterError(f"{path}: {fact}.")
+        kind = type(module).__name__
+        raise AdapterError(f"{path}: a {kind} is no linear module: PEFT has no constants of it.")
     return int(width)
 
 

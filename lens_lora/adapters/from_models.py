@@ -84,8 +84,8 @@ def configs_and_base(model: Any) -> tuple[dict[str, Any], nn.Module]:
     configs = getattr(model, "peft_config", None)
     if not isinstance(model, nn.Module) or not isinstance(configs, dict):
         raise ArgumentError(
-            f"from_peft takes a PeftModel, and this is a {type(model).__name__} without an adapter. "
-            "Of a folder: ll.load_adapter(path); of two models: ll.Adapter.between(base, tuned)."
+            f"from_peft takes a PeftModel, and this is a {type(model).__name__} without an "
+            "adapter. Use ll.load_adapter(folder), or, of two models, Adapter.between(base, tuned)."
         )
     unwrap = getattr(model, "get_base_model", None)
     return configs, model if unwrap is None else unwrap()
@@ -419,8 +419,8 @@ def _require_same_function(base: nn.Module, tuned: nn.Module, globs: Globs) -> N
     if differing:
         shown = "; ".join(f"{n} is {old.get(n)!r} and {new.get(n)!r}" for n in differing)
         raise AdapterError(
-            f"the two models are different functions, whatever their weights: {shown}. If they were "
-            "trained with the same configuration, load both with it."
+            f"the two models are different functions, whatever their weights: {shown}. If they "
+            "were trained with the same configuration, load both with it."
         )
     _require_same_logits(base, tuned, globs)
 

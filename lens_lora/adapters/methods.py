@@ -79,8 +79,8 @@ def updates_over_base(
         missing, unknown = _missing(model, keys.missing_keys), keys.unexpected_keys
         if missing or unknown:
             raise AdapterError(
-                f"{len(missing)} tensors are missing from the file, and {len(unknown)} in it belong "
-                f"to no module of this base: {[*missing, *unknown][:3]}."
+                f"{len(missing)} tensors are missing from the file, and {len(unknown)} in it "
+                f"belong to no module of this base: {[*missing, *unknown][:3]}."
             )
         measured = functools.partial(measured_updates, base=base)
         return from_models.live_updates(model, "default", measured)[0], name

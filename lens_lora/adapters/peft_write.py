@@ -110,8 +110,8 @@ def _refuse_mixtures(name: str, modules: _Factors) -> None:
         raise UnsupportedAdapterError(f"{name}: {fact}; PEFT has no DoRA with a lora_bias.")
     if biased and embeddings:
         raise UnsupportedAdapterError(
-            f"{name}: {biased[0]} has a lora_bias, so {embeddings[0]} must have one too, but PEFT has "
-            "no embedding with a lora_bias. Save embeddings apart: adapter.only(…)."
+            f"{name}: {biased[0]} has a lora_bias, so {embeddings[0]} must have one too, but PEFT "
+            "has no embedding with a lora_bias. Save embeddings apart: adapter.only(…)."
         )
 
 

@@ -53,7 +53,7 @@ from lens_lora.engine.texts import by_length
 from lens_lora.errors import ArgumentError, PromptError
 from lens_lora.evaluation import rankings
 from lens_lora.evaluation.compare import Comparison, Reliability, compare, judged
-from lens_lora.evaluation.faithfulness import Faithfulness, counts_of, curves_of
+from lens_lora.evaluation.faithfulness import RANDOM_DRAWS, Faithfulness, counts_of, curves_of
 from lens_lora.evaluation.null_test import NullTest, null_test_of
 from lens_lora.model.generate import SideBySide, side_by_side
 from lens_lora.model.hooks import alone
@@ -72,6 +72,7 @@ _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 _TOKENS_AT_ONCE = 2048  # of prompts of like length, padded
 _QUICK_STEPS, _SLOW_STEPS = 5, 5
 _ANSWER = {False: 48, True: 12}  # tokens that both models say, by `fast`
+Said = Mapping[str, tuple[tuple[str, float], ...]]
 
 
 @final
@@ -100,7 +101,7 @@ class Explanation(Paged):
 
     prompt: tuple[str, ...]
     margin: FactMargin
-    said: Mapping[str, tuple[tuple[str, float], ...]]
+    said: Said
     probabilities: Float[Tensor, "end=2 vocab"]
     shift: LogitShift
     module_shift: LogitShift
@@ -377,10 +378,10 @@ def _explain_margins(
             is_one = len(indices) == 1
             together = by_prompt[indices[0]] if is_one else _about(asked, indices, *answers)
             labels = [by_prompt[i].readout.label for i in indices]
-            quick = _quick(together, *answers, labels, fast, null, bar, progress)
+            quick = _quick(together, answers, labels, fast, null, bar)
             explanations |= zip(indices, quick, strict=True)
             for i in [] if fast else indices:
-                explanations[i] = _in_full(by_prompt[i], explanations[i], bar, progress)
+                explanations[i] = _in_full(by_prompt[i], explanations[i], bar)
     return tuple(explanations[i] for i in range(batch))
 
 
@@ -400,18 +401,12 @@ def _together(by_prompt: Sequence[Asked], asked: Asked) -> Iterator[list[int]]:
 
 
 def _quick(
-    asked: Asked,
-    doc: AnswerLike,
-    pre: AnswerLike,
-    labels: Sequence[str],
-    fast: bool,
-    null: int,
-    bar: tqdm,
-    progress: bool,
+    asked: Asked, answers: Sequence[Any], labels: Sequence[str], fast: bool, null: int, bar: tqdm
 ) -> list[Explanation]:
-    """What takes few passes, for all prompts in the same ones."""
+    """What takes few passes, for all prompts in the same ones; answers are those of doc and pre."""
+    progress = not bar.disable
     with _step(bar, "the margin along the path"):
-        margin = fact_margin_of(asked, doc, pre, by="position", progress=False)
+        margin = fact_margin_of(asked, *answers, by="position", progress=False)
     first = dataclasses.replace(margin.attribution, values=margin.attribution.per_site, by=())
     with _step(bar, "tokens promoted and suppressed"):
         shift = joint_logit_shift(asked)
@@ -420,7 +415,7 @@ def _quick(
         rows = [in_float64(asked.prompts.at_read(logits)).softmax(-1) for logits in ends]
         probabilities = torch.stack(rows, dim=1)
     with _step(bar, "what both models answer"):
-        answers = side_by_side(asked.lens, asked.prompts, _ANSWER[fast], progress=progress)
+        said = side_by_side(asked.lens, asked.prompts, _ANSWER[fast], progress=progress)
     with _step(bar, "first order at the adapted end"):
         adapted_end = first_order_of(asked, at=1.0)
     with _step(bar, "second order"):
@@ -428,7 +423,7 @@ def _quick(
     test, prompts = None, asked.lens.str_tokens(asked.prompts)
     if null:
         with _step(bar, f"{null} null adapters"):
-            test = null_test_of(asked, first, draws=null, progress=progress)
+            test = null_test_of(asked, first, null, 0, progress)
     return [
         Explanation(
             prompt=tokens,
@@ -441,14 +436,15 @@ def _quick(
             second_order=one_prompt(second, i, label),
             reliability={},
             null=None if test is None else one_prompt(test, i, label),
-            answers=answers[i],
+            answers=said[i],
         )
         for i, (tokens, label) in enumerate(zip(prompts, labels, strict=True))
     ]
 
 
-def _in_full(asked: Asked, quick: Explanation, bar: tqdm, progress: bool) -> Explanation:
+def _in_full(asked: Asked, quick: Explanation, bar: tqdm) -> Explanation:
     """The same with what takes many passes: real interventions, coupling, path integral."""
+    progress = not bar.disable
     with _step(bar, "each site added"):
         add_one = patch_sites_of(asked, "add_one", progress=progress)
     with _step(bar, "each site left out"):
@@ -467,7 +463,7 @@ def _in_full(asked: Asked, quick: Explanation, bar: tqdm, progress: bool) -> Exp
         scores = rankings.scores_towards(asked, given, baselines=True)
         orders = {name: rankings.by_score(score) for name, score in scores.items()}
         counts = counts_of(_FRACTIONS, len(asked.lens.sites))
-        curves = curves_of(asked, orders, counts, progress=progress)
+        curves = curves_of(asked, orders, counts, RANDOM_DRAWS, 0, progress)
     return dataclasses.replace(
         quick,
         reliability=reliability,
@@ -493,9 +489,7 @@ def _shifts_of_the_largest(asked: Asked, shift: LogitShift, first: Attribution) 
     return shifts
 
 
-def _said(
-    asked: Asked, probabilities: Float[Tensor, "end vocab"]
-) -> dict[str, tuple[tuple[str, float], ...]]:
+def _said(asked: Asked, probabilities: Float[Tensor, "end vocab"]) -> Said:
     top = probabilities.topk(min(_SAID, probabilities.shape[1]))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     said = [tuple(zip(asked.lens.decode(ids), values, strict=True)) for ids, values in pairs]
@@ -528,16 +522,16 @@ def _explain_response(
                 lambda: differentiable_tokens(lens, asked.reading)[:, moved_tokens].T,
                 progress=False,
             )[:, 0]
-        explanation = ResponseExplanation(
-            is_generated, shifts, modules, moved, tuple(moved_tokens), answers=answers
-        )
-        return explanation if fast else _response_in_full(asked, kl, explanation, bar, progress)
+        which = tuple(moved_tokens)
+        quick = ResponseExplanation(is_generated, shifts, modules, moved, which, answers=answers)
+        return quick if fast else _response_in_full(asked, kl, quick, bar)
 
 
 def _response_in_full(
-    asked: Asked, kl: Asked, quick: ResponseExplanation, bar: tqdm, progress: bool
+    asked: Asked, kl: Asked, quick: ResponseExplanation, bar: tqdm
 ) -> ResponseExplanation:
     """The same with what takes many passes: the path integral, and real interventions."""
+    progress = not bar.disable
     with _step(bar, "path integral"):
         path = path_attribution_of(kl, progress=progress)
     lens = asked.lens
@@ -545,19 +539,12 @@ def _response_in_full(
     added = indicator(groups, len(lens.sites))
     ends = torch.zeros_like(added[:1]), torch.ones_like(added[:1])
     points = torch.cat([*ends, added, 1 - added]).to(lens.device, lens.gate_dtype)
-    what = "each layer added and left out"
-    values = gated_readout(
-        lens, asked.reading, points, progress=progress, what=what, read=read_tokens
-    )[0]
+    how: Any = {"what": "each layer added and left out", "read": read_tokens}
+    (values,) = gated_readout(lens, asked.reading, points, progress=progress, **how)
     base, adapted, alone, without = values.split([1, 1, len(groups), len(groups)])
     bar.update()
-    return dataclasses.replace(
-        quick,
-        path=path,
-        add_one=alone - base,
-        leave_one_out=adapted - without,
-        groups=tuple(groups),
-    )
+    effects = {"add_one": alone - base, "leave_one_out": adapted - without}
+    return dataclasses.replace(quick, path=path, groups=tuple(groups), **effects)
 
 
 # --- one prompt's share of a result of several: the same result with a batch of one

@@ -160,11 +160,11 @@ def null_test(
     """
     draws, seed = whole("draws", draws, 2), whole("seed", seed, 0)  # two, for a spread
     asked = ask(lens, prompts, readout).require_slope_at_base()
-    return null_test_of(asked, first_order_of(asked), draws=draws, seed=seed, progress=progress)
+    return null_test_of(asked, first_order_of(asked), draws, seed, progress)
 
 
 def null_test_of(
-    asked: Asked, first: Attribution, *, draws: int, seed: int = 0, progress: bool
+    asked: Asked, first: Attribution, draws: int, seed: int, progress: bool
 ) -> NullTest:
     """`null_test` of a question that is already tokenised."""
     slopes, shifts = [], []
@@ -176,13 +176,7 @@ def null_test_of(
             adapted = gated_readout(other, asked.reading, gates, progress=False)[:, 0]
             shifts.append(adapted - first.base)
             bar.update()
-    return NullTest(
-        observed=first,
-        null=torch.stack(slopes),
-        null_shift=torch.stack(shifts),
-        seed=seed,
-        noise_floor=asked.noise_floor,
-    )
+    return NullTest(first, torch.stack(slopes), torch.stack(shifts), seed, asked.noise_floor)
 
 
 def _p(observed: Float[Tensor, "*rest"], null: Float[Tensor, " draw *rest"]) -> Tensor:

@@ -41,9 +41,10 @@ another. A ranking's own share, as a share of this, is how much of what is attai
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal, final, get_args
+from typing import Annotated, Any, Literal, final, get_args
 
 import pandas as pd
 import torch
@@ -72,6 +73,7 @@ from lens_lora.results.base import SIGMAS, Measured, header, site_labels
 from lens_lora.results.effects import Effects
 
 Scores = Attribution | Effects | Float[Tensor, "*batch site"]
+BySite = Float[Tensor, "batch site"]
 Over = Literal["sites", "heads"]
 
 
@@ -86,23 +88,19 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
     if isinstance(attribution, Tensor):
         return {"given": attribution}
     if not isinstance(attribution, Mapping):
-        raise ArgumentError(
-            f"{attribution!r} ranks nothing; pass an Attribution, Effects, a tensor [site], or "
-            "{name: one of these}."
-        )
+        expected = "an Attribution, Effects, a tensor [site], or {name: one of these}"
+        raise ArgumentError(f"{attribution!r} ranks nothing; pass {expected}.")
     taken = {keys.WEIGHT_NORM, keys.UPDATE_NORM, keys.RANDOM, keys.GREEDY} & set(attribution)
-    if taken or not attribution:
-        raise ArgumentError(
-            f"{sorted(taken)} are names of baselines; give the scores others."
-            if taken
-            else "no attribution to rank by; pass one, or {name: attribution}."
-        )
+    if taken:
+        raise ArgumentError(f"{sorted(taken)} are names of baselines; give the scores others.")
+    if not attribution:
+        raise ArgumentError("no attribution to rank by; pass one, or {name: attribution}.")
     return dict(attribution)
 
 
 def scores_towards(
     asked: Asked, given: Mapping[str, Scores], *, baselines: bool
-) -> dict[str, Float[Tensor, "batch site"]]:
+) -> dict[str, BySite]:
     """Each score · sign(shift), so that the largest pushes furthest the way the adapter moved g.
 
     Raises:
@@ -117,7 +115,7 @@ def scores_towards(
     return scores
 
 
-def _values_of(name: str, score: Scores, asked: Asked) -> Float[Tensor, "batch site"]:
+def _values_of(name: str, score: Scores, asked: Asked) -> BySite:
     """The score as one number per prompt and site.
 
     Raises:
@@ -225,10 +223,8 @@ def foils(
         keys.NORM_PRODUCT: first.shift.sign()[:, None].to(signs) * delta * gradient,
         keys.SIGNED_RANDOM: signs * noise.to(signs),
     }
-    return {
-        key: dataclasses.replace(first, values=values.to(signs), method=key, mode="")
-        for key, values in scores.items()
-    }
+    foil = functools.partial(dataclasses.replace, first, mode="")
+    return {key: foil(values=values.to(signs), method=key) for key, values in scores.items()}
 
 
 # --- The best set of so many sites.
@@ -430,11 +426,9 @@ def _split(batch: int, held_out: Sequence[int]) -> tuple[list[int], list[int]]:
     return searched, judged
 
 
-def _counts(
-    over: Over, every: int, size: float | Sequence[float], k: int | Sequence[int] | None
-) -> tuple[int, ...]:
+def _counts(over: Over, every: int, size: Any, k: Any) -> tuple[int, ...]:
     if k is not None:
-        counts = [whole("k", count, 1) for count in (k if _is_several(k) else [k])]  # type: ignore[union-attr]
+        counts = [whole("k", count, 1) for count in (k if _is_several(k) else [k])]
     else:
         fractions = numbers_of("size", size) if _is_several(size) else [number("size", size)]
         for fraction in fractions:
@@ -536,10 +530,8 @@ def _best_set(search: _Search, count: int, scores: Mapping[str, Float[Tensor, " 
     candidates = torch.stack([*(_top(score, count) for score in scores.values()), *climbed])
     sets, index = torch.unique(candidates, dim=0, return_inverse=True)
     kept, first = search.kept(sets.double()), index.tolist().index
-    starts = [
-        _Best(sets[i], float(kept[i]), names[first(i)])
-        for i in kept.argsort(descending=True)[:_STARTS].tolist()
-    ]
+    best = kept.argsort(descending=True)[:_STARTS].tolist()
+    starts = [_Best(sets[i], float(kept[i]), names[first(i)]) for i in best]
     return max((_swapped(search, start) for start in starts), key=lambda best: best.kept)
 
 
@@ -579,9 +571,8 @@ def _swapped(search: _Search, start: _Best) -> _Best:
         better = _best_of(search, best, _exchanges(members, search.gradient(members.double())))
         inside = int(members.sum())
         if better is None and inside * (len(members) - inside) <= _FEW_PAIRS:
-            better = _best_of(
-                search, best, _pairs(members, members.nonzero(), (~members).nonzero())
-            )
+            every = _pairs(members, members.nonzero(), (~members).nonzero())
+            better = _best_of(search, best, every)
         if better is None:
             return best
         best = better
@@ -606,15 +597,11 @@ def _exchanges(members: Bool[Tensor, " site"], slopes: Float[Tensor, " site"]) -
     return torch.cat([_pairs(members, outs[:_OUTS, None], ins[:_INS, None]), *blocks])
 
 
-def _pairs(
-    members: Bool[Tensor, " site"], outs: Int[Tensor, "out 1"], ins: Int[Tensor, "in 1"]
-) -> Sets:
+def _pairs(members: Tensor, outs: Int[Tensor, "out 1"], ins: Int[Tensor, "in 1"]) -> Sets:
     return torch.cat([_exchanged(members, *pair) for pair in itertools.product(outs, ins)])
 
 
-def _exchanged(
-    members: Bool[Tensor, " site"], outs: Int[Tensor, " swapped"], ins: Int[Tensor, " swapped"]
-) -> Bool[Tensor, "1 site"]:
+def _exchanged(members: Tensor, outs: Int[Tensor, " out"], ins: Int[Tensor, " out"]) -> Sets:
     changed = members.clone()
     changed[outs], changed[ins] = False, True
     return changed[None]

@@ -69,16 +69,15 @@ class Generated:
 # --- The tokens of an answer
 
 
-AnswerLike = (
-    str | int | Int[Tensor, " _token"] | Sequence[str | int | Int[Tensor, " _token"]] | Generated
-)
+_One = str | int | Int[Tensor, " _token"]
+AnswerLike = _One | Sequence[_One] | Generated
 Ids = tuple[int, ...]
 Way = Literal["base_to_adapted", "adapted_to_base"]
 
 
 def answer_ids(model: Any, answer: AnswerLike, batch: int, before: Before = ()) -> list[Ids]:
     """The token ids of each prompt's answer."""
-    pairs = readout.with_texts("answer", items_of(answer, batch), batch, before)
+    pairs = zip(items_of(answer, batch), before or (None,) * batch, strict=True)
     return [_ids(model, item, text) for item, text in pairs]
 
 
@@ -87,7 +86,7 @@ def items_of(answer: AnswerLike, batch: int) -> list[str | int | Tensor]:
     items = answer.ids if isinstance(answer, Generated) else answer
     if isinstance(items, Tensor):
         return [items] * batch
-    return readout.per_prompt("answer", items, batch, "a string with its leading space, a token id")
+    return readout.per_prompt("answer", items, batch, "a string with its leading space")
 
 
 def _ids(model: Any, answer: str | int | Tensor, before: str | None) -> Ids:
@@ -191,10 +190,7 @@ class AnswerMargin(Readout):
         """
         docs, pres = (response_ids(model, a, prompts) for a in (self.doc, self.pre))
         if any(doc == pre for doc, pre in zip(docs, pres, strict=True)):
-            raise TokenError(
-                f"doc and pre are the same tokens ({_name(self.doc)} and {_name(self.pre)}), so "
-                "their margin is zero whatever the model does."
-            )
+            raise readout.same_answers("tokens", self.doc, self.pre)
         pairs = [[(doc, 1.0), (pre, -1.0)] for doc, pre in zip(docs, pres, strict=True)]
         return _reading(model, prompts, pairs)
 
@@ -293,8 +289,7 @@ def response_ids(model: Any, answer: AnswerLike, prompts: Prompts) -> list[Ids]:
         if special.issuperset(ids):
             raise TokenError(
                 f"the answer to {which_prompt(i, prompts.batch)} is {pieces(model, ids)}, special "
-                "tokens only, so it says nothing; for a special token itself use Logit, LogProb "
-                "or Margin."
+                "tokens only, so it says nothing; of the token itself use Logit, LogProb or Margin."
             )
     return answers
 
@@ -308,8 +303,11 @@ def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
     return dataclasses.replace(ready, sources=prompts.sources)
 
 
+_Ints = Sequence[int]
+
+
 def _padded(
-    model: Any, prompts: Prompts, rows: list[Tensor], owner: Sequence[int], reads: list[int]
+    model: Any, prompts: Prompts, rows: list[Tensor], owner: _Ints, reads: _Ints
 ) -> Prompts:
     """Rows of prompts with answers, which the context must hold."""
     lengths = prompts.lengths.new_tensor([len(row) for row in rows])

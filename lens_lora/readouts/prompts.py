@@ -98,17 +98,13 @@ class Prompts:
             )
         if not self.tokens.numel() or int(self.lengths.min()) < 1:
             raise PromptError("an empty prompt has no position to read; give at least one token.")
-        if int(self.lengths.max()) > self.tokens.shape[1]:
-            raise PromptError(
-                f"a length of {int(self.lengths.max())} exceeds the {self.tokens.shape[1]} "
-                "positions of the tokens."
-            )
+        longest, positions = int(self.lengths.max()), self.tokens.shape[1]
+        if longest > positions:
+            raise PromptError(f"a length of {longest} exceeds the tokens' {positions} positions.")
         if not self.sources:
             object.__setattr__(self, "sources", (Source(),) * len(self.lengths))
         if len(self.sources) != len(self.lengths):
-            raise PromptError(
-                f"{len(self.sources)} sources for {len(self.lengths)} prompts; give one of each."
-            )
+            raise PromptError(f"{len(self.sources)} sources for {self.batch} prompts; give each.")
         if self.reads is not None:
             object.__setattr__(self, "reads", arguments.integers("reads", self.reads, PromptError))
             outside = (self.reads < 1) | (self.reads > self.lengths)
@@ -134,10 +130,9 @@ class Prompts:
         by_source: dict[str, list[str]] = {}
         for i, source in enumerate(self.sources):
             by_source.setdefault(source.how, []).append(str(i))
-        parts = [
-            how if len(by_source) == 1 else f"{how} ({', '.join(prompts)})"
-            for how, prompts in by_source.items()
-        ]
+        parts = [f"{how} ({', '.join(prompts)})" for how, prompts in by_source.items()]
+        if len(by_source) == 1:
+            parts = list(by_source)
         if _ADDED in by_source:
             parts.append("prepend_bos=False adds none")
         return f"Prompts({self.batch} of {sizes} tokens; {'; '.join(parts)})"
@@ -329,17 +324,13 @@ def _tokenise(model: Any, prompts: PromptsLike, prepend_bos: bool | None) -> Pro
         return _from_tensor(model, prompts.to(device))
     if isinstance(prompts, Mapping) and "input_ids" in prompts:
         return _from_mask(model, prompts)
-    conversations = conversations_in(prompts)
-    if conversations is None:
+    talks = conversations_in(prompts)
+    if talks is None:
         return _of_texts(model, _strings(prompts), prepend_bos)
-    tokenizer, count = _tokenizer(model), len(conversations)
-    templated = [
-        of_template(tokenizer, messages, which_prompt(i, count))
-        for i, messages in enumerate(conversations)
-    ]
-    named = zip(templated, names_of(conversations), strict=True)
-    rows = [(ids, Source(text, "chat template", name)) for (text, ids), name in named]
-    return _padded(model, rows)
+    tokenizer, count = _tokenizer(model), len(talks)
+    ready = [of_template(tokenizer, m, which_prompt(i, count)) for i, m in enumerate(talks)]
+    named = zip(ready, names_of(talks), strict=True)
+    return _padded(model, [(ids, Source(t, "chat template", name)) for (t, ids), name in named])
 
 
 def _tokenizer(model: Any) -> Any:
@@ -390,10 +381,8 @@ def special_id(model: Any, name: str) -> int | None:
 def _of_texts(model: Any, texts: Sequence[str], prepend_bos: bool | None) -> Prompts:
     tokenizer, bos = _tokenizer(model), special_id(model, "bos")
     if prepend_bos and bos is None:
-        raise PromptError(
-            "prepend_bos=True, and the tokenizer has no BOS that this model reads; leave it out, "
-            "or pass token ids."
-        )
+        fact = "the tokenizer has no BOS that this model reads"
+        raise PromptError(f"prepend_bos=True, and {fact}; leave it out, or pass token ids.")
     is_plain = bos is None and not getattr(model.cfg, "tokenizer_prepends_bos", True)
     options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
 
@@ -431,9 +420,7 @@ def _strings(prompts: Any) -> list[str]:
         raise PromptError("no prompts: the list is empty; give at least one.")
     if "" in strings:
         empty = which_prompt(strings.index(""), len(strings))
-        raise PromptError(
-            f"{empty} is empty, so there is no token to read at; give it at least one word."
-        )
+        raise PromptError(f"{empty} is empty, so there is no token to read at; give it a word.")
     for i, string in enumerate(strings):
         arguments.text(which_prompt(i, len(strings)), string, PromptError)
     return strings
@@ -484,8 +471,8 @@ def _from_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
     mask = given["attention_mask"].to(device)
     if ids.ndim != 2 or mask.shape != ids.shape:
         raise PromptError(
-            f"input_ids are {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}; expected "
-            "[batch, pos] of both."
+            f"input_ids are {tuple(ids.shape)}, attention_mask {tuple(mask.shape)}; expected two "
+            "of [batch, pos]."
         )
     rows: list[_Row] = []
     for row, real in zip(ids, mask, strict=True):

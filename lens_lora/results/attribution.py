@@ -215,10 +215,8 @@ class Attribution(Ranked):
             ArgumentError: no such prompt, or an axis that the attribution was not split by.
         """
         if axis not in self.by:
-            raise ArgumentError(
-                f"the attribution is split by {self.by or 'nothing'}, not by {axis!r}; compute it "
-                f"with by={axis!r}."
-            )
+            fact = f"the attribution is split by {self.by or 'nothing'}, not by {axis!r}"
+            raise ArgumentError(f"{fact}; compute it with by={axis!r}.")
         rows = prompt_rows(prompt, len(self.base))
         values, exists = self.values[rows].cpu().double().mean(0), self.exists[rows].any(0)
         for dim, name in reversed(list(enumerate(self.by, start=1))):

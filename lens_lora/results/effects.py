@@ -91,10 +91,8 @@ class Effects(Ranked):
             ArgumentError: it is of other sites, or the groups are single ranks.
         """
         if self.of != "site":
-            raise ArgumentError(
-                f"effects of single {self.of}s cannot be compared with sites; use of='site', with "
-                "ll.patch_sites."
-            )
+            use = "use of='site', with ll.patch_sites"
+            raise ArgumentError(f"effects of single {self.of}s are of no whole sites; {use}.")
         names = [site.name for site in self.sites]
         if [site.name for site in attribution.sites] != names:
             raise ArgumentError(
@@ -113,10 +111,8 @@ class Effects(Ranked):
             ArgumentError: the effects are of groups of several sites.
         """
         if self.of == "edge" or any(len(members) > 1 for members in self.groups.values()):
-            raise ArgumentError(
-                "effects of groups, or of edges, say nothing of single sites; use group='site', "
-                "with ll.patch_sites."
-            )
+            use = "use group='site', with ll.patch_sites"
+            raise ArgumentError(f"effects of groups, or of edges, are of no single sites; {use}.")
         chosen = dict.fromkeys(index for (index,) in self.groups.values())
         sites = tuple(self.sites[index] for index in chosen)
         names = {field.name for field in dataclasses.fields(Measured)} - {"sites"}
@@ -177,9 +173,7 @@ def patching_result(effects: Any, adds: bool, index: pd.DataFrame, axes: Sequenc
     """
     cls = getattr(importlib.import_module("transformer_lens.patching"), "PatchingResult", None)
     if cls is None:
-        raise LensLoraError(
-            "the installed transformer-lens has no PatchingResult, which 4.3 has; use to_frame()."
-        )
+        raise LensLoraError("transformer-lens before 4.3 has no PatchingResult; use to_frame().")
     cells = effects.values.movedim(0, -1)
     baseline = effects.base if adds else effects.adapted
     patched = baseline + cells if adds else baseline - cells
