@@ -491,10 +491,8 @@ def supports_sdpa(hf_model: Any) -> bool:
 
 def fields_of(config: Any) -> dict[str, Any]:
     """A configuration as it is saved, and the attention that it was loaded with, which is not."""
-    return {
-        **config.to_dict(),
-        "_attn_implementation": getattr(config, "_attn_implementation", None),
-    }
+    name = "_attn_implementation"
+    return {**config.to_dict(), name: getattr(config, name, None)}
 
 
 def added_tokens(tokenizer: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    Base = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 # --- A base model by name
 
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
 _NO_CODE = {"trust_remote_code": False}
 
 
-def load_base(
-    name: str, how: Placement | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(name: str, how: Placement | None = None) -> Base:
     """A causal language model in evaluation mode, and its tokenizer."""
     import huggingface_hub
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,13 +63,12 @@ def load_base(
         if "trust_remote_code" in str(error):
             raise ModelStateError(
                 f"{name} runs code of its own, which lens_lora does not start. If you trust it, "
-                "load it yourself and pass the model: AutoModelForCausalLM.from_pretrained(…, "
-                "trust_remote_code=True)."
+                "pass AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)."
             ) from error
-        raise ModelStateError(
-            f"{name}: neither a folder nor a reachable hub id of a causal language model that "
-            f"transformers can read ({error})."
-        ) from error
+        fact = (
+            "neither a folder nor a reachable hub id of a causal language model that transformers"
+        )
+        raise ModelStateError(f"{name}: {fact} can read ({error}).") from error
     return moved(model.eval(), None if "device_map" in options else how.device), tokenizer
 
 
@@ -166,7 +164,7 @@ def load(
     how = Placement(weights, place, device_map, load_in_4bit, load_in_8bit, attn)
 
     @functools.cache
-    def loaded(named: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def loaded(named: str | None) -> Base:
         return _base(model, named, how, tokenizer)
 
     if not isinstance(adapter, Adapter):
@@ -180,17 +178,17 @@ def load(
 
 def _active_adapter(model: Any, is_peft: bool) -> Adapter:
     if not is_peft:
+        kind = type(model).__name__
         raise ArgumentError(
-            f"no adapter, and the model is a {type(model).__name__}; pass one: ll.load(base, "
-            "adapter), or a PeftModel alone."
+            f"no adapter for a {kind}: ll.load(base, adapter), or a PeftModel alone."
         )
     # Of transformers a method, of PEFT a property.
     names = cast("Callable[[], list[str]] | list[str]", model.active_adapters)
     active = names if isinstance(names, list) else names()
     if len(active) != 1:
+        choice = "ll.load(peft_model, ll.Adapter.from_peft(peft_model, name))"
         raise ArgumentError(
-            f"the PeftModel has the active adapters {active}; choose one: ll.load(peft_model, "
-            "ll.Adapter.from_peft(peft_model, name))."
+            f"the PeftModel has the active adapters {active}; choose one: {choice}."
         )
     return Adapter.from_peft(model, active[0])
 
@@ -247,12 +245,7 @@ def quiet_libraries() -> Generator[None]:
         logging.disable(before)
 
 
-def _base(
-    model: Any,
-    named: str | None,
-    how: Placement,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base:
     """The base model, in evaluation mode, and its tokenizer."""
     if isinstance(model, str | Path):
         return load_base(str(model), how)
@@ -262,9 +255,8 @@ def _base(
         try:
             return load_base(str(named), how)
         except ModelStateError as error:
-            raise ModelStateError(
-                f"{error} The adapter names it as its base; pass another as the first argument."
-            ) from error
+            remedy = "The adapter names it as its base; pass another as the first argument."
+            raise ModelStateError(f"{error} {remedy}") from error
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise ModelStateError(
             f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "
@@ -289,6 +281,5 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, **_NO_CODE)
     except (OSError, ValueError) as error:
-        raise ModelStateError(
-            f"no tokenizer was saved with the model {name!r}; pass one: load(…, tokenizer=…)."
-        ) from error
+        fact = f"no tokenizer was saved with the model {name!r}"
+        raise ModelStateError(f"{fact}; pass one: load(…, tokenizer=…).") from error

@@ -22,6 +22,7 @@ Null adapters have the same sizes and ranks, in random directions:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -137,8 +138,9 @@ def _null(factors: LoRAFactors, parts: _Rows | None, generator: torch.Generator)
 
 
 def _directed(key: str, update: ModuleUpdate) -> LoRAFactors:
-    weight = None if isinstance(update, LoRAFactors) else update.weight
-    if weight is not None and weight.ndim == 1:
+    if isinstance(update, LoRAFactors):  # a stored weight of the base is no part of a draw
+        return plain(key, dataclasses.replace(update, base_weight=None))
+    if update.weight is not None and update.weight.ndim == 1:
         why = "a norm's γ and β have no directions to draw at random; leave it out"
         raise UnsupportedAdapterError(f"{key}: {why}: adapter.without({key!r}).")
     return plain(key, update)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -56,9 +56,7 @@ def diff(
     *,
     texts: Annotated[
         Path | None,
-        options.input_file(
-            "A .txt file with a text a line. Default: neutral sentences and conversations."
-        ),
+        options.input_file("A .txt, a text a line. Default: neutral sentences and conversations."),
     ] = None,
     unrelated: Annotated[
         list[str] | None, "An adapter trained for something else, as a control; may be repeated."
@@ -100,15 +98,14 @@ def diff(
         others = [ll.load_adapter(control) for control in controls]
         lens = running.announced(running.lens_for(base, folder, progress))
         with quiet_libraries():
-            changes = ll.what_changed(
-                lens, lines, others, nulls=nulls, split=not fast, progress=not quiet
-            )
+            how: Any = {"nulls": nulls, "split": not fast, "progress": not quiet}
+            changes = ll.what_changed(lens, lines, others, **how)
         changes.save_report(report)
-        if save is not None and save.suffix == ".csv":
-            changes.to_frame().to_csv(save, index=False)
-        elif save is not None:
-            changes.save(save)
         running.tell(changes.story()).print(what_changed_tables(changes))
         running.say(f"\nReport: {report.absolute()}")
         if save is not None:
+            if save.suffix == ".csv":
+                changes.to_frame().to_csv(save, index=False)
+            else:
+                changes.save(save)
             running.say(f"Numbers: {save.absolute()}")

@@ -34,9 +34,7 @@ class BaseModel(Placement):
     Without a model it is the base that the adapter names.
     """
 
-    model: Annotated[
-        str | None, "Base model, a hub id or folder. Default: the one the adapter names."
-    ] = None
+    model: Annotated[str | None, "A hub id or folder. Default: the base the adapter names."] = None
     model_class: Annotated[
         ModelClass | None, typer.Option("--class", help="Hooked class. Default: what there is.")
     ] = None
@@ -48,14 +46,10 @@ class BaseModel(Placement):
         str | None,
         "Where to run, as torch names it. Default: the CPU, or what accelerate launch gives.",
     ] = None
-    device_map: Annotated[str | None, "Over several devices, as accelerate does it: auto, say."] = (
-        None
-    )
+    device_map: Annotated[str | None, "Over several devices, as accelerate does: auto, say."] = None
     load_in_4bit: Annotated[bool, "Linear modules in NF4, by bitsandbytes."] = False
     load_in_8bit: Annotated[bool, "Linear modules in 8 bit, by bitsandbytes."] = False
-    attn: Annotated[
-        Attention, "sdpa takes less memory for long prompts, and shows no patterns."
-    ] = "eager"
+    attn: Annotated[Attention, "sdpa takes less memory, and shows no patterns."] = "eager"
     max_memory: Annotated[
         float | None,
         typer.Option(
@@ -89,9 +83,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             values[name] = group(**{field: values.pop(field) for field in fields})
         command(**values)
 
-    expanded.__signature__ = signature.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        parameters=parameters
-    )
+    vars(expanded)["__signature__"] = signature.replace(parameters=parameters)
     return expanded
 
 
@@ -152,13 +144,9 @@ class Questions:
 
     prompt: Annotated[list[str] | None, "Read at its last token; may be repeated."] = None
     prompts: PromptsFile = None
-    chat: Annotated[
-        list[str] | None, "What a user says, by the model's chat template; may be repeated."
-    ] = None
+    chat: Annotated[list[str] | None, "What a user says, by the chat template; repeatable."] = None
     system: Annotated[str | None, "The system's message before what --chat says."] = None
-    doc: Annotated[
-        str | None, "The answer that the adapter was taught, with its leading space."
-    ] = None
+    doc: Annotated[str | None, "The answer that was taught, with its leading space."] = None
     pre: Annotated[str | None, "The answer that the base gives, with its leading space."] = None
 
     def listed(self, response: str | None = None, *, answered: bool = True) -> list[Question]:
@@ -183,9 +171,7 @@ class Questions:
                 else f"which prompt? Give --prompts FILE, or {_EXAMPLE}."
             )
         if answered and len({isinstance(question.prompt, str) for question in questions}) > 1:
-            raise typer.BadParameter(
-                "texts and conversations are not read together; give --prompt or --chat alone."
-            )
+            raise typer.BadParameter("texts and conversations are not read together.")
         for number, question in enumerate(questions, start=1):
             _require_answers(question, number if len(questions) > 1 else None, answered)
         return questions

@@ -77,9 +77,8 @@ def repair(
     options.require_writable(report, "--report")
     texts, test_texts = options.texts_of(drop), options.texts_of(test_drop) if test_drop else []
     if bool(tests) != bool(test_texts):
-        raise typer.BadParameter(
-            "--test-prompt(s) and --test-drop go together: a repair is judged on both kinds."
-        )
+        why = "a repair is judged on both kinds"
+        raise typer.BadParameter(f"--test-prompt(s) and --test-drop go together: {why}.")
     folder = options.folder_of(adapter, quiet=quiet)
     outputs = {"--out": out, "--report": report}
     options.require_apart(outputs, base, [folder], drop, test_drop, asked.prompts, test_prompts)

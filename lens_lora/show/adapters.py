@@ -152,10 +152,10 @@ def what_changed_story(changed: results.WhatChanged) -> str:
     """A paragraph a line: how much, answers, which tokens, where, which modules, how constant."""
     first = magnitude(changed.found.first_kl)
     size = f"{_moved(changed)} At first tokens, which are left out: {first} nats."
-    answers = [
-        f"Asked “{text.short_prompt([pair.prompt])}”, {text.answers_text(pair)}"
-        for pair in changed.answers
+    asked = [
+        (text.short_prompt([pair.prompt]), text.answers_text(pair)) for pair in changed.answers
     ]
+    answers = [f"Asked “{prompt}”, {said}" for prompt, said in asked]
     tokens = " ".join(_promoted(changed, by, unit) for by, unit in _UNITS.items())
     parts = (part(changed) for part in (_reading, _places, _modules, _constant))
     return "\n".join(filter(None, [size, *answers, tokens, *parts]))
@@ -229,10 +229,10 @@ def _modules(changed: results.WhatChanged) -> str:
 def _constant(changed: results.WhatChanged) -> str:
     constant = changed.found.constant.items()
     shares = ", ".join(f"{percent(share)} at {name}" for name, share in constant)
-    return (
-        f"How much of the shift of activations is one vector, whatever the token, on held-out "
-        f"texts: {shares}."
+    what = (
+        "How much of the shift of activations is one vector, whatever the token, on held-out texts"
     )
+    return f"{what}: {shares}."
 
 
 # --- What it changed: pictures
@@ -286,11 +286,12 @@ _TOKENS_SHOWN, _PLACES_SHOWN, _MODULES_SHOWN = 20, 12, 20
 
 
 def _promoted_table(changed: results.WhatChanged, by: By, k: int) -> Table:
-    """The tokens promoted most, beside the largest shift of any token under a control."""
-    title, heading, units = _PROMOTED[by]
-    heads = {"rank": "rank", "token": "token", by: units}
-    heads |= {control: f"largest, {control}" for control, *_ in _CONTROLS}
-    return table_of(changed.promoted(k, by), heads, texts=(1,), title=title, heading=heading)
+    """The tokens promoted most, a line each; the controls' largest shifts in the heading."""
+    frame, (title, heading, units) = changed.promoted(k, by), _PROMOTED[by]
+    most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in _CONTROLS if name in frame]
+    ends = f"; largest of any token, {', '.join(most)}" if most else ""
+    heads = {"rank": "", "token": "token", by: units}
+    return table_of(frame, heads, texts=(1,), title=title + ends, heading=heading + ends)
 
 
 def _places_table(changed: results.WhatChanged, k: int) -> Table:
@@ -339,7 +340,7 @@ def what_changed_tables(changed: results.WhatChanged, k: int = 10) -> Group:
 @drawing.report.register(results.WhatChanged)
 def what_changed_report(changed: results.WhatChanged, *, title: str | None = None) -> str:
     """A self-contained HTML page."""
-    logit, probability, reading = (_ranked_tokens(changed, by) for by in BY)
+    logit, probability, reading = (_promoted_table(changed, by, _TOKENS_SHOWN) for by in BY)
     modules = _modules_table(changed, _MODULES_SHOWN)
     split: list[Block] = [shares_figure(changed), modules] if modules.rows else []
     sections = [
@@ -371,14 +372,6 @@ def _numbers(changed: results.WhatChanged) -> Pairs:
             "of the shift behind the last block is one vector, whatever the token",
         ),
     )
-
-
-def _ranked_tokens(changed: results.WhatChanged, by: By) -> Table:
-    """The tokens promoted most, a line each; the controls' largest shifts in the heading."""
-    frame, (_, heading, units) = changed.promoted(_TOKENS_SHOWN, by), _PROMOTED[by]
-    most = [f"{name} {signed(frame[name].tolist()[0])}" for name, *_ in _CONTROLS if name in frame]
-    heading += f"; largest of any token, {', '.join(most)}" if most else ""
-    return table_of(frame, {"rank": "", "token": "token", by: units}, texts=(1,), heading=heading)
 
 
 # --- Two adapters

@@ -141,8 +141,7 @@ def second_order_figure(second: results.SecondOrder, prompt: int | None = None) 
 # --- Over sizes of a set: kept and dropped, the best sets, a repair
 
 _LOOKS = {
-    "weight_norm": ("dash", "square"),
-    "update_norm": ("dot", "diamond"),
+    **{"weight_norm": ("dash", "square"), "update_norm": ("dot", "diamond")},
     "random": ("dashdot", "x"),
 }
 _SOLID = ("solid", "circle")
@@ -399,11 +398,9 @@ def reliability_figure(flags: results.Reliability, prompt: int | None = None) ->
     return figure.update_xaxes(zeroline=True).update_yaxes(zeroline=True)
 
 
-def _flag_text(
-    flags: results.Reliability, prompt: int, site: int, a: float, corrected: float
-) -> str:
+def _flag_text(flags: results.Reliability, prompt: int, site: int, a: float, mended: float) -> str:
     units, name = label(flags.units), label(flags.attribution.sites[site].name)
-    said = f"first order {signed(a)} {units}<br>corrected {signed(corrected)} {units}"
+    said = f"first order {signed(a)} {units}<br>corrected {signed(mended)} {units}"
     text = f"<b>{name}</b><br>{said}<br>score {float(flags.score[prompt, site]):.2f}"
     if flags.fixed is None or not bool(flags.flagged[prompt, site]):
         return text

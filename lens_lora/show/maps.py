@@ -126,9 +126,7 @@ def require_positions(attribution: results.Attribution) -> None:
         )
 
 
-def _titles(
-    result: results.Attribution | results.Effects | results.Edges, below: str, prompt: int | None
-) -> tuple[str, str]:
+def _titles(result: Any, below: str, prompt: int | None) -> figures.Pair:
     heading = f"{result.readout}, {text.key_text(result.key)}"
     return heading, f"{below} · {whose(prompt, result.str_tokens)}"
 
@@ -177,11 +175,9 @@ def constant_part_figure(constant: results.ConstantPart) -> Figure:
     kept = f"the constants alone keep {kept_by_constants(constant)}"
     below = f"held-out texts, first tokens left out; {kept}"
     titles, units = ("How much of each module's δ is one vector", below), "constant share"
-    shares, sizes = constant.share.tolist(), constant.size.tolist()
-    says = [
-        f"{percent(share)} constant<br>‖δ‖ {magnitude(size)}"
-        for share, size in zip(shares, sizes, strict=True)
-    ]
+    shares, sizes = constant.share.tolist(), map(magnitude, constant.size.tolist())
+    pairs = zip(map(percent, shares), sizes, strict=True)
+    says = [f"{share} constant<br>‖δ‖ {size}" for share, size in pairs]
     return figures.kinds_by_layer(titles, constant.sites, shares, says, units, "signed", reach=1.0)
 
 
@@ -206,7 +202,7 @@ def grouped_figure(grouped: results.GroupAttribution, prompt: int | None = None)
 
 
 def groups_by_token(
-    titles: tuple[str, str],
+    titles: figures.Pair,
     names: Sequence[str],
     response: Sequence[str],
     rows: figures.Cells,
@@ -361,13 +357,9 @@ def activation_shift_figure(shift: results.ActivationShift, prompt: int) -> Figu
     """
     tokens = shift.str_tokens[prompt]
     names = [shift.names[i] for i in layer_order(shift.names)]
-    sizes = [
-        shift.values[name][prompt].norm(dim=-1) / shift.base_norms[name][prompt] for name in names
-    ]
-    z = [
-        size.masked_fill(shift.sinks[prompt].to(size.device), math.nan)[: len(tokens)].tolist()
-        for size in sizes
-    ]
+    sizes = [shift.values[n][prompt].norm(dim=-1) / shift.base_norms[n][prompt] for n in names]
+    clear = [s.masked_fill(shift.sinks[prompt].to(s.device), math.nan) for s in sizes]
+    z = [size[: len(tokens)].tolist() for size in clear]
     x, y = figures.tokens_axis(tokens), names_axis(names)
 
     def says(i: int, t: int, _: object) -> str:
@@ -411,7 +403,7 @@ def feature_figure(shift: results.FeatureShift, k: int = 20, prompt: int | None 
 
 
 def _feature_bars(
-    titles: tuple[str, str], shift: results.FeatureShift, k: int, prompt: int | None
+    titles: figures.Pair, shift: results.FeatureShift, k: int, prompt: int | None
 ) -> Figure:
     top, units = shift.top(k, prompt), label(shift.units)
     names = [f"feature {feature}" for feature in top["feature"]]
@@ -521,9 +513,8 @@ def contrast_figure(contrast: results.Contrast) -> Figure:
         numbers, marker = [values[point] for point in names], {"size": 6}
         pairs = zip(names, numbers, strict=True)
         hover = [f"<b>{point}</b><br>{label(name)}: {value:.3f}" for point, value in pairs]
-        figure.add_trace(
-            figures.curve(places, numbers, name, colour, hover, dash=dash, marker=marker)
-        )
+        drawn = places, numbers, name, colour, hover
+        figure.add_trace(figures.curve(*drawn, dash=dash, marker=marker))
     positive, negative = contrast.counts
     titles = "Contrast of two sets of texts", f"{positive} against {negative}; AUC ½ is chance"
     x = figures.ticks(places, names)

@@ -54,10 +54,8 @@ def shaded_response(shifts: results.TokenShifts, prompt: int | None = None) -> T
     index = only_prompt(prompt, len(shifts.response), "responses")
     tokens, (noted, most) = shifts.response[index], _noted(shifts, index)
     values = shifts.kl[0, index, : len(tokens)].tolist()
-    heading = (
-        f"{_heading(shifts, index)}. {_below(shifts, index)}. Darkest: {magnitude(most)} nats; by "
-        "the square root."
-    )
+    darkest = f"Darkest: {magnitude(most)} nats; by the square root"
+    heading = f"{_heading(shifts, index)}. {_below(shifts, index)}. {darkest}."
     return TokenView(tokens, tuple(values), page.rendered("shaded", heading=heading, tokens=noted))
 
 
@@ -96,8 +94,7 @@ def _notes(shifts: results.TokenShifts, index: int) -> list[list[str]]:
     return [
         [
             f"{row['t'] + 1} {visible(row['y_t'])}",
-            f"KL {magnitude(row['kl_base_to_adapted'])} and back "
-            f"{magnitude(row['kl_adapted_to_base'])} nats",
+            "KL {} and back {} nats".format(*(magnitude(row[way]) for way in _WAYS)),
             f"log p {_log_ps(row)}, rank {row['rank_base'] + 1} → {row['rank_adapted'] + 1}",
             f"promoted {row['promoted']}",
             f"suppressed {row['suppressed'].replace('-0.', '−0.')}",
@@ -105,6 +102,9 @@ def _notes(shifts: results.TokenShifts, index: int) -> list[list[str]]:
         for row in shifts.to_frame().to_dict("records")
         if row["prompt"] == index
     ]
+
+
+_WAYS = ("kl_base_to_adapted", "kl_adapted_to_base")
 
 
 def _log_ps(row: Mapping[Any, Any]) -> str:
@@ -135,19 +135,13 @@ def still_text(shifts: results.TokenShifts, prompt: int | None = None) -> Figure
         corners |= {"y0": line - 0.42, "y1": line + 0.42}
         shade = {"fillcolor": f"rgba(176,79,196,{0.75 * noted[t][1]:.3f})", "line": {"width": 0}}
         shapes.append({"type": "rect", "layer": "below", **corners, **shade})
-    hidden = {"visible": False, "fixedrange": True}
-    return finish(
-        figure,
-        ("KL by token of the response", f"{_below(shifts, index)}; darkest {magnitude(most)}"),
-        ("", ""),
-        _ABOVE + _UNDER + _LINE * (lines + 1),
-        shapes=shapes,
-        paper_bgcolor="#ffffff",
-        width=int(_COLUMNS * _CHARACTER) + 2 * _MARGIN,
-        margin={"l": _MARGIN, "r": _MARGIN, "t": _ABOVE, "b": _UNDER},
-        xaxis={"range": [0, _COLUMNS], **hidden},
-        yaxis={"range": [lines - 0.4, -0.6], **hidden},
-    )
+    below = f"{_below(shifts, index)}; darkest {magnitude(most)}"
+    height, width = _ABOVE + _UNDER + _LINE * (lines + 1), int(_COLUMNS * _CHARACTER) + 2 * _MARGIN
+    finish(figure, ("KL by token of the response", below), ("", ""), height, shapes=shapes)
+    margin = {"l": _MARGIN, "r": _MARGIN, "t": _ABOVE, "b": _UNDER}
+    figure.update_layout(paper_bgcolor="#ffffff", width=width, margin=margin)
+    figure.update_xaxes(range=[0, _COLUMNS], visible=False, fixedrange=True)
+    return figure.update_yaxes(range=[lines - 0.4, -0.6], visible=False, fixedrange=True)
 
 
 def laid_out(tokens: Sequence[str], columns: int) -> list[tuple[int, int, int, str]]:
@@ -177,10 +171,7 @@ def _pieces(token: str, columns: int) -> list[str]:
     return [row[i : i + half] for row in rows for i in range(0, len(row), half)]
 
 
-_DONE = {
-    "add_one": "added alone to the base model",
-    "leave_one_out": "left out of the adapted model",
-}
+_DONE = {"add_one": "added alone to the base", "leave_one_out": "left out of the adapted model"}
 
 
 @drawing.figures.register(results.ResponseExplanation)

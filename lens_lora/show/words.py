@@ -15,14 +15,7 @@ import math
 from collections.abc import Sequence
 
 from lens_lora import results
-from lens_lora.analyses.verdict import (
-    FlipVerdict,
-    NullVerdict,
-    Point,
-    SecondVerdict,
-    SharesVerdict,
-    Verdict,
-)
+from lens_lora.analyses import verdict as verdicts
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show import text
@@ -58,9 +51,9 @@ class Account:
     flip_scale: float | None
     flips: bool
     flip_predicted: bool
-    verdict: Verdict
+    verdict: verdicts.Verdict
     crossings: int
-    steps: Sequence[Point]
+    steps: Sequence[verdicts.Point]
 
     @property
     def floor(self) -> float:
@@ -339,9 +332,7 @@ def _said(e: results.Explanation) -> str:
         f"The likeliest next token is “{visible(base)}” ({percent(base_share)}) for the base model "
         f"and “{visible(adapted)}” ({percent(adapted_share)}) with the adapter."
     )
-    is_apart = [
-        not (token and any(a.startswith(token) for a in answers)) for token in (base, adapted)
-    ]
+    is_apart = [not t or not any(a.startswith(t) for a in answers) for t in (base, adapted)]
     if not any(is_apart):
         return likeliest
     begins = "Neither begins one of the two answers"
@@ -494,8 +485,8 @@ def _limits(e: results.Explanation) -> str:
 # --- Verdicts as phrases, each with its numbers
 
 
-@drawing.text.register(Verdict)
-def verdict_text(verdict: Verdict) -> str:
+@drawing.text.register(verdicts.Verdict)
+def verdict_text(verdict: verdicts.Verdict) -> str:
     """How good first order is."""
     v = verdict
     if v.kind == "no_shift":
@@ -513,8 +504,8 @@ def verdict_text(verdict: Verdict) -> str:
     return f"{v.kind}: {v.share:.1%} of the shift at ε = 1, {most}{on_the_way}"
 
 
-@drawing.text.register(SecondVerdict)
-def second_text(verdict: SecondVerdict) -> str:
+@drawing.text.register(verdicts.SecondVerdict)
+def second_text(verdict: verdicts.SecondVerdict) -> str:
     """Whether second order is nearer than first."""
     v = verdict
     if v.kind == "no_shift":
@@ -535,8 +526,8 @@ def second_text(verdict: SecondVerdict) -> str:
     }[v.kind]
 
 
-@drawing.text.register(NullVerdict)
-def null_text(verdict: NullVerdict) -> str:
+@drawing.text.register(verdicts.NullVerdict)
+def null_text(verdict: verdicts.NullVerdict) -> str:
     """How far the shift stands out from random directions."""
     v = verdict
     if v.kind == "no_shift":
@@ -553,8 +544,8 @@ def null_text(verdict: NullVerdict) -> str:
     )
 
 
-@drawing.text.register(FlipVerdict)
-def flip_text(verdict: FlipVerdict) -> str:
+@drawing.text.register(verdicts.FlipVerdict)
+def flip_text(verdict: verdicts.FlipVerdict) -> str:
     """Whether a margin flips, or rounding hides it."""
     v = verdict
     if v.kind != "hidden":
@@ -568,8 +559,8 @@ def flip_text(verdict: FlipVerdict) -> str:
     )
 
 
-@drawing.text.register(SharesVerdict)
-def shares_text(verdict: SharesVerdict) -> str:
+@drawing.text.register(verdicts.SharesVerdict)
+def shares_text(verdict: verdicts.SharesVerdict) -> str:
     """Whether shares of the quadratic rank the modules, and if not what does."""
     v = verdict
     facts = (
