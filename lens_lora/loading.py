@@ -65,10 +65,8 @@ def load_base(name: str, how: Placement | None = None) -> Base:
                 f"{name} runs code of its own, which lens_lora does not start. If you trust it, "
                 "pass AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)."
             ) from error
-        fact = (
-            "neither a folder nor a reachable hub id of a causal language model that transformers"
-        )
-        raise ModelStateError(f"{name}: {fact} can read ({error}).") from error
+        fact = "neither a folder nor a reachable hub id of a causal language model"
+        raise ModelStateError(f"{name}: {fact} that transformers can read ({error}).") from error
     return moved(model.eval(), None if "device_map" in options else how.device), tokenizer
 
 
@@ -179,17 +177,13 @@ def load(
 def _active_adapter(model: Any, is_peft: bool) -> Adapter:
     if not is_peft:
         kind = type(model).__name__
-        raise ArgumentError(
-            f"no adapter for a {kind}: ll.load(base, adapter), or a PeftModel alone."
-        )
+        raise ArgumentError(f"no adapter for a {kind}: ll.load(base, adapter), or a PeftModel.")
     # Of transformers a method, of PEFT a property.
     names = cast("Callable[[], list[str]] | list[str]", model.active_adapters)
     active = names if isinstance(names, list) else names()
     if len(active) != 1:
         choice = "ll.load(peft_model, ll.Adapter.from_peft(peft_model, name))"
-        raise ArgumentError(
-            f"the PeftModel has the active adapters {active}; choose one: {choice}."
-        )
+        raise ArgumentError(f"the PeftModel has active adapters {active}; choose one: {choice}.")
     return Adapter.from_peft(model, active[0])
 
 
@@ -258,10 +252,9 @@ def _base(model: Any, named: str | None, how: Placement, tokenizer: Any) -> Base
             remedy = "The adapter names it as its base; pass another as the first argument."
             raise ModelStateError(f"{error} {remedy}") from error
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
-        raise ModelStateError(
-            f"the model is a {type(model).__name__}; pass a hub id, a folder or a loaded Hugging "
-            "Face model. For a hooked model: LoraLens(model, adapter)."
-        )
+        expected = "a hub id, a folder or a loaded Hugging Face model"
+        remedy = f"pass {expected}. For a hooked model: LoraLens(model, adapter)"
+        raise ModelStateError(f"the model is a {type(model).__name__}; {remedy}.")
     if how.says_how_to_load:
         raise ArgumentError(
             "device_map, load_in_4bit, load_in_8bit and attn say how a model is loaded, and this "

@@ -413,24 +413,20 @@ class Adapter:
             wanted = f"{module}@{part}" if part else module
             hits = {key for key in self.modules if wanted in (key, module_path(key))}
             if not hits:
-                raise SiteError(
-                    f"the table names {module!r} (site {site!r}), which {self.name} does not "
-                    "adapt; was it computed with another adapter?"
+                fact = (
+                    f"the table names {module!r} (site {site!r}), which {self.name} does not adapt"
                 )
+                raise SiteError(f"{fact}; was it computed with another adapter?")
             keys |= hits
         return keys
 
     def _common_base(self, other: Any, operation: str) -> str | None:
         if not isinstance(other, Adapter):
-            raise ArgumentError(
-                f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter (from a "
-                "folder: ll.load_adapter(path))."
-            )
+            fact = f"an adapter {operation} {type(other).__name__}; both must be ll.Adapter"
+            raise ArgumentError(f"{fact} (from a folder: ll.load_adapter(path)).")
         if self.base_model and other.base_model and self.base_model != other.base_model:
-            raise AdapterError(
-                f"{self.name} names the base {self.base_model!r}, {other.name} "
-                f"{other.base_model!r}; adapters of two bases cannot be combined."
-            )
+            bases = f"{self.base_model!r}, {other.name} {other.base_model!r}"
+            raise AdapterError(f"{self.name} names the base {bases}; two bases do not combine.")
         return self.base_model or other.base_model
 
     def __len__(self) -> int:

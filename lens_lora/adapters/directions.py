@@ -124,10 +124,8 @@ class Directions:
                 "point of theirs, or pass them as a tensor if they belong there all the same."
             )
         if width not in (None, self.rows.shape[1]):
-            raise ArgumentError(
-                f"directions of {self.rows.shape[1]} numbers, and {name} has {width}; is the "
-                "autoencoder for another model, or for another hook point?"
-            )
+            fact = f"directions of {self.rows.shape[1]} numbers, and {name} has {width}"
+            raise ArgumentError(f"{fact}; are they for another model, or another hook point?")
         return self
 
 
@@ -148,10 +146,8 @@ def directions_of(source: Any, name: str | None = None) -> Directions:
     if isinstance(by_point, Mapping):
         point = name if name in by_point else next(iter(by_point)) if len(by_point) == 1 else None
         if point is None:
-            raise ArgumentError(
-                f"there are directions at {list(by_point)[:4]}, and none at {name!r}; name one of "
-                "these hook points, or pass one vector of by_point."
-            )
+            fact = f"there are directions at {list(by_point)[:4]}, and none at {name!r}"
+            raise ArgumentError(f"{fact}; name one of these, or pass one vector of by_point.")
         return dataclasses.replace(_of_tensors({point: by_point[point]}), hook_name=point)
     is_pair = isinstance(source, tuple) and len(source) == 2 and hasattr(source[0], "W_enc")
     return _of_autoencoder(*source) if is_pair else _of_autoencoder(source, None)
@@ -245,10 +241,8 @@ def projected(path: str, update: ModuleUpdate, V: Tensor, side: Side) -> LoRAFac
     factors = plain(path, update)
     width = len(factors.B) if side == "write" else factors.A.shape[1]
     if width != len(V):
-        raise AdapterError(
-            f"{path} {side}s {width} features, and the direction has {len(V)}; name the modules "
-            "that it belongs to with sites=…, such as '*.down_proj'."
-        )
+        fact = f"{path} {side}s {width} features, and the direction has {len(V)}"
+        raise AdapterError(f"{fact}; name its modules with sites=…, such as '*.down_proj'.")
 
     def rest(rows: Float[Tensor, "*row d"]) -> Float[Tensor, "*row d"]:
         wide = in_float64(rows)

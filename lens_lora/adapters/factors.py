@@ -83,10 +83,9 @@ class LoRAFactors:
 
     def _require_shapes(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
-            raise AdapterError(
-                f"A is {tuple(self.A.shape)} and B is {tuple(self.B.shape)}; "
-                "expected A [rank, in] and B [out, rank] with the same rank."
-            )
+            shapes = f"A is {tuple(self.A.shape)} and B is {tuple(self.B.shape)}"
+            expected = "A [rank, in] and B [out, rank] with the same rank"
+            raise AdapterError(f"{shapes}; expected {expected}.")
         if self.experts < 0 or (self.experts and self.rank % self.experts):
             raise AdapterError(f"{self.rank} ranks for {self.experts} experts; each has as many.")
         if 0 in self.A.shape or 0 in self.B.shape:
@@ -237,9 +236,7 @@ class TrainedModule:
             raise AdapterError(f"tokens are {self.tokens!r}; expected a tensor of ids.")
         ids, shape = self.tokens.tolist(), () if self.weight is None else self.weight.shape
         if self.tokens.ndim != 1 or len(shape) != 2 or len(ids) not in shape:
-            raise AdapterError(
-                f"tokens are {ids}, weight is {tuple(shape)}; expected one row each."
-            )
+            raise AdapterError(f"tokens are {ids}, weight {tuple(shape)}; expected one row each.")
         if len(set(ids)) < len(ids) or min(ids) < 0:
             raise AdapterError(f"tokens are {ids}; expected ids from 0 on, each once.")
 
@@ -339,10 +336,8 @@ def constant_factors(
     has one column, which fits every module (`LoRAFactors.width`).
     """
     if not isinstance(vectors, Mapping) or not all(isinstance(path, str) for path in vectors):
-        raise ArgumentError(
-            f"vectors are a {type(vectors).__name__}; expected {{module path: vector}}, such as "
-            "{'model.layers.3.mlp.down_proj': vector}."
-        )
+        expected = "{module path: vector}, such as {'model.layers.3.mlp.down_proj': vector}"
+        raise ArgumentError(f"vectors are a {type(vectors).__name__}; expected {expected}.")
     return {path: _constant(path, vector, like) for path, vector in vectors.items()}
 
 
@@ -390,10 +385,10 @@ def _require_numbers(tensors: Mapping[str, Any]) -> None:
         if not isinstance(tensor, Tensor):
             raise AdapterError(f"{name} is a {type(tensor).__name__}; expected a tensor.")
         if tensor.dtype not in _DTYPES:
-            raise AdapterError(
-                f"factors must be floating point of 16 bits or more, and {name} is "
-                f"{tensor.dtype}; dequantise the adapter before loading it."
+            fact = (
+                f"factors must be floating point of 16 bits or more, and {name} is {tensor.dtype}"
             )
+            raise AdapterError(f"{fact}; dequantise the adapter before loading it.")
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"the factors contain NaN or infinite entries (in {name}).")
 

@@ -104,10 +104,8 @@ def base_within(peft_model: Any) -> nn.Module:
     require_unmerged(live)
     for name, config in configs.items():
         if getattr(config, "bias", "none") != "none":
-            raise _without_base(
-                f"{name!r} trains biases in place. Pass the base by name: ll.load(base, "
-                "ll.Adapter.from_peft(peft_model))."
-            )
+            fact = f"{name!r} trains biases in place. Pass the base by name"
+            raise _without_base(f"{fact}: ll.load(base, ll.Adapter.from_peft(peft_model)).")
         start = getattr(config, "init_lora_weights", True)
         if start not in _KEEP_THE_BASE:
             raise _without_base(
@@ -269,10 +267,8 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 def _require_models(*models: object) -> None:
     for model in models:
         if not isinstance(model, nn.Module):
-            raise ArgumentError(
-                f"between takes two Hugging Face models, and one is a {type(model).__name__}; load "
-                "it with AutoModelForCausalLM.from_pretrained(name)."
-            )
+            fact = f"between takes two Hugging Face models, and one is a {type(model).__name__}"
+            raise ArgumentError(f"{fact}; load it with AutoModelForCausalLM.from_pretrained(name).")
         if getattr(model, "is_quantized", False):
             raise AdapterError(
                 f"{type(model).__name__} is quantised: a difference of rounded weights is not what "
@@ -318,10 +314,9 @@ def _linear_change(path: str, before: nn.Module, after: nn.Module | None) -> LoR
         raise AdapterError(f"{path}: the base has it and the tuned model has not.")
     old, new = _weight(before), _weight(after)
     if old.shape != new.shape:
-        raise AdapterError(
-            f"{path}: the base's weight is {tuple(old.shape)}, the tuned model's "
-            f"{tuple(new.shape)}; both must have the same architecture and vocabulary."
-        )
+        shapes = f"the base's weight is {tuple(old.shape)}, the tuned model's {tuple(new.shape)}"
+        remedy = "both must have the same architecture and vocabulary"
+        raise AdapterError(f"{path}: {shapes}; {remedy}.")
     delta, bias = new.double() - old.double(), _bias_change(path, before, after)
     if delta.any():
         factors = dense_factors(delta.to(torch.promote_types(new.dtype, torch.float32)))

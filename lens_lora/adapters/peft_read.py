@@ -266,9 +266,8 @@ def lora_factors(roles: Roles, scale: float) -> LoRAFactors:
     missing = _FACTORS - set(roles)
     if missing:
         half = missing.pop()
-        raise AdapterError(
-            f"lora_{'B' if half == 'A' else 'A'} is there and lora_{half} is missing."
-        )
+        other = "B" if half == "A" else "A"
+        raise AdapterError(f"lora_{other} is there and lora_{half} is missing from the file.")
     return LoRAFactors(**roles, scale=scale)
 
 
@@ -342,10 +341,8 @@ def _file_factors(
     if parameter is not None and isinstance(rank, int) and rank > 0 and factors.rank % rank == 0:
         factors = of_experts(factors, factors.rank // rank)
     elif rank != factors.rank:
-        raise AdapterError(
-            f"the config says rank {rank}, the tensors have rank {factors.rank}; one of the two "
-            "files belongs to another adapter."
-        )
+        fact = f"the config says rank {rank}, the tensors have rank {factors.rank}"
+        raise AdapterError(f"{fact}; one of the two files belongs to another adapter.")
     alpha = patterns.value("alpha_pattern", parameter or path, config.lora_alpha)
     return dataclasses.replace(factors, scale=_scale(alpha, rank, config.use_rslora))
 
@@ -359,10 +356,8 @@ def _scale(alpha: Any, rank: int, use_rslora: bool) -> float:
     except (TypeError, OverflowError):
         scale = math.nan
     if scale == 0 or not math.isfinite(scale):
-        raise AdapterError(
-            f"lora_alpha is {alpha!r} and the rank {rank}, so s = α/r is zero or not finite; the "
-            "adapter was trained with another config."
-        )
+        fact = f"lora_alpha is {alpha!r} and the rank {rank}, so s = α/r is zero or not finite"
+        raise AdapterError(f"{fact}; the adapter was trained with another config.")
     return scale
 
 
@@ -413,9 +408,7 @@ def _require_copies(config: Any, paths: Collection[str], copied: set[str]) -> No
             )
 
 
-def _lacking(
-    name: str, paths: Collection[str], copied: set[str], families: list[Family]
-) -> list[str]:
+def _lacking(name: str, paths: Any, copied: set[str], families: list[Family]) -> list[str]:
     """The modules that the name covers and the file has not, by the family that lacks fewest."""
     wanted = [{p for p in _paths(f, paths) if _covers(name, p)} for f in families]
     if any(wanted):
@@ -487,10 +480,8 @@ def _is_stored_twice(ids: Mapping[str, Any], path: str, rows: Roles) -> bool:
     if is_named or not ids or not _ends_in_head(path):
         return False
     if not any(torch.equal(rows[path], rows[other]) for other in rows if other != path):
-        raise AdapterError(
-            "it has trained rows of its own, and the config's trainable_token_indices does not "
-            "name it; the two files do not belong together."
-        )
+        fact = "it has trained rows of its own, and the config's trainable_token_indices lacks it"
+        raise AdapterError(f"{fact}; the two files do not belong together.")
     return True
 
 
@@ -498,10 +489,8 @@ def _ids_of(path: str, ids: Mapping[str, Any]) -> Int[Tensor, " row"]:
     tokens = next((tokens for name, tokens in ids.items() if path.endswith(name)), None)
     is_list = isinstance(tokens, list | tuple)
     if not is_list or not all(type(token) is int and abs(token) < 2**63 for token in tokens):
-        raise AdapterError(
-            "the file holds trained rows of tokens, and the config's trainable_token_indices gives "
-            f"{tokens!r} for them; expected their ids."
-        )
+        given = f"the config's trainable_token_indices gives {tokens!r} for them"
+        raise AdapterError(f"the file holds trained rows of tokens, and {given}; expected ids.")
     return torch.tensor(tokens, dtype=torch.long)
 
 

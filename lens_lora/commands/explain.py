@@ -64,10 +64,8 @@ def explain(
         raise typer.BadParameter("--null: at least 2 random adapters, for a spread.")
     questions = asked.listed(response, answered=False)
     if len(questions) > _LARGEST_PAGE:
-        raise typer.BadParameter(
-            f"{len(questions)} prompts are too many for one page, {_LARGEST_PAGE} at most; "
-            "`lens-lora sweep` runs hundreds and writes a table."
-        )
+        fact = f"{len(questions)} prompts are too many for one page, {_LARGEST_PAGE} at most"
+        raise typer.BadParameter(f"{fact}; `lens-lora sweep` runs hundreds and writes a table.")
     if null and not all(question.doc for question in questions):
         raise typer.BadParameter("--null: random adapters are compared on --doc and --pre.")
     folder = options.folder_of(adapter, quiet=quiet)

@@ -192,10 +192,8 @@ def _require_answers(question: Question, number: int | None, answered: bool) -> 
     if response is not None or (doc is None and pre is None and not answered):
         return
     if not doc or not pre:
-        raise typer.BadParameter(
-            f"the prompt {text_of(prompt)!r} needs both answers: --doc ' Lyon' --pre ' Paris', "
-            "each with its leading space."
-        )
+        remedy = "--doc ' Lyon' --pre ' Paris', each with its leading space"
+        raise typer.BadParameter(f"the prompt {text_of(prompt)!r} needs both answers: {remedy}.")
     if doc == pre:  # of answers that differ, the tokens may still be the same
         place = "" if number is None else f"prompt {number}, {text_of(prompt)!r}: "
         fact = f"doc and pre are both {doc!r}, so their margin is zero whatever the model does."

@@ -122,10 +122,8 @@ def _require(package: str) -> Path:
     """The folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise EmbeddedModelError(
-            f"the embedded model {EMBEDDED_NAME} needs the package {package!r}, which is not "
-            f"installed. Install it with: {REMEDY}"
-        )
+        fact = f"the embedded model {EMBEDDED_NAME} needs the package {package!r}"
+        raise EmbeddedModelError(f"{fact}, which is not installed. Install it with: {REMEDY}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -171,10 +169,8 @@ def _tokenizer(gguf: Path) -> Tokenizer:
 def _refuse_incomplete(info: dict[str, set[str]], gguf: Path) -> None:
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
-        raise EmbeddedModelError(
-            f"{gguf.name} and this version of transformers disagree on the model's weights: "
-            f"{wrong}. Reinstall the file with: {REMEDY}"
-        )
+        fact = f"{gguf.name} and this version of transformers disagree on the model's weights"
+        raise EmbeddedModelError(f"{fact}: {wrong}. Reinstall the file with: {REMEDY}")
 
 
 def _plain(loaded: PreTrainedModel) -> PreTrainedModel:

@@ -443,16 +443,13 @@ class Reliability(Drawn):
         expected = tuple(self.correction.shape)
         if isinstance(effects, Effects):
             if effects.key != self.how or not effects.is_by_site:
-                raise ArgumentError(
-                    f"effects of {effects.key} on {len(effects.groups)} groups; the flags are of "
-                    f"{self.how} on {expected[1]} single sites."
-                )
+                flags = f"the flags are of {self.how} on {expected[1]} single sites"
+                groups = f"{len(effects.groups)} groups"
+                raise ArgumentError(f"effects of {effects.key} on {groups}; {flags}.")
             effects = effects.values
         if tuple(effects.shape) != expected:
-            raise ArgumentError(
-                f"effects of shape {tuple(effects.shape)}, flags of {expected} [batch, site]; "
-                "measure both with the same lens and prompts."
-            )
+            fact = f"effects of shape {tuple(effects.shape)}, flags of {expected} [batch, site]"
+            raise ArgumentError(f"{fact}; measure both with the same lens and prompts.")
         return in_float64(effects.to(self.correction.device))
 
     def to_frame(self) -> pd.DataFrame:

@@ -344,10 +344,8 @@ def _require_response_only(doc: object, pre: object, null: int, batch: int) -> N
     if null:
         raise ArgumentError(f"null={null}: null adapters are compared on a margin (doc and pre).")
     if batch != 1:
-        raise PromptError(
-            f"{batch} prompts: a response is explained for one prompt at a time; with doc and pre "
-            "explain takes several, and ll.sweep takes hundreds."
-        )
+        remedy = "with doc and pre explain takes several, and ll.sweep takes hundreds"
+        raise PromptError(f"{batch} prompts: a response is explained for one; {remedy}.")
 
 
 @contextlib.contextmanager
@@ -460,7 +458,7 @@ def _in_full(asked: Asked, quick: Explanation, bar: tqdm) -> Explanation:
         path = path_attribution_of(asked, progress=progress)
     with _step(bar, "keep and drop curves"):
         given = {score.key: score for score in (quick.first_order, path, leave_one_out)}
-        scores = rankings.scores_towards(asked, given, baselines=True)
+        scores = rankings.scores_towards(asked, given, True)
         orders = {name: rankings.by_score(score) for name, score in scores.items()}
         counts = counts_of(_FRACTIONS, len(asked.lens.sites))
         curves = curves_of(asked, orders, counts, RANDOM_DRAWS, 0, progress)

@@ -234,7 +234,7 @@ def faithfulness(
     given = rankings.named(attribution)
     if greedy:
         _require_few(sites, judged)
-    scores = rankings.scores_towards(asked, given, baselines=baselines)
+    scores = rankings.scores_towards(asked, given, baselines)
     if judged is not None:
         batch = judged.reading.batch
         scores = {name: score.mean(0).expand(batch, -1) for name, score in scores.items()}

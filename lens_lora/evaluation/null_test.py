@@ -163,19 +163,15 @@ def null_test(
     return null_test_of(asked, first_order_of(asked), draws, seed, progress)
 
 
-def null_test_of(
-    asked: Asked, first: Attribution, draws: int, seed: int, progress: bool
-) -> NullTest:
-    """`null_test` of a question that is already tokenised."""
-    slopes, shifts = [], []
-    with tqdm(total=draws, desc="null adapters", leave=False, disable=not progress) as bar:
-        for other in null_lenses(asked.lens, seed, draws):
-            slopes.append(site_slopes(other, asked.reading, other.gates(0.0)))
-            require_finite_sites(other, slopes[-1])
-            gates = other.gates(1.0)[None]
-            adapted = gated_readout(other, asked.reading, gates, progress=False)[:, 0]
-            shifts.append(adapted - first.base)
-            bar.update()
+def null_test_of(asked: Asked, first: Attribution, draws: int, seed: int, shown: bool) -> NullTest:
+    """`null_test` of a question that is already tokenised; a bar is shown or not."""
+    slopes, shifts, nulls = [], [], null_lenses(asked.lens, seed, draws)
+    for other in tqdm(nulls, "null adapters", draws, leave=False, disable=not shown):
+        slopes.append(site_slopes(other, asked.reading, other.gates(0.0)))
+        require_finite_sites(other, slopes[-1])
+        gates = other.gates(1.0)[None]
+        adapted = gated_readout(other, asked.reading, gates, progress=False)[:, 0]
+        shifts.append(adapted - first.base)
     return NullTest(first, torch.stack(slopes), torch.stack(shifts), seed, asked.noise_floor)
 
 

@@ -98,9 +98,7 @@ def named(attribution: Scores | Mapping[str, Scores]) -> dict[str, Scores]:
     return dict(attribution)
 
 
-def scores_towards(
-    asked: Asked, given: Mapping[str, Scores], *, baselines: bool
-) -> dict[str, BySite]:
+def scores_towards(asked: Asked, given: Mapping[str, Scores], baselines: bool) -> dict[str, BySite]:
     """Each score · sign(shift), so that the largest pushes furthest the way the adapter moved g.
 
     Raises:
@@ -128,10 +126,8 @@ def _values_of(name: str, score: Scores, asked: Asked) -> BySite:
         score = score.per_site
     batch, sites = asked.reading.batch, len(asked.lens.sites)
     if score.shape not in ((sites,), (batch, sites)):
-        raise ArgumentError(
-            f"{name}: scores {tuple(score.shape)}; expected [{sites}], or [{batch}, {sites}], one "
-            "per site in the order of lens.sites."
-        )
+        expected = f"[{sites}], or [{batch}, {sites}], one per site in the order of lens.sites"
+        raise ArgumentError(f"{name}: scores {tuple(score.shape)}; expected {expected}.")
     if not torch.isfinite(score).all():
         raise ArgumentError(f"{name}: scores are not all finite, so they rank nothing.")
     return in_float64(score.detach().to(asked.lens.device)).expand(batch, sites)
@@ -147,10 +143,8 @@ def _require_of(name: str, score: Attribution, asked: Asked) -> None:
     for fact, (theirs, ours) in facts.items():
         if theirs != ours:
             shown = [x if isinstance(x, str) else f"{len(x)} {x[:2]}" for x in (theirs, ours)]
-            raise ArgumentError(
-                f"{name} has other {fact} than what is run: {shown[0]} and {shown[1]}. To rank by "
-                "it on purpose pass its numbers, attribution.per_site."
-            )
+            other = f"{name} has other {fact} than what is run: {shown[0]} and {shown[1]}"
+            raise ArgumentError(f"{other}. To rank by it on purpose pass attribution.per_site.")
 
 
 def by_score(scores: Float[Tensor, "*batch site"]) -> Int[Tensor, "*batch site"]:
@@ -375,7 +369,7 @@ def best_subset(
     given = {} if starts is None else named(starts)
     if given and over == "heads":
         raise ArgumentError("starts are scores of sites; leave them out with over='heads'.")
-    scores = scores_towards(asked, given, baselines=False)
+    scores = scores_towards(asked, given, False)
     total = steps * len(counts)
     with tqdm(total=total, desc="best subset", leave=False, disable=not progress) as bar:
         search = _Search(asked, over, search_on, steps, bar)

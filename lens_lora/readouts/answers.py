@@ -108,10 +108,8 @@ def _ids_in(answer: Tensor) -> list[int]:
     ids = arguments.integers("the answer's token ids", answer, TokenError)
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
     if ids.ndim > 1:
-        raise TokenError(
-            f"the answer's token ids have the shape {tuple(ids.shape)}; expected [token], or a "
-            "list of such tensors, one per prompt."
-        )
+        fact = f"the answer's token ids have the shape {tuple(ids.shape)}"
+        raise TokenError(f"{fact}; expected [token], or a list of such tensors, one per prompt.")
     return ids.flatten().tolist()
 
 
@@ -306,9 +304,7 @@ def continued(model: Any, prompts: Prompts, response: AnswerLike) -> Prompts:
 _Ints = Sequence[int]
 
 
-def _padded(
-    model: Any, prompts: Prompts, rows: list[Tensor], owner: _Ints, reads: _Ints
-) -> Prompts:
+def _padded(model: Any, prompts: Prompts, rows: list[Tensor], owner: _Ints, reads: Any) -> Prompts:
     """Rows of prompts with answers, which the context must hold."""
     lengths = prompts.lengths.new_tensor([len(row) for row in rows])
     longest = int(lengths.argmax())

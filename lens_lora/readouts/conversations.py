@@ -34,10 +34,10 @@ def conversations_in(prompts: object) -> list[Conversation] | None:
     if all(_is_conversation(item) or item in ([], ()) for item in items):
         return [cast("Conversation", item) for item in items]
     kinds = ", ".join(dict.fromkeys(_kind_of(item) for item in items))
-    raise PromptError(
-        f"prompts hold {kinds}; expected one conversation, a list of messages such as {_EXAMPLE}, "
-        "or a list of conversations and nothing else."
+    expected = (
+        f"one conversation, a list of messages such as {_EXAMPLE}, or a list of conversations"
     )
+    raise PromptError(f"prompts hold {kinds}; expected {expected} and nothing else.")
 
 
 def _is_conversation(item: object) -> bool:
@@ -116,8 +116,6 @@ def _message(message: Mapping[Any, Any], where: str) -> dict[str, str]:
         known = ", ".join(_ROLES)
         raise PromptError(f"{where}: its role is {plain['role']!r}; expected one of {known}.")
     if fields:
-        raise PromptError(
-            f"{where} has the further field {[*fields][0]!r}, which a template may leave out "
-            f"without a word; leave it out, or {_IDS}."
-        )
+        fact = f"{where} has the further field {[*fields][0]!r}, which a template may leave out"
+        raise PromptError(f"{fact} without a word; leave it out, or {_IDS}.")
     return plain

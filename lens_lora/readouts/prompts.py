@@ -92,10 +92,8 @@ class Prompts:
             values = arguments.integers(words, getattr(self, name), PromptError)
             object.__setattr__(self, name, values)
         if self.tokens.ndim != 2 or self.lengths.shape != self.tokens.shape[:1]:
-            raise PromptError(
-                f"tokens are {tuple(self.tokens.shape)} and lengths {tuple(self.lengths.shape)}; "
-                "expected [batch, pos] and [batch]."
-            )
+            fact = f"tokens are {tuple(self.tokens.shape)} and lengths {tuple(self.lengths.shape)}"
+            raise PromptError(f"{fact}; expected [batch, pos] and [batch].")
         if not self.tokens.numel() or int(self.lengths.min()) < 1:
             raise PromptError("an empty prompt has no position to read; give at least one token.")
         longest, positions = int(self.lengths.max()), self.tokens.shape[1]
@@ -292,10 +290,8 @@ def require_context(model: Any, tokens: int, what: str) -> None:
     """Check that the model's context holds so many tokens."""
     context = getattr(model.cfg, "n_ctx", None)
     if context and tokens > context:
-        raise PromptError(
-            f"{what} has {tokens} tokens, and the context of this {type(model).__name__} holds "
-            f"{context} (cfg.n_ctx); shorten it."
-        )
+        size = f"the context of this {type(model).__name__} holds {context} (cfg.n_ctx)"
+        raise PromptError(f"{what} has {tokens} tokens, and {size}; shorten it.")
 
 
 # --- From what a caller passes to `Prompts`
@@ -463,25 +459,19 @@ def _from_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
     """Ids with their attention mask, repacked: each row's own tokens, padded on the right."""
     device = home_of(model)
     if not all(isinstance(given.get(name), Tensor) for name in ("input_ids", "attention_mask")):
-        raise PromptError(
-            "prompts hold input_ids; expected tensors of input_ids and attention_mask, as "
-            "tokenizer(…, padding=True, return_tensors='pt') gives them."
-        )
+        expected = "tensors of both, as tokenizer(…, padding=True, return_tensors='pt') gives them"
+        raise PromptError(f"prompts hold input_ids and attention_mask; expected {expected}.")
     ids = arguments.integers("input_ids", given["input_ids"], PromptError).to(device)
     mask = given["attention_mask"].to(device)
     if ids.ndim != 2 or mask.shape != ids.shape:
-        raise PromptError(
-            f"input_ids are {tuple(ids.shape)}, attention_mask {tuple(mask.shape)}; expected two "
-            "of [batch, pos]."
-        )
+        fact = f"input_ids are {tuple(ids.shape)}, attention_mask {tuple(mask.shape)}"
+        raise PromptError(f"{fact}; expected two of [batch, pos].")
     rows: list[_Row] = []
     for row, real in zip(ids, mask, strict=True):
         is_binary = bool(((real == 0) | (real == 1)).all())
         if not is_binary or int(real.unique_consecutive().sum()) > 1:
-            raise PromptError(
-                f"a row's attention_mask is {real.tolist()}; expected ones over its own tokens, "
-                "without a gap, and zeros over padding."
-            )
+            expected = "ones over its own tokens, without a gap, and zeros over padding"
+            raise PromptError(f"a row's attention_mask is {real.tolist()}; expected {expected}.")
         rows.append((row[real == 1].tolist(), Source()))
     return _padded(model, rows)
 
@@ -491,7 +481,5 @@ def _check(model: Any, prompts: Prompts) -> None:
     require_context(model, prompts.tokens.shape[1], longest)
     low, high = int(prompts.tokens.min()), int(prompts.tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
-        raise PromptError(
-            f"token ids run from {low} to {high}; the model's vocabulary has {model.cfg.d_vocab}. "
-            "Use the tokenizer that the model was trained with."
-        )
+        fact = f"token ids run from {low} to {high}; the model's vocabulary has {model.cfg.d_vocab}"
+        raise PromptError(f"{fact}. Use the tokenizer that the model was trained with.")

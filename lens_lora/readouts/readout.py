@@ -233,10 +233,8 @@ def _token_id(model: Any, token: object, before: str | None) -> int:
     ids, tokenizer = string_ids(model, "token", token, before), model.tokenizer
     if len(ids) == 1:
         if ids[0] == getattr(tokenizer, "unk_token_id", None) and token != tokenizer.unk_token:
-            raise TokenError(
-                f"{token!r} is not in the vocabulary: the tokenizer reads it as "
-                f"{tokenizer.unk_token!r}. Check its spelling and case."
-            )
+            read = f"the tokenizer reads it as {tokenizer.unk_token!r}"
+            raise TokenError(f"{token!r} is not in the vocabulary: {read}. Is it misspelt?")
         return in_vocabulary(model, ids[0], f"{token!r} is token id {ids[0]}, which")
     if not ids:
         raise TokenError(f"{token!r} holds no token, and this readout reads one.")

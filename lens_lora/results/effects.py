@@ -65,10 +65,8 @@ class Effects(Ranked):
                 something else than zero, so that their sum means nothing.
         """
         if self.of != "site" or self.replace != "zero":
-            raise ArgumentError(
-                f"the sum of effects of {self.of}s replaced by {self.replace} cannot be compared "
-                "with the shift; use of='site', replace='zero'."
-            )
+            fact = f"the sum of effects of {self.of}s replaced by {self.replace} is no shift"
+            raise ArgumentError(f"{fact}; use of='site', replace='zero'.")
         if not is_partition(self.groups, len(self.sites)):
             raise ArgumentError(
                 "the groups do not hold every site exactly once, so their sum cannot be compared "
@@ -95,10 +93,8 @@ class Effects(Ranked):
             raise ArgumentError(f"effects of single {self.of}s are of no whole sites; {use}.")
         names = [site.name for site in self.sites]
         if [site.name for site in attribution.sites] != names:
-            raise ArgumentError(
-                f"the attribution is of {len(attribution.sites)} sites, the effects of {len(names)}"
-                "; compute both with the same lens."
-            )
+            counts = f"{len(attribution.sites)} sites, the effects of {len(names)}"
+            raise ArgumentError(f"the attribution is of {counts}; compute both with the same lens.")
         rows = indicator(self.groups, len(names)).to(attribution.per_site)
         return attribution.per_site @ rows.T
 

@@ -152,9 +152,7 @@ def what_changed_story(changed: results.WhatChanged) -> str:
     """A paragraph a line: how much, answers, which tokens, where, which modules, how constant."""
     first = magnitude(changed.found.first_kl)
     size = f"{_moved(changed)} At first tokens, which are left out: {first} nats."
-    asked = [
-        (text.short_prompt([pair.prompt]), text.answers_text(pair)) for pair in changed.answers
-    ]
+    asked = [(text.short_prompt([a.prompt]), text.answers_text(a)) for a in changed.answers]
     answers = [f"Asked “{prompt}”, {said}" for prompt, said in asked]
     tokens = " ".join(_promoted(changed, by, unit) for by, unit in _UNITS.items())
     parts = (part(changed) for part in (_reading, _places, _modules, _constant))
@@ -229,10 +227,8 @@ def _modules(changed: results.WhatChanged) -> str:
 def _constant(changed: results.WhatChanged) -> str:
     constant = changed.found.constant.items()
     shares = ", ".join(f"{percent(share)} at {name}" for name, share in constant)
-    what = (
-        "How much of the shift of activations is one vector, whatever the token, on held-out texts"
-    )
-    return f"{what}: {shares}."
+    what = "How much of the shift of activations is one vector, whatever the token"
+    return f"{what}, on held-out texts: {shares}."
 
 
 # --- What it changed: pictures

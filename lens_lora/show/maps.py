@@ -85,9 +85,8 @@ def _layers_by_token(
         below += f", the {len(shown)} of {len(tokens)} of largest |value| in a layer"
 
     def says(i: int, j: int, value: float | None) -> str:
-        where = f"layer {y.values[i]}, {axis} {shown[j] + first}"
-        token = label(visible(tokens[shown[j]]))
-        return f"<b>{where}</b>: {token}<br>{value_text(value, shift, units)}"
+        where = f"<b>layer {y.values[i]}, {axis} {shown[j] + first}</b>"
+        return f"{where}: {label(visible(tokens[shown[j]]))}<br>{value_text(value, shift, units)}"
 
     titles, x = _titles(attribution, below, index), figures.tokens_axis(tokens, shown, first=first)
     return heatmap(titles, sums[shown].to_numpy().tolist(), says, x, y, units)
@@ -120,10 +119,8 @@ def _parts_heatmap(attribution: results.Attribution, prompt: int | None, axis: A
 def require_positions(attribution: results.Attribution) -> None:
     """Refuse an attribution without positions."""
     if "position" not in attribution.by:
-        raise ArgumentError(
-            f"the attribution is split by {attribution.by or 'nothing'}, not by position; compute "
-            'it with first_order(..., by="position").'
-        )
+        split = f"the attribution is split by {attribution.by or 'nothing'}, not by position"
+        raise ArgumentError(f'{split}; compute it with first_order(..., by="position").')
 
 
 def _titles(result: Any, below: str, prompt: int | None) -> figures.Pair:
@@ -398,13 +395,9 @@ def feature_figure(shift: results.FeatureShift, k: int = 20, prompt: int | None 
     if shift.by_position and shift.base.shape[2] > 1:
         place += "; features and colours chosen without position 0"
     below = f"pushed by the adapter, {place} · {whose(prompt, shift.str_tokens)}"
-    draw = _features_by_position if shift.by_position else _feature_bars
-    return draw((f"features at {shift.name}", below), shift, k, prompt)
-
-
-def _feature_bars(
-    titles: figures.Pair, shift: results.FeatureShift, k: int, prompt: int | None
-) -> Figure:
+    titles = f"features at {shift.name}", below
+    if shift.by_position:
+        return _features_by_position(titles, shift, k, prompt)
     top, units = shift.top(k, prompt), label(shift.units)
     names = [f"feature {feature}" for feature in top["feature"]]
     hover = f"<b>%{{y}}</b><br>%{{x:.4g}} {units}"
@@ -416,9 +409,7 @@ def _feature_bars(
     return figure.add_trace(figures.points(top["first_order"].tolist(), names, line, name, **look))
 
 
-def _features_by_position(
-    titles: tuple[str, str], shift: results.FeatureShift, k: int, prompt: int | None
-) -> Figure:
+def _features_by_position(titles: figures.Pair, shift: Any, k: int, prompt: int | None) -> Figure:
     values, units = shift.of_prompt(prompt)["shift"], shift.units
     tokens = shift.str_tokens[only_prompt(prompt, len(shift.base))]
     chosen_by = values[:, min(1, len(tokens) - 1) : len(tokens)].abs().nan_to_num(0.0).amax(1)
@@ -529,9 +520,8 @@ def alignment_figure(alignment: results.Alignment, index: int) -> Figure:
         f"{side}s {percent(value)} of ‖ΔW‖ along it<br>99 % of random directions: below {limit:.3f}"
         for side, value, limit in zip(alignment.sides, values, limits, strict=True)
     ]
-    below = (
-        f"what each writes or reads along it, of ‖ΔW‖; random directions: {alignment.expected:.3f}"
-    )
+    random = f"random directions: {alignment.expected:.3f}"
+    below = f"what each writes or reads along it, of ‖ΔW‖; {random}"
     titles = f"ΔW along {alignment.directions[index]!r}", below
     return figures.kinds_by_layer(titles, alignment.sites, values, says, "‖vᵀΔW‖/‖ΔW‖", "amount")
 

@@ -58,9 +58,8 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
     values = attribution.values[index].cpu().double().nansum([0, *others])[: len(tokens)].tolist()
     reach = max(map(abs, values), default=0.0) or 1.0
     escaped = [str(escape(token)) for token in tokens]
-    drawn: Any = circuitsvis_tokens.colored_tokens(
-        escaped, values, min_value=-reach, max_value=reach
-    )
+    ends: Any = {"min_value": -reach, "max_value": reach}
+    drawn: Any = circuitsvis_tokens.colored_tokens(escaped, values, **ends)
     # The div is written as if it closed itself, which HTML does not know: it would swallow the
     # rest of the page.
     picture = drawn.local_src.replace("/>", "></div>", 1)
@@ -74,13 +73,7 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
 
 # --- Every other result
 
-_SIZES = {
-    "str_tokens": "prompt",
-    "steps": "checkpoint",
-    "sites": "site",
-    "groups": "group",
-    "scales": "scale",
-}
+_SIZES = {"str_tokens": "prompt", "steps": "checkpoint", "sites": "site", "groups": "group"}
 
 
 @drawing.text.register(Result)
@@ -92,11 +85,10 @@ def result_text(result: Result) -> str:
         if name not in ("readout", "units")
         and isinstance(value := getattr(result, name), str | int | float)
     ]
-    sizes = [
-        many(len(values), noun)
-        for name, noun in _SIZES.items()
-        if (values := getattr(result, name, None)) is not None and len(values)
-    ]
+    lengths = {noun: getattr(result, name, ()) for name, noun in _SIZES.items()}
+    lengths["scale"] = getattr(result, "scales", ())
+    lengths = {noun: values for noun, values in lengths.items() if values is not None}
+    sizes = [many(len(values), noun) for noun, values in lengths.items() if len(values)]
     parts = (getattr(result, name, None) for name in ("attribution", "first_order"))
     read: Any = next((part for part in (result, *parts) if hasattr(part, "readout")), result)
     about = f" of {read.readout}" if hasattr(read, "readout") else ""

@@ -459,14 +459,10 @@ def _carried(e: results.Explanation) -> str:
     if top is None:
         return ""
     fraction, count, kept = top
-    shares = ", ".join(
-        f"{percent(share)} {'at random' if name == RANDOM else f'by {text.key_text(name)}'}"
-        for name, share in kept.items()
-    )
-    return (
-        f"Measured, the top {percent(fraction)} of the modules ({count}) alone keep, of the shift: "
-        f"{shares}."
-    )
+    ways = {name: f"by {text.key_text(name)}" for name in kept} | {RANDOM: "at random"}
+    shares = ", ".join(f"{percent(share)} {ways[name]}" for name, share in kept.items())
+    top = f"the top {percent(fraction)} of the modules ({count})"
+    return f"Measured, {top} alone keep, of the shift: {shares}."
 
 
 def _limits(e: results.Explanation) -> str:
@@ -510,18 +506,12 @@ def second_text(verdict: verdicts.SecondVerdict) -> str:
     v = verdict
     if v.kind == "no_shift":
         return _below("shift", v.shift, v.floor)
-    left = (
-        f"leaves {abs(v.second / v.shift):.1%} of the shift at ε = 1, first order "
-        f"{abs(v.first / v.shift):.1%}"
-    )
-    reach = f"ε = {v.helps_up_to:.2g}"
+    second, first = (f"{abs(part / v.shift):.1%}" for part in (v.second, v.first))
+    left, reach = f"leaves {second} of the shift at ε = 1, first order {first}", v.helps_up_to
     return {
         "neither": f"neither nearer nor farther, within rounding: {left}",
-        "farther": f"farther, no correction: {left}; nearer only up to {reach}",
-        "coincidence": (
-            f"nearer at ε = 1 by coincidence: {left}; farther on the way, from ε > "
-            f"{v.helps_up_to:.2g}"
-        ),
+        "farther": f"farther, no correction: {left}; nearer only up to ε = {reach:.2g}",
+        "coincidence": f"nearer at ε = 1 by coincidence: {left}; farther from ε > {reach:.2g}",
         "nearer": f"nearer: {left}",
     }[v.kind]
 
