@@ -295,11 +295,7 @@ def base_part(update: ModuleUpdate) -> str | None:
 
 
 def plain(path: str, update: ModuleUpdate) -> LoRAFactors:
-    """The update, if it is sBA and a change of bias that the file holds.
-
-    Raises:
-        UnsupportedAdapterError: DoRA, a trained module or bias.
-    """
+    """The update, if it is sBA and a change of bias that the file holds; else refused."""
     part = base_part(update)
     if isinstance(update, LoRAFactors) and part is None and update.base_weight is None:
         return update

@@ -40,13 +40,11 @@ def explain(
         "What is said after the prompt: which tokens and modules changed it. "
         "Default, without --doc and --pre: the adapted model's own response.",
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="The most tokens of a response that is generated.")
-    ] = 64,
+    max_new_tokens: Annotated[int, options.least(1, "The most tokens that are generated.")] = 64,
     report: options.ReportOption = Path("lens_lora_report.html"),
     fast: Annotated[bool, "Without running single modules, coupling and curves."] = False,
     null: Annotated[
-        int, typer.Option(min=0, help="Compare with so many random adapters of the same sizes.")
+        int, options.least(0, "Compare with so many random adapters of its sizes.")
     ] = 0,
     quiet: options.QuietOption = False,
     base: options.BaseModel,

@@ -24,7 +24,15 @@ from lens_lora.errors import LensLoraError, TokenError
 from lens_lora.model.placement import Attention, Dtype, Placement
 from lens_lora.sweeps.records import is_utf16, read_records
 
+
+def least(number: int, text: str) -> Any:
+    """An option whose value is at least this number."""
+    return typer.Option(min=number, help=text)
+
+
 ModelClass = Literal["HookedTransformer", "TransformerBridge"]
+_CLASS = typer.Option("--class", help="Hooked class. Default: what there is.")
+_BYTES = least(1, "Bytes beside the model, such as 8e9: less at a time, and the same numbers.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,27 +43,16 @@ class BaseModel(Placement):
     """
 
     model: Annotated[str | None, "A hub id or folder. Default: the base the adapter names."] = None
-    model_class: Annotated[
-        ModelClass | None, typer.Option("--class", help="Hooked class. Default: what there is.")
-    ] = None
-    dtype: Annotated[
-        Dtype | None,
-        "Of the weights. Default: float32 on the CPU, elsewhere auto, the checkpoint's.",
-    ] = None
-    device: Annotated[
-        str | None,
-        "Where to run, as torch names it. Default: the CPU, or what accelerate launch gives.",
-    ] = None
+    model_class: Annotated[ModelClass | None, _CLASS] = None
+    dtype: Annotated[Dtype | None, "Default: float32 on the CPU, else auto, the checkpoint's."] = (
+        None
+    )
+    device: Annotated[str | None, "As torch names it. Default: the CPU, or accelerate's."] = None
     device_map: Annotated[str | None, "Over several devices, as accelerate does: auto, say."] = None
     load_in_4bit: Annotated[bool, "Linear modules in NF4, by bitsandbytes."] = False
     load_in_8bit: Annotated[bool, "Linear modules in 8 bit, by bitsandbytes."] = False
     attn: Annotated[Attention, "sdpa takes less memory, and shows no patterns."] = "eager"
-    max_memory: Annotated[
-        float | None,
-        typer.Option(
-            min=1, help="Bytes beside the model, such as 8e9: less at a time, and the same numbers."
-        ),
-    ] = None
+    max_memory: Annotated[float | None, _BYTES] = None
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

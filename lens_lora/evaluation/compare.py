@@ -70,7 +70,7 @@ from lens_lora.model.sites import group_sites
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import SIGMAS, Drawn, flat, hides_sign, only_prompt
+from lens_lora.results.base import SIGMAS, Drawn, Read, flat, hides_sign, only_prompt
 from lens_lora.results.effects import Effects
 
 _INTERVAL = (2.5, 97.5)  # percentiles
@@ -84,7 +84,7 @@ Interval = tuple[float, float]
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Comparison(Drawn):
+class Comparison(Read, Drawn):
     """Agreement of an attribution with effects, per prompt and over prompts.
 
     `plot` is effect against attribution, with the identity line.
@@ -101,7 +101,7 @@ class Comparison(Drawn):
             order of the others may be rounding. NaN where the effects state no floor.
         interval: statistic → the 95 % bootstrap interval of its mean over prompts; NaN with one
             prompt or without resampling.
-        meta: the attribution's model, adapter, dtype and versions.
+        str_tokens, readout, units, meta: the effects'; see `Read`.
         made_on: the tokens of the prompts that the attribution was made on, where it is judged on
             others.
     """
@@ -121,11 +121,7 @@ class Comparison(Drawn):
     relative_error: Float[Tensor, " batch"]
     sum_ratio: Float[Tensor, " batch"]
     beyond_noise: Float[Tensor, " batch"]
-    interval: Mapping[str, tuple[float, float]]
-    str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
-    readout: str
-    units: str
-    meta: Mapping[str, str]
+    interval: Mapping[str, Interval]
     made_on: tuple[tuple[str, ...], ...] = ()
 
     @property

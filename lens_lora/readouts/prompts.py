@@ -459,13 +459,13 @@ def _from_mask(model: Any, given: Mapping[str, Any]) -> Prompts:
     """Ids with their attention mask, repacked: each row's own tokens, padded on the right."""
     device = home_of(model)
     if not all(isinstance(given.get(name), Tensor) for name in ("input_ids", "attention_mask")):
-        expected = "tensors of both, as tokenizer(…, padding=True, return_tensors='pt') gives them"
-        raise PromptError(f"prompts hold input_ids and attention_mask; expected {expected}.")
+        expected = "tensors of input_ids and attention_mask: tokenizer(…, return_tensors='pt')"
+        raise PromptError(f"prompts hold input_ids; expected {expected}.")
     ids = arguments.integers("input_ids", given["input_ids"], PromptError).to(device)
     mask = given["attention_mask"].to(device)
     if ids.ndim != 2 or mask.shape != ids.shape:
-        fact = f"input_ids are {tuple(ids.shape)}, attention_mask {tuple(mask.shape)}"
-        raise PromptError(f"{fact}; expected two of [batch, pos].")
+        fact = f"input_ids are {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}"
+        raise PromptError(f"{fact}; expected [batch, pos] of both.")
     rows: list[_Row] = []
     for row, real in zip(ids, mask, strict=True):
         is_binary = bool(((real == 0) | (real == 1)).all())
