@@ -83,11 +83,8 @@ def moved(model: Any, device: str | torch.device | None, dtype: torch.dtype | No
 
 def _options(how: Placement) -> dict[str, Any]:
     dtype = how.weights
-    options: dict[str, Any] = {
-        **_NO_CODE,
-        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "attn_implementation": how.attn,
-    }
+    options: dict[str, Any] = {**_NO_CODE, "attn_implementation": how.attn}
+    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     if how.device_map is not None or how.is_quantised:
         options["device_map"] = how.device_map or {"": how.device or "cpu"}
     if how.is_quantised:

@@ -195,15 +195,9 @@ def _of_autoencoder(source: Any, indices: Any) -> Directions:
             raise ArgumentError(f"features {features}: this autoencoder has 0 to {count - 1}.")
         inner = encode
         encode = None if inner is None else lambda h: inner(h)[..., features]
-    return Directions(
-        rows=_finite(W_enc).T[features],
-        labels=tuple(("feature", i) for i in features),
-        kind="encoder",
-        units="pre-activation",
-        hook_name=_setting(cfg, "hook_name"),
-        encode=encode,
-        by_head=bool(getattr(source, "hook_z_reshaping_mode", False)),
-    )
+    rows, labels = _finite(W_enc).T[features], tuple(("feature", i) for i in features)
+    name, by_head = _setting(cfg, "hook_name"), getattr(source, "hook_z_reshaping_mode", False)
+    return Directions(rows, labels, "encoder", "pre-activation", name, encode, bool(by_head))
 
 
 def _finite(rows: Tensor) -> Tensor:

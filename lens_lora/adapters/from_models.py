@@ -205,12 +205,10 @@ def _layer_state(layer: Any, name: str, bias: str) -> dict[str, Tensor]:
 
 def _biases(base: nn.Module) -> dict[str, Tensor]:
     """Those of modules without a LoRA layer or wrapper of PEFT."""
-    inside = [path for path, m in base.named_modules() if type(m).__module__.startswith("peft.")]
-    return {
-        key: parameter
-        for key, parameter in base.named_parameters()
-        if key.endswith(".bias") and not any(key.startswith(f"{path}.") for path in inside)
-    }
+    modules = base.named_modules()
+    inside = tuple(f"{path}." for path, m in modules if type(m).__module__.startswith("peft."))
+    parameters = base.named_parameters()
+    return {k: p for k, p in parameters if k.endswith(".bias") and not k.startswith(inside)}
 
 
 def _copy(tensor: Tensor) -> Tensor:

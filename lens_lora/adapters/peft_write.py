@@ -143,11 +143,8 @@ def _config(modules: _Factors, trained: _Trained, base_model: str | None) -> Lor
     from peft import LoraConfig
 
     # The parameter that PEFT targets, in place of the module: a stack of experts, or a router's.
-    parameters = {
-        module: module if factors.experts > 1 else f"{module}.weight"
-        for module, factors in modules.items()
-        if factors.experts
-    }
+    experts = {module: factors.experts for module, factors in modules.items() if factors.experts}
+    parameters = {m: m if count > 1 else f"{m}.weight" for m, count in experts.items()}
     pairs = {parameters.get(m, m): _rank_and_alpha(factors) for m, factors in modules.items()}
     ranks, alphas = ({m: pair[i] for m, pair in pairs.items()} for i in (0, 1))
     ids = {module: u.tokens.tolist() for module, u in trained.items() if u.tokens is not None}

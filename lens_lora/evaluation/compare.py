@@ -417,12 +417,9 @@ class Reliability(Drawn):
         truth = self._effects(effects)
         a = self.attribution.per_site.to(truth)
         wrong, flagged = self._wrong(truth - a), self.flagged
-        counts = {
-            "sites": torch.full_like(wrong[:, 0], truth.shape[1], dtype=torch.long),
-            "wrong": wrong.sum(1),
-            "flagged": flagged.sum(1),
-            "hit": (wrong & flagged).sum(1),
-        }
+        sites = torch.full_like(wrong[:, 0], truth.shape[1], dtype=torch.long)
+        counts = {"sites": sites, "wrong": wrong.sum(1), "flagged": flagged.sum(1)}
+        counts["hit"] = (wrong & flagged).sum(1)
         fixed = {} if self.fixed is None else {"error_fixed": self.fixed.to(truth)}
         numbers = {"error": a, "error_corrected": self.corrected.to(truth), **fixed}
         sums = {name: (truth - n).abs().sum(1) for name, n in numbers.items()}

@@ -142,11 +142,9 @@ class Explanation(Paged):
     def to_frame(self) -> pd.DataFrame:
         """One row per site: every number that was computed of it, in the readout's units."""
         sites = self.first_order.sites
-        columns = {
-            "first_order": self.first_order.per_site,
-            "first_order_at_1": self.adapted_end.per_site,
-            "half_row_sum": self.second_order.half_row_sums,
-        }
+        first, end = self.first_order.per_site, self.adapted_end.per_site
+        columns = {"first_order": first, "first_order_at_1": end}
+        columns["half_row_sum"] = self.second_order.half_row_sums
         if self.add_one is not None and self.leave_one_out is not None:
             columns |= {"add_one": self.add_one.values, "leave_one_out": self.leave_one_out.values}
         if self.path is not None:
@@ -462,14 +460,9 @@ def _in_full(asked: Asked, quick: Explanation, bar: tqdm) -> Explanation:
         orders = {name: rankings.by_score(score) for name, score in scores.items()}
         counts = counts_of(_FRACTIONS, len(asked.lens.sites))
         curves = curves_of(asked, orders, counts, RANDOM_DRAWS, 0, progress)
+    effects = {"add_one": add_one, "leave_one_out": leave_one_out}
     return dataclasses.replace(
-        quick,
-        reliability=reliability,
-        coupling=layers,
-        add_one=add_one,
-        leave_one_out=leave_one_out,
-        path=path,
-        faithfulness=curves,
+        quick, reliability=reliability, coupling=layers, path=path, faithfulness=curves, **effects
     )
 
 
@@ -513,13 +506,12 @@ def _explain_response(
         with _step(bar, "modules of the tokens that changed most"):
             moved_tokens = shifts.kl[0, 0].argsort(descending=True)[:_MOVED].tolist()
             # ∂ℓ_t/∂ε_l at ε = 1: a covector for each of these tokens, through one graph.
-            moved = slopes_of_each(
-                lens,
-                asked.reading,
-                lens.gates(1.0),
-                lambda: differentiable_tokens(lens, asked.reading)[:, moved_tokens].T,
-                progress=False,
-            )[:, 0]
+            gates, reading = lens.gates(1.0), asked.reading
+
+            def log_ps() -> Tensor:
+                return differentiable_tokens(lens, reading)[:, moved_tokens].T
+
+            moved = slopes_of_each(lens, reading, gates, log_ps, progress=False)[:, 0]
         which = tuple(moved_tokens)
         quick = ResponseExplanation(is_generated, shifts, modules, moved, which, answers=answers)
         return quick if fast else _response_in_full(asked, kl, quick, bar)

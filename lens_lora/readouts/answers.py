@@ -261,16 +261,11 @@ def held(kl: KL, reading: Reading, base: Float[Tensor, "row *slot vocab"]) -> Re
     """The reading of a KL, with the base distribution that it compares with."""
     prompts = reading.prompts
     rows, slots = (index.cpu() for index in prompts.read_mask.nonzero(as_tuple=True))
-    divergence = Divergence(
-        rows=rows,
-        slots=None if prompts.reads is None else slots,
-        owner=rows,
-        weights=torch.ones(len(rows), device="cpu"),
-        batch=len(base),
-        base=base,
-        held_rows=rows,
-        is_from_base=kl.direction == "base_to_adapted",
-    )
+    picks: dict[str, Any] = {"rows": rows, "owner": rows, "held_rows": rows}
+    picks["slots"] = None if prompts.reads is None else slots
+    picks["weights"] = torch.ones(len(rows), device="cpu")
+    is_from_base = kl.direction == "base_to_adapted"
+    divergence = Divergence(**picks, batch=len(base), base=base, is_from_base=is_from_base)
     return dataclasses.replace(reading, read=divergence)
 
 
@@ -368,15 +363,10 @@ def _reading(model: Any, prompts: Prompts, answers: list[list[tuple[Ids, float]]
         owner += [prompt] * len(longest)
     owners = torch.tensor(owner, device="cpu")
     *indices, weights = zip(*picks, strict=True)
-    pick_rows, slots, ids = (torch.tensor(index, device="cpu") for index in indices)
-    read = LogProbs(
-        rows=pick_rows,
-        slots=slots,
-        owner=owners[pick_rows],
-        weights=torch.tensor(weights, dtype=torch.float64, device="cpu"),
-        batch=prompts.batch,
-        tokens=ids,
-    )
+    picked, slots, ids = (torch.tensor(index, device="cpu") for index in indices)
+    factors = torch.tensor(weights, dtype=torch.float64, device="cpu")
+    places = {"rows": picked, "slots": slots, "owner": owners[picked]}
+    read = LogProbs(**places, weights=factors, batch=prompts.batch, tokens=ids)
     return Reading(_padded(model, prompts, rows, owner, reads), read, owners)
 
 

@@ -226,12 +226,8 @@ class Picks(abc.ABC):
     def repeat(self: _Picks, times: int) -> _Picks:
         """The readout of every row several times: r0 r0 … r1 r1 …"""
         copied = self._chosen(torch.arange(len(self.rows), device="cpu").repeat_interleave(times))
-        return dataclasses.replace(
-            copied,
-            rows=_copies(self.rows, times),
-            owner=_copies(self.owner, times),
-            batch=self.batch * times,
-        )
+        rows, owner = (_copies(index, times) for index in (self.rows, self.owner))
+        return dataclasses.replace(copied, rows=rows, owner=owner, batch=self.batch * times)
 
     def only(self: _Picks, rows: Int[Tensor, " some"]) -> _Picks:
         """The readout of these rows, with rows and prompts counted from 0 again."""

@@ -124,11 +124,9 @@ class Effects(Ranked):
     def to_frame(self) -> pd.DataFrame:
         """One row per prompt and group: number of sites, effect, share of the shift."""
         sizes = [len(members) for members in self.groups.values()]
-        return long_table(
-            {"effect": self.values, "share": self.share},
-            {"prompt": range(len(self.values))},
-            {"group": list(self.groups), "sites": sizes},
-        )
+        numbers, prompts = {"effect": self.values, "share": self.share}, range(len(self.values))
+        groups = {"group": list(self.groups), "sites": sizes}
+        return long_table(numbers, {"prompt": prompts}, groups)
 
     def entries(self, prompt: int | None = None) -> Entries:
         """Each group's effect."""
