@@ -28,10 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lens_lora.adapters import from_models
+from lens_lora.adapters import from_models, peft_files, peft_read
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, dense_factors
-from lens_lora.adapters.peft_files import refuse_without_delta
-from lens_lora.adapters.peft_read import base_of, located
 from lens_lora.compat import float64_device, without_warnings
 from lens_lora.errors import AdapterError, ArgumentError, UnsupportedAdapterError
 
@@ -61,9 +59,9 @@ def updates_over_base(
     """
     from peft import get_peft_model
 
-    with located(folder):
-        refuse_without_delta(config)
-        name = base_of(config)  # before PEFT writes the name of this base there
+    with peft_read.located(folder):
+        peft_files.refuse_without_delta(config)
+        name = peft_read.base_of(config)  # before PEFT writes the name of this base there
         base = base_for(name)
         _require_plain(base)
         try:
@@ -112,7 +110,7 @@ def measured_updates(model: Any, name: str, config: Any, base: Any = None) -> _U
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    refuse_without_delta(config)
+    peft_files.refuse_without_delta(config)
     bias = getattr(config, "bias", "none")
     if bias != "none":
         raise UnsupportedAdapterError(
@@ -132,7 +130,7 @@ def measured_updates(model: Any, name: str, config: Any, base: Any = None) -> _U
     updates = from_models.updates_of_layers(live, name, config)
     for path, module in outer.items():
         if isinstance(module, BaseTunerLayer):
-            with located(f"module {path}"):
+            with peft_read.located(f"module {path}"):
                 update = _layer_update(module)
             if update is not None:
                 updates[path] = update

@@ -137,10 +137,8 @@ def renamed(updates: Mapping[str, ModuleUpdate], notes: list[str]) -> dict[str, 
     paths = model_paths(updates)
     changed = [path for path, new in paths.items() if path != new]
     if changed:
-        notes.append(
-            f"{len(changed)} module paths are those of a wrapped or headless model: {changed[0]} "
-            f"is read as {paths[changed[0]]}"
-        )
+        what = f"{len(changed)} module paths are those of a wrapped or headless model"
+        notes.append(f"{what}: {changed[0]} is read as {paths[changed[0]]}")
     return {paths[path]: update for path, update in updates.items()}
 
 

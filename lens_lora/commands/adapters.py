@@ -1,8 +1,4 @@
-"""The commands about an adapter as a whole.
-
-`lens-lora inspect`, what it is; `diff`, what it changed with nothing asked; `checkpoints`, how it
-came about; and `repair`, what stays of a fact.
-"""
+"""An adapter as a whole: `inspect`, `diff`, `checkpoints` through a training, and `repair`."""
 
 from __future__ import annotations
 

@@ -107,12 +107,10 @@ ReportOption = Annotated[
     Path, typer.Option("--report", help="HTML page to write.", dir_okay=False, writable=True)
 ]
 QuietOption = Annotated[bool, "No progress on stderr."]
-PromptsFile = Annotated[
-    Path | None,
-    input_file(
-        "A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), doc, pre."
-    ),
-]
+_PROMPTS = (
+    "A .txt file with a prompt a line, or .jsonl or .csv with prompt (or messages), doc, pre."
+)
+PromptsFile = Annotated[Path | None, input_file(_PROMPTS)]
 
 # --- Prompts and their answers
 
@@ -162,11 +160,9 @@ class Questions:
         if self.prompts is not None:
             questions += _from_file(self.prompts, Question("", self.doc, self.pre, response))
         if not questions:
-            raise typer.BadParameter(
-                f"--prompts: {self.prompts} holds no prompt."
-                if self.prompts
-                else f"which prompt? Give --prompts FILE, or {_EXAMPLE}."
-            )
+            if self.prompts:
+                raise typer.BadParameter(f"--prompts: {self.prompts} holds no prompt.")
+            raise typer.BadParameter(f"which prompt? Give --prompts FILE, or {_EXAMPLE}.")
         if answered and len({isinstance(question.prompt, str) for question in questions}) > 1:
             raise typer.BadParameter("texts and conversations are not read together.")
         for number, question in enumerate(questions, start=1):

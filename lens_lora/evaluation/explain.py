@@ -44,12 +44,9 @@ from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.second_order import Coupling, SecondOrder, coupling_of, second_order_of
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
+from lens_lora.engine import forward, function, read, texts
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.forward import Part, part_tangents
-from lens_lora.engine.function import gated_readout, require_finite
-from lens_lora.engine.read import differentiable_tokens, read_tokens
 from lens_lora.engine.second_order import slopes_of_each
-from lens_lora.engine.texts import by_length
 from lens_lora.errors import ArgumentError, PromptError
 from lens_lora.evaluation import rankings
 from lens_lora.evaluation.compare import Comparison, Reliability, compare, judged
@@ -390,7 +387,7 @@ def _about(asked: Asked, indices: list[int], doc: AnswerLike, pre: AnswerLike) -
 def _together(by_prompt: Sequence[Asked], asked: Asked) -> Iterator[list[int]]:
     """Prompts that may share their passes: of like length, with margins in the same units."""
     units = [question.readout.units for question in by_prompt]
-    for indices, _ in by_length(asked.prompts, _TOKENS_AT_ONCE):
+    for indices, _ in texts.by_length(asked.prompts, _TOKENS_AT_ONCE):
         for unit in dict.fromkeys(units):
             if chosen := [i for i in indices if units[i] == unit]:
                 yield chosen
@@ -471,10 +468,10 @@ def _shifts_of_the_largest(asked: Asked, shift: LogitShift, first: Attribution) 
     lens, shifts = asked.lens, list[LogitShift]()
     for i, values in enumerate(first.values):
         chosen = values.abs().argsort(descending=True)[:_MODULES].tolist()
-        parts = [Part(index) for index in chosen]
+        parts = [forward.Part(index) for index in chosen]
         prompt = asked.prompts.chosen([i])
-        tangents = part_tangents(lens, prompt, lens.gates(0.0), parts, progress=False)
-        require_finite(tangents, "the logit shift")
+        tangents = forward.part_tangents(lens, prompt, lens.gates(0.0), parts, progress=False)
+        function.require_finite(tangents, "the logit shift")
         sites = tuple(lens.sites[index] for index in chosen)
         shifts.append(dataclasses.replace(shift, values=tangents, sites=sites))
     return shifts
@@ -509,7 +506,7 @@ def _explain_response(
             gates, reading = lens.gates(1.0), asked.reading
 
             def log_ps() -> Tensor:
-                return differentiable_tokens(lens, reading)[:, moved_tokens].T
+                return read.differentiable_tokens(lens, reading)[:, moved_tokens].T
 
             moved = slopes_of_each(lens, reading, gates, log_ps, progress=False)[:, 0]
         which = tuple(moved_tokens)
@@ -529,8 +526,8 @@ def _response_in_full(
     added = indicator(groups, len(lens.sites))
     ends = torch.zeros_like(added[:1]), torch.ones_like(added[:1])
     points = torch.cat([*ends, added, 1 - added]).to(lens.device, lens.gate_dtype)
-    how: Any = {"what": "each layer added and left out", "read": read_tokens}
-    (values,) = gated_readout(lens, asked.reading, points, progress=progress, **how)
+    how: Any = {"what": "each layer added and left out", "read": read.read_tokens}
+    (values,) = function.gated_readout(lens, asked.reading, points, progress=progress, **how)
     base, adapted, alone, without = values.split([1, 1, len(groups), len(groups)])
     bar.update()
     effects = {"add_one": alone - base, "leave_one_out": adapted - without}

@@ -55,11 +55,8 @@ from tqdm import tqdm
 from lens_lora.analyses.first_order import first_order_of, squared_norms
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
 from lens_lora.compat import float64_device, in_float64
+from lens_lora.engine import function, interventions, read, reverse
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.function import gated_readout
-from lens_lora.engine.interventions import HeadMasks
-from lens_lora.engine.read import read_logits
-from lens_lora.engine.reverse import site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
@@ -177,7 +174,7 @@ def update_norms(asked: Asked) -> Float[Tensor, "batch site"]:
         squares[:, injection.site] += sums.to(home)
 
     with torch.no_grad(), lens.injected(record):
-        read_logits(lens, reading.prompts)
+        read.read_logits(lens, reading.prompts)
     return reading.by_prompt(squares).sqrt()
 
 
@@ -470,12 +467,12 @@ _Runs = Callable[[Tensor], Tensor]  # gates → g, or its slopes, of each prompt
 def _gates_of(lens: LoraLens, reading: Reading, over: Over) -> tuple[tuple[str, ...], _Runs, _Runs]:
     """What has a gate; of each prompt, g at many gate vectors, and the slopes at one."""
     if over == "heads":
-        masks = HeadMasks(lens, reading)
+        masks = interventions.HeadMasks(lens, reading)
         return masks.names, masks.values, masks.slopes
     return (
         tuple(site.name for site in lens.sites),
-        lambda gates: gated_readout(lens, reading, gates, progress=False, what="sets"),
-        lambda gates: site_slopes(lens, reading, gates.to(lens.gates(0.0))),
+        lambda gates: function.gated_readout(lens, reading, gates, progress=False, what="sets"),
+        lambda gates: reverse.site_slopes(lens, reading, gates.to(lens.gates(0.0))),
     )
 
 

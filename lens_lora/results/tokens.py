@@ -115,14 +115,9 @@ def strongest(values: NDArray[np.floating], sign: int, k: int) -> NDArray[np.int
 
 
 def ranked_tokens(
-    values: Float[Tensor, " vocab"],
-    strings: Sequence[str],
-    k: int,
-    column: str,
-    *,
-    largest: bool = True,
+    values: Tensor, strings: Sequence[str], k: int, column: str, *, largest: bool = True
 ) -> pd.DataFrame:
-    """The k tokens of largest (or least) value: rank from 1, token, id, value.
+    """The k tokens of largest (or least) value, of [vocab]: rank from 1, token, id, value.
 
     Raises:
         ArgumentError: a k that is no whole number, or below 0.

@@ -160,10 +160,8 @@ def what_changed_story(changed: results.WhatChanged) -> str:
 
 
 def _moved(changed: results.WhatChanged) -> str:
-    moves = (
-        f"Over {changed.texts} the next-token distribution moves by "
-        f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
-    )
+    size = f"{magnitude(changed.found.mean_kl)} nats a token (KL, base to adapted)"
+    moves = f"Over {changed.texts} the next-token distribution moves by {size}"
     if changed.nulls:
         times = _range(changes.scale for changes in changed.nulls)
         moved = _range(changes.mean_kl for changes in changed.nulls)
@@ -443,10 +441,8 @@ def _phases(training: results.Checkpoints, series: str, subject: str) -> str:
 def checkpoints_table(training: results.Checkpoints) -> Table:
     """The readout at every checkpoint, the base model first, as step 0."""
     prompts = list(map(text.short_prompt, training.str_tokens))
-    rows: list[Row] = [
-        ("0", prompt, signed(base), "", "", "", "")
-        for prompt, base in zip(prompts, training.base.tolist(), strict=True)
-    ]
+    starts = zip(prompts, map(signed, training.base.tolist()), strict=True)
+    rows: list[Row] = [("0", *start, "", "", "", "") for start in starts]
     series = (training.adapted, training.first_order, training.remainder)
     for (k, step), (p, prompt) in itertools.product(enumerate(training.steps), enumerate(prompts)):
         numbers = (signed(float(values[k, p])) for values in series)

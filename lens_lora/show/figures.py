@@ -83,6 +83,9 @@ _TITLE_LINE = 96  # characters that fit beside plotly's buttons at the width of 
 
 Pair = tuple[str, str]  # a heading and the smaller line below it, or what two axes say
 Trace = go.Scatter
+Numbers = Sequence[float]
+Texts = Sequence[str]
+_Looks = Mapping[str, Mapping[str, Any]]
 
 
 def finish(figure: Figure, titles: Pair, axes: Pair, height: int = 420, **layout: Any) -> Figure:
@@ -289,9 +292,7 @@ def kinds_by_layer(
 # --- Bars, curves and points
 
 
-def bars(
-    titles: Pair, names: Iterable[str], values: Sequence[float], hover: Sequence[str], units: str
-) -> Figure:
+def bars(titles: Pair, names: Iterable[str], values: Numbers, hover: Texts, units: str) -> Figure:
     """One horizontal bar each, the first on top."""
     y = names_axis(names, autorange="reversed", showgrid=False)
     marker = {"color": [EXACT if value >= 0 else NEGATIVE for value in values]}
@@ -334,13 +335,7 @@ def points(x: Sequence[float], y: Sequence[Any], hover: Hover, name: str, **mark
 
 
 def grouped_points(
-    x: Sequence[float],
-    y: Sequence[float],
-    hover: Sequence[str],
-    groups: Sequence[str],
-    looks: Mapping[str, Mapping[str, Any]],
-    *,
-    counts: bool = True,
+    x: Numbers, y: Numbers, hover: Texts, groups: Texts, looks: _Looks, *, counts: bool = True
 ) -> list[Trace]:
     """Points of several groups, each with its look and its entry in the legend, with its count."""
     traces: list[Trace] = []

@@ -39,8 +39,7 @@ def site_heatmap(
         if by != "token":
             return _parts_heatmap(attribution, prompt, by)
         index = only_prompt(prompt, len(attribution.base), "tokens of responses")
-        below = "by layer and token of the response"
-        return _layers_by_token(attribution, index, by, attribution.response, below, None)
+        return _layers_by_token(attribution, index, by, None)
     _, site_values, shift, _ = attribution.entries(prompt)
     values, units = site_values.tolist(), attribution.units
     says = [value_text(value, float(shift), units) for value in values]
@@ -61,20 +60,17 @@ def position_heatmap(
     """Layer × token position of one prompt, summed over the layer's sites."""
     require_positions(attribution)
     index = only_prompt(prompt, len(attribution.base), "positions")
-    below = "by layer and position"
-    return _layers_by_token(attribution, index, "position", attribution.str_tokens, below, most)
+    return _layers_by_token(attribution, index, "position", most)
 
 
 def _layers_by_token(
-    attribution: results.Attribution,
-    index: int,
-    axis: Axis,
-    texts: Sequence[Sequence[str]],
-    below: str,
-    most: int | None,
+    attribution: results.Attribution, index: int, axis: Axis, most: int | None
 ) -> Figure:
-    tokens, y, units = texts[index], figures.layers_axis(attribution.sites), attribution.units
-    first = 1 if axis == "token" else 0
+    """By position, or by token of the response."""
+    y, units, first = figures.layers_axis(attribution.sites), attribution.units, 0
+    tokens, below = attribution.str_tokens[index], "by layer and position"
+    if axis == "token":
+        tokens, below, first = attribution.response[index], "by layer and token of the response", 1
     shift = float(attribution.shift[index])
     values, layers = attribution.along(axis, index)[0], [site.layer for site in attribution.sites]
     by_site: Any = pd.DataFrame(values[:, : len(tokens)].numpy(), index=layers)
@@ -198,13 +194,12 @@ def grouped_figure(grouped: results.GroupAttribution, prompt: int | None = None)
     return groups_by_token(titles, list(grouped.groups), tokens, rows, units, says)
 
 
+_Says = Callable[[str, float], str]
+_Rows = figures.Cells
+
+
 def groups_by_token(
-    titles: figures.Pair,
-    names: Sequence[str],
-    response: Sequence[str],
-    rows: figures.Cells,
-    units: str,
-    says: Callable[[str, float], str],
+    titles: figures.Pair, names: Sequence[str], response: Any, rows: _Rows, units: str, says: _Says
 ) -> Figure:
     """A row for each group, a column for each token."""
     is_layers = all(name.startswith("layer ") for name in names)

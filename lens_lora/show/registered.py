@@ -215,8 +215,6 @@ def _comparison(comparison: results.Comparison) -> str:
         table = f"{summary['mean'].to_string()}\none prompt: no interval."
     clear, every = comparison.beyond_noise, comparison.effects.numel()
     small = every - round(float(clear.nan_to_num(1.0).mean()) * every)
-    note = (
-        f"\n{small} of {every} effects are within three noise floors: their sign, and their order "
-        "in a rank correlation, may be rounding."
-    )
+    note = f"\n{small} of {every} effects are within three noise floors: their sign, and their"
+    note += " order in a rank correlation, may be rounding."
     return f"{head}\n{table}{note if small else ''}"

@@ -78,11 +78,9 @@ def _heading(shifts: results.TokenShifts, index: int) -> str:
 
 def _below(shifts: results.TokenShifts, index: int) -> str:
     """The two settings, and the sums over the response."""
-    total = float(shifts.kl[0, index].nansum())
-    return (
-        f"{shifts.between[0]} against {shifts.between[1]}: {magnitude(total)} nats in all, "
-        f"log p of the response moves by {signed(float(shifts.total[index]))}"
-    )
+    total, moved = magnitude(float(shifts.kl[0, index].nansum())), float(shifts.total[index])
+    pair = " against ".join(shifts.between)
+    return f"{pair}: {total} nats in all, log p of the response moves by {signed(moved)}"
 
 
 def _hovers(shifts: results.TokenShifts, index: int) -> list[str]:
@@ -286,9 +284,9 @@ def _modules(e: results.ResponseExplanation) -> list[str]:
         done = "leaving a module out of the adapted model takes the most from KL with"
         return [f"To first order, {done} {largest}."]
     needed, count = _half_held_by(values.tolist(), shift), len(values)
+    split = f"The path integral splits KL completely among the {count} modules"
     return [
-        f"The path integral splits KL completely among the {count} modules: the largest shares are "
-        f"{largest}, and {many(needed, 'module')} hold half of it."
+        f"{split}: the largest shares are {largest}, and {many(needed, 'module')} hold half of it."
     ]
 
 
@@ -317,10 +315,8 @@ def _strongest(e: results.ResponseExplanation, values: Any) -> tuple[str, str, s
 
 def _limits(e: results.ResponseExplanation) -> str:
     fast = " No layer was added or left out; run it without `fast` for that." if e.is_fast else ""
-    return (
-        "The numbers of tokens are exact. They are of this response: another one, of the same "
-        f"prompt, may change elsewhere.{fast}"
-    )
+    of_this = "They are of this response: another one, of the same prompt, may change elsewhere."
+    return f"The numbers of tokens are exact. {of_this}{fast}"
 
 
 # --- Tables
