@@ -30,7 +30,6 @@ from lens_lora.adapters import peft_read
 from lens_lora.adapters.arithmetic import module_path
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, Updates, base_part
 from lens_lora.adapters.peft_files import CONFIG, WEIGHTS
-from lens_lora.adapters.peft_read import PREFIX, located
 from lens_lora.errors import AdapterError, UnsupportedAdapterError
 from lens_lora.families import FAMILIES, HEADS
 
@@ -58,7 +57,7 @@ def save_adapter(modules: Updates, name: str, base_model: str | None, path: str 
     factors = _plain(factors)
     config = _config(factors, trained, base_model)
     tensors = _tensors(factors | trained)
-    with located("the adapter as it would be saved"):
+    with peft_read.located("the adapter as it would be saved"):
         _require_same_scales(factors, peft_read.updates_of(config, tensors))
     return _write(config, tensors, Path(path))
 
@@ -198,7 +197,9 @@ def _tensors(modules: Updates) -> dict[str, Tensor]:
         for role, suffix in _keys(module, update).items():
             tensor = getattr(update, "weight" if role == "token_rows" else role)
             if tensor is not None:
-                tensors[PREFIX + path + suffix] = tensor.detach().cpu().clone().contiguous()
+                tensors[peft_read.PREFIX + path + suffix] = (
+                    tensor.detach().cpu().clone().contiguous()
+                )
     return tensors
 
 

@@ -22,8 +22,7 @@ from lens_lora.analyses.spectra import AdapterSummary, Spectrum
 from lens_lora.analyses.what_changed import BY, By
 from lens_lora.errors import ArgumentError
 from lens_lora.results import drawing
-from lens_lora.show import text
-from lens_lora.show.curves import too_few
+from lens_lora.show import curves, text
 from lens_lora.show.figures import LINEAR, bars, curve, heatmap, kinds_by_layer, names_axis
 from lens_lora.show.page import Block, Part, Section, answers_of, folded, made_by, page_html
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
@@ -416,7 +415,7 @@ def checkpoints_story(training: results.Checkpoints) -> str:
     prompts = range(len(training.str_tokens))
     lines = [_fate(training, p) + _phases(training, f"prompt {p}", " It") for p in prompts]
     lines.append(_phases(training, "angle", "The direction of ΔW"))
-    lines.append(too_few(training))
+    lines.append(curves.too_few(training))
     return "\n".join(filter(None, lines))
 
 
@@ -480,7 +479,7 @@ def _training_headline(training: results.Checkpoints) -> Sequence[str]:
     flips, count = training.flip_step.nan_to_num(math.inf), len(training.base)
     first = int(flips.argmin())
     several = f"{int(flips.isfinite().sum())} of {count} prompts change sign. " if count > 1 else ""
-    at_once = _phases(training, f"prompt {first}", "It") or too_few(training)
+    at_once = _phases(training, f"prompt {first}", "It") or curves.too_few(training)
     none = "It changes at no step at once."
     effect, norm = (training.by_group(what, "layer").iloc[:, -1] for what in ("effect", "norm"))
     where = (

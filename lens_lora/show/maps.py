@@ -17,10 +17,9 @@ from lens_lora.model.sites import layer_order
 from lens_lora.results import drawing
 from lens_lora.results.attribution import MOST_POSITIONS, Axis
 from lens_lora.results.base import only_prompt, prompt_rows
-from lens_lora.show import figures, text
+from lens_lora.show import figures, text, words
 from lens_lora.show.figures import heatmap, names_axis, value_text, whose
 from lens_lora.show.text import label, magnitude, percent, short_prompt, signed, visible
-from lens_lora.show.words import kept_by_constants
 
 # --- An attribution: layer × kind of module, layer × token, site × head or rank
 
@@ -165,7 +164,7 @@ def _of_head(name: str) -> types.SimpleNamespace:
 @drawing.figure.register(results.ConstantPart)
 def constant_part_figure(constant: results.ConstantPart) -> Figure:
     """How constant each site's δ is, layer × kind of module."""
-    kept = f"the constants alone keep {kept_by_constants(constant)}"
+    kept = f"the constants alone keep {words.kept_by_constants(constant)}"
     below = f"held-out texts, first tokens left out; {kept}"
     titles, units = ("How much of each module's δ is one vector", below), "constant share"
     shares, sizes = constant.share.tolist(), map(magnitude, constant.size.tolist())

@@ -20,11 +20,9 @@ from lens_lora.errors import LensLoraError
 from lens_lora.results import drawing
 from lens_lora.results.base import SIGMAS, Paged, Ranked, Result, only_prompt
 from lens_lora.results.drawing import TokenView
-from lens_lora.show.maps import require_positions
-from lens_lora.show.page import rendered
+from lens_lora.show import maps, page, words
 from lens_lora.show.tables import SITES_SHOWN, attribution_heading, modules_table, prompts_table
 from lens_lora.show.text import key_text, many, percent, signed
-from lens_lora.show.words import kept_by_constants
 
 # --- An attribution
 
@@ -34,7 +32,7 @@ def attribution_html(attribution: results.Attribution) -> str:
     """What `attribution_text` says, as tables."""
     heading, *notes = attribution_heading(attribution)
     tables = prompts_table(attribution), modules_table(attribution, SITES_SHOWN)
-    return rendered("attribution", heading=heading, notes=notes, tables=tables)
+    return page.rendered("attribution", heading=heading, notes=notes, tables=tables)
 
 
 @drawing.tokens.register(results.Attribution)
@@ -44,7 +42,7 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
     circuitsvis writes tokens into the page as HTML, so they are escaped first; its script is
     written into the page, and nothing is fetched.
     """
-    require_positions(attribution)
+    maps.require_positions(attribution)
     index = only_prompt(prompt, len(attribution.base), "positions")
     try:
         from circuitsvis import tokens as circuitsvis_tokens  # pyright: ignore[reportMissingImports]
@@ -67,7 +65,7 @@ def token_view(attribution: results.Attribution, prompt: int | None = None) -> T
         f"{attribution.readout}, {key_text(attribution.key)}: each token through all sites, "
         f"{signed(sum(values))} {attribution.units} in all. Blue pushes up, red down."
     )
-    html = rendered("captioned", caption=caption, picture=Markup(picture))
+    html = page.rendered("captioned", caption=caption, picture=Markup(picture))
     return TokenView(tokens, tuple(values), html)
 
 
@@ -106,7 +104,7 @@ def _summary_text(summary: AdapterSummary) -> str:
 @drawing.html.register(Result)
 def result_html(result: Result) -> str:
     """The same in a notebook."""
-    return rendered("plain", lines=drawing.text(result).split("\n"))
+    return page.rendered("plain", lines=drawing.text(result).split("\n"))
 
 
 def _body(result: Any) -> str:
@@ -149,7 +147,7 @@ def _body(result: Any) -> str:
         case results.ConstantPart():
             return (
                 f"held out, {percent(result.total_share)} of Σ‖δ‖² is constant, and the constants "
-                f"alone keep {kept_by_constants(result)}\n"
+                f"alone keep {words.kept_by_constants(result)}\n"
                 f"{result.top(5).to_string()}"
             )
         case results.Checkpoints():

@@ -21,9 +21,8 @@ from lens_lora.results import drawing
 from lens_lora.results.base import only_prompt
 from lens_lora.results.drawing import TokenView
 from lens_lora.results.tokens import context_of
-from lens_lora.show import page, text
+from lens_lora.show import maps, page, text
 from lens_lora.show.figures import EXACT, FLIP, NEGATIVE, finish, tokens_axis
-from lens_lora.show.maps import groups_by_token
 from lens_lora.show.tables import Pairs, Row, Table, in_terminal, table_of
 from lens_lora.show.text import magnitude, many, percent, points, short_prompt, signed, visible
 
@@ -187,7 +186,7 @@ def response_figures(e: results.ResponseExplanation) -> dict[str, Figure]:
                 return f"<b>{text.label(name)}</b> {done}: {signed(value)} nats"
 
             z, names = values.tolist(), list(e.groups)
-            figures[how] = groups_by_token(titles, names, e.response, z, "nats", says)
+            figures[how] = maps.groups_by_token(titles, names, e.response, z, "nats", says)
     return figures
 
 
