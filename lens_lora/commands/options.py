@@ -44,9 +44,7 @@ class BaseModel(Placement):
 
     model: Annotated[str | None, "A hub id or folder. Default: the base the adapter names."] = None
     model_class: Annotated[ModelClass | None, _CLASS] = None
-    dtype: Annotated[Dtype | None, "Default: float32 on the CPU, else auto, the checkpoint's."] = (
-        None
-    )
+    dtype: Annotated[Dtype | None, "Default: float32 on a CPU, else auto, the checkpoint's."] = None
     device: Annotated[str | None, "As torch names it. Default: the CPU, or accelerate's."] = None
     device_map: Annotated[str | None, "Over several devices, as accelerate does: auto, say."] = None
     load_in_4bit: Annotated[bool, "Linear modules in NF4, by bitsandbytes."] = False
