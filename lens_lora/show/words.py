@@ -15,7 +15,14 @@ import math
 from collections.abc import Sequence
 
 from lens_lora import results
-from lens_lora.analyses import verdict as verdicts
+from lens_lora.analyses.verdict import (
+    FlipVerdict,
+    NullVerdict,
+    Point,
+    SecondVerdict,
+    SharesVerdict,
+    Verdict,
+)
 from lens_lora.results import drawing
 from lens_lora.results.base import RANDOM, SIGMAS, only_prompt
 from lens_lora.show import text
@@ -51,9 +58,9 @@ class Account:
     flip_scale: float | None
     flips: bool
     flip_predicted: bool
-    verdict: verdicts.Verdict
+    verdict: Verdict
     crossings: int
-    steps: Sequence[verdicts.Point]
+    steps: Sequence[Point]
 
     @property
     def floor(self) -> float:
@@ -471,8 +478,8 @@ def _limits(e: results.Explanation) -> str:
 # --- Verdicts as phrases, each with its numbers
 
 
-@drawing.text.register(verdicts.Verdict)
-def verdict_text(verdict: verdicts.Verdict) -> str:
+@drawing.text.register(Verdict)
+def verdict_text(verdict: Verdict) -> str:
     """How good first order is."""
     v = verdict
     if v.kind == "no_shift":
@@ -490,8 +497,8 @@ def verdict_text(verdict: verdicts.Verdict) -> str:
     return f"{v.kind}: {v.share:.1%} of the shift at ε = 1, {most}{on_the_way}"
 
 
-@drawing.text.register(verdicts.SecondVerdict)
-def second_text(verdict: verdicts.SecondVerdict) -> str:
+@drawing.text.register(SecondVerdict)
+def second_text(verdict: SecondVerdict) -> str:
     """Whether second order is nearer than first."""
     v = verdict
     if v.kind == "no_shift":
@@ -506,8 +513,8 @@ def second_text(verdict: verdicts.SecondVerdict) -> str:
     }[v.kind]
 
 
-@drawing.text.register(verdicts.NullVerdict)
-def null_text(verdict: verdicts.NullVerdict) -> str:
+@drawing.text.register(NullVerdict)
+def null_text(verdict: NullVerdict) -> str:
     """How far the shift stands out from random directions."""
     v = verdict
     if v.kind == "no_shift":
@@ -524,8 +531,8 @@ def null_text(verdict: verdicts.NullVerdict) -> str:
     )
 
 
-@drawing.text.register(verdicts.FlipVerdict)
-def flip_text(verdict: verdicts.FlipVerdict) -> str:
+@drawing.text.register(FlipVerdict)
+def flip_text(verdict: FlipVerdict) -> str:
     """Whether a margin flips, or rounding hides it."""
     v = verdict
     if v.kind != "hidden":
@@ -537,8 +544,8 @@ def flip_text(verdict: verdicts.FlipVerdict) -> str:
     return f"{hidden}, so the sign is not known; rerun in float32 or float64"
 
 
-@drawing.text.register(verdicts.SharesVerdict)
-def shares_text(verdict: verdicts.SharesVerdict) -> str:
+@drawing.text.register(SharesVerdict)
+def shares_text(verdict: SharesVerdict) -> str:
     """Whether shares of the quadratic rank the modules, and if not what does."""
     v = verdict
     ranks = f"rank correlation with the gradient at ε = ½: {v.agreement:.2f}"
