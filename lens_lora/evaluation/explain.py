@@ -553,10 +553,8 @@ def one_prompt(result: _Result, index: int, readout: str | None = None) -> _Resu
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):
         raise ArgumentError(f"{result!r}: expected a result.")
-    changes = {
-        field.name: _share(field, getattr(result, field.name), index, readout)
-        for field in dataclasses.fields(result)
-    }
+    fields = dataclasses.fields(result)
+    changes = {f.name: _share(f, getattr(result, f.name), index, readout) for f in fields}
     if isinstance(result, Attribution) and "position" in result.by:
         tokens, axis = len(changes["str_tokens"][0]), 2 + result.by.index("position")
         changes["values"] = changes["values"].narrow(axis, 0, tokens).clone()

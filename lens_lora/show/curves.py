@@ -329,10 +329,8 @@ def comparison_scatter(comparison: results.Comparison, prompt: int | None = None
     ]
     kinds = sorted(set(comparison.kinds), key=lambda k: KINDS.index(k) if k in KINDS else -1)
     colours = itertools.product(_SYMBOLS, figures.PALETTE)
-    looks = {
-        kind: {"color": colour, "symbol": symbol, "size": 7, "opacity": 0.75}
-        for kind, (symbol, colour) in zip(kinds, colours, strict=False)
-    }
+    look, pairs = {"size": 7, "opacity": 0.75}, zip(kinds, colours, strict=False)
+    looks = {kind: {"color": colour, "symbol": mark, **look} for kind, (mark, colour) in pairs}
     ends = _with_room([*x, *y], _MARGIN)
     identity = curve(ends, ends, "identity", INK, width=1.5, dash="dash")
     marks = figures.grouped_points(x, y, hover, comparison.kinds, looks, counts=False)

@@ -122,10 +122,8 @@ def _sections(e: results.Explanation, figures: dict[str, Figure]) -> list[page.S
     by_site, joint = e.module_shift, tables.token_pairs(e.shift, None, _TOKENS)
     names = [site.name for site in by_site.sites]
     tokens = [(name, *tables.token_pairs(by_site, name, _TOKENS_OF_A_SITE)) for name in names]
-    by_logit = page.TokenTable(
-        [("all modules together", *joint), *tokens],
-        heading="By raw logit to first order: rare tokens come first",
-    )
+    rare = "By raw logit to first order: rare tokens come first"
+    by_logit = page.TokenTable([("all modules together", *joint), *tokens], heading=rare)
     written = "First order at ε = 0, by the token at which a module writes, summed over each layer."
     if len(e.first_order.str_tokens[0]) > len(e.prompt):
         written += " After the prompt come the answers' tokens; a|b is where the two differ."
