@@ -340,7 +340,7 @@ def _require_response_only(doc: object, pre: object, null: int, batch: int) -> N
         raise ArgumentError(f"null={null}: null adapters are compared on a margin (doc and pre).")
     if batch != 1:
         remedy = "with doc and pre explain takes several, and ll.sweep takes hundreds"
-        raise PromptError(f"{batch} prompts: a response is explained for one; {remedy}.")
+        raise PromptError(f"{batch} prompts: a response is explained for one prompt; {remedy}.")
 
 
 @contextlib.contextmanager
