@@ -99,13 +99,13 @@ def diff(
             how: Any = {"nulls": nulls, "split": not fast, "progress": not quiet}
             changes = ll.what_changed(lens, lines, others, **how)
         changes.save_report(report)
+        if save is not None and save.suffix == ".csv":
+            changes.to_frame().to_csv(save, index=False)
+        elif save is not None:
+            changes.save(save)
         running.tell(changes.story()).print(what_changed_tables(changes))
         running.say(f"\nReport: {report.absolute()}")
         if save is not None:
-            if save.suffix == ".csv":
-                changes.to_frame().to_csv(save, index=False)
-            else:
-                changes.save(save)
             running.say(f"Numbers: {save.absolute()}")
 
 

@@ -65,7 +65,7 @@ def explain(
         fact = f"{len(questions)} prompts are too many for one page, {_LARGEST_PAGE} at most"
         raise typer.BadParameter(f"{fact}; `lens-lora sweep` runs hundreds and writes a table.")
     if null and not all(question.doc for question in questions):
-        raise typer.BadParameter("--null: random adapters are compared on --doc and --pre.")
+        raise typer.BadParameter("--null: random adapters are compared on a margin (--doc, --pre).")
     folder = options.folder_of(adapter, quiet=quiet)
     options.require_apart({"--report": report}, base, [folder], asked.prompts)
 

@@ -115,7 +115,7 @@ def _contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise LensLoraError(f"{path}: no safetensors file, or a damaged one ({error}).") from error
+        raise LensLoraError(f"{path}: not a safetensors file, or damaged ({error}).") from error
 
 
 def _encoded(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
