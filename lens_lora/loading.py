@@ -174,7 +174,7 @@ def load(
 def _active_adapter(model: Any, is_peft: bool) -> Adapter:
     if not is_peft:
         kind = type(model).__name__
-        raise ArgumentError(f"no adapter for a {kind}: ll.load(base, adapter), or a PeftModel.")
+        raise ArgumentError(f"no adapter for {kind}: ll.load(base, adapter), or a PeftModel alone.")
     # Of transformers a method, of PEFT a property.
     names = cast("Callable[[], list[str]] | list[str]", model.active_adapters)
     active = names if isinstance(names, list) else names()

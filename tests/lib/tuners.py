@@ -71,7 +71,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "cartridge": ("CartridgeConfig", _PROMPT, "learned keys and values"),
     "cpt": ("CPTConfig", {"cpt_token_ids": [3], "cpt_tokens_type_mask": [1]}, "learns a prompt"),
     "lily": ("LilyConfig", {"r": 3}, "weighs the updates by all tokens"),
-    "mixed": ("", {}, "may be of several kinds"),
+    "mixed": ("", {}, "may change each other's layers"),
     "multitask_prompt_tuning": (
         "MultitaskPromptTuningConfig",
         {**_PROMPT, "num_tasks": 2},
