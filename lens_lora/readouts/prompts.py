@@ -290,8 +290,10 @@ def require_context(model: Any, tokens: int, what: str) -> None:
     """Check that the model's context holds so many tokens."""
     context = getattr(model.cfg, "n_ctx", None)
     if context and tokens > context:
-        size = f"the context of this {type(model).__name__} holds {context} (cfg.n_ctx)"
-        raise PromptError(f"{what} has {tokens} tokens, and {size}; shorten it.")
+        raise PromptError(
+            f"{what} has {tokens} tokens, and the context of this {type(model).__name__} holds "
+            f"{context} (cfg.n_ctx); shorten it."
+        )
 
 
 # --- From what a caller passes to `Prompts`
@@ -416,7 +418,7 @@ def _strings(prompts: Any) -> list[str]:
         raise PromptError("no prompts: the list is empty; give at least one.")
     if "" in strings:
         empty = which_prompt(strings.index(""), len(strings))
-        raise PromptError(f"{empty} is empty, so there is no token to read at; give it a word.")
+        raise PromptError(f"{empty} is empty, so there is no token to read at; give it one word.")
     for i, string in enumerate(strings):
         arguments.text(which_prompt(i, len(strings)), string, PromptError)
     return strings
