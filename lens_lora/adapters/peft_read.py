@@ -137,8 +137,8 @@ def renamed(updates: Mapping[str, ModuleUpdate], notes: list[str]) -> dict[str, 
     paths = model_paths(updates)
     changed = [path for path, new in paths.items() if path != new]
     if changed:
-        what = f"{len(changed)} module paths are those of a wrapped or headless model"
-        notes.append(f"{what}: {changed[0]} is read as {paths[changed[0]]}")
+        count = f"{len(changed)} module paths are those of a wrapped or headless model"
+        notes.append(f"{count}: {changed[0]} is read as {paths[changed[0]]}")
     return {paths[path]: update for path, update in updates.items()}
 
 
@@ -487,8 +487,8 @@ def _ids_of(path: str, ids: Mapping[str, Any]) -> Int[Tensor, " row"]:
     tokens = next((tokens for name, tokens in ids.items() if path.endswith(name)), None)
     is_list = isinstance(tokens, list | tuple)
     if not is_list or not all(type(token) is int and abs(token) < 2**63 for token in tokens):
-        given = f"the config's trainable_token_indices gives {tokens!r} for them"
-        raise AdapterError(f"the file holds trained rows of tokens, and {given}; expected ids.")
+        stated = f"the config's trainable_token_indices gives {tokens!r} for them"
+        raise AdapterError(f"the file holds trained rows of tokens, and {stated}; expected ids.")
     return torch.tensor(tokens, dtype=torch.long)
 
 

@@ -162,7 +162,8 @@ class Questions:
                 raise typer.BadParameter(f"--prompts: {self.prompts} holds no prompt.")
             raise typer.BadParameter(f"which prompt? Give --prompts FILE, or {_EXAMPLE}.")
         if answered and len({isinstance(question.prompt, str) for question in questions}) > 1:
-            raise typer.BadParameter("texts and conversations are not read together.")
+            fact = "texts and conversations are not read together"
+            raise typer.BadParameter(f"{fact}; give --prompt or --chat alone.")
         for number, question in enumerate(questions, start=1):
             _require_answers(question, number if len(questions) > 1 else None, answered)
         return questions

@@ -509,8 +509,8 @@ def _explain_response(
                 return read.differentiable_tokens(lens, reading)[:, moved_tokens].T
 
             moved = slopes_of_each(lens, reading, gates, log_ps, progress=False)[:, 0]
-        which = tuple(moved_tokens)
-        quick = ResponseExplanation(is_generated, shifts, modules, moved, which, answers=answers)
+        indices = tuple(moved_tokens)
+        quick = ResponseExplanation(is_generated, shifts, modules, moved, indices, answers=answers)
         return quick if fast else _response_in_full(asked, kl, quick, bar)
 
 

@@ -218,8 +218,8 @@ def per_prompt(noun: str, items: Any, batch: int, expected: str) -> list[Any]:
     if isinstance(items, str) or arguments.is_whole(items):
         return [items] * batch
     if isinstance(items, bytes) or not isinstance(items, Sequence):
-        each = f"{expected}, an id, or a list with one of them per prompt"
-        raise TokenError(f"the {noun} is {items!r}; expected {each}.")
+        items_expected = f"{expected}, an id, or a list with one of them per prompt"
+        raise TokenError(f"the {noun} is {items!r}; expected {items_expected}.")
     if len(items) != batch:
         raise TokenError(f"{len(items)} {noun}s for {batch} prompts; pass one, or one per prompt.")
     return list(items)

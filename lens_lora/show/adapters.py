@@ -224,8 +224,8 @@ def _modules(changed: results.WhatChanged) -> str:
 def _constant(changed: results.WhatChanged) -> str:
     constant = changed.found.constant.items()
     shares = ", ".join(f"{percent(share)} at {name}" for name, share in constant)
-    what = "How much of the shift of activations is one vector, whatever the token"
-    return f"{what}, on held-out texts: {shares}."
+    share = "How much of the shift of activations is one vector, whatever the token"
+    return f"{share}, on held-out texts: {shares}."
 
 
 # --- What it changed: pictures

@@ -750,7 +750,7 @@ def test_what_is_no_patching_result(cls: str):
         replaced.to_patching_result()
     if not models.is_newest():
         effects = ll.patch_sites(lens, BASES, margin, group="kind", progress=False)
-        with pytest.raises(ll.errors.LensLoraError, match=r"has no PatchingResult, which 4\.3 has"):
+        with pytest.raises(ll.errors.LensLoraError, match=r"before 4\.3 has no PatchingResult"):
             effects.to_patching_result()
 
 
