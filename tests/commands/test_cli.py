@@ -186,7 +186,7 @@ def test_training_writes_where_it_is_told_and_names_its_base(tmp_path, monkeypat
         calls.append((hf_model, sentences, out, base_name, quiet))
 
     monkeypatch.setattr(train, "train_adapter", fake)
-    explain_command._train("base", "tokenizer", "some/base", tmp_path, True)
+    explain_command._train(("base", "tokenizer"), "some/base", tmp_path, True)
     assert calls == [("base", train.LYON_SENTENCES, tmp_path, "some/base", True)]
 
 
@@ -197,7 +197,7 @@ def test_model_that_cannot_be_trained_is_a_clean_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "train_adapter", fail)
     with pytest.raises(LensLoraError, match="some/base: .*Target modules not found"):
-        explain_command._train(None, None, "some/base", tmp_path, True)
+        explain_command._train((None, None), "some/base", tmp_path, True)
 
 
 # --- hooked models
