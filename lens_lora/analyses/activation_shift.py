@@ -12,7 +12,6 @@ Cost: two forward passes, and two vectors unembedded for each point.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, final
 
@@ -44,8 +43,7 @@ By = Literal["position"] | None
 _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Readable(Result):
+class Readable(Result, kw_only=True):
     """A vector at each hook point, read in logits at those of the residual stream.
 
     Attributes:
@@ -104,7 +102,6 @@ class Readable(Result):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ActivationShift(Readable, Drawn):
     """Δh = h(1) − h(0) at hook points, exact up to the model's rounding.
 

@@ -36,7 +36,6 @@ that keep most of the KL keep a fact's margin, so with a readout there are both 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, cast, final
 
@@ -72,7 +71,6 @@ _EXAMPLE = ["rank", "prompt", "position", "token", "value", "context"]
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Activations(Result):
     """u of each site, token and rank. NaN at padding, and beyond a site's own rank.
 
@@ -361,7 +359,6 @@ _HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ConstantPart(Result):
     """How much of an adapter is the same whatever the input.
 

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +56,6 @@ GroupName = Literal["site", "layer", "kind"]
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Checkpoints(Read, Paged):
     """A readout, its first order and the weights at each checkpoint of a training.
 

@@ -20,7 +20,6 @@ of that.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, final
@@ -55,7 +54,6 @@ _QUANTILES = [0.025, 0.5, 0.975]
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AdapterComparison(Result):
     """Two adapters beside one another, and beside random directions.
 

@@ -19,7 +19,6 @@ Cost: one forward pass.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -53,7 +52,6 @@ _KINDS_BEHIND: dict[str, tuple[str, ...]] = {
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Contrast(activation_shift.Readable):
     """μ₊ − μ₋ at hook points: a direction wherever one is taken.
 

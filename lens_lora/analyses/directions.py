@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, final
 
@@ -54,7 +53,6 @@ _DEFAULT_SCALES = (0.5, 1.0, 2.0, 4.0)
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Alignment(Result):
     """‖vᵀΔW‖/‖ΔW‖ of sites that write to the residual stream, ‖ΔW v‖/‖ΔW‖ of those that read it.
 
@@ -199,7 +197,6 @@ def _norm_read(lens: LoraLens, index: int) -> str | None:
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Intruders(Result):
     """The leading singular directions of W + ΔW, and how near W's own come to each.
 
@@ -327,7 +324,6 @@ def _compared(
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Patchscope(Result):
     """What the model goes on with when a vector stands in the place of a token.
 

@@ -68,7 +68,6 @@ from lens_lora.results.drawing import TokenView
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TokenShifts(Drawn):
     """Of each token of a response: how its distribution moved. NaN beyond a response's own tokens.
 
@@ -287,7 +286,6 @@ _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class KLShares(Drawn):
     """Which site made the base and adapted distributions differ, to second order in ε.
 

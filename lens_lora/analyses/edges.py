@@ -51,7 +51,6 @@ _DRAWN = 30  # edges of a graph that a person can still follow
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Edges(Ranked):
     """What each reader makes of what each site, or group of sites, writes, in the readout's units.
 

@@ -17,7 +17,6 @@ d·h.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, final, overload
@@ -58,7 +57,6 @@ _Values = Float[Tensor, "batch feature *position"]
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FeatureShift(Result):
     """How far the adapter moves each feature at one hook point, exactly and to first order.
 
@@ -329,7 +327,6 @@ def _activation(
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FeatureWrites(Result):
     """What each site writes to each feature: d·δz_l, before any later module has seen it.
 

@@ -33,12 +33,13 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, TypedDict, cast, final, overload
+from typing import Annotated, TypedDict, cast, final, overload
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lens_lora.arguments import number
 from lens_lora.engine import forward
@@ -63,9 +64,6 @@ from lens_lora.readouts.reading import LogProbs
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution, Axis, GroupAttribution
 from lens_lora.results.base import Result, header, long_table, site_labels
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _TRIED_TOKENS = 8  # A pass of these few tokens shows whether the model's hooks keep the rules.
 
@@ -417,7 +415,6 @@ def _slopes(
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Components(Result):
     """Per prompt and site, at the base model: what makes a first-order shift large or small.
 

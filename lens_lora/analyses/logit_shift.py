@@ -12,7 +12,6 @@ and the other way about, ∂g/∂h.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, final
 
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LogitShift(Result):
     """First-order logit shifts at the read position, in logits.
 

@@ -74,7 +74,6 @@ USUAL_SCALES = (
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Remainder(Measured):
     """What first order leaves, against the exact shift, in the readout's units.
 
@@ -233,7 +232,6 @@ def _recorded(
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RemainderCurve(results_base.Read, Drawn):
     """g, first order and remainder along ε from 0 to 1, in the readout's units.
 

@@ -67,7 +67,6 @@ for _kind in (Adapter, LoRAFactors, TrainedModule):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Repair(Paged):
     """A part of an adapter that keeps one behaviour and drops another, and how well it does so.
 

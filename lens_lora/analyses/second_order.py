@@ -52,7 +52,6 @@ from lens_lora.results.base import SIGMAS, Drawn, Entries, Ranked, header, long_
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SecondOrder(Drawn):
     """Second order at ε = 0 beside first order and the exact shift, in the readout's units.
 
@@ -258,7 +257,6 @@ def second_order_of(
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Coupling(Ranked):
     """The matrix H between groups of sites, in the readout's units.
 

@@ -131,7 +131,6 @@ _OUTSIDE = {"embed": "embeddings", "pos_embed": "embeddings", "unembed": "head"}
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AdapterSummary(Result):
     """What an adapter is: one row per module, or with a lens per site.
 

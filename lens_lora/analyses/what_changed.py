@@ -115,7 +115,6 @@ class Changes:
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class WhatChanged(Paged):
     """What an adapter changes over texts that have nothing to do with it, nothing asked.
 

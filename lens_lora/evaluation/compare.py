@@ -87,7 +87,6 @@ STATISTICS = (
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Drawn):
     """Agreement of an attribution with effects, per prompt and over prompts.
 
@@ -355,7 +354,6 @@ def _intervals_of(
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Reliability(Drawn):
     """Each site's first-order number with what it misses, in the readout's units.
 

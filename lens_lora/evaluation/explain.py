@@ -75,7 +75,6 @@ _ANSWER = {False: 48, True: 12}  # tokens that both models say, by `fast`
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Explanation(Paged):
     """One prompt's margin between two answers, explained; every part has a batch of one.
 
@@ -161,7 +160,6 @@ class Explanation(Paged):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Explanations(Paged):
     """Several prompts' margins, each explained.
 
@@ -191,7 +189,6 @@ class Explanations(Paged):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ResponseExplanation(Paged):
     """One prompt's response, explained; every part has a batch of one.
 

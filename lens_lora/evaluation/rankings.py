@@ -237,7 +237,6 @@ _AT = (0.0, 0.5, 1.0)
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BestSubset(Measured):
     """The sets of sites, or of heads, that keep most of the shift, one for each size asked for.
 

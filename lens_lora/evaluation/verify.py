@@ -109,7 +109,6 @@ class Expectation(NamedTuple):
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Verification(Paged):
     """What was checked of an adapter, each with its outcome.
 

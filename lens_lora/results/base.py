@@ -7,8 +7,8 @@
     Measured    and the header: of which sites and prompts, between which exact ends
     Ranked      and `top`: one number per prompt and entry (site, group, hook point, pair)
 
-A class is abstract or final: every result that a user meets is a final dataclass below one of
-these. The header is keyword-only, so that a subclass keeps its own fields first.
+Each is a frozen dataclass, as it is below `Result`, and abstract or final, as all that a user meets
+are. The header is keyword-only, so that a subclass keeps its own fields first.
 
 `prompt=None` is the mean over prompts where the values of different prompts can be averaged (sites,
 groups, hook points), and the only prompt where they cannot (positions, curves along ε, stories,
@@ -29,6 +29,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked
@@ -43,12 +44,13 @@ SIGMAS = 3.0
 _Self = TypeVar("_Self", bound="Result")
 
 
+@dataclass_transform(eq_default=False, frozen_default=True, field_specifiers=(dataclasses.field,))
 class Result(abc.ABC):
     """Frozen numbers with labels: a table, a file, and what they say of themselves."""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, *, kw_only: bool = False) -> None:
         super().__init_subclass__()
-        stored(cls)
+        dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=kw_only)(stored(cls))
 
     def __post_init__(self) -> None:
         """Refuse fields that contradict each other, also in what is read from a file."""
@@ -161,8 +163,7 @@ class Paged(Result):
         return path
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Read(Result):
+class Read(Result, kw_only=True):
     """A result of one readout.
 
     Attributes:
@@ -177,8 +178,7 @@ class Read(Result):
     meta: Mapping[str, str]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Measured(Read):
+class Measured(Read, kw_only=True):
     """A result of one readout, with the exact ends beside it.
 
     Attributes:
@@ -221,8 +221,7 @@ class Entries(NamedTuple):
     name: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Ranked(Measured, Drawn):
+class Ranked(Measured, Drawn, kw_only=True):
     """A measured result of one number per prompt and entry, so that entries can be ranked."""
 
     def mean_over(
