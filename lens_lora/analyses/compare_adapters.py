@@ -37,7 +37,7 @@ from lens_lora.adapters.arithmetic import draw_seeds
 from lens_lora.analyses.spectra import Pair, Thin, compared, thin_updates
 from lens_lora.arguments import whole
 from lens_lora.engine.asked import Asked, ask, ask_prompts
-from lens_lora.engine.forward import joint_tangent
+from lens_lora.engine.derivatives import joint_tangent
 from lens_lora.engine.function import gated_logits, require_finite
 from lens_lora.engine.reverse import site_slopes
 from lens_lora.engine.texts import beginnings, first_of_each

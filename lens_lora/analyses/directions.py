@@ -30,9 +30,8 @@ from tqdm import tqdm
 from lens_lora.adapters.directions import STREAM, directions_of, is_stream
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.compat import in_float64
-from lens_lora.engine.function import require_finite
+from lens_lora.engine.function import read_logits, require_finite
 from lens_lora.engine.interventions import record
-from lens_lora.engine.read import read_logits
 from lens_lora.engine.texts import over_scale, read_through
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.basis import NormMap, Update

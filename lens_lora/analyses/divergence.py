@@ -16,7 +16,7 @@ Of each site (`kl_shares`), the quadratic part of a KL, split exactly: q_l = ½ 
 
 1. One dual forward pass gives p₀ and v, the joint tangent of all sites; it keeps the graph of p₀.
 2. The covector F v goes back through it: ∂/∂ε_l of (Fv)ᵀf is v_lᵀ F v, and its parts by position,
-   head and rank come as those of any readout (`engine/second_order.py`).
+   head and rank come as those of any readout (`engine/derivatives.py`).
 3. On request the kernel between sites or groups, K_lm = Σ_t v_lᵀ F_t v_m = w_l · w_m with
    w_l = √p₀ ∘ (v_l − p₀ᵀv_l), from a tangent for each. K is symmetric and positive semidefinite,
    and sums to vᵀ F v.
@@ -46,12 +46,11 @@ from lens_lora.analyses.verdict import SharesVerdict
 from lens_lora.arguments import word
 from lens_lora.compat import in_float64
 from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.derivatives import group_parts, part_tangents, pulled_back
 from lens_lora.engine.duals import tangent_of
-from lens_lora.engine.forward import group_parts, part_tangents
 from lens_lora.engine.function import gated_logits, gated_readout, require_finite
 from lens_lora.engine.memory import graph_groups, rows_of_pass
 from lens_lora.engine.reverse import joined, require_finite_sites, site_slopes
-from lens_lora.engine.second_order import pulled_back
 from lens_lora.errors import ArgumentError
 from lens_lora.model.basis import Gauge
 from lens_lora.model.hooks import alone

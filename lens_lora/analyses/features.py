@@ -28,11 +28,10 @@ from torch import Tensor
 
 from lens_lora.adapters.directions import STREAM, Directions, directions_of
 from lens_lora.arguments import is_whole, number, one_entry, word
-from lens_lora.engine.asked import Asked, ask_prompts
+from lens_lora.engine.asked import Asked, ask_prompts, of_stream
+from lens_lora.engine.derivatives import JointInject
 from lens_lora.engine.duals import dual_forward, tangent_of
-from lens_lora.engine.forward import JointInject
 from lens_lora.engine.function import require_finite
-from lens_lora.engine.noise import of_stream
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError
 from lens_lora.model.gates import Inject, ScaleInject
 from lens_lora.model.hooks import alone, attached

@@ -42,16 +42,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lens_lora.arguments import number
-from lens_lora.engine import forward
+from lens_lora.engine import derivatives, function
 from lens_lora.engine.activations import in_gauge
 from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.derivatives import part_tangents, slopes_of_each, tangent_slopes
 from lens_lora.engine.duals import tangent_of
-from lens_lora.engine.forward import all_parts, group_parts, part_tangents, tangent_slopes
-from lens_lora.engine.function import gated_logits, require_finite
+from lens_lora.engine.function import gated_logits, read_logits, require_finite
 from lens_lora.engine.memory import Mode, chosen_mode, graph_groups, must_rerun
-from lens_lora.engine.read import differentiable_tokens, read_logits
 from lens_lora.engine.reverse import joined, require_finite_sites, site_gradients, token_slopes
-from lens_lora.engine.second_order import slopes_of_each
 from lens_lora.errors import ArgumentError
 from lens_lora.model.basis import Gauge
 from lens_lora.model.gates import Injection
@@ -292,11 +290,14 @@ def _by_token(
     """A_lt of every site (or group, without axes) and token, and the mode, which is the cheaper."""
     _response(asked)
     lens, reading = asked.lens, asked.reading
-    parts = all_parts(lens, reading.prompts, axes) if groups is None else group_parts(lens, groups)
+    if groups is None:
+        parts = derivatives.all_parts(lens, reading.prompts, axes)
+    else:
+        parts = derivatives.group_parts(lens, groups)
     starts = [lens.sites[part.site].layer for part in parts]  # of each tangent of forward mode
     used_mode = chosen_mode(mode, lens, int(reading.prompts.slots), starts)
     if used_mode == "forward":
-        tokens = forward.TokenTangents(lens, reading)
+        tokens = derivatives.TokenTangents(lens, reading)
         if groups is None:
             values = tangent_slopes(lens, reading, gates, axes, tokens=tokens, progress=progress)
         else:
@@ -310,9 +311,9 @@ def _by_token(
         few_prompts = graph_groups(lens, reading)
         values = joined([token_slopes(lens, rows, gates, axes) for rows in few_prompts])
     else:
-        values = slopes_of_each(
-            lens, reading, gates, lambda: differentiable_tokens(lens, reading).T, progress=progress
-        ).permute(1, 2, 0)
+        read = functools.partial(function.differentiable_tokens, lens, reading)
+        slopes = slopes_of_each(lens, reading, gates, lambda: read().T, progress=progress)
+        values = slopes.permute(1, 2, 0)
     if groups is not None:
         members = indicator(groups, len(lens.sites)).to(values)
         values = torch.einsum("gs,bst->bgt", members, values)
@@ -480,7 +481,7 @@ def components(
     lens, reading = asked.lens, asked.reading
     squares = {name: reading.by_prompt(rows) for name, rows in squared_norms(asked).items()}
     z, delta, gradient = (squares[name].sqrt() for name in ("z", "delta", "gradient"))
-    parts = [forward.Part(index) for index in range(len(lens.sites))]
+    parts = [derivatives.Part(index) for index in range(len(lens.sites))]
 
     def centred_square(rows: Float[Tensor, "row site *slot vocab"]) -> Float[Tensor, "row site"]:
         tangent = tangent_of(rows)

@@ -21,13 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_lora.arguments import number, whole
+from lens_lora.engine import derivatives
 from lens_lora.engine.asked import Asked, ask, ask_prompts
+from lens_lora.engine.derivatives import Part, joint_tangent, part_tangents, slopes_of_each
 from lens_lora.engine.duals import dual_forward, tangent_of
-from lens_lora.engine.forward import JointInject, Part, joint_tangent, part_tangents
-from lens_lora.engine.function import require_finite
+from lens_lora.engine.function import read_for_slopes, read_logits, require_finite
 from lens_lora.engine.memory import Mode, chosen_mode, require_graph, require_tangents
-from lens_lora.engine.read import read_for_slopes, read_logits
-from lens_lora.engine.second_order import slopes_of_each
 from lens_lora.errors import ArgumentError, ModelStateError, SiteError, TokenError
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import HookFn, alone, attached
@@ -262,7 +261,7 @@ def tangents(
         kept.update(dict.fromkeys(names, tangent_of(tensor)))
 
     with dual_forward():
-        inject = JointInject(lens, lens.gates(at), lens.gates(scale))
+        inject = derivatives.JointInject(lens, lens.gates(at), lens.gates(scale))
         with lens.injected(inject), attached(lens.model, _seen_by(keep, _aliases(lens, wanted))):
             lens.run(asked.prompts)
     return _cache(lens, wanted, kept)

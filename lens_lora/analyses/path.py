@@ -50,8 +50,8 @@ from lens_lora.analyses.verdict import CHECKPOINTS, noise_of, points_of
 from lens_lora.arguments import number, numbers_of, whole
 from lens_lora.compat import Temporary, in_float64, temporary
 from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.function import run_without_logits
 from lens_lora.engine.memory import slopes_at_once
-from lens_lora.engine.read import run_without_logits
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.model.experts import experts_by_layer

@@ -21,8 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_lora.engine.asked import Asked
-from lens_lora.engine.noise import first_order_noise
+from lens_lora.engine.asked import Asked, first_order_noise
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
 from lens_lora.results.base import SIGMAS

@@ -43,9 +43,8 @@ from torch import Tensor
 
 from lens_lora.adapters.factors import LoRAFactors
 from lens_lora.arguments import word
-from lens_lora.engine.function import gated_readout, require_finite
+from lens_lora.engine.function import gated_readout, read_value, require_finite, run_without_logits
 from lens_lora.engine.memory import ROW_TOKENS
-from lens_lora.engine.read import read_value, run_without_logits
 from lens_lora.errors import ArgumentError, ModelStateError, PromptError, UnsupportedAdapterError
 from lens_lora.model.basis import ExpertMap, Gauge, NormUpdate
 from lens_lora.model.gates import Inject, Injection, ScaleInject, weight_of, write

@@ -44,11 +44,10 @@ from lens_lora.analyses.path import path_attribution_of
 from lens_lora.analyses.second_order import Coupling, SecondOrder, coupling_of, second_order_of
 from lens_lora.arguments import whole
 from lens_lora.compat import in_float64
+from lens_lora.engine import function
 from lens_lora.engine.asked import Asked, ask_prompts
-from lens_lora.engine.forward import Part, part_tangents
-from lens_lora.engine.function import gated_readout, require_finite
-from lens_lora.engine.read import differentiable_tokens, read_tokens
-from lens_lora.engine.second_order import slopes_of_each
+from lens_lora.engine.derivatives import Part, part_tangents, slopes_of_each
+from lens_lora.engine.function import gated_readout, read_tokens, require_finite
 from lens_lora.engine.texts import by_length
 from lens_lora.errors import ArgumentError, PromptError
 from lens_lora.evaluation import rankings
@@ -522,7 +521,7 @@ def _explain_response(
                 lens,
                 asked.reading,
                 lens.gates(1.0),
-                lambda: differentiable_tokens(lens, asked.reading)[:, moved_tokens].T,
+                lambda: function.differentiable_tokens(lens, asked.reading)[:, moved_tokens].T,
                 progress=False,
             )[:, 0]
         explanation = ResponseExplanation(

@@ -55,9 +55,8 @@ from lens_lora.analyses.first_order import first_order_of, squared_norms
 from lens_lora.arguments import number, numbers_of, one_entry, whole, word
 from lens_lora.compat import float64_device, in_float64
 from lens_lora.engine.asked import Asked, ask
-from lens_lora.engine.function import gated_readout
+from lens_lora.engine.function import gated_readout, read_logits
 from lens_lora.engine.interventions import HeadMasks
-from lens_lora.engine.read import read_logits
 from lens_lora.engine.reverse import site_slopes
 from lens_lora.errors import ArgumentError
 from lens_lora.model.hooks import alone

@@ -35,8 +35,7 @@ from torch import Tensor
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.adapters.factors import LoRAFactors, ModuleUpdate, TrainedModule, base_part
 from lens_lora.adapters.from_models import is_transposed
-from lens_lora.engine.asked import ask
-from lens_lora.engine.noise import of_stream
+from lens_lora.engine.asked import ask, of_stream
 from lens_lora.engine.texts import distinct_tokens, text_divergences
 from lens_lora.errors import AdapterError, LensLoraError, ModelStateError, PromptError, SiteError
 from lens_lora.model.experts import as_one_map

@@ -33,9 +33,9 @@ from torch import Tensor
 from lens_lora.analyses.patching import patch_sites
 from lens_lora.analyses.path import path_attribution
 from lens_lora.engine.asked import Asked, ask
+from lens_lora.engine.derivatives import hessian_product
 from lens_lora.engine.function import gated_readout, require_finite
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
-from lens_lora.engine.second_order import hessian_product
 from lens_lora.errors import NumericsError, PromptError, SweepError, TokenError
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
