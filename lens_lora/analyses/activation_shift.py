@@ -35,7 +35,7 @@ from lens_lora.model.lens import LoraLens, Scale, name_of_scale, stream_writers
 from lens_lora.model.sites import Names, firing, resolved
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.results import drawing
-from lens_lora.results.base import Drawn, Result, only_prompt, prompt_rows, tokens_at
+from lens_lora.results.base import Described, Drawn, only_prompt, prompt_rows, tokens_at
 from lens_lora.results.tokens import chosen_positions, held_out_share, ranked_tokens
 
 Positions = int | slice | Sequence[int] | None
@@ -43,7 +43,7 @@ By = Literal["position"] | None
 _BY_SHIFT = "Compare with activation_shift(…, scale={site: 1.0}).mean(), the site's own"
 
 
-class Readable(Result, kw_only=True):
+class Readable(Described, kw_only=True):
     """A vector at each hook point, read in logits at those of the residual stream.
 
     Attributes:
@@ -56,7 +56,6 @@ class Readable(Result, kw_only=True):
     values: Annotated[Mapping[str, Float[Tensor, "*any"]], "point"]
     readings: Mapping[str, Float[Tensor, " vocab"]]
     strings: Annotated[tuple[str, ...], "vocab"]
-    meta: Mapping[str, str]
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -47,19 +47,19 @@ from lens_lora.model.lens import LoraLens, null_lenses
 from lens_lora.model.sites import Site
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results import drawing
-from lens_lora.results.base import Result, site_labels
+from lens_lora.results.base import OfSites, Pictured, site_labels
 
 _QUANTILES = [0.025, 0.5, 0.975]
 
 
 @final
-class AdapterComparison(Result):
+class AdapterComparison(OfSites, Pictured):
     """Two adapters beside one another, and beside random directions.
+
+    `plot` is the cosine of ΔW, layer × kind of module.
 
     Attributes:
         names: the two adapters' names.
-        sites: that both adapt.
         only: sites that the first, and that the second alone adapts.
         norms: [adapter, site], ‖ΔW‖_F of the shared sites; of all others `rest`.
         rest: [adapter], √Σ‖ΔW‖² over the sites that it alone adapts.
@@ -73,11 +73,10 @@ class AdapterComparison(Result):
         effects: [adapter, batch, shared site], first order; null_effects: [draw, batch, site].
         readout: of the effects; '' without one.
         draws, seed: how many random directions, and their seed.
-        meta: model, first adapter, dtype and versions.
+        sites, meta: see `OfSites`; sites that both adapt, and the first adapter.
     """
 
     names: tuple[str, str]
-    sites: Annotated[tuple[Site, ...], "site"]
     only: tuple[tuple[Site, ...], tuple[Site, ...]]
     norms: Float[Tensor, "2 site"]
     rest: Float[Tensor, " 2"]
@@ -94,7 +93,6 @@ class AdapterComparison(Result):
     readout: str
     draws: Annotated[int, "draw"]
     seed: int
-    meta: Mapping[str, str]
 
     @property
     def cosines(self) -> Float[Tensor, " site"]:
@@ -183,10 +181,6 @@ class AdapterComparison(Result):
         batch = self.function.shape[-1]
         rows = [cosine_of(self.function, p).tolist() for p in range(batch)]
         return pd.DataFrame(rows, columns=pd.Index(["first order", "exact"]))
-
-    def plot(self) -> drawing.Figure:
-        """The cosine of ΔW, layer × kind of module."""
-        return drawing.figure(self)
 
     @property
     def _sizes(self) -> Float[Tensor, " 2"]:

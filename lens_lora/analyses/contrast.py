@@ -40,7 +40,7 @@ from lens_lora.model.lens import LoraLens, Scale, name_of_scale
 from lens_lora.model.sites import Names
 from lens_lora.readouts.answers import continued
 from lens_lora.readouts.prompts import Prompts
-from lens_lora.results import drawing
+from lens_lora.results.base import Pictured
 from lens_lora.results.tokens import Positions
 
 _HELD_OUT = 128  # texts of each set, evenly spread; all pairs of more take long
@@ -52,8 +52,10 @@ _KINDS_BEHIND: dict[str, tuple[str, ...]] = {
 
 
 @final
-class Contrast(activation_shift.Readable):
+class Contrast(activation_shift.Readable, Pictured):
     """μ₊ − μ₋ at hook points: a direction wherever one is taken.
+
+    `plot` is held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives.
 
     Attributes:
         values: by hook point [d], μ₊ − μ₋, heads laid flat.
@@ -134,10 +136,6 @@ class Contrast(activation_shift.Readable):
         table = pd.DataFrame({"name": self.names, **numbers})
         table = table.assign(share=table["size"] / list(self.sizes.values()))
         return table.assign(auc=list(self.auc.values()), chance=list(self.chance.values()))
-
-    def plot(self) -> drawing.Figure:
-        """Held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives."""
-        return drawing.figure(self)
 
 
 @alone

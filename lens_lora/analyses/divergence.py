@@ -62,12 +62,12 @@ from lens_lora.readouts.reading import Reading
 from lens_lora.readouts.readout import bound
 from lens_lora.results import drawing
 from lens_lora.results.attribution import Attribution
-from lens_lora.results.base import Drawn, long_table, only_prompt, prompt_rows
+from lens_lora.results.base import Described, Drawn, long_table, only_prompt, prompt_rows
 from lens_lora.results.drawing import TokenView
 
 
 @final
-class TokenShifts(Drawn):
+class TokenShifts(Described, Drawn):
     """Of each token of a response: how its distribution moved. NaN beyond a response's own tokens.
 
     `plot` is KL and the shift of log p, token by token.
@@ -98,7 +98,6 @@ class TokenShifts(Drawn):
     strings: Mapping[str, str]
     between: tuple[str, str]
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch"]
-    meta: Mapping[str, str]
 
     @property
     def shift(self) -> Float[Tensor, "batch token"]:

@@ -32,8 +32,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Mapping, Sequence
-from typing import Annotated, TypedDict, cast, final, overload
+from collections.abc import Generator, Sequence
+from typing import TypedDict, cast, final, overload
 
 import pandas as pd
 import torch
@@ -56,12 +56,12 @@ from lens_lora.model.gates import Injection
 from lens_lora.model.hooks import alone
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.rules import FrozenRules, held_fixed, require_held
-from lens_lora.model.sites import AXES, Group, Groups, Site, by_axes, group_sites, indicator
+from lens_lora.model.sites import AXES, Group, Groups, by_axes, group_sites, indicator
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.reading import LogProbs
 from lens_lora.readouts.readout import Readout
 from lens_lora.results.attribution import Attribution, Axis, GroupAttribution
-from lens_lora.results.base import Result, header, long_table, site_labels
+from lens_lora.results.base import OfSites, header, long_table, site_labels
 
 _TRIED_TOKENS = 8  # A pass of these few tokens shows whether the model's hooks keep the rules.
 
@@ -397,18 +397,13 @@ def _slopes(
         return passes[-1]
 
     slopes = slopes_of_each(lens, prompts, lens.gates(at), values_at, progress=progress)
-    known = {at: passes[0].detach()}
+    ends = {at: passes[0].detach()}
     with torch.no_grad():
-        ends = torch.stack(
-            [
-                known[end] if end in known else values(gated_logits(lens, prompts, lens.gates(end)))
-                for end in (0.0, 1.0)
-            ],
-            1,
-        )
-    for asked, ends_of_one, slopes_of_one in zip(questions, ends, slopes, strict=True):
-        asked.know_ends(ends_of_one)
-        require_finite_sites(lens, slopes_of_one)
+        for end in {0.0, 1.0} - {at}:
+            ends[end] = values(gated_logits(lens, prompts, lens.gates(end)))
+    for i, asked in enumerate(questions):
+        asked.know_ends(torch.stack([ends[0.0][i], ends[1.0][i]]))
+        require_finite_sites(lens, slopes[i])
     return slopes
 
 
@@ -416,25 +411,22 @@ def _slopes(
 
 
 @final
-class Components(Result):
+class Components(OfSites):
     """Per prompt and site, at the base model: what makes a first-order shift large or small.
 
     Attributes:
-        sites: along the site axis.
         z_norm, delta_norm: ‖z‖ and ‖δz‖.
         sensitivity: ‖Jᵀu_y‖, how much the readout listens to the site's output.
         cosine: cos(δz, Jᵀu_y); NaN where either is zero.
         gain: ‖J δz‖ / ‖δz‖ over the whole vocabulary; NaN where δz is zero.
-        meta: model, adapter, dtype and versions.
+        sites, meta: see `OfSites`.
     """
 
-    sites: Annotated[tuple[Site, ...], "site"]
     z_norm: Float[Tensor, "batch site"]
     delta_norm: Float[Tensor, "batch site"]
     sensitivity: Float[Tensor, "batch site"]
     cosine: Float[Tensor, "batch site"]
     gain: Float[Tensor, "batch site"]
-    meta: Mapping[str, str]
 
     @property
     def first_order(self) -> Float[Tensor, "batch site"]:

@@ -34,14 +34,14 @@ from lens_lora.model.lens import LoraLens, Scale
 from lens_lora.model.sites import Names, Site, one_site, require_fired, resolved
 from lens_lora.readouts.prompts import Prompts, PromptsLike
 from lens_lora.readouts.readout import Readout, token_ids
-from lens_lora.results.base import Result, long_table, only_prompt
+from lens_lora.results.base import Described, long_table, only_prompt
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
 
 
 @final
-class LogitShift(Result):
+class LogitShift(Described):
     """First-order logit shifts at the read position, in logits.
 
     Attributes:
@@ -56,7 +56,6 @@ class LogitShift(Result):
     sites: Annotated[tuple[Site, ...], "site?"]
     tokens: Annotated[tuple[int, ...], "vocab"]
     strings: Annotated[tuple[str, ...], "vocab"]
-    meta: Mapping[str, str]
 
     @property
     def joint(self) -> Float[Tensor, "batch vocab"]:
@@ -195,7 +194,7 @@ def _labelled(
     strings: tuple[str, ...],
 ) -> LogitShift:
     require_finite(values, "the logit shift")
-    return LogitShift(values, sites, tuple(ids), strings, lens.describe())
+    return LogitShift(values, sites, tuple(ids), strings, meta=lens.describe())
 
 
 def _ids(lens: LoraLens, tokens: Sequence[str | int] | None, prompts: Prompts) -> list[int]:

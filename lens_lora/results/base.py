@@ -1,7 +1,9 @@
 """What results share: abstract bases, each with more of it than the one above.
 
-    Result      a table, a file, its text: also what has no readout (logit shifts, features)
-    Drawn       and a picture of one prompt, or of the mean over prompts
+    Result      a table, a file, its text
+    Described   and of which model, adapter and versions
+    OfSites     and of which sites: what has no readout
+    Pictured    and a picture; Drawn: of one prompt, or of the mean over prompts
     Paged       and a page of its own
     Read        and of which readout
     Measured    and the header: of which sites and prompts, between which exact ends
@@ -121,8 +123,16 @@ def load_result(path: str | Path) -> Result:
     return result
 
 
+class Pictured(Result):
+    """A result with one picture; the docstring of each class says of what."""
+
+    def plot(self) -> drawing.Figure:
+        """The picture."""
+        return drawing.figure(self)
+
+
 class Drawn(Result):
-    """A result with a picture; the docstring of each class says of what."""
+    """A result with a picture of each prompt; the docstring of each class says of what."""
 
     def plot(self, prompt: int | None = None) -> drawing.Figure:
         """The picture of one prompt, or of the mean over prompts where there is one.
@@ -163,19 +173,39 @@ class Paged(Result):
         return path
 
 
-class Read(Result, kw_only=True):
+class Described(Result, kw_only=True):
+    """A result that says of what it is.
+
+    Attributes:
+        meta: model, adapter, dtype and versions.
+    """
+
+    meta: Mapping[str, str]
+
+
+class OfSites(Described, kw_only=True):
+    """A result of some sites.
+
+    Attributes:
+        sites: along the site axis.
+        meta: see `Described`.
+    """
+
+    sites: Annotated[tuple[Site, ...], "site"]
+
+
+class Read(Described, kw_only=True):
     """A result of one readout.
 
     Attributes:
         str_tokens: each prompt's tokens.
         readout, units: the number that was read, in words, and its unit.
-        meta: model, adapter, dtype and versions.
+        meta: see `Described`.
     """
 
     str_tokens: Annotated[tuple[tuple[str, ...], ...], "batch position"]
     readout: str
     units: str
-    meta: Mapping[str, str]
 
 
 class Measured(Read, kw_only=True):

@@ -4,15 +4,14 @@
    column of `rank` numbers for each site. A bad record has one row, without a token.
 2. Tokens with the same tokens before them have the same `prefix` (`engine/texts.py`), and the same
    numbers: examples and means count one of them.
-3. A group of rows holds whole texts, whose spans stand in the metadata. It is read one group at a
-   time, and of its columns one site's; `record`, `prefix` and `sink` of all tokens before that.
+3. A group of rows holds whole texts, whose spans stand in the metadata. Of the columns one site's
+   is read at a time; `record`, `prefix` and `sink` before that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -165,17 +164,13 @@ class ActivationsFile:
         k, context, way = whole("k", k, 0), whole("context", context, 0), tokens.require_sign(sign)
         index = one_site([s.name for s in self.sites], site)
         name, ranks = self.sites[index].name, tokens.require_ranks(rank, self.ranks[index])
-        examples: dict[int, list[tuple[Any, ...]]] = {r: [] for r in ranks}
-        for group, counted in self._groups([name], self._counted(None, sinks)[0]):
-            values = np.where(counted[:, None], _numbers(group, name), np.nan)
-            for r, best in examples.items():
-                best += [
-                    _example(group, r, int(row), float(values[row, r]), context)
-                    for row in tokens.strongest(values[:, r], way, k)
-                ]
-                best.sort(key=lambda example: -way * example[_COLUMNS.index("value")])
-                del best[k:]
-        rows = [example for best in examples.values() for example in best]
+        texts = pq.read_table(self.path, columns=["record", "id", "token"]).combine_chunks()
+        values = np.where(self._counted(None, sinks)[0][:, None], self._numbers(name), np.nan)
+        rows = [
+            _example(texts, r, int(row), float(values[row, r]), context)
+            for r in ranks
+            for row in tokens.strongest(values[:, r], way, k)
+        ]
         return pd.DataFrame(rows, columns=_COLUMNS)
 
     def mean(
@@ -193,14 +188,11 @@ class ActivationsFile:
         Raises:
             ArgumentError: positions at which there is no token.
         """
-        total = np.full((len(self.sites), max(self.ranks)), np.nan)
-        for slot, rank in enumerate(self.ranks):
-            total[slot, :rank] = 0
+        mean = np.full((len(self.sites), max(self.ranks)), np.nan)
         once = tokens.require_some(positions, self._counted(positions, sinks)[0])
-        for group, counted in self._groups([site.name for site in self.sites], once):
-            for slot, (site, rank) in enumerate(zip(self.sites, self.ranks, strict=True)):
-                total[slot, :rank] += _numbers(group, site.name)[counted].sum(0, dtype=float)
-        return torch.from_numpy(total / once.sum())
+        for slot, site in enumerate(self.sites):
+            mean[slot, : site.rank] = self._numbers(site.name)[once].mean(0, dtype=float)
+        return torch.from_numpy(mean)
 
     def spread(self, site: str | None = None) -> pd.DataFrame:
         """How each direction's values are spread over the tokens of all texts.
@@ -218,8 +210,7 @@ class ActivationsFile:
         names = [s.name for s in self.sites]
         rows = []
         for index in sorted(match_sites(names, {site or "*": True})):
-            column = pq.read_table(self.path, columns=[names[index]])
-            values = _numbers(column, names[index])[once]
+            values = self._numbers(names[index])[once]
             for r in range(1 if site is None else self.ranks[index]):
                 rows.append({"site": names[index], "rank": r} | tokens.spread_of(values[:, r]))
         return pd.DataFrame(rows)
@@ -253,16 +244,11 @@ class ActivationsFile:
         once = first_of_each(table["prefix"].fill_null(0).to_numpy(), chosen)
         return once, int(chosen.sum() - once.sum())
 
-    def _groups(
-        self, columns: Sequence[str], once: NDArray[np.bool_]
-    ) -> Iterator[tuple[pa.Table, NDArray[np.bool_]]]:
-        """Every group of rows, and which of its rows count."""
-        first = 0
-        with pq.ParquetFile(self.path) as file:
-            for index in range(file.num_row_groups):
-                group = file.read_row_group(index, columns=["record", "id", "token", *columns])
-                yield group, once[first : first + len(group)]
-                first += len(group)
+    def _numbers(self, site: str) -> NDArray[np.floating]:
+        """[row, rank] of one site."""
+        column = pq.read_table(self.path, columns=[site])[site].combine_chunks()
+        rank = column.type.list_size
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)
 
     def __repr__(self) -> str:
         return (
@@ -273,16 +259,9 @@ class ActivationsFile:
         )
 
 
-def _example(group: pa.Table, rank: int, row: int, value: float, width: int) -> tuple[Any, ...]:
-    records = group["record"].to_numpy()
+def _example(texts: pa.Table, rank: int, row: int, value: float, width: int) -> tuple[Any, ...]:
+    records = texts["record"].to_numpy()
     low, high = (int(np.searchsorted(records, records[row], side)) for side in ("left", "right"))
-    text = [token or "" for token in group["token"].slice(low, high - low).to_pylist()]
-    place = int(records[row]), group["id"][row].as_py(), row - low, text[row - low]
+    text = [token or "" for token in texts["token"].slice(low, high - low).to_pylist()]
+    place = int(records[row]), texts["id"][row].as_py(), row - low, text[row - low]
     return (rank, *place, value, tokens.context_of(text, row - low, width))
-
-
-def _numbers(table: pa.Table, site: str) -> NDArray[np.floating]:
-    """[row, rank] of one site."""
-    column = table[site].combine_chunks()
-    rank = column.type.list_size
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, rank)
