@@ -54,9 +54,9 @@ from lens_lora.engine.function import run_without_logits
 from lens_lora.engine.memory import slopes_at_once
 from lens_lora.engine.reverse import require_finite_sites, site_slopes
 from lens_lora.errors import ArgumentError
-from lens_lora.model.experts import experts_by_layer
 from lens_lora.model.gates import ScaleInject
 from lens_lora.model.hooks import add_pre_hook, alone
+from lens_lora.model.kernels import experts_by_layer
 from lens_lora.model.lens import LoraLens
 from lens_lora.model.sites import by_axes
 from lens_lora.readouts.prompts import Prompts, PromptsLike

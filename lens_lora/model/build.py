@@ -27,7 +27,7 @@ from lens_lora.model.bridge import BridgeHost, drop_unused_caps, fuse_attention
 from lens_lora.model.check import base_logits, refuse_unusable, require_same_logits
 from lens_lora.model.hooked_transformer import HookedTransformerHost
 from lens_lora.model.host import Host
-from lens_lora.model.quantised import differentiable_products, quantised_linears
+from lens_lora.model.kernels import differentiable_products, quantised_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

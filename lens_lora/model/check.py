@@ -39,9 +39,8 @@ from lens_lora import compat
 from lens_lora.adapters.adapter import Adapter
 from lens_lora.compat import Temporary, edits_of, home_of, parameters_in
 from lens_lora.errors import AdapterError, ModelStateError
-from lens_lora.model.experts import refuse_without_float64
 from lens_lora.model.hooks import attached
-from lens_lora.model.quantised import quantised_name
+from lens_lora.model.kernels import quantised_name, refuse_without_float64
 
 TOKENS = torch.arange(1, 9)[None]  # on which logits are compared
 # Largest difference, as a share of the logits' range. Rounding takes 1e-5 in float32, and 1e-7 in
