@@ -491,10 +491,8 @@ def supports_sdpa(hf_model: Any) -> bool:
 
 def fields_of(config: Any) -> dict[str, Any]:
     """A configuration as it is saved, and the attention that it was loaded with, which is not."""
-    return {
-        **config.to_dict(),
-        "_attn_implementation": getattr(config, "_attn_implementation", None),
-    }
+    attention = getattr(config, "_attn_implementation", None)
+    return {**config.to_dict(), "_attn_implementation": attention}
 
 
 def added_tokens(tokenizer: Any) -> dict[str, Any]:

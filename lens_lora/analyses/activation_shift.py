@@ -257,12 +257,11 @@ def cosine_table(vectors: Mapping[str, Float[Tensor, " _d"]], source: Any) -> pd
     """
     rows: list[dict[str, Any]] = []
     for name, vector in vectors.items():
-        found = (
-            _written(source, name) if isinstance(source, LoraLens) else directions_of(source, name)
-        )
-        if found is None:
+        is_lens = isinstance(source, LoraLens)
+        known = _written(source, name) if is_lens else directions_of(source, name)
+        if known is None:
             continue
-        directions = found.at(name, len(vector))
+        directions = known.at(name, len(vector))
         cosines = functional.cosine_similarity(directions.rows.to(vector), vector[None], eps=0.0)
         rows += [
             {"name": name, "direction": label, "index": i, "cosine": value}

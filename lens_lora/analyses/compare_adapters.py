@@ -194,11 +194,8 @@ class AdapterComparison(OfSites, Pictured):
 
     def _correlations(self, ranked: bool) -> list[float]:
         """Of the two adapters, and of the first with each null; the mean over prompts."""
-        mine, second = self.effects.double().numpy()
-        pairs = (
-            zip(mine, theirs, strict=True)
-            for theirs in (second, *self.null_effects.double().numpy())
-        )
+        mine, *others = torch.cat([self.effects, self.null_effects]).double().numpy()
+        pairs = (zip(mine, theirs, strict=True) for theirs in others)
         return [float(np.nanmean([correlation_of(a, b, ranked) for a, b in p])) for p in pairs]
 
 

@@ -51,7 +51,7 @@ from lens_lora.model.updates import SiteUpdate
 from lens_lora.readouts.answers import KL
 from lens_lora.readouts.prompts import PromptsLike
 from lens_lora.readouts.readout import Readout
-from lens_lora.results.base import SIGMAS, OfSites, Paged, Pictured
+from lens_lora.results.base import SIGMAS, OfSites, Paged, Pictured, long_table
 from lens_lora.results.storage import stored
 
 _Gates = Float[Tensor, " gate"]
@@ -159,20 +159,11 @@ class Repair(OfSites, Paged, Pictured):
 
     def to_frame(self) -> pd.DataFrame:
         """One row per question and state: the readout, and the share kept or left."""
-        rows = [
-            {
-                "question": self.labels[q],
-                "kind": "keep" if self.keeps[q] else "drop",
-                "held out": self.held_out[q],
-                "adapter": state,
-                "value": float(self.values[1 + s, q]),
-                "base": float(self.values[0, q]),
-                "share": float(self.shares[s, q]),
-            }
-            for q in range(len(self.labels))
-            for s, state in enumerate(STATES)
-        ]
-        return pd.DataFrame(rows)
+        kinds = ["keep" if keep else "drop" for keep in self.keeps]
+        questions = {"question": self.labels, "kind": kinds, "held out": self.held_out}
+        base, values = self.values[:1].expand_as(self.shares).T, self.values[1:].T
+        numbers = {"value": values, "base": base, "share": self.shares.T}
+        return long_table(numbers, questions, {"adapter": STATES})
 
     def judging(self, *, keep: bool) -> list[int]:
         """Indices of the questions of a kind that judge: those held out, or those given.

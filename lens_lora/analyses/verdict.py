@@ -116,9 +116,7 @@ def points_of(
     rows = (remainder, shift, floor, noise.of_shift(scales))
     by_prompt = zip(*(values.cpu().double().tolist() for values in rows), strict=True)
     strengths = scales.cpu().double().tolist()
-    return [
-        [Point(*point) for point in zip(strengths, *numbers, strict=True)] for numbers in by_prompt
-    ]
+    return [[Point(*point) for point in zip(strengths, *row, strict=True)] for row in by_prompt]
 
 
 def points_at_end(

@@ -134,20 +134,19 @@ def transformer_lens_version() -> str:
 def _hooked_transformer(
     hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Any:
-    from transformer_lens import HookedTransformer, loading_from_pretrained
+    from transformer_lens import HookedTransformer
+    from transformer_lens import loading_from_pretrained as loading
 
     with tempfile.TemporaryDirectory(prefix="config_") as folder:
         _write_config(hf_model, Path(folder))
-        cfg = loading_from_pretrained.get_pretrained_model_config(
+        cfg = loading.get_pretrained_model_config(
             folder,
             hf_cfg=hf_model.config.to_dict(),
             fold_ln=False,
             device=str(hf_model.device),
             dtype=hf_model.dtype,
         )
-        state = loading_from_pretrained.get_pretrained_state_dict(
-            folder, cfg, hf_model, dtype=hf_model.dtype
-        )
+        state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=hf_model.dtype)
     cfg.tokenizer_name, cfg.model_name = None, _name(hf_model)
     if cfg.positional_embedding_type == "rotary":
         cfg.rotary_base = _rotary_base(hf_model) or cfg.rotary_base

@@ -265,9 +265,8 @@ def _keys_of(hooks: Mapping[int, Any], fn: HookFn) -> list[int]:
 def functions_at(point: nn.Module) -> list[object]:
     """What the hooks on a module call."""
     forward, before, *_ = hooks_of(point)
-    return [
-        compat.hook_function(_registered(hook)) for hook in (*forward.values(), *before.values())
-    ]
+    registered = map(_registered, (*forward.values(), *before.values()))
+    return list(map(compat.hook_function, registered))
 
 
 def _registered(hook: Any) -> Any:

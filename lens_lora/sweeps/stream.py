@@ -252,9 +252,8 @@ class ActivationsFile:
 
     def bad(self) -> pd.DataFrame:
         """The records without numbers: record, id, error."""
-        return pd.read_parquet(
-            self.path, columns=["record", "id", "error"], filters=[("error", "!=", "")]
-        )
+        columns, bad = ["record", "id", "error"], [("error", "!=", "")]
+        return pd.read_parquet(self.path, columns=columns, filters=bad)
 
     def _counted(self, positions: tokens.Positions, sinks: bool) -> tuple[NDArray[np.bool_], int]:
         """[row]: the tokens at these positions, repeats left out; and how many those are."""
