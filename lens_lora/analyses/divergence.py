@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, cast, final
+from typing import Annotated, Any, Literal, cast, final, get_args
 
 import pandas as pd
 import torch
@@ -279,7 +279,7 @@ def _padded(rows: list[Tensor]) -> Tensor:
 
 # --- The quadratic part of a KL, site by site.
 
-_KERNELS = ("site", "layer", "kind")
+_Kernel = Literal["site", "layer", "kind"]
 _SCALES = (0.03, 0.1, 0.3, 0.5, 0.7, 0.85)
 
 
@@ -341,9 +341,7 @@ class KLShares(Drawn):
         prompts = {"prompt": range(len(self.divergence))}
         return long_table(numbers, prompts, {"scale": self.scales.tolist()})
 
-    def kernel(
-        self, group: Literal["site", "layer", "kind"] = "layer", prompt: int | None = None
-    ) -> pd.DataFrame:
+    def kernel(self, group: _Kernel = "layer", prompt: int | None = None) -> pd.DataFrame:
         """K_lm = Σ_t v_lᵀ F_t v_m between sites or groups, in nats, labelled; half its sum is the
         quadratic, and half the sum of a site's row its share.
 
@@ -402,7 +400,7 @@ def kl_shares(
     gauge: Gauge = "trained",
     direction: Literal["base_to_adapted", "adapted_to_base"] = "base_to_adapted",
     scales: Sequence[float] = _SCALES,
-    kernel: Literal["site", "layer", "kind"] | None = None,
+    kernel: _Kernel | None = None,
     max_memory: float | None = None,
     progress: bool = True,
 ) -> KLShares:
@@ -441,7 +439,7 @@ def kl_shares(
     if not all(0 < scale < 1 for scale in scales):
         raise ArgumentError(f"scales={scales!r}: expected strengths between 0 and 1.")
     if kernel is not None:
-        word("kernel", kernel, _KERNELS)
+        word("kernel", kernel, get_args(_Kernel))
     groups = {} if kernel is None else group_sites(lens.sites, kernel)
     question, readout = ask_prompts(lens, prompts, max_memory), KL(response, direction)
     lens = question.lens

@@ -46,6 +46,7 @@ from lens_lora.results.base import Described, OfSites, only_prompt, prompt_rows
 
 
 _Values = Float[Tensor, "batch feature *position"]
+_Positions = int | Literal["each"]
 
 
 @final
@@ -386,9 +387,7 @@ class FeatureWrites(OfSites):
         return self.values[prompt_rows(prompt, len(self.values))].cpu().double().mean(0)
 
 
-def _by_site(
-    asked: Asked, features: Directions, at: float, positions: int | Literal["each"]
-) -> FeatureWrites:
+def _by_site(asked: Asked, features: Directions, at: float, positions: _Positions) -> FeatureWrites:
     """d·δz_l at the gates `at`. One forward pass."""
     lens = asked.lens
     features = features.at(STREAM, int(lens.model.cfg.d_model))
@@ -428,9 +427,7 @@ def _by_site(
 class Projection:
     """d·h at the positions that are wanted: [batch, feature], or [batch, feature, position]."""
 
-    def __init__(
-        self, prompts: Prompts, features: Directions, positions: int | Literal["each"]
-    ) -> None:
+    def __init__(self, prompts: Prompts, features: Directions, positions: _Positions) -> None:
         self._real, self._features = prompts.real, features
         self._index = None if positions == "each" else _indices(prompts, positions)
 

@@ -418,6 +418,7 @@ def of_logits(
 
 
 _ByPrompt = Float[Tensor, " batch"]
+_BySite = Float[Tensor, "batch site"]
 DRAWS = 4  # As few as tell the size of a floor; each costs a pass.
 _TWO_RUNS = 2**0.5  # A draw and the run that it is compared with are both rounded.
 
@@ -560,7 +561,7 @@ def first_order_noise(
     lens: LoraLens,
     draws: Draws,
     values: Float[Tensor, "draw batch"],
-    slopes: Float[Tensor, "batch site"],
+    slopes: _BySite,
 ) -> tuple[_ByPrompt, _ByPrompt]:
     """σ of g(ε) − g(0) near the base, and σ_a. No pass."""
     base, drawn = values[0], torch.cat([draws.values, values[1:].T], 1)
@@ -568,9 +569,7 @@ def first_order_noise(
     return _TWO_RUNS * of_base, _of_sum(lens, draws.sums, slopes)
 
 
-def curvature_noise(
-    lens: LoraLens, reading: Reading, half_row_sums: Float[Tensor, "batch site"]
-) -> _ByPrompt:
+def curvature_noise(lens: LoraLens, reading: Reading, half_row_sums: _BySite) -> _ByPrompt:
     """σ_H of ½ 1ᵀH1 at the base. Four forward and eight backward passes."""
     base = lens.gates(0.0)
 
@@ -586,9 +585,7 @@ def curvature_noise(
         return _of_sum(lens, in_groups(reading, half_sums), half_row_sums) / _TWO_RUNS
 
 
-def _of_sum(
-    lens: LoraLens, drawn: Float[Tensor, "batch draw"], summands: Float[Tensor, "batch site"]
-) -> _ByPrompt:
+def _of_sum(lens: LoraLens, drawn: Float[Tensor, "batch draw"], summands: _BySite) -> _ByPrompt:
     """σ of a sum over sites; never less than one rounding of its summands."""
     return _moved(drawn, summands.sum(1), unit(lens) * summands.norm(dim=1))
 
