@@ -107,7 +107,7 @@ class ActivationShift(Readable, Drawn):
     Attributes:
         values: by hook point [batch, token, d], heads laid flat; NaN at padding, and at positions
             that were not asked for.
-        base_norms: by hook point [batch, token], ‖h(0)‖.
+        base_norms: ‖h(0)‖ by hook point, [batch, token].
         first: by hook point [batch, d], Δh at each text's first token.
         sinks: [batch, token], first tokens, and tokens whose ‖h(0)‖ is an outlier.
         counted: [batch, token], those that were asked for, without sinks.

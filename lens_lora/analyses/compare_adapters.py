@@ -71,7 +71,7 @@ class AdapterComparison(OfSites, Pictured):
             tokens that no earlier prompt has after the same ones; no prompts without any.
         null_function: [kind, draw, pair, batch], of random directions in the place of the second.
         effects: [adapter, batch, shared site], first order; null_effects: [draw, batch, site].
-        readout: of the effects; '' without one.
+        readout: that of the effects; '' without one.
         draws, seed: how many random directions, and their seed.
         sites, meta: see `OfSites`; sites that both adapt, and the first adapter.
     """

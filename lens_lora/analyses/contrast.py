@@ -58,9 +58,9 @@ class Contrast(activation_shift.Readable, Pictured):
     `plot` is held-out AUC and ‖μ₊ − μ₋‖ / ‖m‖ by hook point, beside what chance gives.
 
     Attributes:
-        values: by hook point [d], μ₊ − μ₋, heads laid flat.
-        errors: by hook point [d], standard errors; NaN where a set has one text.
-        sizes: by hook point, the mean ‖m_i‖ over all texts.
+        values: [d] by hook point, μ₊ − μ₋, heads laid flat.
+        errors: [d] by hook point, standard errors; NaN where a set has one text.
+        sizes: the mean ‖m_i‖ over all texts, by hook point.
         auc: by hook point, the share of held-out pairs that is told apart; NaN where a set has one
             text.
         chance: by hook point, the 95 % quantile of `auc` with the labels shuffled.

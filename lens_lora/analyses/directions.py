@@ -57,7 +57,7 @@ class Alignment(OfSites):
 
     Attributes:
         values: [site, direction], between 0 and 1; NaN where ΔW is zero.
-        sides: of each site, 'write' or 'read'.
+        sides: each site's, 'write' or 'read'.
         directions: their names.
         expected: the root mean square over random directions, 1/√d.
         quantile: [site], the 99 % quantile over random directions.

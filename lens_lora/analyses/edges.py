@@ -121,7 +121,7 @@ class Edges(Ranked):
         """The edges that `patch_edges` measured, in its order: what `compare` holds beside them.
 
         Args:
-            effects: of `patch_edges`.
+            effects: those of `patch_edges`.
 
         Raises:
             ArgumentError: other effects; an edge that is not among these, naming it.
